@@ -1,0 +1,472 @@
+"""What goes in and what goes out: a delivery as the handler sees it, a publication as a broker gets it.
+
+A message's properties and its route may arrive as raw bytes and are decoded on first use; one that
+cannot be decoded costs that message only, and only when somebody asks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from enum import Enum
+from types import MappingProxyType
+from typing import Any, Protocol, TypeAlias
+
+from aio_pika_batch.errors import MessageDecodeError
+
+FieldValue: TypeAlias = (
+    "bool | int | float | str | bytes | Decimal | datetime"
+    " | list[FieldValue] | Mapping[str, FieldValue] | None"
+)
+"""What an AMQP 0-9-1 header may hold (section 4.2.5.5 of the specification)."""
+
+Headers: TypeAlias = Mapping[str, FieldValue]
+
+NO_HEADERS: Headers = MappingProxyType({})
+
+ORIGINAL_EXCHANGE = "x-original-exchange"
+ORIGINAL_ROUTING_KEY = "x-original-routing-key"
+DELIVERY_COUNT = "x-delivery-count"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Properties:
+    """The properties of AMQP's basic class, as they stood on the wire.
+
+    `None` means absent, which is not the same as empty: a copy of a message keeps the difference.
+
+    Attributes:
+        expiration: Milliseconds, as the decimal string that AMQP uses.
+        undecodable: For each property that could not be decoded, the reason. Such a property is
+            `None` here and raises when it is read from its :class:`Message`.
+    """
+
+    content_type: str | None = None
+    content_encoding: str | None = None
+    headers: Headers | None = None
+    delivery_mode: int | None = None
+    priority: int | None = None
+    correlation_id: str | None = None
+    reply_to: str | None = None
+    expiration: str | None = None
+    message_id: str | None = None
+    timestamp: datetime | None = None
+    type: str | None = None
+    user_id: str | None = None
+    app_id: str | None = None
+    cluster_id: str | None = None
+    undecodable: Mapping[str, str] = MappingProxyType({})
+
+
+class Source(Protocol):
+    """What all messages of one session share, held once instead of by each of them."""
+
+    @property
+    def queue(self) -> str:
+        """The queue that the session consumes from."""
+
+    @property
+    def consumer_tag(self) -> str:
+        """The consumer tag of the session."""
+
+    @property
+    def retry_count_header(self) -> str:
+        """The header in which retries are counted."""
+
+    def decode_properties(self, raw: bytes, /) -> Properties:
+        """Decode a property list. Never raises: see :attr:`Properties.undecodable`."""
+
+    def decode_route(self, raw: bytes, /) -> tuple[str, str]:
+        """Decode exchange and routing key. Never raises."""
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+
+
+def retry_count(value: object) -> int | None:
+    """Read a retry count out of a header's value; None where it is no count.
+
+    Other clients write other types: digits in a string count too.
+    """
+    match value:
+        case bool():
+            return None
+        case int() if value >= 0:
+            return value
+        case str() if value.isascii() and value.isdigit() and len(value) < 10:  # noqa: PLR2004  -- no bomb of digits
+            return int(value)
+        case _:
+            return None
+
+
+class Message:
+    """One delivery, as `process_messages` gets it.
+
+    Attributes:
+        body: The payload, untouched.
+        delivery_tag: The broker's number for this delivery, valid in its session only.
+        redelivered: Whether the broker delivered it before, to whomever.
+    """
+
+    # `_decoded` is set on first use only, so that a message nobody asks costs nothing for it.
+    __slots__ = (
+        "_decoded",
+        "_properties",
+        "_route",
+        "_source",
+        "body",
+        "delivery_tag",
+        "redelivered",
+    )
+    _decoded: Properties
+
+    def __init__(  # noqa: PLR0913, PLR0917  -- positional, because one is made for every delivery
+        self,
+        source: Source,
+        delivery_tag: int,
+        redelivered: bool,  # noqa: FBT001
+        body: bytes,
+        route: bytes | tuple[str, str],
+        properties: bytes | Properties,
+    ) -> None:
+        self._source = source
+        self.delivery_tag = delivery_tag
+        self.redelivered = redelivered
+        self.body = body
+        self._route = route
+        self._properties = properties
+
+    def __repr__(self) -> str:
+        # Never the body: a representation ends up in logs.
+        return (
+            f"<Message {self.delivery_tag} from queue {self._source.queue!r},"
+            f" routing key {self.routing_key!r}, {len(self.body)} bytes>"
+        )
+
+    @property
+    def raw_properties(self) -> bytes | None:
+        """The property list as it came, or None where it came decoded. For adapters."""
+        return self._properties if isinstance(self._properties, bytes) else None
+
+    @property
+    def properties(self) -> Properties:
+        """All properties as values, decoded on first use."""
+        try:
+            return self._decoded
+        except AttributeError:
+            raw = self._properties
+            self._decoded = self._source.decode_properties(raw) if isinstance(raw, bytes) else raw
+            return self._decoded
+
+    def _property(self, name: str) -> Any:  # noqa: ANN401  -- each property below states its type
+        properties = self.properties
+        if name in properties.undecodable:
+            raise MessageDecodeError(self, name, properties.undecodable[name])
+        return getattr(properties, name)
+
+    @property
+    def queue(self) -> str:
+        """The queue it was delivered from."""
+        return self._source.queue
+
+    @property
+    def consumer_tag(self) -> str:
+        """The tag of the consumer it was delivered to."""
+        return self._source.consumer_tag
+
+    def _routed(self) -> tuple[str, str]:
+        if isinstance(self._route, bytes):
+            self._route = self._source.decode_route(self._route)
+        return self._route
+
+    @property
+    def exchange(self) -> str:
+        """The exchange it was published to; empty for the default exchange."""
+        return self._routed()[0]
+
+    @property
+    def routing_key(self) -> str:
+        """The routing key it was published with; of a requeued copy, the queue's name."""
+        return self._routed()[1]
+
+    @property
+    def headers(self) -> Headers:
+        """The headers; empty where there are none. Raises MessageDecodeError."""
+        headers: Headers | None = self._property("headers")
+        return NO_HEADERS if headers is None else headers
+
+    @property
+    def content_type(self) -> str | None:
+        """MIME type of the body. Raises MessageDecodeError, as all properties do."""
+        value: str | None = self._property("content_type")
+        return value
+
+    @property
+    def content_encoding(self) -> str | None:
+        """MIME encoding of the body."""
+        value: str | None = self._property("content_encoding")
+        return value
+
+    @property
+    def delivery_mode(self) -> int | None:
+        """1: transient, 2: persistent."""
+        value: int | None = self._property("delivery_mode")
+        return value
+
+    @property
+    def priority(self) -> int | None:
+        """0 to 255, the larger the sooner."""
+        value: int | None = self._property("priority")
+        return value
+
+    @property
+    def correlation_id(self) -> str | None:
+        """The request that this message answers."""
+        value: str | None = self._property("correlation_id")
+        return value
+
+    @property
+    def reply_to(self) -> str | None:
+        """Where an answer should go."""
+        value: str | None = self._property("reply_to")
+        return value
+
+    @property
+    def expiration(self) -> float | None:
+        """Time to live in seconds."""
+        value: str | None = self._property("expiration")
+        if value is None:
+            return None
+        if not (value.isascii() and value.isdigit()):
+            raise MessageDecodeError(self, "expiration", f"{value!r} is no number of milliseconds")
+        return int(value) / 1000
+
+    @property
+    def message_id(self) -> str | None:
+        """The publisher's name for this message."""
+        value: str | None = self._property("message_id")
+        return value
+
+    @property
+    def timestamp(self) -> datetime | None:
+        """When it was published, in UTC, to the second, if its publisher said so."""
+        value: datetime | None = self._property("timestamp")
+        return value
+
+    @property
+    def type(self) -> str | None:
+        """The publisher's name for this kind of message."""
+        value: str | None = self._property("type")
+        return value
+
+    @property
+    def user_id(self) -> str | None:
+        """The user who published it, as validated by the broker."""
+        value: str | None = self._property("user_id")
+        return value
+
+    @property
+    def app_id(self) -> str | None:
+        """The application that published it."""
+        value: str | None = self._property("app_id")
+        return value
+
+    @property
+    def retry_count(self) -> int:
+        """How often it has been requeued by this library; 0 where the header holds no count."""
+        return retry_count(self.headers.get(self._source.retry_count_header)) or 0
+
+    @property
+    def delivery_count(self) -> int | None:
+        """How often a quorum queue has delivered it in vain; None where the broker does not count."""
+        value = self.headers.get(DELIVERY_COUNT)
+        return value if isinstance(value, int) else None
+
+    @property
+    def original_exchange(self) -> str:
+        """The exchange of the first publication; it survives requeues."""
+        return self._original(ORIGINAL_EXCHANGE, self.exchange)
+
+    @property
+    def original_routing_key(self) -> str:
+        """The routing key of the first publication; it survives requeues."""
+        return self._original(ORIGINAL_ROUTING_KEY, self.routing_key)
+
+    def _original(self, header: str, otherwise: str) -> str:
+        value = self.headers.get(header)
+        return value if isinstance(value, str) else otherwise
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since its :attr:`timestamp`; None where its publisher gave none."""
+        published = self.timestamp
+        return None if published is None else self._source.now() - published.timestamp()
+
+    def json(self) -> Any:  # noqa: ANN401  -- JSON has no narrower type
+        """The body as JSON.
+
+        Raises:
+            MessageDecodeError: The body is no JSON; the handler may let it pass, and this message
+                alone is dead-lettered.
+        """
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError) as error:
+            raise MessageDecodeError(self, "body", f"no JSON: {error}") from error
+
+
+class Disposition(Enum):
+    """What a broker can be told about one delivery."""
+
+    ACK = "ack"
+    """`basic.ack`: done, forget it."""
+    REJECT = "reject"
+    """`basic.reject(requeue=False)`: dead-letter it as the queue says, else discard it."""
+    REQUEUE = "requeue"
+    """`basic.reject(requeue=True)`: it failed; deliver it again, and count this one."""
+    RETURN = "return"
+    """`basic.nack(requeue=True)`: it was not started; newer brokers do not count this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """One disposition for some deliveries of one session.
+
+    Grouped, because a batch has hundreds of messages and hardly ever more than two dispositions.
+    """
+
+    disposition: Disposition
+    tags: tuple[int, ...]
+
+
+def _milliseconds(expiration: float | timedelta | None) -> str | None:
+    if expiration is None:
+        return None
+    seconds = expiration.total_seconds() if isinstance(expiration, timedelta) else expiration
+    return str(max(0, round(seconds * 1000)))
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """A message to be published.
+
+    Args:
+        body: The payload.
+        exchange: Empty for the default exchange, which routes by queue name.
+        routing_key: At most 255 bytes.
+        mandatory: Whether a message that no queue takes comes back (`Outcome.RETURNED`).
+        headers: At most as large as a frame.
+        delivery_mode: 2, persistent, unless said otherwise.
+        expiration: Time to live in seconds, or a timedelta.
+        timestamp: A naive datetime is taken as UTC.
+    """
+
+    body: bytes
+    exchange: str = field(default="", kw_only=True)
+    routing_key: str = field(default="", kw_only=True)
+    mandatory: bool = field(default=True, kw_only=True)
+    headers: Headers | None = field(default=None, kw_only=True)
+    content_type: str | None = field(default=None, kw_only=True)
+    content_encoding: str | None = field(default=None, kw_only=True)
+    delivery_mode: int | None = field(default=2, kw_only=True)
+    priority: int | None = field(default=None, kw_only=True)
+    correlation_id: str | None = field(default=None, kw_only=True)
+    reply_to: str | None = field(default=None, kw_only=True)
+    expiration: float | timedelta | None = field(default=None, kw_only=True)
+    message_id: str | None = field(default=None, kw_only=True)
+    timestamp: datetime | None = field(default=None, kw_only=True)
+    type: str | None = field(default=None, kw_only=True)
+    user_id: str | None = field(default=None, kw_only=True)
+    app_id: str | None = field(default=None, kw_only=True)
+
+    @property
+    def properties(self) -> Properties:
+        """The properties as they go on the wire."""
+        timestamp = self.timestamp
+        if timestamp is not None and timestamp.tzinfo is None:
+            timestamp = timestamp.replace(tzinfo=UTC)
+        return Properties(
+            content_type=self.content_type,
+            content_encoding=self.content_encoding,
+            headers=self.headers,
+            delivery_mode=self.delivery_mode,
+            priority=self.priority,
+            correlation_id=self.correlation_id,
+            reply_to=self.reply_to,
+            expiration=_milliseconds(self.expiration),
+            message_id=self.message_id,
+            timestamp=timestamp,
+            type=self.type,
+            user_id=self.user_id,
+            app_id=self.app_id,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A delivered message, to be published again with a few headers changed and all else as it was.
+
+    A transport that has the raw properties splices them (absent stays absent, types stay types); any
+    other takes :attr:`properties`. A `user_id` other than the connection's own user is left out by
+    the publisher, since the broker would close the channel over it.
+
+    Attributes:
+        add: Headers to set; each replaces one of the same name.
+        drop: Headers to leave out.
+        keep_expiration: False leaves the `expiration` property out.
+    """
+
+    message: Message
+    exchange: str
+    routing_key: str
+    add: Headers
+    drop: frozenset[str] = frozenset()
+    keep_expiration: bool = True
+    mandatory: bool = True
+
+    @property
+    def body(self) -> bytes:
+        """The original's body."""
+        return self.message.body
+
+    @property
+    def properties(self) -> Properties:
+        """The properties as values, for a transport without raw ones. What is undecodable is left out."""
+        was = self.message.properties
+        headers = {key: value for key, value in (was.headers or {}).items() if key not in self.drop}
+        return Properties(
+            content_type=was.content_type,
+            content_encoding=was.content_encoding,
+            headers={**headers, **self.add},
+            delivery_mode=was.delivery_mode,
+            priority=was.priority,
+            correlation_id=was.correlation_id,
+            reply_to=was.reply_to,
+            expiration=was.expiration if self.keep_expiration else None,
+            message_id=was.message_id,
+            timestamp=was.timestamp,
+            type=was.type,
+            user_id=was.user_id,
+            app_id=was.app_id,
+            cluster_id=was.cluster_id,
+        )
+
+
+Outgoing: TypeAlias = Publication | Copy
+"""What a publisher is handed."""
+
+
+class Outcome(Enum):
+    """What became of one publication."""
+
+    CONFIRMED = "confirmed"
+    """The broker has taken responsibility for it, in at least one queue if it was mandatory."""
+    RETURNED = "returned"
+    """No queue is bound for it."""
+    REFUSED = "refused"
+    """The broker said no: a full queue with `reject-publish`, a missing exchange."""
+    UNKNOWN = "unknown"
+    """Nothing was heard in time, or the connection was lost: it may or may not be stored."""

@@ -1,0 +1,187 @@
+"""Which answer belongs to which message?
+
+The i-th yield is the i-th message's, or a handler that works out of order yields `(message, result)`;
+a batch sees one form or the other. What was validly decided before a mistake stays decided, and a
+result that is missing is never an ACK.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+from aio_pika_batch.core.message import Message
+from aio_pika_batch.errors import ResultError
+
+
+class MessageResult(Enum):
+    """What shall become of a message."""
+
+    ACK = "ack"
+    """Done: remove it from the queue."""
+    NACK = "nack"
+    """Bad: dead-letter it, do not try again."""
+    REQUEUE = "requeue"
+    """Failed for now: try again at the back of the queue, `max_requeue_attempts` times at most."""
+    REQUEUE_IMMEDIATE = "requeue_immediate"
+    """Try again from the front of the queue, counted by nobody but (newer) brokers themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nack:
+    """`MessageResult.NACK`, and why.
+
+    Args:
+        reason: Goes into the header `x-dead-letter-detail` of the dead letter.
+    """
+
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Requeue:
+    """`MessageResult.REQUEUE`, and why.
+
+    Args:
+        reason: Goes into the header `x-dead-letter-detail`, should this have been the last attempt.
+    """
+
+    reason: str | None = None
+
+
+Result: TypeAlias = MessageResult | Nack | Requeue
+"""What a handler may yield for a message."""
+
+
+class Cause(Enum):
+    """Who decided a result."""
+
+    HANDLER = "handler"
+    """The handler yielded it."""
+    EXCEPTION = "exception"
+    """The handler raised before it decided this one."""
+    TIMEOUT = "timeout"
+    """The handler ran into `process_timeout`."""
+    MISSING = "missing"
+    """The handler ended without deciding this one."""
+    INVALID = "invalid"
+    """The handler yielded something that is no answer."""
+    UNDECODABLE = "undecodable"
+    """The message itself cannot be decoded."""
+    SHUTDOWN = "shutdown"
+    """A shutdown ran out of time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A message and what was decided about it.
+
+    Attributes:
+        error: The exception behind the decision, if there was one.
+    """
+
+    message: Message
+    result: Result
+    cause: Cause = Cause.HANDLER
+    error: BaseException | None = None
+
+
+ExceptionResults: TypeAlias = Mapping[type[Exception], MessageResult]
+
+
+def result_for(error: BaseException, table: ExceptionResults) -> MessageResult | None:
+    """Look an exception up by its class, the most specific class first.
+
+    Returns:
+        None where neither its class nor a base class of it is listed.
+    """
+    for cls in type(error).__mro__:
+        if cls in table:
+            return table[cls]
+    return None
+
+
+class ResultCollector:
+    """Takes what a handler yields for one batch, and refuses what is no answer to it."""
+
+    __slots__ = ("_by_position", "_index", "_pairs", "messages")
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        self.messages = messages
+        self._by_position: list[Result] = []
+        self._pairs: dict[int, Result] = {}
+        self._index: dict[int, int] | None = None
+
+    def accept(self, item: object) -> None:
+        """Take the next yield.
+
+        Raises:
+            ResultError: It is no result, one too many, for a foreign message or for the same
+                message again, or it mixes the two forms. Nothing decided before is changed.
+        """
+        match item:
+            case MessageResult() | Nack() | Requeue():
+                self._accept_next(item)
+            case (Message() as message, MessageResult() | Nack() | Requeue() as result):
+                self._accept_pair(message, result)
+            case _:
+                msg = (
+                    f"{_named(item)} is no result: yield a MessageResult, Nack(…) or Requeue(…) for each"
+                    " message in turn, or (message, result)"
+                )
+                raise ResultError(msg)
+
+    def _accept_next(self, result: Result) -> None:
+        if self._pairs:
+            msg = (
+                f"{result!r} came without its message after (message, result):"
+                " the two forms do not mix in one batch"
+            )
+            raise ResultError(msg)
+        if len(self._by_position) == len(self.messages):
+            count = len(self.messages)
+            msg = f"result {count + 1}, {result!r}, for a batch of {count}: yield one for each message"
+            raise ResultError(msg)
+        self._by_position.append(result)
+
+    def _accept_pair(self, message: Message, result: Result) -> None:
+        if self._by_position:
+            msg = (
+                f"({message!r}, {result!r}) came after a result without its message:"
+                " the two forms do not mix in one batch"
+            )
+            raise ResultError(msg)
+        if self._index is None:
+            self._index = {id(each): at for at, each in enumerate(self.messages)}
+        at = self._index.get(id(message))
+        if at is None:
+            msg = f"{message!r} is not in this batch: yield results for the messages you were given"
+            raise ResultError(msg)
+        if at in self._pairs:
+            msg = f"a second result, {result!r}, for {message!r}: the first, {self._pairs[at]!r}, stays"
+            raise ResultError(msg)
+        self._pairs[at] = result
+
+    @property
+    def count(self) -> int:
+        """How many messages are decided."""
+        return len(self._by_position) or len(self._pairs)
+
+    def decided(self) -> list[tuple[Message, Result]]:
+        """The messages with a result, in the order of the batch."""
+        if self._pairs:
+            return [(self.messages[at], self._pairs[at]) for at in sorted(self._pairs)]
+        return list(zip(self.messages, self._by_position, strict=False))
+
+    def undecided(self) -> list[Message]:
+        """The messages without one, in the order of the batch."""
+        if self._pairs:
+            return [each for at, each in enumerate(self.messages) if at not in self._pairs]
+        return list(self.messages[len(self._by_position) :])
+
+
+def _named(item: object) -> str:
+    text = repr(item)
+    return text if len(text) <= 100 else f"{text[:100]}…"  # noqa: PLR2004  -- fits a log line

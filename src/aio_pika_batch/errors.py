@@ -1,0 +1,75 @@
+"""Whose fault is it? The first thing that the type of an error says.
+
+The whole family, on one screen. Nothing is imported here, so that everything may import it.
+"""
+
+
+class AioPikaBatchError(Exception):
+    """Every error that this library raises on purpose."""
+
+
+class ConfigurationError(AioPikaBatchError, ValueError):
+    """What you configured cannot work; raised at construction, never at three in the morning."""
+
+
+class TransportError(AioPikaBatchError):
+    """Something between the consumer and its broker; the subclasses say who ended it."""
+
+
+class BrokerUnavailable(TransportError):  # noqa: N818  -- a state of the world, as `SessionLost`
+    """Nobody answered, or the answer was cut off: worth another attempt."""
+
+
+class AccessRefused(TransportError):  # noqa: N818
+    """The broker answered and said no: user, password, virtual host or permission."""
+
+
+class TopologyError(TransportError):
+    """A queue, exchange or binding on the broker is not the declared one.
+
+    The text holds the broker's own words and what to do about them.
+    """
+
+
+class SessionLost(TransportError):  # noqa: N818
+    """The world ended the session; whatever was unsettled will be delivered again."""
+
+
+class SessionClosed(TransportError):  # noqa: N818
+    """You ended the session, and used it afterwards."""
+
+
+class SettlementError(TransportError):
+    """A delivery tag was settled twice, or in a session that never delivered it."""
+
+
+class PublishError(TransportError):
+    """The broker did not confirm a message: it was returned, refused, or nothing was heard of it."""
+
+
+class MessageDecodeError(AioPikaBatchError, ValueError):
+    """One message's body or property is not what its reader expected.
+
+    Leaving the handler, it dead-letters that message alone.
+
+    Attributes:
+        message: The message (:class:`~aio_pika_batch.Message`) that cannot be decoded.
+        field: `"body"`, or the name of the property.
+    """
+
+    def __init__(self, message: object, field: str, why: str) -> None:
+        super().__init__(f"{field} of {message!r} cannot be decoded: {why}")
+        self.message = message
+        self.field = field
+
+
+class ResultError(AioPikaBatchError, ValueError):
+    """A handler yielded what is no answer to its batch: too much, twice, unknown or foreign."""
+
+
+class HandlerTimeout(AioPikaBatchError, TimeoutError):  # noqa: N818  -- named after what happened
+    """A handler ran for longer than `process_timeout` seconds and was cancelled."""
+
+
+class DrainIncomplete(AioPikaBatchError):  # noqa: N818
+    """A shutdown ended before its work did: what was cut off will be delivered again."""

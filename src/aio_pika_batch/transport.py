@@ -1,0 +1,169 @@
+"""The port: all that this library asks of a broker.
+
+Messages travel in chunks, one await for each network read, never one for each message. What a session
+hands out, only that session can settle. A transport is found by the scheme of its URL, or passed in
+as an object; `docs/architecture.md` tells how to write one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from aio_pika_batch.core.message import (
+    NO_HEADERS,
+    Headers,
+    Message,
+    Outcome,
+    Outgoing,
+    Settlement,
+)
+from aio_pika_batch.core.topology import Topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """How to reach a broker.
+
+    Attributes:
+        url: One URL, or several, comma-separated; each may name several hosts.
+        connect_timeout: Seconds for one attempt to connect, log in and open a channel.
+        heartbeat: Seconds between signs of life; a peer silent for three of them is dead.
+        publish_timeout: Seconds to wait for the confirmation of a publication.
+        connection_name: How the broker's management shows the connection.
+    """
+
+    url: str = field(repr=False)
+    connect_timeout: float = 10.0
+    heartbeat: int = 30
+    publish_timeout: float = 10.0
+    connection_name: str = "aio-pika-batch"
+    ssl_cafile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subscription:
+    """What a session consumes, and how.
+
+    Attributes:
+        prefetch: The most unsettled messages at a time; 0 means no limit.
+        arguments: For `basic.consume`, such as `x-priority`.
+        exclusive: Whether to be the queue's only consumer.
+        consumer_tag: Unique in its channel; at most 255 bytes.
+        retry_count_header: The header that `Message.retry_count` reads.
+    """
+
+    queue: str
+    prefetch: int
+    consumer_tag: str
+    arguments: Headers = field(default=NO_HEADERS)
+    exclusive: bool = False
+    retry_count_header: str = "x-retry-count"
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """The broker library's own objects, for what the port does not cover.
+
+    Attributes:
+        channel: A channel apart from the consuming one, for declarations and publishes.
+        queue: The consumed queue, on that channel.
+    """
+
+    channel: Any
+    queue: Any
+
+
+class Session(Protocol):
+    """One connection, one channel, one epoch of delivery tags."""
+
+    def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
+        """Chunks of messages in the order of their tags; iterated once.
+
+        It ends after `cancel`, when everything that was delivered before has been handed out, and
+        raises SessionLost when the world ends the session.
+        """
+        ...
+
+    async def cancel(self) -> None:
+        """Ask for no more messages; returns once the broker has confirmed. Idempotent.
+
+        Raises:
+            SessionLost: It was lost meanwhile.
+        """
+        ...
+
+    async def settle(self, settlements: Sequence[Settlement]) -> None:
+        """Tell the broker what became of some messages, all or nothing.
+
+        It returns when the frames are on their way; a broker does not confirm them.
+
+        Raises:
+            SettlementError: A tag is settled already or was never delivered; nothing was sent.
+            SessionLost: The world ended the session; nothing was sent, or nothing of it counts.
+            SessionClosed: The session is over.
+        """
+        ...
+
+
+@runtime_checkable
+class NativeSession(Protocol):
+    """A session that can also hand out its broker library's own objects."""
+
+    async def native(self) -> Native:
+        """Open (once) a channel for the user, apart from the consuming one."""
+        ...
+
+
+class Publisher(Protocol):
+    """One connection for confirmed publishing, apart from every session's."""
+
+    async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
+        """Publish, pipelined, and wait for the broker's word on each.
+
+        A :class:`~aio_pika_batch.core.message.Copy` keeps its original's properties; of its `user_id`
+        only the connection's own is kept.
+
+        Returns:
+            An outcome for each, in order. A lost connection makes `Outcome.UNKNOWN` of whatever was
+            not confirmed, and so does silence for `publish_timeout`; nothing is raised for either.
+        """
+        ...
+
+    @property
+    def is_open(self) -> bool:
+        """Whether another `publish` may succeed; once False, it stays False."""
+        ...
+
+
+class Transport(Protocol):
+    """A broker, to be reached."""
+
+    async def declare(self, topology: Topology) -> None:
+        """Declare and check, on channels of its own.
+
+        Raises:
+            TopologyError: The broker has it otherwise, or not at all, or does not allow it.
+            AccessRefused: The broker does not let us in.
+            BrokerUnavailable: There is no broker (yet).
+        """
+        ...
+
+    def session(self, subscription: Subscription) -> AbstractAsyncContextManager[Session]:
+        """Open a connection and consume; leaving the context closes both.
+
+        Entering raises what `declare` raises. Whatever is unsettled on leaving goes back to the queue.
+        """
+        ...
+
+    def publisher(self) -> AbstractAsyncContextManager[Publisher]:
+        """Open a connection for publishing; leaving the context closes it. Entering raises as above."""
+        ...
+
+
+TransportFactory: TypeAlias = Callable[[Endpoint], Transport]
+"""What an entry point of the group `aio_pika_batch.transports` names, under a URL scheme."""
