@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from aio_pika_batch.core.message import (
-    NO_HEADERS,
     Headers,
     Message,
     Outcome,
@@ -60,7 +59,7 @@ class Subscription:
     queue: str
     prefetch: int
     consumer_tag: str
-    arguments: Headers = field(default=NO_HEADERS)
+    arguments: Headers = field(default_factory=dict)
     exclusive: bool = False
     retry_count_header: str = "x-retry-count"
 

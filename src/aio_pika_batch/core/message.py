@@ -58,7 +58,7 @@ class Properties:
     user_id: str | None = None
     app_id: str | None = None
     cluster_id: str | None = None
-    undecodable: Mapping[str, str] = MappingProxyType({})
+    undecodable: Mapping[str, str] = field(default_factory=dict)
 
 
 class Source(Protocol):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from aio_pika_batch.core.message import NO_HEADERS, FieldValue, Headers
 from aio_pika_batch.core.routing import DeadLetterTarget
 
 QUEUE_TYPE = "x-queue-type"
@@ -32,7 +31,7 @@ class Exchange:
     type: str = "direct"
     durable: bool = True
     auto_delete: bool = False
-    arguments: Headers = field(default=NO_HEADERS)
+    arguments: Headers = field(default_factory=dict)
     existing_first: bool = False
     check_only: bool = False
 
@@ -45,7 +44,7 @@ class Queue:
     durable: bool = True
     exclusive: bool = False
     auto_delete: bool = False
-    arguments: Headers = field(default=NO_HEADERS)
+    arguments: Headers = field(default_factory=dict)
     existing_first: bool = False
     check_only: bool = False
 
@@ -57,7 +56,7 @@ class Binding:
     queue: str
     exchange: str
     routing_key: str = ""
-    arguments: Headers = field(default=NO_HEADERS)
+    arguments: Headers = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
