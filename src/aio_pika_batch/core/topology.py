@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from aio_pika_batch.core.message import FieldValue, Headers
 from aio_pika_batch.core.routing import DeadLetterTarget
 
 QUEUE_TYPE = "x-queue-type"
@@ -170,6 +171,26 @@ def derive(wanted: Wanted) -> Topology:
             for key in _routing_keys(wanted)
         )
     return Topology(tuple(exchanges), tuple(queues), tuple(bindings))
+
+
+def split_exclusive(topology: Topology) -> tuple[Topology, Topology]:
+    """Separate what any connection may declare from what a session declares for itself.
+
+    Returns:
+        The shared part; and the exclusive queues with their bindings.
+    """
+    exclusive = {queue.name for queue in topology.queues if queue.exclusive}
+    shared = Topology(
+        topology.exchanges,
+        tuple(queue for queue in topology.queues if queue.name not in exclusive),
+        tuple(each for each in topology.bindings if each.queue not in exclusive),
+    )
+    own = Topology(
+        (),
+        tuple(queue for queue in topology.queues if queue.name in exclusive),
+        tuple(each for each in topology.bindings if each.queue in exclusive),
+    )
+    return shared, own
 
 
 def _routing_keys(wanted: Wanted) -> tuple[str, ...]:
