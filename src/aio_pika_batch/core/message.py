@@ -437,10 +437,11 @@ class Copy:
         """The properties as values, for a transport without raw ones. What is undecodable is left out."""
         was = self.message.properties
         headers = {key: value for key, value in (was.headers or {}).items() if key not in self.drop}
+        headers.update(self.add)
         return Properties(
             content_type=was.content_type,
             content_encoding=was.content_encoding,
-            headers={**headers, **self.add},
+            headers=headers if headers or was.headers is not None else None,
             delivery_mode=was.delivery_mode,
             priority=was.priority,
             correlation_id=was.correlation_id,
