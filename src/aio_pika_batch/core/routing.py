@@ -165,14 +165,22 @@ class Router:
         )
 
     def _origin(self, message: Message, now: datetime) -> dict[str, FieldValue]:
-        """What would be forgotten by the first republication; what is there already stays."""
+        """What would be forgotten by the first republication; what is there already stays.
+
+        A value that no reader would take for one, say a number where a routing key should be, is
+        none: it would hide what it stands in for.
+        """
         headers = message.properties.headers or {}
         origin: dict[str, FieldValue] = {
             ORIGINAL_EXCHANGE: message.exchange,
             ORIGINAL_ROUTING_KEY: message.routing_key,
             FIRST_FAILED_AT: now,
         }
-        return {name: value for name, value in origin.items() if name not in headers}
+        return {
+            name: value
+            for name, value in origin.items()
+            if not isinstance(headers.get(name), type(value))
+        }
 
     def _dead_letter(
         self, verdict: Verdict, reason: DeadLetterReason, now: datetime
