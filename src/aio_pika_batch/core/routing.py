@@ -41,6 +41,9 @@ EXCEPTION_MESSAGE_LIMIT = 1024
 DROPPED = frozenset({"CC", "BCC", DELIVERY_COUNT, "x-acquired-count"})
 """Headers that a copy must not repeat: CC and BCC would send it to further queues, counts are the broker's."""
 
+REWRITTEN = frozenset({DETAIL, EXCEPTION_TYPE, EXCEPTION_MESSAGE})
+"""Headers of an earlier death: a dead letter that came back must not die of its old cause again."""
+
 
 class CopyKind(Enum):
     """What a copy is for."""
@@ -205,9 +208,8 @@ class Router:
             add[self.retry.header] = message.retry_count
         if properties.expiration is not None:
             add[ORIGINAL_EXPIRATION] = properties.expiration
-        copy = Copy(
-            message, target.exchange, routing_key, add, self.drop, keep_expiration=False
-        )
+        drop = self.drop | REWRITTEN
+        copy = Copy(message, target.exchange, routing_key, add, drop, keep_expiration=False)
         return Republication(verdict, copy, CopyKind.DEAD_LETTER, reason)
 
     def _why(self, verdict: Verdict) -> dict[str, FieldValue]:
