@@ -93,22 +93,30 @@ class Wanted:
 
 def effective_queue_type(wanted: Wanted) -> str | None:
     """The queue type that will be asked for; None leaves it to the virtual host's default."""
-    stated = wanted.queue_type or wanted.queue_arguments.get(QUEUE_TYPE)
-    return stated if isinstance(stated, str) else None
+    return wanted.queue_type or _stated(wanted, QUEUE_TYPE)
 
 
 def dead_letter_target(wanted: Wanted) -> DeadLetterTarget | None:
     """Where this library publishes dead letters to; None if nobody has named an exchange."""
-    if wanted.dead_letter_exchange is not None:
-        return DeadLetterTarget(wanted.dead_letter_exchange, wanted.dead_letter_routing_key)
-    named = wanted.queue_arguments.get(DEAD_LETTER_EXCHANGE)
-    if isinstance(named, str):
-        stated = wanted.queue_arguments.get(DEAD_LETTER_ROUTING_KEY)
-        routing_key = wanted.dead_letter_routing_key or (stated if isinstance(stated, str) else None)
-        return DeadLetterTarget(named, routing_key)
-    if wanted.dead_letter_queue is not None:
-        return DeadLetterTarget(f"{wanted.queue_name}.dlx", wanted.dead_letter_routing_key)
-    return None
+    exchange, routing_key = wanted.dead_letter_exchange, wanted.dead_letter_routing_key
+    if exchange is None:
+        exchange = _stated(wanted, DEAD_LETTER_EXCHANGE)
+        if exchange is not None and routing_key is None:
+            routing_key = _stated(wanted, DEAD_LETTER_ROUTING_KEY)
+    if exchange is None and wanted.dead_letter_queue is not None:
+        exchange = f"{wanted.queue_name}.dlx"
+    if exchange is None:
+        return None
+    if not exchange and routing_key is None:
+        # The default exchange routes by the name of a queue: an original key misses this one, and
+        # may even lead back to the queue that the message comes from.
+        routing_key = wanted.dead_letter_queue
+    return DeadLetterTarget(exchange, routing_key)
+
+
+def _stated(wanted: Wanted, name: str) -> str | None:
+    value = wanted.queue_arguments.get(name)
+    return value if isinstance(value, str) else None
 
 
 def derive(wanted: Wanted) -> Topology:
