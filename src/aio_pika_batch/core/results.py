@@ -183,5 +183,8 @@ class ResultCollector:
 
 
 def _named(item: object) -> str:
-    text = repr(item)
+    try:
+        text = repr(item)
+    except Exception as broken:  # noqa: BLE001  -- somebody else's __repr__
+        text = f"something of {type(item)} (its text cannot be had: {type(broken).__name__})"
     return text if len(text) <= 100 else f"{text[:100]}…"  # noqa: PLR2004  -- fits a log line
