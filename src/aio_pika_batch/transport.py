@@ -54,6 +54,8 @@ class Subscription:
         exclusive: Whether to be the queue's only consumer.
         consumer_tag: Unique in its channel; at most 255 bytes.
         retry_count_header: The header that `Message.retry_count` reads.
+        own: Declared on the session's own connection before it consumes: an exclusive queue lives
+            and dies with the connection that declared it.
     """
 
     queue: str
@@ -62,6 +64,7 @@ class Subscription:
     arguments: Headers = field(default_factory=dict)
     exclusive: bool = False
     retry_count_header: str = "x-retry-count"
+    own: Topology = field(default_factory=Topology)
 
 
 @dataclass(frozen=True, slots=True)

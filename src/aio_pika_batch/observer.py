@@ -1,0 +1,198 @@
+"""What may be seen, and never changed.
+
+An observer is told what happened, as values. It cannot slow, change or break the flow: what it raises
+is caught, logged once and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aio_pika_batch.core.batcher import Trigger
+from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.results import Cause, Result
+from aio_pika_batch.core.retry import DeadLetterReason
+from aio_pika_batch.logs import KeywordLogger
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who tells.
+
+    Attributes:
+        consumer: The consumer's class name.
+        worker: Its index, from 0.
+    """
+
+    consumer: str
+    queue: str
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchCut:
+    """A batch goes to the handler.
+
+    Attributes:
+        waited: Seconds since its first message arrived.
+    """
+
+    messages: Sequence[Message]
+    trigger: Trigger
+    waited: float
+
+
+@dataclass(frozen=True, slots=True)
+class BatchHandled:
+    """The handler is done with a batch.
+
+    Attributes:
+        seconds: How long it took.
+        error: What it raised, or what was wrong with its results; None if nothing.
+    """
+
+    messages: Sequence[Message]
+    seconds: float
+    error: BaseException | None
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The broker has been told what became of these.
+
+    Attributes:
+        counts: How many messages, per result and cause; `None` for those returned unhandled.
+    """
+
+    counts: Mapping[tuple[Result | None, Cause], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Requeued:
+    """The broker has confirmed a copy for another attempt; `retry_count` is the copy's."""
+
+    message: Message
+    retry_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLettered:
+    """The broker has confirmed a dead letter."""
+
+    message: Message
+    reason: DeadLetterReason
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A worker consumes; `epoch` counts its sessions, from 1."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A worker's session, or its attempt at one, is over for a reason outside."""
+
+    epoch: int
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class StaleResults:
+    """Results came for a session that is gone: the broker delivers these messages again."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerError:
+    """A handler raised, or yielded what is no answer."""
+
+    messages: Sequence[Message]
+    error: BaseException
+
+
+class Observer:
+    """Base of all observers: every method does nothing, override what you want to see.
+
+    Methods are called on the event loop, between two steps of the flow: do not block.
+    """
+
+    def batch_cut(self, origin: Origin, event: BatchCut) -> None:
+        """A batch goes to the handler."""
+
+    def batch_handled(self, origin: Origin, event: BatchHandled) -> None:
+        """The handler is done with a batch."""
+
+    def settled(self, origin: Origin, event: Settled) -> None:
+        """The broker has been told."""
+
+    def requeued(self, origin: Origin, event: Requeued) -> None:
+        """A copy is confirmed."""
+
+    def dead_lettered(self, origin: Origin, event: DeadLettered) -> None:
+        """A dead letter is confirmed."""
+
+    def connected(self, origin: Origin, event: Connected) -> None:
+        """A worker consumes."""
+
+    def lost(self, origin: Origin, event: Lost) -> None:
+        """A worker's session is over for a reason outside."""
+
+    def stale_results(self, origin: Origin, event: StaleResults) -> None:
+        """Results came too late."""
+
+    def handler_error(self, origin: Origin, event: HandlerError) -> None:
+        """A handler failed."""
+
+
+_METHODS: Mapping[type, Callable[[Observer], Callable[[Origin, Any], None]]] = {
+    BatchCut: lambda observer: observer.batch_cut,
+    BatchHandled: lambda observer: observer.batch_handled,
+    Settled: lambda observer: observer.settled,
+    Requeued: lambda observer: observer.requeued,
+    DeadLettered: lambda observer: observer.dead_lettered,
+    Connected: lambda observer: observer.connected,
+    Lost: lambda observer: observer.lost,
+    StaleResults: lambda observer: observer.stale_results,
+    HandlerError: lambda observer: observer.handler_error,
+}
+
+
+class Observers:
+    """All observers of one worker, behind a wall.
+
+    Attributes:
+        errors: How many exceptions they have raised.
+    """
+
+    __slots__ = ("_complained", "_log", "_observers", "_origin", "errors")
+
+    def __init__(self, observers: Sequence[Observer], origin: Origin, log: KeywordLogger) -> None:
+        self._observers = tuple(observers)
+        self._origin = origin
+        self._log = log
+        self._complained: set[int] = set()
+        self.errors = 0
+
+    def __bool__(self) -> bool:
+        """Whether anybody looks; events need not be made for nobody."""
+        return bool(self._observers)
+
+    def tell(self, event: object) -> None:
+        """Tell everybody."""
+        for observer in self._observers:
+            try:
+                _METHODS[type(event)](observer)(self._origin, event)
+            except Exception:  # noqa: BLE001  -- somebody else's code, which must not stop ours
+                self.errors += 1
+                if id(observer) not in self._complained:
+                    self._complained.add(id(observer))
+                    self._log.exception(
+                        "an observer failed; its further failures are only counted",
+                        observer=type(observer).__name__,
+                        told=type(event).__name__,
+                    )

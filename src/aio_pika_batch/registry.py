@@ -1,0 +1,62 @@
+"""Which transport serves a URL?
+
+Found by the scheme: those that come along, by name only, so that nothing is imported before it is
+wanted; others by the entry-point group `aio_pika_batch.transports`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, cast
+
+from aio_pika_batch.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from aio_pika_batch.transport import Endpoint, Transport, TransportFactory
+
+GROUP = "aio_pika_batch.transports"
+
+_AIO_PIKA = "aio_pika_batch.adapters.aio_pika:open_transport"
+_BUILT_IN = {
+    "amqp": _AIO_PIKA,
+    "amqps": _AIO_PIKA,
+    "memory": "aio_pika_batch.adapters.memory:open_transport",
+}
+
+
+def scheme_of(url: str) -> str:
+    """The scheme of a URL, in lower case; empty if it has none."""
+    scheme, found, _ = url.partition("://")
+    return scheme.strip().lower() if found else ""
+
+
+def known_schemes() -> list[str]:
+    """Every scheme that some transport serves, sorted."""
+    return sorted({*_BUILT_IN, *entry_points(group=GROUP).names})
+
+
+def open_transport(endpoint: Endpoint) -> Transport:
+    """Make the transport that serves an endpoint.
+
+    Raises:
+        ConfigurationError: No transport serves its scheme, or the one that does cannot be imported.
+    """
+    scheme = scheme_of(endpoint.url)
+    try:
+        factory = cast("TransportFactory", _entry_point(scheme).load())
+    except ImportError as error:
+        msg = (
+            f"url: the transport for {scheme}:// cannot be imported ({error});"
+            " install the package that it needs, or use another scheme"
+        )
+        raise ConfigurationError(msg) from error
+    return factory(endpoint)
+
+
+def _entry_point(scheme: str) -> EntryPoint:
+    if scheme in _BUILT_IN:
+        return EntryPoint(scheme, _BUILT_IN[scheme], GROUP)
+    for entry_point in entry_points(group=GROUP, name=scheme):
+        return entry_point
+    msg = f"url: no transport serves {scheme}://; known are {', '.join(known_schemes())}"
+    raise ConfigurationError(msg)

@@ -1,0 +1,387 @@
+"""What can be configured, and what makes no sense.
+
+Values come from code, then the environment, then `.env`; the prefix is `AIO_PIKA_BATCH_` unless a
+subclass sets another by `model_config`. Nonsense is refused at construction, with the field's name and
+what is allowed. No password is ever shown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from enum import Enum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from aio_pika_batch.core.message import FieldValue
+from aio_pika_batch.core.results import MessageResult
+from aio_pika_batch.core.topology import QUEUE_TYPE, Wanted
+from aio_pika_batch.errors import ConfigurationError
+from aio_pika_batch.registry import known_schemes, scheme_of
+
+MAX_PREFETCH = 65535
+"""The prefetch count is an unsigned 16-bit number (AMQP 0-9-1, basic.qos)."""
+
+DEFAULT_PREFETCH = 10
+DEFAULT_STUCK_AFTER = 15 * 60.0
+
+_EXCHANGE_TYPES = ("direct", "fanout", "topic", "headers")
+
+
+def mask_url(url: str) -> str:
+    """Replace every password in a URL, or in several comma-separated ones, by `***`."""
+    return ",".join(_mask_one(each) for each in re.split(r",(?=\s*[\w+.-]+://)", url))
+
+
+def _mask_one(url: str) -> str:
+    scheme, found, rest = url.partition("://")
+    if not found or "@" not in rest:
+        return url
+    # Up to the last @: a password with a stray @ or / in it is no valid URL, and still a password.
+    credentials, _, address = rest.rpartition("@")
+    user, secret, _ = credentials.partition(":")
+    return f"{scheme}://{user}{':***' if secret else ''}@{address}"
+
+
+def _plain_value(value: object) -> object:
+    """Let `aio_pika.ExchangeType.FANOUT` stand for `"fanout"`."""
+    return value.value if isinstance(value, Enum) else value
+
+
+def _result_by_name(value: object) -> object:
+    """Let the environment say `REQUEUE` or `requeue`."""
+    if isinstance(value, str):
+        try:
+            return MessageResult[value.strip().upper()]
+        except KeyError:
+            names = ", ".join(result.name for result in MessageResult)
+            msg = f"{value!r} is no MessageResult: use one of {names}"
+            raise ValueError(msg) from None
+    return value
+
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Arguments = dict[str, Any] | None
+
+
+class ConsumerSettings(BaseSettings):
+    """Settings of a :class:`~aio_pika_batch.Consumer`, and the base of those for batches.
+
+    Times are in seconds.
+
+    Raises:
+        ConfigurationError: A value makes no sense, or a name is unknown.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="AIO_PIKA_BATCH_",
+        env_file=".env",
+        # Other programs' variables stand in the same environment; in code, a wrong name is refused.
+        extra="ignore",
+        hide_input_in_errors=True,
+        validate_default=True,
+    )
+
+    url: str = Field(
+        default="amqp://guest:guest@localhost:5672/",
+        repr=False,
+        description="Broker: `amqp://user:password@host1:5672,host2:5672/vhost` (several hosts are"
+        " tried in random order; several whole URLs may be given, comma-separated), `amqps://…`,"
+        " `memory://name`, or another registered scheme.",
+    )
+    queue_name: str = Field(min_length=1, max_length=255, description="Queue to consume from.")
+    exchange_name: str | None = Field(
+        default=None, max_length=255, description="Exchange to declare and to bind the queue to."
+    )
+    exchange_type: Annotated[str, BeforeValidator(_plain_value)] = Field(
+        default="direct",
+        description="`direct`, `fanout`, `topic`, `headers`, or a plugin's `x-…`.",
+    )
+    routing_key: str | list[str] | None = Field(
+        default=None, description="One or several binding keys; none: the queue's name."
+    )
+    binding_arguments: Arguments = Field(
+        default=None, description="Arguments of the binding, as a headers exchange matches them."
+    )
+    prefetch_count: int = Field(
+        default=DEFAULT_PREFETCH,
+        ge=0,
+        le=MAX_PREFETCH,
+        description="Unsettled messages per worker; 0: no limit. Left unset, what is used is"
+        " `max(10, batch_size × (concurrency + 1))`, see `effective_prefetch`.",
+    )
+    num_workers: Count = Field(
+        default=1,
+        description="Independent consumers on the same queue, each with a connection of its own.",
+    )
+    concurrency: Count = Field(
+        default=1, description="Handlers that run at once, per worker."
+    )
+    max_requeue_attempts: int = Field(
+        default=3,
+        ge=0,
+        description="Retries by REQUEUE before a message is dead-lettered; spent within milliseconds"
+        " on an idle queue.",
+    )
+    unhandled_exception_action: Annotated[MessageResult, BeforeValidator(_result_by_name)] = Field(
+        default=MessageResult.REQUEUE,
+        description="What becomes of messages that a handler left undecided: by an exception, by"
+        " ending early, by `process_timeout`. Not ACK.",
+    )
+    process_timeout: Seconds | None = Field(
+        default=None, description="How long a handler may take for a batch; none: no limit."
+    )
+    retry_count_header: str = Field(
+        default="x-retry-count", min_length=1, max_length=255, description="Counts the retries."
+    )
+    requeue_hold: Seconds = Field(
+        default=30.0,
+        description="How long an original is held while its copy is not confirmed.",
+    )
+    queue_durable: bool = Field(default=True, description="The queue survives broker restarts.")
+    queue_exclusive: bool = Field(
+        default=False, description="The queue belongs to one connection and goes with it."
+    )
+    queue_auto_delete: bool = Field(
+        default=False, description="The queue goes with its last consumer."
+    )
+    queue_type: Literal["classic", "quorum"] | None = Field(
+        default=None, description="`x-queue-type`; none: the virtual host's default."
+    )
+    queue_arguments: Arguments = Field(
+        default=None, description="Further arguments of the queue: TTL, dead-letter exchange, ….",
+    )
+    exchange_durable: bool = Field(
+        default=True, description="The exchange survives broker restarts."
+    )
+    declare: bool = Field(
+        default=True,
+        description="False: declare nothing, only check that everything is there.",
+    )
+    dead_letter_exchange: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=255,
+        description="Exchange for dead letters; none: what `queue_arguments` names as"
+        " `x-dead-letter-exchange`.",
+    )
+    dead_letter_exchange_type: Annotated[str, BeforeValidator(_plain_value)] = Field(
+        default="fanout", description="Its type, where it is declared."
+    )
+    dead_letter_routing_key: str | None = Field(
+        default=None,
+        max_length=255,
+        description="Routing key of dead letters; none: the original one.",
+    )
+    dead_letter_queue: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=255,
+        description="Queue for dead letters; it, its exchange (`<queue_name>.dlx` if none is named)"
+        " and their binding are declared.",
+    )
+    dead_letter_exception_message: bool = Field(
+        default=True, description="Dead letters carry the exception's text, cut at 1 KiB."
+    )
+    consumer_arguments: Arguments = Field(
+        default=None, description="Arguments of `basic.consume`, such as `x-priority`."
+    )
+    connection_name: str | None = Field(
+        default=None, max_length=255, description="How the broker's management shows connections."
+    )
+    connect_timeout: Seconds = Field(default=10.0, description="For one attempt to connect.")
+    heartbeat: int = Field(
+        default=30,
+        ge=1,
+        le=65535,
+        description="Between signs of life; a peer that misses three is dead.",
+    )
+    publish_timeout: Seconds = Field(
+        default=10.0, description="How long a publication waits for its confirmation."
+    )
+    reconnect_delay: Seconds = Field(
+        default=0.5, description="Longest first pause before reconnecting; doubled each time."
+    )
+    reconnect_delay_max: Seconds = Field(default=30.0, description="Longest pause of all.")
+    shutdown_timeout: Seconds = Field(
+        default=25.0, description="For the whole drain, from the signal to the closed connection."
+    )
+    stuck_after: Seconds | None = Field(
+        default=None,
+        description="A worker that holds a message unsettled for longer is unhealthy; none:"
+        " 2 × `process_timeout`, or 15 min.",
+    )
+    ssl_cafile: str | None = Field(default=None, description="CA certificates, PEM.")
+    ssl_certfile: str | None = Field(default=None, description="Client certificate, PEM.")
+    ssl_keyfile: str | None = Field(default=None, description="Its key, PEM.")
+
+    def __init__(self, **values: Any) -> None:  # noqa: ANN401  -- as BaseSettings has it
+        _refuse_unknown(type(self), values)
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigurationError(_explain(type(self), error)) from None
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Show the URL without its passwords."""
+        yield "url", mask_url(self.url)
+        yield from super().__repr_args__()
+
+    @property
+    def effective_prefetch(self) -> int:
+        """The prefetch count that is used, see `prefetch_count`."""
+        if "prefetch_count" in self.model_fields_set:
+            return self.prefetch_count
+        wanted = self.messages_per_batch * (self.concurrency + 1)
+        return min(MAX_PREFETCH, max(DEFAULT_PREFETCH, wanted))
+
+    @property
+    def messages_per_batch(self) -> int:
+        """How many messages a handler gets at most: one."""
+        return 1
+
+    @property
+    def seconds_per_batch(self) -> float:
+        """How long a handler's messages are collected at most: not at all."""
+        return 0.0
+
+    @property
+    def effective_stuck_after(self) -> float:
+        """The seconds that are used, see `stuck_after`."""
+        if self.stuck_after is not None:
+            return self.stuck_after
+        return DEFAULT_STUCK_AFTER if self.process_timeout is None else 2 * self.process_timeout
+
+    @property
+    def wanted(self) -> Wanted:
+        """What these settings say about queue, exchange and dead letters."""
+        keys = self.routing_key
+        return Wanted(
+            queue_name=self.queue_name,
+            queue_durable=self.queue_durable,
+            queue_exclusive=self.queue_exclusive,
+            queue_auto_delete=self.queue_auto_delete,
+            queue_type=self.queue_type,
+            queue_arguments=_given(self.queue_arguments),
+            exchange_name=self.exchange_name,
+            exchange_type=self.exchange_type,
+            exchange_durable=self.exchange_durable,
+            routing_keys=() if keys is None else (keys,) if isinstance(keys, str) else tuple(keys),
+            binding_arguments=_given(self.binding_arguments),
+            dead_letter_exchange=self.dead_letter_exchange,
+            dead_letter_exchange_type=self.dead_letter_exchange_type,
+            dead_letter_routing_key=self.dead_letter_routing_key,
+            dead_letter_queue=self.dead_letter_queue,
+            declare=self.declare,
+        )
+
+    @field_validator("url")
+    @classmethod
+    def _known_scheme(cls, url: str) -> str:
+        scheme = scheme_of(url)
+        if scheme not in known_schemes():
+            known = ", ".join(f"{each}://" for each in known_schemes())
+            found = f"{scheme}:// is not one of {known}" if scheme else f"it must start with one of {known}"
+            raise ValueError(found)
+        return url
+
+    @field_validator("exchange_type", "dead_letter_exchange_type")
+    @classmethod
+    def _known_exchange_type(cls, value: str) -> str:
+        if value not in _EXCHANGE_TYPES and not value.startswith("x-"):
+            msg = f"{value!r} is none of {', '.join(_EXCHANGE_TYPES)}, and no plugin's x-…"
+            raise ValueError(msg)
+        return value
+
+    @field_validator("unhandled_exception_action")
+    @classmethod
+    def _never_ack(cls, value: MessageResult) -> MessageResult:
+        if value is MessageResult.ACK:
+            msg = (
+                "ACK would remove messages that nobody handled; use REQUEUE, NACK or"
+                " REQUEUE_IMMEDIATE, or map the exceptions that mean success by exception_results"
+            )
+            raise ValueError(msg)
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        stated = _given(self.queue_arguments).get(QUEUE_TYPE)
+        if self.queue_type is not None and stated not in (None, self.queue_type):
+            msg = f"queue_type={self.queue_type!r} contradicts {QUEUE_TYPE}={stated!r} in queue_arguments"
+            raise ValueError(msg)
+        if self.queue_exclusive and self.num_workers > 1:
+            msg = (
+                f"num_workers={self.num_workers} cannot share an exclusive queue, which belongs to one"
+                " connection; use num_workers=1, or concurrency"
+            )
+            raise ValueError(msg)
+        if self.queue_exclusive and not self.declare:
+            msg = "declare=False cannot find an exclusive queue: it goes with the connection that made it"
+            raise ValueError(msg)
+        if self.reconnect_delay > self.reconnect_delay_max:
+            msg = "reconnect_delay must not exceed reconnect_delay_max"
+            raise ValueError(msg)
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            msg = "ssl_keyfile without ssl_certfile: name the certificate that it belongs to"
+            raise ValueError(msg)
+        return self
+
+
+class BatchConsumerSettings(ConsumerSettings):
+    """Settings of a :class:`~aio_pika_batch.BatchConsumer`."""
+
+    batch_size: Count = Field(default=10, description="Most messages in a batch.")
+    batch_timeout: Seconds = Field(
+        default=5.0, description="How long a batch's first message waits for the batch to fill."
+    )
+
+    @property
+    def messages_per_batch(self) -> int:
+        """How many messages a handler gets at most."""
+        return self.batch_size
+
+    @property
+    def seconds_per_batch(self) -> float:
+        """How long a handler's messages are collected at most."""
+        return self.batch_timeout
+
+
+def _given(arguments: Mapping[str, FieldValue] | None) -> Mapping[str, FieldValue]:
+    return {} if arguments is None else arguments
+
+
+def _refuse_unknown(cls: type[ConsumerSettings], values: Mapping[str, object]) -> None:
+    for name in values:
+        # Names with an underscore are pydantic-settings' own, such as `_env_file`.
+        if name in cls.model_fields or name.startswith("_"):
+            continue
+        close = get_close_matches(name, cls.model_fields, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        msg = f"{cls.__name__} has no setting {name!r}{hint}"
+        raise ConfigurationError(msg)
+
+
+def _explain(cls: type[ConsumerSettings], error: ValidationError) -> str:
+    """Say in one line per field what is wrong, without showing what was given for a secret."""
+    prefix = str(cls.model_config.get("env_prefix", ""))
+    lines = []
+    for each in error.errors(include_url=False, include_context=False):
+        field = ".".join(str(part) for part in each["loc"]) or "settings"
+        text = each["msg"].removeprefix("Value error, ")
+        where = field.split(".")[0]
+        said = each["type"] in ("missing", "value_error") or where == "url"
+        given = "" if said else f", not {each['input']!r}"
+        variable = f" (in the environment: {(prefix + where).upper()})" if where in cls.model_fields else ""
+        lines.append(f"{field}: {text}{given}{variable}")
+    return f"{cls.__name__}: " + "\n  ".join(lines)
