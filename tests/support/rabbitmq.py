@@ -83,10 +83,12 @@ class RabbitMQ:
         self.server = server
         self.folder = folder
         self.name = f"{name}@localhost"
+        self.version = "not started"
         self.port = free_port()
         self._shared_epmd = epmd
         self._epmd = epmd or Epmd(_epmd_of(server))
         self._process: subprocess.Popen[bytes] | None = None
+        self._alarmed = False
         self._write_files(conf, plugins, cookie)
         self._environment = self._make_environment()
 
@@ -108,17 +110,19 @@ class RabbitMQ:
                 [str(self.server)], env=self._environment, cwd=self.folder, stdout=log
             )
         deadline = time.monotonic() + _START_TIMEOUT
-        while greeting(LOCALHOST, self.port) is None:
+        while (version := greeting(LOCALHOST, self.port)) is None:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 raise RuntimeError(f"{self.server} did not start:\n{self.log[-4000:]}")
             time.sleep(0.1)
+        self.version = version
 
     def kill(self) -> None:
         """End the node as a power cut would: SIGKILL, nothing flushed, nobody told."""
         if self._process is not None:
             kill_group(self._process)
             self._process = None
+            self._alarmed = False  # a node forgets what it was told at run time
 
     def restart(self) -> None:
         """Kill the node and start it again."""
@@ -158,6 +162,16 @@ class RabbitMQ:
     def set_memory_alarm(self, on: bool) -> None:
         """Raise the memory alarm, under which connections that publish are blocked, or end it."""
         self.rabbitmqctl("set_vm_memory_high_watermark", _ALWAYS_ALARMED if on else _NEVER_ALARMED)
+        self._alarmed = on
+
+    def restore(self) -> None:
+        """Undo what was done to the node: it runs, its time passes, and no alarm is raised."""
+        if self._process is None:
+            self.start()
+            return
+        self.resume()
+        if self._alarmed:
+            self.set_memory_alarm(False)
 
     def close(self) -> None:
         """Kill the node for good. Its folder is left to whoever made it."""
@@ -222,9 +236,7 @@ class RabbitMQ:
             "RABBITMQ_CONF_ENV_FILE": nothing,
             "RABBITMQ_ADVANCED_CONFIG_FILE": nothing,
             "RABBITMQ_CONFIG_FILES": nothing,
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": (
-                "-kernel inet_dist_use_interface {127,0,0,1}"
-            ),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": ("-kernel inet_dist_use_interface {127,0,0,1}"),
             # The script then becomes the Erlang VM instead of waiting for one.
             "RUNNING_UNDER_SYSTEMD": "true",
         }

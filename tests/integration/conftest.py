@@ -1,0 +1,125 @@
+"""
+What does an integration test get? A real RabbitMQ, found or started once for the whole run.
+
+No test is skipped in silence. Where the broker is not ours to kill, those marked ``needs_node`` are
+left out, and the report says so at its head and at its end.
+"""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import aio_pika
+import pytest
+
+from tests.support.find import Broker, NoBrokerError, Way, choose
+from tests.support.proxy import TcpProxy
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from aio_pika.abc import AbstractChannel
+
+    from tests.support.rabbitmq import RabbitMQ
+
+_HERE = Path(__file__).parent
+_WAY = pytest.StashKey[Way | NoBrokerError]()
+_LEFT_OUT = pytest.StashKey[str]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Choose the broker before anything runs, and leave out what it must not be made to suffer."""
+    if not any(item.path.is_relative_to(_HERE) for item in items):
+        return
+    try:
+        way = config.stash[_WAY] = choose()
+    except NoBrokerError as error:
+        config.stash[_WAY] = error
+        return
+    hurting = [item for item in items if item.get_closest_marker("needs_node")]
+    if hurting and not way.has_node:
+        config.hook.pytest_deselected(items=hurting)
+        items[:] = [item for item in items if item not in hurting]
+        config.stash[_LEFT_OUT] = (
+            f"NOT RUN: {len(hurting)} tests marked needs_node, which kill or administer the broker;"
+            f" {way.how} is not theirs to hurt"
+        )
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    """Say at the head of the report what is tested on, and what is not tested."""
+    way = config.stash.get(_WAY, None)
+    lines = [f"broker: {way.how}"] if isinstance(way, Way) else []
+    if _LEFT_OUT in config.stash:
+        lines.append(config.stash[_LEFT_OUT])
+    return lines
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say at its end what was missing: the head has scrolled away by then."""
+    way = config.stash.get(_WAY, None)
+    if isinstance(way, NoBrokerError):
+        terminalreporter.section("no broker", red=True)
+        terminalreporter.write_line(str(way))
+    if _LEFT_OUT in config.stash:
+        terminalreporter.write_line(config.stash[_LEFT_OUT], yellow=True)
+
+
+@pytest.fixture(scope="session")
+def broker(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Broker]:
+    """A RabbitMQ that answers: ``broker.url``, ``broker.version``."""
+    way = pytestconfig.stash[_WAY]
+    if isinstance(way, NoBrokerError):
+        pytest.fail("there is no broker; the end of the report says what to do", pytrace=False)
+    try:
+        with way.take(tmp_path_factory.mktemp("broker")) as found:
+            yield found
+    except NoBrokerError as error:
+        pytest.fail(str(error), pytrace=False)
+
+
+@pytest.fixture
+def amqp_url(broker: Broker) -> str:
+    """The broker's URL."""
+    return broker.url
+
+
+@pytest.fixture
+def rabbitmq(broker: Broker, request: pytest.FixtureRequest) -> Iterator[RabbitMQ]:
+    """
+    The node itself, for tests marked ``needs_node``: they may kill, pause and administer it.
+
+    Afterwards it runs again for the next test, whatever this one did to it.
+    """
+    if request.node.get_closest_marker("needs_node") is None:
+        pytest.fail("a test that asks for rabbitmq must be marked needs_node", pytrace=False)
+    assert broker.node is not None
+    yield broker.node
+    broker.node.restore()
+
+
+@pytest.fixture
+def name() -> str:
+    """A prefix for names of queues and exchanges that no other test uses."""
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+async def channel(amqp_url: str) -> AsyncIterator[AbstractChannel]:
+    """A plain channel with confirms, to set the scene and to see what has become of it."""
+    async with await aio_pika.connect(amqp_url) as connection:
+        yield await connection.channel()
+
+
+@pytest.fixture
+async def proxy(amqp_url: str) -> AsyncIterator[TcpProxy]:
+    """A line to the broker to cut, freeze and slow down: connect to ``proxy.url(amqp_url)``."""
+    where = aio_pika.connection.make_url(amqp_url)
+    async with TcpProxy(where.host or "localhost", where.port or 5672) as proxy:
+        yield proxy

@@ -1,0 +1,306 @@
+"""
+Do the brokers and the line do what the other tests rely on?
+
+A fault test that passes because the fault was never there is worse than none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import aio_pika
+import pytest
+
+from tests.support import find
+from tests.support.fetch import sources
+from tests.support.ports import LOCALHOST, free_port, greeting
+from tests.support.proxy import TcpProxy
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from tests.support.find import Broker
+    from tests.support.rabbitmq import RabbitMQ
+
+
+# --- the node -------------------------------------------------------------------
+
+
+@pytest.mark.needs_node
+async def test_a_killed_node_comes_back_with_what_was_durable(
+    rabbitmq: RabbitMQ, amqp_url: str, name: str
+) -> None:
+    """After SIGKILL and a start a confirmed message in a durable queue is still there."""
+    async with await aio_pika.connect(amqp_url) as connection:
+        channel = await connection.channel()
+        await channel.declare_queue(name, durable=True)
+        await channel.default_exchange.publish(
+            aio_pika.Message(b"kept", delivery_mode=aio_pika.DeliveryMode.PERSISTENT), name
+        )
+        rabbitmq.kill()
+    assert greeting(LOCALHOST, rabbitmq.port) is None
+
+    await asyncio.to_thread(rabbitmq.start)
+
+    async with await aio_pika.connect(amqp_url) as connection:
+        channel = await connection.channel()
+        queue = await channel.get_queue(name)
+        message = await queue.get(no_ack=True)
+        assert b"kept" == message.body
+        await queue.delete()
+
+
+@pytest.mark.needs_node
+def test_a_paused_node_is_silent_and_then_goes_on(rabbitmq: RabbitMQ, broker: Broker) -> None:
+    """While paused it accepts connections, as its kernel does, and says nothing on them."""
+    rabbitmq.pause()
+    assert greeting(LOCALHOST, rabbitmq.port, timeout=0.3) is None
+
+    rabbitmq.resume()
+    assert broker.version == greeting(LOCALHOST, rabbitmq.port)
+
+
+@pytest.mark.needs_node
+async def test_connections_can_be_closed_by_the_broker(rabbitmq: RabbitMQ, amqp_url: str) -> None:
+    """The client is told so: 320, with the reason given."""
+    connection = await aio_pika.connect(amqp_url)
+    closed: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+    connection.close_callbacks.add(lambda _, reason: closed.set_result(reason))
+
+    await asyncio.to_thread(rabbitmq.close_all_connections, "spring cleaning")
+
+    assert "spring cleaning" in str(await asyncio.wait_for(closed, 10))
+
+
+@pytest.mark.needs_node
+async def test_a_memory_alarm_blocks_publishing_until_it_ends(
+    rabbitmq: RabbitMQ, amqp_url: str, name: str
+) -> None:
+    """Under the alarm no confirm comes back; once it has ended, it does."""
+    async with await aio_pika.connect(amqp_url) as connection:
+        channel = await connection.channel()
+        await channel.declare_queue(name, exclusive=True)
+        await asyncio.to_thread(rabbitmq.set_memory_alarm, True)
+        publishing = asyncio.ensure_future(
+            channel.default_exchange.publish(aio_pika.Message(b"late"), name)
+        )
+        _, waiting = await asyncio.wait([publishing], timeout=0.5)
+        assert {publishing} == waiting
+
+        await asyncio.to_thread(rabbitmq.set_memory_alarm, False)
+        await asyncio.wait_for(publishing, 10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a parent-death signal")
+def test_no_child_outlives_a_killed_test_run() -> None:
+    """SIGKILL the process that spawned a child, and the child is gone too."""
+    story = (
+        "import subprocess, time\n"
+        "from tests.support.tether import spawn\n"
+        "print(spawn(['sleep', '600'], stdout=subprocess.DEVNULL).pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", story], stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        child = int(run.stdout.readline())
+        gone = os.pidfd_open(child)
+        run.kill()
+    try:
+        assert [gone] == select.select([gone], [], [], 10)[0]
+    finally:
+        os.close(gone)
+
+
+# --- finding a broker -----------------------------------------------------------
+
+
+def test_a_broker_named_by_url_must_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Asked for by name and not there: an error, not the next best broker."""
+    monkeypatch.setenv(find.URL, f"amqp://guest:guest@{LOCALHOST}:{free_port()}/")
+    way = find.choose()
+    assert not way.has_node
+    with pytest.raises(find.NoBrokerError, match="no broker answers"), way.take(tmp_path):
+        pass
+
+
+def test_a_broker_named_by_url_is_used(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is found to answer, and it is not ours to kill."""
+    monkeypatch.setenv(find.URL, broker.url)
+    with find.choose().take(tmp_path) as found:
+        assert (broker.url, broker.version, None) == (found.url, found.version, found.node)
+
+
+def test_where_there_is_no_broker_the_message_says_what_helps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It names what was tried and what would do."""
+    for variable in (find.URL, find.SERVER):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(find, "installed", lambda: None)
+    monkeypatch.setattr(find, "_docker_answers", lambda: False)
+    monkeypatch.setattr(find, "_install_command", lambda: None)
+    with pytest.raises(find.NoBrokerError, match=r"(?s)Tried.*Any of these will do"):
+        find.choose()
+
+
+def test_both_formats_of_apt_sources_are_read(tmp_path: Path) -> None:
+    """The one-line format with and without options, and the stanzas; ``deb-src`` is passed over."""
+    (tmp_path / "sources.list.d").mkdir()
+    (tmp_path / "sources.list").write_text(
+        "# a comment\n"
+        "deb http://one.example/debian bookworm main\n"
+        "deb [arch=amd64 signed-by=/key.gpg] http://two.example/debian trixie main contrib\n"
+        "deb-src http://src.example/debian trixie main\n"
+    )
+    (tmp_path / "sources.list.d" / "x.sources").write_text(
+        "Types: deb\n# why\nURIs: http://three.example/debian\nSuites: a b\nSigned-By: /k.gpg\n\n"
+        "Types: deb-src\nURIs: http://src.example/debian\nSuites: a\n"
+    )
+    assert [
+        ("http://one.example/debian", ("bookworm",)),
+        ("http://two.example/debian", ("trixie",)),
+        ("http://three.example/debian", ("a", "b")),
+    ] == [(source.uri, source.suites) for source in sources(tmp_path)]
+    assert ["/key.gpg", "/k.gpg"] == [source.signed_by for source in sources(tmp_path)][1:]
+
+
+# --- the line -------------------------------------------------------------------
+
+
+@pytest.fixture
+async def echo() -> AsyncIterator[TcpProxy]:
+    """A proxy in front of a server that says everything back."""
+
+    async def say_back(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while chunk := await reader.read(1 << 16):
+                writer.write(chunk)
+        except ConnectionResetError:
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(say_back, LOCALHOST)
+    async with TcpProxy(*server.sockets[0].getsockname()) as proxy:
+        yield proxy
+    server.close()
+
+
+@asynccontextmanager
+async def connected(
+    proxy: TcpProxy,
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Open a connection through *proxy*, and close it at the end."""
+    reader, writer = await asyncio.open_connection(LOCALHOST, proxy.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def test_the_line_carries_everything_both_ways_and_then_the_end(echo: TcpProxy) -> None:
+    """A megabyte comes back unchanged, and the end of one side's sending reaches the other."""
+    sent = os.urandom(1 << 20)
+    async with connected(echo) as (reader, writer):
+        writer.write(sent)
+        writer.write_eof()
+        assert sent == await reader.read()
+    assert 1 == echo.accepted
+
+
+async def test_a_cut_is_a_reset(echo: TcpProxy) -> None:
+    """The client reads ECONNRESET, not an orderly end; a new connection works."""
+    async with connected(echo) as (reader, writer):
+        writer.write(b"x")
+        assert b"x" == await reader.readexactly(1)
+        echo.cut()
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+    async with connected(echo) as (reader, writer):
+        writer.write(b"y")
+        assert b"y" == await reader.readexactly(1)
+    assert 2 == echo.accepted
+
+
+async def test_a_cut_after_n_bytes_lets_exactly_those_through(echo: TcpProxy) -> None:
+    """Ten bytes of twenty arrive, and then the reset."""
+    echo.cut_after(10)
+    async with connected(echo) as (reader, writer):
+        writer.write(b"0123456789abcdefghij")
+        assert b"0123456789" == await reader.readexactly(10)
+        with pytest.raises(ConnectionResetError):
+            await reader.readexactly(1)
+
+
+async def test_refused_means_refused_until_it_is_not(echo: TcpProxy) -> None:
+    """ECONNREFUSED at once; open connections live on; then the same port accepts again."""
+    async with connected(echo) as (reader, writer):
+        await echo.refuse()
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection(LOCALHOST, echo.port)
+        writer.write(b"still here")
+        assert b"still here" == await reader.readexactly(10)
+    await echo.refuse(False)
+    async with connected(echo):
+        pass
+
+
+@pytest.mark.parametrize("direction", ["to_broker", "to_client"])
+async def test_a_frozen_direction_carries_nothing_until_it_thaws(
+    echo: TcpProxy, direction: str
+) -> None:
+    """The bytes are taken and do not come out; after the thaw they do, all of them."""
+    async with connected(echo) as (reader, writer):
+        echo.freeze(direction)
+        writer.write(b"into the dark")
+        await writer.drain()
+        reading = asyncio.ensure_future(reader.readexactly(13))
+        assert (set(), {reading}) == await asyncio.wait([reading], timeout=0.2)
+        echo.thaw()
+        assert b"into the dark" == await asyncio.wait_for(reading, 5)
+
+
+async def test_a_frozen_line_can_be_cut(echo: TcpProxy) -> None:
+    """What is held then is lost."""
+    async with connected(echo) as (reader, writer):
+        echo.freeze()
+        writer.write(b"lost")
+        await asyncio.sleep(0.05)
+        echo.cut()
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        assert 0 == echo.connections
+
+
+async def test_latency_delays_each_way_without_slowing_the_flow(echo: TcpProxy) -> None:
+    """A round trip takes twice the latency, and twenty sent together take hardly longer."""
+    echo.latency(0.1)
+    loop = asyncio.get_running_loop()
+    async with connected(echo) as (reader, writer):
+        begun = loop.time()
+        for number in range(20):
+            writer.write(bytes([number]))
+            await asyncio.sleep(0.002)
+        assert bytes(range(20)) == await reader.readexactly(20)
+        assert 0.2 <= loop.time() - begun < 1
+
+
+async def test_an_amqp_client_works_through_the_line(
+    proxy: TcpProxy, amqp_url: str, name: str
+) -> None:
+    """Connecting to ``proxy.url`` is like connecting to the broker."""
+    async with await aio_pika.connect(proxy.url(amqp_url)) as connection:
+        channel = await connection.channel()
+        queue = await channel.declare_queue(name, exclusive=True)
+        await channel.default_exchange.publish(aio_pika.Message(b"hello"), name)
+        assert b"hello" == (await queue.get(no_ack=True)).body
+    assert 1 == proxy.accepted

@@ -1,0 +1,196 @@
+"""
+Which broker do the integration tests run on?
+
+The first of these that there is:
+
+1. the one that ``AIO_PIKA_BATCH_TEST_URL`` names;
+2. a private node of the ``rabbitmq-server`` that ``AIO_PIKA_BATCH_TEST_SERVER`` names;
+3. a private node of the ``rabbitmq-server`` installed on this machine;
+4. a container, where a Docker daemon answers;
+5. a private node of the ``rabbitmq-server`` that this machine's package manager can install.
+
+What was asked for by name is used or the run fails. There is no "none": tests that are skipped
+because no broker was found look just like tests that passed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from tests.support.ports import greeting
+from tests.support.rabbitmq import RabbitMQ
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+URL = "AIO_PIKA_BATCH_TEST_URL"
+SERVER = "AIO_PIKA_BATCH_TEST_SERVER"
+
+_IMAGE = "rabbitmq:4"
+_AMQP = 5672
+_PLACES = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
+# Debian's and Fedora's own command changes user; the script that it calls does not.
+_UNWRAPPED = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+
+
+class NoBrokerError(Exception):
+    """No broker could be had; the message says what was tried, and what would help."""
+
+
+@dataclass(frozen=True)
+class Broker:
+    """
+    A broker that answers.
+
+    Attributes:
+        url: Where it is.
+        version: What it calls itself, such as ``"4.0.5"``.
+        node: How to kill, pause and administer it, if the tests have started it themselves.
+    """
+
+    url: str
+    version: str
+    node: RabbitMQ | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """
+    A way to a broker, which costs nothing before it is taken.
+
+    Attributes:
+        how: The way in words, for the head of the report.
+        has_node: Whether the broker will be a node of our own, which tests may kill.
+        take: Starts the broker, given a folder for what it writes.
+    """
+
+    how: str
+    has_node: bool
+    take: Callable[[Path], AbstractContextManager[Broker]]
+
+
+def choose() -> Way:
+    """Return the best way to a broker; raise ``NoBrokerError`` if there is none."""
+    if url := os.environ.get(URL):
+        return Way(f"the broker that {URL} names", False, lambda _: _named(url))
+    if named := os.environ.get(SERVER):
+        return Way(f"a private node of {named}", True, lambda folder: _node(Path(named), folder))
+    if server := installed():
+        return Way(f"a private node of {server}", True, lambda folder: _node(server, folder))
+    if _docker_answers():
+        return Way(f"a container of {_IMAGE}", False, lambda _: _container())
+    if install := _install_command():
+        command = " ".join(install[-1])
+        return Way(f"a private node, after `{command}`", True, lambda f: _install(install, f))
+    raise NoBrokerError(
+        f"""There is no RabbitMQ to test on. Tried, in this order:
+  - {URL} and {SERVER}: not set
+  - a rabbitmq-server on PATH, in {", ".join(_PLACES)} or {_UNWRAPPED.parent}: none
+  - Docker: no daemon answers
+  - a package manager: no brew, and no apt-get or dnf with the right to install
+Any of these will do:
+  - install one:   apt-get install --no-install-recommends rabbitmq-server
+  - name yours:    {URL}=amqp://guest:guest@localhost:5672/
+  - start Docker"""
+    )
+
+
+def installed() -> Path | None:
+    """Return the start script of the RabbitMQ installed on this machine."""
+    if _UNWRAPPED.exists():
+        return _UNWRAPPED
+    path = os.pathsep.join([os.environ.get("PATH", ""), *_PLACES])
+    found = shutil.which("rabbitmq-server", path=path)
+    return Path(found).resolve() if found else None
+
+
+@contextmanager
+def _named(url: str) -> Iterator[Broker]:
+    parts = urlsplit(url)
+    if parts.scheme != "amqp":
+        raise NoBrokerError(f"{URL} must be an amqp:// URL, and is {parts.scheme}://")
+    version = greeting(parts.hostname or "localhost", parts.port or _AMQP)
+    if version is None:
+        raise NoBrokerError(f"{URL} is set, but no broker answers at {parts.hostname}:{parts.port}")
+    yield Broker(url, version)
+
+
+@contextmanager
+def _node(server: Path, folder: Path) -> Iterator[Broker]:
+    with RabbitMQ(server, folder) as node:
+        yield Broker(node.url, node.version, node)
+
+
+@contextmanager
+def _container() -> Iterator[Broker]:
+    from testcontainers.community.rabbitmq import RabbitMqContainer
+
+    with RabbitMqContainer(_IMAGE) as container:
+        host, port = container.get_container_host_ip(), int(container.get_exposed_port(_AMQP))
+        version = greeting(host, port)
+        if version is None:
+            raise NoBrokerError(f"the container of {_IMAGE} runs, but no broker answers in it")
+        yield Broker(f"amqp://guest:guest@{host}:{port}/", version)
+
+
+@contextmanager
+def _install(commands: list[list[str]], folder: Path) -> Iterator[Broker]:
+    for command in commands:
+        print("$", *command, flush=True)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            raise NoBrokerError(f"`{' '.join(command)}` failed; its output is above")
+    server = installed()
+    if server is None:
+        raise NoBrokerError(f"`{' '.join(commands[-1])}` went well, but brought no rabbitmq-server")
+    with _node(server, folder) as broker:
+        yield broker
+
+
+def _docker_answers() -> bool:
+    """Tell whether a daemon is there: a ``docker`` command on PATH would prove nothing."""
+    try:
+        import docker
+
+        client = docker.from_env(timeout=2)
+        try:
+            return bool(client.ping())
+        finally:
+            client.close()
+    except Exception:  # noqa: BLE001  # whatever went wrong, there is no Docker to be used
+        return False
+
+
+def _install_command() -> list[list[str]] | None:
+    if shutil.which("brew"):
+        return [["brew", "install", "rabbitmq"]]  # as oneself; brew refuses root
+    rights = _rights()
+    if rights is None:
+        return None
+    if shutil.which("apt-get"):
+        # In runlevel 1 no service is started. Debian's would take port 5672 and outlive the tests.
+        apt = [*rights, "env", "RUNLEVEL=1", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"]
+        return [
+            [*apt, "update"],
+            [*apt, "install", "-y", "--no-install-recommends", "rabbitmq-server"],
+        ]
+    if shutil.which("dnf"):
+        return [[*rights, "dnf", "install", "-y", "rabbitmq-server"]]
+    return None
+
+
+def _rights() -> list[str] | None:
+    """Return what a command must be preceded by to run as root, or None if we may not."""
+    if os.geteuid() == 0:
+        return []
+    asks = ["sudo", "--non-interactive"]
+    if shutil.which("sudo") and subprocess.run([*asks, "true"], check=False).returncode == 0:
+        return asks
+    return None

@@ -1,0 +1,3 @@
+"""
+What does a unit test get? Nothing that is real: no broker, no network, no time that passes.
+"""
