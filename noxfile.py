@@ -1,5 +1,4 @@
-"""
-What can be checked, and how?
+"""What can be checked, and how?
 
 ``python3 -m nox --list`` tells. Every session installs what it needs into an environment of its
 own, and none is skipped because an interpreter is missing: that is a failure, and says which.
@@ -17,6 +16,7 @@ PYTHONS = nox.project.python_versions(PYPROJECT)
 
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["tests", "lint", "types", "coverage"]
+nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = True
 nox.options.reuse_existing_virtualenvs = True
 

@@ -1,5 +1,4 @@
-"""
-What holds for every test, of whatever kind?
+"""What holds for every test, of whatever kind?
 
 Only how property tests draw: new examples on each run, with what repeats a failure printed; and
 never failed for being slow, since a busy machine says nothing about the code.

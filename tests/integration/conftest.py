@@ -1,5 +1,4 @@
-"""
-What does an integration test get? A real RabbitMQ, found or started once for the whole run.
+"""What does an integration test get? A real RabbitMQ, found or started once for the whole run.
 
 No test is skipped in silence. Where the broker is not ours to kill, those marked ``needs_node`` are
 left out, and the report says so at its head and at its end.
@@ -92,8 +91,7 @@ def amqp_url(broker: Broker) -> str:
 
 @pytest.fixture
 def rabbitmq(broker: Broker, request: pytest.FixtureRequest) -> Iterator[RabbitMQ]:
-    """
-    The node itself, for tests marked ``needs_node``: they may kill, pause and administer it.
+    """The node itself, for tests marked ``needs_node``: they may kill, pause and administer it.
 
     Afterwards it runs again for the next test, whatever this one did to it.
     """

@@ -1,5 +1,4 @@
-"""
-Do the brokers and the line do what the other tests rely on?
+"""Do the brokers and the line do what the other tests rely on?
 
 A fault test that passes because the fault was never there is worse than none.
 """

@@ -1,5 +1,4 @@
-"""
-How are tests run on other versions of RabbitMQ than the one that this machine would install?
+"""How are tests run on other versions of RabbitMQ than the one that this machine would install?
 
 ``python -m tests.support.fetch 4.0`` unpacks the server of the Debian release that has this one,
 with its Erlang and its libc, into a folder, and prints where its start script is. Nothing is
@@ -143,8 +142,7 @@ def _download(suite: str, work: Path) -> list[Path]:
 
 
 def _use_own_libraries(prefix: Path) -> None:
-    """
-    Let the unpacked programs run on the libraries unpacked with them, not on this machine's.
+    """Let the unpacked programs run on the libraries unpacked with them, not on this machine's.
 
     Where the release brought no loader where one is looked for (before the merged ``/usr``), its
     programs run on this machine's libc, which is newer, and only plug-ins need the libraries.

@@ -1,5 +1,4 @@
-"""
-Which broker do the integration tests run on?
+"""Which broker do the integration tests run on?
 
 The first of these that there is:
 
@@ -46,8 +45,7 @@ class NoBrokerError(Exception):
 
 @dataclass(frozen=True)
 class Broker:
-    """
-    A broker that answers.
+    """A broker that answers.
 
     Attributes:
         url: Where it is.
@@ -62,8 +60,7 @@ class Broker:
 
 @dataclass(frozen=True)
 class Way:
-    """
-    A way to a broker, which costs nothing before it is taken.
+    """A way to a broker, which costs nothing before it is taken.
 
     Attributes:
         how: The way in words, for the head of the report.

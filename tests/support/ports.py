@@ -1,5 +1,4 @@
-"""
-Which ports are free, and does a broker answer there yet?
+"""Which ports are free, and does a broker answer there yet?
 
 Ports are picked below the range from which the kernel serves outgoing connections: a node that was
 killed must find its port free when it comes back.
@@ -31,8 +30,7 @@ def free_port() -> int:
 
 
 def greeting(host: str, port: int, *, timeout: float = 2) -> str | None:
-    """
-    Say hello in AMQP, and return the version that the broker tells, or None if none answers.
+    """Say hello in AMQP, and return the version that the broker tells, or None if none answers.
 
     A port that only accepts connections is no broker yet: ``connection.start`` must come back.
     """

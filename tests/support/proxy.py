@@ -1,5 +1,4 @@
-"""
-What does the library do when the line to the broker is slow, silent or cut?
+"""What does the library do when the line to the broker is slow, silent or cut?
 
 A proxy between the two can be each of these at will. A black hole is made by forwarding nothing:
 what a side sends is taken from it and goes nowhere, as on a line whose packets are lost, until
@@ -23,8 +22,7 @@ _DIE_AT_ONCE = struct.pack("ii", 1, 0)  # SO_LINGER for 0 s: closing sends RST, 
 
 
 class TcpProxy:
-    """
-    A proxy on a port of 127.0.0.1 of its own, in front of ``host:port``.
+    """A proxy on a port of 127.0.0.1 of its own, in front of ``host:port``.
 
     Attributes:
         port: Where it listens, also after it refused for a while.

@@ -1,5 +1,4 @@
-"""
-How is a real RabbitMQ had for one test run, and hurt, without touching any other?
+"""How is a real RabbitMQ had for one test run, and hurt, without touching any other?
 
 A node here is a child process with everything of its own: home, cookie, data, ports on 127.0.0.1,
 and the port mapper (*epmd*) that Erlang nodes find each other by, which would otherwise be a daemon
@@ -55,8 +54,7 @@ class Epmd:
 
 
 class RabbitMQ:
-    """
-    One private node. It keeps its data and its ports until ``close``, however often it is killed.
+    """One private node. It keeps its data and its ports until ``close``, however often it is killed.
 
     Args:
         server: The start script of an installation, ``…/lib/rabbitmq/bin/rabbitmq-server``; not the

@@ -1,5 +1,4 @@
-"""
-How does a child process die with the test run that started it, even one that is killed?
+"""How does a child process die with the test run that started it, even one that is killed?
 
 On Linux by a parent-death signal. The kernel sends it when the *thread* that forked the child ends,
 so all children are started by one thread that lives as long as the interpreter. Other systems have
@@ -33,8 +32,7 @@ def spawn(
     stdout: IO[bytes] | int | None = None,
     stderr: IO[bytes] | int | None = subprocess.STDOUT,
 ) -> subprocess.Popen[bytes]:
-    """
-    Start *command* in a session of its own, tied to the life of this process.
+    """Start *command* in a session of its own, tied to the life of this process.
 
     Its process id is its process group's too, so that ``kill_group`` reaches all it started.
     """

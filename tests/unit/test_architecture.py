@@ -1,5 +1,4 @@
-"""
-Which way may things look, and how large may they grow?
+"""Which way may things look, and how large may they grow?
 
 The import contracts in ``pyproject.toml`` read the source. These tests hold what only running it,
 or reading the tests, can show.
