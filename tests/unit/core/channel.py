@@ -1,0 +1,85 @@
+"""
+What does a broker make of a frame? A channel, as the specification and RabbitMQ have it.
+
+It knows nothing of how frames are found, so that what finds them can be held against it.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING
+
+from aio_pika_batch.core.ledger import Frame
+from aio_pika_batch.core.message import Disposition
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+HAS_MULTIPLE = {Disposition.ACK, Disposition.RETURN}
+"""`basic.ack` and `basic.nack`; `basic.reject` has no such bit."""
+
+
+class ChannelClosed(Exception):
+    """The broker has closed the channel over a frame, and takes back all that was unsettled."""
+
+
+class Channel:
+    """The unsettled deliveries of one channel, on the broker's side."""
+
+    def __init__(self, tags: Iterable[int] = ()) -> None:
+        self.unsettled = list(tags)
+        self.settled: dict[int, Disposition] = {}
+        self.frames = 0
+
+    def deliver(self, tags: Iterable[int]) -> None:
+        """Send deliveries to the consumer."""
+        self.unsettled.extend(tags)
+
+    def receive(self, frames: Iterable[Frame]) -> None:
+        """Take frames, one after the other."""
+        for frame in frames:
+            self.frames += 1
+            for tag in struck(self.unsettled, frame):
+                self.unsettled.remove(tag)
+                self.settled[tag] = frame.disposition
+
+
+def struck(unsettled: Iterable[int], frame: Frame) -> list[int]:
+    """The deliveries that a frame settles."""
+    if frame.multiple and frame.disposition not in HAS_MULTIPLE:
+        raise ChannelClosed(f"501 FRAME_ERROR: {frame} cannot be written")
+    if frame.tag == 0:
+        raise ChannelClosed(f"{frame} means every delivery, those of running handlers too")
+    if frame.tag not in unsettled:
+        raise ChannelClosed(f"406 PRECONDITION_FAILED - unknown delivery tag {frame.tag}")
+    return [tag for tag in unsettled if tag == frame.tag or (frame.multiple and tag < frame.tag)]
+
+
+def fewest_frames(unsettled: Iterable[int], wanted: Mapping[int, Disposition]) -> int:
+    """Try every frame, then every frame after it, until exactly what is wanted is settled."""
+    start = frozenset(unsettled)
+    goal = start - wanted.keys()
+    seen = {start}
+    front = [start]
+    count = 0
+    while goal not in seen:
+        count += 1
+        front = [
+            after
+            for before in front
+            for after in _after_one_frame(before, wanted)
+            if after not in seen and not seen.add(after)  # type: ignore[func-returns-value]
+        ]
+    return count
+
+
+def _after_one_frame(
+    unsettled: frozenset[int], wanted: Mapping[int, Disposition]
+) -> Iterable[frozenset[int]]:
+    for tag, disposition, multiple in product(unsettled, Disposition, (False, True)):
+        try:
+            gone = struck(unsettled, Frame(disposition, tag, multiple))
+        except ChannelClosed:
+            continue
+        if all(wanted.get(each) is disposition for each in gone):
+            yield unsettled - set(gone)

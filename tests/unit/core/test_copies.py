@@ -1,0 +1,259 @@
+"""What is on a copy: everything that was on its original, and a few headers that say why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aio_pika_batch.core.message import Copy, Properties
+from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Verdict
+from aio_pika_batch.core.retry import RetryPolicy
+from aio_pika_batch.core.routing import CopyKind, DeadLetterTarget, Router
+from tests.unit.core.strategies import (
+    NOW,
+    QUEUE,
+    UNDECODABLE,
+    Odd,
+    a_message,
+    batches_of_verdicts,
+    headers,
+    messages,
+    sound_properties,
+    texts,
+    without,
+)
+
+NACK, REQUEUE = MessageResult.NACK, MessageResult.REQUEUE
+
+ADDED_ONCE = ("x-original-exchange", "x-original-routing-key", "x-first-failed-at")
+DROPPED = ("CC", "BCC", "x-delivery-count", "x-acquired-count")
+EXPLANATIONS = ("x-dead-letter-detail", "x-exception-type", "x-exception-message")
+
+failures = st.sampled_from([NACK, REQUEUE, Nack("bad"), Requeue("busy")])
+
+
+def a_router(max_attempts=3, *, exception_message=True):
+    """A router that dead-letters to an exchange of that name."""
+    return Router(
+        QUEUE,
+        RetryPolicy(max_attempts, "x-retry-count"),
+        DeadLetterTarget("dlx"),
+        exception_message=exception_message,
+    )
+
+
+def copy_of(message, result, *, error=None, cause=Cause.HANDLER, router=None):
+    """The one copy that a result asks for."""
+    plan = (router or a_router()).plan([Verdict(message, result, cause, error)], NOW)
+    (step,) = plan.republications
+    return step.copy
+
+
+def requeued(message):
+    """The copy at the back of the queue, however often there was one before."""
+    return copy_of(message, REQUEUE, router=a_router(2**70))
+
+
+def dead(message, result=NACK, **more):
+    """The dead letter."""
+    return copy_of(message, result, **more)
+
+
+@given(messages(of=sound_properties))
+def test_a_requeue_changes_nothing_but_headers(message):
+    """Properties stay as they were, absent ones absent; the body is the same object."""
+    copy = requeued(message)
+
+    assert replace(message.properties, headers=None) == replace(copy.properties, headers=None)
+    assert message.body is copy.body
+    assert copy.mandatory
+
+
+@given(messages(of=sound_properties), failures)
+def test_headers_that_are_nobody_s_business_stay_as_they_are(message, result):
+    """Neither their values nor their types change, and none is invented."""
+    copy = copy_of(message, result)
+    changed = (*copy.add, *copy.drop)
+
+    before, after = message.properties.headers, copy.properties.headers
+
+    assert without(before, *changed) == without(after, *copy.add)
+    # Python takes 1, 1.0 and True for equal; a wire does not.
+    assert {name: type(value) for name, value in without(before, *changed).items()} == {
+        name: type(value) for name, value in without(after, *copy.add).items()
+    }
+
+
+@given(messages(of=sound_properties), failures)
+def test_what_would_misroute_or_miscount_is_dropped(message, result):
+    """CC would send the copy to further queues; the counts are the broker's own."""
+    assert not set(DROPPED) & set(copy_of(message, result).properties.headers or {})
+
+
+@given(messages(of=sound_properties))
+def test_a_requeue_adds_its_count_and_where_it_came_from_and_nothing_else(message):
+    """The count each time; the origin, and when it first failed, once."""
+    copy = requeued(message)
+
+    assert {"x-retry-count"} <= copy.add.keys() <= {"x-retry-count", *ADDED_ONCE}
+
+
+@given(messages(of=sound_properties))
+def test_the_origin_is_added_once(message):
+    """The second copy carries the first one's word for it."""
+    first = requeued(message)
+    again = type(message)(message._source, 2, False, b"", ("", QUEUE), first.properties)
+
+    second = requeued(again)
+
+    assert {"x-retry-count"} == second.add.keys()
+    kept = first.properties.headers or {}
+    assert {name: kept[name] for name in ADDED_ONCE} == {
+        name: (second.properties.headers or {})[name] for name in ADDED_ONCE
+    }
+
+
+@given(messages(of=sound_properties), failures)
+def test_a_dead_letter_says_why_where_and_when(message, result):
+    """Its headers are the ones that the contract names."""
+    copy = copy_of(message, result, router=a_router(0))
+    on_it = copy.properties.headers or {}
+
+    assert on_it["x-dead-letter-reason"] in {"rejected", "exhausted"}
+    assert QUEUE == on_it["x-original-queue"]
+    assert NOW == on_it["x-dead-lettered-at"]
+    assert message.retry_count == on_it["x-retry-count"]
+    assert message.original_exchange == on_it["x-original-exchange"]
+    assert message.original_routing_key == on_it["x-original-routing-key"]
+    assert copy.mandatory
+
+
+@given(messages(of=sound_properties))
+def test_the_expiration_moves_so_that_a_dead_letter_does_not_expire(message):
+    """What it was is in a header; where there was none, there is no such header added."""
+    copy = dead(message)
+
+    assert copy.properties.expiration is None
+    assert message.properties.expiration == copy.add.get("x-original-expiration")
+    assert replace(message.properties, headers=None, expiration=None) == replace(
+        copy.properties, headers=None
+    )
+
+
+@given(messages(of=sound_properties), st.none() | texts.map(ValueError))
+def test_an_earlier_death_s_explanation_does_not_explain_this_one(message, error):
+    """A dead letter that came back and dies again tells of its new death only."""
+    on_it = dead(message, error=error).properties.headers or {}
+
+    assert "x-dead-letter-detail" not in on_it
+    expected = set() if error is None else {"x-exception-type", "x-exception-message"}
+    assert expected == set(EXPLANATIONS) & set(on_it)
+
+
+@given(batches_of_verdicts(of=failures))
+def test_no_message_is_too_broken_to_be_planned_for(verdicts):
+    """Undecodable properties are left out; the rest is copied."""
+    for step in a_router().plan(verdicts, NOW).republications:
+        on_it = step.copy.properties
+        assert {} == on_it.undecodable
+        assert step.copy.add.items() <= (on_it.headers or {}).items()
+        if "headers" in step.verdict.message.properties.undecodable:
+            assert CopyKind.DEAD_LETTER is step.kind
+
+
+@given(texts)
+def test_an_exception_s_text_is_cut_at_a_kibibyte_of_valid_utf_8(text):
+    """All headers of a message share one frame; half a character would be no text."""
+    said = dead(a_message(), error=RuntimeError(text)).add["x-exception-message"]
+    sound = text.encode(errors="replace").decode()
+
+    assert len(said.encode()) <= 1024
+    if len(sound.encode()) <= 1024:
+        assert sound == said
+    else:
+        assert said.endswith("…")
+        assert sound.startswith(said[:-1])
+        # Not one character more would have gone in.
+        assert 1024 < len(sound[: len(said)].encode()) + len("…".encode())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", ""),
+        ("é" * 512, "é" * 512),
+        ("x" * 1024, "x" * 1024),
+        ("x" * 1025, "x" * 1021 + "…"),
+        ("é" * 513, "é" * 510 + "…"),
+        ("x" + "é" * 512, "x" + "é" * 510 + "…"),
+        ("a\udc80b", "a?b"),
+    ],
+)
+@pytest.mark.parametrize("result", [Nack, Requeue])
+def test_texts_at_the_limit(text, said, result):
+    """Cut between characters; what has no UTF-8 becomes a question mark. A reason alike."""
+    copy = dead(
+        a_message(), result(text), error=RuntimeError(text), router=a_router(max_attempts=0)
+    )
+
+    assert said == copy.add["x-exception-message"]
+    assert said == copy.add["x-dead-letter-detail"]
+
+
+def test_an_exception_is_named_in_full():
+    """By its module and its qualified name, nested classes too."""
+    copy = dead(a_message(), error=Odd(), cause=Cause.EXCEPTION)
+
+    assert "tests.unit.core.strategies.Odd" == copy.add["x-exception-type"]
+    assert "(its text cannot be had: AttributeError)" == copy.add["x-exception-message"]
+
+
+def test_the_text_of_an_exception_can_be_left_out():
+    """It may hold what must not be stored; its type never does."""
+    router = a_router(exception_message=False)
+    message = a_message(headers={"x-exception-message": "of an earlier death"})
+
+    copy = dead(message, error=ValueError("secret"), router=router)
+
+    assert "builtins.ValueError" == copy.add["x-exception-type"]
+    assert "x-exception-message" not in (copy.properties.headers or {})
+
+
+def test_a_reason_is_not_told_before_the_last_try():
+    """A requeue is no dead letter: nothing on it speaks of death."""
+    copy = copy_of(a_message(), Requeue("busy"), error=ValueError("x"))
+
+    assert {"x-retry-count", *ADDED_ONCE} == copy.add.keys()
+
+
+def test_a_count_is_kept_in_the_header_that_the_policy_names():
+    """It is a setting."""
+    message = a_message(headers={"attempts": 1, "x-retry-count": 7})
+    message._source.retry_count_header = "attempts"
+    router = Router(QUEUE, RetryPolicy(3, "attempts"))
+
+    copy = copy_of(message, REQUEUE, router=router)
+
+    assert 2 == copy.add["attempts"]
+    assert 7 == (copy.properties.headers or {})["x-retry-count"]
+
+
+@given(messages(of=sound_properties), headers, st.frozensets(st.sampled_from(DROPPED)))
+def test_what_is_added_replaces_and_what_is_dropped_goes(message, add, drop):
+    """The headers of a copy, and all else as it was."""
+    copy = Copy(message, "x", "k", add, drop)
+
+    before = message.properties.headers
+    expected = {**without(before, *drop), **add}
+    assert (None if before is None and not add else expected) == copy.properties.headers
+    assert replace(message.properties, headers=None) == replace(copy.properties, headers=None)
+
+
+def test_a_copy_leaves_out_what_cannot_be_decoded():
+    """A transport without the raw bytes cannot carry what nobody could read."""
+    message = a_message(app_id="a", undecodable={"message_id": UNDECODABLE})
+
+    assert Properties(app_id="a") == Copy(message, "", "q", {}).properties

@@ -1,0 +1,133 @@
+"""An original whose copy is not confirmed is held: not for ever, and never given back in a loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from aio_pika_batch.core.holding import GiveBack, Held, HoldPolicy, TryAgain
+from aio_pika_batch.core.retry import Backoff
+
+SINCE = 100.0
+
+seconds = st.floats(0.01, 100)
+jitters = st.floats(0, 1, exclude_max=True)
+
+
+@dataclass
+class Situation:
+    """A copy has failed, and a policy is asked what to do."""
+
+    policy: HoldPolicy
+    failures: int
+    waited: float
+    jitter: float
+    waiting: int
+
+    @property
+    def now(self):
+        return SINCE + self.waited
+
+    @property
+    def pauses(self):
+        """The shortest and the longest pause that may come before anything is done."""
+        return [self.policy.backoff.pause(self.failures, jitter) for jitter in (0.5, 1)]
+
+    def decide(self):
+        """What the policy says."""
+        held = Held(SINCE, self.failures)
+        return self.policy.next_step(held, now=self.now, jitter=self.jitter, waiting=self.waiting)
+
+
+situations = st.builds(
+    Situation,
+    st.builds(HoldPolicy, seconds, st.integers(1, 5), st.builds(Backoff, seconds, seconds)),
+    failures=st.integers(1, 100),
+    waited=st.just(0.0) | seconds,
+    jitter=jitters,
+    waiting=st.integers(1, 10),
+)
+
+
+@given(situations)
+@example(Situation(HoldPolicy(1, 1, Backoff(8, 8)), 1, waited=0.5, jitter=0, waiting=2))
+@example(Situation(HoldPolicy(1, 1, Backoff(8, 8)), 1, waited=2, jitter=0, waiting=1))
+def test_an_original_is_never_held_beyond_its_time(situation):
+    """Another attempt starts before the end, and a return is at the end at the latest."""
+    end = max(situation.now, SINCE + situation.policy.hold)
+
+    step = situation.decide()
+
+    if isinstance(step, GiveBack):
+        assert situation.now <= step.at <= end
+    else:
+        assert situation.now < step.at < end
+
+
+@given(situations)
+def test_what_is_given_back_has_waited(situation):
+    """Since its first failure at least half a pause has gone by, or the whole hold: no hot loop."""
+    shortest = min(situation.pauses[0], situation.policy.hold)
+
+    step = situation.decide()
+
+    assert step.at - SINCE >= shortest * 0.999
+    assert step.at > SINCE
+
+
+@given(situations)
+def test_a_copy_is_not_tried_again_before_half_of_the_longest_pause(situation):
+    """Full jitter may come out at nothing, and nothing is a hot loop too."""
+    shortest, longest = situation.pauses
+
+    step = situation.decide()
+
+    if isinstance(step, TryAgain):
+        assert shortest * 0.999 <= step.at - situation.now <= longest * 1.001
+
+
+@given(situations)
+def test_a_copy_is_tried_again_while_there_is_room_and_time(situation):
+    """What is beyond either goes back to the broker."""
+    policy = situation.policy
+
+    step = situation.decide()
+
+    if situation.waiting > policy.room or situation.waited >= policy.hold:
+        assert isinstance(step, GiveBack)
+    elif situation.waited + situation.pauses[1] < policy.hold * 0.999:
+        assert isinstance(step, TryAgain)
+
+
+@given(situations)
+def test_a_full_room_empties_sooner_than_the_hold(situation):
+    """What has no room waits for one pause, unless its time is up before that."""
+    situation.waiting = situation.policy.room + 1
+
+    step = situation.decide()
+
+    assert step.at - situation.now <= situation.pauses[1] * 1.001
+
+
+@pytest.mark.parametrize(
+    ("failures", "now", "jitter", "waiting", "step"),
+    [
+        (1, 100, 0.0, 5, TryAgain(100.5)),
+        (1, 100, 0.5, 5, TryAgain(100.75)),
+        (1, 100, 0.0, 6, GiveBack(100.5)),
+        (4, 110, 0.0, 1, TryAgain(114)),
+        (9, 125.5, 0.0, 1, TryAgain(129.5)),
+        (9, 126, 0.0, 1, GiveBack(130)),
+        (9, 129, 0.0, 6, GiveBack(130)),
+        (9, 130, 0.0, 1, GiveBack(130)),
+        (9, 200, 0.0, 1, GiveBack(200)),
+    ],
+)
+def test_steps(failures, now, jitter, waiting, step):
+    """Examples to read: held since 100, for 30 s at most, five at a time, pauses 1, 2, 4, 8 s."""
+    policy = HoldPolicy(hold=30, room=5, backoff=Backoff(1, 8))
+
+    assert step == policy.next_step(Held(SINCE, failures), now=now, jitter=jitter, waiting=waiting)

@@ -1,0 +1,275 @@
+"""Exactly the decided deliveries are settled, each once, in the fewest frames."""
+
+from __future__ import annotations
+
+import random
+from itertools import groupby, pairwise
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from aio_pika_batch.core.ledger import Frame, Ledger
+from aio_pika_batch.core.message import Disposition, Settlement
+from aio_pika_batch.errors import SettlementError
+from tests.unit.core.channel import Channel, ChannelClosed, fewest_frames
+from tests.unit.core.strategies import dispositions
+
+ACK, REJECT, REQUEUE, RETURN = (
+    Disposition.ACK,
+    Disposition.REJECT,
+    Disposition.REQUEUE,
+    Disposition.RETURN,
+)
+
+choices = st.none() | dispositions
+joinable_choices = st.sampled_from([ACK, ACK, RETURN, RETURN, None])
+
+
+def rows(max_size, of=choices):
+    """What is decided about each unsettled delivery, oldest first; None is nothing yet."""
+    runs = st.lists(st.tuples(of, st.integers(1, 3)), max_size=max_size)
+    return runs.map(
+        lambda pieces: [choice for choice, length in pieces for _ in range(length)][:max_size]
+    )
+
+
+@st.composite
+def calls(draw, row):
+    """The settlements that say the same as a row: in any order, grouped and split at will."""
+    decided = [(tag, choice) for tag, choice in enumerate(row, 1) if choice is not None]
+    shuffled = draw(st.permutations(decided))
+    together = draw(st.booleans())
+    if together:
+        shuffled = sorted(shuffled, key=lambda pair: pair[1].value)
+    return [
+        Settlement(disposition, tuple(tag for tag, _ in some))
+        for disposition, some in groupby(shuffled, key=lambda pair: pair[1])
+    ]
+
+
+rows_and_calls = rows(12).flatmap(lambda row: st.tuples(st.just(row), calls(row)))
+
+
+def a_ledger(count):
+    """A session in which so many deliveries are unsettled, the oldest with tag 1."""
+    ledger = Ledger()
+    ledger.deliver(range(1, count + 1))
+    return ledger
+
+
+def settle_row(row):
+    """The frames for a row."""
+    return a_ledger(len(row)).settle(
+        [Settlement(choice, (tag,)) for tag, choice in enumerate(row, 1) if choice is not None]
+    )
+
+
+@given(rows_and_calls)
+def test_exactly_what_is_decided_is_settled_each_once_and_as_decided(drawn):
+    """The broker ends up with what was decided, and with nothing else gone."""
+    row, settlements = drawn
+    channel = Channel(range(1, len(row) + 1))
+    ledger = a_ledger(len(row))
+
+    channel.receive(ledger.settle(settlements))
+
+    decided = {tag: choice for tag, choice in enumerate(row, 1) if choice is not None}
+    assert decided == channel.settled
+    assert len(channel.unsettled) == len(ledger)
+
+
+@given(rows_and_calls)
+def test_the_order_and_the_grouping_of_the_settlements_do_not_matter(drawn):
+    """One decision at a time or all grouped: the frames are the same."""
+    row, settlements = drawn
+
+    assert settle_row(row) == a_ledger(len(row)).settle(settlements)
+
+
+@given(rows(6))
+@example([ACK, REJECT, ACK, RETURN])
+@example([RETURN, ACK, ACK, None, ACK])
+@example([REQUEUE, RETURN, ACK, RETURN, RETURN])
+def test_nobody_settles_it_in_fewer_frames(row):
+    """No sequence of frames whatsoever is shorter."""
+    wanted = {tag: choice for tag, choice in enumerate(row, 1) if choice is not None}
+
+    assert fewest_frames(range(1, len(row) + 1), wanted) == len(settle_row(row))
+
+
+@given(rows(9, joinable_choices))
+@example([ACK, RETURN, ACK, RETURN, RETURN, ACK, RETURN, ACK, ACK])
+@example([RETURN, RETURN, ACK, ACK, RETURN, ACK, RETURN, RETURN, ACK])
+def test_acks_among_returns_are_divided_at_the_best_places(row):
+    """Where a single frame is cheaper than a change of kind, it is a single frame, and else not."""
+    wanted = {tag: choice for tag, choice in enumerate(row, 1) if choice is not None}
+
+    assert fewest_frames(range(1, len(row) + 1), wanted) == len(settle_row(row))
+
+
+@given(rows(40))
+def test_multiple_is_said_only_where_it_says_more_than_one(row):
+    """A frame has the bit only if it settles several, and only on a method that has the bit."""
+    channel = Channel(range(1, len(row) + 1))
+
+    for frame in settle_row(row):
+        before = len(channel.unsettled)
+        channel.receive([frame])
+        assert frame.multiple is (before - len(channel.unsettled) > 1)
+
+
+@given(rows(40))
+def test_frames_go_up_the_tags_and_start_again_once_at_most(row):
+    """The broker looks for a tag from its oldest on: ascending frames are the cheapest for it."""
+    tags = [frame.tag for frame in settle_row(row)]
+
+    assert 1 >= sum(later < earlier for earlier, later in pairwise(tags))
+
+
+@given(rows(8), rows(8), st.randoms(use_true_random=False))
+def test_holes_of_earlier_settlements_change_nothing(first, second, chance):
+    """Tags need not be consecutive: what was settled before is nobody's hole."""
+    ledger = a_ledger(len(first))
+    channel = Channel(range(1, len(first) + 1))
+    channel.receive(
+        ledger.settle([Settlement(choice, (tag,)) for tag, choice in enumerate(first, 1) if choice])
+    )
+    fresh = range(len(first) + 1, len(first) + len(second) + 1)
+    ledger.deliver(fresh)
+    channel.deliver(fresh)
+    left = [*channel.unsettled]
+    decided = {tag: chance.choice(list(Disposition)) for tag in left if chance.random() < 0.8}
+    count = channel.frames
+
+    channel.receive(ledger.settle([Settlement(choice, (tag,)) for tag, choice in decided.items()]))
+
+    assert decided == {tag: channel.settled[tag] for tag in left if tag in channel.settled}
+    if len(left) <= 6:
+        assert fewest_frames(left, decided) == channel.frames - count
+
+
+@given(rows_and_calls, st.data())
+def test_an_error_changes_nothing(drawn, data):
+    """A tag too many voids the whole call; without it the very same call goes through."""
+    row, settlements = drawn
+    ledger = a_ledger(len(row))
+    decided = [tag for tag, choice in enumerate(row, 1) if choice is not None]
+    wrong = data.draw(st.sampled_from([*decided, 0, -1, len(row) + 1, len(row) + 1000]))
+    at = data.draw(st.integers(0, len(settlements)))
+    mistaken = [*settlements[:at], Settlement(data.draw(dispositions), (wrong,)), *settlements[at:]]
+
+    with pytest.raises(SettlementError, match=f"delivery tag {wrong} "):
+        ledger.settle(mistaken)
+
+    assert len(row) == len(ledger)
+    assert settle_row(row) == ledger.settle(settlements)
+
+
+@given(rows_and_calls)
+def test_a_second_settlement_raises(drawn):
+    """Whatever has been settled is settled for good."""
+    row, settlements = drawn
+    ledger = a_ledger(len(row))
+    ledger.settle(settlements)
+    left = len(ledger)
+
+    for settlement in settlements:
+        with pytest.raises(SettlementError, match="settled already"):
+            ledger.settle([settlement])
+
+    assert left == len(ledger)
+
+
+@pytest.mark.parametrize(
+    ("tags", "why"),
+    [
+        ((3,), "delivery tag 3 .* settled already"),
+        ((9,), "delivery tag 9 .* never delivered here"),
+        ((0,), "delivery tag 0 .* never delivered here"),
+        ((-1,), "delivery tag -1 .* never delivered here"),
+        ((1, 2, 1), "delivery tag 1 is settled twice at once, as ack and as ack"),
+    ],
+)
+def test_an_error_says_which_tag_and_why(tags, why):
+    """Settled already and never delivered are different mistakes."""
+    ledger = a_ledger(4)
+    ledger.settle([Settlement(RETURN, (3,))])
+
+    with pytest.raises(SettlementError, match=why):
+        ledger.settle([Settlement(ACK, tags)])
+
+    assert 3 == len(ledger)
+
+
+def test_two_dispositions_for_one_tag_are_both_named():
+    """Who settles a delivery as two things learns which two."""
+    with pytest.raises(SettlementError, match="as ack and as requeue"):
+        a_ledger(2).settle([Settlement(ACK, (1,)), Settlement(REQUEUE, (1,))])
+
+
+@pytest.mark.parametrize(
+    ("row", "frames"),
+    [
+        ([], []),
+        ([None, None], []),
+        ([ACK], [Frame(ACK, 1)]),
+        ([ACK] * 5, [Frame(ACK, 5, multiple=True)]),
+        ([RETURN] * 5, [Frame(RETURN, 5, multiple=True)]),
+        ([REJECT] * 2, [Frame(REJECT, 1), Frame(REJECT, 2)]),
+        ([None, ACK, ACK], [Frame(ACK, 2), Frame(ACK, 3)]),
+        ([ACK, ACK, None, ACK], [Frame(ACK, 4), Frame(ACK, 2, multiple=True)]),
+        ([ACK, REQUEUE, ACK], [Frame(REQUEUE, 2), Frame(ACK, 3, multiple=True)]),
+        ([ACK, ACK, REJECT], [Frame(REJECT, 3), Frame(ACK, 2, multiple=True)]),
+        (
+            [ACK, ACK, RETURN, RETURN],
+            [Frame(ACK, 2, multiple=True), Frame(RETURN, 4, multiple=True)],
+        ),
+        ([ACK, RETURN, ACK, ACK], [Frame(RETURN, 2), Frame(ACK, 4, multiple=True)]),
+    ],
+)
+def test_frames(row, frames):
+    """Examples to read: a row of decisions, and what is sent."""
+    assert frames == settle_row(row)
+
+
+def test_a_thousand_acks_of_which_one_is_a_reject_are_two_frames():
+    """It is a batch's usual fate, in any order of settling."""
+    good = [tag for tag in range(1, 1001) if tag != 500]
+    random.Random(1).shuffle(good)
+    ledger = a_ledger(1000)
+
+    frames = ledger.settle([Settlement(ACK, tuple(good)), Settlement(REJECT, (500,))])
+
+    assert [Frame(REJECT, 500), Frame(ACK, 1000, multiple=True)] == frames
+    assert 0 == len(ledger)
+
+
+def test_nothing_delivered_is_nothing_to_settle():
+    """Empty chunks and empty settlements are no mistakes."""
+    ledger = Ledger()
+    ledger.deliver([])
+
+    assert [] == ledger.settle([])
+    assert [] == ledger.settle([Settlement(ACK, ())])
+    assert [] == ledger.settle(iter([Settlement(ACK, ()), Settlement(REJECT, ())]))
+    assert 0 == len(ledger)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        Frame(ACK, 0, multiple=True),
+        Frame(ACK, 3, multiple=True),
+        Frame(RETURN, 5),
+        Frame(REJECT, 2, multiple=True),
+    ],
+)
+def test_the_model_of_the_broker_is_strict(frame):
+    """What closes a channel on RabbitMQ closes the model's, and settles nothing."""
+    channel = Channel([1, 2, 4])
+
+    with pytest.raises(ChannelClosed):
+        channel.receive([frame])
+
+    assert [1, 2, 4] == channel.unsettled

@@ -1,0 +1,93 @@
+"""A session's whole life: deliveries, batches that overlap, and mistakes in between."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from aio_pika_batch.core.ledger import Ledger
+from aio_pika_batch.core.message import Disposition, Settlement
+from aio_pika_batch.errors import SettlementError
+from tests.unit.core.channel import Channel
+from tests.unit.core.strategies import dispositions
+
+mostly_acks = st.just(Disposition.ACK) | dispositions
+places = st.integers(0, 100)
+
+
+class Session(RuleBasedStateMachine):
+    """The ledger on one side, the broker's channel on the other, and who expects what between."""
+
+    def __init__(self):
+        super().__init__()
+        self.ledger = Ledger()
+        self.channel = Channel()
+        self.expected: dict[int, Disposition] = {}
+        self.last = 0
+
+    @rule(count=st.integers(1, 8))
+    def deliver(self, count):
+        fresh = range(self.last + 1, self.last + count + 1)
+        self.last += count
+        self.ledger.deliver(fresh)
+        self.channel.deliver(fresh)
+
+    @rule(some=st.lists(st.tuples(places, mostly_acks), min_size=1, max_size=8))
+    def settle_some(self, some):
+        """Any deliveries, in any order: batches overlap, and handlers finish when they will."""
+        unsettled = [*self.channel.unsettled]
+        decided = {
+            unsettled[place % len(unsettled)]: disposition
+            for place, disposition in some
+            if unsettled
+        }
+        self.expected.update(decided)
+        count = self.channel.frames
+
+        self.channel.receive(
+            self.ledger.settle([Settlement(decided[tag], (tag,)) for tag in decided])
+        )
+
+        assert self.channel.frames - count <= len(decided)
+
+    @precondition(lambda self: self.channel.unsettled)
+    @rule(disposition=mostly_acks, size=st.integers(1, 8))
+    def settle_the_oldest_batch(self, disposition, size):
+        """A whole batch, decided alike: one frame, unless its kind has no multiple."""
+        oldest = self.channel.unsettled[:size]
+        self.expected.update(dict.fromkeys(oldest, disposition))
+        count = self.channel.frames
+
+        self.channel.receive(self.ledger.settle([Settlement(disposition, tuple(oldest))]))
+
+        joined = disposition in {Disposition.ACK, Disposition.RETURN}
+        assert (1 if joined else len(oldest)) == self.channel.frames - count
+
+    @precondition(lambda self: self.expected)
+    @rule(place=places, disposition=dispositions)
+    def settle_again(self, place, disposition):
+        tag = list(self.expected)[place % len(self.expected)]
+
+        with pytest.raises(SettlementError, match="settled already"):
+            self.ledger.settle([Settlement(disposition, (*self.channel.unsettled, tag))])
+
+    @rule(ahead=st.integers(1, 5), disposition=dispositions)
+    def settle_what_never_came(self, ahead, disposition):
+        with pytest.raises(SettlementError, match="never delivered"):
+            self.ledger.settle(
+                [Settlement(disposition, (*self.channel.unsettled, self.last + ahead))]
+            )
+
+    @invariant()
+    def the_broker_was_told_exactly_what_was_decided(self):
+        assert self.expected == self.channel.settled
+
+    @invariant()
+    def both_sides_count_the_same(self):
+        assert len(self.channel.unsettled) == len(self.ledger)
+
+
+TestSession = Session.TestCase
+TestSession.settings = settings(stateful_step_count=40)

@@ -1,0 +1,268 @@
+"""Which answer belongs to which message, and what is no answer at all."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aio_pika_batch.core.results import (
+    MessageResult,
+    Nack,
+    Requeue,
+    ResultCollector,
+    result_for,
+)
+from aio_pika_batch.errors import ResultError
+from tests.unit.core.strategies import a_message, results, some_messages
+
+ACK, NACK = MessageResult.ACK, MessageResult.NACK
+REQUEUE = MessageResult.REQUEUE
+
+
+class Broken:
+    """A thing that cannot even be described."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+no_answers = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from(["ack", "nack", b"ack", MessageResult, Nack, (), (ACK,), [ACK, ACK]]),
+    st.just(Broken()),
+    st.builds(lambda: (a_message(), "ack")),
+    st.builds(lambda: (ACK, a_message())),
+    st.builds(lambda: (a_message(), ACK, ACK)),
+    st.builds(a_message),
+)
+
+
+def state(collector):
+    """All that a collector says."""
+    return collector.count, collector.decided(), collector.undecided()
+
+
+@st.composite
+def answers(draw, max_size=6):
+    """Some messages, results for some of them, and the yields that say so, in either form."""
+    messages = some_messages(draw(st.integers(0, max_size)))
+    if draw(st.booleans()):
+        given_results = draw(st.lists(results, max_size=len(messages)))
+        decided = list(zip(messages, given_results, strict=False))
+        return messages, decided, given_results
+    some = draw(st.permutations(range(len(messages))))[: draw(st.integers(0, len(messages)))]
+    pairs = [(messages[at], draw(results)) for at in some]
+    return messages, sorted(pairs, key=lambda pair: pair[0].delivery_tag), pairs
+
+
+def collected(messages, yields):
+    """A collector that has taken some yields."""
+    collector = ResultCollector(messages)
+    for item in yields:
+        collector.accept(item)
+    return collector
+
+
+@given(answers())
+def test_each_result_goes_to_its_message(drawn):
+    """The i-th result is the i-th message's; a pair says itself whose it is."""
+    messages, decided, yields = drawn
+
+    assert decided == collected(messages, yields).decided()
+
+
+@given(answers())
+def test_decided_and_undecided_partition_the_batch_in_its_order(drawn):
+    """No message is in both, none in neither."""
+    messages, _, yields = drawn
+    collector = collected(messages, yields)
+
+    decided = [message for message, _ in collector.decided()]
+    undecided = collector.undecided()
+
+    assert len(messages) == len(decided) + len(undecided)
+    assert len(decided) == collector.count
+    assert decided == [message for message in messages if message in decided]
+    assert undecided == [message for message in messages if message not in decided]
+
+
+@given(answers())
+def test_a_missing_result_is_never_an_ack(drawn):
+    """There are as many ACKs as were yielded: none for what no yield spoke of."""
+    messages, _, yields = drawn
+    yielded = [
+        item for item in yields if item is ACK or (isinstance(item, tuple) and item[1] is ACK)
+    ]
+
+    acked = [message for message, result in collected(messages, yields).decided() if result is ACK]
+
+    assert len(yielded) == len(acked)
+
+
+@given(answers(), no_answers)
+def test_what_is_no_answer_raises_and_changes_nothing(drawn, item):
+    """What was validly decided before stays decided."""
+    messages, _, yields = drawn
+    collector = collected(messages, yields)
+    before = state(collector)
+
+    with pytest.raises(ResultError, match="no result"):
+        collector.accept(item)
+
+    assert before == state(collector)
+
+
+@given(answers(), results)
+def test_a_foreign_message_raises_and_changes_nothing(drawn, result):
+    """A message of another batch, though it may look the same, is not in this one."""
+    messages, _, yields = drawn
+    collector = collected(messages, yields)
+    before = state(collector)
+
+    with pytest.raises(ResultError, match=r"<Message 1 .* is not in this batch|do not mix"):
+        collector.accept((a_message(1), result))
+
+    assert before == state(collector)
+
+
+@given(st.integers(0, 5), results)
+def test_one_result_too_many_raises_and_changes_nothing(count, result):
+    """The error says how many there should have been."""
+    collector = collected(some_messages(count), [ACK] * count)
+    before = state(collector)
+
+    with pytest.raises(ResultError, match=f"^result {count + 1}, .* for a batch of {count}:"):
+        collector.accept(result)
+
+    assert before == state(collector)
+
+
+@given(answers().filter(lambda drawn: drawn[1]), results, st.data())
+def test_a_second_result_for_a_message_raises_and_the_first_stays(drawn, result, data):
+    """The last word does not win: the first may have been settled already."""
+    messages, decided, _ = drawn
+    collector = collected(messages, decided)
+    again, first = data.draw(st.sampled_from(decided))
+    before = state(collector)
+
+    with pytest.raises(ResultError, match="a second result") as caught:
+        collector.accept((again, result))
+
+    assert repr(again) in str(caught.value)
+    assert repr(first) in str(caught.value)
+    assert before == state(collector)
+
+
+@given(results, results)
+def test_the_two_forms_do_not_mix(first, second):
+    """Whichever came first is the form of the batch."""
+    messages = some_messages(2)
+    by_turn, by_name = ResultCollector(messages), ResultCollector(messages)
+    by_turn.accept(first)
+    by_name.accept((messages[1], first))
+
+    with pytest.raises(ResultError, match="do not mix in one batch"):
+        by_turn.accept((messages[1], second))
+    with pytest.raises(ResultError, match="do not mix in one batch"):
+        by_name.accept(second)
+
+    assert [(messages[0], first)] == by_turn.decided()
+    assert [(messages[1], first)] == by_name.decided()
+
+
+def test_a_mistake_does_not_end_the_batch():
+    """Who goes on yielding after an error still decides the right messages."""
+    messages = some_messages(3)
+    collector = collected(messages, [ACK])
+    with pytest.raises(ResultError):
+        collector.accept("nack")
+
+    collector.accept(Nack("bad"))
+
+    assert [(messages[0], ACK), (messages[1], Nack("bad"))] == collector.decided()
+    assert [messages[2]] == collector.undecided()
+
+
+def test_an_error_names_what_was_yielded_but_not_all_of_it():
+    """It goes into a log line."""
+    with pytest.raises(ResultError) as caught:
+        ResultCollector(some_messages(1)).accept("x" * 10_000)
+
+    assert str(caught.value).startswith("'xxx")
+    assert 300 > len(str(caught.value))
+
+
+def test_what_cannot_describe_itself_is_named_by_its_type():
+    """Somebody else's broken `__repr__` does not hide what the mistake was."""
+    with pytest.raises(ResultError, match=r"test_results.Broken.*RuntimeError.* is no result"):
+        ResultCollector(some_messages(1)).accept(Broken())
+
+
+class Family(Exception):
+    """A base."""
+
+
+class Child(Family):
+    """Of one parent."""
+
+
+class Mixed(KeyError, Family):
+    """Of two."""
+
+
+class Unrelated(Exception):
+    """Of nobody in the table."""
+
+
+LISTED = {Family: REQUEUE, Mixed: NACK, LookupError: ACK, Exception: NACK}
+
+
+@pytest.mark.parametrize(
+    ("error", "table", "result"),
+    [
+        (Family(), {Family: REQUEUE}, REQUEUE),
+        (Child(), {Family: REQUEUE}, REQUEUE),
+        (Child(), {Family: REQUEUE, Child: NACK}, NACK),
+        (Child(), {Child: NACK, Family: REQUEUE}, NACK),
+        (Child(), {Exception: NACK, Family: REQUEUE}, REQUEUE),
+        (Mixed(), LISTED, NACK),
+        (Mixed(), {Family: REQUEUE, LookupError: ACK}, ACK),
+        (Unrelated(), {Family: REQUEUE}, None),
+        (Unrelated(), {}, None),
+        (KeyboardInterrupt(), {Exception: NACK}, None),
+    ],
+)
+def test_the_most_specific_class_wins(error, table, result):
+    """In the order in which Python itself looks for a method, whatever the order of the table."""
+    assert result is result_for(error, table)
+
+
+classes = [Exception, LookupError, KeyError, Family, Child, Mixed, Unrelated]
+
+
+@given(
+    st.sampled_from(classes),
+    st.dictionaries(st.sampled_from(classes), st.sampled_from(MessageResult)),
+)
+def test_no_listed_class_stands_between_an_error_and_its_result(cls, table):
+    """The chosen class is a base of the error's, and no other listed base is below it."""
+    bases = [each for each in table if issubclass(cls, each)]
+    lowest = [
+        table[base]
+        for base in bases
+        if not any(other is not base and issubclass(other, base) for other in bases)
+    ]
+
+    result = result_for(cls(), table)
+
+    assert (result in lowest) if bases else (result is None)
+
+
+def test_reasons_are_part_of_a_result():
+    """Two that say different things are different."""
+    assert Nack("a") != Nack("b")
+    assert Requeue("a") == Requeue("a")
+    assert Nack() != Requeue()

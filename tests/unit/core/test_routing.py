@@ -1,0 +1,282 @@
+"""What is settled at once, what is published first, and how often a message is tried."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from aio_pika_batch.core.message import Disposition, Properties
+from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Verdict
+from aio_pika_batch.core.retry import DeadLetterReason, RetryPolicy
+from aio_pika_batch.core.routing import CopyKind, DeadLetterTarget, Plan, Router
+from tests.unit.core.strategies import (
+    NOW,
+    QUEUE,
+    UNDECODABLE,
+    a_message,
+    batches_of_verdicts,
+    delivered,
+    messages,
+    results,
+    short_texts,
+    sound_properties,
+)
+
+ACK, NACK = MessageResult.ACK, MessageResult.NACK
+REQUEUE, REQUEUE_IMMEDIATE = MessageResult.REQUEUE, MessageResult.REQUEUE_IMMEDIATE
+
+DLX = DeadLetterTarget("dlx")
+
+policies = st.builds(RetryPolicy, st.integers(0, 5), st.just("x-retry-count"))
+targets = st.builds(DeadLetterTarget, short_texts, st.none() | short_texts)
+routers = st.builds(
+    Router, st.just(QUEUE), policies, st.none() | targets, exception_message=st.booleans()
+)
+
+
+def a_router(max_attempts=3, dead_letters=DLX):
+    """A router that dead-letters to an exchange of that name."""
+    return Router(QUEUE, RetryPolicy(max_attempts, "x-retry-count"), dead_letters)
+
+
+def settled(plan):
+    """Each delivery tag that goes out at once, and as what."""
+    return [(tag, each.disposition) for each in plan.settlements for tag in each.tags]
+
+
+def plan_one(router, message, result, cause=Cause.HANDLER):
+    """The plan for one message alone."""
+    return router.plan([Verdict(message, result, cause)], NOW)
+
+
+def kind_of(result):
+    """The enumeration's member that a result stands for."""
+    match result:
+        case Nack():
+            return NACK
+        case Requeue():
+            return REQUEUE
+        case _:
+            return result
+
+
+@given(routers, batches_of_verdicts())
+def test_every_original_is_either_settled_at_once_or_waits_for_its_copy(router, verdicts):
+    """Settlements and republications partition the batch; no tag stands in both, or twice."""
+    plan = router.plan(verdicts, NOW)
+
+    tags = [tag for tag, _ in settled(plan)] + [each.tag for each in plan.republications]
+
+    assert Counter(verdict.message.delivery_tag for verdict in verdicts) == Counter(tags)
+
+
+@given(routers, batches_of_verdicts())
+def test_only_what_the_handler_acked_is_acked_before_any_copy_is_confirmed(router, verdicts):
+    """An original that is to be requeued or dead-lettered never stands among the ACKs."""
+    plan = router.plan(verdicts, NOW)
+
+    acked = [tag for tag, disposition in settled(plan) if disposition is Disposition.ACK]
+
+    assert [verdict.message.delivery_tag for verdict in verdicts if verdict.result is ACK] == acked
+
+
+@given(routers, batches_of_verdicts())
+def test_the_table_of_results(router, verdicts):
+    """ACK and REQUEUE_IMMEDIATE never publish; a REJECT is a dead letter that has no exchange."""
+    plan = router.plan(verdicts, NOW)
+    at_once = dict(settled(plan))
+    waiting = {each.tag: each for each in plan.republications}
+
+    for verdict in verdicts:
+        tag = verdict.message.delivery_tag
+        match kind_of(verdict.result):
+            case MessageResult.ACK:
+                assert Disposition.ACK is at_once[tag]
+            case MessageResult.REQUEUE_IMMEDIATE:
+                assert Disposition.REQUEUE is at_once[tag]
+            case MessageResult.NACK if router.dead_letters is None:
+                assert Disposition.REJECT is at_once[tag]
+            case MessageResult.NACK:
+                assert CopyKind.DEAD_LETTER is waiting[tag].kind
+            case MessageResult.REQUEUE if tag in at_once:
+                assert router.dead_letters is None
+                assert Disposition.REJECT is at_once[tag]
+            case MessageResult.REQUEUE:
+                assert verdict is waiting[tag].verdict
+
+
+@given(routers, batches_of_verdicts())
+def test_dispositions_are_grouped_and_keep_the_order_of_the_batch(router, verdicts):
+    """Hardly ever more than two settlements, however long the batch."""
+    plan = router.plan(verdicts, NOW)
+    place = {verdict.message.delivery_tag: at for at, verdict in enumerate(verdicts)}
+
+    dispositions = [each.disposition for each in plan.settlements]
+    assert len(set(dispositions)) == len(dispositions)
+    for each in plan.settlements:
+        assert sorted(each.tags, key=place.__getitem__) == list(each.tags)
+        assert each.tags
+    copies = [each.tag for each in plan.republications]
+    assert sorted(copies, key=place.__getitem__) == copies
+
+
+@given(st.integers(0, 6), messages(of=sound_properties), st.sampled_from([REQUEUE, Requeue("x")]))
+@example(0, a_message(), REQUEUE)
+def test_a_message_is_tried_once_more_than_it_may_be_requeued(max_attempts, message, result):
+    """However it came in, it is dead after 1 + `max_requeue_attempts` tries at the most."""
+    router = a_router(max_attempts)
+    came_with = message.retry_count
+    tries = 0
+    while True:
+        tries += 1
+        (step,) = plan_one(router, message, result).republications
+        if step.kind is CopyKind.DEAD_LETTER:
+            break
+        assert message.retry_count + 1 == step.copy.add["x-retry-count"]
+        message = delivered(step.copy)
+
+    assert 1 + max(0, max_attempts - came_with) == tries
+    assert DeadLetterReason.EXHAUSTED is step.reason
+
+
+@given(st.integers(0, 6), short_texts, short_texts)
+def test_the_first_publication_is_known_to_the_last_try(hops, exchange, routing_key):
+    """Requeues go by the default exchange; the handler and the dead letter see the old route."""
+    message = a_message(exchange=exchange, routing_key=routing_key)
+    for hop in range(hops):
+        now = NOW + timedelta(seconds=hop)
+        (step,) = a_router(hops).plan([Verdict(message, REQUEUE)], now).republications
+        message = delivered(step.copy)
+        assert ("", QUEUE) == (message.exchange, message.routing_key)
+
+    assert (exchange, routing_key) == (message.original_exchange, message.original_routing_key)
+    (dead,) = a_router(hops).plan([Verdict(message, REQUEUE)], NOW).republications
+    assert ("dlx", routing_key) == (dead.copy.exchange, dead.copy.routing_key)
+    if hops:
+        assert NOW == message.headers["x-first-failed-at"]
+
+
+@given(messages(of=sound_properties))
+def test_a_requeue_hides_no_route_behind_a_header_of_another_type(message):
+    """Whatever a client wrote into the headers: a requeue does not change what is read of them."""
+    before = (message.original_exchange, message.original_routing_key)
+    (step,) = plan_one(a_router(10), message, REQUEUE).republications
+    if step.kind is CopyKind.DEAD_LETTER:
+        return
+
+    after = delivered(step.copy)
+
+    assert before == (after.original_exchange, after.original_routing_key)
+
+
+@given(st.sampled_from([NACK, REQUEUE, Nack("why"), Requeue("why")]), messages(), st.integers(0, 3))
+def test_without_a_dead_letter_exchange_the_broker_is_told_to_reject(result, message, count):
+    """Nothing is published, whatever state the message is in: a policy may yet dead-letter it."""
+    message = replace_headers(message, {"x-retry-count": 3 + count})
+
+    assert [(1, Disposition.REJECT)] == settled(
+        plan_one(a_router(3, dead_letters=None), message, result)
+    )
+
+
+def replace_headers(message, headers):
+    """The message with other headers, if its headers can be decoded at all."""
+    properties = message.properties
+    if "headers" not in properties.undecodable:
+        properties = replace(properties, headers=headers)
+    route = (message.exchange, message.routing_key)
+    return type(message)(message._source, 1, False, message.body, route, properties)
+
+
+@given(messages(of=st.just(Properties(undecodable={"headers": UNDECODABLE}))), results)
+def test_without_headers_nobody_can_count_so_a_requeue_is_a_dead_letter(message, result):
+    """Its reason says so, its route is the one it came by, and it is given no count."""
+    plan = plan_one(a_router(), message, result)
+
+    match kind_of(result):
+        case MessageResult.ACK | MessageResult.REQUEUE_IMMEDIATE:
+            assert () == tuple(plan.republications)
+        case requeue_or_nack:
+            (step,) = plan.republications
+            reasons = {
+                NACK: DeadLetterReason.REJECTED,
+                REQUEUE: DeadLetterReason.UNDECODABLE,
+            }
+            assert reasons[requeue_or_nack] is step.reason
+            assert message.routing_key == step.copy.routing_key
+            assert "x-retry-count" not in step.copy.add
+            assert message.routing_key == step.copy.add["x-original-routing-key"]
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (Cause.HANDLER, DeadLetterReason.REJECTED),
+        (Cause.EXCEPTION, DeadLetterReason.HANDLER_ERROR),
+        (Cause.TIMEOUT, DeadLetterReason.HANDLER_ERROR),
+        (Cause.MISSING, DeadLetterReason.HANDLER_ERROR),
+        (Cause.INVALID, DeadLetterReason.HANDLER_ERROR),
+        (Cause.SHUTDOWN, DeadLetterReason.HANDLER_ERROR),
+        (Cause.UNDECODABLE, DeadLetterReason.UNDECODABLE),
+    ],
+)
+@pytest.mark.parametrize("result", [NACK, Nack("why")])
+def test_a_dead_letter_says_who_decided_it(cause, reason, result):
+    """The handler, its failure, or the message itself."""
+    (step,) = plan_one(a_router(), a_message(), result, cause).republications
+
+    assert reason is step.reason
+    assert reason.value == step.copy.add["x-dead-letter-reason"]
+
+
+@pytest.mark.parametrize("cause", Cause)
+def test_exhausted_is_exhausted_whoever_asked_for_one_more_try(cause):
+    """The reason names what ended the retries."""
+    message = a_message(headers={"x-retry-count": 3})
+
+    (step,) = plan_one(a_router(3), message, REQUEUE, cause).republications
+
+    assert DeadLetterReason.EXHAUSTED is step.reason
+
+
+@pytest.mark.parametrize(
+    ("headers", "malformed", "next_count"),
+    [
+        (None, False, 1),
+        ({}, False, 1),
+        ({"x-retry-count": None}, False, 1),
+        ({"x-retry-count": 0}, False, 1),
+        ({"x-retry-count": 1}, False, 2),
+        ({"x-retry-count": "1"}, False, 2),
+        ({"x-retry-count": "one"}, True, 1),
+        ({"x-retry-count": -1}, True, 1),
+        ({"x-retry-count": 1.0}, True, 1),
+        ({"x-retry-count": True}, True, 1),
+    ],
+)
+def test_a_count_that_is_none_counts_from_nothing_and_is_told(headers, malformed, next_count):
+    """A number in another type is a number; anything else is 0, and somebody may log it."""
+    (step,) = plan_one(a_router(), a_message(headers=headers), REQUEUE).republications
+
+    assert (malformed, next_count) == (step.malformed_count, step.copy.add["x-retry-count"])
+
+
+@pytest.mark.parametrize(("stated", "key"), [(None, "order.created"), ("dead", "dead"), ("", "")])
+def test_a_dead_letter_keeps_its_key_unless_the_target_has_one(stated, key):
+    """An empty key is a key too."""
+    router = a_router(dead_letters=DeadLetterTarget("dlx", stated))
+
+    (step,) = plan_one(router, a_message(), NACK).republications
+
+    assert ("dlx", key) == (step.copy.exchange, step.copy.routing_key)
+
+
+def test_no_verdicts_are_nothing_to_do():
+    """An empty plan sends nothing."""
+    assert Plan([], []) == a_router().plan([], NOW)
+    assert not settled(Plan())
