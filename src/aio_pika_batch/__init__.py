@@ -1,0 +1,68 @@
+"""Batch consumer for RabbitMQ: collect a batch, yield one result per message.
+
+Subclass :class:`BatchConsumer`, override `process_messages`, run it. Nothing of aio-pika is
+imported before a consumer with an `amqp://` URL is made.
+"""
+
+from aio_pika_batch.consumer import BatchConsumer, Consumer, ConsumerStatus, WorkerSession
+from aio_pika_batch.core.batcher import Trigger
+from aio_pika_batch.core.message import Message, Outcome, Publication
+from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result
+from aio_pika_batch.core.retry import DeadLetterReason
+from aio_pika_batch.errors import (
+    AccessRefused,
+    AioPikaBatchError,
+    BrokerUnavailable,
+    ConfigurationError,
+    DrainIncomplete,
+    HandlerTimeout,
+    MessageDecodeError,
+    PublishError,
+    ResultError,
+    SessionClosed,
+    SessionLost,
+    SettlementError,
+    StartInterrupted,
+    TopologyError,
+    TransportError,
+)
+from aio_pika_batch.observer import Observer
+from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings
+from aio_pika_batch.worker import WorkerState, WorkerStatus
+
+__all__ = [
+    "AccessRefused",
+    "AioPikaBatchError",
+    "BatchConsumer",
+    "BatchConsumerSettings",
+    "BrokerUnavailable",
+    "Cause",
+    "ConfigurationError",
+    "Consumer",
+    "ConsumerSettings",
+    "ConsumerStatus",
+    "DeadLetterReason",
+    "DrainIncomplete",
+    "HandlerTimeout",
+    "Message",
+    "MessageDecodeError",
+    "MessageResult",
+    "Nack",
+    "Observer",
+    "Outcome",
+    "Publication",
+    "PublishError",
+    "Requeue",
+    "Result",
+    "ResultError",
+    "SessionClosed",
+    "SessionLost",
+    "SettlementError",
+    "StartInterrupted",
+    "TopologyError",
+    "TransportError",
+    "Trigger",
+    "WorkerSession",
+    "WorkerState",
+    "WorkerStatus",
+]

@@ -16,11 +16,11 @@ class TransportError(AioPikaBatchError):
     """Something between the consumer and its broker; the subclasses say who ended it."""
 
 
-class BrokerUnavailable(TransportError):  # noqa: N818  -- a state of the world, as `SessionLost`
+class BrokerUnavailable(TransportError):
     """Nobody answered, or the answer was cut off: worth another attempt."""
 
 
-class AccessRefused(TransportError):  # noqa: N818
+class AccessRefused(TransportError):
     """The broker answered and said no: user, password, virtual host or permission."""
 
 
@@ -31,11 +31,11 @@ class TopologyError(TransportError):
     """
 
 
-class SessionLost(TransportError):  # noqa: N818
+class SessionLost(TransportError):
     """The world ended the session; whatever was unsettled will be delivered again."""
 
 
-class SessionClosed(TransportError):  # noqa: N818
+class SessionClosed(TransportError):
     """You ended the session, and used it afterwards."""
 
 
@@ -44,7 +44,7 @@ class SettlementError(TransportError):
 
 
 class PublishError(TransportError):
-    """The broker did not confirm a message: it was returned, refused, or nothing was heard of it."""
+    """The broker did not confirm a message: it was returned, refused, or nothing was heard."""
 
 
 class MessageDecodeError(AioPikaBatchError, ValueError):
@@ -67,9 +67,13 @@ class ResultError(AioPikaBatchError, ValueError):
     """A handler yielded what is no answer to its batch: too much, twice, unknown or foreign."""
 
 
-class HandlerTimeout(AioPikaBatchError, TimeoutError):  # noqa: N818  -- named after what happened
+class HandlerTimeout(AioPikaBatchError, TimeoutError):
     """A handler ran for longer than `process_timeout` seconds and was cancelled."""
 
 
-class DrainIncomplete(AioPikaBatchError):  # noqa: N818
+class DrainIncomplete(AioPikaBatchError):
     """A shutdown ended before its work did: what was cut off will be delivered again."""
+
+
+class StartInterrupted(AioPikaBatchError):
+    """`stop` was called before every worker consumed."""

@@ -59,5 +59,10 @@ class KeywordLogger:
             text = f"{event} [{words}]" if words else event
             # The text is an argument, never a format: it may hold a percent sign.
             self._logger.log(
-                level, "%s", text, exc_info=exc_info, extra={"event": event, "context": merged}, stacklevel=3
+                level,
+                "%s",
+                text,
+                exc_info=exc_info,
+                extra={"event": event, "context": merged},
+                stacklevel=3,
             )

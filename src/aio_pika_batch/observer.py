@@ -1,7 +1,7 @@
 """What may be seen, and never changed.
 
-An observer is told what happened, as values. It cannot slow, change or break the flow: what it raises
-is caught, logged once and counted.
+An observer is told what happened, as values. It cannot slow, change or break the flow: what it
+raises is caught, logged once and counted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from aio_pika_batch.core.batcher import Trigger
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.results import Cause, Result
+from aio_pika_batch.core.results import Cause, MessageResult
 from aio_pika_batch.core.retry import DeadLetterReason
 from aio_pika_batch.logs import KeywordLogger
 
@@ -66,7 +66,7 @@ class Settled:
         counts: How many messages, per result and cause; `None` for those returned unhandled.
     """
 
-    counts: Mapping[tuple[Result | None, Cause], int]
+    counts: Mapping[tuple[MessageResult | None, Cause], int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """How does a publication find an open connection?
 
-One publisher at a time, opened when it is first needed. A publisher that kept silent about anything is
-given up and replaced: what it may still confirm can no longer be told apart, so that each message gets
-one attempt for each connection.
+One publisher at a time, opened when it is first needed. A publisher that kept silent about anything
+is given up and replaced: what it may still confirm can no longer be told apart, so that each
+message gets one attempt for each connection.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What can be configured, and what makes no sense.
 
 Values come from code, then the environment, then `.env`; the prefix is `AIO_PIKA_BATCH_` unless a
-subclass sets another by `model_config`. Nonsense is refused at construction, with the field's name and
-what is allowed. No password is ever shown.
+subclass sets another by `model_config`. Nonsense is refused at construction, with the field's name
+and what is allowed. No password is ever shown.
 """
 
 from __future__ import annotations
@@ -124,14 +124,12 @@ class ConsumerSettings(BaseSettings):
         default=1,
         description="Independent consumers on the same queue, each with a connection of its own.",
     )
-    concurrency: Count = Field(
-        default=1, description="Handlers that run at once, per worker."
-    )
+    concurrency: Count = Field(default=1, description="Handlers that run at once, per worker.")
     max_requeue_attempts: int = Field(
         default=3,
         ge=0,
-        description="Retries by REQUEUE before a message is dead-lettered; spent within milliseconds"
-        " on an idle queue.",
+        description="Retries by REQUEUE before a message is dead-lettered; spent within"
+        " milliseconds on an idle queue.",
     )
     unhandled_exception_action: Annotated[MessageResult, BeforeValidator(_result_by_name)] = Field(
         default=MessageResult.REQUEUE,
@@ -159,7 +157,8 @@ class ConsumerSettings(BaseSettings):
         default=None, description="`x-queue-type`; none: the virtual host's default."
     )
     queue_arguments: Arguments = Field(
-        default=None, description="Further arguments of the queue: TTL, dead-letter exchange, ….",
+        default=None,
+        description="Further arguments of the queue: TTL, dead-letter exchange, ….",
     )
     exchange_durable: bool = Field(
         default=True, description="The exchange survives broker restarts."
@@ -291,7 +290,11 @@ class ConsumerSettings(BaseSettings):
         scheme = scheme_of(url)
         if scheme not in known_schemes():
             known = ", ".join(f"{each}://" for each in known_schemes())
-            found = f"{scheme}:// is not one of {known}" if scheme else f"it must start with one of {known}"
+            found = (
+                f"{scheme}:// is not one of {known}"
+                if scheme
+                else f"it must start with one of {known}"
+            )
             raise ValueError(found)
         return url
 
@@ -318,16 +321,19 @@ class ConsumerSettings(BaseSettings):
     def _fits_together(self) -> Self:
         stated = _given(self.queue_arguments).get(QUEUE_TYPE)
         if self.queue_type is not None and stated not in (None, self.queue_type):
-            msg = f"queue_type={self.queue_type!r} contradicts {QUEUE_TYPE}={stated!r} in queue_arguments"
+            msg = (
+                f"queue_type={self.queue_type!r} contradicts"
+                f" {QUEUE_TYPE}={stated!r} in queue_arguments"
+            )
             raise ValueError(msg)
         if self.queue_exclusive and self.num_workers > 1:
             msg = (
-                f"num_workers={self.num_workers} cannot share an exclusive queue, which belongs to one"
-                " connection; use num_workers=1, or concurrency"
+                f"num_workers={self.num_workers} cannot share an exclusive queue, which belongs to"
+                " one connection; use num_workers=1, or concurrency"
             )
             raise ValueError(msg)
         if self.queue_exclusive and not self.declare:
-            msg = "declare=False cannot find an exclusive queue: it goes with the connection that made it"
+            msg = "declare=False finds no exclusive queue: it goes with the connection that made it"
             raise ValueError(msg)
         if self.reconnect_delay > self.reconnect_delay_max:
             msg = "reconnect_delay must not exceed reconnect_delay_max"
@@ -382,6 +388,10 @@ def _explain(cls: type[ConsumerSettings], error: ValidationError) -> str:
         where = field.split(".")[0]
         said = each["type"] in ("missing", "value_error") or where == "url"
         given = "" if said else f", not {each['input']!r}"
-        variable = f" (in the environment: {(prefix + where).upper()})" if where in cls.model_fields else ""
+        variable = (
+            f" (in the environment: {(prefix + where).upper()})"
+            if where in cls.model_fields
+            else ""
+        )
         lines.append(f"{field}: {text}{given}{variable}")
     return f"{cls.__name__}: " + "\n  ".join(lines)

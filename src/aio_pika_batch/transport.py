@@ -1,8 +1,8 @@
 """The port: all that this library asks of a broker.
 
-Messages travel in chunks, one await for each network read, never one for each message. What a session
-hands out, only that session can settle. A transport is found by the scheme of its URL, or passed in
-as an object; `docs/architecture.md` tells how to write one.
+Messages travel in chunks, one await for each network read, never one for each message. What a
+session hands out, only that session can settle. A transport is found by the scheme of its URL, or
+passed in as an object; `docs/architecture.md` tells how to write one.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class Publisher(Protocol):
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
         """Publish, pipelined, and wait for the broker's word on each.
 
-        A :class:`~aio_pika_batch.core.message.Copy` keeps its original's properties; of its `user_id`
-        only the connection's own is kept.
+        A :class:`~aio_pika_batch.core.message.Copy` keeps its original's properties; of its
+        `user_id` only the connection's own is kept.
 
         Returns:
             An outcome for each, in order. A lost connection makes `Outcome.UNKNOWN` of whatever was
@@ -158,12 +158,16 @@ class Transport(Protocol):
     def session(self, subscription: Subscription) -> AbstractAsyncContextManager[Session]:
         """Open a connection and consume; leaving the context closes both.
 
-        Entering raises what `declare` raises. Whatever is unsettled on leaving goes back to the queue.
+        Entering raises what `declare` raises. Whatever is unsettled on leaving goes back to the
+        queue.
         """
         ...
 
     def publisher(self) -> AbstractAsyncContextManager[Publisher]:
-        """Open a connection for publishing; leaving the context closes it. Entering raises as above."""
+        """Open a connection for publishing; leaving the context closes it.
+
+        Entering raises what `declare` raises, but TopologyError.
+        """
         ...
 
 

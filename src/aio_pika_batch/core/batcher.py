@@ -109,7 +109,7 @@ class Batcher:
 
     def _cut(self, trigger: Trigger) -> Batch:
         since, first = self._chunks[0]
-        if len(first) == self._size or len(self._chunks) == 1 and len(first) < self._size:
+        if len(first) == self._size or (len(self._chunks) == 1 and len(first) < self._size):
             self._chunks.popleft()
             self._count -= len(first)
             return Batch(first, trigger, since)

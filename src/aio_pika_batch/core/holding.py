@@ -1,10 +1,10 @@
 """What happens to an original whose copy is not confirmed?
 
-It is held, unsettled, and its copy is tried again after growing pauses. Where nothing was heard of a
-copy, it may well be stored: whoever publishes gives up a connection that kept silent, so that there is
-one more attempt for each new connection, and no more. An original is not held for ever: after `hold`
-seconds, or once half of the prefetch is held, it goes back to the broker; and never at once, since it
-would come back at once, in a hot loop.
+It is held, unsettled, and its copy is tried again after growing pauses. Where nothing was heard of
+a copy, it may well be stored: whoever publishes gives up a connection that kept silent, so that
+there is one more attempt for each new connection, and no more. An original is not held for ever:
+after `hold` seconds, or once half of the prefetch is held, it goes back to the broker; and never at
+once, since it would come back at once, in a hot loop.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class HoldPolicy:
     room: int
     backoff: Backoff
 
-    def next_step(self, held: Held, *, now: float, jitter: float, waiting: int) -> TryAgain | GiveBack:
+    def next_step(
+        self, held: Held, *, now: float, jitter: float, waiting: int
+    ) -> TryAgain | GiveBack:
         """Decide after a failed attempt.
 
         Args:

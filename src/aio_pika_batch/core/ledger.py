@@ -5,9 +5,11 @@ Laws:
 - A frame with `multiple` is used only where every outstanding tag up to its own is decided the same
   way, and it ends on a tag that is itself outstanding; otherwise the broker closes the channel
   (`406 unknown delivery tag`). Tag 0, which means "all there are", is never used.
-- A tag is settled once. A second time, or a tag that was never delivered, raises, and nothing is sent.
+- A tag is settled once. A second time, or a tag that was never delivered, raises, and nothing is
+  sent.
 
-Acks and nacks have `multiple`, rejects have not (AMQP 0-9-1, basic class; nack is RabbitMQ's extension).
+Acks and nacks have `multiple`, rejects have not (AMQP 0-9-1, basic class; nack is RabbitMQ's
+extension).
 """
 
 from __future__ import annotations
@@ -84,10 +86,16 @@ class Ledger:
             for tag in settlement.tags:
                 if tag not in self._outstanding:
                     why = "settled already" if 0 < tag <= self._last else "never delivered here"
-                    msg = f"delivery tag {tag} cannot be settled: {why} (each delivery, once, in its own session)"
+                    msg = (
+                        f"delivery tag {tag} cannot be settled: {why}"
+                        " (each delivery, once, in its own session)"
+                    )
                     raise SettlementError(msg)
                 if tag in decided:
-                    msg = f"delivery tag {tag} is settled twice at once, as {decided[tag].value} and as {settlement.disposition.value}"
+                    msg = (
+                        f"delivery tag {tag} is settled twice at once, as {decided[tag].value}"
+                        f" and as {settlement.disposition.value}"
+                    )
                     raise SettlementError(msg)
                 decided[tag] = settlement.disposition
         return decided
@@ -121,12 +129,12 @@ def _fewest_segments(row: Sequence[Disposition]) -> list[tuple[int, Disposition]
     """Divide a row of acks and returns so that one `multiple` for each part, and a single frame for
     each member that is of the other kind, are the fewest frames together.
 
-    Two numbers are carried along: the cost so far with the open part being acks, or returns. Opening
-    a part costs one frame, and so does every member of the other kind.
+    Two numbers are carried along: the cost so far with the open part being acks, or returns.
+    Opening a part costs one frame, and so does every member of the other kind.
 
     Returns:
         The parts, each as (end, kind).
-    """  # noqa: D205
+    """
     if not row:
         return []
     if row.count(row[0]) == len(row):

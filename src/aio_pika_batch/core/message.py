@@ -1,4 +1,5 @@
-"""What goes in and what goes out: a delivery as the handler sees it, a publication as a broker gets it.
+"""What goes in and what goes out: a delivery as the handler sees it, a publication as a broker gets
+it.
 
 A message's properties and its route may arrive as raw bytes and are decoded on first use; one that
 cannot be decoded costs that message only, and only when somebody asks.
@@ -26,6 +27,9 @@ FieldValue: TypeAlias = (
 Headers: TypeAlias = Mapping[str, FieldValue]
 
 NO_HEADERS: Headers = MappingProxyType({})
+
+SHORT_STRING = 255
+"""Bytes in the longest short string (AMQP 0-9-1, section 4.2.5.3)."""
 
 ORIGINAL_EXCHANGE = "x-original-exchange"
 ORIGINAL_ROUTING_KEY = "x-original-routing-key"
@@ -123,7 +127,7 @@ class Message:
     )
     _decoded: Properties
 
-    def __init__(  # noqa: PLR0913, PLR0917  -- positional, because one is made for every delivery
+    def __init__(  # noqa: PLR0917  -- positional, because one is made for every delivery
         self,
         source: Source,
         delivery_tag: int,
@@ -281,7 +285,7 @@ class Message:
 
     @property
     def delivery_count(self) -> int | None:
-        """How often a quorum queue has delivered it in vain; None where the broker does not count."""
+        """How often a quorum queue has delivered it in vain; None where nobody counts."""
         value = self.headers.get(DELIVERY_COUNT)
         return value if isinstance(value, int) else None
 
@@ -382,6 +386,17 @@ class Publication:
     user_id: str | None = field(default=None, kw_only=True)
     app_id: str | None = field(default=None, kw_only=True)
 
+    def __post_init__(self) -> None:
+        """Refuse what no broker takes, where it is made and not where it is sent."""
+        body: object = self.body
+        if not isinstance(body, bytes | bytearray | memoryview):
+            msg = f"body must be bytes, not {type(body).__name__}: encode it first"
+            raise TypeError(msg)
+        for name, value in (("exchange", self.exchange), ("routing_key", self.routing_key)):
+            if len(value.encode()) > SHORT_STRING:
+                msg = f"{name} has more than {SHORT_STRING} bytes, AMQP's limit: {value[:40]}…"
+                raise ValueError(msg)
+
     @property
     def properties(self) -> Properties:
         """The properties as they go on the wire."""
@@ -409,9 +424,9 @@ class Publication:
 class Copy:
     """A delivered message, to be published again with a few headers changed and all else as it was.
 
-    A transport that has the raw properties splices them (absent stays absent, types stay types); any
-    other takes :attr:`properties`. A `user_id` other than the connection's own user is left out by
-    the publisher, since the broker would close the channel over it.
+    A transport that has the raw properties splices them (absent stays absent, types stay types);
+    any other takes :attr:`properties`. A `user_id` other than the connection's own user is left out
+    by the publisher, since the broker would close the channel over it.
 
     Attributes:
         add: Headers to set; each replaces one of the same name.
@@ -434,7 +449,7 @@ class Copy:
 
     @property
     def properties(self) -> Properties:
-        """The properties as values, for a transport without raw ones. What is undecodable is left out."""
+        """As values, for a transport without raw ones; what is undecodable is left out."""
         was = self.message.properties
         headers = {key: value for key, value in (was.headers or {}).items() if key not in self.drop}
         headers.update(self.add)

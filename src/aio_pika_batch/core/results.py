@@ -1,8 +1,8 @@
 """Which answer belongs to which message?
 
-The i-th yield is the i-th message's, or a handler that works out of order yields `(message, result)`;
-a batch sees one form or the other. What was validly decided before a mistake stays decided, and a
-result that is missing is never an ACK.
+The i-th yield is the i-th message's, or a handler that works out of order yields `(message,
+result)`; a batch sees one form or the other. What was validly decided before a mistake stays
+decided, and a result that is missing is never an ACK.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ class ResultCollector:
                 self._accept_pair(message, result)
             case _:
                 msg = (
-                    f"{_named(item)} is no result: yield a MessageResult, Nack(…) or Requeue(…) for each"
-                    " message in turn, or (message, result)"
+                    f"{_named(item)} is no result: yield a MessageResult, Nack(…) or Requeue(…) for"
+                    " each message in turn, or (message, result)"
                 )
                 raise ResultError(msg)
 

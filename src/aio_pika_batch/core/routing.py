@@ -1,7 +1,7 @@
 """Results become a plan: what may be settled at once, and what is published first.
 
-An original is settled as ACK after a requeue or a dead letter only once the broker has confirmed its
-copy. A plan therefore has two parts, and nothing stands in both.
+An original is settled as ACK after a requeue or a dead letter only once the broker has confirmed
+its copy. A plan therefore has two parts, and nothing stands in both.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ EXCEPTION_MESSAGE_LIMIT = 1024
 """Bytes of an exception's text that a dead letter carries: headers share one frame (128 KiB)."""
 
 DROPPED = frozenset({"CC", "BCC", DELIVERY_COUNT, "x-acquired-count"})
-"""Headers that a copy must not repeat: CC and BCC would send it to further queues, counts are the broker's."""
+"""What a copy must not repeat: CC and BCC name further queues, counts are the broker's."""
 
 REWRITTEN = frozenset({DETAIL, EXCEPTION_TYPE, EXCEPTION_MESSAGE})
 """Headers of an earlier death: a dead letter that came back must not die of its old cause again."""

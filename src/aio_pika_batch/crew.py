@@ -1,0 +1,208 @@
+"""The workers of one consumer, from start to stop.
+
+Built anew for each start, so that a stopped consumer can be started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aio_pika_batch.core.holding import HoldPolicy
+from aio_pika_batch.core.results import ExceptionResults
+from aio_pika_batch.core.retry import Backoff, RetryPolicy
+from aio_pika_batch.core.routing import Router
+from aio_pika_batch.core.topology import dead_letter_target, derive, split_exclusive
+from aio_pika_batch.epoch import Epoch, Terms
+from aio_pika_batch.errors import StartInterrupted
+from aio_pika_batch.handling import FailurePolicy, Process
+from aio_pika_batch.hands import Stop
+from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.observer import Observer, Observers, Origin
+from aio_pika_batch.outbox import Outbox
+from aio_pika_batch.settings import ConsumerSettings
+from aio_pika_batch.transport import Session, Subscription, Transport
+from aio_pika_batch.worker import Worker, WorkerStatus
+
+RECHECK = Backoff(0.5, 5.0)
+"""Pauses between attempts to publish a copy that was returned or refused."""
+
+Attend = Callable[[Epoch, Session, int, KeywordLogger], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What one worker needs of the consumer instance that it works for.
+
+    Attributes:
+        process: `process_messages`, of this instance.
+        attend: Runs the instance's hooks around a session.
+        exceptions: `exception_results`.
+    """
+
+    process: Process
+    attend: Attend
+    exceptions: ExceptionResults
+
+
+def terms_of(settings: ConsumerSettings, exceptions: ExceptionResults) -> Terms:
+    """On which terms these settings want a worker to work."""
+    wanted = settings.wanted
+    prefetch = settings.effective_prefetch
+    return Terms(
+        batch_size=settings.messages_per_batch,
+        batch_timeout=settings.seconds_per_batch,
+        prefetch=prefetch,
+        concurrency=settings.concurrency,
+        process_timeout=settings.process_timeout,
+        failure=FailurePolicy(settings.unhandled_exception_action, exceptions),
+        router=Router(
+            settings.queue_name,
+            RetryPolicy(settings.max_requeue_attempts, settings.retry_count_header),
+            dead_letter_target(wanted),
+            settings.dead_letter_exception_message,
+        ),
+        # Without a limit on what is delivered, none on what is held but memory's own would remain.
+        hold=HoldPolicy(settings.requeue_hold, prefetch // 2 or 1000, RECHECK),
+    )
+
+
+class Crew:
+    """All workers of one consumer, and what they share.
+
+    Args:
+        name: The consumer's class, for logs, tags and observers.
+
+    Attributes:
+        outbox: Requeues and dead letters.
+        post: What users publish; apart, since their mistakes may cost the channel.
+        stop: Whether and by when all shall have stopped.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: ConsumerSettings,
+        transport: Transport,
+        observers: Sequence[Observer],
+        log: KeywordLogger,
+    ) -> None:
+        self._name = name
+        self._settings = settings
+        self._transport = transport
+        self._observers = observers
+        self._log = log
+        self._topology, self._own = split_exclusive(derive(settings.wanted))
+        self._workers: list[Worker] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._declaring: asyncio.Future[None] | None = None
+        self._abandoned = 0
+        self.outbox = Outbox(transport, log)
+        self.post = Outbox(transport, log)
+        self.stop = Stop()
+
+    @property
+    def statuses(self) -> tuple[WorkerStatus, ...]:
+        """A snapshot of each worker."""
+        return tuple(worker.status for worker in self._workers)
+
+    def is_healthy(self) -> bool:
+        """Whether every worker consumes and none holds a message for too long."""
+        limit = self._settings.effective_stuck_after
+        return bool(self._workers) and all(
+            worker.is_consuming and (worker.oldest or 0.0) <= limit for worker in self._workers
+        )
+
+    def is_handling_in(self, task: asyncio.Task[object] | None) -> bool:
+        """Whether this task runs one of the handlers."""
+        return any(task in worker.hands.tasks for worker in self._workers)
+
+    async def start(self, seats: Sequence[Seat]) -> None:
+        """Start a worker for each seat, and wait until all of them consume.
+
+        Raises:
+            TransportError: The broker says no, for good.
+            StartInterrupted: A stop came first.
+            Exception: A session's hook failed.
+        """
+        settings = self._settings
+        terms = terms_of(settings, seats[0].exceptions)
+        for index, seat in enumerate(seats):
+            log = self._log.bind(worker=index)
+            origin = Origin(self._name, settings.queue_name, index)
+            worker = Worker(
+                index,
+                transport=self._transport,
+                declare=self._declare,
+                subscription=functools.partial(self._subscription, index),
+                terms=terms,
+                backoff=Backoff(settings.reconnect_delay, settings.reconnect_delay_max),
+                process=seat.process,
+                attend=seat.attend,
+                outbox=self.outbox,
+                stop=self.stop,
+                observers=Observers(self._observers, origin, log),
+                log=log,
+            )
+            self._workers.append(worker)
+            self._tasks.append(asyncio.ensure_future(worker.run()))
+        ready = asyncio.gather(*(worker.ready for worker in self._workers))
+        try:
+            waiting: set[asyncio.Future[Any]] = {ready, *self._tasks}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in self._tasks:
+                if task.done():
+                    await task
+            if self.stop.event.is_set():
+                msg = "stopped before every worker consumed"
+                raise StartInterrupted(msg)
+            await ready
+        finally:
+            ready.cancel()
+
+    def _subscription(self, index: int, epoch: int) -> Subscription:
+        settings = self._settings
+        place = f"{socket.gethostname()}-{os.getpid()}-w{index}-e{epoch}"
+        return Subscription(
+            queue=settings.queue_name,
+            prefetch=settings.effective_prefetch,
+            # A consumer tag is a short string: 255 bytes (AMQP 0-9-1, section 4.2.5.3).
+            consumer_tag=f"{self._name[:100]}-{place[-150:]}",
+            arguments=settings.consumer_arguments or {},
+            retry_count_header=settings.retry_count_header,
+            own=self._own,
+        )
+
+    async def _declare(self) -> None:
+        """Declare the topology; workers that want it at the same time share one attempt."""
+        if self._declaring is None or self._declaring.done():
+            self._declaring = asyncio.ensure_future(self._transport.declare(self._topology))
+        await asyncio.shield(self._declaring)
+
+    async def finish(self) -> int:
+        """Wait until every worker has stopped.
+
+        Returns:
+            How many messages were cut off in mid-handling.
+        """
+        if self._tasks:
+            # What a worker could not start with has been raised by `start`.
+            await asyncio.wait(self._tasks)
+        return self._abandoned + sum(worker.cut_off for worker in self._workers)
+
+    def abandon(self) -> None:
+        """Give up the drain: close connections, cancel handlers."""
+        self._abandoned = sum(worker.hands.in_hand for worker in self._workers)
+        for task in (*self._tasks, *(task for each in self._workers for task in each.hands.tasks)):
+            task.cancel()
+
+    async def close(self) -> None:
+        """Close what the workers shared."""
+        if self._declaring is not None and not self._declaring.done():
+            self._declaring.cancel()
+        await asyncio.gather(self.outbox.close(), self.post.close())

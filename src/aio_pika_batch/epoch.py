@@ -1,0 +1,310 @@
+"""What happens from the first delivery of a session to its last settlement?
+
+The shell around the batcher, the handlers and the desk: it awaits, and decides nothing. Between
+taking a chunk and cutting batches out of it there is no await, so there is no race. A session that
+is lost ends its epoch: the buffer is dropped on purpose, since the broker delivers it again, and
+handlers run on, but nobody listens to their results any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from aio_pika_batch.core.batcher import Batch, Batcher
+from aio_pika_batch.core.holding import HoldPolicy
+from aio_pika_batch.core.routing import Router
+from aio_pika_batch.errors import SessionLost, TransportError
+from aio_pika_batch.handling import FailurePolicy, Handled, Handling, Process
+from aio_pika_batch.hands import Hands, Stop, nobody_waits
+from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.observer import BatchCut, BatchHandled, HandlerError, Observers
+from aio_pika_batch.outbox import Outbox
+from aio_pika_batch.settling import Settler
+from aio_pika_batch.transport import Session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """On which terms a worker works, as its settings say."""
+
+    batch_size: int
+    batch_timeout: float
+    prefetch: int
+    concurrency: int
+    process_timeout: float | None
+    failure: FailurePolicy
+    router: Router
+    hold: HoldPolicy
+
+
+class Epoch:
+    """One session, consumed.
+
+    Args:
+        process: The handler, of the instance that this worker uses.
+        hands: The worker's, since handlers outlive epochs.
+        on_consuming: Called once messages are being received.
+
+    Attributes:
+        was_consumed: Whether `consume` was ever called.
+        cut_off: How many messages a drain cut off in mid-handling.
+        last_progress: When something was last received or settled, in loop time.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        terms: Terms,
+        process: Process,
+        hands: Hands,
+        outbox: Outbox,
+        stop: Stop,
+        on_consuming: Callable[[], None],
+        observers: Observers,
+        log: KeywordLogger,
+    ) -> None:
+        self._session = session
+        self._stop = stop
+        self._on_consuming = on_consuming
+        self._terms = terms
+        self._process = process
+        self._hands = hands
+        self._observers = observers
+        self._log = log
+        self._loop = asyncio.get_running_loop()
+        self._batcher = Batcher(size=terms.batch_size, timeout=terms.batch_timeout)
+        self._settler = Settler(
+            session,
+            router=terms.router,
+            hold=terms.hold,
+            outbox=outbox,
+            on_failure=self.fail,
+            on_room=self._dispatch,
+            observers=observers,
+            log=log,
+        )
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._settling: dict[int, float] = {}
+        self._failure: asyncio.Future[None] = self._loop.create_future()
+        self._is_draining = False
+        self.was_consumed = False
+        self.cut_off = 0
+        self.last_progress = self._loop.time()
+
+    # -- what is seen from outside ----------------------------------------------------------------
+
+    @property
+    def buffered(self) -> int:
+        """Messages that wait for their batch."""
+        return len(self._batcher)
+
+    @property
+    def held(self) -> int:
+        """Originals that wait for a confirmation that did not come at once."""
+        return self._settler.held
+
+    @property
+    def oldest(self) -> float | None:
+        """When the longest unsettled message arrived, in loop time; None if all are settled."""
+        times = (
+            self._batcher.since,
+            self._hands.since,
+            self._settler.since,
+            *self._settling.values(),
+        )
+        return min((each for each in times if each is not None), default=None)
+
+    # -- receiving --------------------------------------------------------------------------------
+
+    async def consume(self) -> None:
+        """Receive, batch, hand over and settle, until told to stop; then drain.
+
+        Raises:
+            TransportError: The session is lost.
+        """
+        self.was_consumed = True
+        self._hands.on_free = self._dispatch
+        self._on_consuming()
+        receiving = self._loop.create_task(self._receive())
+        stopping = self._loop.create_task(self._stop.event.wait())
+        try:
+            waiting: set[asyncio.Future[Any]] = {receiving, stopping, self._failure}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if self._failure.done():
+                self._failure.result()
+            if not self._stop.event.is_set():
+                await receiving
+                msg = "the session ended although nobody asked it to"
+                raise SessionLost(msg)
+            await self._drain(receiving)
+        finally:
+            stopping.cancel()
+            await self._let_go(receiving)
+
+    async def _receive(self) -> None:
+        loop_time = self._loop.time
+        add = self._batcher.add
+        async for chunk in self._session:
+            self.last_progress = now = loop_time()
+            add(chunk, now)
+            self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Hand over what is due to whoever is free, and set the timer for what is not."""
+        if self._is_draining or self._settler.is_over:
+            return
+        now = self._loop.time()
+        while self._hands.is_free:
+            batch = self._batcher.poll(now, exhausted=self._is_exhausted())
+            if batch is None:
+                break
+            self._hand_over(batch)
+        self._arm()
+
+    def _is_exhausted(self) -> bool:
+        """Whether all that prefetch allows is in hand, not counting what is being settled."""
+        prefetch = self._terms.prefetch
+        return 0 < prefetch <= len(self._batcher) + self._hands.in_hand + self._settler.held
+
+    def _arm(self) -> None:
+        deadline = self._batcher.deadline if self._hands.is_free else None
+        if self._timer is not None:
+            if self._timer.when() == deadline:
+                return
+            self._disarm()
+        if deadline is not None:
+            self._timer = self._loop.call_at(deadline, self._on_deadline, deadline)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _on_deadline(self, deadline: float) -> None:
+        self._timer = None
+        # A timer may fire a clock tick early; asked too early, the batcher would say "not yet".
+        batch = self._batcher.poll(max(deadline, self._loop.time()))
+        if batch is not None:
+            self._hand_over(batch)
+        self._dispatch()
+
+    # -- handling ---------------------------------------------------------------------------------
+
+    def _hand_over(self, batch: Batch) -> None:
+        handling = Handling(
+            self._process,
+            batch,
+            self._terms.failure,
+            timeout=self._terms.process_timeout,
+            on_ignored=self._on_ignored_cancellation,
+        )
+        self._hands.take(handling)
+        task = self._loop.create_task(self._handle(handling))
+        for tasks in (self._tasks, self._hands.tasks):
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+    def _on_ignored_cancellation(self) -> None:
+        self.fail(
+            SessionLost("a handler goes on although it was cancelled: its session is given up")
+        )
+
+    async def _handle(self, handling: Handling) -> None:
+        batch = handling.batch
+        began = self._loop.time()
+        if self._observers:
+            self._observers.tell(BatchCut(batch.messages, batch.trigger, began - batch.since))
+        self._settling[id(batch)] = batch.since
+        try:
+            try:
+                handled = await handling.run()
+            finally:
+                # Free first: the next batch may start while this one is being settled.
+                self._hands.release(handling)
+            self._report(batch, handled, self._loop.time() - began)
+            if self._settler.is_over:
+                self._settler.count_stale(len(batch.messages))
+            else:
+                await self._settler.settle(batch, handled)
+        except TransportError as error:
+            self._settler.count_stale(len(batch.messages))
+            self.fail(error)
+        except Exception as error:  # noqa: BLE001  -- unsettled for ever is worse than delivered again
+            self._log.exception("a batch could not be settled")
+            self.fail(SessionLost(f"a batch could not be settled: {error!r}"))
+        finally:
+            del self._settling[id(batch)]
+        self.last_progress = self._loop.time()
+
+    def _report(self, batch: Batch, handled: Handled, seconds: float) -> None:
+        for error in handled.errors:
+            self._log.error(
+                "a batch failed",
+                exc_info=error,
+                messages=len(batch.messages),
+                first_tag=batch.messages[0].delivery_tag,
+                error=f"{type(error).__name__}: {error}",
+            )
+            if self._observers:
+                self._observers.tell(HandlerError(batch.messages, error))
+        if self._observers:
+            error_seen = handled.errors[0] if handled.errors else None
+            self._observers.tell(BatchHandled(batch.messages, seconds, error_seen))
+
+    # -- ending -----------------------------------------------------------------------------------
+
+    def fail(self, error: TransportError) -> None:
+        """End the epoch for this reason."""
+        if not self._failure.done():
+            self._failure.set_exception(error)
+            # Whoever consumes raises it; nobody may, if it is draining.
+            self._failure.exception()
+
+    async def _let_go(self, receiving: asyncio.Task[None]) -> None:
+        """End of the epoch, whatever ended it. Handlers run on, if there are any."""
+        self._disarm()
+        self._batcher.clear()
+        self._hands.on_free = nobody_waits
+        await self._settler.abort()
+        if not receiving.done():
+            receiving.cancel()
+        await asyncio.wait({receiving})
+        if not receiving.cancelled():
+            # Retrieved, so that asyncio does not complain about one that nobody awaited.
+            receiving.exception()
+
+    async def _drain(self, receiving: asyncio.Task[None]) -> None:
+        """Take what is on its way, finish what was started, return the rest."""
+        self._is_draining = True
+        self._disarm()
+        try:
+            async with asyncio.timeout_at(self._stop.deadline):
+                await self._session.cancel()
+                await receiving
+        except TimeoutError as error:
+            msg = "the broker did not confirm in time that it sends no more messages"
+            raise SessionLost(msg) from error
+        while self._hands.is_free and (batch := self._batcher.flush()):
+            self._hand_over(batch)
+        returned = self._batcher.clear()
+        await self._finish_batches()
+        if not self._failure.done():
+            await self._settler.close(returned, self._stop.deadline)
+        if self._failure.done():
+            self._failure.result()
+
+    async def _finish_batches(self) -> None:
+        """Wait for the batches at work; cut their handlers off when time runs out."""
+        if not self._tasks:
+            return
+        deadline = self._stop.deadline
+        # The last tenth is for what remains to be told to the broker.
+        await asyncio.wait(self._tasks, timeout=max(0.0, deadline - self._loop.time()) * 0.9)
+        self.cut_off = self._hands.cut()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=max(0.0, deadline - self._loop.time()))

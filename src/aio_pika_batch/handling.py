@@ -1,0 +1,230 @@
+"""What did the handler say about each message of a batch?
+
+Runs a user's generator in the task that calls it, which is the library's own, and turns whatever
+comes of it into verdicts: an exception, silence, nonsense and time running out each have theirs. A
+message that cannot be decoded is judged alone; the others are handed to the handler again at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from aio_pika_batch.core.batcher import Batch
+from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.results import (
+    Cause,
+    ExceptionResults,
+    MessageResult,
+    ResultCollector,
+    Verdict,
+    result_for,
+)
+from aio_pika_batch.errors import HandlerTimeout, MessageDecodeError, ResultError
+
+IGNORED_CANCELLATION = 5.0
+"""Seconds that a cancelled handler has to end; then its session is given up."""
+
+Process: TypeAlias = Callable[[Sequence[Message]], AsyncIterator[object]]
+
+
+@dataclass(frozen=True, slots=True)
+class FailurePolicy:
+    """What becomes of messages that a handler left undecided.
+
+    Attributes:
+        action: For whatever `exceptions` does not list.
+        exceptions: By the exception that left the handler.
+    """
+
+    action: MessageResult
+    exceptions: ExceptionResults
+
+
+@dataclass(slots=True)
+class Handled:
+    """A batch, judged: each message stands in exactly one of the three lists.
+
+    Attributes:
+        acked: The delivery tags of those that went well, in order.
+        verdicts: All that were decided otherwise.
+        returned: Those that a shutdown left undecided.
+        errors: What the handler raised or yielded wrongly, for the log.
+    """
+
+    acked: list[int] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    returned: list[Message] = field(default_factory=list)
+    errors: list[BaseException] = field(default_factory=list)
+
+    def take(self, verdict: Verdict) -> None:
+        """File a verdict."""
+        if verdict.result is MessageResult.ACK and verdict.cause is Cause.HANDLER:
+            self.acked.append(verdict.message.delivery_tag)
+        else:
+            self.verdicts.append(verdict)
+
+
+class Handling:
+    """One batch in the hands of a handler.
+
+    Args:
+        process: The user's `process_messages`.
+        timeout: Seconds for the whole batch; None for no limit.
+        on_ignored: Called if the handler goes on for long after its cancellation.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        batch: Batch,
+        policy: FailurePolicy,
+        *,
+        timeout: float | None,
+        on_ignored: Callable[[], None],
+    ) -> None:
+        self.batch = batch
+        self._process = process
+        self._policy = policy
+        self._timeout = timeout
+        self._on_ignored = on_ignored
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[object] | None = None
+        self._cut_by: Cause | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def cut(self, cause: Cause) -> None:
+        """Cancel the handler; what it has yielded so far stays."""
+        if self._task is None or self._cut_by is not None:
+            return
+        self._cut_by = cause
+        self._task.cancel()
+        self._disarm()
+        self._timer = self._loop.call_later(IGNORED_CANCELLATION, self._on_ignored)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    async def run(self) -> Handled:
+        """Run the handler to its end.
+
+        Raises:
+            asyncio.CancelledError: The calling task was cancelled, by other means than `cut`.
+        """
+        self._task = asyncio.current_task()
+        if self._timeout is not None:
+            self._timer = self._loop.call_later(self._timeout, self.cut, Cause.TIMEOUT)
+        handled = Handled()
+        try:
+            messages = self.batch.messages
+            while messages:
+                messages = await self._run_once(messages, handled)
+        finally:
+            self._disarm()
+            task, self._task = self._task, None
+            if self._cut_by is not None and task is not None:
+                # The cancellation was for the handler, and has been dealt with.
+                task.uncancel()
+        return handled
+
+    async def _run_once(self, messages: Sequence[Message], handled: Handled) -> Sequence[Message]:
+        """Run the handler over some messages; returns those that it is to be given again."""
+        collector = ResultCollector(messages)
+        error = await self._drive(messages, collector)
+        if error is None and collector.count == len(messages):
+            decided = collector.decided()
+            handled.acked.extend(
+                message.delivery_tag for message, result in decided if result is MessageResult.ACK
+            )
+            handled.verdicts.extend(
+                Verdict(message, result)
+                for message, result in decided
+                if result is not MessageResult.ACK
+            )
+            return ()
+        for message, result in collector.decided():
+            handled.take(Verdict(message, result))
+        undecided = collector.undecided()
+        cause = self._cause(error)
+        if error is None:
+            error = ResultError(f"{collector.count} results for {len(messages)} messages")
+        handled.errors.append(error)
+        if cause is Cause.SHUTDOWN:
+            handled.returned.extend(undecided)
+            return ()
+        if isinstance(error, MessageDecodeError) and any(
+            each is error.message for each in undecided
+        ):
+            return self._without_culprit(undecided, error, handled)
+        result = self._policy.action
+        if cause in (Cause.EXCEPTION, Cause.TIMEOUT):
+            result = result_for(error, self._policy.exceptions) or result
+        for message in undecided:
+            handled.take(Verdict(message, result, cause, error))
+        return ()
+
+    def _without_culprit(
+        self, undecided: Sequence[Message], error: MessageDecodeError, handled: Handled
+    ) -> Sequence[Message]:
+        for message in undecided:
+            if message is error.message:
+                handled.take(Verdict(message, MessageResult.NACK, Cause.UNDECODABLE, error))
+        return [message for message in undecided if message is not error.message]
+
+    def _cause(self, error: BaseException | None) -> Cause:
+        if self._cut_by is not None:
+            return self._cut_by
+        match error:
+            case None:
+                return Cause.MISSING
+            case InvalidResult():
+                return Cause.INVALID
+            case _:
+                return Cause.EXCEPTION
+
+    async def _drive(
+        self, messages: Sequence[Message], collector: ResultCollector
+    ) -> BaseException | None:
+        """Iterate over the handler; returns what went wrong with it, if anything."""
+        error: BaseException | None = None
+        results: AsyncIterator[object] | None = None
+        try:
+            results = self._process(messages)
+            async for item in results:
+                if self._cut_by is not None:
+                    break
+                try:
+                    collector.accept(item)
+                except ResultError as wrong:
+                    error = InvalidResult(str(wrong))
+                    break
+        except asyncio.CancelledError as cancelled:
+            if self._cut_by is None and self._is_being_cancelled():
+                raise
+            error = cancelled
+        except Exception as raised:  # noqa: BLE001  -- the user's code may raise anything
+            error = raised
+        finally:
+            # Only now does the handler's own clean-up run, if it was left in the middle.
+            left_open = getattr(results, "aclose", None)
+            if left_open is not None:
+                try:
+                    await left_open()
+                except Exception as raised:  # noqa: BLE001  -- as above
+                    error = error or raised
+        if self._cut_by is Cause.TIMEOUT and collector.count < len(messages):
+            return HandlerTimeout(
+                f"the handler was cut off after process_timeout={self._timeout} s"
+            )
+        return error
+
+    def _is_being_cancelled(self) -> bool:
+        return self._task is not None and self._task.cancelling() > 0
+
+
+class InvalidResult(ResultError):
+    """Raised by us about what a handler yielded, as against by the handler itself."""

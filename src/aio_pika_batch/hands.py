@@ -1,0 +1,75 @@
+"""Who is busy, and has anybody said stop?
+
+A worker's handlers outlive its epochs: one that was handed a batch of a lost session runs on, and
+its slot is taken until it is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+
+from aio_pika_batch.core.results import Cause
+from aio_pika_batch.handling import Handling
+
+
+class Stop:
+    """Whether and by when a consumer shall have stopped.
+
+    Attributes:
+        event: Set once it shall stop.
+        deadline: When the drain must be over, in loop time.
+    """
+
+    def __init__(self) -> None:
+        self.event = asyncio.Event()
+        self.deadline = math.inf
+
+
+class Hands:
+    """A worker's handlers at work, of this epoch and of those before it.
+
+    Attributes:
+        on_free: Called whenever one is done.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._busy: dict[Handling, int] = {}
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.on_free: Callable[[], None] = nobody_waits
+
+    @property
+    def is_free(self) -> bool:
+        """Whether another batch can be taken."""
+        return len(self._busy) < self._limit
+
+    @property
+    def in_hand(self) -> int:
+        """How many messages are being handled."""
+        return sum(self._busy.values())
+
+    @property
+    def since(self) -> float | None:
+        """When the oldest batch at work began to be collected; None if there is none."""
+        return min((handling.batch.since for handling in self._busy), default=None)
+
+    def cut(self) -> int:
+        """Cut all of them off; returns how many messages they were handling."""
+        for handling in self._busy:
+            handling.cut(Cause.SHUTDOWN)
+        return self.in_hand
+
+    def take(self, handling: Handling) -> None:
+        """Enter a batch."""
+        self._busy[handling] = len(handling.batch.messages)
+
+    def release(self, handling: Handling) -> None:
+        """Strike it off."""
+        del self._busy[handling]
+        self.on_free()
+
+
+def nobody_waits() -> None:
+    """What is called when a hand is free, and nobody has anything for it."""

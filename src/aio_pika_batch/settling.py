@@ -1,0 +1,212 @@
+"""How does what was decided reach the broker?
+
+Copies first, and an original only once the broker has confirmed its copy; everything else in one
+write. An original whose copy is not confirmed at once waits in a room of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+from aio_pika_batch.core.batcher import Batch
+from aio_pika_batch.core.holding import HoldPolicy
+from aio_pika_batch.core.message import Disposition, Message, Outcome, Settlement
+from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result, Verdict
+from aio_pika_batch.core.routing import Republication, Router
+from aio_pika_batch.desk import PATIENCE, SettleDesk
+from aio_pika_batch.errors import TransportError
+from aio_pika_batch.handling import Handled
+from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.observer import DeadLettered, Observers, Requeued, Settled, StaleResults
+from aio_pika_batch.outbox import Outbox
+from aio_pika_batch.transport import Session
+from aio_pika_batch.waiting import WaitingRoom
+
+
+class Settler:
+    """Settles what one session delivered.
+
+    Args:
+        on_failure: Told when the session cannot go on.
+        on_room: Called when messages have left the waiting room.
+
+    Attributes:
+        is_over: Whether the session is gone, and results come too late.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        router: Router,
+        hold: HoldPolicy,
+        outbox: Outbox,
+        on_failure: Callable[[TransportError], None],
+        on_room: Callable[[], None],
+        observers: Observers,
+        log: KeywordLogger,
+    ) -> None:
+        self._router = router
+        self._outbox = outbox
+        self._on_failure = on_failure
+        self._on_room = on_room
+        self._observers = observers
+        self._log = log
+        self._loop = asyncio.get_running_loop()
+        self._desk = SettleDesk(session)
+        self._room = WaitingRoom(
+            hold,
+            publish=self._publish,
+            confirmed=self._settle_confirmed,
+            give_back=self._give_back,
+        )
+        self._complained = False
+        self.is_over = False
+
+    @property
+    def held(self) -> int:
+        """Originals that wait for a confirmation that did not come at once."""
+        return len(self._room)
+
+    @property
+    def since(self) -> float | None:
+        """When the longest held original arrived, in loop time; None if none is held."""
+        return self._room.since
+
+    async def settle(self, batch: Batch, handled: Handled) -> None:
+        """Do what was decided about a batch.
+
+        Raises:
+            TransportError: The session cannot take it; what is unsettled will be delivered again.
+        """
+        settlements: list[Settlement] = []
+        if handled.acked:
+            settlements.append(Settlement(Disposition.ACK, tuple(handled.acked)))
+        if handled.returned:
+            tags = tuple(message.delivery_tag for message in handled.returned)
+            settlements.append(Settlement(Disposition.RETURN, tags))
+        republications: Sequence[Republication] = ()
+        if handled.verdicts:
+            plan = self._router.plan(handled.verdicts, datetime.now(UTC))
+            settlements.extend(plan.settlements)
+            republications = plan.republications
+        if republications:
+            await self._settle_once_confirmed(settlements, republications, batch.since)
+        elif settlements:
+            await self._desk.settle(settlements)
+        if self._observers:
+            waiting = {id(each.verdict) for each in republications}
+            direct = [each for each in handled.verdicts if id(each) not in waiting]
+            self._observers.tell(Settled(_counts(handled, direct)))
+
+    async def _settle_once_confirmed(
+        self,
+        settlements: list[Settlement],
+        republications: Sequence[Republication],
+        arrived: float,
+    ) -> None:
+        if not self._complained and any(each.malformed_count for each in republications):
+            self._complained = True
+            header = self._router.retry.header
+            self._log.warning("a retry count is no number, and is taken as 0", header=header)
+        publishing = self._loop.create_task(self._publish(republications))
+        with self._desk.round():
+            await asyncio.wait({publishing}, timeout=PATIENCE)
+        if settlements and not publishing.done():
+            await self._desk.settle(settlements)
+            settlements = []
+        outcomes = await publishing
+        if self.is_over:
+            self.count_stale(len(republications))
+            return
+        confirmed = []
+        for republication, outcome in zip(republications, outcomes, strict=True):
+            if outcome is Outcome.CONFIRMED:
+                confirmed.append(republication)
+            else:
+                self._room.admit(republication, arrived=arrived)
+        if confirmed:
+            settlements.append(Settlement(Disposition.ACK, tuple(each.tag for each in confirmed)))
+        if settlements:
+            await self._desk.settle(settlements)
+        self._tell_confirmed(confirmed)
+
+    async def _publish(self, republications: Sequence[Republication]) -> Sequence[Outcome]:
+        return await self._outbox.publish([each.copy for each in republications])
+
+    async def _settle_confirmed(self, republications: Sequence[Republication]) -> None:
+        await self._settle_or_fail(Disposition.ACK, [each.tag for each in republications])
+        self._tell_confirmed(republications)
+
+    def _tell_confirmed(self, republications: Sequence[Republication]) -> None:
+        if not self._observers or not republications:
+            return
+        counts = Counter(
+            (_plain(each.verdict.result), each.verdict.cause) for each in republications
+        )
+        self._observers.tell(Settled(counts))
+        for republication in republications:
+            message = republication.verdict.message
+            if republication.reason is None:
+                self._observers.tell(Requeued(message, message.retry_count + 1))
+            else:
+                self._observers.tell(DeadLettered(message, republication.reason))
+
+    async def _give_back(self, republications: Sequence[Republication]) -> None:
+        self._log.warning(
+            "copies are not confirmed: their originals go back to the broker",
+            messages=len(republications),
+        )
+        await self._settle_or_fail(Disposition.RETURN, [each.tag for each in republications])
+
+    async def _settle_or_fail(self, disposition: Disposition, tags: Sequence[int]) -> None:
+        try:
+            await self._desk.settle([Settlement(disposition, tuple(tags))])
+        except TransportError as error:
+            self._on_failure(error)
+        self._on_room()
+
+    def count_stale(self, count: int) -> None:
+        """Note that results came too late."""
+        self._log.warning(
+            "results came for a session that is gone; the broker delivers these messages again",
+            messages=count,
+        )
+        if self._observers:
+            self._observers.tell(StaleResults(count))
+
+    async def close(self, unstarted: Sequence[Message], deadline: float) -> None:
+        """Let the attempts under way come to their end, and return what is left over."""
+        held = await self._room.close(deadline)
+        tags = [message.delivery_tag for message in unstarted] + [each.tag for each in held]
+        if tags:
+            await self._settle_or_fail(Disposition.RETURN, tags)
+
+    async def abort(self) -> None:
+        """Stop at once: the session is gone."""
+        self.is_over = True
+        await self._room.abort()
+
+
+def _counts(
+    handled: Handled, direct: Sequence[Verdict]
+) -> Counter[tuple[MessageResult | None, Cause]]:
+    counts = Counter((_plain(each.result), each.cause) for each in direct)
+    if handled.acked:
+        counts[MessageResult.ACK, Cause.HANDLER] = len(handled.acked)
+    if handled.returned:
+        counts[None, Cause.SHUTDOWN] = len(handled.returned)
+    return counts
+
+
+def _plain(result: Result) -> MessageResult | None:
+    match result:
+        case Nack():
+            return MessageResult.NACK
+        case Requeue():
+            return MessageResult.REQUEUE
+        case MessageResult():
+            return result

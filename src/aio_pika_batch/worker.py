@@ -1,0 +1,263 @@
+"""One worker's life, epoch after epoch.
+
+It connects, consumes until the session ends, and comes back after a pause, until it is told to
+stop. A permanent refusal is fatal as long as it has never consumed: what is wrong with the
+configuration must be seen at the start. Later it is retried like everything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeVar
+
+from aio_pika_batch.core.retry import Backoff
+from aio_pika_batch.epoch import Epoch, Terms
+from aio_pika_batch.errors import BrokerUnavailable, SessionLost, TransportError
+from aio_pika_batch.handling import Process
+from aio_pika_batch.hands import Hands, Stop
+from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.observer import Connected, Lost, Observers
+from aio_pika_batch.outbox import Outbox
+from aio_pika_batch.transport import Session, Subscription, Transport
+
+STABLE_AFTER = 10.0
+"""Seconds that a session must last before its end counts as a first failure again."""
+
+T = TypeVar("T")
+
+
+class WorkerState(Enum):
+    """What a worker is doing."""
+
+    CONNECTING = "connecting"
+    CONSUMING = "consuming"
+    WAITING = "waiting"
+    """Between two attempts to connect."""
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """A snapshot of one worker.
+
+    Attributes:
+        epoch: How many sessions it has opened.
+        buffered: Messages that wait for their batch.
+        in_hand: Messages that are being handled.
+        held: Originals whose copies wait for a confirmation.
+        oldest: Seconds since its longest unsettled message arrived; None if there is none.
+        last_progress: Seconds since it last received or settled something; None if never.
+        last_error: Why its last session ended, or could not begin.
+    """
+
+    index: int
+    state: WorkerState
+    epoch: int
+    buffered: int
+    in_hand: int
+    held: int
+    oldest: float | None
+    last_progress: float | None
+    last_error: str | None
+
+
+class _Stopped(Exception):
+    """The stop came first."""
+
+
+class Worker:
+    """One consumer of the queue, with a connection of its own.
+
+    Args:
+        attend: Runs the user's hooks around `Epoch.consume`.
+
+    Attributes:
+        ready: Done once it has consumed for the first time; fails if it never can.
+        cut_off: How many messages the drain cut off in mid-handling.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        *,
+        transport: Transport,
+        declare: Callable[[], Coroutine[Any, Any, None]],
+        subscription: Callable[[int], Subscription],
+        terms: Terms,
+        backoff: Backoff,
+        process: Process,
+        attend: Callable[[Epoch, Session, int, KeywordLogger], Awaitable[None]],
+        outbox: Outbox,
+        stop: Stop,
+        observers: Observers,
+        log: KeywordLogger,
+    ) -> None:
+        self._index = index
+        self._transport = transport
+        self._declare = declare
+        self._subscription = subscription
+        self._terms = terms
+        self._backoff = backoff
+        self._process = process
+        self._attend = attend
+        self._outbox = outbox
+        self._stop = stop
+        self._observers = observers
+        self._log = log
+        self._loop = asyncio.get_running_loop()
+        self._state = WorkerState.CONNECTING
+        self._epoch: Epoch | None = None
+        self._number = 0
+        self._failures = 0
+        self._last_error: str | None = None
+        self.hands = Hands(terms.concurrency)
+        self.ready: asyncio.Future[None] = self._loop.create_future()
+        self.cut_off = 0
+
+    @property
+    def is_consuming(self) -> bool:
+        """Whether messages come in, as far as is known."""
+        return self._state is WorkerState.CONSUMING
+
+    @property
+    def oldest(self) -> float | None:
+        """Seconds since its longest unsettled message arrived; None if there is none."""
+        times = (self._epoch.oldest if self._epoch else None, self.hands.since)
+        since = min((each for each in times if each is not None), default=None)
+        return None if since is None else self._loop.time() - since
+
+    @property
+    def status(self) -> WorkerStatus:
+        """A snapshot."""
+        epoch = self._epoch
+        return WorkerStatus(
+            index=self._index,
+            state=self._state,
+            epoch=self._number,
+            buffered=epoch.buffered if epoch else 0,
+            in_hand=self.hands.in_hand,
+            held=epoch.held if epoch else 0,
+            oldest=self.oldest,
+            last_progress=self._loop.time() - epoch.last_progress if epoch else None,
+            last_error=self._last_error,
+        )
+
+    async def run(self) -> None:
+        """Live until told to stop.
+
+        Raises:
+            Exception: It has never consumed, and never will: the reason.
+        """
+        try:
+            while not self._stop.event.is_set():
+                try:
+                    await self._live_through_one()
+                except _Stopped:
+                    break
+                except Exception as error:  # noqa: BLE001  -- judged below
+                    self._judge(error)
+                    await self._pause()
+            await self._finish_handlers()
+        finally:
+            self._state = WorkerState.STOPPED
+            if not self.ready.done():
+                self.ready.cancel()
+
+    async def _live_through_one(self) -> None:
+        self._state = WorkerState.CONNECTING
+        # Each time, since whatever ended the last epoch may have taken the queue with it.
+        await self._unless_stopped(self._declare())
+        self._number += 1
+        number = self._number
+        async with AsyncExitStack() as stack:
+            context = self._transport.session(self._subscription(number))
+            session = await self._unless_stopped(stack.enter_async_context(context))
+            self._epoch = epoch = Epoch(
+                session,
+                terms=self._terms,
+                process=self._process,
+                hands=self.hands,
+                outbox=self._outbox,
+                stop=self._stop,
+                on_consuming=self._on_consuming,
+                observers=self._observers,
+                log=self._log.bind(epoch=number),
+            )
+            began = self._loop.time()
+            try:
+                await self._attend(epoch, session, number, self._log)
+            finally:
+                self.cut_off += epoch.cut_off
+                self._state = (
+                    WorkerState.DRAINING if self._stop.event.is_set() else WorkerState.WAITING
+                )
+                if self._loop.time() - began >= STABLE_AFTER:
+                    self._failures = 0
+            if not self._stop.event.is_set():
+                msg = "the session's hook returned before the session's end"
+                raise SessionLost(msg)
+
+    def _on_consuming(self) -> None:
+        self._state = WorkerState.CONSUMING
+        self._log.info("consuming", epoch=self._number)
+        if self._observers:
+            self._observers.tell(Connected(self._number))
+        if not self.ready.done():
+            self.ready.set_result(None)
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do it, but let a stop interrupt it."""
+        doing = self._loop.create_task(work)
+        stopping = self._loop.create_task(self._stop.event.wait())
+        try:
+            await asyncio.wait({doing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not doing.done():
+                raise _Stopped
+            return await doing
+        finally:
+            stopping.cancel()
+            if not doing.done():
+                doing.cancel()
+                await asyncio.wait({doing})
+
+    def _judge(self, error: Exception) -> None:
+        """Fatal, or worth another attempt?"""
+        passing = isinstance(error, SessionLost | BrokerUnavailable)
+        if not passing and not self.ready.done():
+            raise error
+        text = f"{type(error).__name__}: {error}"
+        repeated = text == self._last_error
+        self._last_error = text
+        self._failures += 1
+        if self._observers:
+            self._observers.tell(Lost(self._number, error))
+        if repeated:
+            self._log.debug("still not consuming", error=text, failures=self._failures)
+        elif isinstance(error, TransportError):
+            self._log.warning("not consuming", error=text)
+        else:
+            self._log.error("not consuming", exc_info=error, error=text)
+
+    async def _pause(self) -> None:
+        self._state = WorkerState.WAITING
+        # Jitter spreads load; nobody gains by predicting it.
+        pause = self._backoff.pause(self._failures, random.random())
+        try:
+            async with asyncio.timeout(pause):
+                await self._stop.event.wait()
+        except TimeoutError:
+            pass
+
+    async def _finish_handlers(self) -> None:
+        """Wait for the handlers of epochs that were lost: `on_stop` may take away what they use."""
+        if self.hands.tasks:
+            self._state = WorkerState.DRAINING
+            left = max(0.0, self._stop.deadline - self._loop.time())
+            await asyncio.wait(self.hands.tasks, timeout=left)
+            self.cut_off += self.hands.cut()
