@@ -7,6 +7,7 @@ left out, and the report says so at its head and at its end.
 from __future__ import annotations
 
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,11 +77,16 @@ def broker(
     way = pytestconfig.stash[_WAY]
     if isinstance(way, NoBrokerError):
         pytest.fail("there is no broker; the end of the report says what to do", pytrace=False)
-    try:
-        with way.take(tmp_path_factory.mktemp("broker")) as found:
-            yield found
-    except NoBrokerError as error:
-        pytest.fail(str(error), pytrace=False)
+    with ExitStack() as running:
+        try:
+            found = running.enter_context(way.take(tmp_path_factory.mktemp("broker")))
+        except NoBrokerError as error:
+            no_broker = str(error)
+        else:
+            no_broker = ""
+        if no_broker:  # outside the handler, or the report would tell it twice
+            pytest.fail(no_broker, pytrace=False)
+        yield found
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ class Epmd:
 
 
 class RabbitMQ:
-    """One private node. It keeps its data and its ports until ``close``, however often it is killed.
+    """One private node, which keeps its data and its ports however often it is killed.
 
     Args:
         server: The start script of an installation, ``…/lib/rabbitmq/bin/rabbitmq-server``; not the
