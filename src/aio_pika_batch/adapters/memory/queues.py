@@ -1,0 +1,252 @@
+"""What happens to a message in a queue?
+
+It waits (`ready`), is handed out (`unacked`), and leaves: acknowledged, dead-lettered or dropped. A dead
+letter that must not be lost stays (`dying`) until its next queue has it. A message is always in exactly
+one of these places.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+from aio_pika_batch.adapters.memory.arguments import Overflow, QueueType, Spec
+from aio_pika_batch.adapters.memory.deaths import Reason
+from aio_pika_batch.adapters.memory.journal import Happened
+from aio_pika_batch.adapters.memory.ready import Entry, Place, Ready
+from aio_pika_batch.adapters.memory.roster import Consumer, Roster
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aio_pika_batch.adapters.memory.dialect import Dialect
+    from aio_pika_batch.adapters.memory.values import Stored
+    from aio_pika_batch.core.message import Headers
+
+
+class Comeback(Enum):
+    """How a delivery comes back to its queue."""
+
+    REJECTED = "basic.reject"
+    NACKED = "basic.nack"
+    LOST = "the channel is gone"
+
+
+class House(Protocol):
+    """What a queue needs of the broker around it."""
+
+    now: float
+    dialect: Dialect
+
+    def note(self, happened: Happened, queue: str, message: Stored, detail: str = "") -> None:
+        """Write into the journal."""
+        ...
+
+    def send_dead_letter(self, queue: Queue, message: Stored, reason: Reason) -> bool:
+        """Publish to the queue's dead-letter exchange; tell whether all queues there took it."""
+        ...
+
+    def wake(self, queue: Queue) -> None:
+        """See to it that `Queue.run` is called before the current operation ends."""
+        ...
+
+
+class Queue:
+    """One queue.
+
+    Attributes:
+        owner: The connection that it belongs to, if it is exclusive.
+        dying: Dead letters that nobody has taken yet, with the reasons of their deaths.
+        unused_since: Since when nobody has consumed or declared it.
+    """
+
+    def __init__(
+        self,
+        house: House,
+        name: str,
+        spec: Spec,
+        arguments: Headers,
+        *,
+        durable: bool,
+        auto_delete: bool,
+        owner: object | None,
+    ) -> None:
+        self._house = house
+        self.name = name
+        self.spec = spec
+        self.arguments = arguments
+        self.durable = durable
+        self.auto_delete = auto_delete
+        self.owner = owner
+        self.ready = Ready(
+            max_priority=spec.max_priority, all_heads_expire=spec.type is QueueType.CLASSIC
+        )
+        self.unacked: dict[Entry, None] = {}
+        self.dying: deque[tuple[Stored, Reason]] = deque()
+        self.consumers = Roster(single_active=spec.single_active)
+        self.unused_since = house.now
+        self.deleted = False
+        self._positions = 0
+
+    @property
+    def deadline(self) -> float | None:
+        """When something happens by itself: a message expires, or the queue does."""
+        soonest = self.ready.next_expiry()
+        gone = self.gone_at
+        if gone is None or soonest is None:
+            return gone if soonest is None else soonest
+        return min(gone, soonest)
+
+    @property
+    def gone_at(self) -> float | None:
+        """When the queue expires, if nobody uses it till then."""
+        if self.spec.expires is None or self.consumers:
+            return None
+        return self.unused_since + self.spec.expires
+
+    def offer(self, message: Stored) -> bool:
+        """Take a message, unless the queue is full and says so."""
+        if self.would_refuse(message):
+            if self.spec.overflow is Overflow.REJECT_PUBLISH_DLX:
+                self._house.send_dead_letter(self, message, Reason.MAXLEN)
+            return False
+        self._positions += 1
+        self.ready.append(Entry(message, self._positions, self._expiry(message)))
+        self._house.note(Happened.STORED, self.name, message)
+        self._house.wake(self)
+        return True
+
+    def would_refuse(self, message: Stored) -> bool:
+        """Whether the queue is full and says so."""
+        if self.spec.overflow is Overflow.DROP_HEAD:
+            return False
+        dying = sum(len(each.body) for each, _ in self.dying)
+        return self._beyond(
+            len(self.ready) + len(self.dying) + 1,
+            self.ready.bytes + dying + len(message.body),
+        )
+
+    def ack(self, entries: Sequence[Entry]) -> None:
+        """These are done."""
+        for entry in entries:
+            if self._out(entry):
+                self._house.note(Happened.ACKED, self.name, entry.message)
+        self._house.wake(self)
+
+    def reject(self, entries: Sequence[Entry]) -> None:
+        """These are not wanted any more."""
+        for entry in entries:
+            if self._out(entry):
+                self._die(entry, Reason.REJECTED)
+        self._house.wake(self)
+
+    def requeue(self, entries: Sequence[Entry], comeback: Comeback) -> None:
+        """These come back, in the order of their delivery."""
+        back = []
+        for entry in entries:
+            if not self._out(entry):
+                continue
+            entry.redelivered = True
+            if self.spec.type is QueueType.QUORUM and self._exhausted(entry, comeback):
+                self._die(entry, Reason.DELIVERY_LIMIT)
+                continue
+            self._house.note(Happened.REQUEUED, self.name, entry.message, comeback.value)
+            back.append(entry)
+        self.ready.put_back(back, self._place(comeback))
+        self._house.wake(self)
+
+    def run(self) -> None:
+        """Do what can be done now: expire, bury, hand out, cut to length."""
+        house = self._house
+        for entry in self.ready.pop_expired(house.now):
+            self._die(entry, Reason.EXPIRED)
+        self._bury()
+        while len(self.ready) and (consumer := self.consumers.next()) is not None:
+            entry = self.ready.pop()
+            self.unacked[entry] = None
+            consumer.in_hand += 1
+            house.note(Happened.DELIVERED, self.name, entry.message, consumer.tag)
+            consumer.receiver.deliver(consumer, entry)
+            for late in self.ready.pop_expired(house.now):
+                self._die(late, Reason.EXPIRED)
+        if self.spec.overflow is Overflow.DROP_HEAD:
+            while len(self.ready) and self._beyond(len(self.ready), self.ready.bytes):
+                self._die(self.ready.pop(), Reason.MAXLEN)
+
+    def purge(self) -> int:
+        """Drop what waits; what is handed out stays so."""
+        return self._drop(self.ready.clear(), "purged")
+
+    def delete(self) -> None:
+        """Drop everything, and tell the consumers."""
+        self.deleted = True
+        self._drop([*self.ready.clear(), *self.unacked], "queue deleted")
+        self.unacked.clear()
+        for message, _ in self.dying:
+            self._house.note(Happened.DROPPED, self.name, message, "queue deleted")
+        self.dying.clear()
+        for consumer in self.consumers:
+            self.consumers.remove(consumer)
+            consumer.receiver.cancelled(consumer)
+
+    def leave(self, consumer: Consumer) -> None:
+        """A consumer goes; what it was handed stays with its channel."""
+        self.consumers.remove(consumer)
+        self.unused_since = self._house.now
+        self._house.wake(self)
+
+    def _drop(self, entries: Sequence[Entry], why: str) -> int:
+        for entry in entries:
+            self._house.note(Happened.DROPPED, self.name, entry.message, why)
+        return len(entries)
+
+    def _out(self, entry: Entry) -> bool:
+        """Take a delivery off the books; of a queue that is gone there is none."""
+        if self.deleted:
+            return False
+        del self.unacked[entry]
+        return True
+
+    def _die(self, entry: Entry, reason: Reason) -> None:
+        message = entry.message
+        if self.spec.dead_letter_exchange is None:
+            self._house.note(Happened.DROPPED, self.name, message, reason.value)
+        elif self.spec.at_least_once:
+            self.dying.append((message, reason))
+            self._house.wake(self)
+        else:
+            self._house.note(Happened.DEAD_LETTERED, self.name, message, reason.value)
+            self._house.send_dead_letter(self, message, reason)
+
+    def _bury(self) -> None:
+        for _ in range(len(self.dying)):
+            message, reason = self.dying.popleft()
+            if self._house.send_dead_letter(self, message, reason):
+                self._house.note(Happened.DEAD_LETTERED, self.name, message, reason.value)
+            else:
+                self.dying.append((message, reason))
+
+    def _exhausted(self, entry: Entry, comeback: Comeback) -> bool:
+        """Count a delivery in vain, and tell whether it was the last."""
+        entry.acquired += 1
+        if comeback is not Comeback.NACKED or self._house.dialect.nack_counts:
+            entry.deliveries += 1
+        limit = self.spec.delivery_limit
+        return limit is not None and entry.deliveries > limit
+
+    def _place(self, comeback: Comeback) -> Place:
+        if self.spec.type is QueueType.CLASSIC:
+            return Place.ORIGINAL
+        back = self._house.dialect.returns_to_back and self.spec.delivery_limit is None
+        return Place.BACK if back and comeback is not Comeback.LOST else Place.FRONT
+
+    def _expiry(self, message: Stored) -> float | None:
+        lives = [ttl for ttl in (message.ttl, self.spec.message_ttl) if ttl is not None]
+        return self._house.now + min(lives) if lives else None
+
+    def _beyond(self, count: int, size: int) -> bool:
+        spec = self.spec
+        return (spec.max_length is not None and count > spec.max_length) or (
+            spec.max_bytes is not None and size > spec.max_bytes
+        )
