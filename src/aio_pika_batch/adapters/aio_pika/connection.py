@@ -1,0 +1,175 @@
+"""How is a connection opened, and how does it surely come to an end?
+
+aio-pika does what it is good at: TLS, logging in, negotiation, channels. Around it stand a time limit
+that holds also where the library hangs, several addresses, and errors that say what is wrong, where,
+and what to do; never with a password.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import ssl
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import aio_pika
+from yarl import URL
+
+from aio_pika_batch.adapters.aio_pika.edge import describe, within
+from aio_pika_batch.adapters.aio_pika.events import Cut, Malformed
+from aio_pika_batch.adapters.aio_pika.refusals import refused_connection
+from aio_pika_batch.adapters.aio_pika.tap import Tap
+from aio_pika_batch.errors import AccessRefused, BrokerUnavailable, TransportError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aiormq.abc import AbstractChannel
+
+    from aio_pika_batch.adapters.aio_pika.urls import Address
+    from aio_pika_batch.transport import Endpoint
+
+CLOSE_TIMEOUT = 3.0
+"""Seconds for the broker to say goodbye; after it the socket is dropped."""
+
+
+class TappedConnection(aio_pika.Connection):
+    """aio-pika's own, on a socket that the tap opens."""
+
+    def __init__(self, url: URL, tap: Tap, client_properties: dict[str, Any]) -> None:
+        super().__init__(url, client_properties=client_properties)
+        # What stands here goes on to aiormq.
+        self.kwargs["transport_factory"] = tap
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One open connection."""
+
+    address: Address
+    connection: aio_pika.Connection
+    tap: Tap
+
+    async def channel(self, *, confirms: bool = False) -> AbstractChannel:
+        """Open a channel of the library below aio-pika. Raises what that raises."""
+        transport = self.connection.transport
+        if transport is None:
+            raise RuntimeError("the connection is closed")
+        return await transport.connection.channel(publisher_confirms=confirms)
+
+    async def close(self) -> None:
+        """Close it, in good order if the broker answers soon, and in any case."""
+        if isinstance(self.tap.end, Cut | Malformed):
+            self.tap.abort()
+        await within(CLOSE_TIMEOUT, self.connection.close(), self.tap.abort)
+
+
+async def open_link(endpoint: Endpoint, addresses: Sequence[Address]) -> Link:
+    """Connect to one of the addresses, whichever comes first in a random order.
+
+    Raises:
+        AccessRefused: At least one broker answered, and none let us in.
+        BrokerUnavailable: None answered.
+    """
+    errors: list[TransportError] = []
+    for address in random.sample(addresses, len(addresses)):
+        try:
+            return await _open(endpoint, address)
+        except TransportError as error:
+            errors.append(error)
+    refusals = [error for error in errors if isinstance(error, AccessRefused)]
+    last = (refusals or errors)[-1]
+    if len(errors) == 1:
+        raise last
+    kind = AccessRefused if refusals else BrokerUnavailable
+    raise kind("no address would do: " + "; ".join(map(str, errors))) from last
+
+
+async def _open(endpoint: Endpoint, address: Address) -> Link:
+    heartbeat = int(address.options.get("heartbeat", endpoint.heartbeat))
+    tap = Tap(heartbeat)
+    name = address.options.get("name", endpoint.connection_name)
+    connection = TappedConnection(
+        _url(endpoint, address, heartbeat), tap, {"connection_name": name}
+    )
+    outcome: list[BaseException] = []
+
+    async def connect() -> None:
+        try:
+            await connection.connect()
+        except BaseException as error:
+            outcome.append(error)
+            raise
+
+    try:
+        answered = await within(endpoint.connect_timeout, connect(), tap.abort)
+    except asyncio.CancelledError:
+        await connection.close()
+        raise
+    if answered and not outcome:
+        return Link(address, connection, tap)
+    await within(CLOSE_TIMEOUT, connection.close(), tap.abort)
+    cause = outcome[0] if outcome else None
+    if answered:
+        raise _why(tap, address, cause) from cause
+    seconds = f"{endpoint.connect_timeout:g} s"
+    raise _unavailable(address, f"no answer within {seconds}") from cause
+
+
+def _url(endpoint: Endpoint, address: Address, heartbeat: int) -> URL:
+    options = {
+        key: value
+        for key, value in (
+            ("cafile", endpoint.ssl_cafile),
+            ("certfile", endpoint.ssl_certfile),
+            ("keyfile", endpoint.ssl_keyfile),
+        )
+        if value is not None
+    }
+    return URL.build(
+        scheme="amqps" if address.tls else "amqp",
+        user=address.user,
+        password=address.password,
+        host=address.host,
+        port=address.port,
+        path=f"/{address.vhost}",
+        query={**options, **address.options, "heartbeat": str(heartbeat)},
+    )
+
+
+def _why(tap: Tap, address: Address, error: BaseException | None) -> TransportError:
+    """What went wrong: the broker's own words are best, then the lowest cause that has some."""
+    closed = tap.closed_by_broker
+    if closed is not None:
+        return refused_connection(closed.code, closed.text, address)
+    cause: BaseException | None = error
+    while cause is not None:
+        match cause:
+            case ssl.SSLCertVerificationError():
+                return AccessRefused(
+                    f"{address} shows a certificate that does not verify: {cause.verify_message};"
+                    " set ssl_cafile to the authority that signed it, or connect by the name in it"
+                )
+            case ssl.SSLError() if cause.reason == "WRONG_VERSION_NUMBER":
+                return AccessRefused(
+                    f"{address} does not speak TLS there; use amqp:// or another port"
+                )
+            case ssl.SSLEOFError():
+                return _unavailable(address, "the connection ended during the TLS handshake")
+            case ssl.SSLError():
+                return AccessRefused(f"{address}: the TLS handshake failed: {cause.reason}")
+            case socket.gaierror():
+                return _unavailable(address, f"its name is not known: {cause.strerror}")
+            case ConnectionRefusedError() if cause.errno is not None:
+                return _unavailable(address, "nobody listens there (connection refused)")
+            case _:
+                cause = cause.__cause__
+    return _unavailable(address, describe(error) if error is not None else "it hung up")
+
+
+def _unavailable(address: Address, why: str) -> BrokerUnavailable:
+    return BrokerUnavailable(
+        f"{address} cannot be reached: {why}; check host and port, and whether the broker runs"
+    )

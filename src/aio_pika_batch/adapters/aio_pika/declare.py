@@ -1,0 +1,190 @@
+"""Is everything there that a consumer needs, and is it what was asked for?
+
+On a connection of its own, which is thrown away at the first refusal: a refusal closes the channel, and
+the client library may drop its answer to that, after which the channel's number is poisoned.
+
+What is exclusive lives no longer than the connection that declared it, so it is left to the session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
+
+from aio_pika_batch.adapters.aio_pika.connection import Link, open_link
+from aio_pika_batch.adapters.aio_pika.edge import describe, translated
+from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, ConnectionClosed
+from aio_pika_batch.adapters.aio_pika.refusals import NOT_FOUND, refused_entity
+from aio_pika_batch.core.topology import QUEUE_TYPE, Binding, Exchange, Queue, Topology
+from aio_pika_batch.errors import BrokerUnavailable, TopologyError, TransportError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from aiormq.abc import AbstractChannel
+
+    from aio_pika_batch.adapters.aio_pika.events import Event
+    from aio_pika_batch.adapters.aio_pika.urls import Address
+    from aio_pika_batch.transport import Endpoint
+
+Entity: TypeAlias = Exchange | Queue | Binding
+Refusal: TypeAlias = ChannelClosed | ConnectionClosed
+
+
+def divide(topology: Topology) -> tuple[Topology, Topology]:
+    """Divide a topology into what lasts, and what lives as long as one connection."""
+    exclusive = {queue.name for queue in topology.queues if queue.exclusive}
+    lasting = replace(
+        topology,
+        queues=tuple(queue for queue in topology.queues if queue.name not in exclusive),
+        bindings=tuple(each for each in topology.bindings if each.queue not in exclusive),
+    )
+    fleeting = Topology(
+        queues=tuple(queue for queue in topology.queues if queue.name in exclusive),
+        bindings=tuple(each for each in topology.bindings if each.queue in exclusive),
+    )
+    return lasting, fleeting
+
+
+def refuse_streams(topology: Topology) -> None:
+    """Raise TopologyError where a queue is asked to be a stream."""
+    for queue in topology.queues:
+        if queue.arguments.get(QUEUE_TYPE) == "stream":
+            raise TopologyError(
+                f"queue {queue.name!r} is to be a stream (x-queue-type): its messages are neither"
+                " rejected nor requeued one by one; use a classic or quorum queue"
+            )
+
+
+async def declare(endpoint: Endpoint, addresses: Sequence[Address], topology: Topology) -> None:
+    """Declare and check. Raises TopologyError, AccessRefused, BrokerUnavailable."""
+    refuse_streams(topology)
+    desk: _Desk | None = None
+    try:
+        for entity in _entities(topology):
+            refusal: Refusal | None = None
+            for passive in _ways(entity):
+                if desk is None:
+                    desk = _Desk(await open_link(endpoint, addresses), endpoint.connect_timeout)
+                refusal = await desk.declare(entity, passive=passive)
+                if refusal is None:
+                    break
+                await desk.link.close()
+                address, desk = desk.link.address, None
+                if refusal.code != NOT_FOUND:
+                    break
+            if refusal is not None:
+                raise refused_entity(refusal.code, refusal.text, _name(entity), address)
+    finally:
+        if desk is not None:
+            await desk.link.close()
+
+
+async def declare_on(link: Link, topology: Topology, timeout: float) -> None:
+    """Declare on a given connection, which is of no more use if that is refused. Raises as above."""
+    desk = _Desk(link, timeout)
+    for entity in _entities(topology):
+        refusal = await desk.declare(entity, passive=False)
+        if refusal is not None:
+            raise refused_entity(refusal.code, refusal.text, _name(entity), link.address)
+
+
+class _Desk:
+    """A channel on which entities are declared, until the first refusal."""
+
+    def __init__(self, link: Link, timeout: float) -> None:
+        self.link = link
+        self._timeout = timeout
+        self._channel: AbstractChannel | None = None
+        self._refusal: Refusal | None = None
+
+    async def declare(self, entity: Entity, *, passive: bool) -> Refusal | None:
+        """Declare one entity, or only look for it. Raises TransportError, but not for a refusal."""
+        try:
+            with translated(lambda error: self._failed(entity, error)):
+                async with asyncio.timeout(self._timeout):
+                    if self._channel is None:
+                        self._channel = await self.link.channel()
+                        self.link.tap.watch(self._channel.number, self._heard)
+                    await _request(self._channel, entity, passive=passive)
+        except TransportError:
+            if self._refusal is None:
+                raise
+        return self._refusal
+
+    def _heard(self, event: Event) -> None:
+        if isinstance(event, ChannelClosed | ConnectionClosed):
+            self._refusal = event
+
+    def _failed(self, entity: Entity, error: BaseException) -> Exception:
+        what = f"{_name(entity)} at {self.link.address}"
+        match error:
+            case TypeError() | ValueError():
+                # Of the client library, before it has sent anything.
+                return TopologyError(f"{what}: {describe(error)}; correct its name or arguments")
+            case TimeoutError():
+                return BrokerUnavailable(f"{what}: no answer within {self._timeout:g} s")
+            case _:
+                return BrokerUnavailable(f"{what}: {describe(error)}")
+
+
+async def _request(channel: AbstractChannel, entity: Entity, *, passive: bool) -> None:
+    match entity:
+        case Exchange():
+            await channel.exchange_declare(
+                entity.name,
+                exchange_type=entity.type,
+                passive=passive,
+                durable=entity.durable,
+                auto_delete=entity.auto_delete,
+                arguments=dict[str, Any](entity.arguments),
+            )
+        case Queue():
+            await channel.queue_declare(
+                entity.name,
+                passive=passive,
+                durable=entity.durable,
+                exclusive=entity.exclusive,
+                auto_delete=entity.auto_delete,
+                arguments=dict[str, Any](entity.arguments),
+            )
+        case Binding():
+            await channel.queue_bind(
+                entity.queue,
+                entity.exchange,
+                entity.routing_key,
+                arguments=dict[str, Any](entity.arguments),
+            )
+        case _:
+            assert_never(entity)
+
+
+def _entities(topology: Topology) -> Iterator[Entity]:
+    """All of it, in order, but for the default exchange: that is there, and nothing binds to it."""
+    yield from (exchange for exchange in topology.exchanges if exchange.name)
+    yield from topology.queues
+    yield from (binding for binding in topology.bindings if binding.exchange)
+
+
+def _ways(entity: Entity) -> tuple[bool, ...]:
+    """Whether to ask passively: once, or first so and then, if there is none, otherwise."""
+    match entity:
+        case Exchange(check_only=True) | Queue(check_only=True):
+            return (True,)
+        case Exchange(existing_first=True) | Queue(existing_first=True):
+            return (True, False)
+        case _:
+            return (False,)
+
+
+def _name(entity: Entity) -> str:
+    match entity:
+        case Exchange(name):
+            return f"exchange {name!r}"
+        case Queue(name):
+            return f"queue {name!r}"
+        case Binding(queue, exchange, routing_key):
+            return f"binding of queue {queue!r} to exchange {exchange!r} with key {routing_key!r}"
+        case _:
+            assert_never(entity)

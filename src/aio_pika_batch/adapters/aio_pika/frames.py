@@ -1,0 +1,441 @@
+"""Where does one frame end, and which frames are not for the client library?
+
+Pure and synchronous: bytes in, events out. It splits from the first byte of a connection on, since it
+could not know later where a frame begins. Of one tapped channel it takes out what travels in bulk:
+deliveries, or confirms and returns. Everything else passes through, untouched and in order.
+
+Laws:
+
+- Events stand in the order of the wire, however the bytes were cut into reads.
+- What is held back is less than one ordinary message, or one frame: each is bounded by `frame_max`.
+- A channel that is closed, by either side, is no longer tapped: its number will be used again.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+from aio_pika_batch.adapters.aio_pika.events import (
+    ChannelClosed,
+    ChannelGone,
+    Confirm,
+    Confirms,
+    ConnectionClosed,
+    ConsumerCancelled,
+    Deliveries,
+    Event,
+    Malformed,
+    PassThrough,
+    Returned,
+)
+from aio_pika_batch.core.message import Message
+from aio_pika_batch.errors import TransportError
+
+if TYPE_CHECKING:
+    from aio_pika_batch.core.message import Source
+
+METHOD, HEADER, BODY, HEARTBEAT = 1, 2, 3, 8
+END = 0xCE
+OVERHEAD = 8
+"""Bytes of a frame besides its payload: type, channel, size and the end."""
+
+DEFAULT_FRAME_MAX = 131_072
+"""Until the broker proposes its own; RabbitMQ's default."""
+
+_FRAME = struct.Struct(">BHI")
+_METHOD_ID = struct.Struct(">I")
+_CONTENT = struct.Struct(">IQ")
+_CODE = struct.Struct(">H")
+_TUNE = struct.Struct(">HI")
+_TUNE_BYTES = OVERHEAD + 4 + 8
+
+# What an ordinary message has behind its method frame. Each begins with the end of the frame before.
+_HEADER_FRAME = struct.Struct(">4sIIQ")
+_BODY_FRAME = struct.Struct(">4sI")
+_CONFIRM_FRAME = struct.Struct(">11sQBB")
+
+_BASIC_CLASS = 60 << 16  # the class, and the content header's unused weight
+_CONNECTION_TUNE = 10 << 16 | 30
+_CONNECTION_CLOSE = 10 << 16 | 50
+_CHANNEL_CLOSE = 20 << 16 | 40
+_CHANNEL_CLOSE_OK = 20 << 16 | 41
+_BASIC_CANCEL = 60 << 16 | 30
+_BASIC_RETURN = 60 << 16 | 50
+_BASIC_DELIVER = 60 << 16 | 60
+_BASIC_ACK = 60 << 16 | 80
+_BASIC_NACK = 60 << 16 | 120
+
+
+class FrameError(TransportError):
+    """What came is no AMQP 0-9-1, or breaks what was negotiated."""
+
+
+class _Consumer:
+    """What an ordinary delivery looks like: the parts that are the same in all of them, as bytes."""
+
+    __slots__ = ("body", "constant", "deliver", "fixed", "header", "method", "source")
+
+    def __init__(self, channel: int, source: Source) -> None:
+        tag = source.consumer_tag.encode()
+        self.source = source
+        self.constant = struct.pack(">IB", _BASIC_DELIVER, len(tag)) + tag
+        self.deliver = struct.Struct(f">3sI{len(self.constant)}sQ?")
+        self.fixed = self.deliver.size
+        self.method = struct.pack(">BH", METHOD, channel)
+        self.header = struct.pack(">BBH", END, HEADER, channel)
+        self.body = struct.pack(">BBH", END, BODY, channel)
+
+
+class _Publisher:
+    """What a confirm looks like up to its tag."""
+
+    __slots__ = ("ack", "nack")
+
+    def __init__(self, channel: int) -> None:
+        self.ack = struct.pack(">BHII", METHOD, channel, 13, _BASIC_ACK)
+        self.nack = struct.pack(">BHII", METHOD, channel, 13, _BASIC_NACK)
+
+
+class _Content:
+    """A delivery or a return whose header or body is still to come."""
+
+    __slots__ = ("method", "missing", "parts", "properties")
+
+    def __init__(self, method: bytes) -> None:
+        self.method = method
+        self.properties: bytes | None = None
+        self.parts: list[bytes] = []
+        self.missing = 0
+
+
+class Splitter:
+    """Split one connection's incoming bytes; tap at most one channel of it."""
+
+    def __init__(self) -> None:
+        self.frame_max = DEFAULT_FRAME_MAX
+        """The largest frame, overhead included, that either side may send."""
+        self._largest = DEFAULT_FRAME_MAX
+        self._channel = -1
+        self._consumer: _Consumer | None = None
+        self._publisher: _Publisher | None = None
+        self._content: _Content | None = None
+        self._greeted = False
+        self._broken = False
+        # Of an unfinished read: joined once, when as much is there as is known to be needed.
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._needed = 0
+        self._events: list[Event] = []
+
+    @property
+    def is_tapping(self) -> bool:
+        """Whether a channel is tapped."""
+        return self._channel >= 0
+
+    def tap_consumer(self, channel: int, source: Source) -> None:
+        """From now on, take the deliveries to *source*'s consumer out."""
+        self.watch(channel)
+        self._consumer = _Consumer(channel, source)
+
+    def tap_publisher(self, channel: int) -> None:
+        """From now on, take confirms and returns out."""
+        self.watch(channel)
+        self._publisher = _Publisher(channel)
+
+    def watch(self, channel: int) -> None:
+        """From now on, tell when the broker closes this channel, and take nothing out."""
+        self.untap()
+        self._channel = channel
+
+    def untap(self) -> None:
+        """Let everything pass through."""
+        self._channel = -1
+        self._consumer = self._publisher = self._content = None
+
+    def feed(self, data: bytes) -> list[Event]:
+        """Take in what one read has brought."""
+        if self._broken:
+            return []
+        if self._held:
+            self._held.append(data)
+            self._held_bytes += len(data)
+            if self._held_bytes < self._needed:
+                return []
+            data = b"".join(self._held)
+            self._held = []
+        events: list[Event] = []
+        self._events = events
+        try:
+            position = self._split(data)
+        except FrameError as error:
+            self._broken = True
+            events.append(Malformed(str(error)))
+            return events
+        if position < len(data):
+            rest = data[position:] if position else data
+            self._held = [rest]
+            self._held_bytes = len(rest)
+        return events
+
+    def _split(self, data: bytes) -> int:
+        """Take whole frames; return where the first unfinished one, or unfinished message, begins."""
+        position = 0
+        while position < len(data):
+            self._needed = 0
+            if self._content is None:
+                if self._consumer is not None:
+                    position = self._take_deliveries(self._consumer, data, position)
+                elif self._publisher is not None:
+                    position = self._take_confirms(self._publisher, data, position)
+            if self._needed:
+                break
+            before = position
+            position = self._take_frame(data, position)
+            if position == before:
+                break
+        return position
+
+    # --- what nearly always comes ---------------------------------------------
+
+    def _take_deliveries(self, consumer: _Consumer, data: bytes, position: int) -> int:
+        """Take messages of exactly three frames, as long as there are some.
+
+        Returns:
+            Where something else begins, or, with `_needed` set, a message that is not all there yet.
+        """
+        messages: list[Message] = []
+        append = messages.append
+        source = consumer.source
+        unpack_deliver = consumer.deliver.unpack_from
+        unpack_header = _HEADER_FRAME.unpack_from
+        unpack_body = _BODY_FRAME.unpack_from
+        method, constant, fixed = consumer.method, consumer.constant, consumer.fixed
+        header, body = consumer.header, consumer.body
+        largest = self._largest
+        try:
+            while True:
+                head, size, what, tag, redelivered = unpack_deliver(data, position)
+                if head != method or what != constant or size > largest:
+                    break
+                route_end = position + 7 + size
+                head, size, what, body_size = unpack_header(data, route_end)
+                # An empty body has no third frame, a large one has more.
+                if head != header or what != _BASIC_CLASS or not 0 < body_size <= largest >= size:
+                    break
+                properties_end = route_end + 8 + size
+                head, size = unpack_body(data, properties_end)
+                if head != body or size != body_size:
+                    break
+                start = properties_end + 8
+                end = start + size
+                if data[end] != END:
+                    break
+                append(
+                    Message(
+                        source,
+                        tag,
+                        redelivered,
+                        data[start:end],
+                        data[position + fixed : route_end],
+                        data[route_end + 20 : properties_end],
+                    )
+                )
+                position = end + 1
+        except (struct.error, IndexError):
+            self._needed = self._message_size(consumer, data, position)
+        if messages:
+            self._deliver(messages)
+        return position
+
+    def _message_size(self, consumer: _Consumer, data: bytes, position: int) -> int:
+        """How many bytes from *position* on are surely needed for an ordinary message.
+
+        Returns:
+            0 if something else may be standing there.
+        """
+        if len(data) - position < consumer.fixed:
+            return 0
+        at = position
+        for head in (consumer.method, consumer.header[1:], consumer.body[1:]):
+            if not head.startswith(data[at : at + 3]):
+                return 0
+            if len(data) - at < OVERHEAD:
+                return at + OVERHEAD - position
+            size = _FRAME.unpack_from(data, at)[2]
+            if size > self._largest:
+                return 0
+            at += OVERHEAD + size
+            if at > len(data):
+                return at - position
+        return 0
+
+    def _take_confirms(self, publisher: _Publisher, data: bytes, position: int) -> int:
+        confirms: list[Confirm] = []
+        unpack = _CONFIRM_FRAME.unpack_from
+        size = _CONFIRM_FRAME.size
+        while len(data) - position >= size:
+            head, tag, bits, end = unpack(data, position)
+            accepted = head == publisher.ack
+            if not (accepted or head == publisher.nack) or end != END:
+                break
+            confirms.append(Confirm(tag, bool(bits & 1), accepted))
+            position += size
+        if confirms:
+            last = self._events[-1] if self._events else None
+            if isinstance(last, Confirms):
+                last.confirms.extend(confirms)
+            else:
+                self._events.append(Confirms(confirms))
+        return position
+
+    # --- everything else, frame by frame ---------------------------------------
+
+    def _take_frame(self, data: bytes, position: int) -> int:
+        if len(data) - position < OVERHEAD:
+            self._needed = OVERHEAD
+            return position
+        if not self._greeted:
+            self._greeted = True
+            if data.startswith(b"AMQP"):
+                # A broker that speaks another version says so, in eight bytes and no frame.
+                self._pass(data[:OVERHEAD])
+                return OVERHEAD
+        kind: int
+        channel: int
+        size: int
+        kind, channel, size = _FRAME.unpack_from(data, position)
+        if kind not in {METHOD, HEADER, BODY, HEARTBEAT}:
+            raise FrameError(f"no AMQP 0-9-1 frame begins with {kind:#04x}")
+        if size > self._largest:
+            raise FrameError(f"a frame of {size} bytes came, but {self.frame_max} were agreed on")
+        end = position + OVERHEAD + size
+        if end > len(data):
+            self._needed = end - position
+            return position
+        if data[end - 1] != END:
+            raise FrameError(f"a frame of {size} bytes does not end where it says")
+        frame = data[position:end]
+        if channel == self._channel:
+            self._sort(kind, frame)
+        else:
+            if channel == 0 and kind == METHOD:
+                self._sort_connection(frame)
+            self._pass(frame)
+        return end
+
+    def _sort_connection(self, frame: bytes) -> None:
+        method = _method_of(frame)
+        if method == _CONNECTION_TUNE and len(frame) >= _TUNE_BYTES:
+            proposed: int = _TUNE.unpack_from(frame, 11)[1]
+            # 0 means that there is no limit; a frame's size has 32 bits.
+            self.frame_max = proposed or 0xFFFF_FFFF
+            self._largest = self.frame_max
+        elif method == _CONNECTION_CLOSE:
+            self._events.append(ConnectionClosed(*_code_and_text(frame)))
+
+    def _sort(self, kind: int, frame: bytes) -> None:
+        if kind == METHOD:
+            self._sort_method(_method_of(frame), frame)
+        elif self._content is None:
+            self._pass(frame)
+        elif kind == HEADER:
+            self._open_content(self._content, frame)
+        elif kind == BODY:
+            self._fill_content(self._content, frame)
+
+    def _sort_method(self, method: int, frame: bytes) -> None:
+        if method == _CHANNEL_CLOSE:
+            self.untap()
+            self._events.append(ChannelClosed(*_code_and_text(frame)))
+            self._pass(frame)
+            return
+        if self._content is not None:
+            raise FrameError("a method came where a message's content should have")
+        consumer = self._consumer
+        if method == _BASIC_DELIVER and consumer is not None:
+            if frame.startswith(consumer.constant, 7) and len(frame) > consumer.fixed:
+                self._content = _Content(frame)
+                return
+        elif method == _BASIC_RETURN and self._publisher is not None:
+            self._content = _Content(frame)
+            return
+        elif method == _BASIC_CANCEL and consumer is not None:
+            self._events.append(ConsumerCancelled(_short(frame, 11)[0].decode(errors="replace")))
+        elif method == _CHANNEL_CLOSE_OK:
+            self.untap()
+            self._events.append(ChannelGone())
+        self._pass(frame)
+
+    def _open_content(self, content: _Content, frame: bytes) -> None:
+        if len(frame) < OVERHEAD + 14 or content.properties is not None:
+            raise FrameError("a message's content header is not one")
+        content.missing = _CONTENT.unpack_from(frame, 7)[1]
+        content.properties = frame[19:-1]
+        if not content.missing:
+            self._close_content(content)
+
+    def _fill_content(self, content: _Content, frame: bytes) -> None:
+        if content.properties is None:
+            raise FrameError("a message's body came before its header")
+        content.parts.append(frame[7:-1])
+        content.missing -= len(frame) - OVERHEAD
+        if content.missing < 0:
+            raise FrameError("a message's body is longer than its header said")
+        if not content.missing:
+            self._close_content(content)
+
+    def _close_content(self, content: _Content) -> None:
+        self._content = None
+        body = b"".join(content.parts)
+        properties = content.properties or b""
+        method = content.method
+        consumer = self._consumer
+        if consumer is not None:
+            _, _, _, tag, redelivered = consumer.deliver.unpack_from(method)
+            route = method[consumer.fixed : -1]
+            self._deliver([Message(consumer.source, tag, redelivered, body, route, properties)])
+        else:
+            code, text = _code_and_text(method)
+            exchange, at = _short(method, 14 + method[13])
+            routing_key, _ = _short(method, at)
+            self._events.append(Returned(code, text, exchange, routing_key, properties, body))
+
+    def _deliver(self, messages: list[Message]) -> None:
+        last = self._events[-1] if self._events else None
+        if isinstance(last, Deliveries):
+            last.messages.extend(messages)
+        else:
+            self._events.append(Deliveries(messages))
+
+    def _pass(self, frame: bytes) -> None:
+        last = self._events[-1] if self._events else None
+        if isinstance(last, PassThrough):
+            last.frames.append(frame)
+        else:
+            self._events.append(PassThrough([frame]))
+
+
+def _method_of(frame: bytes) -> int:
+    if len(frame) < OVERHEAD + 4:
+        raise FrameError("a method frame without a method came")
+    method: int = _METHOD_ID.unpack_from(frame, 7)[0]
+    return method
+
+
+def _code_and_text(frame: bytes) -> tuple[int, str]:
+    """Read what `close` and `return` begin with: a reply code and a text."""
+    if len(frame) < OVERHEAD + 7:
+        raise FrameError("a method was cut off")
+    code: int = _CODE.unpack_from(frame, 11)[0]
+    return code, _short(frame, 13)[0].decode(errors="replace")
+
+
+def _short(frame: bytes, at: int) -> tuple[bytes, int]:
+    """Read a short string of a method frame, and where it ends."""
+    if at >= len(frame) - 1:
+        raise FrameError("a method was cut off")
+    end = at + 1 + frame[at]
+    if end > len(frame) - 1:
+        raise FrameError("a method was cut off")
+    return frame[at + 1 : end], end

@@ -1,0 +1,272 @@
+"""How are many messages published at once, and each one's fate known?
+
+Packed into one write, on a channel in confirm mode, with books of our own. Its connection is its own,
+too: under a memory alarm the broker stops reading from a connection that has published, and acks on it
+would wait with the publications.
+
+Laws:
+
+- Nothing is raised for what the world does: it is an :class:`~aio_pika_batch.core.message.Outcome`.
+- Once one outcome is in doubt, the publisher takes no more: its successor begins with empty books.
+- Nothing is written on a channel that the broker has closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from aio_pika_batch.adapters.aio_pika.books import Books, Call, Entry
+from aio_pika_batch.adapters.aio_pika.connection import CLOSE_TIMEOUT, Link, open_link
+from aio_pika_batch.adapters.aio_pika.edge import describe, translated, within
+from aio_pika_batch.adapters.aio_pika.events import (
+    ChannelClosed,
+    ChannelGone,
+    Confirms,
+    ConnectionClosed,
+    Cut,
+    Malformed,
+    Returned,
+)
+from aio_pika_batch.adapters.aio_pika.packing import fits, pack_content, publish_method
+from aio_pika_batch.adapters.aio_pika.properties import encode
+from aio_pika_batch.adapters.aio_pika.refusals import (
+    ACCESS_REFUSED,
+    NOT_FOUND,
+    PRECONDITION_FAILED,
+    refused_entity,
+)
+from aio_pika_batch.adapters.aio_pika.splice import splice
+from aio_pika_batch.adapters.aio_pika.tables import encode_text
+from aio_pika_batch.core.message import Copy, Outcome
+from aio_pika_batch.errors import BrokerUnavailable, PublishError, SessionClosed
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    from aiormq.abc import AbstractChannel
+
+    from aio_pika_batch.adapters.aio_pika.events import Event
+    from aio_pika_batch.adapters.aio_pika.urls import Address
+    from aio_pika_batch.core.message import Outgoing
+    from aio_pika_batch.transport import Endpoint
+
+_log = logging.getLogger("aio_pika_batch.publisher")
+
+WRITE_SIZE = 1 << 20
+"""Bytes that are packed at a time: a thousand large messages need not stand in memory twice."""
+
+_LARGEST_BODY = re.compile(r"configured max size (\d+)")
+
+
+@asynccontextmanager
+async def open_publisher(
+    endpoint: Endpoint, addresses: Sequence[Address]
+) -> AsyncIterator[AioPikaPublisher]:
+    """Connect, open a channel in confirm mode, and in the end close both."""
+    link = await open_link(endpoint, addresses)
+    publisher = AioPikaPublisher(link, endpoint.publish_timeout)
+    try:
+        await publisher.open(endpoint.connect_timeout)
+        yield publisher
+    finally:
+        await publisher.close()
+
+
+class AioPikaPublisher:
+    """Implements :class:`~aio_pika_batch.transport.Publisher`."""
+
+    def __init__(self, link: Link, timeout: float) -> None:
+        self._link = link
+        self._tap = link.tap
+        self._timeout = timeout
+        self._user = encode_text(link.address.user)
+        self._loop = asyncio.get_running_loop()
+        self._channel: AbstractChannel | None = None
+        self._number = 0
+        self._books = Books()
+        self._is_open = False
+        self._closed = False
+
+    async def open(self, timeout: float) -> None:
+        """Open the channel. Raises BrokerUnavailable."""
+        address = self._link.address
+
+        def failed(error: BaseException) -> Exception:
+            closed = self._tap.closed_by_broker
+            if closed is not None:
+                return refused_entity(closed.code, closed.text, "a channel", address)
+            return BrokerUnavailable(
+                f"{address} hung up while a channel was opened: {describe(error)}"
+            )
+
+        with translated(failed):
+            async with asyncio.timeout(timeout):
+                self._channel = channel = await self._link.channel(confirms=True)
+        self._number = channel.number
+        self._tap.publish(channel.number, self._heard)
+        self._is_open = True
+
+    @property
+    def is_open(self) -> bool:
+        """Whether another `publish` may succeed; once False, it stays False."""
+        return self._is_open
+
+    async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
+        """Publish, pipelined, and wait for the broker's word on each."""
+        if self._closed:
+            raise SessionClosed("the publisher is closed")
+        if not publications:
+            return []
+        done: asyncio.Future[None] = self._loop.create_future()
+        call = Call(len(publications), lambda: _resolve(done))
+        # All of it is packed before any of it is sent: a header of the wrong type sends nothing.
+        packed = [self._pack(publication) for publication in publications]
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._write(call, publications, packed)
+                await done
+        except TimeoutError:
+            # A confirm that comes later belongs to nobody.
+            self._is_open = False
+        return [Outcome.UNKNOWN if outcome is None else outcome for outcome in call.outcomes]
+
+    async def close(self) -> None:
+        """Close channel and connection. Never raises, but for the cancellation of its task."""
+        self._closed = True
+        self._end(_unknown)
+        try:
+            if self._channel is not None and self._tap.end is None:
+                await within(CLOSE_TIMEOUT, self._channel.close(), self._tap.abort)
+        finally:
+            await self._link.close()
+
+    # --- writing -----------------------------------------------------------------------
+
+    def _pack(self, publication: Outgoing) -> tuple[bytes, bytes] | None:
+        """Pack method and properties; None if a copy's have become too large for a frame."""
+        if isinstance(publication, Copy):
+            raw = publication.message.raw_properties
+            properties = (
+                encode(publication.properties)
+                if raw is None
+                else splice(raw, publication, self._user)
+            )
+        else:
+            properties = encode(publication.properties)
+        method = publish_method(
+            self._number,
+            publication.exchange,
+            publication.routing_key,
+            mandatory=publication.mandatory,
+        )
+        if fits(properties, self._tap.frame_max):
+            return method, properties
+        text = (
+            f"the properties of a message to {publication.exchange!r} have {len(properties)} bytes;"
+            f" they must fit into one frame of {self._tap.frame_max}"
+        )
+        if not isinstance(publication, Copy):
+            raise PublishError(text)
+        _log.warning("%s: not published", text)
+        return None
+
+    async def _write(
+        self,
+        call: Call,
+        publications: Sequence[Outgoing],
+        packed: Sequence[tuple[bytes, bytes] | None],
+    ) -> None:
+        parts: list[bytes] = []
+        entries: list[Entry] = []
+        size = 0
+        for index, (publication, pack) in enumerate(zip(publications, packed, strict=True)):
+            if pack is None:
+                call.settle(index, Outcome.REFUSED)
+                continue
+            method, properties = pack
+            body = publication.body
+            parts.append(method)
+            parts.extend(pack_content(self._number, properties, body, self._tap.frame_max))
+            route = (encode_text(publication.exchange), encode_text(publication.routing_key))
+            entries.append(Entry(call, index, route, properties, body))
+            size += len(body)
+            if size >= WRITE_SIZE:
+                await self._send(parts, entries)
+                parts, entries, size = [], [], 0
+        if entries:
+            await self._send(parts, entries)
+
+    async def _send(self, parts: list[bytes], entries: list[Entry]) -> None:
+        if not self._is_open or not self._tap.write(b"".join(parts)):
+            self._is_open = False
+            for entry in entries:
+                entry.call.settle(entry.index, Outcome.UNKNOWN)
+            return
+        # In the same moment, so that the numbers are the channel's, whoever else publishes.
+        for entry in entries:
+            self._books.enter(entry)
+        if self._tap.is_clogged:
+            try:
+                with translated(lambda error: BrokerUnavailable(describe(error))):
+                    await self._tap.drain()
+            except BrokerUnavailable:
+                self._end(_unknown)
+
+    # --- what the wire tells -------------------------------------------------------------
+
+    def _heard(self, event: Event) -> None:
+        match event:
+            case Confirms(confirms):
+                for confirm in confirms:
+                    self._books.confirm(confirm)
+            case Returned():
+                self._books.returned(event)
+            case ChannelClosed(code, text):
+                _log.warning("the broker closed a publisher's channel: %s %s", code, text)
+                self._end(_Verdict(code, text, alone=len(self._books) == 1))
+            case ConnectionClosed() | Malformed() | Cut() | ChannelGone():
+                self._end(_unknown)
+            case _:
+                # Nothing is consumed on this channel.
+                pass
+
+    def _end(self, outcome: Callable[[Entry], Outcome]) -> None:
+        self._is_open = False
+        self._books.end(outcome)
+
+
+class _Verdict:
+    """Which of the publications in flight has the broker closed the channel over?
+
+    Only that one is refused for sure; others may have been stored before it.
+    """
+
+    def __init__(self, code: int, text: str, *, alone: bool) -> None:
+        self._is_refusal = code in {ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED}
+        self._text = text
+        self._alone = alone
+        largest = _LARGEST_BODY.search(text)
+        self._largest = int(largest[1]) if largest else None
+
+    def __call__(self, entry: Entry) -> Outcome:
+        exchange = entry.route[0].decode(errors="replace")
+        if self._is_refusal and (
+            self._alone
+            or f"exchange '{exchange}'" in self._text
+            or (self._largest is not None and len(entry.body) > self._largest)
+        ):
+            return Outcome.REFUSED
+        return Outcome.UNKNOWN
+
+
+def _unknown(_: Entry) -> Outcome:
+    return Outcome.UNKNOWN
+
+
+def _resolve(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)

@@ -1,0 +1,255 @@
+"""What is one epoch on RabbitMQ: from a connection to the last tag that only it can settle?
+
+Laws:
+
+- What was delivered before the answer to `cancel` is handed out; after a loss nothing is.
+- A settlement is written whole or not at all, and never in another epoch or after the end.
+- Leaving the context ends it in this order: cancel, wait for what was just settled, channel,
+  connection. Each step may fail or hang; the next one follows within seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from aio_pika_batch.adapters.aio_pika.connection import CLOSE_TIMEOUT, Link, open_link
+from aio_pika_batch.adapters.aio_pika.edge import describe, translated, within
+from aio_pika_batch.adapters.aio_pika.fast import FastWire
+from aio_pika_batch.adapters.aio_pika.properties import decode, decode_route
+from aio_pika_batch.core.ledger import Ledger
+from aio_pika_batch.core.message import Message, Properties
+from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost, TopologyError
+from aio_pika_batch.transport import Native
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+    from aio_pika_batch.adapters.aio_pika.urls import Address
+    from aio_pika_batch.adapters.aio_pika.wire import Wire
+    from aio_pika_batch.core.message import Settlement
+    from aio_pika_batch.transport import Endpoint, Subscription
+
+SETTLE_PAUSE = 0.2
+"""Seconds between the last settlement and the channel's close.
+
+A quorum queue's channel holds acks back when there are many, and drops what it holds when it closes;
+nothing that can be asked of it tells when they are through. 50 ms were enough in every run.
+"""
+
+_T = TypeVar("_T")
+
+_STREAM_OFFSET = "x-stream-offset"
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    queue: str
+    consumer_tag: str
+    retry_count_header: str
+
+    def decode_properties(self, raw: bytes, /) -> Properties:
+        return decode(raw)
+
+    def decode_route(self, raw: bytes, /) -> tuple[str, str]:
+        return decode_route(raw)
+
+    def now(self) -> float:
+        return time.time()
+
+
+@asynccontextmanager
+async def open_session(
+    endpoint: Endpoint,
+    addresses: Sequence[Address],
+    subscription: Subscription,
+    prepare: Callable[[Link], Awaitable[None]],
+) -> AsyncIterator[AioPikaSession]:
+    """Connect, consume, and in the end close.
+
+    Args:
+        endpoint: How.
+        addresses: Where.
+        subscription: What.
+        prepare: Declares, on the session's own connection, what lives no longer than that.
+    """
+    link = await open_link(endpoint, addresses)
+    session = AioPikaSession(link, subscription)
+    try:
+        await session.open(endpoint.connect_timeout, prepare)
+        yield session
+    finally:
+        await session.close()
+
+
+class AioPikaSession:
+    """Implements :class:`~aio_pika_batch.transport.Session` and `NativeSession`."""
+
+    def __init__(self, link: Link, subscription: Subscription) -> None:
+        self._link = link
+        self._subscription = subscription
+        self._wire: Wire = FastWire(link, self)
+        self._loop = asyncio.get_running_loop()
+        self._ledger = Ledger()
+        self._pending: list[Message] = []
+        self._news: asyncio.Future[None] | None = None
+        self._lost: str | None = None
+        self._drained = False
+        self._closed = False
+        self._is_first = True
+        self._settled_at = -SETTLE_PAUSE
+        self._cancelling: asyncio.Task[None] | None = None
+        self._opening_native: asyncio.Task[Native] | None = None
+
+    async def open(self, timeout: float, prepare: Callable[[Link], Awaitable[None]]) -> None:
+        """Begin to consume. Raises TopologyError, BrokerUnavailable."""
+        subscription = self._subscription
+        source = _Source(
+            subscription.queue, subscription.consumer_tag, subscription.retry_count_header
+        )
+        try:
+            async with asyncio.timeout(timeout):
+                await prepare(self._link)
+                await self._wire.consume(subscription, source)
+        except TimeoutError as error:
+            raise BrokerUnavailable(
+                f"{self._link.address} did not open a consumer within {timeout:g} s"
+            ) from error
+
+    # --- the port ----------------------------------------------------------------
+
+    def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
+        return self
+
+    async def __anext__(self) -> Sequence[Message]:
+        while True:
+            self._check()
+            if self._pending:
+                break
+            if self._drained:
+                raise StopAsyncIteration
+            await self._wait()
+        messages, self._pending = self._pending, []
+        if self._is_first:
+            self._is_first = False
+            self._refuse_streams(messages[0])
+        self._ledger.deliver([message.delivery_tag for message in messages])
+        return messages
+
+    async def cancel(self) -> None:
+        """Ask for no more messages."""
+        self._check()
+        if self._cancelling is None:
+            # A task of its own: a basic.cancel that is itself cancelled closes the channel.
+            self._cancelling = self._loop.create_task(self._cancel())
+        await self._own(self._cancelling)
+
+    async def settle(self, settlements: Sequence[Settlement]) -> None:
+        """Tell the broker what became of some messages."""
+        self._check()
+        frames = self._ledger.settle(settlements)
+        if not frames:
+            return
+        if not self._wire.settle(frames):
+            self.lost("the connection was closed")
+            self._check()
+        self._settled_at = self._loop.time()
+        await self._wire.drained()
+
+    async def native(self) -> Native:
+        """Open (once) a channel for the user on the session's connection."""
+        self._check()
+        if self._opening_native is None:
+            self._opening_native = self._loop.create_task(self._open_native())
+        return await self._own(self._opening_native)
+
+    # --- what the wire tells -------------------------------------------------------
+
+    def delivered(self, messages: Sequence[Message]) -> None:
+        """Messages have come, in the order of their tags."""
+        self._pending.extend(messages)
+        self._wake()
+
+    def lost(self, why: str) -> None:
+        """The world has ended it."""
+        if self._lost is None:
+            self._lost = why
+            self._pending.clear()
+            self._wake()
+
+    # --- the end ---------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Close channel and connection. Never raises, but for the cancellation of its task."""
+        self._closed = True
+        self._wake()
+        if self._opening_native is not None:
+            self._opening_native.cancel()
+        try:
+            if self._lost is None:
+                await within(CLOSE_TIMEOUT, self._wind_up(), self._link.tap.abort)
+        finally:
+            await self._link.close()
+
+    async def _wind_up(self) -> None:
+        if self._cancelling is None:
+            await self._cancel()
+        else:
+            await asyncio.wait({self._cancelling})
+        pause = self._settled_at + SETTLE_PAUSE - self._loop.time()
+        if pause > 0:
+            await asyncio.sleep(pause)
+        await self._wire.close()
+
+    async def _cancel(self) -> None:
+        await self._wire.cancel()
+        self._drained = True
+        self._wake()
+
+    async def _open_native(self) -> Native:
+        with translated(
+            lambda error: SessionLost(f"no native channel could be opened: {describe(error)}")
+        ):
+            channel = await self._link.connection.channel()
+            queue = await channel.get_queue(self._subscription.queue, ensure=False)
+            return Native(channel, queue)
+
+    # --- helpers -----------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self._closed:
+            raise SessionClosed(f"the session on queue {self._subscription.queue!r} is over")
+        if self._lost is not None:
+            raise SessionLost(
+                f"the session on queue {self._subscription.queue!r} at {self._link.address}"
+                f" was lost: {self._lost}"
+            )
+
+    async def _own(self, task: asyncio.Task[_T]) -> _T:
+        """Wait for a task that goes on if its waiter is cancelled."""
+        try:
+            return await asyncio.shield(task)
+        except SessionLost:
+            self._check()  # knows better why
+            raise
+
+    async def _wait(self) -> None:
+        self._news = self._loop.create_future()
+        try:
+            await self._news
+        finally:
+            self._news = None
+
+    def _wake(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    def _refuse_streams(self, message: Message) -> None:
+        if _STREAM_OFFSET in (message.properties.headers or {}):
+            raise TopologyError(
+                f"queue {self._subscription.queue!r} is a stream: its messages are neither rejected"
+                " nor requeued one by one; consume from a classic or quorum queue"
+            )

@@ -1,0 +1,62 @@
+"""The port, on RabbitMQ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aio_pika_batch.adapters.aio_pika.declare import declare, declare_on, divide
+from aio_pika_batch.adapters.aio_pika.publisher import open_publisher
+from aio_pika_batch.adapters.aio_pika.session import open_session
+from aio_pika_batch.adapters.aio_pika.urls import parse
+from aio_pika_batch.core.topology import Topology
+from aio_pika_batch.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
+    from aio_pika_batch.adapters.aio_pika.connection import Link
+    from aio_pika_batch.adapters.aio_pika.publisher import AioPikaPublisher
+    from aio_pika_batch.adapters.aio_pika.session import AioPikaSession
+    from aio_pika_batch.transport import Endpoint, Subscription, Transport
+
+
+def open_transport(endpoint: Endpoint) -> Transport:
+    """What the schemes `amqp` and `amqps` stand for. Connects to nothing yet.
+
+    Raises:
+        ConfigurationError: The URL or a file that is named is not right.
+    """
+    return AioPikaTransport(endpoint)
+
+
+class AioPikaTransport:
+    """Implements :class:`~aio_pika_batch.transport.Transport`."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._addresses = parse(endpoint.url)
+        for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
+            file = getattr(endpoint, name)
+            if file is not None and not Path(file).is_file():
+                raise ConfigurationError(f"{name}: there is no file {file!r}")
+        self._fleeting = Topology()
+
+    async def declare(self, topology: Topology) -> None:
+        """Declare and check.
+
+        What is exclusive to a connection is declared by each session that is opened afterwards.
+        """
+        lasting, self._fleeting = divide(topology)
+        await declare(self._endpoint, self._addresses, lasting)
+
+    def session(self, subscription: Subscription) -> AbstractAsyncContextManager[AioPikaSession]:
+        """Open a connection and consume; leaving the context closes both."""
+        return open_session(self._endpoint, self._addresses, subscription, self._prepare)
+
+    def publisher(self) -> AbstractAsyncContextManager[AioPikaPublisher]:
+        """Open a connection for publishing; leaving the context closes it."""
+        return open_publisher(self._endpoint, self._addresses)
+
+    async def _prepare(self, link: Link) -> None:
+        await declare_on(link, self._fleeting, self._endpoint.connect_timeout)
