@@ -1,5 +1,4 @@
-"""
-What does a broker make of a frame? A channel, as the specification and RabbitMQ have it.
+"""What does a broker make of a frame? A channel, as the specification and RabbitMQ have it.
 
 It knows nothing of how frames are found, so that what finds them can be held against it.
 """

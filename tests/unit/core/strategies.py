@@ -1,5 +1,4 @@
-"""
-What may a message look like? Everything that the wire lets through, and a little more.
+"""What may a message look like? Everything that the wire lets through, and a little more.
 
 The headers that the core itself reads and writes are drawn as often as all others together, with
 values of every type: any client may have set them.
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 from aio_pika_batch.core.message import Copy, Disposition, Message, Properties
 from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result, Verdict
+from aio_pika_batch.core.topology import Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -111,10 +111,11 @@ scalars = st.one_of(
     moments,
 )
 
-field_values = st.recursive(
+field_values = st.one_of(
     scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(short_texts, inner, max_size=3),
-    max_leaves=5,
+    st.lists(scalars, max_size=2),
+    st.dictionaries(short_texts, scalars, max_size=2),
+    st.just([{"deep": [{"deeper": None}]}]),
 )
 
 core_headers = st.sampled_from(
@@ -138,7 +139,7 @@ core_headers = st.sampled_from(
     ]
 )
 
-headers = st.dictionaries(core_headers | short_texts, scalars | field_values, max_size=6)
+headers = st.dictionaries(core_headers | short_texts, field_values, max_size=5)
 
 sound_properties = st.builds(
     Properties,
@@ -168,16 +169,28 @@ broken_properties = st.builds(
 
 properties = sound_properties | broken_properties
 
+typical_properties = st.sampled_from(
+    [
+        Properties(),
+        Properties(headers={}),
+        Properties(headers={"x-retry-count": 1, "CC": ["elsewhere"]}, expiration="60000"),
+        Properties(headers={"x-retry-count": 5, "x-original-routing-key": "first"}),
+        Properties(headers={"x-retry-count": "many"}),
+        Properties(undecodable={"headers": UNDECODABLE}),
+        Properties(undecodable={"message_id": UNDECODABLE, "expiration": UNDECODABLE}),
+    ]
+)
+"""For batches of several, where what matters is who gets which result."""
+
 
 def messages(
-    tags: st.SearchStrategy[int] | None = None,
     of: st.SearchStrategy[Properties] = properties,
 ) -> st.SearchStrategy[Message]:
     """Deliveries of one session."""
     return st.builds(
         Message,
         st.just(StubSource()),
-        st.just(1) if tags is None else tags,
+        st.just(1),
         st.booleans(),
         st.binary(max_size=20),
         st.tuples(short_texts, short_texts),
@@ -196,13 +209,12 @@ texts = st.text(st.characters(), max_size=2000)
 
 errors = st.one_of(
     st.none(),
-    st.builds(ValueError, texts),
-    st.builds(KeyError, texts),
+    st.builds(ValueError, st.text(max_size=5)),
     st.just(Odd()),
     st.just(KeyboardInterrupt()),
 )
 
-reasons = st.none() | texts
+reasons = st.none() | st.text(max_size=5)
 
 results: st.SearchStrategy[Result] = st.one_of(
     st.sampled_from(MessageResult), st.builds(Nack, reasons), st.builds(Requeue, reasons)
@@ -218,7 +230,43 @@ def batches_of_verdicts(
     draw: st.DrawFn, *, max_size: int = 6, of: st.SearchStrategy[Result] = results
 ) -> list[Verdict]:
     """Verdicts over distinct deliveries."""
-    tags = draw(st.lists(st.integers(1, 1000), unique=True, max_size=max_size))
+    decided = draw(st.lists(st.tuples(typical_properties, of, causes, errors), max_size=max_size))
+    tags = draw(st.permutations(range(1, len(decided) + 1)))
     return [
-        Verdict(draw(messages(st.just(tag))), draw(of), draw(causes), draw(errors)) for tag in tags
+        Verdict(Message(StubSource(), tag, False, b"", ("events", "order.created"), has), *verdict)
+        for tag, (has, *verdict) in zip(tags, decided, strict=True)
     ]
+
+
+entity_names = st.sampled_from(["a", "b", "c", "order.created"])
+routing_keys = st.sampled_from(["", "a", "dead", "order.created"])
+exchange_types = st.sampled_from(["direct", "fanout", "topic", "headers", "x-consistent-hash"])
+queue_types = st.none() | st.sampled_from(["classic", "quorum"])
+
+wanted = st.builds(
+    Wanted,
+    queue_name=st.just("jobs"),
+    queue_durable=st.booleans(),
+    queue_exclusive=st.booleans(),
+    queue_auto_delete=st.booleans(),
+    queue_type=queue_types,
+    queue_arguments=st.fixed_dictionaries(
+        {},
+        optional={
+            "x-queue-type": st.sampled_from(["classic", "quorum"]),
+            "x-dead-letter-exchange": st.sampled_from(["", "dlx-of-arguments", 5]),
+            "x-dead-letter-routing-key": routing_keys | st.just(5),
+            "x-max-length": st.integers(1, 9),
+        },
+    ),
+    exchange_name=st.none() | st.just("") | entity_names,
+    exchange_type=exchange_types,
+    exchange_durable=st.booleans(),
+    routing_keys=st.lists(entity_names, max_size=3, unique=True).map(tuple),
+    binding_arguments=st.just({}) | st.just({"x-match": "all"}),
+    dead_letter_exchange=st.none() | st.sampled_from(["", "dlx"]),
+    dead_letter_exchange_type=exchange_types,
+    dead_letter_routing_key=st.none() | routing_keys,
+    dead_letter_queue=st.none() | st.just("jobs.dlq"),
+    declare=st.booleans(),
+)

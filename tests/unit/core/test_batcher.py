@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from aio_pika_batch.core.batcher import Batcher, Trigger
 from tests.unit.core.strategies import some_messages
+
+if TYPE_CHECKING:
+    from aio_pika_batch.core.message import Message
 
 # Quarters of seconds add up exactly, so that "at the deadline" can be meant literally.
 quarters = st.integers(0, 40).map(lambda number: number / 4)
@@ -19,7 +24,7 @@ arrivals = st.lists(st.tuples(quarters, st.integers(0, 12)), max_size=8)
 def filled(batcher, pieces):
     """Add chunks of the given sizes, each some time after the last; what went in, and when."""
     now = 0.0
-    held = []
+    held: list[tuple[float, Message]] = []
     for wait, count in pieces:
         now += wait
         chunk = some_messages(count, first=len(held) + 1)

@@ -265,4 +265,3 @@ def test_reasons_are_part_of_a_result():
     """Two that say different things are different."""
     assert Nack("a") != Nack("b")
     assert Requeue("a") == Requeue("a")
-    assert Nack() != Requeue()

@@ -1,0 +1,204 @@
+"""Where dead letters go, and that they arrive there."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aio_pika_batch.core.routing import DeadLetterTarget
+from aio_pika_batch.core.topology import (
+    Exchange,
+    Queue,
+    Wanted,
+    dead_letter_target,
+    derive,
+    effective_queue_type,
+)
+from tests.unit.core.strategies import wanted
+
+
+def reached(topology, exchange, routing_key):
+    """The queues that get a message without headers, by the rules of each type of exchange."""
+    if not exchange:
+        return {queue.name for queue in topology.queues if queue.name == routing_key}
+    (kind,) = {each.type for each in topology.exchanges if each.name == exchange}
+    matches = {
+        "direct": lambda bound: bound == routing_key,
+        "fanout": lambda _: True,
+        "headers": lambda _: True,
+        "topic": lambda bound: fnmatchcase(routing_key, bound.replace("#", "*")),
+    }[kind]
+    return {
+        binding.queue
+        for binding in topology.bindings
+        if binding.exchange == exchange and matches(binding.routing_key)
+    }
+
+
+@given(wanted)
+def test_a_dead_letter_exchange_that_is_only_named_is_never_created(settings):
+    """Without a queue behind it, it would swallow every dead letter."""
+    target = dead_letter_target(settings)
+    if settings.dead_letter_queue is None and target is not None and target.exchange:
+        (exchange,) = [each for each in derive(settings).exchanges if each.name == target.exchange]
+        assert exchange.check_only
+
+
+@given(wanted.filter(lambda settings: settings.declare and settings.dead_letter_queue), st.data())
+def test_a_dead_letter_reaches_its_queue_whatever_its_key(settings, data):
+    """Each key that a message can have come with is bound, on every type that the core knows."""
+    topology = derive(settings)
+    target = dead_letter_target(settings)
+    assert target is not None
+    came_by = data.draw(st.sampled_from([*settings.routing_keys, settings.queue_name]))
+    key = came_by if target.routing_key is None else target.routing_key
+
+    if settings.dead_letter_exchange_type != "x-consistent-hash" or not target.exchange:
+        expected = {"jobs.dlq"}
+        if target.exchange == "" and target.routing_key != "jobs.dlq":
+            # Somebody said both: the default exchange, and a key that is no queue's name.
+            expected = {name for name in ("jobs",) if name == target.routing_key}
+        assert expected == reached(topology, target.exchange, key)
+
+
+@given(wanted)
+def test_a_dead_letter_queue_means_a_dead_letter_target(settings):
+    """Whoever names the one gets the other, and only strings name anything."""
+    target = dead_letter_target(settings)
+
+    if settings.dead_letter_queue is not None or settings.dead_letter_exchange is not None:
+        assert target is not None
+    if target is not None:
+        assert str is type(target.exchange)
+        assert type(target.routing_key) in {str, type(None)}
+
+
+@given(wanted)
+def test_a_dead_letter_queue_is_of_the_type_of_the_queue(settings):
+    """A replicated queue has replicated dead letters; where the type is unsaid, it stays unsaid."""
+    kind = effective_queue_type(settings)
+    dead = [each for each in derive(settings).queues if each.name == "jobs.dlq"]
+
+    assert bool(settings.dead_letter_queue) is bool(dead)
+    for queue in dead:
+        assert ({} if kind is None else {"x-queue-type": kind}) == queue.arguments
+        assert queue.durable
+        assert not queue.exclusive
+        assert not queue.auto_delete
+
+
+@pytest.mark.parametrize(
+    ("stated", "target"),
+    [
+        ({}, None),
+        ({"dead_letter_exchange": "dlx"}, DeadLetterTarget("dlx")),
+        (
+            {"dead_letter_exchange": "dlx", "dead_letter_routing_key": "dead"},
+            DeadLetterTarget("dlx", "dead"),
+        ),
+        ({"dead_letter_queue": "dlq"}, DeadLetterTarget("jobs.dlx")),
+        (
+            {"dead_letter_queue": "dlq", "dead_letter_routing_key": "dead"},
+            DeadLetterTarget("jobs.dlx", "dead"),
+        ),
+        ({"dead_letter_routing_key": "dead"}, None),
+        (
+            {"queue_arguments": {"x-dead-letter-exchange": "dlx"}, "dead_letter_queue": "dlq"},
+            DeadLetterTarget("dlx"),
+        ),
+        (
+            {"queue_arguments": {"x-dead-letter-exchange": "x", "x-dead-letter-routing-key": "k"}},
+            DeadLetterTarget("x", "k"),
+        ),
+        (
+            {
+                "queue_arguments": {
+                    "x-dead-letter-exchange": "x",
+                    "x-dead-letter-routing-key": "k",
+                },
+                "dead_letter_routing_key": "",
+            },
+            DeadLetterTarget("x", ""),
+        ),
+        (
+            {
+                "queue_arguments": {
+                    "x-dead-letter-exchange": "x",
+                    "x-dead-letter-routing-key": "k",
+                },
+                "dead_letter_exchange": "dlx",
+            },
+            DeadLetterTarget("dlx"),
+        ),
+        ({"queue_arguments": {"x-dead-letter-routing-key": "k"}}, None),
+        ({"queue_arguments": {"x-dead-letter-exchange": 5}}, None),
+        (
+            {"queue_arguments": {"x-dead-letter-exchange": "x", "x-dead-letter-routing-key": 5}},
+            DeadLetterTarget("x"),
+        ),
+        (
+            {"dead_letter_exchange": "", "dead_letter_queue": "dlq"},
+            DeadLetterTarget("", "dlq"),
+        ),
+        (
+            {
+                "queue_arguments": {"x-dead-letter-exchange": ""},
+                "dead_letter_queue": "dlq",
+            },
+            DeadLetterTarget("", "dlq"),
+        ),
+        (
+            {
+                "dead_letter_exchange": "",
+                "dead_letter_queue": "dlq",
+                "dead_letter_routing_key": "elsewhere",
+            },
+            DeadLetterTarget("", "elsewhere"),
+        ),
+        ({"dead_letter_exchange": ""}, DeadLetterTarget("")),
+    ],
+)
+def test_where_dead_letters_go(stated, target):
+    """The settings first, then the queue's arguments, then an exchange of the queue's own."""
+    assert target == dead_letter_target(Wanted(queue_name="jobs", **stated))
+
+
+@pytest.mark.parametrize(
+    ("kind", "routing_keys", "stated", "bound"),
+    [
+        ("fanout", ("a", "b"), None, [""]),
+        ("headers", ("a", "b"), None, [""]),
+        ("topic", ("a", "b"), None, ["#"]),
+        ("direct", ("a", "b"), None, ["a", "b", "jobs"]),
+        ("direct", (), None, ["jobs"]),
+        ("direct", ("jobs", "a"), None, ["jobs", "a"]),
+        ("x-random", ("a",), None, ["a", "jobs"]),
+        ("direct", ("a", "b"), "dead", ["dead"]),
+        ("topic", ("a", "b"), "", [""]),
+    ],
+)
+def test_how_a_dead_letter_queue_is_bound(kind, routing_keys, stated, bound):
+    """By every key that a dead letter may have, and by no more."""
+    settings = Wanted(
+        queue_name="jobs",
+        queue_type="quorum",
+        exchange_name="events",
+        routing_keys=routing_keys,
+        dead_letter_exchange="dlx",
+        dead_letter_exchange_type=kind,
+        dead_letter_routing_key=stated,
+        dead_letter_queue="dlq",
+    )
+
+    topology = derive(settings)
+
+    assert (Exchange("dlx", kind, existing_first=True), Exchange("events")) == topology.exchanges
+    assert (
+        Queue("dlq", arguments={"x-queue-type": "quorum"}, existing_first=True),
+        Queue("jobs", arguments={"x-queue-type": "quorum"}),
+    ) == topology.queues
+    assert bound == [each.routing_key for each in topology.bindings if each.queue == "dlq"]
+    assert {"dlx"} == {each.exchange for each in topology.bindings if each.queue == "dlq"}

@@ -1,0 +1,118 @@
+"""A message to be published, as it goes on the wire."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aio_pika_batch.core.message import Properties, Publication
+from tests.unit.core.strategies import headers, moments, short_texts
+
+optional_texts = st.none() | short_texts
+
+CARRIED = {
+    "content_type": optional_texts,
+    "content_encoding": optional_texts,
+    "headers": st.none() | headers,
+    "delivery_mode": st.none() | st.sampled_from([1, 2]),
+    "priority": st.none() | st.integers(0, 255),
+    "correlation_id": optional_texts,
+    "reply_to": optional_texts,
+    "message_id": optional_texts,
+    "timestamp": st.none() | moments,
+    "type": optional_texts,
+    "user_id": optional_texts,
+    "app_id": optional_texts,
+}
+
+
+@given(st.fixed_dictionaries({}, optional=CARRIED))
+def test_what_is_given_goes_on_the_wire_and_nothing_else(stated):
+    """A property that is not given is absent; only the delivery mode has a default: persistent."""
+    assert Properties(**{"delivery_mode": 2, **stated}) == Publication(b"", **stated).properties
+
+
+def test_it_goes_to_the_default_exchange_and_must_be_routable():
+    """Unless said otherwise."""
+    publication = Publication(b"body")
+
+    assert (b"body", "", "", True) == (
+        publication.body,
+        publication.exchange,
+        publication.routing_key,
+        publication.mandatory,
+    )
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_every_millisecond_of_an_expiration_survives(milliseconds):
+    """In seconds or as a timedelta: no float rounds 1.001 s down to 1000 ms."""
+    assert (
+        str(milliseconds) == Publication(b"", expiration=milliseconds / 1000).properties.expiration
+    )
+    delta = timedelta(milliseconds=milliseconds)
+    assert str(milliseconds) == Publication(b"", expiration=delta).properties.expiration
+
+
+@pytest.mark.parametrize(
+    ("expiration", "written"),
+    [(None, None), (0, "0"), (-1, "0"), (timedelta(seconds=-1), "0"), (0.0004, "0"), (60, "60000")],
+)
+def test_expirations(expiration, written):
+    """A time that has passed already is none left."""
+    assert written == Publication(b"", expiration=expiration).properties.expiration
+
+
+def test_a_naive_timestamp_is_taken_as_utc():
+    """Not as the local time of whoever runs it."""
+    naive = datetime(2025, 1, 2, 3, 4, 5)  # noqa: DTZ001  -- the point of the test
+
+    assert (
+        datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC)
+        == Publication(b"", timestamp=naive).properties.timestamp
+    )
+
+
+def test_a_timestamp_of_another_zone_stays_the_same_moment():
+    """Zones are the reader's business."""
+    moment = datetime(2025, 1, 2, 3, 4, 5, tzinfo=timezone(timedelta(hours=5)))
+
+    assert moment == Publication(b"", timestamp=moment).properties.timestamp
+
+
+def test_only_the_body_goes_by_position():
+    """The rest is named where it is given, and nothing is changed afterwards."""
+    with pytest.raises(TypeError):
+        Publication(b"", "exchange")  # type: ignore[call-arg]
+    with pytest.raises(FrozenInstanceError):
+        Publication(b"").body = b"other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("body", ["text", None, 5, [1], {"a": 1}])
+def test_a_body_is_bytes(body):
+    """Whoever forgot to encode learns it where the message is made, not where it is sent."""
+    with pytest.raises(TypeError, match=f"body must be bytes, not {type(body).__name__}"):
+        Publication(body)
+
+
+@pytest.mark.parametrize("body", [b"x", bytearray(b"x"), memoryview(b"x")])
+def test_whatever_holds_bytes_will_do(body):
+    """Nothing is copied."""
+    assert body is Publication(body).body
+
+
+@pytest.mark.parametrize("name", ["exchange", "routing_key"])
+@pytest.mark.parametrize(
+    ("text", "fits"), [("x" * 255, True), ("x" * 256, False), ("é" * 128, False)]
+)
+def test_a_short_string_has_255_bytes(name, text, fits):
+    """More would not be cut but break the frame: it is refused by name, counted in UTF-8."""
+    if fits:
+        assert text == getattr(Publication(b"", **{name: text}), name)
+        return
+    with pytest.raises(ValueError, match=f"^{name} has more than 255 bytes"):
+        Publication(b"", **{name: text})
