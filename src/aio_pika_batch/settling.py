@@ -93,21 +93,24 @@ class Settler:
             plan = self._router.plan(handled.verdicts, datetime.now(UTC))
             settlements.extend(plan.settlements)
             republications = plan.republications
+        confirmed: Sequence[Republication] = ()
         if republications:
-            await self._settle_once_confirmed(settlements, republications, batch.since)
+            confirmed = await self._settle_once_confirmed(settlements, republications, batch.since)
         elif settlements:
             await self._desk.settle(settlements)
         if self._observers:
-            waiting = {id(each.verdict) for each in republications}
-            direct = [each for each in handled.verdicts if id(each) not in waiting]
-            self._observers.tell(Settled(_counts(handled, direct)))
+            pending = {each.tag for each in republications} - {each.tag for each in confirmed}
+            done = [each for each in handled.verdicts if each.message.delivery_tag not in pending]
+            self._observers.tell(Settled(_counts(handled, done)))
+            self._tell_confirmed(confirmed)
 
     async def _settle_once_confirmed(
         self,
         settlements: list[Settlement],
         republications: Sequence[Republication],
         arrived: float,
-    ) -> None:
+    ) -> Sequence[Republication]:
+        """Publish the copies, then settle; returns those whose copies are confirmed."""
         if not self._complained and any(each.malformed_count for each in republications):
             self._complained = True
             header = self._router.retry.header
@@ -121,7 +124,7 @@ class Settler:
         outcomes = await publishing
         if self.is_over:
             self.count_stale(len(republications))
-            return
+            return ()
         confirmed = []
         for republication, outcome in zip(republications, outcomes, strict=True):
             if outcome is Outcome.CONFIRMED:
@@ -132,22 +135,19 @@ class Settler:
             settlements.append(Settlement(Disposition.ACK, tuple(each.tag for each in confirmed)))
         if settlements:
             await self._desk.settle(settlements)
-        self._tell_confirmed(confirmed)
+        return confirmed
 
     async def _publish(self, republications: Sequence[Republication]) -> Sequence[Outcome]:
         return await self._outbox.publish([each.copy for each in republications])
 
     async def _settle_confirmed(self, republications: Sequence[Republication]) -> None:
         await self._settle_or_fail(Disposition.ACK, [each.tag for each in republications])
-        self._tell_confirmed(republications)
+        if self._observers:
+            verdicts = [each.verdict for each in republications]
+            self._observers.tell(Settled(_counts(Handled(), verdicts)))
+            self._tell_confirmed(republications)
 
     def _tell_confirmed(self, republications: Sequence[Republication]) -> None:
-        if not self._observers or not republications:
-            return
-        counts = Counter(
-            (_plain(each.verdict.result), each.verdict.cause) for each in republications
-        )
-        self._observers.tell(Settled(counts))
         for republication in republications:
             message = republication.verdict.message
             if republication.reason is None:
