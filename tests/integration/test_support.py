@@ -146,9 +146,23 @@ def test_where_there_is_no_broker_the_message_says_what_helps(
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(find, "installed", lambda: None)
     monkeypatch.setattr(find, "_docker_answers", lambda: False)
-    monkeypatch.setattr(find, "_install_command", lambda: None)
+    monkeypatch.setattr(find, "_install_commands", lambda: None)
     with pytest.raises(find.NoBrokerError, match=r"(?s)Tried.*Any of these will do"):
         find.choose()
+
+
+@pytest.mark.parametrize(("ci", "first"), [("", "container"), ("1", "private node")])
+def test_only_a_build_machine_installs_a_broker_rather_than_use_docker(
+    monkeypatch: pytest.MonkeyPatch, ci: str, first: str
+) -> None:
+    """Nobody minds what is installed there, and there all tests must run."""
+    for variable in (find.URL, find.SERVER):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr(find, "installed", lambda: None)
+    monkeypatch.setattr(find, "_docker_answers", lambda: True)
+    monkeypatch.setattr(find, "_install_commands", lambda: [["true"]])
+    assert first in find.choose().how
 
 
 def test_both_formats_of_apt_sources_are_read(tmp_path: Path) -> None:

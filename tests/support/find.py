@@ -8,6 +8,9 @@ The first of these that there is:
 4. a container, where a Docker daemon answers;
 5. a private node of the ``rabbitmq-server`` that this machine's package manager can install.
 
+On a build machine, where ``CI`` is set, the last two change places: nobody minds what is installed
+there, and only a node of our own can be hurt by the tests that are about that.
+
 What was asked for by name is used or the run fails. There is no "none": tests that are skipped
 because no broker was found look just like tests that passed.
 """
@@ -81,11 +84,12 @@ def choose() -> Way:
         return Way(f"a private node of {named}", True, lambda folder: _node(Path(named), folder))
     if server := installed():
         return Way(f"a private node of {server}", True, lambda folder: _node(server, folder))
-    if _docker_answers():
-        return Way(f"a container of {_IMAGE}", False, lambda _: _container())
-    if install := _install_command():
-        command = " ".join(install[-1])
-        return Way(f"a private node, after `{command}`", True, lambda f: _install(install, f))
+    last_resorts = [_by_docker, _by_installing]
+    if os.environ.get("CI"):
+        last_resorts.reverse()
+    for resort in last_resorts:
+        if way := resort():
+            return way
     raise NoBrokerError(
         f"""There is no RabbitMQ to test on. Tried, in this order:
   - {URL} and {SERVER}: not set
@@ -106,6 +110,20 @@ def installed() -> Path | None:
     path = os.pathsep.join([os.environ.get("PATH", ""), *_PLACES])
     found = shutil.which("rabbitmq-server", path=path)
     return Path(found).resolve() if found else None
+
+
+def _by_docker() -> Way | None:
+    if not _docker_answers():
+        return None
+    return Way(f"a container of {_IMAGE}", False, lambda _: _container())
+
+
+def _by_installing() -> Way | None:
+    commands = _install_commands()
+    if commands is None:
+        return None
+    last = " ".join(commands[-1])
+    return Way(f"a private node, after `{last}`", True, lambda folder: _install(commands, folder))
 
 
 @contextmanager
@@ -143,7 +161,7 @@ def _install(commands: list[list[str]], folder: Path) -> Iterator[Broker]:
         print("$", *command, flush=True)
         done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
         if done.returncode:
-            raise NoBrokerError(f"`{' '.join(command)}` failed; its output is above")
+            raise NoBrokerError(f"`{' '.join(command)}` failed; this report has its output")
     server = installed()
     if server is None:
         raise NoBrokerError(f"`{' '.join(commands[-1])}` went well, but brought no rabbitmq-server")
@@ -165,16 +183,19 @@ def _docker_answers() -> bool:
         return False
 
 
-def _install_command() -> list[list[str]] | None:
+def _install_commands() -> list[list[str]] | None:
     if shutil.which("brew"):
         return [["brew", "install", "rabbitmq"]]  # as oneself; brew refuses root
     rights = _rights()
     if rights is None:
         return None
     if shutil.which("apt-get"):
-        # In runlevel 1 no service is started. Debian's would take port 5672 and outlive the tests.
+        # Debian starts what it installs, and that would take port 5672 and outlive the tests. No
+        # service is started in runlevel 1, nor, under systemd, one that is masked.
         apt = [*rights, "env", "RUNLEVEL=1", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"]
+        mask = [*rights, "systemctl", "mask", "--runtime", "rabbitmq-server"]
         return [
+            *([mask] if Path("/run/systemd/system").is_dir() else []),
             [*apt, "update"],
             [*apt, "install", "-y", "--no-install-recommends", "rabbitmq-server"],
         ]
