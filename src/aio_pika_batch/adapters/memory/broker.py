@@ -20,7 +20,7 @@ from aio_pika_batch.adapters.memory.dialect import NEWEST, dialect
 from aio_pika_batch.adapters.memory.faults import Door, Faults, PublishFault
 from aio_pika_batch.adapters.memory.journal import Happened, Journal
 from aio_pika_batch.adapters.memory.refusals import Code, Refusal
-from aio_pika_batch.adapters.memory.values import Stored, copied_headers, stored
+from aio_pika_batch.adapters.memory.values import Stored, copied_headers, letter, stored
 from aio_pika_batch.adapters.memory.vhost import VirtualHost
 from aio_pika_batch.core.message import Properties
 
@@ -145,6 +145,11 @@ class Broker:
                 assert_never(never)
 
     # -- time --
+
+    @property
+    def now(self) -> float:
+        """The broker's time."""
+        return self.vhost.now
 
     @property
     def next_event(self) -> float | None:
@@ -295,13 +300,8 @@ class Broker:
             routing_key: What it claims to be published with; the queue's name unless said otherwise.
         """
         with self.operation() as vhost:
-            message = stored(
-                exchange=exchange,
-                routing_key=queue if routing_key is None else routing_key,
-                body=body,
-                properties=properties or Properties(),
-                user=self.user,
-            )
+            key = queue if routing_key is None else routing_key
+            message = stored(letter(exchange, key, body, properties or Properties()), self.user)
             return self._queue(queue).offer(vhost.received(message))
 
     def ready(self, queue: str) -> list[Stored]:

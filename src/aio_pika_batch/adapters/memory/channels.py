@@ -7,7 +7,7 @@ there are" there, is no tag here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -26,11 +26,9 @@ from aio_pika_batch.adapters.memory.journal import Happened
 from aio_pika_batch.adapters.memory.queues import Comeback, Queue
 from aio_pika_batch.adapters.memory.refusals import Code, Refusal, in_exclusive_use
 from aio_pika_batch.adapters.memory.roster import Consumer
-from aio_pika_batch.adapters.memory.values import copied_headers, short, stored
+from aio_pika_batch.adapters.memory.values import Letter, copied_headers, short, stored
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from aio_pika_batch.adapters.memory.broker import Broker, Connection
     from aio_pika_batch.adapters.memory.ready import Entry
     from aio_pika_batch.adapters.memory.vhost import VirtualHost
@@ -162,32 +160,14 @@ class Channel:
 
     # -- publishing --
 
-    def publish(
-        self,
-        exchange: str,
-        routing_key: str,
-        body: bytes,
-        properties: Properties,
-        *,
-        mandatory: bool = False,
-    ) -> int:
+    def publish(self, letter: Letter, *, mandatory: bool = False) -> int:
         """Publish; every channel is in confirm mode.
 
         Returns:
             The number under which the confirmation will come.
-
-        Raises:
-            TypeError: A value is of a type that AMQP does not have; nothing was sent.
-            ValueError: A value is out of the range that AMQP allows; nothing was sent.
         """
         with self.operation():
-            message = stored(
-                exchange=exchange,
-                routing_key=routing_key,
-                body=body,
-                properties=properties,
-                user=self._connection.user,
-            )
+            message = stored(letter, self._connection.user)
             self._published += 1
             self._broker.accept(self, self._published, message, mandatory=mandatory)
         return self._published
@@ -260,7 +240,7 @@ class Channel:
 
 
 def _by_queue(
-    deliveries: Sequence[tuple[Consumer, Entry]] | Iterator[tuple[Consumer, Entry]],
+    deliveries: Iterable[tuple[Consumer, Entry]],
 ) -> list[tuple[Queue, list[Entry]]]:
     settled = []
     for queue, group in groupby(deliveries, key=lambda delivery: delivery[0].queue):

@@ -85,14 +85,7 @@ def short(what: str, value: object) -> str:
     return value
 
 
-def checked(properties: Properties) -> Properties:
-    """The broker's own copy of a publication's properties.
-
-    Raises:
-        TypeError: A value is of a type that AMQP does not have.
-        ValueError: A value is out of the range that AMQP allows.
-        Refusal: The broker closes the channel over it.
-    """
+def _checked(properties: Properties) -> Properties:
     for name in _SHORT_STRINGS:
         value = getattr(properties, name)
         if value is not None:
@@ -101,11 +94,6 @@ def checked(properties: Properties) -> Properties:
         value = getattr(properties, name)
         if value is not None and not (type(value) is int and 0 <= value <= _OCTET):
             raise ValueError(f"{name} is an int from 0 to {_OCTET}, not {value!r}")
-    expiration = properties.expiration
-    if expiration is not None and not (
-        expiration.isascii() and expiration.isdigit() and int(expiration) <= _LONGEST_EXPIRATION
-    ):
-        raise Refusal(Code.PRECONDITION_FAILED, f"invalid expiration '{expiration}'")
     timestamp = properties.timestamp
     headers = properties.headers
     return replace(
@@ -165,30 +153,55 @@ def _copied(value: FieldValue) -> FieldValue:
             return value
 
 
-def stored(
-    *, exchange: str, routing_key: str, body: bytes, properties: Properties, user: str
-) -> Stored:
-    """What the broker keeps of a publication.
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A publication as it leaves its client: checked, and the broker's own copy."""
+
+    exchange: str
+    routing_key: str
+    body: bytes
+    properties: Properties
+
+
+def letter(exchange: str, routing_key: str, body: bytes, properties: Properties) -> Letter:
+    """Check and copy a publication.
 
     Raises:
         TypeError: A value is of a type that AMQP does not have.
         ValueError: A value is out of the range that AMQP allows.
-        Refusal: The broker closes the channel over it.
     """
     if not isinstance(body, bytes):
         raise TypeError(f"a body is bytes, not {type(body).__name__}")
-    short("an exchange", exchange)
-    own = checked(properties)
+    return Letter(
+        short("an exchange", exchange),
+        short("a routing key", routing_key),
+        body,
+        _checked(properties),
+    )
+
+
+def stored(letter: Letter, user: str) -> Stored:
+    """What the broker keeps of a publication.
+
+    Raises:
+        Refusal: The broker closes the channel over it.
+    """
+    own = letter.properties
+    expiration = own.expiration
+    if expiration is not None and not (
+        expiration.isascii() and expiration.isdigit() and int(expiration) <= _LONGEST_EXPIRATION
+    ):
+        raise Refusal(Code.PRECONDITION_FAILED, f"invalid expiration '{expiration}'")
     if own.user_id is not None and own.user_id != user:
         raise Refusal(
             Code.PRECONDITION_FAILED,
             f"user_id property set to '{own.user_id}' but authenticated user was '{user}'",
         )
-    keys = (short("a routing key", routing_key), *_more_keys(own, "CC"), *_more_keys(own, "BCC"))
+    keys = (letter.routing_key, *_more_keys(own, "CC"), *_more_keys(own, "BCC"))
     if own.headers is not None and "BCC" in own.headers:
         # Blind: no consumer sees it.
         own = replace(own, headers={k: v for k, v in own.headers.items() if k != "BCC"})
-    return Stored(body, own, exchange, keys)
+    return Stored(letter.body, own, letter.exchange, keys)
 
 
 def _more_keys(properties: Properties, header: str) -> tuple[str, ...]:

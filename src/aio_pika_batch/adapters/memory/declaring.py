@@ -1,0 +1,142 @@
+"""How does a topology come to be on the broker, and what is said when it cannot?
+
+Each thing on a channel of its own, since a refusal closes the channel. Exclusive queues belong to their
+connection, so they are declared by the session that consumes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from aio_pika_batch.adapters.memory.channels import Gone
+from aio_pika_batch.adapters.memory.refusals import Code, Refusal
+from aio_pika_batch.core.topology import Exchange, Queue, Topology
+from aio_pika_batch.errors import BrokerUnavailable, TopologyError
+
+if TYPE_CHECKING:
+    from aio_pika_batch.adapters.memory.broker import Connection
+
+_ADVICE = {
+    Code.ACCESS_REFUSED: "Nobody else may consume from it meanwhile, and names in amq. are taken:"
+    " choose another name, or let go of what holds it.",
+    Code.NOT_FOUND: "Create it, or let it be declared.",
+    Code.RESOURCE_LOCKED: "It is another connection's exclusive queue: choose another name, or do"
+    " not make it exclusive.",
+    Code.PRECONDITION_FAILED: "Declare it as it is on the broker, or delete it there and let it be"
+    " declared anew.",
+    Code.COMMAND_INVALID: "Use direct, fanout, topic or headers.",
+    Code.INTERNAL_ERROR: "Make the queue durable, or exclusive.",
+    Code.NOT_IMPLEMENTED: "Use a classic or a quorum queue here.",
+}
+
+
+def topology_error(entity: str, refusal: Refusal) -> TopologyError:
+    """Who, what the broker says, and what to do about it."""
+    advice = _ADVICE.get(refusal.code, "Compare it with what is declared.")
+    return TopologyError(f"{entity}: the broker says: {refusal}. {advice}")
+
+
+@contextmanager
+def explained(entity: str) -> Iterator[None]:
+    """Tell refusals of a topology in the port's words."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise topology_error(entity, refusal) from refusal
+    except Gone as gone:
+        raise BrokerUnavailable(f"{entity}: {gone}") from gone
+
+
+def split(topology: Topology) -> tuple[Topology, dict[str, Topology]]:
+    """Tell what anybody can declare from what each exclusive queue needs of its session."""
+    exclusive = {
+        queue.name for queue in topology.queues if queue.exclusive and not queue.check_only
+    }
+    common = Topology(
+        topology.exchanges,
+        tuple(queue for queue in topology.queues if queue.name not in exclusive),
+        tuple(binding for binding in topology.bindings if binding.queue not in exclusive),
+    )
+    own = {
+        name: Topology(
+            queues=tuple(queue for queue in topology.queues if queue.name == name),
+            bindings=tuple(binding for binding in topology.bindings if binding.queue == name),
+        )
+        for name in exclusive
+    }
+    return common, own
+
+
+def declare(connection: Connection, topology: Topology) -> None:
+    """Declare and check.
+
+    Raises:
+        TopologyError: The broker says no.
+        BrokerUnavailable: The connection is gone.
+    """
+    for exchange in topology.exchanges:
+        with explained(f"exchange {exchange.name!r}"):
+            _declare_exchange(connection, exchange)
+    for queue in topology.queues:
+        with explained(f"queue {queue.name!r}"):
+            _declare_queue(connection, queue)
+    for binding in topology.bindings:
+        entity = f"binding of queue {binding.queue!r} to exchange {binding.exchange!r}"
+        with explained(entity), connection.channel().operation() as vhost:
+            vhost.bind(
+                vhost.queue(binding.queue, connection),
+                binding.exchange,
+                binding.routing_key,
+                binding.arguments,
+            )
+
+
+def _declare_exchange(connection: Connection, exchange: Exchange) -> None:
+    if _must_exist(exchange):
+        try:
+            with connection.channel().operation() as vhost:
+                vhost.exchange(exchange.name)
+        except Refusal as refusal:
+            if not _may_be_created(exchange, refusal):
+                raise
+        else:
+            return
+    with connection.channel().operation() as vhost:
+        vhost.declare_exchange(
+            exchange.name,
+            exchange.type,
+            durable=exchange.durable,
+            auto_delete=exchange.auto_delete,
+            arguments=exchange.arguments,
+        )
+
+
+def _declare_queue(connection: Connection, queue: Queue) -> None:
+    if _must_exist(queue):
+        try:
+            with connection.channel().operation() as vhost:
+                vhost.queue(queue.name, connection)
+        except Refusal as refusal:
+            if not _may_be_created(queue, refusal):
+                raise
+        else:
+            return
+    with connection.channel().operation() as vhost:
+        vhost.declare_queue(
+            queue.name,
+            durable=queue.durable,
+            exclusive=queue.exclusive,
+            auto_delete=queue.auto_delete,
+            arguments=queue.arguments,
+            asker=connection,
+        )
+
+
+def _must_exist(entity: Exchange | Queue) -> bool:
+    return entity.check_only or entity.existing_first
+
+
+def _may_be_created(entity: Exchange | Queue, refusal: Refusal) -> bool:
+    return refusal.code is Code.NOT_FOUND and not entity.check_only
