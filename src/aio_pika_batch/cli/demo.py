@@ -101,7 +101,7 @@ class Undertaker(Consumer):
         if self._session is not None:
             native = await self._session.native()
             exchange = await native.channel.get_exchange(exchange_name)
-            await exchange.delete(if_unused=False)
+            await exchange.delete()
 
 
 class Scoreboard(Observer):
