@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 GROUP = "aio_pika_batch.transports"
 
-_AIO_PIKA = "aio_pika_batch.adapters.aio_pika:open_transport"
+_AIO_PIKA = "aio_pika_batch.adapters.aio_pika.transport:open_transport"
 _BUILT_IN = {
     "amqp": _AIO_PIKA,
     "amqps": _AIO_PIKA,
