@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import random
 import sys
 import time
@@ -260,6 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds (default: 60)")
     parser.add_argument("--quiet", action="store_true", help="print the summary only")
     options = parser.parse_args(arguments)
+    # The undertaker's own queue has no dead-letter exchange, and needs no warning about it.
+    logging.getLogger("aio_pika_batch").setLevel(logging.ERROR)
     try:
         return 0 if asyncio.run(demo(options)) else 1
     except AioPikaBatchError as error:
