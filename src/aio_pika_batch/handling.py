@@ -59,13 +59,6 @@ class Handled:
     returned: list[Message] = field(default_factory=list)
     errors: list[BaseException] = field(default_factory=list)
 
-    def take(self, verdict: Verdict) -> None:
-        """File a verdict."""
-        if verdict.result is MessageResult.ACK and verdict.cause is Cause.HANDLER:
-            self.acked.append(verdict.message.delivery_tag)
-        else:
-            self.verdicts.append(verdict)
-
 
 class Handling:
     """One batch in the hands of a handler.
@@ -135,19 +128,16 @@ class Handling:
         """Run the handler over some messages; returns those that it is to be given again."""
         collector = ResultCollector(messages)
         error = await self._drive(messages, collector)
-        if error is None and collector.count == len(messages):
-            decided = collector.decided()
-            handled.acked.extend(
-                message.delivery_tag for message, result in decided if result is MessageResult.ACK
-            )
-            handled.verdicts.extend(
-                Verdict(message, result)
-                for message, result in decided
-                if result is not MessageResult.ACK
-            )
+        if error is None and collector.all_acked:
+            handled.acked.extend([message.delivery_tag for message in messages])
             return ()
         for message, result in collector.decided():
-            handled.take(Verdict(message, result))
+            if result is MessageResult.ACK:
+                handled.acked.append(message.delivery_tag)
+            else:
+                handled.verdicts.append(Verdict(message, result))
+        if error is None and collector.count == len(messages):
+            return ()
         undecided = collector.undecided()
         cause = self._cause(error)
         if error is None:
@@ -164,7 +154,7 @@ class Handling:
         if cause in (Cause.EXCEPTION, Cause.TIMEOUT):
             result = result_for(error, self._policy.exceptions) or result
         for message in undecided:
-            handled.take(Verdict(message, result, cause, error))
+            handled.verdicts.append(Verdict(message, result, cause, error))
         return ()
 
     def _without_culprit(
@@ -172,7 +162,8 @@ class Handling:
     ) -> Sequence[Message]:
         for message in undecided:
             if message is error.message:
-                handled.take(Verdict(message, MessageResult.NACK, Cause.UNDECODABLE, error))
+                verdict = Verdict(message, MessageResult.NACK, Cause.UNDECODABLE, error)
+                handled.verdicts.append(verdict)
         return [message for message in undecided if message is not error.message]
 
     def _cause(self, error: BaseException | None) -> Cause:
@@ -192,13 +183,14 @@ class Handling:
         """Iterate over the handler; returns what went wrong with it, if anything."""
         error: BaseException | None = None
         results: AsyncIterator[object] | None = None
+        accept = collector.accept
         try:
             results = self._process(messages)
             async for item in results:
                 if self._cut_by is not None:
                     break
                 try:
-                    collector.accept(item)
+                    accept(item)
                 except ResultError as wrong:
                     error = InvalidResult(str(wrong))
                     break

@@ -106,11 +106,12 @@ def result_for(error: BaseException, table: ExceptionResults) -> MessageResult |
 class ResultCollector:
     """Takes what a handler yields for one batch, and refuses what is no answer to it."""
 
-    __slots__ = ("_by_position", "_index", "_pairs", "messages")
+    __slots__ = ("_by_position", "_index", "_pairs", "_room", "messages")
 
     def __init__(self, messages: Sequence[Message]) -> None:
         self.messages = messages
         self._by_position: list[Result] = []
+        self._room = len(messages)
         self._pairs: dict[int, Result] = {}
         self._index: dict[int, int] | None = None
 
@@ -121,6 +122,11 @@ class ResultCollector:
             ResultError: It is no result, one too many, for a foreign message or for the same
                 message again, or it mixes the two forms. Nothing decided before is changed.
         """
+        if type(item) is MessageResult and not self._pairs and self._room:
+            # What nearly always happens, once for each message.
+            self._by_position.append(item)
+            self._room -= 1
+            return
         match item:
             case MessageResult() | Nack() | Requeue():
                 self._accept_next(item)
@@ -140,11 +146,12 @@ class ResultCollector:
                 " the two forms do not mix in one batch"
             )
             raise ResultError(msg)
-        if len(self._by_position) == len(self.messages):
+        if not self._room:
             count = len(self.messages)
             msg = f"result {count + 1}, {result!r}, for a batch of {count}: yield one for each message"
             raise ResultError(msg)
         self._by_position.append(result)
+        self._room -= 1
 
     def _accept_pair(self, message: Message, result: Result) -> None:
         if self._by_position:
@@ -168,6 +175,11 @@ class ResultCollector:
     def count(self) -> int:
         """How many messages are decided."""
         return len(self._by_position) or len(self._pairs)
+
+    @property
+    def all_acked(self) -> bool:
+        """Whether the i-th yield was an ACK for each i; a cheap question for the common case."""
+        return not self._room and self._by_position.count(MessageResult.ACK) == len(self.messages)
 
     def decided(self) -> list[tuple[Message, Result]]:
         """The messages with a result, in the order of the batch."""
