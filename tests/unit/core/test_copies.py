@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aio_pika_batch.core.message import Copy, Properties
@@ -89,6 +89,8 @@ def test_headers_that_are_nobody_s_business_stay_as_they_are(message, result):
 
 
 @given(messages(of=sound_properties), failures)
+@example(a_message(headers=dict.fromkeys(DROPPED, "x")), REQUEUE)
+@example(a_message(headers=dict.fromkeys(DROPPED, "x")), NACK)
 def test_what_would_misroute_or_miscount_is_dropped(message, result):
     """CC would send the copy to further queues; the counts are the broker's own."""
     assert not set(DROPPED) & set(copy_of(message, result).properties.headers or {})
@@ -133,6 +135,7 @@ def test_a_dead_letter_says_why_where_and_when(message, result):
 
 
 @given(messages(of=sound_properties))
+@example(a_message(expiration="60000"))
 def test_the_expiration_moves_so_that_a_dead_letter_does_not_expire(message):
     """What it was is in a header; where there was none, there is no such header added."""
     copy = dead(message)
@@ -145,6 +148,7 @@ def test_the_expiration_moves_so_that_a_dead_letter_does_not_expire(message):
 
 
 @given(messages(of=sound_properties), st.none() | texts.map(ValueError))
+@example(a_message(headers=dict.fromkeys(EXPLANATIONS, "of before")), None)
 def test_an_earlier_death_s_explanation_does_not_explain_this_one(message, error):
     """A dead letter that came back and dies again tells of its new death only."""
     on_it = dead(message, error=error).properties.headers or {}
@@ -164,6 +168,7 @@ def test_no_message_is_too_broken_to_be_planned_for(message, result):
 
 
 @given(texts)
+@example("é" * 513)
 def test_an_exception_s_text_is_cut_at_a_kibibyte_of_valid_utf_8(text):
     """All headers of a message share one frame; half a character would be no text."""
     said = dead(a_message(), error=RuntimeError(text)).add["x-exception-message"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import FrozenInstanceError
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aio_pika_batch.core.message import Properties, Publication
@@ -49,6 +50,7 @@ def test_it_goes_to_the_default_exchange_and_must_be_routable():
 
 
 @given(st.integers(0, 2**32 - 1))
+@example(1001)
 def test_every_millisecond_of_an_expiration_survives(milliseconds):
     """In seconds or as a timedelta: no float rounds 1.001 s down to 1000 ms."""
     assert (
@@ -67,6 +69,17 @@ def test_expirations(expiration, written):
     assert written == Publication(b"", expiration=expiration).properties.expiration
 
 
+@pytest.fixture
+def far_from_utc(monkeypatch):
+    """A machine whose local time is nine hours ahead."""
+    monkeypatch.setenv("TZ", "XXX-9")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_from_utc")
 def test_a_naive_timestamp_is_taken_as_utc():
     """Not as the local time of whoever runs it."""
     naive = datetime(2025, 1, 2, 3, 4, 5)  # noqa: DTZ001  -- the point of the test

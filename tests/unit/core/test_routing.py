@@ -162,6 +162,7 @@ def test_the_first_publication_is_known_to_the_last_try(hops, exchange, routing_
 
 
 @given(messages(of=sound_properties))
+@example(a_message(headers={"x-original-exchange": 5, "x-original-routing-key": b"k"}))
 def test_a_requeue_hides_no_route_behind_a_header_of_another_type(message):
     """Whatever a client wrote into the headers: a requeue does not change what is read of them."""
     before = (message.original_exchange, message.original_routing_key)
