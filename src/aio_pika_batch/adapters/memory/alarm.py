@@ -1,7 +1,7 @@
 """How does a broker without a clock come to live in an event loop?
 
-It asks the loop for the time, and keeps one timer there, for the next thing that happens by itself. The
-loop is not held: a broker must not keep a loop alive whose turn is over.
+It asks the loop for the time, and keeps one timer there, for the next thing that happens by itself.
+The loop is not held: a broker must not keep a loop alive whose turn is over.
 """
 
 from __future__ import annotations

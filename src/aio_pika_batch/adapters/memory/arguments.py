@@ -1,7 +1,8 @@
 """What do the arguments of a queue say, and are they the same as those it was declared with?
 
-Checked when a queue is declared, as RabbitMQ does: an argument that the queue's type does not know, or a
-value out of its range, is refused; an argument that RabbitMQ has never heard of is taken and ignored.
+Checked when a queue is declared, as RabbitMQ does: an argument that the queue's type does not know,
+or a value out of its range, is refused; an argument that RabbitMQ has never heard of is taken and
+ignored.
 """
 
 from __future__ import annotations
@@ -10,9 +11,18 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.adapters.memory.refusals import Code, Refusal, invalid, unequal
+from aio_pika_batch.adapters.memory.refusals import (
+    Code,
+    Refusal,
+    invalid,
+    told,
+    type_name,
+    unequal,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aio_pika_batch.adapters.memory.dialect import Dialect
     from aio_pika_batch.core.message import FieldValue, Headers
 
@@ -50,9 +60,10 @@ _ONLY = {
     QueueType.CLASSIC: frozenset({"x-max-priority", "x-queue-mode", "x-queue-version"}),
     QueueType.QUORUM: frozenset({"x-delivery-limit", "x-dead-letter-strategy"}),
 }
+_KNOWN = _BOTH.union(*_ONLY.values())
+_OVERFLOWS = tuple(each.value for each in Overflow)
 _LONGEST_TTL = 4_294_967_295
 _HIGHEST_PRIORITY = 255
-_SIGNED = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +91,8 @@ class Spec:
     at_least_once: bool
 
 
-def queue_type(arguments: Headers) -> QueueType:
-    """The type that the arguments ask for.
+def queue_type(name: str, arguments: Headers) -> QueueType:
+    """The type that a queue's arguments ask for.
 
     Raises:
         Refusal: It is not known, or not imitated.
@@ -92,10 +103,8 @@ def queue_type(arguments: Headers) -> QueueType:
     try:
         return QueueType(stated)
     except ValueError:
-        raise Refusal(
-            Code.PRECONDITION_FAILED,
-            f"invalid arg '{TYPE}' for queue: unknown queue type '{stated}'",
-        ) from None
+        words = f"\"unsupported queue type '{stated!s}'\""
+        raise invalid(TYPE, name, words) from None
 
 
 def spec(name: str, arguments: Headers, dialect: Dialect) -> Spec:
@@ -104,25 +113,25 @@ def spec(name: str, arguments: Headers, dialect: Dialect) -> Spec:
     Raises:
         Refusal: One of them cannot be had.
     """
-    entity = f"queue '{name}'"
-    of_type = queue_type(arguments)
+    of_type = queue_type(name, arguments)
     for other, only in _ONLY.items():
         for argument in sorted(only & arguments.keys()):
             if other is not of_type:
                 raise Refusal(
                     Code.PRECONDITION_FAILED,
-                    f"invalid arg '{argument}' for {entity} in vhost '/' of queue type"
+                    f"invalid arg '{argument}' for queue '{name}' in vhost '/' of queue type"
                     f" rabbit_{of_type.value}_queue",
                 )
-    read = _Reader(entity, arguments)
+    read = _Reader(name, arguments)
     exchange = read.text("x-dead-letter-exchange")
     routing_key = read.text("x-dead-letter-routing-key")
     if routing_key is not None and exchange is None:
-        raise invalid("x-dead-letter-routing-key", entity, "routing_key_but_no_dlx_defined")
-    overflow = read.choice("x-overflow", [each.value for each in Overflow]) or "drop-head"
-    if of_type is QueueType.QUORUM and overflow == Overflow.REJECT_PUBLISH_DLX.value:
-        raise invalid("x-overflow", entity, "reject-publish-dlx is not for quorum queues")
-    strategy = read.choice("x-dead-letter-strategy", ["at-most-once", "at-least-once"])
+        raise invalid("x-dead-letter-routing-key", name, "routing_key_but_no_dlx_defined")
+    overflow = Overflow(read.choice("x-overflow", _OVERFLOWS) or Overflow.DROP_HEAD)
+    if of_type is QueueType.QUORUM and overflow is Overflow.REJECT_PUBLISH_DLX:
+        # RabbitMQ takes it, and drops the head.
+        overflow = Overflow.DROP_HEAD
+    strategy = read.choice("x-dead-letter-strategy", ("at-most-once", "at-least-once"))
     limit = dialect.quorum_limit if of_type is QueueType.QUORUM else None
     stated = read.number("x-delivery-limit", least=-1)
     if stated is not None:
@@ -133,7 +142,7 @@ def spec(name: str, arguments: Headers, dialect: Dialect) -> Spec:
         expires=_seconds(read.number("x-expires", least=1, most=_LONGEST_TTL)),
         max_length=read.number("x-max-length"),
         max_bytes=read.number("x-max-length-bytes"),
-        overflow=Overflow(overflow),
+        overflow=overflow,
         dead_letter_exchange=exchange,
         dead_letter_routing_key=routing_key,
         delivery_limit=limit,
@@ -143,7 +152,7 @@ def spec(name: str, arguments: Headers, dialect: Dialect) -> Spec:
         at_least_once=(
             strategy == "at-least-once"
             and exchange is not None
-            and overflow == Overflow.REJECT_PUBLISH.value
+            and overflow is Overflow.REJECT_PUBLISH
         ),
     )
 
@@ -154,31 +163,13 @@ def check_same_arguments(name: str, received: Headers, current: Headers) -> None
     Raises:
         Refusal: They are not the same.
     """
-    # The type is known to be known: the current one was declared with it.
-    known = _BOTH.union(*_ONLY.values())
-    for argument in sorted((received.keys() | current.keys()) & known):
+    for argument in sorted((received.keys() | current.keys()) & _KNOWN):
         default = QueueType.CLASSIC.value if argument == TYPE else None
         one, other = received.get(argument, default), current.get(argument, default)
-        if type(one) is not type(other) or one != other:
-            raise unequal(
-                argument,
-                f"queue '{name}'",
-                _told(received.get(argument)),
-                _told(current.get(argument)),
-            )
-
-
-def _told(value: FieldValue) -> str:
-    match value:
-        case None:
-            return "none"
-        case bool():
-            return f"the value '{str(value).lower()}' of type 'bool'"
-        case int():
-            width = "signedint" if -_SIGNED <= value < _SIGNED else "long"
-            return f"the value '{value}' of type '{width}'"
-        case _:
-            return f"the value '{value}' of type 'longstr'"
+        if type(one) is type(other) and one == other:
+            continue
+        words = (f"'{one!s}'", f"'{other!s}'") if argument == TYPE else (told(one), told(other))
+        raise unequal(argument, f"queue '{name}'", *words)
 
 
 def _seconds(milliseconds: int | None) -> float | None:
@@ -188,8 +179,8 @@ def _seconds(milliseconds: int | None) -> float | None:
 class _Reader:
     """Reads values out of arguments, each with its check."""
 
-    def __init__(self, entity: str, arguments: Headers) -> None:
-        self._entity = entity
+    def __init__(self, queue: str, arguments: Headers) -> None:
+        self._queue = queue
         self._arguments = arguments
 
     def number(self, name: str, *, least: int = 0, most: int | None = None) -> int | None:
@@ -197,27 +188,30 @@ class _Reader:
         if value is None:
             return None
         if not isinstance(value, int) or isinstance(value, bool):
-            raise invalid(name, self._entity, f"{{unacceptable_type,{type(value).__name__}}}")
+            raise self._wrong_type(name, "integer", value)
         if value < least:
-            raise invalid(name, self._entity, f"{{value_negative,{value}}}")
+            raise invalid(name, self._queue, f"{{value_{'negative' if value else 'zero'},{value}}}")
         if most is not None and value > most:
-            raise invalid(name, self._entity, f"{{value_too_large,{value}}}")
+            raise invalid(name, self._queue, f"{{value_too_large,{value}}}")
         return value
 
     def text(self, name: str) -> str | None:
         value = self._arguments.get(name)
         if value is None or isinstance(value, str):
             return value
-        raise invalid(name, self._entity, f"{{unacceptable_type,{type(value).__name__}}}")
+        raise self._wrong_type(name, "longstr", value)
 
-    def choice(self, name: str, choices: list[str]) -> str | None:
+    def choice(self, name: str, choices: Sequence[str]) -> str | None:
         value = self.text(name)
         if value is None or value in choices:
             return value
-        raise invalid(name, self._entity, f"{{unexpected_value,{value}}}")
+        raise invalid(name, self._queue, f"invalid_{name.removeprefix('x-').replace('-', '_')}")
 
     def flag(self, name: str) -> bool:
         value = self._arguments.get(name, False)
         if isinstance(value, bool):
             return value
-        raise invalid(name, self._entity, f"{{unacceptable_type,{type(value).__name__}}}")
+        raise self._wrong_type(name, "boolean", value)
+
+    def _wrong_type(self, name: str, expected: str, value: FieldValue) -> Refusal:
+        return invalid(name, self._queue, f'"expected {expected}, got {type_name(value)}"')

@@ -1,21 +1,23 @@
 """An AMQP broker in memory: strict, synchronous, and without a clock of its own.
 
-It behaves as RabbitMQ does, down to its words, and more strictly where the wire would let a mistake pass.
-Time is a number that it is told (`advance`), or asks an alarm clock for.
+It behaves as RabbitMQ does, down to its words, and more strictly where the wire would let a mistake
+pass. Time is a number that it is told (`advance`), or asks an alarm clock for.
 
-Not imitated: streams, priorities of quorum queues, policies, permissions, virtual hosts other than `/`,
-exchange-to-exchange bindings, plugins, transactions, flow control, consumer time-outs, and what only
-happens in a cluster. A full quorum queue refuses at its limit, never a little later.
+Not imitated: streams, priorities of quorum queues, policies, permissions, virtual hosts other than
+`/`, exchange-to-exchange bindings, plugins, transactions, flow control, consumer time-outs, and
+what only happens in a cluster. Dead letters that had to wait (`at-least-once`) are sent again as
+soon as something changes, and not after minutes.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol, assert_never
 
 from aio_pika_batch.adapters.memory.channels import Channel, Gone
+from aio_pika_batch.adapters.memory.connections import Connection
 from aio_pika_batch.adapters.memory.dialect import NEWEST, dialect
 from aio_pika_batch.adapters.memory.faults import Door, Faults, PublishFault
 from aio_pika_batch.adapters.memory.journal import Happened, Journal
@@ -47,52 +49,6 @@ class Alarm(Protocol):
         ...
 
 
-class Connection:
-    """One connection of a client.
-
-    Attributes:
-        closed: Why it is closed; None while it is open.
-    """
-
-    def __init__(self, broker: Broker, name: str, user: str) -> None:
-        self._broker = broker
-        self.name = name
-        self.user = user
-        self.channels: list[Channel] = []
-        self.closed: str | None = None
-
-    def channel(self, notify: Callable[[], None] | None = None) -> Channel:
-        """Open a channel.
-
-        Args:
-            notify: Called after each thing that the broker sends. It must not call the broker.
-        """
-        channel = Channel(self._broker, self, notify)
-        channel.closed = self.closed
-        self.channels.append(channel)
-        return channel
-
-    def close(self) -> None:
-        """Close, with all its channels."""
-        with self._broker.operation():
-            self.end("closed by the client")
-
-    def end(self, words: str) -> None:
-        """Close from the broker's side."""
-        if self.closed is None:
-            self.closed = words
-            self._broker.forget(self)
-            for channel in list(self.channels):
-                self.drop(channel, words)
-            self._broker.delete_queues_of(self)
-
-    def drop(self, channel: Channel, words: str) -> None:
-        """Close one channel."""
-        if channel in self.channels:
-            self.channels.remove(channel)
-            channel.shut(self._broker.vhost, words)
-
-
 class Broker:
     """The broker.
 
@@ -104,7 +60,8 @@ class Broker:
     Attributes:
         faults: What goes wrong.
         journal: What has happened.
-        alarm: Asked for the time, and told when to call again; None: time stands where `advance` put it.
+        alarm: Asked for the time, and told when to call again; None: time stands where `advance`
+            has put it.
     """
 
     def __init__(self, version: str = NEWEST, *, user: str = "guest", keep: int = 100_000) -> None:
@@ -206,8 +163,7 @@ class Broker:
         queues = self.vhost.route(message)
         self.vhost.note(Happened.PUBLISHED, "", message, message.exchange)
         message = self.vhost.received(message)
-        # All of them are asked, even if the first one refuses.
-        accepted = all([queue.offer(message) for queue in queues])
+        accepted = VirtualHost.offer_to_all(queues, message)
         returned = mandatory and not queues
         if returned:
             self.vhost.note(Happened.RETURNED, "", message, message.exchange)
@@ -295,9 +251,8 @@ class Broker:
     ) -> bool:
         """Put a message into a queue, past exchanges and faults; tell whether the queue took it.
 
-        Args:
-            exchange: Where it claims to come from.
-            routing_key: What it claims to be published with; the queue's name unless said otherwise.
+        It claims to come from the default exchange, with the queue's name for its routing key,
+        unless said otherwise.
         """
         with self.operation() as vhost:
             key = queue if routing_key is None else routing_key

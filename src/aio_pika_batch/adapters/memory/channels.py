@@ -1,8 +1,8 @@
 """What may a client do on a channel, and what does the broker send back?
 
-A mistake closes the channel, as in AMQP: the method raises what the broker says, everything unsettled goes
-back to its queue, and from then on the channel is gone. Stricter than the wire: tag 0, which means "all
-there are" there, is no tag here.
+A mistake closes the channel, as in AMQP: the method raises what the broker says, everything
+unsettled goes back to its queue, and from then on the channel is gone. Stricter than the wire: tag
+0, which means "all there are" there, is no tag here.
 """
 
 from __future__ import annotations
@@ -24,12 +24,20 @@ from aio_pika_batch.adapters.memory.frames import (
 )
 from aio_pika_batch.adapters.memory.journal import Happened
 from aio_pika_batch.adapters.memory.queues import Comeback, Queue
-from aio_pika_batch.adapters.memory.refusals import Code, Refusal, in_exclusive_use
+from aio_pika_batch.adapters.memory.refusals import (
+    Code,
+    Refusal,
+    in_exclusive_use,
+    invalid,
+    type_name,
+)
 from aio_pika_batch.adapters.memory.roster import Consumer
 from aio_pika_batch.adapters.memory.values import Letter, copied_headers, short, stored
 
 if TYPE_CHECKING:
-    from aio_pika_batch.adapters.memory.broker import Broker, Connection
+    from aio_pika_batch.adapters.memory.broker import Broker
+    from aio_pika_batch.adapters.memory.connections import Connection
+    from aio_pika_batch.adapters.memory.dialect import Dialect
     from aio_pika_batch.adapters.memory.ready import Entry
     from aio_pika_batch.adapters.memory.vhost import VirtualHost
     from aio_pika_batch.core.message import FieldValue, Headers, Properties
@@ -116,10 +124,8 @@ class Channel:
                 raise in_exclusive_use(queue)
             priority = (arguments or {}).get("x-priority", 0)
             if type(priority) is not int:
-                raise Refusal(
-                    Code.PRECONDITION_FAILED,
-                    f"invalid arg 'x-priority': {priority!r} is no integer",
-                )
+                words = f'"expected integer, got {type_name(priority)}"'
+                raise invalid("x-priority", queue, words)
             consumer = Consumer(tag, source, self, self._prefetch, priority, exclusive)
             self._consumers[tag] = consumer
             source.consumers.add(consumer)
@@ -194,7 +200,7 @@ class Channel:
                 message.exchange,
                 message.routing_key,
                 message.body,
-                _told(entry, consumer.queue, tells_acquired=self._broker.dialect.tells_acquired),
+                _told(entry, consumer.queue, self._broker.dialect),
             )
         )
 
@@ -252,14 +258,14 @@ def _by_queue(
     return settled
 
 
-def _told(entry: Entry, queue: Queue, *, tells_acquired: bool) -> Properties:
+def _told(entry: Entry, queue: Queue, dialect: Dialect) -> Properties:
     """The properties as one consumer gets them: a copy, with the broker's own counts."""
     was = entry.message.properties
     counts: dict[str, FieldValue] = {}
     if queue.spec.type is QueueType.QUORUM:
-        if entry.deliveries:
+        if entry.deliveries or dialect.tells_zero:
             counts["x-delivery-count"] = entry.deliveries
-        if entry.acquired and tells_acquired:
+        if entry.acquired and dialect.tells_acquired:
             counts["x-acquired-count"] = entry.acquired
     if was.headers is None and not counts:
         return was

@@ -1,7 +1,8 @@
 """What becomes of a message that dies: which headers does it get, and may it go where it is sent?
 
-As RabbitMQ's dead-lettering: `x-death` has one table for each queue and reason, the latest first, with a
-count; a message that would come back to a queue without anybody having rejected it on its way is dropped.
+As RabbitMQ's dead-lettering: `x-death` has one table for each queue and reason, the latest first,
+with a count; a message that would come back to a queue without anybody having rejected it on its
+way is dropped.
 """
 
 from __future__ import annotations
@@ -67,9 +68,11 @@ def claimed_deaths(value: FieldValue) -> tuple[Death, ...]:
         return ()
     deaths: dict[tuple[str, str], Death] = {}
     for table in value:
+        if not isinstance(table, Mapping):
+            continue
         match table:
-            case {"queue": str(queue), "reason": str(reason)}:
-                death = _claimed(table, queue, reason)
+            case {"queue": str(queue), "reason": str(reason), **rest}:
+                death = _claimed(rest, queue, reason)
                 before = deaths.get((queue, reason))
                 if before is not None:
                     death = replace(before, count=before.count + death.count)
@@ -107,9 +110,8 @@ def dead_letter(  # noqa: PLR0917  -- the six are what a death is made of
 ) -> Stored:
     """The message as it is published to a dead-letter exchange.
 
-    Args:
-        routing_key: The queue's `x-dead-letter-routing-key`; None keeps the message's own.
-        now: Seconds, in the broker's clock, which begins in 1970.
+    Without a routing key of the queue's (`x-dead-letter-routing-key`) it keeps its own. The
+    broker's clock begins in 1970.
     """
     was = message.properties
     headers: dict[str, FieldValue] = dict(message.headers)
@@ -138,9 +140,10 @@ def dead_letter(  # noqa: PLR0917  -- the six are what a death is made of
     keys = message.routing_keys
     if routing_key is not None:
         keys = (routing_key,)
-        headers.pop("CC", None)
+        if not dialect.keeps_copies:
+            headers.pop("CC", None)
     properties = replace(was, headers=headers, expiration=None)
-    return Stored(message.body, properties, exchange, keys, deaths)
+    return Stored(message.body, properties, exchange, keys, deaths, message.seen)
 
 
 def _more_visible_keys(message: Stored) -> tuple[str, ...]:
@@ -165,8 +168,7 @@ def _with(deaths: tuple[Death, ...], latest: Death) -> tuple[Death, ...]:
 def goes_in_circles(deaths: tuple[Death, ...], queue: str) -> bool:
     """Whether a message on its way to a queue was there before, and nobody has rejected it since.
 
-    Args:
-        deaths: Including the one that sends it there.
+    The deaths include the one that sends it there.
     """
     for at, death in enumerate(deaths):
         if death.queue == queue:

@@ -1,7 +1,6 @@
 """How does a topology come to be on the broker, and what is said when it cannot?
 
-Each thing on a channel of its own, since a refusal closes the channel. Exclusive queues belong to their
-connection, so they are declared by the session that consumes them.
+Each thing on a channel of its own, since a refusal closes the channel.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from aio_pika_batch.core.topology import Exchange, Queue, Topology
 from aio_pika_batch.errors import BrokerUnavailable, TopologyError
 
 if TYPE_CHECKING:
-    from aio_pika_batch.adapters.memory.broker import Connection
+    from aio_pika_batch.adapters.memory.connections import Connection
 
 _ADVICE = {
     Code.ACCESS_REFUSED: "Nobody else may consume from it meanwhile, and names in amq. are taken:"
@@ -47,26 +46,6 @@ def explained(entity: str) -> Iterator[None]:
         raise topology_error(entity, refusal) from refusal
     except Gone as gone:
         raise BrokerUnavailable(f"{entity}: {gone}") from gone
-
-
-def split(topology: Topology) -> tuple[Topology, dict[str, Topology]]:
-    """Tell what anybody can declare from what each exclusive queue needs of its session."""
-    exclusive = {
-        queue.name for queue in topology.queues if queue.exclusive and not queue.check_only
-    }
-    common = Topology(
-        topology.exchanges,
-        tuple(queue for queue in topology.queues if queue.name not in exclusive),
-        tuple(binding for binding in topology.bindings if binding.queue not in exclusive),
-    )
-    own = {
-        name: Topology(
-            queues=tuple(queue for queue in topology.queues if queue.name == name),
-            bindings=tuple(binding for binding in topology.bindings if binding.queue == name),
-        )
-        for name in exclusive
-    }
-    return common, own
 
 
 def declare(connection: Connection, topology: Topology) -> None:

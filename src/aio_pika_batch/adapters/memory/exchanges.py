@@ -1,7 +1,8 @@
 """Which queues does a message go to?
 
-Matching is by exchange type: `direct` compares the routing key, `fanout` takes everything, `topic` compares
-word by word (`*` is one word, `#` any number), `headers` compares the headers with the binding's arguments.
+Matching is by exchange type: `direct` compares the routing key, `fanout` takes everything, `topic`
+compares word by word (`*` is one word, `#` any number), `headers` compares the headers with the
+binding's arguments.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, assert_never
 
-from aio_pika_batch.adapters.memory.refusals import Code, Refusal, unequal
+from aio_pika_batch.adapters.memory.refusals import Code, Refusal, told, unequal
 
 if TYPE_CHECKING:
+    from aio_pika_batch.adapters.memory.dialect import Dialect
     from aio_pika_batch.adapters.memory.values import Stored
     from aio_pika_batch.core.message import FieldValue, Headers
 
@@ -32,7 +34,7 @@ _MATCHES = ("all", "any", "all-with-x", "any-with-x")
 ALTERNATE = "alternate-exchange"
 
 
-def kind(name: str) -> Kind:
+def kind(name: str, dialect: Dialect) -> Kind:
     """The type of that name.
 
     Raises:
@@ -41,7 +43,9 @@ def kind(name: str) -> Kind:
     try:
         return Kind(name)
     except ValueError:
-        raise Refusal(Code.COMMAND_INVALID, f"unknown exchange type '{name}'") from None
+        hard = dialect.unknown_type_ends_connection
+        code = Code.COMMAND_INVALID if hard else Code.PRECONDITION_FAILED
+        raise Refusal(code, f"unknown exchange type '{name}'") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +76,17 @@ class Exchange:
         Raises:
             Refusal: It is not the same.
         """
+        entity = f"exchange '{self.name}'"
         for argument, received, current in (
             ("type", kind.value, self.kind.value),
-            ("durable", _told(durable), _told(self.durable)),
-            ("auto_delete", _told(auto_delete), _told(self.auto_delete)),
-            (
-                ALTERNATE,
-                str(arguments.get(ALTERNATE)),
-                str(self.arguments.get(ALTERNATE)),
-            ),
+            ("durable", _word(durable), _word(self.durable)),
+            ("auto_delete", _word(auto_delete), _word(self.auto_delete)),
         ):
             if received != current:
-                raise unequal(argument, f"exchange '{self.name}'", f"'{received}'", f"'{current}'")
+                raise unequal(argument, entity, f"'{received}'", f"'{current}'")
+        one, other = arguments.get(ALTERNATE), self.arguments.get(ALTERNATE)
+        if one != other:
+            raise unequal(ALTERNATE, entity, told(one), told(other))
 
     @property
     def alternate(self) -> str | None:
@@ -102,8 +105,8 @@ class Exchange:
             if match not in _MATCHES:
                 raise Refusal(
                     Code.PRECONDITION_FAILED,
-                    f"Invalid x-match field value {match!r}; expected all, any, all-with-x or"
-                    " any-with-x",
+                    f'Invalid x-match field value <<"{match!s}">>; expected all, any, all-with-x,'
+                    " or any-with-x",
                 )
         if bound not in self.bindings:
             self.bindings.append(bound)
@@ -185,5 +188,5 @@ def _same(one: FieldValue, other: FieldValue) -> bool:
     return type(one) is type(other) and one == other
 
 
-def _told(flag: bool) -> str:  # noqa: FBT001
+def _word(flag: bool) -> str:  # noqa: FBT001
     return "true" if flag else "false"

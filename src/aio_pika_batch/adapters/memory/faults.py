@@ -1,7 +1,7 @@
 """What can go wrong on a broker, on demand.
 
-Cutting connections and ending subscriptions are the broker's own methods; these here are states that it
-can be put into.
+Cutting connections and ending subscriptions are the broker's own methods; these here are states
+that it can be put into.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PublishFault(Enum):
     LOSE = "lose"
     """It is lost on its way: neither stored nor confirmed."""
     BLOCK = "block"
-    """It waits until `Broker.unblock` (an alarm: memory, disk), and is stored and confirmed then."""
+    """It waits until `Broker.unblock` (an alarm), and is stored and confirmed then."""
 
 
 @dataclass(slots=True)
@@ -63,6 +63,7 @@ class Faults:
         """Let publications go wrong from now on.
 
         Args:
+            fault: What goes wrong.
             times: How many of them; None: all, until `clear`.
             exchange: Only those to this exchange; None: to any.
             routing_key: Only those with this key; None: with any.

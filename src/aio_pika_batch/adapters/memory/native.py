@@ -1,8 +1,8 @@
 """What would aio-pika's objects do here?
 
-The calls that consumers make on `channel` and `queue`, with aio-pika's names, on the broker in memory.
-Messages may be aio-pika's own, or anything else with the same attributes; nothing of aio-pika is imported.
-Stricter than aio-pika: a message that is returned or refused raises.
+The calls that consumers make on `channel` and `queue`, with aio-pika's names, on the broker in
+memory. Messages may be aio-pika's own, or anything else with the same attributes; nothing of
+aio-pika is imported. Stricter than aio-pika: a message that is returned or refused raises.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from aio_pika_batch.core.message import FieldValue, Outcome, Publication
 from aio_pika_batch.errors import PublishError, SessionLost
 
 if TYPE_CHECKING:
-    from aio_pika_batch.adapters.memory.broker import Connection
+    from aio_pika_batch.adapters.memory.connections import Connection
     from aio_pika_batch.adapters.memory.queues import Queue
     from aio_pika_batch.adapters.memory.vhost import VirtualHost
 

@@ -15,7 +15,7 @@ from aio_pika_batch.core.message import Copy, Outcome, Outgoing
 from aio_pika_batch.errors import SessionClosed
 
 if TYPE_CHECKING:
-    from aio_pika_batch.adapters.memory.broker import Connection
+    from aio_pika_batch.adapters.memory.connections import Connection
 
 
 class _Call:
@@ -41,8 +41,8 @@ class _Call:
 class MemoryPublisher:
     """A publisher. Publications are validated before the first of them is sent.
 
-    A refusal that closes the channel (a missing exchange, another's `user_id`) ends the publisher, as
-    on the wire: the culprit is refused, and of those behind it nothing is known.
+    A refusal that closes the channel (a missing exchange, another's `user_id`) ends the publisher,
+    as on the wire: the culprit is refused, and of those behind it nothing is known.
 
     Args:
         connection: Where it opens a channel.
@@ -109,7 +109,7 @@ class MemoryPublisher:
                 break
             call.waiting[number] = at
             self._calls[number] = call
-        # If nothing was sent there is nothing to hear, but even so not before others have had a turn.
+        # If nothing was sent there is nothing to hear; others have a turn first even so.
         self._loop.call_soon(call.finish_if_complete)
 
     def _letter(self, outgoing: Outgoing) -> Letter:

@@ -1,13 +1,14 @@
 """What happens to a message in a queue?
 
-It waits (`ready`), is handed out (`unacked`), and leaves: acknowledged, dead-lettered or dropped. A dead
-letter that must not be lost stays (`dying`) until its next queue has it. A message is always in exactly
-one of these places.
+It waits (`ready`), is handed out (`unacked`), and leaves: acknowledged, dead-lettered or dropped. A
+dead letter that must not be lost stays (`dying`) until its next queue has it. A message is always
+in exactly one of these places.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
@@ -121,11 +122,12 @@ class Queue:
         """Whether the queue is full and says so."""
         if self.spec.overflow is Overflow.DROP_HEAD:
             return False
-        dying = sum(len(each.body) for each, _ in self.dying)
-        return self._beyond(
-            len(self.ready) + len(self.dying) + 1,
-            self.ready.bytes + dying + len(message.body),
-        )
+        count = len(self.ready) + len(self.dying)
+        size = self.ready.bytes + sum(len(each.body) for each, _ in self.dying)
+        if self.spec.type is QueueType.QUORUM:
+            # It notices that it is full only once it is beyond its limit.
+            return self._beyond(count, size)
+        return self._beyond(count + 1, size + len(message.body))
 
     def ack(self, entries: Sequence[Entry]) -> None:
         """These are done."""
@@ -164,6 +166,7 @@ class Queue:
         self._bury()
         while len(self.ready) and (consumer := self.consumers.next()) is not None:
             entry = self.ready.pop()
+            entry.handed_out = True
             self.unacked[entry] = None
             consumer.in_hand += 1
             house.note(Happened.DELIVERED, self.name, entry.message, consumer.tag)
@@ -210,6 +213,8 @@ class Queue:
 
     def _die(self, entry: Entry, reason: Reason) -> None:
         message = entry.message
+        if entry.handed_out and self._house.dialect.remembers_handing_out:
+            message = replace(message, seen=True)
         if self.spec.dead_letter_exchange is None:
             self._house.note(Happened.DROPPED, self.name, message, reason.value)
         elif self.spec.at_least_once:

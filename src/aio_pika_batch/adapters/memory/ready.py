@@ -1,7 +1,8 @@
 """In what order does a queue hand out what waits in it?
 
-Higher priorities first (classic queues with `x-max-priority`), then older ones. What a consumer returns
-comes back to where it was (classic), before everything else or at the very end (quorum, by version).
+Higher priorities first (classic queues with `x-max-priority`), then older ones. What a consumer
+returns comes back to where it was (classic), before everything else or at the very end (quorum, by
+version).
 """
 
 from __future__ import annotations
@@ -23,16 +24,26 @@ class Entry:
         position: Its place in the queue; the order of arrival.
         expires_at: When its time is over; None: never.
         deliveries: How often it was handed out in vain, as far as that counts (quorum queues).
+        handed_out: Whether a consumer has had it.
         acquired: How often it was handed out in vain at all.
     """
 
-    __slots__ = ("acquired", "deliveries", "expires_at", "message", "position", "redelivered")
+    __slots__ = (
+        "acquired",
+        "deliveries",
+        "expires_at",
+        "handed_out",
+        "message",
+        "position",
+        "redelivered",
+    )
 
     def __init__(self, message: Stored, position: int, expires_at: float | None) -> None:
         self.message = message
         self.position = position
         self.expires_at = expires_at
-        self.redelivered = False
+        self.redelivered = message.seen
+        self.handed_out = False
         self.deliveries = 0
         self.acquired = 0
 

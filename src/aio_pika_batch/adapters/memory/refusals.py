@@ -1,12 +1,19 @@
 """What does a broker say when it says no?
 
-The codes are AMQP 0-9-1's, the words RabbitMQ's, so that a test which reads them reads the same ones in
-production. Codes from 500 on end the whole connection, the others the channel.
+The codes are AMQP 0-9-1's, the words RabbitMQ's, so that a test which reads them reads the same
+ones in production. Codes from 500 on end the whole connection, the others the channel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import datetime
+from decimal import Decimal
 from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aio_pika_batch.core.message import FieldValue
 
 
 class Code(Enum):
@@ -54,9 +61,9 @@ def locked(name: str) -> Refusal:
     """The queue belongs to another connection."""
     return Refusal(
         Code.RESOURCE_LOCKED,
-        f"cannot obtain exclusive access to locked queue '{name}' in vhost '/'. It could be originally"
-        " declared on another connection or the exclusive property value does not match that of the"
-        " original declaration.",
+        f"cannot obtain exclusive access to locked queue '{name}' in vhost '/'. It could be"
+        " originally declared on another connection or the exclusive property value does not match"
+        " that of the original declaration.",
     )
 
 
@@ -74,8 +81,38 @@ def unequal(argument: str, entity: str, received: str, current: str) -> Refusal:
     )
 
 
-def invalid(argument: str, entity: str, why: str) -> Refusal:
+def invalid(argument: str, queue: str, why: str) -> Refusal:
     """No broker would have it so."""
     return Refusal(
-        Code.PRECONDITION_FAILED, f"invalid arg '{argument}' for {entity} in vhost '/': {why}"
+        Code.PRECONDITION_FAILED,
+        f"invalid arg '{argument}' for queue '{queue}' in vhost '/': {why}",
     )
+
+
+def told(value: FieldValue) -> str:
+    """A value in the words of a refusal."""
+    return "none" if value is None else f"the value '{_plain(value)}' of type '{type_name(value)}'"
+
+
+def _plain(value: FieldValue) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def type_name(value: FieldValue) -> str:
+    """What RabbitMQ calls the type of a value; of a whole number, the smallest that holds it."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return next((name for limit, name in _WIDTHS if value.bit_length() < limit), "long")
+    return next(name for kind, name in _TYPES if isinstance(value, kind))
+
+
+_WIDTHS = ((8, "byte"), (16, "short"), (32, "signedint"))
+_TYPES = (
+    (bool, "bool"),
+    ((str, bytes), "longstr"),
+    (float, "double"),
+    (list, "array"),
+    (Mapping, "table"),
+    (datetime, "timestamp"),
+    (Decimal, "decimal"),
+    (object, "void"),
+)

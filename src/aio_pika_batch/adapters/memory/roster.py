@@ -1,7 +1,7 @@
 """Whose turn is it?
 
-Consumers of higher priority first, round robin among equals, and nobody beyond its prefetch. A queue with
-a single active consumer serves the one that came first, until it goes.
+Consumers of higher priority first, round robin among equals, and nobody beyond its prefetch. A
+queue with a single active consumer serves the one that came first, until it goes.
 """
 
 from __future__ import annotations

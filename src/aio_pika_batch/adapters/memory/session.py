@@ -18,12 +18,12 @@ from aio_pika_batch.errors import SessionClosed, SessionLost
 from aio_pika_batch.transport import Native, Subscription
 
 if TYPE_CHECKING:
-    from aio_pika_batch.adapters.memory.broker import Connection
+    from aio_pika_batch.adapters.memory.connections import Connection
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySource:
-    """What all messages of one session share. Nothing here is raw, so there is nothing to decode."""
+    """What all messages of one session share. Nothing is raw here, so nothing is decoded."""
 
     queue: str
     consumer_tag: str

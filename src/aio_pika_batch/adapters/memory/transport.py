@@ -1,6 +1,7 @@
 """The port on the broker in memory: what `memory://name` is.
 
-One broker for each name and event loop. It lives as long as the loop does; messages do not survive it.
+One broker for each name and event loop. It lives as long as the loop does; messages do not survive
+it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from urllib.parse import parse_qs, urlsplit
 from weakref import WeakKeyDictionary
 
 from aio_pika_batch.adapters.memory.alarm import attach
-from aio_pika_batch.adapters.memory.broker import Broker, Connection, Unreachable
-from aio_pika_batch.adapters.memory.declaring import declare, split
+from aio_pika_batch.adapters.memory.broker import Broker, Unreachable
+from aio_pika_batch.adapters.memory.connections import Connection
+from aio_pika_batch.adapters.memory.declaring import declare
 from aio_pika_batch.adapters.memory.dialect import NEWEST, dialect
 from aio_pika_batch.adapters.memory.publisher import MemoryPublisher
 from aio_pika_batch.adapters.memory.refusals import Refusal
@@ -79,7 +81,6 @@ class MemoryTransport:
         self._publish_timeout = publish_timeout
         self._connection_name = connection_name
         self._wall_clock = wall_clock
-        self._exclusive: dict[str, Topology] = {}
 
     @property
     def broker(self) -> Broker:
@@ -103,19 +104,15 @@ class MemoryTransport:
         return broker
 
     async def declare(self, topology: Topology) -> None:
-        """Declare and check. An exclusive queue is declared by each session that consumes it."""
-        common, exclusive = split(topology)
+        """Declare and check. An exclusive queue goes again at once, with its connection."""
         async with self._connected() as connection:
-            declare(connection, common)
-        self._exclusive.update(exclusive)
+            declare(connection, topology)
 
     @asynccontextmanager
     async def session(self, subscription: Subscription) -> AsyncIterator[MemorySession]:
         """Consume, until the context is left."""
         async with self._connected() as connection:
-            exclusive = self._exclusive.get(subscription.queue)
-            if exclusive is not None:
-                declare(connection, exclusive)
+            declare(connection, subscription.own)
             session = MemorySession(
                 connection,
                 subscription,

@@ -1,8 +1,8 @@
 """What may a message hold, and whose is it?
 
-The broker's: what comes in is checked and copied, and what goes out is a copy again, so that neither a
-publisher nor a consumer can change what is stored. Values survive exactly, and what is absent stays
-absent; only a timestamp loses its fraction of a second, as it does on the wire.
+The broker's: what comes in is checked and copied, and what goes out is a copy again, so that
+neither a publisher nor a consumer can change what is stored. Values survive exactly, and what is
+absent stays absent; only a timestamp loses its fraction of a second, as it does on the wire.
 """
 
 from __future__ import annotations
@@ -13,14 +13,11 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.adapters.memory.refusals import Code, Refusal
-from aio_pika_batch.core.message import FieldValue, Headers, Properties
+from aio_pika_batch.adapters.memory.refusals import Code, Refusal, type_name
+from aio_pika_batch.core.message import SHORT_STRING, FieldValue, Headers, Properties
 
 if TYPE_CHECKING:
     from aio_pika_batch.adapters.memory.deaths import Death
-
-SHORT = 255
-"""Bytes in a short string, such as a routing key or the name of a header."""
 
 _SHORT_STRINGS = (
     "content_type",
@@ -46,6 +43,7 @@ class Stored:
     Attributes:
         routing_keys: The publication's own key, then those in its `CC` and `BCC`.
         deaths: How often and where it was dead-lettered; the latest first.
+        seen: Whether a consumer has had it before, in another queue.
     """
 
     body: bytes
@@ -53,6 +51,7 @@ class Stored:
     exchange: str
     routing_keys: tuple[str, ...]
     deaths: tuple[Death, ...] = ()
+    seen: bool = False
 
     @property
     def routing_key(self) -> str:
@@ -80,8 +79,8 @@ def short(what: str, value: object) -> str:
     """
     if not isinstance(value, str):
         raise TypeError(f"{what} is a str, not {value!r}")
-    if len(value.encode()) > SHORT:
-        raise ValueError(f"{what} has {len(value.encode())} bytes; AMQP allows {SHORT}")
+    if len(value.encode()) > SHORT_STRING:
+        raise ValueError(f"{what} has {len(value.encode())} bytes; AMQP allows {SHORT_STRING}")
     return value
 
 
@@ -170,12 +169,12 @@ def letter(exchange: str, routing_key: str, body: bytes, properties: Properties)
         TypeError: A value is of a type that AMQP does not have.
         ValueError: A value is out of the range that AMQP allows.
     """
-    if not isinstance(body, bytes):
+    if not isinstance(body, bytes | bytearray | memoryview):
         raise TypeError(f"a body is bytes, not {type(body).__name__}")
     return Letter(
         short("an exchange", exchange),
         short("a routing key", routing_key),
-        body,
+        bytes(body),
         _checked(properties),
     )
 
@@ -191,7 +190,8 @@ def stored(letter: Letter, user: str) -> Stored:
     if expiration is not None and not (
         expiration.isascii() and expiration.isdigit() and int(expiration) <= _LONGEST_EXPIRATION
     ):
-        raise Refusal(Code.PRECONDITION_FAILED, f"invalid expiration '{expiration}'")
+        why = f"{{value_negative,{expiration}}}" if expiration[:1] == "-" else "no_integer"
+        raise Refusal(Code.PRECONDITION_FAILED, f"invalid expiration '{expiration}': {why}")
     if own.user_id is not None and own.user_id != user:
         raise Refusal(
             Code.PRECONDITION_FAILED,
@@ -209,5 +209,8 @@ def _more_keys(properties: Properties, header: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, list):
-        raise Refusal(Code.PRECONDITION_FAILED, f"Unsupported type for {header} header: {value!r}")
+        raise Refusal(
+            Code.PRECONDITION_FAILED,
+            f'invalid message: {{unacceptable_type_in_header,"{header}",{type_name(value)}}}',
+        )
     return tuple(key for key in value if isinstance(key, str))

@@ -1,7 +1,8 @@
 """Which exchanges and queues are there, and how does a message get from one to another?
 
-Everything that a change sets off (deliveries, expiries, dead letters that enter further queues) is done
-before the operation that made the change ends, so that between operations nothing is on its way.
+Everything that a change sets off (deliveries, expiries, dead letters that enter further queues) is
+done before the operation that made the change ends, so that between operations nothing is on its
+way.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING
 from aio_pika_batch.adapters.memory.arguments import (
     QueueType,
     check_same_arguments,
+)
+from aio_pika_batch.adapters.memory.arguments import (
     spec as read_spec,
 )
 from aio_pika_batch.adapters.memory.deaths import (
@@ -21,7 +24,8 @@ from aio_pika_batch.adapters.memory.deaths import (
     dead_letter,
     goes_in_circles,
 )
-from aio_pika_batch.adapters.memory.exchanges import Bound, Exchange, Kind, kind as kind_of
+from aio_pika_batch.adapters.memory.exchanges import Bound, Exchange, Kind
+from aio_pika_batch.adapters.memory.exchanges import kind as kind_of
 from aio_pika_batch.adapters.memory.journal import Event, Happened, Journal
 from aio_pika_batch.adapters.memory.queues import Queue
 from aio_pika_batch.adapters.memory.refusals import (
@@ -89,7 +93,7 @@ class VirtualHost:
     ) -> None:
         """Create an exchange, or find it to be what is declared."""
         short("an exchange's name", name)
-        kind = kind_of(type_)
+        kind = kind_of(type_, self.dialect)
         existing = self.exchanges.get(name)
         if existing is not None:
             existing.check_same(kind, durable=durable, auto_delete=auto_delete, arguments=arguments)
@@ -110,16 +114,15 @@ class VirtualHost:
         arguments: Headers,
         asker: object,
     ) -> Queue:
-        """Create a queue, or find it to be what is declared. An empty name lets the broker choose."""
+        """Create a queue, or find it to be what is declared. Without a name it is given one."""
         short("a queue's name", name)
         entity = f"queue '{name}'"
         existing = self.queues.get(name)
         if existing is not None:
-            if existing.owner is not None and existing.owner is not asker:
+            if existing.owner is not (asker if exclusive else None):
                 raise locked(name)
             for argument, received, current in (
                 ("durable", durable, existing.durable),
-                ("exclusive", exclusive, existing.owner is not None),
                 ("auto_delete", auto_delete, existing.auto_delete),
             ):
                 if received != current:
@@ -139,11 +142,6 @@ class VirtualHost:
                         Code.PRECONDITION_FAILED,
                         f"invalid property '{what}' for {entity} in vhost '/'",
                     )
-        if self.dialect.refuses_transient and not durable and not exclusive:
-            raise Refusal(
-                Code.INTERNAL_ERROR,
-                "Feature `transient_nonexcl_queues` is deprecated and not permitted",
-            )
         _check_prefix("queue", name)
         name = name or f"amq.gen-{next(self._names)}"
         queue = Queue(
@@ -217,6 +215,12 @@ class VirtualHost:
                 return names
             exchange = self.exchanges[alternate]
 
+    @staticmethod
+    def offer_to_all(queues: Iterable[Queue], message: Stored) -> bool:
+        """Offer a message to each queue, even if one refuses; tell whether all took it."""
+        refusals = [queue.name for queue in queues if not queue.offer(message)]
+        return not refusals
+
     def received(self, message: Stored) -> Stored:
         """A message from a client, with the deaths that the broker takes its word for."""
         if not self.dialect.reads_client_deaths or "x-death" not in message.headers:
@@ -251,7 +255,7 @@ class VirtualHost:
             targets = straight
         if queue.spec.at_least_once and any(each.would_refuse(letter) for each in targets):
             return False
-        if not all([each.offer(letter) for each in targets]):
+        if not self.offer_to_all(targets, letter):
             self.note(Happened.DROPPED, queue.name, message, "dead letter refused")
         return True
 
