@@ -1,0 +1,86 @@
+"""Do the examples run on the broker in memory, add up, and end by themselves?
+
+Each as a process of its own, as a reader would start it. aio-pika is made impossible to import
+there: nothing on `memory://` needs it.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+WITHOUT_AIO_PIKA = """
+import runpy, sys
+sys.modules["aio_pika"] = sys.modules["aiormq"] = None
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def command(name: str, *arguments: str) -> list[str]:
+    """How to run an example."""
+    main = str(EXAMPLES / name / "main.py")
+    return [sys.executable, "-u", "-c", WITHOUT_AIO_PIKA, main, *arguments]
+
+
+def output(name: str, *arguments: str) -> str:
+    """What an example prints; it must say nothing on stderr and end well."""
+    done = subprocess.run(
+        command(name, *arguments), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (0, "") == (done.returncode, done.stderr)
+    return done.stdout
+
+
+def test_simple_prints_a_receipt_for_each_order() -> None:
+    """Eight orders, and their sum."""
+    said = output("simple")
+
+    assert list(range(1, 9)) == sorted(int(each) for each in re.findall(r"order (\d+):", said))
+    assert said.endswith("8 orders, 43.60 EUR\n")
+
+
+def test_batch_accounts_for_every_picture() -> None:
+    """What is not a thumbnail is a dead letter, with its reason; retries are as many as due."""
+    said = output("batch")
+
+    assert 4 == said.count("dead letter: rejected after 0 retries: no JSON")
+    assert 1 == said.count("dead letter: exhausted after 3 retries: out of colours")
+    assert 46 == sum(int(each) for each in re.findall(r"batch of +(\d+)", said))
+    assert said.endswith("40 pictures = 35 thumbnails + 5 dead letters + 0 left; 6 requeues\n")
+
+
+@pytest.mark.parametrize("way", [(), ("--modern",)], ids=["classic", "modern"])
+def test_fan_in_writes_every_event_once(way: tuple[str, ...]) -> None:
+    """Three sources, forty events each, and the writer's batches hold all of them."""
+    said = output("fan_in", *way)
+
+    assert ["40", "40", "40"] == re.findall(r": (\d+) written", said)
+    assert 120 == sum(int(each) for each in re.findall(r"wrote (\d+)", said))
+
+
+@pytest.mark.parametrize("name", ["simple", "batch", "fan_in"])
+def test_an_interrupted_example_stops_cleanly(name: str) -> None:
+    """Ctrl-C drains: no traceback, exit code 0, whether it was in time or too late to matter."""
+    with subprocess.Popen(
+        command(name), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline()
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
+
+    assert (0, "") == (running.returncode, errors)
+
+
+@pytest.mark.parametrize("folder", sorted(EXAMPLES.iterdir()), ids=lambda folder: folder.name)
+def test_every_example_says_what_it_is(folder: Path) -> None:
+    """And how to start it."""
+    assert f"python examples/{folder.name}/main.py" in (folder / "README.md").read_text()
