@@ -113,9 +113,14 @@ class Queue:
                 self._house.send_dead_letter(self, message, Reason.MAXLEN)
             return False
         self._positions += 1
-        self.ready.append(Entry(message, self._positions, self._expiry(message)))
+        entry = Entry(message, self._positions, self._expiry(message))
         self._house.note(Happened.STORED, self.name, message)
-        self._house.wake(self)
+        if not self.ready and (consumer := self.consumers.next()) is not None:
+            # Whoever waits for it gets it even if it has no time at all.
+            self._hand_out(entry, consumer)
+        else:
+            self.ready.append(entry)
+            self._house.wake(self)
         return True
 
     def would_refuse(self, message: Stored) -> bool:
@@ -164,17 +169,12 @@ class Queue:
         for entry in self.ready.pop_expired(house.now):
             self._die(entry, Reason.EXPIRED)
         self._bury()
-        while len(self.ready) and (consumer := self.consumers.next()) is not None:
-            entry = self.ready.pop()
-            entry.handed_out = True
-            self.unacked[entry] = None
-            consumer.in_hand += 1
-            house.note(Happened.DELIVERED, self.name, entry.message, consumer.tag)
-            consumer.receiver.deliver(consumer, entry)
+        while self.ready and (consumer := self.consumers.next()) is not None:
+            self._hand_out(self.ready.pop(), consumer)
             for late in self.ready.pop_expired(house.now):
                 self._die(late, Reason.EXPIRED)
         if self.spec.overflow is Overflow.DROP_HEAD:
-            while len(self.ready) and self._beyond(len(self.ready), self.ready.bytes):
+            while self.ready and self._beyond(len(self.ready), self.ready.bytes):
                 self._die(self.ready.pop(), Reason.MAXLEN)
 
     def purge(self) -> int:
@@ -198,6 +198,13 @@ class Queue:
         self.consumers.remove(consumer)
         self.unused_since = self._house.now
         self._house.wake(self)
+
+    def _hand_out(self, entry: Entry, consumer: Consumer) -> None:
+        entry.handed_out = True
+        self.unacked[entry] = None
+        consumer.in_hand += 1
+        self._house.note(Happened.DELIVERED, self.name, entry.message, consumer.tag)
+        consumer.receiver.deliver(consumer, entry)
 
     def _drop(self, entries: Sequence[Entry], why: str) -> int:
         for entry in entries:

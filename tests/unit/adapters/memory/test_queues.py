@@ -1,0 +1,331 @@
+"""A queue hands out its messages in order, within limits and in time."""
+
+from __future__ import annotations
+
+import pytest
+
+from aio_pika_batch.adapters.memory.broker import Broker
+from aio_pika_batch.adapters.memory.frames import Cancelled
+from aio_pika_batch.adapters.memory.journal import Happened
+from aio_pika_batch.adapters.memory.refusals import Code, Refusal
+from tests.unit.adapters.memory.client import Client, bodies
+
+
+@pytest.fixture
+def broker() -> Broker:
+    return Broker("4.0")
+
+
+@pytest.fixture
+def client(broker: Broker) -> Client:
+    return Client(broker)
+
+
+def fill(client: Client, queue: str, *contents: bytes) -> None:
+    for body in contents:
+        client.publish(body, queue)
+
+
+def test_messages_come_in_order_up_to_the_prefetch(client: Client):
+    """The next one comes when one is settled, whichever that is."""
+    client.queue("q")
+    fill(client, "q", b"1", b"2", b"3", b"4")
+    client.consume("q", prefetch=2)
+    assert client.bodies() == [b"1", b"2"]
+    client.channel.ack(2)
+    assert client.bodies() == [b"3"]
+    client.channel.ack(3, multiple=True)
+    assert client.bodies() == [b"4"]
+
+
+def test_prefetch_0_is_no_limit(client: Client):
+    """All of it, at once."""
+    client.queue("q")
+    fill(client, "q", *(b"%d" % number for number in range(500)))
+    client.consume("q", prefetch=0)
+    assert len(client.bodies()) == 500
+
+
+def test_the_prefetch_is_that_of_the_moment_of_consuming(client: Client):
+    """A later qos does not change an earlier consumer."""
+    client.queue("q")
+    client.consume("q", prefetch=1)
+    client.channel.qos(10)
+    fill(client, "q", b"1", b"2")
+    assert client.bodies() == [b"1"]
+
+
+@pytest.mark.parametrize("prefetch", [-1, 65_536])
+def test_a_prefetch_that_the_wire_cannot_carry_is_refused(client: Client, prefetch: int):
+    """It has 16 bits."""
+    with pytest.raises(ValueError, match="0 to 65535"):
+        client.channel.qos(prefetch)
+
+
+def test_consumers_take_turns(broker: Broker, client: Client):
+    """Among equals; one without room is passed over."""
+    other = Client(broker)
+    client.queue("q")
+    client.consume("q", prefetch=3)
+    other.consume("q", prefetch=1)
+    fill(client, "q", b"1", b"2", b"3", b"4", b"5")
+    assert (client.bodies(), other.bodies()) == ([b"1", b"3", b"4"], [b"2"])
+
+
+def test_higher_priority_consumers_come_first(broker: Broker, client: Client):
+    """Others get something only while those are full."""
+    other = Client(broker)
+    client.queue("q")
+    client.consume("q", prefetch=3)
+    other.consume("q", prefetch=2, priority=5)
+    fill(client, "q", b"1", b"2", b"3")
+    assert (client.bodies(), other.bodies()) == ([b"3"], [b"1", b"2"])
+
+
+def test_a_single_active_consumer_is_followed_by_the_next(broker: Broker, client: Client):
+    """Only when it goes; its unsettled messages go to its successor when it closes."""
+    other = Client(broker)
+    client.queue("q", single_active_consumer=True)
+    client.consume("q", prefetch=1)
+    other.consume("q", prefetch=5, priority=9)
+    fill(client, "q", b"1", b"2")
+    assert (client.bodies(), other.bodies()) == ([b"1"], [])
+    client.channel.close()
+    assert [(each.body, each.redelivered) for each in other.deliveries()] == [
+        (b"1", True),
+        (b"2", False),
+    ]
+
+
+def test_an_exclusive_consumer_stays_alone(broker: Broker, client: Client):
+    """403 for whoever comes later, and for itself if it comes later."""
+    client.queue("q")
+    client.consume("q", exclusive=True)
+    for exclusive in (True, False):
+        with pytest.raises(Refusal, match="queue 'q' in vhost '/' in exclusive use") as caught:
+            Client(broker).consume("q", exclusive=exclusive)
+        assert caught.value.code is Code.ACCESS_REFUSED
+    client.queue("r")
+    client.consume("r", "second")
+    with pytest.raises(Refusal, match="in exclusive use"):
+        Client(broker).consume("r", exclusive=True)
+    client.queue("sac", single_active_consumer=True)
+    with pytest.raises(Refusal, match="in exclusive use"):
+        client.consume("sac", "third", exclusive=True)
+
+
+def test_a_consumer_tag_is_used_once_in_a_channel(client: Client):
+    """530 ends the connection; a cancelled tag is free again."""
+    client.queue("q")
+    client.consume("q", "t")
+    client.channel.cancel("t")
+    client.consume("q", "t")
+    with pytest.raises(Refusal, match="530 NOT_ALLOWED - attempt to reuse consumer tag 't'"):
+        client.consume("q", "t")
+
+
+def test_a_consumers_priority_is_a_number(client: Client):
+    """406 otherwise."""
+    client.queue("q")
+    with pytest.raises(Refusal, match='"expected integer, got longstr"'):
+        client.consume("q", priority="high")
+
+
+def test_a_cancelled_consumer_gets_nothing_more_and_may_still_settle(client: Client):
+    """Its deliveries are the channel's."""
+    client.queue("q")
+    fill(client, "q", b"1", b"2")
+    client.consume("q", prefetch=1)
+    client.channel.cancel("consumer")
+    client.channel.cancel("consumer")
+    client.channel.ack(1)
+    assert client.bodies() == [b"1"]
+    assert bodies(client.broker, "q") == [b"2"]
+
+
+def test_classic_messages_come_back_to_where_they_were(broker: Broker, client: Client):
+    """In whatever order they are returned."""
+    client.queue("q")
+    fill(client, "q", b"1", b"2", b"3", b"4", b"5")
+    client.consume("q", prefetch=4)
+    client.channel.cancel("consumer")
+    for tag in (3, 1, 4):
+        client.channel.nack(tag)
+    assert bodies(broker, "q") == [b"1", b"3", b"4", b"5"]
+    client.channel.reject(2, requeue=True)
+    assert bodies(broker, "q") == [b"1", b"2", b"3", b"4", b"5"]
+
+
+def test_higher_priorities_come_first(broker: Broker, client: Client):
+    """Absent is 0, and what is above the queue's maximum is the maximum."""
+    client.queue("q", max_priority=5)
+    for body, priority in ((b"none", None), (b"9", 9), (b"3", 3), (b"5", 5), (b"0", 0)):
+        client.publish(body, "q", priority=priority)
+    assert bodies(broker, "q") == [b"9", b"5", b"3", b"none", b"0"]
+    client.consume("q", prefetch=2)
+    client.channel.cancel("consumer")
+    client.channel.nack(2, multiple=True)
+    assert bodies(broker, "q") == [b"9", b"5", b"3", b"none", b"0"]
+
+
+def test_priorities_do_not_matter_where_none_were_asked_for(broker: Broker, client: Client):
+    """A plain queue is first in, first out."""
+    client.queue("q")
+    client.publish(b"low", "q", priority=1)
+    client.publish(b"high", "q", priority=9)
+    assert bodies(broker, "q") == [b"low", b"high"]
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+def test_messages_expire_in_the_queues_time_or_their_own(broker: Broker, client: Client, kind):
+    """Whichever is shorter."""
+    client.queue("q", queue_type=kind, message_ttl=2000)
+    client.publish(b"own", "q", expiration="500")
+    client.publish(b"queues", "q", expiration="9000")
+    assert broker.next_event == 0.5
+    broker.advance(0.49)
+    assert bodies(broker, "q") == [b"own", b"queues"]
+    broker.advance(0.5)
+    assert bodies(broker, "q") == [b"queues"]
+    broker.advance(2.0)
+    assert bodies(broker, "q") == []
+    assert broker.next_event is None
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+def test_messages_expire_only_at_the_head(broker: Broker, client: Client, kind):
+    """A short life behind a long one takes as long."""
+    client.queue("q", queue_type=kind)
+    client.publish(b"long", "q", expiration="6000")
+    client.publish(b"short", "q", expiration="500")
+    broker.advance(5)
+    assert bodies(broker, "q") == [b"long", b"short"]
+    broker.advance(6)
+    assert bodies(broker, "q") == []
+
+
+def test_each_priority_has_a_head_that_expires(broker: Broker, client: Client):
+    """As in RabbitMQ, where each priority is a queue of its own."""
+    client.queue("q", max_priority=1)
+    client.publish(b"high", "q", priority=1)
+    client.publish(b"low", "q", priority=0, expiration="500")
+    broker.advance(0.5)
+    assert bodies(broker, "q") == [b"high"]
+
+
+def test_what_is_handed_out_does_not_expire_until_it_comes_back(broker: Broker, client: Client):
+    """Its time runs on meanwhile."""
+    client.queue("q")
+    client.publish(b"1", "q", expiration="500")
+    client.consume("q", prefetch=1)
+    client.channel.cancel("consumer")
+    broker.advance(10)
+    assert broker.unacked("q")[0].body == b"1"
+    client.channel.nack(1)
+    assert bodies(broker, "q") == []
+    assert [event.detail for event in broker.journal.of(Happened.DROPPED)] == ["expired"]
+
+
+def test_a_ttl_of_zero_reaches_only_a_waiting_consumer(broker: Broker, client: Client):
+    """Otherwise the message is gone at once."""
+    client.queue("q")
+    client.publish(b"1", "q", expiration="0")
+    assert bodies(broker, "q") == []
+    client.queue("r")
+    client.consume("r")
+    client.publish(b"2", "r", expiration="0")
+    assert client.bodies() == [b"2"]
+
+
+def test_a_full_queue_drops_its_head(broker: Broker, client: Client):
+    """And confirms the new one; what is handed out does not count."""
+    client.queue("q", max_length=2)
+    client.consume("q", prefetch=1)
+    fill(client, "q", b"held", b"1", b"2", b"3")
+    assert client.bodies() == [b"held"]
+    assert bodies(broker, "q") == [b"2", b"3"]
+    assert [event.detail for event in broker.journal.of(Happened.DROPPED)] == ["maxlen"]
+
+
+def test_a_queue_is_full_by_bytes_too(broker: Broker, client: Client):
+    """Of bodies."""
+    client.queue("q", max_length_bytes=5)
+    fill(client, "q", b"123", b"45", b"6")
+    assert bodies(broker, "q") == [b"45", b"6"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"),
+    [
+        ("classic", ["confirmed", "confirmed", "refused", "refused"]),
+        ("quorum", ["confirmed", "confirmed", "confirmed", "refused"]),
+    ],
+)
+def test_a_full_queue_may_refuse_instead(broker: Broker, client: Client, kind, taken):
+    """A quorum queue notices it one message late. What comes back is always taken."""
+    client.queue("q", queue_type=kind, max_length=2, overflow="reject-publish")
+    said = [client.publish(body, "q", mandatory=True) for body in (b"1", b"2", b"3", b"4")]
+    assert said == taken
+    client.consume("q", prefetch=1)
+    client.channel.cancel("consumer")
+    while client.publish(b"more", "q") == "confirmed":
+        pass
+    before = len(bodies(broker, "q"))
+    client.channel.nack(1)
+    assert len(bodies(broker, "q")) == before + 1
+
+
+def test_a_publication_is_refused_if_one_of_its_queues_refuses(broker: Broker, client: Client):
+    """The others keep it."""
+    client.exchange("x", "fanout")
+    client.queue("a", max_length=0, overflow="reject-publish")
+    client.queue("b")
+    client.bind("a", "x")
+    client.bind("b", "x")
+    assert client.publish(b"1", "", "x") == "refused"
+    assert (bodies(broker, "a"), bodies(broker, "b")) == ([], [b"1"])
+
+
+def test_an_unused_queue_expires_with_what_is_in_it(broker: Broker, client: Client):
+    """Publishing is no use; consuming and declaring are; nothing is dead-lettered."""
+    client.queue("dead")
+    arguments = {"expires": 1000, "dead_letter_exchange": "", "dead_letter_routing_key": "dead"}
+    client.queue("q", **arguments)
+    broker.advance(0.6)
+    client.publish(b"1", "q")
+    client.queue("q", **arguments)
+    broker.advance(1.5)
+    assert "q" in broker.queues
+    client.consume("q")
+    broker.advance(5)
+    client.channel.cancel("consumer")
+    broker.advance(5.9)
+    assert "q" in broker.queues
+    assert broker.next_event == 6.0
+    broker.advance(6)
+    assert broker.queues == ["dead"]
+    assert bodies(broker, "dead") == []
+
+
+def test_the_consumers_of_a_deleted_queue_are_told(broker: Broker, client: Client):
+    """What they hold may still be settled, to no effect."""
+    client.queue("q")
+    fill(client, "q", b"1", b"2")
+    client.consume("q", prefetch=1)
+    client.deliveries()
+    broker.delete_queue("q")
+    assert client.channel.take() == [Cancelled("consumer")]
+    client.channel.ack(1)
+    assert client.channel.closed is None
+    assert [event.detail for event in broker.journal.of(Happened.DROPPED)] == ["queue deleted"] * 2
+
+
+def test_purging_drops_what_waits(broker: Broker, client: Client):
+    """And not what is handed out."""
+    client.queue("q")
+    fill(client, "q", b"1", b"2", b"3")
+    client.consume("q", prefetch=1)
+    with client.channel.operation() as vhost:
+        assert vhost.queue("q", None).purge() == 2
+    assert bodies(broker, "q") == []
+    assert [message.body for message in broker.unacked("q")] == [b"1"]

@@ -1,0 +1,223 @@
+"""A message goes to exactly the queues that it should."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, strategies as st
+
+from aio_pika_batch.adapters.memory.broker import Broker
+from aio_pika_batch.adapters.memory.exchanges import headers_match, topic_matches
+from aio_pika_batch.adapters.memory.refusals import Code, Refusal
+from tests.unit.adapters.memory.client import Client, bodies
+
+
+@pytest.fixture
+def broker() -> Broker:
+    return Broker("4.0")
+
+
+@pytest.fixture
+def client(broker: Broker) -> Client:
+    return Client(broker)
+
+
+def test_the_default_exchange_routes_by_queue_name(broker: Broker, client: Client):
+    """And only by it."""
+    client.queue("a")
+    client.queue("b")
+    assert client.publish(b"1", "b") == "confirmed"
+    assert (bodies(broker, "a"), bodies(broker, "b")) == ([], [b"1"])
+
+
+def test_direct_compares_the_key(broker: Broker, client: Client):
+    """A queue gets it once, however many of its bindings match."""
+    client.exchange("x", "direct")
+    for queue in ("a", "b"):
+        client.queue(queue)
+    client.bind("a", "x", "k")
+    client.bind("a", "x", "k", {"more": 1})
+    client.bind("b", "x", "other")
+    client.publish(b"1", "k", "x")
+    assert (bodies(broker, "a"), bodies(broker, "b")) == ([b"1"], [])
+
+
+def test_fanout_takes_everything(broker: Broker, client: Client):
+    """Whatever the key."""
+    client.exchange("x", "fanout")
+    for queue in ("a", "b"):
+        client.queue(queue)
+        client.bind(queue, "x", "ignored")
+    client.publish(b"1", "anything", "x")
+    assert bodies(broker, "a") == bodies(broker, "b") == [b"1"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "key", "matches"),
+    [
+        ("a.b", "a.b", True),
+        ("a.b", "a.c", False),
+        ("a.b", "a.b.c", False),
+        ("a.*", "a.b", True),
+        ("a.*", "a", False),
+        ("a.*", "a.b.c", False),
+        ("*.b", "a.b", True),
+        ("#", "", True),
+        ("#", "a.b.c", True),
+        ("a.#", "a", True),
+        ("a.#", "a.b.c", True),
+        ("a.#.z", "a.z", True),
+        ("a.#.z", "a.b.c.z", True),
+        ("a.#.z", "a.b.c", False),
+        ("#.#", "a", True),
+        ("*.#", "", True),
+        ("*.*", "", False),
+        ("#.b.#", "a.b.c", True),
+        ("#.b.#", "a.c", False),
+        ("*", "#", True),
+        ("a", "#", False),
+    ],
+)
+def test_topic_compares_word_by_word(pattern: str, key: str, matches: bool):
+    """`*` is one word, `#` any number, and neither is special in a key."""
+    assert topic_matches(pattern.split("."), key.split(".")) is matches
+
+
+def plainly_matches(pattern: tuple[str, ...], words: tuple[str, ...]) -> bool:
+    """The definition, word for word; as slow as it likes."""
+    if not pattern:
+        return not words
+    if pattern[0] == "#":
+        return any(plainly_matches(pattern[1:], words[at:]) for at in range(len(words) + 1))
+    return bool(words) and pattern[0] in {"*", words[0]} and plainly_matches(pattern[1:], words[1:])
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "*", "#"]), max_size=6),
+    st.lists(st.sampled_from(["a", "b"]), max_size=6),
+)
+def test_topic_matching_is_as_defined(pattern: list[str], words: list[str]):
+    """The quick way and the plain one agree."""
+    assert topic_matches(pattern, words) == plainly_matches(tuple(pattern), tuple(words))
+
+
+def test_a_topic_pattern_full_of_hashes_is_no_bomb():
+    """Matching takes no more than pattern times words."""
+    assert not topic_matches(["#", "a"] * 40 + ["b"], ["a"] * 200)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "headers", "matches"),
+    [
+        ({}, {}, True),
+        ({"a": 1}, {"a": 1, "b": 2}, True),
+        ({"a": 1, "b": 2}, {"a": 1}, False),
+        ({"a": 1}, {"a": "1"}, False),
+        ({"a": 1}, {"a": True}, False),
+        ({"a": None}, {"a": "whatever"}, True),
+        ({"a": None}, {}, False),
+        ({"x-match": "any", "a": 1, "b": 2}, {"b": 2}, True),
+        ({"x-match": "any", "a": 1}, {"a": 2}, False),
+        ({"x-match": "any"}, {"a": 2}, False),
+        ({"x-match": "all", "x-a": 1}, {}, True),
+        ({"x-match": "all-with-x", "x-a": 1}, {}, False),
+        ({"x-match": "all-with-x", "x-a": 1}, {"x-a": 1}, True),
+        ({"x-match": "any", "x-a": 1}, {"x-a": 1}, False),
+        ({"x-match": "any-with-x", "x-a": 1}, {"x-a": 1}, True),
+    ],
+)
+def test_headers_are_compared_by_type_and_value(wanted, headers, matches):
+    """As the binding's `x-match` says; names in x- count only where it says so."""
+    assert headers_match(wanted, headers) is matches
+
+
+def test_a_headers_exchange_routes(broker: Broker, client: Client):
+    """A message without headers matches nothing that asks for some."""
+    client.exchange("x", "headers")
+    client.queue("a")
+    client.bind("a", "x", "", {"kind": "new"})
+    client.publish(b"1", "", "x", headers={"kind": "new"})
+    client.publish(b"2", "", "x", headers={"kind": "old"})
+    client.publish(b"3", "", "x")
+    assert bodies(broker, "a") == [b"1"]
+
+
+def test_an_unknown_x_match_is_refused(client: Client):
+    """In the broker's words."""
+    client.exchange("x", "headers")
+    client.queue("a")
+    with pytest.raises(Refusal, match='Invalid x-match field value <<"some">>'):
+        client.bind("a", "x", "", {"x-match": "some"})
+
+
+def test_bindings_are_made_once_and_taken_away(broker: Broker, client: Client):
+    """A second bind changes nothing; an unbind of what is not bound neither."""
+    client.exchange("x", "direct")
+    client.queue("a")
+    client.bind("a", "x", "k")
+    client.bind("a", "x", "k")
+    assert broker.bindings("a") == [("x", "k", {})]
+    client.unbind("a", "x", "other")
+    client.unbind("a", "x", "k")
+    assert broker.bindings("a") == []
+    assert client.publish(b"1", "k", "x", mandatory=True) == "returned"
+
+
+def test_cc_and_bcc_route_too_and_bcc_is_blind(broker: Broker, client: Client):
+    """Each queue gets the message once, and nobody sees the BCC."""
+    for queue in ("a", "b", "c"):
+        client.queue(queue)
+    client.publish(b"1", "a", headers={"CC": ["b", "a"], "BCC": ["c"]})
+    for queue in ("a", "b", "c"):
+        (message,) = broker.ready(queue)
+        assert message.headers == {"CC": ["b", "a"]}
+        assert message.routing_key == "a"
+
+
+def test_cc_must_be_a_list(client: Client):
+    """Anything else closes the channel."""
+    with pytest.raises(Refusal, match="unacceptable_type_in_header"):
+        client.publish(b"1", "a", headers={"CC": "b"})
+
+
+def test_what_no_queue_takes_is_returned_if_mandatory(client: Client):
+    """And silently confirmed if not."""
+    assert client.publish(b"1", "nobody", mandatory=True) == "returned"
+    assert client.publish(b"1", "nobody") == "confirmed"
+
+
+def test_an_alternate_exchange_takes_what_is_left_over(broker: Broker, client: Client):
+    """Even over several, and in circles."""
+    client.exchange("x", "direct", alternate_exchange="y")
+    client.exchange("y", "direct", alternate_exchange="z")
+    client.exchange("z", "fanout", alternate_exchange="x")
+    client.queue("a")
+    assert client.publish(b"0", "k", "x", mandatory=True) == "returned"
+    client.bind("a", "z")
+    assert client.publish(b"1", "k", "x", mandatory=True) == "confirmed"
+    assert bodies(broker, "a") == [b"1"]
+
+
+def test_a_missing_exchange_closes_the_channel(client: Client):
+    """With 404; nothing more can be published on it."""
+    with pytest.raises(Refusal, match="no exchange 'x' in vhost '/'") as caught:
+        client.publish(b"1", "k", "x")
+    assert caught.value.code is Code.NOT_FOUND
+    assert client.channel.closed == "404 NOT_FOUND - no exchange 'x' in vhost '/'"
+
+
+def test_a_deleted_queue_is_routed_to_no_more(broker: Broker, client: Client):
+    """Its bindings go with it, and an auto-delete exchange with its last binding."""
+    client.exchange("x", "direct", auto_delete=True)
+    client.queue("a")
+    client.bind("a", "x", "k")
+    broker.delete_queue("a")
+    with pytest.raises(Refusal, match="no exchange 'x'"):
+        client.publish(b"1", "k", "x")
+
+
+def test_predeclared_exchanges_are_there(broker: Broker, client: Client):
+    """amq.topic and its like need no declaration."""
+    client.queue("a")
+    client.bind("a", "amq.topic", "*.new")
+    client.publish(b"1", "order.new", "amq.topic")
+    assert bodies(broker, "a") == [b"1"]
