@@ -102,6 +102,27 @@ def test_a_missing_result_is_never_an_ack(drawn):
     assert len(yielded) == len(acked)
 
 
+@given(st.lists(st.sampled_from([ACK, ACK, ACK, NACK]), max_size=5), st.integers(0, 1))
+def test_all_acked_is_said_only_where_every_message_has_its_ack(yields, missing):
+    """It is a short way to the same decision: one result missing, and it is not taken."""
+    collector = collected(some_messages(len(yields) + missing), yields)
+
+    assert (not missing and NACK not in yields) is collector.all_acked
+    assert collector.all_acked is (
+        [ACK] * len(collector.messages) == [result for _, result in collector.decided()]
+    )
+
+
+@given(answers())
+def test_all_acked_never_says_more_than_decided_does(drawn):
+    """In whatever form the answers came."""
+    messages, _, yields = drawn
+    collector = collected(messages, yields)
+
+    if collector.all_acked:
+        assert [(message, ACK) for message in messages] == collector.decided()
+
+
 @given(answers(), no_answers)
 def test_what_is_no_answer_raises_and_changes_nothing(drawn, item):
     """What was validly decided before stays decided."""
