@@ -1,9 +1,9 @@
 """Which publication does a confirm, or a return, speak of?
 
-Pure: the broker's word in, outcomes out. A return carries no number; it precedes its own confirm, but
-others may stand between, and brokers have been seen to sort its headers. So it is matched by where it
-was to go, its body and its properties; where nothing matches, every publication on that route counts
-as returned, which may make duplicates and never loses one.
+Pure: the broker's word in, outcomes out. A return carries no number; it precedes its own confirm,
+but others may stand between, and brokers have been seen to sort its headers. So it is matched by
+where it was to go, its body and its properties; where nothing matches, every publication on that
+route counts as returned, which may make duplicates and never loses one.
 
 Laws:
 

@@ -1,8 +1,8 @@
 """How is a connection opened, and how does it surely come to an end?
 
-aio-pika does what it is good at: TLS, logging in, negotiation, channels. Around it stand a time limit
-that holds also where the library hangs, several addresses, and errors that say what is wrong, where,
-and what to do; never with a password.
+aio-pika does what it is good at: TLS, logging in, negotiation, channels. Around it stand a time
+limit that holds also where the library hangs, several addresses, and errors that say what is
+wrong, where, and what to do; never with a password.
 """
 
 from __future__ import annotations
@@ -140,33 +140,38 @@ def _url(endpoint: Endpoint, address: Address, heartbeat: int) -> URL:
 
 
 def _why(tap: Tap, address: Address, error: BaseException | None) -> TransportError:
-    """What went wrong: the broker's own words are best, then the lowest cause that has some."""
+    """What went wrong: the broker's own words are best, then the first cause that we know."""
     closed = tap.closed_by_broker
     if closed is not None:
         return refused_connection(closed.code, closed.text, address)
-    cause: BaseException | None = error
+    cause = error
     while cause is not None:
-        match cause:
-            case ssl.SSLCertVerificationError():
-                return AccessRefused(
-                    f"{address} shows a certificate that does not verify: {cause.verify_message};"
-                    " set ssl_cafile to the authority that signed it, or connect by the name in it"
-                )
-            case ssl.SSLError() if cause.reason == "WRONG_VERSION_NUMBER":
-                return AccessRefused(
-                    f"{address} does not speak TLS there; use amqp:// or another port"
-                )
-            case ssl.SSLEOFError():
-                return _unavailable(address, "the connection ended during the TLS handshake")
-            case ssl.SSLError():
-                return AccessRefused(f"{address}: the TLS handshake failed: {cause.reason}")
-            case socket.gaierror():
-                return _unavailable(address, f"its name is not known: {cause.strerror}")
-            case ConnectionRefusedError() if cause.errno is not None:
-                return _unavailable(address, "nobody listens there (connection refused)")
-            case _:
-                cause = cause.__cause__
+        known = _known(cause, address)
+        if known is not None:
+            return known
+        cause = cause.__cause__
     return _unavailable(address, describe(error) if error is not None else "it hung up")
+
+
+def _known(cause: BaseException, address: Address) -> TransportError | None:
+    match cause:
+        case ssl.SSLCertVerificationError():
+            return AccessRefused(
+                f"{address} shows a certificate that does not verify: {cause.verify_message};"
+                " set ssl_cafile to the authority that signed it, or connect by the name in it"
+            )
+        case ssl.SSLEOFError():
+            return _unavailable(address, "the connection ended during the TLS handshake")
+        case ssl.SSLError() if cause.reason == "WRONG_VERSION_NUMBER":
+            return AccessRefused(f"{address} does not speak TLS there; use amqp:// or another port")
+        case ssl.SSLError():
+            return AccessRefused(f"{address}: the TLS handshake failed: {cause.reason}")
+        case socket.gaierror():
+            return _unavailable(address, f"its name is not known: {cause.strerror}")
+        case ConnectionRefusedError():
+            return _unavailable(address, "nobody listens there (connection refused)")
+        case _:
+            return None
 
 
 def _unavailable(address: Address, why: str) -> BrokerUnavailable:

@@ -1,9 +1,11 @@
 """Is everything there that a consumer needs, and is it what was asked for?
 
-On a connection of its own, which is thrown away at the first refusal: a refusal closes the channel, and
-the client library may drop its answer to that, after which the channel's number is poisoned.
+On a connection of its own, which is thrown away at the first refusal: a refusal closes the
+channel, and the client library may drop its answer to that, after which the channel's number is
+poisoned.
 
-What is exclusive lives no longer than the connection that declared it, so it is left to the session.
+What is exclusive lives no longer than the connection that declared it, so it is left to the
+session.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ async def declare(endpoint: Endpoint, addresses: Sequence[Address], topology: To
 
 
 async def declare_on(link: Link, topology: Topology, timeout: float) -> None:
-    """Declare on a given connection, which is of no more use if that is refused. Raises as above."""
+    """Declare on a given connection, of no more use if that is refused. Raises as above."""
     desk = _Desk(link, timeout)
     for entity in _entities(topology):
         refusal = await desk.declare(entity, passive=False)

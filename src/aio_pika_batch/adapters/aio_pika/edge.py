@@ -1,7 +1,8 @@
 """How does a foreign exception become one of ours, and a foreign hang end?
 
 The libraries below raise what comes: their own errors, bare `Exception`, `RuntimeError`, and
-`CancelledError` out of futures that they cancel themselves. None of it goes further than the adapter.
+`CancelledError` out of futures that they cancel themselves. None of it goes further than the
+adapter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How does a session consume over the frame tap?
 
-The channel is the client library's, so that it opens, cancels and closes it; the deliveries are taken
-out from under it, and settlements are written past it.
+The channel is the client library's, so that it opens, cancels and closes it; the deliveries are
+taken out from under it, and settlements are written past it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Where does one frame end, and which frames are not for the client library?
 
-Pure and synchronous: bytes in, events out. It splits from the first byte of a connection on, since it
-could not know later where a frame begins. Of one tapped channel it takes out what travels in bulk:
-deliveries, or confirms and returns. Everything else passes through, untouched and in order.
+Pure and synchronous: bytes in, events out. It splits from the first byte of a connection on, since
+it could not know later where a frame begins. Of one tapped channel it takes out what travels in
+bulk: deliveries, or confirms and returns. Everything else passes through, untouched and in order.
 
 Laws:
 
 - Events stand in the order of the wire, however the bytes were cut into reads.
-- What is held back is less than one ordinary message, or one frame: each is bounded by `frame_max`.
+- What is held back is less than one ordinary message, or one frame: each is bounded by
+  `frame_max`.
 - A channel that is closed, by either side, is no longer tapped: its number will be used again.
 """
 
@@ -19,26 +20,31 @@ from typing import TYPE_CHECKING
 from aio_pika_batch.adapters.aio_pika.events import (
     ChannelClosed,
     ChannelGone,
-    Confirm,
     Confirms,
     ConnectionClosed,
     ConsumerCancelled,
     Deliveries,
-    Event,
     Malformed,
     PassThrough,
     Returned,
+)
+from aio_pika_batch.adapters.aio_pika.ordinary import (
+    BASIC_DELIVER,
+    BODY,
+    END,
+    HEADER,
+    HEARTBEAT,
+    METHOD,
+    OVERHEAD,
+    OrdinaryConfirms,
+    OrdinaryDeliveries,
 )
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.errors import TransportError
 
 if TYPE_CHECKING:
+    from aio_pika_batch.adapters.aio_pika.events import Confirm, Event
     from aio_pika_batch.core.message import Source
-
-METHOD, HEADER, BODY, HEARTBEAT = 1, 2, 3, 8
-END = 0xCE
-OVERHEAD = 8
-"""Bytes of a frame besides its payload: type, channel, size and the end."""
 
 DEFAULT_FRAME_MAX = 131_072
 """Until the broker proposes its own; RabbitMQ's default."""
@@ -50,51 +56,16 @@ _CODE = struct.Struct(">H")
 _TUNE = struct.Struct(">HI")
 _TUNE_BYTES = OVERHEAD + 4 + 8
 
-# What an ordinary message has behind its method frame. Each begins with the end of the frame before.
-_HEADER_FRAME = struct.Struct(">4sIIQ")
-_BODY_FRAME = struct.Struct(">4sI")
-_CONFIRM_FRAME = struct.Struct(">11sQBB")
-
-_BASIC_CLASS = 60 << 16  # the class, and the content header's unused weight
 _CONNECTION_TUNE = 10 << 16 | 30
 _CONNECTION_CLOSE = 10 << 16 | 50
 _CHANNEL_CLOSE = 20 << 16 | 40
 _CHANNEL_CLOSE_OK = 20 << 16 | 41
 _BASIC_CANCEL = 60 << 16 | 30
 _BASIC_RETURN = 60 << 16 | 50
-_BASIC_DELIVER = 60 << 16 | 60
-_BASIC_ACK = 60 << 16 | 80
-_BASIC_NACK = 60 << 16 | 120
 
 
 class FrameError(TransportError):
     """What came is no AMQP 0-9-1, or breaks what was negotiated."""
-
-
-class _Consumer:
-    """What an ordinary delivery looks like: the parts that are the same in all of them, as bytes."""
-
-    __slots__ = ("body", "constant", "deliver", "fixed", "header", "method", "source")
-
-    def __init__(self, channel: int, source: Source) -> None:
-        tag = source.consumer_tag.encode()
-        self.source = source
-        self.constant = struct.pack(">IB", _BASIC_DELIVER, len(tag)) + tag
-        self.deliver = struct.Struct(f">3sI{len(self.constant)}sQ?")
-        self.fixed = self.deliver.size
-        self.method = struct.pack(">BH", METHOD, channel)
-        self.header = struct.pack(">BBH", END, HEADER, channel)
-        self.body = struct.pack(">BBH", END, BODY, channel)
-
-
-class _Publisher:
-    """What a confirm looks like up to its tag."""
-
-    __slots__ = ("ack", "nack")
-
-    def __init__(self, channel: int) -> None:
-        self.ack = struct.pack(">BHII", METHOD, channel, 13, _BASIC_ACK)
-        self.nack = struct.pack(">BHII", METHOD, channel, 13, _BASIC_NACK)
 
 
 class _Content:
@@ -117,8 +88,8 @@ class Splitter:
         """The largest frame, overhead included, that either side may send."""
         self._largest = DEFAULT_FRAME_MAX
         self._channel = -1
-        self._consumer: _Consumer | None = None
-        self._publisher: _Publisher | None = None
+        self._deliveries: OrdinaryDeliveries | None = None
+        self._confirms: OrdinaryConfirms | None = None
         self._content: _Content | None = None
         self._greeted = False
         self._broken = False
@@ -136,12 +107,12 @@ class Splitter:
     def tap_consumer(self, channel: int, source: Source) -> None:
         """From now on, take the deliveries to *source*'s consumer out."""
         self.watch(channel)
-        self._consumer = _Consumer(channel, source)
+        self._deliveries = OrdinaryDeliveries(channel, source)
 
     def tap_publisher(self, channel: int) -> None:
         """From now on, take confirms and returns out."""
         self.watch(channel)
-        self._publisher = _Publisher(channel)
+        self._confirms = OrdinaryConfirms(channel)
 
     def watch(self, channel: int) -> None:
         """From now on, tell when the broker closes this channel, and take nothing out."""
@@ -151,7 +122,7 @@ class Splitter:
     def untap(self) -> None:
         """Let everything pass through."""
         self._channel = -1
-        self._consumer = self._publisher = self._content = None
+        self._deliveries = self._confirms = self._content = None
 
     def feed(self, data: bytes) -> list[Event]:
         """Take in what one read has brought."""
@@ -179,15 +150,12 @@ class Splitter:
         return events
 
     def _split(self, data: bytes) -> int:
-        """Take whole frames; return where the first unfinished one, or unfinished message, begins."""
+        """Take whole frames; return where the first unfinished one, or message, begins."""
         position = 0
         while position < len(data):
             self._needed = 0
             if self._content is None:
-                if self._consumer is not None:
-                    position = self._take_deliveries(self._consumer, data, position)
-                elif self._publisher is not None:
-                    position = self._take_confirms(self._publisher, data, position)
+                position = self._take_ordinary(data, position)
             if self._needed:
                 break
             before = position
@@ -196,100 +164,16 @@ class Splitter:
                 break
         return position
 
-    # --- what nearly always comes ---------------------------------------------
-
-    def _take_deliveries(self, consumer: _Consumer, data: bytes, position: int) -> int:
-        """Take messages of exactly three frames, as long as there are some.
-
-        Returns:
-            Where something else begins, or, with `_needed` set, a message that is not all there yet.
-        """
-        messages: list[Message] = []
-        append = messages.append
-        source = consumer.source
-        unpack_deliver = consumer.deliver.unpack_from
-        unpack_header = _HEADER_FRAME.unpack_from
-        unpack_body = _BODY_FRAME.unpack_from
-        method, constant, fixed = consumer.method, consumer.constant, consumer.fixed
-        header, body = consumer.header, consumer.body
-        largest = self._largest
-        try:
-            while True:
-                head, size, what, tag, redelivered = unpack_deliver(data, position)
-                if head != method or what != constant or size > largest:
-                    break
-                route_end = position + 7 + size
-                head, size, what, body_size = unpack_header(data, route_end)
-                # An empty body has no third frame, a large one has more.
-                if head != header or what != _BASIC_CLASS or not 0 < body_size <= largest >= size:
-                    break
-                properties_end = route_end + 8 + size
-                head, size = unpack_body(data, properties_end)
-                if head != body or size != body_size:
-                    break
-                start = properties_end + 8
-                end = start + size
-                if data[end] != END:
-                    break
-                append(
-                    Message(
-                        source,
-                        tag,
-                        redelivered,
-                        data[start:end],
-                        data[position + fixed : route_end],
-                        data[route_end + 20 : properties_end],
-                    )
-                )
-                position = end + 1
-        except (struct.error, IndexError):
-            self._needed = self._message_size(consumer, data, position)
-        if messages:
+    def _take_ordinary(self, data: bytes, position: int) -> int:
+        if self._deliveries is not None:
+            messages: list[Message] = []
+            position, self._needed = self._deliveries.take(data, position, self._largest, messages)
             self._deliver(messages)
+        elif self._confirms is not None:
+            confirms: list[Confirm] = []
+            position = self._confirms.take(data, position, confirms)
+            self._confirm(confirms)
         return position
-
-    def _message_size(self, consumer: _Consumer, data: bytes, position: int) -> int:
-        """How many bytes from *position* on are surely needed for an ordinary message.
-
-        Returns:
-            0 if something else may be standing there.
-        """
-        if len(data) - position < consumer.fixed:
-            return 0
-        at = position
-        for head in (consumer.method, consumer.header[1:], consumer.body[1:]):
-            if not head.startswith(data[at : at + 3]):
-                return 0
-            if len(data) - at < OVERHEAD:
-                return at + OVERHEAD - position
-            size = _FRAME.unpack_from(data, at)[2]
-            if size > self._largest:
-                return 0
-            at += OVERHEAD + size
-            if at > len(data):
-                return at - position
-        return 0
-
-    def _take_confirms(self, publisher: _Publisher, data: bytes, position: int) -> int:
-        confirms: list[Confirm] = []
-        unpack = _CONFIRM_FRAME.unpack_from
-        size = _CONFIRM_FRAME.size
-        while len(data) - position >= size:
-            head, tag, bits, end = unpack(data, position)
-            accepted = head == publisher.ack
-            if not (accepted or head == publisher.nack) or end != END:
-                break
-            confirms.append(Confirm(tag, bool(bits & 1), accepted))
-            position += size
-        if confirms:
-            last = self._events[-1] if self._events else None
-            if isinstance(last, Confirms):
-                last.confirms.extend(confirms)
-            else:
-                self._events.append(Confirms(confirms))
-        return position
-
-    # --- everything else, frame by frame ---------------------------------------
 
     def _take_frame(self, data: bytes, position: int) -> int:
         if len(data) - position < OVERHEAD:
@@ -352,15 +236,15 @@ class Splitter:
             return
         if self._content is not None:
             raise FrameError("a method came where a message's content should have")
-        consumer = self._consumer
-        if method == _BASIC_DELIVER and consumer is not None:
-            if frame.startswith(consumer.constant, 7) and len(frame) > consumer.fixed:
+        deliveries = self._deliveries
+        if method == BASIC_DELIVER and deliveries is not None:
+            if frame.startswith(deliveries.constant, 7) and len(frame) > deliveries.route_at:
                 self._content = _Content(frame)
                 return
-        elif method == _BASIC_RETURN and self._publisher is not None:
+        elif method == _BASIC_RETURN and self._confirms is not None:
             self._content = _Content(frame)
             return
-        elif method == _BASIC_CANCEL and consumer is not None:
+        elif method == _BASIC_CANCEL and deliveries is not None:
             self._events.append(ConsumerCancelled(_short(frame, 11)[0].decode(errors="replace")))
         elif method == _CHANNEL_CLOSE_OK:
             self.untap()
@@ -390,11 +274,11 @@ class Splitter:
         body = b"".join(content.parts)
         properties = content.properties or b""
         method = content.method
-        consumer = self._consumer
-        if consumer is not None:
-            _, _, _, tag, redelivered = consumer.deliver.unpack_from(method)
-            route = method[consumer.fixed : -1]
-            self._deliver([Message(consumer.source, tag, redelivered, body, route, properties)])
+        deliveries = self._deliveries
+        if deliveries is not None:
+            tag, redelivered = deliveries.take_method(method)
+            route = method[deliveries.route_at : -1]
+            self._deliver([Message(deliveries.source, tag, redelivered, body, route, properties)])
         else:
             code, text = _code_and_text(method)
             exchange, at = _short(method, 14 + method[13])
@@ -405,8 +289,15 @@ class Splitter:
         last = self._events[-1] if self._events else None
         if isinstance(last, Deliveries):
             last.messages.extend(messages)
-        else:
+        elif messages:
             self._events.append(Deliveries(messages))
+
+    def _confirm(self, confirms: list[Confirm]) -> None:
+        last = self._events[-1] if self._events else None
+        if isinstance(last, Confirms):
+            last.confirms.extend(confirms)
+        elif confirms:
+            self._events.append(Confirms(confirms))
 
     def _pass(self, frame: bytes) -> None:
         last = self._events[-1] if self._events else None

@@ -10,7 +10,7 @@ import struct
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
-from aio_pika_batch.adapters.aio_pika.frames import BODY, END, HEADER, METHOD, OVERHEAD
+from aio_pika_batch.adapters.aio_pika.ordinary import BODY, END, HEADER, METHOD, OVERHEAD
 from aio_pika_batch.adapters.aio_pika.properties import encode_short
 from aio_pika_batch.core.message import Disposition
 

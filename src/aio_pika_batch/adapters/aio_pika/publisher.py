@@ -1,12 +1,13 @@
 """How are many messages published at once, and each one's fate known?
 
-Packed into one write, on a channel in confirm mode, with books of our own. Its connection is its own,
-too: under a memory alarm the broker stops reading from a connection that has published, and acks on it
-would wait with the publications.
+Packed into one write, on a channel in confirm mode, with books of our own. Its connection is its
+own, too: under a memory alarm the broker stops reading from a connection that has published, and
+acks on it would wait with the publications.
 
 Laws:
 
-- Nothing is raised for what the world does: it is an :class:`~aio_pika_batch.core.message.Outcome`.
+- Nothing is raised for what the world does: it is an
+  :class:`~aio_pika_batch.core.message.Outcome`.
 - Once one outcome is in doubt, the publisher takes no more: its successor begins with empty books.
 - Nothing is written on a channel that the broker has closed.
 """

@@ -26,10 +26,10 @@ _PASSING: Final = ("is down", "inaccessible", "timeout", "timed out", "limit", "
 """Words of refusals that another attempt, later, may not meet."""
 
 _FIXES: Final = {
-    ACCESS_REFUSED: "give the user the permission that it lacks (configure, write or read), or use another user",
+    ACCESS_REFUSED: "give the user the permission that it lacks, or connect as another user",
     NOT_FOUND: "create it, or let it be declared (declare=True)",
     RESOURCE_LOCKED: "another connection has it exclusively: end that one, or use another name",
-    PRECONDITION_FAILED: "it exists with other properties: make the settings say what it is, or delete it",
+    PRECONDITION_FAILED: "let the settings say what it is on the broker, or delete it there",
     COMMAND_INVALID: "the broker does not know this type; enable its plugin, or correct the type",
     NOT_ALLOWED: "the broker does not allow this; choose another name or type",
     NOT_IMPLEMENTED: "this version of the broker cannot do it",

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 SETTLE_PAUSE = 0.2
 """Seconds between the last settlement and the channel's close.
 
-A quorum queue's channel holds acks back when there are many, and drops what it holds when it closes;
-nothing that can be asked of it tells when they are through. 50 ms were enough in every run.
+A quorum queue's channel holds acks back when there are many, and drops what it holds when it
+closes; nothing that can be asked of it tells when they are through. 50 ms were enough in every run.
 """
 
 _T = TypeVar("_T")

@@ -1,11 +1,12 @@
 """How does a copy of a message keep every property, byte for byte, but for a few headers?
 
-Its raw property list is walked over, not read and written again: reading and writing narrows numbers,
-invents absent properties, and cannot carry what it cannot read.
+Its raw property list is walked over, not read and written again: reading and writing narrows
+numbers, invents absent properties, and cannot carry what it cannot read.
 
 Laws:
 
-- What is not named in `add` or `drop` stands in the copy as it stood in the original, and in its order.
+- What is not named in `add` or `drop` stands in the copy as it stood in the original, and in its
+  order.
 - Absent stays absent; an empty header table stays empty.
 - What a broker could not read is not sent raw: that would end the connection, for everybody on it.
 """

@@ -117,7 +117,7 @@ def check_value(raw: bytes, start: int, end: int, depth: int = DEEPEST) -> None:
         TableError: It could not; publishing it would end the connection.
     """
     kind = raw[start]
-    if kind == _TABLE or kind == _ARRAY:  # noqa: PLR1714  -- twice as fast as a set
+    if kind in (_TABLE, _ARRAY):
         if not depth:
             raise TableError(f"tables stand more than {DEEPEST} deep in each other")
         if kind == _TABLE:

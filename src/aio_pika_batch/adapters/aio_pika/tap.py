@@ -1,9 +1,9 @@
 """How are frames taken out from under a client library that was not asked?
 
 It was: aiormq lets its user open the socket (`transport_factory`). This one returns real asyncio
-streams; only, what arrives goes through a :class:`~aio_pika_batch.adapters.aio_pika.frames.Splitter`
-before the library's reader sees it, and the writer is kept, so that packed frames can be written in
-one piece.
+streams; only, what arrives goes through a
+:class:`~aio_pika_batch.adapters.aio_pika.frames.Splitter` before the library's reader sees it, and
+the writer is kept, so that packed frames can be written in one piece.
 
 Laws:
 
@@ -69,7 +69,9 @@ class Tap(TransportFactory):
         self._watch: asyncio.TimerHandle | None = None
 
     async def create(
-        self, url: URL, **kwargs: Any
+        self,
+        url: URL,
+        **kwargs: Any,  # noqa: ANN401  -- as it is declared there
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open the socket: aiormq calls this once, with the URL and its options."""
         provider: SSLContextProvider = kwargs.pop("ssl_context_provider")

@@ -1,7 +1,7 @@
 """What does a session ask of whatever carries its messages?
 
-Little enough that there may be two of them: one over the frame tap, and one that asks nothing of the
-client library but its documented calls.
+Little enough that there may be two of them: one over the frame tap, and one that asks nothing of
+the client library but its documented calls.
 """
 
 from __future__ import annotations
