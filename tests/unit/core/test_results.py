@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aio_pika_batch.core.results import (
@@ -149,10 +149,13 @@ def test_a_foreign_message_raises_and_changes_nothing(drawn, result):
     assert before == state(collector)
 
 
-@given(st.integers(0, 5), results)
-def test_one_result_too_many_raises_and_changes_nothing(count, result):
+@given(st.lists(results, max_size=5), results)
+@example([Nack("bad")], Nack("worse"))
+@example([ACK], ACK)
+def test_one_result_too_many_raises_and_changes_nothing(yields, result):
     """The error says how many there should have been."""
-    collector = collected(some_messages(count), [ACK] * count)
+    count = len(yields)
+    collector = collected(some_messages(count), yields)
     before = state(collector)
 
     with pytest.raises(ResultError, match=f"^result {count + 1}, .* for a batch of {count}:"):
