@@ -19,7 +19,7 @@ from aio_pika_batch.core.routing import Router
 from aio_pika_batch.errors import SessionLost, TransportError
 from aio_pika_batch.handling import FailurePolicy, Handled, Handling, Process
 from aio_pika_batch.hands import Hands, Stop, nobody_waits
-from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.logs import KeywordLogger, told
 from aio_pika_batch.observer import BatchCut, BatchHandled, HandlerError, Observers
 from aio_pika_batch.outbox import Outbox
 from aio_pika_batch.settling import Settler
@@ -248,7 +248,7 @@ class Epoch:
                 exc_info=error,
                 messages=len(batch.messages),
                 first_tag=batch.messages[0].delivery_tag,
-                error=f"{type(error).__name__}: {error}",
+                error=told(error),
             )
             if self._observers:
                 self._observers.tell(HandlerError(batch.messages, error))

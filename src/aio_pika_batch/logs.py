@@ -55,7 +55,7 @@ class KeywordLogger:
     def _log(self, level: int, event: str, exc_info: ExcInfo, context: dict[str, object]) -> None:
         if self._logger.isEnabledFor(level):
             merged = {**self._context, **context}
-            words = " ".join(f"{key}={value}" for key, value in merged.items())
+            words = " ".join(f"{key}={_text(value)}" for key, value in merged.items())
             text = f"{event} [{words}]" if words else event
             # The text is an argument, never a format: it may hold a percent sign.
             self._logger.log(
@@ -66,3 +66,15 @@ class KeywordLogger:
                 extra={"event": event, "context": merged},
                 stacklevel=3,
             )
+
+
+def told(error: BaseException) -> str:
+    """An exception's class and text, on whatever terms its `__str__` is."""
+    return f"{type(error).__name__}: {_text(error)}"
+
+
+def _text(value: object) -> str:
+    try:
+        return str(value)
+    except Exception as broken:  # noqa: BLE001  -- somebody else's __str__ must not stop what is logged
+        return f"(its text cannot be had: {type(broken).__name__})"

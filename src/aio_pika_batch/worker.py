@@ -20,7 +20,7 @@ from aio_pika_batch.epoch import Epoch, Terms
 from aio_pika_batch.errors import BrokerUnavailable, SessionLost, TransportError
 from aio_pika_batch.handling import Process
 from aio_pika_batch.hands import Hands, Stop
-from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.logs import KeywordLogger, told
 from aio_pika_batch.observer import Connected, Lost, Observers
 from aio_pika_batch.outbox import Outbox
 from aio_pika_batch.transport import Session, Subscription, Transport
@@ -231,7 +231,7 @@ class Worker:
         passing = isinstance(error, SessionLost | BrokerUnavailable)
         if not passing and not self.ready.done():
             raise error
-        text = f"{type(error).__name__}: {error}"
+        text = told(error)
         repeated = text == self._last_error
         self._last_error = text
         self._failures += 1
