@@ -461,10 +461,10 @@ class BatchConsumer(BaseConsumer[BatchConsumerSettings]):
         if method is BatchConsumer.process_messages:
             msg = f"{type(self).__name__} must override process_messages, an async generator"
             raise ConfigurationError(msg)
-        if inspect.iscoroutinefunction(method):
+        if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method):
             msg = (
-                f"{type(self).__name__}.process_messages is no async generator: it must yield a"
-                " MessageResult for each message, not return"
+                f"{type(self).__name__}.process_messages is no async generator: it must be an"
+                " `async def` that yields a MessageResult for each message"
             )
             raise ConfigurationError(msg)
 
