@@ -1,0 +1,38 @@
+"""What every test of the shell gets: a broker in memory, and no exception that nobody looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+
+import pytest
+
+from aio_pika_batch.adapters.memory import Broker
+from tests.unit.shell.stage import Stage
+
+
+@pytest.fixture(autouse=True)
+async def complaints():
+    """What the event loop complains about, such as exceptions that nobody retrieved: an error."""
+    heard: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context))
+    yield heard
+    gc.collect()
+    assert [] == heard
+
+
+@pytest.fixture
+async def stage():
+    """A broker with a queue."""
+    made = Stage(Broker())
+    made.declare()
+    return made
+
+
+@pytest.fixture
+def jitter(monkeypatch):
+    """Full jitter that always comes out at its longest; tests may set another number."""
+    chosen = [1.0]
+    monkeypatch.setattr(random, "random", lambda: chosen[0])
+    return chosen

@@ -1,0 +1,187 @@
+"""What does a test of the shell stand on? A queue, and a consumer that notes what it was given."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from aio_pika_batch import (
+    BatchConsumer,
+    BatchConsumerSettings,
+    Consumer,
+    ConsumerSettings,
+    Message,
+    MessageResult,
+    Observer,
+)
+from aio_pika_batch.adapters.memory import Broker, MemoryTransport
+
+QUEUE = "jobs"
+
+ACK, NACK = MessageResult.ACK, MessageResult.NACK
+REQUEUE, REQUEUE_IMMEDIATE = MessageResult.REQUEUE, MessageResult.REQUEUE_IMMEDIATE
+
+
+def settings(**given: Any) -> BatchConsumerSettings:
+    """Settings that do not depend on where the tests run."""
+    return BatchConsumerSettings(
+        _env_file=None, **{"url": "memory://", "queue_name": QUEUE} | given
+    )
+
+
+def bodies(messages: Sequence[Message]) -> list[bytes]:
+    """What messages say."""
+    return [message.body for message in messages]
+
+
+def numbered(count: int, first: int = 0) -> list[bytes]:
+    """Bodies b"0", b"1", …."""
+    return [b"%d" % number for number in range(first, first + count)]
+
+
+async def ack(messages: Sequence[Message]) -> AsyncIterator[Any]:
+    """Everything went well."""
+    for _ in messages:
+        yield ACK
+
+
+def answering(*yields: object, error: BaseException | None = None) -> Callable[..., Any]:
+    """A handler that yields these, and then raises."""
+
+    async def answer(messages: Sequence[Message]) -> AsyncIterator[Any]:
+        for each in yields:
+            yield each
+        if error is not None:
+            raise error
+
+    return answer
+
+
+def first_then(*handlers: Callable[..., Any]) -> Callable[..., Any]:
+    """One handler for the first batch, one for the second, and so on; the last one stays."""
+    left = list(handlers)
+
+    def answer(messages: Sequence[Message]) -> Any:
+        return (left.pop(0) if len(left) > 1 else left[0])(messages)
+
+    return answer
+
+
+def taking(seconds: float, then: Callable[..., Any] = ack) -> Callable[..., Any]:
+    """A handler that takes its time."""
+
+    async def answer(messages: Sequence[Message]) -> AsyncIterator[Any]:
+        await asyncio.sleep(seconds)
+        async for each in then(messages):
+            yield each
+
+    return answer
+
+
+class Scribe(BatchConsumer):
+    """Answers as it is told, and notes when it was given what.
+
+    Attributes:
+        batches: The bodies of each batch.
+        times: When each came.
+        messages: All of them.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[..., Any] = ack,
+        *,
+        transport: Any,
+        observers: Sequence[Observer] = (),
+        **given: Any,
+    ) -> None:
+        super().__init__(settings(**given), transport=transport, observers=observers)
+        self.answer = answer
+        self.batches: list[list[bytes]] = []
+        self.times: list[float] = []
+        self.messages: list[Message] = []
+
+    def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[Any]:
+        self.batches.append(bodies(messages))
+        self.times.append(asyncio.get_running_loop().time())
+        self.messages.extend(messages)
+        return self.answer(messages)
+
+    @property
+    def handled(self) -> list[bytes]:
+        """Every body that was handed over, in order."""
+        return [body for batch in self.batches for body in batch]
+
+
+class Clerk(Consumer):
+    """One at a time, as it is told."""
+
+    def __init__(self, answer: Callable[[Message], Any], *, transport: Any, **given: Any) -> None:
+        given = {"url": "memory://", "queue_name": QUEUE} | given
+        super().__init__(ConsumerSettings(_env_file=None, **given), transport=transport)
+        self.answer = answer
+
+    async def process_message(self, message: Message) -> Any:
+        return await self.answer(message)
+
+
+class Witness(Observer):
+    """Notes every event, as (origin, event)."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, Any]] = []
+
+    def _note(self, origin: Any, event: Any) -> None:
+        self.seen.append((origin, event))
+
+    batch_cut = batch_handled = settled = requeued = dead_lettered = connected = _note
+    lost = stale_results = handler_error = _note
+
+    def of(self, kind: type) -> list[Any]:
+        """The events of one kind."""
+        return [event for _, event in self.seen if type(event) is kind]
+
+
+class Stage:
+    """A broker with one queue, and a way to reach it."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.transport = MemoryTransport(broker)
+
+    def declare(self, queue: str = QUEUE, **arguments: Any) -> None:
+        """Declare a durable queue."""
+        with self.broker.operation() as vhost:
+            vhost.declare_queue(
+                queue,
+                durable=True,
+                exclusive=False,
+                auto_delete=False,
+                arguments=arguments,
+                asker=None,
+            )
+
+    def exchange(self, name: str, queue: str, *keys: str, kind: str = "direct") -> None:
+        """Declare an exchange, and bind a queue to it."""
+        with self.broker.operation() as vhost:
+            vhost.declare_exchange(name, kind, durable=True, auto_delete=False, arguments={})
+            for key in keys:
+                vhost.bind(vhost.queues[queue], name, key, {})
+
+    def put(self, *some: bytes, queue: str = QUEUE, **how: Any) -> None:
+        """Put messages into the queue."""
+        for body in some:
+            assert self.broker.put(queue, body, **how)
+
+    def waiting(self, queue: str = QUEUE) -> list[bytes]:
+        """What waits in a queue."""
+        return [message.body for message in self.broker.ready(queue)]
+
+    def out(self, queue: str = QUEUE) -> list[bytes]:
+        """What is handed out, and not settled."""
+        return [message.body for message in self.broker.unacked(queue)]
+
+    def times(self, *kinds: Any) -> list[float]:
+        """When something happened."""
+        return [event.at for event in self.broker.journal.of(*kinds)]

@@ -1,0 +1,143 @@
+"""When is a batch handed over, and what is in it?"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from aio_pika_batch import Trigger
+from aio_pika_batch.observer import BatchCut
+from tests.unit.shell.stage import Scribe, Witness, numbered, taking
+
+
+async def test_a_full_batch_is_handed_over_at_once(stage):
+    """`batch_size` messages do not wait; what is left over waits for its own time."""
+    stage.put(*numbered(7))
+    witness = Witness()
+    async with Scribe(
+        transport=stage.transport, observers=[witness], batch_size=3, batch_timeout=5
+    ) as consumer:
+        await asyncio.sleep(1)
+        assert [numbered(3), numbered(3, 3)] == consumer.batches
+        await asyncio.sleep(5)
+        assert [numbered(3), numbered(3, 3), [b"6"]] == consumer.batches
+    assert [0, 0, 5] == consumer.times
+    triggers = [event.trigger for event in witness.of(BatchCut)]
+    assert [Trigger.SIZE, Trigger.SIZE, Trigger.TIMEOUT] == triggers
+    assert [0, 0, 5] == [event.waited for event in witness.of(BatchCut)]
+
+
+async def test_the_age_of_a_batch_runs_from_its_own_first_message(stage):
+    """Not from the start, not from the last batch, and no later message makes it younger."""
+    async with Scribe(transport=stage.transport, batch_size=3, batch_timeout=5) as consumer:
+        await asyncio.sleep(7)
+        stage.put(*numbered(3))
+        await asyncio.sleep(4)
+        stage.put(b"3")
+        await asyncio.sleep(3)
+        stage.put(b"4")
+        await asyncio.sleep(1.5)
+        assert [numbered(3)] == consumer.batches
+        await asyncio.sleep(1)
+    assert [numbered(3), [b"3", b"4"]] == consumer.batches
+    assert [7, 16] == consumer.times
+
+
+async def test_a_batch_goes_on_growing_while_nobody_is_free(stage):
+    """It is cut when a handler is free, with what has come by then, due long ago or not."""
+    witness = Witness()
+    consumer = Scribe(
+        taking(10), transport=stage.transport, observers=[witness], batch_size=5, batch_timeout=1
+    )
+    async with consumer:
+        stage.put(b"0")
+        await asyncio.sleep(2)
+        stage.put(b"1")
+        await asyncio.sleep(3)
+        stage.put(b"2")
+        await asyncio.sleep(4)
+        stage.put(b"3")
+        await asyncio.sleep(20)
+    assert [[b"0"], [b"1", b"2", b"3"]] == consumer.batches
+    assert [1, 11] == consumer.times
+    assert [1, 9] == [event.waited for event in witness.of(BatchCut)]
+
+
+async def test_a_batch_is_cut_at_what_prefetch_allows(stage):
+    """A batch that can never be full does not wait for the time-out."""
+    stage.put(*numbered(8))
+    witness = Witness()
+    async with Scribe(
+        transport=stage.transport,
+        observers=[witness],
+        batch_size=100,
+        prefetch_count=4,
+        batch_timeout=60,
+    ) as consumer:
+        await asyncio.sleep(1)
+        assert [numbered(4), numbered(4, 4)] == consumer.batches
+        assert {Trigger.PREFETCH} == {event.trigger for event in witness.of(BatchCut)}
+
+
+async def test_what_is_in_a_handlers_hands_counts_against_prefetch(stage):
+    """Two handlers, a prefetch of six, batches of four: the second gets the two that remain."""
+    stage.put(*numbered(8))
+    async with Scribe(
+        taking(10),
+        transport=stage.transport,
+        batch_size=4,
+        prefetch_count=6,
+        batch_timeout=60,
+        concurrency=2,
+    ) as consumer:
+        await asyncio.sleep(1)
+        assert [numbered(4), numbered(2, 4)] == consumer.batches
+
+
+async def test_without_a_limit_nothing_but_time_cuts_a_short_batch(stage):
+    """`prefetch_count=0` is no limit, and can never be reached."""
+    stage.put(*numbered(20))
+    async with Scribe(
+        transport=stage.transport, batch_size=100, prefetch_count=0, batch_timeout=60
+    ) as consumer:
+        await asyncio.sleep(59)
+        assert [] == consumer.batches
+        await asyncio.sleep(2)
+        assert [numbered(20)] == consumer.batches
+
+
+async def test_left_unset_prefetch_lets_one_batch_fill_while_others_are_handled(stage):
+    """`batch_size × (concurrency + 1)` messages are fetched, and no more."""
+    stage.put(*numbered(100))
+    async with Scribe(
+        taking(10), transport=stage.transport, batch_size=20, concurrency=2
+    ) as consumer:
+        await asyncio.sleep(1)
+        assert numbered(60) == stage.out()
+        assert 40 == consumer.status().workers[0].in_hand
+        assert 20 == consumer.status().workers[0].buffered
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+async def test_messages_come_oldest_first_and_each_once(stage, size):
+    """Whatever the batches' size."""
+    stage.put(*numbered(17))
+    async with Scribe(transport=stage.transport, batch_size=size) as consumer:
+        await asyncio.sleep(6)
+    assert numbered(17) == consumer.handled
+    assert all(0 < len(batch) <= size for batch in consumer.batches)
+
+
+async def test_a_stop_hands_over_what_was_being_collected(stage):
+    """Nobody waits for the time-out of a batch that cannot grow any more."""
+    witness = Witness()
+    stage.put(*numbered(3))
+    consumer = Scribe(transport=stage.transport, observers=[witness], batch_timeout=60)
+    async with consumer:
+        await asyncio.sleep(1)
+        assert [] == consumer.batches
+    assert [numbered(3)] == consumer.batches
+    assert [1] == consumer.times
+    assert [Trigger.DRAIN] == [event.trigger for event in witness.of(BatchCut)]
+    assert [] == stage.waiting()
