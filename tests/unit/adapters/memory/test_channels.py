@@ -1,0 +1,222 @@
+"""A channel takes no mistake, and what is stored is the broker's own."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
+
+import pytest
+
+from aio_pika_batch.adapters.memory.broker import Broker
+from aio_pika_batch.adapters.memory.channels import Gone
+from aio_pika_batch.adapters.memory.frames import Closed
+from aio_pika_batch.adapters.memory.refusals import Code, Refusal
+from tests.unit.adapters.memory.client import Client, bodies
+
+
+@pytest.fixture
+def broker() -> Broker:
+    return Broker("4.0")
+
+
+@pytest.fixture
+def client(broker: Broker) -> Client:
+    client = Client(broker)
+    client.queue("q")
+    for number in range(1, 6):
+        client.publish(b"%d" % number, "q")
+    client.consume("q", prefetch=3)
+    client.deliveries()
+    return client
+
+
+@pytest.mark.parametrize("multiple", [False, True])
+@pytest.mark.parametrize("tag", [0, 4, 99, -1])
+@pytest.mark.parametrize("how", ["ack", "nack"])
+def test_a_tag_that_is_not_outstanding_closes_the_channel(client: Client, how, tag, multiple):
+    """406, and everything unsettled goes back; tag 0 is not forgiven."""
+    with pytest.raises(Refusal, match=f"unknown delivery tag {tag}") as caught:
+        getattr(client.channel, how)(tag, multiple=multiple)
+    assert caught.value.code is Code.PRECONDITION_FAILED
+    assert client.channel.unsettled == ()
+    assert client.channel.take() == [
+        Closed(f"406 PRECONDITION_FAILED - unknown delivery tag {tag}")
+    ]
+    assert bodies(client.broker, "q") == [b"1", b"2", b"3", b"4", b"5"]
+    assert client.connection.closed is None
+
+
+def test_a_tag_is_settled_once(client: Client):
+    """Also if it went in a multiple."""
+    client.channel.ack(2, multiple=True)
+    with pytest.raises(Refusal, match="unknown delivery tag 1"):
+        client.channel.ack(1)
+
+
+def test_multiple_is_everything_up_to_a_tag_and_nothing_beyond(client: Client):
+    """What was settled in between does not matter."""
+    client.channel.reject(1, requeue=False)
+    client.channel.ack(2, multiple=True)
+    assert client.channel.unsettled == (3, 4, 5)
+    client.channel.nack(4, multiple=True, requeue=False)
+    assert client.channel.unsettled == (5,)
+
+
+def test_nothing_works_on_a_closed_channel(client: Client):
+    """It says since what it is closed."""
+    client.channel.close("done with it")
+    for act in (
+        lambda: client.channel.ack(1),
+        lambda: client.publish(b"", "q"),
+        lambda: client.consume("q", "other"),
+        lambda: client.queue("r"),
+    ):
+        with pytest.raises(Gone, match="done with it"):
+            act()
+    client.channel.close()
+    assert client.connection.channel().closed is None
+
+
+def test_a_channel_of_a_closed_connection_is_closed(client: Client):
+    """From the start."""
+    client.connection.close()
+    client.connection.close()
+    with pytest.raises(Gone, match="closed by the client"):
+        client.connection.channel().ack(1)
+
+
+def test_a_foreign_user_id_closes_the_channel(client: Client):
+    """One's own is fine."""
+    assert client.publish(b"1", "q", user_id="guest") == "confirmed"
+    words = "user_id property set to 'bob' but authenticated user was 'guest'"
+    with pytest.raises(Refusal, match=words):
+        client.publish(b"1", "q", user_id="bob")
+
+
+@pytest.mark.parametrize(
+    ("expiration", "words"),
+    [
+        ("abc", "invalid expiration 'abc': no_integer"),
+        ("", "invalid expiration '': no_integer"),
+        ("-1", "invalid expiration '-1': {value_negative,-1}"),
+        ("99999999999", "invalid expiration"),
+    ],
+)
+def test_an_expiration_is_a_number_of_milliseconds(client: Client, expiration, words):
+    """In decimal digits."""
+    with pytest.raises(Refusal) as caught:
+        client.publish(b"1", "q", expiration=expiration)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("properties", "error"),
+    [
+        ({"priority": 256}, ValueError),
+        ({"priority": True}, ValueError),
+        ({"delivery_mode": -1}, ValueError),
+        ({"message_id": "m" * 256}, ValueError),
+        ({"message_id": 5}, TypeError),
+        ({"timestamp": 5}, TypeError),
+        ({"headers": [("a", 1)]}, TypeError),
+        ({"headers": {"n" * 256: 1}}, ValueError),
+        ({"headers": {1: 1}}, TypeError),
+        ({"headers": {"a": 2**63}}, ValueError),
+        ({"headers": {"a": object()}}, TypeError),
+        ({"headers": {"a": [{"b": {1, 2}}]}}, TypeError),
+    ],
+)
+def test_what_the_wire_cannot_carry_never_leaves(client: Client, properties, error):
+    """It is the caller's mistake, and the channel stays open."""
+    with pytest.raises(error):
+        client.publish(b"1", "q", **properties)
+    assert client.channel.closed is None
+
+
+def test_a_body_is_bytes_and_a_key_is_short(client: Client):
+    """Anything else is the caller's mistake, too."""
+    with pytest.raises(TypeError, match="a body is bytes, not str"):
+        client.publish("text", "q")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a routing key has 256 bytes; AMQP allows 255"):
+        client.publish(b"", "é" * 128)
+
+
+VALUES = {
+    "none": None,
+    "bool": True,
+    "int": -(2**62),
+    "float": 1.1,
+    "str": "é",
+    "bytes": b"\xff\x00",
+    "decimal": Decimal("1.50"),
+    "time": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+    "list": [1, "a", [2], {"deep": [3]}],
+    "table": {"a": {"b": None}},
+}
+
+
+def test_values_survive_exactly_and_absence_too(broker: Broker):
+    """Types and all; what was not there is not there."""
+    client = Client(broker)
+    client.queue("q")
+    client.publish(b"1", "q", headers=VALUES, priority=0, message_id="")
+    client.publish(b"2", "q")
+    client.publish(b"3", "q", headers={})
+    client.consume("q")
+    full, bare, empty = (each.properties for each in client.deliveries())
+    assert full.headers == VALUES
+    assert full.headers is not None
+    assert [type(value) for value in full.headers.values()] == [
+        type(value) for value in VALUES.values()
+    ]
+    assert (full.priority, full.message_id, full.type) == (0, "", None)
+    assert (bare.headers, bare.priority, bare.delivery_mode) == (None, None, None)
+    assert empty.headers == {}
+
+
+def test_timestamps_are_whole_seconds_in_utc(broker: Broker):
+    """As on the wire; a naive one is taken as UTC."""
+    client = Client(broker)
+    client.queue("q")
+    there = timezone(timedelta(hours=2))
+    client.publish(
+        b"1",
+        "q",
+        timestamp=datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=there),
+        headers={"naive": datetime(2026, 1, 2, 3, 4, 5)},  # noqa: DTZ001  -- that is the point
+    )
+    properties = client.get("q").properties
+    assert properties.timestamp == datetime(2026, 1, 2, 1, 4, 5, tzinfo=UTC)
+    assert properties.headers == {"naive": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)}
+
+
+def test_nobody_can_change_what_is_stored(broker: Broker):
+    """Neither who publishes, nor who consumes, at any depth."""
+    client = Client(broker)
+    client.queue("q")
+    headers = {"list": [1, {"deep": [2]}], "table": {"a": 1}}
+    as_it_was = {"list": [1, {"deep": [2]}], "table": {"a": 1}}
+    body = bytearray(b"body")
+    client.publish(body, "q", headers=headers)  # type: ignore[arg-type]
+    headers["list"][1]["deep"].append("changed")  # type: ignore[index]
+    body[:] = b"ruin"
+    first = client.get("q")
+    assert (first.body, first.properties.headers) == (b"body", as_it_was)
+    assert first.properties.headers is not None
+    first.properties.headers["list"][1]["deep"].append("changed")
+    first.properties.headers["table"]["more"] = 1
+    client.channel.nack(first.tag)
+    assert client.get("q").properties.headers == as_it_was
+
+
+def test_notice_is_given_of_everything_that_arrives(broker: Broker):
+    """So that a session can sleep meanwhile."""
+    noticed = []
+    channel = broker.connect().channel(lambda: noticed.append(len(channel.inbox)))
+    Client(broker).queue("q")
+    channel.qos(0)
+    channel.consume("q", "t")
+    broker.put("q", b"1")
+    broker.put("q", b"2")
+    broker.cut()
+    assert noticed == [1, 2, 3]
