@@ -88,14 +88,19 @@ class Handling:
         self._cut_by: Cause | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def cut(self, cause: Cause) -> None:
-        """Cancel the handler; what it has yielded so far stays."""
+    def cut(self, cause: Cause) -> bool:
+        """Cancel the handler; what it has yielded so far stays.
+
+        Returns:
+            False if it is not running, or has been cancelled before.
+        """
         if self._task is None or self._cut_by is not None:
-            return
+            return False
         self._cut_by = cause
         self._task.cancel()
         self._disarm()
         self._timer = self._loop.call_later(IGNORED_CANCELLATION, self._on_ignored)
+        return True
 
     def _disarm(self) -> None:
         if self._timer is not None:
@@ -167,13 +172,13 @@ class Handling:
         return [message for message in undecided if message is not error.message]
 
     def _cause(self, error: BaseException | None) -> Cause:
-        if self._cut_by is not None:
-            return self._cut_by
         match error:
-            case None:
-                return Cause.MISSING
             case InvalidResult():
                 return Cause.INVALID
+            case _ if self._cut_by is not None:
+                return self._cut_by
+            case None:
+                return Cause.MISSING
             case _:
                 return Cause.EXCEPTION
 
@@ -195,7 +200,7 @@ class Handling:
                     error = InvalidResult(str(wrong))
                     break
         except asyncio.CancelledError as cancelled:
-            if self._cut_by is None and self._is_being_cancelled():
+            if not self._is_for_the_handler():
                 raise
             error = cancelled
         except Exception as raised:  # noqa: BLE001  -- the user's code may raise anything
@@ -206,16 +211,25 @@ class Handling:
             if left_open is not None:
                 try:
                     await left_open()
+                except asyncio.CancelledError as cancelled:
+                    if not self._is_for_the_handler():
+                        raise
+                    error = error or cancelled
                 except Exception as raised:  # noqa: BLE001  -- as above
                     error = error or raised
-        if self._cut_by is Cause.TIMEOUT and collector.count < len(messages):
+        if (
+            self._cut_by is Cause.TIMEOUT
+            and collector.count < len(messages)
+            and not isinstance(error, InvalidResult)
+        ):
             return HandlerTimeout(
                 f"the handler was cut off after process_timeout={self._timeout} s"
             )
         return error
 
-    def _is_being_cancelled(self) -> bool:
-        return self._task is not None and self._task.cancelling() > 0
+    def _is_for_the_handler(self) -> bool:
+        """Whether a cancellation is `cut`'s, or the handler's own: not that of the whole task."""
+        return self._cut_by is not None or self._task is None or not self._task.cancelling()
 
 
 class InvalidResult(ResultError):
