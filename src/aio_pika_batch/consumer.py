@@ -36,6 +36,9 @@ from aio_pika_batch.signals import process_signals
 from aio_pika_batch.transport import Endpoint, Native, NativeSession, Session, Transport
 from aio_pika_batch.worker import WorkerStatus
 
+RESERVE = 1.5
+"""Seconds of a drain that are kept for settlements, and as many again for closing connections."""
+
 Yield: TypeAlias = Result | tuple[Message, Result]
 """What `process_messages` may yield."""
 
@@ -182,7 +185,7 @@ class BaseConsumer(Generic[SettingsT]):
             crew = self._crew
             try:
                 if crew is not None:
-                    await crew.stop.event.wait()
+                    await crew.watch()
             finally:
                 self.request_stop()
                 cut_off = await asyncio.shield(self._drained())
@@ -239,8 +242,8 @@ class BaseConsumer(Generic[SettingsT]):
         if crew is None or crew.stop.event.is_set():
             return
         seconds = self.settings.shutdown_timeout
-        crew.stop.deadline = asyncio.get_running_loop().time() + seconds
-        crew.stop.event.set()
+        deadline = asyncio.get_running_loop().time() + seconds
+        crew.stop.request(deadline, reserve=min(RESERVE, seconds / 10))
         self._log.info("draining", within=f"{seconds} s")
         if not self._is_starting:
             self._stopping = self._drained()

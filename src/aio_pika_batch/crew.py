@@ -21,7 +21,7 @@ from aio_pika_batch.core.topology import dead_letter_target, derive, split_exclu
 from aio_pika_batch.epoch import Epoch, Terms
 from aio_pika_batch.errors import StartInterrupted
 from aio_pika_batch.handling import FailurePolicy, Process
-from aio_pika_batch.hands import Stop
+from aio_pika_batch.hands import Stop, wait_until
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observer, Observers, Origin
 from aio_pika_batch.outbox import Outbox
@@ -184,15 +184,35 @@ class Crew:
             self._declaring = asyncio.ensure_future(self._transport.declare(self._topology))
         await asyncio.shield(self._declaring)
 
+    async def watch(self) -> None:
+        """Wait for the stop, or for the end of a worker that nobody asked to stop.
+
+        Raises:
+            Exception: That worker's; a bug, since workers live through everything else.
+        """
+        stopping = asyncio.ensure_future(self.stop.event.wait())
+        waiting: set[asyncio.Future[Any]] = {stopping, *self._tasks}
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+        if not self.stop.event.is_set():
+            for task in self._tasks:
+                if task.done():
+                    await task
+
     async def finish(self) -> int:
         """Wait until every worker has stopped.
 
         Returns:
             How many messages were cut off in mid-handling.
         """
-        if self._tasks:
-            # What a worker could not start with has been raised by `start`.
-            await asyncio.wait(self._tasks)
+        await wait_until(self._tasks, self.stop.deadline)
+        late = [task for task in self._tasks if not task.done()]
+        if late:
+            self._log.warning("the drain took too long; connections are cut", workers=len(late))
+            self.abandon()
+            await asyncio.wait(late)
         return self._abandoned + sum(worker.cut_off for worker in self._workers)
 
     def abandon(self) -> None:

@@ -74,6 +74,8 @@ class SettleDesk:
             await self._session.settle(_merged(pending))
         except Exception as error:  # noqa: BLE001  -- whoever waits gets it, whatever it is
             flushed.set_exception(error)
+            # Retrieved, for the case that whoever waited has been cancelled meanwhile.
+            flushed.exception()
         else:
             flushed.set_result(None)
 

@@ -18,7 +18,7 @@ from aio_pika_batch.core.holding import HoldPolicy
 from aio_pika_batch.core.routing import Router
 from aio_pika_batch.errors import SessionLost, TransportError
 from aio_pika_batch.handling import FailurePolicy, Handled, Handling, Process
-from aio_pika_batch.hands import Hands, Stop, nobody_waits
+from aio_pika_batch.hands import Hands, Stop, nobody_waits, wait_until
 from aio_pika_batch.logs import KeywordLogger, told
 from aio_pika_batch.observer import BatchCut, BatchHandled, HandlerError, Observers
 from aio_pika_batch.outbox import Outbox
@@ -283,7 +283,7 @@ class Epoch:
         self._is_draining = True
         self._disarm()
         try:
-            async with asyncio.timeout_at(self._stop.deadline):
+            async with asyncio.timeout_at(self._stop.settle_by):
                 await self._session.cancel()
                 await receiving
         except TimeoutError as error:
@@ -294,7 +294,7 @@ class Epoch:
         returned = self._batcher.clear()
         await self._finish_batches()
         if not self._failure.done():
-            await self._settler.close(returned, self._stop.deadline)
+            await self._settler.close(returned, self._stop.settle_by)
         if self._failure.done():
             self._failure.result()
 
@@ -302,9 +302,6 @@ class Epoch:
         """Wait for the batches at work; cut their handlers off when time runs out."""
         if not self._tasks:
             return
-        deadline = self._stop.deadline
-        # The last tenth is for what remains to be told to the broker.
-        await asyncio.wait(self._tasks, timeout=max(0.0, deadline - self._loop.time()) * 0.9)
+        await wait_until(self._tasks, self._stop.handle_by)
         self.cut_off = self._hands.cut()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=max(0.0, deadline - self._loop.time()))
+        await wait_until(self._tasks, self._stop.settle_by)

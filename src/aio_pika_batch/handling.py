@@ -8,7 +8,7 @@ message that cannot be decoded is judged alone; the others are handed to the han
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -185,12 +185,23 @@ class Handling:
     async def _drive(
         self, messages: Sequence[Message], collector: ResultCollector
     ) -> BaseException | None:
-        """Iterate over the handler; returns what went wrong with it, if anything."""
-        error: BaseException | None = None
-        results: AsyncIterator[object] | None = None
+        """Run the handler once; returns what went wrong with it, if anything."""
+        error = await self._caught(self._iterate(messages, collector))
+        is_cut_short = collector.count < len(messages) and not isinstance(error, InvalidResult)
+        if self._cut_by is Cause.TIMEOUT and is_cut_short:
+            limit = f"process_timeout={self._timeout} s"
+            return HandlerTimeout(f"the handler was cut off after {limit}")
+        if self._cut_by is Cause.SHUTDOWN and is_cut_short:
+            return HandlerTimeout("the handler was cut off: shutdown_timeout leaves no more time")
+        return error
+
+    async def _iterate(
+        self, messages: Sequence[Message], collector: ResultCollector
+    ) -> BaseException | None:
+        results = self._process(messages)
         accept = collector.accept
+        error: BaseException | None = None
         try:
-            results = self._process(messages)
             async for item in results:
                 if self._cut_by is not None:
                     break
@@ -199,33 +210,24 @@ class Handling:
                 except ResultError as wrong:
                     error = InvalidResult(str(wrong))
                     break
-        except asyncio.CancelledError as cancelled:
-            if not self._is_for_the_handler():
-                raise
-            error = cancelled
-        except Exception as raised:  # noqa: BLE001  -- the user's code may raise anything
-            error = raised
         finally:
             # Only now does the handler's own clean-up run, if it was left in the middle.
             left_open = getattr(results, "aclose", None)
             if left_open is not None:
-                try:
-                    await left_open()
-                except asyncio.CancelledError as cancelled:
-                    if not self._is_for_the_handler():
-                        raise
-                    error = error or cancelled
-                except Exception as raised:  # noqa: BLE001  -- as above
-                    error = error or raised
-        if (
-            self._cut_by is Cause.TIMEOUT
-            and collector.count < len(messages)
-            and not isinstance(error, InvalidResult)
-        ):
-            return HandlerTimeout(
-                f"the handler was cut off after process_timeout={self._timeout} s"
-            )
+                closing_error = await self._caught(left_open())
+                error = error or closing_error
         return error
+
+    async def _caught(self, work: Awaitable[BaseException | None]) -> BaseException | None:
+        """Do it, and return what it raises: the user's code may raise anything."""
+        try:
+            return await work
+        except asyncio.CancelledError as cancelled:
+            if not self._is_for_the_handler():
+                raise
+            return cancelled
+        except Exception as raised:  # noqa: BLE001  -- as said
+            return raised
 
     def _is_for_the_handler(self) -> bool:
         """Whether a cancellation is `cut`'s, or the handler's own: not that of the whole task."""

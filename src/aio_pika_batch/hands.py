@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from aio_pika_batch.core.results import Cause
 from aio_pika_batch.handling import Handling
@@ -25,6 +26,28 @@ class Stop:
     def __init__(self) -> None:
         self.event = asyncio.Event()
         self.deadline = math.inf
+        self._reserve = 0.0
+
+    def request(self, deadline: float, *, reserve: float) -> None:
+        """Stop, in this order: handlers, settlements, connections.
+
+        Args:
+            deadline: When all must be over, in loop time.
+            reserve: Seconds to keep for the settlements, and as many for the connections.
+        """
+        self.deadline = deadline
+        self._reserve = reserve
+        self.event.set()
+
+    @property
+    def handle_by(self) -> float:
+        """When handlers must be done, in loop time."""
+        return self.deadline - 2 * self._reserve
+
+    @property
+    def settle_by(self) -> float:
+        """When the broker must have been told, in loop time."""
+        return self.deadline - self._reserve
 
 
 class Hands:
@@ -56,10 +79,8 @@ class Hands:
         return min((handling.batch.since for handling in self._busy), default=None)
 
     def cut(self) -> int:
-        """Cut all of them off; returns how many messages they were handling."""
-        for handling in self._busy:
-            handling.cut(Cause.SHUTDOWN)
-        return self.in_hand
+        """Cut all of them off; returns how many messages those were handling."""
+        return sum(count for each, count in self._busy.items() if each.cut(Cause.SHUTDOWN))
 
     def take(self, handling: Handling) -> None:
         """Enter a batch."""
@@ -69,6 +90,14 @@ class Hands:
         """Strike it off."""
         del self._busy[handling]
         self.on_free()
+
+
+async def wait_until(tasks: Iterable[asyncio.Future[Any]], deadline: float) -> None:
+    """Wait for all of these, but not beyond a moment in loop time."""
+    pending = {task for task in tasks if not task.done()}
+    if pending:
+        left = deadline - asyncio.get_running_loop().time()
+        await asyncio.wait(pending, timeout=None if math.isinf(left) else max(0.0, left))
 
 
 def nobody_waits() -> None:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from aio_pika_batch.core.holding import GiveBack, Held, HoldPolicy, TryAgain
 from aio_pika_batch.core.message import Outcome
 from aio_pika_batch.core.routing import Republication
+from aio_pika_batch.hands import wait_until
 
 
 class _Guest:
@@ -140,7 +141,7 @@ class WaitingRoom:
         if self._task is not None:
             self._is_closing = True
             self._news.set()
-            await asyncio.wait({self._task}, timeout=max(0.0, deadline - self._loop.time()))
+            await wait_until({self._task}, deadline)
             await self.abort()
         left = [guest.republication for guest in self._guests.values()]
         self._guests.clear()

@@ -19,7 +19,7 @@ from aio_pika_batch.core.retry import Backoff
 from aio_pika_batch.epoch import Epoch, Terms
 from aio_pika_batch.errors import BrokerUnavailable, SessionLost, TransportError
 from aio_pika_batch.handling import Process
-from aio_pika_batch.hands import Hands, Stop
+from aio_pika_batch.hands import Hands, Stop, wait_until
 from aio_pika_batch.logs import KeywordLogger, told
 from aio_pika_batch.observer import Connected, Lost, Observers
 from aio_pika_batch.outbox import Outbox
@@ -258,6 +258,6 @@ class Worker:
         """Wait for the handlers of epochs that were lost: `on_stop` may take away what they use."""
         if self.hands.tasks:
             self._state = WorkerState.DRAINING
-            left = max(0.0, self._stop.deadline - self._loop.time())
-            await asyncio.wait(self.hands.tasks, timeout=left)
+            await wait_until(self.hands.tasks, self._stop.handle_by)
             self.cut_off += self.hands.cut()
+            await wait_until(self.hands.tasks, self._stop.settle_by)
