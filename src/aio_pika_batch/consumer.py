@@ -506,6 +506,6 @@ def _explain(outcome: Outcome, publication: Publication, timeout: float) -> str:
             return f"refused by the broker ({where}): a full queue, or no such exchange"
         case Outcome.UNKNOWN | Outcome.CONFIRMED:
             return (
-                f"unconfirmed ({where}): the connection was lost, or nothing was heard for {timeout}"
-                " s; it may or may not be stored"
+                f"unconfirmed ({where}): the connection was lost, or silent for {timeout} s;"
+                " it may or may not be stored"
             )
