@@ -153,7 +153,7 @@ def _why(tap: Tap, address: Address, error: BaseException | None) -> TransportEr
     return _unavailable(address, describe(error) if error is not None else "it hung up")
 
 
-def _known(cause: BaseException, address: Address) -> TransportError | None:
+def _known(cause: BaseException, address: Address) -> TransportError | None:  # noqa: PLR0911  -- one for each
     match cause:
         case ssl.SSLCertVerificationError():
             return AccessRefused(

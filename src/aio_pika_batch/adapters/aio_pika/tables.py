@@ -88,8 +88,12 @@ def entries(raw: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int,
         value_start = at + 1 + raw[at]
         if value_start >= end:
             raise TableError(f"a key at byte {at - start} is cut off")
-        value_end = _value_end(raw, value_start, end)
-        yield raw[at + 1 : value_start], at, value_start, value_end
+        key = raw[at + 1 : value_start]
+        try:
+            value_end = _value_end(raw, value_start, end)
+        except TableError as error:
+            raise TableError(f"{key.decode(errors='replace')!r}: {error}") from error
+        yield key, at, value_start, value_end
         at = value_end
 
 
@@ -141,16 +145,15 @@ def read_table(raw: bytes, start: int, end: int, depth: int = DEEPEST) -> dict[s
         TableError: It, or a value of it, cannot be read; the text says which.
     """
     table: dict[str, Any] = {}
-    key = b""
-    try:
-        for key, _, value_start, value_end in entries(raw, start + 4, end):
-            table[key.decode()] = _read_value(raw, value_start, value_end, depth)
-    except UnicodeDecodeError as error:
-        raise TableError(f"the key {key!r} is no UTF-8") from error
-    except TableError as error:
-        raise TableError(
-            f"{key.decode(errors='replace')!r}: {error}" if key else str(error)
-        ) from error
+    for key, _, value_start, value_end in entries(raw, start + 4, end):
+        try:
+            name = key.decode()
+        except UnicodeDecodeError as error:
+            raise TableError(f"the key {key!r} is no UTF-8") from error
+        try:
+            table[name] = _read_value(raw, value_start, value_end, depth)
+        except TableError as error:
+            raise TableError(f"{name!r}: {error}") from error
     return table
 
 

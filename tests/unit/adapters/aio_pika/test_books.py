@@ -1,0 +1,165 @@
+"""Does each publication get its own outcome, whatever order the broker answers in?"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aio_pika_batch.adapters.aio_pika.books import Books, Call, Entry
+from aio_pika_batch.adapters.aio_pika.events import Confirm, Returned
+from aio_pika_batch.adapters.aio_pika.properties import encode
+from aio_pika_batch.core.message import Outcome, Properties
+
+CONFIRMED, RETURNED, REFUSED, UNKNOWN = Outcome
+
+ROUTE = (b"", b"q")
+PLAIN = encode(Properties())
+
+
+class Pages:
+    """Books with one call of *size* publications in them."""
+
+    def __init__(self, size: int, bodies: list[bytes] | None = None) -> None:
+        self.books = Books()
+        self.done = 0
+        self.call = Call(size, self._finish)
+        for index in range(size):
+            body = bodies[index] if bodies else b"%d" % index
+            self.books.enter(Entry(self.call, index, ROUTE, PLAIN, body))
+
+    def _finish(self) -> None:
+        self.done += 1
+
+    @property
+    def outcomes(self) -> list[Outcome | None]:
+        return self.call.outcomes
+
+
+def back(body: bytes, properties: bytes = PLAIN, route: tuple[bytes, bytes] = ROUTE) -> Returned:
+    return Returned(312, "NO_ROUTE", *route, properties, body)
+
+
+def test_confirms_in_order() -> None:
+    """One by one; the call is done with the last."""
+    pages = Pages(2)
+
+    pages.books.confirm(Confirm(1, False, True))
+    assert ([CONFIRMED, None], 0) == (pages.outcomes, pages.done)
+    pages.books.confirm(Confirm(2, False, False))
+
+    assert ([CONFIRMED, REFUSED], 1) == (pages.outcomes, pages.done)
+    assert len(pages.books) == 0
+
+
+def test_multiple_speaks_of_what_is_open_only() -> None:
+    """Nacks of 4 and 5 come before an ack of all up to 5."""
+    pages = Pages(5)
+
+    pages.books.confirm(Confirm(4, False, False))
+    pages.books.confirm(Confirm(5, False, False))
+    pages.books.confirm(Confirm(3, True, True))
+
+    assert [CONFIRMED] * 3 + [REFUSED] * 2 == pages.outcomes
+
+
+@given(st.integers(1, 40), st.data())
+def test_any_order_gives_each_its_own(size: int, data: st.DataObject) -> None:
+    """Against a plain list that is searched from the start each time."""
+    pages = Pages(size)
+    expected: list[Outcome | None] = [None] * size
+    confirms = data.draw(
+        st.lists(
+            st.builds(Confirm, st.integers(1, size), st.booleans(), st.booleans()), max_size=20
+        )
+    )
+    for confirm in confirms:
+        pages.books.confirm(confirm)
+        for number in range(1 if confirm.multiple else confirm.tag, confirm.tag + 1):
+            if expected[number - 1] is None:
+                expected[number - 1] = CONFIRMED if confirm.accepted else REFUSED
+
+    assert expected == pages.outcomes
+    assert expected.count(None) == len(pages.books)
+    assert (None not in expected) == pages.done
+
+
+def test_a_return_waits_for_its_own_confirm() -> None:
+    """Others stand between."""
+    pages = Pages(3)
+
+    pages.books.returned(back(b"1"))
+    pages.books.confirm(Confirm(1, False, True))
+    pages.books.confirm(Confirm(3, True, True))
+
+    assert [CONFIRMED, RETURNED, CONFIRMED] == pages.outcomes
+
+
+def test_the_same_message_twice() -> None:
+    """Two returns of equal messages speak of two publications."""
+    pages = Pages(3, [b"same"] * 3)
+
+    pages.books.returned(back(b"same"))
+    pages.books.returned(back(b"same"))
+    pages.books.confirm(Confirm(3, True, True))
+
+    assert [RETURNED, RETURNED, CONFIRMED] == pages.outcomes
+
+
+def test_a_return_whose_headers_were_sorted() -> None:
+    """Newer brokers write the table anew: it is compared by what it says."""
+    books = Books()
+    call = Call(2, lambda: None)
+    for index, count in enumerate((1, 2)):
+        headers = {"z": count, "a": 1.5}
+        books.enter(Entry(call, index, ROUTE, encode(Properties(headers=headers)), b""))
+
+    books.returned(back(b"", encode(Properties(headers={"a": 1.5, "z": 2}))))
+    books.confirm(Confirm(2, True, True))
+
+    assert [CONFIRMED, RETURNED] == call.outcomes
+
+
+def test_a_return_that_nothing_matches() -> None:
+    """All on its route count as returned: duplicates, not loss. Others do not."""
+    pages = Pages(2)
+    pages.call.missing += 1
+    pages.call.outcomes.append(None)
+    pages.books.enter(Entry(pages.call, 2, (b"", b"elsewhere"), PLAIN, b""))
+
+    pages.books.returned(back(b"changed on its way"))
+    pages.books.confirm(Confirm(3, True, True))
+
+    assert [RETURNED, RETURNED, CONFIRMED] == pages.outcomes
+
+
+def test_a_return_to_a_route_that_nobody_used() -> None:
+    """There is nothing to be wrong about."""
+    pages = Pages(1)
+
+    pages.books.returned(back(b"", route=(b"x", b"y")))
+    pages.books.confirm(Confirm(1, False, True))
+
+    assert [CONFIRMED] == pages.outcomes
+
+
+@pytest.mark.parametrize("multiple", [True, False])
+def test_a_confirm_of_nothing(*, multiple: bool) -> None:
+    """A number that is not open says nothing."""
+    pages = Pages(1)
+    for _ in range(2):
+        pages.books.confirm(Confirm(1, multiple, True))
+
+    assert ([CONFIRMED], 1) == (pages.outcomes, pages.done)
+
+
+def test_the_end() -> None:
+    """What came back came back; of the rest, who ends it decides."""
+    pages = Pages(3)
+    pages.books.confirm(Confirm(1, False, True))
+    pages.books.returned(back(b"1"))
+
+    pages.books.end(lambda entry: UNKNOWN if entry.index else REFUSED)
+
+    assert ([CONFIRMED, RETURNED, UNKNOWN], 1) == (pages.outcomes, pages.done)
+    assert not pages.books

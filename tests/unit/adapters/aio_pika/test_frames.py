@@ -1,0 +1,369 @@
+"""Is every frame told once, whole and in order, however the bytes were cut into reads?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pamqp import commands
+from pamqp.body import ContentBody
+from pamqp.frame import unmarshal
+from pamqp.header import ContentHeader
+
+from aio_pika_batch.adapters.aio_pika.events import (
+    ChannelClosed,
+    ChannelGone,
+    Confirms,
+    ConnectionClosed,
+    ConsumerCancelled,
+    Deliveries,
+    Event,
+    Malformed,
+    PassThrough,
+    Returned,
+)
+from aio_pika_batch.adapters.aio_pika.frames import Splitter
+from tests.unit.adapters.aio_pika.spoken import (
+    CHANNEL,
+    HEARTBEAT,
+    TAG,
+    Source,
+    delivery,
+    method,
+    returned,
+)
+
+ELSEWHERE = 7
+
+
+def flat(events: list[Event]) -> list[tuple[Any, ...]]:
+    """Put what was told into a form that does not depend on how it came together."""
+    told: list[tuple[Any, ...]] = []
+    for event in events:
+        match event:
+            case Deliveries(messages):
+                told.extend(
+                    (
+                        "message",
+                        each.delivery_tag,
+                        each.redelivered,
+                        each.exchange,
+                        each.routing_key,
+                        each.raw_properties,
+                        each.body,
+                    )
+                    for each in messages
+                )
+            case Confirms(confirms):
+                told.extend(("confirm", *each) for each in confirms)
+            case PassThrough(frames):
+                told.extend(("passed", each) for each in frames)
+            case _:
+                told.append((type(event).__name__, *event))
+    return told
+
+
+def reference(stream: bytes) -> list[tuple[Any, ...]]:
+    """What pamqp makes of the same bytes, frame after frame, with the channel tapped."""
+    told: list[tuple[Any, ...]] = []
+    pending: Any = None
+    header = b""
+    size = 0
+    body = b""
+    while stream:
+        used, channel, frame = unmarshal(stream)
+        raw, stream = stream[:used], stream[used:]
+        if channel != CHANNEL:
+            told.append(("passed", raw))
+            continue
+        if isinstance(frame, commands.Basic.Deliver) and frame.consumer_tag == TAG:
+            pending, body = frame, b""
+            continue
+        if pending is not None and isinstance(frame, ContentHeader):
+            header, size = raw[19:-1], frame.body_size
+        elif pending is not None and isinstance(frame, ContentBody):
+            body += frame.value
+        else:
+            told.append(("passed", raw))
+            continue
+        if len(body) == size:
+            route = (pending.exchange, pending.routing_key)
+            tag, redelivered = pending.delivery_tag, pending.redelivered
+            told.append(("message", tag, redelivered, *route, header, body))
+            pending = None
+    return told
+
+
+def fed(splitter: Splitter, stream: bytes, cuts: list[int]) -> list[tuple[Any, ...]]:
+    """Feed *stream* in the pieces between *cuts*."""
+    told: list[Event] = []
+    edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    for start, end in zip(edges, edges[1:], strict=False):
+        if start < end:
+            told.extend(splitter.feed(stream[start:end]))
+    return flat(told)
+
+
+names = st.text(max_size=12)
+properties = st.builds(
+    commands.Basic.Properties,
+    content_type=st.none() | names,
+    headers=st.none() | st.dictionaries(names, st.integers(0, 9) | names, max_size=3),
+    message_id=st.none() | names,
+    priority=st.none() | st.integers(0, 9),
+)
+deliveries = st.builds(
+    delivery,
+    st.integers(1, 2**62),
+    st.binary(max_size=60),
+    redelivered=st.booleans(),
+    exchange=st.sampled_from(["", "orders"]),
+    routing_key=st.sampled_from(["", "q", "häfen.b.c"]),
+    properties=properties,
+    part=st.integers(1, 70),
+)
+between = st.sampled_from(
+    [
+        HEARTBEAT,
+        method(commands.Connection.Blocked("low on memory"), 0),
+        method(commands.Queue.DeclareOk("q", 1, 2), CHANNEL),
+        b"".join(delivery(5, b"native", channel=ELSEWHERE)),
+        b"".join(delivery(5, b"theirs", consumer_tag="another")),
+    ]
+)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> bytes:
+    """Deliveries, with what others say before, after, and in the middle of them."""
+    frames: list[bytes] = []
+    for _ in range(draw(st.integers(0, 6))):
+        if draw(st.booleans()):
+            frames.append(draw(between))
+        for frame in draw(deliveries):
+            frames.append(frame)
+            if draw(st.integers(0, 9)) == 0:
+                # Only another channel may speak between a message's frames.
+                frames.append(draw(st.sampled_from([HEARTBEAT, method(commands.Basic.QosOk(), 9)])))
+    if draw(st.booleans()):
+        frames.append(draw(between))
+    return b"".join(frames)
+
+
+@given(streams(), st.lists(st.integers(0, 900), max_size=8))
+@example(b"".join(delivery(1, b"")), [])
+@example(b"".join(delivery(1) + delivery(2)), [1])
+def test_any_fragmentation_of_any_stream_tells_the_same(stream: bytes, cuts: list[int]) -> None:
+    """Cut anywhere, and compared with pamqp frame by frame: the same, in the same order."""
+    splitter = Splitter()
+    splitter.tap_consumer(CHANNEL, Source())
+
+    assert reference(stream) == fed(splitter, stream, cuts)
+
+
+@given(streams())
+def test_byte_by_byte(stream: bytes) -> None:
+    """The worst fragmentation there is."""
+    splitter = Splitter()
+    splitter.tap_consumer(CHANNEL, Source())
+
+    assert reference(stream) == fed(splitter, stream, list(range(len(stream))))
+
+
+@given(streams(), st.lists(st.integers(0, 900), max_size=5))
+def test_without_a_tap_everything_passes_through(stream: bytes, cuts: list[int]) -> None:
+    """Nothing is taken out of a connection whose channels are all native."""
+    told = fed(Splitter(), stream, cuts)
+
+    assert {"passed"} >= {kind for kind, *_ in told}
+    assert stream == b"".join(frame for _, frame in told)
+
+
+confirms = st.one_of(
+    st.builds(commands.Basic.Ack, st.integers(1, 2**60), st.booleans()),
+    st.builds(commands.Basic.Nack, st.integers(1, 2**60), st.booleans(), st.booleans()),
+)
+
+
+@given(st.lists(confirms), st.lists(st.integers(0, 300), max_size=5))
+def test_confirms_are_told_in_order(said: list[Any], cuts: list[int]) -> None:
+    """Acks and nacks of a publishing channel are taken out, with what others say in between."""
+    splitter = Splitter()
+    splitter.tap_publisher(CHANNEL)
+    stream = HEARTBEAT.join(method(each) for each in said)
+
+    told = fed(splitter, stream, cuts)
+
+    accepted = [isinstance(each, commands.Basic.Ack) for each in said]
+    expected = [
+        ("confirm", each.delivery_tag, each.multiple, yes)
+        for each, yes in zip(said, accepted, strict=True)
+    ]
+    assert expected == [each for each in told if each[0] == "confirm"]
+    assert max(0, len(said) - 1) == sum(each == ("passed", HEARTBEAT) for each in told)
+
+
+@given(st.binary(max_size=250), st.lists(st.integers(0, 300), max_size=5))
+def test_a_return_is_told_with_all_it_brought(body: bytes, cuts: list[int]) -> None:
+    """A returned publication comes back whole, before the confirm that follows it."""
+    splitter = Splitter()
+    splitter.tap_publisher(CHANNEL)
+    frames = returned(body, "orders", "a.b", commands.Basic.Properties(message_id="m"))
+    stream = b"".join([*frames, method(commands.Basic.Ack(1))])
+
+    told = fed(splitter, stream, cuts)
+
+    expected = ("Returned", 312, "NO_ROUTE", b"orders", b"a.b", b"\x00\x80\x01m", body)
+    assert [expected, ("confirm", 1, False, True)] == told
+
+
+def test_the_end_of_a_consumer_is_told_after_what_came_before_it() -> None:
+    """A broker's basic.cancel stands behind the deliveries, and the library hears it too."""
+    splitter = Splitter()
+    splitter.tap_consumer(CHANNEL, Source())
+    cancel = method(commands.Basic.Cancel(TAG, True))
+
+    told = splitter.feed(b"".join([*delivery(1), cancel]))
+
+    assert [Deliveries, ConsumerCancelled, PassThrough] == [type(each) for each in told]
+    assert ConsumerCancelled(TAG) == told[1]
+
+
+@pytest.mark.parametrize("closing", [[], delivery(2)[:1], delivery(2)[:2]])
+def test_a_channel_that_the_broker_closes_is_not_tapped_any_more(closing: list[bytes]) -> None:
+    """Its number comes again; half a message that stood before the close is dropped."""
+    splitter = Splitter()
+    splitter.tap_consumer(CHANNEL, Source())
+    close = method(commands.Channel.Close(406, "PRECONDITION_FAILED", 60, 80))
+    later = b"".join(delivery(1))
+
+    told = splitter.feed(b"".join([*delivery(1), *closing, close, later]))
+
+    assert ChannelClosed(406, "PRECONDITION_FAILED") == told[1]
+    assert b"".join([close, later]) == b"".join(told[2].frames)
+    assert not splitter.is_tapping
+
+
+def test_a_channel_that_is_closed_in_agreement_is_not_tapped_any_more() -> None:
+    """After close-ok the number is free."""
+    splitter = Splitter()
+    splitter.tap_consumer(CHANNEL, Source())
+    gone = method(commands.Channel.CloseOk())
+
+    told = splitter.feed(gone + b"".join(delivery(1)))
+
+    assert [ChannelGone, PassThrough] == [type(each) for each in told]
+
+
+def test_why_a_connection_is_closed_is_told() -> None:
+    """And it passes on: the library has to answer."""
+    close = method(commands.Connection.Close(320, "CONNECTION_FORCED", 0, 0), 0)
+
+    assert [ConnectionClosed(320, "CONNECTION_FORCED"), PassThrough([close])] == Splitter().feed(
+        close
+    )
+
+
+def test_a_broker_of_another_version_is_passed_through() -> None:
+    """It answers with its own header, which is no frame; the library knows what to say."""
+    splitter = Splitter()
+
+    assert [] == splitter.feed(b"AMQ")
+    assert [PassThrough([b"AMQP\x01\x01\x00\x0a"])] == splitter.feed(b"P\x01\x01\x00\x0a")
+
+
+@pytest.mark.parametrize("tapped", [True, False])
+@pytest.mark.parametrize("cuts", [[], [8], [3, 50, 90]])
+def test_a_frame_larger_than_agreed_on_is_refused(*, tapped: bool, cuts: list[int]) -> None:
+    """Memory is bounded: what is too large is not collected. What came before it is told."""
+    splitter = Splitter()
+    tune = method(commands.Connection.Tune(2047, 4096, 60), 0)
+    assert [PassThrough([tune])] == splitter.feed(tune)
+    assert splitter.frame_max == 4096
+    if tapped:
+        splitter.tap_consumer(CHANNEL, Source())
+    before = b"".join(delivery(1))
+
+    told = fed(splitter, before + b"".join(delivery(2, bytes(5000), part=5000)), cuts)
+
+    assert told[-1] == ("Malformed", "a frame of 5000 bytes came, but 4096 were agreed on")
+    assert splitter.feed(HEARTBEAT) == []
+    if tapped:
+        assert told[0][:2] == ("message", 1)
+
+
+def test_a_broker_may_set_no_limit() -> None:
+    """frame_max 0 means that there is none."""
+    splitter = Splitter()
+    splitter.feed(method(commands.Connection.Tune(0, 0, 0), 0))
+    splitter.tap_consumer(CHANNEL, Source())
+
+    [(_, _, _, _, _, _, body)] = flat(
+        splitter.feed(b"".join(delivery(1, bytes(500_000), part=500_000)))
+    )
+
+    assert len(body) == 500_000
+
+
+_HEADER = delivery(1)[1]
+MALFORMED = {
+    "no frame": b"HTTP/1.1 400 Bad Request\r\n",
+    "wrong end": HEARTBEAT[:-1] + b"\x00",
+    "wrong end of a body": b"".join(delivery(1))[:-1] + b"\x00",
+    "a method in a message": b"".join([delivery(1)[0], method(commands.Basic.QosOk())]),
+    "two headers": b"".join([delivery(1)[0], _HEADER, _HEADER]),
+    "a body before its header": b"".join([delivery(1)[0], delivery(1)[2]]),
+    "too much body": b"".join([*delivery(1)[:2], delivery(1, b"too long")[2]]),
+    "a header cut off": delivery(1)[0] + b"\x02\x00\x03\x00\x00\x00\x02\x00\x3c\xce",
+    "no method": b"\x01\x00\x03\x00\x00\x00\x02\x00\x3c\xce",
+    "a close cut off": b"\x01\x00\x03\x00\x00\x00\x04\x00\x14\x00\x28\xce",
+    "a text cut off": b"\x01\x00\x03\x00\x00\x00\x07\x00\x14\x00\x28\x01\x94\x09\xce",
+    "no text": b"\x01\x00\x03\x00\x00\x00\x06\x00\x3c\x00\x1e\x01\x94\xce",
+}
+
+
+@pytest.mark.parametrize("stream", MALFORMED.values(), ids=MALFORMED.keys())
+def test_what_cannot_be_split_is_told_and_ends_it(stream: bytes) -> None:
+    """A reason in words, once; nothing is guessed after it."""
+    splitter = Splitter()
+    splitter.tap_consumer(CHANNEL, Source())
+
+    told = splitter.feed(stream + bytes(8))
+
+    assert isinstance(told[-1], Malformed)
+    assert splitter.feed(HEARTBEAT) == []
+
+
+@given(st.binary(max_size=400), st.lists(st.integers(0, 400), max_size=4), st.booleans())
+def test_no_bytes_raise(noise: bytes, cuts: list[int], publishing: bool) -> None:
+    """Whatever comes, something is told about it, or it waits for more."""
+    splitter = Splitter()
+    if publishing:
+        splitter.tap_publisher(CHANNEL)
+    else:
+        splitter.tap_consumer(CHANNEL, Source())
+    start = b"".join(delivery(1)[:2])
+
+    fed(splitter, start + noise, cuts)
+
+
+def test_what_waits_for_more_is_joined_once() -> None:
+    """A large message in small reads costs its bytes, not their square."""
+    splitter = Splitter()
+    splitter.tap_consumer(CHANNEL, Source())
+    stream = b"".join(delivery(1, bytes(100_000), part=131_000))
+    told = [splitter.feed(stream[at : at + 100]) for at in range(0, len(stream), 100)]
+
+    assert [1] == [len(each) for each in told if each]
+
+
+def test_returns_are_events_of_their_own() -> None:
+    """The type is what a listener matches on."""
+    splitter = Splitter()
+    splitter.tap_publisher(CHANNEL)
+
+    [told] = splitter.feed(b"".join(returned(b"", "", "q", commands.Basic.Properties())))
+
+    assert Returned(312, "NO_ROUTE", b"", b"q", b"\x00\x00", b"") == told

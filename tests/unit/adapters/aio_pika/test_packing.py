@@ -1,0 +1,106 @@
+"""Are the packed bytes what a broker reads?"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pamqp import commands
+from pamqp.body import ContentBody
+from pamqp.frame import unmarshal
+from pamqp.header import ContentHeader
+
+from aio_pika_batch.adapters.aio_pika.packing import (
+    fits,
+    pack_content,
+    pack_settlements,
+    publish_method,
+)
+from aio_pika_batch.core.ledger import Frame
+from aio_pika_batch.core.message import Disposition
+from aio_pika_batch.errors import PublishError
+
+TAGS = st.integers(1, 2**63 - 1)
+
+
+def read(data: bytes) -> list[tuple[int, object]]:
+    """All frames, as pamqp reads them, with their channels."""
+    frames = []
+    while data:
+        used, channel, frame = unmarshal(data)
+        frames.append((channel, frame))
+        data = data[used:]
+    return frames
+
+
+def said(frame: Frame) -> tuple[str, dict[str, object]]:
+    """What a broker should hear."""
+    multiple = frame.multiple
+    match frame.disposition:
+        case Disposition.ACK:
+            return "Basic.Ack", {"delivery_tag": frame.tag, "multiple": multiple}
+        case Disposition.REJECT:
+            return "Basic.Reject", {"delivery_tag": frame.tag, "requeue": False}
+        case Disposition.REQUEUE:
+            return "Basic.Reject", {"delivery_tag": frame.tag, "requeue": True}
+        case Disposition.RETURN:
+            return "Basic.Nack", {"delivery_tag": frame.tag, "multiple": multiple, "requeue": True}
+
+
+@given(
+    st.integers(1, 65535),
+    st.lists(st.builds(Frame, st.sampled_from(Disposition), TAGS, st.booleans())),
+)
+def test_settlements(channel: int, frames: list[Frame]) -> None:
+    """One frame each, in order, on the channel."""
+    heard = read(pack_settlements(channel, frames))
+
+    assert [(channel, *said(frame)) for frame in frames] == [
+        (number, frame.name, dict(frame)) for number, frame in heard
+    ]
+
+
+@given(
+    st.text("abc.-", max_size=20),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+    st.booleans(),
+)
+def test_publish(exchange: str, routing_key: str, mandatory: bool) -> None:
+    """Where to, and whether it must arrive."""
+    [(channel, frame)] = read(publish_method(9, exchange, routing_key, mandatory=mandatory))
+
+    assert 9 == channel
+    expected = commands.Basic.Publish(
+        exchange=exchange, routing_key=routing_key, mandatory=mandatory
+    )
+    assert dict(expected) == dict(frame)
+
+
+@given(st.binary(max_size=300), st.integers(20, 120))
+def test_content(body: bytes, frame_max: int) -> None:
+    """A header, and as many body frames as it takes; none is larger than was agreed on."""
+    packed = b"".join(pack_content(9, b"\x10\x00\x02", body, frame_max))
+
+    [(_, header), *bodies] = read(packed)
+
+    assert isinstance(header, ContentHeader)
+    assert (len(body), 2) == (header.body_size, header.properties.delivery_mode)
+    values = [frame.value for _, frame in bodies if isinstance(frame, ContentBody)]
+    assert len(bodies) == len(values)
+    assert body == b"".join(values)
+    assert all(0 < len(value) <= frame_max - 8 for value in values)
+    assert len(values) == -(-len(body) // (frame_max - 8))
+
+
+def test_names_have_at_most_255_bytes() -> None:
+    """A longer one is named, not cut."""
+    with pytest.raises(PublishError, match="routing_key has 256 bytes"):
+        publish_method(1, "", "k" * 256, mandatory=True)
+    with pytest.raises(PublishError, match="exchange has 256 bytes"):
+        publish_method(1, "k" * 256, "", mandatory=True)
+
+
+def test_properties_must_fit_into_one_frame() -> None:
+    """They cannot be divided."""
+    assert fits(bytes(80), 100)
+    assert not fits(bytes(81), 100)

@@ -1,0 +1,196 @@
+"""Do properties survive, and does one bad one leave the others readable?"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import fields as fields_of
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pamqp.header import ContentHeader
+
+from aio_pika_batch.adapters.aio_pika.properties import (
+    FIELDS,
+    decode,
+    decode_route,
+    encode,
+    encode_short,
+)
+from aio_pika_batch.core.message import Properties, Publication
+from aio_pika_batch.errors import PublishError
+from tests.unit.adapters.aio_pika.spoken import raw_properties
+from tests.unit.adapters.aio_pika.test_tables import tables
+
+short = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+octet = st.none() | st.integers(0, 255)
+moment = st.none() | st.integers(0, 2**32 - 1).map(
+    lambda seconds: datetime.fromtimestamp(seconds, UTC)
+)
+properties = st.builds(
+    Properties,
+    content_type=short,
+    content_encoding=short,
+    headers=st.none() | tables,
+    delivery_mode=octet,
+    priority=octet,
+    correlation_id=short,
+    reply_to=short,
+    expiration=short,
+    message_id=short,
+    timestamp=moment,
+    type=short,
+    user_id=short,
+    app_id=short,
+    cluster_id=short,
+    undecodable=st.just({}),
+)
+NAMES = [name for _, name, _ in FIELDS]
+
+
+def test_all_properties_are_there() -> None:
+    """None was forgotten."""
+    assert {*NAMES, "undecodable"} == {each.name for each in fields_of(Properties)}
+
+
+@given(properties)
+def test_what_is_written_is_read_again(values: Properties) -> None:
+    """Absent stays absent, empty stays empty."""
+    assert values == decode(encode(values))
+
+
+@given(properties)
+def test_pamqp_reads_what_is_written(values: Properties) -> None:
+    """Another reader finds the same, or would not let it pass."""
+    header = ContentHeader()
+    header.unmarshal(b"\x00\x3c\x00\x00" + bytes(8) + encode(replace(values, cluster_id=None)))
+
+    read = {
+        name: getattr(header.properties, "message_type" if name == "type" else name)
+        for name in NAMES
+        if name != "cluster_id"
+    }
+    assert {name: getattr(values, name) for name in read} == read
+
+
+def test_what_pamqp_writes_is_read() -> None:
+    """And so is what another writes."""
+    raw = raw_properties(
+        content_type="a/b",
+        priority=0,
+        headers={},
+        message_type="t",
+        timestamp=datetime(2026, 1, 1, tzinfo=UTC),
+    )
+
+    expected = Properties(
+        content_type="a/b",
+        priority=0,
+        headers={},
+        type="t",
+        timestamp=datetime(2026, 1, 1, tzinfo=UTC),
+    )
+    assert expected == decode(raw)
+
+
+@pytest.mark.parametrize(
+    ("flag", "bad", "name", "why"),
+    [
+        (1 << 10, b"\x02\xff\xfe", "correlation_id", "no UTF-8"),
+        (1 << 6, struct.pack(">Q", 1_700_000_000_000_000), "timestamp", "no time in seconds"),
+        (1 << 13, b"\x00\x00\x00\x03\x01kZ", "headers", "no type 'Z'"),
+    ],
+)
+def test_one_bad_property_leaves_the_others_readable(
+    flag: int, bad: bytes, name: str, why: str
+) -> None:
+    """The reason is kept beside it."""
+    order = [
+        (1 << 13, b"\x00\x00\x00\x00"),
+        (1 << 10, b"\x01c"),
+        (1 << 6, bytes(8)),
+        (1 << 3, b"\x03app"),
+    ]
+    flags = sum(each for each, _ in order)
+    raw = struct.pack(">H", flags) + b"".join(bad if each == flag else good for each, good in order)
+
+    read = decode(raw)
+
+    assert [name] == list(read.undecodable)
+    assert why in read.undecodable[name]
+    assert getattr(read, name) is None
+    assert "app" == read.app_id
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3, 7, 8, 14])
+def test_a_list_that_is_cut_off_loses_only_its_end(cut: int) -> None:
+    """Whatever was announced and is not there is undecodable; nothing is silently absent."""
+    raw = encode(Properties(content_type="a/b", headers={"a": 1}, app_id="app"))[:cut]
+
+    read = decode(raw)
+
+    assert {"headers", "app_id"} <= read.undecodable.keys()
+    assert all("cut off" in why or "no flags" in why for why in read.undecodable.values())
+
+
+def test_flags_that_nobody_defined() -> None:
+    """Where they stand, it cannot be known what follows."""
+    assert set(NAMES) == decode(b"\x00\x01").undecodable.keys()
+
+
+@given(st.binary(max_size=80))
+def test_no_bytes_raise(noise: bytes) -> None:
+    """Reading never raises."""
+    decode(noise)
+    decode_route(noise)
+
+
+@given(short.filter(bool), short.filter(bool))
+def test_routes(exchange: str, routing_key: str) -> None:
+    """Exchange and routing key, as they stand in a delivery."""
+    raw = encode_short("exchange", exchange) + encode_short("routing_key", routing_key)
+
+    assert (exchange, routing_key) == decode_route(raw)
+
+
+def test_a_route_that_is_no_text_goes_out_as_it_came() -> None:
+    """Bytes survive being a str."""
+    _, routing_key = decode_route(b"\x00\x02\xff\xfe")
+
+    assert b"\x02\xff\xfe" == encode_short("routing_key", routing_key)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"message_id": "x" * 256}, "message_id has 256 bytes"),
+        ({"priority": 256}, "priority cannot be 256"),
+        ({"timestamp": datetime(1960, 1, 1, tzinfo=UTC)}, "timestamp cannot be"),
+        ({"content_type": 5}, "content_type cannot be 5"),
+        ({"headers": {"x-a": {"b": object()}}}, "header 'x-a': 'b': AMQP has no type for object"),
+    ],
+)
+def test_what_cannot_be_sent_is_named(wrong: dict[str, Any], why: str) -> None:
+    """Before anything is sent."""
+    with pytest.raises(PublishError, match=why):
+        encode(Properties(**wrong))
+
+
+def test_a_publication_as_it_goes() -> None:
+    """Persistent unless said otherwise; a naive time is UTC; seconds become milliseconds."""
+    publication = Publication(b"", timestamp=datetime(2026, 1, 1), expiration=1.5)  # noqa: DTZ001
+
+    expected = Properties(
+        delivery_mode=2, expiration="1500", timestamp=datetime(2026, 1, 1, tzinfo=UTC)
+    )
+    assert expected == decode(encode(publication.properties))
+
+
+def test_a_naive_time_is_utc() -> None:
+    """Also where properties are written directly."""
+    naive, aware = datetime(2026, 1, 1), datetime(2026, 1, 1, tzinfo=UTC)  # noqa: DTZ001
+
+    assert encode(Properties(timestamp=aware)) == encode(Properties(timestamp=naive))

@@ -1,0 +1,107 @@
+"""Which brokers does a URL name, and what is wrong with one that names none?"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aio_pika_batch.adapters.aio_pika.urls import Address, parse
+from aio_pika_batch.errors import ConfigurationError
+
+A = Address
+
+
+@pytest.mark.parametrize(
+    ("url", "addresses"),
+    [
+        ("amqp://h", [A("h", 5672)]),
+        ("amqp://h/", [A("h", 5672)]),
+        ("amqps://h", [A("h", 5671, tls=True)]),
+        ("AMQP://h:1/v", [A("h", 1, vhost="v")]),
+        ("amqp://u:p@h/v", [A("h", 5672, "u", "p", "v")]),
+        ("amqp://u@h", [A("h", 5672, "u")]),
+        ("amqp://u:@h", [A("h", 5672, "u", "")]),
+        ("amqp://u%40x:p%2F%3A%23@h/a%2Fb", [A("h", 5672, "u@x", "p/:#", "a/b")]),
+        ("amqp://u:p@w@h", [A("h", 5672, "u", "p@w")]),
+        ("amqp://u:p,w@h", [A("h", 5672, "u", "p,w")]),
+        ("amqp://h//", [A("h", 5672)]),
+        ("amqp://h/%2F", [A("h", 5672)]),
+        ("amqp://h/a/b", [A("h", 5672, vhost="a/b")]),
+        ("amqp://[::1]:5673/v", [A("::1", 5673, vhost="v")]),
+        ("amqp://[fe80::1]", [A("fe80::1", 5672)]),
+        ("amqp://h?heartbeat=5&name=me", [A("h", 5672, options={"heartbeat": "5", "name": "me"})]),
+        ("amqp://h/?name=a@b", [A("h", 5672, options={"name": "a@b"})][:0]),
+        ("amqp://u:p@h/?name=a@b", [A("h", 5672, "u", "p", options={"name": "a@b"})]),
+        ("amqp://u:p@h1,h2:1/v", [A("h1", 5672, "u", "p", "v"), A("h2", 1, "u", "p", "v")]),
+        ("amqp://u:p@h1:5, [::2]:6/v", [A("h1", 5, "u", "p", "v"), A("::2", 6, "u", "p", "v")]),
+        ("amqp://a/x, amqps://b/y", [A("a", 5672, vhost="x"), A("b", 5671, vhost="y", tls=True)]),
+        ("amqp://a,b/x,amqp://c", [A("a", 5672, vhost="x"), A("b", 5672, vhost="x"), A("c", 5672)]),
+    ],
+)
+def test_addresses(url: str, addresses: list[Address]) -> None:
+    """What is left out is as elsewhere."""
+    if addresses:
+        assert tuple(addresses) == parse(url)
+    else:
+        with pytest.raises(ConfigurationError):
+            parse(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("localhost", "must begin with amqp://"),
+        ("", "must begin with amqp://"),
+        ("http://h", "scheme is 'http'"),
+        ("amqp://", "host is missing"),
+        ("amqp://u:p@", "host is missing"),
+        ("amqp://h1,,h2", "host is missing"),
+        ("amqp://:5672", "host is missing"),
+        ("amqp://h:port", "no port"),
+        ("amqp://h:0", "no port"),
+        ("amqp://h:65536", "no port"),
+        ("amqp://::1", "brackets"),
+        ("amqp://[::1", "IPv6"),
+        ("amqp://[::1]5", "IPv6"),
+        ("amqp://h/#v", "%23"),
+        ("amqp://u:secret/x@h", "%2F"),
+        ("amqp://u:secret?x@h", "%2F"),
+        ("amqp://u:secret#x@h", "%2F"),
+        ("amqp://u:secret", "no port"),
+        ("amqp://u:%ff%fesecret@h", "password"),
+        ("amqp://h/%ff", "virtual host"),
+        ("amqp://h?hartbeat=5", "no option 'hartbeat'; known are .*heartbeat"),
+        ("amqp://h?heartbeat=soon", "whole seconds"),
+    ],
+)
+def test_what_is_wrong_is_said(url: str, why: str) -> None:
+    """In words, and without a piece of the password."""
+    with pytest.raises(ConfigurationError, match=why) as caught:
+        parse(url)
+    assert "secret" not in str(caught.value)
+
+
+@given(st.text(max_size=60))
+def test_no_text_does_worse(text: str) -> None:
+    """Whatever stands in a URL, it is read or refused."""
+    try:
+        parse(f"amqp://{text}")
+    except ConfigurationError:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("amqp://u:secret@h/v", "amqp://h:5672/v"),
+        ("amqps://u:secret@[::1]", "amqps://[::1]:5671/"),
+        ("amqp://u:secret@h/a%2Fb", "amqp://h:5672/a%2Fb"),
+    ],
+)
+def test_an_address_shows_no_password(url: str, shown: str) -> None:
+    """Neither in errors nor in logs."""
+    [address] = parse(url)
+
+    assert shown == str(address)
+    assert "secret" not in repr(address)
