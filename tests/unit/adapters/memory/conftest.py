@@ -1,0 +1,19 @@
+"""One broker, and the port on it."""
+
+from __future__ import annotations
+
+import pytest
+
+from aio_pika_batch.adapters.memory import Broker, MemoryTransport
+
+
+@pytest.fixture
+def memory() -> Broker:
+    """A broker of its own for each test."""
+    return Broker("4.0")
+
+
+@pytest.fixture
+def transport(memory: Broker) -> MemoryTransport:
+    """The port on that broker."""
+    return MemoryTransport(memory, wall_clock=lambda: 1_000_000_000.0)
