@@ -1,0 +1,456 @@
+"""What do tests of whole consumers share? Waiting without guessing, and looking without disturbing.
+
+Nothing here uses the library but ``Recorder``: what is found on the broker is read by aio-pika, or,
+where every byte counts, by a client of a hundred lines that leaves properties as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import os
+import signal
+import struct
+import sys
+import time
+from collections import Counter
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import unquote, urlsplit
+
+import aio_pika
+from aio_pika.exceptions import ChannelNotFoundEntity
+from pamqp import commands, frame
+from pamqp.header import ProtocolHeader
+
+from aio_pika_batch import Observer
+from tests.support.tether import kill_group, spawn
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+
+    from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
+
+PATIENCE = 60.0
+"""Seconds for what takes one on an idle machine: only a failure ever waits for so long."""
+
+_APPS = Path(__file__).parent / "apps"
+
+
+# --- waiting --------------------------------------------------------------------
+
+
+async def until(
+    condition: Callable[[], Any],
+    *,
+    within: float = PATIENCE,
+    what: str | Callable[[], object] = "",
+) -> Any:
+    """Wait until *condition*, which may be asynchronous, says something true; return that."""
+    deadline = time.monotonic() + within
+    while True:
+        said = condition()
+        if inspect.isawaitable(said):
+            said = await said
+        if said:
+            return said
+        if time.monotonic() > deadline:
+            seen = what() if callable(what) else what
+            raise AssertionError(f"not within {within} s: {seen or inspect.getsource(condition)}")
+        await asyncio.sleep(0.02)
+
+
+class Stopwatch:
+    """How long did it take?"""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+
+# --- the broker -----------------------------------------------------------------
+
+
+async def dead_letter_office(
+    channel: AbstractChannel, name: str, *, kind: str = "fanout", keys: Iterable[str] = ("",)
+) -> tuple[str, str]:
+    """Declare a dead-letter exchange and a queue bound to it, as users do; return both names."""
+    exchange = await channel.declare_exchange(f"{name}.dlx", kind, durable=True)
+    queue = await channel.declare_queue(f"{name}.dlq", durable=True)
+    for key in keys:
+        await queue.bind(exchange, key)
+    return exchange.name, queue.name
+
+
+async def publish(
+    channel: AbstractChannel,
+    bodies: Iterable[bytes],
+    *,
+    routing_key: str,
+    exchange: str = "",
+    **properties: Any,
+) -> None:
+    """Publish persistently, and wait for all confirms."""
+    target = await channel.get_exchange(exchange, ensure=False) if exchange else None
+    to = target or channel.default_exchange
+    properties.setdefault("delivery_mode", aio_pika.DeliveryMode.PERSISTENT)
+    await asyncio.gather(
+        *(to.publish(aio_pika.Message(body, **properties), routing_key) for body in bodies)
+    )
+
+
+async def ready(url: str, queue: str) -> int:
+    """How many messages are in a queue and not with a consumer; -1 if there is no such queue."""
+    return (await _look(url, queue))[0]
+
+
+async def consumers(url: str, queue: str) -> int:
+    """How many consumers a queue has; -1 if there is no such queue."""
+    return (await _look(url, queue))[1]
+
+
+async def _look(url: str, queue: str) -> tuple[int, int]:
+    # On a connection of its own: a queue that is missing costs the channel.
+    async with await aio_pika.connect(url) as connection:
+        channel = await connection.channel()
+        try:
+            found = (await channel.get_queue(queue)).declaration_result
+        except ChannelNotFoundEntity:
+            return -1, -1
+        return found.message_count or 0, found.consumer_count or 0
+
+
+async def holds(url: str, queue: str, count: int, *, within: float = PATIENCE) -> None:
+    """Wait until a queue has exactly so many messages ready."""
+    seen: list[int] = []
+
+    async def look() -> bool:
+        seen.append(await ready(url, queue))
+        return seen[-1] == count
+
+    await until(look, within=within, what=lambda: f"{count} ready in {queue}: {seen[-1]}")
+
+
+async def take_all(
+    channel: AbstractChannel, queue: str, count: int = 0, *, within: float = PATIENCE
+) -> list[AbstractIncomingMessage]:
+    """Take at least *count* messages, and whatever else stands before a mark set after those.
+
+    What comes later than that is not waited for: nothing may be on its way when this is asked.
+    """
+    source = await channel.get_queue(queue, ensure=False)
+    mark = os.urandom(8).hex()
+    marked = False
+    taken: list[AbstractIncomingMessage] = []
+    deadline = time.monotonic() + within
+    while True:
+        if len(taken) >= count and not marked:
+            await channel.default_exchange.publish(aio_pika.Message(mark.encode()), queue)
+            marked = True
+        message = await source.get(no_ack=True, fail=False)
+        if message is None:
+            assert time.monotonic() < deadline, f"{len(taken)} of {count} came to {queue}"
+            await asyncio.sleep(0.02)
+        elif message.body == mark.encode():
+            return taken
+        else:
+            taken.append(message)
+
+
+# --- what the library tells -----------------------------------------------------
+
+
+class Recorder(Observer):
+    """Remembers everything."""
+
+    def __init__(self) -> None:
+        self.results: Counter[str] = Counter()
+        self.causes: Counter[str] = Counter()
+        self.triggers: list[str] = []
+        self.copies: list[int] = []
+        self.dead: list[tuple[bytes, str]] = []
+        self.epochs: list[int] = []
+        self.losses: list[BaseException] = []
+        self.stale = 0
+        self.errors: list[BaseException] = []
+
+    def batch_cut(self, origin, event) -> None:
+        self.triggers.append(event.trigger.value)
+
+    def settled(self, origin, event) -> None:
+        for (result, cause), count in event.counts.items():
+            self.results[result.name if result else "RETURNED"] += count
+            self.causes[cause.value] += count
+
+    def requeued(self, origin, event) -> None:
+        self.copies.append(event.retry_count)
+
+    def dead_lettered(self, origin, event) -> None:
+        self.dead.append((event.message.body, event.reason.value))
+
+    def connected(self, origin, event) -> None:
+        self.epochs.append(event.epoch)
+
+    def lost(self, origin, event) -> None:
+        self.losses.append(event.error)
+
+    def stale_results(self, origin, event) -> None:
+        self.stale += event.count
+
+    def handler_error(self, origin, event) -> None:
+        self.errors.append(event.error)
+
+
+# --- consumers as processes of their own ----------------------------------------
+
+
+@dataclass
+class App:
+    """A small program from ``apps``, running.
+
+    It writes one JSON line for each thing that it has done, straight to a file: what has been
+    written is there even if the program is killed in the next moment.
+    """
+
+    process: subprocess.Popen[bytes]
+    diary: Path
+    output: Path
+    _read: int = 0
+    _entries: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """All that was done so far, by this program and by those before it with the same diary."""
+        if self.diary.exists():
+            with self.diary.open("rb") as diary:
+                diary.seek(self._read)
+                for line in diary:
+                    if not line.endswith(b"\n"):
+                        break
+                    self._read += len(line)
+                    self._entries.append(json.loads(line))
+        return self._entries
+
+    def of(self, what: str) -> list[Any]:
+        """What was noted under one heading, in order."""
+        return [entry["of"] for entry in self.entries if entry["what"] == what]
+
+    @property
+    def said(self) -> str:
+        """Everything that it has printed and logged."""
+        return self.output.read_text(errors="replace")
+
+    async def noted(self, what: str, count: int = 1, *, within: float = PATIENCE) -> None:
+        """Wait for so many entries under one heading."""
+
+        def there() -> bool:
+            assert self.process.poll() is None or len(self.of(what)) >= count, self.said[-4000:]
+            return len(self.of(what)) >= count
+
+        await until(
+            there,
+            within=within,
+            what=lambda: f"{count} × {what!r}: {len(self.of(what))}\n{self.said[-4000:]}",
+        )
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    async def ended(self, *, within: float = PATIENCE) -> int:
+        """Wait for its end; return the exit code."""
+        await until(
+            lambda: self.process.poll() is not None,
+            within=within,
+            what=lambda: f"the program ends\n{self.said[-4000:]}",
+        )
+        return self.process.returncode
+
+
+@asynccontextmanager
+async def app(
+    name: str, folder: Path, url: str, queue: str, **options: object
+) -> AsyncIterator[App]:
+    """Run a program from ``apps`` until the context is left; then it is killed, if need be."""
+    diary, output = folder / "diary.jsonl", folder / "output.txt"
+    arguments = {"url": url, "queue": queue, "diary": str(diary), **options}
+    with output.open("ab") as out:
+        process = spawn(
+            [sys.executable, str(_APPS / f"{name}.py"), json.dumps(arguments)], stdout=out
+        )
+    try:
+        yield App(process, diary, output)
+    finally:
+        kill_group(process)
+
+
+# --- raw bytes ------------------------------------------------------------------
+
+_BITS = {
+    "content_type": 0x8000,
+    "content_encoding": 0x4000,
+    "headers": 0x2000,
+    "delivery_mode": 0x1000,
+    "priority": 0x0800,
+    "correlation_id": 0x0400,
+    "reply_to": 0x0200,
+    "expiration": 0x0100,
+    "message_id": 0x0080,
+    "timestamp": 0x0040,
+    "type": 0x0020,
+    "user_id": 0x0010,
+    "app_id": 0x0008,
+    "cluster_id": 0x0004,
+}
+_FIXED = {b"t": 1, b"b": 1, b"B": 1, b"s": 2, b"u": 2, b"I": 4, b"i": 4, b"f": 4}
+_FIXED |= {b"l": 8, b"d": 8, b"T": 8, b"D": 5, b"V": 0}
+
+
+def pack_properties(properties: Mapping[str, bytes]) -> bytes:
+    """Put properties together, each given as its bytes on the wire."""
+    flags = sum(_BITS[each] for each in properties)
+    return struct.pack(">H", flags) + b"".join(
+        properties[each] for each in _BITS if each in properties
+    )
+
+
+def unpack_properties(raw: bytes) -> dict[str, bytes]:
+    """Take a property list apart, into the bytes of each."""
+    [flags] = struct.unpack_from(">H", raw)
+    found, at = {}, 2
+    for name, bit in _BITS.items():
+        if flags & bit:
+            match name:
+                case "headers":
+                    size = 4 + struct.unpack_from(">I", raw, at)[0]
+                case "delivery_mode" | "priority":
+                    size = 1
+                case "timestamp":
+                    size = 8
+                case _:
+                    size = 1 + raw[at]
+            found[name] = raw[at : at + size]
+            at += size
+    assert at == len(raw)
+    return found
+
+
+def short(text: bytes) -> bytes:
+    """A short string on the wire."""
+    return bytes([len(text)]) + text
+
+
+def long(text: bytes) -> bytes:
+    """A long string on the wire, or whatever has its length before it."""
+    return struct.pack(">I", len(text)) + text
+
+
+def pack_table(entries: Mapping[bytes, bytes]) -> bytes:
+    """Put a field table together, each value given with its type, as on the wire."""
+    return long(b"".join(short(name) + value for name, value in entries.items()))
+
+
+def unpack_table(raw: bytes) -> dict[bytes, bytes]:
+    """Take a field table apart, into the type and bytes of each value."""
+    found, at = {}, 4
+    while at < len(raw):
+        name = raw[at + 1 : at + 1 + raw[at]]
+        at += 1 + raw[at]
+        kind = raw[at : at + 1]
+        size = _FIXED[kind] if kind in _FIXED else 4 + struct.unpack_from(">I", raw, at + 1)[0]
+        found[name] = raw[at : at + 1 + size]
+        at += 1 + size
+    return found
+
+
+@dataclass(frozen=True)
+class RawMessage:
+    """A message as it stood on the wire."""
+
+    exchange: str
+    routing_key: str
+    properties: bytes
+    body: bytes
+
+
+class RawClient:
+    """One connection with one channel, on which properties are bytes."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, url: str) -> AsyncIterator[Self]:
+        """Log in, and open a channel with confirms."""
+        parts = urlsplit(url)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        client = cls(reader, writer)
+        try:
+            writer.write(ProtocolHeader().marshal())
+            await client._expect(commands.Connection.Start)
+            login = f"\0{parts.username}\0{parts.password}"
+            client._send(commands.Connection.StartOk({}, "PLAIN", login, "en_US"), 0)
+            tune = await client._expect(commands.Connection.Tune)
+            client._send(commands.Connection.TuneOk(tune.channel_max, tune.frame_max, 0), 0)
+            client._send(commands.Connection.Open(unquote(parts.path[1:]) or "/"), 0)
+            await client._expect(commands.Connection.OpenOk)
+            client._send(commands.Channel.Open())
+            await client._expect(commands.Channel.OpenOk)
+            client._send(commands.Confirm.Select())
+            await client._expect(commands.Confirm.SelectOk)
+            yield client
+        finally:
+            writer.close()
+            await writer.wait_closed()
+
+    async def publish(
+        self, routing_key: str, properties: bytes, body: bytes, *, exchange: str = ""
+    ) -> None:
+        """Publish, and wait for the confirm."""
+        self._send(commands.Basic.Publish(exchange=exchange, routing_key=routing_key))
+        header = struct.pack(">HHQ", 60, 0, len(body)) + properties
+        for kind, payload in ((2, header), (3, body)):
+            self._writer.write(struct.pack(">BHI", kind, 1, len(payload)) + payload + b"\xce")
+        await self._expect(commands.Basic.Ack)
+
+    async def get(self, queue: str, *, within: float = PATIENCE) -> RawMessage:
+        """Take one message; wait until there is one."""
+
+        async def taken() -> RawMessage | None:
+            self._send(commands.Basic.Get(queue=queue, no_ack=True))
+            answer = await self._frame()
+            if isinstance(answer, commands.Basic.GetEmpty):
+                return None
+            assert isinstance(answer, commands.Basic.GetOk), answer
+            header = await self._frame()
+            [size] = struct.unpack_from(">Q", header, 4)
+            body = b""
+            while len(body) < size:
+                body += await self._frame()
+            return RawMessage(answer.exchange, answer.routing_key, header[12:], body)
+
+        return await until(taken, within=within, what=f"a message in {queue}")
+
+    def _send(self, method: Any, channel: int = 1) -> None:
+        self._writer.write(frame.marshal(method, channel))
+
+    async def _expect(self, kind: type) -> Any:
+        method = await self._frame()
+        assert isinstance(method, kind), f"{kind.name} was expected, and this came: {method!r}"
+        return method
+
+    async def _frame(self) -> Any:
+        """A method, or the payload of a content frame."""
+        async with asyncio.timeout(PATIENCE):
+            head = await self._reader.readexactly(7)
+            kind, _, size = struct.unpack(">BHI", head)
+            rest = await self._reader.readexactly(size + 1)
+        return frame.unmarshal(head + rest)[2] if kind == 1 else rest[:-1]

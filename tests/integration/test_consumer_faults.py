@@ -1,0 +1,316 @@
+"""Is anything lost when processes are killed, lines are cut and brokers go away?
+
+Handled twice is allowed, and counted; lost is not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+from collections import Counter
+
+import aio_pika
+import pytest
+
+from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
+from tests.integration.helpers import (
+    Recorder,
+    Stopwatch,
+    app,
+    consumers,
+    dead_letter_office,
+    holds,
+    publish,
+    take_all,
+    until,
+)
+
+_log = logging.getLogger("tests.faults")
+
+KINDS = ("good",) * 16 + ("flaky",) * 2 + ("bad", "doomed")
+
+
+def mixed(count: int) -> dict[int, bytes]:
+    """Messages, four in five of them good."""
+    return {
+        each: json.dumps({"id": each, "kind": KINDS[each % len(KINDS)]}).encode()
+        for each in range(count)
+    }
+
+
+def ids(messages) -> Counter[int]:
+    """Whose bodies are these?"""
+    return Counter(json.loads(message.body)["id"] for message in messages)
+
+
+def kind(number: int) -> str:
+    """What this message does."""
+    return KINDS[number % len(KINDS)]
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+async def test_five_kills_under_load_lose_nothing(
+    channel, amqp_url, name, tmp_path, queue_type
+) -> None:
+    """SIGKILL: every message is done, or dead, or still there; after a last run, done or dead."""
+    messages = mixed(5000)
+    dlx, dlq = await dead_letter_office(channel, name)
+    settings = {
+        "queue_type": queue_type,
+        "batch_size": 50,
+        "batch_timeout": 0.1,
+        "num_workers": 2,
+        "dead_letter_exchange": dlx,
+    }
+    async with app("work", tmp_path, amqp_url, name, **settings) as program:
+        await program.noted("consuming")
+        program.send(signal.SIGTERM)
+        await program.ended()
+    await publish(channel, messages.values(), routing_key=name)
+
+    for kill in range(1, 6):
+        async with app("work", tmp_path, amqp_url, name, pace=0.05, **settings) as program:
+            before = len(program.of("done"))
+            await program.noted("done", before + 400)
+            program.send(signal.SIGKILL)
+            assert -signal.SIGKILL == await program.ended()
+            # It died in the middle of something: that is what this is about.
+            assert len(program.of("begin")) > len(program.of("end")), f"kill {kill}"
+
+    async with app("work", tmp_path, amqp_url, name, **settings) as program:
+        good = {each for each in messages if kind(each) in {"good", "flaky"}}
+        await until(lambda: good <= set(program.of("done")), what=lambda: program.said[-4000:])
+        await until(lambda: _is_empty_and_idle(amqp_url, name, program))
+        program.send(signal.SIGTERM)
+        assert 0 == await program.ended()
+        done = Counter(program.of("done"))
+    dead = ids(await take_all(channel, dlq, 500))
+    left = ids(await take_all(channel, name))
+
+    assert Counter() == left
+    assert good == done.keys()
+    assert messages.keys() - good == dead.keys()
+    twice = done.total() - len(done), dead.total() - len(dead)
+    _log.info("handled twice, dead twice: %s", twice)
+    # A crash repeats what was in hand, and no more: two workers with two batches of 50 each.
+    assert sum(twice) <= 5 * 2 * 2 * 50
+
+
+async def _is_empty_and_idle(url, queue, program) -> bool:
+    """Whether nothing is ready, and nothing in hand either: what is handled has been noted."""
+    begun = len(program.of("begin"))
+    await holds(url, queue, 0)
+    await asyncio.sleep(0.5)
+    return begun == len(program.of("begin")) and len(program.of("done")) > 0
+
+
+class Handled(BatchConsumer):
+    """Does what its messages say, at a leisurely pace, and keeps the books."""
+
+    def __init__(self, settings, **more) -> None:
+        super().__init__(settings, **more)
+        self.done: Counter[int] = Counter()
+
+    async def process_messages(self, messages):
+        await asyncio.sleep(0.02)
+        for message in messages:
+            content = message.json()
+            match content["kind"]:
+                case "bad":
+                    yield MessageResult.NACK
+                case "doomed":
+                    yield MessageResult.REQUEUE
+                case "flaky" if message.retry_count < 2:
+                    yield MessageResult.REQUEUE
+                case _:
+                    self.done[content["id"]] += 1
+                    yield MessageResult.ACK
+
+
+def settings_for(url: str, name: str, **more) -> BatchConsumerSettings:
+    """Settings that come back quickly."""
+    return BatchConsumerSettings(
+        **{
+            "url": url,
+            "queue_name": name,
+            "batch_size": 50,
+            "batch_timeout": 0.05,
+            "reconnect_delay": 0.1,
+            "reconnect_delay_max": 1.0,
+            "connect_timeout": 3.0,
+            **more,
+        }
+    )
+
+
+async def all_is_well(channel, url, name, consumer, messages, dlq) -> tuple[int, int]:
+    """Wait until all is done or dead; return how many were so more than once."""
+    good = {each for each in messages if kind(each) in {"good", "flaky"}}
+    bad = messages.keys() - good
+    await until(
+        lambda: good <= consumer.done.keys(),
+        what=lambda: (sorted(good - consumer.done.keys())[:20], consumer.status()),
+    )
+    await until(lambda: consumer.is_healthy)
+    dead: Counter[int] = Counter()
+    async with asyncio.timeout(60):
+        while bad - dead.keys():
+            dead += ids(await take_all(channel, dlq))
+            await asyncio.sleep(0.05)
+    await until(lambda: consumer.status().workers[0].in_hand == 0)
+    await consumer.stop()
+    left = ids(await take_all(channel, name))
+    dead += ids(await take_all(channel, dlq))
+    # A copy of something that is done or dead may be left, if its first was not known to be stored.
+    assert left.keys() <= consumer.done.keys() | dead.keys()
+    assert good == consumer.done.keys()
+    assert bad == dead.keys()
+    return consumer.done.total() - len(good), dead.total() - len(bad)
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+async def test_ten_cuts_under_load_lose_nothing(channel, amqp_url, name, proxy, queue_type) -> None:
+    """The line is reset, also in mid-frame: the consumer is back by itself each time."""
+    messages = mixed(5000)
+    dlx, dlq = await dead_letter_office(channel, name)
+    recorder = Recorder()
+    consumer = Handled(
+        settings_for(proxy.url(amqp_url), name, queue_type=queue_type, dead_letter_exchange=dlx),
+        observers=[recorder],
+    )
+    async with consumer:
+        await publish(channel, messages.values(), routing_key=name)
+        for cut in range(10):
+            goal = min(len(consumer.done) + 200, 3900)
+            await until(lambda goal=goal: len(consumer.done) >= goal)
+            epoch = consumer.status().workers[0].epoch
+            if cut % 2:
+                proxy.cut_after(5000 + cut, "to_client" if cut % 4 == 1 else "to_broker")
+            else:
+                proxy.cut()
+            await until(lambda: not consumer.is_healthy)
+            assert consumer.is_running
+            await until(lambda: consumer.is_healthy)
+            assert epoch < consumer.status().workers[0].epoch
+        twice = await all_is_well(channel, amqp_url, name, consumer, messages, dlq)
+    _log.info("handled twice, dead twice: %s", twice)
+    assert len(recorder.losses) >= 10
+    # Each cut repeats what was in hand or on its way, at most: prefetch is 100.
+    assert sum(twice) <= 10 * 100
+
+
+@pytest.mark.needs_node
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+async def test_a_killed_broker_is_waited_for_and_nothing_is_lost(
+    rabbitmq, amqp_url, name, queue_type
+) -> None:
+    """What was confirmed is there after the restart, and so is the consumer."""
+    messages = mixed(1000)
+    async with await aio_pika.connect(amqp_url) as connection:
+        channel = await connection.channel()
+        dlx, dlq = await dead_letter_office(channel, name)
+    consumer = Handled(
+        settings_for(amqp_url, name, queue_type=queue_type, dead_letter_exchange=dlx, num_workers=2)
+    )
+    async with consumer:
+        async with await aio_pika.connect(amqp_url) as connection:
+            channel = await connection.channel()
+            await publish(channel, messages.values(), routing_key=name)
+            await until(lambda: len(consumer.done) >= 200)
+            await asyncio.to_thread(rabbitmq.kill)
+            await until(lambda: not consumer.is_healthy)
+        await asyncio.to_thread(rabbitmq.start)
+        await until(lambda: consumer.is_healthy)
+        async with await aio_pika.connect(amqp_url) as connection:
+            channel = await connection.channel()
+            await all_is_well(channel, amqp_url, name, consumer, messages, dlq)
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+async def test_a_queue_deleted_under_the_consumer_is_declared_again(
+    channel, amqp_url, name, queue_type
+) -> None:
+    """With its binding: the consumer works as before."""
+    consumer = Handled(
+        settings_for(
+            amqp_url, name, queue_type=queue_type, exchange_name=f"{name}.x", routing_key="k"
+        )
+    )
+    async with consumer:
+        await channel.queue_delete(name)
+        await until(lambda: not consumer.is_healthy)
+        await until(lambda: consumer.is_healthy)
+        body = json.dumps({"id": 1, "kind": "good"}).encode()
+        await publish(channel, [body], exchange=f"{name}.x", routing_key="k")
+        await until(lambda: consumer.done[1])
+
+
+@pytest.mark.needs_node
+async def test_connections_closed_by_the_operator_come_back(
+    rabbitmq, channel, amqp_url, name
+) -> None:
+    """All workers and the publisher."""
+    consumer = Handled(settings_for(amqp_url, name, num_workers=2))
+    async with consumer:
+        body = json.dumps({"id": 1, "kind": "flaky"}).encode()
+        await publish(channel, [body], routing_key=name)
+        await until(lambda: consumer.done[1])
+        await asyncio.to_thread(rabbitmq.close_all_connections, "maintenance")
+        await until(lambda: not consumer.is_healthy)
+        await until(lambda: consumer.is_healthy)
+        assert all("maintenance" in worker.last_error for worker in consumer.status().workers)
+        async with await aio_pika.connect(amqp_url) as connection:
+            body = json.dumps({"id": 2, "kind": "flaky"}).encode()
+            await publish(await connection.channel(), [body], routing_key=name)
+        await until(lambda: consumer.done[2])
+
+
+@pytest.mark.parametrize("heartbeat", [1, 2])
+async def test_a_silent_line_is_noticed_within_three_heartbeats(
+    channel, amqp_url, name, proxy, heartbeat
+) -> None:
+    """Nothing comes and nothing goes, and nobody says so; afterwards all is as before."""
+    consumer = Handled(settings_for(proxy.url(amqp_url), name, heartbeat=heartbeat))
+    async with consumer:
+        proxy.freeze()
+        watch = Stopwatch()
+        await until(lambda: not consumer.is_healthy)
+        _log.info("noticed after %.1f s", watch.seconds)
+        assert watch.seconds < 3 * heartbeat + 1  # and a loaded machine
+        proxy.thaw()
+        await until(lambda: consumer.is_healthy)
+        body = json.dumps({"id": 1, "kind": "good"}).encode()
+        await publish(channel, [body], routing_key=name)
+        await until(lambda: consumer.done[1])
+
+
+@pytest.mark.needs_node
+async def test_a_stopped_broker_is_noticed_and_waited_for(rabbitmq, amqp_url, name) -> None:
+    """Its kernel still takes connections: only heartbeats tell."""
+    consumer = Handled(settings_for(amqp_url, name, heartbeat=1))
+    async with consumer:
+        rabbitmq.pause()
+        watch = Stopwatch()
+        await until(lambda: not consumer.is_healthy)
+        assert watch.seconds < 4
+        rabbitmq.resume()
+        await until(lambda: consumer.is_healthy)
+        body = json.dumps({"id": 1, "kind": "good"}).encode()
+        async with await aio_pika.connect(amqp_url) as connection:
+            await publish(await connection.channel(), [body], routing_key=name)
+        await until(lambda: consumer.done[1])
+
+
+async def test_workers_do_not_share_their_troubles(channel, amqp_url, name, proxy) -> None:
+    """One line of three is cut: the others go on, and `is_healthy` counts all."""
+    consumer = Handled(settings_for(proxy.url(amqp_url), name, num_workers=3))
+    async with consumer:
+        proxy.cut_after(1000)
+        messages = {each: json.dumps({"id": each, "kind": "good"}).encode() for each in range(500)}
+        await publish(channel, messages.values(), routing_key=name)
+        await until(lambda: messages.keys() == consumer.done.keys())
+        await until(lambda: consumer.is_healthy)
+        assert 3 == await consumers(amqp_url, name)
+    await holds(amqp_url, name, 0)

@@ -1,0 +1,339 @@
+"""Do retries and dead letters arrive when the broker makes it hard?"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import aio_pika
+import pytest
+
+from aio_pika_batch import (
+    BatchConsumer,
+    BatchConsumerSettings,
+    MessageResult,
+    Nack,
+)
+from tests.integration.helpers import (
+    Recorder,
+    Stopwatch,
+    dead_letter_office,
+    holds,
+    publish,
+    ready,
+    take_all,
+    until,
+)
+
+
+def bodies(count: int) -> list[bytes]:
+    """So many different messages."""
+    return [b"%d" % each for each in range(count)]
+
+
+class Always(BatchConsumer):
+    """Has one answer."""
+
+    answer = MessageResult.REQUEUE
+
+    async def process_messages(self, messages):
+        for _ in messages:
+            yield self.answer
+
+
+# --- where dead letters go --------------------------------------------------------
+
+
+@pytest.mark.parametrize("named_by", ["dead_letter_exchange", "queue_arguments"])
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+async def test_an_exhausted_copy_reaches_a_direct_exchange_under_its_original_key(
+    channel, amqp_url, name, queue_type, named_by
+) -> None:
+    """The copy's own key is the queue's name, which no binding of that exchange knows."""
+    dlx, dlq = await dead_letter_office(channel, name, kind="direct", keys=["red", "green"])
+    settings = {"dead_letter_exchange": dlx}
+    if named_by == "queue_arguments":
+        settings = {"queue_arguments": {"x-dead-letter-exchange": dlx}}
+    consumer = Always(
+        BatchConsumerSettings(
+            url=amqp_url,
+            queue_name=name,
+            exchange_name=f"{name}.x",
+            routing_key=["red", "green"],
+            queue_type=queue_type,
+            batch_timeout=0.05,
+            **settings,
+        )
+    )
+    async with consumer:
+        for key in ("red", "green"):
+            await publish(channel, [key.encode()], routing_key=key, exchange=f"{name}.x")
+        await holds(amqp_url, dlq, 2)
+    letters = await take_all(channel, dlq, 2)
+    assert {"red", "green"} == {letter.routing_key for letter in letters}
+    for letter in letters:
+        assert letter.body.decode() == letter.routing_key
+        assert letter.routing_key == letter.headers["x-original-routing-key"]
+        assert "exhausted" == letter.headers["x-dead-letter-reason"]
+
+
+async def test_a_dead_letter_routing_key_stands_above_the_original_one(
+    channel, amqp_url, name
+) -> None:
+    """Named by the setting, or by the queue's arguments."""
+    dlx, dlq = await dead_letter_office(channel, name, kind="direct", keys=["dead"])
+    arguments = {"x-dead-letter-exchange": dlx, "x-dead-letter-routing-key": "dead"}
+    for number, settings in enumerate(
+        (
+            {"dead_letter_exchange": dlx, "dead_letter_routing_key": "dead"},
+            {"queue_arguments": arguments},
+        )
+    ):
+        queue = f"{name}.{number}"
+        consumer = Always(
+            BatchConsumerSettings(url=amqp_url, queue_name=queue, batch_timeout=0.05, **settings)
+        )
+        consumer.answer = Nack("too old")
+        async with consumer:
+            await publish(channel, [b"x"], routing_key=queue)
+            await holds(amqp_url, dlq, 1)
+        [letter] = await take_all(channel, dlq, 1)
+        assert "dead" == letter.routing_key
+        assert queue == letter.headers["x-original-routing-key"]
+        assert "rejected" == letter.headers["x-dead-letter-reason"]
+
+
+async def test_without_a_dead_letter_exchange_the_bad_are_discarded_and_the_log_says_so(
+    channel, amqp_url, name, caplog
+) -> None:
+    """One warning at the start, and an empty queue at the end."""
+    recorder = Recorder()
+    consumer = Always(
+        BatchConsumerSettings(url=amqp_url, queue_name=name, batch_timeout=0.05),
+        observers=[recorder],
+    )
+    async with consumer:
+        await publish(channel, bodies(20), routing_key=name)
+        await until(lambda: recorder.results["REQUEUE"] >= 80)
+    assert 0 == await ready(amqp_url, name)
+    warnings = [each for each in caplog.records if "dead-letter exchange" in each.getMessage()]
+    assert 1 == len(warnings)
+    assert "discard" in warnings[0].getMessage()
+
+
+async def test_a_policy_still_dead_letters_what_the_library_rejects(
+    channel, amqp_url, name, rabbitmq_policy
+) -> None:
+    """The library does not know of it; the broker does."""
+    dlx, dlq = await dead_letter_office(channel, name)
+    await rabbitmq_policy(name, f'{{"dead-letter-exchange":"{dlx}"}}')
+    consumer = Always(BatchConsumerSettings(url=amqp_url, queue_name=name, batch_timeout=0.05))
+    async with consumer:
+        await publish(channel, bodies(3), routing_key=name)
+        await holds(amqp_url, dlq, 3)
+
+
+@pytest.fixture
+async def rabbitmq_policy(broker):
+    """Set a policy for queues of exactly this name, where the broker is ours to administer."""
+    node = broker.node
+    assert node is not None
+
+    async def set_policy(queue: str, definition: str) -> None:
+        await asyncio.to_thread(
+            node.rabbitmqctl,
+            "set_policy",
+            queue,
+            f"^{queue}$",
+            definition,
+            "--apply-to",
+            "queues",
+        )
+
+    return set_policy
+
+
+test_a_policy_still_dead_letters_what_the_library_rejects = pytest.mark.needs_node(
+    test_a_policy_still_dead_letters_what_the_library_rejects
+)
+
+
+async def test_a_dead_letter_that_nobody_takes_is_not_lost(channel, amqp_url, name) -> None:
+    """The exchange has no queue: the original stays, until there is one."""
+    dlx = await channel.declare_exchange(f"{name}.dlx", "fanout", durable=True)
+    consumer = Always(
+        BatchConsumerSettings(
+            url=amqp_url, queue_name=name, batch_timeout=0.05, dead_letter_exchange=dlx.name
+        )
+    )
+    consumer.answer = MessageResult.NACK
+    async with consumer:
+        await publish(channel, bodies(5), routing_key=name)
+        await until(lambda: consumer.status().workers[0].held == 5)
+        queue = await channel.declare_queue(f"{name}.dlq", durable=True)
+        await queue.bind(dlx)
+        await holds(amqp_url, queue.name, 5)
+        await until(lambda: consumer.status().workers[0].held == 0)
+    assert 0 == await ready(amqp_url, name)
+
+
+# --- a full queue -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+async def test_requeues_into_a_full_queue_do_not_stall_the_consumer(
+    channel, amqp_url, name, queue_type
+) -> None:
+    """All fail while the queue is full, and no copy finds room: it goes on, and at its leisure."""
+    prefetch = 20
+    arguments = {"x-max-length": prefetch, "x-overflow": "reject-publish"}
+    handled: Counter[bytes] = Counter()
+    acked: Counter[bytes] = Counter()
+    queue_is_full, service_is_up = asyncio.Event(), asyncio.Event()
+
+    class Down(BatchConsumer):
+        async def process_messages(self, messages):
+            await queue_is_full.wait()
+            for message in messages:
+                handled[message.body] += 1
+                if service_is_up.is_set():
+                    acked[message.body] += 1
+                    yield MessageResult.ACK
+                else:
+                    yield MessageResult.REQUEUE
+
+    consumer = Down(
+        BatchConsumerSettings(
+            url=amqp_url,
+            queue_name=name,
+            queue_type=queue_type,
+            batch_size=10,
+            batch_timeout=0.05,
+            prefetch_count=prefetch,
+            max_requeue_attempts=1000,
+            queue_arguments=arguments,
+            requeue_hold=2.0,
+        )
+    )
+    async with consumer:
+        sent = bodies(prefetch)
+        await publish(channel, sent, routing_key=name)
+        await holds(amqp_url, name, 0)
+        while await _accepted(channel, name, b"more-%d" % len(sent)):
+            sent.append(b"more-%d" % len(sent))
+        assert len(sent) >= 2 * prefetch
+        watch = Stopwatch()
+        queue_is_full.set()
+        # Longer than anything is held: all have gone back, and been handled again.
+        await until(lambda: handled.total() >= 3 * prefetch and watch.seconds > 3)
+        # No hot loop: no message comes more often than each quarter of a second.
+        assert handled.total() < prefetch * (4 * watch.seconds + 2)
+        assert consumer.is_healthy
+        service_is_up.set()
+        await until(lambda: len(acked) == len(sent), what=lambda: acked)
+        await until(lambda: consumer.status().workers[0].held == 0)
+    assert set(sent) == acked.keys()
+    assert Counter(sent) == acked
+    assert 0 == await ready(amqp_url, name)
+
+
+async def _accepted(channel, queue, body) -> bool:
+    try:
+        await publish(channel, [body], routing_key=queue)
+    except aio_pika.exceptions.DeliveryError:
+        return False
+    return True
+
+
+async def test_good_messages_pass_one_that_fails_in_a_full_queue(channel, amqp_url, name) -> None:
+    """What is acked makes the room that the copy waits for."""
+    acked: Counter[bytes] = Counter()
+
+    class Picky(BatchConsumer):
+        async def process_messages(self, messages):
+            for message in messages:
+                if int(message.body) % 2 and not message.retry_count:
+                    yield MessageResult.REQUEUE
+                else:
+                    acked[message.body] += 1
+                    yield MessageResult.ACK
+
+    queue = await channel.declare_queue(
+        name, durable=True, arguments={"x-max-length": 20, "x-overflow": "reject-publish"}
+    )
+    consumer = Picky(
+        BatchConsumerSettings(
+            url=amqp_url,
+            queue_name=name,
+            batch_size=10,
+            batch_timeout=0.05,
+            prefetch_count=20,
+            queue_arguments={"x-max-length": 20, "x-overflow": "reject-publish"},
+        )
+    )
+    await publish(channel, bodies(20), routing_key=queue.name)
+    async with consumer:
+        late = [b"%d" % each for each in range(100, 160)]
+        for body in late:
+            await until(lambda body=body: _accepted(channel, name, body))
+        await until(lambda: len(acked) == 80, what=lambda: acked)
+    assert Counter([*bodies(20), *late]) == acked
+
+
+# --- a memory alarm ---------------------------------------------------------------
+
+
+@pytest.mark.needs_node
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+async def test_under_a_memory_alarm_acks_go_on_and_requeues_wait(
+    rabbitmq, channel, amqp_url, name, queue_type
+) -> None:
+    """Nothing is lost; what waited comes through once the alarm has ended."""
+    acked: Counter[bytes] = Counter()
+
+    class Half(BatchConsumer):
+        async def process_messages(self, messages):
+            for message in messages:
+                if message.body.endswith(b"f") and not message.retry_count:
+                    yield MessageResult.REQUEUE
+                else:
+                    acked[message.body] += 1
+                    yield MessageResult.ACK
+
+    consumer = Half(
+        BatchConsumerSettings(
+            url=amqp_url,
+            queue_name=name,
+            queue_type=queue_type,
+            batch_size=20,
+            batch_timeout=0.05,
+            prefetch_count=100,
+            publish_timeout=1.0,
+        )
+    )
+    good = [b"%d" % each for each in range(300)]
+    flaky = [b"%df" % each for each in range(30)]
+    mixed = [
+        body for each in range(30) for body in (*good[10 * each : 10 * each + 10], flaky[each])
+    ]
+    async with consumer:
+        await publish(channel, [b"0f"], routing_key=name)  # so that it has published before
+        await until(lambda: acked[b"0f"])
+        acked.clear()
+        await consumer.stop()
+        await publish(channel, mixed, routing_key=name)
+        await asyncio.to_thread(rabbitmq.set_memory_alarm, True)
+        await consumer.start()
+        watch = Stopwatch()
+        await until(lambda: set(good) <= acked.keys(), what=consumer.status)
+        seconds = watch.seconds
+        assert not acked.keys() & set(flaky)
+        assert consumer.is_healthy
+        await asyncio.to_thread(rabbitmq.set_memory_alarm, False)
+        await until(lambda: set(flaky) <= acked.keys(), what=consumer.status)
+        await until(lambda: consumer.status().workers[0].held == 0)
+    assert seconds < 30
+    assert Counter(good) == Counter({each: acked[each] for each in good})
+    # Published once for each connection, and all of them may have arrived: never fewer than one.
+    assert set(mixed) == acked.keys()
+    await holds(amqp_url, name, 0)
