@@ -68,7 +68,7 @@ def terms_of(settings: ConsumerSettings, exceptions: ExceptionResults) -> Terms:
             settings.dead_letter_exception_message,
         ),
         # Without a limit on what is delivered, none on what is held but memory's own would remain.
-        hold=HoldPolicy(settings.requeue_hold, prefetch // 2 or 1000, RECHECK),
+        hold=HoldPolicy(settings.requeue_hold, prefetch // 2 if prefetch else 1000, RECHECK),
     )
 
 

@@ -17,9 +17,9 @@ from aio_pika_batch.core.message import Disposition, Message, Outcome, Settlemen
 from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result, Verdict
 from aio_pika_batch.core.routing import Republication, Router
 from aio_pika_batch.desk import PATIENCE, SettleDesk
-from aio_pika_batch.errors import TransportError
+from aio_pika_batch.errors import SessionLost, TransportError
 from aio_pika_batch.handling import Handled
-from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.logs import KeywordLogger, told
 from aio_pika_batch.observer import DeadLettered, Observers, Requeued, Settled, StaleResults
 from aio_pika_batch.outbox import Outbox
 from aio_pika_batch.transport import Session
@@ -59,11 +59,12 @@ class Settler:
         self._desk = SettleDesk(session)
         self._room = WaitingRoom(
             hold,
-            publish=self._publish,
+            publish=self._publish_again,
             confirmed=self._settle_confirmed,
             give_back=self._give_back,
         )
         self._complained = False
+        self._is_giving_back = False
         self.is_over = False
 
     @property
@@ -132,6 +133,7 @@ class Settler:
             else:
                 self._room.admit(republication, arrived=arrived)
         if confirmed:
+            self._is_giving_back = False
             settlements.append(Settlement(Disposition.ACK, tuple(each.tag for each in confirmed)))
         if settlements:
             await self._desk.settle(settlements)
@@ -139,6 +141,13 @@ class Settler:
 
     async def _publish(self, republications: Sequence[Republication]) -> Sequence[Outcome]:
         return await self._outbox.publish([each.copy for each in republications])
+
+    async def _publish_again(self, republications: Sequence[Republication]) -> Sequence[Outcome]:
+        try:
+            return await self._publish(republications)
+        except Exception as error:  # noqa: BLE001  -- held for ever is worse than delivered again
+            self._fail(error)
+            return [Outcome.UNKNOWN] * len(republications)
 
     async def _settle_confirmed(self, republications: Sequence[Republication]) -> None:
         await self._settle_or_fail(Disposition.ACK, [each.tag for each in republications])
@@ -156,18 +165,27 @@ class Settler:
                 self._observers.tell(DeadLettered(message, republication.reason))
 
     async def _give_back(self, republications: Sequence[Republication]) -> None:
-        self._log.warning(
+        # What is given back comes back; one line will do until a copy is confirmed again.
+        tell = self._log.debug if self._is_giving_back else self._log.warning
+        tell(
             "copies are not confirmed: their originals go back to the broker",
             messages=len(republications),
         )
+        self._is_giving_back = True
         await self._settle_or_fail(Disposition.RETURN, [each.tag for each in republications])
 
     async def _settle_or_fail(self, disposition: Disposition, tags: Sequence[int]) -> None:
         try:
             await self._desk.settle([Settlement(disposition, tuple(tags))])
-        except TransportError as error:
-            self._on_failure(error)
+        except Exception as error:  # noqa: BLE001  -- unsettled for ever is worse than delivered again
+            self._fail(error)
         self._on_room()
+
+    def _fail(self, error: Exception) -> None:
+        if not isinstance(error, TransportError):
+            self._log.exception("held originals could not be settled")
+            error = SessionLost(f"held originals could not be settled: {told(error)}")
+        self._on_failure(error)
 
     def count_stale(self, count: int) -> None:
         """Note that results came too late."""

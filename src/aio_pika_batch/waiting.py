@@ -53,6 +53,7 @@ class WaitingRoom:
         self._give_back = give_back
         self._loop = asyncio.get_running_loop()
         self._guests: dict[int, _Guest] = {}
+        self._leaving: set[_Guest] = set()
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_closing = False
@@ -75,19 +76,22 @@ class WaitingRoom:
         now = self._loop.time()
         guest = _Guest(republication, arrived, Held(since=now, failures=1))
         self._guests[republication.tag] = guest
-        guest.step = self._decide(guest, now)
+        self._decide(guest, now)
         if self._task is None:
             self._task = self._loop.create_task(self._attend())
         self._news.set()
 
-    def _decide(self, guest: _Guest, now: float) -> TryAgain | GiveBack:
-        # Jitter spreads load; nobody gains by predicting it.
-        return self._policy.next_step(
+    def _decide(self, guest: _Guest, now: float) -> None:
+        guest.step = self._policy.next_step(
             guest.held,
             now=now,
+            # Jitter spreads load; nobody gains by predicting it.
             jitter=random.random(),
-            waiting=len(self._guests),
+            # Those who are about to leave take nobody's place.
+            waiting=len(self._guests) - len(self._leaving),
         )
+        if isinstance(guest.step, GiveBack):
+            self._leaving.add(guest)
 
     async def _attend(self) -> None:
         while not self._is_closing:
@@ -105,8 +109,11 @@ class WaitingRoom:
                     pass
             now = max(due_at, self._loop.time())
             due = [guest for guest in self._guests.values() if guest.step.at <= now]
-            await self._try_again([guest for guest in due if isinstance(guest.step, TryAgain)])
-            await self._let_go([guest for guest in due if isinstance(guest.step, GiveBack)])
+            # Told apart first: who has just failed again may leave after a pause, and not at once.
+            leaving = [guest for guest in due if isinstance(guest.step, GiveBack)]
+            trying = [guest for guest in due if isinstance(guest.step, TryAgain)]
+            await self._let_go(leaving)
+            await self._try_again(trying)
 
     async def _try_again(self, guests: Sequence[_Guest]) -> None:
         if not guests:
@@ -119,13 +126,14 @@ class WaitingRoom:
                 confirmed.append(guest.republication)
             else:
                 guest.held = replace(guest.held, failures=guest.held.failures + 1)
-                guest.step = self._decide(guest, self._loop.time())
+                self._decide(guest, self._loop.time())
         if confirmed:
             await self._confirmed(confirmed)
 
     async def _let_go(self, guests: Sequence[_Guest]) -> None:
         for guest in guests:
             del self._guests[guest.republication.tag]
+        self._leaving.difference_update(guests)
         if guests:
             await self._give_back([guest.republication for guest in guests])
 
@@ -142,13 +150,17 @@ class WaitingRoom:
             self._is_closing = True
             self._news.set()
             await wait_until({self._task}, deadline)
-            await self.abort()
+            await self._dismiss()
         left = [guest.republication for guest in self._guests.values()]
         self._guests.clear()
         return left
 
     async def abort(self) -> None:
-        """Stop at once: the session is gone, and with it the right to try again."""
+        """Stop at once, and forget everybody: the session is gone, and with it the right to try."""
+        await self._dismiss()
+        self._guests.clear()
+
+    async def _dismiss(self) -> None:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
