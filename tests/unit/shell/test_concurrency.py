@@ -1,0 +1,118 @@
+"""How much is done at once?"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from aio_pika_batch.adapters.memory import Happened
+from tests.unit.shell.stage import ACK, Clerk, Scribe, ack, numbered, taking
+
+
+@pytest.mark.parametrize("concurrency", [1, 2, 4])
+async def test_at_most_concurrency_handlers_run_at_once(stage, concurrency):
+    """And as many as there is work for."""
+    running, most = 0, []
+
+    async def answer(messages):
+        nonlocal running
+        running += 1
+        most.append(running)
+        await asyncio.sleep(10)
+        running -= 1
+        for _ in messages:
+            yield ACK
+
+    stage.put(*numbered(16))
+    async with Scribe(
+        answer, transport=stage.transport, batch_size=2, concurrency=concurrency
+    ) as consumer:
+        await asyncio.sleep(100)
+    assert concurrency == max(most)
+    assert [10.0 * (n // concurrency) for n in range(8)] == consumer.times
+
+
+async def test_a_quick_batch_is_settled_while_a_slow_one_is_handled(stage):
+    """Nobody waits for another batch's handler."""
+
+    async def answer(messages):
+        if messages[0].body == b"0":
+            await asyncio.sleep(10)
+        for _ in messages:
+            yield ACK
+
+    stage.put(*numbered(4))
+    async with Scribe(answer, transport=stage.transport, batch_size=2, concurrency=2):
+        await asyncio.sleep(1)
+        assert [b"0", b"1"] == stage.out()
+        assert [0, 0] == stage.times(Happened.ACKED)
+
+
+async def test_the_next_batch_starts_while_one_is_being_settled(stage):
+    """A slot is free as soon as its handler is done, whatever the broker still has to be told."""
+    stage.put(*numbered(4))
+
+    async def slow(settlements):
+        await asyncio.sleep(5)
+
+    consumer = Scribe(taking(1), transport=stage.transport, batch_size=2)
+    session_settle = None
+    async with consumer:
+        crew = consumer._crew
+        session = crew._workers[0]._epoch._session
+        session_settle = session.settle
+
+        async def settle(settlements):
+            await slow(settlements)
+            await session_settle(settlements)
+
+        session.settle = settle
+        await asyncio.sleep(10)
+    assert [0, 1] == consumer.times
+
+
+async def test_single_messages_run_side_by_side(stage):
+    """`Consumer.process_message`, `concurrency` of them at once; one by one unless said so."""
+    for concurrency, seconds in ((1, 30), (3, 10)):
+        stage.put(*numbered(3))
+
+        async def answer(message):
+            await asyncio.sleep(10)
+            return ACK
+
+        began = asyncio.get_running_loop().time()
+        async with Clerk(answer, transport=stage.transport, concurrency=concurrency):
+            await asyncio.sleep(seconds - 1)
+            assert stage.out()
+            await asyncio.sleep(2)
+            assert [] == stage.out()
+        assert seconds + began == stage.times(Happened.ACKED)[-1]
+
+
+async def test_workers_share_the_queue_each_with_a_connection_of_its_own(stage):
+    """`num_workers` consumers, and one connection for each of them."""
+    async with Scribe(ack, transport=stage.transport, num_workers=3, prefetch_count=2) as consumer:
+        assert 3 == len(set(stage.broker.consumers("jobs")))
+        assert 3 == len(stage.broker.connections)
+        assert [0, 1, 2] == [worker.index for worker in consumer.status().workers]
+        consumer.answer = taking(60)
+        stage.put(*numbered(9))
+        await asyncio.sleep(6)
+        assert [2, 2, 2] == [worker.in_hand for worker in consumer.status().workers]
+    assert [] == stage.broker.connections
+
+
+async def test_one_workers_trouble_is_not_anothers(stage):
+    """The others go on while one reconnects."""
+    async with Scribe(transport=stage.transport, num_workers=2, batch_size=1) as consumer:
+        crew = consumer._crew
+        lost = crew._workers[0]._epoch._session._connection
+        with stage.broker.operation():
+            lost.end("cut")
+        stage.put(b"0")
+        await asyncio.sleep(0)
+        await asyncio.sleep(1)
+        assert [1, 1] != [worker.epoch for worker in consumer.status().workers]
+        assert 1 == consumer.status().workers[1].epoch
+        assert [b"0"] == consumer.handled

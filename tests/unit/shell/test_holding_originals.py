@@ -1,0 +1,285 @@
+"""What happens to originals whose copies are not confirmed?"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from aio_pika_batch import Outcome
+from aio_pika_batch.adapters.memory import Door, Happened, PublishFault
+from aio_pika_batch.errors import BrokerUnavailable, SessionClosed
+from aio_pika_batch.observer import Lost, Requeued, Settled
+from tests.unit.shell.doubles import ScriptedTransport, never, raising
+from tests.unit.shell.stage import REQUEUE, Scribe, Witness, ack, answering, first_then, numbered
+
+NOT_CONFIRMED = [Outcome.RETURNED, Outcome.REFUSED]
+
+
+@pytest.mark.parametrize("outcome", [*NOT_CONFIRMED, Outcome.UNKNOWN])
+async def test_a_copy_is_tried_again_after_growing_pauses(outcome, jitter):
+    """And its original is acked once it is confirmed at last."""
+    script = ScriptedTransport()
+    script.outcomes = [outcome] * 4
+    witness = Witness()
+    async with Scribe(
+        answering(REQUEUE), transport=script, observers=[witness], batch_size=1
+    ) as consumer:
+        script.last.feed(b"0")
+        await asyncio.sleep(7)
+        assert [] == script.times("settle")
+        assert 1 == consumer.status().workers[0].held
+        await asyncio.sleep(1)
+        assert 0 == consumer.status().workers[0].held
+    assert [0, 0.5, 1.5, 3.5, 7.5] == script.times("publish")
+    assert [[("ack", (1,))]] == script.details("settle")
+    assert 1 == len(witness.of(Requeued))
+    # Nothing is settled for the batch at first, and its one message later.
+    assert [0, 1] == [sum(event.counts.values()) for event in witness.of(Settled)]
+    assert [] == witness.of(Lost)
+
+
+@pytest.mark.parametrize("outcome", NOT_CONFIRMED)
+@pytest.mark.parametrize("luck", [0.0, 0.999])
+async def test_an_original_is_held_for_requeue_hold_at_most(outcome, jitter, luck):
+    """Then it goes back to the broker by nack, which spends no delivery where that is counted."""
+    jitter[0] = luck
+    script = ScriptedTransport()
+    script.outcomes = [outcome] * 100
+    async with Scribe(
+        answering(REQUEUE), transport=script, batch_size=1, requeue_hold=10
+    ) as consumer:
+        script.last.feed(b"0")
+        await asyncio.sleep(9.9)
+        assert [] == script.details("settle")
+        await asyncio.sleep(0.2)
+        assert [[("return", (1,))]] == script.details("settle")
+        assert 0 == consumer.status().workers[0].held
+        tried = len(script.times("publish"))
+        await asyncio.sleep(100)
+        assert tried == len(script.times("publish"))
+    assert all(0 <= time <= 10 for time in script.times("publish"))
+
+
+@pytest.mark.parametrize(("prefetch", "room"), [(1, 0), (2, 1), (3, 1), (10, 5), (0, 12)])
+async def test_at_most_half_of_the_prefetch_is_held(prefetch, room, jitter):
+    """What comes on top goes back to the broker after a pause."""
+    script = ScriptedTransport()
+    script.outcomes = [Outcome.REFUSED] * 10_000
+    count = prefetch or 12
+    async with Scribe(
+        answering(*[REQUEUE] * count),
+        transport=script,
+        batch_size=count,
+        prefetch_count=prefetch,
+        requeue_hold=3600,
+    ) as consumer:
+        script.last.feed(*numbered(count))
+        await asyncio.sleep(0.4)
+        assert [] == script.details("settle")
+        await asyncio.sleep(3)
+        returned = [tags for settled in script.details("settle") for _, tags in settled]
+        assert count - room == sum(len(tags) for tags in returned)
+        assert room == consumer.status().workers[0].held
+
+
+async def test_a_full_queue_that_refuses_its_own_copies_is_no_hot_loop(stage, caplog):
+    """Message and broker would otherwise play ping-pong as fast as they can; it is told once."""
+    stage.declare("full", **{"x-max-length": 6, "x-overflow": "reject-publish"})
+    stage.put(*numbered(6), queue="full")
+    stage.broker.faults.on_publish(PublishFault.REFUSE)
+    async with Scribe(
+        lambda messages: answering(*[REQUEUE] * len(messages))(messages),
+        transport=stage.transport,
+        queue_name="full",
+        queue_arguments={"x-max-length": 6, "x-overflow": "reject-publish"},
+        batch_size=3,
+        prefetch_count=6,
+    ) as consumer:
+        await asyncio.sleep(60)
+        assert 6 == len(stage.out("full")) + len(stage.waiting("full"))
+        rounds = len(consumer.batches)
+        # Each message comes back after a quarter of a second at the earliest.
+        assert 10 < rounds < 4 * 6 * 60
+        assert 1 == sum("go back to the broker" in each.message for each in caplog.records)
+        stage.broker.faults.clear()
+        consumer.answer = ack
+        await asyncio.sleep(60)
+    assert [] == stage.waiting("full")
+    assert {*numbered(6)} == {
+        event.body for event in stage.broker.journal.of(Happened.ACKED, queue="full")
+    }
+
+
+async def test_after_silence_a_copy_gets_one_try_for_each_new_connection(stage, jitter):
+    """A publisher that kept silent is given up: what it may still confirm cannot be told apart."""
+    stage.broker.faults.on_publish(PublishFault.LOSE, times=2)
+    stage.put(b"0")
+    async with Scribe(
+        first_then(answering(REQUEUE), ack),
+        transport=stage.transport,
+        batch_size=1,
+        publish_timeout=10,
+    ):
+        connections = len(stage.times(Happened.CONNECTED))
+        # The transport's own time-out is ten seconds, with a pause of half a second and of one.
+        await asyncio.sleep(9.9)
+        assert 1 == len(stage.times(Happened.CONNECTED)) - connections
+        await asyncio.sleep(20)
+        assert 3 == len(stage.times(Happened.CONNECTED)) - connections
+        assert 2 == len(stage.broker.connections)
+    assert [21.5] == stage.times(Happened.PUBLISHED)
+
+
+async def test_a_lost_confirmation_makes_a_duplicate_and_no_loss(stage, jitter):
+    """Nothing was heard of a copy that is stored: there may be two of them."""
+    stage.broker.faults.on_publish(PublishFault.UNCONFIRMED, times=1)
+    stage.put(b"0")
+    async with Scribe(
+        first_then(answering(REQUEUE), ack), transport=stage.transport, batch_size=1
+    ) as consumer:
+        await asyncio.sleep(60)
+    assert [0, 1, 1] == [message.retry_count for message in consumer.messages]
+    assert [] == stage.waiting()
+
+
+async def test_without_a_connection_for_publishing_originals_are_held(jitter, caplog):
+    """It is told once, until there is one again."""
+    script = ScriptedTransport()
+    script.on_publisher = raising(BrokerUnavailable("nobody there"))
+    async with Scribe(answering(REQUEUE), transport=script, batch_size=1):
+        script.last.feed(b"0")
+        await asyncio.sleep(4)
+        assert [0, 0.5, 1.5, 3.5] == script.times("publisher")
+        assert [] == script.times("publish")
+        script.on_publisher = lambda: asyncio.sleep(0)
+        await asyncio.sleep(4)
+        assert [[("ack", (1,))]] == script.details("settle")
+    assert 1 == sum("no connection for publishing" in each.message for each in caplog.records)
+
+
+async def test_a_copy_whose_session_is_gone_is_not_tried_again(jitter):
+    """Its original is delivered again, and a copy would be one too many."""
+    script = ScriptedTransport()
+    script.outcomes = [Outcome.REFUSED] * 100
+    async with Scribe(
+        first_then(answering(REQUEUE), ack), transport=script, batch_size=1
+    ) as consumer:
+        script.last.feed(b"0")
+        await asyncio.sleep(4)
+        tried = len(script.times("publish"))
+        assert tried > 1
+        script.last.end()
+        await asyncio.sleep(100)
+        assert tried == len(script.times("publish"))
+        assert 2 == len(script.sessions)
+        assert 0 == consumer.status().workers[0].held
+    assert [] == script.sessions[0].settlements
+
+
+async def test_a_lost_session_forgets_what_it_held(jitter):
+    """Also in what is told about it while there is no other."""
+    script = ScriptedTransport()
+    script.outcomes = [Outcome.REFUSED] * 100
+    async with Scribe(answering(REQUEUE), transport=script, batch_size=1) as consumer:
+        script.last.feed(b"0")
+        await asyncio.sleep(1)
+        script.on_open = never
+        script.last.end()
+        await asyncio.sleep(1)
+        [worker] = consumer.status().workers
+        assert (0, None) == (worker.held, worker.oldest)
+
+
+async def test_confirmed_copies_are_acked_although_others_of_the_batch_are_not(jitter):
+    """Each original has its own fate."""
+    script = ScriptedTransport()
+    script.outcomes = [Outcome.CONFIRMED, Outcome.RETURNED, Outcome.CONFIRMED]
+    async with Scribe(answering(*[REQUEUE] * 3), transport=script, batch_size=3):
+        script.last.feed(*numbered(3))
+        await asyncio.sleep(1)
+    assert [[("ack", (1, 3))], [("ack", (2,))]] == script.details("settle")
+    assert [numbered(3), [b"1"]] == script.details("publish")
+
+
+@pytest.mark.parametrize("error", [SessionClosed("gone"), RuntimeError("a bug")])
+async def test_a_held_original_that_cannot_be_settled_ends_the_session(error, jitter):
+    """Unsettled for ever is worse than delivered again, whatever the transport raises."""
+    script = ScriptedTransport()
+    script.outcomes = [Outcome.REFUSED]
+    witness = Witness()
+    async with Scribe(
+        first_then(answering(REQUEUE), ack), transport=script, observers=[witness], batch_size=1
+    ):
+        script.on_settle = raising(error)
+        script.last.feed(b"0")
+        await asyncio.sleep(0.6)
+        script.on_settle = lambda *_: asyncio.sleep(0)
+        await asyncio.sleep(5)
+        assert 2 == len(script.sessions)
+    assert 1 == len(witness.of(Lost))
+
+
+@pytest.mark.parametrize("error", [SessionClosed("gone"), RuntimeError("a bug"), ValueError("no")])
+async def test_a_publisher_that_raises_costs_a_session_and_no_message(error, jitter):
+    """At the first try and at a later one."""
+    script = ScriptedTransport()
+    script.outcomes = [Outcome.REFUSED]
+    async with Scribe(
+        first_then(answering(REQUEUE), answering(REQUEUE), ack), transport=script, batch_size=1
+    ) as consumer:
+        script.last.feed(b"0")
+        await asyncio.sleep(0.1)
+        assert 1 == consumer.status().workers[0].held
+        script.on_publish = raising(error)
+        await asyncio.sleep(5)
+        assert 2 == len(script.sessions)
+        script.last.feed(b"0")
+        await asyncio.sleep(5)
+        assert 3 == len(script.sessions)
+        script.on_publish = lambda *_: asyncio.sleep(0)
+        script.last.feed(b"0")
+        await asyncio.sleep(1)
+    assert [[("ack", (1,))]] == script.details("settle")
+
+
+async def test_a_stop_gives_back_what_is_held(stage, jitter):
+    """Nothing is tried again, and the broker has it all before the session ends."""
+    stage.broker.faults.on_publish(PublishFault.REFUSE)
+    stage.put(*numbered(2))
+    async with Scribe(answering(REQUEUE, REQUEUE), transport=stage.transport, batch_size=2):
+        await asyncio.sleep(4)
+        assert 2 == len(stage.out())
+    assert numbered(2) == stage.waiting()
+    assert 4 == asyncio.get_running_loop().time()
+
+
+async def test_a_stop_waits_for_the_attempt_under_way(jitter):
+    """What it confirms is acked, not given back."""
+    script = ScriptedTransport()
+    script.outcomes = [Outcome.REFUSED]
+    async with Scribe(answering(REQUEUE), transport=script, batch_size=1):
+        script.last.feed(b"0")
+        await asyncio.sleep(0.1)
+        script.on_publish = lambda *_: asyncio.sleep(3)
+        await asyncio.sleep(1)
+    assert [[("ack", (1,))]] == script.details("settle")
+    assert [3.5] == script.times("settle")
+
+
+async def test_a_broker_that_is_away_is_not_asked_in_a_hot_loop(stage):
+    """Consuming connection and publishing connection both come back by themselves."""
+    stage.put(b"0")
+    async with Scribe(
+        first_then(answering(REQUEUE), ack), transport=stage.transport, batch_size=1
+    ) as consumer:
+        await asyncio.sleep(0)
+        stage.broker.faults.door = Door.UNREACHABLE
+        stage.broker.cut()
+        await asyncio.sleep(3600)
+        assert not consumer.is_healthy
+        stage.broker.faults.door = Door.OPEN
+        await asyncio.sleep(60)
+        assert consumer.is_healthy
+    assert [] == stage.waiting()
+    assert b"0" in consumer.handled

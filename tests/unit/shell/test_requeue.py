@@ -1,0 +1,292 @@
+"""What does a requeue do to a message, and to its original?"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import UTC, datetime
+
+import pytest
+
+from aio_pika_batch import MessageResult, Outcome, Trigger
+from aio_pika_batch.adapters.memory import Happened, PublishFault
+from aio_pika_batch.core.message import Properties
+from aio_pika_batch.observer import BatchCut, Requeued
+from tests.unit.shell.doubles import ScriptedTransport
+from tests.unit.shell.stage import (
+    ACK,
+    REQUEUE,
+    REQUEUE_IMMEDIATE,
+    Scribe,
+    Witness,
+    ack,
+    answering,
+    first_then,
+    numbered,
+    taking,
+)
+
+EVERYTHING = Properties(
+    content_type="text/plain",
+    content_encoding="utf-8",
+    headers={"kept": [1, {"deep": None}], "CC": ["jobs.cc"], "x-acquired-count": 3},
+    delivery_mode=1,
+    priority=7,
+    correlation_id="c",
+    reply_to="r",
+    expiration="600000",
+    message_id="m",
+    timestamp=datetime(2025, 3, 4, tzinfo=UTC),
+    type="t",
+    app_id="a",
+)
+
+
+def happenings(stage, *kinds):
+    """What happened, as (kind, body)."""
+    return [(event.happened, event.body) for event in stage.broker.journal.of(*kinds)]
+
+
+async def test_a_copy_goes_to_the_back_of_the_queue(stage):
+    """Others go first, and the retry count of the copy is one more."""
+    stage.put(*numbered(3))
+    consumer = Scribe(first_then(answering(REQUEUE), ack), transport=stage.transport, batch_size=1)
+    async with consumer:
+        await asyncio.sleep(1)
+    assert [b"0", b"1", b"2", b"0"] == consumer.handled
+    assert [0, 0, 0, 1] == [message.retry_count for message in consumer.messages]
+    assert not consumer.messages[-1].redelivered
+
+
+async def test_a_copy_keeps_its_properties_and_gains_its_origin(stage):
+    """Byte for byte, absent ones absent; what the broker put there, and what routes, is dropped."""
+    stage.put(b"0", properties=EVERYTHING, exchange="events", routing_key="order.created")
+    stage.put(b"1")
+    consumer = Scribe(
+        first_then(answering(REQUEUE, REQUEUE), ack), transport=stage.transport, batch_size=2
+    )
+    async with consumer:
+        await asyncio.sleep(1)
+    first, plain, copy, plain_copy = consumer.messages
+    assert "CC" in first.headers
+    names = set(Properties.__slots__) - {"headers"}
+    for original, again in ((first, copy), (plain, plain_copy)):
+        for name in names:
+            assert getattr(original.properties, name) == getattr(again.properties, name)
+    added = dict(copy.headers)
+    assert datetime.now(UTC).year == added.pop("x-first-failed-at").year
+    assert {
+        "kept": [1, {"deep": None}],
+        "x-retry-count": 1,
+        "x-original-exchange": "events",
+        "x-original-routing-key": "order.created",
+    } == added
+    assert ("", "jobs") == (copy.exchange, copy.routing_key)
+    assert ("events", "order.created") == (copy.original_exchange, copy.original_routing_key)
+
+
+async def test_an_origin_is_added_once(stage):
+    """The second copy says where the first publication went, not where the first copy went."""
+    stage.put(b"0", exchange="events", routing_key="order.created")
+    consumer = Scribe(
+        first_then(answering(REQUEUE), answering(REQUEUE), ack),
+        transport=stage.transport,
+        batch_size=1,
+    )
+    async with consumer:
+        await asyncio.sleep(1)
+    assert [0, 1, 2] == [message.retry_count for message in consumer.messages]
+    assert {"order.created"} == {each.original_routing_key for each in consumer.messages}
+    first, second = (each.headers["x-first-failed-at"] for each in consumer.messages[1:])
+    assert first == second
+
+
+async def test_an_original_is_acked_only_once_its_copy_is_confirmed(stage):
+    """Until then it stays the consumer's; what needs no confirmation does not wait for it."""
+    stage.broker.faults.on_publish(PublishFault.BLOCK)
+    stage.put(*numbered(3))
+    async with Scribe(
+        first_then(answering(ACK, REQUEUE, ACK), ack),
+        transport=stage.transport,
+        batch_size=3,
+        batch_timeout=1,
+    ) as consumer:
+        await asyncio.sleep(5)
+        assert [b"1"] == stage.out()
+        assert [] == stage.waiting()
+        stage.broker.unblock()
+        await asyncio.sleep(5)
+        assert [] == stage.out()
+    assert [numbered(3), [b"1"]] == consumer.batches
+    assert [(Happened.PUBLISHED, b"1"), (Happened.ACKED, b"1")] == [
+        each for each in happenings(stage, Happened.PUBLISHED, Happened.ACKED) if each[1] == b"1"
+    ][:2]
+
+
+async def test_copies_travel_on_a_connection_of_their_own(stage):
+    """Opened when the first one is needed; a blocked publisher blocks nobody's acks."""
+    async with Scribe(first_then(answering(REQUEUE), ack), transport=stage.transport) as consumer:
+        assert 1 == len(stage.broker.connections)
+        stage.put(b"0")
+        await asyncio.sleep(6)
+        assert 2 == len(stage.broker.connections)
+        await consumer.publish(b"1", routing_key="jobs")
+        assert 3 == len(stage.broker.connections)
+    assert [] == stage.broker.connections
+
+
+async def test_a_message_is_handled_once_more_than_it_is_requeued(stage):
+    """After `max_requeue_attempts` it is dead: without an exchange for that, rejected."""
+    witness = Witness()
+    stage.put(b"0")
+    async with Scribe(
+        answering(REQUEUE),
+        transport=stage.transport,
+        observers=[witness],
+        batch_size=1,
+        max_requeue_attempts=3,
+    ) as consumer:
+        await asyncio.sleep(1)
+    assert [0, 1, 2, 3] == [message.retry_count for message in consumer.messages]
+    assert [1, 2, 3] == [event.retry_count for event in witness.of(Requeued)]
+    assert [(Happened.DROPPED, b"0")] == happenings(stage, Happened.DROPPED)
+    assert [] == stage.waiting()
+
+
+async def test_without_attempts_a_requeue_is_a_dead_letter_at_once(stage):
+    """`max_requeue_attempts=0`."""
+    stage.put(b"0")
+    async with Scribe(
+        answering(REQUEUE), transport=stage.transport, batch_size=1, max_requeue_attempts=0
+    ) as consumer:
+        await asyncio.sleep(1)
+    assert [[b"0"]] == consumer.batches
+    assert [] == stage.waiting()
+
+
+async def test_the_header_that_counts_may_have_another_name(stage):
+    """`retry_count_header`; the default one is then a header like others."""
+    stage.put(b"0", properties=Properties(headers={"x-retry-count": 99, "tries": 1}))
+    async with Scribe(
+        first_then(answering(REQUEUE), ack),
+        transport=stage.transport,
+        batch_size=1,
+        retry_count_header="tries",
+    ) as consumer:
+        await asyncio.sleep(1)
+    assert [1, 2] == [message.retry_count for message in consumer.messages]
+    assert 99 == consumer.messages[1].headers["x-retry-count"]
+
+
+@pytest.mark.parametrize("nonsense", ["many", -1, True, None, 1.5])
+async def test_a_retry_count_that_is_none_is_zero_and_told_once(stage, caplog, nonsense):
+    """Any client may have written the header. Absent is no nonsense."""
+    for _ in range(3):
+        stage.put(b"0", properties=Properties(headers={"x-retry-count": nonsense}))
+    async with Scribe(
+        first_then(answering(REQUEUE), answering(REQUEUE), answering(REQUEUE), ack),
+        transport=stage.transport,
+        batch_size=1,
+    ) as consumer:
+        await asyncio.sleep(1)
+    assert [0, 0, 0, 1, 1, 1] == [message.retry_count for message in consumer.messages]
+    warned = [record for record in caplog.records if "retry count" in record.getMessage()]
+    assert (nonsense is not None) == len(warned)
+
+
+async def test_requeue_immediate_goes_to_the_front_and_counts_nothing(stage):
+    """`basic.reject(requeue=True)`: no copy, no header."""
+    stage.put(*numbered(3))
+    consumer = Scribe(
+        first_then(answering(REQUEUE_IMMEDIATE), taking(1)),
+        transport=stage.transport,
+        batch_size=1,
+        prefetch_count=1,
+    )
+    async with consumer:
+        await asyncio.sleep(5)
+    assert [b"0", b"0", b"1", b"2"] == consumer.handled
+    assert [True] == [message.redelivered for message in consumer.messages[1:2]]
+    assert 0 == consumer.messages[1].retry_count
+    assert [] == happenings(stage, Happened.PUBLISHED)
+
+
+async def test_requeue_immediate_is_a_reject_and_not_a_nack():
+    """Newer brokers count the first and not the second: a failure shall count."""
+    script = ScriptedTransport()
+    async with Scribe(answering(REQUEUE_IMMEDIATE), transport=script, batch_size=1):
+        script.last.feed(b"0")
+        await asyncio.sleep(1)
+    assert [[("requeue", (1,))]] == script.details("settle")
+
+
+async def test_confirmations_of_a_batch_share_one_settlement():
+    """A settlement waits a moment for the copies: one write for acks of both kinds."""
+    script = ScriptedTransport()
+    script.on_publish = lambda *_: asyncio.sleep(0.05)
+    answers = answering(ACK, REQUEUE, MessageResult.ACK, REQUEUE_IMMEDIATE)
+    async with Scribe(answers, transport=script, batch_size=4):
+        script.last.feed(*numbered(4))
+        await asyncio.sleep(1)
+    assert [[("ack", (1, 3)), ("requeue", (4,)), ("ack", (2,))]] == script.details("settle")
+    assert [0.05] == script.times("settle")
+
+
+async def test_what_needs_no_copy_waits_a_tenth_of_a_second_at_most():
+    """A broker that is slow to confirm must not hold back everything else."""
+    script = ScriptedTransport()
+    script.on_publish = lambda *_: asyncio.sleep(3)
+    async with Scribe(answering(ACK, REQUEUE, ACK), transport=script, batch_size=3):
+        script.last.feed(*numbered(3))
+        await asyncio.sleep(5)
+    assert [[("ack", (1, 3))], [("ack", (2,))]] == script.details("settle")
+    assert [pytest.approx(0.1), 3] == script.times("settle")
+
+
+async def test_other_batches_settlements_join_in():
+    """While copies are on their way, a quick batch's acks wait for them, and share their write."""
+    script = ScriptedTransport()
+    script.on_publish = lambda *_: asyncio.sleep(0.05)
+    answers = first_then(answering(REQUEUE, ACK), ack)
+    async with Scribe(answers, transport=script, batch_size=2, concurrency=2):
+        script.last.feed(*numbered(4))
+        await asyncio.sleep(1)
+    assert [("ack", (1, 2, 3, 4))] == [
+        (kind, tuple(sorted(tags))) for [(kind, tags)] in script.details("settle")
+    ]
+
+
+async def test_originals_whose_copies_are_on_their_way_do_not_fill_prefetch_for_ever():
+    """They are not in hand; a new batch is collected beside them."""
+    script = ScriptedTransport()
+    script.outcomes = [Outcome.RETURNED] * 2
+    witness = Witness()
+    async with Scribe(
+        first_then(answering(REQUEUE, REQUEUE), ack),
+        transport=script,
+        observers=[witness],
+        batch_size=2,
+        prefetch_count=4,
+    ) as consumer:
+        script.last.feed(*numbered(3))
+        await asyncio.sleep(0.01)
+        assert 2 == consumer.status().workers[0].held
+        assert [numbered(2)] == consumer.batches
+        script.last.feed(b"3")
+        await asyncio.sleep(0.01)
+    assert [Trigger.SIZE] * 2 == [event.trigger for event in witness.of(BatchCut)]
+
+
+async def test_at_info_nothing_is_said_about_single_messages(stage, caplog):
+    """One line for each failed batch; none for a message above DEBUG."""
+    caplog.set_level(logging.INFO)
+    stage.put(*numbered(4))
+    async with Scribe(
+        first_then(answering(REQUEUE, REQUEUE_IMMEDIATE, ACK, ACK), ack),
+        transport=stage.transport,
+        batch_size=4,
+        dead_letter_queue="dead",
+    ):
+        before = len(caplog.records)
+        await asyncio.sleep(10)
+        assert before == len(caplog.records)
