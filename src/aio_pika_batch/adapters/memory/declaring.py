@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.adapters.memory.channels import Gone
 from aio_pika_batch.adapters.memory.refusals import Code, Refusal
 from aio_pika_batch.core.topology import Exchange, Queue, Topology
-from aio_pika_batch.errors import BrokerUnavailable, TopologyError
+from aio_pika_batch.errors import TopologyError
 
 if TYPE_CHECKING:
     from aio_pika_batch.adapters.memory.connections import Connection
@@ -44,8 +43,6 @@ def explained(entity: str) -> Iterator[None]:
         yield
     except Refusal as refusal:
         raise topology_error(entity, refusal) from refusal
-    except Gone as gone:
-        raise BrokerUnavailable(f"{entity}: {gone}") from gone
 
 
 def declare(connection: Connection, topology: Topology) -> None:
@@ -53,7 +50,6 @@ def declare(connection: Connection, topology: Topology) -> None:
 
     Raises:
         TopologyError: The broker says no.
-        BrokerUnavailable: The connection is gone.
     """
     for exchange in topology.exchanges:
         with explained(f"exchange {exchange.name!r}"):

@@ -93,11 +93,8 @@ class Queue:
     @property
     def deadline(self) -> float | None:
         """When something happens by itself: a message expires, or the queue does."""
-        soonest = self.ready.next_expiry()
-        gone = self.gone_at
-        if gone is None or soonest is None:
-            return gone if soonest is None else soonest
-        return min(gone, soonest)
+        moments = (self.ready.next_expiry(), self.gone_at)
+        return min((moment for moment in moments if moment is not None), default=None)
 
     @property
     def gone_at(self) -> float | None:

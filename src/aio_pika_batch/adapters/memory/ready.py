@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -96,13 +96,13 @@ class Ready:
             case Place.ORIGINAL:
                 for level, line in enumerate(self._levels):
                     _merge(line, [entry for entry in entries if self._level(entry) == level])
+            case never:
+                assert_never(never)
 
     def pop(self) -> Entry:
         """Take the next one. There is one."""
-        for line in self._lines():
-            if line:
-                return self._count_out(line.popleft())
-        raise IndexError("nothing waits")
+        line = next(line for line in self._lines() if line)
+        return self._count_out(line.popleft())
 
     def pop_expired(self, now: float) -> Iterator[Entry]:
         """Take what stands at a head and whose time is over."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
@@ -134,13 +135,11 @@ class MemorySession:
         """Tell the broker what became of some messages."""
         self._check()
         frames = self._ledger.settle(settlements)
-        try:
+        with suppress(Gone, Refusal):
             for frame in frames:
                 _send(self._channel, frame)
-        except (Gone, Refusal):
-            # The broker found fault with a frame; that is how it ends a session.
-            self._check()
-            raise
+        # If the broker found fault with a frame, it has ended the session.
+        self._check()
         await asyncio.sleep(0)
 
     async def native(self) -> Native:

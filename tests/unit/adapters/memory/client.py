@@ -74,7 +74,7 @@ class Client:
         mandatory: bool = False,
         **properties: Any,
     ) -> str:
-        """Publish; what the broker says of it is `confirmed`, `refused`, `returned` or `silence`."""
+        """Publish; the broker says `confirmed`, `refused`, `returned`, or there is `silence`."""
         kept = self.channel.take()
         number = self.channel.publish(
             letter(exchange, key, body, Properties(**properties)), mandatory=mandatory

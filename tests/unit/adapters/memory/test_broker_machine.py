@@ -1,7 +1,7 @@
 """Every message is in exactly one place, whatever clients do.
 
-The oracle is a second, plainer broker of one queue, written from the rules and not from the code: two
-lists, a dictionary and a clock. Clients may be cut, mistaken and slow.
+The oracle is a second, plainer broker of one queue, written from the rules and not from the code:
+two lists, a dictionary and a clock. Clients may be cut, mistaken and slow.
 """
 
 from __future__ import annotations

@@ -14,11 +14,13 @@ VERSIONS = ["3.10", "4.0", "4.3"]
 
 
 def dropped(broker: Broker) -> list[str]:
+    """What messages were dropped for."""
     return [event.detail for event in broker.journal.of(Happened.DROPPED)]
 
 
 @pytest.fixture
 def broker() -> Broker:
+    """A broker as of 4.0, in the year 2001."""
     broker = Broker("4.0")
     broker.advance(1_000_000_000)
     return broker
@@ -26,6 +28,7 @@ def broker() -> Broker:
 
 @pytest.fixture
 def client(broker: Broker) -> Client:
+    """Somebody connected to it."""
     return Client(broker)
 
 

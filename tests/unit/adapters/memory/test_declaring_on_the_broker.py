@@ -11,6 +11,7 @@ from tests.unit.adapters.memory.client import Client
 
 @pytest.fixture
 def client() -> Client:
+    """Somebody connected to a broker as of 4.0."""
     return Client(Broker("4.0"))
 
 
@@ -29,20 +30,26 @@ def test_a_second_declaration_of_the_same_is_fine(client: Client):
         (
             {"message_ttl": 6},
             406,
-            "'x-message-ttl' for queue 'q' in vhost '/': received the value"
-            " '6' of type 'byte' but current is the value '5' of type 'byte'",
+            (
+                "'x-message-ttl' for queue 'q' in vhost '/': received the value"
+                " '6' of type 'byte' but current is the value '5' of type 'byte'"
+            ),
         ),
         (
             {},
             406,
-            "'x-message-ttl' for queue 'q' in vhost '/': received none but current is the"
-            " value '5' of type 'byte'",
+            (
+                "'x-message-ttl' for queue 'q' in vhost '/': received none but current is the"
+                " value '5' of type 'byte'"
+            ),
         ),
         (
             {"message_ttl": 5, "max_length": 70_000},
             406,
-            "'x-max-length' for queue 'q' in vhost '/':"
-            " received the value '70000' of type 'signedint' but current is none",
+            (
+                "'x-max-length' for queue 'q' in vhost '/':"
+                " received the value '70000' of type 'signedint' but current is none"
+            ),
         ),
         (
             {"message_ttl": 5, "queue_type": "quorum"},

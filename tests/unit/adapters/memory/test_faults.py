@@ -13,11 +13,13 @@ from tests.unit.adapters.memory.client import Client, bodies
 
 @pytest.fixture
 def broker() -> Broker:
+    """A broker as of 4.0."""
     return Broker("4.0")
 
 
 @pytest.fixture
 def client(broker: Broker) -> Client:
+    """Somebody with a queue."""
     client = Client(broker)
     client.queue("q")
     return client

@@ -26,6 +26,7 @@ class ExchangeType(Enum):
 
 @pytest.fixture
 async def native(transport: MemoryTransport) -> AsyncIterator[Native]:
+    """A session's native objects."""
     await transport.declare(Topology(queues=(Queue("q"),)))
     subscription = Subscription(queue="q", prefetch=1, consumer_tag="t")
     async with transport.session(subscription) as session:
@@ -36,6 +37,7 @@ async def native(transport: MemoryTransport) -> AsyncIterator[Native]:
 
 @pytest.fixture
 def channel(native: Native) -> NativeChannel:
+    """The channel among them."""
     assert isinstance(native.channel, NativeChannel)
     return native.channel
 

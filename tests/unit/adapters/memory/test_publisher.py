@@ -20,11 +20,13 @@ REFUSED, UNKNOWN = Outcome.REFUSED, Outcome.UNKNOWN
 
 @pytest.fixture
 async def queue(transport: MemoryTransport) -> str:
+    """A queue to publish to."""
     await transport.declare(Topology(queues=(Queue("q"),)))
     return "q"
 
 
 def to(key: str, body: bytes = b"1", **more) -> Publication:
+    """A publication."""
     return Publication(body, routing_key=key, **more)
 
 

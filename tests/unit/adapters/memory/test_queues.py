@@ -13,15 +13,18 @@ from tests.unit.adapters.memory.client import Client, bodies
 
 @pytest.fixture
 def broker() -> Broker:
+    """A broker as of 4.0."""
     return Broker("4.0")
 
 
 @pytest.fixture
 def client(broker: Broker) -> Client:
+    """Somebody connected to it."""
     return Client(broker)
 
 
 def fill(client: Client, queue: str, *contents: bytes) -> None:
+    """Publish to a queue."""
     for body in contents:
         client.publish(body, queue)
 
@@ -318,6 +321,32 @@ def test_the_consumers_of_a_deleted_queue_are_told(broker: Broker, client: Clien
     client.channel.ack(1)
     assert client.channel.closed is None
     assert [event.detail for event in broker.journal.of(Happened.DROPPED)] == ["queue deleted"] * 2
+
+
+@pytest.mark.parametrize("how", ["reject", "requeue", "close"])
+def test_what_comes_back_to_a_deleted_queue_goes_nowhere(broker: Broker, client: Client, how: str):
+    """Not even to its dead-letter exchange, nor into a new queue of that name."""
+    client.queue("dead")
+    client.queue("q", dead_letter_exchange="", dead_letter_routing_key="dead")
+    fill(client, "q", b"1")
+    client.consume("q", prefetch=1)
+    broker.delete_queue("q")
+    client.queue("q")
+    if how == "close":
+        client.channel.close()
+    else:
+        client.channel.reject(1, requeue=how == "requeue")
+    assert bodies(broker, "dead") == bodies(broker, "q") == []
+
+
+def test_the_next_event_is_the_sooner_of_two(broker: Broker, client: Client):
+    """A message's end, or the queue's."""
+    client.queue("q", expires=2000)
+    client.publish(b"late", "q", expiration="9000")
+    assert broker.next_event == 2.0
+    client.queue("r", expires=9000)
+    client.publish(b"soon", "r", expiration="1000")
+    assert broker.next_event == 1.0
 
 
 def test_purging_drops_what_waits(broker: Broker, client: Client):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aio_pika_batch.adapters.memory.broker import Broker
 from aio_pika_batch.adapters.memory.exchanges import headers_match, topic_matches
@@ -13,11 +14,13 @@ from tests.unit.adapters.memory.client import Client, bodies
 
 @pytest.fixture
 def broker() -> Broker:
+    """A broker as of 4.0."""
     return Broker("4.0")
 
 
 @pytest.fixture
 def client(broker: Broker) -> Client:
+    """Somebody connected to it."""
     return Client(broker)
 
 

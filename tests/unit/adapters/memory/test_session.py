@@ -24,6 +24,7 @@ DEAD = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "dead"}
 async def consuming(
     transport: MemoryTransport, *, prefetch: int = 10, queue: str = "q"
 ) -> AsyncIterator[MemorySession]:
+    """A session on a queue with a dead-letter queue."""
     await transport.declare(
         Topology(queues=(Queue("dead"), Queue(queue, arguments=DEAD, existing_first=True)))
     )
@@ -33,15 +34,18 @@ async def consuming(
 
 
 def put(memory: Broker, *contents: bytes) -> None:
+    """Put messages into the queue."""
     for body in contents:
         memory.put("q", body)
 
 
 def of(chunk: Sequence[Message]) -> list[bytes]:
+    """The bodies of a chunk."""
     return [message.body for message in chunk]
 
 
 def settled(disposition: Disposition, *tags: int) -> list[Settlement]:
+    """One settlement."""
     return [Settlement(disposition, tags)]
 
 
@@ -327,7 +331,7 @@ async def test_consumer_arguments_count(transport: MemoryTransport, memory: Brok
             assert of(await anext(aiter(session))) == [b"1"]
             assert of(await anext(aiter(low))) == [b"2"]
         alone = Subscription(queue="q", prefetch=1, consumer_tag="t", exclusive=True)
-        with pytest.raises(TopologyError, match="403 ACCESS_REFUSED .* in exclusive use"):
+        with pytest.raises(TopologyError, match=r"403 ACCESS_REFUSED .* in exclusive use"):
             async with transport.session(alone):
                 pass
 

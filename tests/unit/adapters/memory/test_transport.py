@@ -24,6 +24,7 @@ from tests.unit.adapters.memory.client import Client, bodies
 
 
 def opened(url: str) -> MemoryTransport:
+    """A transport as the registry opens it."""
     return open_transport(Endpoint(url=url))
 
 

@@ -14,28 +14,32 @@ NEVER = 60
 
 
 def reject(client: Client, tag: int) -> Client:
+    """One way to give a message back."""
     client.channel.reject(tag, requeue=True)
     return client
 
 
 def nack(client: Client, tag: int) -> Client:
+    """Another."""
     client.channel.nack(tag, requeue=True)
     return client
 
 
 def close_channel(client: Client, _tag: int) -> Client:
+    """Another: forget it, and the channel."""
     client.channel.close()
     client.channel = client.connection.channel()
     return client
 
 
 def cut(client: Client, _tag: int) -> Client:
+    """Another, by accident."""
     client.broker.cut()
     return Client(client.broker)
 
 
 def lives(version: str, back: Callable[[Client, int], Client], **arguments: object) -> int:
-    """How often a quorum queue delivers a message that always comes back, before it dead-letters it."""
+    """How often a quorum queue delivers a message that always comes back."""
     client = Client(Broker(version))
     client.queue("dead")
     client.queue(
