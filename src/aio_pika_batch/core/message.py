@@ -14,14 +14,22 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, Union
 
 from aio_pika_batch.errors import MessageDecodeError
 
-FieldValue: TypeAlias = (
-    "bool | int | float | str | bytes | Decimal | datetime"
-    " | list[FieldValue] | Mapping[str, FieldValue] | None"
-)
+FieldValue: TypeAlias = Union[
+    bool,
+    int,
+    float,
+    str,
+    bytes,
+    Decimal,
+    datetime,
+    "list[FieldValue]",
+    "Mapping[str, FieldValue]",
+    None,
+]
 """What an AMQP 0-9-1 header may hold (section 4.2.5.5 of the specification)."""
 
 Headers: TypeAlias = Mapping[str, FieldValue]
