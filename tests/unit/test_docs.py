@@ -1,0 +1,314 @@
+"""Is what the documentation says so?
+
+Every block of Python runs, on the broker in memory and in virtual time; what is between it and a
+script of its own is said in comments that a reader does not see:
+
+- ``<!-- test: prelude NAME -->`` before a block: what surrounds it, see `PRELUDES`;
+- ``<!-- test: name NAME -->`` and ``<!-- test: continues NAME -->``: a later block of the same page
+  goes on where an earlier one has ended;
+- ``<!-- test: feed QUEUE BODY BODY … -->``: what is published once its consumers run;
+- ``<!-- test: environment NAME=VALUE … -->``: what stands in the environment; several by ``; ``;
+- ``<!-- test: prints TEXT -->`` after a block: what it must have printed;
+- ``<!-- test: dead QUEUE COUNT -->`` after a block: how many dead letters it must have left.
+
+A program that runs until it is told to stop is sent a SIGTERM after a (virtual) minute, so every
+block also shows that it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import shlex
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import aio_pika_batch
+from aio_pika_batch.adapters import memory
+from aio_pika_batch.core.message import Publication
+from aio_pika_batch.registry import open_transport
+from aio_pika_batch.testing import virtual_time
+from aio_pika_batch.transport import Endpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterator
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE_PAGES = sorted(ROOT.glob("examples/*/README.md"))
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *EXAMPLE_PAGES]
+ALL_PAGES = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+
+URL = "memory://"
+PATIENCE = 60.0
+"""Virtual seconds after which a program that waits for a signal gets one."""
+
+STORE = """
+async def store(order):
+    return True
+"""
+
+PRELUDES = {
+    "importer": f"""{STORE}
+import asyncio
+from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
+
+class Importer(BatchConsumer):
+    async def process_messages(self, messages):
+        for message in messages:
+            stored = await store(message.json())
+            yield MessageResult.ACK if stored else MessageResult.REQUEUE
+""",
+    "store": STORE,
+}
+
+
+@dataclass
+class Block:
+    """A block of Python on a page, and what its comments say about it."""
+
+    page: Path
+    line: int
+    source: str
+    feed: tuple[str, list[bytes]] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    prints: str | None = None
+    dead: tuple[str, int] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_COMMENT_BEFORE = re.compile(r"<!-- test: ([^\n]*?) -->\n\Z")
+_COMMENT_AFTER = re.compile(r"\A\n<!-- test: ((?:prints|dead) [^\n]*?) -->$", re.MULTILINE)
+
+
+def fences(page: Path, *languages: str) -> Iterator[tuple[int, str, str, str]]:
+    """Line, text before, body and text after of each fenced block in one of these languages."""
+    text = page.read_text()
+    for match in _FENCE.finditer(text):
+        if match[1] in languages:
+            line = text.count("\n", 0, match.start(2)) + 1
+            yield line, text[: match.start()], match[2], text[match.end() :]
+
+
+def blocks() -> Iterator[Block]:
+    """Every block of Python there is."""
+    for page in PAGES:
+        named: dict[str, str] = {}
+        for line, before, body, after in fences(page, "python", "py"):
+            block = Block(page, line, body)
+            comment = _COMMENT_BEFORE.search(before)
+            for directive in comment[1].split("; ") if comment else ():
+                obey(block, directive, named)
+            comment = _COMMENT_AFTER.search(after)
+            if comment:
+                verb, _, rest = comment[1].partition(" ")
+                if verb == "prints":
+                    block.prints = rest
+                else:
+                    queue, count = rest.split()
+                    block.dead = queue, int(count)
+            yield block
+
+
+def obey(block: Block, directive: str, named: dict[str, str]) -> None:
+    """Do what a comment before a block says."""
+    match directive.split():
+        case ["prelude", name]:
+            block.source = PRELUDES[name] + block.source
+        case ["name", name]:
+            named[name] = block.source
+        case ["continues", name]:
+            block.source = named[name] + block.source
+        case ["feed", queue, *bodies]:
+            block.feed = queue, [each.encode() for each in bodies]
+        case ["environment", *variables]:
+            block.environment = dict(each.split("=", 1) for each in variables)
+        case _:
+            pytest.fail(f"{block}: {directive!r} is no directive")
+
+
+ORDINARY_HANDLERS = (signal.SIG_DFL, signal.default_int_handler, signal.SIG_IGN)
+
+
+def run(main: Coroutine[Any, Any, Any], block: Block) -> Any:
+    """What `asyncio.run` does in a block: virtual time, work, and a signal at the end."""
+
+    async def program() -> Any:
+        running = asyncio.ensure_future(main)
+        if block.feed is not None:
+            await asyncio.sleep(1)
+            queue, bodies = block.feed
+            async with open_transport(Endpoint(url=URL)).publisher() as publisher:
+                await publisher.publish([Publication(body, routing_key=queue) for body in bodies])
+        await asyncio.wait({running}, timeout=PATIENCE)
+        if not running.done():
+            assert signal.getsignal(signal.SIGTERM) not in ORDINARY_HANDLERS, "it never ends"
+            signal.raise_signal(signal.SIGTERM)
+        result = await running
+        if block.dead is not None:
+            transport = open_transport(Endpoint(url=URL))
+            assert isinstance(transport, memory.MemoryTransport)
+            assert block.dead[1] == len(transport.broker.ready(block.dead[0]))
+        return result
+
+    return virtual_time.run(program())
+
+
+@pytest.mark.parametrize("block", list(blocks()), ids=str)
+def test_python_runs(
+    block: Block,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As a script, and the test functions in it as pytest would run them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AIO_PIKA_BATCH_URL", URL)
+    monkeypatch.setenv("MY_APP_URL", URL)
+    for name, value in block.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(asyncio, "run", lambda main: run(main, block))
+    source = re.sub(r"amqps?://[^\"'\s]*", URL, block.source)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    code = compile("\n" * (block.line - 1) + source, str(block.page), "exec", dont_inherit=True)
+
+    exec(code, names)  # noqa: S102  -- our own documentation
+    for name, value in list(names.items()):
+        if name.startswith("test_") and inspect.isfunction(value):
+            value()
+
+    if block.feed and not block.dead:
+        assert [] == [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
+    printed = capsys.readouterr().out
+    assert (block.prints or "") in printed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_nothing_is_shown_in_another_language(page: Path) -> None:
+    """A block in a language that nobody checks could say anything."""
+    checked = {"python", "console", "mermaid"}
+
+    assert set(re.findall(r"^```(\w*)$", page.read_text(), re.MULTILINE)) - {""} <= checked
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Every command that is shown, with its place."""
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
+        for line, _, body, _ in fences(page, "console", "sh", "shell", "bash"):
+            for shown in body.splitlines():
+                if shown.startswith("$ "):
+                    for command in shown[2:].split(" && "):
+                        yield f"{page.relative_to(ROOT)}:{line}", command
+
+
+@pytest.mark.parametrize(("place", "command"), list(commands()), ids=lambda value: value)
+def test_commands_exist(place: str, command: str) -> None:
+    """What a reader is told to type names a session, a script, or what pip installs."""
+    noxfile = (ROOT / "noxfile.py").read_text()
+    sessions = set(re.findall(r"^def (\w+)\(session", noxfile, re.MULTILINE))
+    match shlex.split(command):
+        case ["python3", "-m", "pip", "install", "nox" | "."]:
+            pass
+        case ["python3", "-m", "nox", "-s", session, *_]:
+            assert session.partition("(")[0] in sessions, place
+        case ["python", script, *_] if script.startswith("examples/"):
+            assert (ROOT / script).is_file(), place
+        case ["python3", "-m", "venv", ".venv"] | [".venv/bin/pip" | ".venv/bin/python", *_]:
+            pass
+        case _:
+            pytest.fail(f"{place}: nobody checks {command!r}")
+
+
+def anchor(heading: str) -> str:
+    """The anchor that GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors(page: Path) -> set[str]:
+    """All anchors of a page."""
+    text = _FENCE.sub("", page.read_text())
+    return {anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every relative link, and the heading that it points to."""
+    text = _FENCE.sub("", page.read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, heading = target.partition("#")
+        to = (page.parent / path).resolve() if path else page
+        assert to.exists(), target
+        if heading:
+            assert heading in anchors(to), target
+
+
+def generator() -> Any:
+    """The script that writes the reference of all settings."""
+    path = ROOT / "docs" / "generate_settings.py"
+    spec = importlib.util.spec_from_file_location("generate_settings", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_settings_reference_is_up_to_date() -> None:
+    """If this fails: `python docs/generate_settings.py`."""
+    assert generator().page() == (ROOT / "docs" / "settings.md").read_text()
+
+
+def known_names() -> set[str]:
+    """Everything that a page might name: in the package, and what others call their things."""
+    names = set(aio_pika_batch.BatchConsumerSettings.model_fields) | THEIRS | {"aio_pika_batch"}
+    for info in pkgutil.walk_packages(aio_pika_batch.__path__, "aio_pika_batch."):
+        names.update(info.name.split("."))
+    for module in (
+        aio_pika_batch,
+        memory,
+        virtual_time,
+        importlib.import_module("aio_pika_batch.observer"),
+        importlib.import_module("aio_pika_batch.transport"),
+    ):
+        for name, value in vars(module).items():
+            names.add(name)
+            if inspect.isclass(value):
+                names.update(dir(value))
+                names.update(getattr(value, "__annotations__", ()))
+                names.update(getattr(value, "__slots__", ()))
+    broker = memory.Broker()
+    names.update(dir(broker), dir(broker.faults), dir(broker.journal))
+    return names
+
+
+THEIRS = {
+    "consumer_timeout",  # RabbitMQ's
+    "pytest_asyncio_loop_factories",  # pytest-asyncio's
+}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name != "architecture.md"],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_names_in_prose_exist(page: Path) -> None:
+    """A setting, an attribute or a method that a page names in passing is one."""
+    text = _FENCE.sub("", page.read_text())
+    inline = re.findall(r"`([^`\n]+)`", text)
+    named = {name for code in inline for name in re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", code)}
+
+    assert named - known_names() == set()
