@@ -4,7 +4,7 @@ Subclass :class:`BatchConsumer`, override `process_messages`, run it. Nothing of
 imported before a consumer with an `amqp://` URL is made.
 """
 
-from aio_pika_batch.consumer import BatchConsumer, Consumer, ConsumerStatus, WorkerSession
+from aio_pika_batch.consumer import BatchConsumer, Consumer
 from aio_pika_batch.core.batcher import Trigger
 from aio_pika_batch.core.message import Message, Outcome, Publication
 from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result
@@ -26,6 +26,8 @@ from aio_pika_batch.errors import (
     TopologyError,
     TransportError,
 )
+from aio_pika_batch.hooks import WorkerSession
+from aio_pika_batch.lifecycle import ConsumerStatus
 from aio_pika_batch.observer import Observer
 from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings
 from aio_pika_batch.worker import WorkerState, WorkerStatus

@@ -151,7 +151,7 @@ class Crew:
             )
             self._workers.append(worker)
             self._tasks.append(asyncio.ensure_future(worker.run()))
-        ready = asyncio.gather(*(worker.ready for worker in self._workers))
+        ready = asyncio.ensure_future(asyncio.wait([worker.ready for worker in self._workers]))
         try:
             waiting: set[asyncio.Future[Any]] = {ready, *self._tasks}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -225,4 +225,5 @@ class Crew:
         """Close what the workers shared."""
         if self._declaring is not None and not self._declaring.done():
             self._declaring.cancel()
+            await wait_until({self._declaring}, self.stop.deadline)
         await asyncio.gather(self.outbox.close(), self.post.close())

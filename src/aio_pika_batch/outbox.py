@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 
-from aio_pika_batch.core.message import Outcome, Outgoing
+from aio_pika_batch.core.message import Outcome, Outgoing, Publication
 from aio_pika_batch.errors import TransportError
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.transport import Publisher, Transport
@@ -84,3 +84,22 @@ class Outbox:
             self._give_up(self._current[1])
         while self._closing:
             await asyncio.wait(self._closing)
+
+
+def why(outcome: Outcome, publication: Publication, timeout: float) -> str:
+    """Say why a publication is not confirmed.
+
+    Args:
+        timeout: The seconds that it waited, at most.
+    """
+    where = f"exchange {publication.exchange!r}, routing key {publication.routing_key!r}"
+    match outcome:
+        case Outcome.RETURNED:
+            return f"returned: no queue is bound for {where}"
+        case Outcome.REFUSED:
+            return f"refused by the broker ({where}): a full queue, or no such exchange"
+        case Outcome.UNKNOWN | Outcome.CONFIRMED:
+            return (
+                f"unconfirmed ({where}): the connection was lost, or silent for {timeout} s;"
+                " it may or may not be stored"
+            )

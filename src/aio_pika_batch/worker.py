@@ -116,6 +116,7 @@ class Worker:
         self._number = 0
         self._failures = 0
         self._last_error: str | None = None
+        self._complaint: str | None = None
         self.hands = Hands(terms.concurrency)
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.cut_off = 0
@@ -123,7 +124,14 @@ class Worker:
     @property
     def is_consuming(self) -> bool:
         """Whether messages come in, as far as is known."""
-        return self._state is WorkerState.CONSUMING
+        return self._seen_state is WorkerState.CONSUMING
+
+    @property
+    def _seen_state(self) -> WorkerState:
+        """What it is doing: who was told to stop consumes no more, and drains."""
+        if self._state is WorkerState.CONSUMING and self._stop.event.is_set():
+            return WorkerState.DRAINING
+        return self._state
 
     @property
     def oldest(self) -> float | None:
@@ -138,7 +146,7 @@ class Worker:
         epoch = self._epoch
         return WorkerStatus(
             index=self._index,
-            state=self._state,
+            state=self._seen_state,
             epoch=self._number,
             buffered=epoch.buffered if epoch else 0,
             in_hand=self.hands.in_hand,
@@ -205,6 +213,7 @@ class Worker:
 
     def _on_consuming(self) -> None:
         self._state = WorkerState.CONSUMING
+        self._complaint = None
         self._log.info("consuming", epoch=self._number)
         if self._observers:
             self._observers.tell(Connected(self._number))
@@ -232,8 +241,8 @@ class Worker:
         if not passing and not self.ready.done():
             raise error
         text = told(error)
-        repeated = text == self._last_error
-        self._last_error = text
+        repeated = text == self._complaint
+        self._last_error = self._complaint = text
         self._failures += 1
         if self._observers:
             self._observers.tell(Lost(self._number, error))

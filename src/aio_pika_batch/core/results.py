@@ -148,7 +148,7 @@ class ResultCollector:
             raise ResultError(msg)
         if not self._room:
             count = len(self.messages)
-            msg = f"result {count + 1}, {result!r}, for a batch of {count}: yield one for each message"
+            msg = f"result {count + 1}, {result!r}, for {count} messages: yield one for each"
             raise ResultError(msg)
         self._by_position.append(result)
         self._room -= 1
@@ -167,7 +167,7 @@ class ResultCollector:
             msg = f"{message!r} is not in this batch: yield results for the messages you were given"
             raise ResultError(msg)
         if at in self._pairs:
-            msg = f"a second result, {result!r}, for {message!r}: the first, {self._pairs[at]!r}, stays"
+            msg = f"{result!r} came second for {message!r}: the first, {self._pairs[at]!r}, stays"
             raise ResultError(msg)
         self._pairs[at] = result
 

@@ -1,0 +1,401 @@
+"""When does a consumer start, when is it well, and how does it stop?
+
+Lifecycle, hooks, health and publishing, shared by both kinds of consumer; the work is done by the
+crew's workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from aio_pika_batch.core.advice import advice
+from aio_pika_batch.core.message import Headers, Outcome, Publication
+from aio_pika_batch.core.results import ExceptionResults
+from aio_pika_batch.crew import Crew, Seat
+from aio_pika_batch.epoch import Epoch
+from aio_pika_batch.errors import (
+    ConfigurationError,
+    DrainIncomplete,
+    PublishError,
+    SessionClosed,
+    StartInterrupted,
+)
+from aio_pika_batch.handling import Process
+from aio_pika_batch.hooks import WorkerSession
+from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.observer import Observer
+from aio_pika_batch.outbox import why
+from aio_pika_batch.registry import open_transport
+from aio_pika_batch.settings import ConsumerSettings
+from aio_pika_batch.signals import process_signals
+from aio_pika_batch.transport import Endpoint, Session, Transport
+from aio_pika_batch.worker import WorkerStatus
+
+RESERVE = 1.5
+"""Seconds of a drain that are kept for settlements, and as many again for closing connections."""
+
+SettingsT = TypeVar("SettingsT", bound=ConsumerSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerStatus:
+    """A snapshot of a consumer, without secrets."""
+
+    consumer: str
+    queue: str
+    is_running: bool
+    is_healthy: bool
+    workers: tuple[WorkerStatus, ...]
+
+
+class BaseConsumer(Generic[SettingsT]):
+    """Lifecycle, hooks and health, shared by both kinds of consumer.
+
+    Args:
+        settings: None takes them from the environment.
+        transport: None takes the one that serves the URL's scheme.
+        observers: Told what happens.
+
+    Raises:
+        ConfigurationError: The settings, or the class, cannot work.
+    """
+
+    settings_class: ClassVar[type[ConsumerSettings]] = ConsumerSettings
+    """What `settings=None` makes."""
+
+    exception_results: ClassVar[ExceptionResults] = {}
+    """What becomes of undecided messages when an exception of such a class (or of a subclass of it;
+    the most specific one counts) leaves the handler. What is not listed gets
+    `unhandled_exception_action`."""
+
+    settings: SettingsT
+
+    def __init__(
+        self,
+        settings: SettingsT | None = None,
+        *,
+        transport: Transport | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self._check_class()
+        self.settings = settings if settings is not None else self._settings_from_environment()
+        self._transport = transport if transport is not None else open_transport(self._endpoint())
+        self._observers = tuple(observers)
+        self._name = type(self).__name__
+        self._log = KeywordLogger(
+            logging.getLogger("aio_pika_batch.consumer"),
+            consumer=self._name,
+            queue=self.settings.queue_name,
+        )
+        self._crew: Crew | None = None
+        self._current: Epoch | None = None
+        self._stopping: asyncio.Task[int] | None = None
+        self._is_starting = False
+        self._is_started_up = False
+
+    # -- what you override ------------------------------------------------------------------------
+
+    async def on_start(self) -> None:
+        """Called once before the first worker consumes, whatever `num_workers` is."""
+
+    async def on_stop(self) -> None:
+        """Called once after the last worker has stopped, if `on_start` had finished."""
+
+    async def on_session(self, session: WorkerSession) -> None:
+        """Called for each session of each worker, before its first message.
+
+        Each worker has an instance of its own then (worker 0 this one, the others a `copy.copy`
+        made after `on_start`), so that what a session stores on `self` stays with its worker.
+        """
+
+    async def _run_internal(
+        self,
+        channel: Any,  # noqa: ANN401  -- the broker library's own
+        queue: Any,  # noqa: ANN401
+        settings: ConsumerSettings,
+        stop_event: asyncio.Event,
+        log: KeywordLogger,
+    ) -> None:
+        """Called for each session of each worker; `super()` consumes until the session ends.
+
+        `channel` and `queue` are for declarations and publishes; messages are consumed on another
+        channel. New code overrides `on_session` instead.
+        """
+        del channel, queue, settings, stop_event, log
+        if self._current is None:
+            msg = "_run_internal is called by the library, once for each session"
+            raise SessionClosed(msg)
+        await self._current.consume()
+
+    def _process(self) -> Process:
+        raise NotImplementedError
+
+    def _check_class(self) -> None:
+        raise NotImplementedError
+
+    # -- lifecycle --------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Start, wait, and drain at SIGINT, SIGTERM or `stop`.
+
+        Raises:
+            TransportError: The broker says no, for good.
+            DrainIncomplete: The drain was abandoned at a second signal, or `shutdown_timeout` cut
+                handlers off.
+        """
+        with process_signals.listen(self.request_stop, self._abandon):
+            try:
+                await self.start()
+            except StartInterrupted:
+                return
+            crew = self._crew
+            try:
+                if crew is not None:
+                    await crew.watch()
+            finally:
+                self.request_stop()
+                cut_off = await asyncio.shield(self._drained())
+        if cut_off:
+            msg = (
+                f"the drain was cut short: {cut_off} messages were in mid-handling,"
+                " and will be delivered again"
+            )
+            raise DrainIncomplete(msg)
+
+    async def start(self) -> None:
+        """Start; returns once every worker consumes. A broker that is not there yet is waited for.
+
+        Raises:
+            TransportError: The broker says no, for good: password, virtual host, queue, exchange.
+            StartInterrupted: `stop` was called meanwhile.
+            ConfigurationError: It is running already.
+        """
+        if self._crew is not None:
+            msg = f"{self._name} is running already: stop it before you start it again"
+            raise ConfigurationError(msg)
+        for line in self._advice():
+            self._log.warning(line)
+        self._stopping = None
+        self._is_starting = True
+        self._crew = crew = Crew(
+            self._name, self.settings, self._transport, self._observers, self._log
+        )
+        try:
+            await self.on_start()
+            self._is_started_up = True
+            await crew.start(self._seats())
+        except BaseException:
+            self.request_stop()
+            await asyncio.shield(self._drained())
+            raise
+        finally:
+            self._is_starting = False
+
+    async def stop(self) -> None:
+        """Drain and stop; idempotent, from any task, also during `start`.
+
+        Called by a handler, it returns at once, since the drain waits for that handler.
+        """
+        self.request_stop()
+        crew = self._crew
+        if crew is None or crew.is_handling_in(asyncio.current_task()):
+            return
+        await asyncio.shield(self._drained())
+
+    def request_stop(self) -> None:
+        """Begin to drain, without waiting for it."""
+        crew = self._crew
+        if crew is None or crew.stop.event.is_set():
+            return
+        seconds = self.settings.shutdown_timeout
+        deadline = asyncio.get_running_loop().time() + seconds
+        crew.stop.request(deadline, reserve=min(RESERVE, seconds / 10))
+        self._log.info("draining", within=f"{seconds} s")
+        if not self._is_starting:
+            self._stopping = self._drained()
+
+    def _drained(self) -> asyncio.Task[int]:
+        if self._stopping is None:
+            self._stopping = asyncio.get_running_loop().create_task(self._finish())
+        return self._stopping
+
+    async def _finish(self) -> int:
+        crew = self._crew
+        if crew is None:
+            return 0
+        try:
+            cut_off = await crew.finish()
+            if self._is_started_up:
+                await self.on_stop()
+        finally:
+            self._is_started_up = False
+            await crew.close()
+            self._crew = None
+            self._log.info("stopped")
+        return cut_off
+
+    def _abandon(self) -> None:
+        self.request_stop()
+        if self._crew is not None:
+            self._log.warning("the drain is abandoned")
+            self._crew.abandon()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    # -- health -----------------------------------------------------------------------------------
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has been started and has not stopped."""
+        return self._crew is not None
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether every worker consumes, and none holds a message for longer than `stuck_after`."""
+        return self._crew is not None and self._crew.is_healthy()
+
+    def status(self) -> ConsumerStatus:
+        """A snapshot of everything."""
+        return ConsumerStatus(
+            consumer=self._name,
+            queue=self.settings.queue_name,
+            is_running=self.is_running,
+            is_healthy=self.is_healthy,
+            workers=self._crew.statuses if self._crew else (),
+        )
+
+    # -- publishing -------------------------------------------------------------------------------
+
+    async def publish(
+        self,
+        body: bytes,
+        *,
+        exchange: str = "",
+        routing_key: str = "",
+        headers: Headers | None = None,
+        mandatory: bool = True,
+        **properties: Any,  # noqa: ANN401  -- those of Publication, each with its own type
+    ) -> None:
+        """Publish a message and wait for its confirmation.
+
+        Args:
+            mandatory: Whether it is an error if no queue takes it.
+            **properties: Further ones of :class:`~aio_pika_batch.Publication`, such as
+                `message_id`.
+
+        Raises:
+            PublishError: It was returned, refused, or nothing was heard of it in `publish_timeout`.
+            SessionClosed: The consumer is not running.
+        """
+        publication = Publication(
+            body,
+            exchange=exchange,
+            routing_key=routing_key,
+            headers=headers,
+            mandatory=mandatory,
+            **properties,
+        )
+        [outcome] = await self.publish_many([publication])
+        if outcome is not Outcome.CONFIRMED:
+            raise PublishError(why(outcome, publication, self.settings.publish_timeout))
+
+    async def publish_many(self, publications: Sequence[Publication]) -> Sequence[Outcome]:
+        """Publish many messages at once and wait for all confirmations.
+
+        Returns:
+            An outcome for each, in order.
+
+        Raises:
+            SessionClosed: The consumer is not running.
+        """
+        if self._crew is None:
+            msg = "publishing needs a running consumer: between start and stop, hooks included"
+            raise SessionClosed(msg)
+        return await self._crew.post.publish(publications)
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _settings_from_environment(self) -> SettingsT:
+        settings: Any = self.settings_class()
+        made: SettingsT = settings
+        return made
+
+    def _advice(self) -> list[str]:
+        settings = self.settings
+        return advice(
+            settings.wanted,
+            prefetch=settings.effective_prefetch,
+            batch_size=settings.messages_per_batch,
+        )
+
+    def _endpoint(self) -> Endpoint:
+        settings = self.settings
+        return Endpoint(
+            url=settings.url,
+            connect_timeout=settings.connect_timeout,
+            heartbeat=settings.heartbeat,
+            publish_timeout=settings.publish_timeout,
+            connection_name=settings.connection_name
+            or f"{type(self).__name__} ({settings.queue_name})",
+            ssl_cafile=settings.ssl_cafile,
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
+        )
+
+    def _seats(self) -> list[Seat]:
+        count = self.settings.num_workers
+        if self._overrides("on_session") or self._overrides("_run_internal"):
+            instances = [self, *(copy.copy(self) for _ in range(count - 1))]
+        else:
+            instances = [self] * count
+        return [instance._seat(index) for index, instance in enumerate(instances)]  # noqa: SLF001  -- our own
+
+    def _seat(self, index: int) -> Seat:
+        attend = functools.partial(self._attend, index)
+        return Seat(self._process(), attend, self.exception_results)
+
+    def _overrides(self, name: str) -> bool:
+        return getattr(type(self), name) is not getattr(BaseConsumer, name)
+
+    async def _attend(
+        self, index: int, epoch: Epoch, session: Session, number: int, log: KeywordLogger
+    ) -> None:
+        """Run this instance's hooks around the consumption of one session."""
+        crew = self._crew
+        if crew is None:
+            return
+        worker_session = WorkerSession(index, number, self.settings.queue_name, session)
+        if self._overrides("on_session"):
+            await self.on_session(worker_session)
+        if not self._overrides("_run_internal"):
+            await epoch.consume()
+            return
+        native = await worker_session.native()
+        self._current = epoch
+        try:
+            await self._run_internal(
+                channel=native.channel,
+                queue=native.queue,
+                settings=self.settings,
+                stop_event=crew.stop.event,
+                log=log,
+            )
+        finally:
+            self._current = None
