@@ -27,12 +27,15 @@ from pydantic_settings import SettingsConfigDict
 
 from aio_pika_batch import BatchConsumerSettings
 
-class MySettings(BatchConsumerSettings): model_config = SettingsConfigDict(env_prefix="MY_APP_")
+
+class MySettings(BatchConsumerSettings):
+    model_config = SettingsConfigDict(env_prefix="MY_APP_")
 
 
 settings = MySettings()  # reads MY_APP_QUEUE_NAME, MY_APP_BATCH_SIZE, …
 print(settings.queue_name, settings.batch_size)
 ```
+<!-- test: prints orders 200 -->
 
 Lists and dictionaries are written as JSON: `MY_APP_ROUTING_KEY='["orders.#", "refunds"]'`. A
 single routing key is written as it is.
