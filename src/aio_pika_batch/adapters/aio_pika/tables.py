@@ -197,12 +197,13 @@ def _read_array(raw: bytes, at: int, end: int, depth: int) -> list[FieldValue]:
     return array
 
 
-def _read_time(raw: bytes, start: int) -> datetime:
+def _read_time(raw: bytes, start: int) -> datetime | int:
     seconds: int = _SECONDS.unpack_from(raw, start)[0]
     try:
         return datetime.fromtimestamp(seconds, UTC)
-    except (OverflowError, ValueError, OSError) as error:
-        raise TableError(f"{seconds} is no time in seconds that a datetime can hold") from error
+    except (OverflowError, ValueError, OSError):
+        # Milliseconds, most likely. One odd header must not make all of them unreadable.
+        return seconds
 
 
 # --- writing -------------------------------------------------------------------

@@ -1,0 +1,438 @@
+"""Does a session on a real RabbitMQ keep its laws, also when the world does not keep to any?"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
+from aio_pika_batch.core.ledger import Frame
+from aio_pika_batch.core.message import Copy, Disposition, Message, Outcome, Publication, Settlement
+from aio_pika_batch.core.topology import Queue, Topology
+from aio_pika_batch.errors import (
+    MessageDecodeError,
+    SessionClosed,
+    SessionLost,
+    SettlementError,
+    TopologyError,
+)
+from aio_pika_batch.transport import Endpoint, Subscription
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aio_pika.abc import AbstractChannel
+
+    from aio_pika_batch.adapters.aio_pika.session import AioPikaSession
+    from tests.support.proxy import TcpProxy
+
+pytestmark = pytest.mark.usefixtures("queue")
+
+
+@pytest.fixture
+def transport(amqp_url: str) -> AioPikaTransport:
+    """The adapter, as a consumer has it."""
+    return AioPikaTransport(Endpoint(url=amqp_url))
+
+
+@pytest.fixture(params=["classic", "quorum"])
+async def queue(
+    request: pytest.FixtureRequest, transport: AioPikaTransport, name: str, channel: AbstractChannel
+) -> Any:
+    """A queue of either type."""
+    kind = {"x-queue-type": request.param}
+    await transport.declare(Topology(queues=(Queue(name, arguments=kind),)))
+    yield name
+    await channel.queue_delete(name)
+
+
+def subscription(queue: str, **more: Any) -> Subscription:
+    return Subscription(**{"queue": queue, "prefetch": 5000, "consumer_tag": "c-1", **more})
+
+
+async def publish(transport: AioPikaTransport, queue: str, bodies: Sequence[bytes]) -> None:
+    async with transport.publisher() as publisher:
+        outcomes = await publisher.publish(
+            [Publication(body, routing_key=queue) for body in bodies]
+        )
+    assert {Outcome.CONFIRMED} == set(outcomes)
+
+
+async def publish_raw(
+    transport: AioPikaTransport, queue: str, raw: bytes, body: bytes = b""
+) -> None:
+    """Publish with these very property bytes."""
+    original = Message(None, 1, False, body, ("", queue), raw)  # type: ignore[arg-type]
+    async with transport.publisher() as publisher:
+        assert [Outcome.CONFIRMED] == await publisher.publish([Copy(original, "", queue, {})])
+
+
+async def receive(session: AioPikaSession, count: int) -> list[Message]:
+    """Take chunks until *count* messages are there."""
+    messages: list[Message] = []
+    async with asyncio.timeout(20):
+        while len(messages) < count:
+            messages.extend(await anext(aiter(session)))
+    return messages
+
+
+def settlement(disposition: Disposition, messages: Sequence[Message]) -> Settlement:
+    return Settlement(disposition, tuple(message.delivery_tag for message in messages))
+
+
+async def ready(channel: AbstractChannel, queue: str) -> int:
+    """How many messages wait in the queue, once that has stopped changing."""
+    count, before = 0, -1
+    while count != before:
+        before = count
+        await asyncio.sleep(0.3)
+        count = (
+            await channel.declare_queue(queue, passive=True)
+        ).declaration_result.message_count or 0
+    return count
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+# --- the way of a message --------------------------------------------------------
+
+
+async def test_messages_come_in_chunks_and_stay_settled(
+    transport: AioPikaTransport, queue: str, channel: AbstractChannel
+) -> None:
+    """In the order of their tags, several at a time; what is settled is gone, with mixed results."""
+    bodies = [b"%d" % number for number in range(1000)]
+    await publish(transport, queue, bodies)
+    chunks = 0
+
+    async with transport.session(subscription(queue)) as session:
+        messages: list[Message] = []
+        async for chunk in session:
+            chunks += 1
+            messages.extend(chunk)
+            if len(messages) == 1000:
+                break
+        assert bodies == [message.body for message in messages]
+        assert list(range(1, 1001)) == [message.delivery_tag for message in messages]
+        assert (queue, "", queue) == (
+            messages[0].queue,
+            messages[0].exchange,
+            messages[0].routing_key,
+        )
+        await session.settle(
+            [
+                settlement(Disposition.ACK, messages[::2]),
+                settlement(Disposition.REJECT, messages[1:501:2]),
+                settlement(Disposition.RETURN, messages[501::2]),
+            ]
+        )
+        again = await receive(session, 250)
+        assert sorted(bodies[501::2]) == sorted(message.body for message in again)
+        assert all(message.redelivered for message in again)
+        await session.settle([settlement(Disposition.ACK, again)])
+        await session.settle([])
+
+    assert chunks < 500
+    assert await ready(channel, queue) == 0
+
+
+async def test_after_cancel_comes_what_was_delivered_before_it_and_no_more(
+    transport: AioPikaTransport, queue: str, channel: AbstractChannel
+) -> None:
+    """What was handed out is settled; what was not is in the queue; nothing is both or neither."""
+    await publish(transport, queue, [b"%d" % number for number in range(2000)])
+
+    async with transport.session(subscription(queue, prefetch=300)) as session:
+        first = await receive(session, 1)
+        await asyncio.gather(session.cancel(), session.cancel())
+        rest = [message for chunk in [chunk async for chunk in session] for message in chunk]
+        await session.cancel()
+        await session.settle([settlement(Disposition.ACK, [*first, *rest])])
+
+    assert 300 == len(first) + len(rest)
+    assert 1700 == await ready(channel, queue)
+
+
+@pytest.mark.parametrize("size", [0, 1, 131_063, 131_064, 131_065, 1_000_000])
+async def test_bodies_of_any_size(transport: AioPikaTransport, queue: str, size: int) -> None:
+    """No frame, one, or several, there and back."""
+    body = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    await publish(transport, queue, [body, b"next"])
+
+    async with transport.session(subscription(queue)) as session:
+        messages = await receive(session, 2)
+        assert [body, b"next"] == [message.body for message in messages]
+        await session.settle([settlement(Disposition.ACK, messages)])
+
+
+async def test_a_poison_property_costs_its_message_only(
+    transport: AioPikaTransport, queue: str
+) -> None:
+    """A binary correlation id, and a time beyond the year 9999: the others are read as ever."""
+    binary = struct.pack(">H", 1 << 10 | 1 << 7) + b"\x03\xff\xfe\xfd" + b"\x02id"
+    await publish_raw(transport, queue, binary, b"poison")
+    await publish_raw(transport, queue, struct.pack(">H", 1 << 6) + b"\x00\xff" * 4, b"later")
+    await publish(transport, queue, [b"good"])
+
+    async with transport.session(subscription(queue)) as session:
+        poison, later, good = await receive(session, 3)
+        assert "id" == poison.message_id
+        with pytest.raises(MessageDecodeError, match="correlation_id"):
+            _ = poison.correlation_id
+        with pytest.raises(MessageDecodeError, match="timestamp"):
+            _ = later.timestamp
+        assert (b"good", None) == (good.body, good.correlation_id)
+        await session.settle(
+            [settlement(Disposition.REJECT, [poison, later]), settlement(Disposition.ACK, [good])]
+        )
+
+
+async def test_prefetch_is_what_is_handed_out_at_most(
+    transport: AioPikaTransport, queue: str
+) -> None:
+    """Until something is settled."""
+    await publish(transport, queue, [b""] * 10)
+
+    async with transport.session(subscription(queue, prefetch=3)) as session:
+        messages = await receive(session, 3)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await anext(aiter(session))
+        await session.settle([settlement(Disposition.ACK, messages[:1])])
+        assert 1 == len(await receive(session, 1))
+
+
+async def test_a_receive_that_is_cancelled_loses_nothing(
+    transport: AioPikaTransport, queue: str
+) -> None:
+    """The next one gets what came meanwhile."""
+    async with transport.session(subscription(queue)) as session:
+        waiting = asyncio.create_task(anext(aiter(session)))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await publish(transport, queue, [b"1", b"2"])
+        assert [b"1", b"2"] == [message.body for message in await receive(session, 2)]
+
+
+@pytest.mark.parametrize("_attempt", range(3))
+async def test_acks_just_before_the_end_are_not_lost(
+    transport: AioPikaTransport, queue: str, channel: AbstractChannel, _attempt: int
+) -> None:
+    """A quorum queue drops acks that its channel still holds when it closes; we wait for them."""
+    await publish(transport, queue, [b""] * 2000)
+
+    async with transport.session(subscription(queue)) as session:
+        for message in reversed(await receive(session, 2000)):
+            await session.settle([settlement(Disposition.ACK, [message])])
+
+    assert await ready(channel, queue) == 0
+
+
+async def test_a_tag_is_settled_once(transport: AioPikaTransport, queue: str) -> None:
+    """The second time raises here, where it can be seen, and the channel lives."""
+    await publish(transport, queue, [b"1", b"2"])
+
+    async with transport.session(subscription(queue)) as session:
+        first, second = await receive(session, 2)
+        await session.settle([settlement(Disposition.ACK, [first])])
+        with pytest.raises(SettlementError, match="settled already"):
+            await session.settle([settlement(Disposition.ACK, [first, second])])
+        await session.settle([settlement(Disposition.ACK, [second])])
+
+
+async def test_after_its_context_a_session_is_closed(
+    transport: AioPikaTransport, queue: str
+) -> None:
+    """Whoever uses it learns whose fault that is; who waits is woken."""
+    async with transport.session(subscription(queue)) as session:
+        waiting = asyncio.create_task(anext(aiter(session)))
+        await asyncio.sleep(0)
+
+    with pytest.raises(SessionClosed):
+        await waiting
+    for use in (session.cancel(), session.settle([]), session.native(), anext(aiter(session))):
+        with pytest.raises(SessionClosed):
+            await use
+
+
+async def test_an_exception_in_the_context_closes_it_all_the_same(
+    transport: AioPikaTransport, queue: str, channel: AbstractChannel
+) -> None:
+    """And what was not settled goes back."""
+    await publish(transport, queue, [b"1"])
+
+    with pytest.raises(ZeroDivisionError):
+        async with transport.session(subscription(queue)) as session:
+            await receive(session, 1)
+            _ = 1 / 0
+
+    assert 1 == await ready(channel, queue)
+
+
+# --- beside the session ----------------------------------------------------------
+
+
+async def test_the_native_channel_is_apart(
+    transport: AioPikaTransport, queue: str, name: str
+) -> None:
+    """It is opened once, on the same connection; its own consumer gets its own deliveries."""
+    async with transport.session(subscription(queue)) as session:
+        native, same = await asyncio.gather(session.native(), session.native())
+        assert native is same
+        assert queue == native.queue.name
+        temporary = await native.channel.declare_queue(f"{name}-other", exclusive=True)
+        taken: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        async def take(message: Any) -> None:
+            await message.ack()
+            taken.set_result(message.body)
+
+        await temporary.consume(take)
+        await publish(transport, temporary.name, [b"theirs"])
+        await publish(transport, queue, [b"ours"])
+        [ours] = await receive(session, 1)
+        assert (b"ours", b"theirs") == (ours.body, await asyncio.wait_for(taken, 10))
+        await session.settle([settlement(Disposition.ACK, [ours])])
+
+
+# --- when the world ends it ------------------------------------------------------
+
+
+async def lost(session: AioPikaSession) -> str:
+    """Wait for the loss; return its reason."""
+    with pytest.raises(SessionLost) as caught:
+        async with asyncio.timeout(20):
+            while True:
+                await anext(aiter(session))
+    return str(caught.value)
+
+
+async def test_a_deleted_queue_ends_the_session(
+    transport: AioPikaTransport, queue: str, channel: AbstractChannel
+) -> None:
+    """The broker cancels the consumer, which stock clients tell nobody."""
+    await publish(transport, queue, [b"1"])
+
+    async with transport.session(subscription(queue)) as session:
+        messages = await receive(session, 1)
+        await channel.queue_delete(queue)
+        assert "cancelled the consumer" in await lost(session)
+        with pytest.raises(SessionLost, match=queue):
+            await session.settle([settlement(Disposition.ACK, messages)])
+
+
+async def test_a_closed_channel_ends_the_session_with_the_brokers_words(
+    transport: AioPikaTransport, queue: str
+) -> None:
+    """Nothing more is written on it: that would cost the connection."""
+    async with transport.session(subscription(queue)) as session:
+        native = await session.native()
+        session._wire.settle([Frame(Disposition.ACK, 999)])
+        reason = await lost(session)
+        assert "406 PRECONDITION_FAILED - unknown delivery tag 999" in reason
+        for use in (session.settle([]), session.cancel(), session.native()):
+            with pytest.raises(SessionLost, match="999"):
+                await use
+        assert not session._wire.settle([Frame(Disposition.ACK, 1)])
+        assert not native.channel.is_closed
+
+
+async def test_a_cut_connection_ends_the_session(
+    amqp_url: str, proxy: TcpProxy, queue: str
+) -> None:
+    """At once; and so does whatever is tried afterwards."""
+    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url)))
+
+    async with transport.session(subscription(queue)) as session:
+        await publish(transport, queue, [b"1"])
+        messages = await receive(session, 1)
+        proxy.cut()
+        assert await lost(session)
+        for use in (session.settle([settlement(Disposition.ACK, messages)]), session.cancel()):
+            with pytest.raises(SessionLost):
+                await use
+
+
+async def test_a_silent_broker_ends_the_session(amqp_url: str, proxy: TcpProxy, queue: str) -> None:
+    """After three heartbeats; leaving takes seconds although nobody answers."""
+    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), heartbeat=1))
+
+    async with transport.session(subscription(queue)) as session:
+        proxy.freeze("to_client")
+        start = time.monotonic()
+        assert "nothing was heard" in await lost(session)
+        assert 2 < time.monotonic() - start < 6
+        start = time.monotonic()
+    assert time.monotonic() - start < 5
+
+
+async def test_leaving_a_clogged_connection_takes_seconds(
+    amqp_url: str, proxy: TcpProxy, queue: str
+) -> None:
+    """The broker reads nothing: the library's own close would wait for ever."""
+    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url)))
+
+    async with transport.session(subscription(queue)):
+        proxy.freeze()
+        start = time.monotonic()
+    assert time.monotonic() - start < 10
+
+
+async def test_a_busy_connection_is_not_taken_for_dead(amqp_url: str, queue: str) -> None:
+    """Its library sees none of the deliveries, and must not think that nobody is there."""
+    transport = AioPikaTransport(Endpoint(url=amqp_url, heartbeat=1))
+    await publish(transport, queue, [b"x"])
+
+    async with transport.session(subscription(queue)) as session:
+        end = time.monotonic() + 8
+        while time.monotonic() < end:
+            messages = await receive(session, 1)
+            await asyncio.sleep(0.01)
+            await session.settle([settlement(Disposition.REQUEUE, messages)])
+
+
+async def test_a_cut_while_cancelling(amqp_url: str, proxy: TcpProxy, queue: str) -> None:
+    """Whoever waits for the confirmation learns that there is none."""
+    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url)))
+
+    async with transport.session(subscription(queue)) as session:
+        proxy.freeze("to_client")
+        cancelling = asyncio.create_task(session.cancel())
+        await asyncio.sleep(0.1)
+        proxy.cut()
+        with pytest.raises(SessionLost):
+            await cancelling
+
+
+# --- what cannot be consumed -----------------------------------------------------
+
+
+async def test_a_queue_that_is_not_there(transport: AioPikaTransport, name: str) -> None:
+    """The broker's words, and what to do."""
+    with pytest.raises(TopologyError, match="404 NOT_FOUND - no queue .*create it"):
+        async with transport.session(subscription(f"{name}-missing")):
+            pass
+
+
+@pytest.mark.parametrize("queue", ["classic"], indirect=True)
+async def test_a_queue_that_another_consumes_alone(transport: AioPikaTransport, queue: str) -> None:
+    """Asked for, and refused."""
+    async with transport.session(subscription(queue, exclusive=True)):
+        with pytest.raises(TopologyError, match="403 ACCESS_REFUSED.*exclusive"):
+            async with transport.session(subscription(queue)):
+                pass
+
+
+async def test_consumer_arguments_reach_the_broker(transport: AioPikaTransport, queue: str) -> None:
+    """One that it refuses shows it."""
+    with pytest.raises(TopologyError, match="406"):
+        async with transport.session(subscription(queue, arguments={"x-priority": "high"})):
+            pass

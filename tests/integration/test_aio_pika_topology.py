@@ -1,0 +1,464 @@
+"""Do connecting and declaring say what is wrong, where, and what to do?"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import aio_pika
+import pytest
+
+from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport, open_transport
+from aio_pika_batch.core.message import Outcome, Publication
+from aio_pika_batch.core.topology import Binding, Exchange, Queue, Topology
+from aio_pika_batch.errors import (
+    AccessRefused,
+    BrokerUnavailable,
+    ConfigurationError,
+    TopologyError,
+    TransportError,
+)
+from aio_pika_batch.transport import Endpoint, Subscription
+from tests.support.ports import LOCALHOST, free_port
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from aio_pika.abc import AbstractChannel
+
+    from tests.support.proxy import TcpProxy
+    from tests.support.rabbitmq import RabbitMQ
+
+
+def changed(amqp_url: str, **parts: Any) -> str:
+    """Return *amqp_url* with another user, password, host, port or path."""
+    was = urlsplit(amqp_url)
+    user = parts.get("user", was.username)
+    password = parts.get("password", was.password)
+    host, port = parts.get("host", was.hostname), parts.get("port", was.port)
+    return f"amqp://{user}:{password}@{host}:{port}{parts.get('path', was.path)}"
+
+
+async def connect(url: str, **more: Any) -> None:
+    """Open a connection and close it."""
+    async with open_transport(Endpoint(url=url, **more)).publisher():
+        pass
+
+
+async def refusal(url: str, kind: type[TransportError], **more: Any) -> str:
+    """Try to connect; return the error's text."""
+    with pytest.raises(kind) as caught:
+        await connect(url, **more)
+    assert type(caught.value) is kind
+    return str(caught.value)
+
+
+# --- connecting ------------------------------------------------------------------
+
+
+async def test_a_wrong_password(amqp_url: str) -> None:
+    """It is said which user, where, and never with which password."""
+    text = await refusal(changed(amqp_url, password="wr0ng"), AccessRefused)
+
+    assert "403 ACCESS_REFUSED" in text
+    assert "check user and password" in text
+    assert "wr0ng" not in text
+
+
+async def test_a_missing_virtual_host(amqp_url: str) -> None:
+    """The broker's own words."""
+    text = await refusal(changed(amqp_url, path="/no%2Fsuch"), AccessRefused)
+
+    assert "530 NOT_ALLOWED - vhost no/such not found" in text
+    assert "check the virtual host 'no/such'" in text
+
+
+async def test_nobody_there() -> None:
+    """A port that nobody listens on."""
+    port = free_port()
+
+    assert f"amqp://{LOCALHOST}:{port}/ cannot be reached: nobody listens" in await refusal(
+        f"amqp://{LOCALHOST}:{port}", BrokerUnavailable
+    )
+
+
+async def test_an_unknown_host() -> None:
+    """Names that no resolver knows."""
+    assert "its name is not known" in await refusal(
+        "amqp://no-such-host.invalid", BrokerUnavailable
+    )
+
+
+async def test_a_black_hole(amqp_url: str, proxy: TcpProxy) -> None:
+    """The socket opens, and nothing comes: the limit holds."""
+    proxy.freeze()
+    start = time.monotonic()
+
+    assert "no answer within 0.5 s" in await refusal(
+        proxy.url(amqp_url), BrokerUnavailable, connect_timeout=0.5
+    )
+    assert time.monotonic() - start < 4
+
+
+async def test_connecting_can_be_cancelled(amqp_url: str, proxy: TcpProxy) -> None:
+    """At once, and nothing is left open."""
+    proxy.freeze()
+    connecting = asyncio.create_task(connect(proxy.url(amqp_url)))
+    await asyncio.sleep(0.2)
+    connecting.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await connecting
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"",
+        b"AMQP\x01\x01\x00\x0a",
+        b"\x15\x03\x03\x00\x02\x02\x28",
+    ],
+)
+async def test_something_else_listens_there(answer: bytes) -> None:
+    """Not AMQP, or not this version of it, or nobody who talks."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(8)
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(serve, LOCALHOST, 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        assert "cannot be reached" in await refusal(f"amqp://{LOCALHOST}:{port}", BrokerUnavailable)
+
+
+async def test_several_hosts_of_which_one_is_there(amqp_url: str) -> None:
+    """Whatever the order."""
+    there = urlsplit(amqp_url).port
+    for _ in range(5):
+        await connect(changed(amqp_url, port=f"{free_port()},{LOCALHOST}:{there}"))
+
+
+async def test_several_hosts_of_which_none_will_do(amqp_url: str) -> None:
+    """A refusal weighs more than silence: it is what somebody must mend. All are named."""
+    wrong, dead = changed(amqp_url, password="wr0ng"), f"amqp://{LOCALHOST}:{free_port()}"
+
+    text = await refusal(f"{wrong},{dead}", AccessRefused)
+    assert "check user" in text
+    assert "nobody listens" in text
+    assert await refusal(f"{dead},{dead}", BrokerUnavailable)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"url": "http://h"}, {"url": "amqp://h", "ssl_cafile": "/no/such"}]
+)
+async def test_what_cannot_work_is_refused_at_once(wrong: dict[str, str]) -> None:
+    """Before anything is connected."""
+    with pytest.raises(ConfigurationError):
+        open_transport(Endpoint(**wrong))
+
+
+async def test_the_connection_has_a_name_and_a_heartbeat(amqp_url: str) -> None:
+    """Asked for in the settings, or in the URL, which goes first."""
+    for url, name in ((amqp_url, "mine"), (f"{amqp_url}?name=theirs&heartbeat=7", "theirs")):
+        transport = AioPikaTransport(Endpoint(url=url, connection_name="mine", heartbeat=5))
+        async with transport.publisher() as publisher:
+            below = publisher._link.connection.transport.connection
+            assert (7 if name == "theirs" else 5) == below.connection_tune.heartbeat
+            assert {"connection_name": name} == publisher._link.connection.kwargs[
+                "client_properties"
+            ]
+
+
+# --- TLS -------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def tls(amqp_url: str, tmp_path: Path) -> AsyncIterator[tuple[str, str]]:
+    """A TLS front before the broker: its URL, and the authority that vouches for it."""
+    certificate, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=localhost",
+            "-addext",
+            "subjectAltName=DNS:localhost",
+            "-keyout",
+            key,
+            "-out",
+            certificate,
+        ],
+        check=True,
+        capture_output=True,
+    )
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    where = urlsplit(amqp_url)
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        broker_reader, broker_writer = await asyncio.open_connection(where.hostname, where.port)
+        await asyncio.gather(
+            pump(reader, broker_writer), pump(broker_reader, writer), return_exceptions=True
+        )
+
+    server = await asyncio.start_server(serve, LOCALHOST, 0, ssl=context)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        url = changed(amqp_url, host="localhost", port=port).replace("amqp://", "amqps://")
+        yield url, certificate
+
+
+async def test_tls(tls: tuple[str, str], name: str) -> None:
+    """With the authority named, by setting or by URL, messages travel both ways."""
+    url, authority = tls
+    for endpoint in (
+        Endpoint(url=url, ssl_cafile=authority),
+        Endpoint(url=f"{url}?cafile={authority}"),
+    ):
+        transport = AioPikaTransport(endpoint)
+        queue = Queue(name, durable=False, exclusive=True)
+        await transport.declare(Topology(queues=(queue,)))
+        async with (
+            transport.session(Subscription(queue=name, prefetch=9, consumer_tag="c")) as session,
+            transport.publisher() as publisher,
+        ):
+            assert [Outcome.CONFIRMED] * 9 == await publisher.publish(
+                [Publication(bytes(50_000), routing_key=name)] * 9
+            )
+            async with asyncio.timeout(10):
+                assert bytes(50_000) == (await anext(aiter(session)))[0].body
+
+
+async def test_a_certificate_is_verified(tls: tuple[str, str]) -> None:
+    """Unless it is asked not to be."""
+    url, authority = tls
+
+    text = await refusal(url, AccessRefused)
+    assert "does not verify" in text
+    assert "ssl_cafile" in text
+    assert "does not verify" in await refusal(
+        url.replace("localhost", LOCALHOST), AccessRefused, ssl_cafile=authority
+    )
+    await connect(f"{url}?no_verify_ssl=1")
+
+
+async def test_tls_where_there_is_none(amqp_url: str) -> None:
+    """A broker takes the handshake for a strange AMQP, and answers with its own header."""
+    text = await refusal(amqp_url.replace("amqp://", "amqps://"), AccessRefused)
+
+    assert "does not speak TLS" in text
+
+
+async def test_plain_where_there_is_tls(tls: tuple[str, str]) -> None:
+    """It hangs up, or says in TLS that it does not understand."""
+    url, _ = tls
+
+    assert "cannot be reached" in await refusal(
+        url.replace("amqps://", "amqp://"), BrokerUnavailable, connect_timeout=3
+    )
+
+
+# --- declaring -------------------------------------------------------------------
+
+
+@pytest.fixture
+def transport(amqp_url: str) -> AioPikaTransport:
+    """The adapter, as a consumer has it."""
+    return AioPikaTransport(Endpoint(url=amqp_url))
+
+
+async def test_declaring_makes_messages_arrive(
+    transport: AioPikaTransport, name: str, channel: AbstractChannel
+) -> None:
+    """Exchange, queue and binding; a second time changes nothing. The default exchange is there."""
+    topology = Topology(
+        (Exchange(""), Exchange(name, "topic", arguments={"alternate-exchange": "amq.fanout"})),
+        (Queue(name, arguments={"x-max-length": 10, "x-queue-type": "quorum"}),),
+        (
+            Binding(name, name, "a.*"),
+            Binding(name, "amq.headers", arguments={"x-match": "all", "kind": "b"}),
+            Binding(name, ""),
+        ),
+    )
+
+    await transport.declare(topology)
+    await transport.declare(topology)
+
+    async with transport.publisher() as publisher:
+        outcomes = await publisher.publish(
+            [
+                Publication(b"", exchange=name, routing_key="a.b"),
+                Publication(b"", exchange="amq.headers", headers={"kind": "b"}),
+                Publication(b"", exchange="amq.headers", headers={"kind": "c"}),
+            ]
+        )
+    assert [Outcome.CONFIRMED, Outcome.CONFIRMED, Outcome.RETURNED] == outcomes
+    await channel.queue_delete(name)
+    await channel.exchange_delete(name)
+
+
+@pytest.fixture
+async def there(channel: AbstractChannel, name: str) -> AsyncIterator[str]:
+    """A queue and an exchange of a name, of a kind of their own."""
+    await channel.declare_queue(name, durable=True, arguments={"x-max-length": 7})
+    await channel.declare_exchange(name, "topic", durable=True)
+    yield name
+    await channel.queue_delete(name)
+    await channel.exchange_delete(name)
+
+
+async def refused(transport: AioPikaTransport, topology: Topology) -> str:
+    """Declare; return the error's text."""
+    with pytest.raises(TopologyError) as caught:
+        await transport.declare(topology)
+    return str(caught.value)
+
+
+async def test_other_queue_arguments(transport: AioPikaTransport, there: str) -> None:
+    """The queue, the broker's words, and the fix."""
+    text = await refused(transport, Topology(queues=(Queue(there, arguments={"x-max-length": 8}),)))
+
+    assert f"queue '{there}' at amqp://" in text
+    assert "406 PRECONDITION_FAILED - inequivalent arg 'x-max-length'" in text
+    assert "let the settings say" in text
+
+
+async def test_another_exchange_type(transport: AioPikaTransport, there: str) -> None:
+    """As for a queue."""
+    text = await refused(transport, Topology(exchanges=(Exchange(there, "direct"),)))
+
+    assert f"exchange '{there}'" in text
+    assert "406 PRECONDITION_FAILED - inequivalent arg 'type'" in text
+
+
+async def test_an_unknown_exchange_type(transport: AioPikaTransport, name: str) -> None:
+    """This ends the connection, and is told all the same."""
+    text = await refused(transport, Topology(exchanges=(Exchange(name, "x-no-such"),)))
+
+    assert "exchange type 'x-no-such'" in text
+    assert "plugin" in text
+
+
+async def test_existing_first_takes_what_is_there(transport: AioPikaTransport, there: str) -> None:
+    """Of whatever kind; and creates what is not, on a connection that nothing has happened to."""
+    new = f"{there}-new"
+    await transport.declare(
+        Topology(
+            (
+                Exchange(there, "fanout", existing_first=True),
+                Exchange(new, "fanout", existing_first=True),
+            ),
+            (Queue(there, existing_first=True), Queue(new, existing_first=True)),
+            (Binding(new, new),),
+        )
+    )
+
+    async with transport.publisher() as publisher:
+        assert [Outcome.CONFIRMED] == await publisher.publish([Publication(b"", exchange=new)])
+        channel = await publisher._link.connection.channel()
+        await channel.queue_delete(new)
+        await channel.exchange_delete(new)
+
+
+async def test_check_only_creates_nothing(transport: AioPikaTransport, there: str) -> None:
+    """What is there will do; what is not is told."""
+    await transport.declare(
+        Topology((Exchange(there, check_only=True),), (Queue(there, check_only=True),))
+    )
+    for missing in (
+        Topology(queues=(Queue(f"{there}-no", check_only=True),)),
+        Topology(exchanges=(Exchange(f"{there}-no", check_only=True),)),
+        Topology(bindings=(Binding(there, f"{there}-no"),)),
+    ):
+        text = await refused(transport, missing)
+        assert "404 NOT_FOUND" in text
+        assert f"'{there}-no'" in text
+        assert "create it" in text
+
+
+async def test_a_name_that_the_client_library_refuses(transport: AioPikaTransport) -> None:
+    """It would be a hang or a riddle otherwise."""
+    assert "correct its name" in await refused(transport, Topology(queues=(Queue("a\nb"),)))
+
+
+async def test_streams_are_refused(
+    transport: AioPikaTransport, channel: AbstractChannel, name: str
+) -> None:
+    """Where one is asked for, and where one is found."""
+    stream = {"x-queue-type": "stream"}
+    assert "stream" in await refused(transport, Topology(queues=(Queue(name, arguments=stream),)))
+
+    await channel.declare_queue(name, durable=True, arguments=stream)
+    await channel.default_exchange.publish(aio_pika.Message(b""), name)
+    subscription = Subscription(
+        queue=name, prefetch=9, consumer_tag="c", arguments={"x-stream-offset": "first"}
+    )
+    async with transport.session(subscription) as session:
+        with pytest.raises(TopologyError, match="is a stream"):
+            async with asyncio.timeout(10):
+                await anext(aiter(session))
+    await channel.queue_delete(name)
+
+
+async def test_an_exclusive_queue_lives_with_its_session(
+    transport: AioPikaTransport, name: str
+) -> None:
+    """Declared on a connection of its own it would be gone before it is consumed from."""
+    topology = Topology(
+        queues=(Queue(name, durable=False, exclusive=True),),
+        bindings=(Binding(name, "amq.direct", name),),
+    )
+    subscription = Subscription(queue=name, prefetch=9, consumer_tag="c")
+    await transport.declare(topology)
+    for _ in range(2):
+        async with transport.session(subscription) as session, transport.publisher() as publisher:
+            there = Publication(b"", exchange="amq.direct", routing_key=name)
+            assert [Outcome.CONFIRMED] == await publisher.publish([there])
+            async with asyncio.timeout(10):
+                assert 1 == len(await anext(aiter(session)))
+            with pytest.raises(TopologyError, match="405 RESOURCE_LOCKED.*another connection"):
+                async with transport.session(subscription):
+                    pass
+
+
+@pytest.mark.needs_node
+async def test_a_user_without_permissions(amqp_url: str, rabbitmq: RabbitMQ, name: str) -> None:
+    """At the door, and inside."""
+    await asyncio.to_thread(rabbitmq.rabbitmqctl, "add_user", name, "pass")
+    url = changed(amqp_url, user=name, password="pass")
+    assert "give the user permissions in the virtual host '/'" in await refusal(url, AccessRefused)
+
+    await asyncio.to_thread(rabbitmq.rabbitmqctl, "set_permissions", name, "", "", "")
+    transport = AioPikaTransport(Endpoint(url=url))
+    text = await refused(transport, Topology(queues=(Queue(name),)))
+    assert "403 ACCESS_REFUSED" in text
+    assert "permission" in text
+    async with transport.publisher() as publisher:
+        outcomes = await publisher.publish(
+            [
+                Publication(b"", exchange="amq.topic", routing_key="k"),
+                Publication(b"", exchange="amq.topic"),
+            ]
+        )
+    assert [Outcome.REFUSED] * 2 == outcomes
