@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias, Union
+from typing import Any, Protocol, TypeAlias, TypeGuard, Union
 
 from aio_pika_batch.errors import MessageDecodeError
 
@@ -96,6 +96,11 @@ class Source(Protocol):
 
     def now(self) -> float:
         """Seconds since the epoch."""
+
+
+def is_short_string(value: object) -> TypeGuard[str]:
+    """Whether it could be an exchange's name or a routing key, whoever wrote it."""
+    return isinstance(value, str) and len(value.encode(errors="replace")) <= SHORT_STRING
 
 
 def retry_count(value: object) -> int | None:
@@ -309,7 +314,7 @@ class Message:
 
     def _original(self, header: str, otherwise: str) -> str:
         value = self.headers.get(header)
-        return value if isinstance(value, str) else otherwise
+        return value if is_short_string(value) else otherwise
 
     @property
     def age(self) -> float | None:

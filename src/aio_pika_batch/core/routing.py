@@ -21,6 +21,7 @@ from aio_pika_batch.core.message import (
     FieldValue,
     Message,
     Settlement,
+    is_short_string,
     retry_count,
 )
 from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Verdict
@@ -182,7 +183,7 @@ class Router:
         return {
             name: value
             for name, value in origin.items()
-            if not isinstance(headers.get(name), type(value))
+            if not _could_be(headers.get(name), value)
         }
 
     def _dead_letter(
@@ -225,6 +226,10 @@ class Router:
             if self.exception_message:
                 why[EXCEPTION_MESSAGE] = _cut(_text(verdict.error))
         return why
+
+
+def _could_be(found: object, like: FieldValue) -> bool:
+    return is_short_string(found) if isinstance(like, str) else isinstance(found, type(like))
 
 
 def _reason(verdict: Verdict) -> DeadLetterReason:
