@@ -26,8 +26,9 @@ from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observer, Observers, Origin
 from aio_pika_batch.outbox import Outbox
 from aio_pika_batch.settings import ConsumerSettings
+from aio_pika_batch.status import WorkerStatus
 from aio_pika_batch.transport import Session, Subscription, Transport
-from aio_pika_batch.worker import Worker, WorkerStatus
+from aio_pika_batch.worker import Worker
 
 RECHECK = Backoff(0.5, 5.0)
 """Pauses between attempts to publish a copy that was returned or refused."""
