@@ -18,7 +18,7 @@ async def complaints():
     heard: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context))
     yield heard
-    gc.collect()
+    gc.collect(1)
     assert [] == heard
 
 

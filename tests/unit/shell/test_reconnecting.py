@@ -1,0 +1,278 @@
+"""How does a worker come back, and when does it give up?"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from itertools import pairwise
+
+import pytest
+
+from aio_pika_batch import (
+    AccessRefused,
+    BrokerUnavailable,
+    SessionLost,
+    StartInterrupted,
+    TopologyError,
+    WorkerState,
+)
+from aio_pika_batch.adapters.memory import Door, Happened
+from aio_pika_batch.observer import Connected, Lost
+from tests.unit.shell.doubles import ScriptedTransport, at_once, never, raising
+from tests.unit.shell.stage import Scribe, Witness, numbered
+
+GONE = BrokerUnavailable("nobody answers")
+NO = AccessRefused("wrong password")
+
+
+async def test_a_broker_that_is_not_there_yet_is_waited_for(jitter):
+    """With pauses that double, up to the longest one."""
+    script = ScriptedTransport()
+    script.on_declare = raising(GONE)
+    consumer = Scribe(transport=script, reconnect_delay=1, reconnect_delay_max=10)
+    starting = asyncio.create_task(consumer.start())
+    await asyncio.sleep(40)
+    assert not starting.done()
+    assert [0, 1, 3, 7, 15, 25, 35] == script.times("declare")
+    assert consumer.is_running
+    assert not consumer.is_healthy
+    script.on_declare = at_once
+    await starting
+    assert consumer.is_healthy
+    await consumer.stop()
+
+
+@pytest.mark.parametrize("luck", [0.0, 0.5, 0.999])
+async def test_jitter_is_full(jitter, luck):
+    """A pause is anything between nothing and its longest."""
+    jitter[0] = luck
+    script = ScriptedTransport()
+    script.on_declare = raising(GONE)
+    consumer = Scribe(transport=script, reconnect_delay=2, reconnect_delay_max=8)
+    starting = asyncio.create_task(consumer.start())
+    await asyncio.sleep(0)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    await asyncio.sleep(30 * luck)
+    script.on_declare = at_once
+    await starting
+    pauses = [2 * luck, 4 * luck, 8 * luck, 8 * luck]
+    times = script.times("declare")[:5]
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    assert gaps == pytest.approx(pauses[: len(gaps)])
+    assert gaps
+    await consumer.stop()
+
+
+async def test_the_pauses_begin_anew_after_ten_stable_seconds(jitter):
+    """A session that lasted; one that is lost at once goes on where the pauses were."""
+    lasts = [0, 0, 0, 9, 10, 0, 3600]
+
+    class Shaky(Scribe):
+        async def on_session(self, session):
+            asyncio.get_running_loop().call_later(lasts.pop(0), script.last.end)
+
+    script = ScriptedTransport()
+    async with Shaky(transport=script, reconnect_delay=1):
+        await asyncio.sleep(600)
+    times = script.times("open")
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    assert [1, 2, 4, 9 + 8, 10 + 1, 2] == gaps
+
+
+@pytest.mark.parametrize(
+    "step", ["on_declare", "on_open"], ids=["at the topology", "at the session"]
+)
+@pytest.mark.parametrize("error", [NO, TopologyError("x-max-length differs")])
+async def test_a_permanent_refusal_at_first_is_fatal(step, error):
+    """Nobody waits for what will not change by itself."""
+    script = ScriptedTransport()
+    setattr(script, step, raising(error))
+    consumer = Scribe(transport=script)
+    with pytest.raises(type(error), match=str(error)):
+        await consumer.start()
+    assert not consumer.is_running
+    with pytest.raises(type(error)):
+        await consumer.run()
+    assert 2 == len(script.times("declare"))
+
+
+async def test_one_worker_that_is_refused_ends_the_start_of_all():
+    """Also after others consume; they are drained."""
+    script = ScriptedTransport()
+
+    async def second_is_refused():
+        if len(script.times("open")) == 2:
+            await asyncio.sleep(5)
+            raise NO
+
+    script.on_open = second_is_refused
+    consumer = Scribe(transport=script, num_workers=3)
+    with pytest.raises(AccessRefused):
+        await consumer.start()
+    assert not consumer.is_running
+    assert 2 == script.steps.count("leave") == script.steps.count("cancel")
+
+
+async def test_a_permanent_refusal_later_is_retried_and_told_once(caplog, jitter):
+    """Unhealthy meanwhile; somebody may be about to put it right."""
+    caplog.set_level(logging.INFO)
+    script = ScriptedTransport()
+    witness = Witness()
+    async with Scribe(transport=script, observers=[witness]) as consumer:
+        script.on_declare = raising(NO)
+        script.last.end(SessionLost("cut"))
+        await asyncio.sleep(600)
+        assert not consumer.is_healthy
+        assert consumer.is_running
+        [worker] = consumer.status().workers
+        assert WorkerState.WAITING is worker.state
+        assert "AccessRefused: wrong password" == worker.last_error
+        assert len(script.times("declare")) > 10
+        told = [record for record in caplog.records if "wrong password" in record.getMessage()]
+        assert [logging.WARNING] == [record.levelno for record in told]
+        script.on_declare = at_once
+        await asyncio.sleep(31)
+        assert consumer.is_healthy
+    assert {SessionLost, AccessRefused} == {type(event.error) for event in witness.of(Lost)}
+
+
+async def test_each_loss_is_told_although_it_is_like_the_one_before(caplog, jitter):
+    """A line for each change: what was told before the worker came back is over."""
+    caplog.set_level(logging.INFO)
+    script = ScriptedTransport()
+    async with Scribe(transport=script):
+        for _ in range(3):
+            script.last.end(SessionLost("cut"))
+            await asyncio.sleep(60)
+    lines = [record.message.partition(" [")[0] for record in caplog.records]
+    assert 3 == lines.count("not consuming")
+    assert 4 == lines.count("consuming")
+
+
+@pytest.mark.parametrize("step", ["on_declare", "on_open"])
+async def test_a_stop_interrupts_a_connection_being_made(step):
+    """At once, whatever it waits for."""
+    script = ScriptedTransport()
+    setattr(script, step, never)
+    consumer = Scribe(transport=script)
+    starting = asyncio.create_task(consumer.start())
+    await asyncio.sleep(5)
+    await consumer.stop()
+    with pytest.raises(StartInterrupted):
+        await starting
+    assert 5 == asyncio.get_running_loop().time()
+    assert not consumer.is_running
+
+
+async def test_a_stop_interrupts_the_pause_between_two_attempts(jitter):
+    """At once, however long it is."""
+    script = ScriptedTransport()
+    script.on_declare = raising(GONE)
+    consumer = Scribe(transport=script, reconnect_delay=30)
+    starting = asyncio.create_task(consumer.start())
+    await asyncio.sleep(5)
+    await consumer.stop()
+    with pytest.raises(StartInterrupted):
+        await starting
+    assert 5 == asyncio.get_running_loop().time()
+
+
+async def test_a_stop_leaves_no_connection_behind(stage):
+    """Not even one that was being made."""
+    script = ScriptedTransport()
+    left = []
+
+    async def connecting():
+        try:
+            await never()
+        finally:
+            await asyncio.sleep(1)
+            left.append("closed")
+
+    script.on_declare = connecting
+    consumer = Scribe(transport=script)
+    starting = asyncio.create_task(consumer.start())
+    await asyncio.sleep(5)
+    await consumer.stop()
+    assert ["closed"] == left
+    with pytest.raises(StartInterrupted):
+        await starting
+
+
+FAULTS = {
+    "cut": lambda stage: stage.broker.cut(),
+    "consumer cancelled": lambda stage: stage.broker.cancel_consumers("jobs"),
+    "queue deleted": lambda stage: stage.broker.delete_queue("jobs"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+async def test_a_worker_comes_back_by_itself(stage, fault):
+    """Declaring anew what is gone; `is_healthy` says the truth meanwhile."""
+    witness = Witness()
+    async with Scribe(transport=stage.transport, observers=[witness], batch_size=1) as consumer:
+        stage.broker.faults.door = Door.UNREACHABLE
+        fault(stage)
+        await asyncio.sleep(5)
+        assert not consumer.is_healthy
+        stage.broker.faults.door = Door.OPEN
+        await asyncio.sleep(31)
+        assert consumer.is_healthy
+        stage.put(*numbered(3))
+        await asyncio.sleep(1)
+        assert numbered(3) == consumer.handled
+    assert [1, 2] == [event.epoch for event in witness.of(Connected)]
+    lost = [event for event in witness.of(Lost) if isinstance(event.error, SessionLost)]
+    assert [1] == [event.epoch for event in lost]
+
+
+async def test_workers_that_come_back_at_once_declare_only_once():
+    """They share one attempt."""
+    script = ScriptedTransport()
+    script.on_declare = lambda: asyncio.sleep(1)
+    async with Scribe(transport=script, num_workers=4):
+        assert 1 == len(script.times("declare"))
+        assert 4 == len(script.times("open"))
+
+
+async def test_a_session_that_ends_by_itself_is_lost(jitter):
+    """A broker that stops sending without a word."""
+    script = ScriptedTransport()
+    witness = Witness()
+    async with Scribe(transport=script, observers=[witness]):
+        script.last.end()
+        await asyncio.sleep(5)
+        assert 2 == len(script.sessions)
+    assert isinstance(witness.of(Lost)[0].error, SessionLost)
+
+
+async def test_a_wrong_password_is_fatal_on_the_broker_too(stage):
+    """With what the broker says."""
+    stage.broker.faults.door = Door.WRONG_PASSWORD
+    consumer = Scribe(transport=stage.transport)
+    with pytest.raises(AccessRefused, match="ACCESS_REFUSED"):
+        await consumer.run()
+
+
+async def test_a_queue_that_is_another_one_is_fatal_and_named(stage):
+    """With what to do about it."""
+    consumer = Scribe(transport=stage.transport, queue_arguments={"x-max-length": 5})
+    with pytest.raises(TopologyError, match=r"(?s)'jobs'.*x-max-length.*delete it"):
+        await consumer.start()
+    assert [] == stage.times(Happened.CONSUMING)
+
+
+async def test_an_exclusive_queue_lives_with_its_session(stage):
+    """It goes with the connection, and a new session declares its own."""
+    async with Scribe(
+        transport=stage.transport, queue_name="own", queue_exclusive=True, batch_size=1
+    ) as consumer:
+        stage.put(b"0", queue="own")
+        await asyncio.sleep(1)
+        stage.broker.cut()
+        await asyncio.sleep(2)
+        stage.put(b"1", queue="own")
+        await asyncio.sleep(1)
+        assert numbered(2) == consumer.handled
+    assert "own" not in stage.broker.queues
