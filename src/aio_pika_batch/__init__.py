@@ -27,10 +27,9 @@ from aio_pika_batch.errors import (
     TransportError,
 )
 from aio_pika_batch.hooks import WorkerSession
-from aio_pika_batch.lifecycle import ConsumerStatus
 from aio_pika_batch.observer import Observer
 from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings
-from aio_pika_batch.worker import WorkerState, WorkerStatus
+from aio_pika_batch.status import ConsumerStatus, WorkerState, WorkerStatus
 
 __all__ = [
     "AccessRefused",

@@ -11,7 +11,6 @@ import copy
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -35,24 +34,13 @@ from aio_pika_batch.outbox import why
 from aio_pika_batch.registry import open_transport
 from aio_pika_batch.settings import ConsumerSettings
 from aio_pika_batch.signals import process_signals
+from aio_pika_batch.status import ConsumerStatus
 from aio_pika_batch.transport import Endpoint, Session, Transport
-from aio_pika_batch.worker import WorkerStatus
 
 RESERVE = 1.5
 """Seconds of a drain that are kept for settlements, and as many again for closing connections."""
 
 SettingsT = TypeVar("SettingsT", bound=ConsumerSettings)
-
-
-@dataclass(frozen=True, slots=True)
-class ConsumerStatus:
-    """A snapshot of a consumer, without secrets."""
-
-    consumer: str
-    queue: str
-    is_running: bool
-    is_healthy: bool
-    workers: tuple[WorkerStatus, ...]
 
 
 class BaseConsumer(Generic[SettingsT]):

@@ -11,8 +11,6 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any, TypeVar
 
 from aio_pika_batch.core.retry import Backoff
@@ -23,48 +21,13 @@ from aio_pika_batch.hands import Hands, Stop, wait_until
 from aio_pika_batch.logs import KeywordLogger, told
 from aio_pika_batch.observer import Connected, Lost, Observers
 from aio_pika_batch.outbox import Outbox
+from aio_pika_batch.status import WorkerState, WorkerStatus
 from aio_pika_batch.transport import Session, Subscription, Transport
 
 STABLE_AFTER = 10.0
 """Seconds that a session must last before its end counts as a first failure again."""
 
 T = TypeVar("T")
-
-
-class WorkerState(Enum):
-    """What a worker is doing."""
-
-    CONNECTING = "connecting"
-    CONSUMING = "consuming"
-    WAITING = "waiting"
-    """Between two attempts to connect."""
-    DRAINING = "draining"
-    STOPPED = "stopped"
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
-    """A snapshot of one worker.
-
-    Attributes:
-        epoch: How many sessions it has opened.
-        buffered: Messages that wait for their batch.
-        in_hand: Messages that are being handled.
-        held: Originals whose copies wait for a confirmation.
-        oldest: Seconds since its longest unsettled message arrived; None if there is none.
-        last_progress: Seconds since it last received or settled something; None if never.
-        last_error: Why its last session ended, or could not begin.
-    """
-
-    index: int
-    state: WorkerState
-    epoch: int
-    buffered: int
-    in_hand: int
-    held: int
-    oldest: float | None
-    last_progress: float | None
-    last_error: str | None
 
 
 class _Stopped(Exception):

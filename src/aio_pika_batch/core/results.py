@@ -148,7 +148,8 @@ class ResultCollector:
             raise ResultError(msg)
         if not self._room:
             count = len(self.messages)
-            msg = f"result {count + 1}, {result!r}, for {count} messages: yield one for each"
+            found = f"result {count + 1}, {result!r}, for a batch of {count}"
+            msg = f"{found}: yield one for each message"
             raise ResultError(msg)
         self._by_position.append(result)
         self._room -= 1
@@ -167,7 +168,8 @@ class ResultCollector:
             msg = f"{message!r} is not in this batch: yield results for the messages you were given"
             raise ResultError(msg)
         if at in self._pairs:
-            msg = f"{result!r} came second for {message!r}: the first, {self._pairs[at]!r}, stays"
+            found = f"a second result, {result!r}, for {message!r}"
+            msg = f"{found}: the first, {self._pairs[at]!r}, stays"
             raise ResultError(msg)
         self._pairs[at] = result
 
