@@ -105,3 +105,9 @@ def demo(session: nox.Session) -> None:
     """Show the library at work."""
     session.install(".")
     session.run("python", "-m", "aio_pika_batch.cli.demo", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure this library beside others; ``-- --quick`` tells whether it runs."""
+    session.run("python", "benchmarks/run.py", *session.posargs)

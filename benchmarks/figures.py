@@ -1,0 +1,166 @@
+"""What do many readings say? Pure functions: a median with its spread, ratios, and the bar.
+
+CPU per message is the figure that ratios are made of: a busy machine changes it least. A ratio is
+taken within each round, of two measurements that were minutes apart, and then the median of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from benchmarks.protocol import Reading
+
+Rounds = Mapping[int, Reading]
+"""The readings of one case, by round; a round that failed is missing."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median, and between what it lies."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """The median, the least and the greatest; None of nothing."""
+    if not values:
+        return None
+    return Spread(median(values), min(values), max(values))
+
+
+def cpu(reading: Reading) -> float:
+    """Microseconds of the processor for a message."""
+    return reading.cpu / reading.messages * 1e6
+
+
+def rate(reading: Reading) -> float:
+    """Messages a second."""
+    return reading.messages / reading.seconds
+
+
+def cpu_of(rounds: Rounds) -> Spread | None:
+    """CPU per message over all rounds."""
+    return spread([cpu(reading) for reading in rounds.values()])
+
+
+def rate_of(rounds: Rounds) -> Spread | None:
+    """Messages a second over all rounds."""
+    return spread([rate(reading) for reading in rounds.values()])
+
+
+def peak_of(rounds: Rounds) -> Spread | None:
+    """Peak memory over all rounds, in MiB."""
+    return spread([reading.peak_rss / 2**20 for reading in rounds.values()])
+
+
+def cpu_ratio(rounds: Rounds, other: Rounds) -> Spread | None:
+    """How many times the other's CPU, round by round."""
+    both = sorted(rounds.keys() & other.keys())
+    return spread([cpu(rounds[each]) / cpu(other[each]) for each in both])
+
+
+def cpu_difference(rounds: Rounds, other: Rounds) -> Spread | None:
+    """How many microseconds more than the other, round by round."""
+    both = sorted(rounds.keys() & other.keys())
+    return spread([cpu(rounds[each]) - cpu(other[each]) for each in both])
+
+
+def rate_ratio(rounds: Rounds, other: Rounds) -> Spread | None:
+    """How many times the other's messages a second, round by round."""
+    both = sorted(rounds.keys() & other.keys())
+    return spread([rate(rounds[each]) / rate(other[each]) for each in both])
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One thing that this library wants to be able to say of itself.
+
+    Attributes:
+        limit: What the median must reach.
+        seen: None if it was not measured.
+        is_ceiling: Whether it must not be more than the limit, or not be less.
+    """
+
+    text: str
+    limit: float
+    seen: Spread | None
+    unit: str = ""
+    is_ceiling: bool = True
+
+    @property
+    def is_reached(self) -> bool | None:
+        """None if nobody knows."""
+        if self.seen is None:
+            return None
+        return self.seen.median <= self.limit if self.is_ceiling else self.seen.median >= self.limit
+
+
+def the_bar(of: Mapping[str, Rounds]) -> list[Goal]:
+    """What this library wants to reach, and what was seen, from the rounds of each case."""
+    nothing: Rounds = {}
+
+    def rounds(key: str) -> Rounds:
+        return of.get(key, nothing)
+
+    ours = rounds("ours.ack")
+    c = rounds("librabbitmq")
+    return [
+        Goal(
+            "CPU per message, all acked, of aio-pika's with an ack each",
+            1 / 18,
+            cpu_ratio(ours, rounds("aio-pika.each")),
+        ),
+        Goal("CPU per message, all acked, of pika's", 1 / 3, cpu_ratio(ours, rounds("pika"))),
+        Goal("messages/s, all acked, of librabbitmq's", 0.9, rate_ratio(ours, c), is_ceiling=False),
+        Goal(
+            "messages/s, 10 % NACK, of librabbitmq's with all acked",
+            0.8,
+            rate_ratio(rounds("ours.reject"), c),
+            is_ceiling=False,
+        ),
+        Goal(
+            "messages/s, 1 % NACK and 10 % REQUEUE, of librabbitmq's with all acked",
+            0.8,
+            rate_ratio(rounds("ours.mixed"), c),
+            is_ceiling=False,
+        ),
+        Goal("CPU per requeued message, end to end", 25, cpu_of(rounds("ours.requeue")), " µs"),
+        Goal(
+            "CPU per published message, of aio-pika's with `gather`",
+            1 / 8,
+            cpu_ratio(rounds("ours.publish"), rounds("aio-pika.gather")),
+        ),
+        Goal(
+            "CPU per message that an observer of everything adds",
+            1,
+            cpu_difference(rounds("ours.observer"), ours),
+            " µs",
+        ),
+        Goal(
+            "memory that a million messages add to what the first thousand took",
+            4,
+            _grown(rounds("million")),
+            " MiB",
+        ),
+        Goal(
+            "memory that larger bodies take, of prefetch × body, with a slow handler",
+            2,
+            _memory_ratio(of),
+        ),
+    ]
+
+
+def _grown(rounds: Rounds) -> Spread | None:
+    return spread([(each.peak_rss - each.rss) / 2**20 for each in rounds.values()])
+
+
+def _memory_ratio(of: Mapping[str, Rounds]) -> Spread | None:
+    """How much more memory, for so much more in hand."""
+    small, large = of.get("memory-500-16384", {}), of.get("memory-500-262144", {})
+    in_hand = 500 * (262_144 - 16_384)
+    both = sorted(small.keys() & large.keys())
+    return spread([(large[each].peak_rss - small[each].peak_rss) / in_hand for each in both])

@@ -1,0 +1,179 @@
+"""How are the figures told? As Markdown between two marks of ``performance.md``, and as charts.
+
+What stands outside the marks is written by hand, and left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import chart, figures
+from benchmarks.environments import ROOT
+from benchmarks.figures import Goal, Rounds, Spread
+from benchmarks.measure import Case
+from benchmarks.series import Kept, all_sections
+
+FILE = "performance.md"
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+HEADINGS = {
+    "consume": "Consuming",
+    "publish": "Publishing, confirmed",
+    "requeue": "Requeueing, end to end",
+    "variants": "This library beside itself",
+    "growth": "As things grow",
+    "memory": "Memory",
+}
+CHARTS = ("consume", "publish", "requeue")
+
+
+def write(kept: Kept, folder: Path) -> None:
+    """Write the page and its charts into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / FILE
+    source = page if page.exists() else ROOT / "docs" / FILE
+    text = source.read_text() if source.exists() else f"{BEGIN}\n{END}\n"
+    page.write_text(between_marks(text, render(kept)))
+    for section in CHARTS:
+        bars = _bars(kept, all_sections()[section])
+        if bars:
+            title = f"{HEADINGS[section]}: µs of CPU per message, less is better"
+            (folder / f"performance-{section}.svg").write_text(chart.bars(title, bars))
+
+
+def between_marks(text: str, new: str) -> str:
+    """Replace what stands between the marks."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the page has no place for the figures: {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{new.strip()}\n\n{END}{after}"
+
+
+def render(kept: Kept) -> str:
+    """All that was measured, as Markdown."""
+    parts = [machine_table(kept.machine, versions(kept))]
+    goals = figures.the_bar(kept.readings)
+    if any(goal.seen for goal in goals):
+        parts += ["### The bar", goal_table(goals)]
+    for section, cases in all_sections().items():
+        if not any(case.key in kept.readings or case.key in kept.errors for case in cases):
+            continue
+        parts.append(f"### {HEADINGS[section]}")
+        if section in CHARTS:
+            parts.append(f"![{HEADINGS[section]}: CPU per message](performance-{section}.svg)")
+        against = {"consume": "ours.ack", "publish": "ours.publish", "requeue": "ours.requeue"}
+        parts.append(table(kept, cases, against.get(section)))
+    if failed := failures(kept):
+        parts += ["### What failed", failed]
+    return "\n\n".join(parts)
+
+
+def versions(kept: Kept) -> dict[str, set[str]]:
+    """Which versions of what were measured."""
+    found: dict[str, set[str]] = {}
+    for rounds in kept.readings.values():
+        for reading in rounds.values():
+            for package, version in reading.versions.items():
+                found.setdefault(package, set()).add(version)
+    return found
+
+
+def machine_table(machine: Mapping[str, str], packages: Mapping[str, set[str]]) -> str:
+    """On what, and with what."""
+    used = ", ".join(f"{name} {' and '.join(sorted(packages[name]))}" for name in sorted(packages))
+    return rows(["", ""], [*machine.items(), ("packages", used)])
+
+
+def goal_table(goals: Sequence[Goal]) -> str:
+    """What was to be reached, and whether it was."""
+    verdicts = {True: "reached", False: "**missed**", None: "not measured"}
+    return rows(
+        ["goal", "wanted", "seen", ""],
+        [
+            (
+                goal.text,
+                f"{'≤' if goal.is_ceiling else '≥'} {number(goal.limit)}{goal.unit}",
+                "–" if goal.seen is None else f"{told(goal.seen)}{goal.unit}",
+                verdicts[goal.is_reached],
+            )
+            for goal in goals
+        ],
+    )
+
+
+def table(kept: Kept, cases: Sequence[Case], against: str | None) -> str:
+    """One line for each case that was tried."""
+    base: Rounds = kept.readings.get(against or "", {})
+    lines = []
+    for case in cases:
+        rounds = kept.readings.get(case.key, {})
+        if not rounds:
+            if case.key in kept.errors:
+                lines.append((shown(case), "failed", "", "", "", *([""] if against else [])))
+            continue
+        measured = max(reading.messages for reading in rounds.values())
+        cells = [
+            shown(case),
+            told(figures.cpu_of(rounds)),
+            told(figures.rate_of(rounds), whole),
+            told(figures.peak_of(rounds), whole, is_brief=True),
+            f"{measured:,} × {len(rounds)}",
+        ]
+        if against:
+            cells.append(told(figures.cpu_ratio(rounds, base), is_brief=True))
+        lines.append(tuple(cells))
+    heads = ["", "µs CPU per message", "messages/s", "peak MiB", "messages × rounds"]
+    return rows([*heads, *(["× CPU of ours"] if against else [])], lines)
+
+
+def failures(kept: Kept) -> str:
+    """What went wrong, in the words of what went wrong."""
+    return "\n".join(f"- {key}: {'; '.join(errors)}" for key, errors in kept.errors.items())
+
+
+def shown(case: Case) -> str:
+    """A name; in bold, if it is this library's."""
+    return f"**{case.name}**" if case.is_ours else case.name
+
+
+def told(
+    seen: Spread | None, form: Callable[[float], str] | None = None, *, is_brief: bool = False
+) -> str:
+    """A median, and its spread in brackets."""
+    if seen is None:
+        return "–"
+    write_number = form or number
+    middle = write_number(seen.median)
+    if is_brief or seen.low == seen.high:
+        return middle
+    return f"{middle} ({write_number(seen.low)}–{write_number(seen.high)})"
+
+
+def number(value: float) -> str:
+    """Three digits that count."""
+    if abs(value) >= 100:  # noqa: PLR2004
+        return f"{value:,.0f}"
+    if abs(value) >= 10:  # noqa: PLR2004
+        return f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+def whole(value: float) -> str:
+    """A count."""
+    return f"{value:,.0f}"
+
+
+def rows(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table: text to the left, what follows the first column to the right."""
+    form = ["---", *["---:"] * (len(heads) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, form, *lines))
+
+
+def _bars(kept: Kept, cases: Sequence[Case]) -> list[chart.Bar]:
+    bars = [
+        chart.Bar(case.name.replace("`", ""), seen.median, seen.low, seen.high, case.is_ours)
+        for case in cases
+        if (seen := figures.cpu_of(kept.readings.get(case.key, {})))
+    ]
+    return sorted(bars, key=lambda bar: bar.value)
