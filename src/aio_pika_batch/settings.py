@@ -99,7 +99,13 @@ class ConsumerSettings(BaseSettings):
         " tried in random order; several whole URLs may be given, comma-separated), `amqps://…`,"
         " `memory://name`, or another registered scheme.",
     )
-    queue_name: str = Field(min_length=1, max_length=255, description="Queue to consume from.")
+    queue_name: str = Field(
+        # Required; said this way, type checkers do not insist on having it in code.
+        default=...,
+        min_length=1,
+        max_length=255,
+        description="Queue to consume from.",
+    )
     exchange_name: str | None = Field(
         default=None, max_length=255, description="Exchange to declare and to bind the queue to."
     )
