@@ -6,7 +6,8 @@ imported before a consumer with an `amqp://` URL is made.
 
 from aio_pika_batch.consumer import BatchConsumer, Consumer
 from aio_pika_batch.core.batcher import Trigger
-from aio_pika_batch.core.message import Message, Outcome, Publication
+from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result
 from aio_pika_batch.core.retry import DeadLetterReason
 from aio_pika_batch.errors import (

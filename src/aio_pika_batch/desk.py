@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from aio_pika_batch.core.message import Disposition, Settlement
+from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.transport import Session
 
 PATIENCE = 0.1

@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from aio_pika_batch.core.advice import advice
-from aio_pika_batch.core.message import Headers, Outcome, Publication
+from aio_pika_batch.core.message import Headers
+from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.core.results import ExceptionResults
 from aio_pika_batch.crew import Crew, Seat
 from aio_pika_batch.epoch import Epoch

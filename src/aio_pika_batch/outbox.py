@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 
-from aio_pika_batch.core.message import Outcome, Outgoing, Publication
+from aio_pika_batch.core.publication import Outcome, Outgoing, Publication
 from aio_pika_batch.errors import TransportError
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.transport import Publisher, Transport

@@ -13,9 +13,11 @@ from datetime import UTC, datetime
 
 from aio_pika_batch.core.batcher import Batch
 from aio_pika_batch.core.holding import HoldPolicy
-from aio_pika_batch.core.message import Disposition, Message, Outcome, Settlement
+from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result, Verdict
 from aio_pika_batch.core.routing import Republication, Router
+from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.desk import PATIENCE, SettleDesk
 from aio_pika_batch.errors import SessionLost, TransportError
 from aio_pika_batch.handling import Handled

@@ -12,13 +12,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from aio_pika_batch.core.message import (
-    Headers,
-    Message,
-    Outcome,
-    Outgoing,
-    Settlement,
-)
+from aio_pika_batch.core.message import Headers, Message
+from aio_pika_batch.core.publication import Outcome, Outgoing
+from aio_pika_batch.core.settlement import Settlement
 from aio_pika_batch.core.topology import Topology
 
 
@@ -127,7 +123,7 @@ class Publisher(Protocol):
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
         """Publish, pipelined, and wait for the broker's word on each.
 
-        A :class:`~aio_pika_batch.core.message.Copy` keeps its original's properties; of its
+        A :class:`~aio_pika_batch.core.publication.Copy` keeps its original's properties; of its
         `user_id` only the connection's own is kept.
 
         Returns:

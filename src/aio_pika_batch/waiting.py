@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from aio_pika_batch.core.holding import GiveBack, Held, HoldPolicy, TryAgain
-from aio_pika_batch.core.message import Outcome
+from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.core.routing import Republication
 from aio_pika_batch.hands import wait_until
 

@@ -369,6 +369,42 @@ def unpack_table(raw: bytes) -> dict[bytes, bytes]:
     return found
 
 
+HEADERS = {
+    b"bool": b"t\x01",
+    b"int8": b"b\xff",
+    b"int16": b"s\xff\xfe",
+    b"int32": b"I\xff\xff\xff\xfd",
+    b"int64": b"l" + (5).to_bytes(8),
+    b"float": b"f\x3f\x8c\xcc\xcd",
+    b"double": b"d\x3f\xf1\x99\x99\x99\x99\x99\x9a",  # 1.1, which no float is
+    b"decimal": b"D\x02\x00\x00\x01\x3a",
+    b"text": b"S" + long("grün".encode()),
+    b"latin": b"S" + long(b"gr\xfcn"),
+    b"bytes": b"x" + long(b"\x00\xff"),
+    b"time": b"T" + (1_700_000_000).to_bytes(8),
+    b"nothing": b"V",
+    b"table": b"F" + pack_table({b"inner": b"I\x00\x00\x00\x01"}),
+    b"array": b"A" + long(b"I\x00\x00\x00\x01S" + long(b"two")),
+    b"empty": b"S" + long(b""),
+}
+"""A header of each type that there is."""
+
+PROPERTIES = {
+    "content_type": short(b"application/json"),
+    "headers": pack_table(HEADERS),
+    "delivery_mode": b"\x02",
+    "priority": b"\x07",
+    "correlation_id": short(b"corr-1"),
+    "reply_to": short(b"answers"),
+    "expiration": short(b"600000"),
+    "message_id": short(b"m-1"),
+    "timestamp": (1_700_000_000).to_bytes(8),
+    "type": short(b"order"),
+    "app_id": short(b"shop"),
+}
+"""Every property that a publisher may set as it likes."""
+
+
 @dataclass(frozen=True)
 class RawMessage:
     """A message as it stood on the wire."""

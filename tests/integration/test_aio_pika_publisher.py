@@ -11,7 +11,8 @@ import pytest
 
 from aio_pika_batch.adapters.aio_pika.tables import entries
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
-from aio_pika_batch.core.message import Copy, Message, Outcome, Publication
+from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.publication import Copy, Outcome, Publication
 from aio_pika_batch.core.topology import Queue, Topology
 from aio_pika_batch.errors import PublishError, SessionClosed
 from aio_pika_batch.transport import Endpoint, Subscription
@@ -300,7 +301,7 @@ async def test_a_blocked_publisher_does_not_block_acks(
     transport: AioPikaTransport, amqp_url: str, queue: str, rabbitmq: RabbitMQ
 ) -> None:
     """Under a memory alarm publications wait, and are unknown in the end; a session goes on."""
-    from aio_pika_batch.core.message import Disposition, Settlement
+    from aio_pika_batch.core.settlement import Disposition, Settlement
 
     hasty = AioPikaTransport(Endpoint(url=amqp_url, publish_timeout=1))
     there = Publication(b"", routing_key=queue)

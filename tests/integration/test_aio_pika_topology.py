@@ -13,7 +13,7 @@ import aio_pika
 import pytest
 
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport, open_transport
-from aio_pika_batch.core.message import Outcome, Publication
+from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.core.topology import Binding, Exchange, Queue, Topology
 from aio_pika_batch.errors import (
     AccessRefused,

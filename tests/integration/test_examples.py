@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,24 @@ def test_fan_in_writes_every_event_once(amqp_url: str, way: tuple[str, ...]) -> 
 
     assert ["40", "40", "40"] == re.findall(r": (\d+) written", said)
     assert 120 == sum(int(each) for each in re.findall(r"wrote (\d+)", said))
+
+
+@pytest.mark.parametrize("name", ["simple", "batch", "fan_in"])
+def test_an_interrupted_example_stops_cleanly(amqp_url: str, name: str) -> None:
+    """Ctrl-C drains: no traceback, exit code 0, whether it was in time or too late to matter."""
+    main = str(EXAMPLES / name / "main.py")
+    with subprocess.Popen(
+        [sys.executable, "-u", main, "--url", amqp_url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline()
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
+
+    assert (0, "") == (running.returncode, errors)
 
 
 @pytest.mark.needs_node

@@ -42,7 +42,8 @@ from aio_pika_batch import (
     WorkerState,
 )
 from aio_pika_batch.adapters.memory import Broker, Door, Happened, MemoryTransport, PublishFault
-from aio_pika_batch.core.message import Outgoing, Settlement
+from aio_pika_batch.core.publication import Outgoing
+from aio_pika_batch.core.settlement import Settlement
 from aio_pika_batch.core.topology import Topology
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import BatchCut, DeadLettered, Lost, Origin, Settled

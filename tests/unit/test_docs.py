@@ -33,7 +33,7 @@ import pytest
 
 import aio_pika_batch
 from aio_pika_batch.adapters import memory
-from aio_pika_batch.core.message import Publication
+from aio_pika_batch.core.publication import Publication
 from aio_pika_batch.registry import open_transport
 from aio_pika_batch.testing import virtual_time
 from aio_pika_batch.transport import Endpoint

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from aio_pika_batch.core.message import Disposition, Settlement
+from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.errors import SettlementError
 
 

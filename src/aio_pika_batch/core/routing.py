@@ -16,16 +16,15 @@ from aio_pika_batch.core.message import (
     DELIVERY_COUNT,
     ORIGINAL_EXCHANGE,
     ORIGINAL_ROUTING_KEY,
-    Copy,
-    Disposition,
     FieldValue,
     Message,
-    Settlement,
     is_short_string,
     retry_count,
 )
+from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Verdict
 from aio_pika_batch.core.retry import DeadLetterReason, RetryPolicy
+from aio_pika_batch.core.settlement import Disposition, Settlement
 
 FIRST_FAILED_AT = "x-first-failed-at"
 ORIGINAL_QUEUE = "x-original-queue"
@@ -181,9 +180,7 @@ class Router:
             FIRST_FAILED_AT: now,
         }
         return {
-            name: value
-            for name, value in origin.items()
-            if not _could_be(headers.get(name), value)
+            name: value for name, value in origin.items() if not _could_be(headers.get(name), value)
         }
 
     def _dead_letter(

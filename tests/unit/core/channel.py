@@ -9,7 +9,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.core.ledger import Frame
-from aio_pika_batch.core.message import Disposition
+from aio_pika_batch.core.settlement import Disposition
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

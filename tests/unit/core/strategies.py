@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.message import Copy, Disposition, Message, Properties
+from aio_pika_batch.core.message import Message, Properties
+from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result, Verdict
+from aio_pika_batch.core.settlement import Disposition
 from aio_pika_batch.core.topology import Wanted
 
 if TYPE_CHECKING:

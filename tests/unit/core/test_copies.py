@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.message import Copy, Properties
+from aio_pika_batch.core.message import Properties
+from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result, Verdict
 from aio_pika_batch.core.retry import RetryPolicy
 from aio_pika_batch.core.routing import DeadLetterTarget, Router

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.message import Disposition, Properties
+from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Verdict
 from aio_pika_batch.core.retry import DeadLetterReason, RetryPolicy
 from aio_pika_batch.core.routing import CopyKind, DeadLetterTarget, Plan, Router
+from aio_pika_batch.core.settlement import Disposition
 from tests.unit.core.strategies import (
     NOW,
     QUEUE,

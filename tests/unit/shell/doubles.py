@@ -9,7 +9,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from aio_pika_batch.core.message import Message, Outcome, Properties, Settlement
+from aio_pika_batch.core.message import Message, Properties
+from aio_pika_batch.core.publication import Outcome
+from aio_pika_batch.core.settlement import Settlement
 from tests.unit.core.strategies import StubSource
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.adapters.aio_pika.properties import decode
-from aio_pika_batch.core.message import Outcome
+from aio_pika_batch.core.publication import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

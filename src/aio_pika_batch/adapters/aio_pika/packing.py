@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from aio_pika_batch.adapters.aio_pika.ordinary import BODY, END, HEADER, METHOD, OVERHEAD
 from aio_pika_batch.adapters.aio_pika.properties import encode_short
-from aio_pika_batch.core.message import Disposition
+from aio_pika_batch.core.settlement import Disposition
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

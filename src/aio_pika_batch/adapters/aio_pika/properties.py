@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from aio_pika_batch.adapters.aio_pika.tables import (
@@ -60,30 +61,35 @@ class PropertyListError(ValueError):
     """A property list ends before its properties do."""
 
 
+@lru_cache(maxsize=256)  # a queue's messages have the same few sets of properties
+def _announced(flags: int) -> tuple[tuple[int, str, int], ...]:
+    """The properties that a list with these flags has."""
+    return tuple(field for field in FIELDS if flags & field[0])
+
+
 def fields(raw: bytes) -> Iterator[tuple[int, str, int, int, int]]:
     """Walk over the properties that are present: (flag, name, type, start, end) of each.
 
     Raises:
         PropertyListError: From here on nothing can be found.
     """
-    if len(raw) < _FLAGS.size:
+    size = len(raw)
+    if size < _FLAGS.size:
         raise PropertyListError("the property list has no flags")
     present: int = _FLAGS.unpack_from(raw)[0]
     if present & _UNKNOWN_FLAGS:
         raise PropertyListError("the property list has flags that AMQP 0-9-1 does not define")
     at = _FLAGS.size
-    size = len(raw)
-    for flag, name, kind in FIELDS:
-        if not present & flag:
-            continue
-        try:
-            if kind == SHORT:
-                end = at + 1 + raw[at]
-            elif kind == TABLE:
-                end = at + 4 + _LENGTH.unpack_from(raw, at)[0]
-            else:
-                end = at + (1 if kind == OCTET else 8)
-        except (IndexError, struct.error):
+    for flag, name, kind in _announced(present):
+        if at >= size:
+            raise PropertyListError(f"the property list is cut off in {name}")
+        if kind == SHORT:
+            end = at + 1 + raw[at]
+        elif kind != TABLE:
+            end = at + (1 if kind == OCTET else 8)
+        elif at + 4 <= size:
+            end = at + 4 + _LENGTH.unpack_from(raw, at)[0]
+        else:
             end = size + 1
         if end > size:
             raise PropertyListError(f"the property list is cut off in {name}")
@@ -107,19 +113,11 @@ def decode(raw: bytes) -> Properties:
                 seconds = _SECONDS.unpack_from(raw, start)[0]
                 undecodable[name] = f"{seconds} is no time in seconds that a datetime can hold"
     except PropertyListError as error:
-        for name in _announced(raw):
+        flags = int.from_bytes(raw[:2], "big") if len(raw) >= _FLAGS.size else _UNKNOWN_FLAGS
+        for _, name, _ in FIELDS if flags & _UNKNOWN_FLAGS else _announced(flags):
             if name not in values and name not in undecodable:
                 undecodable[name] = str(error)
     return Properties(**values, undecodable=undecodable)
-
-
-def _announced(raw: bytes) -> list[str]:
-    if len(raw) < _FLAGS.size:
-        return [name for _, name, _ in FIELDS]
-    present: int = _FLAGS.unpack_from(raw)[0]
-    if present & _UNKNOWN_FLAGS:
-        return [name for _, name, _ in FIELDS]
-    return [name for flag, name, _ in FIELDS if present & flag]
 
 
 def _read_short(raw: bytes, start: int, end: int) -> str:

@@ -7,7 +7,7 @@ acks on it would wait with the publications.
 Laws:
 
 - Nothing is raised for what the world does: it is an
-  :class:`~aio_pika_batch.core.message.Outcome`.
+  :class:`~aio_pika_batch.core.publication.Outcome`.
 - Once one outcome is in doubt, the publisher takes no more: its successor begins with empty books.
 - Nothing is written on a channel that the broker has closed.
 """
@@ -42,7 +42,7 @@ from aio_pika_batch.adapters.aio_pika.refusals import (
 )
 from aio_pika_batch.adapters.aio_pika.splice import splice
 from aio_pika_batch.adapters.aio_pika.tables import encode_text
-from aio_pika_batch.core.message import Copy, Outcome
+from aio_pika_batch.core.publication import Copy, Outcome
 from aio_pika_batch.errors import BrokerUnavailable, PublishError, SessionClosed
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from aio_pika_batch.adapters.aio_pika.events import Event
     from aio_pika_batch.adapters.aio_pika.urls import Address
-    from aio_pika_batch.core.message import Outgoing
+    from aio_pika_batch.core.publication import Outgoing
     from aio_pika_batch.transport import Endpoint
 
 _log = logging.getLogger("aio_pika_batch.publisher")

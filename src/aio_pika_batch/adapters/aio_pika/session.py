@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from aio_pika_batch.adapters.aio_pika.urls import Address
     from aio_pika_batch.adapters.aio_pika.wire import Wire
-    from aio_pika_batch.core.message import Settlement
+    from aio_pika_batch.core.settlement import Settlement
     from aio_pika_batch.transport import Endpoint, Subscription
 
 SETTLE_PAUSE = 0.2

@@ -14,6 +14,7 @@ Laws:
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.adapters.aio_pika.properties import PropertyListError, fields
@@ -29,7 +30,7 @@ from aio_pika_batch.errors import PublishError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from aio_pika_batch.core.message import Copy
+    from aio_pika_batch.core.publication import Copy
 
 UNDECODABLE_HEADERS = "x-undecodable-headers"
 """Holds what cannot be read of the original: its header table, or its whole property list."""
@@ -83,7 +84,7 @@ def splice(raw: bytes, copy: Copy, user: bytes) -> bytes:
 
 
 def _table(raw: bytes, start: int, end: int, copy: Copy, added: list[bytes]) -> bytes:
-    leave_out = {encode_text(key) for key in (*copy.add, *copy.drop)}
+    leave_out = _names(tuple(copy.add), copy.drop)
     kept = []
     try:
         for key, entry, value, value_end in entries(raw, start + 4, end):
@@ -94,6 +95,11 @@ def _table(raw: bytes, start: int, end: int, copy: Copy, added: list[bytes]) -> 
         # What can be read of half a table may not be what its publisher meant.
         kept = [encode_entry(UNDECODABLE_HEADERS, raw[start + 4 : end])]
     return _with_length((*kept, *added))
+
+
+@lru_cache(maxsize=64)  # a consumer's copies are all changed alike
+def _names(add: tuple[str, ...], drop: frozenset[str]) -> frozenset[bytes]:
+    return frozenset(encode_text(key) for key in (*add, *drop))
 
 
 def _with_length(rows: Iterable[bytes]) -> bytes:

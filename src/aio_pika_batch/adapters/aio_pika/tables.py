@@ -7,9 +7,10 @@ The types are those that RabbitMQ reads and writes, which differ from AMQP 0-9-1
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -54,8 +55,10 @@ _FIXED: Final = {
     ord("V"): 0,
 }
 _TEXT, _BINARY, _ARRAY, _TABLE = ord("S"), ord("x"), ord("A"), ord("F")
-_COUNTED: Final = frozenset((_TEXT, _BINARY, _ARRAY, _TABLE))
-_TIMESTAMP, _DECIMALS, _VOID = ord("T"), ord("D"), ord("V")
+_NESTED: Final = (_ARRAY, _TABLE)
+_COUNTED: Final = frozenset((_TEXT, _BINARY, *_NESTED))
+_TIMESTAMP, _DECIMALS = ord("T"), ord("D")
+_TOO_DEEP: Final = f"tables stand more than {DEEPEST} deep in each other"
 
 
 class TableError(ValueError):
@@ -86,32 +89,35 @@ def entries(raw: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int,
     at = start
     while at < end:
         value_start = at + 1 + raw[at]
-        if value_start >= end:
-            raise TableError(f"a key at byte {at - start} is cut off")
         key = raw[at + 1 : value_start]
-        try:
-            value_end = _value_end(raw, value_start, end)
-        except TableError as error:
-            raise TableError(f"{key.decode(errors='replace')!r}: {error}") from error
+        value_end = _value_end(raw, value_start, end)
+        if value_end > end:
+            raise TableError(f"{_shown(key)}: {_why_not(raw, value_start, end)}")
         yield key, at, value_start, value_end
         at = value_end
 
 
 def _value_end(raw: bytes, start: int, end: int) -> int:
-    """Where the value that begins with its type at *start* ends."""
-    kind = raw[start]
-    fixed = _FIXED.get(kind)
-    if fixed is not None:
-        value_end = start + 1 + fixed
-    elif kind not in _COUNTED:
-        raise TableError(f"there is no type {chr(kind)!r}")
-    elif start + 5 > end:
-        raise TableError("a value is cut off")
-    else:
-        value_end = start + 5 + _LENGTH.unpack_from(raw, start + 1)[0]
-    if value_end > end:
-        raise TableError("a value is cut off")
-    return value_end
+    """Where the value that begins with its type at *start* ends; beyond *end* if it cannot."""
+    if start < end:
+        kind = raw[start]
+        fixed = _FIXED.get(kind)
+        if fixed is not None:
+            return start + 1 + fixed
+        if kind in _COUNTED and start + 5 <= end:
+            length: int = _LENGTH.unpack_from(raw, start + 1)[0]
+            return start + 5 + length
+    return end + 1
+
+
+def _why_not(raw: bytes, start: int, end: int) -> str:
+    if start < end and raw[start] not in _FIXED and raw[start] not in _COUNTED:
+        return f"there is no type {chr(raw[start])!r}"
+    return "it is cut off"
+
+
+def _shown(key: bytes) -> str:
+    return repr(key.decode(errors="replace"))
 
 
 def check_value(raw: bytes, start: int, end: int, depth: int = DEEPEST) -> None:
@@ -121,18 +127,24 @@ def check_value(raw: bytes, start: int, end: int, depth: int = DEEPEST) -> None:
         TableError: It could not; publishing it would end the connection.
     """
     kind = raw[start]
-    if kind in (_TABLE, _ARRAY):
+    if kind in _NESTED:
         if not depth:
-            raise TableError(f"tables stand more than {DEEPEST} deep in each other")
+            raise TableError(_TOO_DEEP)
         if kind == _TABLE:
             for _, _, value, value_end in entries(raw, start + 5, end):
                 check_value(raw, value, value_end, depth - 1)
         else:
-            at = start + 5
-            while at < end:
-                value_end = _value_end(raw, at, end)
-                check_value(raw, at, value_end, depth - 1)
-                at = value_end
+            for value, value_end in _items(raw, start + 5, end):
+                check_value(raw, value, value_end, depth - 1)
+
+
+def _items(raw: bytes, at: int, end: int) -> Iterator[tuple[int, int]]:
+    while at < end:
+        value_end = _value_end(raw, at, end)
+        if value_end > end:
+            raise TableError(_why_not(raw, at, end))
+        yield at, value_end
+        at = value_end
 
 
 # --- reading -------------------------------------------------------------------
@@ -147,63 +159,48 @@ def read_table(raw: bytes, start: int, end: int, depth: int = DEEPEST) -> dict[s
     table: dict[str, Any] = {}
     for key, _, value_start, value_end in entries(raw, start + 4, end):
         try:
-            name = key.decode()
+            table[key.decode()] = _read_value(raw, value_start, value_end, depth)
         except UnicodeDecodeError as error:
             raise TableError(f"the key {key!r} is no UTF-8") from error
-        try:
-            table[name] = _read_value(raw, value_start, value_end, depth)
         except TableError as error:
-            raise TableError(f"{name!r}: {error}") from error
+            raise TableError(f"{_shown(key)}: {error}") from error
     return table
 
 
-def _read_value(raw: bytes, start: int, end: int, depth: int) -> FieldValue:  # noqa: PLR0911
+def _read_value(raw: bytes, start: int, end: int, depth: int) -> FieldValue:
     kind = raw[start]
-    start += 1
+    if kind == _TEXT:
+        text = raw[start + 5 : end]
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            # The wire has one type for text and for bytes, and its users know which it is.
+            return text
     number = _NUMBERS.get(kind)
     if number is not None:
-        value: FieldValue = number.unpack_from(raw, start)[0]
+        value: FieldValue = number.unpack_from(raw, start + 1)[0]
         return value
-    match kind:
-        case _ if kind == _TEXT:
-            text = raw[start + 4 : end]
-            try:
-                return text.decode()
-            except UnicodeDecodeError:
-                # The wire has one type for text and for bytes, and its users know which it is.
-                return text
-        case _ if kind == _BINARY:
-            return raw[start + 4 : end]
-        case _ if kind == _TIMESTAMP:
-            return _read_time(raw, start)
-        case _ if kind == _DECIMALS:
-            places, digits = _DECIMAL.unpack_from(raw, start)
-            return Decimal(digits).scaleb(-places)
-        case _ if kind == _VOID:
-            return None
-    if not depth:
-        raise TableError(f"tables stand more than {DEEPEST} deep in each other")
-    if kind == _TABLE:
-        return read_table(raw, start, end, depth - 1)
-    return _read_array(raw, start + 4, end, depth - 1)
+    if kind in _NESTED:
+        if not depth:
+            raise TableError(_TOO_DEEP)
+        if kind == _TABLE:
+            return read_table(raw, start + 1, end, depth - 1)
+        return [_read_value(raw, *item, depth - 1) for item in _items(raw, start + 5, end)]
+    return _read_rare(kind, raw, start + 1, end)
 
 
-def _read_array(raw: bytes, at: int, end: int, depth: int) -> list[FieldValue]:
-    array: list[FieldValue] = []
-    while at < end:
-        value_end = _value_end(raw, at, end)
-        array.append(_read_value(raw, at, value_end, depth))
-        at = value_end
-    return array
-
-
-def _read_time(raw: bytes, start: int) -> datetime | int:
-    seconds: int = _SECONDS.unpack_from(raw, start)[0]
-    try:
-        return datetime.fromtimestamp(seconds, UTC)
-    except (OverflowError, ValueError, OSError):
-        # Milliseconds, most likely. One odd header must not make all of them unreadable.
-        return seconds
+def _read_rare(kind: int, raw: bytes, start: int, end: int) -> FieldValue:
+    if kind == _TIMESTAMP:
+        seconds: int = _SECONDS.unpack_from(raw, start)[0]
+        try:
+            return datetime.fromtimestamp(seconds, UTC)
+        except (OverflowError, ValueError, OSError):
+            # Milliseconds, most likely. One odd header must not make all of them unreadable.
+            return seconds
+    if kind == _DECIMALS:
+        places, digits = _DECIMAL.unpack_from(raw, start)
+        return Decimal(digits).scaleb(-places)
+    return raw[start + 4 : end] if kind == _BINARY else None
 
 
 # --- writing -------------------------------------------------------------------
@@ -215,7 +212,7 @@ def encode_table(table: Headers) -> bytes:
     Raises:
         TableError: A key or a value cannot be written; the text says which.
     """
-    data = b"".join(encode_entry(key, value) for key, value in table.items())
+    data = b"".join([encode_entry(key, value) for key, value in table.items()])
     return _LENGTH.pack(len(data)) + data
 
 
@@ -225,57 +222,48 @@ def encode_entry(key: str, value: FieldValue, depth: int = DEEPEST) -> bytes:
     Raises:
         TableError: As above.
     """
-    if not isinstance(key, str):
-        raise TableError(f"{key!r}: a key must be a str")
-    name = encode_text(key)
-    if len(name) > _LONGEST_KEY:
-        raise TableError(f"{key[:40]!r}…: the key has {len(name)} bytes in UTF-8; AMQP allows 255")
     try:
-        return bytes((len(name),)) + name + _encode_value(value, depth)
+        return _encode_key(key) + _encode_value(value, depth)
     except TableError as error:
         raise TableError(f"{key!r}: {error}") from error
 
 
-def _encode_value(value: FieldValue, depth: int) -> bytes:  # noqa: C901, PLR0911  -- one case for each type
-    match value:
-        case str():
-            return _counted(_TEXT, encode_text(value))
-        case bool():
-            return b"t\x01" if value else b"t\x00"
-        case int():
-            return _encode_int(value)
-        case float():
-            return _DOUBLE.pack(b"d", value)
-        case None:
-            return b"V"
-        case bytes():
-            return _counted(_BINARY, value)
-        case datetime():
-            return _encode_time(value)
-        case Decimal():
-            return _encode_decimal(value)
-        case Mapping() | list() | tuple() if not depth:
-            raise TableError(f"tables stand more than {DEEPEST} deep in each other")
-        case Mapping():
-            rows = (encode_entry(key, item, depth - 1) for key, item in value.items())
-            return _counted(_TABLE, b"".join(rows))
-        case list() | tuple():
-            return _counted(_ARRAY, b"".join(_encode_value(item, depth - 1) for item in value))
-    raise TableError(f"AMQP has no type for {type(value).__name__}")
+@lru_cache(maxsize=512)  # the same few keys, again and again
+def _encode_key(key: str) -> bytes:
+    if not isinstance(key, str):
+        raise TableError("a key must be a str")
+    name = encode_text(key)
+    if len(name) > _LONGEST_KEY:
+        raise TableError(f"the key has {len(name)} bytes in UTF-8; AMQP allows 255")
+    return bytes((len(name),)) + name
 
 
-def _counted(kind: int, data: bytes) -> bytes:
-    return bytes((kind,)) + _LENGTH.pack(len(data)) + data
+def _encode_value(value: FieldValue, depth: int) -> bytes:
+    write = _WRITERS.get(type(value))
+    if write is None:
+        write = next((each for kind, each in _WRITERS.items() if isinstance(value, kind)), None)
+    if write is not None:
+        return write(value)
+    if not isinstance(value, Mapping | list | tuple):
+        raise TableError(f"AMQP has no type for {type(value).__name__}")
+    if not depth:
+        raise TableError(_TOO_DEEP)
+    if isinstance(value, Mapping):
+        rows = [encode_entry(key, item, depth - 1) for key, item in value.items()]
+        return _counted(b"F", b"".join(rows))
+    return _counted(b"A", b"".join([_encode_value(item, depth - 1) for item in value]))
+
+
+def _counted(kind: bytes, data: bytes) -> bytes:
+    return kind + _LENGTH.pack(len(data)) + data
 
 
 def _encode_int(value: int) -> bytes:
     # As most clients do: `I` where it fits, else `l`; narrower types are read as bytes by some.
-    for letter, layout in ((b"I", _INT), (b"l", _LONG)):
-        try:
-            return layout.pack(letter, value)
-        except struct.error:
-            continue
-    raise TableError(f"{value} has more than 64 bits")
+    try:
+        return _INT.pack(b"I", value) if -(2**31) <= value < 2**31 else _LONG.pack(b"l", value)
+    except struct.error as error:
+        raise TableError(f"{value} has more than 64 bits") from error
 
 
 def _encode_time(value: datetime) -> bytes:
@@ -298,3 +286,15 @@ def _encode_decimal(value: Decimal) -> bytes:
         return b"D" + _DECIMAL.pack(-exponent, -number if sign else number)
     except struct.error as error:
         raise TableError(f"{value} has more digits than AMQP's decimal") from error
+
+
+_WRITERS: Final[Mapping[type, Callable[[Any], bytes]]] = {
+    str: lambda value: _counted(b"S", encode_text(value)),
+    bool: lambda value: b"t\x01" if value else b"t\x00",  # before int, which it is too
+    int: _encode_int,
+    float: lambda value: _DOUBLE.pack(b"d", value),
+    type(None): lambda _: b"V",
+    bytes: lambda value: _counted(b"x", value),
+    datetime: _encode_time,
+    Decimal: _encode_decimal,
+}

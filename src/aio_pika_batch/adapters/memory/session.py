@@ -14,7 +14,8 @@ from aio_pika_batch.adapters.memory.frames import Cancelled, Closed, Delivery
 from aio_pika_batch.adapters.memory.native import NativeChannel
 from aio_pika_batch.adapters.memory.refusals import Refusal
 from aio_pika_batch.core.ledger import Frame, Ledger
-from aio_pika_batch.core.message import Disposition, Message, Properties, Settlement
+from aio_pika_batch.core.message import Message, Properties
+from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.errors import SessionClosed, SessionLost
 from aio_pika_batch.transport import Native, Subscription
 

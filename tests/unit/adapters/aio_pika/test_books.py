@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from aio_pika_batch.adapters.aio_pika.books import Books, Call, Entry
 from aio_pika_batch.adapters.aio_pika.events import Confirm, Returned
 from aio_pika_batch.adapters.aio_pika.properties import encode
-from aio_pika_batch.core.message import Outcome, Properties
+from aio_pika_batch.core.message import Properties
+from aio_pika_batch.core.publication import Outcome
 
 CONFIRMED, RETURNED, REFUSED, UNKNOWN = Outcome
 

@@ -20,7 +20,8 @@ from aio_pika_batch.adapters.aio_pika.properties import (
     encode,
     encode_short,
 )
-from aio_pika_batch.core.message import Properties, Publication
+from aio_pika_batch.core.message import Properties
+from aio_pika_batch.core.publication import Publication
 from aio_pika_batch.errors import PublishError
 from tests.unit.adapters.aio_pika.spoken import raw_properties
 from tests.unit.adapters.aio_pika.test_tables import tables

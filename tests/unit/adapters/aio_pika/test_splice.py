@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from aio_pika_batch.adapters.aio_pika.properties import decode, encode, fields
 from aio_pika_batch.adapters.aio_pika.splice import UNDECODABLE_HEADERS, splice
 from aio_pika_batch.adapters.aio_pika.tables import DEEPEST, encode_table, entries
-from aio_pika_batch.core.message import Copy, Headers, Properties
+from aio_pika_batch.core.message import Headers, Properties
+from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.errors import PublishError
 from tests.unit.adapters.aio_pika.spoken import message
 from tests.unit.adapters.aio_pika.test_properties import properties

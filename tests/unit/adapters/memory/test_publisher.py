@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 import pytest
 
 from aio_pika_batch.adapters.memory import Broker, MemoryTransport, PublishFault
-from aio_pika_batch.core.message import Copy, Outcome, Properties, Publication
+from aio_pika_batch.core.message import Properties
+from aio_pika_batch.core.publication import Copy, Outcome, Publication
 from aio_pika_batch.core.topology import Queue, Topology
 from aio_pika_batch.errors import SessionClosed
 from aio_pika_batch.transport import Publisher, Subscription

@@ -11,7 +11,8 @@ import pytest
 
 from aio_pika_batch.adapters.memory import Broker, Happened, MemoryTransport
 from aio_pika_batch.adapters.memory.session import MemorySession
-from aio_pika_batch.core.message import Disposition, Message, Properties, Settlement
+from aio_pika_batch.core.message import Message, Properties
+from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import Binding, Exchange, Queue, Topology
 from aio_pika_batch.errors import SessionClosed, SessionLost, SettlementError, TopologyError
 from aio_pika_batch.transport import NativeSession, Session, Subscription

@@ -1,0 +1,152 @@
+"""What goes out: a new message, or a copy of one that came in; and what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from typing import TypeAlias
+
+from aio_pika_batch.core.message import SHORT_STRING, Headers, Message, Properties
+
+
+def _milliseconds(expiration: float | timedelta | None) -> str | None:
+    if expiration is None:
+        return None
+    seconds = expiration.total_seconds() if isinstance(expiration, timedelta) else expiration
+    return str(max(0, round(seconds * 1000)))
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """A message to be published.
+
+    Args:
+        body: The payload.
+        exchange: Empty for the default exchange, which routes by queue name.
+        routing_key: At most 255 bytes.
+        mandatory: Whether a message that no queue takes comes back (`Outcome.RETURNED`).
+        headers: At most as large as a frame.
+        delivery_mode: 2, persistent, unless said otherwise.
+        expiration: Time to live in seconds, or a timedelta.
+        timestamp: A naive datetime is taken as UTC.
+    """
+
+    body: bytes
+    exchange: str = field(default="", kw_only=True)
+    routing_key: str = field(default="", kw_only=True)
+    mandatory: bool = field(default=True, kw_only=True)
+    headers: Headers | None = field(default=None, kw_only=True)
+    content_type: str | None = field(default=None, kw_only=True)
+    content_encoding: str | None = field(default=None, kw_only=True)
+    delivery_mode: int | None = field(default=2, kw_only=True)
+    priority: int | None = field(default=None, kw_only=True)
+    correlation_id: str | None = field(default=None, kw_only=True)
+    reply_to: str | None = field(default=None, kw_only=True)
+    expiration: float | timedelta | None = field(default=None, kw_only=True)
+    message_id: str | None = field(default=None, kw_only=True)
+    timestamp: datetime | None = field(default=None, kw_only=True)
+    type: str | None = field(default=None, kw_only=True)
+    user_id: str | None = field(default=None, kw_only=True)
+    app_id: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuse what no broker takes, where it is made and not where it is sent."""
+        body: object = self.body
+        if not isinstance(body, bytes | bytearray | memoryview):
+            msg = f"body must be bytes, not {type(body).__name__}: encode it first"
+            raise TypeError(msg)
+        for name, value in (("exchange", self.exchange), ("routing_key", self.routing_key)):
+            if len(value.encode()) > SHORT_STRING:
+                msg = f"{name} has more than {SHORT_STRING} bytes, AMQP's limit: {value[:40]}…"
+                raise ValueError(msg)
+
+    @property
+    def properties(self) -> Properties:
+        """The properties as they go on the wire."""
+        timestamp = self.timestamp
+        if timestamp is not None and timestamp.tzinfo is None:
+            timestamp = timestamp.replace(tzinfo=UTC)
+        return Properties(
+            content_type=self.content_type,
+            content_encoding=self.content_encoding,
+            headers=self.headers,
+            delivery_mode=self.delivery_mode,
+            priority=self.priority,
+            correlation_id=self.correlation_id,
+            reply_to=self.reply_to,
+            expiration=_milliseconds(self.expiration),
+            message_id=self.message_id,
+            timestamp=timestamp,
+            type=self.type,
+            user_id=self.user_id,
+            app_id=self.app_id,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A delivered message, to be published again with a few headers changed and all else as it was.
+
+    A transport that has the raw properties splices them (absent stays absent, types stay types);
+    any other takes :attr:`properties`. A `user_id` other than the connection's own user is left out
+    by the publisher, since the broker would close the channel over it.
+
+    Attributes:
+        add: Headers to set; each replaces one of the same name.
+        drop: Headers to leave out.
+        keep_expiration: False leaves the `expiration` property out.
+    """
+
+    message: Message
+    exchange: str
+    routing_key: str
+    add: Headers
+    drop: frozenset[str] = frozenset()
+    keep_expiration: bool = True
+    mandatory: bool = True
+
+    @property
+    def body(self) -> bytes:
+        """The original's body."""
+        return self.message.body
+
+    @property
+    def properties(self) -> Properties:
+        """As values, for a transport without raw ones; what is undecodable is left out."""
+        was = self.message.properties
+        headers = {key: value for key, value in (was.headers or {}).items() if key not in self.drop}
+        headers.update(self.add)
+        return Properties(
+            content_type=was.content_type,
+            content_encoding=was.content_encoding,
+            headers=headers if headers or was.headers is not None else None,
+            delivery_mode=was.delivery_mode,
+            priority=was.priority,
+            correlation_id=was.correlation_id,
+            reply_to=was.reply_to,
+            expiration=was.expiration if self.keep_expiration else None,
+            message_id=was.message_id,
+            timestamp=was.timestamp,
+            type=was.type,
+            user_id=was.user_id,
+            app_id=was.app_id,
+            cluster_id=was.cluster_id,
+        )
+
+
+Outgoing: TypeAlias = Publication | Copy
+"""What a publisher is handed."""
+
+
+class Outcome(Enum):
+    """What became of one publication."""
+
+    CONFIRMED = "confirmed"
+    """The broker has taken responsibility for it, in at least one queue if it was mandatory."""
+    RETURNED = "returned"
+    """No queue is bound for it."""
+    REFUSED = "refused"
+    """The broker said no: a full queue with `reject-publish`, a missing exchange."""
+    UNKNOWN = "unknown"
+    """Nothing was heard in time, or the connection was lost: it may or may not be stored."""
