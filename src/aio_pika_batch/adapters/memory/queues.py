@@ -162,17 +162,16 @@ class Queue:
 
     def run(self) -> None:
         """Do what can be done now: expire, bury, hand out, cut to length."""
-        house = self._house
-        for entry in self.ready.pop_expired(house.now):
-            self._die(entry, Reason.EXPIRED)
+        self._expire()
         self._bury()
         while self.ready and (consumer := self.consumers.next()) is not None:
             self._hand_out(self.ready.pop(), consumer)
-            for late in self.ready.pop_expired(house.now):
-                self._die(late, Reason.EXPIRED)
+            # Whatever stands at the head now may be late.
+            self._expire()
         if self.spec.overflow is Overflow.DROP_HEAD:
             while self.ready and self._beyond(len(self.ready), self.ready.bytes):
                 self._die(self.ready.pop(), Reason.MAXLEN)
+                self._expire()
 
     def purge(self) -> int:
         """Drop what waits; what is handed out stays so."""
@@ -195,6 +194,10 @@ class Queue:
         self.consumers.remove(consumer)
         self.unused_since = self._house.now
         self._house.wake(self)
+
+    def _expire(self) -> None:
+        for entry in self.ready.pop_expired(self._house.now):
+            self._die(entry, Reason.EXPIRED)
 
     def _hand_out(self, entry: Entry, consumer: Consumer) -> None:
         entry.handed_out = True

@@ -186,6 +186,7 @@ class BrokerMachine(RuleBasedStateMachine):
             body = self.line[0]
             self.out_of_line(body)
             self.dead.append((body, "maxlen"))
+            self.expire()
 
     # -- what happens --
 

@@ -250,6 +250,17 @@ def test_a_full_queue_drops_its_head(broker: Broker, client: Client):
     assert [event.detail for event in broker.journal.of(Happened.DROPPED)] == ["maxlen"]
 
 
+def test_what_comes_to_the_head_of_a_cut_queue_may_be_late(broker: Broker, client: Client):
+    """It expires there and then."""
+    client.queue("q", max_length=3)
+    client.publish(b"1", "q")
+    client.publish(b"late", "q", expiration="0")
+    fill(client, "q", b"3", b"4")
+    assert bodies(broker, "q") == [b"3", b"4"]
+    died_of = [(event.body, event.detail) for event in broker.journal.of(Happened.DROPPED)]
+    assert died_of == [(b"1", "maxlen"), (b"late", "expired")]
+
+
 def test_a_queue_is_full_by_bytes_too(broker: Broker, client: Client):
     """Of bodies."""
     client.queue("q", max_length_bytes=5)
