@@ -14,8 +14,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.adapters.memory.refusals import Code, Refusal, type_name
-from aio_pika_batch.core.message import FieldValue, Headers, Properties
-from aio_pika_batch.core.publication import SHORT_STRING
+from aio_pika_batch.core.message import SHORT_STRING, FieldValue, Headers, Properties
 
 if TYPE_CHECKING:
     from aio_pika_batch.adapters.memory.deaths import Death
