@@ -19,8 +19,8 @@ from aio_pika_batch.core.retry import Backoff, RetryPolicy
 from aio_pika_batch.core.routing import Router
 from aio_pika_batch.core.topology import dead_letter_target, derive, split_exclusive
 from aio_pika_batch.epoch import Epoch, Terms
-from aio_pika_batch.errors import StartInterrupted
-from aio_pika_batch.handling import FailurePolicy, Process
+from aio_pika_batch.errors import DrainIncomplete, StartInterrupted
+from aio_pika_batch.handling import IGNORED_CANCELLATION, FailurePolicy, Process
 from aio_pika_batch.hands import Stop, wait_until
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observer, Observers, Origin
@@ -102,6 +102,7 @@ class Crew:
         self._workers: list[Worker] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._declaring: asyncio.Future[None] | None = None
+        self._is_abandoned = False
         self._abandoned = 0
         self.outbox = Outbox(transport, log)
         self.post = Outbox(transport, log)
@@ -118,10 +119,6 @@ class Crew:
         return bool(self._workers) and all(
             worker.is_consuming and (worker.oldest or 0.0) <= limit for worker in self._workers
         )
-
-    def is_handling_in(self, task: asyncio.Task[object] | None) -> bool:
-        """Whether this task runs one of the handlers."""
-        return any(task in worker.hands.tasks for worker in self._workers)
 
     async def start(self, seats: Sequence[Seat]) -> None:
         """Start a worker for each seat, and wait until all of them consume.
@@ -153,11 +150,12 @@ class Crew:
             self._workers.append(worker)
             self._tasks.append(asyncio.ensure_future(worker.run()))
         ready = asyncio.ensure_future(asyncio.wait([worker.ready for worker in self._workers]))
+        stopping = asyncio.ensure_future(self.stop.event.wait())
         try:
-            waiting: set[asyncio.Future[Any]] = {ready, *self._tasks}
+            waiting: set[asyncio.Future[Any]] = {ready, stopping, *self._tasks}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in self._tasks:
-                if task.done():
+                if task.done() and not task.cancelled():
                     await task
             if self.stop.event.is_set():
                 msg = "stopped before every worker consumed"
@@ -165,6 +163,7 @@ class Crew:
             await ready
         finally:
             ready.cancel()
+            stopping.cancel()
 
     def _subscription(self, index: int, epoch: int) -> Subscription:
         settings = self._settings
@@ -173,7 +172,7 @@ class Crew:
             queue=settings.queue_name,
             prefetch=settings.effective_prefetch,
             # A consumer tag is a short string: 255 bytes (AMQP 0-9-1, section 4.2.5.3).
-            consumer_tag=f"{self._name[:100]}-{place[-150:]}",
+            consumer_tag=f"{self._name.encode()[:100].decode(errors='ignore')}-{place[-150:]}",
             arguments=settings.consumer_arguments or {},
             retry_count_header=settings.retry_count_header,
             own=self._own,
@@ -202,23 +201,29 @@ class Crew:
                 if task.done():
                     await task
 
-    async def finish(self) -> int:
-        """Wait until every worker has stopped.
-
-        Returns:
-            How many messages were cut off in mid-handling.
-        """
+    async def finish(self) -> DrainIncomplete | None:
+        """Wait until every worker has stopped; returns what is to be complained of."""
         await wait_until(self._tasks, self.stop.deadline)
         late = [task for task in self._tasks if not task.done()]
         if late:
             self._log.warning("the drain took too long; connections are cut", workers=len(late))
             self.abandon()
-            await asyncio.wait(late)
-        return self._abandoned + sum(worker.cut_off for worker in self._workers)
+            # A hook may ignore its cancellation, too.
+            await asyncio.wait(late, timeout=IGNORED_CANCELLATION)
+        cut_off = self._abandoned + sum(worker.cut_off for worker in self._workers)
+        if cut_off:
+            return DrainIncomplete(
+                f"the drain was cut short: {cut_off} messages were in mid-handling,"
+                " and will be delivered again"
+            )
+        return DrainIncomplete("the drain was cut short") if self._is_abandoned else None
 
     def abandon(self) -> None:
         """Give up the drain: close connections, cancel handlers."""
-        self._abandoned = sum(worker.hands.in_hand for worker in self._workers)
+        if self._is_abandoned:
+            return
+        self._is_abandoned = True
+        self._abandoned = sum(worker.hands.uncut for worker in self._workers)
         for task in (*self._tasks, *(task for each in self._workers for task in each.hands.tasks)):
             task.cancel()
 
@@ -227,4 +232,5 @@ class Crew:
         if self._declaring is not None and not self._declaring.done():
             self._declaring.cancel()
             await wait_until({self._declaring}, self.stop.deadline)
-        await asyncio.gather(self.outbox.close(), self.post.close())
+        deadline = max(self.stop.deadline, asyncio.get_running_loop().time() + 1)
+        await asyncio.gather(self.outbox.close(deadline), self.post.close(deadline))

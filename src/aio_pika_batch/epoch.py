@@ -49,6 +49,7 @@ class Epoch:
         on_consuming: Called once messages are being received.
 
     Attributes:
+        stop: Whether and by when to stop.
         was_consumed: Whether `consume` was ever called.
         cut_off: How many messages a drain cut off in mid-handling.
         last_progress: When something was last received or settled, in loop time.
@@ -68,7 +69,7 @@ class Epoch:
         log: KeywordLogger,
     ) -> None:
         self._session = session
-        self._stop = stop
+        self.stop = stop
         self._on_consuming = on_consuming
         self._terms = terms
         self._process = process
@@ -131,13 +132,13 @@ class Epoch:
         self._hands.on_free = self._dispatch
         self._on_consuming()
         receiving = self._loop.create_task(self._receive())
-        stopping = self._loop.create_task(self._stop.event.wait())
+        stopping = self._loop.create_task(self.stop.event.wait())
         try:
             waiting: set[asyncio.Future[Any]] = {receiving, stopping, self._failure}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if self._failure.done():
                 self._failure.result()
-            if not self._stop.event.is_set():
+            if not self.stop.event.is_set():
                 await receiving
                 msg = "the session ended although nobody asked it to"
                 raise SessionLost(msg)
@@ -283,7 +284,7 @@ class Epoch:
         self._is_draining = True
         self._disarm()
         try:
-            async with asyncio.timeout_at(self._stop.settle_by):
+            async with asyncio.timeout_at(self.stop.settle_by):
                 await self._session.cancel()
                 await receiving
         except TimeoutError as error:
@@ -294,7 +295,7 @@ class Epoch:
         returned = self._batcher.clear()
         await self._finish_batches()
         if not self._failure.done():
-            await self._settler.close(returned, self._stop.settle_by)
+            await self._settler.close(returned, self.stop.settle_by)
         if self._failure.done():
             self._failure.result()
 
@@ -302,6 +303,6 @@ class Epoch:
         """Wait for the batches at work; cut their handlers off when time runs out."""
         if not self._tasks:
             return
-        await wait_until(self._tasks, self._stop.handle_by)
+        await wait_until(self._tasks, self.stop.handle_by)
         self.cut_off = self._hands.cut()
-        await wait_until(self._tasks, self._stop.settle_by)
+        await wait_until(self._tasks, self.stop.settle_by)

@@ -88,6 +88,11 @@ class Handling:
         self._cut_by: Cause | None = None
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether its handler has been cancelled."""
+        return self._cut_by is not None
+
     def cut(self, cause: Cause) -> bool:
         """Cancel the handler; what it has yielded so far stays.
 

@@ -74,6 +74,11 @@ class Hands:
         return sum(self._busy.values())
 
     @property
+    def uncut(self) -> int:
+        """How many messages are in the hands of handlers that were not cut off."""
+        return sum(count for each, count in self._busy.items() if not each.is_cut)
+
+    @property
     def since(self) -> float | None:
         """When the oldest batch at work began to be collected; None if there is none."""
         return min((handling.batch.since for handling in self._busy), default=None)

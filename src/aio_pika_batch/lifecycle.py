@@ -22,13 +22,13 @@ from aio_pika_batch.crew import Crew, Seat
 from aio_pika_batch.epoch import Epoch
 from aio_pika_batch.errors import (
     ConfigurationError,
-    DrainIncomplete,
     PublishError,
     SessionClosed,
     StartInterrupted,
 )
 from aio_pika_batch.handling import Process
 from aio_pika_batch.hooks import WorkerSession
+from aio_pika_batch.life import Life
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observer
 from aio_pika_batch.outbox import why
@@ -37,9 +37,6 @@ from aio_pika_batch.settings import ConsumerSettings
 from aio_pika_batch.signals import process_signals
 from aio_pika_batch.status import ConsumerStatus
 from aio_pika_batch.transport import Endpoint, Session, Transport
-
-RESERVE = 1.5
-"""Seconds of a drain that are kept for settlements, and as many again for closing connections."""
 
 SettingsT = TypeVar("SettingsT", bound=ConsumerSettings)
 
@@ -83,11 +80,8 @@ class BaseConsumer(Generic[SettingsT]):
             consumer=self._name,
             queue=self.settings.queue_name,
         )
-        self._crew: Crew | None = None
+        self._life = Life(self._log)
         self._current: Epoch | None = None
-        self._stopping: asyncio.Task[int] | None = None
-        self._is_starting = False
-        self._is_started_up = False
 
     # -- what you override ------------------------------------------------------------------------
 
@@ -139,24 +133,20 @@ class BaseConsumer(Generic[SettingsT]):
             DrainIncomplete: The drain was abandoned at a second signal, or `shutdown_timeout` cut
                 handlers off.
         """
-        with process_signals.listen(self.request_stop, self._abandon):
+        life = self._life
+        with process_signals.listen(life.request_stop, life.abandon):
             try:
                 await self.start()
             except StartInterrupted:
                 return
-            crew = self._crew
             try:
-                if crew is not None:
-                    await crew.watch()
+                if life.crew is not None:
+                    await life.crew.watch()
             finally:
-                self.request_stop()
-                cut_off = await asyncio.shield(self._drained())
-        if cut_off:
-            msg = (
-                f"the drain was cut short: {cut_off} messages were in mid-handling,"
-                " and will be delivered again"
-            )
-            raise DrainIncomplete(msg)
+                life.request_stop()
+                incomplete = await life.drained()
+        if incomplete is not None:
+            raise incomplete
 
     async def start(self) -> None:
         """Start; returns once every worker consumes. A broker that is not there yet is waited for.
@@ -166,75 +156,30 @@ class BaseConsumer(Generic[SettingsT]):
             StartInterrupted: `stop` was called meanwhile.
             ConfigurationError: It is running already.
         """
-        if self._crew is not None:
+        if self._life.crew is not None:
             msg = f"{self._name} is running already: stop it before you start it again"
             raise ConfigurationError(msg)
         for line in self._advice():
             self._log.warning(line)
-        self._stopping = None
-        self._is_starting = True
-        self._crew = crew = Crew(
-            self._name, self.settings, self._transport, self._observers, self._log
+        await self._life.begin(
+            Crew(self._name, self.settings, self._transport, self._observers, self._log),
+            on_start=self.on_start,
+            on_stop=self.on_stop,
+            seats=self._seats,
+            timeout=self.settings.shutdown_timeout,
         )
-        try:
-            await self.on_start()
-            self._is_started_up = True
-            await crew.start(self._seats())
-        except BaseException:
-            self.request_stop()
-            await asyncio.shield(self._drained())
-            raise
-        finally:
-            self._is_starting = False
 
     async def stop(self) -> None:
         """Drain and stop; idempotent, from any task, also during `start`.
 
-        Called by a handler, it returns at once, since the drain waits for that handler.
+        Called by a handler or a hook, or in a task that one of them has started, it returns at
+        once, since the drain waits for them.
         """
-        self.request_stop()
-        crew = self._crew
-        if crew is None or crew.is_handling_in(asyncio.current_task()):
-            return
-        await asyncio.shield(self._drained())
+        await self._life.stop()
 
     def request_stop(self) -> None:
         """Begin to drain, without waiting for it."""
-        crew = self._crew
-        if crew is None or crew.stop.event.is_set():
-            return
-        seconds = self.settings.shutdown_timeout
-        deadline = asyncio.get_running_loop().time() + seconds
-        crew.stop.request(deadline, reserve=min(RESERVE, seconds / 10))
-        self._log.info("draining", within=f"{seconds} s")
-        if not self._is_starting:
-            self._stopping = self._drained()
-
-    def _drained(self) -> asyncio.Task[int]:
-        if self._stopping is None:
-            self._stopping = asyncio.get_running_loop().create_task(self._finish())
-        return self._stopping
-
-    async def _finish(self) -> int:
-        crew = self._crew
-        if crew is None:
-            return 0
-        try:
-            cut_off = await crew.finish()
-            if self._is_started_up:
-                await self.on_stop()
-        finally:
-            self._is_started_up = False
-            await crew.close()
-            self._crew = None
-            self._log.info("stopped")
-        return cut_off
-
-    def _abandon(self) -> None:
-        self.request_stop()
-        if self._crew is not None:
-            self._log.warning("the drain is abandoned")
-            self._crew.abandon()
+        self._life.request_stop()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -253,21 +198,23 @@ class BaseConsumer(Generic[SettingsT]):
     @property
     def is_running(self) -> bool:
         """Whether it has been started and has not stopped."""
-        return self._crew is not None
+        return self._life.crew is not None
 
     @property
     def is_healthy(self) -> bool:
         """Whether every worker consumes, and none holds a message for longer than `stuck_after`."""
-        return self._crew is not None and self._crew.is_healthy()
+        crew = self._life.crew
+        return crew is not None and crew.is_healthy()
 
     def status(self) -> ConsumerStatus:
         """A snapshot of everything."""
+        crew = self._life.crew
         return ConsumerStatus(
             consumer=self._name,
             queue=self.settings.queue_name,
             is_running=self.is_running,
             is_healthy=self.is_healthy,
-            workers=self._crew.statuses if self._crew else (),
+            workers=crew.statuses if crew else (),
         )
 
     # -- publishing -------------------------------------------------------------------------------
@@ -314,10 +261,11 @@ class BaseConsumer(Generic[SettingsT]):
         Raises:
             SessionClosed: The consumer is not running.
         """
-        if self._crew is None:
+        crew = self._life.crew
+        if crew is None:
             msg = "publishing needs a running consumer: between start and stop, hooks included"
             raise SessionClosed(msg)
-        return await self._crew.post.publish(publications)
+        return await crew.post.publish(publications)
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -367,9 +315,6 @@ class BaseConsumer(Generic[SettingsT]):
         self, index: int, epoch: Epoch, session: Session, number: int, log: KeywordLogger
     ) -> None:
         """Run this instance's hooks around the consumption of one session."""
-        crew = self._crew
-        if crew is None:
-            return
         worker_session = WorkerSession(index, number, self.settings.queue_name, session)
         if self._overrides("on_session"):
             await self.on_session(worker_session)
@@ -383,7 +328,7 @@ class BaseConsumer(Generic[SettingsT]):
                 channel=native.channel,
                 queue=native.queue,
                 settings=self.settings,
-                stop_event=crew.stop.event,
+                stop_event=epoch.stop.event,
                 log=log,
             )
         finally:

@@ -13,6 +13,7 @@ from contextlib import AbstractAsyncContextManager
 
 from aio_pika_batch.core.publication import Outcome, Outgoing, Publication
 from aio_pika_batch.errors import TransportError
+from aio_pika_batch.hands import wait_until
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.transport import Publisher, Transport
 
@@ -54,14 +55,22 @@ class Outbox:
                 if publisher.is_open:
                     return publisher
                 self._give_up(publisher)
-            if self._is_closed:
-                msg = "the consumer has stopped: nothing can be published any more"
-                raise TransportError(msg)
+            self._refuse_if_closed()
             context = self._transport.publisher()
             publisher = await context.__aenter__()
+            try:
+                self._refuse_if_closed()
+            except TransportError:
+                await self._close(context)
+                raise
             self._current = context, publisher
             self._complained = False
             return publisher
+
+    def _refuse_if_closed(self) -> None:
+        if self._is_closed:
+            msg = "the consumer has stopped: nothing can be published any more"
+            raise TransportError(msg)
 
     def _give_up(self, publisher: Publisher) -> None:
         if self._current is not None and self._current[1] is publisher:
@@ -77,13 +86,14 @@ class Outbox:
         except TransportError as error:
             self._log.debug("a publisher did not close cleanly", error=error)
 
-    async def close(self) -> None:
-        """Close the connection, and wait for those that are closing."""
+    async def close(self, deadline: float) -> None:
+        """Close the connection, and wait for those that are closing; not beyond the deadline."""
         self._is_closed = True
         if self._current is not None:
             self._give_up(self._current[1])
-        while self._closing:
-            await asyncio.wait(self._closing)
+        await wait_until(self._closing, deadline)
+        for task in self._closing:
+            task.cancel()
 
 
 def why(outcome: Outcome, publication: Publication, timeout: float) -> str:
