@@ -15,7 +15,12 @@ from typing import Any, TypeVar
 
 from aio_pika_batch.core.retry import Backoff
 from aio_pika_batch.epoch import Epoch, Terms
-from aio_pika_batch.errors import BrokerUnavailable, SessionLost, TransportError
+from aio_pika_batch.errors import (
+    BrokerUnavailable,
+    ConfigurationError,
+    SessionLost,
+    TransportError,
+)
 from aio_pika_batch.handling import Process
 from aio_pika_batch.hands import Hands, Stop, wait_until
 from aio_pika_batch.logs import KeywordLogger, told
@@ -28,6 +33,12 @@ STABLE_AFTER = 10.0
 """Seconds that a session must last before its end counts as a first failure again."""
 
 T = TypeVar("T")
+
+
+def is_being_cancelled() -> bool:
+    """Whether the current task is; otherwise a cancellation is none of ours."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class _Stopped(Exception):
@@ -131,6 +142,12 @@ class Worker:
                     await self._live_through_one()
                 except _Stopped:
                     break
+                except asyncio.CancelledError as error:
+                    if is_being_cancelled():
+                        raise
+                    # Somebody else's: client libraries cancel what waited for a lost connection.
+                    self._judge(SessionLost(f"a hook was cancelled: {error!r}"))
+                    await self._pause()
                 except Exception as error:  # noqa: BLE001  -- judged below
                     self._judge(error)
                     await self._pause()
@@ -170,9 +187,13 @@ class Worker:
                 )
                 if self._loop.time() - began >= STABLE_AFTER:
                     self._failures = 0
-            if not self._stop.event.is_set():
-                msg = "the session's hook returned before the session's end"
-                raise SessionLost(msg)
+            if self._stop.event.is_set():
+                return
+            if not epoch.was_consumed:
+                msg = "a hook returned without consuming: _run_internal must await super()'s"
+                raise ConfigurationError(msg)
+            msg = "the session's hook returned before the session's end"
+            raise SessionLost(msg)
 
     def _on_consuming(self) -> None:
         self._state = WorkerState.CONSUMING
