@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from aio_pika_batch.adapters.memory import Happened
+from tests.unit.shell.doubles import ScriptedTransport, never
 from tests.unit.shell.stage import ACK, Clerk, Scribe, ack, numbered, taking
 
 
@@ -49,25 +50,12 @@ async def test_a_quick_batch_is_settled_while_a_slow_one_is_handled(stage):
         assert [0, 0] == stage.times(Happened.ACKED)
 
 
-async def test_the_next_batch_starts_while_one_is_being_settled(stage):
+async def test_the_next_batch_starts_while_one_is_being_settled():
     """A slot is free as soon as its handler is done, whatever the broker still has to be told."""
-    stage.put(*numbered(4))
-
-    async def slow(settlements):
-        await asyncio.sleep(5)
-
-    consumer = Scribe(taking(1), transport=stage.transport, batch_size=2)
-    session_settle = None
-    async with consumer:
-        crew = consumer._crew
-        session = crew._workers[0]._epoch._session
-        session_settle = session.settle
-
-        async def settle(settlements):
-            await slow(settlements)
-            await session_settle(settlements)
-
-        session.settle = settle
+    script = ScriptedTransport()
+    script.on_settle = lambda *_: asyncio.sleep(5)
+    async with Scribe(taking(1), transport=script, batch_size=2) as consumer:
+        script.last.feed(*numbered(4))
         await asyncio.sleep(10)
     assert [0, 1] == consumer.times
 
@@ -103,16 +91,18 @@ async def test_workers_share_the_queue_each_with_a_connection_of_its_own(stage):
     assert [] == stage.broker.connections
 
 
-async def test_one_workers_trouble_is_not_anothers(stage):
+async def test_one_workers_trouble_is_not_anothers():
     """The others go on while one reconnects."""
-    async with Scribe(transport=stage.transport, num_workers=2, batch_size=1) as consumer:
-        crew = consumer._crew
-        lost = crew._workers[0]._epoch._session._connection
-        with stage.broker.operation():
-            lost.end("cut")
-        stage.put(b"0")
+    script = ScriptedTransport()
+    async with Scribe(transport=script, num_workers=2, batch_size=1) as consumer:
+        first, second = script.sessions
+        script.on_open = never
+        first.end()
+        await asyncio.sleep(5)
+        second.feed(b"0")
         await asyncio.sleep(0)
+        assert [2, 1] == [worker.epoch for worker in consumer.status().workers]
+        assert not consumer.is_healthy
         await asyncio.sleep(1)
-        assert [1, 1] != [worker.epoch for worker in consumer.status().workers]
-        assert 1 == consumer.status().workers[1].epoch
         assert [b"0"] == consumer.handled
+    assert [[("ack", (1,))]] == script.details("settle")

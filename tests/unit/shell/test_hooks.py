@@ -1,0 +1,341 @@
+"""Which hooks run for a session, on whose instance, and what happens if one fails?"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+
+from aio_pika_batch import (
+    ConfigurationError,
+    SessionClosed,
+    SessionLost,
+    WorkerSession,
+    WorkerState,
+)
+from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.observer import Lost
+from tests.unit.shell.doubles import ScriptedTransport, never
+from tests.unit.shell.stage import ACK, Scribe, Witness, numbered
+
+
+class Sessions(Scribe):
+    """Notes what its session hook was given, and on which instance."""
+
+    seen = ()
+
+    async def on_session(self, session):
+        type(self).seen = (*type(self).seen, (self, session))
+
+
+class Legacy(Scribe):
+    """Overrides what users have overridden ever since."""
+
+    calls = ()
+
+    async def _run_internal(self, channel, queue, settings, stop_event, log):
+        type(self).calls = (*type(self).calls, (self, channel, queue, settings, stop_event, log))
+        self.exchange = await channel.declare_exchange("staging", type="fanout", durable=True)
+        await super()._run_internal(channel, queue, settings, stop_event, log)
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Each test notes for itself."""
+    Sessions.seen = Legacy.calls = ()
+
+
+async def test_on_session_is_called_for_each_session_of_each_worker(stage):
+    """Before its first message, with its number."""
+    handled = []
+
+    class Slow(Sessions):
+        async def on_session(self, session):
+            await super().on_session(session)
+            await asyncio.sleep(1)
+            handled.extend(self.batches)
+
+    stage.put(b"0")
+    async with Slow(transport=stage.transport, num_workers=2, batch_size=1) as consumer:
+        await asyncio.sleep(0.1)
+        assert ([], [[b"0"]]) == (handled, consumer.batches)
+        assert [(0, 1), (1, 1)] == [(each.worker, each.epoch) for _, each in Slow.seen]
+        stage.broker.cut()
+        await asyncio.sleep(5)
+        told = sorted((each.worker, each.epoch) for _, each in Slow.seen)
+        assert [(0, 1), (0, 2), (1, 1), (1, 2)] == told
+        assert {"jobs"} == {each.queue_name for _, each in Slow.seen}
+
+
+@pytest.mark.parametrize("cls", [Sessions, Legacy])
+async def test_each_worker_has_an_instance_of_its_own(stage, cls):
+    """Worker 0 is the instance itself; the others are copies made after `on_start`."""
+
+    class Starting(cls):
+        async def on_start(self):
+            self.pool = object()
+
+    consumer = Starting(transport=stage.transport, num_workers=3)
+    async with consumer:
+        notes = Starting.seen if cls is Sessions else Starting.calls
+        instances = [note[0] for note in notes]
+        assert instances[0] is consumer
+        assert 3 == len({id(each) for each in instances})
+        assert {consumer.pool} == {each.pool for each in instances}
+        assert {type(consumer)} == {type(each) for each in instances}
+
+
+async def test_a_worker_uses_what_its_own_session_stored(stage):
+    """What a session stores on `self` is seen by this worker's handler, and by no other's."""
+
+    class Keeps(Scribe):
+        used = ()
+
+        async def on_session(self, session):
+            self.name = session.worker
+
+        async def process_messages(self, messages):
+            await asyncio.sleep(1)
+            for message in messages:
+                type(self).used = (*type(self).used, (message.consumer_tag[-5:], self.name))
+                yield ACK
+
+    stage.put(*numbered(6))
+    async with Keeps(transport=stage.transport, num_workers=2, batch_size=1, prefetch_count=1):
+        await asyncio.sleep(10)
+    assert {("w0-e1", 0), ("w1-e1", 1)} == set(Keeps.used)
+
+
+async def test_without_hooks_there_is_one_instance(stage):
+    """Nothing is copied that need not be."""
+    async with Scribe(transport=stage.transport, num_workers=3) as consumer:
+        seats = consumer._seats()
+        assert {consumer} == {seat.process.__self__ for seat in seats}
+
+
+async def test_a_copys_stop_is_the_consumers(stage):
+    """Whichever instance a handler or a task runs on: one drain, one `on_stop`, by the original."""
+
+    class Stops(Sessions):
+        stopped = ()
+
+        async def on_stop(self):
+            type(self).stopped = (*type(self).stopped, self)
+
+    consumer = Stops(transport=stage.transport, num_workers=2)
+    await consumer.start()
+    clone = Stops.seen[1][0]
+    assert clone is not consumer
+    await asyncio.create_task(clone.stop())
+    assert (consumer,) == Stops.stopped
+    assert not consumer.is_running
+    assert not clone.is_running
+    await consumer.stop()
+    assert (consumer,) == Stops.stopped
+    async with consumer:
+        assert consumer.is_healthy
+    assert (consumer, consumer) == Stops.stopped
+
+
+async def test_run_internal_is_called_by_keyword_once_for_each_session(stage):
+    """With the broker library's channel and queue, the settings, the stop event and a logger."""
+    stage.declare("sink")
+    async with Legacy(transport=stage.transport, batch_size=1) as consumer:
+        assert "staging" in stage.broker.vhost.exchanges
+        [(instance, channel, queue, settings, stop_event, log)] = Legacy.calls
+        assert instance is consumer
+        assert "jobs" == queue.name
+        assert settings is consumer.settings
+        assert not stop_event.is_set()
+        assert isinstance(log, KeywordLogger)
+        log.info("declared", exchange="staging")
+        sink = await channel.get_queue("sink")
+        await sink.bind(consumer.exchange)
+        stage.put(*numbered(2))
+        await asyncio.sleep(1)
+        assert numbered(2) == consumer.handled
+        stage.broker.cut()
+        await asyncio.sleep(5)
+        assert 2 == len(Legacy.calls)
+    assert stop_event.is_set()
+    assert [] == stage.broker.connections
+
+
+async def test_the_users_channel_is_not_the_consuming_one(stage):
+    """A mistake on it costs that channel, and no message."""
+    async with Legacy(transport=stage.transport, batch_size=1) as consumer:
+        channel = Legacy.calls[0][1]
+        with pytest.raises(Exception, match="NOT_FOUND"):
+            await channel.get_queue("no such queue")
+        stage.put(b"0")
+        await asyncio.sleep(1)
+        assert [b"0"] == consumer.handled
+        assert 1 == consumer.status().workers[0].epoch
+
+
+async def test_on_session_can_have_the_broker_librarys_objects_too(stage):
+    """By `native`, which opens them once."""
+
+    class Native(Scribe):
+        async def on_session(self, session):
+            self.native = [await session.native(), await session.native()]
+
+    async with Native(transport=stage.transport) as consumer:
+        first, second = consumer.native
+        assert first is second
+        assert "jobs" == first.queue.name
+
+
+async def test_a_transport_without_objects_of_its_own_says_so():
+    """At the start, since it is needed for the first session."""
+    script = ScriptedTransport()
+    with pytest.raises(ConfigurationError, match="ScriptedSession has no channel"):
+        await Legacy(transport=script).start()
+    assert 1 == len(script.times("open"))
+
+
+@pytest.mark.parametrize("hook", ["on_session", "_run_internal"])
+async def test_a_hook_that_fails_at_first_is_fatal(stage, hook):
+    """It is a mistake that will not go away."""
+
+    class Fails(Scribe):
+        pass
+
+    async def fail(self, *_, **__):
+        raise KeyError("no such table")
+
+    setattr(Fails, hook, fail)
+    consumer = Fails(transport=stage.transport)
+    with pytest.raises(KeyError, match="no such table"):
+        await consumer.run()
+    assert not consumer.is_running
+    assert [] == stage.broker.connections
+
+
+async def test_a_hook_that_fails_later_is_retried(stage, caplog):
+    """With a traceback in the log, once; the worker comes back when it goes well again."""
+
+    class Fails(Scribe):
+        wrong = None
+
+        async def on_session(self, session):
+            if self.wrong is not None:
+                raise self.wrong
+
+    witness = Witness()
+    async with Fails(transport=stage.transport, observers=[witness]) as consumer:
+        Fails.wrong = KeyError("no such table")
+        stage.broker.cut()
+        await asyncio.sleep(300)
+        assert not consumer.is_healthy
+        assert 1 == len([each for each in caplog.records if each.exc_info])
+        Fails.wrong = None
+        await asyncio.sleep(31)
+        assert consumer.is_healthy
+    assert {SessionLost, KeyError} == {type(event.error) for event in witness.of(Lost)}
+
+
+@pytest.mark.parametrize("hook", ["on_session", "_run_internal"])
+async def test_a_cancellation_that_is_not_ours_does_not_end_the_worker(stage, hook):
+    """Client libraries cancel futures of their own when a connection is lost."""
+
+    class Cancelled(Scribe):
+        wrong = False
+
+    original = getattr(Cancelled, hook)
+
+    async def sometimes(self, *args, **kwargs):
+        if Cancelled.wrong:
+            raise asyncio.CancelledError
+        await original(self, *args, **kwargs)
+
+    setattr(Cancelled, hook, sometimes)
+    async with Cancelled(transport=stage.transport) as consumer:
+        Cancelled.wrong = True
+        stage.broker.cut()
+        await asyncio.sleep(60)
+        assert WorkerState.STOPPED is not consumer.status().workers[0].state
+        Cancelled.wrong = False
+        await asyncio.sleep(31)
+        assert consumer.is_healthy
+
+
+async def test_a_run_internal_that_forgets_super_is_told_at_the_start(stage):
+    """It would never consume anything, and nobody would know why."""
+
+    class Forgets(Scribe):
+        async def _run_internal(self, channel, queue, settings, stop_event, log):
+            pass
+
+    with pytest.raises(ConfigurationError, match="super"):
+        await Forgets(transport=stage.transport).start()
+
+
+async def test_a_run_internal_may_do_something_afterwards(stage):
+    """Once the session has ended, of which it hears by an exception."""
+
+    class After(Scribe):
+        events = ()
+
+        async def _run_internal(self, **kwargs):
+            try:
+                await super()._run_internal(**kwargs)
+            except SessionLost:
+                type(self).events = (*self.events, "lost")
+                raise
+            finally:
+                type(self).events = (*self.events, "after")
+
+    async with After(transport=stage.transport) as consumer:
+        stage.broker.cut()
+        await asyncio.sleep(5)
+        assert ("lost", "after") == After.events
+        assert consumer.is_healthy
+    assert ("lost", "after", "after") == After.events
+
+
+async def test_a_run_internal_that_swallows_the_end_is_taken_for_a_lost_session(stage, jitter):
+    """The worker comes back all the same."""
+
+    class Swallows(Scribe):
+        async def _run_internal(self, **kwargs):
+            with suppress(SessionLost):
+                await super()._run_internal(**kwargs)
+
+    async with Swallows(transport=stage.transport) as consumer:
+        stage.broker.cut()
+        await asyncio.sleep(5)
+        assert consumer.is_healthy
+        assert 2 == consumer.status().workers[0].epoch
+
+
+async def test_run_internal_is_the_librarys_to_call(stage):
+    """Outside a session there is nothing to consume."""
+    consumer = Scribe(transport=stage.transport)
+    with pytest.raises(SessionClosed, match="called by the library"):
+        await consumer._run_internal(None, None, consumer.settings, asyncio.Event(), consumer._log)
+
+
+async def test_a_hook_that_does_not_end_is_cut_off(stage):
+    """A drain takes `shutdown_timeout` at most, whatever users' code waits for."""
+
+    class Hangs(Scribe):
+        async def on_session(self, session):
+            if session.epoch > 1:
+                await never()
+
+    consumer = Hangs(transport=stage.transport, shutdown_timeout=10)
+    await consumer.start()
+    stage.broker.cut()
+    await asyncio.sleep(30)
+    assert not consumer.is_healthy
+    await consumer.stop()
+    assert 40 == asyncio.get_running_loop().time()
+    assert [] == stage.broker.connections
+
+
+def test_a_worker_session_is_a_value():
+    """It can be told from another, and shows nothing secret."""
+    session = WorkerSession(0, 1, "jobs", None)
+    assert WorkerSession(0, 1, "jobs", None) == session

@@ -1,0 +1,340 @@
+"""How does a consumer start and stop, from wherever it is told to?"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from aio_pika_batch import (
+    ConfigurationError,
+    ConsumerStatus,
+    PublishError,
+    SessionClosed,
+    StartInterrupted,
+    WorkerState,
+)
+from tests.unit.shell.doubles import ScriptedTransport, never
+from tests.unit.shell.stage import ACK, Scribe, ack, numbered, taking
+
+
+class Hooked(Scribe):
+    """Notes its hooks, each of which may be given something to wait for."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.events = []
+        self.starting = self.stopping = lambda: asyncio.sleep(0)
+
+    async def on_start(self):
+        self.events.append("on_start")
+        await self.starting()
+        self.events.append("started")
+
+    async def on_stop(self):
+        self.events.append("on_stop")
+        await self.stopping()
+        self.events.append("stopped")
+
+
+async def test_start_returns_once_every_worker_consumes(stage):
+    """And not before."""
+    script = ScriptedTransport()
+    script.on_open = lambda: asyncio.sleep(len(script.times("open")))
+    consumer = Scribe(transport=script, num_workers=3)
+    assert not consumer.is_running
+    await consumer.start()
+    assert 3 == asyncio.get_running_loop().time()
+    assert consumer.is_running
+    assert consumer.is_healthy
+    assert {WorkerState.CONSUMING} == {each.state for each in consumer.status().workers}
+    await consumer.stop()
+    assert not consumer.is_running
+    assert not consumer.is_healthy
+    assert ConsumerStatus("Scribe", "jobs", False, False, ()) == consumer.status()
+
+
+async def test_async_with_starts_and_stops(stage):
+    """Also when its body raises."""
+    consumer = Scribe(transport=stage.transport)
+
+    async def body():
+        async with consumer as entered:
+            assert entered is consumer
+            assert consumer.is_running
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        await body()
+    assert not consumer.is_running
+    assert [] == stage.broker.connections
+
+
+async def test_run_lasts_until_it_is_told_to_stop(stage):
+    """From any task; it returns after the drain."""
+    stage.put(*numbered(3))
+    consumer = Scribe(taking(10), transport=stage.transport, batch_size=3)
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+    stopping = asyncio.create_task(consumer.stop())
+    await running
+    await stopping
+    assert 10 == asyncio.get_running_loop().time()
+    assert [] == stage.waiting()
+
+
+async def test_run_that_is_cancelled_drains(stage):
+    """A task group that falls apart loses nothing that was at work."""
+    stage.put(*numbered(3))
+    consumer = Hooked(taking(10), transport=stage.transport, batch_size=3)
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert 10 == asyncio.get_running_loop().time()
+    assert [] == stage.waiting()
+    assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
+
+
+async def test_start_that_is_cancelled_leaves_nothing_behind(stage):
+    """Neither a worker nor a connection."""
+    script = ScriptedTransport()
+    script.on_open = never
+    consumer = Hooked(transport=script)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(5):
+            await consumer.start()
+    assert not consumer.is_running
+    assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
+
+
+async def test_stop_may_be_called_again_and_at_the_same_time(stage):
+    """Each call returns when the one drain is done; a call on a stopped consumer does nothing."""
+    stage.put(*numbered(3))
+    consumer = Hooked(taking(10), transport=stage.transport, batch_size=3)
+    await consumer.stop()
+    await consumer.start()
+    await asyncio.sleep(1)
+    await asyncio.gather(*(consumer.stop() for _ in range(3)))
+    assert 10 == asyncio.get_running_loop().time()
+    await consumer.stop()
+    assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
+
+
+async def test_stop_that_is_cancelled_does_not_cancel_the_drain(stage):
+    """Who waits for it may lose patience."""
+    stage.put(*numbered(3))
+    consumer = Hooked(taking(10), transport=stage.transport, batch_size=3)
+    await consumer.start()
+    await asyncio.sleep(1)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await consumer.stop()
+    assert consumer.is_running
+    await consumer.stop()
+    assert 10 == asyncio.get_running_loop().time()
+    assert [] == stage.waiting()
+
+
+async def test_a_stopped_consumer_can_be_started_again(stage):
+    """As often as one likes, with its hooks each time."""
+    consumer = Hooked(transport=stage.transport, batch_size=1)
+    for number in range(3):
+        async with consumer:
+            stage.put(b"%d" % number)
+            await asyncio.sleep(1)
+    assert numbered(3) == consumer.handled
+    assert ["on_start", "started", "on_stop", "stopped"] * 3 == consumer.events
+
+
+async def test_a_running_consumer_cannot_be_started_again(stage):
+    """Neither while it runs nor while it drains; the one that runs is not disturbed."""
+    stage.put(*numbered(3))
+    consumer = Hooked(taking(10), transport=stage.transport, batch_size=3)
+    async with consumer:
+        await asyncio.sleep(1)
+        for again in (consumer.start, consumer.run):
+            with pytest.raises(ConfigurationError, match="running already"):
+                await again()
+        assert consumer.is_healthy
+        stopping = asyncio.create_task(consumer.stop())
+        await asyncio.sleep(1)
+        with pytest.raises(ConfigurationError, match="running already"):
+            await consumer.start()
+        await stopping
+    assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
+
+
+@pytest.mark.parametrize("how", ["start", "run"])
+async def test_a_stop_during_the_start_interrupts_it(how):
+    """`start` says so, `run` returns; `on_stop` is called, as `on_start` was."""
+    script = ScriptedTransport()
+    script.on_open = never
+    consumer = Hooked(transport=script)
+    starting = asyncio.create_task(getattr(consumer, how)())
+    await asyncio.sleep(1)
+    await consumer.stop()
+    assert not consumer.is_running
+    if how == "start":
+        with pytest.raises(StartInterrupted):
+            await starting
+    else:
+        await starting
+    assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
+    assert 1 == asyncio.get_running_loop().time()
+
+
+async def test_a_stop_during_on_start_waits_for_it(stage):
+    """What it has set up is taken down again: `on_stop` runs if `on_start` finished."""
+    consumer = Hooked(transport=stage.transport)
+    consumer.starting = lambda: asyncio.sleep(10)
+    starting = asyncio.create_task(consumer.start())
+    await asyncio.sleep(1)
+    await asyncio.gather(consumer.stop(), consumer.stop())
+    assert not consumer.is_running
+    with pytest.raises(StartInterrupted):
+        await starting
+    assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
+    assert 10 == asyncio.get_running_loop().time()
+    assert [] == stage.broker.connections
+
+
+async def test_a_stop_cuts_off_an_on_start_that_takes_too_long(stage):
+    """After `shutdown_timeout`; it has not finished, and so there is no `on_stop`."""
+    consumer = Hooked(transport=stage.transport, shutdown_timeout=10)
+    consumer.starting = never
+    starting = asyncio.create_task(consumer.start())
+    await asyncio.sleep(1)
+    await consumer.stop()
+    with pytest.raises(StartInterrupted):
+        await starting
+    assert ["on_start"] == consumer.events
+    assert 11 == asyncio.get_running_loop().time()
+    assert not consumer.is_running
+
+
+async def test_on_stop_is_for_an_on_start_that_finished(stage):
+    """A start that fails in its hook has nothing to take down."""
+    consumer = Hooked(transport=stage.transport)
+    error = KeyError("no database")
+
+    async def fail():
+        raise error
+
+    consumer.starting = fail
+    with pytest.raises(KeyError) as raised:
+        await consumer.start()
+    assert raised.value is error
+    assert ["on_start"] == consumer.events
+    assert not consumer.is_running
+    consumer.starting = lambda: asyncio.sleep(0)
+    async with consumer:
+        assert consumer.is_running
+    assert ["on_start", "on_start", "started", "on_stop", "stopped"] == consumer.events
+
+
+async def test_an_on_stop_that_raises_is_heard_of(stage):
+    """Everything is closed nevertheless."""
+    consumer = Hooked(transport=stage.transport)
+
+    async def fail():
+        raise KeyError
+
+    consumer.stopping = fail
+    await consumer.start()
+    with pytest.raises(KeyError):
+        await consumer.stop()
+    assert not consumer.is_running
+    assert [] == stage.broker.connections
+
+
+@pytest.mark.parametrize("where", ["handler", "a task of the handler's"])
+async def test_a_handler_may_stop_its_consumer(stage, where):
+    """It does not wait for the drain, which waits for it; its results count."""
+    stage.put(*numbered(3))
+
+    async def answer(messages):
+        if where == "handler":
+            await consumer.stop()
+        else:
+            await asyncio.gather(consumer.stop())
+        for _ in messages:
+            yield ACK
+
+    consumer = Hooked(answer, transport=stage.transport, batch_size=3)
+    await consumer.run()
+    assert 0 == asyncio.get_running_loop().time()
+    assert [] == stage.waiting()
+    assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
+
+
+@pytest.mark.parametrize("hook", ["on_start", "on_stop", "on_session", "_run_internal"])
+async def test_a_hook_may_stop_its_consumer(stage, hook):
+    """From wherever it is called; nobody waits for himself."""
+
+    class Stops(Hooked):
+        pass
+
+    original = getattr(Stops, hook)
+
+    async def stop_first(self, *args, **kwargs):
+        await consumer.stop()
+        await original(self, *args, **kwargs)
+
+    setattr(Stops, hook, stop_first)
+    consumer = Stops(transport=stage.transport)
+    if hook == "on_stop":
+        await consumer.start()
+        await consumer.stop()
+    else:
+        await consumer.run()
+    assert 0 == asyncio.get_running_loop().time()
+    assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
+    assert not consumer.is_running
+    assert [] == stage.broker.connections
+
+
+async def test_a_stop_by_a_handler_is_complete_although_nobody_waits(stage):
+    """After `start`, too: the consumer stops by itself."""
+
+    async def answer(messages):
+        await consumer.stop()
+        yield ACK
+
+    consumer = Hooked(answer, transport=stage.transport, batch_size=1, num_workers=2)
+    await consumer.start()
+    stage.put(b"0")
+    await asyncio.sleep(5)
+    assert not consumer.is_running
+    assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
+
+
+async def test_publishing_is_for_a_running_consumer(stage):
+    """Hooks included."""
+    consumer = Hooked(transport=stage.transport, batch_size=2)
+    with pytest.raises(SessionClosed, match="between start and stop"):
+        await consumer.publish(b"0", routing_key="jobs")
+    stage.declare("elsewhere")
+    publish = lambda: consumer.publish(b"0", routing_key="elsewhere")  # noqa: E731
+    consumer.starting = consumer.stopping = publish
+    async with consumer:
+        await publish()
+    assert [b"0"] * 3 == stage.waiting("elsewhere")
+    with pytest.raises(SessionClosed):
+        await consumer.publish(b"0", routing_key="elsewhere")
+
+
+async def test_a_publication_that_outlives_its_consumer_leaves_no_connection_behind():
+    """One whose connection is opened only after the stop."""
+    script = ScriptedTransport()
+    script.on_publisher = lambda: asyncio.sleep(10)
+    consumer = Scribe(ack, transport=script)
+    await consumer.start()
+    publishing = asyncio.create_task(consumer.publish(b"0", routing_key="jobs"))
+    await asyncio.sleep(1)
+    await consumer.stop()
+    with pytest.raises(PublishError):
+        await publishing
+    await asyncio.sleep(60)
+    assert script.steps.count("publisher") == script.steps.count("leave publisher")
