@@ -95,7 +95,6 @@ class MemorySession:
         """End it from this side; whoever waits for messages is told."""
         self._ended = True
         self._connection.close()
-        self._notified()
 
     # -- the port --
 
@@ -166,16 +165,11 @@ class MemorySession:
                 case Delivery():
                     self._arrived.append(self._message(incoming))
                 case Cancelled():
-                    self._lose("the broker has cancelled the consumer")
+                    self._lost = self._lost or "the broker has cancelled the consumer"
                 case Closed(words):
-                    self._lose(words)
+                    self._lost = self._lost or words
         if self._lost is not None:
             raise SessionLost(f"the session on queue {self._source.queue!r} is lost: {self._lost}")
-
-    def _lose(self, words: str) -> None:
-        # What was not handed out yet will be delivered again.
-        self._lost = self._lost or words
-        self._arrived = []
 
     def _message(self, delivery: Delivery) -> Message:
         return Message(
