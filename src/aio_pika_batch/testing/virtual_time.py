@@ -167,9 +167,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
                 f"nothing left to happen at {self._now:g} s: no timer is set and nothing is ready."
                 f" Still waiting:{self._waiting()}"
             )
-        # Rounding must not keep the clock from its next timer, nor the timer from being due:
-        # asyncio takes as due what is less than one tick of the clock away.
-        self._now = max(self._now + timeout, math.nextafter(self._now, math.inf))
+        # Rounding must not keep a timer from being due: asyncio takes as due what is less than one
+        # tick of the clock away, and late on a clock its tick is too small to count.
+        self._now += timeout
         self._clock_resolution = max(self._clock_resolution, math.ulp(self._now))
         if self._now - self._mark >= STANDSTILL:
             self._mark = self._now

@@ -84,6 +84,17 @@ def test_a_timer_is_reached_however_late_it_is(start):
     run(main(), start=start, horizon=1e6, max_iterations=100)
 
 
+def test_timers_are_reached_even_after_very_long():
+    """The clock may become as coarse as it likes while it runs."""
+
+    async def main() -> None:
+        await asyncio.sleep(1e9)
+        for _ in range(1000):
+            await asyncio.sleep(1 / 3)
+
+    run(main(), horizon=1e10, max_iterations=100)
+
+
 def test_a_sleep_beyond_a_day_is_reached_in_steps():
     """The loop never asks its selector for more than a day; longer sleeps still end on time."""
 

@@ -173,9 +173,9 @@ async def test_a_cancelled_call_leaves_nothing_behind(transport, memory: Broker,
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1):
                 await publisher.publish([to(queue)])
+        assert publisher._calls == {}
         memory.unblock()
         assert await publisher.publish([to(queue)]) == [CONFIRMED]
-        assert publisher._calls == {}
 
 
 async def test_a_publisher_that_was_left_says_so(transport, queue: str):
