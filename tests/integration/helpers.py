@@ -178,6 +178,7 @@ class Recorder(Observer):
         self.dead: list[tuple[bytes, str]] = []
         self.epochs: list[int] = []
         self.losses: list[BaseException] = []
+        self.on_lost: Callable[[], object] = lambda: None
         self.stale = 0
         self.errors: list[BaseException] = []
 
@@ -200,6 +201,7 @@ class Recorder(Observer):
 
     def lost(self, origin, event) -> None:
         self.losses.append(event.error)
+        self.on_lost()
 
     def stale_results(self, origin, event) -> None:
         self.stale += event.count

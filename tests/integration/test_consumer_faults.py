@@ -129,6 +129,31 @@ class Handled(BatchConsumer):
                     yield MessageResult.ACK
 
 
+class Watched(Handled):
+    """Notes what it says of its health whenever one of its sessions is lost."""
+
+    def __init__(self, settings) -> None:
+        self.recorder = Recorder()
+        super().__init__(settings, observers=[self.recorder])
+        self.health: list[bool] = []
+        self.recorder.on_lost = lambda: self.health.append(self.is_healthy)
+
+    @property
+    def epochs(self) -> list[int]:
+        return [worker.epoch for worker in self.status().workers]
+
+    async def comes_back(self, before: list[int]) -> None:
+        """Wait until each worker has a new session; it was not healthy in between."""
+        await until(
+            lambda: all(now > was for now, was in zip(self.epochs, before, strict=True)),
+            what=self.status,
+        )
+        await until(lambda: self.is_healthy, what=self.status)
+        assert self.is_running
+        assert self.health
+        assert not any(self.health)
+
+
 def settings_for(url: str, name: str, **more) -> BatchConsumerSettings:
     """Settings that come back quickly."""
     return BatchConsumerSettings(
@@ -175,28 +200,23 @@ async def test_ten_cuts_under_load_lose_nothing(channel, amqp_url, name, proxy, 
     """The line is reset, also in mid-frame: the consumer is back by itself each time."""
     messages = mixed(5000)
     dlx, dlq = await dead_letter_office(channel, name)
-    recorder = Recorder()
-    consumer = Handled(
-        settings_for(proxy.url(amqp_url), name, queue_type=queue_type, dead_letter_exchange=dlx),
-        observers=[recorder],
+    consumer = Watched(
+        settings_for(proxy.url(amqp_url), name, queue_type=queue_type, dead_letter_exchange=dlx)
     )
     async with consumer:
         await publish(channel, messages.values(), routing_key=name)
         for cut in range(10):
             goal = min(len(consumer.done) + 200, 3900)
             await until(lambda goal=goal: len(consumer.done) >= goal)
-            epoch = consumer.status().workers[0].epoch
+            before = consumer.epochs
             if cut % 2:
                 proxy.cut_after(5000 + cut, "to_client" if cut % 4 == 1 else "to_broker")
             else:
                 proxy.cut()
-            await until(lambda: not consumer.is_healthy)
-            assert consumer.is_running
-            await until(lambda: consumer.is_healthy)
-            assert epoch < consumer.status().workers[0].epoch
+            await consumer.comes_back(before)
         twice = await all_is_well(channel, amqp_url, name, consumer, messages, dlq)
     _log.info("handled twice, dead twice: %s", twice)
-    assert len(recorder.losses) >= 10
+    assert len(consumer.recorder.losses) >= 10
     # Each cut repeats what was in hand or on its way, at most: prefetch is 100.
     assert sum(twice) <= 10 * 100
 
@@ -239,7 +259,7 @@ async def test_a_broker_that_goes_away_is_waited_for_and_nothing_is_lost(
     async with await aio_pika.connect(amqp_url) as connection:
         channel = await connection.channel()
         dlx, dlq = await dead_letter_office(channel, name)
-    consumer = Handled(
+    consumer = Watched(
         settings_for(amqp_url, name, queue_type=queue_type, dead_letter_exchange=dlx, num_workers=2)
     )
     async with consumer:
@@ -247,10 +267,10 @@ async def test_a_broker_that_goes_away_is_waited_for_and_nothing_is_lost(
             channel = await connection.channel()
             await publish(channel, messages.values(), routing_key=name)
             await until(lambda: len(consumer.done) >= 200)
+        before = consumer.epochs
         await asyncio.to_thread(end, rabbitmq)
-        await until(lambda: not consumer.is_healthy)
         await asyncio.to_thread(begin, rabbitmq)
-        await until(lambda: consumer.is_healthy)
+        await consumer.comes_back(before)
         async with await aio_pika.connect(amqp_url) as connection:
             channel = await connection.channel()
             twice = await all_is_well(channel, amqp_url, name, consumer, messages, dlq)
@@ -262,15 +282,15 @@ async def test_a_queue_deleted_under_the_consumer_is_declared_again(
     channel, amqp_url, name, queue_type
 ) -> None:
     """With its binding: the consumer works as before."""
-    consumer = Handled(
+    consumer = Watched(
         settings_for(
             amqp_url, name, queue_type=queue_type, exchange_name=f"{name}.x", routing_key="k"
         )
     )
     async with consumer:
+        before = consumer.epochs
         await channel.queue_delete(name)
-        await until(lambda: not consumer.is_healthy)
-        await until(lambda: consumer.is_healthy)
+        await consumer.comes_back(before)
         body = json.dumps({"id": 1, "kind": "good"}).encode()
         await publish(channel, [body], exchange=f"{name}.x", routing_key="k")
         await until(lambda: consumer.done[1])
@@ -281,14 +301,14 @@ async def test_connections_closed_by_the_operator_come_back(
     rabbitmq, channel, amqp_url, name
 ) -> None:
     """All workers and the publisher."""
-    consumer = Handled(settings_for(amqp_url, name, num_workers=2))
+    consumer = Watched(settings_for(amqp_url, name, num_workers=2))
     async with consumer:
         body = json.dumps({"id": 1, "kind": "flaky"}).encode()
         await publish(channel, [body], routing_key=name)
         await until(lambda: consumer.done[1])
+        before = consumer.epochs
         await asyncio.to_thread(rabbitmq.close_all_connections, "maintenance")
-        await until(lambda: not consumer.is_healthy)
-        await until(lambda: consumer.is_healthy)
+        await consumer.comes_back(before)
         assert all("maintenance" in worker.last_error for worker in consumer.status().workers)
         async with await aio_pika.connect(amqp_url) as connection:
             body = json.dumps({"id": 2, "kind": "flaky"}).encode()

@@ -123,10 +123,6 @@ async def test_a_second_signal_abandons_the_drain(channel, amqp_url, name, tmp_p
     await holds(amqp_url, name, 30)
 
 
-async def _has_consumers(url, queue, count) -> bool:
-    return count == await consumers(url, queue)
-
-
 # --- order and time ---------------------------------------------------------------
 
 
@@ -193,16 +189,18 @@ async def test_a_drain_returns_what_was_not_begun(channel, amqp_url, name, queue
     await until(lambda: consumer.status().workers[0].buffered == 15)
     assert "consuming" == consumer.status().workers[0].state.value
     stopping = asyncio.ensure_future(consumer.stop())
-    await until(lambda: _has_consumers(amqp_url, name, 0))
-    assert "draining" == consumer.status().workers[0].state.value
+    await until(lambda: "draining" == consumer.status().workers[0].state.value)
     assert not consumer.is_healthy
+    await ready(amqp_url, name)  # time for the broker to confirm the cancellation
     assert not stopping.done()
     consumer.may_end.set()
     await stopping
 
-    assert numbered(5) == consumer.begun == consumer.done
-    left = await take_all(channel, name, 25)
-    assert Counter(numbered(30)[5:]) == Counter(message.body for message in left)
+    assert consumer.begun == consumer.done
+    # Should the broker take longer, a slot is free by then, and what is being collected gets it.
+    assert len(consumer.done) in {5, 10}
+    left = await take_all(channel, name, 30 - len(consumer.done))
+    assert Counter(numbered(30)) == Counter(consumer.done) + Counter(each.body for each in left)
 
 
 async def test_a_drain_ends_in_time_whatever_the_handler_does(channel, amqp_url, name) -> None:
