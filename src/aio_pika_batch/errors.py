@@ -21,7 +21,7 @@ class BrokerUnavailable(TransportError):
 
 
 class AccessRefused(TransportError):
-    """The broker answered and said no: user, password, virtual host or permission."""
+    """The broker said no: user, password, virtual host, permission; or there is no such host."""
 
 
 class TopologyError(TransportError):

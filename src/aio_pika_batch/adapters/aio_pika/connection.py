@@ -66,11 +66,22 @@ class Link:
         await within(CLOSE_TIMEOUT, self.connection.close(), self.tap.abort)
 
 
+class _UnknownHost(AccessRefused):
+    """There is no such name: as final as a refusal, as far as this address is concerned."""
+
+
+_NO_SUCH_NAME = {
+    getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA") if hasattr(socket, name)
+}
+"""As against a name server that cannot be reached just now."""
+
+
 async def open_link(endpoint: Endpoint, addresses: Sequence[Address]) -> Link:
     """Connect to one of the addresses, whichever comes first in a random order.
 
     Raises:
-        AccessRefused: At least one broker answered, and none let us in.
+        AccessRefused: At least one broker answered, and none let us in; or no host has a name that
+            is known.
         BrokerUnavailable: None answered.
     """
     errors: list[TransportError] = []
@@ -80,11 +91,13 @@ async def open_link(endpoint: Endpoint, addresses: Sequence[Address]) -> Link:
         except TransportError as error:
             errors.append(error)
     refusals = [error for error in errors if isinstance(error, AccessRefused)]
+    if len(refusals) < len(errors):
+        # One wrong name among hosts that are only down: those are worth waiting for.
+        refusals = [error for error in refusals if not isinstance(error, _UnknownHost)]
     last = (refusals or errors)[-1]
-    if len(errors) == 1:
-        raise last
     kind = AccessRefused if refusals else BrokerUnavailable
-    raise kind("no address would do: " + "; ".join(map(str, errors))) from last
+    text = "; ".join(map(str, errors))
+    raise kind(text if len(errors) == 1 else f"no address would do: {text}") from last
 
 
 async def _open(endpoint: Endpoint, address: Address) -> Link:
@@ -166,8 +179,13 @@ def _known(cause: BaseException, address: Address) -> TransportError | None:  # 
             return AccessRefused(f"{address} does not speak TLS there; use amqp:// or another port")
         case ssl.SSLError():
             return AccessRefused(f"{address}: the TLS handshake failed: {cause.reason}")
+        case socket.gaierror() if cause.errno in _NO_SUCH_NAME:
+            return _UnknownHost(
+                f"{address} cannot be reached: its name is not known: {cause.strerror};"
+                f" correct the host {address.host!r} in url, or give it that name"
+            )
         case socket.gaierror():
-            return _unavailable(address, f"its name is not known: {cause.strerror}")
+            return _unavailable(address, f"its name cannot be looked up: {cause.strerror}")
         case ConnectionRefusedError():
             return _unavailable(address, "nobody listens there (connection refused)")
         case _:
