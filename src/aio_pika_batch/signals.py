@@ -20,11 +20,12 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Listener:
     loop: asyncio.AbstractEventLoop
     drain: Callable[[], None]
     abandon: Callable[[], None]
+    is_told: bool = False
 
 
 class SignalDesk:
@@ -33,14 +34,13 @@ class SignalDesk:
     def __init__(self) -> None:
         self._listeners: list[_Listener] = []
         self._previous: dict[signal.Signals, Any] = {}
-        self._received = 0
 
     @contextmanager
     def listen(self, drain: Callable[[], None], abandon: Callable[[], None]) -> Iterator[None]:
         """Be told of signals while this is open, on the running loop.
 
         Args:
-            drain: Called at the first signal.
+            drain: Called at the first signal from now on.
             abandon: Called at each further one.
         """
         if threading.current_thread() is not threading.main_thread():
@@ -48,7 +48,6 @@ class SignalDesk:
             return
         listener = _Listener(asyncio.get_running_loop(), drain, abandon)
         if not self._listeners:
-            self._received = 0
             self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         self._listeners.append(listener)
         try:
@@ -63,9 +62,9 @@ class SignalDesk:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        self._received += 1
         for listener in self._listeners:
-            tell = listener.drain if self._received == 1 else listener.abandon
+            tell = listener.abandon if listener.is_told else listener.drain
+            listener.is_told = True
             # Runs between two bytecodes of whatever was running: only this call is safe, and it
             # wakes the loop.
             listener.loop.call_soon_threadsafe(tell)
