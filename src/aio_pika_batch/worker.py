@@ -254,3 +254,6 @@ class Worker:
             await wait_until(self.hands.tasks, self._stop.handle_by)
             self.cut_off += self.hands.cut()
             await wait_until(self.hands.tasks, self._stop.settle_by)
+            for task in self.hands.tasks:
+                task.cancel()
+            await wait_until(self.hands.tasks, self._stop.deadline)
