@@ -1,0 +1,218 @@
+"""What do SIGINT and SIGTERM do to the consumers of a process?"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+
+import pytest
+
+from aio_pika_batch import DrainIncomplete
+from aio_pika_batch.signals import SIGNALS, SignalDesk
+from aio_pika_batch.testing import virtual_time
+from tests.unit.shell.doubles import ScriptedTransport, never
+from tests.unit.shell.stage import Scribe, numbered, taking
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Handlers of the test's own, which must stand again afterwards."""
+    heard = []
+    before = {number: signal.signal(number, lambda *_: heard.append(1)) for number in SIGNALS}
+    mine = {number: signal.getsignal(number) for number in SIGNALS}
+    yield heard
+    assert mine == {number: signal.getsignal(number) for number in SIGNALS}
+    assert [] == heard
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number=signal.SIGTERM):
+    """Send this process a signal."""
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+async def test_the_first_signal_drains(stage, number):
+    """`run` returns after it, and nothing is lost."""
+    stage.put(*numbered(3))
+    consumer = Scribe(taking(10), transport=stage.transport, batch_size=3)
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+    send(number)
+    await running
+    assert 10 == asyncio.get_running_loop().time()
+    assert [] == stage.waiting()
+
+
+async def test_the_second_signal_abandons_the_drain(stage):
+    """At once; what was in mid-handling comes back, and `run` says how much it is."""
+    stage.put(*numbered(6))
+    consumer = Scribe(
+        taking(20), transport=stage.transport, batch_size=3, concurrency=2, num_workers=2
+    )
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+    send()
+    await asyncio.sleep(1)
+    send()
+    await asyncio.sleep(0)
+    send()
+    with pytest.raises(DrainIncomplete, match="6 messages were in mid-handling"):
+        await running
+    assert 2 == asyncio.get_running_loop().time()
+    assert numbered(6) == stage.waiting()
+    assert [] == stage.broker.connections
+
+
+async def test_an_abandoned_drain_is_incomplete_though_nothing_is_at_work():
+    """The broker may not have heard of everything."""
+    script = ScriptedTransport()
+    consumer = Scribe(transport=script)
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+    script.on_cancel = never
+    send()
+    await asyncio.sleep(1)
+    send()
+    with pytest.raises(DrainIncomplete):
+        await running
+    assert 2 == asyncio.get_running_loop().time()
+
+
+async def test_an_on_stop_is_run_after_an_abandoned_drain_too(stage):
+    """But a third signal's patience with it is at an end."""
+
+    class Slow(Scribe):
+        events = ()
+
+        async def on_stop(self):
+            type(self).events = (*self.events, "on_stop")
+            await asyncio.sleep(3600)
+            type(self).events = (*self.events, "never")
+
+    stage.put(*numbered(3))
+    consumer = Slow(taking(20), transport=stage.transport, batch_size=3)
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+    send()
+    await asyncio.sleep(1)
+    send()
+    await asyncio.sleep(0.5)
+    assert ("on_stop",) == Slow.events
+    send()
+    with pytest.raises(DrainIncomplete):
+        await running
+    assert 2.5 == asyncio.get_running_loop().time()
+    assert ("on_stop",) == Slow.events
+
+
+async def test_a_signal_interrupts_the_wait_for_a_broker():
+    """`run` returns: nothing was begun."""
+    script = ScriptedTransport()
+    script.on_declare = never
+    running = asyncio.create_task(Scribe(transport=script).run())
+    await asyncio.sleep(1)
+    send()
+    await running
+    assert 1 == asyncio.get_running_loop().time()
+
+
+@pytest.mark.parametrize("hook", ["on_start", "on_session"])
+async def test_a_second_signal_interrupts_a_hook_at_the_start(stage, hook):
+    """Otherwise nothing but SIGKILL would."""
+
+    class Hangs(Scribe):
+        pass
+
+    setattr(Hangs, hook, never)
+    running = asyncio.create_task(Hangs(transport=stage.transport).run())
+    await asyncio.sleep(1)
+    send()
+    await asyncio.sleep(1)
+    send()
+    await running
+    assert 2 == asyncio.get_running_loop().time()
+    assert [] == stage.broker.connections
+
+
+async def test_several_consumers_stop_at_one_signal(stage):
+    """And a second one abandons those that still drain."""
+    stage.declare("more")
+    stage.put(*numbered(3))
+    stage.put(*numbered(3), queue="more")
+    quick = Scribe(taking(5), transport=stage.transport, batch_size=3)
+    slow = Scribe(taking(20), transport=stage.transport, queue_name="more", batch_size=3)
+    running = [asyncio.create_task(each.run()) for each in (quick, slow)]
+    await asyncio.sleep(1)
+    send()
+    await running[0]
+    assert 5 == asyncio.get_running_loop().time()
+    await asyncio.sleep(1)
+    send()
+    with pytest.raises(DrainIncomplete):
+        await running[1]
+    assert ([], numbered(3)) == (stage.waiting(), stage.waiting("more"))
+
+
+async def test_one_that_started_after_a_signal_drains_at_the_next(stage):
+    """Each consumer's first signal asks it to drain, whoever heard another before."""
+    stage.declare("more")
+    stage.put(*numbered(3))
+    first = asyncio.create_task(Scribe(taking(20), transport=stage.transport, batch_size=3).run())
+    await asyncio.sleep(1)
+    send()
+    await asyncio.sleep(1)
+    stage.put(*numbered(3), queue="more")
+    late = Scribe(taking(5), transport=stage.transport, queue_name="more", batch_size=3)
+    second = asyncio.create_task(late.run())
+    await asyncio.sleep(1)
+    send()
+    with pytest.raises(DrainIncomplete):
+        await first
+    await second
+    assert [] == stage.waiting("more")
+
+
+async def test_signals_are_run_s_business_only(stage, handlers):
+    """`start` sets no handlers: whoever uses it has handlers of his own."""
+    async with Scribe(transport=stage.transport):
+        send()
+        await asyncio.sleep(1)
+        assert [1] == handlers
+        handlers.clear()
+
+
+async def test_outside_the_main_thread_no_handlers_are_set():
+    """Python does not allow it there; the consumer runs all the same."""
+    script = ScriptedTransport()
+    consumer = Scribe(transport=script)
+
+    async def main():
+        running = asyncio.create_task(consumer.run())
+        await asyncio.sleep(1)
+        set_there.append(signal.getsignal(signal.SIGTERM))
+        await consumer.stop()
+        await running
+
+    set_there = []
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=lambda: virtual_time.run(main()))
+    thread.start()
+    thread.join()
+    assert [before] == set_there
+    assert ["cancel", "leave"] == script.steps[2:]
+
+
+async def test_a_handler_that_python_does_not_know_is_replaced_by_the_default(monkeypatch):
+    """One that was set by C code cannot be put back."""
+    restored = {}
+    monkeypatch.setattr(
+        signal, "signal", lambda number, handler: restored.update({number: handler})
+    )
+    desk = SignalDesk()
+    with desk.listen(lambda: None, lambda: None):
+        assert {desk._on_signal} == set(restored.values())
+    assert {signal.SIG_DFL} == set(restored.values())
