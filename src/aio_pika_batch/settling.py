@@ -126,6 +126,9 @@ class Settler:
             settlements = []
         outcomes = await publishing
         if self.is_over:
+            if settlements:
+                msg = "the session ended while copies were on their way: nothing was settled"
+                raise SessionLost(msg)
             self.count_stale(len(republications))
             return ()
         confirmed = []
