@@ -7,7 +7,6 @@ and what is allowed. No password is ever shown.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from enum import Enum
@@ -26,6 +25,7 @@ from aio_pika_batch.core.message import FieldValue
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.topology import QUEUE_TYPE, Wanted
 from aio_pika_batch.errors import ConfigurationError
+from aio_pika_batch.masking import mask_url
 from aio_pika_batch.registry import known_schemes, scheme_of
 
 MAX_PREFETCH = 65535
@@ -35,21 +35,6 @@ DEFAULT_PREFETCH = 10
 DEFAULT_STUCK_AFTER = 15 * 60.0
 
 _EXCHANGE_TYPES = ("direct", "fanout", "topic", "headers")
-
-
-def mask_url(url: str) -> str:
-    """Replace every password in a URL, or in several comma-separated ones, by `***`."""
-    return ",".join(_mask_one(each) for each in re.split(r",(?=\s*[\w+.-]+://)", url))
-
-
-def _mask_one(url: str) -> str:
-    scheme, found, rest = url.partition("://")
-    if not found or "@" not in rest:
-        return url
-    # Up to the last @: a password with a stray @ or / in it is no valid URL, and still a password.
-    credentials, _, address = rest.rpartition("@")
-    user, secret, _ = credentials.partition(":")
-    return f"{scheme}://{user}{':***' if secret else ''}@{address}"
 
 
 def _plain_value(value: object) -> object:

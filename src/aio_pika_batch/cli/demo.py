@@ -33,8 +33,8 @@ from aio_pika_batch import (
     Result,
     WorkerSession,
 )
+from aio_pika_batch.masking import mask_url
 from aio_pika_batch.observer import BatchCut, DeadLettered, Origin, Requeued, Settled
-from aio_pika_batch.settings import mask_url
 
 MAX_REQUEUE_ATTEMPTS = 3
 FLAKY_FAILURES = 2
