@@ -11,7 +11,7 @@ import pytest
 
 from aio_pika_batch.adapters.aio_pika.tables import entries
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
-from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.message import Message, Properties
 from aio_pika_batch.core.publication import Copy, Outcome, Publication
 from aio_pika_batch.core.topology import Queue, Topology
 from aio_pika_batch.errors import PublishError, SessionClosed
@@ -74,7 +74,7 @@ async def test_thousands_in_flight_are_all_confirmed(
 
 
 async def test_what_no_queue_takes_comes_back(transport: AioPikaTransport, queue: str) -> None:
-    """Also where all have the same message id, over which stock clients report a lost one as stored."""
+    """Also where all have one message id, over which stock clients take a lost one for stored."""
 
     def one(routing_key: str, *, mandatory: bool = True) -> Publication:
         return Publication(b"", routing_key=routing_key, message_id="same", mandatory=mandatory)
@@ -153,7 +153,7 @@ TABLE = (
 
 
 async def test_a_copy_is_the_same_byte_for_byte(transport: AioPikaTransport, queue: str) -> None:
-    """All types, a time in milliseconds, a text that is none; priority and delivery mode stay absent."""
+    """All types, a time in milliseconds, a text that is none; what is absent stays absent."""
     table = struct.pack(">I", len(TABLE)) + TABLE
     raw = (
         struct.pack(">H", 1 << 13 | 1 << 10 | 1 << 6)
@@ -207,8 +207,21 @@ async def test_headers_of_all_types_are_read_by_others(
     assert headers == message.headers
 
 
+async def test_a_copy_of_a_message_that_came_decoded(
+    transport: AioPikaTransport, queue: str
+) -> None:
+    """From another transport, say: by its values; a foreign user is left out here too."""
+    values = Properties(headers={"a": 1}, user_id="other", message_id="m")
+    message = Message(None, 1, False, b"body", ("", "q"), values)  # type: ignore[arg-type]
+    async with transport.publisher() as publisher:
+        assert [CONFIRMED] == await publisher.publish([Copy(message, "", queue, {"b": 2})])
+
+    [found] = await taken(transport, queue, 1)
+    assert Properties(headers={"a": 1, "b": 2}, message_id="m") == found.properties
+
+
 async def test_too_many_headers_are_not_sent(transport: AioPikaTransport, queue: str) -> None:
-    """They would cost the connection: a copy is refused, a caller is told, and the publisher goes on."""
+    """They would cost the connection: a copy is refused, a caller is told, and all goes on."""
     async with transport.publisher() as publisher:
         copy = Copy(original(b"\x00\x00"), "", queue, {"x": "x" * 200_000})
         there = Publication(b"", routing_key=queue)

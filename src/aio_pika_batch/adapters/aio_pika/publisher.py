@@ -18,6 +18,7 @@ import asyncio
 import logging
 import re
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.adapters.aio_pika.books import Books, Call, Entry
@@ -149,15 +150,7 @@ class AioPikaPublisher:
 
     def _pack(self, publication: Outgoing) -> tuple[bytes, bytes] | None:
         """Pack method and properties; None if a copy's have become too large for a frame."""
-        if isinstance(publication, Copy):
-            raw = publication.message.raw_properties
-            properties = (
-                encode(publication.properties)
-                if raw is None
-                else splice(raw, publication, self._user)
-            )
-        else:
-            properties = encode(publication.properties)
+        properties = self._properties(publication)
         method = publish_method(
             self._number,
             publication.exchange,
@@ -174,6 +167,17 @@ class AioPikaPublisher:
             raise PublishError(text)
         _log.warning("%s: not published", text)
         return None
+
+    def _properties(self, publication: Outgoing) -> bytes:
+        if not isinstance(publication, Copy):
+            return encode(publication.properties)
+        raw = publication.message.raw_properties
+        if raw is not None:
+            return splice(raw, publication, self._user)
+        values = publication.properties
+        if values.user_id != self._link.address.user:
+            values = replace(values, user_id=None)
+        return encode(values)
 
     async def _write(
         self,

@@ -63,7 +63,9 @@ def refused_entity(code: int, text: str, entity: str, where: object) -> Transpor
     fix = _FIXES.get(code)
     if fix is None or any(word in text for word in _PASSING):
         return BrokerUnavailable(f"{said}; try again later")
-    if "exclusive use" in text:
+    if "exchange type" in text:
+        fix = _FIXES[COMMAND_INVALID]  # newer brokers call it a failed precondition
+    elif "exclusive use" in text:
         fix = "its only consumer is another one: end that one, or do not ask to be exclusive"
     return TopologyError(f"{said}; {fix}")
 

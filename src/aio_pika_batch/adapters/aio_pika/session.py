@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from aio_pika_batch.adapters.aio_pika.connection import CLOSE_TIMEOUT, Link, open_link
+from aio_pika_batch.adapters.aio_pika.connection import Link, open_link
 from aio_pika_batch.adapters.aio_pika.edge import describe, translated, within
 from aio_pika_batch.adapters.aio_pika.fast import FastWire
 from aio_pika_batch.adapters.aio_pika.properties import decode, decode_route
@@ -39,6 +39,9 @@ SETTLE_PAUSE = 0.2
 A quorum queue's channel holds acks back when there are many, and drops what it holds when it
 closes; nothing that can be asked of it tells when they are through. 50 ms were enough in every run.
 """
+
+WIND_UP_TIMEOUT = 5.0
+"""Seconds for all that comes before the connection's own close."""
 
 _T = TypeVar("_T")
 
@@ -190,7 +193,7 @@ class AioPikaSession:
             self._opening_native.cancel()
         try:
             if self._lost is None:
-                await within(CLOSE_TIMEOUT, self._wind_up(), self._link.tap.abort)
+                await within(WIND_UP_TIMEOUT, self._wind_up(), self._link.tap.abort)
         finally:
             await self._link.close()
 

@@ -38,6 +38,7 @@ class Pages:
 
 
 def back(body: bytes, properties: bytes = PLAIN, route: tuple[bytes, bytes] = ROUTE) -> Returned:
+    """A publication that came back."""
     return Returned(312, "NO_ROUTE", *route, properties, body)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ def fed(splitter: Splitter, stream: bytes, cuts: list[int]) -> list[tuple[Any, .
     """Feed *stream* in the pieces between *cuts*."""
     told: list[Event] = []
     edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         if start < end:
             told.extend(splitter.feed(stream[start:end]))
     return flat(told)

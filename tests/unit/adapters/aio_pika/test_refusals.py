@@ -60,6 +60,7 @@ def test_guest_is_at_home_only() -> None:
         (405, "RESOURCE_LOCKED", TopologyError, "another connection"),
         (406, "PRECONDITION_FAILED - inequivalent arg", TopologyError, "settings"),
         (503, "COMMAND_INVALID - unknown exchange type", TopologyError, "plugin"),
+        (406, "PRECONDITION_FAILED - unknown exchange type 'x-a'", TopologyError, "plugin"),
         (530, "NOT_ALLOWED", TopologyError, "not allow"),
         (540, "NOT_IMPLEMENTED", TopologyError, "version"),
         (541, "INTERNAL_ERROR - deprecated", TopologyError, "support"),
@@ -76,7 +77,7 @@ def test_entities(code: int, text: str, kind: type[TransportError], advice: str)
 
 def test_channels() -> None:
     """Which of the broker's patience was tried."""
-    slow = "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out. Timeout value used: timeout"
+    slow = "PRECONDITION_FAILED - delivery acknowledgement timed out. This timeout value can be set"
 
     assert "consumer_timeout" in why_channel_closed(406, slow)
     assert "consumer_timeout" not in why_channel_closed(406, "PRECONDITION_FAILED - unknown tag")

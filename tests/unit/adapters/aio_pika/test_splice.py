@@ -99,7 +99,7 @@ def test_a_key_inside_of_a_header_is_not_meant() -> None:
 
 
 def test_properties_that_cannot_be_read_travel_on() -> None:
-    """A binary correlation id and a time in the far future are the next reader's problem, unchanged."""
+    """A binary correlation id, a time in the far future: the next reader's problem, unchanged."""
     raw = struct.pack(">H", 1 << 10 | 1 << 6) + b"\x02\xff\xfe" + b"\xff" * 8
 
     new = copied(raw, {"a": None})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
@@ -51,10 +52,12 @@ tables = st.dictionaries(keys, values, max_size=5)
 
 
 def read(raw: bytes) -> dict[str, Any]:
+    """Read a whole table."""
     return read_table(raw, 0, len(raw))
 
 
 def table(rows: bytes) -> bytes:
+    """Put the length before the rows."""
     return struct.pack(">I", len(rows)) + rows
 
 
@@ -115,7 +118,7 @@ def test_what_pamqp_writes_is_read(headers: dict[str, Any]) -> None:
     ][:-1],
 )
 def test_every_type_that_a_broker_sends_is_read(typed: bytes, value: Any) -> None:
-    """A text that is no UTF-8 is bytes; the wire has no other type for them that all clients use."""
+    """A text that is no UTF-8 is bytes; the wire has no type for them that all clients use."""
     read_value = read(table(b"\x01k" + typed))["k"]
 
     assert value == read_value
@@ -145,10 +148,8 @@ def test_what_cannot_be_read_says_why(rows: bytes, why: str) -> None:
 @given(st.binary(max_size=60))
 def test_no_bytes_do_worse(noise: bytes) -> None:
     """Whatever a table holds, reading ends in values or in this one error."""
-    try:
+    with suppress(TableError):
         read(table(noise))
-    except TableError:
-        pass
 
 
 def _nested(levels: int) -> bytes:
@@ -194,7 +195,7 @@ for _ in range(DEEPEST + 2):
         ({1, 2}, "AMQP has no type for set"),
         (2**63, "64 bits"),
         (Decimal("NaN"), "no decimal"),
-        (Decimal("12345678901"), "more digits"),
+        (Decimal(12345678901), "more digits"),
         (datetime(1969, 1, 1, tzinfo=UTC), "before 1970"),
         ([{"inner": object()}], "'inner': AMQP has no type"),
         ({1: 2}, "must be a str"),
