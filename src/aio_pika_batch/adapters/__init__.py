@@ -1,1 +1,1 @@
-"""What reaches a broker. Nothing outside imports an adapter: they are found by the scheme of a URL."""
+"""What reaches a broker. Nothing imports an adapter: the scheme of a URL finds it."""

@@ -38,7 +38,7 @@ from aio_pika_batch.observer import BatchCut, DeadLettered, Origin, Requeued, Se
 
 MAX_REQUEUE_ATTEMPTS = 3
 FLAKY_FAILURES = 2
-"""How often a flaky message fails before it goes well; less than a hopeless one, which always does."""
+"""How often a flaky message fails before it goes well; a hopeless one always fails."""
 
 
 class Kind(Enum):
