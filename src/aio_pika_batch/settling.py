@@ -119,12 +119,15 @@ class Settler:
             header = self._router.retry.header
             self._log.warning("a retry count is no number, and is taken as 0", header=header)
         publishing = self._loop.create_task(self._publish(republications))
-        with self._desk.round():
-            await asyncio.wait({publishing}, timeout=PATIENCE)
-        if settlements and not publishing.done():
-            await self._desk.settle(settlements)
-            settlements = []
-        outcomes = await publishing
+        try:
+            with self._desk.round():
+                await asyncio.wait({publishing}, timeout=PATIENCE)
+            if settlements and not publishing.done():
+                await self._desk.settle(settlements)
+                settlements = []
+            outcomes = await publishing
+        finally:
+            publishing.cancel()
         if self.is_over:
             if settlements:
                 msg = "the session ended while copies were on their way: nothing was settled"
