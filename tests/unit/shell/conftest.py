@@ -1,4 +1,4 @@
-"""What every test of the shell gets: a broker in memory, and no exception that nobody looked at."""
+"""What every test of the shell gets: a broker in memory, and nothing that is left behind."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from tests.unit.shell.stage import Stage
 
 @pytest.fixture(autouse=True)
 async def complaints():
-    """What the event loop complains about, such as exceptions that nobody retrieved: an error."""
+    """Neither exceptions that nobody retrieved, nor tasks that nobody waits for."""
+    before = asyncio.all_tasks()
     heard: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context))
     yield heard
+    left = asyncio.all_tasks() - before - {asyncio.current_task()}
+    assert set() == left
     gc.collect(1)
     assert [] == heard
 

@@ -1,0 +1,219 @@
+"""What do observers see, and what can they not do?"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from aio_pika_batch import Cause, DeadLetterReason, Observer, SessionLost, Trigger
+from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.observer import (
+    BatchCut,
+    BatchHandled,
+    Connected,
+    DeadLettered,
+    HandlerError,
+    Lost,
+    Observers,
+    Origin,
+    Requeued,
+    Settled,
+    StaleResults,
+)
+from tests.unit.shell.doubles import ScriptedTransport, never, raising
+from tests.unit.shell.stage import (
+    ACK,
+    NACK,
+    REQUEUE,
+    Scribe,
+    Witness,
+    ack,
+    answering,
+    first_then,
+    numbered,
+    taking,
+)
+
+
+class Breaks(Observer):
+    """Raises whatever it is told."""
+
+    def _break(self, origin, event):
+        raise KeyError("observer")
+
+    batch_cut = batch_handled = settled = requeued = dead_lettered = connected = _break
+    lost = stale_results = handler_error = _break
+
+
+async def everything(stage, *observers):
+    """A story in which everything happens once."""
+    stage.declare("dead")
+    stage.exchange("dlx", "dead", "", kind="fanout")
+    stage.put(*numbered(3))
+    consumer = Scribe(
+        first_then(answering(ACK, REQUEUE, NACK), answering(error=KeyError()), taking(20), ack),
+        transport=stage.transport,
+        observers=observers,
+        batch_size=3,
+        batch_timeout=5,
+        dead_letter_exchange="dlx",
+    )
+    async with consumer:
+        await asyncio.sleep(12)
+        stage.broker.cut()
+        await asyncio.sleep(60)
+    return consumer
+
+
+async def test_every_event_is_told_in_order(stage, jitter):
+    """With who tells it, and what an operator or a metric wants to know."""
+    witness = Witness()
+    consumer = await everything(stage, witness)
+    assert {Origin("Scribe", "jobs", 0)} == {origin for origin, _ in witness.seen}
+    assert [
+        Connected,
+        BatchCut,
+        BatchHandled,
+        Settled,
+        Requeued,
+        DeadLettered,
+        BatchCut,
+        HandlerError,
+        BatchHandled,
+        Settled,
+        Requeued,
+        BatchCut,
+        Lost,
+        Connected,
+        BatchHandled,
+        StaleResults,
+        BatchCut,
+        BatchHandled,
+        Settled,
+    ] == [type(event) for _, event in witness.seen]
+    triggers = [event.trigger for event in witness.of(BatchCut)]
+    assert [Trigger.SIZE, *[Trigger.TIMEOUT] * 3] == triggers
+    assert [0, 5, 5, 17.5] == [event.waited for event in witness.of(BatchCut)]
+    assert [0, 0, 20, 0] == [event.seconds for event in witness.of(BatchHandled)]
+    [error] = witness.of(HandlerError)
+    assert isinstance(error.error, KeyError)
+    assert [None, error.error, None, None] == [each.error for each in witness.of(BatchHandled)]
+    assert [
+        {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.HANDLER): 1, (NACK, Cause.HANDLER): 1},
+        {(REQUEUE, Cause.EXCEPTION): 1},
+        {(ACK, Cause.HANDLER): 1},
+    ] == [event.counts for event in witness.of(Settled)]
+    requeued = [(event.message.body, event.retry_count) for event in witness.of(Requeued)]
+    assert [(b"1", 1), (b"1", 2)] == requeued
+    [dead] = witness.of(DeadLettered)
+    assert (b"2", DeadLetterReason.REJECTED) == (dead.message.body, dead.reason)
+    [lost] = witness.of(Lost)
+    assert 1 == lost.epoch
+    assert isinstance(lost.error, SessionLost)
+    assert [1] == [event.count for event in witness.of(StaleResults)]
+    assert [numbered(3), [b"1"], [b"1"], [b"1"]] == consumer.batches
+
+
+async def test_an_observer_that_raises_changes_nothing(stage, jitter, caplog):
+    """It is logged once and counted; whoever looks beside it sees everything."""
+    caplog.set_level(logging.ERROR)
+    before, after = Witness(), Witness()
+    consumer = await everything(stage, before, Breaks(), after)
+    assert [type(event) for _, event in before.seen] == [type(event) for _, event in after.seen]
+    assert 19 == len(after.seen)
+    assert [numbered(3), [b"1"], [b"1"], [b"1"]] == consumer.batches
+    assert [b"2"] == stage.waiting("dead")
+    complaints = [each for each in caplog.records if "observer" in each.getMessage()]
+    assert 1 == len(complaints)
+    assert "Breaks" in complaints[0].getMessage()
+    assert isinstance(complaints[0].exc_info[1], KeyError)
+
+
+def test_failures_of_observers_are_counted(caplog):
+    """All of them; each observer's first one is logged."""
+    log = KeywordLogger(logging.getLogger("aio_pika_batch.test"))
+    observers = Observers([Breaks(), Observer(), Breaks()], Origin("C", "q", 0), log)
+    for _ in range(3):
+        observers.tell(Connected(1))
+    assert 6 == observers.errors
+    assert 2 == len(caplog.records)
+    assert observers
+    assert not Observers([], Origin("C", "q", 0), log)
+
+
+async def test_an_observer_need_not_look_at_everything(stage, jitter):
+    """What it does not override is nothing to it."""
+
+    class Counts(Observer):
+        total = 0
+
+        def settled(self, origin, event):
+            self.total += sum(event.counts.values())
+
+    counts = Counts()
+    await everything(stage, counts)
+    assert 5 == counts.total
+
+
+async def test_nothing_is_told_as_settled_that_the_broker_has_not_heard():
+    """Results of a session that ended while their copies were on their way are stale, all of them."""
+    script = ScriptedTransport()
+    witness = Witness()
+    script.on_publish = lambda *_: asyncio.sleep(0.05)
+    async with Scribe(
+        answering(ACK, REQUEUE, ACK), transport=script, observers=[witness], batch_size=3
+    ):
+        script.last.feed(*numbered(3))
+        await asyncio.sleep(0.01)
+        script.last.end()
+        await asyncio.sleep(5)
+    assert [] == script.details("settle")
+    assert 0 == sum(sum(event.counts.values()) for event in witness.of(Settled))
+    assert 3 == sum(event.count for event in witness.of(StaleResults))
+
+
+async def test_what_was_settled_before_the_session_ended_is_told():
+    """And only the rest is stale."""
+    script = ScriptedTransport()
+    witness = Witness()
+    script.on_publish = lambda *_: asyncio.sleep(1)
+    async with Scribe(
+        answering(ACK, REQUEUE, ACK), transport=script, observers=[witness], batch_size=3
+    ):
+        script.last.feed(*numbered(3))
+        await asyncio.sleep(0.5)
+        script.last.end()
+        await asyncio.sleep(5)
+    assert [[("ack", (1, 3))]] == script.details("settle")
+    assert 2 == sum(sum(event.counts.values()) for event in witness.of(Settled))
+    assert 1 == sum(event.count for event in witness.of(StaleResults))
+
+
+async def test_results_for_a_session_that_takes_nothing_are_stale():
+    """The broker delivers their messages again."""
+    script = ScriptedTransport()
+    witness = Witness()
+
+    async def closed(*_):
+        raise SessionLost("just now")
+
+    script.on_settle = closed
+    async with Scribe(ack, transport=script, observers=[witness], batch_size=3):
+        script.last.feed(*numbered(3))
+        await asyncio.sleep(0.001)
+        assert [3] == [event.count for event in witness.of(StaleResults)]
+        assert [] == witness.of(Settled)
+
+
+async def test_a_copy_on_its_way_is_given_up_with_its_session():
+    """What can no longer be settled is no longer waited for."""
+    script = ScriptedTransport()
+    script.on_publish = never
+    script.on_settle = raising(SessionLost("just now"))
+    async with Scribe(
+        answering(ACK, REQUEUE, ACK), transport=script, observers=[witness := Witness()]
+    ):
+        script.last.feed(*numbered(3))
+        await asyncio.sleep(6)
+        assert 2 == len(script.sessions)
+    assert [3] == [event.count for event in witness.of(StaleResults)]

@@ -1,0 +1,163 @@
+"""What becomes of what users publish?"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+
+import pytest
+
+from aio_pika_batch import Outcome, Publication, PublishError
+from aio_pika_batch.adapters.memory import Door, PublishFault
+from tests.unit.shell.doubles import ScriptedTransport
+from tests.unit.shell.stage import ACK, REQUEUE, Scribe, ack, answering, first_then, numbered
+
+
+@pytest.fixture
+async def consumer(stage):
+    """One that runs, and a queue to publish to."""
+    stage.declare("sink")
+    stage.exchange("events", "sink", "created")
+    made = Scribe(transport=stage.transport)
+    async with made:
+        yield made
+
+
+async def test_a_publication_arrives_as_it_was_given(stage, consumer):
+    """Body, headers and properties; persistent unless said otherwise."""
+    moment = datetime(2025, 3, 4, tzinfo=UTC)
+    await consumer.publish(
+        b"0",
+        exchange="events",
+        routing_key="created",
+        headers={"h": [1]},
+        message_id="m",
+        expiration=60,
+        timestamp=moment,
+    )
+    [message] = stage.broker.ready("sink")
+    assert (b"0", "events", "created") == (message.body, message.exchange, message.routing_key)
+    properties = message.properties
+    assert {"h": [1]} == properties.headers
+    assert ("m", "60000", moment, 2) == (
+        properties.message_id,
+        properties.expiration,
+        properties.timestamp,
+        properties.delivery_mode,
+    )
+
+
+async def test_an_unknown_property_is_refused_where_it_is_given(consumer):
+    """By Python itself."""
+    with pytest.raises(TypeError, match="colour"):
+        await consumer.publish(b"0", routing_key="sink", colour="red")
+
+
+async def test_what_no_queue_takes_is_an_error(consumer):
+    """Unless it is not mandatory."""
+    with pytest.raises(PublishError, match="no queue is bound for exchange 'events', routing key"):
+        await consumer.publish(b"0", exchange="events", routing_key="lost")
+    await consumer.publish(b"0", exchange="events", routing_key="lost", mandatory=False)
+
+
+async def test_what_the_broker_refuses_is_an_error(stage, consumer):
+    """A full queue, or no such exchange."""
+    stage.broker.faults.on_publish(PublishFault.REFUSE)
+    with pytest.raises(PublishError, match="refused by the broker .*routing key 'sink'"):
+        await consumer.publish(b"0", routing_key="sink")
+
+
+async def test_what_nobody_hears_of_is_an_error(stage, consumer):
+    """It may or may not be stored; with how long it was waited for."""
+    stage.broker.faults.on_publish(PublishFault.LOSE)
+    with pytest.raises(PublishError, match=r"10(\.0)? s.*may or may not be stored"):
+        await consumer.publish(b"0", routing_key="sink")
+    assert 10 == asyncio.get_running_loop().time()
+
+
+async def test_a_broker_that_is_away_is_an_error(stage, consumer):
+    """At once; and the next publication tries again."""
+    stage.broker.faults.door = Door.UNREACHABLE
+    stage.broker.cut()
+    with pytest.raises(PublishError, match="connection"):
+        await consumer.publish(b"0", routing_key="sink")
+    stage.broker.faults.door = Door.OPEN
+    await consumer.publish(b"1", routing_key="sink")
+    assert [b"1"] == stage.waiting("sink")
+
+
+async def test_many_publications_have_an_outcome_each(stage, consumer):
+    """In order; nothing is raised."""
+    stage.broker.faults.on_publish(PublishFault.REFUSE, routing_key="full")
+    outcomes = await consumer.publish_many(
+        [
+            Publication(b"0", routing_key="sink"),
+            Publication(b"1", routing_key="nowhere"),
+            Publication(b"2", routing_key="full"),
+            Publication(b"3", exchange="events", routing_key="created"),
+        ]
+    )
+    assert [Outcome.CONFIRMED, Outcome.RETURNED, Outcome.REFUSED, Outcome.CONFIRMED] == outcomes
+    assert [b"0", b"3"] == stage.waiting("sink")
+    assert [] == await consumer.publish_many([])
+
+
+async def test_a_missing_exchange_costs_nothing_but_the_publication(stage, consumer):
+    """It closes a channel; requeues have another one, and the next publication gets a new one."""
+    consumer.answer = first_then(answering(REQUEUE), ack)
+    with pytest.raises(PublishError, match="no such exchange"):
+        await consumer.publish(b"0", exchange="missing", routing_key="x")
+    await consumer.publish(b"1", routing_key="sink")
+    stage.put(b"2")
+    await asyncio.sleep(11)
+    assert [b"1"] == stage.waiting("sink")
+    assert [[b"2"], [b"2"]] == consumer.batches
+    assert 1 == consumer.status().workers[0].epoch
+
+
+async def test_publications_share_one_connection(stage, consumer):
+    """Also when they begin at the same time; it is closed at the end."""
+    before = len(stage.broker.connections)
+    await asyncio.gather(*(consumer.publish(body, routing_key="sink") for body in numbered(9)))
+    assert before + 1 == len(stage.broker.connections)
+    assert sorted(numbered(9)) == sorted(stage.waiting("sink"))
+
+
+async def test_a_connection_that_is_gone_is_replaced(stage, consumer):
+    """Before the publication, if that is known by then."""
+    await consumer.publish(b"0", routing_key="sink")
+    stage.broker.cut()
+    await consumer.publish(b"1", routing_key="sink")
+    assert numbered(2) == stage.waiting("sink")
+
+
+async def test_a_handler_may_publish(stage):
+    """A pipeline: what was confirmed is acked."""
+    stage.declare("sink")
+
+    async def answer(messages):
+        await consumer.publish_many(
+            [Publication(message.body, routing_key="sink") for message in messages]
+        )
+        for _ in messages:
+            yield ACK
+
+    stage.put(*numbered(5))
+    consumer = Scribe(answer, transport=stage.transport, batch_size=5)
+    async with consumer:
+        await asyncio.sleep(1)
+    assert numbered(5) == stage.waiting("sink")
+
+
+async def test_a_publisher_that_does_not_close_cleanly_is_no_error(caplog):
+    """It is gone either way."""
+    script = ScriptedTransport()
+
+    async def fail():
+        raise PublishError("hung up")
+
+    script.on_publisher_leave = fail
+    consumer = Scribe(transport=script)
+    async with consumer:
+        await consumer.publish(b"0", routing_key="sink")
+    assert "leave publisher" == script.steps[-1]
