@@ -238,9 +238,10 @@ async def test_tls(tls: tuple[str, str], name: str) -> None:
     ):
         transport = AioPikaTransport(endpoint)
         queue = Queue(name, durable=False, exclusive=True)
-        await transport.declare(Topology(queues=(queue,)))
+        own = Topology(queues=(queue,))
+        subscription = Subscription(queue=name, prefetch=9, consumer_tag="c", own=own)
         async with (
-            transport.session(Subscription(queue=name, prefetch=9, consumer_tag="c")) as session,
+            transport.session(subscription) as session,
             transport.publisher() as publisher,
         ):
             assert [Outcome.CONFIRMED] * 9 == await publisher.publish(
@@ -427,12 +428,11 @@ async def test_an_exclusive_queue_lives_with_its_session(
     transport: AioPikaTransport, name: str
 ) -> None:
     """Declared on a connection of its own it would be gone before it is consumed from."""
-    topology = Topology(
+    own = Topology(
         queues=(Queue(name, durable=False, exclusive=True),),
         bindings=(Binding(name, "amq.direct", name),),
     )
-    subscription = Subscription(queue=name, prefetch=9, consumer_tag="c")
-    await transport.declare(topology)
+    subscription = Subscription(queue=name, prefetch=9, consumer_tag="c", own=own)
     for _ in range(2):
         async with transport.session(subscription) as session, transport.publisher() as publisher:
             there = Publication(b"", exchange="amq.direct", routing_key=name)

@@ -4,14 +4,13 @@ On a connection of its own, which is thrown away at the first refusal: a refusal
 channel, and the client library may drop its answer to that, after which the channel's number is
 poisoned.
 
-What is exclusive lives no longer than the connection that declared it, so it is left to the
-session.
+What is exclusive lives no longer than the connection that declared it, so a session declares it on
+its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
 
 from aio_pika_batch.adapters.aio_pika.connection import Link, open_link
@@ -32,21 +31,6 @@ if TYPE_CHECKING:
 
 Entity: TypeAlias = Exchange | Queue | Binding
 Refusal: TypeAlias = ChannelClosed | ConnectionClosed
-
-
-def divide(topology: Topology) -> tuple[Topology, Topology]:
-    """Divide a topology into what lasts, and what lives as long as one connection."""
-    exclusive = {queue.name for queue in topology.queues if queue.exclusive}
-    lasting = replace(
-        topology,
-        queues=tuple(queue for queue in topology.queues if queue.name not in exclusive),
-        bindings=tuple(each for each in topology.bindings if each.queue not in exclusive),
-    )
-    fleeting = Topology(
-        queues=tuple(queue for queue in topology.queues if queue.name in exclusive),
-        bindings=tuple(each for each in topology.bindings if each.queue in exclusive),
-    )
-    return lasting, fleeting
 
 
 def refuse_streams(topology: Topology) -> None:

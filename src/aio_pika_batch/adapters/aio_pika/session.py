@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from aio_pika_batch.adapters.aio_pika.connection import Link, open_link
+from aio_pika_batch.adapters.aio_pika.declare import declare_on
 from aio_pika_batch.adapters.aio_pika.edge import describe, translated, within
 from aio_pika_batch.adapters.aio_pika.fast import FastWire
 from aio_pika_batch.adapters.aio_pika.properties import decode, decode_route
@@ -26,7 +27,7 @@ from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost,
 from aio_pika_batch.transport import Native
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from aio_pika_batch.adapters.aio_pika.urls import Address
     from aio_pika_batch.adapters.aio_pika.wire import Wire
@@ -69,20 +70,12 @@ async def open_session(
     endpoint: Endpoint,
     addresses: Sequence[Address],
     subscription: Subscription,
-    prepare: Callable[[Link], Awaitable[None]],
 ) -> AsyncIterator[AioPikaSession]:
-    """Connect, consume, and in the end close.
-
-    Args:
-        endpoint: How.
-        addresses: Where.
-        subscription: What.
-        prepare: Declares, on the session's own connection, what lives no longer than that.
-    """
+    """Connect, consume, and in the end close."""
     link = await open_link(endpoint, addresses)
     session = AioPikaSession(link, subscription)
     try:
-        await session.open(endpoint.connect_timeout, prepare)
+        await session.open(endpoint.connect_timeout)
         yield session
     finally:
         await session.close()
@@ -107,7 +100,7 @@ class AioPikaSession:
         self._cancelling: asyncio.Task[None] | None = None
         self._opening_native: asyncio.Task[Native] | None = None
 
-    async def open(self, timeout: float, prepare: Callable[[Link], Awaitable[None]]) -> None:
+    async def open(self, timeout: float) -> None:
         """Begin to consume. Raises TopologyError, BrokerUnavailable."""
         subscription = self._subscription
         source = _Source(
@@ -115,7 +108,7 @@ class AioPikaSession:
         )
         try:
             async with asyncio.timeout(timeout):
-                await prepare(self._link)
+                await declare_on(self._link, subscription.own, timeout)
                 await self._wire.consume(subscription, source)
         except TimeoutError as error:
             raise BrokerUnavailable(

@@ -5,19 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.adapters.aio_pika.declare import declare, declare_on, divide
+from aio_pika_batch.adapters.aio_pika.declare import declare
 from aio_pika_batch.adapters.aio_pika.publisher import open_publisher
 from aio_pika_batch.adapters.aio_pika.session import open_session
 from aio_pika_batch.adapters.aio_pika.urls import parse
-from aio_pika_batch.core.topology import Topology
 from aio_pika_batch.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
-    from aio_pika_batch.adapters.aio_pika.connection import Link
     from aio_pika_batch.adapters.aio_pika.publisher import AioPikaPublisher
     from aio_pika_batch.adapters.aio_pika.session import AioPikaSession
+    from aio_pika_batch.core.topology import Topology
     from aio_pika_batch.transport import Endpoint, Subscription, Transport
 
 
@@ -40,23 +39,15 @@ class AioPikaTransport:
             file = getattr(endpoint, name)
             if file is not None and not Path(file).is_file():
                 raise ConfigurationError(f"{name}: there is no file {file!r}")
-        self._fleeting = Topology()
 
     async def declare(self, topology: Topology) -> None:
-        """Declare and check.
-
-        What is exclusive to a connection is declared by each session that is opened afterwards.
-        """
-        lasting, self._fleeting = divide(topology)
-        await declare(self._endpoint, self._addresses, lasting)
+        """Declare and check. An exclusive queue goes again at once, with its connection."""
+        await declare(self._endpoint, self._addresses, topology)
 
     def session(self, subscription: Subscription) -> AbstractAsyncContextManager[AioPikaSession]:
         """Open a connection and consume; leaving the context closes both."""
-        return open_session(self._endpoint, self._addresses, subscription, self._prepare)
+        return open_session(self._endpoint, self._addresses, subscription)
 
     def publisher(self) -> AbstractAsyncContextManager[AioPikaPublisher]:
         """Open a connection for publishing; leaving the context closes it."""
         return open_publisher(self._endpoint, self._addresses)
-
-    async def _prepare(self, link: Link) -> None:
-        await declare_on(link, self._fleeting, self._endpoint.connect_timeout)
