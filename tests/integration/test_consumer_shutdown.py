@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import signal
 import time
@@ -223,7 +224,7 @@ async def test_a_drain_ends_in_time_whatever_the_handler_does(channel, amqp_url,
     await holds(amqp_url, name, 5)
 
 
-async def test_a_drain_ends_in_time_although_nobody_answers(channel, amqp_url, name, proxy) -> None:
+async def test_a_drain_ends_in_time_although_nobody_answers(amqp_url, name, proxy, caplog) -> None:
     """A broker that says nothing any more holds up nobody for longer than `shutdown_timeout`."""
     consumer = Slow(
         BatchConsumerSettings(
@@ -241,6 +242,9 @@ async def test_a_drain_ends_in_time_although_nobody_answers(channel, amqp_url, n
     watch = Stopwatch()
     await consumer.stop()
     assert watch.seconds < 4.5  # and a loaded machine
+    del consumer
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 async def test_results_that_come_at_the_last_moment_are_settled(channel, amqp_url, name) -> None:
