@@ -14,7 +14,7 @@ import asyncio
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aio_pika_batch.adapters.aio_pika.connection import Link, open_link
 from aio_pika_batch.adapters.aio_pika.declare import declare_on
@@ -141,6 +141,7 @@ class AioPikaSession:
         if self._cancelling is None:
             # A task of its own: a basic.cancel that is itself cancelled closes the channel.
             self._cancelling = self._loop.create_task(self._cancel())
+            self._cancelling.add_done_callback(_heard)
         await self._own(self._cancelling)
 
     async def settle(self, settlements: Sequence[Settlement]) -> None:
@@ -160,6 +161,7 @@ class AioPikaSession:
         self._check()
         if self._opening_native is None:
             self._opening_native = self._loop.create_task(self._open_native())
+            self._opening_native.add_done_callback(_heard)
         return await self._own(self._opening_native)
 
     # --- what the wire tells -------------------------------------------------------
@@ -249,3 +251,9 @@ class AioPikaSession:
                 f"queue {self._subscription.queue!r} is a stream: its messages are neither rejected"
                 " nor requeued one by one; consume from a classic or quorum queue"
             )
+
+
+def _heard(task: asyncio.Task[Any]) -> None:
+    """Its waiter may have gone: then asyncio would complain of an error that nobody awaited."""
+    if not task.cancelled():
+        task.exception()

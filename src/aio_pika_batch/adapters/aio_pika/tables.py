@@ -87,10 +87,21 @@ def entries(raw: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int,
         TableError: The bytes are no table's from here on.
     """
     at = start
+    fixed, length_at = _FIXED, _LENGTH.unpack_from
     while at < end:
         value_start = at + 1 + raw[at]
         key = raw[at + 1 : value_start]
-        value_end = _value_end(raw, value_start, end)
+        # `_value_end`, written out: every requeue comes by here twice for each header.
+        try:
+            kind = raw[value_start]
+            if kind in fixed:
+                value_end = value_start + 1 + fixed[kind]
+            elif kind in _COUNTED:
+                value_end = value_start + 5 + length_at(raw, value_start + 1)[0]
+            else:
+                value_end = end + 1
+        except (IndexError, struct.error):
+            value_end = end + 1
         if value_end > end:
             raise TableError(f"{_shown(key)}: {_why_not(raw, value_start, end)}")
         yield key, at, value_start, value_end
