@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import re
 
+from aio_pika_batch.registry import known_schemes
+
+_HOST = r"(?:[^:/@,\[\]]*|\[[^\]]*\])(?::\d*)?"
+_WITHOUT_CREDENTIALS = re.compile(rf"[^:/]*://{_HOST}(?:,{_HOST})*(?:[/?].*)?", re.DOTALL)
+
 
 def mask_url(url: str) -> str:
-    """Replace every password in a URL, or in several comma-separated ones, by `***`."""
-    return ",".join(_mask_one(each) for each in re.split(r",(?=\s*[\w+.-]+://)", url))
+    """Replace every password in a URL, or in several comma-separated ones, by `***`.
+
+    A password with a stray `,`, `@`, `/` or `:` in it makes no valid URL, and is still a password:
+    what might be a part of one is masked with it.
+    """
+    schemes = "|".join(map(re.escape, known_schemes()))
+    masked = []
+    rest = ""
+    for piece in re.split(rf",(?=\s*(?:{schemes})://)", url, flags=re.IGNORECASE):
+        rest = f"{rest},{piece}" if rest else piece
+        if "@" in rest or _WITHOUT_CREDENTIALS.fullmatch(rest):
+            masked.append(_mask_one(rest))
+            rest = ""
+    if rest:
+        # No end of a password is to be seen: everything may be part of it.
+        masked.append(_mask_one(f"{rest}@") if "://" in rest else rest)
+    return ",".join(masked)
 
 
 def _mask_one(url: str) -> str:
     scheme, found, rest = url.partition("://")
     if not found or "@" not in rest:
         return url
-    # Up to the last @: a password with a stray @ or / in it is no valid URL, and still a password.
     credentials, _, address = rest.rpartition("@")
     user, secret, _ = credentials.partition(":")
     return f"{scheme}://{user}{':***' if secret else ''}@{address}"

@@ -6,6 +6,7 @@ wanted; others by the entry-point group `aio_pika_batch.transports`.
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, cast
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 GROUP = "aio_pika_batch.transports"
 
+_SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+"""RFC 3986, section 3.1; anything else may be part of a password."""
+
 _AIO_PIKA = "aio_pika_batch.adapters.aio_pika.transport:open_transport"
 _BUILT_IN = {
     "amqp": _AIO_PIKA,
@@ -25,9 +29,9 @@ _BUILT_IN = {
 
 
 def scheme_of(url: str) -> str:
-    """The scheme of a URL, in lower case; empty if it has none."""
-    scheme, found, _ = url.partition("://")
-    return scheme.strip().lower() if found else ""
+    """The scheme of a URL, in lower case; empty if it has none, or something that can be none."""
+    found = _SCHEME.match(url)
+    return found[1].lower() if found else ""
 
 
 def known_schemes() -> list[str]:
@@ -44,7 +48,7 @@ def open_transport(endpoint: Endpoint) -> Transport:
     scheme = scheme_of(endpoint.url)
     try:
         factory = cast("TransportFactory", _entry_point(scheme).load())
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         msg = (
             f"url: the transport for {scheme}:// cannot be imported ({error});"
             " install the package that it needs, or use another scheme"

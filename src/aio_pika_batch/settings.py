@@ -7,21 +7,24 @@ and what is allowed. No password is ever shown.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from enum import Enum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from aio_pika_batch.core.message import FieldValue
+from aio_pika_batch.core.message import SHORT_STRING, FieldValue, is_short_string
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.topology import QUEUE_TYPE, Wanted
 from aio_pika_batch.errors import ConfigurationError
@@ -54,6 +57,24 @@ def _result_by_name(value: object) -> object:
     return value
 
 
+def _short_string(value: str) -> str:
+    if not is_short_string(value):
+        msg = f"must have at most {SHORT_STRING} bytes, AMQP's limit for names and keys"
+        raise ValueError(msg)
+    return value
+
+
+def _one_or_several(value: object) -> object:
+    """Let the environment say `a.key`, whatever it would be in JSON, or `["several", "keys"]`."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError):
+            return json.loads(value)
+    return value
+
+
+ShortString = Annotated[str, AfterValidator(_short_string)]
+Name = Annotated[str, Field(min_length=1), AfterValidator(_short_string)]
+Keys = Annotated[ShortString | list[ShortString] | None, NoDecode, BeforeValidator(_one_or_several)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Arguments = dict[str, Any] | None
@@ -84,21 +105,19 @@ class ConsumerSettings(BaseSettings):
         " tried in random order; several whole URLs may be given, comma-separated), `amqps://…`,"
         " `memory://name`, or another registered scheme.",
     )
-    queue_name: str = Field(
+    queue_name: Name = Field(
         # Required; said this way, type checkers do not insist on having it in code.
         default=...,
-        min_length=1,
-        max_length=255,
         description="Queue to consume from.",
     )
-    exchange_name: str | None = Field(
-        default=None, max_length=255, description="Exchange to declare and to bind the queue to."
+    exchange_name: ShortString | None = Field(
+        default=None, description="Exchange to declare and to bind the queue to."
     )
     exchange_type: Annotated[str, BeforeValidator(_plain_value)] = Field(
         default="direct",
         description="`direct`, `fanout`, `topic`, `headers`, or a plugin's `x-…`.",
     )
-    routing_key: str | list[str] | None = Field(
+    routing_key: Keys = Field(
         default=None, description="One or several binding keys; none: the queue's name."
     )
     binding_arguments: Arguments = Field(
@@ -130,9 +149,7 @@ class ConsumerSettings(BaseSettings):
     process_timeout: Seconds | None = Field(
         default=None, description="How long a handler may take for a batch; none: no limit."
     )
-    retry_count_header: str = Field(
-        default="x-retry-count", min_length=1, max_length=255, description="Counts the retries."
-    )
+    retry_count_header: Name = Field(default="x-retry-count", description="Counts the retries.")
     requeue_hold: Seconds = Field(
         default=30.0,
         description="How long an original is held while its copy is not confirmed.",
@@ -158,25 +175,20 @@ class ConsumerSettings(BaseSettings):
         default=True,
         description="False: declare nothing, only check that everything is there.",
     )
-    dead_letter_exchange: str | None = Field(
+    dead_letter_exchange: Name | None = Field(
         default=None,
-        min_length=1,
-        max_length=255,
         description="Exchange for dead letters; none: what `queue_arguments` names as"
         " `x-dead-letter-exchange`.",
     )
     dead_letter_exchange_type: Annotated[str, BeforeValidator(_plain_value)] = Field(
         default="fanout", description="Its type, where it is declared."
     )
-    dead_letter_routing_key: str | None = Field(
+    dead_letter_routing_key: ShortString | None = Field(
         default=None,
-        max_length=255,
         description="Routing key of dead letters; none: the original one.",
     )
-    dead_letter_queue: str | None = Field(
+    dead_letter_queue: Name | None = Field(
         default=None,
-        min_length=1,
-        max_length=255,
         description="Queue for dead letters; it, its exchange (`<queue_name>.dlx` if none is named)"
         " and their binding are declared.",
     )
