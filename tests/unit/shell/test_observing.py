@@ -156,7 +156,7 @@ async def test_an_observer_need_not_look_at_everything(stage, jitter):
 
 
 async def test_nothing_is_told_as_settled_that_the_broker_has_not_heard():
-    """Results of a session that ended while their copies were on their way are stale, all of them."""
+    """If a session ends while copies are on their way, all results of their batch are stale."""
     script = ScriptedTransport()
     witness = Witness()
     script.on_publish = lambda *_: asyncio.sleep(0.05)

@@ -63,7 +63,7 @@ async def test_what_no_queue_takes_is_an_error(consumer):
 async def test_what_the_broker_refuses_is_an_error(stage, consumer):
     """A full queue, or no such exchange."""
     stage.broker.faults.on_publish(PublishFault.REFUSE)
-    with pytest.raises(PublishError, match="refused by the broker .*routing key 'sink'"):
+    with pytest.raises(PublishError, match=r"refused by the broker .*routing key 'sink'"):
         await consumer.publish(b"0", routing_key="sink")
 
 

@@ -1,0 +1,390 @@
+"""What can be configured, from where, and what is said about nonsense?"""
+
+from __future__ import annotations
+
+import io
+import logging
+import string
+from enum import Enum, StrEnum
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pydantic_settings import SettingsConfigDict
+
+from aio_pika_batch import (
+    BatchConsumerSettings,
+    ConfigurationError,
+    Consumer,
+    ConsumerSettings,
+    MessageResult,
+)
+from aio_pika_batch.masking import mask_url
+
+MEMORY = {"_env_file": None, "url": "memory://", "queue_name": "jobs"}
+
+DEFAULTS = {
+    "url": "amqp://guest:guest@localhost:5672/",
+    "exchange_name": None,
+    "exchange_type": "direct",
+    "routing_key": None,
+    "prefetch_count": 10,
+    "num_workers": 1,
+    "batch_size": 10,
+    "batch_timeout": 5.0,
+    "max_requeue_attempts": 3,
+    "unhandled_exception_action": MessageResult.REQUEUE,
+    "queue_durable": True,
+    "exchange_durable": True,
+    "queue_arguments": None,
+    "process_timeout": None,
+    "retry_count_header": "x-retry-count",
+    "requeue_hold": 30.0,
+    "reconnect_delay": 0.5,
+    "reconnect_delay_max": 30.0,
+    "connect_timeout": 10.0,
+    "heartbeat": 30,
+    "publish_timeout": 10.0,
+    "shutdown_timeout": 25.0,
+    "stuck_after": None,
+    "concurrency": 1,
+    "declare": True,
+    "dead_letter_exchange_type": "fanout",
+    "dead_letter_exception_message": True,
+}
+
+COUNTS = ("batch_size", "num_workers", "concurrency")
+TIMES = (
+    "batch_timeout",
+    "process_timeout",
+    "requeue_hold",
+    "connect_timeout",
+    "publish_timeout",
+    "reconnect_delay",
+    "reconnect_delay_max",
+    "shutdown_timeout",
+    "stuck_after",
+)
+NAMES = (
+    "queue_name",
+    "exchange_name",
+    "dead_letter_exchange",
+    "dead_letter_queue",
+    "dead_letter_routing_key",
+    "retry_count_header",
+    "routing_key",
+)
+
+WRONG = [
+    *((name, value, "greater than or equal to 1") for name in COUNTS for value in (0, -1)),
+    *((name, "many", "valid integer") for name in COUNTS),
+    *((name, 1.5, "valid integer") for name in COUNTS),
+    *((name, value, "greater than 0") for name in TIMES for value in (0, -0.1)),
+    *((name, value, "finite") for name in TIMES for value in (float("inf"), float("nan"))),
+    *((name, "x" * 256, "255") for name in NAMES),
+    *((name, "ü" * 128, "255 bytes") for name in NAMES),
+    ("routing_key", ["fine", "x" * 256], "255 bytes"),
+    ("routing_key", 5, "valid string"),
+    ("queue_name", "", "at least 1 character"),
+    ("retry_count_header", "", "at least 1 character"),
+    ("dead_letter_exchange", "", "at least 1 character"),
+    ("dead_letter_queue", "", "at least 1 character"),
+    ("prefetch_count", -1, "greater than or equal to 0"),
+    ("prefetch_count", 65536, "less than or equal to 65535"),
+    ("max_requeue_attempts", -1, "greater than or equal to 0"),
+    ("heartbeat", 0, "greater than or equal to 1"),
+    ("heartbeat", 65536, "less than or equal to 65535"),
+    ("exchange_type", "direkt", "direct, fanout, topic, headers"),
+    ("dead_letter_exchange_type", "", "direct, fanout, topic, headers"),
+    ("queue_type", "stream", "'classic' or 'quorum'"),
+    ("unhandled_exception_action", MessageResult.ACK, "REQUEUE, NACK or REQUEUE_IMMEDIATE"),
+    ("unhandled_exception_action", "ignore", "ACK, NACK, REQUEUE, REQUEUE_IMMEDIATE"),
+    ("unhandled_exception_action", 5, "unhandled_exception_action"),
+    ("url", "http://host", "amqp://, amqps://, memory://"),
+    ("url", "localhost", "start with one of amqp://"),
+    ("url", "", "start with one of"),
+    ("url", 5, "valid string"),
+    ("queue_arguments", "x", "dictionary"),
+    ("queue_durable", "perhaps", "boolean"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"), WRONG, ids=lambda each: repr(each)[:30] if each != "" else "empty"
+)
+def test_nonsense_is_refused_with_the_field_and_what_is_allowed(name, value, allowed):
+    """At construction, never at three in the morning; with the variable's name for operators."""
+    with pytest.raises(ConfigurationError) as raised:
+        BatchConsumerSettings(**MEMORY | {name: value})
+    told = str(raised.value)
+    assert told.startswith(f"BatchConsumerSettings: {name}")
+    assert allowed in told
+    assert f"AIO_PIKA_BATCH_{name.upper()}" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"queue_type": "quorum", "queue_arguments": {"x-queue-type": "classic"}}, "queue_type"),
+        ({"queue_exclusive": True, "num_workers": 2}, "num_workers=2"),
+        ({"queue_exclusive": True, "declare": False}, "declare=False"),
+        ({"reconnect_delay": 60}, "reconnect_delay_max"),
+        ({"ssl_keyfile": "key.pem"}, "ssl_certfile"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(given, told):
+    """With both names."""
+    with pytest.raises(ConfigurationError, match=told):
+        BatchConsumerSettings(**MEMORY | given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"queue_type": "quorum", "queue_arguments": {"x-queue-type": "quorum"}},
+        {"queue_type": "quorum", "queue_arguments": {"x-max-length": 1}},
+        {"ssl_certfile": "cert.pem", "ssl_keyfile": "key.pem"},
+        {"prefetch_count": 65535},
+        {"prefetch_count": 0},
+        {"max_requeue_attempts": 0},
+        {"exchange_type": "x-consistent-hash"},
+        {"unhandled_exception_action": "nack"},
+        {"queue_name": "ü" * 127},
+    ],
+)
+def test_what_is_at_the_edge_is_taken(given):
+    """Ranges include their ends."""
+    made = BatchConsumerSettings(**MEMORY | given)
+    for name, value in given.items():
+        if name != "unhandled_exception_action":
+            assert value == getattr(made, name)
+    if "unhandled_exception_action" in given:
+        assert MessageResult.NACK is made.unhandled_exception_action
+
+
+def test_several_mistakes_are_told_at_once():
+    """A line each."""
+    with pytest.raises(ConfigurationError) as raised:
+        BatchConsumerSettings(**MEMORY | {"batch_size": 0, "num_workers": 0})
+    first, second = str(raised.value).removeprefix("BatchConsumerSettings: ").split("\n  ")
+    assert {"batch_size", "num_workers"} == {each.partition(":")[0] for each in (first, second)}
+
+
+def test_an_unknown_name_is_refused_with_the_likely_one():
+    """In code; other programs' variables stand in the same environment."""
+    with pytest.raises(ConfigurationError, match="'batchsize'; did you mean 'batch_size'"):
+        BatchConsumerSettings(**MEMORY, batchsize=5)
+    with pytest.raises(ConfigurationError, match=r"no setting 'colour'$"):
+        BatchConsumerSettings(**MEMORY, colour="red")
+
+
+def test_the_queue_must_be_named(monkeypatch):
+    """It has no default."""
+    with pytest.raises(ConfigurationError, match=r"queue_name.*AIO_PIKA_BATCH_QUEUE_NAME"):
+        BatchConsumerSettings(_env_file=None)
+
+
+def test_the_defaults_are_those_that_users_know():
+    """Changing one is changing what programs do."""
+    made = BatchConsumerSettings(_env_file=None, queue_name="jobs")
+    assert DEFAULTS == {name: getattr(made, name) for name in DEFAULTS}
+
+
+def test_the_environment_is_read(monkeypatch):
+    """Under the default prefix; lists and tables as JSON, results by name; code comes first."""
+    for name, value in {
+        "QUEUE_NAME": "from-environment",
+        "BATCH_SIZE": "7",
+        "URL": "memory://there",
+        "UNHANDLED_EXCEPTION_ACTION": "requeue_immediate",
+        "QUEUE_ARGUMENTS": '{"x-max-length": 5}',
+        "ROUTING_KEY": '["a", "b"]',
+        "FOREIGN": "ignored",
+    }.items():
+        monkeypatch.setenv(f"AIO_PIKA_BATCH_{name}", value)
+    made = BatchConsumerSettings(_env_file=None)
+    assert ("from-environment", 7) == (made.queue_name, made.batch_size)
+    assert MessageResult.REQUEUE_IMMEDIATE is made.unhandled_exception_action
+    assert {"x-max-length": 5} == made.queue_arguments
+    assert ("a", "b") == made.wanted.routing_keys
+    assert 9 == BatchConsumerSettings(_env_file=None, batch_size=9).batch_size
+
+
+@pytest.mark.parametrize("key", ["order.created", "5", "true", "1.50", "null", "a,b", "#", "[1"])
+def test_a_routing_key_in_the_environment_is_a_string(monkeypatch, key):
+    """Also one that would be something else in JSON."""
+    monkeypatch.setenv("AIO_PIKA_BATCH_ROUTING_KEY", key)
+    assert (key,) == BatchConsumerSettings(**MEMORY).wanted.routing_keys
+
+
+def test_a_variable_that_cannot_be_parsed_is_named(monkeypatch):
+    """As every other mistake is."""
+    monkeypatch.setenv("AIO_PIKA_BATCH_QUEUE_ARGUMENTS", "{x-max-length: 5}")
+    with pytest.raises(ConfigurationError, match=r"queue_arguments: .*dictionary"):
+        BatchConsumerSettings(**MEMORY)
+
+
+def test_a_file_is_read_where_the_environment_is_silent(monkeypatch, tmp_path):
+    """`.env` in the working directory; foreign keys are ignored."""
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text(
+        "AIO_PIKA_BATCH_QUEUE_NAME=from-file\nAIO_PIKA_BATCH_BATCH_SIZE=3\nOTHER=1\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setenv("AIO_PIKA_BATCH_BATCH_SIZE", "4")
+    made = BatchConsumerSettings(url="memory://")
+    assert ("from-file", 4) == (made.queue_name, made.batch_size)
+
+
+def test_a_subclass_has_a_prefix_of_its_own(monkeypatch):
+    """And its mistakes are told with it."""
+
+    class Mine(BatchConsumerSettings):
+        model_config = SettingsConfigDict(env_prefix="MY_APP_", env_file=None)
+
+    monkeypatch.setenv("MY_APP_QUEUE_NAME", "mine")
+    monkeypatch.setenv("AIO_PIKA_BATCH_BATCH_SIZE", "3")
+    made = Mine(url="memory://")
+    assert ("mine", 10) == (made.queue_name, made.batch_size)
+    with pytest.raises(ConfigurationError, match=r"Mine: batch_size.*MY_APP_BATCH_SIZE"):
+        Mine(url="memory://", batch_size=0)
+
+
+def test_a_consumer_takes_its_settings_from_the_environment(monkeypatch, tmp_path):
+    """Those of its `settings_class`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_APP_QUEUE_NAME", "mine")
+    monkeypatch.setenv("MY_APP_URL", "memory://")
+
+    class Mine(ConsumerSettings):
+        model_config = SettingsConfigDict(env_prefix="MY_APP_")
+
+    class Reads(Consumer):
+        settings_class = Mine
+
+        async def process_message(self, message):
+            return MessageResult.ACK
+
+    consumer = Reads()
+    assert "mine" == consumer.settings.queue_name
+    assert isinstance(consumer.settings, Mine)
+
+
+def test_an_exchange_type_may_be_an_enum():
+    """`aio_pika.ExchangeType.FANOUT`, as users have always written it."""
+
+    class ExchangeType(StrEnum):
+        FANOUT = "fanout"
+
+    class Plain(Enum):
+        TOPIC = "topic"
+
+    made = BatchConsumerSettings(
+        **MEMORY, exchange_type=ExchangeType.FANOUT, dead_letter_exchange_type=Plain.TOPIC
+    )
+    assert ("fanout", "topic") == (made.exchange_type, made.dead_letter_exchange_type)
+    assert type(made.exchange_type) is str
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, 20),
+        ({"batch_size": 1}, 10),
+        ({"batch_size": 100}, 200),
+        ({"batch_size": 100, "concurrency": 3}, 400),
+        ({"batch_size": 60_000}, 65_535),
+        ({"prefetch_count": 10}, 10),
+        ({"prefetch_count": 0}, 0),
+        ({"prefetch_count": 5, "batch_size": 100}, 5),
+    ],
+)
+def test_prefetch_left_unset_follows_the_batches(given, expected):
+    """And what is set is used, also if it is the default."""
+    assert expected == BatchConsumerSettings(**MEMORY | given).effective_prefetch
+
+
+def test_prefetch_of_a_consumer_of_single_messages():
+    """A batch of one, and nothing is collected."""
+    made = ConsumerSettings(**MEMORY, concurrency=20)
+    assert (21, 1, 0) == (made.effective_prefetch, made.messages_per_batch, made.seconds_per_batch)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, 900), ({"process_timeout": 7}, 14), ({"process_timeout": 7, "stuck_after": 3}, 3)],
+)
+def test_when_a_worker_counts_as_stuck(given, expected):
+    """As said, or twice the time-out, or a quarter of an hour."""
+    assert expected == BatchConsumerSettings(**MEMORY | given).effective_stuck_after
+
+
+# A password that stands in what is told anyway would be found there; so none that is short.
+passwords = st.text(string.ascii_letters + string.digits + ":/@#?%,;=&+ é", min_size=4).map(
+    lambda text: f"Zq{text}qZ"
+)
+
+
+def shown(made):
+    """All that may be shown of settings."""
+    told = io.StringIO()
+    handler = logging.StreamHandler(told)
+    logger = logging.getLogger("aio_pika_batch.test_settings")
+    logger.addHandler(handler)
+    try:
+        logger.warning("%s %r", made, made)
+    finally:
+        logger.removeHandler(handler)
+    return [repr(made), str(made), f"{made}", told.getvalue(), repr(made.__rich_repr__)]
+
+
+def pieces(password):
+    """What would give a password away."""
+    return [password[at : at + 6] for at in range(len(password) - 5)]
+
+
+@given(passwords, st.sampled_from(["amqp://u:{}@h:5672/v", "amqp://u:{0}@h1,amqps://u:{0}@h2/"]))
+@example("Zq,b://cqZ", "amqp://u:{}@h:5672/v")
+@example("Zqa/bcd@qZ", "amqp://u:{}@h:5672/v")
+def test_a_password_is_never_shown(password, url):
+    """Valid in a URL or not; the rest of the URL is."""
+    made = ConsumerSettings(_env_file=None, queue_name="jobs", url=url.format(password))
+    for text in shown(made):
+        for piece in pieces(password):
+            assert piece not in text
+    assert "://u:***@h" in repr(made)
+
+
+@given(passwords, st.sampled_from(["u:{}@h", "http://u:{}@h/", "u:{}://h", "{}", "://{}@h"]))
+@example("Zq://abcdqZ", "u:{}@h")
+def test_a_password_in_a_wrong_url_is_not_told_either(password, url):
+    """Whatever is wrong with it; other mistakes beside it included."""
+    for given_too in ({}, {"batch_size": 0}):
+        values = {"_env_file": None, "queue_name": "jobs", "url": url.format(password)}
+        with pytest.raises(ConfigurationError) as raised:
+            BatchConsumerSettings(**values, **given_too)
+        for text in (str(raised.value), repr(raised.value)):
+            for piece in pieces(password):
+                assert piece not in text
+
+
+@pytest.mark.parametrize(
+    ("url", "masked"),
+    [
+        ("amqp://u:p@h/v", "amqp://u:***@h/v"),
+        ("amqp://u@h/v", "amqp://u@h/v"),
+        ("amqp://h1:5672,h2:5672/v", "amqp://h1:5672,h2:5672/v"),
+        ("amqp://u:p@h1,h2/v", "amqp://u:***@h1,h2/v"),
+        ("amqp://h:5672/,amqp://u:p@h2/", "amqp://h:5672/,amqp://u:***@h2/"),
+        ("amqp://[::1]:5672/,amqp://u:p@h2/", "amqp://[::1]:5672/,amqp://u:***@h2/"),
+        ("amqp://u:p@h1/, amqps://v:q@h2/", "amqp://u:***@h1/, amqps://v:***@h2/"),
+        ("memory://name", "memory://name"),
+        ("amqp://u:p", "amqp://u:***@"),
+        ("amqp://u:p,amqp://q@h", "amqp://u:***@h"),
+        ("no url at all", "no url at all"),
+    ],
+)
+def test_only_the_password_is_masked(url, masked):
+    """Hosts and users help an operator."""
+    assert masked == mask_url(url)
