@@ -1,0 +1,143 @@
+"""What does the library's logger do, and what does it never do?"""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+import aio_pika_batch
+from aio_pika_batch.logs import KeywordLogger, told
+from tests.unit.shell.stage import Scribe
+
+
+class Odd(RuntimeError):
+    """An exception that cannot say what it is."""
+
+    def __str__(self):
+        raise AttributeError
+
+
+@pytest.fixture
+def log(caplog):
+    """A logger with some context."""
+    caplog.set_level(logging.DEBUG)
+    return KeywordLogger(logging.getLogger("aio_pika_batch.test"), queue="jobs")
+
+
+def test_keywords_become_part_of_the_line(log, caplog):
+    """And stand on the record, for formatters that want them apart."""
+    log.info("declared", exchange="staging")
+    [record] = caplog.records
+    assert "declared [queue=jobs exchange=staging]" == record.getMessage()
+    assert "declared" == record.event
+    assert {"queue": "jobs", "exchange": "staging"} == record.context
+    assert ("aio_pika_batch.test", __name__.rpartition(".")[2]) == (record.name, record.module)
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
+def test_each_level_has_its_method(log, caplog, level):
+    """As every logger's."""
+    getattr(log, level)("said")
+    [record] = caplog.records
+    assert level.upper() == record.levelname
+    assert record.exc_info is None
+
+
+def test_an_exception_is_logged_with_its_traceback(log, caplog):
+    """The one being handled, or one that is given."""
+    error = KeyError("x")
+    try:
+        raise error
+    except KeyError:
+        log.exception("failed", batch=1)
+    log.error("failed", exc_info=error)
+    log.warning("failed", exc_info=error)
+    assert {error} == {record.exc_info[1] for record in caplog.records}
+    assert ["ERROR", "ERROR", "WARNING"] == [record.levelname for record in caplog.records]
+
+
+def test_context_is_bound_to_a_logger_of_its_own(log, caplog):
+    """The one that it was bound to keeps its own; later context wins."""
+    log.bind(worker=1, queue="other").info("said", worker=2)
+    log.info("said")
+    assert ["said [queue=other worker=2]", "said [queue=jobs]"] == [
+        record.getMessage() for record in caplog.records
+    ]
+
+
+def test_nothing_is_formatted_that_nobody_reads(caplog):
+    """A line below the level costs nothing."""
+    caplog.set_level(logging.INFO)
+
+    class Unread:
+        def __str__(self):
+            raise AssertionError
+
+    KeywordLogger(logging.getLogger("aio_pika_batch.test")).debug("said", value=Unread())
+    assert [] == caplog.records
+
+
+def test_a_percent_sign_is_a_percent_sign(caplog):
+    """Nothing that is logged is a format."""
+    KeywordLogger(logging.getLogger("aio_pika_batch.test")).warning("100 %s", key="%d")
+    assert "100 %s [key=%d]" == caplog.records[0].getMessage()
+
+
+def test_without_context_the_line_is_bare(caplog):
+    """No empty brackets."""
+    KeywordLogger(logging.getLogger("aio_pika_batch.test")).warning("said")
+    assert "said" == caplog.records[0].getMessage()
+
+
+def test_what_cannot_be_described_is_logged_all_the_same(log, caplog):
+    """A broken `__str__` must not stop what is being logged."""
+    log.warning("failed", error=Odd())
+    assert "failed [queue=jobs error=(its text cannot be had: AttributeError)]" == (
+        caplog.records[0].getMessage()
+    )
+    assert "Odd: (its text cannot be had: AttributeError)" == told(Odd())
+    assert "KeyError: 'x'" == told(KeyError("x"))
+
+
+async def test_the_library_configures_no_logger(stage):
+    """Whoever runs a program says what is logged, and where."""
+    root = logging.getLogger("aio_pika_batch")
+    async with Scribe(transport=stage.transport):
+        pass
+    assert aio_pika_batch.__name__ == root.name
+    for name in ("aio_pika_batch", "aio_pika_batch.consumer"):
+        logger = logging.getLogger(name)
+        assert ([], logging.NOTSET, True) == (logger.handlers, logger.level, logger.propagate)
+
+
+async def test_a_life_in_a_few_lines(stage, caplog):
+    """One for each change, with consumer, queue and worker."""
+    caplog.set_level(logging.INFO)
+    async with Scribe(transport=stage.transport, dead_letter_queue="dead"):
+        pass
+    assert ["consuming", "draining", "stopped"] == [record.event for record in caplog.records]
+    assert {"consumer": "Scribe", "queue": "jobs", "worker": 0, "epoch": 1} == (
+        caplog.records[0].context
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "told_of"),
+    [
+        ({"prefetch_count": 5, "batch_size": 10, "dead_letter_queue": "dead"}, "prefetch_count=5"),
+        ({"queue_type": "quorum", "dead_letter_queue": "dead"}, "delivered too often"),
+        ({}, "no dead-letter exchange"),
+    ],
+    ids=["prefetch below the batch", "quorum without an exchange", "no dead letters"],
+)
+async def test_what_will_surprise_somebody_is_told_at_the_start(stage, caplog, given, told_of):
+    """One WARNING for each, each time it is started."""
+    stage.broker.delete_queue("jobs")
+    consumer = Scribe(transport=stage.transport, **given)
+    for _ in range(2):
+        caplog.clear()
+        async with consumer:
+            pass
+        [warning] = [each for each in caplog.records if each.levelno == logging.WARNING]
+        assert told_of in warning.getMessage()
