@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from statistics import median
 
 from benchmarks.protocol import Reading
@@ -80,13 +81,13 @@ class Goal:
     """One thing that this library wants to be able to say of itself.
 
     Attributes:
-        limit: What the median must reach.
+        limit: What the median must reach; a fraction, where others are compared with.
         seen: None if it was not measured.
         is_ceiling: Whether it must not be more than the limit, or not be less.
     """
 
     text: str
-    limit: float
+    limit: float | Fraction
     seen: Spread | None
     unit: str = ""
     is_ceiling: bool = True
@@ -111,10 +112,12 @@ def the_bar(of: Mapping[str, Rounds]) -> list[Goal]:
     return [
         Goal(
             "CPU per message, all acked, of aio-pika's with an ack each",
-            1 / 18,
+            Fraction(1, 18),
             cpu_ratio(ours, rounds("aio-pika.each")),
         ),
-        Goal("CPU per message, all acked, of pika's", 1 / 3, cpu_ratio(ours, rounds("pika"))),
+        Goal(
+            "CPU per message, all acked, of pika's", Fraction(1, 3), cpu_ratio(ours, rounds("pika"))
+        ),
         Goal("messages/s, all acked, of librabbitmq's", 0.9, rate_ratio(ours, c), is_ceiling=False),
         Goal(
             "messages/s, 10 % NACK, of librabbitmq's with all acked",
@@ -131,7 +134,7 @@ def the_bar(of: Mapping[str, Rounds]) -> list[Goal]:
         Goal("CPU per requeued message, end to end", 25, cpu_of(rounds("ours.requeue")), " µs"),
         Goal(
             "CPU per published message, of aio-pika's with `gather`",
-            1 / 8,
+            Fraction(1, 8),
             cpu_ratio(rounds("ours.publish"), rounds("aio-pika.gather")),
         ),
         Goal(
@@ -151,7 +154,30 @@ def the_bar(of: Mapping[str, Rounds]) -> list[Goal]:
             2,
             _memory_ratio(of),
         ),
+        *(
+            Goal(f"CPU per message {text}", 1.1, cpu_ratio(rounds(large), rounds(small)))
+            for text, large, small in [
+                ("in batches of 5,000, of that in batches of 100", "batch-5000", "batch-100"),
+                ("at prefetch 10,000, of that at 100", "prefetch-10000", "prefetch-100"),
+                (
+                    "in a backlog of 1,000,000, of that in 10,000",
+                    "backlog-1000000",
+                    "backlog-10000",
+                ),
+            ]
+        ),
+        Goal(
+            "CPU per MiB of bodies of 8 MiB, of that of 1 MiB",
+            1.1,
+            _by(8, cpu_ratio(rounds("body-8388608"), rounds("body-1048576"))),
+        ),
     ]
+
+
+def _by(divisor: float, seen: Spread | None) -> Spread | None:
+    if seen is None:
+        return None
+    return Spread(seen.median / divisor, seen.low / divisor, seen.high / divisor)
 
 
 def _grown(rounds: Rounds) -> Spread | None:

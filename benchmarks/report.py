@@ -6,6 +6,7 @@ What stands outside the marks is written by hand, and left alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from benchmarks import chart, figures
@@ -93,13 +94,18 @@ def goal_table(goals: Sequence[Goal]) -> str:
         [
             (
                 goal.text,
-                f"{'≤' if goal.is_ceiling else '≥'} {number(goal.limit)}{goal.unit}",
-                "–" if goal.seen is None else f"{told(goal.seen)}{goal.unit}",
+                f"{'≤' if goal.is_ceiling else '≥'} {form(goal)(goal.limit)}{goal.unit}",
+                "–" if goal.seen is None else f"{told(goal.seen, form(goal))}{goal.unit}",
                 verdicts[goal.is_reached],
             )
             for goal in goals
         ],
     )
+
+
+def form(goal: Goal) -> Callable[[float], str]:
+    """How its numbers are written: as one of so many parts, where it is about such."""
+    return part if isinstance(goal.limit, Fraction) else number
 
 
 def table(kept: Kept, cases: Sequence[Case], against: str | None) -> str:
@@ -157,6 +163,11 @@ def number(value: float) -> str:
     if abs(value) >= 10:  # noqa: PLR2004
         return f"{value:.1f}"
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+def part(value: float) -> str:
+    """A part of the whole that others need."""
+    return f"1/{1 / float(value):.3g}"
 
 
 def whole(value: float) -> str:

@@ -1,0 +1,180 @@
+"""Do the benchmarks tell what was measured? Statistics and report are pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from benchmarks import chart, figures, report, series
+from benchmarks.figures import Goal, Spread
+from benchmarks.measure import Case
+from benchmarks.protocol import Job, Meter, Reading
+
+
+def reading(cpu: float, *, messages: int = 1000, seconds: float = 1.0) -> Reading:
+    """One that took *cpu* µs for each message."""
+    return Reading(
+        messages=messages, cpu=cpu * messages / 1e6, seconds=seconds, rss=2**20, peak_rss=2**21
+    )
+
+
+def rounds(*cpu: float) -> dict[int, Reading]:
+    """Rounds of so many µs each."""
+    return {number: reading(each) for number, each in enumerate(cpu, start=1)}
+
+
+def kept(**readings: dict[int, Reading]) -> series.Kept:
+    """What a run of these has kept."""
+    return series.Kept(machine={"processor": "an abacus"}, readings=readings)
+
+
+CASE = Case(key="it", name="It", module="it", task="ack", messages=1000)
+
+
+class TestFigures:
+    """What many readings say."""
+
+    def test_a_median_tells_between_what_it_lies(self) -> None:
+        """One slow round does not move it."""
+        assert Spread(4, 3, 90) == figures.spread([90, 3, 4])
+        assert figures.spread([]) is None
+
+    def test_cpu_is_microseconds_for_a_message(self) -> None:
+        """And a rate is messages for a second."""
+        assert pytest.approx(4.5) == figures.cpu(reading(4.5))
+        assert 2000 == figures.rate(reading(1, messages=1000, seconds=0.5))
+
+    def test_a_ratio_is_taken_within_each_round(self) -> None:
+        """A round in which the machine was busy slows both, and their ratio stays."""
+        seen = figures.cpu_ratio(rounds(4, 40, 5), rounds(100, 1000, 125))
+        assert seen is not None
+        assert pytest.approx((0.04, 0.04, 0.04)) == (seen.median, seen.low, seen.high)
+
+    def test_a_round_that_one_of_them_failed_does_not_count(self) -> None:
+        """What is left has been measured by both."""
+        theirs = rounds(10, 10)
+        del theirs[1]
+        assert Spread(2, 2, 2) == figures.cpu_ratio(rounds(5, 20), theirs)
+        assert figures.cpu_ratio(rounds(5), {}) is None
+
+    @pytest.mark.parametrize(("ours", "reached"), [(6.0, True), (10.0, False), (None, None)])
+    def test_a_goal_is_reached_or_missed_or_unknown(
+        self, ours: float | None, reached: bool | None
+    ) -> None:
+        """What was not measured is not said to be reached."""
+        measured = {"aio-pika.each": rounds(130)}
+        if ours is not None:
+            measured["ours.ack"] = rounds(ours)
+        assert reached is figures.the_bar(measured)[0].is_reached
+
+    def test_some_goals_are_a_floor(self) -> None:
+        """Of messages a second, more is better."""
+        goal = Goal("speed", 0.9, Spread(0.95, 0.8, 1.0), is_ceiling=False)
+        assert goal.is_reached is True
+        assert replace(goal, seen=Spread(0.85, 0.8, 1.0)).is_reached is False
+
+    def test_every_goal_is_about_something_that_is_measured(self) -> None:
+        """A goal with a misspelt case would never be reached, and never missed."""
+        everything = {
+            case.key: rounds(1.0) for cases in series.all_sections().values() for case in cases
+        }
+        assert [] == [goal.text for goal in figures.the_bar(everything) if goal.seen is None]
+
+
+class TestReport:
+    """What a reader is told."""
+
+    def test_only_what_stands_between_the_marks_is_replaced(self) -> None:
+        """Prose is written by hand."""
+        page = f"Before.\n{report.BEGIN}\nold\n{report.END}\nAfter.\n"
+        new = report.between_marks(page, "new\n")
+        assert f"Before.\n{report.BEGIN}\n\nnew\n\n{report.END}\nAfter.\n" == new
+        assert new == report.between_marks(new, "new")
+
+    def test_a_page_without_a_place_for_figures_is_refused(self) -> None:
+        """Rather than written over."""
+        with pytest.raises(ValueError, match="no place"):
+            report.between_marks("Prose.", "new")
+
+    def test_a_line_tells_the_median_and_between_what_it_lies(self) -> None:
+        """And how much it was measured."""
+        shown = report.table(kept(it=rounds(4, 5, 16)), [CASE], None)
+        assert "| It | 5.00 (4.00–16.0) | 1,000 | 2 | 1,000 × 3 |" in shown.splitlines()
+
+    def test_what_failed_is_told_with_its_reason(self) -> None:
+        """A competitor is never dropped silently."""
+        run = kept()
+        for number in (1, 2):
+            run.take({"case": "ours.ack", "round": number, "error": "it fell over"})
+        shown = report.render(run)
+        assert "| **aio-pika-batch: all acked** | failed |" in shown
+        assert shown.endswith("### What failed\n\n- ours.ack: it fell over")
+
+    def test_what_was_missed_is_told(self) -> None:
+        """In bold, and in parts of what others need."""
+        shown = report.goal_table(figures.the_bar({"ours.ack": rounds(13), "pika": rounds(26)}))
+        assert "| ≤ 1/3 | 1/2 | **missed** |" in shown
+        assert "| ≤ 1/18 | – | not measured |" in shown
+
+    @pytest.mark.parametrize(
+        ("value", "shown"), [(0.0333, "0.033"), (4.567, "4.57"), (45.67, "45.7"), (1234.5, "1,234")]
+    )
+    def test_three_digits_are_told(self, value: float, shown: str) -> None:
+        """More would be noise."""
+        assert shown == report.number(value)
+
+    def test_a_page_and_its_charts_are_written(self, tmp_path: Path) -> None:
+        """Into a folder that need not exist."""
+        report.write(kept(pika=rounds(20)), tmp_path / "new")
+        assert "pika SelectConnection" in (tmp_path / "new" / report.FILE).read_text()
+        assert {"performance.md", "performance-consume.svg"} == {
+            path.name for path in (tmp_path / "new").iterdir()
+        }
+
+    def test_the_page_in_the_documentation_has_a_place_for_figures(self) -> None:
+        """Where a whole run writes them."""
+        page = Path(__file__).parents[2] / "docs" / report.FILE
+        assert report.between_marks(page.read_text(), "figures")
+
+
+class TestChart:
+    """What is seen at a glance."""
+
+    def test_it_is_whole_and_says_in_words_what_it_shows(self) -> None:
+        """For who cannot see it, too."""
+        drawn = chart.bars("A <title>", [chart.Bar("ours & theirs", 4.5, 4, 5, is_ours=True)])
+        root = ET.fromstring(drawn)  # noqa: S314  -- our own
+        said = [each.text for each in root if each.tag.endswith(("title", "desc"))]
+        assert ["A <title>", "ours & theirs: 4.5"] == said
+
+    @pytest.mark.parametrize(
+        ("most", "scale"), [(422, (100, 500)), (11.9, (2, 12)), (0.7, (0.2, 0.8))]
+    )
+    def test_its_scale_is_round_and_begins_at_nought(
+        self, most: float, scale: tuple[float, float]
+    ) -> None:
+        """And ends where the longest bar has room."""
+        assert pytest.approx(scale) == chart.scale(most)
+
+
+class TestMeter:
+    """When the clocks are read."""
+
+    def test_the_warm_up_is_not_measured(self) -> None:
+        """The clocks are read after it, and after so many messages more."""
+        meter = Meter(Job(url="", queue="", task="", messages=300, warmup=150))
+        assert [False, False, False, False, True] == [meter.count(100) for _ in range(5)]
+        assert meter.reading is not None
+        assert 300 == meter.reading.messages
+
+    def test_what_comes_later_changes_nothing(self) -> None:
+        """A client may hand over more than was asked for before it stops."""
+        meter = Meter(Job(url="", queue="", task="", messages=1, warmup=1))
+        meter.count(1)
+        meter.count(1)
+        first = meter.reading
+        assert meter.count(1) is True
+        assert first is meter.reading
