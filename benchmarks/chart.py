@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-WIDTH, LABELS, MARGIN, VALUES = 860, 320, 20, 64
+WIDTH, LABELS, MARGIN, VALUES = 880, 332, 20, 64
 ROW, THICK, TOP, BOTTOM = 26, 16, 56, 40
 
 _STYLE = """

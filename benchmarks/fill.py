@@ -49,7 +49,7 @@ class Filler:
     def length(self, queue: str) -> int:
         """How many messages are ready to be delivered."""
         asked = commands.Queue.Declare(queue=queue, passive=True)
-        return int(self._call(asked, commands.Queue.DeclareOk).message_count)
+        return self._call(asked, commands.Queue.DeclareOk).message_count or 0
 
     def wait(self, queue: str, at_least: int, patience: float = _PATIENCE) -> int:
         """Wait for a queue to have grown, and return its length."""
@@ -159,7 +159,7 @@ def _celery_message(queue: str, body: int) -> bytes:
 def _frames(queue: str, properties: commands.Basic.Properties, body: bytes) -> bytes:
     room = _FRAME_MAX - _FRAME_OVERHEAD
     parts = [body[start : start + room] for start in range(0, len(body), room)]
-    frames = [
+    frames: list[Frame | ContentHeader | ContentBody] = [
         commands.Basic.Publish(routing_key=queue),
         ContentHeader(body_size=len(body), properties=properties),
         *(ContentBody(part) for part in parts),

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.environments import ROOT
 
 
-def describe(broker: str) -> dict[str, str]:
+def describe(broker: str, before: str) -> dict[str, str]:
     """What a reader must know to judge the figures, in the order to be shown."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -21,8 +21,13 @@ def describe(broker: str) -> dict[str, str]:
         "kernel": f"{platform.system()} {platform.release()}",
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
         "RabbitMQ": f"{broker}, one node on the same machine, over loopback",
-        "load before": " ".join(f"{load:.1f}" for load in os.getloadavg()),
+        "load before": before,
     }
+
+
+def load() -> str:
+    """How busy it is: the average over one, five and fifteen minutes."""
+    return " ".join(f"{each:.1f}" for each in os.getloadavg())
 
 
 def _processor() -> str:

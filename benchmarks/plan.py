@@ -10,42 +10,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.measure import Case
-
-FAST, MEDIUM, SLOW = 200_000, 60_000, 20_000
-MILLION = 1_000_000
-KIB, MIB = 2**10, 2**20
-IN_HAND = 64 * MIB
-"""Most bytes of bodies in a client's hands, unless that is what is measured."""
-
-
-def _ours(key: str, name: str, task: str = "ack", messages: int = FAST, **more: Any) -> Case:  # noqa: ANN401  -- Case has the types
-    fields = {"module": "ours_batch", "is_ours": True, **more}
-    return Case(key=key, name=f"aio-pika-batch: {name}", task=task, messages=messages, **fields)
+from benchmarks.plan_ours import FAST, GROWTH, MEDIUM, MEMORY, SLOW, ours, variants
 
 
 def _theirs(key: str, name: str, module: str, task: str, messages: int, **more: Any) -> Case:  # noqa: ANN401  -- as above
     return Case(key=key, name=name, module=module, task=task, messages=messages, **more)
 
 
-def _sized(body: int, messages: int) -> dict[str, Any]:
-    """Bodies of a size, and not more of them at a time than fit in a client's hands."""
-    prefetch = max(10, min(500, IN_HAND // body))
-    return {
-        "body": body,
-        "messages": messages,
-        "prefetch": prefetch,
-        "batch": prefetch // 5,
-        "warmup": 2 * prefetch,
-    }
-
-
 CONSUME = [
-    _ours("ours.ack", "all acked"),
-    _ours("ours.observer", "all acked, observed", options={"observer": True}),
-    _ours("ours.headers", "all acked, headers read", "headers"),
-    _ours("ours.reject", "10 % NACK", "reject"),
-    _ours("ours.mixed", "1 % NACK, 10 % REQUEUE", "mixed", MEDIUM),
-    _ours("ours.single", "`Consumer`, one by one", messages=MEDIUM, module="ours_single"),
+    ours("ours.ack", "all acked"),
+    ours("ours.observer", "all acked, observed", options={"observer": True}),
+    ours("ours.headers", "all acked, headers read", "headers"),
+    ours("ours.reject", "10 % NACK", "reject"),
+    ours("ours.mixed", "1 % NACK, 10 % REQUEUE", "mixed", MEDIUM),
+    ours("ours.single", "`Consumer`, one by one", messages=MEDIUM, module="ours_single"),
     _theirs("librabbitmq", "librabbitmq (C), multiple ack", "librabbitmq", "multiple", FAST),
     _theirs("pika", "pika SelectConnection, multiple ack", "pika_select", "multiple", MEDIUM),
     _theirs(
@@ -96,7 +74,7 @@ CONSUME = [
 ]
 
 PUBLISH = [
-    _ours(
+    ours(
         "ours.publish", "`publish_many` of 100", "many", MEDIUM, module="ours_publish", fill=False
     ),
     *(
@@ -112,100 +90,13 @@ PUBLISH = [
 ]
 
 REQUEUE = [
-    _ours("ours.requeue", "all REQUEUE", "requeue", MEDIUM),
+    ours("ours.requeue", "all REQUEUE", "requeue", MEDIUM),
     _theirs(
         "aio-pika.requeue",
         "aio-pika, by hand, 100 copies at once",
         "aio_pika_consume",
         "requeue",
         SLOW,
-    ),
-]
-
-
-def variants(*, has_wire: bool) -> list[Case]:
-    """Our library beside itself; with both wires, where there are two."""
-    sizes = {
-        "64 B": _sized(64, FAST),
-        "1 KiB": _sized(KIB, FAST),
-        "64 KiB": _sized(64 * KIB, SLOW // 2),
-    }
-    wires = ["fast", "plain"] if has_wire else []
-    return [
-        *(_ours(f"asyncio-{each['body']}", f"{size}", **each) for size, each in sizes.items()),
-        *(
-            _ours(f"uvloop-{each['body']}", f"{size}, uvloop", options={"uvloop": True}, **each)
-            for size, each in sizes.items()
-        ),
-        *(
-            _ours(f"workers-{count}", f"num_workers={count}", options={"num_workers": count})
-            for count in (1, 2, 4, 8)
-        ),
-        *(
-            _ours(f"wire-{wire}", f'wire="{wire}"', messages=MEDIUM, options={"wire": wire})
-            for wire in wires
-        ),
-    ]
-
-
-GROWTH = [
-    *(
-        _ours(
-            f"batch-{batch}",
-            f"batch of {batch:,}",
-            messages=MEDIUM,
-            batch=batch,
-            prefetch=max(500, 2 * batch),
-        )
-        for batch in (1, 10, 100, 1000, 5000)
-    ),
-    *(
-        _ours(
-            f"prefetch-{count}",
-            f"prefetch of {count:,}",
-            messages=MEDIUM,
-            batch=min(100, count // 2),
-            prefetch=count,
-        )
-        for count in (10, 100, 1000, 10_000)
-    ),
-    *(
-        _ours(f"body-{body}", f"bodies of {body:,} bytes", **_sized(body, messages))
-        for body, messages in [
-            (64, FAST),
-            (KIB, FAST),
-            (16 * KIB, SLOW),
-            (128 * KIB, SLOW // 5),
-            (MIB, 400),
-            (8 * MIB, 60),
-        ]
-    ),
-    *(
-        _ours(
-            f"backlog-{backlog}",
-            f"backlog of {backlog:,}",
-            messages=backlog * 9 // 10,
-            warmup=backlog // 10,
-        )
-        for backlog in (1000, 10_000, 100_000, MILLION)
-    ),
-]
-
-MEMORY = [
-    _ours("million", "a million messages", messages=MILLION),
-    *(
-        _ours(
-            f"memory-{prefetch}-{body}",
-            f"prefetch {prefetch}, bodies of {body // KIB} KiB, slow handler",
-            "hold",
-            body=body,
-            messages=prefetch,
-            warmup=prefetch,
-            prefetch=prefetch,
-            batch=prefetch // 5,
-        )
-        for prefetch in (100, 500)
-        for body in (16 * KIB, 64 * KIB, 256 * KIB)
     ),
 ]
 

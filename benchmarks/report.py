@@ -103,7 +103,7 @@ def goal_table(goals: Sequence[Goal]) -> str:
     )
 
 
-def form(goal: Goal) -> Callable[[float], str]:
+def form(goal: Goal) -> Callable[[float | Fraction], str]:
     """How its numbers are written: as one of so many parts, where it is about such."""
     return part if isinstance(goal.limit, Fraction) else number
 
@@ -156,7 +156,7 @@ def told(
     return f"{middle} ({write_number(seen.low)}–{write_number(seen.high)})"
 
 
-def number(value: float) -> str:
+def number(value: float | Fraction) -> str:
     """Three digits that count."""
     if abs(value) >= 100:  # noqa: PLR2004
         return f"{value:,.0f}"
@@ -165,7 +165,7 @@ def number(value: float) -> str:
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
 
 
-def part(value: float) -> str:
+def part(value: float | Fraction) -> str:
     """A part of the whole that others need."""
     return f"1/{1 / float(value):.3g}"
 

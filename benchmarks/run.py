@@ -28,7 +28,7 @@ def arguments() -> argparse.Namespace:
         "--quick", action="store_true", help="few messages, one round: does it run?"
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="sections or cases")
-    parser.add_argument("--rounds", type=int, help="instead of what plan.py says")
+    parser.add_argument("--rounds", type=int, help="instead of 5, 3 or 1, as plan.py has it")
     parser.add_argument("--messages", type=int, help="at most so many in a measurement")
     parser.add_argument("--python", help="what the competitors run on; 3.12 suits all")
     parser.add_argument("--anew", action="store_true", help="make all environments anew")

@@ -73,16 +73,18 @@ def _cut(case: Case, most: int | None) -> Case:
 
 def run(wanted: Sections, rounds: int | None, interpreter: str, file: Path, *, anew: bool) -> Kept:
     """Measure everything."""
+    load = machine.load()
     missing = _environments(wanted, interpreter, anew=anew)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with broker.running() as node, connected(node.url) as filler, file.open("w") as lines:
-        kept = Kept(machine=machine.describe(node.version))
+    with broker.running() as node, file.open("w") as lines:
+        kept = Kept(machine=machine.describe(node.version, load))
         print(json.dumps({"machine": kept.machine}), file=lines, flush=True)
         for number, case in _in_turn(wanted, rounds):
             line: dict[str, object] = {"case": case.key, "round": number}
             try:
-                reading = measure(case, filler, node.url, missing)
-            except Failed as error:
+                with connected(node.url) as filler:
+                    reading = measure(case, filler, node.url, missing)
+            except (Failed, OSError, RuntimeError) as error:
                 line["error"] = str(error)
                 told = f"FAILED: {error}"
             else:
