@@ -217,12 +217,12 @@ def test_commands_exist(place: str, command: str) -> None:
     """What a reader is told to type names a session, a script, or what pip installs."""
     noxfile = (ROOT / "noxfile.py").read_text()
     sessions = set(re.findall(r"^def (\w+)\(session", noxfile, re.MULTILINE))
-    match shlex.split(command):
+    match shlex.split(command, comments=True):
         case ["python3", "-m", "pip", "install", "nox" | "."]:
             pass
         case ["python3", "-m", "nox", "-s", session, *_]:
             assert session.partition("(")[0] in sessions, place
-        case ["python", script, *_] if script.startswith("examples/"):
+        case ["python", script, *_] if script.startswith(("examples/", "benchmarks/")):
             assert (ROOT / script).is_file(), place
         case ["python3", "-m", "venv", ".venv"] | [".venv/bin/pip" | ".venv/bin/python", *_]:
             pass
