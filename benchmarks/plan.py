@@ -81,10 +81,10 @@ PUBLISH = [
         _theirs(key, name, module, task, messages, fill=False)
         for key, name, module, task, messages in [
             ("pika.100", "pika SelectConnection, 100 at once", "pika_publish", "select", MEDIUM),
-            ("pika.each", "pika BlockingConnection, each", "pika_publish", "blocking", SLOW // 2),
-            ("py-amqp.each", "py-amqp, each", "py_amqp_publish", "each", SLOW // 2),
+            ("pika.each", "pika BlockingConnection, each", "pika_publish", "blocking", SLOW // 4),
+            ("py-amqp.each", "py-amqp, each", "py_amqp_publish", "each", SLOW // 4),
             ("aio-pika.gather", "aio-pika, `gather` of 100", "aio_pika_publish", "gather", SLOW),
-            ("aio-pika.sequential", "aio-pika, each", "aio_pika_publish", "sequential", SLOW // 2),
+            ("aio-pika.sequential", "aio-pika, each", "aio_pika_publish", "sequential", SLOW // 4),
         ]
     ),
 ]
