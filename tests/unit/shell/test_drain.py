@@ -113,6 +113,19 @@ async def test_nothing_is_handed_over_if_no_slot_is_free(stage):
     assert numbered(2, 4) == stage.waiting()
 
 
+async def test_a_slow_cancellation_starts_nothing_new():
+    """While its confirmation is waited for, a handler that ends is not given another batch."""
+    script = ScriptedTransport()
+    script.on_cancel = lambda: asyncio.sleep(10)
+    consumer = Scribe(taking(3), transport=script, batch_size=2, prefetch_count=20)
+    async with consumer:
+        script.last.feed(*numbered(10))
+        await asyncio.sleep(1)
+    assert [numbered(2), numbered(2, 2)] == consumer.batches
+    assert [0, 11] == consumer.times
+    assert [("return", tuple(range(5, 11)))] == script.details("settle")[-1]
+
+
 async def test_a_drain_waits_for_confirmations():
     """A copy that is on its way is not left behind."""
     script = ScriptedTransport()

@@ -11,7 +11,16 @@ from aio_pika_batch.adapters.memory import Door, Happened, PublishFault
 from aio_pika_batch.errors import BrokerUnavailable, SessionClosed
 from aio_pika_batch.observer import Lost, Requeued, Settled
 from tests.unit.shell.doubles import ScriptedTransport, never, raising
-from tests.unit.shell.stage import REQUEUE, Scribe, Witness, ack, answering, first_then, numbered
+from tests.unit.shell.stage import (
+    REQUEUE,
+    Scribe,
+    Witness,
+    ack,
+    answering,
+    first_then,
+    numbered,
+    taking,
+)
 
 NOT_CONFIRMED = [Outcome.RETURNED, Outcome.REFUSED]
 
@@ -184,11 +193,17 @@ async def test_a_lost_session_forgets_what_it_held(jitter):
     async with Scribe(answering(REQUEUE), transport=script, batch_size=1) as consumer:
         script.last.feed(b"0")
         await asyncio.sleep(1)
+        consumer.answer = taking(3)
+        script.last.feed(*numbered(2))
+        await asyncio.sleep(1)
         script.on_open = never
         script.last.end()
         await asyncio.sleep(1)
         [worker] = consumer.status().workers
-        assert (0, None) == (worker.held, worker.oldest)
+        assert (0, 0, 1, 2) == (worker.held, worker.buffered, worker.in_hand, worker.oldest)
+        await asyncio.sleep(3)
+        [worker] = consumer.status().workers
+        assert (0, None) == (worker.in_hand, worker.oldest)
 
 
 async def test_confirmed_copies_are_acked_although_others_of_the_batch_are_not(jitter):

@@ -277,6 +277,24 @@ async def test_originals_whose_copies_are_on_their_way_do_not_fill_prefetch_for_
     assert [Trigger.SIZE] * 2 == [event.trigger for event in witness.of(BatchCut)]
 
 
+async def test_held_originals_count_against_prefetch():
+    """A batch that can grow no more, since the rest of prefetch is held, waits for nothing."""
+    script = ScriptedTransport()
+    script.outcomes = [Outcome.RETURNED] * 2
+    async with Scribe(
+        first_then(answering(REQUEUE, REQUEUE), ack),
+        transport=script,
+        batch_size=2,
+        prefetch_count=3,
+        batch_timeout=60,
+    ) as consumer:
+        script.last.feed(*numbered(2))
+        await asyncio.sleep(0.01)
+        script.last.feed(b"2")
+        await asyncio.sleep(0.01)
+        assert [numbered(2), [b"2"]] == consumer.batches
+
+
 async def test_at_info_nothing_is_said_about_single_messages(stage, caplog):
     """One line for each failed batch; none for a message above DEBUG."""
     caplog.set_level(logging.INFO)

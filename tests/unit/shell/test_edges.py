@@ -1,0 +1,90 @@
+"""What happens where a transport does what it should not?"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from aio_pika_batch import SessionLost
+from aio_pika_batch.observer import Lost, StaleResults
+from tests.unit.shell.doubles import ScriptedTransport, at_once, raising
+from tests.unit.shell.stage import (
+    ACK,
+    REQUEUE,
+    Scribe,
+    Witness,
+    ack,
+    answering,
+    first_then,
+    numbered,
+)
+
+
+@pytest.mark.parametrize("error", [SessionLost("gone"), RuntimeError("a bug")])
+async def test_a_settlement_that_fails_ends_the_session(error, jitter):
+    """Whatever it raises; the messages come back, and nothing is settled twice."""
+    script = ScriptedTransport()
+    script.on_settle = raising(error)
+    witness = Witness()
+    async with Scribe(ack, transport=script, observers=[witness], batch_size=2):
+        script.last.feed(*numbered(2))
+        await asyncio.sleep(0.1)
+        script.on_settle = at_once
+        await asyncio.sleep(5)
+        assert 2 == len(script.sessions)
+        script.last.feed(*numbered(2))
+        await asyncio.sleep(1)
+    assert [("ack", (1, 2))] == script.details("settle")[-1]
+    assert [SessionLost] == [type(event.error) for event in witness.of(Lost)]
+
+
+@pytest.mark.parametrize("error", [SessionLost("gone"), RuntimeError("a bug")])
+async def test_a_settlement_for_several_batches_that_fails_is_heard_of_by_all(error, jitter):
+    """Each of them knows that its results are stale, or ends the session."""
+    script = ScriptedTransport()
+    script.on_publish = lambda *_: asyncio.sleep(0.05)
+    script.on_settle = raising(error)
+    witness = Witness()
+    answers = first_then(answering(REQUEUE, ACK), ack, ack)
+    async with Scribe(
+        answers, transport=script, observers=[witness], batch_size=2, concurrency=3
+    ) as consumer:
+        script.last.feed(*numbered(6))
+        await asyncio.sleep(0.1)
+        script.on_settle = at_once
+        await asyncio.sleep(5)
+        assert 2 == len(script.sessions)
+        assert consumer.is_healthy
+    assert 1 == len(script.times("settle"))
+    assert 1 == len(witness.of(Lost))
+    stale = sum(event.count for event in witness.of(StaleResults))
+    assert stale == (6 if isinstance(error, SessionLost) else 0)
+
+
+async def test_a_worker_that_ends_by_itself_ends_run():
+    """Whatever the reason: nobody would consume, and nobody would know."""
+    script = ScriptedTransport()
+    consumer = Scribe(transport=script)
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+
+    class Broken(BaseException):
+        """What no worker lives through."""
+
+    script.last.end(Broken())
+    with pytest.raises(Broken):
+        await running
+    assert not consumer.is_running
+
+
+async def test_an_on_start_may_time_out_by_itself():
+    """Its own exception comes out as it is."""
+
+    class TimesOut(Scribe):
+        async def on_start(self):
+            async with asyncio.timeout(1):
+                await asyncio.sleep(3600)
+
+    with pytest.raises(TimeoutError):
+        await TimesOut(transport=ScriptedTransport()).start()
