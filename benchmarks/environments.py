@@ -18,7 +18,7 @@ FOLDER = ROOT / ".cache" / "bench"
 
 MAIN = "main"
 REQUIREMENTS: dict[str, list[str]] = {
-    MAIN: ["-e", str(ROOT), "pika", "amqp", "uvloop"],
+    MAIN: [str(ROOT), "pika", "amqp", "uvloop"],
     "faststream": ["faststream[rabbit]"],
     "celery": ["celery", "celery-batches"],
     "original": ["aio-pika-batch==0.1.0"],
@@ -49,18 +49,17 @@ def make(name: str, interpreter: str, *, anew: bool = False) -> None:
     print(f"making the environment {name!r}", file=sys.stderr, flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     _run([interpreter, "-m", "venv", str(folder)])
-    install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    _run(
-        [
-            str(python(name)),
-            *install,
-            "--upgrade",
-            "--upgrade-strategy",
-            "eager",
-            *REQUIREMENTS[name],
-        ]
-    )
+    _install(name, "--upgrade", "--upgrade-strategy", "eager", *REQUIREMENTS[name])
     stamp.write_text(wanted)
+
+
+def take_ourselves() -> None:
+    """Install this library as it is now: what is edited meanwhile is not measured.
+
+    Raises:
+        EnvironmentFailed: It cannot be built.
+    """
+    _install(MAIN, "--no-deps", "--force-reinstall", str(ROOT))
 
 
 def best_interpreter() -> str:
@@ -72,6 +71,11 @@ def best_interpreter() -> str:
         if candidate and _answers(candidate):
             return candidate
     return sys.executable
+
+
+def _install(name: str, *arguments: str) -> None:
+    pip = [str(python(name)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    _run([*pip, *arguments])
 
 
 def _answers(candidate: str) -> bool:

@@ -132,7 +132,9 @@ def run(case: Case, job: Job) -> Reading:
             process.communicate()
     lines = [line for line in printed.splitlines() if line.startswith("{")]
     if process.returncode or not lines:
-        said = [line for line in complaints.strip().splitlines() if line.strip()]
+        # What the interpreter says on its way out is not what went wrong.
+        first = complaints.partition("Exception ignored in")[0]
+        said = [line for line in first.splitlines() if line.strip()]
         raise Failed(said[-1] if said else f"ended with {process.returncode}, without a word")
     return Reading(**json.loads(lines[-1]))
 

@@ -43,6 +43,7 @@ def move_in(interpreter: str, *, anew: bool) -> None:
     if Path(sys.prefix).resolve() == (environments.FOLDER / environments.MAIN).resolve():
         return
     environments.make(environments.MAIN, interpreter, anew=anew)
+    environments.take_ourselves()
     home = str(environments.python(environments.MAIN))
     os.execv(home, [home, str(Path(__file__).resolve()), *sys.argv[1:], "--python", interpreter])  # noqa: S606  -- ourselves
 
