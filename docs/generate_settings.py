@@ -77,6 +77,7 @@ GROUPS = {
         "ssl_cafile",
         "ssl_certfile",
         "ssl_keyfile",
+        "wire",
     ),
     "Queue": (
         "queue_name",

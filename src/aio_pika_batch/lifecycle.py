@@ -294,6 +294,7 @@ class BaseConsumer(Generic[SettingsT]):
             ssl_cafile=settings.ssl_cafile,
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
+            wire=settings.wire,
         )
 
     def _seats(self) -> list[Seat]:

@@ -151,8 +151,7 @@ class ConsumerSettings(BaseSettings):
     )
     retry_count_header: Name = Field(default="x-retry-count", description="Counts the retries.")
     requeue_hold: Seconds = Field(
-        default=30.0,
-        description="How long an original is held while its copy is not confirmed.",
+        default=30.0, description="How long an original is held while its copy is not confirmed."
     )
     queue_durable: bool = Field(default=True, description="The queue survives broker restarts.")
     queue_exclusive: bool = Field(
@@ -203,13 +202,10 @@ class ConsumerSettings(BaseSettings):
     )
     connect_timeout: Seconds = Field(default=10.0, description="For one attempt to connect.")
     heartbeat: int = Field(
-        default=30,
-        ge=1,
-        le=65535,
-        description="Between signs of life; a peer that misses three is dead.",
+        default=30, ge=1, le=65535, description="A peer that is silent for three of them is dead."
     )
     publish_timeout: Seconds = Field(
-        default=10.0, description="How long a publication waits for its confirmation."
+        default=10.0, description="How long a publisher waits for the next confirmation."
     )
     reconnect_delay: Seconds = Field(
         default=0.5, description="Longest first pause before reconnecting; doubled each time."
@@ -226,6 +222,9 @@ class ConsumerSettings(BaseSettings):
     ssl_cafile: str | None = Field(default=None, description="CA certificates, PEM.")
     ssl_certfile: str | None = Field(default=None, description="Client certificate, PEM.")
     ssl_keyfile: str | None = Field(default=None, description="Its key, PEM.")
+    wire: Literal["auto", "fast", "plain"] = Field(
+        default="auto", description="Past aio-pika, or by its calls; `auto`: `fast` where possible."
+    )
 
     def __init__(self, **values: Any) -> None:  # noqa: ANN401  -- as BaseSettings has it
         _refuse_unknown(type(self), values)

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from aio_pika_batch.core.message import Headers, Message
 from aio_pika_batch.core.publication import Outcome, Outgoing
 from aio_pika_batch.core.settlement import Settlement
 from aio_pika_batch.core.topology import Topology
+
+Wire: TypeAlias = Literal["auto", "fast", "plain"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,8 @@ class Endpoint:
         heartbeat: Seconds between signs of life; a peer silent for three of them is dead.
         publish_timeout: Seconds to wait for the confirmation of a publication.
         connection_name: How the broker's management shows the connection.
+        wire: Whether messages go past the client library (`fast`), through it (`plain`), or past it
+            where that can be had (`auto`). For adapters that have such a choice.
     """
 
     url: str = field(repr=False)
@@ -38,6 +42,7 @@ class Endpoint:
     ssl_cafile: str | None = None
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
+    wire: Wire = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

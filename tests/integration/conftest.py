@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from aio_pika.abc import AbstractChannel
 
+    from aio_pika_batch.transport import Wire
     from tests.support.rabbitmq import RabbitMQ
 
 _HERE = Path(__file__).parent
@@ -106,6 +107,13 @@ def rabbitmq(broker: Broker, request: pytest.FixtureRequest) -> Iterator[RabbitM
     assert broker.node is not None
     yield broker.node
     broker.node.restore()
+
+
+@pytest.fixture(params=["fast", "plain"])
+def wire(request: pytest.FixtureRequest) -> Wire:
+    """Each way in which the adapter can carry messages."""
+    found: Wire = request.param
+    return found
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from aio_pika_batch.core.message import Message, Properties
 from aio_pika_batch.core.publication import Copy, Outcome, Publication
 from aio_pika_batch.core.topology import Queue, Topology
 from aio_pika_batch.errors import PublishError, SessionClosed
-from aio_pika_batch.transport import Endpoint, Subscription
+from aio_pika_batch.transport import Endpoint, Subscription, Wire
 
 if TYPE_CHECKING:
     from aio_pika.abc import AbstractChannel
@@ -27,9 +27,9 @@ CONFIRMED, RETURNED, REFUSED, UNKNOWN = Outcome
 
 
 @pytest.fixture
-def transport(amqp_url: str) -> AioPikaTransport:
-    """The adapter, as a consumer has it."""
-    return AioPikaTransport(Endpoint(url=amqp_url))
+def transport(amqp_url: str, wire: Wire) -> AioPikaTransport:
+    """The adapter, as a consumer has it, on either wire."""
+    return AioPikaTransport(Endpoint(url=amqp_url, wire=wire))
 
 
 @pytest.fixture
@@ -236,10 +236,10 @@ async def test_too_many_headers_are_not_sent(transport: AioPikaTransport, queue:
 
 
 async def test_silence_makes_the_outcome_unknown(
-    amqp_url: str, proxy: TcpProxy, queue: str
+    amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
 ) -> None:
     """After `publish_timeout`; and since a late confirm would be ambiguous, that was it."""
-    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), publish_timeout=0.3))
+    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), publish_timeout=0.3, wire=wire))
 
     async with transport.publisher() as publisher:
         proxy.freeze("to_client")
@@ -248,9 +248,11 @@ async def test_silence_makes_the_outcome_unknown(
         proxy.thaw()
 
 
-async def test_a_cut_makes_the_outcome_unknown(amqp_url: str, proxy: TcpProxy, queue: str) -> None:
+async def test_a_cut_makes_the_outcome_unknown(
+    amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
+) -> None:
     """Nothing is raised."""
-    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url)))
+    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), wire=wire))
 
     async with transport.publisher() as publisher:
         proxy.freeze("to_client")
@@ -263,9 +265,11 @@ async def test_a_cut_makes_the_outcome_unknown(amqp_url: str, proxy: TcpProxy, q
         assert not publisher.is_open
 
 
-async def test_a_broker_that_reads_nothing(amqp_url: str, proxy: TcpProxy, queue: str) -> None:
+async def test_a_broker_that_reads_nothing(
+    amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
+) -> None:
     """More than the buffers hold: the writer waits, and not for ever."""
-    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), publish_timeout=1))
+    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), publish_timeout=1, wire=wire))
 
     async with transport.publisher() as publisher:
         proxy.freeze()
@@ -311,12 +315,12 @@ async def test_a_call_that_is_cancelled_confuses_nobody(
 
 @pytest.mark.needs_node
 async def test_a_blocked_publisher_does_not_block_acks(
-    transport: AioPikaTransport, amqp_url: str, queue: str, rabbitmq: RabbitMQ
+    transport: AioPikaTransport, amqp_url: str, queue: str, rabbitmq: RabbitMQ, wire: Wire
 ) -> None:
     """Under a memory alarm publications wait, and are unknown in the end; a session goes on."""
     from aio_pika_batch.core.settlement import Disposition, Settlement
 
-    hasty = AioPikaTransport(Endpoint(url=amqp_url, publish_timeout=1))
+    hasty = AioPikaTransport(Endpoint(url=amqp_url, publish_timeout=1, wire=wire))
     there = Publication(b"", routing_key=queue)
     async with (
         hasty.publisher() as publisher,

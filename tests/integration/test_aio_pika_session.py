@@ -22,7 +22,7 @@ from aio_pika_batch.errors import (
     SettlementError,
     TopologyError,
 )
-from aio_pika_batch.transport import Endpoint, Subscription
+from aio_pika_batch.transport import Endpoint, Subscription, Wire
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,9 +36,9 @@ pytestmark = pytest.mark.usefixtures("queue")
 
 
 @pytest.fixture
-def transport(amqp_url: str) -> AioPikaTransport:
-    """The adapter, as a consumer has it."""
-    return AioPikaTransport(Endpoint(url=amqp_url))
+def transport(amqp_url: str, wire: Wire) -> AioPikaTransport:
+    """The adapter, as a consumer has it, on either wire."""
+    return AioPikaTransport(Endpoint(url=amqp_url, wire=wire))
 
 
 @pytest.fixture(params=["classic", "quorum"])
@@ -346,10 +346,10 @@ async def test_a_closed_channel_ends_the_session_with_the_brokers_words(
 
 
 async def test_a_cut_connection_ends_the_session(
-    amqp_url: str, proxy: TcpProxy, queue: str
+    amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
 ) -> None:
     """At once; and so does whatever is tried afterwards."""
-    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url)))
+    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), wire=wire))
 
     async with transport.session(subscription(queue)) as session:
         await publish(transport, queue, [b"1"])
@@ -361,9 +361,11 @@ async def test_a_cut_connection_ends_the_session(
                 await use
 
 
-async def test_a_silent_broker_ends_the_session(amqp_url: str, proxy: TcpProxy, queue: str) -> None:
+async def test_a_silent_broker_ends_the_session(
+    amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
+) -> None:
     """After three heartbeats; leaving takes seconds although nobody answers."""
-    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), heartbeat=1))
+    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), heartbeat=1, wire=wire))
 
     async with transport.session(subscription(queue)) as session:
         proxy.freeze("to_client")
@@ -375,10 +377,10 @@ async def test_a_silent_broker_ends_the_session(amqp_url: str, proxy: TcpProxy, 
 
 
 async def test_leaving_a_clogged_connection_takes_seconds(
-    amqp_url: str, proxy: TcpProxy, queue: str
+    amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
 ) -> None:
     """The broker reads nothing: the library's own close would wait for ever."""
-    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url)))
+    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), wire=wire))
 
     async with transport.session(subscription(queue)):
         proxy.freeze()
@@ -387,9 +389,11 @@ async def test_leaving_a_clogged_connection_takes_seconds(
 
 
 @pytest.mark.parametrize("queue", ["classic"], indirect=True)
-async def test_a_busy_connection_is_not_taken_for_dead(amqp_url: str, queue: str) -> None:
+async def test_a_busy_connection_is_not_taken_for_dead(
+    amqp_url: str, queue: str, wire: Wire
+) -> None:
     """Its library sees none of the deliveries, and must not think that nobody is there."""
-    transport = AioPikaTransport(Endpoint(url=amqp_url, heartbeat=1))
+    transport = AioPikaTransport(Endpoint(url=amqp_url, heartbeat=1, wire=wire))
     await publish(transport, queue, [b"x"])
 
     async with transport.session(subscription(queue)) as session:
@@ -400,9 +404,11 @@ async def test_a_busy_connection_is_not_taken_for_dead(amqp_url: str, queue: str
             await session.settle([settlement(Disposition.REQUEUE, messages)])
 
 
-async def test_a_cut_while_cancelling(amqp_url: str, proxy: TcpProxy, queue: str) -> None:
+async def test_a_cut_while_cancelling(
+    amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
+) -> None:
     """Whoever waits for the confirmation learns that there is none."""
-    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url)))
+    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), wire=wire))
 
     async with transport.session(subscription(queue)) as session:
         proxy.freeze("to_client")

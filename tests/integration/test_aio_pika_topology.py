@@ -22,7 +22,7 @@ from aio_pika_batch.errors import (
     TopologyError,
     TransportError,
 )
-from aio_pika_batch.transport import Endpoint, Subscription
+from aio_pika_batch.transport import Endpoint, Subscription, Wire
 from tests.support.ports import LOCALHOST, free_port
 
 if TYPE_CHECKING:
@@ -164,10 +164,12 @@ async def test_what_cannot_work_is_refused_at_once(wrong: dict[str, str]) -> Non
         open_transport(Endpoint(**wrong))
 
 
-async def test_the_connection_has_a_name_and_a_heartbeat(amqp_url: str) -> None:
+async def test_the_connection_has_a_name_and_a_heartbeat(amqp_url: str, wire: Wire) -> None:
     """Asked for in the settings, or in the URL, which goes first."""
     for url, name in ((amqp_url, "mine"), (f"{amqp_url}?name=theirs&heartbeat=7", "theirs")):
-        transport = AioPikaTransport(Endpoint(url=url, connection_name="mine", heartbeat=5))
+        transport = AioPikaTransport(
+            Endpoint(url=url, connection_name="mine", heartbeat=5, wire=wire)
+        )
         async with transport.publisher() as publisher:
             below = publisher._link.connection.transport.connection
             assert (7 if name == "theirs" else 5) == below.connection_tune.heartbeat
@@ -284,9 +286,9 @@ async def test_plain_where_there_is_tls(tls: tuple[str, str]) -> None:
 
 
 @pytest.fixture
-def transport(amqp_url: str) -> AioPikaTransport:
-    """The adapter, as a consumer has it."""
-    return AioPikaTransport(Endpoint(url=amqp_url))
+def transport(amqp_url: str, wire: Wire) -> AioPikaTransport:
+    """The adapter, as a consumer has it, on either wire."""
+    return AioPikaTransport(Endpoint(url=amqp_url, wire=wire))
 
 
 async def test_declaring_makes_messages_arrive(
@@ -445,14 +447,16 @@ async def test_an_exclusive_queue_lives_with_its_session(
 
 
 @pytest.mark.needs_node
-async def test_a_user_without_permissions(amqp_url: str, rabbitmq: RabbitMQ, name: str) -> None:
+async def test_a_user_without_permissions(
+    amqp_url: str, rabbitmq: RabbitMQ, name: str, wire: Wire
+) -> None:
     """At the door, and inside."""
     await asyncio.to_thread(rabbitmq.rabbitmqctl, "add_user", name, "pass")
     url = changed(amqp_url, user=name, password="pass")
     assert "give the user permissions in the virtual host '/'" in await refusal(url, AccessRefused)
 
     await asyncio.to_thread(rabbitmq.rabbitmqctl, "set_permissions", name, "", "", "")
-    transport = AioPikaTransport(Endpoint(url=url))
+    transport = AioPikaTransport(Endpoint(url=url, wire=wire))
     text = await refused(transport, Topology(queues=(Queue(name),)))
     assert "403 ACCESS_REFUSED" in text
     assert "permission" in text

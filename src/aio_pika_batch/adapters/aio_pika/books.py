@@ -75,7 +75,7 @@ class Books:
     def __len__(self) -> int:
         return len(self._open)
 
-    def enter(self, entry: Entry) -> None:
+    def enter(self, entry: Entry) -> int:
         """Note a publication; the channel numbers them from 1, as we do."""
         self._last = number = self._last + 1
         self._open[number] = entry
@@ -84,6 +84,11 @@ class Books:
             self._routes[entry.route] = {number: entry}
         else:
             route[number] = entry
+        return number
+
+    def close(self, number: int, outcome: Outcome) -> None:
+        """End a publication whose outcome was learnt otherwise; a return weighs more."""
+        self._close(number, outcome)
 
     def confirm(self, confirm: Confirm) -> None:
         """Take the broker's word on one publication, or on all up to it."""

@@ -20,15 +20,24 @@ from yarl import URL
 from aio_pika_batch.adapters.aio_pika.edge import describe, within
 from aio_pika_batch.adapters.aio_pika.events import Cut, Malformed
 from aio_pika_batch.adapters.aio_pika.refusals import refused_connection
-from aio_pika_batch.adapters.aio_pika.tap import Tap
-from aio_pika_batch.errors import AccessRefused, BrokerUnavailable, TransportError
+from aio_pika_batch.adapters.aio_pika.said import said
+from aio_pika_batch.adapters.aio_pika.untapped import Untapped
+from aio_pika_batch.adapters.aio_pika.wires import NOT_ASKED, new_tap, why_no_tap, without
+from aio_pika_batch.errors import (
+    AccessRefused,
+    BrokerUnavailable,
+    ConfigurationError,
+    TransportError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aiormq.abc import AbstractChannel
 
+    from aio_pika_batch.adapters.aio_pika.tap import Tap
     from aio_pika_batch.adapters.aio_pika.urls import Address
+    from aio_pika_batch.adapters.aio_pika.wires import Line
     from aio_pika_batch.transport import Endpoint
 
 CLOSE_TIMEOUT = 3.0
@@ -38,19 +47,44 @@ CLOSE_TIMEOUT = 3.0
 class TappedConnection(aio_pika.Connection):
     """aio-pika's own, on a socket that the tap opens."""
 
-    def __init__(self, url: URL, tap: Tap, client_properties: dict[str, Any]) -> None:
+    def __init__(self, url: URL, tap: Tap | None, client_properties: dict[str, Any]) -> None:
         super().__init__(url, client_properties=client_properties)
-        # What stands here goes on to aiormq.
-        self.kwargs["transport_factory"] = tap
+        if tap is not None:
+            # What stands here goes on to aiormq.
+            self.kwargs["transport_factory"] = tap
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One open connection."""
+    """One open connection.
+
+    Attributes:
+        tap: Where it could be installed.
+        untapped: Stands in for it where it could not.
+        is_fast: Whether messages go past the client library.
+    """
 
     address: Address
     connection: aio_pika.Connection
-    tap: Tap
+    tap: Tap | None
+    untapped: Untapped | None
+    heartbeat: int
+    is_fast: bool
+
+    @property
+    def line(self) -> Line:
+        """What is known of the connection."""
+        line: Line | None = self.tap or self.untapped
+        assert line is not None  # noqa: S101  -- one or the other
+        return line
+
+    @property
+    def frame_max(self) -> int:
+        """The largest frame that may be sent."""
+        if self.tap is not None:
+            return self.tap.frame_max
+        transport = self.connection.transport
+        return transport.connection.connection_tune.frame_max if transport is not None else 0
 
     async def channel(self, *, confirms: bool = False) -> AbstractChannel:
         """Open a channel of the library below aio-pika. Raises what that raises."""
@@ -61,9 +95,12 @@ class Link:
 
     async def close(self) -> None:
         """Close it, in good order if the broker answers soon, and in any case."""
-        if isinstance(self.tap.end, Cut | Malformed):
-            self.tap.abort()
-        await within(CLOSE_TIMEOUT, self.connection.close(), self.tap.abort)
+        line = self.line
+        if isinstance(line.end, Cut | Malformed):
+            line.abort()
+        await within(CLOSE_TIMEOUT, self.connection.close(), line.abort)
+        if self.untapped is not None:
+            self.untapped.abort()
 
 
 class _UnknownHost(AccessRefused):
@@ -102,7 +139,9 @@ async def open_link(endpoint: Endpoint, addresses: Sequence[Address]) -> Link:
 
 async def _open(endpoint: Endpoint, address: Address) -> Link:
     heartbeat = int(address.options.get("heartbeat", endpoint.heartbeat))
-    tap = Tap(heartbeat)
+    tap = new_tap(heartbeat)
+    untapped = Untapped()
+    line: Line = tap or untapped
     name = address.options.get("name", endpoint.connection_name)
     connection = TappedConnection(
         _url(endpoint, address, heartbeat), tap, {"connection_name": name}
@@ -117,16 +156,25 @@ async def _open(endpoint: Endpoint, address: Address) -> Link:
             raise
 
     try:
-        answered = await within(endpoint.connect_timeout, connect(), tap.abort)
+        answered = await within(endpoint.connect_timeout, connect(), line.abort)
     except asyncio.CancelledError:
         await connection.close()
         raise
     if answered and not outcome:
-        return Link(address, connection, tap)
-    await within(CLOSE_TIMEOUT, connection.close(), tap.abort)
+        if tap is not None and tap.is_installed:
+            return Link(address, connection, tap, None, heartbeat, endpoint.wire != "plain")
+        try:
+            without(endpoint, why_no_tap() or NOT_ASKED)
+        except ConfigurationError:
+            await within(CLOSE_TIMEOUT, connection.close(), line.abort)
+            raise
+        if connection.transport is not None:
+            untapped.follow(connection.transport.connection)
+        return Link(address, connection, None, untapped, heartbeat, is_fast=False)
+    await within(CLOSE_TIMEOUT, connection.close(), line.abort)
     cause = outcome[0] if outcome else None
     if answered:
-        raise _why(tap, address, cause) from cause
+        raise _why(line, address, cause) from cause
     seconds = f"{endpoint.connect_timeout:g} s"
     raise _unavailable(address, f"no answer within {seconds}") from cause
 
@@ -152,9 +200,9 @@ def _url(endpoint: Endpoint, address: Address, heartbeat: int) -> URL:
     )
 
 
-def _why(tap: Tap, address: Address, error: BaseException | None) -> TransportError:
+def _why(line: Line, address: Address, error: BaseException | None) -> TransportError:
     """What went wrong: the broker's own words are best, then the first cause that we know."""
-    closed = tap.closed_by_broker
+    closed = line.closed_by_broker or said(error)
     if closed is not None:
         return refused_connection(closed.code, closed.text, address)
     cause = error

@@ -17,6 +17,7 @@ from aio_pika_batch.adapters.aio_pika.connection import Link, open_link
 from aio_pika_batch.adapters.aio_pika.edge import describe, translated
 from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, ConnectionClosed
 from aio_pika_batch.adapters.aio_pika.refusals import NOT_FOUND, refused_entity
+from aio_pika_batch.adapters.aio_pika.said import said
 from aio_pika_batch.core.topology import QUEUE_TYPE, Binding, Exchange, Queue, Topology
 from aio_pika_batch.errors import BrokerUnavailable, TopologyError, TransportError
 
@@ -92,7 +93,7 @@ class _Desk:
                 async with asyncio.timeout(self._timeout):
                     if self._channel is None:
                         self._channel = await self.link.channel()
-                        self.link.tap.watch(self._channel.number, self._heard)
+                        self.link.line.watch(self._channel, self._heard)
                     await _request(self._channel, entity, passive=passive)
         except TransportError:
             if self._refusal is None:
@@ -105,6 +106,8 @@ class _Desk:
 
     def _failed(self, entity: Entity, error: BaseException) -> Exception:
         what = f"{_name(entity)} at {self.link.address}"
+        if self._refusal is None:
+            self._refusal = said(error)
         match error:
             case TypeError() | ValueError():
                 # Of the client library, before it has sent anything.

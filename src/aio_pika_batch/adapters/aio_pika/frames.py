@@ -2,7 +2,8 @@
 
 Pure and synchronous: bytes in, events out. It splits from the first byte of a connection on, since
 it could not know later where a frame begins. Of one tapped channel it takes out what travels in
-bulk: deliveries, or confirms and returns. Everything else passes through, untouched and in order.
+bulk: deliveries, or confirms and returns. Everything else passes through, untouched and in order;
+only a guarded channel's deliveries pass without what the client library need not decode.
 
 Laws:
 
@@ -28,6 +29,7 @@ from aio_pika_batch.adapters.aio_pika.events import (
     PassThrough,
     Returned,
 )
+from aio_pika_batch.adapters.aio_pika.guard import Guard
 from aio_pika_batch.adapters.aio_pika.ordinary import (
     BASIC_DELIVER,
     BODY,
@@ -90,6 +92,8 @@ class Splitter:
         self._channel = -1
         self._deliveries: OrdinaryDeliveries | None = None
         self._confirms: OrdinaryConfirms | None = None
+        self._takes_returns = False
+        self._guard: Guard | None = None
         self._content: _Content | None = None
         self._greeted = False
         self._broken = False
@@ -111,8 +115,19 @@ class Splitter:
 
     def tap_publisher(self, channel: int) -> None:
         """From now on, take confirms and returns out."""
-        self.watch(channel)
+        self.tap_returns(channel)
         self._confirms = OrdinaryConfirms(channel)
+
+    def tap_returns(self, channel: int) -> None:
+        """From now on, take returns out, which the client library cannot tell apart."""
+        self.watch(channel)
+        self._takes_returns = True
+
+    def guard(self, channel: int) -> Guard:
+        """From now on, let deliveries pass without routes and properties, which are kept here."""
+        self.watch(channel)
+        self._guard = Guard()
+        return self._guard
 
     def watch(self, channel: int) -> None:
         """From now on, tell when the broker closes this channel, and take nothing out."""
@@ -122,7 +137,8 @@ class Splitter:
     def untap(self) -> None:
         """Let everything pass through."""
         self._channel = -1
-        self._deliveries = self._confirms = self._content = None
+        self._deliveries = self._confirms = self._content = self._guard = None
+        self._takes_returns = False
 
     def feed(self, data: bytes) -> list[Event]:
         """Take in what one read has brought."""
@@ -219,6 +235,8 @@ class Splitter:
             self._events.append(ConnectionClosed(*_code_and_text(frame)))
 
     def _sort(self, kind: int, frame: bytes) -> None:
+        if self._guard is not None:
+            frame = self._guard.pass_on(kind, frame)
         if kind == METHOD:
             self._sort_method(_method_of(frame), frame)
         elif self._content is None:
@@ -241,7 +259,7 @@ class Splitter:
             if frame.startswith(deliveries.constant, 7) and len(frame) > deliveries.route_at:
                 self._content = _Content(frame)
                 return
-        elif method == _BASIC_RETURN and self._confirms is not None:
+        elif method == _BASIC_RETURN and self._takes_returns:
             self._content = _Content(frame)
             return
         elif method == _BASIC_CANCEL and deliveries is not None:

@@ -1,14 +1,15 @@
 """How are many messages published at once, and each one's fate known?
 
-Packed into one write, on a channel in confirm mode, with books of our own. Its connection is its
-own, too: under a memory alarm the broker stops reading from a connection that has published, and
-acks on it would wait with the publications.
+On a channel in confirm mode, with books of our own; how they are sent is the wire's. Its connection
+is its own, too: under a memory alarm the broker stops reading from a connection that has published,
+and acks on it would wait with the publications.
 
 Laws:
 
 - Nothing is raised for what the world does: it is an
   :class:`~aio_pika_batch.core.publication.Outcome`.
 - Once one outcome is in doubt, the publisher takes no more: its successor begins with empty books.
+- A call's time runs out in silence only: with each confirm that is heard it begins anew.
 - Nothing is written on a channel that the broker has closed.
 """
 
@@ -17,12 +18,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from contextlib import asynccontextmanager
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.adapters.aio_pika.books import Books, Call, Entry
-from aio_pika_batch.adapters.aio_pika.connection import CLOSE_TIMEOUT, Link, open_link
+from aio_pika_batch.adapters.aio_pika.connection import CLOSE_TIMEOUT, Link
 from aio_pika_batch.adapters.aio_pika.edge import describe, translated, within
 from aio_pika_batch.adapters.aio_pika.events import (
     ChannelClosed,
@@ -33,7 +34,7 @@ from aio_pika_batch.adapters.aio_pika.events import (
     Malformed,
     Returned,
 )
-from aio_pika_batch.adapters.aio_pika.packing import fits, pack_content, publish_method
+from aio_pika_batch.adapters.aio_pika.packing import fits, publish_method
 from aio_pika_batch.adapters.aio_pika.properties import encode
 from aio_pika_batch.adapters.aio_pika.refusals import (
     ACCESS_REFUSED,
@@ -41,55 +42,37 @@ from aio_pika_batch.adapters.aio_pika.refusals import (
     PRECONDITION_FAILED,
     refused_entity,
 )
+from aio_pika_batch.adapters.aio_pika.said import said
 from aio_pika_batch.adapters.aio_pika.splice import splice
 from aio_pika_batch.adapters.aio_pika.tables import encode_text
 from aio_pika_batch.core.publication import Copy, Outcome
 from aio_pika_batch.errors import BrokerUnavailable, PublishError, SessionClosed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import Callable, Sequence
 
     from aiormq.abc import AbstractChannel
 
     from aio_pika_batch.adapters.aio_pika.events import Event
-    from aio_pika_batch.adapters.aio_pika.urls import Address
     from aio_pika_batch.core.publication import Outgoing
-    from aio_pika_batch.transport import Endpoint
 
 _log = logging.getLogger("aio_pika_batch.publisher")
-
-WRITE_SIZE = 1 << 20
-"""Bytes that are packed at a time: a thousand large messages need not stand in memory twice."""
 
 _LARGEST_BODY = re.compile(r"configured max size (\d+)")
 
 
-@asynccontextmanager
-async def open_publisher(
-    endpoint: Endpoint, addresses: Sequence[Address]
-) -> AsyncIterator[AioPikaPublisher]:
-    """Connect, open a channel in confirm mode, and in the end close both."""
-    link = await open_link(endpoint, addresses)
-    publisher = AioPikaPublisher(link, endpoint.publish_timeout)
-    try:
-        await publisher.open(endpoint.connect_timeout)
-        yield publisher
-    finally:
-        await publisher.close()
-
-
-class AioPikaPublisher:
-    """Implements :class:`~aio_pika_batch.transport.Publisher`."""
+class AioPikaPublisher(ABC):
+    """Implements :class:`~aio_pika_batch.transport.Publisher`, but for the sending."""
 
     def __init__(self, link: Link, timeout: float) -> None:
         self._link = link
-        self._tap = link.tap
         self._timeout = timeout
         self._user = encode_text(link.address.user)
         self._loop = asyncio.get_running_loop()
         self._channel: AbstractChannel | None = None
         self._number = 0
         self._books = Books()
+        self._limits: set[asyncio.Timeout] = set()
         self._is_open = False
         self._closed = False
 
@@ -98,7 +81,7 @@ class AioPikaPublisher:
         address = self._link.address
 
         def failed(error: BaseException) -> Exception:
-            closed = self._tap.closed_by_broker
+            closed = self._link.line.closed_by_broker or said(error)
             if closed is not None:
                 return refused_entity(closed.code, closed.text, "a channel", address)
             return BrokerUnavailable(
@@ -109,7 +92,7 @@ class AioPikaPublisher:
             async with asyncio.timeout(timeout):
                 self._channel = channel = await self._link.channel(confirms=True)
         self._number = channel.number
-        self._tap.publish(channel.number, self._heard)
+        self._attach(channel)
         self._is_open = True
 
     @property
@@ -128,9 +111,13 @@ class AioPikaPublisher:
         # All of it is packed before any of it is sent: a header of the wrong type sends nothing.
         packed = [self._pack(publication) for publication in publications]
         try:
-            async with asyncio.timeout(self._timeout):
-                await self._write(call, publications, packed)
-                await done
+            async with asyncio.timeout(self._timeout) as limit:
+                self._limits.add(limit)
+                try:
+                    await self._write(call, publications, packed)
+                    await done
+                finally:
+                    self._limits.discard(limit)
         except TimeoutError:
             # A confirm that comes later belongs to nobody.
             self._is_open = False
@@ -139,14 +126,19 @@ class AioPikaPublisher:
     async def close(self) -> None:
         """Close channel and connection. Never raises, but for the cancellation of its task."""
         self._closed = True
-        self._end(_unknown)
+        self._end(unknown)
         try:
-            if self._channel is not None and self._tap.end is None:
-                await within(CLOSE_TIMEOUT, self._channel.close(), self._tap.abort)
+            line = self._link.line
+            if self._channel is not None and line.end is None:
+                await within(CLOSE_TIMEOUT, self._channel.close(), line.abort)
         finally:
             await self._link.close()
 
     # --- writing -----------------------------------------------------------------------
+
+    @abstractmethod
+    def _attach(self, channel: AbstractChannel) -> None:
+        """Have what the broker says on this channel told to `_heard`."""
 
     def _pack(self, publication: Outgoing) -> tuple[bytes, bytes] | None:
         """Pack method and properties; None if a copy's have become too large for a frame."""
@@ -157,11 +149,11 @@ class AioPikaPublisher:
             publication.routing_key,
             mandatory=publication.mandatory,
         )
-        if fits(properties, self._tap.frame_max):
+        if fits(properties, self._link.frame_max):
             return method, properties
         text = (
             f"the properties of a message to {publication.exchange!r} have {len(properties)} bytes;"
-            f" they must fit into one frame of {self._tap.frame_max}"
+            f" they must fit into one frame of {self._link.frame_max}"
         )
         if not isinstance(publication, Copy):
             raise PublishError(text)
@@ -179,53 +171,21 @@ class AioPikaPublisher:
             values = replace(values, user_id=None)
         return encode(values)
 
+    @abstractmethod
     async def _write(
         self,
         call: Call,
         publications: Sequence[Outgoing],
         packed: Sequence[tuple[bytes, bytes] | None],
     ) -> None:
-        parts: list[bytes] = []
-        entries: list[Entry] = []
-        size = 0
-        for index, (publication, pack) in enumerate(zip(publications, packed, strict=True)):
-            if pack is None:
-                call.settle(index, Outcome.REFUSED)
-                continue
-            method, properties = pack
-            body = publication.body
-            parts.append(method)
-            parts.extend(pack_content(self._number, properties, body, self._tap.frame_max))
-            route = (encode_text(publication.exchange), encode_text(publication.routing_key))
-            entries.append(Entry(call, index, route, properties, body))
-            size += len(body)
-            if size >= WRITE_SIZE:
-                await self._send(parts, entries)
-                parts, entries, size = [], [], 0
-        if entries:
-            await self._send(parts, entries)
-
-    async def _send(self, parts: list[bytes], entries: list[Entry]) -> None:
-        if not self._is_open or not self._tap.write(b"".join(parts)):
-            self._is_open = False
-            for entry in entries:
-                entry.call.settle(entry.index, Outcome.UNKNOWN)
-            return
-        # In the same moment, so that the numbers are the channel's, whoever else publishes.
-        for entry in entries:
-            self._books.enter(entry)
-        if self._tap.is_clogged:
-            try:
-                with translated(lambda error: BrokerUnavailable(describe(error))):
-                    await self._tap.drain()
-            except BrokerUnavailable:
-                self._end(_unknown)
+        """Send, and enter into the books; what could not be packed is refused."""
 
     # --- what the wire tells -------------------------------------------------------------
 
     def _heard(self, event: Event) -> None:
         match event:
             case Confirms(confirms):
+                self._not_silent()
                 for confirm in confirms:
                     self._books.confirm(confirm)
             case Returned():
@@ -234,10 +194,17 @@ class AioPikaPublisher:
                 _log.warning("the broker closed a publisher's channel: %s %s", code, text)
                 self._end(_Verdict(code, text, alone=len(self._books) == 1))
             case ConnectionClosed() | Malformed() | Cut() | ChannelGone():
-                self._end(_unknown)
+                self._end(unknown)
             case _:
                 # Nothing is consumed on this channel.
                 pass
+
+    def _not_silent(self) -> None:
+        """The broker has confirmed something: whoever waits may wait on."""
+        deadline = self._loop.time() + self._timeout
+        for limit in self._limits:
+            if not limit.expired():
+                limit.reschedule(deadline)
 
     def _end(self, outcome: Callable[[Entry], Outcome]) -> None:
         self._is_open = False
@@ -268,7 +235,8 @@ class _Verdict:
         return Outcome.UNKNOWN
 
 
-def _unknown(_: Entry) -> Outcome:
+def unknown(_: Entry) -> Outcome:
+    """What is true of any publication of which nothing was heard."""
     return Outcome.UNKNOWN
 
 

@@ -20,6 +20,7 @@ from aio_pika_batch.adapters.aio_pika.connection import Link, open_link
 from aio_pika_batch.adapters.aio_pika.declare import declare_on
 from aio_pika_batch.adapters.aio_pika.edge import describe, translated, within
 from aio_pika_batch.adapters.aio_pika.fast import FastWire
+from aio_pika_batch.adapters.aio_pika.plain import PlainWire
 from aio_pika_batch.adapters.aio_pika.properties import decode, decode_route
 from aio_pika_batch.core.ledger import Ledger
 from aio_pika_batch.core.message import Message, Properties
@@ -87,7 +88,11 @@ class AioPikaSession:
     def __init__(self, link: Link, subscription: Subscription) -> None:
         self._link = link
         self._subscription = subscription
-        self._wire: Wire = FastWire(link, self)
+        self._wire: Wire = (
+            FastWire(link, link.tap, self)
+            if link.is_fast and link.tap is not None
+            else PlainWire(link, self)
+        )
         self._loop = asyncio.get_running_loop()
         self._ledger = Ledger()
         self._pending: list[Message] = []
@@ -188,7 +193,7 @@ class AioPikaSession:
             self._opening_native.cancel()
         try:
             if self._lost is None:
-                await within(WIND_UP_TIMEOUT, self._wind_up(), self._link.tap.abort)
+                await within(WIND_UP_TIMEOUT, self._wind_up(), self._link.line.abort)
         finally:
             await self._link.close()
 
@@ -211,7 +216,8 @@ class AioPikaSession:
         with translated(
             lambda error: SessionLost(f"no native channel could be opened: {describe(error)}")
         ):
-            channel = await self._link.connection.channel()
+            # A publish that no queue takes shall not be lost in silence.
+            channel = await self._link.connection.channel(on_return_raises=True)
             queue = await channel.get_queue(self._subscription.queue, ensure=False)
             return Native(channel, queue)
 

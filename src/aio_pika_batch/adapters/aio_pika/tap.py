@@ -32,10 +32,12 @@ from aio_pika_batch.adapters.aio_pika.frames import Splitter
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aiormq.abc import AbstractChannel
     from aiormq.connection import SSLContextProvider
     from yarl import URL
 
     from aio_pika_batch.adapters.aio_pika.events import Event
+    from aio_pika_batch.adapters.aio_pika.guard import Guard
     from aio_pika_batch.core.message import Source
 
     Listener = Callable[[Event], None]
@@ -92,6 +94,11 @@ class Tap(TransportFactory):
     # --- for the channel that is tapped ----------------------------------------
 
     @property
+    def is_installed(self) -> bool:
+        """Whether the library has asked for its socket here."""
+        return self._writer is not None
+
+    @property
     def frame_max(self) -> int:
         """The largest frame that may be sent."""
         return self._splitter.frame_max
@@ -106,9 +113,19 @@ class Tap(TransportFactory):
         self._splitter.tap_publisher(channel)
         self._listener = listener
 
-    def watch(self, channel: int, listener: Listener) -> None:
+    def returns(self, channel: int, listener: Listener) -> None:
+        """Take out returns only, and tell when the broker closes this channel."""
+        self._splitter.tap_returns(channel)
+        self._listener = listener
+
+    def guard(self, channel: int, listener: Listener) -> Guard:
+        """Take out nothing, but keep from the library what it may be unable to decode."""
+        self._listener = listener
+        return self._splitter.guard(channel)
+
+    def watch(self, channel: AbstractChannel, listener: Listener) -> None:
         """Only tell when the broker closes this channel."""
-        self._splitter.watch(channel)
+        self._splitter.watch(channel.number)
         self._listener = listener
 
     def write(self, data: bytes) -> bool:

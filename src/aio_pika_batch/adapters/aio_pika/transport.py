@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.adapters.aio_pika.declare import declare
-from aio_pika_batch.adapters.aio_pika.publisher import open_publisher
+from aio_pika_batch.adapters.aio_pika.publishers import open_publisher
 from aio_pika_batch.adapters.aio_pika.session import open_session
 from aio_pika_batch.adapters.aio_pika.urls import parse
+from aio_pika_batch.adapters.aio_pika.wires import check
 from aio_pika_batch.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class AioPikaTransport:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._addresses = parse(endpoint.url)
+        check(endpoint)
         for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
             file = getattr(endpoint, name)
             if file is not None and not Path(file).is_file():

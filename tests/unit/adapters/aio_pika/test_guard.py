@@ -1,0 +1,151 @@
+"""Does a guarded library get all that it has to carry, and nothing that it may choke on?"""
+
+from __future__ import annotations
+
+import struct
+from itertools import pairwise
+from typing import Any
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pamqp import commands
+from pamqp.frame import unmarshal
+
+from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, PassThrough, Returned
+from aio_pika_batch.adapters.aio_pika.frames import Splitter
+from tests.unit.adapters.aio_pika.spoken import (
+    CHANNEL,
+    HEARTBEAT,
+    TAG,
+    delivery,
+    method,
+    raw_properties,
+    returned,
+)
+
+ELSEWHERE = 7
+POISON = struct.pack(">H", 1 << 10) + b"\x03\xff\xfe\xfd"
+
+
+def short(text: bytes) -> bytes:
+    """A short string on the wire."""
+    return bytes((len(text),)) + text
+
+
+def framed(kind: int, payload: bytes) -> bytes:
+    """A frame of the channel, whatever is in it."""
+    return struct.pack(">BHI", kind, CHANNEL, len(payload)) + payload + b"\xce"
+
+
+def spoken(tag: int, route: bytes, properties: bytes, body: bytes) -> list[bytes]:
+    """The frames of a delivery, byte by byte: pamqp would not write poison."""
+    deliver = struct.pack(">HH", 60, 60) + short(TAG.encode()) + struct.pack(">QB", tag, 1) + route
+    header = struct.pack(">HHQ", 60, 0, len(body)) + properties
+    bodies = [framed(3, body[at : at + 10]) for at in range(0, len(body), 10)]
+    return [framed(1, deliver), framed(2, header), *bodies]
+
+
+def cut(stream: bytes, cuts: list[int]) -> list[bytes]:
+    """The stream in pieces."""
+    at = sorted({0, *(each % (len(stream) + 1) for each in cuts), len(stream)})
+    return [stream[start:stop] for start, stop in pairwise(at)]
+
+
+def passed(splitter: Splitter, pieces: list[bytes]) -> bytes:
+    """What goes on to the library."""
+    events = [event for piece in pieces for event in splitter.feed(piece)]
+    assert all(isinstance(event, PassThrough) for event in events), events
+    return b"".join(
+        frame for event in events if isinstance(event, PassThrough) for frame in event.frames
+    )
+
+
+routes = st.tuples(st.binary(max_size=20), st.binary(max_size=20)).map(
+    lambda names: short(names[0]) + short(names[1])
+)
+deliveries = st.tuples(routes, st.binary(max_size=40), st.binary(max_size=35))
+others = st.sampled_from(
+    [
+        HEARTBEAT,
+        method(commands.Basic.QosOk()),
+        method(commands.Basic.CancelOk(TAG)),
+        method(commands.Channel.Flow(active=True), ELSEWHERE),
+        b"".join(delivery(5, b"theirs", channel=ELSEWHERE, routing_key="k")),
+    ]
+)
+
+
+@given(st.lists(deliveries | others, max_size=8), st.lists(st.integers(0, 10_000), max_size=20))
+@example([(short(b"") + short(b"\xff"), POISON, b"body"), HEARTBEAT], [])
+@example([(short(b"") + short(b""), b"", b"")], [30, 31, 32])
+def test_only_routes_and_properties_stay(story: list[Any], cuts: list[int]) -> None:
+    """Of each delivery, by its tag and as they came; all else goes on byte for byte."""
+    stream, expected = b"", b""
+    kept = {}
+    for tag, each in enumerate(story, 1):
+        if isinstance(each, bytes):
+            stream += each
+            expected += each
+        else:
+            route, properties, body = each
+            kept[tag] = (route, properties)
+            stream += b"".join(spoken(tag, route, properties, body))
+            expected += b"".join(spoken(tag, b"\0\0", b"\0\0", body))
+    splitter = Splitter()
+    guard = splitter.guard(CHANNEL)
+
+    assert expected == passed(splitter, cut(stream, cuts))
+    assert len(kept) == len(guard)
+    assert kept == {tag: guard.take(tag) for tag in kept}
+    assert len(guard) == 0
+    assert guard.take(1) is None
+
+
+@given(routes, st.binary(max_size=40))
+def test_what_goes_on_can_be_decoded(route: bytes, properties: bytes) -> None:
+    """Whatever was published: the library reads tag, flag and body, and has nothing to choke on."""
+    splitter = Splitter()
+    splitter.guard(CHANNEL)
+    stream = passed(splitter, [b"".join(spoken(9, route, properties, b"body"))])
+
+    used, _, deliver = unmarshal(stream)
+    more, _, header = unmarshal(stream[used:])
+    _, _, body = unmarshal(stream[used + more :])
+    assert (9, True, "", "") == (
+        deliver.delivery_tag,
+        deliver.redelivered,
+        deliver.exchange,
+        deliver.routing_key,
+    )
+    assert (4, None, b"body") == (header.body_size, header.properties.message_id, body.value)
+
+
+def test_a_guarded_channel_that_is_closed_is_told_and_passed_on() -> None:
+    """In the middle of a message too; its number may be used again, and is not guarded then."""
+    splitter = Splitter()
+    guard = splitter.guard(CHANNEL)
+    frames = spoken(1, b"\0\0", POISON, b"body")
+    close = method(commands.Channel.Close(406, "PRECONDITION_FAILED", 60, 80))
+
+    events = splitter.feed(frames[0] + close)
+
+    assert ChannelClosed(406, "PRECONDITION_FAILED") in events
+    assert close == b"".join(events[-1].frames)
+    assert b"".join(frames) == passed(splitter, [b"".join(frames)])
+    assert len(guard) == 0
+
+
+def test_returns_are_taken_out_and_confirms_are_not() -> None:
+    """The library would match them by message id, and be wrong."""
+    splitter = Splitter()
+    splitter.tap_returns(CHANNEL)
+    properties = commands.Basic.Properties(message_id="same")
+    ack = method(commands.Basic.Ack(1))
+
+    events = splitter.feed(b"".join(returned(b"body", "e", "k", properties)) + ack)
+
+    raw = raw_properties(message_id="same")
+    assert [
+        Returned(312, "NO_ROUTE", b"e", b"k", raw, b"body"),
+        PassThrough([ack]),
+    ] == events
