@@ -88,3 +88,23 @@ async def test_an_on_start_may_time_out_by_itself():
 
     with pytest.raises(TimeoutError):
         await TimesOut(transport=ScriptedTransport()).start()
+
+
+async def test_a_cut_handlers_cancellation_is_over_when_its_batch_is_settled(jitter):
+    """Adapters tell a client library's cancellations from ours by asking the task."""
+    script = ScriptedTransport()
+    cancelling = []
+
+    async def ask(*_):
+        cancelling.append(asyncio.current_task().cancelling())
+
+    script.on_settle = ask
+
+    async def answer(messages):
+        yield ACK
+        await asyncio.sleep(3600)
+
+    async with Scribe(answer, transport=script, batch_size=2, process_timeout=10):
+        script.last.feed(*numbered(2))
+        await asyncio.sleep(12)
+    assert [0] == cancelling
