@@ -68,6 +68,14 @@ def integration(session: nox.Session, rabbitmq: str) -> None:
     pytest(session, "tests/integration", *session.posargs, env=env)
 
 
+@nox.session
+def wires(session: nox.Session) -> None:
+    """Run all tests of whole consumers on the plain wire; the other sessions run them on fast."""
+    session.install(".", *group("test"))
+    env = {"AIO_PIKA_BATCH_WIRE": "plain"}
+    pytest(session, "tests/integration", "-k", "not aio_pika_", *session.posargs, env=env)
+
+
 def fetch(session: nox.Session, version: str) -> str:
     """Unpack a RabbitMQ of this version below ``.cache``, unless it is there; return its script."""
     output = session.run("python", "-m", "tests.support.fetch", version, silent=True, stderr=None)

@@ -117,6 +117,12 @@ def wire(request: pytest.FixtureRequest) -> Wire:
 
 
 @pytest.fixture
+def on_both_wires(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test of a whole consumer twice; ``nox -s wires`` runs all of them on the plain wire."""
+    monkeypatch.setenv("AIO_PIKA_BATCH_WIRE", wire)
+
+
+@pytest.fixture
 def name() -> str:
     """A prefix for names of queues and exchanges that no other test uses."""
     return f"test-{uuid.uuid4().hex[:12]}"

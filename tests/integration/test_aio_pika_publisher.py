@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -246,6 +247,36 @@ async def test_silence_makes_the_outcome_unknown(
         assert [UNKNOWN] * 3 == await publisher.publish([Publication(b"", routing_key=queue)] * 3)
         assert not publisher.is_open
         proxy.thaw()
+
+
+async def test_time_runs_out_in_silence_only(
+    amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
+) -> None:
+    """A call that takes longer than `publish_timeout` goes on while confirms are heard."""
+    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), publish_timeout=0.6, wire=wire))
+    done = asyncio.Event()
+
+    async def stutter() -> None:
+        while not done.is_set():
+            proxy.freeze("to_broker")
+            await asyncio.sleep(0.15)
+            proxy.thaw()
+            await asyncio.sleep(0.002)
+
+    async with transport.publisher() as publisher:
+        stuttering = asyncio.create_task(stutter())
+        start = time.monotonic()
+        # More than a proxy takes in while it lets nothing through.
+        outcomes = await publisher.publish([Publication(bytes(500_000), routing_key=queue)] * 100)
+        assert time.monotonic() - start > 0.6
+        done.set()
+        await stuttering
+        assert {CONFIRMED} == set(outcomes)
+        assert publisher.is_open
+        proxy.freeze("to_client")
+        start = time.monotonic()
+        assert [UNKNOWN] == await publisher.publish([Publication(b"", routing_key=queue)])
+        assert time.monotonic() - start < 2
 
 
 async def test_a_cut_makes_the_outcome_unknown(

@@ -7,6 +7,7 @@ import struct
 import time
 from typing import TYPE_CHECKING, Any
 
+import aio_pika
 import pytest
 
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
@@ -303,6 +304,19 @@ async def test_the_native_channel_is_apart(
         [ours] = await receive(session, 1)
         assert (b"ours", b"theirs") == (ours.body, await asyncio.wait_for(taken, 10))
         await session.settle([settlement(Disposition.ACK, [ours])])
+
+
+async def test_a_native_publish_that_no_queue_takes_raises(
+    transport: AioPikaTransport, queue: str
+) -> None:
+    """aio-pika's own channels would lose it in silence."""
+    async with transport.session(subscription(queue)) as session:
+        native = await session.native()
+        exchange = native.channel.default_exchange
+        await exchange.publish(aio_pika.Message(b"there"), queue)
+        with pytest.raises(aio_pika.exceptions.PublishError, match="NO_ROUTE"):
+            await exchange.publish(aio_pika.Message(b"nowhere"), f"{queue}-no")
+        assert 1 == len(await receive(session, 1))
 
 
 # --- when the world ends it ------------------------------------------------------

@@ -196,6 +196,7 @@ async def all_is_well(channel, url, name, consumer, messages, dlq) -> tuple[int,
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@pytest.mark.usefixtures("on_both_wires")
 async def test_ten_cuts_under_load_lose_nothing(channel, amqp_url, name, proxy, queue_type) -> None:
     """The line is reset, also in mid-frame: the consumer is back by itself each time."""
     messages = mixed(5000)
@@ -278,6 +279,7 @@ async def test_a_broker_that_goes_away_is_waited_for_and_nothing_is_lost(
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@pytest.mark.usefixtures("on_both_wires")
 async def test_a_queue_deleted_under_the_consumer_is_declared_again(
     channel, amqp_url, name, queue_type
 ) -> None:
@@ -317,6 +319,7 @@ async def test_connections_closed_by_the_operator_come_back(
 
 
 @pytest.mark.parametrize("heartbeat", [1, 2])
+@pytest.mark.usefixtures("on_both_wires")
 async def test_a_silent_line_is_noticed_within_three_heartbeats(
     channel, amqp_url, name, proxy, heartbeat
 ) -> None:

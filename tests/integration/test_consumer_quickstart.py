@@ -48,6 +48,7 @@ class Service:
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@pytest.mark.usefixtures("on_both_wires")
 async def test_the_quick_start_treats_every_message_as_it_says(
     channel, amqp_url, name, queue_type
 ) -> None:
@@ -172,6 +173,7 @@ async def test_what_always_fails_is_tried_so_often_and_dies_with_its_properties_
     assert not added.keys() & {"x-delivery-count", "x-acquired-count", "x-exception-type"}
 
 
+@pytest.mark.usefixtures("on_both_wires")
 async def test_a_requeued_copy_adds_its_count_and_its_origin_and_changes_nothing_else(
     amqp_url, name
 ) -> None:

@@ -319,6 +319,7 @@ class Reading(BatchConsumer):
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@pytest.mark.usefixtures("on_both_wires")
 async def test_what_cannot_be_decoded_costs_that_message_only(
     channel, amqp_url, name, queue_type
 ) -> None:
@@ -363,6 +364,7 @@ async def test_what_cannot_be_decoded_costs_that_message_only(
     await holds(amqp_url, name, 0)
 
 
+@pytest.mark.usefixtures("on_both_wires")
 async def test_a_header_of_bytes_reaches_handler_and_copy_as_it_is(channel, amqp_url, name) -> None:
     """No UTF-8, and no harm: read as bytes, requeued unchanged."""
     seen = []
@@ -383,6 +385,7 @@ async def test_a_header_of_bytes_reaches_handler_and_copy_as_it_is(channel, amqp
     assert [] == await take_all(channel, name)
 
 
+@pytest.mark.usefixtures("on_both_wires")
 async def test_headers_that_cannot_be_decoded_cannot_be_counted(channel, amqp_url, name) -> None:
     """Nobody could tell its attempts: instead of going round for ever it is dead-lettered."""
     dlx, dlq = await dead_letter_office(channel, name)

@@ -173,6 +173,7 @@ async def test_a_drain_hands_over_what_was_collected_if_somebody_is_free(
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@pytest.mark.usefixtures("on_both_wires")
 async def test_a_drain_returns_what_was_not_begun(channel, amqp_url, name, queue_type) -> None:
     """All slots are taken: what was collected goes back, though a slot becomes free later."""
     consumer = Slow(
@@ -278,6 +279,7 @@ def quorum(broker) -> str:
 
 @pytest.mark.parametrize("attempt", range(3))
 @pytest.mark.parametrize("pattern", ["ack, nack", "ack, requeue"])
+@pytest.mark.usefixtures("on_both_wires")
 async def test_a_quorum_queue_forgets_none_of_many_single_settlements(
     channel, amqp_url, name, pattern, attempt, quorum
 ) -> None:
