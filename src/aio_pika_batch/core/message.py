@@ -43,7 +43,8 @@ ORIGINAL_ROUTING_KEY = "x-original-routing-key"
 DELIVERY_COUNT = "x-delivery-count"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen: one is made for each decoded message, and freezing makes that three times as dear.
+@dataclass(slots=True, kw_only=True)
 class Properties:
     """The properties of AMQP's basic class, as they stood on the wire.
 

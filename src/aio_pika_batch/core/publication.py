@@ -84,7 +84,8 @@ class Publication:
         )
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: one is made for each requeued message, and freezing makes that three times as dear.
+@dataclass(slots=True)
 class Copy:
     """A delivered message, to be published again with a few headers changed and all else as it was.
 

@@ -74,7 +74,8 @@ class Cause(Enum):
     """A shutdown ran out of time."""
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: one is made for each failed message, and freezing makes that three times as dear.
+@dataclass(slots=True)
 class Verdict:
     """A message and what was decided about it.
 

@@ -52,7 +52,8 @@ class CopyKind(Enum):
     DEAD_LETTER = "dead-letter"
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: one is made for each failed message, and freezing makes that three times as dear.
+@dataclass(slots=True)
 class Republication:
     """A copy to be confirmed before its original may be acked.
 
@@ -155,16 +156,18 @@ class Router:
         if "headers" in message.properties.undecodable:
             # Without headers nobody can count its attempts.
             return self._dead_letter(verdict, DeadLetterReason.UNDECODABLE, now)
-        count = message.retry_count
+        stated = (message.properties.headers or {}).get(self.retry.header)
+        read = None if stated is None else retry_count(stated)
+        count = read or 0
         if not self.retry.may_retry(count):
             return self._dead_letter(verdict, DeadLetterReason.EXHAUSTED, now)
-        stated = message.headers.get(self.retry.header)
-        add = {self.retry.header: count + 1, **self._origin(message, now)}
+        add = self._origin(message, now)
+        add[self.retry.header] = count + 1
         return Republication(
             verdict,
             Copy(message, "", self.queue, add, self.drop),
             CopyKind.REQUEUE,
-            malformed_count=stated is not None and retry_count(stated) is None,
+            malformed_count=stated is not None and read is None,
         )
 
     def _origin(self, message: Message, now: datetime) -> dict[str, FieldValue]:
@@ -173,15 +176,17 @@ class Router:
         A value that no reader would take for one, say a number where a routing key should be, is
         none: it would hide what it stands in for.
         """
-        headers = message.properties.headers or {}
         origin: dict[str, FieldValue] = {
             ORIGINAL_EXCHANGE: message.exchange,
             ORIGINAL_ROUTING_KEY: message.routing_key,
             FIRST_FAILED_AT: now,
         }
-        return {
-            name: value for name, value in origin.items() if not _could_be(headers.get(name), value)
-        }
+        headers = message.properties.headers
+        if headers is not None and not origin.keys().isdisjoint(headers):
+            for name, value in list(origin.items()):
+                if _could_be(headers.get(name), value):
+                    del origin[name]
+        return origin
 
     def _dead_letter(
         self, verdict: Verdict, reason: DeadLetterReason, now: datetime

@@ -99,12 +99,17 @@ def fields(raw: bytes) -> Iterator[tuple[int, str, int, int, int]]:
 
 def decode(raw: bytes) -> Properties:
     """Read a property list; never raises."""
-    values: dict[str, Any] = {}
+    properties = Properties()
     undecodable: dict[str, str] = {}
+    seen = 0
     try:
-        for _, name, kind, start, end in fields(raw):
+        for flag, name, kind, start, end in fields(raw):
+            seen |= flag
             try:
-                values[name] = _READERS[kind](raw, start, end)
+                if kind == SHORT:
+                    setattr(properties, name, raw[start + 1 : end].decode())
+                else:
+                    setattr(properties, name, _READERS[kind](raw, start, end))
             except TableError as error:
                 undecodable[name] = str(error)
             except UnicodeDecodeError as error:
@@ -114,10 +119,12 @@ def decode(raw: bytes) -> Properties:
                 undecodable[name] = f"{seconds} is no time in seconds that a datetime can hold"
     except PropertyListError as error:
         flags = int.from_bytes(raw[:2], "big") if len(raw) >= _FLAGS.size else _UNKNOWN_FLAGS
-        for _, name, _ in FIELDS if flags & _UNKNOWN_FLAGS else _announced(flags):
-            if name not in values and name not in undecodable:
+        for flag, name, _ in FIELDS if flags & _UNKNOWN_FLAGS else _announced(flags):
+            if not seen & flag:
                 undecodable[name] = str(error)
-    return Properties(**values, undecodable=undecodable)
+    if undecodable:
+        properties.undecodable = undecodable
+    return properties
 
 
 def _read_short(raw: bytes, start: int, end: int) -> str:

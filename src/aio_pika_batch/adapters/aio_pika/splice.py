@@ -13,7 +13,9 @@ Laws:
 
 from __future__ import annotations
 
+import re
 import struct
+from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,7 @@ from aio_pika_batch.errors import PublishError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from aio_pika_batch.core.message import FieldValue, Headers
     from aio_pika_batch.core.publication import Copy
 
 UNDECODABLE_HEADERS = "x-undecodable-headers"
@@ -38,6 +41,8 @@ UNDECODABLE_HEADERS = "x-undecodable-headers"
 _FLAGS = struct.Struct(">H")
 _LENGTH = struct.Struct(">I")
 _HEADERS_FLAG = 1 << 13
+_USER_ID_FLAG = 1 << 4
+_REPEATED = frozenset((int, str, datetime))
 
 
 def splice(raw: bytes, copy: Copy, user: bytes) -> bytes:
@@ -52,9 +57,15 @@ def splice(raw: bytes, copy: Copy, user: bytes) -> bytes:
         PublishError: A header to be added has a value that AMQP cannot carry.
     """
     try:
-        added = [encode_entry(key, value) for key, value in copy.add.items()]
+        added = _added(copy.add)
     except TableError as error:
         raise PublishError(f"header {error}") from error
+    present = int.from_bytes(raw[:2], "big")
+    if copy.keep_expiration and present & (_HEADERS_FLAG | _USER_ID_FLAG) == _HEADERS_FLAG:
+        # What is nearly always asked for: nothing is changed but the headers.
+        start, end = _headers_of(raw)
+        if end:
+            return b"".join((raw[:start], _table(raw, start, end, copy, added), raw[end:]))
     present = 0
     parts = [b""]
     headers_at = 1
@@ -85,6 +96,11 @@ def splice(raw: bytes, copy: Copy, user: bytes) -> bytes:
 
 def _table(raw: bytes, start: int, end: int, copy: Copy, added: list[bytes]) -> bytes:
     leave_out = _names(tuple(copy.add), copy.drop)
+    if "headers" not in copy.message.properties.undecodable:
+        # They have been read, so that a broker can read them too.
+        was = raw[start + 4 : end]
+        if not _any_of(leave_out).search(was):
+            return _with_length((was, *added))
     kept = []
     try:
         for key, entry, value, value_end in entries(raw, start + 4, end):
@@ -100,6 +116,37 @@ def _table(raw: bytes, start: int, end: int, copy: Copy, added: list[bytes]) -> 
 @lru_cache(maxsize=64)  # a consumer's copies are all changed alike
 def _names(add: tuple[str, ...], drop: frozenset[str]) -> frozenset[bytes]:
     return frozenset(encode_text(key) for key in (*add, *drop))
+
+
+@lru_cache(maxsize=64)
+def _any_of(names: frozenset[bytes]) -> re.Pattern[bytes]:
+    return re.compile(b"|".join(map(re.escape, names)) or b"(?!)")
+
+
+def _headers_of(raw: bytes) -> tuple[int, int]:
+    """Where the header table begins and ends; (0, 0) if the list is not whole."""
+    found = (0, 0)
+    try:
+        for _, name, _, start, end in fields(raw):
+            if name == "headers":
+                found = (start, end)
+    except PropertyListError:
+        return 0, 0
+    return found
+
+
+def _added(headers: Headers) -> list[bytes]:
+    """Write the headers to be added."""
+    types = tuple(map(type, headers.values()))
+    if types and _REPEATED.issuperset(types):
+        return [_known(tuple(headers.items()), types)]
+    return [encode_entry(key, value) for key, value in headers.items()]
+
+
+@lru_cache(maxsize=256)  # the copies of one batch are added much the same
+def _known(headers: tuple[tuple[str, FieldValue], ...], _: tuple[type, ...]) -> bytes:
+    # The types are part of what is remembered: 1, 1.0 and True are equal, and written differently.
+    return b"".join([encode_entry(key, value) for key, value in headers])
 
 
 def _with_length(rows: Iterable[bytes]) -> bytes:
