@@ -132,6 +132,30 @@ async def test_a_library_that_does_not_ask_the_tap(
     assert (wire == "auto") is ("opened the socket by itself" in caplog.text)
 
 
+@pytest.mark.parametrize("wire", ["auto", "fast", "plain"])
+async def test_a_library_that_asks_the_tap_otherwise(
+    amqp_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wire: Any
+) -> None:
+    """Its call fails before a socket is opened; the next attempt is made without a tap."""
+    monkeypatch.undo()
+    from aio_pika_batch.adapters.aio_pika.tap import Tap
+
+    async def create(self: Any) -> None:
+        raise AssertionError("unreachable")
+
+    monkeypatch.setattr(Tap, "create", create)
+    transport = AioPikaTransport(Endpoint(url=amqp_url, wire=wire))
+    if wire == "fast":
+        with pytest.raises(ConfigurationError, match="not the one that we know"):
+            async with transport.publisher():
+                pass
+        return
+    async with transport.publisher() as publisher:
+        there = Publication(b"", exchange="amq.fanout", mandatory=False)
+        assert [CONFIRMED] == await publisher.publish([there])
+    assert (wire == "auto") is ("not the one that we know" in caplog.text)
+
+
 async def test_messages_come_and_stay_settled(
     transport: AioPikaTransport, queue: str, channel: AbstractChannel
 ) -> None:

@@ -137,9 +137,9 @@ async def open_link(endpoint: Endpoint, addresses: Sequence[Address]) -> Link:
     raise kind(text if len(errors) == 1 else f"no address would do: {text}") from last
 
 
-async def _open(endpoint: Endpoint, address: Address) -> Link:
+async def _open(endpoint: Endpoint, address: Address, *, tapped: bool = True) -> Link:
     heartbeat = int(address.options.get("heartbeat", endpoint.heartbeat))
-    tap = new_tap(heartbeat)
+    tap = new_tap(heartbeat) if tapped else None
     untapped = Untapped()
     line: Line = tap or untapped
     name = address.options.get("name", endpoint.connection_name)
@@ -173,6 +173,10 @@ async def _open(endpoint: Endpoint, address: Address) -> Link:
         return Link(address, connection, None, untapped, heartbeat, is_fast=False)
     await within(CLOSE_TIMEOUT, connection.close(), line.abort)
     cause = outcome[0] if outcome else None
+    if isinstance(cause, TypeError) and tap is not None and not tap.is_installed:
+        # The library takes a factory otherwise than we know it, or takes none.
+        without(endpoint, f"its call for a socket is not the one that we know: {cause}")
+        return await _open(endpoint, address, tapped=False)
     if answered:
         raise _why(line, address, cause) from cause
     seconds = f"{endpoint.connect_timeout:g} s"

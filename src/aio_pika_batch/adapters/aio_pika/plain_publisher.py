@@ -133,7 +133,7 @@ class PlainPublisher(AioPikaPublisher):
         try:
             with translated(lambda error: BrokerUnavailable(describe(error))):
                 outcome = await _ask(channel, publication, entry, name)
-            self._not_silent()
+            self._heard_at = self._loop.time()
         except BrokerUnavailable as error:
             if self._is_open:
                 self._heard(said(error) or Cut(str(error)))

@@ -19,6 +19,7 @@ import asyncio
 import logging
 import re
 from abc import ABC, abstractmethod
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ from aio_pika_batch.core.publication import Copy, Outcome
 from aio_pika_batch.errors import BrokerUnavailable, PublishError, SessionClosed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from aiormq.abc import AbstractChannel
 
@@ -72,7 +73,7 @@ class AioPikaPublisher(ABC):
         self._channel: AbstractChannel | None = None
         self._number = 0
         self._books = Books()
-        self._limits: set[asyncio.Timeout] = set()
+        self._heard_at = self._loop.time()
         self._is_open = False
         self._closed = False
 
@@ -111,17 +112,34 @@ class AioPikaPublisher(ABC):
         # All of it is packed before any of it is sent: a header of the wrong type sends nothing.
         packed = [self._pack(publication) for publication in publications]
         try:
-            async with asyncio.timeout(self._timeout) as limit:
-                self._limits.add(limit)
-                try:
-                    await self._write(call, publications, packed)
-                    await done
-                finally:
-                    self._limits.discard(limit)
+            async with self._patience():
+                await self._write(call, publications, packed)
+                await done
         except TimeoutError:
             # A confirm that comes later belongs to nobody.
             self._is_open = False
         return [Outcome.UNKNOWN if outcome is None else outcome for outcome in call.outcomes]
+
+    @asynccontextmanager
+    async def _patience(self) -> AsyncIterator[None]:
+        """Raise TimeoutError after so long a silence; a confirm costs no timer."""
+        began = self._loop.time()
+        timer: asyncio.TimerHandle
+
+        def look() -> None:
+            nonlocal timer
+            due = max(began, self._heard_at) + self._timeout
+            if due > self._loop.time():
+                timer = self._loop.call_at(due, look)
+            else:
+                limit.reschedule(due)
+
+        async with asyncio.timeout(None) as limit:
+            timer = self._loop.call_at(began + self._timeout, look)
+            try:
+                yield
+            finally:
+                timer.cancel()
 
     async def close(self) -> None:
         """Close channel and connection. Never raises, but for the cancellation of its task."""
@@ -185,7 +203,7 @@ class AioPikaPublisher(ABC):
     def _heard(self, event: Event) -> None:
         match event:
             case Confirms(confirms):
-                self._not_silent()
+                self._heard_at = self._loop.time()
                 for confirm in confirms:
                     self._books.confirm(confirm)
             case Returned():
@@ -198,13 +216,6 @@ class AioPikaPublisher(ABC):
             case _:
                 # Nothing is consumed on this channel.
                 pass
-
-    def _not_silent(self) -> None:
-        """The broker has confirmed something: whoever waits may wait on."""
-        deadline = self._loop.time() + self._timeout
-        for limit in self._limits:
-            if not limit.expired():
-                limit.reschedule(deadline)
 
     def _end(self, outcome: Callable[[Entry], Outcome]) -> None:
         self._is_open = False

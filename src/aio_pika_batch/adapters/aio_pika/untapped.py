@@ -71,9 +71,11 @@ class Untapped:
             # It concerns consumers to come; this channel has none.
             answer = asyncio.ensure_future(_answer(channel))
             patience = (_SILENT_HEARTBEATS - 1) * heartbeat
-            done, _ = await asyncio.wait({answer}, timeout=patience)
-            if not done:
+            try:
+                done, _ = await asyncio.wait({answer}, timeout=patience)
+            finally:
                 answer.cancel()
+            if not done:
                 self._ended(Cut(f"nothing was heard of the broker for {patience + heartbeat} s"))
 
     def _closed(self, closing: asyncio.Future[Any]) -> None:

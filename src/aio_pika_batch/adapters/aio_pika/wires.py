@@ -87,7 +87,7 @@ def without(endpoint: Endpoint, reason: str) -> None:
 @lru_cache(maxsize=8)  # once, however many connections there will be
 def _say(reason: str) -> None:
     _log.warning(
-        "the plain wire is used: %s; a message costs some twenty times the CPU, and one whose"
+        "the plain wire is used: %s; a message costs some fifteen times the CPU, and one whose"
         " properties the client library cannot decode ends the connection",
         reason,
     )
