@@ -66,6 +66,11 @@ def splice(raw: bytes, copy: Copy, user: bytes) -> bytes:
         start, end = _headers_of(raw)
         if end:
             return b"".join((raw[:start], _table(raw, start, end, copy, added), raw[end:]))
+    return _rebuilt(raw, copy, user, added)
+
+
+def _rebuilt(raw: bytes, copy: Copy, user: bytes, added: list[bytes]) -> bytes:
+    """Write the list property by property."""
     present = 0
     parts = [b""]
     headers_at = 1
@@ -120,7 +125,7 @@ def _names(add: tuple[str, ...], drop: frozenset[str]) -> frozenset[bytes]:
 
 @lru_cache(maxsize=64)
 def _any_of(names: frozenset[bytes]) -> re.Pattern[bytes]:
-    return re.compile(b"|".join(map(re.escape, names)) or b"(?!)")
+    return re.compile(b"|".join(map(re.escape, names)) if names else b"(?!)")
 
 
 def _headers_of(raw: bytes) -> tuple[int, int]:
