@@ -6,10 +6,12 @@ import asyncio
 import struct
 import time
 from collections import Counter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aio_pika_batch.adapters.aio_pika.properties import decode
 from aio_pika_batch.adapters.aio_pika.tables import entries
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
 from aio_pika_batch.core.message import Message, Properties
@@ -55,7 +57,8 @@ async def taken(transport: AioPikaTransport, queue: str, count: int) -> list[Mes
 
 def original(raw: bytes, body: bytes = b"body") -> Message:
     """A message, as it was delivered with these property bytes."""
-    return Message(None, 1, False, body, ("", "q"), raw)  # type: ignore[arg-type]
+    source = SimpleNamespace(queue="q", decode_properties=decode)
+    return Message(source, 1, False, body, ("", "q"), raw)  # type: ignore[arg-type]
 
 
 async def test_thousands_in_flight_are_all_confirmed(
@@ -86,6 +89,28 @@ async def test_what_no_queue_takes_comes_back(transport: AioPikaTransport, queue
 
     expected = [CONFIRMED if key == queue else RETURNED for key in keys]
     assert [*expected, CONFIRMED] == outcomes
+
+
+async def test_poison_that_no_queue_takes_comes_back(
+    transport: AioPikaTransport, queue: str
+) -> None:
+    """A client library that decodes what is returned would lose the connection over it."""
+    poison = original(struct.pack(">H", 1 << 10) + b"\x03\xff\xfe\xfd")
+    async with transport.publisher() as publisher:
+        there, nowhere = Copy(poison, "", queue, {}), Copy(poison, "", f"{queue}-no", {})
+        assert [CONFIRMED, RETURNED, CONFIRMED] == await publisher.publish([there, nowhere, there])
+        assert publisher.is_open
+
+
+async def test_a_name_that_the_client_library_refuses(amqp_url: str, queue: str) -> None:
+    """On the plain wire only: a copy is refused, a caller is told, and all goes on."""
+    async with AioPikaTransport(Endpoint(url=amqp_url, wire="plain")).publisher() as publisher:
+        there = Publication(b"", routing_key=queue)
+        copy = Copy(original(b"\0\0"), "straße", queue, {})
+        assert [CONFIRMED, REFUSED, CONFIRMED] == await publisher.publish([there, copy, there])
+        with pytest.raises(PublishError, match="the client library refuses exchange 'straße'"):
+            await publisher.publish([there, Publication(b"", exchange="straße")])
+        assert publisher.is_open
 
 
 async def test_a_full_queue_refuses(

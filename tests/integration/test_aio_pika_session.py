@@ -195,6 +195,26 @@ async def test_a_poison_property_costs_its_message_only(
         )
 
 
+@pytest.mark.parametrize("queue", ["classic"], indirect=True)
+async def test_a_routing_key_that_is_no_text(
+    transport: AioPikaTransport, amqp_url: str, queue: str, channel: AbstractChannel
+) -> None:
+    """Other clients may send any bytes, over which stock clients lose the connection."""
+    exchange = await channel.declare_exchange(queue, "fanout", auto_delete=True)
+    await (await channel.get_queue(queue)).bind(exchange)
+    original = Message(None, 1, False, b"", ("", queue), b"\0\0")  # type: ignore[arg-type]
+    async with AioPikaTransport(Endpoint(url=amqp_url, wire="fast")).publisher() as publisher:
+        copy = Copy(original, queue, "a\udcff\udcfeb", {"x": 1})
+        assert [Outcome.CONFIRMED] == await publisher.publish([copy])
+    await publish(transport, queue, [b"next"])
+
+    async with transport.session(subscription(queue)) as session:
+        first, second = await receive(session, 2)
+        assert (queue, "a\udcff\udcfeb") == (first.exchange, first.routing_key)
+        assert (b"next", queue) == (second.body, second.routing_key)
+        await session.settle([settlement(Disposition.ACK, [first, second])])
+
+
 async def test_prefetch_is_what_is_handed_out_at_most(
     transport: AioPikaTransport, queue: str
 ) -> None:
