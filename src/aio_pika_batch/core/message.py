@@ -91,6 +91,13 @@ class Source(Protocol):
     def decode_properties(self, raw: bytes, /) -> Properties:
         """Decode a property list. Never raises: see :attr:`Properties.undecodable`."""
 
+    def decode_headers(self, raw: bytes, /) -> Headers | None:
+        """Decode the headers of a property list alone; None where it has none.
+
+        Raises:
+            ValueError: They cannot be decoded; the text says why.
+        """
+
     def decode_route(self, raw: bytes, /) -> tuple[str, str]:
         """Decode exchange and routing key. Never raises."""
 
@@ -128,9 +135,11 @@ class Message:
         redelivered: Whether the broker delivered it before, to whomever.
     """
 
-    # `_decoded` is set on first use only, so that a message nobody asks costs nothing for it.
+    # `_decoded` and `_headers` are set on first use only, so that a message nobody asks costs
+    # nothing for them.
     __slots__ = (
         "_decoded",
+        "_headers",
         "_properties",
         "_route",
         "_source",
@@ -139,6 +148,7 @@ class Message:
         "redelivered",
     )
     _decoded: Properties
+    _headers: Headers
 
     def __init__(  # noqa: PLR0917  -- positional, because one is made for every delivery
         self,
@@ -212,8 +222,31 @@ class Message:
     @property
     def headers(self) -> Headers:
         """The headers; empty where there are none. Raises MessageDecodeError."""
+        try:
+            return self._headers
+        except AttributeError:
+            headers = self._decode_headers()
+            self._headers = NO_HEADERS if headers is None else headers
+            return self._headers
+
+    def _decode_headers(self) -> Headers | None:
+        raw = self._properties
+        if isinstance(raw, bytes) and not hasattr(self, "_decoded"):
+            # Nearly everybody who asks for anything asks for a header, and for nothing else.
+            try:
+                return self._source.decode_headers(raw)
+            except ValueError as error:
+                raise MessageDecodeError(self, "headers", str(error)) from error
         headers: Headers | None = self._property("headers")
-        return NO_HEADERS if headers is None else headers
+        return headers
+
+    @property
+    def has_readable_headers(self) -> bool:
+        """Whether the headers can be decoded."""
+        try:
+            return self.headers is not None
+        except MessageDecodeError:
+            return False
 
     @property
     def content_type(self) -> str | None:

@@ -14,6 +14,7 @@ from typing import assert_never
 
 from aio_pika_batch.core.message import (
     DELIVERY_COUNT,
+    NO_HEADERS,
     ORIGINAL_EXCHANGE,
     ORIGINAL_ROUTING_KEY,
     FieldValue,
@@ -153,10 +154,10 @@ class Router:
 
     def _requeue(self, verdict: Verdict, now: datetime) -> Disposition | Republication:
         message = verdict.message
-        if "headers" in message.properties.undecodable:
+        if not message.has_readable_headers:
             # Without headers nobody can count its attempts.
             return self._dead_letter(verdict, DeadLetterReason.UNDECODABLE, now)
-        stated = (message.properties.headers or {}).get(self.retry.header)
+        stated = message.headers.get(self.retry.header)
         read = None if stated is None else retry_count(stated)
         count = read or 0
         if not self.retry.may_retry(count):
@@ -181,8 +182,8 @@ class Router:
             ORIGINAL_ROUTING_KEY: message.routing_key,
             FIRST_FAILED_AT: now,
         }
-        headers = message.properties.headers
-        if headers is not None and not origin.keys().isdisjoint(headers):
+        headers = message.headers if message.has_readable_headers else NO_HEADERS
+        if headers and not origin.keys().isdisjoint(headers):
             for name, value in list(origin.items()):
                 if _could_be(headers.get(name), value):
                     del origin[name]
@@ -196,7 +197,7 @@ class Router:
             return Disposition.REJECT
         message = verdict.message
         properties = message.properties
-        known = "headers" not in properties.undecodable
+        known = message.has_readable_headers
         routing_key = target.routing_key
         if routing_key is None:
             routing_key = message.original_routing_key if known else message.routing_key

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.message import Message, Properties
+from aio_pika_batch.core.message import Headers, Message, Properties
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result, Verdict
 from aio_pika_batch.core.settlement import Disposition
@@ -43,6 +43,12 @@ class StubSource:
     def decode_properties(self, raw: bytes, /) -> Properties:
         self.seen.append(raw)
         return self.decoded
+
+    def decode_headers(self, raw: bytes, /) -> Headers | None:
+        self.seen.append(raw)
+        if "headers" in self.decoded.undecodable:
+            raise ValueError(self.decoded.undecodable["headers"])
+        return self.decoded.headers
 
     def decode_route(self, raw: bytes, /) -> tuple[str, str]:
         self.seen.append(raw)

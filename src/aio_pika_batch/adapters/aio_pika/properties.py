@@ -54,6 +54,7 @@ FIELDS: Final = (
 )
 """The flag, the name and the type of each property, in the order of the wire."""
 
+_HEADERS = 1 << 13
 _UNKNOWN_FLAGS = 0b11  # a property that nobody has defined, and "more flags follow"
 
 
@@ -125,6 +126,20 @@ def decode(raw: bytes) -> Properties:
     if undecodable:
         properties.undecodable = undecodable
     return properties
+
+
+def decode_headers(raw: bytes) -> dict[str, Any] | None:
+    """Read the headers of a property list alone; None where it has none.
+
+    Raises:
+        ValueError: They cannot be read.
+    """
+    if len(raw) >= _FLAGS.size and not raw[0] & _HEADERS >> 8 and not raw[1] & _UNKNOWN_FLAGS:
+        return None
+    for _, _, kind, start, end in fields(raw):
+        if kind == TABLE:
+            return read_table(raw, start, end)
+    return None
 
 
 def _read_short(raw: bytes, start: int, end: int) -> str:

@@ -21,9 +21,9 @@ from aio_pika_batch.adapters.aio_pika.declare import declare_on
 from aio_pika_batch.adapters.aio_pika.edge import describe, translated, within
 from aio_pika_batch.adapters.aio_pika.fast import FastWire
 from aio_pika_batch.adapters.aio_pika.plain import PlainWire
-from aio_pika_batch.adapters.aio_pika.properties import decode, decode_route
+from aio_pika_batch.adapters.aio_pika.properties import decode, decode_headers, decode_route
 from aio_pika_batch.core.ledger import Ledger
-from aio_pika_batch.core.message import Message, Properties
+from aio_pika_batch.core.message import Headers, Message, Properties
 from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost, TopologyError
 from aio_pika_batch.transport import Native
 
@@ -58,6 +58,9 @@ class _Source:
 
     def decode_properties(self, raw: bytes, /) -> Properties:
         return decode(raw)
+
+    def decode_headers(self, raw: bytes, /) -> Headers | None:
+        return decode_headers(raw)
 
     def decode_route(self, raw: bytes, /) -> tuple[str, str]:
         return decode_route(raw)

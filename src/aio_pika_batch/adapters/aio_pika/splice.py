@@ -101,7 +101,7 @@ def _rebuilt(raw: bytes, copy: Copy, user: bytes, added: list[bytes]) -> bytes:
 
 def _table(raw: bytes, start: int, end: int, copy: Copy, added: list[bytes]) -> bytes:
     leave_out = _names(tuple(copy.add), copy.drop)
-    if "headers" not in copy.message.properties.undecodable:
+    if copy.message.has_readable_headers:
         # They have been read, so that a broker can read them too.
         was = raw[start + 4 : end]
         if not _any_of(leave_out).search(was):

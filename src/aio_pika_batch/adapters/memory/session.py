@@ -14,7 +14,7 @@ from aio_pika_batch.adapters.memory.frames import Cancelled, Closed, Delivery
 from aio_pika_batch.adapters.memory.native import NativeChannel
 from aio_pika_batch.adapters.memory.refusals import Refusal
 from aio_pika_batch.core.ledger import Frame, Ledger
-from aio_pika_batch.core.message import Message, Properties
+from aio_pika_batch.core.message import Headers, Message, Properties
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.errors import SessionClosed, SessionLost
 from aio_pika_batch.transport import Native, Subscription
@@ -34,6 +34,10 @@ class MemorySource:
 
     def decode_properties(self, raw: bytes, /) -> Properties:
         """Never called: messages come decoded."""
+        raise NotImplementedError(raw)
+
+    def decode_headers(self, raw: bytes, /) -> Headers | None:
+        """Never called either."""
         raise NotImplementedError(raw)
 
     def decode_route(self, raw: bytes, /) -> tuple[str, str]:

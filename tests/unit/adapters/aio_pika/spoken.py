@@ -11,13 +11,13 @@ from pamqp.frame import marshal
 from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
-from aio_pika_batch.adapters.aio_pika.properties import decode, decode_route
+from aio_pika_batch.adapters.aio_pika.properties import decode, decode_headers, decode_route
 from aio_pika_batch.core.message import Message
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from aio_pika_batch.core.message import Properties
+    from aio_pika_batch.core.message import Headers, Properties
 
 CHANNEL = 3
 TAG = "consumer-1"
@@ -35,6 +35,9 @@ class Source:
 
     def decode_properties(self, raw: bytes, /) -> Properties:
         return decode(raw)
+
+    def decode_headers(self, raw: bytes, /) -> Headers | None:
+        return decode_headers(raw)
 
     def decode_route(self, raw: bytes, /) -> tuple[str, str]:
         return decode_route(raw)
