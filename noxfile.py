@@ -7,7 +7,10 @@ own, and none is skipped because an interpreter is missing: that is a failure, a
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import TextIO
 
 import nox
 
@@ -39,10 +42,35 @@ def pytest(session: nox.Session, *args: str, env: dict[str, str] | None = None) 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run all tests on this Python, against the broker found or installed here."""
+    """Run all tests on this Python, against the broker found or installed here.
+
+    The integration tests mostly wait for their broker; the unit tests use that time, and tell what
+    they saw afterwards. With arguments, all that they choose runs in one process.
+    """
     session.install(".", *group("test"))
     session.run("coverage", "erase")
-    pytest(session, *session.posargs)
+    if session.posargs:
+        pytest(session, *session.posargs)
+        return
+    told = Path(session.create_tmp()) / "unit.log"
+    with told.open("w") as log, unit_tests(session, log) as unit_process:
+        try:
+            pytest(session, "tests/integration")
+        finally:
+            failed = unit_process.wait()
+            sys.stdout.write(told.read_text())
+    if failed:
+        session.error("the unit tests failed: see above")
+
+
+def unit_tests(session: nox.Session, log: TextIO) -> subprocess.Popen[bytes]:
+    """Start the unit tests as a process of their own."""
+    command = [str(Path(session.bin) / "coverage"), "run", "-m", "pytest", "tests/unit"]
+    own = {name: value for name, value in session.env.items() if value is not None}
+    environment = {**os.environ, **own}
+    return subprocess.Popen(  # noqa: S603  -- the command is ours
+        command, stdout=log, stderr=subprocess.STDOUT, env=environment
+    )
 
 
 @nox.session

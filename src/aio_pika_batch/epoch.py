@@ -9,12 +9,13 @@ handlers run on, but nobody listens to their results any more.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from aio_pika_batch.core.batcher import Batch, Batcher
 from aio_pika_batch.core.holding import HoldPolicy
+from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.routing import Router
 from aio_pika_batch.errors import SessionLost, TransportError
 from aio_pika_batch.handling import FailurePolicy, Handled, Handling, Process
@@ -23,7 +24,7 @@ from aio_pika_batch.logs import KeywordLogger, told
 from aio_pika_batch.observer import BatchCut, BatchHandled, HandlerError, Observers
 from aio_pika_batch.outbox import Outbox
 from aio_pika_batch.settling import Settler
-from aio_pika_batch.transport import Session
+from aio_pika_batch.transport import PumpingSession, Session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,12 +149,16 @@ class Epoch:
             await self._let_go(receiving)
 
     async def _receive(self) -> None:
-        loop_time = self._loop.time
-        add = self._batcher.add
-        async for chunk in self._session:
-            self.last_progress = now = loop_time()
-            add(chunk, now)
-            self._dispatch()
+        if isinstance(self._session, PumpingSession):
+            await self._session.pump(self._take)
+        else:
+            async for chunk in self._session:
+                self._take(chunk)
+
+    def _take(self, chunk: Sequence[Message]) -> None:
+        self.last_progress = now = self._loop.time()
+        self._batcher.add(chunk, now)
+        self._dispatch()
 
     def _dispatch(self) -> None:
         """Hand over what is due to whoever is free, and set the timer for what is not."""

@@ -114,6 +114,25 @@ class Session(Protocol):
 
 
 @runtime_checkable
+class PumpingSession(Protocol):
+    """A session that can also hand chunks over in the moment they arrive.
+
+    Iteration wakes a task for each network read, this does not.
+    """
+
+    async def pump(self, sink: Callable[[Sequence[Message]], None]) -> None:
+        """Call `sink` with each chunk, in the order of their tags, instead of being iterated.
+
+        Returns after `cancel`, when everything that was delivered before has been handed over.
+
+        Raises:
+            SessionLost: The world ended the session.
+            Exception: What `sink` raised; it is not called again.
+        """
+        ...
+
+
+@runtime_checkable
 class NativeSession(Protocol):
     """A session that can also hand out its broker library's own objects."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aio_pika_batch.adapters.aio_pika.properties import decode
+from aio_pika_batch.adapters.aio_pika.properties import decode, decode_headers
 from aio_pika_batch.adapters.aio_pika.tables import entries
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
 from aio_pika_batch.core.message import Message, Properties
@@ -57,7 +57,7 @@ async def taken(transport: AioPikaTransport, queue: str, count: int) -> list[Mes
 
 def original(raw: bytes, body: bytes = b"body") -> Message:
     """A message, as it was delivered with these property bytes."""
-    source = SimpleNamespace(queue="q", decode_properties=decode)
+    source = SimpleNamespace(queue="q", decode_properties=decode, decode_headers=decode_headers)
     return Message(source, 1, False, body, ("", "q"), raw)  # type: ignore[arg-type]
 
 

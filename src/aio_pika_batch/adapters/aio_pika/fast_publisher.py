@@ -9,9 +9,10 @@ Laws:
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.adapters.aio_pika.books import Call, Entry
+from aio_pika_batch.adapters.aio_pika.books import Call, Entry, Route
 from aio_pika_batch.adapters.aio_pika.edge import describe, translated
 from aio_pika_batch.adapters.aio_pika.packing import pack_content
 from aio_pika_batch.adapters.aio_pika.publisher import AioPikaPublisher, unknown
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 
 WRITE_SIZE = 1 << 20
 """Bytes that are packed at a time: a thousand large messages need not stand in memory twice."""
+
+
+@lru_cache(maxsize=512)  # a program publishes to few routes, again and again
+def _route(exchange: str, routing_key: str) -> Route:
+    return encode_text(exchange), encode_text(routing_key)
 
 
 class FastPublisher(AioPikaPublisher):
@@ -59,7 +65,7 @@ class FastPublisher(AioPikaPublisher):
             body = publication.body
             parts.append(method)
             parts.extend(pack_content(self._number, properties, body, self._tap.frame_max))
-            route = (encode_text(publication.exchange), encode_text(publication.routing_key))
+            route = _route(publication.exchange, publication.routing_key)
             entries.append(Entry(call, index, route, properties, body))
             size += len(body)
             if size >= WRITE_SIZE:

@@ -15,7 +15,7 @@ from aio_pika_batch.adapters.aio_pika.properties import encode_short
 from aio_pika_batch.core.settlement import Disposition
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from aio_pika_batch.core.ledger import Frame
 
@@ -65,22 +65,20 @@ def publish_method(channel: int, exchange: str, routing_key: str, *, mandatory: 
     return _METHOD_HEAD.pack(METHOD, channel, size, _BASIC, _PUBLISH, 0) + arguments + _END
 
 
-def pack_content(channel: int, properties: bytes, body: bytes, frame_max: int) -> Iterator[bytes]:
-    """Pack the header and the body of a publication."""
+def pack_content(channel: int, properties: bytes, body: bytes, frame_max: int) -> tuple[bytes, ...]:
+    """Pack the header and the body of a publication, in parts to be joined."""
     size = _HEADER_PAYLOAD + len(properties)
-    yield _CONTENT.pack(HEADER, channel, size, _BASIC, 0, len(body)) + properties + _END
+    header = _CONTENT.pack(HEADER, channel, size, _BASIC, 0, len(body)) + properties + _END
     largest = frame_max - OVERHEAD
+    if not body:
+        return (header,)
     if len(body) <= largest:
-        if body:
-            yield _FRAME.pack(BODY, channel, len(body))
-            yield body
-            yield _END
-        return
+        return header, _FRAME.pack(BODY, channel, len(body)), body, _END
+    parts = [header]
     for start in range(0, len(body), largest):
         part = body[start : start + largest]
-        yield _FRAME.pack(BODY, channel, len(part))
-        yield part
-        yield _END
+        parts += (_FRAME.pack(BODY, channel, len(part)), part, _END)
+    return tuple(parts)
 
 
 def fits(properties: bytes, frame_max: int) -> bool:

@@ -28,7 +28,7 @@ from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost,
 from aio_pika_batch.transport import Native
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from aio_pika_batch.adapters.aio_pika.urls import Address
     from aio_pika_batch.adapters.aio_pika.wire import Wire
@@ -100,6 +100,8 @@ class AioPikaSession:
         self._ledger = Ledger()
         self._pending: list[Message] = []
         self._news: asyncio.Future[None] | None = None
+        self._sink: Callable[[Sequence[Message]], None] | None = None
+        self._failure: Exception | None = None
         self._lost: str | None = None
         self._drained = False
         self._closed = False
@@ -136,12 +138,22 @@ class AioPikaSession:
             if self._drained:
                 raise StopAsyncIteration
             await self._wait()
-        messages, self._pending = self._pending, []
-        if self._is_first:
-            self._is_first = False
-            self._refuse_streams(messages[0])
-        self._ledger.deliver([message.delivery_tag for message in messages])
-        return messages
+        return self._take()
+
+    async def pump(self, sink: Callable[[Sequence[Message]], None]) -> None:
+        """Hand chunks over in the moment they come: no task is woken for a read."""
+        self._sink = sink
+        try:
+            while True:
+                self._check()
+                self._hand_over()
+                if self._failure is not None:
+                    raise self._failure
+                if self._drained:
+                    return
+                await self._wait()
+        finally:
+            self._sink = None
 
     async def cancel(self) -> None:
         """Ask for no more messages."""
@@ -177,7 +189,10 @@ class AioPikaSession:
     def delivered(self, messages: Sequence[Message]) -> None:
         """Messages have come, in the order of their tags."""
         self._pending.extend(messages)
-        self._wake()
+        if self._sink is None:
+            self._wake()
+        else:
+            self._hand_over()
 
     def lost(self, why: str) -> None:
         """The world has ended it."""
@@ -225,6 +240,23 @@ class AioPikaSession:
             return Native(channel, queue)
 
     # --- helpers -----------------------------------------------------------------------
+
+    def _take(self) -> list[Message]:
+        messages, self._pending = self._pending, []
+        if self._is_first:
+            self._is_first = False
+            self._refuse_streams(messages[0])
+        self._ledger.deliver([message.delivery_tag for message in messages])
+        return messages
+
+    def _hand_over(self) -> None:
+        """Give what is pending to the sink. What that raises is raised where `pump` is awaited."""
+        if self._pending and self._sink is not None and self._failure is None:
+            try:
+                self._sink(self._take())
+            except Exception as error:  # noqa: BLE001  -- the wire has nothing to do with it
+                self._failure = error
+                self._wake()
 
     def _check(self) -> None:
         if self._closed:
