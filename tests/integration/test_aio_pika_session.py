@@ -24,6 +24,7 @@ from aio_pika_batch.errors import (
     TopologyError,
 )
 from aio_pika_batch.transport import Endpoint, Subscription, Wire
+from tests.integration.helpers import until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -142,6 +143,47 @@ async def test_messages_come_in_chunks_and_stay_settled(
 
     assert chunks < 500
     assert await ready(channel, queue) == 0
+
+
+async def test_a_session_can_be_pumped(transport: AioPikaTransport, queue: str) -> None:
+    """Chunks are handed over as they come, in order, and after cancel it returns."""
+    bodies = [b"%d" % number for number in range(200)]
+    await publish(transport, queue, bodies)
+    seen: list[Message] = []
+    async with transport.session(subscription(queue)) as session:
+        pumping = asyncio.ensure_future(session.pump(seen.extend))
+        await until(lambda: len(seen) == len(bodies))
+        async with asyncio.timeout(20):
+            await session.cancel()
+            await pumping
+        await session.settle([settlement(Disposition.ACK, seen)])
+    assert bodies == [message.body for message in seen]
+
+
+async def test_what_a_sink_raises_is_raised_where_it_is_pumped(
+    transport: AioPikaTransport, queue: str, channel: AbstractChannel
+) -> None:
+    """It is not called again, the wire goes on, and the messages go back."""
+    calls = 0
+
+    def sink(_: Sequence[Message]) -> None:
+        nonlocal calls
+        calls += 1
+        raise ValueError("no room")
+
+    async with transport.session(subscription(queue)) as session:
+        pumping = asyncio.ensure_future(session.pump(sink))
+        await publish(transport, queue, [b"1"])
+        with pytest.raises(ValueError, match="no room"):
+            async with asyncio.timeout(20):
+                await pumping
+        await publish(transport, queue, [b"2"])
+    assert calls == 1
+
+    async def all_back() -> bool:
+        return await ready(channel, queue) == 2
+
+    await until(all_back)
 
 
 async def test_after_cancel_comes_what_was_delivered_before_it_and_no_more(
