@@ -220,7 +220,9 @@ class Settler:
 def _counts(
     handled: Handled, direct: Sequence[Verdict]
 ) -> Counter[tuple[MessageResult | None, Cause]]:
-    counts = Counter((_plain(each.result), each.cause) for each in direct)
+    counts: Counter[tuple[MessageResult | None, Cause]] = Counter(
+        (_plain(each.result), each.cause) for each in direct
+    )
     if handled.acked:
         counts[MessageResult.ACK, Cause.HANDLER] = len(handled.acked)
     if handled.returned:
@@ -228,7 +230,7 @@ def _counts(
     return counts
 
 
-def _plain(result: Result) -> MessageResult | None:
+def _plain(result: Result) -> MessageResult:
     match result:
         case Nack():
             return MessageResult.NACK

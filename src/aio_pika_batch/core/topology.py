@@ -15,7 +15,6 @@ from aio_pika_batch.core.routing import DeadLetterTarget
 QUEUE_TYPE = "x-queue-type"
 DEAD_LETTER_EXCHANGE = "x-dead-letter-exchange"
 DEAD_LETTER_ROUTING_KEY = "x-dead-letter-routing-key"
-SINGLE_ACTIVE_CONSUMER = "x-single-active-consumer"
 
 
 @dataclass(frozen=True, slots=True)

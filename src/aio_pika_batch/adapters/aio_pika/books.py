@@ -19,7 +19,7 @@ from aio_pika_batch.adapters.aio_pika.properties import decode
 from aio_pika_batch.core.publication import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from aio_pika_batch.adapters.aio_pika.events import Confirm, Returned
 
@@ -125,10 +125,6 @@ class Books:
         self._routes.clear()
         for entry in entries:
             entry.call.settle(entry.index, Outcome.RETURNED if entry.returned else outcome(entry))
-
-    def entries(self) -> Iterable[Entry]:
-        """All that is open, oldest first."""
-        return self._open.values()
 
     def _close(self, number: int, outcome: Outcome) -> None:
         entry = self._open.pop(number, None)

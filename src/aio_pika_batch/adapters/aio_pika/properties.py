@@ -54,7 +54,7 @@ FIELDS: Final = (
 )
 """The flag, the name and the type of each property, in the order of the wire."""
 
-_HEADERS = 1 << 13
+HEADERS_FLAG = 1 << 13
 _UNKNOWN_FLAGS = 0b11  # a property that nobody has defined, and "more flags follow"
 
 
@@ -134,7 +134,7 @@ def decode_headers(raw: bytes) -> dict[str, Any] | None:
     Raises:
         ValueError: They cannot be read.
     """
-    if len(raw) >= _FLAGS.size and not raw[0] & _HEADERS >> 8 and not raw[1] & _UNKNOWN_FLAGS:
+    if len(raw) >= _FLAGS.size and not raw[0] & HEADERS_FLAG >> 8 and not raw[1] & _UNKNOWN_FLAGS:
         return None
     for _, _, kind, start, end in fields(raw):
         if kind == TABLE:

@@ -19,7 +19,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.adapters.aio_pika.properties import PropertyListError, fields
+from aio_pika_batch.adapters.aio_pika.properties import HEADERS_FLAG, PropertyListError, fields
 from aio_pika_batch.adapters.aio_pika.tables import (
     TableError,
     check_value,
@@ -40,7 +40,6 @@ UNDECODABLE_HEADERS = "x-undecodable-headers"
 
 _FLAGS = struct.Struct(">H")
 _LENGTH = struct.Struct(">I")
-_HEADERS_FLAG = 1 << 13
 _USER_ID_FLAG = 1 << 4
 _REPEATED = frozenset((int, str, datetime))
 
@@ -61,7 +60,7 @@ def splice(raw: bytes, copy: Copy, user: bytes) -> bytes:
     except TableError as error:
         raise PublishError(f"header {error}") from error
     present = int.from_bytes(raw[:2], "big")
-    if copy.keep_expiration and present & (_HEADERS_FLAG | _USER_ID_FLAG) == _HEADERS_FLAG:
+    if copy.keep_expiration and present & (HEADERS_FLAG | _USER_ID_FLAG) == HEADERS_FLAG:
         # What is nearly always asked for: nothing is changed but the headers.
         start, end = _headers_of(raw)
         if end:
@@ -85,15 +84,15 @@ def _rebuilt(raw: bytes, copy: Copy, user: bytes, added: list[bytes]) -> bytes:
                     continue
                 case _:
                     # Only content type and encoding come before the headers.
-                    headers_at += flag > _HEADERS_FLAG
+                    headers_at += flag > HEADERS_FLAG
                     part = raw[start:end]
             parts.append(part)
             present |= flag
     except PropertyListError:
-        if not present & _HEADERS_FLAG:
+        if not present & HEADERS_FLAG:
             added.append(encode_entry(UNDECODABLE_HEADERS, raw))
-    if added and not present & _HEADERS_FLAG:
-        present |= _HEADERS_FLAG
+    if added and not present & HEADERS_FLAG:
+        present |= HEADERS_FLAG
         parts.insert(headers_at, _with_length(added))
     parts[0] = _FLAGS.pack(present)
     return b"".join(parts)
