@@ -7,27 +7,28 @@ and what is allowed. No password is ever shown.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from difflib import get_close_matches
-from enum import Enum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from aio_pika_batch.core.message import SHORT_STRING, FieldValue, is_short_string
+from aio_pika_batch.core.message import FieldValue
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.topology import QUEUE_TYPE, Wanted
 from aio_pika_batch.errors import ConfigurationError
+from aio_pika_batch.fields import (
+    Arguments,
+    Count,
+    Keys,
+    Name,
+    Seconds,
+    ShortString,
+    explain,
+    plain_value,
+    refuse_unknown,
+    result_by_name,
+)
 from aio_pika_batch.masking import mask_url
 from aio_pika_batch.registry import known_schemes, scheme_of
 
@@ -38,46 +39,6 @@ DEFAULT_PREFETCH = 10
 DEFAULT_STUCK_AFTER = 15 * 60.0
 
 _EXCHANGE_TYPES = ("direct", "fanout", "topic", "headers")
-
-
-def _plain_value(value: object) -> object:
-    """Let `aio_pika.ExchangeType.FANOUT` stand for `"fanout"`."""
-    return value.value if isinstance(value, Enum) else value
-
-
-def _result_by_name(value: object) -> object:
-    """Let the environment say `REQUEUE` or `requeue`."""
-    if isinstance(value, str):
-        try:
-            return MessageResult[value.strip().upper()]
-        except KeyError:
-            names = ", ".join(result.name for result in MessageResult)
-            msg = f"{value!r} is no MessageResult: use one of {names}"
-            raise ValueError(msg) from None
-    return value
-
-
-def _short_string(value: str) -> str:
-    if not is_short_string(value):
-        msg = f"must have at most {SHORT_STRING} bytes, AMQP's limit for names and keys"
-        raise ValueError(msg)
-    return value
-
-
-def _one_or_several(value: object) -> object:
-    """Let the environment say `a.key`, whatever it would be in JSON, or `["several", "keys"]`."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        with suppress(ValueError):
-            return json.loads(value)
-    return value
-
-
-ShortString = Annotated[str, AfterValidator(_short_string)]
-Name = Annotated[str, Field(min_length=1), AfterValidator(_short_string)]
-Keys = Annotated[ShortString | list[ShortString] | None, NoDecode, BeforeValidator(_one_or_several)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Arguments = dict[str, Any] | None
 
 
 class ConsumerSettings(BaseSettings):
@@ -113,7 +74,7 @@ class ConsumerSettings(BaseSettings):
     exchange_name: ShortString | None = Field(
         default=None, description="Exchange to declare and to bind the queue to."
     )
-    exchange_type: Annotated[str, BeforeValidator(_plain_value)] = Field(
+    exchange_type: Annotated[str, BeforeValidator(plain_value)] = Field(
         default="direct",
         description="`direct`, `fanout`, `topic`, `headers`, or a plugin's `x-…`.",
     )
@@ -141,7 +102,7 @@ class ConsumerSettings(BaseSettings):
         description="Retries by REQUEUE before a message is dead-lettered; spent within"
         " milliseconds on an idle queue.",
     )
-    unhandled_exception_action: Annotated[MessageResult, BeforeValidator(_result_by_name)] = Field(
+    unhandled_exception_action: Annotated[MessageResult, BeforeValidator(result_by_name)] = Field(
         default=MessageResult.REQUEUE,
         description="What becomes of messages that a handler left undecided: by an exception, by"
         " ending early, by `process_timeout`. Not ACK.",
@@ -179,7 +140,7 @@ class ConsumerSettings(BaseSettings):
         description="Exchange for dead letters; none: what `queue_arguments` names as"
         " `x-dead-letter-exchange`.",
     )
-    dead_letter_exchange_type: Annotated[str, BeforeValidator(_plain_value)] = Field(
+    dead_letter_exchange_type: Annotated[str, BeforeValidator(plain_value)] = Field(
         default="fanout", description="Its type, where it is declared."
     )
     dead_letter_routing_key: ShortString | None = Field(
@@ -227,11 +188,11 @@ class ConsumerSettings(BaseSettings):
     )
 
     def __init__(self, **values: Any) -> None:  # noqa: ANN401  -- as BaseSettings has it
-        _refuse_unknown(type(self), values)
+        refuse_unknown(type(self), values)
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigurationError(_explain(type(self), error)) from None
+            raise ConfigurationError(explain(type(self), error)) from None
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Show the URL without its passwords."""
@@ -367,33 +328,3 @@ class BatchConsumerSettings(ConsumerSettings):
 
 def _given(arguments: Mapping[str, FieldValue] | None) -> Mapping[str, FieldValue]:
     return {} if arguments is None else arguments
-
-
-def _refuse_unknown(cls: type[ConsumerSettings], values: Mapping[str, object]) -> None:
-    for name in values:
-        # Names with an underscore are pydantic-settings' own, such as `_env_file`.
-        if name in cls.model_fields or name.startswith("_"):
-            continue
-        close = get_close_matches(name, cls.model_fields, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        msg = f"{cls.__name__} has no setting {name!r}{hint}"
-        raise ConfigurationError(msg)
-
-
-def _explain(cls: type[ConsumerSettings], error: ValidationError) -> str:
-    """Say in one line per field what is wrong, without showing what was given for a secret."""
-    prefix = str(cls.model_config.get("env_prefix", ""))
-    lines = []
-    for each in error.errors(include_url=False, include_context=False):
-        field = ".".join(str(part) for part in each["loc"]) or "settings"
-        text = each["msg"].removeprefix("Value error, ")
-        where = field.split(".")[0]
-        said = each["type"] in ("missing", "value_error") or where == "url"
-        given = "" if said else f", not {each['input']!r}"
-        variable = (
-            f" (in the environment: {(prefix + where).upper()})"
-            if where in cls.model_fields
-            else ""
-        )
-        lines.append(f"{field}: {text}{given}{variable}")
-    return f"{cls.__name__}: " + "\n  ".join(lines)

@@ -1,0 +1,92 @@
+"""Which kinds of value does a setting have, and how is a wrong one explained?
+
+What the fields of :mod:`aio_pika_batch.settings` are made of. An explanation names the field, what
+is allowed, and the variable of the environment; never what was given for a secret.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from difflib import get_close_matches
+from enum import Enum
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic_settings import NoDecode
+
+from aio_pika_batch.core.message import SHORT_STRING, is_short_string
+from aio_pika_batch.core.results import MessageResult
+from aio_pika_batch.errors import ConfigurationError
+
+
+def plain_value(value: object) -> object:
+    """Let `aio_pika.ExchangeType.FANOUT` stand for `"fanout"`."""
+    return value.value if isinstance(value, Enum) else value
+
+
+def result_by_name(value: object) -> object:
+    """Let the environment say `REQUEUE` or `requeue`."""
+    if isinstance(value, str):
+        try:
+            return MessageResult[value.strip().upper()]
+        except KeyError:
+            names = ", ".join(result.name for result in MessageResult)
+            msg = f"{value!r} is no MessageResult: use one of {names}"
+            raise ValueError(msg) from None
+    return value
+
+
+def _short_string(value: str) -> str:
+    if not is_short_string(value):
+        msg = f"must have at most {SHORT_STRING} bytes, AMQP's limit for names and keys"
+        raise ValueError(msg)
+    return value
+
+
+def _one_or_several(value: object) -> object:
+    """Let the environment say `a.key`, whatever it would be in JSON, or `["several", "keys"]`."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError):
+            return json.loads(value)
+    return value
+
+
+ShortString = Annotated[str, AfterValidator(_short_string)]
+Name = Annotated[str, Field(min_length=1), AfterValidator(_short_string)]
+Keys = Annotated[ShortString | list[ShortString] | None, NoDecode, BeforeValidator(_one_or_several)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Arguments = dict[str, Any] | None
+
+
+def refuse_unknown(cls: type[BaseModel], values: Mapping[str, object]) -> None:
+    """Raise ConfigurationError for a name that is no setting, with the likeliest one."""
+    for name in values:
+        # Names with an underscore are pydantic-settings' own, such as `_env_file`.
+        if name in cls.model_fields or name.startswith("_"):
+            continue
+        close = get_close_matches(name, cls.model_fields, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        msg = f"{cls.__name__} has no setting {name!r}{hint}"
+        raise ConfigurationError(msg)
+
+
+def explain(cls: type[BaseModel], error: ValidationError) -> str:
+    """Say in one line per field what is wrong, without showing what was given for a secret."""
+    prefix = str(cls.model_config.get("env_prefix", ""))
+    lines = []
+    for each in error.errors(include_url=False, include_context=False):
+        field = ".".join(str(part) for part in each["loc"]) or "settings"
+        text = each["msg"].removeprefix("Value error, ")
+        where = field.split(".")[0]
+        said = each["type"] in ("missing", "value_error") or where == "url"
+        given = "" if said else f", not {each['input']!r}"
+        variable = (
+            f" (in the environment: {(prefix + where).upper()})"
+            if where in cls.model_fields
+            else ""
+        )
+        lines.append(f"{field}: {text}{given}{variable}")
+    return f"{cls.__name__}: " + "\n  ".join(lines)
