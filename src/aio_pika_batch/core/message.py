@@ -135,20 +135,15 @@ class Message:
         redelivered: Whether the broker delivered it before, to whomever.
     """
 
-    # `_decoded` and `_headers` are set on first use only, so that a message nobody asks costs
-    # nothing for them.
     __slots__ = (
-        "_decoded",
-        "_headers",
         "_properties",
+        "_read",
         "_route",
         "_source",
         "body",
         "delivery_tag",
         "redelivered",
     )
-    _decoded: Properties
-    _headers: Headers
 
     def __init__(  # noqa: PLR0917  -- positional, because one is made for every delivery
         self,
@@ -165,6 +160,8 @@ class Message:
         self.body = body
         self._route = route
         self._properties = properties
+        # What somebody has asked for: the headers, or all properties; most ask for neither.
+        self._read: Headers | Properties | None = None
 
     def __repr__(self) -> str:
         # Never the body: a representation ends up in logs.
@@ -181,12 +178,13 @@ class Message:
     @property
     def properties(self) -> Properties:
         """All properties as values, decoded on first use."""
-        try:
-            return self._decoded
-        except AttributeError:
+        read = self._read
+        if not isinstance(read, Properties):
             raw = self._properties
-            self._decoded = self._source.decode_properties(raw) if isinstance(raw, bytes) else raw
-            return self._decoded
+            self._read = read = (
+                self._source.decode_properties(raw) if isinstance(raw, bytes) else raw
+            )
+        return read
 
     def _property(self, name: str) -> Any:  # noqa: ANN401  -- each property below states its type
         properties = self.properties
@@ -222,23 +220,21 @@ class Message:
     @property
     def headers(self) -> Headers:
         """The headers; empty where there are none. Raises MessageDecodeError."""
-        try:
-            return self._headers
-        except AttributeError:
-            headers = self._decode_headers()
-            self._headers = NO_HEADERS if headers is None else headers
-            return self._headers
-
-    def _decode_headers(self) -> Headers | None:
-        raw = self._properties
-        if isinstance(raw, bytes) and not hasattr(self, "_decoded"):
-            # Nearly everybody who asks for anything asks for a header, and for nothing else.
-            try:
-                return self._source.decode_headers(raw)
-            except ValueError as error:
-                raise MessageDecodeError(self, "headers", str(error)) from error
-        headers: Headers | None = self._property("headers")
-        return headers
+        read = self._read
+        if read is None:
+            raw = self._properties
+            if isinstance(raw, bytes):
+                # Nearly everybody who asks for anything asks for a header, and for nothing else.
+                try:
+                    headers = self._source.decode_headers(raw)
+                except ValueError as error:
+                    raise MessageDecodeError(self, "headers", str(error)) from error
+                self._read = read = NO_HEADERS if headers is None else headers
+                return read
+        elif not isinstance(read, Properties):
+            return read
+        all_headers: Headers | None = self._property("headers")
+        return NO_HEADERS if all_headers is None else all_headers
 
     @property
     def has_readable_headers(self) -> bool:

@@ -18,6 +18,7 @@ from aio_pika_batch.core.message import (
     ORIGINAL_EXCHANGE,
     ORIGINAL_ROUTING_KEY,
     FieldValue,
+    Headers,
     Message,
     is_short_string,
     retry_count,
@@ -26,6 +27,7 @@ from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Verdict
 from aio_pika_batch.core.retry import DeadLetterReason, RetryPolicy
 from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.errors import MessageDecodeError
 
 FIRST_FAILED_AT = "x-first-failed-at"
 ORIGINAL_QUEUE = "x-original-queue"
@@ -38,6 +40,8 @@ EXCEPTION_MESSAGE = "x-exception-message"
 
 EXCEPTION_MESSAGE_LIMIT = 1024
 """Bytes of an exception's text that a dead letter carries: headers share one frame (128 KiB)."""
+
+_ORIGIN = (ORIGINAL_EXCHANGE, ORIGINAL_ROUTING_KEY, FIRST_FAILED_AT)
 
 DROPPED = frozenset({"CC", "BCC", DELIVERY_COUNT, "x-acquired-count"})
 """What a copy must not repeat: CC and BCC name further queues, counts are the broker's."""
@@ -154,15 +158,17 @@ class Router:
 
     def _requeue(self, verdict: Verdict, now: datetime) -> Disposition | Republication:
         message = verdict.message
-        if not message.has_readable_headers:
+        try:
+            headers = message.headers
+        except MessageDecodeError:
             # Without headers nobody can count its attempts.
             return self._dead_letter(verdict, DeadLetterReason.UNDECODABLE, now)
-        stated = message.headers.get(self.retry.header)
+        stated = headers.get(self.retry.header)
         read = None if stated is None else retry_count(stated)
         count = read or 0
         if not self.retry.may_retry(count):
             return self._dead_letter(verdict, DeadLetterReason.EXHAUSTED, now)
-        add = self._origin(message, now)
+        add = _origin(message, headers, now)
         add[self.retry.header] = count + 1
         return Republication(
             verdict,
@@ -170,24 +176,6 @@ class Router:
             CopyKind.REQUEUE,
             malformed_count=stated is not None and read is None,
         )
-
-    def _origin(self, message: Message, now: datetime) -> dict[str, FieldValue]:
-        """What would be forgotten by the first republication; what is there already stays.
-
-        A value that no reader would take for one, say a number where a routing key should be, is
-        none: it would hide what it stands in for.
-        """
-        origin: dict[str, FieldValue] = {
-            ORIGINAL_EXCHANGE: message.exchange,
-            ORIGINAL_ROUTING_KEY: message.routing_key,
-            FIRST_FAILED_AT: now,
-        }
-        headers = message.headers if message.has_readable_headers else NO_HEADERS
-        if headers and not origin.keys().isdisjoint(headers):
-            for name, value in list(origin.items()):
-                if _could_be(headers.get(name), value):
-                    del origin[name]
-        return origin
 
     def _dead_letter(
         self, verdict: Verdict, reason: DeadLetterReason, now: datetime
@@ -202,7 +190,7 @@ class Router:
         if routing_key is None:
             routing_key = message.original_routing_key if known else message.routing_key
         add = {
-            **self._origin(message, now),
+            **_origin(message, message.headers if known else NO_HEADERS, now),
             REASON: reason.value,
             ORIGINAL_QUEUE: self.queue,
             DEAD_LETTERED_AT: now,
@@ -229,6 +217,23 @@ class Router:
             if self.exception_message:
                 why[EXCEPTION_MESSAGE] = _cut(_text(verdict.error))
         return why
+
+
+def _origin(message: Message, headers: Headers, now: datetime) -> dict[str, FieldValue]:
+    """What would be forgotten by the first republication; what is there already stays.
+
+    A value that no reader would take for one, say a number where a routing key should be, is none:
+    it would hide what it stands in for.
+    """
+    origin: dict[str, FieldValue] = {
+        ORIGINAL_EXCHANGE: message.exchange,
+        ORIGINAL_ROUTING_KEY: message.routing_key,
+        FIRST_FAILED_AT: now,
+    }
+    for name in _ORIGIN:
+        if name in headers and _could_be(headers[name], origin[name]):
+            del origin[name]
+    return origin
 
 
 def _could_be(found: object, like: FieldValue) -> bool:

@@ -19,7 +19,7 @@ from aio_pika_batch.adapters.aio_pika.properties import decode
 from aio_pika_batch.core.publication import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aio_pika_batch.adapters.aio_pika.events import Confirm, Returned
 
@@ -68,41 +68,59 @@ class Books:
         self._last = 0
         self._oldest = 1
         self._open: dict[int, Entry] = {}
-        # By route, so that a return need not be held against all of them. Without those that have
-        # been returned already.
-        self._routes: dict[Route, dict[int, Entry]] = {}
+        # By route, so that a return need not be held against all of them, and without those that
+        # have been returned already. Kept from the first return on, until nothing is open.
+        self._routes: dict[Route, dict[int, Entry]] | None = None
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def enter(self, entry: Entry) -> int:
-        """Note a publication; the channel numbers them from 1, as we do."""
-        self._last = number = self._last + 1
-        self._open[number] = entry
-        route = self._routes.get(entry.route)
-        if route is None:
-            self._routes[entry.route] = {number: entry}
-        else:
-            route[number] = entry
-        return number
+    def enter(self, entries: Sequence[Entry]) -> int:
+        """Note publications; the channel numbers them from 1, as we do.
+
+        Returns:
+            The number of the first of them.
+        """
+        first = self._last + 1
+        self._last += len(entries)
+        self._open.update(zip(range(first, self._last + 1), entries, strict=True))
+        if self._routes is not None:
+            for number, entry in enumerate(entries, first):
+                self._routes.setdefault(entry.route, {})[number] = entry
+        return first
 
     def close(self, number: int, outcome: Outcome) -> None:
-        """End a publication whose outcome was learnt otherwise; a return weighs more."""
-        self._close(number, outcome)
+        """End a publication whose outcome is known; a return weighs more."""
+        entry = self._open.pop(number, None)
+        if entry is None:
+            return
+        if entry.returned:
+            outcome = Outcome.RETURNED
+        elif self._routes is not None:
+            del self._routes[entry.route][number]
+        if not self._open:
+            self._routes = None
+        entry.call.settle(entry.index, outcome)
 
     def confirm(self, confirm: Confirm) -> None:
         """Take the broker's word on one publication, or on all up to it."""
         outcome = Outcome.CONFIRMED if confirm.accepted else Outcome.REFUSED
         if confirm.multiple:
             # Each number is looked at once in the life of the channel, however many confirms come.
-            for number in range(self._oldest, confirm.tag + 1):
-                self._close(number, outcome)
-            self._oldest = max(self._oldest, confirm.tag + 1)
+            # It cannot speak of what was not sent, whatever number it names.
+            last = min(confirm.tag, self._last)
+            for number in range(self._oldest, last + 1):
+                self.close(number, outcome)
+            self._oldest = max(self._oldest, last + 1)
         else:
-            self._close(confirm.tag, outcome)
+            self.close(confirm.tag, outcome)
 
     def returned(self, returned: Returned) -> None:
         """Note that a publication came back; its confirm will still come."""
+        if self._routes is None:
+            self._routes = {}
+            for number, entry in self._open.items():
+                self._routes.setdefault(entry.route, {})[number] = entry
         route = self._routes.get((returned.exchange, returned.routing_key), {})
         for number in self._matching(route, returned):
             route.pop(number).returned = True
@@ -122,19 +140,6 @@ class Books:
         """Close all that is open: the channel has no more to say."""
         entries = list(self._open.values())
         self._open.clear()
-        self._routes.clear()
+        self._routes = None
         for entry in entries:
             entry.call.settle(entry.index, Outcome.RETURNED if entry.returned else outcome(entry))
-
-    def _close(self, number: int, outcome: Outcome) -> None:
-        entry = self._open.pop(number, None)
-        if entry is None:
-            return
-        if entry.returned:
-            outcome = Outcome.RETURNED
-        else:
-            route = self._routes[entry.route]
-            del route[number]
-            if not route:
-                del self._routes[entry.route]
-        entry.call.settle(entry.index, outcome)

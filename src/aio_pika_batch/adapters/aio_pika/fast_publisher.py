@@ -57,6 +57,7 @@ class FastPublisher(AioPikaPublisher):
         parts: list[bytes] = []
         entries: list[Entry] = []
         size = 0
+        number, frame_max = self._number, self._frame_max
         for index, (publication, pack) in enumerate(zip(publications, packed, strict=True)):
             if pack is None:
                 call.settle(index, Outcome.REFUSED)
@@ -64,7 +65,7 @@ class FastPublisher(AioPikaPublisher):
             method, properties = pack
             body = publication.body
             parts.append(method)
-            parts.extend(pack_content(self._number, properties, body, self._tap.frame_max))
+            parts += pack_content(number, properties, body, frame_max)
             route = _route(publication.exchange, publication.routing_key)
             entries.append(Entry(call, index, route, properties, body))
             size += len(body)
@@ -81,8 +82,7 @@ class FastPublisher(AioPikaPublisher):
                 entry.call.settle(entry.index, Outcome.UNKNOWN)
             return
         # In the same moment, so that the numbers are the channel's, whoever else publishes.
-        for entry in entries:
-            self._books.enter(entry)
+        self._books.enter(entries)
         if self._tap.is_clogged:
             try:
                 with translated(lambda error: BrokerUnavailable(describe(error))):

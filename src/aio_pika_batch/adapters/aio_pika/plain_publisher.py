@@ -128,7 +128,7 @@ class PlainPublisher(AioPikaPublisher):
         if not self._is_open or channel is None:
             entry.call.settle(entry.index, Outcome.UNKNOWN)
             return
-        number = self._books.enter(entry)
+        number = self._books.enter([entry])
         outcome = Outcome.UNKNOWN
         try:
             with translated(lambda error: BrokerUnavailable(describe(error))):

@@ -98,6 +98,58 @@ def fields(raw: bytes) -> Iterator[tuple[int, str, int, int, int]]:
         at = end
 
 
+@lru_cache(maxsize=256)  # as above
+def _around_headers(flags: int) -> tuple[int, tuple[int, ...]]:
+    """How many short strings stand before the headers; and what follows them: sizes, 0 for a short
+    string.
+    """
+    after: list[int] = []
+    before = 0
+    for flag, _, kind in _announced(flags):
+        if flag > HEADERS_FLAG:
+            before += 1
+        elif flag < HEADERS_FLAG:
+            after.append(0 if kind == SHORT else 1 if kind == OCTET else 8)
+    return before, tuple(after)
+
+
+def header_table(raw: bytes) -> tuple[int, int]:
+    """Where the header table begins, with its length, and where it ends; (0, 0) if there is none.
+
+    Raises:
+        PropertyListError: The list ends before.
+    """
+    # What `fields` would find, without walking on: every failed message is asked for a header.
+    try:
+        flags = raw[0] << 8 | raw[1]
+        if not flags & _UNKNOWN_FLAGS:
+            if not flags & HEADERS_FLAG:
+                return 0, 0
+            start = 2
+            for _ in range(_around_headers(flags)[0]):
+                start += 1 + raw[start]
+            end: int = start + 4 + _LENGTH.unpack_from(raw, start)[0]
+            if end <= len(raw):
+                return start, end
+    except (IndexError, struct.error):
+        pass
+    for _, _, kind, start, end in fields(raw):
+        if kind == TABLE:
+            return start, end
+    return 0, 0
+
+
+def is_whole_after(raw: bytes, end: int) -> bool:
+    """Whether all that a list announces behind its header table, which ends there, is there."""
+    at = end
+    try:
+        for size in _around_headers(raw[0] << 8 | raw[1])[1]:
+            at += size or 1 + raw[at]
+    except IndexError:
+        return False
+    return at <= len(raw)
+
+
 def decode(raw: bytes) -> Properties:
     """Read a property list; never raises."""
     properties = Properties()
@@ -134,12 +186,8 @@ def decode_headers(raw: bytes) -> dict[str, Any] | None:
     Raises:
         ValueError: They cannot be read.
     """
-    if len(raw) >= _FLAGS.size and not raw[0] & HEADERS_FLAG >> 8 and not raw[1] & _UNKNOWN_FLAGS:
-        return None
-    for _, _, kind, start, end in fields(raw):
-        if kind == TABLE:
-            return read_table(raw, start, end)
-    return None
+    start, end = header_table(raw)
+    return read_table(raw, start, end) if end else None
 
 
 def _read_short(raw: bytes, start: int, end: int) -> str:

@@ -72,6 +72,7 @@ class AioPikaPublisher(ABC):
         self._loop = asyncio.get_running_loop()
         self._channel: AbstractChannel | None = None
         self._number = 0
+        self._frame_max = 0
         self._books = Books()
         self._heard_at = self._loop.time()
         self._is_open = False
@@ -93,6 +94,7 @@ class AioPikaPublisher(ABC):
             async with asyncio.timeout(timeout):
                 self._channel = channel = await self._link.channel(confirms=True)
         self._number = channel.number
+        self._frame_max = self._link.frame_max
         self._attach(channel)
         self._is_open = True
 
@@ -167,11 +169,11 @@ class AioPikaPublisher(ABC):
             publication.routing_key,
             mandatory=publication.mandatory,
         )
-        if fits(properties, self._link.frame_max):
+        if fits(properties, self._frame_max):
             return method, properties
         text = (
             f"the properties of a message to {publication.exchange!r} have {len(properties)} bytes;"
-            f" they must fit into one frame of {self._link.frame_max}"
+            f" they must fit into one frame of {self._frame_max}"
         )
         if not isinstance(publication, Copy):
             raise PublishError(text)

@@ -13,13 +13,18 @@ Laws:
 
 from __future__ import annotations
 
-import re
 import struct
 from datetime import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from aio_pika_batch.adapters.aio_pika.properties import HEADERS_FLAG, PropertyListError, fields
+from aio_pika_batch.adapters.aio_pika.properties import (
+    HEADERS_FLAG,
+    PropertyListError,
+    fields,
+    header_table,
+    is_whole_after,
+)
 from aio_pika_batch.adapters.aio_pika.tables import (
     TableError,
     check_value,
@@ -27,10 +32,10 @@ from aio_pika_batch.adapters.aio_pika.tables import (
     encode_text,
     entries,
 )
-from aio_pika_batch.errors import PublishError
+from aio_pika_batch.errors import MessageDecodeError, PublishError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from aio_pika_batch.core.message import FieldValue, Headers
     from aio_pika_batch.core.publication import Copy
@@ -56,28 +61,31 @@ def splice(raw: bytes, copy: Copy, user: bytes) -> bytes:
         PublishError: A header to be added has a value that AMQP cannot carry.
     """
     try:
-        added = _added(copy.add)
+        changes = _changes(copy.add, copy.drop)
     except TableError as error:
         raise PublishError(f"header {error}") from error
-    present = int.from_bytes(raw[:2], "big")
-    if copy.keep_expiration and present & (HEADERS_FLAG | _USER_ID_FLAG) == HEADERS_FLAG:
+    if copy.keep_expiration and len(raw) > 1 and not raw[1] & _USER_ID_FLAG:
         # What is nearly always asked for: nothing is changed but the headers.
-        start, end = _headers_of(raw)
-        if end:
-            return b"".join((raw[:start], _table(raw, start, end, copy, added), raw[end:]))
-    return _rebuilt(raw, copy, user, added)
+        try:
+            start, end = header_table(raw)
+        except PropertyListError:
+            return _rebuilt(raw, copy, user, changes)
+        if end and is_whole_after(raw, end):
+            return b"".join((raw[:start], *_table(raw, start, end, copy, changes), raw[end:]))
+    return _rebuilt(raw, copy, user, changes)
 
 
-def _rebuilt(raw: bytes, copy: Copy, user: bytes, added: list[bytes]) -> bytes:
+def _rebuilt(raw: bytes, copy: Copy, user: bytes, changes: _Changes) -> bytes:
     """Write the list property by property."""
     present = 0
     parts = [b""]
     headers_at = 1
+    added = changes.added
     try:
         for flag, name, _, start, end in fields(raw):
             match name:
                 case "headers":
-                    part = _table(raw, start, end, copy, added)
+                    part = b"".join(_table(raw, start, end, copy, changes))
                 case "expiration" if not copy.keep_expiration:
                     continue
                 case "user_id" if raw[start + 1 : end] != user:
@@ -89,70 +97,71 @@ def _rebuilt(raw: bytes, copy: Copy, user: bytes, added: list[bytes]) -> bytes:
             parts.append(part)
             present |= flag
     except PropertyListError:
-        if not present & HEADERS_FLAG:
-            added.append(encode_entry(UNDECODABLE_HEADERS, raw))
+        added += encode_entry(UNDECODABLE_HEADERS, raw)
     if added and not present & HEADERS_FLAG:
         present |= HEADERS_FLAG
-        parts.insert(headers_at, _with_length(added))
+        parts.insert(headers_at, _LENGTH.pack(len(added)) + added)
     parts[0] = _FLAGS.pack(present)
     return b"".join(parts)
 
 
-def _table(raw: bytes, start: int, end: int, copy: Copy, added: list[bytes]) -> bytes:
-    leave_out = _names(tuple(copy.add), copy.drop)
-    if copy.message.has_readable_headers:
-        # They have been read, so that a broker can read them too.
-        was = raw[start + 4 : end]
-        if not _any_of(leave_out).search(was):
-            return _with_length((was, *added))
+def _table(raw: bytes, start: int, end: int, copy: Copy, changes: _Changes) -> Sequence[bytes]:
+    """Write the header table, in parts to be joined."""
+    added = changes.added
+    was = raw[start + 4 : end]
+    try:
+        if changes.names.isdisjoint(copy.message.headers):
+            # They have been read, so that a broker can read them too.
+            return _LENGTH.pack(len(was) + len(added)), was, added
+    except MessageDecodeError:
+        pass  # what can be kept of them is seen below
     kept = []
     try:
         for key, entry, value, value_end in entries(raw, start + 4, end):
             check_value(raw, value, value_end)
-            if key not in leave_out:
+            if key not in changes.keys:
                 kept.append(raw[entry:value_end])
     except TableError:
         # What can be read of half a table may not be what its publisher meant.
-        kept = [encode_entry(UNDECODABLE_HEADERS, raw[start + 4 : end])]
-    return _with_length((*kept, *added))
+        kept = [encode_entry(UNDECODABLE_HEADERS, was)]
+    return _LENGTH.pack(sum(map(len, kept)) + len(added)), *kept, added
 
 
-@lru_cache(maxsize=64)  # a consumer's copies are all changed alike
-def _names(add: tuple[str, ...], drop: frozenset[str]) -> frozenset[bytes]:
-    return frozenset(encode_text(key) for key in (*add, *drop))
+class _Changes(NamedTuple):
+    """What is changed about a header table.
+
+    Attributes:
+        added: The entries to be added.
+        names: The headers that are added or left out.
+        keys: The same, as they stand on the wire.
+    """
+
+    added: bytes
+    names: frozenset[str]
+    keys: frozenset[bytes]
 
 
-@lru_cache(maxsize=64)
-def _any_of(names: frozenset[bytes]) -> re.Pattern[bytes]:
-    return re.compile(b"|".join(map(re.escape, names)) if names else b"(?!)")
+def _changes(add: Headers, drop: frozenset[str]) -> _Changes:
+    types = tuple(map(type, add.values()))
+    if _REPEATED.issuperset(types):
+        return _known(tuple(add.items()), types, drop)
+    return _new(add.items(), drop)
 
 
-def _headers_of(raw: bytes) -> tuple[int, int]:
-    """Where the header table begins and ends; (0, 0) if the list is not whole."""
-    found = (0, 0)
-    try:
-        for _, name, _, start, end in fields(raw):
-            if name == "headers":
-                found = (start, end)
-    except PropertyListError:
-        return 0, 0
-    return found
-
-
-def _added(headers: Headers) -> list[bytes]:
-    """Write the headers to be added."""
-    types = tuple(map(type, headers.values()))
-    if types and _REPEATED.issuperset(types):
-        return [_known(tuple(headers.items()), types)]
-    return [encode_entry(key, value) for key, value in headers.items()]
-
-
-@lru_cache(maxsize=256)  # the copies of one batch are added much the same
-def _known(headers: tuple[tuple[str, FieldValue], ...], _: tuple[type, ...]) -> bytes:
+@lru_cache(maxsize=256)  # the copies of one batch are changed much alike
+def _known(
+    add: tuple[tuple[str, FieldValue], ...], _: tuple[type, ...], drop: frozenset[str]
+) -> _Changes:
     # The types are part of what is remembered: 1, 1.0 and True are equal, and written differently.
-    return b"".join([encode_entry(key, value) for key, value in headers])
+    return _new(add, drop)
 
 
-def _with_length(rows: Iterable[bytes]) -> bytes:
-    data = b"".join(rows)
-    return _LENGTH.pack(len(data)) + data
+def _new(add: Iterable[tuple[str, FieldValue]], drop: frozenset[str]) -> _Changes:
+    names, keys = _names(tuple([key for key, _ in add]), drop)
+    return _Changes(b"".join([encode_entry(*each) for each in add]), names, keys)
+
+
+@lru_cache(maxsize=64)  # a consumer's copies have the same few headers
+def _names(add: tuple[str, ...], drop: frozenset[str]) -> tuple[frozenset[str], frozenset[bytes]]:
+    names = drop.union(add)
+    return names, frozenset(map(encode_text, names))

@@ -27,7 +27,7 @@ class Pages:
         self.call = Call(size, self._finish)
         for index in range(size):
             body = bodies[index] if bodies else b"%d" % index
-            self.books.enter(Entry(self.call, index, ROUTE, PLAIN, body))
+            self.books.enter([Entry(self.call, index, ROUTE, PLAIN, body)])
 
     def _finish(self) -> None:
         self.done += 1
@@ -86,6 +86,45 @@ def test_any_order_gives_each_its_own(size: int, data: st.DataObject) -> None:
     assert (None not in expected) == pages.done
 
 
+@given(st.data())
+def test_returns_between_publications(data: st.DataObject) -> None:
+    """Whatever is entered, returned and confirmed in between: against lists, searched each time."""
+    routes = [(b"", b"q"), (b"x", b"q")]
+    size = data.draw(st.integers(1, 12))
+    pages = Pages(0)
+    pages.call.outcomes, pages.call.missing = [None] * size, size
+    entered: list[tuple[bytes, bytes]] = []
+    came_back: set[int] = set()
+    expected: list[Outcome | None] = [None] * size
+    numbers = st.integers(1, size)
+    confirms = st.builds(Confirm, numbers, st.booleans(), st.booleans())
+    for step in data.draw(st.lists(st.one_of(st.sampled_from(routes), numbers, confirms))):
+        match step:
+            case Confirm(tag, multiple, accepted):
+                pages.books.confirm(step)
+                for number in range(1 if multiple else tag, min(tag, len(entered)) + 1):
+                    if expected[number - 1] is None:
+                        said = CONFIRMED if accepted else REFUSED
+                        expected[number - 1] = RETURNED if number in came_back else said
+            case int(number):
+                if number <= len(entered) and expected[number - 1] is None:
+                    pages.books.returned(back(b"%d" % number, route=entered[number - 1]))
+                    if number in came_back:
+                        # The broker never does that: then nothing is known of the others there.
+                        came_back |= {
+                            each
+                            for each, route in enumerate(entered, 1)
+                            if route == entered[number - 1] and expected[each - 1] is None
+                        }
+                    came_back.add(number)
+            case route if len(entered) < size:
+                entered.append(route)
+                body = b"%d" % len(entered)
+                pages.books.enter([Entry(pages.call, len(entered) - 1, route, PLAIN, body)])
+
+    assert expected == pages.outcomes
+
+
 def test_a_return_waits_for_its_own_confirm() -> None:
     """Others stand between."""
     pages = Pages(3)
@@ -114,7 +153,7 @@ def test_a_return_whose_headers_were_sorted() -> None:
     call = Call(2, lambda: None)
     for index, count in enumerate((1, 2)):
         headers = {"z": count, "a": 1.5}
-        books.enter(Entry(call, index, ROUTE, encode(Properties(headers=headers)), b""))
+        books.enter([Entry(call, index, ROUTE, encode(Properties(headers=headers)), b"")])
 
     books.returned(back(b"", encode(Properties(headers={"a": 1.5, "z": 2}))))
     books.confirm(Confirm(2, True, True))
@@ -127,7 +166,7 @@ def test_a_return_that_nothing_matches() -> None:
     pages = Pages(2)
     pages.call.missing += 1
     pages.call.outcomes.append(None)
-    pages.books.enter(Entry(pages.call, 2, (b"", b"elsewhere"), PLAIN, b""))
+    pages.books.enter([Entry(pages.call, 2, (b"", b"elsewhere"), PLAIN, b"")])
 
     pages.books.returned(back(b"changed on its way"))
     pages.books.confirm(Confirm(3, True, True))
@@ -143,6 +182,20 @@ def test_a_return_to_a_route_that_nobody_used() -> None:
     pages.books.confirm(Confirm(1, False, True))
 
     assert [CONFIRMED] == pages.outcomes
+
+
+def test_a_confirm_of_what_was_not_sent_yet() -> None:
+    """However large its number is, it costs nothing, and decides nothing."""
+    pages = Pages(1)
+
+    pages.books.confirm(Confirm(2**64 - 1, True, True))
+    pages.call.outcomes.append(None)
+    pages.call.missing += 1
+    pages.books.enter([Entry(pages.call, 1, ROUTE, PLAIN, b"")])
+
+    assert [CONFIRMED, None] == pages.outcomes
+    pages.books.confirm(Confirm(2, True, False))
+    assert [CONFIRMED, REFUSED] == pages.outcomes
 
 
 @pytest.mark.parametrize("multiple", [True, False])
