@@ -119,21 +119,39 @@ class Settler:
             header = self._router.retry.header
             self._log.warning("a retry count is no number, and is taken as 0", header=header)
         publishing = self._loop.create_task(self._publish(republications))
+        place = self._desk.stand_in_line()
         try:
-            with self._desk.round():
-                await asyncio.wait({publishing}, timeout=PATIENCE)
-            if settlements and not publishing.done():
-                await self._desk.settle(settlements)
-                settlements = []
+            await asyncio.wait({publishing}, timeout=PATIENCE)
+            if not publishing.done():
+                self._desk.leave(place)
+                if settlements:
+                    await self._desk.settle(settlements)
+                    settlements = []
             outcomes = await publishing
+            if self.is_over:
+                if settlements:
+                    msg = "the session ended while copies were on their way: nothing was settled"
+                    raise SessionLost(msg)
+                self.count_stale(len(republications))
+                return ()
+            confirmed = self._confirmed_of(republications, outcomes, arrived)
+            if confirmed:
+                tags = tuple([each.tag for each in confirmed])
+                settlements.append(Settlement(Disposition.ACK, tags))
+            if settlements:
+                await self._desk.settle(settlements, place)
+            return confirmed
         finally:
             publishing.cancel()
-        if self.is_over:
-            if settlements:
-                msg = "the session ended while copies were on their way: nothing was settled"
-                raise SessionLost(msg)
-            self.count_stale(len(republications))
-            return ()
+            self._desk.leave(place)
+
+    def _confirmed_of(
+        self,
+        republications: Sequence[Republication],
+        outcomes: Sequence[Outcome],
+        arrived: float,
+    ) -> list[Republication]:
+        """Those whose copies are confirmed; the others are held."""
         confirmed = []
         for republication, outcome in zip(republications, outcomes, strict=True):
             if outcome is Outcome.CONFIRMED:
@@ -142,9 +160,6 @@ class Settler:
                 self._room.admit(republication, arrived=arrived)
         if confirmed:
             self._is_giving_back = False
-            settlements.append(Settlement(Disposition.ACK, tuple(each.tag for each in confirmed)))
-        if settlements:
-            await self._desk.settle(settlements)
         return confirmed
 
     async def _publish(self, republications: Sequence[Republication]) -> Sequence[Outcome]:
