@@ -77,7 +77,7 @@ async def test_a_copy_keeps_all_but_another_users_name(transport, memory: Broker
         assert memory.ready(queue)[0].properties == Properties(
             headers={"a": 1, "n": 1}, user_id="guest", priority=0
         )
-        message._decoded = Properties(user_id="bob")
+        message._read = Properties(user_id="bob")
         assert await publisher.publish([copy]) == [CONFIRMED]
         assert memory.ready(queue)[1].properties == Properties(headers={"n": 1})
 
