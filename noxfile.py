@@ -104,6 +104,13 @@ def wires(session: nox.Session) -> None:
     pytest(session, "tests/integration", "-k", "not aio_pika_", *session.posargs, env=env)
 
 
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Take out one cure after another: the tests must notice each. Words choose which."""
+    session.install(".", *group("test"))
+    session.run("python", "-m", "tests.mutants", *session.posargs)
+
+
 def fetch(session: nox.Session, version: str) -> str:
     """Unpack a RabbitMQ of this version below ``.cache``, unless it is there; return its script."""
     output = session.run("python", "-m", "tests.support.fetch", version, silent=True, stderr=None)

@@ -245,6 +245,9 @@ def test_a_channel_that_the_broker_closes_is_not_tapped_any_more(closing: list[b
     assert ChannelClosed(406, "PRECONDITION_FAILED") == told[1]
     assert b"".join([close, later]) == b"".join(told[2].frames)
     assert not splitter.is_tapping
+    splitter.tap_consumer(CHANNEL, Source())
+    (anew,) = splitter.feed(later)
+    assert [1] == [each.delivery_tag for each in anew.messages]
 
 
 def test_a_channel_that_is_closed_in_agreement_is_not_tapped_any_more() -> None:

@@ -1,0 +1,1 @@
+"""Would the tests notice? The table of mutants, and what runs it."""

@@ -1,0 +1,72 @@
+"""Run the tests against each mutant: ``python -m tests.mutants [WORD …]``, run by `nox -s mutants`.
+
+A mutant that no test kills is a failure, and so is one that is out of date. With words, only
+mutants whose file or trap has one of them are run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.mutants.table import TABLE, Mutant
+from tests.support.find import choose
+
+_ROOT = Path(__file__).parents[2]
+_SOURCE = _ROOT / "src"
+_FAILED = 1  # pytest's exit code for "some tests failed"
+
+
+def main(words: Sequence[str]) -> int:
+    """Run those that are asked for; returns how many survived."""
+    wanted = [
+        each
+        for each in TABLE
+        if not words or any(word in f"{each.file} {each.trap}" for word in words)
+    ]
+    survivors = 0
+    with ExitStack() as stack:
+        environment = dict(os.environ)
+        if any(each.needs_broker for each in wanted):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            broker = stack.enter_context(choose().take(folder))
+            environment["AIO_PIKA_BATCH_TEST_URL"] = broker.url
+        for mutant in wanted:
+            verdict = _try(mutant, environment)
+            survivors += verdict != "killed"
+            print(f"{verdict:12} {mutant.file}: {mutant.trap}", flush=True)
+    print(f"\n{len(wanted) - survivors} killed, {survivors} not")
+    return survivors
+
+
+def _try(mutant: Mutant, environment: Mapping[str, str]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "src"
+        shutil.copytree(_SOURCE, source, ignore=shutil.ignore_patterns("__pycache__"))
+        file = source / "aio_pika_batch" / mutant.file
+        text = file.read_text()
+        if text.count(mutant.was) != 1:
+            return "OUT OF DATE"
+        file.write_text(text.replace(mutant.was, mutant.becomes))
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests],
+            cwd=_ROOT,
+            env={**environment, "PYTHONPATH": str(source)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+    if done.returncode == _FAILED:
+        return "killed"
+    return "SURVIVED" if done.returncode == 0 else f"BROKEN ({done.returncode}):\n{done.stdout}"
+
+
+if __name__ == "__main__":
+    sys.exit(min(1, main(sys.argv[1:])))

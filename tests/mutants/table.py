@@ -1,0 +1,268 @@
+"""Which cures would the tests miss, if they were taken out?
+
+Each entry takes one of them out, and names the tests that must fail then. What is to be replaced
+must stand in its file exactly once, so that an entry that is out of date is found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One change for the worse.
+
+    Attributes:
+        trap: What happens then, in a sentence.
+        file: Below `src/aio_pika_batch`.
+        tests: What pytest is to run, at least one of which must fail.
+    """
+
+    trap: str
+    file: str
+    was: str
+    becomes: str
+    tests: tuple[str, ...]
+
+    @property
+    def needs_broker(self) -> bool:
+        """Whether one of its tests does."""
+        return any("integration" in each for each in self.tests)
+
+
+_UNIT = "tests/unit/adapters/aio_pika"
+_SESSION = "tests/integration/test_aio_pika_session.py"
+_PUBLISHER = "tests/integration/test_aio_pika_publisher.py"
+_TOPOLOGY = "tests/integration/test_aio_pika_topology.py"
+_WIRE = "adapters/aio_pika"
+
+WIRE = (
+    Mutant(
+        "A multiple ack ends on a tag that is settled otherwise: the broker closes the channel.",
+        "core/ledger.py",
+        "Frame(disposition, same[-1], len(same) > 1)",
+        "Frame(disposition, members[-1], len(same) > 1)",
+        ("tests/unit/core/test_ledger.py",),
+    ),
+    Mutant(
+        "The multiple ack goes out before the rejects, whose holes it reaches across.",
+        "core/ledger.py",
+        "return [Frame(decided[tag], tag) for tag in sorted(singles)] + multiples",
+        "return multiples + [Frame(decided[tag], tag) for tag in sorted(singles)]",
+        ("tests/unit/core/test_ledger.py", "tests/unit/core/test_ledger_machine.py"),
+    ),
+    Mutant(
+        "Something is written on a channel that the broker has closed: that costs the connection.",
+        f"{_WIRE}/tap.py",
+        "if self.end is not None or not self._splitter.is_tapping:",
+        "if self.end is not None:",
+        (f"{_SESSION}::test_a_closed_channel_ends_the_session_with_the_brokers_words",),
+    ),
+    Mutant(
+        "A channel that the broker closed is tapped on: its number is used again.",
+        f"{_WIRE}/frames.py",
+        "            self.untap()\n            self._events.append(ChannelClosed(",
+        "            self._events.append(ChannelClosed(",
+        (f"{_UNIT}/test_frames.py",),
+    ),
+    Mutant(
+        "So is a channel that was closed in agreement.",
+        f"{_WIRE}/frames.py",
+        "            self.untap()\n            self._events.append(ChannelGone())",
+        "            self._events.append(ChannelGone())",
+        (f"{_UNIT}/test_frames.py",),
+    ),
+    Mutant(
+        "Half a message of a closed channel is kept, and mixed with what comes next.",
+        f"{_WIRE}/frames.py",
+        "self._deliveries = self._confirms = self._content = self._guard = None",
+        "self._deliveries = self._confirms = self._guard = None",
+        (f"{_UNIT}/test_frames.py",),
+    ),
+    Mutant(
+        "The broker cancels the consumer, and nobody hears of it.",
+        f"{_WIRE}/frames.py",
+        "elif method == _BASIC_CANCEL and deliveries is not None:",
+        "elif method == _BASIC_CANCEL and deliveries is None:",
+        (f"{_UNIT}/test_frames.py", f"{_SESSION}::test_a_deleted_queue_ends_the_session"),
+    ),
+    Mutant(
+        "The library hears nothing of a busy connection, and takes its peer for dead.",
+        f"{_WIRE}/tap.py",
+        "self._reader.feed_data(_HEARTBEAT)",
+        "pass",
+        (f"{_SESSION}::test_a_busy_connection_is_not_taken_for_dead",),
+    ),
+    Mutant(
+        "A silent peer is noticed by the library only, and late.",
+        f"{_WIRE}/tap.py",
+        "_SILENT_HEARTBEATS = 3",
+        "_SILENT_HEARTBEATS = 30",
+        (f"{_SESSION}::test_a_silent_broker_ends_the_session",),
+    ),
+    Mutant(
+        "A broker of another version answers with eight bytes that are no frame.",
+        f"{_WIRE}/frames.py",
+        'if data.startswith(b"AMQP"):',
+        "if False:",
+        (f"{_UNIT}/test_frames.py",),
+    ),
+    Mutant(
+        "An outgoing frame is larger than agreed on.",
+        f"{_WIRE}/packing.py",
+        "largest = frame_max - OVERHEAD",
+        "largest = frame_max",
+        (f"{_UNIT}/test_packing.py",),
+    ),
+    Mutant(
+        "An incoming frame may be as large as it says: memory is its sender's.",
+        f"{_WIRE}/frames.py",
+        "        if size > self._largest:\n",
+        "        if False:\n",
+        (f"{_UNIT}/test_frames.py",),
+    ),
+    Mutant(
+        "A body in several frames is taken for whole after the first.",
+        f"{_WIRE}/frames.py",
+        "        content.missing -= len(frame) - OVERHEAD\n",
+        "        content.missing = 0\n",
+        (f"{_UNIT}/test_frames.py",),
+    ),
+    Mutant(
+        "The answer to a cancel is believed before it has come.",
+        f"{_WIRE}/session.py",
+        "        await self._wire.cancel()\n        self._drained = True",
+        "        self._drained = True\n        await self._wire.cancel()",
+        (f"{_UNIT}/test_session.py",),
+    ),
+    Mutant(
+        "A listener's exception loses what else came in the same read.",
+        f"{_WIRE}/tap.py",
+        "except Exception as error:  # noqa: BLE001  -- the rest of the read is not lost over it",
+        "except KeyError as error:",
+        (f"{_UNIT}/test_tap.py",),
+    ),
+    Mutant(
+        "After bytes that are no AMQP, the socket stays open.",
+        f"{_WIRE}/tap.py",
+        "                    self._reader.set_exception(AMQPConnectionError(event.reason))\n"
+        "                    self.abort()\n",
+        "                    self._reader.set_exception(AMQPConnectionError(event.reason))\n",
+        (f"{_UNIT}/test_tap.py",),
+    ),
+    Mutant(
+        "An error of connecting comes through as whatever the system calls it.",
+        f"{_WIRE}/tap.py",
+        "        except OSError as error:\n",
+        "        except ZeroDivisionError as error:\n",
+        (f"{_UNIT}/test_tap.py",),
+    ),
+    Mutant(
+        "Something is written although the library has closed the connection.",
+        f"{_WIRE}/tap.py",
+        "if writer is None or writer.is_closing():",
+        "if writer is None:",
+        (f"{_UNIT}/test_tap.py",),
+    ),
+    Mutant(
+        "Waiting for room on a connection that was dropped raises what the stream raises.",
+        f"{_WIRE}/fast.py",
+        'with translated(lambda error: SessionLost(f"the connection broke: {describe(error)}")):',
+        "if True:",
+        (f"{_UNIT}/test_tap.py",),
+    ),
+    Mutant(
+        "A property that cannot be read costs more than its message.",
+        f"{_WIRE}/properties.py",
+        "            except UnicodeDecodeError as error:\n                undecodable[name] = f",
+        "            except ZeroDivisionError as error:\n                undecodable[name] = f",
+        (f"{_UNIT}/test_properties.py",),
+    ),
+    Mutant(
+        "A return is taken for whichever publication of its route came first.",
+        f"{_WIRE}/books.py",
+        "if entry.properties == returned.properties and entry.body == returned.body:",
+        "if True:",
+        (f"{_UNIT}/test_books.py",),
+    ),
+    Mutant(
+        "A return whose headers the broker has sorted is nobody's.",
+        f"{_WIRE}/books.py",
+        "if entry.body == returned.body and decode(entry.properties) == meaning:",
+        "if entry.body == returned.body and entry.properties == meaning:",
+        (f"{_UNIT}/test_books.py",),
+    ),
+    Mutant(
+        "A return that fits nothing is dropped: a lost message counts as confirmed.",
+        f"{_WIRE}/books.py",
+        "        return list(route)\n",
+        "        return []\n",
+        (f"{_UNIT}/test_books.py",),
+    ),
+    Mutant(
+        "Confirms are believed to come in order.",
+        f"{_WIRE}/books.py",
+        "        else:\n            self.close(confirm.tag, outcome)\n",
+        "        self.close(confirm.tag, outcome)\n        self._oldest = confirm.tag + 1\n",
+        (f"{_UNIT}/test_books.py",),
+    ),
+    Mutant(
+        "A late confirm after a time-out is taken for the next publication's.",
+        f"{_WIRE}/publisher.py",
+        "to nobody.\n            self._is_open = False\n",
+        "to nobody.\n            pass\n",
+        (f"{_PUBLISHER}::test_silence_makes_the_outcome_unknown",),
+    ),
+    Mutant(
+        "A header is set although it stands there already.",
+        f"{_WIRE}/splice.py",
+        "if changes.names.isdisjoint(copy.message.headers):",
+        "if copy.message.headers is not None:",
+        (f"{_UNIT}/test_splice.py",),
+    ),
+    Mutant(
+        "A key inside of another header is taken for the header itself.",
+        f"{_WIRE}/splice.py",
+        "            if key not in changes.keys:\n",
+        "            if not any(each in raw[entry:value_end] for each in changes.keys):\n",
+        (f"{_UNIT}/test_splice.py",),
+    ),
+    Mutant(
+        "What a broker cannot read is sent raw: that ends the connection.",
+        f"{_WIRE}/splice.py",
+        "            check_value(raw, value, value_end)\n",
+        "",
+        (f"{_UNIT}/test_splice.py",),
+    ),
+    Mutant(
+        "A user's name that is not the connection's costs the channel.",
+        f"{_WIRE}/splice.py",
+        'case "user_id" if raw[start + 1 : end] != user:',
+        'case "user_id" if raw[start + 1 : end] == user:',
+        (f"{_UNIT}/test_splice.py",),
+    ),
+    Mutant(
+        "A double is written as a float.",
+        f"{_WIRE}/tables.py",
+        '_DOUBLE = struct.Struct(">cd")',
+        '_DOUBLE = struct.Struct(">cf")',
+        (f"{_UNIT}/test_tables.py",),
+    ),
+    Mutant(
+        "Acks just before the close are lost on a quorum queue.",
+        f"{_WIRE}/session.py",
+        "SETTLE_PAUSE = 0.2",
+        "SETTLE_PAUSE = 0.0",
+        (f"{_SESSION}::test_acks_just_before_the_end_are_not_lost",),
+    ),
+    Mutant(
+        "TLS goes without the context that verifies.",
+        f"{_WIRE}/tap.py",
+        'await provider.get_context() if url.scheme == "amqps" else None',
+        "None",
+        (f"{_TOPOLOGY}::test_tls",),
+    ),
+)
+
+TABLE = (*WIRE,)

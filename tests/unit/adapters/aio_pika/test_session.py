@@ -1,0 +1,86 @@
+"""Does a session hand out all that was delivered before the answer to its cancel?"""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from aio_pika_batch.adapters.aio_pika.events import Deliveries
+from aio_pika_batch.adapters.aio_pika.session import AioPikaSession
+from aio_pika_batch.core.message import Message
+from aio_pika_batch.transport import Subscription
+from tests.unit.adapters.aio_pika.spoken import message
+
+
+class Channel:
+    """The client library's; its broker answers a cancel when it is told to."""
+
+    number = 1
+
+    def __init__(self) -> None:
+        self.answer = asyncio.Event()
+
+    async def basic_qos(self, **_: Any) -> None:
+        """Take any prefetch."""
+
+    async def basic_consume(self, *_: Any, **__: Any) -> None:
+        """Take any consumer."""
+
+    async def basic_cancel(self, _: str) -> None:
+        await self.answer.wait()
+
+
+class Tap:
+    """The broker is the test."""
+
+    end = None
+    closed_by_broker = None
+
+    def consume(self, _: int, __: Any, listener: Any) -> None:
+        self.tell = listener
+
+
+async def opened(channel: Channel, tap: Tap) -> AioPikaSession:
+    """A session that consumes."""
+
+    async def open_channel() -> Channel:
+        return channel
+
+    link: Any = SimpleNamespace(
+        is_fast=True, tap=tap, line=tap, channel=open_channel, address="there"
+    )
+    session = AioPikaSession(link, Subscription(queue="q", prefetch=10, consumer_tag="c"))
+    await session.open(1)
+    return session
+
+
+async def iterated(session: AioPikaSession, chunks: list[list[Message]]) -> None:
+    """Take what a session hands out, to its end."""
+    chunks.extend([list(chunk) async for chunk in session])
+
+
+async def pumped(session: AioPikaSession, chunks: list[list[Message]]) -> None:
+    """The same, as it comes."""
+    await session.pump(lambda chunk: chunks.append(list(chunk)))
+
+
+@pytest.mark.parametrize("way", [iterated, pumped])
+async def test_what_comes_before_the_answer_to_cancel_is_handed_out(way: Any) -> None:
+    """However much that is, and however long the answer takes."""
+    channel, tap = Channel(), Tap()
+    session = await opened(channel, tap)
+    chunks: list[list[Message]] = []
+    taking = asyncio.create_task(way(session, chunks))
+    cancelling = asyncio.create_task(session.cancel())
+    late = [message(b"\0\0"), message(b"\0\0")]
+    for each in late:
+        await asyncio.sleep(1)
+        assert not taking.done()
+        tap.tell(Deliveries([each]))
+    channel.answer.set()
+    await asyncio.gather(taking, cancelling)
+
+    assert [[each] for each in late] == chunks

@@ -1,0 +1,246 @@
+"""Does the library hear all that is its own, and does nothing go wrong where the socket does?"""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from aiormq.exceptions import AMQPConnectionError
+from pamqp import commands
+from yarl import URL
+
+from aio_pika_batch.adapters.aio_pika.events import Cut, Deliveries, Malformed
+from aio_pika_batch.adapters.aio_pika.fast import FastWire
+from aio_pika_batch.adapters.aio_pika.tap import Tap
+from aio_pika_batch.errors import SessionLost
+from tests.unit.adapters.aio_pika.spoken import CHANNEL, HEARTBEAT, Source, delivery, method
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator
+
+    from aio_pika_batch.adapters.aio_pika.events import Event
+    from aio_pika_batch.testing.virtual_time import VirtualTimeLoop
+
+    Opened = Callable[..., Coroutine[Any, Any, "Line"]]
+
+ANSWER = method(commands.Basic.QosOk())
+ACK = b"\x01\x00\x03 an ack, packed"
+
+
+class Socket(asyncio.Transport):
+    """A socket whose other end is the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.waiting = 0
+        self.aborted = False
+        self.closing = False
+
+    def write(self, data: Any) -> None:
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def abort(self) -> None:
+        self.aborted = self.closing = True
+
+    def get_write_buffer_size(self) -> int:
+        return self.waiting
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        return 1, 2
+
+
+class Line:
+    """A tap on an open socket, and a channel of it that consumes."""
+
+    def __init__(self, tap: Tap, socket: Socket, protocol: Any, reader: Any) -> None:
+        self.tap = tap
+        self.socket = socket
+        self.protocol = protocol
+        self.reader = reader
+        self.heard: list[Event] = []
+        self.breaks = False
+        tap.consume(CHANNEL, Source(), self._hear)
+
+    def _hear(self, event: Event) -> None:
+        self.heard.append(event)
+        if self.breaks:
+            raise ZeroDivisionError("a listener is wrong")
+
+    def receive(self, *frames: bytes) -> None:
+        """One read brings all of it."""
+        data = b"".join(frames)
+        self.protocol.get_buffer(-1)[: len(data)] = data
+        self.protocol.buffer_updated(len(data))
+
+    async def passed(self) -> bytes:
+        """What the library has got to read."""
+        self.reader.feed_eof()
+        data: bytes = await self.reader.read()
+        return data
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
+    """Opens a socket that is none."""
+    socket = Socket()
+
+    async def open_line(*, heartbeat: int = 0) -> Line:
+        made: list[Any] = []
+
+        async def create_connection(factory: Any, *_: Any, **__: Any) -> tuple[Socket, Any]:
+            made.append(factory())
+            made[0].connection_made(socket)
+            return socket, made[0]
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", create_connection)
+        tap = Tap(heartbeat)
+        reader, _ = await tap.create(URL("amqp://localhost"), ssl_context_provider=None)
+        return Line(tap, socket, made[0], reader)
+
+    yield open_line
+    socket.closing = True
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the event loop's exception handler is told."""
+    heard: list[dict[str, Any]] = []
+    loop_class = asyncio.BaseEventLoop
+    monkeypatch.setattr(loop_class, "call_exception_handler", lambda _, what: heard.append(what))
+    return heard
+
+
+async def test_deliveries_are_taken_out_and_the_rest_is_passed_on(opened: Opened) -> None:
+    """In order, whatever stands in one read."""
+    line = await opened()
+    line.receive(ANSWER, *delivery(1), HEARTBEAT, *delivery(2), ANSWER)
+
+    tags = [
+        message.delivery_tag
+        for event in line.heard
+        if isinstance(event, Deliveries)
+        for message in event.messages
+    ]
+    assert [1, 2] == tags
+    assert ANSWER + HEARTBEAT + ANSWER == await line.passed()
+
+
+async def test_a_listener_that_fails_costs_nobody_else_anything(
+    opened: Opened, said: list[dict[str, Any]]
+) -> None:
+    """What came in the same read is told and passed on all the same."""
+    line = await opened()
+    line.breaks = True
+    line.receive(*delivery(1), ANSWER, *delivery(2), ANSWER)
+
+    assert 2 == len(line.heard)
+    assert [ZeroDivisionError] * 2 == [type(each["exception"]) for each in said]
+    assert ANSWER * 2 == await line.passed()
+
+
+async def test_bytes_that_are_no_amqp_end_the_connection(opened: Opened) -> None:
+    """For the library, for the channel, and for the peer; nothing is told twice."""
+    line = await opened()
+    line.receive(HEARTBEAT, b"\x63 is no frame")
+    line.receive(*delivery(1))
+    line.protocol.connection_lost(None)
+
+    (event,) = line.heard
+    assert isinstance(event, Malformed)
+    assert event == line.tap.end
+    assert line.socket.aborted
+    with pytest.raises(AMQPConnectionError, match="no AMQP 0-9-1 frame"):
+        await line.reader.read()
+
+
+@pytest.mark.parametrize("error", [OSError(113, "No route to host"), ConnectionRefusedError()])
+async def test_errors_of_connecting_are_the_librarys_own(
+    monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    """As those of its own factories are."""
+
+    async def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", fail)
+
+    with pytest.raises(AMQPConnectionError) as raised:
+        await Tap(0).create(URL("amqp://localhost"), ssl_context_provider=None)
+    assert error is raised.value.__cause__
+
+
+async def test_what_is_written_goes_out_at_once(opened: Opened) -> None:
+    """As it is."""
+    line = await opened()
+
+    assert line.tap.write(ACK)
+    assert ACK == line.socket.written
+
+
+async def test_nothing_is_written_once_the_library_has_closed(opened: Opened) -> None:
+    """Some event loops raise, others say nothing; here it is told."""
+    line = await opened()
+    line.socket.closing = True
+
+    assert not line.tap.write(ACK)
+    assert b"" == line.socket.written
+
+
+async def test_nothing_is_written_after_the_end(opened: Opened) -> None:
+    """Whoever ended it."""
+    line = await opened()
+    line.protocol.eof_received()
+
+    assert not line.tap.write(ACK)
+    assert [Cut("the broker closed the connection without a word")] == line.heard
+
+
+async def test_room_on_a_connection_that_broke_is_not_waited_for(opened: Opened) -> None:
+    """It is lost, and says so in our words."""
+    line = await opened()
+    link: Any = SimpleNamespace(tap=line.tap)
+    wire = FastWire(link, line.tap, SimpleNamespace())  # type: ignore[arg-type]
+    line.protocol.pause_writing()
+    await wire.drained()  # there is room
+    line.socket.waiting = 3
+    draining = asyncio.create_task(wire.drained())
+    await asyncio.sleep(1)
+    assert not draining.done()
+
+    line.protocol.connection_lost(ConnectionResetError("reset by peer"))
+
+    with pytest.raises(SessionLost, match="the connection broke"):
+        await draining
+
+
+async def test_while_all_is_taken_out_the_library_hears_that_its_peer_lives(opened: Opened) -> None:
+    """A heartbeat a second, as long as something comes; and none in silence."""
+    line = await opened(heartbeat=10)
+    for tag in range(40):
+        await asyncio.sleep(0.1)
+        line.receive(*delivery(tag + 1))
+    await asyncio.sleep(5)
+
+    assert HEARTBEAT * 3 == await line.passed()
+
+
+async def test_silence_is_noticed_after_three_heartbeats(
+    opened: Opened, virtual_loop: VirtualTimeLoop
+) -> None:
+    """Counted from the last byte, whatever it was."""
+    line = await opened(heartbeat=2)
+    await asyncio.sleep(5)
+    line.receive(HEARTBEAT)
+    await asyncio.sleep(5.9)
+    assert not line.heard
+    await asyncio.sleep(0.2)
+
+    assert [Cut("nothing was heard of the broker for 6 s")] == line.heard
+    assert line.socket.aborted
+    assert 11 < virtual_loop.time() < 11.2
