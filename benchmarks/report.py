@@ -16,6 +16,8 @@ from benchmarks.measure import Case
 from benchmarks.series import Kept, all_sections
 
 FILE = "performance.md"
+LARGE = 16 * 1024
+"""Bytes from which on it is the body that costs, and not the message."""
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 HEADINGS = {
     "consume": "Consuming",
@@ -25,7 +27,12 @@ HEADINGS = {
     "growth": "As things grow",
     "memory": "Memory",
 }
-CHARTS = ("consume", "publish", "requeue")
+AGAINST = {"consume": "ours.ack", "publish": "ours.publish", "requeue": "ours.requeue"}
+"""What ratios are of, in the sections that compare with others; each has its chart."""
+GROWTH_CHARTS = {
+    "growth": "As batch, prefetch and backlog grow: µs of CPU per message",
+    "bodies": "As bodies grow: µs of CPU per KiB",
+}
 
 
 def write(kept: Kept, folder: Path) -> None:
@@ -35,11 +42,22 @@ def write(kept: Kept, folder: Path) -> None:
     source = page if page.exists() else ROOT / "docs" / FILE
     text = source.read_text() if source.exists() else f"{BEGIN}\n{END}\n"
     page.write_text(between_marks(text, render(kept)))
-    for section in CHARTS:
-        bars = _bars(kept, all_sections()[section])
+    sections = all_sections()
+    charts = {
+        section: (
+            f"{HEADINGS[section]}: µs of CPU per message, less is better",
+            sorted(_bars(kept, sections[section]), key=lambda bar: bar.value),
+        )
+        for section in AGAINST
+    }
+    bodies = [case for case in sections["growth"] if case.key.startswith("body-")]
+    others = [case for case in sections["growth"] if case not in bodies]
+    charts["growth"] = GROWTH_CHARTS["growth"], _bars(kept, others)
+    large = [case for case in bodies if case.body >= LARGE]
+    charts["bodies"] = GROWTH_CHARTS["bodies"], _bars(kept, large, per_kib=True)
+    for name, (title, bars) in charts.items():
         if bars:
-            title = f"{HEADINGS[section]}: µs of CPU per message, less is better"
-            (folder / f"performance-{section}.svg").write_text(chart.bars(title, bars))
+            (folder / f"performance-{name}.svg").write_text(chart.bars(title, bars))
 
 
 def between_marks(text: str, new: str) -> str:
@@ -61,10 +79,11 @@ def render(kept: Kept) -> str:
         if not any(case.key in kept.readings or case.key in kept.errors for case in cases):
             continue
         parts.append(f"### {HEADINGS[section]}")
-        if section in CHARTS:
+        if section in AGAINST:
             parts.append(f"![{HEADINGS[section]}: CPU per message](performance-{section}.svg)")
-        against = {"consume": "ours.ack", "publish": "ours.publish", "requeue": "ours.requeue"}
-        parts.append(table(kept, cases, against.get(section)))
+        if section == "growth":
+            parts += [f"![{title}](performance-{name}.svg)" for name, title in GROWTH_CHARTS.items()]
+        parts.append(table(kept, cases, AGAINST.get(section)))
     if failed := failures(kept):
         parts += ["### What failed", failed]
     return "\n\n".join(parts)
@@ -181,10 +200,12 @@ def rows(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, form, *lines))
 
 
-def _bars(kept: Kept, cases: Sequence[Case]) -> list[chart.Bar]:
-    bars = [
-        chart.Bar(case.name.replace("`", ""), seen.median, seen.low, seen.high, case.is_ours)
-        for case in cases
-        if (seen := figures.cpu_of(kept.readings.get(case.key, {})))
-    ]
-    return sorted(bars, key=lambda bar: bar.value)
+def _bars(kept: Kept, cases: Sequence[Case], *, per_kib: bool = False) -> list[chart.Bar]:
+    bars = []
+    for case in cases:
+        if seen := figures.cpu_of(kept.readings.get(case.key, {})):
+            name = case.name.replace("`", "")
+            unit = case.body / 1024 if per_kib else 1
+            values = (seen.median / unit, seen.low / unit, seen.high / unit)
+            bars.append(chart.Bar(name, *values, case.is_ours))
+    return bars
