@@ -82,7 +82,8 @@ def render(kept: Kept) -> str:
         if section in AGAINST:
             parts.append(f"![{HEADINGS[section]}: CPU per message](performance-{section}.svg)")
         if section == "growth":
-            parts += [f"![{title}](performance-{name}.svg)" for name, title in GROWTH_CHARTS.items()]
+            charts = GROWTH_CHARTS.items()
+            parts += [f"![{title}](performance-{name}.svg)" for name, title in charts]
         parts.append(table(kept, cases, AGAINST.get(section)))
     if failed := failures(kept):
         parts += ["### What failed", failed]
