@@ -96,7 +96,14 @@ GROUPS = {
         "routing_key",
         "binding_arguments",
     ),
-    "Batches": ("batch_size", "batch_timeout"),
+    "Batches": (
+        "batch_size",
+        "batch_timeout",
+        "settle",
+        "settle_interval",
+        "isolate_failures",
+        "isolate_limit",
+    ),
     "Workers": ("num_workers", "concurrency", "prefetch_count"),
     "Handling and retries": (
         "max_requeue_attempts",

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from aio_pika_batch.core.holding import HoldPolicy
+from aio_pika_batch.core.pace import Pace
 from aio_pika_batch.core.results import ExceptionResults
 from aio_pika_batch.core.retry import Backoff, RetryPolicy
 from aio_pika_batch.core.routing import Router
 from aio_pika_batch.core.topology import dead_letter_target, derive, split_exclusive
+from aio_pika_batch.core.trial import FailurePolicy
+from aio_pika_batch.desk import PATIENCE
 from aio_pika_batch.epoch import Epoch, Terms
 from aio_pika_batch.errors import DrainIncomplete, StartInterrupted
-from aio_pika_batch.handling import IGNORED_CANCELLATION, FailurePolicy, Process
+from aio_pika_batch.handling import IGNORED_CANCELLATION, Process
 from aio_pika_batch.hands import Stop, wait_until
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observer, Observers, Origin
@@ -55,13 +58,19 @@ def terms_of(settings: ConsumerSettings, exceptions: ExceptionResults) -> Terms:
     """On which terms these settings want a worker to work."""
     wanted = settings.wanted
     prefetch = settings.effective_prefetch
+    interval = settings.seconds_until_settled
     return Terms(
         batch_size=settings.messages_per_batch,
         batch_timeout=settings.seconds_per_batch,
         prefetch=prefetch,
         concurrency=settings.concurrency,
         process_timeout=settings.process_timeout,
-        failure=FailurePolicy(settings.unhandled_exception_action, exceptions),
+        failure=FailurePolicy(
+            settings.unhandled_exception_action,
+            exceptions,
+            isolate=settings.culprits_per_batch,
+            is_atomic=settings.is_atomic,
+        ),
         router=Router(
             settings.queue_name,
             RetryPolicy(settings.max_requeue_attempts, settings.retry_count_header),
@@ -70,6 +79,7 @@ def terms_of(settings: ConsumerSettings, exceptions: ExceptionResults) -> Terms:
         ),
         # Without a limit on what is delivered, none on what is held but memory's own would remain.
         hold=HoldPolicy(settings.requeue_hold, prefetch // 2 if prefetch else 1000, RECHECK),
+        pace=None if interval is None else Pace.within(interval, longest=PATIENCE),
     )
 
 

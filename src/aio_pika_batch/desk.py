@@ -44,7 +44,7 @@ class SettleDesk:
         self._sending: set[asyncio.Task[None]] = set()
 
     def stand_in_line(self) -> Place:
-        """Take a place, to be left within `PATIENCE`: those behind wait for it."""
+        """Take a place, to be left within a moment: those behind wait for it."""
         place = Place()
         self._line.append(place)
         return place

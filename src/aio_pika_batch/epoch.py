@@ -9,27 +9,36 @@ handlers run on, but nobody listens to their results any more.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from aio_pika_batch.core.batcher import Batch, Batcher
 from aio_pika_batch.core.holding import HoldPolicy
 from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.pace import Pace
 from aio_pika_batch.core.routing import Router
+from aio_pika_batch.core.trial import FailurePolicy, Handled
+from aio_pika_batch.desk import PATIENCE
+from aio_pika_batch.early import Early
 from aio_pika_batch.errors import SessionLost, TransportError
-from aio_pika_batch.handling import FailurePolicy, Handled, Handling, Process
+from aio_pika_batch.handling import Handling, Process
 from aio_pika_batch.hands import Hands, Stop, nobody_waits, wait_until
-from aio_pika_batch.logs import KeywordLogger, told
-from aio_pika_batch.observer import BatchCut, BatchHandled, HandlerError, Observers
+from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.observer import Observers
 from aio_pika_batch.outbox import Outbox
+from aio_pika_batch.reporting import Reporter
 from aio_pika_batch.settling import Settler
 from aio_pika_batch.transport import PumpingSession, Session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """On which terms a worker works, as its settings say."""
+    """On which terms a worker works, as its settings say.
+
+    Attributes:
+        pace: How soon a yield is settled; None where that waits for the end of its batch.
+    """
 
     batch_size: int
     batch_timeout: float
@@ -39,6 +48,7 @@ class Terms:
     failure: FailurePolicy
     router: Router
     hold: HoldPolicy
+    pace: Pace | None
 
 
 class Epoch:
@@ -75,7 +85,7 @@ class Epoch:
         self._terms = terms
         self._process = process
         self._hands = hands
-        self._observers = observers
+        self._reporter = Reporter(observers, log)
         self._log = log
         self._loop = asyncio.get_running_loop()
         self._batcher = Batcher(size=terms.batch_size, timeout=terms.batch_timeout)
@@ -84,11 +94,13 @@ class Epoch:
             router=terms.router,
             hold=terms.hold,
             outbox=outbox,
+            patience=terms.pace.patience if terms.pace else PATIENCE,
             on_failure=self.fail,
             on_room=self._dispatch,
             observers=observers,
             log=log,
         )
+        self._early = Early(terms.pace.collect, self._settle_early) if terms.pace else None
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._settling: dict[int, float] = {}
@@ -208,9 +220,15 @@ class Epoch:
             self._terms.failure,
             timeout=self._terms.process_timeout,
             on_ignored=self._on_ignored_cancellation,
+            on_yield=self._early.note if self._early else None,
+            reporter=self._reporter,
         )
         self._hands.take(handling)
-        task = self._loop.create_task(self._handle(handling))
+        self._go(self._handle(handling))
+
+    def _go(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do it in a task that a drain waits for, and that may outlive the epoch."""
+        task = self._loop.create_task(work)
         for tasks in (self._tasks, self._hands.tasks):
             tasks.add(task)
             task.add_done_callback(tasks.discard)
@@ -222,45 +240,43 @@ class Epoch:
 
     async def _handle(self, handling: Handling) -> None:
         batch = handling.batch
-        began = self._loop.time()
-        if self._observers:
-            self._observers.tell(BatchCut(batch.messages, batch.trigger, began - batch.since))
-        self._settling[id(batch)] = batch.since
         try:
             try:
                 handled = await handling.run()
             finally:
                 # Free first: the next batch may start while this one is being settled.
                 self._hands.release(handling)
-            self._report(batch, handled, self._loop.time() - began)
-            if self._settler.is_over:
-                self._settler.count_stale(len(batch.messages))
-            else:
-                await self._settler.settle(batch, handled)
-        except TransportError as error:
-            self._settler.count_stale(len(batch.messages))
-            self.fail(error)
-        except Exception as error:  # noqa: BLE001  -- unsettled for ever is worse than delivered again
-            self._log.exception("a batch could not be settled")
-            self.fail(SessionLost(f"a batch could not be settled: {error!r}"))
+        except Exception as error:  # noqa: BLE001  -- as `_give_up` says
+            self._give_up(error, len(batch.messages))
+        else:
+            await self._settle(handled, batch.since)
+
+    def _settle_early(self, taken: Handled, counts: dict[Handling, int], since: float) -> None:
+        for handling, count in counts.items():
+            self._hands.settled(handling, count)
+        self._go(self._settle(taken, since))
+
+    async def _settle(self, handled: Handled, since: float) -> None:
+        self._settling[id(handled)] = since
+        try:
+            if self._settler.is_over and handled:
+                self._settler.count_stale(len(handled))
+            elif handled:
+                await self._settler.settle(handled, since)
+        except Exception as error:  # noqa: BLE001  -- as `_give_up` says
+            self._give_up(error, len(handled))
         finally:
-            del self._settling[id(batch)]
+            del self._settling[id(handled)]
         self.last_progress = self._loop.time()
 
-    def _report(self, batch: Batch, handled: Handled, seconds: float) -> None:
-        for error in handled.errors:
-            self._log.error(
-                "a batch failed",
-                exc_info=error,
-                messages=len(batch.messages),
-                first_tag=batch.messages[0].delivery_tag,
-                error=told(error),
-            )
-            if self._observers:
-                self._observers.tell(HandlerError(batch.messages, error))
-        if self._observers:
-            error_seen = handled.errors[0] if handled.errors else None
-            self._observers.tell(BatchHandled(batch.messages, seconds, error_seen))
+    def _give_up(self, error: Exception, count: int) -> None:
+        """End the epoch: unsettled for ever is worse than delivered again."""
+        if isinstance(error, TransportError):
+            self._settler.count_stale(count)
+            self.fail(error)
+        else:
+            self._log.error("a batch could not be settled", exc_info=error)
+            self.fail(SessionLost(f"a batch could not be settled: {error!r}"))
 
     # -- ending -----------------------------------------------------------------------------------
 
@@ -274,6 +290,8 @@ class Epoch:
     async def _let_go(self, receiving: asyncio.Task[None]) -> None:
         """End of the epoch, whatever ended it. Handlers run on, if there are any."""
         self._disarm()
+        if self._early is not None:
+            self._early.stop()
         self._batcher.clear()
         self._hands.on_free = nobody_waits
         await self._settler.abort()

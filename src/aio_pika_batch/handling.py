@@ -1,28 +1,22 @@
 """What did the handler say about each message of a batch?
 
-Runs a user's generator in the task that calls it, which is the library's own, and turns whatever
-comes of it into verdicts: an exception, silence, nonsense and time running out each have theirs. A
-message that cannot be decoded is judged alone; the others are handed to the handler again at once.
+Runs a user's generator in the task that calls it, which is the library's own, and hands whatever
+comes of it to the batch's trial: an exception, silence, nonsense and time running out each have
+their cause there. As long as the trial wants another run, the handler is run again.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from aio_pika_batch.core.batcher import Batch
+from aio_pika_batch.core.batcher import Batch, Trigger
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.results import (
-    Cause,
-    ExceptionResults,
-    MessageResult,
-    ResultCollector,
-    Verdict,
-    result_for,
-)
-from aio_pika_batch.errors import HandlerTimeout, MessageDecodeError, ResultError
+from aio_pika_batch.core.results import Cause, ResultCollector
+from aio_pika_batch.core.trial import FailurePolicy, Handled, Trial
+from aio_pika_batch.errors import HandlerTimeout, ResultError
+from aio_pika_batch.reporting import Reporter
 
 IGNORED_CANCELLATION = 5.0
 """Seconds that a cancelled handler has to end; then its session is given up."""
@@ -30,43 +24,15 @@ IGNORED_CANCELLATION = 5.0
 Process: TypeAlias = Callable[[Sequence[Message]], AsyncIterator[object]]
 
 
-@dataclass(frozen=True, slots=True)
-class FailurePolicy:
-    """What becomes of messages that a handler left undecided.
-
-    Attributes:
-        action: For whatever `exceptions` does not list.
-        exceptions: By the exception that left the handler.
-    """
-
-    action: MessageResult
-    exceptions: ExceptionResults
-
-
-@dataclass(slots=True)
-class Handled:
-    """A batch, judged: each message stands in exactly one of the three lists.
-
-    Attributes:
-        acked: The delivery tags of those that went well, in order.
-        verdicts: All that were decided otherwise.
-        returned: Those that a shutdown left undecided.
-        errors: What the handler raised or yielded wrongly, for the log.
-    """
-
-    acked: list[int] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
-    returned: list[Message] = field(default_factory=list)
-    errors: list[BaseException] = field(default_factory=list)
-
-
 class Handling:
     """One batch in the hands of a handler.
 
     Args:
         process: The user's `process_messages`.
-        timeout: Seconds for the whole batch; None for no limit.
+        timeout: Seconds for the whole batch, however often it is run; None for no limit.
         on_ignored: Called if the handler goes on for long after its cancellation.
+        on_yield: Called when there is something for `take`, and again only after that; None where
+            nothing is settled before the end.
     """
 
     def __init__(
@@ -77,12 +43,18 @@ class Handling:
         *,
         timeout: float | None,
         on_ignored: Callable[[], None],
+        on_yield: Callable[[Handling], None] | None,
+        reporter: Reporter,
     ) -> None:
         self.batch = batch
         self._process = process
-        self._policy = policy
         self._timeout = timeout
         self._on_ignored = on_ignored
+        self._on_yield = on_yield
+        self._has_told = False
+        self._reporter = reporter
+        self._trial = Trial(policy)
+        self._collector = ResultCollector(batch.messages)
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[object] | None = None
         self._cut_by: Cause | None = None
@@ -112,6 +84,14 @@ class Handling:
             self._timer.cancel()
             self._timer = None
 
+    def take(self) -> Handled:
+        """Hand out what is decided so far; `run` does not return it again."""
+        if self._task is None:
+            # What `run` has returned is not handed out again either.
+            return Handled()
+        self._has_told = False
+        return self._trial.take(self._collector)
+
     async def run(self) -> Handled:
         """Run the handler to its end.
 
@@ -121,94 +101,83 @@ class Handling:
         self._task = asyncio.current_task()
         if self._timeout is not None:
             self._timer = self._loop.call_later(self._timeout, self.cut, Cause.TIMEOUT)
-        handled = Handled()
+        trial = self._trial
         try:
-            messages = self.batch.messages
-            while messages:
-                messages = await self._run_once(messages, handled)
+            await self._run_once(self._collector, self.batch.trigger)
+            while not trial.is_over:
+                if self._cut_by is not None:
+                    trial.stop(self._cut_off(self._cut_by), self._cut_by)
+                    break
+                if self._on_yield is not None:
+                    self._tell()
+                self._collector = ResultCollector(trial.next_run())
+                await self._run_once(self._collector, Trigger.ISOLATE)
         finally:
             self._disarm()
             task, self._task = self._task, None
             if self._cut_by is not None and task is not None:
                 # The cancellation was for the handler, and has been dealt with.
                 task.uncancel()
-        return handled
+        return trial
 
-    async def _run_once(self, messages: Sequence[Message], handled: Handled) -> Sequence[Message]:
-        """Run the handler over some messages; returns those that it is to be given again."""
-        collector = ResultCollector(messages)
-        error = await self._drive(messages, collector)
+    async def _run_once(self, collector: ResultCollector, trigger: Trigger) -> None:
+        messages = collector.messages
+        began = self._loop.time()
+        self._reporter.begins(messages, trigger, began - self.batch.since)
+        error = await self._drive(collector)
+        seconds = self._loop.time() - began
         if error is None and collector.all_acked:
-            handled.acked.extend([message.delivery_tag for message in messages])
-            return ()
-        for message, result in collector.decided():
-            if result is MessageResult.ACK:
-                handled.acked.append(message.delivery_tag)
-            else:
-                handled.verdicts.append(Verdict(message, result))
-        if error is None and collector.count == len(messages):
-            return ()
-        undecided = collector.undecided()
-        cause = self._cause(error)
-        if error is None:
-            error = ResultError(f"{collector.count} results for {len(messages)} messages")
-        handled.errors.append(error)
-        if cause is Cause.SHUTDOWN:
-            handled.returned.extend(undecided)
-            return ()
-        if isinstance(error, MessageDecodeError) and any(
-            each is error.message for each in undecided
-        ):
-            return self._without_culprit(undecided, error, handled)
-        result = self._policy.action
-        if cause in (Cause.EXCEPTION, Cause.TIMEOUT):
-            result = result_for(error, self._policy.exceptions) or result
-        for message in undecided:
-            handled.verdicts.append(Verdict(message, result, cause, error))
-        return ()
-
-    def _without_culprit(
-        self, undecided: Sequence[Message], error: MessageDecodeError, handled: Handled
-    ) -> Sequence[Message]:
-        for message in undecided:
-            if message is error.message:
-                verdict = Verdict(message, MessageResult.NACK, Cause.UNDECODABLE, error)
-                handled.verdicts.append(verdict)
-        return [message for message in undecided if message is not error.message]
+            self._trial.acked += [message.delivery_tag for message in messages]
+        else:
+            is_passing = self._trial.judge(collector, error, self._cause(error))
+            if error is not None:
+                quietly = is_passing and trigger is Trigger.ISOLATE
+                self._reporter.failed(messages, seconds, error, quietly=quietly)
+                return
+        self._reporter.ended(messages, seconds)
 
     def _cause(self, error: BaseException | None) -> Cause:
         match error:
+            case None:
+                return Cause.HANDLER
             case InvalidResult():
                 return Cause.INVALID
             case _ if self._cut_by is not None:
                 return self._cut_by
-            case None:
+            case MissingResults():
                 return Cause.MISSING
             case _:
                 return Cause.EXCEPTION
 
-    async def _drive(
-        self, messages: Sequence[Message], collector: ResultCollector
-    ) -> BaseException | None:
+    async def _drive(self, collector: ResultCollector) -> BaseException | None:
         """Run the handler once; returns what went wrong with it, if anything."""
-        error = await self._caught(self._iterate(messages, collector))
-        is_cut_short = collector.count < len(messages) and not isinstance(error, InvalidResult)
-        if self._cut_by is Cause.TIMEOUT and is_cut_short:
+        error = await self._caught(self._iterate(collector))
+        if isinstance(error, InvalidResult):
+            return error
+        count, wanted = collector.count, len(collector.messages)
+        if error is None and count == wanted:
+            return None
+        if self._cut_by is not None:
+            cut_off = self._cut_off(self._cut_by)
+            # It shows where the handler was.
+            cut_off.__cause__ = error
+            return cut_off
+        return error or MissingResults(f"{count} results for {wanted} messages")
+
+    def _cut_off(self, cause: Cause) -> HandlerTimeout:
+        if cause is Cause.TIMEOUT:
             limit = f"process_timeout={self._timeout} s"
             return HandlerTimeout(f"the handler was cut off after {limit}")
-        if self._cut_by is Cause.SHUTDOWN and is_cut_short:
-            return HandlerTimeout("the handler was cut off: shutdown_timeout leaves no more time")
-        return error
+        return HandlerTimeout("the handler was cut off: shutdown_timeout leaves no more time")
 
-    async def _iterate(
-        self, messages: Sequence[Message], collector: ResultCollector
-    ) -> BaseException | None:
-        results = self._process(messages)
-        accept = collector.accept
+    async def _iterate(self, collector: ResultCollector) -> BaseException | None:
+        results = self._process(collector.messages)
+        accept = collector.accept if self._on_yield is None else self._accept_and_tell
         error: BaseException | None = None
         try:
             async for item in results:
                 if self._cut_by is not None:
+                    error = asyncio.CancelledError("it was swallowed")
                     break
                 try:
                     accept(item)
@@ -222,6 +191,15 @@ class Handling:
                 closing_error = await self._caught(left_open())
                 error = error or closing_error
         return error
+
+    def _accept_and_tell(self, item: object) -> None:
+        self._collector.accept(item)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._on_yield is not None and not self._has_told:
+            self._has_told = True
+            self._on_yield(self)
 
     async def _caught(self, work: Awaitable[BaseException | None]) -> BaseException | None:
         """Do it, and return what it raises: the user's code may raise anything."""
@@ -241,3 +219,7 @@ class Handling:
 
 class InvalidResult(ResultError):
     """Raised by us about what a handler yielded, as against by the handler itself."""
+
+
+class MissingResults(ResultError):
+    """Raised by us about a handler that ended too early, as against by the handler itself."""

@@ -91,6 +91,10 @@ class Hands:
         """Enter a batch."""
         self._busy[handling] = len(handling.batch.messages)
 
+    def settled(self, handling: Handling, count: int) -> None:
+        """So many of its messages are in nobody's hands any more; its handler goes on."""
+        self._busy[handling] -= count
+
     def release(self, handling: Handling) -> None:
         """Strike it off."""
         del self._busy[handling]

@@ -218,6 +218,21 @@ class ConsumerSettings(BaseSettings):
         return 0.0
 
     @property
+    def seconds_until_settled(self) -> float | None:
+        """How soon a yield is settled at the latest; None: when its batch has been handled."""
+        return None
+
+    @property
+    def is_atomic(self) -> bool:
+        """Whether a failure voids the ACKs of its batch."""
+        return False
+
+    @property
+    def culprits_per_batch(self) -> int:
+        """How many culprits are looked for in a batch that failed: none."""
+        return 0
+
+    @property
     def effective_stuck_after(self) -> float:
         """The seconds that are used, see `stuck_after`."""
         if self.stuck_after is not None:
@@ -314,6 +329,23 @@ class BatchConsumerSettings(ConsumerSettings):
     batch_timeout: Seconds = Field(
         default=5.0, description="How long a batch's first message waits for the batch to fill."
     )
+    settle: Literal["batch", "yield", "atomic"] = Field(
+        default="batch",
+        description="When results are settled. `batch`: all together, when the handler has ended;"
+        " `yield`: while it runs, each within `settle_interval`; `atomic`: as `batch`, and a"
+        " failure voids the batch's ACKs.",
+    )
+    settle_interval: Seconds = Field(
+        default=0.1, description='With `settle="yield"`: how soon a yield is settled.'
+    )
+    isolate_failures: bool = Field(
+        default=False,
+        description="After an exception, run what was left undecided again in halves until the"
+        " culprits stand alone; only they get the failure's result.",
+    )
+    isolate_limit: Count = Field(
+        default=10, description="How many culprits are looked for in a batch, at most."
+    )
 
     @property
     def messages_per_batch(self) -> int:
@@ -324,6 +356,21 @@ class BatchConsumerSettings(ConsumerSettings):
     def seconds_per_batch(self) -> float:
         """How long a handler's messages are collected at most."""
         return self.batch_timeout
+
+    @property
+    def seconds_until_settled(self) -> float | None:
+        """How soon a yield is settled at the latest; None: when its batch has been handled."""
+        return self.settle_interval if self.settle == "yield" else None
+
+    @property
+    def is_atomic(self) -> bool:
+        """Whether a failure voids the ACKs of its batch."""
+        return self.settle == "atomic"
+
+    @property
+    def culprits_per_batch(self) -> int:
+        """How many culprits are looked for in a batch that failed."""
+        return self.isolate_limit if self.isolate_failures else 0
 
 
 def _given(arguments: Mapping[str, FieldValue] | None) -> Mapping[str, FieldValue]:

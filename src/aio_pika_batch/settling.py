@@ -11,16 +11,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-from aio_pika_batch.core.batcher import Batch
 from aio_pika_batch.core.holding import HoldPolicy
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result, Verdict
 from aio_pika_batch.core.routing import Republication, Router
 from aio_pika_batch.core.settlement import Disposition, Settlement
-from aio_pika_batch.desk import PATIENCE, SettleDesk
+from aio_pika_batch.core.trial import Handled
+from aio_pika_batch.desk import SettleDesk
 from aio_pika_batch.errors import SessionLost, TransportError
-from aio_pika_batch.handling import Handled
 from aio_pika_batch.logs import KeywordLogger, told
 from aio_pika_batch.observer import DeadLettered, Observers, Requeued, Settled, StaleResults
 from aio_pika_batch.outbox import Outbox
@@ -32,6 +31,7 @@ class Settler:
     """Settles what one session delivered.
 
     Args:
+        patience: Seconds that a settlement waits for confirmations, at most.
         on_failure: Told when the session cannot go on.
         on_room: Called when messages have left the waiting room.
 
@@ -46,6 +46,7 @@ class Settler:
         router: Router,
         hold: HoldPolicy,
         outbox: Outbox,
+        patience: float,
         on_failure: Callable[[TransportError], None],
         on_room: Callable[[], None],
         observers: Observers,
@@ -58,6 +59,7 @@ class Settler:
         self._observers = observers
         self._log = log
         self._loop = asyncio.get_running_loop()
+        self._patience = patience
         self._desk = SettleDesk(session)
         self._room = WaitingRoom(
             hold,
@@ -79,8 +81,11 @@ class Settler:
         """When the longest held original arrived, in loop time; None if none is held."""
         return self._room.since
 
-    async def settle(self, batch: Batch, handled: Handled) -> None:
-        """Do what was decided about a batch.
+    async def settle(self, handled: Handled, arrived: float) -> None:
+        """Do what was decided about some messages.
+
+        Args:
+            arrived: When the oldest of them was delivered, in loop time.
 
         Raises:
             TransportError: The session cannot take it; what is unsettled will be delivered again.
@@ -98,7 +103,7 @@ class Settler:
             republications = plan.republications
         confirmed: Sequence[Republication] = ()
         if republications:
-            confirmed = await self._settle_once_confirmed(settlements, republications, batch.since)
+            confirmed = await self._settle_once_confirmed(settlements, republications, arrived)
         elif settlements:
             await self._desk.settle(settlements)
         if self._observers:
@@ -121,7 +126,7 @@ class Settler:
         publishing = self._loop.create_task(self._publish(republications))
         place = self._desk.stand_in_line()
         try:
-            await asyncio.wait({publishing}, timeout=PATIENCE)
+            await asyncio.wait({publishing}, timeout=self._patience)
             if not publishing.done():
                 self._desk.leave(place)
                 if settlements:

@@ -27,6 +27,8 @@ class Trigger(Enum):
     """Every message that the prefetch count allows was in hand: no more could come."""
     DRAIN = "drain"
     """The consumer is stopping."""
+    ISOLATE = "isolate"
+    """It is what a failed batch left undecided, run again to find out whose fault it was."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from typing import TypeAlias
 
 from aio_pika_batch.core.message import Message
@@ -107,7 +108,7 @@ def result_for(error: BaseException, table: ExceptionResults) -> MessageResult |
 class ResultCollector:
     """Takes what a handler yields for one batch, and refuses what is no answer to it."""
 
-    __slots__ = ("_by_position", "_index", "_pairs", "_room", "messages")
+    __slots__ = ("_by_position", "_index", "_pairs", "_room", "_taken", "messages")
 
     def __init__(self, messages: Sequence[Message]) -> None:
         self.messages = messages
@@ -115,6 +116,7 @@ class ResultCollector:
         self._room = len(messages)
         self._pairs: dict[int, Result] = {}
         self._index: dict[int, int] | None = None
+        self._taken = 0
 
     def accept(self, item: object) -> None:
         """Take the next yield.
@@ -181,14 +183,33 @@ class ResultCollector:
 
     @property
     def all_acked(self) -> bool:
-        """Whether the i-th yield was an ACK for each i; a cheap question for the common case."""
-        return not self._room and self._by_position.count(MessageResult.ACK) == len(self.messages)
+        """Whether the i-th yield was an ACK for each i, and none of them has been taken; a cheap
+        question for the common case.
+        """
+        return (
+            not self._room
+            and not self._taken
+            and self._by_position.count(MessageResult.ACK) == len(self.messages)
+        )
 
     def decided(self) -> list[tuple[Message, Result]]:
         """The messages with a result, in the order of the batch."""
         if self._pairs:
             return [(self.messages[at], self._pairs[at]) for at in sorted(self._pairs)]
         return list(zip(self.messages, self._by_position, strict=False))
+
+    def take(self) -> list[tuple[Message, Result]]:
+        """The messages that have got a result since this was last asked, in the order of the batch.
+
+        They are decided all the same.
+        """
+        taken, self._taken = self._taken, self.count
+        if self._pairs:
+            fresh = sorted(islice(self._pairs, taken, None))
+            return [(self.messages[at], self._pairs[at]) for at in fresh]
+        if not taken:
+            return self.decided()
+        return list(zip(self.messages[taken:], self._by_position[taken:], strict=False))
 
     def undecided(self) -> list[Message]:
         """The messages without one, in the order of the batch."""

@@ -123,6 +123,37 @@ def test_all_acked_never_says_more_than_decided_does(drawn):
         assert [(message, ACK) for message in messages] == collector.decided()
 
 
+@given(answers(), st.lists(st.integers(0, 6), max_size=3))
+def test_what_is_taken_meanwhile_is_taken_once(drawn, moments):
+    """Whenever one asks, what was decided since then comes, in the order of the batch; all of it in
+    the end, and nothing is undecided for it.
+    """
+    messages, decided, yields = drawn
+    collector = ResultCollector(messages)
+    parts = []
+    for at, item in enumerate(yields):
+        parts += [collector.take() for moment in moments if moment == at]
+        collector.accept(item)
+    parts.append(collector.take())
+
+    assert [] == collector.take()
+    together = [pair for part in parts for pair in part]
+    assert decided == sorted(together, key=lambda pair: pair[0].delivery_tag)
+    assert all(part == sorted(part, key=lambda pair: pair[0].delivery_tag) for part in parts)
+    assert decided == collector.decided()
+    assert len(messages) == len(decided) + len(collector.undecided())
+
+
+def test_what_has_been_taken_is_not_acked_in_one_go():
+    """The short way is for a batch of which nothing is on its way yet."""
+    collector = collected(some_messages(2), [ACK])
+    collector.take()
+    collector.accept(ACK)
+
+    assert not collector.all_acked
+    assert [(collector.messages[1], ACK)] == collector.take()
+
+
 @given(answers(), no_answers)
 def test_what_is_no_answer_raises_and_changes_nothing(drawn, item):
     """What was validly decided before stays decided."""

@@ -1,0 +1,49 @@
+"""What is said about a batch while it is handled, and to whom?
+
+Observers hear of every run of the handler. The log gets what somebody should read: how a batch
+failed, and whoever failed alone; not every step on the way from one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from aio_pika_batch.core.batcher import Trigger
+from aio_pika_batch.core.message import Message
+from aio_pika_batch.logs import KeywordLogger, told
+from aio_pika_batch.observer import BatchCut, BatchHandled, HandlerError, Observers
+
+
+class Reporter:
+    """Tells observers and the log about the runs of one session's handlers."""
+
+    def __init__(self, observers: Observers, log: KeywordLogger) -> None:
+        self._observers = observers
+        self._log = log
+
+    def begins(self, messages: Sequence[Message], trigger: Trigger, waited: float) -> None:
+        """Tell that a handler is given these."""
+        if self._observers:
+            self._observers.tell(BatchCut(messages, trigger, waited))
+
+    def ended(self, messages: Sequence[Message], seconds: float) -> None:
+        """Tell that a handler is done with these, and that all went well."""
+        if self._observers:
+            self._observers.tell(BatchHandled(messages, seconds, None))
+
+    def failed(
+        self, messages: Sequence[Message], seconds: float, error: BaseException, *, quietly: bool
+    ) -> None:
+        """Tell that a handler failed.
+
+        Args:
+            quietly: Whether there was a failure before this one, and a culprit's will follow.
+        """
+        where = {"messages": len(messages), "first_tag": messages[0].delivery_tag}
+        if quietly:
+            self._log.debug("a part of a failed batch failed", **where, error=told(error))
+        else:
+            self._log.error("a batch failed", exc_info=error, **where, error=told(error))
+        if self._observers:
+            self._observers.tell(HandlerError(messages, error))
+            self._observers.tell(BatchHandled(messages, seconds, error))

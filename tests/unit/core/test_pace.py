@@ -1,0 +1,25 @@
+"""How soon is settled what was just yielded?"""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aio_pika_batch.core.pace import Pace
+
+seconds = st.floats(1e-3, 1e6)
+
+
+@given(seconds, seconds)
+def test_whatever_waits_waits_within_the_interval(interval, longest):
+    """Collecting, and twice the patience: for one's own confirmations and for those of others."""
+    pace = Pace.within(interval, longest=longest)
+
+    assert 0 < pace.patience <= longest
+    assert interval / 2 <= pace.collect < interval
+    assert interval >= (pace.collect + 2 * pace.patience) * (1 - 1e-9)
+
+
+def test_a_long_interval_is_for_collecting():
+    """Confirmations that have not come in a moment are not worth more of it."""
+    assert Pace(collect=9.75, patience=0.125) == Pace.within(10, longest=0.125)

@@ -1,0 +1,280 @@
+"""What is decided about each message of a batch, run after run?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import event, example, given
+from hypothesis import strategies as st
+
+from aio_pika_batch.core.results import Cause, MessageResult, ResultCollector, Verdict
+from aio_pika_batch.core.trial import FailurePolicy, Handled, Trial
+from aio_pika_batch.errors import MessageDecodeError
+from tests.unit.core.strategies import some_messages
+
+ACK, NACK = MessageResult.ACK, MessageResult.NACK
+REQUEUE, REQUEUE_IMMEDIATE = MessageResult.REQUEUE, MessageResult.REQUEUE_IMMEDIATE
+
+FAILURES = (Cause.EXCEPTION, Cause.TIMEOUT, Cause.MISSING, Cause.INVALID, Cause.SHUTDOWN)
+
+
+class Listed(Exception):
+    """What `exceptions` has a result for."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a handler does in one run, drawn before it is known what it will be given.
+
+    Attributes:
+        yields: Its first results.
+        failure: What ends it; None lets it ack all the rest.
+        undecodable: The position of one that it finds undecodable, if it raises.
+        take: Whether somebody asks for what is decided, in the middle of it and after it.
+    """
+
+    yields: tuple[MessageResult, ...]
+    failure: Cause | None
+    undecodable: int | None = None
+    take: bool = False
+
+
+runs = st.builds(
+    Run,
+    yields=st.lists(st.sampled_from(MessageResult), max_size=4).map(tuple),
+    failure=st.none() | st.sampled_from(FAILURES),
+    undecodable=st.none() | st.integers(0, 7),
+    take=st.booleans(),
+)
+policies = st.builds(
+    FailurePolicy,
+    st.sampled_from([REQUEUE, NACK, REQUEUE_IMMEDIATE]),
+    st.sampled_from([{}, {Listed: NACK}]),
+    st.integers(0, 3),
+    st.booleans(),
+)
+
+
+def play(messages, policy, plan):
+    """Run a trial to its end by a plan; whatever comes after the plan goes well."""
+    trial, taken, left = Trial(policy), [], list(plan)
+    batch, number = messages, 0
+    while batch:
+        number += 1
+        run = left.pop(0) if left else Run((), None)
+        collector = ResultCollector(batch)
+        for result in run.yields[: len(batch)]:
+            collector.accept(result)
+        if run.take and not policy.is_atomic:
+            taken.append(trial.take(collector))
+        error, cause = None, run.failure or Cause.HANDLER
+        if run.failure is None:
+            while collector.count < len(batch):
+                collector.accept(ACK)
+        elif run.failure is Cause.EXCEPTION and run.undecodable is not None:
+            error = MessageDecodeError(batch[run.undecodable % len(batch)], "body", "no JSON")
+        else:
+            error = Listed()
+        trial.judge(collector, error, cause)
+        if run.take and not policy.is_atomic:
+            taken.append(trial.take(collector))
+        if cause in (Cause.TIMEOUT, Cause.SHUTDOWN):
+            trial.stop(Listed("stopped"), cause)
+        batch = trial.next_run()
+        assert number < 200
+    assert trial.is_over
+    together = Handled()
+    for part in (*taken, trial):
+        together.add(part)
+    return together, number
+
+
+def tags(handled):
+    """Everybody who stands in one of the lists."""
+    decided = [verdict.message.delivery_tag for verdict in handled.verdicts]
+    return handled.acked + decided + [message.delivery_tag for message in handled.returned]
+
+
+@given(st.integers(1, 8), policies, st.lists(runs, max_size=12))
+@example(4, FailurePolicy(REQUEUE, {}, 3, True), [Run((ACK, ACK), Cause.EXCEPTION)])
+@example(3, FailurePolicy(NACK, {}, 1), [Run((), Cause.EXCEPTION, 0), Run((), Cause.EXCEPTION)])
+def test_every_message_ends_once(count, policy, plan):
+    """However its runs went, and whenever somebody took what was decided until then."""
+    handled, number = play(some_messages(count), policy, plan)
+
+    assert list(range(1, count + 1)) == sorted(tags(handled))
+    assert count == len(handled)
+    event(f"{number} runs")
+
+
+@given(st.integers(1, 8), policies, st.lists(runs, max_size=12))
+def test_an_ack_was_yielded_in_a_run_that_counts(count, policy, plan):
+    """Nobody is acked whom no handler acked, and nobody by an atomic run that failed."""
+    handled, number = play(some_messages(count), policy, plan)
+
+    fine = number > len(plan) or any(run.failure is None for run in plan)
+    if policy.is_atomic and not fine:
+        assert [] == handled.acked
+    acked_at_all = fine or any(ACK in run.yields for run in plan)
+    assert acked_at_all or [] == handled.acked
+
+
+@given(st.integers(1, 8), policies, st.lists(runs, max_size=12))
+def test_without_isolation_only_the_undecodable_cost_another_run(count, policy, plan):
+    """One more for each, at most."""
+    policy = FailurePolicy(policy.action, policy.exceptions, 0, policy.is_atomic)
+    handled, number = play(some_messages(count), policy, plan)
+
+    undecodable = [each for each in handled.verdicts if each.cause is Cause.UNDECODABLE]
+    assert 1 <= number <= 1 + len(undecodable)
+
+
+def judged(policy, yields, error, cause=Cause.EXCEPTION, count=3):
+    """The trial of a batch, after one run."""
+    trial = Trial(policy)
+    collector = ResultCollector(some_messages(count))
+    for each in yields:
+        collector.accept(each)
+    passing = trial.judge(collector, error, cause)
+    return trial, collector.messages, passing
+
+
+PLAIN = FailurePolicy(REQUEUE, {Listed: NACK})
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "result"),
+    [
+        (Listed(), Cause.EXCEPTION, NACK),
+        (Listed(), Cause.TIMEOUT, NACK),
+        (KeyError(), Cause.EXCEPTION, REQUEUE),
+        (Listed(), Cause.MISSING, REQUEUE),
+        (Listed(), Cause.INVALID, REQUEUE),
+    ],
+)
+def test_the_undecided_get_the_failures_result(error, cause, result):
+    """What was yielded before it counts. Only an exception and a time-out have a result of their
+    own: silence and nonsense say nothing about why.
+    """
+    trial, messages, passing = judged(PLAIN, [ACK, NACK], error, cause)
+
+    assert [1] == trial.acked
+    assert [Verdict(messages[1], NACK), Verdict(messages[2], result, cause, error)] == (
+        trial.verdicts
+    )
+    assert (True, False) == (trial.is_over, passing)
+
+
+def test_a_shutdown_decides_nothing():
+    """What it left undecided goes back as it is."""
+    trial, messages, _ = judged(PLAIN, [ACK], Listed(), Cause.SHUTDOWN)
+
+    assert ([1], [], messages[1:]) == (trial.acked, trial.verdicts, trial.returned)
+
+
+ATOMIC = FailurePolicy(REQUEUE, {Listed: NACK}, is_atomic=True)
+
+
+@pytest.mark.parametrize("cause", [Cause.EXCEPTION, Cause.TIMEOUT, Cause.MISSING, Cause.INVALID])
+@pytest.mark.parametrize("yields", [[ACK], [ACK, ACK], [ACK, ACK, ACK]])
+def test_a_failure_voids_the_acks_of_an_atomic_batch(yields, cause):
+    """All of them, and whatever failed, even after the last yield."""
+    error = KeyError()
+    trial, messages, _ = judged(ATOMIC, yields, error, cause)
+
+    assert [] == trial.acked
+    assert [Verdict(message, REQUEUE, cause, error) for message in messages] == trial.verdicts
+
+
+def test_other_results_of_an_atomic_batch_stay():
+    """They claim no effect that could be void; what is undecided keeps its order."""
+    error = Listed()
+    trial, messages, _ = judged(ATOMIC, [ACK, REQUEUE_IMMEDIATE, ACK], error)
+
+    first, _, last = messages
+    assert [
+        Verdict(messages[1], REQUEUE_IMMEDIATE),
+        Verdict(first, NACK, Cause.EXCEPTION, error),
+        Verdict(last, NACK, Cause.EXCEPTION, error),
+    ] == trial.verdicts
+
+
+def test_a_shutdown_voids_the_acks_of_an_atomic_batch():
+    """They go back with the rest."""
+    trial, messages, _ = judged(ATOMIC, [ACK, NACK], Listed(), Cause.SHUTDOWN)
+
+    assert [] == trial.acked
+    assert [messages[0], messages[2]] == trial.returned
+
+
+def test_an_undecodable_message_is_found_among_acks_that_are_void():
+    """It is decided no more than they are."""
+    trial = Trial(ATOMIC)
+    messages = some_messages(3)
+    collector = ResultCollector(messages)
+    collector.accept(ACK)
+    error = MessageDecodeError(messages[0], "body", "no JSON")
+    trial.judge(collector, error, Cause.EXCEPTION)
+
+    assert [Verdict(messages[0], NACK, Cause.UNDECODABLE, error)] == trial.verdicts
+    assert messages[1:] == trial.next_run()
+
+
+ISOLATING = FailurePolicy(REQUEUE, {}, isolate=10)
+
+
+def test_what_an_exception_left_undecided_is_run_again_in_halves():
+    """What was yielded before it is decided, and not run again."""
+    trial, messages, passing = judged(ISOLATING, [ACK], KeyError(), count=4)
+
+    assert passing
+    assert [1] == trial.acked
+    assert [messages[1:3], messages[3:], ()] == [trial.next_run() for _ in range(3)]
+    assert trial.is_over
+
+
+@pytest.mark.parametrize("cause", [Cause.TIMEOUT, Cause.MISSING, Cause.INVALID])
+def test_other_failures_are_nobodys_in_particular(cause):
+    """They are not isolated."""
+    trial, _, passing = judged(ISOLATING, [], KeyError(), cause)
+
+    assert (True, False, 3) == (trial.is_over, passing, len(trial.verdicts))
+
+
+def test_an_exception_that_left_nobody_undecided_condemns_nobody():
+    """And nothing is run again."""
+    trial, _, passing = judged(ISOLATING, [ACK, ACK, ACK], KeyError())
+
+    assert (True, False, [1, 2, 3], []) == (trial.is_over, passing, trial.acked, trial.verdicts)
+
+
+def test_time_running_out_is_the_failure_of_all_that_waited():
+    """Whoever was to be run again gets the time-out's result, not that of the exception before."""
+    policy = FailurePolicy(REQUEUE, {Listed: NACK}, isolate=10)
+    trial, messages, _ = judged(policy, [], Listed(), count=4)
+    collector = ResultCollector(trial.next_run())
+    late = TimeoutError()
+    trial.judge(collector, late, Cause.TIMEOUT)
+    trial.stop(late, Cause.TIMEOUT)
+
+    assert [Verdict(each, REQUEUE, Cause.TIMEOUT, late) for each in messages] == trial.verdicts
+    assert trial.is_over
+
+
+def test_a_shutdown_returns_all_that_waited():
+    """It was not found guilty."""
+    trial, messages, _ = judged(ISOLATING, [], Listed(), count=4)
+    collector = ResultCollector(trial.next_run())
+    trial.judge(collector, TimeoutError(), Cause.SHUTDOWN)
+    trial.stop(TimeoutError(), Cause.SHUTDOWN)
+
+    assert messages == trial.returned
+
+
+def test_a_batch_that_went_well_has_nothing_to_stop():
+    """Its results are all there is."""
+    trial, _, _ = judged(PLAIN, [ACK, NACK, ACK], None, Cause.HANDLER)
+    trial.stop(TimeoutError(), Cause.TIMEOUT)
+
+    assert ([1, 3], 1, ()) == (trial.acked, len(trial.verdicts), trial.next_run())

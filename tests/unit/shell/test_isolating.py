@@ -1,0 +1,350 @@
+"""What happens to a batch that one message sinks, with `isolate_failures`?"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from contextlib import suppress
+
+import pytest
+
+from aio_pika_batch import Cause, Trigger
+from aio_pika_batch.adapters.memory import Happened
+from aio_pika_batch.observer import BatchCut, BatchHandled, HandlerError, Lost, Settled
+from tests.unit.shell.stage import (
+    ACK,
+    NACK,
+    REQUEUE,
+    Scribe,
+    Witness,
+    ack,
+    numbered,
+)
+
+
+class Rejected(ValueError):
+    """What the database says to all rows if one of them is bad."""
+
+
+def bulk(*bad, seconds=0.0, before=0):
+    """Write all rows of a batch in one go, which fails if some are bad.
+
+    Args:
+        before: How many rows are written on their own first.
+    """
+
+    async def answer(messages):
+        for message in messages[:before]:
+            if message.body not in bad:
+                yield ACK
+        rest = messages[before:]
+        await asyncio.sleep(seconds)
+        if {message.body for message in messages} & set(bad):
+            raise Rejected("a bad row")
+        for _ in rest:
+            yield ACK
+
+    return answer
+
+
+def consumer_of(stage, answer, witness=None, **given):
+    """A consumer that isolates, and dead-letters what fails; its dead letters go to `dead`."""
+    stage.declare("dead")
+    stage.exchange("dlx", "dead", "", kind="fanout")
+    given = {
+        "batch_size": 8,
+        "batch_timeout": 1,
+        "isolate_failures": True,
+        "dead_letter_exchange": "dlx",
+        "unhandled_exception_action": NACK,
+    } | given
+    return Scribe(
+        answer, transport=stage.transport, observers=[witness] if witness else [], **given
+    )
+
+
+async def test_only_the_culprits_get_the_failures_result(stage):
+    """All others are written, in few runs; each batch is settled once, in the end."""
+    witness = Witness()
+    stage.put(*numbered(8))
+    async with consumer_of(stage, bulk(b"3", b"4"), witness) as consumer:
+        await asyncio.sleep(1)
+    assert [b"3", b"4"] == stage.waiting("dead")
+    assert [
+        [0, 1, 2, 3, 4, 5, 6, 7],
+        [0, 1, 2, 3],
+        [0, 1],
+        [2, 3],
+        [2],
+        [3],
+        [4, 5, 6, 7],
+        [4, 5],
+        [4],
+        [5],
+        [6, 7],
+    ] == [[int(body) for body in batch] for batch in consumer.batches]
+    [event] = witness.of(Settled)
+    assert {(ACK, Cause.HANDLER): 6, (NACK, Cause.EXCEPTION): 2} == event.counts
+    [dead, _] = stage.broker.ready("dead")
+    assert b"handler-error" == dead.headers["x-dead-letter-reason"].encode()
+    assert "a bad row" == dead.headers["x-exception-message"]
+
+
+async def test_three_of_a_thousand(stage):
+    """In runs as few as three times twice the logarithm."""
+    stage.put(*numbered(1000))
+    bad = (b"17", b"500", b"998")
+    async with consumer_of(stage, bulk(*bad), batch_size=1000) as consumer:
+        await asyncio.sleep(1)
+    assert list(bad) == stage.waiting("dead")
+    assert 997 == len(set(numbered(1000)) - set(stage.waiting("dead")))
+    assert [] == stage.waiting()
+    assert len(consumer.batches) <= 1 + 2 * 3 * 10
+
+
+async def test_without_isolation_all_undecided_share_the_failure(stage):
+    """The default."""
+    stage.put(*numbered(8))
+    async with consumer_of(stage, bulk(b"3"), isolate_failures=False) as consumer:
+        await asyncio.sleep(1)
+    assert numbered(8) == stage.waiting("dead")
+    assert 1 == len(consumer.batches)
+
+
+async def test_what_was_yielded_before_the_exception_is_not_run_again(stage):
+    """It is decided."""
+    stage.put(*numbered(5))
+    async with consumer_of(stage, bulk(b"3", before=2)) as consumer:
+        await asyncio.sleep(2)
+    assert [b"3"] == stage.waiting("dead")
+    assert [numbered(5), [b"2", b"3"], [b"3"], [b"4"]] == consumer.batches
+
+
+async def test_after_the_last_culprit_that_may_be_looked_for_all_share_the_failure(stage):
+    """An outage is everybody's fault; it is not looked for one by one."""
+    stage.put(*numbered(8))
+    async with consumer_of(stage, bulk(*numbered(8)), isolate_limit=2) as consumer:
+        await asyncio.sleep(2)
+    assert sorted(numbered(8)) == sorted(stage.waiting("dead"))
+    assert [8, 4, 2, 1, 1] == [len(batch) for batch in consumer.batches]
+
+
+async def test_a_failure_that_passes_condemns_nobody(stage, caplog):
+    """The halves go well; the log still says that the batch failed."""
+    failures = [Rejected("once")]
+
+    async def answer(messages):
+        if failures:
+            raise failures.pop()
+        for _ in messages:
+            yield ACK
+
+    stage.put(*numbered(8))
+    async with consumer_of(stage, answer) as consumer:
+        await asyncio.sleep(2)
+    assert [] == stage.waiting("dead")
+    assert [numbered(8), numbered(4), numbered(4, 4)] == consumer.batches
+    [record] = [each for each in caplog.records if each.levelno >= logging.ERROR]
+    assert "Rejected: once" in record.getMessage()
+
+
+async def test_the_time_is_for_all_runs_together(stage):
+    """What is undecided when it is over gets the time-out's result; finished results are kept."""
+    witness = Witness()
+    stage.put(*numbered(8))
+    answer = bulk(b"0", seconds=3)
+    async with consumer_of(stage, answer, witness, process_timeout=14) as consumer:
+        consumer.exception_results = {}
+        await asyncio.sleep(14.5)
+        assert [] == stage.out()
+    assert [(8, 0), (4, 3), (2, 6), (1, 9), (1, 12)] == [
+        (len(batch), time) for batch, time in zip(consumer.batches, consumer.times, strict=True)
+    ]
+    [event] = witness.of(Settled)
+    assert {(NACK, Cause.EXCEPTION): 1, (NACK, Cause.TIMEOUT): 7} == event.counts
+    reasons = [message.headers["x-exception-type"] for message in stage.broker.ready("dead")]
+    assert 7 == sum("HandlerTimeout" in reason for reason in reasons)
+
+
+async def test_results_of_runs_that_ended_in_time_are_kept(stage):
+    """Only what was not run to its end is undecided."""
+    witness = Witness()
+    stage.put(*numbered(4))
+    answer = bulk(b"3", seconds=3)
+    async with consumer_of(
+        stage, answer, witness, process_timeout=7, unhandled_exception_action=REQUEUE
+    ) as consumer:
+        await asyncio.sleep(7.5)
+        consumer.answer = ack
+    assert {(ACK, Cause.HANDLER): 2, (REQUEUE, Cause.TIMEOUT): 2} == witness.of(Settled)[0].counts
+    assert [b"0", b"1"] == [
+        each.body for each in stage.broker.journal.of(Happened.ACKED, queue="jobs")
+    ][:2]
+
+
+@pytest.mark.parametrize("well", [0, 2])
+async def test_a_handler_that_swallows_its_cancellation_is_not_run_again(stage, well):
+    """Not even if it ends well: the time of the batch is over."""
+    witness = Witness()
+
+    async def answer(messages):
+        if len(messages) == 4:
+            raise Rejected
+        for _ in messages[:well]:
+            yield ACK
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+
+    stage.put(*numbered(4))
+    async with consumer_of(stage, answer, witness, process_timeout=2) as consumer:
+        await asyncio.sleep(5)
+    assert [numbered(4), numbered(2)] == consumer.batches
+    expected = Counter({(ACK, Cause.HANDLER): well, (NACK, Cause.TIMEOUT): 4 - well})
+    assert expected == witness.of(Settled)[0].counts
+
+
+async def test_a_handler_that_ignores_its_cancellation_ends_the_epoch(stage, jitter):
+    """In the middle of an isolation as at any other time."""
+    done = asyncio.Event()
+    witness = Witness()
+
+    async def answer(messages):
+        if len(messages) == 4:
+            raise Rejected
+        while not done.is_set():
+            try:
+                await done.wait()
+            except asyncio.CancelledError:
+                continue
+        for _ in messages:
+            yield ACK
+
+    stage.put(*numbered(4))
+    async with consumer_of(stage, answer, witness, process_timeout=2, batch_size=4) as consumer:
+        await asyncio.sleep(6.9)
+        assert [] == witness.of(Lost)
+        await asyncio.sleep(0.2)
+        assert "cancelled" in str(witness.of(Lost)[0].error)
+        consumer.answer = ack
+        done.set()
+        await asyncio.sleep(10)
+    assert [numbered(4), numbered(2), numbered(4)] == consumer.batches
+    assert [] == stage.waiting()
+
+
+async def test_observers_hear_of_every_run(stage, caplog):
+    """The first has the trigger of its batch, the others are cut to isolate; failures are told."""
+    caplog.set_level(logging.DEBUG)
+    witness = Witness()
+    stage.put(*numbered(4))
+    async with consumer_of(stage, bulk(b"1", seconds=2), witness):
+        await asyncio.sleep(20)
+    told = [(len(each.messages), each.trigger, each.waited) for each in witness.of(BatchCut)]
+    assert [
+        (4, Trigger.TIMEOUT, 1),
+        (2, Trigger.ISOLATE, 3),
+        (1, Trigger.ISOLATE, 5),
+        (1, Trigger.ISOLATE, 7),
+        (2, Trigger.ISOLATE, 9),
+    ] == told
+    assert [4, 2, 1] == [len(event.messages) for event in witness.of(HandlerError)]
+    handled = [
+        (len(each.messages), each.seconds, each.error is not None)
+        for each in witness.of(BatchHandled)
+    ]
+    assert [(4, 2, True), (2, 2, True), (1, 2, False), (1, 2, True), (2, 2, False)] == handled
+    said = [each for each in caplog.records if each.levelno >= logging.ERROR]
+    assert ["messages=4", "messages=1"] == [
+        each.getMessage().partition("messages=")[1] + str(each.context["messages"]) for each in said
+    ]
+    assert "a part of a failed batch failed" in caplog.text
+
+
+async def test_a_message_that_cannot_be_decoded_needs_no_halving(stage):
+    """It names itself; the others are run again together, and their own culprit is found."""
+
+    async def answer(messages):
+        for message in messages:
+            message.json()
+        if b"3" in [message.body for message in messages]:
+            raise Rejected
+        for _ in messages:
+            yield ACK
+
+    stage.put(b"0", b"{", b"2", b"3", b"4")
+    witness = Witness()
+    async with consumer_of(stage, answer, witness, batch_size=5) as consumer:
+        await asyncio.sleep(1)
+    assert [
+        [b"0", b"{", b"2", b"3", b"4"],
+        [b"0", b"2", b"3", b"4"],
+        [b"0", b"2"],
+        [b"3", b"4"],
+        [b"3"],
+        [b"4"],
+    ] == consumer.batches
+    assert {
+        (ACK, Cause.HANDLER): 3,
+        (NACK, Cause.UNDECODABLE): 1,
+        (NACK, Cause.EXCEPTION): 1,
+    } == witness.of(Settled)[0].counts
+
+
+async def test_each_culprit_gets_its_own_exceptions_result(stage):
+    """`exception_results` apply to what it raised when it was alone."""
+
+    class Listed(Scribe):
+        exception_results = {Rejected: NACK, ConnectionError: REQUEUE}  # noqa: RUF012
+
+    async def answer(messages):
+        bodies = {message.body for message in messages}
+        if b"1" in bodies and not messages[0].retry_count:
+            raise Rejected
+        if b"2" in bodies and not messages[0].retry_count:
+            raise ConnectionError
+        for _ in messages:
+            yield ACK
+
+    witness = Witness()
+    stage.put(*numbered(4))
+    async with Listed(
+        answer,
+        transport=stage.transport,
+        observers=[witness],
+        batch_size=4,
+        batch_timeout=1,
+        isolate_failures=True,
+    ):
+        await asyncio.sleep(5)
+    assert {
+        (ACK, Cause.HANDLER): 2,
+        (NACK, Cause.EXCEPTION): 1,
+        (REQUEUE, Cause.EXCEPTION): 1,
+    } == witness.of(Settled)[0].counts
+
+
+async def test_a_session_lost_in_the_middle_costs_what_it_always_costs(stage, jitter):
+    """The runs go on; nobody listens to their results, and the whole batch is delivered again."""
+    witness = Witness()
+    stage.put(*numbered(4))
+    async with consumer_of(stage, bulk(b"0", seconds=2), witness, batch_size=4) as consumer:
+        await asyncio.sleep(3)
+        stage.broker.cut()
+        await asyncio.sleep(60)
+    assert [4, 2, 1, 1, 2] * 2 == [len(batch) for batch in consumer.batches]
+    assert [b"0"] == stage.waiting("dead")
+    assert 3 + 1 == len(stage.times(Happened.ACKED))
+
+
+async def test_a_drain_cuts_an_isolation_off(stage):
+    """What was decided until then counts, the rest goes back."""
+    stage.put(*numbered(4))
+    consumer = consumer_of(stage, bulk(b"3", seconds=2), batch_size=4, shutdown_timeout=10)
+    await consumer.start()
+    await asyncio.sleep(3.9)
+    consumer.answer = bulk(b"3", seconds=3600)
+    await asyncio.sleep(0.2)
+    await consumer.stop()
+    assert [b"2", b"3"] == stage.waiting()
+    assert [] == stage.waiting("dead")
