@@ -15,6 +15,7 @@ import aio_pika
 import pytest
 
 from tests.support.find import Broker, NoBrokerError, Way, choose
+from tests.support.postgres import NoPostgresError, postgres
 from tests.support.proxy import TcpProxy
 
 if TYPE_CHECKING:
@@ -107,6 +108,21 @@ def rabbitmq(broker: Broker, request: pytest.FixtureRequest) -> Iterator[RabbitM
     assert broker.node is not None
     yield broker.node
     broker.node.restore()
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL that answers, found or started as the broker is."""
+    with ExitStack() as running:
+        try:
+            url = running.enter_context(postgres())
+        except NoPostgresError as error:
+            no_postgres = str(error)
+        else:
+            no_postgres = ""
+        if no_postgres:  # outside the handler, or the report would tell it twice
+            pytest.fail(no_postgres, pytrace=False)
+        yield url
 
 
 @pytest.fixture(params=["fast", "plain"])

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from tests.support.packages import InstallError, install, install_commands
 from tests.support.ports import greeting
 from tests.support.rabbitmq import RabbitMQ
 
@@ -157,11 +157,10 @@ def _container() -> Iterator[Broker]:
 
 @contextmanager
 def _install(commands: list[list[str]], folder: Path) -> Iterator[Broker]:
-    for command in commands:
-        print("$", *command, flush=True)
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            raise NoBrokerError(f"`{' '.join(command)}` failed; this report has its output")
+    try:
+        install(commands)
+    except InstallError as error:
+        raise NoBrokerError(str(error)) from error
     server = installed()
     if server is None:
         raise NoBrokerError(f"`{' '.join(commands[-1])}` went well, but brought no rabbitmq-server")
@@ -184,31 +183,4 @@ def _docker_answers() -> bool:
 
 
 def _install_commands() -> list[list[str]] | None:
-    if shutil.which("brew"):
-        return [["brew", "install", "rabbitmq"]]  # as oneself; brew refuses root
-    rights = _rights()
-    if rights is None:
-        return None
-    if shutil.which("apt-get"):
-        # Debian starts what it installs, and that would take port 5672 and outlive the tests. No
-        # service is started in runlevel 1, nor, under systemd, one that is masked.
-        apt = [*rights, "env", "RUNLEVEL=1", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"]
-        mask = [*rights, "systemctl", "mask", "--runtime", "rabbitmq-server"]
-        return [
-            *([mask] if Path("/run/systemd/system").is_dir() else []),
-            [*apt, "update"],
-            [*apt, "install", "-y", "--no-install-recommends", "rabbitmq-server"],
-        ]
-    if shutil.which("dnf"):
-        return [[*rights, "dnf", "install", "-y", "rabbitmq-server"]]
-    return None
-
-
-def _rights() -> list[str] | None:
-    """Return what a command must be preceded by to run as root, or None if we may not."""
-    if os.geteuid() == 0:
-        return []
-    asks = ["sudo", "--non-interactive"]
-    if shutil.which("sudo") and subprocess.run([*asks, "true"], check=False).returncode == 0:
-        return asks
-    return None
+    return install_commands("rabbitmq-server", brew="rabbitmq")

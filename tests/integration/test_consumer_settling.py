@@ -1,0 +1,258 @@
+"""When are results settled, and who is condemned when a batch fails?
+
+On a real RabbitMQ, classic and quorum queues; the unit tests ask the same of the broker in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import pytest
+
+from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
+from tests.integration.helpers import Recorder, dead_letter_office, holds, publish, take_all, until
+
+ACK, NACK, REQUEUE = MessageResult.ACK, MessageResult.NACK, MessageResult.REQUEUE
+
+pytestmark = pytest.mark.usefixtures("on_both_wires")
+
+
+class BadRow(ValueError):
+    """What a bulk write raises that holds a bad row."""
+
+
+class Subject(BatchConsumer):
+    """Does what a test gives it to do, and notes what it was given.
+
+    Attributes:
+        batches: The bodies of each run.
+        retries: The retry count of each message.
+    """
+
+    def __init__(self, handler, url, name, **given) -> None:
+        given = {"batch_timeout": 0.5, **given}
+        self.recorder = Recorder()
+        super().__init__(
+            BatchConsumerSettings(url=url, queue_name=name, **given), observers=[self.recorder]
+        )
+        self.handler = handler
+        self.batches = []
+        self.retries = []
+
+    def process_messages(self, messages):
+        self.batches.append([message.body for message in messages])
+        self.retries.extend(message.retry_count for message in messages)
+        return self.handler(messages)
+
+
+def numbered(count):
+    """Bodies b"0", b"1", …."""
+    return [b"%d" % number for number in range(count)]
+
+
+async def ack(messages):
+    """All goes well."""
+    for _ in messages:
+        yield ACK
+
+
+def bulk(*bad):
+    """A handler that writes its batch in one go, or not at all."""
+
+    async def write(messages):
+        found = {message.body for message in messages} & {*bad}
+        if found:
+            raise BadRow(f"{len(found)} bad rows")
+        for _ in messages:
+            yield ACK
+
+    return write
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+async def test_only_the_culprits_are_dead_lettered(channel, amqp_url, name, queue_type) -> None:
+    """In few runs; everybody else is acknowledged, and nothing is left."""
+    dlx, dlq = await dead_letter_office(channel, name)
+    bad = (b"7", b"50", b"99")
+    consumer = Subject(
+        bulk(*bad),
+        amqp_url,
+        name,
+        batch_size=100,
+        batch_timeout=5,
+        queue_type=queue_type,
+        isolate_failures=True,
+        dead_letter_exchange=dlx,
+        unhandled_exception_action=NACK,
+    )
+    async with consumer:
+        await publish(channel, numbered(100), routing_key=name)
+        await until(lambda: consumer.recorder.results["ACK"] == 97)
+        await until(lambda: len(consumer.recorder.dead) == 3)
+    await holds(amqp_url, name, 0)
+    dead = await take_all(channel, dlq, 3)
+    assert [*bad] == [letter.body for letter in dead]
+    assert {("handler-error", "1 bad rows")} == {
+        (letter.headers["x-dead-letter-reason"], letter.headers["x-exception-message"])
+        for letter in dead
+    }
+    runs = consumer.recorder.triggers
+    assert {"isolate"} == {*runs[1:]}
+    assert len(consumer.batches) == len(runs) <= 1 + 2 * 3 * math.ceil(math.log2(100))
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+async def test_what_was_yielded_is_settled_although_its_handler_still_runs(
+    channel, amqp_url, name, proxy, queue_type
+) -> None:
+    """A line that is cut then costs what was not yielded, and nothing else; copies exist once."""
+    dlx, dlq = await dead_letter_office(channel, name)
+    held = asyncio.Event()
+
+    async def answer(messages):
+        for message, result in zip(messages, (ACK, NACK, REQUEUE, ACK), strict=False):
+            yield message, result
+        await held.wait()
+
+    consumer = Subject(
+        answer,
+        proxy.url(amqp_url),
+        name,
+        batch_size=6,
+        batch_timeout=2,
+        queue_type=queue_type,
+        settle="yield",
+        settle_interval=0.2,
+        dead_letter_exchange=dlx,
+        reconnect_delay_max=1,
+    )
+    results = consumer.recorder.results
+    async with consumer:
+        await publish(channel, numbered(6), routing_key=name)
+        await until(lambda: results.total() == 4)
+        assert {"ACK": 2, "NACK": 1, "REQUEUE": 1} == results
+        assert 1 == len(consumer.batches)
+        await proxy.refuse()
+        proxy.cut()
+        # The two that were not yielded, and the copy for another attempt.
+        await holds(amqp_url, name, 3)
+        consumer.handler = ack
+        held.set()
+        await proxy.refuse(False)
+        await until(lambda: results["ACK"] == 5)
+    assert 2 == consumer.recorder.stale
+    assert [b"2", b"4", b"5"] == sorted(body for batch in consumer.batches[1:] for body in batch)
+    assert [b"1"] == [letter.body for letter in await take_all(channel, dlq, 1)]
+
+
+async def test_by_default_nothing_is_settled_before_the_handler_has_ended(
+    channel, amqp_url, name, proxy
+) -> None:
+    """Then a cut in mid-handling costs the whole batch."""
+    held, yielded = asyncio.Event(), asyncio.Event()
+
+    async def answer(messages):
+        for _ in messages:
+            yield ACK
+        yielded.set()
+        await held.wait()
+
+    consumer = Subject(answer, proxy.url(amqp_url), name, batch_size=6, reconnect_delay_max=1)
+    async with consumer:
+        await publish(channel, numbered(6), routing_key=name)
+        await yielded.wait()
+        await proxy.refuse()
+        proxy.cut()
+        await holds(amqp_url, name, 6)
+        consumer.handler = ack
+        held.set()
+        await proxy.refuse(False)
+        await until(lambda: consumer.recorder.results["ACK"] == 6)
+    assert 6 == consumer.recorder.stale
+
+
+async def test_many_yields_are_settled_in_order_and_once(channel, amqp_url, name) -> None:
+    """Through many intervals, from several handlers at once, with copies in between."""
+
+    async def answer(messages):
+        for message in messages:
+            await asyncio.sleep(0.002)
+            again = int(message.body) % 7 == 0 and not message.retry_count
+            yield REQUEUE if again else ACK
+
+    consumer = Subject(
+        answer, amqp_url, name, batch_size=40, concurrency=3, settle="yield", settle_interval=0.02
+    )
+    async with consumer:
+        await publish(channel, numbered(400), routing_key=name)
+        await until(lambda: consumer.recorder.results["ACK"] == 400)
+    await holds(amqp_url, name, 0)
+    assert 58 == consumer.recorder.results["REQUEUE"]
+    assert 1 == len(consumer.recorder.epochs)
+    assert 0 == consumer.recorder.stale
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+async def test_a_commit_that_fails_voids_the_acks_of_an_atomic_batch(
+    channel, amqp_url, name, queue_type
+) -> None:
+    """All of them are requeued; the second attempt commits."""
+    failures = [BadRow("deadlock detected")]
+
+    async def answer(messages):
+        for _ in messages:
+            yield ACK
+        if failures:
+            raise failures.pop()
+
+    consumer = Subject(
+        answer,
+        amqp_url,
+        name,
+        batch_size=10,
+        batch_timeout=2,
+        queue_type=queue_type,
+        settle="atomic",
+    )
+    async with consumer:
+        await publish(channel, numbered(10), routing_key=name)
+        await until(lambda: consumer.recorder.results["ACK"] == 10)
+    await holds(amqp_url, name, 0)
+    assert {"REQUEUE": 10, "ACK": 10} == consumer.recorder.results
+    assert [numbered(10)] * 2 == consumer.batches
+    assert [0] * 10 + [1] * 10 == consumer.retries
+
+
+async def test_time_running_out_keeps_what_isolation_has_found(channel, amqp_url, name) -> None:
+    """The limit is for all runs together: who was found innocent until then is acknowledged."""
+    dlx, dlq = await dead_letter_office(channel, name)
+
+    async def answer(messages):
+        bodies = {message.body for message in messages}
+        if len(bodies) == 4:
+            raise BadRow
+        if b"3" in bodies:
+            await asyncio.sleep(60)
+        for _ in messages:
+            yield ACK
+
+    consumer = Subject(
+        answer,
+        amqp_url,
+        name,
+        batch_size=4,
+        batch_timeout=5,
+        isolate_failures=True,
+        process_timeout=0.5,
+        dead_letter_exchange=dlx,
+        unhandled_exception_action=NACK,
+    )
+    async with consumer:
+        await publish(channel, numbered(4), routing_key=name)
+        await until(lambda: len(consumer.recorder.dead) == 2)
+    await holds(amqp_url, name, 0)
+    assert {"exception": 0, "timeout": 2, "handler": 2} == {
+        cause: consumer.recorder.causes[cause] for cause in ("exception", "timeout", "handler")
+    }
+    assert [b"2", b"3"] == sorted(letter.body for letter in await take_all(channel, dlq, 2))

@@ -1,0 +1,69 @@
+"""Do three bad rows among a thousand cost three rows, on a real RabbitMQ and a real PostgreSQL?"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from tests.integration.helpers import holds, take_all
+
+MAIN = Path(__file__).parents[2] / "examples" / "rmq_to_postgres" / "main.py"
+
+
+@pytest.fixture
+async def schema(postgres_url, name):
+    """A schema of its own, as a connection to it and the URL that leads there."""
+    own = name.replace("-", "_")
+    connection = await asyncpg.connect(postgres_url)
+    await connection.execute(f"CREATE SCHEMA {own}")
+    await connection.execute(f"SET search_path TO {own}")
+    yield connection, f"{postgres_url}?search_path={own}"
+    await connection.execute(f"DROP SCHEMA {own} CASCADE")
+    await connection.close()
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+async def test_three_bad_rows_among_a_thousand_cost_three_rows(
+    amqp_url, channel, name, schema, queue_type
+) -> None:
+    """997 are written and 3 are dead letters with the database's words, in O(k log n) INSERTs."""
+    database, dsn = schema
+    own = {
+        "URL": amqp_url,
+        "DSN": dsn,
+        "QUEUE_NAME": name,
+        "QUEUE_TYPE": queue_type,
+        "DEAD_LETTER_QUEUE": f"{name}.dead",
+    }
+    done = subprocess.run(  # noqa: ASYNC221  -- nothing else is to be done meanwhile
+        [sys.executable, str(MAIN), "--samples"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **{f"RMQ_TO_POSTGRES_{key}": value for key, value in own.items()}},
+    )
+    assert 0 == done.returncode, done.stderr
+
+    bad = {123, 456, 789}
+    numbers = {row["number"] for row in await database.fetch("SELECT number FROM orders")}
+    assert {*range(1000)} - bad == numbers
+
+    dead = await take_all(channel, f"{name}.dead", 3)
+    assert bad == {json.loads(letter.body)["number"] for letter in dead}
+    assert 3 == len(dead)
+    why = {letter.headers["x-exception-type"].rpartition(".")[2] for letter in dead}
+    assert {"CheckViolationError", "InvalidTextRepresentationError", "NotNullViolationError"} == why
+    await holds(amqp_url, name, 0)
+
+    found = re.search(r"997 rows, 3 dead letters, (\d+) INSERTs\n$", done.stdout)
+    assert found, done.stdout
+    # The queue may have been handed out in two batches; both are halved.
+    assert 1 + 2 * 9 <= int(found[1]) <= 2 + 2 * 3 * 10

@@ -1,0 +1,59 @@
+"""How does a machine get a server that it has not got, without one that starts by itself?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+
+class InstallError(Exception):
+    """A package manager failed; what it said stands in the report."""
+
+
+def install_commands(package: str, *, brew: str, dnf: str | None = None) -> list[list[str]] | None:
+    """Return how this machine's package manager installs a server; None if there is no way.
+
+    Args:
+        package: Its name in Debian, of the package and of the service.
+        brew: Its name in Homebrew.
+        dnf: Its name in Fedora, if that is another.
+    """
+    if shutil.which("brew"):
+        return [["brew", "install", brew]]  # as oneself; brew refuses root
+    rights = _rights()
+    if rights is None:
+        return None
+    if shutil.which("apt-get"):
+        # Debian starts what it installs, and that would take a port and outlive the tests. No
+        # service is started in runlevel 1, nor, under systemd, one that is masked.
+        apt = [*rights, "env", "RUNLEVEL=1", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"]
+        mask = [*rights, "systemctl", "mask", "--runtime", package]
+        return [
+            *([mask] if Path("/run/systemd/system").is_dir() else []),
+            [*apt, "update"],
+            [*apt, "install", "-y", "--no-install-recommends", package],
+        ]
+    if shutil.which("dnf"):
+        return [[*rights, "dnf", "install", "-y", dnf or package]]
+    return None
+
+
+def install(commands: list[list[str]]) -> None:
+    """Run them; raise ``InstallError`` at the first that fails."""
+    for command in commands:
+        print("$", *command, flush=True)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            raise InstallError(f"`{' '.join(command)}` failed; this report has its output")
+
+
+def _rights() -> list[str] | None:
+    """Return what a command must be preceded by to run as root, or None if we may not."""
+    if os.geteuid() == 0:
+        return []
+    asks = ["sudo", "--non-interactive"]
+    if shutil.which("sudo") and subprocess.run([*asks, "true"], check=False).returncode == 0:
+        return asks
+    return None

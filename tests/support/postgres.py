@@ -1,0 +1,156 @@
+"""Which PostgreSQL do tests write to?
+
+The first of these that there is:
+
+1. the one that ``AIO_PIKA_BATCH_TEST_POSTGRES`` names;
+2. a private server of the programs installed on this machine;
+3. a private server of those that this machine's package manager can install.
+
+As with the broker there is no "none": a test that is skipped looks just like one that passed.
+
+A private server has its own port of 127.0.0.1 and its own data, which are gone afterwards. It
+refuses to run as root, so it is then run as the user that its package has made.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.support.packages import InstallError, install, install_commands
+from tests.support.ports import LOCALHOST, free_port
+from tests.support.tether import kill_group, spawn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+URL = "AIO_PIKA_BATCH_TEST_POSTGRES"
+
+_USER = "postgres"
+_PATTERNS = (
+    "usr/lib/postgresql/*/bin",
+    "usr/pgsql-*/bin",
+    "opt/homebrew/opt/postgresql*/bin",
+    "usr/local/opt/postgresql*/bin",
+)
+_START_TIMEOUT = 60  # seconds; an idle machine needs one
+
+
+class NoPostgresError(Exception):
+    """No PostgreSQL could be had; the message says what was tried, and what would help."""
+
+
+@contextmanager
+def postgres() -> Iterator[str]:
+    """Find or start one; gives its URL."""
+    if url := os.environ.get(URL):
+        yield url
+        return
+    programs = installed() or _installed_now()
+    # Not below pytest's own folder, into which nobody else may look.
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
+    try:
+        with _server(programs, folder) as url:
+            yield url
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def installed() -> Path | None:
+    """Return the folder of the newest PostgreSQL's programs on this machine."""
+    found = [
+        folder
+        for pattern in _PATTERNS
+        for folder in Path("/").glob(pattern)
+        if (folder / "initdb").exists()
+    ]
+    if found:
+        return max(
+            found, key=lambda folder: [int(each) for each in re.findall(r"\d+", str(folder))]
+        )
+    on_path = shutil.which("initdb")
+    return Path(on_path).resolve().parent if on_path else None
+
+
+def _installed_now() -> Path:
+    commands = install_commands("postgresql", brew="postgresql", dnf="postgresql-server")
+    if commands is None:
+        raise NoPostgresError(
+            f"""There is no PostgreSQL to test on. Tried, in this order:
+  - {URL}: not set
+  - initdb on PATH, and in {", ".join(f"/{pattern}" for pattern in _PATTERNS)}: none
+  - a package manager: no brew, and no apt-get or dnf with the right to install
+Any of these will do:
+  - install one:   apt-get install --no-install-recommends postgresql
+  - name yours:    {URL}=postgresql://postgres@localhost/postgres"""
+        )
+    try:
+        install(commands)
+    except InstallError as error:
+        raise NoPostgresError(str(error)) from error
+    programs = installed()
+    if programs is None:
+        raise NoPostgresError(f"`{' '.join(commands[-1])}` went well, but brought no initdb")
+    return programs
+
+
+@contextmanager
+def _server(programs: Path, folder: Path) -> Iterator[str]:
+    as_user: list[str] = []
+    if os.geteuid() == 0:
+        user = pwd.getpwnam(_USER)
+        os.chown(folder, user.pw_uid, user.pw_gid)
+        who = [f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+        # A change of user makes the kernel forget whom the child is tied to; it is told again.
+        as_user = ["setpriv", *who, "--pdeathsig=KILL"]
+    data, log = folder / "data", folder / "log"
+    _run(
+        [*as_user, str(programs / "initdb"), "-D", str(data), "-U", _USER, "-A", "trust", "-N"],
+        folder,
+    )
+    port = free_port()
+    options = {
+        "listen_addresses": LOCALHOST,
+        "port": port,
+        "unix_socket_directories": "",
+        "fsync": "off",
+    }
+    command = [*as_user, str(programs / "postgres"), "-D", str(data)]
+    command += [each for name, value in options.items() for each in ("-c", f"{name}={value}")]
+    with log.open("wb") as output:
+        server = spawn(command, cwd=folder, stdout=output)
+    try:
+        deadline = time.monotonic() + _START_TIMEOUT
+        ready = [str(programs / "pg_isready"), "-q", "-h", LOCALHOST, "-p", str(port)]
+        while subprocess.run(ready, check=False).returncode:
+            if server.poll() is not None or time.monotonic() > deadline:
+                said = log.read_text(errors="replace")[-4000:]
+                raise NoPostgresError(f"{programs}/postgres did not start:\n{said}")
+            time.sleep(0.05)
+        yield f"postgresql://{_USER}@{LOCALHOST}:{port}/postgres"
+    finally:
+        _stop(server)
+
+
+def _run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise NoPostgresError(f"`{' '.join(command)}` failed:\n{done.stdout}{done.stderr}")
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    """End it at once, but let it take its children along: they are in sessions of their own."""
+    server.send_signal(signal.SIGQUIT)
+    try:
+        server.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        kill_group(server)
