@@ -60,6 +60,11 @@ TUNING = """\
   gains nothing.
 - **`dead_letter_queue`.** The short way to keep what fails for good. Without a dead-letter
   exchange the broker discards it; a warning at start says so.
+- **`settle`.** `"yield"` for handlers that take long, message by message: a crash then repeats a
+  moment's work and not a batch. `"atomic"` for handlers that yield inside a transaction. See [When
+  results are settled](how-it-works.md#when-results-are-settled).
+- **`isolate_failures`.** For handlers that write their batch in one go: one bad row then costs one
+  message. See [One bad row](how-it-works.md#one-bad-row).
 - **`process_timeout`.** None by default. RabbitMQ itself takes messages back after 30 minutes
   (its `consumer_timeout`), so a handler that may hang wants one.
 - **`shutdown_timeout`.** Shorter than what your platform gives a process before it kills it:

@@ -218,8 +218,12 @@ def test_commands_exist(place: str, command: str) -> None:
     noxfile = (ROOT / "noxfile.py").read_text()
     sessions = set(re.findall(r"^def (\w+)\(session", noxfile, re.MULTILINE))
     match shlex.split(command, comments=True):
-        case ["python3", "-m", "pip", "install", "nox" | "."]:
+        case ["python3", "-m", "pip", "install", "nox" | "." | "asyncpg"]:
             pass
+        case ["export", assignment]:
+            prefix = re.match(r"RMQ_TO_POSTGRES_(?=(URL|DSN)=)", assignment)
+            assert prefix, place
+            assert prefix[0] in (ROOT / "examples/rmq_to_postgres/main.py").read_text()
         case ["python3", "-m", "nox", "-s", session, *_]:
             assert session.partition("(")[0] in sessions, place
         case ["python", script, *_] if script.startswith(("examples/", "benchmarks/")):

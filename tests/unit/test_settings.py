@@ -46,15 +46,20 @@ DEFAULTS = {
     "publish_timeout": 10.0,
     "shutdown_timeout": 25.0,
     "stuck_after": None,
+    "settle": "batch",
+    "settle_interval": 0.1,
+    "isolate_failures": False,
+    "isolate_limit": 10,
     "concurrency": 1,
     "declare": True,
     "dead_letter_exchange_type": "fanout",
     "dead_letter_exception_message": True,
 }
 
-COUNTS = ("batch_size", "num_workers", "concurrency")
+COUNTS = ("batch_size", "num_workers", "concurrency", "isolate_limit")
 TIMES = (
     "batch_timeout",
+    "settle_interval",
     "process_timeout",
     "requeue_hold",
     "connect_timeout",
@@ -96,6 +101,7 @@ WRONG = [
     ("exchange_type", "direkt", "direct, fanout, topic, headers"),
     ("dead_letter_exchange_type", "", "direct, fanout, topic, headers"),
     ("queue_type", "stream", "'classic' or 'quorum'"),
+    ("settle", "each", "'batch', 'yield' or 'atomic'"),
     ("unhandled_exception_action", MessageResult.ACK, "REQUEUE, NACK or REQUEUE_IMMEDIATE"),
     ("unhandled_exception_action", "ignore", "ACK, NACK, REQUEUE, REQUEUE_IMMEDIATE"),
     ("unhandled_exception_action", 5, "unhandled_exception_action"),
@@ -307,6 +313,34 @@ def test_prefetch_of_a_consumer_of_single_messages():
     """A batch of one, and nothing is collected."""
     made = ConsumerSettings(**MEMORY, concurrency=20)
     assert (21, 1, 0) == (made.effective_prefetch, made.messages_per_batch, made.seconds_per_batch)
+
+
+@pytest.mark.parametrize(
+    ("settle", "interval", "is_atomic"),
+    [("batch", None, False), ("yield", 0.1, False), ("atomic", None, True)],
+)
+def test_each_way_to_settle_is_what_it_says(settle, interval, is_atomic):
+    """The interval is for yields only."""
+    made = BatchConsumerSettings(**MEMORY, settle=settle)
+    assert (interval, is_atomic) == (made.seconds_until_settled, made.is_atomic)
+
+
+def test_culprits_are_looked_for_only_if_asked_for():
+    """As many as the limit says; a batch of one needs none of it."""
+    assert [0, 10, 3] == [
+        BatchConsumerSettings(**MEMORY, **given).culprits_per_batch
+        for given in (
+            {"isolate_limit": 5},
+            {"isolate_failures": True},
+            {"isolate_failures": True, "isolate_limit": 3},
+        )
+    ]
+    single = ConsumerSettings(**MEMORY)
+    assert (None, False, 0) == (
+        single.seconds_until_settled,
+        single.is_atomic,
+        single.culprits_per_batch,
+    )
 
 
 @pytest.mark.parametrize(
