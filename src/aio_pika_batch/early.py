@@ -58,7 +58,7 @@ class Early:
             self._settle(together, counts, since)
 
     def stop(self) -> None:
-        """Pass nothing on any more: the session is gone."""
+        """Pass nothing on any more: what is left is settled with its batch, if at all."""
         self._is_over = True
         self._waiting.clear()
         if self._timer is not None:

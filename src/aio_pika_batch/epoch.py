@@ -328,4 +328,7 @@ class Epoch:
             return
         await wait_until(self._tasks, self.stop.handle_by)
         self.cut_off = self._hands.cut()
+        if self._early is not None:
+            # Whatever is settled from here on is settled by a task that is waited for below.
+            self._early.stop()
         await wait_until(self._tasks, self.stop.settle_by)

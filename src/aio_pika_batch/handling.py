@@ -123,18 +123,20 @@ class Handling:
     async def _run_once(self, collector: ResultCollector, trigger: Trigger) -> None:
         messages = collector.messages
         began = self._loop.time()
-        self._reporter.begins(messages, trigger, began - self.batch.since)
+        if self._reporter.is_watched:
+            self._reporter.begins(messages, trigger, began - self.batch.since)
         error = await self._drive(collector)
-        seconds = self._loop.time() - began
         if error is None and collector.all_acked:
             self._trial.acked += [message.delivery_tag for message in messages]
         else:
             is_passing = self._trial.judge(collector, error, self._cause(error))
             if error is not None:
+                seconds = self._loop.time() - began
                 quietly = is_passing and trigger is Trigger.ISOLATE
                 self._reporter.failed(messages, seconds, error, quietly=quietly)
                 return
-        self._reporter.ended(messages, seconds)
+        if self._reporter.is_watched:
+            self._reporter.ended(messages, self._loop.time() - began)
 
     def _cause(self, error: BaseException | None) -> Cause:
         match error:

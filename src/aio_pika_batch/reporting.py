@@ -15,21 +15,24 @@ from aio_pika_batch.observer import BatchCut, BatchHandled, HandlerError, Observ
 
 
 class Reporter:
-    """Tells observers and the log about the runs of one session's handlers."""
+    """Tells observers and the log about the runs of one session's handlers.
+
+    Attributes:
+        is_watched: Whether anybody wants to know of runs that go well.
+    """
 
     def __init__(self, observers: Observers, log: KeywordLogger) -> None:
         self._observers = observers
         self._log = log
+        self.is_watched = bool(observers)
 
     def begins(self, messages: Sequence[Message], trigger: Trigger, waited: float) -> None:
         """Tell that a handler is given these."""
-        if self._observers:
-            self._observers.tell(BatchCut(messages, trigger, waited))
+        self._observers.tell(BatchCut(messages, trigger, waited))
 
     def ended(self, messages: Sequence[Message], seconds: float) -> None:
         """Tell that a handler is done with these, and that all went well."""
-        if self._observers:
-            self._observers.tell(BatchHandled(messages, seconds, None))
+        self._observers.tell(BatchHandled(messages, seconds, None))
 
     def failed(
         self, messages: Sequence[Message], seconds: float, error: BaseException, *, quietly: bool
@@ -44,6 +47,6 @@ class Reporter:
             self._log.debug("a part of a failed batch failed", **where, error=told(error))
         else:
             self._log.error("a batch failed", exc_info=error, **where, error=told(error))
-        if self._observers:
+        if self.is_watched:
             self._observers.tell(HandlerError(messages, error))
             self._observers.tell(BatchHandled(messages, seconds, error))

@@ -262,6 +262,20 @@ def test_time_running_out_is_the_failure_of_all_that_waited():
     assert trial.is_over
 
 
+def test_at_the_limit_each_has_the_failure_that_it_was_part_of():
+    """And that failure's result: the last culprit's own exception says nothing about the others."""
+    policy = FailurePolicy(REQUEUE, {Listed: NACK}, isolate=1)
+    whole, alone = KeyError(), Listed()
+    trial, messages, _ = judged(policy, [], whole, count=2)
+    passing = trial.judge(ResultCollector(trial.next_run()), alone, Cause.EXCEPTION)
+
+    assert [
+        Verdict(messages[0], NACK, Cause.EXCEPTION, alone),
+        Verdict(messages[1], REQUEUE, Cause.EXCEPTION, whole),
+    ] == trial.verdicts
+    assert (True, False) == (trial.is_over, passing)
+
+
 def test_a_shutdown_returns_all_that_waited():
     """It was not found guilty."""
     trial, messages, _ = judged(ISOLATING, [], Listed(), count=4)

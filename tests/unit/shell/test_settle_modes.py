@@ -9,7 +9,7 @@ import pytest
 from aio_pika_batch import Cause, SessionLost
 from aio_pika_batch.adapters.memory import Happened, PublishFault
 from aio_pika_batch.observer import BatchCut, Lost, Settled, StaleResults
-from tests.unit.shell.doubles import ScriptedTransport, raising
+from tests.unit.shell.doubles import ScriptedTransport, never, raising
 from tests.unit.shell.stage import (
     ACK,
     NACK,
@@ -107,12 +107,77 @@ async def test_what_is_yielded_in_one_interval_goes_out_in_one_write():
 
 
 async def test_handlers_share_their_writes():
-    """Two at work, one write for both, in the order in which brokers like it."""
+    """Two at work, one write for both, in the order of delivery; then a new interval begins."""
+    moments = iter([(0.44, 1.11), (0.4, 100)])
+
+    async def answer(messages):
+        for seconds in next(moments):
+            await asyncio.sleep(seconds)
+            yield ACK
+        await asyncio.sleep(100)
+
     script = ScriptedTransport()
-    async with Scribe(every(5, ACK), transport=script, batch_size=2, concurrency=2, settle="yield"):
+    async with Scribe(
+        answer,
+        transport=script,
+        batch_size=2,
+        concurrency=2,
+        settle="yield",
+        settle_interval=0.8,
+        process_timeout=50,
+        shutdown_timeout=2,
+    ):
         script.last.feed(*numbered(4))
-        await asyncio.sleep(6)
-        assert [[("ack", (1, 3))]] == script.details("settle")
+        await asyncio.sleep(10)
+        assert [[("ack", (1, 3))], [("ack", (2,))]] == script.details("settle")
+        # Confirmations have 0.1 s of the interval, twice.
+        assert [1.0, 2.15] == [round(time, 3) for time in script.times("settle")]
+
+
+async def test_unconfirmed_copies_do_not_keep_acks_beyond_the_interval():
+    """Neither those of the same handler nor those of others at work, in the same moment."""
+    script = ScriptedTransport()
+    script.on_publish = never
+    number = iter(range(3))
+
+    async def answer(messages):
+        await asyncio.sleep(5 + 0.01 * next(number))
+        yield REQUEUE
+        yield ACK
+        await asyncio.sleep(100)
+
+    async with Scribe(
+        answer,
+        transport=script,
+        batch_size=2,
+        concurrency=3,
+        settle="yield",
+        process_timeout=60,
+        shutdown_timeout=2,
+    ):
+        script.last.feed(*numbered(6))
+        await asyncio.sleep(20)
+        assert all(5 < time <= 5.1 for time in script.times("settle"))
+        settled = [tag for each in script.last.settlements for tag in each.tags]
+        assert [2, 4, 6] == sorted(settled)
+
+
+async def test_confirmations_of_others_do_not_keep_acks_beyond_the_interval():
+    """A batch that has just ended waits for its copies; a yield beside it waits no longer."""
+    script = ScriptedTransport()
+    script.on_publish = never
+    handlers = iter([every(5.02, REQUEUE), every(5, ACK)])
+
+    def answer(messages):
+        return next(handlers)(messages)
+
+    async with Scribe(
+        answer, transport=script, batch_size=2, concurrency=2, settle="yield", shutdown_timeout=2
+    ):
+        script.last.feed(*numbered(4))
+        await asyncio.sleep(9)
+        assert [[("ack", (3,))]] == script.details("settle")
+        assert all(5 < time <= 5.1 for time in script.times("settle"))
 
 
 async def test_pairs_may_be_settled_in_any_order(stage):
@@ -250,6 +315,25 @@ async def test_a_session_lost_within_the_interval_settles_nothing_more(stage, ji
     assert [4] == [event.count for event in witness.of(StaleResults)]
 
 
+async def test_a_session_lost_after_the_last_yield_costs_nothing(stage, jitter):
+    """Everything was settled, so no result is stale, although its handler was still at work."""
+
+    async def answer(messages):
+        for _ in messages:
+            yield ACK
+        await asyncio.sleep(20)
+
+    witness = Witness()
+    stage.put(*numbered(4))
+    async with consumer_of(stage, answer, witness) as consumer:
+        await asyncio.sleep(10)
+        stage.broker.cut()
+        await asyncio.sleep(60)
+    assert [numbered(4)] == consumer.batches
+    assert [] == witness.of(StaleResults)
+    assert 4 == len(stage.times(Happened.ACKED))
+
+
 async def test_a_settlement_that_fails_ends_the_epoch(jitter):
     """Its results are stale; those that come later too. None is counted twice."""
     script, witness = ScriptedTransport(), Witness()
@@ -308,6 +392,31 @@ async def test_a_settlement_on_its_way_is_waited_for():
     await asyncio.sleep(1.5)
     await consumer.stop()
     assert [(1,)] == [each.tags for each in script.sessions[0].settlements]
+
+
+@pytest.mark.parametrize(("yields_at", "goes_on"), [(10, 0.5), (16.98, 3600)])
+async def test_a_drain_waits_for_the_copies_of_what_was_yielded_last(yields_at, goes_on):
+    """Whether its handler then comes to its end or is cut off, 17 seconds after the stop."""
+    script = ScriptedTransport()
+    script.on_publish = lambda *_: asyncio.sleep(0.8)
+
+    async def answer(messages):
+        try:
+            await asyncio.sleep(yields_at)
+            yield REQUEUE
+            await asyncio.sleep(goes_on)
+            yield ACK
+        finally:
+            await asyncio.sleep(0.5)
+
+    consumer = Scribe(answer, transport=script, batch_size=2, settle="yield", shutdown_timeout=20)
+    await consumer.start()
+    script.last.feed(*numbered(2))
+    await asyncio.sleep(0)
+    await consumer.stop()
+    told = {(each.disposition.value, each.tags) for each in script.sessions[0].settlements}
+    assert {("ack", (1,)), ("ack" if goes_on < 1 else "return", (2,))} == told
+    assert 1 == len(script.details("publish"))
 
 
 async def test_isolated_messages_are_settled_while_others_are_run_again(stage):

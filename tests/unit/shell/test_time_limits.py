@@ -46,7 +46,10 @@ async def test_what_was_decided_in_time_stays(stage, action, caplog):
     async with consumer_of(stage, answer, witness, unhandled_exception_action=action):
         await asyncio.sleep(20)
     assert {(ACK, Cause.HANDLER): 1, (action, Cause.TIMEOUT): 2} == witness.of(Settled)[0].counts
-    assert isinstance(witness.of(HandlerError)[0].error, HandlerTimeout)
+    error = witness.of(HandlerError)[0].error
+    assert isinstance(error, HandlerTimeout)
+    # The log shows where the handler was.
+    assert isinstance(error.__cause__, asyncio.CancelledError)
     assert "process_timeout=10" in caplog.text
     assert [10] == stage.times(Happened.ACKED)[:1]
 
