@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import aio_pika
 import pytest
 
-from tests.support import find
+from tests.support import find, postgres
 from tests.support.fetch import sources
 from tests.support.ports import LOCALHOST, free_port, greeting
 from tests.support.proxy import TcpProxy
@@ -149,6 +149,36 @@ def test_where_there_is_no_broker_the_message_says_what_helps(
     monkeypatch.setattr(find, "_install_commands", lambda: None)
     with pytest.raises(find.NoBrokerError, match=r"(?s)Tried.*Any of these will do"):
         find.choose()
+
+
+def test_a_postgres_named_by_url_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is installed beside it."""
+    monkeypatch.setenv(postgres.URL, "postgresql://somewhere/else")
+    with postgres.postgres() as url:
+        assert "postgresql://somewhere/else" == url
+
+
+def test_where_there_is_no_postgres_the_message_says_what_helps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It names what was tried and what would do."""
+    monkeypatch.delenv(postgres.URL, raising=False)
+    monkeypatch.setattr(postgres, "installed", lambda: None)
+    monkeypatch.setattr(postgres, "install_commands", lambda *_, **__: None)
+    with (
+        pytest.raises(postgres.NoPostgresError, match=r"(?s)Tried.*Any of these will do"),
+        postgres.postgres(),
+    ):
+        pass
+
+
+def test_an_installation_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the command that failed."""
+    monkeypatch.delenv(postgres.URL, raising=False)
+    monkeypatch.setattr(postgres, "installed", lambda: None)
+    monkeypatch.setattr(postgres, "install_commands", lambda *_, **__: [["false"]])
+    with pytest.raises(postgres.NoPostgresError, match="`false` failed"), postgres.postgres():
+        pass
 
 
 @pytest.mark.parametrize(("ci", "first"), [("", "container"), ("1", "private node")])

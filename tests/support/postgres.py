@@ -113,10 +113,9 @@ def _server(programs: Path, folder: Path) -> Iterator[str]:
         # A change of user makes the kernel forget whom the child is tied to; it is told again.
         as_user = ["setpriv", *who, "--pdeathsig=KILL"]
     data, log = folder / "data", folder / "log"
-    _run(
-        [*as_user, str(programs / "initdb"), "-D", str(data), "-U", _USER, "-A", "trust", "-N"],
-        folder,
-    )
+    # Not the locale of whoever runs the tests: it may not be installed.
+    how = ["-U", _USER, "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8"]
+    _run([*as_user, str(programs / "initdb"), "-D", str(data), *how], folder)
     port = free_port()
     options = {
         "listen_addresses": LOCALHOST,
