@@ -112,6 +112,10 @@ GROUPS = {
     "Workers": ("num_workers", "concurrency", "prefetch_count"),
     "Handling and retries": (
         "max_requeue_attempts",
+        "requeue_delay",
+        "requeue_backoff",
+        "requeue_delay_max",
+        "unsafe_delay",
         "unhandled_exception_action",
         "process_timeout",
         "retry_count_header",
@@ -185,7 +189,7 @@ def _takes(schema: dict[str, Any], root: dict[str, Any]) -> str:
         "integer": "a whole number",
         "number": "seconds",
     }
-    return words[kind] + _range(schema)
+    return schema.get("unit", words[kind]) + _range(schema)
 
 
 def _range(schema: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from aio_pika_batch.core.routing import Router
 from aio_pika_batch.core.topology import dead_letter_target, derive, split_exclusive
 from aio_pika_batch.core.trial import FailurePolicy
 from aio_pika_batch.desk import PATIENCE
+from aio_pika_batch.delaying import DelayingOutbox
 from aio_pika_batch.epoch import Epoch, Terms
 from aio_pika_batch.errors import DrainIncomplete, StartInterrupted
 from aio_pika_batch.handling import IGNORED_CANCELLATION, Process
@@ -76,6 +77,7 @@ def terms_of(settings: ConsumerSettings, exceptions: ExceptionResults) -> Terms:
             RetryPolicy(settings.max_requeue_attempts, settings.retry_count_header),
             dead_letter_target(wanted),
             settings.dead_letter_exception_message,
+            ladder=settings.ladder,
         ),
         # Without a limit on what is delivered, none on what is held but memory's own would remain.
         hold=HoldPolicy(settings.requeue_hold, prefetch // 2 if prefetch else 1000, RECHECK),
@@ -114,7 +116,7 @@ class Crew:
         self._declaring: asyncio.Future[None] | None = None
         self._is_abandoned = False
         self._abandoned = 0
-        self.outbox = Outbox(transport, log)
+        self.outbox = DelayingOutbox(transport, log, settings.wanted)
         self.post = Outbox(transport, log)
         self.stop = Stop()
 

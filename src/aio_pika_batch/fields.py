@@ -20,6 +20,8 @@ from aio_pika_batch.core.message import SHORT_STRING, is_short_string
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.errors import ConfigurationError
 
+MILLISECOND = 0.001
+
 
 def plain_value(value: object) -> object:
     """Let `aio_pika.ExchangeType.FANOUT` stand for `"fanout"`."""
@@ -57,6 +59,17 @@ ShortString = Annotated[str, AfterValidator(_short_string)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(_short_string)]
 Keys = Annotated[ShortString | list[ShortString] | None, NoDecode, BeforeValidator(_one_or_several)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Factor = Annotated[float, Field(ge=1, allow_inf_nan=False, json_schema_extra={"unit": "a number"})]
+
+
+def _pause(value: float) -> float:
+    if 0 < value < MILLISECOND:
+        msg = f"must be 0, or at least {MILLISECOND}: brokers count milliseconds"
+        raise ValueError(msg)
+    return value
+
+
+Pause = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_pause)]
 Count = Annotated[int, Field(ge=1)]
 Arguments = dict[str, Any] | None
 

@@ -13,15 +13,18 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from aio_pika_batch.core.message import FieldValue
+from aio_pika_batch.core.delay import LONGEST_WAIT, Ladder, ladder, wait_queue_name
+from aio_pika_batch.core.message import SHORT_STRING, FieldValue, is_short_string
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.topology import QUEUE_TYPE, Wanted
 from aio_pika_batch.errors import ConfigurationError
 from aio_pika_batch.fields import (
     Arguments,
     Count,
+    Factor,
     Keys,
     Name,
+    Pause,
     Seconds,
     ShortString,
     explain,
@@ -100,7 +103,7 @@ class ConsumerSettings(BaseSettings):
         default=3,
         ge=0,
         description="Retries by REQUEUE before a message is dead-lettered; spent within"
-        " milliseconds on an idle queue.",
+        " milliseconds on an idle queue, unless `requeue_delay` is set.",
     )
     unhandled_exception_action: Annotated[MessageResult, BeforeValidator(result_by_name)] = Field(
         default=MessageResult.REQUEUE,
@@ -111,6 +114,22 @@ class ConsumerSettings(BaseSettings):
         default=None, description="How long a handler may take for a batch; none: no limit."
     )
     retry_count_header: Name = Field(default="x-retry-count", description="Counts the retries.")
+    requeue_delay: Pause = Field(
+        default=0.0,
+        description="Wait before the first retry; 0: none. Messages wait in queues of their own,"
+        " `<queue_name>.retry.<milliseconds>`, which are declared.",
+    )
+    requeue_backoff: Factor = Field(
+        default=2.0, description="By which each wait is longer than the one before; 1: all alike."
+    )
+    requeue_delay_max: Seconds = Field(
+        default=300.0, le=LONGEST_WAIT, description="Longest wait, `Requeue(delay=…)` included."
+    )
+    unsafe_delay: bool = Field(
+        default=False,
+        description="Wait in classic queues, as brokers before RabbitMQ 3.10 need it: they lose"
+        " what expires while the queue is full or gone.",
+    )
     requeue_hold: Seconds = Field(
         default=30.0, description="How long an original is held while its copy is not confirmed."
     )
@@ -240,6 +259,11 @@ class ConsumerSettings(BaseSettings):
         return DEFAULT_STUCK_AFTER if self.process_timeout is None else 2 * self.process_timeout
 
     @property
+    def ladder(self) -> Ladder:
+        """How long retries wait, see `requeue_delay`."""
+        return ladder(self.requeue_delay, self.requeue_backoff, self.requeue_delay_max)
+
+    @property
     def wanted(self) -> Wanted:
         """What these settings say about queue, exchange and dead letters."""
         keys = self.routing_key
@@ -259,6 +283,8 @@ class ConsumerSettings(BaseSettings):
             dead_letter_exchange_type=self.dead_letter_exchange_type,
             dead_letter_routing_key=self.dead_letter_routing_key,
             dead_letter_queue=self.dead_letter_queue,
+            wait_levels=self.ladder.needed(self.max_requeue_attempts),
+            unsafe_delay=self.unsafe_delay,
             declare=self.declare,
         )
 
@@ -316,10 +342,28 @@ class ConsumerSettings(BaseSettings):
         if self.reconnect_delay > self.reconnect_delay_max:
             msg = "reconnect_delay must not exceed reconnect_delay_max"
             raise ValueError(msg)
+        self._delays_fit_together()
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             msg = "ssl_keyfile without ssl_certfile: name the certificate that it belongs to"
             raise ValueError(msg)
         return self
+
+    def _delays_fit_together(self) -> None:
+        if not self.requeue_delay:
+            return
+        if self.requeue_delay > self.requeue_delay_max:
+            msg = (
+                f"requeue_delay={self.requeue_delay:g} must not exceed"
+                f" requeue_delay_max={self.requeue_delay_max:g}"
+            )
+            raise ValueError(msg)
+        name = wait_queue_name(self.queue_name, self.ladder.askable[-1])
+        if not is_short_string(name):
+            msg = (
+                f"requeue_delay needs wait queues like {name!r}, and that has more than"
+                f" {SHORT_STRING} bytes, AMQP's limit: use a shorter queue_name"
+            )
+            raise ValueError(msg)
 
 
 class BatchConsumerSettings(ConsumerSettings):

@@ -96,7 +96,8 @@ class Copy:
     Attributes:
         add: Headers to set; each replaces one of the same name.
         drop: Headers to leave out.
-        keep_expiration: False leaves the `expiration` property out.
+        keep_expiration: False leaves the `expiration` property out, or sets another.
+        expiration: The other one, in milliseconds; None: none.
     """
 
     message: Message
@@ -106,6 +107,7 @@ class Copy:
     drop: frozenset[str] = frozenset()
     keep_expiration: bool = True
     mandatory: bool = True
+    expiration: str | None = None
 
     @property
     def body(self) -> bytes:
@@ -126,7 +128,7 @@ class Copy:
             priority=was.priority,
             correlation_id=was.correlation_id,
             reply_to=was.reply_to,
-            expiration=was.expiration if self.keep_expiration else None,
+            expiration=was.expiration if self.keep_expiration else self.expiration,
             message_id=was.message_id,
             timestamp=was.timestamp,
             type=was.type,

@@ -7,8 +7,10 @@ decided, and a result that is missing is never an ACK.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from enum import Enum
 from itertools import islice
 from typing import TypeAlias
@@ -43,13 +45,36 @@ class Nack:
 
 @dataclass(frozen=True, slots=True)
 class Requeue:
-    """`MessageResult.REQUEUE`, and why.
+    """`MessageResult.REQUEUE`, and why, and when.
 
     Args:
         reason: Goes into the header `x-dead-letter-detail`, should this have been the last attempt.
+        delay: Seconds to wait for the next attempt, or a timedelta: the nearest level at or above,
+            at most `requeue_delay_max`. 0: at once. None: as `requeue_delay` says.
     """
 
     reason: str | None = None
+    delay: float | timedelta | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuse what is no reason and no delay, where it is made."""
+        reason: object = self.reason
+        delay: object = self.delay
+        if reason is not None and not isinstance(reason, str):
+            msg = f"reason must be a text, not {reason!r}: a delay is Requeue(delay=…)"
+            raise TypeError(msg)
+        if isinstance(delay, bool) or not isinstance(delay, int | float | timedelta | None):
+            msg = f"delay must be a number of seconds or a timedelta, not {delay!r}"
+            raise TypeError(msg)
+        if self.seconds is not None and not 0 <= self.seconds < math.inf:
+            msg = f"delay must be 0 or more seconds, and finite, not {delay!r}"
+            raise ValueError(msg)
+
+    @property
+    def seconds(self) -> float | None:
+        """The delay in seconds, if one is given."""
+        delay = self.delay
+        return delay.total_seconds() if isinstance(delay, timedelta) else delay
 
 
 Result: TypeAlias = MessageResult | Nack | Requeue

@@ -12,6 +12,14 @@ from datetime import datetime
 from enum import Enum
 from typing import assert_never
 
+from aio_pika_batch.core.delay import (
+    AT_ONCE,
+    ORIGINAL_EXPIRATION,
+    Ladder,
+    delayed,
+    ladder,
+    undelayed,
+)
 from aio_pika_batch.core.message import (
     DELIVERY_COUNT,
     NO_HEADERS,
@@ -31,7 +39,6 @@ from aio_pika_batch.errors import MessageDecodeError
 
 FIRST_FAILED_AT = "x-first-failed-at"
 ORIGINAL_QUEUE = "x-original-queue"
-ORIGINAL_EXPIRATION = "x-original-expiration"
 REASON = "x-dead-letter-reason"
 DETAIL = "x-dead-letter-detail"
 DEAD_LETTERED_AT = "x-dead-lettered-at"
@@ -114,6 +121,7 @@ class Router:
         dead_letters: None leaves dead-lettering to the broker (`basic.reject`), which discards
             where the queue has no dead-letter exchange.
         exception_message: Whether a dead letter carries the text of the exception.
+        ladder: How long retries wait.
     """
 
     queue: str
@@ -121,6 +129,7 @@ class Router:
     dead_letters: DeadLetterTarget | None = None
     exception_message: bool = True
     drop: frozenset[str] = field(default=DROPPED)
+    ladder: Ladder = field(default_factory=ladder)
 
     def plan(self, verdicts: Sequence[Verdict], now: datetime) -> Plan:
         """Decide what is done about each verdict.
@@ -170,9 +179,16 @@ class Router:
             return self._dead_letter(verdict, DeadLetterReason.EXHAUSTED, now)
         add = _origin(message, headers, now)
         add[self.retry.header] = count + 1
+        level = self.ladder.level(verdict.result, count)
+        if level != AT_ONCE:
+            copy: Copy = delayed(message, self.queue, level, add, self.drop)
+        elif ORIGINAL_EXPIRATION in headers:
+            copy = undelayed(message, self.queue, add, self.drop)
+        else:
+            copy = Copy(message, "", self.queue, add, self.drop)
         return Republication(
             verdict,
-            Copy(message, "", self.queue, add, self.drop),
+            copy,
             CopyKind.REQUEUE,
             malformed_count=stated is not None and read is None,
         )

@@ -6,15 +6,28 @@ created.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from aio_pika_batch.core.message import FieldValue, Headers
+from aio_pika_batch.core.delay import wait_queue_name
+from aio_pika_batch.core.message import SHORT_STRING, FieldValue, Headers, is_short_string
 from aio_pika_batch.core.routing import DeadLetterTarget
+from aio_pika_batch.errors import TopologyError
 
 QUEUE_TYPE = "x-queue-type"
 DEAD_LETTER_EXCHANGE = "x-dead-letter-exchange"
 DEAD_LETTER_ROUTING_KEY = "x-dead-letter-routing-key"
+DEAD_LETTER_STRATEGY = "x-dead-letter-strategy"
+AT_LEAST_ONCE = "at-least-once"
+
+AT_LEAST_ONCE_SINCE = (3, 10)
+"""The first RabbitMQ whose quorum queues keep what expires until it is taken."""
+
+_UNEQUAL_WAIT_QUEUE = (
+    "it holds messages that wait, and was declared otherwise than now, say with another"
+    " unsafe_delay: set that back, or let the queue run empty and delete it"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +51,11 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """A queue; the flags are those of :class:`Exchange`."""
+    """A queue; the flags are those of :class:`Exchange`.
+
+    Attributes:
+        if_unequal: What to do if the broker has it with other arguments; None: as for any queue.
+    """
 
     name: str
     durable: bool = True
@@ -47,6 +64,7 @@ class Queue:
     arguments: Headers = field(default_factory=dict)
     existing_first: bool = False
     check_only: bool = False
+    if_unequal: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +88,11 @@ class Topology:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a consumer's settings say about its queue; the names are those of the settings."""
+    """What a consumer's settings say about its queue; the names are those of the settings.
+
+    Attributes:
+        wait_levels: The milliseconds of each wait queue that is there from the start.
+    """
 
     queue_name: str
     queue_durable: bool = True
@@ -87,6 +109,8 @@ class Wanted:
     dead_letter_exchange_type: str = "fanout"
     dead_letter_routing_key: str | None = None
     dead_letter_queue: str | None = None
+    wait_levels: tuple[int, ...] = ()
+    unsafe_delay: bool = False
     declare: bool = True
 
 
@@ -172,12 +196,73 @@ def derive(wanted: Wanted) -> Topology:
             check_only=check_only,
         )
     )
+    queues.extend(wait_queue(wanted, level) for level in wanted.wait_levels)
     if wanted.exchange_name and not check_only:
         bindings.extend(
             Binding(wanted.queue_name, wanted.exchange_name, key, wanted.binding_arguments)
             for key in _routing_keys(wanted)
         )
     return Topology(tuple(exchanges), tuple(queues), tuple(bindings))
+
+
+def wait_queue(wanted: Wanted, level: int) -> Queue:
+    """The queue in which messages wait for so many milliseconds before they come back.
+
+    A quorum queue that keeps what expires until the other queue has taken it. It never expires
+    itself: an expired queue takes its messages along.
+
+    Raises:
+        TopologyError: AMQP has no place for its name.
+    """
+    name = wait_queue_name(wanted.queue_name, level)
+    if not is_short_string(name):
+        raise TopologyError(
+            f"queue {name!r} cannot be declared: its name has more than {SHORT_STRING} bytes;"
+            " use a shorter queue_name, or no delays"
+        )
+    arguments: dict[str, FieldValue] = {
+        "x-message-ttl": level,
+        DEAD_LETTER_EXCHANGE: "",
+        DEAD_LETTER_ROUTING_KEY: wanted.queue_name,
+    }
+    if wanted.unsafe_delay:
+        arguments[QUEUE_TYPE] = "classic"
+    else:
+        arguments |= {
+            QUEUE_TYPE: "quorum",
+            DEAD_LETTER_STRATEGY: AT_LEAST_ONCE,
+            "x-overflow": "reject-publish",
+        }
+    return Queue(
+        name,
+        arguments=arguments,
+        check_only=not wanted.declare,
+        if_unequal=_UNEQUAL_WAIT_QUEUE,
+    )
+
+
+def refuse_unkept(queue: Queue, product: str, version: str) -> None:
+    """Refuse a queue that a broker would declare without keeping what its arguments promise.
+
+    Raises:
+        TopologyError: It was to dead-letter at least once, and older brokers do not know that; nor
+            is it known of brokers that are no RabbitMQ.
+    """
+    if queue.arguments.get(DEAD_LETTER_STRATEGY) != AT_LEAST_ONCE:
+        return
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if (
+        product == "RabbitMQ"
+        and numbers
+        and tuple(map(int, numbers.groups())) >= (AT_LEAST_ONCE_SINCE)
+    ):
+        return
+    since = ".".join(map(str, AT_LEAST_ONCE_SINCE))
+    raise TopologyError(
+        f"queue {queue.name!r}: {product} {version} may lose messages that wait for their next"
+        f" attempt, when their queue is full or not there; RabbitMQ {since} and newer do not."
+        " Upgrade, or do without delays, or set unsafe_delay=True to take the risk"
+    )
 
 
 def split_exclusive(topology: Topology) -> tuple[Topology, Topology]:

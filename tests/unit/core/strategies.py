@@ -7,7 +7,7 @@ values of every type: any client may have set them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -224,8 +224,12 @@ errors = st.one_of(
 
 reasons = st.none() | st.text(max_size=5)
 
+delays = st.none() | st.sampled_from([0, 1, 2.5, 1000]) | st.just(timedelta(seconds=90))
+
+requeues = st.builds(Requeue, reasons, delay=delays)
+
 results: st.SearchStrategy[Result] = st.one_of(
-    st.sampled_from(MessageResult), st.builds(Nack, reasons), st.builds(Requeue, reasons)
+    st.sampled_from(MessageResult), st.builds(Nack, reasons), requeues
 )
 
 causes = st.sampled_from(Cause)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from hypothesis import event, example, given
 from hypothesis import strategies as st
 
-from aio_pika_batch import MessageResult
+from aio_pika_batch import Requeue
 from aio_pika_batch.adapters.memory import Broker, Door, Happened, PublishFault
+from aio_pika_batch.core.results import Result
 from aio_pika_batch.testing import virtual_time
 from tests.unit.shell.stage import (
     ACK,
@@ -26,6 +27,10 @@ from tests.unit.shell.stage import (
     Stage,
     numbered,
 )
+
+LATER = Requeue(delay=2)
+
+WAIT_QUEUE = "jobs.retry.2000"
 
 RAISE = None
 """The handler raises when it comes to this message."""
@@ -47,7 +52,7 @@ class Fault:
 class Story:
     """All that happens. A message is ACKed once the answers that are drawn for it are spent."""
 
-    answers: tuple[tuple[MessageResult | None, ...], ...]
+    answers: tuple[tuple[Result | None, ...], ...]
     pauses: tuple[float, ...] = (0.0,)
     durations: tuple[float, ...] = (0.0,)
     size: int = 3
@@ -66,9 +71,9 @@ KINDS = ("cut", "cancel", "away", "refuse", "lose", "unconfirmed", "block")
 stories = st.builds(
     Story,
     answers=st.lists(
-        st.lists(st.sampled_from([ACK, NACK, REQUEUE, REQUEUE_IMMEDIATE, RAISE]), max_size=4).map(
-            tuple
-        ),
+        st.lists(
+            st.sampled_from([ACK, NACK, REQUEUE, LATER, REQUEUE_IMMEDIATE, RAISE]), max_size=4
+        ).map(tuple),
         max_size=12,
     ).map(tuple),
     pauses=st.lists(st.sampled_from([0.0, 0.3, 2.0]), min_size=1, max_size=3).map(tuple),
@@ -112,7 +117,7 @@ class Play:
         self.retries: list[int] = []
         self.running = self.most = self.batches = 0
 
-    def answer_to(self, body: bytes) -> MessageResult | None:
+    def answer_to(self, body: bytes) -> Result | None:
         """What the story says, the how-manieth time ever this is."""
         drawn = self.story.answers[int(body)]
         return drawn[self.seen[body] - 1] if self.seen[body] <= len(drawn) else ACK
@@ -219,6 +224,8 @@ LOST_AND_FOUND = Story(
 
 @given(stories)
 @example(LOST_AND_FOUND)
+@example(Story(answers=((LATER,) * 4,) * 6, faults=(Fault(1.0, "unconfirmed", 5.0),)))
+@example(Story(answers=((REQUEUE, LATER),) * 6, faults=(Fault(0.0, "away", 40.0),), stop_at=1.5))
 @example(Story(answers=((REQUEUE_IMMEDIATE,) * 4,) * 6, concurrency=3, stop_at=0.0))
 @example(replace(LOST_AND_FOUND, settle="yield", isolate=10, durations=(6.0,)))
 @example(replace(LOST_AND_FOUND, settle="atomic", isolate=1, durations=(1.0,)))
@@ -231,10 +238,15 @@ def test_stories(story):
     stage = play.stage
     everything = set(numbered(len(story.answers)))
     waiting, dead = Counter(stage.waiting()), Counter(stage.waiting("dead"))
+    if WAIT_QUEUE in stage.broker.queues:
+        waiting += Counter(stage.waiting(WAIT_QUEUE))
     acked = journal(play, Happened.ACKED, queue="jobs")
     # Stored ever, but for the first time: copies for another attempt; and dead letters.
     copies = journal(play, Happened.STORED, queue="jobs") - Counter(everything)
     copies += journal(play, Happened.STORED, queue="dead")
+    # What has waited is stored twice: on its way in, and when its wait is over.
+    copies += journal(play, Happened.STORED, queue=WAIT_QUEUE)
+    copies -= journal(play, Happened.DEAD_LETTERED, queue=WAIT_QUEUE)
 
     # Nothing is lost: it is still there, or dead, or its handler said that it went well.
     went_well = {body for body in everything if play.acks[body]}
@@ -286,7 +298,7 @@ def lives(drawn, attempts):
     for number, answer in enumerate(drawn, 1):
         if answer in {ACK, NACK}:
             return number
-        if answer is REQUEUE:
+        if answer in {REQUEUE, LATER}:
             requeues += 1
             if requeues > attempts:
                 return number

@@ -86,6 +86,15 @@ class Link:
         transport = self.connection.transport
         return transport.connection.connection_tune.frame_max if transport is not None else 0
 
+    @property
+    def broker(self) -> tuple[str, str]:
+        """What it calls itself, and its version."""
+        transport = self.connection.transport
+        said = {} if transport is None else transport.connection.server_properties
+        return str(said.get("product", "the broker")), str(
+            said.get("version", "of no known version")
+        )
+
     async def channel(self, *, confirms: bool = False) -> AbstractChannel:
         """Open a channel of the library below aio-pika. Raises what that raises."""
         transport = self.connection.transport

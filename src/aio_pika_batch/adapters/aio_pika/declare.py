@@ -18,7 +18,14 @@ from aio_pika_batch.adapters.aio_pika.edge import describe, translated
 from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, ConnectionClosed
 from aio_pika_batch.adapters.aio_pika.refusals import NOT_FOUND, refused_entity
 from aio_pika_batch.adapters.aio_pika.said import said
-from aio_pika_batch.core.topology import QUEUE_TYPE, Binding, Exchange, Queue, Topology
+from aio_pika_batch.core.topology import (
+    QUEUE_TYPE,
+    Binding,
+    Exchange,
+    Queue,
+    Topology,
+    refuse_unkept,
+)
 from aio_pika_batch.errors import BrokerUnavailable, TopologyError, TransportError
 
 if TYPE_CHECKING:
@@ -54,6 +61,8 @@ async def declare(endpoint: Endpoint, addresses: Sequence[Address], topology: To
             for passive in _ways(entity):
                 if desk is None:
                     desk = _Desk(await open_link(endpoint, addresses), endpoint.connect_timeout)
+                if isinstance(entity, Queue):
+                    refuse_unkept(entity, *desk.link.broker)
                 refusal = await desk.declare(entity, passive=passive)
                 if refusal is None:
                     break
@@ -62,7 +71,8 @@ async def declare(endpoint: Endpoint, addresses: Sequence[Address], topology: To
                 if refusal.code != NOT_FOUND:
                     break
             if refusal is not None:
-                raise refused_entity(refusal.code, refusal.text, _name(entity), address)
+                fix = entity.if_unequal if isinstance(entity, Queue) else None
+                raise refused_entity(refusal.code, refusal.text, _name(entity), address, fix)
     finally:
         if desk is not None:
             await desk.link.close()

@@ -55,6 +55,7 @@ FIELDS: Final = (
 """The flag, the name and the type of each property, in the order of the wire."""
 
 HEADERS_FLAG = 1 << 13
+EXPIRATION_FLAG = 1 << 8
 _UNKNOWN_FLAGS = 0b11  # a property that nobody has defined, and "more flags follow"
 
 

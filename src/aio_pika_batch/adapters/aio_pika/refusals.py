@@ -57,8 +57,14 @@ def refused_connection(code: int, text: str, address: Address) -> TransportError
     return AccessRefused(f"{said}; {advice}")
 
 
-def refused_entity(code: int, text: str, entity: str, where: object) -> TransportError:
-    """The broker refused to declare, check, bind or consume *entity*."""
+def refused_entity(
+    code: int, text: str, entity: str, where: object, if_unequal: str | None = None
+) -> TransportError:
+    """The broker refused to declare, check, bind or consume *entity*.
+
+    Args:
+        if_unequal: What to do if it is there, and otherwise; None: what is usual.
+    """
     said = f"{entity} at {where}: {code} {text}"
     fix = _FIXES.get(code)
     if fix is None or any(word in text for word in _PASSING):
@@ -67,6 +73,8 @@ def refused_entity(code: int, text: str, entity: str, where: object) -> Transpor
         fix = _FIXES[COMMAND_INVALID]  # newer brokers call it a failed precondition
     elif "exclusive use" in text:
         fix = "its only consumer is another one: end that one, or do not ask to be exclusive"
+    elif "inequivalent" in text and if_unequal is not None:
+        fix = if_unequal
     return TopologyError(f"{said}; {fix}")
 
 

@@ -19,8 +19,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from aio_pika_batch.adapters.aio_pika.properties import (
+    EXPIRATION_FLAG,
     HEADERS_FLAG,
     PropertyListError,
+    encode_short,
     fields,
     header_table,
     is_whole_after,
@@ -79,7 +81,7 @@ def _rebuilt(raw: bytes, copy: Copy, user: bytes, changes: _Changes) -> bytes:
     """Write the list property by property."""
     present = 0
     parts = [b""]
-    headers_at = 1
+    headers_at = expiration_at = 1
     added = changes.added
     try:
         for flag, name, _, start, end in fields(raw):
@@ -96,8 +98,12 @@ def _rebuilt(raw: bytes, copy: Copy, user: bytes, changes: _Changes) -> bytes:
                     part = raw[start:end]
             parts.append(part)
             present |= flag
+            expiration_at += flag > EXPIRATION_FLAG
     except PropertyListError:
         added += encode_entry(UNDECODABLE_HEADERS, raw)
+    if copy.expiration is not None and not copy.keep_expiration:
+        present |= EXPIRATION_FLAG
+        parts.insert(expiration_at, encode_short("expiration", copy.expiration))
     if added and not present & HEADERS_FLAG:
         present |= HEADERS_FLAG
         parts.insert(headers_at, _LENGTH.pack(len(added)) + added)

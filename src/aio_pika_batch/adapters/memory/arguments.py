@@ -123,11 +123,16 @@ def spec(name: str, arguments: Headers, dialect: Dialect) -> Spec:
                     f" rabbit_{of_type.value}_queue",
                 )
     read = _Reader(name, arguments)
+    keeps_all = of_type is QueueType.QUORUM and not dialect.quorum_expires
+    if keeps_all and "x-message-ttl" in arguments:
+        raise _unknown("x-message-ttl", name)
     exchange = read.text("x-dead-letter-exchange")
     routing_key = read.text("x-dead-letter-routing-key")
     if routing_key is not None and exchange is None:
         raise invalid("x-dead-letter-routing-key", name, "routing_key_but_no_dlx_defined")
     overflow = Overflow(read.choice("x-overflow", _OVERFLOWS) or Overflow.DROP_HEAD)
+    if keeps_all and overflow is not Overflow.DROP_HEAD:
+        raise _unknown("x-overflow", name)
     if of_type is QueueType.QUORUM and overflow is Overflow.REJECT_PUBLISH_DLX:
         # RabbitMQ takes it, and drops the head.
         overflow = Overflow.DROP_HEAD
@@ -150,7 +155,8 @@ def spec(name: str, arguments: Headers, dialect: Dialect) -> Spec:
         single_active=read.flag("x-single-active-consumer"),
         # Without reject-publish RabbitMQ falls back to at-most-once, with a line in its log.
         at_least_once=(
-            strategy == "at-least-once"
+            dialect.quorum_expires
+            and strategy == "at-least-once"
             and exchange is not None
             and overflow is Overflow.REJECT_PUBLISH
         ),
@@ -170,6 +176,12 @@ def check_same_arguments(name: str, received: Headers, current: Headers) -> None
             continue
         words = (f"'{one!s}'", f"'{other!s}'") if argument == TYPE else (told(one), told(other))
         raise unequal(argument, f"queue '{name}'", *words)
+
+
+def _unknown(argument: str, queue: str) -> Refusal:
+    return Refusal(
+        Code.PRECONDITION_FAILED, f"invalid arg '{argument}' for queue '{queue}' in vhost '/'"
+    )
 
 
 def _seconds(milliseconds: int | None) -> float | None:

@@ -53,7 +53,7 @@ class Broker:
     """The broker.
 
     Args:
-        version: Of the imitated RabbitMQ: `3.10`, `4.0` or `4.3`.
+        version: Of the imitated RabbitMQ: `3.8`, `3.10`, `4.0` or `4.3`.
         user: Whom connections belong to.
         keep: How many events the journal keeps.
 

@@ -25,6 +25,11 @@ class Connection:
         self.channels: list[Channel] = []
         self.closed: str | None = None
 
+    @property
+    def version(self) -> str:
+        """The broker's, as it tells its clients."""
+        return self._broker.dialect.version
+
     def channel(self, notify: Callable[[], None] | None = None) -> Channel:
         """Open a channel.
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.adapters.memory.refusals import Code, Refusal
-from aio_pika_batch.core.topology import Exchange, Queue, Topology
+from aio_pika_batch.core.topology import Exchange, Queue, Topology, refuse_unkept
 from aio_pika_batch.errors import TopologyError
 
 if TYPE_CHECKING:
@@ -30,19 +30,21 @@ _ADVICE = {
 }
 
 
-def topology_error(entity: str, refusal: Refusal) -> TopologyError:
+def topology_error(entity: str, refusal: Refusal, if_unequal: str | None = None) -> TopologyError:
     """Who, what the broker says, and what to do about it."""
     advice = _ADVICE.get(refusal.code, "Compare it with what is declared.")
+    if if_unequal is not None and refusal.code is Code.PRECONDITION_FAILED:
+        advice = if_unequal
     return TopologyError(f"{entity}: the broker says: {refusal}. {advice}")
 
 
 @contextmanager
-def explained(entity: str) -> Iterator[None]:
+def explained(entity: str, if_unequal: str | None = None) -> Iterator[None]:
     """Tell refusals of a topology in the port's words."""
     try:
         yield
     except Refusal as refusal:
-        raise topology_error(entity, refusal) from refusal
+        raise topology_error(entity, refusal, if_unequal) from refusal
 
 
 def declare(connection: Connection, topology: Topology) -> None:
@@ -55,7 +57,8 @@ def declare(connection: Connection, topology: Topology) -> None:
         with explained(f"exchange {exchange.name!r}"):
             _declare_exchange(connection, exchange)
     for queue in topology.queues:
-        with explained(f"queue {queue.name!r}"):
+        refuse_unkept(queue, "RabbitMQ", connection.version)
+        with explained(f"queue {queue.name!r}", queue.if_unequal):
             _declare_queue(connection, queue)
     for binding in topology.bindings:
         entity = f"binding of queue {binding.queue!r} to exchange {binding.exchange!r}"

@@ -29,6 +29,8 @@ class Dialect:
         keeps_copies: Whether a dead letter keeps its `CC` header although its queue names a
             dead-letter routing key.
         remembers_handing_out: Whether a dead letter counts as redelivered if it was handed out.
+        quorum_expires: Whether quorum queues know times to live, `reject-publish`, and dead letters
+            that are kept until another queue has them.
         unknown_type_ends_connection: Whether an unknown exchange type ends the connection.
     """
 
@@ -42,6 +44,7 @@ class Dialect:
     tells_last_death: bool
     keeps_copies: bool
     remembers_handing_out: bool
+    quorum_expires: bool
     unknown_type_ends_connection: bool
 
 
@@ -56,8 +59,10 @@ _V3_10 = Dialect(
     tells_last_death=False,
     keeps_copies=False,
     remembers_handing_out=False,
+    quorum_expires=True,
     unknown_type_ends_connection=True,
 )
+_V3_8 = replace(_V3_10, version="3.8", quorum_expires=False)
 _V4_0 = replace(
     _V3_10,
     version="4.0",
@@ -77,7 +82,7 @@ _V4_3 = replace(
     remembers_handing_out=True,
 )
 
-DIALECTS = {each.version: each for each in (_V3_10, _V4_0, _V4_3)}
+DIALECTS = {each.version: each for each in (_V3_8, _V3_10, _V4_0, _V4_3)}
 
 NEWEST = "4.3"
 

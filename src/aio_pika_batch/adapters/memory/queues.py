@@ -254,6 +254,8 @@ class Queue:
         return Place.BACK if back and comeback is not Comeback.LOST else Place.FRONT
 
     def _expiry(self, message: Stored) -> float | None:
+        if self.spec.type is QueueType.QUORUM and not self._house.dialect.quorum_expires:
+            return None
         lives = [ttl for ttl in (message.ttl, self.spec.message_ttl) if ttl is not None]
         return self._house.now + min(lives) if lives else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -124,6 +125,19 @@ def test_expiration_is_dropped_on_demand(*, keep: bool, kept: str | None) -> Non
             copied(encode(Properties(expiration="5000")), {}, keep_expiration=keep)
         ).expiration
     )
+
+
+@given(properties, tables, st.integers(0, 2**32 - 1).map(str))
+def test_an_expiration_is_put_back_where_it_belongs(
+    values: Properties, add: Headers, expiration: str
+) -> None:
+    """In the order of the wire, whatever stands before and behind it, and instead of another."""
+    before = decode(copied(encode(values), add, keep_expiration=False))
+
+    after = decode(copied(encode(values), add, keep_expiration=False, expiration=expiration))
+
+    assert before.expiration is None
+    assert replace(before, expiration=expiration) == after
 
 
 @pytest.mark.parametrize("add", [{}, {"x-retry-count": 1}])

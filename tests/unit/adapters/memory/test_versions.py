@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from aio_pika_batch.adapters.memory.broker import Broker
+from aio_pika_batch.adapters.memory.refusals import Refusal
 from tests.unit.adapters.memory.client import Client, bodies
 
 NEVER = 60
@@ -203,3 +204,35 @@ def test_whether_a_dead_letter_counts_as_redelivered(version: str, kind: str, re
     client.channel.reject(client.get("q").tag, requeue=False)
     client.publish(b"2", "q", expiration="0")
     assert [client.get("dead").redelivered for _ in range(2)] == [remembered, False]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("message_ttl", 1000), ("overflow", "reject-publish")]
+)
+def test_old_quorum_queues_know_no_time_to_live_and_no_refusal(argument: str, value: object):
+    """As 3.8 says it; classic queues know both."""
+    client = Client(Broker("3.8"))
+    client.queue("classic", **{argument: value})
+    words = f"invalid arg 'x-{argument.replace('_', '-')}' for queue 'q' in vhost '/'$"
+    with pytest.raises(Refusal, match=words):
+        client.queue("q", queue_type="quorum", **{argument: value})
+
+
+def test_old_quorum_queues_ignore_an_expiration():
+    """The message stays, and keeps the property."""
+    client = Client(Broker("3.8"))
+    client.queue("q", queue_type="quorum")
+    client.publish(b"1", "q", expiration="10")
+    client.broker.advance(60)
+    assert bodies(client.broker, "q") == [b"1"]
+    assert client.get("q").properties.expiration == "10"
+
+
+def test_an_old_broker_takes_a_strategy_that_it_does_not_know():
+    """Whatever it says: nothing is kept."""
+    client = Client(Broker("3.8"))
+    strategy = {"dead_letter_exchange": "", "dead_letter_strategy": "at-least-once"}
+    client.queue("q", queue_type="quorum", dead_letter_routing_key="gone", **strategy)
+    client.publish(b"1", "q")
+    client.channel.reject(client.get("q").tag, requeue=False)
+    assert client.broker.dying("q") == []

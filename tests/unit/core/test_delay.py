@@ -1,0 +1,340 @@
+"""How long a retry waits, and what a copy that waits looks like."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from aio_pika_batch.core.delay import (
+    LONGEST_WAIT,
+    MOST_LEVELS,
+    DelayedCopy,
+    ladder,
+    wait_queue_name,
+)
+from aio_pika_batch.core.message import Properties
+from aio_pika_batch.core.results import MessageResult, Requeue, Verdict
+from aio_pika_batch.core.retry import RetryPolicy
+from aio_pika_batch.core.routing import Router
+from tests.unit.core.strategies import (
+    NOW,
+    QUEUE,
+    StubSource,
+    a_message,
+    broken_properties,
+    delivered,
+    messages,
+    properties,
+    sound_properties,
+    without,
+)
+
+REQUEUE = MessageResult.REQUEUE
+
+waits = st.floats(0.001, LONGEST_WAIT)
+factors = st.floats(1.0, 10.0) | st.sampled_from([1.0, 2.0])
+retries = st.integers(0, 2**70)
+
+
+@st.composite
+def ladders(draw, *, climbing=True):
+    """A ladder, and what it was made of."""
+    maximum = draw(waits)
+    first = draw(st.floats(0.001, maximum)) if climbing else 0.0
+    factor = draw(factors)
+    try:
+        return ladder(first, factor, maximum), first, factor, maximum
+    except ValueError:
+        assume(False)
+        raise
+
+
+anything = ladders() | ladders(climbing=False)
+
+
+def waiting_copy(message, result=REQUEUE, *, first=1.0):
+    """The copy of a message that is to wait."""
+    router = Router(QUEUE, RetryPolicy(2**71, "x-retry-count"), ladder=ladder(first))
+    (step,) = router.plan([Verdict(message, result)], NOW).republications
+    return step.copy
+
+
+def prompt_copy(message):
+    """The copy of a message that is not to wait."""
+    return waiting_copy(message, first=0.0)
+
+
+def expired(copy, level=1000, queue=QUEUE):
+    """The delivery after a wait: what the broker has made of a copy."""
+    was = copy.properties
+    death = {"queue": wait_queue_name(queue, level), "reason": "expired", "count": 1}
+    headers = {**(was.headers or {}), "x-death": [death]}
+    return delivered(DelayedCopy(a_message(headers=headers), "", queue, {}))
+
+
+# --- the ladder ---------------------------------------------------------------------
+
+
+@given(ladders(), retries)
+def test_a_retry_waits_as_long_as_the_settings_say(made, count):
+    """The first wait times the factor for each retry before, and never more than the maximum."""
+    steps, first, factor, maximum = made
+    try:
+        expected = min(maximum, first * factor**count)
+    except OverflowError:
+        expected = maximum
+
+    level = steps.level(REQUEUE, count)
+
+    assert abs(expected * 1000 - level) <= max(0.5, expected * 1e-9) + 1e-6
+
+
+@given(ladders(), retries, retries)
+def test_a_later_retry_never_waits_less(made, one, other):
+    """Monotone."""
+    steps = made[0]
+    earlier, later = sorted((one, other))
+
+    assert 0 < steps.level(REQUEUE, earlier) <= steps.level(REQUEUE, later)
+
+
+@given(anything, st.floats(0, 1e300) | waits, retries)
+@example((ladder(1, 2, 4), 1, 2, 4), 2.3, 0)
+@example((ladder(0.0, 2, 300), 0, 2, 300), 1e308, 0)
+def test_an_asked_for_delay_is_never_cut_short_but_by_the_maximum(made, asked, count):
+    """The nearest level at or above, whatever the count says; nothing stays nothing."""
+    steps, _, _, maximum = made
+
+    level = steps.level(Requeue(delay=asked), count)
+
+    below = [each for each in steps.askable if each < level]
+    if asked * 1000 < 0.0005:
+        assert 0 == level
+    else:
+        assert level in steps.askable
+        assert level >= min(asked * 1000 - 0.001, round(maximum * 1000))
+        assert not below or below[-1] < asked * 1000
+
+
+@given(anything)
+def test_the_levels_of_a_ladder_are_few_and_rise(made):
+    """Each is a queue, declared with a number of milliseconds that a broker takes."""
+    steps, _, _, maximum = made
+
+    assert 1 <= len(steps.askable) <= MOST_LEVELS + 1
+    assert sorted(set(steps.askable)) == list(steps.askable)
+    assert sorted(steps.climbed) == list(steps.climbed)
+    assert set(steps.climbed) <= set(steps.askable)
+    assert 1 <= steps.askable[0]
+    assert max(1, round(maximum * 1000)) == steps.askable[-1] < 2**32
+
+
+@given(ladders(), st.integers(0, 200))
+def test_the_needed_levels_are_those_that_retries_climb(made, attempts):
+    """What is declared at the start: no more, and no less."""
+    steps = made[0]
+
+    climbed = {steps.level(REQUEUE, count) for count in range(attempts)}
+
+    assert sorted(climbed) == list(steps.needed(attempts))
+
+
+@given(ladders(climbing=False), retries)
+def test_without_a_first_wait_retries_do_not_wait(made, count):
+    """It is the default, and a handler may still ask."""
+    steps = made[0]
+
+    assert 0 == steps.level(REQUEUE, count) == steps.level(Requeue(), count)
+    assert () == steps.needed(100)
+
+
+@pytest.mark.parametrize(
+    ("first", "factor", "maximum", "climbed", "askable"),
+    [
+        (0, 2, 300, [], [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]),
+        (1, 2, 10, [1, 2, 4, 8, 10], [1, 2, 4, 8, 10]),
+        (5, 3, 60, [5, 15, 45, 60], [5, 15, 45, 60]),
+        (5, 1, 60, [5], [5, 10, 20, 40, 60]),
+        (60, 2, 60, [60], [60]),
+        (0, 2, 0.5, [], [0.5]),
+    ],
+)
+def test_ladders(first, factor, maximum, climbed, askable):
+    """Examples to read, in seconds."""
+    steps = ladder(first, factor, maximum)
+
+    assert climbed == [each / 1000 for each in steps.climbed]
+    assert askable == [each / 1000 for each in steps.askable]
+
+
+def test_tiny_steps_share_a_level():
+    """No queue is declared twice, and each retry still has its wait."""
+    steps = ladder(0.001, 1.2, 0.003)
+
+    assert (1, 1, 1, 2, 2, 2, 3, 3) == steps.climbed
+    assert (1, 2, 3) == steps.askable == steps.needed(9)
+
+
+def test_a_ladder_of_too_many_steps_is_refused():
+    """Each step is a queue; a factor near 1 would make thousands."""
+    with pytest.raises(ValueError, match=r"by a factor of 1\.01 there are more than 100 steps"):
+        ladder(1, 1.01, 300)
+
+
+@pytest.mark.parametrize(
+    ("delay", "level"),
+    [(0, 0), (0.2, 1000), (1, 1000), (timedelta(seconds=3), 4000), (5, 8000), (999, 10_000)],
+)
+@pytest.mark.parametrize("first", [0, 1])
+def test_delays(delay, level, first):
+    """Examples to read; nothing asked for is nothing waited for, also where others wait."""
+    assert level == ladder(first, 2, 10).level(Requeue(delay=delay), 2)
+
+
+# --- what a handler may ask for --------------------------------------------------------
+
+
+@pytest.mark.parametrize("delay", ["5", True, [5], 5j])
+def test_a_delay_is_a_number_or_a_timedelta(delay):
+    """What is neither is refused where it is made, not where it would be waited for."""
+    with pytest.raises(TypeError, match="delay must be a number of seconds or a timedelta"):
+        Requeue(delay=delay)
+
+
+@pytest.mark.parametrize("delay", [-1, -0.1, float("inf"), float("nan"), timedelta(seconds=-1)])
+def test_a_delay_is_finite_and_not_negative(delay):
+    """Nobody waits for ever, or for less than nothing."""
+    with pytest.raises(ValueError, match="delay must be 0 or more seconds, and finite"):
+        Requeue(delay=delay)
+
+
+def test_a_number_is_no_reason():
+    """`Requeue(30)` looks like a delay, and must not be taken for nothing."""
+    with pytest.raises(TypeError, match=r"not 30: a delay is Requeue\(delay=…\)"):
+        Requeue(30)  # type: ignore[arg-type]
+
+
+# --- the copy ---------------------------------------------------------------------------
+
+
+@given(messages(of=properties), st.none() | st.floats(0.001, 1000))
+def test_a_copy_that_waits_goes_to_its_wait_queue(message, delay):
+    """By the default exchange, mandatory; where headers cannot be read nothing is counted."""
+    assume(message.has_readable_headers)
+
+    copy = waiting_copy(message, Requeue(delay=delay))
+
+    assert isinstance(copy, DelayedCopy)
+    assert ("", f"jobs.retry.{copy.level}") == (copy.exchange, copy.routing_key)
+    assert copy.mandatory
+    assert message.body is copy.body
+
+
+@given(messages(of=sound_properties))
+def test_only_its_expiration_and_a_few_headers_change(message):
+    """The expiration moves into a header; x-death and the broker's counts are left behind."""
+    copy = waiting_copy(message)
+    before, after = message.properties, copy.properties
+
+    for name in set(Properties.__slots__) - {"headers", "expiration", "undecodable"}:
+        assert getattr(before, name) == getattr(after, name)
+    assert after.expiration is None
+    on_it = after.headers or {}
+    if before.expiration is not None:
+        assert before.expiration == on_it["x-original-expiration"]
+    assert not {"x-death", "x-delivery-count", "x-acquired-count", "CC", "BCC"} & on_it.keys()
+    assert message.retry_count + 1 == on_it["x-retry-count"]
+    changed = (*copy.add, *copy.drop)
+    assert without(before.headers, *changed) == without(on_it, *copy.add)
+
+
+@given(messages(of=sound_properties))
+def test_after_its_waits_a_message_is_what_it_was(message):
+    """The next copy that does not wait has its expiration back, and no trace of the move."""
+    assume("x-original-expiration" not in message.headers)
+    first = expired(waiting_copy(message))
+    second = expired(waiting_copy(first), 2000)
+
+    copy = prompt_copy(second)
+
+    assert message.properties.expiration == copy.properties.expiration
+    assert "x-original-expiration" not in (copy.properties.headers or {})
+    assert message.retry_count + 3 == delivered(copy).retry_count
+    assert message.original_routing_key == delivered(copy).original_routing_key
+    assert message.original_exchange == delivered(copy).original_exchange
+
+
+@given(messages(of=broken_properties))
+def test_no_message_is_too_broken_to_wait(message):
+    """Undecodable properties are left out; the rest is copied."""
+    assume(message.has_readable_headers)
+
+    assert {} == waiting_copy(message).properties.undecodable
+
+
+DIED_HERE = [{"queue": "jobs.retry.1000", "reason": "expired"}]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"x-death": "nonsense"},
+        {"x-death": []},
+        {"x-death": [{"queue": "jobs.retry.1000", "reason": "rejected"}]},
+        {"x-death": [{"queue": "others.retry.1000", "reason": "expired"}]},
+        {"x-death": [{"queue": "jobs", "reason": "expired"}, *DIED_HERE]},
+        {"x-death": DIED_HERE, "x-original-expiration": "soon"},
+        {"x-death": DIED_HERE, "x-original-expiration": "²"},
+        {"x-death": DIED_HERE, "x-original-expiration": "4294967296"},
+        {"x-death": DIED_HERE, "x-original-expiration": "9" * 5000},
+        {"x-death": DIED_HERE, "x-original-expiration": 60000},
+    ],
+)
+def test_an_expiration_that_we_have_not_moved_stays_where_it_is(headers):
+    """A dead letter that is requeued must not begin to expire; and a broker takes numbers only."""
+    message = a_message(headers={"x-original-expiration": "60000", **headers})
+
+    copy = prompt_copy(message)
+
+    assert copy.properties.expiration is None
+    assert "x-original-expiration" in (copy.properties.headers or {})
+
+
+def test_an_expiration_comes_back():
+    """The example to read."""
+    message = a_message(headers={"x-original-expiration": "60000", "x-death": DIED_HERE})
+
+    copy = prompt_copy(message)
+
+    assert "60000" == copy.properties.expiration
+    assert {"x-death", "x-retry-count"} <= (copy.properties.headers or {}).keys()
+
+
+def test_the_last_failure_of_a_message_that_has_waited_is_a_dead_letter():
+    """With what it waited for in mind: its expiration is where dead letters have it."""
+    headers = {"x-original-expiration": "60000", "x-death": DIED_HERE, "x-retry-count": 3}
+    router = Router(QUEUE, RetryPolicy(3, "x-retry-count"), ladder=ladder(1.0))
+
+    plan = router.plan([Verdict(a_message(headers=headers), Requeue(delay=5))], NOW)
+
+    assert () == tuple(plan.republications)
+    assert ["reject"] == [each.disposition.value for each in plan.settlements]
+
+
+def test_the_retry_count_decides_how_long_it_waits():
+    """Whoever wrote it: the third retry waits four times as long as the first."""
+    message = a_message(source=StubSource(), headers={"x-retry-count": 2})
+
+    assert "jobs.retry.4000" == waiting_copy(message).routing_key
+
+
+def test_the_time_of_the_first_failure_is_that_of_the_first():
+    """A wait does not forget it."""
+    earlier = datetime(2025, 1, 1, tzinfo=UTC)
+    message = a_message(headers={"x-first-failed-at": earlier})
+
+    assert "x-first-failed-at" not in waiting_copy(message).add
