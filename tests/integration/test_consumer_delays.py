@@ -1,0 +1,344 @@
+"""Does what waits for its next attempt come back: in time, as it was, and whatever happens?"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import aio_pika
+import pytest
+
+from aio_pika_batch import (
+    BatchConsumer,
+    BatchConsumerSettings,
+    MessageResult,
+    Requeue,
+    TopologyError,
+)
+from tests.integration.helpers import (
+    HEADERS,
+    PROPERTIES,
+    RawClient,
+    holds,
+    long,
+    pack_properties,
+    publish,
+    ready,
+    take_all,
+    unpack_properties,
+    unpack_table,
+    until,
+)
+
+if TYPE_CHECKING:
+    from tests.support.find import Broker
+
+SECOND = 1000
+
+
+def is_old(broker: Broker) -> bool:
+    """Whether it cannot be trusted with what waits."""
+    return broker.version.startswith("3.8.")
+
+
+@pytest.fixture
+def settings(amqp_url: str, name: str, broker: Broker) -> Any:
+    """Make settings for the test's own queue; on an old broker, with classic wait queues."""
+
+    def make(**given: Any) -> BatchConsumerSettings:
+        return BatchConsumerSettings(
+            url=amqp_url,
+            batch_timeout=0.05,
+            **{"queue_name": name, "unsafe_delay": is_old(broker)} | given,
+        )
+
+    return make
+
+
+class Retrying(BatchConsumer):
+    """Requeues everything a few times, with the delays that bodies ask for, and notes when.
+
+    A body is ``b"name delay delay …"``; when its delays are spent it is ACKed. A delay of ``-`` is
+    the ladder's.
+    """
+
+    def __init__(self, settings: BatchConsumerSettings, **more: Any) -> None:
+        super().__init__(settings, **more)
+        self.seen: dict[bytes, list[float]] = {}
+        self.last: dict[bytes, Any] = {}
+        self.done: Counter[bytes] = Counter()
+
+    async def process_messages(self, messages):
+        for message in messages:
+            key, *delays = message.body.split()
+            self.seen.setdefault(key, []).append(time.monotonic())
+            self.last[key] = message
+            if message.retry_count >= len(delays):
+                self.done[key] += 1
+                yield MessageResult.ACK
+            else:
+                asked = delays[message.retry_count]
+                yield MessageResult.REQUEUE if asked == b"-" else Requeue(delay=float(asked))
+
+    def waits(self, key: bytes) -> list[float]:
+        """How long it waited each time."""
+        times = self.seen[key]
+        return [after - before for before, after in pairwise(times)]
+
+
+# --- in time ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@pytest.mark.usefixtures("on_both_wires")
+async def test_a_ladder_is_climbed_whatever_waits_beside_it(
+    channel, amqp_url, name, settings, queue_type
+) -> None:
+    """Half a second, one, two; what waits for longer, or comes later, holds up nobody."""
+    beside = [b"long%d 2" % each for each in range(20)]
+    beside += [b"short%d 0.5 1" % each for each in range(20)]
+    consumer = Retrying(settings(queue_type=queue_type, requeue_delay=0.5, requeue_delay_max=20))
+    async with consumer:
+        await publish(channel, [b"first 20", *beside[::2], b"ladder - - -"], routing_key=name)
+        await publish(channel, [*beside[1::2], b"first 20"], routing_key=name)
+        await until(lambda: len(consumer.done) == 41)
+        assert 1 == len(consumer.seen[b"first"]) - 1
+        ladder = consumer.waits(b"ladder")
+        for wait, level in zip(ladder, (0.5, 1, 2), strict=True):
+            assert level <= wait < level + 1.5, ladder
+        for body in beside:
+            key, *delays = body.split()
+            for wait, level in zip(consumer.waits(key), map(float, delays), strict=True):
+                assert level <= wait + 0.01, (key, consumer.waits(key))
+        assert 3 == consumer.last[b"ladder"].retry_count
+        assert name == consumer.last[b"ladder"].original_routing_key
+    assert 2 == await ready(amqp_url, f"{name}.retry.20000")
+
+
+async def test_a_level_is_declared_when_a_handler_asks_for_it(
+    channel, amqp_url, name, settings
+) -> None:
+    """Not before; and again once somebody has deleted it."""
+    consumer = Retrying(settings(requeue_delay_max=0.5))
+    async with consumer:
+        assert -1 == await ready(amqp_url, f"{name}.retry.500")
+        await publish(channel, [b"one 0.3"], routing_key=name)
+        await until(lambda: consumer.done[b"one"])
+        await channel.queue_delete(f"{name}.retry.500")
+        await publish(channel, [b"two 0.3"], routing_key=name)
+        await until(lambda: consumer.done[b"two"])
+    assert 0 == await ready(amqp_url, f"{name}.retry.500")
+
+
+# --- as it was --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@pytest.mark.parametrize("properties", [PROPERTIES, {}], ids=["all", "none"])
+async def test_a_wait_changes_nothing_but_a_few_headers(
+    amqp_url, name, settings, queue_type, properties
+) -> None:
+    """Byte for byte; the expiration waits in a header until a copy goes straight to the queue."""
+    seen = []
+
+    class Twice(BatchConsumer):
+        async def process_messages(self, messages):
+            for message in messages:
+                seen.append((message, message.raw_properties))
+                yield (Requeue(delay=0.2), Requeue(), MessageResult.ACK)[message.retry_count]
+
+    consumer = Twice(
+        settings(
+            queue_type=queue_type,
+            requeue_delay_max=0.2,
+            exchange_name=f"{name}.x",
+            routing_key="k",
+        )
+    )
+    async with consumer, RawClient.connect(amqp_url) as raw:
+        await raw.publish("k", pack_properties(properties), b"body", exchange=f"{name}.x")
+        await until(lambda: len(seen) == 3)
+
+    for (message, copy), with_expiration in zip(seen[1:], (False, True), strict=True):
+        assert (f"{name}.x", "k") == (message.original_exchange, message.original_routing_key)
+        assert ("", name) == (message.exchange, message.routing_key)
+        found = unpack_properties(copy)
+        headers = unpack_table(found.pop("headers"))
+        expected = {key: raw for key, raw in properties.items() if key != "headers"}
+        if properties and not with_expiration:
+            assert b"S" + long(expected.pop("expiration")[1:]) == headers[b"x-original-expiration"]
+        else:
+            assert b"x-original-expiration" not in headers
+        assert expected == found
+        if properties:
+            assert HEADERS == {key: value for key, value in headers.items() if key in HEADERS}
+        death = message.headers["x-death"][0]
+        assert (f"{name}.retry.200", "expired") == (death["queue"], death["reason"])
+
+
+async def test_what_died_in_the_queue_before_comes_back(channel, name, settings) -> None:
+    """RabbitMQ before 4.0 would see a circle in the x-death of a copy, and drop it."""
+    death = {"queue": name, "reason": "expired", "count": 1, "exchange": "", "routing-keys": [name]}
+    consumer = Retrying(settings(requeue_delay_max=0.2))
+    async with consumer:
+        await publish(channel, [b"a 0.2 0.2"], routing_key=name, headers={"x-death": [death]})
+        await until(lambda: consumer.done[b"a"])
+
+
+# --- whatever happens ---------------------------------------------------------------------
+
+
+@pytest.mark.needs_node
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+async def test_a_restart_in_mid_wait_loses_nothing(
+    rabbitmq, amqp_url, name, settings, queue_type, how
+) -> None:
+    """What waits is there afterwards, as is what expires while the broker is away."""
+    count = 50
+    bodies = [b"%d 1" % each for each in range(count)]
+    consumer = Retrying(settings(queue_type=queue_type, requeue_delay_max=1))
+    async with await aio_pika.connect(amqp_url) as connection:
+        channel = await connection.channel()
+        async with consumer:
+            await publish(channel, bodies, routing_key=name)
+            await until(lambda: len(consumer.seen) == count)
+    if how == "killed":
+        # A node alone knows its new quorum queues again only once it has written down their names.
+        await asyncio.to_thread(rabbitmq.eval, "[dets:sync(T) || T <- dets:all()].")
+        await asyncio.to_thread(rabbitmq.restart)
+    else:
+        await asyncio.to_thread(rabbitmq.rabbitmqctl, "stop_app")
+        await asyncio.to_thread(rabbitmq.rabbitmqctl, "start_app")
+    async with consumer:
+        await until(lambda: len(consumer.done) == count)
+    assert {1} == {message.retry_count for message in consumer.last.values()}
+    await holds(amqp_url, name, 0)
+
+
+@pytest.mark.needs_node
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+async def test_what_expires_into_a_full_queue_is_kept(
+    rabbitmq, channel, amqp_url, name, settings, queue_type, broker
+) -> None:
+    """The broker tries again every three minutes, here every second; only 3.8 would lose it."""
+    if is_old(broker):
+        return
+    setting = "application:set_env(rabbit, dead_letter_worker_publisher_confirm_timeout, {})."
+    await asyncio.to_thread(rabbitmq.eval, setting.format(SECOND))
+    full = {"x-max-length": 3, "x-overflow": "reject-publish"}
+    made = settings(queue_type=queue_type, queue_arguments=full, requeue_delay_max=0.5)
+    first = Retrying(made)
+    waited = [b"%d 0.5" % each for each in range(3)]
+    async with first:
+        await publish(channel, waited, routing_key=name)
+        await holds(amqp_url, f"{name}.retry.500", 3)
+    stuffing = 0
+    while True:
+        try:
+            await publish(channel, [b"stuffing"], routing_key=name)
+        except aio_pika.exceptions.DeliveryError:
+            break
+        stuffing += 1
+    # What expires is out of the wait queue's count, and not in the full queue's.
+    await holds(amqp_url, f"{name}.retry.500", 0)
+    assert stuffing == await ready(amqp_url, name)
+    second = Retrying(made)
+    async with second:
+        await until(lambda: len(second.done) == 1 + len(waited))
+    assert {b"0", b"1", b"2", b"stuffing"} == second.done.keys()
+    await asyncio.to_thread(rabbitmq.eval, setting.format(180 * SECOND))
+
+
+async def test_an_exclusive_queue_gets_back_what_waits(channel, amqp_url, name, settings) -> None:
+    """As long as it is there."""
+    consumer = Retrying(settings(queue_exclusive=True, requeue_delay_max=0.3))
+    async with consumer:
+        await publish(channel, [b"a 0.3 0.3"], routing_key=name)
+        await until(lambda: consumer.done[b"a"])
+
+
+# --- whose queues they are -------------------------------------------------------------------
+
+
+async def test_a_wait_queue_that_is_another_is_refused(channel, amqp_url, name, settings) -> None:
+    """At the start, with what to do."""
+    await channel.declare_queue(f"{name}.retry.1000", durable=True)
+    consumer = Retrying(settings(requeue_delay=1))
+    with pytest.raises(TopologyError) as caught:
+        await consumer.start()
+    for words in (f"queue '{name}.retry.1000'", "inequivalent arg", "let the queue run empty"):
+        assert words in str(caught.value)
+
+
+async def test_where_nothing_is_declared_the_ladder_must_be_there(
+    channel, amqp_url, name, settings
+) -> None:
+    """And is used as it is."""
+    await channel.declare_queue(name, durable=True)
+    consumer = Retrying(settings(requeue_delay=0.2, max_requeue_attempts=1, declare=False))
+    with pytest.raises(TopologyError, match=rf"queue '{name}.retry.200'.*404"):
+        await consumer.start()
+    arguments = {
+        "x-message-ttl": 200,
+        "x-dead-letter-exchange": "",
+        "x-dead-letter-routing-key": name,
+    }
+    await channel.declare_queue(f"{name}.retry.200", durable=True, arguments=arguments)
+    async with consumer:
+        await publish(channel, [b"a -"], routing_key=name)
+        await until(lambda: consumer.done[b"a"])
+
+
+async def test_a_missing_level_of_somebody_else_s_is_waited_for(
+    channel, amqp_url, name, settings, caplog
+) -> None:
+    """A handler that asks for it has its message held; the log says what is missing."""
+    await channel.declare_queue(name, durable=True)
+    consumer = Retrying(settings(declare=False, requeue_delay_max=0.2))
+    async with consumer:
+        await publish(channel, [b"a 0.2"], routing_key=name)
+        await until(lambda: f"{name}.retry.200" in caplog.text)
+        arguments = {
+            "x-message-ttl": 200,
+            "x-dead-letter-exchange": "",
+            "x-dead-letter-routing-key": name,
+        }
+        await channel.declare_queue(f"{name}.retry.200", durable=True, arguments=arguments)
+        await until(lambda: consumer.done[b"a"])
+    assert 1 == consumer.last[b"a"].retry_count
+
+
+# --- how old the broker is ----------------------------------------------------------------------
+
+
+async def test_a_broker_that_cannot_be_trusted_is_refused(amqp_url, name, settings, broker) -> None:
+    """Before 3.10, unless the risk is taken; a newer one starts."""
+    consumer = Retrying(settings(requeue_delay=1, unsafe_delay=False))
+    if not is_old(broker):
+        async with consumer:
+            assert consumer.is_healthy
+        return
+    with pytest.raises(TopologyError, match=rf"RabbitMQ {broker.version} may lose"):
+        await consumer.start()
+
+
+async def test_the_risk_can_be_taken_on_every_broker(channel, amqp_url, name, settings) -> None:
+    """With classic wait queues, which an upgrade finds as they were."""
+    async with Retrying(settings(unsafe_delay=True, requeue_delay=0.2)) as consumer:
+        await publish(channel, [b"a - 0.3"], routing_key=name)
+        await until(lambda: consumer.done[b"a"])
+        await channel.declare_queue(
+            f"{name}.retry.200",
+            durable=True,
+            arguments={
+                "x-queue-type": "classic",
+                "x-message-ttl": 200,
+                "x-dead-letter-exchange": "",
+                "x-dead-letter-routing-key": name,
+            },
+        )
+    assert [] == await take_all(channel, name)
