@@ -60,6 +60,9 @@ TUNING = """\
   gains nothing.
 - **`dead_letter_queue`.** The short way to keep what fails for good. Without a dead-letter
   exchange the broker discards it; a warning at start says so.
+- **`requeue_delay`.** 0 by default: all retries are spent within milliseconds. With 1 they wait for
+  1 s, 2 s and 4 s, which outlasts a restart of what your handler talks to; see
+  [Guarantees](guarantees.md#retries-that-wait).
 - **`settle`.** `"yield"` for handlers that take long, message by message: a crash then repeats a
   moment's work and not a batch. `"atomic"` for handlers that yield inside a transaction. See [When
   results are settled](how-it-works.md#when-results-are-settled).

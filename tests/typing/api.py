@@ -84,6 +84,8 @@ class Mixing(BatchConsumer):
                 yield Nack(reason=f"{error.field}: {error}")
             else:
                 yield Requeue() if message.retry_count else MessageResult.ACK
+                yield Requeue(delay=2 * message.retry_count)
+                yield Requeue(reason="not yet", delay=timedelta(minutes=1))
 
 
 class OneByOne(Consumer):

@@ -301,6 +301,7 @@ def known_names() -> set[str]:
 THEIRS = {
     "consumer_timeout",  # RabbitMQ's
     "pytest_asyncio_loop_factories",  # pytest-asyncio's
+    "stream_queue",  # RabbitMQ's
 }
 
 
