@@ -37,7 +37,7 @@ class DelayingOutbox(Outbox):
 
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
         """Publish; but first see to it that there is a queue for what shall wait."""
-        levels = {_level(each) for each in publications} - {AT_ONCE}
+        levels = {each.level for each in publications if isinstance(each, DelayedCopy)}
         if not levels:
             return await super().publish(publications)
         missing = {level for level in levels if not await self._is_there(level)}
