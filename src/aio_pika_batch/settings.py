@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from aio_pika_batch.core.delay import LONGEST_WAIT, Ladder, ladder, wait_queue_name
-from aio_pika_batch.core.message import SHORT_STRING, FieldValue, is_short_string
+from aio_pika_batch.core.delay import LONGEST_WAIT, Ladder, check_names, ladder
+from aio_pika_batch.core.message import FieldValue
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.topology import QUEUE_TYPE, Wanted
 from aio_pika_batch.errors import ConfigurationError
@@ -342,28 +342,12 @@ class ConsumerSettings(BaseSettings):
         if self.reconnect_delay > self.reconnect_delay_max:
             msg = "reconnect_delay must not exceed reconnect_delay_max"
             raise ValueError(msg)
-        self._delays_fit_together()
+        if self.requeue_delay:
+            check_names(self.queue_name, self.ladder)
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             msg = "ssl_keyfile without ssl_certfile: name the certificate that it belongs to"
             raise ValueError(msg)
         return self
-
-    def _delays_fit_together(self) -> None:
-        if not self.requeue_delay:
-            return
-        if self.requeue_delay > self.requeue_delay_max:
-            msg = (
-                f"requeue_delay={self.requeue_delay:g} must not exceed"
-                f" requeue_delay_max={self.requeue_delay_max:g}"
-            )
-            raise ValueError(msg)
-        name = wait_queue_name(self.queue_name, self.ladder.askable[-1])
-        if not is_short_string(name):
-            msg = (
-                f"requeue_delay needs wait queues like {name!r}, and that has more than"
-                f" {SHORT_STRING} bytes, AMQP's limit: use a shorter queue_name"
-            )
-            raise ValueError(msg)
 
 
 class BatchConsumerSettings(ConsumerSettings):

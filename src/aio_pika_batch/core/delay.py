@@ -11,7 +11,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from aio_pika_batch.core.message import FieldValue, Message
+from aio_pika_batch.core.message import SHORT_STRING, FieldValue, Message, is_short_string
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import Requeue, Result
 
@@ -78,8 +78,10 @@ def ladder(first: float = 0.0, factor: float = 2.0, maximum: float = 300.0) -> L
         maximum: Seconds of the longest wait, more than 0.
 
     Raises:
-        ValueError: It would have too many levels.
+        ValueError: It would have too many levels, or begin above its end.
     """
+    if first > maximum:
+        raise ValueError(f"requeue_delay={first:g} must not exceed requeue_delay_max={maximum:g}")
     climbed = _steps(first, factor, maximum) if first else ()
     # Where retries climb nothing, or stay on one level, handlers may ask for more than that.
     askable = climbed if factor > 1 and climbed else _steps(first or FIRST_ASKED_FOR, 2.0, maximum)
@@ -109,6 +111,20 @@ def _milliseconds(seconds: float) -> int:
 def wait_queue_name(queue: str, level: int | str) -> str:
     """The queue in which messages wait for so many milliseconds, to go back to another."""
     return f"{queue}.retry.{level}"
+
+
+def check_names(queue: str, ladder: Ladder) -> None:
+    """See that AMQP has a place for the name of each of a queue's wait queues.
+
+    Raises:
+        ValueError: It has not.
+    """
+    longest = wait_queue_name(queue, ladder.askable[-1])
+    if not is_short_string(longest):
+        raise ValueError(
+            f"requeue_delay needs wait queues like {longest!r}, and that has more than"
+            f" {SHORT_STRING} bytes, AMQP's limit: use a shorter queue_name"
+        )
 
 
 @dataclass(slots=True)

@@ -19,7 +19,6 @@ QUEUE_TYPE = "x-queue-type"
 DEAD_LETTER_EXCHANGE = "x-dead-letter-exchange"
 DEAD_LETTER_ROUTING_KEY = "x-dead-letter-routing-key"
 DEAD_LETTER_STRATEGY = "x-dead-letter-strategy"
-AT_LEAST_ONCE = "at-least-once"
 
 AT_LEAST_ONCE_SINCE = (3, 10)
 """The first RabbitMQ whose quorum queues keep what expires until it is taken."""
@@ -51,10 +50,10 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """A queue; the flags are those of :class:`Exchange`.
+    """A queue; the other flags are those of :class:`Exchange`.
 
     Attributes:
-        if_unequal: What to do if the broker has it with other arguments; None: as for any queue.
+        holds_retries: Messages wait in it for their next attempt, and must not get lost.
     """
 
     name: str
@@ -64,7 +63,12 @@ class Queue:
     arguments: Headers = field(default_factory=dict)
     existing_first: bool = False
     check_only: bool = False
-    if_unequal: str | None = None
+    holds_retries: bool = False
+
+    @property
+    def if_unequal(self) -> str | None:
+        """What to do if the broker has it with other arguments; None: as for any queue."""
+        return _UNEQUAL_WAIT_QUEUE if self.holds_retries else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,32 +234,28 @@ def wait_queue(wanted: Wanted, level: int) -> Queue:
     else:
         arguments |= {
             QUEUE_TYPE: "quorum",
-            DEAD_LETTER_STRATEGY: AT_LEAST_ONCE,
+            DEAD_LETTER_STRATEGY: "at-least-once",
             "x-overflow": "reject-publish",
         }
     return Queue(
         name,
         arguments=arguments,
         check_only=not wanted.declare,
-        if_unequal=_UNEQUAL_WAIT_QUEUE,
+        holds_retries=True,
     )
 
 
 def refuse_unkept(queue: Queue, product: str, version: str) -> None:
-    """Refuse a queue that a broker would declare without keeping what its arguments promise.
+    """Refuse a wait queue on a broker that would declare it, and then lose what is in it.
 
     Raises:
         TopologyError: It was to dead-letter at least once, and older brokers do not know that; nor
             is it known of brokers that are no RabbitMQ.
     """
-    if queue.arguments.get(DEAD_LETTER_STRATEGY) != AT_LEAST_ONCE:
+    if not queue.holds_retries or DEAD_LETTER_STRATEGY not in queue.arguments:
         return
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if (
-        product == "RabbitMQ"
-        and numbers
-        and tuple(map(int, numbers.groups())) >= (AT_LEAST_ONCE_SINCE)
-    ):
+    stated = re.match(r"(\d+)\.(\d+)", version) if product == "RabbitMQ" else None
+    if stated is not None and tuple(map(int, stated.groups())) >= AT_LEAST_ONCE_SINCE:
         return
     since = ".".join(map(str, AT_LEAST_ONCE_SINCE))
     raise TopologyError(

@@ -97,11 +97,24 @@ def test_only_a_broker_that_is_known_to_keep_dead_letters_is_trusted(product, ve
 
 
 @pytest.mark.parametrize(
-    "queue", [Queue("jobs"), wait_queue(Wanted(queue_name="jobs", unsafe_delay=True), 1000)]
+    "queue",
+    [
+        Queue("jobs", arguments={"x-dead-letter-strategy": "at-least-once"}),
+        wait_queue(Wanted(queue_name="jobs", unsafe_delay=True), 1000),
+    ],
 )
 def test_whoever_promises_nothing_is_refused_nothing(queue):
-    """Other queues, and wait queues whose risk is taken."""
+    """Queues of users, whatever they say, and wait queues whose risk is taken."""
     refuse_unkept(queue, "RabbitMQ", "3.8.9")
+
+
+@pytest.mark.parametrize(
+    ("queue", "advised"),
+    [(Queue("jobs"), False), (wait_queue(Wanted(queue_name="jobs"), 1000), True)],
+)
+def test_a_wait_queue_is_not_to_be_deleted_with_what_is_in_it(queue, advised):
+    """As other queues may be whose arguments are others on the broker."""
+    assert advised is ("run empty" in (queue.if_unequal or ""))
 
 
 def test_without_levels_there_are_no_wait_queues():
