@@ -62,7 +62,7 @@ _V3_10 = Dialect(
     quorum_expires=True,
     unknown_type_ends_connection=True,
 )
-_V3_8 = replace(_V3_10, version="3.8", quorum_expires=False)
+_V3_8 = replace(_V3_10, version="3.8", returns_to_back=False, quorum_expires=False)
 _V4_0 = replace(
     _V3_10,
     version="4.0",

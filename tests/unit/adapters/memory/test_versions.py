@@ -154,6 +154,7 @@ def test_classic_queues_count_nothing(version: str):
 @pytest.mark.parametrize(
     ("version", "arguments", "order"),
     [
+        ("3.8", {}, [b"1", b"0", b"2", b"3", b"4"]),
         ("3.10", {}, [b"3", b"4", b"1", b"0", b"2"]),
         ("3.10", {"delivery_limit": 9}, [b"1", b"0", b"2", b"3", b"4"]),
         ("4.0", {}, [b"1", b"0", b"2", b"3", b"4"]),
