@@ -2,7 +2,7 @@
 
 The queue is declared before the first copy is published to it, once for a consumer, and again if
 the broker has no such queue any more. Copies whose wait queue cannot be had count as returned:
-their originals are held, and neither lost nor tried too early.
+their originals are held, and not tried too early.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ class MessageResult(Enum):
     NACK = "nack"
     """Bad: dead-letter it, do not try again."""
     REQUEUE = "requeue"
-    """Failed for now: try again at the back of the queue, `max_requeue_attempts` times at most."""
+    """Failed for now: try again from the back of the queue, after the wait that `requeue_delay`
+    asks for; `max_requeue_attempts` times at most."""
     REQUEUE_IMMEDIATE = "requeue_immediate"
     """Try again from the front of the queue, counted by nobody but (newer) brokers themselves."""
 

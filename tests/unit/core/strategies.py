@@ -280,5 +280,7 @@ wanted = st.builds(
     dead_letter_exchange_type=exchange_types,
     dead_letter_routing_key=st.none() | routing_keys,
     dead_letter_queue=st.none() | st.just("jobs.dlq"),
+    wait_levels=st.sampled_from([(), (1000, 2000)]),
+    unsafe_delay=st.booleans(),
     declare=st.booleans(),
 )

@@ -17,8 +17,8 @@ from aio_pika_batch.core.delay import (
 )
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.results import MessageResult, Requeue, Verdict
-from aio_pika_batch.core.retry import RetryPolicy
-from aio_pika_batch.core.routing import Router
+from aio_pika_batch.core.retry import DeadLetterReason, RetryPolicy
+from aio_pika_batch.core.routing import DeadLetterTarget, Router
 from tests.unit.core.strategies import (
     NOW,
     QUEUE,
@@ -315,14 +315,16 @@ def test_an_expiration_comes_back():
 
 
 def test_the_last_failure_of_a_message_that_has_waited_is_a_dead_letter():
-    """With what it waited for in mind: its expiration is where dead letters have it."""
+    """Whatever delay is asked for; and its expiration is where dead letters have it."""
     headers = {"x-original-expiration": "60000", "x-death": DIED_HERE, "x-retry-count": 3}
-    router = Router(QUEUE, RetryPolicy(3, "x-retry-count"), ladder=ladder(1.0))
+    router = Router(QUEUE, RetryPolicy(3, "x-retry-count"), DeadLetterTarget("dlx"))
 
     plan = router.plan([Verdict(a_message(headers=headers), Requeue(delay=5))], NOW)
 
-    assert () == tuple(plan.republications)
-    assert ["reject"] == [each.disposition.value for each in plan.settlements]
+    (step,) = plan.republications
+    assert ("dlx", DeadLetterReason.EXHAUSTED) == (step.copy.exchange, step.reason)
+    assert step.copy.properties.expiration is None
+    assert "60000" == (step.copy.properties.headers or {})["x-original-expiration"]
 
 
 def test_the_retry_count_decides_how_long_it_waits():
