@@ -20,8 +20,8 @@ from aio_pika_batch.core.retry import Backoff, RetryPolicy
 from aio_pika_batch.core.routing import Router
 from aio_pika_batch.core.topology import dead_letter_target, derive, split_exclusive
 from aio_pika_batch.core.trial import FailurePolicy
-from aio_pika_batch.desk import PATIENCE
 from aio_pika_batch.delaying import DelayingOutbox
+from aio_pika_batch.desk import PATIENCE
 from aio_pika_batch.epoch import Epoch, Terms
 from aio_pika_batch.errors import DrainIncomplete, StartInterrupted
 from aio_pika_batch.handling import IGNORED_CANCELLATION, Process

@@ -19,8 +19,11 @@ from pydantic_settings import NoDecode
 from aio_pika_batch.core.message import SHORT_STRING, is_short_string
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.errors import ConfigurationError
+from aio_pika_batch.registry import known_schemes, scheme_of
 
-MILLISECOND = 0.001
+_MILLISECOND = 0.001
+
+_EXCHANGE_TYPES = ("direct", "fanout", "topic", "headers")
 
 
 def plain_value(value: object) -> object:
@@ -55,21 +58,52 @@ def _one_or_several(value: object) -> object:
     return value
 
 
+def _known_scheme(url: str) -> str:
+    scheme = scheme_of(url)
+    if scheme not in known_schemes():
+        known = ", ".join(f"{each}://" for each in known_schemes())
+        found = (
+            f"{scheme}:// is not one of {known}" if scheme else f"it must start with one of {known}"
+        )
+        raise ValueError(found)
+    return url
+
+
+def _known_exchange_type(value: str) -> str:
+    if value not in _EXCHANGE_TYPES and not value.startswith("x-"):
+        msg = f"{value!r} is none of {', '.join(_EXCHANGE_TYPES)}, and no plugin's x-…"
+        raise ValueError(msg)
+    return value
+
+
+def _never_ack(value: MessageResult) -> MessageResult:
+    if value is MessageResult.ACK:
+        msg = (
+            "ACK would remove messages that nobody handled; use REQUEUE, NACK or"
+            " REQUEUE_IMMEDIATE, or map the exceptions that mean success by exception_results"
+        )
+        raise ValueError(msg)
+    return value
+
+
+def _whole_milliseconds(value: float) -> float:
+    if 0 < value < _MILLISECOND:
+        msg = f"must be 0, or at least {_MILLISECOND}: brokers count milliseconds"
+        raise ValueError(msg)
+    return value
+
+
 ShortString = Annotated[str, AfterValidator(_short_string)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(_short_string)]
 Keys = Annotated[ShortString | list[ShortString] | None, NoDecode, BeforeValidator(_one_or_several)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Factor = Annotated[float, Field(ge=1, allow_inf_nan=False, json_schema_extra={"unit": "a number"})]
-
-
-def _pause(value: float) -> float:
-    if 0 < value < MILLISECOND:
-        msg = f"must be 0, or at least {MILLISECOND}: brokers count milliseconds"
-        raise ValueError(msg)
-    return value
-
-
-Pause = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_pause)]
+Pause = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_whole_milliseconds)]
+Url = Annotated[str, AfterValidator(_known_scheme)]
+ExchangeType = Annotated[str, BeforeValidator(plain_value), AfterValidator(_known_exchange_type)]
+FailureAction = Annotated[
+    MessageResult, BeforeValidator(result_by_name), AfterValidator(_never_ack)
+]
 Count = Annotated[int, Field(ge=1)]
 Arguments = dict[str, Any] | None
 

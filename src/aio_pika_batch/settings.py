@@ -8,9 +8,9 @@ and what is allowed. No password is ever shown.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from aio_pika_batch.core.delay import LONGEST_WAIT, Ladder, check_names, ladder
@@ -21,27 +21,25 @@ from aio_pika_batch.errors import ConfigurationError
 from aio_pika_batch.fields import (
     Arguments,
     Count,
+    ExchangeType,
     Factor,
+    FailureAction,
     Keys,
     Name,
     Pause,
     Seconds,
     ShortString,
+    Url,
     explain,
-    plain_value,
     refuse_unknown,
-    result_by_name,
 )
 from aio_pika_batch.masking import mask_url
-from aio_pika_batch.registry import known_schemes, scheme_of
 
 MAX_PREFETCH = 65535
 """The prefetch count is an unsigned 16-bit number (AMQP 0-9-1, basic.qos)."""
 
 DEFAULT_PREFETCH = 10
 DEFAULT_STUCK_AFTER = 15 * 60.0
-
-_EXCHANGE_TYPES = ("direct", "fanout", "topic", "headers")
 
 
 class ConsumerSettings(BaseSettings):
@@ -62,7 +60,7 @@ class ConsumerSettings(BaseSettings):
         validate_default=True,
     )
 
-    url: str = Field(
+    url: Url = Field(
         default="amqp://guest:guest@localhost:5672/",
         repr=False,
         description="Broker: `amqp://user:password@host1:5672,host2:5672/vhost` (several hosts are"
@@ -77,7 +75,7 @@ class ConsumerSettings(BaseSettings):
     exchange_name: ShortString | None = Field(
         default=None, description="Exchange to declare and to bind the queue to."
     )
-    exchange_type: Annotated[str, BeforeValidator(plain_value)] = Field(
+    exchange_type: ExchangeType = Field(
         default="direct",
         description="`direct`, `fanout`, `topic`, `headers`, or a plugin's `x-…`.",
     )
@@ -105,7 +103,7 @@ class ConsumerSettings(BaseSettings):
         description="Retries by REQUEUE before a message is dead-lettered; spent within"
         " milliseconds on an idle queue, unless `requeue_delay` is set.",
     )
-    unhandled_exception_action: Annotated[MessageResult, BeforeValidator(result_by_name)] = Field(
+    unhandled_exception_action: FailureAction = Field(
         default=MessageResult.REQUEUE,
         description="What becomes of messages that a handler left undecided: by an exception, by"
         " ending early, by `process_timeout`. Not ACK.",
@@ -159,7 +157,7 @@ class ConsumerSettings(BaseSettings):
         description="Exchange for dead letters; none: what `queue_arguments` names as"
         " `x-dead-letter-exchange`.",
     )
-    dead_letter_exchange_type: Annotated[str, BeforeValidator(plain_value)] = Field(
+    dead_letter_exchange_type: ExchangeType = Field(
         default="fanout", description="Its type, where it is declared."
     )
     dead_letter_routing_key: ShortString | None = Field(
@@ -287,39 +285,6 @@ class ConsumerSettings(BaseSettings):
             unsafe_delay=self.unsafe_delay,
             declare=self.declare,
         )
-
-    @field_validator("url")
-    @classmethod
-    def _known_scheme(cls, url: str) -> str:
-        scheme = scheme_of(url)
-        if scheme not in known_schemes():
-            known = ", ".join(f"{each}://" for each in known_schemes())
-            found = (
-                f"{scheme}:// is not one of {known}"
-                if scheme
-                else f"it must start with one of {known}"
-            )
-            raise ValueError(found)
-        return url
-
-    @field_validator("exchange_type", "dead_letter_exchange_type")
-    @classmethod
-    def _known_exchange_type(cls, value: str) -> str:
-        if value not in _EXCHANGE_TYPES and not value.startswith("x-"):
-            msg = f"{value!r} is none of {', '.join(_EXCHANGE_TYPES)}, and no plugin's x-…"
-            raise ValueError(msg)
-        return value
-
-    @field_validator("unhandled_exception_action")
-    @classmethod
-    def _never_ack(cls, value: MessageResult) -> MessageResult:
-        if value is MessageResult.ACK:
-            msg = (
-                "ACK would remove messages that nobody handled; use REQUEUE, NACK or"
-                " REQUEUE_IMMEDIATE, or map the exceptions that mean success by exception_results"
-            )
-            raise ValueError(msg)
-        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
