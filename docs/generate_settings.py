@@ -107,12 +107,13 @@ GROUPS = {
     "Batches": (
         "batch_size",
         "batch_timeout",
+        "batch_max_bytes",
         "settle",
         "settle_interval",
         "isolate_failures",
         "isolate_limit",
     ),
-    "Workers": ("num_workers", "concurrency", "prefetch_count"),
+    "Workers": ("num_workers", "concurrency", "ordered_by_key", "prefetch_count"),
     "Handling and retries": (
         "max_requeue_attempts",
         "requeue_delay",

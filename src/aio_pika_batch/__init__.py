@@ -4,6 +4,7 @@ Subclass :class:`BatchConsumer`, override `process_messages`, run it. Nothing of
 imported before a consumer with an `amqp://` URL is made.
 """
 
+from aio_pika_batch.batch_settings import BatchConsumerSettings
 from aio_pika_batch.consumer import BatchConsumer, Consumer
 from aio_pika_batch.core.batcher import Trigger
 from aio_pika_batch.core.message import Message
@@ -29,7 +30,7 @@ from aio_pika_batch.errors import (
 )
 from aio_pika_batch.hooks import WorkerSession
 from aio_pika_batch.observer import Observer
-from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings
+from aio_pika_batch.settings import ConsumerSettings
 from aio_pika_batch.status import ConsumerStatus, WorkerState, WorkerStatus
 
 __all__ = [

@@ -6,12 +6,13 @@ import inspect
 from collections.abc import AsyncIterator, Sequence
 from typing import TypeAlias
 
+from aio_pika_batch.batch_settings import BatchConsumerSettings
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import Result
 from aio_pika_batch.errors import ConfigurationError
 from aio_pika_batch.handling import Process
 from aio_pika_batch.lifecycle import BaseConsumer
-from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings
+from aio_pika_batch.settings import ConsumerSettings
 
 Yield: TypeAlias = Result | tuple[Message, Result]
 """What `process_messages` may yield."""

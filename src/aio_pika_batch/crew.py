@@ -13,7 +13,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aio_pika_batch.collecting import BatchKey, Cutting
 from aio_pika_batch.core.holding import HoldPolicy
+from aio_pika_batch.core.in_place import RetryInPlace
 from aio_pika_batch.core.pace import Pace
 from aio_pika_batch.core.results import ExceptionResults
 from aio_pika_batch.core.retry import Backoff, RetryPolicy
@@ -37,6 +39,9 @@ from aio_pika_batch.worker import Worker
 RECHECK = Backoff(0.5, 5.0)
 """Pauses between attempts to publish a copy that was returned or refused."""
 
+IN_PLACE = Backoff(0.2, 5.0)
+"""Pauses between attempts in place."""
+
 Attend = Callable[[Epoch, Session, int, KeywordLogger], Awaitable[None]]
 
 
@@ -46,11 +51,13 @@ class Seat:
 
     Attributes:
         process: `process_messages`, of this instance.
+        batch_key: Its `batch_key`, if its class has one.
         attend: Runs the instance's hooks around a session.
         exceptions: `exception_results`.
     """
 
     process: Process
+    batch_key: BatchKey | None
     attend: Attend
     exceptions: ExceptionResults
 
@@ -59,10 +66,15 @@ def terms_of(settings: ConsumerSettings, exceptions: ExceptionResults) -> Terms:
     """On which terms these settings want a worker to work."""
     wanted = settings.wanted
     prefetch = settings.effective_prefetch
+    retry = RetryPolicy(settings.max_requeue_attempts, settings.retry_count_header)
     interval = settings.seconds_until_settled
     return Terms(
-        batch_size=settings.messages_per_batch,
-        batch_timeout=settings.seconds_per_batch,
+        cutting=Cutting(
+            size=settings.messages_per_batch,
+            timeout=settings.seconds_per_batch,
+            max_bytes=settings.bytes_per_batch,
+            in_place=RetryInPlace(retry, IN_PLACE) if settings.ordered_by_key else None,
+        ),
         prefetch=prefetch,
         concurrency=settings.concurrency,
         process_timeout=settings.process_timeout,
@@ -74,7 +86,7 @@ def terms_of(settings: ConsumerSettings, exceptions: ExceptionResults) -> Terms:
         ),
         router=Router(
             settings.queue_name,
-            RetryPolicy(settings.max_requeue_attempts, settings.retry_count_header),
+            retry,
             dead_letter_target(wanted),
             settings.dead_letter_exception_message,
             ladder=settings.ladder,
@@ -153,6 +165,7 @@ class Crew:
                 terms=terms,
                 backoff=Backoff(settings.reconnect_delay, settings.reconnect_delay_max),
                 process=seat.process,
+                batch_key=seat.batch_key,
                 attend=seat.attend,
                 outbox=self.outbox,
                 stop=self.stop,

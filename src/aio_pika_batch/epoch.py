@@ -13,7 +13,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aio_pika_batch.core.batcher import Batch, Batcher
+from aio_pika_batch.collecting import BatchKey, Collector, Cutting
+from aio_pika_batch.core.batcher import Batch
 from aio_pika_batch.core.holding import HoldPolicy
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.pace import Pace
@@ -40,8 +41,7 @@ class Terms:
         pace: How soon a yield is settled; None where that waits for the end of its batch.
     """
 
-    batch_size: int
-    batch_timeout: float
+    cutting: Cutting
     prefetch: int
     concurrency: int
     process_timeout: float | None
@@ -56,6 +56,7 @@ class Epoch:
 
     Args:
         process: The handler, of the instance that this worker uses.
+        batch_key: The same instance's; None if it has none.
         hands: The worker's, since handlers outlive epochs.
         on_consuming: Called once messages are being received.
 
@@ -72,6 +73,7 @@ class Epoch:
         *,
         terms: Terms,
         process: Process,
+        batch_key: BatchKey | None,
         hands: Hands,
         outbox: Outbox,
         stop: Stop,
@@ -88,7 +90,8 @@ class Epoch:
         self._reporter = Reporter(observers, log)
         self._log = log
         self._loop = asyncio.get_running_loop()
-        self._batcher = Batcher(size=terms.batch_size, timeout=terms.batch_timeout)
+        self._collector = Collector(terms.cutting, batch_key, terms.failure)
+        self._batcher = self._collector.batcher
         self._settler = Settler(
             session,
             router=terms.router,
@@ -115,12 +118,12 @@ class Epoch:
     @property
     def buffered(self) -> int:
         """Messages that wait for their batch."""
-        return len(self._batcher)
+        return len(self._batcher) - self._collector.held
 
     @property
     def held(self) -> int:
-        """Originals that wait for a confirmation that did not come at once."""
-        return self._settler.held
+        """Messages that wait for a confirmation that did not come at once, or to be tried again."""
+        return self._settler.held + self._collector.held
 
     @property
     def oldest(self) -> float | None:
@@ -142,7 +145,8 @@ class Epoch:
             TransportError: The session is lost.
         """
         self.was_consumed = True
-        self._hands.on_free = self._dispatch
+        self._hands.on_free = self._on_free
+        self._collector.begin(self._hands.keys)
         self._on_consuming()
         receiving = self._loop.create_task(self._receive())
         stopping = self._loop.create_task(self.stop.event.wait())
@@ -161,7 +165,8 @@ class Epoch:
             await self._let_go(receiving)
 
     async def _receive(self) -> None:
-        if isinstance(self._session, PumpingSession):
+        # Pumped, messages come in a callback of the client library's: no place for users' code.
+        if isinstance(self._session, PumpingSession) and not self._collector.runs_users_code:
             await self._session.pump(self._take)
         else:
             async for chunk in self._session:
@@ -169,7 +174,14 @@ class Epoch:
 
     def _take(self, chunk: Sequence[Message]) -> None:
         self.last_progress = now = self._loop.time()
-        self._batcher.add(chunk, now)
+        refused = self._collector.add(chunk, now)
+        if refused is not None:
+            self._reporter.refused(refused.verdicts)
+            self._go(self._settle(refused, now))
+        self._dispatch()
+
+    def _on_free(self, batch: Batch) -> None:
+        self._collector.release(batch)
         self._dispatch()
 
     def _dispatch(self) -> None:
@@ -221,6 +233,7 @@ class Epoch:
             timeout=self._terms.process_timeout,
             on_ignored=self._on_ignored_cancellation,
             on_yield=self._early.note if self._early else None,
+            keeps_failures=self._collector.keeps_failures(batch),
             reporter=self._reporter,
         )
         self._hands.take(handling)
@@ -243,6 +256,9 @@ class Epoch:
         try:
             try:
                 handled = await handling.run()
+                if not self._settler.is_over:
+                    kept = self._collector.take_back(batch, handled, self._loop.time())
+                    self._reporter.kept(kept)
             finally:
                 # Free first: the next batch may start while this one is being settled.
                 self._hands.release(handling)
@@ -315,8 +331,9 @@ class Epoch:
             raise SessionLost(msg) from error
         while self._hands.is_free and (batch := self._batcher.flush()):
             self._hand_over(batch)
-        returned = self._batcher.clear()
         await self._finish_batches()
+        # Only now: what fails in these batches and is to be tried again is not tried again here.
+        returned = self._batcher.clear()
         if not self._failure.done():
             await self._settler.close(returned, self.stop.settle_by)
         if self._failure.done():

@@ -33,6 +33,7 @@ class Handling:
         on_ignored: Called if the handler goes on for long after its cancellation.
         on_yield: Called when there is something for `take`, and again only after that; None where
             nothing is settled before the end.
+        keeps_failures: Whether `take` leaves what failed to the end.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Handling:
         timeout: float | None,
         on_ignored: Callable[[], None],
         on_yield: Callable[[Handling], None] | None,
+        keeps_failures: bool,
         reporter: Reporter,
     ) -> None:
         self.batch = batch
@@ -53,7 +55,7 @@ class Handling:
         self._on_yield = on_yield
         self._has_told = False
         self._reporter = reporter
-        self._trial = Trial(policy)
+        self._trial = Trial(policy, keeps_failures=keeps_failures)
         self._collector = ResultCollector(batch.messages)
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[object] | None = None

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
+from aio_pika_batch.core.batcher import Batch
 from aio_pika_batch.core.results import Cause
 from aio_pika_batch.handling import Handling
 
@@ -54,14 +55,14 @@ class Hands:
     """A worker's handlers at work, of this epoch and of those before it.
 
     Attributes:
-        on_free: Called whenever one is done.
+        on_free: Called whenever one is done, with its batch.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._busy: dict[Handling, int] = {}
         self.tasks: set[asyncio.Task[None]] = set()
-        self.on_free: Callable[[], None] = nobody_waits
+        self.on_free: Callable[[Batch], None] = nobody_waits
 
     @property
     def is_free(self) -> bool:
@@ -83,6 +84,11 @@ class Hands:
         """When the oldest batch at work began to be collected; None if there is none."""
         return min((handling.batch.since for handling in self._busy), default=None)
 
+    @property
+    def keys(self) -> list[Hashable]:
+        """The keys of the batches at work."""
+        return [each.batch.key for each in self._busy if each.batch.key is not None]
+
     def cut(self) -> int:
         """Cut all of them off; returns how many messages those were handling."""
         return sum(count for each, count in self._busy.items() if each.cut(Cause.SHUTDOWN))
@@ -98,7 +104,7 @@ class Hands:
     def release(self, handling: Handling) -> None:
         """Strike it off."""
         del self._busy[handling]
-        self.on_free()
+        self.on_free(handling.batch)
 
 
 async def wait_until(tasks: Iterable[asyncio.Future[Any]], deadline: float) -> None:
@@ -109,5 +115,5 @@ async def wait_until(tasks: Iterable[asyncio.Future[Any]], deadline: float) -> N
         await asyncio.wait(pending, timeout=None if math.isinf(left) else max(0.0, left))
 
 
-def nobody_waits() -> None:
+def nobody_waits(_: Batch) -> None:
     """What is called when a hand is free, and nobody has anything for it."""

@@ -10,12 +10,13 @@ import asyncio
 import copy
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
+from aio_pika_batch.collecting import check_batch_key
 from aio_pika_batch.core.advice import advice
-from aio_pika_batch.core.message import Headers
+from aio_pika_batch.core.message import Headers, Message
 from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.core.results import ExceptionResults
 from aio_pika_batch.crew import Crew, Seat
@@ -72,6 +73,12 @@ class BaseConsumer(Generic[SettingsT]):
     ) -> None:
         self._check_class()
         self.settings = settings if settings is not None else self._settings_from_environment()
+        check_batch_key(
+            type(self).__name__,
+            type(self).batch_key,
+            overridden=self._overrides("batch_key"),
+            ordered=self.settings.ordered_by_key,
+        )
         self._transport = transport if transport is not None else open_transport(self._endpoint())
         self._observers = tuple(observers)
         self._name = type(self).__name__
@@ -97,6 +104,17 @@ class BaseConsumer(Generic[SettingsT]):
         Each worker has an instance of its own then (worker 0 this one, the others a `copy.copy`
         made after `on_start`), so that what a session stores on `self` stays with its worker.
         """
+
+    def batch_key(self, message: Message) -> Hashable | None:  # noqa: ARG002  -- for those who override it
+        """The key of a message: a batch holds messages of one key only.
+
+        With `ordered_by_key`, batches of one key are handled one after another, in their order.
+        None is no key: such messages share batches, and have no order to keep. If it raises, this
+        message alone is treated as if its handler had raised.
+
+        It is asked once for each message, when it arrives, on the event loop: it must be quick.
+        """
+        return None
 
     async def _run_internal(
         self,
@@ -307,7 +325,8 @@ class BaseConsumer(Generic[SettingsT]):
 
     def _seat(self, index: int) -> Seat:
         attend = functools.partial(self._attend, index)
-        return Seat(self._process(), attend, self.exception_results)
+        batch_key = self.batch_key if self._overrides("batch_key") else None
+        return Seat(self._process(), batch_key, attend, self.exception_results)
 
     def _overrides(self, name: str) -> bool:
         return getattr(type(self), name) is not getattr(BaseConsumer, name)

@@ -71,10 +71,16 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Requeued:
-    """The broker has confirmed a copy for another attempt; `retry_count` is the copy's."""
+    """A message is tried again: the broker has confirmed its copy.
+
+    Attributes:
+        retry_count: Of the next attempt.
+        in_place: Whether there is no copy: it is held until its next attempt (`ordered_by_key`).
+    """
 
     message: Message
     retry_count: int
+    in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +137,7 @@ class Observer:
         """The broker has been told."""
 
     def requeued(self, origin: Origin, event: Requeued) -> None:
-        """A copy is confirmed."""
+        """A message is tried again."""
 
     def dead_lettered(self, origin: Origin, event: DeadLettered) -> None:
         """A dead letter is confirmed."""

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from aio_pika_batch.core.batcher import Trigger
 from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.results import Verdict
 from aio_pika_batch.logs import KeywordLogger, told
-from aio_pika_batch.observer import BatchCut, BatchHandled, HandlerError, Observers
+from aio_pika_batch.observer import BatchCut, BatchHandled, HandlerError, Observers, Requeued
 
 
 class Reporter:
@@ -50,3 +51,18 @@ class Reporter:
         if self.is_watched:
             self._observers.tell(HandlerError(messages, error))
             self._observers.tell(BatchHandled(messages, seconds, error))
+
+    def refused(self, verdicts: Sequence[Verdict]) -> None:
+        """Tell that messages come to no handler, since their `batch_key` failed."""
+        # One traceback says it: they came together, and mostly fail for the same reason.
+        self._log.error("batch_key failed", exc_info=verdicts[0].error, messages=len(verdicts))
+        if self.is_watched:
+            for verdict in verdicts:
+                if verdict.error is not None:
+                    self._observers.tell(HandlerError([verdict.message], verdict.error))
+
+    def kept(self, messages: Sequence[Message]) -> None:
+        """Tell that these are tried again in place."""
+        if self.is_watched:
+            for message in messages:
+                self._observers.tell(Requeued(message, message.retry_count, in_place=True))

@@ -97,6 +97,11 @@ class ConsumerSettings(BaseSettings):
         description="Independent consumers on the same queue, each with a connection of its own.",
     )
     concurrency: Count = Field(default=1, description="Handlers that run at once, per worker.")
+    ordered_by_key: bool = Field(
+        default=False,
+        description="Batches of one `batch_key` never overlap and keep their order; what fails is"
+        " tried again in place. With `num_workers=1` only.",
+    )
     max_requeue_attempts: int = Field(
         default=3,
         ge=0,
@@ -235,6 +240,11 @@ class ConsumerSettings(BaseSettings):
         return 0.0
 
     @property
+    def bytes_per_batch(self) -> int | None:
+        """How many bytes a handler's messages have at most: no limit."""
+        return None
+
+    @property
     def seconds_until_settled(self) -> float | None:
         """How soon a yield is settled at the latest; None: when its batch has been handled."""
         return None
@@ -304,6 +314,12 @@ class ConsumerSettings(BaseSettings):
         if self.queue_exclusive and not self.declare:
             msg = "declare=False finds no exclusive queue: it goes with the connection that made it"
             raise ValueError(msg)
+        if self.ordered_by_key and self.num_workers > 1:
+            msg = (
+                f"num_workers={self.num_workers} cannot keep the order of ordered_by_key, since"
+                " each worker gets messages of every key; use num_workers=1, and concurrency"
+            )
+            raise ValueError(msg)
         if self.reconnect_delay > self.reconnect_delay_max:
             msg = "reconnect_delay must not exceed reconnect_delay_max"
             raise ValueError(msg)
@@ -313,57 +329,6 @@ class ConsumerSettings(BaseSettings):
             msg = "ssl_keyfile without ssl_certfile: name the certificate that it belongs to"
             raise ValueError(msg)
         return self
-
-
-class BatchConsumerSettings(ConsumerSettings):
-    """Settings of a :class:`~aio_pika_batch.BatchConsumer`."""
-
-    batch_size: Count = Field(default=10, description="Most messages in a batch.")
-    batch_timeout: Seconds = Field(
-        default=5.0, description="How long a batch's first message waits for the batch to fill."
-    )
-    settle: Literal["batch", "yield", "atomic"] = Field(
-        default="batch",
-        description="When results are settled. `batch`: all together, when the handler has ended;"
-        " `yield`: while it runs, each within `settle_interval`; `atomic`: as `batch`, and a"
-        " failure voids the batch's ACKs.",
-    )
-    settle_interval: Seconds = Field(
-        default=0.1, description='With `settle="yield"`: how soon a yield is settled.'
-    )
-    isolate_failures: bool = Field(
-        default=False,
-        description="After an exception, run what was left undecided again in halves until the"
-        " culprits stand alone; only they get the failure's result.",
-    )
-    isolate_limit: Count = Field(
-        default=10, description="How many culprits are looked for in a batch, at most."
-    )
-
-    @property
-    def messages_per_batch(self) -> int:
-        """How many messages a handler gets at most."""
-        return self.batch_size
-
-    @property
-    def seconds_per_batch(self) -> float:
-        """How long a handler's messages are collected at most."""
-        return self.batch_timeout
-
-    @property
-    def seconds_until_settled(self) -> float | None:
-        """How soon a yield is settled at the latest; None: when its batch has been handled."""
-        return self.settle_interval if self.settle == "yield" else None
-
-    @property
-    def is_atomic(self) -> bool:
-        """Whether a failure voids the ACKs of its batch."""
-        return self.settle == "atomic"
-
-    @property
-    def culprits_per_batch(self) -> int:
-        """How many culprits are looked for in a batch that failed."""
-        return self.isolate_limit if self.isolate_failures else 0
 
 
 def _given(arguments: Mapping[str, FieldValue] | None) -> Mapping[str, FieldValue]:

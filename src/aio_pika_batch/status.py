@@ -25,7 +25,8 @@ class WorkerStatus:
         epoch: How many sessions it has opened.
         buffered: Messages that wait for their batch.
         in_hand: Messages that are being handled.
-        held: Originals whose copies wait for a confirmation.
+        held: Originals whose copies wait for a confirmation, and messages that wait for their next
+            attempt in place.
         oldest: Seconds since its longest unsettled message arrived; None if there is none.
         last_progress: Seconds since it last received or settled something; None if never.
         last_error: Why its last session ended, or could not begin.

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
+from aio_pika_batch.collecting import BatchKey
 from aio_pika_batch.core.retry import Backoff
 from aio_pika_batch.epoch import Epoch, Terms
 from aio_pika_batch.errors import (
@@ -66,6 +67,7 @@ class Worker:
         terms: Terms,
         backoff: Backoff,
         process: Process,
+        batch_key: BatchKey | None,
         attend: Callable[[Epoch, Session, int, KeywordLogger], Awaitable[None]],
         outbox: Outbox,
         stop: Stop,
@@ -79,6 +81,7 @@ class Worker:
         self._terms = terms
         self._backoff = backoff
         self._process = process
+        self._batch_key = batch_key
         self._attend = attend
         self._outbox = outbox
         self._stop = stop
@@ -170,6 +173,7 @@ class Worker:
                 session,
                 terms=self._terms,
                 process=self._process,
+                batch_key=self._batch_key,
                 hands=self.hands,
                 outbox=self._outbox,
                 stop=self._stop,

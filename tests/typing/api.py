@@ -8,7 +8,7 @@ the same without annotations.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Hashable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, assert_type
@@ -99,6 +99,29 @@ class OneByOne(Consumer):
         assert_type(message.original_routing_key, str)
         assert_type(message.delivery_count, int | None)
         assert_type(message.age, float | None)
+        return MessageResult.ACK
+
+
+class Keyed(BatchConsumer):
+    """A key of one's own type, and of no type in particular; None is none."""
+
+    def batch_key(self, message: Message) -> tuple[str, int] | None:
+        return (message.routing_key, 1) if message.routing_key else None
+
+    async def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[Result]:
+        assert_type(self.batch_key(messages[0]), tuple[str, int] | None)
+        for _ in messages:
+            yield MessageResult.ACK
+
+
+class KeyedOneByOne(Consumer):
+    """The same for single messages."""
+
+    def batch_key(self, message: Message) -> Hashable:
+        return message.routing_key
+
+    async def process_message(self, message: Message) -> MessageResult:
+        assert_type(message.retry_count, int)
         return MessageResult.ACK
 
 

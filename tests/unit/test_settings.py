@@ -31,6 +31,8 @@ DEFAULTS = {
     "num_workers": 1,
     "batch_size": 10,
     "batch_timeout": 5.0,
+    "batch_max_bytes": None,
+    "ordered_by_key": False,
     "max_requeue_attempts": 3,
     "unhandled_exception_action": MessageResult.REQUEUE,
     "queue_durable": True,
@@ -60,7 +62,7 @@ DEFAULTS = {
     "dead_letter_exception_message": True,
 }
 
-COUNTS = ("batch_size", "num_workers", "concurrency", "isolate_limit")
+COUNTS = ("batch_size", "batch_max_bytes", "num_workers", "concurrency", "isolate_limit")
 TIMES = (
     "batch_timeout",
     "settle_interval",
@@ -143,6 +145,7 @@ def test_nonsense_is_refused_with_the_field_and_what_is_allowed(name, value, all
     [
         ({"queue_type": "quorum", "queue_arguments": {"x-queue-type": "classic"}}, "queue_type"),
         ({"queue_exclusive": True, "num_workers": 2}, "num_workers=2"),
+        ({"ordered_by_key": True, "num_workers": 2}, "num_workers=2 cannot keep the order"),
         ({"queue_exclusive": True, "declare": False}, "declare=False"),
         ({"reconnect_delay": 60}, "reconnect_delay_max"),
         (

@@ -9,7 +9,7 @@ are busy.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -23,6 +23,8 @@ class Trigger(Enum):
     """It was full."""
     TIMEOUT = "timeout"
     """Its first message had waited long enough."""
+    BYTES = "bytes"
+    """Another message would have been too much for it."""
     PREFETCH = "prefetch"
     """Every message that the prefetch count allows was in hand: no more could come."""
     DRAIN = "drain"
@@ -37,11 +39,13 @@ class Batch:
 
     Attributes:
         since: When its first message arrived, in the clock that `Batcher.add` was given.
+        key: What its messages have in common; None if that is nothing.
     """
 
     messages: Sequence[Message]
     trigger: Trigger
     since: float
+    key: Hashable | None = None
 
 
 class Batcher:

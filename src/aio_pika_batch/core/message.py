@@ -135,6 +135,9 @@ class Message:
         redelivered: Whether the broker delivered it before, to whomever.
     """
 
+    first_failed_at: datetime | None = None
+    """When it first failed, if it is being tried again without having left this process."""
+
     __slots__ = (
         "_properties",
         "_read",
@@ -322,7 +325,7 @@ class Message:
 
     @property
     def retry_count(self) -> int:
-        """How often it has been requeued by this library; 0 where the header holds no count."""
+        """How often it has been tried again by this library; 0 where the header holds no count."""
         return retry_count(self.headers.get(self._source.retry_count_header)) or 0
 
     @property

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
 from itertools import islice
-from typing import TypeAlias
+from typing import TypeAlias, assert_never
 
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.errors import ResultError
@@ -80,6 +80,17 @@ class Requeue:
 
 Result: TypeAlias = MessageResult | Nack | Requeue
 """What a handler may yield for a message."""
+
+
+def is_retry(result: Result) -> bool:
+    """Whether it asks for another attempt."""
+    match result:
+        case MessageResult.REQUEUE | MessageResult.REQUEUE_IMMEDIATE | Requeue():
+            return True
+        case MessageResult.ACK | MessageResult.NACK | Nack():
+            return False
+        case unreachable:
+            assert_never(unreachable)
 
 
 class Cause(Enum):

@@ -244,7 +244,7 @@ def _origin(message: Message, headers: Headers, now: datetime) -> dict[str, Fiel
     origin: dict[str, FieldValue] = {
         ORIGINAL_EXCHANGE: message.exchange,
         ORIGINAL_ROUTING_KEY: message.routing_key,
-        FIRST_FAILED_AT: now,
+        FIRST_FAILED_AT: message.first_failed_at or now,
     }
     for name in _ORIGIN:
         if name in headers and _could_be(headers[name], origin[name]):

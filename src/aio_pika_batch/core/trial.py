@@ -19,6 +19,7 @@ from aio_pika_batch.core.results import (
     Result,
     ResultCollector,
     Verdict,
+    is_retry,
     result_for,
 )
 from aio_pika_batch.errors import MessageDecodeError
@@ -67,13 +68,19 @@ class Handled:
 
 
 class Trial(Handled):
-    """One batch, until every message is decided. What is taken out meanwhile is not in it again."""
+    """One batch, until every message is decided. What is taken out meanwhile is not in it again.
 
-    __slots__ = ("_isolation", "_policy")
+    Args:
+        keeps_failures: Whether what is to be tried again is not taken out meanwhile: it is tried
+            again in place, and not before the handler is done.
+    """
 
-    def __init__(self, policy: FailurePolicy) -> None:
+    __slots__ = ("_isolation", "_keeps_failures", "_policy")
+
+    def __init__(self, policy: FailurePolicy, *, keeps_failures: bool = False) -> None:
         super().__init__()
         self._policy = policy
+        self._keeps_failures = keeps_failures
         # Nearly every batch is done after one run.
         self._isolation: Isolation | None = None
 
@@ -89,8 +96,13 @@ class Trial(Handled):
     def take(self, collector: ResultCollector) -> Handled:
         """Hand out what is decided so far, in this run and in those before it."""
         self._note(collector.take())
-        taken = Handled(self.acked, self.verdicts)
-        self.acked, self.verdicts = [], []
+        kept: list[Verdict] = []
+        final = self.verdicts
+        if self._keeps_failures:
+            kept = [each for each in self.verdicts if is_retry(each.result)]
+            final = [each for each in self.verdicts if not is_retry(each.result)]
+        taken = Handled(self.acked, final)
+        self.acked, self.verdicts = [], kept
         return taken
 
     def judge(self, collector: ResultCollector, error: BaseException | None, cause: Cause) -> bool:

@@ -292,3 +292,20 @@ def test_a_batch_that_went_well_has_nothing_to_stop():
     trial.stop(TimeoutError(), Cause.TIMEOUT)
 
     assert ([1, 3], 1, ()) == (trial.acked, len(trial.verdicts), trial.next_run())
+
+
+def test_what_is_tried_again_in_place_is_not_taken_before_the_end():
+    """It cannot be: nobody may try it again while the handler is still at its batch."""
+    messages = some_messages(5)
+    trial = Trial(FailurePolicy(REQUEUE, {}), keeps_failures=True)
+    collector = ResultCollector(messages)
+    for each in (ACK, REQUEUE, NACK, REQUEUE_IMMEDIATE):
+        collector.accept(each)
+
+    taken = trial.take(collector)
+    again = trial.take(collector)
+    trial.judge(collector, RuntimeError(), Cause.EXCEPTION)
+
+    assert ([1], [3]) == (taken.acked, [each.message.delivery_tag for each in taken.verdicts])
+    assert 0 == len(again)
+    assert ([], [2, 4, 5]) == (trial.acked, [each.message.delivery_tag for each in trial.verdicts])

@@ -1,0 +1,119 @@
+"""Which messages of a batch are tried again where they are, so that their key keeps its order?
+
+Anything that is put back into a queue is overtaken. So a message that failed is kept, its retry
+count is raised in memory, and what comes after it waits. Three ways of failing:
+
+- The handler said so, by REQUEUE or REQUEUE_IMMEDIATE: this message failed.
+- One run of the handler left several undecided, by an exception, a time-out or an early end: the
+  first of them failed, as far as anybody knows; the others were not reached, and cost no attempt.
+  (They share the run's error; culprits that stood alone in runs of their own do not.)
+- All attempts are spent: the message is dead-lettered as ever, and its key goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+from aio_pika_batch.core.message import Headers, Message
+from aio_pika_batch.core.results import Cause, MessageResult, Verdict, is_retry
+from aio_pika_batch.core.retry import Backoff, RetryPolicy
+
+
+class Retried(Message):
+    """A delivery for its next attempt: its retry count is one higher, here in memory.
+
+    Args:
+        failed: The same delivery as it was; its headers can be decoded.
+        now: When it failed.
+    """
+
+    __slots__ = ("_counted", "first_failed_at")
+
+    def __init__(self, failed: Message, now: datetime) -> None:
+        source, route, properties = failed._source, failed._route, failed._properties  # noqa: SLF001  -- a message, too
+        tag, redelivered, body = failed.delivery_tag, failed.redelivered, failed.body
+        super().__init__(source, tag, redelivered, body, route, properties)
+        self._counted = {**failed.headers, source.retry_count_header: failed.retry_count + 1}
+        self.first_failed_at = failed.first_failed_at or now
+
+    @property
+    def headers(self) -> Headers:
+        """The headers, and the count."""
+        return self._counted
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A message to be handled again, alone, once `pause` seconds are over."""
+
+    message: Message
+    pause: float
+
+
+@dataclass(slots=True)
+class Sorted:
+    """What becomes of the messages of a batch that were not ACKed; each stands in one list.
+
+    Attributes:
+        final: To be carried out.
+        attempts: To be handled again, in this order, before anything else of their key.
+        unreached: Not tried yet, whatever the handler's end meant for them; after the attempts.
+    """
+
+    final: list[Verdict] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
+    unreached: list[Message] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class RetryInPlace:
+    """Decides which messages are kept.
+
+    Attributes:
+        retry: How often a message may be tried again.
+        backoff: The pauses before.
+    """
+
+    retry: RetryPolicy
+    backoff: Backoff
+
+    def sort(self, verdicts: Iterable[Verdict], *, now: datetime, jitter: float) -> Sorted:
+        """Decide about the messages of one batch of one key.
+
+        Args:
+            verdicts: Of those that were not ACKed, in any order.
+            now: The time of day, for `x-first-failed-at`.
+            jitter: A random number in [0, 1).
+        """
+        found = Sorted()
+        failures: set[int] = set()
+        for verdict in sorted(verdicts, key=lambda each: each.message.delivery_tag):
+            if not is_retry(verdict.result):
+                found.final.append(verdict)
+            elif verdict.cause is Cause.HANDLER:
+                self._again(verdict, found, now, jitter)
+            elif id(verdict.error) in failures:
+                found.unreached.append(verdict.message)
+            else:
+                failures.add(id(verdict.error))
+                self._again(verdict, found, now, jitter)
+        return found
+
+    def _again(self, verdict: Verdict, found: Sorted, now: datetime, jitter: float) -> None:
+        message = verdict.message
+        is_immediate = verdict.result is MessageResult.REQUEUE_IMMEDIATE
+        # Without headers nobody can count its attempts.
+        if not message.has_readable_headers or not self.retry.may_retry(message.retry_count):
+            # No broker shall try again what is spent here.
+            result = MessageResult.REQUEUE if is_immediate else verdict.result
+            found.final.append(replace(verdict, result=result))
+            return
+        # A handler that works out of order may have passed over some that come before.
+        found.attempts.extend(Attempt(each, 0.0) for each in found.unreached)
+        found.unreached.clear()
+        message = Retried(message, now)
+        # At least half of the longest pause: full jitter may come out at nothing.
+        pause = self.backoff.pause(message.retry_count, 0.5 + jitter / 2)
+        found.attempts.append(Attempt(message, 0.0 if is_immediate else pause))

@@ -1,0 +1,311 @@
+"""What do messages of a batch have in common, and how many bytes may they be?"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import ClassVar
+
+import pytest
+
+from aio_pika_batch import (
+    BatchConsumer,
+    Cause,
+    ConfigurationError,
+    Consumer,
+    MessageResult,
+    Trigger,
+)
+from aio_pika_batch.adapters.memory import Happened
+from aio_pika_batch.observer import BatchCut, HandlerError, Settled
+from tests.unit.shell.doubles import ScriptedSession, ScriptedTransport
+from tests.unit.shell.stage import (
+    ACK,
+    NACK,
+    REQUEUE,
+    Clerk,
+    Scribe,
+    Witness,
+    ack,
+    bodies,
+    numbered,
+    settings,
+    taking,
+)
+
+
+class Keyed(Scribe):
+    """Its key is a body's first letter; `?` has none."""
+
+    def batch_key(self, message):
+        letter = message.body[:1].decode()
+        return None if letter == "?" else letter
+
+
+async def test_a_batch_holds_messages_of_one_key(stage):
+    """Each key fills batches of its own, in the order of the queue; the rest waits for its time."""
+    stage.put(b"a1", b"b1", b"a2", b"c1", b"b2", b"a3")
+    witness = Witness()
+    async with Keyed(
+        transport=stage.transport, observers=[witness], batch_size=2, prefetch_count=50
+    ) as consumer:
+        await asyncio.sleep(1)
+        assert [[b"a1", b"a2"], [b"b1", b"b2"]] == consumer.batches
+        assert 2 == consumer.status().workers[0].buffered
+        await asyncio.sleep(5)
+    assert [[b"c1"], [b"a3"]] == consumer.batches[2:]
+    assert [0, 0, 5, 5] == consumer.times
+    triggers = [event.trigger for event in witness.of(BatchCut)]
+    assert [Trigger.SIZE, Trigger.SIZE, Trigger.TIMEOUT, Trigger.TIMEOUT] == triggers
+
+
+async def test_messages_without_a_key_share_batches(stage):
+    """None stands for no key."""
+    stage.put(b"?1", b"a1", b"?2")
+    async with Keyed(transport=stage.transport, batch_size=2, batch_timeout=1) as consumer:
+        await asyncio.sleep(2)
+    assert [[b"?1", b"?2"], [b"a1"]] == consumer.batches
+
+
+async def test_what_prefetch_allows_is_cut_key_by_key(stage):
+    """Nothing more can come, so nobody waits for the time-out, however many keys there are."""
+    stage.put(b"a1", b"b1", b"c1", b"a2")
+    witness = Witness()
+    async with Keyed(
+        taking(1),
+        transport=stage.transport,
+        observers=[witness],
+        batch_size=5,
+        prefetch_count=4,
+        batch_timeout=60,
+        concurrency=4,
+    ) as consumer:
+        await asyncio.sleep(0.5)
+        assert [[b"a1", b"a2"], [b"b1"], [b"c1"]] == consumer.batches
+    assert {Trigger.PREFETCH} == {event.trigger for event in witness.of(BatchCut)}
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_a_batch_holds_no_more_bytes_than_it_may(stage, keyed):
+    """What is longer goes alone; with keys or without."""
+    stage.put(b"aaaa", b"aaaa", b"aaaa", b"a" * 50, b"a")
+    witness = Witness()
+    kind = Keyed if keyed else Scribe
+    async with kind(
+        transport=stage.transport, observers=[witness], batch_max_bytes=10, batch_timeout=3
+    ) as consumer:
+        await asyncio.sleep(1)
+        assert [[b"aaaa", b"aaaa"], [b"aaaa"], [b"a" * 50]] == consumer.batches
+        await asyncio.sleep(3)
+    assert [[b"a"]] == consumer.batches[3:]
+    triggers = [event.trigger.value for event in witness.of(BatchCut)]
+    assert ["bytes", "bytes", "bytes", "timeout"] == triggers
+
+
+async def test_batches_of_a_key_may_overlap_unless_their_order_is_wanted(stage):
+    """Without `ordered_by_key`, a key only says who shares a batch."""
+    stage.put(b"a1", b"a2", b"a3")
+    async with Keyed(taking(5), transport=stage.transport, batch_size=1, concurrency=3) as consumer:
+        await asyncio.sleep(6)
+    assert [0, 0, 0] == consumer.times
+
+
+async def test_a_stop_hands_over_as_many_keys_as_hands_are_free(stage):
+    """The others are returned, and come again."""
+    stage.put(b"a1", b"b1", b"a2", b"c1")
+    consumer = Keyed(transport=stage.transport, batch_timeout=60, concurrency=2)
+    async with consumer:
+        await asyncio.sleep(1)
+    assert [[b"a1", b"a2"], [b"b1"]] == consumer.batches
+    assert [b"c1"] == stage.waiting()
+
+
+# --- a batch_key that fails ---------------------------------------------------------
+
+
+class Choosy(Keyed):
+    """Fails for some messages."""
+
+    exception_results: ClassVar = {LookupError: MessageResult.NACK}
+
+    def batch_key(self, message):
+        if message.body.startswith(b"!"):
+            raise KeyError(message.body)
+        if message.body.startswith(b"*"):
+            raise RuntimeError("what is this?")
+        if message.body.startswith(b"["):
+            return [message.body]
+        return message.json()["key"]
+
+
+async def handled_by_choosy(stage, *some, ordered=False, **given):
+    """Hand messages to it; what it was given, and what became of the rest."""
+    stage.declare("dead")
+    stage.exchange("dlx", "dead", "", kind="fanout")
+    stage.put(*some)
+    witness = Witness()
+    async with Choosy(
+        transport=stage.transport,
+        observers=[witness],
+        dead_letter_exchange="dlx",
+        batch_timeout=1,
+        ordered_by_key=ordered,
+        **given,
+    ) as consumer:
+        await asyncio.sleep(10)
+        assert consumer.is_healthy
+        assert 1 == consumer.status().workers[0].epoch
+    assert [] == stage.out()
+    assert [] == stage.waiting()
+    return consumer, witness
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_a_message_that_has_no_key_because_it_cannot_be_decoded_is_dead_lettered(
+    stage, ordered, caplog
+):
+    """Alone; the others are handled, and the log says it in one line."""
+    good = [b'{"key": 1, "n": 1}', b'{"key": 1, "n": 2}']
+    consumer, witness = await handled_by_choosy(
+        stage, good[0], b"oops", good[1], b"ouch", ordered=ordered
+    )
+    assert [good] == consumer.batches
+    assert [b"oops", b"ouch"] == stage.waiting("dead")
+    letters = stage.broker.ready("dead")
+    assert ["undecodable"] * 2 == [each.headers["x-dead-letter-reason"] for each in letters]
+    counts = sum((Counter(event.counts) for event in witness.of(Settled)), Counter())
+    assert {(NACK, Cause.UNDECODABLE): 2, (ACK, Cause.HANDLER): 2} == counts
+    assert [[b"oops"], [b"ouch"]] == [bodies(each.messages) for each in witness.of(HandlerError)]
+    errors = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert 1 == len(errors)
+    assert "batch_key failed" in errors[0].getMessage()
+    assert errors[0].exc_info
+
+
+async def test_what_batch_key_raises_is_looked_up_as_what_a_handler_raises(stage):
+    """In `exception_results` first; and one that is no key is an error, too."""
+    consumer, _ = await handled_by_choosy(stage, b"!", b"*", b"[", max_requeue_attempts=2)
+    assert [] == consumer.batches
+    letters = {each.body: each.headers for each in stage.broker.ready("dead")}
+    assert "handler-error" == letters[b"!"]["x-dead-letter-reason"]
+    assert "builtins.KeyError" == letters[b"!"]["x-exception-type"]
+    assert 0 == letters[b"!"]["x-retry-count"]
+    for body, kind in ((b"*", "builtins.RuntimeError"), (b"[", "builtins.TypeError")):
+        assert "exhausted" == letters[body]["x-dead-letter-reason"]
+        assert kind == letters[body]["x-exception-type"]
+        assert 2 == letters[body]["x-retry-count"]
+
+
+async def test_results_of_a_failed_batch_key_for_a_lost_session_are_not_sent():
+    """The next session sees these messages again."""
+    script = ScriptedTransport()
+    script.on_publish = lambda *_: asyncio.sleep(1)
+    async with Choosy(ack, transport=script) as consumer:
+        first = script.last
+        first.feed(b"*")
+        await asyncio.sleep(0.5)
+        first.end()
+        await asyncio.sleep(5)
+        assert 2 == consumer.status().workers[0].epoch
+    assert [] == script.details("settle")
+
+
+async def test_users_code_reads_keys_in_a_task_of_ours(monkeypatch):
+    """A session that could pump is iterated: pumped, messages come in a callback of a library's."""
+
+    class Pumping(ScriptedSession):
+        async def pump(self, sink):
+            pytest.fail("it was asked to pump")
+
+    monkeypatch.setattr("tests.unit.shell.doubles.ScriptedSession", Pumping)
+    script = ScriptedTransport()
+    async with Keyed(transport=script, batch_timeout=1) as consumer:
+        script.last.feed(b"a1")
+        await asyncio.sleep(2)
+    assert [[b"a1"]] == consumer.batches
+
+
+async def test_each_message_is_asked_once(stage):
+    """However often it is looked at."""
+    asked = []
+
+    class Asking(Scribe):
+        def batch_key(self, message):
+            asked.append(message.body)
+            return message.body
+
+    stage.put(*numbered(5))
+    async with Asking(transport=stage.transport, batch_timeout=1, ordered_by_key=True):
+        await asyncio.sleep(2)
+    assert numbered(5) == asked
+
+
+# --- what cannot work -----------------------------------------------------------------
+
+
+def test_a_batch_key_that_is_a_coroutine_is_refused():
+    """It could only be awaited by somebody who waits for each message."""
+
+    class Waiting(Scribe):
+        async def batch_key(self, message):
+            return message.body
+
+    with pytest.raises(ConfigurationError, match=r"Waiting\.batch_key is a coroutine"):
+        Waiting(transport=None)
+
+
+@pytest.mark.parametrize("base", [BatchConsumer, Consumer])
+def test_order_by_key_needs_a_key(base):
+    """Found at construction, for both kinds of consumer."""
+
+    class Keyless(base):
+        async def process_messages(self, messages):
+            yield ACK
+
+        async def process_message(self, message):
+            return ACK
+
+    with pytest.raises(ConfigurationError, match="Keyless has no keys: override batch_key"):
+        Keyless(settings(ordered_by_key=True))
+
+
+async def test_a_consumer_of_single_messages_may_have_keys(stage):
+    """They say nothing until `ordered_by_key` is wanted."""
+    times = {}
+
+    class Clerks(Clerk):
+        def batch_key(self, message):
+            return message.body[:1]
+
+    async def answer(message):
+        times[message.body] = asyncio.get_running_loop().time()
+        await asyncio.sleep(1)
+        return ACK
+
+    for ordered in (False, True):
+        stage.put(b"a1", b"a2", b"b1", b"a3")
+        began = asyncio.get_running_loop().time()
+        async with Clerks(answer, transport=stage.transport, concurrency=4, ordered_by_key=ordered):
+            await asyncio.sleep(5)
+        assert {
+            b"a1": 0,
+            b"a2": 1 if ordered else 0,
+            b"a3": 2 if ordered else 0,
+            b"b1": 0,
+        } == {body: round(time - began) for body, time in times.items()}
+    assert 8 == len(stage.times(Happened.ACKED))
+
+
+async def test_a_requeue_without_order_goes_to_the_back_as_ever(stage):
+    """Keys alone hold nothing."""
+    stage.put(b"a1", b"a2")
+    seen = []
+
+    async def answer(messages):
+        for message in messages:
+            seen.append((message.body, message.retry_count))
+            yield REQUEUE if message.body == b"a1" and not message.retry_count else ACK
+
+    async with Keyed(answer, transport=stage.transport, batch_size=1, batch_timeout=1):
+        await asyncio.sleep(3)
+    assert [(b"a1", 0), (b"a2", 0), (b"a1", 1)] == seen
