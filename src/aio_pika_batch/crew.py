@@ -40,7 +40,7 @@ RECHECK = Backoff(0.5, 5.0)
 """Pauses between attempts to publish a copy that was returned or refused."""
 
 IN_PLACE = Backoff(0.2, 5.0)
-"""Pauses between attempts in place."""
+"""Pauses between attempts in place, where `requeue_delay` is 0."""
 
 Attend = Callable[[Epoch, Session, int, KeywordLogger], Awaitable[None]]
 
@@ -73,7 +73,9 @@ def terms_of(settings: ConsumerSettings, exceptions: ExceptionResults) -> Terms:
             size=settings.messages_per_batch,
             timeout=settings.seconds_per_batch,
             max_bytes=settings.bytes_per_batch,
-            in_place=RetryInPlace(retry, IN_PLACE) if settings.ordered_by_key else None,
+            in_place=RetryInPlace(retry, IN_PLACE, settings.ladder)
+            if settings.ordered_by_key
+            else None,
         ),
         prefetch=prefetch,
         concurrency=settings.concurrency,

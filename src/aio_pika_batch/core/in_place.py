@@ -16,8 +16,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
+from aio_pika_batch.core.delay import AT_ONCE, Ladder
 from aio_pika_batch.core.message import Headers, Message
-from aio_pika_batch.core.results import Cause, MessageResult, Verdict, is_retry
+from aio_pika_batch.core.results import (
+    Cause,
+    MessageResult,
+    Requeue,
+    Result,
+    Verdict,
+    is_retry,
+)
 from aio_pika_batch.core.retry import Backoff, RetryPolicy
 
 
@@ -73,11 +81,13 @@ class RetryInPlace:
 
     Attributes:
         retry: How often a message may be tried again.
-        backoff: The pauses before.
+        backoff: The pauses before, where the ladder has none: at once would be a hot loop.
+        ladder: The waits that are configured, or that a handler asks for.
     """
 
     retry: RetryPolicy
     backoff: Backoff
+    ladder: Ladder
 
     def sort(self, verdicts: Iterable[Verdict], *, now: datetime, jitter: float) -> Sorted:
         """Decide about the messages of one batch of one key.
@@ -103,17 +113,24 @@ class RetryInPlace:
 
     def _again(self, verdict: Verdict, found: Sorted, now: datetime, jitter: float) -> None:
         message = verdict.message
-        is_immediate = verdict.result is MessageResult.REQUEUE_IMMEDIATE
         # Without headers nobody can count its attempts.
         if not message.has_readable_headers or not self.retry.may_retry(message.retry_count):
             # No broker shall try again what is spent here.
+            is_immediate = verdict.result is MessageResult.REQUEUE_IMMEDIATE
             result = MessageResult.REQUEUE if is_immediate else verdict.result
             found.final.append(replace(verdict, result=result))
             return
         # A handler that works out of order may have passed over some that come before.
         found.attempts.extend(Attempt(each, 0.0) for each in found.unreached)
         found.unreached.clear()
-        message = Retried(message, now)
+        pause = self._pause(verdict.result, message.retry_count, jitter)
+        found.attempts.append(Attempt(Retried(message, now), pause))
+
+    def _pause(self, result: Result, retries: int, jitter: float) -> float:
+        if result is MessageResult.REQUEUE_IMMEDIATE:
+            return 0.0
+        level = self.ladder.level(result, retries)
+        if level != AT_ONCE or (isinstance(result, Requeue) and result.seconds is not None):
+            return level / 1000
         # At least half of the longest pause: full jitter may come out at nothing.
-        pause = self.backoff.pause(message.retry_count, 0.5 + jitter / 2)
-        found.attempts.append(Attempt(message, 0.0 if is_immediate else pause))
+        return self.backoff.pause(retries + 1, 0.5 + jitter / 2)

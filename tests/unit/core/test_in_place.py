@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aio_pika_batch.core.delay import ladder
 from aio_pika_batch.core.in_place import Retried, RetryInPlace
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Verdict
@@ -19,7 +20,7 @@ NACK, REQUEUE = MessageResult.NACK, MessageResult.REQUEUE
 REQUEUE_IMMEDIATE = MessageResult.REQUEUE_IMMEDIATE
 
 RETRY = RetryPolicy(3, "x-retry-count")
-IN_PLACE = RetryInPlace(RETRY, Backoff(2.0, 60.0))
+IN_PLACE = RetryInPlace(RETRY, Backoff(2.0, 60.0), ladder())
 
 jitters = st.floats(0, 1, exclude_max=True)
 undecided = st.sampled_from([Cause.EXCEPTION, Cause.TIMEOUT, Cause.MISSING, Cause.INVALID])
@@ -148,6 +149,29 @@ def test_pauses_grow_with_the_attempts_and_are_never_nothing(count, jitter):
     ).attempts
 
     assert 2.0**count <= attempt.pause <= 2.0 * 2.0**count
+
+
+@pytest.mark.parametrize(
+    ("result", "count", "pause"),
+    [
+        (REQUEUE, 0, 5.0),
+        (REQUEUE, 1, 10.0),
+        (REQUEUE, 2, 15.0),
+        (Requeue("busy"), 1, 10.0),
+        (Requeue(delay=7), 0, 10.0),
+        (Requeue(delay=99), 0, 15.0),
+        (Requeue(delay=0), 2, 0.0),
+        (REQUEUE_IMMEDIATE, 2, 0.0),
+    ],
+)
+def test_it_waits_as_long_as_a_delayed_retry_would(result, count, pause):
+    """By the same ladder, whatever the jitter; and as long as the handler asks for."""
+    policy = RetryInPlace(RETRY, Backoff(2.0, 60.0), ladder(5.0, 2.0, 15.0))
+    failed = verdict(1, result, headers={"x-retry-count": count})
+
+    [attempt] = policy.sort([failed], now=NOW, jitter=0.3).attempts
+
+    assert pause == attempt.pause
 
 
 def test_immediately_is_without_a_pause_and_counted_all_the_same():

@@ -14,6 +14,7 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from aio_pika_batch.core.batcher import Trigger
+from aio_pika_batch.core.delay import ladder
 from aio_pika_batch.core.in_place import Attempt, RetryInPlace
 from aio_pika_batch.core.keyed import KeyedBatcher
 from aio_pika_batch.core.ordered import OrderedBatcher
@@ -196,7 +197,7 @@ class Play:
         self.story = story
         self.batcher = ordered(size=story.size, timeout=1.0)
         policy = RetryPolicy(story.attempts, "x-retry-count")
-        self.in_place = RetryInPlace(policy, Backoff(1.0, 8.0))
+        self.in_place = RetryInPlace(policy, Backoff(1.0, 8.0), ladder())
         self.at_work = []
         self.tries = Counter()
         self.handled = []

@@ -150,6 +150,19 @@ async def test_without_a_dead_letter_exchange_an_exhausted_message_is_rejected(s
     assert ([], []) == (stage.waiting(), stage.out())
 
 
+async def test_delays_hold_in_place_too(stage):
+    """By the same ladder as elsewhere; but nothing goes into a wait queue."""
+    stage.put(b"a1", b"a2")
+    async with Orderly(
+        failing(b"a1", times=2), transport=stage.transport, batch_size=1, requeue_delay=20
+    ) as consumer:
+        await asyncio.sleep(100)
+        assert [] == stage.out()
+    assert [0, 20, 60, 60] == consumer.times
+    assert [b"a1", b"a1", b"a1", b"a2"] == consumer.handled
+    assert 2 == len(stage.times(Happened.STORED))
+
+
 async def test_immediately_is_at_once(stage):
     """But as often as any other retry, and no more."""
     stage.put(b"a1")
