@@ -133,6 +133,13 @@ GROUPS = {
         "dead_letter_queue",
         "dead_letter_exception_message",
     ),
+    "Breaker": (
+        "breaker_threshold",
+        "breaker_window",
+        "breaker_min_samples",
+        "breaker_pause",
+        "breaker_pause_max",
+    ),
     "Stopping and health": ("shutdown_timeout", "stuck_after"),
 }
 """Every setting, in the order of the page. One that is missing here stops the script."""
@@ -185,6 +192,8 @@ def _takes(schema: dict[str, Any], root: dict[str, Any]) -> str:
     if "enum" in schema:
         return " or ".join(f"`{value}`" for value in schema["enum"])
     kind = schema["type"]
+    if kind == "number" and "maximum" in schema:
+        return f"a share, more than {schema['exclusiveMinimum']:g}, at most {schema['maximum']:g}"
     words = {
         "string": "text",
         "boolean": "`True` or `False`",

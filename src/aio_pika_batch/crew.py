@@ -24,7 +24,7 @@ from aio_pika_batch.core.topology import dead_letter_target, derive, split_exclu
 from aio_pika_batch.core.trial import FailurePolicy
 from aio_pika_batch.delaying import DelayingOutbox
 from aio_pika_batch.desk import PATIENCE
-from aio_pika_batch.epoch import Epoch, Terms
+from aio_pika_batch.epoch import Epoch
 from aio_pika_batch.errors import DrainIncomplete, StartInterrupted
 from aio_pika_batch.handling import IGNORED_CANCELLATION, Process
 from aio_pika_batch.hands import Stop, wait_until
@@ -33,6 +33,7 @@ from aio_pika_batch.observer import Observer, Observers, Origin
 from aio_pika_batch.outbox import Outbox
 from aio_pika_batch.settings import ConsumerSettings
 from aio_pika_batch.status import WorkerStatus
+from aio_pika_batch.terms import Terms
 from aio_pika_batch.transport import Session, Subscription, Transport
 from aio_pika_batch.worker import Worker
 
@@ -96,6 +97,7 @@ def terms_of(settings: ConsumerSettings, exceptions: ExceptionResults) -> Terms:
         # Without a limit on what is delivered, none on what is held but memory's own would remain.
         hold=HoldPolicy(settings.requeue_hold, prefetch // 2 if prefetch else 1000, RECHECK),
         pace=None if interval is None else Pace.within(interval, longest=PATIENCE),
+        breaker=settings.breaker,
     )
 
 
@@ -140,10 +142,10 @@ class Crew:
         return tuple(worker.status for worker in self._workers)
 
     def is_healthy(self) -> bool:
-        """Whether every worker consumes and none holds a message for too long."""
+        """Whether each worker consumes, or pauses on purpose, and none holds a message too long."""
         limit = self._settings.effective_stuck_after
         return bool(self._workers) and all(
-            worker.is_consuming and (worker.oldest or 0.0) <= limit for worker in self._workers
+            worker.is_well and (worker.oldest or 0.0) <= limit for worker in self._workers
         )
 
     async def start(self, seats: Sequence[Seat]) -> None:

@@ -9,46 +9,26 @@ handlers run on, but nobody listens to their results any more.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
-from aio_pika_batch.collecting import BatchKey, Collector, Cutting
+from aio_pika_batch.collecting import BatchKey, Collector
 from aio_pika_batch.core.batcher import Batch
-from aio_pika_batch.core.holding import HoldPolicy
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.pace import Pace
-from aio_pika_batch.core.routing import Router
-from aio_pika_batch.core.trial import FailurePolicy, Handled
+from aio_pika_batch.core.trial import Handled
 from aio_pika_batch.desk import PATIENCE
 from aio_pika_batch.early import Early
 from aio_pika_batch.errors import SessionLost, TransportError
+from aio_pika_batch.fuse import Fuse
 from aio_pika_batch.handling import Handling, Process
-from aio_pika_batch.hands import Hands, Stop, nobody_waits, wait_until
+from aio_pika_batch.hands import Hands, Stop, nobody_waits
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observers
 from aio_pika_batch.outbox import Outbox
 from aio_pika_batch.reporting import Reporter
 from aio_pika_batch.settling import Settler
+from aio_pika_batch.terms import Terms
 from aio_pika_batch.transport import PumpingSession, Session
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """On which terms a worker works, as its settings say.
-
-    Attributes:
-        pace: How soon a yield is settled; None where that waits for the end of its batch.
-    """
-
-    cutting: Cutting
-    prefetch: int
-    concurrency: int
-    process_timeout: float | None
-    failure: FailurePolicy
-    router: Router
-    hold: HoldPolicy
-    pace: Pace | None
 
 
 class Epoch:
@@ -58,6 +38,7 @@ class Epoch:
         process: The handler, of the instance that this worker uses.
         batch_key: The same instance's; None if it has none.
         hands: The worker's, since handlers outlive epochs.
+        fuse: The worker's breaker, if it has one.
         on_consuming: Called once messages are being received.
 
     Attributes:
@@ -75,6 +56,7 @@ class Epoch:
         process: Process,
         batch_key: BatchKey | None,
         hands: Hands,
+        fuse: Fuse | None,
         outbox: Outbox,
         stop: Stop,
         on_consuming: Callable[[], None],
@@ -82,6 +64,7 @@ class Epoch:
         log: KeywordLogger,
     ) -> None:
         self._session = session
+        self._fuse = fuse
         self.stop = stop
         self._on_consuming = on_consuming
         self._terms = terms
@@ -108,6 +91,7 @@ class Epoch:
         self._tasks: set[asyncio.Task[None]] = set()
         self._settling: dict[int, float] = {}
         self._failure: asyncio.Future[None] = self._loop.create_future()
+        self._turn: asyncio.Future[None] = self._loop.create_future()
         self._is_draining = False
         self.was_consumed = False
         self.cut_off = 0
@@ -136,10 +120,17 @@ class Epoch:
         )
         return min((each for each in times if each is not None), default=None)
 
+    @property
+    def has_turned(self) -> bool:
+        """Whether the breaker has ended it, so that another one begins."""
+        return self._turn.done()
+
     # -- receiving --------------------------------------------------------------------------------
 
     async def consume(self) -> None:
         """Receive, batch, hand over and settle, until told to stop; then drain.
+
+        It drains, too, when the breaker has opened, or has found that all is well again.
 
         Raises:
             TransportError: The session is lost.
@@ -151,11 +142,11 @@ class Epoch:
         receiving = self._loop.create_task(self._receive())
         stopping = self._loop.create_task(self.stop.event.wait())
         try:
-            waiting: set[asyncio.Future[Any]] = {receiving, stopping, self._failure}
+            waiting: set[asyncio.Future[Any]] = {receiving, stopping, self._failure, self._turn}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if self._failure.done():
                 self._failure.result()
-            if not self.stop.event.is_set():
+            if not self.stop.event.is_set() and not self.has_turned:
                 await receiving
                 msg = "the session ended although nobody asked it to"
                 raise SessionLost(msg)
@@ -256,6 +247,7 @@ class Epoch:
         try:
             try:
                 handled = await handling.run()
+                self._weigh(handled)
                 if not self._settler.is_over:
                     kept = self._collector.take_back(batch, handled, self._loop.time())
                     self._reporter.kept(kept)
@@ -270,6 +262,7 @@ class Epoch:
     def _settle_early(self, taken: Handled, counts: dict[Handling, int], since: float) -> None:
         for handling, count in counts.items():
             self._hands.settled(handling, count)
+        self._weigh(taken)
         self._go(self._settle(taken, since))
 
     async def _settle(self, handled: Handled, since: float) -> None:
@@ -293,6 +286,18 @@ class Epoch:
         else:
             self._log.error("a batch could not be settled", exc_info=error)
             self.fail(SessionLost(f"a batch could not be settled: {error!r}"))
+
+    def _weigh(self, handled: Handled) -> None:
+        """Let the breaker know; nothing more is begun if it wants another session.
+
+        What was handled for a session that is gone is handled again, and counts then.
+        """
+        if self._fuse is None or self._settler.is_over or not self._fuse.weigh(handled):
+            return
+        self._is_draining = True
+        self._disarm()
+        if not self._turn.done():
+            self._turn.set_result(None)
 
     # -- ending -----------------------------------------------------------------------------------
 
@@ -322,30 +327,53 @@ class Epoch:
         """Take what is on its way, finish what was started, return the rest."""
         self._is_draining = True
         self._disarm()
-        try:
-            async with asyncio.timeout_at(self.stop.settle_by):
-                await self._session.cancel()
-                await receiving
-        except TimeoutError as error:
-            msg = "the broker did not confirm in time that it sends no more messages"
-            raise SessionLost(msg) from error
-        while self._hands.is_free and (batch := self._batcher.flush()):
+        await self._cancel(receiving)
+        may_begin = self._fuse is None or not self._fuse.is_open
+        while may_begin and self._hands.is_free and (batch := self._batcher.flush()):
             self._hand_over(batch)
         await self._finish_batches()
         # Only now: what fails in these batches and is to be tried again is not tried again here.
         returned = self._batcher.clear()
         if not self._failure.done():
-            await self._settler.close(returned, self.stop.settle_by)
+            await self._settler.close(returned, self._wait_to_settle)
         if self._failure.done():
             self._failure.result()
 
+    async def _cancel(self, receiving: asyncio.Task[None]) -> None:
+        """Ask for no more messages, and take what is on its way."""
+
+        async def confirmed() -> None:
+            await self._session.cancel()
+            await receiving
+
+        cancelling = self._loop.create_task(confirmed())
+        try:
+            await self._wait_to_settle({cancelling})
+            if cancelling.done():
+                await cancelling
+                return
+        finally:
+            cancelling.cancel()
+            await asyncio.wait({cancelling})
+            if not cancelling.cancelled():
+                # Retrieved, so that asyncio does not complain about one that nobody awaited.
+                cancelling.exception()
+        if self._failure.done():
+            self._failure.result()
+        msg = "the broker did not confirm in time that it sends no more messages"
+        raise SessionLost(msg)
+
+    async def _wait_to_settle(self, tasks: Iterable[asyncio.Future[Any]]) -> None:
+        await self.stop.outlast(tasks, lambda: self.stop.settle_by, unless=self._failure)
+
     async def _finish_batches(self) -> None:
-        """Wait for the batches at work; cut their handlers off when time runs out."""
+        """Wait for the batches at work; cut their handlers off when a stop leaves no more time."""
         if not self._tasks:
             return
-        await wait_until(self._tasks, self.stop.handle_by)
-        self.cut_off = self._hands.cut()
+        await self.stop.outlast(self._tasks, lambda: self.stop.handle_by, unless=self._failure)
+        if self.stop.event.is_set():
+            self.cut_off = self._hands.cut()
         if self._early is not None:
             # Whatever is settled from here on is settled by a task that is waited for below.
             self._early.stop()
-        await wait_until(self._tasks, self.stop.settle_by)
+        await self._wait_to_settle(self._tasks)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from collections.abc import Awaitable, Callable, Hashable, Iterable
+from typing import Any, TypeAlias
 
 from aio_pika_batch.core.batcher import Batch
 from aio_pika_batch.core.results import Cause
 from aio_pika_batch.handling import Handling
+
+Wait: TypeAlias = Callable[[Iterable[asyncio.Future[Any]]], Awaitable[None]]
+"""Waits for all of these, as long as the caller has patience."""
 
 
 class Stop:
@@ -49,6 +52,32 @@ class Stop:
     def settle_by(self) -> float:
         """When the broker must have been told, in loop time."""
         return self.deadline - self._reserve
+
+    async def outlast(
+        self,
+        tasks: Iterable[asyncio.Future[Any]],
+        by: Callable[[], float],
+        *,
+        unless: asyncio.Future[Any],
+    ) -> None:
+        """Wait for all of these: as long as it takes, but once a stop is requested not beyond `by`.
+
+        Args:
+            by: `handle_by` or `settle_by`, asked for when there is a stop.
+            unless: Before a stop, its end is the end of the wait, too.
+        """
+        pending = {task for task in tasks if not task.done()}
+        if pending and not self.event.is_set():
+            done = asyncio.ensure_future(asyncio.wait(pending))
+            stopping = asyncio.ensure_future(self.event.wait())
+            enough: set[asyncio.Future[Any]] = {done, stopping, unless}
+            try:
+                await asyncio.wait(enough, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                done.cancel()
+                stopping.cancel()
+        if self.event.is_set():
+            await wait_until(pending, by())
 
 
 class Hands:

@@ -121,6 +121,31 @@ class HandlerError:
     error: BaseException
 
 
+@dataclass(frozen=True, slots=True)
+class BreakerOpened:
+    """Too many messages have failed: a worker pauses.
+
+    Attributes:
+        failed: How many have failed, of those that were looked at.
+        samples: How many were looked at.
+        pause: Seconds until one is tried again.
+    """
+
+    failed: int
+    samples: int
+    pause: float
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerProbing:
+    """A pause is over: a worker takes one message at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerClosed:
+    """A message has succeeded: a worker takes as many as before."""
+
+
 class Observer:
     """Base of all observers: every method does nothing, override what you want to see.
 
@@ -154,6 +179,15 @@ class Observer:
     def handler_error(self, origin: Origin, event: HandlerError) -> None:
         """A handler failed."""
 
+    def breaker_opened(self, origin: Origin, event: BreakerOpened) -> None:
+        """A worker pauses, since too many messages have failed."""
+
+    def breaker_probing(self, origin: Origin, event: BreakerProbing) -> None:
+        """A worker tries one message at a time."""
+
+    def breaker_closed(self, origin: Origin, event: BreakerClosed) -> None:
+        """A worker goes on as before."""
+
 
 _METHODS: Mapping[type, Callable[[Observer], Callable[[Origin, Any], None]]] = {
     BatchCut: lambda observer: observer.batch_cut,
@@ -165,6 +199,9 @@ _METHODS: Mapping[type, Callable[[Observer], Callable[[Origin, Any], None]]] = {
     Lost: lambda observer: observer.lost,
     StaleResults: lambda observer: observer.stale_results,
     HandlerError: lambda observer: observer.handler_error,
+    BreakerOpened: lambda observer: observer.breaker_opened,
+    BreakerProbing: lambda observer: observer.breaker_probing,
+    BreakerClosed: lambda observer: observer.breaker_closed,
 }
 
 

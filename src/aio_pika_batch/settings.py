@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
+from aio_pika_batch.breaker_settings import BreakerSettings
 from aio_pika_batch.core.delay import LONGEST_WAIT, Ladder, check_names, ladder
 from aio_pika_batch.core.message import FieldValue
 from aio_pika_batch.core.results import MessageResult
@@ -42,7 +43,7 @@ DEFAULT_PREFETCH = 10
 DEFAULT_STUCK_AFTER = 15 * 60.0
 
 
-class ConsumerSettings(BaseSettings):
+class ConsumerSettings(BreakerSettings):
     """Settings of a :class:`~aio_pika_batch.Consumer`, and the base of those for batches.
 
     Times are in seconds.
@@ -325,6 +326,13 @@ class ConsumerSettings(BaseSettings):
             raise ValueError(msg)
         if self.requeue_delay:
             check_names(self.queue_name, self.ladder)
+        if self.breaker_threshold is not None and (self.queue_exclusive or self.queue_auto_delete):
+            which = "queue_exclusive" if self.queue_exclusive else "queue_auto_delete"
+            msg = (
+                f"breaker_threshold does not go with {which}: in a pause nobody consumes, and the"
+                " broker deletes the queue with all that is in it"
+            )
+            raise ValueError(msg)
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             msg = "ssl_keyfile without ssl_certfile: name the certificate that it belongs to"
             raise ValueError(msg)

@@ -20,6 +20,7 @@ from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.trial import Handled
 from aio_pika_batch.desk import SettleDesk
 from aio_pika_batch.errors import SessionLost, TransportError
+from aio_pika_batch.hands import Wait
 from aio_pika_batch.logs import KeywordLogger, told
 from aio_pika_batch.observer import DeadLettered, Observers, Requeued, Settled, StaleResults
 from aio_pika_batch.outbox import Outbox
@@ -224,9 +225,9 @@ class Settler:
         if self._observers:
             self._observers.tell(StaleResults(count))
 
-    async def close(self, unstarted: Sequence[Message], deadline: float) -> None:
+    async def close(self, unstarted: Sequence[Message], wait: Wait) -> None:
         """Let the attempts under way come to their end, and return what is left over."""
-        held = await self._room.close(deadline)
+        held = await self._room.close(wait)
         tags = [message.delivery_tag for message in unstarted] + [each.tag for each in held]
         if tags:
             await self._settle_or_fail(Disposition.RETURN, tags)

@@ -13,6 +13,10 @@ class WorkerState(Enum):
     CONSUMING = "consuming"
     WAITING = "waiting"
     """Between two attempts to connect."""
+    PAUSED = "paused"
+    """By its breaker: too many messages have failed."""
+    PROBING = "probing"
+    """Consuming one message at a time, after a pause by its breaker."""
     DRAINING = "draining"
     STOPPED = "stopped"
 

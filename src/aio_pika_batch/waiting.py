@@ -15,7 +15,7 @@ from dataclasses import replace
 from aio_pika_batch.core.holding import GiveBack, Held, HoldPolicy, TryAgain
 from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.core.routing import Republication
-from aio_pika_batch.hands import wait_until
+from aio_pika_batch.hands import Wait
 
 
 class _Guest:
@@ -137,11 +137,11 @@ class WaitingRoom:
         if guests:
             await self._give_back([guest.republication for guest in guests])
 
-    async def close(self, deadline: float) -> Sequence[Republication]:
+    async def close(self, wait: Wait) -> Sequence[Republication]:
         """Begin no further attempt, and wait for the one under way.
 
         Args:
-            deadline: In loop time; an attempt that takes longer is abandoned.
+            wait: An attempt that is not over when this returns is abandoned.
 
         Returns:
             Those that are still held.
@@ -149,7 +149,7 @@ class WaitingRoom:
         if self._task is not None:
             self._is_closing = True
             self._news.set()
-            await wait_until({self._task}, deadline)
+            await wait({self._task})
             await self._dismiss()
         left = [guest.republication for guest in self._guests.values()]
         self._guests.clear()

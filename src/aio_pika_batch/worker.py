@@ -11,27 +11,33 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from aio_pika_batch.collecting import BatchKey
 from aio_pika_batch.core.retry import Backoff
-from aio_pika_batch.epoch import Epoch, Terms
+from aio_pika_batch.epoch import Epoch
 from aio_pika_batch.errors import (
     BrokerUnavailable,
     ConfigurationError,
     SessionLost,
     TransportError,
 )
+from aio_pika_batch.fuse import PROBE, Fuse
 from aio_pika_batch.handling import Process
 from aio_pika_batch.hands import Hands, Stop, wait_until
 from aio_pika_batch.logs import KeywordLogger, told
 from aio_pika_batch.observer import Connected, Lost, Observers
 from aio_pika_batch.outbox import Outbox
 from aio_pika_batch.status import WorkerState, WorkerStatus
+from aio_pika_batch.terms import Terms
 from aio_pika_batch.transport import Session, Subscription, Transport
 
 STABLE_AFTER = 10.0
 """Seconds that a session must last before its end counts as a first failure again."""
+
+_WELL = frozenset({WorkerState.CONSUMING, WorkerState.PROBING, WorkerState.PAUSED})
+"""What a worker does while nothing is wrong with it, or its way to the broker."""
 
 T = TypeVar("T")
 
@@ -79,6 +85,11 @@ class Worker:
         self._declare = declare
         self._subscription = subscription
         self._terms = terms
+        self._fuse = (
+            None
+            if terms.breaker is None
+            else Fuse(terms.breaker, terms.failure.exceptions, observers, log)
+        )
         self._backoff = backoff
         self._process = process
         self._batch_key = batch_key
@@ -99,15 +110,19 @@ class Worker:
         self.cut_off = 0
 
     @property
-    def is_consuming(self) -> bool:
-        """Whether messages come in, as far as is known."""
-        return self._seen_state is WorkerState.CONSUMING
+    def is_well(self) -> bool:
+        """Whether messages come in, as far as is known, or are kept out by the breaker."""
+        return self._seen_state in _WELL
 
     @property
     def _seen_state(self) -> WorkerState:
         """What it is doing: who was told to stop consumes no more, and drains."""
-        if self._state is WorkerState.CONSUMING and self._stop.event.is_set():
+        if self._state not in _WELL:
+            return self._state
+        if self._stop.event.is_set():
             return WorkerState.DRAINING
+        if self._fuse is not None and self._fuse.is_open:
+            return WorkerState.PAUSED
         return self._state
 
     @property
@@ -141,6 +156,7 @@ class Worker:
         """
         try:
             while not self._stop.event.is_set():
+                failure: Exception | None = None
                 try:
                     await self._live_through_one()
                 except _Stopped:
@@ -149,10 +165,14 @@ class Worker:
                     if is_being_cancelled():
                         raise
                     # Somebody else's: client libraries cancel what waited for a lost connection.
-                    self._judge(SessionLost(f"a hook was cancelled: {error!r}"))
-                    await self._pause()
+                    failure = SessionLost(f"a hook was cancelled: {error!r}")
                 except Exception as error:  # noqa: BLE001  -- judged below
-                    self._judge(error)
+                    failure = error
+                if failure is not None:
+                    self._judge(failure)
+                if self._fuse is not None and self._fuse.is_open:
+                    await self._rest(self._fuse)
+                elif failure is not None:
                     await self._pause()
             await self._finish_handlers()
         finally:
@@ -161,20 +181,26 @@ class Worker:
                 self.ready.cancel()
 
     async def _live_through_one(self) -> None:
-        self._state = WorkerState.CONNECTING
+        if self._state not in _WELL:
+            self._state = WorkerState.CONNECTING
         # Each time, since whatever ended the last epoch may have taken the queue with it.
         await self._unless_stopped(self._declare())
         self._number += 1
         number = self._number
         async with AsyncExitStack() as stack:
-            context = self._transport.session(self._subscription(number))
+            subscription, terms = self._subscription(number), self._terms
+            if self._fuse is not None and self._fuse.is_probing:
+                subscription = replace(subscription, prefetch=PROBE)
+                terms = replace(terms, prefetch=PROBE)
+            context = self._transport.session(subscription)
             session = await self._unless_stopped(stack.enter_async_context(context))
             self._epoch = epoch = Epoch(
                 session,
-                terms=self._terms,
+                terms=terms,
                 process=self._process,
                 batch_key=self._batch_key,
                 hands=self.hands,
+                fuse=self._fuse,
                 outbox=self._outbox,
                 stop=self._stop,
                 on_consuming=self._on_consuming,
@@ -186,12 +212,13 @@ class Worker:
                 await self._attend(epoch, session, number, self._log)
             finally:
                 self.cut_off += epoch.cut_off
-                self._state = (
-                    WorkerState.DRAINING if self._stop.event.is_set() else WorkerState.WAITING
-                )
+                if self._stop.event.is_set():
+                    self._state = WorkerState.DRAINING
+                elif not epoch.has_turned:
+                    self._state = WorkerState.WAITING
                 if self._loop.time() - began >= STABLE_AFTER:
                     self._failures = 0
-            if self._stop.event.is_set():
+            if self._stop.event.is_set() or epoch.has_turned:
                 return
             if not epoch.was_consumed:
                 msg = "a hook returned without consuming: _run_internal must await super()'s"
@@ -200,7 +227,8 @@ class Worker:
             raise SessionLost(msg)
 
     def _on_consuming(self) -> None:
-        self._state = WorkerState.CONSUMING
+        is_probing = self._fuse is not None and self._fuse.is_probing
+        self._state = WorkerState.PROBING if is_probing else WorkerState.CONSUMING
         self._complaint = None
         self._log.info("consuming", epoch=self._number)
         if self._observers:
@@ -244,9 +272,18 @@ class Worker:
     async def _pause(self) -> None:
         self._state = WorkerState.WAITING
         # Jitter spreads load; nobody gains by predicting it.
-        pause = self._backoff.pause(self._failures, random.random())
+        await self._wait(self._backoff.pause(self._failures, random.random()))
+
+    async def _rest(self, fuse: Fuse) -> None:
+        """Let the breaker's pause go by."""
+        self._state = WorkerState.PAUSED
+        await self._wait(fuse.pause)
+        if not self._stop.event.is_set():
+            fuse.probe()
+
+    async def _wait(self, seconds: float) -> None:
         try:
-            async with asyncio.timeout(pause):
+            async with asyncio.timeout(seconds):
                 await self._stop.event.wait()
         except TimeoutError:
             pass

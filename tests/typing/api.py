@@ -46,7 +46,7 @@ from aio_pika_batch.core.publication import Outgoing
 from aio_pika_batch.core.settlement import Settlement
 from aio_pika_batch.core.topology import Topology
 from aio_pika_batch.logs import KeywordLogger
-from aio_pika_batch.observer import BatchCut, DeadLettered, Lost, Origin, Settled
+from aio_pika_batch.observer import BatchCut, BreakerOpened, DeadLettered, Lost, Origin, Settled
 from aio_pika_batch.testing.virtual_time import run
 from aio_pika_batch.transport import Endpoint, Publisher, Session, Subscription, Transport
 
@@ -234,6 +234,9 @@ class Watcher(Observer):
 
     def lost(self, origin: Origin, event: Lost) -> None:
         assert_type(event.error, BaseException)
+
+    def breaker_opened(self, origin: Origin, event: BreakerOpened) -> None:
+        assert_type((event.failed, event.samples, event.pause), tuple[int, int, float])
 
 
 # --- a transport of one's own -------------------------------------------------

@@ -137,6 +137,7 @@ class Witness(Observer):
 
     batch_cut = batch_handled = settled = requeued = dead_lettered = connected = _note
     lost = stale_results = handler_error = _note
+    breaker_opened = breaker_probing = breaker_closed = _note
 
     def of(self, kind: type) -> list[Any]:
         """The events of one kind."""

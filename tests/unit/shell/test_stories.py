@@ -62,6 +62,7 @@ class Story:
     attempts: int = 3
     settle: str = "batch"
     isolate: int = 0
+    breaker: float | None = None
     faults: tuple[Fault, ...] = ()
     stop_at: float | None = None
 
@@ -85,6 +86,7 @@ stories = st.builds(
     attempts=st.integers(0, 3),
     settle=st.sampled_from(["batch", "yield", "atomic"]),
     isolate=st.sampled_from([0, 0, 1, 10]),
+    breaker=st.sampled_from([None, None, 0.3, 1.0]),
     faults=st.lists(
         st.builds(
             Fault,
@@ -194,6 +196,10 @@ class Play:
             settle=story.settle,
             isolate_failures=bool(story.isolate),
             isolate_limit=story.isolate or 10,
+            breaker_threshold=story.breaker,
+            breaker_min_samples=2,
+            breaker_pause=0.5,
+            breaker_pause_max=1,
             **given,
         )
         await consumer.start()
@@ -230,6 +236,7 @@ LOST_AND_FOUND = Story(
 @example(replace(LOST_AND_FOUND, settle="yield", isolate=10, durations=(6.0,)))
 @example(replace(LOST_AND_FOUND, settle="atomic", isolate=1, durations=(1.0,)))
 @example(Story(answers=((), (RAISE,), (), (NACK,)), size=4, settle="atomic", isolate=10))
+@example(Story(answers=((RAISE,) * 2,) * 6, breaker=0.3, faults=(Fault(0.6, "cut", 0.0),)))
 @example(Story(answers=((REQUEUE,) * 4,) * 12, faults=(Fault(0.0, "block", 40.0),), stop_at=1.0))
 def test_stories(story):
     """Nothing lost, nothing acked for no reason, nothing beyond its limits, nothing left behind."""

@@ -1,0 +1,238 @@
+"""When is it better to wait than to go on failing?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from aio_pika_batch.core.breaker import (
+    SLICES,
+    Breaker,
+    BreakerPolicy,
+    BreakerState,
+    is_failure,
+)
+from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Verdict
+from aio_pika_batch.core.retry import Backoff
+from tests.unit.core.strategies import a_message, causes, errors, results
+
+CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
+
+ACK, NACK = MessageResult.ACK, MessageResult.NACK
+REQUEUE, REQUEUE_IMMEDIATE = MessageResult.REQUEUE, MessageResult.REQUEUE_IMMEDIATE
+
+
+@dataclass(frozen=True)
+class Handled:
+    """A batch: after so many seconds, so many went well, and so many did not."""
+
+    gap: float
+    succeeded: int
+    failed: int
+
+
+policies = st.builds(
+    BreakerPolicy,
+    threshold=st.floats(0.01, 1) | st.sampled_from([0.1, 0.3, 0.5, 1.0]),
+    window=st.floats(1, 100),
+    min_samples=st.integers(1, 30),
+    pause=st.builds(Backoff, st.floats(0.1, 100), st.floats(0.1, 1000)),
+)
+histories = st.lists(
+    st.builds(Handled, st.floats(0, 40), st.integers(0, 15), st.integers(0, 15)), max_size=20
+)
+
+
+def policy(**given):
+    """One that is easy to reckon with."""
+    usual = {"threshold": 0.5, "window": 10.0, "min_samples": 4, "pause": Backoff(30, 100)}
+    return BreakerPolicy(**usual | given)
+
+
+def after(breaker, *steps, now=1000.0):
+    """Record (succeeded, failed) at one moment each; returns the states."""
+    states = []
+    for succeeded, failed in steps:
+        breaker.record(succeeded=succeeded, failed=failed, now=now)
+        states.append(breaker.state)
+    return states
+
+
+@given(policies, histories)
+@example(policy(threshold=1.0, min_samples=1), [Handled(0, 0, 1)])
+@example(policy(), [Handled(0, 0, 3), Handled(9, 0, 1)])
+@example(policy(), [Handled(0, 0, 3), Handled(11, 0, 1)])
+@example(policy(), [Handled(0, 4, 0), Handled(9, 0, 4)])
+def test_it_opens_for_what_the_window_shows_and_for_nothing_else(policy, history):
+    """The window ends somewhere between nine tenths of its length and the whole of it."""
+    breaker = Breaker(policy)
+    times = list(accumulate(each.gap for each in history))
+    for at, (now, batch) in enumerate(zip(times, history, strict=True)):
+        changed = breaker.record(succeeded=batch.succeeded, failed=batch.failed, now=now)
+        # Whatever has an age that may or may not belong to the window could have been cut off.
+        edge = policy.window * (1 - 1 / SLICES)
+        ages = [now - time for time in times[: at + 1]]
+        cuts = {age for age in ages if edge * 0.999 <= age <= policy.window * 1.001} | {edge}
+        verdicts = set()
+        for cut in cuts:
+            for inclusive in (True, False):
+                seen = [
+                    each
+                    for age, each in zip(ages, history, strict=False)
+                    if age < cut or (inclusive and age == cut)
+                ]
+                failed = sum(each.failed for each in seen)
+                samples = failed + sum(each.succeeded for each in seen)
+                enough = samples >= policy.min_samples
+                verdicts.add(enough and failed / samples >= policy.threshold)
+        assert changed in verdicts
+        assert changed is (breaker.state is OPEN)
+        if changed:
+            assert breaker.failed / breaker.samples >= policy.threshold
+            assert breaker.samples >= policy.min_samples
+            return
+
+
+@given(policies, histories)
+def test_with_too_few_messages_it_stays_closed(policy, history):
+    """However many of them fail."""
+    breaker = Breaker(policy)
+    now, left = 0.0, policy.min_samples - 1
+    for batch in history:
+        now += batch.gap
+        failed = min(left, batch.failed)
+        left -= failed
+        assert not breaker.record(succeeded=0, failed=failed, now=now)
+    assert breaker.state is CLOSED
+
+
+@given(policies, st.lists(st.booleans(), max_size=20))
+def test_each_probe_that_fails_makes_the_next_pause_longer(policy, probes):
+    """Doubled, up to the longest; the first success closes it, and it starts from the beginning."""
+    breaker = Breaker(policy)
+    failures = 0
+    for succeeds in probes:
+        if breaker.state is CLOSED:
+            assert breaker.record(succeeded=0, failed=policy.min_samples, now=0)
+            failures = 1
+        assert OPEN is breaker.state
+        assert policy.pause.pause(failures, 1) == breaker.pause
+        breaker.probe()
+        assert HALF_OPEN is breaker.state
+        assert not breaker.record(succeeded=0, failed=0, now=0)
+        assert breaker.record(succeeded=int(succeeds), failed=int(not succeeds), now=0)
+        assert (CLOSED if succeeds else OPEN) is breaker.state
+        failures += 1
+
+
+def test_a_probe_that_fails_in_part_has_failed():
+    """Where two come at once, the worse one counts."""
+    breaker = Breaker(policy())
+    after(breaker, (0, 4))
+    breaker.probe()
+    assert [OPEN] == after(breaker, (1, 1))
+    assert (1, 2) == (breaker.failed, breaker.samples)
+
+
+@given(policies, st.integers(0, 9), st.integers(0, 9))
+def test_while_it_is_open_nothing_counts(policy, succeeded, failed):
+    """What was handled before it opened may come late."""
+    breaker = Breaker(policy)
+    breaker.record(succeeded=0, failed=policy.min_samples, now=0)
+    assert not breaker.record(succeeded=succeeded, failed=failed, now=policy.window)
+    assert OPEN is breaker.state
+
+
+@pytest.mark.parametrize("state", [CLOSED, HALF_OPEN])
+def test_only_what_is_open_can_be_probed(state):
+    """Anything else stays as it is."""
+    breaker = Breaker(policy())
+    if state is HALF_OPEN:
+        after(breaker, (0, 4))
+        breaker.probe()
+    breaker.probe()
+    assert state is breaker.state
+
+
+def test_what_was_before_it_opened_is_forgotten():
+    """Otherwise it would open again at once, although all is well."""
+    breaker = Breaker(policy())
+    after(breaker, (0, 50))
+    breaker.probe()
+    assert [CLOSED, CLOSED, CLOSED, OPEN] == after(breaker, (1, 0), (0, 1), (1, 0), (0, 3))
+
+
+@pytest.mark.parametrize(
+    ("threshold", "steps", "states"),
+    [
+        (0.5, [(0, 3), (0, 1)], [CLOSED, OPEN]),
+        (0.5, [(5, 4), (0, 1)], [CLOSED, OPEN]),
+        (1.0, [(1, 99), (0, 999)], [CLOSED, CLOSED]),
+        (1.0, [(0, 4)], [OPEN]),
+        (0.3, [(7, 2), (0, 1)], [CLOSED, OPEN]),
+        (0.1, [(9, 0), (0, 1)], [CLOSED, OPEN]),
+    ],
+)
+def test_openings(threshold, steps, states):
+    """Examples to read, of (succeeded, failed): four samples at least; reaching is enough."""
+    assert states == after(Breaker(policy(threshold=threshold)), *steps)
+
+
+def test_memory_does_not_grow_with_what_is_handled():
+    """A count for each tenth of the window is all that is kept."""
+    breaker = Breaker(policy(threshold=1.0))
+    for number in range(5000):
+        breaker.record(succeeded=1, failed=0, now=number / 50)
+        assert len(breaker._slices) <= SLICES
+    assert 450 <= breaker.samples <= 500
+
+
+# --- what is a failure ------------------------------------------------------------
+
+
+class Down(ConnectionError):
+    """One that `exception_results` knows by its base class."""
+
+
+MAPPED = {ConnectionError: NACK, KeyError: REQUEUE, ValueError: ACK}
+
+
+@pytest.mark.parametrize(
+    ("result", "cause", "error", "failure"),
+    [
+        (ACK, Cause.HANDLER, None, False),
+        (ACK, Cause.EXCEPTION, ValueError(), False),
+        (REQUEUE, Cause.HANDLER, None, True),
+        (Requeue("busy"), Cause.HANDLER, None, True),
+        (REQUEUE_IMMEDIATE, Cause.HANDLER, None, True),
+        (REQUEUE, Cause.EXCEPTION, KeyError(), True),
+        (REQUEUE, Cause.TIMEOUT, TimeoutError(), True),
+        (NACK, Cause.HANDLER, None, False),
+        (Nack("no such order"), Cause.HANDLER, None, False),
+        (NACK, Cause.UNDECODABLE, ValueError(), False),
+        (NACK, Cause.SHUTDOWN, None, False),
+        (NACK, Cause.EXCEPTION, Down(), False),
+        (NACK, Cause.EXCEPTION, OSError(), True),
+        (NACK, Cause.EXCEPTION, None, True),
+        (NACK, Cause.TIMEOUT, TimeoutError(), True),
+        (NACK, Cause.MISSING, Down(), True),
+        (NACK, Cause.INVALID, Down(), True),
+    ],
+)
+def test_what_counts_as_a_failure(result, cause, error, failure):
+    """A verdict on the message does not, and neither does one that `exception_results` gives."""
+    assert failure is is_failure(Verdict(a_message(), result, cause, error), MAPPED)
+
+
+@given(results, causes, errors)
+def test_whatever_is_tried_again_is_a_failure_and_no_ack_is(result, cause, error):
+    """Whoever decided it, and why."""
+    failure = is_failure(Verdict(a_message(), result, cause, error), {})
+    if result is ACK:
+        assert not failure
+    elif not (result is NACK or isinstance(result, Nack)):
+        assert failure

@@ -1,0 +1,718 @@
+"""When too many messages fail, does a worker pause, and does it come back by itself?"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aio_pika_batch import ConfigurationError, SessionLost, WorkerState
+from aio_pika_batch.adapters.memory import Broker, Door, Happened
+from aio_pika_batch.observer import BreakerClosed, BreakerOpened, BreakerProbing, Connected, Lost
+from aio_pika_batch.testing import virtual_time
+from tests.unit.shell.doubles import ScriptedTransport, at_once, never, raising
+from tests.unit.shell.stage import (
+    ACK,
+    NACK,
+    REQUEUE,
+    REQUEUE_IMMEDIATE,
+    Scribe,
+    Stage,
+    Witness,
+    ack,
+    answering,
+    first_then,
+    numbered,
+    settings,
+    taking,
+)
+
+BREAKER = {
+    "breaker_threshold": 0.5,
+    "breaker_min_samples": 4,
+    "breaker_pause": 30,
+    "breaker_pause_max": 100,
+    "batch_size": 4,
+    "batch_timeout": 1,
+    "max_requeue_attempts": 1000,
+}
+
+
+def now():
+    """The time."""
+    return asyncio.get_running_loop().time()
+
+
+def always(result):
+    """A handler with one answer."""
+
+    async def answer(messages):
+        for _ in messages:
+            yield result
+
+    return answer
+
+
+async def failing(messages):
+    """A handler whose database is down."""
+    raise ConnectionError("no database")
+    yield
+
+
+def state(consumer):
+    """What its first worker is doing."""
+    return consumer.status().workers[0].state
+
+
+def opened(witness):
+    """When a breaker opened, as (failed, samples, pause)."""
+    return [(each.failed, each.samples, each.pause) for each in witness.of(BreakerOpened)]
+
+
+async def test_a_trip_cancels_finishes_returns_and_comes_back(jitter):
+    """In this order; all that was not started goes back by one nack; one message at a time then."""
+    script = ScriptedTransport()
+    witness = Witness()
+    consumer = Scribe(
+        first_then(failing, ack),
+        transport=script,
+        observers=[witness],
+        prefetch_count=20,
+        **BREAKER,
+    )
+    async with consumer:
+        script.on_publish = lambda *_: asyncio.sleep(1)
+        script.last.feed(*numbered(11))
+        await asyncio.sleep(0.5)
+        assert WorkerState.PAUSED is state(consumer)
+        assert consumer.is_healthy
+        await asyncio.sleep(19.5)
+        assert WorkerState.PAUSED is state(consumer)
+        assert consumer.is_healthy
+        assert 1 == len(consumer.batches)
+        await asyncio.sleep(20)
+        assert WorkerState.PROBING is state(consumer)
+        assert consumer.is_healthy
+        script.last.feed(b"again")
+        await asyncio.sleep(1)
+        assert WorkerState.CONSUMING is state(consumer)
+        script.last.feed(*numbered(4, 20))
+        await asyncio.sleep(1)
+    assert [numbered(4), [b"again"], numbered(4, 20)] == consumer.batches
+    assert [20, 1, 20] == [subscription.prefetch for subscription in script.details("open")]
+    assert [0] == script.times("cancel")[:1]
+    assert [
+        (1, [("ack", (1, 2, 3, 4))]),
+        (1, [("return", (5, 6, 7, 8, 9, 10, 11))]),
+    ] == list(zip(script.times("settle"), script.details("settle"), strict=True))[:2]
+    assert [1] == script.times("leave")[:1]
+    assert [0, 31, 40] == script.times("open")
+    assert [(4, 4, 30)] == opened(witness)
+    assert [BreakerOpened, BreakerProbing, BreakerClosed] == [
+        type(event) for _, event in witness.seen if type(event).__name__.startswith("Breaker")
+    ]
+    assert [1, 2, 3] == [event.epoch for event in witness.of(Connected)]
+    assert [] == witness.of(Lost)
+
+
+async def test_an_outage_costs_one_attempt_for_each_pause(stage, jitter):
+    """Pauses grow while it lasts; after it everything is handled, and nothing is lost."""
+    down_until = 385
+    witness = Witness()
+    stage.put(*numbered(40))
+
+    async def answer(messages):
+        if now() < down_until:
+            raise ConnectionError
+        for _ in messages:
+            yield ACK
+
+    consumer = Scribe(answer, transport=stage.transport, observers=[witness], **BREAKER)
+    async with consumer:
+        await asyncio.sleep(down_until)
+        assert [4, 1, 1, 1, 1] == [len(batch) for batch in consumer.batches]
+        # 30, 60, 100 and 100 seconds lie between them; the next one comes after the outage.
+        assert [0, 30, 90, 190, 290] == consumer.times
+        assert consumer.is_healthy
+        await asyncio.sleep(60)
+    assert [30, 60, 100, 100, 100] == [pause for _, _, pause in opened(witness)]
+    assert set(numbered(40)) == {event.body for event in stage.broker.journal.of(Happened.ACKED)}
+    assert [] == stage.waiting()
+    assert [] == stage.out()
+    assert 1 == len(witness.of(BreakerClosed))
+
+
+@pytest.mark.parametrize(
+    ("handler", "given"),
+    [
+        (failing, {}),
+        (always(REQUEUE), {}),
+        (always(REQUEUE_IMMEDIATE), {}),
+        (failing, {"unhandled_exception_action": NACK}),
+        (answering(), {}),
+        (taking(60), {"process_timeout": 5}),
+        (always("nonsense"), {}),
+    ],
+    ids=["raises", "requeues", "immediately", "nacks by default", "ends early", "late", "nonsense"],
+)
+async def test_whatever_fails_counts(stage, jitter, handler, given):
+    """And is the reason to pause."""
+    stage.put(*numbered(20))
+    consumer = Scribe(handler, transport=stage.transport, **BREAKER | given)
+    async with consumer:
+        await asyncio.sleep(10)
+        assert WorkerState.PAUSED is state(consumer)
+        assert 1 == len(consumer.batches)
+        assert [] == stage.out()
+
+
+@pytest.mark.parametrize("result", [ACK, NACK])
+async def test_a_verdict_on_a_message_does_not(stage, result):
+    """A handler that NACKs has done its work."""
+    stage.put(*numbered(20))
+    consumer = Scribe(always(result), transport=stage.transport, **BREAKER)
+    async with consumer:
+        await asyncio.sleep(10)
+        assert WorkerState.CONSUMING is state(consumer)
+    assert [] == stage.waiting()
+
+
+async def test_neither_does_an_exception_that_stands_for_a_verdict(stage):
+    """`exception_results` says that it is the message's fault."""
+
+    class Strict(Scribe):
+        exception_results: ClassVar = {ConnectionError: NACK}
+
+    stage.put(*numbered(20))
+    async with Strict(failing, transport=stage.transport, **BREAKER) as consumer:
+        await asyncio.sleep(10)
+        assert WorkerState.CONSUMING is state(consumer)
+    assert [] == stage.waiting()
+
+
+async def test_an_exception_that_stands_for_success_is_one(stage, jitter):
+    """It closes a breaker, too: nobody cares how the handler said so."""
+
+    class Idempotent(Scribe):
+        exception_results: ClassVar = {KeyError: ACK}
+
+    stage.put(*numbered(8))
+    consumer = Idempotent(
+        first_then(failing, answering(error=KeyError("done before"))),
+        transport=stage.transport,
+        **BREAKER,
+    )
+    async with consumer:
+        await asyncio.sleep(40)
+        assert WorkerState.CONSUMING is state(consumer)
+    assert [] == stage.waiting()
+
+
+async def test_what_was_before_the_window_does_not_count(stage, jitter):
+    """A good morning is no excuse."""
+    stage.put(*numbered(100))
+    witness = Witness()
+    consumer = Scribe(transport=stage.transport, observers=[witness], breaker_window=10, **BREAKER)
+    async with consumer:
+        await asyncio.sleep(20)
+        consumer.answer = failing
+        stage.put(*numbered(4))
+        await asyncio.sleep(1)
+        assert [(4, 4, 30)] == opened(witness)
+
+
+async def test_a_share_below_the_threshold_does_not(stage, jitter):
+    """One in four fails, and half of them may."""
+    stage.put(*numbered(40))
+
+    async def answer(messages):
+        for message in messages:
+            yield REQUEUE if int(message.body) % 4 == 0 and not message.retry_count else ACK
+
+    async with Scribe(answer, transport=stage.transport, **BREAKER) as consumer:
+        await asyncio.sleep(10)
+        assert WorkerState.CONSUMING is state(consumer)
+    assert 50 == len(consumer.handled)
+
+
+async def test_a_probe_that_is_neither_success_nor_failure_is_followed_by_another(stage, jitter):
+    """A NACK shows nothing: the worker goes on with one message at a time."""
+    witness = Witness()
+    stage.put(*numbered(8))
+    consumer = Scribe(
+        first_then(always(REQUEUE_IMMEDIATE), always(NACK), always(NACK), ack),
+        transport=stage.transport,
+        observers=[witness],
+        **BREAKER,
+    )
+    async with consumer:
+        await asyncio.sleep(60)
+    assert [4, 1, 1, 1] == [len(batch) for batch in consumer.batches[:4]]
+    assert [30, 30, 30] == consumer.times[1:4]
+    assert 1 == len(witness.of(BreakerClosed))
+    assert [] == stage.waiting()
+
+
+async def slowly_failing(messages):
+    """A failure each second."""
+    for _ in messages:
+        await asyncio.sleep(1)
+        yield REQUEUE_IMMEDIATE
+
+
+async def test_what_is_settled_early_counts_early(stage):
+    """The breaker opens in mid-batch; the batch goes on to its end, and all of it is settled."""
+    witness = Witness()
+    stage.put(*numbered(12))
+    consumer = Scribe(
+        slowly_failing,
+        transport=stage.transport,
+        observers=[witness],
+        settle="yield",
+        **BREAKER | {"batch_size": 6},
+    )
+    async with consumer:
+        await asyncio.sleep(3.5)
+        assert WorkerState.CONSUMING is state(consumer)
+        await asyncio.sleep(1)
+        assert WorkerState.PAUSED is state(consumer)
+        assert [(4, 4, 30)] == opened(witness)
+        await asyncio.sleep(5)
+        assert [] == stage.out()
+        assert set(numbered(12)) == set(stage.waiting())
+    assert [numbered(6)] == consumer.batches
+    assert [] == witness.of(Lost)
+
+
+async def test_what_is_settled_early_counts_once(stage):
+    """Not again at the end of its batch."""
+    stage.put(*numbered(3))
+    consumer = Scribe(
+        first_then(slowly_failing, ack),
+        transport=stage.transport,
+        settle="yield",
+        **BREAKER | {"breaker_threshold": 1.0},
+    )
+    async with consumer:
+        await asyncio.sleep(10)
+        assert WorkerState.CONSUMING is state(consumer)
+
+
+async def test_a_culprit_that_is_found_alone_counts_alone(stage):
+    """The others of its batch have succeeded, on their own."""
+    witness = Witness()
+    stage.put(*numbered(8))
+
+    async def picky(messages):
+        if b"2" in [message.body for message in messages]:
+            raise KeyError
+        for _ in messages:
+            yield ACK
+
+    consumer = Scribe(
+        picky,
+        transport=stage.transport,
+        observers=[witness],
+        isolate_failures=True,
+        **BREAKER | {"max_requeue_attempts": 0},
+    )
+    async with consumer:
+        await asyncio.sleep(10)
+        assert WorkerState.CONSUMING is state(consumer)
+    assert [] == opened(witness)
+
+
+async def test_what_is_retried_in_place_counts_and_goes_back_in_a_pause(stage, jitter):
+    """With `ordered_by_key` a failure is held; in a pause nothing is, and the order stays."""
+    witness = Witness()
+
+    class Ordered(Scribe):
+        def batch_key(self, message):
+            return int(message.body) % 2
+
+    stage.put(*numbered(12))
+    consumer = Ordered(
+        first_then(always(REQUEUE), ack),
+        transport=stage.transport,
+        observers=[witness],
+        ordered_by_key=True,
+        **BREAKER,
+    )
+    async with consumer:
+        await asyncio.sleep(10)
+        assert [(4, 4, 30)] == opened(witness)
+        assert [] == stage.out()
+        assert numbered(12) == stage.waiting()
+        await asyncio.sleep(60)
+        assert WorkerState.CONSUMING is state(consumer)
+    assert [] == stage.waiting()
+    went_well = [int(body) for batch in consumer.batches[1:] for body in batch]
+    assert [1, 3, 5, 7, 9, 11] == [each for each in went_well if each % 2]
+    assert [0, 2, 4, 6, 8, 10] == [each for each in went_well if not each % 2]
+
+
+async def test_off_by_default(stage, jitter):
+    """A consumer that nobody told otherwise goes on failing."""
+    stage.put(*numbered(40))
+    async with Scribe(failing, transport=stage.transport, max_requeue_attempts=1) as consumer:
+        await asyncio.sleep(10)
+        assert WorkerState.CONSUMING is state(consumer)
+    assert 80 == len(consumer.handled)
+
+
+async def test_between_pause_and_probe_and_after_it_a_worker_is_well(jitter):
+    """Opening a session takes time; nothing is wrong meanwhile."""
+    script = ScriptedTransport()
+    consumer = Scribe(first_then(failing, ack), transport=script, prefetch_count=20, **BREAKER)
+    async with consumer:
+        script.on_open = lambda *_: asyncio.sleep(5)
+        script.last.feed(*numbered(4))
+        await asyncio.sleep(32)
+        assert WorkerState.PAUSED is state(consumer)
+        assert consumer.is_healthy
+        await asyncio.sleep(5)
+        assert WorkerState.PROBING is state(consumer)
+        script.last.feed(b"again")
+        await asyncio.sleep(2)
+        assert WorkerState.PROBING is state(consumer)
+        assert consumer.is_healthy
+        await asyncio.sleep(5)
+        assert WorkerState.CONSUMING is state(consumer)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_comes_while_a_successful_probe_is_cancelled_is_handled(jitter, fails):
+    """All is well again, so it need not go back; should it fail, the breaker opens anew."""
+    script = ScriptedTransport()
+    witness = Witness()
+    consumer = Scribe(
+        first_then(failing, ack, failing if fails else ack, ack),
+        transport=script,
+        observers=[witness],
+        prefetch_count=20,
+        **BREAKER | {"breaker_min_samples": 1},
+    )
+
+    async def late():
+        script.last.feed(b"late")
+
+    async with consumer:
+        script.last.feed(*numbered(4))
+        await asyncio.sleep(35)
+        script.on_cancel = late
+        script.last.feed(b"again")
+        await asyncio.sleep(1)
+        script.on_cancel = at_once
+        assert [numbered(4), [b"again"], [b"late"]] == consumer.batches
+        assert (WorkerState.PAUSED if fails else WorkerState.CONSUMING) is state(consumer)
+    assert [30, 30] == [pause for _, _, pause in opened(witness)] or not fails
+    assert [] == witness.of(Lost)
+
+
+# --- each worker for itself ---------------------------------------------------------
+
+
+async def test_a_pause_is_one_workers_own(jitter):
+    """The others go on."""
+    script = ScriptedTransport()
+    consumer = Scribe(
+        first_then(failing, ack), transport=script, num_workers=2, prefetch_count=20, **BREAKER
+    )
+    async with consumer:
+        one, other = script.sessions
+        one.feed(*numbered(8))
+        await asyncio.sleep(1)
+        other.feed(*numbered(4, 20))
+        await asyncio.sleep(1)
+        states = {worker.state for worker in consumer.status().workers}
+        assert {WorkerState.PAUSED, WorkerState.CONSUMING} == states
+        assert consumer.is_healthy
+    assert [numbered(4), numbered(4, 20)] == consumer.batches
+
+
+async def test_batches_at_work_finish_before_anything_is_returned():
+    """They are settled as they say, and nothing new is begun meanwhile."""
+    script = ScriptedTransport()
+    consumer = Scribe(
+        first_then(taking(10), always(REQUEUE_IMMEDIATE)),
+        transport=script,
+        concurrency=2,
+        prefetch_count=20,
+        **BREAKER,
+    )
+    async with consumer:
+        script.last.feed(*numbered(13))
+        await asyncio.sleep(5)
+        assert WorkerState.PAUSED is state(consumer)
+        assert [4, 4] == [len(batch) for batch in consumer.batches]
+        assert consumer.is_healthy
+        await asyncio.sleep(10)
+        assert [
+            [("requeue", (5, 6, 7, 8))],
+            [("ack", (1, 2, 3, 4))],
+            [("return", (9, 10, 11, 12, 13))],
+        ] == script.details("settle")
+        assert [4, 4] == [len(batch) for batch in consumer.batches]
+
+
+async def test_a_late_success_of_a_batch_at_work_does_not_end_the_pause(stage, jitter):
+    """It was begun before; a probe will tell."""
+    stage.put(*numbered(20))
+    consumer = Scribe(
+        first_then(taking(10), always(REQUEUE)),
+        transport=stage.transport,
+        concurrency=2,
+        **BREAKER,
+    )
+    async with consumer:
+        await asyncio.sleep(35)
+        assert WorkerState.PAUSED is state(consumer)
+
+
+# --- trouble meanwhile --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [0.5, 29])
+async def test_a_stop_ends_a_pause_at_once(stage, jitter, after):
+    """And leaves everything in the queue."""
+    witness = Witness()
+    stage.put(*numbered(20))
+    consumer = Scribe(failing, transport=stage.transport, observers=[witness], **BREAKER)
+    await consumer.start()
+    await asyncio.sleep(after)
+    assert WorkerState.PAUSED is state(consumer)
+    await consumer.stop()
+    assert after == now()
+    assert [] == witness.of(BreakerProbing)
+    assert set(numbered(20)) == set(stage.waiting())
+
+
+async def test_a_stop_while_the_buffer_is_on_its_way_back_has_its_own_deadline():
+    """A handler without an end is cut off, as in any drain."""
+    script = ScriptedTransport()
+    consumer = Scribe(
+        first_then(taking(3600), always(REQUEUE_IMMEDIATE)),
+        transport=script,
+        concurrency=2,
+        prefetch_count=20,
+        shutdown_timeout=20,
+        **BREAKER,
+    )
+    await consumer.start()
+    script.last.feed(*numbered(10))
+    await asyncio.sleep(100)
+    assert WorkerState.PAUSED is state(consumer)
+    await consumer.stop()
+    # Of the twenty seconds, a tenth but not more than a second and a half is kept, twice.
+    assert [
+        (0, [("requeue", (5, 6, 7, 8))]),
+        (117, [("return", (1, 2, 3, 4))]),
+        (117, [("return", (9, 10))]),
+    ] == list(zip(script.times("settle"), script.details("settle"), strict=True))
+    assert 117 == now()
+
+
+@pytest.mark.parametrize("step", ["on_cancel", "on_settle"])
+async def test_a_silent_broker_does_not_keep_a_stop_waiting(step):
+    """Whatever it does not answer when the breaker has opened."""
+    script = ScriptedTransport()
+    consumer = Scribe(failing, transport=script, prefetch_count=20, shutdown_timeout=20, **BREAKER)
+    await consumer.start()
+    setattr(script, step, never)
+    script.last.feed(*numbered(6))
+    await asyncio.sleep(100)
+    await consumer.stop()
+    assert now() <= 122
+    assert not consumer.is_running
+
+
+@pytest.mark.parametrize("step", ["on_cancel", "on_settle"])
+async def test_a_session_that_is_lost_when_the_breaker_opens_does_not_shorten_the_pause(
+    step, jitter
+):
+    """Its messages come back by themselves; the pause is for those as well."""
+    script = ScriptedTransport()
+    witness = Witness()
+    consumer = Scribe(failing, transport=script, observers=[witness], prefetch_count=20, **BREAKER)
+    async with consumer:
+        setattr(script, step, raising(SessionLost("cut")))
+        script.last.feed(*numbered(6))
+        await asyncio.sleep(29)
+        assert WorkerState.PAUSED is state(consumer)
+        assert consumer.is_healthy
+        assert 1 == len(script.sessions)
+        assert 1 == len(witness.of(Lost))
+        await asyncio.sleep(2)
+        assert WorkerState.PROBING is state(consumer)
+        assert [0, 30] == script.times("open")
+        setattr(script, step, at_once)
+
+
+@pytest.mark.parametrize("silent", [True, False])
+async def test_a_handler_that_ignores_its_cancellation_does_not_hold_up_the_pause(jitter, silent):
+    """Its session is given up, as ever; it counts against `concurrency` until it ends."""
+    script = ScriptedTransport()
+    witness = Witness()
+
+    async def stubborn(messages):
+        while now() < 60:
+            try:
+                await asyncio.sleep(60 - now())
+            except asyncio.CancelledError:
+                continue
+        for _ in messages:
+            yield ACK
+
+    consumer = Scribe(
+        first_then(stubborn, failing, ack),
+        transport=script,
+        observers=[witness],
+        concurrency=2,
+        prefetch_count=20,
+        process_timeout=10,
+        **BREAKER,
+    )
+    async with consumer:
+        if silent:
+            script.on_cancel = never
+        script.last.feed(*numbered(8))
+        await asyncio.sleep(16)
+        [lost] = witness.of(Lost)
+        assert "its session is given up" in str(lost.error)
+        script.on_cancel = at_once
+        assert ["leave"] == [step for step in script.steps if step == "leave"]
+        await asyncio.sleep(25)
+        assert WorkerState.PAUSED is state(consumer)
+        await asyncio.sleep(10)
+        assert WorkerState.PROBING is state(consumer)
+        await asyncio.sleep(20)
+
+
+async def test_a_probe_survives_the_loss_of_its_session(stage, jitter):
+    """The next session takes one message at a time, too; without a broker it is not healthy."""
+    stage.put(*numbered(8))
+    consumer = Scribe(
+        first_then(failing, taking(20)), transport=stage.transport, prefetch_count=20, **BREAKER
+    )
+    async with consumer:
+        await asyncio.sleep(35)
+        assert WorkerState.PROBING is state(consumer)
+        stage.broker.faults.door = Door.UNREACHABLE
+        stage.broker.cut()
+        await asyncio.sleep(5)
+        assert not consumer.is_healthy
+        stage.broker.faults.door = Door.OPEN
+        await asyncio.sleep(5)
+        assert WorkerState.PROBING is state(consumer)
+        assert 1 == len(stage.out())
+        await asyncio.sleep(60)
+        assert WorkerState.CONSUMING is state(consumer)
+
+
+async def test_results_for_a_session_that_is_gone_do_not_count(stage, jitter):
+    """Their messages are handled again, and count then."""
+    stage.put(*numbered(4))
+    consumer = Scribe(first_then(taking(5, failing), ack), transport=stage.transport, **BREAKER)
+    async with consumer:
+        await asyncio.sleep(1)
+        stage.broker.cut()
+        await asyncio.sleep(10)
+        assert WorkerState.CONSUMING is state(consumer)
+
+
+async def test_hooks_are_called_for_each_session_and_see_nothing_else(stage, jitter):
+    """A pause is no error to them."""
+    seen = []
+
+    class Hooked(Scribe):
+        async def on_session(self, session):
+            seen.append((session.epoch, now()))
+
+        async def _run_internal(self, **given):
+            await super()._run_internal(**given)
+            seen.append("over")
+
+    stage.put(*numbered(8))
+    async with Hooked(first_then(failing, ack), transport=stage.transport, **BREAKER):
+        await asyncio.sleep(40)
+    assert [(1, 0), "over", (2, 30), "over", (3, 30), "over"] == seen
+    assert [] == stage.waiting()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"breaker_threshold": 0}, "breaker_threshold"),
+        ({"breaker_threshold": 1.1}, "breaker_threshold"),
+        ({"breaker_min_samples": 0}, "breaker_min_samples"),
+        ({"breaker_window": 0}, "breaker_window"),
+        ({"breaker_pause": 400}, "breaker_pause_max"),
+        ({"breaker_threshold": 0.5, "queue_exclusive": True}, "queue_exclusive"),
+        ({"breaker_threshold": 0.5, "queue_auto_delete": True}, "queue_auto_delete"),
+    ],
+)
+def test_nonsense_is_refused(given, said):
+    """With the setting's name; a queue that goes with its last consumer would go in a pause."""
+    with pytest.raises(ConfigurationError, match=said):
+        settings(**given)
+
+
+@given(
+    outages=st.lists(st.tuples(st.floats(0, 100), st.floats(0, 200)), max_size=3),
+    count=st.integers(1, 40),
+    size=st.integers(1, 6),
+    concurrency=st.integers(1, 3),
+    seconds=st.floats(0, 5),
+    threshold=st.sampled_from([0.1, 0.5, 1.0]),
+    cuts=st.lists(st.floats(0, 300), max_size=3),
+    result=st.sampled_from([REQUEUE, REQUEUE_IMMEDIATE]),
+)
+def test_whatever_happens_everything_is_handled_in_the_end(
+    outages, count, size, concurrency, seconds, threshold, cuts, result
+):
+    """Outages, cuts and pauses in any order lose nothing, and leave nobody paused for ever."""
+
+    async def story():
+        stage = Stage(Broker())
+        stage.declare()
+
+        async def answer(messages):
+            await asyncio.sleep(seconds)
+            is_down = any(begin <= now() < begin + length for begin, length in outages)
+            if is_down:
+                await asyncio.sleep(0.1)
+            for _ in messages:
+                yield result if is_down else ACK
+
+        consumer = Scribe(
+            answer,
+            transport=stage.transport,
+            **BREAKER
+            | {
+                "batch_size": size,
+                "concurrency": concurrency,
+                "breaker_threshold": threshold,
+                "max_requeue_attempts": 100_000,
+            },
+        )
+
+        async def cut():
+            for at in sorted(cuts):
+                await asyncio.sleep(at - now())
+                stage.broker.cut()
+
+        stage.put(*numbered(count))
+        async with consumer:
+            cutting = asyncio.create_task(cut())
+            await asyncio.sleep(1500)
+            await cutting
+            assert consumer.is_healthy
+            assert [] == stage.out()
+        acked = {each.body for each in stage.broker.journal.of(Happened.ACKED)}
+        assert set(numbered(count)) == acked
+        assert [] == stage.waiting()
+
+    virtual_time.run(story())
