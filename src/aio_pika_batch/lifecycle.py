@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from aio_pika_batch.collecting import check_batch_key
-from aio_pika_batch.core.advice import advice
+from aio_pika_batch.core.advice import Habits, advice, broker_advice
 from aio_pika_batch.core.message import Headers, Message
 from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.core.results import ExceptionResults
@@ -37,7 +37,7 @@ from aio_pika_batch.registry import open_transport
 from aio_pika_batch.settings import ConsumerSettings
 from aio_pika_batch.signals import process_signals
 from aio_pika_batch.status import ConsumerStatus
-from aio_pika_batch.transport import Endpoint, Session, Transport
+from aio_pika_batch.transport import Endpoint, Session, Transport, VersionedTransport
 
 SettingsT = TypeVar("SettingsT", bound=ConsumerSettings)
 
@@ -177,7 +177,8 @@ class BaseConsumer(Generic[SettingsT]):
         if self._life.crew is not None:
             msg = f"{self._name} is running already: stop it before you start it again"
             raise ConfigurationError(msg)
-        for line in self._advice():
+        wanted, habits = self.settings.wanted, self._habits()
+        for line in advice(wanted, habits):
             self._log.warning(line)
         await self._life.begin(
             Crew(self._name, self.settings, self._transport, self._observers, self._log),
@@ -186,6 +187,9 @@ class BaseConsumer(Generic[SettingsT]):
             seats=self._seats,
             timeout=self.settings.shutdown_timeout,
         )
+        reached = isinstance(self._transport, VersionedTransport) and self._transport.broker_version
+        for line in broker_advice(wanted, habits, reached or None):
+            self._log.warning(line)
 
     async def stop(self) -> None:
         """Drain and stop; idempotent, from any task, also during `start`.
@@ -292,12 +296,22 @@ class BaseConsumer(Generic[SettingsT]):
         made: SettingsT = settings
         return made
 
-    def _advice(self) -> list[str]:
+    def _habits(self) -> Habits:
         settings = self.settings
-        return advice(
-            settings.wanted,
+        return Habits(
             prefetch=settings.effective_prefetch,
             batch_size=settings.messages_per_batch,
+            batch_timeout=settings.seconds_per_batch,
+            concurrency=settings.concurrency,
+            process_timeout=settings.process_timeout,
+            max_requeue_attempts=settings.max_requeue_attempts,
+            failure_results={
+                settings.unhandled_exception_action,
+                *self.exception_results.values(),
+            },
+            consumer_arguments=settings.consumer_arguments or {},
+            retry_seconds=settings.ladder.seconds(settings.max_requeue_attempts),
+            ordered=settings.ordered_by_key,
         )
 
     def _endpoint(self) -> Endpoint:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 from aio_pika_batch.core.message import Headers, Message
 from aio_pika_batch.core.publication import Outcome, Outgoing
 from aio_pika_batch.core.settlement import Settlement
-from aio_pika_batch.core.topology import Topology
+from aio_pika_batch.core.topology import Topology, Version
 
 Wire: TypeAlias = Literal["auto", "fast", "plain"]
 
@@ -188,6 +188,16 @@ class Transport(Protocol):
 
         Entering raises what `declare` raises, but TopologyError.
         """
+        ...
+
+
+@runtime_checkable
+class VersionedTransport(Protocol):
+    """A transport that also knows which RabbitMQ it has reached."""
+
+    @property
+    def broker_version(self) -> Version | None:
+        """Of the broker that was declared on last; None before that, and of other products."""
         ...
 
 

@@ -22,7 +22,7 @@ from aio_pika_batch.errors import (
     TopologyError,
     TransportError,
 )
-from aio_pika_batch.transport import Endpoint, Subscription, Wire
+from aio_pika_batch.transport import Endpoint, Subscription, VersionedTransport, Wire
 from tests.support.ports import LOCALHOST, free_port
 
 if TYPE_CHECKING:
@@ -319,6 +319,20 @@ async def test_declaring_makes_messages_arrive(
     assert [Outcome.CONFIRMED, Outcome.CONFIRMED, Outcome.RETURNED] == outcomes
     await channel.queue_delete(name)
     await channel.exchange_delete(name)
+
+
+async def test_whoever_has_declared_knows_the_broker(
+    transport: AioPikaTransport, name: str, channel: AbstractChannel, broker: Broker
+) -> None:
+    """Its version, to be compared; nothing before that."""
+    assert isinstance(transport, VersionedTransport)
+    assert transport.broker_version is None
+
+    await transport.declare(Topology(queues=(Queue(name),)))
+
+    assert transport.broker_version is not None
+    assert broker.version == ".".join(map(str, transport.broker_version))
+    await channel.queue_delete(name)
 
 
 @pytest.fixture

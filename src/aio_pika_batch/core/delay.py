@@ -68,6 +68,12 @@ class Ladder:
         """The levels that so many retries climb."""
         return tuple(dict.fromkeys(self.climbed[:attempts]))
 
+    def seconds(self, attempts: int) -> float:
+        """For how long so many retries wait, all in all, where no handler asks for more."""
+        climbed = self.climbed[:attempts]
+        more = max(0, attempts - len(self.climbed))
+        return (sum(climbed) + more * sum(climbed[-1:])) / 1000
+
 
 def ladder(first: float = 0.0, factor: float = 2.0, maximum: float = 300.0) -> Ladder:
     """Make a ladder.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from aio_pika_batch.core.delay import wait_queue_name
 from aio_pika_batch.core.message import SHORT_STRING, FieldValue, Headers, is_short_string
@@ -19,9 +20,16 @@ QUEUE_TYPE = "x-queue-type"
 DEAD_LETTER_EXCHANGE = "x-dead-letter-exchange"
 DEAD_LETTER_ROUTING_KEY = "x-dead-letter-routing-key"
 DEAD_LETTER_STRATEGY = "x-dead-letter-strategy"
+DELIVERY_LIMIT = "x-delivery-limit"
 
-AT_LEAST_ONCE_SINCE = (3, 10)
+Version: TypeAlias = tuple[int, ...]
+"""Of a RabbitMQ, to be compared."""
+
+AT_LEAST_ONCE_SINCE: Version = (3, 10)
 """The first RabbitMQ whose quorum queues keep what expires until it is taken."""
+
+LIMITED_SINCE: Version = (4, 0)
+"""The first RabbitMQ whose quorum queues have a delivery limit that nobody has asked for."""
 
 _UNEQUAL_WAIT_QUEUE = (
     "it holds messages that wait, and was declared otherwise than now, say with another"
@@ -53,6 +61,8 @@ class Queue:
     """A queue; the other flags are those of :class:`Exchange`.
 
     Attributes:
+        unlimited: Its broker shall not drop a message for having been delivered too often. How to
+            say so depends on the broker, see :meth:`arguments_on`.
         holds_retries: Messages wait in it for their next attempt, and must not get lost.
     """
 
@@ -61,6 +71,7 @@ class Queue:
     exclusive: bool = False
     auto_delete: bool = False
     arguments: Headers = field(default_factory=dict)
+    unlimited: bool = False
     existing_first: bool = False
     check_only: bool = False
     holds_retries: bool = False
@@ -69,6 +80,13 @@ class Queue:
     def if_unequal(self) -> str | None:
         """What to do if the broker has it with other arguments; None: as for any queue."""
         return _UNEQUAL_WAIT_QUEUE if self.holds_retries else None
+
+    def arguments_on(self, version: Version | None) -> Headers:
+        """What to declare it with, on a RabbitMQ of this version; None if that is not known."""
+        if not self.unlimited or version is None or version < LIMITED_SINCE:
+            # Before 4.0 there is no limit to lift, and -1 is one that every message exceeds.
+            return self.arguments
+        return {DELIVERY_LIMIT: -1, **self.arguments}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +190,8 @@ def derive(wanted: Wanted) -> Topology:
             Queue(
                 wanted.dead_letter_queue,
                 arguments={} if queue_type is None else {QUEUE_TYPE: queue_type},
+                # Nothing stands behind it that would catch what it drops.
+                unlimited=queue_type == "quorum",
                 existing_first=True,
                 check_only=check_only,
             )
@@ -245,6 +265,16 @@ def wait_queue(wanted: Wanted, level: int) -> Queue:
     )
 
 
+def version_of(product: str, version: str) -> Version | None:
+    """What a broker says of itself, to be compared.
+
+    Returns:
+        None if it is another product, whose numbers mean something else, or does not say.
+    """
+    found = re.match(r"\d+(\.\d+)*", version) if product == "RabbitMQ" else None
+    return None if found is None else tuple(map(int, found[0].split(".")))
+
+
 def refuse_unkept(queue: Queue, product: str, version: str) -> None:
     """Refuse a wait queue on a broker that would declare it, and then lose what is in it.
 
@@ -254,8 +284,8 @@ def refuse_unkept(queue: Queue, product: str, version: str) -> None:
     """
     if not queue.holds_retries or DEAD_LETTER_STRATEGY not in queue.arguments:
         return
-    stated = re.match(r"(\d+)\.(\d+)", version) if product == "RabbitMQ" else None
-    if stated is not None and tuple(map(int, stated.groups())) >= AT_LEAST_ONCE_SINCE:
+    stated = version_of(product, version)
+    if stated is not None and stated >= AT_LEAST_ONCE_SINCE:
         return
     since = ".".join(map(str, AT_LEAST_ONCE_SINCE))
     raise TopologyError(

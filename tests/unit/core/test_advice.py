@@ -2,27 +2,69 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.advice import advice
+from aio_pika_batch.core.advice import Habits, advice, broker_advice
+from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.topology import Wanted
 from tests.unit.core.strategies import wanted
 
 SOUND = Wanted(queue_name="jobs", dead_letter_exchange="dlx")
+QUORUM = Wanted(
+    queue_name="jobs", queue_type="quorum", queue_arguments={"x-dead-letter-exchange": "dlx"}
+)
+USUAL = Habits(prefetch=20, batch_size=10)
+
+OUR_NAMES = (
+    "prefetch_count",
+    "dead_letter_exchange",
+    "queue_arguments",
+    "max_requeue_attempts",
+    "process_timeout",
+)
+
+versions = st.none() | st.sampled_from([(3, 8, 9), (3, 10, 8), (3, 13), (4, 0), (4, 0, 5), (4, 3)])
+seconds = st.floats(0, 10_000)
+habits = st.builds(
+    Habits,
+    prefetch=st.integers(0, 100),
+    batch_size=st.integers(1, 100),
+    batch_timeout=seconds,
+    concurrency=st.integers(1, 5),
+    process_timeout=st.none() | seconds,
+    max_requeue_attempts=st.integers(0, 50),
+    failure_results=st.sets(st.sampled_from(MessageResult)),
+    consumer_arguments=st.sampled_from([{}, {"x-consumer-timeout": 60_000}, {"x-priority": 3}]),
+    retry_seconds=seconds,
+    ordered=st.booleans(),
+)
 
 
-@given(wanted, st.integers(0, 100), st.integers(1, 100))
-def test_each_finding_names_the_setting_that_mends_it(settings, prefetch, batch_size):
+def with_arguments(**arguments):
+    """A quorum queue with further arguments, whose underscores are dashes."""
+    more = {f"x-{name.replace('_', '-')}": value for name, value in arguments.items()}
+    return replace(QUORUM, queue_arguments={**QUORUM.queue_arguments, **more})
+
+
+@given(wanted, habits, versions)
+def test_each_finding_names_the_setting_that_mends_it(settings, habits, version):
     """Nobody is told of a trouble without the way out, nor twice of one."""
-    found = advice(settings, prefetch=prefetch, batch_size=batch_size)
+    found = [*advice(settings, habits), *broker_advice(settings, habits, version)]
 
     for line in found:
-        assert any(
-            name in line for name in ("prefetch_count", "dead_letter_exchange", "queue_arguments")
-        )
+        assert any(name in line for name in OUR_NAMES)
+        assert "\n" not in line
     assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("settings", [SOUND, QUORUM])
+def test_what_is_sound_is_passed_over_in_silence(settings):
+    """Only what is worth a line gets one."""
+    assert [] == advice(settings, USUAL)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +73,7 @@ def test_each_finding_names_the_setting_that_mends_it(settings, prefetch, batch_
 )
 def test_a_prefetch_below_the_batch_size_is_told(prefetch, batch_size, said):
     """No batch would ever be full; 0 means no limit."""
-    found = advice(SOUND, prefetch=prefetch, batch_size=batch_size)
+    found = advice(SOUND, Habits(prefetch=prefetch, batch_size=batch_size))
 
     assert said is any(
         line.startswith(f"prefetch_count={prefetch} is below batch_size={batch_size}")
@@ -52,7 +94,7 @@ def test_a_prefetch_below_the_batch_size_is_told(prefetch, batch_size, said):
 )
 def test_that_failures_may_be_discarded_is_told(stated, said):
     """Without a dead-letter exchange it is up to the broker's policies."""
-    found = advice(Wanted(queue_name="jobs", **stated), prefetch=10, batch_size=10)
+    found = advice(Wanted(queue_name="jobs", **stated), USUAL)
 
     assert said is any("no dead-letter exchange is known" in line for line in found)
     assert said is bool(found)
@@ -72,7 +114,136 @@ def test_that_a_quorum_queue_drops_past_its_delivery_limit_is_told(stated, said)
     """A dead-letter exchange that only the settings name does not help: the broker knows none."""
     settings = Wanted(queue_name="jobs", dead_letter_exchange="dlx", **stated)
 
-    found = advice(settings, prefetch=10, batch_size=10)
+    found = advice(settings, USUAL)
 
     assert said is any("x-delivery-limit" in line for line in found)
     assert said is bool(found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "attempts", "said"),
+    [
+        (QUORUM, 20, None),
+        (QUORUM, 21, "the delivery limit 20 (RabbitMQ 4's default)"),
+        (with_arguments(delivery_limit=3), 3, None),
+        (with_arguments(delivery_limit=3), 4, "the delivery limit 3 (in queue_arguments)"),
+        (with_arguments(delivery_limit=-1), 100, None),
+        (with_arguments(delivery_limit="3"), 20, None),
+        (with_arguments(delivery_limit=True), 20, None),
+        (replace(SOUND, queue_type="classic"), 100, None),
+        (SOUND, 100, None),
+    ],
+)
+def test_a_delivery_limit_below_the_attempts_is_told(settings, attempts, said):
+    """It is no limit to REQUEUE, whose copies are new messages, but to everything else."""
+    found = advice(settings, replace(USUAL, max_requeue_attempts=attempts))
+
+    if said is None:
+        assert [] == found
+    else:
+        [line] = found
+        assert line.startswith(f"{said} is below max_requeue_attempts={attempts}")
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments", "held"),
+    [
+        ({}, {}, None),
+        ({"batch_timeout": 1800}, {}, None),
+        ({"batch_timeout": 1801}, {}, "1801 s"),
+        ({"process_timeout": 900}, {}, None),
+        ({"process_timeout": 901}, {}, "1802 s"),
+        ({"process_timeout": 901, "prefetch": 10}, {}, None),
+        ({"process_timeout": 901, "prefetch": 0}, {}, None),
+        ({"process_timeout": 901, "concurrency": 2}, {}, None),
+        ({"process_timeout": 901, "prefetch": 5}, {}, None),
+        ({"process_timeout": 900, "batch_timeout": 901, "prefetch": 10}, {}, "1801 s"),
+        ({"retry_seconds": 1801}, {}, None),
+        ({"retry_seconds": 1801, "ordered": True}, {}, "1801 s"),
+        ({"process_timeout": 10}, {"x-consumer-timeout": 20_000}, None),
+        ({"process_timeout": 11}, {"x-consumer-timeout": 20_000}, "22 s"),
+        ({"process_timeout": 900}, {"x-consumer-timeout": 0}, None),
+    ],
+)
+@pytest.mark.parametrize("where", ["queue_arguments", "consumer_arguments"])
+def test_what_is_held_for_longer_than_the_broker_waits_is_told(given, arguments, held, where):
+    """A message waits for its batch, or for the batches before it, and is handled."""
+    settings, habits = SOUND, replace(USUAL, **given)
+    if where == "queue_arguments":
+        settings = replace(settings, queue_arguments=arguments)
+    else:
+        habits = replace(habits, consumer_arguments=arguments)
+
+    found = [line for line in advice(settings, habits) if "may be held" in line]
+
+    if held is None:
+        assert [] == found
+    else:
+        [line] = found
+        assert line.startswith(f"a message may be held for {held} ")
+        assert (where if arguments else "default") in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "said"),
+    [
+        ({}, {"retry_seconds": 1e6}, False),
+        ({"message_ttl": 60_000}, {"retry_seconds": 60}, False),
+        ({"message_ttl": 60_000}, {"retry_seconds": 60.1}, True),
+        ({"message_ttl": 60_000}, {"retry_seconds": 61, "ordered": True}, False),
+        ({"message_ttl": "60000"}, {"retry_seconds": 61}, False),
+    ],
+)
+def test_retries_that_outlive_the_message_are_told(arguments, given, said):
+    """A copy's time to live begins anew; what is retried in place has no copies."""
+    found = advice(with_arguments(**arguments), replace(USUAL, **given))
+
+    assert said is any("x-message-ttl=60000 ms" in line for line in found)
+    assert said is bool(found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "version", "said"),
+    [
+        (SOUND, None, "a classic queue (which this is, unless"),
+        (replace(SOUND, queue_type="classic"), (4, 3, 6), "a classic queue counts no deliveries"),
+        (QUORUM, None, None),
+        (QUORUM, (3, 10, 8), "before RabbitMQ 4.0 a quorum queue has no delivery limit"),
+        (QUORUM, (3, 13), "before RabbitMQ 4.0 a quorum queue has no delivery limit"),
+        (QUORUM, (4, 0), None),
+        (QUORUM, (4, 3, 6), None),
+        (with_arguments(delivery_limit=3), (3, 10), None),
+        (with_arguments(delivery_limit=0), (4, 3), None),
+        (with_arguments(delivery_limit=-1), (4, 3), "x-delivery-limit=-1 lifts the delivery limit"),
+        (with_arguments(delivery_limit=-1), None, "x-delivery-limit=-1 lifts the delivery limit"),
+        (with_arguments(delivery_limit=-1), (3, 10), "before RabbitMQ 4.0 a negative"),
+    ],
+)
+def test_where_the_broker_never_gives_up_it_is_told(settings, version, said):
+    """And where it gives up at once, because it reads a limit otherwise than it is meant."""
+    found = broker_advice(settings, USUAL, version)
+
+    if said is None:
+        assert [] == found
+    else:
+        [line] = found
+        assert line.startswith(said)
+
+
+def test_settings_that_make_every_failure_come_back_for_ever_are_named():
+    """What `unhandled_exception_action` or `exception_results` say is no choice of the moment."""
+    habits = replace(USUAL, failure_results={MessageResult.REQUEUE_IMMEDIATE})
+
+    [usual], [named] = (broker_advice(SOUND, each, None) for each in (USUAL, habits))
+
+    assert "a message that its handler fails at (REQUEUE_IMMEDIATE)" in named
+    assert "fails at" not in usual
+
+
+def test_where_retries_are_made_in_place_only_crashes_are_not_counted():
+    """REQUEUE_IMMEDIATE is counted by us, as everything is."""
+    habits = replace(USUAL, failure_results={MessageResult.REQUEUE_IMMEDIATE}, ordered=True)
+
+    [line] = broker_advice(SOUND, habits, None)
+
+    assert "a message that kills its consumer each time, comes back for ever" in line

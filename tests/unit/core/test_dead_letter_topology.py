@@ -88,6 +88,27 @@ def test_a_dead_letter_queue_is_of_the_type_of_the_queue(settings):
         assert not queue.auto_delete
 
 
+@given(wanted)
+def test_nothing_is_dropped_from_a_dead_letter_queue_for_coming_back(settings):
+    """Nothing stands behind it; only quorum queues have such a limit, and know such a word."""
+    for queue in derive(settings).queues:
+        is_dead = queue.name == "jobs.dlq" and settings.dead_letter_queue is not None
+        is_quorum = queue.arguments.get("x-queue-type") == "quorum"
+        assert (is_dead and is_quorum) is queue.unlimited
+
+
+@pytest.mark.parametrize(
+    ("version", "limit"),
+    [(None, {}), ((3, 10, 8), {}), ((3, 13, 7), {}), ((4, 0), {"x-delivery-limit": -1})],
+)
+def test_how_a_limit_is_lifted(version, limit):
+    """From 4.0 on there is one to lift; before, the same words are the strictest limit of all."""
+    quorum = {"x-queue-type": "quorum"}
+
+    assert {**quorum, **limit} == Queue("q", arguments=quorum, unlimited=True).arguments_on(version)
+    assert quorum == Queue("q", arguments=quorum).arguments_on(version)
+
+
 @pytest.mark.parametrize(
     ("stated", "target"),
     [
@@ -195,7 +216,7 @@ def test_how_a_dead_letter_queue_is_bound(kind, routing_keys, stated, bound):
 
     assert (Exchange("dlx", kind, existing_first=True), Exchange("events")) == topology.exchanges
     assert (
-        Queue("dlq", arguments={"x-queue-type": "quorum"}, existing_first=True),
+        Queue("dlq", arguments={"x-queue-type": "quorum"}, unlimited=True, existing_first=True),
         Queue("jobs", arguments={"x-queue-type": "quorum"}),
     ) == topology.queues
     assert bound == [each.routing_key for each in topology.bindings if each.queue == "dlq"]

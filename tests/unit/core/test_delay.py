@@ -142,6 +142,16 @@ def test_the_needed_levels_are_those_that_retries_climb(made, attempts):
     assert sorted(climbed) == list(steps.needed(attempts))
 
 
+@given(ladders() | ladders(climbing=False), st.integers(0, 200))
+def test_how_long_retries_wait_all_in_all(made, attempts):
+    """Each of them, as long as the settings say."""
+    steps = made[0]
+
+    waits = [steps.level(REQUEUE, count) for count in range(attempts)]
+
+    assert pytest.approx(sum(waits) / 1000) == steps.seconds(attempts)
+
+
 @given(ladders(climbing=False), retries)
 def test_without_a_first_wait_retries_do_not_wait(made, count):
     """It is the default, and a handler may still ask."""

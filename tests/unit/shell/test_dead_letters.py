@@ -8,19 +8,22 @@ from datetime import UTC, datetime
 import pytest
 
 from aio_pika_batch import DeadLetterReason, Nack, Requeue
-from aio_pika_batch.adapters.memory import Happened, PublishFault
+from aio_pika_batch.adapters.memory import Broker, Happened, PublishFault
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.observer import DeadLettered
 from tests.unit.shell.stage import (
     ACK,
     NACK,
     REQUEUE,
+    REQUEUE_IMMEDIATE,
     Scribe,
+    Stage,
     Witness,
     ack,
     answering,
     first_then,
     numbered,
+    taking,
 )
 
 
@@ -182,6 +185,28 @@ async def test_a_dead_letter_queue_is_all_one_need_name(stage):
             await asyncio.sleep(1)
     assert [b"0", b"0"] == stage.waiting("dead")
     assert ("jobs.dlx", "", {}) in stage.broker.bindings("dead")
+
+
+@pytest.mark.parametrize("version", ["3.8", "3.10", "4.0", "4.3"])
+async def test_a_declared_dead_letter_queue_drops_nothing_for_coming_back(version):
+    """Whatever limit the broker has by default, and whatever it takes a lifted one for."""
+    stage = Stage(Broker(version))
+    given = {"queue_type": "quorum", "dead_letter_queue": "dead"}
+    async with Scribe(answering(NACK), transport=stage.transport, batch_size=1, **given):
+        stage.put(b"0")
+        await asyncio.sleep(1)
+    assert [b"0"] == stage.waiting("dead")
+    looking = Scribe(
+        taking(1, answering(REQUEUE_IMMEDIATE)),
+        transport=stage.transport,
+        queue_name="dead",
+        declare=False,
+        batch_size=1,
+    )
+    async with looking:
+        await asyncio.sleep(40)
+    assert len(looking.batches) > 30
+    assert [b"0"] == stage.waiting("dead")
 
 
 async def test_without_an_exchange_the_broker_is_told_to_reject(stage, caplog):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from typing import ClassVar
 
 import pytest
 
 import aio_pika_batch
+from aio_pika_batch import MessageResult
+from aio_pika_batch.adapters.memory import Broker, MemoryTransport
 from aio_pika_batch.logs import KeywordLogger, told
+from tests.unit.shell.doubles import ScriptedTransport
 from tests.unit.shell.stage import Scribe
 
 
@@ -112,9 +116,15 @@ async def test_the_library_configures_no_logger(stage):
 
 
 async def test_a_life_in_a_few_lines(stage, caplog):
-    """One for each change, with consumer, queue and worker."""
+    """One for each change, with consumer, queue and worker; nothing to warn of, no warning."""
     caplog.set_level(logging.INFO)
-    async with Scribe(transport=stage.transport, dead_letter_queue="dead"):
+    stage.broker.delete_queue("jobs")
+    async with Scribe(
+        transport=stage.transport,
+        queue_type="quorum",
+        queue_arguments={"x-dead-letter-exchange": "jobs.dlx"},
+        dead_letter_queue="dead",
+    ):
         pass
     assert ["consuming", "draining", "stopped"] == [record.event for record in caplog.records]
     assert {"consumer": "Scribe", "queue": "jobs", "worker": 0, "epoch": 1} == (
@@ -125,19 +135,69 @@ async def test_a_life_in_a_few_lines(stage, caplog):
 @pytest.mark.parametrize(
     ("given", "told_of"),
     [
-        ({"prefetch_count": 5, "batch_size": 10, "dead_letter_queue": "dead"}, "prefetch_count=5"),
-        ({"queue_type": "quorum", "dead_letter_queue": "dead"}, "delivered too often"),
-        ({}, "no dead-letter exchange"),
+        ({"prefetch_count": 5, "batch_size": 10}, "prefetch_count=5"),
+        ({"queue_arguments": {}}, "delivered too often"),
+        ({"dead_letter_queue": None, "queue_arguments": {}}, "no dead-letter exchange"),
+        ({"max_requeue_attempts": 21}, "below max_requeue_attempts=21"),
+        ({"batch_size": 10, "process_timeout": 1000}, "held for 2000 s"),
+        ({"batch_timeout": 3600}, "held for 3600 s"),
+        ({"consumer_arguments": {"x-consumer-timeout": 1000}}, "the broker waits (1 s"),
+        ({"queue_type": "classic"}, "a classic queue counts no deliveries"),
+        (
+            {
+                "queue_arguments": {"x-dead-letter-exchange": "jobs.dlx", "x-message-ttl": 6000},
+                "requeue_delay": 1,
+            },
+            "retries may take 7 s",
+        ),
     ],
-    ids=["prefetch below the batch", "quorum without an exchange", "no dead letters"],
 )
 async def test_what_will_surprise_somebody_is_told_at_the_start(stage, caplog, given, told_of):
     """One WARNING for each, each time it is started."""
     stage.broker.delete_queue("jobs")
-    consumer = Scribe(transport=stage.transport, **given)
+    sound = {
+        "queue_type": "quorum",
+        "queue_arguments": {"x-dead-letter-exchange": "jobs.dlx"},
+        "dead_letter_queue": "dead",
+    }
+    consumer = Scribe(transport=stage.transport, **sound | given)
     for _ in range(2):
         caplog.clear()
         async with consumer:
             pass
-        [warning] = [each for each in caplog.records if each.levelno == logging.WARNING]
-        assert told_of in warning.getMessage()
+        warnings = [each for each in caplog.records if each.levelno == logging.WARNING]
+        assert 1 == sum(told_of in warning.getMessage() for warning in warnings)
+        assert len(warnings) == (2 if given.get("dead_letter_queue", "") is None else 1)
+
+
+@pytest.mark.parametrize("given", ["setting", "table"])
+async def test_a_consumer_whose_failures_come_back_for_ever_is_told(stage, caplog, given):
+    """By the setting, or by the table of exceptions."""
+
+    class Mapped(Scribe):
+        exception_results: ClassVar = (
+            {KeyError: MessageResult.REQUEUE_IMMEDIATE} if given == "table" else {}
+        )
+
+    more = {"unhandled_exception_action": "REQUEUE_IMMEDIATE"} if given == "setting" else {}
+    async with Mapped(transport=stage.transport, dead_letter_queue="dead", **more):
+        pass
+    assert 1 == sum("its handler fails at" in each.getMessage() for each in caplog.records)
+
+
+@pytest.mark.parametrize(("version", "told"), [("3.10", True), ("4.0", False), ("4.3", False)])
+async def test_what_depends_on_the_broker_is_told_once_it_is_known(caplog, version, told):
+    """Quorum queues have a limit by themselves since 4.0."""
+    transport = MemoryTransport(Broker(version))
+    async with Scribe(transport=transport, queue_type="quorum"):
+        pass
+    assert told is any(
+        "no delivery limit by itself" in each.getMessage() for each in caplog.records
+    )
+
+
+async def test_a_transport_that_knows_no_version_is_no_trouble(caplog):
+    """Whatever depends on it is not told."""
+    async with Scribe(transport=ScriptedTransport(), queue_type="quorum", max_requeue_attempts=3):
+        pass
+    assert not any("for ever" in each.getMessage() for each in caplog.records)

@@ -24,7 +24,9 @@ from aio_pika_batch.core.topology import (
     Exchange,
     Queue,
     Topology,
+    Version,
     refuse_unkept,
+    version_of,
 )
 from aio_pika_batch.errors import BrokerUnavailable, TopologyError, TransportError
 
@@ -51,16 +53,24 @@ def refuse_streams(topology: Topology) -> None:
             )
 
 
-async def declare(endpoint: Endpoint, addresses: Sequence[Address], topology: Topology) -> None:
-    """Declare and check. Raises TopologyError, AccessRefused, BrokerUnavailable."""
+async def declare(
+    endpoint: Endpoint, addresses: Sequence[Address], topology: Topology
+) -> Version | None:
+    """Declare and check. Raises TopologyError, AccessRefused, BrokerUnavailable.
+
+    Returns:
+        The version of the broker, where it was asked for anything, and says so.
+    """
     refuse_streams(topology)
     desk: _Desk | None = None
+    version: Version | None = None
     try:
         for entity in _entities(topology):
             refusal: Refusal | None = None
             for passive in _ways(entity):
                 if desk is None:
                     desk = _Desk(await open_link(endpoint, addresses), endpoint.connect_timeout)
+                    version = desk.version
                 if isinstance(entity, Queue):
                     refuse_unkept(entity, *desk.link.broker)
                 refusal = await desk.declare(entity, passive=passive)
@@ -76,6 +86,7 @@ async def declare(endpoint: Endpoint, addresses: Sequence[Address], topology: To
     finally:
         if desk is not None:
             await desk.link.close()
+    return version
 
 
 async def declare_on(link: Link, topology: Topology, timeout: float) -> None:
@@ -96,6 +107,11 @@ class _Desk:
         self._channel: AbstractChannel | None = None
         self._refusal: Refusal | None = None
 
+    @property
+    def version(self) -> Version | None:
+        """Of the broker."""
+        return version_of(*self.link.broker)
+
     async def declare(self, entity: Entity, *, passive: bool) -> Refusal | None:
         """Declare one entity, or only look for it. Raises TransportError, but not for a refusal."""
         try:
@@ -104,7 +120,7 @@ class _Desk:
                     if self._channel is None:
                         self._channel = await self.link.channel()
                         self.link.line.watch(self._channel, self._heard)
-                    await _request(self._channel, entity, passive=passive)
+                    await _request(self._channel, entity, self.version, passive=passive)
         except TransportError:
             if self._refusal is None:
                 raise
@@ -128,7 +144,13 @@ class _Desk:
                 return BrokerUnavailable(f"{what}: {describe(error)}")
 
 
-async def _request(channel: AbstractChannel, entity: Entity, *, passive: bool) -> None:
+async def _request(
+    channel: AbstractChannel,
+    entity: Entity,
+    version: Version | None,
+    *,
+    passive: bool,
+) -> None:
     match entity:
         case Exchange():
             await channel.exchange_declare(
@@ -146,7 +168,7 @@ async def _request(channel: AbstractChannel, entity: Entity, *, passive: bool) -
                 durable=entity.durable,
                 exclusive=entity.exclusive,
                 auto_delete=entity.auto_delete,
-                arguments=dict[str, Any](entity.arguments),
+                arguments=dict[str, Any](entity.arguments_on(version)),
             )
         case Binding():
             await channel.queue_bind(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from aio_pika_batch.adapters.aio_pika.publisher import AioPikaPublisher
     from aio_pika_batch.adapters.aio_pika.session import AioPikaSession
-    from aio_pika_batch.core.topology import Topology
+    from aio_pika_batch.core.topology import Topology, Version
     from aio_pika_batch.transport import Endpoint, Subscription, Transport
 
 
@@ -36,6 +36,7 @@ class AioPikaTransport:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._addresses = parse(endpoint.url)
+        self._version: Version | None = None
         check(endpoint)
         for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
             file = getattr(endpoint, name)
@@ -44,7 +45,12 @@ class AioPikaTransport:
 
     async def declare(self, topology: Topology) -> None:
         """Declare and check. An exclusive queue goes again at once, with its connection."""
-        await declare(self._endpoint, self._addresses, topology)
+        self._version = await declare(self._endpoint, self._addresses, topology)
+
+    @property
+    def broker_version(self) -> Version | None:
+        """Of the broker that was declared on last."""
+        return self._version
 
     def session(self, subscription: Subscription) -> AbstractAsyncContextManager[AioPikaSession]:
         """Open a connection and consume; leaving the context closes both."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.adapters.memory.refusals import Code, Refusal
-from aio_pika_batch.core.topology import Exchange, Queue, Topology, refuse_unkept
+from aio_pika_batch.core.topology import Exchange, Queue, Topology, refuse_unkept, version_of
 from aio_pika_batch.errors import TopologyError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _declare_queue(connection: Connection, queue: Queue) -> None:
             durable=queue.durable,
             exclusive=queue.exclusive,
             auto_delete=queue.auto_delete,
-            arguments=queue.arguments,
+            arguments=queue.arguments_on(version_of("RabbitMQ", connection.version)),
             asker=connection,
         )
 

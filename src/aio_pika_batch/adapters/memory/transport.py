@@ -22,10 +22,11 @@ from aio_pika_batch.adapters.memory.dialect import NEWEST, dialect
 from aio_pika_batch.adapters.memory.publisher import MemoryPublisher
 from aio_pika_batch.adapters.memory.refusals import Refusal
 from aio_pika_batch.adapters.memory.session import MemorySession
+from aio_pika_batch.core.topology import version_of
 from aio_pika_batch.errors import AccessRefused, BrokerUnavailable, ConfigurationError
 
 if TYPE_CHECKING:
-    from aio_pika_batch.core.topology import Topology
+    from aio_pika_batch.core.topology import Topology, Version
     from aio_pika_batch.transport import Endpoint, Subscription
 
 _BROKERS: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Broker]] = WeakKeyDictionary()
@@ -102,6 +103,11 @@ class MemoryTransport:
                 )
         attach(broker)
         return broker
+
+    @property
+    def broker_version(self) -> Version | None:
+        """Of the RabbitMQ that is imitated."""
+        return version_of("RabbitMQ", self.broker.dialect.version)
 
     async def declare(self, topology: Topology) -> None:
         """Declare and check. An exclusive queue goes again at once, with its connection."""

@@ -19,7 +19,7 @@ from aio_pika_batch.errors import (
     TopologyError,
 )
 from aio_pika_batch.testing.virtual_time import VirtualTimeLoop, run
-from aio_pika_batch.transport import Endpoint, Subscription, Transport
+from aio_pika_batch.transport import Endpoint, Subscription, Transport, VersionedTransport
 from tests.unit.adapters.memory.client import Client, bodies
 
 
@@ -122,6 +122,16 @@ async def test_a_topology_is_declared_and_again(transport, memory: Broker):
     assert memory.arguments("q") == {"x-max-length": 3}
     assert memory.bindings("q") == [("x", "a.*", {}), ("x", "b", {"n": 1})]
     assert memory.connections == []
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"), [("3.10", (3, 10)), ("4.0", (4, 0)), ("4.3", (4, 3))]
+)
+async def test_the_version_that_is_imitated_can_be_compared(version, numbers):
+    """As that of a real broker can."""
+    transport = MemoryTransport(Broker(version))
+    assert isinstance(transport, VersionedTransport)
+    assert numbers == transport.broker_version
 
 
 async def test_what_exists_is_taken_as_it_is(transport, memory: Broker):
