@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
+    from tests.support.find import Broker
+
 PATIENCE = 60.0
 """Seconds for what takes one on an idle machine: only a failure ever waits for so long."""
 
@@ -76,6 +78,11 @@ class Stopwatch:
 
 
 # --- the broker -----------------------------------------------------------------
+
+
+def version_of(broker: Broker) -> tuple[int, ...]:
+    """Major and minor version, to be compared."""
+    return tuple(map(int, broker.version.split(".")[:2]))
 
 
 async def dead_letter_office(
@@ -181,6 +188,7 @@ class Recorder(Observer):
         self.on_lost: Callable[[], object] = lambda: None
         self.stale = 0
         self.errors: list[BaseException] = []
+        self.breaker: list[str] = []
 
     def batch_cut(self, origin, event) -> None:
         self.triggers.append(event.trigger.value)
@@ -208,6 +216,15 @@ class Recorder(Observer):
 
     def handler_error(self, origin, event) -> None:
         self.errors.append(event.error)
+
+    def breaker_opened(self, origin, event) -> None:
+        self.breaker.append("opened")
+
+    def breaker_probing(self, origin, event) -> None:
+        self.breaker.append("probing")
+
+    def breaker_closed(self, origin, event) -> None:
+        self.breaker.append("closed")
 
 
 # --- consumers as processes of their own ----------------------------------------

@@ -339,3 +339,131 @@ async def test_under_a_memory_alarm_acks_go_on_and_requeues_wait(
     # Published once for each connection, and all of them may have arrived: never fewer than one.
     assert set(mixed) == acked.keys()
     await holds(amqp_url, name, 0)
+
+
+# --- a dead letter that does not arrive at first --------------------------------------
+
+
+class Office:
+    """A dead-letter exchange with a queue behind it, and one trouble that can be mended."""
+
+    def __init__(self, channel, name, proxy) -> None:
+        self._channel = channel
+        self._proxy = proxy
+        self.dlx = f"{name}.dlx"
+        self.dlq = f"{name}.dlq"
+
+    async def open(self, trouble) -> None:
+        """Declare it; a full queue is full from now on, a missing binding is missing."""
+        full = {"x-max-length": 1, "x-overflow": "reject-publish"}
+        arguments = full if trouble == "refused" else {}
+        exchange = await self._channel.declare_exchange(self.dlx, "direct", durable=True)
+        queue = await self._channel.declare_queue(self.dlq, durable=True, arguments=arguments)
+        if trouble != "returned":
+            await queue.bind(exchange, "order.created")
+        if trouble == "refused":
+            await publish(self._channel, [b"in the way"], routing_key=self.dlq)
+
+    def strike(self, trouble) -> None:
+        """What comes when the message is about to be given up: a line that swallows everything."""
+        if trouble == "unconfirmed":
+            self._proxy.freeze("to_client")
+
+    async def mend(self, trouble) -> None:
+        """End the trouble."""
+        queue = await self._channel.get_queue(self.dlq, ensure=False)
+        match trouble:
+            case "refused":
+                await queue.purge()
+            case "returned":
+                await queue.bind(self.dlx, "order.created")
+            case _:
+                self._proxy.thaw()
+
+
+@pytest.mark.parametrize("trouble", ["refused", "returned", "unconfirmed"])
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+async def test_an_exhausted_message_stays_until_its_dead_letter_is_confirmed(
+    channel, amqp_url, name, proxy, queue_type, trouble
+) -> None:
+    """Then it is there, with its properties, its original key, and the reason."""
+    office = Office(channel, name, proxy)
+    await office.open(trouble)
+    last = asyncio.Event()
+    recorder = Recorder()
+
+    class Failing(BatchConsumer):
+        async def process_messages(self, messages):
+            for message in messages:
+                if message.retry_count == 1:
+                    await until(lambda: recorder.copies)  # its original is done with
+                    office.strike(trouble)
+                    last.set()
+                raise LookupError("no such order")
+            yield MessageResult.ACK
+
+    consumer = Failing(
+        BatchConsumerSettings(
+            url=proxy.url(amqp_url),
+            queue_name=name,
+            queue_type=queue_type,
+            exchange_name=f"{name}.x",
+            routing_key="order.created",
+            batch_size=1,
+            batch_timeout=0.05,
+            max_requeue_attempts=1,
+            dead_letter_exchange=office.dlx,
+            dead_letter_exchange_type="direct",
+            publish_timeout=0.5,
+            connect_timeout=1.0,
+        ),
+        observers=[recorder],
+    )
+    async with consumer:
+        await publish(
+            channel,
+            [b"order 1"],
+            exchange=f"{name}.x",
+            routing_key="order.created",
+            message_id="m-1",
+            correlation_id="c-1",
+            priority=3,
+            expiration=600,
+            headers={"tenant": "acme"},
+        )
+        await last.wait()
+        await until(lambda: consumer.status().workers[0].held == 1, what=consumer.status)
+        # Neither gone nor given up: it is with its consumer.
+        assert 0 == await ready(amqp_url, name)
+        await office.mend(trouble)
+        await until(lambda: consumer.status().workers[0].held == 0, what=consumer.status)
+        letters = await take_all(channel, office.dlq, 1)
+    assert 0 == await ready(amqp_url, name)
+    # Where nothing was heard of the first, it may have arrived, too.
+    assert len(letters) == 1 or trouble == "unconfirmed"
+    for letter in letters:
+        assert (b"order 1", office.dlx, "order.created") == (
+            letter.body,
+            letter.exchange,
+            letter.routing_key,
+        )
+        assert ("m-1", "c-1", 3, None, 2) == (
+            letter.message_id,
+            letter.correlation_id,
+            letter.priority,
+            letter.expiration,
+            letter.delivery_mode,
+        )
+        said = dict(letter.headers)
+        assert said.pop("x-first-failed-at") <= said.pop("x-dead-lettered-at")
+        assert {
+            "tenant": "acme",
+            "x-dead-letter-reason": "exhausted",
+            "x-exception-type": "builtins.LookupError",
+            "x-exception-message": "no such order",
+            "x-original-queue": name,
+            "x-original-exchange": f"{name}.x",
+            "x-original-routing-key": "order.created",
+            "x-original-expiration": "600000",
+            "x-retry-count": 1,
+        } == said

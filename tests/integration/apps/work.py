@@ -1,8 +1,8 @@
 """A consumer as a process: it does what its messages say, and notes what it has done.
 
 A message is ``{"id": 7, "kind": "good"}``; kinds are ``good``, ``bad`` (NACK), ``flaky`` (REQUEUE
-twice, then ACK) and ``doomed`` (always REQUEUE). Effects are noted before their results are
-yielded, as any real effect happens before its message is acked.
+twice, then ACK), ``doomed`` (always REQUEUE) and ``lethal`` (the process is gone). Effects are
+noted before their results are yielded, as any real effect happens before its message is acked.
 
 Usage: ``python work.py '{"url": …, "queue": …, "diary": …, further options}'``
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -55,6 +57,9 @@ def _result(kind: str, retries: int) -> MessageResult:
             return MessageResult.REQUEUE
         case "flaky" if retries < 2:
             return MessageResult.REQUEUE
+        case "lethal":
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise AssertionError
         case _:
             return MessageResult.ACK
 

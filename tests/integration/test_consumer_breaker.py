@@ -1,0 +1,127 @@
+"""Does a consumer wait out an outage on RabbitMQ, and give back what it did not start?"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult, WorkerState
+from tests.integration.helpers import (
+    Recorder,
+    consumers,
+    holds,
+    publish,
+    ready,
+    take_all,
+    until,
+    version_of,
+)
+
+
+class Dependent(BatchConsumer):
+    """Works as long as its service is up."""
+
+    def __init__(self, settings, **more) -> None:
+        super().__init__(settings, **more)
+        self.is_up = False
+        self.sizes: list[int] = []
+        self.done: Counter[bytes] = Counter()
+        self.delivery_counts: Counter[object] = Counter()
+
+    async def process_messages(self, messages):
+        self.sizes.append(len(messages))
+        if not self.is_up:
+            raise ConnectionError("the service is down")
+        for message in messages:
+            self.done[message.body] += 1
+            self.delivery_counts[message.delivery_count] += not message.retry_count
+            yield MessageResult.ACK
+
+
+def settings_for(url, queue, queue_type, **more) -> BatchConsumerSettings:
+    """A consumer that pauses for a second once half of its messages fail."""
+    given = {
+        "url": url,
+        "queue_name": queue,
+        "queue_type": queue_type,
+        "batch_size": 20,
+        "batch_timeout": 0.05,
+        "prefetch_count": 100,
+        "max_requeue_attempts": 100,
+        "breaker_threshold": 0.5,
+        "breaker_pause": 1.0,
+        "breaker_pause_max": 1.0,
+    }
+    return BatchConsumerSettings(**given | more)
+
+
+@pytest.mark.usefixtures("on_both_wires")
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+async def test_an_outage_is_waited_out(channel, amqp_url, name, queue_type, broker) -> None:
+    """The buffer goes back, nobody consumes, one message at a time is tried, and all are done."""
+    recorder = Recorder()
+    consumer = Dependent(settings_for(amqp_url, name, queue_type), observers=[recorder])
+    bodies = [b"%d" % each for each in range(200)]
+    async with consumer:
+        await consumer.stop()
+        await publish(channel, bodies, routing_key=name)
+        await consumer.start()
+        await until(lambda: recorder.breaker == ["opened"])
+        assert WorkerState.PAUSED is consumer.status().workers[0].state
+        assert consumer.is_healthy
+        await holds(amqp_url, name, 200)
+        assert 0 == await consumers(amqp_url, name)
+        assert [20] == consumer.sizes
+
+        await until(lambda: recorder.breaker == ["opened", "probing", "opened"])
+        assert [20, 1] == consumer.sizes
+        await holds(amqp_url, name, 200)
+        assert consumer.is_healthy
+
+        consumer.is_up = True
+        await until(lambda: len(consumer.done) == 200, what=consumer.status)
+        await until(lambda: consumer.status().workers[0].state is WorkerState.CONSUMING)
+        assert ["opened", "probing", "opened", "probing", "closed"] == recorder.breaker
+        assert [20, 1, 1] == consumer.sizes[:3]
+        assert [] == recorder.losses
+    assert dict.fromkeys(bodies, 1) == consumer.done
+    assert 0 == await ready(amqp_url, name)
+    if queue_type == "quorum" and version_of(broker) >= (4, 3):
+        # Returned twice, and no delivery spent by it.
+        assert {None} == {count for count, times in consumer.delivery_counts.items() if times}
+
+
+async def test_a_stop_in_a_pause_is_prompt_and_leaves_everything(channel, amqp_url, name) -> None:
+    """What waits in the queue stays there, for the next one."""
+    consumer = Dependent(
+        settings_for(
+            amqp_url, name, "quorum", breaker_pause=60.0, breaker_pause_max=60.0, shutdown_timeout=5
+        )
+    )
+    bodies = [b"%d" % each for each in range(50)]
+    async with consumer:
+        await publish(channel, bodies, routing_key=name)
+        await until(lambda: consumer.status().workers[0].state is WorkerState.PAUSED)
+        await holds(amqp_url, name, 50)
+    left = await take_all(channel, name, 50)
+    assert set(bodies) == {each.body for each in left}
+    assert 50 == len(left)
+
+
+async def test_the_line_is_cut_while_it_is_tried_again(channel, amqp_url, name, proxy) -> None:
+    """A probe whose session is lost is followed by another; nothing is lost, and all goes on."""
+    recorder = Recorder()
+    consumer = Dependent(
+        settings_for(proxy.url(amqp_url), name, "classic", reconnect_delay=0.05),
+        observers=[recorder],
+    )
+    bodies = [b"%d" % each for each in range(60)]
+    async with consumer:
+        await publish(channel, bodies, routing_key=name)
+        await until(lambda: recorder.breaker[-1:] == ["probing"])
+        proxy.cut()
+        consumer.is_up = True
+        await until(lambda: len(consumer.done) == 60, what=consumer.status)
+        await until(lambda: consumer.status().workers[0].state is WorkerState.CONSUMING)
+    assert 0 == await ready(amqp_url, name)

@@ -1,0 +1,283 @@
+"""What does each broker count as a failed delivery, and does a poison message come to an end?
+
+What was seen here, in a table:
+
+=================================  =======================  =======================  ==============
+quorum queue                       3.8, 3.10                4.0                      4.3
+=================================  =======================  =======================  ==============
+limit, if none is set              none                     20                       20
+REQUEUE_IMMEDIATE, crash           count                    count                    count
+returned unstarted                 counts                   counts                   does not count
+=================================  =======================  =======================  ==============
+
+Classic queues count nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections import Counter
+
+import pytest
+
+from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
+from tests.integration.helpers import (
+    app,
+    dead_letter_office,
+    holds,
+    publish,
+    ready,
+    take_all,
+    until,
+    version_of,
+)
+
+
+class Always(BatchConsumer):
+    """Has one answer, and counts how often it is asked."""
+
+    answer = MessageResult.REQUEUE_IMMEDIATE
+
+    def __init__(self, settings, **more) -> None:
+        super().__init__(settings, **more)
+        self.seen: Counter[bytes] = Counter()
+
+    async def process_messages(self, messages):
+        for message in messages:
+            self.seen[message.body] += 1
+            yield self.answer
+
+
+def quorum(url, queue, dlx, *, limit=None, **more) -> BatchConsumerSettings:
+    """A quorum queue whose broker knows where dead letters go."""
+    arguments = {"x-dead-letter-exchange": dlx}
+    if limit is not None:
+        arguments["x-delivery-limit"] = limit
+    more = {"batch_size": 1, "batch_timeout": 0.05} | more
+    return BatchConsumerSettings(
+        url=url, queue_name=queue, queue_type="quorum", queue_arguments=arguments, **more
+    )
+
+
+def by_the_limit(letter) -> bool:
+    """Whether the broker gave this message up."""
+    [death] = letter.headers["x-death"]
+    return death["reason"] == "delivery_limit"
+
+
+@pytest.mark.usefixtures("on_both_wires")
+@pytest.mark.parametrize("cause", ["yielded", "raised"])
+async def test_failures_count_until_the_delivery_limit(channel, amqp_url, name, cause) -> None:
+    """REQUEUE_IMMEDIATE, on all versions: one delivery more than the limit, and then the DLQ."""
+    dlx, dlq = await dead_letter_office(channel, name)
+    consumer = Always(
+        quorum(amqp_url, name, dlx, limit=3, unhandled_exception_action="REQUEUE_IMMEDIATE")
+    )
+    if cause == "raised":
+        consumer.answer = None  # which is no result
+    async with consumer:
+        await publish(channel, [b"poison"], routing_key=name)
+        await holds(amqp_url, dlq, 1)
+    [letter] = await take_all(channel, dlq, 1)
+    assert by_the_limit(letter)
+    assert {b"poison": 4} == consumer.seen
+    assert 0 == await ready(amqp_url, name)
+
+
+async def test_a_poison_message_never_loops_for_ever_where_the_broker_counts(
+    channel, amqp_url, name, broker, caplog
+) -> None:
+    """By itself a broker does so since 4.0; where it does not, a WARNING at the start says so."""
+    dlx, dlq = await dead_letter_office(channel, name)
+    consumer = Always(quorum(amqp_url, name, dlx))
+    counts = version_of(broker) >= (4, 0)
+    async with consumer:
+        await publish(channel, [b"poison"], routing_key=name)
+        if counts:
+            await holds(amqp_url, dlq, 1)
+        else:
+            await until(lambda: consumer.seen.total() > 60)
+            consumer.answer = MessageResult.ACK
+            await until(lambda: consumer.status().workers[0].in_hand == 0)
+    assert counts is not any("comes back for ever" in each.getMessage() for each in caplog.records)
+    if counts:
+        assert {b"poison": 21} == consumer.seen
+        assert by_the_limit(*await take_all(channel, dlq, 1))
+
+
+async def test_on_a_classic_queue_a_poison_message_loops_and_the_log_says_so(
+    channel, amqp_url, name, caplog
+) -> None:
+    """On every version: classic queues count nothing."""
+    dlx, dlq = await dead_letter_office(channel, name)
+    consumer = Always(
+        BatchConsumerSettings(
+            url=amqp_url,
+            queue_name=name,
+            queue_type="classic",
+            batch_timeout=0.05,
+            dead_letter_exchange=dlx,
+            unhandled_exception_action="REQUEUE_IMMEDIATE",
+        )
+    )
+    async with consumer:
+        [warning] = [each for each in caplog.records if "comes back for ever" in each.getMessage()]
+        assert "REQUEUE_IMMEDIATE" in warning.getMessage()
+        await publish(channel, [b"poison"], routing_key=name)
+        await until(lambda: consumer.seen.total() > 60)
+        consumer.answer = MessageResult.ACK
+        await until(lambda: consumer.status().workers[0].in_hand == 0)
+    assert 0 == await ready(amqp_url, dlq)
+
+
+async def test_a_negative_limit_is_none_or_the_strictest_and_the_log_says_which(
+    channel, amqp_url, name, broker, caplog
+) -> None:
+    """Before 4.0 it takes a message away the first time that it comes back."""
+    dlx, dlq = await dead_letter_office(channel, name)
+    consumer = Always(quorum(amqp_url, name, dlx, limit=-1))
+    lifts = version_of(broker) >= (4, 0)
+    async with consumer:
+        await publish(channel, [b"poison"], routing_key=name)
+        if lifts:
+            await until(lambda: consumer.seen.total() > 60)
+            consumer.answer = MessageResult.ACK
+        else:
+            await holds(amqp_url, dlq, 1)
+            assert {b"poison": 1} == consumer.seen
+    said = " ".join(each.getMessage() for each in caplog.records)
+    assert lifts is ("lifts the delivery limit" in said)
+    assert lifts is not ("the first time it comes back" in said)
+
+
+async def test_a_message_that_kills_its_consumer_ends_at_the_limit(
+    channel, amqp_url, name, tmp_path
+) -> None:
+    """SIGKILL, each time it is handled; the one behind it is handled in the end."""
+    dlx, dlq = await dead_letter_office(channel, name)
+    limit = 1
+    options = {
+        "queue_type": "quorum",
+        "queue_arguments": {"x-dead-letter-exchange": dlx, "x-delivery-limit": limit},
+        "batch_size": 1,
+        # Whatever is prefetched counts its death as a delivery in vain.
+        "prefetch_count": 1,
+    }
+    queue = await channel.declare_queue(
+        name, durable=True, arguments={"x-queue-type": "quorum", **options["queue_arguments"]}
+    )
+    messages = [{"id": 1, "kind": "lethal"}, {"id": 2, "kind": "good"}]
+    await publish(channel, [json.dumps(each).encode() for each in messages], routing_key=name)
+    for _ in range(limit + 1):
+        async with app("work", tmp_path, amqp_url, queue.name, **options) as program:
+            assert -signal.SIGKILL == await program.ended()
+    async with app("work", tmp_path, amqp_url, queue.name, **options) as program:
+        await program.noted("done")
+        program.send(signal.SIGTERM)
+        assert 0 == await program.ended()
+        assert [2] == program.of("done")
+    [letter] = await take_all(channel, dlq, 1)
+    assert 1 == json.loads(letter.body)["id"]
+    assert by_the_limit(letter)
+
+
+async def test_a_lost_connection_counts_for_all_that_was_prefetched(
+    channel, amqp_url, name, proxy
+) -> None:
+    """The broker cannot know which of them was the culprit."""
+    dlx, dlq = await dead_letter_office(channel, name)
+
+    class Stuck(BatchConsumer):
+        async def process_messages(self, messages):
+            await asyncio.sleep(3600)
+            yield MessageResult.ACK
+
+    consumer = Stuck(
+        quorum(
+            proxy.url(amqp_url),
+            name,
+            dlx,
+            limit=1,
+            prefetch_count=5,
+            reconnect_delay=0.05,
+            shutdown_timeout=1,
+        )
+    )
+    async with consumer:
+        await publish(channel, [b"%d" % each for each in range(5)], routing_key=name)
+        # The handler of the first session keeps its hand, so that the second one handles nothing.
+        for has_come in ((1, 4), (2, 5)):
+            await until(lambda has_come=has_come: has_come == _come(consumer), what=consumer.status)
+            proxy.cut()
+        await holds(amqp_url, dlq, 5)
+
+
+def _come(consumer) -> tuple[int, int]:
+    [worker] = consumer.status().workers
+    return worker.epoch, worker.buffered
+
+
+@pytest.mark.usefixtures("on_both_wires")
+async def test_what_was_not_started_spends_no_delivery_where_the_broker_can_tell(
+    channel, amqp_url, name, broker
+) -> None:
+    """Three drains, and a limit of two: since 4.3 what was returned is still there, unspent."""
+    dlx, dlq = await dead_letter_office(channel, name)
+
+    class Slow(BatchConsumer):
+        async def process_messages(self, messages):
+            await stopping.wait()
+            yield MessageResult.ACK
+
+    for left in (5, 4, 3):
+        stopping = asyncio.Event()
+        consumer = Slow(quorum(amqp_url, name, dlx, limit=2, prefetch_count=10))
+        await consumer.start()
+        if left == 5:
+            await publish(channel, [b"%d" % each for each in range(5)], routing_key=name)
+        await _buffers(consumer, left - 1)
+        consumer.request_stop()
+        await _buffers(consumer, 0)  # only now: a hand that is free would be given another
+        stopping.set()
+        await consumer.stop()
+    if version_of(broker) >= (4, 3):
+        returned = await take_all(channel, name, 2)
+        assert 2 == len(returned)
+        assert not any("x-delivery-count" in (each.headers or {}) for each in returned)
+        assert 0 == await ready(amqp_url, dlq)
+    else:
+        letters = await take_all(channel, dlq, 2)
+        assert [True, True] == [by_the_limit(each) for each in letters]
+        assert 0 == await ready(amqp_url, name)
+
+
+async def _buffers(consumer, count) -> None:
+    await until(lambda: count == consumer.status().workers[0].buffered, what=consumer.status)
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+async def test_a_declared_dead_letter_queue_drops_nothing_for_coming_back(
+    channel, amqp_url, name, queue_type
+) -> None:
+    """Somebody looks at a dead letter, and puts it back, more often than any default limit."""
+    consumer = Always(
+        BatchConsumerSettings(
+            url=amqp_url,
+            queue_name=name,
+            queue_type=queue_type,
+            batch_timeout=0.05,
+            dead_letter_queue=f"{name}.dead",
+        )
+    )
+    consumer.answer = MessageResult.NACK
+    async with consumer:
+        await publish(channel, [b"bad"], routing_key=name)
+        await holds(amqp_url, f"{name}.dead", 1)
+    dead = await channel.get_queue(f"{name}.dead", ensure=False)
+    for _ in range(30):
+        letter = await until(lambda: dead.get(fail=False), what="the dead letter")
+        await letter.reject(requeue=True)
+    [letter] = await take_all(channel, dead.name, 1)
+    assert b"bad" == letter.body
