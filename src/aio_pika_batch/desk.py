@@ -1,9 +1,9 @@
 """Whose settlements go out now, and whose wait a moment?
 
 Batches stand in line. An original whose copy is not confirmed yet is a hole that no `multiple` may
-reach across, and a frame for each message behind it is what it costs. So whoever is decided waits
-for those in front, who leave the line soon, confirmed or not; but never for those behind, who are
-on their way as long as messages come.
+reach across, and a frame for each message behind it is what it costs. So whoever is decided waits a
+moment for those in front; but never for those behind, who are on their way as long as messages
+come.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from itertools import takewhile
 
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.transport import Session
 
 PATIENCE = 0.1
-"""Seconds that a batch stands in line for its confirmations, at most."""
+"""Seconds that what is decided waits for confirmations, its own or those of others, at most."""
 
 
 class Place:
@@ -35,55 +36,82 @@ class Place:
 
 
 class SettleDesk:
-    """Takes the settlements of one session."""
+    """Takes the settlements of one session.
 
-    def __init__(self, session: Session) -> None:
+    Args:
+        patience: Seconds that a settlement waits for those in front, at most.
+    """
+
+    def __init__(self, session: Session, patience: float = PATIENCE) -> None:
         self._session = session
+        self._patience = patience
         self._loop = asyncio.get_running_loop()
         self._line: deque[Place] = deque()
+        self._timer: asyncio.TimerHandle | None = None
         self._sending: set[asyncio.Task[None]] = set()
 
     def stand_in_line(self) -> Place:
-        """Take a place, to be left within a moment: those behind wait for it."""
+        """Take a place, to be left some day: those behind wait a moment for it."""
         place = Place()
         self._line.append(place)
         return place
 
     def leave(self, place: Place) -> None:
         """Let those behind go on, as far as it was not done by settling."""
-        if place.settlements is None and place in self._line:
+        if place.settlements is None:
             self._line.remove(place)
-            self._send(self._decided())
+            self._send(self._front())
 
-    async def settle(self, settlements: Sequence[Settlement], place: Place | None = None) -> None:
-        """Settle, once nobody in front is undecided.
+    async def settle(
+        self,
+        settlements: Sequence[Settlement],
+        place: Place | None = None,
+        *,
+        at_once: bool = False,
+    ) -> None:
+        """Settle, once nobody in front is undecided, or patience is at its end.
 
         Args:
-            place: Where it stands; without one, or where it was left, at the end of the line.
+            place: Where it stands in line; None for the end of it.
+            at_once: Wait for nobody; whatever else is decided goes along.
 
         Raises:
             TransportError: As `Session.settle` does.
         """
-        if place is None or place not in self._line:
-            if not self._line:
-                await self._session.settle(settlements)
-                return
+        if not self._line:
+            await self._session.settle(settlements)
+            return
+        if place is None:
             place = self.stand_in_line()
         place.settlements = settlements
-        decided = self._decided()
-        if decided == [place]:
+        going = self._decided() if at_once else self._front()
+        if going == [place]:
             await self._session.settle(settlements)
             return
         place.settled = self._loop.create_future()
-        self._send(decided)
+        self._send(going)
+        if place not in going and self._timer is None:
+            self._timer = self._loop.call_later(self._patience, self._lose_patience)
         await asyncio.shield(place.settled)
 
+    def _front(self) -> list[Place]:
+        """Those in front who are decided; they leave the line."""
+        return self._let_go(list(takewhile(_is_decided, self._line)))
+
     def _decided(self) -> list[Place]:
-        """Those in front who are; they leave the line."""
-        decided = []
-        while self._line and self._line[0].settlements is not None:
-            decided.append(self._line.popleft())
-        return decided
+        """All who are decided; they leave the line, whoever else stands between them."""
+        return self._let_go(list(filter(_is_decided, self._line)))
+
+    def _let_go(self, places: list[Place]) -> list[Place]:
+        for place in places:
+            self._line.remove(place)
+        if self._timer is not None and not any(map(_is_decided, self._line)):
+            self._timer.cancel()
+            self._timer = None
+        return places
+
+    def _lose_patience(self) -> None:
+        self._send(self._decided())
 
     def _send(self, places: Sequence[Place]) -> None:
         if places:
@@ -107,6 +135,10 @@ class SettleDesk:
                 place.settled.set_exception(error)
                 # Retrieved, for the case that whoever waited has been cancelled meanwhile.
                 place.settled.exception()
+
+
+def _is_decided(place: Place) -> bool:
+    return place.settlements is not None
 
 
 def _merged(places: Sequence[Place]) -> list[Settlement]:

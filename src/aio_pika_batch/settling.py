@@ -61,7 +61,7 @@ class Settler:
         self._log = log
         self._loop = asyncio.get_running_loop()
         self._patience = patience
-        self._desk = SettleDesk(session)
+        self._desk = SettleDesk(session, patience)
         self._room = WaitingRoom(
             hold,
             publish=self._publish_again,
@@ -128,11 +128,9 @@ class Settler:
         place = self._desk.stand_in_line()
         try:
             await asyncio.wait({publishing}, timeout=self._patience)
-            if not publishing.done():
-                self._desk.leave(place)
-                if settlements:
-                    await self._desk.settle(settlements)
-                    settlements = []
+            if settlements and not publishing.done():
+                await self._desk.settle(settlements, at_once=True)
+                settlements = []
             outcomes = await publishing
             if self.is_over:
                 if settlements:

@@ -17,8 +17,8 @@ class Pace:
 
     Attributes:
         collect: Seconds from the first yield until what has been yielded goes on its way.
-        patience: Seconds that a settlement then waits for confirmations, at most, and as many again
-            for those of others.
+        patience: Seconds that a settlement then waits for confirmations, at most, and as many are
+            kept in reserve.
     """
 
     collect: float

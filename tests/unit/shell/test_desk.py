@@ -72,7 +72,7 @@ async def test_those_in_front_are_waited_for_and_settled_together():
 
 
 async def test_who_leaves_the_line_holds_nobody_up():
-    """And may settle later, at its end."""
+    """Having nothing to settle."""
     clerk = Clerk()
     desk = SettleDesk(clerk)
     first, second = desk.stand_in_line(), desk.stand_in_line()
@@ -80,11 +80,43 @@ async def test_who_leaves_the_line_holds_nobody_up():
     await asyncio.sleep(0.001)
 
     desk.leave(first)
-    desk.leave(first)
 
     assert [True] == await settled_soon(behind)
+    assert [[2]] == clerk.calls
+
+
+async def test_patience_has_an_end(virtual_loop):
+    """Then all that is decided goes out together, and the undecided keep their places."""
+    clerk = Clerk()
+    desk = SettleDesk(clerk, patience=0.5)
+    first, second = desk.stand_in_line(), desk.stand_in_line()
+    waiting = [asyncio.ensure_future(desk.settle(of(3)))]
+    await asyncio.sleep(0.4)
+    waiting.append(asyncio.ensure_future(desk.settle(of(4))))
+
+    await asyncio.gather(*waiting)
+
+    assert ([[3, 4]], 0.5) == (clerk.calls, virtual_loop.time())
+    last = asyncio.ensure_future(desk.settle(of(2), second))
+    await asyncio.sleep(0.4)
     await desk.settle(of(1), first)
-    assert [[2], [1]] == clerk.calls
+    await last
+    assert [[3, 4], [1, 2]] == clerk.calls
+
+
+async def test_what_shall_go_at_once_takes_along_what_waits():
+    """One write, one frame perhaps."""
+    clerk = Clerk()
+    desk = SettleDesk(clerk)
+    first = desk.stand_in_line()
+    waiting = asyncio.ensure_future(desk.settle(of(2)))
+    await asyncio.sleep(0.001)
+
+    await desk.settle(of(3), at_once=True)
+
+    assert [True] == await settled_soon(waiting)
+    await desk.settle(of(1), first)
+    assert [[2, 3], [1]] == clerk.calls
 
 
 async def test_an_error_is_everybodys():
@@ -117,38 +149,44 @@ async def test_a_cancelled_waiter_takes_nothing_back():
     assert [[1, 2, 5]] == clerk.calls
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=8))
-def test_any_order(batches: list[tuple[int, bool]]) -> None:
-    """Each batch is decided, or leaves the line first, at a time of its own.
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.sampled_from(["settles", "leaves", "cannot wait"]))),
+    st.floats(0.01, 2),
+)
+def test_any_order(batches: list[tuple[float, str]], patience: float) -> None:
+    """Each batch is decided at a time of its own, or leaves, or settles something at once first.
 
-    It is settled once, as soon as everybody in front of it is decided or has left, and no sooner.
+    What is decided is settled once: when everybody in front is decided or has left, or when its
+    patience is at its end, and no later.
     """
     clerk = Clerk()
     seen: dict[int, float] = {}
 
-    async def one(desk: SettleDesk, number: int, at: int, leaves: bool) -> None:
+    async def one(desk: SettleDesk, number: int, at: float, way: str) -> None:
+        loop = asyncio.get_running_loop()
         place = desk.stand_in_line()
         await asyncio.sleep(at)
-        if leaves:
+        if way == "leaves":
             desk.leave(place)
-            await asyncio.sleep(100)
+            return
+        if way == "cannot wait":
+            await desk.settle(of(-number - 1), at_once=True)
+            seen[-number - 1] = loop.time()
         await desk.settle(of(number), place)
-        seen[number] = asyncio.get_running_loop().time()
+        seen[number] = loop.time()
 
-    async def story() -> float:
-        desk = SettleDesk(clerk)
-        began = asyncio.get_running_loop().time()
+    async def story() -> None:
+        desk = SettleDesk(clerk, patience)
         async with asyncio.TaskGroup() as group:
-            for number, (at, leaves) in enumerate(batches):
-                group.create_task(one(desk, number, at, leaves))
-        return began
+            for number, (at, way) in enumerate(batches):
+                group.create_task(one(desk, number, at, way))
 
-    began = run(story())
+    run(story())
 
     assert sorted(seen) == sorted(tag for call in clerk.calls for tag in call)
-    for number, (_, leaves) in enumerate(batches):
-        due = max(at for at, _ in batches[: number + 1])
-        if not leaves:
-            assert due == pytest.approx(seen[number] - began, abs=0.01)
-        else:
-            assert seen[number] - began >= batches[number][0] + 100
+    for number, (at, way) in enumerate(batches):
+        if way == "cannot wait":
+            assert at == pytest.approx(seen[-number - 1])
+        if way != "leaves":
+            in_front = max(each for each, _ in batches[: number + 1])
+            assert at - 1e-6 <= seen[number] <= min(in_front, at + patience) + 1e-6
