@@ -226,30 +226,28 @@ async def test_what_was_not_started_spends_no_delivery_where_the_broker_can_tell
     """Three drains, and a limit of two: since 4.3 what was returned is still there, unspent."""
     dlx, dlq = await dead_letter_office(channel, name)
 
-    class Slow(BatchConsumer):
+    class Stuck(BatchConsumer):
         async def process_messages(self, messages):
-            await stopping.wait()
+            await asyncio.sleep(3600)
             yield MessageResult.ACK
 
-    for left in (5, 4, 3):
-        stopping = asyncio.Event()
-        consumer = Slow(quorum(amqp_url, name, dlx, limit=2, prefetch_count=10))
+    settings = quorum(amqp_url, name, dlx, limit=2, prefetch_count=10, shutdown_timeout=1.5)
+    for turn in range(3):
+        consumer = Stuck(settings)
         await consumer.start()
-        if left == 5:
+        if turn == 0:
             await publish(channel, [b"%d" % each for each in range(5)], routing_key=name)
-        await _buffers(consumer, left - 1)
-        consumer.request_stop()
-        await _buffers(consumer, 0)  # only now: a hand that is free would be given another
-        stopping.set()
+        await _buffers(consumer, 4)
+        # The one that is being handled is cut off, and returned with the others.
         await consumer.stop()
     if version_of(broker) >= (4, 3):
-        returned = await take_all(channel, name, 2)
-        assert 2 == len(returned)
+        returned = await take_all(channel, name, 5)
+        assert 5 == len(returned)
         assert not any("x-delivery-count" in (each.headers or {}) for each in returned)
         assert 0 == await ready(amqp_url, dlq)
     else:
-        letters = await take_all(channel, dlq, 2)
-        assert [True, True] == [by_the_limit(each) for each in letters]
+        letters = await take_all(channel, dlq, 5)
+        assert [True] * 5 == [by_the_limit(each) for each in letters]
         assert 0 == await ready(amqp_url, name)
 
 
