@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import nox
 
@@ -44,33 +46,66 @@ def pytest(session: nox.Session, *args: str, env: dict[str, str] | None = None) 
 def tests(session: nox.Session) -> None:
     """Run all tests on this Python, against the broker found or installed here.
 
-    The integration tests mostly wait for their broker; the unit tests use that time, and tell what
-    they saw afterwards. With arguments, all that they choose runs in one process.
+    The integration tests mostly wait, for their broker or for time to pass. So half of them run
+    beside the other half, with a broker of their own, and the unit tests beside both; what they saw
+    is told afterwards. With arguments, all that they choose runs in one process.
     """
     session.install(".", *group("test"))
     session.run("coverage", "erase")
     if session.posargs:
         pytest(session, *session.posargs)
         return
-    told = Path(session.create_tmp()) / "unit.log"
-    with told.open("w") as log, unit_tests(session, log) as unit_process:
+    here, beside = halves(Path("tests/integration"))
+    failed: list[bool] = []
+    with (
+        in_background(session, "unit", ["tests/unit"]) as unit_tests,
+        in_background(session, "integration", beside) as others,
+    ):
         try:
-            pytest(session, "tests/integration")
+            pytest(session, *here)
         finally:
-            failed = unit_process.wait()
-            sys.stdout.write(told.read_text())
-    if failed:
-        session.error("the unit tests failed: see above")
+            failed = [each.told() for each in (others, unit_tests)]
+    if any(failed):
+        session.error("tests failed beside these: see above")
 
 
-def unit_tests(session: nox.Session, log: TextIO) -> subprocess.Popen[bytes]:
-    """Start the unit tests as a process of their own."""
-    command = [str(Path(session.bin) / "coverage"), "run", "-m", "pytest", "tests/unit"]
+def halves(folder: Path) -> tuple[list[str], list[str]]:
+    """Divide test files in two: whole consumers here, and what they stand on there."""
+    files = sorted(map(str, folder.glob("test_*.py")))
+    consumers = [file for file in files if "test_consumer_" in file]
+    return consumers, [file for file in files if file not in consumers]
+
+
+@dataclass
+class Background:
+    """A run of pytest whose report waits."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def told(self) -> bool:
+        """Wait for it, and tell what it saw; returns whether something failed."""
+        failed = self.process.wait() != 0
+        sys.stdout.write(self.log.read_text())
+        return failed
+
+
+@contextmanager
+def in_background(session: nox.Session, name: str, paths: Sequence[str]) -> Iterator[Background]:
+    """Start pytest as a process of its own."""
+    command = [str(Path(session.bin) / "coverage"), "run", "-m", "pytest", *paths]
     own = {name: value for name, value in session.env.items() if value is not None}
-    environment = {**os.environ, **own}
-    return subprocess.Popen(  # noqa: S603  -- the command is ours
-        command, stdout=log, stderr=subprocess.STDOUT, env=environment
-    )
+    log = Path(session.create_tmp()) / f"{name}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(  # noqa: S603  -- the command is ours
+            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **own}
+        )
+        try:
+            yield Background(process, log)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
 
 
 @nox.session

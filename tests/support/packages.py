@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
+
+_LOCK = Path(tempfile.gettempdir(), "aio-pika-batch-installs.lock")
 
 
 class InstallError(Exception):
@@ -41,12 +45,17 @@ def install_commands(package: str, *, brew: str, dnf: str | None = None) -> list
 
 
 def install(commands: list[list[str]]) -> None:
-    """Run them; raise ``InstallError`` at the first that fails."""
-    for command in commands:
-        print("$", *command, flush=True)
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            raise InstallError(f"`{' '.join(command)}` failed; this report has its output")
+    """Run them; raise ``InstallError`` at the first that fails.
+
+    One at a time on this machine: package managers have no patience with each other.
+    """
+    with _LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in commands:
+            print("$", *command, flush=True)
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
+            if done.returncode:
+                raise InstallError(f"`{' '.join(command)}` failed; this report has its output")
 
 
 def _rights() -> list[str] | None:
