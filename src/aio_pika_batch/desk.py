@@ -62,18 +62,11 @@ class SettleDesk:
             self._line.remove(place)
             self._send(self._front())
 
-    async def settle(
-        self,
-        settlements: Sequence[Settlement],
-        place: Place | None = None,
-        *,
-        at_once: bool = False,
-    ) -> None:
+    async def settle(self, settlements: Sequence[Settlement], place: Place | None = None) -> None:
         """Settle, once nobody in front is undecided, or patience is at its end.
 
         Args:
             place: Where it stands in line; None for the end of it.
-            at_once: Wait for nobody; whatever else is decided goes along.
 
         Raises:
             TransportError: As `Session.settle` does.
@@ -84,7 +77,7 @@ class SettleDesk:
         if place is None:
             place = self.stand_in_line()
         place.settlements = settlements
-        going = self._decided() if at_once else self._front()
+        going = self._front()
         if going == [place]:
             await self._session.settle(settlements)
             return
@@ -93,6 +86,18 @@ class SettleDesk:
         if place not in going and self._timer is None:
             self._timer = self._loop.call_later(self._patience, self._lose_patience)
         await asyncio.shield(place.settled)
+
+    def settle_at_once(self, settlements: Sequence[Settlement]) -> asyncio.Future[None]:
+        """Settle without waiting for anybody; whatever else is decided goes along.
+
+        Returns:
+            Done once it is settled, or failed as `settle` would.
+        """
+        place = self.stand_in_line()
+        place.settlements = settlements
+        place.settled = self._loop.create_future()
+        self._send(self._decided())
+        return place.settled
 
     def _front(self) -> list[Place]:
         """Those in front who are decided; they leave the line."""

@@ -124,14 +124,11 @@ class Settler:
             self._complained = True
             header = self._router.retry.header
             self._log.warning("a retry count is no number, and is taken as 0", header=header)
-        publishing = self._loop.create_task(self._publish(republications))
         place = self._desk.stand_in_line()
         try:
-            await asyncio.wait({publishing}, timeout=self._patience)
-            if settlements and not publishing.done():
-                await self._desk.settle(settlements, at_once=True)
+            outcomes, is_settled = await self._publish_patiently(republications, settlements)
+            if is_settled:
                 settlements = []
-            outcomes = await publishing
             if self.is_over:
                 if settlements:
                     msg = "the session ended while copies were on their way: nothing was settled"
@@ -146,8 +143,44 @@ class Settler:
                 await self._desk.settle(settlements, place)
             return confirmed
         finally:
-            publishing.cancel()
             self._desk.leave(place)
+
+    async def _publish_patiently(
+        self, republications: Sequence[Republication], others: Sequence[Settlement]
+    ) -> tuple[Sequence[Outcome], bool]:
+        """Publish; what needs no copy is settled without the others if that takes too long.
+
+        Returns:
+            What became of the copies; and whether the others have been settled.
+
+        Raises:
+            TransportError: The session did not take the others.
+        """
+        early: list[asyncio.Future[None]] = []
+        publishing = self._loop.create_task(self._publish(republications))
+
+        def give_up(settled: asyncio.Future[None]) -> None:
+            if not settled.cancelled() and settled.exception() is not None:
+                publishing.cancel()
+
+        def lose_patience() -> None:
+            early.append(self._desk.settle_at_once(others))
+            early[0].add_done_callback(give_up)
+
+        timer = self._loop.call_later(self._patience, lose_patience) if others else None
+        try:
+            outcomes = await publishing
+        except asyncio.CancelledError:
+            for settled in early:
+                if settled.done():
+                    settled.result()  # raises: a session that takes nothing waits for no copies
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        for settled in early:
+            await settled
+        return outcomes, bool(early)
 
     def _confirmed_of(
         self,

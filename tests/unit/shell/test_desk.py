@@ -112,7 +112,7 @@ async def test_what_shall_go_at_once_takes_along_what_waits():
     waiting = asyncio.ensure_future(desk.settle(of(2)))
     await asyncio.sleep(0.001)
 
-    await desk.settle(of(3), at_once=True)
+    await desk.settle_at_once(of(3))
 
     assert [True] == await settled_soon(waiting)
     await desk.settle(of(1), first)
@@ -170,7 +170,7 @@ def test_any_order(batches: list[tuple[float, str]], patience: float) -> None:
             desk.leave(place)
             return
         if way == "cannot wait":
-            await desk.settle(of(-number - 1), at_once=True)
+            await desk.settle_at_once(of(-number - 1))
             seen[-number - 1] = loop.time()
         await desk.settle(of(number), place)
         seen[number] = loop.time()

@@ -243,6 +243,18 @@ async def test_what_needs_no_copy_waits_a_tenth_of_a_second_at_most():
     assert [pytest.approx(0.1), 3] == script.times("settle")
 
 
+async def test_who_is_confirmed_in_time_behind_one_that_is_not_is_settled_once():
+    """Neither with its own patience at an end nor with the other's is anything told twice."""
+    script = ScriptedTransport()
+    script.on_publish = lambda copies: asyncio.sleep(3 if copies[0].body == b"0" else 0.05)
+    async with Scribe(answering(REQUEUE, ACK), transport=script, batch_size=2):
+        script.last.feed(*numbered(4))
+        await asyncio.sleep(5)
+    settled = [sorted(tag for _, tags in each for tag in tags) for each in script.details("settle")]
+    assert [[2, 3, 4], [1]] == settled
+    assert [pytest.approx(0.1), 3] == script.times("settle")
+
+
 async def test_other_batches_settlements_join_in():
     """While copies are on their way, a quick batch's acks wait for them, and share their write."""
     script = ScriptedTransport()
