@@ -3,7 +3,7 @@
 Starts a broker of its own, makes environments for the competitors, measures them in turn, and
 writes ``docs/performance.md`` with its charts; a run that is not a whole one writes the same below
 ``.cache/bench/report`` instead. What was measured is kept as it comes, so that a run that was
-interrupted can be shown, or shown otherwise: ``--show FILE``.
+interrupted can be shown, or shown otherwise: ``--show FILE [FILE …]``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--messages", type=int, help="at most so many in a measurement")
     parser.add_argument("--python", help="what the competitors run on; 3.12 suits all")
     parser.add_argument("--anew", action="store_true", help="make all environments anew")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="only write what FILE has")
+    parser.add_argument(
+        "--show",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="only write what FILE has, and later runs of some of its sections",
+    )
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to write it")
     parser.add_argument("--list", action="store_true", help="only tell what there is")
     return parser.parse_args()
@@ -57,7 +63,7 @@ def main() -> None:
     from benchmarks import report, series
 
     if asked.show:
-        kept = series.load(asked.show)
+        kept = series.load(*asked.show)
         report.write(kept, asked.to or environments.FOLDER / "report")
         return
     wanted = series.choose(asked.only, quick=asked.quick, most=asked.messages)

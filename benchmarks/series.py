@@ -101,13 +101,37 @@ def _told(reading: Reading) -> str:
     return f"{cpu(reading):8.1f} µs {rate(reading):9,.0f}/s {peak:5.0f} MiB"
 
 
-def load(file: Path) -> Kept:
-    """What a run has kept, even one that was interrupted."""
+def load(file: Path, *later: Path) -> Kept:
+    """What a run has kept, even one that was interrupted.
+
+    Args:
+        later: Runs of parts of it: a section that they have measured counts instead.
+    """
     first, *rest = [json.loads(line) for line in file.read_text().splitlines()]
     kept = Kept(machine=first["machine"])
     for line in rest:
         kept.take(line)
+    if later:
+        _replace_sections(kept, load(*later))
     return kept
+
+
+def _replace_sections(kept: Kept, anew: Kept) -> None:
+    """Take whole sections, since ratios are of one run."""
+    measured = anew.readings.keys() | anew.errors.keys()
+    sections = {
+        section: {case.key for case in cases}
+        for section, cases in all_sections().items()
+        if measured & {case.key for case in cases}
+    }
+    for key in set().union(*sections.values()):
+        kept.readings.pop(key, None)
+        kept.errors.pop(key, None)
+    kept.readings |= anew.readings
+    kept.errors |= anew.errors
+    for name, value in anew.machine.items():
+        if (before := kept.machine.get(name)) != value:
+            kept.machine[name] = f"{before}; {', '.join(sections)}: {value}"
 
 
 def _in_turn(wanted: Sections, rounds: int | None) -> Iterator[tuple[int, Case]]:

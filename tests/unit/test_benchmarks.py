@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -138,6 +139,30 @@ class TestReport:
         """Where a whole run writes them."""
         page = Path(__file__).parents[2] / "docs" / report.FILE
         assert report.between_marks(page.read_text(), "figures")
+
+
+class TestSeries:
+    """What runs have kept."""
+
+    def test_a_later_run_replaces_whole_sections(self, tmp_path: Path) -> None:
+        """Ratios are of one run; which run that was is told."""
+        first, later = tmp_path / "first.jsonl", tmp_path / "later.jsonl"
+        for file, revision, cases in [
+            (first, "a", {"ours.ack": 5.0, "pika": 20.0, "ours.publish": 8.0}),
+            (later, "b", {"ours.ack": 3.0}),
+        ]:
+            lines: list[object] = [{"machine": {"revision": revision, "memory": "4 GiB"}}]
+            lines += [
+                {"case": key, "round": 1, "reading": asdict(reading(cpu))}
+                for key, cpu in cases.items()
+            ]
+            file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+        found = series.load(first, later)
+
+        assert {"ours.ack", "ours.publish"} == found.readings.keys()
+        assert pytest.approx(3.0) == figures.cpu(found.readings["ours.ack"][1])
+        assert {"revision": "a; consume: b", "memory": "4 GiB"} == found.machine
 
 
 class TestChart:
