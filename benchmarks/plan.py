@@ -17,7 +17,7 @@ def _theirs(key: str, name: str, module: str, task: str, messages: int, **more: 
     return Case(key=key, name=name, module=module, task=task, messages=messages, **more)
 
 
-# An original waits for the confirm of its copy, and takes its place in the prefetch window meanwhile.
+# Until its copy is confirmed, an original occupies its place in the prefetch window.
 # Both get as many messages: the more stand in a queue, the slower the broker is.
 MIX: dict[str, Any] = {"messages": SLOW, "prefetch": 1000, "warmup": 2000}
 
