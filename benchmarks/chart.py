@@ -53,7 +53,7 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
     height = TOP + ROW * len(rows) + BOTTOM
     step, most = scale(max(row.high for row in rows))
     room = WIDTH - LABELS - MARGIN - VALUES
-    said = "; ".join(f"{row.name}: {row.value:.1f}" for row in rows)
+    said = "; ".join(f"{row.name}: {_number(row.value)}" for row in rows)
     size = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
@@ -90,8 +90,12 @@ def _row(row: Bar, y: float, pixels: float) -> list[str]:
         _text(f"label{mine}", LABELS - 8, baseline, row.name, "end"),
         _box(kind, LABELS, y, (max(row.value * pixels, 1), THICK), 2),
         _line("spread", (low, middle), (high, middle)),
-        _text(f"value{mine}", high + 6, baseline, f"{row.value:.1f}"),
+        _text(f"value{mine}", high + 6, baseline, _number(row.value)),
     ]
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def _text(kind: str, x: float, y: float, text: str, anchor: str = "start") -> str:
