@@ -1,37 +1,42 @@
 """Batch consumer for RabbitMQ: collect a batch, yield one result per message.
 
 Subclass :class:`BatchConsumer`, override `process_messages`, run it. Nothing of aio-pika is
-imported before a consumer with an `amqp://` URL is made.
+imported before a consumer with an `amqp://` URL is made, and little else before it is asked for.
 """
 
-from aio_pika_batch.batch_settings import BatchConsumerSettings
-from aio_pika_batch.consumer import BatchConsumer, Consumer
-from aio_pika_batch.core.batcher import Trigger
-from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.publication import Outcome, Publication
-from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result
-from aio_pika_batch.core.retry import DeadLetterReason
-from aio_pika_batch.errors import (
-    AccessRefused,
-    AioPikaBatchError,
-    BrokerUnavailable,
-    ConfigurationError,
-    DrainIncomplete,
-    HandlerTimeout,
-    MessageDecodeError,
-    PublishError,
-    ResultError,
-    SessionClosed,
-    SessionLost,
-    SettlementError,
-    StartInterrupted,
-    TopologyError,
-    TransportError,
-)
-from aio_pika_batch.hooks import WorkerSession
-from aio_pika_batch.observer import Observer
-from aio_pika_batch.settings import ConsumerSettings
-from aio_pika_batch.status import ConsumerStatus, WorkerState, WorkerStatus
+from typing import TYPE_CHECKING
+
+from aio_pika_batch.front import front_door
+
+if TYPE_CHECKING:
+    from aio_pika_batch.batch_settings import BatchConsumerSettings
+    from aio_pika_batch.consumer import BatchConsumer, Consumer
+    from aio_pika_batch.core.batcher import Trigger
+    from aio_pika_batch.core.message import Message
+    from aio_pika_batch.core.publication import Outcome, Publication
+    from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result
+    from aio_pika_batch.core.retry import DeadLetterReason
+    from aio_pika_batch.errors import (
+        AccessRefused,
+        AioPikaBatchError,
+        BrokerUnavailable,
+        ConfigurationError,
+        DrainIncomplete,
+        HandlerTimeout,
+        MessageDecodeError,
+        PublishError,
+        ResultError,
+        SessionClosed,
+        SessionLost,
+        SettlementError,
+        StartInterrupted,
+        TopologyError,
+        TransportError,
+    )
+    from aio_pika_batch.hooks import WorkerSession
+    from aio_pika_batch.observer import Observer
+    from aio_pika_batch.settings import ConsumerSettings
+    from aio_pika_batch.status import ConsumerStatus, WorkerState, WorkerStatus
 
 __all__ = [
     "AccessRefused",
@@ -69,3 +74,20 @@ __all__ = [
     "WorkerState",
     "WorkerStatus",
 ]
+
+if not TYPE_CHECKING:
+    _ROOMS = (
+        "errors",
+        "core.message",
+        "core.publication",
+        "core.batcher",
+        "core.results",
+        "core.retry",
+        "observer",
+        "status",
+        "settings",
+        "batch_settings",
+        "hooks",
+        "consumer",
+    )
+    __getattr__, __dir__ = front_door(__name__, __all__, _ROOMS)

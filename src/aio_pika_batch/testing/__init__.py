@@ -1,1 +1,30 @@
-"""What helps to test consumers without a broker and without waiting; our own tests use it."""
+"""What helps to test consumers without a broker and without waiting; our own tests use it.
+
+- :func:`process` hands messages to a handler, and tells what would become of them.
+- :class:`BatchBroker` is a RabbitMQ in memory; the fixture `batch_broker` is one.
+- `virtual_time` lets hours pass in no time, and names what hangs.
+- `strategies` draws messages and results, for hypothesis.
+"""
+
+from typing import TYPE_CHECKING
+
+from aio_pika_batch.front import front_door
+
+if TYPE_CHECKING:
+    from aio_pika_batch.testing.broker import BatchBroker
+    from aio_pika_batch.testing.messages import make_message
+    from aio_pika_batch.testing.outcome import BatchOutcome, DeadLetter, RequeuedMessage
+    from aio_pika_batch.testing.rehearsal import process
+
+__all__ = [
+    "BatchBroker",
+    "BatchOutcome",
+    "DeadLetter",
+    "RequeuedMessage",
+    "make_message",
+    "process",
+]
+
+if not TYPE_CHECKING:
+    _ROOMS = ("messages", "outcome", "broker", "rehearsal")
+    __getattr__, __dir__ = front_door(__name__, __all__, _ROOMS)

@@ -1,31 +1,30 @@
-"""What may a message look like? Everything that the wire lets through, and a little more.
+"""What else is drawn for the core? What stands around messages and results, and a little more.
 
-The headers that the core itself reads and writes are drawn as often as all others together, with
-values of every type: any client may have set them.
+Messages and results themselves are drawn as users draw them: `aio_pika_batch.testing.strategies`.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from decimal import Decimal
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
 
 from aio_pika_batch.core.message import Headers, Message, Properties
 from aio_pika_batch.core.publication import Copy
-from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result, Verdict
+from aio_pika_batch.core.results import Cause, Result, Verdict
 from aio_pika_batch.core.settlement import Disposition
 from aio_pika_batch.core.topology import Wanted
+from aio_pika_batch.testing.strategies import UNDECODABLE, results
+from aio_pika_batch.testing.strategies import messages as made_messages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 QUEUE = "jobs"
 NOW = datetime(2025, 3, 4, 5, 6, 7, tzinfo=UTC)
-
-UNDECODABLE = "not UTF-8"
 
 
 @dataclass(slots=True)
@@ -100,83 +99,6 @@ def without(headers: Mapping[str, object] | None, *names: str) -> dict[str, obje
     return {name: value for name, value in (headers or {}).items() if name not in names}
 
 
-short_texts = st.text(st.characters(codec="utf-8"), max_size=12)
-
-moments = st.datetimes(
-    min_value=datetime(1970, 1, 1),  # noqa: DTZ001  -- hypothesis adds the zone
-    max_value=datetime(9999, 1, 1),  # noqa: DTZ001
-    timezones=st.just(UTC),
-).map(lambda moment: moment.replace(microsecond=0))
-
-scalars = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-(2**63), 2**63 - 1),
-    st.floats(allow_nan=False),
-    short_texts,
-    st.binary(max_size=8),
-    st.decimals(allow_nan=False, allow_infinity=False, places=2).map(Decimal),
-    moments,
-)
-
-field_values = st.one_of(
-    scalars,
-    st.lists(scalars, max_size=2),
-    st.dictionaries(short_texts, scalars, max_size=2),
-    st.just([{"deep": [{"deeper": None}]}]),
-)
-
-core_headers = st.sampled_from(
-    [
-        "CC",
-        "BCC",
-        "x-acquired-count",
-        "x-dead-letter-detail",
-        "x-dead-letter-reason",
-        "x-dead-lettered-at",
-        "x-death",
-        "x-delivery-count",
-        "x-exception-message",
-        "x-exception-type",
-        "x-first-failed-at",
-        "x-original-exchange",
-        "x-original-expiration",
-        "x-original-queue",
-        "x-original-routing-key",
-        "x-retry-count",
-    ]
-)
-
-headers = st.dictionaries(core_headers | short_texts, field_values, max_size=5)
-
-sound_properties = st.builds(
-    Properties,
-    content_type=st.none() | short_texts,
-    content_encoding=st.none() | short_texts,
-    headers=st.none() | headers,
-    delivery_mode=st.none() | st.sampled_from([1, 2]),
-    priority=st.none() | st.integers(0, 255),
-    correlation_id=st.none() | short_texts,
-    reply_to=st.none() | short_texts,
-    expiration=st.none() | st.integers(0, 2**32 - 1).map(str),
-    message_id=st.none() | short_texts,
-    timestamp=st.none() | moments,
-    type=st.none() | short_texts,
-    user_id=st.none() | short_texts,
-    app_id=st.none() | short_texts,
-    cluster_id=st.none() | short_texts,
-)
-
-broken_properties = st.builds(
-    lambda names: Properties(undecodable=dict.fromkeys(names, UNDECODABLE)),
-    st.sets(
-        st.sampled_from(["headers", "message_id", "expiration", "timestamp", "user_id"]),
-        min_size=1,
-    ),
-)
-
-properties = sound_properties | broken_properties
-
 typical_properties = st.sampled_from(
     [
         Properties(),
@@ -191,19 +113,8 @@ typical_properties = st.sampled_from(
 """For batches of several, where what matters is who gets which result."""
 
 
-def messages(
-    of: st.SearchStrategy[Properties] = properties,
-) -> st.SearchStrategy[Message]:
-    """Deliveries of one session."""
-    return st.builds(
-        Message,
-        st.just(StubSource()),
-        st.just(1),
-        st.booleans(),
-        st.binary(max_size=20),
-        st.tuples(short_texts, short_texts),
-        of,
-    )
+messages = functools.partial(made_messages, queue=QUEUE)
+"""Deliveries of one session."""
 
 
 class Odd(RuntimeError):
@@ -220,16 +131,6 @@ errors = st.one_of(
     st.builds(ValueError, st.text(max_size=5)),
     st.just(Odd()),
     st.just(KeyboardInterrupt()),
-)
-
-reasons = st.none() | st.text(max_size=5)
-
-delays = st.none() | st.sampled_from([0, 1, 2.5, 1000]) | st.just(timedelta(seconds=90))
-
-requeues = st.builds(Requeue, reasons, delay=delays)
-
-results: st.SearchStrategy[Result] = st.one_of(
-    st.sampled_from(MessageResult), st.builds(Nack, reasons), requeues
 )
 
 causes = st.sampled_from(Cause)

@@ -18,7 +18,8 @@ from aio_pika_batch.core.breaker import (
 )
 from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Verdict
 from aio_pika_batch.core.retry import Backoff
-from tests.unit.core.strategies import a_message, causes, errors, results
+from aio_pika_batch.testing.strategies import results
+from tests.unit.core.strategies import a_message, causes, errors
 
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
 

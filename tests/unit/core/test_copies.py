@@ -13,17 +13,19 @@ from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result, Verdict
 from aio_pika_batch.core.retry import RetryPolicy
 from aio_pika_batch.core.routing import DeadLetterTarget, Router
+from aio_pika_batch.testing.strategies import (
+    UNDECODABLE,
+    broken_properties,
+    headers,
+    sound_properties,
+)
 from tests.unit.core.strategies import (
     NOW,
     QUEUE,
-    UNDECODABLE,
     Odd,
     StubSource,
     a_message,
-    broken_properties,
-    headers,
     messages,
-    sound_properties,
     texts,
     without,
 )

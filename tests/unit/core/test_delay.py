@@ -19,16 +19,14 @@ from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.results import MessageResult, Requeue, Verdict
 from aio_pika_batch.core.retry import DeadLetterReason, RetryPolicy
 from aio_pika_batch.core.routing import DeadLetterTarget, Router
+from aio_pika_batch.testing.strategies import broken_properties, properties, sound_properties
 from tests.unit.core.strategies import (
     NOW,
     QUEUE,
     StubSource,
     a_message,
-    broken_properties,
     delivered,
     messages,
-    properties,
-    sound_properties,
     without,
 )
 

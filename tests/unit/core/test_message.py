@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 
 from aio_pika_batch.core.message import Message, Properties, retry_count
 from aio_pika_batch.errors import AioPikaBatchError, MessageDecodeError
-from tests.unit.core.strategies import (
-    UNDECODABLE,
-    StubSource,
-    a_message,
-    field_values,
-    messages,
-    sound_properties,
-)
+from aio_pika_batch.testing.strategies import UNDECODABLE, field_values, sound_properties
+from tests.unit.core.strategies import StubSource, a_message, messages
 
 PLAIN = (
     "content_type",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.publication import Publication
-from tests.unit.core.strategies import headers, moments, short_texts
+from aio_pika_batch.testing.strategies import headers, moments, short_texts
 
 optional_texts = st.none() | short_texts
 

@@ -14,7 +14,8 @@ from aio_pika_batch.core.results import (
     result_for,
 )
 from aio_pika_batch.errors import ResultError
-from tests.unit.core.strategies import a_message, results, some_messages
+from aio_pika_batch.testing.strategies import results
+from tests.unit.core.strategies import a_message, some_messages
 
 ACK, NACK = MessageResult.ACK, MessageResult.NACK
 REQUEUE = MessageResult.REQUEUE

@@ -15,17 +15,14 @@ from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Ver
 from aio_pika_batch.core.retry import DeadLetterReason, RetryPolicy
 from aio_pika_batch.core.routing import CopyKind, DeadLetterTarget, Plan, Router
 from aio_pika_batch.core.settlement import Disposition
+from aio_pika_batch.testing.strategies import UNDECODABLE, results, short_texts, sound_properties
 from tests.unit.core.strategies import (
     NOW,
     QUEUE,
-    UNDECODABLE,
     a_message,
     batches_of_verdicts,
     delivered,
     messages,
-    results,
-    short_texts,
-    sound_properties,
 )
 
 ACK, NACK = MessageResult.ACK, MessageResult.NACK

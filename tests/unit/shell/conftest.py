@@ -8,7 +8,6 @@ import random
 
 import pytest
 
-from aio_pika_batch.adapters.memory import Broker
 from tests.unit.shell.stage import Stage
 
 
@@ -28,7 +27,7 @@ async def complaints():
 @pytest.fixture
 async def stage():
     """A broker with a queue."""
-    made = Stage(Broker())
+    made = Stage()
     made.declare()
     return made
 

@@ -15,7 +15,7 @@ from aio_pika_batch import (
     MessageResult,
     Observer,
 )
-from aio_pika_batch.adapters.memory import Broker, MemoryTransport
+from aio_pika_batch.testing.broker import BatchBroker
 
 QUEUE = "jobs"
 
@@ -144,31 +144,12 @@ class Witness(Observer):
         return [event for _, event in self.seen if type(event) is kind]
 
 
-class Stage:
-    """A broker with one queue, and a way to reach it."""
-
-    def __init__(self, broker: Broker) -> None:
-        self.broker = broker
-        self.transport = MemoryTransport(broker)
+class Stage(BatchBroker):
+    """A broker whose tests are about one queue."""
 
     def declare(self, queue: str = QUEUE, **arguments: Any) -> None:
         """Declare a durable queue."""
-        with self.broker.operation() as vhost:
-            vhost.declare_queue(
-                queue,
-                durable=True,
-                exclusive=False,
-                auto_delete=False,
-                arguments=arguments,
-                asker=None,
-            )
-
-    def exchange(self, name: str, queue: str, *keys: str, kind: str = "direct") -> None:
-        """Declare an exchange, and bind a queue to it."""
-        with self.broker.operation() as vhost:
-            vhost.declare_exchange(name, kind, durable=True, auto_delete=False, arguments={})
-            for key in keys:
-                vhost.bind(vhost.queues[queue], name, key, {})
+        super().declare(queue, **arguments)
 
     def put(self, *some: bytes, queue: str = QUEUE, **how: Any) -> None:
         """Put messages into the queue."""

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aio_pika_batch import ConfigurationError, SessionLost, WorkerState
-from aio_pika_batch.adapters.memory import Broker, Door, Happened
+from aio_pika_batch.adapters.memory import Door, Happened
 from aio_pika_batch.observer import BreakerClosed, BreakerOpened, BreakerProbing, Connected, Lost
 from aio_pika_batch.testing import virtual_time
 from tests.unit.shell.doubles import ScriptedTransport, at_once, never, raising
@@ -676,7 +676,7 @@ def test_whatever_happens_everything_is_handled_in_the_end(
     """Outages, cuts and pauses in any order lose nothing, and leave nobody paused for ever."""
 
     async def story():
-        stage = Stage(Broker())
+        stage = Stage()
         stage.declare()
 
         async def answer(messages):

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 
 from aio_pika_batch import DeadLetterReason, Nack, Requeue
-from aio_pika_batch.adapters.memory import Broker, Happened, PublishFault
+from aio_pika_batch.adapters.memory import Happened, PublishFault
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.observer import DeadLettered
 from tests.unit.shell.stage import (
@@ -31,7 +31,7 @@ async def buried(stage, answer, count=1, *, kind="fanout", **given):
     """Hand messages to a handler; what lies in the dead-letter queue then."""
     witness = Witness()
     stage.declare("dead")
-    stage.exchange("dlx", "dead", "order.created", kind=kind)
+    stage.bind("dead", "dlx", "order.created", kind=kind)
     for body in numbered(count):
         stage.put(body, exchange="events", routing_key="order.created")
     async with Scribe(
@@ -130,7 +130,7 @@ async def test_what_cannot_be_decoded_says_so(stage):
 async def test_a_dead_letter_does_not_expire(stage):
     """Its time to live becomes a header; it would go on counting down in the dead-letter queue."""
     stage.declare("dead")
-    stage.exchange("dlx", "dead", "", kind="fanout")
+    stage.bind("dead", "dlx", "", kind="fanout")
     stage.put(b"0", properties=Properties(expiration="60000", message_id="m"))
     async with Scribe(
         answering(NACK), transport=stage.transport, batch_size=1, dead_letter_exchange="dlx"
@@ -145,7 +145,7 @@ async def test_a_dead_letter_does_not_expire(stage):
 async def test_the_exchange_and_key_may_stand_in_queue_arguments(stage):
     """`x-dead-letter-exchange` and `-routing-key`, as users of RabbitMQ know them."""
     stage.declare("dead")
-    stage.exchange("dlx", "dead", "bin")
+    stage.bind("dead", "dlx", "bin")
     arguments = {"x-dead-letter-exchange": "dlx", "x-dead-letter-routing-key": "bin"}
     stage.broker.delete_queue("jobs")
     consumer = Scribe(
@@ -161,7 +161,7 @@ async def test_the_exchange_and_key_may_stand_in_queue_arguments(stage):
 async def test_a_routing_key_for_dead_letters_replaces_the_original_one(stage):
     """`dead_letter_routing_key`; the original stands in a header."""
     stage.declare("dead")
-    stage.exchange("dlx", "dead", "bin")
+    stage.bind("dead", "dlx", "bin")
     stage.put(b"0", exchange="events", routing_key="order.created")
     async with Scribe(
         answering(NACK),
@@ -190,7 +190,7 @@ async def test_a_dead_letter_queue_is_all_one_need_name(stage):
 @pytest.mark.parametrize("version", ["3.8", "3.10", "4.0", "4.3"])
 async def test_a_declared_dead_letter_queue_drops_nothing_for_coming_back(version):
     """Whatever limit the broker has by default, and whatever it takes a lifted one for."""
-    stage = Stage(Broker(version))
+    stage = Stage(version)
     given = {"queue_type": "quorum", "dead_letter_queue": "dead"}
     async with Scribe(answering(NACK), transport=stage.transport, batch_size=1, **given):
         stage.put(b"0")
@@ -230,7 +230,7 @@ async def test_an_unconfirmed_dead_letter_follows_the_rules_of_a_requeue(stage, 
     """Its original is held, the letter tried again, and acked once that is confirmed."""
     stage.broker.faults.on_publish(fault, times=1, exchange="dlx")
     stage.declare("dead")
-    stage.exchange("dlx", "dead", "", kind="fanout")
+    stage.bind("dead", "dlx", "", kind="fanout")
     stage.put(b"0")
     witness = Witness()
     async with Scribe(
@@ -251,7 +251,7 @@ async def test_an_unconfirmed_dead_letter_follows_the_rules_of_a_requeue(stage, 
 async def test_an_exchange_that_routes_nowhere_loses_nothing(stage, jitter):
     """A returned letter leaves its original with the broker."""
     stage.declare("dead")
-    stage.exchange("dlx", "dead", "elsewhere")
+    stage.bind("dead", "dlx", "elsewhere")
     stage.put(b"0")
     async with Scribe(
         answering(NACK),
@@ -269,7 +269,7 @@ async def test_an_exchange_that_routes_nowhere_loses_nothing(stage, jitter):
 async def test_an_exchange_that_vanishes_costs_no_message_and_no_session(stage, jitter):
     """A missing exchange closes the publisher's channel; a new one is opened for the next try."""
     stage.declare("dead")
-    stage.exchange("dlx", "dead", "", kind="fanout")
+    stage.bind("dead", "dlx", "", kind="fanout")
     async with Scribe(
         first_then(answering(NACK), ack),
         transport=stage.transport,
@@ -280,7 +280,7 @@ async def test_an_exchange_that_vanishes_costs_no_message_and_no_session(stage, 
         stage.put(*numbered(2))
         await asyncio.sleep(3)
         assert [b"0"] == stage.out()
-        stage.exchange("dlx", "dead", "", kind="fanout")
+        stage.bind("dead", "dlx", "", kind="fanout")
         await asyncio.sleep(60)
         assert 1 == consumer.status().workers[0].epoch
     assert [b"0"] == stage.waiting("dead")
@@ -289,7 +289,7 @@ async def test_an_exchange_that_vanishes_costs_no_message_and_no_session(stage, 
 async def test_a_foreign_header_that_is_no_routing_key_is_no_poison(stage, jitter):
     """Any client may have written `x-original-routing-key`, and longer than a key may be."""
     stage.declare("dead")
-    stage.exchange("dlx", "dead", "", kind="fanout")
+    stage.bind("dead", "dlx", "", kind="fanout")
     stage.put(b"0", properties=Properties(headers={"x-original-routing-key": "k" * 300}))
     async with Scribe(
         answering(NACK), transport=stage.transport, batch_size=1, dead_letter_exchange="dlx"

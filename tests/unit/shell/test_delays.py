@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from aio_pika_batch import Message, Outcome, Requeue, TopologyError
-from aio_pika_batch.adapters.memory import Broker, Happened, MemoryTransport
+from aio_pika_batch.adapters.memory import Happened, MemoryTransport
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.errors import BrokerUnavailable
 from aio_pika_batch.testing.virtual_time import run
@@ -136,7 +136,7 @@ def test_no_wait_holds_up_another(delays):
     """Whatever waits beside it, each message comes back when its own level is over."""
 
     async def story() -> None:
-        stage = Stage(Broker())
+        stage = Stage()
         stage.declare()
         stage.put(*numbered(len(delays)))
         done: dict[int, float] = {}
@@ -201,7 +201,7 @@ async def test_a_message_comes_back_as_what_it_was(stage):
 @pytest.mark.parametrize("version", ["3.10", "4.0", "4.3"])
 async def test_a_message_that_has_died_here_before_comes_back(version):
     """Before 4.0 the broker would see a circle in the x-death of a copy, and drop it."""
-    stage = Stage(Broker(version))
+    stage = Stage(version)
     stage.transport = MemoryTransport(stage.broker, version=version)
     stage.declare()
     death = {"queue": QUEUE, "reason": "expired", "count": 1}
@@ -387,7 +387,7 @@ async def test_a_queue_whose_name_is_too_long_for_delays(stage, caplog):
 @pytest.fixture
 async def old_stage() -> Stage:
     """RabbitMQ 3.8, with a queue."""
-    made = Stage(Broker("3.8"))
+    made = Stage("3.8")
     made.transport = MemoryTransport(made.broker, version="3.8")
     made.declare()
     return made

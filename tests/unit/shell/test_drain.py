@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aio_pika_batch import Cause, DrainIncomplete, Outcome
-from aio_pika_batch.adapters.memory import Broker, Happened
+from aio_pika_batch.adapters.memory import Happened
 from aio_pika_batch.observer import Settled
 from aio_pika_batch.testing import virtual_time
 from tests.unit.shell.doubles import ScriptedTransport, never
@@ -336,7 +336,7 @@ def test_after_a_graceful_stop_nothing_left_was_handled(
     """What is left in the queue was never handed out to a handler, and what was acked is gone."""
 
     async def story():
-        stage = Stage(Broker())
+        stage = Stage()
         stage.declare()
         durations = iter(seconds * 100)
 

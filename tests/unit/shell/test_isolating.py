@@ -51,7 +51,7 @@ def bulk(*bad, seconds=0.0, before=0):
 def consumer_of(stage, answer, witness=None, **given):
     """A consumer that isolates, and dead-letters what fails; its dead letters go to `dead`."""
     stage.declare("dead")
-    stage.exchange("dlx", "dead", "", kind="fanout")
+    stage.bind("dead", "dlx", "", kind="fanout")
     given = {
         "batch_size": 8,
         "batch_timeout": 1,

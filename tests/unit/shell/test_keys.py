@@ -141,7 +141,7 @@ class Choosy(Keyed):
 async def handled_by_choosy(stage, *some, ordered=False, **given):
     """Hand messages to it; what it was given, and what became of the rest."""
     stage.declare("dead")
-    stage.exchange("dlx", "dead", "", kind="fanout")
+    stage.bind("dead", "dlx", "", kind="fanout")
     stage.put(*some)
     witness = Witness()
     async with Choosy(

@@ -8,7 +8,6 @@ import asyncio
 
 import pytest
 
-from aio_pika_batch.adapters.memory import Broker
 from tests.unit.shell.stage import (
     REQUEUE_IMMEDIATE,
     Scribe,
@@ -44,7 +43,7 @@ def quorum(stage, answer, *, limit=None, **given):
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_failures_count_until_the_delivery_limit(version):
     """One delivery more than the limit, and the message is dead."""
-    stage = Stage(Broker(version))
+    stage = Stage(version)
     async with quorum(stage, answering(REQUEUE_IMMEDIATE), limit=3) as consumer:
         stage.put(b"poison")
         await asyncio.sleep(60)
@@ -57,7 +56,7 @@ async def test_without_a_limit_of_its_own_a_poison_message_ends_where_there_is_a
     version, times
 ):
     """Since 4.0; before, it goes on for as long as anybody handles it."""
-    stage = Stage(Broker(version))
+    stage = Stage(version)
     async with quorum(stage, taking(1, answering(REQUEUE_IMMEDIATE))) as consumer:
         stage.put(b"poison")
         await asyncio.sleep(98.5)
@@ -67,7 +66,7 @@ async def test_without_a_limit_of_its_own_a_poison_message_ends_where_there_is_a
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_a_lost_connection_counts_for_all_that_was_prefetched(version):
     """Nobody knows which of them was the culprit."""
-    stage = Stage(Broker(version))
+    stage = Stage(version)
     async with quorum(stage, taking(5), limit=1, prefetch_count=5):
         stage.put(*numbered(5))
         for _ in range(2):
@@ -80,7 +79,7 @@ async def test_a_lost_connection_counts_for_all_that_was_prefetched(version):
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_a_drain_spends_no_delivery_where_the_broker_can_tell(version):
     """Each drain finishes one message and returns the others, three times."""
-    stage = Stage(Broker(version))
+    stage = Stage(version)
     for turn in range(3):
         async with quorum(stage, taking(1), limit=2, prefetch_count=10):
             if not turn:
@@ -94,7 +93,7 @@ async def test_a_drain_spends_no_delivery_where_the_broker_can_tell(version):
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_a_pause_spends_no_delivery_where_the_broker_can_tell(version, jitter):
     """What the breaker returns has not failed, however often it comes."""
-    stage = Stage(Broker(version))
+    stage = Stage(version)
     consumer = quorum(
         stage,
         first_then(answering(*[REQUEUE_IMMEDIATE] * 2), ack),

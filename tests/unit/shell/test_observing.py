@@ -48,7 +48,7 @@ class Breaks(Observer):
 async def everything(stage, *observers):
     """A story in which everything happens once."""
     stage.declare("dead")
-    stage.exchange("dlx", "dead", "", kind="fanout")
+    stage.bind("dead", "dlx", "", kind="fanout")
     stage.put(*numbered(3))
     consumer = Scribe(
         first_then(answering(ACK, REQUEUE, NACK), answering(error=KeyError()), taking(20), ack),

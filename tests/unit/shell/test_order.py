@@ -110,7 +110,7 @@ async def test_a_failing_message_is_tried_again_in_place_and_later_ones_wait(
 async def test_an_exhausted_message_is_dead_lettered_and_its_key_goes_on(stage, result):
     """However it was put: where a broker would count, it is counted here."""
     stage.declare("dead")
-    stage.exchange("dlx", "dead", "key", kind="direct")
+    stage.bind("dead", "dlx", "key", kind="direct")
     for body in (b"a1", b"a2"):
         stage.put(body, exchange="events", routing_key="key")
     witness = Witness()
@@ -193,7 +193,7 @@ async def test_an_exception_costs_the_first_undecided_an_attempt_and_no_other(st
 async def test_a_poison_message_takes_nobody_along(stage):
     """It is dead-lettered after its own attempts, and the others have spent none."""
     stage.declare("dead")
-    stage.exchange("dlx", "dead", "", kind="fanout")
+    stage.bind("dead", "dlx", "", kind="fanout")
     stage.put(b"a1", b"a2", b"a3")
     async with Orderly(
         failing(b"a1", stops=True),
@@ -330,7 +330,7 @@ async def test_what_fails_during_a_drain_is_returned():
 async def test_what_is_spent_during_a_drain_is_dead_lettered(stage):
     """Its last attempt was made."""
     stage.declare("dead")
-    stage.exchange("dlx", "dead", "", kind="fanout")
+    stage.bind("dead", "dlx", "", kind="fanout")
     stage.put(b"a1", b"a2")
     consumer = Orderly(
         taking(5, answering(REQUEUE)),
@@ -411,7 +411,7 @@ async def test_what_a_lost_session_failed_at_is_not_kept(stage):
 async def test_a_dead_letter_that_is_not_confirmed_does_not_hold_its_key_up(stage):
     """It waits by itself, as ever."""
     stage.declare("dead")
-    stage.exchange("dlx", "dead", "", kind="fanout")
+    stage.bind("dead", "dlx", "", kind="fanout")
     stage.broker.faults.on_publish(PublishFault.REFUSE)
     stage.put(b"a1", b"a2")
     async with Orderly(

@@ -14,7 +14,7 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from aio_pika_batch import MessageResult
-from aio_pika_batch.adapters.memory import Broker, Door, Happened, PublishFault
+from aio_pika_batch.adapters.memory import Door, Happened, PublishFault
 from aio_pika_batch.testing import virtual_time
 from tests.unit.shell.stage import ACK, NACK, REQUEUE, REQUEUE_IMMEDIATE, Scribe, Stage
 
@@ -106,10 +106,10 @@ class Play:
 
     def __init__(self, story: Story) -> None:
         self.story = story
-        self.stage = Stage(Broker())
+        self.stage = Stage()
         for queue in ("jobs", "dead"):
             self.stage.declare(queue)
-        self.stage.exchange("dlx", "dead", "", kind="fanout")
+        self.stage.bind("dead", "dlx", "", kind="fanout")
         self.bodies = [f"{life.key}{at}".encode() for at, life in enumerate(story.lives)]
         self.life = dict(zip(self.bodies, story.lives, strict=True))
         self.seen: Counter[bytes] = Counter()

@@ -17,7 +17,7 @@ from tests.unit.shell.stage import ACK, REQUEUE, Scribe, ack, answering, first_t
 async def consumer(stage):
     """One that runs, and a queue to publish to."""
     stage.declare("sink")
-    stage.exchange("events", "sink", "created")
+    stage.bind("sink", "events", "created")
     made = Scribe(transport=stage.transport)
     async with made:
         yield made

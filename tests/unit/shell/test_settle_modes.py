@@ -47,7 +47,7 @@ def every(seconds, *results, error=None):
 def consumer_of(stage, answer, witness=None, **given):
     """A consumer that settles what is yielded, with dead letters to `dead`."""
     stage.declare("dead")
-    stage.exchange("dlx", "dead", "", kind="fanout")
+    stage.bind("dead", "dlx", "", kind="fanout")
     given = {
         "batch_size": 4,
         "batch_timeout": 1,

@@ -15,7 +15,7 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from aio_pika_batch import Requeue
-from aio_pika_batch.adapters.memory import Broker, Door, Happened, PublishFault
+from aio_pika_batch.adapters.memory import Door, Happened, PublishFault
 from aio_pika_batch.core.results import Result
 from aio_pika_batch.testing import virtual_time
 from tests.unit.shell.stage import (
@@ -109,10 +109,10 @@ class Play:
 
     def __init__(self, story: Story) -> None:
         self.story = story
-        self.stage = Stage(Broker())
+        self.stage = Stage()
         for queue in ("jobs", "dead"):
             self.stage.declare(queue)
-        self.stage.exchange("dlx", "dead", "", kind="fanout")
+        self.stage.bind("dead", "dlx", "", kind="fanout")
         self.seen: Counter[bytes] = Counter()
         self.acks: Counter[bytes] = Counter()
         self.nacks: set[bytes] = set()

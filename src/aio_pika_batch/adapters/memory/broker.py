@@ -25,10 +25,12 @@ from aio_pika_batch.adapters.memory.refusals import Code, Refusal
 from aio_pika_batch.adapters.memory.values import Stored, copied_headers, letter, stored
 from aio_pika_batch.adapters.memory.vhost import VirtualHost
 from aio_pika_batch.core.message import Properties
+from aio_pika_batch.core.publication import Outcome
 
 if TYPE_CHECKING:
     from aio_pika_batch.adapters.memory.queues import Queue
     from aio_pika_batch.core.message import Headers
+    from aio_pika_batch.core.publication import Publication
 
 CUT = "the connection was cut"
 
@@ -160,17 +162,22 @@ class Broker:
     def _store(
         self, channel: Channel | None, number: int, message: Stored, *, mandatory: bool
     ) -> None:
+        accepted, routed = self._distribute(message)
+        returned = mandatory and not routed
+        if returned:
+            self.vhost.note(Happened.RETURNED, "", message, message.exchange)
+        if channel is not None:
+            channel.confirm(number, accepted=accepted, returned=returned)
+
+    def _distribute(self, message: Stored) -> tuple[bool, bool]:
+        """Offer it to the queues that it is routed to: have all taken it, and are there any?"""
         queues = self.vhost.route(message)
         self.vhost.note(Happened.PUBLISHED, "", message, message.exchange)
         message = self.vhost.received(message)
         accepted = VirtualHost.offer_to_all(queues, message)
-        returned = mandatory and not queues
-        if returned:
-            self.vhost.note(Happened.RETURNED, "", message, message.exchange)
         if not accepted:
             self.vhost.note(Happened.REFUSED, "", message, "queue full")
-        if channel is not None:
-            channel.confirm(number, accepted=accepted, returned=returned)
+        return accepted, bool(queues)
 
     # -- faults --
 
@@ -258,6 +265,28 @@ class Broker:
             key = queue if routing_key is None else routing_key
             message = stored(letter(exchange, key, body, properties or Properties()), self.user)
             return self._queue(queue).offer(vhost.received(message))
+
+    def publish(self, publication: Publication) -> Outcome:
+        """Publish, past connections and faults.
+
+        Raises:
+            Refusal: The broker would close the channel over it.
+        """
+        properties = publication.properties
+        exchange, key = publication.exchange, publication.routing_key
+        with self.operation():
+            message = stored(letter(exchange, key, publication.body, properties), self.user)
+            accepted, routed = self._distribute(message)
+        if not routed:
+            return Outcome.RETURNED
+        return Outcome.CONFIRMED if accepted else Outcome.REFUSED
+
+    def drain(self, queue: str) -> list[Stored]:
+        """Take out what waits in a queue, in the order in which it would be delivered."""
+        waiting = self.ready(queue)
+        with self.operation():
+            self._queue(queue).purge()
+        return waiting
 
     def ready(self, queue: str) -> list[Stored]:
         """What waits in a queue, in the order in which it will be delivered."""

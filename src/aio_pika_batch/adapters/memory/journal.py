@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -55,16 +56,22 @@ class Journal:
 
     Args:
         keep: How many events are kept.
+
+    Attributes:
+        on_event: Told of each event, in the middle of what makes it happen; None: nobody is.
     """
 
     def __init__(self, keep: int) -> None:
         self.events: deque[Event] = deque(maxlen=keep)
         self.counts: Counter[Happened] = Counter()
+        self.on_event: Callable[[Event], None] | None = None
 
     def write(self, event: Event) -> None:
         """Note an event."""
         self.events.append(event)
         self.counts[event.happened] += 1
+        if self.on_event is not None:
+            self.on_event(event)
 
     def of(self, *kinds: Happened, queue: str | None = None) -> list[Event]:
         """The events of some kinds, the oldest first."""

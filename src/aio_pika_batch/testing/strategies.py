@@ -1,0 +1,146 @@
+"""What may a message look like, and what may a handler say? Everything that the wire lets through.
+
+Strategies for hypothesis. The headers that the library itself reads and writes are drawn as often
+as all others together, with values of every type: any client may have set them.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+from hypothesis import strategies as st
+
+from aio_pika_batch.core.message import Message, Properties
+from aio_pika_batch.core.results import MessageResult, Nack, Requeue, Result
+from aio_pika_batch.testing.messages import MadeSource
+
+UNDECODABLE = "not UTF-8"
+"""Why a property of `broken_properties` cannot be decoded."""
+
+short_texts = st.text(st.characters(codec="utf-8"), max_size=12)
+"""What fits into a short string, such as a routing key or a `message_id`."""
+
+moments = st.datetimes(
+    min_value=datetime(1970, 1, 1),  # noqa: DTZ001  -- hypothesis adds the zone
+    max_value=datetime(9999, 1, 1),  # noqa: DTZ001
+    timezones=st.just(UTC),
+).map(lambda moment: moment.replace(microsecond=0))
+"""Timestamps, to the second."""
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(allow_nan=False),
+    short_texts,
+    st.binary(max_size=8),
+    st.decimals(allow_nan=False, allow_infinity=False, places=2).map(Decimal),
+    moments,
+)
+"""Values of headers that hold no others."""
+
+field_values = st.one_of(
+    scalars,
+    st.lists(scalars, max_size=2),
+    st.dictionaries(short_texts, scalars, max_size=2),
+    st.just([{"deep": [{"deeper": None}]}]),
+)
+"""Values of headers."""
+
+known_headers = st.sampled_from(
+    [
+        "CC",
+        "BCC",
+        "x-acquired-count",
+        "x-dead-letter-detail",
+        "x-dead-letter-reason",
+        "x-dead-lettered-at",
+        "x-death",
+        "x-delivery-count",
+        "x-exception-message",
+        "x-exception-type",
+        "x-first-failed-at",
+        "x-original-exchange",
+        "x-original-expiration",
+        "x-original-queue",
+        "x-original-routing-key",
+        "x-retry-count",
+    ]
+)
+"""Names of headers that mean something to this library or to RabbitMQ."""
+
+headers = st.dictionaries(known_headers | short_texts, field_values, max_size=5)
+"""Headers, with values of any type under any name."""
+
+sound_properties = st.builds(
+    Properties,
+    content_type=st.none() | short_texts,
+    content_encoding=st.none() | short_texts,
+    headers=st.none() | headers,
+    delivery_mode=st.none() | st.sampled_from([1, 2]),
+    priority=st.none() | st.integers(0, 255),
+    correlation_id=st.none() | short_texts,
+    reply_to=st.none() | short_texts,
+    expiration=st.none() | st.integers(0, 2**32 - 1).map(str),
+    message_id=st.none() | short_texts,
+    timestamp=st.none() | moments,
+    type=st.none() | short_texts,
+    user_id=st.none() | short_texts,
+    app_id=st.none() | short_texts,
+    cluster_id=st.none() | short_texts,
+)
+"""Properties that can be decoded."""
+
+broken_properties = st.builds(
+    lambda names: Properties(undecodable=dict.fromkeys(names, UNDECODABLE)),
+    st.sets(
+        st.sampled_from(["headers", "message_id", "expiration", "timestamp", "user_id"]),
+        min_size=1,
+    ),
+)
+"""Properties some of which raise MessageDecodeError when they are read."""
+
+properties = sound_properties | broken_properties
+"""Properties."""
+
+
+def messages(
+    bodies: st.SearchStrategy[bytes] | None = None,
+    *,
+    of: st.SearchStrategy[Properties] = properties,
+    queue: str | None = None,
+    retry_count_header: str | None = None,
+) -> st.SearchStrategy[Message]:
+    """Deliveries, as :func:`~aio_pika_batch.testing.make_message` makes them.
+
+    Args:
+        bodies: None: short ones, of any bytes.
+        of: Their properties; by default some of them cannot be decoded.
+        queue: None: that of the consumer which they are handed to.
+        retry_count_header: None: the consumer's, likewise.
+    """
+    return st.builds(
+        Message,
+        st.builds(MadeSource, st.just(queue), st.just(retry_count_header)),
+        st.just(1),
+        st.booleans(),
+        st.binary(max_size=20) if bodies is None else bodies,
+        st.tuples(short_texts, short_texts),
+        of,
+    )
+
+
+reasons = st.none() | st.text(max_size=5)
+"""Reasons of a Nack or a Requeue."""
+
+delays = st.none() | st.sampled_from([0, 1, 2.5, 1000]) | st.just(timedelta(seconds=90))
+"""Delays of a Requeue."""
+
+requeues = st.builds(Requeue, reasons, delay=delays)
+"""Requeues with reasons and delays."""
+
+results: st.SearchStrategy[Result] = st.one_of(
+    st.sampled_from(MessageResult), st.builds(Nack, reasons), requeues
+)
+"""Everything that a handler may yield for a message."""

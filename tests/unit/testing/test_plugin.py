@@ -1,0 +1,102 @@
+"""What does pytest get from this library, and what does it cost whoever does not want it?"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from aio_pika_batch.testing.plugin import batch_broker, batch_broker_version
+
+ROOT = Path(__file__).parents[3]
+MODULE = "aio_pika_batch.testing.plugin"
+
+__all__ = ["batch_broker", "batch_broker_version"]
+
+STORY = """
+import pytest
+
+from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
+
+SETTINGS = BatchConsumerSettings(queue_name="orders", url="memory://")
+
+
+class Importer(BatchConsumer):
+    async def process_messages(self, messages):
+        for message in messages:
+            yield MessageResult.ACK
+
+
+def test_orders(batch_broker):
+    async def scenario():
+        async with Importer(SETTINGS, transport=batch_broker.transport):
+            batch_broker.publish(b"1", routing_key="orders")
+            await batch_broker.settled()
+        assert [] == batch_broker.drain("orders")
+
+    batch_broker.run(scenario())
+
+
+@pytest.mark.parametrize("batch_broker_version", ["3.10"])
+def test_older(batch_broker):
+    assert "3.10" == batch_broker.broker.dialect.version
+"""
+
+
+def test_a_test_gets_a_broker_without_any_other_plugin(tmp_path):
+    """Not even one for asyncio."""
+    (tmp_path / "test_story.py").write_text(STORY)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", MODULE]
+    ran = subprocess.run(
+        [*command, "-W", "error", str(tmp_path)],
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "2 passed" in ran.stdout, ran.stdout + ran.stderr
+
+
+async def test_each_test_has_a_broker_of_its_own(batch_broker):
+    """The newest that is imitated."""
+    assert ("4.3", []) == (batch_broker.broker.dialect.version, batch_broker.broker.queues)
+
+
+def test_it_is_found_by_its_entry_point():
+    """Under the name by which it can be switched off: `-p no:aio_pika_batch`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"aio_pika_batch": MODULE} == project["entry-points"]["pytest11"]
+
+
+def test_it_costs_next_to_nothing_until_a_fixture_is_wanted():
+    """Pytest loads it in every run of every project, before coverage may have begun to look."""
+    story = (
+        "import sys, pytest\n"
+        "before = set(sys.modules)\n"
+        f"import {MODULE}\n"
+        "print(*sorted(set(sys.modules) - before))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", story], check=True, capture_output=True, text=True)
+    ours = {"aio_pika_batch", "aio_pika_batch.front", "aio_pika_batch.testing", MODULE}
+    assert ours == set(done.stdout.split())
+
+
+@pytest.mark.parametrize("package", ["aio_pika_batch", "aio_pika_batch.testing"])
+def test_front_doors_have_what_they_list_and_nothing_else(package):
+    """A name that is not there is told as ever."""
+    story = (
+        f"import {package} as door\n"
+        f"from {package} import *\n"
+        "assert set(door.__all__) <= set(dir(door)) & set(globals())\n"
+        "assert all(getattr(door, name) is globals()[name] for name in door.__all__)\n"
+        "try:\n"
+        "    door.Nothing\n"
+        "except AttributeError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", story], check=True, capture_output=True, text=True)
+    assert f"module {package!r} has no attribute 'Nothing'\n" == done.stdout

@@ -1,0 +1,532 @@
+"""What does `process` tell about a handler? What a worker would tell the broker."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aio_pika_batch import (
+    BatchConsumer,
+    BatchConsumerSettings,
+    ConfigurationError,
+    Consumer,
+    ConsumerSettings,
+    DeadLetterReason,
+    HandlerTimeout,
+    MessageDecodeError,
+    MessageResult,
+    Nack,
+    Requeue,
+    ResultError,
+    SessionLost,
+)
+from aio_pika_batch.adapters.memory import MemoryTransport
+from aio_pika_batch.observer import Requeued, Settled
+from aio_pika_batch.testing import BatchBroker, DeadLetter, make_message, process
+from aio_pika_batch.testing.strategies import messages, results
+from aio_pika_batch.testing.virtual_time import run
+from tests.unit.shell.stage import (
+    ACK,
+    NACK,
+    REQUEUE,
+    REQUEUE_IMMEDIATE,
+    Clerk,
+    Scribe,
+    Witness,
+    ack,
+    answering,
+    bodies,
+    first_then,
+    numbered,
+    taking,
+)
+
+
+def scribe(answer: Any = ack, cls: type[Scribe] = Scribe, **given: Any) -> Scribe:
+    """A consumer that no broker has ever heard of."""
+    return cls(answer, transport=None, **given)
+
+
+async def test_each_result_has_its_list():
+    """Every message is in exactly one of four lists; `results` has them all, in order."""
+    answer = answering(ACK, Nack("no good"), REQUEUE, REQUEUE_IMMEDIATE)
+    outcome = await process(scribe(answer, dead_letter_queue="dead"), numbered(4))
+
+    assert [b"0"] == bodies(outcome.acked)
+    assert [b"1"] == bodies(outcome.nacked)
+    assert [b"1"] == bodies(outcome.dead_lettered)
+    assert [b"2", b"3"] == bodies(outcome.requeued)
+    assert [] == outcome.discarded
+    assert [ACK, Nack("no good"), REQUEUE, REQUEUE_IMMEDIATE] == outcome.results
+    assert [] == outcome.errors
+
+
+async def test_a_requeue_says_when_and_how_often():
+    """What the copy's header and wait queue would say; at the front of the queue nobody counts."""
+    given = [
+        make_message(b"0"),
+        make_message(b"1", headers={"x-retry-count": 1}),
+        b"2",
+        make_message(b"3", headers={"x-retry-count": 2}),
+    ]
+    answer = answering(REQUEUE, REQUEUE, Requeue(delay=6), REQUEUE_IMMEDIATE)
+    outcome = await process(scribe(answer, requeue_delay=2), given)
+
+    assert [(1, 2.0, False), (2, 4.0, False), (1, 8.0, False), (2, 0.0, True)] == [
+        (each.retry_count, each.delay, each.immediate) for each in outcome.requeued
+    ]
+
+
+async def test_without_a_delay_retries_do_not_wait():
+    """As the settings have it by default."""
+    outcome = await process(scribe(answering(REQUEUE)), [b"0"])
+    assert [0.0] == [each.delay for each in outcome.requeued]
+
+
+async def test_a_retry_that_was_the_last_is_a_dead_letter():
+    """It is not NACKed: the handler wanted another attempt."""
+    spent = make_message(b"0", headers={"x-retry-count": 3})
+    outcome = await process(scribe(answering(REQUEUE), dead_letter_queue="dead"), [spent])
+
+    [letter] = outcome.dead_lettered
+    assert DeadLetterReason.EXHAUSTED is letter.reason
+    assert (spent, b"0", 3) == (letter.message, letter.body, letter.headers["x-retry-count"])
+    assert [] == outcome.nacked
+    assert [] == outcome.requeued
+
+
+async def test_a_dead_letter_tells_where_it_goes_and_why():
+    """Exchange, original routing key, and headers, as they would be published."""
+    given = make_message(b"0", exchange="events", routing_key="order.created")
+    handler = answering(error=ValueError("no stock"))
+    consumer = scribe(handler, dead_letter_exchange="dlx", unhandled_exception_action=NACK)
+    outcome = await process(consumer, [given])
+
+    [letter] = outcome.dead_lettered
+    assert isinstance(letter, DeadLetter)
+    assert DeadLetterReason.HANDLER_ERROR is letter.reason
+    assert ("dlx", "order.created") == (letter.exchange, letter.routing_key)
+    assert "no stock" == letter.headers["x-exception-message"]
+    assert "jobs" == letter.headers["x-original-queue"]
+
+
+async def test_without_a_dead_letter_exchange_a_nack_discards():
+    """It is no dead letter, since nothing would keep it."""
+    spent = make_message(b"1", headers={"x-retry-count": 3})
+    outcome = await process(scribe(answering(NACK, REQUEUE)), [b"0", spent])
+
+    assert [b"0"] == bodies(outcome.nacked)
+    assert [b"0", b"1"] == bodies(outcome.discarded)
+    assert [] == outcome.dead_lettered
+
+
+async def test_errors_are_told_not_raised():
+    """What was yielded before counts, the rest gets what the settings say."""
+    error = ValueError("no")
+    outcome = await process(scribe(answering(ACK, error=error)), numbered(3))
+
+    assert [error] == outcome.errors
+    assert [b"0"] == bodies(outcome.acked)
+    assert [b"1", b"2"] == bodies(outcome.requeued)
+
+
+@pytest.mark.parametrize(
+    ("handler", "kind"),
+    [
+        (answering(ACK), ResultError),
+        (answering(ACK, "yes"), ResultError),
+        (answering(ACK, ACK, ACK), ResultError),
+        (taking(60), HandlerTimeout),
+    ],
+    ids=["too few", "no result", "too many", "too slow"],
+)
+async def test_every_way_to_fail_is_an_error(handler, kind):
+    """A missing result is never an ACK."""
+    outcome = await process(scribe(handler, process_timeout=5), numbered(2))
+    assert [kind] == [kind if isinstance(each, kind) else each for each in outcome.errors]
+
+
+async def test_an_exception_means_what_the_class_says():
+    """`exception_results` counts."""
+
+    class Choosy(Scribe):
+        exception_results = {LookupError: NACK}  # noqa: RUF012  -- as users write it
+
+    outcome = await process(scribe(answering(error=KeyError("x")), Choosy), [b"0"])
+    assert [NACK] == outcome.results
+
+
+async def test_what_cannot_be_decoded_fails_alone():
+    """The others are handled once more, without it."""
+
+    class Reader(Scribe):
+        async def process_messages(self, messages):
+            for message in messages:
+                message.json()
+                yield ACK
+
+    outcome = await process(
+        scribe(cls=Reader, dead_letter_queue="dead"), [b"1", b"oops", b"2", b"3"]
+    )
+    assert [b"1", b"2", b"3"] == bodies(outcome.acked)
+    assert [(b"oops", DeadLetterReason.UNDECODABLE)] == [
+        (each.body, each.reason) for each in outcome.dead_lettered
+    ]
+    assert [[b"1", b"oops", b"2", b"3"], [b"2", b"3"]] == list(map(bodies, outcome.batches))
+    [error] = outcome.errors
+    assert isinstance(error, MessageDecodeError)
+
+
+async def test_culprits_are_isolated_where_that_is_wanted():
+    """In halves, as a worker does it."""
+
+    async def bulk(messages):
+        if b"3" in bodies(messages):
+            raise ValueError
+        for _ in messages:
+            yield ACK
+
+    outcome = await process(scribe(bulk, isolate_failures=True), numbered(4))
+    assert [b"0", b"1", b"2"] == bodies(outcome.acked)
+    assert [b"3"] == bodies(outcome.requeued)
+    assert [b"3"] == bodies(outcome.batches[-1])
+
+
+async def test_an_atomic_batch_is_all_or_nothing():
+    """Its ACKs are void."""
+    consumer = scribe(answering(ACK, error=ValueError()), settle="atomic")
+    outcome = await process(consumer, numbered(2))
+    assert [] == outcome.acked
+    assert [b"0", b"1"] == bodies(outcome.requeued)
+
+
+async def test_batches_are_cut_as_the_settings_say():
+    """Full ones, and one with the rest, without waiting for it to fill."""
+    consumer = Scribe(transport=None, batch_size=2)
+    outcome = await process(consumer, numbered(5))
+
+    assert [[b"0", b"1"], [b"2", b"3"], [b"4"]] == consumer.batches
+    assert consumer.batches == list(map(bodies, outcome.batches))
+    assert numbered(5) == bodies(outcome.acked)
+    assert 0 == asyncio.get_running_loop().time()
+
+
+class ByFirstLetter(Scribe):
+    """A batch holds one letter; a question mark has none."""
+
+    def batch_key(self, message):
+        if message.body == b"?":
+            raise LookupError(message.body)
+        return message.body[:1]
+
+
+async def test_batches_hold_one_key():
+    """Lists are in the order in which messages were given, all the same."""
+    consumer = ByFirstLetter(transport=None)
+    outcome = await process(consumer, [b"a1", b"b1", b"a2"])
+    assert [[b"a1", b"a2"], [b"b1"]] == consumer.batches
+    assert [b"a1", b"b1", b"a2"] == bodies(outcome.acked)
+
+
+async def test_a_message_without_a_place_fails_alone():
+    """Its `batch_key` has raised; no handler sees it."""
+    outcome = await process(ByFirstLetter(transport=None), [b"a", b"?"])
+    assert [b"a"] == bodies(outcome.acked)
+    assert [b"?"] == bodies(outcome.requeued)
+    assert [LookupError] == list(map(type, outcome.errors))
+    assert [[b"a"]] == list(map(bodies, outcome.batches))
+
+
+async def test_in_order_messages_are_tried_again_in_place():
+    """Without the waits in between; what comes after waits for its turn."""
+    answer = first_then(answering(error=ValueError()), answering(REQUEUE), answering(ACK))
+    consumer = scribe(answer, ByFirstLetter, ordered_by_key=True, batch_size=1)
+    outcome = await process(consumer, [b"a1", b"a2"])
+
+    assert [[b"a1"], [b"a1"], [b"a1"], [b"a2"]] == consumer.batches
+    assert [0, 1, 2] == [each.retry_count for each in consumer.messages[:3]]
+    assert [b"a1", b"a2"] == bodies(outcome.acked)
+    assert 0 == asyncio.get_running_loop().time()
+
+
+async def test_in_order_messages_are_dead_lettered_in_the_end():
+    """With all their attempts counted."""
+    given = make_message(b"a1")
+    consumer = scribe(
+        answering(REQUEUE), ByFirstLetter, ordered_by_key=True, dead_letter_queue="dead"
+    )
+    outcome = await process(consumer, [given])
+    [letter] = outcome.dead_lettered
+    assert given is letter.message
+    assert (DeadLetterReason.EXHAUSTED, 3) == (letter.reason, letter.headers["x-retry-count"])
+
+
+async def test_a_consumer_gets_them_one_by_one():
+    """Errors of one are nothing to the others."""
+
+    async def answer(message):
+        if message.body == b"1":
+            raise ValueError
+        return ACK
+
+    outcome = await process(Clerk(answer, transport=None), numbered(3))
+    assert [[b"0"], [b"1"], [b"2"]] == list(map(bodies, outcome.batches))
+    assert [b"0", b"2"] == bodies(outcome.acked)
+    assert [b"1"] == bodies(outcome.requeued)
+
+
+async def test_messages_are_told_apart_by_identity():
+    """Lists hold what was given, numbered as a session would."""
+    given = [make_message(b"same"), make_message(b"same")]
+    outcome = await process(scribe(answering(ACK, NACK)), given)
+    assert [given[0]] == outcome.acked
+    assert [given[1]] == outcome.nacked
+    assert [1, 2] == [each.delivery_tag for each in given]
+
+
+async def test_one_message_twice_is_a_mistake():
+    """No broker delivers it so."""
+    message = make_message(b"x")
+    with pytest.raises(ValueError, match="is there twice"):
+        await process(scribe(), [message, message])
+
+
+async def test_no_messages_are_no_batch():
+    """The hooks run all the same."""
+    outcome = await process(scribe(), [])
+    assert [] == outcome.results == outcome.batches
+
+
+class Hooked(Scribe):
+    """Notes its hooks."""
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        self.steps: list[str] = []
+
+    async def on_start(self):
+        self.steps.append("start")
+        await self.publish(b"here I am", routing_key="log")
+
+    async def on_stop(self):
+        self.steps.append("stop")
+
+    async def process_messages(self, messages):
+        self.steps.append("handle")
+        assert self.is_running
+        await self.publish(messages[0].body, exchange="copies", headers={"a": 1})
+        yield ACK
+
+
+async def test_hooks_run_around_it():
+    """Once, as in a consumer's life, and again the next time."""
+    consumer = Hooked(transport=None)
+    for _ in range(2):
+        await process(consumer, [b"0"])
+    assert 2 * ["start", "handle", "stop"] == consumer.steps
+    assert not consumer.is_running
+
+
+async def test_hooks_can_be_left_out():
+    """A test may have put something in place of what they would open."""
+    consumer = Hooked(transport=None)
+    await process(consumer, [b"0"], hooks=False)
+    assert ["handle"] == consumer.steps
+
+
+async def test_what_is_published_is_noted():
+    """It goes nowhere, and counts as confirmed."""
+    outcome = await process(Hooked(transport=None), [b"0"])
+    assert [("", "log", b"here I am"), ("copies", "", b"0")] == [
+        (each.exchange, each.routing_key, each.body) for each in outcome.published
+    ]
+
+
+async def test_a_hook_that_fails_is_no_handler():
+    """Its error is raised; where `on_start` has failed, nothing else runs."""
+
+    class Broken(Hooked):
+        async def on_start(self):
+            raise OSError("no database")
+
+    consumer = Broken(transport=None)
+    with pytest.raises(OSError, match="no database"):
+        await process(consumer, [b"0"])
+    assert [] == consumer.steps
+    assert not consumer.is_running
+
+
+async def test_a_handler_may_stop_its_consumer():
+    """`stop` returns at once, as it does in a worker."""
+
+    class Quitter(Hooked):
+        async def process_messages(self, messages):
+            await self.stop()
+            self.steps.append("stopped")
+            yield ACK
+
+    consumer = Quitter(transport=None)
+    outcome = await process(consumer, [b"0"])
+    assert [b"0"] == bodies(outcome.acked)
+    assert ["start", "stopped", "stop"] == consumer.steps
+
+
+async def test_a_running_consumer_is_left_alone():
+    """What it does is seen on its broker."""
+    broker = BatchBroker()
+    async with Scribe(transport=broker.transport) as consumer:
+        with pytest.raises(ConfigurationError, match="Scribe is running"):
+            await process(consumer, [b"0"])
+        assert consumer.is_running
+
+
+async def test_observers_hear_of_the_handler():
+    """Of its batches, not of a broker that is not there."""
+    witness = Witness()
+    consumer = Scribe(answering(error=ValueError()), transport=None, observers=[witness])
+    await process(consumer, [b"0"])
+    assert ["BatchCut", "HandlerError", "BatchHandled"] == [
+        type(event).__name__ for _, event in witness.seen
+    ]
+
+
+async def test_a_handler_that_ignores_its_cancellation_is_an_error_of_the_test():
+    """A worker would give its session up: there is no outcome."""
+    forever = asyncio.Event()
+
+    async def stubborn(messages):
+        while not forever.is_set():
+            try:
+                await forever.wait()
+            except asyncio.CancelledError:
+                continue
+        for _ in messages:
+            yield ACK
+
+    with pytest.raises(SessionLost, match="goes on although it was cancelled"):
+        await process(scribe(stubborn, process_timeout=1), [b"0"])
+    assert 6.0 == asyncio.get_running_loop().time()
+    forever.set()
+    await asyncio.sleep(0)
+
+
+async def test_who_cancels_it_cancels_the_handler():
+    """Its clean-up is done, and so is `on_stop`."""
+    seen = []
+
+    class Slow(Hooked):
+        async def process_messages(self, messages):
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                seen.append("cleaned up")
+            yield ACK
+
+    consumer = Slow(transport=None)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await process(consumer, [b"0"])
+    assert ["cleaned up"] == seen
+    assert ["start", "stop"] == consumer.steps
+
+
+def test_it_runs_on_any_event_loop():
+    """Nothing in it needs virtual time."""
+
+    class Plain(BatchConsumer):
+        async def process_messages(self, messages):
+            for _ in messages:
+                yield MessageResult.ACK
+
+    consumer = Plain(BatchConsumerSettings(_env_file=None, url="memory://", queue_name="orders"))
+    with asyncio.Runner() as runner:
+        outcome = runner.run(process(consumer, numbered(3)))
+    assert numbered(3) == bodies(outcome.acked)
+
+
+async def test_a_header_of_ones_own_counts_retries():
+    """What `make_message` leaves open is the consumer's to say; what it is told stays."""
+    given = [
+        make_message(b"0", headers={"tries": 2}),
+        make_message(
+            b"1", queue="other", headers={"tries": 2, "mine": 1}, retry_count_header="mine"
+        ),
+    ]
+    consumer = scribe(answering(REQUEUE, REQUEUE), retry_count_header="tries", queue_name="orders")
+    outcome = await process(consumer, given)
+    assert [("orders", 2), ("other", 1)] == [(each.queue, each.retry_count) for each in given]
+    assert [3, 3] == [each.retry_count for each in outcome.requeued]
+
+
+@given(st.lists(st.tuples(messages(), results), max_size=6), st.booleans())
+def test_every_message_has_one_fate(decided, knows_dead_letters):
+    """Whatever the messages are like, and whatever the handler says."""
+    given_messages = [message for message, _ in decided]
+    answers = [result for _, result in decided]
+    more = {"dead_letter_exchange": "dlx"} if knows_dead_letters else {}
+    consumer = Scribe(answering(*answers), transport=MemoryTransport(), **more)
+    outcome = run(process(consumer, given_messages))
+
+    fates = [
+        *outcome.acked,
+        *(each.message for each in outcome.requeued),
+        *(each.message for each in outcome.dead_lettered),
+        *outcome.discarded,
+    ]
+    assert sorted(map(id, given_messages)) == sorted(map(id, fates))
+    assert answers == outcome.results
+    assert [
+        message for message, result in decided if result is NACK or isinstance(result, Nack)
+    ] == outcome.nacked
+    assert not (outcome.discarded and knows_dead_letters)
+
+
+@given(st.lists(st.sampled_from([ACK, NACK, REQUEUE]), max_size=12), st.integers(1, 4))
+def test_the_outcome_is_that_of_a_worker(answers, batch_size):
+    """A worker on a broker does to each message what `process` says that it would."""
+    by_body = {b"%d" % at: answer for at, answer in enumerate(answers)}
+
+    async def answer(messages):
+        for message in messages:
+            yield by_body[message.body] if message.retry_count == 0 else ACK
+
+    async def scenario():
+        broker, observed = BatchBroker(), Witness()
+        worker = Scribe(
+            answer,
+            transport=broker.transport,
+            observers=[observed],
+            batch_size=batch_size,
+            dead_letter_queue="dead",
+        )
+        outcome = await process(worker, list(by_body))
+        assert [] == observed.of(Settled)
+        broker.declare("jobs")
+        broker.publish(*by_body, routing_key="jobs")
+        async with worker:
+            await broker.settled()
+        return outcome, observed, broker
+
+    outcome, observed, broker = run(scenario())
+    retried = [each.message.body for each in observed.of(Requeued)]
+    assert sorted(bodies(outcome.requeued)) == sorted(retried)
+    assert sorted(bodies(outcome.dead_lettered)) == sorted(bodies(broker.drain("dead")))
+    assert [] == broker.drain("jobs")
+    assert [body for body, said in by_body.items() if said is ACK] == bodies(outcome.acked)
+
+
+def test_settings_are_those_of_the_consumer():
+    """Also where it takes single messages."""
+
+    class One(Consumer):
+        async def process_message(self, message):
+            raise ValueError(message.body)
+
+    has = ConsumerSettings(
+        _env_file=None, url="memory://", queue_name="q", unhandled_exception_action=NACK
+    )
+    assert [NACK] == run(process(One(has), [b"0"])).results
