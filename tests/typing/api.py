@@ -13,6 +13,7 @@ from contextlib import AbstractAsyncContextManager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, assert_type
 
+from hypothesis import strategies as st
 from pydantic_settings import SettingsConfigDict
 
 from aio_pika_batch import (
@@ -47,6 +48,15 @@ from aio_pika_batch.core.settlement import Settlement
 from aio_pika_batch.core.topology import Topology
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import BatchCut, BreakerOpened, DeadLettered, Lost, Origin, Settled
+from aio_pika_batch.testing import (
+    BatchBroker,
+    BatchOutcome,
+    DeadLetter,
+    RequeuedMessage,
+    make_message,
+    process,
+)
+from aio_pika_batch.testing.strategies import headers, messages, results
 from aio_pika_batch.testing.virtual_time import run
 from aio_pika_batch.transport import Endpoint, Publisher, Session, Subscription, Transport
 
@@ -332,3 +342,35 @@ def test_something() -> None:
         return len(broker.journal.of(Happened.ACKED))
 
     assert_type(run(scenario()), int)
+
+
+async def test_a_handler(batch_broker: BatchBroker) -> None:
+    """The same with the test kit."""
+    message = make_message(
+        b"{}", headers={"x-retry-count": 1}, routing_key="created", exchange="events", priority=3
+    )
+    outcome = await process(Iterating(SETTINGS), [message, b"{}"], hooks=False)
+    assert_type(outcome, BatchOutcome)
+    assert_type(outcome.acked, list[Message])
+    assert_type(outcome.requeued, list[RequeuedMessage])
+    assert_type(outcome.dead_lettered, list[DeadLetter])
+    assert_type(outcome.dead_lettered[0].reason, DeadLetterReason)
+    assert_type(outcome.results, list[Result])
+    assert_type(outcome.published[0].body, bytes)
+    await process(OneByOne(ConsumerSettings(queue_name="orders")), (b"x" for _ in range(3)))
+
+    batch_broker.declare("orders", x_queue_type="quorum")
+    batch_broker.publish(b"1", b"2", routing_key="orders", expiration=timedelta(minutes=1))
+    async with Iterating(SETTINGS, transport=batch_broker.transport):
+        batch_broker.refuse(2, exchange="dlx")
+        with batch_broker.down():
+            await batch_broker.advance(60)
+        await batch_broker.settled(within=600)
+    assert_type(batch_broker.drain("orders")[0].body, bytes)
+
+
+def draw() -> None:
+    """What hypothesis is given."""
+    assert_type(messages(st.binary(), queue="orders"), st.SearchStrategy[Message])
+    assert_type(results, st.SearchStrategy[Result])
+    assert_type(headers.example().get("x-retry-count") is None, bool)

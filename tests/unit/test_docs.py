@@ -35,7 +35,7 @@ import aio_pika_batch
 from aio_pika_batch.adapters import memory
 from aio_pika_batch.core.publication import Publication
 from aio_pika_batch.registry import open_transport
-from aio_pika_batch.testing import virtual_time
+from aio_pika_batch.testing import BatchBroker, virtual_time
 from aio_pika_batch.transport import Endpoint
 
 if TYPE_CHECKING:
@@ -137,6 +137,9 @@ def obey(block: Block, directive: str, named: dict[str, str]) -> None:
             pytest.fail(f"{block}: {directive!r} is no directive")
 
 
+FIXTURES = {"batch_broker": BatchBroker}
+"""What a test on a page may ask for, as pytest would give it."""
+
 ORDINARY_HANDLERS = (signal.SIG_DFL, signal.default_int_handler, signal.SIG_IGN)
 
 
@@ -186,7 +189,11 @@ def test_python_runs(
     exec(code, names)  # noqa: S102  -- our own documentation
     for name, value in list(names.items()):
         if name.startswith("test_") and inspect.isfunction(value):
-            value()
+            outcome = value(
+                **{each: FIXTURES[each]() for each in inspect.signature(value).parameters}
+            )
+            if inspect.iscoroutine(outcome):
+                virtual_time.run(outcome)
 
     if block.feed and not block.dead:
         assert [] == [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
@@ -284,10 +291,14 @@ def known_names() -> set[str]:
         aio_pika_batch,
         memory,
         virtual_time,
+        importlib.import_module("aio_pika_batch.testing"),
+        importlib.import_module("aio_pika_batch.testing.plugin"),
+        importlib.import_module("aio_pika_batch.testing.strategies"),
         importlib.import_module("aio_pika_batch.observer"),
         importlib.import_module("aio_pika_batch.transport"),
     ):
-        for name, value in vars(module).items():
+        for name in dir(module):
+            value = getattr(module, name)
             names.add(name)
             if inspect.isclass(value):
                 names.update(dir(value))
@@ -302,6 +313,7 @@ THEIRS = {
     "consumer_timeout",  # RabbitMQ's
     "pytest_asyncio_loop_factories",  # pytest-asyncio's
     "stream_queue",  # RabbitMQ's
+    "x_queue_type",  # RabbitMQ's, as a keyword
 }
 
 
