@@ -8,36 +8,6 @@ from typing import TYPE_CHECKING
 
 from aio_pika_batch.front import front_door
 
-if TYPE_CHECKING:
-    from aio_pika_batch.batch_settings import BatchConsumerSettings
-    from aio_pika_batch.consumer import BatchConsumer, Consumer
-    from aio_pika_batch.core.batcher import Trigger
-    from aio_pika_batch.core.message import Message
-    from aio_pika_batch.core.publication import Outcome, Publication
-    from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result
-    from aio_pika_batch.core.retry import DeadLetterReason
-    from aio_pika_batch.errors import (
-        AccessRefused,
-        AioPikaBatchError,
-        BrokerUnavailable,
-        ConfigurationError,
-        DrainIncomplete,
-        HandlerTimeout,
-        MessageDecodeError,
-        PublishError,
-        ResultError,
-        SessionClosed,
-        SessionLost,
-        SettlementError,
-        StartInterrupted,
-        TopologyError,
-        TransportError,
-    )
-    from aio_pika_batch.hooks import WorkerSession
-    from aio_pika_batch.observer import Observer
-    from aio_pika_batch.settings import ConsumerSettings
-    from aio_pika_batch.status import ConsumerStatus, WorkerState, WorkerStatus
-
 __all__ = [
     "AccessRefused",
     "AioPikaBatchError",
@@ -75,7 +45,36 @@ __all__ = [
     "WorkerStatus",
 ]
 
-if not TYPE_CHECKING:
+if TYPE_CHECKING:
+    from aio_pika_batch.batch_settings import BatchConsumerSettings
+    from aio_pika_batch.consumer import BatchConsumer, Consumer
+    from aio_pika_batch.core.batcher import Trigger
+    from aio_pika_batch.core.message import Message
+    from aio_pika_batch.core.publication import Outcome, Publication
+    from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result
+    from aio_pika_batch.core.retry import DeadLetterReason
+    from aio_pika_batch.errors import (
+        AccessRefused,
+        AioPikaBatchError,
+        BrokerUnavailable,
+        ConfigurationError,
+        DrainIncomplete,
+        HandlerTimeout,
+        MessageDecodeError,
+        PublishError,
+        ResultError,
+        SessionClosed,
+        SessionLost,
+        SettlementError,
+        StartInterrupted,
+        TopologyError,
+        TransportError,
+    )
+    from aio_pika_batch.hooks import WorkerSession
+    from aio_pika_batch.observer import Observer
+    from aio_pika_batch.settings import ConsumerSettings
+    from aio_pika_batch.status import ConsumerStatus, WorkerState, WorkerStatus
+else:
     _ROOMS = (
         "errors",
         "core.message",

@@ -10,12 +10,6 @@ from typing import TYPE_CHECKING
 
 from aio_pika_batch.front import front_door
 
-if TYPE_CHECKING:
-    from aio_pika_batch.testing.broker import BatchBroker
-    from aio_pika_batch.testing.messages import make_message
-    from aio_pika_batch.testing.outcome import BatchOutcome, DeadLetter, RequeuedMessage
-    from aio_pika_batch.testing.rehearsal import process
-
 __all__ = [
     "BatchBroker",
     "BatchOutcome",
@@ -25,6 +19,11 @@ __all__ = [
     "process",
 ]
 
-if not TYPE_CHECKING:
+if TYPE_CHECKING:
+    from aio_pika_batch.testing.broker import BatchBroker
+    from aio_pika_batch.testing.messages import make_message
+    from aio_pika_batch.testing.outcome import BatchOutcome, DeadLetter, RequeuedMessage
+    from aio_pika_batch.testing.rehearsal import process
+else:
     _ROOMS = ("messages", "outcome", "broker", "rehearsal")
     __getattr__, __dir__ = front_door(__name__, __all__, _ROOMS)

@@ -179,6 +179,7 @@ class BatchBroker:
         them, be it in their queues or for a retry.
 
         A queue counts as consumed until its consumer stops: one that was cut off is waited for.
+        With `settle="yield"` a handler whose messages are all settled may still be running.
 
         Args:
             within: Seconds.

@@ -53,6 +53,7 @@ async def process(
     Raises:
         ConfigurationError: The consumer is running.
         SessionLost: The handler went on for 5 s although it was cancelled, at `process_timeout`.
+        DrainIncomplete: `on_stop` was cut off after `shutdown_timeout`.
         Exception: What a hook raises.
     """
     settings = consumer.settings

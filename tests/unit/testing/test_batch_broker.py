@@ -8,12 +8,14 @@ import pytest
 
 from aio_pika_batch import PublishError, Requeue
 from aio_pika_batch.adapters.memory import Happened
+from aio_pika_batch.observer import DeadLettered, Requeued, Settled
 from aio_pika_batch.testing import BatchBroker
 from tests.unit.shell.stage import (
     ACK,
     NACK,
     REQUEUE,
     Scribe,
+    Witness,
     ack,
     answering,
     bodies,
@@ -190,15 +192,52 @@ async def test_retries_are_waited_for(broker):
         assert clock() >= 90
 
 
-async def test_dead_letters_are_not(broker):
-    """They stay where they are, be it for a week."""
-    broker.declare("dead", x_message_ttl=7 * 24 * 3600 * 1000, x_dead_letter_exchange="")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"x_message_ttl": 7 * 24 * 3600 * 1000, "x_dead_letter_exchange": ""},
+        {"x_message_ttl": 1000, "x_dead_letter_exchange": "x", "x_dead_letter_routing_key": "jobs"},
+        {"x_dead_letter_exchange": "", "x_dead_letter_routing_key": "jobs"},
+    ],
+    ids=["goes back to nobody", "goes elsewhere", "stays"],
+)
+async def test_dead_letters_are_not(broker, arguments):
+    """They stay where they are, be it for a week; nobody who is known of waits for them."""
+    broker.declare("dead", **arguments)
     broker.bind("dead", "dlx", kind="fanout")
     broker.publish(b"1", routing_key="jobs")
-    async with Scribe(answering(NACK), transport=broker.transport, dead_letter_exchange="dlx"):
+    consumer = Scribe(
+        answering(NACK), transport=broker.transport, dead_letter_exchange="dlx", batch_timeout=0.5
+    )
+    async with consumer:
         await broker.settled()
-        assert clock() < 10
-    assert [b"1"] == bodies(broker.drain("dead"))
+        assert clock() < 1
+        assert [b"1"] == bodies(broker.drain("dead"))
+
+
+async def test_what_is_settled_has_been_told(broker):
+    """To observers, and in the status."""
+    witness = Witness()
+    broker.publish(b"1", b"2", routing_key="jobs")
+    answer = first_then(answering(ACK, REQUEUE), answering(NACK))
+    consumer = Scribe(
+        answer, transport=broker.transport, observers=[witness], dead_letter_queue="dead"
+    )
+    async with consumer:
+        await broker.settled()
+        assert 3 == sum(sum(event.counts.values()) for event in witness.of(Settled))
+        assert [1, 1] == [len(witness.of(kind)) for kind in (Requeued, DeadLettered)]
+        [worker] = consumer.status().workers
+        assert (0, 0, 0) == (worker.buffered, worker.in_hand, worker.held)
+
+
+async def test_its_time_is_that_of_the_loop(broker):
+    """From the first call on, whoever makes it."""
+    await broker.advance(100)
+    broker.publish(b"1", routing_key="jobs", expiration=5)
+    async with Scribe(transport=broker.transport, batch_timeout=1) as consumer:
+        await broker.settled()
+        assert [b"1"] == consumer.handled
 
 
 async def test_a_consumer_that_was_cut_off_is_waited_for(broker):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from aio_pika_batch.front import front_door
 from aio_pika_batch.testing.plugin import batch_broker, batch_broker_version
 
 ROOT = Path(__file__).parents[3]
@@ -100,3 +101,10 @@ def test_front_doors_have_what_they_list_and_nothing_else(package):
     )
     done = subprocess.run([sys.executable, "-c", story], check=True, capture_output=True, text=True)
     assert f"module {package!r} has no attribute 'Nothing'\n" == done.stdout
+
+
+def test_a_name_that_is_in_no_room_is_told_as_ever():
+    """Listed or not."""
+    find, _ = front_door("aio_pika_batch", ["Nothing"], ["errors"])
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        find("Nothing")

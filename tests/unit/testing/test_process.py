@@ -16,6 +16,7 @@ from aio_pika_batch import (
     Consumer,
     ConsumerSettings,
     DeadLetterReason,
+    DrainIncomplete,
     HandlerTimeout,
     MessageDecodeError,
     MessageResult,
@@ -358,6 +359,18 @@ async def test_a_hook_that_fails_is_no_handler():
         await process(consumer, [b"0"])
     assert [] == consumer.steps
     assert not consumer.is_running
+
+
+async def test_an_on_stop_that_takes_too_long_is_an_error():
+    """As in a consumer's life, it is cut off after `shutdown_timeout`."""
+
+    class Lingering(Hooked):
+        async def on_stop(self):
+            await asyncio.sleep(3600)
+
+    with pytest.raises(DrainIncomplete, match="on_stop was cut off"):
+        await process(Lingering(transport=None), [b"0"])
+    assert asyncio.get_running_loop().time() < 60
 
 
 async def test_a_handler_may_stop_its_consumer():
