@@ -130,6 +130,15 @@ def test_a_representation_never_shows_the_body(body, like):
     assert "<Message 3 from queue 'jobs', routing key " in repr(one)
 
 
+def test_headers_are_decoded_once():
+    """However often they are asked for."""
+    source = StubSource(decoded=Properties(headers={"a": 1}))
+    message = Message(source, 1, False, b"", b"route", b"raw")
+
+    assert [{"a": 1}, {"a": 1}] == [message.headers, message.headers]
+    assert [b"raw"] == source.seen
+
+
 def test_headers_that_are_absent_read_as_empty():
     """And nobody can write to what all such messages share."""
     headers = a_message().headers
