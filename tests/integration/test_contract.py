@@ -1,0 +1,163 @@
+"""Does the adapter for RabbitMQ keep the contract, on either wire and with either kind of queue?"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import aio_pika
+import pytest
+
+from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
+from aio_pika_batch.testing.contract import Features, Harness, TransportContract
+from aio_pika_batch.transport import Endpoint, Wire
+from tests.integration.helpers import ready, until, version_of
+from tests.support.proxy import TcpProxy
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from aio_pika.abc import AbstractChannel
+
+    from tests.support.find import Broker
+
+CLASSIC = Features(
+    keeps_order=True,
+    keeps_place=True,
+    marks_redelivered=True,
+    dead_letters=True,
+    returns_unroutable=True,
+    refuses_when_full=True,
+    has_exchanges=True,
+    carries_properties=True,
+    checks_users=True,
+    declares=True,
+    compares=True,
+    exclusive_consumers=True,
+    exclusive_queues=True,
+    pumps=True,
+    has_native=True,
+    tells_version=True,
+    can_cut=True,
+    can_hush=True,
+    can_end_subscriptions=True,
+    can_lock_out=True,
+)
+
+
+def features(broker: Broker, kind: str) -> Features:
+    """What this broker can do, with this kind of queue."""
+    if kind == "classic":
+        return CLASSIC
+    version = version_of(broker)
+    return replace(
+        CLASSIC,
+        counts_deliveries=True,
+        exclusive_consumers=False,
+        # Without a delivery limit, what is given back goes to the end of the queue.
+        keeps_place=version >= (4, 0),
+        spares_returns=version >= (4, 3),
+    )
+
+
+class RabbitHarness(Harness):
+    """A real broker, by aio-pika, and a line to it that can be cut."""
+
+    def __init__(
+        self, url: str, proxy: TcpProxy, channel: AbstractChannel, wire: Wire, prefix: str
+    ) -> None:
+        self.transport = AioPikaTransport(Endpoint(url=proxy.url(url), wire=wire))
+        self.queue = prefix
+        self.fresh = f"{prefix}-fresh"
+        self.dead_letters = f"{prefix}-dead"
+        self.full = f"{prefix}-full"
+        self._url = url
+        self._proxy = proxy
+        self._channel = channel
+
+    async def declare(self, kind: str) -> None:
+        """Set the scene."""
+        of_kind = {"x-queue-type": kind}
+        dead = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": self.dead_letters}
+        full = {"x-max-length": 5, "x-overflow": "reject-publish"}
+        for queue, arguments in ((self.queue, dead), (self.dead_letters, {}), (self.full, full)):
+            await self._channel.declare_queue(queue, durable=True, arguments=of_kind | arguments)
+
+    async def delete(self) -> None:
+        """Clear it away."""
+        for queue in (self.queue, self.fresh, self.dead_letters, self.full):
+            await self._channel.queue_delete(queue)
+
+    async def put(self, bodies: Sequence[bytes]) -> None:
+        await asyncio.gather(
+            *(
+                self._channel.default_exchange.publish(aio_pika.Message(body), self.queue)
+                for body in bodies
+            )
+        )
+
+    async def count(self, queue: str) -> int | None:
+        found = await ready(self._url, queue)
+        return None if found < 0 else found
+
+    async def take(self, queue: str) -> list[bytes]:
+        source = await self._channel.get_queue(queue, ensure=False)
+        taken: list[bytes] = []
+
+        async def empty() -> bool:
+            while (message := await source.get(no_ack=True, fail=False)) is not None:
+                taken.append(message.body)
+            return await self.count(queue) == 0
+
+        await until(empty)
+        return taken
+
+    async def cut(self) -> None:
+        self._proxy.cut()
+        self._proxy.thaw()
+
+    async def hush(self) -> None:
+        self._proxy.freeze("to_client")
+
+    async def end_subscriptions(self) -> None:
+        await self._channel.queue_delete(self.queue)
+
+    async def lock_out(self) -> None:
+        await self._proxy.refuse()
+
+
+@asynccontextmanager
+async def opened(broker: Broker, wire: Wire, kind: str) -> AsyncIterator[RabbitHarness]:
+    """Queues and a line of its own."""
+    where = aio_pika.connection.make_url(broker.url)
+    async with (
+        await aio_pika.connect(broker.url) as connection,
+        TcpProxy(where.host or "localhost", where.port or 5672) as proxy,
+    ):
+        channel = await connection.channel()
+        prefix = f"contract-{uuid.uuid4().hex[:12]}"
+        harness = RabbitHarness(broker.url, proxy, channel, wire, prefix)
+        await harness.declare(kind)
+        try:
+            yield harness
+        finally:
+            await harness.delete()
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+async def test_the_contract_is_kept(broker: Broker, wire: Wire, kind: str) -> None:
+    """All of it; side by side, since most of it is waiting."""
+    contract = TransportContract(
+        partial(opened, broker, wire, kind),
+        features(broker, kind),
+        # Only a failure takes it, and a busy machine is none.
+        patience=30,
+        quiet=0.3,
+    )
+    report = await contract.run(at_once=8)
+    report.raise_if_broken()
+    assert len(report.kept) == len(contract.applicable)

@@ -1,0 +1,101 @@
+"""The broker in memory behind its transport's back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from aio_pika_batch.adapters.memory import Broker, Door, MemoryTransport, PublishFault
+from aio_pika_batch.adapters.memory.dialect import NEWEST
+from aio_pika_batch.core.topology import Queue, Topology
+from aio_pika_batch.testing.contract import Features, Harness
+from aio_pika_batch.transport import Transport
+from tests.unit.adapters.memory.client import Client
+
+ALL = Features(
+    keeps_order=True,
+    keeps_place=True,
+    marks_redelivered=True,
+    dead_letters=True,
+    returns_unroutable=True,
+    refuses_when_full=True,
+    has_exchanges=True,
+    carries_properties=True,
+    checks_users=True,
+    declares=True,
+    compares=True,
+    exclusive_consumers=True,
+    exclusive_queues=True,
+    has_native=True,
+    tells_version=True,
+    can_cut=True,
+    can_hush=True,
+    can_end_subscriptions=True,
+    can_lock_out=True,
+)
+"""What the broker in memory claims for a classic queue."""
+
+
+class MemoryHarness(Harness):
+    """One broker, and whatever speaks to it."""
+
+    queue = "q"
+    dead_letters = "dead"
+    full = "full"
+
+    def __init__(self, broker: Broker, transport: Transport) -> None:
+        self.broker = broker
+        self.transport = transport
+
+    async def put(self, bodies: Sequence[bytes]) -> None:
+        for body in bodies:
+            assert self.broker.put(self.queue, body)
+
+    async def count(self, queue: str) -> int | None:
+        return len(self.broker.ready(queue)) if queue in self.broker.queues else None
+
+    async def take(self, queue: str) -> list[bytes]:
+        client = Client(self.broker, "behind its back")
+        client.consume(queue)
+        taken = client.deliveries()
+        for delivery in taken:
+            client.channel.ack(delivery.tag)
+        client.connection.close()
+        return [delivery.body for delivery in taken]
+
+    async def cut(self) -> None:
+        self.broker.cut()
+
+    async def hush(self) -> None:
+        self.broker.faults.on_publish(PublishFault.UNCONFIRMED)
+
+    async def end_subscriptions(self) -> None:
+        self.broker.cancel_consumers(self.queue)
+
+    async def lock_out(self) -> None:
+        self.broker.faults.door = Door.UNREACHABLE
+
+
+@asynccontextmanager
+async def opened(
+    version: str = NEWEST,
+    kind: str = "classic",
+    *,
+    around: Callable[[MemoryTransport], Transport] = lambda transport: transport,
+) -> AsyncIterator[MemoryHarness]:
+    """A broker of its own, with a transport to it, or with something around that."""
+    broker = Broker(version)
+    transport = MemoryTransport(broker)
+    dead = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "dead"}
+    of_kind = {"x-queue-type": kind}
+    full = {"x-max-length": 5, "x-overflow": "reject-publish"}
+    await transport.declare(
+        Topology(
+            queues=(
+                Queue("q", arguments=of_kind | dead),
+                Queue("dead", arguments=of_kind),
+                Queue("full", arguments=of_kind | full),
+            )
+        )
+    )
+    yield MemoryHarness(broker, around(transport))
