@@ -2,7 +2,7 @@
 
 Messages travel in chunks, one await for each network read, never one for each message. What a
 session hands out, only that session can settle. A transport is found by the scheme of its URL, or
-passed in as an object; `docs/architecture.md` tells how to write one.
+passed in as an object; `docs/writing-a-transport.md` tells how to write one.
 """
 
 from __future__ import annotations

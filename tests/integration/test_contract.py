@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 CLASSIC = Features(
     keeps_order=True,
     keeps_place=True,
+    prefetches=True,
     marks_redelivered=True,
     dead_letters=True,
     returns_unroutable=True,

@@ -167,6 +167,18 @@ def run(main: Coroutine[Any, Any, Any], block: Block) -> Any:
     return virtual_time.run(program())
 
 
+def call_as_pytest_would(test: Any) -> None:
+    """With the fixtures that it asks for; once, or once for each value of its one parameter."""
+    marks = [mark.args for mark in getattr(test, "pytestmark", ())]
+    assert len(marks) <= 1
+    given = [{name: value} for name, values in marks for value in values] if marks else [{}]
+    for arguments in given:
+        wanted = inspect.signature(test).parameters.keys() - arguments.keys()
+        outcome = test(**arguments, **{each: FIXTURES[each]() for each in wanted})
+        if inspect.iscoroutine(outcome):
+            virtual_time.run(outcome)
+
+
 @pytest.mark.parametrize("block", list(blocks()), ids=str)
 def test_python_runs(
     block: Block,
@@ -189,11 +201,7 @@ def test_python_runs(
     exec(code, names)  # noqa: S102  -- our own documentation
     for name, value in list(names.items()):
         if name.startswith("test_") and inspect.isfunction(value):
-            outcome = value(
-                **{each: FIXTURES[each]() for each in inspect.signature(value).parameters}
-            )
-            if inspect.iscoroutine(outcome):
-                virtual_time.run(outcome)
+            call_as_pytest_would(value)
 
     if block.feed and not block.dead:
         assert [] == [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
@@ -295,6 +303,7 @@ def known_names() -> set[str]:
         importlib.import_module("aio_pika_batch.testing.plugin"),
         importlib.import_module("aio_pika_batch.testing.strategies"),
         importlib.import_module("aio_pika_batch.observer"),
+        importlib.import_module("aio_pika_batch.testing.contract"),
         importlib.import_module("aio_pika_batch.transport"),
     ):
         for name in dir(module):
@@ -310,6 +319,7 @@ def known_names() -> set[str]:
 
 
 THEIRS = {
+    "at_once",  # an argument of TransportContract.run
     "consumer_timeout",  # RabbitMQ's
     "pytest_asyncio_loop_factories",  # pytest-asyncio's
     "stream_queue",  # RabbitMQ's

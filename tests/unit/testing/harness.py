@@ -15,6 +15,7 @@ from tests.unit.adapters.memory.client import Client
 ALL = Features(
     keeps_order=True,
     keeps_place=True,
+    prefetches=True,
     marks_redelivered=True,
     dead_letters=True,
     returns_unroutable=True,

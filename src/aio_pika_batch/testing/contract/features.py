@@ -16,6 +16,7 @@ class Features:
     Attributes:
         keeps_order: Messages are handed out in the order in which they were put into the queue.
         keeps_place: What is given back is handed out again before what was never handed out.
+        prefetches: Messages leave their queue before anybody asks for them, as many as may.
         marks_redelivered: A message that was handed out before says so.
         counts_deliveries: A message that was requeued says how often, in `delivery_count`.
         spares_returns: A message that was returned is not counted as delivered.
@@ -41,6 +42,7 @@ class Features:
 
     keeps_order: bool = False
     keeps_place: bool = False
+    prefetches: bool = False
     marks_redelivered: bool = False
     counts_deliveries: bool = False
     spares_returns: bool = False

@@ -32,7 +32,6 @@ async def _cut(stage: Stage) -> None:
         await consuming.nothing_comes()
         await stage.harness.cut()
         await _lost(consuming)
-        await _lost(consuming)
         for disposition in Disposition:
             with refused(SessionLost, f"{disposition.name} after the loss"):
                 await consuming.settle(disposition, messages)

@@ -16,20 +16,24 @@ from aio_pika_batch.testing.contract.stage import Stage
 
 CHAPTER = Chapter()
 
-_ALL_PROPERTIES = Properties(
-    content_type="application/json",
-    content_encoding="identity",
-    headers={"text": "ä", "number": 5, "yes": True, "nothing": None, "drop": 1, "raise": 1},
-    delivery_mode=2,
-    priority=3,
-    correlation_id="correlation",
-    reply_to="answers",
-    expiration="600000",
-    message_id="id",
-    timestamp=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
-    type="order",
-    app_id="shop",
-)
+
+def _all_properties() -> Properties:
+    """All that a publisher may set. Made anew each time, since a transport might change it."""
+    return Properties(
+        content_type="application/json",
+        content_encoding="identity",
+        headers={"text": "ä", "number": 5, "yes": True, "nothing": None, "drop": 1, "raise": 1},
+        delivery_mode=2,
+        priority=3,
+        correlation_id="correlation",
+        reply_to="answers",
+        expiration="600000",
+        message_id="id",
+        timestamp=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        type="order",
+        app_id="shop",
+    )
+
 
 _FOREIGNER = "somebody-else"
 
@@ -199,13 +203,13 @@ async def _properties(stage: Stage) -> None:
         routing_key=stage.queue,
         expiration=600,
         **{
-            name: getattr(_ALL_PROPERTIES, name)
-            for name in _ALL_PROPERTIES.__slots__
+            name: getattr(_all_properties(), name)
+            for name in Properties.__slots__
             if name not in {"expiration", "cluster_id", "undecodable"}
         },
     )
     full, bare = await _arrivals(stage, all_of_them, _to(stage, b"2"))
-    same(_ALL_PROPERTIES, _everything(full), "all of them")
+    same(_all_properties(), _everything(full), "all of them")
     same(Properties(delivery_mode=2), _everything(bare), "none but the default")
     same(stage.queue, full.routing_key, "the routing key")
 
@@ -239,23 +243,23 @@ async def _counts(stage: Stage) -> None:
     "a copy keeps all properties, also of a message from elsewhere", "carries_properties"
 )
 async def _copied_properties(stage: Stage) -> None:
-    elsewhere = Copy(_original(_ALL_PROPERTIES), "", stage.queue, {})
+    elsewhere = Copy(_original(_all_properties()), "", stage.queue, {})
     bare = Copy(_original(Properties(), b"plain"), "", stage.queue, {})
     full, plain = await _arrivals(stage, elsewhere, bare)
-    same(_ALL_PROPERTIES, _everything(full), "of the first copy")
+    same(_all_properties(), _everything(full), "of the first copy")
     same(Properties(), _everything(plain), "of the copy of a message without any")
     await stage.harness.take(stage.queue)
     [again] = await _arrivals(stage, Copy(full, "", stage.queue, {"add": "x"}, frozenset({"drop"})))
-    headers = {**(_ALL_PROPERTIES.headers or {}), "add": "x"}
+    headers = {**(_all_properties().headers or {}), "add": "x"}
     del headers["drop"]
-    same(replace(_ALL_PROPERTIES, headers=headers), _everything(again), "of the copy's copy")
+    same(replace(_all_properties(), headers=headers), _everything(again), "of the copy's copy")
 
 
 @CHAPTER.clause("a copy keeps its expiration, leaves it out, or has another", "carries_properties")
 async def _expiration(stage: Stage) -> None:
     def copy(body: bytes, *, keep: bool, expiration: str | None = None) -> Copy:
         return Copy(
-            _original(_ALL_PROPERTIES, body),
+            _original(_all_properties(), body),
             "",
             stage.queue,
             {},
@@ -275,7 +279,7 @@ async def _expiration(stage: Stage) -> None:
 
 @CHAPTER.clause("a copy that no queue takes is RETURNED", "returns_unroutable")
 async def _copy_returned(stage: Stage) -> None:
-    copy = Copy(_original(_ALL_PROPERTIES), "", stage.harness.fresh, {})
+    copy = Copy(_original(_all_properties()), "", stage.harness.fresh, {})
     same([Outcome.RETURNED], await stage.publish(copy), "the outcome")
 
 

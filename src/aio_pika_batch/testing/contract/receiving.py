@@ -14,6 +14,9 @@ from aio_pika_batch.transport import NativeSession, PumpingSession, Session
 
 CHAPTER = Chapter()
 
+_MOMENTS = 6
+"""How many turns of the event loop a receive is given before it is cancelled, at most."""
+
 
 @CHAPTER.clause("every message is handed out once")
 async def _once(stage: Stage) -> None:
@@ -95,22 +98,36 @@ async def _no_limit(stage: Stage) -> None:
 
 @CHAPTER.clause("a receive that is cancelled loses nothing")
 async def _cancelled_receive(stage: Stage) -> None:
+    expected: list[bytes] = []
+    found: list[bytes] = []
     async with stage.transport.session(stage.subscription()) as session:
         chunks = aiter(session)
-        for _ in range(3):
-            waiting = asyncio.ensure_future(anext(chunks))
+        # Cancelled before anything comes, while it comes, and when it is there.
+        for turns in range(_MOMENTS):
+            receiving = asyncio.ensure_future(anext(chunks, None))
             await asyncio.sleep(0)
-            waiting.cancel()
-            await asyncio.wait({waiting})
-        bodies = await stage.put(3)
-        found: list[bytes] = []
+            body = b"%d" % turns
+            expected.append(body)
+            await stage.harness.put([body])
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            receiving.cancel()
+            await asyncio.wait({receiving})
+            if not receiving.cancelled():
+                found.extend(bodies_of(_more(receiving.result())))
         try:
             async with asyncio.timeout(stage.patience):
-                while len(found) < len(bodies):
-                    found.extend(bodies_of(await anext(chunks)))
+                while len(found) < len(expected):
+                    found.extend(bodies_of(_more(await anext(chunks, None))))
         except TimeoutError:
-            raise ClauseBroken(f"only {found!r} came after it") from None
-        same(bodies, sorted(found), "what came after it")
+            raise ClauseBroken(f"of {expected!r} only {found!r} came") from None
+        same(expected, sorted(found), "what came")
+
+
+def _more(chunk: Sequence[Message] | None) -> Sequence[Message]:
+    if chunk is None:
+        raise ClauseBroken("the iteration has ended")
+    return chunk
 
 
 @CHAPTER.clause("what a session offers beside is what is claimed")

@@ -29,7 +29,9 @@ async def _cancel(stage: Stage) -> None:
     await stage.holds(set(bodies) - set(bodies_of(handed_out)))
 
 
-@CHAPTER.clause("what has arrived and was not handed out when cancel is called still is")
+@CHAPTER.clause(
+    "what has arrived and was not handed out when cancel is called still is", "prefetches"
+)
 async def _cancel_at_once(stage: Stage) -> None:
     await stage.put(20)
     async with stage.consuming() as consuming:
@@ -79,7 +81,7 @@ async def _leaving(stage: Stage) -> None:
     await stage.holds(set(bodies) - kept)
 
 
-@CHAPTER.clause("what was never handed out goes back, too")
+@CHAPTER.clause("what was never handed out goes back, too", "prefetches")
 async def _leaving_unread(stage: Stage) -> None:
     bodies = await stage.put(5)
     async with stage.transport.session(stage.subscription()):
