@@ -36,7 +36,7 @@ async def _check_only(stage: Stage) -> None:
     with refused(TopologyError, "checking for a queue that is not there"):
         await stage.transport.declare(_fresh(stage, check_only=True))
     same(None, await stage.harness.count(stage.harness.fresh), "messages in a queue that is not")
-    await stage.transport.declare(Topology(queues=(Queue(stage.queue, check_only=True),)))
+    await stage.transport.declare(stage.existing)
 
 
 @CHAPTER.clause("what exists is taken as it is, where that is asked for", "declares", "compares")
@@ -85,5 +85,5 @@ async def _version(stage: Stage) -> None:
     transport = stage.transport
     if not isinstance(transport, VersionedTransport):
         raise ClauseBroken("the transport has no broker_version")
-    await transport.declare(Topology())
+    await transport.declare(stage.existing)
     same(True, bool(transport.broker_version), "whether there is a version")

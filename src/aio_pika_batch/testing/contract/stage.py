@@ -14,6 +14,7 @@ from typing import Any
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Outcome, Outgoing
 from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.core.topology import Queue, Topology
 from aio_pika_batch.testing.contract.broken import ClauseBroken, same
 from aio_pika_batch.testing.contract.features import Features
 from aio_pika_batch.testing.contract.harness import Harness
@@ -143,6 +144,11 @@ class Stage:
     def queue(self) -> str:
         """A queue that was empty at first."""
         return self.harness.queue
+
+    @property
+    def existing(self) -> Topology:
+        """What is there, to be looked for."""
+        return Topology(queues=(Queue(self.queue, check_only=True),))
 
     def subscription(self, **more: Any) -> Subscription:  # noqa: ANN401  -- Subscription's own
         """To the queue, with room for all that a check puts there."""
