@@ -14,10 +14,10 @@ import pytest
 from aio_pika_batch.adapters.aio_pika.properties import decode, decode_headers
 from aio_pika_batch.adapters.aio_pika.tables import entries
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
-from aio_pika_batch.core.message import Message, Properties
+from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Copy, Outcome, Publication
 from aio_pika_batch.core.topology import Queue, Topology
-from aio_pika_batch.errors import PublishError, SessionClosed
+from aio_pika_batch.errors import PublishError
 from aio_pika_batch.transport import Endpoint, Subscription, Wire
 
 if TYPE_CHECKING:
@@ -233,19 +233,6 @@ async def test_headers_of_all_types_are_read_by_others(
     assert headers == message.headers
 
 
-async def test_a_copy_of_a_message_that_came_decoded(
-    transport: AioPikaTransport, queue: str
-) -> None:
-    """From another transport, say: by its values; a foreign user is left out here too."""
-    values = Properties(headers={"a": 1}, user_id="other", message_id="m")
-    message = Message(None, 1, False, b"body", ("", "q"), values)  # type: ignore[arg-type]
-    async with transport.publisher() as publisher:
-        assert [CONFIRMED] == await publisher.publish([Copy(message, "", queue, {"b": 2})])
-
-    [found] = await taken(transport, queue, 1)
-    assert Properties(headers={"a": 1, "b": 2}, message_id="m") == found.properties
-
-
 async def test_too_many_headers_are_not_sent(transport: AioPikaTransport, queue: str) -> None:
     """They would cost the connection: a copy is refused, a caller is told, and all goes on."""
     async with transport.publisher() as publisher:
@@ -304,23 +291,6 @@ async def test_time_runs_out_in_silence_only(
         assert time.monotonic() - start < 2
 
 
-async def test_a_cut_makes_the_outcome_unknown(
-    amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
-) -> None:
-    """Nothing is raised."""
-    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), wire=wire))
-
-    async with transport.publisher() as publisher:
-        proxy.freeze("to_client")
-        publishing = asyncio.create_task(
-            publisher.publish([Publication(b"", routing_key=queue)] * 3)
-        )
-        await asyncio.sleep(0.1)
-        proxy.cut()
-        assert [UNKNOWN] * 3 == await publishing
-        assert not publisher.is_open
-
-
 async def test_a_broker_that_reads_nothing(
     amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
 ) -> None:
@@ -343,16 +313,6 @@ async def test_large_messages_go_in_several_writes(transport: AioPikaTransport, 
         )
 
     assert bodies == [message.body for message in await taken(transport, queue, 5)]
-
-
-async def test_after_its_context_a_publisher_is_closed(transport: AioPikaTransport) -> None:
-    """Whoever uses it learns whose fault that is."""
-    async with transport.publisher() as publisher:
-        pass
-
-    assert not publisher.is_open
-    with pytest.raises(SessionClosed):
-        await publisher.publish([Publication(b"")])
 
 
 async def test_a_call_that_is_cancelled_confuses_nobody(

@@ -20,11 +20,9 @@ from aio_pika_batch.errors import (
     MessageDecodeError,
     SessionClosed,
     SessionLost,
-    SettlementError,
     TopologyError,
 )
 from aio_pika_batch.transport import Endpoint, Subscription, Wire
-from tests.integration.helpers import until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -145,47 +143,6 @@ async def test_messages_come_in_chunks_and_stay_settled(
     assert await ready(channel, queue) == 0
 
 
-async def test_a_session_can_be_pumped(transport: AioPikaTransport, queue: str) -> None:
-    """Chunks are handed over as they come, in order, and after cancel it returns."""
-    bodies = [b"%d" % number for number in range(200)]
-    await publish(transport, queue, bodies)
-    seen: list[Message] = []
-    async with transport.session(subscription(queue)) as session:
-        pumping = asyncio.ensure_future(session.pump(seen.extend))
-        await until(lambda: len(seen) == len(bodies))
-        async with asyncio.timeout(20):
-            await session.cancel()
-            await pumping
-        await session.settle([settlement(Disposition.ACK, seen)])
-    assert bodies == [message.body for message in seen]
-
-
-async def test_what_a_sink_raises_is_raised_where_it_is_pumped(
-    transport: AioPikaTransport, queue: str, channel: AbstractChannel
-) -> None:
-    """It is not called again, the wire goes on, and the messages go back."""
-    calls = 0
-
-    def sink(_: Sequence[Message]) -> None:
-        nonlocal calls
-        calls += 1
-        raise ValueError("no room")
-
-    async with transport.session(subscription(queue)) as session:
-        pumping = asyncio.ensure_future(session.pump(sink))
-        await publish(transport, queue, [b"1"])
-        with pytest.raises(ValueError, match="no room"):
-            async with asyncio.timeout(20):
-                await pumping
-        await publish(transport, queue, [b"2"])
-    assert calls == 1
-
-    async def all_back() -> bool:
-        return await ready(channel, queue) == 2
-
-    await until(all_back)
-
-
 async def test_after_cancel_comes_what_was_delivered_before_it_and_no_more(
     transport: AioPikaTransport, queue: str, channel: AbstractChannel
 ) -> None:
@@ -261,33 +218,6 @@ async def test_a_routing_key_that_is_no_text(
         await session.settle([settlement(Disposition.ACK, [first, second])])
 
 
-async def test_prefetch_is_what_is_handed_out_at_most(
-    transport: AioPikaTransport, queue: str
-) -> None:
-    """Until something is settled."""
-    await publish(transport, queue, [b""] * 10)
-
-    async with transport.session(subscription(queue, prefetch=3)) as session:
-        messages = await receive(session, 3)
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.3):
-                await anext(aiter(session))
-        await session.settle([settlement(Disposition.ACK, messages[:1])])
-        assert 1 == len(await receive(session, 1))
-
-
-async def test_a_receive_that_is_cancelled_loses_nothing(
-    transport: AioPikaTransport, queue: str
-) -> None:
-    """The next one gets what came meanwhile."""
-    async with transport.session(subscription(queue)) as session:
-        waiting = asyncio.create_task(anext(aiter(session)))
-        await asyncio.sleep(0)
-        waiting.cancel()
-        await publish(transport, queue, [b"1", b"2"])
-        assert [b"1", b"2"] == [message.body for message in await receive(session, 2)]
-
-
 async def test_acks_just_before_the_end_are_not_lost(
     transport: AioPikaTransport, queue: str, channel: AbstractChannel
 ) -> None:
@@ -303,18 +233,6 @@ async def test_acks_just_before_the_end_are_not_lost(
     assert await ready(channel, queue) == 1
 
 
-async def test_a_tag_is_settled_once(transport: AioPikaTransport, queue: str) -> None:
-    """The second time raises here, where it can be seen, and the channel lives."""
-    await publish(transport, queue, [b"1", b"2"])
-
-    async with transport.session(subscription(queue)) as session:
-        first, second = await receive(session, 2)
-        await session.settle([settlement(Disposition.ACK, [first])])
-        with pytest.raises(SettlementError, match="settled already"):
-            await session.settle([settlement(Disposition.ACK, [first, second])])
-        await session.settle([settlement(Disposition.ACK, [second])])
-
-
 async def test_after_its_context_a_session_is_closed(
     transport: AioPikaTransport, queue: str
 ) -> None:
@@ -328,23 +246,6 @@ async def test_after_its_context_a_session_is_closed(
     for use in (session.cancel(), session.settle([]), session.native(), anext(aiter(session))):
         with pytest.raises(SessionClosed):
             await use
-
-
-async def test_an_exception_in_the_context_closes_it_all_the_same(
-    transport: AioPikaTransport, queue: str, channel: AbstractChannel
-) -> None:
-    """And what was not settled goes back."""
-    await publish(transport, queue, [b"1"])
-
-    async def fail() -> None:
-        async with transport.session(subscription(queue)) as session:
-            await receive(session, 1)
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        await fail()
-
-    assert 1 == await ready(channel, queue)
 
 
 # --- beside the session ----------------------------------------------------------
@@ -424,22 +325,6 @@ async def test_a_closed_channel_ends_the_session_with_the_brokers_words(
                 await use
         assert not session._wire.settle([Frame(Disposition.ACK, 1)])
         assert not native.channel.is_closed
-
-
-async def test_a_cut_connection_ends_the_session(
-    amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
-) -> None:
-    """At once; and so does whatever is tried afterwards."""
-    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), wire=wire))
-
-    async with transport.session(subscription(queue)) as session:
-        await publish(transport, queue, [b"1"])
-        messages = await receive(session, 1)
-        proxy.cut()
-        assert await lost(session)
-        for use in (session.settle([settlement(Disposition.ACK, messages)]), session.cancel()):
-            with pytest.raises(SessionLost):
-                await use
 
 
 async def test_a_silent_broker_ends_the_session(

@@ -16,7 +16,13 @@ from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import Queue, Topology
-from aio_pika_batch.errors import SessionClosed, SessionLost, SettlementError, TransportError
+from aio_pika_batch.errors import (
+    BrokerUnavailable,
+    SessionClosed,
+    SessionLost,
+    SettlementError,
+    TransportError,
+)
 from aio_pika_batch.transport import Native, Subscription
 
 
@@ -132,6 +138,14 @@ class LosesWhatIsReadWhenCancelled(HonestSession):
         chunk = await anext(self.chunks)
         await asyncio.sleep(0)
         return chunk
+
+
+class IsAGenerator(HonestSession):
+    """Which ends when it is cancelled."""
+
+    async def __aiter__(self):
+        async for chunk in self.inner:
+            yield chunk
 
 
 class LosesEmptyBodies(HonestSession):
@@ -291,6 +305,15 @@ class EndsQuietlyWhenLeft(HonestSession):
         with suppress(SessionClosed):
             async for chunk in self.inner:
                 yield chunk
+
+
+class LeavesWaitersAlone(HonestSession):
+    async def __aiter__(self):
+        try:
+            async for chunk in self.inner:
+                yield chunk
+        except SessionClosed:
+            await asyncio.Event().wait()
 
 
 # --- settling --------------------------------------------------------------------------
@@ -714,6 +737,48 @@ class SpeaksAsItsClient(Honest):
             await self.inner.declare(topology)
         except TransportError as error:
             raise OSError(str(error)) from error
+
+
+class OpensSessionsAnyway(Honest):
+    @asynccontextmanager
+    async def session(self, subscription: Subscription) -> AsyncIterator[Any]:
+        try:
+            async with super().session(subscription) as session:
+                yield session
+        except BrokerUnavailable:
+            yield object()
+
+
+class OpensPublishersAnyway(Honest):
+    @asynccontextmanager
+    async def publisher(self) -> AsyncIterator[Any]:
+        try:
+            async with super().publisher() as publisher:
+                yield publisher
+        except BrokerUnavailable:
+            yield object()
+
+
+class Bare:
+    """No more than a transport must have."""
+
+    def __init__(self, inner: MemoryTransport) -> None:
+        self.declare, self.publisher = inner.declare, inner.publisher
+        self.inner = inner
+
+    @asynccontextmanager
+    async def session(self, subscription: Subscription) -> AsyncIterator[BareSession]:
+        async with self.inner.session(subscription) as session:
+            yield BareSession(session)
+
+
+class BareSession:
+    def __init__(self, inner: MemorySession) -> None:
+        self.cancel, self.settle = inner.cancel, inner.settle
+        self.iterator = inner.__aiter__
+
+    def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
+        return self.iterator()
 
 
 class SwallowsExceptions(Honest):

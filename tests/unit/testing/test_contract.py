@@ -69,6 +69,7 @@ WRONG = {
     broken.OneMore: "prefetch is what is handed out at most",
     broken.CountsNoFurther: "a prefetch of 0 is no limit",
     broken.LosesWhatIsReadWhenCancelled: "a receive that is cancelled loses nothing",
+    broken.IsAGenerator: "a receive that is cancelled loses nothing",
     broken.NativeAgainAndAgain: "native objects are opened once",
     broken.PumpsTheFirstOfEach: "pumping hands over what iterating would, and ends after cancel",
     broken.PumpsOn: "what a sink raises is raised where it pumps, and the sink is left alone",
@@ -90,6 +91,7 @@ WRONG = {
     ),
     broken.IsSilentAfterItsEnd: "a session that was left raises SessionClosed, and settles nothing",
     broken.EndsQuietlyWhenLeft: "whoever waits for messages when a session is left is told",
+    broken.LeavesWaitersAlone: "whoever waits for messages when a session is left is told",
     # settling
     broken.LosesAnAck: "an acked message stays gone after the session",
     broken.AcksAllBefore: "an ack settles its own tags, and none before them",
@@ -124,6 +126,8 @@ WRONG = {
     broken.IsAlwaysOpen: "a publisher that was lost is not open, and stays so",
     broken.ConfirmsItself: "publications in flight on a lost connection are UNKNOWN",
     broken.SpeaksAsItsClient: "a broker that is not there is told by BrokerUnavailable",
+    broken.OpensSessionsAnyway: "a broker that is not there is told by BrokerUnavailable",
+    broken.OpensPublishersAnyway: "a broker that is not there is told by BrokerUnavailable",
     # publishing
     broken.PublishesTwice: "what is CONFIRMED is in the queue, each once",
     broken.LosesTheLast: "what is CONFIRMED is in the queue, each once",
@@ -157,7 +161,7 @@ WRONG = {
 }
 
 
-def contract_of(around: type[broken.Honest], **claims: bool) -> TransportContract:
+def contract_of(around: type, **claims: bool) -> TransportContract:
     """The contract for a transport around the one in memory, with everything that can be had."""
     return TransportContract(
         partial(opened, "4.3", "quorum", around=around),
@@ -200,6 +204,29 @@ async def test_who_hands_everything_on_keeps_it():
     report.raise_if_broken()
     pumping = contract_of(broken.as_transport(broken.Pumps), pumps=True)
     (await pumping.run(at_once=100)).raise_if_broken()
+
+
+async def test_what_is_claimed_must_be_there():
+    """And what is not claimed must not, where a consumer would use it unasked."""
+    offers = ("pumps", "has_native", "tells_version")
+    nothing = dict.fromkeys((*offers, "dead_letters"), False)
+    (await contract_of(broken.Bare, **nothing).run(at_once=100)).raise_if_broken()
+    report = await contract_of(broken.Bare, **dict.fromkeys(offers, True)).run(at_once=100)
+    assert {str(finding.clause): finding.why for finding in report.broken} == {
+        "what a session offers beside is what is claimed": (
+            "whether it can pump: expected True, found False"
+        ),
+        "pumping hands over what iterating would, and ends after cancel": (
+            "the session has no method pump"
+        ),
+        "what a sink raises is raised where it pumps, and the sink is left alone": (
+            "the session has no method pump"
+        ),
+        "native objects are opened once": "the session has no method native",
+        "the broker's version is known once something was declared": (
+            "the transport has no broker_version"
+        ),
+    }
 
 
 async def test_a_report_tells_what_was_found():

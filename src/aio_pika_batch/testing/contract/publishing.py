@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import cast
 
-from aio_pika_batch.core.message import Headers, Message, Properties
+from aio_pika_batch.core.message import Message, Properties, Source
 from aio_pika_batch.core.publication import Copy, Outcome, Publication
 from aio_pika_batch.errors import SessionClosed
 from aio_pika_batch.testing.contract.broken import refused, same
@@ -39,27 +40,15 @@ _FOREIGNER = "somebody-else"
 
 @dataclass(frozen=True, slots=True)
 class _Elsewhere:
-    """Where a message came from that was not delivered here."""
+    """Where a message came from that was not delivered here, and came decoded."""
 
     queue: str = "elsewhere"
     consumer_tag: str = "elsewhere"
     retry_count_header: str = "x-retry-count"
 
-    def decode_properties(self, raw: bytes, /) -> Properties:
-        raise NotImplementedError(raw)
-
-    def decode_headers(self, raw: bytes, /) -> Headers | None:
-        raise NotImplementedError(raw)
-
-    def decode_route(self, raw: bytes, /) -> tuple[str, str]:
-        raise NotImplementedError(raw)
-
-    def now(self) -> float:
-        return 0.0
-
 
 def _original(properties: Properties, body: bytes = b"original") -> Message:
-    return Message(_Elsewhere(), 1, False, body, ("", "elsewhere"), properties)
+    return Message(cast("Source", _Elsewhere()), 1, False, body, ("", "elsewhere"), properties)
 
 
 def _everything(message: Message) -> Properties:

@@ -172,9 +172,10 @@ async def _sink_fails(stage: Stage) -> None:
 
     async with stage.transport.session(stage.subscription()) as session:
         await stage.harness.put([b"1"])
+        pumping = _pumping(session)
         with refused(LookupError, "pumping into a sink that fails"):
             async with asyncio.timeout(stage.patience):
-                await _pumping(session).pump(sink)
+                await pumping.pump(sink)
         await stage.harness.put([b"2"])
         await asyncio.sleep(stage.quiet)
         same(1, calls, "how often the sink was called")

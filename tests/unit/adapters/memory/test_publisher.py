@@ -11,7 +11,6 @@ from aio_pika_batch.adapters.memory import Broker, MemoryTransport, PublishFault
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.publication import Copy, Outcome, Publication
 from aio_pika_batch.core.topology import Queue, Topology
-from aio_pika_batch.errors import SessionClosed
 from aio_pika_batch.transport import Publisher, Subscription
 from tests.unit.adapters.memory.client import bodies
 
@@ -44,12 +43,6 @@ async def test_each_publication_has_its_outcome(transport, memory: Broker, queue
         assert publisher.is_open
     assert bodies(memory, queue) == [b"1", b"1"]
     assert memory.connections == []
-
-
-async def test_nothing_to_publish_is_nothing_to_wait_for(transport, queue: str):
-    """No outcomes."""
-    async with transport.publisher() as publisher:
-        assert await publisher.publish([]) == []
 
 
 async def test_properties_arrive_as_they_were(transport, memory: Broker, queue: str):
@@ -176,12 +169,3 @@ async def test_a_cancelled_call_leaves_nothing_behind(transport, memory: Broker,
         assert publisher._calls == {}
         memory.unblock()
         assert await publisher.publish([to(queue)]) == [CONFIRMED]
-
-
-async def test_a_publisher_that_was_left_says_so(transport, queue: str):
-    """Using it then is the caller's mistake."""
-    async with transport.publisher() as publisher:
-        pass
-    assert not publisher.is_open
-    with pytest.raises(SessionClosed):
-        await publisher.publish([to(queue)])

@@ -157,12 +157,6 @@ async def test_what_was_not_handed_out_cannot_be_settled(
             await session.settle(settled(Disposition.ACK, 1))
 
 
-async def test_settling_nothing_is_nothing(transport: MemoryTransport):
-    """No frame, no error."""
-    async with consuming(transport) as session:
-        await session.settle([])
-
-
 async def test_the_broker_would_notice_a_wrong_frame(
     transport: MemoryTransport, memory: Broker, monkeypatch
 ):
@@ -194,28 +188,6 @@ async def test_cancel_asks_for_no_more_and_keeps_what_came(
         await session.settle(settled(Disposition.ACK, 1, 2))
         assert bodies(memory, "q") == [b"3", b"4"]
         assert memory.consumers("q") == []
-
-
-async def test_cancel_wakes_who_waits(transport: MemoryTransport):
-    """For messages that will not come."""
-    async with consuming(transport) as session:
-        waiting = asyncio.create_task(anext(aiter(session), None))
-        await asyncio.sleep(1)
-        await session.cancel()
-        assert await waiting is None
-
-
-async def test_a_waiting_receive_may_be_cancelled_and_repeated(
-    transport: MemoryTransport, memory: Broker
-):
-    """Nothing is lost by it."""
-    async with consuming(transport) as session:
-        chunks = aiter(session)
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(1):
-                await anext(chunks)
-        put(memory, b"1")
-        assert of(await anext(chunks)) == [b"1"]
 
 
 async def test_a_session_is_iterated_once(transport: MemoryTransport):
