@@ -194,6 +194,12 @@ class PumpsTheFirstOfEach(Pumps):
         await super().pump(lambda chunk: sink(chunk[:1]))
 
 
+class PumpsForEver(Pumps):
+    async def pump(self, sink: Any) -> None:
+        await super().pump(sink)
+        await asyncio.Event().wait()
+
+
 class PumpsOn(Pumps):
     async def pump(self, sink: Any) -> None:
         def careless(chunk: Sequence[Message]) -> None:

@@ -82,12 +82,15 @@ class TransportContract:
             Exception: Whatever the transport or the harness raised.
         """
         limit = self._patience * _WHOLE_CLAUSE
+        deadline = asyncio.timeout(limit)
         try:
-            async with asyncio.timeout(limit), self._harness() as harness:
+            async with deadline, self._harness() as harness:
                 await clause.check(
                     Stage(harness, self._features, patience=self._patience, quiet=self._quiet)
                 )
         except TimeoutError as error:
+            if not deadline.expired():
+                raise
             raise ClauseBroken(f"it was not done within {limit:g} s") from error
 
     async def run(self, *, at_once: int = 1) -> Report:
