@@ -168,13 +168,12 @@ def run(main: Coroutine[Any, Any, Any], block: Block) -> Any:
 
 
 def call_as_pytest_would(test: Any) -> None:
-    """With the fixtures that it asks for; once, or once for each value of its one parameter."""
-    marks = [mark.args for mark in getattr(test, "pytestmark", ())]
-    assert len(marks) <= 1
-    given = [{name: value} for name, values in marks for value in values] if marks else [{}]
-    for arguments in given:
-        wanted = inspect.signature(test).parameters.keys() - arguments.keys()
-        outcome = test(**arguments, **{each: FIXTURES[each]() for each in wanted})
+    """With the fixtures that it asks for; once for each value, where it is parametrized."""
+    [names, values] = test.pytestmark[0].args if hasattr(test, "pytestmark") else ["", [None]]
+    for value in values:
+        # What parametrizes a fixture is none of the test's own arguments.
+        makers = FIXTURES | {names: lambda value=value: value}
+        outcome = test(**{each: makers[each]() for each in inspect.signature(test).parameters})
         if inspect.iscoroutine(outcome):
             virtual_time.run(outcome)
 
