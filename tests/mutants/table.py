@@ -254,7 +254,7 @@ WIRE = (
         f"{_WIRE}/session.py",
         "SETTLE_PAUSE = 0.2",
         "SETTLE_PAUSE = 0.0",
-        (f"{_SESSION}::test_acks_just_before_the_end_are_not_lost",),
+        (f"{_UNIT}/test_session.py", f"{_SESSION}::test_acks_just_before_the_end_are_not_lost"),
     ),
     Mutant(
         "TLS goes without the context that verifies.",

@@ -11,6 +11,8 @@ import pytest
 from aio_pika_batch.adapters.aio_pika.events import Deliveries
 from aio_pika_batch.adapters.aio_pika.session import AioPikaSession
 from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.testing.virtual_time import VirtualTimeLoop
 from aio_pika_batch.transport import Subscription
 from tests.unit.adapters.aio_pika.spoken import message
 
@@ -32,6 +34,9 @@ class Channel:
     async def basic_cancel(self, _: str) -> None:
         await self.answer.wait()
 
+    async def close(self) -> None:
+        self.closed_at = asyncio.get_running_loop().time()
+
 
 class Tap:
     """The broker is the test."""
@@ -39,8 +44,16 @@ class Tap:
     end = None
     closed_by_broker = None
 
+    is_clogged = False
+
     def consume(self, _: int, __: Any, listener: Any) -> None:
         self.tell = listener
+
+    def write(self, _: bytes) -> bool:
+        return True
+
+    def abort(self) -> None:
+        """Nobody is there any more."""
 
 
 async def opened(channel: Channel, tap: Tap) -> AioPikaSession:
@@ -49,8 +62,11 @@ async def opened(channel: Channel, tap: Tap) -> AioPikaSession:
     async def open_channel() -> Channel:
         return channel
 
+    async def close() -> None:
+        """Hang up."""
+
     link: Any = SimpleNamespace(
-        is_fast=True, tap=tap, line=tap, channel=open_channel, address="there"
+        is_fast=True, tap=tap, line=tap, channel=open_channel, close=close, address="there"
     )
     session = AioPikaSession(link, Subscription(queue="q", prefetch=10, consumer_tag="c"))
     await session.open(1)
@@ -84,3 +100,22 @@ async def test_what_comes_before_the_answer_to_cancel_is_handed_out(way: Any) ->
     await asyncio.gather(taking, cancelling)
 
     assert [[each] for each in late] == chunks
+
+
+@pytest.mark.parametrize("late", [0.0, 0.15, 9.0])
+async def test_a_channel_is_closed_some_time_after_the_last_settlement(
+    virtual_loop: VirtualTimeLoop, late: float
+) -> None:
+    """A quorum queue's acks may still be on their way inside of the broker: 50 ms were enough."""
+    channel, tap = Channel(), Tap()
+    session = await opened(channel, tap)
+    channel.answer.set()
+    tap.tell(Deliveries([message(b"\0\0")]))
+    await anext(session)
+    await session.settle([Settlement(Disposition.ACK, (1,))])
+    settled_at = virtual_loop.time()
+    await asyncio.sleep(late)
+
+    await session.close()
+
+    assert max(0.2, late) == pytest.approx(channel.closed_at - settled_at)
