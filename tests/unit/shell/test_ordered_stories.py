@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from aio_pika_batch import MessageResult
 from aio_pika_batch.adapters.memory import Door, Happened, PublishFault
 from aio_pika_batch.testing import virtual_time
-from tests.unit.shell.stage import ACK, NACK, REQUEUE, REQUEUE_IMMEDIATE, Scribe, Stage
+from tests.unit.shell.stage import (
+    ACK,
+    NACK,
+    REQUEUE,
+    REQUEUE_IMMEDIATE,
+    Scribe,
+    Stage,
+    live_through,
+)
 
 LONG = 600.0
 """Seconds in which everything comes to its end once the faults are over."""
@@ -209,24 +217,9 @@ class Play:
             isolate_failures=story.isolate,
             **given,
         )
-        await consumer.start()
-        others = [asyncio.create_task(self.hurt(*fault)) for fault in story.faults]
-        others.append(asyncio.create_task(self.publish()))
-        if story.stop_at is None:
-            await asyncio.gather(*others)
-            await asyncio.sleep(LONG)
-            assert consumer.is_healthy
-            await consumer.stop()
-        else:
-            await asyncio.sleep(story.stop_at)
-            await consumer.stop()
-            await asyncio.gather(*others)
+        happens = [*(self.hurt(*fault) for fault in story.faults), self.publish()]
+        await live_through(consumer, happens, stop_at=story.stop_at, long=LONG)
         return consumer
-
-
-def journal(play: Play, *kinds: Happened, queue: str | None = None) -> Counter[bytes]:
-    """How often it happened to each message."""
-    return Counter(each.body for each in play.stage.broker.journal.of(*kinds, queue=queue))
 
 
 @given(stories)
@@ -257,7 +250,7 @@ def test_stories(story):
 
     # Nothing is lost: it is still there, or dead, or its handler said that it went well.
     assert everything == set(waiting) | set(dead) | set(play.acks)
-    assert not journal(play, Happened.DROPPED)
+    assert not play.stage.counts(Happened.DROPPED)
 
     # Batches of a key do not overlap, nor with those of a session that is gone.
     assert all(most == 1 for key, most in play.most.items() if key != "?")
@@ -294,7 +287,7 @@ def calm(play, waiting, dead):
         # There, an ACK may have been void.
         assert Counter(play.bodies) == waiting + dead + play.acks
     assert all(count == 1 for count in (waiting + dead).values())
-    copies = journal(play, Happened.STORED, queue="jobs") - Counter(play.bodies)
+    copies = play.stage.counts(Happened.STORED, queue="jobs") - Counter(play.bodies)
     assert all(play.life[body].key == "?" for body in copies)
 
 

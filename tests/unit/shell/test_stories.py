@@ -25,6 +25,7 @@ from tests.unit.shell.stage import (
     REQUEUE_IMMEDIATE,
     Scribe,
     Stage,
+    live_through,
     numbered,
 )
 
@@ -202,24 +203,9 @@ class Play:
             breaker_pause_max=1,
             **given,
         )
-        await consumer.start()
-        others = [asyncio.create_task(self.hurt(fault)) for fault in story.faults]
-        others.append(asyncio.create_task(self.publish()))
-        if story.stop_at is None:
-            await asyncio.gather(*others)
-            await asyncio.sleep(LONG)
-            assert consumer.is_healthy
-            await consumer.stop()
-        else:
-            await asyncio.sleep(story.stop_at)
-            await consumer.stop()
-            await asyncio.gather(*others)
+        happens = [*(self.hurt(fault) for fault in story.faults), self.publish()]
+        await live_through(consumer, happens, stop_at=story.stop_at, long=LONG)
         return consumer
-
-
-def journal(play: Play, *kinds: Happened, queue: str | None = None) -> Counter[bytes]:
-    """How often it happened to each message."""
-    return Counter(each.body for each in play.stage.broker.journal.of(*kinds, queue=queue))
 
 
 LOST_AND_FOUND = Story(
@@ -247,18 +233,18 @@ def test_stories(story):
     waiting, dead = Counter(stage.waiting()), Counter(stage.waiting("dead"))
     if WAIT_QUEUE in stage.broker.queues:
         waiting += Counter(stage.waiting(WAIT_QUEUE))
-    acked = journal(play, Happened.ACKED, queue="jobs")
+    acked = play.stage.counts(Happened.ACKED, queue="jobs")
     # Stored ever, but for the first time: copies for another attempt; and dead letters.
-    copies = journal(play, Happened.STORED, queue="jobs") - Counter(everything)
-    copies += journal(play, Happened.STORED, queue="dead")
+    copies = play.stage.counts(Happened.STORED, queue="jobs") - Counter(everything)
+    copies += play.stage.counts(Happened.STORED, queue="dead")
     # What has waited is stored twice: on its way in, and when its wait is over.
-    copies += journal(play, Happened.STORED, queue=WAIT_QUEUE)
-    copies -= journal(play, Happened.DEAD_LETTERED, queue=WAIT_QUEUE)
+    copies += play.stage.counts(Happened.STORED, queue=WAIT_QUEUE)
+    copies -= play.stage.counts(Happened.DEAD_LETTERED, queue=WAIT_QUEUE)
 
     # Nothing is lost: it is still there, or dead, or its handler said that it went well.
     went_well = {body for body in everything if play.acks[body]}
     assert everything == set(waiting) | set(dead) | went_well
-    assert not journal(play, Happened.DROPPED)
+    assert not play.stage.counts(Happened.DROPPED)
 
     # Nothing is acked for no reason: the handler said so, or a copy is stored.
     assert acked <= play.acks + copies
@@ -284,7 +270,7 @@ def calm(play, consumer, waiting, dead, copies):
     """Without faults there is exactly one of everything, and in order."""
     story = play.story
     everything = numbered(len(story.answers))
-    acked = journal(play, Happened.ACKED, queue="jobs")
+    acked = play.stage.counts(Happened.ACKED, queue="jobs")
     assert Counter(everything) == waiting + dead + play.acks
     # One ack for each ACK and for each copy: what was handled was settled, the stop included.
     assert acked == play.acks + copies
