@@ -179,6 +179,13 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Make the site, ``docs/_build/index.html``; whatever is doubtful in a page is an error."""
+    session.install(".", *group("docs"))
+    session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", "html", "docs", "docs/_build")
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Show the library at work."""
     session.install(".")
