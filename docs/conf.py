@@ -45,7 +45,7 @@ autodoc_class_signature = "separated"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-nitpicky = False
+default_role = "code"  # as Markdown has it
 
 # --- how it looks ---------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Write the reference of all settings from the models, so that it cannot say anything else.
 
 `python docs/generate_settings.py` writes `docs/settings.md`; a unit test says when that is due.
-"""  # noqa: INP001  -- a script
+"""
 
 from __future__ import annotations
 
