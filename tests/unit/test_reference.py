@@ -14,14 +14,14 @@ DOORS = ["aio_pika_batch", "aio_pika_batch.testing", "aio_pika_batch.testing.con
 PUBLIC = [(door, name) for door in DOORS for name in importlib.import_module(door).__all__]
 
 
+_ALONE = re.compile(r"^\.\. auto(?:class|function|data):: (?:[a-z_.]+\.)?(\w+)$", re.MULTILINE)
+_TOGETHER = re.compile(r"^\.\. automodule:: (\S+)\n   :members:(.*)$", re.MULTILINE)
+
+
 def shown() -> set[str]:
     """Every name for which Sphinx is told to show its docstring."""
-    names = set(
-        re.findall(r"^\.\. auto(?:class|function|data):: (?:[a-z_.]+\.)?(\w+)$", PAGE, re.MULTILINE)
-    )
-    for module, members in re.findall(
-        r"^\.\. automodule:: (\S+)\n   :members:(.*)$", PAGE, re.MULTILINE
-    ):
+    names = set(_ALONE.findall(PAGE))
+    for module, members in _TOGETHER.findall(PAGE):
         room = importlib.import_module(module)
         names.update(
             members.replace(",", " ").split()
