@@ -19,6 +19,13 @@ import nox
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PYPROJECT)
 
+FORMS = {
+    "github-workflows": "workflows/*.yml",
+    "github-issue-forms": "ISSUE_TEMPLATE/[!c]*.yml",
+    "github-issue-config": "ISSUE_TEMPLATE/config.yml",
+}
+"""What a build machine and a form must look like, by the schema that GitHub's users keep."""
+
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["tests", "lint", "types", "coverage"]
 nox.options.default_venv_backend = "virtualenv"
@@ -168,6 +175,9 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("lint-imports")
+    for schema, pattern in FORMS.items():
+        files = sorted(map(str, Path(".github").glob(pattern)))
+        session.run("check-jsonschema", f"--builtin-schema=vendor.{schema}", *files)
 
 
 @nox.session
@@ -176,6 +186,18 @@ def types(session: nox.Session) -> None:
     session.install(".", *group("test"), *group("lint"), *group("dev"))
     session.run("mypy")
     session.run("pyright")
+
+
+@nox.session
+def dist(session: nox.Session) -> None:
+    """Build what is published, check it, and see that both parts work, each on its own."""
+    session.install("build", "twine")
+    session.run("python", "-m", "build", "--outdir", "dist")
+    made = sorted(Path("dist").glob("aio_pika_batch-*"))
+    session.run("python", "-m", "twine", "check", "--strict", *map(str, made))
+    for each in made:
+        session.install("--force-reinstall", str(each))
+        session.run("python", "-m", "aio_pika_batch.cli.demo", silent=True)
 
 
 @nox.session
