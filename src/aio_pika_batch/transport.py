@@ -2,7 +2,8 @@
 
 Messages travel in chunks, one await for each network read, never one for each message. What a
 session hands out, only that session can settle. A transport is found by the scheme of its URL, or
-passed in as an object; `docs/writing-a-transport.md` tells how to write one.
+passed in as an object; `docs/writing-a-transport.md` tells how to write one. All that this takes is
+found here: what the port speaks of, the errors that it raises, and the parts that are shared.
 """
 
 from __future__ import annotations
@@ -12,10 +13,61 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from aio_pika_batch.core.message import Headers, Message
-from aio_pika_batch.core.publication import Outcome, Outgoing
-from aio_pika_batch.core.settlement import Settlement
-from aio_pika_batch.core.topology import Topology, Version
+from aio_pika_batch.core.ledger import Frame, Ledger
+from aio_pika_batch.core.message import DELIVERY_COUNT, Headers, Message, Properties, Source
+from aio_pika_batch.core.publication import Copy, Outcome, Outgoing, Publication
+from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.core.source import DecodedSource
+from aio_pika_batch.core.topology import Binding, Exchange, Queue, Topology, Version
+from aio_pika_batch.errors import (
+    AccessRefused,
+    BrokerUnavailable,
+    PublishError,
+    SessionClosed,
+    SessionLost,
+    SettlementError,
+    TopologyError,
+)
+
+__all__ = [
+    "DELIVERY_COUNT",
+    "AccessRefused",
+    "Binding",
+    "BrokerUnavailable",
+    "Copy",
+    "DecodedSource",
+    "Disposition",
+    "Endpoint",
+    "Exchange",
+    "Frame",
+    "Headers",
+    "Ledger",
+    "Message",
+    "Native",
+    "NativeSession",
+    "Outcome",
+    "Outgoing",
+    "Properties",
+    "Publication",
+    "PublishError",
+    "Publisher",
+    "PumpingSession",
+    "Queue",
+    "Session",
+    "SessionClosed",
+    "SessionLost",
+    "Settlement",
+    "SettlementError",
+    "Source",
+    "Subscription",
+    "Topology",
+    "TopologyError",
+    "Transport",
+    "TransportFactory",
+    "Version",
+    "VersionedTransport",
+    "Wire",
+]
 
 Wire: TypeAlias = Literal["auto", "fast", "plain"]
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
 
 ROOT = Path(__file__).parents[2]
-EXAMPLE_PAGES = sorted(ROOT.glob("examples/*/README.md"))
+EXAMPLE_PAGES = sorted(ROOT.glob("examples/**/README.md"))
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *EXAMPLE_PAGES]
 ALL_PAGES = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 
@@ -326,6 +326,7 @@ def known_names() -> set[str]:
 THEIRS = {
     "at_once",  # an argument of TransportContract.run
     "consumer_timeout",  # RabbitMQ's
+    "fan_in",  # an example's folder
     "pytest_asyncio_loop_factories",  # pytest-asyncio's
     "retry_after",  # what the API of examples/http_sink says
     "rmq_to_pubsub",  # an example

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
 from aio_pika_batch.adapters.memory.channels import Channel, Gone
@@ -14,39 +13,14 @@ from aio_pika_batch.adapters.memory.frames import Cancelled, Closed, Delivery
 from aio_pika_batch.adapters.memory.native import NativeChannel
 from aio_pika_batch.adapters.memory.refusals import Refusal
 from aio_pika_batch.core.ledger import Frame, Ledger
-from aio_pika_batch.core.message import Headers, Message, Properties
+from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.core.source import DecodedSource
 from aio_pika_batch.errors import SessionClosed, SessionLost
 from aio_pika_batch.transport import Native, Subscription
 
 if TYPE_CHECKING:
     from aio_pika_batch.adapters.memory.connections import Connection
-
-
-@dataclass(frozen=True, slots=True)
-class MemorySource:
-    """What all messages of one session share. Nothing is raw here, so nothing is decoded."""
-
-    queue: str
-    consumer_tag: str
-    retry_count_header: str
-    wall_clock: Callable[[], float]
-
-    def decode_properties(self, raw: bytes, /) -> Properties:
-        """Never called: messages come decoded."""
-        raise NotImplementedError(raw)
-
-    def decode_headers(self, raw: bytes, /) -> Headers | None:
-        """Never called either."""
-        raise NotImplementedError(raw)
-
-    def decode_route(self, raw: bytes, /) -> tuple[str, str]:
-        """Never called either."""
-        raise NotImplementedError(raw)
-
-    def now(self) -> float:
-        """Seconds since the epoch."""
-        return self.wall_clock()
 
 
 class MemorySession:
@@ -63,7 +37,7 @@ class MemorySession:
         self._connection = connection
         self._subscription = subscription
         self._publish_timeout = publish_timeout
-        self._source = MemorySource(
+        self._source = DecodedSource(
             subscription.queue,
             subscription.consumer_tag,
             subscription.retry_count_header,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+import time
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import cast
 
-from aio_pika_batch.core.message import Message, Properties, Source
+from aio_pika_batch.core.message import Message, Properties
 from aio_pika_batch.core.publication import Copy, Outcome, Publication
+from aio_pika_batch.core.source import DecodedSource
 from aio_pika_batch.errors import SessionClosed
 from aio_pika_batch.testing.contract.broken import refused, same
 from aio_pika_batch.testing.contract.clause import Chapter
@@ -38,17 +39,12 @@ def _all_properties() -> Properties:
 _FOREIGNER = "somebody-else"
 
 
-@dataclass(frozen=True, slots=True)
-class _Elsewhere:
-    """Where a message came from that was not delivered here, and came decoded."""
-
-    queue: str = "elsewhere"
-    consumer_tag: str = "elsewhere"
-    retry_count_header: str = "x-retry-count"
+_ELSEWHERE = DecodedSource("elsewhere", "elsewhere", "x-retry-count", time.time)
+"""Where a message came from that was not delivered here, and came decoded."""
 
 
 def _original(properties: Properties, body: bytes = b"original") -> Message:
-    return Message(cast("Source", _Elsewhere()), 1, False, body, ("", "elsewhere"), properties)
+    return Message(_ELSEWHERE, 1, False, body, ("", "elsewhere"), properties)
 
 
 def _everything(message: Message) -> Properties:
