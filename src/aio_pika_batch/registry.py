@@ -43,15 +43,19 @@ def open_transport(endpoint: Endpoint) -> Transport:
     """Make the transport that serves an endpoint.
 
     Raises:
-        ConfigurationError: No transport serves its scheme, or the one that does cannot be imported.
+        ConfigurationError: No transport serves its scheme, or several do, or the one that does
+            cannot be imported.
     """
     scheme = scheme_of(endpoint.url)
+    entry_point = _entry_point(scheme)
     try:
-        factory = cast("TransportFactory", _entry_point(scheme).load())
-    except (ImportError, AttributeError) as error:
+        factory = cast("TransportFactory", entry_point.load())
+    except Exception as error:
+        # Whatever a module raises while it is imported, it is of no use.
+        what = type(error).__name__
         msg = (
-            f"url: the transport for {scheme}:// cannot be imported ({error});"
-            " install the package that it needs, or use another scheme"
+            f"url: the transport for {scheme}://, {_named(entry_point)}, cannot be imported"
+            f" ({what}: {error}); install what it needs, or use another scheme"
         )
         raise ConfigurationError(msg) from error
     return factory(endpoint)
@@ -60,7 +64,20 @@ def open_transport(endpoint: Endpoint) -> Transport:
 def _entry_point(scheme: str) -> EntryPoint:
     if scheme in _BUILT_IN:
         return EntryPoint(scheme, _BUILT_IN[scheme], GROUP)
-    for entry_point in entry_points(group=GROUP, name=scheme):
-        return entry_point
-    msg = f"url: no transport serves {scheme}://; known are {', '.join(known_schemes())}"
+    # What is found twice on the path, by a link or an editable install, is still one.
+    match list(dict.fromkeys(entry_points(group=GROUP, name=scheme))):
+        case [only]:
+            return only
+        case []:
+            msg = f"url: no transport serves {scheme}://; known are {', '.join(known_schemes())}"
+        case several:
+            msg = (
+                f"url: {scheme}:// is served by {' and by '.join(map(_named, several))};"
+                " uninstall all but one, or pass the transport in"
+            )
     raise ConfigurationError(msg)
+
+
+def _named(entry_point: EntryPoint) -> str:
+    installed = entry_point.dist
+    return f"{entry_point.value} of {installed.name}" if installed else entry_point.value

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 
 import pytest
 
-from aio_pika_batch import ConfigurationError, registry
+from aio_pika_batch import ConfigurationError, ConsumerSettings, registry
 from aio_pika_batch.adapters.memory import MemoryTransport
 from aio_pika_batch.registry import GROUP, known_schemes, open_transport, scheme_of
 from aio_pika_batch.transport import Endpoint
@@ -69,11 +71,84 @@ def test_a_transport_that_cannot_be_imported_says_what_is_missing(monkeypatch, v
     """And what to do about it."""
     plugged(monkeypatch, value)
     with pytest.raises(
-        ConfigurationError, match=r"url: .*plug://.*no_such_(package|name).*install"
+        ConfigurationError, match=r"url: .*plug://.*no_such_(package|name).*install what it needs"
     ) as raised:
         open_transport(Endpoint(url=URL))
     assert "secret" not in str(raised.value)
     assert raised.value.__cause__ is not None
+
+
+# --- with distributions as pip leaves them behind --------------------------------------
+
+
+def installed(folder: Path, name: str, source: str, scheme: str = "plug") -> None:
+    """Leave in a folder what the installation of a package leaves there."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.py").write_text(source)
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\n{scheme} = {name}:open_transport\n")
+
+
+PLUG = """
+class Plug:
+    def __init__(self, endpoint):
+        self.endpoint = endpoint
+
+open_transport = Plug
+"""
+
+
+def test_an_installed_distribution_is_found(tmp_path, monkeypatch):
+    """By what its metadata say; and it is not imported before somebody has such a URL."""
+    installed(tmp_path, "plug_found", PLUG)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    assert "plug" in known_schemes()
+    assert URL == ConsumerSettings(queue_name="q", url=URL).url
+    assert "plug_found" not in sys.modules
+    transport = open_transport(Endpoint(url=URL))
+    assert ("plug_found", URL) == (type(transport).__module__, transport.endpoint.url)
+
+
+def test_what_an_installed_distribution_cannot_import_is_told(tmp_path, monkeypatch):
+    """Whatever it raises, with the name of who raised it and without the rest of the URL."""
+    installed(tmp_path, "plug_without", "import no_such_client")
+    installed(tmp_path, "plug_broken", "raise RuntimeError('needs a newer kernel')", "plug2")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    for url, says in {
+        URL: "plug_without:open_transport of plug_without, .*no_such_client.*install what it needs",
+        URL.replace("plug", "plug2"): "plug_broken, cannot.*RuntimeError: needs a newer kernel",
+    }.items():
+        with pytest.raises(ConfigurationError, match=says) as raised:
+            open_transport(Endpoint(url=url))
+        assert "secret" not in str(raised.value)
+
+
+def test_two_distributions_for_one_scheme_are_told(tmp_path, monkeypatch):
+    """Which one would win is nobody's choice, so none does."""
+    installed(tmp_path, "plug_one", PLUG)
+    installed(tmp_path, "plug_two", PLUG)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    with pytest.raises(ConfigurationError, match="plug:// is served by") as raised:
+        open_transport(Endpoint(url=URL))
+    said = str(raised.value)
+    assert "plug_one:open_transport of plug_one" in said
+    assert "plug_two:open_transport of plug_two" in said
+    assert "uninstall all but one, or pass the transport in" in said
+    assert "secret" not in said
+
+
+def test_a_distribution_that_is_found_twice_is_one(tmp_path, monkeypatch):
+    """As by an editable installation beside an ordinary one."""
+    for folder in ("here", "there"):
+        installed(tmp_path / folder, "plug_twice", PLUG)
+        monkeypatch.syspath_prepend(tmp_path / folder)
+
+    assert "plug_twice" == type(open_transport(Endpoint(url=URL))).__module__
 
 
 @pytest.mark.parametrize(

@@ -14,22 +14,34 @@ from collections.abc import Mapping
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from aio_pika_batch.transport import Properties
 
 _MARK = "json:"
 _PREFIX = "Amqp-"
+_EMPTY = "%"
 _PLAIN = re.compile(r"(?!json:)[!-~]([ -~]*[!-~])?")
-_NAMES = tuple(
-    name for name in Properties.__slots__ if name not in {"headers", "cluster_id", "undecodable"}
-)
+_TYPES: dict[str, type] = {
+    "content_type": str,
+    "content_encoding": str,
+    "delivery_mode": int,
+    "priority": int,
+    "correlation_id": str,
+    "reply_to": str,
+    "expiration": str,
+    "message_id": str,
+    "timestamp": datetime,
+    "type": str,
+    "user_id": str,
+    "app_id": str,
+}
 
 
 def encoded(properties: Properties) -> dict[str, str] | None:
     """Properties as headers of NATS; None where there is nothing to tell."""
     told = {_escaped(name): _line(value) for name, value in (properties.headers or {}).items()}
-    for name in _NAMES:
+    for name in _TYPES:
         value = getattr(properties, name)
         if value is not None:
             told[_PREFIX + name] = _line(value)
@@ -37,43 +49,36 @@ def encoded(properties: Properties) -> dict[str, str] | None:
 
 
 def decoded(lines: Mapping[str, str] | None) -> Properties:
-    """Properties of a message, whoever has published it."""
-    if not lines:
-        return Properties()
+    """Properties of a message, whoever has published it. Never raises: see `undecodable`."""
     properties = Properties()
+    if not lines:
+        return properties
     headers: dict[str, Any] = {}
     undecodable: dict[str, str] = {}
     for line_name, line in lines.items():
         name = line_name.removeprefix(_PREFIX)
-        is_property = name != line_name and name in _NAMES
+        wanted = None if name == line_name else _TYPES.get(name)
         try:
             value = _value(line)
-        except ValueError as error:
-            undecodable[name if is_property else "headers"] = str(error)
-            continue
-        if is_property:
-            setattr(properties, name, value)
-        else:
-            headers[unquote(line_name)] = value
-    if "headers" not in undecodable:
-        properties.headers = headers or None
+            if wanted is None:
+                headers["" if line_name == _EMPTY else unquote(line_name)] = value
+            elif isinstance(value, wanted):
+                setattr(properties, name, value)
+            else:
+                undecodable[name] = f"{line_name} is no {wanted.__name__}"
+        except (ValueError, ArithmeticError, RecursionError) as error:
+            undecodable["headers" if wanted is None else name] = f"{line_name}: {error}"
+    if headers and "headers" not in undecodable:
+        properties.headers = headers
     properties.undecodable = undecodable
     return properties
 
 
 def _escaped(name: str) -> str:
     # A copied `Nats-Msg-Id` would be an order to drop the copy as a duplicate.
-    reserved = name.lower().startswith(("nats-", _PREFIX.lower(), "status", "description"))
-    kept = "" if reserved else name[:1]
-    head = kept if _is_safe(kept) else "".join(f"%{byte:02X}" for byte in name[:1].encode())
-    return head + "".join(
-        each if _is_safe(each) else "".join(f"%{byte:02X}" for byte in each.encode())
-        for each in name[1:]
-    )
-
-
-def _is_safe(letter: str) -> bool:
-    return letter.isascii() and (letter.isalnum() or letter in "-_.") and letter != ""
+    if name.lower().startswith(("nats-", _PREFIX.lower())):
+        return f"%{ord(name[0]):02X}{quote(name[1:], safe='')}"
+    return quote(name, safe="") or _EMPTY
 
 
 def _line(value: object) -> str:
