@@ -23,7 +23,16 @@ from nats.js.errors import NotFoundError
 
 from aio_pika_batch.registry import open_transport
 from aio_pika_batch.testing.contract import Features, Harness, TransportContract
-from aio_pika_batch.transport import Endpoint, Queue, Topology
+from aio_pika_batch.transport import (
+    Copy,
+    Disposition,
+    Endpoint,
+    Outcome,
+    Queue,
+    Settlement,
+    Subscription,
+    Topology,
+)
 from tests.support.nats import NoNatsError
 from tests.support.nats import nats as nats_server
 from tests.support.proxy import TcpProxy
@@ -149,8 +158,8 @@ def nats_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A folder with the installed package in it, where this process looks, too."""
     folder = str(tmp_path_factory.mktemp("site"))
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
-    subprocess.run([*pip, str(EXAMPLE)], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", folder, str(EXAMPLE)], check=True)
     sys.path.append(folder)
     invalidate_caches()
     yield folder
@@ -161,9 +170,34 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 async def test_the_contract_is_kept(nats_url: str) -> None:
     """All that is claimed, by a transport that the URL has found."""
     contract = TransportContract(partial(opened, nats_url), FEATURES, patience=30, quiet=0.3)
-    report = await contract.run(at_once=8)
+    report = await contract.run(at_once=16)
     report.raise_if_broken()
     assert len(report.kept) == len(contract.applicable)
+
+
+@pytest.mark.usefixtures("site")
+async def test_a_stream_of_somebody_else_is_consumed_as_it_is(nats_url: str, name: str) -> None:
+    """With its own subjects; and a copy of its message is none of the duplicates it drops."""
+    transport = open_transport(Endpoint(url=nats_url))
+    tags = {"X-Kind": "theirs", "Nats-Msg-Id": "1"}
+    async with await nats.connect(nats_url) as client:
+        jetstream = client.jetstream()
+        await jetstream.add_stream(name=name, subjects=[f"{name}.>", f"queue.{name}"])
+        await jetstream.publish(f"{name}.new", b"body", headers=tags)
+
+        await transport.declare(Topology(queues=(Queue(name, check_only=True),)))
+        subscription = Subscription(queue=name, prefetch=1, consumer_tag="tag")
+        async with transport.session(subscription) as session, transport.publisher() as publisher:
+            [message] = await anext(aiter(session))
+            copy = Copy(message, "", name, {"x-retry-count": 1})
+            assert [Outcome.CONFIRMED] == list(await publisher.publish([copy]))
+            await session.settle([Settlement(Disposition.ACK, (message.delivery_tag,))])
+            [copied] = await anext(aiter(session))
+        await jetstream.delete_stream(name)
+
+    assert (f"{name}.new", tags) == (message.routing_key, message.headers)
+    assert (b"body", 1) == (copied.body, copied.retry_count)
+    assert {**tags, "x-retry-count": 1} == copied.headers
 
 
 def output(site: str, name: str, *arguments: str) -> str:

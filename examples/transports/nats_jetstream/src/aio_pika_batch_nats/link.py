@@ -63,17 +63,17 @@ class Link:
                     connect_timeout=max(1, round(endpoint.connect_timeout)),
                     ping_interval=endpoint.heartbeat,
                     max_outstanding_pings=_MISSED_PINGS,
-                    pending_size=0,
                     tls=_tls(endpoint),
                 )
+            self._inbox = self.client.new_inbox()
+            everything = f"{self._inbox}.*"
+            await self.client.subscribe(everything, cb=self._answered, pending_bytes_limit=0)
         except (OSError, TimeoutError, errors.Error) as error:
             await self.client.close()
             said = str(refusals[-1] if refusals else error) or type(error).__name__
             if "authorization" in said.lower():
                 raise AccessRefused(f"the NATS server does not let us in: {said}") from error
             raise BrokerUnavailable(f"no NATS server answers: {said}") from error
-        self._inbox = self.client.new_inbox()
-        await self.client.subscribe(f"{self._inbox}.*", cb=self._answered, pending_bytes_limit=0)
 
     def lose(self, why: str) -> None:
         """Count it as over."""
@@ -92,7 +92,7 @@ class Link:
         """Send, and hear nothing of it."""
         try:
             await self.client.publish(subject, payload, reply=reply, headers=headers)
-        except (OSError, errors.ConnectionClosedError, errors.OutboundBufferLimitError) as error:
+        except (OSError, errors.ConnectionClosedError) as error:
             self.lose(str(error))
 
     async def ask(

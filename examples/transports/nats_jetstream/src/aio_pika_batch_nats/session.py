@@ -1,7 +1,7 @@
 """What does a session hand out, and when does the server know what became of it?
 
 All sessions of a queue share one durable consumer, and each pulls for itself, never more than its
-prefetch has room for. A pull is open for a second, and the server says when that is over: then
+prefetch has room for. A pull is open for a moment, and the server says when that is over: then
 nothing is on its way any more, which is what `cancel` waits for. Settlements are confirmed by the
 server. What is unsettled is kept from being handed out again by telling so, as long as the session
 lives; when it does not, the server waits for `ack_wait` seconds, and hands it out to the next one.
@@ -13,6 +13,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import assert_never
 
 from nats.aio.msg import Msg
@@ -37,7 +38,7 @@ from aio_pika_batch_nats.native import NatsChannel
 CONSUMER = "aio-pika-batch"
 """The durable consumer that all sessions of a queue share."""
 
-_PULL = 1.0
+_PULL = 0.5
 """Seconds for which a pull is open; `cancel` waits for so long at most."""
 
 _NO_LIMIT = 1000
@@ -90,7 +91,9 @@ class NatsSession:
         """Give everything back that is unsettled."""
         self._ended = self._cancelled = True
         self._news.set()
-        await self._until(lambda: not self._pulled)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._link.timeout):
+                await self._until(lambda: self._is_dry)
         answers = await self._tell(Disposition.RETURN, list(self._unsettled.values()))
         await self._link.answers(answers)
         if self._keeping is not None:

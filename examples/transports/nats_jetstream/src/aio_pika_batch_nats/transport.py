@@ -55,7 +55,8 @@ class NatsTransport:
                 await jetstream.add_consumer(stream, consumer)
             session = NatsSession(link, subscription, self._ack_wait)
             async with _attendance(link, stream, deletes=info.config.description == AUTO_DELETE):
-                await session.open()
+                with explained(what):
+                    await session.open()
                 try:
                     yield session
                 finally:
@@ -86,7 +87,8 @@ async def _attendance(link: Link, stream: str, *, deletes: bool) -> AsyncIterato
         await link.send(question.reply, b"")
 
     subject = f"aio-pika-batch.attendance.{stream}"
-    attending = await link.client.subscribe(subject, cb=here)
+    with explained(f"stream {stream!r}"):
+        attending = await link.client.subscribe(subject, cb=here)
     try:
         yield
     finally:
