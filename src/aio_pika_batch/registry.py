@@ -52,10 +52,10 @@ def open_transport(endpoint: Endpoint) -> Transport:
         factory = cast("TransportFactory", entry_point.load())
     except Exception as error:
         # Whatever a module raises while it is imported, it is of no use.
-        what = type(error).__name__
+        what = f"{_named(entry_point)}, {type(error).__name__}: {error}"
         msg = (
-            f"url: the transport for {scheme}://, {_named(entry_point)}, cannot be imported"
-            f" ({what}: {error}); install what it needs, or use another scheme"
+            f"url: the transport for {scheme}:// cannot be imported ({what});"
+            " install what it needs, or use another scheme"
         )
         raise ConfigurationError(msg) from error
     return factory(endpoint)

@@ -6,6 +6,8 @@ script of its own is said in comments that a reader does not see:
 - ``<!-- test: prelude NAME -->`` before a block: what surrounds it, see `PRELUDES`;
 - ``<!-- test: name NAME -->`` and ``<!-- test: continues NAME -->``: a later block of the same page
   goes on where an earlier one has ended;
+- ``<!-- test: of PATH -->``: an excerpt, word for word, of a file that other tests run, and which
+  therefore does not run here;
 - ``<!-- test: feed QUEUE BODY BODY … -->``: what is published once its consumers run;
 - ``<!-- test: environment NAME=VALUE … -->``: what stands in the environment; several by ``; ``;
 - ``<!-- test: prints TEXT -->`` after a block: what it must have printed;
@@ -88,6 +90,7 @@ class Block:
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _COMMENT_BEFORE = re.compile(r"<!-- test: ([^\n]*?) -->\n\Z")
+_EXCERPT = "of "
 _COMMENT_AFTER = re.compile(r"\A\n<!-- test: ((?:prints|dead) [^\n]*?) -->$", re.MULTILINE)
 
 
@@ -107,6 +110,8 @@ def blocks() -> Iterator[Block]:
         for line, before, body, after in fences(page, "python", "py"):
             block = Block(page, line, body)
             comment = _COMMENT_BEFORE.search(before)
+            if comment and comment[1].startswith(_EXCERPT):
+                continue
             for directive in comment[1].split("; ") if comment else ():
                 obey(block, directive, named)
             comment = _COMMENT_AFTER.search(after)
@@ -206,6 +211,21 @@ def test_python_runs(
         assert [] == [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
     printed = capsys.readouterr().out
     assert (block.prints or "") in printed
+
+
+def excerpts() -> Iterator[tuple[str, str, str]]:
+    """Place, file and text of each excerpt."""
+    for page in PAGES:
+        for line, before, body, _ in fences(page, "python", ""):
+            comment = _COMMENT_BEFORE.search(before)
+            if comment and comment[1].startswith(_EXCERPT):
+                yield f"{page.relative_to(ROOT)}:{line}", comment[1].removeprefix(_EXCERPT), body
+
+
+@pytest.mark.parametrize(("place", "path", "body"), list(excerpts()), ids=lambda value: value[:60])
+def test_excerpts_are_what_the_file_has(place: str, path: str, body: str) -> None:
+    """Whole lines, one after the other, just as they stand there."""
+    assert f"\n{body}" in "\n" + (ROOT / path).read_text(), place
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -326,6 +346,7 @@ def known_names() -> set[str]:
 THEIRS = {
     "at_once",  # an argument of TransportContract.run
     "consumer_timeout",  # RabbitMQ's
+    "declare_exchange",  # aio-pika's
     "fan_in",  # an example's folder
     "pytest_asyncio_loop_factories",  # pytest-asyncio's
     "retry_after",  # what the API of examples/http_sink says

@@ -120,7 +120,7 @@ def test_what_an_installed_distribution_cannot_import_is_told(tmp_path, monkeypa
 
     for url, says in {
         URL: "plug_without:open_transport of plug_without, .*no_such_client.*install what it needs",
-        URL.replace("plug", "plug2"): "plug_broken, cannot.*RuntimeError: needs a newer kernel",
+        URL.replace("plug", "plug2"): "of plug_broken, RuntimeError: needs a newer kernel",
     }.items():
         with pytest.raises(ConfigurationError, match=says) as raised:
             open_transport(Endpoint(url=url))
