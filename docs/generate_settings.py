@@ -85,6 +85,7 @@ GROUPS = {
         "ssl_cafile",
         "ssl_certfile",
         "ssl_keyfile",
+        "ssl_key_password",
         "wire",
     ),
     "Queue": (

@@ -23,6 +23,9 @@ from aio_pika_batch.registry import known_schemes, scheme_of
 
 _MILLISECOND = 0.001
 
+_SECRETS = frozenset(("url", "ssl_key_password"))
+"""What was given for these is not told."""
+
 _EXCHANGE_TYPES = ("direct", "fanout", "topic", "headers")
 
 
@@ -128,7 +131,7 @@ def explain(cls: type[BaseModel], error: ValidationError) -> str:
         field = ".".join(str(part) for part in each["loc"]) or "settings"
         text = each["msg"].removeprefix("Value error, ")
         where = field.split(".")[0]
-        said = each["type"] in ("missing", "value_error") or where == "url"
+        said = each["type"] in ("missing", "value_error") or where in _SECRETS
         given = "" if said else f", not {each['input']!r}"
         variable = (
             f" (in the environment: {(prefix + where).upper()})"

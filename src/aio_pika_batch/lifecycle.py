@@ -316,6 +316,7 @@ class BaseConsumer(Generic[SettingsT]):
 
     def _endpoint(self) -> Endpoint:
         settings = self.settings
+        password = settings.ssl_key_password
         return Endpoint(
             url=settings.url,
             connect_timeout=settings.connect_timeout,
@@ -326,6 +327,7 @@ class BaseConsumer(Generic[SettingsT]):
             ssl_cafile=settings.ssl_cafile,
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
+            ssl_key_password=None if password is None else password.get_secret_value(),
             wire=settings.wire,
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from aio_pika_batch.breaker_settings import BreakerSettings
@@ -203,9 +203,17 @@ class ConsumerSettings(BreakerSettings):
         description="A worker that holds a message unsettled for longer is unhealthy; none:"
         " 2 × `process_timeout`, or 15 min.",
     )
-    ssl_cafile: str | None = Field(default=None, description="CA certificates, PEM.")
+    ssl_cafile: str | None = Field(
+        default=None,
+        description="Authorities that may vouch for the broker, PEM; none: those of the system.",
+    )
     ssl_certfile: str | None = Field(default=None, description="Client certificate, PEM.")
-    ssl_keyfile: str | None = Field(default=None, description="Its key, PEM.")
+    ssl_keyfile: str | None = Field(
+        default=None, description="Its key, PEM; none: it stands in the same file."
+    )
+    ssl_key_password: SecretStr | None = Field(
+        default=None, description="For a key that is encrypted; never shown."
+    )
     wire: Literal["auto", "fast", "plain"] = Field(
         default="auto", description="Past aio-pika, or by its calls; `auto`: `fast` where possible."
     )
@@ -333,9 +341,10 @@ class ConsumerSettings(BreakerSettings):
                 " broker deletes the queue with all that is in it"
             )
             raise ValueError(msg)
-        if self.ssl_keyfile is not None and self.ssl_certfile is None:
-            msg = "ssl_keyfile without ssl_certfile: name the certificate that it belongs to"
-            raise ValueError(msg)
+        for name in ("ssl_keyfile", "ssl_key_password"):
+            if getattr(self, name) is not None and self.ssl_certfile is None:
+                msg = f"{name} without ssl_certfile: name the certificate that it belongs to"
+                raise ValueError(msg)
         return self
 
 

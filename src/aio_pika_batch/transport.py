@@ -94,6 +94,7 @@ class Endpoint:
     ssl_cafile: str | None = None
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
+    ssl_key_password: str | None = field(default=None, repr=False)
     wire: Wire = "auto"
 
 

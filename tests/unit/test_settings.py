@@ -155,6 +155,7 @@ def test_nonsense_is_refused_with_the_field_and_what_is_allowed(name, value, all
         ({"requeue_delay": 1, "requeue_backoff": 1.01}, "by a factor of 1.01"),
         ({"requeue_delay": 1, "queue_name": "q" * 243}, "255 bytes.* a shorter queue_name"),
         ({"ssl_keyfile": "key.pem"}, "ssl_certfile"),
+        ({"ssl_key_password": "secret"}, "ssl_key_password without ssl_certfile"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(given, told):
@@ -189,6 +190,18 @@ def test_what_is_at_the_edge_is_taken(given):
             assert value == getattr(made, name)
     if "unhandled_exception_action" in given:
         assert MessageResult.NACK is made.unhandled_exception_action
+
+
+def test_the_password_of_a_key_is_never_shown(monkeypatch):
+    """Right or wrong, from code or from the environment."""
+    monkeypatch.setenv("AIO_PIKA_BATCH_SSL_KEY_PASSWORD", "s3cret")
+    made = BatchConsumerSettings(**MEMORY, ssl_certfile="cert.pem")
+    assert "s3cret" == made.ssl_key_password.get_secret_value()
+    assert "s3cret" not in f"{made!r} {made!s} {made.model_dump()} {made.model_dump_json()}"
+    with pytest.raises(ConfigurationError) as raised:
+        BatchConsumerSettings(**MEMORY, ssl_certfile="cert.pem", ssl_key_password=536_536)
+    assert "ssl_key_password" in str(raised.value)
+    assert "536" not in str(raised.value)
 
 
 def test_several_mistakes_are_told_at_once():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import aio_pika
 from yarl import URL
 
+from aio_pika_batch.adapters.aio_pika import tls
 from aio_pika_batch.adapters.aio_pika.edge import describe, within
 from aio_pika_batch.adapters.aio_pika.events import Cut, Malformed
 from aio_pika_batch.adapters.aio_pika.refusals import refused_connection
@@ -47,8 +48,14 @@ CLOSE_TIMEOUT = 3.0
 class TappedConnection(aio_pika.Connection):
     """aio-pika's own, on a socket that the tap opens."""
 
-    def __init__(self, url: URL, tap: Tap | None, client_properties: dict[str, Any]) -> None:
-        super().__init__(url, client_properties=client_properties)
+    def __init__(
+        self,
+        url: URL,
+        tap: Tap | None,
+        client_properties: dict[str, Any],
+        context: ssl.SSLContext | None,
+    ) -> None:
+        super().__init__(url, ssl_context=context, client_properties=client_properties)
         if tap is not None:
             # What stands here goes on to aiormq.
             self.kwargs["transport_factory"] = tap
@@ -147,14 +154,13 @@ async def open_link(endpoint: Endpoint, addresses: Sequence[Address]) -> Link:
 
 
 async def _open(endpoint: Endpoint, address: Address, *, tapped: bool = True) -> Link:
+    context = await _context(endpoint, address)
     heartbeat = int(address.options.get("heartbeat", endpoint.heartbeat))
     tap = new_tap(heartbeat) if tapped else None
     untapped = Untapped()
     line: Line = tap or untapped
     name = address.options.get("name", endpoint.connection_name)
-    connection = TappedConnection(
-        _url(endpoint, address, heartbeat), tap, {"connection_name": name}
-    )
+    connection = TappedConnection(_url(address, heartbeat), tap, {"connection_name": name}, context)
     outcome: list[BaseException] = []
 
     async def connect() -> None:
@@ -192,16 +198,18 @@ async def _open(endpoint: Endpoint, address: Address, *, tapped: bool = True) ->
     raise _unavailable(address, f"no answer within {seconds}") from cause
 
 
-def _url(endpoint: Endpoint, address: Address, heartbeat: int) -> URL:
-    options = {
-        key: value
-        for key, value in (
-            ("cafile", endpoint.ssl_cafile),
-            ("certfile", endpoint.ssl_certfile),
-            ("keyfile", endpoint.ssl_keyfile),
-        )
-        if value is not None
-    }
+async def _context(endpoint: Endpoint, address: Address) -> ssl.SSLContext | None:
+    if not address.tls:
+        return None
+    try:
+        return await asyncio.to_thread(tls.context_of, tls.papers_for(endpoint, address))
+    except ConfigurationError as error:
+        # It was right at start: most likely files are being replaced.
+        raise BrokerUnavailable(f"{address} was not tried: {error}") from error
+
+
+def _url(address: Address, heartbeat: int) -> URL:
+    options = {key: value for key, value in address.options.items() if key not in tls.OPTIONS}
     return URL.build(
         scheme="amqps" if address.tls else "amqp",
         user=address.user,
@@ -209,7 +217,7 @@ def _url(endpoint: Endpoint, address: Address, heartbeat: int) -> URL:
         host=address.host,
         port=address.port,
         path=f"/{address.vhost}",
-        query={**options, **address.options, "heartbeat": str(heartbeat)},
+        query={**options, "heartbeat": str(heartbeat)},
     )
 
 
@@ -230,16 +238,11 @@ def _why(line: Line, address: Address, error: BaseException | None) -> Transport
 def _known(cause: BaseException, address: Address) -> TransportError | None:  # noqa: PLR0911  -- one for each
     match cause:
         case ssl.SSLCertVerificationError():
-            return AccessRefused(
-                f"{address} shows a certificate that does not verify: {cause.verify_message};"
-                " set ssl_cafile to the authority that signed it, or connect by the name in it"
-            )
+            return tls.not_verified(cause, address)
         case ssl.SSLEOFError():
             return _unavailable(address, "the connection ended during the TLS handshake")
-        case ssl.SSLError() if cause.reason == "WRONG_VERSION_NUMBER":
-            return AccessRefused(f"{address} does not speak TLS there; use amqp:// or another port")
         case ssl.SSLError():
-            return AccessRefused(f"{address}: the TLS handshake failed: {cause.reason}")
+            return tls.handshake_failed(cause, address)
         case socket.gaierror() if cause.errno in _NO_SUCH_NAME:
             return _UnknownHost(
                 f"{address} cannot be reached: its name is not known: {cause.strerror};"

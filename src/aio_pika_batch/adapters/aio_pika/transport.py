@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aio_pika_batch.adapters.aio_pika import tls
 from aio_pika_batch.adapters.aio_pika.declare import declare
 from aio_pika_batch.adapters.aio_pika.publishers import open_publisher
 from aio_pika_batch.adapters.aio_pika.session import open_session
 from aio_pika_batch.adapters.aio_pika.urls import parse
 from aio_pika_batch.adapters.aio_pika.wires import check
-from aio_pika_batch.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -38,10 +37,7 @@ class AioPikaTransport:
         self._addresses = parse(endpoint.url)
         self._version: Version | None = None
         check(endpoint)
-        for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
-            file = getattr(endpoint, name)
-            if file is not None and not Path(file).is_file():
-                raise ConfigurationError(f"{name}: there is no file {file!r}")
+        tls.check(endpoint, self._addresses)
 
     async def declare(self, topology: Topology) -> None:
         """Declare and check. An exclusive queue goes again at once, with its connection."""

@@ -136,6 +136,11 @@ def _options(query: str) -> dict[str, str]:
         raise ConfigurationError(
             f"url: there is no option {unknown[0]!r}; known are {', '.join(sorted(OPTIONS))}"
         )
+    if options.get("no_verify_ssl", "0") not in {"0", "1"}:
+        # aiormq takes all but 0 for a yes, "false" too.
+        raise ConfigurationError(
+            "url: no_verify_ssl must be 0, to verify certificates, or 1, not to verify them"
+        )
     heartbeat = options.get("heartbeat")
     if heartbeat is not None and not (heartbeat.isascii() and heartbeat.isdigit()):
         raise ConfigurationError(f"url: heartbeat is {heartbeat!r}; it must be whole seconds")

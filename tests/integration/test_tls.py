@@ -1,0 +1,304 @@
+"""Is a line to a broker safe, and does one that would not be say so?
+
+On a TLS listener of RabbitMQ itself, with certificates that are made for the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from aio_pika_batch import (
+    AccessRefused,
+    BatchConsumer,
+    BatchConsumerSettings,
+    BrokerUnavailable,
+    ConfigurationError,
+    MessageResult,
+)
+from tests.integration.helpers import publish, ready, until
+from tests.support.ports import LOCALHOST, free_port
+from tests.support.rabbitmq import RabbitMQ
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from aio_pika.abc import AbstractChannel
+
+    from aio_pika_batch import Message
+    from tests.support.find import Broker
+
+pytestmark = [pytest.mark.needs_node, pytest.mark.usefixtures("on_both_wires")]
+
+_KEY_PASSWORD = "p@ss w0rd/ü"
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """What the broker and its clients show each other, as files."""
+
+    folder: Path
+    authority: trustme.CA
+    stranger: trustme.CA
+
+    def file(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def make(self) -> None:
+        self.authority.cert_pem.write_to_path(self.file("ca.pem"))
+        self.stranger.cert_pem.write_to_path(self.file("stranger.pem"))
+        yesterday = datetime.now(UTC) - timedelta(days=1)
+        for name, certificate in {
+            "good": self.authority.issue_cert("localhost"),
+            "expired": self.authority.issue_cert("localhost", not_after=yesterday),
+            "client": self.authority.issue_cert("client@localhost"),
+            "late-client": self.authority.issue_cert("client@localhost", not_after=yesterday),
+            "forged-client": self.stranger.issue_cert("client@localhost"),
+        }.items():
+            certificate.private_key_pem.write_to_path(self.file(f"{name}.key"))
+            for each in certificate.cert_chain_pems:
+                each.write_to_path(self.file(f"{name}.pem"), append=True)
+        key = load_pem_private_key(Path(self.file("client.key")).read_bytes(), None)
+        encryption = BestAvailableEncryption(_KEY_PASSWORD.encode())
+        Path(self.file("locked.key")).write_bytes(
+            key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
+        )
+
+    def show(self, name: str) -> None:
+        """Let the broker show this certificate from now on, once it has forgotten the last one."""
+        for suffix in ("pem", "key"):
+            shutil.copy(self.file(f"{name}.{suffix}"), self.file(f"server.{suffix}"))
+
+
+@dataclass(frozen=True)
+class Secured:
+    """A broker with two TLS listeners: one that takes anybody, one that wants a certificate."""
+
+    node: RabbitMQ
+    certificates: Certificates
+    port: int
+    strict_port: int
+
+    def url(self, *, host: str = "localhost", strict: bool = False) -> str:
+        return f"amqps://guest:guest@{host}:{self.strict_port if strict else self.port}/"
+
+    def show(self, name: str) -> None:
+        self.certificates.show(name)
+        self.node.eval("ssl:clear_pem_cache().")
+
+
+@pytest.fixture(scope="module")
+def secured(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    """A node of its own: the listeners would stay with the one that all tests share."""
+    assert broker.node is not None
+    folder = tmp_path_factory.mktemp("certificates")
+    certificates = Certificates(folder, trustme.CA(), trustme.CA())
+    certificates.make()
+    certificates.show("good")
+    port, strict_port = free_port(), free_port()
+    options = {
+        "cacertfile": certificates.file("ca.pem"),
+        "certfile": certificates.file("server.pem"),
+        "keyfile": certificates.file("server.key"),
+    }
+    conf = [
+        f"listeners.ssl.1 = {LOCALHOST}:{port}",
+        *(f"ssl_options.{name} = {value}" for name, value in options.items()),
+        "ssl_options.verify = verify_peer",
+        "ssl_options.fail_if_no_peer_cert = false",
+    ]
+    node = RabbitMQ(broker.node.server, tmp_path_factory.mktemp("secured"), conf=conf, name="tls")
+    with node:
+        # Whether a certificate is wanted holds for all listeners that are configured.
+        erlang = ",".join(f'{{{name},"{value}"}}' for name, value in options.items())
+        node.eval(
+            f'rabbit_networking:start_ssl_listener({{"{LOCALHOST}",{strict_port},auto}},'
+            f"[{erlang},{{verify,verify_peer}},{{fail_if_no_peer_cert,true}}],2)."
+        )
+        yield Secured(node, certificates, port, strict_port)
+
+
+@pytest.fixture
+def amqp_url(secured: Secured) -> str:
+    """The same broker, in clear, to set the scene."""
+    return secured.node.url
+
+
+class Tally(BatchConsumer):
+    """Counts what it handles; one message in ten is requeued once.
+
+    Attributes:
+        enough: How many it acks before it stops.
+    """
+
+    def __init__(self, settings: BatchConsumerSettings) -> None:
+        super().__init__(settings)
+        self.acked = Counter[bytes]()
+        self.enough = 1 << 30
+
+    async def process_messages(self, messages: Sequence[Message]):
+        for message in messages:
+            if message.retry_count == 0 and message.body.endswith(b"7"):
+                yield MessageResult.REQUEUE
+            else:
+                self.acked[message.body] += 1
+                yield MessageResult.ACK
+        if self.acked.total() >= self.enough:
+            await self.stop()  # which returns at once: the drain waits for this handler
+
+
+def consumer(name: str, url: str, **options: Any) -> Tally:
+    """One that consumes over TLS."""
+    options.setdefault("queue_name", name)
+    return Tally(BatchConsumerSettings(url=url, batch_size=50, batch_timeout=0.05, **options))
+
+
+async def refusal(error: type[Exception], name: str, url: str, **options: Any) -> str:
+    """Start one that must not come up; return what it says."""
+    with pytest.raises(error) as caught:
+        await consumer(name, url, **options).start()
+    return str(caught.value)
+
+
+async def test_all_of_it_travels_in_tls(
+    secured: Secured, channel: AbstractChannel, name: str
+) -> None:
+    """Deliveries, acks, copies; and a stop in the midst of them loses and repeats nothing."""
+    bodies = [b"%04d" % number for number in range(2_000)]
+    await channel.declare_queue(name, durable=True)
+    await publish(channel, bodies, routing_key=name)
+    settings = {"ssl_cafile": secured.certificates.file("ca.pem"), "declare": False}
+
+    first = consumer(name, secured.url(), **settings)
+    first.enough = 200
+    await first.run()
+    assert first.acked.total() < len(bodies)
+    second = consumer(name, secured.url(), **settings)
+    async with second:
+        await until(lambda: first.acked.total() + second.acked.total() >= len(bodies))
+
+    assert Counter(bodies) == first.acked + second.acked
+    assert 0 == await ready(secured.node.url, name)
+
+
+async def test_a_strange_authority(secured: Secured, name: str) -> None:
+    """Who signed it is not among those that are trusted: named ones, or the system's."""
+    for trusted in ({"ssl_cafile": secured.certificates.file("stranger.pem")}, {}):
+        text = await refusal(AccessRefused, name, secured.url(), **trusted)
+        assert "does not verify" in text
+        assert "set ssl_cafile to the authority that signed it" in text
+
+
+async def test_another_name(secured: Secured, name: str) -> None:
+    """The certificate is good, and somebody else's."""
+    url = secured.url(host=LOCALHOST)
+    authority = secured.certificates.file("ca.pem")
+
+    text = await refusal(AccessRefused, name, url, ssl_cafile=authority)
+
+    assert LOCALHOST in text
+    assert "connect by a name that stands in it" in text
+
+
+async def test_a_certificate_that_has_expired(secured: Secured, name: str) -> None:
+    """It is the broker's to renew; once it is, all is well, and nothing here was changed."""
+    authority = secured.certificates.file("ca.pem")
+    await asyncio.to_thread(secured.show, "expired")
+    try:
+        text = await refusal(AccessRefused, name, secured.url(), ssl_cafile=authority)
+    finally:
+        await asyncio.to_thread(secured.show, "good")
+
+    assert "expired; renew it on the broker" in text
+    async with consumer(name, secured.url(), ssl_cafile=authority, queue_exclusive=True) as well:
+        assert well.is_healthy
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+async def test_a_client_shows_a_certificate(secured: Secured, name: str, encrypted: bool) -> None:
+    """Where the broker wants one; its key may be encrypted."""
+    options = {"ssl_keyfile": secured.certificates.file("client.key")}
+    if encrypted:
+        options = {
+            "ssl_keyfile": secured.certificates.file("locked.key"),
+            "ssl_key_password": _KEY_PASSWORD,
+        }
+    async with consumer(
+        name,
+        secured.url(strict=True),
+        ssl_cafile=secured.certificates.file("ca.pem"),
+        ssl_certfile=secured.certificates.file("client.pem"),
+        queue_exclusive=True,
+        **options,
+    ) as known:
+        assert known.is_healthy
+
+
+@pytest.mark.parametrize(
+    ("shown", "advice"),
+    [
+        (None, "may want a client certificate: set ssl_certfile and ssl_keyfile"),
+        ("forged-client", "does not accept the client certificate"),
+        ("late-client", "does not accept the client certificate"),
+    ],
+)
+async def test_a_client_without_a_good_certificate(
+    secured: Secured, name: str, shown: str | None, advice: str
+) -> None:
+    """It is told that this is why, although the broker says so only after the handshake."""
+    options = {"ssl_cafile": secured.certificates.file("ca.pem")}
+    if shown is not None:
+        options["ssl_certfile"] = secured.certificates.file(f"{shown}.pem")
+        options["ssl_keyfile"] = secured.certificates.file(f"{shown}.key")
+
+    text = await refusal(AccessRefused, name, secured.url(strict=True), **options)
+
+    assert "TLS handshake failed" in text
+    assert advice in text
+
+
+async def test_not_to_verify_is_loud(
+    secured: Secured, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever asks for it by URL gets it, and a warning each time."""
+    url = f"{secured.url(host=LOCALHOST)}?no_verify_ssl=1"
+    async with consumer(name, url, queue_exclusive=True):
+        pass
+
+    [record] = [each for each in caplog.records if "aio_pika_batch.tls" == each.name]
+    assert logging.WARNING == record.levelno
+    assert "can read and change all that is sent" in record.getMessage()
+
+
+async def test_nobody_falls_back(secured: Secured, name: str) -> None:
+    """Neither to clear text where TLS was asked for, nor the other way about."""
+    clear = secured.node.url
+    assert "does not speak TLS" in await refusal(
+        AccessRefused, name, clear.replace("amqp://", "amqps://")
+    )
+    # Which only waits: the broker may be one that hangs up as it starts.
+    late = consumer(name, secured.url().replace("amqps://", "amqp://"), connect_timeout=1)
+    starting = asyncio.create_task(late.start())
+    try:
+        await until(lambda: late.status().workers and late.status().workers[0].last_error)
+        assert BrokerUnavailable.__name__ in (late.status().workers[0].last_error or "")
+    finally:
+        await late.stop()
+        await asyncio.gather(starting, return_exceptions=True)
+    authority = secured.certificates.file("ca.pem")
+    assert "write amqps://" in await refusal(ConfigurationError, name, clear, ssl_cafile=authority)

@@ -1,0 +1,231 @@
+"""Is it said at once, and in words, what is wrong with certificates, keys and their passwords?"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import ssl
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import pytest
+import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from aio_pika_batch.adapters.aio_pika import tls
+from aio_pika_batch.adapters.aio_pika.connection import open_link
+from aio_pika_batch.adapters.aio_pika.transport import open_transport
+from aio_pika_batch.adapters.aio_pika.urls import Address, parse
+from aio_pika_batch.errors import BrokerUnavailable, ConfigurationError
+from aio_pika_batch.transport import Endpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PASSWORD = "s3cret"
+WHERE = Address("h", 5671, tls=True)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Certificates and keys, by name."""
+    folder = tmp_path_factory.mktemp("files")
+    authority = trustme.CA()
+    client, other = authority.issue_cert("c@h"), authority.issue_cert("d@h")
+    key = load_pem_private_key(client.private_key_pem.bytes(), None)
+    locked = key.private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(PASSWORD.encode())
+    )
+    for name, content in {
+        "ca.pem": authority.cert_pem.bytes(),
+        "client.pem": client.cert_chain_pems[0].bytes(),
+        "client.key": client.private_key_pem.bytes(),
+        "both.pem": client.private_key_and_cert_chain_pem.bytes(),
+        "other.key": other.private_key_pem.bytes(),
+        "locked.key": locked,
+        "both-locked.pem": locked + client.cert_chain_pems[0].bytes(),
+        "not.pem": b"no certificate",
+    }.items():
+        (folder / name).write_bytes(content)
+    return lambda name: str(folder / name)
+
+
+def made(url: str = "amqps://h", **options: Any) -> None:
+    """Make a transport, which connects to nothing yet."""
+    open_transport(Endpoint(url=url, **options))
+
+
+def test_what_is_right_is_taken(files: Callable[[str], str]) -> None:
+    """From settings and from the URL; a key may stand beside its certificate."""
+    made()
+    made(ssl_cafile=files("ca.pem"))
+    made(ssl_certfile=files("client.pem"), ssl_keyfile=files("client.key"))
+    made(ssl_certfile=files("both.pem"))
+    made(ssl_certfile=files("both.pem"), ssl_key_password="not needed")
+    made(
+        ssl_certfile=files("client.pem"),
+        ssl_keyfile=files("locked.key"),
+        ssl_key_password=PASSWORD,
+    )
+    made(ssl_certfile=files("both-locked.pem"), ssl_key_password=PASSWORD)
+    made(f"amqps://h?cafile={files('ca.pem')}&certfile={files('both.pem')}&no_verify_ssl=0")
+    made(f"amqps://h?capath={Path(files('ca.pem')).parent}")
+    pem = base64.b64encode(Path(files("ca.pem")).read_bytes()).decode()
+    made(f"amqps://h?cadata={quote(pem, safe='')}")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"ssl_cafile": "gone.pem"}, r"ssl_cafile: there is no file '.*gone\.pem'"),
+        ({"ssl_certfile": "gone.pem"}, r"ssl_certfile: there is no file"),
+        ({"ssl_cafile": "not.pem"}, r"ssl_cafile: '.*not\.pem' cannot be read as certificates"),
+        ({"ssl_certfile": "not.pem"}, r"ssl_certfile: '.*not\.pem' and its key cannot be read"),
+        ({"ssl_certfile": "client.pem"}, r"ssl_certfile: .* cannot be read as PEM"),
+        (
+            {"ssl_certfile": "client.pem", "ssl_keyfile": "other.key"},
+            r"ssl_keyfile: the key '.*other\.key' does not belong to the certificate '.*client",
+        ),
+        (
+            {"ssl_certfile": "client.pem", "ssl_keyfile": "locked.key"},
+            r"ssl_keyfile: the key '.*' is encrypted: give its password by ssl_key_password",
+        ),
+        (
+            {"ssl_certfile": "both-locked.pem"},
+            r"ssl_certfile: the key in '.*both-locked\.pem' is encrypted",
+        ),
+        ({"ssl_keyfile": "client.key"}, "ssl_keyfile without a certificate"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(
+    files: Callable[[str], str], given: dict[str, str], said: str
+) -> None:
+    """Before anything is connected, and with the setting's name."""
+    with pytest.raises(ConfigurationError, match=said):
+        made(**{name: files(file) for name, file in given.items()})
+
+
+@pytest.mark.parametrize("wrong", ["wrong-s3cret", "", "s3cret" * 500, "s3cret\ud800"])
+def test_a_wrong_password_of_a_key_is_not_told(files: Callable[[str], str], wrong: str) -> None:
+    """Also one that is no password at all; and nobody is asked at a terminal."""
+    with pytest.raises(ConfigurationError, match="correct ssl_key_password") as caught:
+        made(
+            ssl_certfile=files("client.pem"),
+            ssl_keyfile=files("locked.key"),
+            ssl_key_password=wrong,
+        )
+    assert "s3cret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("amqps://h?cafile=/no/such", "url: cafile: there is no file"),
+        ("amqps://h?capath=/no/such", "url: capath: there is no directory"),
+        ("amqps://h?keyfile=/no/such", "url: keyfile without a certificate"),
+        ("amqps://h?cadata=!", "url: cadata must be PEM in base64"),
+        ("amqps://h?cadata=bm8gY2VydGlmaWNhdGU=", "url: cadata: cannot be read as certificates"),
+        ("amqps://h?no_verify_ssl=false", "no_verify_ssl must be 0, .* or 1"),
+        ("amqps://h?no_verify_ssl", "no_verify_ssl must be 0"),
+        ("amqp://h?no_verify_ssl=1", "no_verify_ssl in url is for TLS, and amqp://h:5672/"),
+        ("amqps://h,amqp://g?cafile=x", "cafile in url is for TLS, and amqp://g:5672/"),
+    ],
+)
+def test_what_is_wrong_in_a_url_is_said(url: str, said: str) -> None:
+    """As for settings; a value that only looks like "no" must not switch verification off."""
+    with pytest.raises(ConfigurationError, match=said):
+        made(url)
+
+
+@pytest.mark.parametrize("name", ["ssl_cafile", "ssl_certfile", "ssl_keyfile", "ssl_key_password"])
+def test_what_would_go_in_clear_is_refused(name: str) -> None:
+    """Whoever names a certificate wants TLS, and has forgotten an s."""
+    with pytest.raises(ConfigurationError, match=rf"{name} is for TLS.*write amqps://") as caught:
+        made("amqp://h", **{name: "s3cret"})
+    assert "s3cret" not in str(caught.value)
+
+
+def test_verification_is_on_unless_it_is_off() -> None:
+    """Names too."""
+    strict = tls.context_of(tls.papers_for(Endpoint(url=""), WHERE))
+    assert (True, ssl.CERT_REQUIRED) == (strict.check_hostname, strict.verify_mode)
+    assert strict.minimum_version >= ssl.TLSVersion.TLSv1_2
+
+    careless = replace(WHERE, options={"no_verify_ssl": "1"})
+    loose = tls.context_of(tls.papers_for(Endpoint(url=""), careless))
+    assert (False, ssl.CERT_NONE) == (loose.check_hostname, loose.verify_mode)
+
+
+def test_verification_that_is_off_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """For each broker that it is off for, without the password that it puts at risk."""
+    made("amqps://u:s3cret@a,b?no_verify_ssl=1")
+    made("amqps://u:s3cret@c")
+    told = [each.getMessage() for each in caplog.records if logging.WARNING == each.levelno]
+    assert [True, True] == ["is not verified" in each for each in told]
+    assert "amqps://a:5671/" in told[0]
+    assert "amqps://b:5671/" in told[1]
+    assert "s3cret" not in "".join(told)
+
+
+async def test_a_file_that_went_away_later_is_waited_for() -> None:
+    """It is being replaced, most likely: worth another attempt."""
+    endpoint = Endpoint(url="amqps://localhost", ssl_cafile="/no/such")
+    with pytest.raises(BrokerUnavailable, match="was not tried: ssl_cafile: there is no file"):
+        await open_link(endpoint, parse(endpoint.url))
+
+
+def test_nobody_shows_a_password() -> None:
+    """Neither what is handed around inside nor an endpoint."""
+    endpoint = Endpoint(url="amqps://h", ssl_key_password=PASSWORD)
+    assert PASSWORD not in repr(endpoint)
+    assert PASSWORD not in repr(tls.papers_for(endpoint, WHERE))
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "advice"),
+    [
+        (10, "certificate has expired", "renew it on the broker"),
+        (9, "certificate is not yet valid", "clock"),
+        (62, "Hostname mismatch, certificate is not valid for 'h'.", "name that stands in it"),
+        (64, "IP address mismatch, certificate is not valid for '::1'.", "name that stands in it"),
+        (18, "self-signed certificate", "set ssl_cafile"),
+        (20, "unable to get local issuer certificate", "set ssl_cafile"),
+        (23, "certificate revoked", "set ssl_cafile .* or renew"),
+    ],
+)
+def test_each_flaw_of_a_certificate_has_its_advice(code: int, message: str, advice: str) -> None:
+    """By OpenSSL's number for it."""
+    error = ssl.SSLCertVerificationError(1, "failed")
+    error.verify_code, error.verify_message = code, message
+    with pytest.raises(Exception, match=rf"^amqps://h:5671/ .*{message.rstrip('.')}; .*{advice}"):
+        raise tls.not_verified(error, WHERE)
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("WRONG_VERSION_NUMBER", "does not speak TLS there"),
+        ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "may want a client certificate"),
+        ("SSLV3_ALERT_HANDSHAKE_FAILURE", "may want a client certificate"),
+        ("TLSV1_ALERT_UNKNOWN_CA", "does not accept the client certificate"),
+        ("SSLV3_ALERT_CERTIFICATE_EXPIRED", "does not accept the client certificate"),
+        ("TLSV1_ALERT_PROTOCOL_VERSION", "failed: TLSV1_ALERT_PROTOCOL_VERSION$"),
+        ("NO_CIPHERS_AVAILABLE", "failed: NO_CIPHERS_AVAILABLE$"),
+        (None, "no reason is given$"),
+    ],
+)
+def test_each_broken_handshake_has_its_advice(reason: str | None, said: str) -> None:
+    """By the alert that the broker has sent, if it has sent one."""
+    error = ssl.SSLError(1, "failed")
+    error.reason = reason
+    with pytest.raises(Exception, match=said):
+        raise tls.handshake_failed(error, WHERE)
