@@ -153,6 +153,13 @@ def mutants(session: nox.Session) -> None:
     session.run("python", "-m", "tests.mutants", *session.posargs)
 
 
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Feed what a broker could send, and would not, to all that reads it; `-- --count N`."""
+    session.install(".", *group("test"))
+    session.run("python", "-m", "tests.fuzz", *session.posargs)
+
+
 def fetch(session: nox.Session, version: str) -> str:
     """Unpack a RabbitMQ of this version below ``.cache``, unless it is there; return its script."""
     output = session.run("python", "-m", "tests.support.fetch", version, silent=True, stderr=None)

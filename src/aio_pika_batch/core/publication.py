@@ -32,7 +32,8 @@ class Publication:
         timestamp: A naive datetime is taken as UTC.
     """
 
-    body: bytes
+    # Not shown: a representation ends up in logs.
+    body: bytes = field(repr=False)
     exchange: str = field(default="", kw_only=True)
     routing_key: str = field(default="", kw_only=True)
     mandatory: bool = field(default=True, kw_only=True)

@@ -62,10 +62,10 @@ class Requeue:
         reason: object = self.reason
         delay: object = self.delay
         if reason is not None and not isinstance(reason, str):
-            msg = f"reason must be a text, not {reason!r}: a delay is Requeue(delay=…)"
+            msg = f"reason must be a text, not {_named(reason)}: a delay is Requeue(delay=…)"
             raise TypeError(msg)
         if isinstance(delay, bool) or not isinstance(delay, int | float | timedelta | None):
-            msg = f"delay must be a number of seconds or a timedelta, not {delay!r}"
+            msg = f"delay must be a number of seconds or a timedelta, not {_named(delay)}"
             raise TypeError(msg)
         if self.seconds is not None and not 0 <= self.seconds < math.inf:
             msg = f"delay must be 0 or more seconds, and finite, not {delay!r}"
@@ -256,8 +256,19 @@ class ResultCollector:
 
 
 def _named(item: object) -> str:
-    try:
-        text = repr(item)
-    except Exception as broken:  # noqa: BLE001  -- somebody else's __repr__
-        text = f"something of {type(item)} (its text cannot be had: {type(broken).__name__})"
-    return text if len(text) <= 100 else f"{text[:100]}…"  # noqa: PLR2004  -- fits a log line
+    """Name what is no answer, without what may be a message's body: that would go into logs."""
+    if isinstance(item, tuple) and len(item) == 2:  # noqa: PLR2004  -- (message, result), nearly
+        return f"({_word_for(item[0])}, {_word_for(item[1])})"
+    return _word_for(item)
+
+
+def _word_for(item: object) -> str:
+    match item:
+        case None | bool() | float() | Message() | MessageResult():
+            return repr(item)
+        case int() if abs(item) < 10**18:
+            return repr(item)
+        case str() if item.strip().upper() in MessageResult.__members__:
+            return repr(item)
+        case _:
+            return f"something of {type(item)}"

@@ -8,8 +8,9 @@ only a guarded channel's deliveries pass without what the client library need no
 Laws:
 
 - Events stand in the order of the wire, however the bytes were cut into reads.
-- What is held back is less than one ordinary message, or one frame: each is bounded by
-  `frame_max`.
+- What is held back is less than one ordinary message, or one frame, each bounded by `frame_max`;
+  or the body of one message, in frames. None is larger than `LARGEST`, whatever is agreed on, and
+  nothing is set aside for what is only announced.
 - A channel that is closed, by either side, is no longer tapped: its number will be used again.
 """
 
@@ -38,6 +39,7 @@ from aio_pika_batch.adapters.aio_pika.ordinary import (
     HEARTBEAT,
     METHOD,
     OVERHEAD,
+    SHORTEST_HEADER,
     OrdinaryConfirms,
     OrdinaryDeliveries,
 )
@@ -50,6 +52,10 @@ if TYPE_CHECKING:
 
 DEFAULT_FRAME_MAX = 131_072
 """Until the broker proposes its own; RabbitMQ's default."""
+
+LARGEST = 512 * 2**20
+"""Bytes of a body, or of a frame where the broker sets no limit: no RabbitMQ can be told to take
+larger messages (`max_message_size`)."""
 
 _FRAME = struct.Struct(">BHI")
 _METHOD_ID = struct.Struct(">I")
@@ -208,7 +214,7 @@ class Splitter:
         if kind not in {METHOD, HEADER, BODY, HEARTBEAT}:
             raise FrameError(f"no AMQP 0-9-1 frame begins with {kind:#04x}")
         if size > self._largest:
-            raise FrameError(f"a frame of {size} bytes came, but {self.frame_max} were agreed on")
+            raise FrameError(f"a frame of {size} bytes came, but {self._largest} are allowed")
         end = position + OVERHEAD + size
         if end > len(data):
             self._needed = end - position
@@ -230,7 +236,7 @@ class Splitter:
             proposed: int = _TUNE.unpack_from(frame, 11)[1]
             # 0 means that there is no limit; a frame's size has 32 bits.
             self.frame_max = proposed or 0xFFFF_FFFF
-            self._largest = self.frame_max
+            self._largest = min(self.frame_max, LARGEST)
         elif method == _CONNECTION_CLOSE:
             self._events.append(ConnectionClosed(*_code_and_text(frame)))
 
@@ -256,7 +262,9 @@ class Splitter:
             raise FrameError("a method came where a message's content should have")
         deliveries = self._deliveries
         if method == BASIC_DELIVER and deliveries is not None:
-            if frame.startswith(deliveries.constant, 7) and len(frame) > deliveries.route_at:
+            if frame.startswith(deliveries.constant, 7):
+                if len(frame) < deliveries.route_at + 3:
+                    raise FrameError("a delivery was cut off")
                 self._content = _Content(frame)
                 return
         elif method == _BASIC_RETURN and self._takes_returns:
@@ -270,9 +278,13 @@ class Splitter:
         self._pass(frame)
 
     def _open_content(self, content: _Content, frame: bytes) -> None:
-        if len(frame) < OVERHEAD + 14 or content.properties is not None:
+        if len(frame) < OVERHEAD + SHORTEST_HEADER or content.properties is not None:
             raise FrameError("a message's content header is not one")
         content.missing = _CONTENT.unpack_from(frame, 7)[1]
+        if content.missing > LARGEST:
+            raise FrameError(
+                f"a body of {content.missing} bytes was announced; {LARGEST} are allowed"
+            )
         content.properties = frame[19:-1]
         if not content.missing:
             self._close_content(content)
@@ -280,8 +292,11 @@ class Splitter:
     def _fill_content(self, content: _Content, frame: bytes) -> None:
         if content.properties is None:
             raise FrameError("a message's body came before its header")
+        size = len(frame) - OVERHEAD
+        if not size:
+            return  # any number of these may come, and none is worth keeping
         content.parts.append(frame[7:-1])
-        content.missing -= len(frame) - OVERHEAD
+        content.missing -= size
         if content.missing < 0:
             raise FrameError("a message's body is longer than its header said")
         if not content.missing:

@@ -23,6 +23,9 @@ END = 0xCE
 OVERHEAD = 8
 """Bytes of a frame besides its payload: type, channel, size and the end."""
 
+SHORTEST_HEADER = 14
+"""Bytes of a content header's payload: class, weight, the body's size and flags."""
+
 BASIC_DELIVER = 60 << 16 | 60
 BASIC_ACK = 60 << 16 | 80
 BASIC_NACK = 60 << 16 | 120
@@ -43,7 +46,16 @@ class OrdinaryDeliveries:
         route_at: Where exchange and routing key begin in it.
     """
 
-    __slots__ = ("_body", "_deliver", "_header", "_method", "constant", "route_at", "source")
+    __slots__ = (
+        "_body",
+        "_deliver",
+        "_header",
+        "_method",
+        "_shortest",
+        "constant",
+        "route_at",
+        "source",
+    )
 
     def __init__(self, channel: int, source: Source) -> None:
         tag = source.consumer_tag.encode()
@@ -51,6 +63,7 @@ class OrdinaryDeliveries:
         self.constant = struct.pack(">IB", BASIC_DELIVER, len(tag)) + tag
         self._deliver = struct.Struct(f">3sI{len(self.constant)}sQ?")
         self.route_at = self._deliver.size
+        self._shortest = self.route_at - 7 + 2  # exchange and routing key have a length at least
         self._method = struct.pack(">BH", METHOD, channel)
         self._header = struct.pack(">BBH", END, HEADER, channel)
         self._body = struct.pack(">BBH", END, BODY, channel)
@@ -70,16 +83,19 @@ class OrdinaryDeliveries:
         unpack_header = _HEADER_FRAME.unpack_from
         unpack_body = _BODY_FRAME.unpack_from
         method, constant, route_at = self._method, self.constant, self.route_at
+        shortest = self._shortest
         header, body = self._header, self._body
         try:
             while True:
                 head, size, what, tag, redelivered = unpack_deliver(data, position)
-                if head != method or what != constant or size > largest:
+                if head != method or what != constant or not shortest <= size <= largest:
                     return position, 0
                 route_end = position + 7 + size
                 head, size, what, body_size = unpack_header(data, route_end)
+                if head != header or what != _BASIC_CLASS or not SHORTEST_HEADER <= size <= largest:
+                    return position, 0
                 # An empty body has no frame, a large one has several.
-                if head != header or what != _BASIC_CLASS or not 0 < body_size <= largest >= size:
+                if not 0 < body_size <= largest:
                     return position, 0
                 properties_end = route_end + 8 + size
                 head, size = unpack_body(data, properties_end)

@@ -218,7 +218,9 @@ def decode_route(raw: bytes) -> tuple[str, str]:
     """
     exchange_end = 1 + raw[0] if raw else 1
     exchange = raw[1:exchange_end]
-    routing_key = raw[exchange_end + 1 :]
+    key_at = exchange_end + 1
+    # By its length: something may stand behind it, and no key has more than 255 bytes.
+    routing_key = raw[key_at : key_at + raw[exchange_end]] if key_at < len(raw) else b""
     return exchange.decode(errors="surrogateescape"), routing_key.decode(errors="surrogateescape")
 
 

@@ -29,6 +29,7 @@ _INT = struct.Struct(">ci")
 _LONG = struct.Struct(">cq")
 _TIME = struct.Struct(">cQ")
 _LONGEST_KEY = 255
+_SHOWN = 80
 _LONGEST = 0xFFFF_FFFF
 
 _NUMBERS: Final = {
@@ -128,7 +129,8 @@ def _why_not(raw: bytes, start: int, end: int) -> str:
 
 
 def _shown(key: bytes) -> str:
-    return repr(key.decode(errors="replace"))
+    # Tables nest, and their keys add up, in a text that goes into logs.
+    return repr(key[:_SHOWN].decode(errors="replace"))
 
 
 def check_value(raw: bytes, start: int, end: int, depth: int = DEEPEST) -> None:
@@ -172,7 +174,7 @@ def read_table(raw: bytes, start: int, end: int, depth: int = DEEPEST) -> dict[s
         try:
             table[key.decode()] = _read_value(raw, value_start, value_end, depth)
         except UnicodeDecodeError as error:
-            raise TableError(f"the key {key!r} is no UTF-8") from error
+            raise TableError(f"the key {key[:_SHOWN]!r} is no UTF-8") from error
         except TableError as error:
             raise TableError(f"{_shown(key)}: {error}") from error
     return table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import tracemalloc
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +27,7 @@ from aio_pika_batch.adapters.aio_pika.events import (
     PassThrough,
     Returned,
 )
-from aio_pika_batch.adapters.aio_pika.frames import Splitter
+from aio_pika_batch.adapters.aio_pika.frames import LARGEST, Splitter
 from tests.unit.adapters.aio_pika.spoken import (
     CHANNEL,
     HEARTBEAT,
@@ -292,7 +294,7 @@ def test_a_frame_larger_than_agreed_on_is_refused(*, tapped: bool, cuts: list[in
 
     told = fed(splitter, before + b"".join(delivery(2, bytes(5000), part=5000)), cuts)
 
-    assert told[-1] == ("Malformed", "a frame of 5000 bytes came, but 4096 were agreed on")
+    assert told[-1] == ("Malformed", "a frame of 5000 bytes came, but 4096 are allowed")
     assert splitter.feed(HEARTBEAT) == []
     if tapped:
         assert told[0][:2] == ("message", 1)
@@ -311,6 +313,55 @@ def test_a_broker_may_set_no_limit() -> None:
     assert len(body) == 500_000
 
 
+@pytest.mark.parametrize("proposed", [0, 0xFFFF_FFFF, LARGEST + 1])
+def test_a_frame_has_a_limit_even_where_the_broker_sets_none(proposed: int) -> None:
+    """Else one that is announced with 4 GiB would be collected for as long as bytes come."""
+    splitter = Splitter()
+    splitter.feed(method(commands.Connection.Tune(0, proposed, 0), 0))
+
+    assert [] == splitter.feed(struct.pack(">BHI", 3, CHANNEL, LARGEST) + bytes(100))
+    splitter = Splitter()
+    splitter.feed(method(commands.Connection.Tune(0, proposed, 0), 0))
+    [told] = splitter.feed(struct.pack(">BHI", 3, CHANNEL, LARGEST + 1) + bytes(100))
+    assert Malformed(f"a frame of {LARGEST + 1} bytes came, but {LARGEST} are allowed") == told
+
+
+@pytest.mark.parametrize("size", [LARGEST + 1, 2**64 - 1])
+def test_a_body_that_nobody_could_have_published_is_refused(size: int) -> None:
+    """As soon as it is announced: its frames would be collected without an end."""
+    splitter = Splitter()
+    splitter.tap_consumer(CHANNEL, Source())
+    header = struct.pack(">BHIHHQHB", 2, CHANNEL, 14, 60, 0, size, 0, 0xCE)
+
+    [told] = splitter.feed(delivery(1)[0] + header)
+
+    assert Malformed(f"a body of {size} bytes was announced; {LARGEST} are allowed") == told
+    splitter = Splitter()
+    splitter.tap_consumer(CHANNEL, Source())
+    allowed = struct.pack(">BHIHHQHB", 2, CHANNEL, 14, 60, 0, LARGEST, 0, 0xCE)
+    assert [] == splitter.feed(delivery(1)[0] + allowed)
+
+
+def test_empty_body_frames_cost_nothing() -> None:
+    """However many come, what is kept is the body."""
+    splitter = Splitter()
+    splitter.tap_consumer(CHANNEL, Source())
+    method_frame, header, body = delivery(1)
+    empty = struct.pack(">BHIB", 3, CHANNEL, 0, 0xCE)
+    assert [] == splitter.feed(method_frame + header)
+    tracemalloc.start()
+    try:
+        for _ in range(100):
+            assert [] == splitter.feed(empty * 1000)
+        assert 20_000 > tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+    [told] = splitter.feed(body)
+
+    assert [b"body"] == [each.body for each in told.messages]
+
+
 _HEADER = delivery(1)[1]
 MALFORMED = {
     "no frame": b"HTTP/1.1 400 Bad Request\r\n",
@@ -321,6 +372,8 @@ MALFORMED = {
     "a body before its header": b"".join([delivery(1)[0], delivery(1)[2]]),
     "too much body": b"".join([*delivery(1)[:2], delivery(1, b"too long")[2]]),
     "a header cut off": delivery(1)[0] + b"\x02\x00\x03\x00\x00\x00\x02\x00\x3c\xce",
+    "a delivery cut off in its tag": method(commands.Basic.Deliver(TAG, 1, False, "", ""))[:3]
+    + b"\x00\x00\x00\x11\x00\x3c\x00\x3c\x0aconsumer-1\x00\x00\xce",
     "no method": b"\x01\x00\x03\x00\x00\x00\x02\x00\x3c\xce",
     "a close cut off": b"\x01\x00\x03\x00\x00\x00\x04\x00\x14\x00\x28\xce",
     "a text cut off": b"\x01\x00\x03\x00\x00\x00\x07\x00\x14\x00\x28\x01\x94\x09\xce",
@@ -351,6 +404,31 @@ def test_no_bytes_raise(noise: bytes, cuts: list[int], publishing: bool) -> None
     start = b"".join(delivery(1)[:2])
 
     fed(splitter, start + noise, cuts)
+
+
+@pytest.mark.parametrize("cuts", [[], [25], list(range(90))])
+def test_a_delivery_is_not_read_beyond_its_frame(cuts: list[int]) -> None:
+    """Else its tag would be another one for other cuts, made of what stands behind it."""
+    deliver, header, body = delivery(1)
+    short = deliver[7:-6]
+    stream = deliver[:3] + struct.pack(">I", len(short)) + short + b"\xce" + header + body
+    splitter = Splitter()
+    splitter.tap_consumer(CHANNEL, Source())
+
+    assert [("Malformed", "a delivery was cut off")] == fed(splitter, stream, cuts)
+
+
+@pytest.mark.parametrize("cuts", [[], [50], list(range(90))])
+def test_a_content_header_without_flags_is_none(cuts: list[int]) -> None:
+    """However the bytes were cut: a property list has flags, at least."""
+    deliver, _, body = delivery(1)
+    header = struct.pack(">BHIHHQB", 2, CHANNEL, 12, 60, 0, 4, 0xCE)
+    splitter = Splitter()
+    splitter.tap_consumer(CHANNEL, Source())
+
+    told = fed(splitter, deliver + header + body, cuts)
+
+    assert [("Malformed", "a message's content header is not one")] == told
 
 
 def test_what_waits_for_more_is_joined_once() -> None:

@@ -159,6 +159,23 @@ def test_routes(exchange: str, routing_key: str) -> None:
     assert (exchange, routing_key) == decode_route(raw)
 
 
+@pytest.mark.parametrize(
+    ("raw", "route"),
+    [
+        (b"\x01e\x01kmore", ("e", "k")),
+        (b"\x01e\x00more", ("e", "")),
+        (b"\x01e\x09cut", ("e", "cut")),
+        (b"\x01e\x09", ("e", "")),
+        (b"\x01e", ("e", "")),
+        (b"\x09cut", ("cut", "")),
+        (b"", ("", "")),
+    ],
+)
+def test_a_route_ends_where_it_says(raw: bytes, route: tuple[str, str]) -> None:
+    """What stands behind it is no part of it; a key has at most 255 bytes."""
+    assert route == decode_route(raw)
+
+
 def test_a_route_that_is_no_text_goes_out_as_it_came() -> None:
     """Bytes survive being a str."""
     _, routing_key = decode_route(b"\x00\x02\xff\xfe")

@@ -170,6 +170,17 @@ def test_tables_in_tables_end_somewhere() -> None:
         read(table(b"\x01k" + b"A" + table(_nested(DEEPEST))))
 
 
+@pytest.mark.parametrize("key", [b"k" * 255, b"\x00" * 255])
+def test_what_is_wrong_deep_in_tables_is_said_in_few_words(key: bytes) -> None:
+    """It goes into logs, and the sender chooses the names."""
+    rows = b"\x01vZ"
+    for _ in range(DEEPEST):
+        rows = bytes((len(key),)) + key + b"F" + table(rows)
+    with pytest.raises(TableError, match="no type 'Z'") as caught:
+        read(table(rows))
+    assert 25_000 > len(str(caught.value))
+
+
 def test_a_value_that_a_broker_could_not_read_is_found() -> None:
     """Also deep inside, and in an array."""
     good = b"F" + table(b"\x01kA" + table(b"Vt\x01"))

@@ -1,0 +1,100 @@
+"""What does a RabbitMQ really send? Run ``python -m tests.fuzz.capture`` to record it anew.
+
+It takes the broker that the integration tests would take, lets it deliver messages of many kinds,
+confirm and return others, and keeps every byte that came in ``corpus``, a file for each connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from aio_pika_batch.adapters.aio_pika.frames import Splitter
+from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
+from aio_pika_batch.core.publication import Publication
+from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.core.topology import Queue, Topology
+from aio_pika_batch.transport import Endpoint, Subscription
+from tests.fuzz.seeds import CAPTURED_TAG, CORPUS
+from tests.support.find import choose
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from aio_pika_batch.core.message import Headers
+
+_QUEUE = "fuzz"
+_PLENTY: Headers = {
+    "text": "häfen",
+    "bytes": b"\x00\xff",
+    "yes": True,
+    "small": 7,
+    "large": 2**40,
+    "double": 1.1,
+    "none": None,
+    "when": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+    "decimal": Decimal("3.14"),
+    "list": [1, "two", [3.0, {"four": None}]],
+    "table": {"a": {"b": {"c": ["d"]}}},
+}
+
+
+@asynccontextmanager
+async def _recorded(name: str) -> AsyncIterator[None]:
+    """Keep what comes on all connections that are opened meanwhile: there must be one."""
+    heard: dict[Splitter, bytearray] = {}
+    feed = Splitter.feed
+
+    def listening(self: Splitter, data: bytes) -> Any:
+        heard.setdefault(self, bytearray()).extend(data)
+        return feed(self, data)
+
+    with patch.object(Splitter, "feed", listening):
+        yield
+    (stream,) = heard.values()
+    (CORPUS / f"{name}.bin").write_bytes(stream)
+    print(f"{name}: {len(stream)} bytes")
+
+
+def _publications() -> Sequence[Publication]:
+    return [
+        Publication(b"", routing_key=_QUEUE),
+        Publication(b"body", routing_key=_QUEUE, message_id="m", correlation_id="c", priority=3),
+        Publication(bytes(1000), routing_key=_QUEUE, headers=_PLENTY, content_type="text/plain"),
+        Publication(b"x", routing_key=_QUEUE, headers={}, expiration=60, type="t", app_id="a"),
+        Publication(b"lost", routing_key="nowhere", headers=_PLENTY, reply_to="r"),
+        Publication(bytes(5000), routing_key=_QUEUE, timestamp=datetime.now(UTC), user_id="guest"),
+        *(Publication(b"%d" % number, routing_key=_QUEUE) for number in range(10)),
+    ]
+
+
+async def _capture(url: str) -> None:
+    transport = AioPikaTransport(Endpoint(url=url))
+    await transport.declare(Topology(queues=(Queue(_QUEUE, durable=False, auto_delete=False),)))
+    async with _recorded("publishing"), transport.publisher() as publisher:
+        await publisher.publish(_publications())
+    subscription = Subscription(queue=_QUEUE, prefetch=6, consumer_tag=CAPTURED_TAG)
+    async with _recorded("consuming"), transport.session(subscription) as session:
+        count = 0
+        async for messages in session:
+            count += len(messages)
+            tags = tuple(message.delivery_tag for message in messages)
+            await session.settle([Settlement(Disposition.ACK, tags)])
+            if count == len(_publications()) - 1:
+                await session.cancel()
+
+
+def main() -> None:
+    """Record."""
+    with tempfile.TemporaryDirectory() as folder, choose().take(Path(folder)) as broker:
+        asyncio.run(_capture(broker.url))
+
+
+if __name__ == "__main__":
+    main()
