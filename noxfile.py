@@ -160,6 +160,28 @@ def fuzz(session: nox.Session) -> None:
     session.run("python", "-m", "tests.fuzz", *session.posargs)
 
 
+@nox.session
+def audit(session: nox.Session) -> None:
+    """Look up whether what is installed is known to be vulnerable; what cannot be told is a failure.
+
+    What follows `--` goes to pip-audit: `-s osv` asks another service.
+    """
+    session.install(".", *group("test"))
+    installed = session.run("pip", "freeze", "--exclude", "aio-pika-batch", silent=True)
+    listed = Path(session.create_tmp()) / "installed.txt"
+    listed.write_text(str(installed))
+    session.install(*group("audit"))
+    # Not strict, pip-audit is content with a service that knows nothing of any package.
+    options = ("--strict", "--no-deps", "--disable-pip", "--progress-spinner", "off")
+    try:
+        session.run("pip-audit", *options, "--requirement", str(listed), *session.posargs)
+    except nox.command.CommandFailed:
+        session.error(
+            "what stands above is vulnerable; or the service cannot be reached, or does not know a"
+            " package, and nothing is known of any: try `-- -s osv`, or where there is a network"
+        )
+
+
 def fetch(session: nox.Session, version: str) -> str:
     """Unpack a RabbitMQ of this version below ``.cache``, unless it is there; return its script."""
     output = session.run("python", "-m", "tests.support.fetch", version, silent=True, stderr=None)

@@ -15,6 +15,10 @@ ExcInfo: TypeAlias = (
 )
 
 
+_LONGEST = 4096
+"""Characters of an exception's text in a line: who wrote it may have put a whole body into it."""
+
+
 class KeywordLogger:
     """A logger that takes its context as keywords, as structlog's do.
 
@@ -69,8 +73,11 @@ class KeywordLogger:
 
 
 def told(error: BaseException) -> str:
-    """An exception's class and text, on whatever terms its `__str__` is."""
-    return f"{type(error).__name__}: {_text(error)}"
+    """An exception's class and text, on whatever terms its `__str__` is, cut where it is long."""
+    text = _text(error)
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}… ({len(text)} characters)"
+    return f"{type(error).__name__}: {text}"
 
 
 def _text(value: object) -> str:

@@ -9,6 +9,11 @@ from aio_pika_batch.registry import known_schemes
 _HOST = r"(?:[^:/@,\[\]]*|\[[^\]]*\])(?::\d*)?"
 _WITHOUT_CREDENTIALS = re.compile(rf"[^:/]*://{_HOST}(?:,{_HOST})*(?:[/?].*)?", re.DOTALL)
 
+_SECRET_OPTION = re.compile(
+    r"([?&;][^=&;]*(?:pass|pwd|secret|token|credential|api_?key)[^=&;]*=)[^&;]*", re.IGNORECASE
+)
+"""Some schemes have an option for what others write before the `@`."""
+
 
 def mask_url(url: str) -> str:
     """Replace every password in a URL, or in several comma-separated ones, by `***`.
@@ -32,8 +37,8 @@ def mask_url(url: str) -> str:
 
 def _mask_one(url: str) -> str:
     scheme, found, rest = url.partition("://")
-    if not found or "@" not in rest:
-        return url
-    credentials, _, address = rest.rpartition("@")
-    user, secret, _ = credentials.partition(":")
-    return f"{scheme}://{user}{':***' if secret else ''}@{address}"
+    if found and "@" in rest:
+        credentials, _, address = rest.rpartition("@")
+        user, secret, _ = credentials.partition(":")
+        url = f"{scheme}://{user}{':***' if secret else ''}@{address}"
+    return _SECRET_OPTION.sub(r"\1***", url)

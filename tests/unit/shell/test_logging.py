@@ -39,6 +39,14 @@ def test_keywords_become_part_of_the_line(log, caplog):
     assert ("aio_pika_batch.test", __name__.rpartition(".")[2]) == (record.name, record.module)
 
 
+def test_an_exception_is_told_in_a_line_that_ends():
+    """Its author may have put a body into it."""
+    assert "KeyError: 'x'" == told(KeyError("x"))
+    long = told(ValueError("b" * 10_000_000))
+    assert long.endswith("b… (10000000 characters)")
+    assert 5000 > len(long)
+
+
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
 def test_each_level_has_its_method(log, caplog, level):
     """As every logger's."""

@@ -1,0 +1,198 @@
+"""Where does a password turn up that should be known to the broker alone? Nowhere.
+
+Consumers are led through all that can happen to them, with every logger at DEBUG; then all that
+they and the libraries below them have said is searched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import traceback
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, quote_plus
+
+import pytest
+
+from aio_pika_batch import (
+    AccessRefused,
+    BatchConsumer,
+    BatchConsumerSettings,
+    ConfigurationError,
+    MessageResult,
+    Observer,
+    PublishError,
+)
+from aio_pika_batch.adapters.aio_pika.connection import open_link
+from aio_pika_batch.adapters.aio_pika.urls import parse
+from tests.integration.helpers import publish, until
+from tests.support.ports import LOCALHOST, free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from aio_pika.abc import AbstractChannel
+
+    from aio_pika_batch import Message
+    from tests.support.find import Broker
+    from tests.support.proxy import TcpProxy
+
+pytestmark = [pytest.mark.needs_node, pytest.mark.usefixtures("on_both_wires")]
+
+USER = "keeper"
+# Letters at either end, so that one of them is found however the middle is written.
+CORES = ("Zq7KxLmW", "wV3TzPnR")
+SECRET = f"{CORES[0]}p:@/?#%, é{CORES[1]}"
+WRONG = f"{CORES[0]}wrong{CORES[1]}"
+KEY_PASSWORD = f"{CORES[0]}key{CORES[1]}"
+
+
+@pytest.fixture(scope="module")
+def keeper(broker: Broker) -> Iterator[str]:
+    """A user whose password is worth looking for."""
+    assert broker.node is not None
+    broker.node.rabbitmqctl("add_user", USER, SECRET)
+    broker.node.rabbitmqctl("set_permissions", USER, ".*", ".*", ".*")
+    yield USER
+    broker.node.rabbitmqctl("delete_user", USER)
+
+
+class Everything:
+    """All that was said, whoever said it."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def hear(self, *things: object) -> None:
+        for each in things:
+            self.texts += [repr(each), str(each)]
+            if isinstance(each, BaseException):
+                self.texts += traceback.format_exception(each)
+
+    def found(self) -> list[str]:
+        """What holds a secret, in clear or in any way in which it travels."""
+        needles = list(CORES)
+        for secret in (SECRET, WRONG):
+            needles += [quote(secret, safe=""), quote(secret), quote_plus(secret), repr(secret)[1:]]
+            for plain in (secret, f"\0{USER}\0{secret}", f"{USER}:{secret}"):
+                needles.append(base64.b64encode(plain.encode()).decode().rstrip("="))
+        return [text for text in self.texts if any(needle in text for needle in needles)]
+
+
+class Witness(Observer):
+    """Hears every event."""
+
+    def __init__(self, everything: Everything) -> None:
+        for name in vars(Observer):
+            if not name.startswith("_"):
+                setattr(self, name, everything.hear)
+
+
+class Failing(BatchConsumer):
+    """Fails once for each kind of message, publishes, and acks."""
+
+    async def process_messages(self, messages: Sequence[Message]):
+        for message in messages:
+            if message.body == b"fail" and not message.retry_count:
+                msg = "as it was told"
+                raise RuntimeError(msg)
+            if message.body == b"publish":
+                await self.publish(b"", routing_key="nowhere-at-all")
+            yield MessageResult.ACK
+
+
+def url_with(password: str, address: str) -> str:
+    """The URL of a broker, with this password in it."""
+    return f"amqp://{USER}:{quote(password, safe='')}@{address}/"
+
+
+async def test_a_password_turns_up_nowhere(  # noqa: PLR0915  -- one story, searched once
+    keeper: str,
+    proxy: TcpProxy,
+    channel: AbstractChannel,
+    name: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Not in logs, exceptions, events, snapshots or representations, whatever goes wrong."""
+    everything = Everything()
+    caplog.set_level(logging.DEBUG)
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: everything.hear(context, *context.values()))
+    await channel.declare_queue(name, durable=True)
+
+    def consumer(url: str, **more: Any) -> Failing:
+        options = {"batch_size": 1, "reconnect_delay": 0.05, "reconnect_delay_max": 0.1, **more}
+        made = BatchConsumerSettings(url=url, queue_name=name, **options)
+        everything.hear(made, made.model_fields_set, made.ladder)
+        built = Failing(made, observers=[Witness(everything)])
+        everything.hear(built, built.status(), built._endpoint())
+        return built
+
+    async def refused(kind: type[Exception], url: str, **more: Any) -> None:
+        with pytest.raises(kind) as caught:
+            await consumer(url, **more).start()
+        everything.hear(caught.value)
+
+    there = f"{LOCALHOST}:{proxy.port}"
+    good = url_with(SECRET, there)
+
+    # --- all that can go wrong while it consumes
+    async with consumer(good, num_workers=2) as running:
+        await publish(channel, [b"fail", b"publish", b"well"], routing_key=name)
+        await until(lambda: "nowhere-at-all" in caplog.text and "as it was told" in caplog.text)
+        with pytest.raises(PublishError) as caught:
+            await running.publish(b"", exchange="no-such-exchange")
+        everything.hear(caught.value)
+        await proxy.refuse()
+        proxy.cut()
+        await until(lambda: all(each.last_error for each in running.status().workers))
+        everything.hear(running, running.status())
+        await proxy.refuse(False)
+        await until(lambda: running.is_healthy)
+
+    # --- all that can be wrong from the start
+    await refused(AccessRefused, url_with(WRONG, there))
+    await refused(AccessRefused, f"{url_with(WRONG, there)},{url_with(SECRET, 'no.such.invalid')}")
+    await refused(AccessRefused, url_with(SECRET, f"{LOCALHOST}:{proxy.port}") + "no-such-host")
+    await refused(AccessRefused, good.replace("amqp://", "amqps://"))
+    for wrong in (
+        f"amqp://{USER}:{SECRET}@{there}/",
+        f"amqp://{USER}:{WRONG}@{there}/?password={WRONG}",
+        f"amqp://{USER}:{WRONG}@{there}/?heartbeat=soon",
+        f"amqp://{USER}:{WRONG}@host:port/",
+        f"amqp://{USER}:{WRONG}",
+        f"{good}?cafile=/no/such/file",
+        f"ampq://{USER}:{WRONG}@{there}/",
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            consumer(wrong)
+        everything.hear(caught.value)
+    for more in (
+        {"ssl_key_password": KEY_PASSWORD},
+        {"ssl_key_password": KEY_PASSWORD, "ssl_certfile": "/no/such/file"},
+        {"ssl_key_password": 7, "ssl_certfile": "/no/such/file"},
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            consumer(good, **more)
+        everything.hear(caught.value)
+    dead = (f"{LOCALHOST}:{free_port()}", f"[::1]:{free_port()}")
+    waiting = consumer(f"{url_with(SECRET, dead[0])},{url_with(WRONG, dead[1])}")
+    starting = asyncio.create_task(waiting.start())
+    await until(lambda: any(each.last_error for each in waiting.status().workers))
+    everything.hear(waiting.status(), starting)
+    await waiting.stop()
+    everything.hear(*await asyncio.gather(starting, return_exceptions=True))
+
+    # --- and what is handed around inside
+    endpoint = running._endpoint()
+    addresses = parse(endpoint.url)
+    link = await open_link(endpoint, addresses)
+    everything.hear(endpoint, addresses, link, link.connection, link.line)
+    await link.close()
+
+    everything.hear(caplog.text, *(vars(record) for record in caplog.records))
+    assert {"aiormq.connection", "aio_pika_batch.consumer"} <= {
+        record.name for record in caplog.records
+    }
+    assert [] == everything.found()

@@ -1,0 +1,167 @@
+"""Does what a message says stay where it belongs, whatever goes wrong with it?
+
+A body is its publisher's business and its handler's. The library hands it on; it writes it nowhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from aio_pika_batch import MessageResult, Nack, Publication, Requeue
+from aio_pika_batch.observer import BatchHandled, HandlerError
+from tests.unit.shell.stage import ACK, NACK, REQUEUE, Scribe, Witness, ack, answering, taking
+
+BODY = b"B0DY-of-4711-\xff\xfe-private"
+NEEDLES = ("B0DY", "4711", "private", repr(BODY)[2:-1])
+
+
+def fails(messages):
+    """A handler that does what handlers do when they fail."""
+    raise RuntimeError(f"cannot write {messages[0]!r}")
+
+
+async def failing(messages):
+    """The same, in a generator."""
+    fails(messages)
+    yield ACK
+
+
+async def yields_the_body(messages):
+    """A mistake that is easily made."""
+    for message in messages:
+        yield message.body
+
+
+async def yields_a_pair(messages):
+    """Another one."""
+    for message in messages:
+        yield message, message.body
+
+
+async def yields_a_key(messages):
+    """The message's name for the message."""
+    for message in messages:
+        yield message.body, ACK
+
+
+async def gives_a_wrong_reason(messages):
+    """What is no reason."""
+    for message in messages:
+        yield Nack(message.body)
+
+
+async def gives_a_wrong_delay(messages):
+    """What is no delay."""
+    for message in messages:
+        yield Requeue(delay=message.body)
+
+
+async def reads_json(messages):
+    """The body is none."""
+    for message in messages:
+        message.json()
+        yield ACK
+
+
+async def chains(messages):
+    """As `reads_json`, with an exception of its own around it."""
+    try:
+        messages[0].json()
+    except ValueError as error:
+        msg = f"{messages!r} would not do"
+        raise LookupError(msg) from error
+    yield ACK
+
+
+async def requeues_text(messages):
+    """A result that is none."""
+    for message in messages:
+        yield message.body.decode(errors="replace")
+
+
+def shown(caplog, witness, letters, consumer):
+    """All that was said and written."""
+    texts = [caplog.text, repr(consumer), repr(consumer.status())]
+    texts += [repr(vars(record)) for record in caplog.records]
+    texts += [repr(event) for _, event in witness.seen]
+    texts += [f"{letter.headers!r} {letter.properties!r}" for letter in letters]
+    for _, event in witness.seen:
+        if isinstance(event, HandlerError | BatchHandled) and event.error is not None:
+            texts += [str(event.error), repr(event.error)]
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("answer", "given"),
+    [
+        (ack, {}),
+        (answering(NACK), {}),
+        (answering(Nack("why")), {}),
+        (answering(REQUEUE), {"max_requeue_attempts": 0}),
+        (answering(MessageResult.REQUEUE, error=RuntimeError("late")), {"max_requeue_attempts": 0}),
+        (answering(), {}),
+        (answering(ACK, ACK), {"settle": "atomic"}),
+        (failing, {}),
+        (failing, {"isolate_failures": True}),
+        (yields_the_body, {}),
+        (yields_a_pair, {}),
+        (yields_a_key, {}),
+        (requeues_text, {}),
+        (gives_a_wrong_reason, {}),
+        (gives_a_wrong_delay, {}),
+        (reads_json, {}),
+        (chains, {}),
+        (taking(60), {"process_timeout": 1}),
+    ],
+)
+async def test_a_body_is_written_nowhere_else(stage, caplog, answer, given):
+    """Not into logs at any level, headers, events' representations, errors or snapshots."""
+    caplog.set_level(logging.DEBUG)
+    witness = Witness()
+    stage.declare("dead")
+    stage.bind("dead", "dlx", "#", kind="fanout")
+    stage.put(BODY)
+    consumer = Scribe(
+        answer,
+        transport=stage.transport,
+        observers=[witness],
+        batch_size=1,
+        dead_letter_exchange="dlx",
+        **{"unhandled_exception_action": NACK} | given,
+    )
+    async with consumer:
+        await asyncio.sleep(10)
+        texts = shown(caplog, witness, stage.broker.ready("dead"), consumer)
+
+    assert [] == [text for text in texts if any(needle in text for needle in NEEDLES)]
+    assert answer is ack or [BODY] == [letter.body for letter in stage.broker.ready("dead")]
+
+
+async def test_what_a_handler_says_of_a_body_is_cut(stage, caplog):
+    """An exception's text is its author's. A dead letter has 1 KiB of it, a line of the log 4."""
+    body = b"b" * 1_000_000
+    stage.declare("dead")
+    stage.bind("dead", "dlx", "#", kind="fanout")
+    stage.put(body)
+    answer = answering(error=ValueError(f"no row: {body.decode()}"))
+    async with Scribe(
+        answer,
+        transport=stage.transport,
+        dead_letter_exchange="dlx",
+        batch_size=1,
+        unhandled_exception_action=NACK,
+    ):
+        await asyncio.sleep(10)
+    [letter] = stage.broker.ready("dead")
+
+    assert 1024 == len(letter.headers["x-exception-message"].encode())
+    assert 2048 > len(repr(letter.headers))
+    assert 5000 > max(len(record.getMessage()) for record in caplog.records)
+
+
+def test_a_publication_does_not_show_its_body():
+    """Its representation ends up in logs."""
+    assert "B0DY" not in repr([Publication(BODY, routing_key="q")])
