@@ -162,7 +162,7 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session
 def audit(session: nox.Session) -> None:
-    """Look up whether what is installed is known to be vulnerable; what cannot be told is a failure.
+    """Look up whether what is installed is known to be vulnerable; not to know is a failure.
 
     What follows `--` goes to pip-audit: `-s osv` asks another service.
     """
