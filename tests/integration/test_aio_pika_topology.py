@@ -138,6 +138,12 @@ async def test_something_else_listens_there(answer: bytes) -> None:
         assert "cannot be reached" in await refusal(f"amqp://{LOCALHOST}:{port}", BrokerUnavailable)
 
 
+async def test_a_way_of_logging_in_that_is_not_offered(amqp_url: str) -> None:
+    """It takes a plugin, which is not enabled here."""
+    text = await refusal(f"{amqp_url}?auth=external", AccessRefused)
+    assert "does not offer to log in by auth=external" in text
+
+
 async def test_several_hosts_of_which_one_is_there(amqp_url: str) -> None:
     """Whatever the order."""
     there = urlsplit(amqp_url).port

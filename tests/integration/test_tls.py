@@ -66,7 +66,7 @@ class Certificates:
         for name, certificate in {
             "good": self.authority.issue_cert("localhost"),
             "expired": self.authority.issue_cert("localhost", not_after=yesterday),
-            "client": self.authority.issue_cert("client@localhost"),
+            "client": self.authority.issue_cert("client@localhost", common_name="guest"),
             "late-client": self.authority.issue_cert("client@localhost", not_after=yesterday),
             "forged-client": self.stranger.issue_cert("client@localhost"),
         }.items():
@@ -121,8 +121,19 @@ def secured(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         *(f"ssl_options.{name} = {value}" for name, value in options.items()),
         "ssl_options.verify = verify_peer",
         "ssl_options.fail_if_no_peer_cert = false",
+        "ssl_cert_login_from = common_name",
+        *(
+            f"auth_mechanisms.{number} = {mechanism}"
+            for number, mechanism in enumerate(("PLAIN", "AMQPLAIN", "EXTERNAL"), 1)
+        ),
     ]
-    node = RabbitMQ(broker.node.server, tmp_path_factory.mktemp("secured"), conf=conf, name="tls")
+    node = RabbitMQ(
+        broker.node.server,
+        tmp_path_factory.mktemp("secured"),
+        conf=conf,
+        plugins=["rabbitmq_auth_mechanism_ssl"],
+        name="tls",
+    )
     with node:
         # Whether a certificate is wanted holds for all listeners that are configured.
         erlang = ",".join(f'{{{name},"{value}"}}' for name, value in options.items())
@@ -247,6 +258,19 @@ async def test_a_client_shows_a_certificate(secured: Secured, name: str, encrypt
         **options,
     ) as known:
         assert known.is_healthy
+
+
+async def test_a_client_logs_in_by_its_certificate(secured: Secured, name: str) -> None:
+    """Where the broker can do that: no password is sent, nor needed."""
+    files = {
+        "ssl_cafile": secured.certificates.file("ca.pem"),
+        "ssl_certfile": secured.certificates.file("client.pem"),
+        "ssl_keyfile": secured.certificates.file("client.key"),
+    }
+    url = secured.url().replace("guest:guest@", "nobody:wrong@")
+    async with consumer(name, f"{url}?auth=external", queue_exclusive=True, **files) as known:
+        assert known.is_healthy
+    assert "check user and password" in await refusal(AccessRefused, name, url, **files)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 EXAMPLE_PAGES = sorted(ROOT.glob("examples/**/README.md"))
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *EXAMPLE_PAGES]
-ALL_PAGES = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+ALL_PAGES = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 
 URL = "memory://"
 PATIENCE = 60.0
@@ -348,6 +348,8 @@ THEIRS = {
     "consumer_timeout",  # RabbitMQ's
     "declare_exchange",  # aio-pika's
     "fan_in",  # an example's folder
+    "no_verify_ssl",  # aio-pika's, in a URL
+    "rabbitmq_auth_mechanism_ssl",  # a plugin of RabbitMQ
     "pytest_asyncio_loop_factories",  # pytest-asyncio's
     "retry_after",  # what the API of examples/http_sink says
     "rmq_to_pubsub",  # an example

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import aio_pika
+from aiormq.exceptions import AuthenticationError
 from yarl import URL
 
 from aio_pika_batch.adapters.aio_pika import tls
@@ -239,6 +240,13 @@ def _known(cause: BaseException, address: Address) -> TransportError | None:  # 
     match cause:
         case ssl.SSLCertVerificationError():
             return tls.not_verified(cause, address)
+        case AuthenticationError():
+            return AccessRefused(
+                f"{address} does not offer to log in by auth={address.options.get('auth', 'plain')}"
+                ";"
+                " enable that on the broker, or leave auth out of url. By external, it wants a"
+                " client certificate first (ssl_certfile)"
+            )
         case ssl.SSLEOFError():
             return _unavailable(address, "the connection ended during the TLS handshake")
         case ssl.SSLError():
