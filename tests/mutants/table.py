@@ -125,7 +125,7 @@ WIRE = (
     Mutant(
         "A body in several frames is taken for whole after the first.",
         f"{_WIRE}/frames.py",
-        "        content.missing -= len(frame) - OVERHEAD\n",
+        "        content.missing -= size\n",
         "        content.missing = 0\n",
         (f"{_UNIT}/test_frames.py",),
     ),
@@ -265,4 +265,70 @@ WIRE = (
     ),
 )
 
-TABLE = (*WIRE,)
+SECURITY = (
+    Mutant(
+        "Any value of no_verify_ssl but 0 is a yes: false too.",
+        f"{_WIRE}/urls.py",
+        'if options.get("no_verify_ssl", "0") not in {"0", "1"}:',
+        "if False:",
+        (f"{_UNIT}/test_tls.py",),
+    ),
+    Mutant(
+        "Verification is off unless somebody asks for it.",
+        f"{_WIRE}/tls.py",
+        'verify=options.get("no_verify_ssl", "0") == "0",',
+        'verify=options.get("no_verify_ssl", "1") == "0",',
+        (f"{_UNIT}/test_tls.py",),
+    ),
+    Mutant(
+        "Files for TLS beside amqp:// go unused, and everything in clear.",
+        f"{_WIRE}/tls.py",
+        "            _refuse_clear(endpoint, address)\n",
+        "",
+        (f"{_UNIT}/test_tls.py",),
+    ),
+    Mutant(
+        "A delivery that is cut off is read beyond its frame: its tag is made of what follows.",
+        f"{_WIRE}/ordinary.py",
+        "not shortest <= size <= largest",
+        "size > largest",
+        (f"{_UNIT}/test_frames.py", f"{_UNIT}/test_fuzz.py"),
+    ),
+    Mutant(
+        "A body is collected for as long as its header says: 64 bits are long.",
+        f"{_WIRE}/frames.py",
+        "if content.missing > LARGEST:",
+        "if False:",
+        (f"{_UNIT}/test_frames.py",),
+    ),
+    Mutant(
+        "Where the broker sets no limit, a frame may have 4 GiB.",
+        f"{_WIRE}/frames.py",
+        "min(self.frame_max, LARGEST)",
+        "self.frame_max",
+        (f"{_UNIT}/test_frames.py",),
+    ),
+    Mutant(
+        "A body that was yielded by mistake stands in the log.",
+        "core/results.py",
+        'return f"something of {type(item)}"',
+        "return repr(item)",
+        ("tests/unit/core/test_results.py", "tests/unit/shell/test_bodies.py"),
+    ),
+    Mutant(
+        "A password that is given as an option is shown.",
+        "masking.py",
+        'return _SECRET_OPTION.sub(r"\\1***", url)',
+        "return url",
+        ("tests/unit/test_settings.py",),
+    ),
+    Mutant(
+        "An endpoint shows its URL, with the password.",
+        "transport.py",
+        "    url: str = field(repr=False)\n",
+        "    url: str\n",
+        (f"{_UNIT}/test_tls.py",),
+    ),
+)
+
+TABLE = (*WIRE, *SECURITY)

@@ -241,9 +241,9 @@ def _known(cause: BaseException, address: Address) -> TransportError | None:  # 
         case ssl.SSLCertVerificationError():
             return tls.not_verified(cause, address)
         case AuthenticationError():
+            asked = address.options.get("auth", "plain")
             return AccessRefused(
-                f"{address} does not offer to log in by auth={address.options.get('auth', 'plain')}"
-                ";"
+                f"{address} does not offer to log in by auth={asked};"
                 " enable that on the broker, or leave auth out of url. By external, it wants a"
                 " client certificate first (ssl_certfile)"
             )

@@ -185,7 +185,7 @@ async def test_a_file_that_went_away_later_is_waited_for() -> None:
 
 def test_nobody_shows_a_password() -> None:
     """Neither what is handed around inside nor an endpoint."""
-    endpoint = Endpoint(url="amqps://h", ssl_key_password=PASSWORD)
+    endpoint = Endpoint(url=f"amqps://u:{PASSWORD}@h", ssl_key_password=PASSWORD)
     assert PASSWORD not in repr(endpoint)
     assert PASSWORD not in repr(tls.papers_for(endpoint, WHERE))
 
