@@ -6,6 +6,7 @@ as all others together, with values of every type: any client may have set them.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from aio_pika_batch.core.message import Message, Properties
 from aio_pika_batch.core.results import MessageResult, Nack, Requeue, Result
 from aio_pika_batch.testing.messages import MadeSource
+from aio_pika_batch.testing.stories.story import LATER, RAISE, Answer, Fault, FaultKind, Story
 
 UNDECODABLE = "not UTF-8"
 """Why a property of `broken_properties` cannot be decoded."""
@@ -144,3 +146,54 @@ results: st.SearchStrategy[Result] = st.one_of(
     st.sampled_from(MessageResult), st.builds(Nack, reasons), requeues
 )
 """Everything that a handler may yield for a message."""
+
+_ANSWERS: list[Answer] = [
+    MessageResult.ACK,
+    MessageResult.NACK,
+    MessageResult.REQUEUE,
+    MessageResult.REQUEUE_IMMEDIATE,
+    LATER,
+    RAISE,
+]
+
+
+def stories(
+    *, faults: Collection[FaultKind] = tuple(FaultKind), max_messages: int = 12
+) -> st.SearchStrategy[Story]:
+    """Whole stories, see :mod:`aio_pika_batch.testing.stories`.
+
+    Args:
+        faults: What may go wrong; nothing: nothing does.
+        max_messages: The most that are published.
+    """
+    some_faults = st.lists(
+        st.builds(
+            Fault,
+            at=st.floats(0, 15),
+            kind=st.sampled_from([each for each in FaultKind if each in faults]),
+            seconds=st.sampled_from([0.0, 0.5, 5.0, 40.0]),
+        ),
+        max_size=3,
+    )
+    return st.builds(
+        Story,
+        answers=st.lists(
+            st.lists(st.sampled_from(_ANSWERS), max_size=4).map(tuple), max_size=max_messages
+        ).map(tuple),
+        pauses=st.lists(st.sampled_from([0.0, 0.3, 2.0]), min_size=1, max_size=3).map(tuple),
+        durations=st.lists(st.sampled_from([0.0, 0.05, 1.0, 6.0]), min_size=1, max_size=4).map(
+            tuple
+        ),
+        size=st.integers(1, 5),
+        concurrency=st.integers(1, 3),
+        workers=st.integers(1, 2),
+        prefetch=st.none() | st.integers(0, 12),
+        attempts=st.integers(0, 3),
+        settle=st.sampled_from(["batch", "yield", "atomic"]),
+        isolate=st.sampled_from([0, 0, 1, 10]),
+        breaker=st.sampled_from([None, None, 0.3, 1.0]),
+        quorum=st.booleans(),
+        faults=some_faults.map(tuple) if faults else st.just(()),
+        stop_at=st.none() | st.floats(0, 20),
+        restart_after=st.none() | st.sampled_from([0.0, 0.5, 10.0]),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from aio_pika_batch import (
@@ -172,25 +172,3 @@ class Stage(BatchBroker):
     def counts(self, *kinds: Any, queue: str | None = None) -> Counter[bytes]:
         """How often something happened to each message, by its body."""
         return Counter(event.body for event in self.broker.journal.of(*kinds, queue=queue))
-
-
-async def live_through(
-    consumer: Any, story: Sequence[Coroutine[Any, Any, None]], *, stop_at: float | None, long: float
-) -> None:
-    """Run a consumer while a story happens.
-
-    Args:
-        stop_at: When to stop it; None: when all has come to its end.
-        long: Seconds in which it does, once the story is over.
-    """
-    await consumer.start()
-    others = [asyncio.create_task(each) for each in story]
-    if stop_at is None:
-        await asyncio.gather(*others)
-        await asyncio.sleep(long)
-        assert consumer.is_healthy
-        await consumer.stop()
-    else:
-        await asyncio.sleep(stop_at)
-        await consumer.stop()
-        await asyncio.gather(*others)

@@ -10,12 +10,14 @@ import asyncio
 from collections import Counter
 from dataclasses import dataclass
 
-from hypothesis import event, example, given
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from aio_pika_batch import MessageResult
-from aio_pika_batch.adapters.memory import Door, Happened, PublishFault
+from aio_pika_batch.adapters.memory import Happened
 from aio_pika_batch.testing import virtual_time
+from aio_pika_batch.testing.stories import Fault, FaultKind, MemoryScene
+from tests.stories import STORIES
 from tests.unit.shell.stage import (
     ACK,
     NACK,
@@ -23,7 +25,6 @@ from tests.unit.shell.stage import (
     REQUEUE_IMMEDIATE,
     Scribe,
     Stage,
-    live_through,
 )
 
 LONG = 600.0
@@ -46,7 +47,7 @@ class Story:
 
     Attributes:
         stops: Whether the handler ends its batch at a failure, or goes on.
-        faults: Each with its time, its kind, and how long it lasts.
+        faults: What goes wrong, and when.
     """
 
     lives: tuple[Life, ...]
@@ -60,7 +61,7 @@ class Story:
     stops: bool = True
     settle: str = "batch"
     isolate: bool = False
-    faults: tuple[tuple[float, str, float], ...] = ()
+    faults: tuple[Fault, ...] = ()
     stop_at: float | None = None
 
 
@@ -86,9 +87,10 @@ stories = st.builds(
     settle=st.sampled_from(["batch", "yield", "atomic"]),
     isolate=st.booleans(),
     faults=st.lists(
-        st.tuples(
+        st.builds(
+            Fault,
             st.floats(0, 15),
-            st.sampled_from(["cut", "cancel", "away", "refuse", "unconfirmed"]),
+            st.sampled_from(FaultKind),
             st.sampled_from([0.0, 0.5, 5.0, 40.0]),
         ),
         max_size=2,
@@ -115,9 +117,8 @@ class Play:
     def __init__(self, story: Story) -> None:
         self.story = story
         self.stage = Stage()
-        for queue in ("jobs", "dead"):
-            self.stage.declare(queue)
-        self.stage.bind("dead", "dlx", "", kind="fanout")
+        self.scene = MemoryScene(self.stage)
+        self.stage.declare()
         self.bodies = [f"{life.key}{at}".encode() for at, life in enumerate(story.lives)]
         self.life = dict(zip(self.bodies, story.lives, strict=True))
         self.seen: Counter[bytes] = Counter()
@@ -179,25 +180,10 @@ class Play:
             self.stage.put(body)
             await asyncio.sleep(self.story.pause)
 
-    async def hurt(self, at, kind, seconds):
+    async def hurt(self, fault):
         """Let something go wrong, and right again."""
-        broker = self.stage.broker
-        await asyncio.sleep(at)
-        match kind:
-            case "cut":
-                broker.cut()
-            case "cancel":
-                broker.cancel_consumers("jobs")
-            case "away":
-                broker.faults.door = Door.UNREACHABLE
-                broker.cut()
-                await asyncio.sleep(seconds)
-                broker.faults.door = Door.OPEN
-            case _:
-                fault = PublishFault(kind)
-                broker.faults.on_publish(fault)
-                await asyncio.sleep(seconds)
-                broker.faults.clear(fault)
+        await asyncio.sleep(fault.at)
+        await self.scene.hurt(fault.kind, fault.seconds)
 
     async def run(self) -> Scribe:
         """From the first message to the last."""
@@ -217,18 +203,34 @@ class Play:
             isolate_failures=story.isolate,
             **given,
         )
-        happens = [*(self.hurt(*fault) for fault in story.faults), self.publish()]
-        await live_through(consumer, happens, stop_at=story.stop_at, long=LONG)
+        happens = [*(self.hurt(fault) for fault in story.faults), self.publish()]
+        await live_through(consumer, happens, stop_at=story.stop_at)
         return consumer
 
 
+async def live_through(consumer, happens, *, stop_at):
+    """Run a consumer while a story happens; `stop_at` None: until all has come to its end."""
+    await consumer.start()
+    others = [asyncio.create_task(each) for each in happens]
+    if stop_at is None:
+        await asyncio.gather(*others)
+        await asyncio.sleep(LONG)
+        assert consumer.is_healthy
+        await consumer.stop()
+    else:
+        await asyncio.sleep(stop_at)
+        await consumer.stop()
+        await asyncio.gather(*others)
+
+
+@settings(max_examples=STORIES)
 @given(stories)
 @example(
     Story(
         lives=(Life("a", 2, None, ACK), Life("a", 0, None, ACK), Life("a", 9, REQUEUE, ACK)),
         durations=(6.0,),
         size=1,
-        faults=((3.0, "cut", 0.0),),
+        faults=(Fault(3.0, FaultKind.CUT),),
     )
 )
 @example(
@@ -236,7 +238,7 @@ class Play:
         lives=(Life("a", 9, REQUEUE_IMMEDIATE, ACK), Life("a", 0, None, ACK)),
         prefetch=1,
         attempts=1,
-        faults=((0.0, "refuse", 40.0),),
+        faults=(Fault(0.0, FaultKind.REFUSE, 40.0),),
     )
 )
 @example(Story(lives=(Life("a", 9, REQUEUE, ACK),) * 5, stop_at=0.3, prefetch=3))

@@ -1,0 +1,162 @@
+"""Was it as it must be? The invariants of every story, on every broker.
+
+Each is a function of what was seen, which returns what breaks it: nothing, if it is kept. What its
+docstring says is what is reported.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeAlias
+
+from aio_pika_batch.core.settlement import Disposition
+from aio_pika_batch.testing.stories.playing import Played
+from aio_pika_batch.testing.stories.story import Story
+
+Invariant: TypeAlias = Callable[[Story, Played], object]
+
+
+class StoryBroken(AssertionError):
+    """Something was seen of a story that must not be; the message has the story, to play again."""
+
+
+def judge(story: Story, played: Played) -> None:
+    """Find out whether what was seen is as it must be.
+
+    Raises:
+        StoryBroken: With every invariant that is broken, and what breaks it.
+    """
+    found = [(each, each(story, played)) for each in INVARIANTS]
+    broken = [f"  {inspect.getdoc(each)} Broken by {what}" for each, what in found if what]
+    if broken:
+        raise StoryBroken("\n".join([*broken, f"in {story}"]))
+
+
+# -- whatever goes wrong --
+
+
+def nothing_is_lost(story: Story, played: Played) -> object:
+    """Each message is still there, or dead, or its handler said that it went well."""
+    return set(story.bodies) - set(played.waiting) - set(played.dead) - set(+played.acks)
+
+
+def nothing_appears(story: Story, played: Played) -> object:
+    """Nothing is there that nobody has published."""
+    return (set(played.waiting) | set(played.dead) | set(played.seen)) - set(story.bodies)
+
+
+def nothing_is_acked_without_a_reason(story: Story, played: Played) -> object:
+    """A message is acked as often as its handler said so and its copies were confirmed, no more."""
+    del story
+    return played.told[Disposition.ACK] - played.acks - played.confirmed
+
+
+def nothing_is_discarded(story: Story, played: Played) -> object:
+    """Nothing is rejected for good: dead letters are published."""
+    del story
+    return +played.told[Disposition.REJECT]
+
+
+def attempts_are_bounded(story: Story, played: Played) -> object:
+    """No message is tried again more often than `max_requeue_attempts`."""
+    return [count for count in played.retries if not 0 <= count <= story.attempts]
+
+
+def batches_are_within_their_size(story: Story, played: Played) -> object:
+    """No batch is empty, or larger than `batch_size`."""
+    return [batch for batch in played.batches if not 0 < len(batch) <= story.size]
+
+
+def handlers_are_bounded(story: Story, played: Played) -> object:
+    """No more handlers are at work than `concurrency` in each worker."""
+    return played.most if played.most > story.concurrency * story.workers else None
+
+
+def nobody_complains(story: Story, played: Played) -> object:
+    """Tags come in order and are settled once, prefetch is kept, and nothing stays open."""
+    del story
+    return played.complaints
+
+
+def all_comes_to_its_end(story: Story, played: Played) -> object:
+    """Once all faults are over, the consumer is healthy and its queue becomes empty."""
+    if not story.ends:
+        return None
+    return +played.waiting or (None if played.is_healthy else "a consumer that is not healthy")
+
+
+# -- if nothing goes wrong, stops included --
+
+
+def everything_is_there_once(story: Story, played: Played) -> object:
+    """Without faults each message is in one place, and nothing that was acked comes back."""
+    if story.faults:
+        return None
+    return _difference(Counter(story.bodies), played.waiting + played.dead + played.acks)
+
+
+def everything_handled_is_settled(story: Story, played: Played) -> object:
+    """Without faults each ACK and each confirmed copy is one ack, however soon a stop follows."""
+    if story.faults:
+        return None
+    return _difference(played.told[Disposition.ACK], played.acks + played.confirmed)
+
+
+def nothing_left_was_handled(story: Story, played: Played) -> object:
+    """Without faults whatever a handler has answered is settled once, and not just returned."""
+    if story.faults or story.raises:
+        return None
+    told = played.told
+    decided = told[Disposition.ACK] + told[Disposition.REQUEUE] + told[Disposition.REJECT]
+    return _difference(played.seen, decided)
+
+
+def nothing_is_handled_too_often(story: Story, played: Played) -> object:
+    """Without faults a message is handled as often as its answers say."""
+    if story.faults:
+        return None
+    wrong = []
+    for body in story.bodies:
+        seen = played.seen[body]
+        # What an atomic batch acked in vain is handled again.
+        too_often = seen > len(story.answers[int(body)]) + 1 and story.settle != "atomic"
+        exact = not played.waiting[body] and not story.raises
+        if too_often or (exact and seen != story.times(body)):
+            wrong.append((body, seen))
+    return wrong
+
+
+def order_is_kept(story: Story, played: Played) -> object:
+    """Without faults one handler is given the messages in the order of the queue."""
+    gives_back = story.stop_at is not None or story.breaker is not None
+    alone = story.workers == story.concurrency == 1
+    if story.faults or not alone or (gives_back and not played.keeps_place):
+        return None
+    first = list(dict.fromkeys(body for batch in played.batches for body in batch))
+    return None if first == [body for body in story.bodies if body in first] else first
+
+
+INVARIANTS: tuple[Invariant, ...] = (
+    nothing_is_lost,
+    nothing_appears,
+    nothing_is_acked_without_a_reason,
+    nothing_is_discarded,
+    attempts_are_bounded,
+    batches_are_within_their_size,
+    handlers_are_bounded,
+    nobody_complains,
+    all_comes_to_its_end,
+    everything_is_there_once,
+    everything_handled_is_settled,
+    nothing_left_was_handled,
+    nothing_is_handled_too_often,
+    order_is_kept,
+)
+"""All that stays true."""
+
+
+def _difference(expected: Counter[bytes], found: Counter[bytes]) -> object:
+    missing, too_many = expected - found, found - expected
+    return {"missing": missing, "too many": too_many} if missing or too_many else None

@@ -1,0 +1,217 @@
+"""Is what holds of every story in memory true on RabbitMQ? The same stories, the same invariants.
+
+They are drawn as for the broker in memory, and played side by side, each with a line, queues and a
+consumer of its own, ten times as fast as they say. `AIO_PIKA_BATCH_TEST_REAL_STORIES` says how
+many; `nox -s stories -- 500` plays so many on each RabbitMQ that is supported and can be fetched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections import Counter
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import aio_pika
+import pytest
+from hypothesis import Phase, given, settings
+
+from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
+from aio_pika_batch.testing.stories import FaultKind, Played, Story, StoryBroken, judge, play
+from aio_pika_batch.testing.stories.story import WAIT_SUFFIX
+from aio_pika_batch.testing.strategies import stories
+from aio_pika_batch.transport import Endpoint, Wire
+from tests.integration.helpers import PATIENCE, until
+from tests.stories import REAL_STORIES
+from tests.support.proxy import TcpProxy
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from aio_pika.abc import AbstractConnection
+
+PACE = 0.1
+AT_ONCE = 16
+KINDS = set(FaultKind) - {FaultKind.CANCEL}
+"""All but what a broker does only to a queue that is deleted, and then what was in it is gone."""
+
+
+class RabbitScene:
+    """Implements :class:`~aio_pika_batch.testing.stories.Scene`, on a line of its own."""
+
+    pace = PACE
+    keeps_place = True
+
+    def __init__(
+        self, url: str, proxy: TcpProxy, connection: AbstractConnection, wire: Wire
+    ) -> None:
+        self.queue = f"story-{uuid.uuid4().hex[:12]}"
+        self.dead_letter_exchange = f"{self.queue}.dlx"
+        self.transport = AioPikaTransport(
+            Endpoint(url=proxy.url(url), publish_timeout=10 * PACE, wire=wire)
+        )
+        self._proxy = proxy
+        self._connection = connection
+        self._door = asyncio.Lock()
+        self._dead = f"{self.queue}.dead"
+        self._full = f"{self.queue}.full"
+
+    async def open(self) -> None:
+        """Set the scene: dead letters have a queue, and there is one that takes nothing."""
+        self._channel = channel = await self._connection.channel()
+        await channel.declare_exchange(self.dead_letter_exchange, "fanout", durable=True)
+        await channel.declare_queue(self._dead, durable=True)
+        takes_one = {"x-max-length": 1, "x-overflow": "reject-publish"}
+        await channel.declare_queue(self._full, durable=True, arguments=takes_one)
+        await channel.default_exchange.publish(aio_pika.Message(b"full"), self._full)
+        await self._bind(self._dead)
+
+    async def close(self) -> None:
+        """Clear it away."""
+        channel = await self._connection.channel()
+        for queue in (self.queue, f"{self.queue}{WAIT_SUFFIX}", self._dead, self._full):
+            await channel.queue_delete(queue)
+        await channel.exchange_delete(self.dead_letter_exchange)
+        await channel.close()
+        await self._channel.close()
+
+    async def _bind(self, queue: str) -> None:
+        await (await self._channel.get_queue(queue, ensure=False)).bind(self.dead_letter_exchange)
+
+    async def _unbind(self, queue: str) -> None:
+        await (await self._channel.get_queue(queue, ensure=False)).unbind(self.dead_letter_exchange)
+
+    async def put(self, body: bytes) -> None:
+        """Confirmed, past the line that is hurt."""
+        await self._channel.default_exchange.publish(
+            aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.PERSISTENT), self.queue
+        )
+
+    async def hurt(self, kind: FaultKind, seconds: float) -> None:
+        """Let something go wrong, and right again."""
+        proxy = self._proxy
+        match kind:
+            case FaultKind.CUT:
+                proxy.cut()
+            case FaultKind.AWAY:
+                async with self._door:  # one after the other: it is shut or open
+                    await proxy.refuse()
+                    proxy.cut()
+                    await asyncio.sleep(seconds)
+                    await proxy.refuse(False)
+            case FaultKind.REFUSE:
+                # Refused by one queue is refused, so nothing must be stored in the other.
+                await self._bind(self._full)
+                await self._unbind(self._dead)
+                await asyncio.sleep(seconds)
+                await self._bind(self._dead)
+                await self._unbind(self._full)
+            case FaultKind.RETURN:
+                await self._unbind(self._dead)
+                await asyncio.sleep(seconds)
+                await self._bind(self._dead)
+            case FaultKind.LOSE | FaultKind.UNCONFIRMED:
+                proxy.freeze("to_broker" if kind is FaultKind.LOSE else "to_client")
+                await asyncio.sleep(seconds)
+                proxy.cut()
+                proxy.thaw()
+            case FaultKind.LATE:
+                proxy.freeze("to_client")
+                await asyncio.sleep(seconds)
+                proxy.thaw()
+            case FaultKind.CANCEL:
+                raise NotImplementedError(kind)
+
+    async def come_to_rest(self, done: Callable[[], bool]) -> None:
+        """Until nothing stirs; what has been handed out and not been seen yet may still be under
+        way, so nothing must have stirred for a while.
+        """
+        quiet = 0
+        async with asyncio.timeout(PATIENCE):
+            while quiet < 4:
+                waiting = await self._count(WAIT_SUFFIX) + await self._count()
+                quiet = quiet + 1 if done() and not waiting else 0
+                await asyncio.sleep(0.1)
+
+    async def _count(self, suffix: str = "") -> int:
+        # Declared anew: asking for a queue that is not there would cost the channel.
+        channel = await self._connection.channel()
+        try:
+            found = await channel.get_queue(f"{self.queue}{suffix}")
+        except aio_pika.exceptions.ChannelNotFoundEntity:
+            return 0
+        count = found.declaration_result.message_count or 0
+        await channel.close()
+        return count
+
+    async def look(self, played: Played) -> None:
+        """Take out what is there. What waits for another attempt is let come back first."""
+        quiet = 0
+        async with asyncio.timeout(PATIENCE):
+            while quiet < 3:
+                taken = await self._take(self.queue, played.waiting)
+                waits = await self._count(WAIT_SUFFIX)
+                quiet = 0 if taken or waits else quiet + 1
+                await asyncio.sleep(0.1)
+        await self._take(self._dead, played.dead)
+        if self._proxy.connections:
+            await until(lambda: not self._proxy.connections, what="all connections are closed")
+
+    async def _take(self, queue: str, into: Counter[bytes]) -> int:
+        source = await self._channel.get_queue(queue, ensure=False)
+        taken = 0
+        while (message := await source.get(no_ack=True, fail=False)) is not None:
+            into[message.body] += 1
+            taken += 1
+        return taken
+
+
+@asynccontextmanager
+async def staged(
+    url: str, connection: AbstractConnection, wire: Wire
+) -> AsyncIterator[RabbitScene]:
+    """A scene."""
+    where = aio_pika.connection.make_url(url)
+    async with TcpProxy(where.host or "localhost", where.port or 5672) as proxy:
+        scene = RabbitScene(url, proxy, connection, wire)
+        await scene.open()
+        try:
+            yield scene
+        finally:
+            await scene.close()
+
+
+def drawn(count: int) -> list[Story]:
+    """So many stories, all drawn before the first is played: nothing depends on what is seen."""
+    found: list[Story] = []
+
+    @settings(max_examples=count, phases=[Phase.generate], database=None)
+    @given(stories(faults=KINDS))
+    def draw(story: Story) -> None:
+        found.append(story)
+
+    draw()
+    return found
+
+
+async def test_stories(amqp_url: str) -> None:
+    """Nothing lost, nothing acked for no reason, nothing beyond its limits, nothing left behind."""
+    room = asyncio.Semaphore(AT_ONCE)
+    broken: list[str] = []
+
+    async def tell(number: int, story: Story) -> None:
+        wire: Wire = "plain" if number % 2 else "fast"
+        async with room, staged(amqp_url, connection, wire) as scene:
+            try:
+                judge(story, await play(story, scene))
+            except StoryBroken as error:
+                broken.append(f"on the {wire} wire:\n{error}")
+            except TimeoutError:
+                broken.append(f"on the {wire} wire: nothing comes to rest\nin {story}")
+
+    async with await aio_pika.connect(amqp_url) as connection, asyncio.TaskGroup() as all_of_them:
+        for number, story in enumerate(drawn(REAL_STORIES)):
+            all_of_them.create_task(tell(number, story))
+    if broken:
+        pytest.fail("\n\n".join(broken), pytrace=False)

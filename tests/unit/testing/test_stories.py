@@ -1,0 +1,340 @@
+"""Would a story notice? Each invariant is broken by something, and only by that."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+
+from aio_pika_batch import MessageResult
+from aio_pika_batch.adapters.memory.session import MemorySession
+from aio_pika_batch.core.publication import Outcome, Publication
+from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.core.topology import Queue, Topology
+from aio_pika_batch.testing import BatchBroker, make_message
+from aio_pika_batch.testing.stories import (
+    INVARIANTS,
+    LATER,
+    RAISE,
+    Fault,
+    FaultKind,
+    MemoryScene,
+    Played,
+    Story,
+    StoryBroken,
+    judge,
+    play,
+    play_in_memory,
+)
+from aio_pika_batch.testing.stories import story as words
+from aio_pika_batch.testing.stories.judging import (
+    all_comes_to_its_end,
+    attempts_are_bounded,
+    batches_are_within_their_size,
+    everything_handled_is_settled,
+    everything_is_there_once,
+    handlers_are_bounded,
+    nobody_complains,
+    nothing_appears,
+    nothing_is_acked_without_a_reason,
+    nothing_is_discarded,
+    nothing_is_handled_too_often,
+    nothing_is_lost,
+    nothing_left_was_handled,
+    order_is_kept,
+)
+from aio_pika_batch.testing.stories.watching import WatchedTransport
+from aio_pika_batch.testing.strategies import stories
+from aio_pika_batch.transport import PumpingSession, Subscription
+from tests.unit.shell.doubles import ScriptedTransport
+
+ACK, NACK, REQUEUE = MessageResult.ACK, MessageResult.NACK, MessageResult.REQUEUE
+TWO = Story(answers=((), (REQUEUE,)))
+HURT = replace(TWO, faults=(Fault(1.0, FaultKind.CUT),))
+
+
+def well() -> Played:
+    """What is seen of two messages, one of which is tried twice."""
+    return Played(
+        seen=Counter({b"0": 1, b"1": 2}),
+        acks=Counter({b"0": 1, b"1": 1}),
+        batches=[[b"0", b"1"], [b"1"]],
+        retries=[0, 0, 1],
+        most=1,
+        told={each: Counter() for each in Disposition}
+        | {Disposition.ACK: Counter({b"0": 1, b"1": 2})},
+        confirmed=Counter({b"1": 1}),
+    )
+
+
+def lost(played):
+    """A message is nowhere."""
+    played.acks.pop(b"0")
+
+
+def foreign(played):
+    """A dead letter comes from nowhere."""
+    played.dead[b"9"] += 1
+
+
+def acked(played):
+    """An ack has no reason."""
+    played.told[Disposition.ACK][b"0"] += 1
+
+
+def discarded(played):
+    """A message is rejected for good."""
+    played.told[Disposition.REJECT][b"1"] += 1
+
+
+def tried_again(played):
+    """A fourth retry of three."""
+    played.retries.append(4)
+
+
+def too_large(played):
+    """Four in a batch of three."""
+    played.batches.append([b"0", b"1", b"0", b"1"])
+
+
+def empty(played):
+    """A batch of nothing."""
+    played.batches.append([])
+
+
+def crowded(played):
+    """Two at work where one may be."""
+    played.most = 2
+
+
+def complained(played):
+    """Something else is wrong."""
+    played.complaints.append("something")
+
+
+def left(played):
+    """A message is left."""
+    played.waiting[b"1"] += 1
+
+
+def sick(played):
+    """The consumer is not healthy."""
+    played.is_healthy = False
+
+
+def twice(played):
+    """A message is acked, and dead."""
+    played.dead[b"0"] += 1
+
+
+def unsettled(played):
+    """A copy's original is not acked."""
+    played.told[Disposition.ACK][b"1"] -= 1
+
+
+def returned(played):
+    """An ACK is not told the broker."""
+    played.told[Disposition.ACK][b"0"] -= 1
+
+
+def once_more(played):
+    """A message is handled again."""
+    played.seen[b"0"] += 1
+
+
+def overtaken(played):
+    """The second message comes first."""
+    played.batches[:0] = [[b"1"]]
+
+
+@pytest.mark.parametrize(
+    ("invariant", "breaking", "story"),
+    [
+        (nothing_is_lost, lost, HURT),
+        (nothing_appears, foreign, HURT),
+        (nothing_is_acked_without_a_reason, acked, HURT),
+        (nothing_is_discarded, discarded, HURT),
+        (attempts_are_bounded, tried_again, HURT),
+        (batches_are_within_their_size, too_large, HURT),
+        (batches_are_within_their_size, empty, HURT),
+        (handlers_are_bounded, crowded, HURT),
+        (nobody_complains, complained, HURT),
+        (all_comes_to_its_end, left, HURT),
+        (all_comes_to_its_end, sick, HURT),
+        (everything_is_there_once, twice, TWO),
+        (everything_handled_is_settled, unsettled, TWO),
+        (nothing_left_was_handled, returned, TWO),
+        (nothing_is_handled_too_often, once_more, TWO),
+        (order_is_kept, overtaken, TWO),
+    ],
+)
+def test_each_invariant_can_be_broken(invariant, breaking, story):
+    """And then it is told, with the story."""
+    judge(story, well())
+    played = well()
+    breaking(played)
+
+    assert invariant(story, played)
+    with pytest.raises(StoryBroken) as broken:
+        judge(story, played)
+    assert (invariant.__doc__ in str(broken.value), str(story) in str(broken.value)) == (True, True)
+
+
+def test_every_invariant_is_judged():
+    """None is written and forgotten."""
+    written = {
+        each for each in globals().values() if getattr(each, "__module__", "") == judge.__module__
+    }
+    assert set(INVARIANTS) == written - {judge, StoryBroken}
+
+
+@pytest.mark.parametrize("breaking", [twice, unsettled, returned, once_more, overtaken])
+def test_faults_permit_what_at_least_once_permits(breaking):
+    """Duplicates, and another order; nothing that is counted against a clean run."""
+    played = well()
+    breaking(played)
+    judge(HURT, played)
+
+
+def test_a_story_that_is_stopped_may_leave_something():
+    """What was not handled yet."""
+    played = well()
+    played.seen[b"1"] -= 1
+    played.acks.pop(b"1")
+    played.told[Disposition.ACK][b"1"] -= 1
+    played.batches.pop()
+    left(played)
+    judge(replace(TWO, stop_at=1.0), played)
+
+
+# -- playing ----------------------------------------------------------------------
+
+
+def test_what_is_seen_of_a_story():
+    """All of it, from both sides of the port."""
+    played = play_in_memory(Story(answers=((), (NACK,), (REQUEUE, RAISE), (LATER,)), size=2))
+
+    assert {b"0": 1, b"1": 1, b"2": 3, b"3": 2} == played.seen
+    assert {b"0": 1, b"2": 1, b"3": 1} == played.acks
+    assert {b"1": 1} == played.dead
+    assert {b"0": 1, b"1": 1, b"2": 3, b"3": 2} == played.told[Disposition.ACK]
+    assert {b"1": 1, b"2": 2, b"3": 1} == played.confirmed
+    assert {0, 1, 2} == set(played.retries)
+    assert not played.waiting
+    assert [] == played.complaints
+
+
+@given(stories())
+def test_a_story_can_be_written_down_and_played_again(story):
+    """As Python, in a report, to be pasted into a test."""
+    names = {**vars(words), "MessageResult": MessageResult}
+    assert story == eval(str(story), names)  # noqa: S307  -- our own words
+
+
+@given(stories(faults=(), max_messages=3))
+def test_stories_without_faults(story):
+    """They are drawn as wanted."""
+    assert () == story.faults
+    assert len(story.answers) <= 3
+
+
+async def test_a_transport_that_loses_settlements_is_found_out(monkeypatch):
+    """What was acked comes back, once the session is over."""
+
+    async def lost(*_):
+        pass
+
+    monkeypatch.setattr(MemorySession, "settle", lost)
+    story = replace(TWO, stop_at=10.0)
+    with pytest.raises(StoryBroken, match="nothing that was acked comes back"):
+        judge(story, await play(story, MemoryScene(BatchBroker())))
+
+
+# -- watching ---------------------------------------------------------------------
+
+
+@pytest.fixture
+async def script():
+    """A transport that does as it is told."""
+    return ScriptedTransport()
+
+
+@pytest.fixture
+async def watch(script):
+    """The same, watched."""
+    return WatchedTransport(script)
+
+
+def subscription(prefetch=0):
+    """To anything."""
+    return Subscription(queue="jobs", prefetch=prefetch, consumer_tag="me")
+
+
+@pytest.mark.parametrize("tags", [(1, 1), (1, 3)])
+async def test_a_tag_that_is_settled_twice_or_never_came_is_a_complaint(script, watch, tags):
+    """Whatever the session itself says of it."""
+    async with watch.session(subscription()) as session:
+        script.last.feed(b"a", b"b")
+        await anext(aiter(session))
+        await session.settle([Settlement(Disposition.ACK, tags)])
+    assert [f"tag {tags[1]} was settled twice, or never came"] == watch.complaints
+    assert {b"a": 1} == watch.told[Disposition.ACK]
+
+
+async def test_more_than_prefetch_allows_is_a_complaint(script, watch):
+    """What is settled does not count."""
+    async with watch.session(subscription(prefetch=2)) as session:
+        chunks = aiter(session)
+        script.last.feed(b"a", b"b")
+        await anext(chunks)
+        await session.settle([Settlement(Disposition.RETURN, (1,))])
+        script.last.feed(b"c")
+        await anext(chunks)
+        assert ([], 2) == (watch.complaints, watch.open)
+        script.last.feed(b"d")
+        await anext(chunks)
+        assert ["more than 2 messages were handed out"] == watch.complaints
+    assert 0 == watch.open
+
+
+async def test_tags_that_go_backwards_are_a_complaint(script, watch):
+    """They count up, in each session."""
+    async with watch.session(subscription()) as session:
+        session.deliver([make_message(b"a", delivery_tag=2), make_message(b"b", delivery_tag=2)])
+    assert ["tag 2 came out of order"] == watch.complaints
+
+
+async def test_only_confirmed_copies_count(script, watch):
+    """In the order in which they were published."""
+    script.outcomes = [Outcome.CONFIRMED, Outcome.UNKNOWN, Outcome.RETURNED, Outcome.REFUSED]
+    async with watch.publisher() as publisher:
+        assert publisher.is_open
+        await publisher.publish([Publication(body) for body in (b"a", b"b", b"c", b"d")])
+    assert {b"a": 1} == watch.confirmed
+
+
+async def test_a_watched_transport_offers_what_it_has(script, watch, monkeypatch):
+    """A version and a pump are there if they are there without it."""
+
+    async def pump(session, sink):
+        async for chunk in session:
+            sink(chunk)
+
+    assert watch.broker_version is None
+    async with watch.session(subscription()) as session:
+        assert not isinstance(session, PumpingSession)
+
+    monkeypatch.setattr(MemorySession, "pump", pump, raising=False)
+    broker = BatchBroker("4.0")
+    watch = WatchedTransport(broker.transport)
+    await watch.declare(Topology(queues=(Queue("jobs"),)))
+    assert (4, 0) == watch.broker_version[:2]
+    broker.publish(b"a", routing_key="jobs")
+    async with watch.session(subscription()) as session:
+        assert isinstance(session, PumpingSession)
+        await session.cancel()
+        came = []
+        await session.pump(came.extend)
+        assert ([b"a"], 1) == ([message.body for message in came], watch.open)
