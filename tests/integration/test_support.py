@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import aio_pika
 import pytest
 
+from aio_pika_batch.testing.rabbitmq import find as shipped
 from tests.support import find, postgres
 from tests.support.fetch import sources
 from tests.support.ports import LOCALHOST, free_port, greeting
@@ -144,8 +145,8 @@ def test_where_there_is_no_broker_the_message_says_what_helps(
     """It names what was tried and what would do."""
     for variable in (find.URL, find.SERVER):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(find, "installed", lambda: None)
-    monkeypatch.setattr(find, "_docker_answers", lambda: False)
+    monkeypatch.setattr(shipped, "installed", lambda: None)
+    monkeypatch.setattr(shipped, "_docker_answers", lambda: False)
     monkeypatch.setattr(find, "_install_commands", lambda: None)
     with pytest.raises(find.NoBrokerError, match=r"(?s)Tried.*Any of these will do"):
         find.choose()
@@ -189,8 +190,8 @@ def test_only_a_build_machine_installs_a_broker_rather_than_use_docker(
     for variable in (find.URL, find.SERVER):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("CI", ci)
-    monkeypatch.setattr(find, "installed", lambda: None)
-    monkeypatch.setattr(find, "_docker_answers", lambda: True)
+    monkeypatch.setattr(shipped, "installed", lambda: None)
+    monkeypatch.setattr(shipped, "_docker_answers", lambda: True)
     monkeypatch.setattr(find, "_install_commands", lambda: [["true"]])
     assert first in find.choose().how
 

@@ -1,90 +1,38 @@
 """Which broker do the integration tests run on?
 
-The first of these that there is:
-
-1. the one that ``AIO_PIKA_BATCH_TEST_URL`` names;
-2. a private node of the ``rabbitmq-server`` that ``AIO_PIKA_BATCH_TEST_SERVER`` names;
-3. a private node of the ``rabbitmq-server`` installed on this machine;
-4. a container, where a Docker daemon answers;
-5. a private node of the ``rabbitmq-server`` that this machine's package manager can install.
+The first of these that there is: one that is named or installed, a container, as for users' tests
+(`aio_pika_batch.testing.rabbitmq.find`); and a private node of the ``rabbitmq-server`` that this
+machine's package manager can install.
 
 On a build machine, where ``CI`` is set, the last two change places: nobody minds what is installed
 there, and only a node of our own can be hurt by the tests that are about that.
 
-What was asked for by name is used or the run fails. There is no "none": tests that are skipped
-because no broker was found look just like tests that passed.
+There is no "none": tests that are skipped because no broker was found look just like tests that
+passed.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
+from aio_pika_batch.testing.rabbitmq import find as shipped
+from aio_pika_batch.testing.rabbitmq.find import SERVER, URL, Broker, NoBrokerError, Way
 from tests.support.packages import InstallError, install, install_commands
-from tests.support.ports import greeting
-from tests.support.rabbitmq import RabbitMQ
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+    from pathlib import Path
 
-URL = "AIO_PIKA_BATCH_TEST_URL"
-SERVER = "AIO_PIKA_BATCH_TEST_SERVER"
-
-_IMAGE = "rabbitmq:4"
-_AMQP = 5672
-_PLACES = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
-# Debian's and Fedora's own command changes user; the script that it calls does not.
-_UNWRAPPED = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
-
-
-class NoBrokerError(Exception):
-    """No broker could be had; the message says what was tried, and what would help."""
-
-
-@dataclass(frozen=True)
-class Broker:
-    """A broker that answers.
-
-    Attributes:
-        url: Where it is.
-        version: What it calls itself, such as ``"4.0.5"``.
-        node: How to kill, pause and administer it, if the tests have started it themselves.
-    """
-
-    url: str
-    version: str
-    node: RabbitMQ | None = None
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way to a broker, which costs nothing before it is taken.
-
-    Attributes:
-        how: The way in words, for the head of the report.
-        has_node: Whether the broker will be a node of our own, which tests may kill.
-        take: Starts the broker, given a folder for what it writes.
-    """
-
-    how: str
-    has_node: bool
-    take: Callable[[Path], AbstractContextManager[Broker]]
+__all__ = ["SERVER", "URL", "Broker", "NoBrokerError", "Way", "choose"]
 
 
 def choose() -> Way:
     """Return the best way to a broker; raise ``NoBrokerError`` if there is none."""
-    if url := os.environ.get(URL):
-        return Way(f"the broker that {URL} names", False, lambda _: _named(url))
-    if named := os.environ.get(SERVER):
-        return Way(f"a private node of {named}", True, lambda folder: _node(Path(named), folder))
-    if server := installed():
-        return Way(f"a private node of {server}", True, lambda folder: _node(server, folder))
-    last_resorts = [_by_docker, _by_installing]
+    if way := shipped.on_this_machine():
+        return way
+    last_resorts = [shipped.by_docker, _by_installing]
     if os.environ.get("CI"):
         last_resorts.reverse()
     for resort in last_resorts:
@@ -92,30 +40,10 @@ def choose() -> Way:
             return way
     raise NoBrokerError(
         f"""There is no RabbitMQ to test on. Tried, in this order:
-  - {URL} and {SERVER}: not set
-  - a rabbitmq-server on PATH, in {", ".join(_PLACES)} or {_UNWRAPPED.parent}: none
-  - Docker: no daemon answers
+{shipped.TRIED}
   - a package manager: no brew, and no apt-get or dnf with the right to install
-Any of these will do:
-  - install one:   apt-get install --no-install-recommends rabbitmq-server
-  - name yours:    {URL}=amqp://guest:guest@localhost:5672/
-  - start Docker"""
+{shipped.HELP}"""
     )
-
-
-def installed() -> Path | None:
-    """Return the start script of the RabbitMQ installed on this machine."""
-    if _UNWRAPPED.exists():
-        return _UNWRAPPED
-    path = os.pathsep.join([os.environ.get("PATH", ""), *_PLACES])
-    found = shutil.which("rabbitmq-server", path=path)
-    return Path(found).resolve() if found else None
-
-
-def _by_docker() -> Way | None:
-    if not _docker_answers():
-        return None
-    return Way(f"a container of {_IMAGE}", False, lambda _: _container())
 
 
 def _by_installing() -> Way | None:
@@ -127,59 +55,16 @@ def _by_installing() -> Way | None:
 
 
 @contextmanager
-def _named(url: str) -> Iterator[Broker]:
-    parts = urlsplit(url)
-    if parts.scheme != "amqp":
-        raise NoBrokerError(f"{URL} must be an amqp:// URL, and is {parts.scheme}://")
-    version = greeting(parts.hostname or "localhost", parts.port or _AMQP)
-    if version is None:
-        raise NoBrokerError(f"{URL} is set, but no broker answers at {parts.hostname}:{parts.port}")
-    yield Broker(url, version)
-
-
-@contextmanager
-def _node(server: Path, folder: Path) -> Iterator[Broker]:
-    with RabbitMQ(server, folder) as node:
-        yield Broker(node.url, node.version, node)
-
-
-@contextmanager
-def _container() -> Iterator[Broker]:
-    from testcontainers.community.rabbitmq import RabbitMqContainer
-
-    with RabbitMqContainer(_IMAGE) as container:
-        host, port = container.get_container_host_ip(), int(container.get_exposed_port(_AMQP))
-        version = greeting(host, port)
-        if version is None:
-            raise NoBrokerError(f"the container of {_IMAGE} runs, but no broker answers in it")
-        yield Broker(f"amqp://guest:guest@{host}:{port}/", version)
-
-
-@contextmanager
 def _install(commands: list[list[str]], folder: Path) -> Iterator[Broker]:
     try:
         install(commands)
     except InstallError as error:
         raise NoBrokerError(str(error)) from error
-    server = installed()
+    server = shipped.installed()
     if server is None:
         raise NoBrokerError(f"`{' '.join(commands[-1])}` went well, but brought no rabbitmq-server")
-    with _node(server, folder) as broker:
+    with shipped.node(server, folder) as broker:
         yield broker
-
-
-def _docker_answers() -> bool:
-    """Tell whether a daemon is there: a ``docker`` command on PATH would prove nothing."""
-    try:
-        import docker
-
-        client = docker.from_env(timeout=2)
-        try:
-            return bool(client.ping())
-        finally:
-            client.close()
-    except Exception:  # noqa: BLE001  # whatever went wrong, there is no Docker to be used
-        return False
 
 
 def _install_commands() -> list[list[str]] | None:

@@ -1,56 +1,7 @@
-"""Which ports are free, and does a broker answer there yet?
-
-Ports are picked below the range from which the kernel serves outgoing connections: a node that was
-killed must find its port free when it comes back.
-"""
+"""Which ports are free, and does a broker answer there yet? What is shipped knows."""
 
 from __future__ import annotations
 
-import random
-import socket
+from aio_pika_batch.testing.rabbitmq.ports import LOCALHOST, free_port, greeting
 
-from pamqp import commands, frame
-from pamqp.exceptions import UnmarshalingException
-
-LOCALHOST = "127.0.0.1"
-_PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"
-
-
-def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody listens on."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((LOCALHOST, port))
-            except OSError:
-                continue
-        return port
-
-
-def greeting(host: str, port: int, *, timeout: float = 2) -> str | None:
-    """Say hello in AMQP, and return the version that the broker tells, or None if none answers.
-
-    A port that only accepts connections is no broker yet: ``connection.start`` must come back.
-    """
-    try:
-        with socket.create_connection((host, port), timeout=timeout) as conversation:
-            conversation.sendall(_PROTOCOL_HEADER)
-            return _version(conversation)
-    except OSError:
-        return None
-
-
-def _version(conversation: socket.socket) -> str | None:
-    received = b""
-    while chunk := conversation.recv(4096):
-        received += chunk
-        try:
-            _, _, start = frame.unmarshal(received)
-        except UnmarshalingException:
-            continue  # not whole yet
-        if isinstance(start, commands.Connection.Start):
-            return str(start.server_properties["version"])
-        break
-    return None
+__all__ = ["LOCALHOST", "free_port", "greeting"]

@@ -18,6 +18,8 @@ MODULE = "aio_pika_batch.testing.plugin"
 
 __all__ = ["batch_broker", "batch_broker_version"]
 
+pytest_plugins = "pytester"
+
 STORY = """
 import pytest
 
@@ -65,6 +67,30 @@ def test_a_test_gets_a_broker_without_any_other_plugin(tmp_path):
 async def test_each_test_has_a_broker_of_its_own(batch_broker):
     """The newest that is imitated."""
     assert ("4.3", []) == (batch_broker.broker.dialect.version, batch_broker.broker.queues)
+
+
+NEEDY = """
+def test_needs_a_broker(batch_rabbitmq):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("optional", "outcome"), [("", {"errors": 1}), ("1", {"skipped": 1})], ids=["fails", "skipped"]
+)
+def test_where_there_is_no_rabbitmq_a_test_fails_unless_it_is_optional(
+    pytester, monkeypatch, optional, outcome
+):
+    """Skipped or failed, it says what there is not, and what helps."""
+    monkeypatch.setenv("AIO_PIKA_BATCH_TEST_URL", "amqp://localhost:1/")
+    monkeypatch.setenv("AIO_PIKA_BATCH_TEST_OPTIONAL", optional)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    pytester.makepyfile(NEEDY)
+
+    ran = pytester.runpytest_subprocess("-p", MODULE, "-p", "no:cacheprovider", "-rs")
+
+    ran.assert_outcomes(**outcome)
+    ran.stdout.fnmatch_lines(["*AIO_PIKA_BATCH_TEST_URL is set, but no broker answers*"])
 
 
 def test_it_is_found_by_its_entry_point():

@@ -201,27 +201,19 @@ async def play(story: Story, scene: Scene) -> Played:
                 await asyncio.sleep(story.restart_after * scene.pace)
                 await consumer.start()
     if story.ends:
-        concluded = _Concluded(story, played, watch)
-        await scene.come_to_rest(concluded)
+
+        def done() -> bool:
+            """Everything has come, and nothing is left in anybody's hands."""
+            come = all(played.seen[body] for body in story.bodies)
+            return consumer.is_healthy and come and not watch.open
+
+        await scene.come_to_rest(done)
         played.is_healthy = consumer.is_healthy
         await consumer.stop()
     if consumer.is_running:
         played.complaints.append("the consumer runs although it was stopped")
     await scene.look(played)
     return played
-
-
-class _Concluded:
-    """Is the consumer done with everything, as far as it can tell?"""
-
-    def __init__(self, story: Story, played: Played, watch: WatchedTransport) -> None:
-        self._bodies = story.bodies
-        self._played = played
-        self._watch = watch
-
-    def __call__(self) -> bool:
-        """Everything has come, and nothing of it is left in anybody's hands."""
-        return not self._watch.open and all(self._played.seen[body] for body in self._bodies)
 
 
 async def _publish(story: Story, scene: Scene) -> None:
