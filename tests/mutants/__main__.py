@@ -1,7 +1,8 @@
 """Run the tests against each mutant: ``python -m tests.mutants [WORD …]``, run by `nox -s mutants`.
 
 A mutant that no test kills is a failure, and so is one that is out of date. With words, only
-mutants whose file or trap has one of them are run.
+mutants whose file or trap has one of them are run. Those that need no broker come first, and two
+are tried at a time.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
-from tests.mutants.table import TABLE, Mutant
+from tests.mutants.mutant import Mutant
+from tests.mutants.table import TABLE
 from tests.support.find import choose
 
 _ROOT = Path(__file__).parents[2]
 _SOURCE = _ROOT / "src"
+_OPTIONS = ("-p", "no:cacheprovider", "--hypothesis-profile=mutants")
+_AT_ONCE = 2
 _FAILED = 1  # pytest's exit code for "some tests failed"
 
 
@@ -37,10 +43,12 @@ def main(words: Sequence[str]) -> int:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             broker = stack.enter_context(choose().take(folder))
             environment["AIO_PIKA_BATCH_TEST_URL"] = broker.url
-        for mutant in wanted:
-            verdict = _try(mutant, environment)
-            survivors += verdict != "killed"
-            print(f"{verdict:12} {mutant.file}: {mutant.trap}", flush=True)
+        wanted.sort(key=lambda mutant: mutant.needs_broker)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            verdicts = pool.map(partial(_try, environment=environment), wanted)
+            for mutant, verdict in zip(wanted, verdicts, strict=True):
+                survivors += verdict != "killed"
+                print(f"{verdict:12} {mutant.file}: {mutant.trap}", flush=True)
     print(f"\n{len(wanted) - survivors} killed, {survivors} not")
     return survivors
 
@@ -55,7 +63,7 @@ def _try(mutant: Mutant, environment: Mapping[str, str]) -> str:
             return "OUT OF DATE"
         file.write_text(text.replace(mutant.was, mutant.becomes))
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests],
+            [sys.executable, "-m", "pytest", "-q", "-x", *_OPTIONS, *mutant.tests],
             cwd=_ROOT,
             env={**environment, "PYTHONPATH": str(source)},
             stdout=subprocess.PIPE,

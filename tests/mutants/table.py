@@ -6,30 +6,8 @@ must stand in its file exactly once, so that an entry that is out of date is fou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True)
-class Mutant:
-    """One change for the worse.
-
-    Attributes:
-        trap: What happens then, in a sentence.
-        file: Below `src/aio_pika_batch`.
-        tests: What pytest is to run, at least one of which must fail.
-    """
-
-    trap: str
-    file: str
-    was: str
-    becomes: str
-    tests: tuple[str, ...]
-
-    @property
-    def needs_broker(self) -> bool:
-        """Whether one of its tests does."""
-        return any("integration" in each for each in self.tests)
-
+from tests.mutants.flow import FLOW
+from tests.mutants.mutant import Mutant
 
 _UNIT = "tests/unit/adapters/aio_pika"
 _SESSION = "tests/integration/test_aio_pika_session.py"
@@ -331,4 +309,4 @@ SECURITY = (
     ),
 )
 
-TABLE = (*WIRE, *SECURITY)
+TABLE = (*FLOW, *WIRE, *SECURITY)

@@ -38,10 +38,12 @@ from aio_pika_batch.adapters import memory
 from aio_pika_batch.core.publication import Publication
 from aio_pika_batch.registry import open_transport
 from aio_pika_batch.testing import BatchBroker, virtual_time
+from aio_pika_batch.testing.rabbitmq.find import Broker as Found
+from aio_pika_batch.testing.rabbitmq.fixture import BatchRabbitMQ
 from aio_pika_batch.transport import Endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE_PAGES = sorted(ROOT.glob("examples/**/README.md"))
@@ -142,7 +144,11 @@ def obey(block: Block, directive: str, named: dict[str, str]) -> None:
             pytest.fail(f"{block}: {directive!r} is no directive")
 
 
-FIXTURES = {"batch_broker": BatchBroker}
+FIXTURES: dict[str, Callable[[], object]] = {
+    "batch_broker": BatchBroker,
+    # Its calls go through the port, so that they reach the broker of these URLs, too.
+    "batch_rabbitmq": lambda: BatchRabbitMQ(Found(URL, "4.3")),
+}
 """What a test on a page may ask for, as pytest would give it."""
 
 ORDINARY_HANDLERS = (signal.SIG_DFL, signal.default_int_handler, signal.SIG_IGN)
@@ -326,6 +332,8 @@ def known_names() -> set[str]:
         virtual_time,
         importlib.import_module("aio_pika_batch.testing"),
         importlib.import_module("aio_pika_batch.testing.plugin"),
+        importlib.import_module("aio_pika_batch.testing.rabbitmq.fixture"),
+        importlib.import_module("aio_pika_batch.testing.stories"),
         importlib.import_module("aio_pika_batch.testing.strategies"),
         importlib.import_module("aio_pika_batch.observer"),
         importlib.import_module("aio_pika_batch.testing.contract"),

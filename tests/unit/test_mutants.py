@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants.table import TABLE, Mutant
+from tests.mutants.mutant import Mutant
+from tests.mutants.table import TABLE
 
 _ROOT = Path(__file__).parents[2]
 

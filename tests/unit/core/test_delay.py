@@ -242,6 +242,7 @@ def test_a_copy_that_waits_goes_to_its_wait_queue(message, delay):
 
 
 @given(messages(of=sound_properties))
+@example(a_message(headers={"x-death": [{"queue": "jobs", "reason": "rejected"}]}))
 def test_only_its_expiration_and_a_few_headers_change(message):
     """The expiration moves into a header; x-death and the broker's counts are left behind."""
     copy = waiting_copy(message)

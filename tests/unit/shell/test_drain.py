@@ -44,6 +44,22 @@ async def stopped_after(seconds, consumer):
         consumer.took = now() - began
 
 
+async def test_what_is_on_its_way_when_the_cancel_is_confirmed_is_taken():
+    """Left alone, it would come back as redelivered."""
+    script = ScriptedTransport()
+
+    async with Scribe(transport=script, batch_timeout=60) as consumer:
+        session, end = script.last, script.last.end
+
+        def land():
+            session.feed(b"late")
+            end()
+
+        session.end = lambda: asyncio.get_running_loop().call_later(0.5, land)
+    assert [b"late"] == consumer.handled
+    assert [[("ack", (1,))]] == script.details("settle")
+
+
 async def test_the_order_of_a_drain():
     """Cancel, handlers, confirms, settle, return, close the session, `on_stop`, publishers."""
     script = ScriptedTransport()

@@ -186,6 +186,21 @@ async def test_a_copy_whose_session_is_gone_is_not_tried_again(jitter):
     assert [] == script.sessions[0].settlements
 
 
+async def test_a_copy_that_is_refused_after_its_session_was_lost_is_not_held(jitter):
+    """Nor tried again: its original is delivered again."""
+    script = ScriptedTransport()
+    script.outcomes = [Outcome.REFUSED] * 100
+    script.on_publish = lambda _: asyncio.sleep(3)
+    async with Scribe(answering(REQUEUE), transport=script, batch_size=1) as consumer:
+        script.last.feed(b"0")
+        await asyncio.sleep(1)
+        script.last.end()
+        await asyncio.sleep(100)
+        assert 1 == len(script.times("publish"))
+        assert 0 == consumer.status().workers[0].held
+    assert [[], []] == [session.settlements for session in script.sessions]
+
+
 async def test_a_lost_session_forgets_what_it_held(jitter):
     """Also in what is told about it while there is no other."""
     script = ScriptedTransport()

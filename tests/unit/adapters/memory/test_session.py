@@ -136,15 +136,18 @@ async def test_a_tag_is_settled_once_and_only_if_it_was_delivered(
 ):
     """Otherwise nothing at all is sent."""
     async with consuming(transport) as session:
+        chunks = aiter(session)
         put(memory, b"1", b"2")
-        await anext(aiter(session))
+        await anext(chunks)
         with pytest.raises(SettlementError):
             await session.settle(settled(Disposition.ACK, 2, *tags))
         assert len(memory.unacked("q")) == 2
         await session.settle(settled(Disposition.ACK, 1, 2))
+        put(memory, b"3")
+        await anext(chunks)
         with pytest.raises(SettlementError, match="settled already"):
             await session.settle(settled(Disposition.ACK, 2))
-        assert memory.unacked("q") == []
+        assert [message.body for message in memory.unacked("q")] == [b"3"]
 
 
 async def test_what_was_not_handed_out_cannot_be_settled(
