@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import Counter
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import aio_pika
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from aio_pika.abc import AbstractConnection
 
 PACE = 0.1
-AT_ONCE = 16
+AT_ONCE = 24
 _ALIKE = 6
 KINDS = set(FaultKind) - {FaultKind.CANCEL}
 """All but what a broker does only to a queue that is deleted, and then what was in it is gone."""
@@ -55,6 +55,7 @@ class RabbitScene:
         self._proxy = proxy
         self._connection = connection
         self._door = asyncio.Lock()
+        self._restless: str | None = None
         self._dead = f"{self.queue}.dead"
         self._full = f"{self.queue}.full"
 
@@ -126,15 +127,21 @@ class RabbitScene:
 
     async def come_to_rest(self, done: Callable[[], bool]) -> None:
         """Until nothing stirs; what has been handed out and not been seen yet may still be under
-        way, so nothing must have stirred for a while. Whatever else is then wrong is judged.
+        way, so nothing must have stirred for a while.
         """
         quiet = 0
-        with suppress(TimeoutError):
+        try:
             async with asyncio.timeout(PATIENCE):
                 while quiet < 4:
-                    waiting = await self._count(WAIT_SUFFIX) + await self._count()
-                    quiet = quiet + 1 if done() and not waiting else 0
+                    waits, ready = await self._count(WAIT_SUFFIX), await self._count()
+                    is_done = done()
+                    quiet = 0 if waits or ready or not is_done else quiet + 1
                     await asyncio.sleep(0.1)
+        except TimeoutError:
+            self._restless = (
+                f"no rest: {waits} wait for a retry, {ready} are ready,"
+                f" and the consumer is {'' if is_done else 'not '}done"
+            )
 
     async def _count(self, suffix: str = "") -> int:
         # Declared anew: asking for a queue that is not there would cost the channel.
@@ -157,6 +164,8 @@ class RabbitScene:
                 quiet = 0 if taken or waits else quiet + 1
                 await asyncio.sleep(0.1)
         await self._take(self._dead, played.dead)
+        if self._restless is not None:
+            played.complaints.append(self._restless)
         if self._proxy.connections:
             await until(lambda: not self._proxy.connections, what="all connections are closed")
 
