@@ -19,10 +19,10 @@ from hypothesis import Phase, given, settings
 
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
 from aio_pika_batch.testing.stories import FaultKind, Played, Story, StoryBroken, judge, play
-from aio_pika_batch.testing.stories.story import WAIT_SUFFIX
+from aio_pika_batch.testing.stories.story import LATER, WAIT_SUFFIX
 from aio_pika_batch.testing.strategies import stories
 from aio_pika_batch.transport import Endpoint, Wire
-from tests.integration.helpers import PATIENCE, until
+from tests.integration.helpers import PATIENCE, ready, until
 from tests.stories import REAL_STORIES
 from tests.support.proxy import TcpProxy
 
@@ -45,8 +45,16 @@ class RabbitScene:
     keeps_place = True
 
     def __init__(
-        self, url: str, proxy: TcpProxy, connection: AbstractConnection, wire: Wire
+        self,
+        url: str,
+        proxy: TcpProxy,
+        connection: AbstractConnection,
+        wire: Wire,
+        *,
+        waits: bool,
     ) -> None:
+        self._url = url
+        self._waits = waits
         self.queue = f"story-{uuid.uuid4().hex[:12]}"
         self.dead_letter_exchange = f"{self.queue}.dlx"
         self.transport = AioPikaTransport(
@@ -71,12 +79,11 @@ class RabbitScene:
 
     async def close(self) -> None:
         """Clear it away."""
-        channel = await self._connection.channel()
+        channel = self._channel
         for queue in (self.queue, f"{self.queue}{WAIT_SUFFIX}", self._dead, self._full):
             await channel.queue_delete(queue)
         await channel.exchange_delete(self.dead_letter_exchange)
         await channel.close()
-        await self._channel.close()
 
     async def _bind(self, queue: str) -> None:
         await (await self._channel.get_queue(queue, ensure=False)).bind(self.dead_letter_exchange)
@@ -133,26 +140,23 @@ class RabbitScene:
         try:
             async with asyncio.timeout(PATIENCE):
                 while quiet < 4:
-                    waits, ready = await self._count(WAIT_SUFFIX), await self._count()
-                    is_done = done()
-                    quiet = 0 if waits or ready or not is_done else quiet + 1
+                    is_quiet = done() and not await self._ready() and not await self._waiting()
+                    quiet = quiet + 1 if is_quiet else 0
                     await asyncio.sleep(0.1)
         except TimeoutError:
             self._restless = (
-                f"no rest: {waits} wait for a retry, {ready} are ready,"
-                f" and the consumer is {'' if is_done else 'not '}done"
+                f"no rest: {await self._waiting()} wait for a retry, {await self._ready()} are"
+                f" ready, and the consumer is {'' if done() else 'not '}done"
             )
 
-    async def _count(self, suffix: str = "") -> int:
-        # Declared anew: asking for a queue that is not there would cost the channel.
-        channel = await self._connection.channel()
-        try:
-            found = await channel.get_queue(f"{self.queue}{suffix}")
-        except aio_pika.exceptions.ChannelNotFoundEntity:
-            return 0
-        count = found.declaration_result.message_count or 0
-        await channel.close()
-        return count
+    async def _waiting(self) -> int:
+        """How many wait for another attempt."""
+        # On a connection of its own: as long as there is no such queue, the question costs it.
+        return max(0, await ready(self._url, f"{self.queue}{WAIT_SUFFIX}")) if self._waits else 0
+
+    async def _ready(self) -> int:
+        found = await self._channel.get_queue(self.queue)
+        return found.declaration_result.message_count or 0
 
     async def look(self, played: Played) -> None:
         """Take out what is there. What waits for another attempt is let come back first."""
@@ -160,8 +164,7 @@ class RabbitScene:
         async with asyncio.timeout(PATIENCE):
             while quiet < 3:
                 taken = await self._take(self.queue, played.waiting)
-                waits = await self._count(WAIT_SUFFIX)
-                quiet = 0 if taken or waits else quiet + 1
+                quiet = 0 if taken or await self._waiting() else quiet + 1
                 await asyncio.sleep(0.1)
         await self._take(self._dead, played.dead)
         if self._restless is not None:
@@ -180,12 +183,13 @@ class RabbitScene:
 
 @asynccontextmanager
 async def staged(
-    url: str, connection: AbstractConnection, wire: Wire
+    url: str, connection: AbstractConnection, wire: Wire, story: Story
 ) -> AsyncIterator[RabbitScene]:
     """A scene."""
     where = aio_pika.connection.make_url(url)
     async with TcpProxy(where.host or "localhost", where.port or 5672) as proxy:
-        scene = RabbitScene(url, proxy, connection, wire)
+        waits = any(LATER in each for each in story.answers)
+        scene = RabbitScene(url, proxy, connection, wire, waits=waits)
         await scene.open()
         try:
             yield scene
@@ -216,7 +220,7 @@ async def test_stories(amqp_url: str) -> None:
 
     async def tell(number: int, story: Story) -> None:
         wire: Wire = "plain" if number % 2 else "fast"
-        async with room, staged(amqp_url, connection, wire) as scene:
+        async with room, staged(amqp_url, connection, wire, story) as scene:
             try:
                 judge(story, await play(story, scene))
             except StoryBroken as error:

@@ -204,8 +204,7 @@ async def play(story: Story, scene: Scene) -> Played:
 
         def done() -> bool:
             """Everything has come, and nothing is left in anybody's hands."""
-            come = all(played.seen[body] for body in story.bodies)
-            return consumer.is_healthy and come and not watch.open
+            return consumer.is_healthy and watch.came >= set(story.bodies) and not watch.open
 
         await scene.come_to_rest(done)
         played.is_healthy = consumer.is_healthy

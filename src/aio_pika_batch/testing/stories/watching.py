@@ -26,6 +26,7 @@ class WatchedTransport:
     """A transport that notes what goes through it, by bodies, and changes nothing.
 
     Attributes:
+        came: What was handed out, ever.
         told: How often the broker was told what, for each message.
         confirmed: How many copies of each message are confirmed.
         complaints: What must not happen at the port, in words.
@@ -34,6 +35,7 @@ class WatchedTransport:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._sessions: set[_Watched] = set()
+        self.came: set[bytes] = set()
         self.told: dict[Disposition, Counter[bytes]] = {each: Counter() for each in Disposition}
         self.confirmed: Counter[bytes] = Counter()
         self.complaints: list[str] = []
@@ -101,6 +103,7 @@ class _Watched:
                 self._watch.complaints.append(f"tag {message.delivery_tag} came out of order")
             self._last = message.delivery_tag
             self.bodies[message.delivery_tag] = message.body
+            self._watch.came.add(message.body)
         if self._prefetch and len(self.bodies) > self._prefetch:
             self._watch.complaints.append(f"more than {self._prefetch} messages were handed out")
 
