@@ -1,4 +1,4 @@
-"""Which cures of the core, of the shell and of the broker in memory would the tests miss?
+"""Which cures of the core, of the shell and of the adapters would the tests miss?
 
 Each is killed by unit tests alone.
 """
@@ -11,6 +11,8 @@ _CORE = "tests/unit/core"
 _SHELL = "tests/unit/shell"
 _STORIES = f"{_SHELL}/test_stories.py"
 _MEMORY = "tests/unit/adapters/memory"
+_AIO_PIKA = "tests/unit/adapters/aio_pika"
+_WIRE = "adapters/aio_pika"
 
 CORE = (
     Mutant(
@@ -515,4 +517,42 @@ MEMORY = (
     ),
 )
 
-FLOW = (*CORE, *SHELL, *MEMORY)
+AROUND_THE_WIRE = (
+    Mutant(
+        "An address shows its password to whoever prints it.",
+        f"{_WIRE}/urls.py",
+        'password: str = field(default="guest", repr=False)',
+        'password: str = field(default="guest")',
+        (f"{_AIO_PIKA}/test_urls.py",),
+    ),
+    Mutant(
+        "A password that is written without its %2F is taken for a host, and told in an error.",
+        f"{_WIRE}/urls.py",
+        '    if "@" in behind and "@" not in authority:\n',
+        "    if False:\n",
+        (f"{_AIO_PIKA}/test_urls.py",),
+    ),
+    Mutant(
+        "A broker that is about to stop is taken for one that refuses us: the start ends.",
+        f"{_WIRE}/refusals.py",
+        "    if any(word in text for word in _PASSING) or code not in {\n",
+        "    if code not in {\n",
+        (f"{_AIO_PIKA}/test_refusals.py",),
+    ),
+    Mutant(
+        "What was taken of the library's deliveries is kept for ever.",
+        f"{_WIRE}/guard.py",
+        "return self._kept.pop(tag, None)",
+        "return self._kept.get(tag)",
+        (f"{_AIO_PIKA}/test_guard.py",),
+    ),
+    Mutant(
+        "A frame that was cut tells its old size: the library reads into the next one.",
+        f"{_WIRE}/guard.py",
+        "            return _resized(frame[:_PROPERTIES_AT] + _NO_PROPERTIES)\n",
+        "            return frame[:_PROPERTIES_AT] + _NO_PROPERTIES\n",
+        (f"{_AIO_PIKA}/test_guard.py",),
+    ),
+)
+
+FLOW = (*CORE, *SHELL, *MEMORY, *AROUND_THE_WIRE)

@@ -3,7 +3,9 @@
 - :func:`process` hands messages to a handler, and tells what would become of them.
 - :class:`BatchBroker` is a RabbitMQ in memory; the fixture `batch_broker` is one.
 - `virtual_time` lets hours pass in no time, and names what hangs.
-- `strategies` draws messages and results, for hypothesis.
+- `strategies` draws messages, results and whole stories, for hypothesis.
+- `stories` plays these, in memory or on any broker, and judges what was seen.
+- The fixture `batch_rabbitmq` is a real RabbitMQ.
 """
 
 from typing import TYPE_CHECKING
