@@ -57,8 +57,9 @@ class RabbitScene:
         self._waits = waits
         self.queue = f"story-{uuid.uuid4().hex[:12]}"
         self.dead_letter_exchange = f"{self.queue}.dlx"
+        # Not at the pace of the story: on a busy machine a short one would be a fault of its own.
         self.transport = AioPikaTransport(
-            Endpoint(url=proxy.url(url), publish_timeout=10 * PACE, wire=wire)
+            Endpoint(url=proxy.url(url), publish_timeout=PATIENCE, wire=wire)
         )
         self._proxy = proxy
         self._connection = connection

@@ -28,6 +28,7 @@ LOST_AND_FOUND = Story(
 UNCONFIRMED = (Fault(1.0, FaultKind.UNCONFIRMED, 5.0),)
 AWAY = (Fault(0.0, FaultKind.AWAY, 40.0),)
 CUT = (Fault(0.6, FaultKind.CUT),)
+GIVEN_BACK = ((), (REQUEUE,), (REQUEUE_IMMEDIATE,), (), ())
 LATE = (Fault(0.0, FaultKind.LATE, 40.0),)
 
 
@@ -43,6 +44,7 @@ LATE = (Fault(0.0, FaultKind.LATE, 40.0),)
 @example(Story(answers=((RAISE,) * 2,) * 6, breaker=0.3, faults=CUT), "4.0")
 @example(Story(answers=((REQUEUE,) * 4,) * 12, faults=LATE, stop_at=1.0), "4.3")
 @example(Story(answers=((REQUEUE,) * 4,) * 9, quorum=True, stop_at=0.5, restart_after=0.0), "3.10")
+@example(Story(answers=GIVEN_BACK, size=1, attempts=0, breaker=0.3, quorum=True), "3.10")
 def test_stories(story, version):
     """Nothing lost, nothing acked for no reason, nothing beyond its limits, nothing left behind."""
     play_in_memory(story, version)

@@ -198,6 +198,16 @@ def test_faults_permit_what_at_least_once_permits(breaking):
     judge(HURT, played)
 
 
+@pytest.mark.parametrize("how", [{"stop_at": 9.0}, {"breaker": 0.5}])
+def test_what_is_given_back_to_a_quorum_queue_may_be_overtaken(how):
+    """It goes before what is new, and behind what was given back earlier."""
+    played = well()
+    overtaken(played)
+    judge(replace(TWO, quorum=True, **how), played)
+    with pytest.raises(StoryBroken, match="in the order of the queue"):
+        judge(replace(TWO, **how), played)
+
+
 def test_a_story_that_is_stopped_may_leave_something():
     """What was not handled yet."""
     played = well()

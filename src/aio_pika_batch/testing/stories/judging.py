@@ -132,7 +132,9 @@ def order_is_kept(story: Story, played: Played) -> object:
     """Without faults one handler is given the messages in the order of the queue."""
     gives_back = story.stop_at is not None or story.breaker is not None
     alone = story.workers == story.concurrency == 1
-    if story.faults or not alone or (gives_back and not played.keeps_place):
+    # A quorum queue delivers what was given back first, but in the order of giving it back.
+    keeps_place = played.keeps_place and not story.quorum
+    if story.faults or not alone or (gives_back and not keeps_place):
         return None
     first = list(dict.fromkeys(body for batch in played.batches for body in batch))
     return None if first == [body for body in story.bodies if body in first] else first
