@@ -211,6 +211,8 @@ class Crew:
         """Declare the topology; workers that want it at the same time share one attempt."""
         if self._declaring is None or self._declaring.done():
             self._declaring = asyncio.ensure_future(self._transport.declare(self._topology))
+            # Retrieved, for the case that whoever waited has been told to stop meanwhile.
+            self._declaring.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.shield(self._declaring)
 
     async def watch(self) -> None:

@@ -19,7 +19,7 @@ from aio_pika_batch import (
 from aio_pika_batch.adapters.memory import Door, Happened
 from aio_pika_batch.observer import Connected, Lost
 from tests.unit.shell.doubles import ScriptedTransport, at_once, never, raising
-from tests.unit.shell.stage import Scribe, Witness, numbered
+from tests.unit.shell.stage import Scribe, Witness, numbered, taking
 
 GONE = BrokerUnavailable("nobody answers")
 NO = AccessRefused("wrong password")
@@ -234,6 +234,23 @@ async def test_workers_that_come_back_at_once_declare_only_once():
     async with Scribe(transport=script, num_workers=4):
         assert 1 == len(script.times("declare"))
         assert 4 == len(script.times("open"))
+
+
+async def test_a_declaration_that_fails_while_a_stop_waits_is_nobodys_complaint(jitter):
+    """Nobody asks for it any more, and asyncio has nothing to say about it either."""
+    script = ScriptedTransport()
+
+    async def in_vain():
+        await asyncio.sleep(3)
+        raise BrokerUnavailable("away")
+
+    async with Scribe(taking(10), transport=script, batch_size=1):
+        script.last.feed(b"0")
+        await asyncio.sleep(1)
+        script.on_declare = in_vain
+        script.last.end()
+        await asyncio.sleep(2)
+    assert 2 == len(script.times("declare"))
 
 
 async def test_a_session_that_ends_by_itself_is_lost(jitter):
