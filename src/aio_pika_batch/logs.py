@@ -6,6 +6,7 @@ The library never configures a logger; `getLogger("aio_pika_batch")` is the root
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TypeAlias
 
@@ -19,11 +20,16 @@ _LONGEST = 4096
 """Characters of an exception's text in a line: who wrote it may have put a whole body into it."""
 
 
+TAKEN = frozenset({*logging.makeLogRecord({}).__dict__, "message", "asctime", "event"})
+"""Names that stand on a record anyway, or that we put there ourselves."""
+
+
 class KeywordLogger:
     """A logger that takes its context as keywords, as structlog's do.
 
-    The keywords are appended to the message as `key=value`, and stand on the record as attribute
-    `context`, for formatters that want them apart.
+    The keywords are appended to the message as `key=value`. For formatters that want them apart,
+    each stands on the record as an attribute, and the message without them as `event`; a keyword
+    that a record has a name for already gets an underscore behind it there.
     """
 
     __slots__ = ("_context", "_logger")
@@ -58,29 +64,28 @@ class KeywordLogger:
 
     def _log(self, level: int, event: str, exc_info: ExcInfo, context: dict[str, object]) -> None:
         if self._logger.isEnabledFor(level):
-            merged = {**self._context, **context}
-            words = " ".join(f"{key}={_text(value)}" for key, value in merged.items())
-            text = f"{event} [{words}]" if words else event
+            text, extra = written(event, {**self._context, **context})
             # The text is an argument, never a format: it may hold a percent sign.
-            self._logger.log(
-                level,
-                "%s",
-                text,
-                exc_info=exc_info,
-                extra={"event": event, "context": merged},
-                stacklevel=3,
-            )
+            self._logger.log(level, "%s", text, exc_info=exc_info, extra=extra, stacklevel=3)
+
+
+def written(event: str, context: Mapping[str, object]) -> tuple[str, dict[str, object]]:
+    """The text of a line, and what stands on its record besides."""
+    words = " ".join(f"{key}={in_words(value)}" for key, value in context.items())
+    apart = {f"{key}_" if key in TAKEN else key: value for key, value in context.items()}
+    return f"{event} [{words}]" if words else event, {"event": event, **apart}
 
 
 def told(error: BaseException) -> str:
     """An exception's class and text, on whatever terms its `__str__` is, cut where it is long."""
-    text = _text(error)
+    text = in_words(error)
     if len(text) > _LONGEST:
         text = f"{text[:_LONGEST]}… ({len(text)} characters)"
     return f"{type(error).__name__}: {text}"
 
 
-def _text(value: object) -> str:
+def in_words(value: object) -> str:
+    """A value's text, on whatever terms its `__str__` is."""
     try:
         return str(value)
     except Exception as broken:  # noqa: BLE001  -- somebody else's __str__ must not stop what is logged

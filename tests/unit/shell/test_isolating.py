@@ -256,7 +256,7 @@ async def test_observers_hear_of_every_run(stage, caplog):
     assert [(4, 2, True), (2, 2, True), (1, 2, False), (1, 2, True), (2, 2, False)] == handled
     said = [each for each in caplog.records if each.levelno >= logging.ERROR]
     assert ["messages=4", "messages=1"] == [
-        each.getMessage().partition("messages=")[1] + str(each.context["messages"]) for each in said
+        each.getMessage().partition("messages=")[1] + str(each.messages) for each in said
     ]
     assert "a part of a failed batch failed" in caplog.text
 

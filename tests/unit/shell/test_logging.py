@@ -35,7 +35,7 @@ def test_keywords_become_part_of_the_line(log, caplog):
     [record] = caplog.records
     assert "declared [queue=jobs exchange=staging]" == record.getMessage()
     assert "declared" == record.event
-    assert {"queue": "jobs", "exchange": "staging"} == record.context
+    assert ("jobs", "staging") == (record.queue, record.exchange)
     assert ("aio_pika_batch.test", __name__.rpartition(".")[2]) == (record.name, record.module)
 
 
@@ -45,6 +45,14 @@ def test_an_exception_is_told_in_a_line_that_ends():
     long = told(ValueError("b" * 10_000_000))
     assert long.endswith("b… (10000000 characters)")
     assert 5000 > len(long)
+
+
+def test_a_keyword_that_a_record_has_a_name_for_is_kept_apart(log, caplog):
+    """`logging` refuses to overwrite what is its own, so it is renamed."""
+    log.info("declared", name="x", args=1, message="y")
+    [record] = caplog.records
+    assert ("x", 1, "y") == (record.name_, record.args_, record.message_)
+    assert "declared" == record.event
 
 
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
@@ -135,9 +143,8 @@ async def test_a_life_in_a_few_lines(stage, caplog):
     ):
         pass
     assert ["consuming", "draining", "stopped"] == [record.event for record in caplog.records]
-    assert {"consumer": "Scribe", "queue": "jobs", "worker": 0, "epoch": 1} == (
-        caplog.records[0].context
-    )
+    first = caplog.records[0]
+    assert ("Scribe", "jobs", 0, 1) == (first.consumer, first.queue, first.worker, first.epoch)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,210 @@
+"""What does a process that was started on the command line log, and in which form?"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import sys
+import warnings
+
+import pytest
+import structlog
+
+from aio_pika_batch import ConfigurationError
+from aio_pika_batch.cli.logging import CLIENTS, configure_logging
+from aio_pika_batch.logs import KeywordLogger
+from tests.unit.shell.test_logging import Odd
+
+
+class Terminal(io.StringIO):
+    """Looks like one."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """Whatever a test configures is gone after it."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.handlers[:] = []  # pytest's own are not to be closed by us
+    structlog.reset_defaults()
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(capture=False)
+    structlog.reset_defaults()
+    for name in CLIENTS:
+        logging.getLogger(name).setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def log():
+    """The library's."""
+    return KeywordLogger(logging.getLogger("aio_pika_batch.test"), queue="jobs")
+
+
+def lines(stream):
+    """Each line that was written, read as JSON."""
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_json_has_the_event_and_each_keyword_as_a_key(log):
+    """So that a search needs no regular expression."""
+    configure_logging("info", "json", stream=(out := io.StringIO()))
+    log.info("consuming", worker=1, epoch=2)
+    [line] = lines(out)
+    assert line.pop("timestamp").endswith("+00:00")
+    assert {
+        "level": "info",
+        "logger": "aio_pika_batch.test",
+        "event": "consuming",
+        "queue": "jobs",
+        "worker": 1,
+        "epoch": 2,
+    } == line
+
+
+def test_json_has_the_traceback_in_its_line(log):
+    """One event, one line."""
+    configure_logging(format="json", stream=(out := io.StringIO()))
+    log.error("a batch failed", exc_info=KeyError("x"))
+    [line] = lines(out)
+    assert "KeyError: 'x'" in line["exception"]
+
+
+def test_json_writes_whatever_it_is_given(log):
+    """What has no form in JSON is written as text; nothing that is logged can fail."""
+    configure_logging(format="json", stream=(out := io.StringIO()))
+    log.warning("odd", what={1}, worse=Odd(), text="ä %s")
+    logging.getLogger("mine").warning("said %s", "so", extra={"shelf": 3})
+    first, second = lines(out)
+    assert "{1}" == first["what"]
+    assert "(its text cannot be had: AttributeError)" == first["worse"]
+    assert "ä %s" == first["text"]
+    assert ("said so", 3, "mine") == (second["event"], second["shelf"], second["logger"])
+
+
+def test_the_console_has_a_line_for_readers(log):
+    """With the context behind the event, and no colours where nobody sees them."""
+    configure_logging("INFO", "console", stream=(out := io.StringIO()))
+    log.info("consuming", worker=1)
+    log.debug("nobody asked for this")
+    assert out.getvalue().endswith(
+        " INFO     aio_pika_batch.test: consuming [queue=jobs worker=1]\n"
+    )
+    assert 1 == len(out.getvalue().splitlines())
+
+
+@pytest.mark.parametrize("with_rich", [True, False])
+def test_a_terminal_gets_the_console(log, monkeypatch, with_rich):
+    """With rich and without it."""
+    if not with_rich:
+        find = sys.modules["importlib.util"].find_spec
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name: None if name == "rich" else find(name)
+        )
+    configure_logging(stream=(out := Terminal()))
+    log.info("on", worker=1)
+    text = " ".join(re.sub(r"\x1b\[[\d;]*m", "", out.getvalue()).split())
+    assert "INFO" in text
+    assert "on [queue=jobs worker=1]" in text
+    assert with_rich is (type(logging.getLogger().handlers[0]).__name__ == "RichHandler")
+
+
+def test_elsewhere_auto_means_json(log):
+    """A container's output is read by programs first."""
+    configure_logging(stream=(out := io.StringIO()))
+    log.info("consuming")
+    assert ["consuming"] == [line["event"] for line in lines(out)]
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_no_password_is_written(log, form):
+    """Not even one in somebody else's line or traceback."""
+    configure_logging("debug", form, stream=(out := io.StringIO()))
+    url = "amqp://me:hunter2@host:5672/vhost"
+    logging.getLogger("other").warning("cannot reach %s", url)
+    log.error("failed", where=url, exc_info=OSError(url))
+    assert "hunter2" not in out.getvalue()
+    assert "amqp://me:***@host:5672/vhost" in out.getvalue()
+
+
+def test_client_libraries_are_heard_from_warnings_on():
+    """Whatever the level: what they do is told by our own lines."""
+    configure_logging("debug", "json", stream=(out := io.StringIO()))
+    logging.getLogger("aiormq.connection").debug("a frame")
+    logging.getLogger("aiormq.connection").warning("a warning")
+    assert ["a warning"] == [line["event"] for line in lines(out)]
+
+
+def test_warnings_are_logged():
+    """Python's own, as everything else."""
+    configure_logging(format="json", stream=(out := io.StringIO()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(capture=False)
+        logging.captureWarnings(capture=True)
+        warnings.warn("deprecated", stacklevel=1)
+    assert ["py.warnings"] == [line["logger"] for line in lines(out)]
+
+
+def test_structlog_comes_out_alike():
+    """Where a user's code writes to it, and has not configured it."""
+    configure_logging(format="json", stream=(out := io.StringIO()))
+    mine = structlog.get_logger("mine").bind(order=1)
+    mine.info("stored", name="x")
+    mine.debug("not asked for")
+    try:
+        {}["x"]
+    except KeyError:
+        mine.exception("failed")
+    stored, failed = lines(out)
+    assert ("stored", 1, "x", "mine") == tuple(
+        stored[key] for key in ("event", "order", "name_", "logger")
+    )
+    assert "KeyError" in failed["exception"]
+
+
+def test_a_configured_structlog_is_left_alone():
+    """Its user has other plans."""
+    processors = [structlog.processors.JSONRenderer()]
+    structlog.configure(processors=processors)
+    configure_logging(stream=io.StringIO())
+    assert processors == structlog.get_config()["processors"]
+
+
+def test_structlog_is_not_needed(monkeypatch):
+    """Without it, there is nothing to take in."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    configure_logging(stream=Terminal())
+    assert not structlog.is_configured()
+
+
+def test_structlogs_own_formatter_sees_the_keywords(log):
+    """Who formats all logs by structlog gets ours as events with keys."""
+    structlog_formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[structlog.stdlib.ExtraAdder()],
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.JSONRenderer(),
+        ],
+    )
+    handler = logging.StreamHandler(out := io.StringIO())
+    handler.setFormatter(structlog_formatter)
+    logging.basicConfig(level="INFO", handlers=[handler], force=True)
+    log.info("consuming", worker=1)
+    assert [{"event": "consuming", "queue": "jobs", "worker": 1}] == lines(out)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [(("loud",), "log level 'loud'"), (("info", "xml"), "log format 'xml'")],
+)
+def test_nonsense_is_refused(given, told):
+    """With what there is."""
+    with pytest.raises(ConfigurationError, match=told):
+        configure_logging(*given)
