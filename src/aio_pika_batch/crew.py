@@ -31,6 +31,7 @@ from aio_pika_batch.hands import Stop, wait_until
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observer, Observers, Origin
 from aio_pika_batch.outbox import Outbox
+from aio_pika_batch.registry import server_of
 from aio_pika_batch.settings import ConsumerSettings
 from aio_pika_batch.status import WorkerStatus
 from aio_pika_batch.terms import Terms
@@ -160,7 +161,7 @@ class Crew:
         terms = terms_of(settings, seats[0].exceptions)
         for index, seat in enumerate(seats):
             log = self._log.bind(worker=index)
-            origin = Origin(self._name, settings.queue_name, index)
+            origin = Origin(self._name, settings.queue_name, index, server_of(settings.url))
             worker = Worker(
                 index,
                 transport=self._transport,

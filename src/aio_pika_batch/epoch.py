@@ -169,6 +169,8 @@ class Epoch:
         if refused is not None:
             self._reporter.refused(refused.verdicts)
             self._go(self._settle(refused, now))
+        if self._reporter.is_watched:
+            self._reporter.received(len(chunk))
         self._dispatch()
 
     def _on_free(self, batch: Batch) -> None:

@@ -135,10 +135,10 @@ class Handling:
             if error is not None:
                 seconds = self._loop.time() - began
                 quietly = is_passing and trigger is Trigger.ISOLATE
-                self._reporter.failed(messages, seconds, error, quietly=quietly)
+                self._reporter.failed(messages, seconds, error, trigger, quietly=quietly)
                 return
         if self._reporter.is_watched:
-            self._reporter.ended(messages, self._loop.time() - began)
+            self._reporter.ended(messages, self._loop.time() - began, trigger)
 
     def _cause(self, error: BaseException | None) -> Cause:
         match error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from aio_pika_batch.core.batcher import Trigger
@@ -15,6 +16,7 @@ from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import Cause, MessageResult
 from aio_pika_batch.core.retry import DeadLetterReason
 from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.status import WorkerStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +26,36 @@ class Origin:
     Attributes:
         consumer: The consumer's class name.
         worker: Its index, from 0.
+        server: The broker's host and port, if the URL names just one.
     """
 
     consumer: str
     queue: str
     worker: int
+    server: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStarted:
+    """A worker begins its life; it does not consume yet.
+
+    Attributes:
+        status: Tells how it is, whenever it is asked; on the event loop's thread only.
+    """
+
+    status: Callable[[], WorkerStatus]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStopped:
+    """A worker's life is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Messages have arrived, in one read, and wait for their batch."""
+
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +78,13 @@ class BatchHandled:
     Attributes:
         seconds: How long it took.
         error: What it raised, or what was wrong with its results; None if nothing.
+        trigger: Why the batch was cut, or run again.
     """
 
     messages: Sequence[Message]
     seconds: float
     error: BaseException | None
+    trigger: Trigger
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +93,37 @@ class Settled:
 
     Attributes:
         counts: How many messages, per result and cause; `None` for those returned unhandled.
+        seconds: How long it took, from the decision until the frames were on their way; with the
+            confirmations of copies, where there were some.
     """
 
     counts: Mapping[tuple[MessageResult | None, Cause], int]
+    seconds: float
+
+
+class Step(Enum):
+    """What can go wrong on the way from a decision to its settlement."""
+
+    PUBLISH = "publish"
+    """Copies were not confirmed: returned, refused, or unknown. Their originals are held."""
+    SETTLE = "settle"
+    """The session did not take it: the broker delivers these messages again."""
+
+
+@dataclass(frozen=True, slots=True)
+class SettleFailed:
+    """What was decided about some messages could not be done, for now or in this session.
+
+    Attributes:
+        count: How many messages.
+        error: What was raised, if anything was.
+        seconds: How long it was tried.
+    """
+
+    step: Step
+    count: int
+    error: BaseException | None
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +206,18 @@ class BreakerClosed:
 class Observer:
     """Base of all observers: every method does nothing, override what you want to see.
 
-    Methods are called on the event loop, between two steps of the flow: do not block.
+    Methods are called on the event loop, between two steps of the flow: do not block. `batch_cut`
+    and `batch_handled` of one run are called in the task that the handler runs in.
     """
+
+    def worker_started(self, origin: Origin, event: WorkerStarted) -> None:
+        """A worker begins its life."""
+
+    def worker_stopped(self, origin: Origin, event: WorkerStopped) -> None:
+        """A worker's life is over."""
+
+    def received(self, origin: Origin, event: Received) -> None:
+        """Messages have arrived."""
 
     def batch_cut(self, origin: Origin, event: BatchCut) -> None:
         """A batch goes to the handler."""
@@ -160,6 +227,9 @@ class Observer:
 
     def settled(self, origin: Origin, event: Settled) -> None:
         """The broker has been told."""
+
+    def settle_failed(self, origin: Origin, event: SettleFailed) -> None:
+        """The broker could not be told."""
 
     def requeued(self, origin: Origin, event: Requeued) -> None:
         """A message is tried again."""
@@ -190,9 +260,13 @@ class Observer:
 
 
 _METHODS: Mapping[type, Callable[[Observer], Callable[[Origin, Any], None]]] = {
+    WorkerStarted: lambda observer: observer.worker_started,
+    WorkerStopped: lambda observer: observer.worker_stopped,
+    Received: lambda observer: observer.received,
     BatchCut: lambda observer: observer.batch_cut,
     BatchHandled: lambda observer: observer.batch_handled,
     Settled: lambda observer: observer.settled,
+    SettleFailed: lambda observer: observer.settle_failed,
     Requeued: lambda observer: observer.requeued,
     DeadLettered: lambda observer: observer.dead_lettered,
     Connected: lambda observer: observer.connected,

@@ -20,6 +20,11 @@ GROUP = "aio_pika_batch.transports"
 _SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 """RFC 3986, section 3.1; anything else may be part of a password."""
 
+_ONE_SERVER = re.compile(
+    r"\w+://(?:[^/?#@]*@)?(?P<host>\[[^\]@]*\]|[^/?#@,:\[\]]*)(?::(?P<port>\d{1,5}))?(?:[/?][^,@]*)?"
+)
+_PORTS = {"amqp": 5672, "amqps": 5671}
+
 _AIO_PIKA = "aio_pika_batch.adapters.aio_pika.transport:open_transport"
 _BUILT_IN = {
     "amqp": _AIO_PIKA,
@@ -32,6 +37,16 @@ def scheme_of(url: str) -> str:
     """The scheme of a URL, in lower case; empty if it has none, or something that can be none."""
     found = _SCHEME.match(url)
     return found[1].lower() if found else ""
+
+
+def server_of(url: str) -> tuple[str, int] | None:
+    """Host and port of the broker; None if the URL names none, or several."""
+    found = _ONE_SERVER.fullmatch(url.strip())
+    default = _PORTS.get(scheme_of(url))
+    if found is None or default is None:
+        return None
+    host = found["host"].removeprefix("[").removesuffix("]")
+    return host or "localhost", int(found["port"] or default)
 
 
 def known_schemes() -> list[str]:

@@ -12,7 +12,14 @@ from aio_pika_batch.core.batcher import Trigger
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import Verdict
 from aio_pika_batch.logs import KeywordLogger, told
-from aio_pika_batch.observer import BatchCut, BatchHandled, HandlerError, Observers, Requeued
+from aio_pika_batch.observer import (
+    BatchCut,
+    BatchHandled,
+    HandlerError,
+    Observers,
+    Received,
+    Requeued,
+)
 
 
 class Reporter:
@@ -31,12 +38,22 @@ class Reporter:
         """Tell that a handler is given these."""
         self._observers.tell(BatchCut(messages, trigger, waited))
 
-    def ended(self, messages: Sequence[Message], seconds: float) -> None:
+    def received(self, count: int) -> None:
+        """Tell that messages have arrived."""
+        self._observers.tell(Received(count))
+
+    def ended(self, messages: Sequence[Message], seconds: float, trigger: Trigger) -> None:
         """Tell that a handler is done with these, and that all went well."""
-        self._observers.tell(BatchHandled(messages, seconds, None))
+        self._observers.tell(BatchHandled(messages, seconds, None, trigger))
 
     def failed(
-        self, messages: Sequence[Message], seconds: float, error: BaseException, *, quietly: bool
+        self,
+        messages: Sequence[Message],
+        seconds: float,
+        error: BaseException,
+        trigger: Trigger,
+        *,
+        quietly: bool,
     ) -> None:
         """Tell that a handler failed.
 
@@ -50,7 +67,7 @@ class Reporter:
             self._log.error("a batch failed", exc_info=error, **where, error=told(error))
         if self.is_watched:
             self._observers.tell(HandlerError(messages, error))
-            self._observers.tell(BatchHandled(messages, seconds, error))
+            self._observers.tell(BatchHandled(messages, seconds, error, trigger))
 
     def refused(self, verdicts: Sequence[Verdict]) -> None:
         """Tell that messages come to no handler, since their `batch_key` failed."""

@@ -22,7 +22,15 @@ from aio_pika_batch.desk import SettleDesk
 from aio_pika_batch.errors import SessionLost, TransportError
 from aio_pika_batch.hands import Wait
 from aio_pika_batch.logs import KeywordLogger, told
-from aio_pika_batch.observer import DeadLettered, Observers, Requeued, Settled, StaleResults
+from aio_pika_batch.observer import (
+    DeadLettered,
+    Observers,
+    Requeued,
+    Settled,
+    SettleFailed,
+    StaleResults,
+    Step,
+)
 from aio_pika_batch.outbox import Outbox
 from aio_pika_batch.transport import Session
 from aio_pika_batch.waiting import WaitingRoom
@@ -91,6 +99,20 @@ class Settler:
         Raises:
             TransportError: The session cannot take it; what is unsettled will be delivered again.
         """
+        began = self._loop.time()
+        try:
+            done, confirmed = await self._carry_out(handled, arrived)
+        except TransportError as error:
+            self._tell_failed(Step.SETTLE, len(handled), error, began)
+            raise
+        if self._observers:
+            self._observers.tell(Settled(_counts(handled, done), self._loop.time() - began))
+            self._tell_confirmed(confirmed)
+
+    async def _carry_out(
+        self, handled: Handled, arrived: float
+    ) -> tuple[Sequence[Verdict], Sequence[Republication]]:
+        """Settle; returns the verdicts that are done with, and the copies that are confirmed."""
         settlements: list[Settlement] = []
         if handled.acked:
             settlements.append(Settlement(Disposition.ACK, tuple(handled.acked)))
@@ -107,11 +129,11 @@ class Settler:
             confirmed = await self._settle_once_confirmed(settlements, republications, arrived)
         elif settlements:
             await self._desk.settle(settlements)
-        if self._observers:
-            pending = {each.tag for each in republications} - {each.tag for each in confirmed}
-            done = [each for each in handled.verdicts if each.message.delivery_tag not in pending]
-            self._observers.tell(Settled(_counts(handled, done)))
-            self._tell_confirmed(confirmed)
+        if len(confirmed) == len(republications):
+            return handled.verdicts, confirmed
+        pending = {each.tag for each in republications} - {each.tag for each in confirmed}
+        done = [each for each in handled.verdicts if each.message.delivery_tag not in pending]
+        return done, confirmed
 
     async def _settle_once_confirmed(
         self,
@@ -200,7 +222,12 @@ class Settler:
         return confirmed
 
     async def _publish(self, republications: Sequence[Republication]) -> Sequence[Outcome]:
-        return await self._outbox.publish([each.copy for each in republications])
+        began = self._loop.time()
+        outcomes = await self._outbox.publish([each.copy for each in republications])
+        failed = len(outcomes) - outcomes.count(Outcome.CONFIRMED)
+        if failed:
+            self._tell_failed(Step.PUBLISH, failed, None, began)
+        return outcomes
 
     async def _publish_again(self, republications: Sequence[Republication]) -> Sequence[Outcome]:
         try:
@@ -210,11 +237,20 @@ class Settler:
             return [Outcome.UNKNOWN] * len(republications)
 
     async def _settle_confirmed(self, republications: Sequence[Republication]) -> None:
+        began = self._loop.time()
         await self._settle_or_fail(Disposition.ACK, [each.tag for each in republications])
         if self._observers:
             verdicts = [each.verdict for each in republications]
-            self._observers.tell(Settled(_counts(Handled(), verdicts)))
+            seconds = self._loop.time() - began
+            self._observers.tell(Settled(_counts(Handled(), verdicts), seconds))
             self._tell_confirmed(republications)
+
+    def _tell_failed(
+        self, step: Step, count: int, error: BaseException | None, began: float
+    ) -> None:
+        if self._observers:
+            seconds = self._loop.time() - began
+            self._observers.tell(SettleFailed(step, count, error, seconds))
 
     def _tell_confirmed(self, republications: Sequence[Republication]) -> None:
         for republication in republications:
@@ -235,9 +271,11 @@ class Settler:
         await self._settle_or_fail(Disposition.RETURN, [each.tag for each in republications])
 
     async def _settle_or_fail(self, disposition: Disposition, tags: Sequence[int]) -> None:
+        began = self._loop.time()
         try:
             await self._desk.settle([Settlement(disposition, tuple(tags))])
         except Exception as error:  # noqa: BLE001  -- unsettled for ever is worse than delivered again
+            self._tell_failed(Step.SETTLE, len(tags), error, began)
             self._fail(error)
         self._on_room()
 

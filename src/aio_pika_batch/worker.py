@@ -27,7 +27,7 @@ from aio_pika_batch.fuse import PROBE, Fuse
 from aio_pika_batch.handling import Process
 from aio_pika_batch.hands import Hands, Stop, wait_until
 from aio_pika_batch.logs import KeywordLogger, told
-from aio_pika_batch.observer import Connected, Lost, Observers
+from aio_pika_batch.observer import Connected, Lost, Observers, WorkerStarted, WorkerStopped
 from aio_pika_batch.outbox import Outbox
 from aio_pika_batch.status import WorkerState, WorkerStatus
 from aio_pika_batch.terms import Terms
@@ -154,6 +154,7 @@ class Worker:
         Raises:
             Exception: It has never consumed, and never will: the reason.
         """
+        self._observers.tell(WorkerStarted(lambda: self.status))
         try:
             while not self._stop.event.is_set():
                 failure: Exception | None = None
@@ -177,6 +178,7 @@ class Worker:
             await self._finish_handlers()
         finally:
             self._state = WorkerState.STOPPED
+            self._observers.tell(WorkerStopped())
             if not self.ready.done():
                 self.ready.cancel()
 

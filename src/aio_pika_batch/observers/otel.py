@@ -1,0 +1,281 @@
+"""What does OpenTelemetry learn of a consumer?
+
+A span for each run of a handler, with a link to where each of its messages came from: a batch has
+many origins, so that none of them is its parent. While the handler runs its span is the current
+one, so that what the handler does is seen as its children. Settlements are spans of their own below
+it. Names and attributes are those of the semantic conventions for messaging, 1.44.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar, Token
+
+from aio_pika_batch.core.message import FieldValue, Headers, Message
+from aio_pika_batch.errors import ConfigurationError, MessageDecodeError
+from aio_pika_batch.logs import in_words
+from aio_pika_batch.observer import (
+    BatchCut,
+    BatchHandled,
+    Observer,
+    Origin,
+    Received,
+    Settled,
+    SettleFailed,
+    Step,
+)
+
+try:
+    from opentelemetry import context as otel_context
+    from opentelemetry import metrics, propagate, trace
+    from opentelemetry.context import Context
+    from opentelemetry.trace import (
+        Link,
+        Span,
+        SpanContext,
+        SpanKind,
+        Status,
+        StatusCode,
+        TraceFlags,
+        TraceState,
+    )
+except ImportError as error:
+    raise ConfigurationError(
+        "OpenTelemetryObserver needs opentelemetry-api: pip install 'aio-pika-batch[otel]'"
+    ) from error
+
+TRACEPARENT = "traceparent"
+TRACESTATE = "tracestate"
+
+LINKS = "OTEL_SPAN_LINK_COUNT_LIMIT"
+DEFAULT_LINKS = 128
+"""Links that the SDK keeps of a span, unless `LINKS` says otherwise."""
+
+BOUNDARIES = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+"""Those that the conventions advise for durations of messaging, in seconds."""
+
+SCOPE = "aio_pika_batch"
+
+_log = logging.getLogger("aio_pika_batch.observers.otel")
+
+_TRACEPARENT = re.compile(
+    r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
+    r"|(?!00|ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?"
+)
+
+
+class OpenTelemetryObserver(Observer):
+    """Makes spans and metrics: `MyConsumer(observers=[OpenTelemetryObserver()])`.
+
+    Args:
+        tracer_provider: None: the global one.
+        meter_provider: None: the global one.
+        max_links: Links for one span at most; None: what the SDK keeps.
+
+    Raises:
+        ConfigurationError: At its import, where opentelemetry-api is not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        tracer_provider: trace.TracerProvider | None = None,
+        meter_provider: metrics.MeterProvider | None = None,
+        max_links: int | None = None,
+    ) -> None:
+        self._tracer = trace.get_tracer(SCOPE, tracer_provider=tracer_provider)
+        meter = metrics.get_meter(SCOPE, meter_provider=meter_provider)
+        self._process = meter.create_histogram(
+            "messaging.process.duration",
+            unit="s",
+            description="Duration of processing operation.",
+            explicit_bucket_boundaries_advisory=BOUNDARIES,
+        )
+        self._operation = meter.create_histogram(
+            "messaging.client.operation.duration",
+            unit="s",
+            description="Duration of a client's messaging operation.",
+            explicit_bucket_boundaries_advisory=BOUNDARIES,
+        )
+        self._consumed = meter.create_counter(
+            "messaging.client.consumed.messages",
+            unit="{message}",
+            description="Number of messages that were delivered to the application.",
+        )
+        self._max_links = _kept_links() if max_links is None else max_links
+        self._has_told_of_links = False
+        self._current: ContextVar[tuple[Span, Token[Context]] | None] = ContextVar(
+            "aio_pika_batch_span", default=None
+        )
+        self._attributes: dict[tuple[Origin, str, str], dict[str, str | int]] = {}
+
+    def _about(self, origin: Origin, name: str, kind: str) -> dict[str, str | int]:
+        key = origin, name, kind
+        found = self._attributes.get(key)
+        if found is None:
+            found = self._attributes[key] = {
+                "messaging.system": "rabbitmq",
+                "messaging.operation.name": name,
+                "messaging.operation.type": kind,
+                "messaging.destination.name": origin.queue,
+            }
+            if origin.server is not None:
+                found["server.address"], found["server.port"] = origin.server
+        return found
+
+    def received(self, origin: Origin, event: Received) -> None:
+        """Count."""
+        self._consumed.add(event.count, self._about(origin, "receive", "receive"))
+
+    def batch_cut(self, origin: Origin, event: BatchCut) -> None:
+        """Begin a span, and make it the current one of the task that the handler runs in."""
+        span = self._tracer.start_span(
+            f"process {origin.queue}",
+            context=Context(),
+            kind=SpanKind.CONSUMER,
+            links=self._links(event.messages),
+            attributes={
+                **self._about(origin, "process", "process"),
+                "messaging.batch.message_count": len(event.messages),
+                "aio_pika_batch.trigger": event.trigger.value,
+            },
+        )
+        token = otel_context.attach(trace.set_span_in_context(span))
+        self._current.set((span, token))
+
+    def _links(self, messages: Sequence[Message]) -> list[Link]:
+        contexts = []
+        for message in messages:
+            found = origin_of(message)
+            if found is not None:
+                contexts.append(found)
+        if len(contexts) > self._max_links and not self._has_told_of_links:
+            self._has_told_of_links = True
+            _log.warning(
+                "a batch has more messages with a trace (%d) than a span keeps links (%d): the rest"
+                " is not linked; %s raises the limit",
+                len(contexts),
+                self._max_links,
+                LINKS,
+            )
+        return [Link(each) for each in contexts[: self._max_links]]
+
+    def batch_handled(self, origin: Origin, event: BatchHandled) -> None:
+        """End the span."""
+        attributes = self._about(origin, "process", "process")
+        if event.error is not None:
+            attributes = {**attributes, "error.type": _class_of(event.error)}
+        self._process.record(event.seconds, attributes)
+        current = self._current.get()
+        if current is None:
+            return
+        span, token = current
+        otel_context.detach(token)
+        # Whoever settles this batch, in this task, does so below it.
+        self._current.set(None)
+        otel_context.attach(trace.set_span_in_context(span))
+        try:
+            if event.error is not None:
+                span.set_attribute("error.type", _class_of(event.error))
+                span.set_status(Status(StatusCode.ERROR, in_words(event.error)))
+                span.record_exception(event.error)
+        finally:
+            span.end()
+
+    def settled(self, origin: Origin, event: Settled) -> None:
+        """A span that is over already, and how long it took."""
+        counts: dict[str, int] = {}
+        for (result, _), count in event.counts.items():
+            name = f"aio_pika_batch.{'returned' if result is None else result.name.lower()}"
+            counts[name] = counts.get(name, 0) + count
+        self._settle(origin, "settle", sum(event.counts.values()), event.seconds, more=counts)
+
+    def settle_failed(self, origin: Origin, event: SettleFailed) -> None:
+        """The same, with what went wrong."""
+        name = "send" if event.step is Step.PUBLISH else "settle"
+        what = "unconfirmed" if event.error is None else _class_of(event.error)
+        self._settle(origin, name, event.count, event.seconds, error_type=what)
+
+    def _settle(
+        self,
+        origin: Origin,
+        name: str,
+        count: int,
+        seconds: float,
+        *,
+        error_type: str | None = None,
+        more: Mapping[str, int] | None = None,
+    ) -> None:
+        attributes = self._about(origin, name, "send" if name == "send" else "settle")
+        if error_type is not None:
+            attributes = {**attributes, "error.type": error_type}
+        self._operation.record(seconds, attributes)
+        end = time.time_ns()
+        span = self._tracer.start_span(
+            f"{name} {origin.queue}",
+            kind=SpanKind.CLIENT,
+            start_time=end - round(seconds * 1e9),
+            attributes={**attributes, "messaging.batch.message_count": count, **(more or {})},
+        )
+        if error_type is not None:
+            span.set_status(Status(StatusCode.ERROR))
+        span.end(end)
+
+
+def origin_of(message: Message) -> SpanContext | None:
+    """Where a message comes from, as its `traceparent` says; None if nothing says it."""
+    raw = message.raw_properties
+    # Nearly all of what decoding headers costs is saved where they hold no trace.
+    if raw is not None and b"traceparent" not in raw:
+        return None
+    try:
+        headers = message.headers
+    except MessageDecodeError:
+        return None
+    stated = headers.get(TRACEPARENT)
+    if not isinstance(stated, str):
+        return None
+    state = headers.get(TRACESTATE)
+    return _read(stated, state if isinstance(state, str) else None)
+
+
+def _read(traceparent: str, tracestate: str | None) -> SpanContext | None:
+    """Read a `traceparent` (W3C Trace Context, section 3.2); None if it is none."""
+    found = _TRACEPARENT.fullmatch(traceparent)
+    if found is None:
+        return None
+    state = TraceState.from_header([tracestate]) if tracestate else None
+    trace_id, span_id, flags = filter(None, found.groups())
+    return SpanContext(
+        int(trace_id, 16),
+        int(span_id, 16),
+        is_remote=True,
+        trace_flags=TraceFlags(int(flags, 16)),
+        trace_state=state,
+    )
+
+
+def trace_headers(headers: Headers | None = None) -> Headers:
+    """These headers and the current trace: `self.publish(body, headers=trace_headers())`.
+
+    What is set by the global propagator, `traceparent` unless it was told otherwise.
+    """
+    carrier: dict[str, FieldValue] = dict(headers or {})
+    propagate.inject(carrier)
+    return carrier
+
+
+def _kept_links() -> int:
+    stated = os.environ.get(LINKS, "")
+    return int(stated) if stated.isdigit() else DEFAULT_LINKS
+
+
+def _class_of(error: BaseException) -> str:
+    cls = type(error)
+    return (
+        cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    )

@@ -1,0 +1,412 @@
+"""What does OpenTelemetry learn of a consumer?
+
+Asked of the real SDK, which keeps in memory what it would export.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry import trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from aio_pika_batch import SessionLost
+from aio_pika_batch.adapters.memory import PublishFault
+from aio_pika_batch.core.message import Properties
+from aio_pika_batch.observers.otel import OpenTelemetryObserver, origin_of, trace_headers
+from aio_pika_batch.registry import server_of
+from aio_pika_batch.testing import make_message
+from tests.unit.observers.stories import everything
+from tests.unit.shell.doubles import ScriptedTransport, raising
+from tests.unit.shell.stage import (
+    ACK,
+    NACK,
+    REQUEUE,
+    Scribe,
+    ack,
+    answering,
+    first_then,
+    numbered,
+    taking,
+)
+
+TRACE, SPAN = 0x0AF7651916CD43DD8448EB211C80319C, 0x00F067AA0BA902B7
+TRACEPARENT = f"00-{TRACE:032x}-{SPAN:016x}-01"
+
+WHO = {"messaging.system": "rabbitmq", "messaging.destination.name": "jobs"}
+
+
+class Telemetry:
+    """The SDK, and what it would export."""
+
+    def __init__(self):
+        self.exporter = InMemorySpanExporter()
+        self.traces = TracerProvider()
+        self.traces.add_span_processor(SimpleSpanProcessor(self.exporter))
+        self.reader = InMemoryMetricReader()
+        self.meters = MeterProvider([self.reader])
+
+    def observer(self, **more):
+        """One that reports here."""
+        return OpenTelemetryObserver(
+            tracer_provider=self.traces, meter_provider=self.meters, **more
+        )
+
+    def spans(self, kind=None):
+        """Those that have ended, in the order of their ends."""
+        return [each for each in self.exporter.get_finished_spans() if kind in (None, each.kind)]
+
+    def points(self, name):
+        """The data points of a metric."""
+        data = self.reader.get_metrics_data()
+        return [
+            point
+            for resource in data.resource_metrics
+            for scope in resource.scope_metrics
+            for metric in scope.metrics
+            if metric.name == name
+            for point in metric.data.data_points
+        ]
+
+
+@pytest.fixture
+def telemetry():
+    """One of the test's own; nothing global is touched."""
+    return Telemetry()
+
+
+async def test_a_batch_is_one_span_with_a_link_for_each_message(stage, telemetry):
+    """A batch has many origins: none of them is its parent."""
+    others = [f"00-{TRACE + number:032x}-{SPAN + number:016x}-01" for number in range(3)]
+    for number, each in enumerate(others):
+        stage.put(b"%d" % number, properties=Properties(headers={"traceparent": each}))
+    stage.put(b"no trace")
+    async with Scribe(
+        taking(2), transport=stage.transport, observers=[telemetry.observer()], batch_size=4
+    ):
+        await asyncio.sleep(3)
+    [span] = telemetry.spans(SpanKind.CONSUMER)
+    assert "process jobs" == span.name
+    assert span.parent is None
+    assert [(TRACE + number, SPAN + number) for number in range(3)] == [
+        (link.context.trace_id, link.context.span_id) for link in span.links
+    ]
+    assert all(link.context.is_remote for link in span.links)
+    assert WHO | {
+        "messaging.operation.name": "process",
+        "messaging.operation.type": "process",
+        "messaging.batch.message_count": 4,
+        "aio_pika_batch.trigger": "size",
+    } == dict(span.attributes)
+    assert StatusCode.UNSET is span.status.status_code
+
+
+async def test_a_settlement_is_a_client_span_below_its_batch(stage, telemetry):
+    """With what became of how many messages."""
+    stage.put(*numbered(3))
+    async with Scribe(
+        answering(ACK, NACK, ACK),
+        transport=stage.transport,
+        observers=[telemetry.observer()],
+        batch_size=3,
+    ):
+        await asyncio.sleep(1)
+    [batch] = telemetry.spans(SpanKind.CONSUMER)
+    [settle] = telemetry.spans(SpanKind.CLIENT)
+    assert "settle jobs" == settle.name
+    assert batch.context.span_id == settle.parent.span_id
+    assert WHO | {
+        "messaging.operation.name": "settle",
+        "messaging.operation.type": "settle",
+        "messaging.batch.message_count": 3,
+        "aio_pika_batch.ack": 2,
+        "aio_pika_batch.nack": 1,
+    } == dict(settle.attributes)
+
+
+async def test_the_batch_is_current_inside_the_handler(stage, telemetry):
+    """Also behind an await, in a task of its own, and with batches at once; not afterwards."""
+    seen = {}
+
+    async def handler(messages):
+        async def inner():
+            await asyncio.sleep(1)
+            return trace.get_current_span().get_span_context().span_id
+
+        first = trace.get_current_span().get_span_context().span_id
+        seen[messages[0].body] = {first, await inner(), await asyncio.create_task(inner())}
+        for _ in messages:
+            yield ACK
+            seen[messages[0].body].add(trace.get_current_span().get_span_context().span_id)
+
+    stage.put(*numbered(5))
+    observer = telemetry.observer()
+    async with Scribe(
+        handler, transport=stage.transport, observers=[observer], batch_size=1, concurrency=2
+    ):
+        await asyncio.sleep(60)
+    assert not trace.get_current_span().get_span_context().is_valid
+    spans = telemetry.spans(SpanKind.CONSUMER)
+    assert 5 == len(spans)
+    assert all(1 == len(ids) for ids in seen.values())
+    assert {each.context.span_id for each in spans} == {
+        each for ids in seen.values() for each in ids
+    }
+    assert all(each.parent is None for each in spans)
+
+
+async def test_spans_of_the_handler_are_its_children(stage, telemetry):
+    """As an instrumented database driver makes them."""
+    tracer = telemetry.traces.get_tracer("driver")
+
+    async def handler(messages):
+        with tracer.start_as_current_span("INSERT"):
+            await asyncio.sleep(0.1)
+        for _ in messages:
+            yield ACK
+
+    stage.put(*numbered(1))
+    with tracer.start_as_current_span("whoever starts the consumer"):
+        consumer = Scribe(handler, transport=stage.transport, observers=[telemetry.observer()])
+        async with consumer:
+            await asyncio.sleep(10)
+    [insert] = [each for each in telemetry.spans() if each.name == "INSERT"]
+    [batch] = telemetry.spans(SpanKind.CONSUMER)
+    assert batch.context.span_id == insert.parent.span_id
+    assert batch.parent is None
+
+
+async def test_a_failure_has_its_type(stage, telemetry):
+    """On the span, and on the duration."""
+    stage.put(*numbered(1))
+    async with Scribe(
+        answering(error=KeyError("x")),
+        transport=stage.transport,
+        observers=[telemetry.observer()],
+        unhandled_exception_action="NACK",
+    ):
+        await asyncio.sleep(10)
+    [span] = telemetry.spans(SpanKind.CONSUMER)
+    assert "KeyError" == span.attributes["error.type"]
+    assert (StatusCode.ERROR, "'x'") == (span.status.status_code, span.status.description)
+    assert ["exception"] == [event.name for event in span.events]
+    [point] = telemetry.points("messaging.process.duration")
+    assert "KeyError" == point.attributes["error.type"]
+
+
+async def test_an_exception_that_cannot_be_described_ends_its_span(stage, telemetry):
+    """Whatever the SDK makes of it."""
+
+    class Odd(Exception):
+        def __str__(self):
+            raise AttributeError
+
+    stage.put(*numbered(1))
+    async with Scribe(
+        answering(error=Odd()),
+        transport=stage.transport,
+        observers=[telemetry.observer()],
+        unhandled_exception_action="NACK",
+    ):
+        await asyncio.sleep(10)
+    [span] = telemetry.spans(SpanKind.CONSUMER)
+    assert span.attributes["error.type"].endswith("Odd")
+
+
+async def test_durations_and_counts(stage, jitter, telemetry):
+    """The metrics that the conventions name, of a life with one of everything."""
+    await everything(stage, telemetry.observer())
+    [consumed] = telemetry.points("messaging.client.consumed.messages")
+    assert 6 == consumed.value
+    assert WHO | {
+        "messaging.operation.name": "receive",
+        "messaging.operation.type": "receive",
+    } == dict(consumed.attributes)
+    durations = telemetry.points("messaging.process.duration")
+    assert [(1, 0), (3, 20)] == sorted((point.count, point.sum) for point in durations)
+    settles = telemetry.points("messaging.client.operation.duration")
+    assert [("settle", 3)] == [
+        (point.attributes["messaging.operation.name"], point.count) for point in settles
+    ]
+
+
+async def test_what_cannot_be_settled_is_a_span_with_an_error(telemetry):
+    """Of its type."""
+    script = ScriptedTransport()
+    script.on_settle = raising(SessionLost("just now"))
+    async with Scribe(ack, transport=script, observers=[telemetry.observer()], batch_size=3):
+        script.last.feed(*numbered(3))
+        await asyncio.sleep(0.001)
+    [settle] = telemetry.spans(SpanKind.CLIENT)
+    assert ("settle jobs", StatusCode.ERROR) == (settle.name, settle.status.status_code)
+    assert "aio_pika_batch.errors.SessionLost" == settle.attributes["error.type"]
+    assert 3 == settle.attributes["messaging.batch.message_count"]
+
+
+async def test_a_copy_that_is_not_confirmed_is_a_span_with_an_error(stage, telemetry):
+    """Of the operation that it was."""
+    stage.put(*numbered(1))
+    stage.broker.faults.on_publish(PublishFault.REFUSE, times=1)
+    async with Scribe(
+        first_then(answering(REQUEUE), ack),
+        transport=stage.transport,
+        observers=[telemetry.observer()],
+        batch_size=1,
+    ):
+        await asyncio.sleep(10)
+    first, *_ = telemetry.spans(SpanKind.CLIENT)
+    assert ("send jobs", "unconfirmed") == (first.name, first.attributes["error.type"])
+    assert "send" == first.attributes["messaging.operation.type"]
+
+
+@pytest.mark.parametrize(("limit", "links"), [(None, 128), (200, 128), (10, 10)])
+async def test_the_limit_of_links_is_told_once(stage, telemetry, caplog, limit, links):
+    """The SDK drops what is beyond it in silence; what it will drop is not made."""
+    stage.put(*numbered(300), properties=Properties(headers={"traceparent": TRACEPARENT}))
+    observer = telemetry.observer(max_links=limit)
+    async with Scribe(
+        ack, transport=stage.transport, observers=[observer], batch_size=150, batch_timeout=1
+    ):
+        await asyncio.sleep(10)
+    assert [links] * 2 == [len(each.links) for each in telemetry.spans(SpanKind.CONSUMER)]
+    told = [each for each in caplog.records if "OTEL_SPAN_LINK_COUNT_LIMIT" in each.getMessage()]
+    assert (0 if limit == 200 else 1) == len(told)
+
+
+def test_the_limit_of_links_is_the_environments(monkeypatch, telemetry):
+    """As the SDK reads it."""
+    monkeypatch.setenv("OTEL_SPAN_LINK_COUNT_LIMIT", "7")
+    assert 7 == telemetry.observer()._max_links
+
+
+@pytest.mark.parametrize("how", ["requeue", "dead letter"])
+async def test_a_trace_survives_a_copy(stage, telemetry, how):
+    """`traceparent` and `tracestate` are as their producer wrote them."""
+    stage.declare("dead")
+    stage.bind("dead", "dlx", "", kind="fanout")
+    headers = {"traceparent": TRACEPARENT, "tracestate": "a=b"}
+    stage.put(b"0", properties=Properties(headers=headers))
+    consumer = Scribe(
+        first_then(answering(REQUEUE if how == "requeue" else NACK), ack),
+        transport=stage.transport,
+        observers=[telemetry.observer()],
+        batch_size=1,
+        dead_letter_exchange="dlx",
+    )
+    async with consumer:
+        await asyncio.sleep(10)
+    if how == "requeue":
+        kept = consumer.messages[1].headers
+        assert 1 == consumer.messages[1].retry_count
+        assert [TRACE] * 2 == [
+            each.links[0].context.trace_id for each in telemetry.spans(SpanKind.CONSUMER)
+        ]
+    else:
+        [dead] = stage.broker.ready("dead")
+        kept = dead.properties.headers
+    assert headers == {name: kept[name] for name in headers}
+
+
+async def test_a_producer_passes_its_trace_on(stage, telemetry):
+    """What a handler publishes is linked to its batch, wherever it is consumed."""
+
+    class Relay(Scribe):
+        async def process_messages(self, messages):
+            for _ in messages:
+                await self.publish(b"on", routing_key="next", headers=trace_headers({"a": 1}))
+                yield ACK
+
+    stage.declare("next")
+    stage.put(*numbered(1))
+    async with Relay(transport=stage.transport, observers=[telemetry.observer()]):
+        await asyncio.sleep(10)
+    [batch] = telemetry.spans(SpanKind.CONSUMER)
+    [message] = stage.broker.ready("next")
+    assert 1 == message.properties.headers["a"]
+    traceparent = message.properties.headers["traceparent"]
+    assert f"{batch.context.trace_id:032x}-{batch.context.span_id:016x}" in traceparent
+
+
+def test_where_the_broker_is_is_an_attribute():
+    """If the URL names one; which of several it is, only the transport knows."""
+    assert ("broker", 5673) == server_of("amqp://me:p%40ss@broker:5673/vhost")
+    assert ("broker", 5672) == server_of("amqp://me:pass@broker")
+    assert ("::1", 5671) == server_of("amqps://[::1]/?x=1")
+    assert ("localhost", 5672) == server_of("amqp://")
+    assert server_of("amqp://me:p@ss:w@broker:5673/") is None  # nothing of a password gets out
+    for url in ("amqp://a,b", "amqp://a:1,b:2/v", "amqp://a, amqp://b", "memory://x", "nonsense"):
+        assert server_of(url) is None
+
+
+async def test_the_brokers_address_is_on_spans(telemetry):
+    """As the conventions want it."""
+    script = ScriptedTransport()
+    async with Scribe(
+        ack,
+        transport=script,
+        observers=[telemetry.observer()],
+        batch_size=1,
+        url="amqp://u:p@rabbit:5673/",
+    ):
+        script.last.feed(*numbered(1))
+        await asyncio.sleep(1)
+    for span in telemetry.spans():
+        assert "rabbit" == span.attributes["server.address"]
+        assert 5673 == span.attributes["server.port"]
+
+
+def test_without_an_sdk_nothing_happens(caplog):
+    """The API does nothing, and says nothing."""
+    caplog.set_level(logging.DEBUG)
+    assert OpenTelemetryObserver()
+    assert [] == caplog.records
+
+
+hexes = st.text("0123456789abcdef", min_size=1, max_size=34)
+parts = st.one_of(
+    st.just("00"),
+    st.just("01"),
+    st.just("ff"),
+    st.just("0" * 32),
+    st.just("0" * 16),
+    st.text("0123456789abcdefA", min_size=32, max_size=32),
+    st.text("0123456789abcdef", min_size=16, max_size=16),
+    st.text("0123456789abcdef-", min_size=2, max_size=2),
+)
+likely = st.tuples(
+    st.sampled_from(["00", "01", "ff", "0"]),
+    st.one_of(st.text("0123456789abcdef", min_size=32, max_size=32), parts),
+    st.one_of(st.text("0123456789abcdef", min_size=16, max_size=16), parts),
+    st.one_of(st.text("0123456789abcdef", min_size=2, max_size=2), parts),
+).map("-".join)
+states = st.one_of(st.none(), st.just("a=b"), st.just("a=b,c=d"), st.just("=,"), st.just(""))
+
+
+@given(st.one_of(likely, likely.map(lambda it: it + "-more"), st.text(max_size=60)), states)
+def test_a_traceparent_is_read_as_the_apis_own_propagator_reads_it(traceparent, tracestate):
+    """Ours is only quicker."""
+    headers = {"traceparent": traceparent} | (
+        {} if tracestate is None else {"tracestate": tracestate}
+    )
+    theirs = trace.get_current_span(
+        TraceContextTextMapPropagator().extract(headers)
+    ).get_span_context()
+    ours = origin_of(make_message(b"", headers=headers))
+    assert (theirs if theirs.is_valid else None) == ours
+
+
+def test_headers_that_hold_no_trace():
+    """Whatever is there in its place."""
+    for value in (None, 1, b"00", ["x"], {"a": 1}):
+        assert origin_of(make_message(b"", headers={"traceparent": value})) is None
+    assert origin_of(make_message(b"")) is None

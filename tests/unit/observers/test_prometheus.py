@@ -1,0 +1,302 @@
+"""What does Prometheus learn of a consumer?
+
+Asked of what would be scraped, as Prometheus' own parser reads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from aio_pika_batch import SessionLost
+from aio_pika_batch.adapters.memory import Door, PublishFault
+from aio_pika_batch.observers.prometheus import PrometheusObserver
+from tests.unit.observers.stories import everything
+from tests.unit.shell.doubles import ScriptedTransport, raising
+from tests.unit.shell.stage import (
+    ACK,
+    REQUEUE,
+    Scribe,
+    ack,
+    answering,
+    first_then,
+    numbered,
+    taking,
+)
+
+WHO = {"consumer": "Scribe", "queue": "jobs"}
+
+
+class Scraped:
+    """What a scrape of a registry brings."""
+
+    def __init__(self, text):
+        self.families = {each.name: each for each in text_string_to_metric_families(text)}
+        self.samples = [each for family in self.families.values() for each in family.samples]
+
+    @classmethod
+    def of(cls, registry):
+        return cls(generate_latest(registry).decode())
+
+    def __call__(self, name, **labels):
+        """The value of one series; None if there is none."""
+        wanted = WHO | labels
+        found = [
+            each.value
+            for each in self.samples
+            if each.name == f"aio_pika_batch_{name}" and each.labels == wanted
+        ]
+        assert len(found) <= 1
+        return found[0] if found else None
+
+
+@pytest.fixture
+def registry():
+    """One of the test's own."""
+    return CollectorRegistry()
+
+
+async def test_a_life_in_numbers(stage, jitter, registry):
+    """Every counter and histogram that a life with one of everything moves."""
+    await everything(stage, PrometheusObserver(registry))
+    value = Scraped.of(registry)
+    assert 6 == value("messages_received_total")  # 3, two copies, and one delivered again
+    assert 2 == value("messages_settled_total", result="ack", cause="handler")
+    assert 1 == value("messages_settled_total", result="requeue", cause="handler")
+    assert 1 == value("messages_settled_total", result="requeue", cause="exception")
+    assert 1 == value("messages_settled_total", result="nack", cause="handler")
+    assert 1 == value("dead_letters_total", reason="rejected")
+    assert 1 == value("stale_results_total")
+    assert 1 == value("batches_total", trigger="size", outcome="ok")
+    assert 1 == value("batches_total", trigger="timeout", outcome="error")
+    assert 2 == value("batches_total", trigger="timeout", outcome="ok")
+    assert (4, 6) == (value("batch_messages_count"), value("batch_messages_sum"))
+    assert 3 == value("batch_messages_bucket", le="1.0")
+    assert (4, 27.5) == (value("batch_fill_seconds_count"), value("batch_fill_seconds_sum"))
+    assert (4, 20) == (value("batch_process_seconds_count"), value("batch_process_seconds_sum"))
+    assert 1 == value("handler_exceptions_total", exception_type="KeyError")
+    assert 1 == value("reconnects_total")
+    assert (0, 0, 0, 0) == tuple(
+        value(each)
+        for each in ("messages_buffered", "messages_in_progress", "worker_up", "workers")
+    )
+
+
+async def test_gauges_are_true_while_it_works(stage, registry):
+    """What waits for a batch, what a handler has, and who consumes."""
+    stage.put(*numbered(5))
+    observer = PrometheusObserver(registry)
+    async with Scribe(taking(20), transport=stage.transport, observers=[observer], batch_size=3):
+        await asyncio.sleep(1)
+        value = Scraped.of(registry)
+        assert (2, 3) == (value("messages_buffered"), value("messages_in_progress"))
+        assert (1, 1) == (value("worker_up"), value("workers"))
+        stage.broker.cut()
+        stage.broker.faults.door = Door.UNREACHABLE
+        await asyncio.sleep(1)
+        value = Scraped.of(registry)
+        assert (0, 1) == (value("worker_up"), value("workers"))
+        assert 0 == value("messages_buffered")
+        stage.broker.faults.door = Door.OPEN
+        await asyncio.sleep(30)
+        assert 1 == Scraped.of(registry)("worker_up")
+
+
+async def test_progress_is_a_time_of_day(stage, registry, monkeypatch):
+    """When the worker that is furthest behind last did something."""
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr("time.time", lambda: 1_000_000 + loop.time())
+    stage.put(*numbered(1))
+    async with Scribe(
+        taking(100), transport=stage.transport, observers=[PrometheusObserver(registry)]
+    ):
+        began = loop.time()
+        await asyncio.sleep(50)
+        assert 1_000_000 + began == pytest.approx(
+            Scraped.of(registry)("last_progress_timestamp_seconds"), abs=1
+        )
+        await asyncio.sleep(70)
+        assert 1_000_100 + began == pytest.approx(
+            Scraped.of(registry)("last_progress_timestamp_seconds"), abs=10
+        )
+
+
+async def test_what_runs_is_told(registry):
+    """Its version, as a label."""
+    PrometheusObserver(registry)
+    [about] = Scraped.of(registry).families["aio_pika_batch_build_info"].samples
+    assert {"version", "python"} == set(about.labels)
+    assert 1 == about.value
+
+
+async def test_consumers_of_one_kind_are_added_up(stage, registry):
+    """Whether they share an observer or have one each."""
+    stage.put(*numbered(4))
+    shared = PrometheusObserver(registry)
+    some = [
+        Scribe(taking(5), transport=stage.transport, observers=[each], prefetch_count=1)
+        for each in (shared, shared, PrometheusObserver(registry))
+    ]
+    for each in some:
+        await each.start()
+    await asyncio.sleep(20)
+    value = Scraped.of(registry)
+    assert (3, 3) == (value("worker_up"), value("workers"))
+    assert 4 == value("messages_received_total")
+    await some[0].stop()
+    assert 2 == Scraped.of(registry)("worker_up")
+    for each in some[1:]:
+        await each.stop()
+    assert 0 == Scraped.of(registry)("worker_up")
+
+
+async def test_a_handler_that_takes_too_long_is_an_outcome_of_its_own(stage, registry):
+    """As what cut it."""
+    stage.put(*numbered(1))
+    async with Scribe(
+        first_then(taking(100), ack),
+        transport=stage.transport,
+        observers=[PrometheusObserver(registry)],
+        process_timeout=2,
+        batch_timeout=1,
+    ):
+        await asyncio.sleep(60)
+    value = Scraped.of(registry)
+    assert 1 == value("batches_total", trigger="timeout", outcome="timeout")
+    assert 1 == value("handler_exceptions_total", exception_type="HandlerTimeout")
+    assert 1 == value("messages_settled_total", result="requeue", cause="timeout")
+
+
+async def test_parts_that_are_run_again_are_no_batches_of_their_own(stage, registry):
+    """They are runs of the handler, but nothing was cut and nothing was filled."""
+
+    async def sunk_by_2(messages):
+        if any(each.body == b"2" for each in messages):
+            raise KeyError
+        for _ in messages:
+            yield ACK
+
+    stage.put(*numbered(4))
+    async with Scribe(
+        sunk_by_2,
+        transport=stage.transport,
+        observers=[PrometheusObserver(registry)],
+        batch_size=4,
+        isolate_failures=True,
+        unhandled_exception_action="NACK",
+    ):
+        await asyncio.sleep(1)
+    value = Scraped.of(registry)
+    assert (1, 4) == (value("batch_messages_count"), value("batch_messages_sum"))
+    assert 1 == value("batch_fill_seconds_count")
+    assert 5 == value("batch_process_seconds_count")
+    assert 2 == value("batches_total", trigger="isolate", outcome="ok")
+    assert 2 == value("batches_total", trigger="isolate", outcome="error")
+
+
+async def test_what_cannot_be_settled_is_counted(registry):
+    """By the step that failed."""
+    script = ScriptedTransport()
+    script.on_settle = raising(SessionLost("just now"))
+    async with Scribe(
+        ack, transport=script, observers=[PrometheusObserver(registry)], batch_size=3
+    ):
+        script.last.feed(*numbered(3))
+        await asyncio.sleep(0.001)
+        assert 3 == Scraped.of(registry)("settle_errors_total", operation="settle")
+
+
+async def test_copies_that_are_not_confirmed_are_counted(stage, registry):
+    """Each time."""
+    stage.put(*numbered(2))
+    stage.broker.faults.on_publish(PublishFault.REFUSE)
+    async with Scribe(
+        answering(REQUEUE, REQUEUE),
+        transport=stage.transport,
+        observers=[PrometheusObserver(registry)],
+        batch_size=2,
+    ):
+        await asyncio.sleep(0.1)
+        assert 2 == Scraped.of(registry)("settle_errors_total", operation="publish")
+
+
+STORY = """
+import asyncio, os, sys
+from aio_pika_batch import Cause, MessageResult
+from aio_pika_batch.observer import Connected, Origin, Received, Settled, WorkerStarted, Observers
+from aio_pika_batch.adapters.memory import Door, PublishFault
+from aio_pika_batch.observers.prometheus import PrometheusObserver
+from aio_pika_batch.status import WorkerState, WorkerStatus
+
+status = WorkerStatus(0, WorkerState.CONSUMING, 1, 2, 3, 0, None, 0.0, None)
+observers = Observers([PrometheusObserver()], Origin("Scribe", "jobs", 0), None)
+observers.tell(WorkerStarted(lambda: status))
+observers.tell(Connected(1))
+observers.tell(Received(5))
+observers.tell(Settled({(MessageResult.ACK, Cause.HANDLER): 4}, 0.0))
+print(os.getpid(), flush=True)
+sys.stdin.read()
+"""
+
+
+SCRAPE = """
+from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+
+registry = CollectorRegistry()
+multiprocess.MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
+
+DEATH = """
+from aio_pika_batch.observers.prometheus import process_died
+
+process_died({})
+"""
+
+
+def test_processes_add_up_and_a_dead_one_takes_its_gauges_along(tmp_path):
+    """What it has counted stays, what it was is gone, as soon as its supervisor says so."""
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+
+    def run(script):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return Scraped(done.stdout)
+
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", STORY],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
+    try:
+        pids = [int(each.stdout.readline()) for each in children]
+        value = run(SCRAPE)
+        assert (2, 2) == (value("worker_up"), value("workers"))
+        assert (4, 6) == (value("messages_buffered"), value("messages_in_progress"))
+        assert 10 == value("messages_received_total")
+        assert 8 == value("messages_settled_total", result="ack", cause="handler")
+        children[0].kill()
+        children[0].wait()
+        run(DEATH.format(pids[0]))
+        value = run(SCRAPE)
+        assert (1, 1) == (value("worker_up"), value("workers"))
+        assert (2, 3) == (value("messages_buffered"), value("messages_in_progress"))
+        assert 10 == value("messages_received_total")
+    finally:
+        for child in children:
+            child.communicate()
