@@ -22,6 +22,8 @@ from pamqp.header import ContentHeader, ProtocolHeader
 
 from benchmarks.protocol import CELERY_TASK
 
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
 _CHANNEL = 1
 _FRAME_MAX = 131_072
 _FRAME_OVERHEAD = 8
@@ -60,7 +62,10 @@ class Filler:
 
     def fill(self, queue: str, count: int, body: int, shape: str = "plain") -> None:
         """Put that many persistent messages into a queue, and wait until they are all there."""
-        one = _celery_message(queue, body) if shape == "celery" else _message(queue, body)
+        if shape == "celery":
+            one = _celery_message(queue, body)
+        else:
+            one = _message(queue, body, {"traceparent": TRACEPARENT} if shape == "traced" else {})
         many = max(1, _CHUNK // len(one))
         for _ in range(count // many):
             self._socket.sendall(one * many)
@@ -122,13 +127,13 @@ def _size(received: bytes) -> int:
     return head + int.from_bytes(received[3:7], "big") + 1
 
 
-def _message(queue: str, body: int) -> bytes:
+def _message(queue: str, body: int, headers: dict[str, str]) -> bytes:
     """A message as an application might publish it."""
     properties = commands.Basic.Properties(
         content_type="application/octet-stream",
         delivery_mode=2,
         timestamp=datetime(2025, 1, 1, tzinfo=UTC),
-        headers={"tenant": 42, "trace": "4bf92f3577b34da6a3ce929d0e0e4736"},
+        headers={"tenant": 42, "trace": "4bf92f3577b34da6a3ce929d0e0e4736", **headers},
     )
     return _frames(queue, properties, b"x" * body)
 

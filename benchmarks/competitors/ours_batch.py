@@ -96,10 +96,10 @@ class Holding(Counting):
 KINDS = {"headers": Reading, "hold": Holding}
 
 
-async def consume(job: Job, meter: Meter) -> None:
+async def consume(job: Job, meter: Meter, watched_by: Sequence[Observer] = ()) -> None:
     """Consume until everything is measured."""
     options = {key: value for key, value in job.options.items() if key != "uvloop"}
-    observers = [Watching()] if options.pop("observer", None) else []
+    watching = [Watching()] if options.pop("observer", None) else []
     settings = BatchConsumerSettings(
         url=job.url,
         queue_name=job.queue,
@@ -108,11 +108,11 @@ async def consume(job: Job, meter: Meter) -> None:
         max_requeue_attempts=MANY,
         **options,
     )
-    consumer = KINDS.get(job.task, Counting)(settings, observers=observers)
+    consumer = KINDS.get(job.task, Counting)(settings, observers=[*watching, *watched_by])
     done = consumer.prepare(job, meter)
     async with consumer:
         await done.wait()
-    if observers and not observers[0].seen:
+    if watching and not watching[0].seen:
         raise RuntimeError("nothing was observed")
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from aio_pika_batch.core.batcher import Trigger
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import Cause, MessageResult
 from aio_pika_batch.core.retry import DeadLetterReason
 from aio_pika_batch.logs import KeywordLogger
-from aio_pika_batch.status import WorkerStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +34,29 @@ class Origin:
     server: tuple[str, int] | None = None
 
 
+class Load(NamedTuple):
+    """How busy is a worker, at this moment?
+
+    Attributes:
+        buffered: Messages that wait for their batch.
+        in_hand: Messages that are being handled.
+        is_consuming: Whether it consumes, be it one at a time.
+    """
+
+    buffered: int
+    in_hand: int
+    is_consuming: bool
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerStarted:
     """A worker begins its life; it does not consume yet.
 
     Attributes:
-        status: Tells how it is, whenever it is asked; on the event loop's thread only.
+        load: Tells how busy it is, whenever it is asked; on the event loop's thread only.
     """
 
-    status: Callable[[], WorkerStatus]
+    load: Callable[[], Load]
 
 
 @dataclass(frozen=True, slots=True)

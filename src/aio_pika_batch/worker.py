@@ -27,7 +27,7 @@ from aio_pika_batch.fuse import PROBE, Fuse
 from aio_pika_batch.handling import Process
 from aio_pika_batch.hands import Hands, Stop, wait_until
 from aio_pika_batch.logs import KeywordLogger, told
-from aio_pika_batch.observer import Connected, Lost, Observers, WorkerStarted, WorkerStopped
+from aio_pika_batch.observer import Connected, Load, Lost, Observers, WorkerStarted, WorkerStopped
 from aio_pika_batch.outbox import Outbox
 from aio_pika_batch.status import WorkerState, WorkerStatus
 from aio_pika_batch.terms import Terms
@@ -38,6 +38,8 @@ STABLE_AFTER = 10.0
 
 _WELL = frozenset({WorkerState.CONSUMING, WorkerState.PROBING, WorkerState.PAUSED})
 """What a worker does while nothing is wrong with it, or its way to the broker."""
+
+_CONSUMES = frozenset({WorkerState.CONSUMING, WorkerState.PROBING})
 
 T = TypeVar("T")
 
@@ -148,13 +150,17 @@ class Worker:
             last_error=self._last_error,
         )
 
+    def _load(self) -> Load:
+        buffered = self._epoch.buffered if self._epoch else 0
+        return Load(buffered, self.hands.in_hand, self._seen_state in _CONSUMES)
+
     async def run(self) -> None:
         """Live until told to stop.
 
         Raises:
             Exception: It has never consumed, and never will: the reason.
         """
-        self._observers.tell(WorkerStarted(lambda: self.status))
+        self._observers.tell(WorkerStarted(self._load))
         try:
             while not self._stop.event.is_set():
                 failure: Exception | None = None

@@ -26,6 +26,7 @@ from aio_pika_batch.observer import (
     Connected,
     DeadLettered,
     HandlerError,
+    Load,
     Lost,
     Observer,
     Origin,
@@ -36,7 +37,6 @@ from aio_pika_batch.observer import (
     WorkerStarted,
     WorkerStopped,
 )
-from aio_pika_batch.status import WorkerState, WorkerStatus
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
@@ -58,7 +58,6 @@ RETURNED = "returned"
 """Label value of what went back to the queue without having been handled."""
 
 _WHO = ("consumer", "queue")
-_CONSUMES = frozenset({WorkerState.CONSUMING, WorkerState.PROBING})
 
 
 class Metrics:
@@ -131,6 +130,21 @@ _METRICS: WeakKeyDictionary[CollectorRegistry, Metrics] = WeakKeyDictionary()
 """Made once for a registry, however many observers it serves."""
 
 
+class _Level:
+    """A gauge that is a sum over workers, and written only where that has changed."""
+
+    __slots__ = ("_set", "_told")
+
+    def __init__(self, gauge: Gauge) -> None:
+        self._set = gauge.set
+        self._told: int | None = None
+
+    def tell(self, value: int) -> None:
+        if value != self._told:
+            self._told = value
+            self._set(value)
+
+
 class _Consumer:
     """The metrics of one consumer, with its labels filled in."""
 
@@ -138,8 +152,9 @@ class _Consumer:
         self._metrics = metrics
         self._who = who
         self._counts: dict[tuple[Counter, tuple[str, ...]], Callable[[float], None]] = {}
-        self._asking: dict[int, Callable[[], WorkerStatus]] = {}
-        self._loads: dict[int, tuple[int, int, bool, float]] = {}
+        self._asking: dict[int, Callable[[], Load]] = {}
+        self._loads: dict[int, Load] = {}
+        self._progress: dict[int, float] = {}
         self.lost: set[int] = set()
         self.received = metrics.received.labels(*who).inc
         self.batch_messages = metrics.batch_messages.labels(*who).observe
@@ -147,11 +162,11 @@ class _Consumer:
         self.batch_process = metrics.batch_process.labels(*who).observe
         self.stale = metrics.stale.labels(*who).inc
         self.reconnects = metrics.reconnects.labels(*who).inc
-        self._workers = metrics.workers.labels(*who).set
-        self._buffered = metrics.buffered.labels(*who).set
-        self._in_progress = metrics.in_progress.labels(*who).set
-        self._up = metrics.up.labels(*who).set
-        self._progress = metrics.progress.labels(*who).set
+        self._workers = _Level(metrics.workers.labels(*who))
+        self._buffered = _Level(metrics.buffered.labels(*who))
+        self._in_progress = _Level(metrics.in_progress.labels(*who))
+        self._up = _Level(metrics.up.labels(*who))
+        self._set_progress = metrics.progress.labels(*who).set
 
     def count(self, counter: Counter, *labels: str, by: float = 1) -> None:
         """Count something; a series is looked up once."""
@@ -161,37 +176,39 @@ class _Consumer:
             count = self._counts[key] = counter.labels(*self._who, *labels).inc
         count(by)
 
-    def join(self, worker: int, status: Callable[[], WorkerStatus]) -> None:
-        """A worker begins, and will be asked how it is."""
-        self._asking[worker] = status
-        self._workers(len(self._asking))
+    def join(self, worker: int, load: Callable[[], Load]) -> None:
+        """A worker begins, and will be asked how busy it is."""
+        self._asking[worker] = load
+        self._workers.tell(len(self._asking))
         self.ask(worker)
+        self.go_on(worker)
 
     def leave(self, worker: int) -> None:
         """A worker is no more."""
-        del self._asking[worker], self._loads[worker]
+        del self._asking[worker], self._loads[worker], self._progress[worker]
         self.lost.discard(worker)
-        self._workers(len(self._asking))
+        self._workers.tell(len(self._asking))
         self._add_up()
 
-    def ask(self, worker: int, *, is_progress: bool = False) -> None:
-        """Find out how a worker is."""
-        status = self._asking[worker]()
-        silent = 0.0 if is_progress else status.last_progress or 0.0
-        is_up = status.state in _CONSUMES
-        self._loads[worker] = status.buffered, status.in_hand, is_up, time.time() - silent
+    def ask(self, worker: int) -> None:
+        """Find out how busy a worker is."""
+        self._loads[worker] = self._asking[worker]()
         self._add_up()
+
+    def go_on(self, worker: int) -> None:
+        """It has received or settled something."""
+        self._progress[worker] = time.time()
+        self._set_progress(min(self._progress.values()))
 
     def _add_up(self) -> None:
-        if self._loads:
-            buffered, in_hand, up, progress = zip(*self._loads.values(), strict=True)
-            self._buffered(sum(buffered))
-            self._in_progress(sum(in_hand))
-            self._up(sum(up))
-            self._progress(min(progress))
-        else:
-            for tell in (self._buffered, self._in_progress, self._up):
-                tell(0)
+        buffered = in_progress = up = 0
+        for each in self._loads.values():
+            buffered += each.buffered
+            in_progress += each.in_hand
+            up += each.is_consuming
+        self._buffered.tell(buffered)
+        self._in_progress.tell(in_progress)
+        self._up.tell(up)
 
 
 class PrometheusObserver(Observer):
@@ -222,7 +239,7 @@ class PrometheusObserver(Observer):
 
     def worker_started(self, origin: Origin, event: WorkerStarted) -> None:
         """There is one more."""
-        self._of(origin).join(id(origin), event.status)
+        self._of(origin).join(id(origin), event.load)
 
     def worker_stopped(self, origin: Origin, event: WorkerStopped) -> None:
         """There is one less."""
@@ -233,6 +250,7 @@ class PrometheusObserver(Observer):
         consumer = self._of(origin)
         consumer.received(event.count)
         consumer.ask(id(origin))
+        consumer.go_on(id(origin))
 
     def batch_cut(self, origin: Origin, event: BatchCut) -> None:
         """How large, and how long it took to fill; a part that is run again was not cut."""
@@ -255,7 +273,8 @@ class PrometheusObserver(Observer):
         for (result, cause), count in event.counts.items():
             name = RETURNED if result is None else result.name.lower()
             consumer.count(self._metrics.settled, name, cause.value, by=count)
-        consumer.ask(id(origin), is_progress=True)
+        consumer.ask(id(origin))
+        consumer.go_on(id(origin))
 
     def settle_failed(self, origin: Origin, event: SettleFailed) -> None:
         """Count the messages."""

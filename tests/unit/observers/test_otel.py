@@ -17,15 +17,19 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from aio_pika_batch import SessionLost
+from aio_pika_batch.adapters.aio_pika.properties import encode
 from aio_pika_batch.adapters.memory import PublishFault
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.observers.otel import OpenTelemetryObserver, origin_of, trace_headers
 from aio_pika_batch.registry import server_of
 from aio_pika_batch.testing import make_message
+from tests.unit.adapters.aio_pika import spoken
+from tests.unit.adapters.aio_pika.test_tables import tables
 from tests.unit.observers.stories import everything
 from tests.unit.shell.doubles import ScriptedTransport, raising
 from tests.unit.shell.stage import (
@@ -403,6 +407,35 @@ def test_a_traceparent_is_read_as_the_apis_own_propagator_reads_it(traceparent, 
     ).get_span_context()
     ours = origin_of(make_message(b"", headers=headers))
     assert (theirs if theirs.is_valid else None) == ours
+
+
+@given(tables, st.none() | st.sampled_from([TRACEPARENT, TRACEPARENT[:-1], "nonsense", 1]), states)
+def test_a_trace_is_found_in_headers_as_they_came(headers, traceparent, tracestate):
+    """Without decoding the rest of them; what comes of it is the same."""
+    stated = {"traceparent": traceparent, "tracestate": tracestate}
+    headers = headers | {name: value for name, value in stated.items() if value is not None}
+    as_it_came = spoken.message(encode(Properties(headers=headers, content_type="text/plain")))
+    assert origin_of(make_message(b"", headers=headers)) == origin_of(as_it_came)
+
+
+def test_a_trace_whose_neighbours_cannot_be_decoded_is_none():
+    """They are somebody's trouble, but not the trace's."""
+    came = spoken.raw_properties(headers={"x": True, "tracestate": "a=b", "traceparent": "?"})
+    broken = came.replace(b"\x01xt", b"\x01x?")
+    assert broken != came
+    assert origin_of(spoken.message(broken)) is None
+
+
+async def test_a_batch_that_is_not_recorded_costs_no_links(stage, monkeypatch):
+    """Nobody looks into the headers of its messages."""
+    looked = []
+    monkeypatch.setattr("aio_pika_batch.observers.otel.origin_of", looked.append)
+    stage.put(*numbered(3))
+    observer = OpenTelemetryObserver(tracer_provider=TracerProvider(ALWAYS_OFF))
+    async with Scribe(ack, transport=stage.transport, observers=[observer], batch_size=3):
+        await asyncio.sleep(1)
+    assert [] == stage.waiting()
+    assert [] == looked
 
 
 def test_headers_that_hold_no_trace():

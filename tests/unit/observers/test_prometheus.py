@@ -229,14 +229,14 @@ async def test_copies_that_are_not_confirmed_are_counted(stage, registry):
 STORY = """
 import asyncio, os, sys
 from aio_pika_batch import Cause, MessageResult
-from aio_pika_batch.observer import Connected, Origin, Received, Settled, WorkerStarted, Observers
+from aio_pika_batch.observer import (
+    Connected, Load, Observers, Origin, Received, Settled, WorkerStarted
+)
 from aio_pika_batch.adapters.memory import Door, PublishFault
 from aio_pika_batch.observers.prometheus import PrometheusObserver
-from aio_pika_batch.status import WorkerState, WorkerStatus
 
-status = WorkerStatus(0, WorkerState.CONSUMING, 1, 2, 3, 0, None, 0.0, None)
 observers = Observers([PrometheusObserver()], Origin("Scribe", "jobs", 0), None)
-observers.tell(WorkerStarted(lambda: status))
+observers.tell(WorkerStarted(lambda: Load(2, 3, True)))
 observers.tell(Connected(1))
 observers.tell(Received(5))
 observers.tell(Settled({(MessageResult.ACK, Cause.HANDLER): 4}, 0.0))

@@ -1,0 +1,126 @@
+"""Which Prometheus do tests ask?
+
+The one installed on this machine, or the one that its package manager installs. As with the broker
+there is no "none". A server is private: its own port of 127.0.0.1, its own data, gone afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.support.packages import InstallError, install, install_commands
+from tests.support.ports import LOCALHOST, free_port
+from tests.support.tether import kill_group, spawn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_START_TIMEOUT = 60  # seconds; an idle machine needs one
+
+_CONFIGURATION = """
+global: {{scrape_interval: 250ms}}
+scrape_configs:
+  - job_name: tests
+    static_configs: [{{targets: ["{target}"]}}]
+"""
+
+
+class NoPrometheusError(Exception):
+    """No Prometheus could be had; the message says what was tried, and what would help."""
+
+
+def program(name: str) -> str:
+    """Find ``prometheus`` or ``promtool``, or install them."""
+    found = shutil.which(name)
+    if found:
+        return found
+    commands = install_commands("prometheus", brew="prometheus")
+    if commands is None:
+        raise NoPrometheusError(
+            f"There is no {name} on PATH, and no package manager that we may use. This will do:\n"
+            "  apt-get install --no-install-recommends prometheus"
+        )
+    try:
+        install(commands)
+    except InstallError as error:
+        raise NoPrometheusError(str(error)) from error
+    found = shutil.which(name)
+    if not found:
+        raise NoPrometheusError(f"`{' '.join(commands[-1])}` went well, but brought no {name}")
+    return found
+
+
+class Prometheus:
+    """A server that scrapes one target four times a second."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://{LOCALHOST}:{port}"
+
+    def ask(self, expression: str) -> list[dict[str, Any]]:
+        """Evaluate an expression now; raise ``ValueError`` with its words where it is none."""
+        return list(self._get("query", query=expression)["result"])
+
+    def is_ready(self) -> bool:
+        """Whether it answers, and has scraped its target twice."""
+        try:
+            scraped = self.ask("count_over_time(up[1m]) >= 2 and up == 1")
+        except (OSError, ValueError):  # it listens before it answers
+            return False
+        return bool(scraped)
+
+    def _get(self, what: str, **parameters: str) -> Any:
+        query = urllib.parse.urlencode(parameters)
+        try:
+            with urllib.request.urlopen(f"{self.url}/api/v1/{what}?{query}") as answer:  # noqa: S310  -- our own URL
+                return json.load(answer)["data"]
+        except urllib.error.HTTPError as error:
+            raise ValueError(error.read().decode()) from error
+
+
+@contextmanager
+def prometheus(target: str, folder: Path) -> Iterator[Prometheus]:
+    """Start one that scrapes *target*, ``host:port``."""
+    configuration = folder / "prometheus.yaml"
+    configuration.write_text(_CONFIGURATION.format(target=target))
+    port = free_port()
+    log = folder / "prometheus.log"
+    with log.open("wb") as output:
+        server = spawn(
+            [
+                program("prometheus"),
+                f"--config.file={configuration}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address={LOCALHOST}:{port}",
+            ],
+            cwd=folder,
+            stdout=output,
+        )
+    try:
+        found = Prometheus(port)
+        deadline = time.monotonic() + _START_TIMEOUT
+        while not found.is_ready():
+            if server.poll() is not None or time.monotonic() > deadline:
+                said = log.read_text(errors="replace")[-4000:]
+                raise NoPrometheusError(f"prometheus did not start, or scraped nothing:\n{said}")
+            time.sleep(0.05)
+        yield found
+    finally:
+        kill_group(server)
+
+
+def promtool(*arguments: str | Path) -> str:
+    """Run ``promtool``; raise ``ValueError`` with its words where it finds fault."""
+    command: Sequence[str] = [program("promtool"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(done.stdout + done.stderr)
+    return done.stdout
