@@ -32,10 +32,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 import aio_pika_batch
 from aio_pika_batch.adapters import memory
 from aio_pika_batch.core.publication import Publication
+from aio_pika_batch.observers.prometheus import PrometheusObserver
 from aio_pika_batch.registry import open_transport
 from aio_pika_batch.testing import BatchBroker, virtual_time
 from aio_pika_batch.testing.rabbitmq.find import Broker as Found
@@ -263,7 +265,12 @@ def test_commands_exist(place: str, command: str) -> None:
             "-m",
             "pip",
             "install",
-            "nox" | "." | "asyncpg" | "httpx" | "google-cloud-pubsub",
+            "nox"
+            | "."
+            | "asyncpg"
+            | "httpx"
+            | "google-cloud-pubsub"
+            | "aio-pika-batch[prometheus,otel]",
         ]:
             pass
         case ["export", *assignments]:
@@ -336,6 +343,8 @@ def known_names() -> set[str]:
         importlib.import_module("aio_pika_batch.testing.stories"),
         importlib.import_module("aio_pika_batch.testing.strategies"),
         importlib.import_module("aio_pika_batch.observer"),
+        importlib.import_module("aio_pika_batch.observers.otel"),
+        importlib.import_module("aio_pika_batch.observers.prometheus"),
         importlib.import_module("aio_pika_batch.testing.contract"),
         importlib.import_module("aio_pika_batch.transport"),
     ):
@@ -346,12 +355,23 @@ def known_names() -> set[str]:
                 names.update(dir(value))
                 names.update(getattr(value, "__annotations__", ()))
                 names.update(getattr(value, "__slots__", ()))
+    registry = CollectorRegistry()
+    PrometheusObserver(registry)
+    for metric in registry.collect():
+        names.update(metric.name + suffix for suffix in ("", "_total", "_bucket", "_sum"))
     broker = memory.Broker()
     names.update(dir(broker), dir(broker.faults), dir(broker.journal))
     return names
 
 
 THEIRS = {
+    "exception_type",  # a label
+    "foreign_pre_chain",  # structlog's
+    "histogram_quantile",  # Prometheus'
+    "message_count",  # OpenTelemetry's, in messaging.batch.message_count
+    "meter_provider",  # an argument of OpenTelemetryObserver
+    "prometheus_client",  # a package
+    "tracer_provider",  # an argument of OpenTelemetryObserver
     "at_once",  # an argument of TransportContract.run
     "consumer_timeout",  # RabbitMQ's
     "declare_exchange",  # aio-pika's
@@ -359,6 +379,7 @@ THEIRS = {
     "no_verify_ssl",  # aio-pika's, in a URL
     "rabbitmq_auth_mechanism_ssl",  # a plugin of RabbitMQ
     "pytest_asyncio_loop_factories",  # pytest-asyncio's
+    "requeue_immediate",  # a label's value
     "retry_after",  # what the API of examples/http_sink says
     "rmq_to_pubsub",  # an example
     "stream_queue",  # RabbitMQ's

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -30,6 +32,7 @@ from tests.unit.shell.stage import (
     taking,
 )
 
+ROOT = Path(__file__).parents[3]
 WHO = {"consumer": "Scribe", "queue": "jobs"}
 
 
@@ -133,6 +136,24 @@ async def test_what_runs_is_told(registry):
     [about] = Scraped.of(registry).families["aio_pika_batch_build_info"].samples
     assert {"version", "python"} == set(about.labels)
     assert 1 == about.value
+
+
+def test_every_metric_is_on_the_page(registry):
+    """With its type and its labels."""
+    metrics = PrometheusObserver(registry)._metrics
+    labels = {
+        f"{each._name}{'_total' if each._type == 'counter' else ''}": each._labelnames
+        for each in vars(metrics).values()
+        if hasattr(each, "_labelnames")
+    }
+    page = (ROOT / "docs" / "observability.md").read_text()
+    rows = dict(re.findall(r"^\| `(aio_pika_batch_\w+)` (\| \w+ \|[^|]*\|)", page, re.MULTILINE))
+    about = {"aio_pika_batch_build_info": "| gauge | `version`, `python` |"}
+    for family in registry.collect():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        further = ", ".join(f"`{label}`" for label in labels.get(name, ()) if label not in WHO)
+        about.setdefault(name, f"| {family.type} | {further} |".replace("|  |", "| |"))
+    assert about == rows
 
 
 async def test_consumers_of_one_kind_are_added_up(stage, registry):

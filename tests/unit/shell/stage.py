@@ -137,7 +137,8 @@ class Witness(Observer):
         self.seen.append((origin, event))
 
     batch_cut = batch_handled = settled = requeued = dead_lettered = connected = _note
-    lost = stale_results = handler_error = _note
+    lost = stale_results = handler_error = settle_failed = _note
+    worker_started = worker_stopped = received = _note
     breaker_opened = breaker_probing = breaker_closed = _note
 
     def of(self, kind: type) -> list[Any]:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from aio_pika_batch import Cause, DeadLetterReason, Observer, SessionLost, Trigger
+import pytest
+
+from aio_pika_batch import (
+    Cause,
+    DeadLetterReason,
+    Observer,
+    Outcome,
+    SessionLost,
+    Trigger,
+)
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import (
     BatchCut,
@@ -13,12 +22,18 @@ from aio_pika_batch.observer import (
     Connected,
     DeadLettered,
     HandlerError,
+    Load,
     Lost,
     Observers,
     Origin,
+    Received,
     Requeued,
     Settled,
+    SettleFailed,
     StaleResults,
+    Step,
+    WorkerStarted,
+    WorkerStopped,
 )
 from tests.unit.shell.doubles import ScriptedTransport, never, raising
 from tests.unit.shell.stage import (
@@ -42,7 +57,7 @@ class Breaks(Observer):
         raise KeyError("observer")
 
     batch_cut = batch_handled = settled = requeued = dead_lettered = connected = _break
-    lost = stale_results = handler_error = _break
+    lost = stale_results = handler_error = worker_started = worker_stopped = received = _break
 
 
 async def everything(stage, *observers):
@@ -71,25 +86,31 @@ async def test_every_event_is_told_in_order(stage, jitter):
     consumer = await everything(stage, witness)
     assert {Origin("Scribe", "jobs", 0)} == {origin for origin, _ in witness.seen}
     assert [
+        WorkerStarted,
         Connected,
+        Received,
         BatchCut,
         BatchHandled,
+        Received,
         Settled,
         Requeued,
         DeadLettered,
         BatchCut,
         HandlerError,
         BatchHandled,
+        Received,
         Settled,
         Requeued,
         BatchCut,
         Lost,
         Connected,
+        Received,
         BatchHandled,
         StaleResults,
         BatchCut,
         BatchHandled,
         Settled,
+        WorkerStopped,
     ] == [type(event) for _, event in witness.seen]
     triggers = [event.trigger for event in witness.of(BatchCut)]
     assert [Trigger.SIZE, *[Trigger.TIMEOUT] * 3] == triggers
@@ -97,6 +118,8 @@ async def test_every_event_is_told_in_order(stage, jitter):
     assert [0, 0, 20, 0] == [event.seconds for event in witness.of(BatchHandled)]
     [error] = witness.of(HandlerError)
     assert isinstance(error.error, KeyError)
+    assert triggers == [event.trigger for event in witness.of(BatchHandled)]
+    assert [3, 1, 1, 1] == [event.count for event in witness.of(Received)]
     assert [None, error.error, None, None] == [each.error for each in witness.of(BatchHandled)]
     assert [
         {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.HANDLER): 1, (NACK, Cause.HANDLER): 1},
@@ -120,7 +143,7 @@ async def test_an_observer_that_raises_changes_nothing(stage, jitter, caplog):
     before, after = Witness(), Witness()
     consumer = await everything(stage, before, Breaks(), after)
     assert [type(event) for _, event in before.seen] == [type(event) for _, event in after.seen]
-    assert 19 == len(after.seen)
+    assert 25 == len(after.seen)
     assert [numbered(3), [b"1"], [b"1"], [b"1"]] == consumer.batches
     assert [b"2"] == stage.waiting("dead")
     complaints = [each for each in caplog.records if "observer" in each.getMessage()]
@@ -187,6 +210,45 @@ async def test_what_was_settled_before_the_session_ended_is_told():
     assert [[("ack", (1, 3))]] == script.details("settle")
     assert 2 == sum(sum(event.counts.values()) for event in witness.of(Settled))
     assert 1 == sum(event.count for event in witness.of(StaleResults))
+
+
+async def test_a_worker_tells_how_busy_it_is(stage):
+    """Whenever it is asked, between its start and its end."""
+    stage.put(*numbered(5))
+    witness = Witness()
+    async with Scribe(
+        taking(20), transport=stage.transport, observers=[witness], batch_size=3, prefetch_count=5
+    ):
+        [started] = witness.of(WorkerStarted)
+        await asyncio.sleep(1)
+        assert Load(buffered=2, in_hand=3, is_consuming=True) == started.load()
+        stage.broker.cut()
+        await asyncio.sleep(0.01)
+        assert Load(buffered=0, in_hand=3, is_consuming=False) == started.load()
+    assert Load(buffered=0, in_hand=0, is_consuming=False) == started.load()
+
+
+async def test_settling_has_its_time_and_its_failures(jitter):
+    """From the decision until the frames are on their way, with confirmations of copies."""
+    script = ScriptedTransport()
+    witness = Witness()
+    script.on_publish = lambda *_: asyncio.sleep(0.05)
+    script.outcomes = [Outcome.CONFIRMED, Outcome.RETURNED]
+    async with Scribe(
+        answering(REQUEUE, REQUEUE), transport=script, observers=[witness], batch_size=2
+    ):
+        script.last.feed(*numbered(2))
+        await asyncio.sleep(0.2)
+        assert [0.05] == [pytest.approx(event.seconds) for event in witness.of(Settled)]
+        [failed] = witness.of(SettleFailed)
+        assert (Step.PUBLISH, 1, None) == (failed.step, failed.count, failed.error)
+        assert pytest.approx(0.05) == failed.seconds
+        await asyncio.sleep(5)
+        script.on_settle = raising(error := SessionLost("just now"))
+        script.last.feed(*numbered(2))
+        await asyncio.sleep(0.2)
+    failed = witness.of(SettleFailed)[-1]
+    assert (Step.SETTLE, 2, error) == (failed.step, failed.count, failed.error)
 
 
 async def test_results_for_a_session_that_takes_nothing_are_stale():

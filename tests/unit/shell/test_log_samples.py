@@ -1,0 +1,271 @@
+"""Does each line of the log look as the page on observability shows it?
+
+Every event has a sample there, and every sample is a line that one of these stories has logged.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import logging
+import re
+from pathlib import Path
+
+import pytest
+
+import aio_pika_batch
+from aio_pika_batch import Observer, Requeue, SessionLost, TopologyError
+from aio_pika_batch.adapters.memory import Door, PublishFault
+from aio_pika_batch.core.message import Properties
+from aio_pika_batch.core.publication import Outcome
+from tests.unit.shell.doubles import ScriptedTransport, raising
+from tests.unit.shell.stage import (
+    ACK,
+    REQUEUE,
+    Scribe,
+    Stage,
+    ack,
+    answering,
+    first_then,
+    numbered,
+    taking,
+)
+
+PAGE = Path(__file__).parents[3] / "docs" / "observability.md"
+SOURCES = Path(aio_pika_batch.__file__).parent
+LEVELS = ("debug", "info", "warning", "error", "exception")
+
+
+class Importer(Scribe):
+    """Whose log is shown."""
+
+    def __init__(self, *args, **given):
+        super().__init__(*args, **{"queue_name": "orders", "batch_size": 3} | given)
+
+
+def a_stage(*bodies, **properties):
+    """A broker with some orders, and somewhere for dead letters."""
+    stage = Stage()
+    stage.declare("orders")
+    stage.put(*bodies, queue="orders", properties=Properties(**properties))
+    return stage
+
+
+async def a_life_with_a_lost_connection():
+    """A connection is cut while a handler works, and the broker is away for a while."""
+    stage = a_stage(*numbered(3))
+    async with Importer(taking(20), transport=stage.transport):
+        await asyncio.sleep(1)
+        stage.broker.faults.door = Door.UNREACHABLE
+        stage.broker.cut()
+        await asyncio.sleep(60)
+        stage.broker.faults.door = Door.OPEN
+        await asyncio.sleep(60)
+
+
+async def a_handler_that_fails():
+    """Each time, until its messages are exhausted."""
+    async with Importer(
+        answering(error=KeyError("sku")), transport=a_stage(*numbered(3)).transport
+    ):
+        await asyncio.sleep(1)
+
+
+async def a_culprit():
+    """Found by running halves again."""
+
+    async def sunk(messages):
+        if any(each.body == b"1" for each in messages):
+            raise KeyError("sku")
+        for _ in messages:
+            yield ACK
+
+    transport = a_stage(*numbered(3)).transport
+    async with Importer(
+        sunk, transport=transport, isolate_failures=True, unhandled_exception_action="NACK"
+    ):
+        await asyncio.sleep(1)
+
+
+async def a_key_that_fails():
+    """For a message without the header that it reads."""
+
+    class Keyed(Importer):
+        def batch_key(self, message):
+            return message.headers["customer"]
+
+    Keyed.__name__ = "Importer"
+    transport = a_stage(b"0").transport
+    async with Keyed(transport=transport, unhandled_exception_action="NACK"):
+        await asyncio.sleep(1)
+
+
+async def a_retry_count_that_is_none():
+    """Somebody else has written the header."""
+    stage = a_stage(b"0", headers={"x-retry-count": "many"})
+    async with Importer(first_then(answering(REQUEUE), ack), transport=stage.transport):
+        await asyncio.sleep(30)
+
+
+async def copies_that_are_refused():
+    """For longer than originals are held."""
+    stage = a_stage(*numbered(3))
+    stage.broker.faults.on_publish(PublishFault.REFUSE)
+    async with Importer(
+        answering(REQUEUE, REQUEUE, REQUEUE), transport=stage.transport, requeue_hold=1
+    ):
+        await asyncio.sleep(10)
+
+
+async def a_publisher_that_cannot_connect():
+    """The consuming connection is there, and another cannot be had."""
+    stage = a_stage(*numbered(3))
+    async with Importer(first_then(answering(REQUEUE, ACK, ACK), ack), transport=stage.transport):
+        stage.broker.faults.door = Door.UNREACHABLE
+        await asyncio.sleep(10)
+        stage.broker.faults.door = Door.OPEN
+        await asyncio.sleep(10)
+
+
+async def a_wait_queue_that_cannot_be_had():
+    """The broker does not allow it."""
+    script = ScriptedTransport()
+    async with Importer(answering(Requeue(delay=5)), transport=script, batch_size=1):
+        script.on_declare = raising(TopologyError("queue 'orders.retry.8000': not allowed"))
+        script.last.feed(b"0")
+        await asyncio.sleep(1)
+
+
+async def what_cannot_be_settled():
+    """By a bug: at once, and after a copy was confirmed at the second attempt."""
+    for outcomes in ([], [Outcome.REFUSED]):
+        script = ScriptedTransport()
+        script.outcomes = outcomes
+        script.on_settle = raising(ValueError("a bug"))
+        async with Importer(
+            answering(REQUEUE if outcomes else ACK), transport=script, batch_size=1
+        ):
+            script.last.feed(b"0")
+            await asyncio.sleep(2)
+
+
+async def a_publisher_that_closes_badly():
+    """Its connection was cut."""
+    script = ScriptedTransport()
+    script.on_publisher_leave = raising(SessionLost("cut"))
+    async with Importer(answering(REQUEUE), transport=script, batch_size=1):
+        script.last.feed(b"0")
+        await asyncio.sleep(1)
+
+
+async def a_breaker():
+    """From its opening to its end."""
+    stage = a_stage(*numbered(20))
+    async with Importer(
+        first_then(*[answering(error=KeyError("sku"))] * 7, ack),
+        transport=stage.transport,
+        breaker_threshold=0.5,
+        requeue_delay=60,
+    ):
+        await asyncio.sleep(300)
+
+
+async def an_observer_that_fails():
+    """At its first event."""
+
+    class Broken(Observer):
+        def connected(self, origin, event):
+            raise KeyError("sku")
+
+    async with Importer(transport=a_stage().transport, observers=[Broken()]):
+        pass
+
+
+async def a_drain_that_is_cut_short():
+    """By a handler that does not listen; by a second signal; by an endless `on_stop`."""
+
+    class Stubborn(Importer):
+        async def on_stop(self):
+            await asyncio.sleep(3600)
+
+    Stubborn.__name__ = "Importer"
+
+    async def deaf(messages):
+        end = asyncio.get_running_loop().time() + 60
+        while asyncio.get_running_loop().time() < end:
+            try:
+                await asyncio.sleep(20)
+            except asyncio.CancelledError:
+                if len(messages) == 3:
+                    raise
+        yield ACK
+
+    for bodies in (numbered(1), numbered(3)):
+        consumer = Stubborn(
+            deaf, transport=a_stage(*bodies).transport, batch_timeout=1, shutdown_timeout=2
+        )
+        await consumer.start()
+        await asyncio.sleep(5)
+        if len(bodies) == 3:
+            consumer._life.abandon()
+        await consumer.stop()
+        await asyncio.sleep(100)
+
+
+STORIES = [
+    a_life_with_a_lost_connection,
+    a_handler_that_fails,
+    a_culprit,
+    a_key_that_fails,
+    a_retry_count_that_is_none,
+    copies_that_are_refused,
+    a_publisher_that_cannot_connect,
+    a_wait_queue_that_cannot_be_had,
+    what_cannot_be_settled,
+    a_publisher_that_closes_badly,
+    a_breaker,
+    an_observer_that_fails,
+    a_drain_that_is_cut_short,
+]
+
+
+def events():
+    """Every event that the shell can log, as it stands in the source: a constant."""
+    for path in SOURCES.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Call)
+                and (
+                    (
+                        isinstance(node.func, ast.Attribute)
+                        and node.func.attr in LEVELS
+                        and ast.unparse(node.func.value).endswith("_log")
+                    )
+                    or (isinstance(node.func, ast.Name) and node.func.id == "tell")
+                )
+                and isinstance(node.args[0], ast.Constant)
+            ):
+                yield node.args[0].value
+
+
+def samples():
+    """Every line that the page shows."""
+    [block] = re.findall(r"<!-- log samples -->\n```\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    return block.splitlines()
+
+
+@pytest.mark.usefixtures("jitter")
+async def test_each_sample_has_been_logged(caplog):
+    """By one of the stories, word for word."""
+    caplog.set_level(logging.DEBUG, "aio_pika_batch")
+    for story in STORIES:
+        await story()
+    logged = {
+        f"{each.levelname:<8} {each.name}: {each.getMessage()}": each.event
+        for each in caplog.records
+        if each.name.startswith("aio_pika_batch") and hasattr(each, "event")
+    }
+    assert set() == set(events()) - {*logged.values()}, "no story tells it"
+    shown = samples()
+    assert [] == [line for line in shown if line not in logged]
+    assert set() == set(events()) - {logged[line] for line in shown}, "no sample shows it"
