@@ -368,6 +368,7 @@ THEIRS = {
     "exception_type",  # a label
     "foreign_pre_chain",  # structlog's
     "histogram_quantile",  # Prometheus'
+    "max_links",  # an argument of OpenTelemetryObserver
     "message_count",  # OpenTelemetry's, in messaging.batch.message_count
     "meter_provider",  # an argument of OpenTelemetryObserver
     "prometheus_client",  # a package

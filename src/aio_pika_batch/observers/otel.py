@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import overload
 
 from aio_pika_batch.core.message import FieldValue, Headers, Message
-from aio_pika_batch.errors import ConfigurationError, MessageDecodeError
+from aio_pika_batch.errors import MessageDecodeError
 from aio_pika_batch.logs import in_words
 from aio_pika_batch.observer import (
     BatchCut,
@@ -46,7 +46,7 @@ try:
         TraceState,
     )
 except ImportError as error:
-    raise ConfigurationError(
+    raise ImportError(
         "OpenTelemetryObserver needs opentelemetry-api: pip install 'aio-pika-batch[otel]'"
     ) from error
 
@@ -86,7 +86,7 @@ class OpenTelemetryObserver(Observer):
         max_links: Links for one span at most; None: what the SDK keeps.
 
     Raises:
-        ConfigurationError: At its import, where opentelemetry-api is not installed.
+        ImportError: At its import, where opentelemetry-api is not installed.
     """
 
     def __init__(

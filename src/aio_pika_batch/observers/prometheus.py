@@ -16,7 +16,7 @@ from importlib.metadata import version
 from weakref import WeakKeyDictionary
 
 from aio_pika_batch.core.batcher import Trigger
-from aio_pika_batch.errors import ConfigurationError, HandlerTimeout
+from aio_pika_batch.errors import HandlerTimeout
 from aio_pika_batch.observer import (
     BatchCut,
     BatchHandled,
@@ -42,7 +42,7 @@ try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
     from prometheus_client.multiprocess import mark_process_dead
 except ImportError as error:
-    raise ConfigurationError(
+    raise ImportError(
         "PrometheusObserver needs prometheus-client: pip install 'aio-pika-batch[prometheus]'"
     ) from error
 
@@ -221,7 +221,7 @@ class PrometheusObserver(Observer):
         registry: Where the metrics are registered; None: prometheus_client's own.
 
     Raises:
-        ConfigurationError: At its import, where prometheus-client is not installed.
+        ImportError: At its import, where prometheus-client is not installed.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
