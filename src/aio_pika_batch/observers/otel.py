@@ -45,7 +45,7 @@ try:
         TraceFlags,
         TraceState,
     )
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise ImportError(
         "OpenTelemetryObserver needs opentelemetry-api: pip install 'aio-pika-batch[otel]'"
     ) from error

@@ -41,7 +41,7 @@ from aio_pika_batch.observer import (
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
     from prometheus_client.multiprocess import mark_process_dead
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise ImportError(
         "PrometheusObserver needs prometheus-client: pip install 'aio-pika-batch[prometheus]'"
     ) from error
