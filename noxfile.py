@@ -57,7 +57,7 @@ def tests(session: nox.Session) -> None:
     beside the other half, with a broker of their own, and the unit tests beside both; what they saw
     is told afterwards. With arguments, all that they choose runs in one process.
     """
-    session.install(".", *group("test"))
+    session.install(".[cli]", *group("test"))
     session.run("coverage", "erase")
     if session.posargs:
         pytest(session, *session.posargs)
@@ -118,14 +118,14 @@ def in_background(session: nox.Session, name: str, paths: Sequence[str]) -> Iter
 @nox.session
 def unit(session: nox.Session) -> None:
     """Run the unit tests: no broker, no network, seconds."""
-    session.install(".", *group("test"))
+    session.install(".[cli]", *group("test"))
     pytest(session, "tests/unit", *session.posargs)
 
 
 @nox.session(python=PYTHONS)
 def all_pythons(session: nox.Session) -> None:
     """Run the unit tests on every Python that is supported."""
-    session.install(".", *group("test"))
+    session.install(".[cli]", *group("test"))
     pytest(session, "tests/unit", *session.posargs)
 
 
@@ -133,7 +133,7 @@ def all_pythons(session: nox.Session) -> None:
 @nox.parametrize("rabbitmq", ["local", "3.8", "4.0", "4.3"], ids=["local", "3.8", "4.0", "4.3"])
 def integration(session: nox.Session, rabbitmq: str) -> None:
     """Run the integration tests against the local broker, or a version that is fetched first."""
-    session.install(".", *group("test"), *group("brokers"))
+    session.install(".[cli]", *group("test"), *group("brokers"))
     env = {} if rabbitmq == "local" else {"AIO_PIKA_BATCH_TEST_SERVER": fetch(session, rabbitmq)}
     pytest(session, "tests/integration", *session.posargs, env=env)
 
@@ -154,7 +154,7 @@ def stories(session: nox.Session, rabbitmq: str) -> None:
 @nox.session
 def wires(session: nox.Session) -> None:
     """Run all tests of whole consumers on the plain wire; the other sessions run them on fast."""
-    session.install(".", *group("test"))
+    session.install(".[cli]", *group("test"))
     env = {"AIO_PIKA_BATCH_WIRE": "plain"}
     pytest(session, "tests/integration", "-k", "not aio_pika_", *session.posargs, env=env)
 
@@ -162,7 +162,7 @@ def wires(session: nox.Session) -> None:
 @nox.session
 def mutants(session: nox.Session) -> None:
     """Take out one cure after another: the tests must notice each. Words choose which."""
-    session.install(".", *group("test"))
+    session.install(".[cli]", *group("test"))
     session.run("python", "-m", "tests.mutants", *session.posargs)
 
 
@@ -225,7 +225,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types with mypy, and with pyright what users see."""
-    session.install(".", *group("test"), *group("lint"), *group("dev"))
+    session.install(".[cli]", *group("test"), *group("lint"), *group("dev"))
     session.run("mypy")
     session.run("pyright")
 

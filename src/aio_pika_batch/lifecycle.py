@@ -90,6 +90,24 @@ class BaseConsumer(Generic[SettingsT]):
         self._life = Life(self._log)
         self._current: Epoch | None = None
 
+    def configure(self, **given: Any) -> None:  # noqa: ANN401  -- each setting has its own type
+        """Replace some settings before the start, as a command line does.
+
+        A transport that was handed in stays, unless another URL is given.
+
+        Raises:
+            ConfigurationError: A value makes no sense, or it is running already.
+        """
+        if not given:
+            return
+        if self.is_running:
+            msg = f"{self._name} is running: settings can be replaced before its start only"
+            raise ConfigurationError(msg)
+        chosen = {name: getattr(self.settings, name) for name in self.settings.model_fields_set}
+        self.settings = type(self.settings)(**{**chosen, **given})
+        if "url" in given:
+            self._transport = open_transport(self._endpoint())
+
     # -- what you override ------------------------------------------------------------------------
 
     async def on_start(self) -> None:
