@@ -22,6 +22,7 @@ __all__ = [
     "DeadLetterReason",
     "DrainIncomplete",
     "HandlerTimeout",
+    "HealthServer",
     "Message",
     "MessageDecodeError",
     "MessageResult",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
         TopologyError,
         TransportError,
     )
+    from aio_pika_batch.health import HealthServer
     from aio_pika_batch.hooks import WorkerSession
     from aio_pika_batch.observer import Observer
     from aio_pika_batch.settings import ConsumerSettings
@@ -86,6 +88,7 @@ else:
         "status",
         "settings",
         "batch_settings",
+        "health",
         "hooks",
         "consumer",
     )

@@ -144,10 +144,13 @@ class Crew:
 
     def is_healthy(self) -> bool:
         """Whether each worker consumes, or pauses on purpose, and none holds a message too long."""
+        is_well = bool(self._workers) and all(worker.is_well for worker in self._workers)
+        return is_well and not self.is_stuck()
+
+    def is_stuck(self) -> bool:
+        """Whether some worker has held a message for too long."""
         limit = self._settings.effective_stuck_after
-        return bool(self._workers) and all(
-            worker.is_well and (worker.oldest or 0.0) <= limit for worker in self._workers
-        )
+        return any((worker.oldest or 0.0) > limit for worker in self._workers)
 
     async def start(self, seats: Sequence[Seat]) -> None:
         """Start a worker for each seat, and wait until all of them consume.

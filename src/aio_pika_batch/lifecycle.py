@@ -108,6 +108,11 @@ class BaseConsumer(Generic[SettingsT]):
         if "url" in given:
             self._transport = open_transport(self._endpoint())
 
+    def observe(self, observer: Observer) -> None:
+        """Add an observer before the start, unless there is one of its class."""
+        if not any(isinstance(each, type(observer)) for each in self._observers):
+            self._observers = (*self._observers, observer)
+
     # -- what you override ------------------------------------------------------------------------
 
     async def on_start(self) -> None:
@@ -255,6 +260,7 @@ class BaseConsumer(Generic[SettingsT]):
             is_running=self.is_running,
             is_healthy=self.is_healthy,
             workers=crew.statuses if crew else (),
+            is_stuck=crew is not None and crew.is_stuck(),
         )
 
     # -- publishing -------------------------------------------------------------------------------

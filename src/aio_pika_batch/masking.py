@@ -35,6 +35,14 @@ def mask_url(url: str) -> str:
     return ",".join(masked)
 
 
+_IN_TEXT = re.compile(r"(://[^\s:/@]*):[^\s@]*@")
+
+
+def mask_text(text: str) -> str:
+    """Replace the password of every URL in a text by `***`."""
+    return _IN_TEXT.sub(r"\1:***@", text)
+
+
 def _mask_one(url: str) -> str:
     scheme, found, rest = url.partition("://")
     if found and "@" in rest:

@@ -49,10 +49,15 @@ class WorkerStatus:
 
 @dataclass(frozen=True, slots=True)
 class ConsumerStatus:
-    """A snapshot of a consumer."""
+    """A snapshot of a consumer.
+
+    Attributes:
+        is_stuck: Whether some worker has held a message for longer than `stuck_after`.
+    """
 
     consumer: str
     queue: str
     is_running: bool
     is_healthy: bool
     workers: tuple[WorkerStatus, ...]
+    is_stuck: bool = False

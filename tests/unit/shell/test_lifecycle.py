@@ -338,3 +338,28 @@ async def test_a_publication_that_outlives_its_consumer_leaves_no_connection_beh
         await publishing
     await asyncio.sleep(60)
     assert script.steps.count("publisher") == script.steps.count("leave publisher")
+
+
+async def test_settings_can_be_replaced_before_the_start(stage):
+    """As a command line does; what was chosen stays, and nonsense is refused."""
+    consumer = Scribe(transport=stage.transport, batch_size=7)
+    consumer.configure(num_workers=2)
+    consumer.configure()
+    assert (7, 2) == (consumer.settings.batch_size, consumer.settings.num_workers)
+    with pytest.raises(ConfigurationError, match="num_workers"):
+        consumer.configure(num_workers=0)
+    async with consumer:
+        assert 2 == len(consumer.status().workers)
+        with pytest.raises(ConfigurationError, match="before its start only"):
+            consumer.configure(num_workers=1)
+
+
+async def test_another_url_is_another_transport(stage):
+    """The one that was handed in serves the old one."""
+    consumer = Scribe(transport=stage.transport)
+    consumer.configure(url="memory://elsewhere")
+    stage.put(b"0")
+    async with consumer:
+        await asyncio.sleep(1)
+    assert [] == consumer.handled
+    assert [b"0"] == stage.waiting()

@@ -1,0 +1,161 @@
+"""How are probes answered? A server for GET and HEAD, and no more than that.
+
+On the event loop that it tells about, since one that is blocked must not be able to say that it is
+well: whoever asks runs into a time-out. One request for each connection; of a request nothing but
+its first line matters. What it may take, in bytes, seconds and connections, is bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Self
+
+from aio_pika_batch.errors import ConfigurationError
+
+MAX_REQUEST = 8 * 1024
+"""Bytes of a request line with its headers."""
+
+TIMEOUT = 5.0
+"""Seconds for a request to come in, and for its answer to go out."""
+
+MAX_CONNECTIONS = 64
+
+MAX_PORT = 65535
+
+PLAIN = "text/plain; charset=utf-8"
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """An answer."""
+
+    status: HTTPStatus
+    body: str
+    content_type: str = PLAIN
+
+
+Answer = Callable[[str], Response | None]
+"""Given a path, the answer; None where there is nothing."""
+
+
+def respond(head: bytes, answer: Answer) -> bytes:
+    """Answer a request.
+
+    Args:
+        head: The request line and the headers.
+    """
+    with_body = True
+    parts = head.split(b"\r\n", 1)[0].split(b" ")
+    if len(parts) != 3 or not parts[1].startswith(b"/") or not parts[2].startswith(b"HTTP/1."):  # noqa: PLR2004  -- method, path, version
+        found = Response(HTTPStatus.BAD_REQUEST, "this is no request of HTTP/1\n")
+    elif parts[0] not in (b"GET", b"HEAD"):
+        found = Response(HTTPStatus.METHOD_NOT_ALLOWED, "GET and HEAD only\n")
+    else:
+        with_body = parts[0] == b"GET"
+        path = parts[1].split(b"?")[0].decode("latin-1")
+        found = answer(path) or Response(HTTPStatus.NOT_FOUND, "there is nothing here\n")
+    return render(found, with_body=with_body)
+
+
+def render(response: Response, *, with_body: bool = True) -> bytes:
+    """An answer as it goes over the wire."""
+    body = response.body.encode()
+    status = response.status
+    lines = [
+        f"HTTP/1.1 {status.value} {status.phrase}",
+        f"Content-Type: {response.content_type}",
+        f"Content-Length: {len(body)}",
+        "Cache-Control: no-store",
+        "Connection: close",
+    ]
+    if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        lines.append("Allow: GET, HEAD")
+    head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+    return head + body if with_body else head
+
+
+class HttpServer:
+    """Answers while its context is open.
+
+    Args:
+        port: 0 takes a free one, see `port`.
+
+    Attributes:
+        answer: What is answered, by path.
+
+    Raises:
+        ConfigurationError: There is no such port, or, when its context is entered, it cannot be
+            had.
+    """
+
+    def __init__(self, answer: Answer, *, host: str, port: int) -> None:
+        if not 0 <= port <= MAX_PORT:
+            raise ConfigurationError(f"health: the port must be in 0..{MAX_PORT}, not {port}")
+        self.answer = answer
+        self._host = host
+        self._port = port
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self._port
+
+    async def __aenter__(self) -> Self:
+        try:
+            self._server = await asyncio.start_server(
+                self._serve, self._host, self._port, limit=MAX_REQUEST
+            )
+        except OSError as error:
+            msg = (
+                f"health: cannot listen on {self._host}:{self._port} ({error.strerror or error});"
+                " choose another port, or stop what listens there"
+            )
+            raise ConfigurationError(msg) from error
+        self._port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._server is None:
+            return
+        self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._server = None
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        self._writers.add(writer)
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                writer.write(await self._reply(reader))
+                await writer.drain()
+                # A connection that is closed with something unread is reset, and its answer lost.
+                writer.write_eof()
+                while await reader.read(MAX_REQUEST):
+                    pass
+        except (OSError, TimeoutError, asyncio.IncompleteReadError):
+            pass  # whoever asked has left, or is too slow
+        finally:
+            self._writers.discard(writer)
+            writer.transport.abort()
+
+    async def _reply(self, reader: asyncio.StreamReader) -> bytes:
+        if len(self._writers) > MAX_CONNECTIONS:
+            return render(Response(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n"))
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except asyncio.LimitOverrunError:
+            too_large = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            return render(Response(too_large, f"more than {MAX_REQUEST} bytes\n"))
+        return respond(head, self.answer)
