@@ -60,14 +60,30 @@ class SignalDesk:
                     # back.
                     signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    def drain(self) -> None:
+        """Ask those who were not asked yet, as a first signal would."""
+        for listener in self._listeners:
+            if not listener.is_told:
+                self._tell(listener)
+
+    def abandon(self) -> None:
+        """Ask all of them to give up their drains, as a second signal would."""
+        self.drain()
+        for listener in self._listeners:
+            self._tell(listener)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         for listener in self._listeners:
-            tell = listener.abandon if listener.is_told else listener.drain
-            listener.is_told = True
-            # Runs between two bytecodes of whatever was running: only this call is safe, and it
-            # wakes the loop.
-            listener.loop.call_soon_threadsafe(tell)
+            self._tell(listener)
+
+    @staticmethod
+    def _tell(listener: _Listener) -> None:
+        tell = listener.abandon if listener.is_told else listener.drain
+        listener.is_told = True
+        # Runs between two bytecodes of whatever was running: only this call is safe, and it wakes
+        # the loop.
+        listener.loop.call_soon_threadsafe(tell)
 
 
 process_signals = SignalDesk()

@@ -15,7 +15,7 @@ import struct
 import sys
 import time
 from collections import Counter
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -307,6 +307,45 @@ async def app(
         yield App(process, diary, output)
     finally:
         kill_group(process)
+
+
+@asynccontextmanager
+async def command_line(
+    folder: Path, *arguments: str, queue: str = "", url: str = "memory://", **environment: str
+) -> AsyncIterator[App]:
+    """Run ``aio-pika-batch`` until the context is left; then all its processes are killed."""
+    diary, output = folder / "diary.jsonl", folder / "output.txt"
+    env = {
+        **os.environ,
+        "AIO_PIKA_BATCH_URL": url,
+        "AIO_PIKA_BATCH_QUEUE_NAME": queue or "orders",
+        "DIARY": str(diary),
+        **environment,
+    }
+    with output.open("ab") as out:
+        process = spawn(
+            [sys.executable, "-m", "aio_pika_batch", *arguments], stdout=out, env=env, cwd=folder
+        )
+    try:
+        yield App(process, diary, output)
+    finally:
+        # Processes of a supervisor that is gone already are in its group still.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def shop(*arguments: str) -> tuple[str, ...]:
+    """How the consumer in ``apps/shop.py`` is run."""
+    return ("run", "shop:make", "--factory", "--app-dir", str(_APPS), *arguments)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 # --- raw bytes ------------------------------------------------------------------

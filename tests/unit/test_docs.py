@@ -36,6 +36,7 @@ from prometheus_client import CollectorRegistry
 
 import aio_pika_batch
 from aio_pika_batch.adapters import memory
+from aio_pika_batch.cli.app import app
 from aio_pika_batch.core.publication import Publication
 from aio_pika_batch.observers.prometheus import PrometheusObserver
 from aio_pika_batch.registry import open_transport
@@ -267,12 +268,15 @@ def test_commands_exist(place: str, command: str) -> None:
             "install",
             "nox"
             | "."
+            | ".[cli]"
             | "asyncpg"
             | "httpx"
             | "google-cloud-pubsub"
             | "aio-pika-batch[prometheus,otel]",
         ]:
             pass
+        case ["aio-pika-batch", *arguments]:
+            app.parse_args(arguments, exit_on_error=False, print_error=False)
         case ["export", *assignments]:
             script = (ROOT / place).with_name("main.py").read_text()
             for assignment in assignments:

@@ -18,6 +18,11 @@ from aio_pika_batch.errors import AioPikaBatchError
 
 NAME = "aio-pika-batch"
 
+EXIT_CODES = (
+    "Exit codes: 0 all is well; 1 crashed, unhealthy, or the drain took too long; 2 wrong usage or"
+    " configuration; 3 cannot connect."
+)
+
 
 def complain(error: object) -> None:
     """Say on standard error what is wrong."""
@@ -32,18 +37,35 @@ def _usage(error: CycloptsError) -> str:
 app = App(
     name=NAME,
     help="Run batch consumers for RabbitMQ, look after them, and repair what they left.",
-    help_epilogue="Exit codes: 0 all went well; 1 crashed, or the drain took too long;"
-    " 2 wrong usage or configuration; 3 cannot connect.",
+    help_epilogue=EXIT_CODES,
     version=lambda: version("aio-pika-batch"),
     error_formatter=_usage,
     result_action="return_int_as_exit_code_else_zero",
 )
 
-# The first line of each command's help stands here, since looking for it would import the command.
-app.command(
-    "aio_pika_batch.cli.run:run",
-    name="run",
-    help="Run consumers until SIGTERM or Ctrl-C, then drain.",
+
+def _add(name: str, text: str, example: str) -> None:
+    """Add the function of a name from the module of that name.
+
+    What its help says about it stands here, since looking for it would import the command.
+    """
+    app.command(
+        f"aio_pika_batch.cli.{name}:{name}",
+        name=name,
+        help=text,
+        help_epilogue=f"Example: {NAME} {name} {example}\n\n{EXIT_CODES}",
+    )
+
+
+_add(
+    "run",
+    "Run consumers until SIGTERM or Ctrl-C, then drain; a second signal gives up the drain.",
+    "shop:Importer --processes 2 --health-port 8080",
+)
+_add(
+    "health",
+    "Ask a running program how it is: a probe.",
+    "--url http://127.0.0.1:8080/livez",
 )
 
 

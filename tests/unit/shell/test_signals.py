@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from aio_pika_batch import DrainIncomplete
-from aio_pika_batch.signals import SIGNALS, SignalDesk
+from aio_pika_batch.signals import SIGNALS, SignalDesk, process_signals
 from aio_pika_batch.testing import virtual_time
 from tests.unit.shell.doubles import ScriptedTransport, never
 from tests.unit.shell.stage import Scribe, numbered, taking
@@ -216,3 +216,30 @@ async def test_a_handler_that_python_does_not_know_is_replaced_by_the_default(mo
     with desk.listen(lambda: None, lambda: None):
         assert {desk._on_signal} == set(restored.values())
     assert {signal.SIG_DFL} == set(restored.values())
+
+
+async def test_others_may_ask_as_signals_do(stage):
+    """`drain` is a first signal, and again nothing new; `abandon` is a second one."""
+    stage.put(*numbered(3))
+    consumer = Scribe(taking(20), transport=stage.transport, batch_size=3)
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+    process_signals.drain()
+    process_signals.drain()
+    await asyncio.sleep(5)
+    assert not running.done()
+    process_signals.abandon()
+    with pytest.raises(DrainIncomplete):
+        await running
+    assert 6 == asyncio.get_running_loop().time() // 1
+
+
+async def test_abandon_is_heard_by_those_who_were_never_asked_to_drain(stage):
+    """It need not come second."""
+    stage.put(*numbered(3))
+    consumer = Scribe(taking(20), transport=stage.transport, batch_size=3)
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+    process_signals.abandon()
+    with pytest.raises(DrainIncomplete):
+        await running

@@ -1,0 +1,207 @@
+"""What does a user of the command line see, from its help to its exit codes?"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.helpers import App, command_line, holds, shop, until
+from tests.integration.test_cli_supervisor import BATCHES, address, is_ready, orders, put
+
+CONSUMER = """
+import os
+from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
+
+print("VERSION 1", flush=True)
+
+class Importer(BatchConsumer):
+    async def process_messages(self, messages):
+        for message in messages:
+            yield MessageResult.ACK
+
+class Failing(Importer):
+    async def on_start(self):
+        raise RuntimeError("no database")
+
+importer = Importer(BatchConsumerSettings(queue_name="orders", url="memory://"))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with a module."""
+    (tmp_path / "stall.py").write_text(CONSUMER)
+    return tmp_path
+
+
+def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that ends by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "aio_pika_batch", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", [(), ("run",), ("health",)])
+def test_every_command_has_help_with_an_example(tmp_path, command) -> None:
+    """On standard output, without colours in a pipe."""
+    done = cli(tmp_path, *command, "--help")
+    assert 0 == done.returncode
+    assert "Usage: aio-pika-batch" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert "Exit codes:" in done.stdout
+    if command:
+        assert f"Example: aio-pika-batch {command[0]} " in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run",), "TARGET"),
+        (("run", "no_such:thing"), "there is no module 'no_such'"),
+        (("run", "stall:Importr"), "did you mean 'Importer'?"),
+        (("run", "stall:importer", "--processes", "0"), "--processes"),
+        (("run", "stall:importer", "-n", "1", "--hung-after", "0"), "--hung-after"),
+        (("run", "stall:importer", "-n", "1", "--crash-limit", "0"), "--crash-limit"),
+        (("run", "stall:importer", "-n", "1", "--app-dir", "nowhere"), "nowhere"),
+        (("run", "stall:importer", "--loop", "trio"), "--loop"),
+        (("run", "stall:importer", "--log-level", "loud"), "--log-level"),
+        (("run", "stall:importer", "--drain-timeout", "-1"), "shutdown_timeout"),
+        (("run", "stall:importer", "--health-port", "99999"), "99999"),
+        (("health", "--url", "ftp://127.0.0.1"), "must start with http://"),
+    ],
+)
+def test_wrong_input_ends_with_2_and_no_traceback(folder, arguments, said) -> None:
+    """A line on standard error says what is wrong."""
+    done = cli(folder, *arguments)
+    assert 2 == done.returncode, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+async def test_consumers_run_until_sigterm_and_probes_are_answered(
+    channel, amqp_url, name, tmp_path
+) -> None:
+    """Several in one process; the probe's exit code says how they are."""
+    arguments = (*shop("shop:make"), "--health-port", "0", "--workers", "2")
+    async with command_line(tmp_path, *arguments, queue=name, url=amqp_url, **BATCHES) as program:
+        url = await address(program)
+        await is_ready(url)
+        await put(channel, name, orders(50))
+        await program.noted("done", 50)
+        done = cli(tmp_path, "health", "--url", f"{url}/status")
+        assert 0 == done.returncode
+        status = json.loads(done.stdout)
+        assert [2, 2] == [len(each["workers"]) for each in status["consumers"]]
+        program.send(signal.SIGTERM)
+        assert 0 == await program.ended(), program.said
+    assert 2 == len(program.of("on_stop"))
+    await holds(amqp_url, name, 0)
+    done = cli(tmp_path, "health", "--url", f"{url}/livez")
+    assert 3 == done.returncode
+    assert "no answer" in done.stderr
+
+
+async def test_a_stuck_worker_fails_the_probe(channel, amqp_url, name, tmp_path) -> None:
+    """With 1, and the reason."""
+    async with command_line(
+        tmp_path,
+        *shop("--health-port", "0"),
+        queue=name,
+        url=amqp_url,
+        PACE="600",
+        AIO_PIKA_BATCH_STUCK_AFTER="0.1",
+    ) as program:
+        url = await address(program)
+        await is_ready(url)
+        assert 0 == cli(tmp_path, "health", "--url", f"{url}/livez").returncode
+        await put(channel, name, orders(1))
+        await program.noted("begin")
+        done = cli(tmp_path, "health", "--url", f"{url}/livez")
+        assert 1 == done.returncode
+        assert "longer than stuck_after" in done.stdout
+
+
+async def test_a_broker_that_is_away_fails_readiness_only(tmp_path) -> None:
+    """It is waited for, and a signal ends the wait."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"amqp://127.0.0.1:{nobody.getsockname()[1]}/"
+        async with command_line(tmp_path, *shop("--health-port", "0"), url=url) as program:
+            where = await address(program)
+            await until(lambda: "not consuming" in program.said)
+            assert 0 == cli(tmp_path, "health", "--url", f"{where}/livez").returncode
+            assert 1 == cli(tmp_path, "health", "--url", f"{where}/readyz").returncode
+            program.send(signal.SIGTERM)
+            assert 0 == await program.ended(), program.said
+
+
+@pytest.mark.parametrize("supervised", [(), ("-n", "2")])
+async def test_a_wrong_password_ends_with_3(amqp_url, name, tmp_path, supervised) -> None:
+    """The reason is told, without a traceback, and without the password."""
+    wrong = amqp_url.replace("guest:guest", "guest:wr0ng") if "guest:guest" in amqp_url else ""
+    if not wrong:
+        scheme, _, rest = amqp_url.partition("://")
+        wrong = f"{scheme}://nobody:wr0ng@{rest.rpartition('@')[2]}"
+    async with command_line(tmp_path, *shop(*supervised), queue=name, url=wrong) as program:
+        assert 3 == await program.ended(), program.said
+    assert "AccessRefused" in program.said
+    assert "wr0ng" not in program.said
+    assert "Traceback" not in program.said
+
+
+async def test_a_consumer_that_fails_drains_the_others(folder) -> None:
+    """With its traceback, and exit code 1."""
+    async with command_line(folder, "run", "stall:importer", "stall:Failing") as program:
+        assert 1 == await program.ended(), program.said
+    assert "RuntimeError: no database" in program.said
+    assert '"stopped"' in program.said
+
+
+async def test_a_port_that_is_taken_ends_with_2(folder) -> None:
+    """And says which."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = cli(folder, "run", "stall:importer", "--health-port", str(port))
+    assert 2 == done.returncode
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+
+
+async def test_reload_runs_what_was_changed(folder) -> None:
+    """Also after a change that could not be run."""
+    async with command_line(folder, "run", "stall:importer", "--reload") as program:
+        await saying(program, "VERSION 1", '"consuming"')
+        (folder / "stall.py").write_text("oops oops")
+        await saying(program, "SyntaxError")
+        (folder / "stall.py").write_text(CONSUMER.replace("VERSION 1", "VERSION 2"))
+        await saying(program, "VERSION 2")
+        await until(lambda: program.said.count('"consuming"') == 2, what=lambda: program.said)
+        program.send(signal.SIGINT)
+        assert 0 == await program.ended(), program.said
+
+
+async def saying(program: App, *texts: str) -> None:
+    """Wait until it has said all of these."""
+    for text in texts:
+        await until(lambda text=text: text in program.said, what=lambda: program.said)
+
+
+@pytest.mark.parametrize("loop", ["auto", "asyncio", "uvloop"])
+async def test_either_event_loop_runs_consumers(folder, loop) -> None:
+    """By default uvloop, if it is there."""
+    async with command_line(folder, "run", "stall:importer", "--loop", loop) as program:
+        await saying(program, '"consuming"')
+        program.send(signal.SIGTERM)
+        assert 0 == await program.ended(), program.said

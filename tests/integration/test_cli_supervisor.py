@@ -1,0 +1,248 @@
+"""Does the supervisor do what it says, whatever happens to its processes, or to itself?"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections import Counter
+from typing import TYPE_CHECKING
+from urllib.request import urlopen
+
+from tests.integration.helpers import (
+    App,
+    Stopwatch,
+    command_line,
+    holds,
+    is_running,
+    publish,
+    ready,
+    shop,
+    take_all,
+    until,
+)
+
+if TYPE_CHECKING:
+    from aio_pika.abc import AbstractChannel
+
+
+def orders(count: int, kind: str = "good", first: int = 0) -> list[bytes]:
+    """Messages as the programs understand them."""
+    return [json.dumps({"id": first + each, "kind": kind}).encode() for each in range(count)]
+
+
+BATCHES = {"AIO_PIKA_BATCH_BATCH_SIZE": "10", "AIO_PIKA_BATCH_BATCH_TIMEOUT": "0.1"}
+
+SHARED = {**BATCHES, "AIO_PIKA_BATCH_PREFETCH_COUNT": "10"}
+"""Nobody takes more than one batch, so that two processes have one each."""
+
+
+async def put(channel: AbstractChannel, queue: str, bodies: list[bytes]) -> None:
+    """Publish into a queue that the program may not have declared yet."""
+    await channel.declare_queue(queue, durable=True)
+    await publish(channel, bodies, routing_key=queue)
+
+
+async def address(program: App) -> str:
+    """Where it answers to probes, as it has logged it."""
+    pattern = re.compile(r'"url": "(http://127\.0\.0\.1:\d+)"')
+    found = await until(lambda: pattern.search(program.said), what=lambda: program.said)
+    return found[1]
+
+
+def get(url: str) -> str:
+    """Ask."""
+    with urlopen(url, timeout=5) as answer:  # noqa: S310  -- it is our own
+        return answer.read().decode()
+
+
+async def is_ready(url: str) -> None:
+    """Wait until it is."""
+
+    def look() -> bool:
+        try:
+            return get(f"{url}/readyz") == "ok\n"
+        except OSError:
+            return False
+
+    await until(look)
+
+
+async def test_a_killed_process_is_replaced_and_its_messages_are_handled(
+    channel, amqp_url, name, tmp_path
+) -> None:
+    """By whoever gets them; and the endpoints tell of all processes as of one."""
+    arguments = shop("--processes", "2", "--health-port", "0")
+    async with command_line(tmp_path, *arguments, queue=name, url=amqp_url, **BATCHES) as program:
+        url = await address(program)
+        await is_ready(url)
+        assert 2 == len(program.of("started"))
+        await put(channel, name, [*orders(1, "lethal-once"), *orders(40, first=1)])
+        await program.noted("started", 3)
+        await until(lambda: set(range(41)) == set(program.of("done")), what=lambda: program.said)
+        await is_ready(url)
+        status = json.loads(get(f"{url}/status"))
+        assert [0, 1] == sorted(each["restarts"] for each in status["processes"])
+        up = f'aio_pika_batch_worker_up{{consumer="Importer",queue="{name}"}} 2.0'
+        assert up in get(f"{url}/metrics")
+        assert "ok\n" == get(f"{url}/livez")
+        program.send(signal.SIGTERM)
+        assert 0 == await program.ended(), program.said
+    assert "by SIGKILL" in program.said
+
+
+async def test_a_hung_process_is_killed_and_replaced(channel, amqp_url, name, tmp_path) -> None:
+    """Its event loop stands still: no heartbeat, and no signal but one would end it."""
+    arguments = shop("-n", "1", "--hung-after", "2")
+    async with command_line(tmp_path, *arguments, queue=name, url=amqp_url, **BATCHES) as program:
+        await program.noted("started")
+        await put(channel, name, orders(5, "hangs-once"))
+        await program.noted("hangs")
+        await program.noted("started", 2)
+        await until(lambda: set(range(5)) == set(program.of("done")), what=lambda: program.said)
+        assert "a process hangs, and is killed" in program.said
+        first, second = program.of("started")
+        assert first != second
+        assert not is_running(first)
+        program.send(signal.SIGTERM)
+        assert 0 == await program.ended(), program.said
+
+
+async def test_a_stuck_process_is_drained_and_replaced(channel, amqp_url, name, tmp_path) -> None:
+    """Its event loop is well, but a message is held for too long; the drain cuts it off."""
+    stuck = {"AIO_PIKA_BATCH_STUCK_AFTER": "1", "AIO_PIKA_BATCH_SHUTDOWN_TIMEOUT": "1"}
+    async with command_line(
+        tmp_path, *shop("-n", "1"), queue=name, url=amqp_url, PACE="600", **stuck
+    ) as program:
+        await program.noted("started")
+        await put(channel, name, orders(1))
+        await program.noted("started", 2)
+        assert "holds a message for too long" in program.said
+
+
+async def test_sigterm_drains_every_process(channel, amqp_url, name, tmp_path) -> None:
+    """What was begun is done, the rest is in the queue, and that takes no longer than a drain."""
+    arguments = shop("-n", "2", "--drain-timeout", "20")
+    environment = {**BATCHES, "AIO_PIKA_BATCH_PREFETCH_COUNT": "50"}
+    async with command_line(
+        tmp_path, *arguments, queue=name, url=amqp_url, PACE="0.4", **environment
+    ) as program:
+        await program.noted("started", 2)
+        await put(channel, name, orders(300))
+        await program.noted("begin", 4)
+        watch = Stopwatch()
+        program.send(signal.SIGTERM)
+        assert 0 == await program.ended(), program.said
+        assert watch.seconds < 20
+    assert 2 == len(program.of("on_stop"))
+    begun = [each for batch in program.of("begin") for each in batch]
+    assert Counter(begun) == Counter(program.of("done"))
+    left = await take_all(channel, name, 300 - len(begun))
+    told = Counter(json.loads(message.body)["id"] for message in left)
+    assert Counter(range(300)) == told + Counter(begun)
+
+
+async def test_a_drain_reaches_a_process_that_is_still_starting(tmp_path) -> None:
+    """It is told once it can hear, and does not begin to work."""
+    async with command_line(tmp_path, *shop("-n", "1")) as program:
+        await until(lambda: '"started"' in program.said)
+        watch = Stopwatch()
+        program.send(signal.SIGTERM)
+        assert 0 == await program.ended(), program.said
+        assert watch.seconds < 20
+    assert "killed" not in program.said
+
+
+async def test_a_drain_that_takes_too_long_is_cut_off(channel, amqp_url, name, tmp_path) -> None:
+    """Exit code 1, within the budget and its grace; what was in hand is in the queue."""
+    arguments = shop("-n", "2", "--drain-timeout", "1")
+    async with command_line(
+        tmp_path, *arguments, queue=name, url=amqp_url, PACE="600", **SHARED
+    ) as program:
+        await program.noted("started", 2)
+        await put(channel, name, orders(20))
+        await program.noted("begin", 2)
+        watch = Stopwatch()
+        program.send(signal.SIGTERM)
+        assert 1 == await program.ended(), program.said
+        assert watch.seconds < 10  # and a loaded machine
+    assert "DrainIncomplete" in program.said
+    await holds(amqp_url, name, 20)
+
+
+async def test_a_second_signal_gives_up_the_drain(channel, amqp_url, name, tmp_path) -> None:
+    """Nobody is waited for, and nothing is lost."""
+    async with command_line(
+        tmp_path, *shop("-n", "2"), queue=name, url=amqp_url, PACE="600", **SHARED
+    ) as program:
+        await program.noted("started", 2)
+        await put(channel, name, orders(20))
+        await program.noted("begin", 2)
+        program.send(signal.SIGTERM)
+        await until(lambda: program.said.count('"draining"') >= 3, what=lambda: program.said)
+        program.send(signal.SIGINT)
+        assert 1 == await program.ended(within=15), program.said
+    await holds(amqp_url, name, 20)
+
+
+async def test_processes_drain_when_their_supervisor_is_killed(
+    channel, amqp_url, name, tmp_path
+) -> None:
+    """By SIGKILL, which it cannot tell anybody of: the kernel does, by closing its sockets."""
+    async with command_line(
+        tmp_path, *shop("-n", "2"), queue=name, url=amqp_url, PACE="0.3", **BATCHES
+    ) as program:
+        await program.noted("started", 2)
+        await put(channel, name, orders(200))
+        await program.noted("begin", 4)
+        os.kill(program.process.pid, signal.SIGKILL)
+        children = program.of("started")
+        await until(lambda: not any(map(is_running, children)), what=lambda: program.said)
+    assert 2 == len(program.of("on_stop"))
+    done = program.of("done")
+    assert Counter(each for batch in program.of("begin") for each in batch) == Counter(done)
+    await until(lambda: ready(amqp_url, name))
+    await holds(amqp_url, name, 200 - len(done))
+
+
+async def test_sighup_replaces_one_process_after_another(channel, amqp_url, name, tmp_path) -> None:
+    """While messages come in; none is handled twice."""
+    async with command_line(
+        tmp_path, *shop("-n", "2"), queue=name, url=amqp_url, PACE="0.05", **BATCHES
+    ) as program:
+        await program.noted("started", 2)
+        await put(channel, name, orders(100))
+        await program.noted("begin", 2)
+        program.send(signal.SIGHUP)
+        await until(lambda: "all processes are new" in program.said, what=lambda: program.said)
+        old, new = program.of("started")[:2], program.of("started")[2:]
+        assert 2 == len(set(new) - set(old))
+        assert not any(map(is_running, old))
+        assert all(map(is_running, new))
+        await until(lambda: len(program.of("done")) >= 100, what=lambda: program.said)
+        program.send(signal.SIGTERM)
+        assert 0 == await program.ended(), program.said
+    assert Counter(range(100)) == Counter(program.of("done"))
+    entries = [entry["what"] for entry in program.entries]
+    gone = [index for index, what in enumerate(entries) if what == "on_stop"]
+    come = [index for index, what in enumerate(entries) if what == "started"]
+    assert gone[0] < come[2] < gone[1] < come[3]
+
+
+async def test_a_crash_loop_of_all_processes_is_given_up(tmp_path) -> None:
+    """After pauses that grow; with exit code 1, and a line that says so."""
+    arguments = shop("-n", "2", "--crash-limit", "2")
+    async with command_line(tmp_path, *arguments, MISHAP="crash") as program:
+        assert 1 == await program.ended(), program.said
+    # The second is not started before the first is heard of, which need not come to that.
+    assert program.said.count("with exit code 7") in {2, 3, 4}
+    assert 1 == program.said.count('"given up"')
+
+
+async def test_what_no_restart_mends_ends_the_supervisor(tmp_path) -> None:
+    """Exit code 2, and the reason is told once, not once for each process."""
+    async with command_line(tmp_path, "run", "no_such:thing", "--processes", "3") as program:
+        assert 2 == await program.ended()
+    assert 1 == program.said.count("there is no module 'no_such'")
+    assert "Traceback" not in program.said
