@@ -254,5 +254,17 @@ class VersionedTransport(Protocol):
         ...
 
 
+@runtime_checkable
+class CountingTransport(Protocol):
+    """A transport that also knows how many messages wait in a queue."""
+
+    async def count(self, queue: str) -> int:
+        """How many messages are ready in a queue; those that are handed out do not count.
+
+        Raises what `declare` raises.
+        """
+        ...
+
+
 TransportFactory: TypeAlias = Callable[[Endpoint], Transport]
 """What an entry point of the group `aio_pika_batch.transports` names, under a URL scheme."""

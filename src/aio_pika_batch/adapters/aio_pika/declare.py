@@ -89,6 +89,19 @@ async def declare(
     return version
 
 
+async def count(endpoint: Endpoint, addresses: Sequence[Address], queue: str) -> int:
+    """How many messages are ready in a queue. Raises as above."""
+    desk = _Desk(await open_link(endpoint, addresses), endpoint.connect_timeout)
+    try:
+        entity = Queue(queue, check_only=True)
+        refusal = await desk.declare(entity, passive=True)
+        if refusal is not None:
+            raise refused_entity(refusal.code, refusal.text, _name(entity), desk.link.address)
+        return desk.ready
+    finally:
+        await desk.link.close()
+
+
 async def declare_on(link: Link, topology: Topology, timeout: float) -> None:
     """Declare on a given connection, of no more use if that is refused. Raises as above."""
     desk = _Desk(link, timeout)
@@ -99,13 +112,18 @@ async def declare_on(link: Link, topology: Topology, timeout: float) -> None:
 
 
 class _Desk:
-    """A channel on which entities are declared, until the first refusal."""
+    """A channel on which entities are declared, until the first refusal.
+
+    Attributes:
+        ready: How many messages wait in the queue that was declared last.
+    """
 
     def __init__(self, link: Link, timeout: float) -> None:
         self.link = link
         self._timeout = timeout
         self._channel: AbstractChannel | None = None
         self._refusal: Refusal | None = None
+        self.ready = 0
 
     @property
     def version(self) -> Version | None:
@@ -120,7 +138,9 @@ class _Desk:
                     if self._channel is None:
                         self._channel = await self.link.channel()
                         self.link.line.watch(self._channel, self._heard)
-                    await _request(self._channel, entity, self.version, passive=passive)
+                    self.ready = await _request(
+                        self._channel, entity, self.version, passive=passive
+                    )
         except TransportError:
             if self._refusal is None:
                 raise
@@ -150,7 +170,8 @@ async def _request(
     version: Version | None,
     *,
     passive: bool,
-) -> None:
+) -> int:
+    """Ask for it. Returns how many messages it has: 0, but for a queue."""
     match entity:
         case Exchange():
             await channel.exchange_declare(
@@ -162,7 +183,7 @@ async def _request(
                 arguments=dict[str, Any](entity.arguments),
             )
         case Queue():
-            await channel.queue_declare(
+            found = await channel.queue_declare(
                 entity.name,
                 passive=passive,
                 durable=entity.durable,
@@ -170,6 +191,7 @@ async def _request(
                 auto_delete=entity.auto_delete,
                 arguments=dict[str, Any](entity.arguments_on(version)),
             )
+            return found.message_count or 0
         case Binding():
             await channel.queue_bind(
                 entity.queue,
@@ -179,6 +201,7 @@ async def _request(
             )
         case _:
             assert_never(entity)
+    return 0
 
 
 def _entities(topology: Topology) -> Iterator[Entity]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.adapters.aio_pika import tls
-from aio_pika_batch.adapters.aio_pika.declare import declare
+from aio_pika_batch.adapters.aio_pika.declare import count, declare
 from aio_pika_batch.adapters.aio_pika.publishers import open_publisher
 from aio_pika_batch.adapters.aio_pika.session import open_session
 from aio_pika_batch.adapters.aio_pika.urls import parse
@@ -47,6 +47,10 @@ class AioPikaTransport:
     def broker_version(self) -> Version | None:
         """Of the broker that was declared on last."""
         return self._version
+
+    async def count(self, queue: str) -> int:
+        """How many messages are ready in a queue."""
+        return await count(self._endpoint, self._addresses, queue)
 
     def session(self, subscription: Subscription) -> AbstractAsyncContextManager[AioPikaSession]:
         """Open a connection and consume; leaving the context closes both."""

@@ -71,6 +71,12 @@ def declare(connection: Connection, topology: Topology) -> None:
             )
 
 
+def count(connection: Connection, queue: str) -> int:
+    """How many messages are ready in a queue. Raises TopologyError."""
+    with explained(f"queue {queue!r}"), connection.channel().operation() as vhost:
+        return len(vhost.queue(queue, connection).ready)
+
+
 def _declare_exchange(connection: Connection, exchange: Exchange) -> None:
     if _must_exist(exchange):
         try:

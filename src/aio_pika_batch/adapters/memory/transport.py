@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from aio_pika_batch.adapters.memory.alarm import attach
 from aio_pika_batch.adapters.memory.broker import Broker, Unreachable
 from aio_pika_batch.adapters.memory.connections import Connection
-from aio_pika_batch.adapters.memory.declaring import declare
+from aio_pika_batch.adapters.memory.declaring import count, declare
 from aio_pika_batch.adapters.memory.dialect import NEWEST, dialect
 from aio_pika_batch.adapters.memory.publisher import MemoryPublisher
 from aio_pika_batch.adapters.memory.refusals import Refusal
@@ -113,6 +113,11 @@ class MemoryTransport:
         """Declare and check. An exclusive queue goes again at once, with its connection."""
         async with self._connected() as connection:
             declare(connection, topology)
+
+    async def count(self, queue: str) -> int:
+        """How many messages are ready in a queue."""
+        async with self._connected() as connection:
+            return count(connection, queue)
 
     @asynccontextmanager
     async def session(self, subscription: Subscription) -> AsyncIterator[MemorySession]:
