@@ -103,8 +103,7 @@ class BaseConsumer(Generic[SettingsT]):
         if self.is_running:
             msg = f"{self._name} is running: settings can be replaced before its start only"
             raise ConfigurationError(msg)
-        chosen = {name: getattr(self.settings, name) for name in self.settings.model_fields_set}
-        self.settings = type(self.settings)(**{**chosen, **given})
+        self.settings = self.settings.replaced(**given)
         if "url" in given:
             self._transport = open_transport(self._endpoint())
 

@@ -8,9 +8,9 @@ and what is allowed. No password is ever shown.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, SecretStr, ValidationError, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from aio_pika_batch.breaker_settings import BreakerSettings
@@ -38,6 +38,8 @@ from aio_pika_batch.masking import mask_url
 
 MAX_PREFETCH = 65535
 """The prefetch count is an unsigned 16-bit number (AMQP 0-9-1, basic.qos)."""
+
+Source: TypeAlias = Literal["code", "environment", "default"]
 
 DEFAULT_PREFETCH = 10
 DEFAULT_STUCK_AFTER = 15 * 60.0
@@ -218,17 +220,39 @@ class ConsumerSettings(BreakerSettings):
         default="auto", description="Past aio-pika, or by its calls; `auto`: `fast` where possible."
     )
 
+    _in_code: frozenset[str] = PrivateAttr(default=frozenset())
+
     def __init__(self, **values: Any) -> None:  # noqa: ANN401  -- as BaseSettings has it
         refuse_unknown(type(self), values)
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigurationError(explain(type(self), error)) from None
+        self._in_code = frozenset(values)
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Show the URL without its passwords."""
         yield "url", mask_url(self.url)
         yield from super().__repr_args__()
+
+    def replaced(self, **given: Any) -> Self:  # noqa: ANN401  -- each setting has its own type
+        """The same settings but for some. Raises ConfigurationError."""
+        chosen = {name: getattr(self, name) for name in self.model_fields_set}
+        made = type(self)(**{**chosen, **given})
+        made._in_code = self._in_code | given.keys()  # noqa: SLF001  -- its own kind
+        return made
+
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        """Where each value comes from; what `.env` holds counts as the environment."""
+        return {
+            name: "code"
+            if name in self._in_code
+            else "environment"
+            if name in self.model_fields_set
+            else "default"
+            for name in type(self).model_fields
+        }
 
     @property
     def effective_prefetch(self) -> int:

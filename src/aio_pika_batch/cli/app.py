@@ -67,6 +67,21 @@ _add(
     "Ask a running program how it is: a probe.",
     "--url http://127.0.0.1:8080/livez",
 )
+app.command(
+    "aio_pika_batch.cli.check:check",
+    name="check",
+    help="Show a consumer's configuration, and hold it to the broker.",
+)
+app.command(
+    "aio_pika_batch.cli.topology:topology",
+    name="topology",
+    help="Show what a consumer needs on its broker, or declare it.",
+)
+app.command(
+    "aio_pika_batch.cli.dlq:app",
+    name="dlq",
+    help="Look at dead letters, send them back, delete them.",
+)
 
 
 def run_app(tokens: Sequence[str] | None = None) -> int:
