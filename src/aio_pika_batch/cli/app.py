@@ -70,12 +70,16 @@ _add(
 app.command(
     "aio_pika_batch.cli.check:check",
     name="check",
-    help="Show a consumer's configuration, and hold it to the broker.",
+    help="Show a consumer's configuration, and hold it to the broker.\n\nNothing is declared. Ends"
+    " with 1 if something is wrong, with 2 if the configuration cannot work at all, and with 3 if"
+    " there is no broker.\n\nExample: aio-pika-batch check app:Orders --strict",
 )
 app.command(
     "aio_pika_batch.cli.topology:topology",
     name="topology",
-    help="Show what a consumer needs on its broker, or declare it.",
+    help="Show what a consumer needs on its broker, or declare it.\n\nNothing is asked of a broker"
+    " without --apply and --dry-run, but for its version where definitions depend on it."
+    "\n\nExample: aio-pika-batch topology app:Orders --dry-run",
 )
 app.command(
     "aio_pika_batch.cli.dlq:app",

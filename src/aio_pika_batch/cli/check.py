@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from aio_pika_batch.cli.exits import Exit
 from aio_pika_batch.cli.inspection import Standing, State, broker_version, inspect
-from aio_pika_batch.cli.printing import console, harmless, print_json, table
+from aio_pika_batch.cli.printing import console, harmless, hush, print_json, table
 from aio_pika_batch.cli.targets import AnyConsumer, Loading, load
 from aio_pika_batch.cli.topology import title
 from aio_pika_batch.core.advice import advice, broker_advice
@@ -41,11 +41,6 @@ def check(
 ) -> int:
     """Show a consumer's configuration, and hold it to the broker. Nothing is declared.
 
-    Ends with 1 if something is wrong, with 2 if the configuration cannot work at all, and with 3 if
-    there is no broker.
-
-    Example: aio-pika-batch check app:Orders --strict
-
     Args:
         target: The consumer, as module:attribute.
         format: For readers, or for programs.
@@ -53,6 +48,7 @@ def check(
         strict: Warnings are errors, too.
         loading: How the consumer is found.
     """
+    hush()
     loading = loading or Loading()
     consumer = load(target, loading)
     rows = _settings(consumer, url_given=loading.url is not None)

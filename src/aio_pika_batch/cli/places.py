@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from cyclopts import Parameter
 
+from aio_pika_batch.cli.printing import hush
 from aio_pika_batch.cli.targets import Loading, load, prepare
 from aio_pika_batch.consumer import Consumer
 from aio_pika_batch.core.letters import Filter
@@ -93,6 +94,7 @@ class Found:
 
 def find(target: str | None, place: Place | None, loading: Loading | None) -> Found:
     """Find the dead-letter queue of a consumer, or that of a name. Raises ConfigurationError."""
+    hush()
     place, loading = place or Place(), loading or Loading()
     if target is not None:
         consumer: Any = load(target, loading)

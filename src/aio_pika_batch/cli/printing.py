@@ -7,6 +7,7 @@ length, and there is nothing in it but text.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from datetime import datetime
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aio_pika_batch.cli.app import complain as told
+from aio_pika_batch.cli.logging import CLIENTS
 
 _PIPE_WIDTH = 10_000
 
@@ -51,6 +53,12 @@ def plain(text: str) -> str:
 def complain(text: str) -> None:
     """Say on standard error what is wrong; it may hold somebody else's words."""
     told(plain(text))
+
+
+def hush() -> None:
+    """Let client libraries say nothing: what goes wrong is told once, by the command itself."""
+    for name in CLIENTS:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def print_json(data: object) -> None:

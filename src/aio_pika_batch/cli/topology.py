@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from aio_pika_batch.cli.exits import Exit
 from aio_pika_batch.cli.inspection import Entity, Standing, State, broker_version, inspect
-from aio_pika_batch.cli.printing import console, harmless, print_json, table
+from aio_pika_batch.cli.printing import console, harmless, hush, print_json, table
 from aio_pika_batch.cli.targets import AnyConsumer, Loading, load
 from aio_pika_batch.core.definitions import definitions, depends_on_version
 from aio_pika_batch.core.letters import written
@@ -44,11 +44,6 @@ def topology(
 ) -> int:
     """Show what a consumer needs on its broker: queues, exchanges, bindings.
 
-    Without --apply and --dry-run nothing is asked of a broker, but for its version where
-    definitions depend on it.
-
-    Example: aio-pika-batch topology app:Orders --dry-run
-
     Args:
         target: The consumer, as module:attribute.
         apply: Declare it, also where the consumer itself would not (declare=False).
@@ -58,6 +53,7 @@ def topology(
         vhost: Virtual host of the definitions; none: that of the consumer's URL.
         loading: How the consumer is found.
     """
+    hush()
     consumer = load(target, loading or Loading())
     needed = derive(replace(consumer.settings.wanted, declare=True))
     if apply and dry_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 
 import pytest
 from hypothesis import given
@@ -168,6 +169,7 @@ def test_undecodable_headers_have_no_value_that_could_be_meant():
         (b"\xff\x00", "ff 00"),
         (datetime(2025, 1, 2, tzinfo=UTC), "2025-01-02T00:00:00+00:00"),
         ([1, b"x", datetime(2025, 1, 2, tzinfo=UTC)], '[1, "x", "2025-01-02T00:00:00+00:00"]'),
+        (MappingProxyType({"a": 1}), '{"a": 1}'),
         ({"a": {"b": b"\xff"}}, '{"a": {"b": "ff"}}'),
         ([object], "[\"<class 'object'>\"]"),
     ],

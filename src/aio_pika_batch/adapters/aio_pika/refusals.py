@@ -67,7 +67,9 @@ def refused_entity(
     """
     said = f"{entity} at {where}: {code} {text}"
     fix = _FIXES.get(code)
-    if fix is None or any(word in text for word in _PASSING):
+    # An argument's name may be one of those words: x-delivery-limit, x-consumer-timeout.
+    is_passing = "inequivalent" not in text and any(word in text for word in _PASSING)
+    if fix is None or is_passing:
         return BrokerUnavailable(f"{said}; try again later")
     if "exchange type" in text:
         fix = _FIXES[COMMAND_INVALID]  # newer brokers call it a failed precondition

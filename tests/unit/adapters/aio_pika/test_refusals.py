@@ -59,6 +59,12 @@ def test_guest_is_at_home_only() -> None:
         ),
         (405, "RESOURCE_LOCKED", TopologyError, "another connection"),
         (406, "PRECONDITION_FAILED - inequivalent arg", TopologyError, "settings"),
+        (
+            406,
+            "PRECONDITION_FAILED - inequivalent arg 'x-delivery-limit'",
+            TopologyError,
+            "settings",
+        ),
         (503, "COMMAND_INVALID - unknown exchange type", TopologyError, "plugin"),
         (406, "PRECONDITION_FAILED - unknown exchange type 'x-a'", TopologyError, "plugin"),
         (530, "NOT_ALLOWED", TopologyError, "not allow"),
