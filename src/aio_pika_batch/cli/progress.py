@@ -46,8 +46,7 @@ def with_progress(
     total = "" if report.ready is None else f" of {report.ready}"
     failed = sum(report.failed.values())
     out.print(
-        f"{report.done}{total} letters {verb}; of {report.seen} looked at, {report.kept} were not"
-        f" meant, {failed} failed",
+        f"{report.done}{total} letters {verb}; {report.kept} not meant, {failed} failed",
         markup=False,
     )
     for why, count in report.failed.items():
