@@ -74,6 +74,17 @@ class Importer(BatchConsumer):
             yield MessageResult.ACK if stored else MessageResult.REQUEUE
 """,
     "store": STORE,
+    "dead": """
+from aio_pika_batch.core.publication import Publication
+from aio_pika_batch.core.topology import Queue, Topology
+
+async def prepare(transport):
+    await transport.declare(Topology(queues=(Queue("orders.dlq"),)))
+    async with transport.publisher() as publisher:
+        headers = {"x-dead-letter-reason": "rejected"}
+        letter = Publication(b"no order", routing_key="orders.dlq", headers=headers)
+        await publisher.publish([letter])
+""",
 }
 
 
@@ -285,6 +296,10 @@ def test_commands_exist(place: str, command: str) -> None:
             assert session.partition("(")[0] in sessions, place
         case ["python", script, *_] if script.startswith(("examples/", "benchmarks/")):
             assert (ROOT / script).is_file(), place
+        case ["aio-pika-batch", *words]:
+            from aio_pika_batch.cli.app import app
+
+            app.parse_args(words, exit_on_error=False)
         case ["python3", "-m", "venv", ".venv"] | [".venv/bin/pip" | ".venv/bin/python", *_]:
             pass
         case _:
@@ -351,6 +366,7 @@ def known_names() -> set[str]:
         importlib.import_module("aio_pika_batch.observers.prometheus"),
         importlib.import_module("aio_pika_batch.testing.contract"),
         importlib.import_module("aio_pika_batch.transport"),
+        importlib.import_module("aio_pika_batch.dead_letters"),
     ):
         for name in dir(module):
             value = getattr(module, name)
@@ -383,6 +399,9 @@ THEIRS = {
     "fan_in",  # an example's folder
     "no_verify_ssl",  # aio-pika's, in a URL
     "rabbitmq_auth_mechanism_ssl",  # a plugin of RabbitMQ
+    "delivery_limit",  # RabbitMQ's, a reason of its dead letters
+    "import_definitions",  # rabbitmqctl's
+    "on_progress",  # an argument of replay
     "pytest_asyncio_loop_factories",  # pytest-asyncio's
     "requeue_immediate",  # a label's value
     "retry_after",  # what the API of examples/http_sink says
