@@ -276,6 +276,7 @@ class _Tour:
         self._limit = limit
         self._header = retry_count_header
         self._stays = stays
+        self._rest: Sequence[Message] = []
 
     async def step(self) -> list[Letter] | None:
         """Some letters that are meant, or none of a few that are not; None at the end."""
@@ -283,7 +284,7 @@ class _Tour:
         report.ready = self._there.ready
         if self._limit is not None and report.done >= self._limit:
             return None
-        some = await self._there.some()
+        some, self._rest = self._rest or await self._there.some(), []
         return self._meant(some) if some else None
 
     def failed(self, message: Message, why: str) -> None:
@@ -295,8 +296,10 @@ class _Tour:
         report = self._report
         now = datetime.now(UTC)
         meant: list[Letter] = []
-        for message in messages:
+        for at, message in enumerate(messages):
             if self._limit is not None and report.done + len(meant) >= self._limit:
+                # Not all of these may get through: then it is the next one's turn.
+                self._rest = messages[at:]
                 break
             report.seen += 1
             death = obituary(message, self._header)

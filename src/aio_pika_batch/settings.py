@@ -243,7 +243,7 @@ class ConsumerSettings(BreakerSettings):
         return made
 
     @property
-    def sources(self) -> Mapping[str, Source]:
+    def provenance(self) -> Mapping[str, Source]:
         """Where each value comes from; what `.env` holds counts as the environment."""
         return {
             name: "code"

@@ -309,4 +309,37 @@ SECURITY = (
     ),
 )
 
-TABLE = (*FLOW, *WIRE, *SECURITY)
+_REPAIR = "tests/unit/shell/test_dead_letter_tools.py"
+
+REPAIR = (
+    Mutant(
+        "A letter is acknowledged whose copy nobody has confirmed: it is lost.",
+        "dead_letters.py",
+        "            if outcome is Outcome.CONFIRMED:",
+        "            if outcome is not Outcome.RETURNED:",
+        (f"{_REPAIR}::test_no_letter_is_lost",),
+    ),
+    Mutant(
+        "What dies again while it is replayed is replayed again, for ever.",
+        "visiting.py",
+        "count = min(left, AT_ONCE)",
+        "count, self.ready = AT_ONCE, 10**6",
+        (f"{_REPAIR}::test_what_dies_again_meanwhile_is_not_sent_in_circles",),
+    ),
+    Mutant(
+        "Letters are looked at until their queue drops them.",
+        "core/letters.py",
+        "SPARE = 5",
+        "SPARE = -1",
+        (f"{_REPAIR}::test_a_letter_is_not_looked_at_until_it_is_dropped",),
+    ),
+    Mutant(
+        "Looking costs a delivery where it need not.",
+        "core/letters.py",
+        "return version is not None and version < NACK_IS_FREE_SINCE",
+        "return True",
+        (f"{_REPAIR}::test_since_4_3_looking_is_not_counted",),
+    ),
+)
+
+TABLE = (*FLOW, *WIRE, *SECURITY, *REPAIR)

@@ -69,7 +69,7 @@ def check(
 
 def _settings(consumer: AnyConsumer, *, url_given: bool) -> list[tuple[str, object, str]]:
     settings = consumer.settings
-    sources = settings.sources
+    sources = settings.provenance
     values = settings.model_dump(mode="json", fallback=str)
     values["url"] = mask_url(settings.url)
     rows = [

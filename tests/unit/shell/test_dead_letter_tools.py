@@ -246,6 +246,19 @@ async def test_letters_without_a_way_back_stay():
     assert "no queue is bound" in told[2]
 
 
+async def test_a_limit_counts_those_that_get_through():
+    """One that does not leaves its place to the next."""
+    stage = opened()
+    bury(stage, b"0", key="nowhere")
+    bury(stage, b"1")
+    bury(stage, b"2", key="nowhere")
+    bury(stage, *numbered(2, 3))
+    report = await replay(stage.transport, DLQ, limit=2)
+    assert (2, 4, 2) == (report.done, report.seen, sum(report.failed.values()))
+    assert [b"1", b"3"] == stage.waiting()
+    assert [b"0", b"2", b"4"] == stage.waiting(DLQ)
+
+
 async def test_to_its_queue_only():
     """Where an exchange has several queues, the others were content."""
     stage = opened()
@@ -262,7 +275,7 @@ async def test_what_dies_again_meanwhile_is_not_sent_in_circles():
     stage = opened()
     bury(stage, *numbered(3), key=DLQ)
     report = await replay(stage.transport, DLQ)
-    assert 3 == report.done
+    assert (3, 3, None) == (report.seen, report.done, report.ended)
     assert numbered(3) == stage.waiting(DLQ)
 
 
