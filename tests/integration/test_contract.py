@@ -44,6 +44,7 @@ CLASSIC = Features(
     pumps=True,
     has_native=True,
     tells_version=True,
+    counts_ready=True,
     can_cut=True,
     can_hush=True,
     can_end_subscriptions=True,

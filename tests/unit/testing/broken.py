@@ -78,6 +78,9 @@ class Honest:
     async def declare(self, topology: Topology) -> None:
         await self.inner.declare(topology)
 
+    async def count(self, queue: str) -> int:
+        return await self.inner.count(queue)
+
     def subscription(self, subscription: Subscription) -> Subscription:
         return subscription
 
@@ -727,6 +730,11 @@ class DeclaresSomethingOnly(Honest):
 
 class ForgetsItsBroker(Honest):
     broker_version = None
+
+
+class CountsOneMore(Honest):
+    async def count(self, queue: str) -> int:
+        return 1 + await self.inner.count(queue)
 
 
 class CreatesWhatItConsumes(Honest):

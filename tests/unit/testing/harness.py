@@ -29,6 +29,7 @@ ALL = Features(
     exclusive_queues=True,
     has_native=True,
     tells_version=True,
+    counts_ready=True,
     can_cut=True,
     can_hush=True,
     can_end_subscriptions=True,

@@ -159,6 +159,7 @@ WRONG = {
     broken.CreatesWhatItConsumes: "a queue that is not there cannot be consumed: TopologyError",
     broken.NeverAlone: "a queue that is consumed alone has no second session",
     broken.KeepsOwnQueues: "a queue of a session's own lives and dies with it",
+    broken.CountsOneMore: "what is ready in a queue is counted, where there is such a queue",
     broken.ForgetsItsBroker: "the broker's version is known once something was declared",
 }
 
@@ -210,7 +211,7 @@ async def test_who_hands_everything_on_keeps_it():
 
 async def test_what_is_claimed_must_be_there():
     """And what is not claimed must not, where a consumer would use it unasked."""
-    offers = ("pumps", "has_native", "tells_version")
+    offers = ("pumps", "has_native", "tells_version", "counts_ready")
     nothing = dict.fromkeys((*offers, "dead_letters"), False)
     (await contract_of(broken.Bare, **nothing).run(at_once=100)).raise_if_broken()
     report = await contract_of(broken.Bare, **dict.fromkeys(offers, True)).run(at_once=100)
@@ -227,6 +228,9 @@ async def test_what_is_claimed_must_be_there():
         "native objects are opened once": "the session has no method native",
         "the broker's version is known once something was declared": (
             "the transport has no broker_version"
+        ),
+        "what is ready in a queue is counted, where there is such a queue": (
+            "the transport has no method count"
         ),
     }
 

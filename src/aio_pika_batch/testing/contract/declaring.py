@@ -10,7 +10,7 @@ from aio_pika_batch.errors import TopologyError
 from aio_pika_batch.testing.contract.broken import ClauseBroken, refused, same
 from aio_pika_batch.testing.contract.clause import Chapter
 from aio_pika_batch.testing.contract.stage import Stage
-from aio_pika_batch.transport import VersionedTransport
+from aio_pika_batch.transport import CountingTransport, VersionedTransport
 
 CHAPTER = Chapter()
 
@@ -87,3 +87,15 @@ async def _version(stage: Stage) -> None:
         raise ClauseBroken("the transport has no broker_version")
     await transport.declare(stage.existing)
     same(True, bool(transport.broker_version), "whether there is a version")
+
+
+@CHAPTER.clause("what is ready in a queue is counted, where there is such a queue", "counts_ready")
+async def _count(stage: Stage) -> None:
+    transport = stage.transport
+    if not isinstance(transport, CountingTransport):
+        raise ClauseBroken("the transport has no method count")
+    with refused(TopologyError, "counting in a queue that is not there"):
+        await transport.count(stage.harness.fresh)
+    await stage.put(3)
+    await stage.waiting(3)
+    same(3, await transport.count(stage.queue), "messages that are counted")

@@ -33,6 +33,7 @@ class Features:
         pumps: Its sessions can pump.
         has_native: Its sessions have objects of the broker's own library.
         tells_version: It knows the version of RabbitMQ that it has reached.
+        counts_ready: It knows how many messages are ready in a queue.
         can_cut: The harness can cut the transport's connections.
         can_hush: The harness can keep the broker's answers from the transport.
         can_end_subscriptions: The harness can let the broker end a consumer and keep its
@@ -59,6 +60,7 @@ class Features:
     pumps: bool = False
     has_native: bool = False
     tells_version: bool = False
+    counts_ready: bool = False
     can_cut: bool = False
     can_hush: bool = False
     can_end_subscriptions: bool = False
