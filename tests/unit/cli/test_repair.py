@@ -6,6 +6,7 @@ are run by the integration tests.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from datetime import UTC, datetime, timedelta
@@ -14,7 +15,7 @@ from types import ModuleType
 import pytest
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
-from aio_pika_batch.adapters.memory import Door
+from aio_pika_batch.adapters.memory import Door, Happened
 from aio_pika_batch.cli.app import run_app
 from tests.unit.shell.stage import Stage
 
@@ -247,6 +248,34 @@ def test_replay_says_what_has_no_way_back(cli, letters):
     code, out, err = cli("dlq", "replay", "bookshop:orders")
     assert (1, True) == (code, "3 of 4 letters replayed" in out)
     assert "1 stay in orders.dlq: returned: no queue is bound" in err
+
+
+def test_replay_says_how_far_it_got_when_the_connection_is_lost(cli, stage):
+    """What was done is done, and nothing is lost."""
+    stage.declare("orders")
+    stage.declare(DLQ)
+    bury(stage, *[b"%d" % number for number in range(250)])
+    acked = 0
+    note = stage.broker.journal.on_event
+
+    def count(event):
+        nonlocal acked
+        note(event)
+        acked += event.happened is Happened.ACKED
+        if acked == 150:
+            asyncio.get_running_loop().call_soon(stage.cut)
+
+    stage.broker.journal.on_event = count
+    code, out, err = cli("dlq", "replay", "bookshop:orders")
+    assert (1, True) == (code, "200 of 250 letters replayed" in out)
+    assert "ended early: the connection for publishing was lost" in err
+    assert 250 <= len(stage.broker.ready("orders")) + len(stage.broker.ready(DLQ))
+
+
+def test_a_queue_can_be_named_without_a_consumer(cli):
+    """And where it is not there, the broker's words say so."""
+    code, _, err = cli("dlq", "list", "--queue", "nowhere", "--url", "memory://")
+    assert (2, True) == (code, "no queue 'nowhere'" in err)
 
 
 def test_purge_wants_a_yes(cli, letters):
