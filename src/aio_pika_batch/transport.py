@@ -35,6 +35,7 @@ __all__ = [
     "Binding",
     "BrokerUnavailable",
     "Copy",
+    "CountingTransport",
     "DecodedSource",
     "Disposition",
     "Endpoint",
