@@ -424,8 +424,8 @@ SHELL = (
     Mutant(
         "Who is stuck is healthy.",
         "crew.py",
-        "worker.is_well and (worker.oldest or 0.0) <= limit for worker",
-        "worker.is_well for worker",
+        "return is_well and not self.is_stuck()",
+        "return is_well",
         (f"{_SHELL}/test_health.py",),
     ),
     Mutant(

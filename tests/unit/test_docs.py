@@ -296,10 +296,6 @@ def test_commands_exist(place: str, command: str) -> None:
             assert session.partition("(")[0] in sessions, place
         case ["python", script, *_] if script.startswith(("examples/", "benchmarks/")):
             assert (ROOT / script).is_file(), place
-        case ["aio-pika-batch", *words]:
-            from aio_pika_batch.cli.app import app
-
-            app.parse_args(words, exit_on_error=False)
         case ["python3", "-m", "venv", ".venv"] | [".venv/bin/pip" | ".venv/bin/python", *_]:
             pass
         case _:
