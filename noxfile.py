@@ -160,6 +160,13 @@ def wires(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """Hurt brokers and lines under a consumer at work, and tell the figures. Words go to pytest."""
+    session.install(".", *group("test"))
+    session.run("python", "-m", "tests.faults", *session.posargs)
+
+
+@nox.session
 def mutants(session: nox.Session) -> None:
     """Take out one cure after another: the tests must notice each. Words choose which."""
     session.install(".[cli]", *group("test"))

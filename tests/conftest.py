@@ -1,12 +1,35 @@
-"""What holds for every test, of whatever kind?
+"""What does a test get? If it asks, a real RabbitMQ, found or started once for the whole run.
 
-Only how property tests draw: new examples on each run, with what repeats a failure printed; and
-never failed for being slow, since a busy machine says nothing about the code.
+Unit tests ask for nothing that is here. Of the others none is skipped in silence: where the broker
+is not ours to kill, those marked ``needs_node`` are left out, and the report says so at its head
+and at its end.
+
+Property tests draw new examples on each run, with what repeats a failure printed; and never fail
+for being slow, since a busy machine says nothing about the code.
 """
 
 from __future__ import annotations
 
+import uuid
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import aio_pika
+import pytest
 from hypothesis import HealthCheck, Phase, settings
+
+from tests.support.find import Broker, NoBrokerError, Way, choose
+from tests.support.postgres import NoPostgresError, postgres
+from tests.support.proxy import TcpProxy
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from aio_pika.abc import AbstractChannel
+
+    from aio_pika_batch.transport import Wire
+    from tests.support.rabbitmq import RabbitMQ
 
 settings.register_profile(
     "project", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
@@ -19,3 +42,135 @@ settings.register_profile(
     database=None,
 )
 settings.load_profile("project")
+
+_UNIT = Path(__file__).parent / "unit"
+_WAY = pytest.StashKey[Way | NoBrokerError]()
+_LEFT_OUT = pytest.StashKey[str]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Choose the broker before anything runs, and leave out what it must not be made to suffer."""
+    if all(item.path.is_relative_to(_UNIT) for item in items):
+        return
+    try:
+        way = config.stash[_WAY] = choose()
+    except NoBrokerError as error:
+        config.stash[_WAY] = error
+        return
+    hurting = [item for item in items if item.get_closest_marker("needs_node")]
+    if hurting and not way.has_node:
+        config.hook.pytest_deselected(items=hurting)
+        items[:] = [item for item in items if item not in hurting]
+        config.stash[_LEFT_OUT] = (
+            f"NOT RUN: {len(hurting)} tests marked needs_node, which kill or administer the broker;"
+            f" {way.how} is not theirs to hurt"
+        )
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    """Say at the head of the report what is tested on, and what is not tested."""
+    way = config.stash.get(_WAY, None)
+    lines = [f"broker: {way.how}"] if isinstance(way, Way) else []
+    if _LEFT_OUT in config.stash:
+        lines.append(config.stash[_LEFT_OUT])
+    return lines
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say at its end what was missing: the head has scrolled away by then."""
+    way = config.stash.get(_WAY, None)
+    if isinstance(way, NoBrokerError):
+        terminalreporter.section("no broker", red=True)
+        terminalreporter.write_line(str(way))
+    if _LEFT_OUT in config.stash:
+        terminalreporter.write_line(config.stash[_LEFT_OUT], yellow=True)
+
+
+@pytest.fixture(scope="session")
+def broker(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Broker]:
+    """A RabbitMQ that answers: ``broker.url``, ``broker.version``."""
+    way = pytestconfig.stash[_WAY]
+    if isinstance(way, NoBrokerError):
+        pytest.fail("there is no broker; the end of the report says what to do", pytrace=False)
+    with ExitStack() as running:
+        try:
+            found = running.enter_context(way.take(tmp_path_factory.mktemp("broker")))
+        except NoBrokerError as error:
+            no_broker = str(error)
+        else:
+            no_broker = ""
+        if no_broker:  # outside the handler, or the report would tell it twice
+            pytest.fail(no_broker, pytrace=False)
+        yield found
+
+
+@pytest.fixture
+def amqp_url(broker: Broker) -> str:
+    """The broker's URL."""
+    return broker.url
+
+
+@pytest.fixture
+def rabbitmq(broker: Broker, request: pytest.FixtureRequest) -> Iterator[RabbitMQ]:
+    """The node itself, for tests marked ``needs_node``: they may kill, pause and administer it.
+
+    Afterwards it runs again for the next test, whatever this one did to it.
+    """
+    if request.node.get_closest_marker("needs_node") is None:
+        pytest.fail("a test that asks for rabbitmq must be marked needs_node", pytrace=False)
+    assert broker.node is not None
+    yield broker.node
+    broker.node.restore()
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL that answers, found or started as the broker is."""
+    with ExitStack() as running:
+        try:
+            url = running.enter_context(postgres())
+        except NoPostgresError as error:
+            no_postgres = str(error)
+        else:
+            no_postgres = ""
+        if no_postgres:  # outside the handler, or the report would tell it twice
+            pytest.fail(no_postgres, pytrace=False)
+        yield url
+
+
+@pytest.fixture(params=["fast", "plain"])
+def wire(request: pytest.FixtureRequest) -> Wire:
+    """Each way in which the adapter can carry messages."""
+    found: Wire = request.param
+    return found
+
+
+@pytest.fixture
+def on_both_wires(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test of a whole consumer twice; ``nox -s wires`` runs all of them on the plain wire."""
+    monkeypatch.setenv("AIO_PIKA_BATCH_WIRE", wire)
+
+
+@pytest.fixture
+def name() -> str:
+    """A prefix for names of queues and exchanges that no other test uses."""
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+async def channel(amqp_url: str) -> AsyncIterator[AbstractChannel]:
+    """A plain channel with confirms, to set the scene and to see what has become of it."""
+    async with await aio_pika.connect(amqp_url) as connection:
+        yield await connection.channel()
+
+
+@pytest.fixture
+async def proxy(amqp_url: str) -> AsyncIterator[TcpProxy]:
+    """A line to the broker to cut, freeze and slow down: connect to ``proxy.url(amqp_url)``."""
+    where = aio_pika.connection.make_url(amqp_url)
+    async with TcpProxy(where.host or "localhost", where.port or 5672) as proxy:
+        yield proxy

@@ -1,0 +1,54 @@
+"""What does a test of a fault get? A consumer under load, on a broker of its own to hurt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.faults.figures import VARIABLE, Figures, keep, this_machine
+from tests.faults.trial import Trial, under_load
+from tests.support.find import Broker
+
+_FIGURES = pytest.StashKey[list[Figures]]()
+
+Run = Callable[..., AbstractAsyncContextManager[Trial]]
+
+
+@pytest.fixture
+def keep_figures(pytestconfig: pytest.Config) -> Callable[[Figures], None]:
+    """Take figures of a trial: they are told at the end, and kept where that is asked for."""
+
+    def take(figures: Figures) -> None:
+        pytestconfig.stash.setdefault(_FIGURES, []).append(figures)
+        if file := os.environ.get(VARIABLE):
+            keep(Path(file), [figures], this_machine())
+
+    return take
+
+
+@pytest.fixture
+def run(broker: Broker, name: str, keep_figures: Callable[[Figures], None]) -> Run:
+    """Begin a trial on this broker: ``async with run("fault", "what was done") as trial``."""
+    return partial(
+        under_load, urls=[broker.url], broker=broker.version, name=name, keep=keep_figures
+    )
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Tell the figures."""
+    if _FIGURES not in config.stash:
+        return
+    terminalreporter.section("figures: messages, handled, duplicated, lost, seconds to recover")
+    for each in config.stash[_FIGURES]:
+        recovery = "-" if each.recovery is None else f"{each.recovery:.1f}"
+        terminalreporter.write_line(
+            f"{each.messages:6} {each.handled:6} {each.duplicated:5} {each.lost:3} {recovery:>5}"
+            f"  {each.fault}, {each.wire}"
+        )

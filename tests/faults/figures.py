@@ -1,0 +1,115 @@
+"""What was seen of a consumer while something went wrong, and where is it kept?
+
+In a file with one line of JSON for each fault, which belongs to the project as does the page that
+is made of it. A run of a few tests replaces their lines, and leaves the others as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FILE = Path(__file__).with_name("figures.jsonl")
+VARIABLE = "AIO_PIKA_BATCH_TEST_FIGURES"
+"""Names the file that figures are kept in; where it is not set, they are not kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What became of all messages of one run.
+
+    Attributes:
+        fault: What went wrong, in a few words; names the line of the table.
+        did: What was done, in a sentence.
+        wire: How the adapter carried messages, ``fast`` or ``plain``.
+        broker: The version of RabbitMQ.
+        messages: How many the publisher has had confirmed.
+        handled: How many of these were acknowledged by the handler, or are dead letters.
+        duplicated: How often a message was handled, or became a dead letter, without need.
+        lost: How many were neither handled, nor dead-lettered, nor in the queue at the end.
+        recovery: Seconds from the end of the fault to the first message that was handled after it,
+            the longest if there were several; None where the consumer had nothing to recover from.
+        remark: What must be known to read the figures.
+    """
+
+    fault: str
+    did: str
+    wire: str
+    broker: str
+    messages: int
+    handled: int
+    duplicated: int
+    lost: int
+    recovery: float | None
+    remark: str = ""
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], str, str]:
+        """What they replace: earlier figures of the same fault, wire and broker."""
+        return _numbers(self.broker), self.fault, self.wire
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """On what figures were taken.
+
+    Attributes:
+        revision: The commit; with a mark if what is shipped was changed since.
+        processors: How many there are.
+        python: The version.
+    """
+
+    revision: str
+    processors: int
+    python: str
+
+
+Kept = dict[tuple[tuple[int, ...], str, str], tuple[Figures, Machine]]
+
+
+def this_machine() -> Machine:
+    """The one that this runs on, and the revision that is checked out."""
+    head = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--", "src")
+    return Machine(
+        revision=head + (" with changes" if changed else ""),
+        processors=os.cpu_count() or 1,
+        python=platform.python_version(),
+    )
+
+
+def load(file: Path) -> Kept:
+    """All that is kept, in the order of brokers and faults."""
+    if not file.exists():
+        return {}
+    kept: Kept = {}
+    for line in file.read_text().splitlines():
+        content = json.loads(line)
+        figures = Figures(**content["figures"])
+        kept[figures.key] = figures, Machine(**content["machine"])
+    return dict(sorted(kept.items()))
+
+
+def keep(file: Path, new: Iterable[Figures], machine: Machine) -> None:
+    """Put new figures in the place of older ones of the same fault, wire and broker."""
+    kept = load(file) | {each.key: (each, machine) for each in new}
+    lines = [
+        json.dumps({"figures": asdict(figures), "machine": asdict(machine)})
+        for _, (figures, machine) in sorted(kept.items())
+    ]
+    file.write_text("".join(f"{line}\n" for line in lines))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def _git(*command: str) -> str:
+    done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"

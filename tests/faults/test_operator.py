@@ -1,0 +1,40 @@
+"""What people do to a running consumer: they stop it, and they close, delete and declare things.
+
+A selection of the faults that is quick enough to run with all other tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+pytestmark = pytest.mark.needs_node
+
+
+async def test_a_graceful_stop_in_the_middle_of_the_load_duplicates_nothing(run, wire) -> None:
+    """Stopped and started again, while messages come and are requeued."""
+    async with run(
+        "graceful stop",
+        "The consumer was stopped under load, and started again, five times.",
+        wire=wire,
+    ) as trial:
+        for _ in range(5):
+            await trial.consumer.stop()
+            trial.ends()
+            await trial.consumer.start()
+            await trial.recovers(anew=False)  # nothing is in hand after a stop
+            await trial.flows()
+    assert 0 == trial.figures.duplicated
+
+
+async def test_connections_closed_by_an_operator_come_back(run, wire, rabbitmq) -> None:
+    """The consumer's, its publisher's and everybody else's."""
+    async with run(
+        "connections closed",
+        "An operator closed all connections (`rabbitmqctl close_all_connections`).",
+        wire=wire,
+    ) as trial:
+        trial.ends()
+        await asyncio.to_thread(rabbitmq.close_all_connections, "maintenance")
+        await trial.recovers()

@@ -1,0 +1,281 @@
+"""What becomes of all messages while something goes wrong?
+
+A trial is a consumer under load, and the books that are kept of it. Its body does the damage; at
+its end all that the broker has confirmed must be done or dead, and figures tell how often something
+was done for nothing, and how long nothing was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aio_pika
+
+from aio_pika_batch import (
+    BatchConsumer,
+    BatchConsumerSettings,
+    Message,
+    MessageResult,
+    Observer,
+)
+from aio_pika_batch.observer import DeadLettered, Origin
+from tests.faults.figures import Figures
+from tests.faults.load import Load
+from tests.integration.helpers import ready, take_all, until
+
+_log = logging.getLogger("tests.faults")
+
+KINDS = ("good",) * 15 + ("flaky",) * 2 + ("impatient", "bad", "doomed")
+"""What messages do, by their number: one in four is not simply acknowledged."""
+
+PACE = 0.05
+"""Seconds that a handler takes for a batch, so that there is always something in hand."""
+
+SETTINGS = {
+    "batch_size": 50,
+    "batch_timeout": 0.05,
+    "num_workers": 2,
+    "heartbeat": 2,
+    "connect_timeout": 3.0,
+    "publish_timeout": 3.0,
+    "reconnect_delay_max": 2.0,
+}
+"""What differs from the defaults: what has to be waited for is shorter."""
+
+
+class Books(Observer):
+    """What was handled, when, and how often.
+
+    Attributes:
+        handled: By number and retry count, how often.
+        done: What was acknowledged.
+        dead: What the library says to be a dead letter.
+    """
+
+    def __init__(self) -> None:
+        self.handled: Counter[tuple[int, int]] = Counter()
+        self.done: set[int] = set()
+        self.dead: set[int] = set()
+        self._at_once: Counter[tuple[int, int]] = Counter()
+        self._batches: list[tuple[float, str]] = []
+
+    def dead_lettered(self, origin: Origin, event: DeadLettered) -> None:
+        """Take note of the last that is heard of a message."""
+        self.dead.add(_number(event.message))
+
+    def begin(self, messages: Sequence[Message]) -> None:
+        """Take note of a batch that is about to be handled."""
+        self._batches.append((time.monotonic(), messages[0].consumer_tag))
+
+    def answer(self, message: Message) -> MessageResult:
+        """Decide what becomes of a message, and take note of it."""
+        number = _number(message)
+        attempt = number, message.retry_count
+        self.handled[attempt] += 1
+        match KINDS[number % len(KINDS)]:
+            case "bad":
+                return MessageResult.NACK
+            case "doomed":
+                return MessageResult.REQUEUE
+            case "flaky" if message.retry_count < 2:
+                return MessageResult.REQUEUE
+            case "impatient" if not self._at_once[attempt]:
+                self._at_once[attempt] += 1
+                return MessageResult.REQUEUE_IMMEDIATE
+            case _:
+                self.done.add(number)
+                return MessageResult.ACK
+
+    def since(self, mark: float, *, anew: bool) -> float | None:
+        """Seconds from *mark* to the first batch after it; None if there is none yet.
+
+        Args:
+            anew: Whether only sessions count that handled nothing before: of others, there may
+                still be something in hand.
+        """
+        known = {tag for at, tag in self._batches if anew and at <= mark}
+        after = (at for at, tag in self._batches if at > mark and tag not in known)
+        return next((at - mark for at in after), None)
+
+    @property
+    def repeated(self) -> int:
+        """How often a message was handled although nothing had asked for it."""
+        return sum(
+            max(0, count - 1 - self._at_once[attempt]) for attempt, count in self.handled.items()
+        )
+
+
+def _number(message: Message) -> int:
+    return int(message.message_id or "")
+
+
+class Subject(BatchConsumer):
+    """Does what the books say."""
+
+    def __init__(self, settings: BatchConsumerSettings, books: Books) -> None:
+        super().__init__(settings, observers=[books])
+        self._books = books
+
+    async def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[MessageResult]:
+        """Answer in order."""
+        self._books.begin(messages)
+        await asyncio.sleep(PACE)
+        for message in messages:
+            yield self._books.answer(message)
+
+
+class Trial:
+    """A consumer under load, at work.
+
+    Attributes:
+        consumer: The consumer.
+        load: What publishes to its queue.
+        books: What it has handled.
+        remark: What must be known to read the figures, if anything.
+        figures: What was seen; there once the trial is over.
+    """
+
+    def __init__(self, consumer: BatchConsumer, load: Load, books: Books) -> None:
+        self.consumer = consumer
+        self.load = load
+        self.books = books
+        self.remark = ""
+        self.figures: Figures
+        self.recoveries: list[float] = []
+        self._mark = time.monotonic()
+
+    async def flows(self, more: int = 200) -> None:
+        """Wait until so many more messages have been handled."""
+        goal = self.books.handled.total() + more
+        await until(lambda: self.books.handled.total() >= goal, what=self.consumer.status)
+
+    def ends(self) -> None:
+        """Say that the fault ends now: from here on it is counted how long nothing is handled."""
+        self._mark = time.monotonic()
+
+    async def recovers(self, *, anew: bool = True) -> float:
+        """Wait until something is handled again, and all workers are well; return the seconds.
+
+        Args:
+            anew: Whether the fault has cost the consumer its sessions.
+        """
+        await until(
+            lambda: self.books.since(self._mark, anew=anew) is not None, what=self.consumer.status
+        )
+        seconds = self.books.since(self._mark, anew=anew) or 0.0
+        self.recoveries.append(seconds)
+        await until(lambda: self.consumer.is_healthy, what=self.consumer.status)
+        return seconds
+
+    @property
+    def unfinished(self) -> set[int]:
+        """What was confirmed to its publisher, and is neither done nor dead, so far as known."""
+        return self.load.confirmed - self.books.done - self.books.dead
+
+    async def idles(self, url: str) -> None:
+        """Wait until everything is done or dead, and nothing is left to do twice."""
+        await until(
+            lambda: not self.unfinished,
+            what=lambda: (sorted(self.unfinished)[:20], self.consumer.status()),
+        )
+        await until(lambda: self.consumer.is_healthy, what=self.consumer.status)
+        queue = self.consumer.status().queue
+
+        async def nothing_is_left() -> bool:
+            seen = self.books.handled.total()
+            if await ready(url, queue) or any(
+                each.in_hand or each.held or each.buffered
+                for each in self.consumer.status().workers
+            ):
+                return False
+            return seen == self.books.handled.total()
+
+        await until(nothing_is_left, what=self.consumer.status)
+
+
+@asynccontextmanager
+async def under_load(
+    fault: str,
+    did: str,
+    *,
+    urls: Sequence[str],
+    url: str | None = None,
+    broker: str,
+    name: str,
+    keep: Callable[[Figures], object],
+    minimum: int = 1000,
+    rate: int = 400,
+    **settings: Any,
+) -> AsyncIterator[Trial]:
+    """Run a consumer under load, and see at the end that nothing is lost.
+
+    Args:
+        fault: As :class:`Figures` has it, and so has *did*.
+        urls: Where to publish to, and to look at queues, in turn.
+        url: Where the consumer connects to; the first of *urls* if not given.
+        broker: Its version.
+        name: Of the queue; its dead letters are in ``<name>.dead``.
+        keep: Gets the figures, whatever they are.
+        minimum: How many messages to publish, or more, if the body takes longer.
+        rate: How many of them a second.
+        settings: Of the consumer, besides ``SETTINGS``.
+    """
+    dead = f"{name}.dead"
+    given = {
+        "url": url or urls[0],
+        "queue_name": name,
+        "dead_letter_queue": dead,
+        "wire": "fast",
+        **SETTINGS,
+        **settings,
+    }
+    books = Books()
+    consumer = Subject(BatchConsumerSettings(**given), books)
+    async with consumer, Load(urls, name, rate=rate, minimum=minimum) as load:
+        trial = Trial(consumer, load, books)
+        await trial.flows()
+        yield trial
+        await load.finish()
+        try:
+            await trial.idles(urls[0])
+        finally:
+            await consumer.stop()
+            trial.figures = await _count(trial, fault, did, urls[0], broker, given["wire"])
+            keep(trial.figures)
+    _log.info("%s", trial.figures)
+    assert 0 == trial.figures.lost
+    assert len(load.confirmed) == trial.figures.handled
+
+
+async def _count(trial: Trial, fault: str, did: str, url: str, broker: str, wire: str) -> Figures:
+    """Look into the queues, which are then deleted."""
+    queue = trial.consumer.status().queue
+    async with await aio_pika.connect(url) as connection:
+        channel = await connection.channel()
+        left = Counter(_id(each) for each in await take_all(channel, queue))
+        dead = Counter(_id(each) for each in await take_all(channel, f"{queue}.dead"))
+        for each in (queue, f"{queue}.dead"):
+            await channel.queue_delete(each)
+    confirmed, done = trial.load.confirmed, trial.books.done
+    return Figures(
+        fault=fault,
+        did=did,
+        wire=wire,
+        broker=broker,
+        messages=len(confirmed),
+        handled=len(confirmed & (done | dead.keys())),
+        duplicated=trial.books.repeated + dead.total() - len(dead),
+        lost=len(confirmed - done - dead.keys() - left.keys()),
+        recovery=max(trial.recoveries, default=None),
+        remark=trial.remark,
+    )
+
+
+def _id(message: aio_pika.abc.AbstractIncomingMessage) -> int:
+    return int(message.message_id or "")
