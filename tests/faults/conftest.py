@@ -33,7 +33,7 @@ def keep_figures(pytestconfig: pytest.Config) -> Callable[[Figures], None]:
 
 @pytest.fixture
 def run(broker: Broker, name: str, keep_figures: Callable[[Figures], None]) -> Run:
-    """Begin a trial on this broker: ``async with run("fault", "what was done") as trial``."""
+    """Begin a trial on this broker: give the fault its name, and say what is done."""
     return partial(
         under_load, urls=[broker.url], broker=broker.version, name=name, keep=keep_figures
     )

@@ -34,6 +34,7 @@ class Load:
 
     Attributes:
         confirmed: The numbers of those that the broker has taken.
+        is_pausing: Set while nothing is under way, after ``pause``.
     """
 
     def __init__(self, urls: Sequence[str], queue: str, *, rate: int, minimum: int) -> None:
@@ -45,6 +46,7 @@ class Load:
         self._next = 0
         self._flowing = asyncio.Event()
         self._flowing.set()
+        self.is_pausing = asyncio.Event()
         self._may_end = False
         self._task: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
@@ -86,7 +88,7 @@ class Load:
                 connection = await aio_pika.connect(next(self._urls), timeout=_CONNECT)
                 channel = await connection.channel()
                 while not self._is_over:
-                    await self._flowing.wait()
+                    await self._flow()
                     await self._publish_some(channel.default_exchange)
                     await asyncio.sleep(_PAUSE / 2)
             except asyncio.CancelledError:
@@ -99,6 +101,12 @@ class Load:
             finally:
                 if connection is not None:
                     self._close(connection)
+
+    async def _flow(self) -> None:
+        if not self._flowing.is_set():
+            self.is_pausing.set()
+            await self._flowing.wait()
+            self.is_pausing.clear()
 
     def _close(self, connection: AbstractConnection) -> None:
         """Close it without waiting: a peer that has stopped would be waited for."""

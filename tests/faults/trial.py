@@ -24,7 +24,7 @@ from aio_pika_batch import (
     MessageResult,
     Observer,
 )
-from aio_pika_batch.observer import DeadLettered, Origin
+from aio_pika_batch.observer import DeadLettered, Lost, Origin
 from tests.faults.figures import Figures
 from tests.faults.load import Load
 from tests.integration.helpers import ready, take_all, until
@@ -56,14 +56,20 @@ class Books(Observer):
         handled: By number and retry count, how often.
         done: What was acknowledged.
         dead: What the library says to be a dead letter.
+        losses: When and why sessions ended, or could not begin.
     """
 
     def __init__(self) -> None:
         self.handled: Counter[tuple[int, int]] = Counter()
         self.done: set[int] = set()
         self.dead: set[int] = set()
+        self.losses: list[tuple[float, str]] = []
         self._at_once: Counter[tuple[int, int]] = Counter()
         self._batches: list[tuple[float, str]] = []
+
+    def lost(self, origin: Origin, event: Lost) -> None:
+        """Take note of why a session ended, or could not begin."""
+        self.losses.append((time.monotonic(), str(event.error)))
 
     def dead_lettered(self, origin: Origin, event: DeadLettered) -> None:
         """Take note of the last that is heard of a message."""
@@ -121,11 +127,17 @@ class Subject(BatchConsumer):
     def __init__(self, settings: BatchConsumerSettings, books: Books) -> None:
         super().__init__(settings, observers=[books])
         self._books = books
+        self._lingers = 0.0
+
+    def linger(self, seconds: float) -> None:
+        """Take so long for the next batch."""
+        self._lingers = seconds
 
     async def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[MessageResult]:
         """Answer in order."""
         self._books.begin(messages)
-        await asyncio.sleep(PACE)
+        pace, self._lingers = self._lingers or PACE, 0.0
+        await asyncio.sleep(pace)
         for message in messages:
             yield self._books.answer(message)
 
@@ -141,7 +153,7 @@ class Trial:
         figures: What was seen; there once the trial is over.
     """
 
-    def __init__(self, consumer: BatchConsumer, load: Load, books: Books) -> None:
+    def __init__(self, consumer: Subject, load: Load, books: Books, url: str) -> None:
         self.consumer = consumer
         self.load = load
         self.books = books
@@ -149,6 +161,7 @@ class Trial:
         self.figures: Figures
         self.recoveries: list[float] = []
         self._mark = time.monotonic()
+        self._url = url
 
     async def flows(self, more: int = 200) -> None:
         """Wait until so many more messages have been handled."""
@@ -158,6 +171,17 @@ class Trial:
     def ends(self) -> None:
         """Say that the fault ends now: from here on it is counted how long nothing is handled."""
         self._mark = time.monotonic()
+
+    async def breaks(self) -> None:
+        """Wait until a session is lost, and count from that moment.
+
+        The fault must not have begun before ``ends`` was called, or before this waits.
+        """
+        began = self._mark
+        await until(
+            lambda: any(at > began for at, _ in self.books.losses), what=self.consumer.status
+        )
+        self._mark = next(at for at, _ in self.books.losses if at > began)
 
     async def recovers(self, *, anew: bool = True) -> float:
         """Wait until something is handled again, and all workers are well; return the seconds.
@@ -173,12 +197,22 @@ class Trial:
         await until(lambda: self.consumer.is_healthy, what=self.consumer.status)
         return seconds
 
+    async def suffers(self) -> None:
+        """Wait until the consumer has noticed that something is wrong, and says so."""
+        await until(lambda: not self.consumer.is_healthy, what=self.consumer.status)
+
     @property
     def unfinished(self) -> set[int]:
         """What was confirmed to its publisher, and is neither done nor dead, so far as known."""
         return self.load.confirmed - self.books.done - self.books.dead
 
-    async def idles(self, url: str) -> None:
+    async def rests(self) -> None:
+        """Let the load pause, and wait until all that was published has been dealt with."""
+        self.load.pause()
+        await self.load.is_pausing.wait()
+        await self.idles()
+
+    async def idles(self) -> None:
         """Wait until everything is done or dead, and nothing is left to do twice."""
         await until(
             lambda: not self.unfinished,
@@ -189,7 +223,7 @@ class Trial:
 
         async def nothing_is_left() -> bool:
             seen = self.books.handled.total()
-            if await ready(url, queue) or any(
+            if await ready(self._url, queue) or any(
                 each.in_hand or each.held or each.buffered
                 for each in self.consumer.status().workers
             ):
@@ -238,12 +272,12 @@ async def under_load(
     books = Books()
     consumer = Subject(BatchConsumerSettings(**given), books)
     async with consumer, Load(urls, name, rate=rate, minimum=minimum) as load:
-        trial = Trial(consumer, load, books)
+        trial = Trial(consumer, load, books, urls[0])
         await trial.flows()
         yield trial
         await load.finish()
         try:
-            await trial.idles(urls[0])
+            await trial.idles()
         finally:
             await consumer.stop()
             trial.figures = await _count(trial, fault, did, urls[0], broker, given["wire"])

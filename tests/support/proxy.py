@@ -36,6 +36,7 @@ class TcpProxy:
         self._server: asyncio.Server | None = None
         self._lines: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
         self._latency = 0.0
+        self._trickle: tuple[int, float] | None = None
         self._open = {direction: asyncio.Event() for direction in _BOTH}
         self._left: dict[Direction, int | None] = dict.fromkeys(_BOTH)
         self.thaw()
@@ -82,6 +83,10 @@ class TcpProxy:
     def latency(self, seconds: float) -> None:
         """Hold whatever comes from now on for so long, in each direction, in order."""
         self._latency = seconds
+
+    def trickle(self, n_bytes: int, seconds: float) -> None:
+        """Let through *n_bytes* at a time, with so many seconds between; 0 bytes: all there is."""
+        self._trickle = (n_bytes, seconds) if n_bytes else None
 
     async def __aenter__(self) -> Self:
         await self.refuse(False)
@@ -147,6 +152,11 @@ class TcpProxy:
         if left is not None:
             chunk = chunk[:left]
             self._left[direction] = left - len(chunk)
+        while self._trickle is not None and chunk:
+            size, seconds = self._trickle
+            writer.write(chunk[:size])
+            chunk = chunk[size:]
+            await asyncio.sleep(seconds)
         writer.write(chunk)
         await writer.drain()
         if self._left[direction] == 0:

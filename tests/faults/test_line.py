@@ -1,0 +1,101 @@
+"""What a line can do: swallow everything, be reset in mid-frame, or be slow."""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+
+import pytest
+
+RESETS = 15
+"""Below the delivery limit of 20 that RabbitMQ 4 has for quorum queues."""
+
+
+@pytest.mark.parametrize(
+    ("direction", "fault", "did"),
+    [
+        (
+            "to_broker",
+            "black hole to the broker",
+            "Nothing that the consumer sent arrived, while messages went on coming.",
+        ),
+        (
+            "to_client",
+            "black hole to the consumer",
+            "Nothing that the broker sent arrived, while acks and copies did.",
+        ),
+    ],
+    ids=["to_broker", "to_client"],
+)
+async def test_a_black_hole_is_noticed_and_survived(
+    run, wire, proxy, amqp_url, direction, fault, did
+) -> None:
+    """By its silence: the line stays open."""
+    did += " It went on until the consumer had noticed; then all that was held came through."
+    async with run(fault, did, url=proxy.url(amqp_url), wire=wire) as trial:
+        proxy.freeze(direction)
+        await trial.suffers()
+        proxy.thaw()
+        trial.ends()
+        await trial.recovers()
+
+
+@pytest.mark.parametrize(
+    ("queue_type", "wire"), [("classic", "fast"), ("classic", "plain"), ("quorum", "fast")]
+)
+async def test_resets_at_random_bytes_lose_nothing(run, proxy, amqp_url, queue_type, wire) -> None:
+    """In either direction, in mid-frame or not."""
+    chance = Random(5672)
+    async with run(
+        f"resets, {queue_type} queue",
+        f"All connections were reset after a random number of bytes, in a random direction, {RESETS}"
+        " times.",
+        url=proxy.url(amqp_url),
+        wire=wire,
+        queue_type=queue_type,
+    ) as trial:
+        for _ in range(RESETS):
+            trial.ends()
+            proxy.cut_after(chance.randrange(1, 10_000), chance.choice(["to_broker", "to_client"]))
+            # So few acks may be left, each for a whole batch, that as much never comes.
+            deadline = asyncio.get_running_loop().call_later(2, proxy.cut)
+            await trial.breaks()
+            deadline.cancel()
+            await trial.recovers()
+            await trial.flows(100)
+
+
+async def test_a_slow_line_is_only_slow(run, wire, proxy, amqp_url) -> None:
+    """Nobody mistakes it for a dead one."""
+    async with run(
+        "slow line",
+        "For five seconds each way took 0.2 s longer, and let through 1,000 bytes every 20 ms.",
+        url=proxy.url(amqp_url),
+        wire=wire,
+    ) as trial:
+        proxy.latency(0.2)
+        proxy.trickle(1000, 0.02)
+        await asyncio.sleep(5)
+        assert [] == trial.books.losses
+        proxy.latency(0)
+        proxy.trickle(0, 0)
+        trial.ends()
+        await trial.recovers(anew=False)
+
+
+async def test_lost_confirms_cost_duplicates_and_no_message(run, wire, proxy, amqp_url) -> None:
+    """The broker has the copies, nobody knows, and their originals come back."""
+    async with run(
+        "confirms lost",
+        "Nothing that the broker sent arrived, while copies did; then the connections were reset,"
+        " so that their confirms never came.",
+        url=proxy.url(amqp_url),
+        wire=wire,
+    ) as trial:
+        proxy.freeze("to_client")
+        await trial.suffers()
+        proxy.cut()
+        proxy.thaw()
+        trial.ends()
+        await trial.recovers()
+    assert trial.figures.duplicated
