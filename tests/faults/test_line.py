@@ -48,8 +48,8 @@ async def test_resets_at_random_bytes_lose_nothing(run, proxy, amqp_url, queue_t
     chance = Random(5672)
     async with run(
         f"resets, {queue_type} queue",
-        f"All connections were reset after a random number of bytes, in a random direction, {RESETS}"
-        " times.",
+        f"{RESETS} times, all connections were reset after a random number of bytes, in a random"
+        " direction.",
         url=proxy.url(amqp_url),
         wire=wire,
         queue_type=queue_type,
