@@ -60,7 +60,7 @@ class Machine:
     """On what figures were taken.
 
     Attributes:
-        revision: The commit; with a mark if what is shipped was changed since.
+        revision: The last commit that changed what is shipped; with a mark if it was changed since.
         processors: How many there are.
         python: The version.
     """
@@ -74,8 +74,8 @@ Kept = dict[tuple[tuple[int, ...], str, str], tuple[Figures, Machine]]
 
 
 def this_machine() -> Machine:
-    """The one that this runs on, and the revision that is checked out."""
-    head = _git("rev-parse", "--short", "HEAD")
+    """The one that this runs on, and what was changed last of what is shipped."""
+    head = _git("log", "-1", "--format=%h", "--", "src")  # tests alone change no figure
     changed = _git("status", "--porcelain", "--", "src")
     return Machine(
         revision=head + (" with changes" if changed else ""),
