@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any
 
 import aio_pika
@@ -109,6 +110,11 @@ class Books(Observer):
         after = (at for at, tag in self._batches if at > mark and tag not in known)
         return next((at - mark for at in after), None)
 
+    def longest_pause(self, mark: float) -> float:
+        """The longest time without a batch since *mark*, in seconds."""
+        times = [mark, *(at for at, _ in self._batches if at > mark), time.monotonic()]
+        return max(after - before for before, after in pairwise(times))
+
     @property
     def repeated(self) -> int:
         """How often a message was handled although nothing had asked for it."""
@@ -200,6 +206,18 @@ class Trial:
     async def suffers(self) -> None:
         """Wait until the consumer has noticed that something is wrong, and says so."""
         await until(lambda: not self.consumer.is_healthy, what=self.consumer.status)
+
+    async def carries_on(self) -> float:
+        """Wait until messages flow and all workers are well; return the longest pause until then.
+
+        For a fault that leaves some of the consumer's sessions as they are. It is under way since
+        ``ends``, and publishing pauses for it too.
+        """
+        await self.flows()
+        await until(lambda: self.consumer.is_healthy, what=self.consumer.status)
+        seconds = self.books.longest_pause(self._mark)
+        self.recoveries.append(seconds)
+        return seconds
 
     @property
     def unfinished(self) -> set[int]:

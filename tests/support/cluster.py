@@ -69,6 +69,7 @@ class Cluster:
 
     def start(self) -> None:
         """Start all nodes that do not run, at the same time, and wait until they are one."""
+        self._epmd.start()  # once, before all of them would
         self._at_once(RabbitMQ.start, [node for node in self.nodes if not node.is_running])
         self.wait_for_all()
 
@@ -86,17 +87,13 @@ class Cluster:
         return {row["Node Name"]: row["Raft State"] for row in told}
 
     def leader_of(self, queue: str) -> RabbitMQ:
-        """Return the running node where the leader of a quorum queue is, as soon as there is one."""
-        return self.leader_among(queue, [node for node in self.nodes if node.is_running])
-
-    def leader_among(self, queue: str, nodes: Iterable[RabbitMQ]) -> RabbitMQ:
-        """Return which of these nodes, which can tell, has the leader, as soon as one has it."""
-        candidates = list(nodes)
+        """Return the running node with the leader of a quorum queue, as soon as there is one."""
+        running = [node for node in self.nodes if node.is_running]
         found: list[RabbitMQ] = []
 
         def look() -> bool:
-            states = self.replicas(queue, seen_by=candidates[0])
-            found.extend(node for node in candidates if states.get(node.name) == "leader")
+            states = self.replicas(queue, seen_by=running[0])
+            found.extend(node for node in running if states.get(node.name) == "leader")
             return bool(found)
 
         _wait(look, f"{queue} got no leader")
@@ -110,6 +107,13 @@ class Cluster:
             return sorted(states.values()) == ["follower"] * (SIZE - 1) + ["leader"]
 
         _wait(look, f"{queue} is not on all nodes")
+
+    def restore(self) -> None:
+        """Undo what was done to the nodes: all run, and their time passes."""
+        for node in self.nodes:
+            if node.is_running:
+                node.resume()
+        self.start()
 
     def close(self) -> None:
         """Kill all nodes for good. Their folders are left to whoever made them."""

@@ -1,0 +1,136 @@
+"""Does a consumer stay with its queue while the nodes of a cluster come and go?
+
+Three nodes, a quorum queue with a replica on each, and a consumer whose ``url`` names them all. What
+the broker has confirmed is on two of three nodes, so that no single one can take it away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.faults.trial import under_load
+from tests.integration.helpers import until
+from tests.support.cluster import Cluster
+from tests.support.find import Broker
+
+if TYPE_CHECKING:
+    from tests.faults.conftest import Run
+    from tests.faults.trial import Trial
+    from tests.support.rabbitmq import RabbitMQ
+
+pytestmark = pytest.mark.needs_node
+
+KILLS = 6
+MESSAGES = 50_000
+PAUSE = 15.0
+"""Seconds that a node stands still: more than its peers and clients wait for it."""
+
+
+@pytest.fixture(scope="module")
+def members(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three nodes of the installation that the broker is of."""
+    assert broker.node is not None
+    with Cluster(broker.node.server, tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(members: Cluster) -> Iterator[Cluster]:
+    """The nodes, all up, also after the test."""
+    yield members
+    members.restore()
+
+
+@pytest.fixture
+def run_on_all(cluster: Cluster, name: str, keep_figures: Callable[..., None]) -> Run:
+    """``under_load``, of a quorum queue on the cluster."""
+    return partial(
+        under_load,
+        urls=[node.url for node in cluster.nodes],
+        url=cluster.url,
+        broker=cluster.version,
+        name=name,
+        keep=keep_figures,
+        queue_type="quorum",
+        num_workers=3,
+    )
+
+
+def told(trial: Trial) -> str:
+    """How long each recovery took."""
+    seconds = trial.recoveries
+    return (
+        f"The longest pause after each of {len(seconds)} kills: median"
+        f" {statistics.median(seconds):.1f} s, worst {max(seconds):.1f} s."
+    )
+
+
+async def test_a_leader_that_is_killed_again_and_again_loses_nothing(
+    run_on_all, cluster, name
+) -> None:
+    """Whoever has become the leader is next, as soon as the last victim is back."""
+    async with run_on_all(
+        "leader killed, cluster of three",
+        f"SIGKILL for the node with the queue's leader, {KILLS} times, each time as soon as the last"
+        f" victim had rejoined, while {MESSAGES:,} messages passed.",
+        minimum=MESSAGES,
+        rate=2500,
+    ) as trial:
+        for _ in range(KILLS):
+            leader = await asyncio.to_thread(cluster.leader_of, name)
+            trial.ends()
+            leader.kill()
+            await trial.flows()
+            await asyncio.to_thread(cluster.start)
+            await asyncio.to_thread(cluster.wait_for_replicas, name)
+            await trial.carries_on()
+        trial.remark = told(trial)
+
+
+@pytest.mark.parametrize("who", ["leader", "follower"])
+async def test_a_node_that_stands_still_is_left_for_another(run_on_all, cluster, name, who) -> None:
+    """Connections to it stay open, and nothing answers on them."""
+    async with run_on_all(
+        f"{who} paused, cluster of three",
+        f"SIGSTOP for a node with the queue's {who}, and SIGCONT {PAUSE:.0f} s later, while messages"
+        " passed through the others.",
+    ) as trial:
+        leader = await asyncio.to_thread(cluster.leader_of, name)
+        victim = leader if who == "leader" else _another(cluster, leader)
+        trial.ends()
+        victim.pause()
+        await asyncio.sleep(PAUSE)
+        await trial.flows()  # although it still stands
+        victim.resume()
+        await asyncio.to_thread(cluster.wait_for_all)
+        await asyncio.to_thread(cluster.wait_for_replicas, name)
+        await trial.carries_on()
+
+
+def _another(cluster: Cluster, than: RabbitMQ) -> RabbitMQ:
+    return next(node for node in cluster.nodes if node is not than)
+
+
+async def test_a_cluster_without_a_majority_is_waited_for(run_on_all, cluster, name) -> None:
+    """Two of three are gone: nothing is confirmed, nothing is lost, and all goes on once one is back."""
+    async with run_on_all(
+        "majority lost, cluster of three",
+        "SIGKILL for two of three nodes at once, the queue's leader among them; both were started"
+        " again after 5 s.",
+    ) as trial:
+        leader = await asyncio.to_thread(cluster.leader_of, name)
+        victims = [leader, _another(cluster, leader)]
+        for victim in victims:
+            victim.kill()
+        await until(lambda: not trial.consumer.is_healthy, what=trial.consumer.status)
+        await asyncio.sleep(5)
+        trial.ends()
+        await asyncio.to_thread(cluster.start)
+        await trial.recovers()
+        await asyncio.to_thread(cluster.wait_for_replicas, name)
