@@ -1,4 +1,4 @@
-"""A consumer as a process that dies at a moment chosen beforehand, and notes what it did until then.
+"""A consumer as a process that dies at a chosen moment, and notes what it did until then.
 
 A message is ``{"id": 7, "kind": "good"}``; kinds are ``good``, ``bad`` (NACK), ``flaky`` (REQUEUE
 twice, then ACK), ``doomed`` (always REQUEUE) and ``again`` (REQUEUE_IMMEDIATE when it comes for the

@@ -1,7 +1,7 @@
 """Does a consumer stay with its queue while the nodes of a cluster come and go?
 
-Three nodes, a quorum queue with a replica on each, and a consumer whose ``url`` names them all. What
-the broker has confirmed is on two of three nodes, so that no single one can take it away.
+Three nodes, a quorum queue with a replica on each, and a consumer whose ``url`` names them all.
+What the broker has confirmed is on two of three nodes: no single one can take it away.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ async def test_a_leader_that_is_killed_again_and_again_loses_nothing(
     """Whoever has become the leader is next, as soon as the last victim is back."""
     async with run_on_all(
         "leader killed, cluster of three",
-        f"SIGKILL for the node with the queue's leader, {KILLS} times, each time as soon as the last"
-        f" victim had rejoined, while {MESSAGES:,} messages passed.",
+        f"SIGKILL for the node with the queue's leader, {KILLS} times, each time as soon as the"
+        f" last victim had rejoined, while {MESSAGES:,} messages passed.",
         minimum=MESSAGES,
         rate=2500,
     ) as trial:
@@ -98,8 +98,8 @@ async def test_a_node_that_stands_still_is_left_for_another(run_on_all, cluster,
     """Connections to it stay open, and nothing answers on them."""
     async with run_on_all(
         f"{who} paused, cluster of three",
-        f"SIGSTOP for a node with the queue's {who}, and SIGCONT {PAUSE:.0f} s later, while messages"
-        " passed through the others.",
+        f"SIGSTOP for a node with the queue's {who}, and SIGCONT {PAUSE:.0f} s later, while"
+        " messages passed through the others.",
     ) as trial:
         leader = await asyncio.to_thread(cluster.leader_of, name)
         victim = leader if who == "leader" else _another(cluster, leader)
@@ -118,7 +118,7 @@ def _another(cluster: Cluster, than: RabbitMQ) -> RabbitMQ:
 
 
 async def test_a_cluster_without_a_majority_is_waited_for(run_on_all, cluster, name) -> None:
-    """Two of three are gone: nothing is confirmed, nothing is lost, and all goes on once one is back."""
+    """Two of three are gone: nothing is confirmed or lost, and all goes on once one is back."""
     async with run_on_all(
         "majority lost, cluster of three",
         "SIGKILL for two of three nodes at once, the queue's leader among them; both were started"
