@@ -24,6 +24,8 @@ _STYLE = """
   .spread { stroke: #1f2328; stroke-width: 1.2; opacity: 0.55; }
   .ours { fill: #d9480f; }
   .theirs { fill: #8ea3b8; }
+  .curve { fill: none; stroke: #d9480f; stroke-width: 1.4; }
+  .mark { stroke: #8ea3b8; stroke-width: 1; }
   text { font-family: system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; }
   @media (prefers-color-scheme: dark) {
     .ground { fill: #0d1117; stroke: #30363d; }
@@ -33,6 +35,8 @@ _STYLE = """
     .spread { stroke: #e6edf3; }
     .ours { fill: #ff8a4c; }
     .theirs { fill: #5b7187; }
+    .curve { stroke: #ff8a4c; }
+    .mark { stroke: #5b7187; }
   }
 """
 
@@ -54,24 +58,29 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
     step, most = scale(max(row.high for row in rows))
     room = WIDTH - LABELS - MARGIN - VALUES
     said = "; ".join(f"{row.name}: {_number(row.value)}" for row in rows)
-    size = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
-        f"<title>{escape(title)}</title>",
-        f"<desc>{escape(said)}</desc>",
-        f"<style>{_STYLE}</style>",
-        _box("ground", 0.5, 0.5, (WIDTH - 1, height - 1), 8),
-        _text("title", MARGIN, 32, title),
-    ]
+    parts = ground(title, said, height)
     for index in range(round(most / step) + 1):
         x = LABELS + index * step * room / most
         parts += [
-            _line("grid", (x, TOP - 6), (x, height - BOTTOM)),
-            _text("tick", x, height - BOTTOM + 18, f"{index * step:g}", "middle"),
+            line("grid", (x, TOP - 6), (x, height - BOTTOM)),
+            text("tick", x, height - BOTTOM + 18, f"{index * step:g}", "middle"),
         ]
     for index, row in enumerate(rows):
         parts += _row(row, TOP + index * ROW, room / most)
     return "\n".join([*parts, "</svg>", ""])
+
+
+def ground(title: str, said: str, height: float) -> list[str]:
+    """Begin a drawing: what it is, what it says in words, and what it stands on."""
+    size = f'viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}"'
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
+        f"<title>{escape(title)}</title>",
+        f"<desc>{escape(said)}</desc>",
+        f"<style>{_STYLE}</style>",
+        box("ground", 0.5, 0.5, (WIDTH - 1, height - 1), 8),
+        text("title", MARGIN, 32, title),
+    ]
 
 
 def scale(most: float) -> tuple[float, float]:
@@ -87,10 +96,10 @@ def _row(row: Bar, y: float, pixels: float) -> list[str]:
     middle, baseline = y + THICK / 2, y + THICK / 2 + 4
     low, high = LABELS + row.low * pixels, LABELS + row.high * pixels
     return [
-        _text(f"label{mine}", LABELS - 8, baseline, row.name, "end"),
-        _box(kind, LABELS, y, (max(row.value * pixels, 1), THICK), 2),
-        _line("spread", (low, middle), (high, middle)),
-        _text(f"value{mine}", high + 6, baseline, _number(row.value)),
+        text(f"label{mine}", LABELS - 8, baseline, row.name, "end"),
+        box(kind, LABELS, y, (max(row.value * pixels, 1), THICK), 2),
+        line("spread", (low, middle), (high, middle)),
+        text(f"value{mine}", high + 6, baseline, _number(row.value)),
     ]
 
 
@@ -98,17 +107,20 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
-def _text(kind: str, x: float, y: float, text: str, anchor: str = "start") -> str:
+def text(kind: str, x: float, y: float, said: str, anchor: str = "start") -> str:
+    """Words at a place."""
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-    return f'<text class="{kind}" {place}>{escape(text)}</text>'
+    return f'<text class="{kind}" {place}>{escape(said)}</text>'
 
 
-def _line(kind: str, start: tuple[float, float], end: tuple[float, float]) -> str:
+def line(kind: str, start: tuple[float, float], end: tuple[float, float]) -> str:
+    """A straight line."""
     (x1, y1), (x2, y2) = start, end
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _box(kind: str, x: float, y: float, size: tuple[float, float], radius: int) -> str:
+def box(kind: str, x: float, y: float, size: tuple[float, float], radius: int) -> str:
+    """A rectangle with round corners."""
     width, height = size
     extent = f'width="{width:.1f}" height="{height:.1f}" rx="{radius}"'
     return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" {extent}/>'

@@ -21,13 +21,13 @@ def write(kept: Kept, page: Path = PAGE) -> None:
     page.write_text(between_marks(page.read_text(), render(kept)))
 
 
-def between_marks(text: str, new: str) -> str:
+def between_marks(text: str, new: str, *, begin: str = BEGIN, end: str = END) -> str:
     """Replace what stands between the marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the page has no place for the figures: {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{new.strip()}\n\n{END}{after}"
+    before, has_begin, rest = text.partition(begin)
+    _, has_end, after = rest.partition(end)
+    if not (has_begin and has_end):
+        raise ValueError(f"the page has no place for the figures: {begin} and {end}")
+    return f"{before}{begin}\n\n{new.strip()}\n\n{end}{after}"
 
 
 def render(kept: Kept) -> str:

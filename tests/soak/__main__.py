@@ -1,0 +1,261 @@
+"""Run a consumer under load through one fault after another, and see whether it stays as it was.
+
+``python -m tests.soak [--minutes 60] [--seed 1] [--docs docs]``. Exits with 1 if something was lost
+or has grown; the page is written in any case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aio_pika
+
+from tests.faults.figures import ROOT, this_machine
+from tests.faults.load import Load
+from tests.faults.trial import SETTINGS
+from tests.integration.helpers import ready, take_all, until
+from tests.soak.page import Soak, write
+from tests.soak.tally import Tally
+from tests.support.find import Broker, choose
+from tests.support.proxy import TcpProxy
+from tests.support.tether import kill_group, spawn
+
+QUEUE, DEAD = "soak", "soak.dead"
+RATE = 400
+"""Messages a second that are published."""
+
+_LOOK_EVERY = 2.0
+_BETWEEN = (4.0, 10.0)
+"""Seconds from the end of a fault to the next one, at least and at most."""
+
+
+@dataclass
+class Stage:
+    """All that takes part.
+
+    Attributes:
+        depth: How many messages waited in the queue, and when.
+        faults: What was done, and when.
+        dead: How often each message has become a dead letter.
+    """
+
+    broker: Broker
+    proxy: TcpProxy
+    load: Load
+    tally: Tally
+    rng: random.Random
+    depth: list[tuple[float, float]] = field(default_factory=list)
+    faults: list[tuple[float, str]] = field(default_factory=list)
+    dead: Counter[int] = field(default_factory=Counter)
+
+    # -- faults -----------------------------------------------------------------------------------
+
+    async def hurt(self) -> None:
+        """Do one thing or another."""
+        ways: dict[str, Callable[[], Awaitable[None]]] = {
+            "cut": self._cut,
+            "reset in mid-frame": self._reset,
+            "broker paused": self._pause,
+            "line frozen": self._freeze,
+            "closed by an operator": self._close,
+        }
+        name = self.rng.choice(list(ways))
+        self.faults.append((time.time(), name))
+        await ways[name]()
+
+    async def _cut(self) -> None:
+        self.proxy.cut()
+
+    async def _reset(self) -> None:
+        direction = self.rng.choice(["to_broker", "to_client"])
+        self.proxy.cut_after(self.rng.randrange(1, 20_000), direction)
+
+    async def _pause(self) -> None:
+        assert self.broker.node is not None
+        self.broker.node.pause()
+        await asyncio.sleep(self.rng.uniform(1, 4))
+        self.broker.node.resume()
+
+    async def _freeze(self) -> None:
+        self.proxy.freeze(self.rng.choice(["to_broker", "to_client"]))
+        await asyncio.sleep(self.rng.uniform(1, 8))  # more than the heartbeat allows, or less
+        self.proxy.thaw()
+
+    async def _close(self) -> None:
+        assert self.broker.node is not None
+        await asyncio.to_thread(self.broker.node.close_all_connections, "maintenance")
+
+    # -- watching ---------------------------------------------------------------------------------
+
+    async def look(self) -> None:
+        """Look again and again how much waits, for ever. A broker that is paused is not asked."""
+        while True:
+            with suppress(Exception):
+                async with asyncio.timeout(_LOOK_EVERY):
+                    count = await ready(self.broker.url, QUEUE)
+                    self.depth.append((time.time(), float(count)))
+            await asyncio.sleep(_LOOK_EVERY)
+
+    async def bury(self) -> None:
+        """Take the dead letters away, while nothing disturbs it."""
+        async with await aio_pika.connect(self.broker.url) as connection:
+            channel = await connection.channel()
+            self.dead += Counter(
+                int(each.message_id or "") for each in await take_all(channel, DEAD)
+            )
+
+    @property
+    def unfinished(self) -> set[int]:
+        """What was confirmed, and is neither done nor dead."""
+        return self.load.confirmed - self.tally.done - self.dead.keys()
+
+
+async def soak(minutes: float, seed: int, folder: Path, broker: Broker) -> Soak:
+    """Run it, and return what was seen."""
+    record, samples = folder / "record", folder / "samples"
+    parts = urlsplit(broker.url)
+    async with TcpProxy(parts.hostname or "", parts.port or 0) as proxy:
+        options = {
+            **SETTINGS,
+            "url": proxy.url(broker.url),
+            "queue_name": QUEUE,
+            "queue_type": "quorum",
+            "dead_letter_queue": DEAD,
+            "record": str(record),
+            "samples": str(samples),
+        }
+        async with subject(options, folder / "output") as stop:
+            await until(lambda: _is_well(samples), what=(folder / "output").read_text)
+            async with Load([broker.url], QUEUE, rate=RATE, minimum=1) as load:
+                stage = Stage(broker, proxy, load, Tally(record), random.Random(seed))
+                looking = asyncio.create_task(stage.look())
+                began = time.time()
+                await _go_through_faults(stage, began, minutes)
+                await load.finish()
+                await _come_to_rest(stage, samples)
+                looking.cancel()
+            ended = time.time()
+            code = await stop()
+    stage.tally.read()
+    await stage.bury()
+    left = await ready(broker.url, QUEUE)
+    curves: dict[str, list[tuple[float, float]]] = {"depth": stage.depth}
+    for sample in map(json.loads, samples.read_text().splitlines()):
+        for name in ("memory", "tasks", "files"):
+            curves.setdefault(name, []).append((sample["at"], float(sample[name])))
+    return Soak(
+        minutes=(ended - began) / 60,
+        broker=broker.version,
+        machine=this_machine(),
+        messages=len(load.confirmed),
+        handled=len(load.confirmed & (stage.tally.done | stage.dead.keys())),
+        duplicated=stage.tally.repeated + stage.dead.total() - len(stage.dead),
+        lost=len(stage.unfinished),
+        left=left,
+        exit_code=code,
+        faults=[(at - began, name) for at, name in stage.faults],
+        curves={
+            name: [(at - began, value) for at, value in points if began <= at <= ended]
+            for name, points in curves.items()
+        },
+    )
+
+
+async def _go_through_faults(stage: Stage, began: float, minutes: float) -> None:
+    while (passed := time.time() - began) < minutes * 60:
+        await stage.hurt()
+        await asyncio.sleep(stage.rng.uniform(*_BETWEEN))
+        await stage.bury()
+        stage.tally.read()
+        print(
+            f"{passed / 60:5.1f} min: {len(stage.load.confirmed)} confirmed,"
+            f" {stage.tally.total} answers, {len(stage.unfinished)} on their way",
+            flush=True,
+        )
+
+
+async def _come_to_rest(stage: Stage, samples: Path) -> None:
+    """Wait until all is done or dead, and nothing is left to do twice."""
+
+    async def all_is_dealt_with() -> bool:
+        await stage.bury()
+        stage.tally.read()
+        return not stage.unfinished
+
+    await until(all_is_dealt_with, within=120, what=lambda: str(sorted(stage.unfinished)[:20]))
+    await until(lambda: _is_well(samples))
+
+    async def nothing_is_left() -> bool:
+        stage.tally.read()
+        seen = stage.tally.total
+        if await ready(stage.broker.url, QUEUE):
+            return False
+        await asyncio.sleep(1)
+        stage.tally.read()
+        return seen == stage.tally.total
+
+    await until(nothing_is_left)
+
+
+def _is_well(samples: Path) -> bool:
+    """Whether the consumer has said so in its last sample."""
+    if not samples.exists():
+        return False
+    whole, _, _ = samples.read_text().rpartition("\n")
+    return bool(whole) and bool(json.loads(whole.splitlines()[-1])["is_healthy"])
+
+
+@asynccontextmanager
+async def subject(
+    options: dict[str, object], output: Path
+) -> AsyncIterator[Callable[[], Awaitable[int]]]:
+    """Run the consumer; what is given stops it in good order, and returns its exit code."""
+    command = [sys.executable, "-m", "tests.soak.subject", json.dumps(options)]
+    with output.open("ab") as out:
+        process = spawn(command, cwd=ROOT, stdout=out)
+
+    async def stop() -> int:
+        process.send_signal(signal.SIGTERM)
+        await until(lambda: process.poll() is not None)
+        return process.wait()
+
+    try:
+        yield stop
+    finally:
+        kill_group(process)
+
+
+def main() -> int:
+    """Return 1 if something was lost or has grown."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60, help="how long; an hour by default")
+    parser.add_argument("--seed", type=int, default=1, help="chooses the faults")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the page is")
+    given = parser.parse_args()
+    way = choose()
+    if not way.has_node:
+        parser.error(f"a soak pauses its broker, and {way.how} is not ours to hurt")
+    with tempfile.TemporaryDirectory() as folder, way.take(Path(folder, "broker")) as broker:
+        seen = asyncio.run(soak(given.minutes, given.seed, Path(folder), broker))
+    write(seen, given.docs)
+    for verdict in seen.verdicts:
+        print(verdict)
+    print(f"{seen.messages} messages, {seen.duplicated} duplicated, {seen.lost} lost")
+    return 0 if seen.is_well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
