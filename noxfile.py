@@ -171,6 +171,13 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Run a consumer through fault after fault for an hour, or less: ``-- --minutes 5``."""
+    session.install(".", *group("test"))
+    session.run("python", "-m", "tests.soak", *session.posargs)
+
+
+@nox.session
 def mutants(session: nox.Session) -> None:
     """Take out one cure after another: the tests must notice each. Words choose which."""
     session.install(".[cli]", *group("test"))
