@@ -30,12 +30,14 @@ from tests.integration.helpers import ready, take_all, until
 from tests.soak.page import Soak, write
 from tests.soak.tally import Tally
 from tests.support.find import Broker, choose
-from tests.support.proxy import TcpProxy
+from tests.support.proxy import Direction, TcpProxy
 from tests.support.tether import kill_group, spawn
 
 QUEUE, DEAD = "soak", "soak.dead"
 RATE = 400
 """Messages a second that are published."""
+
+DIRECTIONS: tuple[Direction, ...] = ("to_broker", "to_client")
 
 _LOOK_EVERY = 2.0
 _BETWEEN = (4.0, 10.0)
@@ -80,8 +82,7 @@ class Stage:
         self.proxy.cut()
 
     async def _reset(self) -> None:
-        direction = self.rng.choice(["to_broker", "to_client"])
-        self.proxy.cut_after(self.rng.randrange(1, 20_000), direction)
+        self.proxy.cut_after(self.rng.randrange(1, 20_000), self.rng.choice(DIRECTIONS))
 
     async def _pause(self) -> None:
         assert self.broker.node is not None
@@ -90,7 +91,7 @@ class Stage:
         self.broker.node.resume()
 
     async def _freeze(self) -> None:
-        self.proxy.freeze(self.rng.choice(["to_broker", "to_client"]))
+        self.proxy.freeze(self.rng.choice(DIRECTIONS))
         await asyncio.sleep(self.rng.uniform(1, 8))  # more than the heartbeat allows, or less
         self.proxy.thaw()
 
