@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import random
 import signal
 import sys
@@ -246,6 +247,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="chooses the faults")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the page is")
     given = parser.parse_args()
+    # What it says of each connection that is cut would hide what is told here.
+    logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     way = choose()
     if not way.has_node:
         parser.error(f"a soak pauses its broker, and {way.how} is not ours to hurt")
