@@ -127,6 +127,7 @@ class Stage:
 
 async def soak(minutes: float, seed: int, folder: Path, broker: Broker) -> Soak:
     """Run it, and return what was seen."""
+    machine = this_machine()  # before anybody checks out something else
     record, samples = folder / "record", folder / "samples"
     parts = urlsplit(broker.url)
     async with TcpProxy(parts.hostname or "", parts.port or 0) as proxy:
@@ -161,7 +162,7 @@ async def soak(minutes: float, seed: int, folder: Path, broker: Broker) -> Soak:
     return Soak(
         minutes=(ended - began) / 60,
         broker=broker.version,
-        machine=this_machine(),
+        machine=machine,
         messages=len(load.confirmed),
         handled=len(load.confirmed & (stage.tally.done | stage.dead.keys())),
         duplicated=stage.tally.repeated + stage.dead.total() - len(stage.dead),
