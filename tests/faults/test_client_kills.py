@@ -13,15 +13,14 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.faults.figures import ROOT, Figures
+from tests.faults.lives import Life, life
 from tests.faults.moments import Moment
 from tests.integration.helpers import App, dead_letter_office, holds, publish, take_all, until
 from tests.support.tether import kill_group, spawn
@@ -32,9 +31,6 @@ LIVES = 8
 
 PER_LIFE = 300
 """Messages that each of them finds, besides what those before it have left."""
-
-APPLIED = 0.5
-"""Seconds after which a settlement that was sent counts, also on a quorum queue."""
 
 # How often a moment may be let pass before it is the last: each life is to have seen it.
 LATEST = {
@@ -47,35 +43,6 @@ LATEST = {
     Moment.DRAINING: 6,
     Moment.ANY: 1,
 }
-
-
-@dataclass(frozen=True)
-class Life:
-    """What one process has done, from its diary.
-
-    Attributes:
-        done: How often each message was acknowledged by the handler.
-        in_hand: How many deliveries of each message were unsettled at its end.
-    """
-
-    done: Counter[int]
-    in_hand: Counter[int]
-
-
-def life(entries: Iterable[Mapping[str, Any]], died: float) -> Life:
-    """Read a diary, of a process that is gone since *died*."""
-    done: Counter[int] = Counter()
-    in_hand: dict[tuple[int, int], int] = {}
-    for entry in entries:
-        match entry["what"], entry["of"]:
-            case "done", number:
-                done[number] += 1
-            case "delivered", [session, delivered]:
-                in_hand |= {(session, tag): number for tag, number in delivered}
-            case "settled", [session, at, tags] if at < died - APPLIED:
-                for tag in tags:
-                    del in_hand[session, tag]
-    return Life(done, Counter(in_hand.values()))
 
 
 @asynccontextmanager

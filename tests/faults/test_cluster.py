@@ -31,6 +31,9 @@ MESSAGES = 50_000
 PAUSE = 15.0
 """Seconds that a node stands still: more than its peers and clients wait for it."""
 
+LONG = 150.0
+"""Seconds to wait for the end of what an old cluster makes of that: it needs a minute to notice."""
+
 
 @pytest.fixture(scope="module")
 def members(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -106,11 +109,11 @@ async def test_a_node_that_stands_still_is_left_for_another(run_on_all, cluster,
         trial.ends()
         victim.pause()
         await asyncio.sleep(PAUSE)
-        await trial.flows()  # although it still stands
+        await trial.flows(within=LONG)  # although it still stands
         victim.resume()
         await asyncio.to_thread(cluster.wait_for_all)
         await asyncio.to_thread(cluster.wait_for_replicas, name)
-        await trial.carries_on()
+        await trial.carries_on(within=LONG)
 
 
 def _another(cluster: Cluster, than: RabbitMQ) -> RabbitMQ:
