@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.faults.trial import under_load
-from tests.integration.helpers import until
+from tests.integration.helpers import until, version_of
 from tests.support.cluster import Cluster
 from tests.support.find import Broker
 
@@ -30,9 +30,6 @@ KILLS = 6
 MESSAGES = 50_000
 PAUSE = 15.0
 """Seconds that a node stands still: more than its peers and clients wait for it."""
-
-LONG = 150.0
-"""Seconds to wait for the end of what an old cluster makes of that: it needs a minute to notice."""
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +94,12 @@ async def test_a_leader_that_is_killed_again_and_again_loses_nothing(
 
 
 @pytest.mark.parametrize("who", ["leader", "follower"])
-async def test_a_node_that_stands_still_is_left_for_another(run_on_all, cluster, name, who) -> None:
+async def test_a_node_that_stands_still_is_left_for_another(
+    run_on_all, broker, cluster, name, who
+) -> None:
     """Connections to it stay open, and nothing answers on them."""
+    if version_of(broker) < (4, 0):
+        pytest.skip("before RabbitMQ 4.0 a node that stood still may not find back to its cluster")
     async with run_on_all(
         f"{who} paused, cluster of three",
         f"SIGSTOP for a node with the queue's {who}, and SIGCONT {PAUSE:.0f} s later, while"
@@ -109,11 +110,11 @@ async def test_a_node_that_stands_still_is_left_for_another(run_on_all, cluster,
         trial.ends()
         victim.pause()
         await asyncio.sleep(PAUSE)
-        await trial.flows(within=LONG)  # although it still stands
+        await trial.flows()  # although it still stands
         victim.resume()
         await asyncio.to_thread(cluster.wait_for_all)
         await asyncio.to_thread(cluster.wait_for_replicas, name)
-        await trial.carries_on(within=LONG)
+        await trial.carries_on()
 
 
 def _another(cluster: Cluster, than: RabbitMQ) -> RabbitMQ:

@@ -28,7 +28,7 @@ from aio_pika_batch import (
 from aio_pika_batch.observer import DeadLettered, Lost, Origin
 from tests.faults.figures import Figures
 from tests.faults.load import Load
-from tests.integration.helpers import PATIENCE, ready, take_all, until
+from tests.integration.helpers import ready, take_all, until
 
 _log = logging.getLogger("tests.faults")
 
@@ -169,12 +169,10 @@ class Trial:
         self._mark = time.monotonic()
         self._url = url
 
-    async def flows(self, more: int = 200, *, within: float = PATIENCE) -> None:
+    async def flows(self, more: int = 200) -> None:
         """Wait until so many more messages have been handled."""
         goal = self.books.handled.total() + more
-        await until(
-            lambda: self.books.handled.total() >= goal, within=within, what=self.consumer.status
-        )
+        await until(lambda: self.books.handled.total() >= goal, what=self.consumer.status)
 
     def ends(self) -> None:
         """Say that the fault ends now: from here on it is counted how long nothing is handled."""
@@ -209,14 +207,14 @@ class Trial:
         """Wait until the consumer has noticed that something is wrong, and says so."""
         await until(lambda: not self.consumer.is_healthy, what=self.consumer.status)
 
-    async def carries_on(self, *, within: float = PATIENCE) -> float:
+    async def carries_on(self) -> float:
         """Wait until messages flow and all workers are well; return the longest pause until then.
 
         For a fault that leaves some of the consumer's sessions as they are. It is under way since
         ``ends``, and publishing pauses for it too.
         """
-        await self.flows(within=within)
-        await until(lambda: self.consumer.is_healthy, within=within, what=self.consumer.status)
+        await self.flows()
+        await until(lambda: self.consumer.is_healthy, what=self.consumer.status)
         seconds = self.books.longest_pause(self._mark)
         self.recoveries.append(seconds)
         return seconds
