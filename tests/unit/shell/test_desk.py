@@ -186,7 +186,7 @@ def test_any_order(batches: list[tuple[float, str]], patience: float) -> None:
     assert sorted(seen) == sorted(tag for call in clerk.calls for tag in call)
     for number, (at, way) in enumerate(batches):
         if way == "cannot wait":
-            assert at == pytest.approx(seen[-number - 1])
+            assert at == pytest.approx(seen[-number - 1], abs=1e-6)
         if way != "leaves":
             in_front = max(each for each, _ in batches[: number + 1])
             assert at - 1e-6 <= seen[number] <= min(in_front, at + patience) + 1e-6
