@@ -256,8 +256,8 @@ def dist(session: nox.Session) -> None:
     made = sorted(Path("dist").glob("aio_pika_batch-*"))
     session.run("python", "-m", "twine", "check", "--strict", *map(str, made))
     for each in made:
-        session.install("--force-reinstall", str(each))
-        session.run("python", "-m", "aio_pika_batch.cli.demo", silent=True)
+        session.install("--force-reinstall", f"{each}[cli]")
+        session.run("aio-pika-batch", "demo", "--seconds", "2", silent=True)
 
 
 @nox.session
@@ -270,8 +270,8 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def demo(session: nox.Session) -> None:
     """Show the library at work."""
-    session.install(".")
-    session.run("python", "-m", "aio_pika_batch.cli.demo", *session.posargs)
+    session.install(".[cli]")
+    session.run("aio-pika-batch", "demo", *session.posargs)
 
 
 @nox.session

@@ -44,13 +44,13 @@ app = App(
 )
 
 
-def _add(name: str, text: str, example: str) -> None:
-    """Add the function of a name from the module of that name.
+def _add(name: str, text: str, example: str, *, module: str | None = None) -> None:
+    """Add the function of a name from the module of that name, or from another one.
 
     What its help says about it stands here, since looking for it would import the command.
     """
     app.command(
-        f"aio_pika_batch.cli.{name}:{name}",
+        f"aio_pika_batch.cli.{module or name}:{name}",
         name=name,
         help=text,
         help_epilogue=f"Example: {NAME} {name} {example}\n\n{EXIT_CODES}",
@@ -67,19 +67,22 @@ _add(
     "Ask a running program how it is: a probe.",
     "--url http://127.0.0.1:8080/livez",
 )
-app.command(
-    "aio_pika_batch.cli.check:check",
-    name="check",
-    help="Show a consumer's configuration, and hold it to the broker.\n\nNothing is declared. Ends"
-    " with 1 if something is wrong, with 2 if the configuration cannot work at all, and with 3 if"
-    " there is no broker.\n\nExample: aio-pika-batch check app:Orders --strict",
+_add(
+    "check",
+    "Show a consumer's configuration, and hold it to the broker.\n\nNothing is declared.",
+    "shop:Importer --strict",
 )
-app.command(
-    "aio_pika_batch.cli.topology:topology",
-    name="topology",
-    help="Show what a consumer needs on its broker, or declare it.\n\nNothing is asked of a broker"
-    " without --apply and --dry-run, but for its version where definitions depend on it."
-    "\n\nExample: aio-pika-batch topology app:Orders --dry-run",
+_add(
+    "topology",
+    "Show what a consumer needs on its broker, or declare it.\n\nNothing is asked of a broker"
+    " without --apply and --dry-run, but for its version where definitions depend on it.",
+    "shop:Importer --dry-run",
+)
+_add(
+    "demo",
+    "Watch a load go through a pipeline of consumers, and the books balance at its end.",
+    "--chaos",
+    module="demo.command",
 )
 app.command(
     "aio_pika_batch.cli.dlq:app",
