@@ -109,6 +109,7 @@ class Dashboard:
             "rate", Text().append(f"{now:>6,}/s ", "bold").append(sparkline(past), "green")
         )
         table.add_row("batches", self._batches(stage, limit))
+        table.add_row("cut by", _counted(stage.triggers, {}))
         table.add_row("results", _counted(stage.settled, _RESULTS))
         table.add_row("retries", Text(f"{stage.retries:,}"))
         table.add_row("dead", _counted(stage.dead, {}, "red"))
@@ -121,8 +122,7 @@ class Dashboard:
     def _batches(stage: Stage, limit: int) -> Text:
         full = min(10, round(stage.fill / limit * 10))
         text = Text().append("█" * full, "blue").append("░" * (10 - full), "dim")
-        text.append(f" {stage.fill:.0f} of {limit}  ")
-        return text.append_text(_counted(stage.triggers, {}))
+        return text.append(f" {stage.fill:.0f} of {limit}")
 
     def _whole(self) -> Text:
         figures = self.figures

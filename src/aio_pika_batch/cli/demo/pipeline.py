@@ -104,6 +104,7 @@ class Pipeline:
             queue_name=queue,
             batch_timeout=0.25,
             reconnect_delay=0.2,
+            reconnect_delay_max=0.5,
             **more,
         )
 
