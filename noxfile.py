@@ -57,7 +57,7 @@ def tests(session: nox.Session) -> None:
     beside the other half, with a broker of their own, and the unit tests beside both; what they saw
     is told afterwards. With arguments, all that they choose runs in one process.
     """
-    session.install(".[cli]", *group("test"))
+    session.install(".[cli,uvloop]", *group("test"))
     session.run("coverage", "erase")
     if session.posargs:
         pytest(session, *session.posargs)
@@ -77,14 +77,14 @@ def tests(session: nox.Session) -> None:
 
 
 def halves(folder: Path) -> tuple[list[str], list[str]]:
-    """Divide test files in two: whole consumers here, and what they stand on there.
+    """Divide test files in two: whole consumers and programs here, and what they stand on there.
 
     A few of the faults go with the latter; ``nox -s faults`` runs all of them.
     """
     files = sorted(map(str, folder.glob("test_*.py")))
-    consumers = [file for file in files if "test_consumer_" in file]
-    others = [file for file in files if file not in consumers]
-    return consumers, [*others, "tests/faults/test_operator.py"]
+    here = [file for file in files if "test_consumer_" in file or "test_cli_" in file]
+    others = [file for file in files if file not in here]
+    return here, [*others, "tests/faults/test_operator.py"]
 
 
 @dataclass
@@ -122,14 +122,14 @@ def in_background(session: nox.Session, name: str, paths: Sequence[str]) -> Iter
 @nox.session
 def unit(session: nox.Session) -> None:
     """Run the unit tests: no broker, no network, seconds."""
-    session.install(".[cli]", *group("test"))
+    session.install(".[cli,uvloop]", *group("test"))
     pytest(session, "tests/unit", *session.posargs)
 
 
 @nox.session(python=PYTHONS)
 def all_pythons(session: nox.Session) -> None:
     """Run the unit tests on every Python that is supported."""
-    session.install(".[cli]", *group("test"))
+    session.install(".[cli,uvloop]", *group("test"))
     pytest(session, "tests/unit", *session.posargs)
 
 
@@ -137,7 +137,7 @@ def all_pythons(session: nox.Session) -> None:
 @nox.parametrize("rabbitmq", ["local", "3.8", "4.0", "4.3"], ids=["local", "3.8", "4.0", "4.3"])
 def integration(session: nox.Session, rabbitmq: str) -> None:
     """Run the integration tests against the local broker, or a version that is fetched first."""
-    session.install(".[cli]", *group("test"), *group("brokers"))
+    session.install(".[cli,uvloop]", *group("test"), *group("brokers"))
     env = {} if rabbitmq == "local" else {"AIO_PIKA_BATCH_TEST_SERVER": fetch(session, rabbitmq)}
     pytest(session, "tests/integration", *session.posargs, env=env)
 
@@ -158,7 +158,7 @@ def stories(session: nox.Session, rabbitmq: str) -> None:
 @nox.session
 def wires(session: nox.Session) -> None:
     """Run all tests of whole consumers on the plain wire; the other sessions run them on fast."""
-    session.install(".[cli]", *group("test"))
+    session.install(".[cli,uvloop]", *group("test"))
     env = {"AIO_PIKA_BATCH_WIRE": "plain"}
     pytest(session, "tests/integration", "-k", "not aio_pika_", *session.posargs, env=env)
 
@@ -180,7 +180,7 @@ def soak(session: nox.Session) -> None:
 @nox.session
 def mutants(session: nox.Session) -> None:
     """Take out one cure after another: the tests must notice each. Words choose which."""
-    session.install(".[cli]", *group("test"))
+    session.install(".[cli,uvloop]", *group("test"))
     session.run("python", "-m", "tests.mutants", *session.posargs)
 
 
@@ -243,7 +243,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types with mypy, and with pyright what users see."""
-    session.install(".[cli]", *group("test"), *group("lint"), *group("dev"))
+    session.install(".[cli,uvloop]", *group("test"), *group("lint"), *group("dev"))
     session.run("mypy")
     session.run("pyright")
 

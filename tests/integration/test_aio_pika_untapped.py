@@ -117,8 +117,8 @@ async def test_a_library_that_does_not_ask_the_tap(
     transport = AioPikaTransport(Endpoint(url=amqp_url, wire=wire))
     opened = TappedConnection.__init__
 
-    def ignoring(self: Any, url: Any, _: Any, client_properties: Any) -> None:
-        opened(self, url, None, client_properties)
+    def ignoring(self: Any, url: Any, _: Any, *rest: Any) -> None:
+        opened(self, url, None, *rest)
 
     monkeypatch.setattr(TappedConnection, "__init__", ignoring)
     if wire == "fast":

@@ -58,6 +58,7 @@ def test_a_users_test_runs_on_a_real_rabbitmq(
     """Found as ours is; without any other plugin."""
     monkeypatch.setenv("AIO_PIKA_BATCH_TEST_URL", broker.url)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    pytester.makeini("[pytest]")
     pytester.makepyfile(STORY)
 
     plugin = "aio_pika_batch.testing.plugin"

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 
 from aio_pika_batch.cli.app import complain
 from aio_pika_batch.cli.exits import Exit, exit_of
@@ -51,7 +52,7 @@ def main(fd: int) -> Exit:
         for handler in logging.getLogger().handlers:
             handler.addFilter(_say_who)
         consumers = work.load()
-        return run_loop(_attend(consumers, wire), work.loop)
+        return run_loop(partial(_attend, consumers, wire), work.loop)
     except AioPikaBatchError as error:
         complain(error)
         return exit_of(error)

@@ -8,6 +8,7 @@ import math
 import os
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -86,7 +87,7 @@ def run(
     )
     configure_logging(log_level, log_format)
     if processes is None and not reload:
-        return run_loop(_run_here(work, watching), loop)
+        return run_loop(partial(_run_here, work, watching), loop)
     policy = _policy(work, watching, 1 if processes is None else processes, is_patient=reload)
     prepare(work.loading)
     return asyncio.run(_supervise(policy, work, watching))

@@ -30,16 +30,17 @@ def loop_factory(name: LoopName) -> LoopFactory:
     try:
         import uvloop
     except ImportError as error:
-        msg = f"--loop uvloop: {error}; run pip install uvloop, or use --loop asyncio"
+        cure = "run pip install 'aio-pika-batch[uvloop]', or use --loop asyncio"
+        msg = f"--loop uvloop: {error}; {cure}"
         raise ConfigurationError(msg) from error
     factory: LoopFactory = uvloop.new_event_loop
     return factory
 
 
-def run_loop(work: Coroutine[Any, Any, Exit], loop: LoopName) -> Exit:
+def run_loop(work: Callable[[], Coroutine[Any, Any, Exit]], loop: LoopName) -> Exit:
     """Run a process's work to its end."""
     with asyncio.Runner(loop_factory=loop_factory(loop)) as runner:
-        return runner.run(work)
+        return runner.run(work())
 
 
 def run_all(consumers: Sequence[AnyConsumer]) -> Coroutine[Any, Any, Exit]:
