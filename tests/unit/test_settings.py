@@ -406,7 +406,7 @@ def complaint(url, **values):
     return str(raised.value), repr(raised.value)
 
 
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(passwords, st.sampled_from(["amqp://u:{}@h:5672/v", "amqp://u:{0}@h1,amqps://u:{0}@h2/"]))
 @example("Zq,b://cqZ", "amqp://u:{}@h:5672/v")
 @example("Zqa/bcd@qZ", "amqp://u:{}@h:5672/v")
@@ -416,7 +416,7 @@ def test_a_password_is_never_shown(password, url):
     assert "://u:***@h" in shown(url.format(password))[0]
 
 
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(passwords, st.sampled_from(["u:{}@h", "http://u:{}@h/", "u:{}://h", "://{}@h"]))
 @example("Zq://abcdqZ", "u:{}@h")
 def test_a_password_in_a_wrong_url_is_not_told_either(password, url):
