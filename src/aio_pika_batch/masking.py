@@ -35,11 +35,11 @@ def mask_url(url: str) -> str:
     return ",".join(masked)
 
 
-_IN_TEXT = re.compile(r"(://[^\s:/@]*):[^\s@]*@")
+_IN_TEXT = re.compile(r"(://[^\s:/@\"']*):[^\s@\"']*@")
 
 
 def mask_text(text: str) -> str:
-    """Replace the password of every URL in a text by `***`."""
+    """Replace the password of every URL in a text, be it a log line or JSON, by `***`."""
     return _IN_TEXT.sub(r"\1:***@", text)
 
 

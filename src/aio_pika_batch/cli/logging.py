@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import re
 import sys
 from collections.abc import MutableMapping
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from typing import Any, Literal, TextIO, TypeAlias
 
 from aio_pika_batch.errors import ConfigurationError
 from aio_pika_batch.logs import TAKEN, in_words, written
+from aio_pika_batch.masking import mask_text
 
 LogFormat: TypeAlias = Literal["auto", "console", "json"]
 FORMATS: tuple[LogFormat, ...] = ("auto", "console", "json")
@@ -25,8 +25,6 @@ LEVELS = ("debug", "info", "warning", "error", "critical")
 
 CLIENTS = ("aio_pika", "aiormq", "pamqp")
 """Client libraries: what they tell below WARNING is told by the library's own lines already."""
-
-_PASSWORD = re.compile(r"(?<=://)([^\s:/@\"']*):[^\s@\"']*@")
 
 
 def configure_logging(
@@ -84,20 +82,15 @@ class JsonFormatter(logging.Formatter):
         line.update((key, each) for key, each in vars(record).items() if key not in TAKEN)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return mask(json.dumps(line, default=in_words, ensure_ascii=False))
+        return mask_text(json.dumps(line, default=in_words, ensure_ascii=False))
 
 
 class MaskingFormatter(logging.Formatter):
-    """Writes a record as it is told to, but no password."""
+    """Writes a record as it is told to, but no password: others' lines may have one in a URL."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Write one."""
-        return mask(super().format(record))
-
-
-def mask(text: str) -> str:
-    """Hide the passwords of URLs: those of others, since the library's own lines have none."""
-    return _PASSWORD.sub(r"\1:***@", text)
+        return mask_text(super().format(record))
 
 
 def _for_readers(stream: TextIO, *, is_terminal: bool) -> logging.Handler:
