@@ -280,6 +280,7 @@ def test_commands_exist(place: str, command: str) -> None:
             "nox"
             | "."
             | ".[cli]"
+            | ".[cli,prometheus]"
             | "asyncpg"
             | "httpx"
             | "google-cloud-pubsub"
@@ -288,6 +289,8 @@ def test_commands_exist(place: str, command: str) -> None:
             pass
         case ["aio-pika-batch", *arguments]:
             app.parse_args(arguments, exit_on_error=False, print_error=False)
+        case ["curl", address]:
+            assert address.startswith("http://127.0.0.1:8080/"), place
         case ["export", *assignments]:
             script = (ROOT / place).with_name("main.py").read_text()
             for assignment in assignments:
