@@ -220,7 +220,8 @@ class Transport(Protocol):
     """A broker, to be reached."""
 
     async def declare(self, topology: Topology) -> None:
-        """Declare and check, on channels of its own.
+        """Declare and check, on channels of its own. Where there is nothing to declare, it is seen
+        all the same whether the broker is there and lets us in.
 
         Raises:
             TopologyError: The broker has it otherwise, or not at all, or does not allow it.

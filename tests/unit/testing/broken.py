@@ -753,6 +753,12 @@ class SpeaksAsItsClient(Honest):
             raise OSError(str(error)) from error
 
 
+class MeetsNobodyForNothing(Honest):
+    async def declare(self, topology: Topology) -> None:
+        if topology != Topology():
+            await self.inner.declare(topology)
+
+
 class OpensSessionsAnyway(Honest):
     @asynccontextmanager
     async def session(self, subscription: Subscription) -> AsyncIterator[Any]:

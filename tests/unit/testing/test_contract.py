@@ -128,6 +128,7 @@ WRONG = {
     broken.IsAlwaysOpen: "a publisher that was lost is not open, and stays so",
     broken.ConfirmsItself: "publications in flight on a lost connection are UNKNOWN",
     broken.SpeaksAsItsClient: "a broker that is not there is told by BrokerUnavailable",
+    broken.MeetsNobodyForNothing: "a broker that is not there is told by BrokerUnavailable",
     broken.OpensSessionsAnyway: "a broker that is not there is told by BrokerUnavailable",
     broken.OpensPublishersAnyway: "a broker that is not there is told by BrokerUnavailable",
     # publishing

@@ -59,18 +59,17 @@ async def declare(
     """Declare and check. Raises TopologyError, AccessRefused, BrokerUnavailable.
 
     Returns:
-        The version of the broker, where it was asked for anything, and says so.
+        The version of the broker, where it says so.
     """
     refuse_streams(topology)
-    desk: _Desk | None = None
-    version: Version | None = None
+    first = _Desk(await open_link(endpoint, addresses), endpoint.connect_timeout)
+    desk: _Desk | None = first
     try:
         for entity in _entities(topology):
             refusal: Refusal | None = None
             for passive in _ways(entity):
                 if desk is None:
                     desk = _Desk(await open_link(endpoint, addresses), endpoint.connect_timeout)
-                    version = desk.version
                 if isinstance(entity, Queue):
                     refuse_unkept(entity, *desk.link.broker)
                 refusal = await desk.declare(entity, passive=passive)
@@ -86,7 +85,7 @@ async def declare(
     finally:
         if desk is not None:
             await desk.link.close()
-    return version
+    return first.version
 
 
 async def count(endpoint: Endpoint, addresses: Sequence[Address], queue: str) -> int:

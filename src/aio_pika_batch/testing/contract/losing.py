@@ -6,6 +6,7 @@ import asyncio
 
 from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.core.settlement import Disposition
+from aio_pika_batch.core.topology import Topology
 from aio_pika_batch.errors import BrokerUnavailable, SessionLost
 from aio_pika_batch.testing.contract.broken import ClauseBroken, refused, same
 from aio_pika_batch.testing.contract.clause import Chapter
@@ -114,6 +115,8 @@ async def _not_there(stage: Stage) -> None:
     await stage.harness.lock_out()
     with refused(BrokerUnavailable, "declaring"):
         await stage.transport.declare(stage.existing)
+    with refused(BrokerUnavailable, "declaring nothing"):
+        await stage.transport.declare(Topology())
     with refused(BrokerUnavailable, "opening a session"):
         async with stage.transport.session(stage.subscription()):
             pass
