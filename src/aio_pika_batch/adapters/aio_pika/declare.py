@@ -64,6 +64,7 @@ async def declare(
     refuse_streams(topology)
     first = _Desk(await open_link(endpoint, addresses), endpoint.connect_timeout)
     desk: _Desk | None = first
+    version = first.version
     try:
         for entity in _entities(topology):
             refusal: Refusal | None = None
@@ -85,7 +86,7 @@ async def declare(
     finally:
         if desk is not None:
             await desk.link.close()
-    return first.version
+    return version
 
 
 async def count(endpoint: Endpoint, addresses: Sequence[Address], queue: str) -> int:
