@@ -6,6 +6,8 @@ script of its own is said in comments that a reader does not see:
 - ``<!-- test: prelude NAME -->`` before a block: what surrounds it, see `PRELUDES`;
 - ``<!-- test: name NAME -->`` and ``<!-- test: continues NAME -->``: a later block of the same page
   goes on where an earlier one has ended;
+- ``<!-- test: file NAME -->``: the block is also a file, which later blocks of its page may import,
+  and which ``continues NAME`` goes on with;
 - ``<!-- test: of PATH -->``: an excerpt, word for word, of a file that other tests run, and which
   therefore does not run here;
 - ``<!-- test: feed QUEUE BODY BODY … -->``: what is published once its consumers run;
@@ -27,6 +29,7 @@ import pkgutil
 import re
 import shlex
 import signal
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +102,9 @@ class Block:
     environment: dict[str, str] = field(default_factory=dict)
     prints: str | None = None
     dead: tuple[str, int] | None = None
+    file: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    """What its page has put into files by then."""
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
@@ -123,6 +129,7 @@ def blocks() -> Iterator[Block]:
     """Every block of Python there is."""
     for page in PAGES:
         named: dict[str, str] = {}
+        files: dict[str, str] = {}
         for line, before, body, after in fences(page, "python", "py"):
             block = Block(page, line, body)
             comment = _COMMENT_BEFORE.search(before)
@@ -130,6 +137,9 @@ def blocks() -> Iterator[Block]:
                 continue
             for directive in comment[1].split("; ") if comment else ():
                 obey(block, directive, named)
+            if block.file is not None:
+                files[block.file] = named[block.file] = block.source
+            block.files = dict(files)
             comment = _COMMENT_AFTER.search(after)
             if comment:
                 verb, _, rest = comment[1].partition(" ")
@@ -150,6 +160,8 @@ def obey(block: Block, directive: str, named: dict[str, str]) -> None:
             named[name] = block.source
         case ["continues", name]:
             block.source = named[name] + block.source
+        case ["file", name]:
+            block.file = name
         case ["feed", queue, *bodies]:
             block.feed = queue, [each.encode() for each in bodies]
         case ["environment", *variables]:
@@ -203,6 +215,11 @@ def call_as_pytest_would(test: Any) -> None:
             virtual_time.run(outcome)
 
 
+def in_memory(source: str) -> str:
+    """The same with every broker's URL replaced."""
+    return re.sub(r"amqps?://[^\"'\s]*", URL, source)
+
+
 @pytest.mark.parametrize("block", list(blocks()), ids=str)
 def test_python_runs(
     block: Block,
@@ -218,7 +235,12 @@ def test_python_runs(
     for name, value in block.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(asyncio, "run", lambda main: run(main, block))
-    source = re.sub(r"amqps?://[^\"'\s]*", URL, block.source)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    for name, text in block.files.items():
+        (tmp_path / name).write_text(in_memory(text))
+        # Another page may have a file of this name.
+        monkeypatch.delitem(sys.modules, Path(name).stem, raising=False)
+    source = in_memory(block.source)
     names: dict[str, Any] = {"__name__": "__main__"}
     code = compile("\n" * (block.line - 1) + source, str(block.page), "exec", dont_inherit=True)
 
@@ -287,22 +309,35 @@ def test_commands_exist(place: str, command: str) -> None:
             | "aio-pika-batch[prometheus,otel]",
         ]:
             pass
-        case ["aio-pika-batch", *arguments]:
+        case ["aio-pika-batch" | ".venv/bin/aio-pika-batch", *arguments]:
             app.parse_args(arguments, exit_on_error=False, print_error=False)
         case ["curl", address]:
             assert address.startswith("http://127.0.0.1:8080/"), place
         case ["export", *assignments]:
-            script = (ROOT / place).with_name("main.py").read_text()
+            known = variables(place)
             for assignment in assignments:
-                assert f"`{assignment.partition('=')[0]}`" in script, place
+                assert assignment.partition("=")[0] in known, place
         case ["python3", "-m", "nox", "-s", session, *_]:
             assert session.partition("(")[0] in sessions, place
         case ["python", script, *_] if script.startswith(("examples/", "benchmarks/")):
             assert (ROOT / script).is_file(), place
-        case ["python3", "-m", "venv", ".venv"] | [".venv/bin/pip" | ".venv/bin/python", *_]:
+        case (
+            ["python3", "-m", "venv", ".venv"]
+            | [".venv/bin/pip" | ".venv/bin/python", *_]
+            | ["mkdir" | "cd", "shop"]
+        ):
             pass
         case _:
             pytest.fail(f"{place}: nobody checks {command!r}")
+
+
+def variables(place: str) -> set[str]:
+    """What a page's program is told by the environment: an example's, or a consumer's settings."""
+    main = (ROOT / place).with_name("main.py")
+    if main.is_file():
+        return set(re.findall(r"`([A-Z_]+)`", main.read_text()))
+    fields = aio_pika_batch.BatchConsumerSettings.model_fields
+    return {f"AIO_PIKA_BATCH_{name.upper()}" for name in fields}
 
 
 def anchor(heading: str) -> str:
@@ -422,4 +457,6 @@ def test_names_in_prose_exist(page: Path) -> None:
     inline = re.findall(r"`([^`\n]+)`", text)
     named = {name for code in inline for name in re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", code)}
 
-    assert named - known_names() == set()
+    files = {Path(name).stem for block in blocks() if block.page == page for name in block.files}
+
+    assert named - known_names() - files == set()
