@@ -1,0 +1,122 @@
+"""Does docs/guarantees.md say what a crash leaves behind? Each cell of its table is played.
+
+A crash is a process that is killed: all its connections are gone at once, nothing is sent any more,
+and nobody comes back. What is in the queues then is what the broker has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+
+from aio_pika_batch import Requeue
+from aio_pika_batch.adapters.memory import Door, Happened, PublishFault
+from aio_pika_batch.adapters.memory.session import MemorySession
+from tests.unit.shell.stage import (
+    ACK,
+    NACK,
+    QUEUE,
+    REQUEUE,
+    REQUEUE_IMMEDIATE,
+    Scribe,
+    answering,
+    taking,
+)
+
+PAGE = Path(__file__).parents[3] / "docs" / "guarantees.md"
+DEAD, WAITING = f"{QUEUE}.dead", f"{QUEUE}.retry.9000"
+WITH_DEAD_LETTERS = {"dead_letter_queue": DEAD}
+
+RESULTS = {
+    "ACK": (ACK, {}),
+    "NACK, dead-letter exchange known": (NACK, WITH_DEAD_LETTERS),
+    "NACK, none known": (NACK, {}),
+    "REQUEUE, attempts left": (REQUEUE, {}),
+    "REQUEUE that shall wait": (Requeue(delay=9), {"requeue_delay": 9}),
+    "REQUEUE, attempts spent": (REQUEUE, WITH_DEAD_LETTERS | {"max_requeue_attempts": 0}),
+    "REQUEUE_IMMEDIATE": (REQUEUE_IMMEDIATE, {}),
+}
+
+
+def rows() -> tuple[list[str], dict[str, list[str]]]:
+    """The table below the heading: its points, and for each result what is there afterwards."""
+    text = PAGE.read_text().partition("\n### Result by result\n")[2]
+    head, _, *lines = re.findall(r"^\| (.*) \|$", text.partition("\n#")[0], re.MULTILINE)
+    cells = {first: rest for first, *rest in (line.split(" | ") for line in lines)}
+    return head.split(" | ")[1:], cells
+
+
+POINTS, CELLS = rows()
+
+
+def test_each_result_has_its_row():
+    """A result that is missing there would be missing here."""
+    assert set(RESULTS) == set(CELLS)
+    assert {len(POINTS)} == {len(cells) for cells in CELLS.values()}
+
+
+async def kill(broker, consumer):
+    """End a process without a word to its broker."""
+    broker.faults.door = Door.UNREACHABLE
+    broker.cut()
+    await consumer.stop()
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("result", RESULTS)
+async def test_what_is_there_after_a_crash(stage, monkeypatch, result, point):
+    """As the table says: the original, a copy, a dead letter, any two of them, or nothing."""
+    said = CELLS[result][POINTS.index(point)]
+    answer, given = RESULTS[result]
+    broker = stage.broker
+    handler, at, copied = answering(answer), 6.0, {"exchange": None, "routing_key": None}
+    match point:
+        case "before your handler":
+            at = 1.0
+        case "in it":
+            handler = taking(10, handler)
+        case "the copy is lost on its way":
+            broker.faults.on_publish(PublishFault.LOSE, **copied)
+        case "the copy is there, and not confirmed":
+            broker.faults.on_publish(PublishFault.UNCONFIRMED, **copied)
+        case "the acknowledgement is lost on its way":
+            settle = MemorySession.settle
+
+            async def lose(session, settlements):
+                broker.faults.door = Door.UNREACHABLE
+                broker.cut()
+                await settle(session, settlements)
+
+            monkeypatch.setattr(MemorySession, "settle", lose)
+        case "after it":
+            pass
+        case _:
+            pytest.fail(f"nobody plays {point!r}")
+    stage.put(b"it")
+    consumer = Scribe(handler, transport=stage.transport, shutdown_timeout=0.1, **given)
+    await consumer.start()
+    await asyncio.sleep(at)
+    if said == "does not happen":
+        assert 0 == broker.journal.counts[Happened.PUBLISHED]
+    await kill(broker, consumer)
+    if said != "does not happen":
+        assert said == (" and ".join(found(broker)) or "nothing")
+
+
+def found(broker):
+    """What the broker has, in the words of the page."""
+    names = {
+        (False, QUEUE): "the original",
+        (True, QUEUE): "its copy",
+        (True, WAITING): "its copy, which waits",
+        (True, DEAD): "its dead letter",
+    }
+    messages = [
+        (QUEUE in queue and "x-first-failed-at" in message.headers, queue)
+        for queue in broker.queues
+        for message in broker.ready(queue)
+    ]
+    return [names[each] for each in sorted(messages)]
