@@ -438,6 +438,7 @@ THEIRS = {
     "on_progress",  # an argument of replay
     "pytest_asyncio_loop_factories",  # pytest-asyncio's
     "requeue_immediate",  # a label's value
+    "restarted_in",  # the supervisor's, in a line of the log
     "retry_after",  # what the API of examples/http_sink says
     "rmq_to_pubsub",  # an example
     "stream_queue",  # RabbitMQ's
