@@ -265,6 +265,7 @@ def docs(session: nox.Session) -> None:
     """Make the site, ``docs/_build/index.html``; whatever is doubtful in a page is an error."""
     session.install(".", *group("docs"))
     session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", "html", "docs", "docs/_build")
+    session.run("python", "docs/check_site.py", "docs/_build")
 
 
 @nox.session
