@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aio_pika
+import asyncpg
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
@@ -140,6 +141,18 @@ def postgres_url() -> Iterator[str]:
         if no_postgres:  # outside the handler, or the report would tell it twice
             pytest.fail(no_postgres, pytrace=False)
         yield url
+
+
+@pytest.fixture
+async def schema(postgres_url: str, name: str) -> AsyncIterator[tuple[asyncpg.Connection, str]]:
+    """A schema of its own, as a connection to it and the URL that leads there."""
+    own = name.replace("-", "_")
+    connection = await asyncpg.connect(postgres_url)
+    await connection.execute(f"CREATE SCHEMA {own}")
+    await connection.execute(f"SET search_path TO {own}")
+    yield connection, f"{postgres_url}?search_path={own}"
+    await connection.execute(f"DROP SCHEMA {own} CASCADE")
+    await connection.close()
 
 
 @pytest.fixture(params=["fast", "plain"])

@@ -9,24 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import asyncpg
 import pytest
 
 from tests.integration.helpers import holds, take_all
 
 MAIN = Path(__file__).parents[2] / "examples" / "rmq_to_postgres" / "main.py"
-
-
-@pytest.fixture
-async def schema(postgres_url, name):
-    """A schema of its own, as a connection to it and the URL that leads there."""
-    own = name.replace("-", "_")
-    connection = await asyncpg.connect(postgres_url)
-    await connection.execute(f"CREATE SCHEMA {own}")
-    await connection.execute(f"SET search_path TO {own}")
-    yield connection, f"{postgres_url}?search_path={own}"
-    await connection.execute(f"DROP SCHEMA {own} CASCADE")
-    await connection.close()
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])

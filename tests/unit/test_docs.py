@@ -10,9 +10,12 @@ script of its own is said in comments that a reader does not see:
   and which ``continues NAME`` goes on with;
 - ``<!-- test: of PATH -->``: an excerpt, word for word, of a file that other tests run, and which
   therefore does not run here;
+- ``<!-- test: on NAME -->``: it needs more than a broker in memory, and runs in
+  `tests/integration/test_howto.py` instead;
 - ``<!-- test: feed QUEUE BODY BODY … -->``: what is published once its consumers run;
+- ``<!-- test: fails -->``: its handler fails on purpose, and the log may say so;
 - ``<!-- test: environment NAME=VALUE … -->``: what stands in the environment; several by ``; ``;
-- ``<!-- test: prints TEXT -->`` after a block: what it must have printed;
+- ``<!-- test: prints TEXT -->`` after a block: what it must have printed, on one line or several;
 - ``<!-- test: dead QUEUE COUNT -->`` after a block: how many dead letters it must have left.
 
 A program that runs until it is told to stop is sent a SIGTERM after a (virtual) minute, so every
@@ -53,7 +56,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE_PAGES = sorted(ROOT.glob("examples/**/README.md"))
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *EXAMPLE_PAGES]
+GUIDES = [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/howto/*.md"))]
+PAGES = [ROOT / "README.md", *GUIDES, *EXAMPLE_PAGES]
 ALL_PAGES = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 
 URL = "memory://"
@@ -102,6 +106,7 @@ class Block:
     environment: dict[str, str] = field(default_factory=dict)
     prints: str | None = None
     dead: tuple[str, int] | None = None
+    fails: bool = False
     file: str | None = None
     files: dict[str, str] = field(default_factory=dict)
     """What its page has put into files by then."""
@@ -113,7 +118,8 @@ class Block:
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _COMMENT_BEFORE = re.compile(r"<!-- test: ([^\n]*?) -->\n\Z")
 _EXCERPT = "of "
-_COMMENT_AFTER = re.compile(r"\A\n<!-- test: ((?:prints|dead) [^\n]*?) -->$", re.MULTILINE)
+_ELSEWHERE = "on "
+_COMMENT_AFTER = re.compile(r"\A\n<!-- test: ((?:prints|dead) .*?) -->$", re.MULTILINE | re.DOTALL)
 
 
 def fences(page: Path, *languages: str) -> Iterator[tuple[int, str, str, str]]:
@@ -133,7 +139,7 @@ def blocks() -> Iterator[Block]:
         for line, before, body, after in fences(page, "python", "py"):
             block = Block(page, line, body)
             comment = _COMMENT_BEFORE.search(before)
-            if comment and comment[1].startswith(_EXCERPT):
+            if comment and comment[1].startswith((_EXCERPT, _ELSEWHERE)):
                 continue
             for directive in comment[1].split("; ") if comment else ():
                 obey(block, directive, named)
@@ -160,6 +166,8 @@ def obey(block: Block, directive: str, named: dict[str, str]) -> None:
             named[name] = block.source
         case ["continues", name]:
             block.source = named[name] + block.source
+        case ["fails"]:
+            block.fails = True
         case ["file", name]:
             block.file = name
         case ["feed", queue, *bodies]:
@@ -249,7 +257,7 @@ def test_python_runs(
         if name.startswith("test_") and inspect.isfunction(value):
             call_as_pytest_would(value)
 
-    if block.feed and not block.dead:
+    if block.feed and not block.dead and not block.fails:
         assert [] == [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
     printed = capsys.readouterr().out
     assert (block.prints or "") in printed
