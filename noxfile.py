@@ -279,3 +279,10 @@ def demo(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure this library beside others; ``-- --quick`` tells whether it runs."""
     session.run("python", "benchmarks/run.py", *session.posargs)
+
+
+@nox.session
+def scale(session: nox.Session) -> None:
+    """Measure workers and processes on one node and on three, and write it to docs/scaling.md."""
+    session.install(".", *group("test"))
+    session.run("python", "-m", "benchmarks.scale", *session.posargs)

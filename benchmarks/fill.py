@@ -40,9 +40,11 @@ class Filler:
         self._socket = conversation
         self._received = b""
 
-    def make(self, queue: str) -> None:
-        """Make a durable classic queue."""
-        self._call(commands.Queue.Declare(queue=queue, durable=True), commands.Queue.DeclareOk)
+    def make(self, queue: str, kind: str = "classic") -> None:
+        """Make a durable queue."""
+        arguments = {"x-queue-type": kind}
+        asked = commands.Queue.Declare(queue=queue, durable=True, arguments=arguments)
+        self._call(asked, commands.Queue.DeclareOk)
 
     def delete(self, queue: str) -> None:
         """Delete a queue, if there is one."""
