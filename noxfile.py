@@ -20,11 +20,12 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = nox.project.python_versions(PYPROJECT)
 
 FORMS = {
-    "github-workflows": "workflows/*.yml",
-    "github-issue-forms": "ISSUE_TEMPLATE/[!c]*.yml",
-    "github-issue-config": "ISSUE_TEMPLATE/config.yml",
+    "compose-spec": "deploy/compose.yaml",
+    "github-workflows": ".github/workflows/*.yml",
+    "github-issue-forms": ".github/ISSUE_TEMPLATE/[!c]*.yml",
+    "github-issue-config": ".github/ISSUE_TEMPLATE/config.yml",
 }
-"""What a build machine and a form must look like, by the schema that GitHub's users keep."""
+"""What these files must look like, by the schemas that their users keep."""
 
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["tests", "lint", "types", "coverage"]
@@ -235,8 +236,9 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("lint-imports")
+    session.run("hadolint", "deploy/Dockerfile")
     for schema, pattern in FORMS.items():
-        files = sorted(map(str, Path(".github").glob(pattern)))
+        files = sorted(map(str, Path().glob(pattern)))
         session.run("check-jsonschema", f"--builtin-schema=vendor.{schema}", *files)
 
 

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from tests.support.packages import InstallError, install, install_commands
 from tests.support.ports import LOCALHOST, free_port
 from tests.support.tether import kill_group, spawn
@@ -69,6 +71,11 @@ class Prometheus:
         """Evaluate an expression now; raise ``ValueError`` with its words where it is none."""
         return list(self._get("query", query=expression)["result"])
 
+    def alerts(self) -> list[str]:
+        """The names of the alerts that it watches for."""
+        groups = self._get("rules", type="alert")["groups"]
+        return [str(rule["name"]) for group in groups for rule in group["rules"]]
+
     def is_ready(self) -> bool:
         """Whether it answers, and has scraped its target twice."""
         try:
@@ -87,10 +94,18 @@ class Prometheus:
 
 
 @contextmanager
-def prometheus(target: str, folder: Path) -> Iterator[Prometheus]:
-    """Start one that scrapes *target*, ``host:port``."""
-    configuration = folder / "prometheus.yaml"
-    configuration.write_text(_CONFIGURATION.format(target=target))
+def prometheus(
+    target: str, folder: Path, configuration: Path | None = None
+) -> Iterator[Prometheus]:
+    """Start one that scrapes *target*, ``host:port``; be it the one of a given configuration."""
+    if configuration is None:
+        configuration = folder / "prometheus.yaml"
+        configuration.write_text(_CONFIGURATION.format(target=target))
+    else:
+        given = yaml.safe_load(configuration.read_text())
+        given["global"] = {"scrape_interval": "250ms", "evaluation_interval": "250ms"}
+        given["scrape_configs"][0]["static_configs"][0]["targets"] = [target]
+        configuration.write_text(yaml.safe_dump(given))
     port = free_port()
     log = folder / "prometheus.log"
     with log.open("wb") as output:

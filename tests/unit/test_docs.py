@@ -319,6 +319,8 @@ def test_commands_exist(place: str, command: str) -> None:
             pass
         case ["aio-pika-batch" | ".venv/bin/aio-pika-batch", *arguments]:
             app.parse_args(arguments, exit_on_error=False, print_error=False)
+        case ["docker", "compose", "--file", path, "up", "--build"]:
+            assert (ROOT / path).is_file(), place
         case ["curl", address]:
             assert address.startswith("http://127.0.0.1:8080/"), place
         case ["export", *assignments]:
