@@ -452,6 +452,7 @@ THEIRS = {
     "retry_after",  # what the API of examples/http_sink says
     "rmq_to_pubsub",  # an example
     "stream_queue",  # RabbitMQ's
+    "test_compose",  # a test
     "to_thread",  # asyncio's
     "x_queue_type",  # RabbitMQ's, as a keyword
 }
