@@ -35,6 +35,7 @@ import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -246,8 +247,10 @@ def test_python_runs(
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     for name, text in block.files.items():
         (tmp_path / name).write_text(in_memory(text))
-        # Another page may have a file of this name.
-        monkeypatch.delitem(sys.modules, Path(name).stem, raising=False)
+        # Another page, or another test, may have a module of this name, before or after.
+        module = Path(name).stem
+        monkeypatch.setitem(sys.modules, module, ModuleType(module))
+        del sys.modules[module]
     source = in_memory(block.source)
     names: dict[str, Any] = {"__name__": "__main__"}
     code = compile("\n" * (block.line - 1) + source, str(block.page), "exec", dont_inherit=True)
