@@ -50,6 +50,14 @@ class Verdict:
         """Whether it rises by no more than it may."""
         return self.rise <= self.measure.allowed
 
+    def __str__(self) -> str:
+        measure = self.measure
+        return (
+            f"{measure.name}: {'flat' if self.is_flat else 'NOT FLAT'}, rose by {self.rise:.2f} of"
+            f" at most {measure.allowed:g} {measure.unit}".rstrip()
+            + f" (middle {self.middle:.1f}, greatest {self.greatest:.1f})"
+        )
+
 
 def judge(measure: Measure, points: Sequence[Point]) -> Verdict:
     """Look at the second half of a curve.
