@@ -60,6 +60,8 @@ _ENTRY = re.compile(
 )
 """How a `traceparent` stands in a table of headers: its name and 55 bytes of text."""
 
+_FLAGS = tuple(map(TraceFlags, range(256)))
+
 LINKS = "OTEL_SPAN_LINK_COUNT_LIMIT"
 DEFAULT_LINKS = 128
 """Links that the SDK keeps of a span, unless `LINKS` says otherwise."""
@@ -276,19 +278,16 @@ class _Links(Sequence[Link]):
 def origin_of(message: Message) -> SpanContext | None:
     """Where a message comes from, as its `traceparent` says; None if nothing says it."""
     raw = message.raw_properties
-    if raw is not None and b"tracestate" not in raw:
+    if raw is not None:
         # Most of what a link costs would be the decoding of headers. A table entry has one form
         # (AMQP 0-9-1, section 4.2.5.5), and what else has the name of this one is decoded below.
         entry = _ENTRY.search(raw)
-        if entry is not None:
-            return SpanContext(
-                int(entry[1], 16),
-                int(entry[2], 16),
-                is_remote=True,
-                trace_flags=TraceFlags(int(entry[3], 16)),
-            )
-        if b"traceparent" not in raw:
-            return None
+        if entry is None:
+            if b"traceparent" not in raw:
+                return None
+        elif b"tracestate" not in raw:
+            trace_id, span_id, flags = entry.groups()
+            return SpanContext(int(trace_id, 16), int(span_id, 16), True, _FLAGS[int(flags, 16)])  # noqa: FBT003  -- by position, since this is done for every message
     try:
         headers = message.headers
     except MessageDecodeError:
