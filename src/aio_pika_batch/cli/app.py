@@ -87,7 +87,8 @@ _add(
 app.command(
     "aio_pika_batch.cli.dlq:app",
     name="dlq",
-    help="Look at dead letters, send them back, delete them.",
+    help="Look at dead letters, send them back, delete them.\n\n"
+    f"Example: {NAME} dlq list shop:Importer",
 )
 
 

@@ -16,11 +16,7 @@ from aio_pika_batch.cli.showing import ago, as_data, show_letter, summary
 from aio_pika_batch.cli.targets import Loading
 from aio_pika_batch.dead_letters import SCAN, Looked, look, purge, replay
 
-app = App(
-    name="dlq",
-    help="Look at dead letters, send them back, delete them.\n\n"
-    "Example: aio-pika-batch dlq list shop:Importer",
-)
+app = App(name="dlq")  # its help stands where it is registered
 
 
 # --- list ------------------------------------------------------------------------
