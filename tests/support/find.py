@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from aio_pika_batch.testing.rabbitmq import find as shipped
 from aio_pika_batch.testing.rabbitmq.find import SERVER, URL, Broker, NoBrokerError, Way
-from tests.support.packages import InstallError, install, install_commands
+from tests.support.packages import InstallError, brought, install_commands
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,12 +57,9 @@ def _by_installing() -> Way | None:
 @contextmanager
 def _install(commands: list[list[str]], folder: Path) -> Iterator[Broker]:
     try:
-        install(commands)
+        server = brought(commands, shipped.installed, "rabbitmq-server")
     except InstallError as error:
         raise NoBrokerError(str(error)) from error
-    server = shipped.installed()
-    if server is None:
-        raise NoBrokerError(f"`{' '.join(commands[-1])}` went well, but brought no rabbitmq-server")
     with shipped.node(server, folder) as broker:
         yield broker
 

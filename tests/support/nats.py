@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.support.packages import InstallError, install, install_commands
+from tests.support.packages import InstallError, brought, install_commands
 from tests.support.ports import LOCALHOST, free_port
 from tests.support.tether import kill_group, spawn
 
@@ -64,13 +64,9 @@ Any of these will do:
   - name yours:    {URL}=nats://localhost:4222"""
         )
     try:
-        install(commands)
+        return brought(commands, _installed, "nats-server")
     except InstallError as error:
         raise NoNatsError(str(error)) from error
-    program = _installed()
-    if program is None:
-        raise NoNatsError(f"`{' '.join(commands[-1])}` went well, but brought no nats-server")
-    return program
 
 
 @contextmanager

@@ -7,7 +7,11 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _LOCK = Path(tempfile.gettempdir(), "aio-pika-batch-installs.lock")
 
@@ -42,6 +46,15 @@ def install_commands(package: str, *, brew: str, dnf: str | None = None) -> list
     if shutil.which("dnf"):
         return [[*rights, "dnf", "install", "-y", dnf or package]]
     return None
+
+
+def brought(commands: list[list[str]], look: Callable[[], T | None], what: str) -> T:
+    """Install, and return what *look* finds then; raise ``InstallError`` where that is nothing."""
+    install(commands)
+    found = look()
+    if found is None:
+        raise InstallError(f"`{' '.join(commands[-1])}` went well, but brought no {what}")
+    return found
 
 
 def install(commands: list[list[str]]) -> None:

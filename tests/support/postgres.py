@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.support.packages import InstallError, install, install_commands
+from tests.support.packages import InstallError, brought, install_commands
 from tests.support.ports import LOCALHOST, free_port
 from tests.support.tether import kill_group, spawn
 
@@ -94,13 +94,9 @@ Any of these will do:
   - name yours:    {URL}=postgresql://postgres@localhost/postgres"""
         )
     try:
-        install(commands)
+        return brought(commands, installed, "initdb")
     except InstallError as error:
         raise NoPostgresError(str(error)) from error
-    programs = installed()
-    if programs is None:
-        raise NoPostgresError(f"`{' '.join(commands[-1])}` went well, but brought no initdb")
-    return programs
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tests.support.packages import InstallError, install, install_commands
+from tests.support.packages import InstallError, brought, install_commands
 from tests.support.ports import LOCALHOST, free_port
 from tests.support.tether import kill_group, spawn
 
@@ -52,13 +52,9 @@ def program(name: str) -> str:
             "  apt-get install --no-install-recommends prometheus"
         )
     try:
-        install(commands)
+        return brought(commands, lambda: shutil.which(name), name)
     except InstallError as error:
         raise NoPrometheusError(str(error)) from error
-    found = shutil.which(name)
-    if not found:
-        raise NoPrometheusError(f"`{' '.join(commands[-1])}` went well, but brought no {name}")
-    return found
 
 
 class Prometheus:

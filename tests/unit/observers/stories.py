@@ -34,3 +34,4 @@ async def everything(stage, *observers):
         await asyncio.sleep(12)
         stage.broker.cut()
         await asyncio.sleep(60)
+    return consumer

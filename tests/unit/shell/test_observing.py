@@ -35,6 +35,7 @@ from aio_pika_batch.observer import (
     WorkerStarted,
     WorkerStopped,
 )
+from tests.unit.observers.stories import everything
 from tests.unit.shell.doubles import ScriptedTransport, never, raising
 from tests.unit.shell.stage import (
     ACK,
@@ -44,7 +45,6 @@ from tests.unit.shell.stage import (
     Witness,
     ack,
     answering,
-    first_then,
     numbered,
     taking,
 )
@@ -58,26 +58,6 @@ class Breaks(Observer):
 
     batch_cut = batch_handled = settled = requeued = dead_lettered = connected = _break
     lost = stale_results = handler_error = worker_started = worker_stopped = received = _break
-
-
-async def everything(stage, *observers):
-    """A story in which everything happens once."""
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "", kind="fanout")
-    stage.put(*numbered(3))
-    consumer = Scribe(
-        first_then(answering(ACK, REQUEUE, NACK), answering(error=KeyError()), taking(20), ack),
-        transport=stage.transport,
-        observers=observers,
-        batch_size=3,
-        batch_timeout=5,
-        dead_letter_exchange="dlx",
-    )
-    async with consumer:
-        await asyncio.sleep(12)
-        stage.broker.cut()
-        await asyncio.sleep(60)
-    return consumer
 
 
 async def test_every_event_is_told_in_order(stage, jitter):

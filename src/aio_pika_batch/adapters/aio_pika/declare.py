@@ -62,7 +62,7 @@ async def declare(
         The version of the broker, where it says so.
     """
     refuse_streams(topology)
-    first = _Desk(await open_link(endpoint, addresses), endpoint.connect_timeout)
+    first = await _open_desk(endpoint, addresses)
     desk: _Desk | None = first
     version = first.version
     try:
@@ -70,7 +70,7 @@ async def declare(
             refusal: Refusal | None = None
             for passive in _ways(entity):
                 if desk is None:
-                    desk = _Desk(await open_link(endpoint, addresses), endpoint.connect_timeout)
+                    desk = await _open_desk(endpoint, addresses)
                 if isinstance(entity, Queue):
                     refuse_unkept(entity, *desk.link.broker)
                 refusal = await desk.declare(entity, passive=passive)
@@ -91,7 +91,7 @@ async def declare(
 
 async def count(endpoint: Endpoint, addresses: Sequence[Address], queue: str) -> int:
     """How many messages are ready in a queue. Raises as above."""
-    desk = _Desk(await open_link(endpoint, addresses), endpoint.connect_timeout)
+    desk = await _open_desk(endpoint, addresses)
     try:
         entity = Queue(queue, check_only=True)
         refusal = await desk.declare(entity, passive=True)
@@ -109,6 +109,10 @@ async def declare_on(link: Link, topology: Topology, timeout: float) -> None:
         refusal = await desk.declare(entity, passive=False)
         if refusal is not None:
             raise refused_entity(refusal.code, refusal.text, _name(entity), link.address)
+
+
+async def _open_desk(endpoint: Endpoint, addresses: Sequence[Address]) -> _Desk:
+    return _Desk(await open_link(endpoint, addresses), endpoint.connect_timeout)
 
 
 class _Desk:
