@@ -132,9 +132,21 @@ class Forwarder(BatchConsumer):
         outcomes = await asyncio.gather(*pending, return_exceptions=True)
         key = ordering_key(messages[0])
         if key and any(isinstance(outcome, GoogleAPICallError) for outcome in outcomes):
-            # The client takes nothing more for this key until it is told that we know.
-            self.publisher.resume_publish(self.topic, key)
+            await self._resume(key)
         return outcomes
+
+    async def _resume(self, key: str) -> None:
+        """Go on with a key: the client takes nothing more for it until it is told that we know.
+
+        It pauses the key a moment after its messages have failed, and must not be told before.
+        """
+        while True:
+            try:
+                self.publisher.resume_publish(self.topic, key)
+            except RuntimeError:  # not paused yet
+                await asyncio.sleep(0.01)
+            else:
+                return
 
     async def _publish_one(self, message: Message) -> str:
         attributes = {
