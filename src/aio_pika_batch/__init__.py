@@ -6,7 +6,7 @@ imported before a consumer with an `amqp://` URL is made, and little else before
 
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.front import front_door
+from aio_pika_batch.front import lazy_exports
 
 __all__ = [
     "AccessRefused",
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
         TopologyError,
         TransportError,
     )
-    from aio_pika_batch.health import HealthServer
+    from aio_pika_batch.health.server import HealthServer
     from aio_pika_batch.hooks import WorkerSession
     from aio_pika_batch.observer import Observer
     from aio_pika_batch.settings import ConsumerSettings
@@ -92,4 +92,4 @@ else:
         "hooks",
         "consumer",
     )
-    __getattr__, __dir__ = front_door(__name__, __all__, _ROOMS)
+    __getattr__, __dir__ = lazy_exports(__name__, __all__, _ROOMS)

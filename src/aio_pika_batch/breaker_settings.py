@@ -10,7 +10,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings
 
-from aio_pika_batch.core.breaker import BreakerPolicy
+from aio_pika_batch.core.circuit_breaker import BreakerPolicy
 from aio_pika_batch.core.retry import Backoff
 from aio_pika_batch.fields import Count, Seconds
 

@@ -10,8 +10,8 @@ from aio_pika_batch.batch_settings import BatchConsumerSettings
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import Result
 from aio_pika_batch.errors import ConfigurationError
-from aio_pika_batch.handling import Process
 from aio_pika_batch.lifecycle import BaseConsumer
+from aio_pika_batch.runtime.handler import Process
 from aio_pika_batch.settings import ConsumerSettings
 
 Yield: TypeAlias = Result | tuple[Message, Result]

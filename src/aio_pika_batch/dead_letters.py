@@ -17,29 +17,29 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeAlias
 
-from aio_pika_batch.core.letters import (
+from aio_pika_batch.core.dead_letter import (
     EVERY,
     RETRY_COUNT,
+    DeathInfo,
     Filter,
-    NoWayBack,
-    Obituary,
+    NotReplayable,
     Origin,
-    obituary,
-    way_back,
+    death_info,
+    replay_copy,
 )
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Copy, Outcome
 from aio_pika_batch.core.topology import Exchange, Topology
 from aio_pika_batch.errors import TopologyError
+from aio_pika_batch.queue_browser import Limit, Visit, visit
 from aio_pika_batch.transport import Publisher, Transport
-from aio_pika_batch.visiting import Limit, Visit, visit
 
 __all__ = [
     "EVERY",
+    "DeathInfo",
     "Filter",
     "Letter",
     "Looked",
-    "Obituary",
     "Origin",
     "Report",
     "look",
@@ -61,7 +61,7 @@ class Letter:
     """
 
     message: Message
-    death: Obituary
+    death: DeathInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +142,7 @@ async def look(
             for message in some[: most - len(letters)]:
                 if not there.may_return(message):
                     break
-                letters.append(Letter(message, obituary(message, retry_count_header)))
+                letters.append(Letter(message, death_info(message, retry_count_header)))
     return Looked(queue=queue, ready=there.ready, letters=letters, ended=there.ended)
 
 
@@ -197,14 +197,14 @@ async def replay(
         while (meant := await tour.step()) is not None:
             copies: list[Copy] = []
             for letter in meant:
-                way = way_back(
+                way = replay_copy(
                     letter.message,
                     letter.death,
                     to_queue=to_queue,
                     retry_count_header=retry_count_header,
                 )
                 match way:
-                    case NoWayBack(why):
+                    case NotReplayable(why):
                         tour.failed(letter.message, why)
                     case Copy():
                         copies.append(way)
@@ -302,7 +302,7 @@ class _Tour:
                 self._rest = messages[at:]
                 break
             report.seen += 1
-            death = obituary(message, self._header)
+            death = death_info(message, self._header)
             takes = self._where.takes(message, death, now)
             if (self._stays or not takes) and not self._there.may_return(message):
                 break

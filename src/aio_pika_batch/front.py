@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 
-def front_door(
+def lazy_exports(
     package: str, names: Sequence[str], rooms: Sequence[str]
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """Make `__getattr__` and `__dir__` of a package (PEP 562).

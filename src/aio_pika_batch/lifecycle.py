@@ -14,28 +14,28 @@ from collections.abc import Hashable, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from aio_pika_batch.collecting import check_batch_key
-from aio_pika_batch.core.advice import Habits, advice, broker_advice
+from aio_pika_batch.core.config_checks import ConsumerProfile, broker_warnings_for, warnings_for
 from aio_pika_batch.core.message import Headers, Message
 from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.core.results import ExceptionResults
-from aio_pika_batch.crew import Crew, Seat
-from aio_pika_batch.epoch import Epoch
 from aio_pika_batch.errors import (
     ConfigurationError,
     PublishError,
     SessionClosed,
     StartInterrupted,
 )
-from aio_pika_batch.handling import Process
 from aio_pika_batch.hooks import WorkerSession
-from aio_pika_batch.life import Life
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observer
-from aio_pika_batch.outbox import why
 from aio_pika_batch.registry import open_transport
+from aio_pika_batch.runtime.batching import check_batch_key
+from aio_pika_batch.runtime.consume_loop import ConsumeLoop
+from aio_pika_batch.runtime.handler import Process
+from aio_pika_batch.runtime.lifecycle import Lifecycle
+from aio_pika_batch.runtime.publishing import describe_outcome
+from aio_pika_batch.runtime.signals import process_signals
+from aio_pika_batch.runtime.worker_pool import WorkerInstance, WorkerPool
 from aio_pika_batch.settings import ConsumerSettings
-from aio_pika_batch.signals import process_signals
 from aio_pika_batch.status import ConsumerStatus
 from aio_pika_batch.transport import Endpoint, Session, Transport, VersionedTransport
 
@@ -87,8 +87,8 @@ class BaseConsumer(Generic[SettingsT]):
             consumer=self._name,
             queue=self.settings.queue_name,
         )
-        self._life = Life(self._log)
-        self._current: Epoch | None = None
+        self._life = Lifecycle(self._log)
+        self._current: ConsumeLoop | None = None
 
     def configure(self, **given: Any) -> None:  # noqa: ANN401  -- each setting has its own type
         """Replace some settings before the start, as a command line does.
@@ -200,17 +200,17 @@ class BaseConsumer(Generic[SettingsT]):
             msg = f"{self._name} is running already: stop it before you start it again"
             raise ConfigurationError(msg)
         wanted, habits = self.settings.wanted, self._habits()
-        for line in advice(wanted, habits):
+        for line in warnings_for(wanted, habits):
             self._log.warning(line)
         await self._life.begin(
-            Crew(self._name, self.settings, self._transport, self._observers, self._log),
+            WorkerPool(self._name, self.settings, self._transport, self._observers, self._log),
             on_start=self.on_start,
             on_stop=self.on_stop,
             seats=self._seats,
             timeout=self.settings.shutdown_timeout,
         )
         reached = isinstance(self._transport, VersionedTransport) and self._transport.broker_version
-        for line in broker_advice(wanted, habits, reached or None):
+        for line in broker_warnings_for(wanted, habits, reached or None):
             self._log.warning(line)
 
     async def stop(self) -> None:
@@ -295,7 +295,9 @@ class BaseConsumer(Generic[SettingsT]):
         )
         [outcome] = await self.publish_many([publication])
         if outcome is not Outcome.CONFIRMED:
-            raise PublishError(why(outcome, publication, self.settings.publish_timeout))
+            raise PublishError(
+                describe_outcome(outcome, publication, self.settings.publish_timeout)
+            )
 
     async def publish_many(self, publications: Sequence[Publication]) -> Sequence[Outcome]:
         """Publish many messages at once and wait for all confirmations.
@@ -319,9 +321,9 @@ class BaseConsumer(Generic[SettingsT]):
         made: SettingsT = settings
         return made
 
-    def _habits(self) -> Habits:
+    def _habits(self) -> ConsumerProfile:
         settings = self.settings
-        return Habits(
+        return ConsumerProfile(
             prefetch=settings.effective_prefetch,
             batch_size=settings.messages_per_batch,
             batch_timeout=settings.seconds_per_batch,
@@ -333,7 +335,7 @@ class BaseConsumer(Generic[SettingsT]):
                 *self.exception_results.values(),
             },
             consumer_arguments=settings.consumer_arguments or {},
-            retry_seconds=settings.ladder.seconds(settings.max_requeue_attempts),
+            retry_seconds=settings.delay_steps.seconds(settings.max_requeue_attempts),
             ordered=settings.ordered_by_key,
         )
 
@@ -354,7 +356,7 @@ class BaseConsumer(Generic[SettingsT]):
             wire=settings.wire,
         )
 
-    def _seats(self) -> list[Seat]:
+    def _seats(self) -> list[WorkerInstance]:
         count = self.settings.num_workers
         if self._overrides("on_session") or self._overrides("_run_internal"):
             instances = [self, *(copy.copy(self) for _ in range(count - 1))]
@@ -362,16 +364,16 @@ class BaseConsumer(Generic[SettingsT]):
             instances = [self] * count
         return [instance._seat(index) for index, instance in enumerate(instances)]  # noqa: SLF001  -- our own
 
-    def _seat(self, index: int) -> Seat:
+    def _seat(self, index: int) -> WorkerInstance:
         attend = functools.partial(self._attend, index)
         batch_key = self.batch_key if self._overrides("batch_key") else None
-        return Seat(self._process(), batch_key, attend, self.exception_results)
+        return WorkerInstance(self._process(), batch_key, attend, self.exception_results)
 
     def _overrides(self, name: str) -> bool:
         return getattr(type(self), name) is not getattr(BaseConsumer, name)
 
     async def _attend(
-        self, index: int, epoch: Epoch, session: Session, number: int, log: KeywordLogger
+        self, index: int, epoch: ConsumeLoop, session: Session, number: int, log: KeywordLogger
     ) -> None:
         """Run this instance's hooks around the consumption of one session."""
         worker_session = WorkerSession(index, number, self.settings.queue_name, session)

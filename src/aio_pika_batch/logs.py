@@ -76,7 +76,7 @@ def written(event: str, context: Mapping[str, object]) -> tuple[str, dict[str, o
     return f"{event} [{words}]" if words else event, {"event": event, **apart}
 
 
-def told(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """An exception's class and text, on whatever terms its `__str__` is, cut where it is long."""
     text = in_words(error)
     if len(text) > _LONGEST:

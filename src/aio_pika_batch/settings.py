@@ -14,10 +14,10 @@ from pydantic import Field, PrivateAttr, SecretStr, ValidationError, model_valid
 from pydantic_settings import SettingsConfigDict
 
 from aio_pika_batch.breaker_settings import BreakerSettings
-from aio_pika_batch.core.delay import LONGEST_WAIT, Ladder, check_names, ladder
+from aio_pika_batch.core.delay import LONGEST_WAIT, DelaySteps, check_names, make_delay_steps
 from aio_pika_batch.core.message import FieldValue
 from aio_pika_batch.core.results import MessageResult
-from aio_pika_batch.core.topology import QUEUE_TYPE, Wanted
+from aio_pika_batch.core.topology import QUEUE_TYPE, TopologyOptions
 from aio_pika_batch.errors import ConfigurationError
 from aio_pika_batch.fields import (
     Arguments,
@@ -300,15 +300,15 @@ class ConsumerSettings(BreakerSettings):
         return DEFAULT_STUCK_AFTER if self.process_timeout is None else 2 * self.process_timeout
 
     @property
-    def ladder(self) -> Ladder:
+    def delay_steps(self) -> DelaySteps:
         """How long retries wait, see `requeue_delay`."""
-        return ladder(self.requeue_delay, self.requeue_backoff, self.requeue_delay_max)
+        return make_delay_steps(self.requeue_delay, self.requeue_backoff, self.requeue_delay_max)
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> TopologyOptions:
         """What these settings say about queue, exchange and dead letters."""
         keys = self.routing_key
-        return Wanted(
+        return TopologyOptions(
             queue_name=self.queue_name,
             queue_durable=self.queue_durable,
             queue_exclusive=self.queue_exclusive,
@@ -324,7 +324,7 @@ class ConsumerSettings(BreakerSettings):
             dead_letter_exchange_type=self.dead_letter_exchange_type,
             dead_letter_routing_key=self.dead_letter_routing_key,
             dead_letter_queue=self.dead_letter_queue,
-            wait_levels=self.ladder.needed(self.max_requeue_attempts),
+            wait_levels=self.delay_steps.needed(self.max_requeue_attempts),
             unsafe_delay=self.unsafe_delay,
             declare=self.declare,
         )
@@ -357,7 +357,7 @@ class ConsumerSettings(BreakerSettings):
             msg = "reconnect_delay must not exceed reconnect_delay_max"
             raise ValueError(msg)
         if self.requeue_delay:
-            check_names(self.queue_name, self.ladder)
+            check_names(self.queue_name, self.delay_steps)
         if self.breaker_threshold is not None and (self.queue_exclusive or self.queue_auto_delete):
             which = "queue_exclusive" if self.queue_exclusive else "queue_auto_delete"
             msg = (

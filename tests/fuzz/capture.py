@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from aio_pika_batch.adapters.aio_pika.frames import Splitter
+from aio_pika_batch.adapters.aio_pika.frame_parser import Splitter
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
 from aio_pika_batch.core.publication import Publication
 from aio_pika_batch.core.settlement import Disposition, Settlement

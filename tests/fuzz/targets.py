@@ -24,7 +24,7 @@ from aio_pika_batch.adapters.aio_pika.events import (
     Malformed,
     PassThrough,
 )
-from aio_pika_batch.adapters.aio_pika.frames import Splitter
+from aio_pika_batch.adapters.aio_pika.frame_parser import Splitter
 from aio_pika_batch.adapters.aio_pika.properties import (
     FIELDS,
     decode,

@@ -62,7 +62,7 @@ class Retrying(BatchConsumer):
     """Requeues everything a few times, with the delays that bodies ask for, and notes when.
 
     A body is ``b"name delay delay …"``; when its delays are spent it is ACKed. A delay of ``-`` is
-    the ladder's.
+    the delay_steps's.
     """
 
     def __init__(self, settings: BatchConsumerSettings, **more: Any) -> None:
@@ -102,19 +102,19 @@ async def test_a_ladder_is_climbed_whatever_waits_beside_it(
     beside += [b"short%d 0.5 1" % each for each in range(20)]
     consumer = Retrying(settings(queue_type=queue_type, requeue_delay=0.5, requeue_delay_max=20))
     async with consumer:
-        await publish(channel, [b"first 20", *beside[::2], b"ladder - - -"], routing_key=name)
+        await publish(channel, [b"first 20", *beside[::2], b"delay_steps - - -"], routing_key=name)
         await publish(channel, [*beside[1::2], b"first 20"], routing_key=name)
         await until(lambda: len(consumer.done) == 41)
         assert 1 == len(consumer.seen[b"first"]) - 1
-        ladder = consumer.waits(b"ladder")
-        for wait, level in zip(ladder, (0.5, 1, 2), strict=True):
-            assert level <= wait < level + 1.5, ladder
+        delay_steps = consumer.waits(b"delay_steps")
+        for wait, level in zip(delay_steps, (0.5, 1, 2), strict=True):
+            assert level <= wait < level + 1.5, delay_steps
         for body in beside:
             key, *delays = body.split()
             for wait, level in zip(consumer.waits(key), map(float, delays), strict=True):
                 assert level <= wait + 0.01, (key, consumer.waits(key))
-        assert 3 == consumer.last[b"ladder"].retry_count
-        assert name == consumer.last[b"ladder"].original_routing_key
+        assert 3 == consumer.last[b"delay_steps"].retry_count
+        assert name == consumer.last[b"delay_steps"].original_routing_key
     assert 2 == await ready(amqp_url, f"{name}.retry.20000")
 
 

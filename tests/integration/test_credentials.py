@@ -124,7 +124,7 @@ async def test_a_password_turns_up_nowhere(  # noqa: PLR0915  -- one story, sear
     def consumer(url: str, **more: Any) -> Failing:
         options = {"batch_size": 1, "reconnect_delay": 0.05, "reconnect_delay_max": 0.1, **more}
         made = BatchConsumerSettings(url=url, queue_name=name, **options)
-        everything.hear(made, made.model_fields_set, made.ladder)
+        everything.hear(made, made.model_fields_set, made.delay_steps)
         built = Failing(made, observers=[Witness(everything)])
         everything.hear(built, built.status(), built._endpoint())
         return built

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aio_pika_batch import errors
-from aio_pika_batch.core import fleet
+from aio_pika_batch.cli import fleet
 from aio_pika_batch.testing import virtual_time
 from aio_pika_batch.testing.contract.broken import ClauseBroken
 from aio_pika_batch.testing.rabbitmq.find import NoBrokerError
@@ -124,13 +124,13 @@ def test_each_notice_of_the_supervisor_is_explained():
     """Those that are no good news."""
     from aio_pika_batch.cli.supervisor import _GOOD_NEWS
 
-    bad = [each.value for each in fleet.Notice if each not in _GOOD_NEWS]
+    bad = [each.value for each in fleet.Event if each not in _GOOD_NEWS]
     assert [] == [each for each in bad if f"| {each} |" not in PAGE]
 
 
-def advised() -> Iterator[ast.expr]:
+def warnings_of_checks() -> Iterator[ast.expr]:
     """What `core.advice` says, wherever it makes it up."""
-    tree = ast.parse((ROOT / "src" / "aio_pika_batch" / "core" / "advice.py").read_text())
+    tree = ast.parse((ROOT / "src" / "aio_pika_batch" / "core" / "config_checks.py").read_text())
     for node in ast.walk(tree):
         match node:
             case ast.Yield(value=ast.Constant() | ast.JoinedStr() as text):
@@ -146,7 +146,9 @@ def advised() -> Iterator[ast.expr]:
                         yield each
 
 
-@pytest.mark.parametrize("said", list(advised()), ids=lambda each: ast.unparse(each)[2:40])
+@pytest.mark.parametrize(
+    "said", list(warnings_of_checks()), ids=lambda each: ast.unparse(each)[2:40]
+)
 def test_each_advice_is_explained(said):
     """By all of its words that are always the same."""
     assert [] == [piece for piece in pieces(said) or () if piece not in WORDS]

@@ -21,14 +21,14 @@ from functools import partial
 
 from aio_pika_batch.cli.app import complain
 from aio_pika_batch.cli.exits import Exit, exit_of
+from aio_pika_batch.cli.fleet import Heartbeat
 from aio_pika_batch.cli.logging import configure_logging
 from aio_pika_batch.cli.options import Work
 from aio_pika_batch.cli.running import run_all, run_loop
 from aio_pika_batch.cli.targets import AnyConsumer
-from aio_pika_batch.core.fleet import Beat
 from aio_pika_batch.errors import AioPikaBatchError
-from aio_pika_batch.probes import as_json, liveness, readiness
-from aio_pika_batch.signals import process_signals
+from aio_pika_batch.health.probes import as_json, liveness, readiness
+from aio_pika_batch.runtime.signals import process_signals
 
 DRAIN = b"drain\n"
 ABANDON = b"abandon\n"
@@ -111,7 +111,7 @@ async def _beat(consumers: Sequence[AnyConsumer], writer: asyncio.StreamWriter) 
 def heartbeat(consumers: Sequence[AnyConsumer]) -> bytes:
     """One line about all of them."""
     statuses = [consumer.status() for consumer in consumers]
-    beat = Beat(
+    beat = Heartbeat(
         is_ready=readiness(statuses).is_good,
         is_stuck=not liveness(statuses).is_good,
         budget=max(consumer.settings.shutdown_timeout for consumer in consumers),

@@ -13,14 +13,14 @@ from cyclopts import Parameter
 from aio_pika_batch.cli.printing import hush
 from aio_pika_batch.cli.targets import Loading, load, prepare
 from aio_pika_batch.consumer import Consumer
-from aio_pika_batch.core.letters import Filter
+from aio_pika_batch.core.dead_letter import Filter
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.errors import ConfigurationError
+from aio_pika_batch.queue_browser import MOST_HELD
+from aio_pika_batch.runtime.signals import process_signals
 from aio_pika_batch.settings import ConsumerSettings
-from aio_pika_batch.signals import process_signals
 from aio_pika_batch.transport import Transport
-from aio_pika_batch.visiting import MOST_HELD
 
 T = TypeVar("T")
 

@@ -14,16 +14,16 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from aio_pika_batch.cli.exits import Exit
+from aio_pika_batch.cli.fleet import ProcessManager, ProcessPolicy
 from aio_pika_batch.cli.logging import configure_logging
 from aio_pika_batch.cli.options import LogFormat, LogLevel, LoopName, Work
 from aio_pika_batch.cli.running import run_all, run_loop
 from aio_pika_batch.cli.supervisor import FATAL, Supervisor
 from aio_pika_batch.cli.targets import Loading, prepare
-from aio_pika_batch.core.fleet import Fleet, FleetPolicy
 from aio_pika_batch.errors import ConfigurationError
-from aio_pika_batch.exposition import has_prometheus
-from aio_pika_batch.health import LOOPBACK, HealthServer
-from aio_pika_batch.http_server import HttpServer
+from aio_pika_batch.health.http_server import HttpServer
+from aio_pika_batch.health.metrics import has_prometheus
+from aio_pika_batch.health.server import LOOPBACK, HealthServer
 from aio_pika_batch.logs import KeywordLogger
 
 _log = KeywordLogger(logging.getLogger("aio_pika_batch.cli"))
@@ -103,7 +103,7 @@ async def _run_here(work: Work, watching: Watching) -> Exit:
         return await run_all(consumers)
 
 
-def _policy(work: Work, watching: Watching, size: int, *, is_patient: bool) -> FleetPolicy:
+def _policy(work: Work, watching: Watching, size: int, *, is_patient: bool) -> ProcessPolicy:
     if os.name != "posix":
         msg = "--processes and --reload need an operating system with POSIX signals and sockets"
         raise ConfigurationError(msg)
@@ -115,7 +115,7 @@ def _policy(work: Work, watching: Watching, size: int, *, is_patient: bool) -> F
         raise ConfigurationError(f"--crash-limit: must be at least 1, not {watching.crash_limit}")
     # Whoever develops may halt at a breakpoint.
     silence = math.inf if is_patient else watching.hung_after
-    return FleetPolicy(
+    return ProcessPolicy(
         size=size,
         silence=silence,
         boot=max(silence, 120.0),
@@ -126,8 +126,8 @@ def _policy(work: Work, watching: Watching, size: int, *, is_patient: bool) -> F
     )
 
 
-async def _supervise(policy: FleetPolicy, work: Work, watching: Watching) -> int:
-    supervisor = Supervisor(Fleet(policy), work)
+async def _supervise(policy: ProcessPolicy, work: Work, watching: Watching) -> int:
+    supervisor = Supervisor(ProcessManager(policy), work)
     async with AsyncExitStack() as stack:
         if watching.health_port is not None:
             host, port = watching.health_host, watching.health_port

@@ -12,7 +12,7 @@ from aio_pika_batch.cli.exits import Exit, exit_of_all
 from aio_pika_batch.cli.options import LoopName
 from aio_pika_batch.cli.targets import AnyConsumer
 from aio_pika_batch.errors import AioPikaBatchError, ConfigurationError
-from aio_pika_batch.logs import KeywordLogger, told
+from aio_pika_batch.logs import KeywordLogger, format_error
 
 _log = KeywordLogger(logging.getLogger("aio_pika_batch.cli"))
 
@@ -76,5 +76,5 @@ def _tell(consumer: AnyConsumer, error: BaseException) -> None:
         exc_info=None if known else error,
         consumer=type(consumer).__name__,
         queue=consumer.settings.queue_name,
-        error=told(error),
+        error=format_error(error),
     )

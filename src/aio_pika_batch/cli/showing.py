@@ -11,7 +11,7 @@ from rich.console import Console
 
 from aio_pika_batch.cli.bodies import body_lines
 from aio_pika_batch.cli.printing import harmless
-from aio_pika_batch.core.letters import written
+from aio_pika_batch.core.dead_letter import written
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.dead_letters import Letter, Looked
 

@@ -1,4 +1,4 @@
-"""How are several processes looked after? :mod:`~aio_pika_batch.core.fleet` decides, this awaits.
+"""How are several processes looked after? :mod:`~aio_pika_batch.cli.fleet` decides, this awaits.
 
 Processes are started anew, never forked, so that each imports the user's code itself; this one does
 not, and stays small and well whatever happens there. A process is told what to do on a socket and
@@ -22,30 +22,30 @@ from tempfile import TemporaryDirectory
 
 from aio_pika_batch.cli.child import ABANDON, DRAIN
 from aio_pika_batch.cli.exits import Exit
-from aio_pika_batch.cli.options import Work
-from aio_pika_batch.core.fleet import (
+from aio_pika_batch.cli.fleet import (
     Abandon,
     Action,
-    Beat,
     Drain,
-    Fleet,
+    Event,
+    Heartbeat,
     Kill,
-    Notice,
+    Log,
+    ProcessManager,
     Spawn,
-    Tell,
 )
-from aio_pika_batch.exposition import MULTIPROCESS_DIR, metrics
-from aio_pika_batch.health import endpoints
-from aio_pika_batch.http_server import Answer
+from aio_pika_batch.cli.options import Work
+from aio_pika_batch.health.http_server import Answer
+from aio_pika_batch.health.metrics import MULTIPROCESS_DIR, metrics
+from aio_pika_batch.health.probes import Verdict
+from aio_pika_batch.health.server import endpoints
 from aio_pika_batch.logs import KeywordLogger
-from aio_pika_batch.probes import Verdict
 
 _log = KeywordLogger(logging.getLogger("aio_pika_batch.supervisor"))
 
 _LONGEST_LINE = 4 * 1024 * 1024
 """Bytes of a heartbeat, which has all workers of a process in it."""
 
-_GOOD_NEWS = frozenset({Notice.RECOVERED, Notice.ROLLED})
+_GOOD_NEWS = frozenset({Event.RECOVERED, Event.ROLLED})
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +70,7 @@ class _Child:
 class Supervisor:
     """Keeps a fleet of processes running, all with the same work."""
 
-    def __init__(self, fleet: Fleet, work: Work) -> None:
+    def __init__(self, fleet: ProcessManager, work: Work) -> None:
         self._fleet = fleet
         self._work = work
         self._children: dict[int, _Child] = {}
@@ -188,7 +188,7 @@ class Supervisor:
             case Kill(slot):
                 with suppress(ProcessLookupError):
                     self._children[slot].process.kill()
-            case Tell():
+            case Log():
                 self._tell(action)
 
     async def _spawn(self, slot: int) -> None:
@@ -217,7 +217,7 @@ class Supervisor:
             while line := await reader.readline():
                 said = json.loads(line)
                 child.consumers = said["consumers"]
-                self._fleet.heard(slot, Beat(**said["beat"]), time.monotonic())
+                self._fleet.heard(slot, Heartbeat(**said["beat"]), time.monotonic())
                 self._changed.set()
         code = await child.process.wait()
         child.writer.close()
@@ -229,7 +229,7 @@ class Supervisor:
         self._fleet.exited(slot, code, time.monotonic())
         self._changed.set()
 
-    def _tell(self, tell: Tell) -> None:
+    def _tell(self, tell: Log) -> None:
         log = _log
         if tell.slot is not None:
             log = log.bind(child=tell.slot)

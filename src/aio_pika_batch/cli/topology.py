@@ -15,15 +15,15 @@ from aio_pika_batch.cli.exits import Exit
 from aio_pika_batch.cli.inspection import Entity, Standing, State, broker_version, inspect
 from aio_pika_batch.cli.printing import console, harmless, hush, print_json, table
 from aio_pika_batch.cli.targets import AnyConsumer, Loading, load
+from aio_pika_batch.core.dead_letter import written
 from aio_pika_batch.core.definitions import definitions, depends_on_version
-from aio_pika_batch.core.letters import written
 from aio_pika_batch.core.topology import (
     Binding,
     Exchange,
     Queue,
     Topology,
     Version,
-    derive,
+    build_topology,
     version_of,
 )
 from aio_pika_batch.errors import ConfigurationError
@@ -55,7 +55,7 @@ def topology(
     """
     hush()
     consumer = load(target, loading or Loading())
-    needed = derive(replace(consumer.settings.wanted, declare=True))
+    needed = build_topology(replace(consumer.settings.wanted, declare=True))
     if apply and dry_run:
         raise ConfigurationError("--apply and --dry-run contradict each other: use one of them")
     if format == "definitions":
@@ -140,7 +140,7 @@ def _how(entity: Entity) -> str:
         words += [] if entity.durable else ["transient"]
         words += ["auto-delete"] if entity.auto_delete else []
     words += [f"{name}={written(value)}" for name, value in entity.arguments.items()]
-    if isinstance(entity, Queue) and entity.unlimited:
+    if isinstance(entity, Queue) and entity.no_delivery_limit:
         words.append("no delivery limit")
     return ", ".join(words)
 

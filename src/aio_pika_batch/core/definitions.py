@@ -61,4 +61,4 @@ def definitions(topology: Topology, vhost: str, version: Version | None) -> dict
 
 def depends_on_version(topology: Topology) -> bool:
     """Whether it has to be known which RabbitMQ shall import it."""
-    return any(queue.unlimited for queue in topology.queues)
+    return any(queue.no_delivery_limit for queue in topology.queues)

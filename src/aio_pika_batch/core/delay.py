@@ -1,6 +1,6 @@
 """How long does a failed message wait for its next attempt, and where?
 
-On a ladder of a few lengths of wait, each with a queue of its own: in one queue for all, a short
+On a few lengths of wait, each with a queue of its own: in one queue for all, a short
 wait would stand behind a long one. A message is published to such a wait queue, expires there, and
 the broker puts it back into the queue that it came from.
 """
@@ -34,8 +34,8 @@ _LONGEST_EXPIRATION = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Ladder:
-    """The lengths of wait that there are; made by :func:`ladder`.
+class DelaySteps:
+    """The lengths of wait that there are; made by :func:`delay_steps`.
 
     In milliseconds, and none is shorter than the one before.
 
@@ -45,38 +45,38 @@ class Ladder:
         askable: Those that `Requeue(delay=…)` can have.
     """
 
-    climbed: tuple[int, ...]
-    askable: tuple[int, ...]
+    automatic: tuple[int, ...]
+    requestable: tuple[int, ...]
 
     def level(self, result: Result, retries: int) -> int:
         """The wait that a result means for a message that was requeued so often."""
         if isinstance(result, Requeue) and result.seconds is not None:
             return self.at_least(result.seconds)
-        climbed = self.climbed
-        return climbed[min(retries, len(climbed) - 1)] if climbed else AT_ONCE
+        automatic = self.automatic
+        return automatic[min(retries, len(automatic) - 1)] if automatic else AT_ONCE
 
     def at_least(self, seconds: float) -> int:
         """The nearest level at or above; the highest, if there is none. Nothing stays nothing."""
-        highest = self.askable[-1]
+        highest = self.requestable[-1]
         if seconds * 1000 >= highest:
             return highest
         # Beyond a microsecond a float is noise, which must not lift it to the next level.
         wanted = round(seconds * 1000, 3)
-        return self.askable[bisect_left(self.askable, wanted)] if wanted > 0 else AT_ONCE
+        return self.requestable[bisect_left(self.requestable, wanted)] if wanted > 0 else AT_ONCE
 
     def needed(self, attempts: int) -> tuple[int, ...]:
         """The levels that so many retries climb."""
-        return tuple(dict.fromkeys(self.climbed[:attempts]))
+        return tuple(dict.fromkeys(self.automatic[:attempts]))
 
     def seconds(self, attempts: int) -> float:
         """For how long so many retries wait, all in all, where no handler asks for more."""
-        climbed = self.climbed[:attempts]
-        more = max(0, attempts - len(self.climbed))
-        return (sum(climbed) + more * sum(climbed[-1:])) / 1000
+        automatic = self.automatic[:attempts]
+        more = max(0, attempts - len(self.automatic))
+        return (sum(automatic) + more * sum(automatic[-1:])) / 1000
 
 
-def ladder(first: float = 0.0, factor: float = 2.0, maximum: float = 300.0) -> Ladder:
-    """Make a ladder.
+def make_delay_steps(first: float = 0.0, factor: float = 2.0, maximum: float = 300.0) -> DelaySteps:
+    """Make a delay_steps.
 
     Args:
         first: Seconds before the first retry; 0: retries do not wait unless a handler asks for it.
@@ -88,10 +88,12 @@ def ladder(first: float = 0.0, factor: float = 2.0, maximum: float = 300.0) -> L
     """
     if first > maximum:
         raise ValueError(f"requeue_delay={first:g} must not exceed requeue_delay_max={maximum:g}")
-    climbed = _steps(first, factor, maximum) if first else ()
+    automatic = _steps(first, factor, maximum) if first else ()
     # Where retries climb nothing, or stay on one level, handlers may ask for more than that.
-    askable = climbed if factor > 1 and climbed else _steps(first or FIRST_ASKED_FOR, 2.0, maximum)
-    return Ladder(climbed, tuple(dict.fromkeys(askable)))
+    requestable = (
+        automatic if factor > 1 and automatic else _steps(first or FIRST_ASKED_FOR, 2.0, maximum)
+    )
+    return DelaySteps(automatic, tuple(dict.fromkeys(requestable)))
 
 
 def _steps(first: float, factor: float, maximum: float) -> tuple[int, ...]:
@@ -119,13 +121,13 @@ def wait_queue_name(queue: str, level: int | str) -> str:
     return f"{queue}.retry.{level}"
 
 
-def check_names(queue: str, ladder: Ladder) -> None:
+def check_names(queue: str, steps: DelaySteps) -> None:
     """See that AMQP has a place for the name of each of a queue's wait queues.
 
     Raises:
         ValueError: It has not.
     """
-    longest = wait_queue_name(queue, ladder.askable[-1])
+    longest = wait_queue_name(queue, steps.requestable[-1])
     if not is_short_string(longest):
         raise ValueError(
             f"requeue_delay needs wait queues like {longest!r}, and that has more than"

@@ -114,7 +114,7 @@ class Cause(Enum):
 
 # Not frozen: one is made for each failed message, and freezing makes that three times as dear.
 @dataclass(slots=True)
-class Verdict:
+class MessageOutcome:
     """A message and what was decided about it.
 
     Attributes:

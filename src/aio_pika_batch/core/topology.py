@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from aio_pika_batch.core.delay import wait_queue_name
 from aio_pika_batch.core.message import SHORT_STRING, FieldValue, Headers, is_short_string
-from aio_pika_batch.core.routing import DeadLetterTarget
+from aio_pika_batch.core.settlement_plan import DeadLetterTarget
 from aio_pika_batch.errors import TopologyError
 
 QUEUE_TYPE = "x-queue-type"
@@ -71,7 +71,7 @@ class Queue:
     exclusive: bool = False
     auto_delete: bool = False
     arguments: Headers = field(default_factory=dict)
-    unlimited: bool = False
+    no_delivery_limit: bool = False
     existing_first: bool = False
     check_only: bool = False
     holds_retries: bool = False
@@ -83,7 +83,7 @@ class Queue:
 
     def arguments_on(self, version: Version | None) -> Headers:
         """What to declare it with, on a RabbitMQ of this version; None if that is not known."""
-        if not self.unlimited or version is None or version < LIMITED_SINCE:
+        if not self.no_delivery_limit or version is None or version < LIMITED_SINCE:
             # Before 4.0 there is no limit to lift, and -1 is one that every message exceeds.
             return self.arguments
         return {DELIVERY_LIMIT: -1, **self.arguments}
@@ -109,7 +109,7 @@ class Topology:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class TopologyOptions:
     """What a consumer's settings say about its queue; the names are those of the settings.
 
     Attributes:
@@ -136,12 +136,12 @@ class Wanted:
     declare: bool = True
 
 
-def effective_queue_type(wanted: Wanted) -> str | None:
+def effective_queue_type(wanted: TopologyOptions) -> str | None:
     """The queue type that will be asked for; None leaves it to the virtual host's default."""
     return wanted.queue_type or _stated(wanted, QUEUE_TYPE)
 
 
-def dead_letter_target(wanted: Wanted) -> DeadLetterTarget | None:
+def dead_letter_target(wanted: TopologyOptions) -> DeadLetterTarget | None:
     """Where this library publishes dead letters to; None if nobody has named an exchange."""
     exchange, routing_key = wanted.dead_letter_exchange, wanted.dead_letter_routing_key
     if exchange is None:
@@ -159,12 +159,12 @@ def dead_letter_target(wanted: Wanted) -> DeadLetterTarget | None:
     return DeadLetterTarget(exchange, routing_key)
 
 
-def _stated(wanted: Wanted, name: str) -> str | None:
+def _stated(wanted: TopologyOptions, name: str) -> str | None:
     value = wanted.queue_arguments.get(name)
     return value if isinstance(value, str) else None
 
 
-def derive(wanted: Wanted) -> Topology:
+def build_topology(wanted: TopologyOptions) -> Topology:
     """Everything that a consumer needs on its broker."""
     check_only = not wanted.declare
     arguments: dict[str, FieldValue] = dict(wanted.queue_arguments)
@@ -191,7 +191,7 @@ def derive(wanted: Wanted) -> Topology:
                 wanted.dead_letter_queue,
                 arguments={} if queue_type is None else {QUEUE_TYPE: queue_type},
                 # Nothing stands behind it that would catch what it drops.
-                unlimited=queue_type == "quorum",
+                no_delivery_limit=queue_type == "quorum",
                 existing_first=True,
                 check_only=check_only,
             )
@@ -229,7 +229,7 @@ def derive(wanted: Wanted) -> Topology:
     return Topology(tuple(exchanges), tuple(queues), tuple(bindings))
 
 
-def wait_queue(wanted: Wanted, level: int) -> Queue:
+def wait_queue(wanted: TopologyOptions, level: int) -> Queue:
     """The queue in which messages wait for so many milliseconds before they come back.
 
     A quorum queue that keeps what expires until the other queue has taken it. It never expires
@@ -315,11 +315,11 @@ def split_exclusive(topology: Topology) -> tuple[Topology, Topology]:
     return shared, own
 
 
-def _routing_keys(wanted: Wanted) -> tuple[str, ...]:
+def _routing_keys(wanted: TopologyOptions) -> tuple[str, ...]:
     return wanted.routing_keys or (wanted.queue_name,)
 
 
-def _dead_letter_keys(wanted: Wanted, target: DeadLetterTarget) -> tuple[str, ...]:
+def _dead_letter_keys(wanted: TopologyOptions, target: DeadLetterTarget) -> tuple[str, ...]:
     """Every key that a dead letter may come with, so that none misses the dead-letter queue."""
     if target.routing_key is not None:
         return (target.routing_key,)

@@ -10,7 +10,7 @@
 
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.front import front_door
+from aio_pika_batch.front import lazy_exports
 
 __all__ = [
     "BatchBroker",
@@ -28,4 +28,4 @@ if TYPE_CHECKING:
     from aio_pika_batch.testing.rehearsal import process
 else:
     _ROOMS = ("messages", "outcome", "broker", "rehearsal")
-    __getattr__, __dir__ = front_door(__name__, __all__, _ROOMS)
+    __getattr__, __dir__ = lazy_exports(__name__, __all__, _ROOMS)

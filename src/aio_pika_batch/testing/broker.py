@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from aio_pika_batch.adapters.memory.broker import Broker
-from aio_pika_batch.adapters.memory.dialect import NEWEST
 from aio_pika_batch.adapters.memory.faults import Door, PublishFault
 from aio_pika_batch.adapters.memory.journal import Event, Happened
 from aio_pika_batch.adapters.memory.queues import Queue
 from aio_pika_batch.adapters.memory.refusals import Refusal
+from aio_pika_batch.adapters.memory.stored_message import Stored
 from aio_pika_batch.adapters.memory.transport import MemoryTransport
-from aio_pika_batch.adapters.memory.values import Stored
+from aio_pika_batch.adapters.memory.versions import NEWEST
 from aio_pika_batch.core.message import FieldValue, Headers
 from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.errors import PublishError

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from aio_pika_batch.core.batch_run import BatchDecisions
 from aio_pika_batch.core.delay import DelayedCopy
 from aio_pika_batch.core.message import NO_HEADERS, Headers, Message, retry_count
 from aio_pika_batch.core.publication import Publication
-from aio_pika_batch.core.results import MessageResult, Nack, Result, Verdict
+from aio_pika_batch.core.results import MessageOutcome, MessageResult, Nack, Result
 from aio_pika_batch.core.retry import DeadLetterReason
-from aio_pika_batch.core.routing import Plan, Republication
 from aio_pika_batch.core.settlement import Disposition
-from aio_pika_batch.core.trial import Handled
+from aio_pika_batch.core.settlement_plan import PendingCopy, SettlementPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,11 @@ class BatchOutcome:
 
 
 def sum_up(
-    outcome: BatchOutcome, messages: Sequence[Message], handled: Handled, plan: Plan, header: str
+    outcome: BatchOutcome,
+    messages: Sequence[Message],
+    handled: BatchDecisions,
+    plan: SettlementPlan,
+    header: str,
 ) -> None:
     """Enter what was decided.
 
@@ -106,7 +110,7 @@ def sum_up(
     by_tag = {message.delivery_tag: message for message in messages}
     verdicts = {each.message.delivery_tag: each for each in handled.verdicts}
     settled = {tag: each.disposition for each in plan.settlements for tag in each.tags}
-    copies = {each.tag: each for each in plan.republications}
+    copies = {each.tag: each for each in plan.copies}
     for tag, message in by_tag.items():
         verdict = verdicts.get(tag)
         if verdict is None:
@@ -124,13 +128,13 @@ def sum_up(
             outcome.discarded.append(message)
 
 
-def _at_once(message: Message, verdict: Verdict) -> RequeuedMessage:
+def _at_once(message: Message, verdict: MessageOutcome) -> RequeuedMessage:
     known = verdict.message.has_readable_headers
     return RequeuedMessage(message, verdict.message.retry_count if known else 0, immediate=True)
 
 
 def _enter_copy(
-    outcome: BatchOutcome, message: Message, republication: Republication, header: str
+    outcome: BatchOutcome, message: Message, republication: PendingCopy, header: str
 ) -> None:
     copy = republication.copy
     if republication.reason is None:

@@ -26,7 +26,7 @@ skipped for want of a broker looks just like one that has passed.
 @pytest.fixture
 def batch_broker_version() -> str:
     """The RabbitMQ that `batch_broker` imitates; override it, or parametrize a test with it."""
-    from aio_pika_batch.adapters.memory.dialect import NEWEST
+    from aio_pika_batch.adapters.memory.versions import NEWEST
 
     return NEWEST
 

@@ -14,19 +14,19 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from aio_pika_batch.collecting import Collector
+from aio_pika_batch.core.batch_run import BatchDecisions
 from aio_pika_batch.core.batcher import Batch
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Outcome, Outgoing, Publication
 from aio_pika_batch.core.topology import Topology
-from aio_pika_batch.core.trial import Handled
-from aio_pika_batch.crew import Crew, Seat, terms_of
 from aio_pika_batch.errors import ConfigurationError, SessionLost
-from aio_pika_batch.handling import Handling
 from aio_pika_batch.lifecycle import BaseConsumer
 from aio_pika_batch.observer import BatchCut, HandlerError, Observer, Observers, Origin
-from aio_pika_batch.reporting import Reporter
-from aio_pika_batch.terms import Terms
+from aio_pika_batch.runtime.batching import BatchIntake
+from aio_pika_batch.runtime.handler import HandlerRun
+from aio_pika_batch.runtime.handler_events import Reporter
+from aio_pika_batch.runtime.worker_config import WorkerConfig
+from aio_pika_batch.runtime.worker_pool import WorkerInstance, WorkerPool, terms_of
 from aio_pika_batch.testing.messages import delivered
 from aio_pika_batch.testing.outcome import BatchOutcome, sum_up
 from aio_pika_batch.transport import Publisher, Session, Subscription
@@ -91,7 +91,7 @@ async def _nothing() -> None:
     """A hook that is left out."""
 
 
-class _Rehearsal(Crew):
+class _Rehearsal(WorkerPool):
     """A crew whose work is one worker's, on messages that are there already.
 
     Attributes:
@@ -107,13 +107,13 @@ class _Rehearsal(Crew):
         origin = Origin(name, settings.queue_name, 0)
         self._reporter = Reporter(Observers(observers, origin, log), log)
 
-    async def start(self, seats: Sequence[Seat]) -> None:
+    async def start(self, seats: Sequence[WorkerInstance]) -> None:
         """Handle all messages."""
         [seat] = seats
         terms = terms_of(self._settings, seat.exceptions)
-        collector = Collector(terms.cutting, seat.batch_key, terms.failure)
+        collector = BatchIntake(terms.cutting, seat.batch_key, terms.failure)
         now = asyncio.get_running_loop().time()
-        together = Handled()
+        together = BatchDecisions()
         refused = collector.add(self._messages, now)
         if refused is not None:
             self._reporter.refused(refused.verdicts)
@@ -130,10 +130,10 @@ class _Rehearsal(Crew):
         sum_up(self.outcome, self._messages, together, plan, header)
 
     async def _handle(
-        self, batch: Batch, seat: Seat, terms: Terms, *, keeps_failures: bool
-    ) -> Handled:
+        self, batch: Batch, seat: WorkerInstance, terms: WorkerConfig, *, keeps_failures: bool
+    ) -> BatchDecisions:
         ignored = asyncio.get_running_loop().create_future()
-        handling = Handling(
+        handling = HandlerRun(
             seat.process,
             batch,
             terms.failure,

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from aio_pika_batch.core.message import Headers, Message, Properties
 from aio_pika_batch.core.publication import Copy
-from aio_pika_batch.core.results import Cause, Result, Verdict
+from aio_pika_batch.core.results import Cause, MessageOutcome, Result
 from aio_pika_batch.core.settlement import Disposition
-from aio_pika_batch.core.topology import Wanted
+from aio_pika_batch.core.topology import TopologyOptions
 from aio_pika_batch.testing.strategies import UNDECODABLE, results
 from aio_pika_batch.testing.strategies import messages as made_messages
 
@@ -141,12 +141,14 @@ dispositions = st.sampled_from(Disposition)
 @st.composite
 def batches_of_verdicts(
     draw: st.DrawFn, *, max_size: int = 6, of: st.SearchStrategy[Result] = results
-) -> list[Verdict]:
+) -> list[MessageOutcome]:
     """Verdicts over distinct deliveries."""
     decided = draw(st.lists(st.tuples(typical_properties, of, causes, errors), max_size=max_size))
     tags = draw(st.permutations(range(1, len(decided) + 1)))
     return [
-        Verdict(Message(StubSource(), tag, False, b"", ("events", "order.created"), has), *verdict)
+        MessageOutcome(
+            Message(StubSource(), tag, False, b"", ("events", "order.created"), has), *verdict
+        )
         for tag, (has, *verdict) in zip(tags, decided, strict=True)
     ]
 
@@ -157,7 +159,7 @@ exchange_types = st.sampled_from(["direct", "fanout", "topic", "headers", "x-con
 queue_types = st.none() | st.sampled_from(["classic", "quorum"])
 
 wanted = st.builds(
-    Wanted,
+    TopologyOptions,
     queue_name=st.just("jobs"),
     queue_durable=st.booleans(),
     queue_exclusive=st.booleans(),

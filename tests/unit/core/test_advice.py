@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.advice import Habits, advice, broker_advice
+from aio_pika_batch.core.config_checks import ConsumerProfile, broker_warnings_for, warnings_for
 from aio_pika_batch.core.results import MessageResult
-from aio_pika_batch.core.topology import Wanted
+from aio_pika_batch.core.topology import TopologyOptions
 from tests.unit.core.strategies import wanted
 
-SOUND = Wanted(queue_name="jobs", dead_letter_exchange="dlx")
-QUORUM = Wanted(
+SOUND = TopologyOptions(queue_name="jobs", dead_letter_exchange="dlx")
+QUORUM = TopologyOptions(
     queue_name="jobs", queue_type="quorum", queue_arguments={"x-dead-letter-exchange": "dlx"}
 )
-USUAL = Habits(prefetch=20, batch_size=10)
+USUAL = ConsumerProfile(prefetch=20, batch_size=10)
 
 OUR_NAMES = (
     "prefetch_count",
@@ -30,7 +30,7 @@ OUR_NAMES = (
 versions = st.none() | st.sampled_from([(3, 8, 9), (3, 10, 8), (3, 13), (4, 0), (4, 0, 5), (4, 3)])
 seconds = st.floats(0, 10_000)
 habits = st.builds(
-    Habits,
+    ConsumerProfile,
     prefetch=st.integers(0, 100),
     batch_size=st.integers(1, 100),
     batch_timeout=seconds,
@@ -53,7 +53,7 @@ def with_arguments(**arguments):
 @given(wanted, habits, versions)
 def test_each_finding_names_the_setting_that_mends_it(settings, habits, version):
     """Nobody is told of a trouble without the way out, nor twice of one."""
-    found = [*advice(settings, habits), *broker_advice(settings, habits, version)]
+    found = [*warnings_for(settings, habits), *broker_warnings_for(settings, habits, version)]
 
     for line in found:
         assert any(name in line for name in OUR_NAMES)
@@ -64,7 +64,7 @@ def test_each_finding_names_the_setting_that_mends_it(settings, habits, version)
 @pytest.mark.parametrize("settings", [SOUND, QUORUM])
 def test_what_is_sound_is_passed_over_in_silence(settings):
     """Only what is worth a line gets one."""
-    assert [] == advice(settings, USUAL)
+    assert [] == warnings_for(settings, USUAL)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_what_is_sound_is_passed_over_in_silence(settings):
 )
 def test_a_prefetch_below_the_batch_size_is_told(prefetch, batch_size, said):
     """No batch would ever be full; 0 means no limit."""
-    found = advice(SOUND, Habits(prefetch=prefetch, batch_size=batch_size))
+    found = warnings_for(SOUND, ConsumerProfile(prefetch=prefetch, batch_size=batch_size))
 
     assert said is any(
         line.startswith(f"prefetch_count={prefetch} is below batch_size={batch_size}")
@@ -94,7 +94,7 @@ def test_a_prefetch_below_the_batch_size_is_told(prefetch, batch_size, said):
 )
 def test_that_failures_may_be_discarded_is_told(stated, said):
     """Without a dead-letter exchange it is up to the broker's policies."""
-    found = advice(Wanted(queue_name="jobs", **stated), USUAL)
+    found = warnings_for(TopologyOptions(queue_name="jobs", **stated), USUAL)
 
     assert said is any("no dead-letter exchange is known" in line for line in found)
     assert said is bool(found)
@@ -112,9 +112,9 @@ def test_that_failures_may_be_discarded_is_told(stated, said):
 )
 def test_that_a_quorum_queue_drops_past_its_delivery_limit_is_told(stated, said):
     """A dead-letter exchange that only the settings name does not help: the broker knows none."""
-    settings = Wanted(queue_name="jobs", dead_letter_exchange="dlx", **stated)
+    settings = TopologyOptions(queue_name="jobs", dead_letter_exchange="dlx", **stated)
 
-    found = advice(settings, USUAL)
+    found = warnings_for(settings, USUAL)
 
     assert said is any("x-delivery-limit" in line for line in found)
     assert said is bool(found)
@@ -136,7 +136,7 @@ def test_that_a_quorum_queue_drops_past_its_delivery_limit_is_told(stated, said)
 )
 def test_a_delivery_limit_below_the_attempts_is_told(settings, attempts, said):
     """It is no limit to REQUEUE, whose copies are new messages, but to everything else."""
-    found = advice(settings, replace(USUAL, max_requeue_attempts=attempts))
+    found = warnings_for(settings, replace(USUAL, max_requeue_attempts=attempts))
 
     if said is None:
         assert [] == found
@@ -174,7 +174,7 @@ def test_what_is_held_for_longer_than_the_broker_waits_is_told(given, arguments,
     else:
         habits = replace(habits, consumer_arguments=arguments)
 
-    found = [line for line in advice(settings, habits) if "may be held" in line]
+    found = [line for line in warnings_for(settings, habits) if "may be held" in line]
 
     if held is None:
         assert [] == found
@@ -196,7 +196,7 @@ def test_what_is_held_for_longer_than_the_broker_waits_is_told(given, arguments,
 )
 def test_retries_that_outlive_the_message_are_told(arguments, given, said):
     """A copy's time to live begins anew; what is retried in place has no copies."""
-    found = advice(with_arguments(**arguments), replace(USUAL, **given))
+    found = warnings_for(with_arguments(**arguments), replace(USUAL, **given))
 
     assert said is any("x-message-ttl=60000 ms" in line for line in found)
     assert said is bool(found)
@@ -221,7 +221,7 @@ def test_retries_that_outlive_the_message_are_told(arguments, given, said):
 )
 def test_where_the_broker_never_gives_up_it_is_told(settings, version, said):
     """And where it gives up at once, because it reads a limit otherwise than it is meant."""
-    found = broker_advice(settings, USUAL, version)
+    found = broker_warnings_for(settings, USUAL, version)
 
     if said is None:
         assert [] == found
@@ -234,7 +234,7 @@ def test_settings_that_make_every_failure_come_back_for_ever_are_named():
     """What `unhandled_exception_action` or `exception_results` say is no choice of the moment."""
     habits = replace(USUAL, failure_results={MessageResult.REQUEUE_IMMEDIATE})
 
-    [usual], [named] = (broker_advice(SOUND, each, None) for each in (USUAL, habits))
+    [usual], [named] = (broker_warnings_for(SOUND, each, None) for each in (USUAL, habits))
 
     assert "a message that its handler fails at (REQUEUE_IMMEDIATE)" in named
     assert "fails at" not in usual
@@ -244,6 +244,6 @@ def test_where_retries_are_made_in_place_only_crashes_are_not_counted():
     """REQUEUE_IMMEDIATE is counted by us, as everything is."""
     habits = replace(USUAL, failure_results={MessageResult.REQUEUE_IMMEDIATE}, ordered=True)
 
-    [line] = broker_advice(SOUND, habits, None)
+    [line] = broker_warnings_for(SOUND, habits, None)
 
     assert "a message that kills its consumer each time, comes back for ever" in line

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.breaker import (
+from aio_pika_batch.core.circuit_breaker import (
     SLICES,
-    Breaker,
     BreakerPolicy,
     BreakerState,
+    CircuitBreaker,
     is_failure,
 )
-from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Verdict
+from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue
 from aio_pika_batch.core.retry import Backoff
 from aio_pika_batch.testing.strategies import results
 from tests.unit.core.strategies import a_message, causes, errors
@@ -70,7 +70,7 @@ def after(breaker, *steps, now=1000.0):
 @example(policy(), [Handled(0, 4, 0), Handled(9, 0, 4)])
 def test_it_opens_for_what_the_window_shows_and_for_nothing_else(policy, history):
     """The window ends somewhere between nine tenths of its length and the whole of it."""
-    breaker = Breaker(policy)
+    breaker = CircuitBreaker(policy)
     times = list(accumulate(each.gap for each in history))
     for at, (now, batch) in enumerate(zip(times, history, strict=True)):
         changed = breaker.record(succeeded=batch.succeeded, failed=batch.failed, now=now)
@@ -101,7 +101,7 @@ def test_it_opens_for_what_the_window_shows_and_for_nothing_else(policy, history
 @given(policies, histories)
 def test_with_too_few_messages_it_stays_closed(policy, history):
     """However many of them fail."""
-    breaker = Breaker(policy)
+    breaker = CircuitBreaker(policy)
     now, left = 0.0, policy.min_samples - 1
     for batch in history:
         now += batch.gap
@@ -114,7 +114,7 @@ def test_with_too_few_messages_it_stays_closed(policy, history):
 @given(policies, st.lists(st.booleans(), max_size=20))
 def test_each_probe_that_fails_makes_the_next_pause_longer(policy, probes):
     """Doubled, up to the longest; the first success closes it, and it starts from the beginning."""
-    breaker = Breaker(policy)
+    breaker = CircuitBreaker(policy)
     failures = 0
     for succeeds in probes:
         if breaker.state is CLOSED:
@@ -132,7 +132,7 @@ def test_each_probe_that_fails_makes_the_next_pause_longer(policy, probes):
 
 def test_a_probe_that_fails_in_part_has_failed():
     """Where two come at once, the worse one counts."""
-    breaker = Breaker(policy())
+    breaker = CircuitBreaker(policy())
     after(breaker, (0, 4))
     breaker.probe()
     assert [OPEN] == after(breaker, (1, 1))
@@ -142,7 +142,7 @@ def test_a_probe_that_fails_in_part_has_failed():
 @given(policies, st.integers(0, 9), st.integers(0, 9))
 def test_while_it_is_open_nothing_counts(policy, succeeded, failed):
     """What was handled before it opened may come late."""
-    breaker = Breaker(policy)
+    breaker = CircuitBreaker(policy)
     breaker.record(succeeded=0, failed=policy.min_samples, now=0)
     assert not breaker.record(succeeded=succeeded, failed=failed, now=policy.window)
     assert OPEN is breaker.state
@@ -151,7 +151,7 @@ def test_while_it_is_open_nothing_counts(policy, succeeded, failed):
 @pytest.mark.parametrize("state", [CLOSED, HALF_OPEN])
 def test_only_what_is_open_can_be_probed(state):
     """Anything else stays as it is."""
-    breaker = Breaker(policy())
+    breaker = CircuitBreaker(policy())
     if state is HALF_OPEN:
         after(breaker, (0, 4))
         breaker.probe()
@@ -161,7 +161,7 @@ def test_only_what_is_open_can_be_probed(state):
 
 def test_what_was_before_it_opened_is_forgotten():
     """Otherwise it would open again at once, although all is well."""
-    breaker = Breaker(policy())
+    breaker = CircuitBreaker(policy())
     after(breaker, (0, 50))
     breaker.probe()
     assert [CLOSED, CLOSED, CLOSED, OPEN] == after(breaker, (1, 0), (0, 1), (1, 0), (0, 3))
@@ -180,12 +180,12 @@ def test_what_was_before_it_opened_is_forgotten():
 )
 def test_openings(threshold, steps, states):
     """Examples to read, of (succeeded, failed): four samples at least; reaching is enough."""
-    assert states == after(Breaker(policy(threshold=threshold)), *steps)
+    assert states == after(CircuitBreaker(policy(threshold=threshold)), *steps)
 
 
 def test_memory_does_not_grow_with_what_is_handled():
     """A count for each tenth of the window is all that is kept."""
-    breaker = Breaker(policy(threshold=1.0))
+    breaker = CircuitBreaker(policy(threshold=1.0))
     for number in range(5000):
         breaker.record(succeeded=1, failed=0, now=number / 50)
         assert len(breaker._slices) <= SLICES
@@ -226,13 +226,13 @@ MAPPED = {ConnectionError: NACK, KeyError: REQUEUE, ValueError: ACK}
 )
 def test_what_counts_as_a_failure(result, cause, error, failure):
     """A verdict on the message does not, and neither does one that `exception_results` gives."""
-    assert failure is is_failure(Verdict(a_message(), result, cause, error), MAPPED)
+    assert failure is is_failure(MessageOutcome(a_message(), result, cause, error), MAPPED)
 
 
 @given(results, causes, errors)
 def test_whatever_is_tried_again_is_a_failure_and_no_ack_is(result, cause, error):
     """Whoever decided it, and why."""
-    failure = is_failure(Verdict(a_message(), result, cause, error), {})
+    failure = is_failure(MessageOutcome(a_message(), result, cause, error), {})
     if result is ACK:
         assert not failure
     elif not (result is NACK or isinstance(result, Nack)):

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.publication import Copy
-from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result, Verdict
+from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue, Result
 from aio_pika_batch.core.retry import RetryPolicy
-from aio_pika_batch.core.routing import DeadLetterTarget, Router
+from aio_pika_batch.core.settlement_plan import DeadLetterTarget, SettlementPlanner
 from aio_pika_batch.testing.strategies import (
     UNDECODABLE,
     broken_properties,
@@ -41,7 +41,7 @@ failures: st.SearchStrategy[Result] = st.sampled_from([NACK, REQUEUE, Nack("bad"
 
 def a_router(max_attempts=3, *, exception_message=True):
     """A router that dead-letters to an exchange of that name."""
-    return Router(
+    return SettlementPlanner(
         QUEUE,
         RetryPolicy(max_attempts, "x-retry-count"),
         DeadLetterTarget("dlx"),
@@ -51,8 +51,8 @@ def a_router(max_attempts=3, *, exception_message=True):
 
 def copy_of(message, result, *, error=None, cause=Cause.HANDLER, router=None):
     """The one copy that a result asks for."""
-    plan = (router or a_router()).plan([Verdict(message, result, cause, error)], NOW)
-    (step,) = plan.republications
+    plan = (router or a_router()).plan([MessageOutcome(message, result, cause, error)], NOW)
+    (step,) = plan.copies
     return step.copy
 
 
@@ -242,7 +242,7 @@ def test_a_count_is_kept_in_the_header_that_the_policy_names():
         source=StubSource(retry_count_header="attempts"),
         headers={"attempts": 1, "x-retry-count": 7},
     )
-    router = Router(QUEUE, RetryPolicy(3, "attempts"))
+    router = SettlementPlanner(QUEUE, RetryPolicy(3, "attempts"))
 
     copy = copy_of(message, REQUEUE, router=router)
 

@@ -23,14 +23,14 @@ from hypothesis.stateful import (
 
 from aio_pika_batch import MessageResult
 from aio_pika_batch.adapters.memory import Broker, Happened
+from aio_pika_batch.core.batch_run import BatchRun, FailurePolicy
 from aio_pika_batch.core.batcher import Batch, Batcher
 from aio_pika_batch.core.ledger import Frame, Ledger
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import Cause, ResultCollector
 from aio_pika_batch.core.retry import RetryPolicy
-from aio_pika_batch.core.routing import DeadLetterTarget, Republication, Router
 from aio_pika_batch.core.settlement import Disposition, Settlement
-from aio_pika_batch.core.trial import FailurePolicy, Trial
+from aio_pika_batch.core.settlement_plan import DeadLetterTarget, PendingCopy, SettlementPlanner
 from tests.unit.adapters.memory.client import Client, bodies
 from tests.unit.core.strategies import NOW, StubSource
 
@@ -75,7 +75,7 @@ class Running:
         good: The tags that its handler has acked, and that no failure has made void.
     """
 
-    trial: Trial
+    trial: BatchRun
     batch: Sequence[Message]
     messages: Sequence[Message]
     good: set[int] = field(default_factory=set)
@@ -95,7 +95,7 @@ class CoreOnBroker(RuleBasedStateMachine):
         self.publisher.exchange("dlx", "fanout")
         self.publisher.bind(DEAD, "dlx")
         retry = RetryPolicy(plan.attempts, "x-retry-count")
-        self.router = Router(JOBS, retry, DeadLetterTarget("dlx"))
+        self.router = SettlementPlanner(JOBS, retry, DeadLetterTarget("dlx"))
         self.policy = FailurePolicy(
             MessageResult.REQUEUE, {}, isolate=plan.isolate, is_atomic=plan.is_atomic
         )
@@ -112,7 +112,7 @@ class CoreOnBroker(RuleBasedStateMachine):
         self.ledger = Ledger()
         self.batcher = Batcher(size=self.plan.size, timeout=0)
         self.trials: list[Running] = []
-        self.copies: list[Republication] = []
+        self.copies: list[PendingCopy] = []
 
     # -- what happens --
 
@@ -148,7 +148,7 @@ class CoreOnBroker(RuleBasedStateMachine):
 
     def begin(self, batch: Batch) -> None:
         assert 0 < len(batch.messages) <= self.plan.size
-        self.trials.append(Running(Trial(self.policy), batch.messages, batch.messages))
+        self.trials.append(Running(BatchRun(self.policy), batch.messages, batch.messages))
 
     @precondition(lambda self: self.trials)
     @rule(turn=turns, said=answers, cause=st.sampled_from([Cause.EXCEPTION, Cause.SHUTDOWN]))
@@ -163,7 +163,7 @@ class CoreOnBroker(RuleBasedStateMachine):
         if not (failed and self.plan.is_atomic):
             pairs = zip(messages, said, strict=False)
             running.good |= {each.delivery_tag for each, result in pairs if result is ACK}
-        trial.judge(collector, ValueError() if failed else None, cause)
+        trial.record_run(collector, ValueError() if failed else None, cause)
         if failed and cause is Cause.SHUTDOWN:
             trial.stop(ValueError(), cause)
         running.messages = trial.next_run()
@@ -187,7 +187,7 @@ class CoreOnBroker(RuleBasedStateMachine):
         ]
         plan = self.router.plan(trial.verdicts, NOW)
         self.send(self.ledger.settle([*settlements, *plan.settlements]))
-        self.copies += plan.republications
+        self.copies += plan.copies
 
     @precondition(lambda self: self.copies)
     @rule(turn=turns, outcome=st.sampled_from(["confirmed", "unknown", "lost", "given back"]))

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.routing import DeadLetterTarget
+from aio_pika_batch.core.settlement_plan import DeadLetterTarget
 from aio_pika_batch.core.topology import (
     Exchange,
     Queue,
-    Wanted,
+    TopologyOptions,
+    build_topology,
     dead_letter_target,
-    derive,
     effective_queue_type,
 )
 from tests.unit.core.strategies import wanted
@@ -41,14 +41,16 @@ def test_a_dead_letter_exchange_that_is_only_named_is_never_created(settings):
     """Without a queue behind it, it would swallow every dead letter."""
     target = dead_letter_target(settings)
     if settings.dead_letter_queue is None and target is not None and target.exchange:
-        (exchange,) = [each for each in derive(settings).exchanges if each.name == target.exchange]
+        (exchange,) = [
+            each for each in build_topology(settings).exchanges if each.name == target.exchange
+        ]
         assert exchange.check_only
 
 
 @given(wanted.filter(lambda settings: settings.declare and settings.dead_letter_queue), st.data())
 def test_a_dead_letter_reaches_its_queue_whatever_its_key(settings, data):
     """Each key that a message can have come with is bound, on every type that the core knows."""
-    topology = derive(settings)
+    topology = build_topology(settings)
     target = dead_letter_target(settings)
     assert target is not None
     came_by = data.draw(st.sampled_from([*settings.routing_keys, settings.queue_name]))
@@ -78,7 +80,7 @@ def test_a_dead_letter_queue_means_a_dead_letter_target(settings):
 def test_a_dead_letter_queue_is_of_the_type_of_the_queue(settings):
     """A replicated queue has replicated dead letters; where the type is unsaid, it stays unsaid."""
     kind = effective_queue_type(settings)
-    dead = [each for each in derive(settings).queues if each.name == "jobs.dlq"]
+    dead = [each for each in build_topology(settings).queues if each.name == "jobs.dlq"]
 
     assert bool(settings.dead_letter_queue) is bool(dead)
     for queue in dead:
@@ -91,10 +93,10 @@ def test_a_dead_letter_queue_is_of_the_type_of_the_queue(settings):
 @given(wanted)
 def test_nothing_is_dropped_from_a_dead_letter_queue_for_coming_back(settings):
     """Nothing stands behind it; only quorum queues have such a limit, and know such a word."""
-    for queue in derive(settings).queues:
+    for queue in build_topology(settings).queues:
         is_dead = queue.name == "jobs.dlq" and settings.dead_letter_queue is not None
         is_quorum = queue.arguments.get("x-queue-type") == "quorum"
-        assert (is_dead and is_quorum) is queue.unlimited
+        assert (is_dead and is_quorum) is queue.no_delivery_limit
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,9 @@ def test_how_a_limit_is_lifted(version, limit):
     """From 4.0 on there is one to lift; before, the same words are the strictest limit of all."""
     quorum = {"x-queue-type": "quorum"}
 
-    assert {**quorum, **limit} == Queue("q", arguments=quorum, unlimited=True).arguments_on(version)
+    assert {**quorum, **limit} == Queue("q", arguments=quorum, no_delivery_limit=True).arguments_on(
+        version
+    )
     assert quorum == Queue("q", arguments=quorum).arguments_on(version)
 
 
@@ -182,7 +186,7 @@ def test_how_a_limit_is_lifted(version, limit):
 )
 def test_where_dead_letters_go(stated, target):
     """The settings first, then the queue's arguments, then an exchange of the queue's own."""
-    assert target == dead_letter_target(Wanted(queue_name="jobs", **stated))
+    assert target == dead_letter_target(TopologyOptions(queue_name="jobs", **stated))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +205,7 @@ def test_where_dead_letters_go(stated, target):
 )
 def test_how_a_dead_letter_queue_is_bound(kind, routing_keys, stated, bound):
     """By every key that a dead letter may have, and by no more."""
-    settings = Wanted(
+    settings = TopologyOptions(
         queue_name="jobs",
         queue_type="quorum",
         exchange_name="events",
@@ -212,11 +216,13 @@ def test_how_a_dead_letter_queue_is_bound(kind, routing_keys, stated, bound):
         dead_letter_queue="dlq",
     )
 
-    topology = derive(settings)
+    topology = build_topology(settings)
 
     assert (Exchange("dlx", kind, existing_first=True), Exchange("events")) == topology.exchanges
     assert (
-        Queue("dlq", arguments={"x-queue-type": "quorum"}, unlimited=True, existing_first=True),
+        Queue(
+            "dlq", arguments={"x-queue-type": "quorum"}, no_delivery_limit=True, existing_first=True
+        ),
         Queue("jobs", arguments={"x-queue-type": "quorum"}),
     ) == topology.queues
     assert bound == [each.routing_key for each in topology.bindings if each.queue == "dlq"]

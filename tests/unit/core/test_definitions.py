@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from aio_pika_batch.core.definitions import definitions, depends_on_version
-from aio_pika_batch.core.topology import Topology, Wanted, derive
+from aio_pika_batch.core.topology import Topology, TopologyOptions, build_topology
 
-WANTED = Wanted(
+WANTED = TopologyOptions(
     queue_name="orders",
     queue_type="quorum",
     exchange_name="shop",
@@ -19,7 +19,7 @@ WANTED = Wanted(
 
 def test_everything_that_a_consumer_needs_is_there():
     """In the words of RabbitMQ's definitions."""
-    made = definitions(derive(WANTED), "/shop", (4, 0))
+    made = definitions(build_topology(WANTED), "/shop", (4, 0))
     assert ["orders.dlx", "shop"] == [each["name"] for each in made["exchanges"]]
     assert {
         "name": "shop",
@@ -50,14 +50,16 @@ def test_everything_that_a_consumer_needs_is_there():
 @pytest.mark.parametrize(("version", "expected"), [((4, 0), True), ((3, 13), False), (None, False)])
 def test_a_limit_is_lifted_in_the_words_of_the_version(version, expected):
     """Before 4.0 a negative limit would be exceeded at once."""
-    assert depends_on_version(derive(WANTED))
-    made = definitions(derive(WANTED), "/", version)
+    assert depends_on_version(build_topology(WANTED))
+    made = definitions(build_topology(WANTED), "/", version)
     assert expected is ("x-delivery-limit" in made["queues"][0]["arguments"])
 
 
 def test_nobody_imports_what_is_somebody_elses():
     """What must exist already, and what goes with its connection."""
-    mine = derive(Wanted(queue_name="mine", queue_exclusive=True, dead_letter_exchange="theirs"))
+    mine = build_topology(
+        TopologyOptions(queue_name="mine", queue_exclusive=True, dead_letter_exchange="theirs")
+    )
     assert not depends_on_version(mine)
     assert {"exchanges": [], "queues": [], "bindings": []} == definitions(mine, "/", None)
     assert {"exchanges": [], "queues": [], "bindings": []} == definitions(Topology(), "/", None)

@@ -12,13 +12,13 @@ from aio_pika_batch.core.delay import (
     LONGEST_WAIT,
     MOST_LEVELS,
     DelayedCopy,
-    ladder,
+    make_delay_steps,
     wait_queue_name,
 )
 from aio_pika_batch.core.message import Properties
-from aio_pika_batch.core.results import MessageResult, Requeue, Verdict
+from aio_pika_batch.core.results import MessageOutcome, MessageResult, Requeue
 from aio_pika_batch.core.retry import DeadLetterReason, RetryPolicy
-from aio_pika_batch.core.routing import DeadLetterTarget, Router
+from aio_pika_batch.core.settlement_plan import DeadLetterTarget, SettlementPlanner
 from aio_pika_batch.testing.strategies import broken_properties, properties, sound_properties
 from tests.unit.core.strategies import (
     NOW,
@@ -39,12 +39,12 @@ retries = st.integers(0, 2**70)
 
 @st.composite
 def ladders(draw, *, climbing=True):
-    """A ladder, and what it was made of."""
+    """A delay_steps, and what it was made of."""
     maximum = draw(waits)
     first = draw(st.floats(0.001, maximum)) if climbing else 0.0
     factor = draw(factors)
     try:
-        return ladder(first, factor, maximum), first, factor, maximum
+        return make_delay_steps(first, factor, maximum), first, factor, maximum
     except ValueError:
         assume(False)
         raise
@@ -55,8 +55,10 @@ anything = ladders() | ladders(climbing=False)
 
 def waiting_copy(message, result=REQUEUE, *, first=1.0):
     """The copy of a message that is to wait."""
-    router = Router(QUEUE, RetryPolicy(2**71, "x-retry-count"), ladder=ladder(first))
-    (step,) = router.plan([Verdict(message, result)], NOW).republications
+    router = SettlementPlanner(
+        QUEUE, RetryPolicy(2**71, "x-retry-count"), delay_steps=make_delay_steps(first)
+    )
+    (step,) = router.plan([MessageOutcome(message, result)], NOW).copies
     return step.copy
 
 
@@ -73,7 +75,7 @@ def expired(copy, level=1000, queue=QUEUE):
     return delivered(DelayedCopy(a_message(headers=headers), "", queue, {}))
 
 
-# --- the ladder ---------------------------------------------------------------------
+# --- the delay_steps ---------------------------------------------------------------------
 
 
 @given(ladders(), retries)
@@ -100,19 +102,19 @@ def test_a_later_retry_never_waits_less(made, one, other):
 
 
 @given(anything, st.floats(0, 1e300) | waits, retries)
-@example((ladder(1, 2, 4), 1, 2, 4), 2.3, 0)
-@example((ladder(0.0, 2, 300), 0, 2, 300), 1e308, 0)
+@example((make_delay_steps(1, 2, 4), 1, 2, 4), 2.3, 0)
+@example((make_delay_steps(0.0, 2, 300), 0, 2, 300), 1e308, 0)
 def test_an_asked_for_delay_is_never_cut_short_but_by_the_maximum(made, asked, count):
     """The nearest level at or above, whatever the count says; nothing stays nothing."""
     steps, _, _, maximum = made
 
     level = steps.level(Requeue(delay=asked), count)
 
-    below = [each for each in steps.askable if each < level]
+    below = [each for each in steps.requestable if each < level]
     if asked * 1000 < 0.0005:
         assert 0 == level
     else:
-        assert level in steps.askable
+        assert level in steps.requestable
         assert level >= min(asked * 1000 - 0.001, round(maximum * 1000))
         assert not below or below[-1] < asked * 1000
 
@@ -122,12 +124,12 @@ def test_the_levels_of_a_ladder_are_few_and_rise(made):
     """Each is a queue, declared with a number of milliseconds that a broker takes."""
     steps, _, _, maximum = made
 
-    assert 1 <= len(steps.askable) <= MOST_LEVELS + 1
-    assert sorted(set(steps.askable)) == list(steps.askable)
-    assert sorted(steps.climbed) == list(steps.climbed)
-    assert set(steps.climbed) <= set(steps.askable)
-    assert 1 <= steps.askable[0]
-    assert max(1, round(maximum * 1000)) == steps.askable[-1] < 2**32
+    assert 1 <= len(steps.requestable) <= MOST_LEVELS + 1
+    assert sorted(set(steps.requestable)) == list(steps.requestable)
+    assert sorted(steps.automatic) == list(steps.automatic)
+    assert set(steps.automatic) <= set(steps.requestable)
+    assert 1 <= steps.requestable[0]
+    assert max(1, round(maximum * 1000)) == steps.requestable[-1] < 2**32
 
 
 @given(ladders(), st.integers(0, 200))
@@ -135,9 +137,9 @@ def test_the_needed_levels_are_those_that_retries_climb(made, attempts):
     """What is declared at the start: no more, and no less."""
     steps = made[0]
 
-    climbed = {steps.level(REQUEUE, count) for count in range(attempts)}
+    automatic = {steps.level(REQUEUE, count) for count in range(attempts)}
 
-    assert sorted(climbed) == list(steps.needed(attempts))
+    assert sorted(automatic) == list(steps.needed(attempts))
 
 
 @given(ladders() | ladders(climbing=False), st.integers(0, 200))
@@ -160,7 +162,7 @@ def test_without_a_first_wait_retries_do_not_wait(made, count):
 
 
 @pytest.mark.parametrize(
-    ("first", "factor", "maximum", "climbed", "askable"),
+    ("first", "factor", "maximum", "automatic", "requestable"),
     [
         (0, 2, 300, [], [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]),
         (1, 2, 10, [1, 2, 4, 8, 10], [1, 2, 4, 8, 10]),
@@ -170,26 +172,26 @@ def test_without_a_first_wait_retries_do_not_wait(made, count):
         (0, 2, 0.5, [], [0.5]),
     ],
 )
-def test_ladders(first, factor, maximum, climbed, askable):
+def test_ladders(first, factor, maximum, automatic, requestable):
     """Examples to read, in seconds."""
-    steps = ladder(first, factor, maximum)
+    steps = make_delay_steps(first, factor, maximum)
 
-    assert climbed == [each / 1000 for each in steps.climbed]
-    assert askable == [each / 1000 for each in steps.askable]
+    assert automatic == [each / 1000 for each in steps.automatic]
+    assert requestable == [each / 1000 for each in steps.requestable]
 
 
 def test_tiny_steps_share_a_level():
     """No queue is declared twice, and each retry still has its wait."""
-    steps = ladder(0.001, 1.2, 0.003)
+    steps = make_delay_steps(0.001, 1.2, 0.003)
 
-    assert (1, 1, 1, 2, 2, 2, 3, 3) == steps.climbed
-    assert (1, 2, 3) == steps.askable == steps.needed(9)
+    assert (1, 1, 1, 2, 2, 2, 3, 3) == steps.automatic
+    assert (1, 2, 3) == steps.requestable == steps.needed(9)
 
 
 def test_a_ladder_of_too_many_steps_is_refused():
     """Each step is a queue; a factor near 1 would make thousands."""
     with pytest.raises(ValueError, match=r"by a factor of 1\.01 there are more than 100 steps"):
-        ladder(1, 1.01, 300)
+        make_delay_steps(1, 1.01, 300)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_a_ladder_of_too_many_steps_is_refused():
 @pytest.mark.parametrize("first", [0, 1])
 def test_delays(delay, level, first):
     """Examples to read; nothing asked for is nothing waited for, also where others wait."""
-    assert level == ladder(first, 2, 10).level(Requeue(delay=delay), 2)
+    assert level == make_delay_steps(first, 2, 10).level(Requeue(delay=delay), 2)
 
 
 # --- what a handler may ask for --------------------------------------------------------
@@ -326,11 +328,11 @@ def test_an_expiration_comes_back():
 def test_the_last_failure_of_a_message_that_has_waited_is_a_dead_letter():
     """Whatever delay is asked for; and its expiration is where dead letters have it."""
     headers = {"x-original-expiration": "60000", "x-death": DIED_HERE, "x-retry-count": 3}
-    router = Router(QUEUE, RetryPolicy(3, "x-retry-count"), DeadLetterTarget("dlx"))
+    router = SettlementPlanner(QUEUE, RetryPolicy(3, "x-retry-count"), DeadLetterTarget("dlx"))
 
-    plan = router.plan([Verdict(a_message(headers=headers), Requeue(delay=5))], NOW)
+    plan = router.plan([MessageOutcome(a_message(headers=headers), Requeue(delay=5))], NOW)
 
-    (step,) = plan.republications
+    (step,) = plan.copies
     assert ("dlx", DeadLetterReason.EXHAUSTED) == (step.copy.exchange, step.reason)
     assert step.copy.properties.expiration is None
     assert "60000" == (step.copy.properties.headers or {})["x-original-expiration"]

@@ -14,27 +14,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.fleet import (
+from aio_pika_batch.cli.fleet import (
     Abandon,
-    Beat,
     Drain,
-    Fleet,
-    FleetPolicy,
+    Event,
+    Heartbeat,
     Kill,
-    Notice,
+    Log,
     Phase,
+    ProcessManager,
+    ProcessPolicy,
     Spawn,
-    Tell,
 )
 
-WELL = Beat(is_ready=True, is_stuck=False, budget=20.0)
-BUSY = Beat(is_ready=False, is_stuck=False, budget=20.0)
-STUCK = Beat(is_ready=True, is_stuck=True, budget=20.0)
+WELL = Heartbeat(is_ready=True, is_stuck=False, budget=20.0)
+BUSY = Heartbeat(is_ready=False, is_stuck=False, budget=20.0)
+STUCK = Heartbeat(is_ready=True, is_stuck=True, budget=20.0)
 
 
-def started(size: int = 1, **policy: object) -> Fleet:
+def started(size: int = 1, **policy: object) -> ProcessManager:
     """A fleet whose processes are all ready at time 0."""
-    fleet = Fleet(FleetPolicy(size, **policy))
+    fleet = ProcessManager(ProcessPolicy(size, **policy))
     assert [Spawn(0)] == fleet.poll(0)
     fleet.heard(0, WELL, 0)
     assert [Spawn(slot) for slot in range(1, size)] == fleet.poll(0)
@@ -43,14 +43,14 @@ def started(size: int = 1, **policy: object) -> Fleet:
     return fleet
 
 
-def notices(actions: list[object]) -> list[Notice]:
+def notices(actions: list[object]) -> list[Event]:
     """What is told."""
-    return [each.notice for each in actions if isinstance(each, Tell)]
+    return [each.notice for each in actions if isinstance(each, Log)]
 
 
 def test_the_others_are_started_once_the_first_is_heard_of():
     """What is wrong with all of them is told once."""
-    fleet = Fleet(FleetPolicy(3))
+    fleet = ProcessManager(ProcessPolicy(3))
     assert [Spawn(0)] == fleet.poll(0)
     assert [] == fleet.poll(5)
     fleet.heard(0, BUSY, 6)
@@ -64,7 +64,7 @@ def test_a_crashed_process_is_started_again_after_a_pause_that_grows():
     now = 0.0
     for pause in (0.5, 1.0, 2.0, 4.0):
         fleet.exited(0, -9, now)
-        assert [Tell(Notice.ENDED, 0, -9, pause)] == fleet.poll(now)
+        assert [Log(Event.ENDED, 0, -9, pause)] == fleet.poll(now)
         assert [] == fleet.poll(now + pause - 0.01)
         now += pause
         assert [Spawn(0)] == fleet.poll(now)
@@ -84,7 +84,7 @@ def test_a_process_that_was_stable_begins_anew():
 def test_one_crash_loop_is_told_once_and_the_others_work_on():
     """It is tried again, at the longest pause; when it is stable, that is told too."""
     fleet = started(2, limit=3)
-    told: list[Notice] = []
+    told: list[Event] = []
     now = 0.0
     for _ in range(8):
         fleet.exited(0, 1, now)
@@ -92,10 +92,10 @@ def test_one_crash_loop_is_told_once_and_the_others_work_on():
         now += 30
         fleet.heard(1, WELL, now)
         fleet.poll(now)
-    assert [Notice.LOOPING] == [each for each in told if each is not Notice.ENDED]
+    assert [Event.LOOPING] == [each for each in told if each is not Event.ENDED]
     assert fleet.outcome is None
     fleet.heard(0, WELL, now + 30)
-    assert [Notice.RECOVERED] == notices(fleet.poll(now + 30))
+    assert [Event.RECOVERED] == notices(fleet.poll(now + 30))
 
 
 def test_a_fleet_of_crash_loops_is_given_up():
@@ -107,17 +107,17 @@ def test_a_fleet_of_crash_loops_is_given_up():
     fleet.exited(0, 1, 1)
     assert fleet.outcome is None
     fleet.exited(1, 1, 1)
-    assert Notice.GIVEN_UP in notices(fleet.poll(1))
+    assert Event.GIVEN_UP in notices(fleet.poll(1))
     assert 1 == fleet.outcome
 
 
 @pytest.mark.parametrize("code", [2, 3])
 def test_what_no_restart_mends_is_given_up_at_once(code):
     """Wrong usage, wrong configuration, no access: with the same exit code."""
-    fleet = Fleet(FleetPolicy(3, fatal=frozenset({2, 3})))
+    fleet = ProcessManager(ProcessPolicy(3, fatal=frozenset({2, 3})))
     fleet.poll(0)
     fleet.exited(0, code, 1)
-    assert [Tell(Notice.GIVEN_UP, code=code)] == fleet.poll(1)
+    assert [Log(Event.GIVEN_UP, code=code)] == fleet.poll(1)
     assert code == fleet.outcome
 
 
@@ -125,7 +125,7 @@ def test_after_it_was_ready_such_a_code_is_a_crash():
     """A new configuration that is wrong must not take down what runs on the old one."""
     fleet = started(2, fatal=frozenset({2}))
     fleet.exited(0, 2, 1)
-    assert [Tell(Notice.ENDED, 0, 2, 0.5)] == fleet.poll(1)
+    assert [Log(Event.ENDED, 0, 2, 0.5)] == fleet.poll(1)
     assert not fleet.is_draining
 
 
@@ -135,32 +135,32 @@ def test_a_silent_process_is_killed_and_replaced():
     assert 10 == fleet.deadline
     fleet.heard(0, WELL, 4)
     assert [] == fleet.poll(13.9)
-    assert [Tell(Notice.HUNG, 0), Kill(0)] == fleet.poll(14)
+    assert [Log(Event.HUNG, 0), Kill(0)] == fleet.poll(14)
     assert [] == fleet.poll(15)
     fleet.exited(0, -9, 15)
-    assert [Tell(Notice.ENDED, 0, -9, 0.5)] == fleet.poll(15)
+    assert [Log(Event.ENDED, 0, -9, 0.5)] == fleet.poll(15)
     assert [Spawn(0)] == fleet.poll(15.5)
 
 
 def test_a_process_that_is_never_heard_of_is_killed_later():
     """Imports take their time."""
-    fleet = Fleet(FleetPolicy(1, silence=10, boot=100))
+    fleet = ProcessManager(ProcessPolicy(1, silence=10, boot=100))
     fleet.poll(0)
     assert 100 == fleet.deadline
     assert [] == fleet.poll(99)
-    assert [Tell(Notice.HUNG, 0), Kill(0)] == fleet.poll(100)
+    assert [Log(Event.HUNG, 0), Kill(0)] == fleet.poll(100)
 
 
 def test_a_stuck_process_is_asked_to_leave_and_killed_if_it_does_not():
     """Its other handlers may end well; the one that is stuck is cut off within the budget."""
     fleet = started(1, grace=3)
     fleet.heard(0, STUCK, 1)
-    assert [Tell(Notice.STUCK, 0), Drain(0)] == fleet.poll(1)
+    assert [Log(Event.STUCK, 0), Drain(0)] == fleet.poll(1)
     fleet.heard(0, STUCK, 23)
     assert [] == fleet.poll(23.9)
-    assert [Tell(Notice.LATE, 0), Kill(0)] == fleet.poll(24)
+    assert [Log(Event.LATE, 0), Kill(0)] == fleet.poll(24)
     fleet.exited(0, -9, 24)
-    assert [Tell(Notice.ENDED, 0, -9, 0.5)] == fleet.poll(24)
+    assert [Log(Event.ENDED, 0, -9, 0.5)] == fleet.poll(24)
 
 
 def test_rolling_replaces_one_after_another():
@@ -177,7 +177,7 @@ def test_rolling_replaces_one_after_another():
     fleet.exited(1, 0, 5)
     assert [Spawn(1)] == fleet.poll(5)
     fleet.heard(1, WELL, 6)
-    assert [Tell(Notice.ROLLED)] == fleet.poll(6)
+    assert [Log(Event.ROLLED)] == fleet.poll(6)
     assert fleet.is_ready
 
 
@@ -190,7 +190,7 @@ def test_rolling_stops_where_the_new_process_does_not_come_up():
     fleet.poll(2)
     fleet.exited(0, 2, 3)
     told = notices(fleet.poll(3))
-    assert [Notice.ROLL_STOPPED, Notice.ENDED] == told
+    assert [Event.ROLL_STOPPED, Event.ENDED] == told
     fleet.heard(1, WELL, 4)
     assert [Spawn(0)] == fleet.poll(4)
     fleet.heard(0, WELL, 5)
@@ -233,7 +233,7 @@ def test_a_drain_asks_everybody_and_ends_with_0():
     fleet.roll()
     fleet.drain(1)
     fleet.drain(1)
-    assert [Drain(0), Drain(1)] == [each for each in fleet.poll(1) if not isinstance(each, Tell)]
+    assert [Drain(0), Drain(1)] == [each for each in fleet.poll(1) if not isinstance(each, Log)]
     assert fleet.is_draining
     fleet.roll()
     fleet.exited(0, 0, 2)
@@ -250,7 +250,7 @@ def test_a_drain_that_takes_too_long_is_ended_and_told():
     fleet.drain(1)
     fleet.poll(1)
     assert 24 == fleet.deadline
-    assert [Tell(Notice.LATE, 0), Kill(0)] == fleet.poll(24)
+    assert [Log(Event.LATE, 0), Kill(0)] == fleet.poll(24)
     fleet.exited(0, -9, 24)
     assert 1 == fleet.outcome
 
@@ -271,10 +271,10 @@ def test_an_abandoned_drain_is_forced_and_the_third_signal_kills():
 
 def test_under_development_what_ended_waits_for_a_change():
     """Whatever it ended with."""
-    fleet = Fleet(FleetPolicy(1, silence=math.inf, boot=math.inf, is_patient=True))
+    fleet = ProcessManager(ProcessPolicy(1, silence=math.inf, boot=math.inf, is_patient=True))
     fleet.poll(0)
     fleet.exited(0, 2, 1)
-    assert [Tell(Notice.ENDED, 0, 2)] == fleet.poll(1)
+    assert [Log(Event.ENDED, 0, 2)] == fleet.poll(1)
     assert fleet.deadline is None
     fleet.roll()
     assert [Spawn(0)] == fleet.poll(1000)
@@ -341,11 +341,11 @@ class Process:
 class World:
     """Processes, and a fleet that looks after them."""
 
-    fleet: Fleet
+    fleet: ProcessManager
     lives: list[list[Life]]
     running: dict[int, Process] = field(default_factory=dict)
     spawned: list[list[float]] = field(default_factory=list)
-    told: list[Tell] = field(default_factory=list)
+    told: list[Log] = field(default_factory=list)
     rolled: list[float] = field(default_factory=list)
     now: float = 0.0
 
@@ -378,7 +378,7 @@ class World:
                 hangs = process.life.end is None and self.now - process.began > process.life.lives
                 process.next_beat = math.inf if hangs else self.now + INTERVAL
                 if not hangs:
-                    self.fleet.heard(slot, Beat(True, process.life.is_stuck, 20.0), self.now)
+                    self.fleet.heard(slot, Heartbeat(True, process.life.is_stuck, 20.0), self.now)
 
     def act(self) -> None:
         for action in self.fleet.poll(self.now):
@@ -405,7 +405,7 @@ class World:
                 case Abandon(slot):
                     process = self.running[slot]
                     process.ends, process.code = min(process.ends, self.now + 1), 1
-                case Tell():
+                case Log():
                     self.told.append(action)
         leaving = [m for m in self.fleet.members if m.is_rolled and m.phase is Phase.LEAVING]
         assert len(leaving) <= 1, "one at a time makes room"
@@ -421,8 +421,8 @@ class World:
 )
 def test_whatever_processes_do_the_fleet_ends_as_it_should(lives, rolls, drain_at, is_abandoned):
     """No slot has two processes, restarts are never a hot loop, and a drain ends within budget."""
-    policy = FleetPolicy(len(lives), silence=10, boot=30, fatal=frozenset({2}))
-    world = World(Fleet(policy), [list(each) for each in lives])
+    policy = ProcessPolicy(len(lives), silence=10, boot=30, fatal=frozenset({2}))
+    world = World(ProcessManager(policy), [list(each) for each in lives])
     for at in sorted(rolls):
         world.live(min(at, drain_at))
         world.fleet.roll()
@@ -434,7 +434,7 @@ def test_whatever_processes_do_the_fleet_ends_as_it_should(lives, rolls, drain_a
         quick = sum(each < 0.5 for each in between)
         assert quick <= len(rolls), "a restart that nobody asked for waits"
     if world.fleet.outcome is not None:
-        assert Notice.GIVEN_UP in [each.notice for each in world.told]
+        assert Event.GIVEN_UP in [each.notice for each in world.told]
         return
     was_draining = world.fleet.is_draining
     world.fleet.drain(world.now)
@@ -449,7 +449,7 @@ def test_whatever_processes_do_the_fleet_ends_as_it_should(lives, rolls, drain_a
 def test_a_fleet_that_only_crashes_is_given_up_in_bounded_time(size, code):
     """With 1; after as many starts as the limit says."""
     fatal = Life(boots=0.1, lives=0.2, end=code, drains=0.0, is_stuck=False)
-    world = World(Fleet(FleetPolicy(size)), [[fatal] * 20 for _ in range(size)])
+    world = World(ProcessManager(ProcessPolicy(size)), [[fatal] * 20 for _ in range(size)])
     world.live(60)
     assert 1 == world.fleet.outcome
     assert all(5 <= len(times) <= 6 for times in world.spawned)

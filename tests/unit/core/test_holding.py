@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.holding import GiveBack, Held, HoldPolicy, TryAgain
 from aio_pika_batch.core.retry import Backoff
+from aio_pika_batch.core.unconfirmed_policy import Pending, Republish, Return, UnconfirmedPolicy
 
 SINCE = 100.0
 
@@ -21,7 +21,7 @@ jitters = st.floats(0, 1, exclude_max=True)
 class Situation:
     """A copy has failed, and a policy is asked what to do."""
 
-    policy: HoldPolicy
+    policy: UnconfirmedPolicy
     failures: int
     waited: float
     jitter: float
@@ -38,13 +38,13 @@ class Situation:
 
     def decide(self):
         """What the policy says."""
-        held = Held(SINCE, self.failures)
+        held = Pending(SINCE, self.failures)
         return self.policy.next_step(held, now=self.now, jitter=self.jitter, waiting=self.waiting)
 
 
 situations = st.builds(
     Situation,
-    st.builds(HoldPolicy, seconds, st.integers(1, 5), st.builds(Backoff, seconds, seconds)),
+    st.builds(UnconfirmedPolicy, seconds, st.integers(1, 5), st.builds(Backoff, seconds, seconds)),
     failures=st.integers(1, 100),
     waited=st.just(0.0) | seconds,
     jitter=jitters,
@@ -53,15 +53,15 @@ situations = st.builds(
 
 
 @given(situations)
-@example(Situation(HoldPolicy(1, 1, Backoff(8, 8)), 1, waited=0.5, jitter=0, waiting=2))
-@example(Situation(HoldPolicy(1, 1, Backoff(8, 8)), 1, waited=2, jitter=0, waiting=1))
+@example(Situation(UnconfirmedPolicy(1, 1, Backoff(8, 8)), 1, waited=0.5, jitter=0, waiting=2))
+@example(Situation(UnconfirmedPolicy(1, 1, Backoff(8, 8)), 1, waited=2, jitter=0, waiting=1))
 def test_an_original_is_never_held_beyond_its_time(situation):
     """Another attempt starts before the end, and a return is at the end at the latest."""
     end = max(situation.now, SINCE + situation.policy.hold)
 
     step = situation.decide()
 
-    if isinstance(step, GiveBack):
+    if isinstance(step, Return):
         assert situation.now <= step.at <= end
     else:
         assert situation.now < step.at < end
@@ -85,7 +85,7 @@ def test_a_copy_is_not_tried_again_before_half_of_the_longest_pause(situation):
 
     step = situation.decide()
 
-    if isinstance(step, TryAgain):
+    if isinstance(step, Republish):
         assert shortest * 0.999 <= step.at - situation.now <= longest * 1.001
 
 
@@ -97,9 +97,9 @@ def test_a_copy_is_tried_again_while_there_is_room_and_time(situation):
     step = situation.decide()
 
     if situation.waiting > policy.room or situation.waited >= policy.hold:
-        assert isinstance(step, GiveBack)
+        assert isinstance(step, Return)
     elif situation.waited + situation.pauses[1] < policy.hold * 0.999:
-        assert isinstance(step, TryAgain)
+        assert isinstance(step, Republish)
 
 
 @given(situations)
@@ -115,19 +115,21 @@ def test_a_full_room_empties_sooner_than_the_hold(situation):
 @pytest.mark.parametrize(
     ("failures", "now", "jitter", "waiting", "step"),
     [
-        (1, 100, 0.0, 5, TryAgain(100.5)),
-        (1, 100, 0.5, 5, TryAgain(100.75)),
-        (1, 100, 0.0, 6, GiveBack(100.5)),
-        (4, 110, 0.0, 1, TryAgain(114)),
-        (9, 125.5, 0.0, 1, TryAgain(129.5)),
-        (9, 126, 0.0, 1, GiveBack(130)),
-        (9, 129, 0.0, 6, GiveBack(130)),
-        (9, 130, 0.0, 1, GiveBack(130)),
-        (9, 200, 0.0, 1, GiveBack(200)),
+        (1, 100, 0.0, 5, Republish(100.5)),
+        (1, 100, 0.5, 5, Republish(100.75)),
+        (1, 100, 0.0, 6, Return(100.5)),
+        (4, 110, 0.0, 1, Republish(114)),
+        (9, 125.5, 0.0, 1, Republish(129.5)),
+        (9, 126, 0.0, 1, Return(130)),
+        (9, 129, 0.0, 6, Return(130)),
+        (9, 130, 0.0, 1, Return(130)),
+        (9, 200, 0.0, 1, Return(200)),
     ],
 )
 def test_steps(failures, now, jitter, waiting, step):
     """Examples to read: held since 100, for 30 s at most, five at a time, pauses 1, 2, 4, 8 s."""
-    policy = HoldPolicy(hold=30, room=5, backoff=Backoff(1, 8))
+    policy = UnconfirmedPolicy(hold=30, room=5, backoff=Backoff(1, 8))
 
-    assert step == policy.next_step(Held(SINCE, failures), now=now, jitter=jitter, waiting=waiting)
+    assert step == policy.next_step(
+        Pending(SINCE, failures), now=now, jitter=jitter, waiting=waiting
+    )

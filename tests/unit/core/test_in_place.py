@@ -8,19 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.delay import ladder
-from aio_pika_batch.core.in_place import Retried, RetryInPlace
+from aio_pika_batch.core.delay import make_delay_steps
 from aio_pika_batch.core.message import Properties
-from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Verdict
+from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue
 from aio_pika_batch.core.retry import Backoff, DeadLetterReason, RetryPolicy
-from aio_pika_batch.core.routing import DeadLetterTarget, Router
+from aio_pika_batch.core.retry_in_place import Retried, RetryInPlace
+from aio_pika_batch.core.settlement_plan import DeadLetterTarget, SettlementPlanner
 from tests.unit.core.strategies import NOW, StubSource, a_message, batches_of_verdicts
 
 NACK, REQUEUE = MessageResult.NACK, MessageResult.REQUEUE
 REQUEUE_IMMEDIATE = MessageResult.REQUEUE_IMMEDIATE
 
 RETRY = RetryPolicy(3, "x-retry-count")
-IN_PLACE = RetryInPlace(RETRY, Backoff(2.0, 60.0), ladder())
+IN_PLACE = RetryInPlace(RETRY, Backoff(2.0, 60.0), make_delay_steps())
 
 jitters = st.floats(0, 1, exclude_max=True)
 undecided = st.sampled_from([Cause.EXCEPTION, Cause.TIMEOUT, Cause.MISSING, Cause.INVALID])
@@ -32,7 +32,7 @@ ERROR = RuntimeError("what ended the run")
 def verdict(tag, result=REQUEUE, cause=Cause.HANDLER, error=ERROR, **properties):
     """What was decided about a message."""
     error = None if cause is Cause.HANDLER else error
-    return Verdict(a_message(tag, **properties), result, cause, error)
+    return MessageOutcome(a_message(tag, **properties), result, cause, error)
 
 
 def sort(*verdicts, policy=IN_PLACE, jitter=0.0):
@@ -41,7 +41,7 @@ def sort(*verdicts, policy=IN_PLACE, jitter=0.0):
     return (
         [each.message.delivery_tag for each in found.final],
         [each.message.delivery_tag for each in found.attempts],
-        [each.delivery_tag for each in found.unreached],
+        [each.delivery_tag for each in found.not_attempted],
     )
 
 
@@ -67,7 +67,7 @@ def test_of_those_left_undecided_the_first_has_failed_and_the_others_were_not_re
     assert [(1, 1)] == [
         (each.message.delivery_tag, each.message.retry_count) for each in found.attempts
     ]
-    assert [each.message for each in verdicts[1:]] == found.unreached
+    assert [each.message for each in verdicts[1:]] == found.not_attempted
     assert [] == found.final
 
 
@@ -105,19 +105,19 @@ def test_one_that_was_passed_over_keeps_its_place_before_a_later_one_that_failed
     assert [(1, 1, 1.0), (2, 0, 0.0), (3, 1, 1.0)] == [
         (each.message.delivery_tag, each.message.retry_count, each.pause) for each in found.attempts
     ]
-    assert [4] == [each.delivery_tag for each in found.unreached]
+    assert [4] == [each.delivery_tag for each in found.not_attempted]
 
 
 @pytest.mark.parametrize("result", [REQUEUE, REQUEUE_IMMEDIATE, Requeue("busy")])
 def test_once_its_attempts_are_spent_a_message_is_dead_lettered_as_exhausted(result):
     """And no broker tries it again instead."""
-    router = Router("jobs", RETRY, DeadLetterTarget("dlx"))
+    router = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
     last = verdict(1, result, headers={"x-retry-count": 3})
 
     found = IN_PLACE.sort([last], now=NOW, jitter=0.0)
 
     plan = router.plan(found.final, NOW)
-    assert [DeadLetterReason.EXHAUSTED] == [each.reason for each in plan.republications]
+    assert [DeadLetterReason.EXHAUSTED] == [each.reason for each in plan.copies]
     assert (0, 0) == (len(found.attempts), len(plan.settlements))
 
 
@@ -131,13 +131,13 @@ def test_the_last_one_of_a_batch_that_could_be_tried_again_lets_the_others_go_on
 
 def test_one_whose_headers_cannot_be_read_is_not_tried_again():
     """Nobody could count its attempts."""
-    broken = Verdict(a_message(1, undecodable={"headers": "not UTF-8"}), REQUEUE)
-    router = Router("jobs", RETRY, DeadLetterTarget("dlx"))
+    broken = MessageOutcome(a_message(1, undecodable={"headers": "not UTF-8"}), REQUEUE)
+    router = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
 
     found = IN_PLACE.sort([broken], now=NOW, jitter=0.0)
 
     plan = router.plan(found.final, NOW)
-    assert [DeadLetterReason.UNDECODABLE] == [each.reason for each in plan.republications]
+    assert [DeadLetterReason.UNDECODABLE] == [each.reason for each in plan.copies]
     assert [] == found.attempts
 
 
@@ -165,8 +165,8 @@ def test_pauses_grow_with_the_attempts_and_are_never_nothing(count, jitter):
     ],
 )
 def test_it_waits_as_long_as_a_delayed_retry_would(result, count, pause):
-    """By the same ladder, whatever the jitter; and as long as the handler asks for."""
-    policy = RetryInPlace(RETRY, Backoff(2.0, 60.0), ladder(5.0, 2.0, 15.0))
+    """By the same delay_steps, whatever the jitter; and as long as the handler asks for."""
+    policy = RetryInPlace(RETRY, Backoff(2.0, 60.0), make_delay_steps(5.0, 2.0, 15.0))
     failed = verdict(1, result, headers={"x-retry-count": count})
 
     [attempt] = policy.sort([failed], now=NOW, jitter=0.3).attempts
@@ -187,7 +187,7 @@ def test_each_message_has_one_fate_and_the_order_is_kept(verdicts, jitter):
     """Nothing is lost or doubled, nothing is kept beyond its limit, nothing ACKed is kept."""
     found = IN_PLACE.sort(verdicts, now=NOW, jitter=jitter)
 
-    kept = [each.message for each in found.attempts] + found.unreached
+    kept = [each.message for each in found.attempts] + found.not_attempted
     tags = [each.delivery_tag for each in kept]
     final = [each.message.delivery_tag for each in found.final]
     assert sorted(each.message.delivery_tag for each in verdicts) == sorted(tags + final)
@@ -228,12 +228,12 @@ def test_a_retried_message_is_the_same_delivery_with_one_attempt_more():
 
 def test_the_dead_letter_says_when_it_failed_first_and_how_often_it_was_tried():
     """Although no copy has ever carried that."""
-    router = Router("jobs", RETRY, DeadLetterTarget("dlx"))
+    router = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
     again = Retried(Retried(a_message(), NOW), NOW + timedelta(seconds=1))
 
-    plan = router.plan([Verdict(again, NACK)], NOW + timedelta(seconds=9))
+    plan = router.plan([MessageOutcome(again, NACK)], NOW + timedelta(seconds=9))
 
-    [letter] = plan.republications
+    [letter] = plan.copies
     assert NOW == letter.copy.properties.headers["x-first-failed-at"]
     assert 2 == letter.copy.properties.headers["x-retry-count"]
     assert NOW + timedelta(seconds=9) == letter.copy.properties.headers["x-dead-lettered-at"]
@@ -241,10 +241,10 @@ def test_the_dead_letter_says_when_it_failed_first_and_how_often_it_was_tried():
 
 def test_when_a_copy_of_it_failed_first_stands_above_what_is_known_here():
     """It has been requeued before, by a consumer that keeps no order."""
-    router = Router("jobs", RETRY, DeadLetterTarget("dlx"))
+    router = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
     before = NOW - timedelta(days=1)
     again = Retried(a_message(headers={"x-first-failed-at": before}), NOW)
 
-    [letter] = router.plan([Verdict(again, NACK)], NOW).republications
+    [letter] = router.plan([MessageOutcome(again, NACK)], NOW).copies
 
     assert before == letter.copy.properties.headers["x-first-failed-at"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from aio_pika_batch.core.batcher import Batcher, Trigger
-from aio_pika_batch.core.keyed import KeyedBatcher
+from aio_pika_batch.core.keyed_batcher import KeyedBatcher
 from tests.unit.core.strategies import a_message, some_messages
 
 quarters = st.integers(0, 40).map(lambda number: number / 4)

@@ -9,23 +9,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.letters import (
+from aio_pika_batch.core.dead_letter import (
     EVERY,
+    DeathInfo,
     Filter,
-    NoWayBack,
-    Obituary,
+    NotReplayable,
     Origin,
     comes_back_by_closing,
+    death_info,
     limit_by,
-    obituary,
-    way_back,
-    wears_out,
+    near_delivery_limit,
+    replay_copy,
     written,
 )
 from aio_pika_batch.core.publication import Copy
-from aio_pika_batch.core.results import Cause, MessageResult, Nack, Verdict
+from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack
 from aio_pika_batch.core.retry import RetryPolicy
-from aio_pika_batch.core.routing import DeadLetterTarget, Router
+from aio_pika_batch.core.settlement_plan import DeadLetterTarget, SettlementPlanner
 from aio_pika_batch.testing.strategies import UNDECODABLE
 from aio_pika_batch.testing.strategies import messages as made_messages
 from tests.unit.core.strategies import NOW, a_message, delivered
@@ -39,13 +39,13 @@ DEATH = {
     "count": 1,
 }
 
-ROUTER = Router("jobs", RetryPolicy(3, "x-retry-count"), DeadLetterTarget("dlx"))
+ROUTER = SettlementPlanner("jobs", RetryPolicy(3, "x-retry-count"), DeadLetterTarget("dlx"))
 
 
 def buried(message, result=MessageResult.NACK, error=None):
     """The letter that this library makes of a message."""
     cause = Cause.HANDLER if error is None else Cause.EXCEPTION
-    [republication] = ROUTER.plan([Verdict(message, result, cause, error)], NOW).republications
+    [republication] = ROUTER.plan([MessageOutcome(message, result, cause, error)], NOW).copies
     return delivered(republication.copy)
 
 
@@ -54,7 +54,7 @@ def test_our_own_letters_say_everything():
     letter = buried(
         a_message(headers={"x-retry-count": 2}), Nack("no such order"), ValueError("no 17")
     )
-    assert Obituary(
+    assert DeathInfo(
         reason="handler-error",
         origin=Origin("events", "order.created"),
         queue="jobs",
@@ -63,20 +63,20 @@ def test_our_own_letters_say_everything():
         detail="no such order",
         exception_type="builtins.ValueError",
         exception_message="no 17",
-    ) == obituary(letter)
+    ) == death_info(letter)
 
 
 def test_a_brokers_letter_says_it_in_x_death():
     """By its latest death, which stands first."""
     older = DEATH | {"queue": "elsewhere", "reason": "rejected", "exchange": "first"}
     letter = a_message(exchange="dlx", headers={"x-death": [DEATH, older], "x-retry-count": 1})
-    assert Obituary(
+    assert DeathInfo(
         reason="expired",
         origin=Origin("events", "order.created"),
         queue="jobs",
         died_at=NOW,
         retries=1,
-    ) == obituary(letter)
+    ) == death_info(letter)
 
 
 def test_a_requeued_copy_that_the_broker_buries_still_knows_its_first_key():
@@ -84,7 +84,7 @@ def test_a_requeued_copy_that_the_broker_buries_still_knows_its_first_key():
     mine = {"x-original-exchange": "events", "x-original-routing-key": "order.created"}
     death = DEATH | {"exchange": "", "routing-keys": ["jobs"]}
     letter = a_message(exchange="dlx", headers={**mine, "x-death": [death]})
-    assert Origin("events", "order.created") == obituary(letter).origin
+    assert Origin("events", "order.created") == death_info(letter).origin
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,12 @@ def test_a_requeued_copy_that_the_broker_buries_still_knows_its_first_key():
 )
 def test_what_says_nothing_that_can_be_read_is_unknown(headers):
     """Whatever is in the way, nothing is raised."""
-    assert Obituary() == obituary(a_message(headers=headers))
+    assert DeathInfo() == death_info(a_message(headers=headers))
 
 
 def test_headers_that_cannot_be_decoded_say_nothing():
     """It can still be looked at."""
-    assert Obituary() == obituary(a_message(undecodable={"headers": UNDECODABLE}))
+    assert DeathInfo() == death_info(a_message(undecodable={"headers": UNDECODABLE}))
 
 
 # --- which ones ------------------------------------------------------------------
@@ -133,28 +133,28 @@ def test_headers_that_cannot_be_decoded_say_nothing():
 def test_a_letter_is_meant_if_it_meets_all_of_the_filter(where, expected):
     """Reason, age and headers."""
     message = a_message(headers={"tenant": "acme", "try": 2})
-    death = Obituary(reason="rejected", died_at=NOW - timedelta(minutes=10))
+    death = DeathInfo(reason="rejected", died_at=NOW - timedelta(minutes=10))
     assert expected is where.takes(message, death, NOW)
 
 
 def test_a_letter_of_unknown_age_is_neither_old_nor_new():
     """Who asks for an age means those that are known to be of it."""
     message = a_message()
-    assert not Filter(older_than=timedelta(0)).takes(message, Obituary(), NOW)
-    assert not Filter(newer_than=timedelta(days=9)).takes(message, Obituary(), NOW)
+    assert not Filter(older_than=timedelta(0)).takes(message, DeathInfo(), NOW)
+    assert not Filter(newer_than=timedelta(days=9)).takes(message, DeathInfo(), NOW)
 
 
 def test_a_time_without_a_zone_is_utc():
     """As other clients may decode it."""
-    death = Obituary(died_at=(NOW - timedelta(hours=1)).replace(tzinfo=None))
+    death = DeathInfo(died_at=(NOW - timedelta(hours=1)).replace(tzinfo=None))
     assert Filter(older_than=timedelta(minutes=59)).takes(a_message(), death, NOW)
 
 
 def test_undecodable_headers_have_no_value_that_could_be_meant():
     """But the letter is among all of them."""
     message = a_message(undecodable={"headers": UNDECODABLE})
-    assert not Filter(headers={"tenant": "acme"}).takes(message, Obituary(), NOW)
-    assert EVERY.takes(message, Obituary(), NOW)
+    assert not Filter(headers={"tenant": "acme"}).takes(message, DeathInfo(), NOW)
+    assert EVERY.takes(message, DeathInfo(), NOW)
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_values_are_compared_as_they_are_written(value, expected):
 def test_a_replayed_letter_is_what_it_was_before_it_failed(message):
     """Same body, same exchange and key; no count, no trace of its death, no time to live."""
     letter = buried(message)
-    death = obituary(letter)
-    copy = way_back(letter, death)
+    death = death_info(letter)
+    copy = replay_copy(letter, death)
     if message.has_readable_headers:
         first = Origin(message.original_exchange, message.original_routing_key)
         assert first == death.origin
@@ -197,7 +197,7 @@ def test_a_replayed_letter_is_what_it_was_before_it_failed(message):
     assert message.body == copy.body
     assert copy.properties.expiration is None
     again = delivered(copy)
-    assert Obituary() == obituary(again)
+    assert DeathInfo() == death_info(again)
     assert 0 == again.retry_count
 
 
@@ -205,7 +205,7 @@ def test_what_others_have_written_into_headers_stays():
     """Only what tells of the death is taken off."""
     death = {f"x-{which}-death-{what}": "x" for which in ("first", "last") for what in ("queue",)}
     letter = buried(a_message(headers={"tenant": "acme", "n": 1, "x-tries": 4, **death}))
-    copy = way_back(letter, obituary(letter), retry_count_header="x-tries")
+    copy = replay_copy(letter, death_info(letter), retry_count_header="x-tries")
     assert isinstance(copy, Copy)
     assert {"tenant": "acme", "n": 1, "x-retry-count": 0} == copy.properties.headers
 
@@ -213,7 +213,7 @@ def test_what_others_have_written_into_headers_stays():
 def test_to_its_queue_only_it_keeps_its_first_key_for_its_handler():
     """An exchange may be bound to queues whose consumers were content."""
     letter = buried(a_message())
-    copy = way_back(letter, obituary(letter), to_queue=True)
+    copy = replay_copy(letter, death_info(letter), to_queue=True)
     assert isinstance(copy, Copy)
     assert ("", "jobs") == (copy.exchange, copy.routing_key)
     again = delivered(copy)
@@ -222,19 +222,19 @@ def test_to_its_queue_only_it_keeps_its_first_key_for_its_handler():
 
 def test_to_its_queue_it_needs_no_origin():
     """Where it died is enough."""
-    copy = way_back(a_message(), Obituary(queue="jobs"), to_queue=True)
+    copy = replay_copy(a_message(), DeathInfo(queue="jobs"), to_queue=True)
     assert isinstance(copy, Copy)
     assert {} == copy.properties.headers or copy.properties.headers is None
 
 
 @pytest.mark.parametrize(
     ("death", "to_queue"),
-    [(Obituary(), False), (Obituary(), True), (Obituary(queue="q" * 256), True)],
+    [(DeathInfo(), False), (DeathInfo(), True), (DeathInfo(queue="q" * 256), True)],
 )
 def test_who_does_not_say_where_from_has_no_way_back(death, to_queue):
     """It stays, and is told of."""
-    way = way_back(a_message(), death, to_queue=to_queue)
-    assert isinstance(way, NoWayBack)
+    way = replay_copy(a_message(), death, to_queue=to_queue)
+    assert isinstance(way, NotReplayable)
     assert "does not say" in way.why
 
 
@@ -245,19 +245,19 @@ def test_who_does_not_say_where_from_has_no_way_back(death, to_queue):
 def test_a_letter_with_five_deliveries_left_is_not_looked_at(count, limit):
     """Those are for whoever will handle it."""
     message = a_message(headers={"x-delivery-count": count})
-    assert (limit - count <= 5) is wears_out(message, limit)
+    assert (limit - count <= 5) is near_delivery_limit(message, limit)
 
 
 @pytest.mark.parametrize("limit", [None, -1])
 def test_without_a_limit_it_may_be_looked_at_for_ever(limit):
     """Nobody drops it."""
-    assert not wears_out(a_message(headers={"x-delivery-count": 10**6}), limit)
+    assert not near_delivery_limit(a_message(headers={"x-delivery-count": 10**6}), limit)
 
 
 def test_what_nobody_counts_does_not_wear_out():
     """As in a classic queue; and where the count cannot be read, nobody can tell."""
-    assert not wears_out(a_message(), 20)
-    assert not wears_out(a_message(undecodable={"headers": UNDECODABLE}), 20)
+    assert not near_delivery_limit(a_message(), 20)
+    assert not near_delivery_limit(a_message(undecodable={"headers": UNDECODABLE}), 20)
 
 
 HERE = "queue 'q' in vhost '/': received"

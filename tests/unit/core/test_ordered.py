@@ -14,12 +14,12 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from aio_pika_batch.core.batcher import Trigger
-from aio_pika_batch.core.delay import ladder
-from aio_pika_batch.core.in_place import Attempt, RetryInPlace
-from aio_pika_batch.core.keyed import KeyedBatcher
-from aio_pika_batch.core.ordered import OrderedBatcher
-from aio_pika_batch.core.results import Cause, MessageResult, Verdict
+from aio_pika_batch.core.delay import make_delay_steps
+from aio_pika_batch.core.keyed_batcher import KeyedBatcher
+from aio_pika_batch.core.ordered_batcher import OrderedBatcher
+from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult
 from aio_pika_batch.core.retry import Backoff, RetryPolicy
+from aio_pika_batch.core.retry_in_place import Attempt, RetryInPlace
 from tests.unit.core.strategies import NOW, a_message, some_messages
 
 
@@ -197,7 +197,7 @@ class Play:
         self.story = story
         self.batcher = ordered(size=story.size, timeout=1.0)
         policy = RetryPolicy(story.attempts, "x-retry-count")
-        self.in_place = RetryInPlace(policy, Backoff(1.0, 8.0), ladder())
+        self.in_place = RetryInPlace(policy, Backoff(1.0, 8.0), make_delay_steps())
         self.at_work = []
         self.tries = Counter()
         self.handled = []
@@ -245,10 +245,12 @@ class Play:
                 self.conclude(tag, "acked")
             elif self.story.stops:
                 rest = batch.messages[at:]
-                verdicts += [Verdict(e, MessageResult.REQUEUE, Cause.EXCEPTION) for e in rest]
+                verdicts += [
+                    MessageOutcome(e, MessageResult.REQUEUE, Cause.EXCEPTION) for e in rest
+                ]
                 break
             else:
-                verdicts.append(Verdict(message, MessageResult.REQUEUE))
+                verdicts.append(MessageOutcome(message, MessageResult.REQUEUE))
         if batch.key is None:
             for verdict in verdicts:
                 self.conclude(verdict.message.delivery_tag, "back")
@@ -256,7 +258,7 @@ class Play:
             found = self.in_place.sort(verdicts, now=NOW, jitter=0.5)
             for verdict in found.final:
                 self.conclude(verdict.message.delivery_tag, "dead")
-            self.batcher.keep(batch, found.attempts, found.unreached, self.now)
+            self.batcher.keep(batch, found.attempts, found.not_attempted, self.now)
         self.batcher.release(batch.key)
 
     def conclude(self, tag, outcome):

@@ -11,10 +11,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aio_pika_batch.core.message import Properties
-from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Verdict
+from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue
 from aio_pika_batch.core.retry import DeadLetterReason, RetryPolicy
-from aio_pika_batch.core.routing import CopyKind, DeadLetterTarget, Plan, Router
 from aio_pika_batch.core.settlement import Disposition
+from aio_pika_batch.core.settlement_plan import (
+    CopyKind,
+    DeadLetterTarget,
+    SettlementPlan,
+    SettlementPlanner,
+)
 from aio_pika_batch.testing.strategies import UNDECODABLE, results, short_texts, sound_properties
 from tests.unit.core.strategies import (
     NOW,
@@ -33,13 +38,17 @@ DLX = DeadLetterTarget("dlx")
 policies = st.builds(RetryPolicy, st.integers(0, 5), st.just("x-retry-count"))
 targets = st.builds(DeadLetterTarget, short_texts, st.none() | short_texts)
 routers = st.builds(
-    Router, st.just(QUEUE), policies, st.none() | targets, exception_message=st.booleans()
+    SettlementPlanner,
+    st.just(QUEUE),
+    policies,
+    st.none() | targets,
+    exception_message=st.booleans(),
 )
 
 
 def a_router(max_attempts=3, dead_letters=DLX):
     """A router that dead-letters to an exchange of that name."""
-    return Router(QUEUE, RetryPolicy(max_attempts, "x-retry-count"), dead_letters)
+    return SettlementPlanner(QUEUE, RetryPolicy(max_attempts, "x-retry-count"), dead_letters)
 
 
 def settled(plan):
@@ -49,7 +58,7 @@ def settled(plan):
 
 def plan_one(router, message, result, cause=Cause.HANDLER):
     """The plan for one message alone."""
-    return router.plan([Verdict(message, result, cause)], NOW)
+    return router.plan([MessageOutcome(message, result, cause)], NOW)
 
 
 def kind_of(result):
@@ -68,7 +77,7 @@ def test_every_original_is_either_settled_at_once_or_waits_for_its_copy(router, 
     """Settlements and republications partition the batch; no tag stands in both, or twice."""
     plan = router.plan(verdicts, NOW)
 
-    tags = [tag for tag, _ in settled(plan)] + [each.tag for each in plan.republications]
+    tags = [tag for tag, _ in settled(plan)] + [each.tag for each in plan.copies]
 
     assert Counter(verdict.message.delivery_tag for verdict in verdicts) == Counter(tags)
 
@@ -88,7 +97,7 @@ def test_the_table_of_results(router, verdicts):
     """ACK and REQUEUE_IMMEDIATE never publish; a REJECT is a dead letter that has no exchange."""
     plan = router.plan(verdicts, NOW)
     at_once = dict(settled(plan))
-    waiting = {each.tag: each for each in plan.republications}
+    waiting = {each.tag: each for each in plan.copies}
 
     for verdict in verdicts:
         tag = verdict.message.delivery_tag
@@ -119,7 +128,7 @@ def test_dispositions_are_grouped_and_keep_the_order_of_the_batch(router, verdic
     for each in plan.settlements:
         assert sorted(each.tags, key=place.__getitem__) == list(each.tags)
         assert each.tags
-    copies = [each.tag for each in plan.republications]
+    copies = [each.tag for each in plan.copies]
     assert sorted(copies, key=place.__getitem__) == copies
 
 
@@ -132,7 +141,7 @@ def test_a_message_is_tried_once_more_than_it_may_be_requeued(max_attempts, mess
     tries = 0
     while True:
         tries += 1
-        (step,) = plan_one(router, message, result).republications
+        (step,) = plan_one(router, message, result).copies
         if step.kind is CopyKind.DEAD_LETTER:
             break
         assert message.retry_count + 1 == step.copy.add["x-retry-count"]
@@ -148,12 +157,12 @@ def test_the_first_publication_is_known_to_the_last_try(hops, exchange, routing_
     message = a_message(exchange=exchange, routing_key=routing_key)
     for hop in range(hops):
         now = NOW + timedelta(seconds=hop)
-        (step,) = a_router(hops).plan([Verdict(message, REQUEUE)], now).republications
+        (step,) = a_router(hops).plan([MessageOutcome(message, REQUEUE)], now).copies
         message = delivered(step.copy)
         assert ("", QUEUE) == (message.exchange, message.routing_key)
 
     assert (exchange, routing_key) == (message.original_exchange, message.original_routing_key)
-    (dead,) = a_router(hops).plan([Verdict(message, REQUEUE)], NOW).republications
+    (dead,) = a_router(hops).plan([MessageOutcome(message, REQUEUE)], NOW).copies
     assert ("dlx", routing_key) == (dead.copy.exchange, dead.copy.routing_key)
     if hops:
         assert NOW == message.headers["x-first-failed-at"]
@@ -164,7 +173,7 @@ def test_the_first_publication_is_known_to_the_last_try(hops, exchange, routing_
 def test_a_requeue_hides_no_route_behind_a_header_of_another_type(message):
     """Whatever a client wrote into the headers: a requeue does not change what is read of them."""
     before = (message.original_exchange, message.original_routing_key)
-    (step,) = plan_one(a_router(10), message, REQUEUE).republications
+    (step,) = plan_one(a_router(10), message, REQUEUE).copies
     if step.kind is CopyKind.DEAD_LETTER:
         return
 
@@ -199,9 +208,9 @@ def test_without_headers_nobody_can_count_so_a_requeue_is_a_dead_letter(message,
 
     match kind_of(result):
         case MessageResult.ACK | MessageResult.REQUEUE_IMMEDIATE:
-            assert () == tuple(plan.republications)
+            assert () == tuple(plan.copies)
         case requeue_or_nack:
-            (step,) = plan.republications
+            (step,) = plan.copies
             reasons = {
                 NACK: DeadLetterReason.REJECTED,
                 REQUEUE: DeadLetterReason.UNDECODABLE,
@@ -227,7 +236,7 @@ def test_without_headers_nobody_can_count_so_a_requeue_is_a_dead_letter(message,
 @pytest.mark.parametrize("result", [NACK, Nack("why")])
 def test_a_dead_letter_says_who_decided_it(cause, reason, result):
     """The handler, its failure, or the message itself."""
-    (step,) = plan_one(a_router(), a_message(), result, cause).republications
+    (step,) = plan_one(a_router(), a_message(), result, cause).copies
 
     assert reason is step.reason
     assert reason.value == step.copy.add["x-dead-letter-reason"]
@@ -238,7 +247,7 @@ def test_exhausted_is_exhausted_whoever_asked_for_one_more_try(cause):
     """The reason names what ended the retries."""
     message = a_message(headers={"x-retry-count": 3})
 
-    (step,) = plan_one(a_router(3), message, REQUEUE, cause).republications
+    (step,) = plan_one(a_router(3), message, REQUEUE, cause).copies
 
     assert DeadLetterReason.EXHAUSTED is step.reason
 
@@ -260,7 +269,7 @@ def test_exhausted_is_exhausted_whoever_asked_for_one_more_try(cause):
 )
 def test_a_count_that_is_none_counts_from_nothing_and_is_told(headers, malformed, next_count):
     """A number in another type is a number; anything else is 0, and somebody may log it."""
-    (step,) = plan_one(a_router(), a_message(headers=headers), REQUEUE).republications
+    (step,) = plan_one(a_router(), a_message(headers=headers), REQUEUE).copies
 
     assert (malformed, next_count) == (step.malformed_count, step.copy.add["x-retry-count"])
 
@@ -270,12 +279,12 @@ def test_a_dead_letter_keeps_its_key_unless_the_target_has_one(stated, key):
     """An empty key is a key too."""
     router = a_router(dead_letters=DeadLetterTarget("dlx", stated))
 
-    (step,) = plan_one(router, a_message(), NACK).republications
+    (step,) = plan_one(router, a_message(), NACK).copies
 
     assert ("dlx", key) == (step.copy.exchange, step.copy.routing_key)
 
 
 def test_no_verdicts_are_nothing_to_do():
     """An empty plan sends nothing."""
-    assert Plan([], []) == a_router().plan([], NOW)
-    assert not settled(Plan())
+    assert SettlementPlan([], []) == a_router().plan([], NOW)
+    assert not settled(SettlementPlan())

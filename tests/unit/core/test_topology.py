@@ -10,8 +10,8 @@ from aio_pika_batch.core.topology import (
     Exchange,
     Queue,
     Topology,
-    Wanted,
-    derive,
+    TopologyOptions,
+    build_topology,
     effective_queue_type,
     split_exclusive,
 )
@@ -21,7 +21,7 @@ from tests.unit.core.strategies import wanted
 @given(wanted)
 def test_every_binding_joins_what_is_declared(settings):
     """No adapter has to guess, and no binding names what nobody checks."""
-    topology = derive(settings)
+    topology = build_topology(settings)
 
     assert {each.exchange for each in topology.bindings} <= {
         each.name for each in topology.exchanges
@@ -33,7 +33,7 @@ def test_every_binding_joins_what_is_declared(settings):
 @given(wanted)
 def test_the_consumed_queue_is_as_the_settings_say(settings):
     """Its flags and arguments; its type is one more argument."""
-    (queue,) = [each for each in derive(settings).queues if each.name == "jobs"]
+    (queue,) = [each for each in build_topology(settings).queues if each.name == "jobs"]
     stated = {} if settings.queue_type is None else {"x-queue-type": settings.queue_type}
 
     assert (
@@ -53,7 +53,7 @@ def test_the_consumed_queue_is_as_the_settings_say(settings):
 @given(wanted)
 def test_where_nothing_may_be_declared_all_is_only_checked(settings):
     """`declare=False` names the same things, and binds nothing."""
-    topology = derive(settings)
+    topology = build_topology(settings)
     everything: list[Exchange | Queue] = [*topology.exchanges, *topology.queues]
 
     if not settings.declare:
@@ -70,7 +70,7 @@ def test_what_others_may_share_is_taken_as_it_is(settings):
 
     A wait queue is: with others it could lose what is in it.
     """
-    topology = derive(settings)
+    topology = build_topology(settings)
     own = {"jobs", settings.exchange_name, "jobs.retry.1000", "jobs.retry.2000"}
 
     everything: list[Exchange | Queue] = [*topology.exchanges, *topology.queues]
@@ -89,19 +89,19 @@ def test_what_others_may_share_is_taken_as_it_is(settings):
 )
 def test_the_queue_type_that_will_be_asked_for(queue_type, arguments, effective):
     """The setting wins over the argument; nobody's word leaves it to the virtual host."""
-    settings = Wanted(queue_name="jobs", queue_type=queue_type, queue_arguments=arguments)
+    settings = TopologyOptions(queue_name="jobs", queue_type=queue_type, queue_arguments=arguments)
 
     assert effective == effective_queue_type(settings)
 
 
 def test_a_queue_alone():
     """Without an exchange there is nothing to bind: the default one knows every queue."""
-    assert Topology(queues=(Queue("jobs"),)) == derive(Wanted(queue_name="jobs"))
+    assert Topology(queues=(Queue("jobs"),)) == build_topology(TopologyOptions(queue_name="jobs"))
 
 
 def test_a_queue_that_is_bound_by_several_keys():
     """One binding each, all with the same arguments."""
-    settings = Wanted(
+    settings = TopologyOptions(
         queue_name="jobs",
         exchange_name="events",
         exchange_type="topic",
@@ -117,13 +117,13 @@ def test_a_queue_that_is_bound_by_several_keys():
             Binding("jobs", "events", "order.*", {"x": 1}),
             Binding("jobs", "events", "user.#", {"x": 1}),
         ),
-    ) == derive(settings)
+    ) == build_topology(settings)
 
 
 @given(wanted)
 def test_an_exclusive_queue_is_left_to_the_connection_that_it_lives_with(settings):
     """It goes with its bindings; exchanges and all else anybody may declare; nothing is lost."""
-    topology = derive(settings)
+    topology = build_topology(settings)
 
     shared, own = split_exclusive(topology)
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import event, example, given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.results import Cause, MessageResult, ResultCollector, Verdict
-from aio_pika_batch.core.trial import FailurePolicy, Handled, Trial
+from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolicy
+from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, ResultCollector
 from aio_pika_batch.errors import MessageDecodeError
 from tests.unit.core.strategies import some_messages
 
@@ -58,7 +58,7 @@ policies = st.builds(
 
 def play(messages, policy, plan):
     """Run a trial to its end by a plan; whatever comes after the plan goes well."""
-    trial, taken, left = Trial(policy), [], list(plan)
+    trial, taken, left = BatchRun(policy), [], list(plan)
     batch, number = messages, 0
     while batch:
         number += 1
@@ -76,7 +76,7 @@ def play(messages, policy, plan):
             error = MessageDecodeError(batch[run.undecodable % len(batch)], "body", "no JSON")
         else:
             error = Listed()
-        trial.judge(collector, error, cause)
+        trial.record_run(collector, error, cause)
         if run.take and not policy.is_atomic:
             taken.append(trial.take(collector))
         if cause in (Cause.TIMEOUT, Cause.SHUTDOWN):
@@ -84,7 +84,7 @@ def play(messages, policy, plan):
         batch = trial.next_run()
         assert number < 200
     assert trial.is_over
-    together = Handled()
+    together = BatchDecisions()
     for part in (*taken, trial):
         together.add(part)
     return together, number
@@ -132,11 +132,11 @@ def test_without_isolation_only_the_undecodable_cost_another_run(count, policy, 
 
 def judged(policy, yields, error, cause=Cause.EXCEPTION, count=3):
     """The trial of a batch, after one run."""
-    trial = Trial(policy)
+    trial = BatchRun(policy)
     collector = ResultCollector(some_messages(count))
     for each in yields:
         collector.accept(each)
-    passing = trial.judge(collector, error, cause)
+    passing = trial.record_run(collector, error, cause)
     return trial, collector.messages, passing
 
 
@@ -160,9 +160,10 @@ def test_the_undecided_get_the_failures_result(error, cause, result):
     trial, messages, passing = judged(PLAIN, [ACK, NACK], error, cause)
 
     assert [1] == trial.acked
-    assert [Verdict(messages[1], NACK), Verdict(messages[2], result, cause, error)] == (
-        trial.verdicts
-    )
+    assert [
+        MessageOutcome(messages[1], NACK),
+        MessageOutcome(messages[2], result, cause, error),
+    ] == (trial.verdicts)
     assert (True, False) == (trial.is_over, passing)
 
 
@@ -184,7 +185,9 @@ def test_a_failure_voids_the_acks_of_an_atomic_batch(yields, cause):
     trial, messages, _ = judged(ATOMIC, yields, error, cause)
 
     assert [] == trial.acked
-    assert [Verdict(message, REQUEUE, cause, error) for message in messages] == trial.verdicts
+    assert [
+        MessageOutcome(message, REQUEUE, cause, error) for message in messages
+    ] == trial.verdicts
 
 
 def test_other_results_of_an_atomic_batch_stay():
@@ -194,9 +197,9 @@ def test_other_results_of_an_atomic_batch_stay():
 
     first, _, last = messages
     assert [
-        Verdict(messages[1], REQUEUE_IMMEDIATE),
-        Verdict(first, NACK, Cause.EXCEPTION, error),
-        Verdict(last, NACK, Cause.EXCEPTION, error),
+        MessageOutcome(messages[1], REQUEUE_IMMEDIATE),
+        MessageOutcome(first, NACK, Cause.EXCEPTION, error),
+        MessageOutcome(last, NACK, Cause.EXCEPTION, error),
     ] == trial.verdicts
 
 
@@ -210,14 +213,14 @@ def test_a_shutdown_voids_the_acks_of_an_atomic_batch():
 
 def test_an_undecodable_message_is_found_among_acks_that_are_void():
     """It is decided no more than they are."""
-    trial = Trial(ATOMIC)
+    trial = BatchRun(ATOMIC)
     messages = some_messages(3)
     collector = ResultCollector(messages)
     collector.accept(ACK)
     error = MessageDecodeError(messages[0], "body", "no JSON")
-    trial.judge(collector, error, Cause.EXCEPTION)
+    trial.record_run(collector, error, Cause.EXCEPTION)
 
-    assert [Verdict(messages[0], NACK, Cause.UNDECODABLE, error)] == trial.verdicts
+    assert [MessageOutcome(messages[0], NACK, Cause.UNDECODABLE, error)] == trial.verdicts
     assert messages[1:] == trial.next_run()
 
 
@@ -255,10 +258,12 @@ def test_time_running_out_is_the_failure_of_all_that_waited():
     trial, messages, _ = judged(policy, [], Listed(), count=4)
     collector = ResultCollector(trial.next_run())
     late = TimeoutError()
-    trial.judge(collector, late, Cause.TIMEOUT)
+    trial.record_run(collector, late, Cause.TIMEOUT)
     trial.stop(late, Cause.TIMEOUT)
 
-    assert [Verdict(each, REQUEUE, Cause.TIMEOUT, late) for each in messages] == trial.verdicts
+    assert [
+        MessageOutcome(each, REQUEUE, Cause.TIMEOUT, late) for each in messages
+    ] == trial.verdicts
     assert trial.is_over
 
 
@@ -267,11 +272,11 @@ def test_at_the_limit_each_has_the_failure_that_it_was_part_of():
     policy = FailurePolicy(REQUEUE, {Listed: NACK}, isolate=1)
     whole, alone = KeyError(), Listed()
     trial, messages, _ = judged(policy, [], whole, count=2)
-    passing = trial.judge(ResultCollector(trial.next_run()), alone, Cause.EXCEPTION)
+    passing = trial.record_run(ResultCollector(trial.next_run()), alone, Cause.EXCEPTION)
 
     assert [
-        Verdict(messages[0], NACK, Cause.EXCEPTION, alone),
-        Verdict(messages[1], REQUEUE, Cause.EXCEPTION, whole),
+        MessageOutcome(messages[0], NACK, Cause.EXCEPTION, alone),
+        MessageOutcome(messages[1], REQUEUE, Cause.EXCEPTION, whole),
     ] == trial.verdicts
     assert (True, False) == (trial.is_over, passing)
 
@@ -280,7 +285,7 @@ def test_a_shutdown_returns_all_that_waited():
     """It was not found guilty."""
     trial, messages, _ = judged(ISOLATING, [], Listed(), count=4)
     collector = ResultCollector(trial.next_run())
-    trial.judge(collector, TimeoutError(), Cause.SHUTDOWN)
+    trial.record_run(collector, TimeoutError(), Cause.SHUTDOWN)
     trial.stop(TimeoutError(), Cause.SHUTDOWN)
 
     assert messages == trial.returned
@@ -297,14 +302,14 @@ def test_a_batch_that_went_well_has_nothing_to_stop():
 def test_what_is_tried_again_in_place_is_not_taken_before_the_end():
     """It cannot be: nobody may try it again while the handler is still at its batch."""
     messages = some_messages(5)
-    trial = Trial(FailurePolicy(REQUEUE, {}), keeps_failures=True)
+    trial = BatchRun(FailurePolicy(REQUEUE, {}), keeps_failures=True)
     collector = ResultCollector(messages)
     for each in (ACK, REQUEUE, NACK, REQUEUE_IMMEDIATE):
         collector.accept(each)
 
     taken = trial.take(collector)
     again = trial.take(collector)
-    trial.judge(collector, RuntimeError(), Cause.EXCEPTION)
+    trial.record_run(collector, RuntimeError(), Cause.EXCEPTION)
 
     assert ([1], [3]) == (taken.acked, [each.message.delivery_tag for each in taken.verdicts])
     assert 0 == len(again)

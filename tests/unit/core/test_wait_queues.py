@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from aio_pika_batch.core.topology import (
     Queue,
     Topology,
-    Wanted,
-    derive,
+    TopologyOptions,
+    build_topology,
     refuse_unkept,
     split_exclusive,
     wait_queue,
@@ -27,7 +27,7 @@ levels = st.lists(st.integers(1, 2**32 - 1), max_size=4, unique=True).map(tuple)
 def test_wait_queues_are_all_that_delays_add(settings, some, unsafe):
     """Durable whatever the other queue is, and left to check where nothing may be declared."""
     waiting = replace(settings, wait_levels=some, unsafe_delay=unsafe)
-    plain, topology = derive(replace(settings, wait_levels=())), derive(waiting)
+    plain, topology = build_topology(replace(settings, wait_levels=())), build_topology(waiting)
 
     added = [each for each in topology.queues if each not in plain.queues]
 
@@ -49,7 +49,7 @@ def test_a_wait_queue_loses_nothing():
         "x-dead-letter-routing-key": "jobs",
         "x-dead-letter-strategy": "at-least-once",
         "x-overflow": "reject-publish",
-    } == wait_queue(Wanted(queue_name="jobs"), 4000).arguments
+    } == wait_queue(TopologyOptions(queue_name="jobs"), 4000).arguments
 
 
 def test_an_unsafe_wait_queue_is_one_that_every_broker_knows():
@@ -59,16 +59,16 @@ def test_an_unsafe_wait_queue_is_one_that_every_broker_knows():
         "x-message-ttl": 4000,
         "x-dead-letter-exchange": "",
         "x-dead-letter-routing-key": "jobs",
-    } == wait_queue(Wanted(queue_name="jobs", unsafe_delay=True), 4000).arguments
+    } == wait_queue(TopologyOptions(queue_name="jobs", unsafe_delay=True), 4000).arguments
 
 
 def test_a_name_that_is_too_long_is_said_to_be():
     """Before any broker is asked."""
     longest = "q" * 244
-    assert f"{longest}.retry.1000" == wait_queue(Wanted(queue_name=longest), 1000).name
+    assert f"{longest}.retry.1000" == wait_queue(TopologyOptions(queue_name=longest), 1000).name
 
     with pytest.raises(TopologyError, match="more than 255 bytes; use a shorter queue_name"):
-        wait_queue(Wanted(queue_name=longest), 10_000)
+        wait_queue(TopologyOptions(queue_name=longest), 10_000)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_name_that_is_too_long_is_said_to_be():
 )
 def test_only_a_broker_that_is_known_to_keep_dead_letters_is_trusted(product, version, trusted):
     """Others take the argument, and ignore it."""
-    queue = wait_queue(Wanted(queue_name="jobs"), 1000)
+    queue = wait_queue(TopologyOptions(queue_name="jobs"), 1000)
 
     if trusted:
         refuse_unkept(queue, product, version)
@@ -100,7 +100,7 @@ def test_only_a_broker_that_is_known_to_keep_dead_letters_is_trusted(product, ve
     "queue",
     [
         Queue("jobs", arguments={"x-dead-letter-strategy": "at-least-once"}),
-        wait_queue(Wanted(queue_name="jobs", unsafe_delay=True), 1000),
+        wait_queue(TopologyOptions(queue_name="jobs", unsafe_delay=True), 1000),
     ],
 )
 def test_whoever_promises_nothing_is_refused_nothing(queue):
@@ -110,7 +110,7 @@ def test_whoever_promises_nothing_is_refused_nothing(queue):
 
 @pytest.mark.parametrize(
     ("queue", "advised"),
-    [(Queue("jobs"), False), (wait_queue(Wanted(queue_name="jobs"), 1000), True)],
+    [(Queue("jobs"), False), (wait_queue(TopologyOptions(queue_name="jobs"), 1000), True)],
 )
 def test_a_wait_queue_is_not_to_be_deleted_with_what_is_in_it(queue, advised):
     """As other queues may be whose arguments are others on the broker."""
@@ -119,4 +119,4 @@ def test_a_wait_queue_is_not_to_be_deleted_with_what_is_in_it(queue, advised):
 
 def test_without_levels_there_are_no_wait_queues():
     """The default."""
-    assert Topology(queues=(Queue("jobs"),)) == derive(Wanted(queue_name="jobs"))
+    assert Topology(queues=(Queue("jobs"),)) == build_topology(TopologyOptions(queue_name="jobs"))

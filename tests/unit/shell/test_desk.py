@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aio_pika_batch.core.settlement import Disposition, Settlement
-from aio_pika_batch.desk import SettleDesk
 from aio_pika_batch.errors import SessionLost
+from aio_pika_batch.runtime.settlement_queue import SettlementQueue
 from aio_pika_batch.testing.virtual_time import run
 
 REJECT = Disposition.REJECT
@@ -45,8 +45,8 @@ async def settled_soon(*work: asyncio.Future[None]) -> list[bool]:
 async def test_nobody_waits_for_those_behind():
     """They are on their way as long as messages come: that would be for ever."""
     clerk = Clerk()
-    desk = SettleDesk(clerk)
-    first, _ = desk.stand_in_line(), desk.stand_in_line()
+    desk = SettlementQueue(clerk)
+    first, _ = desk.reserve(), desk.reserve()
 
     await desk.settle(of(1), first)
 
@@ -56,8 +56,8 @@ async def test_nobody_waits_for_those_behind():
 async def test_those_in_front_are_waited_for_and_settled_together():
     """An original among theirs that is still undecided would be a hole."""
     clerk = Clerk()
-    desk = SettleDesk(clerk)
-    first, second = desk.stand_in_line(), desk.stand_in_line()
+    desk = SettlementQueue(clerk)
+    first, second = desk.reserve(), desk.reserve()
     behind = [
         asyncio.ensure_future(desk.settle(of(2), second)),
         asyncio.ensure_future(desk.settle(of(3))),
@@ -74,8 +74,8 @@ async def test_those_in_front_are_waited_for_and_settled_together():
 async def test_who_leaves_the_line_holds_nobody_up():
     """Having nothing to settle."""
     clerk = Clerk()
-    desk = SettleDesk(clerk)
-    first, second = desk.stand_in_line(), desk.stand_in_line()
+    desk = SettlementQueue(clerk)
+    first, second = desk.reserve(), desk.reserve()
     behind = asyncio.ensure_future(desk.settle(of(2), second))
     await asyncio.sleep(0.001)
 
@@ -88,8 +88,8 @@ async def test_who_leaves_the_line_holds_nobody_up():
 async def test_patience_has_an_end(virtual_loop):
     """Then all that is decided goes out together, and the undecided keep their places."""
     clerk = Clerk()
-    desk = SettleDesk(clerk, patience=0.5)
-    first, second = desk.stand_in_line(), desk.stand_in_line()
+    desk = SettlementQueue(clerk, patience=0.5)
+    first, second = desk.reserve(), desk.reserve()
     waiting = [asyncio.ensure_future(desk.settle(of(3)))]
     await asyncio.sleep(0.4)
     waiting.append(asyncio.ensure_future(desk.settle(of(4))))
@@ -107,8 +107,8 @@ async def test_patience_has_an_end(virtual_loop):
 async def test_what_shall_go_at_once_takes_along_what_waits():
     """One write, one frame perhaps."""
     clerk = Clerk()
-    desk = SettleDesk(clerk)
-    first = desk.stand_in_line()
+    desk = SettlementQueue(clerk)
+    first = desk.reserve()
     waiting = asyncio.ensure_future(desk.settle(of(2)))
     await asyncio.sleep(0.001)
 
@@ -123,8 +123,8 @@ async def test_an_error_is_everybodys():
     """Whoever waits for a settlement that failed hears of it, also those that came along."""
     clerk = Clerk()
     clerk.error = SessionLost("gone")
-    desk = SettleDesk(clerk)
-    first = desk.stand_in_line()
+    desk = SettlementQueue(clerk)
+    first = desk.reserve()
     behind = asyncio.ensure_future(desk.settle(of(2)))
     await asyncio.sleep(0.001)
 
@@ -137,8 +137,8 @@ async def test_an_error_is_everybodys():
 async def test_a_cancelled_waiter_takes_nothing_back():
     """What it wanted to be settled is settled all the same, with the others'."""
     clerk = Clerk()
-    desk = SettleDesk(clerk)
-    first = desk.stand_in_line()
+    desk = SettlementQueue(clerk)
+    first = desk.reserve()
     behind = asyncio.ensure_future(desk.settle(of(2)))
     await asyncio.sleep(0.001)
     behind.cancel()
@@ -162,9 +162,9 @@ def test_any_order(batches: list[tuple[float, str]], patience: float) -> None:
     clerk = Clerk()
     seen: dict[int, float] = {}
 
-    async def one(desk: SettleDesk, number: int, at: float, way: str) -> None:
+    async def one(desk: SettlementQueue, number: int, at: float, way: str) -> None:
         loop = asyncio.get_running_loop()
-        place = desk.stand_in_line()
+        place = desk.reserve()
         await asyncio.sleep(at)
         if way == "leaves":
             desk.leave(place)
@@ -176,7 +176,7 @@ def test_any_order(batches: list[tuple[float, str]], patience: float) -> None:
         seen[number] = loop.time()
 
     async def story() -> None:
-        desk = SettleDesk(clerk, patience)
+        desk = SettlementQueue(clerk, patience)
         async with asyncio.TaskGroup() as group:
             for number, (at, way) in enumerate(batches):
                 group.create_task(one(desk, number, at, way))

@@ -10,7 +10,7 @@ import pytest
 import aio_pika_batch
 from aio_pika_batch import MessageResult
 from aio_pika_batch.adapters.memory import Broker, MemoryTransport
-from aio_pika_batch.logs import KeywordLogger, told
+from aio_pika_batch.logs import KeywordLogger, format_error
 from tests.unit.shell.doubles import ScriptedTransport
 from tests.unit.shell.stage import Scribe
 
@@ -41,8 +41,8 @@ def test_keywords_become_part_of_the_line(log, caplog):
 
 def test_an_exception_is_told_in_a_line_that_ends():
     """Its author may have put a body into it."""
-    assert "KeyError: 'x'" == told(KeyError("x"))
-    long = told(ValueError("b" * 10_000_000))
+    assert "KeyError: 'x'" == format_error(KeyError("x"))
+    long = format_error(ValueError("b" * 10_000_000))
     assert long.endswith("b… (10000000 characters)")
     assert 5000 > len(long)
 
@@ -116,8 +116,8 @@ def test_what_cannot_be_described_is_logged_all_the_same(log, caplog):
     assert "failed [queue=jobs error=(its text cannot be had: AttributeError)]" == (
         caplog.records[0].getMessage()
     )
-    assert "Odd: (its text cannot be had: AttributeError)" == told(Odd())
-    assert "KeyError: 'x'" == told(KeyError("x"))
+    assert "Odd: (its text cannot be had: AttributeError)" == format_error(Odd())
+    assert "KeyError: 'x'" == format_error(KeyError("x"))
 
 
 async def test_the_library_configures_no_logger(stage):

@@ -151,7 +151,7 @@ async def test_without_a_dead_letter_exchange_an_exhausted_message_is_rejected(s
 
 
 async def test_delays_hold_in_place_too(stage):
-    """By the same ladder as elsewhere; but nothing goes into a wait queue."""
+    """By the same delay_steps as elsewhere; but nothing goes into a wait queue."""
     stage.put(b"a1", b"a2")
     async with Orderly(
         failing(b"a1", times=2), transport=stage.transport, batch_size=1, requeue_delay=20

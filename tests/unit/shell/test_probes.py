@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aio_pika_batch import HealthServer
-from aio_pika_batch.exposition import metrics
-from aio_pika_batch.http_server import respond
-from aio_pika_batch.probes import as_json, liveness, readiness
+from aio_pika_batch.health.http_server import respond
+from aio_pika_batch.health.metrics import metrics
+from aio_pika_batch.health.probes import as_json, liveness, readiness
 from aio_pika_batch.status import ConsumerStatus, WorkerState, WorkerStatus
 from tests.unit.shell.doubles import ScriptedTransport, never
 from tests.unit.shell.stage import Scribe, numbered, taking
@@ -141,7 +141,7 @@ def test_metrics_are_what_prometheus_client_has():
 
 def test_metrics_without_prometheus_client_say_what_to_install(monkeypatch):
     """And are not found."""
-    monkeypatch.setattr("aio_pika_batch.exposition.has_prometheus", lambda: False)
+    monkeypatch.setattr("aio_pika_batch.health.metrics.has_prometheus", lambda: False)
     answer = metrics()
     assert 404 == answer.status
     assert "pip install 'aio-pika-batch[prometheus]'" in answer.body

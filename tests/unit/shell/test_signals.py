@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from aio_pika_batch import DrainIncomplete
-from aio_pika_batch.signals import SIGNALS, SignalDesk, process_signals
+from aio_pika_batch.runtime.signals import SIGNALS, SignalDesk, process_signals
 from aio_pika_batch.testing import virtual_time
 from tests.unit.shell.doubles import ScriptedTransport, never
 from tests.unit.shell.stage import Scribe, numbered, taking

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from aio_pika_batch.front import front_door
+from aio_pika_batch.front import lazy_exports
 from aio_pika_batch.testing.plugin import batch_broker, batch_broker_version
 
 ROOT = Path(__file__).parents[3]
@@ -131,6 +131,6 @@ def test_front_doors_have_what_they_list_and_nothing_else(package):
 
 def test_a_name_that_is_in_no_room_is_told_as_ever():
     """Listed or not."""
-    find, _ = front_door("aio_pika_batch", ["Nothing"], ["errors"])
+    find, _ = lazy_exports("aio_pika_batch", ["Nothing"], ["errors"])
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         find("Nothing")

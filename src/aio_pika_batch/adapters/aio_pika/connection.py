@@ -19,10 +19,10 @@ from aiormq.exceptions import AuthenticationError
 from yarl import URL
 
 from aio_pika_batch.adapters.aio_pika import tls
-from aio_pika_batch.adapters.aio_pika.edge import describe, within
+from aio_pika_batch.adapters.aio_pika.broker_errors import refused_connection
+from aio_pika_batch.adapters.aio_pika.client_errors import said
 from aio_pika_batch.adapters.aio_pika.events import Cut, Malformed
-from aio_pika_batch.adapters.aio_pika.refusals import refused_connection
-from aio_pika_batch.adapters.aio_pika.said import said
+from aio_pika_batch.adapters.aio_pika.translate import describe, within
 from aio_pika_batch.adapters.aio_pika.untapped import Untapped
 from aio_pika_batch.adapters.aio_pika.wires import NOT_ASKED, new_tap, why_no_tap, without
 from aio_pika_batch.errors import (

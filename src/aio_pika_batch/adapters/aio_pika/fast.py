@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.adapters.aio_pika.consuming import ConsumingChannel
-from aio_pika_batch.adapters.aio_pika.edge import describe, translated
-from aio_pika_batch.adapters.aio_pika.packing import pack_settlements
+from aio_pika_batch.adapters.aio_pika.consumer_channel import ConsumingChannel
+from aio_pika_batch.adapters.aio_pika.frame_writer import pack_settlements
+from aio_pika_batch.adapters.aio_pika.translate import describe, translated
 from aio_pika_batch.errors import SessionLost
 
 if TYPE_CHECKING:

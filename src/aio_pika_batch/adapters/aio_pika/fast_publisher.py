@@ -12,11 +12,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.adapters.aio_pika.books import Call, Entry, Route
-from aio_pika_batch.adapters.aio_pika.edge import describe, translated
-from aio_pika_batch.adapters.aio_pika.packing import pack_content
+from aio_pika_batch.adapters.aio_pika.confirms import Call, Entry, Route
+from aio_pika_batch.adapters.aio_pika.frame_writer import pack_content
 from aio_pika_batch.adapters.aio_pika.publisher import AioPikaPublisher, unknown
 from aio_pika_batch.adapters.aio_pika.tables import encode_text
+from aio_pika_batch.adapters.aio_pika.translate import describe, translated
 from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.errors import BrokerUnavailable
 

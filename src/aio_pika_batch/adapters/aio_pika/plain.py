@@ -17,10 +17,10 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, cast
 
-from aio_pika_batch.adapters.aio_pika.consuming import ConsumingChannel
-from aio_pika_batch.adapters.aio_pika.edge import describe, translated
+from aio_pika_batch.adapters.aio_pika.consumer_channel import ConsumingChannel
 from aio_pika_batch.adapters.aio_pika.events import ConsumerCancelled
-from aio_pika_batch.adapters.aio_pika.packing import pack_settlements
+from aio_pika_batch.adapters.aio_pika.frame_writer import pack_settlements
+from aio_pika_batch.adapters.aio_pika.translate import describe, translated
 from aio_pika_batch.core.message import Message, Properties
 from aio_pika_batch.core.settlement import Disposition
 from aio_pika_batch.errors import SessionLost
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pamqp.commands import Basic
 
     from aio_pika_batch.adapters.aio_pika.connection import Link
-    from aio_pika_batch.adapters.aio_pika.guard import Guard
+    from aio_pika_batch.adapters.aio_pika.header_guard import Guard
     from aio_pika_batch.adapters.aio_pika.wire import Ear
     from aio_pika_batch.core.ledger import Frame
     from aio_pika_batch.core.message import Headers, Source

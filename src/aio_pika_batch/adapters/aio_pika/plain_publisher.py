@@ -20,13 +20,13 @@ from aiormq.exceptions import DeliveryError
 from aiormq.exceptions import PublishError as ReturnedError
 from pamqp.commands import Basic
 
-from aio_pika_batch.adapters.aio_pika.books import Call, Entry
-from aio_pika_batch.adapters.aio_pika.edge import describe, translated
+from aio_pika_batch.adapters.aio_pika.client_errors import said
+from aio_pika_batch.adapters.aio_pika.confirms import Call, Entry
 from aio_pika_batch.adapters.aio_pika.events import Cut
 from aio_pika_batch.adapters.aio_pika.properties import decode, encode
 from aio_pika_batch.adapters.aio_pika.publisher import AioPikaPublisher
-from aio_pika_batch.adapters.aio_pika.said import said
 from aio_pika_batch.adapters.aio_pika.tables import encode_text
+from aio_pika_batch.adapters.aio_pika.translate import describe, translated
 from aio_pika_batch.core.publication import Copy, Outcome
 from aio_pika_batch.errors import BrokerUnavailable, PublishError
 

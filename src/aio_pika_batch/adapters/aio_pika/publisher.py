@@ -23,9 +23,15 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.adapters.aio_pika.books import Books, Call, Entry
+from aio_pika_batch.adapters.aio_pika.broker_errors import (
+    ACCESS_REFUSED,
+    NOT_FOUND,
+    PRECONDITION_FAILED,
+    refused_entity,
+)
+from aio_pika_batch.adapters.aio_pika.client_errors import said
+from aio_pika_batch.adapters.aio_pika.confirms import Books, Call, Entry
 from aio_pika_batch.adapters.aio_pika.connection import CLOSE_TIMEOUT, Link
-from aio_pika_batch.adapters.aio_pika.edge import describe, translated, within
 from aio_pika_batch.adapters.aio_pika.events import (
     ChannelClosed,
     ChannelGone,
@@ -35,17 +41,11 @@ from aio_pika_batch.adapters.aio_pika.events import (
     Malformed,
     Returned,
 )
-from aio_pika_batch.adapters.aio_pika.packing import fits, publish_method
+from aio_pika_batch.adapters.aio_pika.frame_writer import fits, publish_method
 from aio_pika_batch.adapters.aio_pika.properties import encode
-from aio_pika_batch.adapters.aio_pika.refusals import (
-    ACCESS_REFUSED,
-    NOT_FOUND,
-    PRECONDITION_FAILED,
-    refused_entity,
-)
-from aio_pika_batch.adapters.aio_pika.said import said
 from aio_pika_batch.adapters.aio_pika.splice import splice
 from aio_pika_batch.adapters.aio_pika.tables import encode_text
+from aio_pika_batch.adapters.aio_pika.translate import describe, translated, within
 from aio_pika_batch.core.publication import Copy, Outcome
 from aio_pika_batch.errors import BrokerUnavailable, PublishError, SessionClosed
 

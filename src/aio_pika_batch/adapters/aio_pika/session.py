@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aio_pika_batch.adapters.aio_pika.connection import Link, open_link
-from aio_pika_batch.adapters.aio_pika.declare import declare_on
-from aio_pika_batch.adapters.aio_pika.edge import describe, translated, within
 from aio_pika_batch.adapters.aio_pika.fast import FastWire
 from aio_pika_batch.adapters.aio_pika.plain import PlainWire
 from aio_pika_batch.adapters.aio_pika.properties import decode, decode_headers, decode_route
+from aio_pika_batch.adapters.aio_pika.topology import declare_on
+from aio_pika_batch.adapters.aio_pika.translate import describe, translated, within
 from aio_pika_batch.core.ledger import Ledger
 from aio_pika_batch.core.message import Headers, Message, Properties
 from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost, TopologyError

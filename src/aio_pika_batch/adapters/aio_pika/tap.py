@@ -1,9 +1,8 @@
 """How are frames taken out from under a client library that was not asked?
 
 It was: aiormq lets its user open the socket (`transport_factory`). This one returns real asyncio
-streams; only, what arrives goes through a
-:class:`~aio_pika_batch.adapters.aio_pika.frames.Splitter` before the library's reader sees it, and
-the writer is kept, so that packed frames can be written in one piece.
+streams; only, what arrives goes through a `Splitter` before the library's reader sees it, and the
+writer is kept, so that packed frames can be written in one piece.
 
 Laws:
 
@@ -27,7 +26,7 @@ from aio_pika_batch.adapters.aio_pika.events import (
     Malformed,
     PassThrough,
 )
-from aio_pika_batch.adapters.aio_pika.frames import Splitter
+from aio_pika_batch.adapters.aio_pika.frame_parser import Splitter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from yarl import URL
 
     from aio_pika_batch.adapters.aio_pika.events import Event
-    from aio_pika_batch.adapters.aio_pika.guard import Guard
+    from aio_pika_batch.adapters.aio_pika.header_guard import Guard
     from aio_pika_batch.core.message import Source
 
     Listener = Callable[[Event], None]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.adapters.aio_pika import tls
-from aio_pika_batch.adapters.aio_pika.declare import count, declare
 from aio_pika_batch.adapters.aio_pika.publishers import open_publisher
 from aio_pika_batch.adapters.aio_pika.session import open_session
+from aio_pika_batch.adapters.aio_pika.topology import count, declare
 from aio_pika_batch.adapters.aio_pika.urls import parse
 from aio_pika_batch.adapters.aio_pika.wires import check
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from aiormq.exceptions import ChannelClosed as ChannelClosedError
 
-from aio_pika_batch.adapters.aio_pika.edge import describe, translated
+from aio_pika_batch.adapters.aio_pika.client_errors import said
 from aio_pika_batch.adapters.aio_pika.events import (
     ChannelClosed,
     ChannelGone,
     ConnectionClosed,
     Cut,
 )
-from aio_pika_batch.adapters.aio_pika.said import said
+from aio_pika_batch.adapters.aio_pika.translate import describe, translated
 from aio_pika_batch.errors import BrokerUnavailable
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from aio_pika_batch.adapters.memory.refusals import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aio_pika_batch.adapters.memory.dialect import Dialect
+    from aio_pika_batch.adapters.memory.versions import Dialect
     from aio_pika_batch.core.message import FieldValue, Headers
 
 

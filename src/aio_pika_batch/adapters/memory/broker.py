@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Protocol, assert_never
 
 from aio_pika_batch.adapters.memory.channels import Channel, Gone
 from aio_pika_batch.adapters.memory.connections import Connection
-from aio_pika_batch.adapters.memory.dialect import NEWEST, dialect
 from aio_pika_batch.adapters.memory.faults import Door, Faults, PublishFault
 from aio_pika_batch.adapters.memory.journal import Happened, Journal
 from aio_pika_batch.adapters.memory.refusals import Code, Refusal
-from aio_pika_batch.adapters.memory.values import Stored, copied_headers, letter, stored
+from aio_pika_batch.adapters.memory.stored_message import Stored, copied_headers, letter, stored
+from aio_pika_batch.adapters.memory.versions import NEWEST, dialect
 from aio_pika_batch.adapters.memory.vhost import VirtualHost
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.publication import Outcome

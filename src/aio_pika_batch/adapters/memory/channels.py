@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.adapters.memory.arguments import QueueType
+from aio_pika_batch.adapters.memory.consumers import Consumer
 from aio_pika_batch.adapters.memory.frames import (
     Cancelled,
     Closed,
@@ -31,14 +32,13 @@ from aio_pika_batch.adapters.memory.refusals import (
     invalid,
     type_name,
 )
-from aio_pika_batch.adapters.memory.roster import Consumer
-from aio_pika_batch.adapters.memory.values import Letter, copied_headers, short, stored
+from aio_pika_batch.adapters.memory.stored_message import Letter, copied_headers, short, stored
 
 if TYPE_CHECKING:
     from aio_pika_batch.adapters.memory.broker import Broker
     from aio_pika_batch.adapters.memory.connections import Connection
-    from aio_pika_batch.adapters.memory.dialect import Dialect
     from aio_pika_batch.adapters.memory.ready import Entry
+    from aio_pika_batch.adapters.memory.versions import Dialect
     from aio_pika_batch.adapters.memory.vhost import VirtualHost
     from aio_pika_batch.core.message import FieldValue, Headers, Properties
 

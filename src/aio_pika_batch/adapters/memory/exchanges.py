@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, assert_never
 from aio_pika_batch.adapters.memory.refusals import Code, Refusal, told, unequal
 
 if TYPE_CHECKING:
-    from aio_pika_batch.adapters.memory.dialect import Dialect
-    from aio_pika_batch.adapters.memory.values import Stored
+    from aio_pika_batch.adapters.memory.stored_message import Stored
+    from aio_pika_batch.adapters.memory.versions import Dialect
     from aio_pika_batch.core.message import FieldValue, Headers
 
 

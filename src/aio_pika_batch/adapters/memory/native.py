@@ -15,9 +15,9 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from aio_pika_batch.adapters.memory.channels import Gone
-from aio_pika_batch.adapters.memory.declaring import topology_error
 from aio_pika_batch.adapters.memory.publisher import MemoryPublisher
 from aio_pika_batch.adapters.memory.refusals import Code, Refusal
+from aio_pika_batch.adapters.memory.topology import topology_error
 from aio_pika_batch.core.message import FieldValue
 from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.errors import PublishError, SessionLost

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from aio_pika_batch.adapters.memory.channels import Channel, Gone
 from aio_pika_batch.adapters.memory.frames import Closed, Confirmed, Returned
 from aio_pika_batch.adapters.memory.refusals import Refusal
-from aio_pika_batch.adapters.memory.values import Letter, letter
+from aio_pika_batch.adapters.memory.stored_message import Letter, letter
 from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
 from aio_pika_batch.errors import SessionClosed
 

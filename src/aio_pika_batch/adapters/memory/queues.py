@@ -13,16 +13,16 @@ from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from aio_pika_batch.adapters.memory.arguments import Overflow, QueueType, Spec
-from aio_pika_batch.adapters.memory.deaths import Reason
+from aio_pika_batch.adapters.memory.consumers import Consumer, Roster
+from aio_pika_batch.adapters.memory.dead_lettering import Reason
 from aio_pika_batch.adapters.memory.journal import Happened
 from aio_pika_batch.adapters.memory.ready import Entry, Place, Ready
-from aio_pika_batch.adapters.memory.roster import Consumer, Roster
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aio_pika_batch.adapters.memory.dialect import Dialect
-    from aio_pika_batch.adapters.memory.values import Stored
+    from aio_pika_batch.adapters.memory.stored_message import Stored
+    from aio_pika_batch.adapters.memory.versions import Dialect
     from aio_pika_batch.core.message import Headers
 
 

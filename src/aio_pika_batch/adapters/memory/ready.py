@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, assert_never
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from aio_pika_batch.adapters.memory.values import Stored
+    from aio_pika_batch.adapters.memory.stored_message import Stored
 
 
 class Entry:

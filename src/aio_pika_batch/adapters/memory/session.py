@@ -8,10 +8,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, assert_never
 
 from aio_pika_batch.adapters.memory.channels import Channel, Gone
-from aio_pika_batch.adapters.memory.declaring import explained
 from aio_pika_batch.adapters.memory.frames import Cancelled, Closed, Delivery
 from aio_pika_batch.adapters.memory.native import NativeChannel
 from aio_pika_batch.adapters.memory.refusals import Refusal
+from aio_pika_batch.adapters.memory.topology import explained
 from aio_pika_batch.core.ledger import Frame, Ledger
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.settlement import Disposition, Settlement

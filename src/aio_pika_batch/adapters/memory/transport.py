@@ -17,11 +17,11 @@ from weakref import WeakKeyDictionary
 from aio_pika_batch.adapters.memory.alarm import attach
 from aio_pika_batch.adapters.memory.broker import Broker, Unreachable
 from aio_pika_batch.adapters.memory.connections import Connection
-from aio_pika_batch.adapters.memory.declaring import count, declare
-from aio_pika_batch.adapters.memory.dialect import NEWEST, dialect
 from aio_pika_batch.adapters.memory.publisher import MemoryPublisher
 from aio_pika_batch.adapters.memory.refusals import Refusal
 from aio_pika_batch.adapters.memory.session import MemorySession
+from aio_pika_batch.adapters.memory.topology import count, declare
+from aio_pika_batch.adapters.memory.versions import NEWEST, dialect
 from aio_pika_batch.core.topology import version_of
 from aio_pika_batch.errors import AccessRefused, BrokerUnavailable, ConfigurationError
 

@@ -18,7 +18,7 @@ from aio_pika_batch.adapters.memory.arguments import (
 from aio_pika_batch.adapters.memory.arguments import (
     spec as read_spec,
 )
-from aio_pika_batch.adapters.memory.deaths import (
+from aio_pika_batch.adapters.memory.dead_lettering import (
     Reason,
     claimed_deaths,
     dead_letter,
@@ -36,14 +36,14 @@ from aio_pika_batch.adapters.memory.refusals import (
     no_queue,
     unequal,
 )
-from aio_pika_batch.adapters.memory.values import copied_headers, short
+from aio_pika_batch.adapters.memory.stored_message import copied_headers, short
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from aio_pika_batch.adapters.memory.dialect import Dialect
-    from aio_pika_batch.adapters.memory.roster import Consumer
-    from aio_pika_batch.adapters.memory.values import Stored
+    from aio_pika_batch.adapters.memory.consumers import Consumer
+    from aio_pika_batch.adapters.memory.stored_message import Stored
+    from aio_pika_batch.adapters.memory.versions import Dialect
     from aio_pika_batch.core.message import Headers
 
 _PREDECLARED = {

@@ -22,7 +22,7 @@ from aio_pika_batch.adapters.memory import MemoryTransport
 from aio_pika_batch.cli.demo.books import Row, balance
 from aio_pika_batch.cli.demo.figures import Figures
 from aio_pika_batch.cli.demo.load import Cleaner, Invoices, Orders, Stream, Undertaker
-from aio_pika_batch.core.delay import ladder, wait_queue_name
+from aio_pika_batch.core.delay import make_delay_steps, wait_queue_name
 from aio_pika_batch.registry import open_transport
 from aio_pika_batch.status import ConsumerStatus
 from aio_pika_batch.transport import Endpoint
@@ -178,7 +178,7 @@ class Pipeline:
         if not self._is_declared:
             return
         orders = self._orders.settings.queue_name
-        waits = ladder(FIRST_WAIT).needed(MAX_REQUEUE_ATTEMPTS)
+        waits = make_delay_steps(FIRST_WAIT).needed(MAX_REQUEUE_ATTEMPTS)
         cleaner = Cleaner(
             ConsumerSettings(url=self.url, queue_name=f"{orders}.cleaner", queue_auto_delete=True),
             queues=[

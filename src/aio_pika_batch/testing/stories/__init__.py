@@ -10,7 +10,7 @@ Hypothesis draws them: :func:`aio_pika_batch.testing.strategies.stories`.
 
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.front import front_door
+from aio_pika_batch.front import lazy_exports
 
 __all__ = [
     "INVARIANTS",
@@ -35,4 +35,4 @@ if TYPE_CHECKING:
     from aio_pika_batch.testing.stories.story import LATER, RAISE, Fault, FaultKind, Story
 else:
     _ROOMS = ("story", "playing", "judging", "in_memory")
-    __getattr__, __dir__ = front_door(__name__, __all__, _ROOMS)
+    __getattr__, __dir__ = lazy_exports(__name__, __all__, _ROOMS)

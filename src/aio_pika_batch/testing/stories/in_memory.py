@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import assert_never
 
-from aio_pika_batch.adapters.memory.dialect import NEWEST
 from aio_pika_batch.adapters.memory.faults import PublishFault
 from aio_pika_batch.adapters.memory.journal import Happened
+from aio_pika_batch.adapters.memory.versions import NEWEST
 from aio_pika_batch.testing.broker import BatchBroker
 from aio_pika_batch.testing.stories.judging import judge
 from aio_pika_batch.testing.stories.playing import Played, play

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aio_pika_batch.adapters.aio_pika.books import Books, Call, Entry
+from aio_pika_batch.adapters.aio_pika.confirms import Books, Call, Entry
 from aio_pika_batch.adapters.aio_pika.events import Confirm, Returned
 from aio_pika_batch.adapters.aio_pika.properties import encode
 from aio_pika_batch.core.message import Properties

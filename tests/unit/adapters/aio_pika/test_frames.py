@@ -27,7 +27,7 @@ from aio_pika_batch.adapters.aio_pika.events import (
     PassThrough,
     Returned,
 )
-from aio_pika_batch.adapters.aio_pika.frames import LARGEST, Splitter
+from aio_pika_batch.adapters.aio_pika.frame_parser import LARGEST, Splitter
 from tests.unit.adapters.aio_pika.spoken import (
     CHANNEL,
     HEARTBEAT,

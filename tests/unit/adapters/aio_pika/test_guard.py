@@ -12,7 +12,7 @@ from pamqp import commands
 from pamqp.frame import unmarshal
 
 from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, PassThrough, Returned
-from aio_pika_batch.adapters.aio_pika.frames import Splitter
+from aio_pika_batch.adapters.aio_pika.frame_parser import Splitter
 from tests.unit.adapters.aio_pika.spoken import (
     CHANNEL,
     HEARTBEAT,

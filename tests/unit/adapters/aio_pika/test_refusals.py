@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aio_pika_batch.adapters.aio_pika.refusals import (
+from aio_pika_batch.adapters.aio_pika.broker_errors import (
     refused_connection,
     refused_entity,
     why_channel_closed,

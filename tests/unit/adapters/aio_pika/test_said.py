@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from aiormq import exceptions
 
+from aio_pika_batch.adapters.aio_pika.client_errors import said
 from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, ConnectionClosed
-from aio_pika_batch.adapters.aio_pika.said import said
 
 
 @pytest.mark.parametrize(

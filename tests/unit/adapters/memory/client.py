@@ -6,7 +6,7 @@ from typing import Any
 
 from aio_pika_batch.adapters.memory.broker import Broker
 from aio_pika_batch.adapters.memory.frames import Confirmed, Delivery, Returned
-from aio_pika_batch.adapters.memory.values import letter
+from aio_pika_batch.adapters.memory.stored_message import letter
 from aio_pika_batch.core.message import Properties
 
 

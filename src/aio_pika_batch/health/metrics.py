@@ -1,0 +1,32 @@
+"""What does `/metrics` answer? What prometheus-client has, if it is installed."""
+
+from __future__ import annotations
+
+import os
+from http import HTTPStatus
+from importlib.util import find_spec
+
+from aio_pika_batch.health.http_server import Response
+
+MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
+"""The variable that makes prometheus-client share what several processes count."""
+
+
+def has_prometheus() -> bool:
+    """Whether prometheus-client is installed."""
+    return find_spec("prometheus_client") is not None
+
+
+def metrics() -> Response:
+    """Everything that was counted, in Prometheus's text format; by all processes that share it."""
+    if not has_prometheus():
+        text = "no metrics: run pip install 'aio-pika-batch[prometheus]'\n"
+        return Response(HTTPStatus.NOT_FOUND, text)
+    from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    registry = REGISTRY
+    if MULTIPROCESS_DIR in os.environ:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # it has no types
+    return Response(HTTPStatus.OK, generate_latest(registry).decode(), CONTENT_TYPE_LATEST)

@@ -1,0 +1,1 @@
+"""What runs a consumer: lifecycle, workers, sessions, handlers, settlement."""

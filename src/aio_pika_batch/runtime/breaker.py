@@ -1,0 +1,86 @@
+"""Who watches a worker's failures, and who is told when they are too many?
+
+The breaker decides; this stands between it and the shell: it counts what was handled, and tells the
+log and the observers what has become of the breaker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from aio_pika_batch.core.batch_run import BatchDecisions
+from aio_pika_batch.core.circuit_breaker import (
+    BreakerPolicy,
+    BreakerState,
+    CircuitBreaker,
+    is_failure,
+)
+from aio_pika_batch.core.results import ExceptionResults, MessageResult
+from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.observer import BreakerClosed, BreakerOpened, BreakerProbing, Observers
+
+PROBE = 1
+"""How many messages a worker may hold while it finds out whether all is well again."""
+
+
+class WorkerBreaker:
+    """One worker's breaker, wired up.
+
+    Args:
+        exceptions: Which results the consumer gives to exceptions.
+    """
+
+    def __init__(
+        self,
+        policy: BreakerPolicy,
+        exceptions: ExceptionResults,
+        observers: Observers,
+        log: KeywordLogger,
+    ) -> None:
+        self._breaker = CircuitBreaker(policy)
+        self._exceptions = exceptions
+        self._observers = observers
+        self._log = log
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the worker shall pause."""
+        return self._breaker.state is BreakerState.OPEN
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether the worker shall take one message at a time."""
+        return self._breaker.state is BreakerState.HALF_OPEN
+
+    @property
+    def pause(self) -> float:
+        """How many seconds the worker shall pause."""
+        return self._breaker.pause
+
+    def record(self, handled: BatchDecisions) -> bool:
+        """Count what was handled; returns whether the worker needs another session now."""
+        verdicts = handled.verdicts
+        failed = sum(is_failure(each, self._exceptions) for each in verdicts)
+        succeeded = len(handled.acked) + sum(each.result is MessageResult.ACK for each in verdicts)
+        breaker = self._breaker
+        if not breaker.record(succeeded=succeeded, failed=failed, now=self._loop.time()):
+            return False
+        if breaker.state is BreakerState.OPEN:
+            self._log.warning(
+                "too many messages fail: consuming pauses",
+                failed=breaker.failed,
+                of=breaker.samples,
+                pause=f"{breaker.pause:g} s",
+            )
+            self._observers.tell(BreakerOpened(breaker.failed, breaker.samples, breaker.pause))
+        else:
+            self._log.info("messages succeed again: consuming goes on")
+            self._observers.tell(BreakerClosed())
+        return True
+
+    def probe(self) -> None:
+        """The pause is over."""
+        self._breaker.probe()
+        self._log.info("one message at a time, until one succeeds or fails")
+        self._observers.tell(BreakerProbing())
