@@ -1,7 +1,7 @@
-"""Where do originals wait whose copies are not confirmed?
+"""Holds messages whose retry or dead-letter copy is unconfirmed, and republishes the copies.
 
-In one room for each session. What is due is published again in one go, or given back to the broker;
-the decisions are `UnconfirmedPolicy`'s. The room ends with its session: a copy whose original has gone back is not tried again.
+The decisions are those of `UnconfirmedPolicy`. It ends with its session: a copy whose original has
+gone back to the broker is not published again.
 """
 
 from __future__ import annotations
