@@ -19,7 +19,7 @@ from pydantic_settings import NoDecode
 from aio_pika_batch.core.message import SHORT_STRING, is_short_string
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.errors import ConfigurationError
-from aio_pika_batch.registry import known_schemes, scheme_of
+from aio_pika_batch.transport import known_schemes, scheme_of
 
 _MILLISECOND = 0.001
 

@@ -18,16 +18,10 @@ from aio_pika_batch.core.config_checks import ConsumerProfile, broker_warnings_f
 from aio_pika_batch.core.message import Headers, Message
 from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.core.results import ExceptionResults
-from aio_pika_batch.errors import (
-    ConfigurationError,
-    PublishError,
-    SessionClosed,
-    StartInterrupted,
-)
+from aio_pika_batch.errors import ConfigurationError, PublishError, SessionClosed, StartInterrupted
 from aio_pika_batch.hooks import WorkerSession
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observer
-from aio_pika_batch.registry import open_transport
 from aio_pika_batch.runtime.batching import check_batch_key
 from aio_pika_batch.runtime.consume_loop import ConsumeLoop
 from aio_pika_batch.runtime.handler import Process
@@ -37,7 +31,13 @@ from aio_pika_batch.runtime.signals import process_signals
 from aio_pika_batch.runtime.worker_pool import WorkerInstance, WorkerPool
 from aio_pika_batch.settings import ConsumerSettings
 from aio_pika_batch.status import ConsumerStatus
-from aio_pika_batch.transport import Endpoint, Session, Transport, VersionedTransport
+from aio_pika_batch.transport import (
+    Endpoint,
+    Session,
+    Transport,
+    VersionedTransport,
+    open_transport,
+)
 
 SettingsT = TypeVar("SettingsT", bound=ConsumerSettings)
 

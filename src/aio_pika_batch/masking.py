@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from aio_pika_batch.registry import known_schemes
+from aio_pika_batch.transport import known_schemes
 
 _HOST = r"(?:[^:/@,\[\]]*|\[[^\]]*\])(?::\d*)?"
 _WITHOUT_CREDENTIALS = re.compile(rf"[^:/]*://{_HOST}(?:,{_HOST})*(?:[/?].*)?", re.DOTALL)

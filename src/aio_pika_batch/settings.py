@@ -14,9 +14,9 @@ from pydantic import Field, PrivateAttr, SecretStr, ValidationError, model_valid
 from pydantic_settings import SettingsConfigDict
 
 from aio_pika_batch.breaker_settings import BreakerSettings
-from aio_pika_batch.core.delay import LONGEST_WAIT, DelaySteps, check_names, make_delay_steps
 from aio_pika_batch.core.message import FieldValue
 from aio_pika_batch.core.results import MessageResult
+from aio_pika_batch.core.retry import LONGEST_WAIT, DelaySteps, check_names, make_delay_steps
 from aio_pika_batch.core.topology import QUEUE_TYPE, TopologyOptions
 from aio_pika_batch.errors import ConfigurationError
 from aio_pika_batch.fields import (

@@ -11,10 +11,9 @@ import aio_pika
 import pytest
 
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
-from aio_pika_batch.core.ledger import Frame
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Copy, Outcome, Publication
-from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.core.settlement import Disposition, Frame, Settlement
 from aio_pika_batch.core.topology import Queue, Topology
 from aio_pika_batch.errors import (
     MessageDecodeError,

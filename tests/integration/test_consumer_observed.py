@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
 from aio_pika_batch.observers.otel import OpenTelemetryObserver, trace_headers
 from aio_pika_batch.observers.prometheus import PrometheusObserver
-from aio_pika_batch.registry import server_of
+from aio_pika_batch.transport import server_of
 from tests.integration.helpers import until
 
 PRODUCERS = [f"00-{0xABC0 + number:032x}-{0xDEF0 + number:016x}-01" for number in range(3)]

@@ -19,8 +19,7 @@ import pytest
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult, Nack
 from aio_pika_batch.dead_letters import look
-from aio_pika_batch.registry import open_transport
-from aio_pika_batch.transport import Endpoint
+from aio_pika_batch.transport import Endpoint, open_transport
 from tests.integration.helpers import holds, publish, ready, take_all, until
 from tests.support.tether import kill_group, spawn
 

@@ -26,8 +26,7 @@ from aio_pika_batch import (
     MessageResult,
     Publication,
 )
-from aio_pika_batch.registry import open_transport
-from aio_pika_batch.transport import Endpoint
+from aio_pika_batch.transport import Endpoint, open_transport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence

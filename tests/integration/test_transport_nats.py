@@ -21,7 +21,6 @@ import nats
 import pytest
 from nats.js.errors import NotFoundError
 
-from aio_pika_batch.registry import open_transport
 from aio_pika_batch.testing.contract import Features, Harness, TransportContract
 from aio_pika_batch.transport import (
     Copy,
@@ -32,6 +31,7 @@ from aio_pika_batch.transport import (
     Settlement,
     Subscription,
     Topology,
+    open_transport,
 )
 from tests.support.nats import NoNatsError
 from tests.support.nats import nats as nats_server

@@ -18,14 +18,14 @@ _WIRE = "adapters/aio_pika"
 WIRE = (
     Mutant(
         "A multiple ack ends on a tag that is settled otherwise: the broker closes the channel.",
-        "core/ledger.py",
+        "core/settlement.py",
         "Frame(disposition, same[-1], len(same) > 1)",
         "Frame(disposition, members[-1], len(same) > 1)",
         ("tests/unit/core/test_ledger.py",),
     ),
     Mutant(
         "The multiple ack goes out before the rejects, whose holes it reaches across.",
-        "core/ledger.py",
+        "core/settlement.py",
         "return [Frame(decided[tag], tag) for tag in sorted(singles)] + multiples",
         "return multiples + [Frame(decided[tag], tag) for tag in sorted(singles)]",
         ("tests/unit/core/test_ledger.py", "tests/unit/core/test_ledger_machine.py"),

@@ -46,11 +46,10 @@ from aio_pika_batch.adapters import memory
 from aio_pika_batch.cli.app import app
 from aio_pika_batch.core.publication import Publication
 from aio_pika_batch.observers.prometheus import PrometheusObserver
-from aio_pika_batch.registry import open_transport
 from aio_pika_batch.testing import BatchBroker, virtual_time
 from aio_pika_batch.testing.rabbitmq.find import Broker as Found
 from aio_pika_batch.testing.rabbitmq.fixture import BatchRabbitMQ
-from aio_pika_batch.transport import Endpoint
+from aio_pika_batch.transport import Endpoint, open_transport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator

@@ -16,7 +16,6 @@ from aio_pika_batch.cli.inspection import Entity, Standing, State, broker_versio
 from aio_pika_batch.cli.printing import console, harmless, hush, print_json, table
 from aio_pika_batch.cli.targets import AnyConsumer, Loading, load
 from aio_pika_batch.core.dead_letter import written
-from aio_pika_batch.core.definitions import definitions, depends_on_version
 from aio_pika_batch.core.topology import (
     Binding,
     Exchange,
@@ -24,6 +23,8 @@ from aio_pika_batch.core.topology import (
     Topology,
     Version,
     build_topology,
+    definitions,
+    depends_on_version,
     version_of,
 )
 from aio_pika_batch.errors import ConfigurationError

@@ -14,7 +14,6 @@ from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
 from aio_pika_batch.core.config_checks import DEFAULT_LIMIT
-from aio_pika_batch.core.delay import DEATHS
 from aio_pika_batch.core.message import (
     NO_HEADERS,
     ORIGINAL_EXCHANGE,
@@ -26,6 +25,7 @@ from aio_pika_batch.core.message import (
     retry_count,
 )
 from aio_pika_batch.core.publication import Copy
+from aio_pika_batch.core.retry import DEATHS
 from aio_pika_batch.core.settlement_plan import (
     DEAD_LETTERED_AT,
     DETAIL,

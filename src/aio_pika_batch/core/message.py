@@ -8,7 +8,7 @@ cannot be decoded costs that message only, and only when somebody asks.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -365,3 +365,35 @@ class Message:
             return json.loads(self.body)
         except (ValueError, RecursionError) as error:
             raise MessageDecodeError(self, "body", f"no JSON: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedSource:
+    """A :class:`~aio_pika_batch.core.message.Source` that has nothing to decode.
+
+    Its messages are made with a route that is a pair, and with `Properties`.
+
+    Attributes:
+        wall_clock: Seconds since the epoch, such as `time.time`; for `Message.age`.
+    """
+
+    queue: str
+    consumer_tag: str
+    retry_count_header: str
+    wall_clock: Callable[[], float]
+
+    def decode_properties(self, raw: bytes, /) -> Properties:
+        """Never called: messages come decoded."""
+        raise NotImplementedError("a message of a DecodedSource was made with raw properties")
+
+    def decode_headers(self, raw: bytes, /) -> Headers | None:
+        """Never called either."""
+        raise NotImplementedError("a message of a DecodedSource was made with raw properties")
+
+    def decode_route(self, raw: bytes, /) -> tuple[str, str]:
+        """Never called either."""
+        raise NotImplementedError("a message of a DecodedSource was made with a raw route")
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return self.wall_clock()

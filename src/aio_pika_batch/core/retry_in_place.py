@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from aio_pika_batch.core.delay import AT_ONCE, DelaySteps
 from aio_pika_batch.core.message import Headers, Message
 from aio_pika_batch.core.results import (
     Cause,
@@ -26,7 +25,7 @@ from aio_pika_batch.core.results import (
     Result,
     is_retry,
 )
-from aio_pika_batch.core.retry import Backoff, RetryPolicy
+from aio_pika_batch.core.retry import AT_ONCE, Backoff, DelaySteps, RetryPolicy
 
 
 class Retried(Message):

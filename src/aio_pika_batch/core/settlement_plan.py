@@ -10,16 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
-from typing import assert_never
+from typing import Self, assert_never
 
-from aio_pika_batch.core.delay import (
-    AT_ONCE,
-    ORIGINAL_EXPIRATION,
-    DelaySteps,
-    delayed,
-    make_delay_steps,
-    undelayed,
-)
 from aio_pika_batch.core.message import (
     DELIVERY_COUNT,
     NO_HEADERS,
@@ -33,7 +25,16 @@ from aio_pika_batch.core.message import (
 )
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue
-from aio_pika_batch.core.retry import DeadLetterReason, RetryPolicy
+from aio_pika_batch.core.retry import (
+    AT_ONCE,
+    ORIGINAL_EXPIRATION,
+    DeadLetterReason,
+    DelaySteps,
+    RetryPolicy,
+    delayed,
+    make_delay_steps,
+    undelayed,
+)
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.errors import MessageDecodeError
 
@@ -283,3 +284,27 @@ def _cut(text: str) -> str:
     ellipsis = "…"
     kept = raw[: EXCEPTION_MESSAGE_LIMIT - len(ellipsis.encode())]
     return kept.decode(errors="ignore") + ellipsis
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How an interval is divided.
+
+    Attributes:
+        collect: Seconds from the first yield until what has been yielded goes on its way.
+        patience: Seconds that a settlement then waits for confirmations, at most, and as many are
+            kept in reserve.
+    """
+
+    collect: float
+    patience: float
+
+    @classmethod
+    def within(cls, interval: float, *, longest: float) -> Self:
+        """Divide an interval.
+
+        Args:
+            longest: Seconds for confirmations that are enough, however long the interval.
+        """
+        patience = min(longest, interval / 4)
+        return cls(interval - 2 * patience, patience)

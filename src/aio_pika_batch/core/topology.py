@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from aio_pika_batch.core.delay import wait_queue_name
 from aio_pika_batch.core.message import SHORT_STRING, FieldValue, Headers, is_short_string
+from aio_pika_batch.core.retry import wait_queue_name
 from aio_pika_batch.core.settlement_plan import DeadLetterTarget
 from aio_pika_batch.errors import TopologyError
 
@@ -331,3 +331,56 @@ def _dead_letter_keys(wanted: TopologyOptions, target: DeadLetterTarget) -> tupl
         case _:
             # What came by the default exchange, or was requeued by hand, has the queue's name.
             return tuple(dict.fromkeys((*_routing_keys(wanted), wanted.queue_name)))
+
+
+def definitions(topology: Topology, vhost: str, version: Version | None) -> dict[str, Any]:
+    """A topology as definitions.
+
+    Args:
+        vhost: The virtual host that it is for.
+        version: Of the RabbitMQ that shall import it: a delivery limit is lifted in its own words.
+    """
+    shared, _ = split_exclusive(topology)
+    return {
+        "exchanges": [
+            {
+                "name": exchange.name,
+                "vhost": vhost,
+                "type": exchange.type,
+                "durable": exchange.durable,
+                "auto_delete": exchange.auto_delete,
+                "internal": False,
+                "arguments": dict(exchange.arguments),
+            }
+            for exchange in shared.exchanges
+            if exchange.name and not exchange.check_only
+        ],
+        "queues": [
+            {
+                "name": queue.name,
+                "vhost": vhost,
+                "durable": queue.durable,
+                "auto_delete": queue.auto_delete,
+                "arguments": dict(queue.arguments_on(version)),
+            }
+            for queue in shared.queues
+            if not queue.check_only
+        ],
+        "bindings": [
+            {
+                "source": binding.exchange,
+                "vhost": vhost,
+                "destination": binding.queue,
+                "destination_type": "queue",
+                "routing_key": binding.routing_key,
+                "arguments": dict(binding.arguments),
+            }
+            for binding in shared.bindings
+            if binding.exchange
+        ],
+    }
+
+
+def depends_on_version(topology: Topology) -> bool:
+    """Whether it has to be known which RabbitMQ shall import it."""
+    return any(queue.no_delivery_limit for queue in topology.queues)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from aio_pika_batch.core.delay import AT_ONCE, DelayedCopy
 from aio_pika_batch.core.publication import Outcome, Outgoing
+from aio_pika_batch.core.retry import AT_ONCE, DelayedCopy
 from aio_pika_batch.core.topology import Topology, TopologyOptions, wait_queue
 from aio_pika_batch.errors import TransportError
 from aio_pika_batch.logs import KeywordLogger, format_error

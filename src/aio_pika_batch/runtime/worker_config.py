@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from aio_pika_batch.core.batch_run import FailurePolicy
 from aio_pika_batch.core.circuit_breaker import BreakerPolicy
-from aio_pika_batch.core.pace import Pace
-from aio_pika_batch.core.settlement_plan import SettlementPlanner
+from aio_pika_batch.core.settlement_plan import Pace, SettlementPlanner
 from aio_pika_batch.core.unconfirmed_policy import UnconfirmedPolicy
 from aio_pika_batch.runtime.batching import Cutting
 

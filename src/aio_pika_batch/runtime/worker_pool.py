@@ -14,17 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from aio_pika_batch.core.batch_run import FailurePolicy
-from aio_pika_batch.core.pace import Pace
 from aio_pika_batch.core.results import ExceptionResults
 from aio_pika_batch.core.retry import Backoff, RetryPolicy
 from aio_pika_batch.core.retry_in_place import RetryInPlace
-from aio_pika_batch.core.settlement_plan import SettlementPlanner
+from aio_pika_batch.core.settlement_plan import Pace, SettlementPlanner
 from aio_pika_batch.core.topology import build_topology, dead_letter_target, split_exclusive
 from aio_pika_batch.core.unconfirmed_policy import UnconfirmedPolicy
 from aio_pika_batch.errors import DrainIncomplete, StartInterrupted
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observer, Observers, Origin
-from aio_pika_batch.registry import server_of
 from aio_pika_batch.runtime.batching import BatchKey, Cutting
 from aio_pika_batch.runtime.consume_loop import ConsumeLoop
 from aio_pika_batch.runtime.delayed_publishing import DelayedPublisher
@@ -36,7 +34,7 @@ from aio_pika_batch.runtime.worker import Worker
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.settings import ConsumerSettings
 from aio_pika_batch.status import WorkerStatus
-from aio_pika_batch.transport import Session, Subscription, Transport
+from aio_pika_batch.transport import Session, Subscription, Transport, server_of
 
 RECHECK = Backoff(0.5, 5.0)
 """Pauses between attempts to publish a copy that was returned or refused."""

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from aio_pika_batch.core.batch_run import BatchDecisions
-from aio_pika_batch.core.delay import DelayedCopy
 from aio_pika_batch.core.message import NO_HEADERS, Headers, Message, retry_count
 from aio_pika_batch.core.publication import Publication
 from aio_pika_batch.core.results import MessageOutcome, MessageResult, Nack, Result
-from aio_pika_batch.core.retry import DeadLetterReason
+from aio_pika_batch.core.retry import DeadLetterReason, DelayedCopy
 from aio_pika_batch.core.settlement import Disposition
 from aio_pika_batch.core.settlement_plan import PendingCopy, SettlementPlan
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 from itertools import product
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.core.ledger import Frame
-from aio_pika_batch.core.settlement import Disposition
+from aio_pika_batch.core.settlement import Disposition, Frame
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

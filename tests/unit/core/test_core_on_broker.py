@@ -25,11 +25,10 @@ from aio_pika_batch import MessageResult
 from aio_pika_batch.adapters.memory import Broker, Happened
 from aio_pika_batch.core.batch_run import BatchRun, FailurePolicy
 from aio_pika_batch.core.batcher import Batch, Batcher
-from aio_pika_batch.core.ledger import Frame, Ledger
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import Cause, ResultCollector
 from aio_pika_batch.core.retry import RetryPolicy
-from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.core.settlement import Disposition, Frame, Ledger, Settlement
 from aio_pika_batch.core.settlement_plan import DeadLetterTarget, PendingCopy, SettlementPlanner
 from tests.unit.adapters.memory.client import Client, bodies
 from tests.unit.core.strategies import NOW, StubSource

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from aio_pika_batch.core.definitions import definitions, depends_on_version
-from aio_pika_batch.core.topology import Topology, TopologyOptions, build_topology
+from aio_pika_batch.core.topology import (
+    Topology,
+    TopologyOptions,
+    build_topology,
+    definitions,
+    depends_on_version,
+)
 
 WANTED = TopologyOptions(
     queue_name="orders",

@@ -8,16 +8,17 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.delay import (
+from aio_pika_batch.core.message import Properties
+from aio_pika_batch.core.results import MessageOutcome, MessageResult, Requeue
+from aio_pika_batch.core.retry import (
     LONGEST_WAIT,
     MOST_LEVELS,
+    DeadLetterReason,
     DelayedCopy,
+    RetryPolicy,
     make_delay_steps,
     wait_queue_name,
 )
-from aio_pika_batch.core.message import Properties
-from aio_pika_batch.core.results import MessageOutcome, MessageResult, Requeue
-from aio_pika_batch.core.retry import DeadLetterReason, RetryPolicy
 from aio_pika_batch.core.settlement_plan import DeadLetterTarget, SettlementPlanner
 from aio_pika_batch.testing.strategies import broken_properties, properties, sound_properties
 from tests.unit.core.strategies import (

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.delay import make_delay_steps
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue
-from aio_pika_batch.core.retry import Backoff, DeadLetterReason, RetryPolicy
+from aio_pika_batch.core.retry import Backoff, DeadLetterReason, RetryPolicy, make_delay_steps
 from aio_pika_batch.core.retry_in_place import Retried, RetryInPlace
 from aio_pika_batch.core.settlement_plan import DeadLetterTarget, SettlementPlanner
 from tests.unit.core.strategies import NOW, StubSource, a_message, batches_of_verdicts

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import event, example, given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.isolation import Isolation, Part
+from aio_pika_batch.core.batch_run import Isolation, Part
 from tests.unit.core.strategies import some_messages
 
 

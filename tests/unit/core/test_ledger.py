@@ -9,8 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.ledger import Frame, Ledger
-from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.core.settlement import Disposition, Frame, Ledger, Settlement
 from aio_pika_batch.errors import SettlementError
 from tests.unit.core.channel import Channel, ChannelClosed, fewest_frames
 from tests.unit.core.strategies import dispositions

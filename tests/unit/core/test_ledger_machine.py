@@ -7,8 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from aio_pika_batch.core.ledger import Ledger
-from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.core.settlement import Disposition, Ledger, Settlement
 from aio_pika_batch.errors import SettlementError
 from tests.unit.core.channel import Channel
 from tests.unit.core.strategies import dispositions

@@ -14,11 +14,10 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from aio_pika_batch.core.batcher import Trigger
-from aio_pika_batch.core.delay import make_delay_steps
 from aio_pika_batch.core.keyed_batcher import KeyedBatcher
 from aio_pika_batch.core.ordered_batcher import OrderedBatcher
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult
-from aio_pika_batch.core.retry import Backoff, RetryPolicy
+from aio_pika_batch.core.retry import Backoff, RetryPolicy, make_delay_steps
 from aio_pika_batch.core.retry_in_place import Attempt, RetryInPlace
 from tests.unit.core.strategies import NOW, a_message, some_messages
 

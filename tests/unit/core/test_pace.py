@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.pace import Pace
+from aio_pika_batch.core.settlement_plan import Pace
 
 seconds = st.floats(1e-3, 1e6)
 

@@ -6,8 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from aio_pika_batch.core.message import Message, Properties
-from aio_pika_batch.core.source import DecodedSource
+from aio_pika_batch.core.message import DecodedSource, Message, Properties
 
 SOURCE = DecodedSource("orders", "tag", "x-count", lambda: 100.0)
 

@@ -26,8 +26,8 @@ from aio_pika_batch.adapters.aio_pika.properties import encode
 from aio_pika_batch.adapters.memory import PublishFault
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.observers.otel import OpenTelemetryObserver, origin_of, trace_headers
-from aio_pika_batch.registry import server_of
 from aio_pika_batch.testing import make_message
+from aio_pika_batch.transport import server_of
 from tests.unit.adapters.aio_pika import spoken
 from tests.unit.adapters.aio_pika.test_tables import tables
 from tests.unit.observers.stories import everything

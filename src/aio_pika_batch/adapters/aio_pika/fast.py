@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from aio_pika_batch.adapters.aio_pika.connection import Link
     from aio_pika_batch.adapters.aio_pika.tap import Tap
     from aio_pika_batch.adapters.aio_pika.wire import Ear
-    from aio_pika_batch.core.ledger import Frame
     from aio_pika_batch.core.message import Source
+    from aio_pika_batch.core.settlement import Frame
 
 
 class FastWire(ConsumingChannel):

@@ -17,7 +17,7 @@ from aio_pika_batch.core.settlement import Disposition
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from aio_pika_batch.core.ledger import Frame
+    from aio_pika_batch.core.settlement import Frame
 
 _BASIC, _PUBLISH, _ACK, _REJECT, _NACK = 60, 40, 80, 90, 120
 _MULTIPLE, _REQUEUE = 1, 2

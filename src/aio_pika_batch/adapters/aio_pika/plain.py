@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from aio_pika_batch.adapters.aio_pika.connection import Link
     from aio_pika_batch.adapters.aio_pika.header_guard import Guard
     from aio_pika_batch.adapters.aio_pika.wire import Ear
-    from aio_pika_batch.core.ledger import Frame
     from aio_pika_batch.core.message import Headers, Source
+    from aio_pika_batch.core.settlement import Frame
 
 _TURNS = 4
 """Of the event loop, after cancel-ok. The library has started a task for each delivery before it

@@ -22,8 +22,8 @@ from aio_pika_batch.adapters.aio_pika.plain import PlainWire
 from aio_pika_batch.adapters.aio_pika.properties import decode, decode_headers, decode_route
 from aio_pika_batch.adapters.aio_pika.topology import declare_on
 from aio_pika_batch.adapters.aio_pika.translate import describe, translated, within
-from aio_pika_batch.core.ledger import Ledger
 from aio_pika_batch.core.message import Headers, Message, Properties
+from aio_pika_batch.core.settlement import Ledger
 from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost, TopologyError
 from aio_pika_batch.transport import Native
 

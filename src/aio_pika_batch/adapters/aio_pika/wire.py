@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aio_pika_batch.core.ledger import Frame
     from aio_pika_batch.core.message import Message, Source
+    from aio_pika_batch.core.settlement import Frame
     from aio_pika_batch.transport import Subscription
 
 

@@ -12,10 +12,8 @@ from aio_pika_batch.adapters.memory.frames import Cancelled, Closed, Delivery
 from aio_pika_batch.adapters.memory.native import NativeChannel
 from aio_pika_batch.adapters.memory.refusals import Refusal
 from aio_pika_batch.adapters.memory.topology import explained
-from aio_pika_batch.core.ledger import Frame, Ledger
-from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.settlement import Disposition, Settlement
-from aio_pika_batch.core.source import DecodedSource
+from aio_pika_batch.core.message import DecodedSource, Message
+from aio_pika_batch.core.settlement import Disposition, Frame, Ledger, Settlement
 from aio_pika_batch.errors import SessionClosed, SessionLost
 from aio_pika_batch.transport import Native, Subscription
 

@@ -21,7 +21,7 @@ from aio_pika_batch.cli.demo.show import dashboard, lines, live, save
 from aio_pika_batch.cli.exits import Exit
 from aio_pika_batch.errors import BrokerUnavailable, ConfigurationError
 from aio_pika_batch.masking import mask_url
-from aio_pika_batch.registry import scheme_of
+from aio_pika_batch.transport import scheme_of
 
 START = 10.0
 """Seconds in which all consumers must have started."""

@@ -22,10 +22,9 @@ from aio_pika_batch.adapters.memory import MemoryTransport
 from aio_pika_batch.cli.demo.books import Row, balance
 from aio_pika_batch.cli.demo.figures import Figures
 from aio_pika_batch.cli.demo.load import Cleaner, Invoices, Orders, Stream, Undertaker
-from aio_pika_batch.core.delay import make_delay_steps, wait_queue_name
-from aio_pika_batch.registry import open_transport
+from aio_pika_batch.core.retry import make_delay_steps, wait_queue_name
 from aio_pika_batch.status import ConsumerStatus
-from aio_pika_batch.transport import Endpoint
+from aio_pika_batch.transport import Endpoint, open_transport
 
 MAX_REQUEUE_ATTEMPTS = 3
 FIRST_WAIT = 0.25

@@ -7,9 +7,8 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from aio_pika_batch.core.message import Message, Properties
+from aio_pika_batch.core.message import DecodedSource, Message, Properties
 from aio_pika_batch.core.publication import Copy, Outcome, Publication
-from aio_pika_batch.core.source import DecodedSource
 from aio_pika_batch.errors import SessionClosed
 from aio_pika_batch.testing.contract.broken import refused, same
 from aio_pika_batch.testing.contract.clause import Chapter

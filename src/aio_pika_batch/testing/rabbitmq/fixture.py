@@ -12,10 +12,9 @@ from aio_pika_batch.core.message import Headers
 from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.core.topology import Queue, Topology
 from aio_pika_batch.errors import PublishError
-from aio_pika_batch.registry import open_transport
 from aio_pika_batch.testing.rabbitmq.find import Broker
 from aio_pika_batch.testing.rabbitmq.node import RabbitMQ
-from aio_pika_batch.transport import Endpoint, NativeSession, Subscription
+from aio_pika_batch.transport import Endpoint, NativeSession, Subscription, open_transport
 
 
 class BatchRabbitMQ:

@@ -16,8 +16,7 @@ from aio_pika_batch.adapters.aio_pika.frame_writer import (
     pack_settlements,
     publish_method,
 )
-from aio_pika_batch.core.ledger import Frame
-from aio_pika_batch.core.settlement import Disposition
+from aio_pika_batch.core.settlement import Disposition, Frame
 from aio_pika_batch.errors import PublishError
 
 TAGS = st.integers(1, 2**63 - 1)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from aio_pika_batch import ConfigurationError, ConsumerSettings, registry
+from aio_pika_batch import ConfigurationError, ConsumerSettings, transport
 from aio_pika_batch.adapters.memory import MemoryTransport
-from aio_pika_batch.registry import GROUP, known_schemes, open_transport, scheme_of
-from aio_pika_batch.transport import Endpoint
+from aio_pika_batch.transport import GROUP, Endpoint, known_schemes, open_transport, scheme_of
 
 URL = "plug://user:secret@host/"
 
@@ -23,7 +22,7 @@ def plugged(monkeypatch, value, name="plug"):
         assert group == GROUP
         return EntryPoints([EntryPoint(name, value, GROUP)]).select(**wanted)
 
-    monkeypatch.setattr(registry, "entry_points", offered)
+    monkeypatch.setattr(transport, "entry_points", offered)
 
 
 def test_what_comes_along_is_known():
