@@ -42,7 +42,13 @@ from aio_pika_batch import (
     WorkerSession,
     WorkerState,
 )
-from aio_pika_batch.adapters.memory import Broker, Door, Happened, MemoryTransport, PublishFault
+from aio_pika_batch.adapters.memory import (
+    Broker,
+    ConnectFault,
+    EventKind,
+    MemoryTransport,
+    PublishFault,
+)
 from aio_pika_batch.core.publication import Outgoing
 from aio_pika_batch.core.settlement import Settlement
 from aio_pika_batch.core.topology import Topology
@@ -334,12 +340,12 @@ def test_something() -> None:
 
     async def scenario() -> int:
         broker = Broker("4.0")
-        broker.faults.door = Door.OPEN
+        broker.faults.connect_fault = ConnectFault.NONE
         broker.faults.on_publish(PublishFault.REFUSE, times=1)
         async with Iterating(SETTINGS, transport=MemoryTransport(broker)):
             await asyncio.sleep(3600)
         assert_type(broker.ready("orders")[0].body, bytes)
-        return len(broker.journal.of(Happened.ACKED))
+        return len(broker.journal.of(EventKind.ACKED))
 
     assert_type(run(scenario()), int)
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from aio_pika_batch.adapters.memory.broker import Broker
-from aio_pika_batch.adapters.memory.faults import Door, PublishFault
-from aio_pika_batch.adapters.memory.journal import Event, Happened
+from aio_pika_batch.adapters.memory.faults import ConnectFault, PublishFault
+from aio_pika_batch.adapters.memory.journal import BrokerEvent, EventKind
 from aio_pika_batch.adapters.memory.queues import Queue
 from aio_pika_batch.adapters.memory.refusals import Refusal
 from aio_pika_batch.adapters.memory.stored_message import Stored
@@ -126,12 +126,12 @@ class BatchBroker:
     def down(self) -> Iterator[None]:
         """Be unreachable, until the context is left."""
         faults = self.broker.faults
-        faults.door = Door.UNREACHABLE
+        faults.connect_fault = ConnectFault.UNREACHABLE
         self.cut()
         try:
             yield
         finally:
-            faults.door = Door.OPEN
+            faults.connect_fault = ConnectFault.NONE
 
     def refuse(
         self,
@@ -208,11 +208,11 @@ class BatchBroker:
             await asyncio.sleep(0)
         return True
 
-    def _note(self, event: Event) -> None:
-        match event.happened:
-            case Happened.CONSUMING:
+    def _note(self, event: BrokerEvent) -> None:
+        match event.kind:
+            case EventKind.CONSUMING:
                 self._awaited.add(event.queue)
-            case Happened.CANCELLED:
+            case EventKind.CANCELLED:
                 self._awaited.discard(event.queue)
             case _:
                 pass

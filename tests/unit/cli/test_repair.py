@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
-from aio_pika_batch.adapters.memory import Door, Happened
+from aio_pika_batch.adapters.memory import ConnectFault, EventKind
 from aio_pika_batch.cli.app import run_app
 from tests.unit.shell.stage import Stage
 
@@ -112,7 +112,7 @@ def test_check_tells_programs(cli, stage):
 
 def test_check_offline_asks_nobody(cli, stage):
     """And warnings count if they shall."""
-    stage.broker.faults.door = Door.UNREACHABLE
+    stage.broker.faults.connect_fault = ConnectFault.UNREACHABLE
     assert 0 == cli("check", "bookshop:orders", "--offline")[0]
     code, out, _ = cli("check", "bookshop:orders", "--offline", "--strict", prefetch_count=1)
     assert 1 == code
@@ -261,7 +261,7 @@ def test_replay_says_how_far_it_got_when_the_connection_is_lost(cli, stage):
     def count(event):
         nonlocal acked
         note(event)
-        acked += event.happened is Happened.ACKED
+        acked += event.kind is EventKind.ACKED
         if acked == 150:
             asyncio.get_running_loop().call_soon(stage.cut)
 

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 
 from aio_pika_batch import MessageResult
-from aio_pika_batch.adapters.memory import Broker, Happened
+from aio_pika_batch.adapters.memory import Broker, EventKind
 from aio_pika_batch.core.batch_run import BatchRun, FailurePolicy
 from aio_pika_batch.core.batcher import Batch, Batcher
 from aio_pika_batch.core.message import Message
@@ -236,11 +236,11 @@ class CoreOnBroker(RuleBasedStateMachine):
         there = {*bodies(self.broker, JOBS), *bodies(self.broker, DEAD)}
         there |= {message.body for message in self.broker.unacked(JOBS)}
         assert {b"%d" % number for number in range(self.published)} == there | set(self.acked)
-        assert [] == self.broker.journal.of(Happened.DROPPED)
+        assert [] == self.broker.journal.of(EventKind.DROPPED)
 
     @invariant()
     def nothing_is_acked_without_a_reason(self) -> None:
-        done = Counter(each.body for each in self.broker.journal.of(Happened.ACKED, queue=JOBS))
+        done = Counter(each.body for each in self.broker.journal.of(EventKind.ACKED, queue=JOBS))
         assert done <= self.acked + self.copied
 
     @invariant()

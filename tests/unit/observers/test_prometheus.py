@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from aio_pika_batch import SessionLost
-from aio_pika_batch.adapters.memory import Door, PublishFault
+from aio_pika_batch.adapters.memory import ConnectFault, PublishFault
 from aio_pika_batch.observers.prometheus import PrometheusObserver
 from tests.unit.observers.stories import everything
 from tests.unit.shell.doubles import ScriptedTransport, raising
@@ -101,12 +101,12 @@ async def test_gauges_are_true_while_it_works(stage, registry):
         assert (2, 3) == (value("messages_buffered"), value("messages_in_progress"))
         assert (1, 1) == (value("worker_up"), value("workers"))
         stage.broker.cut()
-        stage.broker.faults.door = Door.UNREACHABLE
+        stage.broker.faults.connect_fault = ConnectFault.UNREACHABLE
         await asyncio.sleep(1)
         value = Scraped.of(registry)
         assert (0, 1) == (value("worker_up"), value("workers"))
         assert 0 == value("messages_buffered")
-        stage.broker.faults.door = Door.OPEN
+        stage.broker.faults.connect_fault = ConnectFault.NONE
         await asyncio.sleep(30)
         assert 1 == Scraped.of(registry)("worker_up")
 
@@ -253,7 +253,7 @@ from aio_pika_batch import Cause, MessageResult
 from aio_pika_batch.observer import (
     Connected, Load, Observers, Origin, Received, Settled, WorkerStarted
 )
-from aio_pika_batch.adapters.memory import Door, PublishFault
+from aio_pika_batch.adapters.memory import ConnectFault, PublishFault
 from aio_pika_batch.observers.prometheus import PrometheusObserver
 
 observers = Observers([PrometheusObserver()], Origin("Scribe", "jobs", 0), None)

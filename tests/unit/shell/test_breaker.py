@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aio_pika_batch import ConfigurationError, SessionLost, WorkerState
-from aio_pika_batch.adapters.memory import Door, Happened
+from aio_pika_batch.adapters.memory import ConnectFault, EventKind
 from aio_pika_batch.observer import BreakerClosed, BreakerOpened, BreakerProbing, Connected, Lost
 from aio_pika_batch.testing import virtual_time
 from tests.unit.shell.doubles import ScriptedTransport, at_once, never, raising
@@ -139,7 +139,7 @@ async def test_an_outage_costs_one_attempt_for_each_pause(stage, jitter):
         assert consumer.is_healthy
         await asyncio.sleep(60)
     assert [30, 60, 100, 100, 100] == [pause for _, _, pause in opened(witness)]
-    assert set(numbered(40)) == {event.body for event in stage.broker.journal.of(Happened.ACKED)}
+    assert set(numbered(40)) == {event.body for event in stage.broker.journal.of(EventKind.ACKED)}
     assert [] == stage.waiting()
     assert [] == stage.out()
     assert 1 == len(witness.of(BreakerClosed))
@@ -600,11 +600,11 @@ async def test_a_probe_survives_the_loss_of_its_session(stage, jitter):
     async with consumer:
         await asyncio.sleep(35)
         assert WorkerState.PROBING is state(consumer)
-        stage.broker.faults.door = Door.UNREACHABLE
+        stage.broker.faults.connect_fault = ConnectFault.UNREACHABLE
         stage.broker.cut()
         await asyncio.sleep(5)
         assert not consumer.is_healthy
-        stage.broker.faults.door = Door.OPEN
+        stage.broker.faults.connect_fault = ConnectFault.NONE
         await asyncio.sleep(5)
         assert WorkerState.PROBING is state(consumer)
         assert 1 == len(stage.out())
@@ -711,7 +711,7 @@ def test_whatever_happens_everything_is_handled_in_the_end(
             await cutting
             assert consumer.is_healthy
             assert [] == stage.out()
-        acked = {each.body for each in stage.broker.journal.of(Happened.ACKED)}
+        acked = {each.body for each in stage.broker.journal.of(EventKind.ACKED)}
         assert set(numbered(count)) == acked
         assert [] == stage.waiting()
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from aio_pika_batch.adapters.memory import Happened
+from aio_pika_batch.adapters.memory import EventKind
 from tests.unit.shell.doubles import ScriptedTransport, never
 from tests.unit.shell.stage import ACK, Clerk, Scribe, ack, numbered, taking
 
@@ -47,7 +47,7 @@ async def test_a_quick_batch_is_settled_while_a_slow_one_is_handled(stage):
     async with Scribe(answer, transport=stage.transport, batch_size=2, concurrency=2):
         await asyncio.sleep(1)
         assert [b"0", b"1"] == stage.out()
-        assert [0, 0] == stage.times(Happened.ACKED)
+        assert [0, 0] == stage.times(EventKind.ACKED)
 
 
 async def test_the_next_batch_starts_while_one_is_being_settled():
@@ -75,7 +75,7 @@ async def test_single_messages_run_side_by_side(stage):
             assert stage.out()
             await asyncio.sleep(2)
             assert [] == stage.out()
-        assert seconds + began == stage.times(Happened.ACKED)[-1]
+        assert seconds + began == stage.times(EventKind.ACKED)[-1]
 
 
 async def test_workers_share_the_queue_each_with_a_connection_of_its_own(stage):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aio_pika_batch import Requeue
-from aio_pika_batch.adapters.memory import Door, Happened, PublishFault
+from aio_pika_batch.adapters.memory import ConnectFault, EventKind, PublishFault
 from aio_pika_batch.adapters.memory.session import MemorySession
 from tests.unit.shell.stage import (
     ACK,
@@ -60,7 +60,7 @@ def test_each_result_has_its_row():
 
 async def kill(broker, consumer):
     """End a process without a word to its broker."""
-    broker.faults.door = Door.UNREACHABLE
+    broker.faults.connect_fault = ConnectFault.UNREACHABLE
     broker.cut()
     await consumer.stop()
 
@@ -84,7 +84,7 @@ async def test_what_is_there_after_a_crash(stage, monkeypatch, result, point, at
             settle = MemorySession.settle
 
             async def lose(session, settlements):
-                broker.faults.door = Door.UNREACHABLE
+                broker.faults.connect_fault = ConnectFault.UNREACHABLE
                 broker.cut()
                 await settle(session, settlements)
 
@@ -98,7 +98,7 @@ async def test_what_is_there_after_a_crash(stage, monkeypatch, result, point, at
     await consumer.start()
     await asyncio.sleep(at)
     if said == "–":
-        assert 0 == broker.journal.counts[Happened.PUBLISHED]
+        assert 0 == broker.journal.counts[EventKind.PUBLISHED]
     await kill(broker, consumer)
     if said != "–":
         assert said == (" + ".join(found(broker)) or "nothing")

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import event, example, given
 from hypothesis import strategies as st
 
-from aio_pika_batch.adapters.memory import Happened, PublishFault
+from aio_pika_batch.adapters.memory import EventKind, PublishFault
 from aio_pika_batch.dead_letters import Filter, look, purge, replay
 from aio_pika_batch.errors import TopologyError, TransportError
 from aio_pika_batch.testing import virtual_time
@@ -77,7 +77,7 @@ async def test_an_empty_queue_has_nothing_to_see():
     stage = opened()
     looked = await look(stage.transport, DLQ)
     assert (0, []) == (looked.ready, list(looked.letters))
-    assert [] == stage.broker.journal.of(Happened.CONSUMING)
+    assert [] == stage.broker.journal.of(EventKind.CONSUMING)
 
 
 async def test_a_queue_that_is_not_there_is_not_made():

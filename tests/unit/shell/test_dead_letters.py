@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 
 from aio_pika_batch import DeadLetterReason, Nack, Requeue
-from aio_pika_batch.adapters.memory import Happened, PublishFault
+from aio_pika_batch.adapters.memory import EventKind, PublishFault
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.observer import DeadLettered
 from tests.unit.shell.stage import (
@@ -155,7 +155,7 @@ async def test_the_exchange_and_key_may_stand_in_queue_arguments(stage):
         stage.put(b"0")
         await asyncio.sleep(1)
     assert ["rejected"] == reasons(stage.broker.ready("dead"))
-    assert [] == stage.broker.journal.of(Happened.DEAD_LETTERED)
+    assert [] == stage.broker.journal.of(EventKind.DEAD_LETTERED)
 
 
 async def test_a_routing_key_for_dead_letters_replaces_the_original_one(stage):
@@ -216,9 +216,9 @@ async def test_without_an_exchange_the_broker_is_told_to_reject(stage, caplog):
         answering(NACK), transport=stage.transport, batch_size=1, observers=[witness := Witness()]
     ):
         await asyncio.sleep(1)
-    rejected = stage.broker.journal.of(Happened.DROPPED)
+    rejected = stage.broker.journal.of(EventKind.DROPPED)
     assert numbered(2) == [event.body for event in rejected]
-    assert [] == stage.times(Happened.PUBLISHED)
+    assert [] == stage.times(EventKind.PUBLISHED)
     assert [] == witness.of(DeadLettered)
     warnings = [each.message for each in caplog.records if "dead-letter" in each.message]
     assert 1 == len(warnings)
@@ -263,7 +263,7 @@ async def test_an_exchange_that_routes_nowhere_loses_nothing(stage, jitter):
         await asyncio.sleep(3600)
         assert len(consumer.batches) < 3600
     assert [b"0"] == stage.waiting()
-    assert [] == stage.times(Happened.ACKED)
+    assert [] == stage.times(EventKind.ACKED)
 
 
 async def test_an_exchange_that_vanishes_costs_no_message_and_no_session(stage, jitter):

@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from aio_pika_batch import Message, Outcome, Requeue, TopologyError
-from aio_pika_batch.adapters.memory import Happened, MemoryTransport
+from aio_pika_batch.adapters.memory import EventKind, MemoryTransport
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.errors import BrokerUnavailable
 from aio_pika_batch.testing.virtual_time import run
@@ -257,7 +257,7 @@ async def test_what_expires_into_a_full_queue_waits_on(stage):
     async with Scribe(transport=stage.transport, **full) as second:
         await asyncio.sleep(1)
     assert [b"in the way", b"0"] == second.handled
-    assert [] == stage.broker.journal.of(Happened.DROPPED)
+    assert [] == stage.broker.journal.of(EventKind.DROPPED)
 
 
 @pytest.mark.parametrize("kind", ["queue_exclusive", "queue_auto_delete"])

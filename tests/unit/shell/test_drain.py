@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aio_pika_batch import Cause, DrainIncomplete, Outcome
-from aio_pika_batch.adapters.memory import Happened
+from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.observer import Settled
 from aio_pika_batch.testing import virtual_time
 from tests.unit.shell.doubles import ScriptedTransport, never
@@ -195,7 +195,7 @@ async def test_handlers_that_take_too_long_are_cut_off(stage, timeout):
     counts = {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.HANDLER): 1, (None, Cause.SHUTDOWN): 3}
     assert [counts] == [event.counts for event in witness.of(Settled)]
     assert [*numbered(5, 2), b"1"] == stage.waiting()
-    assert [b"0", b"1"] == [each.body for each in stage.broker.journal.of(Happened.ACKED)]
+    assert [b"0", b"1"] == [each.body for each in stage.broker.journal.of(EventKind.ACKED)]
     assert [] == stage.broker.connections
 
 
@@ -380,7 +380,7 @@ def test_after_a_graceful_stop_nothing_left_was_handled(
         feeding = asyncio.create_task(feed())
         await stopped_after(stop_at, consumer)
         await feeding
-        acked = [each.body for each in stage.broker.journal.of(Happened.ACKED)]
+        acked = [each.body for each in stage.broker.journal.of(EventKind.ACKED)]
         assert [] == stage.out()
         assert sorted(consumer.handled) == sorted(acked)
         assert sorted(acked + stage.waiting()) == sorted(numbered(count))

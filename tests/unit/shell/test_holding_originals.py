@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from aio_pika_batch import Outcome
-from aio_pika_batch.adapters.memory import Door, Happened, PublishFault
+from aio_pika_batch.adapters.memory import ConnectFault, EventKind, PublishFault
 from aio_pika_batch.errors import BrokerUnavailable, SessionClosed
 from aio_pika_batch.observer import Lost, Requeued, Settled
 from tests.unit.shell.doubles import ScriptedTransport, never, raising
@@ -116,7 +116,7 @@ async def test_a_full_queue_that_refuses_its_own_copies_is_no_hot_loop(stage, ca
         await asyncio.sleep(60)
     assert [] == stage.waiting("full")
     assert {*numbered(6)} == {
-        event.body for event in stage.broker.journal.of(Happened.ACKED, queue="full")
+        event.body for event in stage.broker.journal.of(EventKind.ACKED, queue="full")
     }
 
 
@@ -130,14 +130,14 @@ async def test_after_silence_a_copy_gets_one_try_for_each_new_connection(stage, 
         batch_size=1,
         publish_timeout=10,
     ):
-        connections = len(stage.times(Happened.CONNECTED))
+        connections = len(stage.times(EventKind.CONNECTED))
         # The transport's own time-out is ten seconds, with a pause of half a second and of one.
         await asyncio.sleep(9.9)
-        assert 1 == len(stage.times(Happened.CONNECTED)) - connections
+        assert 1 == len(stage.times(EventKind.CONNECTED)) - connections
         await asyncio.sleep(20)
-        assert 3 == len(stage.times(Happened.CONNECTED)) - connections
+        assert 3 == len(stage.times(EventKind.CONNECTED)) - connections
         assert 2 == len(stage.broker.connections)
-    assert [21.5] == stage.times(Happened.PUBLISHED)
+    assert [21.5] == stage.times(EventKind.PUBLISHED)
 
 
 async def test_a_lost_confirmation_makes_a_duplicate_and_no_loss(stage, jitter):
@@ -304,11 +304,11 @@ async def test_a_broker_that_is_away_is_not_asked_in_a_hot_loop(stage):
         first_then(answering(REQUEUE), ack), transport=stage.transport, batch_size=1
     ) as consumer:
         await asyncio.sleep(0)
-        stage.broker.faults.door = Door.UNREACHABLE
+        stage.broker.faults.connect_fault = ConnectFault.UNREACHABLE
         stage.broker.cut()
         await asyncio.sleep(3600)
         assert not consumer.is_healthy
-        stage.broker.faults.door = Door.OPEN
+        stage.broker.faults.connect_fault = ConnectFault.NONE
         await asyncio.sleep(60)
         assert consumer.is_healthy
     assert [] == stage.waiting()

@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 
 from aio_pika_batch import Cause, Trigger
-from aio_pika_batch.adapters.memory import Happened
+from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.observer import BatchCut, BatchHandled, HandlerError, Lost, Settled
 from tests.unit.shell.stage import (
     ACK,
@@ -179,7 +179,7 @@ async def test_results_of_runs_that_ended_in_time_are_kept(stage):
         consumer.answer = ack
     assert {(ACK, Cause.HANDLER): 2, (REQUEUE, Cause.TIMEOUT): 2} == witness.of(Settled)[0].counts
     assert [b"0", b"1"] == [
-        each.body for each in stage.broker.journal.of(Happened.ACKED, queue="jobs")
+        each.body for each in stage.broker.journal.of(EventKind.ACKED, queue="jobs")
     ][:2]
 
 
@@ -334,7 +334,7 @@ async def test_a_session_lost_in_the_middle_costs_what_it_always_costs(stage, ji
         await asyncio.sleep(60)
     assert [4, 2, 1, 1, 2] * 2 == [len(batch) for batch in consumer.batches]
     assert [b"0"] == stage.waiting("dead")
-    assert 3 + 1 == len(stage.times(Happened.ACKED))
+    assert 3 + 1 == len(stage.times(EventKind.ACKED))
 
 
 async def test_a_drain_cuts_an_isolation_off(stage):

@@ -16,7 +16,7 @@ from aio_pika_batch import (
     MessageResult,
     Trigger,
 )
-from aio_pika_batch.adapters.memory import Happened
+from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.observer import BatchCut, HandlerError, Settled
 from tests.unit.shell.doubles import ScriptedSession, ScriptedTransport
 from tests.unit.shell.stage import (
@@ -293,7 +293,7 @@ async def test_a_consumer_of_single_messages_may_have_keys(stage):
             b"a3": 2 if ordered else 0,
             b"b1": 0,
         } == {body: round(time - began) for body, time in times.items()}
-    assert 8 == len(stage.times(Happened.ACKED))
+    assert 8 == len(stage.times(EventKind.ACKED))
 
 
 async def test_a_requeue_without_order_goes_to_the_back_as_ever(stage):

@@ -15,7 +15,7 @@ import pytest
 
 import aio_pika_batch
 from aio_pika_batch import Observer, Requeue, SessionLost, TopologyError
-from aio_pika_batch.adapters.memory import Door, PublishFault
+from aio_pika_batch.adapters.memory import ConnectFault, PublishFault
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.publication import Outcome
 from tests.unit.shell.doubles import ScriptedTransport, raising
@@ -56,10 +56,10 @@ async def a_life_with_a_lost_connection():
     stage = a_stage(*numbered(3))
     async with Importer(taking(20), transport=stage.transport):
         await asyncio.sleep(1)
-        stage.broker.faults.door = Door.UNREACHABLE
+        stage.broker.faults.connect_fault = ConnectFault.UNREACHABLE
         stage.broker.cut()
         await asyncio.sleep(60)
-        stage.broker.faults.door = Door.OPEN
+        stage.broker.faults.connect_fault = ConnectFault.NONE
         await asyncio.sleep(60)
 
 
@@ -121,9 +121,9 @@ async def a_publisher_that_cannot_connect():
     """The consuming connection is there, and another cannot be had."""
     stage = a_stage(*numbered(3))
     async with Importer(first_then(answering(REQUEUE, ACK, ACK), ack), transport=stage.transport):
-        stage.broker.faults.door = Door.UNREACHABLE
+        stage.broker.faults.connect_fault = ConnectFault.UNREACHABLE
         await asyncio.sleep(10)
-        stage.broker.faults.door = Door.OPEN
+        stage.broker.faults.connect_fault = ConnectFault.NONE
         await asyncio.sleep(10)
 
 

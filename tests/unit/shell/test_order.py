@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from aio_pika_batch import MessageResult, Requeue, Trigger
-from aio_pika_batch.adapters.memory import Happened, PublishFault
+from aio_pika_batch.adapters.memory import EventKind, PublishFault
 from aio_pika_batch.observer import BatchCut, DeadLettered, Requeued, Settled
 from tests.unit.shell.doubles import ScriptedTransport
 from tests.unit.shell.stage import (
@@ -99,8 +99,8 @@ async def test_a_failing_message_is_tried_again_in_place_and_later_ones_wait(
     assert pytest.approx([0, 0.2, 0.6, 1.4]) == tries
     assert [1, 2, 3] == [each.retry_count for each in witness.of(Requeued) if each.in_place]
     # Nothing was published, and each message was settled once.
-    assert 5 == len(stage.times(Happened.STORED))
-    assert 5 == len(stage.times(Happened.ACKED))
+    assert 5 == len(stage.times(EventKind.STORED))
+    assert 5 == len(stage.times(EventKind.ACKED))
     counts = [event.counts for event in witness.of(Settled)]
     assert 5 == sum(sum(each.values()) for each in counts)
     assert all(counts)
@@ -160,7 +160,7 @@ async def test_delays_hold_in_place_too(stage):
         assert [] == stage.out()
     assert [0, 20, 60, 60] == consumer.times
     assert [b"a1", b"a1", b"a1", b"a2"] == consumer.handled
-    assert 2 == len(stage.times(Happened.STORED))
+    assert 2 == len(stage.times(EventKind.STORED))
 
 
 async def test_immediately_is_at_once(stage):
@@ -250,7 +250,7 @@ async def test_messages_without_a_key_are_requeued_as_ever(stage):
     ) as consumer:
         await asyncio.sleep(5)
     assert [[("?1", 0)], [("?2", 0)], [("?1", 1)]] == consumer.seen
-    assert 3 == len(stage.times(Happened.STORED))
+    assert 3 == len(stage.times(EventKind.STORED))
 
 
 async def test_a_time_out_is_tried_again_in_place(stage):
@@ -447,7 +447,7 @@ async def test_a_yield_is_settled_early_but_for_what_failed(stage):
         await asyncio.sleep(9)
         assert [] == stage.out()
     assert [[("a1", 0), ("a2", 0), ("a3", 0)], [("a1", 1)], [("a4", 0)]] == consumer.seen
-    assert 4 == len(stage.times(Happened.STORED))
+    assert 4 == len(stage.times(EventKind.STORED))
 
 
 async def test_without_a_key_what_failed_is_settled_early_too(stage):
@@ -461,7 +461,7 @@ async def test_without_a_key_what_failed_is_settled_early_too(stage):
     stage.put(b"?1", b"?2")
     async with Orderly(answer, transport=stage.transport, batch_size=2, settle="yield"):
         await asyncio.sleep(1)
-        assert 3 == len(stage.times(Happened.STORED))
+        assert 3 == len(stage.times(EventKind.STORED))
         await asyncio.sleep(20)
     assert [] == stage.out()
 
@@ -482,7 +482,7 @@ async def test_culprits_are_isolated_and_then_tried_again_in_place(stage):
         await asyncio.sleep(10)
         assert [] == stage.out()
     assert [[("a2", 1)], [("a5", 1)], [("a8", 0)]] == consumer.seen[-3:]
-    assert 8 == len(stage.times(Happened.ACKED))
+    assert 8 == len(stage.times(EventKind.ACKED))
 
 
 async def test_an_atomic_batch_that_fails_is_tried_again_from_its_beginning(stage):

@@ -14,7 +14,7 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from aio_pika_batch import MessageResult
-from aio_pika_batch.adapters.memory import Happened
+from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.testing import virtual_time
 from aio_pika_batch.testing.stories import Fault, FaultKind, MemoryScene
 from tests.stories import STORIES
@@ -252,7 +252,7 @@ def test_stories(story):
 
     # Nothing is lost: it is still there, or dead, or its handler said that it went well.
     assert everything == set(waiting) | set(dead) | set(play.acks)
-    assert not play.stage.counts(Happened.DROPPED)
+    assert not play.stage.counts(EventKind.DROPPED)
 
     # Batches of a key do not overlap, nor with those of a session that is gone.
     assert all(most == 1 for key, most in play.most.items() if key != "?")
@@ -289,7 +289,7 @@ def calm(play, waiting, dead):
         # There, an ACK may have been void.
         assert Counter(play.bodies) == waiting + dead + play.acks
     assert all(count == 1 for count in (waiting + dead).values())
-    copies = play.stage.counts(Happened.STORED, queue="jobs") - Counter(play.bodies)
+    copies = play.stage.counts(EventKind.STORED, queue="jobs") - Counter(play.bodies)
     assert all(play.life[body].key == "?" for body in copies)
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 
 from aio_pika_batch import Outcome, Publication, PublishError
-from aio_pika_batch.adapters.memory import Door, PublishFault
+from aio_pika_batch.adapters.memory import ConnectFault, PublishFault
 from tests.unit.shell.doubles import ScriptedTransport
 from tests.unit.shell.stage import ACK, REQUEUE, Scribe, ack, answering, first_then, numbered
 
@@ -77,11 +77,11 @@ async def test_what_nobody_hears_of_is_an_error(stage, consumer):
 
 async def test_a_broker_that_is_away_is_an_error(stage, consumer):
     """At once; and the next publication tries again."""
-    stage.broker.faults.door = Door.UNREACHABLE
+    stage.broker.faults.connect_fault = ConnectFault.UNREACHABLE
     stage.broker.cut()
     with pytest.raises(PublishError, match="connection"):
         await consumer.publish(b"0", routing_key="sink")
-    stage.broker.faults.door = Door.OPEN
+    stage.broker.faults.connect_fault = ConnectFault.NONE
     await consumer.publish(b"1", routing_key="sink")
     assert [b"1"] == stage.waiting("sink")
 

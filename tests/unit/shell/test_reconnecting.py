@@ -16,7 +16,7 @@ from aio_pika_batch import (
     TopologyError,
     WorkerState,
 )
-from aio_pika_batch.adapters.memory import Door, Happened
+from aio_pika_batch.adapters.memory import ConnectFault, EventKind
 from aio_pika_batch.observer import Connected, Lost
 from tests.unit.shell.doubles import ScriptedTransport, at_once, never, raising
 from tests.unit.shell.stage import Scribe, Witness, numbered, taking
@@ -212,11 +212,11 @@ async def test_a_worker_comes_back_by_itself(stage, fault):
     """Declaring anew what is gone; `is_healthy` says the truth meanwhile."""
     witness = Witness()
     async with Scribe(transport=stage.transport, observers=[witness], batch_size=1) as consumer:
-        stage.broker.faults.door = Door.UNREACHABLE
+        stage.broker.faults.connect_fault = ConnectFault.UNREACHABLE
         fault(stage)
         await asyncio.sleep(5)
         assert not consumer.is_healthy
-        stage.broker.faults.door = Door.OPEN
+        stage.broker.faults.connect_fault = ConnectFault.NONE
         await asyncio.sleep(31)
         assert consumer.is_healthy
         stage.put(*numbered(3))
@@ -266,7 +266,7 @@ async def test_a_session_that_ends_by_itself_is_lost(jitter):
 
 async def test_a_wrong_password_is_fatal_on_the_broker_too(stage):
     """With what the broker says."""
-    stage.broker.faults.door = Door.WRONG_PASSWORD
+    stage.broker.faults.connect_fault = ConnectFault.WRONG_PASSWORD
     consumer = Scribe(transport=stage.transport)
     with pytest.raises(AccessRefused, match="ACCESS_REFUSED"):
         await consumer.run()
@@ -277,7 +277,7 @@ async def test_a_queue_that_is_another_one_is_fatal_and_named(stage):
     consumer = Scribe(transport=stage.transport, queue_arguments={"x-max-length": 5})
     with pytest.raises(TopologyError, match=r"(?s)'jobs'.*x-max-length.*delete it"):
         await consumer.start()
-    assert [] == stage.times(Happened.CONSUMING)
+    assert [] == stage.times(EventKind.CONSUMING)
 
 
 async def test_an_exclusive_queue_lives_with_its_session(stage):

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import pytest
 
 from aio_pika_batch import MessageResult, Outcome, Trigger
-from aio_pika_batch.adapters.memory import Happened, PublishFault
+from aio_pika_batch.adapters.memory import EventKind, PublishFault
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.observer import BatchCut, Requeued
 from tests.unit.shell.doubles import ScriptedTransport
@@ -44,7 +44,7 @@ EVERYTHING = Properties(
 
 def happenings(stage, *kinds):
     """What happened, as (kind, body)."""
-    return [(event.happened, event.body) for event in stage.broker.journal.of(*kinds)]
+    return [(event.kind, event.body) for event in stage.broker.journal.of(*kinds)]
 
 
 async def test_a_copy_goes_to_the_back_of_the_queue(stage):
@@ -118,8 +118,8 @@ async def test_an_original_is_acked_only_once_its_copy_is_confirmed(stage):
         await asyncio.sleep(5)
         assert [] == stage.out()
     assert [numbered(3), [b"1"]] == consumer.batches
-    assert [(Happened.PUBLISHED, b"1"), (Happened.ACKED, b"1")] == [
-        each for each in happenings(stage, Happened.PUBLISHED, Happened.ACKED) if each[1] == b"1"
+    assert [(EventKind.PUBLISHED, b"1"), (EventKind.ACKED, b"1")] == [
+        each for each in happenings(stage, EventKind.PUBLISHED, EventKind.ACKED) if each[1] == b"1"
     ][:2]
 
 
@@ -149,7 +149,7 @@ async def test_a_message_is_handled_once_more_than_it_is_requeued(stage):
         await asyncio.sleep(1)
     assert [0, 1, 2, 3] == [message.retry_count for message in consumer.messages]
     assert [1, 2, 3] == [event.retry_count for event in witness.of(Requeued)]
-    assert [(Happened.DROPPED, b"0")] == happenings(stage, Happened.DROPPED)
+    assert [(EventKind.DROPPED, b"0")] == happenings(stage, EventKind.DROPPED)
     assert [] == stage.waiting()
 
 
@@ -208,7 +208,7 @@ async def test_requeue_immediate_goes_to_the_front_and_counts_nothing(stage):
     assert [b"0", b"0", b"1", b"2"] == consumer.handled
     assert [True] == [message.redelivered for message in consumer.messages[1:2]]
     assert 0 == consumer.messages[1].retry_count
-    assert [] == happenings(stage, Happened.PUBLISHED)
+    assert [] == happenings(stage, EventKind.PUBLISHED)
 
 
 async def test_requeue_immediate_is_a_reject_and_not_a_nack():

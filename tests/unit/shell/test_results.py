@@ -17,7 +17,7 @@ from aio_pika_batch import (
     Requeue,
     ResultError,
 )
-from aio_pika_batch.adapters.memory import Happened
+from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.observer import BatchHandled, HandlerError, Settled
 from tests.unit.core.strategies import a_message
 from tests.unit.shell.stage import (
@@ -79,9 +79,9 @@ async def test_the_ith_yield_is_the_ith_messages(stage):
         (NACK, Cause.HANDLER): 1,
         (REQUEUE_IMMEDIATE, Cause.HANDLER): 1,
     } == counts
-    assert [b"0", b"2"] == journal(stage, Happened.ACKED)
-    assert [b"1"] == journal(stage, Happened.DROPPED)
-    assert [b"2"] == journal(stage, Happened.REQUEUED)
+    assert [b"0", b"2"] == journal(stage, EventKind.ACKED)
+    assert [b"1"] == journal(stage, EventKind.DROPPED)
+    assert [b"2"] == journal(stage, EventKind.REQUEUED)
     assert [numbered(3), [b"2"]] == consumer.batches
     assert not consumer.messages[2].redelivered
     assert consumer.messages[3].redelivered
@@ -97,7 +97,7 @@ async def test_pairs_say_themselves_whose_they_are(stage):
 
     counts, _, _ = await settled_by(stage, answer)
     assert {(ACK, Cause.HANDLER): 2, (NACK, Cause.HANDLER): 1} == counts
-    assert [b"0"] == journal(stage, Happened.DROPPED)
+    assert [b"0"] == journal(stage, EventKind.DROPPED)
 
 
 async def test_results_with_a_reason_count_as_what_they_are(stage):
@@ -157,7 +157,7 @@ async def test_an_exception_costs_only_the_undecided(stage, caplog, action):
     assert {(ACK, Cause.HANDLER): 1, (action, Cause.EXCEPTION): 2} == counts
     rest = [] if action is NACK else [numbered(2, 1)]
     assert [numbered(3), *rest] == consumer.batches
-    assert ([b"1", b"2"] if action is NACK else []) == journal(stage, Happened.DROPPED)
+    assert ([b"1", b"2"] if action is NACK else []) == journal(stage, EventKind.DROPPED)
     [record] = [each for each in caplog.records if each.levelno >= logging.ERROR]
     assert isinstance(record.exc_info[1], Unavailable)
     assert "the database" in record.getMessage()
@@ -227,7 +227,7 @@ async def test_an_exception_that_cannot_be_described_is_an_exception_like_others
     """Its text is not needed to settle what it left undecided."""
     counts, _, _ = await settled_by(stage, answering(ACK, error=Odd()))
     assert {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.EXCEPTION): 2} == counts
-    assert 1 == len(stage.times(Happened.CONSUMING))
+    assert 1 == len(stage.times(EventKind.CONSUMING))
     assert "Odd" in caplog.text
 
 
@@ -261,7 +261,7 @@ async def test_a_message_that_cannot_be_decoded_is_isolated(stage):
     assert [0, 0, 0] == consumer.times
     [event] = witness.of(Settled)
     assert {(ACK, Cause.HANDLER): 3, (NACK, Cause.UNDECODABLE): 2} == event.counts
-    assert [b"{", b"["] == journal(stage, Happened.DROPPED)
+    assert [b"{", b"["] == journal(stage, EventKind.DROPPED)
 
 
 async def test_a_decided_message_is_not_isolated_for_being_undecodable(stage):
@@ -295,7 +295,7 @@ async def test_a_handler_left_in_the_middle_may_clean_up(stage):
 
     await settled_by(stage, answer)
     assert ["cleaned up"] == events
-    assert [2] == stage.times(Happened.ACKED)[:1]
+    assert [2] == stage.times(EventKind.ACKED)[:1]
 
 
 async def test_a_clean_up_that_raises_is_an_exception_of_the_handler(stage, caplog):
@@ -368,7 +368,7 @@ async def test_a_consumer_of_single_messages_returns_its_result(stage, result):
         await asyncio.sleep(1)
     gone = result is NACK or isinstance(result, Nack)
     assert len(answers) == (1 if gone or result is ACK else 0)
-    assert ([b"0"] if gone else []) == journal(stage, Happened.DROPPED)
+    assert ([b"0"] if gone else []) == journal(stage, EventKind.DROPPED)
     assert [] == stage.waiting()
 
 
@@ -381,5 +381,5 @@ async def test_a_consumer_of_single_messages_may_raise(stage):
     stage.put(b"0")
     async with Clerk(answer, transport=stage.transport, max_requeue_attempts=2):
         await asyncio.sleep(1)
-    assert 3 == len(journal(stage, Happened.DELIVERED))
-    assert [b"0"] == journal(stage, Happened.DROPPED)
+    assert 3 == len(journal(stage, EventKind.DELIVERED))
+    assert [b"0"] == journal(stage, EventKind.DROPPED)

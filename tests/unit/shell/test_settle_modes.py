@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from aio_pika_batch import Cause, SessionLost
-from aio_pika_batch.adapters.memory import Happened, PublishFault
+from aio_pika_batch.adapters.memory import EventKind, PublishFault
 from aio_pika_batch.observer import BatchCut, Lost, Settled, StaleResults
 from tests.unit.shell.doubles import ScriptedTransport, never, raising
 from tests.unit.shell.stage import (
@@ -80,7 +80,7 @@ async def test_a_yield_is_settled_within_the_interval_while_the_handler_runs(sta
     stage.put(*numbered(4))
     async with consumer_of(stage, every(50, ACK), settle_interval=interval):
         await asyncio.sleep(300)
-    waits = [at - 50 * (number + 1) for number, at in enumerate(stage.times(Happened.ACKED))]
+    waits = [at - 50 * (number + 1) for number, at in enumerate(stage.times(EventKind.ACKED))]
     assert 4 == len(waits)
     assert all(0 <= wait <= interval for wait in waits)
     # The last one was settled with its batch, at once.
@@ -92,7 +92,7 @@ async def test_the_default_settles_nothing_before_the_handler_has_ended(stage):
     stage.put(*numbered(4))
     async with consumer_of(stage, every(50, ACK), settle="batch"):
         await asyncio.sleep(300)
-    assert [200] * 4 == stage.times(Happened.ACKED)
+    assert [200] * 4 == stage.times(EventKind.ACKED)
 
 
 async def test_what_is_yielded_in_one_interval_goes_out_in_one_write():
@@ -212,7 +212,7 @@ async def test_pairs_may_be_settled_in_any_order(stage):
         await asyncio.sleep(9)
         assert [] == stage.out()
     assert [b"0"] == stage.waiting("dead")
-    assert 4 == len(stage.times(Happened.ACKED))
+    assert 4 == len(stage.times(EventKind.ACKED))
 
 
 async def test_every_result_is_carried_out_while_the_handler_runs(stage):
@@ -226,9 +226,9 @@ async def test_every_result_is_carried_out_while_the_handler_runs(stage):
         await asyncio.sleep(10)
         assert [b"1"] == stage.waiting("dead")
         await asyncio.sleep(10)
-        assert [b"2"] == [each.body for each in stage.broker.journal.of(Happened.REQUEUED)]
+        assert [b"2"] == [each.body for each in stage.broker.journal.of(EventKind.REQUEUED)]
         assert [b"0", b"2", b"3"] == sorted(stage.out())
-        assert [b"0", b"1"] == [each.body for each in stage.broker.journal.of(Happened.ACKED)]
+        assert [b"0", b"1"] == [each.body for each in stage.broker.journal.of(EventKind.ACKED)]
         assert {(each, Cause.HANDLER): 1 for each in results[:3]} == counted(witness)
 
 
@@ -261,7 +261,7 @@ async def test_time_running_out_keeps_what_was_settled(stage):
     async with consumer_of(stage, every(10, ACK), witness, process_timeout=20.01):
         await asyncio.sleep(25)
     assert {(ACK, Cause.HANDLER): 4, (REQUEUE, Cause.TIMEOUT): 2} == counted(witness)
-    assert 2 + 2 + 2 == len(stage.times(Happened.ACKED))
+    assert 2 + 2 + 2 == len(stage.times(EventKind.ACKED))
 
 
 async def test_copies_that_are_not_confirmed_hold_nobody_up(stage):
@@ -271,8 +271,8 @@ async def test_copies_that_are_not_confirmed_hold_nobody_up(stage):
     async with consumer_of(stage, every(1, REQUEUE, ACK), batch_size=4):
         await asyncio.sleep(2.5)
         assert [b"0", b"2", b"3", b"0"] == stage.out()
-        assert [b"1"] == [each.body for each in stage.broker.journal.of(Happened.ACKED)]
-        [acked_at] = stage.times(Happened.ACKED)
+        assert [b"1"] == [each.body for each in stage.broker.journal.of(EventKind.ACKED)]
+        [acked_at] = stage.times(EventKind.ACKED)
         assert 2 < acked_at <= 2.1
         stage.broker.faults.clear(PublishFault("unconfirmed"))
         await asyncio.sleep(60)
@@ -311,7 +311,7 @@ async def test_a_session_that_is_lost_settles_nothing_more(stage, jitter):
         await asyncio.sleep(60)
     assert [numbered(4), numbered(2, 2)] == consumer.batches
     assert [2] == [event.count for event in witness.of(StaleResults)]
-    assert 4 == len(stage.times(Happened.ACKED))
+    assert 4 == len(stage.times(EventKind.ACKED))
     assert {(ACK, Cause.HANDLER): 4} == counted(witness)
 
 
@@ -343,7 +343,7 @@ async def test_a_session_lost_after_the_last_yield_costs_nothing(stage, jitter):
         await asyncio.sleep(60)
     assert [numbered(4)] == consumer.batches
     assert [] == witness.of(StaleResults)
-    assert 4 == len(stage.times(Happened.ACKED))
+    assert 4 == len(stage.times(EventKind.ACKED))
 
 
 async def test_a_settlement_that_fails_ends_the_epoch(jitter):
@@ -381,7 +381,7 @@ async def test_a_drain_waits_for_what_is_being_settled(stage):
     await consumer.stop()
     assert [] == stage.out()
     assert [] == stage.waiting()
-    assert 4 == len(stage.times(Happened.ACKED))
+    assert 4 == len(stage.times(EventKind.ACKED))
 
 
 async def test_a_drain_counts_as_cut_off_only_what_was_not_settled(stage):
@@ -562,7 +562,7 @@ async def test_an_atomic_batch_that_goes_well_is_settled_in_one_go(stage):
     """When the handler has ended, as by default."""
     counts, _ = await settled_by(stage, every(5, ACK, NACK, ACK))
     assert {(ACK, Cause.HANDLER): 2, (NACK, Cause.HANDLER): 1} == counts
-    assert [15] * 3 == stage.times(Happened.ACKED)
+    assert [15] * 3 == stage.times(EventKind.ACKED)
 
 
 async def test_only_acks_are_void(stage):

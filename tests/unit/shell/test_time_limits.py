@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from aio_pika_batch import Cause, HandlerTimeout, WorkerState
-from aio_pika_batch.adapters.memory import Happened
+from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.observer import HandlerError, Lost, Settled, StaleResults
 from tests.unit.shell.stage import (
     ACK,
@@ -51,7 +51,7 @@ async def test_what_was_decided_in_time_stays(stage, action, caplog):
     # The log shows where the handler was.
     assert isinstance(error.__cause__, asyncio.CancelledError)
     assert "process_timeout=10" in caplog.text
-    assert [10] == stage.times(Happened.ACKED)[:1]
+    assert [10] == stage.times(EventKind.ACKED)[:1]
 
 
 async def test_a_time_out_has_its_place_in_exception_results(stage):
@@ -100,7 +100,7 @@ async def test_a_handler_may_clean_up_when_its_time_is_over(stage):
     async with consumer_of(stage, answer):
         await asyncio.sleep(20)
     assert ["cleaned up"] == events
-    assert [12] == stage.times(Happened.ACKED)[:1]
+    assert [12] == stage.times(EventKind.ACKED)[:1]
 
 
 async def test_results_that_come_after_the_time_do_not_count(stage):
@@ -201,7 +201,7 @@ async def test_a_handler_that_ignores_its_cancellation_ends_the_epoch(stage, jit
         assert [3] == [event.count for event in witness.of(StaleResults)]
     assert [] == stage.waiting()
     assert [b"0", b"1", b"2"] == [
-        each.body for each in stage.broker.journal.of(Happened.ACKED, queue="jobs")
+        each.body for each in stage.broker.journal.of(EventKind.ACKED, queue="jobs")
     ]
 
 
@@ -229,4 +229,4 @@ async def test_without_a_limit_a_handler_may_take_a_day(stage):
     stage.put(*numbered(3))
     async with consumer_of(stage, taking(80_000), process_timeout=None, shutdown_timeout=10):
         await asyncio.sleep(80_001)
-        assert 3 == len(stage.times(Happened.ACKED))
+        assert 3 == len(stage.times(EventKind.ACKED))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
-from aio_pika_batch.adapters.memory import Broker, Door, MemoryTransport, PublishFault
+from aio_pika_batch.adapters.memory import Broker, ConnectFault, MemoryTransport, PublishFault
 from aio_pika_batch.adapters.memory.versions import NEWEST
 from aio_pika_batch.core.topology import Queue, Topology
 from aio_pika_batch.testing.contract import Features, Harness
@@ -75,7 +75,7 @@ class MemoryHarness(Harness):
         self.broker.cancel_consumers(self.queue)
 
     async def lock_out(self) -> None:
-        self.broker.faults.door = Door.UNREACHABLE
+        self.broker.faults.connect_fault = ConnectFault.UNREACHABLE
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from aio_pika_batch import PublishError, Requeue
-from aio_pika_batch.adapters.memory import Happened
+from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.observer import DeadLettered, Requeued, Settled
 from aio_pika_batch.testing import BatchBroker
 from tests.unit.shell.stage import (
@@ -93,7 +93,7 @@ def test_no_event_loop_is_needed_to_set_the_scene(broker):
 @pytest.mark.parametrize("version", ["3.8", "3.10", "4.0", "4.3"])
 def test_it_imitates_the_version_that_is_asked_for(version):
     """All that the broker in memory knows."""
-    assert version == BatchBroker(version).broker.dialect.version
+    assert version == BatchBroker(version).broker.version
 
 
 # -- what goes wrong ------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ async def test_it_can_refuse(broker):
     async with Scribe(answering(NACK), transport=broker.transport, dead_letter_queue="dead"):
         await broker.settled()
     assert [b"1"] == bodies(broker.drain("dead"))
-    assert 2 == len(broker.broker.journal.of(Happened.REFUSED))
+    assert 2 == len(broker.broker.journal.of(EventKind.REFUSED))
 
 
 async def test_it_accepts_again(broker):

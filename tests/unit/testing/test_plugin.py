@@ -46,7 +46,7 @@ def test_orders(batch_broker):
 
 @pytest.mark.parametrize("batch_broker_version", ["3.10"])
 def test_older(batch_broker):
-    assert "3.10" == batch_broker.broker.dialect.version
+    assert "3.10" == batch_broker.broker.version
 """
 
 
@@ -66,7 +66,7 @@ def test_a_test_gets_a_broker_without_any_other_plugin(tmp_path):
 
 async def test_each_test_has_a_broker_of_its_own(batch_broker):
     """The newest that is imitated."""
-    assert ("4.3", []) == (batch_broker.broker.dialect.version, batch_broker.broker.queues)
+    assert ("4.3", []) == (batch_broker.broker.version, batch_broker.broker.queues)
 
 
 NEEDY = """

@@ -1,15 +1,15 @@
 """A strict RabbitMQ in memory, and the port on top of it: for tests, demos and `memory://` URLs."""
 
 from aio_pika_batch.adapters.memory.broker import Broker
-from aio_pika_batch.adapters.memory.faults import Door, PublishFault
-from aio_pika_batch.adapters.memory.journal import Happened
+from aio_pika_batch.adapters.memory.faults import ConnectFault, PublishFault
+from aio_pika_batch.adapters.memory.journal import EventKind
 from aio_pika_batch.adapters.memory.native import Message
 from aio_pika_batch.adapters.memory.transport import MemoryTransport, open_transport
 
 __all__ = [
     "Broker",
-    "Door",
-    "Happened",
+    "ConnectFault",
+    "EventKind",
     "MemoryTransport",
     "Message",
     "PublishFault",

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Protocol, assert_never
 
 from aio_pika_batch.adapters.memory.channels import Channel, Gone
 from aio_pika_batch.adapters.memory.connections import Connection
-from aio_pika_batch.adapters.memory.faults import Door, Faults, PublishFault
-from aio_pika_batch.adapters.memory.journal import Happened, Journal
+from aio_pika_batch.adapters.memory.faults import ConnectFault, Faults, PublishFault
+from aio_pika_batch.adapters.memory.journal import EventKind, Journal
 from aio_pika_batch.adapters.memory.refusals import Code, Refusal
 from aio_pika_batch.adapters.memory.stored_message import Stored, copied_headers, letter, stored
 from aio_pika_batch.adapters.memory.versions import NEWEST, dialect
@@ -86,22 +86,27 @@ class Broker:
             Unreachable: The fault in force is that there is no broker.
             Refusal: The fault in force is a wrong password.
         """
-        match self.faults.door:
-            case Door.UNREACHABLE:
+        match self.faults.connect_fault:
+            case ConnectFault.UNREACHABLE:
                 raise Unreachable("connection refused")
-            case Door.WRONG_PASSWORD:
+            case ConnectFault.WRONG_PASSWORD:
                 raise Refusal(
                     Code.ACCESS_REFUSED,
                     "Login was refused using authentication mechanism PLAIN. For details see the"
                     " broker logfile.",
                 )
-            case Door.OPEN:
+            case ConnectFault.NONE:
                 connection = Connection(self, name, self.user)
                 self._connections[connection] = None
-                self.vhost.note(Happened.CONNECTED, "", None, name)
+                self.vhost.note(EventKind.CONNECTED, "", None, name)
                 return connection
             case never:
                 assert_never(never)
+
+    @property
+    def version(self) -> str:
+        """The imitated version of RabbitMQ."""
+        return self.dialect.version
 
     # -- time --
 
@@ -148,7 +153,7 @@ class Broker:
             case None:
                 self._store(channel, number, message, mandatory=mandatory)
             case PublishFault.REFUSE:
-                self.vhost.note(Happened.REFUSED, "", message, "fault")
+                self.vhost.note(EventKind.REFUSED, "", message, "fault")
                 channel.confirm(number, accepted=False)
             case PublishFault.UNCONFIRMED:
                 self._store(None, number, message, mandatory=mandatory)
@@ -165,18 +170,18 @@ class Broker:
         accepted, routed = self._distribute(message)
         returned = mandatory and not routed
         if returned:
-            self.vhost.note(Happened.RETURNED, "", message, message.exchange)
+            self.vhost.note(EventKind.RETURNED, "", message, message.exchange)
         if channel is not None:
             channel.confirm(number, accepted=accepted, returned=returned)
 
     def _distribute(self, message: Stored) -> tuple[bool, bool]:
         """Offer it to the queues that it is routed to: have all taken it, and are there any?"""
         queues = self.vhost.route(message)
-        self.vhost.note(Happened.PUBLISHED, "", message, message.exchange)
+        self.vhost.note(EventKind.PUBLISHED, "", message, message.exchange)
         message = self.vhost.received(message)
         accepted = VirtualHost.offer_to_all(queues, message)
         if not accepted:
-            self.vhost.note(Happened.REFUSED, "", message, "queue full")
+            self.vhost.note(EventKind.REFUSED, "", message, "queue full")
         return accepted, bool(queues)
 
     # -- faults --
@@ -228,7 +233,7 @@ class Broker:
     def forget(self, connection: Connection) -> None:
         """A connection has ended."""
         del self._connections[connection]
-        self.vhost.note(Happened.DISCONNECTED, "", None, connection.name)
+        self.vhost.note(EventKind.DISCONNECTED, "", None, connection.name)
 
     def delete_queues_of(self, connection: Connection) -> None:
         """Exclusive queues go with their connection."""

@@ -23,7 +23,7 @@ from aio_pika_batch.adapters.memory.frames import (
     Incoming,
     Returned,
 )
-from aio_pika_batch.adapters.memory.journal import Happened
+from aio_pika_batch.adapters.memory.journal import EventKind
 from aio_pika_batch.adapters.memory.queues import Comeback, Queue
 from aio_pika_batch.adapters.memory.refusals import (
     Code,
@@ -129,7 +129,7 @@ class Channel:
             consumer = Consumer(tag, source, self, self._prefetch, priority, exclusive)
             self._consumers[tag] = consumer
             source.consumers.add(consumer)
-            vhost.note(Happened.CONSUMING, queue, None, tag)
+            vhost.note(EventKind.CONSUMING, queue, None, tag)
             vhost.wake(source)
 
     def cancel(self, tag: str) -> None:
@@ -137,7 +137,7 @@ class Channel:
         with self.operation() as vhost:
             consumer = self._consumers.pop(tag, None)
             if consumer is not None:
-                vhost.note(Happened.CANCELLED, consumer.queue.name, None, tag)
+                vhost.note(EventKind.CANCELLED, consumer.queue.name, None, tag)
                 vhost.leave(consumer)
 
     def ack(self, tag: int, *, multiple: bool = False) -> None:
@@ -217,7 +217,7 @@ class Channel:
     def shut(self, vhost: VirtualHost, words: str) -> None:
         """Close from the broker's side. What is unsettled goes back, in its order."""
         self.closed = words
-        vhost.note(Happened.CHANNEL_CLOSED, "", None, words)
+        vhost.note(EventKind.CHANNEL_CLOSED, "", None, words)
         for consumer in self._consumers.values():
             vhost.leave(consumer)
         self._consumers.clear()

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-class Door(Enum):
-    """What meets a new connection."""
+class ConnectFault(Enum):
+    """What goes wrong when a client connects."""
 
-    OPEN = "open"
+    NONE = "none"
     UNREACHABLE = "unreachable"
-    """Nobody answers."""
-    WRONG_PASSWORD = "wrong password"  # noqa: S105  -- no password at all
-    """The broker does not let us in."""
+    """The broker does not answer."""
+    WRONG_PASSWORD = "wrong password"  # noqa: S105  -- the name of a fault
+    """The broker refuses the login."""
 
 
 class PublishFault(Enum):
@@ -45,11 +45,11 @@ class Faults:
     """The faults in force; none at first.
 
     Attributes:
-        door: What meets a new connection.
+        connect_fault: What goes wrong when a client connects.
     """
 
     def __init__(self) -> None:
-        self.door = Door.OPEN
+        self.connect_fault = ConnectFault.NONE
         self._orders: list[_Order] = []
 
     def on_publish(

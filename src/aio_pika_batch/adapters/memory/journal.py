@@ -1,4 +1,4 @@
-"""What has happened on the broker, for tests to read."""
+"""Records what happens on the broker, for tests to read."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-class Happened(Enum):
-    """What can happen to messages, consumers and connections."""
+class EventKind(Enum):
+    """Kinds of events on the broker."""
 
     CONNECTED = "connected"
     DISCONNECTED = "disconnected"
@@ -34,7 +34,7 @@ class Happened(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class BrokerEvent:
     """One thing that happened.
 
     Attributes:
@@ -45,7 +45,7 @@ class Event:
     """
 
     at: float
-    happened: Happened
+    kind: EventKind
     queue: str = ""
     body: bytes | None = None
     detail: str = ""
@@ -62,21 +62,21 @@ class Journal:
     """
 
     def __init__(self, keep: int) -> None:
-        self.events: deque[Event] = deque(maxlen=keep)
-        self.counts: Counter[Happened] = Counter()
-        self.on_event: Callable[[Event], None] | None = None
+        self.events: deque[BrokerEvent] = deque(maxlen=keep)
+        self.counts: Counter[EventKind] = Counter()
+        self.on_event: Callable[[BrokerEvent], None] | None = None
 
-    def write(self, event: Event) -> None:
+    def write(self, event: BrokerEvent) -> None:
         """Note an event."""
         self.events.append(event)
-        self.counts[event.happened] += 1
+        self.counts[event.kind] += 1
         if self.on_event is not None:
             self.on_event(event)
 
-    def of(self, *kinds: Happened, queue: str | None = None) -> list[Event]:
+    def of(self, *kinds: EventKind, queue: str | None = None) -> list[BrokerEvent]:
         """The events of some kinds, the oldest first."""
         return [
             event
             for event in self.events
-            if event.happened in kinds and (queue is None or event.queue == queue)
+            if event.kind in kinds and (queue is None or event.queue == queue)
         ]

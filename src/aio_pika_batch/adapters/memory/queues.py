@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from aio_pika_batch.adapters.memory.arguments import Overflow, QueueType, Spec
 from aio_pika_batch.adapters.memory.consumers import Consumer, Roster
 from aio_pika_batch.adapters.memory.dead_lettering import Reason
-from aio_pika_batch.adapters.memory.journal import Happened
+from aio_pika_batch.adapters.memory.journal import EventKind
 from aio_pika_batch.adapters.memory.ready import Entry, Place, Ready
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class House(Protocol):
     now: float
     dialect: Dialect
 
-    def note(self, happened: Happened, queue: str, message: Stored, detail: str = "") -> None:
+    def note(self, kind: EventKind, queue: str, message: Stored, detail: str = "") -> None:
         """Write into the journal."""
         ...
 
@@ -111,7 +111,7 @@ class Queue:
             return False
         self._positions += 1
         entry = Entry(message, self._positions, self._expiry(message))
-        self._house.note(Happened.STORED, self.name, message)
+        self._house.note(EventKind.STORED, self.name, message)
         if not self.ready and (consumer := self.consumers.next()) is not None:
             # Whoever waits for it gets it even if it has no time at all.
             self._hand_out(entry, consumer)
@@ -135,7 +135,7 @@ class Queue:
         """These are done."""
         for entry in entries:
             if self._out(entry):
-                self._house.note(Happened.ACKED, self.name, entry.message)
+                self._house.note(EventKind.ACKED, self.name, entry.message)
         self._house.wake(self)
 
     def reject(self, entries: Sequence[Entry]) -> None:
@@ -155,7 +155,7 @@ class Queue:
             if self.spec.type is QueueType.QUORUM and self._exhausted(entry, comeback):
                 self._die(entry, Reason.DELIVERY_LIMIT)
                 continue
-            self._house.note(Happened.REQUEUED, self.name, entry.message, comeback.value)
+            self._house.note(EventKind.REQUEUED, self.name, entry.message, comeback.value)
             back.append(entry)
         self.ready.put_back(back, self._place(comeback))
         self._house.wake(self)
@@ -183,7 +183,7 @@ class Queue:
         self._drop([*self.ready.clear(), *self.unacked], "queue deleted")
         self.unacked.clear()
         for message, _ in self.dying:
-            self._house.note(Happened.DROPPED, self.name, message, "queue deleted")
+            self._house.note(EventKind.DROPPED, self.name, message, "queue deleted")
         self.dying.clear()
         for consumer in self.consumers:
             self.consumers.remove(consumer)
@@ -203,12 +203,12 @@ class Queue:
         entry.handed_out = True
         self.unacked[entry] = None
         consumer.in_hand += 1
-        self._house.note(Happened.DELIVERED, self.name, entry.message, consumer.tag)
+        self._house.note(EventKind.DELIVERED, self.name, entry.message, consumer.tag)
         consumer.receiver.deliver(consumer, entry)
 
     def _drop(self, entries: Sequence[Entry], why: str) -> int:
         for entry in entries:
-            self._house.note(Happened.DROPPED, self.name, entry.message, why)
+            self._house.note(EventKind.DROPPED, self.name, entry.message, why)
         return len(entries)
 
     def _out(self, entry: Entry) -> bool:
@@ -223,19 +223,19 @@ class Queue:
         if entry.handed_out and self._house.dialect.remembers_handing_out:
             message = replace(message, seen=True)
         if self.spec.dead_letter_exchange is None:
-            self._house.note(Happened.DROPPED, self.name, message, reason.value)
+            self._house.note(EventKind.DROPPED, self.name, message, reason.value)
         elif self.spec.at_least_once:
             self.dying.append((message, reason))
             self._house.wake(self)
         else:
-            self._house.note(Happened.DEAD_LETTERED, self.name, message, reason.value)
+            self._house.note(EventKind.DEAD_LETTERED, self.name, message, reason.value)
             self._house.send_dead_letter(self, message, reason)
 
     def _bury(self) -> None:
         for _ in range(len(self.dying)):
             message, reason = self.dying.popleft()
             if self._house.send_dead_letter(self, message, reason):
-                self._house.note(Happened.DEAD_LETTERED, self.name, message, reason.value)
+                self._house.note(EventKind.DEAD_LETTERED, self.name, message, reason.value)
             else:
                 self.dying.append((message, reason))
 

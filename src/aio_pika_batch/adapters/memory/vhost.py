@@ -26,7 +26,7 @@ from aio_pika_batch.adapters.memory.dead_lettering import (
 )
 from aio_pika_batch.adapters.memory.exchanges import Bound, Exchange, Kind
 from aio_pika_batch.adapters.memory.exchanges import kind as kind_of
-from aio_pika_batch.adapters.memory.journal import Event, Happened, Journal
+from aio_pika_batch.adapters.memory.journal import BrokerEvent, EventKind, Journal
 from aio_pika_batch.adapters.memory.queues import Queue
 from aio_pika_batch.adapters.memory.refusals import (
     Code,
@@ -250,28 +250,26 @@ class VirtualHost:
         if reason is not Reason.REJECTED:
             straight = [each for each in targets if not goes_in_circles(letter.deaths, each.name)]
             if not straight:
-                self.note(Happened.DROPPED, queue.name, message, "dead letter goes in circles")
+                self.note(EventKind.DROPPED, queue.name, message, "dead letter goes in circles")
                 return True
             targets = straight
         if queue.spec.at_least_once and any(each.would_refuse(letter) for each in targets):
             return False
         if not self.offer_to_all(targets, letter):
-            self.note(Happened.DROPPED, queue.name, message, "dead letter refused")
+            self.note(EventKind.DROPPED, queue.name, message, "dead letter refused")
         return True
 
     def _not_buried(self, queue: Queue, message: Stored, why: str) -> bool:
         if not queue.spec.at_least_once:
-            self.note(Happened.DROPPED, queue.name, message, why)
+            self.note(EventKind.DROPPED, queue.name, message, why)
         return False
 
     # -- what follows from it --
 
-    def note(
-        self, happened: Happened, queue: str, message: Stored | None, detail: str = ""
-    ) -> None:
+    def note(self, kind: EventKind, queue: str, message: Stored | None, detail: str = "") -> None:
         """Write into the journal."""
         body = None if message is None else message.body
-        self.journal.write(Event(self.now, happened, queue, body, detail))
+        self.journal.write(BrokerEvent(self.now, kind, queue, body, detail))
 
     def wake(self, queue: Queue) -> None:
         """See to it that the queue runs before the current operation ends."""

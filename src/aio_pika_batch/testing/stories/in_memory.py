@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import assert_never
 
 from aio_pika_batch.adapters.memory.faults import PublishFault
-from aio_pika_batch.adapters.memory.journal import Happened
+from aio_pika_batch.adapters.memory.journal import EventKind
 from aio_pika_batch.adapters.memory.versions import NEWEST
 from aio_pika_batch.testing.broker import BatchBroker
 from aio_pika_batch.testing.stories.judging import judge
@@ -102,7 +102,7 @@ class MemoryScene:
             if queue in broker.queues:
                 played.waiting.update(each.body for each in broker.ready(queue))
         played.dead.update(each.body for each in broker.ready(self._dead))
-        dropped = Counter(each.body for each in broker.journal.of(Happened.DROPPED))
+        dropped = Counter(each.body for each in broker.journal.of(EventKind.DROPPED))
         out = [each.body for each in broker.unacked(self.queue)]
         for what, found in (
             ("dropped by the broker", dropped),

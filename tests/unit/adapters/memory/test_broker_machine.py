@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 )
 
 from aio_pika_batch.adapters.memory.broker import Broker
-from aio_pika_batch.adapters.memory.journal import Happened
+from aio_pika_batch.adapters.memory.journal import EventKind
 from aio_pika_batch.adapters.memory.refusals import Refusal
 from tests.unit.adapters.memory.client import Client, bodies
 
@@ -162,7 +162,7 @@ class BrokerMachine(RuleBasedStateMachine):
         delivered = [
             event.body
             for event in self.broker.journal.events
-            if event.happened is Happened.DELIVERED and event.queue == QUEUE
+            if event.kind is EventKind.DELIVERED and event.queue == QUEUE
         ][self.seen_events :]
         self.seen_events += len(delivered)
         if not (before_expiry is not None and self.line == [before_expiry] == delivered):
@@ -317,7 +317,9 @@ class BrokerMachine(RuleBasedStateMachine):
             (message.body, message.headers["x-death"][0]["reason"])
             for message in self.broker.ready(DEAD)
         ]
-        dropped = [(event.body, event.detail) for event in self.broker.journal.of(Happened.DROPPED)]
+        dropped = [
+            (event.body, event.detail) for event in self.broker.journal.of(EventKind.DROPPED)
+        ]
         expected = (self.dead, []) if self.plan.dead_letters else ([], self.dead)
         assert (sorted(buried), sorted(dropped)) == (sorted(expected[0]), sorted(expected[1]))
 

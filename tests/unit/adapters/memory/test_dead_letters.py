@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pytest
 
 from aio_pika_batch.adapters.memory.broker import Broker
-from aio_pika_batch.adapters.memory.journal import Happened
+from aio_pika_batch.adapters.memory.journal import EventKind
 from tests.unit.adapters.memory.client import Client, bodies
 
 VERSIONS = ["3.10", "4.0", "4.3"]
@@ -15,7 +15,7 @@ VERSIONS = ["3.10", "4.0", "4.3"]
 
 def dropped(broker: Broker) -> list[str]:
     """What messages were dropped for."""
-    return [event.detail for event in broker.journal.of(Happened.DROPPED)]
+    return [event.detail for event in broker.journal.of(EventKind.DROPPED)]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aio_pika_batch.adapters.memory import Broker, Door, Happened, PublishFault
+from aio_pika_batch.adapters.memory import Broker, ConnectFault, EventKind, PublishFault
 from aio_pika_batch.adapters.memory.broker import Unreachable
 from aio_pika_batch.adapters.memory.frames import Cancelled, Closed, Confirmed
 from aio_pika_batch.adapters.memory.refusals import Refusal
@@ -28,13 +28,13 @@ def client(broker: Broker) -> Client:
 def test_no_broker_and_no_entry(broker: Broker):
     """Connections that are there already stay."""
     client = Client(broker)
-    broker.faults.door = Door.UNREACHABLE
+    broker.faults.connect_fault = ConnectFault.UNREACHABLE
     with pytest.raises(Unreachable):
         broker.connect()
-    broker.faults.door = Door.WRONG_PASSWORD
+    broker.faults.connect_fault = ConnectFault.WRONG_PASSWORD
     with pytest.raises(Refusal, match="403 ACCESS_REFUSED - Login was refused"):
         broker.connect()
-    broker.faults.door = Door.OPEN
+    broker.faults.connect_fault = ConnectFault.NONE
     broker.connect("late")
     client.queue("q")
     assert broker.connections == ["client", "late"]
@@ -127,7 +127,7 @@ def test_what_is_cut_at_once_is_not_handed_around(broker: Broker, client: Client
     client.consume("q", prefetch=1)
     other.consume("q", prefetch=1)
     broker.cut()
-    assert broker.journal.counts[Happened.DELIVERED] == 1
+    assert broker.journal.counts[EventKind.DELIVERED] == 1
 
 
 def test_consumers_can_be_cancelled(broker: Broker, client: Client):
@@ -170,18 +170,18 @@ def test_the_journal_tells_a_messages_life(broker: Broker, client: Client):
     client.publish(b"1", "q")
     client.channel.nack(client.get("q").tag)
     client.channel.ack(client.get("q").tag)
-    life = [event.happened for event in broker.journal.events if event.body == b"1"]
+    life = [event.kind for event in broker.journal.events if event.body == b"1"]
     assert life == [
-        Happened.PUBLISHED,
-        Happened.STORED,
-        Happened.DELIVERED,
-        Happened.REQUEUED,
-        Happened.DELIVERED,
-        Happened.ACKED,
+        EventKind.PUBLISHED,
+        EventKind.STORED,
+        EventKind.DELIVERED,
+        EventKind.REQUEUED,
+        EventKind.DELIVERED,
+        EventKind.ACKED,
     ]
-    assert broker.journal.counts[Happened.DELIVERED] == 2
-    assert len(broker.journal.of(Happened.CONSUMING, queue="q")) == 2
-    assert broker.journal.of(Happened.CONSUMING, queue="other") == []
+    assert broker.journal.counts[EventKind.DELIVERED] == 2
+    assert len(broker.journal.of(EventKind.CONSUMING, queue="q")) == 2
+    assert broker.journal.of(EventKind.CONSUMING, queue="other") == []
 
 
 def test_the_journal_keeps_only_so_much():
@@ -192,7 +192,7 @@ def test_the_journal_keeps_only_so_much():
     for _ in range(5):
         client.publish(b"1", "q")
     assert len(broker.journal.events) == 3
-    assert broker.journal.counts[Happened.PUBLISHED] == 5
+    assert broker.journal.counts[EventKind.PUBLISHED] == 5
 
 
 def test_time_never_runs_backwards(broker: Broker):

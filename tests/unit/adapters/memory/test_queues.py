@@ -6,7 +6,7 @@ import pytest
 
 from aio_pika_batch.adapters.memory.broker import Broker
 from aio_pika_batch.adapters.memory.frames import Cancelled
-from aio_pika_batch.adapters.memory.journal import Happened
+from aio_pika_batch.adapters.memory.journal import EventKind
 from aio_pika_batch.adapters.memory.refusals import Code, Refusal
 from tests.unit.adapters.memory.client import Client, bodies
 
@@ -226,7 +226,7 @@ def test_what_is_handed_out_does_not_expire_until_it_comes_back(broker: Broker, 
     assert broker.unacked("q")[0].body == b"1"
     client.channel.nack(1)
     assert bodies(broker, "q") == []
-    assert [event.detail for event in broker.journal.of(Happened.DROPPED)] == ["expired"]
+    assert [event.detail for event in broker.journal.of(EventKind.DROPPED)] == ["expired"]
 
 
 def test_a_ttl_of_zero_reaches_only_a_waiting_consumer(broker: Broker, client: Client):
@@ -247,7 +247,7 @@ def test_a_full_queue_drops_its_head(broker: Broker, client: Client):
     fill(client, "q", b"held", b"1", b"2", b"3")
     assert client.bodies() == [b"held"]
     assert bodies(broker, "q") == [b"2", b"3"]
-    assert [event.detail for event in broker.journal.of(Happened.DROPPED)] == ["maxlen"]
+    assert [event.detail for event in broker.journal.of(EventKind.DROPPED)] == ["maxlen"]
 
 
 def test_what_comes_to_the_head_of_a_cut_queue_may_be_late(broker: Broker, client: Client):
@@ -257,7 +257,7 @@ def test_what_comes_to_the_head_of_a_cut_queue_may_be_late(broker: Broker, clien
     client.publish(b"late", "q", expiration="0")
     fill(client, "q", b"3", b"4")
     assert bodies(broker, "q") == [b"3", b"4"]
-    died_of = [(event.body, event.detail) for event in broker.journal.of(Happened.DROPPED)]
+    died_of = [(event.body, event.detail) for event in broker.journal.of(EventKind.DROPPED)]
     assert died_of == [(b"1", "maxlen"), (b"late", "expired")]
 
 
@@ -331,7 +331,7 @@ def test_the_consumers_of_a_deleted_queue_are_told(broker: Broker, client: Clien
     assert client.channel.take() == [Cancelled("consumer")]
     client.channel.ack(1)
     assert client.channel.closed is None
-    assert [event.detail for event in broker.journal.of(Happened.DROPPED)] == ["queue deleted"] * 2
+    assert [event.detail for event in broker.journal.of(EventKind.DROPPED)] == ["queue deleted"] * 2
 
 
 @pytest.mark.parametrize("how", ["reject", "requeue", "close"])

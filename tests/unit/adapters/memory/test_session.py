@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from aio_pika_batch.adapters.memory import Broker, Happened, MemoryTransport
+from aio_pika_batch.adapters.memory import Broker, EventKind, MemoryTransport
 from aio_pika_batch.adapters.memory.session import MemorySession
 from aio_pika_batch.core.message import Message, Properties
 from aio_pika_batch.core.settlement import Disposition, Settlement
@@ -126,7 +126,7 @@ async def test_each_disposition_is_its_own_frame(transport: MemoryTransport, mem
             (b"return", True),
         ]
     assert bodies(memory, "dead") == [b"reject"]
-    back = [(event.body, event.detail) for event in memory.journal.of(Happened.REQUEUED)]
+    back = [(event.body, event.detail) for event in memory.journal.of(EventKind.REQUEUED)]
     assert sorted(back[:2]) == [(b"requeue", "basic.reject"), (b"return", "basic.nack")]
 
 

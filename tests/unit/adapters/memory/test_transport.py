@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 
-from aio_pika_batch.adapters.memory import Broker, Door, MemoryTransport, open_transport
+from aio_pika_batch.adapters.memory import Broker, ConnectFault, MemoryTransport, open_transport
 from aio_pika_batch.core.topology import Binding, Exchange, Queue, Topology
 from aio_pika_batch.errors import (
     AccessRefused,
@@ -86,18 +86,20 @@ def test_urls_that_say_more_are_refused(url: str):
 
 async def test_a_url_may_name_the_version():
     """But not two of one broker."""
-    assert opened("memory://a?version=3.10").broker.dialect.version == "3.10"
+    assert opened("memory://a?version=3.10").broker.version == "3.10"
     with pytest.raises(ConfigurationError, match=r"memory://a imitates RabbitMQ 3\.10 already"):
         _ = opened("memory://a?version=4.0").broker
 
 
 @pytest.mark.parametrize(
-    ("door", "error"),
-    [(Door.UNREACHABLE, BrokerUnavailable), (Door.WRONG_PASSWORD, AccessRefused)],
+    ("fault", "error"),
+    [(ConnectFault.UNREACHABLE, BrokerUnavailable), (ConnectFault.WRONG_PASSWORD, AccessRefused)],
 )
-async def test_a_closed_door_is_told_by_its_kind(transport, memory: Broker, door, error):
+async def test_a_refused_connection_raises_the_error_of_its_kind(
+    transport, memory: Broker, fault, error
+):
     """Nobody there, or nobody who lets us in."""
-    memory.faults.door = door
+    memory.faults.connect_fault = fault
     subscription = Subscription(queue="q", prefetch=1, consumer_tag="t")
     with pytest.raises(error):
         await transport.declare(Topology())
