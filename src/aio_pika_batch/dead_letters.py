@@ -23,7 +23,7 @@ from aio_pika_batch.core.dead_letter import (
     DeathInfo,
     Filter,
     NotReplayable,
-    Origin,
+    OriginalRoute,
     death_info,
     replay_copy,
 )
@@ -40,7 +40,7 @@ __all__ = [
     "Filter",
     "Letter",
     "Looked",
-    "Origin",
+    "OriginalRoute",
     "Report",
     "look",
     "purge",
@@ -303,7 +303,7 @@ class _Tour:
                 break
             report.seen += 1
             death = death_info(message, self._header)
-            takes = self._where.takes(message, death, now)
+            takes = self._where.matches(message, death, now)
             if (self._stays or not takes) and not self._there.may_return(message):
                 break
             if takes:

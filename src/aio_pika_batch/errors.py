@@ -77,3 +77,11 @@ class DrainIncomplete(AioPikaBatchError):
 
 class StartInterrupted(AioPikaBatchError):
     """`stop` was called before every worker consumed."""
+
+
+def safe_str(value: object) -> str:
+    """Return `str(value)`, or a placeholder if that raises."""
+    try:
+        return str(value)
+    except Exception as error:  # noqa: BLE001  -- a user's __str__ may raise anything
+        return f"(no text: str() raised {type(error).__name__})"

@@ -335,7 +335,7 @@ class BaseConsumer(Generic[SettingsT]):
                 *self.exception_results.values(),
             },
             consumer_arguments=settings.consumer_arguments or {},
-            retry_seconds=settings.delay_steps.seconds(settings.max_requeue_attempts),
+            retry_seconds=settings.delay_steps.total_seconds(settings.max_requeue_attempts),
             ordered=settings.ordered_by_key,
         )
 

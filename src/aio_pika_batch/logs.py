@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TypeAlias
 
+from aio_pika_batch.errors import safe_str
+
 ExcInfo: TypeAlias = (
     "bool | BaseException | tuple[type[BaseException], BaseException, TracebackType | None]"
     " | tuple[None, None, None] | None"
@@ -20,7 +22,7 @@ _LONGEST = 4096
 """Characters of an exception's text in a line: who wrote it may have put a whole body into it."""
 
 
-TAKEN = frozenset({*logging.makeLogRecord({}).__dict__, "message", "asctime", "event"})
+RESERVED = frozenset({*logging.makeLogRecord({}).__dict__, "message", "asctime", "event"})
 """Names that stand on a record anyway, or that we put there ourselves."""
 
 
@@ -64,29 +66,21 @@ class KeywordLogger:
 
     def _log(self, level: int, event: str, exc_info: ExcInfo, context: dict[str, object]) -> None:
         if self._logger.isEnabledFor(level):
-            text, extra = written(event, {**self._context, **context})
+            text, extra = format_line(event, {**self._context, **context})
             # The text is an argument, never a format: it may hold a percent sign.
             self._logger.log(level, "%s", text, exc_info=exc_info, extra=extra, stacklevel=3)
 
 
-def written(event: str, context: Mapping[str, object]) -> tuple[str, dict[str, object]]:
+def format_line(event: str, context: Mapping[str, object]) -> tuple[str, dict[str, object]]:
     """The text of a line, and what stands on its record besides."""
-    words = " ".join(f"{key}={in_words(value)}" for key, value in context.items())
-    apart = {f"{key}_" if key in TAKEN else key: value for key, value in context.items()}
+    words = " ".join(f"{key}={safe_str(value)}" for key, value in context.items())
+    apart = {f"{key}_" if key in RESERVED else key: value for key, value in context.items()}
     return f"{event} [{words}]" if words else event, {"event": event, **apart}
 
 
 def format_error(error: BaseException) -> str:
     """An exception's class and text, on whatever terms its `__str__` is, cut where it is long."""
-    text = in_words(error)
+    text = safe_str(error)
     if len(text) > _LONGEST:
         text = f"{text[:_LONGEST]}… ({len(text)} characters)"
     return f"{type(error).__name__}: {text}"
-
-
-def in_words(value: object) -> str:
-    """A value's text, on whatever terms its `__str__` is."""
-    try:
-        return str(value)
-    except Exception as broken:  # noqa: BLE001  -- somebody else's __str__ must not stop what is logged
-        return f"(its text cannot be had: {type(broken).__name__})"

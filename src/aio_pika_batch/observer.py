@@ -312,7 +312,7 @@ class Observers:
         """Whether anybody looks; events need not be made for nobody."""
         return bool(self._observers)
 
-    def tell(self, event: object) -> None:
+    def emit(self, event: object) -> None:
         """Tell everybody."""
         for observer in self._observers:
             try:

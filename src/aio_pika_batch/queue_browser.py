@@ -16,9 +16,9 @@ from typing import Literal, TypeAlias
 
 from aio_pika_batch.core.dead_letter import (
     RETRY_COUNT,
-    comes_back_by_closing,
-    limit_by,
+    delivery_limit_from,
     near_delivery_limit,
+    returns_by_closing,
 )
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.settlement import Disposition, Settlement
@@ -124,7 +124,7 @@ class Visit:
         session, reading = self._session, self._reading
         if session is None or reading is None:
             return
-        if not comes_back_by_closing(version):
+        if not returns_by_closing(version):
             await session.cancel()
             await reading
             if self._held:
@@ -217,4 +217,4 @@ async def _ask(transport: Transport, queue: str, limit: Limit) -> tuple[Version 
         await transport.declare(Topology(queues=(probe,)))
     except TopologyError as error:
         refusal = str(error)
-    return version, limit_by(refusal, version)
+    return version, delivery_limit_from(refusal, version)

@@ -16,7 +16,12 @@ from pydantic_settings import SettingsConfigDict
 from aio_pika_batch.breaker_settings import BreakerSettings
 from aio_pika_batch.core.message import FieldValue
 from aio_pika_batch.core.results import MessageResult
-from aio_pika_batch.core.retry import LONGEST_WAIT, DelaySteps, check_names, make_delay_steps
+from aio_pika_batch.core.retry import (
+    LONGEST_WAIT,
+    DelaySteps,
+    check_wait_queue_names,
+    make_delay_steps,
+)
 from aio_pika_batch.core.topology import QUEUE_TYPE, TopologyOptions
 from aio_pika_batch.errors import ConfigurationError
 from aio_pika_batch.fields import (
@@ -324,7 +329,7 @@ class ConsumerSettings(BreakerSettings):
             dead_letter_exchange_type=self.dead_letter_exchange_type,
             dead_letter_routing_key=self.dead_letter_routing_key,
             dead_letter_queue=self.dead_letter_queue,
-            wait_levels=self.delay_steps.needed(self.max_requeue_attempts),
+            wait_levels=self.delay_steps.steps_for(self.max_requeue_attempts),
             unsafe_delay=self.unsafe_delay,
             declare=self.declare,
         )
@@ -357,7 +362,7 @@ class ConsumerSettings(BreakerSettings):
             msg = "reconnect_delay must not exceed reconnect_delay_max"
             raise ValueError(msg)
         if self.requeue_delay:
-            check_names(self.queue_name, self.delay_steps)
+            check_wait_queue_names(self.queue_name, self.delay_steps)
         if self.breaker_threshold is not None and (self.queue_exclusive or self.queue_auto_delete):
             which = "queue_exclusive" if self.queue_exclusive else "queue_auto_delete"
             msg = (

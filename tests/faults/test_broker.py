@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from tests.integration.helpers import until, version_of
+from tests.integration.helpers import parse_version, until
 from tests.support.find import Broker
 from tests.support.rabbitmq import RabbitMQ
 
@@ -30,7 +30,7 @@ async def test_a_broker_that_is_killed_has_its_quorum_queues_if_it_keeps_them(
     run, wire, rabbitmq, broker
 ) -> None:
     """Of a node alone, RabbitMQ before 4.3 loses all that is in them, whoever consumes."""
-    if version_of(broker) < (4, 3):
+    if parse_version(broker) < (4, 3):
         pytest.skip(f"RabbitMQ {broker.version} empties the quorum queues of a node that is killed")
     async with run(
         "broker killed, quorum queue",
@@ -96,7 +96,7 @@ def impatience(rabbitmq: RabbitMQ, broker: Broker) -> Iterator[Mapping[str, int]
 
     Since 4.3 it is the consumer's, before that the node's, which looks once a minute by default.
     """
-    if version_of(broker) >= (4, 3):
+    if parse_version(broker) >= (4, 3):
         yield {"x-consumer-timeout": 2000}
         return
     put = "application:set_env(rabbit, consumer_timeout, {}), "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.faults.trial import under_load
-from tests.integration.helpers import until, version_of
+from tests.integration.helpers import parse_version, until
 from tests.support.cluster import Cluster
 from tests.support.find import Broker
 
@@ -98,7 +98,7 @@ async def test_a_node_that_stands_still_is_left_for_another(
     run_on_all, broker, cluster, name, who
 ) -> None:
     """Connections to it stay open, and nothing answers on them."""
-    if version_of(broker) < (4, 0):
+    if parse_version(broker) < (4, 0):
         pytest.skip("before RabbitMQ 4.0 a node that stood still may not find back to its cluster")
     async with run_on_all(
         f"{who} paused, cluster of three",

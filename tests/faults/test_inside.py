@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.integration.helpers import until, version_of
+from tests.integration.helpers import parse_version, until
 
 pytestmark = pytest.mark.needs_node
 
@@ -31,7 +31,7 @@ async def test_a_queue_that_fails_inside_the_broker_costs_nothing(
     run, wire, rabbitmq, broker, name, arguments, fault, then
 ) -> None:
     """Neither where its consumers are cancelled, nor where they are left in the dark."""
-    if not arguments and version_of(broker) >= (4, 0):
+    if not arguments and parse_version(broker) >= (4, 0):
         pytest.skip(f"RabbitMQ {broker.version} cancels the consumers of a queue that has failed")
     did = f"The process of the queue was killed inside the broker, which {then}"
     async with run(fault, did, wire=wire, consumer_arguments=arguments) as trial:

@@ -80,7 +80,7 @@ class Stopwatch:
 # --- the broker -----------------------------------------------------------------
 
 
-def version_of(broker: Broker) -> tuple[int, ...]:
+def parse_version(broker: Broker) -> tuple[int, ...]:
     """Major and minor version, to be compared."""
     return tuple(map(int, broker.version.split(".")[:2]))
 

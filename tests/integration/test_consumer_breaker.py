@@ -11,11 +11,11 @@ from tests.integration.helpers import (
     Recorder,
     consumers,
     holds,
+    parse_version,
     publish,
     ready,
     take_all,
     until,
-    version_of,
 )
 
 
@@ -87,7 +87,7 @@ async def test_an_outage_is_waited_out(channel, amqp_url, name, queue_type, brok
         assert [] == recorder.losses
     assert dict.fromkeys(bodies, 1) == consumer.done
     assert 0 == await ready(amqp_url, name)
-    if queue_type == "quorum" and version_of(broker) >= (4, 3):
+    if queue_type == "quorum" and parse_version(broker) >= (4, 3):
         # Returned twice, and no delivery spent by it.
         assert {None} == {count for count, times in consumer.delivery_counts.items() if times}
 

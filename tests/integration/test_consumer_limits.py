@@ -27,11 +27,11 @@ from tests.integration.helpers import (
     app,
     dead_letter_office,
     holds,
+    parse_version,
     publish,
     ready,
     take_all,
     until,
-    version_of,
 )
 
 
@@ -92,7 +92,7 @@ async def test_a_poison_message_never_loops_for_ever_where_the_broker_counts(
     """By itself a broker does so since 4.0; where it does not, a WARNING at the start says so."""
     dlx, dlq = await dead_letter_office(channel, name)
     consumer = Always(quorum(amqp_url, name, dlx))
-    counts = version_of(broker) >= (4, 0)
+    counts = parse_version(broker) >= (4, 0)
     async with consumer:
         await publish(channel, [b"poison"], routing_key=name)
         if counts:
@@ -138,7 +138,7 @@ async def test_a_negative_limit_is_none_or_the_strictest_and_the_log_says_which(
     """Before 4.0 it takes a message away the first time that it comes back."""
     dlx, dlq = await dead_letter_office(channel, name)
     consumer = Always(quorum(amqp_url, name, dlx, limit=-1))
-    lifts = version_of(broker) >= (4, 0)
+    lifts = parse_version(broker) >= (4, 0)
     async with consumer:
         await publish(channel, [b"poison"], routing_key=name)
         if lifts:
@@ -240,7 +240,7 @@ async def test_what_was_not_started_spends_no_delivery_where_the_broker_can_tell
         await _buffers(consumer, 4)
         # The one that is being handled is cut off, and returned with the others.
         await consumer.stop()
-    if version_of(broker) >= (4, 3):
+    if parse_version(broker) >= (4, 3):
         returned = await take_all(channel, name, 5)
         assert 5 == len(returned)
         assert not any("x-delivery-count" in (each.headers or {}) for each in returned)

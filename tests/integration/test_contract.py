@@ -16,7 +16,7 @@ from aiormq.exceptions import ChannelLockedResource
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
 from aio_pika_batch.testing.contract import Features, Harness, TransportContract
 from aio_pika_batch.transport import Endpoint, Wire
-from tests.integration.helpers import ready, until, version_of
+from tests.integration.helpers import parse_version, ready, until
 from tests.support.proxy import TcpProxy
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def features(broker: Broker, kind: str) -> Features:
     """What this broker can do, with this kind of queue."""
     if kind == "classic":
         return CLASSIC
-    version = version_of(broker)
+    version = parse_version(broker)
     return replace(
         CLASSIC,
         counts_deliveries=True,

@@ -60,8 +60,8 @@ CORE = (
     Mutant(
         "A message whose headers cannot be read is requeued, uncounted.",
         "core/settlement_plan.py",
-        "return self._dead_letter(verdict, DeadLetterReason.UNDECODABLE, now)",
-        'return PendingCopy(verdict, Copy(message, "", self.queue, {}), CopyKind.REQUEUE)',
+        "return self._dead_letter(outcome, DeadLetterReason.UNDECODABLE, now)",
+        'return PendingCopy(outcome, Copy(message, "", self.queue, {}), CopyKind.REQUEUE)',
         (f"{_CORE}/test_routing.py",),
     ),
     Mutant(
@@ -172,8 +172,8 @@ CORE = (
     Mutant(
         "Who was not reached is charged an attempt.",
         "core/retry_in_place.py",
-        "            elif id(verdict.error) in failures:\n",
-        "            elif id(verdict.error) in ():\n",
+        "            elif id(outcome.error) in failures:\n",
+        "            elif id(outcome.error) in ():\n",
         (f"{_CORE}/test_in_place.py",),
     ),
     Mutant(
@@ -244,15 +244,15 @@ CORE = (
     Mutant(
         "An original is held although there is no room: the prefetch window fills up.",
         "core/unconfirmed_policy.py",
-        "if waiting > self.room or at >= end:",
+        "if held > self.max_held or at >= end:",
         "if at >= end:",
         (f"{_CORE}/test_holding.py",),
     ),
     Mutant(
         "An original is held for ever.",
         "core/unconfirmed_policy.py",
-        "if waiting > self.room or at >= end:",
-        "if waiting > self.room:",
+        "if held > self.max_held or at >= end:",
+        "if held > self.max_held:",
         (f"{_CORE}/test_holding.py",),
     ),
     Mutant(

@@ -123,7 +123,7 @@ def show(
     letters = [
         (number, letter)
         for number, letter in enumerate(looked.letters, 1)
-        if where.takes(letter.message, letter.death, now)
+        if where.matches(letter.message, letter.death, now)
     ][: meant.limit or 10]
     if format == "json":
         print_json([as_data(number, letter, max_bytes) for number, letter in letters])

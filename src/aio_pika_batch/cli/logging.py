@@ -15,8 +15,8 @@ from collections.abc import MutableMapping
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO, TypeAlias
 
-from aio_pika_batch.errors import ConfigurationError
-from aio_pika_batch.logs import TAKEN, in_words, written
+from aio_pika_batch.errors import ConfigurationError, safe_str
+from aio_pika_batch.logs import RESERVED, format_line
 from aio_pika_batch.masking import mask_text
 
 LogFormat: TypeAlias = Literal["auto", "console", "json"]
@@ -79,10 +79,10 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "event": getattr(record, "event", None) or record.getMessage(),
         }
-        line.update((key, each) for key, each in vars(record).items() if key not in TAKEN)
+        line.update((key, each) for key, each in vars(record).items() if key not in RESERVED)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return mask_text(json.dumps(line, default=in_words, ensure_ascii=False))
+        return mask_text(json.dumps(line, default=safe_str, ensure_ascii=False))
 
 
 class MaskingFormatter(logging.Formatter):
@@ -134,5 +134,5 @@ def _to_record(
     """The last step of structlog: what it has gathered, as arguments of a logger's method."""
     exc_info = said.pop("exc_info", method == "exception")
     stack_info = said.pop("stack_info", False)
-    text, extra = written(str(said.pop("event", "")), said)
+    text, extra = format_line(str(said.pop("event", "")), said)
     return ("%s", text), {"exc_info": exc_info, "stack_info": stack_info, "extra": extra}

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from aio_pika_batch.cli.bodies import body_lines
 from aio_pika_batch.cli.printing import harmless
-from aio_pika_batch.core.dead_letter import written
+from aio_pika_batch.core.dead_letter import format_header
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.dead_letters import Letter, Looked
 
@@ -57,7 +57,7 @@ def show_letter(out: Console, number: int, letter: Letter, most: int) -> None:
     if death.detail is not None:
         lines.append(f"because: {death.detail}")
     lines += [f"{name}: {value}" for name, value in _properties(message).items()]
-    lines += [f"header {name}: {written(value)}" for name, value in _headers(message).items()]
+    lines += [f"header {name}: {format_header(value)}" for name, value in _headers(message).items()]
     lines.append(f"body: {len(message.body)} bytes")
     for line in lines:
         out.print(harmless(f"  {line}"))

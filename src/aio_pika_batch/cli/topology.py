@@ -15,7 +15,7 @@ from aio_pika_batch.cli.exits import Exit
 from aio_pika_batch.cli.inspection import Entity, Standing, State, broker_version, inspect
 from aio_pika_batch.cli.printing import console, harmless, hush, print_json, table
 from aio_pika_batch.cli.targets import AnyConsumer, Loading, load
-from aio_pika_batch.core.dead_letter import written
+from aio_pika_batch.core.dead_letter import format_header
 from aio_pika_batch.core.topology import (
     Binding,
     Exchange,
@@ -23,9 +23,9 @@ from aio_pika_batch.core.topology import (
     Topology,
     Version,
     build_topology,
-    definitions,
     depends_on_version,
-    version_of,
+    parse_version,
+    to_definitions,
 )
 from aio_pika_batch.errors import ConfigurationError
 
@@ -64,7 +64,7 @@ def topology(
             raise ConfigurationError("--format definitions is for RabbitMQ to import: use it alone")
         where = vhost if vhost is not None else _vhost(consumer.settings.url)
         version = _version(rabbitmq, consumer, needed)
-        print(json.dumps(definitions(needed, where, version), indent=2))
+        print(json.dumps(to_definitions(needed, where, version), indent=2))
         return Exit.OK
     return asyncio.run(_shown(consumer, needed, apply=apply, dry_run=dry_run, format=format))
 
@@ -140,7 +140,7 @@ def _how(entity: Entity) -> str:
     if not isinstance(entity, Binding):
         words += [] if entity.durable else ["transient"]
         words += ["auto-delete"] if entity.auto_delete else []
-    words += [f"{name}={written(value)}" for name, value in entity.arguments.items()]
+    words += [f"{name}={format_header(value)}" for name, value in entity.arguments.items()]
     if isinstance(entity, Queue) and entity.no_delivery_limit:
         words.append("no delivery limit")
     return ", ".join(words)
@@ -156,7 +156,7 @@ def _state(standing: Standing) -> dict[str, object]:
 
 def _version(stated: str | None, consumer: AnyConsumer, needed: Topology) -> Version | None:
     if stated is not None:
-        version = version_of("RabbitMQ", stated)
+        version = parse_version("RabbitMQ", stated)
         if version is None:
             raise ConfigurationError(f"--rabbitmq: {stated!r} is no version, as 4.0 is one")
         return version

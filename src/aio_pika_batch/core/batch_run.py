@@ -110,22 +110,22 @@ class BatchDecisions:
 
     Attributes:
         acked: The delivery tags of those that went well, in order.
-        verdicts: All that were decided otherwise.
+        not_acked: All that were decided otherwise.
         returned: Those that a shutdown left undecided.
     """
 
     acked: list[int] = field(default_factory=list)
-    verdicts: list[MessageOutcome] = field(default_factory=list)
+    not_acked: list[MessageOutcome] = field(default_factory=list)
     returned: list[Message] = field(default_factory=list)
 
     def __len__(self) -> int:
         """How many messages there are."""
-        return len(self.acked) + len(self.verdicts) + len(self.returned)
+        return len(self.acked) + len(self.not_acked) + len(self.returned)
 
     def add(self, other: BatchDecisions) -> None:
         """Take in what was decided about other messages."""
         self.acked += other.acked
-        self.verdicts += other.verdicts
+        self.not_acked += other.not_acked
         self.returned += other.returned
 
 
@@ -159,12 +159,12 @@ class BatchRun(BatchDecisions):
         """Hand out what is decided so far, in this run and in those before it."""
         self._note(collector.take())
         kept: list[MessageOutcome] = []
-        final = self.verdicts
+        final = self.not_acked
         if self._keeps_failures:
-            kept = [each for each in self.verdicts if is_retry(each.result)]
-            final = [each for each in self.verdicts if not is_retry(each.result)]
+            kept = [each for each in self.not_acked if is_retry(each.result)]
+            final = [each for each in self.not_acked if not is_retry(each.result)]
         taken = BatchDecisions(self.acked, final)
-        self.acked, self.verdicts = [], kept
+        self.acked, self.not_acked = [], kept
         return taken
 
     def record_run(
@@ -192,7 +192,7 @@ class BatchRun(BatchDecisions):
             others = [message for message in undecided if message is not error.message]
             if len(others) < len(undecided):
                 [culprit] = [message for message in undecided if message is error.message]
-                self.verdicts.append(
+                self.not_acked.append(
                     MessageOutcome(culprit, MessageResult.NACK, Cause.UNDECODABLE, error)
                 )
                 self._isolation.again(Part(others, error))
@@ -230,10 +230,10 @@ class BatchRun(BatchDecisions):
             if result is MessageResult.ACK:
                 self.acked.append(message.delivery_tag)
             else:
-                self.verdicts.append(MessageOutcome(message, result))
+                self.not_acked.append(MessageOutcome(message, result))
 
     def _condemn(self, messages: Sequence[Message], error: BaseException, cause: Cause) -> None:
         result = self._policy.action
         if cause in (Cause.EXCEPTION, Cause.TIMEOUT):
             result = result_for(error, self._policy.exceptions) or result
-        self.verdicts += [MessageOutcome(message, result, cause, error) for message in messages]
+        self.not_acked += [MessageOutcome(message, result, cause, error) for message in messages]

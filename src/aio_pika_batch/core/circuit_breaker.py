@@ -149,8 +149,8 @@ class CircuitBreaker:
         return enough and self.failed / self.samples >= policy.threshold
 
 
-def is_failure(verdict: MessageOutcome, exceptions: ExceptionResults) -> bool:
-    """Whether a verdict that is no ACK tells of trouble that other messages would meet, too.
+def is_failure(outcome: MessageOutcome, exceptions: ExceptionResults) -> bool:
+    """Whether a outcome that is no ACK tells of trouble that other messages would meet, too.
 
     What is to be tried again does. A NACK does only where nobody meant it for this message: a
     handler that yields one, or an exception that `exceptions` makes one of, has judged the message.
@@ -158,23 +158,23 @@ def is_failure(verdict: MessageOutcome, exceptions: ExceptionResults) -> bool:
     Args:
         exceptions: Which results the consumer gives to exceptions.
     """
-    match verdict.result:
+    match outcome.result:
         case MessageResult.ACK:
             return False
         case MessageResult.REQUEUE | MessageResult.REQUEUE_IMMEDIATE | Requeue():
             return True
         case MessageResult.NACK | Nack():
-            return _is_unmeant(verdict, exceptions)
+            return _is_unmeant(outcome, exceptions)
         case unreachable:
             assert_never(unreachable)
 
 
-def _is_unmeant(verdict: MessageOutcome, exceptions: ExceptionResults) -> bool:
-    match verdict.cause:
+def _is_unmeant(outcome: MessageOutcome, exceptions: ExceptionResults) -> bool:
+    match outcome.cause:
         case Cause.HANDLER | Cause.UNDECODABLE | Cause.SHUTDOWN:
             return False
         case Cause.EXCEPTION | Cause.TIMEOUT:
-            error = verdict.error
+            error = outcome.error
             return error is None or result_for(error, exceptions) is not MessageResult.NACK
         case Cause.MISSING | Cause.INVALID:
             return True

@@ -14,8 +14,8 @@ from aio_pika_batch.core.message import FieldValue, Headers
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.topology import (
     DEAD_LETTER_EXCHANGE,
+    DEFAULT_LIMIT_SINCE,
     DELIVERY_LIMIT,
-    LIMITED_SINCE,
     TopologyOptions,
     Version,
     dead_letter_target,
@@ -29,7 +29,7 @@ ACK_TIMEOUT = 30 * 60.0
 """Seconds that a broker waits for an acknowledgement (`consumer_timeout`, RabbitMQ's default)."""
 
 DEFAULT_LIMIT = 20
-"""How often a quorum queue delivers in vain, where nobody has said otherwise (`LIMITED_SINCE`)."""
+"""The delivery limit of a quorum queue that sets none (since `DEFAULT_LIMIT_SINCE`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,14 +193,14 @@ def _endless(wanted: TopologyOptions, version: Version | None) -> str | None:
     limit = _number(wanted.queue_arguments.get(DELIVERY_LIMIT))
     if limit is not None:
         return f"{DELIVERY_LIMIT}={limit} lifts the delivery limit" if limit < 0 else None
-    if _is_before(version, LIMITED_SINCE):
+    if _is_before(version, DEFAULT_LIMIT_SINCE):
         return "before RabbitMQ 4.0 a quorum queue has no delivery limit by itself"
     return None
 
 
 def _drops_at_once(wanted: TopologyOptions, version: Version | None) -> bool:
     limit = _number(wanted.queue_arguments.get(DELIVERY_LIMIT))
-    return limit is not None and limit < 0 and _is_before(version, LIMITED_SINCE)
+    return limit is not None and limit < 0 and _is_before(version, DEFAULT_LIMIT_SINCE)
 
 
 def _is_before(version: Version | None, other: Version) -> bool:

@@ -36,7 +36,7 @@ from aio_pika_batch.core.settlement_plan import (
     ORIGINAL_QUEUE,
     REASON,
 )
-from aio_pika_batch.core.topology import DELIVERY_LIMIT, LIMITED_SINCE, QUEUE_TYPE, Version
+from aio_pika_batch.core.topology import DEFAULT_LIMIT_SINCE, DELIVERY_LIMIT, QUEUE_TYPE, Version
 
 UNKNOWN_REASON = "unknown"
 """The reason of what does not say why it is dead."""
@@ -67,7 +67,7 @@ REMOVED_ON_REPLAY = (
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class OriginalRoute:
     """Where a message was published to, before anything went wrong."""
 
     exchange: str
@@ -91,7 +91,7 @@ class DeathInfo:
     """
 
     reason: str = UNKNOWN_REASON
-    origin: Origin | None = None
+    origin: OriginalRoute | None = None
     queue: str | None = None
     died_at: datetime | None = None
     retries: int = 0
@@ -133,18 +133,18 @@ def _by_broker(headers: Headers, retry_count_header: str) -> DeathInfo:
     )
 
 
-def _origin(headers: Headers) -> Origin | None:
+def _origin(headers: Headers) -> OriginalRoute | None:
     exchange, key = headers.get(ORIGINAL_EXCHANGE), headers.get(ORIGINAL_ROUTING_KEY)
     if is_short_string(exchange) and is_short_string(key):
-        return Origin(exchange, key)
+        return OriginalRoute(exchange, key)
     return None
 
 
-def _death_origin(death: Headers) -> Origin | None:
+def _death_origin(death: Headers) -> OriginalRoute | None:
     exchange, keys = death.get("exchange"), death.get("routing-keys")
     key = keys[0] if isinstance(keys, list) and keys else None
     if is_short_string(exchange) and is_short_string(key):
-        return Origin(exchange, key)
+        return OriginalRoute(exchange, key)
     return None
 
 
@@ -167,7 +167,7 @@ class Filter:
         reasons: Any of these; empty: whatever the reason.
         older_than: Died longer ago than this. A letter that does not say when is not meant.
         newer_than: Died since.
-        headers: Each of these headers has this value, written as :func:`written` writes it.
+        headers: Each of these headers has this value, written as :func:`format_header` writes it.
     """
 
     reasons: frozenset[str] = frozenset()
@@ -175,7 +175,7 @@ class Filter:
     newer_than: timedelta | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def takes(self, message: Message, death: DeathInfo, now: datetime) -> bool:
+    def matches(self, message: Message, death: DeathInfo, now: datetime) -> bool:
         """Whether a letter is meant.
 
         Args:
@@ -205,7 +205,8 @@ class Filter:
             return False
         there = message.headers
         return all(
-            name in there and written(there[name]) == value for name, value in self.headers.items()
+            name in there and format_header(there[name]) == value
+            for name, value in self.headers.items()
         )
 
 
@@ -213,7 +214,7 @@ EVERY = Filter()
 """All of them."""
 
 
-def written(value: FieldValue) -> str:
+def format_header(value: FieldValue) -> str:
     """A header's value, as somebody would write it: text as it is, whatever else as JSON."""
     match value:
         case str():
@@ -279,18 +280,18 @@ def replay_copy(
     if to_queue:
         if death.queue is None or not is_short_string(death.queue):
             return NotReplayable("it does not say in which queue it died")
-        return _copy(message, Origin("", death.queue), _kept(death.origin), forgotten)
+        return _copy(message, OriginalRoute("", death.queue), _kept(death.origin), forgotten)
     if death.origin is None:
         return NotReplayable("it does not say where it was published to")
     forgotten |= {ORIGINAL_EXCHANGE, ORIGINAL_ROUTING_KEY}
     return _copy(message, death.origin, {}, forgotten)
 
 
-def _copy(message: Message, to: Origin, add: Headers, drop: frozenset[str]) -> Copy:
+def _copy(message: Message, to: OriginalRoute, add: Headers, drop: frozenset[str]) -> Copy:
     return Copy(message, to.exchange, to.routing_key, add, drop, keep_expiration=False)
 
 
-def _kept(origin: Origin | None) -> Headers:
+def _kept(origin: OriginalRoute | None) -> Headers:
     if origin is None:
         return {}
     return {ORIGINAL_EXCHANGE: origin.exchange, ORIGINAL_ROUTING_KEY: origin.routing_key}
@@ -308,7 +309,7 @@ _INEQUIVALENT = re.compile(
 )
 
 
-def limit_by(refusal: str | None, version: Version | None) -> int | None:
+def delivery_limit_from(refusal: str | None, version: Version | None) -> int | None:
     """The delivery limit of a queue, as far as a broker can be asked for it.
 
     A queue's arguments cannot be read by AMQP, but a broker says which one is not as declared. What
@@ -322,7 +323,7 @@ def limit_by(refusal: str | None, version: Version | None) -> int | None:
     Returns:
         None if there is none; in doubt RabbitMQ's default.
     """
-    has_default = version is None or version >= LIMITED_SINCE
+    has_default = version is None or version >= DEFAULT_LIMIT_SINCE
     if refusal is None:
         return DEFAULT_LIMIT if has_default else None
     found = _INEQUIVALENT.search(refusal)
@@ -339,7 +340,7 @@ NACK_IS_FREE_SINCE: Version = (4, 3)
 """The first RabbitMQ that does not count a delivery that comes back by `basic.nack`."""
 
 
-def comes_back_by_closing(version: Version | None) -> bool:
+def returns_by_closing(version: Version | None) -> bool:
     """How letters that were only looked at go back: by closing the channel, or by `basic.nack`?
 
     Before 4.3 a closed channel puts them at the front of a quorum queue, in their order, which a

@@ -69,13 +69,13 @@ class Backoff:
         return min(self.maximum, self.base * 2.0 ** min(failures - 1, 63)) * jitter
 
 
-AT_ONCE = 0
+NO_DELAY = 0
 """The level of what does not wait."""
 
 LONGEST_WAIT = 4_294_967.0
 """Seconds. A queue's time to live is an unsigned 32-bit number of milliseconds."""
 
-MOST_LEVELS = 100
+MAX_LEVELS = 100
 """Each level is a queue; nobody wants more of them by mistake."""
 
 FIRST_ASKED_FOR = 1.0
@@ -107,7 +107,7 @@ class DelaySteps:
         if isinstance(result, Requeue) and result.seconds is not None:
             return self.at_least(result.seconds)
         automatic = self.automatic
-        return automatic[min(retries, len(automatic) - 1)] if automatic else AT_ONCE
+        return automatic[min(retries, len(automatic) - 1)] if automatic else NO_DELAY
 
     def at_least(self, seconds: float) -> int:
         """The nearest level at or above; the highest, if there is none. Nothing stays nothing."""
@@ -116,13 +116,13 @@ class DelaySteps:
             return highest
         # Beyond a microsecond a float is noise, which must not lift it to the next level.
         wanted = round(seconds * 1000, 3)
-        return self.requestable[bisect_left(self.requestable, wanted)] if wanted > 0 else AT_ONCE
+        return self.requestable[bisect_left(self.requestable, wanted)] if wanted > 0 else NO_DELAY
 
-    def needed(self, attempts: int) -> tuple[int, ...]:
+    def steps_for(self, attempts: int) -> tuple[int, ...]:
         """The levels that so many retries climb."""
         return tuple(dict.fromkeys(self.automatic[:attempts]))
 
-    def seconds(self, attempts: int) -> float:
+    def total_seconds(self, attempts: int) -> float:
         """For how long so many retries wait, all in all, where no handler asks for more."""
         automatic = self.automatic[:attempts]
         more = max(0, attempts - len(self.automatic))
@@ -153,7 +153,7 @@ def make_delay_steps(first: float = 0.0, factor: float = 2.0, maximum: float = 3
 def _steps(first: float, factor: float, maximum: float) -> tuple[int, ...]:
     steps: list[int] = []
     wait = first
-    while wait < maximum and len(steps) < MOST_LEVELS:
+    while wait < maximum and len(steps) < MAX_LEVELS:
         steps.append(_milliseconds(wait))
         if factor <= 1:
             return tuple(steps)
@@ -161,7 +161,7 @@ def _steps(first: float, factor: float, maximum: float) -> tuple[int, ...]:
     if wait < maximum:
         raise ValueError(
             f"from {first:g} s to {maximum:g} s by a factor of {factor:g} there are more than"
-            f" {MOST_LEVELS} steps, and each is a queue: use a larger factor"
+            f" {MAX_LEVELS} steps, and each is a queue: use a larger factor"
         )
     return (*steps, _milliseconds(maximum))
 
@@ -175,7 +175,7 @@ def wait_queue_name(queue: str, level: int | str) -> str:
     return f"{queue}.retry.{level}"
 
 
-def check_names(queue: str, steps: DelaySteps) -> None:
+def check_wait_queue_names(queue: str, steps: DelaySteps) -> None:
     """See that AMQP has a place for the name of each of a queue's wait queues.
 
     Raises:
@@ -197,10 +197,10 @@ class DelayedCopy(Copy):
         level: For how long, in milliseconds.
     """
 
-    level: int = AT_ONCE
+    level: int = NO_DELAY
 
 
-def delayed(
+def delayed_copy(
     message: Message,
     queue: str,
     level: int,
@@ -227,7 +227,7 @@ def delayed(
     )
 
 
-def undelayed(
+def immediate_copy(
     message: Message, queue: str, add: dict[str, FieldValue], drop: frozenset[str]
 ) -> Copy:
     """A copy that is delivered at once, with the `expiration` that was taken off for a wait."""

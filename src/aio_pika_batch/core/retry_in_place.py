@@ -25,7 +25,7 @@ from aio_pika_batch.core.results import (
     Result,
     is_retry,
 )
-from aio_pika_batch.core.retry import AT_ONCE, Backoff, DelaySteps, RetryPolicy
+from aio_pika_batch.core.retry import NO_DELAY, Backoff, DelaySteps, RetryPolicy
 
 
 class Retried(Message):
@@ -88,52 +88,52 @@ class RetryInPlace:
     backoff: Backoff
     delay_steps: DelaySteps
 
-    def sort(
-        self, verdicts: Iterable[MessageOutcome], *, now: datetime, jitter: float
+    def decide(
+        self, outcomes: Iterable[MessageOutcome], *, now: datetime, jitter: float
     ) -> InPlaceDecision:
         """Decide about the messages of one batch of one key.
 
         Args:
-            verdicts: Of those that were not ACKed, in any order.
+            outcomes: Of those that were not ACKed, in any order.
             now: The time of day, for `x-first-failed-at`.
             jitter: A random number in [0, 1).
         """
         found = InPlaceDecision()
         failures: set[int] = set()
-        for verdict in sorted(verdicts, key=lambda each: each.message.delivery_tag):
-            if not is_retry(verdict.result):
-                found.final.append(verdict)
-            elif verdict.cause is Cause.HANDLER:
-                self._again(verdict, found, now, jitter)
-            elif id(verdict.error) in failures:
-                found.not_attempted.append(verdict.message)
+        for outcome in sorted(outcomes, key=lambda each: each.message.delivery_tag):
+            if not is_retry(outcome.result):
+                found.final.append(outcome)
+            elif outcome.cause is Cause.HANDLER:
+                self._again(outcome, found, now, jitter)
+            elif id(outcome.error) in failures:
+                found.not_attempted.append(outcome.message)
             else:
-                failures.add(id(verdict.error))
-                self._again(verdict, found, now, jitter)
+                failures.add(id(outcome.error))
+                self._again(outcome, found, now, jitter)
         return found
 
     def _again(
-        self, verdict: MessageOutcome, found: InPlaceDecision, now: datetime, jitter: float
+        self, outcome: MessageOutcome, found: InPlaceDecision, now: datetime, jitter: float
     ) -> None:
-        message = verdict.message
+        message = outcome.message
         # Without headers nobody can count its attempts.
         if not message.has_readable_headers or not self.retry.may_retry(message.retry_count):
             # No broker shall try again what is spent here.
-            is_immediate = verdict.result is MessageResult.REQUEUE_IMMEDIATE
-            result = MessageResult.REQUEUE if is_immediate else verdict.result
-            found.final.append(replace(verdict, result=result))
+            is_immediate = outcome.result is MessageResult.REQUEUE_IMMEDIATE
+            result = MessageResult.REQUEUE if is_immediate else outcome.result
+            found.final.append(replace(outcome, result=result))
             return
         # A handler that works out of order may have passed over some that come before.
         found.attempts.extend(Attempt(each, 0.0) for each in found.not_attempted)
         found.not_attempted.clear()
-        pause = self._pause(verdict.result, message.retry_count, jitter)
+        pause = self._pause(outcome.result, message.retry_count, jitter)
         found.attempts.append(Attempt(Retried(message, now), pause))
 
     def _pause(self, result: Result, retries: int, jitter: float) -> float:
         if result is MessageResult.REQUEUE_IMMEDIATE:
             return 0.0
         level = self.delay_steps.level(result, retries)
-        if level != AT_ONCE or (isinstance(result, Requeue) and result.seconds is not None):
+        if level != NO_DELAY or (isinstance(result, Requeue) and result.seconds is not None):
             return level / 1000
         # At least half of the longest pause: full jitter may come out at nothing.
         return self.backoff.pause(retries + 1, 0.5 + jitter / 2)

@@ -26,17 +26,17 @@ from aio_pika_batch.core.message import (
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue
 from aio_pika_batch.core.retry import (
-    AT_ONCE,
+    NO_DELAY,
     ORIGINAL_EXPIRATION,
     DeadLetterReason,
     DelaySteps,
     RetryPolicy,
-    delayed,
+    delayed_copy,
+    immediate_copy,
     make_delay_steps,
-    undelayed,
 )
 from aio_pika_batch.core.settlement import Disposition, Settlement
-from aio_pika_batch.errors import MessageDecodeError
+from aio_pika_batch.errors import MessageDecodeError, safe_str
 
 FIRST_FAILED_AT = "x-first-failed-at"
 ORIGINAL_QUEUE = "x-original-queue"
@@ -75,7 +75,7 @@ class PendingCopy:
         malformed_count: Whether the retry header held something that is no count.
     """
 
-    verdict: MessageOutcome
+    outcome: MessageOutcome
     copy: Copy
     kind: CopyKind
     reason: DeadLetterReason | None = None
@@ -84,7 +84,7 @@ class PendingCopy:
     @property
     def tag(self) -> int:
         """The original's delivery tag."""
-        return self.verdict.message.delivery_tag
+        return self.outcome.message.delivery_tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class DeadLetterTarget:
 
 @dataclass(frozen=True, slots=True)
 class SettlementPlanner:
-    """Turns verdicts into a plan.
+    """Turns outcomes into a plan.
 
     Attributes:
         queue: The queue that is consumed from, and requeued to.
@@ -132,18 +132,18 @@ class SettlementPlanner:
     drop: frozenset[str] = field(default=DROPPED)
     delay_steps: DelaySteps = field(default_factory=make_delay_steps)
 
-    def plan(self, verdicts: Sequence[MessageOutcome], now: datetime) -> SettlementPlan:
-        """Decide what is done about each verdict.
+    def plan(self, outcomes: Sequence[MessageOutcome], now: datetime) -> SettlementPlan:
+        """Decide what is done about each outcome.
 
         Args:
             now: The time, for the headers that say when.
         """
         tags: dict[Disposition, list[int]] = {}
         copies: list[PendingCopy] = []
-        for verdict in verdicts:
-            match self._step(verdict, now):
+        for outcome in outcomes:
+            match self._step(outcome, now):
                 case Disposition() as disposition:
-                    tags.setdefault(disposition, []).append(verdict.message.delivery_tag)
+                    tags.setdefault(disposition, []).append(outcome.message.delivery_tag)
                 case PendingCopy() as republication:
                     copies.append(republication)
                 case unreachable:
@@ -153,54 +153,54 @@ class SettlementPlanner:
             copies,
         )
 
-    def _step(self, verdict: MessageOutcome, now: datetime) -> Disposition | PendingCopy:
-        match verdict.result:
+    def _step(self, outcome: MessageOutcome, now: datetime) -> Disposition | PendingCopy:
+        match outcome.result:
             case MessageResult.ACK:
                 return Disposition.ACK
             case MessageResult.REQUEUE_IMMEDIATE:
                 return Disposition.REQUEUE
             case MessageResult.NACK | Nack():
-                return self._dead_letter(verdict, _reason(verdict), now)
+                return self._dead_letter(outcome, _reason(outcome), now)
             case MessageResult.REQUEUE | Requeue():
-                return self._requeue(verdict, now)
+                return self._requeue(outcome, now)
             case unreachable:
                 assert_never(unreachable)
 
-    def _requeue(self, verdict: MessageOutcome, now: datetime) -> Disposition | PendingCopy:
-        message = verdict.message
+    def _requeue(self, outcome: MessageOutcome, now: datetime) -> Disposition | PendingCopy:
+        message = outcome.message
         try:
             headers = message.headers
         except MessageDecodeError:
             # Without headers nobody can count its attempts.
-            return self._dead_letter(verdict, DeadLetterReason.UNDECODABLE, now)
+            return self._dead_letter(outcome, DeadLetterReason.UNDECODABLE, now)
         stated = headers.get(self.retry.header)
         read = None if stated is None else retry_count(stated)
         count = read or 0
         if not self.retry.may_retry(count):
-            return self._dead_letter(verdict, DeadLetterReason.EXHAUSTED, now)
+            return self._dead_letter(outcome, DeadLetterReason.EXHAUSTED, now)
         add = _origin(message, headers, now)
         add[self.retry.header] = count + 1
-        level = self.delay_steps.level(verdict.result, count)
-        if level != AT_ONCE:
-            copy: Copy = delayed(message, self.queue, level, add, self.drop)
+        level = self.delay_steps.level(outcome.result, count)
+        if level != NO_DELAY:
+            copy: Copy = delayed_copy(message, self.queue, level, add, self.drop)
         elif ORIGINAL_EXPIRATION in headers:
-            copy = undelayed(message, self.queue, add, self.drop)
+            copy = immediate_copy(message, self.queue, add, self.drop)
         else:
             copy = Copy(message, "", self.queue, add, self.drop)
         return PendingCopy(
-            verdict,
+            outcome,
             copy,
             CopyKind.REQUEUE,
             malformed_count=stated is not None and read is None,
         )
 
     def _dead_letter(
-        self, verdict: MessageOutcome, reason: DeadLetterReason, now: datetime
+        self, outcome: MessageOutcome, reason: DeadLetterReason, now: datetime
     ) -> Disposition | PendingCopy:
         target = self.dead_letters
         if target is None:
             return Disposition.REJECT
-        message = verdict.message
+        message = outcome.message
         properties = message.properties
         known = message.has_readable_headers
         routing_key = target.routing_key
@@ -211,7 +211,7 @@ class SettlementPlanner:
             REASON: reason.value,
             ORIGINAL_QUEUE: self.queue,
             DEAD_LETTERED_AT: now,
-            **self._why(verdict),
+            **self._why(outcome),
         }
         if known:
             add[self.retry.header] = message.retry_count
@@ -219,20 +219,20 @@ class SettlementPlanner:
             add[ORIGINAL_EXPIRATION] = properties.expiration
         drop = self.drop | REWRITTEN
         copy = Copy(message, target.exchange, routing_key, add, drop, keep_expiration=False)
-        return PendingCopy(verdict, copy, CopyKind.DEAD_LETTER, reason)
+        return PendingCopy(outcome, copy, CopyKind.DEAD_LETTER, reason)
 
-    def _why(self, verdict: MessageOutcome) -> dict[str, FieldValue]:
+    def _why(self, outcome: MessageOutcome) -> dict[str, FieldValue]:
         why: dict[str, FieldValue] = {}
-        match verdict.result:
+        match outcome.result:
             case Nack(reason=str(text)) | Requeue(reason=str(text)):
                 why[DETAIL] = _cut(text)
             case _:
                 pass
-        if verdict.error is not None:
-            cls = type(verdict.error)
+        if outcome.error is not None:
+            cls = type(outcome.error)
             why[EXCEPTION_TYPE] = f"{cls.__module__}.{cls.__qualname__}"
             if self.exception_message:
-                why[EXCEPTION_MESSAGE] = _cut(_text(verdict.error))
+                why[EXCEPTION_MESSAGE] = _cut(safe_str(outcome.error))
         return why
 
 
@@ -257,8 +257,8 @@ def _could_be(found: object, like: FieldValue) -> bool:
     return is_short_string(found) if isinstance(like, str) else isinstance(found, type(like))
 
 
-def _reason(verdict: MessageOutcome) -> DeadLetterReason:
-    match verdict.cause:
+def _reason(outcome: MessageOutcome) -> DeadLetterReason:
+    match outcome.cause:
         case Cause.HANDLER:
             return DeadLetterReason.REJECTED
         case Cause.UNDECODABLE:
@@ -267,13 +267,6 @@ def _reason(verdict: MessageOutcome) -> DeadLetterReason:
             return DeadLetterReason.HANDLER_ERROR
         case unreachable:
             assert_never(unreachable)
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as broken:  # noqa: BLE001  -- somebody else's __str__
-        return f"(its text cannot be had: {type(broken).__name__})"
 
 
 def _cut(text: str) -> str:

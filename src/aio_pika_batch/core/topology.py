@@ -28,7 +28,7 @@ Version: TypeAlias = tuple[int, ...]
 AT_LEAST_ONCE_SINCE: Version = (3, 10)
 """The first RabbitMQ whose quorum queues keep what expires until it is taken."""
 
-LIMITED_SINCE: Version = (4, 0)
+DEFAULT_LIMIT_SINCE: Version = (4, 0)
 """The first RabbitMQ whose quorum queues have a delivery limit that nobody has asked for."""
 
 _UNEQUAL_WAIT_QUEUE = (
@@ -83,7 +83,7 @@ class Queue:
 
     def arguments_on(self, version: Version | None) -> Headers:
         """What to declare it with, on a RabbitMQ of this version; None if that is not known."""
-        if not self.no_delivery_limit or version is None or version < LIMITED_SINCE:
+        if not self.no_delivery_limit or version is None or version < DEFAULT_LIMIT_SINCE:
             # Before 4.0 there is no limit to lift, and -1 is one that every message exceeds.
             return self.arguments
         return {DELIVERY_LIMIT: -1, **self.arguments}
@@ -265,7 +265,7 @@ def wait_queue(wanted: TopologyOptions, level: int) -> Queue:
     )
 
 
-def version_of(product: str, version: str) -> Version | None:
+def parse_version(product: str, version: str) -> Version | None:
     """What a broker says of itself, to be compared.
 
     Returns:
@@ -275,7 +275,7 @@ def version_of(product: str, version: str) -> Version | None:
     return None if found is None else tuple(map(int, found[0].split(".")))
 
 
-def refuse_unkept(queue: Queue, product: str, version: str) -> None:
+def refuse_lossy_wait_queue(queue: Queue, product: str, version: str) -> None:
     """Refuse a wait queue on a broker that would declare it, and then lose what is in it.
 
     Raises:
@@ -284,7 +284,7 @@ def refuse_unkept(queue: Queue, product: str, version: str) -> None:
     """
     if not queue.holds_retries or DEAD_LETTER_STRATEGY not in queue.arguments:
         return
-    stated = version_of(product, version)
+    stated = parse_version(product, version)
     if stated is not None and stated >= AT_LEAST_ONCE_SINCE:
         return
     since = ".".join(map(str, AT_LEAST_ONCE_SINCE))
@@ -333,7 +333,7 @@ def _dead_letter_keys(wanted: TopologyOptions, target: DeadLetterTarget) -> tupl
             return tuple(dict.fromkeys((*_routing_keys(wanted), wanted.queue_name)))
 
 
-def definitions(topology: Topology, vhost: str, version: Version | None) -> dict[str, Any]:
+def to_definitions(topology: Topology, vhost: str, version: Version | None) -> dict[str, Any]:
     """A topology as definitions.
 
     Args:

@@ -3,7 +3,7 @@
 It is held, unsettled, and its copy is tried again after growing pauses. Where nothing was heard of
 a copy, it may well be stored: whoever publishes gives up a connection that kept silent, so that
 there is one more attempt for each new connection, and no more. An original is not held for ever:
-after `hold` seconds, or once half of the prefetch is held, it goes back to the broker; and never at
+after `hold_seconds`, or once half of the prefetch is held, it goes back to the broker; and never at
 once, since it would come back at once, in a hot loop.
 """
 
@@ -46,29 +46,29 @@ class UnconfirmedPolicy:
     """Decides how long an original is held.
 
     Attributes:
-        hold: Seconds, at most, from the first failure on.
-        room: How many originals may be held at a time.
+        hold_seconds: Seconds, at most, from the first failure on.
+        max_held: How many originals may be held at a time.
         backoff: The pauses between attempts.
     """
 
-    hold: float
-    room: int
+    hold_seconds: float
+    max_held: int
     backoff: Backoff
 
     def next_step(
-        self, held: Pending, *, now: float, jitter: float, waiting: int
+        self, pending: Pending, *, now: float, jitter: float, held: int
     ) -> Republish | Return:
         """Decide after a failed attempt.
 
         Args:
-            now: Seconds, in the clock of `Held.since`.
+            now: Seconds, in the clock of `Pending.since`.
             jitter: A random number in [0, 1).
-            waiting: How many originals are held now, this one included.
+            held: How many originals are held now, this one included.
         """
         # At least half of the longest pause: full jitter may come out at nothing, and nothing is a
         # hot loop.
-        at = now + self.backoff.pause(held.failures, 0.5 + jitter / 2)
-        end = max(now, held.since + self.hold)
-        if waiting > self.room or at >= end:
+        at = now + self.backoff.pause(pending.failures, 0.5 + jitter / 2)
+        end = max(now, pending.since + self.hold_seconds)
+        if held > self.max_held or at >= end:
             return Return(min(at, end))
         return Republish(at)

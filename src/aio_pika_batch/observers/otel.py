@@ -18,8 +18,7 @@ from functools import cached_property
 from typing import overload
 
 from aio_pika_batch.core.message import FieldValue, Headers, Message
-from aio_pika_batch.errors import MessageDecodeError
-from aio_pika_batch.logs import in_words
+from aio_pika_batch.errors import MessageDecodeError, safe_str
 from aio_pika_batch.observer import (
     BatchCut,
     BatchHandled,
@@ -185,7 +184,7 @@ class OpenTelemetryObserver(Observer):
         try:
             if event.error is not None:
                 span.set_attribute("error.type", _class_of(event.error))
-                span.set_status(Status(StatusCode.ERROR, in_words(event.error)))
+                span.set_status(Status(StatusCode.ERROR, safe_str(event.error)))
                 span.record_exception(event.error)
         finally:
             span.end()

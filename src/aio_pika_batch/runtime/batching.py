@@ -101,11 +101,11 @@ class BatchIntake:
             Those that are kept because they have failed.
         """
         in_place, ordered = self._in_place, self._ordered
-        if in_place is None or ordered is None or batch.key is None or not handled.verdicts:
+        if in_place is None or ordered is None or batch.key is None or not handled.not_acked:
             return ()
         # Jitter spreads load; nobody gains by predicting it.
-        found = in_place.sort(handled.verdicts, now=datetime.now(UTC), jitter=random.random())
-        handled.verdicts = found.final
+        found = in_place.decide(handled.not_acked, now=datetime.now(UTC), jitter=random.random())
+        handled.not_acked = found.final
         ordered.keep(batch, found.attempts, found.not_attempted, now)
         return [each.message for each in found.attempts]
 
@@ -137,7 +137,7 @@ class _KeyReader:
                 key = self._batch_key(message)
                 hash(key)
             except Exception as error:  # noqa: BLE001  -- the user's code may raise anything
-                failed.verdicts.append(self._verdict(message, error))
+                failed.not_acked.append(self._verdict(message, error))
             else:
                 messages.append(message)
                 keys.append(key)

@@ -60,7 +60,7 @@ class WorkerBreaker:
 
     def record(self, handled: BatchDecisions) -> bool:
         """Count what was handled; returns whether the worker needs another session now."""
-        verdicts = handled.verdicts
+        verdicts = handled.not_acked
         failed = sum(is_failure(each, self._exceptions) for each in verdicts)
         succeeded = len(handled.acked) + sum(each.result is MessageResult.ACK for each in verdicts)
         breaker = self._breaker
@@ -73,14 +73,14 @@ class WorkerBreaker:
                 of=breaker.samples,
                 pause=f"{breaker.pause:g} s",
             )
-            self._observers.tell(BreakerOpened(breaker.failed, breaker.samples, breaker.pause))
+            self._observers.emit(BreakerOpened(breaker.failed, breaker.samples, breaker.pause))
         else:
             self._log.info("messages succeed again: consuming goes on")
-            self._observers.tell(BreakerClosed())
+            self._observers.emit(BreakerClosed())
         return True
 
     def probe(self) -> None:
         """The pause is over."""
         self._breaker.probe()
         self._log.info("one message at a time, until one succeeds or fails")
-        self._observers.tell(BreakerProbing())
+        self._observers.emit(BreakerProbing())

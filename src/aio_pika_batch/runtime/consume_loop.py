@@ -169,7 +169,7 @@ class ConsumeLoop:
         self.last_progress = now = self._loop.time()
         refused = self._collector.add(chunk, now)
         if refused is not None:
-            self._reporter.refused(refused.verdicts)
+            self._reporter.refused(refused.not_acked)
             self._go(self._settle(refused, now))
         if self._reporter.is_watched:
             self._reporter.received(len(chunk))

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Sequence
 
 from aio_pika_batch.core.publication import Outcome, Outgoing
-from aio_pika_batch.core.retry import AT_ONCE, DelayedCopy
+from aio_pika_batch.core.retry import NO_DELAY, DelayedCopy
 from aio_pika_batch.core.topology import Topology, TopologyOptions, wait_queue
 from aio_pika_batch.errors import TransportError
 from aio_pika_batch.logs import KeywordLogger, format_error
@@ -89,4 +89,4 @@ class DelayedPublisher(ReconnectingPublisher):
 
 
 def _level(publication: Outgoing) -> int:
-    return publication.level if isinstance(publication, DelayedCopy) else AT_ONCE
+    return publication.level if isinstance(publication, DelayedCopy) else NO_DELAY

@@ -36,15 +36,15 @@ class Reporter:
 
     def begins(self, messages: Sequence[Message], trigger: Trigger, waited: float) -> None:
         """Tell that a handler is given these."""
-        self._observers.tell(BatchCut(messages, trigger, waited))
+        self._observers.emit(BatchCut(messages, trigger, waited))
 
     def received(self, count: int) -> None:
         """Tell that messages have arrived."""
-        self._observers.tell(Received(count))
+        self._observers.emit(Received(count))
 
     def ended(self, messages: Sequence[Message], seconds: float, trigger: Trigger) -> None:
         """Tell that a handler is done with these, and that all went well."""
-        self._observers.tell(BatchHandled(messages, seconds, None, trigger))
+        self._observers.emit(BatchHandled(messages, seconds, None, trigger))
 
     def failed(
         self,
@@ -66,8 +66,8 @@ class Reporter:
         else:
             self._log.error("a batch failed", exc_info=error, **where, error=format_error(error))
         if self.is_watched:
-            self._observers.tell(HandlerError(messages, error))
-            self._observers.tell(BatchHandled(messages, seconds, error, trigger))
+            self._observers.emit(HandlerError(messages, error))
+            self._observers.emit(BatchHandled(messages, seconds, error, trigger))
 
     def refused(self, verdicts: Sequence[MessageOutcome]) -> None:
         """Tell that messages come to no handler, since their `batch_key` failed."""
@@ -76,10 +76,10 @@ class Reporter:
         if self.is_watched:
             for verdict in verdicts:
                 if verdict.error is not None:
-                    self._observers.tell(HandlerError([verdict.message], verdict.error))
+                    self._observers.emit(HandlerError([verdict.message], verdict.error))
 
     def kept(self, messages: Sequence[Message]) -> None:
         """Tell that these are tried again in place."""
         if self.is_watched:
             for message in messages:
-                self._observers.tell(Requeued(message, message.retry_count, in_place=True))
+                self._observers.emit(Requeued(message, message.retry_count, in_place=True))

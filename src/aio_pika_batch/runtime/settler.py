@@ -106,7 +106,7 @@ class Settler:
             self._tell_failed(Step.SETTLE, len(handled), error, began)
             raise
         if self._observers:
-            self._observers.tell(Settled(_counts(handled, done), self._loop.time() - began))
+            self._observers.emit(Settled(_counts(handled, done), self._loop.time() - began))
             self._tell_confirmed(confirmed)
 
     async def _carry_out(
@@ -120,8 +120,8 @@ class Settler:
             tags = tuple(message.delivery_tag for message in handled.returned)
             settlements.append(Settlement(Disposition.RETURN, tags))
         copies: Sequence[PendingCopy] = ()
-        if handled.verdicts:
-            plan = self._router.plan(handled.verdicts, datetime.now(UTC))
+        if handled.not_acked:
+            plan = self._router.plan(handled.not_acked, datetime.now(UTC))
             settlements.extend(plan.settlements)
             copies = plan.copies
         confirmed: Sequence[PendingCopy] = ()
@@ -130,9 +130,9 @@ class Settler:
         elif settlements:
             await self._desk.settle(settlements)
         if len(confirmed) == len(copies):
-            return handled.verdicts, confirmed
+            return handled.not_acked, confirmed
         pending = {each.tag for each in copies} - {each.tag for each in confirmed}
-        done = [each for each in handled.verdicts if each.message.delivery_tag not in pending]
+        done = [each for each in handled.not_acked if each.message.delivery_tag not in pending]
         return done, confirmed
 
     async def _settle_once_confirmed(
@@ -240,9 +240,9 @@ class Settler:
         began = self._loop.time()
         await self._settle_or_fail(Disposition.ACK, [each.tag for each in copies])
         if self._observers:
-            verdicts = [each.verdict for each in copies]
+            verdicts = [each.outcome for each in copies]
             seconds = self._loop.time() - began
-            self._observers.tell(Settled(_counts(BatchDecisions(), verdicts), seconds))
+            self._observers.emit(Settled(_counts(BatchDecisions(), verdicts), seconds))
             self._tell_confirmed(copies)
 
     def _tell_failed(
@@ -250,15 +250,15 @@ class Settler:
     ) -> None:
         if self._observers:
             seconds = self._loop.time() - began
-            self._observers.tell(SettleFailed(step, count, error, seconds))
+            self._observers.emit(SettleFailed(step, count, error, seconds))
 
     def _tell_confirmed(self, copies: Sequence[PendingCopy]) -> None:
         for republication in copies:
-            message = republication.verdict.message
+            message = republication.outcome.message
             if republication.reason is None:
-                self._observers.tell(Requeued(message, message.retry_count + 1))
+                self._observers.emit(Requeued(message, message.retry_count + 1))
             else:
-                self._observers.tell(DeadLettered(message, republication.reason))
+                self._observers.emit(DeadLettered(message, republication.reason))
 
     async def _give_back(self, copies: Sequence[PendingCopy]) -> None:
         # What is given back comes back; one line will do until a copy is confirmed again.
@@ -292,7 +292,7 @@ class Settler:
             messages=count,
         )
         if self._observers:
-            self._observers.tell(StaleResults(count))
+            self._observers.emit(StaleResults(count))
 
     async def close(self, unstarted: Sequence[Message], wait: Wait) -> None:
         """Let the attempts under way come to their end, and return what is left over."""

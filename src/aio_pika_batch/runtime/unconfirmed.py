@@ -87,7 +87,7 @@ class UnconfirmedCopies:
             # Jitter spreads load; nobody gains by predicting it.
             jitter=random.random(),
             # Those who are about to leave take nobody's place.
-            waiting=len(self._guests) - len(self._leaving),
+            held=len(self._guests) - len(self._leaving),
         )
         if isinstance(guest.step, Return):
             self._leaving.add(guest)

@@ -160,7 +160,7 @@ class Worker:
         Raises:
             Exception: It has never consumed, and never will: the reason.
         """
-        self._observers.tell(WorkerStarted(self._load))
+        self._observers.emit(WorkerStarted(self._load))
         try:
             while not self._stop.event.is_set():
                 failure: Exception | None = None
@@ -184,7 +184,7 @@ class Worker:
             await self._finish_handlers()
         finally:
             self._state = WorkerState.STOPPED
-            self._observers.tell(WorkerStopped())
+            self._observers.emit(WorkerStopped())
             if not self.ready.done():
                 self.ready.cancel()
 
@@ -240,7 +240,7 @@ class Worker:
         self._complaint = None
         self._log.info("consuming", epoch=self._number)
         if self._observers:
-            self._observers.tell(Connected(self._number))
+            self._observers.emit(Connected(self._number))
         if not self.ready.done():
             self.ready.set_result(None)
 
@@ -269,7 +269,7 @@ class Worker:
         self._last_error = self._complaint = text
         self._failures += 1
         if self._observers:
-            self._observers.tell(Lost(self._number, error))
+            self._observers.emit(Lost(self._number, error))
         if repeated:
             self._log.debug("still not consuming", error=text, failures=self._failures)
         elif isinstance(error, TransportError):

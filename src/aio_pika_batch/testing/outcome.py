@@ -107,7 +107,7 @@ def sum_up(
         header: Counts the retries.
     """
     by_tag = {message.delivery_tag: message for message in messages}
-    verdicts = {each.message.delivery_tag: each for each in handled.verdicts}
+    verdicts = {each.message.delivery_tag: each for each in handled.not_acked}
     settled = {tag: each.disposition for each in plan.settlements for tag in each.tags}
     copies = {each.tag: each for each in plan.copies}
     for tag, message in by_tag.items():

@@ -116,7 +116,7 @@ class _Rehearsal(WorkerPool):
         together = BatchDecisions()
         refused = collector.add(self._messages, now)
         if refused is not None:
-            self._reporter.refused(refused.verdicts)
+            self._reporter.refused(refused.not_acked)
             together.add(refused)
         # Whatever there is to wait for is over: the batch that does not fill, the pause of a retry.
         while (batch := collector.batcher.poll(math.inf)) is not None:
@@ -125,7 +125,7 @@ class _Rehearsal(WorkerPool):
             self._reporter.kept(collector.take_back(batch, handled, now))
             collector.release(batch)
             together.add(handled)
-        plan = terms.router.plan(together.verdicts, datetime.now(UTC))
+        plan = terms.router.plan(together.not_acked, datetime.now(UTC))
         header = terms.router.retry.header
         sum_up(self.outcome, self._messages, together, plan, header)
 

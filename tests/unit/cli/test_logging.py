@@ -83,7 +83,7 @@ def test_json_writes_whatever_it_is_given(log):
     logging.getLogger("mine").warning("said %s", "so", extra={"shelf": 3})
     first, second = lines(out)
     assert "{1}" == first["what"]
-    assert "(its text cannot be had: AttributeError)" == first["worse"]
+    assert "(no text: str() raised AttributeError)" == first["worse"]
     assert "ä %s" == first["text"]
     assert ("said so", 3, "mine") == (second["event"], second["shelf"], second["logger"])
 

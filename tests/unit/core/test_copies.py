@@ -215,7 +215,7 @@ def test_an_exception_is_named_in_full():
     copy = dead(a_message(), error=Odd(), cause=Cause.EXCEPTION)
 
     assert "tests.unit.core.strategies.Odd" == copy.add["x-exception-type"]
-    assert "(its text cannot be had: AttributeError)" == copy.add["x-exception-message"]
+    assert "(no text: str() raised AttributeError)" == copy.add["x-exception-message"]
 
 
 def test_the_text_of_an_exception_can_be_left_out():

@@ -175,16 +175,16 @@ class CoreOnBroker(RuleBasedStateMachine):
         """As a settler does; copies are on their way then."""
         trial = running.trial
         assert running.good == set(trial.acked)
-        decided = [each.message for each in trial.verdicts] + trial.returned
+        decided = [each.message for each in trial.not_acked] + trial.returned
         tags = [*trial.acked, *(each.delivery_tag for each in decided)]
         assert sorted(tags) == [each.delivery_tag for each in running.batch]
-        assert Cause.SHUTDOWN not in {each.cause for each in trial.verdicts}
+        assert Cause.SHUTDOWN not in {each.cause for each in trial.not_acked}
         self.acked.update(self.bodies[tag] for tag in trial.acked)
         settlements = [
             Settlement(Disposition.ACK, tuple(trial.acked)),
             Settlement(Disposition.RETURN, tuple(each.delivery_tag for each in trial.returned)),
         ]
-        plan = self.router.plan(trial.verdicts, NOW)
+        plan = self.router.plan(trial.not_acked, NOW)
         self.send(self.ledger.settle([*settlements, *plan.settlements]))
         self.copies += plan.copies
 
@@ -201,7 +201,7 @@ class CoreOnBroker(RuleBasedStateMachine):
             )
             assert said == "confirmed"
             if republication.reason is None:
-                count = republication.verdict.message.retry_count
+                count = republication.outcome.message.retry_count
                 assert copy.properties.headers["x-retry-count"] == count + 1
             self.copied[copy.body] += 1
         match outcome:

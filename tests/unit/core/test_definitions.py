@@ -8,8 +8,8 @@ from aio_pika_batch.core.topology import (
     Topology,
     TopologyOptions,
     build_topology,
-    definitions,
     depends_on_version,
+    to_definitions,
 )
 
 WANTED = TopologyOptions(
@@ -24,7 +24,7 @@ WANTED = TopologyOptions(
 
 def test_everything_that_a_consumer_needs_is_there():
     """In the words of RabbitMQ's definitions."""
-    made = definitions(build_topology(WANTED), "/shop", (4, 0))
+    made = to_definitions(build_topology(WANTED), "/shop", (4, 0))
     assert ["orders.dlx", "shop"] == [each["name"] for each in made["exchanges"]]
     assert {
         "name": "shop",
@@ -56,7 +56,7 @@ def test_everything_that_a_consumer_needs_is_there():
 def test_a_limit_is_lifted_in_the_words_of_the_version(version, expected):
     """Before 4.0 a negative limit would be exceeded at once."""
     assert depends_on_version(build_topology(WANTED))
-    made = definitions(build_topology(WANTED), "/", version)
+    made = to_definitions(build_topology(WANTED), "/", version)
     assert expected is ("x-delivery-limit" in made["queues"][0]["arguments"])
 
 
@@ -66,5 +66,5 @@ def test_nobody_imports_what_is_somebody_elses():
         TopologyOptions(queue_name="mine", queue_exclusive=True, dead_letter_exchange="theirs")
     )
     assert not depends_on_version(mine)
-    assert {"exchanges": [], "queues": [], "bindings": []} == definitions(mine, "/", None)
-    assert {"exchanges": [], "queues": [], "bindings": []} == definitions(Topology(), "/", None)
+    assert {"exchanges": [], "queues": [], "bindings": []} == to_definitions(mine, "/", None)
+    assert {"exchanges": [], "queues": [], "bindings": []} == to_definitions(Topology(), "/", None)

@@ -12,7 +12,7 @@ from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.results import MessageOutcome, MessageResult, Requeue
 from aio_pika_batch.core.retry import (
     LONGEST_WAIT,
-    MOST_LEVELS,
+    MAX_LEVELS,
     DeadLetterReason,
     DelayedCopy,
     RetryPolicy,
@@ -125,7 +125,7 @@ def test_the_levels_of_a_ladder_are_few_and_rise(made):
     """Each is a queue, declared with a number of milliseconds that a broker takes."""
     steps, _, _, maximum = made
 
-    assert 1 <= len(steps.requestable) <= MOST_LEVELS + 1
+    assert 1 <= len(steps.requestable) <= MAX_LEVELS + 1
     assert sorted(set(steps.requestable)) == list(steps.requestable)
     assert sorted(steps.automatic) == list(steps.automatic)
     assert set(steps.automatic) <= set(steps.requestable)
@@ -140,7 +140,7 @@ def test_the_needed_levels_are_those_that_retries_climb(made, attempts):
 
     automatic = {steps.level(REQUEUE, count) for count in range(attempts)}
 
-    assert sorted(automatic) == list(steps.needed(attempts))
+    assert sorted(automatic) == list(steps.steps_for(attempts))
 
 
 @given(ladders() | ladders(climbing=False), st.integers(0, 200))
@@ -150,7 +150,7 @@ def test_how_long_retries_wait_all_in_all(made, attempts):
 
     waits = [steps.level(REQUEUE, count) for count in range(attempts)]
 
-    assert pytest.approx(sum(waits) / 1000) == steps.seconds(attempts)
+    assert pytest.approx(sum(waits) / 1000) == steps.total_seconds(attempts)
 
 
 @given(ladders(climbing=False), retries)
@@ -159,7 +159,7 @@ def test_without_a_first_wait_retries_do_not_wait(made, count):
     steps = made[0]
 
     assert 0 == steps.level(REQUEUE, count) == steps.level(Requeue(), count)
-    assert () == steps.needed(100)
+    assert () == steps.steps_for(100)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_tiny_steps_share_a_level():
     steps = make_delay_steps(0.001, 1.2, 0.003)
 
     assert (1, 1, 1, 2, 2, 2, 3, 3) == steps.automatic
-    assert (1, 2, 3) == steps.requestable == steps.needed(9)
+    assert (1, 2, 3) == steps.requestable == steps.steps_for(9)
 
 
 def test_a_ladder_of_too_many_steps_is_refused():

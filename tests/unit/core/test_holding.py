@@ -25,7 +25,7 @@ class Situation:
     failures: int
     waited: float
     jitter: float
-    waiting: int
+    held: int
 
     @property
     def now(self):
@@ -39,7 +39,7 @@ class Situation:
     def decide(self):
         """What the policy says."""
         held = Pending(SINCE, self.failures)
-        return self.policy.next_step(held, now=self.now, jitter=self.jitter, waiting=self.waiting)
+        return self.policy.next_step(held, now=self.now, jitter=self.jitter, held=self.held)
 
 
 situations = st.builds(
@@ -48,16 +48,16 @@ situations = st.builds(
     failures=st.integers(1, 100),
     waited=st.just(0.0) | seconds,
     jitter=jitters,
-    waiting=st.integers(1, 10),
+    held=st.integers(1, 10),
 )
 
 
 @given(situations)
-@example(Situation(UnconfirmedPolicy(1, 1, Backoff(8, 8)), 1, waited=0.5, jitter=0, waiting=2))
-@example(Situation(UnconfirmedPolicy(1, 1, Backoff(8, 8)), 1, waited=2, jitter=0, waiting=1))
+@example(Situation(UnconfirmedPolicy(1, 1, Backoff(8, 8)), 1, waited=0.5, jitter=0, held=2))
+@example(Situation(UnconfirmedPolicy(1, 1, Backoff(8, 8)), 1, waited=2, jitter=0, held=1))
 def test_an_original_is_never_held_beyond_its_time(situation):
     """Another attempt starts before the end, and a return is at the end at the latest."""
-    end = max(situation.now, SINCE + situation.policy.hold)
+    end = max(situation.now, SINCE + situation.policy.hold_seconds)
 
     step = situation.decide()
 
@@ -70,7 +70,7 @@ def test_an_original_is_never_held_beyond_its_time(situation):
 @given(situations)
 def test_what_is_given_back_has_waited(situation):
     """Since its first failure at least half a pause has gone by, or the whole hold: no hot loop."""
-    shortest = min(situation.pauses[0], situation.policy.hold)
+    shortest = min(situation.pauses[0], situation.policy.hold_seconds)
 
     step = situation.decide()
 
@@ -96,16 +96,16 @@ def test_a_copy_is_tried_again_while_there_is_room_and_time(situation):
 
     step = situation.decide()
 
-    if situation.waiting > policy.room or situation.waited >= policy.hold:
+    if situation.held > policy.max_held or situation.waited >= policy.hold_seconds:
         assert isinstance(step, Return)
-    elif situation.waited + situation.pauses[1] < policy.hold * 0.999:
+    elif situation.waited + situation.pauses[1] < policy.hold_seconds * 0.999:
         assert isinstance(step, Republish)
 
 
 @given(situations)
 def test_a_full_room_empties_sooner_than_the_hold(situation):
     """What has no room waits for one pause, unless its time is up before that."""
-    situation.waiting = situation.policy.room + 1
+    situation.held = situation.policy.max_held + 1
 
     step = situation.decide()
 
@@ -113,7 +113,7 @@ def test_a_full_room_empties_sooner_than_the_hold(situation):
 
 
 @pytest.mark.parametrize(
-    ("failures", "now", "jitter", "waiting", "step"),
+    ("failures", "now", "jitter", "held", "step"),
     [
         (1, 100, 0.0, 5, Republish(100.5)),
         (1, 100, 0.5, 5, Republish(100.75)),
@@ -126,10 +126,8 @@ def test_a_full_room_empties_sooner_than_the_hold(situation):
         (9, 200, 0.0, 1, Return(200)),
     ],
 )
-def test_steps(failures, now, jitter, waiting, step):
+def test_steps(failures, now, jitter, held, step):
     """Examples to read: held since 100, for 30 s at most, five at a time, pauses 1, 2, 4, 8 s."""
-    policy = UnconfirmedPolicy(hold=30, room=5, backoff=Backoff(1, 8))
+    policy = UnconfirmedPolicy(hold_seconds=30, max_held=5, backoff=Backoff(1, 8))
 
-    assert step == policy.next_step(
-        Pending(SINCE, failures), now=now, jitter=jitter, waiting=waiting
-    )
+    assert step == policy.next_step(Pending(SINCE, failures), now=now, jitter=jitter, held=held)

@@ -36,7 +36,7 @@ def verdict(tag, result=REQUEUE, cause=Cause.HANDLER, error=ERROR, **properties)
 
 def sort(*verdicts, policy=IN_PLACE, jitter=0.0):
     """What becomes of these, by tags."""
-    found = policy.sort(verdicts, now=NOW, jitter=jitter)
+    found = policy.decide(verdicts, now=NOW, jitter=jitter)
     return (
         [each.message.delivery_tag for each in found.final],
         [each.message.delivery_tag for each in found.attempts],
@@ -61,7 +61,7 @@ def test_of_those_left_undecided_the_first_has_failed_and_the_others_were_not_re
     tags = list(range(1, count + 1))
     verdicts = [verdict(tag, cause=cause) for tag in tags]
 
-    found = IN_PLACE.sort(verdicts, now=NOW, jitter=0.5)
+    found = IN_PLACE.decide(verdicts, now=NOW, jitter=0.5)
 
     assert [(1, 1)] == [
         (each.message.delivery_tag, each.message.retry_count) for each in found.attempts
@@ -90,7 +90,7 @@ def test_what_was_requeued_before_the_handler_ended_is_tried_first():
 
 def test_one_that_was_passed_over_keeps_its_place_before_a_later_one_that_failed():
     """Out of order, the third failed and the second was not reached: it goes first, uncounted."""
-    found = IN_PLACE.sort(
+    found = IN_PLACE.decide(
         [
             verdict(3),
             verdict(1, cause=Cause.EXCEPTION),
@@ -113,7 +113,7 @@ def test_once_its_attempts_are_spent_a_message_is_dead_lettered_as_exhausted(res
     router = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
     last = verdict(1, result, headers={"x-retry-count": 3})
 
-    found = IN_PLACE.sort([last], now=NOW, jitter=0.0)
+    found = IN_PLACE.decide([last], now=NOW, jitter=0.0)
 
     plan = router.plan(found.final, NOW)
     assert [DeadLetterReason.EXHAUSTED] == [each.reason for each in plan.copies]
@@ -133,7 +133,7 @@ def test_one_whose_headers_cannot_be_read_is_not_tried_again():
     broken = MessageOutcome(a_message(1, undecodable={"headers": "not UTF-8"}), REQUEUE)
     router = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
 
-    found = IN_PLACE.sort([broken], now=NOW, jitter=0.0)
+    found = IN_PLACE.decide([broken], now=NOW, jitter=0.0)
 
     plan = router.plan(found.final, NOW)
     assert [DeadLetterReason.UNDECODABLE] == [each.reason for each in plan.copies]
@@ -143,7 +143,7 @@ def test_one_whose_headers_cannot_be_read_is_not_tried_again():
 @given(st.integers(0, 2), jitters)
 def test_pauses_grow_with_the_attempts_and_are_never_nothing(count, jitter):
     """Between half of the longest and all of it."""
-    [attempt] = IN_PLACE.sort(
+    [attempt] = IN_PLACE.decide(
         [verdict(1, headers={"x-retry-count": count})], now=NOW, jitter=jitter
     ).attempts
 
@@ -168,14 +168,14 @@ def test_it_waits_as_long_as_a_delayed_retry_would(result, count, pause):
     policy = RetryInPlace(RETRY, Backoff(2.0, 60.0), make_delay_steps(5.0, 2.0, 15.0))
     failed = verdict(1, result, headers={"x-retry-count": count})
 
-    [attempt] = policy.sort([failed], now=NOW, jitter=0.3).attempts
+    [attempt] = policy.decide([failed], now=NOW, jitter=0.3).attempts
 
     assert pause == attempt.pause
 
 
 def test_immediately_is_without_a_pause_and_counted_all_the_same():
     """It could block its key for ever otherwise."""
-    [attempt] = IN_PLACE.sort([verdict(1, REQUEUE_IMMEDIATE)], now=NOW, jitter=0.5).attempts
+    [attempt] = IN_PLACE.decide([verdict(1, REQUEUE_IMMEDIATE)], now=NOW, jitter=0.5).attempts
 
     assert 0.0 == attempt.pause
     assert 1 == attempt.message.retry_count
@@ -184,7 +184,7 @@ def test_immediately_is_without_a_pause_and_counted_all_the_same():
 @given(batches_of_verdicts(), jitters)
 def test_each_message_has_one_fate_and_the_order_is_kept(verdicts, jitter):
     """Nothing is lost or doubled, nothing is kept beyond its limit, nothing ACKed is kept."""
-    found = IN_PLACE.sort(verdicts, now=NOW, jitter=jitter)
+    found = IN_PLACE.decide(verdicts, now=NOW, jitter=jitter)
 
     kept = [each.message for each in found.attempts] + found.not_attempted
     tags = [each.delivery_tag for each in kept]

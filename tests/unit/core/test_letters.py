@@ -14,13 +14,13 @@ from aio_pika_batch.core.dead_letter import (
     DeathInfo,
     Filter,
     NotReplayable,
-    Origin,
-    comes_back_by_closing,
+    OriginalRoute,
     death_info,
-    limit_by,
+    delivery_limit_from,
+    format_header,
     near_delivery_limit,
     replay_copy,
-    written,
+    returns_by_closing,
 )
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack
@@ -56,7 +56,7 @@ def test_our_own_letters_say_everything():
     )
     assert DeathInfo(
         reason="handler-error",
-        origin=Origin("events", "order.created"),
+        origin=OriginalRoute("events", "order.created"),
         queue="jobs",
         died_at=NOW,
         retries=2,
@@ -72,7 +72,7 @@ def test_a_brokers_letter_says_it_in_x_death():
     letter = a_message(exchange="dlx", headers={"x-death": [DEATH, older], "x-retry-count": 1})
     assert DeathInfo(
         reason="expired",
-        origin=Origin("events", "order.created"),
+        origin=OriginalRoute("events", "order.created"),
         queue="jobs",
         died_at=NOW,
         retries=1,
@@ -84,7 +84,7 @@ def test_a_requeued_copy_that_the_broker_buries_still_knows_its_first_key():
     mine = {"x-original-exchange": "events", "x-original-routing-key": "order.created"}
     death = DEATH | {"exchange": "", "routing-keys": ["jobs"]}
     letter = a_message(exchange="dlx", headers={**mine, "x-death": [death]})
-    assert Origin("events", "order.created") == death_info(letter).origin
+    assert OriginalRoute("events", "order.created") == death_info(letter).origin
 
 
 @pytest.mark.parametrize(
@@ -134,27 +134,27 @@ def test_a_letter_is_meant_if_it_meets_all_of_the_filter(where, expected):
     """Reason, age and headers."""
     message = a_message(headers={"tenant": "acme", "try": 2})
     death = DeathInfo(reason="rejected", died_at=NOW - timedelta(minutes=10))
-    assert expected is where.takes(message, death, NOW)
+    assert expected is where.matches(message, death, NOW)
 
 
 def test_a_letter_of_unknown_age_is_neither_old_nor_new():
     """Who asks for an age means those that are known to be of it."""
     message = a_message()
-    assert not Filter(older_than=timedelta(0)).takes(message, DeathInfo(), NOW)
-    assert not Filter(newer_than=timedelta(days=9)).takes(message, DeathInfo(), NOW)
+    assert not Filter(older_than=timedelta(0)).matches(message, DeathInfo(), NOW)
+    assert not Filter(newer_than=timedelta(days=9)).matches(message, DeathInfo(), NOW)
 
 
 def test_a_time_without_a_zone_is_utc():
     """As other clients may decode it."""
     death = DeathInfo(died_at=(NOW - timedelta(hours=1)).replace(tzinfo=None))
-    assert Filter(older_than=timedelta(minutes=59)).takes(a_message(), death, NOW)
+    assert Filter(older_than=timedelta(minutes=59)).matches(a_message(), death, NOW)
 
 
 def test_undecodable_headers_have_no_value_that_could_be_meant():
     """But the letter is among all of them."""
     message = a_message(undecodable={"headers": UNDECODABLE})
-    assert not Filter(headers={"tenant": "acme"}).takes(message, DeathInfo(), NOW)
-    assert EVERY.takes(message, DeathInfo(), NOW)
+    assert not Filter(headers={"tenant": "acme"}).matches(message, DeathInfo(), NOW)
+    assert EVERY.matches(message, DeathInfo(), NOW)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_undecodable_headers_have_no_value_that_could_be_meant():
 )
 def test_values_are_compared_as_they_are_written(value, expected):
     """On a command line everything is text."""
-    assert expected == written(value)
+    assert expected == format_header(value)
 
 
 # --- the way back ----------------------------------------------------------------
@@ -189,10 +189,10 @@ def test_a_replayed_letter_is_what_it_was_before_it_failed(message):
     death = death_info(letter)
     copy = replay_copy(letter, death)
     if message.has_readable_headers:
-        first = Origin(message.original_exchange, message.original_routing_key)
+        first = OriginalRoute(message.original_exchange, message.original_routing_key)
         assert first == death.origin
     assert isinstance(copy, Copy)
-    assert death.origin == Origin(copy.exchange, copy.routing_key)
+    assert death.origin == OriginalRoute(copy.exchange, copy.routing_key)
     assert copy.mandatory
     assert message.body == copy.body
     assert copy.properties.expiration is None
@@ -295,7 +295,7 @@ HERE = "queue 'q' in vhost '/': received"
 )
 def test_a_queues_limit_is_what_its_broker_lets_on(refusal, version, expected):
     """In doubt it is taken to have one."""
-    assert expected == limit_by(refusal, version)
+    assert expected == delivery_limit_from(refusal, version)
 
 
 @pytest.mark.parametrize(
@@ -303,4 +303,4 @@ def test_a_queues_limit_is_what_its_broker_lets_on(refusal, version, expected):
 )
 def test_letters_go_back_in_the_way_that_costs_least(version, expected):
     """Since 4.3 a nack is not counted, and a closed channel is."""
-    assert expected is comes_back_by_closing(version)
+    assert expected is returns_by_closing(version)

@@ -254,7 +254,7 @@ class Play:
             for verdict in verdicts:
                 self.conclude(verdict.message.delivery_tag, "back")
         else:
-            found = self.in_place.sort(verdicts, now=NOW, jitter=0.5)
+            found = self.in_place.decide(verdicts, now=NOW, jitter=0.5)
             for verdict in found.final:
                 self.conclude(verdict.message.delivery_tag, "dead")
             self.batcher.keep(batch, found.attempts, found.not_attempted, self.now)

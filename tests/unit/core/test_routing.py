@@ -114,7 +114,7 @@ def test_the_table_of_results(router, verdicts):
                 assert router.dead_letters is None
                 assert Disposition.REJECT is at_once[tag]
             case MessageResult.REQUEUE:
-                assert verdict is waiting[tag].verdict
+                assert verdict is waiting[tag].outcome
 
 
 @given(routers, batches_of_verdicts())

@@ -92,7 +92,7 @@ def play(messages, policy, plan):
 
 def tags(handled):
     """Everybody who stands in one of the lists."""
-    decided = [verdict.message.delivery_tag for verdict in handled.verdicts]
+    decided = [verdict.message.delivery_tag for verdict in handled.not_acked]
     return handled.acked + decided + [message.delivery_tag for message in handled.returned]
 
 
@@ -126,7 +126,7 @@ def test_without_isolation_only_the_undecodable_cost_another_run(count, policy, 
     policy = FailurePolicy(policy.action, policy.exceptions, 0, policy.is_atomic)
     handled, number = play(some_messages(count), policy, plan)
 
-    undecodable = [each for each in handled.verdicts if each.cause is Cause.UNDECODABLE]
+    undecodable = [each for each in handled.not_acked if each.cause is Cause.UNDECODABLE]
     assert 1 <= number <= 1 + len(undecodable)
 
 
@@ -163,7 +163,7 @@ def test_the_undecided_get_the_failures_result(error, cause, result):
     assert [
         MessageOutcome(messages[1], NACK),
         MessageOutcome(messages[2], result, cause, error),
-    ] == (trial.verdicts)
+    ] == (trial.not_acked)
     assert (True, False) == (trial.is_over, passing)
 
 
@@ -171,7 +171,7 @@ def test_a_shutdown_decides_nothing():
     """What it left undecided goes back as it is."""
     trial, messages, _ = judged(PLAIN, [ACK], Listed(), Cause.SHUTDOWN)
 
-    assert ([1], [], messages[1:]) == (trial.acked, trial.verdicts, trial.returned)
+    assert ([1], [], messages[1:]) == (trial.acked, trial.not_acked, trial.returned)
 
 
 ATOMIC = FailurePolicy(REQUEUE, {Listed: NACK}, is_atomic=True)
@@ -187,7 +187,7 @@ def test_a_failure_voids_the_acks_of_an_atomic_batch(yields, cause):
     assert [] == trial.acked
     assert [
         MessageOutcome(message, REQUEUE, cause, error) for message in messages
-    ] == trial.verdicts
+    ] == trial.not_acked
 
 
 def test_other_results_of_an_atomic_batch_stay():
@@ -200,7 +200,7 @@ def test_other_results_of_an_atomic_batch_stay():
         MessageOutcome(messages[1], REQUEUE_IMMEDIATE),
         MessageOutcome(first, NACK, Cause.EXCEPTION, error),
         MessageOutcome(last, NACK, Cause.EXCEPTION, error),
-    ] == trial.verdicts
+    ] == trial.not_acked
 
 
 def test_a_shutdown_voids_the_acks_of_an_atomic_batch():
@@ -220,7 +220,7 @@ def test_an_undecodable_message_is_found_among_acks_that_are_void():
     error = MessageDecodeError(messages[0], "body", "no JSON")
     trial.record_run(collector, error, Cause.EXCEPTION)
 
-    assert [MessageOutcome(messages[0], NACK, Cause.UNDECODABLE, error)] == trial.verdicts
+    assert [MessageOutcome(messages[0], NACK, Cause.UNDECODABLE, error)] == trial.not_acked
     assert messages[1:] == trial.next_run()
 
 
@@ -242,14 +242,14 @@ def test_other_failures_are_nobodys_in_particular(cause):
     """They are not isolated."""
     trial, _, passing = judged(ISOLATING, [], KeyError(), cause)
 
-    assert (True, False, 3) == (trial.is_over, passing, len(trial.verdicts))
+    assert (True, False, 3) == (trial.is_over, passing, len(trial.not_acked))
 
 
 def test_an_exception_that_left_nobody_undecided_condemns_nobody():
     """And nothing is run again."""
     trial, _, passing = judged(ISOLATING, [ACK, ACK, ACK], KeyError())
 
-    assert (True, False, [1, 2, 3], []) == (trial.is_over, passing, trial.acked, trial.verdicts)
+    assert (True, False, [1, 2, 3], []) == (trial.is_over, passing, trial.acked, trial.not_acked)
 
 
 def test_time_running_out_is_the_failure_of_all_that_waited():
@@ -263,7 +263,7 @@ def test_time_running_out_is_the_failure_of_all_that_waited():
 
     assert [
         MessageOutcome(each, REQUEUE, Cause.TIMEOUT, late) for each in messages
-    ] == trial.verdicts
+    ] == trial.not_acked
     assert trial.is_over
 
 
@@ -277,7 +277,7 @@ def test_at_the_limit_each_has_the_failure_that_it_was_part_of():
     assert [
         MessageOutcome(messages[0], NACK, Cause.EXCEPTION, alone),
         MessageOutcome(messages[1], REQUEUE, Cause.EXCEPTION, whole),
-    ] == trial.verdicts
+    ] == trial.not_acked
     assert (True, False) == (trial.is_over, passing)
 
 
@@ -296,7 +296,7 @@ def test_a_batch_that_went_well_has_nothing_to_stop():
     trial, _, _ = judged(PLAIN, [ACK, NACK, ACK], None, Cause.HANDLER)
     trial.stop(TimeoutError(), Cause.TIMEOUT)
 
-    assert ([1, 3], 1, ()) == (trial.acked, len(trial.verdicts), trial.next_run())
+    assert ([1, 3], 1, ()) == (trial.acked, len(trial.not_acked), trial.next_run())
 
 
 def test_what_is_tried_again_in_place_is_not_taken_before_the_end():
@@ -311,6 +311,6 @@ def test_what_is_tried_again_in_place_is_not_taken_before_the_end():
     again = trial.take(collector)
     trial.record_run(collector, RuntimeError(), Cause.EXCEPTION)
 
-    assert ([1], [3]) == (taken.acked, [each.message.delivery_tag for each in taken.verdicts])
+    assert ([1], [3]) == (taken.acked, [each.message.delivery_tag for each in taken.not_acked])
     assert 0 == len(again)
-    assert ([], [2, 4, 5]) == (trial.acked, [each.message.delivery_tag for each in trial.verdicts])
+    assert ([], [2, 4, 5]) == (trial.acked, [each.message.delivery_tag for each in trial.not_acked])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aio_pika_batch.core.topology import LIMITED_SINCE, version_of
+from aio_pika_batch.core.topology import DEFAULT_LIMIT_SINCE, parse_version
 
 
 @pytest.mark.parametrize(
@@ -21,12 +21,12 @@ from aio_pika_batch.core.topology import LIMITED_SINCE, version_of
 )
 def test_versions(product, told, version):
     """Numbers up to the first thing that is none; other products count otherwise."""
-    assert version == version_of(product, told)
+    assert version == parse_version(product, told)
 
 
 def test_ten_is_more_than_nine():
     """Which texts do not know."""
-    three_nine, three_ten = (version_of("RabbitMQ", each) for each in ("3.9.13", "3.10.8"))
+    three_nine, three_ten = (parse_version("RabbitMQ", each) for each in ("3.9.13", "3.10.8"))
     assert three_nine is not None
     assert three_ten is not None
-    assert three_nine < three_ten < LIMITED_SINCE
+    assert three_nine < three_ten < DEFAULT_LIMIT_SINCE

@@ -13,7 +13,7 @@ from aio_pika_batch.core.topology import (
     Topology,
     TopologyOptions,
     build_topology,
-    refuse_unkept,
+    refuse_lossy_wait_queue,
     split_exclusive,
     wait_queue,
 )
@@ -89,10 +89,10 @@ def test_only_a_broker_that_is_known_to_keep_dead_letters_is_trusted(product, ve
     queue = wait_queue(TopologyOptions(queue_name="jobs"), 1000)
 
     if trusted:
-        refuse_unkept(queue, product, version)
+        refuse_lossy_wait_queue(queue, product, version)
     else:
         with pytest.raises(TopologyError, match=f"{product} {version} may lose") as caught:
-            refuse_unkept(queue, product, version)
+            refuse_lossy_wait_queue(queue, product, version)
         assert "unsafe_delay=True" in str(caught.value)
 
 
@@ -105,7 +105,7 @@ def test_only_a_broker_that_is_known_to_keep_dead_letters_is_trusted(product, ve
 )
 def test_whoever_promises_nothing_is_refused_nothing(queue):
     """Queues of users, whatever they say, and wait queues whose risk is taken."""
-    refuse_unkept(queue, "RabbitMQ", "3.8.9")
+    refuse_lossy_wait_queue(queue, "RabbitMQ", "3.8.9")
 
 
 @pytest.mark.parametrize(

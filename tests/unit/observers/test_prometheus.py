@@ -257,10 +257,10 @@ from aio_pika_batch.adapters.memory import ConnectFault, PublishFault
 from aio_pika_batch.observers.prometheus import PrometheusObserver
 
 observers = Observers([PrometheusObserver()], Origin("Scribe", "jobs", 0), None)
-observers.tell(WorkerStarted(lambda: Load(2, 3, True)))
-observers.tell(Connected(1))
-observers.tell(Received(5))
-observers.tell(Settled({(MessageResult.ACK, Cause.HANDLER): 4}, 0.0))
+observers.emit(WorkerStarted(lambda: Load(2, 3, True)))
+observers.emit(Connected(1))
+observers.emit(Received(5))
+observers.emit(Settled({(MessageResult.ACK, Cause.HANDLER): 4}, 0.0))
 print(os.getpid(), flush=True)
 sys.stdin.read()
 """

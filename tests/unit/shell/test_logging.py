@@ -113,10 +113,10 @@ def test_without_context_the_line_is_bare(caplog):
 def test_what_cannot_be_described_is_logged_all_the_same(log, caplog):
     """A broken `__str__` must not stop what is being logged."""
     log.warning("failed", error=Odd())
-    assert "failed [queue=jobs error=(its text cannot be had: AttributeError)]" == (
+    assert "failed [queue=jobs error=(no text: str() raised AttributeError)]" == (
         caplog.records[0].getMessage()
     )
-    assert "Odd: (its text cannot be had: AttributeError)" == format_error(Odd())
+    assert "Odd: (no text: str() raised AttributeError)" == format_error(Odd())
     assert "KeyError: 'x'" == format_error(KeyError("x"))
 
 

@@ -137,7 +137,7 @@ def test_failures_of_observers_are_counted(caplog):
     log = KeywordLogger(logging.getLogger("aio_pika_batch.test"))
     observers = Observers([Breaks(), Observer(), Breaks()], Origin("C", "q", 0), log)
     for _ in range(3):
-        observers.tell(Connected(1))
+        observers.emit(Connected(1))
     assert 6 == observers.errors
     assert 2 == len(caplog.records)
     assert observers

@@ -25,8 +25,8 @@ from aio_pika_batch.core.topology import (
     Queue,
     Topology,
     Version,
-    refuse_unkept,
-    version_of,
+    parse_version,
+    refuse_lossy_wait_queue,
 )
 from aio_pika_batch.errors import BrokerUnavailable, TopologyError, TransportError
 
@@ -72,7 +72,7 @@ async def declare(
                 if desk is None:
                     desk = await _open_desk(endpoint, addresses)
                 if isinstance(entity, Queue):
-                    refuse_unkept(entity, *desk.link.broker)
+                    refuse_lossy_wait_queue(entity, *desk.link.broker)
                 refusal = await desk.declare(entity, passive=passive)
                 if refusal is None:
                     break
@@ -132,7 +132,7 @@ class _Desk:
     @property
     def version(self) -> Version | None:
         """Of the broker."""
-        return version_of(*self.link.broker)
+        return parse_version(*self.link.broker)
 
     async def declare(self, entity: Entity, *, passive: bool) -> Refusal | None:
         """Declare one entity, or only look for it. Raises TransportError, but not for a refusal."""

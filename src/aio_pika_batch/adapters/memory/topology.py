@@ -10,7 +10,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.adapters.memory.refusals import Code, Refusal
-from aio_pika_batch.core.topology import Exchange, Queue, Topology, refuse_unkept, version_of
+from aio_pika_batch.core.topology import (
+    Exchange,
+    Queue,
+    Topology,
+    parse_version,
+    refuse_lossy_wait_queue,
+)
 from aio_pika_batch.errors import TopologyError
 
 if TYPE_CHECKING:
@@ -57,7 +63,7 @@ def declare(connection: Connection, topology: Topology) -> None:
         with explained(f"exchange {exchange.name!r}"):
             _declare_exchange(connection, exchange)
     for queue in topology.queues:
-        refuse_unkept(queue, "RabbitMQ", connection.version)
+        refuse_lossy_wait_queue(queue, "RabbitMQ", connection.version)
         with explained(f"queue {queue.name!r}", queue.if_unequal):
             _declare_queue(connection, queue)
     for binding in topology.bindings:
@@ -113,7 +119,7 @@ def _declare_queue(connection: Connection, queue: Queue) -> None:
             durable=queue.durable,
             exclusive=queue.exclusive,
             auto_delete=queue.auto_delete,
-            arguments=queue.arguments_on(version_of("RabbitMQ", connection.version)),
+            arguments=queue.arguments_on(parse_version("RabbitMQ", connection.version)),
             asker=connection,
         )
 

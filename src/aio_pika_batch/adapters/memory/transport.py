@@ -22,7 +22,7 @@ from aio_pika_batch.adapters.memory.refusals import Refusal
 from aio_pika_batch.adapters.memory.session import MemorySession
 from aio_pika_batch.adapters.memory.topology import count, declare
 from aio_pika_batch.adapters.memory.versions import NEWEST, dialect
-from aio_pika_batch.core.topology import version_of
+from aio_pika_batch.core.topology import parse_version
 from aio_pika_batch.errors import AccessRefused, BrokerUnavailable, ConfigurationError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class MemoryTransport:
     @property
     def broker_version(self) -> Version | None:
         """Of the RabbitMQ that is imitated."""
-        return version_of("RabbitMQ", self.broker.dialect.version)
+        return parse_version("RabbitMQ", self.broker.dialect.version)
 
     async def declare(self, topology: Topology) -> None:
         """Declare and check. An exclusive queue goes again at once, with its connection."""

@@ -177,7 +177,7 @@ class Pipeline:
         if not self._is_declared:
             return
         orders = self._orders.settings.queue_name
-        waits = make_delay_steps(FIRST_WAIT).needed(MAX_REQUEUE_ATTEMPTS)
+        waits = make_delay_steps(FIRST_WAIT).steps_for(MAX_REQUEUE_ATTEMPTS)
         cleaner = Cleaner(
             ConsumerSettings(url=self.url, queue_name=f"{orders}.cleaner", queue_auto_delete=True),
             queues=[
