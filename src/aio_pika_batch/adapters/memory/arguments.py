@@ -12,13 +12,13 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.adapters.memory.refusals import (
-    Code,
     Refusal,
     invalid,
     told,
     type_name,
     unequal,
 )
+from aio_pika_batch.core.refusals import ReplyCode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,7 +99,10 @@ def queue_type(name: str, arguments: Headers) -> QueueType:
     """
     stated = arguments.get(TYPE, QueueType.CLASSIC.value)
     if stated == "stream":
-        raise Refusal(Code.NOT_IMPLEMENTED, "streams are not imitated by the in-memory broker")
+        raise Refusal(
+            ReplyCode.NOT_IMPLEMENTED,
+            "the broker in memory has no streams; use a classic or a quorum queue",
+        )
     try:
         return QueueType(stated)
     except ValueError:
@@ -118,7 +121,7 @@ def spec(name: str, arguments: Headers, dialect: Dialect) -> Spec:
         for argument in sorted(only & arguments.keys()):
             if other is not of_type:
                 raise Refusal(
-                    Code.PRECONDITION_FAILED,
+                    ReplyCode.PRECONDITION_FAILED,
                     f"invalid arg '{argument}' for queue '{name}' in vhost '/' of queue type"
                     f" rabbit_{of_type.value}_queue",
                 )
@@ -180,7 +183,7 @@ def check_same_arguments(name: str, received: Headers, current: Headers) -> None
 
 def _unknown(argument: str, queue: str) -> Refusal:
     return Refusal(
-        Code.PRECONDITION_FAILED, f"invalid arg '{argument}' for queue '{queue}' in vhost '/'"
+        ReplyCode.PRECONDITION_FAILED, f"invalid arg '{argument}' for queue '{queue}' in vhost '/'"
     )
 
 

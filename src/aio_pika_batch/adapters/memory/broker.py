@@ -20,12 +20,13 @@ from aio_pika_batch.adapters.memory.channels import Channel, Gone
 from aio_pika_batch.adapters.memory.connections import Connection
 from aio_pika_batch.adapters.memory.faults import ConnectFault, Faults, PublishFault
 from aio_pika_batch.adapters.memory.journal import EventKind, Journal
-from aio_pika_batch.adapters.memory.refusals import Code, Refusal
+from aio_pika_batch.adapters.memory.refusals import Refusal
 from aio_pika_batch.adapters.memory.stored_message import Stored, copied_headers, letter, stored
 from aio_pika_batch.adapters.memory.versions import NEWEST, dialect
 from aio_pika_batch.adapters.memory.vhost import VirtualHost
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.publication import Outcome
+from aio_pika_batch.core.refusals import ReplyCode
 
 if TYPE_CHECKING:
     from aio_pika_batch.adapters.memory.queues import Queue
@@ -91,7 +92,7 @@ class Broker:
                 raise Unreachable("connection refused")
             case ConnectFault.WRONG_PASSWORD:
                 raise Refusal(
-                    Code.ACCESS_REFUSED,
+                    ReplyCode.ACCESS_REFUSED,
                     "Login was refused using authentication mechanism PLAIN. For details see the"
                     " broker logfile.",
                 )

@@ -26,13 +26,13 @@ from aio_pika_batch.adapters.memory.frames import (
 from aio_pika_batch.adapters.memory.journal import EventKind
 from aio_pika_batch.adapters.memory.queues import Comeback, Queue
 from aio_pika_batch.adapters.memory.refusals import (
-    Code,
     Refusal,
     in_exclusive_use,
     invalid,
     type_name,
 )
 from aio_pika_batch.adapters.memory.stored_message import Letter, copied_headers, short, stored
+from aio_pika_batch.core.refusals import ReplyCode
 
 if TYPE_CHECKING:
     from aio_pika_batch.adapters.memory.broker import Broker
@@ -117,7 +117,7 @@ class Channel:
             short("a consumer tag", tag)
             source = vhost.queue(queue, self._connection)
             if tag in self._consumers:
-                raise Refusal(Code.NOT_ALLOWED, f"attempt to reuse consumer tag '{tag}'")
+                raise Refusal(ReplyCode.NOT_ALLOWED, f"attempt to reuse consumer tag '{tag}'")
             if source.consumers.exclusive or (
                 exclusive and (len(source.consumers) or source.spec.single_active)
             ):
@@ -234,7 +234,7 @@ class Channel:
     def _settled(self, tag: int, multiple: bool) -> list[tuple[Queue, list[Entry]]]:  # noqa: FBT001
         """Take deliveries off the channel's books, in their order."""
         if tag not in self._unacked:
-            raise Refusal(Code.PRECONDITION_FAILED, f"unknown delivery tag {tag}")
+            raise Refusal(ReplyCode.PRECONDITION_FAILED, f"unknown delivery tag {tag}")
         tags = [tag]
         if multiple:
             tags = []

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, assert_never
 
-from aio_pika_batch.adapters.memory.refusals import Code, Refusal, told, unequal
+from aio_pika_batch.adapters.memory.refusals import Refusal, told, unequal
+from aio_pika_batch.core.refusals import ReplyCode
 
 if TYPE_CHECKING:
     from aio_pika_batch.adapters.memory.stored_message import Stored
@@ -44,7 +45,7 @@ def kind(name: str, dialect: Dialect) -> Kind:
         return Kind(name)
     except ValueError:
         hard = dialect.unknown_type_ends_connection
-        code = Code.COMMAND_INVALID if hard else Code.PRECONDITION_FAILED
+        code = ReplyCode.COMMAND_INVALID if hard else ReplyCode.PRECONDITION_FAILED
         raise Refusal(code, f"unknown exchange type '{name}'") from None
 
 
@@ -104,7 +105,7 @@ class Exchange:
             match = bound.arguments.get(X_MATCH, "all")
             if match not in _MATCHES:
                 raise Refusal(
-                    Code.PRECONDITION_FAILED,
+                    ReplyCode.PRECONDITION_FAILED,
                     f'Invalid x-match field value <<"{match!s}">>; expected all, any, all-with-x,'
                     " or any-with-x",
                 )

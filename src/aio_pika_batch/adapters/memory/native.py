@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from aio_pika_batch.adapters.memory.channels import Gone
 from aio_pika_batch.adapters.memory.publisher import MemoryPublisher
-from aio_pika_batch.adapters.memory.refusals import Code, Refusal
-from aio_pika_batch.adapters.memory.topology import topology_error
+from aio_pika_batch.adapters.memory.refusals import Refusal
 from aio_pika_batch.core.message import FieldValue
 from aio_pika_batch.core.publication import Outcome, Publication
+from aio_pika_batch.core.refusals import ReplyCode, refusal_error
 from aio_pika_batch.errors import PublishError, SessionLost
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class NativeChannel:
             with self._publisher.channel.operation() as vhost:
                 yield vhost
         except Refusal as refusal:
-            raise topology_error(entity, refusal) from refusal
+            raise refusal_error(refusal.code, refusal.text, entity) from refusal
         except Gone as gone:
             raise SessionLost(f"the channel is closed: {gone}") from gone
 
@@ -251,7 +251,7 @@ class NativeQueue:
             ):
                 if wrong:
                     raise Refusal(
-                        Code.PRECONDITION_FAILED, f"queue '{self.name}' in vhost '/' {why}"
+                        ReplyCode.PRECONDITION_FAILED, f"queue '{self.name}' in vhost '/' {why}"
                     )
             vhost.delete_queue(queue)
         await asyncio.sleep(0)

@@ -9,25 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 from decimal import Decimal
-from enum import Enum
 from typing import TYPE_CHECKING
+
+from aio_pika_batch.core.refusals import ReplyCode
 
 if TYPE_CHECKING:
     from aio_pika_batch.core.message import FieldValue
-
-
-class Code(Enum):
-    """A reply code."""
-
-    CONNECTION_FORCED = 320
-    ACCESS_REFUSED = 403
-    NOT_FOUND = 404
-    RESOURCE_LOCKED = 405
-    PRECONDITION_FAILED = 406
-    COMMAND_INVALID = 503
-    NOT_ALLOWED = 530
-    NOT_IMPLEMENTED = 540
-    INTERNAL_ERROR = 541
 
 
 _FIRST_HARD = 500
@@ -36,31 +23,36 @@ _FIRST_HARD = 500
 class Refusal(Exception):
     """The broker's no. The channel that it answers is closed."""
 
-    def __init__(self, code: Code, words: str) -> None:
-        super().__init__(f"{code.value} {code.name} - {words}")
+    def __init__(self, code: ReplyCode, words: str) -> None:
         self.code = code
-        self.words = words
+        self.text = f"{code.name} - {words}"
+        super().__init__(f"{code} {self.text}")
 
     @property
     def closes_connection(self) -> bool:
         """Whether it ends the connection, and not only the channel."""
-        return self.code.value >= _FIRST_HARD or self.code is Code.CONNECTION_FORCED
+        return self.code >= _FIRST_HARD or self.code is ReplyCode.CONNECTION_FORCED
 
 
 def no_queue(name: str) -> Refusal:
     """There is no such queue."""
-    return Refusal(Code.NOT_FOUND, f"no queue '{name}' in vhost '/'")
+    return Refusal(ReplyCode.NOT_FOUND, f"no queue '{name}' in vhost '/'")
 
 
 def no_exchange(name: str) -> Refusal:
     """There is no such exchange."""
-    return Refusal(Code.NOT_FOUND, f"no exchange '{name}' in vhost '/'")
+    return Refusal(ReplyCode.NOT_FOUND, f"no exchange '{name}' in vhost '/'")
+
+
+def on_default_exchange() -> Refusal:
+    """The default exchange cannot be declared, bound or unbound."""
+    return Refusal(ReplyCode.ACCESS_REFUSED, "operation not permitted on the default exchange")
 
 
 def locked(name: str) -> Refusal:
     """The queue belongs to another connection."""
     return Refusal(
-        Code.RESOURCE_LOCKED,
+        ReplyCode.RESOURCE_LOCKED,
         f"cannot obtain exclusive access to locked queue '{name}' in vhost '/'. It could be"
         " originally declared on another connection or the exclusive property value does not match"
         " that of the original declaration.",
@@ -69,13 +61,13 @@ def locked(name: str) -> Refusal:
 
 def in_exclusive_use(name: str) -> Refusal:
     """Another consumer wants it for itself, or this one does and cannot."""
-    return Refusal(Code.ACCESS_REFUSED, f"queue '{name}' in vhost '/' in exclusive use")
+    return Refusal(ReplyCode.ACCESS_REFUSED, f"queue '{name}' in vhost '/' in exclusive use")
 
 
 def unequal(argument: str, entity: str, received: str, current: str) -> Refusal:
     """It exists, and is not what was declared."""
     return Refusal(
-        Code.PRECONDITION_FAILED,
+        ReplyCode.PRECONDITION_FAILED,
         f"inequivalent arg '{argument}' for {entity} in vhost '/':"
         f" received {received} but current is {current}",
     )
@@ -84,7 +76,7 @@ def unequal(argument: str, entity: str, received: str, current: str) -> Refusal:
 def invalid(argument: str, queue: str, why: str) -> Refusal:
     """No broker would have it so."""
     return Refusal(
-        Code.PRECONDITION_FAILED,
+        ReplyCode.PRECONDITION_FAILED,
         f"invalid arg '{argument}' for queue '{queue}' in vhost '/': {why}",
     )
 

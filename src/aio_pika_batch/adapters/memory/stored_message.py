@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.adapters.memory.refusals import Code, Refusal, type_name
+from aio_pika_batch.adapters.memory.refusals import Refusal, type_name
 from aio_pika_batch.core.message import SHORT_STRING, FieldValue, Headers, Properties
+from aio_pika_batch.core.refusals import ReplyCode
 
 if TYPE_CHECKING:
     from aio_pika_batch.adapters.memory.dead_lettering import Death
@@ -191,10 +192,10 @@ def stored(letter: Letter, user: str) -> Stored:
         expiration.isascii() and expiration.isdigit() and int(expiration) <= _LONGEST_EXPIRATION
     ):
         why = f"{{value_negative,{expiration}}}" if expiration[:1] == "-" else "no_integer"
-        raise Refusal(Code.PRECONDITION_FAILED, f"invalid expiration '{expiration}': {why}")
+        raise Refusal(ReplyCode.PRECONDITION_FAILED, f"invalid expiration '{expiration}': {why}")
     if own.user_id is not None and own.user_id != user:
         raise Refusal(
-            Code.PRECONDITION_FAILED,
+            ReplyCode.PRECONDITION_FAILED,
             f"user_id property set to '{own.user_id}' but authenticated user was '{user}'",
         )
     keys = (letter.routing_key, *_more_keys(own, "CC"), *_more_keys(own, "BCC"))
@@ -210,7 +211,7 @@ def _more_keys(properties: Properties, header: str) -> tuple[str, ...]:
         return ()
     if not isinstance(value, list):
         raise Refusal(
-            Code.PRECONDITION_FAILED,
+            ReplyCode.PRECONDITION_FAILED,
             f'invalid message: {{unacceptable_type_in_header,"{header}",{type_name(value)}}}',
         )
     return tuple(key for key in value if isinstance(key, str))

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.adapters.memory.refusals import Code, Refusal
+from aio_pika_batch.adapters.memory.refusals import Refusal
+from aio_pika_batch.core.refusals import ReplyCode, refusal_error
 from aio_pika_batch.core.topology import (
     Exchange,
     Queue,
@@ -17,31 +18,9 @@ from aio_pika_batch.core.topology import (
     parse_version,
     refuse_lossy_wait_queue,
 )
-from aio_pika_batch.errors import TopologyError
 
 if TYPE_CHECKING:
     from aio_pika_batch.adapters.memory.connections import Connection
-
-_ADVICE = {
-    Code.ACCESS_REFUSED: "Nobody else may consume from it meanwhile, and names in amq. are taken:"
-    " choose another name, or let go of what holds it.",
-    Code.NOT_FOUND: "Create it, or let it be declared.",
-    Code.RESOURCE_LOCKED: "It is another connection's exclusive queue: choose another name, or do"
-    " not make it exclusive.",
-    Code.PRECONDITION_FAILED: "Declare it as it is on the broker, or delete it there and let it be"
-    " declared anew.",
-    Code.COMMAND_INVALID: "Use direct, fanout, topic or headers.",
-    Code.INTERNAL_ERROR: "Make the queue durable, or exclusive.",
-    Code.NOT_IMPLEMENTED: "Use a classic or a quorum queue here.",
-}
-
-
-def topology_error(entity: str, refusal: Refusal, if_unequal: str | None = None) -> TopologyError:
-    """Who, what the broker says, and what to do about it."""
-    advice = _ADVICE.get(refusal.code, "Compare it with what is declared.")
-    if if_unequal is not None and refusal.code is Code.PRECONDITION_FAILED:
-        advice = if_unequal
-    return TopologyError(f"{entity}: the broker says: {refusal}. {advice}")
 
 
 @contextmanager
@@ -50,7 +29,7 @@ def explained(entity: str, if_unequal: str | None = None) -> Iterator[None]:
     try:
         yield
     except Refusal as refusal:
-        raise topology_error(entity, refusal, if_unequal) from refusal
+        raise refusal_error(refusal.code, refusal.text, entity, if_unequal) from refusal
 
 
 def declare(connection: Connection, topology: Topology) -> None:
@@ -129,4 +108,4 @@ def _must_exist(entity: Exchange | Queue) -> bool:
 
 
 def _may_be_created(entity: Exchange | Queue, refusal: Refusal) -> bool:
-    return refusal.code is Code.NOT_FOUND and not entity.check_only
+    return refusal.code is ReplyCode.NOT_FOUND and not entity.check_only

@@ -29,14 +29,15 @@ from aio_pika_batch.adapters.memory.exchanges import kind as kind_of
 from aio_pika_batch.adapters.memory.journal import BrokerEvent, EventKind, Journal
 from aio_pika_batch.adapters.memory.queues import Queue
 from aio_pika_batch.adapters.memory.refusals import (
-    Code,
     Refusal,
     locked,
     no_exchange,
     no_queue,
+    on_default_exchange,
     unequal,
 )
 from aio_pika_batch.adapters.memory.stored_message import copied_headers, short
+from aio_pika_batch.core.refusals import ReplyCode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -82,7 +83,7 @@ class VirtualHost:
     def exchange(self, name: str) -> Exchange:
         """An exchange other than the default one."""
         if not name:
-            raise Refusal(Code.ACCESS_REFUSED, "operation not permitted on the default exchange")
+            raise on_default_exchange()
         exchange = self.exchanges.get(name)
         if exchange is None:
             raise no_exchange(name)
@@ -99,7 +100,7 @@ class VirtualHost:
             existing.check_same(kind, durable=durable, auto_delete=auto_delete, arguments=arguments)
             return
         if not name:
-            raise Refusal(Code.ACCESS_REFUSED, "operation not permitted on the default exchange")
+            raise on_default_exchange()
         _check_prefix("exchange", name)
         self.exchanges[name] = Exchange(name, kind, durable, auto_delete, copied_headers(arguments))
         self.wake_dying()
@@ -139,7 +140,7 @@ class VirtualHost:
             ):
                 if fault:
                     raise Refusal(
-                        Code.PRECONDITION_FAILED,
+                        ReplyCode.PRECONDITION_FAILED,
                         f"invalid property '{what}' for {entity} in vhost '/'",
                     )
         _check_prefix("queue", name)
@@ -313,7 +314,9 @@ class VirtualHost:
 
 def _check_prefix(what: str, name: str) -> None:
     if name.startswith("amq."):
-        raise Refusal(Code.ACCESS_REFUSED, f"{what} name '{name}' contains reserved prefix 'amq.*'")
+        raise Refusal(
+            ReplyCode.ACCESS_REFUSED, f"{what} name '{name}' contains reserved prefix 'amq.*'"
+        )
 
 
 def _told(flag: bool) -> str:  # noqa: FBT001

@@ -10,7 +10,8 @@ import pytest
 from aio_pika_batch.adapters.memory.broker import Broker
 from aio_pika_batch.adapters.memory.channels import Gone
 from aio_pika_batch.adapters.memory.frames import Closed
-from aio_pika_batch.adapters.memory.refusals import Code, Refusal
+from aio_pika_batch.adapters.memory.refusals import Refusal
+from aio_pika_batch.core.refusals import ReplyCode
 from tests.unit.adapters.memory.client import Client, bodies
 
 
@@ -39,7 +40,7 @@ def test_a_tag_that_is_not_outstanding_closes_the_channel(client: Client, how, t
     """406, and everything unsettled goes back; tag 0 is not forgiven."""
     with pytest.raises(Refusal, match=f"unknown delivery tag {tag}") as caught:
         getattr(client.channel, how)(tag, multiple=multiple)
-    assert caught.value.code is Code.PRECONDITION_FAILED
+    assert caught.value.code is ReplyCode.PRECONDITION_FAILED
     assert client.channel.unsettled == ()
     assert client.channel.take() == [
         Closed(f"406 PRECONDITION_FAILED - unknown delivery tag {tag}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from aio_pika_batch.adapters.memory.broker import Broker
-from aio_pika_batch.adapters.memory.refusals import Code, Refusal
+from aio_pika_batch.adapters.memory.refusals import Refusal
+from aio_pika_batch.core.refusals import ReplyCode
 from tests.unit.adapters.memory.client import Client
 
 
@@ -117,7 +118,7 @@ def test_arguments_that_no_broker_takes_are_refused(client: Client, arguments, w
     """With 406, and nothing is created."""
     with pytest.raises(Refusal) as caught:
         client.queue("q", **arguments)
-    assert caught.value.code is Code.PRECONDITION_FAILED
+    assert caught.value.code is ReplyCode.PRECONDITION_FAILED
     assert words in str(caught.value)
     assert client.broker.queues == []
 

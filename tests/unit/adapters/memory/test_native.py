@@ -86,7 +86,7 @@ async def test_what_is_there_can_be_had_without_declaring(channel: NativeChannel
 @pytest.mark.parametrize("call", ["exchange", "queue"])
 async def test_a_mistake_is_told_and_closes_the_channel(channel: NativeChannel, call: str):
     """The next call says why."""
-    with pytest.raises(TopologyError, match=f"{call} 'nope': the broker says: 404 NOT_FOUND"):
+    with pytest.raises(TopologyError, match=f"{call} 'nope': 404 NOT_FOUND"):
         await getattr(channel, f"get_{call}")("nope")
     assert channel.is_closed
     with pytest.raises(SessionLost, match="404 NOT_FOUND"):

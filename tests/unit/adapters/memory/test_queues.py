@@ -7,7 +7,8 @@ import pytest
 from aio_pika_batch.adapters.memory.broker import Broker
 from aio_pika_batch.adapters.memory.frames import Cancelled
 from aio_pika_batch.adapters.memory.journal import EventKind
-from aio_pika_batch.adapters.memory.refusals import Code, Refusal
+from aio_pika_batch.adapters.memory.refusals import Refusal
+from aio_pika_batch.core.refusals import ReplyCode
 from tests.unit.adapters.memory.client import Client, bodies
 
 
@@ -107,7 +108,7 @@ def test_an_exclusive_consumer_stays_alone(broker: Broker, client: Client):
     for exclusive in (True, False):
         with pytest.raises(Refusal, match="queue 'q' in vhost '/' in exclusive use") as caught:
             Client(broker).consume("q", exclusive=exclusive)
-        assert caught.value.code is Code.ACCESS_REFUSED
+        assert caught.value.code is ReplyCode.ACCESS_REFUSED
     client.queue("r")
     client.consume("r", "second")
     with pytest.raises(Refusal, match="in exclusive use"):

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from aio_pika_batch.adapters.memory.broker import Broker
 from aio_pika_batch.adapters.memory.exchanges import headers_match, topic_matches
-from aio_pika_batch.adapters.memory.refusals import Code, Refusal
+from aio_pika_batch.adapters.memory.refusals import Refusal
+from aio_pika_batch.core.refusals import ReplyCode
 from tests.unit.adapters.memory.client import Client, bodies
 
 
@@ -204,7 +205,7 @@ def test_a_missing_exchange_closes_the_channel(client: Client):
     """With 404; nothing more can be published on it."""
     with pytest.raises(Refusal, match="no exchange 'x' in vhost '/'") as caught:
         client.publish(b"1", "k", "x")
-    assert caught.value.code is Code.NOT_FOUND
+    assert caught.value.code is ReplyCode.NOT_FOUND
     assert client.channel.closed == "404 NOT_FOUND - no exchange 'x' in vhost '/'"
 
 

@@ -292,8 +292,8 @@ async def test_a_missing_queue_is_told_on_entering(transport: MemoryTransport, m
         async with transport.session(subscription):
             pass
     assert str(caught.value) == (
-        "queue 'nope': the broker says: 404 NOT_FOUND - no queue 'nope' in vhost '/'."
-        " Create it, or let it be declared."
+        "queue 'nope': 404 NOT_FOUND - no queue 'nope' in vhost '/';"
+        " create it, or let the consumer declare it (declare=True)"
     )
     assert memory.connections == []
 

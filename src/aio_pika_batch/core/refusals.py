@@ -1,0 +1,82 @@
+"""Turns a broker's refusal of a queue, exchange, binding or consumer into an error with advice.
+
+The reply codes are AMQP 0-9-1's. The texts that are searched are RabbitMQ's; where a text is not
+known, the code decides.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import IntEnum
+
+from aio_pika_batch.errors import BrokerUnavailable, TopologyError, TransportError
+
+
+class ReplyCode(IntEnum):
+    """The reply codes with which a broker closes a channel or a connection."""
+
+    CONNECTION_FORCED = 320
+    ACCESS_REFUSED = 403
+    NOT_FOUND = 404
+    RESOURCE_LOCKED = 405
+    PRECONDITION_FAILED = 406
+    COMMAND_INVALID = 503
+    NOT_ALLOWED = 530
+    NOT_IMPLEMENTED = 540
+    INTERNAL_ERROR = 541
+
+
+_TRANSIENT = ("is down", "inaccessible", "timeout", "timed out", "limit", "shutting down")
+"""Words of refusals that a later attempt may not meet."""
+
+_ADVICE_BY_CODE: dict[int, str] = {
+    ReplyCode.ACCESS_REFUSED: "give the user the missing permission, or connect as another user",
+    ReplyCode.NOT_FOUND: "create it, or let the consumer declare it (declare=True)",
+    ReplyCode.RESOURCE_LOCKED: "another connection has it exclusively: close that connection, or"
+    " choose another name",
+    ReplyCode.PRECONDITION_FAILED: "change the settings to what the broker has, or delete it there",
+    ReplyCode.COMMAND_INVALID: "the broker does not know this type; enable its plugin, or correct"
+    " the type",
+    ReplyCode.NOT_ALLOWED: "the broker does not allow this; choose another name or type",
+    ReplyCode.NOT_IMPLEMENTED: "this version of the broker does not implement it",
+    ReplyCode.INTERNAL_ERROR: "the broker does not support this, or no longer; see its log",
+}
+
+_ADVICE_BY_TEXT = (
+    # Since RabbitMQ 4.0 an unknown exchange type is a failed precondition.
+    ("exchange type", _ADVICE_BY_CODE[ReplyCode.COMMAND_INVALID]),
+    ("exclusive use", "an exclusive consumer is its only consumer: stop it, or don't be exclusive"),
+    ("reserved prefix", "names that begin with amq. are the broker's: choose another name"),
+    ("default exchange", "the default exchange can't be declared or bound: name another exchange"),
+    ("invalid arg", "correct this argument, or choose another queue type"),
+    ("invalid property", "a quorum queue is durable, and neither exclusive nor auto-delete"),
+)
+
+_QUOTED = re.compile(r"'[^']*'")
+
+
+def refusal_error(
+    code: int, text: str, subject: str, if_unequal: str | None = None
+) -> TransportError:
+    """Return the error for a broker's refusal to declare, check, bind or consume something.
+
+    Args:
+        code: The reply code.
+        text: The reply text.
+        subject: What was refused, and where.
+        if_unequal: What to do if the broker has it with other arguments; None: as for any queue.
+
+    Returns:
+        A `TopologyError`, or `BrokerUnavailable` if a later attempt may succeed.
+    """
+    # What is quoted is a name or a value: a queue may be called 'limit', and an argument is called
+    # 'x-delivery-limit'.
+    words = _QUOTED.sub("", text)
+    advice = _ADVICE_BY_CODE.get(code)
+    if advice is None or any(word in words for word in _TRANSIENT):
+        return BrokerUnavailable(f"{subject}: {code} {text}; try again later")
+    if "inequivalent" in words:
+        advice = if_unequal or advice
+    else:
+        advice = next((each for part, each in _ADVICE_BY_TEXT if part in words), advice)
+    return TopologyError(f"{subject}: {code} {text}; {advice}")
