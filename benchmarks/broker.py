@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.find import Broker, choose
+from tests.support.find import RunningBroker, choose
 
 
 @contextmanager
-def running() -> Iterator[Broker]:
+def running() -> Iterator[RunningBroker]:
     """A broker on 127.0.0.1, or the one that the tests were told to use.
 
     Raises:
@@ -19,6 +19,6 @@ def running() -> Iterator[Broker]:
     """
     with (
         tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder,
-        choose().take(Path(folder, "broker")) as broker,
+        choose().start(Path(folder, "broker")) as broker,
     ):
         yield broker

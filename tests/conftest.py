@@ -20,7 +20,7 @@ import asyncpg
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from tests.support.find import Broker, NoBrokerError, Way, choose
+from tests.support.find import BrokerSource, NoBrokerError, RunningBroker, choose
 from tests.support.postgres import NoPostgresError, postgres
 from tests.support.proxy import TcpProxy
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from aio_pika.abc import AbstractChannel
 
+    from aio_pika_batch.testing.rabbitmq.node import RabbitMQ
     from aio_pika_batch.transport import Wire
-    from tests.support.rabbitmq import RabbitMQ
 
 settings.register_profile(
     "project", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
@@ -45,7 +45,7 @@ settings.register_profile(
 settings.load_profile("project")
 
 _UNIT = Path(__file__).parent / "unit"
-_WAY = pytest.StashKey[Way | NoBrokerError]()
+_SOURCE = pytest.StashKey[BrokerSource | NoBrokerError]()
 _LEFT_OUT = pytest.StashKey[str]()
 
 
@@ -54,24 +54,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if all(item.path.is_relative_to(_UNIT) for item in items):
         return
     try:
-        way = config.stash[_WAY] = choose()
+        source = config.stash[_SOURCE] = choose()
     except NoBrokerError as error:
-        config.stash[_WAY] = error
+        config.stash[_SOURCE] = error
         return
     hurting = [item for item in items if item.get_closest_marker("needs_node")]
-    if hurting and not way.has_node:
+    if hurting and not source.has_node:
         config.hook.pytest_deselected(items=hurting)
         items[:] = [item for item in items if item not in hurting]
         config.stash[_LEFT_OUT] = (
             f"NOT RUN: {len(hurting)} tests marked needs_node, which kill or administer the broker;"
-            f" {way.how} is not theirs to hurt"
+            f" {source.description} is not theirs to hurt"
         )
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     """Say at the head of the report what is tested on, and what is not tested."""
-    way = config.stash.get(_WAY, None)
-    lines = [f"broker: {way.how}"] if isinstance(way, Way) else []
+    source = config.stash.get(_SOURCE, None)
+    lines = [f"broker: {source.description}"] if isinstance(source, BrokerSource) else []
     if _LEFT_OUT in config.stash:
         lines.append(config.stash[_LEFT_OUT])
     return lines
@@ -81,10 +81,10 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Say at its end what was missing: the head has scrolled away by then."""
-    way = config.stash.get(_WAY, None)
-    if isinstance(way, NoBrokerError):
+    source = config.stash.get(_SOURCE, None)
+    if isinstance(source, NoBrokerError):
         terminalreporter.section("no broker", red=True)
-        terminalreporter.write_line(str(way))
+        terminalreporter.write_line(str(source))
     if _LEFT_OUT in config.stash:
         terminalreporter.write_line(config.stash[_LEFT_OUT], yellow=True)
 
@@ -92,14 +92,14 @@ def pytest_terminal_summary(
 @pytest.fixture(scope="session")
 def broker(
     pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Broker]:
+) -> Iterator[RunningBroker]:
     """A RabbitMQ that answers: ``broker.url``, ``broker.version``."""
-    way = pytestconfig.stash[_WAY]
-    if isinstance(way, NoBrokerError):
+    source = pytestconfig.stash[_SOURCE]
+    if isinstance(source, NoBrokerError):
         pytest.fail("there is no broker; the end of the report says what to do", pytrace=False)
     with ExitStack() as running:
         try:
-            found = running.enter_context(way.take(tmp_path_factory.mktemp("broker")))
+            found = running.enter_context(source.start(tmp_path_factory.mktemp("broker")))
         except NoBrokerError as error:
             no_broker = str(error)
         else:
@@ -110,13 +110,13 @@ def broker(
 
 
 @pytest.fixture
-def amqp_url(broker: Broker) -> str:
+def amqp_url(broker: RunningBroker) -> str:
     """The broker's URL."""
     return broker.url
 
 
 @pytest.fixture
-def rabbitmq(broker: Broker, request: pytest.FixtureRequest) -> Iterator[RabbitMQ]:
+def rabbitmq(broker: RunningBroker, request: pytest.FixtureRequest) -> Iterator[RabbitMQ]:
     """The node itself, for tests marked ``needs_node``: they may kill, pause and administer it.
 
     Afterwards it runs again for the next test, whatever this one did to it.
@@ -157,7 +157,7 @@ async def schema(postgres_url: str, name: str) -> AsyncIterator[tuple[asyncpg.Co
 
 @pytest.fixture(params=["fast", "plain"])
 def wire(request: pytest.FixtureRequest) -> Wire:
-    """Each way in which the adapter can carry messages."""
+    """Each source in which the adapter can carry messages."""
     found: Wire = request.param
     return found
 

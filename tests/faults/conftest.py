@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults.figures import VARIABLE, Figures, keep, this_machine
 from tests.faults.trial import Trial, under_load
-from tests.support.find import Broker
+from tests.support.find import RunningBroker
 
 _FIGURES = pytest.StashKey[list[Figures]]()
 
@@ -32,7 +32,7 @@ def keep_figures(pytestconfig: pytest.Config) -> Callable[[Figures], None]:
 
 
 @pytest.fixture
-def run(broker: Broker, name: str, keep_figures: Callable[[Figures], None]) -> Run:
+def run(broker: RunningBroker, name: str, keep_figures: Callable[[Figures], None]) -> Run:
     """Begin a trial on this broker: give the fault its name, and say what is done."""
     return partial(
         under_load, urls=[broker.url], broker=broker.version, name=name, keep=keep_figures

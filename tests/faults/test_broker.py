@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
+from aio_pika_batch.testing.rabbitmq.node import RabbitMQ
 from tests.integration.helpers import parse_version, until
-from tests.support.find import Broker
-from tests.support.rabbitmq import RabbitMQ
+from tests.support.find import RunningBroker
 
 pytestmark = pytest.mark.needs_node
 
@@ -91,7 +91,7 @@ async def test_a_memory_alarm_holds_what_is_requeued(run, wire, rabbitmq) -> Non
 
 
 @pytest.fixture
-def impatience(rabbitmq: RabbitMQ, broker: Broker) -> Iterator[Mapping[str, int]]:
+def impatience(rabbitmq: RabbitMQ, broker: RunningBroker) -> Iterator[Mapping[str, int]]:
     """Let the broker wait two seconds for an ack; yields arguments for a consumer it is to be of.
 
     Since 4.3 it is the consumer's, before that the node's, which looks once a minute by default.

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 
+from aio_pika_batch.testing.rabbitmq.processes import kill_group, spawn
 from tests.faults.figures import ROOT, Figures
 from tests.faults.lives import Life, life
 from tests.faults.moments import Moment
 from tests.integration.helpers import App, dead_letter_office, holds, publish, take_all, until
-from tests.support.tether import kill_group, spawn
 
 KINDS = ("good",) * 14 + ("flaky",) * 2 + ("again",) * 2 + ("bad", "doomed")
 LIVES = 8

@@ -17,12 +17,12 @@ import pytest
 from tests.faults.trial import under_load
 from tests.integration.helpers import parse_version, until
 from tests.support.cluster import Cluster
-from tests.support.find import Broker
+from tests.support.find import RunningBroker
 
 if TYPE_CHECKING:
+    from aio_pika_batch.testing.rabbitmq.node import RabbitMQ
     from tests.faults.conftest import Run
     from tests.faults.trial import Trial
-    from tests.support.rabbitmq import RabbitMQ
 
 pytestmark = pytest.mark.needs_node
 
@@ -33,7 +33,7 @@ PAUSE = 15.0
 
 
 @pytest.fixture(scope="module")
-def members(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def members(broker: RunningBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Three nodes of the installation that the broker is of."""
     assert broker.node is not None
     with Cluster(broker.node.server, tmp_path_factory.mktemp("cluster")) as cluster:

@@ -92,7 +92,7 @@ async def _capture(url: str) -> None:
 
 def main() -> None:
     """Record."""
-    with tempfile.TemporaryDirectory() as folder, choose().take(Path(folder)) as broker:
+    with tempfile.TemporaryDirectory() as folder, choose().start(Path(folder)) as broker:
         asyncio.run(_capture(broker.url))
 
 

@@ -27,7 +27,7 @@ from pamqp import commands, frame
 from pamqp.header import ProtocolHeader
 
 from aio_pika_batch import Observer
-from tests.support.tether import kill_group, spawn
+from aio_pika_batch.testing.rabbitmq.processes import kill_group, spawn
 
 if TYPE_CHECKING:
     import subprocess
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
-    from tests.support.find import Broker
+    from tests.support.find import RunningBroker
 
 PATIENCE = 60.0
 """Seconds for what takes one on an idle machine: only a failure ever waits for so long."""
@@ -80,7 +80,7 @@ class Stopwatch:
 # --- the broker -----------------------------------------------------------------
 
 
-def parse_version(broker: Broker) -> tuple[int, ...]:
+def parse_version(broker: RunningBroker) -> tuple[int, ...]:
     """Major and minor version, to be compared."""
     return tuple(map(int, broker.version.split(".")[:2]))
 

@@ -23,8 +23,8 @@ from aio_pika_batch.transport import Endpoint, Subscription, Wire
 if TYPE_CHECKING:
     from aio_pika.abc import AbstractChannel
 
+    from aio_pika_batch.testing.rabbitmq.node import RabbitMQ
     from tests.support.proxy import TcpProxy
-    from tests.support.rabbitmq import RabbitMQ
 
 CONFIRMED, RETURNED, REFUSED, UNKNOWN = Outcome
 

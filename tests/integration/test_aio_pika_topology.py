@@ -22,8 +22,8 @@ from aio_pika_batch.errors import (
     TopologyError,
     TransportError,
 )
+from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
 from aio_pika_batch.transport import Endpoint, Subscription, VersionedTransport, Wire
-from tests.support.ports import LOCALHOST, free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     from aio_pika.abc import AbstractChannel
 
-    from tests.support.find import Broker
+    from aio_pika_batch.testing.rabbitmq.node import RabbitMQ
+    from tests.support.find import RunningBroker
     from tests.support.proxy import TcpProxy
-    from tests.support.rabbitmq import RabbitMQ
 
 
 def changed(amqp_url: str, **parts: Any) -> str:
@@ -328,7 +328,7 @@ async def test_declaring_makes_messages_arrive(
 
 
 async def test_whoever_has_declared_knows_the_broker(
-    transport: AioPikaTransport, name: str, channel: AbstractChannel, broker: Broker
+    transport: AioPikaTransport, name: str, channel: AbstractChannel, broker: RunningBroker
 ) -> None:
     """Its version, to be compared; nothing before that."""
     assert isinstance(transport, VersionedTransport)
@@ -426,7 +426,7 @@ async def test_a_name_that_the_client_library_refuses(transport: AioPikaTranspor
 
 
 async def test_streams_are_refused(
-    transport: AioPikaTransport, channel: AbstractChannel, name: str, broker: Broker
+    transport: AioPikaTransport, channel: AbstractChannel, name: str, broker: RunningBroker
 ) -> None:
     """Where one is asked for, and where one is found; before 3.9 there are none."""
     stream = {"x-queue-type": "stream"}

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 import aio_pika
 import pytest
 
 from aio_pika_batch import PublishError
-from aio_pika_batch.testing.rabbitmq.find import Broker as AnyBroker
+from aio_pika_batch.testing.rabbitmq.find import RunningBroker
 from aio_pika_batch.testing.rabbitmq.fixture import BatchRabbitMQ, of_one_test
 from tests.integration.helpers import ready
-
-if TYPE_CHECKING:
-    from tests.support.find import Broker
 
 pytest_plugins = "pytester"
 
@@ -53,7 +49,7 @@ def test_orders(batch_rabbitmq):
 
 
 def test_a_users_test_runs_on_a_real_rabbitmq(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, broker: Broker
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, broker: RunningBroker
 ) -> None:
     """Found as ours is; without any other plugin."""
     monkeypatch.setenv("AIO_PIKA_BATCH_TEST_URL", broker.url)
@@ -68,9 +64,11 @@ def test_a_users_test_runs_on_a_real_rabbitmq(
     ran.stdout.fnmatch_lines([f"on RabbitMQ {broker.version} orders-*"])
 
 
-def test_what_a_test_has_named_is_deleted_on_a_broker_that_outlives_it(broker: Broker) -> None:
+def test_what_a_test_has_named_is_deleted_on_a_broker_that_outlives_it(
+    broker: RunningBroker,
+) -> None:
     """Queues, exchanges, and the exchange of its dead letters."""
-    with of_one_test(AnyBroker(broker.url, broker.version)) as given:
+    with of_one_test(RunningBroker(broker.url, broker.version)) as given:
         name, other = given.name("orders"), given.name()
         assert name.startswith("orders-")
         assert name != other
@@ -94,14 +92,14 @@ def test_what_a_test_has_named_is_deleted_on_a_broker_that_outlives_it(broker: B
     asyncio.run(look())
 
 
-async def test_what_no_queue_takes_is_an_error(broker: Broker) -> None:
+async def test_what_no_queue_takes_is_an_error(broker: RunningBroker) -> None:
     """It says why, and what helps."""
     given = BatchRabbitMQ(broker)
     with pytest.raises(PublishError, match=r"routing key 'nowhere-.*returned"):
         await given.publish(b"lost", routing_key=given.name("nowhere"))
 
 
-async def test_a_queue_is_drained_in_order(broker: Broker) -> None:
+async def test_a_queue_is_drained_in_order(broker: RunningBroker) -> None:
     """With what was published."""
     given = BatchRabbitMQ(broker)
     name = given.name()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.support.rabbitmq import RabbitMQ
+    from aio_pika_batch.testing.rabbitmq.node import RabbitMQ
 
 DEMO = [sys.executable, "-m", "aio_pika_batch", "demo"]
 

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import yaml
 
+from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port, kill_group, spawn
 from tests.integration.helpers import ready, until
-from tests.support.ports import LOCALHOST, free_port
 from tests.support.prometheus import prometheus, promtool
-from tests.support.tether import kill_group, spawn
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SERVICES = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]

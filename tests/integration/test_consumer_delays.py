@@ -34,18 +34,18 @@ from tests.integration.helpers import (
 )
 
 if TYPE_CHECKING:
-    from tests.support.find import Broker
+    from tests.support.find import RunningBroker
 
 SECOND = 1000
 
 
-def is_old(broker: Broker) -> bool:
+def is_old(broker: RunningBroker) -> bool:
     """Whether it cannot be trusted with what waits."""
     return broker.version.startswith("3.8.")
 
 
 @pytest.fixture
-def settings(amqp_url: str, name: str, broker: Broker) -> Any:
+def settings(amqp_url: str, name: str, broker: RunningBroker) -> Any:
     """Make settings for the test's own queue; on an old broker, with classic wait queues."""
 
     def make(**given: Any) -> BatchConsumerSettings:

@@ -21,6 +21,7 @@ from aio_pika_batch import (
     PublishError,
     TopologyError,
 )
+from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
 from tests.integration.helpers import (
     Recorder,
     consumers,
@@ -30,7 +31,6 @@ from tests.integration.helpers import (
     take_all,
     until,
 )
-from tests.support.ports import LOCALHOST, free_port
 
 
 class Collecting(BatchConsumer):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from aio_pika.abc import AbstractChannel
 
-    from tests.support.find import Broker
+    from tests.support.find import RunningBroker
 
 CLASSIC = Features(
     keeps_order=True,
@@ -52,7 +52,7 @@ CLASSIC = Features(
 )
 
 
-def features(broker: Broker, kind: str) -> Features:
+def features(broker: RunningBroker, kind: str) -> Features:
     """What this broker can do, with this kind of queue."""
     if kind == "classic":
         return CLASSIC
@@ -138,7 +138,7 @@ class RabbitHarness(Harness):
 
 
 @asynccontextmanager
-async def opened(broker: Broker, wire: Wire, kind: str) -> AsyncIterator[RabbitHarness]:
+async def opened(broker: RunningBroker, wire: Wire, kind: str) -> AsyncIterator[RabbitHarness]:
     """Queues and a line of its own."""
     where = aio_pika.connection.make_url(broker.url)
     async with (
@@ -156,7 +156,7 @@ async def opened(broker: Broker, wire: Wire, kind: str) -> AsyncIterator[RabbitH
 
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
-async def test_the_contract_is_kept(broker: Broker, wire: Wire, kind: str) -> None:
+async def test_the_contract_is_kept(broker: RunningBroker, wire: Wire, kind: str) -> None:
     """All of it; side by side, since most of it is waiting."""
     contract = TransportContract(
         partial(opened, broker, wire, kind),

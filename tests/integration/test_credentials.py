@@ -26,8 +26,8 @@ from aio_pika_batch import (
 )
 from aio_pika_batch.adapters.aio_pika.connection import open_link
 from aio_pika_batch.adapters.aio_pika.urls import parse
+from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
 from tests.integration.helpers import publish, until
-from tests.support.ports import LOCALHOST, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from aio_pika.abc import AbstractChannel
 
     from aio_pika_batch import Message
-    from tests.support.find import Broker
+    from tests.support.find import RunningBroker
     from tests.support.proxy import TcpProxy
 
 pytestmark = [pytest.mark.needs_node, pytest.mark.usefixtures("on_both_wires")]
@@ -49,7 +49,7 @@ KEY_PASSWORD = f"{CORES[0]}key{CORES[1]}"
 
 
 @pytest.fixture(scope="module")
-def keeper(broker: Broker) -> Iterator[str]:
+def keeper(broker: RunningBroker) -> Iterator[str]:
     """A user whose password is worth looking for."""
     assert broker.node is not None
     broker.node.rabbitmqctl("add_user", USER, SECRET)

@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
 from aio_pika_batch.adapters.memory import Broker, MemoryTransport, PublishFault
 from aio_pika_batch.observers.prometheus import PrometheusObserver
-from tests.support.ports import LOCALHOST, free_port
+from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
 from tests.support.prometheus import prometheus, promtool
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

@@ -19,9 +19,9 @@ import pytest
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult, Nack
 from aio_pika_batch.dead_letters import look
+from aio_pika_batch.testing.rabbitmq.processes import kill_group, spawn
 from aio_pika_batch.transport import Endpoint, open_transport
 from tests.integration.helpers import holds, publish, ready, take_all, until
-from tests.support.tether import kill_group, spawn
 
 if TYPE_CHECKING:
     import subprocess

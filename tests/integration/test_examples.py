@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.support.rabbitmq import RabbitMQ
+    from aio_pika_batch.testing.rabbitmq.node import RabbitMQ
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 from urllib.request import urlopen
 
+from aio_pika_batch.testing.rabbitmq.processes import free_port, kill_group, spawn
 from tests.integration.helpers import holds, publish, until
-from tests.support.ports import free_port
-from tests.support.tether import kill_group, spawn
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operating.md").read_text()
 SECTION = PAGE.partition("## In five commands")[2].partition("\n## ")[0]

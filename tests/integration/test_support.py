@@ -17,17 +17,18 @@ import aio_pika
 import pytest
 
 from aio_pika_batch.testing.rabbitmq import find as shipped
+from aio_pika_batch.testing.rabbitmq.node import broker_version
+from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
 from tests.support import find, postgres
 from tests.support.fetch import sources
-from tests.support.ports import LOCALHOST, free_port, greeting
 from tests.support.proxy import TcpProxy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from tests.support.find import Broker
-    from tests.support.rabbitmq import RabbitMQ
+    from aio_pika_batch.testing.rabbitmq.node import RabbitMQ
+    from tests.support.find import RunningBroker
 
 
 # --- the node -------------------------------------------------------------------
@@ -45,7 +46,7 @@ async def test_a_killed_node_comes_back_with_what_was_durable(
             aio_pika.Message(b"kept", delivery_mode=aio_pika.DeliveryMode.PERSISTENT), name
         )
         rabbitmq.kill()
-    assert greeting(LOCALHOST, rabbitmq.port) is None
+    assert broker_version(LOCALHOST, rabbitmq.port) is None
 
     await asyncio.to_thread(rabbitmq.start)
 
@@ -58,13 +59,15 @@ async def test_a_killed_node_comes_back_with_what_was_durable(
 
 
 @pytest.mark.needs_node
-def test_a_paused_node_is_silent_and_then_goes_on(rabbitmq: RabbitMQ, broker: Broker) -> None:
+def test_a_paused_node_is_silent_and_then_goes_on(
+    rabbitmq: RabbitMQ, broker: RunningBroker
+) -> None:
     """While paused it accepts connections, as its kernel does, and says nothing on them."""
     rabbitmq.pause()
-    assert greeting(LOCALHOST, rabbitmq.port, timeout=0.3) is None
+    assert broker_version(LOCALHOST, rabbitmq.port, timeout=0.3) is None
 
     rabbitmq.resume()
-    assert broker.version == greeting(LOCALHOST, rabbitmq.port)
+    assert broker.version == broker_version(LOCALHOST, rabbitmq.port)
 
 
 @pytest.mark.needs_node
@@ -104,7 +107,7 @@ if sys.platform == "linux":  # elsewhere there is no parent-death signal to be t
         """SIGKILL the process that spawned a child, and the child is gone too."""
         story = (
             "import subprocess, time\n"
-            "from tests.support.tether import spawn\n"
+            "from aio_pika_batch.testing.rabbitmq.processes import spawn\n"
             "print(spawn(['sleep', '600'], stdout=subprocess.DEVNULL).pid, flush=True)\n"
             "time.sleep(600)\n"
         )
@@ -124,18 +127,18 @@ if sys.platform == "linux":  # elsewhere there is no parent-death signal to be t
 def test_a_broker_named_by_url_must_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Asked for by name and not there: an error, not the next best broker."""
     monkeypatch.setenv(find.URL, f"amqp://guest:guest@{LOCALHOST}:{free_port()}/")
-    way = find.choose()
-    assert not way.has_node
-    with pytest.raises(find.NoBrokerError, match="no broker answers"), way.take(tmp_path):
+    source = find.choose()
+    assert not source.has_node
+    with pytest.raises(find.NoBrokerError, match="no broker answers"), source.start(tmp_path):
         pass
 
 
 def test_a_broker_named_by_url_is_used(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    broker: RunningBroker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It is found to answer, and it is not ours to kill."""
     monkeypatch.setenv(find.URL, broker.url)
-    with find.choose().take(tmp_path) as found:
+    with find.choose().start(tmp_path) as found:
         assert (broker.url, broker.version, None) == (found.url, found.version, found.node)
 
 
@@ -148,7 +151,7 @@ def test_where_there_is_no_broker_the_message_says_what_helps(
     monkeypatch.setattr(shipped, "installed", lambda: None)
     monkeypatch.setattr(shipped, "_docker_answers", lambda: False)
     monkeypatch.setattr(find, "_install_commands", lambda: None)
-    with pytest.raises(find.NoBrokerError, match=r"(?s)Tried.*Any of these will do"):
+    with pytest.raises(find.NoBrokerError, match=r"(?s)Tried.*Do one of these"):
         find.choose()
 
 
@@ -167,7 +170,7 @@ def test_where_there_is_no_postgres_the_message_says_what_helps(
     monkeypatch.setattr(postgres, "installed", lambda: None)
     monkeypatch.setattr(postgres, "install_commands", lambda *_, **__: None)
     with (
-        pytest.raises(postgres.NoPostgresError, match=r"(?s)Tried.*Any of these will do"),
+        pytest.raises(postgres.NoPostgresError, match=r"(?s)Tried.*Do one of these"),
         postgres.postgres(),
     ):
         pass
@@ -193,7 +196,7 @@ def test_only_a_build_machine_installs_a_broker_rather_than_use_docker(
     monkeypatch.setattr(shipped, "installed", lambda: None)
     monkeypatch.setattr(shipped, "_docker_answers", lambda: True)
     monkeypatch.setattr(find, "_install_commands", lambda: [["true"]])
-    assert first in find.choose().how
+    assert first in find.choose().description
 
 
 def test_both_formats_of_apt_sources_are_read(tmp_path: Path) -> None:

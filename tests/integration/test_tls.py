@@ -31,9 +31,9 @@ from aio_pika_batch import (
     ConfigurationError,
     MessageResult,
 )
+from aio_pika_batch.testing.rabbitmq.node import RabbitMQ
+from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
 from tests.integration.helpers import publish, ready, until
-from tests.support.ports import LOCALHOST, free_port
-from tests.support.rabbitmq import RabbitMQ
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from aio_pika.abc import AbstractChannel
 
     from aio_pika_batch import Message
-    from tests.support.find import Broker
+    from tests.support.find import RunningBroker
 
 pytestmark = [pytest.mark.needs_node, pytest.mark.usefixtures("on_both_wires")]
 
@@ -103,7 +103,7 @@ class Secured:
 
 
 @pytest.fixture(scope="module")
-def secured(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+def secured(broker: RunningBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     """A node of its own: the listeners would stay with the one that all tests share."""
     assert broker.node is not None
     folder = tmp_path_factory.mktemp("certificates")

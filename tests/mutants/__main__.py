@@ -41,7 +41,7 @@ def main(words: Sequence[str]) -> int:
         environment = dict(os.environ)
         if any(each.needs_broker for each in wanted):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            broker = stack.enter_context(choose().take(folder))
+            broker = stack.enter_context(choose().start(folder))
             environment["AIO_PIKA_BATCH_TEST_URL"] = broker.url
         wanted.sort(key=lambda mutant: mutant.needs_broker)
         with ThreadPoolExecutor(_AT_ONCE) as pool:

@@ -24,15 +24,15 @@ from urllib.parse import urlsplit
 
 import aio_pika
 
+from aio_pika_batch.testing.rabbitmq.processes import kill_group, spawn
 from tests.faults.figures import ROOT, this_machine
 from tests.faults.load import Load
 from tests.faults.trial import SETTINGS
 from tests.integration.helpers import ready, take_all, until
 from tests.soak.page import Soak, write
 from tests.soak.tally import Tally
-from tests.support.find import Broker, choose
+from tests.support.find import RunningBroker, choose
 from tests.support.proxy import Direction, TcpProxy
-from tests.support.tether import kill_group, spawn
 
 QUEUE, DEAD = "soak", "soak.dead"
 RATE = 400
@@ -55,7 +55,7 @@ class Stage:
         dead: How often each message has become a dead letter.
     """
 
-    broker: Broker
+    broker: RunningBroker
     proxy: TcpProxy
     load: Load
     tally: Tally
@@ -125,7 +125,7 @@ class Stage:
         return self.load.confirmed - self.tally.done - self.dead.keys()
 
 
-async def soak(minutes: float, seed: int, folder: Path, broker: Broker) -> Soak:
+async def soak(minutes: float, seed: int, folder: Path, broker: RunningBroker) -> Soak:
     """Run it, and return what was seen."""
     machine = this_machine()  # before anybody checks out something else
     record, samples = folder / "record", folder / "samples"
@@ -250,10 +250,10 @@ def main() -> int:
     given = parser.parse_args()
     # What it says of each connection that is cut would hide what is told here.
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
-    way = choose()
-    if not way.has_node:
-        parser.error(f"a soak pauses its broker, and {way.how} is not ours to hurt")
-    with tempfile.TemporaryDirectory() as folder, way.take(Path(folder, "broker")) as broker:
+    source = choose()
+    if not source.has_node:
+        parser.error(f"a soak pauses its broker, and {source.description} is not ours to hurt")
+    with tempfile.TemporaryDirectory() as folder, source.start(Path(folder, "broker")) as broker:
         seen = asyncio.run(soak(given.minutes, given.seed, Path(folder), broker))
     write(seen, given.docs)
     for verdict in seen.verdicts:

@@ -15,8 +15,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
 
-from tests.support.ports import LOCALHOST
-from tests.support.rabbitmq import Epmd, RabbitMQ
+from aio_pika_batch.testing.rabbitmq.node import Epmd, RabbitMQ
+from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

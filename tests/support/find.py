@@ -1,14 +1,13 @@
-"""Which broker do the integration tests run on?
+"""Finds or starts the RabbitMQ of the integration tests.
 
-The first of these that there is: one that is named or installed, a container, as for users' tests
-(`aio_pika_batch.testing.rabbitmq.find`); and a private node of the ``rabbitmq-server`` that this
+It uses the first of these: a broker that is named or installed, or a container, as for users' tests
+(`aio_pika_batch.testing.rabbitmq.find`); then a private node of the ``rabbitmq-server`` that this
 machine's package manager can install.
 
-On a build machine, where ``CI`` is set, the last two change places: nobody minds what is installed
-there, and only a node of our own can be hurt by the tests that are about that.
+If ``CI`` is set, the last two change places: a build machine may install packages, and only a
+private node can run the tests that kill or administer it.
 
-There is no "none": tests that are skipped because no broker was found look just like tests that
-passed.
+If there is no broker, the tests fail: skipped tests are easily taken for ones that passed.
 """
 
 from __future__ import annotations
@@ -18,26 +17,32 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.testing.rabbitmq import find as shipped
-from aio_pika_batch.testing.rabbitmq.find import SERVER, URL, Broker, NoBrokerError, Way
-from tests.support.packages import InstallError, brought, install_commands
+from aio_pika_batch.testing.rabbitmq.find import (
+    SERVER,
+    URL,
+    BrokerSource,
+    NoBrokerError,
+    RunningBroker,
+)
+from tests.support.packages import InstallError, install_and_find, install_commands
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["SERVER", "URL", "Broker", "NoBrokerError", "Way", "choose"]
+__all__ = ["SERVER", "URL", "BrokerSource", "NoBrokerError", "RunningBroker", "choose"]
 
 
-def choose() -> Way:
-    """Return the best way to a broker; raise ``NoBrokerError`` if there is none."""
-    if way := shipped.on_this_machine():
-        return way
-    last_resorts = [shipped.by_docker, _by_installing]
+def choose() -> BrokerSource:
+    """Return the first source of a broker that can be used; raise ``NoBrokerError`` without one."""
+    if source := shipped.local_source():
+        return source
+    last_resorts = [shipped.docker_source, _package_source]
     if os.environ.get("CI"):
         last_resorts.reverse()
     for resort in last_resorts:
-        if way := resort():
-            return way
+        if source := resort():
+            return source
     raise NoBrokerError(
         f"""There is no RabbitMQ to test on. Tried, in this order:
 {shipped.TRIED}
@@ -46,18 +51,20 @@ def choose() -> Way:
     )
 
 
-def _by_installing() -> Way | None:
+def _package_source() -> BrokerSource | None:
     commands = _install_commands()
     if commands is None:
         return None
     last = " ".join(commands[-1])
-    return Way(f"a private node, after `{last}`", True, lambda folder: _install(commands, folder))
+    return BrokerSource(
+        f"a private node, after `{last}`", True, lambda folder: _install(commands, folder)
+    )
 
 
 @contextmanager
-def _install(commands: list[list[str]], folder: Path) -> Iterator[Broker]:
+def _install(commands: list[list[str]], folder: Path) -> Iterator[RunningBroker]:
     try:
-        server = brought(commands, shipped.installed, "rabbitmq-server")
+        server = install_and_find(commands, shipped.installed, "rabbitmq-server")
     except InstallError as error:
         raise NoBrokerError(str(error)) from error
     with shipped.node(server, folder) as broker:

@@ -20,9 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.support.packages import InstallError, brought, install_commands
-from tests.support.ports import LOCALHOST, free_port
-from tests.support.tether import kill_group, spawn
+from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port, kill_group, spawn
+from tests.support.packages import InstallError, install_and_find, install_commands
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,12 +58,12 @@ def _installed_now() -> str:
   - {URL}: not set
   - a nats-server on PATH, or in {", ".join(_PLACES)}: none
   - a package manager: no brew, and no apt-get or dnf with the right to install
-Any of these will do:
+Do one of these:
   - install one:   apt-get install --no-install-recommends nats-server
   - name yours:    {URL}=nats://localhost:4222"""
         )
     try:
-        return brought(commands, _installed, "nats-server")
+        return install_and_find(commands, _installed, "nats-server")
     except InstallError as error:
         raise NoNatsError(str(error)) from error
 

@@ -48,7 +48,7 @@ def install_commands(package: str, *, brew: str, dnf: str | None = None) -> list
     return None
 
 
-def brought(commands: list[list[str]], look: Callable[[], T | None], what: str) -> T:
+def install_and_find(commands: list[list[str]], look: Callable[[], T | None], what: str) -> T:
     """Install, and return what *look* finds then; raise ``InstallError`` where that is nothing."""
     install(commands)
     found = look()

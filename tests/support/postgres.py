@@ -26,9 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.support.packages import InstallError, brought, install_commands
-from tests.support.ports import LOCALHOST, free_port
-from tests.support.tether import kill_group, spawn
+from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port, kill_group, spawn
+from tests.support.packages import InstallError, install_and_find, install_commands
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,12 +88,12 @@ def _installed_now() -> Path:
   - {URL}: not set
   - initdb on PATH, and in {", ".join(f"/{pattern}" for pattern in _PATTERNS)}: none
   - a package manager: no brew, and no apt-get or dnf with the right to install
-Any of these will do:
+Do one of these:
   - install one:   apt-get install --no-install-recommends postgresql
   - name yours:    {URL}=postgresql://postgres@localhost/postgres"""
         )
     try:
-        return brought(commands, installed, "initdb")
+        return install_and_find(commands, installed, "initdb")
     except InstallError as error:
         raise NoPostgresError(str(error)) from error
 

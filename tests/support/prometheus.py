@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tests.support.packages import InstallError, brought, install_commands
-from tests.support.ports import LOCALHOST, free_port
-from tests.support.tether import kill_group, spawn
+from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port, kill_group, spawn
+from tests.support.packages import InstallError, install_and_find, install_commands
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -52,7 +51,7 @@ def program(name: str) -> str:
             "  apt-get install --no-install-recommends prometheus"
         )
     try:
-        return brought(commands, lambda: shutil.which(name), name)
+        return install_and_find(commands, lambda: shutil.which(name), name)
     except InstallError as error:
         raise NoPrometheusError(str(error)) from error
 

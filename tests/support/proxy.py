@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
-from tests.support.ports import LOCALHOST, free_port
+from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
 
 Direction = Literal["to_broker", "to_client"]
 _BOTH: tuple[Direction, Direction] = ("to_broker", "to_client")

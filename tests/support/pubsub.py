@@ -24,8 +24,7 @@ from typing import Any
 import grpc
 from google.pubsub_v1 import types
 
-from tests.support.ports import LOCALHOST, free_port
-from tests.support.tether import kill_group, spawn
+from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port, kill_group, spawn
 
 _JARS = Path("/usr/lib/google-cloud-sdk/platform/pubsub-emulator/lib")
 _PATIENCE = 30.0

@@ -47,7 +47,7 @@ from aio_pika_batch.cli.app import app
 from aio_pika_batch.core.publication import Publication
 from aio_pika_batch.observers.prometheus import PrometheusObserver
 from aio_pika_batch.testing import BatchBroker, virtual_time
-from aio_pika_batch.testing.rabbitmq.find import Broker as Found
+from aio_pika_batch.testing.rabbitmq.find import RunningBroker
 from aio_pika_batch.testing.rabbitmq.fixture import BatchRabbitMQ
 from aio_pika_batch.transport import Endpoint, open_transport
 
@@ -181,7 +181,7 @@ def obey(block: Block, directive: str, named: dict[str, str]) -> None:
 FIXTURES: dict[str, Callable[[], object]] = {
     "batch_broker": BatchBroker,
     # Its calls go through the port, so that they reach the broker of these URLs, too.
-    "batch_rabbitmq": lambda: BatchRabbitMQ(Found(URL, "4.3")),
+    "batch_rabbitmq": lambda: BatchRabbitMQ(RunningBroker(URL, "4.3")),
 }
 """What a test on a page may ask for, as pytest would give it."""
 

@@ -17,9 +17,9 @@ import pytest
 from aio_pika_batch import errors
 from aio_pika_batch.cli import fleet
 from aio_pika_batch.testing import virtual_time
-from aio_pika_batch.testing.contract.broken import ClauseBroken
+from aio_pika_batch.testing.contract.checks import ClauseBroken
 from aio_pika_batch.testing.rabbitmq.find import NoBrokerError
-from aio_pika_batch.testing.stories.judging import StoryBroken
+from aio_pika_batch.testing.stories.invariants import StoryBroken
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -24,8 +24,12 @@ __all__ = [
 if TYPE_CHECKING:
     from aio_pika_batch.testing.broker import BatchBroker
     from aio_pika_batch.testing.messages import make_message
-    from aio_pika_batch.testing.outcome import BatchOutcome, DeadLetter, RequeuedMessage
-    from aio_pika_batch.testing.rehearsal import process
+    from aio_pika_batch.testing.processing import (
+        BatchOutcome,
+        DeadLetter,
+        RequeuedMessage,
+        process,
+    )
 else:
-    _ROOMS = ("messages", "outcome", "broker", "rehearsal")
+    _ROOMS = ("messages", "broker", "processing")
     __getattr__, __dir__ = lazy_exports(__name__, __all__, _ROOMS)

@@ -60,108 +60,118 @@ RAISED = {
 
 WRONG = {
     # what is handed out
-    broken.HandsOutTwice: "every message is handed out once",
-    broken.SwapsBodies: "messages are handed out in the order of their queue",
-    broken.ReordersChunks: "chunks hold messages, in the rising order of their tags",
-    broken.HandsOutNothing: "chunks hold messages, in the rising order of their tags",
-    broken.ForgetsWhereFrom: "a message says where it was found, and that it is new",
-    broken.LosesEmptyBodies: "a body of any size arrives as it was, also an empty one",
-    broken.NoticesNothingLater: "what comes later wakes who waits",
-    broken.OneMore: "prefetch is what is handed out at most",
-    broken.CountsNoFurther: "a prefetch of 0 is no limit",
-    broken.LosesWhatIsReadWhenCancelled: "a receive that is cancelled loses nothing",
-    broken.IsAGenerator: "a receive that is cancelled loses nothing",
+    broken.HandsOutTwice: "every message is delivered once",
+    broken.SwapsBodies: "messages are delivered in the order of their queue",
+    broken.ReordersChunks: "chunks are never empty, and their delivery tags increase",
+    broken.HandsOutNothing: "chunks are never empty, and their delivery tags increase",
+    broken.ForgetsWhereFrom: (
+        "a new message has its queue and consumer tag, and is not marked as redelivered"
+    ),
+    broken.LosesEmptyBodies: "a body of any size arrives unchanged, even an empty one",
+    broken.NoticesNothingLater: "a message that comes later wakes a waiting receive",
+    broken.OneMore: "a session has at most prefetch unsettled messages",
+    broken.CountsNoFurther: "a prefetch of 0 means no limit",
+    broken.LosesWhatIsReadWhenCancelled: "cancelling a receive loses no message",
+    broken.IsAGenerator: "cancelling a receive loses no message",
     broken.NativeAgainAndAgain: "native objects are opened once",
-    broken.PumpsTheFirstOfEach: "pumping hands over what iterating would, and ends after cancel",
-    broken.PumpsForEver: "pumping hands over what iterating would, and ends after cancel",
-    broken.PumpsOn: "what a sink raises is raised where it pumps, and the sink is left alone",
-    broken.Pumps: "what a session offers beside is what is claimed",
+    broken.PumpsTheFirstOfEach: (
+        "pumping delivers the same messages as iterating, and ends after cancel"
+    ),
+    broken.PumpsForEver: "pumping delivers the same messages as iterating, and ends after cancel",
+    broken.PumpsOn: "pump raises what its sink raises, and does not call the sink again",
+    broken.Pumps: "a session pumps and has native objects exactly as the features claim",
     # how it ends
-    broken.NeverCancels: "after cancel nothing new is delivered",
-    broken.StopsReadingAtCancel: (
-        "what has arrived and was not handed out when cancel is called still is"
-    ),
+    broken.NeverCancels: "after cancel, no new message is delivered",
+    broken.StopsReadingAtCancel: ("messages that arrived before cancel are still received"),
     broken.LosesTheRestAtCancel: (
-        "after cancel what was delivered before is handed out, and then iteration ends"
+        "after cancel, iteration yields what was delivered before, and then ends"
     ),
-    broken.CancelsOnce: "cancel may be called again, and by several at once",
-    broken.CancelWakesNobody: "cancel ends the wait of who receives",
-    broken.AcksOnLeaving: "what is unsettled on leaving goes back to the queue",
-    broken.AcksWhatItNeverHandedOut: "what was never handed out goes back, too",
+    broken.CancelsOnce: "cancel may be called again, and concurrently",
+    broken.CancelWakesNobody: "cancel ends a waiting receive",
+    broken.AcksOnLeaving: "unsettled messages go back to the queue when the session closes",
+    broken.AcksWhatItNeverHandedOut: "prefetched messages that were never received go back, too",
     broken.SwallowsExceptions: (
-        "an exception leaves the context as it is, and what is unsettled goes back"
+        "an exception passes through the session unchanged, and unsettled messages go back"
     ),
-    broken.IsSilentAfterItsEnd: "a session that was left raises SessionClosed, and settles nothing",
-    broken.EndsQuietlyWhenLeft: "whoever waits for messages when a session is left is told",
-    broken.LeavesWaitersAlone: "whoever waits for messages when a session is left is told",
+    broken.IsSilentAfterItsEnd: "a closed session raises SessionClosed, and settles nothing",
+    broken.EndsQuietlyWhenLeft: (
+        "a receive that waits while the session closes raises SessionClosed"
+    ),
+    broken.LeavesWaitersAlone: "a receive that waits while the session closes raises SessionClosed",
     # settling
-    broken.LosesAnAck: "an acked message stays gone after the session",
-    broken.AcksAllBefore: "an ack settles its own tags, and none before them",
-    broken.SettlesUpToAHundred: "hundreds of acks that cannot be joined are not lost at the end",
-    broken.RejectsByRequeue: "a rejected message leaves its queue",
-    broken.RejectsByAck: "a rejected message is dead-lettered, and an acked one is not",
-    broken.ReturnsByReject: "what is requeued or returned is handed out again",
-    broken.ForgetsThatItWasDelivered: "what is handed out again says so",
-    broken.GivesBackAtTheEnd: (
-        "what is given back keeps its place before what was never handed out"
+    broken.LosesAnAck: "an acked message does not come back after the session",
+    broken.AcksAllBefore: "an ack settles its own tags only, and no earlier ones",
+    broken.SettlesUpToAHundred: (
+        "hundreds of acks that cannot be combined are not lost when the session closes"
     ),
-    broken.RequeuesByReturn: "what is requeued counts its deliveries",
-    broken.ReturnsByRequeue: "what is returned does not count as delivered",
-    broken.SettlesAllAsTheFirst: "each message is settled as it was said, whatever its neighbours",
-    broken.SettlesNothingAfterCancel: "settling goes on after cancel",
-    broken.FailsOnNothing: "to settle nothing is allowed",
+    broken.RejectsByRequeue: "a rejected message is removed from its queue",
+    broken.RejectsByAck: "a rejected message is dead-lettered, and an acked one is not",
+    broken.ReturnsByReject: "requeued and returned messages are delivered again",
+    broken.ForgetsThatItWasDelivered: "a message that is delivered again is marked as redelivered",
+    broken.GivesBackAtTheEnd: (
+        "requeued and returned messages are delivered again before new ones"
+    ),
+    broken.RequeuesByReturn: "a requeued message counts its deliveries",
+    broken.ReturnsByRequeue: "a returned message does not count as delivered",
+    broken.SettlesAllAsTheFirst: "each message of a mixed call is settled with its own disposition",
+    broken.SettlesNothingAfterCancel: "messages can be settled after cancel",
+    broken.FailsOnNothing: "settling nothing is allowed",
     broken.SettlesTwiceSilently: (
-        "a tag that is settled already is refused, with all that stands beside it"
+        "a tag that is already settled is refused, together with the rest of the call"
     ),
     broken.SettlesHalfOfWhatItRefuses: (
-        "a tag that stands twice in one call is refused, and nothing is sent"
+        "a tag that occurs twice in one call is refused, and nothing is sent"
     ),
     broken.TakesTagZero: "a tag that was never delivered is refused, and nothing is sent",
     broken.AsksNobodyWhoseTagItIs: "a tag of another session is refused",
-    broken.EndsWhenItRefuses: "a session goes on after it has refused a settlement",
+    broken.EndsWhenItRefuses: "a session still works after it has refused a settlement",
     # losses
-    broken.HidesItsLoss: "a cut connection raises SessionLost: in receive, in settle and in cancel",
+    broken.HidesItsLoss: "a cut connection raises SessionLost from receive, settle and cancel",
     broken.SettlesIntoTheVoid: (
-        "what a lost session had comes again, and only the next one can settle it"
+        "messages of a lost session are delivered again, and only the next session can settle them"
     ),
-    broken.NeverHearsOfItsEnd: "the end of a subscription is a loss, too",
-    broken.IsAlwaysOpen: "a publisher that was lost is not open, and stays so",
-    broken.ConfirmsItself: "publications in flight on a lost connection are UNKNOWN",
-    broken.SpeaksAsItsClient: "a broker that is not there is told by BrokerUnavailable",
-    broken.MeetsNobodyForNothing: "a broker that is not there is told by BrokerUnavailable",
-    broken.OpensSessionsAnyway: "a broker that is not there is told by BrokerUnavailable",
-    broken.OpensPublishersAnyway: "a broker that is not there is told by BrokerUnavailable",
+    broken.NeverHearsOfItsEnd: "a subscription that the broker ends raises SessionLost",
+    broken.IsAlwaysOpen: "a publisher that has lost its connection is closed, and stays closed",
+    broken.ConfirmsItself: "the outcome of publications in flight on a lost connection is UNKNOWN",
+    broken.SpeaksAsItsClient: "an unreachable broker raises BrokerUnavailable",
+    broken.MeetsNobodyForNothing: "an unreachable broker raises BrokerUnavailable",
+    broken.OpensSessionsAnyway: "an unreachable broker raises BrokerUnavailable",
+    broken.OpensPublishersAnyway: "an unreachable broker raises BrokerUnavailable",
     # publishing
-    broken.PublishesTwice: "what is CONFIRMED is in the queue, each once",
-    broken.LosesTheLast: "what is CONFIRMED is in the queue, each once",
-    broken.PublishesBackwards: "publications arrive in their order",
-    broken.TurnsOutcomesRound: "a mandatory publication that no queue takes is RETURNED",
-    broken.HidesRefusals: "what a full queue does not take is REFUSED",
-    broken.RaisesWhatIsUnknown: "what goes to an exchange that is not there is REFUSED",
-    broken.NeedsSomething: "to publish nothing is allowed",
-    broken.MixesCalls: "calls at the same time get the outcomes of their own",
-    broken.ClosesWhenCancelled: "a publish that is cancelled confuses nobody",
-    broken.PublishesAfterItsEnd: "a publisher that was left raises SessionClosed",
-    broken.InventsAPriority: "properties arrive as they were, and what is absent stays absent",
+    broken.PublishesTwice: "a CONFIRMED publication is in the queue, once",
+    broken.LosesTheLast: "a CONFIRMED publication is in the queue, once",
+    broken.PublishesBackwards: "publications arrive in order",
+    broken.TurnsOutcomesRound: "a mandatory publication that no queue is bound for is RETURNED",
+    broken.HidesRefusals: "a publication that a full queue does not take is REFUSED",
+    broken.RaisesWhatIsUnknown: "a publication to a missing exchange is REFUSED",
+    broken.NeedsSomething: "publishing nothing is allowed",
+    broken.MixesCalls: "concurrent calls of publish get their own outcomes",
+    broken.ClosesWhenCancelled: "cancelling a publish does not change later outcomes",
+    broken.PublishesAfterItsEnd: "a closed publisher raises SessionClosed",
+    broken.InventsAPriority: "properties arrive unchanged, and absent ones stay absent",
     broken.DropsNothing: (
-        "a copy has its original's body and properties, without `drop` and with `add`"
+        "a copy has the original's body and headers, without `drop` and with `add`"
     ),
     broken.AddsNothing: "a copy of a copy counts retries",
-    broken.CopiesWithoutProperties: "a copy keeps all properties, also of a message from elsewhere",
-    broken.NeverExpires: "a copy keeps its expiration, leaves it out, or has another",
-    broken.ReturnsNoCopy: "a copy that no queue takes is RETURNED",
-    broken.TakesOnAnyName: "a copy does not carry another user's name",
+    broken.CopiesWithoutProperties: (
+        "a copy keeps all properties, even of a message from another transport"
+    ),
+    broken.NeverExpires: "a copy keeps, drops or replaces its expiration",
+    broken.ReturnsNoCopy: "a copy that no queue is bound for is RETURNED",
+    broken.TakesOnAnyName: "a copy does not carry another user's user_id",
     # declaring
-    broken.DeclaresSomethingOnly: "to declare nothing is allowed",
-    broken.DeclaresNothing: "a declared queue is there, and to declare it again changes nothing",
-    broken.CreatesWhatItChecks: "check_only creates nothing, and is content with what is there",
-    broken.ComparesAlways: "what exists is taken as it is, where that is asked for",
-    broken.ComparesNever: "what exists otherwise than declared is a TopologyError",
-    broken.CreatesWhatItConsumes: "a queue that is not there cannot be consumed: TopologyError",
-    broken.NeverAlone: "a queue that is consumed alone has no second session",
-    broken.KeepsOwnQueues: "a queue of a session's own lives and dies with it",
-    broken.CountsOneMore: "what is ready in a queue is counted, where there is such a queue",
-    broken.ForgetsItsBroker: "the broker's version is known once something was declared",
+    broken.DeclaresSomethingOnly: "declaring nothing is allowed",
+    broken.DeclaresNothing: "a declared queue exists, and declaring it again changes nothing",
+    broken.CreatesWhatItChecks: "check_only creates nothing, and accepts an existing queue",
+    broken.ComparesAlways: "existing_first accepts an existing queue as it is",
+    broken.ComparesNever: "declaring an existing queue with other arguments raises TopologyError",
+    broken.CreatesWhatItConsumes: "consuming from a missing queue raises TopologyError",
+    broken.NeverAlone: "an exclusive consumer's queue refuses a second session",
+    broken.KeepsOwnQueues: "an exclusive queue is deleted when its session closes",
+    broken.CountsOneMore: (
+        "count counts ready messages, and raises TopologyError for a missing queue"
+    ),
+    broken.ForgetsItsBroker: "the broker's version is known after a declaration",
 }
 
 
@@ -217,20 +227,20 @@ async def test_what_is_claimed_must_be_there():
     (await contract_of(broken.Bare, **nothing).run(at_once=100)).raise_if_broken()
     report = await contract_of(broken.Bare, **dict.fromkeys(offers, True)).run(at_once=100)
     assert {str(finding.clause): finding.why for finding in report.broken} == {
-        "what a session offers beside is what is claimed": (
+        "a session pumps and has native objects exactly as the features claim": (
             "whether it can pump: expected True, found False"
         ),
-        "pumping hands over what iterating would, and ends after cancel": (
+        "pumping delivers the same messages as iterating, and ends after cancel": (
             "the session has no method pump"
         ),
-        "what a sink raises is raised where it pumps, and the sink is left alone": (
+        "pump raises what its sink raises, and does not call the sink again": (
             "the session has no method pump"
         ),
         "native objects are opened once": "the session has no method native",
-        "the broker's version is known once something was declared": (
+        "the broker's version is known after a declaration": (
             "the transport has no broker_version"
         ),
-        "what is ready in a queue is counted, where there is such a queue": (
+        "count counts ready messages, and raises TopologyError for a missing queue": (
             "the transport has no method count"
         ),
     }
@@ -242,13 +252,13 @@ async def test_a_report_tells_what_was_found():
     assert tuple(finding.clause for finding in report.findings) == CLAUSES
     assert len(CLAUSES) == sum(map(len, (report.kept, report.broken, report.not_applicable)))
     lines = str(report).splitlines()
-    assert "kept: every message is handed out once" in lines
+    assert "kept: every message is delivered once" in lines
     assert (
-        "broken: what is CONFIRMED is in the queue, each once"
+        "broken: a CONFIRMED publication is in the queue, once"
         " (messages that wait in 'q': expected 100, found 101)"
     ) in lines
     assert (
-        "not applicable: a queue that is consumed alone has no second session"
+        "not applicable: an exclusive consumer's queue refuses a second session"
         " (needs exclusive_consumers)"
     ) in lines
     with pytest.raises(ClauseBroken, match=r"clauses are broken:\n  broken: a publisher"):
@@ -258,8 +268,8 @@ async def test_a_report_tells_what_was_found():
 async def test_what_hangs_is_broken(virtual_loop):
     """After ten times the patience; and nothing hangs for ever."""
     contract = contract_of(broken.as_transport(broken.NeverConfirms))
-    clause = next(each for each in CLAUSES if str(each) == "to publish nothing is allowed")
-    with pytest.raises(ClauseBroken, match="not done within 10 s"):
+    clause = next(each for each in CLAUSES if str(each) == "publishing nothing is allowed")
+    with pytest.raises(ClauseBroken, match="did not finish within 10 s"):
         await contract.check(clause)
     assert 10 == virtual_loop.time()
 

@@ -29,7 +29,7 @@ from aio_pika_batch.testing.stories import (
     play_in_memory,
 )
 from aio_pika_batch.testing.stories import story as words
-from aio_pika_batch.testing.stories.judging import (
+from aio_pika_batch.testing.stories.invariants import (
     all_comes_to_its_end,
     attempts_are_bounded,
     batches_are_within_their_size,
@@ -45,7 +45,7 @@ from aio_pika_batch.testing.stories.judging import (
     nothing_left_was_handled,
     order_is_kept,
 )
-from aio_pika_batch.testing.stories.watching import WatchedTransport
+from aio_pika_batch.testing.stories.recording import RecordingTransport
 from aio_pika_batch.testing.strategies import stories
 from aio_pika_batch.transport import PumpingSession, Subscription
 from tests.unit.shell.doubles import ScriptedTransport
@@ -274,7 +274,7 @@ async def script():
 @pytest.fixture
 async def watch(script):
     """The same, watched."""
-    return WatchedTransport(script)
+    return RecordingTransport(script)
 
 
 def subscription(prefetch=0):
@@ -338,7 +338,7 @@ async def test_a_watched_transport_offers_what_it_has(script, watch, monkeypatch
 
     monkeypatch.setattr(MemorySession, "pump", pump, raising=False)
     broker = BatchBroker("4.0")
-    watch = WatchedTransport(broker.transport)
+    watch = RecordingTransport(broker.transport)
     await watch.declare(Topology(queues=(Queue("jobs"),)))
     assert (4, 0) == watch.broker_version[:2]
     broker.publish(b"a", routing_key="jobs")

@@ -1,14 +1,18 @@
-"""Does a transport keep the port's word? The contract that ours have to pass, to be used on yours.
+"""A contract that every transport must keep. Check yours with it, as the library's own are.
 
-No test framework is needed, and any will do. `docs/writing-a-transport.md` shows how to use it.
+It needs no test framework, and works with any. `docs/writing-a-transport.md` shows how to use it.
 """
 
-from aio_pika_batch.testing.contract.broken import ClauseBroken
+from aio_pika_batch.testing.contract.checks import ClauseBroken
 from aio_pika_batch.testing.contract.clause import Clause
-from aio_pika_batch.testing.contract.features import Features
-from aio_pika_batch.testing.contract.harness import Harness
-from aio_pika_batch.testing.contract.report import Finding, Report, Verdict
-from aio_pika_batch.testing.contract.runner import CLAUSES, TransportContract
+from aio_pika_batch.testing.contract.harness import Features, Harness
+from aio_pika_batch.testing.contract.runner import (
+    CLAUSES,
+    Finding,
+    Report,
+    TransportContract,
+    Verdict,
+)
 
 __all__ = [
     "CLAUSES",

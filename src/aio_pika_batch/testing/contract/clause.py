@@ -1,4 +1,4 @@
-"""What is a clause? A sentence about every transport, and the check that finds out."""
+"""A clause of the contract: a sentence about every transport, and the check that verifies it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from aio_pika_batch.testing.contract.features import Features
-from aio_pika_batch.testing.contract.stage import Stage
+from aio_pika_batch.testing.contract.checks import CheckContext
+from aio_pika_batch.testing.contract.harness import Features
 
-Check: TypeAlias = Callable[[Stage], Awaitable[None]]
+Check: TypeAlias = Callable[[CheckContext], Awaitable[None]]
 
 
+# Clauses are data rather than methods of a test class: any framework, or none, can go through them,
+# the sentences serve as test names, and a report can say what was not applicable, and why.
 @dataclass(frozen=True, slots=True)
 class Clause:
-    """One thing that a transport owes.
+    """One thing that a transport must do.
 
     Attributes:
-        sentence: What it owes.
-        needs: The features without which it owes nothing; all of them are needed.
-        check: Raises ClauseBroken, or whatever the transport raised, if it does not keep it.
+        sentence: What it must do.
+        needs: The features that it needs, all of them; without them the clause does not apply.
+        check: Raises ClauseBroken, or the transport's own error, if the clause is broken.
     """
 
     sentence: str
@@ -30,21 +32,21 @@ class Clause:
         return self.sentence
 
     def missing(self, features: Features) -> list[str]:
-        """Which of the features that it needs are not claimed."""
+        """Return the needed features that are not claimed."""
         return [need for need in self.needs if not getattr(features, need)]
 
 
-class Chapter:
-    """Clauses that belong together, in the order in which they are written."""
+class ClauseGroup:
+    """Clauses about one topic, in the order in which they are written."""
 
     def __init__(self) -> None:
         self.clauses: list[Clause] = []
 
     def clause(self, sentence: str, *needs: str) -> Callable[[Check], Check]:
-        """Enter the decorated function as the check of a clause."""
+        """Add the decorated function as the check of a clause."""
 
-        def enter(check: Check) -> Check:
+        def add(check: Check) -> Check:
             self.clauses.append(Clause(sentence, needs, check))
             return check
 
-        return enter
+        return add

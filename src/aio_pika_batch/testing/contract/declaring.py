@@ -1,4 +1,4 @@
-"""Is what is declared there, and is what is not there told?"""
+"""Clauses about declared, existing and missing queues."""
 
 from __future__ import annotations
 
@@ -7,95 +7,98 @@ from typing import Any
 from aio_pika_batch.core.settlement import Disposition
 from aio_pika_batch.core.topology import Queue, Topology
 from aio_pika_batch.errors import TopologyError
-from aio_pika_batch.testing.contract.broken import ClauseBroken, refused, same
-from aio_pika_batch.testing.contract.clause import Chapter
-from aio_pika_batch.testing.contract.stage import Stage
+from aio_pika_batch.testing.contract.checks import CheckContext, ClauseBroken, expect, expect_error
+from aio_pika_batch.testing.contract.clause import ClauseGroup
 from aio_pika_batch.transport import CountingTransport, VersionedTransport
 
-CHAPTER = Chapter()
+GROUP = ClauseGroup()
 
 
-def _fresh(stage: Stage, **how: Any) -> Topology:  # noqa: ANN401  -- Queue's own
-    return Topology(queues=(Queue(stage.harness.fresh, **how),))
+def _topology(ctx: CheckContext, **more: Any) -> Topology:  # noqa: ANN401  -- Queue's own
+    return Topology(queues=(Queue(ctx.harness.fresh, **more),))
 
 
-@CHAPTER.clause("to declare nothing is allowed")
-async def _nothing(stage: Stage) -> None:
-    await stage.transport.declare(Topology())
+@GROUP.clause("declaring nothing is allowed")
+async def _nothing(ctx: CheckContext) -> None:
+    await ctx.transport.declare(Topology())
 
 
-@CHAPTER.clause("a declared queue is there, and to declare it again changes nothing", "declares")
-async def _declared(stage: Stage) -> None:
+@GROUP.clause("a declared queue exists, and declaring it again changes nothing", "declares")
+async def _declared(ctx: CheckContext) -> None:
     for _ in range(2):
-        await stage.transport.declare(_fresh(stage))
-        same(0, await stage.harness.count(stage.harness.fresh), "messages in the new queue")
+        await ctx.transport.declare(_topology(ctx))
+        expect(0, await ctx.harness.count(ctx.harness.fresh), "messages in the new queue")
 
 
-@CHAPTER.clause("check_only creates nothing, and is content with what is there", "declares")
-async def _check_only(stage: Stage) -> None:
-    with refused(TopologyError, "checking for a queue that is not there"):
-        await stage.transport.declare(_fresh(stage, check_only=True))
-    same(None, await stage.harness.count(stage.harness.fresh), "messages in a queue that is not")
-    await stage.transport.declare(stage.existing)
+@GROUP.clause("check_only creates nothing, and accepts an existing queue", "declares")
+async def _check_only(ctx: CheckContext) -> None:
+    with expect_error(TopologyError, "checking for a missing queue"):
+        await ctx.transport.declare(_topology(ctx, check_only=True))
+    expect(None, await ctx.harness.count(ctx.harness.fresh), "messages in the checked queue")
+    await ctx.transport.declare(ctx.existing)
 
 
-@CHAPTER.clause("what exists is taken as it is, where that is asked for", "declares", "compares")
-async def _existing_first(stage: Stage) -> None:
-    await stage.transport.declare(_fresh(stage, arguments={"x-max-length": 5}))
-    await stage.transport.declare(_fresh(stage, existing_first=True))
+@GROUP.clause("existing_first accepts an existing queue as it is", "declares", "compares")
+async def _existing_first(ctx: CheckContext) -> None:
+    await ctx.transport.declare(_topology(ctx, arguments={"x-max-length": 5}))
+    await ctx.transport.declare(_topology(ctx, existing_first=True))
 
 
-@CHAPTER.clause("what exists otherwise than declared is a TopologyError", "declares", "compares")
-async def _otherwise(stage: Stage) -> None:
-    await stage.transport.declare(_fresh(stage))
-    with refused(TopologyError, "declaring a queue with other arguments"):
-        await stage.transport.declare(_fresh(stage, arguments={"x-max-length": 5}))
+@GROUP.clause(
+    "declaring an existing queue with other arguments raises TopologyError", "declares", "compares"
+)
+async def _different_arguments(ctx: CheckContext) -> None:
+    await ctx.transport.declare(_topology(ctx))
+    with expect_error(TopologyError, "declaring a queue with other arguments"):
+        await ctx.transport.declare(_topology(ctx, arguments={"x-max-length": 5}))
 
 
-@CHAPTER.clause("a queue that is not there cannot be consumed: TopologyError")
-async def _not_there(stage: Stage) -> None:
-    with refused(TopologyError, "consuming from a queue that is not there"):
-        async with stage.transport.session(stage.subscription(queue=stage.harness.fresh)):
+@GROUP.clause("consuming from a missing queue raises TopologyError")
+async def _missing(ctx: CheckContext) -> None:
+    with expect_error(TopologyError, "consuming from a missing queue"):
+        async with ctx.transport.session(ctx.subscription(queue=ctx.harness.fresh)):
             pass
 
 
-@CHAPTER.clause("a queue that is consumed alone has no second session", "exclusive_consumers")
-async def _alone(stage: Stage) -> None:
-    async with stage.transport.session(stage.subscription(exclusive=True)):
-        with refused(TopologyError, "consuming beside an exclusive consumer"):
-            async with stage.transport.session(stage.subscription()):
+@GROUP.clause("an exclusive consumer's queue refuses a second session", "exclusive_consumers")
+async def _exclusive_consumer(ctx: CheckContext) -> None:
+    async with ctx.transport.session(ctx.subscription(exclusive=True)):
+        with expect_error(TopologyError, "consuming beside an exclusive consumer"):
+            async with ctx.transport.session(ctx.subscription()):
                 pass
 
 
-@CHAPTER.clause("a queue of a session's own lives and dies with it", "exclusive_queues")
-async def _own(stage: Stage) -> None:
-    fresh = stage.harness.fresh
-    own = _fresh(stage, exclusive=True)
+@GROUP.clause("an exclusive queue is deleted when its session closes", "exclusive_queues")
+async def _exclusive_queue(ctx: CheckContext) -> None:
+    fresh = ctx.harness.fresh
+    own = _topology(ctx, exclusive=True)
     for _ in range(2):
-        async with stage.consuming(queue=fresh, own=own) as consuming:
-            await consuming.settle(Disposition.ACK, [])
-            with refused(TopologyError, "consuming another session's own queue"):
-                async with stage.transport.session(stage.subscription(queue=fresh)):
+        async with ctx.read(queue=fresh, own=own) as reader:
+            await reader.settle(Disposition.ACK, [])
+            with expect_error(TopologyError, "consuming another session's own queue"):
+                async with ctx.transport.session(ctx.subscription(queue=fresh)):
                     pass
-        await stage.waiting(None, fresh)
+        await ctx.expect_count(None, fresh)
 
 
-@CHAPTER.clause("the broker's version is known once something was declared", "tells_version")
-async def _version(stage: Stage) -> None:
-    transport = stage.transport
+@GROUP.clause("the broker's version is known after a declaration", "tells_version")
+async def _version(ctx: CheckContext) -> None:
+    transport = ctx.transport
     if not isinstance(transport, VersionedTransport):
         raise ClauseBroken("the transport has no broker_version")
-    await transport.declare(stage.existing)
-    same(True, bool(transport.broker_version), "whether there is a version")
+    await transport.declare(ctx.existing)
+    expect(True, bool(transport.broker_version), "whether there is a version")
 
 
-@CHAPTER.clause("what is ready in a queue is counted, where there is such a queue", "counts_ready")
-async def _count(stage: Stage) -> None:
-    transport = stage.transport
+@GROUP.clause(
+    "count counts ready messages, and raises TopologyError for a missing queue", "counts_ready"
+)
+async def _count(ctx: CheckContext) -> None:
+    transport = ctx.transport
     if not isinstance(transport, CountingTransport):
         raise ClauseBroken("the transport has no method count")
-    with refused(TopologyError, "counting in a queue that is not there"):
-        await transport.count(stage.harness.fresh)
-    await stage.put(3)
-    await stage.waiting(3)
-    same(3, await transport.count(stage.queue), "messages that are counted")
+    with expect_error(TopologyError, "counting in a missing queue"):
+        await transport.count(ctx.harness.fresh)
+    await ctx.put(3)
+    await ctx.expect_count(3)
+    expect(3, await transport.count(ctx.queue), "the count of messages")

@@ -1,4 +1,4 @@
-"""What becomes of a publication, and what arrives of it?"""
+"""Clauses about the outcomes of publications, and about what arrives."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from datetime import UTC, datetime
 from aio_pika_batch.core.message import DecodedSource, Message, Properties
 from aio_pika_batch.core.publication import Copy, Outcome, Publication
 from aio_pika_batch.errors import SessionClosed
-from aio_pika_batch.testing.contract.broken import refused, same
-from aio_pika_batch.testing.contract.clause import Chapter
-from aio_pika_batch.testing.contract.stage import Stage
+from aio_pika_batch.testing.contract.checks import CheckContext, expect, expect_error
+from aio_pika_batch.testing.contract.clause import ClauseGroup
 
-CHAPTER = Chapter()
+GROUP = ClauseGroup()
 
 
 def _all_properties() -> Properties:
-    """All that a publisher may set. Made anew each time, since a transport might change it."""
+    """Return all properties a publisher may set; a new object, since a transport may change it."""
     return Properties(
         content_type="application/json",
         content_encoding="identity",
@@ -35,19 +34,18 @@ def _all_properties() -> Properties:
     )
 
 
-_FOREIGNER = "somebody-else"
-
+_OTHER_USER = "other-user"
 
 _ELSEWHERE = DecodedSource("elsewhere", "elsewhere", "x-retry-count", time.time)
-"""Where a message came from that was not delivered here, and came decoded."""
+"""The source of a message that another transport delivered, with decoded properties."""
 
 
 def _original(properties: Properties, body: bytes = b"original") -> Message:
     return Message(_ELSEWHERE, 1, False, body, ("", "elsewhere"), properties)
 
 
-def _everything(message: Message) -> Properties:
-    """Its properties, without what brokers count in headers of their own on delivery."""
+def _sent_properties(message: Message) -> Properties:
+    """Return a message's properties without the headers in which brokers count deliveries."""
     properties = message.properties
     if properties.headers is None:
         return properties
@@ -59,65 +57,67 @@ def _everything(message: Message) -> Properties:
     return replace(properties, headers=headers or None)
 
 
-async def _arrivals(stage: Stage, *publications: Publication | Copy) -> list[Message]:
-    """Publish, and see what comes of it: sorted by body, since not every queue keeps an order."""
+async def _roundtrip(ctx: CheckContext, *publications: Publication | Copy) -> list[Message]:
+    """Publish and receive; sorted by body, since not every queue keeps the order."""
     expected = [Outcome.CONFIRMED] * len(publications)
-    same(expected, await stage.publish(*publications), "the outcomes")
-    async with stage.consuming() as consuming:
-        messages = await consuming.take(len(publications))
+    expect(expected, await ctx.publish(*publications), "the outcomes")
+    async with ctx.read() as reader:
+        messages = await reader.take(len(publications))
     return sorted(messages, key=lambda message: message.body)
 
 
 # --- outcomes -----------------------------------------------------------------------
 
 
-@CHAPTER.clause("what is CONFIRMED is in the queue, each once")
-async def _confirmed(stage: Stage) -> None:
+@GROUP.clause("a CONFIRMED publication is in the queue, once")
+async def _confirmed(ctx: CheckContext) -> None:
     bodies = [b"%d" % number for number in range(100)]
-    outcomes = await stage.publish(*(Publication(body, routing_key=stage.queue) for body in bodies))
-    same([Outcome.CONFIRMED] * 100, outcomes, "the outcomes")
-    await stage.holds(bodies)
+    outcomes = await ctx.publish(*(Publication(body, routing_key=ctx.queue) for body in bodies))
+    expect([Outcome.CONFIRMED] * 100, outcomes, "the outcomes")
+    await ctx.expect_messages(bodies)
 
 
-@CHAPTER.clause("publications arrive in their order", "keeps_order")
-async def _published_in_order(stage: Stage) -> None:
+@GROUP.clause("publications arrive in order", "keeps_order")
+async def _published_in_order(ctx: CheckContext) -> None:
     bodies = [b"%d" % number for number in range(50)]
-    await stage.publish(*(Publication(body, routing_key=stage.queue) for body in bodies))
-    await stage.waiting(50)
-    same(bodies, await stage.harness.take(stage.queue), "what was in the queue")
+    await ctx.publish(*(Publication(body, routing_key=ctx.queue) for body in bodies))
+    await ctx.expect_count(50)
+    expect(bodies, await ctx.harness.take(ctx.queue), "what was in the queue")
 
 
-@CHAPTER.clause("a mandatory publication that no queue takes is RETURNED", "returns_unroutable")
-async def _returned(stage: Stage) -> None:
-    there, nowhere = stage.queue, stage.harness.fresh
-    async with stage.transport.publisher() as publisher:
-        # They share a message id: who tells returns apart by that would mistake one for another.
+@GROUP.clause(
+    "a mandatory publication that no queue is bound for is RETURNED", "returns_unroutable"
+)
+async def _returned(ctx: CheckContext) -> None:
+    queue, missing = ctx.queue, ctx.harness.fresh
+    async with ctx.transport.publisher() as publisher:
+        # They share a message id: a transport that matches returns by it mistakes one for another.
         publications = [
             Publication(b"%d" % at, routing_key=key, mandatory=mandatory, message_id="same")
             for at, (key, mandatory) in enumerate(
-                [(there, True), (nowhere, True), (nowhere, False), (there, True), (nowhere, True)]
+                [(queue, True), (missing, True), (missing, False), (queue, True), (missing, True)]
             )
         ]
         expected = ["CONFIRMED", "RETURNED", "CONFIRMED", "CONFIRMED", "RETURNED"]
         outcomes = await publisher.publish(publications)
-        same(expected, [outcome.name for outcome in outcomes], "the outcomes")
-        same(True, publisher.is_open, "is_open")
-    await stage.holds([b"0", b"3"])
+        expect(expected, [outcome.name for outcome in outcomes], "the outcomes")
+        expect(True, publisher.is_open, "is_open")
+    await ctx.expect_messages([b"0", b"3"])
 
 
-@CHAPTER.clause("what a full queue does not take is REFUSED", "refuses_when_full")
-async def _refused(stage: Stage) -> None:
-    full = stage.harness.full
+@GROUP.clause("a publication that a full queue does not take is REFUSED", "refuses_when_full")
+async def _refused(ctx: CheckContext) -> None:
+    full = ctx.harness.full
     confirmed: list[bytes] = []
     refusals = 0
-    async with stage.transport.publisher() as publisher:
-        # A queue may notice late that it is full, so it is given some again and again.
+    async with ctx.transport.publisher() as publisher:
+        # A queue may notice late that it is full, so publish in several rounds.
         for first in range(0, 400, 20):
             bodies = [b"%d" % number for number in range(first, first + 20)]
             outcomes = await publisher.publish(
                 [Publication(body, routing_key=full) for body in bodies]
             )
-            same(set(), set(outcomes) - {Outcome.CONFIRMED, Outcome.REFUSED}, "other outcomes")
+            expect(set(), set(outcomes) - {Outcome.CONFIRMED, Outcome.REFUSED}, "other outcomes")
             for body, outcome in zip(bodies, outcomes, strict=True):
                 if outcome is Outcome.CONFIRMED:
                     confirmed.append(body)
@@ -125,76 +125,74 @@ async def _refused(stage: Stage) -> None:
                     refusals += 1
             if refusals:
                 break
-        same(True, refusals > 0, "whether any of 400 was refused")
-        same(True, publisher.is_open, "is_open")
-        same([Outcome.CONFIRMED], list(await publisher.publish([_to(stage)])), "the next outcome")
-    await stage.holds(confirmed, full)
+        expect(True, refusals > 0, "whether any of 400 was refused")
+        expect(True, publisher.is_open, "is_open")
+        expect([Outcome.CONFIRMED], list(await publisher.publish([_to(ctx)])), "the next outcome")
+    await ctx.expect_messages(confirmed, full)
 
 
-@CHAPTER.clause("what goes to an exchange that is not there is REFUSED", "has_exchanges")
-async def _no_exchange(stage: Stage) -> None:
-    missing = Publication(b"lost", exchange=f"{stage.harness.fresh}-exchange")
-    async with stage.transport.publisher() as publisher:
-        outcomes = await publisher.publish([_to(stage, b"1"), missing, _to(stage, b"2")])
-    same(Outcome.REFUSED, outcomes[1], "its outcome")
+@GROUP.clause("a publication to a missing exchange is REFUSED", "has_exchanges")
+async def _no_exchange(ctx: CheckContext) -> None:
+    missing = Publication(b"lost", exchange=f"{ctx.harness.fresh}-exchange")
+    async with ctx.transport.publisher() as publisher:
+        outcomes = await publisher.publish([_to(ctx, b"1"), missing, _to(ctx, b"2")])
+    expect(Outcome.REFUSED, outcomes[1], "its outcome")
     allowed = {Outcome.CONFIRMED, Outcome.UNKNOWN}
-    same(set(), {outcomes[0], outcomes[2]} - allowed, "other outcomes of those beside it")
+    expect(set(), {outcomes[0], outcomes[2]} - allowed, "unexpected outcomes of its neighbours")
 
 
-@CHAPTER.clause("to publish nothing is allowed")
-async def _publish_nothing(stage: Stage) -> None:
-    same([], await stage.publish(), "the outcomes")
+@GROUP.clause("publishing nothing is allowed")
+async def _publish_nothing(ctx: CheckContext) -> None:
+    expect([], await ctx.publish(), "the outcomes")
 
 
-@CHAPTER.clause("calls at the same time get the outcomes of their own", "returns_unroutable")
-async def _at_the_same_time(stage: Stage) -> None:
-    there = _to(stage)
-    nowhere = Publication(b"", routing_key=stage.harness.fresh)
-    async with stage.transport.publisher() as publisher:
+@GROUP.clause("concurrent calls of publish get their own outcomes", "returns_unroutable")
+async def _concurrent_calls(ctx: CheckContext) -> None:
+    routed = _to(ctx)
+    unroutable = Publication(b"", routing_key=ctx.harness.fresh)
+    async with ctx.transport.publisher() as publisher:
         first, second, third = await asyncio.gather(
-            publisher.publish([there, nowhere]),
-            publisher.publish([nowhere, there, there]),
+            publisher.publish([routed, unroutable]),
+            publisher.publish([unroutable, routed, routed]),
             publisher.publish([]),
         )
-    same([Outcome.CONFIRMED, Outcome.RETURNED], list(first), "the first call's")
-    same(
+    expect([Outcome.CONFIRMED, Outcome.RETURNED], list(first), "the first call's")
+    expect(
         [Outcome.RETURNED, Outcome.CONFIRMED, Outcome.CONFIRMED], list(second), "the second call's"
     )
-    same([], list(third), "the third call's")
+    expect([], list(third), "the third call's")
 
 
-@CHAPTER.clause("a publish that is cancelled confuses nobody")
-async def _cancelled(stage: Stage) -> None:
-    async with stage.transport.publisher() as publisher:
-        cancelled = asyncio.ensure_future(publisher.publish([_to(stage)] * 20))
+@GROUP.clause("cancelling a publish does not change later outcomes")
+async def _cancelled(ctx: CheckContext) -> None:
+    async with ctx.transport.publisher() as publisher:
+        cancelled = asyncio.ensure_future(publisher.publish([_to(ctx)] * 20))
         await asyncio.sleep(0)
         cancelled.cancel()
         await asyncio.wait({cancelled})
-        outcomes = await publisher.publish([_to(stage, b"later")] * 3)
-        same([Outcome.CONFIRMED] * 3, list(outcomes), "the next outcomes")
-        same(True, publisher.is_open, "is_open")
+        outcomes = await publisher.publish([_to(ctx, b"later")] * 3)
+        expect([Outcome.CONFIRMED] * 3, list(outcomes), "the next outcomes")
+        expect(True, publisher.is_open, "is_open")
 
 
-@CHAPTER.clause("a publisher that was left raises SessionClosed")
-async def _publisher_closed(stage: Stage) -> None:
-    async with stage.transport.publisher() as publisher:
-        same(True, publisher.is_open, "is_open inside")
-    same(False, publisher.is_open, "is_open outside")
-    with refused(SessionClosed, "publishing after the end"):
-        await publisher.publish([_to(stage)])
-    await stage.holds([])
+@GROUP.clause("a closed publisher raises SessionClosed")
+async def _publisher_closed(ctx: CheckContext) -> None:
+    async with ctx.transport.publisher() as publisher:
+        expect(True, publisher.is_open, "is_open inside")
+    expect(False, publisher.is_open, "is_open outside")
+    with expect_error(SessionClosed, "publishing after the end"):
+        await publisher.publish([_to(ctx)])
+    await ctx.expect_messages([])
 
 
-# --- what arrives --------------------------------------------------------------------
+# --- properties and copies ------------------------------------------------------------
 
 
-@CHAPTER.clause(
-    "properties arrive as they were, and what is absent stays absent", "carries_properties"
-)
-async def _properties(stage: Stage) -> None:
+@GROUP.clause("properties arrive unchanged, and absent ones stay absent", "carries_properties")
+async def _properties(ctx: CheckContext) -> None:
     all_of_them = Publication(
         b"1",
-        routing_key=stage.queue,
+        routing_key=ctx.queue,
         expiration=600,
         **{
             name: getattr(_all_properties(), name)
@@ -202,87 +200,93 @@ async def _properties(stage: Stage) -> None:
             if name not in {"expiration", "cluster_id", "undecodable"}
         },
     )
-    full, bare = await _arrivals(stage, all_of_them, _to(stage, b"2"))
-    same(_all_properties(), _everything(full), "all of them")
-    same(Properties(delivery_mode=2), _everything(bare), "none but the default")
-    same(stage.queue, full.routing_key, "the routing key")
+    full, bare = await _roundtrip(ctx, all_of_them, _to(ctx, b"2"))
+    expect(_all_properties(), _sent_properties(full), "the full properties")
+    expect(Properties(delivery_mode=2), _sent_properties(bare), "the default properties")
+    expect(ctx.queue, full.routing_key, "the routing key")
 
 
-@CHAPTER.clause("a copy has its original's body and properties, without `drop` and with `add`")
-async def _copied(stage: Stage) -> None:
-    await stage.publish(
-        Publication(b"1", routing_key=stage.queue, headers={"keep": "a", "drop": "b", "more": "c"})
+@GROUP.clause("a copy has the original's body and headers, without `drop` and with `add`")
+async def _copied(ctx: CheckContext) -> None:
+    await ctx.publish(
+        Publication(b"1", routing_key=ctx.queue, headers={"keep": "a", "drop": "b", "more": "c"})
     )
-    async with stage.consuming() as consuming:
-        [message] = await consuming.take(1)
-        copy = Copy(message, "", stage.queue, {"more": "d", "new": "e"}, frozenset({"drop"}))
-        same([Outcome.CONFIRMED], await stage.publish(copy), "the outcome")
-        [copied] = await consuming.take(1)
-        same(message.body, copied.body, "the body")
-        same({"keep": "a", "more": "d", "new": "e"}, _everything(copied).headers, "the headers")
+    async with ctx.read() as reader:
+        [message] = await reader.take(1)
+        copy = Copy(message, "", ctx.queue, {"more": "d", "new": "e"}, frozenset({"drop"}))
+        expect([Outcome.CONFIRMED], await ctx.publish(copy), "the outcome")
+        [copied] = await reader.take(1)
+        expect(message.body, copied.body, "the body")
+        expect(
+            {"keep": "a", "more": "d", "new": "e"}, _sent_properties(copied).headers, "the headers"
+        )
 
 
-@CHAPTER.clause("a copy of a copy counts retries", "carries_properties")
-async def _counts(stage: Stage) -> None:
-    await stage.harness.put([b"1"])
-    async with stage.consuming() as consuming:
+@GROUP.clause("a copy of a copy counts retries", "carries_properties")
+async def _counts(ctx: CheckContext) -> None:
+    await ctx.harness.put([b"1"])
+    async with ctx.read() as reader:
         for count in range(3):
-            [message] = await consuming.take(1)
-            same(count, message.retry_count, "retry_count")
-            copy = Copy(message, "", stage.queue, {"x-retry-count": count + 1})
-            same([Outcome.CONFIRMED], await stage.publish(copy), "the outcome")
+            [message] = await reader.take(1)
+            expect(count, message.retry_count, "retry_count")
+            copy = Copy(message, "", ctx.queue, {"x-retry-count": count + 1})
+            expect([Outcome.CONFIRMED], await ctx.publish(copy), "the outcome")
 
 
-@CHAPTER.clause(
-    "a copy keeps all properties, also of a message from elsewhere", "carries_properties"
+@GROUP.clause(
+    "a copy keeps all properties, even of a message from another transport", "carries_properties"
 )
-async def _copied_properties(stage: Stage) -> None:
-    elsewhere = Copy(_original(_all_properties()), "", stage.queue, {})
-    bare = Copy(_original(Properties(), b"plain"), "", stage.queue, {})
-    full, plain = await _arrivals(stage, elsewhere, bare)
-    same(_all_properties(), _everything(full), "of the first copy")
-    same(Properties(), _everything(plain), "of the copy of a message without any")
-    await stage.harness.take(stage.queue)
-    [again] = await _arrivals(stage, Copy(full, "", stage.queue, {"add": "x"}, frozenset({"drop"})))
+async def _copied_properties(ctx: CheckContext) -> None:
+    elsewhere = Copy(_original(_all_properties()), "", ctx.queue, {})
+    bare = Copy(_original(Properties(), b"plain"), "", ctx.queue, {})
+    full, plain = await _roundtrip(ctx, elsewhere, bare)
+    expect(_all_properties(), _sent_properties(full), "the properties of the first copy")
+    expect(Properties(), _sent_properties(plain), "the properties of the bare copy")
+    await ctx.harness.take(ctx.queue)
+    [again] = await _roundtrip(ctx, Copy(full, "", ctx.queue, {"add": "x"}, frozenset({"drop"})))
     headers = {**(_all_properties().headers or {}), "add": "x"}
     del headers["drop"]
-    same(replace(_all_properties(), headers=headers), _everything(again), "of the copy's copy")
+    expect(
+        replace(_all_properties(), headers=headers),
+        _sent_properties(again),
+        "the properties of the second copy",
+    )
 
 
-@CHAPTER.clause("a copy keeps its expiration, leaves it out, or has another", "carries_properties")
-async def _expiration(stage: Stage) -> None:
+@GROUP.clause("a copy keeps, drops or replaces its expiration", "carries_properties")
+async def _expiration(ctx: CheckContext) -> None:
     def copy(body: bytes, *, keep: bool, expiration: str | None = None) -> Copy:
         return Copy(
             _original(_all_properties(), body),
             "",
-            stage.queue,
+            ctx.queue,
             {},
             keep_expiration=keep,
             expiration=expiration,
         )
 
-    kept, without, other = await _arrivals(
-        stage,
+    kept, without, other = await _roundtrip(
+        ctx,
         copy(b"1", keep=True),
         copy(b"2", keep=False),
         copy(b"3", keep=False, expiration="700000"),
     )
     found = [each.properties.expiration for each in (kept, without, other)]
-    same(["600000", None, "700000"], found, "the expirations")
+    expect(["600000", None, "700000"], found, "the expirations")
 
 
-@CHAPTER.clause("a copy that no queue takes is RETURNED", "returns_unroutable")
-async def _copy_returned(stage: Stage) -> None:
-    copy = Copy(_original(_all_properties()), "", stage.harness.fresh, {})
-    same([Outcome.RETURNED], await stage.publish(copy), "the outcome")
+@GROUP.clause("a copy that no queue is bound for is RETURNED", "returns_unroutable")
+async def _copy_returned(ctx: CheckContext) -> None:
+    copy = Copy(_original(_all_properties()), "", ctx.harness.fresh, {})
+    expect([Outcome.RETURNED], await ctx.publish(copy), "the outcome")
 
 
-@CHAPTER.clause("a copy does not carry another user's name", "checks_users", "carries_properties")
-async def _foreigner(stage: Stage) -> None:
-    original = _original(Properties(user_id=_FOREIGNER, message_id="id"))
-    [copied] = await _arrivals(stage, Copy(original, "", stage.queue, {}))
-    same((None, "id"), (copied.user_id, copied.message_id), "user_id and message_id")
+@GROUP.clause("a copy does not carry another user's user_id", "checks_users", "carries_properties")
+async def _other_user(ctx: CheckContext) -> None:
+    original = _original(Properties(user_id=_OTHER_USER, message_id="id"))
+    [copied] = await _roundtrip(ctx, Copy(original, "", ctx.queue, {}))
+    expect((None, "id"), (copied.user_id, copied.message_id), "user_id and message_id")
 
 
-def _to(stage: Stage, body: bytes = b"") -> Publication:
-    return Publication(body, routing_key=stage.queue)
+def _to(ctx: CheckContext, body: bytes = b"") -> Publication:
+    return Publication(body, routing_key=ctx.queue)

@@ -1,160 +1,240 @@
-"""What becomes of a message that was settled?"""
+"""Clauses about settlements: what they do to messages, and which of them are refused."""
 
 from __future__ import annotations
 
-from aio_pika_batch.core.settlement import Disposition
-from aio_pika_batch.testing.contract.broken import same
-from aio_pika_batch.testing.contract.clause import Chapter
-from aio_pika_batch.testing.contract.stage import Stage, bodies_of, settled
-
-CHAPTER = Chapter()
-
-_GIVEN_BACK = (Disposition.REQUEUE, Disposition.RETURN)
-
-
-@CHAPTER.clause("an acked message stays gone after the session")
-async def _acked(stage: Stage) -> None:
-    await stage.put(10)
-    async with stage.consuming() as consuming:
-        await consuming.settle(Disposition.ACK, await consuming.take(10))
-    await stage.holds([])
-
-
-@CHAPTER.clause("an ack settles its own tags, and none before them")
-async def _own_tags(stage: Stage) -> None:
-    await stage.put(10)
-    async with stage.consuming() as consuming:
-        messages = await consuming.take(10)
-        await consuming.settle(Disposition.ACK, messages[1::2])
-    await stage.holds(bodies_of(messages[0::2]))
-
-
-@CHAPTER.clause("hundreds of acks that cannot be joined are not lost at the end")
-async def _many_acks(stage: Stage) -> None:
-    await stage.put(500)
-    async with stage.consuming() as consuming:
-        first, *others = await consuming.take(500)
-        await consuming.settle(Disposition.ACK, others)
-    await stage.holds([first.body])
-
-
-@CHAPTER.clause("a rejected message leaves its queue")
-async def _rejected(stage: Stage) -> None:
-    await stage.put(3)
-    async with stage.consuming() as consuming:
-        await consuming.settle(Disposition.REJECT, await consuming.take(3))
-        await consuming.nothing_comes()
-    await stage.holds([])
-
-
-@CHAPTER.clause("a rejected message is dead-lettered, and an acked one is not", "dead_letters")
-async def _dead_lettered(stage: Stage) -> None:
-    await stage.put(4)
-    async with stage.consuming() as consuming:
-        messages = await consuming.take(4)
-        await consuming.session.settle(
-            [settled(Disposition.REJECT, messages[:2]), settled(Disposition.ACK, messages[2:])]
-        )
-    await stage.holds(bodies_of(messages[:2]), stage.harness.dead_letters)
-
-
-@CHAPTER.clause("what is requeued or returned is handed out again")
-async def _again(stage: Stage) -> None:
-    for disposition in _GIVEN_BACK:
-        bodies = await stage.put(3)
-        async with stage.consuming() as consuming:
-            messages = await consuming.take(3)
-            await consuming.settle(disposition, messages)
-            again = await consuming.take(3)
-            same(bodies, sorted(bodies_of(again)), f"what came again after {disposition.name}")
-            old = {message.delivery_tag for message in messages}
-            same(set(), old & {each.delivery_tag for each in again}, "tags that are used again")
-            await consuming.settle(Disposition.ACK, again)
-        await stage.holds([])
-
-
-@CHAPTER.clause("what is handed out again says so", "marks_redelivered")
-async def _redelivered(stage: Stage) -> None:
-    await stage.put(2)
-    async with stage.consuming() as consuming:
-        for disposition in _GIVEN_BACK:
-            await consuming.settle(disposition, await consuming.take(2))
-        again = await consuming.take(2)
-        same([True, True], [message.redelivered for message in again], "whether they say so")
-    async with stage.consuming() as consuming:
-        [first, second] = await consuming.take(2)
-        same((True, True), (first.redelivered, second.redelivered), "and in the next session")
-
-
-@CHAPTER.clause(
-    "what is given back keeps its place before what was never handed out", "keeps_place"
+from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.errors import SettlementError
+from aio_pika_batch.testing.contract.checks import (
+    CheckContext,
+    bodies_of,
+    expect,
+    expect_error,
+    settlement,
 )
-async def _place(stage: Stage) -> None:
-    await stage.put(3)
-    async with stage.consuming(prefetch=1) as consuming:
-        for disposition in _GIVEN_BACK:
-            [message] = await consuming.take(1)
-            same(b"0", message.body, f"what came before {disposition.name}")
-            await consuming.settle(disposition, [message])
-        same([b"0"], bodies_of(await consuming.take(1)), "what came last")
+from aio_pika_batch.testing.contract.clause import ClauseGroup
+
+GROUP = ClauseGroup()
+
+_TO_QUEUE = (Disposition.REQUEUE, Disposition.RETURN)
 
 
-@CHAPTER.clause("what is requeued counts its deliveries", "counts_deliveries")
-async def _counted(stage: Stage) -> None:
-    await stage.put(1)
-    async with stage.consuming() as consuming:
-        for count in range(3):
-            [message] = await consuming.take(1)
-            same(count, message.delivery_count or 0, "delivery_count")
-            await consuming.settle(Disposition.REQUEUE, [message])
+@GROUP.clause("an acked message does not come back after the session")
+async def _acked(ctx: CheckContext) -> None:
+    await ctx.put(10)
+    async with ctx.read() as reader:
+        await reader.settle(Disposition.ACK, await reader.take(10))
+    await ctx.expect_messages([])
 
 
-@CHAPTER.clause("what is returned does not count as delivered", "spares_returns")
-async def _spared(stage: Stage) -> None:
-    await stage.put(1)
-    async with stage.consuming() as consuming:
-        for _ in range(3):
-            [message] = await consuming.take(1)
-            same(0, message.delivery_count or 0, "delivery_count")
-            await consuming.settle(Disposition.RETURN, [message])
+@GROUP.clause("an ack settles its own tags only, and no earlier ones")
+async def _own_tags(ctx: CheckContext) -> None:
+    await ctx.put(10)
+    async with ctx.read() as reader:
+        messages = await reader.take(10)
+        await reader.settle(Disposition.ACK, messages[1::2])
+    await ctx.expect_messages(bodies_of(messages[0::2]))
 
 
-@CHAPTER.clause("each message is settled as it was said, whatever its neighbours")
-async def _mixed(stage: Stage) -> None:
-    bodies = await stage.put(60)
-    async with stage.consuming() as consuming:
-        messages = await consuming.take(60)
-        # The fifth of each five is left unsettled.
-        of = {each: messages[start::5] for start, each in enumerate(Disposition)}
-        await consuming.session.settle([settled(each, those) for each, those in of.items()])
-        back = bodies_of([*of[Disposition.REQUEUE], *of[Disposition.RETURN]])
-        again = await consuming.take(len(back))
-        same(sorted(back), sorted(bodies_of(again)), "what came again")
-        await consuming.settle(Disposition.ACK, again)
-    if stage.features.dead_letters:
-        await stage.holds(bodies_of(of[Disposition.REJECT]), stage.harness.dead_letters)
-    gone = {*back, *bodies_of(of[Disposition.ACK]), *bodies_of(of[Disposition.REJECT])}
-    await stage.holds(set(bodies) - gone)
+@GROUP.clause("hundreds of acks that cannot be combined are not lost when the session closes")
+async def _many_acks(ctx: CheckContext) -> None:
+    await ctx.put(500)
+    async with ctx.read() as reader:
+        first, *others = await reader.take(500)
+        await reader.settle(Disposition.ACK, others)
+    await ctx.expect_messages([first.body])
 
 
-@CHAPTER.clause("settling goes on after cancel")
-async def _after_cancel(stage: Stage) -> None:
-    await stage.put(4)
-    async with stage.consuming() as consuming:
-        messages = await consuming.take(4)
-        await consuming.session.cancel()
-        await consuming.session.settle(
-            [settled(Disposition.RETURN, messages[:1]), settled(Disposition.ACK, messages[1:])]
+@GROUP.clause("a rejected message is removed from its queue")
+async def _rejected(ctx: CheckContext) -> None:
+    await ctx.put(3)
+    async with ctx.read() as reader:
+        await reader.settle(Disposition.REJECT, await reader.take(3))
+        await reader.expect_nothing()
+    await ctx.expect_messages([])
+
+
+@GROUP.clause("a rejected message is dead-lettered, and an acked one is not", "dead_letters")
+async def _dead_lettered(ctx: CheckContext) -> None:
+    await ctx.put(4)
+    async with ctx.read() as reader:
+        messages = await reader.take(4)
+        await reader.session.settle(
+            [
+                settlement(Disposition.REJECT, messages[:2]),
+                settlement(Disposition.ACK, messages[2:]),
+            ]
         )
-        await stage.waiting(1)
-    await stage.holds(bodies_of(messages[:1]))
+    await ctx.expect_messages(bodies_of(messages[:2]), ctx.harness.dead_letters)
 
 
-@CHAPTER.clause("to settle nothing is allowed")
-async def _nothing(stage: Stage) -> None:
-    bodies = await stage.put(1)
-    async with stage.consuming() as consuming:
-        await consuming.take(1)
-        await consuming.session.settle([])
-        await consuming.settle(Disposition.ACK, [])
-    await stage.holds(bodies)
+@GROUP.clause("requeued and returned messages are delivered again")
+async def _again(ctx: CheckContext) -> None:
+    for disposition in _TO_QUEUE:
+        bodies = await ctx.put(3)
+        async with ctx.read() as reader:
+            messages = await reader.take(3)
+            await reader.settle(disposition, messages)
+            again = await reader.take(3)
+            expect(bodies, sorted(bodies_of(again)), f"the messages after {disposition.name}")
+            old = {message.delivery_tag for message in messages}
+            expect(set(), old & {each.delivery_tag for each in again}, "reused tags")
+            await reader.settle(Disposition.ACK, again)
+        await ctx.expect_messages([])
+
+
+@GROUP.clause("a message that is delivered again is marked as redelivered", "marks_redelivered")
+async def _redelivered(ctx: CheckContext) -> None:
+    await ctx.put(2)
+    async with ctx.read() as reader:
+        for disposition in _TO_QUEUE:
+            await reader.settle(disposition, await reader.take(2))
+        again = await reader.take(2)
+        expect([True, True], [message.redelivered for message in again], "whether they are marked")
+    async with ctx.read() as reader:
+        marks = [message.redelivered for message in await reader.take(2)]
+        expect([True, True], marks, "whether they are marked in the next session")
+
+
+@GROUP.clause("requeued and returned messages are delivered again before new ones", "keeps_place")
+async def _keeps_place(ctx: CheckContext) -> None:
+    await ctx.put(3)
+    async with ctx.read(prefetch=1) as reader:
+        for disposition in _TO_QUEUE:
+            [message] = await reader.take(1)
+            expect(b"0", message.body, f"the message before {disposition.name}")
+            await reader.settle(disposition, [message])
+        expect([b"0"], bodies_of(await reader.take(1)), "the last message")
+
+
+@GROUP.clause("a requeued message counts its deliveries", "counts_deliveries")
+async def _counted(ctx: CheckContext) -> None:
+    await ctx.put(1)
+    async with ctx.read() as reader:
+        for count in range(3):
+            [message] = await reader.take(1)
+            expect(count, message.delivery_count or 0, "delivery_count")
+            await reader.settle(Disposition.REQUEUE, [message])
+
+
+@GROUP.clause("a returned message does not count as delivered", "spares_returns")
+async def _spared(ctx: CheckContext) -> None:
+    await ctx.put(1)
+    async with ctx.read() as reader:
+        for _ in range(3):
+            [message] = await reader.take(1)
+            expect(0, message.delivery_count or 0, "delivery_count")
+            await reader.settle(Disposition.RETURN, [message])
+
+
+@GROUP.clause("each message of a mixed call is settled with its own disposition")
+async def _mixed(ctx: CheckContext) -> None:
+    bodies = await ctx.put(60)
+    async with ctx.read() as reader:
+        messages = await reader.take(60)
+        # Every fifth message stays unsettled.
+        of = {each: messages[start::5] for start, each in enumerate(Disposition)}
+        await reader.session.settle([settlement(each, those) for each, those in of.items()])
+        back = bodies_of([*of[Disposition.REQUEUE], *of[Disposition.RETURN]])
+        again = await reader.take(len(back))
+        expect(sorted(back), sorted(bodies_of(again)), "the messages that came again")
+        await reader.settle(Disposition.ACK, again)
+    if ctx.features.dead_letters:
+        await ctx.expect_messages(bodies_of(of[Disposition.REJECT]), ctx.harness.dead_letters)
+    gone = {*back, *bodies_of(of[Disposition.ACK]), *bodies_of(of[Disposition.REJECT])}
+    await ctx.expect_messages(set(bodies) - gone)
+
+
+@GROUP.clause("messages can be settled after cancel")
+async def _after_cancel(ctx: CheckContext) -> None:
+    await ctx.put(4)
+    async with ctx.read() as reader:
+        messages = await reader.take(4)
+        await reader.session.cancel()
+        await reader.session.settle(
+            [
+                settlement(Disposition.RETURN, messages[:1]),
+                settlement(Disposition.ACK, messages[1:]),
+            ]
+        )
+        await ctx.expect_count(1)
+    await ctx.expect_messages(bodies_of(messages[:1]))
+
+
+@GROUP.clause("settling nothing is allowed")
+async def _nothing(ctx: CheckContext) -> None:
+    bodies = await ctx.put(1)
+    async with ctx.read() as reader:
+        await reader.take(1)
+        await reader.session.settle([])
+        await reader.settle(Disposition.ACK, [])
+    await ctx.expect_messages(bodies)
+
+
+# --- settlements that are refused -----------------------------------------------------
+#
+# A broker that is told about a tag twice closes the channel, or settles another message. So the
+# session that delivers a tag must know whether it is settled.
+
+
+@GROUP.clause("a tag that is already settled is refused, together with the rest of the call")
+async def _twice(ctx: CheckContext) -> None:
+    for disposition in Disposition:
+        await ctx.put(2)
+        async with ctx.read() as reader:
+            first, second = await reader.take(2)
+            await reader.settle(Disposition.ACK, [first])
+            with expect_error(SettlementError, f"{disposition.name} of a settled tag"):
+                await reader.settle(disposition, [second, first])
+        # Nothing was sent: the other message was still unsettled when the session closed.
+        await ctx.expect_messages([second.body])
+
+
+@GROUP.clause("a tag that occurs twice in one call is refused, and nothing is sent")
+async def _twice_at_once(ctx: CheckContext) -> None:
+    await ctx.put(2)
+    async with ctx.read() as reader:
+        first, second = messages = await reader.take(2)
+        with expect_error(SettlementError, "a tag twice in one settlement"):
+            await reader.settle(Disposition.ACK, [first, second, first])
+        with expect_error(SettlementError, "a tag in two settlements"):
+            await reader.session.settle(
+                [settlement(Disposition.ACK, messages), settlement(Disposition.REJECT, [second])]
+            )
+    await ctx.expect_messages([first.body, second.body])
+
+
+@GROUP.clause("a tag that was never delivered is refused, and nothing is sent")
+async def _never_delivered(ctx: CheckContext) -> None:
+    await ctx.put(1)
+    async with ctx.read() as reader:
+        [message] = await reader.take(1)
+        tag = message.delivery_tag
+        for wrong in (0, tag + 1, tag + 1000):
+            with expect_error(SettlementError, f"tag {wrong}, when {tag} is the only one"):
+                await reader.session.settle([Settlement(Disposition.ACK, (tag, wrong))])
+    await ctx.expect_messages([message.body])
+
+
+@GROUP.clause("a tag of another session is refused")
+async def _other_session(ctx: CheckContext) -> None:
+    await ctx.put(3)
+    async with ctx.read(consumer_tag="one") as one:
+        theirs = await one.take(3)
+        async with ctx.read(consumer_tag="two") as two:
+            with expect_error(SettlementError, "a tag of another session"):
+                await two.settle(Disposition.ACK, theirs)
+            await one.settle(Disposition.ACK, theirs[:1])
+    await ctx.expect_messages([message.body for message in theirs[1:]])
+
+
+@GROUP.clause("a session still works after it has refused a settlement")
+async def _goes_on(ctx: CheckContext) -> None:
+    await ctx.put(1)
+    async with ctx.read() as reader:
+        messages = await reader.take(1)
+        with expect_error(SettlementError, "tag 0"):
+            await reader.session.settle([Settlement(Disposition.REJECT, (0,))])
+        await reader.settle(Disposition.ACK, messages)
+        await ctx.harness.put([b"next"])
+        await reader.settle(Disposition.ACK, await reader.take(1))
+    await ctx.expect_messages([])

@@ -1,4 +1,4 @@
-"""How does a session end, if nothing goes wrong?"""
+"""Clauses about the regular end of a session: cancel and close."""
 
 from __future__ import annotations
 
@@ -6,126 +6,130 @@ import asyncio
 
 from aio_pika_batch.core.settlement import Disposition
 from aio_pika_batch.errors import SessionClosed
-from aio_pika_batch.testing.contract.broken import ClauseBroken, refused, same
-from aio_pika_batch.testing.contract.clause import Chapter
-from aio_pika_batch.testing.contract.stage import Stage, bodies_of, settled
-
-CHAPTER = Chapter()
-
-
-@CHAPTER.clause("after cancel what was delivered before is handed out, and then iteration ends")
-async def _cancel(stage: Stage) -> None:
-    bodies = await stage.put(200)
-    async with stage.consuming(prefetch=50) as consuming:
-        first = await consuming.chunk()
-        same(True, bool(first), "that something was handed out before")
-        await consuming.session.cancel()
-        await consuming.take_to_the_end()
-        handed_out = consuming.messages
-        same(True, len(handed_out) <= 50, "that prefetch was kept")
-        await consuming.settle(Disposition.ACK, handed_out)
-        # Inside: at the end the broker would get back what was lost on its way, and hide the loss.
-        await stage.waiting(200 - len(handed_out))
-    await stage.holds(set(bodies) - set(bodies_of(handed_out)))
-
-
-@CHAPTER.clause(
-    "what has arrived and was not handed out when cancel is called still is", "prefetches"
+from aio_pika_batch.testing.contract.checks import (
+    CheckContext,
+    ClauseBroken,
+    bodies_of,
+    expect,
+    expect_error,
+    settlement,
 )
-async def _cancel_at_once(stage: Stage) -> None:
-    await stage.put(20)
-    async with stage.consuming() as consuming:
-        await stage.waiting(0)
-        await consuming.session.cancel()
-        same(20, len(await consuming.take_to_the_end()), "messages handed out after cancel")
+from aio_pika_batch.testing.contract.clause import ClauseGroup
+
+GROUP = ClauseGroup()
 
 
-@CHAPTER.clause("after cancel nothing new is delivered")
-async def _nothing_new(stage: Stage) -> None:
-    async with stage.consuming() as consuming:
-        await consuming.session.cancel()
-        await stage.harness.put([b"late"])
-        same([], await consuming.take_to_the_end(), "what was handed out")
-        await stage.waiting(1)
+@GROUP.clause("after cancel, iteration yields what was delivered before, and then ends")
+async def _cancel(ctx: CheckContext) -> None:
+    bodies = await ctx.put(200)
+    async with ctx.read(prefetch=50) as reader:
+        first = await reader.chunk()
+        expect(True, bool(first), "that a message came before")
+        await reader.session.cancel()
+        await reader.take_to_the_end()
+        received = reader.messages
+        expect(True, len(received) <= 50, "that prefetch was respected")
+        await reader.settle(Disposition.ACK, received)
+        # Before the close: that would return lost messages to the queue, and so hide the loss.
+        await ctx.expect_count(200 - len(received))
+    await ctx.expect_messages(set(bodies) - set(bodies_of(received)))
 
 
-@CHAPTER.clause("cancel may be called again, and by several at once")
-async def _cancel_again(stage: Stage) -> None:
-    await stage.put(1)
-    async with stage.consuming() as consuming:
-        messages = await consuming.take(1)
-        session = consuming.session
+@GROUP.clause("messages that arrived before cancel are still received", "prefetches")
+async def _cancel_at_once(ctx: CheckContext) -> None:
+    await ctx.put(20)
+    async with ctx.read() as reader:
+        await ctx.expect_count(0)
+        await reader.session.cancel()
+        expect(20, len(await reader.take_to_the_end()), "messages received after cancel")
+
+
+@GROUP.clause("after cancel, no new message is delivered")
+async def _nothing_new(ctx: CheckContext) -> None:
+    async with ctx.read() as reader:
+        await reader.session.cancel()
+        await ctx.harness.put([b"late"])
+        expect([], await reader.take_to_the_end(), "the received messages")
+        await ctx.expect_count(1)
+
+
+@GROUP.clause("cancel may be called again, and concurrently")
+async def _cancel_again(ctx: CheckContext) -> None:
+    await ctx.put(1)
+    async with ctx.read() as reader:
+        messages = await reader.take(1)
+        session = reader.session
         await asyncio.gather(session.cancel(), session.cancel())
         await session.cancel()
-        same([], await consuming.take_to_the_end(), "what was handed out")
+        expect([], await reader.take_to_the_end(), "the received messages")
         await session.cancel()
-        await consuming.settle(Disposition.ACK, messages)
-    await stage.holds([])
+        await reader.settle(Disposition.ACK, messages)
+    await ctx.expect_messages([])
 
 
-@CHAPTER.clause("cancel ends the wait of who receives")
-async def _cancel_wakes(stage: Stage) -> None:
-    async with stage.consuming() as consuming:
-        await consuming.nothing_comes()
-        await consuming.session.cancel()
-        same([], await consuming.take_to_the_end(), "what was handed out")
+@GROUP.clause("cancel ends a waiting receive")
+async def _cancel_wakes_receive(ctx: CheckContext) -> None:
+    async with ctx.read() as reader:
+        await reader.expect_nothing()
+        await reader.session.cancel()
+        expect([], await reader.take_to_the_end(), "the received messages")
 
 
-@CHAPTER.clause("what is unsettled on leaving goes back to the queue")
-async def _leaving(stage: Stage) -> None:
-    bodies = await stage.put(5)
-    async with stage.consuming() as consuming:
-        messages = await consuming.take(5)
-        await consuming.settle(Disposition.ACK, [messages[0], messages[3]])
-    kept = {messages[0].body, messages[3].body}
-    await stage.holds(set(bodies) - kept)
+@GROUP.clause("unsettled messages go back to the queue when the session closes")
+async def _close(ctx: CheckContext) -> None:
+    bodies = await ctx.put(5)
+    async with ctx.read() as reader:
+        messages = await reader.take(5)
+        await reader.settle(Disposition.ACK, [messages[0], messages[3]])
+    acked = {messages[0].body, messages[3].body}
+    await ctx.expect_messages(set(bodies) - acked)
 
 
-@CHAPTER.clause("what was never handed out goes back, too", "prefetches")
-async def _leaving_unread(stage: Stage) -> None:
-    bodies = await stage.put(5)
-    async with stage.transport.session(stage.subscription()):
-        await stage.waiting(0)
-    await stage.holds(bodies)
+@GROUP.clause("prefetched messages that were never received go back, too", "prefetches")
+async def _close_unread(ctx: CheckContext) -> None:
+    bodies = await ctx.put(5)
+    async with ctx.transport.session(ctx.subscription()):
+        await ctx.expect_count(0)
+    await ctx.expect_messages(bodies)
 
 
-@CHAPTER.clause("an exception leaves the context as it is, and what is unsettled goes back")
-async def _leaving_by_exception(stage: Stage) -> None:
-    bodies = await stage.put(2)
+@GROUP.clause("an exception passes through the session unchanged, and unsettled messages go back")
+async def _close_by_exception(ctx: CheckContext) -> None:
+    bodies = await ctx.put(2)
 
     async def fail() -> None:
-        async with stage.consuming() as consuming:
-            await consuming.take(2)
-            raise LookupError("by the clause")
+        async with ctx.read() as reader:
+            await reader.take(2)
+            raise LookupError("raised by the check")
 
-    with refused(LookupError, "leaving by an exception"):
+    with expect_error(LookupError, "closing the session by an exception"):
         await fail()
-    await stage.holds(bodies)
+    await ctx.expect_messages(bodies)
 
 
-@CHAPTER.clause("a session that was left raises SessionClosed, and settles nothing")
-async def _closed(stage: Stage) -> None:
-    bodies = await stage.put(1)
-    async with stage.consuming() as consuming:
-        messages = await consuming.take(1)
-        session = consuming.session
-    with refused(SessionClosed, "settling after the end"):
-        await session.settle([settled(Disposition.ACK, messages)])
-    with refused(SessionClosed, "cancelling after the end"):
+@GROUP.clause("a closed session raises SessionClosed, and settles nothing")
+async def _closed(ctx: CheckContext) -> None:
+    bodies = await ctx.put(1)
+    async with ctx.read() as reader:
+        messages = await reader.take(1)
+        session = reader.session
+    with expect_error(SessionClosed, "settling after the close"):
+        await session.settle([settlement(Disposition.ACK, messages)])
+    with expect_error(SessionClosed, "cancelling after the close"):
         await session.cancel()
-    with refused(SessionClosed, "receiving after the end"):
-        await consuming.chunk()
-    await stage.holds(bodies)
+    with expect_error(SessionClosed, "receiving after the close"):
+        await reader.chunk()
+    await ctx.expect_messages(bodies)
 
 
-@CHAPTER.clause("whoever waits for messages when a session is left is told")
-async def _leaving_wakes(stage: Stage) -> None:
-    async with stage.transport.session(stage.subscription()) as session:
+@GROUP.clause("a receive that waits while the session closes raises SessionClosed")
+async def _close_wakes_receive(ctx: CheckContext) -> None:
+    async with ctx.transport.session(ctx.subscription()) as session:
         waiting = asyncio.ensure_future(anext(aiter(session)))
-        await asyncio.sleep(stage.quiet)
-    with refused(SessionClosed, "waiting for messages when the session is left"):
-        await asyncio.wait({waiting}, timeout=stage.patience)
+        await asyncio.sleep(ctx.quiet)
+    with expect_error(SessionClosed, "waiting for messages while the session closes"):
+        await asyncio.wait({waiting}, timeout=ctx.patience)
         if not waiting.done():
             waiting.cancel()
-            raise ClauseBroken("it waits for ever")
+            raise ClauseBroken("the receive still waits")
         await waiting

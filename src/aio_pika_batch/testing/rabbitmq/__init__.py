@@ -1,5 +1,5 @@
-"""Where does a test get a real RabbitMQ? For the fixture `batch_rabbitmq`, and for our own tests.
+"""A real RabbitMQ for tests: for the fixture `batch_rabbitmq`, and for the library's own tests.
 
-Nothing below imports the rest of the library, nor any AMQP client, but :mod:`.fixture`, which
-clears away what a test has declared on a broker that is not ours.
+What a test learns about a broker must not depend on the code under test. So these modules import
+neither the rest of the library nor an AMQP client, except :mod:`.fixture`.
 """

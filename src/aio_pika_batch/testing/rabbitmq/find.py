@@ -1,13 +1,13 @@
-"""Which RabbitMQ does a test run on?
+"""Finds or starts a RabbitMQ for tests.
 
-The first of these that there is:
+It uses the first of these:
 
-1. the one that `AIO_PIKA_BATCH_TEST_URL` names;
+1. the broker that `AIO_PIKA_BATCH_TEST_URL` names;
 2. a private node of the `rabbitmq-server` that `AIO_PIKA_BATCH_TEST_SERVER` names;
 3. a private node of the `rabbitmq-server` installed on this machine;
-4. a container, where a Docker daemon answers and testcontainers is installed.
+4. a container, if a Docker daemon answers and testcontainers is installed.
 
-What was asked for by name is used or the run fails. Nothing is installed.
+A broker that is named must be usable, or the run fails. Nothing is ever installed.
 """
 
 from __future__ import annotations
@@ -21,40 +21,39 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from aio_pika_batch.testing.rabbitmq.node import RabbitMQ
-from aio_pika_batch.testing.rabbitmq.ports import greeting
+from aio_pika_batch.testing.rabbitmq.node import RabbitMQ, broker_version
 
 URL = "AIO_PIKA_BATCH_TEST_URL"
 SERVER = "AIO_PIKA_BATCH_TEST_SERVER"
 
 _IMAGE = "rabbitmq:4"
-_AMQP = 5672
-_PLACES = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
-# Debian's and Fedora's own command changes user; the script that it calls does not.
+_AMQP_PORT = 5672
+_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
+# Debian's and Fedora's command on the PATH changes user; the script that it calls does not.
 _UNWRAPPED = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 
 TRIED = f"""  - {URL} and {SERVER}: not set
-  - a rabbitmq-server on PATH, in {", ".join(_PLACES)} or {_UNWRAPPED.parent}: none
-  - Docker: no daemon answers, or there is no testcontainers"""
+  - a rabbitmq-server on PATH, in {", ".join(_FOLDERS)} or {_UNWRAPPED.parent}: none
+  - Docker: no daemon answers, or testcontainers is not installed"""
 
-HELP = f"""Any of these will do:
+HELP = f"""Do one of these:
   - install one:   apt-get install --no-install-recommends rabbitmq-server
   - name yours:    {URL}=amqp://guest:guest@localhost:5672/
   - start Docker   (and pip install "testcontainers[rabbitmq]")"""
 
 
 class NoBrokerError(Exception):
-    """No broker could be had; the message says what was tried, and what would help."""
+    """There is no broker to test on; the message lists what was tried and what to do."""
 
 
 @dataclass(frozen=True)
-class Broker:
+class RunningBroker:
     """A broker that answers.
 
     Attributes:
-        url: Where it is.
-        version: What it calls itself, such as ``"4.0.5"``.
-        node: How to kill, pause and administer it, if the tests have started it themselves.
+        url: Its AMQP URL.
+        version: Its version, such as ``"4.0.5"``.
+        node: Kills, pauses and administers it; None if the tests have not started it.
     """
 
     url: str
@@ -63,93 +62,92 @@ class Broker:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to a broker, which costs nothing before it is taken.
+class BrokerSource:
+    """A way to get a broker, which does nothing before `start`.
 
     Attributes:
-        how: The way in words, for the head of the report.
-        has_node: Whether the broker will be a node of our own, which tests may kill.
-        take: Starts the broker, given a folder for what it writes.
+        description: What it is, for the head of the report.
+        has_node: Whether the broker is a private node, which tests may kill.
+        start: Starts the broker, given a folder for what it writes.
     """
 
-    how: str
+    description: str
     has_node: bool
-    take: Callable[[Path], AbstractContextManager[Broker]]
+    start: Callable[[Path], AbstractContextManager[RunningBroker]]
 
 
-def choose() -> Way:
-    """Return the best way to a broker.
+def choose() -> BrokerSource:
+    """Return the first source of a broker that can be used.
 
     Raises:
         NoBrokerError: There is none.
     """
-    way = on_this_machine() or by_docker()
-    if way is None:
+    source = local_source() or docker_source()
+    if source is None:
         raise NoBrokerError(
             f"There is no RabbitMQ to test on. Tried, in this order:\n{TRIED}\n{HELP}"
         )
-    return way
+    return source
 
 
-def on_this_machine() -> Way | None:
-    """Return the way to a broker that is named, or else to one that is installed."""
+def local_source() -> BrokerSource | None:
+    """Return the broker that is named, or a node of the server that is named or installed."""
     if url := os.environ.get(URL):
-        return Way(f"the broker that {URL} names", False, lambda _: _named(url))
-    if named := os.environ.get(SERVER):
-        return Way(f"a private node of {named}", True, lambda folder: node(Path(named), folder))
-    if server := installed():
-        return Way(f"a private node of {server}", True, lambda folder: node(server, folder))
+        return BrokerSource(f"the broker that {URL} names", False, lambda _: _named(url))
+    if server := os.environ.get(SERVER) or installed():
+        script = Path(server)
+        return BrokerSource(f"a private node of {script}", True, lambda to: node(script, to))
     return None
 
 
-def by_docker() -> Way | None:
-    """Return the way to a container."""
+def docker_source() -> BrokerSource | None:
+    """Return a container, if Docker can be used."""
     if not _docker_answers():
         return None
-    return Way(f"a container of {_IMAGE}", False, lambda _: _container())
+    return BrokerSource(f"a container of {_IMAGE}", False, lambda _: _container())
 
 
 def installed() -> Path | None:
     """Return the start script of the RabbitMQ installed on this machine."""
     if _UNWRAPPED.exists():
         return _UNWRAPPED
-    path = os.pathsep.join([os.environ.get("PATH", ""), *_PLACES])
+    path = os.pathsep.join([os.environ.get("PATH", ""), *_FOLDERS])
     found = shutil.which("rabbitmq-server", path=path)
     return Path(found).resolve() if found else None
 
 
 @contextmanager
-def _named(url: str) -> Iterator[Broker]:
+def _named(url: str) -> Iterator[RunningBroker]:
     parts = urlsplit(url)
     if parts.scheme != "amqp":
         raise NoBrokerError(f"{URL} must be an amqp:// URL, and is {parts.scheme}://")
-    version = greeting(parts.hostname or "localhost", parts.port or _AMQP)
+    version = broker_version(parts.hostname or "localhost", parts.port or _AMQP_PORT)
     if version is None:
         raise NoBrokerError(f"{URL} is set, but no broker answers at {parts.hostname}:{parts.port}")
-    yield Broker(url, version)
+    yield RunningBroker(url, version)
 
 
 @contextmanager
-def node(server: Path, folder: Path) -> Iterator[Broker]:
-    """Run a private node, until the context is left."""
+def node(server: Path, folder: Path) -> Iterator[RunningBroker]:
+    """Run a private node while the context is open."""
     with RabbitMQ(server, folder) as running:
-        yield Broker(running.url, running.version, running)
+        yield RunningBroker(running.url, running.version, running)
 
 
 @contextmanager
-def _container() -> Iterator[Broker]:
+def _container() -> Iterator[RunningBroker]:
     from testcontainers.community.rabbitmq import RabbitMqContainer
 
     with RabbitMqContainer(_IMAGE) as container:
-        host, port = container.get_container_host_ip(), int(container.get_exposed_port(_AMQP))
-        version = greeting(host, port)
+        host, port = container.get_container_host_ip(), int(container.get_exposed_port(_AMQP_PORT))
+        version = broker_version(host, port)
         if version is None:
             raise NoBrokerError(f"the container of {_IMAGE} runs, but no broker answers in it")
-        yield Broker(f"amqp://guest:guest@{host}:{port}/", version)
+        yield RunningBroker(f"amqp://guest:guest@{host}:{port}/", version)
 
 
 def _docker_answers() -> bool:
-    """Tell whether a daemon is there: a ``docker`` command on PATH would prove nothing."""
+    """Ask the daemon: a ``docker`` command on PATH proves nothing."""
     if find_spec("docker") is None or find_spec("testcontainers") is None:
         return False
     import docker

@@ -1,4 +1,4 @@
-"""What does a test get of a real RabbitMQ? Where it is, and names that nobody else uses."""
+"""`BatchRabbitMQ`: what the fixture `batch_rabbitmq` gives a test of a real RabbitMQ."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aio_pika_batch.core.message import Headers
 from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.core.topology import Queue, Topology
 from aio_pika_batch.errors import PublishError
-from aio_pika_batch.testing.rabbitmq.find import Broker
+from aio_pika_batch.testing.rabbitmq.find import RunningBroker
 from aio_pika_batch.testing.rabbitmq.node import RabbitMQ
 from aio_pika_batch.transport import Endpoint, NativeSession, Subscription, open_transport
 
@@ -22,11 +22,11 @@ class BatchRabbitMQ:
 
     Attributes:
         url: For the settings of consumers.
-        version: What the broker calls itself, such as `4.0.5`.
-        node: How to kill, pause and administer it; None where it was not started for the tests.
+        version: The broker's version, such as `4.0.5`.
+        node: Kills, pauses and administers it; None if the tests have not started it.
     """
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: RunningBroker) -> None:
         self.url = broker.url
         self.version = broker.version
         self.node: RabbitMQ | None = broker.node
@@ -34,10 +34,10 @@ class BatchRabbitMQ:
         self._names: list[str] = []
 
     def name(self, what: str = "test") -> str:
-        """Make a name for a queue or an exchange that nobody else uses.
+        """Return a unique name for a queue or an exchange.
 
-        On a broker that is not there for the tests alone, what has this name is deleted after the
-        test, and an exchange that has it with `.dlx` behind.
+        On a broker that the tests have not started, the queue and the exchange of this name are
+        deleted after the test, and so is the exchange `<name>.dlx`.
         """
         name = f"{what}-{uuid.uuid4().hex[:12]}"
         self._names.append(name)
@@ -51,14 +51,14 @@ class BatchRabbitMQ:
         headers: Headers | None = None,
         **properties: Any,  # noqa: ANN401  -- those of Publication, each with its own type
     ) -> None:
-        """Publish messages, and wait until the broker has confirmed them.
+        """Publish messages, and wait until the broker confirms them.
 
         Args:
-            routing_key: With the default exchange, the queue.
-            **properties: Further ones of :class:`~aio_pika_batch.Publication`.
+            routing_key: With the default exchange, the name of the queue.
+            **properties: Further properties of :class:`~aio_pika_batch.Publication`.
 
         Raises:
-            PublishError: One of them was not confirmed, or has no queue.
+            PublishError: A message was not confirmed, or no queue is bound for it.
         """
         publications = [
             Publication(
@@ -71,11 +71,11 @@ class BatchRabbitMQ:
         if wrong := {outcome.value for outcome in outcomes} - {Outcome.CONFIRMED.value}:
             raise PublishError(
                 f"exchange {exchange!r}, routing key {routing_key!r}: {', '.join(sorted(wrong))};"
-                " a message without a queue is returned: start its consumer before"
+                " a message without a queue is returned: start its consumer first"
             )
 
     async def drain(self, queue: str) -> list[Any]:
-        """Take out what waits in a queue, in order: as aio-pika's messages."""
+        """Remove all waiting messages from a queue, and return them as aio-pika's, in order."""
         taken = []
         async with self.channel() as channel:
             source = await channel.get_queue(queue, ensure=False)
@@ -85,7 +85,7 @@ class BatchRabbitMQ:
 
     @asynccontextmanager
     async def channel(self) -> AsyncIterator[Any]:
-        """A channel of aio-pika's, on a connection of its own, to set the scene and to look."""
+        """Open an aio-pika channel on a new connection, to declare and to inspect."""
         own = f"batch-rabbitmq-{uuid.uuid4().hex[:12]}"
         queue = Queue(own, durable=False, exclusive=True)
         subscription = Subscription(
@@ -96,7 +96,7 @@ class BatchRabbitMQ:
             yield (await session.native()).channel
 
     async def clear(self) -> None:
-        """Delete what has a name of this test's."""
+        """Delete all queues and exchanges with names of this test."""
         if not self._names:
             return
         async with self.channel() as channel:
@@ -107,9 +107,9 @@ class BatchRabbitMQ:
 
 
 @contextmanager
-def of_one_test(broker: Broker) -> Iterator[BatchRabbitMQ]:
-    """What one test gets; it is cleared away where the broker outlives the tests."""
-    given = BatchRabbitMQ(broker)
-    yield given
-    if given.node is None:
-        asyncio.run(given.clear())
+def of_one_test(broker: RunningBroker) -> Iterator[BatchRabbitMQ]:
+    """Return the RabbitMQ of one test; clear it if the tests have not started the broker."""
+    rabbitmq = BatchRabbitMQ(broker)
+    yield rabbitmq
+    if rabbitmq.node is None:
+        asyncio.run(rabbitmq.clear())

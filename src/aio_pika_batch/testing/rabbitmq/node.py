@@ -1,11 +1,10 @@
-"""How is a real RabbitMQ had for one test run, and hurt, without touching any other?
+"""A private RabbitMQ node for a test run, with methods to kill, pause and administer it.
 
-A node here is a child process with everything of its own: home, cookie, data, ports on 127.0.0.1,
-and the port mapper (*epmd*) that Erlang nodes find each other by, which would otherwise be a daemon
-shared by the whole machine. Nothing of the system's configuration is read. There is nothing worth
-saving, so the end is SIGKILL.
+The node is a child process with its own home, cookie, data and ports on 127.0.0.1. It also has its
+own port mapper (*epmd*), since otherwise all Erlang nodes of the machine would share one. It reads
+no configuration of the system. It is stopped by SIGKILL, as its data are not needed afterwards.
 
-All methods block. In an asynchronous test call the slow ones in a thread::
+All methods block. In an asynchronous test, call the slow ones in a thread::
 
     rabbitmq.kill()
     await asyncio.to_thread(rabbitmq.start)
@@ -14,14 +13,16 @@ All methods block. In an asynchronous test call the slow ones in a thread::
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import time
 from typing import TYPE_CHECKING, Self
 
-from aio_pika_batch.testing.rabbitmq.ports import LOCALHOST, free_port, greeting
-from aio_pika_batch.testing.rabbitmq.tether import kill_group, spawn
+from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port, kill_group, spawn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +31,42 @@ if TYPE_CHECKING:
 _START_TIMEOUT = 90  # seconds; an idle machine needs 3 to 7
 _NEVER_ALARMED = "0.6"
 _ALWAYS_ALARMED = "0.000001"
+
+_PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"
+_FRAME_HEADER = struct.Struct(">BHI")
+_METHOD_FRAME = 1
+_LARGEST_FRAME = 1 << 16
+# An entry of the table of server properties: a name, `S`, and a text after its four-byte length.
+_VERSION = re.compile(rb"\x07versionS\x00\x00\x00(.)", re.DOTALL)
+
+
+def broker_version(host: str, port: int, *, timeout: float = 2) -> str | None:
+    """Return the version in the broker's ``connection.start``, or None if no broker answers.
+
+    A port that only accepts connections is not a broker yet.
+    """
+    try:
+        with socket.create_connection((host, port), timeout=timeout) as connection:
+            connection.sendall(_PROTOCOL_HEADER)
+            return _read_version(connection)
+    except OSError:
+        return None
+
+
+def _read_version(connection: socket.socket) -> str | None:
+    # Parsed here: what a test learns about a broker must not depend on the code under test.
+    received = b""
+    while chunk := connection.recv(4096):
+        received += chunk
+        if len(received) < _FRAME_HEADER.size:
+            continue
+        kind, _, size = _FRAME_HEADER.unpack_from(received)
+        if kind != _METHOD_FRAME or size > _LARGEST_FRAME:
+            break
+        if len(received) > _FRAME_HEADER.size + size:
+            match = _VERSION.search(received)
+            return match and received[match.end() : match.end() + ord(match[1])].decode()
+    return None
 
 
 class Epmd:
@@ -42,11 +79,11 @@ class Epmd:
 
     @classmethod
     def of(cls, server: Path) -> Self:
-        """Return the one that the Erlang of a RabbitMQ brings, by that one's start script."""
+        """Return the port mapper of the Erlang that belongs to a RabbitMQ's start script."""
         return cls(_epmd_of(server))
 
     def start(self) -> None:
-        """Start it, unless it runs."""
+        """Start it, unless it runs already."""
         if self._process is None:
             self._process = spawn(
                 [self._program, "-port", str(self.port), "-address", LOCALHOST],
@@ -61,7 +98,7 @@ class Epmd:
 
 
 class RabbitMQ:
-    """One private node, which keeps its data and its ports however often it is killed.
+    """One private node, which keeps its data and ports when it is killed and started again.
 
     Args:
         server: The start script of an installation, ``…/lib/rabbitmq/bin/rabbitmq-server``; not the
@@ -99,28 +136,28 @@ class RabbitMQ:
 
     @property
     def url(self) -> str:
-        """Where it listens, with the user that every fresh broker knows."""
+        """Its AMQP URL, with the default user."""
         return f"amqp://guest:guest@{LOCALHOST}:{self.port}/"
 
     @property
     def log(self) -> str:
-        """All that the node has printed, over all its lives."""
+        """All output of the node since it was first started."""
         return self._log_file.read_text(errors="replace")
 
     @property
     def is_running(self) -> bool:
-        """Whether it was started and not killed since; paused or not."""
+        """Whether it was started and not killed since, even if it is paused."""
         return self._process is not None
 
     def start(self) -> None:
-        """Start the node, on the data of its last life if it had one, and wait for its greeting."""
+        """Start the node, with its data if it ran before, and wait until it answers."""
         self._epmd.start()
         with self._log_file.open("ab") as log:
             self._process = spawn(
                 [str(self.server)], env=self._environment, cwd=self.folder, stdout=log
             )
         deadline = time.monotonic() + _START_TIMEOUT
-        while (version := greeting(LOCALHOST, self.port)) is None:
+        while (version := broker_version(LOCALHOST, self.port)) is None:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 raise RuntimeError(f"{self.server} did not start:\n{self.log[-4000:]}")
@@ -128,11 +165,11 @@ class RabbitMQ:
         self.version = version
 
     def kill(self) -> None:
-        """End the node as a power cut would: SIGKILL, nothing flushed, nobody told."""
+        """Kill the node by SIGKILL, like a power failure: it flushes and closes nothing."""
         if self._process is not None:
             kill_group(self._process)
             self._process = None
-            self._alarmed = False  # a node forgets what it was told at run time
+            self._alarmed = False  # the alarm was set at run time
 
     def restart(self) -> None:
         """Kill the node and start it again."""
@@ -140,19 +177,19 @@ class RabbitMQ:
         self.start()
 
     def pause(self) -> None:
-        """Stop the node's time. Its connections stay open, and nothing answers on them."""
+        """Stop the node by SIGSTOP. Its connections stay open, and nothing answers on them."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it go on after ``pause``."""
+        """Continue the node after ``pause``."""
         self._signal(signal.SIGCONT)
 
     def rabbitmqctl(self, *args: str, timeout: float = 60) -> str:
-        """Run ``rabbitmqctl`` against this node, about a second a call, and return its output."""
+        """Run ``rabbitmqctl`` on this node, which takes about a second, and return its output."""
         return self._run("rabbitmqctl", args, timeout)
 
     def queues(self, *args: str, timeout: float = 60) -> str:
-        """Run ``rabbitmq-queues``, which knows about replicas, in the same way."""
+        """Run ``rabbitmq-queues``, which shows and changes replicas, and return its output."""
         return self._run("rabbitmq-queues", args, timeout)
 
     def _run(self, program: str, args: Sequence[str], timeout: float) -> str:
@@ -173,16 +210,16 @@ class RabbitMQ:
         return self.rabbitmqctl("eval", expression).strip()
 
     def close_all_connections(self, reason: str = "closed by a test") -> None:
-        """Let the broker close every connection in good order, with 320 CONNECTION_FORCED."""
+        """Make the broker close all connections with 320 CONNECTION_FORCED."""
         self.rabbitmqctl("close_all_connections", reason)
 
     def set_memory_alarm(self, on: bool) -> None:
-        """Raise the memory alarm, under which connections that publish are blocked, or end it."""
+        """Raise or clear the memory alarm, which blocks connections that publish."""
         self.rabbitmqctl("set_vm_memory_high_watermark", _ALWAYS_ALARMED if on else _NEVER_ALARMED)
         self._alarmed = on
 
     def restore(self) -> None:
-        """Undo what was done to the node: it runs, its time passes, and no alarm is raised."""
+        """Start or continue the node if needed, and clear the alarm."""
         if self._process is None:
             self.start()
             return
@@ -191,7 +228,7 @@ class RabbitMQ:
             self.set_memory_alarm(False)
 
     def close(self) -> None:
-        """Kill the node for good. Its folder is left to whoever made it."""
+        """Kill the node for good; the caller removes its folder."""
         self.kill()
         if self._shared_epmd is None:
             self._epmd.close()
@@ -217,7 +254,7 @@ class RabbitMQ:
             f"listeners.tcp.1 = {LOCALHOST}:{self.port}",
             "log.console = true",
             "log.file = false",
-            # A test run must not stop because the machine is nearly full, or seems to be.
+            # A nearly full disk or memory must not stop a test run.
             "disk_free_limit.absolute = 50MB",
             "total_memory_available_override_value = 2GB",
             *conf,
@@ -260,7 +297,7 @@ class RabbitMQ:
 
 
 def _erlang_of(server: Path) -> list[str]:
-    """Return the folder of the Erlang unpacked beside *server*, if that brought one of its own."""
+    """Return the folder of the Erlang unpacked beside *server*, if there is one."""
     erlang = server.parents[2] / "erlang" / "bin"
     return [str(erlang)] if (erlang / "erl").exists() else []
 

@@ -30,9 +30,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from aio_pika_batch.testing.stories.in_memory import MemoryScene, play_in_memory
-    from aio_pika_batch.testing.stories.judging import INVARIANTS, StoryBroken, judge
-    from aio_pika_batch.testing.stories.playing import Played, Scene, play
+    from aio_pika_batch.testing.stories.invariants import INVARIANTS, StoryBroken, judge
+    from aio_pika_batch.testing.stories.player import Played, Scene, play
     from aio_pika_batch.testing.stories.story import LATER, RAISE, Fault, FaultKind, Story
 else:
-    _ROOMS = ("story", "playing", "judging", "in_memory")
+    _ROOMS = ("story", "player", "invariants", "in_memory")
     __getattr__, __dir__ = lazy_exports(__name__, __all__, _ROOMS)

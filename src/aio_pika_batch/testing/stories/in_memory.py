@@ -11,8 +11,8 @@ from aio_pika_batch.adapters.memory.faults import PublishFault
 from aio_pika_batch.adapters.memory.journal import EventKind
 from aio_pika_batch.adapters.memory.versions import NEWEST
 from aio_pika_batch.testing.broker import BatchBroker
-from aio_pika_batch.testing.stories.judging import judge
-from aio_pika_batch.testing.stories.playing import Played, play
+from aio_pika_batch.testing.stories.invariants import judge
+from aio_pika_batch.testing.stories.player import Played, play
 from aio_pika_batch.testing.stories.story import WAIT_SUFFIX, FaultKind, Story
 from aio_pika_batch.testing.virtual_time import run
 from aio_pika_batch.transport import Transport

@@ -1,37 +1,71 @@
-"""What does a check work with? A harness, and hands that take, settle, publish and look.
+"""Tools for the checks of the contract: expectations, a session that is read, and the context.
 
-Nothing here waits for luck: what must come is waited for up to `patience` seconds, and what must
-not come for `quiet` seconds.
+Nothing here depends on timing by luck. Whatever must come is waited for up to `patience` seconds,
+and whatever must not come for `quiet` seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Outcome, Outgoing
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import Queue, Topology
-from aio_pika_batch.testing.contract.broken import ClauseBroken, same
-from aio_pika_batch.testing.contract.features import Features
-from aio_pika_batch.testing.contract.harness import Harness
+from aio_pika_batch.testing.contract.harness import Features, Harness
 from aio_pika_batch.transport import Session, Subscription, Transport
 
 CONSUMER_TAG = "contract"
+_LONGEST = 400
 
 
-class Consuming:
-    """A session that is being read.
+class ClauseBroken(AssertionError):
+    """A transport breaks a clause; the text says what it did instead."""
 
-    At most one receive waits at a time, and it is kept while a check does other things: to look
-    whether something comes does not cancel anything.
+
+def expect(expected: object, found: object, what: str) -> None:
+    """Compare what was found with what was expected.
+
+    Raises:
+        ClauseBroken: They differ.
+    """
+    if expected != found:
+        raise ClauseBroken(f"{what}: expected {_shorten(expected)}, found {_shorten(found)}")
+
+
+@contextmanager
+def expect_error(error: type[Exception], what: str) -> Iterator[None]:
+    """Expect that the body of the context raises an error.
+
+    Raises:
+        ClauseBroken: It raised nothing, or another error.
+    """
+    try:
+        yield
+    except error:
+        return
+    except Exception as other:
+        raise ClauseBroken(f"{what}: expected {error.__name__}, found {other!r}") from other
+    raise ClauseBroken(f"{what}: expected {error.__name__}, and nothing was raised")
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+class SessionReader:
+    """Reads a session.
+
+    At most one receive waits at a time. It stays pending while a check does other things, so that
+    looking for a message never cancels a receive.
 
     Attributes:
         session: The session.
-        chunks: All chunks that have been taken so far.
+        chunks: All chunks received so far.
     """
 
     def __init__(self, session: Session, *, patience: float, quiet: float) -> None:
@@ -44,11 +78,11 @@ class Consuming:
 
     @property
     def messages(self) -> list[Message]:
-        """All messages that have been taken so far."""
+        """All messages received so far."""
         return [message for chunk in self.chunks for message in chunk]
 
     def receive(self) -> asyncio.Task[Sequence[Message] | None]:
-        """Begin to wait for the next chunk, or go on; the task's result is None at the end."""
+        """Start or continue to wait for the next chunk; the task returns None at the end."""
         if self._receiving is None:
             self._receiving = asyncio.create_task(self._next())
         return self._receiving
@@ -59,10 +93,10 @@ class Consuming:
         return await anext(self._iterator, None)
 
     async def chunk(self, within: float | None = None) -> Sequence[Message] | None:
-        """The next chunk; None at the end.
+        """Return the next chunk, or None at the end.
 
         Raises:
-            TimeoutError: None came in time.
+            TimeoutError: No chunk came in time.
         """
         receiving = self.receive()
         await asyncio.wait({receiving}, timeout=self._patience if within is None else within)
@@ -75,7 +109,7 @@ class Consuming:
         return chunk
 
     async def take(self, count: int) -> list[Message]:
-        """Receive until there are so many messages more."""
+        """Receive exactly `count` more messages."""
         taken: list[Message] = []
         while len(taken) < count:
             try:
@@ -85,7 +119,7 @@ class Consuming:
             if chunk is None:
                 raise ClauseBroken(f"expected {count} messages, and only {len(taken)} came")
             taken.extend(chunk)
-        same(count, len(taken), "messages that came")
+        expect(count, len(taken), "messages that came")
         return taken
 
     async def take_to_the_end(self) -> list[Message]:
@@ -98,33 +132,33 @@ class Consuming:
             raise ClauseBroken("the iteration was expected to end, and did not") from None
         return taken
 
-    async def nothing_comes(self) -> None:
-        """Expect that nothing more is handed out for now."""
+    async def expect_nothing(self) -> None:
+        """Expect that no message comes for `quiet` seconds."""
         try:
             chunk = await self.chunk(within=self._quiet)
         except TimeoutError:
             return
-        same(None, chunk, "what was handed out although nothing should have been")
+        expect(None, chunk, "a chunk although no message should have come")
 
     async def settle(self, disposition: Disposition, messages: Iterable[Message]) -> None:
-        """Settle messages in one way."""
-        await self.session.settle([settled(disposition, messages)])
+        """Settle all messages with one disposition."""
+        await self.session.settle([settlement(disposition, messages)])
 
     async def stop(self) -> None:
-        """Wait no more."""
+        """Cancel a pending receive."""
         if self._receiving is not None:
             self._receiving.cancel()
             await asyncio.wait({self._receiving})
 
 
-class Stage:
-    """What a check is given.
+class CheckContext:
+    """What a check works with: a harness, and methods that receive, publish and look.
 
     Args:
-        harness: A broker of its own.
-        features: What is claimed.
-        patience: Seconds in which what must come has to come.
-        quiet: Seconds after which what has not come does not count as coming.
+        harness: A broker, or queues, of this check alone.
+        features: What the transport claims.
+        patience: Seconds within which an expected event must come.
+        quiet: Seconds after which an event counts as not coming.
     """
 
     def __init__(
@@ -137,7 +171,7 @@ class Stage:
 
     @property
     def transport(self) -> Transport:
-        """What is held to the contract."""
+        """The transport under test."""
         return self.harness.transport
 
     @property
@@ -147,61 +181,61 @@ class Stage:
 
     @property
     def existing(self) -> Topology:
-        """What is there, to be looked for."""
+        """The existing queue, to be checked only."""
         return Topology(queues=(Queue(self.queue, check_only=True),))
 
     def subscription(self, **more: Any) -> Subscription:  # noqa: ANN401  -- Subscription's own
-        """To the queue, with room for all that a check puts there."""
+        """Return a subscription to the queue, with room for all that a check puts there."""
         values = {"queue": self.queue, "prefetch": 1000, "consumer_tag": CONSUMER_TAG, **more}
         return Subscription(**values)
 
     @asynccontextmanager
-    async def consuming(self, **more: Any) -> AsyncIterator[Consuming]:  # noqa: ANN401  -- the same
+    async def read(self, **more: Any) -> AsyncIterator[SessionReader]:  # noqa: ANN401  -- the same
         """Open a session and read it."""
         async with self.transport.session(self.subscription(**more)) as session:
-            consuming = Consuming(session, patience=self.patience, quiet=self.quiet)
+            reader = SessionReader(session, patience=self.patience, quiet=self.quiet)
             try:
-                yield consuming
+                yield reader
             finally:
-                await consuming.stop()
+                await reader.stop()
 
     async def put(self, count: int) -> list[bytes]:
-        """Put so many numbered messages into the queue; return their bodies."""
+        """Put `count` numbered messages into the queue, and return their bodies."""
         bodies = [b"%d" % number for number in range(count)]
         await self.harness.put(bodies)
         return bodies
 
     async def publish(self, *publications: Outgoing) -> list[Outcome]:
-        """Publish with a publisher of its own."""
+        """Publish with a new publisher."""
         async with self.transport.publisher() as publisher:
             return list(await publisher.publish(publications))
 
-    async def waiting(self, count: int | None, queue: str | None = None) -> None:
-        """Expect that a queue comes to hold so many messages, and goes on holding them."""
+    async def expect_count(self, count: int | None, queue: str | None = None) -> None:
+        """Expect that a queue comes to hold `count` messages, and keeps holding them."""
         queue = queue or self.queue
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.patience
         while (found := await self.harness.count(queue)) != count and loop.time() < deadline:
             await asyncio.sleep(0.02)
         if found == count:
-            # It may have been on its way to another number.
+            # The count passes through other numbers on its way, so it must be seen twice.
             await asyncio.sleep(self.quiet)
             found = await self.harness.count(queue)
-        same(count, found, f"messages that wait in {queue!r}")
+        expect(count, found, f"messages that wait in {queue!r}")
 
-    async def holds(self, bodies: Iterable[bytes], queue: str | None = None) -> None:
-        """Expect that just these messages wait in a queue, in whatever order; take them out."""
+    async def expect_messages(self, bodies: Iterable[bytes], queue: str | None = None) -> None:
+        """Expect that exactly these messages wait in a queue, in any order, and remove them."""
         expected = sorted(bodies)
-        await self.waiting(len(expected), queue)
+        await self.expect_count(len(expected), queue)
         found = await self.harness.take(queue or self.queue)
-        same(expected, sorted(found), f"what was in {queue or self.queue!r}")
+        expect(expected, sorted(found), f"what was in {queue or self.queue!r}")
 
 
-def settled(disposition: Disposition, messages: Iterable[Message]) -> Settlement:
-    """One disposition for some messages."""
+def settlement(disposition: Disposition, messages: Iterable[Message]) -> Settlement:
+    """Return the settlement of some messages with one disposition."""
     return Settlement(disposition, tuple(message.delivery_tag for message in messages))
 
 
 def bodies_of(messages: Iterable[Message]) -> list[bytes]:
-    """Their bodies, in order."""
+    """Return the bodies of messages, in order."""
     return [message.body for message in messages]

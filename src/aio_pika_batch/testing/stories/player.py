@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aio_pika_batch.batch_settings import BatchConsumerSettings
 from aio_pika_batch.consumer import BatchConsumer
 from aio_pika_batch.core.results import MessageResult, Result
+from aio_pika_batch.testing.stories.recording import RecordingTransport
 from aio_pika_batch.testing.stories.story import RAISE, Fault, FaultKind, Story
-from aio_pika_batch.testing.stories.watching import WatchedTransport
 
 if TYPE_CHECKING:
     from aio_pika_batch.core.message import Message
@@ -108,7 +108,7 @@ class _Actor(BatchConsumer):
     """Does what the story says."""
 
     def __init__(
-        self, story: Story, played: Played, scene: Scene, transport: WatchedTransport
+        self, story: Story, played: Played, scene: Scene, transport: RecordingTransport
     ) -> None:
         super().__init__(_settings(story, scene), transport=transport)
         self._story = story
@@ -181,7 +181,7 @@ def _settings(story: Story, scene: Scene) -> BatchConsumerSettings:
 
 async def play(story: Story, scene: Scene) -> Played:
     """Play a story, and tell what was seen of it; :func:`judge` says what is wrong with that."""
-    watch = WatchedTransport(scene.transport)
+    watch = RecordingTransport(scene.transport)
     played = Played(
         told=watch.told,
         confirmed=watch.confirmed,

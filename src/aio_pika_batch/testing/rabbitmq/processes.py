@@ -1,17 +1,15 @@
-"""How does a child process die with the test run that started it, even one that is killed?
+"""Child processes that die with the test run that started them, and free ports for them.
 
-On Linux by a parent-death signal. The kernel sends it when the *thread* that forked the child ends,
-so all children are started by one thread that lives as long as the interpreter. Other systems have
-no such signal; there a child is stopped by the fixture that started it, and by nothing else.
-
-The signal is asked for by this file itself, run as a small program that then becomes the child:
-a ``preexec_fn`` would run Python between fork and exec of a process that has threads.
+On Linux the kernel kills a child by a parent-death signal, even if the test run itself is killed.
+On other systems a child ends only when the fixture that started it stops it.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +19,26 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+LOCALHOST = "127.0.0.1"
+
+# The kernel sends the parent-death signal when the thread that forked the child ends. So one thread
+# starts all children, and lives as long as the interpreter.
 _forker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forker")
+
+
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 on which nothing listens."""
+    while True:
+        # Below the range of ports for outgoing connections: a node that was killed must find its
+        # port free when it starts again.
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((LOCALHOST, port))
+            except OSError:
+                continue
+        return port
 
 
 def spawn(
@@ -32,10 +49,12 @@ def spawn(
     stdout: IO[bytes] | int | None = None,
     stderr: IO[bytes] | int | None = subprocess.STDOUT,
 ) -> subprocess.Popen[bytes]:
-    """Start *command* in a session of its own, tied to the life of this process.
+    """Start *command* in a new session, tied to the life of this process.
 
-    Its process id is its process group's too, so that ``kill_group`` reaches all it started.
+    Its process id is also the id of its process group, which `kill_group` kills.
     """
+    # This file, run as a program, asks for the signal and then becomes the command. A preexec_fn
+    # would run Python between fork and exec of a process that has threads.
     tied = [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
     return _forker.submit(
         subprocess.Popen,
@@ -50,7 +69,7 @@ def spawn(
 
 
 def kill_group(child: subprocess.Popen[bytes]) -> None:
-    """Kill *child* and everything in its process group, and wait until it is gone."""
+    """Kill *child* and its whole process group, and wait until it has ended."""
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

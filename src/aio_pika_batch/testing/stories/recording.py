@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from aio_pika_batch.transport import Publisher, Session, Subscription, Transport
 
 
-class WatchedTransport:
+class RecordingTransport:
     """A transport that notes what goes through it, by bodies, and changes nothing.
 
     Attributes:
@@ -34,7 +34,7 @@ class WatchedTransport:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._sessions: set[_Watched] = set()
+        self._sessions: set[_Session] = set()
         self.came: set[bytes] = set()
         self.told: dict[Disposition, Counter[bytes]] = {each: Counter() for each in Disposition}
         self.confirmed: Counter[bytes] = Counter()
@@ -59,7 +59,7 @@ class WatchedTransport:
     async def session(self, subscription: Subscription) -> AsyncIterator[Session]:
         """A session that pumps if the transport's does."""
         async with self._transport.session(subscription) as session:
-            kind = _WatchedPump if isinstance(session, PumpingSession) else _Watched
+            kind = _PumpingSession if isinstance(session, PumpingSession) else _Session
             watched = kind(self, session, subscription.prefetch)
             self._sessions.add(watched)
             try:
@@ -74,17 +74,17 @@ class WatchedTransport:
     @asynccontextmanager
     async def _publisher(self) -> AsyncIterator[Publisher]:
         async with self._transport.publisher() as publisher:
-            yield _WatchedPublisher(publisher, self.confirmed)
+            yield _Publisher(publisher, self.confirmed)
 
 
-class _Watched:
+class _Session:
     """A session.
 
     Attributes:
         bodies: Of what is handed out and not settled, by tag.
     """
 
-    def __init__(self, watch: WatchedTransport, session: Session, prefetch: int) -> None:
+    def __init__(self, watch: RecordingTransport, session: Session, prefetch: int) -> None:
         self._watch = watch
         self._session = session
         self._prefetch = prefetch
@@ -123,7 +123,7 @@ class _Watched:
         await self._session.settle(settlements)
 
 
-class _WatchedPump(_Watched):
+class _PumpingSession(_Session):
     """A session that pumps."""
 
     async def pump(self, sink: Callable[[Sequence[Message]], None]) -> None:
@@ -137,7 +137,7 @@ class _WatchedPump(_Watched):
         await self._session.pump(noting)
 
 
-class _WatchedPublisher:
+class _Publisher:
     def __init__(self, publisher: Publisher, confirmed: Counter[bytes]) -> None:
         self._publisher = publisher
         self._confirmed = confirmed

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from aio_pika_batch.core.settlement import Disposition
-from aio_pika_batch.testing.stories.playing import Played
+from aio_pika_batch.testing.stories.player import Played
 from aio_pika_batch.testing.stories.story import Story
 
 Invariant: TypeAlias = Callable[[Story, Played], object]
