@@ -7,7 +7,8 @@ from contextlib import suppress
 
 import pytest
 
-from aio_pika_batch import ConfigurationError, HealthServer, http_server
+from aio_pika_batch import ConfigurationError, HealthServer
+from aio_pika_batch.health import http_server
 
 
 async def close(writer: asyncio.StreamWriter) -> None:
