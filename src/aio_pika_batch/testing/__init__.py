@@ -1,11 +1,11 @@
-"""What helps to test consumers without a broker and without waiting; our own tests use it.
+"""Tools to test consumers without a broker and without waiting; the library's tests use them, too.
 
-- :func:`process` hands messages to a handler, and tells what would become of them.
-- :class:`BatchBroker` is a RabbitMQ in memory; the fixture `batch_broker` is one.
-- `virtual_time` lets hours pass in no time, and names what hangs.
-- `strategies` draws messages, results and whole stories, for hypothesis.
-- `stories` plays these, in memory or on any broker, and judges what was seen.
-- The fixture `batch_rabbitmq` is a real RabbitMQ.
+- :func:`process` runs a handler on messages, and returns what a worker would do with them.
+- :class:`BatchBroker` is an in-memory RabbitMQ; the fixture `batch_broker` provides one.
+- `virtual_time` is an event loop on which sleeping takes no time.
+- `strategies` draws messages, results and stories for hypothesis.
+- `stories` plays stories, in memory or on any broker, and checks what must stay true.
+- The fixture `batch_rabbitmq` provides a real RabbitMQ.
 """
 
 from typing import TYPE_CHECKING

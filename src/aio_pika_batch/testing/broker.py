@@ -1,7 +1,6 @@
-"""Which broker does a test talk to, and when is there nothing left to wait for?
+"""`BatchBroker`: an in-memory RabbitMQ for tests, with the few methods that most tests need.
 
-`BatchBroker` is the strict broker in memory with the few calls that most tests need; whatever else
-it can do is at its `broker`.
+Everything else that it can do is at its attribute `broker`.
 """
 
 from __future__ import annotations
@@ -26,41 +25,41 @@ from aio_pika_batch.testing.virtual_time import VirtualTimeLoop, run
 
 T = TypeVar("T")
 
-_TURNS = 20
-"""Rounds of the event loop for which nothing must stir: more than a settlement takes to be told."""
+_IDLE_TURNS = 20
+"""For so many turns of the event loop nothing must happen; a settlement needs fewer."""
 
 
 class BatchBroker:
-    """A broker of one test.
+    """An in-memory RabbitMQ for one test.
 
     Args:
-        version: Of the RabbitMQ that it imitates: `3.8`, `3.10`, `4.0` or `4.3`.
+        version: The RabbitMQ version that it imitates: `3.8`, `3.10`, `4.0` or `4.3`.
 
     Attributes:
-        transport: For `MyConsumer(settings, transport=batch_broker.transport)`.
+        transport: Pass it to consumers: `MyConsumer(settings, transport=batch_broker.transport)`.
     """
 
     def __init__(self, version: str = NEWEST) -> None:
         self._broker = Broker(version)
-        self._broker.journal.on_event = self._note
+        self._broker.journal.on_event = self._on_event
         self.transport = MemoryTransport(self._broker)
-        self._awaited: set[str] = set()
+        self._consumed: set[str] = set()
         self._watchers: set[asyncio.Event] = set()
 
     @property
     def broker(self) -> Broker:
-        """The broker itself: its journal, its faults, all that has been declared."""
+        """The broker itself: its journal, its faults, and everything that is declared."""
         try:
             asyncio.get_running_loop()
         except RuntimeError:
             return self._broker
-        # The transport's, since it lives by the loop's clock.
+        # The transport's broker uses the clock of the running event loop.
         return self.transport.broker
 
-    # -- what is there --
+    # -- queues and messages --
 
     def declare(self, queue: str, **arguments: FieldValue) -> None:
-        """Declare a durable queue; its arguments are given as `x_queue_type="quorum"`."""
+        """Declare a durable queue; pass its arguments like `x_queue_type="quorum"`."""
         with self.broker.operation() as vhost:
             vhost.declare_queue(
                 queue,
@@ -72,7 +71,7 @@ class BatchBroker:
             )
 
     def bind(self, queue: str, exchange: str, *keys: str, kind: str = "direct") -> None:
-        """Declare a durable exchange, and bind a queue to it, once for each key."""
+        """Declare a durable exchange, and bind a queue to it with each key."""
         with self.broker.operation() as vhost:
             vhost.declare_exchange(exchange, kind, durable=True, auto_delete=False, arguments={})
             for key in keys or ("",):
@@ -86,14 +85,14 @@ class BatchBroker:
         headers: Headers | None = None,
         **properties: Any,  # noqa: ANN401  -- those of Publication, each with its own type
     ) -> None:
-        """Publish messages; no fault is in their way.
+        """Publish messages; faults of the broker don't affect them.
 
         Args:
-            routing_key: With the default exchange, the queue.
-            **properties: Further ones of :class:`~aio_pika_batch.Publication`.
+            routing_key: With the default exchange, the name of the queue.
+            **properties: Further properties of :class:`~aio_pika_batch.Publication`.
 
         Raises:
-            PublishError: There is no queue for one of them, or it is full.
+            PublishError: No queue is bound for a message, or the queue is full.
         """
         for body in bodies:
             publication = Publication(
@@ -107,24 +106,26 @@ class BatchBroker:
                 continue
             where = f"exchange {exchange!r}, routing key {routing_key!r}"
             if outcome is Outcome.RETURNED:
-                why = "no queue is bound for it: start its consumer before, or `declare` the queue"
+                reason = (
+                    "no queue is bound for it; start its consumer first, or `declare` the queue"
+                )
             else:
-                why = "the queue is full"
-            raise PublishError(f"{where}: {why}")
+                reason = "the queue is full"
+            raise PublishError(f"{where}: {reason}")
 
     def drain(self, queue: str) -> list[Stored]:
-        """Take out what waits in a queue, in order: `body`, `headers`, `properties`, …."""
+        """Remove all waiting messages from a queue, and return them in order."""
         return self.broker.drain(queue)
 
-    # -- what goes wrong --
+    # -- faults --
 
     def cut(self) -> None:
-        """Cut all connections; consumers come back."""
+        """Cut all connections; consumers reconnect."""
         self.broker.cut()
 
     @contextmanager
     def down(self) -> Iterator[None]:
-        """Be unreachable, until the context is left."""
+        """Be unreachable while the context is open."""
         faults = self.broker.faults
         faults.connect_fault = ConnectFault.UNREACHABLE
         self.cut()
@@ -140,104 +141,106 @@ class BatchBroker:
         exchange: str | None = None,
         routing_key: str | None = None,
     ) -> None:
-        """Refuse what consumers publish: their requeues, their dead letters, what they send.
+        """Refuse what consumers publish: retries, dead letters and their own publications.
 
         Args:
-            times: So many publications; None: all, until `accept`.
-            exchange: Only those to this exchange.
-            routing_key: Only those with this key; that of a requeue is the queue.
+            times: How many publications to refuse; None: all, until `accept`.
+            exchange: Refuse only publications to this exchange.
+            routing_key: Refuse only publications with this key; a retry's key is the queue.
         """
         self.broker.faults.on_publish(
             PublishFault.REFUSE, times=times, exchange=exchange, routing_key=routing_key
         )
 
     def accept(self) -> None:
-        """Refuse nothing any more."""
+        """Stop refusing publications."""
         self.broker.faults.clear(PublishFault.REFUSE)
 
     # -- time --
 
     def run(self, main: Coroutine[Any, Any, T]) -> T:
-        """Run a test's coroutine in virtual time, where no test plugin does."""
+        """Run a coroutine in virtual time, if no test plugin does that."""
         return run(main)
 
     async def advance(self, seconds: float) -> None:
-        """Let so much virtual time go by.
+        """Let virtual time pass.
 
         Raises:
-            RuntimeError: The time of the running event loop is real.
+            RuntimeError: The running event loop has real time.
         """
         if not isinstance(asyncio.get_running_loop(), VirtualTimeLoop):
             raise RuntimeError(  # noqa: TRY004  -- the loop is no argument
-                "advance() needs virtual time: run the test by batch_broker.run(…), or on a"
+                "advance() needs virtual time; run the test with batch_broker.run(…), or on a"
                 " VirtualTimeLoop"
             )
         await asyncio.sleep(seconds)
 
     async def settled(self, within: float = 3600.0) -> None:
-        """Wait until consumers have nothing left to do: nothing handed out, nothing that waits for
-        them, be it in their queues or for a retry.
+        """Wait until consumers have nothing left to do.
 
-        A queue counts as consumed until its consumer stops: one that was cut off is waited for.
-        With `settle="yield"` a handler whose messages are all settled may still be running.
+        Then no message is unsettled, and none waits in a consumed queue or for a retry. A queue
+        counts as consumed until its consumer stops, even if it is disconnected. With
+        `settle="yield"`, a handler whose messages are all settled may still be running.
 
         Args:
-            within: Seconds.
+            within: Time limit in seconds.
 
         Raises:
-            TimeoutError: They are still not done; it says what is open.
+            TimeoutError: Consumers still have something to do; the text says what.
         """
-        stirred = asyncio.Event()
-        self._watchers.add(stirred)
+        changed = asyncio.Event()
+        self._watchers.add(changed)
         try:
             async with asyncio.timeout(within):
-                while not await self._keeps_still():
-                    stirred.clear()
-                    if self._open():
-                        await stirred.wait()
+                while not await self._stays_idle():
+                    changed.clear()
+                    if self._unfinished():
+                        await changed.wait()
         except TimeoutError:
-            told = ", ".join(self._open())
-            raise TimeoutError(f"not settled within {within:g} s: {told}") from None
+            left = ", ".join(self._unfinished())
+            raise TimeoutError(f"not settled within {within:g} s: {left}") from None
         finally:
-            self._watchers.discard(stirred)
+            self._watchers.discard(changed)
 
-    async def _keeps_still(self) -> bool:
-        for _ in range(_TURNS):
-            if self._open():
+    async def _stays_idle(self) -> bool:
+        for _ in range(_IDLE_TURNS):
+            if self._unfinished():
                 return False
             await asyncio.sleep(0)
         return True
 
-    def _note(self, event: BrokerEvent) -> None:
+    # Called for each event of the broker's journal, so that `settled` need not poll: virtual time
+    # can still detect a test that hangs.
+    def _on_event(self, event: BrokerEvent) -> None:
         match event.kind:
             case EventKind.CONSUMING:
-                self._awaited.add(event.queue)
+                self._consumed.add(event.queue)
             case EventKind.CANCELLED:
-                self._awaited.discard(event.queue)
+                self._consumed.discard(event.queue)
             case _:
                 pass
         for watcher in self._watchers:
             watcher.set()
 
-    def _open(self) -> list[str]:
-        """What consumers still have to do, in words."""
+    def _unfinished(self) -> list[str]:
+        """Describe what consumers still have to do."""
         with self.broker.operation() as vhost:
             queues = list(vhost.queues.values())
-            consumed = self._awaited | {each.name for each in queues if each.consumers}
+            consumed = self._consumed | {each.name for each in queues if each.consumers}
             found = []
             for queue in queues:
                 waiting = len(queue.ready) + len(queue.dying)
                 if queue.unacked:
-                    found.append(f"{len(queue.unacked)} handed out from {queue.name!r}")
+                    found.append(f"{len(queue.unacked)} unsettled from {queue.name!r}")
                 if waiting and queue.name in consumed:
                     found.append(f"{waiting} waiting in {queue.name!r}")
-                elif waiting and _goes_on_to(queue) in consumed:
-                    found.append(f"{waiting} waiting in {queue.name!r} for another attempt")
+                elif waiting and _retry_target(queue) in consumed:
+                    found.append(f"{waiting} waiting in {queue.name!r} for a retry")
             return found
 
 
-def _goes_on_to(queue: Queue) -> str | None:
-    """The queue to which messages go from here when their time is over."""
+def _retry_target(queue: Queue) -> str | None:
+    """Return the queue to which messages of a wait queue go when they expire."""
     spec = queue.spec
     waits = spec.message_ttl is not None and not spec.dead_letter_exchange
     return spec.dead_letter_routing_key if waits else None

@@ -1,7 +1,7 @@
-"""Where does a test get a message from, without a broker?
+"""`make_message` makes a message as a session would deliver it, without a broker.
 
-`make_message` makes one as a session would deliver it. What a session would know and a test does
-not care about, the queue and the header that counts retries, is filled in by whoever is given it.
+The queue and the header that counts retries are those of the consumer that gets the message, unless
+the test sets them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from aio_pika_batch.core.message import Headers, Message, Properties
 from aio_pika_batch.core.publication import Publication
 
 _AS_QUEUED = b""
-"""The route of a message that was published straight to its queue, whichever that is."""
+"""The raw route of a message that was published directly to its queue, whose name is not known."""
 
 
-# Not frozen: a message is made before it is known what session it is going to be of.
+# Not frozen: the message exists before its session is known.
 @dataclass(slots=True)
 class MadeSource:
-    """The session of one message that a test has made. What is None is not known yet."""
+    """The source of one message that a test has made; None stands for a value not known yet."""
 
     given_queue: str | None
     given_header: str | None
@@ -29,36 +29,36 @@ class MadeSource:
 
     @property
     def queue(self) -> str:
-        """The queue that it claims to come from."""
+        """The queue from which the message comes."""
         return "test" if self.given_queue is None else self.given_queue
 
     @property
     def retry_count_header(self) -> str:
-        """The header in which its retries are counted."""
+        """The header that counts its retries."""
         return "x-retry-count" if self.given_header is None else self.given_header
 
     def join(self, queue: str, retry_count_header: str) -> None:
-        """Learn what was left open."""
+        """Set the values that are not known yet."""
         if self.given_queue is None:
             self.given_queue = queue
         if self.given_header is None:
             self.given_header = retry_count_header
 
     def decode_properties(self, raw: bytes, /) -> Properties:
-        """Never called: properties are given as values."""
+        """Never called: the properties are decoded."""
         raise NotImplementedError(raw)
 
     def decode_headers(self, raw: bytes, /) -> Headers | None:
-        """Never called either."""
+        """Never called: the headers are decoded."""
         raise NotImplementedError(raw)
 
     def decode_route(self, raw: bytes, /) -> tuple[str, str]:
-        """The route that is not known before the queue is."""
+        """Return the route to the queue, which is now known."""
         del raw
         return "", self.queue
 
     def now(self) -> float:
-        """Seconds since the epoch."""
+        """Return the current time in seconds since the epoch."""
         return time.time()
 
 
@@ -77,10 +77,10 @@ def make_message(
     """Make a message as a handler gets it.
 
     Args:
-        routing_key: None: the queue's name where the exchange is the default one, else empty.
-        queue: None: that of the consumer which :func:`~aio_pika_batch.testing.process` hands it to.
-        retry_count_header: None: the consumer's, likewise.
-        **properties: Further ones of :class:`~aio_pika_batch.Publication`, such as `message_id`.
+        routing_key: None: the queue's name with the default exchange, otherwise empty.
+        queue: None: that of the consumer given to :func:`~aio_pika_batch.testing.process`.
+        retry_count_header: None: the consumer's.
+        **properties: Other properties of :class:`~aio_pika_batch.Publication`, e.g. `message_id`.
     """
     publication = Publication(
         body, exchange=exchange, routing_key=routing_key or "", headers=headers, **properties
@@ -99,19 +99,18 @@ def make_message(
 def delivered(
     given: Iterable[bytes | Message], *, queue: str, retry_count_header: str
 ) -> list[Message]:
-    """Make one session's deliveries of what a test hands in, numbered from 1.
+    """Make one session's deliveries of the given messages, with delivery tags from 1.
 
     Raises:
-        ValueError: A message is there twice.
+        ValueError: A message occurs twice.
     """
     messages: list[Message] = []
     for tag, each in enumerate(given, 1):
         message = each if isinstance(each, Message) else make_message(each)
         if any(message is other for other in messages):
-            raise ValueError(f"{message!r} is there twice: no broker delivers one message twice")
-        # The numbers are those of the session, and it begins here.
+            raise ValueError(f"{message!r} occurs twice; pass each message once")
         message.delivery_tag = tag
-        source = message._source  # noqa: SLF001  -- our own
+        source = message._source  # noqa: SLF001  -- the library's own
         if isinstance(source, MadeSource):
             source.join(queue, retry_count_header)
         messages.append(message)

@@ -1,8 +1,7 @@
-"""What would a worker do with these messages?
+"""`process` runs a consumer's handler on messages, and returns what a worker would do with them.
 
-`process` hands messages to a consumer's handler as a worker does, by the same code: they are cut
-into batches, handled, tried once more where the settings say so, judged and routed. Only the broker
-is left out: what it would be told is the outcome.
+It runs a worker's own code to batch and handle messages, to retry them in place and to plan their
+settlement. Only the session is missing, and what it would be asked to do is the outcome.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ class RequeuedMessage:
     """A message that would be tried again.
 
     Attributes:
-        retry_count: Of the next attempt.
-        delay: Seconds until then.
+        retry_count: The retry count of the next attempt.
+        delay: Seconds until the next attempt.
         immediate: Whether it goes to the front of the queue, uncounted (`REQUEUE_IMMEDIATE`).
     """
 
@@ -62,8 +61,8 @@ class DeadLetter:
     """A dead letter that would be published.
 
     Attributes:
-        message: The original.
-        headers: The dead letter's.
+        message: The original message.
+        headers: The headers of the dead letter.
     """
 
     message: Message
@@ -79,6 +78,9 @@ class DeadLetter:
 
 
 # Not frozen: it is filled batch by batch.
+#
+# A message that a NACK would discard is not listed as dead-lettered. A test that expects a dead
+# letter must fail if no dead-letter exchange is known, since the message would be gone.
 @dataclass(slots=True)
 class BatchOutcome:
     """What became of some messages. All lists are in the order in which the messages were given.
@@ -86,17 +88,18 @@ class BatchOutcome:
     Each message is in exactly one of `acked`, `requeued`, `dead_lettered` and `discarded`.
 
     Attributes:
-        acked: Done.
-        nacked: Condemned by NACK, be it the handler's or what its failure means; each of them is in
-            `dead_lettered` or in `discarded`, too.
-        requeued: Would be tried again.
-        dead_lettered: Would go to the dead-letter exchange: NACKed, or out of attempts.
-        discarded: The same without a dead-letter exchange: gone, unless a policy of the broker says
-            otherwise.
-        results: What counted for each message: yielded, or what a failure made of it.
-        errors: What went wrong with the handler, run by run, in the order in which it happened.
-        batches: What the handler was given, run by run.
-        published: What the handler and the hooks published.
+        acked: Messages that would be acknowledged.
+        nacked: Messages whose result is a NACK, yielded or caused by a failure. Each is also in
+            `dead_lettered` or `discarded`.
+        requeued: Messages that would be tried again.
+        dead_lettered: Messages that would go to the dead-letter exchange: NACKed, or without
+            attempts left.
+        discarded: The same messages if no dead-letter exchange is known: they are gone, unless a
+            policy of the broker dead-letters them.
+        results: The final result of each message, yielded or caused by a failure.
+        errors: The errors of all runs of the handler, in order.
+        batches: The messages of all runs of the handler, in order.
+        published: The publications of the handler and the hooks.
     """
 
     acked: list[Message] = field(default_factory=list)
@@ -110,52 +113,50 @@ class BatchOutcome:
     published: list[Publication] = field(default_factory=list)
 
 
-def sum_up(
+def _fill(
     outcome: BatchOutcome,
     messages: Sequence[Message],
     handled: BatchDecisions,
     plan: SettlementPlan,
     header: str,
 ) -> None:
-    """Enter what was decided.
+    """Add all messages to the outcome.
 
     Args:
-        messages: All of them; their tags are their places, from 1.
-        handled: Every message, judged.
-        plan: The router's, for the verdicts.
-        header: Counts the retries.
+        messages: All messages, in order.
+        handled: The decisions of all batches.
+        plan: The plan for the messages that are not acked.
+        header: The header that counts the retries.
     """
-    by_tag = {message.delivery_tag: message for message in messages}
-    verdicts = {each.message.delivery_tag: each for each in handled.not_acked}
+    decisions = {each.message.delivery_tag: each for each in handled.not_acked}
     settled = {tag: each.disposition for each in plan.settlements for tag in each.tags}
     copies = {each.tag: each for each in plan.copies}
-    for tag, message in by_tag.items():
-        verdict = verdicts.get(tag)
-        if verdict is None:
+    for message in messages:
+        tag = message.delivery_tag
+        decision = decisions.get(tag)
+        if decision is None:
             outcome.acked.append(message)
             outcome.results.append(MessageResult.ACK)
             continue
-        outcome.results.append(verdict.result)
-        if verdict.result is MessageResult.NACK or isinstance(verdict.result, Nack):
+        outcome.results.append(decision.result)
+        if decision.result is MessageResult.NACK or isinstance(decision.result, Nack):
             outcome.nacked.append(message)
         if tag in copies:
-            _enter_copy(outcome, message, copies[tag], header)
+            _add_copy(outcome, message, copies[tag], header)
         elif settled[tag] is Disposition.REQUEUE:
-            outcome.requeued.append(_at_once(message, verdict))
+            outcome.requeued.append(_requeued_immediately(message, decision))
         else:
             outcome.discarded.append(message)
 
 
-def _at_once(message: Message, verdict: MessageOutcome) -> RequeuedMessage:
-    known = verdict.message.has_readable_headers
-    return RequeuedMessage(message, verdict.message.retry_count if known else 0, immediate=True)
+def _requeued_immediately(message: Message, decision: MessageOutcome) -> RequeuedMessage:
+    known = decision.message.has_readable_headers
+    return RequeuedMessage(message, decision.message.retry_count if known else 0, immediate=True)
 
 
-def _enter_copy(
-    outcome: BatchOutcome, message: Message, republication: PendingCopy, header: str
-) -> None:
-    copy = republication.copy
-    if republication.reason is None:
+def _add_copy(outcome: BatchOutcome, message: Message, pending: PendingCopy, header: str) -> None:
+    copy = pending.copy
+    if pending.reason is None:
         count = retry_count(copy.add[header]) or 0
         delay = copy.level / 1000 if isinstance(copy, DelayedCopy) else 0.0
         outcome.requeued.append(RequeuedMessage(message, count, delay))
@@ -163,7 +164,7 @@ def _enter_copy(
     outcome.dead_lettered.append(
         DeadLetter(
             message,
-            republication.reason,
+            pending.reason,
             copy.exchange,
             copy.routing_key,
             copy.properties.headers or NO_HEADERS,
@@ -174,34 +175,34 @@ def _enter_copy(
 async def process(
     consumer: BaseConsumer[Any], messages: Iterable[bytes | Message], *, hooks: bool = True
 ) -> BatchOutcome:
-    """Hand messages to a consumer as a worker does, and tell what it would tell the broker.
+    """Run a consumer's handler on messages as a worker does, and return what the worker would do.
 
-    They are cut into batches as the settings say, as if nothing more came; a `Consumer` gets them
-    one by one. Batches are handled one after another. What is requeued is not handled again, but
-    with `ordered_by_key`, where messages are tried again in place: without the waits in between.
-    Nothing is sent anywhere; what is published counts as confirmed, and is in the outcome.
+    The settings decide about the batches; a `Consumer` gets its messages one by one. Batches are
+    handled one after another. A requeued message is not handled again, except with
+    `ordered_by_key`, which retries in place; the pauses are left out. Nothing is sent: what the
+    handler publishes counts as confirmed, and is part of the outcome.
 
     Args:
-        consumer: Not running.
-        messages: Bodies, or messages of :func:`make_message`. They are numbered anew, from 1.
+        consumer: A consumer that is not running.
+        messages: Bodies, or messages of :func:`make_message`. Their delivery tags become 1, 2, ….
         hooks: Whether `on_start` and `on_stop` run around it.
 
     Returns:
-        What the handler's errors mean is in it, too, and the errors themselves.
+        The outcome; it includes the handler's errors, and what they mean for the messages.
 
     Raises:
         ConfigurationError: The consumer is running.
-        SessionLost: The handler went on for 5 s although it was cancelled, at `process_timeout`.
-        DrainIncomplete: `on_stop` was cut off after `shutdown_timeout`.
+        SessionLost: The handler was cancelled at `process_timeout`, and still ran 5 s later.
+        DrainIncomplete: `on_stop` took longer than `shutdown_timeout`.
         Exception: What a hook raises.
     """
     settings = consumer.settings
     if consumer.is_running:
         raise ConfigurationError(
-            f"{type(consumer).__name__} is running: what it does is seen on its broker; process()"
-            " is for consumers that have not been started"
+            f"{type(consumer).__name__} is running; call process() on a consumer that has not been"
+            " started"
         )
-    rehearsal = _Rehearsal(
+    pool = _OfflinePool(
         consumer,
         delivered(
             messages,
@@ -209,13 +210,13 @@ async def process(
             retry_count_header=settings.retry_count_header,
         ),
     )
-    life = consumer._life  # noqa: SLF001  -- our own
+    life = consumer._life  # noqa: SLF001  -- the library's own
     try:
         await life.begin(
-            rehearsal,
+            pool,
             on_start=consumer.on_start if hooks else _nothing,
             on_stop=consumer.on_stop if hooks else _nothing,
-            seats=lambda: [consumer._seat(0)],  # noqa: SLF001  -- our own
+            seats=lambda: [consumer._seat(0)],  # noqa: SLF001  -- the library's own
             timeout=settings.shutdown_timeout,
         )
     finally:
@@ -223,25 +224,28 @@ async def process(
         incomplete = await life.drained()
     if incomplete is not None:
         raise incomplete
-    return rehearsal.outcome
+    return pool.outcome
 
 
 async def _nothing() -> None:
-    """A hook that is left out."""
+    """Replace a hook that is left out."""
 
 
-class _Rehearsal(WorkerPool):
-    """A crew whose work is one worker's, on messages that are there already.
+class _OfflinePool(WorkerPool):
+    """A worker pool that handles given messages, with the code of one worker.
+
+    A second implementation would sooner or later differ from what a worker does; a property test
+    compares the two.
 
     Attributes:
-        outcome: Complete once it has started.
+        outcome: The outcome; complete once the pool has started.
     """
 
     def __init__(self, consumer: BaseConsumer[Any], messages: Sequence[Message]) -> None:
-        name, settings, log = type(consumer).__name__, consumer.settings, consumer._log  # noqa: SLF001  -- our own
+        name, settings, log = type(consumer).__name__, consumer.settings, consumer._log  # noqa: SLF001  -- the library's own
         self.outcome = BatchOutcome()
-        observers = (_Witness(self.outcome), *consumer._observers)  # noqa: SLF001  -- our own
-        super().__init__(name, settings, _Nowhere(self.outcome.published), observers, log)
+        observers = (_OutcomeObserver(self.outcome), *consumer._observers)  # noqa: SLF001  -- the library's own
+        super().__init__(name, settings, _OfflineTransport(self.outcome.published), observers, log)
         self._messages = messages
         origin = Origin(name, settings.queue_name, 0)
         self._reporter = Reporter(Observers(observers, origin, log), log)
@@ -257,7 +261,9 @@ class _Rehearsal(WorkerPool):
         if refused is not None:
             self._reporter.refused(refused.not_acked)
             together.add(refused)
-        # Whatever there is to wait for is over: the batch that does not fill, the pause of a retry.
+        # At the end of time, batches that do not fill and pauses of retries in place are due, too.
+        # Not one batch of all messages: the handler must not see in a test what it never sees in
+        # production, such as more than `batch_size` messages.
         while (batch := collector.batcher.poll(math.inf)) is not None:
             keeps_failures = collector.keeps_failures(batch)
             handled = await self._handle(batch, seat, terms, keeps_failures=keeps_failures)
@@ -266,7 +272,7 @@ class _Rehearsal(WorkerPool):
             together.add(handled)
         plan = terms.router.plan(together.not_acked, datetime.now(UTC))
         header = terms.router.retry.header
-        sum_up(self.outcome, self._messages, together, plan, header)
+        _fill(self.outcome, self._messages, together, plan, header)
 
     async def _handle(
         self, batch: Batch, seat: WorkerInstance, terms: WorkerConfig, *, keeps_failures: bool
@@ -292,14 +298,14 @@ class _Rehearsal(WorkerPool):
         if not running.done():
             running.cancel()
             raise SessionLost(
-                "the handler goes on although it was cancelled, at process_timeout: a worker would"
-                " give its session up, and the broker would deliver these messages again"
+                "the handler was cancelled at process_timeout and still runs: a worker would give"
+                " up its session, and the broker would deliver these messages again"
             )
         return await running
 
 
-class _Witness(Observer):
-    """Notes what the handler was given, and how it failed."""
+class _OutcomeObserver(Observer):
+    """Adds the batches and errors of the handler to the outcome."""
 
     def __init__(self, outcome: BatchOutcome) -> None:
         self._outcome = outcome
@@ -313,26 +319,26 @@ class _Witness(Observer):
         self._outcome.errors.append(event.error)
 
 
-class _Nowhere:
-    """A transport that keeps what is published, and has nothing else to offer."""
+class _OfflineTransport:
+    """A transport that keeps publications and has no sessions."""
 
     def __init__(self, published: list[Publication]) -> None:
         self._published = published
 
     async def declare(self, topology: Topology) -> None:
-        """Everything is as declared."""
+        """Accept any topology."""
 
     def session(self, subscription: Subscription) -> AbstractAsyncContextManager[Session]:
-        """Never called: messages are there already."""
+        """Never called: the messages are given."""
         raise NotImplementedError(subscription)
 
     @asynccontextmanager
     async def publisher(self) -> AsyncIterator[Publisher]:
-        """Confirm everything."""
-        yield _Notes(self._published)
+        """Open a publisher that confirms everything."""
+        yield _OfflinePublisher(self._published)
 
 
-class _Notes:
+class _OfflinePublisher:
     """A publisher that confirms everything."""
 
     is_open = True
@@ -341,6 +347,6 @@ class _Notes:
         self._published = published
 
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
-        """Keep them."""
+        """Keep the publications, and confirm them."""
         self._published += [each for each in publications if isinstance(each, Publication)]
         return [Outcome.CONFIRMED] * len(publications)

@@ -1,7 +1,7 @@
-"""What may a message look like, and what may a handler say? Everything that the wire lets through.
+"""Strategies for hypothesis: all messages that AMQP allows, all results, and stories.
 
-Strategies for hypothesis. The headers that the library itself reads and writes are drawn as often
-as all others together, with values of every type: any client may have set them.
+The headers that the library reads and writes are drawn as often as all others together, with values
+of every type, since any client may have set them.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from aio_pika_batch.testing.messages import MadeSource
 from aio_pika_batch.testing.stories.story import LATER, RAISE, Answer, Fault, FaultKind, Story
 
 UNDECODABLE = "not UTF-8"
-"""Why a property of `broken_properties` cannot be decoded."""
+"""The reason why a property of `broken_properties` can't be decoded."""
 
 short_texts = st.text(st.characters(codec="utf-8"), max_size=12)
-"""What fits into a short string, such as a routing key or a `message_id`."""
+"""Texts that fit into an AMQP short string, such as a routing key or a `message_id`."""
 
 moments = st.datetimes(
     min_value=datetime(1970, 1, 1),  # noqa: DTZ001  -- hypothesis adds the zone
     max_value=datetime(9999, 1, 1),  # noqa: DTZ001
     timezones=st.just(UTC),
 ).map(lambda moment: moment.replace(microsecond=0))
-"""Timestamps, to the second."""
+"""Timestamps in whole seconds."""
 
 scalars = st.one_of(
     st.none(),
@@ -40,7 +40,7 @@ scalars = st.one_of(
     st.decimals(allow_nan=False, allow_infinity=False, places=2).map(Decimal),
     moments,
 )
-"""Values of headers that hold no others."""
+"""Header values that contain no other values."""
 
 field_values = st.one_of(
     scalars,
@@ -48,7 +48,7 @@ field_values = st.one_of(
     st.dictionaries(short_texts, scalars, max_size=2),
     st.just([{"deep": [{"deeper": None}]}]),
 )
-"""Values of headers."""
+"""Header values, nested ones included."""
 
 known_headers = st.sampled_from(
     [
@@ -70,10 +70,10 @@ known_headers = st.sampled_from(
         "x-retry-count",
     ]
 )
-"""Names of headers that mean something to this library or to RabbitMQ."""
+"""Names of headers that this library or RabbitMQ interprets."""
 
 headers = st.dictionaries(known_headers | short_texts, field_values, max_size=5)
-"""Headers, with values of any type under any name."""
+"""Headers with any names, and values of any type."""
 
 sound_properties = st.builds(
     Properties,
@@ -101,10 +101,10 @@ broken_properties = st.builds(
         min_size=1,
     ),
 )
-"""Properties some of which raise MessageDecodeError when they are read."""
+"""Properties of which some raise MessageDecodeError when they are read."""
 
 properties = sound_properties | broken_properties
-"""Properties."""
+"""Properties, decodable or not."""
 
 
 def messages(
@@ -114,13 +114,13 @@ def messages(
     queue: str | None = None,
     retry_count_header: str | None = None,
 ) -> st.SearchStrategy[Message]:
-    """Deliveries, as :func:`~aio_pika_batch.testing.make_message` makes them.
+    """Messages, as :func:`~aio_pika_batch.testing.make_message` makes them.
 
     Args:
-        bodies: None: short ones, of any bytes.
-        of: Their properties; by default some of them cannot be decoded.
-        queue: None: that of the consumer which they are handed to.
-        retry_count_header: None: the consumer's, likewise.
+        bodies: The bodies; None: up to 20 bytes.
+        of: The properties; by default some can't be decoded.
+        queue: The queue; None: that of the consumer that gets the message.
+        retry_count_header: None: the consumer's.
     """
     return st.builds(
         Message,
@@ -145,7 +145,7 @@ requeues = st.builds(Requeue, reasons, delay=delays)
 results: st.SearchStrategy[Result] = st.one_of(
     st.sampled_from(MessageResult), st.builds(Nack, reasons), requeues
 )
-"""Everything that a handler may yield for a message."""
+"""All results that a handler may yield for a message."""
 
 _ANSWERS: list[Answer] = [
     MessageResult.ACK,
@@ -160,11 +160,11 @@ _ANSWERS: list[Answer] = [
 def stories(
     *, faults: Collection[FaultKind] = tuple(FaultKind), max_messages: int = 12
 ) -> st.SearchStrategy[Story]:
-    """Whole stories, see :mod:`aio_pika_batch.testing.stories`.
+    """Stories, see :mod:`aio_pika_batch.testing.stories`.
 
     Args:
-        faults: What may go wrong; nothing: nothing does.
-        max_messages: The most that are published.
+        faults: The kinds of faults that may occur; empty: none.
+        max_messages: The maximum number of messages.
     """
     some_faults = st.lists(
         st.builds(

@@ -1,14 +1,14 @@
-"""How can a test wait for minutes without taking any?
+"""An asyncio event loop with virtual time: sleeping takes no real time.
 
-An asyncio event loop whose clock stands still while anything is ready to run, and jumps to the next
-timer as soon as nothing is. Where an ordinary loop would hang, this one raises and says why:
+Its clock stands still while anything is ready to run, and then jumps to the next timer. If an
+ordinary loop would hang, this one raises an error that says why:
 
-- *nothing left to happen*: nothing is ready, no timer is set, and the awaited future is not done;
-- *time stands still*: the loop goes round and round without time passing (a hot loop);
-- *time runs away*: timers fire for days, and the awaited future is still not done.
+- `NothingLeftToHappen`: nothing is ready, no timer is set, and the awaited future is not done;
+- `TimeStandsStill`: the loop runs without time passing (a busy loop);
+- `TimeRunsAway`: timers fire for a day, and the awaited future is still not done.
 
-Work in threads (`asyncio.to_thread`, `run_in_executor`) is waited for in real time, while the
-virtual clock stands still. Real sockets are polled, but the clock does not wait for them.
+The loop waits in real time for work in threads (`asyncio.to_thread`, `run_in_executor`), while the
+virtual clock stands still. It polls real sockets, but its clock does not wait for them.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 STANDSTILL = 1e-3
-"""Seconds that must pass within `max_iterations`; less is as good as nothing."""
+"""Seconds that must pass within `max_iterations`; anything less counts as a standstill."""
 
 
 class VirtualTimeError(RuntimeError):
-    """A test would have hung."""
+    """The test would hang on a real clock."""
 
 
 class NothingLeftToHappen(VirtualTimeError):
-    """No timer, nothing ready, and the main future is not done: somebody waits in vain."""
+    """Nothing is ready, no timer is set, and the main future is not done."""
 
 
 class TimeStandsStill(VirtualTimeError):
-    """The loop runs hot: it goes round and round, and no time passes."""
+    """The loop is busy: it runs again and again, and no time passes."""
 
 
 class TimeRunsAway(VirtualTimeError):
-    """Time passes, and the main future is never done."""
+    """Virtual time has reached the horizon, and the main future is not done."""
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """Asks its loop what to do where an ordinary selector would sleep."""
+    """Lets the loop jump in time when an ordinary selector would sleep."""
 
     def __init__(self, loop: VirtualTimeLoop) -> None:
         super().__init__()
         self._loop = loop
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        # What is there comes first: another thread may have called `call_soon_threadsafe`.
+        # Poll first: another thread may have called `call_soon_threadsafe`.
         events = super().select(0)
         self._loop.count_round()
         if not events and timeout != 0:
@@ -63,7 +63,7 @@ class _JumpingSelector(selectors.DefaultSelector):
             if patience:
                 events = super().select(patience)
                 if not events:
-                    self._loop.lose_patience()
+                    self._loop.raise_thread_timeout()
         return events
 
 
@@ -71,11 +71,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """An event loop that never sleeps.
 
     Args:
-        start: What `time()` says at first.
-        max_iterations: After so many rounds without time passing, `TimeStandsStill` is raised.
-        horizon: After so many (virtual) seconds, `TimeRunsAway` is raised.
-        thread_patience: For how many (real) seconds a thread is waited for when nothing else can
-            happen.
+        start: The first value of `time()`.
+        max_iterations: Rounds without time passing until `TimeStandsStill` is raised.
+        horizon: Virtual seconds until `TimeRunsAway` is raised.
+        thread_patience: Real seconds to wait for a thread when nothing else can happen.
     """
 
     def __init__(
@@ -93,33 +92,33 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self._threads = 0
         self._mark = start
         self._rounds = 0
-        self._census: Counter[str] = Counter()
+        self._callback_counts: Counter[str] = Counter()
         super().__init__(_JumpingSelector(self))
         self._clock_resolution: float = max(1e-9, math.ulp(start))
 
     def time(self) -> float:
-        """The virtual time, in seconds."""
+        """Return the virtual time in seconds."""
         return self._now
 
     def call_soon(
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
-        """Schedule a callback; in the last rounds before a standstill is told, note whose it is."""
+        """Schedule a callback; count the callbacks of the last rounds before `TimeStandsStill`."""
         if self._rounds * 10 >= self._max_iterations * 9:
-            self._census[_describe_callback(callback)] += 1
+            self._callback_counts[_describe_callback(callback)] += 1
         return super().call_soon(callback, *args, context=context)
 
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts
     ) -> asyncio.Future[T]:
-        """Run in a thread; virtual time stands still until it is done."""
+        """Run a function in a thread; virtual time stands still until it is done."""
         future = super().run_in_executor(executor, func, *args)
         self._threads += 1
         future.add_done_callback(self._thread_done)
         return future
 
     async def shutdown_default_executor(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  -- versions differ
-        """Join the threads of the executor, in real time."""
+        """Join the threads of the executor in real time."""
         self._threads += 1
         try:
             await super().shutdown_default_executor(*args, **kwargs)
@@ -130,34 +129,35 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self._threads -= 1
 
     def count_round(self) -> None:
-        """The selector says: another round.
+        """Count a round of the event loop; the selector calls this.
 
         Raises:
-            TimeStandsStill: One too many.
+            TimeStandsStill: There were `max_iterations` rounds without time passing.
         """
         self._rounds += 1
         if self._rounds > self._max_iterations:
             busiest = "".join(
-                f"\n  {times} x {who}" for who, times in self._census.most_common(_SHOWN)
+                f"\n  {times} x {callback}"
+                for callback, times in self._callback_counts.most_common(_SHOWN)
             )
             rounds, self._rounds = self._rounds - 1, 0
-            self._census.clear()
+            self._callback_counts.clear()
             raise TimeStandsStill(
                 f"time stands still at {self._now:g} s: {rounds} rounds of the event loop, and no"
-                f" time has passed. Busiest of late:{busiest}"
+                f" time has passed. Most frequent callbacks:{busiest}"
             )
 
     def pass_time(self, timeout: float | None) -> float | None:
-        """The selector says: an ordinary loop would sleep now.
+        """Let virtual time pass when an ordinary loop would sleep; the selector calls this.
 
         Args:
-            timeout: For how long; None: until something happens.
+            timeout: Seconds; None: until something happens.
 
         Returns:
-            For how long to wait really, since a thread is at work; None: not at all.
+            Real seconds to wait for a thread that is running, or None.
 
         Raises:
-            NothingLeftToHappen: It would be forever.
+            NothingLeftToHappen: The loop would sleep forever.
             TimeRunsAway: The horizon is reached.
         """
         if self._threads:
@@ -167,16 +167,16 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
                 f"nothing left to happen at {self._now:g} s: no timer is set and nothing is ready."
                 f" Still waiting:{self._waiting()}"
             )
-        # Rounding must not keep a timer from being due: asyncio takes as due what is less than one
-        # tick of the clock away, and late on a clock its tick is too small to count.
+        # A rounded sum must not keep a timer from being due. asyncio runs timers that are less than
+        # one clock resolution away, so the resolution must grow with the time.
         self._now += timeout
         self._clock_resolution = max(self._clock_resolution, math.ulp(self._now))
         if self._now - self._mark >= STANDSTILL:
             self._mark = self._now
             self._rounds = 0
-            self._census.clear()
+            self._callback_counts.clear()
         if self._now > self._end:
-            # Whoever cleans up afterwards needs time, too.
+            # Cleaning up afterwards may need time, too.
             self._end = math.inf
             raise TimeRunsAway(
                 f"time runs away: it is {self._now:g} s, and the main future is still not done."
@@ -184,45 +184,45 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
             )
         return None
 
-    def lose_patience(self) -> None:
-        """The selector says: no thread has finished within our patience."""
+    def raise_thread_timeout(self) -> None:
+        """Raise `NothingLeftToHappen`: no thread has finished in time; the selector calls this."""
         raise NothingLeftToHappen(
-            f"nothing left to happen at {self._now:g} s but {self._threads} jobs in threads, none"
-            f" of them done within {self._thread_patience:g} real seconds."
+            f"nothing left to happen at {self._now:g} s but {self._threads} jobs in threads,"
+            f" none of which finished within {self._thread_patience:g} real seconds."
             f" Still waiting:{self._waiting()}"
         )
 
     def _waiting(self) -> str:
         tasks = sorted(asyncio.all_tasks(self), key=asyncio.Task.get_name)
-        told = [f"\n  {_describe_task(task)}" for task in tasks[:_SHOWN]]
+        lines = [f"\n  {_describe_task(task)}" for task in tasks[:_SHOWN]]
         if len(tasks) > _SHOWN:
-            told.append(f"\n  and {len(tasks) - _SHOWN} more")
-        return "".join(told) or " no task at all"
+            lines.append(f"\n  and {len(tasks) - _SHOWN} more")
+        return "".join(lines) or " no task at all"
 
 
 _SHOWN = 20
-"""How many tasks a diagnosis names; more would not be read."""
+"""How many tasks or callbacks an error lists."""
 
 
 def _describe_task(task: asyncio.Task[Any]) -> str:
     coroutine: Any = task.get_coro()
     name = getattr(coroutine, "__qualname__", None) or repr(coroutine)
-    return f"task {task.get_name()!r}: {name}{_where(coroutine)}"
+    return f"task {task.get_name()!r}: {name}{_location(coroutine)}"
 
 
-def _where(coroutine: Any) -> str:  # noqa: ANN401  -- coroutines, generators, and what imitates them
-    """The innermost line in Python that a suspended coroutine waits in."""
-    place = ""
+def _location(coroutine: Any) -> str:  # noqa: ANN401  -- coroutines, generators, and similar objects
+    """Return the innermost Python line in which a suspended coroutine waits."""
+    location = ""
     inner = coroutine
     while inner is not None:
         frame = getattr(inner, "cr_frame", None) or getattr(inner, "ag_frame", None)
         if frame is not None:
-            place = f", at {frame.f_code.co_filename}:{frame.f_lineno}"
+            location = f", at {frame.f_code.co_filename}:{frame.f_lineno}"
         inner = getattr(inner, "cr_await", None) or getattr(inner, "ag_await", None)
-    return place
+    return location
 
 
-def _describe_callback(callback: Any) -> str:  # noqa: ANN401  -- anything that can be called
+def _describe_callback(callback: Any) -> str:  # noqa: ANN401  -- any callable
     owner = getattr(callback, "__self__", None)
     if isinstance(owner, asyncio.Task):
         return _describe_task(owner)
@@ -239,14 +239,14 @@ def run(
     thread_patience: float = 30.0,
     debug: bool | None = None,
 ) -> T:
-    """Run a coroutine in virtual time, in a loop of its own, as `asyncio.run` does.
+    """Run a coroutine in virtual time, in a new event loop, as `asyncio.run` does.
 
     The arguments are those of :class:`VirtualTimeLoop`.
 
     Raises:
-        NothingLeftToHappen: It waits for what will never come.
-        TimeStandsStill: Something runs hot.
-        TimeRunsAway: It was still not done when the horizon was reached.
+        NothingLeftToHappen: It waits for an event that can't come.
+        TimeStandsStill: Something runs in a busy loop.
+        TimeRunsAway: It was not done when the horizon was reached.
     """
 
     def loop() -> VirtualTimeLoop:

@@ -57,7 +57,7 @@ async def test_exchanges_route(broker):
     """By key; what no queue is bound for is an error that says what to do."""
     broker.bind("jobs", "events", "created", kind="topic")
     broker.publish(b"1", exchange="events", routing_key="created")
-    with pytest.raises(PublishError, match="start its consumer before, or `declare`"):
+    with pytest.raises(PublishError, match="start its consumer first, or `declare`"):
         broker.publish(b"2", exchange="events", routing_key="deleted")
     assert [b"1"] == bodies(broker.drain("jobs"))
 
@@ -283,7 +283,7 @@ async def test_what_is_not_settled_in_time_is_told(broker):
         with pytest.raises(TimeoutError) as told:
             await broker.settled(within=60)
         consumer._life.abandon()
-    assert "not settled within 60 s: 2 handed out from 'jobs', 1 waiting in 'jobs'" == str(
+    assert "not settled within 60 s: 2 unsettled from 'jobs', 1 waiting in 'jobs'" == str(
         told.value
     )
 
@@ -292,5 +292,5 @@ async def test_a_retry_that_is_not_due_in_time_is_told(broker):
     """With the queue that it waits in."""
     broker.publish(b"1", routing_key="jobs")
     async with Scribe(answering(REQUEUE), transport=broker.transport, requeue_delay=300):
-        with pytest.raises(TimeoutError, match=r"1 waiting in 'jobs.retry.300000' for another"):
+        with pytest.raises(TimeoutError, match=r"1 waiting in 'jobs.retry.300000' for a retry"):
             await broker.settled(within=60)

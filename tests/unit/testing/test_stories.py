@@ -63,7 +63,7 @@ def well() -> Played:
         batches=[[b"0", b"1"], [b"1"]],
         retries=[0, 0, 1],
         most=1,
-        told={each: Counter() for each in Disposition}
+        settled={each: Counter() for each in Disposition}
         | {Disposition.ACK: Counter({b"0": 1, b"1": 2})},
         confirmed=Counter({b"1": 1}),
     )
@@ -81,12 +81,12 @@ def foreign(played):
 
 def acked(played):
     """An ack has no reason."""
-    played.told[Disposition.ACK][b"0"] += 1
+    played.settled[Disposition.ACK][b"0"] += 1
 
 
 def discarded(played):
     """A message is rejected for good."""
-    played.told[Disposition.REJECT][b"1"] += 1
+    played.settled[Disposition.REJECT][b"1"] += 1
 
 
 def tried_again(played):
@@ -131,12 +131,12 @@ def twice(played):
 
 def unsettled(played):
     """A copy's original is not acked."""
-    played.told[Disposition.ACK][b"1"] -= 1
+    played.settled[Disposition.ACK][b"1"] -= 1
 
 
 def returned(played):
     """An ACK is not told the broker."""
-    played.told[Disposition.ACK][b"0"] -= 1
+    played.settled[Disposition.ACK][b"0"] -= 1
 
 
 def once_more(played):
@@ -213,7 +213,7 @@ def test_a_story_that_is_stopped_may_leave_something():
     played = well()
     played.seen[b"1"] -= 1
     played.acks.pop(b"1")
-    played.told[Disposition.ACK][b"1"] -= 1
+    played.settled[Disposition.ACK][b"1"] -= 1
     played.batches.pop()
     left(played)
     judge(replace(TWO, stop_at=1.0), played)
@@ -229,7 +229,7 @@ def test_what_is_seen_of_a_story():
     assert {b"0": 1, b"1": 1, b"2": 3, b"3": 2} == played.seen
     assert {b"0": 1, b"2": 1, b"3": 1} == played.acks
     assert {b"1": 1} == played.dead
-    assert {b"0": 1, b"1": 1, b"2": 3, b"3": 2} == played.told[Disposition.ACK]
+    assert {b"0": 1, b"1": 1, b"2": 3, b"3": 2} == played.settled[Disposition.ACK]
     assert {b"1": 1, b"2": 2, b"3": 1} == played.confirmed
     assert {0, 1, 2} == set(played.retries)
     assert not played.waiting
@@ -258,7 +258,7 @@ async def test_a_transport_that_loses_settlements_is_found_out(monkeypatch):
 
     monkeypatch.setattr(MemorySession, "settle", lost)
     story = replace(TWO, stop_at=10.0)
-    with pytest.raises(StoryBroken, match="nothing that was acked comes back"):
+    with pytest.raises(StoryBroken, match="no acked message comes back"):
         judge(story, await play(story, MemoryScene(BatchBroker())))
 
 
@@ -289,8 +289,8 @@ async def test_a_tag_that_is_settled_twice_or_never_came_is_a_complaint(script, 
         script.last.feed(b"a", b"b")
         await anext(aiter(session))
         await session.settle([Settlement(Disposition.ACK, tags)])
-    assert [f"tag {tags[1]} was settled twice, or never came"] == watch.complaints
-    assert {b"a": 1} == watch.told[Disposition.ACK]
+    assert [f"tag {tags[1]} was settled twice, or never delivered"] == watch.complaints
+    assert {b"a": 1} == watch.settled[Disposition.ACK]
 
 
 async def test_more_than_prefetch_allows_is_a_complaint(script, watch):
@@ -302,17 +302,17 @@ async def test_more_than_prefetch_allows_is_a_complaint(script, watch):
         await session.settle([Settlement(Disposition.RETURN, (1,))])
         script.last.feed(b"c")
         await anext(chunks)
-        assert ([], 2) == (watch.complaints, watch.open)
+        assert ([], 2) == (watch.complaints, watch.unsettled)
         script.last.feed(b"d")
         await anext(chunks)
-        assert ["more than 2 messages were handed out"] == watch.complaints
-    assert 0 == watch.open
+        assert ["more than 2 messages were unsettled"] == watch.complaints
+    assert 0 == watch.unsettled
 
 
 async def test_tags_that_go_backwards_are_a_complaint(script, watch):
     """They count up, in each session."""
     async with watch.session(subscription()) as session:
-        session.deliver([make_message(b"a", delivery_tag=2), make_message(b"b", delivery_tag=2)])
+        session.record([make_message(b"a", delivery_tag=2), make_message(b"b", delivery_tag=2)])
     assert ["tag 2 came out of order"] == watch.complaints
 
 
@@ -347,4 +347,4 @@ async def test_a_watched_transport_offers_what_it_has(script, watch, monkeypatch
         await session.cancel()
         came = []
         await session.pump(came.extend)
-        assert ([b"a"], 1) == ([message.body for message in came], watch.open)
+        assert ([b"a"], 1) == ([message.body for message in came], watch.unsettled)

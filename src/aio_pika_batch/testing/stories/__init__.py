@@ -1,11 +1,11 @@
-"""What stays true, whatever happens?
+"""Randomized tests of a whole consumer: stories, and the invariants that must hold in each.
 
-A story is drawn up front: what is published, what the handler answers to each message each time,
-how long it takes, what goes wrong meanwhile, and when the consumer is stopped. It is played by a
-whole consumer on a scene (the broker in memory in virtual time, or any other that can be hurt as
-the story says), and judged afterwards: by the same invariants on every scene.
+A story says in advance what is published, what the handler yields for each message each time, how
+long it takes, which faults occur, and when the consumer stops. A consumer plays it on a scene: the
+in-memory broker in virtual time, or any other broker on which the faults can be caused. Afterwards
+the same invariants are checked on every scene.
 
-Hypothesis draws them: :func:`aio_pika_batch.testing.strategies.stories`.
+Hypothesis draws stories: :func:`aio_pika_batch.testing.strategies.stories`.
 """
 
 from typing import TYPE_CHECKING

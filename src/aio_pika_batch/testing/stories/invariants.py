@@ -1,7 +1,7 @@
-"""Was it as it must be? The invariants of every story, on every broker.
+"""The invariants of all stories, on every broker.
 
-Each is a function of what was seen, which returns what breaks it: nothing, if it is kept. What its
-docstring says is what is reported.
+Each is a function that returns what breaks the invariant, or nothing. Its docstring is the text of
+the report.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Invariant: TypeAlias = Callable[[Story, Played], object]
 
 
 class StoryBroken(AssertionError):
-    """Something was seen of a story that must not be; the message has the story, to play again."""
+    """A story broke an invariant; the text contains the story, to play it again."""
 
 
 def judge(story: Story, played: Played) -> None:
-    """Find out whether what was seen is as it must be.
+    """Check all invariants of a story that was played.
 
     Raises:
-        StoryBroken: With every invariant that is broken, and what breaks it.
+        StoryBroken: Some invariants are broken; it lists each, and what breaks it.
     """
     found = [(each, each(story, played)) for each in INVARIANTS]
     broken = [f"  {inspect.getdoc(each)} Broken by {what}" for each, what in found if what]
@@ -34,33 +34,33 @@ def judge(story: Story, played: Played) -> None:
         raise StoryBroken("\n".join([*broken, f"in {story}"]))
 
 
-# -- whatever goes wrong --
+# -- with any faults --
 
 
 def nothing_is_lost(story: Story, played: Played) -> object:
-    """Each message is still there, or dead, or its handler said that it went well."""
+    """Each message is in a queue, or dead-lettered, or was ACKed by its handler."""
     return set(story.bodies) - set(played.waiting) - set(played.dead) - set(+played.acks)
 
 
 def nothing_appears(story: Story, played: Played) -> object:
-    """Nothing is there that nobody has published."""
+    """There are no messages that were not published."""
     return (set(played.waiting) | set(played.dead) | set(played.seen)) - set(story.bodies)
 
 
 def nothing_is_acked_without_a_reason(story: Story, played: Played) -> object:
-    """A message is acked as often as its handler said so and its copies were confirmed, no more."""
+    """A message is acked only as often as its handler ACKed it or a copy was confirmed."""
     del story
-    return played.told[Disposition.ACK] - played.acks - played.confirmed
+    return played.settled[Disposition.ACK] - played.acks - played.confirmed
 
 
 def nothing_is_discarded(story: Story, played: Played) -> object:
-    """Nothing is rejected for good: dead letters are published."""
+    """No message is rejected: dead letters are published."""
     del story
-    return +played.told[Disposition.REJECT]
+    return +played.settled[Disposition.REJECT]
 
 
 def attempts_are_bounded(story: Story, played: Played) -> object:
-    """No message is tried again more often than `max_requeue_attempts`."""
+    """No message is retried more often than `max_requeue_attempts`."""
     return [count for count in played.retries if not 0 <= count <= story.attempts]
 
 
@@ -70,57 +70,58 @@ def batches_are_within_their_size(story: Story, played: Played) -> object:
 
 
 def handlers_are_bounded(story: Story, played: Played) -> object:
-    """No more handlers are at work than `concurrency` in each worker."""
+    """No more than `concurrency` handlers run in each worker."""
     return played.most if played.most > story.concurrency * story.workers else None
 
 
 def nobody_complains(story: Story, played: Played) -> object:
-    """Tags come in order and are settled once, prefetch is kept, and nothing stays open."""
+    """Tags come in order and are settled once, prefetch is respected, and nothing stays open."""
     del story
     return played.complaints
 
 
 def all_comes_to_its_end(story: Story, played: Played) -> object:
-    """Once all faults are over, the consumer is healthy and its queue becomes empty."""
+    """After all faults, the consumer is healthy and its queue becomes empty."""
     if not story.ends:
         return None
     return +played.waiting or (None if played.is_healthy else "a consumer that is not healthy")
 
 
-# -- if nothing goes wrong, stops included --
+# -- without faults, stops included --
 
 
 def everything_is_there_once(story: Story, played: Played) -> object:
-    """Without faults each message is in one place, and nothing that was acked comes back."""
+    """Without faults, each message is in one place, and no acked message comes back."""
     if story.faults:
         return None
     return _difference(Counter(story.bodies), played.waiting + played.dead + played.acks)
 
 
 def everything_handled_is_settled(story: Story, played: Played) -> object:
-    """Without faults each ACK and each confirmed copy is one ack, however soon a stop follows."""
+    """Without faults, each ACK and each confirmed copy causes one ack, even before a stop."""
     if story.faults:
         return None
-    return _difference(played.told[Disposition.ACK], played.acks + played.confirmed)
+    return _difference(played.settled[Disposition.ACK], played.acks + played.confirmed)
 
 
 def nothing_left_was_handled(story: Story, played: Played) -> object:
-    """Without faults whatever a handler has answered is settled once, and not just returned."""
+    """Without faults, each result of a handler is settled once, and no message just returned."""
     if story.faults or story.raises:
         return None
-    told = played.told
-    decided = told[Disposition.ACK] + told[Disposition.REQUEUE] + told[Disposition.REJECT]
+    settled = played.settled
+    decided = settled[Disposition.ACK] + settled[Disposition.REQUEUE]
+    decided += settled[Disposition.REJECT]
     return _difference(played.seen, decided)
 
 
 def nothing_is_handled_too_often(story: Story, played: Played) -> object:
-    """Without faults a message is handled as often as its answers say."""
+    """Without faults, a message is handled as often as its answers require."""
     if story.faults:
         return None
     wrong = []
     for body in story.bodies:
         seen = played.seen[body]
-        # What an atomic batch acked in vain is handled again.
+        # If an atomic batch fails, its ACKs are void and their messages are handled again.
         too_often = seen > len(story.answers[int(body)]) + 1 and story.settle != "atomic"
         exact = not played.waiting[body] and not story.raises
         if too_often or (exact and seen != story.times(body)):
@@ -129,12 +130,12 @@ def nothing_is_handled_too_often(story: Story, played: Played) -> object:
 
 
 def order_is_kept(story: Story, played: Played) -> object:
-    """Without faults one handler is given the messages in the order of the queue."""
-    gives_back = story.stop_at is not None or story.breaker is not None
+    """Without faults, a single handler gets the messages in the order of the queue."""
+    returns_messages = story.stop_at is not None or story.breaker is not None
     alone = story.workers == story.concurrency == 1
-    # A quorum queue delivers what was given back first, but in the order of giving it back.
+    # A quorum queue delivers returned messages first, but in the order of their return.
     keeps_place = played.keeps_place and not story.quorum
-    if story.faults or not alone or (gives_back and not keeps_place):
+    if story.faults or not alone or (returns_messages and not keeps_place):
         return None
     first = list(dict.fromkeys(body for batch in played.batches for body in batch))
     return None if first == [body for body in story.bodies if body in first] else first
@@ -156,7 +157,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     nothing_is_handled_too_often,
     order_is_kept,
 )
-"""All that stays true."""
+"""All invariants."""
 
 
 def _difference(expected: Counter[bytes], found: Counter[bytes]) -> object:

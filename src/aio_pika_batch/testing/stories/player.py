@@ -1,4 +1,4 @@
-"""How is a story played? By a whole consumer, on a scene, at the scene's pace."""
+"""Plays a story: a whole consumer runs on a scene, at the scene's pace."""
 
 from __future__ import annotations
 
@@ -21,20 +21,18 @@ if TYPE_CHECKING:
 
 
 _DELIVERY_LIMIT = 1000
-"""So many deliveries no story has: what a broker drops for coming back too often is lost by its
-limit, not by the consumer.
-"""
+"""More deliveries than in any story: the broker must not drop a message because of its limit."""
 
 
 class Scene(Protocol):
-    """A broker with a dead-letter exchange that leads to a queue. All of it is this story's own.
+    """A broker, or part of one, for one story, with a queue bound to its dead-letter exchange.
 
     Attributes:
-        transport: What the consumer is given; it can be hurt.
-        pace: Seconds on the clock for one of the story.
-        queue: The consumer declares it; nothing is put into it before.
-        dead_letter_exchange: A fanout, which is there.
-        keeps_place: Whether what is given back to the queue keeps its place.
+        transport: The consumer's transport, which faults affect.
+        pace: Seconds on the clock for one second of the story.
+        queue: The queue that the consumer declares; no message is put into it before.
+        dead_letter_exchange: An existing fanout exchange.
+        keeps_place: Whether requeued and returned messages keep their place in the queue.
     """
 
     @property
@@ -49,41 +47,39 @@ class Scene(Protocol):
     def keeps_place(self) -> bool: ...  # noqa: D102
 
     async def put(self, body: bytes) -> None:
-        """Put a message into the queue; returns once it is there. No fault is in its way."""
+        """Put a message into the queue, unaffected by faults; it is there when this returns."""
         ...
 
     async def hurt(self, kind: FaultKind, seconds: float) -> None:
-        """Let something go wrong for so many seconds on the clock, and right again."""
+        """Cause a fault for some seconds on the clock, and end it."""
         ...
 
     async def come_to_rest(self, done: Callable[[], bool]) -> None:
-        """Wait until the broker has nothing that waits, and `done` says so of the consumer; or for
-        as long as that may take at most.
-        """
+        """Wait until no message waits on the broker and `done` returns true, or up to a limit."""
         ...
 
     async def look(self, played: Played) -> None:
-        """Enter what is left in the queues, once the consumer is gone, and any complaints."""
+        """Add what is left in the queues after the consumer has stopped, and any complaints."""
         ...
 
 
 @dataclass(slots=True)
 class Played:
-    """What was seen of a story. Messages are told apart by their bodies.
+    """What happened in a story. Messages are identified by their bodies.
 
     Attributes:
-        seen: How often the handler came to each message.
-        acks: How often it said ACK, and nothing made that void.
-        batches: What it was given.
-        retries: The retry counts that it was shown.
-        most: How many handlers were at work at a time, at most.
-        told: How often the broker was told what, for each.
-        confirmed: How many copies of each are confirmed.
-        waiting: What is left in the queue, or waits for another attempt.
+        seen: How often the handler reached each message.
+        acks: How often the handler ACKed each message, and no failure voided the ACK.
+        batches: The batches that the handler got.
+        retries: The retry counts that the handler saw.
+        most: The most handlers that ran concurrently.
+        settled: How often each message was settled with each disposition.
+        confirmed: How many copies of each message are confirmed.
+        waiting: Messages left in the queue or waiting for a retry.
         dead: The dead letters.
-        keeps_place: The scene's.
-        is_healthy: Whether the consumer was, before its last stop.
-        complaints: What must not happen, whatever the story says, in words.
+        keeps_place: `Scene.keeps_place`.
+        is_healthy: Whether the consumer was healthy before its last stop.
+        complaints: Descriptions of what must not happen in any story.
     """
 
     seen: Counter[bytes] = field(default_factory=Counter)
@@ -91,7 +87,7 @@ class Played:
     batches: list[list[bytes]] = field(default_factory=list)
     retries: list[int] = field(default_factory=list)
     most: int = 0
-    told: dict[Disposition, Counter[bytes]] = field(default_factory=dict)
+    settled: dict[Disposition, Counter[bytes]] = field(default_factory=dict)
     confirmed: Counter[bytes] = field(default_factory=Counter)
     waiting: Counter[bytes] = field(default_factory=Counter)
     dead: Counter[bytes] = field(default_factory=Counter)
@@ -101,11 +97,11 @@ class Played:
 
 
 class HandlerFailed(Exception):
-    """What the handler of a story raises."""
+    """Raised by the handler of a story."""
 
 
-class _Actor(BatchConsumer):
-    """Does what the story says."""
+class _StoryConsumer(BatchConsumer):
+    """Yields and raises what the story says."""
 
     def __init__(
         self, story: Story, played: Played, scene: Scene, transport: RecordingTransport
@@ -114,12 +110,12 @@ class _Actor(BatchConsumer):
         self._story = story
         self._played = played
         self._pace = scene.pace
-        self._at_work = 0
+        self._running = 0
 
     async def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[Result]:
         story, played = self._story, self._played
-        self._at_work += 1
-        played.most = max(played.most, self._at_work)
+        self._running += 1
+        played.most = max(played.most, self._running)
         played.batches.append([message.body for message in messages])
         pause = story.durations[len(played.batches) % len(story.durations)] * self._pace
         acks: Counter[bytes] = Counter()
@@ -128,14 +124,14 @@ class _Actor(BatchConsumer):
             for message in messages:
                 answer = self._answer(message)
                 if answer is MessageResult.ACK:
-                    # An atomic batch says so with its end.
+                    # The ACKs of an atomic batch count once the handler has ended.
                     (acks if story.settle == "atomic" else played.acks)[message.body] += 1
                 yield answer
                 if story.settle == "yield":
                     await asyncio.sleep(pause / 8)
             played.acks += acks
         finally:
-            self._at_work -= 1
+            self._running -= 1
 
     def _answer(self, message: Message) -> Result:
         played, body = self._played, message.body
@@ -143,14 +139,14 @@ class _Actor(BatchConsumer):
         played.retries.append(message.retry_count)
         answer = self._story.answer(body, played.seen[body])
         if answer is RAISE:
-            raise HandlerFailed(f"as the story says of {body!r}")
+            raise HandlerFailed(f"the story says so for {body!r}")
         return answer
 
 
 def _settings(story: Story, scene: Scene) -> BatchConsumerSettings:
-    """Times are the scene's, but for the time that a drain may take on a busy machine."""
+    """Return settings at the scene's pace; the time of a drain stays, for busy machines."""
     pace = scene.pace
-    # No file's: what stands in one is not of the story.
+    # Nothing from an .env file, which would change the story.
     given: dict[str, Any] = {"_env_file": None}
     if story.prefetch is not None:
         given["prefetch_count"] = story.prefetch
@@ -180,15 +176,15 @@ def _settings(story: Story, scene: Scene) -> BatchConsumerSettings:
 
 
 async def play(story: Story, scene: Scene) -> Played:
-    """Play a story, and tell what was seen of it; :func:`judge` says what is wrong with that."""
-    watch = RecordingTransport(scene.transport)
+    """Play a story, and return what happened; :func:`judge` checks it."""
+    record = RecordingTransport(scene.transport)
     played = Played(
-        told=watch.told,
-        confirmed=watch.confirmed,
-        complaints=watch.complaints,
+        settled=record.settled,
+        confirmed=record.confirmed,
+        complaints=record.complaints,
         keeps_place=scene.keeps_place,
     )
-    consumer = _Actor(story, played, scene, watch)
+    consumer = _StoryConsumer(story, played, scene, record)
     await consumer.start()
     async with asyncio.TaskGroup() as others:
         others.create_task(_publish(story, scene))
@@ -203,14 +199,18 @@ async def play(story: Story, scene: Scene) -> Played:
     if story.ends:
 
         def done() -> bool:
-            """Everything has come, and nothing is left in anybody's hands."""
-            return consumer.is_healthy and watch.came >= set(story.bodies) and not watch.open
+            """Return whether everything was delivered and settled."""
+            return (
+                consumer.is_healthy
+                and record.delivered >= set(story.bodies)
+                and not record.unsettled
+            )
 
         await scene.come_to_rest(done)
         played.is_healthy = consumer.is_healthy
         await consumer.stop()
     if consumer.is_running:
-        played.complaints.append("the consumer runs although it was stopped")
+        played.complaints.append("the consumer still runs although it was stopped")
     await scene.look(played)
     return played
 

@@ -1,15 +1,15 @@
-"""What did the consumer tell the broker, and what was it told?
+"""A transport that records what passes between a consumer and its broker.
 
-Seen at the port, between the shell and whichever adapter: so it is the same on every broker, and
-strict where a broker could not say anything (a tag that is settled again, once its session is
-gone).
+It records at the port, between the runtime and an adapter, so that the records are the same on
+every broker. They are stricter than a broker, which does not notice that a tag is settled again
+after its session is gone.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.core.publication import Outcome, Outgoing
@@ -23,121 +23,122 @@ if TYPE_CHECKING:
 
 
 class RecordingTransport:
-    """A transport that notes what goes through it, by bodies, and changes nothing.
+    """Wraps a transport, records messages by their bodies, and changes nothing.
 
     Attributes:
-        came: What was handed out, ever.
-        told: How often the broker was told what, for each message.
+        delivered: All messages delivered so far.
+        settled: How often each message was settled with each disposition.
         confirmed: How many copies of each message are confirmed.
-        complaints: What must not happen at the port, in words.
+        complaints: Descriptions of what must not happen at the port.
     """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._sessions: set[_Session] = set()
-        self.came: set[bytes] = set()
-        self.told: dict[Disposition, Counter[bytes]] = {each: Counter() for each in Disposition}
+        self.delivered: set[bytes] = set()
+        self.settled: dict[Disposition, Counter[bytes]] = {each: Counter() for each in Disposition}
         self.confirmed: Counter[bytes] = Counter()
         self.complaints: list[str] = []
 
     @property
     def broker_version(self) -> Version | None:
-        """The transport's, if it has one."""
-        watched = self._transport
-        return watched.broker_version if isinstance(watched, VersionedTransport) else None
+        """The version of the wrapped transport, if it has one."""
+        inner = self._transport
+        return inner.broker_version if isinstance(inner, VersionedTransport) else None
 
     @property
-    def open(self) -> int:
-        """How many messages are handed out and not settled."""
+    def unsettled(self) -> int:
+        """The number of unsettled messages."""
         return sum(len(each.bodies) for each in self._sessions)
 
     async def declare(self, topology: Topology) -> None:
-        """Declare, and check."""
+        """Declare on the wrapped transport."""
         await self._transport.declare(topology)
 
     @asynccontextmanager
     async def session(self, subscription: Subscription) -> AsyncIterator[Session]:
-        """A session that pumps if the transport's does."""
+        """Open a session, which pumps if the wrapped one does."""
         async with self._transport.session(subscription) as session:
             kind = _PumpingSession if isinstance(session, PumpingSession) else _Session
-            watched = kind(self, session, subscription.prefetch)
-            self._sessions.add(watched)
+            recorded = kind(self, session, subscription.prefetch)
+            self._sessions.add(recorded)
             try:
-                yield watched
+                yield recorded
             finally:
-                self._sessions.discard(watched)
-
-    def publisher(self) -> AbstractAsyncContextManager[Publisher]:
-        """A publisher."""
-        return self._publisher()
+                self._sessions.discard(recorded)
 
     @asynccontextmanager
-    async def _publisher(self) -> AsyncIterator[Publisher]:
+    async def publisher(self) -> AsyncIterator[Publisher]:
+        """Open a publisher."""
         async with self._transport.publisher() as publisher:
             yield _Publisher(publisher, self.confirmed)
 
 
 class _Session:
-    """A session.
+    """Records a session.
 
     Attributes:
-        bodies: Of what is handed out and not settled, by tag.
+        bodies: The bodies of unsettled messages, by delivery tag.
     """
 
-    def __init__(self, watch: RecordingTransport, session: Session, prefetch: int) -> None:
-        self._watch = watch
+    def __init__(self, record: RecordingTransport, session: Session, prefetch: int) -> None:
+        self._record = record
         self._session = session
         self._prefetch = prefetch
-        self._last = 0
+        self._last_tag = 0
         self.bodies: dict[int, bytes] = {}
 
     async def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
         async for chunk in self._session:
-            self.deliver(chunk)
+            self.record(chunk)
             yield chunk
 
-    def deliver(self, chunk: Sequence[Message]) -> None:
-        """Note what came."""
+    def record(self, chunk: Sequence[Message]) -> None:
+        """Record the delivery of a chunk."""
         for message in chunk:
-            if message.delivery_tag <= self._last:
-                self._watch.complaints.append(f"tag {message.delivery_tag} came out of order")
-            self._last = message.delivery_tag
+            if message.delivery_tag <= self._last_tag:
+                self._record.complaints.append(f"tag {message.delivery_tag} came out of order")
+            self._last_tag = message.delivery_tag
             self.bodies[message.delivery_tag] = message.body
-            self._watch.came.add(message.body)
+            self._record.delivered.add(message.body)
         if self._prefetch and len(self.bodies) > self._prefetch:
-            self._watch.complaints.append(f"more than {self._prefetch} messages were handed out")
+            self._record.complaints.append(f"more than {self._prefetch} messages were unsettled")
 
     async def cancel(self) -> None:
-        """Ask for no more."""
+        """Cancel the consumer."""
         await self._session.cancel()
 
     async def settle(self, settlements: Sequence[Settlement]) -> None:
-        """Note what the broker is told before it is, so that nothing comes in between."""
+        """Record settlements before they are sent, so that nothing happens in between."""
         for settlement in settlements:
             for tag in settlement.tags:
                 body = self.bodies.pop(tag, None)
                 if body is None:
-                    self._watch.complaints.append(f"tag {tag} was settled twice, or never came")
+                    self._record.complaints.append(
+                        f"tag {tag} was settled twice, or never delivered"
+                    )
                 else:
-                    self._watch.told[settlement.disposition][body] += 1
+                    self._record.settled[settlement.disposition][body] += 1
         await self._session.settle(settlements)
 
 
 class _PumpingSession(_Session):
-    """A session that pumps."""
+    """Records a session that pumps."""
 
     async def pump(self, sink: Callable[[Sequence[Message]], None]) -> None:
-        """Note what comes, and hand it on."""
+        """Record chunks, and pass them to the sink."""
 
-        def noting(chunk: Sequence[Message]) -> None:
-            self.deliver(chunk)
+        def recording(chunk: Sequence[Message]) -> None:
+            self.record(chunk)
             sink(chunk)
 
         assert isinstance(self._session, PumpingSession)  # noqa: S101  -- for type checkers
-        await self._session.pump(noting)
+        await self._session.pump(recording)
 
 
 class _Publisher:
+    """Records a publisher."""
+
     def __init__(self, publisher: Publisher, confirmed: Counter[bytes]) -> None:
         self._publisher = publisher
         self._confirmed = confirmed
@@ -148,7 +149,7 @@ class _Publisher:
         return self._publisher.is_open
 
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
-        """Note what is confirmed."""
+        """Record confirmed copies."""
         outcomes = await self._publisher.publish(publications)
         for publication, outcome in zip(publications, outcomes, strict=True):
             if outcome is Outcome.CONFIRMED:

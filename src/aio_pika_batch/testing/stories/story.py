@@ -1,7 +1,7 @@
-"""What happens, from the first message to the last?
+"""`Story`: everything that happens to a consumer in one randomized test.
 
-Everything is said before anything begins: what depended on something observed could not be played
-again.
+All of it is drawn before the consumer starts: a story that depended on something observed could not
+be played again. A story knows nothing about brokers; a scene carries it out on one.
 """
 
 from __future__ import annotations
@@ -14,46 +14,46 @@ from typing import Final, Literal, TypeAlias
 from aio_pika_batch.core.results import MessageResult, Requeue, Result
 
 LATER: Final = Requeue(delay=1)
-"""Another attempt after a second, at any pace: the shortest wait for which there is a level."""
+"""A retry after one second, at any pace: the shortest delay that has a wait queue."""
 
 WAIT_SUFFIX: Final = ".retry.1000"
-"""What follows the queue's name in that of the queue in which it is waited for."""
+"""The suffix of the wait queue's name, after the name of the queue."""
 
 RAISE: Final = None
-"""The handler raises when it comes to this message."""
+"""The handler raises when it reaches this message."""
 
 Answer: TypeAlias = Result | None
-"""What a handler does about a message: it yields this, or raises."""
+"""What a handler does with a message: the result that it yields, or `RAISE`."""
 
 
 class FaultKind(Enum):
-    """What can go wrong. All but the first two last for a while."""
+    """The kinds of faults. All but `CUT` and `CANCEL` last for some time."""
 
     CUT = "cut"
-    """All connections break, and new ones may come at once."""
+    """All connections break, and can be opened again at once."""
     CANCEL = "cancel"
-    """The broker ends all subscriptions."""
+    """The broker cancels all consumers."""
     AWAY = "away"
     """All connections break, and new ones are refused."""
     REFUSE = "refuse"
     """What the consumer publishes is refused."""
     RETURN = "return"
-    """There is no queue for dead letters: they come back."""
+    """No queue is bound for dead letters: they are returned."""
     LOSE = "lose"
-    """What the consumer publishes is lost on its way."""
+    """What the consumer publishes is lost before it reaches the broker."""
     UNCONFIRMED = "unconfirmed"
     """What the consumer publishes is stored, and the confirmations are lost."""
     LATE = "late"
-    """What the consumer publishes is confirmed when the fault is over, and not before."""
+    """What the consumer publishes is confirmed only when the fault is over."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that goes wrong, and right again.
+    """A fault that begins and ends.
 
     Attributes:
         at: Seconds after the start.
-        seconds: How long it lasts.
+        seconds: Its duration.
     """
 
     at: float
@@ -63,22 +63,21 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """All that happens. Times are in seconds of the story: a scene has its own pace.
+    """Everything that happens. Times are in seconds of the story; each scene has its own pace.
 
     Attributes:
-        answers: For each message what the handler does about it the first time, the second time,
-            and so on; when that is spent, it is ACKed.
-        pauses: Between two publications; used in turn, again and again.
-        durations: How long the handler takes for a batch; likewise.
+        answers: For each message, what the handler does with it the first time, the second time
+            and so on; after that, it ACKs the message.
+        pauses: The pauses between publications, used in a cycle.
+        durations: How long the handler takes for a batch, used in a cycle.
         size: `batch_size`.
         prefetch: `prefetch_count`; None: unset.
         attempts: `max_requeue_attempts`.
         isolate: `isolate_limit`; 0: failures are not isolated.
         breaker: `breaker_threshold`.
         quorum: Whether the queue is a quorum queue.
-        stop_at: When the consumer is stopped; None: when all has come to its end.
-        restart_after: How long after its stop it is started again, to go on until the end; None:
-            it is not.
+        stop_at: When the consumer is stopped; None: when nothing is left to do.
+        restart_after: Seconds from the stop until the consumer is started again; None: it is not.
     """
 
     answers: tuple[tuple[Answer, ...], ...]
@@ -98,32 +97,32 @@ class Story:
     restart_after: float | None = None
 
     def __str__(self) -> str:
-        """As it is written in Python, to be played again."""
+        """Return the story as Python code, to play it again."""
         return re.sub(r"<(\w+\.\w+): [^>]*>", r"\1", repr(self))
 
     @property
     def bodies(self) -> list[bytes]:
-        """What is published, in order: `b"0"`, `b"1"`, …."""
+        """The bodies of the published messages, in order: `b"0"`, `b"1"`, …."""
         return [b"%d" % number for number in range(len(self.answers))]
 
     @property
     def ends(self) -> bool:
-        """Whether it goes on until nothing is left to do."""
+        """Whether the consumer runs until nothing is left to do."""
         return self.stop_at is None or self.restart_after is not None
 
     @property
     def raises(self) -> bool:
-        """Whether the handler fails at any time."""
+        """Whether the handler raises at any time."""
         return any(RAISE in each for each in self.answers)
 
     def answer(self, body: bytes, time: int) -> Answer:
-        """What the handler does about a message the first time (1), the second time, …."""
+        """Return what the handler does with a message the first time (1), the second time, …."""
         drawn = self.answers[int(body)]
         return drawn[time - 1] if time <= len(drawn) else MessageResult.ACK
 
     def times(self, body: bytes) -> int:
-        """How often a message is handled until it is ACKed or dead, if nothing goes wrong and its
-        handler never raises.
+        """Return how often a message is handled until it is ACKed or dead-lettered, without faults
+        and exceptions.
         """
         requeues = 0
         drawn = self.answers[int(body)]
