@@ -19,7 +19,6 @@ from typing import TypeAlias
 
 from aio_pika_batch.core.dead_letter import (
     EVERY,
-    RETRY_COUNT,
     DeathInfo,
     Filter,
     NotReplayable,
@@ -27,7 +26,7 @@ from aio_pika_batch.core.dead_letter import (
     death_info,
     replay_copy,
 )
-from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.message import RETRY_COUNT, Message
 from aio_pika_batch.core.publication import Copy, Outcome
 from aio_pika_batch.core.topology import Exchange, Topology
 from aio_pika_batch.errors import TopologyError

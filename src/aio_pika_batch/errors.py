@@ -1,42 +1,44 @@
-"""Whose fault is it? The first thing that the type of an error says.
+"""All errors that this library raises on purpose. Their classes say who can fix the problem.
 
-The whole family, on one screen. Nothing is imported here, so that everything may import it.
+This module imports nothing, so that every other module can import it.
 """
 
 
 class AioPikaBatchError(Exception):
-    """Every error that this library raises on purpose."""
+    """Base class of all errors that this library raises on purpose."""
 
 
 class ConfigurationError(AioPikaBatchError, ValueError):
-    """What you configured cannot work; raised at construction, never at three in the morning."""
+    """The configuration is invalid. Raised when the consumer is constructed."""
 
 
 class TransportError(AioPikaBatchError):
-    """Something between the consumer and its broker; the subclasses say who ended it."""
+    """Base class of errors from the broker, or from the connection to it."""
 
 
 class BrokerUnavailable(TransportError):
-    """Nobody answered, or the answer was cut off: worth another attempt."""
+    """The broker didn't answer, or the connection was lost. Another attempt may succeed."""
 
 
 class AccessRefused(TransportError):
-    """The broker said no: user, password, virtual host, permission; or there is no such host."""
+    """The broker refused access: user, password, virtual host or permission; or the host name in
+    the URL is unknown.
+    """
 
 
 class TopologyError(TransportError):
-    """A queue, exchange or binding on the broker is not the declared one.
+    """A queue, exchange or binding on the broker differs from the declared one.
 
-    The text holds the broker's own words and what to do about them.
+    The text contains the broker's answer and what to do about it.
     """
 
 
 class SessionLost(TransportError):
-    """The world ended the session; whatever was unsettled will be delivered again."""
+    """The session ended unexpectedly. The broker delivers all unsettled messages again."""
 
 
 class SessionClosed(TransportError):
-    """You ended the session, and used it afterwards."""
+    """A session or publisher was used after you closed it."""
 
 
 class SettlementError(TransportError):
@@ -44,16 +46,16 @@ class SettlementError(TransportError):
 
 
 class PublishError(TransportError):
-    """The broker did not confirm a message: it was returned, refused, or nothing was heard."""
+    """The broker did not confirm a message: it was returned, refused, or left unanswered."""
 
 
 class MessageDecodeError(AioPikaBatchError, ValueError):
-    """One message's body or property is not what its reader expected.
+    """The body or a property of one message cannot be decoded.
 
-    Leaving the handler, it dead-letters that message alone.
+    If your handler doesn't catch it, only this message is dead-lettered.
 
     Attributes:
-        message: The message (:class:`~aio_pika_batch.Message`) that cannot be decoded.
+        message: The :class:`~aio_pika_batch.Message` that cannot be decoded.
         field: `"body"`, or the name of the property.
     """
 
@@ -64,19 +66,21 @@ class MessageDecodeError(AioPikaBatchError, ValueError):
 
 
 class ResultError(AioPikaBatchError, ValueError):
-    """A handler yielded what is no answer to its batch: too much, twice, unknown or foreign."""
+    """A handler yielded an invalid result: too many, a duplicate, an unknown value, or one for a
+    message of another batch.
+    """
 
 
 class HandlerTimeout(AioPikaBatchError, TimeoutError):
-    """A handler ran for longer than `process_timeout` seconds and was cancelled."""
+    """A handler ran longer than `process_timeout` seconds and was cancelled."""
 
 
 class DrainIncomplete(AioPikaBatchError):
-    """A shutdown ended before its work did: what was cut off will be delivered again."""
+    """A graceful shutdown ended before all handlers did. Their messages are delivered again."""
 
 
 class StartInterrupted(AioPikaBatchError):
-    """`stop` was called before every worker consumed."""
+    """`stop` was called before all workers were consuming."""
 
 
 def safe_str(value: object) -> str:

@@ -1,6 +1,6 @@
-"""Standard logging, with the context as keywords.
+"""Standard logging, with the context of a line as keyword arguments.
 
-The library never configures a logger; `getLogger("aio_pika_batch")` is the root of all of them.
+The library configures no logger. `getLogger("aio_pika_batch")` is the parent of all its loggers.
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ ExcInfo: TypeAlias = (
     " | tuple[None, None, None] | None"
 )
 
-
 _LONGEST = 4096
-"""Characters of an exception's text in a line: who wrote it may have put a whole body into it."""
-
+"""The maximum characters of an exception's text in a line: some contain the body of a message."""
 
 RESERVED = frozenset({*logging.makeLogRecord({}).__dict__, "message", "asctime", "event"})
-"""Names that stand on a record anyway, or that we put there ourselves."""
+"""The attributes that every log record has, and those that this module sets."""
 
 
 class KeywordLogger:
-    """A logger that takes its context as keywords, as structlog's do.
+    """A logger that takes its context as keyword arguments, as those of structlog do.
 
-    The keywords are appended to the message as `key=value`. For formatters that want them apart,
-    each stands on the record as an attribute, and the message without them as `event`; a keyword
-    that a record has a name for already gets an underscore behind it there.
+    It appends the context to the message as `key=value`. For other formatters, each value is also
+    an attribute of the log record, and the message without them is the attribute `event`. If a
+    record already has an attribute of that name, an underscore is appended to it.
     """
 
+    # Attributes and not one dictionary, because other formatters look for attributes.
     __slots__ = ("_context", "_logger")
 
     def __init__(self, logger: logging.Logger, **context: object) -> None:
@@ -41,7 +40,7 @@ class KeywordLogger:
         self._context = context
 
     def bind(self, **context: object) -> KeywordLogger:
-        """The same logger with more context."""
+        """Return the same logger with more context."""
         return KeywordLogger(self._logger, **{**self._context, **context})
 
     def debug(self, event: str, **context: object) -> None:
@@ -67,19 +66,19 @@ class KeywordLogger:
     def _log(self, level: int, event: str, exc_info: ExcInfo, context: dict[str, object]) -> None:
         if self._logger.isEnabledFor(level):
             text, extra = format_line(event, {**self._context, **context})
-            # The text is an argument, never a format: it may hold a percent sign.
+            # The text is an argument and not the format, because it may contain a percent sign.
             self._logger.log(level, "%s", text, exc_info=exc_info, extra=extra, stacklevel=3)
 
 
 def format_line(event: str, context: Mapping[str, object]) -> tuple[str, dict[str, object]]:
-    """The text of a line, and what stands on its record besides."""
-    words = " ".join(f"{key}={safe_str(value)}" for key, value in context.items())
-    apart = {f"{key}_" if key in RESERVED else key: value for key, value in context.items()}
-    return f"{event} [{words}]" if words else event, {"event": event, **apart}
+    """Return the text of a line, and the extra attributes of its record."""
+    pairs = " ".join(f"{key}={safe_str(value)}" for key, value in context.items())
+    extra = {f"{key}_" if key in RESERVED else key: value for key, value in context.items()}
+    return f"{event} [{pairs}]" if pairs else event, {"event": event, **extra}
 
 
 def format_error(error: BaseException) -> str:
-    """An exception's class and text, on whatever terms its `__str__` is, cut where it is long."""
+    """The class and the text of an exception, shortened if it is long."""
     text = safe_str(error)
     if len(text) > _LONGEST:
         text = f"{text[:_LONGEST]}… ({len(text)} characters)"

@@ -1,4 +1,4 @@
-"""How is a URL shown without its passwords?"""
+"""Removes passwords from URLs, for logs and error messages."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ _WITHOUT_CREDENTIALS = re.compile(rf"[^:/]*://{_HOST}(?:,{_HOST})*(?:[/?].*)?", 
 _SECRET_OPTION = re.compile(
     r"([?&;][^=&;]*(?:pass|pwd|secret|token|credential|api_?key)[^=&;]*=)[^&;]*", re.IGNORECASE
 )
-"""Some schemes have an option for what others write before the `@`."""
+"""Some schemes pass the password as an option, and not before the `@`."""
 
 
 def mask_url(url: str) -> str:
-    """Replace every password in a URL, or in several comma-separated ones, by `***`.
-
-    A password with a stray `,`, `@`, `/` or `:` in it makes no valid URL, and is still a password:
-    what might be a part of one is masked with it.
-    """
+    """Replace each password in a URL, or in several comma-separated ones, with `***`."""
+    # A password that contains `,`, `@`, `/` or `:` makes the URL invalid, but it must be masked as
+    # well. So everything that could be a part of a password is masked.
     schemes = "|".join(map(re.escape, known_schemes()))
     masked = []
     rest = ""
@@ -30,7 +28,7 @@ def mask_url(url: str) -> str:
             masked.append(_mask_one(rest))
             rest = ""
     if rest:
-        # No end of a password is to be seen: everything may be part of it.
+        # The end of the password is missing, so all of the rest could be a part of it.
         masked.append(_mask_one(f"{rest}@") if "://" in rest else rest)
     return ",".join(masked)
 
@@ -39,7 +37,7 @@ _IN_TEXT = re.compile(r"(://[^\s:/@\"']*):[^\s@\"']*@")
 
 
 def mask_text(text: str) -> str:
-    """Replace the password of every URL in a text, be it a log line or JSON, by `***`."""
+    """Replace the password of each URL in a text, such as a log line or JSON, with `***`."""
     return _IN_TEXT.sub(r"\1:***@", text)
 
 

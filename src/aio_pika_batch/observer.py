@@ -1,7 +1,8 @@
-"""What may be seen, and never changed.
+"""Events of a consumer, and observers that receive them.
 
-An observer is told what happened, as values. It cannot slow, change or break the flow: what it
-raises is caught, logged once and counted.
+Events concern batches rather than messages, so that their cost is shared by the messages of a
+batch. An observer cannot change or break the flow: its exceptions are caught, logged once, and
+counted.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from aio_pika_batch.logs import KeywordLogger
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who tells.
+    """The worker that an event is from.
 
     Attributes:
-        consumer: The consumer's class name.
-        worker: Its index, from 0.
-        server: The broker's host and port, if the URL names just one.
+        consumer: The class name of the consumer.
+        worker: The index of the worker, from 0.
+        server: The host and port of the broker, if the URL has exactly one.
     """
 
     consumer: str
@@ -35,12 +36,12 @@ class Origin:
 
 
 class Load(NamedTuple):
-    """How busy is a worker, at this moment?
+    """The current load of a worker.
 
     Attributes:
         buffered: Messages that wait for their batch.
         in_hand: Messages that are being handled.
-        is_consuming: Whether it consumes, be it one at a time.
+        is_consuming: Whether it consumes, including one message at a time.
     """
 
     buffered: int
@@ -50,30 +51,32 @@ class Load(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WorkerStarted:
-    """A worker begins its life; it does not consume yet.
+    """A worker has started; it doesn't consume yet.
 
     Attributes:
-        load: Tells how busy it is, whenever it is asked; on the event loop's thread only.
+        load: Returns its current load. Call it only on the thread of the event loop.
     """
 
+    # Gauges are set by events and not when they are scraped, because a scrape comes from another
+    # thread, or even from another process.
     load: Callable[[], Load]
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStopped:
-    """A worker's life is over."""
+    """A worker has stopped."""
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """Messages have arrived, in one read, and wait for their batch."""
+    """Messages of one network read have arrived, and wait for their batch."""
 
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class BatchCut:
-    """A batch goes to the handler.
+    """A batch is passed to the handler.
 
     Attributes:
         waited: Seconds since its first message arrived.
@@ -86,11 +89,11 @@ class BatchCut:
 
 @dataclass(frozen=True, slots=True)
 class BatchHandled:
-    """The handler is done with a batch.
+    """The handler has finished a batch.
 
     Attributes:
-        seconds: How long it took.
-        error: What it raised, or what was wrong with its results; None if nothing.
+        seconds: How long it ran.
+        error: What it raised, or what is wrong with its results; None if it succeeded.
         trigger: Why the batch was cut, or run again.
     """
 
@@ -102,12 +105,13 @@ class BatchHandled:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """The broker has been told what became of these.
+    """Messages have been settled.
 
     Attributes:
-        counts: How many messages, per result and cause; `None` for those returned unhandled.
-        seconds: How long it took, from the decision until the frames were on their way; with the
-            confirmations of copies, where there were some.
+        counts: The number of messages by result and cause. The result is `None` for messages that
+            were returned unhandled.
+        seconds: The time from the decision until the frames were sent, including the confirms of
+            copies.
     """
 
     counts: Mapping[tuple[MessageResult | None, Cause], int]
@@ -115,22 +119,22 @@ class Settled:
 
 
 class Step(Enum):
-    """What can go wrong on the way from a decision to its settlement."""
+    """The steps of a settlement that can fail."""
 
     PUBLISH = "publish"
-    """Copies were not confirmed: returned, refused, or unknown. Their originals are held."""
+    """Copies were returned, refused, or not answered. Their originals are held."""
     SETTLE = "settle"
-    """The session did not take it: the broker delivers these messages again."""
+    """The session failed. The broker delivers these messages again."""
 
 
 @dataclass(frozen=True, slots=True)
 class SettleFailed:
-    """What was decided about some messages could not be done, for now or in this session.
+    """Messages could not be settled, for now or in this session.
 
     Attributes:
-        count: How many messages.
-        error: What was raised, if anything was.
-        seconds: How long it was tried.
+        count: The number of messages.
+        error: The exception, if there was one.
+        seconds: How long the step took.
     """
 
     step: Step
@@ -141,11 +145,12 @@ class SettleFailed:
 
 @dataclass(frozen=True, slots=True)
 class Requeued:
-    """A message is tried again: the broker has confirmed its copy.
+    """A message will be retried: the broker has confirmed its copy.
 
     Attributes:
-        retry_count: Of the next attempt.
-        in_place: Whether there is no copy: it is held until its next attempt (`ordered_by_key`).
+        retry_count: The number of the next retry.
+        in_place: Whether the consumer holds the message until its next attempt, without a copy
+            (`ordered_by_key`).
     """
 
     message: Message
@@ -163,14 +168,14 @@ class DeadLettered:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """A worker consumes; `epoch` counts its sessions, from 1."""
+    """A worker consumes. `epoch` counts its sessions, from 1."""
 
     epoch: int
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A worker's session, or its attempt at one, is over for a reason outside."""
+    """A worker's session was lost, or could not be opened."""
 
     epoch: int
     error: BaseException
@@ -178,14 +183,14 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class StaleResults:
-    """Results came for a session that is gone: the broker delivers these messages again."""
+    """Results came after their session was lost. The broker delivers these messages again."""
 
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class HandlerError:
-    """A handler raised, or yielded what is no answer."""
+    """A handler raised an exception, or yielded an invalid result."""
 
     messages: Sequence[Message]
     error: BaseException
@@ -193,12 +198,12 @@ class HandlerError:
 
 @dataclass(frozen=True, slots=True)
 class BreakerOpened:
-    """Too many messages have failed: a worker pauses.
+    """Too many messages failed, so a worker pauses.
 
     Attributes:
-        failed: How many have failed, of those that were looked at.
-        samples: How many were looked at.
-        pause: Seconds until one is tried again.
+        failed: The number of messages in the window that failed.
+        samples: The number of messages in the window.
+        pause: Seconds until the next attempt.
     """
 
     failed: int
@@ -208,53 +213,56 @@ class BreakerOpened:
 
 @dataclass(frozen=True, slots=True)
 class BreakerProbing:
-    """A pause is over: a worker takes one message at a time."""
+    """The pause of a worker is over; it consumes one message at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class BreakerClosed:
-    """A message has succeeded: a worker takes as many as before."""
+    """A message succeeded after a pause; the worker consumes as before."""
 
 
 class Observer:
-    """Base of all observers: every method does nothing, override what you want to see.
+    """Base class of observers. Its methods do nothing; override those that you need.
 
-    Methods are called on the event loop, between two steps of the flow: do not block. `batch_cut`
-    and `batch_handled` of one run are called in the task that the handler runs in.
+    Methods are called on the event loop, so they must not block. `batch_cut` and `batch_handled` of
+    one run are called in the task of the handler.
     """
 
+    # So a context variable that `batch_cut` sets, such as the current span, is visible in the
+    # handler, in what it awaits, and in the tasks that it starts.
+
     def worker_started(self, origin: Origin, event: WorkerStarted) -> None:
-        """A worker begins its life."""
+        """A worker has started."""
 
     def worker_stopped(self, origin: Origin, event: WorkerStopped) -> None:
-        """A worker's life is over."""
+        """A worker has stopped."""
 
     def received(self, origin: Origin, event: Received) -> None:
         """Messages have arrived."""
 
     def batch_cut(self, origin: Origin, event: BatchCut) -> None:
-        """A batch goes to the handler."""
+        """A batch is passed to the handler."""
 
     def batch_handled(self, origin: Origin, event: BatchHandled) -> None:
-        """The handler is done with a batch."""
+        """The handler has finished a batch."""
 
     def settled(self, origin: Origin, event: Settled) -> None:
-        """The broker has been told."""
+        """Messages have been settled."""
 
     def settle_failed(self, origin: Origin, event: SettleFailed) -> None:
-        """The broker could not be told."""
+        """Messages could not be settled."""
 
     def requeued(self, origin: Origin, event: Requeued) -> None:
-        """A message is tried again."""
+        """A message will be retried."""
 
     def dead_lettered(self, origin: Origin, event: DeadLettered) -> None:
-        """A dead letter is confirmed."""
+        """The broker has confirmed a dead letter."""
 
     def connected(self, origin: Origin, event: Connected) -> None:
         """A worker consumes."""
 
     def lost(self, origin: Origin, event: Lost) -> None:
-        """A worker's session is over for a reason outside."""
+        """A worker's session was lost."""
 
     def stale_results(self, origin: Origin, event: StaleResults) -> None:
         """Results came too late."""
@@ -263,13 +271,13 @@ class Observer:
         """A handler failed."""
 
     def breaker_opened(self, origin: Origin, event: BreakerOpened) -> None:
-        """A worker pauses, since too many messages have failed."""
+        """A worker pauses, because too many messages failed."""
 
     def breaker_probing(self, origin: Origin, event: BreakerProbing) -> None:
-        """A worker tries one message at a time."""
+        """A worker consumes one message at a time after a pause."""
 
     def breaker_closed(self, origin: Origin, event: BreakerClosed) -> None:
-        """A worker goes on as before."""
+        """A worker consumes as before."""
 
 
 _METHODS: Mapping[type, Callable[[Observer], Callable[[Origin, Any], None]]] = {
@@ -293,10 +301,10 @@ _METHODS: Mapping[type, Callable[[Observer], Callable[[Origin, Any], None]]] = {
 
 
 class Observers:
-    """All observers of one worker, behind a wall.
+    """All observers of one worker. Their exceptions don't reach the worker.
 
     Attributes:
-        errors: How many exceptions they have raised.
+        errors: The number of exceptions that they raised.
     """
 
     __slots__ = ("_complained", "_log", "_observers", "_origin", "errors")
@@ -309,20 +317,20 @@ class Observers:
         self.errors = 0
 
     def __bool__(self) -> bool:
-        """Whether anybody looks; events need not be made for nobody."""
+        """Whether there are observers. Without one, no events need to be created."""
         return bool(self._observers)
 
     def emit(self, event: object) -> None:
-        """Tell everybody."""
+        """Pass an event to all observers."""
         for observer in self._observers:
             try:
                 _METHODS[type(event)](observer)(self._origin, event)
-            except Exception:  # noqa: BLE001  -- somebody else's code, which must not stop ours
+            except Exception:  # noqa: BLE001  -- an observer's error must not stop the consumer
                 self.errors += 1
                 if id(observer) not in self._complained:
                     self._complained.add(id(observer))
                     self._log.exception(
                         "an observer failed; its further failures are only counted",
                         observer=type(observer).__name__,
-                        told=type(event).__name__,
+                        event_type=type(event).__name__,
                     )

@@ -15,12 +15,11 @@ from contextlib import asynccontextmanager
 from typing import Literal, TypeAlias
 
 from aio_pika_batch.core.dead_letter import (
-    RETRY_COUNT,
     delivery_limit_from,
     near_delivery_limit,
     returns_by_closing,
 )
-from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.message import RETRY_COUNT, Message
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import QUEUE_TYPE, Queue, Topology, Version
 from aio_pika_batch.errors import TopologyError

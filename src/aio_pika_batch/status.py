@@ -1,4 +1,4 @@
-"""How is a consumer? Snapshots, plain values without secrets."""
+"""Snapshots of the state of a consumer and its workers, without secrets."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from enum import Enum
 
 
 class WorkerState(Enum):
-    """What a worker is doing."""
+    """The state of a worker."""
 
     CONNECTING = "connecting"
     CONSUMING = "consuming"
     WAITING = "waiting"
     """Between two attempts to connect."""
     PAUSED = "paused"
-    """By its breaker: too many messages have failed."""
+    """Its circuit breaker is open, because too many messages failed."""
     PROBING = "probing"
-    """Consuming one message at a time, after a pause by its breaker."""
+    """Its circuit breaker is half-open: it consumes one message at a time."""
     DRAINING = "draining"
     STOPPED = "stopped"
 
@@ -26,13 +26,13 @@ class WorkerStatus:
     """A snapshot of one worker.
 
     Attributes:
-        epoch: How many sessions it has opened.
+        epoch: The number of sessions that it has opened.
         buffered: Messages that wait for their batch.
         in_hand: Messages that are being handled.
-        held: Originals whose copies wait for a confirmation, and messages that wait for their next
+        held: Originals whose copies are not confirmed, and messages that wait for their next
             attempt in place.
-        oldest: Seconds since its longest unsettled message arrived; None if there is none.
-        last_progress: Seconds since it last received or settled something; None if never.
+        oldest: Seconds since its oldest unsettled message arrived; None if there is none.
+        last_progress: Seconds since it last received or settled a message; None if it never did.
         last_error: Why its last session ended, or could not begin.
     """
 
@@ -52,7 +52,7 @@ class ConsumerStatus:
     """A snapshot of a consumer.
 
     Attributes:
-        is_stuck: Whether some worker has held a message for longer than `stuck_after`.
+        is_stuck: Whether a worker has held a message for longer than `stuck_after`.
     """
 
     consumer: str

@@ -1,9 +1,9 @@
-"""The port: all that this library asks of a broker.
+"""The port to a broker, and the lookup of the transport for a URL.
 
-Messages travel in chunks, one await for each network read, never one for each message. What a
-session hands out, only that session can settle. A transport is found by the scheme of its URL, or
-passed in as an object; `docs/writing-a-transport.md` tells how to write one. All that this takes is
-found here: what the port speaks of, the errors that it raises, and the parts that are shared.
+Sessions deliver messages in chunks, with one await for each network read instead of each message.
+Only the session that delivered a message can settle it. `docs/writing-a-transport.md` explains how
+to write a transport. This module exports everything that it needs: the types of the port, the
+errors to raise, and parts to reuse.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 from aio_pika_batch.core.message import (
     DELIVERY_COUNT,
+    RETRY_COUNT,
     DecodedSource,
     Headers,
     Message,
@@ -84,16 +85,17 @@ Wire: TypeAlias = Literal["auto", "fast", "plain"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """How to reach a broker.
+    """How to connect to a broker.
 
     Attributes:
-        url: One URL, or several, comma-separated; each may name several hosts.
+        url: One URL, or several separated by commas. Each one can have several hosts.
         connect_timeout: Seconds for one attempt to connect, log in and open a channel.
-        heartbeat: Seconds between signs of life; a peer silent for three of them is dead.
-        publish_timeout: Seconds to wait for the confirmation of a publication.
-        connection_name: How the broker's management shows the connection.
-        wire: Whether messages go past the client library (`fast`), through it (`plain`), or past it
-            where that can be had (`auto`). For adapters that have such a choice.
+        heartbeat: Seconds between heartbeats. A connection without any for three times as long is
+            lost.
+        publish_timeout: Seconds to wait for the confirm of a publication.
+        connection_name: The name of the connection in the management UI.
+        wire: `fast` reads and writes AMQP frames directly, `plain` uses the client library, and
+            `auto` is `fast` if it is available. For adapters that have the choice.
     """
 
     url: str = field(repr=False)
@@ -110,16 +112,16 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subscription:
-    """What a session consumes, and how.
+    """What a session consumes.
 
     Attributes:
-        prefetch: The most unsettled messages at a time; 0 means no limit.
-        arguments: For `basic.consume`, such as `x-priority`.
-        exclusive: Whether to be the queue's only consumer.
+        prefetch: The maximum number of unsettled messages; 0 means no limit.
+        arguments: Arguments of `basic.consume`, such as `x-priority`.
+        exclusive: Whether it must be the only consumer of the queue.
         consumer_tag: Unique in its channel; at most 255 bytes.
         retry_count_header: The header that `Message.retry_count` reads.
-        own: Declared on the session's own connection before it consumes: an exclusive queue lives
-            and dies with the connection that declared it.
+        own: The topology to declare on the session's own connection before it consumes. An
+            exclusive queue exists only as long as the connection that declared it.
     """
 
     queue: str
@@ -127,16 +129,16 @@ class Subscription:
     consumer_tag: str
     arguments: Headers = field(default_factory=dict)
     exclusive: bool = False
-    retry_count_header: str = "x-retry-count"
+    retry_count_header: str = RETRY_COUNT
     own: Topology = field(default_factory=Topology)
 
 
 @dataclass(frozen=True, slots=True)
 class Native:
-    """The broker library's own objects, for what the port does not cover.
+    """Objects of the client library, for what the port doesn't cover.
 
     Attributes:
-        channel: A channel apart from the consuming one, for declarations and publishes.
+        channel: A channel for declarations and publishing, separate from the consuming one.
         queue: The consumed queue, on that channel.
     """
 
@@ -145,146 +147,152 @@ class Native:
 
 
 class Session(Protocol):
-    """One connection, one channel, one epoch of delivery tags."""
+    """One connection with one channel, whose delivery tags are valid in this session only."""
 
     def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
-        """Chunks of messages in the order of their tags; iterated once.
+        """Iterate over chunks of messages, in the order of their tags. Called once.
 
-        It ends after `cancel`, when everything that was delivered before has been handed out, and
-        raises SessionLost when the world ends the session.
+        The iteration ends after `cancel` and all messages that were delivered before. It raises
+        SessionLost if the session ends otherwise.
         """
         ...
 
     async def cancel(self) -> None:
-        """Ask for no more messages; returns once the broker has confirmed. Idempotent.
+        """Stop the deliveries, and return after the broker has confirmed. Idempotent.
 
         Raises:
-            SessionLost: It was lost meanwhile.
+            SessionLost: The session was lost in the meantime.
         """
         ...
 
     async def settle(self, settlements: Sequence[Settlement]) -> None:
-        """Tell the broker what became of some messages, all or nothing.
+        """Settle messages, all or none.
 
-        It returns when the frames are on their way; a broker does not confirm them.
+        It returns when the frames have been sent. A broker doesn't confirm them.
 
         Raises:
-            SettlementError: A tag is settled already or was never delivered; nothing was sent.
-            SessionLost: The world ended the session; nothing was sent, or nothing of it counts.
-            SessionClosed: The session is over.
+            SettlementError: A tag is settled already or was never delivered. Nothing was sent.
+            SessionLost: The session was lost. The broker delivers the messages again.
+            SessionClosed: The session was closed before.
         """
         ...
 
 
 @runtime_checkable
 class PumpingSession(Protocol):
-    """A session that can also hand chunks over in the moment they arrive.
+    """A session that can also pass chunks to a function as soon as they arrive.
 
-    Iteration wakes a task for each network read, this does not.
+    Iteration wakes a task for each network read. A pumping session doesn't need to.
     """
 
     async def pump(self, sink: Callable[[Sequence[Message]], None]) -> None:
-        """Call `sink` with each chunk, in the order of their tags, instead of being iterated.
+        """Call `sink` with each chunk, in the order of their tags, instead of an iteration.
 
-        Returns after `cancel`, when everything that was delivered before has been handed over.
+        It returns after `cancel` and all messages that were delivered before.
 
         Raises:
-            SessionLost: The world ended the session.
-            Exception: What `sink` raised; it is not called again.
+            SessionLost: The session was lost.
+            Exception: The exception that `sink` raised. It isn't called again.
         """
         ...
 
 
 @runtime_checkable
 class NativeSession(Protocol):
-    """A session that can also hand out its broker library's own objects."""
+    """A session that can also return objects of its client library."""
 
     async def native(self) -> Native:
-        """Open (once) a channel for the user, apart from the consuming one."""
+        """Return a channel for the user, separate from the consuming one; opened once."""
         ...
 
 
 class Publisher(Protocol):
-    """One connection for confirmed publishing, apart from every session's."""
+    """One connection for publishing with confirms, separate from those of all sessions."""
+
+    # Under a memory alarm the broker stops reading from connections that have published, so acks on
+    # the same connection would have to wait.
 
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
-        """Publish, pipelined, and wait for the broker's word on each.
+        """Publish all messages, and wait for the broker's answers.
 
-        A :class:`~aio_pika_batch.core.publication.Copy` keeps its original's properties; of its
-        `user_id` only the connection's own is kept.
+        A :class:`~aio_pika_batch.core.publication.Copy` keeps the properties of its original,
+        except for a `user_id` other than the connection's own.
 
         Returns:
-            An outcome for each, in order. A lost connection makes `Outcome.UNKNOWN` of whatever was
-            not confirmed, and so does silence for `publish_timeout`; nothing is raised for either.
+            One outcome for each message, in order. It is `Outcome.UNKNOWN` if the connection was
+            lost, or if there was no answer for `publish_timeout`; neither raises an error.
         """
         ...
 
     @property
     def is_open(self) -> bool:
-        """Whether another `publish` may succeed; once False, it stays False."""
+        """Whether another `publish` can succeed. Once False, it stays False."""
         ...
 
 
 class Transport(Protocol):
-    """A broker, to be reached."""
+    """The way to one broker."""
 
     async def declare(self, topology: Topology) -> None:
-        """Declare and check, on channels of its own. Where there is nothing to declare, it is seen
-        all the same whether the broker is there and lets us in.
+        """Declare and check the topology, on channels of its own.
+
+        An empty topology checks that the broker can be reached and grants access.
 
         Raises:
-            TopologyError: The broker has it otherwise, or not at all, or does not allow it.
-            AccessRefused: The broker does not let us in.
-            BrokerUnavailable: There is no broker (yet).
+            TopologyError: An entity differs, is missing, or may not be declared.
+            AccessRefused: The broker refuses access.
+            BrokerUnavailable: The broker cannot be reached (yet).
         """
         ...
 
     def session(self, subscription: Subscription) -> AbstractAsyncContextManager[Session]:
-        """Open a connection and consume; leaving the context closes both.
+        """Open a connection and consume. Leaving the context ends both.
 
-        Entering raises what `declare` raises. Whatever is unsettled on leaving goes back to the
-        queue.
+        Entering raises the errors of `declare`. Messages that are unsettled on leaving return to
+        the queue.
         """
         ...
 
     def publisher(self) -> AbstractAsyncContextManager[Publisher]:
-        """Open a connection for publishing; leaving the context closes it.
+        """Open a connection for publishing. Leaving the context closes it.
 
-        Entering raises what `declare` raises, but TopologyError.
+        Entering raises the errors of `declare`, except TopologyError.
         """
         ...
 
 
 @runtime_checkable
 class VersionedTransport(Protocol):
-    """A transport that also knows which RabbitMQ it has reached."""
+    """A transport that also knows the version of the RabbitMQ it is connected to."""
 
     @property
     def broker_version(self) -> Version | None:
-        """Of the broker that was declared on last; None before that, and of other products."""
+        """The version at the last `declare`; None before that, and for other products."""
         ...
 
 
 @runtime_checkable
 class CountingTransport(Protocol):
-    """A transport that also knows how many messages wait in a queue."""
+    """A transport that can also count the messages in a queue."""
 
     async def count(self, queue: str) -> int:
-        """How many messages are ready in a queue; those that are handed out do not count.
+        """The number of ready messages in a queue, without those that are delivered and unsettled.
 
-        Raises what `declare` raises.
+        Raises the errors of `declare`.
         """
         ...
 
 
 TransportFactory: TypeAlias = Callable[[Endpoint], Transport]
-"""What an entry point of the group `aio_pika_batch.transports` names, under a URL scheme."""
+"""The type of an entry point in the group `aio_pika_batch.transports`. Its name is a URL scheme."""
 
+
+# -- the transport for a URL ----------------------------------------------------------------------
 
 GROUP = "aio_pika_batch.transports"
 
 _SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
-"""RFC 3986, section 3.1; anything else may be part of a password."""
+"""RFC 3986, section 3.1. Anything else can be a part of a password."""
 
 _ONE_SERVER = re.compile(
     r"\w+://(?:[^/?#@]*@)?(?P<host>\[[^\]@]*\]|[^/?#@,:\[\]]*)(?::(?P<port>\d{1,5}))?(?:[/?][^,@]*)?"
@@ -292,6 +300,7 @@ _ONE_SERVER = re.compile(
 _PORTS = {"amqp": 5672, "amqps": 5671}
 
 _AIO_PIKA = "aio_pika_batch.adapters.aio_pika.transport:open_transport"
+# By name, so that no client library is imported before it is needed.
 _BUILT_IN = {
     "amqp": _AIO_PIKA,
     "amqps": _AIO_PIKA,
@@ -300,13 +309,13 @@ _BUILT_IN = {
 
 
 def scheme_of(url: str) -> str:
-    """The scheme of a URL, in lower case; empty if it has none, or something that can be none."""
+    """The scheme of a URL, in lower case; empty if it has no valid one."""
     found = _SCHEME.match(url)
     return found[1].lower() if found else ""
 
 
 def server_of(url: str) -> tuple[str, int] | None:
-    """Host and port of the broker; None if the URL names none, or several."""
+    """The host and port of the broker; None if the URL doesn't have exactly one."""
     found = _ONE_SERVER.fullmatch(url.strip())
     default = _PORTS.get(scheme_of(url))
     if found is None or default is None:
@@ -316,24 +325,24 @@ def server_of(url: str) -> tuple[str, int] | None:
 
 
 def known_schemes() -> list[str]:
-    """Every scheme that some transport serves, sorted."""
+    """All URL schemes that have a transport, sorted."""
     return sorted({*_BUILT_IN, *entry_points(group=GROUP).names})
 
 
 def open_transport(endpoint: Endpoint) -> Transport:
-    """Make the transport that serves an endpoint.
+    """Create the transport for the URL of an endpoint.
 
     Raises:
-        ConfigurationError: No transport serves its scheme, or several do, or the one that does
-            cannot be imported.
+        ConfigurationError: Its scheme has no transport, or several, or one that cannot be imported.
     """
     scheme = scheme_of(endpoint.url)
     entry_point = _entry_point(scheme)
     try:
         factory = cast("TransportFactory", entry_point.load())
     except Exception as error:
-        # Whatever a module raises while it is imported, it is of no use.
-        what = f"{_named(entry_point)}, {type(error).__name__}: {error}"
+        # A module can raise anything while it is imported. The error names the package, because the
+        # URL is right.
+        what = f"{_describe(entry_point)}, {type(error).__name__}: {error}"
         msg = (
             f"url: the transport for {scheme}:// cannot be imported ({what});"
             " install what it needs, or use another scheme"
@@ -345,20 +354,22 @@ def open_transport(endpoint: Endpoint) -> Transport:
 def _entry_point(scheme: str) -> EntryPoint:
     if scheme in _BUILT_IN:
         return EntryPoint(scheme, _BUILT_IN[scheme], GROUP)
-    # What is found twice on the path, by a link or an editable install, is still one.
+    # The same package can be found twice on the path, by a link or an editable install. If two
+    # packages have the same scheme, their order on the path must not decide where messages go.
     match list(dict.fromkeys(entry_points(group=GROUP, name=scheme))):
         case [only]:
             return only
         case []:
-            msg = f"url: no transport serves {scheme}://; known are {', '.join(known_schemes())}"
+            known = ", ".join(known_schemes())
+            msg = f"url: no transport serves {scheme}://; use one of {known}"
         case several:
             msg = (
-                f"url: {scheme}:// is served by {' and by '.join(map(_named, several))};"
+                f"url: {scheme}:// is served by {' and by '.join(map(_describe, several))};"
                 " uninstall all but one, or pass the transport in"
             )
     raise ConfigurationError(msg)
 
 
-def _named(entry_point: EntryPoint) -> str:
+def _describe(entry_point: EntryPoint) -> str:
     installed = entry_point.dist
     return f"{entry_point.value} of {installed.name}" if installed else entry_point.value

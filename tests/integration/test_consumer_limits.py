@@ -101,7 +101,9 @@ async def test_a_poison_message_never_loops_for_ever_where_the_broker_counts(
             await until(lambda: consumer.seen.total() > 60)
             consumer.answer = MessageResult.ACK
             await until(lambda: consumer.status().workers[0].in_hand == 0)
-    assert counts is not any("comes back for ever" in each.getMessage() for each in caplog.records)
+    assert counts is not any(
+        "is redelivered forever" in each.getMessage() for each in caplog.records
+    )
     if counts:
         assert {b"poison": 21} == consumer.seen
         assert by_the_limit(*await take_all(channel, dlq, 1))
@@ -123,7 +125,9 @@ async def test_on_a_classic_queue_a_poison_message_loops_and_the_log_says_so(
         )
     )
     async with consumer:
-        [warning] = [each for each in caplog.records if "comes back for ever" in each.getMessage()]
+        [warning] = [
+            each for each in caplog.records if "is redelivered forever" in each.getMessage()
+        ]
         assert "REQUEUE_IMMEDIATE" in warning.getMessage()
         await publish(channel, [b"poison"], routing_key=name)
         await until(lambda: consumer.seen.total() > 60)

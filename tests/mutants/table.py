@@ -329,8 +329,8 @@ REPAIR = (
     Mutant(
         "Letters are looked at until their queue drops them.",
         "core/dead_letter.py",
-        "SPARE = 5",
-        "SPARE = -1",
+        "SPARE_DELIVERIES = 5",
+        "SPARE_DELIVERIES = -1",
         (f"{_REPAIR}::test_a_letter_is_not_looked_at_until_it_is_dropped",),
     ),
     Mutant(

@@ -1,5 +1,5 @@
-"""What is decided, and nothing of how it is carried out.
+"""The decisions, as functions and state machines without side effects.
 
-No asyncio, clock, randomness, logging or I/O below this line: time and chance come in as numbers,
-decisions go out as values.
+No asyncio, clock, randomness, logging or I/O in this package. Times and random numbers are
+arguments, and decisions are return values.
 """

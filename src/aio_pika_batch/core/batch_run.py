@@ -1,8 +1,17 @@
-"""What is decided about each message of a batch, run after run?
+"""Decides the outcome of each message of a batch, over one or more runs of the handler.
 
-A run is one call of the handler. What it validly yielded is decided; what it left undecided gets
-the result of its failure, or is run again: without a message that cannot be decoded, or in halves,
-where culprits are to be isolated. Where a batch is atomic, a run that failed has acked nothing.
+A message that got a valid result in a run is decided. Messages without a result get the result of
+the failure, or are run again: without a message that cannot be decoded, or in halves, to find the
+messages that make the handler fail. A handler that writes all its messages in one transaction fails
+as a whole, so each half that fails is divided again, until a message fails alone.
+
+Laws:
+
+- A message is blamed only if it failed in a run of its own.
+- k bad messages among n are found in at most 1 + 2k⌈log₂ n⌉ runs.
+- After the last bad message that the policy searches for, nothing is run again: the messages that
+  are still undecided get the result of the failure that they were last part of.
+- A failed run of an atomic batch has acked nothing.
 """
 
 from __future__ import annotations
@@ -26,18 +35,18 @@ from aio_pika_batch.errors import MessageDecodeError
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Messages that were in one run, and what that run failed of."""
+    """Messages that one run left undecided, and the error of that run."""
 
     messages: Sequence[Message]
     error: BaseException
 
 
-class Isolation:
-    """What is to be run again, in the order of the batch.
+class Bisection:
+    """The parts of a failed batch to run again, in the order of the batch.
 
     Args:
-        limit: How many culprits are looked for. With 0 nothing is divided: who was in a run that
-            failed is condemned.
+        limit: How many bad messages to search for. With 0, nothing is divided, and all undecided
+            messages of a failed run are blamed.
     """
 
     __slots__ = ("_left", "_parts")
@@ -47,55 +56,57 @@ class Isolation:
         self._parts: list[Part] = []
 
     def __len__(self) -> int:
-        """How many runs are due."""
+        """The number of runs that are due."""
         return len(self._parts)
 
-    def again(self, part: Part) -> None:
-        """Run these again next, undivided."""
+    def run_again(self, part: Part) -> None:
+        """Run this part next, undivided."""
         if part.messages:
             self._parts.append(part)
 
-    def failed(self, run: Sequence[Message], rest: Part) -> list[Part]:
-        """Decide what a failure means.
+    def bisect(self, run: Sequence[Message], rest: Part) -> list[Part]:
+        """Divide what a failed run left undecided.
 
         Args:
-            run: The messages of the run that failed.
+            run: The messages of the run.
             rest: Those that it left undecided.
 
         Returns:
-            Who is condemned; everybody else of `rest` is run again.
+            The parts that are blamed. The other messages of `rest` are run again.
         """
         if not self._left:
             return [rest]
+        # Inference could save runs: if one half succeeds, the bad message must be in the other one.
+        # But some failures pass (a deadlock, a lost connection), and inference would then blame a
+        # good message. For the same reason the last undecided message of a larger run runs alone.
         if len(run) > 1:
-            # One that is left over of many has not failed alone yet; the others were in the same
-            # transaction, say.
             middle = (len(rest.messages) + 1) // 2
-            self.again(Part(rest.messages[middle:], rest.error))
-            self.again(Part(rest.messages[:middle], rest.error))
+            self.run_again(Part(rest.messages[middle:], rest.error))
+            self.run_again(Part(rest.messages[:middle], rest.error))
             return []
         self._left -= 1
         return [rest] if self._left else [rest, *self.stop()]
 
     def next_run(self) -> Sequence[Message]:
-        """Take the next part; empty if none is due."""
+        """Take the next part; empty if no run is due."""
         return self._parts.pop().messages if self._parts else ()
 
     def stop(self) -> list[Part]:
-        """Run nothing more; returns what was due."""
+        """Run nothing more, and return the parts that were due."""
         parts, self._parts = self._parts[::-1], []
         return parts
 
 
 @dataclass(frozen=True, slots=True)
 class FailurePolicy:
-    """What becomes of messages that a handler left undecided.
+    """The results of messages that a handler left undecided.
 
     Attributes:
-        action: For whatever `exceptions` does not list.
-        exceptions: By the exception that left the handler.
-        isolate: How many culprits are looked for by running halves; 0 condemns all undecided.
-        is_atomic: Whether a failure voids the ACKs of its run, so that they are undecided again.
+        action: The result if `exceptions` doesn't list the error.
+        exceptions: Results by the exception that the handler raised.
+        isolate: How many bad messages to search for by running halves; 0 blames all undecided ones.
+        is_atomic: Whether a failure voids the ACKs of its run, so that their messages are undecided
+            again.
     """
 
     action: MessageResult
@@ -106,12 +117,12 @@ class FailurePolicy:
 
 @dataclass(slots=True)
 class BatchDecisions:
-    """Messages, judged: each stands in exactly one of the three lists.
+    """Messages that are decided; each is in exactly one of the three lists.
 
     Attributes:
-        acked: The delivery tags of those that went well, in order.
-        not_acked: All that were decided otherwise.
-        returned: Those that a shutdown left undecided.
+        acked: The delivery tags of the messages that succeeded, in order.
+        not_acked: The outcomes of all others.
+        returned: The messages that a shutdown left undecided.
     """
 
     acked: list[int] = field(default_factory=list)
@@ -119,45 +130,45 @@ class BatchDecisions:
     returned: list[Message] = field(default_factory=list)
 
     def __len__(self) -> int:
-        """How many messages there are."""
+        """The number of messages."""
         return len(self.acked) + len(self.not_acked) + len(self.returned)
 
     def add(self, other: BatchDecisions) -> None:
-        """Take in what was decided about other messages."""
+        """Add the decisions about other messages."""
         self.acked += other.acked
         self.not_acked += other.not_acked
         self.returned += other.returned
 
 
 class BatchRun(BatchDecisions):
-    """One batch, until every message is decided. What is taken out meanwhile is not in it again.
+    """One batch, until every message is decided. Messages that :meth:`take` returned are removed.
 
     Args:
-        keeps_failures: Whether what is to be tried again is not taken out meanwhile: it is tried
-            again in place, and not before the handler is done.
+        keeps_failures: Whether `take` leaves out messages to retry. Retries in place begin when the
+            handler has finished.
     """
 
-    __slots__ = ("_isolation", "_keeps_failures", "_policy")
+    __slots__ = ("_bisection", "_keeps_failures", "_policy")
 
     def __init__(self, policy: FailurePolicy, *, keeps_failures: bool = False) -> None:
         super().__init__()
         self._policy = policy
         self._keeps_failures = keeps_failures
-        # Nearly every batch is done after one run.
-        self._isolation: Isolation | None = None
+        # Created by the first failure: almost every batch is decided after one run.
+        self._bisection: Bisection | None = None
 
     @property
     def is_over(self) -> bool:
         """Whether no further run is due."""
-        return not self._isolation
+        return not self._bisection
 
     def next_run(self) -> Sequence[Message]:
-        """The messages to run next; empty if none are."""
-        return () if self._isolation is None else self._isolation.next_run()
+        """The messages to run next; empty if no run is due."""
+        return () if self._bisection is None else self._bisection.next_run()
 
     def take(self, collector: ResultCollector) -> BatchDecisions:
-        """Hand out what is decided so far, in this run and in those before it."""
-        self._note(collector.take())
+        """Take out what has been decided so far, in this run and in earlier ones."""
+        self._add_results(collector.take())
         kept: list[MessageOutcome] = []
         final = self.not_acked
         if self._keeps_failures:
@@ -170,69 +181,73 @@ class BatchRun(BatchDecisions):
     def record_run(
         self, collector: ResultCollector, error: BaseException | None, cause: Cause
     ) -> bool:
-        """Enter a run that is over.
+        """Record a run that has ended.
 
         Args:
-            error: What went wrong; None only if every message of the run has its result.
-            cause: On whose account are the undecided.
+            error: The failure; None only if every message of the run has a result.
+            cause: Why messages are undecided.
 
         Returns:
-            Whether its failure is nobody's yet: what it left undecided is run again in halves.
+            Whether no message is blamed for a failure yet, because the undecided ones will be run
+            again in halves.
         """
         if error is None:
-            self._note(collector.take())
+            self._add_results(collector.take())
             return False
         undecided = self._undecided(collector)
         if cause is Cause.SHUTDOWN:
             self.returned += undecided
             return False
-        if self._isolation is None:
-            self._isolation = Isolation(self._policy.isolate)
+        if self._bisection is None:
+            self._bisection = Bisection(self._policy.isolate)
         if isinstance(error, MessageDecodeError):
             others = [message for message in undecided if message is not error.message]
             if len(others) < len(undecided):
-                [culprit] = [message for message in undecided if message is error.message]
+                [bad] = [message for message in undecided if message is error.message]
                 self.not_acked.append(
-                    MessageOutcome(culprit, MessageResult.NACK, Cause.UNDECODABLE, error)
+                    MessageOutcome(bad, MessageResult.NACK, Cause.UNDECODABLE, error)
                 )
-                self._isolation.again(Part(others, error))
+                self._bisection.run_again(Part(others, error))
                 return False
         if cause is Cause.EXCEPTION and undecided:
-            condemned = self._isolation.failed(collector.messages, Part(undecided, error))
-            for part in condemned:
-                self._condemn(part.messages, part.error, cause)
-            return not condemned
-        self._condemn(undecided, error, cause)
+            blamed = self._bisection.bisect(collector.messages, Part(undecided, error))
+            for part in blamed:
+                self._fail(part.messages, part.error, cause)
+            return not blamed
+        self._fail(undecided, error, cause)
         return False
 
     def stop(self, error: BaseException, cause: Cause) -> None:
-        """Run nothing more: the handler was cut off, and whatever is still due shares its fate."""
-        if self._isolation is not None:
-            for part in self._isolation.stop():
+        """Run nothing more, because the handler was cut off; this decides what is still due."""
+        if self._bisection is not None:
+            for part in self._bisection.stop():
                 if cause is Cause.SHUTDOWN:
                     self.returned += part.messages
                 else:
-                    self._condemn(part.messages, error, cause)
+                    # A timeout concerns all messages. A good message should not be dead-lettered
+                    # because the exception of another one is mapped to NACK.
+                    self._fail(part.messages, error, cause)
 
     def _undecided(self, collector: ResultCollector) -> Sequence[Message]:
-        """What a run that failed has not decided; the rest is entered."""
+        """Record the results of a failed run, and return the messages without one."""
         decided = collector.take()
         if not self._policy.is_atomic:
-            self._note(decided)
+            self._add_results(decided)
             return collector.undecided()
+        # NACK and REQUEUE claim no effect that a rollback could undo, so they stay.
         stays = [pair for pair in decided if pair[1] is not MessageResult.ACK]
-        self._note(stays)
+        self._add_results(stays)
         known = {id(message) for message, _ in stays}
         return [message for message in collector.messages if id(message) not in known]
 
-    def _note(self, decided: Sequence[tuple[Message, Result]]) -> None:
+    def _add_results(self, decided: Sequence[tuple[Message, Result]]) -> None:
         for message, result in decided:
             if result is MessageResult.ACK:
                 self.acked.append(message.delivery_tag)
             else:
                 self.not_acked.append(MessageOutcome(message, result))
 
-    def _condemn(self, messages: Sequence[Message], error: BaseException, cause: Cause) -> None:
+    def _fail(self, messages: Sequence[Message], error: BaseException, cause: Cause) -> None:
         result = self._policy.action
         if cause in (Cause.EXCEPTION, Cause.TIMEOUT):
             result = result_for(error, self._policy.exceptions) or result

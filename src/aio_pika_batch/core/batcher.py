@@ -1,9 +1,12 @@
-"""When is a batch full, and when has it waited long enough?
+"""Collects messages into batches by number and by time.
 
-A pure state machine: what is due is a function of what is held and of the time it is given, so a
-deadline cannot go stale. The age of a batch runs from its own first message, not from the last cut.
-A batch is cut only when somebody can take it (`poll`), so that it goes on growing while all hands
-are busy.
+Laws:
+
+- Whether a batch is due depends only on the buffered messages and the given time, so a deadline
+  cannot become outdated.
+- The age of a batch counts from its own first message, not from the previous batch.
+- A batch is cut only on demand (`poll`), so it goes on growing while all handler slots are in use.
+  Backpressure needs no queue of batches: the prefetch count limits the buffer.
 """
 
 from __future__ import annotations
@@ -20,26 +23,26 @@ class Trigger(Enum):
     """Why a batch was cut."""
 
     SIZE = "size"
-    """It was full."""
+    """It reached `batch_size`."""
     TIMEOUT = "timeout"
-    """Its first message had waited long enough."""
+    """Its first message had waited for `batch_timeout`."""
     BYTES = "bytes"
-    """Another message would have been too much for it."""
+    """Another message would have exceeded `batch_max_bytes`."""
     PREFETCH = "prefetch"
-    """Every message that the prefetch count allows was in hand: no more could come."""
+    """The consumer held all messages that the prefetch count allows, so no more could arrive."""
     DRAIN = "drain"
     """The consumer is stopping."""
     ISOLATE = "isolate"
-    """It is what a failed batch left undecided, run again to find out whose fault it was."""
+    """It is a part of a failed batch, run again to find the message that made it fail."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Messages to be handled together, oldest first, never empty.
+    """Messages to handle together, oldest first; at least one.
 
     Attributes:
-        since: When its first message arrived, in the clock that `Batcher.add` was given.
-        key: What its messages have in common; None if that is nothing.
+        since: When its first message arrived, by the clock of `Batcher.add`.
+        key: The batch key of all its messages; None if they have none.
     """
 
     messages: Sequence[Message]
@@ -49,11 +52,11 @@ class Batch:
 
 
 class Batcher:
-    """Collects chunks of messages and cuts batches out of them.
+    """Collects chunks of messages and cuts batches from them.
 
     Args:
-        size: The most messages in a batch, at least 1.
-        timeout: Seconds after which a batch is cut although it is not full.
+        size: The maximum number of messages in a batch, at least 1.
+        timeout: Seconds after which a batch is cut even if it isn't full.
     """
 
     __slots__ = ("_chunks", "_count", "_size", "_timeout")
@@ -61,26 +64,27 @@ class Batcher:
     def __init__(self, *, size: int, timeout: float) -> None:
         self._size = size
         self._timeout = timeout
-        # A chunk arrived at one moment; the messages of one read are never touched one by one.
+        # The messages of one network read arrived at the same time, so they are kept as one chunk
+        # and never touched one by one.
         self._chunks: deque[tuple[float, Sequence[Message]]] = deque()
         self._count = 0
 
     def __len__(self) -> int:
-        """How many messages are held."""
+        """The number of buffered messages."""
         return self._count
 
     @property
     def since(self) -> float | None:
-        """When the oldest held message arrived; None if nothing is held."""
+        """When the oldest buffered message arrived; None if there is none."""
         return self._chunks[0][0] if self._chunks else None
 
     @property
     def deadline(self) -> float | None:
-        """When `poll` has something at the latest; None if nothing is held."""
+        """When `poll` will return a batch at the latest; None if nothing is buffered."""
         return self._chunks[0][0] + self._timeout if self._chunks else None
 
     def add(self, chunk: Sequence[Message], now: float) -> None:
-        """Take messages that arrived at `now`."""
+        """Buffer messages that arrived at `now`."""
         if chunk:
             self._chunks.append((now, chunk))
             self._count += len(chunk)
@@ -89,8 +93,8 @@ class Batcher:
         """Cut a batch if one is due.
 
         Args:
-            now: Seconds, in the clock that `add` was given.
-            exhausted: Whether the broker will send nothing more before something is settled.
+            now: Seconds, by the clock of `add`.
+            exhausted: Whether the broker sends nothing more until something is settled.
         """
         if self._count >= self._size:
             return self._cut(Trigger.SIZE)
@@ -103,11 +107,11 @@ class Batcher:
         return None
 
     def flush(self) -> Batch | None:
-        """Cut a batch, due or not, because nothing more will come."""
+        """Cut a batch even if none is due, because no more messages will arrive."""
         return self._cut(Trigger.DRAIN) if self._chunks else None
 
     def clear(self) -> list[Message]:
-        """Give up everything that is held."""
+        """Remove and return all buffered messages."""
         messages = [message for _, chunk in self._chunks for message in chunk]
         self._chunks.clear()
         self._count = 0

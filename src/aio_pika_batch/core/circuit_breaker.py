@@ -1,9 +1,8 @@
-"""Is what the handler works with out of order, so that it is better to wait than to fail?
+"""Circuit breaker: stops handling messages while too many of them fail.
 
-A breaker, as in an electric line: *closed* while all is well; *open* once the share of failed
-messages has reached a threshold, and nothing is handled for a while; *half-open* after that, when
-one message at a time shows whether it is worth going on. A pure state machine over counts and the
-time it is given; whoever holds it does the waiting.
+The breaker is *closed* in normal operation. When the share of failed messages reaches a threshold,
+it *opens*, and no messages are handled during a pause. Then it is *half-open*: single messages show
+whether to go on. This is a state machine over counts and times; its caller waits.
 """
 
 from __future__ import annotations
@@ -25,18 +24,19 @@ from aio_pika_batch.core.results import (
 from aio_pika_batch.core.retry import Backoff
 
 SLICES = 10
-"""Into how many parts a window is cut: what is kept is a count for each part, not each message."""
+"""The number of slices of the window. Only a count for each slice is kept, so memory doesn't depend
+on the rate of messages, and the window is exact to a tenth."""
 
 
 class BreakerState(Enum):
-    """How a breaker is."""
+    """The state of a breaker."""
 
     CLOSED = "closed"
-    """Messages flow."""
+    """Messages are handled."""
     OPEN = "open"
-    """Nothing flows: it waits."""
+    """No messages are handled during a pause."""
     HALF_OPEN = "half-open"
-    """One message at a time, until one succeeds or fails."""
+    """One message at a time is handled, until one succeeds or fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class BreakerPolicy:
 
     Attributes:
         threshold: The share of failures at which it opens, above 0 and at most 1.
-        window: Seconds that are looked back upon.
+        window: The period in seconds for which messages are counted.
         min_samples: With fewer messages in the window it stays closed; at least 1.
-        pause: How long it stays open, by how often it has opened in a row.
+        pause: How long it stays open; longer each time it opens without closing in between.
     """
 
     threshold: float
@@ -58,7 +58,7 @@ class BreakerPolicy:
 
 @dataclass(slots=True)
 class _Slice:
-    """What happened in one part of a window."""
+    """The counts of one slice of the window."""
 
     number: int
     samples: int = 0
@@ -66,12 +66,12 @@ class _Slice:
 
 
 class CircuitBreaker:
-    """One worker's breaker.
+    """The breaker of one worker.
 
     Attributes:
-        state: How it is.
-        samples: How many messages were looked at when it was last asked.
-        failed: How many of those had failed.
+        state: Its current state.
+        samples: The number of messages in its last decision.
+        failed: The number of those that failed.
     """
 
     __slots__ = ("_opened", "_policy", "_slices", "failed", "samples", "state")
@@ -86,18 +86,19 @@ class CircuitBreaker:
 
     @property
     def pause(self) -> float:
-        """Seconds to wait while it is open: longer with each probe that failed."""
-        # Without jitter: a probe is one message for each worker, no herd that must be scattered.
+        """Seconds to stay open; longer after each failed probe."""
+        # Without jitter: a probe is one message for each worker, which is no burst of load, and the
+        # observed pause is the configured one.
         return self._policy.pause.pause(max(1, self._opened), 1.0)
 
     def record(self, *, succeeded: int, failed: int, now: float) -> bool:
-        """Take note of messages that were handled.
+        """Count messages that were handled.
 
         Args:
-            now: Seconds, in a clock that never goes back.
+            now: Seconds of a monotonic clock.
 
         Returns:
-            Whether this has changed its state.
+            Whether the state has changed.
         """
         match self.state:
             case BreakerState.CLOSED:
@@ -115,14 +116,14 @@ class CircuitBreaker:
                     self._opened = 0
                     self.state = BreakerState.CLOSED
             case BreakerState.OPEN:
-                # Handled before it opened, and late: what is known already.
+                # Results of batches that began before it opened say nothing new.
                 return False
             case unreachable:
                 assert_never(unreachable)
         return True
 
     def probe(self) -> None:
-        """The pause is over: let one message at a time through."""
+        """End the pause: allow one message at a time."""
         if self.state is BreakerState.OPEN:
             self.state = BreakerState.HALF_OPEN
 
@@ -146,17 +147,19 @@ class CircuitBreaker:
     def _is_too_much(self) -> bool:
         policy = self._policy
         enough = self.samples >= policy.min_samples
+        # Reached, not exceeded, so that a threshold of 1.0 means "all of them".
         return enough and self.failed / self.samples >= policy.threshold
 
 
 def is_failure(outcome: MessageOutcome, exceptions: ExceptionResults) -> bool:
-    """Whether a outcome that is no ACK tells of trouble that other messages would meet, too.
+    """Whether an outcome indicates a problem that other messages would have as well.
 
-    What is to be tried again does. A NACK does only where nobody meant it for this message: a
-    handler that yields one, or an exception that `exceptions` makes one of, has judged the message.
+    Every retry does. A NACK that the handler yields, or that `exceptions` maps an exception to, is
+    about the message only: it is neither a failure nor a success. A handler that validates its
+    messages before it writes them goes on yielding NACKs while its database is down.
 
     Args:
-        exceptions: Which results the consumer gives to exceptions.
+        exceptions: The results that the consumer maps exceptions to.
     """
     match outcome.result:
         case MessageResult.ACK:
@@ -164,19 +167,20 @@ def is_failure(outcome: MessageOutcome, exceptions: ExceptionResults) -> bool:
         case MessageResult.REQUEUE | MessageResult.REQUEUE_IMMEDIATE | Requeue():
             return True
         case MessageResult.NACK | Nack():
-            return _is_unmeant(outcome, exceptions)
+            return not _is_about_message(outcome, exceptions)
         case unreachable:
             assert_never(unreachable)
 
 
-def _is_unmeant(outcome: MessageOutcome, exceptions: ExceptionResults) -> bool:
+def _is_about_message(outcome: MessageOutcome, exceptions: ExceptionResults) -> bool:
+    """Whether a NACK was a decision about its message."""
     match outcome.cause:
         case Cause.HANDLER | Cause.UNDECODABLE | Cause.SHUTDOWN:
-            return False
+            return True
         case Cause.EXCEPTION | Cause.TIMEOUT:
             error = outcome.error
-            return error is None or result_for(error, exceptions) is not MessageResult.NACK
+            return error is not None and result_for(error, exceptions) is MessageResult.NACK
         case Cause.MISSING | Cause.INVALID:
-            return True
+            return False
         case unreachable:
             assert_never(unreachable)

@@ -1,7 +1,6 @@
-"""What does a dead letter say of itself: where did it come from, why did it die, and when?
+"""Reads why a message was dead-lettered, selects dead letters, and makes copies to replay them.
 
-Ours say so in headers of their own (`core.routing` writes them), those that a broker has made in
-`x-death`. And how is one sent back to where it came from, as if it had never been handled?
+This library writes headers of its own (see `core.settlement_plan`). A broker writes `x-death`.
 """
 
 from __future__ import annotations
@@ -13,19 +12,20 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
-from aio_pika_batch.core.config_checks import DEFAULT_LIMIT
 from aio_pika_batch.core.message import (
+    DEATHS,
     NO_HEADERS,
     ORIGINAL_EXCHANGE,
     ORIGINAL_ROUTING_KEY,
+    RETRY_COUNT,
     FieldValue,
     Headers,
     Message,
     is_short_string,
+    readable_headers,
     retry_count,
 )
 from aio_pika_batch.core.publication import Copy
-from aio_pika_batch.core.retry import DEATHS
 from aio_pika_batch.core.settlement_plan import (
     DEAD_LETTERED_AT,
     DETAIL,
@@ -36,14 +36,18 @@ from aio_pika_batch.core.settlement_plan import (
     ORIGINAL_QUEUE,
     REASON,
 )
-from aio_pika_batch.core.topology import DEFAULT_LIMIT_SINCE, DELIVERY_LIMIT, QUEUE_TYPE, Version
+from aio_pika_batch.core.topology import (
+    DEFAULT_DELIVERY_LIMIT,
+    DEFAULT_LIMIT_SINCE,
+    DELIVERY_LIMIT,
+    QUEUE_TYPE,
+    Version,
+)
 
 UNKNOWN_REASON = "unknown"
-"""The reason of what does not say why it is dead."""
+"""The reason of a dead letter that states none."""
 
-RETRY_COUNT = "x-retry-count"
-
-_OF_THE_BROKER = frozenset(
+_BROKER_HEADERS = frozenset(
     f"x-{which}-death-{what}"
     for which in ("first", "last")
     for what in ("reason", "queue", "exchange")
@@ -51,9 +55,9 @@ _OF_THE_BROKER = frozenset(
 
 REMOVED_ON_REPLAY = (
     DROPPED
-    | _OF_THE_BROKER
+    | _BROKER_HEADERS
     | {
-        DEATHS,  # before 4.0 a broker takes a client's word for it, and drops what goes in circles
+        DEATHS,  # before 4.0 RabbitMQ trusts it, and drops messages that seem to be in a cycle
         REASON,
         DETAIL,
         DEAD_LETTERED_AT,
@@ -63,12 +67,12 @@ REMOVED_ON_REPLAY = (
         ORIGINAL_QUEUE,
     }
 )
-"""What a replayed message does not remember of its death."""
+"""Headers that a replayed message doesn't keep: they describe how it was dead-lettered."""
 
 
 @dataclass(frozen=True, slots=True)
 class OriginalRoute:
-    """Where a message was published to, before anything went wrong."""
+    """The exchange and routing key of a message's first publication."""
 
     exchange: str
     routing_key: str
@@ -76,18 +80,18 @@ class OriginalRoute:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeathInfo:
-    """What is known of a death.
+    """Why, when and where a message was dead-lettered. None means that it isn't known.
 
     Attributes:
-        reason: `rejected`, `exhausted`, `handler-error`, `undecodable`; the broker's are
-            `rejected`, `expired`, `maxlen`, `delivery_limit`; `unknown` where nobody says.
-        origin: Its first exchange and routing key; None if it does not say.
-        queue: Where it died; None if it does not say.
-        died_at: In UTC; None if it does not say.
-        retries: How often it was tried again.
-        detail: The handler's own words.
-        exception_type: The class of the error that it died of, with its module.
-        exception_message: The text of that error.
+        reason: From this library `rejected`, `exhausted`, `handler-error` or `undecodable`; from
+            the broker `rejected`, `expired`, `maxlen` or `delivery_limit`; otherwise `unknown`.
+        origin: The exchange and routing key of its first publication.
+        queue: The queue that it was in.
+        died_at: When it was dead-lettered, in UTC.
+        retries: How often it was retried.
+        detail: The reason that the handler gave.
+        exception_type: The class of the exception that made it fail, with its module.
+        exception_message: The text of that exception.
     """
 
     reason: str = UNKNOWN_REASON
@@ -101,11 +105,11 @@ class DeathInfo:
 
 
 def death_info(message: Message, retry_count_header: str = RETRY_COUNT) -> DeathInfo:
-    """Read what a dead letter says. Never raises: what cannot be read is not known."""
-    headers = message.headers if message.has_readable_headers else NO_HEADERS
+    """Read the headers of a dead letter. Never raises: what cannot be read isn't known."""
+    headers = readable_headers(message) or NO_HEADERS
     reason = _text(headers.get(REASON))
     if reason is None:
-        return _by_broker(headers, retry_count_header)
+        return _broker_death_info(headers, retry_count_header)
     return DeathInfo(
         reason=reason,
         origin=_origin(headers),
@@ -118,14 +122,14 @@ def death_info(message: Message, retry_count_header: str = RETRY_COUNT) -> Death
     )
 
 
-def _by_broker(headers: Headers, retry_count_header: str) -> DeathInfo:
-    """By its latest death: that is the one it lies here for."""
+def _broker_death_info(headers: Headers, retry_count_header: str) -> DeathInfo:
+    """The latest entry of `x-death`: the reason why it is in this queue."""
     deaths = headers.get(DEATHS)
     latest = deaths[0] if isinstance(deaths, list) and deaths else None
     death = latest if isinstance(latest, Mapping) else NO_HEADERS
     return DeathInfo(
         reason=_text(death.get("reason")) or UNKNOWN_REASON,
-        # A requeued copy has the name of its queue for a key: its own headers know better.
+        # The routing key of a requeued copy is the name of its queue, so its own headers go first.
         origin=_origin(headers) or _death_origin(death),
         queue=_text(death.get("queue")),
         died_at=_moment(death.get("time")),
@@ -156,18 +160,19 @@ def _moment(value: FieldValue) -> datetime | None:
     return value if isinstance(value, datetime) else None
 
 
-# --- which ones ------------------------------------------------------------------
+# --- selection -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filter:
-    """Which letters are meant: those that meet all of it.
+    """Selects the dead letters that meet all of its conditions.
 
     Attributes:
-        reasons: Any of these; empty: whatever the reason.
-        older_than: Died longer ago than this. A letter that does not say when is not meant.
-        newer_than: Died since.
-        headers: Each of these headers has this value, written as :func:`format_header` writes it.
+        reasons: The accepted reasons; empty accepts all.
+        older_than: The minimum time since it was dead-lettered. A dead letter without that time
+            doesn't match.
+        newer_than: The maximum time since it was dead-lettered.
+        headers: The required headers, with values as :func:`format_header` writes them.
     """
 
     reasons: frozenset[str] = frozenset()
@@ -176,19 +181,19 @@ class Filter:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def matches(self, message: Message, death: DeathInfo, now: datetime) -> bool:
-        """Whether a letter is meant.
+        """Whether a dead letter meets all conditions.
 
         Args:
-            death: What it says of itself.
-            now: With its time zone.
+            death: Its :func:`death_info`.
+            now: The time, with its time zone.
         """
         return (
             (not self.reasons or death.reason in self.reasons)
-            and self._is_of_age(death.died_at, now)
+            and self._has_age(death.died_at, now)
             and self._has_headers(message)
         )
 
-    def _is_of_age(self, died_at: datetime | None, now: datetime) -> bool:
+    def _has_age(self, died_at: datetime | None, now: datetime) -> bool:
         if self.older_than is None and self.newer_than is None:
             return True
         if died_at is None:
@@ -201,21 +206,19 @@ class Filter:
     def _has_headers(self, message: Message) -> bool:
         if not self.headers:
             return True
-        if not message.has_readable_headers:
-            return False
-        there = message.headers
+        headers = readable_headers(message) or NO_HEADERS
         return all(
-            name in there and format_header(there[name]) == value
+            name in headers and format_header(headers[name]) == value
             for name, value in self.headers.items()
         )
 
 
 EVERY = Filter()
-"""All of them."""
+"""Selects all dead letters."""
 
 
 def format_header(value: FieldValue) -> str:
-    """A header's value, as somebody would write it: text as it is, whatever else as JSON."""
+    """Format the value of a header: text as it is, most other values as JSON."""
     match value:
         case str():
             return value
@@ -246,12 +249,12 @@ def _bytes(value: bytes) -> str:
         return value.hex(" ")
 
 
-# --- the way back ----------------------------------------------------------------
+# --- replay ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class NotReplayable:
-    """A letter that cannot be sent back, and why."""
+    """The reason why a dead letter cannot be replayed."""
 
     why: str
 
@@ -266,25 +269,25 @@ def replay_copy(
     to_queue: bool = False,
     retry_count_header: str = RETRY_COUNT,
 ) -> ReplayDecision:
-    """The copy that goes back to where a letter came from, as if it had never been handled.
+    """Make a copy of a dead letter that returns to where it came from, as a new message.
 
-    It has no retry count, nothing that tells of its death, and no `expiration`: whoever repairs
-    something does not want it to expire before it is handled.
+    It has no retry count, no headers about its failure, and no `expiration`: it must not expire
+    before a repaired consumer handles it.
 
     Args:
-        to_queue: Not to the exchange, which other queues may be bound to, but only to the queue in
-            which it died. It keeps its `x-original-…` headers then, so that its handler still sees
-            its routing key.
+        to_queue: Send it only to the queue that it was in, and not to its exchange, which other
+            queues may be bound to. It keeps its `x-original-…` headers, so that its handler still
+            sees its routing key.
     """
-    forgotten = REMOVED_ON_REPLAY | {retry_count_header}
+    dropped = REMOVED_ON_REPLAY | {retry_count_header}
     if to_queue:
         if death.queue is None or not is_short_string(death.queue):
             return NotReplayable("it does not say in which queue it died")
-        return _copy(message, OriginalRoute("", death.queue), _kept(death.origin), forgotten)
+        return _copy(message, OriginalRoute("", death.queue), _kept(death.origin), dropped)
     if death.origin is None:
         return NotReplayable("it does not say where it was published to")
-    forgotten |= {ORIGINAL_EXCHANGE, ORIGINAL_ROUTING_KEY}
-    return _copy(message, death.origin, {}, forgotten)
+    dropped |= {ORIGINAL_EXCHANGE, ORIGINAL_ROUTING_KEY}
+    return _copy(message, death.origin, {}, dropped)
 
 
 def _copy(message: Message, to: OriginalRoute, add: Headers, drop: frozenset[str]) -> Copy:
@@ -297,10 +300,10 @@ def _kept(origin: OriginalRoute | None) -> Headers:
     return {ORIGINAL_EXCHANGE: origin.exchange, ORIGINAL_ROUTING_KEY: origin.routing_key}
 
 
-# --- how often may one be looked at? ---------------------------------------------
+# --- delivery limits -------------------------------------------------------------
 
-SPARE = 5
-"""So many deliveries are left to others: a letter that has no more is not looked at."""
+SPARE_DELIVERIES = 5
+"""A dead letter is not read if fewer deliveries than this are left until its queue drops it."""
 
 
 _INEQUIVALENT = re.compile(
@@ -310,52 +313,50 @@ _INEQUIVALENT = re.compile(
 
 
 def delivery_limit_from(refusal: str | None, version: Version | None) -> int | None:
-    """The delivery limit of a queue, as far as a broker can be asked for it.
+    """The delivery limit of a queue, from the broker's answer to a declaration.
 
-    A queue's arguments cannot be read by AMQP, but a broker says which one is not as declared. What
-    a policy says is not to be seen.
+    AMQP cannot read the arguments of a queue. But when an existing queue is declared again, the
+    broker says which argument differs. A limit by a policy remains unknown.
 
     Args:
-        refusal: What the broker said when asked for a quorum queue without a limit of its own;
-            None: that is what it is.
-        version: Of the broker.
+        refusal: The broker's answer to the declaration of a quorum queue without a limit; None if
+            it accepted that.
+        version: The broker's version; None if it is unknown.
 
     Returns:
-        None if there is none; in doubt RabbitMQ's default.
+        None if there is no limit. RabbitMQ's default if the limit cannot be determined.
     """
     has_default = version is None or version >= DEFAULT_LIMIT_SINCE
     if refusal is None:
-        return DEFAULT_LIMIT if has_default else None
+        return DEFAULT_DELIVERY_LIMIT if has_default else None
     found = _INEQUIVALENT.search(refusal)
     argument, value = (None, None) if found is None else found.group("argument", "value")
     if argument == QUEUE_TYPE:
-        return None  # a classic queue: it does not count
+        return None  # a classic queue, which has no limit
     if argument == DELIVERY_LIMIT and value is not None:
-        # Before 4.0 a negative one is exceeded by the first delivery that comes back.
+        # Before 4.0 the first redelivery exceeds a negative limit.
         return max(int(value), 0) if int(value) >= 0 or not has_default else None
-    return DEFAULT_LIMIT
+    return DEFAULT_DELIVERY_LIMIT
 
 
 NACK_IS_FREE_SINCE: Version = (4, 3)
-"""The first RabbitMQ that does not count a delivery that comes back by `basic.nack`."""
+"""The first RabbitMQ that doesn't count a delivery that is returned by `basic.nack`."""
 
 
 def returns_by_closing(version: Version | None) -> bool:
-    """How letters that were only looked at go back: by closing the channel, or by `basic.nack`?
-
-    Before 4.3 a closed channel puts them at the front of a quorum queue, in their order, which a
-    nack does not do everywhere; since then a nack does, and it alone costs no delivery. A classic
-    queue puts them where they were, either way.
-    """
+    """Whether to return dead letters that were only read by closing the channel, not by a nack."""
+    # Before 4.3 a closed channel returns them to the front of a quorum queue, in their order, which
+    # a nack doesn't always do. Since then a nack does, and only a nack costs no delivery. A classic
+    # queue puts them where they were, either way.
     return version is not None and version < NACK_IS_FREE_SINCE
 
 
 def near_delivery_limit(message: Message, limit: int | None) -> bool:
-    """Whether its queue would soon drop a letter for having been delivered too often.
+    """Whether its queue would soon drop a dead letter because of its number of deliveries.
 
     Args:
-        limit: Of the queue; None: it has none.
+        limit: The delivery limit of the queue; None if it has none.
     """
     if limit is None or limit < 0 or not message.has_readable_headers:
         return False
-    return (message.delivery_count or 0) >= limit - SPARE
+    return (message.delivery_count or 0) >= limit - SPARE_DELIVERIES

@@ -1,8 +1,8 @@
-"""When is a batch full that may hold one key only, or so many bytes?
+"""Collects messages into batches that have one key each, and a limit on their bytes.
 
-A lane for each key, and in it the rules of :mod:`~aio_pika_batch.core.batcher`: full, old enough,
-or nothing more can come. Of several lanes that are due, the one with the oldest message goes first,
-so that no key can starve another. Messages are told apart by their delivery tags, which grow.
+Each key has a buffer of its own, with the rules of :mod:`~aio_pika_batch.core.batcher`. It is a
+separate class because keys and sizes need a look at every message, which the plain batcher avoids.
+Delivery tags, which only increase, identify the messages.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from aio_pika_batch.core.batcher import Batch, Trigger
 from aio_pika_batch.core.message import Message
 
 
-class _Lane:
-    """The messages of one key, oldest first.
+class _KeyBuffer:
+    """The buffered messages of one key, oldest first.
 
     Attributes:
-        items: Each with the time of its arrival.
-        count: How many of them the next batch has.
-        bytes: How long their bodies are.
-        full: Why the next batch can take no more; None while it has all that there are.
-        is_blocked: Whether nothing of it may be cut.
+        items: The messages, each with the time of its arrival.
+        count: The number of messages in the next batch.
+        bytes: The total size of their bodies.
+        full: Why the next batch can take no more messages; None while it can.
+        is_blocked: Whether no batch may be cut from this buffer.
     """
 
     __slots__ = ("bytes", "count", "full", "is_blocked", "items", "key")
@@ -39,33 +39,35 @@ class _Lane:
         self.is_blocked = False
 
 
-# When its head arrived, the head's tag, and a ticket, since lanes themselves have no order.
-_Entry = tuple[float, int, int, _Lane]
+# When the oldest message of the buffer arrived, its delivery tag, and a number that breaks ties,
+# because buffers cannot be compared.
+_Entry = tuple[float, int, int, _KeyBuffer]
 
 _STALE = 64
-"""So many stale entries are no reason to look for them."""
+"""The heaps may hold this many outdated entries before they are cleaned up."""
 
 
 def _holds(entry: _Entry) -> bool:
-    """Whether a lane may be cut, and begins with the message that it began with when offered."""
-    _, tag, _, lane = entry
-    return bool(lane.items) and not lane.is_blocked and lane.items[0][1].delivery_tag == tag
+    """Whether the buffer can be cut, and still begins with the same message."""
+    _, tag, _, buffer = entry
+    return bool(buffer.items) and not buffer.is_blocked and buffer.items[0][1].delivery_tag == tag
 
 
 class KeyedBatcher:
     """Collects messages by their keys and cuts batches of one key each.
 
     Args:
-        size: The most messages in a batch, at least 1.
-        timeout: Seconds after which a batch is cut although it is not full.
-        max_bytes: The most bytes of bodies in a batch; a message that is larger goes alone.
+        size: The maximum number of messages in a batch, at least 1.
+        timeout: Seconds after which a batch is cut even if it isn't full.
+        max_bytes: The maximum total size of the bodies in a batch. A larger message gets a batch of
+            its own.
     """
 
     __slots__ = (
         "_ages",
+        "_buffers",
         "_count",
         "_full",
-        "_lanes",
         "_max_bytes",
         "_size",
         "_tickets",
@@ -76,54 +78,57 @@ class KeyedBatcher:
         self._size = size
         self._timeout = timeout
         self._max_bytes = math.inf if max_bytes is None else max_bytes
-        self._lanes: dict[Hashable | None, _Lane] = {}
+        self._buffers: dict[Hashable | None, _KeyBuffer] = {}
         self._count = 0
-        # Entries are not taken out when their lane moves on; stale ones are passed over.
+        # Heaps. An entry stays in them when its buffer changes, and is skipped later.
         self._ages: list[_Entry] = []
         self._full: list[_Entry] = []
         self._tickets = count()
 
     def __len__(self) -> int:
-        """How many messages are held."""
+        """The number of buffered messages."""
         return self._count
 
     @property
     def since(self) -> float | None:
-        """When the oldest held message arrived; None if nothing is held."""
-        heads = (lane.items[0][0] for lane in self._lanes.values() if lane.items)
+        """When the oldest buffered message arrived; None if there is none."""
+        heads = (buffer.items[0][0] for buffer in self._buffers.values() if buffer.items)
         return min(heads, default=None)
 
     @property
     def deadline(self) -> float | None:
-        """When `poll` has something at the latest; None if nothing is held that may be cut."""
-        lane = self._first(self._ages)
-        return None if lane is None else lane.items[0][0] + self._timeout
+        """When `poll` will return a batch at the latest; None if no batch can be cut."""
+        buffer = self._first(self._ages)
+        return None if buffer is None else buffer.items[0][0] + self._timeout
 
     def add(
         self, chunk: Sequence[Message], now: float, keys: Sequence[Hashable | None] | None = None
     ) -> None:
-        """Take messages that arrived at `now`.
+        """Buffer messages that arrived at `now`.
 
         Args:
-            keys: One for each of them; None if none has a key.
+            keys: One key for each message; None if no message has one.
         """
         for message, key in zip(chunk, keys or repeat(None), strict=False):
-            lane = self._lane(key)
-            was_empty, was_full = not lane.items, lane.full is not None
-            lane.items.append((now, message))
+            buffer = self._buffer(key)
+            was_empty, was_full = not buffer.items, buffer.full is not None
+            buffer.items.append((now, message))
             if not was_full:
-                self._extend(lane, message)
-            if was_empty or (lane.full is not None and not was_full):
-                self._offer(lane)
+                self._extend(buffer, message)
+            if was_empty or (buffer.full is not None and not was_full):
+                self._offer(buffer)
         self._count += len(chunk)
 
     def poll(self, now: float, *, exhausted: bool = False) -> Batch | None:
         """Cut a batch if one is due.
 
         Args:
-            now: Seconds, in the clock that `add` was given.
-            exhausted: Whether the broker will send nothing more before something is settled.
+            now: Seconds, by the clock of `add`.
+            exhausted: Whether the broker sends nothing more until something is settled.
         """
+        # Of several keys that are due, the one with the oldest message goes first, full or not: a
+        # key that always has messages cannot starve another. A full buffer that isn't due by age
+        # comes after those that are.
         oldest = self._first(self._ages)
         if oldest is None:
             return None
@@ -133,105 +138,105 @@ class KeyedBatcher:
         return None if due is None else self._cut(due, due.full or Trigger.PREFETCH)
 
     def flush(self) -> Batch | None:
-        """Cut a batch, due or not, because nothing more will come."""
+        """Cut a batch even if none is due, because no more messages will arrive."""
         oldest = self._first(self._ages)
         return None if oldest is None else self._cut(oldest, Trigger.DRAIN)
 
     def clear(self) -> list[Message]:
-        """Give up everything that is held; what is blocked stays so."""
-        messages = [message for lane in self._lanes.values() for _, message in lane.items]
-        for lane in list(self._lanes.values()):
-            lane.items.clear()
-            self._measure(lane)
-            self._forget_if_idle(lane)
+        """Remove and return all buffered messages. Blocked keys stay blocked."""
+        messages = [message for buffer in self._buffers.values() for _, message in buffer.items]
+        for buffer in list(self._buffers.values()):
+            buffer.items.clear()
+            self._measure(buffer)
+            self._remove_if_idle(buffer)
         self._count = 0
         return sorted(messages, key=lambda message: message.delivery_tag)
 
-    # -- one after another ------------------------------------------------------------------------
+    # -- for batches of one key that are handled one after another --------------------------------
 
     def block(self, key: Hashable) -> None:
-        """Cut nothing of this key until it is unblocked."""
-        self._lane(key).is_blocked = True
+        """Cut no batch of this key until it is unblocked."""
+        self._buffer(key).is_blocked = True
 
     def unblock(self, key: Hashable) -> None:
-        """Let batches of this key be cut again."""
-        lane = self._lane(key)
-        lane.is_blocked = False
-        self._offer(lane)
-        self._forget_if_idle(lane)
+        """Allow batches of this key again."""
+        buffer = self._buffer(key)
+        buffer.is_blocked = False
+        self._offer(buffer)
+        self._remove_if_idle(buffer)
 
     def put_back(self, key: Hashable, messages: Sequence[Message], since: float) -> None:
-        """Take messages that were cut, of a blocked key, before all that are held of it.
+        """Put messages of an earlier batch of a blocked key in front of its buffered messages.
 
         Args:
             since: When they arrived.
         """
-        lane = self._lane(key)
-        lane.items.extendleft((since, message) for message in reversed(messages))
+        buffer = self._buffer(key)
+        buffer.items.extendleft((since, message) for message in reversed(messages))
         self._count += len(messages)
-        self._measure(lane)
+        self._measure(buffer)
 
-    # -- inside -----------------------------------------------------------------------------------
+    # -- internals --------------------------------------------------------------------------------
 
-    def _lane(self, key: Hashable | None) -> _Lane:
-        lane = self._lanes.get(key)
-        if lane is None:
-            lane = self._lanes[key] = _Lane(key)
-        return lane
+    def _buffer(self, key: Hashable | None) -> _KeyBuffer:
+        buffer = self._buffers.get(key)
+        if buffer is None:
+            buffer = self._buffers[key] = _KeyBuffer(key)
+        return buffer
 
-    def _forget_if_idle(self, lane: _Lane) -> None:
-        if not lane.items and not lane.is_blocked:
-            del self._lanes[lane.key]
+    def _remove_if_idle(self, buffer: _KeyBuffer) -> None:
+        if not buffer.items and not buffer.is_blocked:
+            del self._buffers[buffer.key]
 
-    def _extend(self, lane: _Lane, message: Message) -> bool:
-        """Let the next batch take this one, too, if it can; returns whether it is full then."""
-        size = lane.bytes + len(message.body)
-        if not lane.count or size <= self._max_bytes:
-            lane.count += 1
-            lane.bytes = size
-        if lane.count == self._size:
-            lane.full = Trigger.SIZE
+    def _extend(self, buffer: _KeyBuffer, message: Message) -> bool:
+        """Add the message to the next batch if it fits, and return whether the batch is full."""
+        size = buffer.bytes + len(message.body)
+        if not buffer.count or size <= self._max_bytes:
+            buffer.count += 1
+            buffer.bytes = size
+        if buffer.count == self._size:
+            buffer.full = Trigger.SIZE
         elif size >= self._max_bytes:
-            lane.full = Trigger.BYTES
-        return lane.full is not None
+            buffer.full = Trigger.BYTES
+        return buffer.full is not None
 
-    def _measure(self, lane: _Lane) -> None:
-        """Find the next batch anew."""
-        lane.count = lane.bytes = 0
-        lane.full = None
-        for _, message in lane.items:
-            if self._extend(lane, message):
+    def _measure(self, buffer: _KeyBuffer) -> None:
+        """Determine the next batch."""
+        buffer.count = buffer.bytes = 0
+        buffer.full = None
+        for _, message in buffer.items:
+            if self._extend(buffer, message):
                 break
 
-    def _offer(self, lane: _Lane) -> None:
-        if lane.items and not lane.is_blocked:
-            arrived, message = lane.items[0]
-            entry = (arrived, message.delivery_tag, next(self._tickets), lane)
+    def _offer(self, buffer: _KeyBuffer) -> None:
+        if buffer.items and not buffer.is_blocked:
+            arrived, message = buffer.items[0]
+            entry = (arrived, message.delivery_tag, next(self._tickets), buffer)
             self._push(self._ages, entry)
-            if lane.full is not None:
+            if buffer.full is not None:
                 self._push(self._full, entry)
 
     def _push(self, entries: list[_Entry], entry: _Entry) -> None:
-        # A lane is offered anew at most a few times before it moves on.
-        if len(entries) > 4 * len(self._lanes) + _STALE:
+        # A buffer is offered at most a few times before it changes.
+        if len(entries) > 4 * len(self._buffers) + _STALE:
             entries[:] = filter(_holds, entries)
             heapify(entries)
         heappush(entries, entry)
 
     @staticmethod
-    def _first(entries: list[_Entry]) -> _Lane | None:
-        """The lane that has waited longest, of those that are still as they were offered."""
+    def _first(entries: list[_Entry]) -> _KeyBuffer | None:
+        """The buffer with the oldest message; outdated entries are removed on the way."""
         while entries:
             if _holds(entries[0]):
                 return entries[0][3]
             heappop(entries)
         return None
 
-    def _cut(self, lane: _Lane, trigger: Trigger) -> Batch:
-        since = lane.items[0][0]
-        messages = [lane.items.popleft()[1] for _ in range(lane.count)]
+    def _cut(self, buffer: _KeyBuffer, trigger: Trigger) -> Batch:
+        since = buffer.items[0][0]
+        messages = [buffer.items.popleft()[1] for _ in range(buffer.count)]
         self._count -= len(messages)
-        self._measure(lane)
-        self._offer(lane)
-        self._forget_if_idle(lane)
-        return Batch(messages, trigger, since, lane.key)
+        self._measure(buffer)
+        self._offer(buffer)
+        self._remove_if_idle(buffer)
+        return Batch(messages, trigger, since, buffer.key)

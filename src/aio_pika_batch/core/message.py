@@ -1,8 +1,7 @@
-"""What goes in and what goes out: a delivery as the handler sees it, a publication as a broker gets
-it.
+"""The messages that a consumer receives, and their properties.
 
-A message's properties and its route may arrive as raw bytes and are decoded on first use; one that
-cannot be decoded costs that message only, and only when somebody asks.
+A message's properties and its route may arrive as raw bytes, which are decoded on first use. A
+property that cannot be decoded raises only when it is read, and affects only its own message.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias, TypeGuard, Union
+from typing import Any, Generic, Protocol, Self, TypeAlias, TypeGuard, TypeVar, Union, overload
 
 from aio_pika_batch.errors import MessageDecodeError
 
@@ -29,31 +28,40 @@ FieldValue: TypeAlias = Union[
     "Mapping[str, FieldValue]",
     None,
 ]
-"""What an AMQP 0-9-1 header may hold (section 4.2.5.5 of the specification)."""
+"""The values that an AMQP 0-9-1 header can have (section 4.2.5.5 of the specification)."""
 
 Headers: TypeAlias = Mapping[str, FieldValue]
 
 NO_HEADERS: Headers = MappingProxyType({})
 
+# The numbers of AMQP 0-9-1 that core needs (section 4.2.5).
 SHORT_STRING = 255
-"""Bytes in the longest short string (AMQP 0-9-1, section 4.2.5.3)."""
+"""The maximum number of bytes in a short string: names of queues and exchanges, routing keys."""
+UINT32 = 2**32 - 1
+"""The largest unsigned 32-bit number, RabbitMQ's limit for times to live in milliseconds."""
 
-ORIGINAL_EXCHANGE = "x-original-exchange"
-ORIGINAL_ROUTING_KEY = "x-original-routing-key"
+# Headers that RabbitMQ sets.
+DEATHS = "x-death"
 DELIVERY_COUNT = "x-delivery-count"
 
+# Headers that this library sets.
+ORIGINAL_EXCHANGE = "x-original-exchange"
+ORIGINAL_ROUTING_KEY = "x-original-routing-key"
+RETRY_COUNT = "x-retry-count"
 
-# Not frozen: one is made for each decoded message, and freezing makes that three times as dear.
+
+# Not frozen: a frozen dataclass sets each field through a function call, which tripled the time to
+# create one, and was a third of the time to decode a message.
 @dataclass(slots=True, kw_only=True)
 class Properties:
-    """The properties of AMQP's basic class, as they stood on the wire.
+    """The properties of AMQP's basic class, as received.
 
     `None` means absent, which is not the same as empty: a copy of a message keeps the difference.
 
     Attributes:
         expiration: Milliseconds, as the decimal string that AMQP uses.
-        undecodable: For each property that could not be decoded, the reason. Such a property is
-            `None` here and raises when it is read from its :class:`Message`.
+        undecodable: The reason for each property that could not be decoded. Such a property is
+            `None` here, and reading it from its :class:`Message` raises an error.
     """
 
     content_type: str | None = None
@@ -74,7 +82,7 @@ class Properties:
 
 
 class Source(Protocol):
-    """What all messages of one session share, held once instead of by each of them."""
+    """What all messages of one session have in common, stored once for all of them."""
 
     @property
     def queue(self) -> str:
@@ -86,57 +94,112 @@ class Source(Protocol):
 
     @property
     def retry_count_header(self) -> str:
-        """The header in which retries are counted."""
+        """The header that counts the retries of a message."""
 
     def decode_properties(self, raw: bytes, /) -> Properties:
         """Decode a property list. Never raises: see :attr:`Properties.undecodable`."""
 
     def decode_headers(self, raw: bytes, /) -> Headers | None:
-        """Decode the headers of a property list alone; None where it has none.
+        """Decode only the headers of a property list; None if it has none.
 
         Raises:
-            ValueError: They cannot be decoded; the text says why.
+            ValueError: They cannot be decoded. The text says why.
         """
 
     def decode_route(self, raw: bytes, /) -> tuple[str, str]:
-        """Decode exchange and routing key. Never raises."""
+        """Decode the exchange and the routing key. Never raises."""
 
     def now(self) -> float:
-        """Seconds since the epoch."""
+        """Seconds since the Unix epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedSource:
+    """A :class:`Source` for transports whose client library or broker has decoded the properties.
+
+    Create its messages with a pair as their route, and with `Properties`.
+
+    Attributes:
+        wall_clock: Returns seconds since the Unix epoch, such as `time.time`; for `Message.age`.
+    """
+
+    queue: str
+    consumer_tag: str
+    retry_count_header: str
+    wall_clock: Callable[[], float]
+
+    def decode_properties(self, raw: bytes, /) -> Properties:
+        """Raise an error: the messages of this source have no raw properties."""
+        raise NotImplementedError("a message of a DecodedSource was created with raw properties")
+
+    def decode_headers(self, raw: bytes, /) -> Headers | None:
+        """Raise an error: the messages of this source have no raw properties."""
+        raise NotImplementedError("a message of a DecodedSource was created with raw properties")
+
+    def decode_route(self, raw: bytes, /) -> tuple[str, str]:
+        """Raise an error: the messages of this source have no raw route."""
+        raise NotImplementedError("a message of a DecodedSource was created with a raw route")
+
+    def now(self) -> float:
+        """Seconds since the Unix epoch."""
+        return self.wall_clock()
 
 
 def is_short_string(value: object) -> TypeGuard[str]:
-    """Whether it could be an exchange's name or a routing key, whoever wrote it."""
+    """Whether the value can be the name of an exchange or a queue, or a routing key."""
     return isinstance(value, str) and len(value.encode(errors="replace")) <= SHORT_STRING
 
 
 def retry_count(value: object) -> int | None:
-    """Read a retry count out of a header's value; None where it is no count.
+    """Read a retry count from the value of a header; None if it isn't one.
 
-    Other clients write other types: digits in a string count too.
+    Other clients write other types, so a string of digits is accepted as well.
     """
     match value:
         case bool():
             return None
         case int() if value >= 0:
             return value
-        case str() if value.isascii() and value.isdigit() and len(value) < 10:  # noqa: PLR2004  -- no bomb of digits
+        case str() if value.isascii() and value.isdigit() and len(value) < 10:  # noqa: PLR2004  -- converting millions of digits would take seconds
             return int(value)
         case _:
             return None
 
 
+ValueT = TypeVar("ValueT")
+
+
+class _Property(Generic[ValueT]):
+    """An attribute of :class:`Message` that reads one AMQP property."""
+
+    def __init__(self, doc: str) -> None:
+        self.__doc__ = doc
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, message: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, message: Message, owner: type) -> ValueT | None: ...
+    def __get__(self, message: Message | None, owner: type) -> Self | ValueT | None:
+        if message is None:
+            return self
+        value: ValueT | None = message._decoded(self._name)  # noqa: SLF001  -- in one module
+        return value
+
+
 class Message:
-    """One delivery, as `process_messages` gets it.
+    """One delivery, as `process_messages` receives it.
 
     Attributes:
-        body: The payload, untouched.
-        delivery_tag: The broker's number for this delivery, valid in its session only.
-        redelivered: Whether the broker delivered it before, to whomever.
+        body: The payload, unchanged.
+        delivery_tag: The broker's number for this delivery. It is valid in its session only.
+        redelivered: Whether the broker has delivered it before, to any consumer.
     """
 
     first_failed_at: datetime | None = None
-    """When it first failed, if it is being tried again without having left this process."""
+    """When it first failed, if this process is retrying it without having republished it."""
 
     __slots__ = (
         "_properties",
@@ -148,7 +211,7 @@ class Message:
         "redelivered",
     )
 
-    def __init__(  # noqa: PLR0917  -- positional, because one is made for every delivery
+    def __init__(  # noqa: PLR0917  -- positional: one is created for every delivery
         self,
         source: Source,
         delivery_tag: int,
@@ -163,11 +226,11 @@ class Message:
         self.body = body
         self._route = route
         self._properties = properties
-        # What somebody has asked for: the headers, or all properties; most ask for neither.
+        # What has been decoded so far: nothing (most handlers), the headers only, or everything.
         self._read: Headers | Properties | None = None
 
     def __repr__(self) -> str:
-        # Never the body: a representation ends up in logs.
+        # Without the body, because representations end up in logs.
         return (
             f"<Message {self.delivery_tag} from queue {self._source.queue!r},"
             f" routing key {self.routing_key!r}, {len(self.body)} bytes>"
@@ -175,12 +238,14 @@ class Message:
 
     @property
     def raw_properties(self) -> bytes | None:
-        """The property list as it came, or None where it came decoded. For adapters."""
+        """The property list as received; None if it was received decoded. For adapters."""
         return self._properties if isinstance(self._properties, bytes) else None
 
     @property
     def properties(self) -> Properties:
         """All properties as values, decoded on first use."""
+        # Client libraries decode each property list, and encode it again for a copy, with losses:
+        # doubles become floats, and an absent priority becomes 0. So the bytes are kept.
         read = self._read
         if not isinstance(read, Properties):
             raw = self._properties
@@ -189,7 +254,7 @@ class Message:
             )
         return read
 
-    def _property(self, name: str) -> Any:  # noqa: ANN401  -- each property below states its type
+    def _decoded(self, name: str) -> Any:  # noqa: ANN401  -- each property states its type
         properties = self.properties
         if name in properties.undecodable:
             raise MessageDecodeError(self, name, properties.undecodable[name])
@@ -197,37 +262,37 @@ class Message:
 
     @property
     def queue(self) -> str:
-        """The queue it was delivered from."""
+        """The queue that delivered the message."""
         return self._source.queue
 
     @property
     def consumer_tag(self) -> str:
-        """The tag of the consumer it was delivered to."""
+        """The tag of the consumer that received the message."""
         return self._source.consumer_tag
 
-    def _routed(self) -> tuple[str, str]:
+    def _decoded_route(self) -> tuple[str, str]:
         if isinstance(self._route, bytes):
             self._route = self._source.decode_route(self._route)
         return self._route
 
     @property
     def exchange(self) -> str:
-        """The exchange it was published to; empty for the default exchange."""
-        return self._routed()[0]
+        """The exchange to which the message was published; empty for the default exchange."""
+        return self._decoded_route()[0]
 
     @property
     def routing_key(self) -> str:
-        """The routing key it was published with; of a requeued copy, the queue's name."""
-        return self._routed()[1]
+        """The routing key with which the message was published; for a retry, its queue's name."""
+        return self._decoded_route()[1]
 
     @property
     def headers(self) -> Headers:
-        """The headers; empty where there are none. Raises MessageDecodeError."""
+        """The headers; empty if there are none. Raises MessageDecodeError."""
         read = self._read
         if read is None:
             raw = self._properties
             if isinstance(raw, bytes):
-                # Nearly everybody who asks for anything asks for a header, and for nothing else.
+                # Handlers that read anything mostly read a header, and nothing else.
                 try:
                     headers = self._source.decode_headers(raw)
                 except ValueError as error:
@@ -236,112 +301,60 @@ class Message:
                 return read
         elif not isinstance(read, Properties):
             return read
-        all_headers: Headers | None = self._property("headers")
+        all_headers: Headers | None = self._decoded("headers")
         return NO_HEADERS if all_headers is None else all_headers
 
     @property
     def has_readable_headers(self) -> bool:
         """Whether the headers can be decoded."""
-        try:
-            return self.headers is not None
-        except MessageDecodeError:
-            return False
+        return readable_headers(self) is not None
 
-    @property
-    def content_type(self) -> str | None:
-        """MIME type of the body. Raises MessageDecodeError, as all properties do."""
-        value: str | None = self._property("content_type")
-        return value
-
-    @property
-    def content_encoding(self) -> str | None:
-        """MIME encoding of the body."""
-        value: str | None = self._property("content_encoding")
-        return value
-
-    @property
-    def delivery_mode(self) -> int | None:
-        """1: transient, 2: persistent."""
-        value: int | None = self._property("delivery_mode")
-        return value
-
-    @property
-    def priority(self) -> int | None:
-        """0 to 255, the larger the sooner."""
-        value: int | None = self._property("priority")
-        return value
-
-    @property
-    def correlation_id(self) -> str | None:
-        """The request that this message answers."""
-        value: str | None = self._property("correlation_id")
-        return value
-
-    @property
-    def reply_to(self) -> str | None:
-        """Where an answer should go."""
-        value: str | None = self._property("reply_to")
-        return value
+    content_type = _Property[str](
+        "The MIME type of the body. Raises MessageDecodeError, as all properties do."
+    )
+    content_encoding = _Property[str]("The MIME encoding of the body.")
+    delivery_mode = _Property[int]("1: transient, 2: persistent.")
+    priority = _Property[int]("0 to 255; a larger number is delivered sooner.")
+    correlation_id = _Property[str]("The request that this message answers.")
+    reply_to = _Property[str]("Where to send the answer.")
+    message_id = _Property[str]("The publisher's identifier for this message.")
+    timestamp = _Property[datetime](
+        "When it was published, in UTC and to the second, if its publisher set it."
+    )
+    type = _Property[str]("The publisher's name for this kind of message.")
+    user_id = _Property[str]("The user who published it. The broker has validated it.")
+    app_id = _Property[str]("The application that published it.")
 
     @property
     def expiration(self) -> float | None:
         """Time to live in seconds."""
-        value: str | None = self._property("expiration")
+        value: str | None = self._decoded("expiration")
         if value is None:
             return None
         if not (value.isascii() and value.isdigit()):
-            raise MessageDecodeError(self, "expiration", f"{value!r} is no number of milliseconds")
+            reason = f"{value!r} is not a number of milliseconds"
+            raise MessageDecodeError(self, "expiration", reason)
         return int(value) / 1000
 
     @property
-    def message_id(self) -> str | None:
-        """The publisher's name for this message."""
-        value: str | None = self._property("message_id")
-        return value
-
-    @property
-    def timestamp(self) -> datetime | None:
-        """When it was published, in UTC, to the second, if its publisher said so."""
-        value: datetime | None = self._property("timestamp")
-        return value
-
-    @property
-    def type(self) -> str | None:
-        """The publisher's name for this kind of message."""
-        value: str | None = self._property("type")
-        return value
-
-    @property
-    def user_id(self) -> str | None:
-        """The user who published it, as validated by the broker."""
-        value: str | None = self._property("user_id")
-        return value
-
-    @property
-    def app_id(self) -> str | None:
-        """The application that published it."""
-        value: str | None = self._property("app_id")
-        return value
-
-    @property
     def retry_count(self) -> int:
-        """How often it has been tried again by this library; 0 where the header holds no count."""
+        """How often this library has retried it; 0 if the header holds no count."""
         return retry_count(self.headers.get(self._source.retry_count_header)) or 0
 
     @property
     def delivery_count(self) -> int | None:
-        """How often a quorum queue has delivered it in vain; None where nobody counts."""
+        """How many deliveries by a quorum queue have failed; None if the queue doesn't count."""
         value = self.headers.get(DELIVERY_COUNT)
         return value if isinstance(value, int) else None
 
     @property
     def original_exchange(self) -> str:
-        """The exchange of the first publication; it survives requeues."""
+        """The exchange of the first publication, also after retries."""
         return self._original(ORIGINAL_EXCHANGE, self.exchange)
 
     @property
     def original_routing_key(self) -> str:
-        """The routing key of the first publication; it survives requeues."""
+        """The routing key of the first publication, also after retries."""
         return self._original(ORIGINAL_ROUTING_KEY, self.routing_key)
 
     def _original(self, header: str, otherwise: str) -> str:
@@ -350,7 +363,7 @@ class Message:
 
     @property
     def age(self) -> float | None:
-        """Seconds since its :attr:`timestamp`; None where its publisher gave none."""
+        """Seconds since its :attr:`timestamp`; None if its publisher set none."""
         published = self.timestamp
         return None if published is None else self._source.now() - published.timestamp()
 
@@ -358,42 +371,18 @@ class Message:
         """The body as JSON.
 
         Raises:
-            MessageDecodeError: The body is no JSON; the handler may let it pass, and this message
-                alone is dead-lettered.
+            MessageDecodeError: The body isn't valid JSON. If your handler doesn't catch the error,
+                only this message is dead-lettered.
         """
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError) as error:
-            raise MessageDecodeError(self, "body", f"no JSON: {error}") from error
+            raise MessageDecodeError(self, "body", f"not valid JSON: {error}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedSource:
-    """A :class:`~aio_pika_batch.core.message.Source` that has nothing to decode.
-
-    Its messages are made with a route that is a pair, and with `Properties`.
-
-    Attributes:
-        wall_clock: Seconds since the epoch, such as `time.time`; for `Message.age`.
-    """
-
-    queue: str
-    consumer_tag: str
-    retry_count_header: str
-    wall_clock: Callable[[], float]
-
-    def decode_properties(self, raw: bytes, /) -> Properties:
-        """Never called: messages come decoded."""
-        raise NotImplementedError("a message of a DecodedSource was made with raw properties")
-
-    def decode_headers(self, raw: bytes, /) -> Headers | None:
-        """Never called either."""
-        raise NotImplementedError("a message of a DecodedSource was made with raw properties")
-
-    def decode_route(self, raw: bytes, /) -> tuple[str, str]:
-        """Never called either."""
-        raise NotImplementedError("a message of a DecodedSource was made with a raw route")
-
-    def now(self) -> float:
-        """Seconds since the epoch."""
-        return self.wall_clock()
+def readable_headers(message: Message) -> Headers | None:
+    """The headers of a message; None if they cannot be decoded."""
+    try:
+        return message.headers
+    except MessageDecodeError:
+        return None

@@ -1,8 +1,11 @@
-"""Whose turn is it, where each key keeps its order?
+"""Collects messages into batches that keep the order of each key.
 
-While a batch of a key is at work, nothing else of this key is handed over. Of what failed, each
-message is handed over again alone, once its pause is over, and until all of them are through,
-everything that came after them waits. Messages without a key (None) have no order to keep.
+Laws:
+
+- While a batch of a key is being handled, no other batch of this key is cut.
+- Failed messages are retried one by one, each after its pause. Later messages of their key wait
+  until all of them have a final result.
+- Messages without a key (None) have no order.
 """
 
 from __future__ import annotations
@@ -17,12 +20,12 @@ from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.retry_in_place import Attempt
 
 
-class _Kept:
-    """A message to be tried again.
+class _Retry:
+    """A message to retry.
 
     Attributes:
         since: When it arrived.
-        at: When its pause is over.
+        at: When its pause ends.
     """
 
     __slots__ = ("at", "message", "since")
@@ -34,79 +37,78 @@ class _Kept:
 
 
 class OrderedBatcher:
-    """Cuts batches as a :class:`KeyedBatcher` does, and never two of a key at a time.
+    """Cuts batches as a :class:`KeyedBatcher` does, but only one of a key at a time.
 
-    Whoever takes a batch with a key gives the key free again by `release`, after `keep` if messages
-    of it have failed.
+    After a batch with a key has been handled, call `keep` if messages of it have failed, and then
+    `release`.
 
     Args:
-        keyed: Holds what has not failed.
+        keyed: Buffers the messages that have not failed.
     """
 
-    __slots__ = ("_due", "_kept", "_keyed", "held")
+    __slots__ = ("_due", "_keyed", "_retries", "held")
 
     def __init__(self, keyed: KeyedBatcher) -> None:
         self._keyed = keyed
-        self._kept: dict[Hashable, deque[_Kept]] = {}
-        # The first one of each key that is not at work: when it is due, its tag, its key.
+        self._retries: dict[Hashable, deque[_Retry]] = {}
+        # The first retry of each key that is not being handled: when it is due, its tag, its key.
         self._due: list[tuple[float, int, Hashable]] = []
         self.held = 0
-        """How many messages wait for another attempt."""
+        """The number of messages that wait for their next attempt."""
 
     def __len__(self) -> int:
-        """How many messages are held, those that failed included."""
+        """The number of buffered messages, including those that failed."""
         return len(self._keyed) + self.held
 
     @property
     def since(self) -> float | None:
-        """When the oldest held message arrived; None if nothing is held."""
-        times = [kept.since for each in self._kept.values() for kept in each]
+        """When the oldest buffered message arrived; None if there is none."""
+        times = [retry.since for retries in self._retries.values() for retry in retries]
         if self._keyed.since is not None:
             times.append(self._keyed.since)
         return min(times, default=None)
 
     @property
     def deadline(self) -> float | None:
-        """When `poll` has something at the latest; None if nothing is held that may be cut."""
+        """When `poll` will return a batch at the latest; None if no batch can be cut."""
         if not self._due:
             return self._keyed.deadline
-        again = self._due[0][0]
+        retry = self._due[0][0]
         fresh = self._keyed.deadline
-        return again if fresh is None else min(again, fresh)
+        return retry if fresh is None else min(retry, fresh)
 
     def add(
         self, chunk: Sequence[Message], now: float, keys: Sequence[Hashable | None] | None = None
     ) -> None:
-        """Take messages that arrived at `now`, each with its key."""
+        """Buffer messages that arrived at `now`, each with its key."""
         self._keyed.add(chunk, now, keys)
 
     def poll(self, now: float, *, exhausted: bool = False) -> Batch | None:
-        """Cut a batch if one is due; the next attempts of what has failed come first.
-
-        They can starve nobody: each message has so many, and no more fail while they are made.
-        """
+        """Cut a batch if one is due; retries of failed messages come first."""
+        # Retries cannot starve other messages: their number is limited, and each one that is made
+        # leaves fewer.
         if self._due and now >= self._due[0][0]:
             _, _, key = heappop(self._due)
-            kept = self._kept[key].popleft()
+            retry = self._retries[key].popleft()
             self.held -= 1
-            return Batch([kept.message], Trigger.TIMEOUT, kept.since, key)
+            return Batch([retry.message], Trigger.TIMEOUT, retry.since, key)
         return self._blocking(self._keyed.poll(now, exhausted=exhausted))
 
     def flush(self) -> Batch | None:
-        """Cut a batch of what has not failed, due or not, because nothing more will come."""
+        """Cut a batch of messages that have not failed, because no more messages will arrive."""
         return self._blocking(self._keyed.flush())
 
     def clear(self) -> list[Message]:
-        """Give up everything that is held."""
+        """Remove and return all buffered messages."""
         messages = self._keyed.clear()
-        messages.extend(kept.message for each in self._kept.values() for kept in each)
-        self._kept.clear()
+        messages.extend(retry.message for retries in self._retries.values() for retry in retries)
+        self._retries.clear()
         self._due.clear()
         self.held = 0
         return sorted(messages, key=lambda message: message.delivery_tag)
 
     def block(self, key: Hashable) -> None:
-        """Hand out nothing of a key that somebody has been at work at since an earlier session."""
+        """Cut no batch of a key that a handler of an earlier session is still working on."""
         self._keyed.block(key)
 
     def keep(
@@ -119,25 +121,25 @@ class OrderedBatcher:
         """Take messages of a batch back, before `release`.
 
         Args:
-            attempts: Each to be handed over again, alone, in this order.
-            unreached: To be handed over again as if they had never been, after those.
-            now: The time, in seconds, from which the pauses run.
+            attempts: To be retried one by one, in this order.
+            not_attempted: To be buffered again, after the attempts.
+            now: The time in seconds at which the pauses begin.
         """
         if attempts:
-            again = [_Kept(each.message, batch.since, now + each.pause) for each in attempts]
-            self._kept.setdefault(batch.key, deque()).extendleft(reversed(again))
-            self.held += len(again)
+            retries = [_Retry(each.message, batch.since, now + each.pause) for each in attempts]
+            self._retries.setdefault(batch.key, deque()).extendleft(reversed(retries))
+            self.held += len(retries)
         self._keyed.put_back(batch.key, not_attempted, batch.since)
 
     def release(self, key: Hashable | None) -> None:
-        """A batch of this key is no longer at work."""
+        """Allow the next batch of this key: the last one has been handled."""
         if key is None:
             return
-        kept = self._kept.get(key)
-        if kept:
-            heappush(self._due, (kept[0].at, kept[0].message.delivery_tag, key))
+        retries = self._retries.get(key)
+        if retries:
+            heappush(self._due, (retries[0].at, retries[0].message.delivery_tag, key))
         else:
-            self._kept.pop(key, None)
+            self._retries.pop(key, None)
             self._keyed.unblock(key)
 
     def _blocking(self, batch: Batch | None) -> Batch | None:

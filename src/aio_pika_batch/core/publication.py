@@ -1,4 +1,4 @@
-"""What goes out: a new message, or a copy of one that came in; and what became of it."""
+"""The messages that a consumer publishes: new ones, and copies of those it received."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ def _milliseconds(expiration: float | timedelta | None) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """A message to be published.
+    """A message to publish.
 
     Args:
         body: The payload.
         exchange: Empty for the default exchange, which routes by queue name.
         routing_key: At most 255 bytes.
-        mandatory: Whether a message that no queue takes comes back (`Outcome.RETURNED`).
-        headers: At most as large as a frame.
-        delivery_mode: 2, persistent, unless said otherwise.
+        mandatory: Whether the broker returns a message that no queue is bound for
+            (`Outcome.RETURNED`).
+        headers: They must fit into one frame.
+        delivery_mode: 2, the default, means persistent.
         expiration: Time to live in seconds, or a timedelta.
-        timestamp: A naive datetime is taken as UTC.
+        timestamp: A datetime without a time zone is taken as UTC.
     """
 
-    # Not shown: a representation ends up in logs.
+    # Not in the representation, because representations end up in logs.
     body: bytes = field(repr=False)
     exchange: str = field(default="", kw_only=True)
     routing_key: str = field(default="", kw_only=True)
@@ -52,7 +53,7 @@ class Publication:
     app_id: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse what no broker takes, where it is made and not where it is sent."""
+        """Raise an error for a value that no broker accepts, before anything is sent."""
         body: object = self.body
         if not isinstance(body, bytes | bytearray | memoryview):
             msg = f"body must be bytes, not {type(body).__name__}: encode it first"
@@ -64,7 +65,7 @@ class Publication:
 
     @property
     def properties(self) -> Properties:
-        """The properties as they go on the wire."""
+        """The properties to send."""
         timestamp = self.timestamp
         if timestamp is not None and timestamp.tzinfo is None:
             timestamp = timestamp.replace(tzinfo=UTC)
@@ -85,20 +86,21 @@ class Publication:
         )
 
 
-# Not frozen: one is made for each requeued message, and freezing makes that three times as dear.
+# Not frozen: one is created for each requeued message, see `Properties`.
 @dataclass(slots=True)
 class Copy:
-    """A delivered message, to be published again with a few headers changed and all else as it was.
+    """A received message, to publish again with a few headers changed.
 
-    A transport that has the raw properties splices them (absent stays absent, types stay types);
-    any other takes :attr:`properties`. A `user_id` other than the connection's own user is left out
-    by the publisher, since the broker would close the channel over it.
+    A transport that has the raw properties splices the changes into them, which keeps absent
+    properties absent and the types of headers. Other transports use :attr:`properties`. The
+    publisher leaves out a `user_id` other than that of its connection, because the broker would
+    close the channel.
 
     Attributes:
         add: Headers to set; each replaces one of the same name.
         drop: Headers to leave out.
-        keep_expiration: False leaves the `expiration` property out, or sets another.
-        expiration: The other one, in milliseconds; None: none.
+        keep_expiration: Whether the copy keeps the original's `expiration` property.
+        expiration: If it doesn't: the copy's own, in milliseconds; None for none.
     """
 
     message: Message
@@ -117,7 +119,7 @@ class Copy:
 
     @property
     def properties(self) -> Properties:
-        """As values, for a transport without raw ones; what is undecodable is left out."""
+        """The copy's properties as values, without those that cannot be decoded."""
         was = self.message.properties
         headers = {key: value for key, value in (was.headers or {}).items() if key not in self.drop}
         headers.update(self.add)
@@ -140,17 +142,17 @@ class Copy:
 
 
 Outgoing: TypeAlias = Publication | Copy
-"""What a publisher is handed."""
+"""What a publisher can publish."""
 
 
 class Outcome(Enum):
-    """What became of one publication."""
+    """The broker's answer to one publication."""
 
     CONFIRMED = "confirmed"
     """The broker has taken responsibility for it, in at least one queue if it was mandatory."""
     RETURNED = "returned"
-    """No queue is bound for it."""
+    """No queue is bound for it, so the broker has returned it."""
     REFUSED = "refused"
-    """The broker said no: a full queue with `reject-publish`, a missing exchange."""
+    """The broker refused it: a full queue with `reject-publish`, or a missing exchange."""
     UNKNOWN = "unknown"
-    """Nothing was heard in time, or the connection was lost: it may or may not be stored."""
+    """No answer in time, or the connection was lost: the broker may or may not have stored it."""

@@ -1,8 +1,12 @@
-"""Which answer belongs to which message?
+"""The results that a handler yields, and which message each one belongs to.
 
-The i-th yield is the i-th message's, or a handler that works out of order yields `(message,
-result)`; a batch sees one form or the other. What was validly decided before a mistake stays
-decided, and a result that is missing is never an ACK.
+The i-th result belongs to the i-th message. A handler that works out of order yields pairs of
+`(message, result)` instead. One batch can use only one of the two forms.
+
+Laws:
+
+- A message without a result is never acknowledged.
+- An invalid result changes nothing that was decided before it.
 """
 
 from __future__ import annotations
@@ -20,25 +24,26 @@ from aio_pika_batch.errors import ResultError
 
 
 class MessageResult(Enum):
-    """What shall become of a message."""
+    """What to do with a message."""
 
     ACK = "ack"
-    """Done: remove it from the queue."""
+    """It is done: remove it from the queue."""
     NACK = "nack"
-    """Bad: dead-letter it, do not try again."""
+    """It is bad: dead-letter it, without another attempt."""
     REQUEUE = "requeue"
-    """Failed for now: try again from the back of the queue, after the wait that `requeue_delay`
-    asks for; `max_requeue_attempts` times at most."""
+    """It failed for now: retry it from the back of the queue, after `requeue_delay`. After
+    `max_requeue_attempts` retries it is dead-lettered."""
     REQUEUE_IMMEDIATE = "requeue_immediate"
-    """Try again from the front of the queue, counted by nobody but (newer) brokers themselves."""
+    """Retry it from the front of the queue. Only the broker counts these retries, if it is new
+    enough."""
 
 
 @dataclass(frozen=True, slots=True)
 class Nack:
-    """`MessageResult.NACK`, and why.
+    """`MessageResult.NACK` with a reason.
 
     Args:
-        reason: Goes into the header `x-dead-letter-detail` of the dead letter.
+        reason: The header `x-dead-letter-detail` of the dead letter.
     """
 
     reason: str | None = None
@@ -46,44 +51,45 @@ class Nack:
 
 @dataclass(frozen=True, slots=True)
 class Requeue:
-    """`MessageResult.REQUEUE`, and why, and when.
+    """`MessageResult.REQUEUE` with a reason and a delay.
 
     Args:
-        reason: Goes into the header `x-dead-letter-detail`, should this have been the last attempt.
-        delay: Seconds to wait for the next attempt, or a timedelta: the nearest level at or above,
-            at most `requeue_delay_max`. 0: at once. None: as `requeue_delay` says.
+        reason: The header `x-dead-letter-detail` of the dead letter, if this was the last attempt.
+        delay: Seconds until the next attempt, or a timedelta. It is rounded up to the next
+            available delay, and to at most `requeue_delay_max`. 0 retries at once. None uses
+            `requeue_delay`.
     """
 
     reason: str | None = None
     delay: float | timedelta | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse what is no reason and no delay, where it is made."""
+        """Raise an error for an invalid reason or delay, in the line that makes the mistake."""
         reason: object = self.reason
         delay: object = self.delay
         if reason is not None and not isinstance(reason, str):
-            msg = f"reason must be a text, not {_named(reason)}: a delay is Requeue(delay=…)"
+            msg = f"reason must be a text, not {_describe(reason)}; a delay is Requeue(delay=…)"
             raise TypeError(msg)
         if isinstance(delay, bool) or not isinstance(delay, int | float | timedelta | None):
-            msg = f"delay must be a number of seconds or a timedelta, not {_named(delay)}"
+            msg = f"delay must be a number of seconds or a timedelta, not {_describe(delay)}"
             raise TypeError(msg)
         if self.seconds is not None and not 0 <= self.seconds < math.inf:
-            msg = f"delay must be 0 or more seconds, and finite, not {delay!r}"
+            msg = f"delay must be finite and at least 0 seconds, not {delay!r}"
             raise ValueError(msg)
 
     @property
     def seconds(self) -> float | None:
-        """The delay in seconds, if one is given."""
+        """The delay in seconds; None if none was given."""
         delay = self.delay
         return delay.total_seconds() if isinstance(delay, timedelta) else delay
 
 
 Result: TypeAlias = MessageResult | Nack | Requeue
-"""What a handler may yield for a message."""
+"""The values that a handler can yield for a message."""
 
 
 def is_retry(result: Result) -> bool:
-    """Whether it asks for another attempt."""
+    """Whether the result asks for another attempt."""
     match result:
         case MessageResult.REQUEUE | MessageResult.REQUEUE_IMMEDIATE | Requeue():
             return True
@@ -94,31 +100,31 @@ def is_retry(result: Result) -> bool:
 
 
 class Cause(Enum):
-    """Who decided a result."""
+    """Why a message got its result."""
 
     HANDLER = "handler"
     """The handler yielded it."""
     EXCEPTION = "exception"
-    """The handler raised before it decided this one."""
+    """The handler raised an exception before it yielded a result for this message."""
     TIMEOUT = "timeout"
-    """The handler ran into `process_timeout`."""
+    """The handler ran longer than `process_timeout`."""
     MISSING = "missing"
-    """The handler ended without deciding this one."""
+    """The handler ended without a result for this message."""
     INVALID = "invalid"
-    """The handler yielded something that is no answer."""
+    """The handler yielded an invalid result."""
     UNDECODABLE = "undecodable"
-    """The message itself cannot be decoded."""
+    """The message cannot be decoded."""
     SHUTDOWN = "shutdown"
-    """A shutdown ran out of time."""
+    """The time for a shutdown was over."""
 
 
-# Not frozen: one is made for each failed message, and freezing makes that three times as dear.
+# Not frozen: one is created for each failed message, see `Properties`.
 @dataclass(slots=True)
 class MessageOutcome:
-    """A message and what was decided about it.
+    """A message and its result.
 
     Attributes:
-        error: The exception behind the decision, if there was one.
+        error: The exception that led to the result, if there was one.
     """
 
     message: Message
@@ -131,10 +137,10 @@ ExceptionResults: TypeAlias = Mapping[type[Exception], MessageResult]
 
 
 def result_for(error: BaseException, table: ExceptionResults) -> MessageResult | None:
-    """Look an exception up by its class, the most specific class first.
+    """Look up an exception by its class, the most specific class first.
 
     Returns:
-        None where neither its class nor a base class of it is listed.
+        None if the table lists neither its class nor a base class of it.
     """
     for cls in type(error).__mro__:
         if cls in table:
@@ -143,29 +149,29 @@ def result_for(error: BaseException, table: ExceptionResults) -> MessageResult |
 
 
 class ResultCollector:
-    """Takes what a handler yields for one batch, and refuses what is no answer to it."""
+    """Collects the results that a handler yields for one batch, and refuses invalid ones."""
 
-    __slots__ = ("_by_position", "_index", "_pairs", "_room", "_taken", "messages")
+    __slots__ = ("_by_position", "_index", "_missing", "_pairs", "_taken", "messages")
 
     def __init__(self, messages: Sequence[Message]) -> None:
         self.messages = messages
         self._by_position: list[Result] = []
-        self._room = len(messages)
+        self._missing = len(messages)
         self._pairs: dict[int, Result] = {}
         self._index: dict[int, int] | None = None
         self._taken = 0
 
     def accept(self, item: object) -> None:
-        """Take the next yield.
+        """Take the next yielded item.
 
         Raises:
-            ResultError: It is no result, one too many, for a foreign message or for the same
-                message again, or it mixes the two forms. Nothing decided before is changed.
+            ResultError: It isn't a result, it is one too many, it is for a message of another batch
+                or for the same message again, or it mixes the two forms.
         """
-        if type(item) is MessageResult and not self._pairs and self._room:
-            # What nearly always happens, once for each message.
+        if type(item) is MessageResult and not self._pairs and self._missing:
+            # The common case, which occurs once for each message.
             self._by_position.append(item)
-            self._room -= 1
+            self._missing -= 1
             return
         match item:
             case MessageResult() | Nack() | Requeue():
@@ -174,57 +180,60 @@ class ResultCollector:
                 self._accept_pair(message, result)
             case _:
                 msg = (
-                    f"{_named(item)} is no result: yield a MessageResult, Nack(…) or Requeue(…) for"
-                    " each message in turn, or (message, result)"
+                    f"{_describe(item)} is not a result: yield a MessageResult, Nack(…) or"
+                    " Requeue(…) for each message in turn, or (message, result)"
                 )
                 raise ResultError(msg)
 
     def _accept_next(self, result: Result) -> None:
         if self._pairs:
             msg = (
-                f"{result!r} came without its message after (message, result):"
-                " the two forms do not mix in one batch"
+                f"{result!r} was yielded without its message after (message, result):"
+                " use one of the two forms for the whole batch"
             )
             raise ResultError(msg)
-        if not self._room:
+        if not self._missing:
             count = len(self.messages)
             found = f"result {count + 1}, {result!r}, for a batch of {count}"
             msg = f"{found}: yield one for each message"
             raise ResultError(msg)
         self._by_position.append(result)
-        self._room -= 1
+        self._missing -= 1
 
     def _accept_pair(self, message: Message, result: Result) -> None:
         if self._by_position:
             msg = (
-                f"({message!r}, {result!r}) came after a result without its message:"
-                " the two forms do not mix in one batch"
+                f"({message!r}, {result!r}) was yielded after a result without its message:"
+                " use one of the two forms for the whole batch"
             )
             raise ResultError(msg)
         if self._index is None:
             self._index = {id(each): at for at, each in enumerate(self.messages)}
         at = self._index.get(id(message))
         if at is None:
-            msg = f"{message!r} is not in this batch: yield results for the messages you were given"
+            msg = f"{message!r} is not in this batch: yield results for the messages of the batch"
             raise ResultError(msg)
         if at in self._pairs:
             found = f"a second result, {result!r}, for {message!r}"
-            msg = f"{found}: the first, {self._pairs[at]!r}, stays"
+            msg = (
+                f"{found}: the first one, {self._pairs[at]!r}, is used; yield one for each message"
+            )
             raise ResultError(msg)
         self._pairs[at] = result
 
     @property
     def count(self) -> int:
-        """How many messages are decided."""
+        """The number of messages that have a result."""
         return len(self._by_position) or len(self._pairs)
 
     @property
     def all_acked(self) -> bool:
-        """Whether the i-th yield was an ACK for each i, and none of them has been taken; a cheap
-        question for the common case.
+        """Whether every message got an ACK by position, and none of them has been taken.
+
+        A fast check for the common case.
         """
         return (
-            not self._room
+            not self._missing
             and not self._taken
             and self._by_position.count(MessageResult.ACK) == len(self.messages)
         )
@@ -236,9 +245,9 @@ class ResultCollector:
         return list(zip(self.messages, self._by_position, strict=False))
 
     def take(self) -> list[tuple[Message, Result]]:
-        """The messages that have got a result since this was last asked, in the order of the batch.
+        """The messages that got a result since the last call, in the order of the batch.
 
-        They are decided all the same.
+        :meth:`decided` still returns them.
         """
         taken, self._taken = self._taken, self.count
         if self._pairs:
@@ -249,20 +258,22 @@ class ResultCollector:
         return list(zip(self.messages[taken:], self._by_position[taken:], strict=False))
 
     def undecided(self) -> list[Message]:
-        """The messages without one, in the order of the batch."""
+        """The messages without a result, in the order of the batch."""
         if self._pairs:
             return [each for at, each in enumerate(self.messages) if at not in self._pairs]
         return list(self.messages[len(self._by_position) :])
 
 
-def _named(item: object) -> str:
-    """Name what is no answer, without what may be a message's body: that would go into logs."""
-    if isinstance(item, tuple) and len(item) == 2:  # noqa: PLR2004  -- (message, result), nearly
-        return f"({_word_for(item[0])}, {_word_for(item[1])})"
-    return _word_for(item)
+def _describe(item: object) -> str:
+    """Describe an invalid result for an error message."""
+    if isinstance(item, tuple) and len(item) == 2:  # noqa: PLR2004  -- almost (message, result)
+        return f"({_describe_one(item[0])}, {_describe_one(item[1])})"
+    return _describe_one(item)
 
 
-def _word_for(item: object) -> str:
+def _describe_one(item: object) -> str:
+    # What a handler yields by mistake is often a message's body, and the error ends up in logs and
+    # dead letters. So most values are described by their type only.
     match item:
         case None | bool() | float() | Message() | MessageResult():
             return repr(item)

@@ -1,7 +1,9 @@
-"""What becomes of a failed message: again, or dead-lettered?
+"""Retries: how often, after which delay, and through which queue.
 
-And how long one waits between attempts at anything: full jitter (Marc Brooker, "Exponential Backoff
-And Jitter", AWS Architecture Blog) spreads the attempts of many clients over the whole interval.
+A delayed retry is published to a wait queue, expires there, and the broker dead-letters it back to
+the queue that it came from. Each delay has a wait queue of its own, because a queue expires
+messages only at its head, so a short delay would wait behind a long one. Holding the message in the
+consumer instead would use prefetch and end with the process.
 """
 
 from __future__ import annotations
@@ -11,22 +13,43 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeGuard
 
-from aio_pika_batch.core.message import SHORT_STRING, FieldValue, Message, is_short_string
+from aio_pika_batch.core.message import (
+    DEATHS,
+    SHORT_STRING,
+    UINT32,
+    FieldValue,
+    Message,
+    is_short_string,
+)
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import Requeue, Result
 
+NO_DELAY = 0
+"""The level of a message that is retried at once."""
+
+LONGEST_WAIT = float(UINT32 // 1000)
+"""The longest delay in seconds."""
+
+MAX_LEVELS = 100
+"""The maximum number of delays: each one needs a queue, and more are probably a mistake."""
+
+FIRST_REQUESTED = 1.0
+"""The shortest delay in seconds that a handler can request if no delay is configured."""
+
+ORIGINAL_EXPIRATION = "x-original-expiration"
+
 
 class DeadLetterReason(Enum):
-    """Why a message is dead, as the header `x-dead-letter-reason` says it."""
+    """Why a message was dead-lettered: the header `x-dead-letter-reason`."""
 
     REJECTED = "rejected"
-    """The handler said NACK."""
+    """The handler returned NACK."""
     EXHAUSTED = "exhausted"
-    """All attempts are spent."""
+    """It has no attempts left."""
     HANDLER_ERROR = "handler-error"
-    """The handler failed, and failures are configured to be NACKs."""
+    """The handler failed, and the settings map the failure to NACK."""
     UNDECODABLE = "undecodable"
-    """The message itself cannot be decoded."""
+    """The message cannot be decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +57,7 @@ class RetryPolicy:
     """How often a message is requeued before it is dead-lettered.
 
     Attributes:
-        max_attempts: The most requeues; a message is handled once more than that.
+        max_attempts: The maximum number of requeues. A message is handled once more than that.
         header: The header that counts them.
     """
 
@@ -42,7 +65,7 @@ class RetryPolicy:
     header: str
 
     def may_retry(self, retry_count: int) -> bool:
-        """Whether a message that was requeued `retry_count` times may be requeued again."""
+        """Whether a message that was requeued `retry_count` times can be requeued again."""
         return retry_count < self.max_attempts
 
 
@@ -50,102 +73,86 @@ class RetryPolicy:
 class Backoff:
     """Exponentially growing pauses with full jitter.
 
+    Full jitter spreads the attempts of many clients over the whole interval (Marc Brooker,
+    "Exponential Backoff And Jitter", AWS Architecture Blog).
+
     Attributes:
         base: The longest first pause, in seconds.
-        maximum: The longest pause of all, in seconds.
+        maximum: The longest of all pauses, in seconds.
     """
 
     base: float
     maximum: float
 
     def pause(self, failures: int, jitter: float) -> float:
-        """Seconds to wait after so many failures in a row.
+        """Seconds to wait after this many consecutive failures.
 
         Args:
             failures: At least 1.
             jitter: A random number in [0, 1).
         """
-        # The exponent is capped, since 2.0**1024 is no float any more.
+        # The exponent is limited because 2.0**1024 overflows.
         return min(self.maximum, self.base * 2.0 ** min(failures - 1, 63)) * jitter
-
-
-NO_DELAY = 0
-"""The level of what does not wait."""
-
-LONGEST_WAIT = 4_294_967.0
-"""Seconds. A queue's time to live is an unsigned 32-bit number of milliseconds."""
-
-MAX_LEVELS = 100
-"""Each level is a queue; nobody wants more of them by mistake."""
-
-FIRST_ASKED_FOR = 1.0
-"""Seconds: the lowest level where retries do not wait unless a handler asks for it."""
-
-ORIGINAL_EXPIRATION = "x-original-expiration"
-DEATHS = "x-death"
-
-_LONGEST_EXPIRATION = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class DelaySteps:
-    """The lengths of wait that there are; made by :func:`delay_steps`.
-
-    In milliseconds, and none is shorter than the one before.
+    """The available delays in milliseconds, in ascending order; see :func:`make_delay_steps`.
 
     Attributes:
-        climbed: Those of the first retry, the second, and so on; the last one stays. Empty: retries
-            do not wait.
-        askable: Those that `Requeue(delay=…)` can have.
+        automatic: The delays of the first retry, the second, and so on. The last one is used for
+            all later retries. Empty: retries have no delay.
+        requestable: The delays that `Requeue(delay=…)` can have.
     """
 
+    # Few steps and no jitter, because each delay needs a queue.
     automatic: tuple[int, ...]
     requestable: tuple[int, ...]
 
     def level(self, result: Result, retries: int) -> int:
-        """The wait that a result means for a message that was requeued so often."""
+        """The delay that a result means for a message that was requeued this many times."""
         if isinstance(result, Requeue) and result.seconds is not None:
             return self.at_least(result.seconds)
         automatic = self.automatic
         return automatic[min(retries, len(automatic) - 1)] if automatic else NO_DELAY
 
     def at_least(self, seconds: float) -> int:
-        """The nearest level at or above; the highest, if there is none. Nothing stays nothing."""
+        """The next delay of at least so many seconds, or the longest one; 0 stays 0."""
         highest = self.requestable[-1]
         if seconds * 1000 >= highest:
             return highest
-        # Beyond a microsecond a float is noise, which must not lift it to the next level.
+        # Below a microsecond a float is rounding noise, which must not select the next level.
         wanted = round(seconds * 1000, 3)
         return self.requestable[bisect_left(self.requestable, wanted)] if wanted > 0 else NO_DELAY
 
     def steps_for(self, attempts: int) -> tuple[int, ...]:
-        """The levels that so many retries climb."""
+        """The delays of this many retries, if no handler requests others."""
         return tuple(dict.fromkeys(self.automatic[:attempts]))
 
     def total_seconds(self, attempts: int) -> float:
-        """For how long so many retries wait, all in all, where no handler asks for more."""
+        """The sum of the delays of this many retries, if no handler requests others."""
         automatic = self.automatic[:attempts]
         more = max(0, attempts - len(self.automatic))
         return (sum(automatic) + more * sum(automatic[-1:])) / 1000
 
 
 def make_delay_steps(first: float = 0.0, factor: float = 2.0, maximum: float = 300.0) -> DelaySteps:
-    """Make a delay_steps.
+    """Make the delays that the settings describe.
 
     Args:
-        first: Seconds before the first retry; 0: retries do not wait unless a handler asks for it.
-        factor: By which each wait is longer than the one before, at least 1.
-        maximum: Seconds of the longest wait, more than 0.
+        first: Seconds before the first retry. 0: no delay unless a handler requests one.
+        factor: Each delay is this many times as long as the one before; at least 1.
+        maximum: The longest delay in seconds, more than 0.
 
     Raises:
-        ValueError: It would have too many levels, or begin above its end.
+        ValueError: There would be too many delays, or the first one is longer than the maximum.
     """
     if first > maximum:
         raise ValueError(f"requeue_delay={first:g} must not exceed requeue_delay_max={maximum:g}")
     automatic = _steps(first, factor, maximum) if first else ()
-    # Where retries climb nothing, or stay on one level, handlers may ask for more than that.
+    # If retries have no delay, or always the same one, handlers can still request longer ones.
     requestable = (
-        automatic if factor > 1 and automatic else _steps(first or FIRST_ASKED_FOR, 2.0, maximum)
+        automatic if factor > 1 and automatic else _steps(first or FIRST_REQUESTED, 2.0, maximum)
     )
     return DelaySteps(automatic, tuple(dict.fromkeys(requestable)))
 
@@ -171,15 +178,15 @@ def _milliseconds(seconds: float) -> int:
 
 
 def wait_queue_name(queue: str, level: int | str) -> str:
-    """The queue in which messages wait for so many milliseconds, to go back to another."""
+    """The name of the queue in which messages of another queue wait for so many milliseconds."""
     return f"{queue}.retry.{level}"
 
 
 def check_wait_queue_names(queue: str, steps: DelaySteps) -> None:
-    """See that AMQP has a place for the name of each of a queue's wait queues.
+    """Check that the names of a queue's wait queues are not too long for AMQP.
 
     Raises:
-        ValueError: It has not.
+        ValueError: One of them is.
     """
     longest = wait_queue_name(queue, steps.requestable[-1])
     if not is_short_string(longest):
@@ -191,10 +198,10 @@ def check_wait_queue_names(queue: str, steps: DelaySteps) -> None:
 
 @dataclass(slots=True)
 class DelayedCopy(Copy):
-    """A copy that waits before it is delivered.
+    """A copy that is delivered after a delay.
 
     Attributes:
-        level: For how long, in milliseconds.
+        level: The delay in milliseconds.
     """
 
     level: int = NO_DELAY
@@ -207,12 +214,9 @@ def delayed_copy(
     add: dict[str, FieldValue],
     drop: frozenset[str],
 ) -> DelayedCopy:
-    """A copy that comes back to its queue after a while.
-
-    Its `expiration` moves to a header: a shorter one than the wait would end it early, and all that
-    wait behind it; and the broker takes it off anyway. `x-death` is left out: before 4.0 RabbitMQ
-    takes a client's word for it, and drops what seems to go in circles.
-    """
+    """Make a copy that returns to its queue after a delay."""
+    # The broker applies the shorter of two times to live, but only at the head of the queue, so an
+    # `expiration` could end the delay early, or block the messages behind. It moves to a header.
     expiration = message.properties.expiration
     if expiration is not None:
         add[ORIGINAL_EXPIRATION] = expiration
@@ -221,6 +225,8 @@ def delayed_copy(
         "",
         wait_queue_name(queue, level),
         add,
+        # Before 4.0 RabbitMQ trusts a client's `x-death`, and drops a message that seems to be in a
+        # cycle. Newer versions ignore it, and write their own.
         drop | {DEATHS},
         keep_expiration=False,
         level=level,
@@ -230,10 +236,10 @@ def delayed_copy(
 def immediate_copy(
     message: Message, queue: str, add: dict[str, FieldValue], drop: frozenset[str]
 ) -> Copy:
-    """A copy that is delivered at once, with the `expiration` that was taken off for a wait."""
+    """Make a copy that is delivered at once, with the `expiration` that it had before a delay."""
     expiration = message.headers.get(ORIGINAL_EXPIRATION)
     if not _is_expiration(expiration) or not _has_waited(message, queue):
-        # Somebody else's header, or a dead letter's: what is dead must not expire.
+        # The header is another application's, or a dead letter's, which must not expire.
         return Copy(message, "", queue, add, drop)
     drop |= {ORIGINAL_EXPIRATION}
     return Copy(message, "", queue, add, drop, keep_expiration=False, expiration=expiration)
@@ -244,13 +250,13 @@ def _is_expiration(value: FieldValue) -> TypeGuard[str]:
         isinstance(value, str)
         and value.isascii()
         and value.isdigit()
-        and len(value) <= len(str(_LONGEST_EXPIRATION))
-        and int(value) <= _LONGEST_EXPIRATION
+        and len(value) <= len(str(UINT32))
+        and int(value) <= UINT32
     )
 
 
 def _has_waited(message: Message, queue: str) -> bool:
-    """Whether it comes from one of the queue's own wait queues, with nothing in between."""
+    """Whether the message comes directly from one of the queue's own wait queues."""
     match message.headers.get(DEATHS):
         case [{"queue": str(died_in), "reason": "expired"}, *_]:
             return died_in.startswith(wait_queue_name(queue, level=""))

@@ -1,13 +1,14 @@
-"""Which messages of a batch are tried again where they are, so that their key keeps its order?
+"""Decides which messages of a failed batch are retried without leaving the consumer.
 
-Anything that is put back into a queue is overtaken. So a message that failed is kept, its retry
-count is raised in memory, and what comes after it waits. Three ways of failing:
+A message that is put back into a queue is overtaken by later ones. To keep the order of its key,
+a failed message stays in the consumer, its retry count is raised in memory, and later messages of
+its key wait. Laws:
 
-- The handler said so, by REQUEUE or REQUEUE_IMMEDIATE: this message failed.
-- One run of the handler left several undecided, by an exception, a time-out or an early end: the
-  first of them failed, as far as anybody knows; the others were not reached, and cost no attempt.
-  (They share the run's error; culprits that stood alone in runs of their own do not.)
-- All attempts are spent: the message is dead-lettered as ever, and its key goes on.
+- A REQUEUE or REQUEUE_IMMEDIATE of the handler is an attempt of that message.
+- An exception, a timeout or an early end that leaves several messages undecided is an attempt of
+  the first of them only. The others were not attempted, and keep their retry count. (All of them
+  have the error of that run. Messages that failed alone, in runs of their own, have other errors.)
+- A message without attempts left is dead-lettered as usual, and its key goes on.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from aio_pika_batch.core.retry import NO_DELAY, Backoff, DelaySteps, RetryPolicy
 
 
 class Retried(Message):
-    """A delivery for its next attempt: its retry count is one higher, here in memory.
+    """The same delivery for its next attempt, with a retry count that is one higher.
 
     Args:
-        failed: The same delivery as it was; its headers can be decoded.
+        failed: The delivery before the failure. Its headers can be decoded.
         now: When it failed.
     """
 
     __slots__ = ("_counted", "first_failed_at")
 
     def __init__(self, failed: Message, now: datetime) -> None:
-        source, route, properties = failed._source, failed._route, failed._properties  # noqa: SLF001  -- a message, too
+        source, route, properties = failed._source, failed._route, failed._properties  # noqa: SLF001  -- of the base class
         tag, redelivered, body = failed.delivery_tag, failed.redelivered, failed.body
         super().__init__(source, tag, redelivered, body, route, properties)
         self._counted = {**failed.headers, source.retry_count_header: failed.retry_count + 1}
@@ -47,13 +48,13 @@ class Retried(Message):
 
     @property
     def headers(self) -> Headers:
-        """The headers, and the count."""
+        """The headers, with the raised count."""
         return self._counted
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A message to be handled again, alone, once `pause` seconds are over."""
+    """A message to handle again, alone, after `pause` seconds."""
 
     message: Message
     pause: float
@@ -61,12 +62,12 @@ class Attempt:
 
 @dataclass(slots=True)
 class InPlaceDecision:
-    """What becomes of the messages of a batch that were not ACKed; each stands in one list.
+    """What to do with the messages of a batch that were not ACKed; each is in one of the lists.
 
     Attributes:
-        final: To be carried out.
-        attempts: To be handled again, in this order, before anything else of their key.
-        unreached: Not tried yet, whatever the handler's end meant for them; after the attempts.
+        final: Outcomes to settle.
+        attempts: Messages to handle again, in this order, before all others of their key.
+        not_attempted: Messages to handle as if they were new, after the attempts.
     """
 
     final: list[MessageOutcome] = field(default_factory=list)
@@ -76,12 +77,13 @@ class InPlaceDecision:
 
 @dataclass(frozen=True, slots=True)
 class RetryInPlace:
-    """Decides which messages are kept.
+    """Decides which messages stay in the consumer.
 
     Attributes:
-        retry: How often a message may be tried again.
-        backoff: The pauses before, where the delay_steps has none: at once would be a hot loop.
-        delay_steps: The waits that are configured, or that a handler asks for.
+        retry: How often a message can be retried.
+        backoff: The pauses if no delay is configured. Without a pause, retries would be a busy
+            loop.
+        delay_steps: The delays that are configured, or that a handler asks for.
     """
 
     retry: RetryPolicy
@@ -94,40 +96,44 @@ class RetryInPlace:
         """Decide about the messages of one batch of one key.
 
         Args:
-            outcomes: Of those that were not ACKed, in any order.
+            outcomes: Those of the messages that were not ACKed, in any order.
             now: The time of day, for `x-first-failed-at`.
             jitter: A random number in [0, 1).
         """
-        found = InPlaceDecision()
+        decision = InPlaceDecision()
         failures: set[int] = set()
         for outcome in sorted(outcomes, key=lambda each: each.message.delivery_tag):
             if not is_retry(outcome.result):
-                found.final.append(outcome)
+                decision.final.append(outcome)
             elif outcome.cause is Cause.HANDLER:
-                self._again(outcome, found, now, jitter)
+                self._retry(outcome, decision, now, jitter)
             elif id(outcome.error) in failures:
-                found.not_attempted.append(outcome.message)
+                decision.not_attempted.append(outcome.message)
             else:
+                # The first undecided message is the one that failed, if the handler goes through
+                # its batch in order. A bulk handler may so blame a wrong first message once, but a
+                # message that always fails doesn't use up the attempts of others.
                 failures.add(id(outcome.error))
-                self._again(outcome, found, now, jitter)
-        return found
+                self._retry(outcome, decision, now, jitter)
+        return decision
 
-    def _again(
-        self, outcome: MessageOutcome, found: InPlaceDecision, now: datetime, jitter: float
+    def _retry(
+        self, outcome: MessageOutcome, decision: InPlaceDecision, now: datetime, jitter: float
     ) -> None:
         message = outcome.message
-        # Without headers nobody can count its attempts.
+        # Without readable headers its attempts cannot be counted.
         if not message.has_readable_headers or not self.retry.may_retry(message.retry_count):
-            # No broker shall try again what is spent here.
+            # REQUEUE_IMMEDIATE would make the broker retry it once more. It is counted here like
+            # REQUEUE, because the broker, which counts it otherwise, isn't asked.
             is_immediate = outcome.result is MessageResult.REQUEUE_IMMEDIATE
             result = MessageResult.REQUEUE if is_immediate else outcome.result
-            found.final.append(replace(outcome, result=result))
+            decision.final.append(replace(outcome, result=result))
             return
-        # A handler that works out of order may have passed over some that come before.
-        found.attempts.extend(Attempt(each, 0.0) for each in found.not_attempted)
-        found.not_attempted.clear()
+        # A handler that works out of order may have left out messages before this one.
+        decision.attempts.extend(Attempt(each, 0.0) for each in decision.not_attempted)
+        decision.not_attempted.clear()
         pause = self._pause(outcome.result, message.retry_count, jitter)
-        found.attempts.append(Attempt(Retried(message, now), pause))
+        decision.attempts.append(Attempt(Retried(message, now), pause))
 
     def _pause(self, result: Result, retries: int, jitter: float) -> float:
         if result is MessageResult.REQUEUE_IMMEDIATE:
@@ -135,5 +141,5 @@ class RetryInPlace:
         level = self.delay_steps.level(result, retries)
         if level != NO_DELAY or (isinstance(result, Requeue) and result.seconds is not None):
             return level / 1000
-        # At least half of the longest pause: full jitter may come out at nothing.
+        # At least half of the longest pause, because full jitter can be almost 0.
         return self.backoff.pause(retries + 1, 0.5 + jitter / 2)

@@ -1,4 +1,16 @@
-"""What can a broker be told about what it delivered?"""
+"""Settlements of deliveries, and the fewest frames that express them.
+
+Laws:
+
+- A frame with `multiple` is used only if every outstanding tag up to its own is decided the same
+  way, and it ends on a tag that is itself outstanding. Otherwise the broker closes the channel
+  (`406 unknown delivery tag`). Tag 0, which means "all of them", is never used.
+- A tag is settled once. Settling it again, or a tag that was never delivered, raises an error, and
+  nothing is sent.
+
+Acks and nacks have `multiple`, rejects don't (AMQP 0-9-1, basic class; nack is RabbitMQ's
+extension).
+"""
 
 from __future__ import annotations
 
@@ -11,32 +23,30 @@ from aio_pika_batch.errors import SettlementError
 
 
 class Disposition(Enum):
-    """What a broker can be told about one delivery."""
+    """The ways to settle one delivery."""
 
     ACK = "ack"
-    """`basic.ack`: done, forget it."""
+    """`basic.ack`: it is done; remove it."""
     REJECT = "reject"
-    """`basic.reject(requeue=False)`: dead-letter it as the queue says, else discard it."""
+    """`basic.reject(requeue=False)`: dead-letter it as the queue is configured, or discard it."""
     REQUEUE = "requeue"
-    """`basic.reject(requeue=True)`: it failed; deliver it again, and count this one."""
+    """`basic.reject(requeue=True)`: it failed; deliver it again, and count this delivery."""
     RETURN = "return"
-    """`basic.nack(requeue=True)`: it was not started; newer brokers do not count this one."""
+    """`basic.nack(requeue=True)`: it was not started; newer brokers don't count this delivery."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """One disposition for some deliveries of one session.
+    """One disposition for several deliveries of one session."""
 
-    Grouped, because a batch has hundreds of messages and hardly ever more than two dispositions.
-    """
-
+    # Not one object for each message: a batch has hundreds, and rarely more than two dispositions.
     disposition: Disposition
     tags: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One settling method: `basic.ack`, `basic.reject` or `basic.nack`, as the disposition says."""
+    """One `basic.ack`, `basic.reject` or `basic.nack`, depending on the disposition."""
 
     disposition: Disposition
     tag: int
@@ -53,24 +63,24 @@ class Ledger:
         self._last = 0
 
     def __len__(self) -> int:
-        """How many deliveries are unsettled."""
+        """The number of unsettled deliveries."""
         return len(self._outstanding)
 
     def deliver(self, tags: Sequence[int]) -> None:
-        """Enter deliveries; each tag is larger than all before it."""
+        """Add deliveries. Each tag is larger than all before it."""
         if tags:
             self._outstanding.update(dict.fromkeys(tags))
             self._last = tags[-1]
 
     def settle(self, settlements: Iterable[Settlement]) -> list[Frame]:
-        """Strike deliveries off.
+        """Remove deliveries.
 
         Returns:
             The frames to send, in this order.
 
         Raises:
-            SettlementError: A tag is settled already, was never delivered, or stands here twice.
-                Then nothing has changed.
+            SettlementError: A tag has been settled before, was never delivered, or occurs twice.
+                Nothing has changed then.
         """
         settlements = list(settlements)
         outstanding = self._outstanding
@@ -82,7 +92,7 @@ class Ledger:
                 and tags
                 and tags == tuple(islice(outstanding, len(tags)))
             ):
-                # What nearly always happens: the oldest batch, and all of it went well.
+                # The common case, without a look at each tag: all of the oldest batch is acked.
                 for tag in tags:
                     del outstanding[tag]
                 return [Frame(Disposition.ACK, tags[-1], len(tags) > 1)]
@@ -99,14 +109,14 @@ class Ledger:
                 if tag not in self._outstanding:
                     why = "settled already" if 0 < tag <= self._last else "never delivered here"
                     msg = (
-                        f"delivery tag {tag} cannot be settled: {why}"
-                        " (each delivery, once, in its own session)"
+                        f"delivery tag {tag} cannot be settled: {why};"
+                        " settle each delivery once, in the session that delivered it"
                     )
                     raise SettlementError(msg)
                 if tag in decided:
                     msg = (
                         f"delivery tag {tag} is settled twice at once, as {decided[tag].value}"
-                        f" and as {settlement.disposition.value}"
+                        f" and as {settlement.disposition.value}; settle it once"
                     )
                     raise SettlementError(msg)
                 decided[tag] = settlement.disposition
@@ -118,7 +128,8 @@ class Ledger:
             if tag not in decided:
                 break
             prefix.append(tag)
-        # What cannot be joined goes first: the holes that it leaves stand in no other frame's way.
+        # Rejects cannot be joined. Sent first, they leave no undecided tag in the middle of the
+        # range that a `multiple` frame covers.
         singles = {tag for tag in decided if decided[tag] not in _JOINABLE}
         joinable = [tag for tag in prefix if tag not in singles]
         singles.update(decided.keys() - set(prefix))
@@ -138,14 +149,15 @@ _JOINABLE = (Disposition.ACK, Disposition.RETURN)
 
 
 def _fewest_segments(row: Sequence[Disposition]) -> list[tuple[int, Disposition]]:
-    """Divide a row of acks and returns so that one `multiple` for each part, and a single frame for
-    each member that is of the other kind, are the fewest frames together.
+    """Divide a row of acks and returns into the segments that need the fewest frames.
 
-    Two numbers are carried along: the cost so far with the open part being acks, or returns.
-    Opening a part costs one frame, and so does every member of the other kind.
+    Each segment needs one `multiple` frame for one of the two kinds, and a single frame for each
+    member of the other kind. This is dynamic programming over two numbers: the frames so far if the
+    current segment consists of acks, and if it consists of returns. Beginning a segment costs one
+    frame, and so does each member of the other kind.
 
     Returns:
-        The parts, each as (end, kind).
+        The segments, each as (end, kind).
     """
     if not row:
         return []
@@ -160,6 +172,7 @@ def _fewest_segments(row: Sequence[Disposition]) -> list[tuple[int, Disposition]
             came[kind] = before[other] + 1 < before[kind]
             costs[kind] = min(before[kind], before[other] + 1) + (disposition is not kind)
         switched.append(came)
+    # Follow the cheapest way back to the beginning of the row.
     kind = min(_JOINABLE, key=costs.__getitem__)
     segments = []
     end = len(row)

@@ -1,7 +1,10 @@
-"""Results become a plan: what may be settled at once, and what is published first.
+"""Plans how to settle the results of a batch: at once, or after a copy is confirmed.
 
-An original is settled as ACK after a requeue or a dead letter only once the broker has confirmed
-its copy. A plan therefore has two parts, and nothing stands in both.
+Laws:
+
+- The original of a requeued or dead-lettered message is acked only after the broker has confirmed
+  its copy.
+- Each message is in exactly one of the two parts of a plan.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from aio_pika_batch.core.message import (
     Headers,
     Message,
     is_short_string,
+    readable_headers,
     retry_count,
 )
 from aio_pika_batch.core.publication import Copy
@@ -36,7 +40,7 @@ from aio_pika_batch.core.retry import (
     make_delay_steps,
 )
 from aio_pika_batch.core.settlement import Disposition, Settlement
-from aio_pika_batch.errors import MessageDecodeError, safe_str
+from aio_pika_batch.errors import safe_str
 
 FIRST_FAILED_AT = "x-first-failed-at"
 ORIGINAL_QUEUE = "x-original-queue"
@@ -47,32 +51,34 @@ EXCEPTION_TYPE = "x-exception-type"
 EXCEPTION_MESSAGE = "x-exception-message"
 
 EXCEPTION_MESSAGE_LIMIT = 1024
-"""Bytes of an exception's text that a dead letter carries: headers share one frame (128 KiB)."""
+"""The maximum bytes of an exception's text in a dead letter: all headers share one frame, whose
+size is limited (RabbitMQ's default is 128 KiB)."""
 
 _ORIGIN = (ORIGINAL_EXCHANGE, ORIGINAL_ROUTING_KEY, FIRST_FAILED_AT)
 
 DROPPED = frozenset({"CC", "BCC", DELIVERY_COUNT, "x-acquired-count"})
-"""What a copy must not repeat: CC and BCC name further queues, counts are the broker's."""
+"""Headers that a copy leaves out: CC and BCC route to further queues, and the broker counts."""
 
 REWRITTEN = frozenset({DETAIL, EXCEPTION_TYPE, EXCEPTION_MESSAGE})
-"""Headers of an earlier death: a dead letter that came back must not die of its old cause again."""
+"""Headers that a new dead letter doesn't take over from an earlier one: they say why that one was
+dead-lettered."""
 
 
 class CopyKind(Enum):
-    """What a copy is for."""
+    """The purpose of a copy."""
 
     REQUEUE = "requeue"
     DEAD_LETTER = "dead-letter"
 
 
-# Not frozen: one is made for each failed message, and freezing makes that three times as dear.
+# Not frozen: one is created for each failed message, see `Properties`.
 @dataclass(slots=True)
 class PendingCopy:
-    """A copy to be confirmed before its original may be acked.
+    """A copy that the broker must confirm before its original is acked.
 
     Attributes:
-        reason: Of a dead letter, why.
-        malformed_count: Whether the retry header held something that is no count.
+        reason: Why the message is dead-lettered; None for a requeue.
+        malformed_count: Whether the retry header holds something that isn't a count.
     """
 
     outcome: MessageOutcome
@@ -89,11 +95,11 @@ class PendingCopy:
 
 @dataclass(frozen=True, slots=True)
 class SettlementPlan:
-    """What to do about the results of one batch.
+    """How to settle the results of one batch.
 
     Attributes:
-        settlements: May go out at once.
-        republications: Publish, and ack the original of each once its copy is confirmed.
+        settlements: To send at once.
+        copies: To publish; ack the original of each one after its copy is confirmed.
     """
 
     settlements: Sequence[Settlement] = ()
@@ -102,11 +108,11 @@ class SettlementPlan:
 
 @dataclass(frozen=True, slots=True)
 class DeadLetterTarget:
-    """Where dead letters go.
+    """Where dead letters are published.
 
     Attributes:
         exchange: The dead-letter exchange.
-        routing_key: None keeps each message's original one.
+        routing_key: None keeps the original routing key of each message.
     """
 
     exchange: str
@@ -115,15 +121,19 @@ class DeadLetterTarget:
 
 @dataclass(frozen=True, slots=True)
 class SettlementPlanner:
-    """Turns outcomes into a plan.
+    """Makes plans from the outcomes of messages.
 
     Attributes:
-        queue: The queue that is consumed from, and requeued to.
+        queue: The queue that the messages come from, and are requeued to.
         dead_letters: None leaves dead-lettering to the broker (`basic.reject`), which discards
-            where the queue has no dead-letter exchange.
-        exception_message: Whether a dead letter carries the text of the exception.
-        delay_steps: How long retries wait.
+            messages if the queue has no dead-letter exchange.
+        exception_message: Whether dead letters contain the text of the exception.
+        drop: Headers that copies leave out.
+        delay_steps: The delays of retries.
     """
+
+    # Dead letters are published where an exchange is known, because a broker's own dead-lettering
+    # isn't confirmed, and doesn't know the original routing key of a requeued copy.
 
     queue: str
     retry: RetryPolicy
@@ -133,10 +143,10 @@ class SettlementPlanner:
     delay_steps: DelaySteps = field(default_factory=make_delay_steps)
 
     def plan(self, outcomes: Sequence[MessageOutcome], now: datetime) -> SettlementPlan:
-        """Decide what is done about each outcome.
+        """Decide how to settle each outcome.
 
         Args:
-            now: The time, for the headers that say when.
+            now: The time for the headers.
         """
         tags: dict[Disposition, list[int]] = {}
         copies: list[PendingCopy] = []
@@ -144,12 +154,12 @@ class SettlementPlanner:
             match self._step(outcome, now):
                 case Disposition() as disposition:
                     tags.setdefault(disposition, []).append(outcome.message.delivery_tag)
-                case PendingCopy() as republication:
-                    copies.append(republication)
+                case PendingCopy() as copy:
+                    copies.append(copy)
                 case unreachable:
                     assert_never(unreachable)
         return SettlementPlan(
-            [Settlement(disposition, tuple(some)) for disposition, some in tags.items()],
+            [Settlement(disposition, tuple(group)) for disposition, group in tags.items()],
             copies,
         )
 
@@ -168,17 +178,16 @@ class SettlementPlanner:
 
     def _requeue(self, outcome: MessageOutcome, now: datetime) -> Disposition | PendingCopy:
         message = outcome.message
-        try:
-            headers = message.headers
-        except MessageDecodeError:
-            # Without headers nobody can count its attempts.
+        headers = readable_headers(message)
+        if headers is None:
+            # Without readable headers its attempts cannot be counted.
             return self._dead_letter(outcome, DeadLetterReason.UNDECODABLE, now)
         stated = headers.get(self.retry.header)
         read = None if stated is None else retry_count(stated)
         count = read or 0
         if not self.retry.may_retry(count):
             return self._dead_letter(outcome, DeadLetterReason.EXHAUSTED, now)
-        add = _origin(message, headers, now)
+        add = _origin_headers(message, headers, now)
         add[self.retry.header] = count + 1
         level = self.delay_steps.level(outcome.result, count)
         if level != NO_DELAY:
@@ -201,60 +210,61 @@ class SettlementPlanner:
         if target is None:
             return Disposition.REJECT
         message = outcome.message
-        properties = message.properties
-        known = message.has_readable_headers
+        # All properties first: otherwise the headers would be decoded a second time with them.
+        expiration = message.properties.expiration
+        known = readable_headers(message)
+        headers = NO_HEADERS if known is None else known
         routing_key = target.routing_key
         if routing_key is None:
-            routing_key = message.original_routing_key if known else message.routing_key
+            original = headers.get(ORIGINAL_ROUTING_KEY)
+            routing_key = original if is_short_string(original) else message.routing_key
         add = {
-            **_origin(message, message.headers if known else NO_HEADERS, now),
+            **_origin_headers(message, headers, now),
             REASON: reason.value,
             ORIGINAL_QUEUE: self.queue,
             DEAD_LETTERED_AT: now,
-            **self._why(outcome),
+            **self._cause_headers(outcome),
         }
-        if known:
-            add[self.retry.header] = message.retry_count
-        if properties.expiration is not None:
-            add[ORIGINAL_EXPIRATION] = properties.expiration
+        if known is not None:
+            add[self.retry.header] = retry_count(headers.get(self.retry.header)) or 0
+        # A dead letter doesn't expire: it should still exist when someone has time to repair it.
+        if expiration is not None:
+            add[ORIGINAL_EXPIRATION] = expiration
         drop = self.drop | REWRITTEN
         copy = Copy(message, target.exchange, routing_key, add, drop, keep_expiration=False)
         return PendingCopy(outcome, copy, CopyKind.DEAD_LETTER, reason)
 
-    def _why(self, outcome: MessageOutcome) -> dict[str, FieldValue]:
-        why: dict[str, FieldValue] = {}
+    def _cause_headers(self, outcome: MessageOutcome) -> dict[str, FieldValue]:
+        headers: dict[str, FieldValue] = {}
         match outcome.result:
             case Nack(reason=str(text)) | Requeue(reason=str(text)):
-                why[DETAIL] = _cut(text)
+                headers[DETAIL] = _cut(text)
             case _:
                 pass
         if outcome.error is not None:
             cls = type(outcome.error)
-            why[EXCEPTION_TYPE] = f"{cls.__module__}.{cls.__qualname__}"
+            headers[EXCEPTION_TYPE] = f"{cls.__module__}.{cls.__qualname__}"
             if self.exception_message:
-                why[EXCEPTION_MESSAGE] = _cut(safe_str(outcome.error))
-        return why
+                headers[EXCEPTION_MESSAGE] = _cut(safe_str(outcome.error))
+        return headers
 
 
-def _origin(message: Message, headers: Headers, now: datetime) -> dict[str, FieldValue]:
-    """What would be forgotten by the first republication; what is there already stays.
-
-    A value that no reader would take for one, say a number where a routing key should be, is none:
-    it would hide what it stands in for.
-    """
+def _origin_headers(message: Message, headers: Headers, now: datetime) -> dict[str, FieldValue]:
+    """The headers that keep what the first copy would lose, if the message doesn't have them."""
     origin: dict[str, FieldValue] = {
         ORIGINAL_EXCHANGE: message.exchange,
         ORIGINAL_ROUTING_KEY: message.routing_key,
         FIRST_FAILED_AT: message.first_failed_at or now,
     }
     for name in _ORIGIN:
-        if name in headers and _could_be(headers[name], origin[name]):
+        # An invalid value, such as a number as routing key, is replaced: readers would ignore it.
+        if name in headers and _is_valid(headers[name], origin[name]):
             del origin[name]
     return origin
 
 
-def _could_be(found: object, like: FieldValue) -> bool:
-    return is_short_string(found) if isinstance(like, str) else isinstance(found, type(like))
+def _is_valid(value: object, like: FieldValue) -> bool:
+    return is_short_string(value) if isinstance(like, str) else isinstance(value, type(like))
 
 
 def _reason(outcome: MessageOutcome) -> DeadLetterReason:
@@ -270,7 +280,7 @@ def _reason(outcome: MessageOutcome) -> DeadLetterReason:
 
 
 def _cut(text: str) -> str:
-    """At most `EXCEPTION_MESSAGE_LIMIT` bytes of UTF-8, cut between characters."""
+    """Shorten a text to `EXCEPTION_MESSAGE_LIMIT` bytes of UTF-8, between two characters."""
     raw = text.encode(errors="replace")
     if len(raw) <= EXCEPTION_MESSAGE_LIMIT:
         return raw.decode()
@@ -281,12 +291,16 @@ def _cut(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How an interval is divided.
+    """The timing of results that are settled before their batch ends (`settle="yield"`).
+
+    Settling several results together costs less than one by one. So results are collected first.
+    Then the copies of the batch, and of others, have some time to be confirmed, so that one frame
+    can settle them all.
 
     Attributes:
-        collect: Seconds from the first yield until what has been yielded goes on its way.
-        patience: Seconds that a settlement then waits for confirmations, at most, and as many are
-            kept in reserve.
+        collect: Seconds from the first result until the collected ones are settled.
+        patience: The maximum seconds that a settlement then waits for confirmations of its own
+            copies, and again for those of other batches.
     """
 
     collect: float
@@ -294,10 +308,10 @@ class Pace:
 
     @classmethod
     def within(cls, interval: float, *, longest: float) -> Self:
-        """Divide an interval.
+        """Divide the interval within which a result must be settled.
 
         Args:
-            longest: Seconds for confirmations that are enough, however long the interval.
+            longest: The maximum of `patience` in seconds.
         """
         patience = min(longest, interval / 4)
         return cls(interval - 2 * patience, patience)

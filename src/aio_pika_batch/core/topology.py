@@ -1,7 +1,7 @@
-"""Which queues, exchanges and bindings does a consumer need?
+"""The queues, exchanges and bindings that a consumer needs, as data.
 
-As data: an adapter declares it, on channels of its own, and `check_only` asks for nothing to be
-created.
+Adapters declare them. They can also be exported as definitions for `rabbitmqctl import_definitions`
+and *Import definitions* in the management UI.
 """
 
 from __future__ import annotations
@@ -21,18 +21,22 @@ DEAD_LETTER_EXCHANGE = "x-dead-letter-exchange"
 DEAD_LETTER_ROUTING_KEY = "x-dead-letter-routing-key"
 DEAD_LETTER_STRATEGY = "x-dead-letter-strategy"
 DELIVERY_LIMIT = "x-delivery-limit"
+MESSAGE_TTL = "x-message-ttl"
 
 Version: TypeAlias = tuple[int, ...]
-"""Of a RabbitMQ, to be compared."""
+"""A version of RabbitMQ, for comparisons."""
 
 AT_LEAST_ONCE_SINCE: Version = (3, 10)
-"""The first RabbitMQ whose quorum queues keep what expires until it is taken."""
+"""The first RabbitMQ whose quorum queues keep an expired message until the next queue has it."""
 
 DEFAULT_LIMIT_SINCE: Version = (4, 0)
-"""The first RabbitMQ whose quorum queues have a delivery limit that nobody has asked for."""
+"""The first RabbitMQ whose quorum queues have a delivery limit by default."""
+
+DEFAULT_DELIVERY_LIMIT = 20
+"""That limit."""
 
 _UNEQUAL_WAIT_QUEUE = (
-    "it holds messages that wait, and was declared otherwise than now, say with another"
+    "it holds waiting messages, and was declared with other arguments, for example with another"
     " unsafe_delay: set that back, or let the queue run empty and delete it"
 )
 
@@ -42,8 +46,8 @@ class Exchange:
     """An exchange.
 
     Attributes:
-        type: `direct`, `fanout`, `topic`, `headers`, or a plugin's `x-…`.
-        existing_first: Take one that exists as it is, and create it only if there is none.
+        type: `direct`, `fanout`, `topic`, `headers`, or the `x-…` type of a plugin.
+        existing_first: Use an existing one as it is, and create it only if there is none.
         check_only: Never create it.
     """
 
@@ -61,8 +65,8 @@ class Queue:
     """A queue; the other flags are those of :class:`Exchange`.
 
     Attributes:
-        unlimited: Its broker shall not drop a message for having been delivered too often. How to
-            say so depends on the broker, see :meth:`arguments_on`.
+        no_delivery_limit: The broker must not drop a message because of its number of deliveries.
+            The argument for this depends on the broker, see :meth:`arguments_on`.
         holds_retries: Messages wait in it for their next attempt, and must not get lost.
     """
 
@@ -78,13 +82,14 @@ class Queue:
 
     @property
     def if_unequal(self) -> str | None:
-        """What to do if the broker has it with other arguments; None: as for any queue."""
+        """Advice for when the broker has it with other arguments; None: as for any queue."""
         return _UNEQUAL_WAIT_QUEUE if self.holds_retries else None
 
     def arguments_on(self, version: Version | None) -> Headers:
-        """What to declare it with, on a RabbitMQ of this version; None if that is not known."""
+        """The arguments to declare it with on this version of RabbitMQ; None if it is unknown."""
         if not self.no_delivery_limit or version is None or version < DEFAULT_LIMIT_SINCE:
-            # Before 4.0 there is no limit to lift, and -1 is one that every message exceeds.
+            # Before 4.0 there is no default limit, and -1 makes the broker drop a message the first
+            # time that it is redelivered.
             return self.arguments
         return {DELIVERY_LIMIT: -1, **self.arguments}
 
@@ -101,7 +106,7 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """What to declare, in this order: exchanges, queues, bindings."""
+    """Exchanges, queues and bindings, to declare in this order."""
 
     exchanges: tuple[Exchange, ...] = ()
     queues: tuple[Queue, ...] = ()
@@ -110,11 +115,14 @@ class Topology:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopologyOptions:
-    """What a consumer's settings say about its queue; the names are those of the settings.
+    """The settings of a consumer that concern its topology, by their names.
 
     Attributes:
-        wait_levels: The milliseconds of each wait queue that is there from the start.
+        wait_levels: The delays in milliseconds of the wait queues to declare at the start.
     """
+
+    # Only the delays that retries use by themselves: each one needs a queue that someone has to
+    # look after. Those that a handler requests are declared when it does.
 
     queue_name: str
     queue_durable: bool = True
@@ -136,61 +144,62 @@ class TopologyOptions:
     declare: bool = True
 
 
-def effective_queue_type(wanted: TopologyOptions) -> str | None:
-    """The queue type that will be asked for; None leaves it to the virtual host's default."""
-    return wanted.queue_type or _stated(wanted, QUEUE_TYPE)
+def effective_queue_type(options: TopologyOptions) -> str | None:
+    """The queue type to declare; None uses the default of the virtual host."""
+    return options.queue_type or _stated(options, QUEUE_TYPE)
 
 
-def dead_letter_target(wanted: TopologyOptions) -> DeadLetterTarget | None:
-    """Where this library publishes dead letters to; None if nobody has named an exchange."""
-    exchange, routing_key = wanted.dead_letter_exchange, wanted.dead_letter_routing_key
+def dead_letter_target(options: TopologyOptions) -> DeadLetterTarget | None:
+    """Where this library publishes dead letters; None if no exchange is configured."""
+    exchange, routing_key = options.dead_letter_exchange, options.dead_letter_routing_key
     if exchange is None:
-        exchange = _stated(wanted, DEAD_LETTER_EXCHANGE)
+        exchange = _stated(options, DEAD_LETTER_EXCHANGE)
         if exchange is not None and routing_key is None:
-            routing_key = _stated(wanted, DEAD_LETTER_ROUTING_KEY)
-    if exchange is None and wanted.dead_letter_queue is not None:
-        exchange = f"{wanted.queue_name}.dlx"
+            routing_key = _stated(options, DEAD_LETTER_ROUTING_KEY)
+    if exchange is None and options.dead_letter_queue is not None:
+        exchange = f"{options.queue_name}.dlx"
     if exchange is None:
         return None
     if not exchange and routing_key is None:
-        # The default exchange routes by the name of a queue: an original key misses this one, and
-        # may even lead back to the queue that the message comes from.
-        routing_key = wanted.dead_letter_queue
+        # The default exchange routes by the name of a queue: an original routing key would miss
+        # this queue, and could even lead back to the queue that the message comes from.
+        routing_key = options.dead_letter_queue
     return DeadLetterTarget(exchange, routing_key)
 
 
-def _stated(wanted: TopologyOptions, name: str) -> str | None:
-    value = wanted.queue_arguments.get(name)
+def _stated(options: TopologyOptions, name: str) -> str | None:
+    value = options.queue_arguments.get(name)
     return value if isinstance(value, str) else None
 
 
-def build_topology(wanted: TopologyOptions) -> Topology:
+def build_topology(options: TopologyOptions) -> Topology:
     """Everything that a consumer needs on its broker."""
-    check_only = not wanted.declare
-    arguments: dict[str, FieldValue] = dict(wanted.queue_arguments)
-    if wanted.queue_type is not None:
-        arguments[QUEUE_TYPE] = wanted.queue_type
+    check_only = not options.declare
+    arguments: dict[str, FieldValue] = dict(options.queue_arguments)
+    if options.queue_type is not None:
+        arguments[QUEUE_TYPE] = options.queue_type
     exchanges: list[Exchange] = []
     queues: list[Queue] = []
     bindings: list[Binding] = []
-    target = dead_letter_target(wanted)
+    target = dead_letter_target(options)
     if target is not None and target.exchange:
-        # Never re-declared where it exists: it may be shared, and of any type.
+        # An existing exchange isn't declared again: it may be shared, and of any type. Without a
+        # dead-letter queue it must exist, so that a wrong name is an error at the start.
         exchanges.append(
             Exchange(
                 target.exchange,
-                wanted.dead_letter_exchange_type,
+                options.dead_letter_exchange_type,
                 existing_first=True,
-                check_only=check_only or wanted.dead_letter_queue is None,
+                check_only=check_only or options.dead_letter_queue is None,
             )
         )
-    if wanted.dead_letter_queue is not None and target is not None:
-        queue_type = effective_queue_type(wanted)
+    if options.dead_letter_queue is not None and target is not None:
+        queue_type = effective_queue_type(options)
         queues.append(
             Queue(
-                wanted.dead_letter_queue,
+                options.dead_letter_queue,
                 arguments={} if queue_type is None else {QUEUE_TYPE: queue_type},
-                # Nothing stands behind it that would catch what it drops.
+                # It has no dead-letter queue of its own for messages that it would drop.
                 no_delivery_limit=queue_type == "quorum",
                 existing_first=True,
                 check_only=check_only,
@@ -198,60 +207,60 @@ def build_topology(wanted: TopologyOptions) -> Topology:
         )
         if target.exchange and not check_only:
             bindings.extend(
-                Binding(wanted.dead_letter_queue, target.exchange, key)
-                for key in _dead_letter_keys(wanted, target)
+                Binding(options.dead_letter_queue, target.exchange, key)
+                for key in _dead_letter_keys(options, target)
             )
-    if wanted.exchange_name:
+    if options.exchange_name:
         exchanges.append(
             Exchange(
-                wanted.exchange_name,
-                wanted.exchange_type,
-                durable=wanted.exchange_durable,
+                options.exchange_name,
+                options.exchange_type,
+                durable=options.exchange_durable,
                 check_only=check_only,
             )
         )
     queues.append(
         Queue(
-            wanted.queue_name,
-            durable=wanted.queue_durable,
-            exclusive=wanted.queue_exclusive,
-            auto_delete=wanted.queue_auto_delete,
+            options.queue_name,
+            durable=options.queue_durable,
+            exclusive=options.queue_exclusive,
+            auto_delete=options.queue_auto_delete,
             arguments=arguments,
             check_only=check_only,
         )
     )
-    queues.extend(wait_queue(wanted, level) for level in wanted.wait_levels)
-    if wanted.exchange_name and not check_only:
+    queues.extend(wait_queue(options, level) for level in options.wait_levels)
+    if options.exchange_name and not check_only:
         bindings.extend(
-            Binding(wanted.queue_name, wanted.exchange_name, key, wanted.binding_arguments)
-            for key in _routing_keys(wanted)
+            Binding(options.queue_name, options.exchange_name, key, options.binding_arguments)
+            for key in _routing_keys(options)
         )
     return Topology(tuple(exchanges), tuple(queues), tuple(bindings))
 
 
-def wait_queue(wanted: TopologyOptions, level: int) -> Queue:
-    """The queue in which messages wait for so many milliseconds before they come back.
-
-    A quorum queue that keeps what expires until the other queue has taken it. It never expires
-    itself: an expired queue takes its messages along.
+def wait_queue(options: TopologyOptions, level: int) -> Queue:
+    """The queue in which messages wait for so many milliseconds before they return.
 
     Raises:
-        TopologyError: AMQP has no place for its name.
+        TopologyError: Its name is too long for AMQP.
     """
-    name = wait_queue_name(wanted.queue_name, level)
+    name = wait_queue_name(options.queue_name, level)
     if not is_short_string(name):
         raise TopologyError(
             f"queue {name!r} cannot be declared: its name has more than {SHORT_STRING} bytes;"
             " use a shorter queue_name, or no delays"
         )
+    # Without `x-expires`: a queue that expires drops its messages.
     arguments: dict[str, FieldValue] = {
-        "x-message-ttl": level,
+        MESSAGE_TTL: level,
         DEAD_LETTER_EXCHANGE: "",
-        DEAD_LETTER_ROUTING_KEY: wanted.queue_name,
+        DEAD_LETTER_ROUTING_KEY: options.queue_name,
     }
-    if wanted.unsafe_delay:
+    if options.unsafe_delay:
         arguments[QUEUE_TYPE] = "classic"
     else:
+        # It keeps an expired message until the other queue has it. A classic queue would drop it
+        # if the other queue is full.
         arguments |= {
             QUEUE_TYPE: "quorum",
             DEAD_LETTER_STRATEGY: "at-least-once",
@@ -260,28 +269,30 @@ def wait_queue(wanted: TopologyOptions, level: int) -> Queue:
     return Queue(
         name,
         arguments=arguments,
-        check_only=not wanted.declare,
+        check_only=not options.declare,
         holds_retries=True,
     )
 
 
 def parse_version(product: str, version: str) -> Version | None:
-    """What a broker says of itself, to be compared.
+    """Parse the version that a broker states.
 
     Returns:
-        None if it is another product, whose numbers mean something else, or does not say.
+        None if it is another product, or states no version.
     """
     found = re.match(r"\d+(\.\d+)*", version) if product == "RabbitMQ" else None
     return None if found is None else tuple(map(int, found[0].split(".")))
 
 
 def refuse_lossy_wait_queue(queue: Queue, product: str, version: str) -> None:
-    """Refuse a wait queue on a broker that would declare it, and then lose what is in it.
+    """Refuse to declare a wait queue on a broker that could lose its messages.
 
     Raises:
-        TopologyError: It was to dead-letter at least once, and older brokers do not know that; nor
-            is it known of brokers that are no RabbitMQ.
+        TopologyError: The queue must dead-letter at least once, and the broker is not known to
+            support that.
     """
+    # Old brokers accept arguments that they don't know, so a declaration proves nothing. And
+    # `unsafe_delay` alone decides about the arguments: an upgrade must find the same queues.
     if not queue.holds_retries or DEAD_LETTER_STRATEGY not in queue.arguments:
         return
     stated = parse_version(product, version)
@@ -290,16 +301,16 @@ def refuse_lossy_wait_queue(queue: Queue, product: str, version: str) -> None:
     since = ".".join(map(str, AT_LEAST_ONCE_SINCE))
     raise TopologyError(
         f"queue {queue.name!r}: {product} {version} may lose messages that wait for their next"
-        f" attempt, when their queue is full or not there; RabbitMQ {since} and newer do not."
-        " Upgrade, or do without delays, or set unsafe_delay=True to take the risk"
+        f" attempt, if their queue is full or missing; RabbitMQ {since} and newer do not."
+        " Upgrade, use no delays, or set unsafe_delay=True to accept the risk"
     )
 
 
 def split_exclusive(topology: Topology) -> tuple[Topology, Topology]:
-    """Separate what any connection may declare from what a session declares for itself.
+    """Separate exclusive queues, which a session must declare on its own connection.
 
     Returns:
-        The shared part; and the exclusive queues with their bindings.
+        The shared part, and the exclusive queues with their bindings.
     """
     exclusive = {queue.name for queue in topology.queues if queue.exclusive}
     shared = Topology(
@@ -315,30 +326,32 @@ def split_exclusive(topology: Topology) -> tuple[Topology, Topology]:
     return shared, own
 
 
-def _routing_keys(wanted: TopologyOptions) -> tuple[str, ...]:
-    return wanted.routing_keys or (wanted.queue_name,)
+def _routing_keys(options: TopologyOptions) -> tuple[str, ...]:
+    return options.routing_keys or (options.queue_name,)
 
 
-def _dead_letter_keys(wanted: TopologyOptions, target: DeadLetterTarget) -> tuple[str, ...]:
-    """Every key that a dead letter may come with, so that none misses the dead-letter queue."""
+def _dead_letter_keys(options: TopologyOptions, target: DeadLetterTarget) -> tuple[str, ...]:
+    """Every routing key that a dead letter can have, so that all reach the dead-letter queue."""
     if target.routing_key is not None:
         return (target.routing_key,)
-    match wanted.dead_letter_exchange_type:
+    match options.dead_letter_exchange_type:
         case "fanout" | "headers":
             return ("",)
         case "topic":
             return ("#",)
         case _:
-            # What came by the default exchange, or was requeued by hand, has the queue's name.
-            return tuple(dict.fromkeys((*_routing_keys(wanted), wanted.queue_name)))
+            # Messages from the default exchange have the name of the queue as their routing key.
+            return tuple(dict.fromkeys((*_routing_keys(options), options.queue_name)))
 
 
 def to_definitions(topology: Topology, vhost: str, version: Version | None) -> dict[str, Any]:
-    """A topology as definitions.
+    """Export a topology as definitions that RabbitMQ can import.
+
+    Entities that must already exist, and exclusive queues, are left out.
 
     Args:
-        vhost: The virtual host that it is for.
-        version: Of the RabbitMQ that shall import it: a delivery limit is lifted in its own words.
+        vhost: The virtual host of all entities.
+        version: The version of the RabbitMQ that will import them, see :meth:`Queue.arguments_on`.
     """
     shared, _ = split_exclusive(topology)
     return {
@@ -382,5 +395,5 @@ def to_definitions(topology: Topology, vhost: str, version: Version | None) -> d
 
 
 def depends_on_version(topology: Topology) -> bool:
-    """Whether it has to be known which RabbitMQ shall import it."""
+    """Whether the definitions depend on the version of the RabbitMQ that imports them."""
     return any(queue.no_delivery_limit for queue in topology.queues)

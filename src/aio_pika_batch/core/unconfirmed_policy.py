@@ -1,10 +1,15 @@
-"""What happens to an original whose copy is not confirmed?
+"""Decides what to do with an original whose copy is not confirmed.
 
-It is held, unsettled, and its copy is tried again after growing pauses. Where nothing was heard of
-a copy, it may well be stored: whoever publishes gives up a connection that kept silent, so that
-there is one more attempt for each new connection, and no more. An original is not held for ever:
-after `hold_seconds`, or once half of the prefetch is held, it goes back to the broker; and never at
-once, since it would come back at once, in a hot loop.
+The consumer holds the original unsettled, and publishes its copy again after growing pauses. The
+broker may have stored a copy whose confirm is missing. So the publisher replaces a connection that
+sent no answer, which allows one attempt for each connection.
+
+Laws:
+
+- An original is held for `hold_seconds` at most, and at most `max_held` originals are held at a
+  time. After that it is returned to the broker.
+- Before an original is returned, it is held for a pause, or for `hold_seconds` if that is shorter.
+  Otherwise the broker would deliver it again immediately, in a busy loop.
 """
 
 from __future__ import annotations
@@ -16,11 +21,11 @@ from aio_pika_batch.core.retry import Backoff
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """An original in the waiting room.
+    """An original whose copy is not confirmed.
 
     Attributes:
         since: When its copy first failed.
-        failures: How often its copy has failed, at least 1.
+        failures: How often its copy has failed, at least once.
     """
 
     since: float
@@ -46,8 +51,8 @@ class UnconfirmedPolicy:
     """Decides how long an original is held.
 
     Attributes:
-        hold_seconds: Seconds, at most, from the first failure on.
-        max_held: How many originals may be held at a time.
+        hold_seconds: The maximum time since the first failure.
+        max_held: The maximum number of originals at a time.
         backoff: The pauses between attempts.
     """
 
@@ -58,15 +63,14 @@ class UnconfirmedPolicy:
     def next_step(
         self, pending: Pending, *, now: float, jitter: float, held: int
     ) -> Republish | Return:
-        """Decide after a failed attempt.
+        """Decide what to do after a failed attempt.
 
         Args:
-            now: Seconds, in the clock of `Pending.since`.
+            now: Seconds, by the clock of `Pending.since`.
             jitter: A random number in [0, 1).
-            held: How many originals are held now, this one included.
+            held: The number of originals that are held now, including this one.
         """
-        # At least half of the longest pause: full jitter may come out at nothing, and nothing is a
-        # hot loop.
+        # At least half of the longest pause, because full jitter can be almost 0: a busy loop.
         at = now + self.backoff.pause(pending.failures, 0.5 + jitter / 2)
         end = max(now, pending.since + self.hold_seconds)
         if held > self.max_held or at >= end:

@@ -236,7 +236,7 @@ def test_an_expiration_is_in_seconds(expiration, seconds):
 @pytest.mark.parametrize("expiration", ["", "-1", "1.5", "soon", "²"])
 def test_an_expiration_that_is_no_number_is_undecodable(expiration):
     """The error quotes it."""
-    with pytest.raises(MessageDecodeError, match=r"^expiration of .*no number of milliseconds"):
+    with pytest.raises(MessageDecodeError, match=r"^expiration of .*not a number of milliseconds"):
         _ = a_message(expiration=expiration).expiration
 
 
@@ -279,7 +279,9 @@ def test_a_body_that_is_no_json_is_undecodable(body):
     """Whatever is wrong with it, there is one error, with its cause and without the body."""
     message = a_message(9, body=body)
 
-    with pytest.raises(MessageDecodeError, match=r"^body of <Message 9 .* no JSON: ") as caught:
+    with pytest.raises(
+        MessageDecodeError, match=r"^body of <Message 9 .* not valid JSON: "
+    ) as caught:
         message.json()
 
     assert "body" == caught.value.field

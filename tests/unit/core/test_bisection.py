@@ -9,7 +9,7 @@ import pytest
 from hypothesis import event, example, given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.batch_run import Isolation, Part
+from aio_pika_batch.core.batch_run import Bisection, Part
 from tests.unit.core.strategies import some_messages
 
 
@@ -31,7 +31,7 @@ def isolate(count, culprits, *, limit=1000, before=0):
     """
     messages = some_messages(count)
     at = {id(message): position for position, message in enumerate(messages)}
-    isolation = Isolation(limit)
+    isolation = Bisection(limit)
     found = Found([], [], [], [])
     run = messages
     while run:
@@ -42,7 +42,7 @@ def isolate(count, culprits, *, limit=1000, before=0):
             decided = positions[: min(before, positions.index(bad[0]))]
             rest = run[len(decided) :]
             found.well += decided
-            condemned = isolation.failed(run, Part(rest, KeyError(bad[0])))
+            condemned = isolation.bisect(run, Part(rest, KeyError(bad[0])))
             if condemned and len(run) == 1:
                 found.alone += positions
             found.condemned += [at[id(message)] for part in condemned for message in part.messages]
@@ -114,9 +114,9 @@ def test_without_a_limit_to_look_up_to_nothing_is_divided():
 def test_who_is_left_over_of_many_is_run_alone_first():
     """What failed may have been what all of them shared."""
     messages = some_messages(3)
-    isolation = Isolation(10)
+    isolation = Bisection(10)
 
-    assert [] == isolation.failed(messages, Part(messages[2:], KeyError()))
+    assert [] == isolation.bisect(messages, Part(messages[2:], KeyError()))
     assert messages[2:] == isolation.next_run()
     assert () == isolation.next_run()
 
@@ -126,13 +126,13 @@ def test_each_is_condemned_for_the_failure_that_it_was_part_of(limit):
     """The last culprit's is its own; what was not run any more has that of the run before."""
     messages = some_messages(4)
     whole, half, alone = KeyError("whole"), KeyError("half"), KeyError("alone")
-    isolation = Isolation(limit)
-    assert [] == isolation.failed(messages, Part(messages, whole))
+    isolation = Bisection(limit)
+    assert [] == isolation.bisect(messages, Part(messages, whole))
     assert messages[:2] == isolation.next_run()
-    assert [] == isolation.failed(messages[:2], Part(messages[:2], half))
+    assert [] == isolation.bisect(messages[:2], Part(messages[:2], half))
     assert messages[:1] == isolation.next_run()
 
-    condemned = isolation.failed(messages[:1], Part(messages[:1], alone))
+    condemned = isolation.bisect(messages[:1], Part(messages[:1], alone))
 
     rest = [] if limit > 1 else [Part(messages[1:2], half), Part(messages[2:], whole)]
     assert [Part(messages[:1], alone), *rest] == condemned
@@ -142,10 +142,10 @@ def test_each_is_condemned_for_the_failure_that_it_was_part_of(limit):
 def test_what_shall_be_run_again_undivided_comes_next():
     """Before the halves that wait; nobody is no run."""
     messages = some_messages(4)
-    isolation = Isolation(10)
-    isolation.failed(messages, Part(messages, KeyError()))
-    isolation.again(Part(messages[1:2], KeyError()))
-    isolation.again(Part((), KeyError()))
+    isolation = Bisection(10)
+    isolation.bisect(messages, Part(messages, KeyError()))
+    isolation.run_again(Part(messages[1:2], KeyError()))
+    isolation.run_again(Part((), KeyError()))
 
     assert 3 == len(isolation)
     assert messages[1:2] == isolation.next_run()

@@ -24,5 +24,5 @@ def test_it_says_where_its_messages_are_from():
 def test_what_is_raw_is_a_mistake_that_is_told(part):
     """A transport that decodes on demand needs a source of its own."""
     message = Message(SOURCE, 1, False, b"", b"raw", b"raw")
-    with pytest.raises(NotImplementedError, match="of a DecodedSource was made with"):
+    with pytest.raises(NotImplementedError, match="of a DecodedSource was created with"):
         getattr(message, part)

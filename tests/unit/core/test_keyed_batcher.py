@@ -185,10 +185,10 @@ def test_keys_that_nobody_needs_any_more_are_forgotten():
         batcher.block(-1)
         batcher.unblock(-1)
     batcher.add(some_messages(9, first=2000), 0, range(9))
-    assert 9 == len(batcher._lanes)
+    assert 9 == len(batcher._buffers)
     batcher.clear()
 
-    assert 0 == len(batcher._lanes)
+    assert 0 == len(batcher._buffers)
     assert len(batcher._ages) + len(batcher._full) < 30
 
 

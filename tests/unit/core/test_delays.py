@@ -218,13 +218,13 @@ def test_a_delay_is_a_number_or_a_timedelta(delay):
 @pytest.mark.parametrize("delay", [-1, -0.1, float("inf"), float("nan"), timedelta(seconds=-1)])
 def test_a_delay_is_finite_and_not_negative(delay):
     """Nobody waits for ever, or for less than nothing."""
-    with pytest.raises(ValueError, match="delay must be 0 or more seconds, and finite"):
+    with pytest.raises(ValueError, match="delay must be finite and at least 0 seconds"):
         Requeue(delay=delay)
 
 
 def test_a_number_is_no_reason():
     """`Requeue(30)` looks like a delay, and must not be taken for nothing."""
-    with pytest.raises(TypeError, match=r"not 30: a delay is Requeue\(delay=…\)"):
+    with pytest.raises(TypeError, match=r"not 30; a delay is Requeue\(delay=…\)"):
         Requeue(30)  # type: ignore[arg-type]
 
 
