@@ -8,8 +8,8 @@ from aio_pika_batch.testing.contract.clause import Clause
 from aio_pika_batch.testing.contract.harness import Features, Harness
 from aio_pika_batch.testing.contract.runner import (
     CLAUSES,
+    ContractReport,
     Finding,
-    Report,
     TransportContract,
     Verdict,
 )
@@ -18,10 +18,10 @@ __all__ = [
     "CLAUSES",
     "Clause",
     "ClauseBroken",
+    "ContractReport",
     "Features",
     "Finding",
     "Harness",
-    "Report",
     "TransportContract",
     "Verdict",
 ]

@@ -60,7 +60,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ContractReport:
     """The verdicts on all clauses, in the order of the contract."""
 
     findings: tuple[Finding, ...]
@@ -150,7 +150,7 @@ class TransportContract:
                 raise
             raise ClauseBroken(f"the check did not finish within {limit:g} s") from error
 
-    async def run(self, *, at_once: int = 1) -> Report:
+    async def run(self, *, at_once: int = 1) -> ContractReport:
         """Check all clauses.
 
         Args:
@@ -169,4 +169,4 @@ class TransportContract:
                     return Finding(clause, Verdict.BROKEN, why, error)
             return Finding(clause, Verdict.KEPT)
 
-        return Report(tuple(await asyncio.gather(*map(find, CLAUSES))))
+        return ContractReport(tuple(await asyncio.gather(*map(find, CLAUSES))))
