@@ -291,7 +291,7 @@ SECURITY = (
         "core/results.py",
         'return f"something of {type(item)}"',
         "return repr(item)",
-        ("tests/unit/core/test_results.py", "tests/unit/shell/test_bodies.py"),
+        ("tests/unit/core/test_results.py", "tests/unit/shell/test_body_privacy.py"),
     ),
     Mutant(
         "A password that is given as an option is shown.",

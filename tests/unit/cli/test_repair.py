@@ -17,7 +17,7 @@ import pytest
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
 from aio_pika_batch.adapters.memory import ConnectFault, EventKind
 from aio_pika_batch.cli.app import run_app
-from tests.unit.shell.stage import Stage
+from tests.unit.shell.helpers import QueueBroker
 
 DLQ = "orders.dlq"
 
@@ -31,13 +31,13 @@ class Orders(BatchConsumer):
 
 
 @pytest.fixture
-def stage():
+def rabbit():
     """A broker with nothing on it."""
-    return Stage("4.0")
+    return QueueBroker("4.0")
 
 
 @pytest.fixture
-def cli(stage, monkeypatch, capsys):
+def cli(rabbit, monkeypatch, capsys):
     """Runs a command on a consumer with these settings; returns code, output and complaints."""
     monkeypatch.setenv("COLUMNS", "120")
 
@@ -45,7 +45,7 @@ def cli(stage, monkeypatch, capsys):
         given = {"queue_name": "orders", "dead_letter_queue": DLQ, "url": "memory://"} | given
         module = ModuleType("bookshop")
         module.orders = Orders(
-            BatchConsumerSettings(_env_file=None, **given), transport=stage.transport
+            BatchConsumerSettings(_env_file=None, **given), transport=rabbit.transport
         )
         monkeypatch.setitem(sys.modules, "bookshop", module)
         code = run_app(list(words))
@@ -55,9 +55,9 @@ def cli(stage, monkeypatch, capsys):
     return run
 
 
-def bury(stage, *bodies, reason="rejected", key="orders", age=0, **headers):
+def bury(rabbit, *bodies, reason="rejected", key="orders", age=0, **headers):
     """Put letters into the dead-letter queue."""
-    stage.publish(
+    rabbit.publish(
         *bodies,
         routing_key=DLQ,
         headers={
@@ -73,20 +73,20 @@ def bury(stage, *bodies, reason="rejected", key="orders", age=0, **headers):
 
 
 @pytest.fixture
-def letters(stage):
+def letters(rabbit):
     """Three of them."""
-    stage.declare("orders")
-    stage.declare(DLQ)
-    bury(stage, b'{"order": 17}', age=7200, tenant="acme")
-    bury(stage, b"\xff\x00", reason="exhausted", age=60, **{"x-exception-type": "ValueError"})
-    bury(stage, b"two", reason="exhausted", **{"x-dead-letter-detail": "not [bold]now\x1b"})
-    return stage
+    rabbit.declare("orders")
+    rabbit.declare(DLQ)
+    bury(rabbit, b'{"order": 17}', age=7200, tenant="acme")
+    bury(rabbit, b"\xff\x00", reason="exhausted", age=60, **{"x-exception-type": "ValueError"})
+    bury(rabbit, b"two", reason="exhausted", **{"x-dead-letter-detail": "not [bold]now\x1b"})
+    return rabbit
 
 
 # --- check -----------------------------------------------------------------------
 
 
-def test_check_shows_where_each_value_comes_from(cli, stage, monkeypatch):
+def test_check_shows_where_each_value_comes_from(cli, rabbit, monkeypatch):
     """Default, environment or code; and the broker is asked."""
     monkeypatch.setenv("AIO_PIKA_BATCH_BATCH_SIZE", "7")
     code, out, _ = cli("check", "bookshop:orders")
@@ -96,12 +96,12 @@ def test_check_shows_where_each_value_comes_from(cli, stage, monkeypatch):
     assert ["orders", "code"] == rows["queue_name"]
     assert ["1", "default"] == rows["num_workers"]
     assert "queue orders is not there yet" in out
-    assert [] == stage.broker.queues
+    assert [] == rabbit.broker.queues
 
 
-def test_check_tells_programs(cli, stage):
+def test_check_tells_programs(cli, rabbit):
     """The same as JSON, without a password."""
-    stage.declare("orders", x_max_length=7)
+    rabbit.declare("orders", x_max_length=7)
     code, out, _ = cli("check", "bookshop:orders", "--format", "json")
     assert 1 == code
     told = json.loads(out)
@@ -110,9 +110,9 @@ def test_check_tells_programs(cli, stage):
     assert "x-max-length" in wrong
 
 
-def test_check_offline_asks_nobody(cli, stage):
+def test_check_offline_asks_nobody(cli, rabbit):
     """And warnings count if they shall."""
-    stage.broker.faults.connect_fault = ConnectFault.UNREACHABLE
+    rabbit.broker.faults.connect_fault = ConnectFault.UNREACHABLE
     assert 0 == cli("check", "bookshop:orders", "--offline")[0]
     code, out, _ = cli("check", "bookshop:orders", "--offline", "--strict", prefetch_count=1)
     assert 1 == code
@@ -120,13 +120,13 @@ def test_check_offline_asks_nobody(cli, stage):
     assert 3 == cli("check", "bookshop:orders")[0]
 
 
-def test_check_of_a_consumer_that_declares_nothing(cli, stage):
+def test_check_of_a_consumer_that_declares_nothing(cli, rabbit):
     """Then what is missing is wrong."""
     code, out, _ = cli("check", "bookshop:orders", declare=False)
     assert (1, 3) == (code, out.count("error: "))
 
 
-def test_check_has_nothing_to_say(cli, stage):
+def test_check_has_nothing_to_say(cli, rabbit):
     """Where all is well."""
     code, out, _ = cli("check", "bookshop:orders", "--offline", queue_type="classic")
     assert (0, True) == (code, "Nothing found." in out)
@@ -135,18 +135,18 @@ def test_check_has_nothing_to_say(cli, stage):
 # --- topology --------------------------------------------------------------------
 
 
-def test_topology_shows_and_applies(cli, stage):
+def test_topology_shows_and_applies(cli, rabbit):
     """Nothing is asked of a broker unless it shall."""
     code, out, _ = cli("topology", "bookshop:orders", queue_type="quorum", requeue_delay=1)
     assert 0 == code
     assert "orders.retry.1000" in out
     assert "no delivery limit" in out
-    assert [] == stage.broker.queues
+    assert [] == rabbit.broker.queues
     code, out, _ = cli("topology", "bookshop:orders", "--dry-run")
     assert (0, 3) == (code, out.count("missing"))
     code, out, _ = cli("topology", "bookshop:orders", "--apply", declare=False)
     assert (0, 3) == (code, out.count("exists"))
-    assert {"orders", DLQ} == set(stage.broker.queues)
+    assert {"orders", DLQ} == set(rabbit.broker.queues)
     code, out, _ = cli(
         "topology", "bookshop:orders", "--dry-run", queue_arguments={"x-max-length": 1}
     )
@@ -154,7 +154,7 @@ def test_topology_shows_and_applies(cli, stage):
     assert "inequivalent arg 'x-max-length'" in out
 
 
-def test_topology_for_programs(cli, stage):
+def test_topology_for_programs(cli, rabbit):
     """As JSON, with its state if it was looked for."""
     code, out, _ = cli("topology", "bookshop:orders", "--format", "json", queue_exclusive=True)
     assert (0, "state" in out) == (code, False)
@@ -171,7 +171,7 @@ def test_topology_for_programs(cli, stage):
     ("words", "expected"),
     [(["--rabbitmq", "3.10"], {}), (["--rabbitmq", "4.1"], {"x-delivery-limit": -1}), ([], None)],
 )
-def test_definitions_for_a_version(cli, stage, words, expected):
+def test_definitions_for_a_version(cli, rabbit, words, expected):
     """Given, or that of the consumer's own broker (which is a 4.0 here)."""
     expected = {"x-delivery-limit": -1} if expected is None else expected
     code, out, _ = cli(
@@ -250,26 +250,26 @@ def test_replay_says_what_has_no_way_back(cli, letters):
     assert "1 stay in orders.dlq: returned: no queue is bound" in err
 
 
-def test_replay_says_how_far_it_got_when_the_connection_is_lost(cli, stage):
+def test_replay_says_how_far_it_got_when_the_connection_is_lost(cli, rabbit):
     """What was done is done, and nothing is lost."""
-    stage.declare("orders")
-    stage.declare(DLQ)
-    bury(stage, *[b"%d" % number for number in range(250)])
+    rabbit.declare("orders")
+    rabbit.declare(DLQ)
+    bury(rabbit, *[b"%d" % number for number in range(250)])
     acked = 0
-    note = stage.broker.journal.on_event
+    note = rabbit.broker.journal.on_event
 
     def count(event):
         nonlocal acked
         note(event)
         acked += event.kind is EventKind.ACKED
         if acked == 150:
-            asyncio.get_running_loop().call_soon(stage.cut)
+            asyncio.get_running_loop().call_soon(rabbit.cut)
 
-    stage.broker.journal.on_event = count
+    rabbit.broker.journal.on_event = count
     code, out, err = cli("dlq", "replay", "bookshop:orders")
     assert (1, True) == (code, "200 of 250 letters replayed" in out)
     assert "ended early: the connection for publishing was lost" in err
-    assert 250 <= len(stage.broker.ready("orders")) + len(stage.broker.ready(DLQ))
+    assert 250 <= len(rabbit.broker.ready("orders")) + len(rabbit.broker.ready(DLQ))
 
 
 def test_a_queue_can_be_named_without_a_consumer(cli):

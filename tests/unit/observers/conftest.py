@@ -1,7 +1,7 @@
-"""What every test of an observer gets: the stage of the shell's tests, and what goes with it."""
+"""What every test of an observer gets: the broker of the shell's tests, and what goes with it."""
 
 from __future__ import annotations
 
-from tests.unit.shell.conftest import complaints, jitter, stage
+from tests.unit.shell.conftest import complaints, jitter, rabbit
 
-__all__ = ["complaints", "jitter", "stage"]
+__all__ = ["complaints", "jitter", "rabbit"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     NACK,
     REQUEUE,
-    Scribe,
+    RecordingConsumer,
     ack,
     answering,
     first_then,
@@ -17,14 +17,14 @@ from tests.unit.shell.stage import (
 )
 
 
-async def everything(stage, *observers):
+async def everything(rabbit, *observers):
     """Success, retry, dead letter, exception, lost session, stale result; ends after the stop."""
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "", kind="fanout")
-    stage.put(*numbered(3))
-    consumer = Scribe(
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "", kind="fanout")
+    rabbit.put(*numbered(3))
+    consumer = RecordingConsumer(
         first_then(answering(ACK, REQUEUE, NACK), answering(error=KeyError()), taking(20), ack),
-        transport=stage.transport,
+        transport=rabbit.transport,
         observers=observers,
         batch_size=3,
         batch_timeout=5,
@@ -32,6 +32,6 @@ async def everything(stage, *observers):
     )
     async with consumer:
         await asyncio.sleep(12)
-        stage.broker.cut()
+        rabbit.broker.cut()
         await asyncio.sleep(60)
     return consumer

@@ -31,18 +31,18 @@ from aio_pika_batch.transport import server_of
 from tests.unit.adapters.aio_pika import spoken
 from tests.unit.adapters.aio_pika.test_tables import tables
 from tests.unit.observers.stories import everything
-from tests.unit.shell.doubles import ScriptedTransport, raising
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     NACK,
     REQUEUE,
-    Scribe,
+    RecordingConsumer,
     ack,
     answering,
     first_then,
     numbered,
     taking,
 )
+from tests.unit.shell.scripted_transport import ScriptedTransport, raising
 
 TRACE, SPAN = 0x0AF7651916CD43DD8448EB211C80319C, 0x00F067AA0BA902B7
 TRACEPARENT = f"00-{TRACE:032x}-{SPAN:016x}-01"
@@ -89,14 +89,14 @@ def telemetry():
     return Telemetry()
 
 
-async def test_a_batch_is_one_span_with_a_link_for_each_message(stage, telemetry):
+async def test_a_batch_is_one_span_with_a_link_for_each_message(rabbit, telemetry):
     """A batch has many origins: none of them is its parent."""
     others = [f"00-{TRACE + number:032x}-{SPAN + number:016x}-01" for number in range(3)]
     for number, each in enumerate(others):
-        stage.put(b"%d" % number, properties=Properties(headers={"traceparent": each}))
-    stage.put(b"no trace")
-    async with Scribe(
-        taking(2), transport=stage.transport, observers=[telemetry.observer()], batch_size=4
+        rabbit.put(b"%d" % number, properties=Properties(headers={"traceparent": each}))
+    rabbit.put(b"no trace")
+    async with RecordingConsumer(
+        taking(2), transport=rabbit.transport, observers=[telemetry.observer()], batch_size=4
     ):
         await asyncio.sleep(3)
     [span] = telemetry.spans(SpanKind.CONSUMER)
@@ -115,12 +115,12 @@ async def test_a_batch_is_one_span_with_a_link_for_each_message(stage, telemetry
     assert StatusCode.UNSET is span.status.status_code
 
 
-async def test_a_settlement_is_a_client_span_below_its_batch(stage, telemetry):
+async def test_a_settlement_is_a_client_span_below_its_batch(rabbit, telemetry):
     """With what became of how many messages."""
-    stage.put(*numbered(3))
-    async with Scribe(
+    rabbit.put(*numbered(3))
+    async with RecordingConsumer(
         answering(ACK, NACK, ACK),
-        transport=stage.transport,
+        transport=rabbit.transport,
         observers=[telemetry.observer()],
         batch_size=3,
     ):
@@ -138,7 +138,7 @@ async def test_a_settlement_is_a_client_span_below_its_batch(stage, telemetry):
     } == dict(settle.attributes)
 
 
-async def test_the_batch_is_current_inside_the_handler(stage, telemetry):
+async def test_the_batch_is_current_inside_the_handler(rabbit, telemetry):
     """Also behind an await, in a task of its own, and with batches at once; not afterwards."""
     seen = {}
 
@@ -153,10 +153,10 @@ async def test_the_batch_is_current_inside_the_handler(stage, telemetry):
             yield ACK
             seen[messages[0].body].add(trace.get_current_span().get_span_context().span_id)
 
-    stage.put(*numbered(5))
+    rabbit.put(*numbered(5))
     observer = telemetry.observer()
-    async with Scribe(
-        handler, transport=stage.transport, observers=[observer], batch_size=1, concurrency=2
+    async with RecordingConsumer(
+        handler, transport=rabbit.transport, observers=[observer], batch_size=1, concurrency=2
     ):
         await asyncio.sleep(60)
     assert not trace.get_current_span().get_span_context().is_valid
@@ -169,7 +169,7 @@ async def test_the_batch_is_current_inside_the_handler(stage, telemetry):
     assert all(each.parent is None for each in spans)
 
 
-async def test_spans_of_the_handler_are_its_children(stage, telemetry):
+async def test_spans_of_the_handler_are_its_children(rabbit, telemetry):
     """As an instrumented database driver makes them."""
     tracer = telemetry.traces.get_tracer("driver")
 
@@ -179,9 +179,11 @@ async def test_spans_of_the_handler_are_its_children(stage, telemetry):
         for _ in messages:
             yield ACK
 
-    stage.put(*numbered(1))
+    rabbit.put(*numbered(1))
     with tracer.start_as_current_span("whoever starts the consumer"):
-        consumer = Scribe(handler, transport=stage.transport, observers=[telemetry.observer()])
+        consumer = RecordingConsumer(
+            handler, transport=rabbit.transport, observers=[telemetry.observer()]
+        )
         async with consumer:
             await asyncio.sleep(10)
     [insert] = [each for each in telemetry.spans() if each.name == "INSERT"]
@@ -190,12 +192,12 @@ async def test_spans_of_the_handler_are_its_children(stage, telemetry):
     assert batch.parent is None
 
 
-async def test_a_failure_has_its_type(stage, telemetry):
+async def test_a_failure_has_its_type(rabbit, telemetry):
     """On the span, and on the duration."""
-    stage.put(*numbered(1))
-    async with Scribe(
+    rabbit.put(*numbered(1))
+    async with RecordingConsumer(
         answering(error=KeyError("x")),
-        transport=stage.transport,
+        transport=rabbit.transport,
         observers=[telemetry.observer()],
         unhandled_exception_action="NACK",
     ):
@@ -208,17 +210,17 @@ async def test_a_failure_has_its_type(stage, telemetry):
     assert "KeyError" == point.attributes["error.type"]
 
 
-async def test_an_exception_that_cannot_be_described_ends_its_span(stage, telemetry):
+async def test_an_exception_that_cannot_be_described_ends_its_span(rabbit, telemetry):
     """Whatever the SDK makes of it."""
 
     class Odd(Exception):
         def __str__(self):
             raise AttributeError
 
-    stage.put(*numbered(1))
-    async with Scribe(
+    rabbit.put(*numbered(1))
+    async with RecordingConsumer(
         answering(error=Odd()),
-        transport=stage.transport,
+        transport=rabbit.transport,
         observers=[telemetry.observer()],
         unhandled_exception_action="NACK",
     ):
@@ -227,9 +229,9 @@ async def test_an_exception_that_cannot_be_described_ends_its_span(stage, teleme
     assert span.attributes["error.type"].endswith("Odd")
 
 
-async def test_durations_and_counts(stage, jitter, telemetry):
+async def test_durations_and_counts(rabbit, jitter, telemetry):
     """The metrics that the conventions name, of a life with one of everything."""
-    await everything(stage, telemetry.observer())
+    await everything(rabbit, telemetry.observer())
     [consumed] = telemetry.points("messaging.client.consumed.messages")
     assert 6 == consumed.value
     assert WHO | {
@@ -248,7 +250,9 @@ async def test_what_cannot_be_settled_is_a_span_with_an_error(telemetry):
     """Of its type."""
     script = ScriptedTransport()
     script.on_settle = raising(SessionLost("just now"))
-    async with Scribe(ack, transport=script, observers=[telemetry.observer()], batch_size=3):
+    async with RecordingConsumer(
+        ack, transport=script, observers=[telemetry.observer()], batch_size=3
+    ):
         script.last.feed(*numbered(3))
         await asyncio.sleep(0.001)
     [settle] = telemetry.spans(SpanKind.CLIENT)
@@ -257,13 +261,13 @@ async def test_what_cannot_be_settled_is_a_span_with_an_error(telemetry):
     assert 3 == settle.attributes["messaging.batch.message_count"]
 
 
-async def test_a_copy_that_is_not_confirmed_is_a_span_with_an_error(stage, telemetry):
+async def test_a_copy_that_is_not_confirmed_is_a_span_with_an_error(rabbit, telemetry):
     """Of the operation that it was."""
-    stage.put(*numbered(1))
-    stage.broker.faults.on_publish(PublishFault.REFUSE, times=1)
-    async with Scribe(
+    rabbit.put(*numbered(1))
+    rabbit.broker.faults.on_publish(PublishFault.REFUSE, times=1)
+    async with RecordingConsumer(
         first_then(answering(REQUEUE), ack),
-        transport=stage.transport,
+        transport=rabbit.transport,
         observers=[telemetry.observer()],
         batch_size=1,
     ):
@@ -274,12 +278,12 @@ async def test_a_copy_that_is_not_confirmed_is_a_span_with_an_error(stage, telem
 
 
 @pytest.mark.parametrize(("limit", "links"), [(None, 128), (200, 128), (10, 10)])
-async def test_the_limit_of_links_is_told_once(stage, telemetry, caplog, limit, links):
+async def test_the_limit_of_links_is_told_once(rabbit, telemetry, caplog, limit, links):
     """The SDK drops what is beyond it in silence; what it will drop is not made."""
-    stage.put(*numbered(300), properties=Properties(headers={"traceparent": TRACEPARENT}))
+    rabbit.put(*numbered(300), properties=Properties(headers={"traceparent": TRACEPARENT}))
     observer = telemetry.observer(max_links=limit)
-    async with Scribe(
-        ack, transport=stage.transport, observers=[observer], batch_size=150, batch_timeout=1
+    async with RecordingConsumer(
+        ack, transport=rabbit.transport, observers=[observer], batch_size=150, batch_timeout=1
     ):
         await asyncio.sleep(10)
     assert [links] * 2 == [len(each.links) for each in telemetry.spans(SpanKind.CONSUMER)]
@@ -294,15 +298,15 @@ def test_the_limit_of_links_is_the_environments(monkeypatch, telemetry):
 
 
 @pytest.mark.parametrize("how", ["requeue", "dead letter"])
-async def test_a_trace_survives_a_copy(stage, telemetry, how):
+async def test_a_trace_survives_a_copy(rabbit, telemetry, how):
     """`traceparent` and `tracestate` are as their producer wrote them."""
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "", kind="fanout")
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "", kind="fanout")
     headers = {"traceparent": TRACEPARENT, "tracestate": "a=b"}
-    stage.put(b"0", properties=Properties(headers=headers))
-    consumer = Scribe(
+    rabbit.put(b"0", properties=Properties(headers=headers))
+    consumer = RecordingConsumer(
         first_then(answering(REQUEUE if how == "requeue" else NACK), ack),
-        transport=stage.transport,
+        transport=rabbit.transport,
         observers=[telemetry.observer()],
         batch_size=1,
         dead_letter_exchange="dlx",
@@ -316,26 +320,26 @@ async def test_a_trace_survives_a_copy(stage, telemetry, how):
             each.links[0].context.trace_id for each in telemetry.spans(SpanKind.CONSUMER)
         ]
     else:
-        [dead] = stage.broker.ready("dead")
+        [dead] = rabbit.broker.ready("dead")
         kept = dead.properties.headers
     assert headers == {name: kept[name] for name in headers}
 
 
-async def test_a_producer_passes_its_trace_on(stage, telemetry):
+async def test_a_producer_passes_its_trace_on(rabbit, telemetry):
     """What a handler publishes is linked to its batch, wherever it is consumed."""
 
-    class Relay(Scribe):
+    class Relay(RecordingConsumer):
         async def process_messages(self, messages):
             for _ in messages:
                 await self.publish(b"on", routing_key="next", headers=trace_headers({"a": 1}))
                 yield ACK
 
-    stage.declare("next")
-    stage.put(*numbered(1))
-    async with Relay(transport=stage.transport, observers=[telemetry.observer()]):
+    rabbit.declare("next")
+    rabbit.put(*numbered(1))
+    async with Relay(transport=rabbit.transport, observers=[telemetry.observer()]):
         await asyncio.sleep(10)
     [batch] = telemetry.spans(SpanKind.CONSUMER)
-    [message] = stage.broker.ready("next")
+    [message] = rabbit.broker.ready("next")
     assert 1 == message.properties.headers["a"]
     traceparent = message.properties.headers["traceparent"]
     assert f"{batch.context.trace_id:032x}-{batch.context.span_id:016x}" in traceparent
@@ -355,7 +359,7 @@ def test_where_the_broker_is_is_an_attribute():
 async def test_the_brokers_address_is_on_spans(telemetry):
     """As the conventions want it."""
     script = ScriptedTransport()
-    async with Scribe(
+    async with RecordingConsumer(
         ack,
         transport=script,
         observers=[telemetry.observer()],
@@ -426,15 +430,17 @@ def test_a_trace_whose_neighbours_cannot_be_decoded_is_none():
     assert origin_of(spoken.message(broken)) is None
 
 
-async def test_a_batch_that_is_not_recorded_costs_no_links(stage, monkeypatch):
+async def test_a_batch_that_is_not_recorded_costs_no_links(rabbit, monkeypatch):
     """Nobody looks into the headers of its messages."""
     looked = []
     monkeypatch.setattr("aio_pika_batch.observers.otel.origin_of", looked.append)
-    stage.put(*numbered(3))
+    rabbit.put(*numbered(3))
     observer = OpenTelemetryObserver(tracer_provider=TracerProvider(ALWAYS_OFF))
-    async with Scribe(ack, transport=stage.transport, observers=[observer], batch_size=3):
+    async with RecordingConsumer(
+        ack, transport=rabbit.transport, observers=[observer], batch_size=3
+    ):
         await asyncio.sleep(1)
-    assert [] == stage.waiting()
+    assert [] == rabbit.waiting()
     assert [] == looked
 
 

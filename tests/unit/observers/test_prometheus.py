@@ -20,20 +20,20 @@ from aio_pika_batch import SessionLost
 from aio_pika_batch.adapters.memory import ConnectFault, PublishFault
 from aio_pika_batch.observers.prometheus import PrometheusObserver
 from tests.unit.observers.stories import everything
-from tests.unit.shell.doubles import ScriptedTransport, raising
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     REQUEUE,
-    Scribe,
+    RecordingConsumer,
     ack,
     answering,
     first_then,
     numbered,
     taking,
 )
+from tests.unit.shell.scripted_transport import ScriptedTransport, raising
 
 ROOT = Path(__file__).parents[3]
-WHO = {"consumer": "Scribe", "queue": "jobs"}
+WHO = {"consumer": "RecordingConsumer", "queue": "jobs"}
 
 
 class Scraped:
@@ -65,9 +65,9 @@ def registry():
     return CollectorRegistry()
 
 
-async def test_a_life_in_numbers(stage, jitter, registry):
+async def test_a_life_in_numbers(rabbit, jitter, registry):
     """Every counter and histogram that a life with one of everything moves."""
-    await everything(stage, PrometheusObserver(registry))
+    await everything(rabbit, PrometheusObserver(registry))
     value = Scraped.of(registry)
     assert 6 == value("messages_received_total")  # 3, two copies, and one delivered again
     assert 2 == value("messages_settled_total", result="ack", cause="handler")
@@ -91,33 +91,35 @@ async def test_a_life_in_numbers(stage, jitter, registry):
     )
 
 
-async def test_gauges_are_true_while_it_works(stage, registry):
+async def test_gauges_are_true_while_it_works(rabbit, registry):
     """What waits for a batch, what a handler has, and who consumes."""
-    stage.put(*numbered(5))
+    rabbit.put(*numbered(5))
     observer = PrometheusObserver(registry)
-    async with Scribe(taking(20), transport=stage.transport, observers=[observer], batch_size=3):
+    async with RecordingConsumer(
+        taking(20), transport=rabbit.transport, observers=[observer], batch_size=3
+    ):
         await asyncio.sleep(1)
         value = Scraped.of(registry)
         assert (2, 3) == (value("messages_buffered"), value("messages_in_progress"))
         assert (1, 1) == (value("worker_up"), value("workers"))
-        stage.broker.cut()
-        stage.broker.faults.connect_fault = ConnectFault.UNREACHABLE
+        rabbit.broker.cut()
+        rabbit.broker.faults.connect_fault = ConnectFault.UNREACHABLE
         await asyncio.sleep(1)
         value = Scraped.of(registry)
         assert (0, 1) == (value("worker_up"), value("workers"))
         assert 0 == value("messages_buffered")
-        stage.broker.faults.connect_fault = ConnectFault.NONE
+        rabbit.broker.faults.connect_fault = ConnectFault.NONE
         await asyncio.sleep(30)
         assert 1 == Scraped.of(registry)("worker_up")
 
 
-async def test_progress_is_a_time_of_day(stage, registry, monkeypatch):
+async def test_progress_is_a_time_of_day(rabbit, registry, monkeypatch):
     """When the worker that is furthest behind last did something."""
     loop = asyncio.get_running_loop()
     monkeypatch.setattr("time.time", lambda: 1_000_000 + loop.time())
-    stage.put(*numbered(1))
-    async with Scribe(
-        taking(100), transport=stage.transport, observers=[PrometheusObserver(registry)]
+    rabbit.put(*numbered(1))
+    async with RecordingConsumer(
+        taking(100), transport=rabbit.transport, observers=[PrometheusObserver(registry)]
     ):
         began = loop.time()
         await asyncio.sleep(50)
@@ -156,12 +158,12 @@ def test_every_metric_is_on_the_page(registry):
     assert about == rows
 
 
-async def test_consumers_of_one_kind_are_added_up(stage, registry):
+async def test_consumers_of_one_kind_are_added_up(rabbit, registry):
     """Whether they share an observer or have one each."""
-    stage.put(*numbered(4))
+    rabbit.put(*numbered(4))
     shared = PrometheusObserver(registry)
     some = [
-        Scribe(taking(5), transport=stage.transport, observers=[each], prefetch_count=1)
+        RecordingConsumer(taking(5), transport=rabbit.transport, observers=[each], prefetch_count=1)
         for each in (shared, shared, PrometheusObserver(registry))
     ]
     for each in some:
@@ -177,12 +179,12 @@ async def test_consumers_of_one_kind_are_added_up(stage, registry):
     assert 0 == Scraped.of(registry)("worker_up")
 
 
-async def test_a_handler_that_takes_too_long_is_an_outcome_of_its_own(stage, registry):
+async def test_a_handler_that_takes_too_long_is_an_outcome_of_its_own(rabbit, registry):
     """As what cut it."""
-    stage.put(*numbered(1))
-    async with Scribe(
+    rabbit.put(*numbered(1))
+    async with RecordingConsumer(
         first_then(taking(100), ack),
-        transport=stage.transport,
+        transport=rabbit.transport,
         observers=[PrometheusObserver(registry)],
         process_timeout=2,
         batch_timeout=1,
@@ -194,7 +196,7 @@ async def test_a_handler_that_takes_too_long_is_an_outcome_of_its_own(stage, reg
     assert 1 == value("messages_settled_total", result="requeue", cause="timeout")
 
 
-async def test_parts_that_are_run_again_are_no_batches_of_their_own(stage, registry):
+async def test_parts_that_are_run_again_are_no_batches_of_their_own(rabbit, registry):
     """They are runs of the handler, but nothing was cut and nothing was filled."""
 
     async def sunk_by_2(messages):
@@ -203,10 +205,10 @@ async def test_parts_that_are_run_again_are_no_batches_of_their_own(stage, regis
         for _ in messages:
             yield ACK
 
-    stage.put(*numbered(4))
-    async with Scribe(
+    rabbit.put(*numbered(4))
+    async with RecordingConsumer(
         sunk_by_2,
-        transport=stage.transport,
+        transport=rabbit.transport,
         observers=[PrometheusObserver(registry)],
         batch_size=4,
         isolate_failures=True,
@@ -225,7 +227,7 @@ async def test_what_cannot_be_settled_is_counted(registry):
     """By the step that failed."""
     script = ScriptedTransport()
     script.on_settle = raising(SessionLost("just now"))
-    async with Scribe(
+    async with RecordingConsumer(
         ack, transport=script, observers=[PrometheusObserver(registry)], batch_size=3
     ):
         script.last.feed(*numbered(3))
@@ -233,13 +235,13 @@ async def test_what_cannot_be_settled_is_counted(registry):
         assert 3 == Scraped.of(registry)("settle_errors_total", operation="settle")
 
 
-async def test_copies_that_are_not_confirmed_are_counted(stage, registry):
+async def test_copies_that_are_not_confirmed_are_counted(rabbit, registry):
     """Each time."""
-    stage.put(*numbered(2))
-    stage.broker.faults.on_publish(PublishFault.REFUSE)
-    async with Scribe(
+    rabbit.put(*numbered(2))
+    rabbit.broker.faults.on_publish(PublishFault.REFUSE)
+    async with RecordingConsumer(
         answering(REQUEUE, REQUEUE),
-        transport=stage.transport,
+        transport=rabbit.transport,
         observers=[PrometheusObserver(registry)],
         batch_size=2,
     ):
@@ -256,7 +258,7 @@ from aio_pika_batch.observer import (
 from aio_pika_batch.adapters.memory import ConnectFault, PublishFault
 from aio_pika_batch.observers.prometheus import PrometheusObserver
 
-observers = Observers([PrometheusObserver()], Origin("Scribe", "jobs", 0), None)
+observers = Observers([PrometheusObserver()], Origin("RecordingConsumer", "jobs", 0), None)
 observers.emit(WorkerStarted(lambda: Load(2, 3, True)))
 observers.emit(Connected(1))
 observers.emit(Received(5))

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from tests.unit.shell.stage import Stage
+from tests.unit.shell.helpers import QueueBroker
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +25,9 @@ async def complaints():
 
 
 @pytest.fixture
-async def stage():
+async def rabbit():
     """A broker with a queue."""
-    made = Stage()
+    made = QueueBroker()
     made.declare()
     return made
 

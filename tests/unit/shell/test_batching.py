@@ -8,35 +8,37 @@ import pytest
 
 from aio_pika_batch import Trigger
 from aio_pika_batch.observer import BatchCut
-from tests.unit.shell.stage import Scribe, Witness, numbered, taking
+from tests.unit.shell.helpers import EventRecorder, RecordingConsumer, numbered, taking
 
 
-async def test_a_full_batch_is_handed_over_at_once(stage):
+async def test_a_full_batch_is_handed_over_at_once(rabbit):
     """`batch_size` messages do not wait; what is left over waits for its own time."""
-    stage.put(*numbered(7))
-    witness = Witness()
-    async with Scribe(
-        transport=stage.transport, observers=[witness], batch_size=3, batch_timeout=5
+    rabbit.put(*numbered(7))
+    recorder = EventRecorder()
+    async with RecordingConsumer(
+        transport=rabbit.transport, observers=[recorder], batch_size=3, batch_timeout=5
     ) as consumer:
         await asyncio.sleep(1)
         assert [numbered(3), numbered(3, 3)] == consumer.batches
         await asyncio.sleep(5)
         assert [numbered(3), numbered(3, 3), [b"6"]] == consumer.batches
     assert [0, 0, 5] == consumer.times
-    triggers = [event.trigger for event in witness.of(BatchCut)]
+    triggers = [event.trigger for event in recorder.of(BatchCut)]
     assert [Trigger.SIZE, Trigger.SIZE, Trigger.TIMEOUT] == triggers
-    assert [0, 0, 5] == [event.waited for event in witness.of(BatchCut)]
+    assert [0, 0, 5] == [event.waited for event in recorder.of(BatchCut)]
 
 
-async def test_the_age_of_a_batch_runs_from_its_own_first_message(stage):
+async def test_the_age_of_a_batch_runs_from_its_own_first_message(rabbit):
     """Not from the start, not from the last batch, and no later message makes it younger."""
-    async with Scribe(transport=stage.transport, batch_size=3, batch_timeout=5) as consumer:
+    async with RecordingConsumer(
+        transport=rabbit.transport, batch_size=3, batch_timeout=5
+    ) as consumer:
         await asyncio.sleep(7)
-        stage.put(*numbered(3))
+        rabbit.put(*numbered(3))
         await asyncio.sleep(4)
-        stage.put(b"3")
+        rabbit.put(b"3")
         await asyncio.sleep(3)
-        stage.put(b"4")
+        rabbit.put(b"4")
         await asyncio.sleep(1.5)
         assert [numbered(3)] == consumer.batches
         await asyncio.sleep(1)
@@ -44,48 +46,48 @@ async def test_the_age_of_a_batch_runs_from_its_own_first_message(stage):
     assert [7, 16] == consumer.times
 
 
-async def test_a_batch_goes_on_growing_while_nobody_is_free(stage):
+async def test_a_batch_goes_on_growing_while_nobody_is_free(rabbit):
     """It is cut when a handler is free, with what has come by then, due long ago or not."""
-    witness = Witness()
-    consumer = Scribe(
-        taking(10), transport=stage.transport, observers=[witness], batch_size=5, batch_timeout=1
+    recorder = EventRecorder()
+    consumer = RecordingConsumer(
+        taking(10), transport=rabbit.transport, observers=[recorder], batch_size=5, batch_timeout=1
     )
     async with consumer:
-        stage.put(b"0")
+        rabbit.put(b"0")
         await asyncio.sleep(2)
-        stage.put(b"1")
+        rabbit.put(b"1")
         await asyncio.sleep(3)
-        stage.put(b"2")
+        rabbit.put(b"2")
         await asyncio.sleep(4)
-        stage.put(b"3")
+        rabbit.put(b"3")
         await asyncio.sleep(20)
     assert [[b"0"], [b"1", b"2", b"3"]] == consumer.batches
     assert [1, 11] == consumer.times
-    assert [1, 9] == [event.waited for event in witness.of(BatchCut)]
+    assert [1, 9] == [event.waited for event in recorder.of(BatchCut)]
 
 
-async def test_a_batch_is_cut_at_what_prefetch_allows(stage):
+async def test_a_batch_is_cut_at_what_prefetch_allows(rabbit):
     """A batch that can never be full does not wait for the time-out."""
-    stage.put(*numbered(8))
-    witness = Witness()
-    async with Scribe(
-        transport=stage.transport,
-        observers=[witness],
+    rabbit.put(*numbered(8))
+    recorder = EventRecorder()
+    async with RecordingConsumer(
+        transport=rabbit.transport,
+        observers=[recorder],
         batch_size=100,
         prefetch_count=4,
         batch_timeout=60,
     ) as consumer:
         await asyncio.sleep(1)
         assert [numbered(4), numbered(4, 4)] == consumer.batches
-        assert {Trigger.PREFETCH} == {event.trigger for event in witness.of(BatchCut)}
+        assert {Trigger.PREFETCH} == {event.trigger for event in recorder.of(BatchCut)}
 
 
-async def test_what_is_in_a_handlers_hands_counts_against_prefetch(stage):
+async def test_what_is_in_a_handlers_hands_counts_against_prefetch(rabbit):
     """Two handlers, a prefetch of six, batches of four: the second gets the two that remain."""
-    stage.put(*numbered(8))
-    async with Scribe(
+    rabbit.put(*numbered(8))
+    async with RecordingConsumer(
         taking(10),
-        transport=stage.transport,
+        transport=rabbit.transport,
         batch_size=4,
         prefetch_count=6,
         batch_timeout=60,
@@ -95,11 +97,11 @@ async def test_what_is_in_a_handlers_hands_counts_against_prefetch(stage):
         assert [numbered(4), numbered(2, 4)] == consumer.batches
 
 
-async def test_without_a_limit_nothing_but_time_cuts_a_short_batch(stage):
+async def test_without_a_limit_nothing_but_time_cuts_a_short_batch(rabbit):
     """`prefetch_count=0` is no limit, and can never be reached."""
-    stage.put(*numbered(20))
-    async with Scribe(
-        transport=stage.transport, batch_size=100, prefetch_count=0, batch_timeout=60
+    rabbit.put(*numbered(20))
+    async with RecordingConsumer(
+        transport=rabbit.transport, batch_size=100, prefetch_count=0, batch_timeout=60
     ) as consumer:
         await asyncio.sleep(59)
         assert [] == consumer.batches
@@ -107,37 +109,37 @@ async def test_without_a_limit_nothing_but_time_cuts_a_short_batch(stage):
         assert [numbered(20)] == consumer.batches
 
 
-async def test_left_unset_prefetch_lets_one_batch_fill_while_others_are_handled(stage):
+async def test_left_unset_prefetch_lets_one_batch_fill_while_others_are_handled(rabbit):
     """`batch_size × (concurrency + 1)` messages are fetched, and no more."""
-    stage.put(*numbered(100))
-    async with Scribe(
-        taking(10), transport=stage.transport, batch_size=20, concurrency=2
+    rabbit.put(*numbered(100))
+    async with RecordingConsumer(
+        taking(10), transport=rabbit.transport, batch_size=20, concurrency=2
     ) as consumer:
         await asyncio.sleep(1)
-        assert numbered(60) == stage.out()
+        assert numbered(60) == rabbit.unsettled()
         assert 40 == consumer.status().workers[0].in_hand
         assert 20 == consumer.status().workers[0].buffered
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
-async def test_messages_come_oldest_first_and_each_once(stage, size):
+async def test_messages_come_oldest_first_and_each_once(rabbit, size):
     """Whatever the batches' size."""
-    stage.put(*numbered(17))
-    async with Scribe(transport=stage.transport, batch_size=size) as consumer:
+    rabbit.put(*numbered(17))
+    async with RecordingConsumer(transport=rabbit.transport, batch_size=size) as consumer:
         await asyncio.sleep(6)
     assert numbered(17) == consumer.handled
     assert all(0 < len(batch) <= size for batch in consumer.batches)
 
 
-async def test_a_stop_hands_over_what_was_being_collected(stage):
+async def test_a_stop_hands_over_what_was_being_collected(rabbit):
     """Nobody waits for the time-out of a batch that cannot grow any more."""
-    witness = Witness()
-    stage.put(*numbered(3))
-    consumer = Scribe(transport=stage.transport, observers=[witness], batch_timeout=60)
+    recorder = EventRecorder()
+    rabbit.put(*numbered(3))
+    consumer = RecordingConsumer(transport=rabbit.transport, observers=[recorder], batch_timeout=60)
     async with consumer:
         await asyncio.sleep(1)
         assert [] == consumer.batches
     assert [numbered(3)] == consumer.batches
     assert [1] == consumer.times
-    assert [Trigger.DRAIN] == [event.trigger for event in witness.of(BatchCut)]
-    assert [] == stage.waiting()
+    assert [Trigger.DRAIN] == [event.trigger for event in recorder.of(BatchCut)]
+    assert [] == rabbit.waiting()

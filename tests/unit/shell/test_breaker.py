@@ -13,15 +13,14 @@ from aio_pika_batch import ConfigurationError, SessionLost, WorkerState
 from aio_pika_batch.adapters.memory import ConnectFault, EventKind
 from aio_pika_batch.observer import BreakerClosed, BreakerOpened, BreakerProbing, Connected, Lost
 from aio_pika_batch.testing import virtual_time
-from tests.unit.shell.doubles import ScriptedTransport, at_once, never, raising
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     NACK,
     REQUEUE,
     REQUEUE_IMMEDIATE,
-    Scribe,
-    Stage,
-    Witness,
+    EventRecorder,
+    QueueBroker,
+    RecordingConsumer,
     ack,
     answering,
     first_then,
@@ -29,6 +28,7 @@ from tests.unit.shell.stage import (
     settings,
     taking,
 )
+from tests.unit.shell.scripted_transport import ScriptedTransport, at_once, never, raising
 
 BREAKER = {
     "breaker_threshold": 0.5,
@@ -67,19 +67,19 @@ def state(consumer):
     return consumer.status().workers[0].state
 
 
-def opened(witness):
+def opened(recorder):
     """When a breaker opened, as (failed, samples, pause)."""
-    return [(each.failed, each.samples, each.pause) for each in witness.of(BreakerOpened)]
+    return [(each.failed, each.samples, each.pause) for each in recorder.of(BreakerOpened)]
 
 
 async def test_a_trip_cancels_finishes_returns_and_comes_back(jitter):
     """In this order; all that was not started goes back by one nack; one message at a time then."""
     script = ScriptedTransport()
-    witness = Witness()
-    consumer = Scribe(
+    recorder = EventRecorder()
+    consumer = RecordingConsumer(
         first_then(failing, ack),
         transport=script,
-        observers=[witness],
+        observers=[recorder],
         prefetch_count=20,
         **BREAKER,
     )
@@ -110,19 +110,19 @@ async def test_a_trip_cancels_finishes_returns_and_comes_back(jitter):
     ] == list(zip(script.times("settle"), script.details("settle"), strict=True))[:2]
     assert [1] == script.times("leave")[:1]
     assert [0, 31, 40] == script.times("open")
-    assert [(4, 4, 30)] == opened(witness)
+    assert [(4, 4, 30)] == opened(recorder)
     assert [BreakerOpened, BreakerProbing, BreakerClosed] == [
-        type(event) for _, event in witness.seen if type(event).__name__.startswith("Breaker")
+        type(event) for _, event in recorder.seen if type(event).__name__.startswith("Breaker")
     ]
-    assert [1, 2, 3] == [event.epoch for event in witness.of(Connected)]
-    assert [] == witness.of(Lost)
+    assert [1, 2, 3] == [event.epoch for event in recorder.of(Connected)]
+    assert [] == recorder.of(Lost)
 
 
-async def test_an_outage_costs_one_attempt_for_each_pause(stage, jitter):
+async def test_an_outage_costs_one_attempt_for_each_pause(rabbit, jitter):
     """Pauses grow while it lasts; after it everything is handled, and nothing is lost."""
     down_until = 385
-    witness = Witness()
-    stage.put(*numbered(40))
+    recorder = EventRecorder()
+    rabbit.put(*numbered(40))
 
     async def answer(messages):
         if now() < down_until:
@@ -130,7 +130,9 @@ async def test_an_outage_costs_one_attempt_for_each_pause(stage, jitter):
         for _ in messages:
             yield ACK
 
-    consumer = Scribe(answer, transport=stage.transport, observers=[witness], **BREAKER)
+    consumer = RecordingConsumer(
+        answer, transport=rabbit.transport, observers=[recorder], **BREAKER
+    )
     async with consumer:
         await asyncio.sleep(down_until)
         assert [4, 1, 1, 1, 1] == [len(batch) for batch in consumer.batches]
@@ -138,11 +140,11 @@ async def test_an_outage_costs_one_attempt_for_each_pause(stage, jitter):
         assert [0, 30, 90, 190, 290] == consumer.times
         assert consumer.is_healthy
         await asyncio.sleep(60)
-    assert [30, 60, 100, 100, 100] == [pause for _, _, pause in opened(witness)]
-    assert set(numbered(40)) == {event.body for event in stage.broker.journal.of(EventKind.ACKED)}
-    assert [] == stage.waiting()
-    assert [] == stage.out()
-    assert 1 == len(witness.of(BreakerClosed))
+    assert [30, 60, 100, 100, 100] == [pause for _, _, pause in opened(recorder)]
+    assert set(numbered(40)) == {event.body for event in rabbit.broker.journal.of(EventKind.ACKED)}
+    assert [] == rabbit.waiting()
+    assert [] == rabbit.unsettled()
+    assert 1 == len(recorder.of(BreakerClosed))
 
 
 @pytest.mark.parametrize(
@@ -158,102 +160,104 @@ async def test_an_outage_costs_one_attempt_for_each_pause(stage, jitter):
     ],
     ids=["raises", "requeues", "immediately", "nacks by default", "ends early", "late", "nonsense"],
 )
-async def test_whatever_fails_counts(stage, jitter, handler, given):
+async def test_whatever_fails_counts(rabbit, jitter, handler, given):
     """And is the reason to pause."""
-    stage.put(*numbered(20))
-    consumer = Scribe(handler, transport=stage.transport, **BREAKER | given)
+    rabbit.put(*numbered(20))
+    consumer = RecordingConsumer(handler, transport=rabbit.transport, **BREAKER | given)
     async with consumer:
         await asyncio.sleep(10)
         assert WorkerState.PAUSED is state(consumer)
         assert 1 == len(consumer.batches)
-        assert [] == stage.out()
+        assert [] == rabbit.unsettled()
 
 
 @pytest.mark.parametrize("result", [ACK, NACK])
-async def test_a_verdict_on_a_message_does_not(stage, result):
+async def test_a_verdict_on_a_message_does_not(rabbit, result):
     """A handler that NACKs has done its work."""
-    stage.put(*numbered(20))
-    consumer = Scribe(always(result), transport=stage.transport, **BREAKER)
+    rabbit.put(*numbered(20))
+    consumer = RecordingConsumer(always(result), transport=rabbit.transport, **BREAKER)
     async with consumer:
         await asyncio.sleep(10)
         assert WorkerState.CONSUMING is state(consumer)
-    assert [] == stage.waiting()
+    assert [] == rabbit.waiting()
 
 
-async def test_neither_does_an_exception_that_stands_for_a_verdict(stage):
+async def test_neither_does_an_exception_that_stands_for_a_verdict(rabbit):
     """`exception_results` says that it is the message's fault."""
 
-    class Strict(Scribe):
+    class Strict(RecordingConsumer):
         exception_results: ClassVar = {ConnectionError: NACK}
 
-    stage.put(*numbered(20))
-    async with Strict(failing, transport=stage.transport, **BREAKER) as consumer:
+    rabbit.put(*numbered(20))
+    async with Strict(failing, transport=rabbit.transport, **BREAKER) as consumer:
         await asyncio.sleep(10)
         assert WorkerState.CONSUMING is state(consumer)
-    assert [] == stage.waiting()
+    assert [] == rabbit.waiting()
 
 
-async def test_an_exception_that_stands_for_success_is_one(stage, jitter):
+async def test_an_exception_that_stands_for_success_is_one(rabbit, jitter):
     """It closes a breaker, too: nobody cares how the handler said so."""
 
-    class Idempotent(Scribe):
+    class Idempotent(RecordingConsumer):
         exception_results: ClassVar = {KeyError: ACK}
 
-    stage.put(*numbered(8))
+    rabbit.put(*numbered(8))
     consumer = Idempotent(
         first_then(failing, answering(error=KeyError("done before"))),
-        transport=stage.transport,
+        transport=rabbit.transport,
         **BREAKER,
     )
     async with consumer:
         await asyncio.sleep(40)
         assert WorkerState.CONSUMING is state(consumer)
-    assert [] == stage.waiting()
+    assert [] == rabbit.waiting()
 
 
-async def test_what_was_before_the_window_does_not_count(stage, jitter):
+async def test_what_was_before_the_window_does_not_count(rabbit, jitter):
     """A good morning is no excuse."""
-    stage.put(*numbered(100))
-    witness = Witness()
-    consumer = Scribe(transport=stage.transport, observers=[witness], breaker_window=10, **BREAKER)
+    rabbit.put(*numbered(100))
+    recorder = EventRecorder()
+    consumer = RecordingConsumer(
+        transport=rabbit.transport, observers=[recorder], breaker_window=10, **BREAKER
+    )
     async with consumer:
         await asyncio.sleep(20)
         consumer.answer = failing
-        stage.put(*numbered(4))
+        rabbit.put(*numbered(4))
         await asyncio.sleep(1)
-        assert [(4, 4, 30)] == opened(witness)
+        assert [(4, 4, 30)] == opened(recorder)
 
 
-async def test_a_share_below_the_threshold_does_not(stage, jitter):
+async def test_a_share_below_the_threshold_does_not(rabbit, jitter):
     """One in four fails, and half of them may."""
-    stage.put(*numbered(40))
+    rabbit.put(*numbered(40))
 
     async def answer(messages):
         for message in messages:
             yield REQUEUE if int(message.body) % 4 == 0 and not message.retry_count else ACK
 
-    async with Scribe(answer, transport=stage.transport, **BREAKER) as consumer:
+    async with RecordingConsumer(answer, transport=rabbit.transport, **BREAKER) as consumer:
         await asyncio.sleep(10)
         assert WorkerState.CONSUMING is state(consumer)
     assert 50 == len(consumer.handled)
 
 
-async def test_a_probe_that_is_neither_success_nor_failure_is_followed_by_another(stage, jitter):
+async def test_a_probe_that_is_neither_success_nor_failure_is_followed_by_another(rabbit, jitter):
     """A NACK shows nothing: the worker goes on with one message at a time."""
-    witness = Witness()
-    stage.put(*numbered(8))
-    consumer = Scribe(
+    recorder = EventRecorder()
+    rabbit.put(*numbered(8))
+    consumer = RecordingConsumer(
         first_then(always(REQUEUE_IMMEDIATE), always(NACK), always(NACK), ack),
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         **BREAKER,
     )
     async with consumer:
         await asyncio.sleep(60)
     assert [4, 1, 1, 1] == [len(batch) for batch in consumer.batches[:4]]
     assert [30, 30, 30] == consumer.times[1:4]
-    assert 1 == len(witness.of(BreakerClosed))
-    assert [] == stage.waiting()
+    assert 1 == len(recorder.of(BreakerClosed))
+    assert [] == rabbit.waiting()
 
 
 async def slowly_failing(messages):
@@ -263,14 +267,14 @@ async def slowly_failing(messages):
         yield REQUEUE_IMMEDIATE
 
 
-async def test_what_is_settled_early_counts_early(stage):
+async def test_what_is_settled_early_counts_early(rabbit):
     """The breaker opens in mid-batch; the batch goes on to its end, and all of it is settled."""
-    witness = Witness()
-    stage.put(*numbered(12))
-    consumer = Scribe(
+    recorder = EventRecorder()
+    rabbit.put(*numbered(12))
+    consumer = RecordingConsumer(
         slowly_failing,
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         settle="yield",
         **BREAKER | {"batch_size": 6},
     )
@@ -279,20 +283,20 @@ async def test_what_is_settled_early_counts_early(stage):
         assert WorkerState.CONSUMING is state(consumer)
         await asyncio.sleep(1)
         assert WorkerState.PAUSED is state(consumer)
-        assert [(4, 4, 30)] == opened(witness)
+        assert [(4, 4, 30)] == opened(recorder)
         await asyncio.sleep(5)
-        assert [] == stage.out()
-        assert set(numbered(12)) == set(stage.waiting())
+        assert [] == rabbit.unsettled()
+        assert set(numbered(12)) == set(rabbit.waiting())
     assert [numbered(6)] == consumer.batches
-    assert [] == witness.of(Lost)
+    assert [] == recorder.of(Lost)
 
 
-async def test_what_is_settled_early_counts_once(stage):
+async def test_what_is_settled_early_counts_once(rabbit):
     """Not again at the end of its batch."""
-    stage.put(*numbered(3))
-    consumer = Scribe(
+    rabbit.put(*numbered(3))
+    consumer = RecordingConsumer(
         first_then(slowly_failing, ack),
-        transport=stage.transport,
+        transport=rabbit.transport,
         settle="yield",
         **BREAKER | {"breaker_threshold": 1.0},
     )
@@ -301,10 +305,10 @@ async def test_what_is_settled_early_counts_once(stage):
         assert WorkerState.CONSUMING is state(consumer)
 
 
-async def test_a_culprit_that_is_found_alone_counts_alone(stage):
+async def test_a_culprit_that_is_found_alone_counts_alone(rabbit):
     """The others of its batch have succeeded, on their own."""
-    witness = Witness()
-    stage.put(*numbered(8))
+    recorder = EventRecorder()
+    rabbit.put(*numbered(8))
 
     async def picky(messages):
         if b"2" in [message.body for message in messages]:
@@ -312,52 +316,54 @@ async def test_a_culprit_that_is_found_alone_counts_alone(stage):
         for _ in messages:
             yield ACK
 
-    consumer = Scribe(
+    consumer = RecordingConsumer(
         picky,
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         isolate_failures=True,
         **BREAKER | {"max_requeue_attempts": 0},
     )
     async with consumer:
         await asyncio.sleep(10)
         assert WorkerState.CONSUMING is state(consumer)
-    assert [] == opened(witness)
+    assert [] == opened(recorder)
 
 
-async def test_what_is_retried_in_place_counts_and_goes_back_in_a_pause(stage, jitter):
+async def test_what_is_retried_in_place_counts_and_goes_back_in_a_pause(rabbit, jitter):
     """With `ordered_by_key` a failure is held; in a pause nothing is, and the order stays."""
-    witness = Witness()
+    recorder = EventRecorder()
 
-    class Ordered(Scribe):
+    class Ordered(RecordingConsumer):
         def batch_key(self, message):
             return int(message.body) % 2
 
-    stage.put(*numbered(12))
+    rabbit.put(*numbered(12))
     consumer = Ordered(
         first_then(always(REQUEUE), ack),
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         ordered_by_key=True,
         **BREAKER,
     )
     async with consumer:
         await asyncio.sleep(10)
-        assert [(4, 4, 30)] == opened(witness)
-        assert [] == stage.out()
-        assert numbered(12) == stage.waiting()
+        assert [(4, 4, 30)] == opened(recorder)
+        assert [] == rabbit.unsettled()
+        assert numbered(12) == rabbit.waiting()
         await asyncio.sleep(60)
         assert WorkerState.CONSUMING is state(consumer)
-    assert [] == stage.waiting()
+    assert [] == rabbit.waiting()
     went_well = [int(body) for batch in consumer.batches[1:] for body in batch]
     assert [1, 3, 5, 7, 9, 11] == [each for each in went_well if each % 2]
     assert [0, 2, 4, 6, 8, 10] == [each for each in went_well if not each % 2]
 
 
-async def test_off_by_default(stage, jitter):
+async def test_off_by_default(rabbit, jitter):
     """A consumer that nobody told otherwise goes on failing."""
-    stage.put(*numbered(40))
-    async with Scribe(failing, transport=stage.transport, max_requeue_attempts=1) as consumer:
+    rabbit.put(*numbered(40))
+    async with RecordingConsumer(
+        failing, transport=rabbit.transport, max_requeue_attempts=1
+    ) as consumer:
         await asyncio.sleep(10)
         assert WorkerState.CONSUMING is state(consumer)
     assert 80 == len(consumer.handled)
@@ -366,7 +372,9 @@ async def test_off_by_default(stage, jitter):
 async def test_between_pause_and_probe_and_after_it_a_worker_is_well(jitter):
     """Opening a session takes time; nothing is wrong meanwhile."""
     script = ScriptedTransport()
-    consumer = Scribe(first_then(failing, ack), transport=script, prefetch_count=20, **BREAKER)
+    consumer = RecordingConsumer(
+        first_then(failing, ack), transport=script, prefetch_count=20, **BREAKER
+    )
     async with consumer:
         script.on_open = lambda *_: asyncio.sleep(5)
         script.last.feed(*numbered(4))
@@ -387,11 +395,11 @@ async def test_between_pause_and_probe_and_after_it_a_worker_is_well(jitter):
 async def test_what_comes_while_a_successful_probe_is_cancelled_is_handled(jitter, fails):
     """All is well again, so it need not go back; should it fail, the breaker opens anew."""
     script = ScriptedTransport()
-    witness = Witness()
-    consumer = Scribe(
+    recorder = EventRecorder()
+    consumer = RecordingConsumer(
         first_then(failing, ack, failing if fails else ack, ack),
         transport=script,
-        observers=[witness],
+        observers=[recorder],
         prefetch_count=20,
         **BREAKER | {"breaker_min_samples": 1},
     )
@@ -408,8 +416,8 @@ async def test_what_comes_while_a_successful_probe_is_cancelled_is_handled(jitte
         script.on_cancel = at_once
         assert [numbered(4), [b"again"], [b"late"]] == consumer.batches
         assert (WorkerState.PAUSED if fails else WorkerState.CONSUMING) is state(consumer)
-    assert [30, 30] == [pause for _, _, pause in opened(witness)] or not fails
-    assert [] == witness.of(Lost)
+    assert [30, 30] == [pause for _, _, pause in opened(recorder)] or not fails
+    assert [] == recorder.of(Lost)
 
 
 # --- each worker for itself ---------------------------------------------------------
@@ -418,7 +426,7 @@ async def test_what_comes_while_a_successful_probe_is_cancelled_is_handled(jitte
 async def test_a_pause_is_one_workers_own(jitter):
     """The others go on."""
     script = ScriptedTransport()
-    consumer = Scribe(
+    consumer = RecordingConsumer(
         first_then(failing, ack), transport=script, num_workers=2, prefetch_count=20, **BREAKER
     )
     async with consumer:
@@ -436,7 +444,7 @@ async def test_a_pause_is_one_workers_own(jitter):
 async def test_batches_at_work_finish_before_anything_is_returned():
     """They are settled as they say, and nothing new is begun meanwhile."""
     script = ScriptedTransport()
-    consumer = Scribe(
+    consumer = RecordingConsumer(
         first_then(taking(10), always(REQUEUE_IMMEDIATE)),
         transport=script,
         concurrency=2,
@@ -458,12 +466,12 @@ async def test_batches_at_work_finish_before_anything_is_returned():
         assert [4, 4] == [len(batch) for batch in consumer.batches]
 
 
-async def test_a_late_success_of_a_batch_at_work_does_not_end_the_pause(stage, jitter):
+async def test_a_late_success_of_a_batch_at_work_does_not_end_the_pause(rabbit, jitter):
     """It was begun before; a probe will tell."""
-    stage.put(*numbered(20))
-    consumer = Scribe(
+    rabbit.put(*numbered(20))
+    consumer = RecordingConsumer(
         first_then(taking(10), always(REQUEUE)),
-        transport=stage.transport,
+        transport=rabbit.transport,
         concurrency=2,
         **BREAKER,
     )
@@ -476,24 +484,26 @@ async def test_a_late_success_of_a_batch_at_work_does_not_end_the_pause(stage, j
 
 
 @pytest.mark.parametrize("after", [0.5, 29])
-async def test_a_stop_ends_a_pause_at_once(stage, jitter, after):
+async def test_a_stop_ends_a_pause_at_once(rabbit, jitter, after):
     """And leaves everything in the queue."""
-    witness = Witness()
-    stage.put(*numbered(20))
-    consumer = Scribe(failing, transport=stage.transport, observers=[witness], **BREAKER)
+    recorder = EventRecorder()
+    rabbit.put(*numbered(20))
+    consumer = RecordingConsumer(
+        failing, transport=rabbit.transport, observers=[recorder], **BREAKER
+    )
     await consumer.start()
     await asyncio.sleep(after)
     assert WorkerState.PAUSED is state(consumer)
     await consumer.stop()
     assert after == now()
-    assert [] == witness.of(BreakerProbing)
-    assert set(numbered(20)) == set(stage.waiting())
+    assert [] == recorder.of(BreakerProbing)
+    assert set(numbered(20)) == set(rabbit.waiting())
 
 
 async def test_a_stop_while_the_buffer_is_on_its_way_back_has_its_own_deadline():
     """A handler without an end is cut off, as in any drain."""
     script = ScriptedTransport()
-    consumer = Scribe(
+    consumer = RecordingConsumer(
         first_then(taking(3600), always(REQUEUE_IMMEDIATE)),
         transport=script,
         concurrency=2,
@@ -519,7 +529,9 @@ async def test_a_stop_while_the_buffer_is_on_its_way_back_has_its_own_deadline()
 async def test_a_silent_broker_does_not_keep_a_stop_waiting(step):
     """Whatever it does not answer when the breaker has opened."""
     script = ScriptedTransport()
-    consumer = Scribe(failing, transport=script, prefetch_count=20, shutdown_timeout=20, **BREAKER)
+    consumer = RecordingConsumer(
+        failing, transport=script, prefetch_count=20, shutdown_timeout=20, **BREAKER
+    )
     await consumer.start()
     setattr(script, step, never)
     script.last.feed(*numbered(6))
@@ -535,8 +547,10 @@ async def test_a_session_that_is_lost_when_the_breaker_opens_does_not_shorten_th
 ):
     """Its messages come back by themselves; the pause is for those as well."""
     script = ScriptedTransport()
-    witness = Witness()
-    consumer = Scribe(failing, transport=script, observers=[witness], prefetch_count=20, **BREAKER)
+    recorder = EventRecorder()
+    consumer = RecordingConsumer(
+        failing, transport=script, observers=[recorder], prefetch_count=20, **BREAKER
+    )
     async with consumer:
         setattr(script, step, raising(SessionLost("cut")))
         script.last.feed(*numbered(6))
@@ -544,7 +558,7 @@ async def test_a_session_that_is_lost_when_the_breaker_opens_does_not_shorten_th
         assert WorkerState.PAUSED is state(consumer)
         assert consumer.is_healthy
         assert 1 == len(script.sessions)
-        assert 1 == len(witness.of(Lost))
+        assert 1 == len(recorder.of(Lost))
         await asyncio.sleep(2)
         assert WorkerState.PROBING is state(consumer)
         assert [0, 30] == script.times("open")
@@ -555,7 +569,7 @@ async def test_a_session_that_is_lost_when_the_breaker_opens_does_not_shorten_th
 async def test_a_handler_that_ignores_its_cancellation_does_not_hold_up_the_pause(jitter, silent):
     """Its session is given up, as ever; it counts against `concurrency` until it ends."""
     script = ScriptedTransport()
-    witness = Witness()
+    recorder = EventRecorder()
 
     async def stubborn(messages):
         while now() < 60:
@@ -566,10 +580,10 @@ async def test_a_handler_that_ignores_its_cancellation_does_not_hold_up_the_paus
         for _ in messages:
             yield ACK
 
-    consumer = Scribe(
+    consumer = RecordingConsumer(
         first_then(stubborn, failing, ack),
         transport=script,
-        observers=[witness],
+        observers=[recorder],
         concurrency=2,
         prefetch_count=20,
         process_timeout=10,
@@ -580,7 +594,7 @@ async def test_a_handler_that_ignores_its_cancellation_does_not_hold_up_the_paus
             script.on_cancel = never
         script.last.feed(*numbered(8))
         await asyncio.sleep(16)
-        [lost] = witness.of(Lost)
+        [lost] = recorder.of(Lost)
         assert "its session is given up" in str(lost.error)
         script.on_cancel = at_once
         assert ["leave"] == [step for step in script.steps if step == "leave"]
@@ -591,43 +605,45 @@ async def test_a_handler_that_ignores_its_cancellation_does_not_hold_up_the_paus
         await asyncio.sleep(20)
 
 
-async def test_a_probe_survives_the_loss_of_its_session(stage, jitter):
+async def test_a_probe_survives_the_loss_of_its_session(rabbit, jitter):
     """The next session takes one message at a time, too; without a broker it is not healthy."""
-    stage.put(*numbered(8))
-    consumer = Scribe(
-        first_then(failing, taking(20)), transport=stage.transport, prefetch_count=20, **BREAKER
+    rabbit.put(*numbered(8))
+    consumer = RecordingConsumer(
+        first_then(failing, taking(20)), transport=rabbit.transport, prefetch_count=20, **BREAKER
     )
     async with consumer:
         await asyncio.sleep(35)
         assert WorkerState.PROBING is state(consumer)
-        stage.broker.faults.connect_fault = ConnectFault.UNREACHABLE
-        stage.broker.cut()
+        rabbit.broker.faults.connect_fault = ConnectFault.UNREACHABLE
+        rabbit.broker.cut()
         await asyncio.sleep(5)
         assert not consumer.is_healthy
-        stage.broker.faults.connect_fault = ConnectFault.NONE
+        rabbit.broker.faults.connect_fault = ConnectFault.NONE
         await asyncio.sleep(5)
         assert WorkerState.PROBING is state(consumer)
-        assert 1 == len(stage.out())
+        assert 1 == len(rabbit.unsettled())
         await asyncio.sleep(60)
         assert WorkerState.CONSUMING is state(consumer)
 
 
-async def test_results_for_a_session_that_is_gone_do_not_count(stage, jitter):
+async def test_results_for_a_session_that_is_gone_do_not_count(rabbit, jitter):
     """Their messages are handled again, and count then."""
-    stage.put(*numbered(4))
-    consumer = Scribe(first_then(taking(5, failing), ack), transport=stage.transport, **BREAKER)
+    rabbit.put(*numbered(4))
+    consumer = RecordingConsumer(
+        first_then(taking(5, failing), ack), transport=rabbit.transport, **BREAKER
+    )
     async with consumer:
         await asyncio.sleep(1)
-        stage.broker.cut()
+        rabbit.broker.cut()
         await asyncio.sleep(10)
         assert WorkerState.CONSUMING is state(consumer)
 
 
-async def test_hooks_are_called_for_each_session_and_see_nothing_else(stage, jitter):
+async def test_hooks_are_called_for_each_session_and_see_nothing_else(rabbit, jitter):
     """A pause is no error to them."""
     seen = []
 
-    class Hooked(Scribe):
+    class Hooked(RecordingConsumer):
         async def on_session(self, session):
             seen.append((session.epoch, now()))
 
@@ -635,11 +651,11 @@ async def test_hooks_are_called_for_each_session_and_see_nothing_else(stage, jit
             await super()._run_internal(**given)
             seen.append("over")
 
-    stage.put(*numbered(8))
-    async with Hooked(first_then(failing, ack), transport=stage.transport, **BREAKER):
+    rabbit.put(*numbered(8))
+    async with Hooked(first_then(failing, ack), transport=rabbit.transport, **BREAKER):
         await asyncio.sleep(40)
     assert [(1, 0), "over", (2, 30), "over", (3, 30), "over"] == seen
-    assert [] == stage.waiting()
+    assert [] == rabbit.waiting()
 
 
 @pytest.mark.parametrize(
@@ -676,8 +692,8 @@ def test_whatever_happens_everything_is_handled_in_the_end(
     """Outages, cuts and pauses in any order lose nothing, and leave nobody paused for ever."""
 
     async def story():
-        stage = Stage()
-        stage.declare()
+        rabbit = QueueBroker()
+        rabbit.declare()
 
         async def answer(messages):
             await asyncio.sleep(seconds)
@@ -687,9 +703,9 @@ def test_whatever_happens_everything_is_handled_in_the_end(
             for _ in messages:
                 yield result if is_down else ACK
 
-        consumer = Scribe(
+        consumer = RecordingConsumer(
             answer,
-            transport=stage.transport,
+            transport=rabbit.transport,
             **BREAKER
             | {
                 "batch_size": size,
@@ -702,17 +718,17 @@ def test_whatever_happens_everything_is_handled_in_the_end(
         async def cut():
             for at in sorted(cuts):
                 await asyncio.sleep(at - now())
-                stage.broker.cut()
+                rabbit.broker.cut()
 
-        stage.put(*numbered(count))
+        rabbit.put(*numbered(count))
         async with consumer:
             cutting = asyncio.create_task(cut())
             await asyncio.sleep(1500)
             await cutting
             assert consumer.is_healthy
-            assert [] == stage.out()
-        acked = {each.body for each in stage.broker.journal.of(EventKind.ACKED)}
+            assert [] == rabbit.unsettled()
+        acked = {each.body for each in rabbit.broker.journal.of(EventKind.ACKED)}
         assert set(numbered(count)) == acked
-        assert [] == stage.waiting()
+        assert [] == rabbit.waiting()
 
     virtual_time.run(story())

@@ -7,12 +7,12 @@ import asyncio
 import pytest
 
 from aio_pika_batch.adapters.memory import EventKind
-from tests.unit.shell.doubles import ScriptedTransport, never
-from tests.unit.shell.stage import ACK, Clerk, Scribe, ack, numbered, taking
+from tests.unit.shell.helpers import ACK, RecordingConsumer, SingleConsumer, ack, numbered, taking
+from tests.unit.shell.scripted_transport import ScriptedTransport, never
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 4])
-async def test_at_most_concurrency_handlers_run_at_once(stage, concurrency):
+async def test_at_most_concurrency_handlers_run_at_once(rabbit, concurrency):
     """And as many as there is work for."""
     running, most = 0, []
 
@@ -25,16 +25,16 @@ async def test_at_most_concurrency_handlers_run_at_once(stage, concurrency):
         for _ in messages:
             yield ACK
 
-    stage.put(*numbered(16))
-    async with Scribe(
-        answer, transport=stage.transport, batch_size=2, concurrency=concurrency
+    rabbit.put(*numbered(16))
+    async with RecordingConsumer(
+        answer, transport=rabbit.transport, batch_size=2, concurrency=concurrency
     ) as consumer:
         await asyncio.sleep(100)
     assert concurrency == max(most)
     assert [10.0 * (n // concurrency) for n in range(8)] == consumer.times
 
 
-async def test_a_quick_batch_is_settled_while_a_slow_one_is_handled(stage):
+async def test_a_quick_batch_is_settled_while_a_slow_one_is_handled(rabbit):
     """Nobody waits for another batch's handler."""
 
     async def answer(messages):
@@ -43,58 +43,60 @@ async def test_a_quick_batch_is_settled_while_a_slow_one_is_handled(stage):
         for _ in messages:
             yield ACK
 
-    stage.put(*numbered(4))
-    async with Scribe(answer, transport=stage.transport, batch_size=2, concurrency=2):
+    rabbit.put(*numbered(4))
+    async with RecordingConsumer(answer, transport=rabbit.transport, batch_size=2, concurrency=2):
         await asyncio.sleep(1)
-        assert [b"0", b"1"] == stage.out()
-        assert [0, 0] == stage.times(EventKind.ACKED)
+        assert [b"0", b"1"] == rabbit.unsettled()
+        assert [0, 0] == rabbit.times(EventKind.ACKED)
 
 
 async def test_the_next_batch_starts_while_one_is_being_settled():
     """A slot is free as soon as its handler is done, whatever the broker still has to be told."""
     script = ScriptedTransport()
     script.on_settle = lambda *_: asyncio.sleep(5)
-    async with Scribe(taking(1), transport=script, batch_size=2) as consumer:
+    async with RecordingConsumer(taking(1), transport=script, batch_size=2) as consumer:
         script.last.feed(*numbered(4))
         await asyncio.sleep(10)
     assert [0, 1] == consumer.times
 
 
-async def test_single_messages_run_side_by_side(stage):
+async def test_single_messages_run_side_by_side(rabbit):
     """`Consumer.process_message`, `concurrency` of them at once; one by one unless said so."""
     for concurrency, seconds in ((1, 30), (3, 10)):
-        stage.put(*numbered(3))
+        rabbit.put(*numbered(3))
 
         async def answer(message):
             await asyncio.sleep(10)
             return ACK
 
         began = asyncio.get_running_loop().time()
-        async with Clerk(answer, transport=stage.transport, concurrency=concurrency):
+        async with SingleConsumer(answer, transport=rabbit.transport, concurrency=concurrency):
             await asyncio.sleep(seconds - 1)
-            assert stage.out()
+            assert rabbit.unsettled()
             await asyncio.sleep(2)
-            assert [] == stage.out()
-        assert seconds + began == stage.times(EventKind.ACKED)[-1]
+            assert [] == rabbit.unsettled()
+        assert seconds + began == rabbit.times(EventKind.ACKED)[-1]
 
 
-async def test_workers_share_the_queue_each_with_a_connection_of_its_own(stage):
+async def test_workers_share_the_queue_each_with_a_connection_of_its_own(rabbit):
     """`num_workers` consumers, and one connection for each of them."""
-    async with Scribe(ack, transport=stage.transport, num_workers=3, prefetch_count=2) as consumer:
-        assert 3 == len(set(stage.broker.consumers("jobs")))
-        assert 3 == len(stage.broker.connections)
+    async with RecordingConsumer(
+        ack, transport=rabbit.transport, num_workers=3, prefetch_count=2
+    ) as consumer:
+        assert 3 == len(set(rabbit.broker.consumers("jobs")))
+        assert 3 == len(rabbit.broker.connections)
         assert [0, 1, 2] == [worker.index for worker in consumer.status().workers]
         consumer.answer = taking(60)
-        stage.put(*numbered(9))
+        rabbit.put(*numbered(9))
         await asyncio.sleep(6)
         assert [2, 2, 2] == [worker.in_hand for worker in consumer.status().workers]
-    assert [] == stage.broker.connections
+    assert [] == rabbit.broker.connections
 
 
 async def test_one_workers_trouble_is_not_anothers():
     """The others go on while one reconnects."""
     script = ScriptedTransport()
-    async with Scribe(transport=script, num_workers=2, batch_size=1) as consumer:
+    async with RecordingConsumer(transport=script, num_workers=2, batch_size=1) as consumer:
         first, second = script.sessions
         script.on_open = never
         first.end()

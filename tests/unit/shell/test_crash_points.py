@@ -15,13 +15,13 @@ import pytest
 from aio_pika_batch import Requeue
 from aio_pika_batch.adapters.memory import ConnectFault, EventKind, PublishFault
 from aio_pika_batch.adapters.memory.session import MemorySession
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     NACK,
     QUEUE,
     REQUEUE,
     REQUEUE_IMMEDIATE,
-    Scribe,
+    RecordingConsumer,
     answering,
     taking,
 )
@@ -67,11 +67,11 @@ async def kill(broker, consumer):
 
 @pytest.mark.parametrize(("point", "at"), [(POINTS[0], 1.0), *((each, 6.0) for each in POINTS)])
 @pytest.mark.parametrize("result", RESULTS)
-async def test_what_is_there_after_a_crash(stage, monkeypatch, result, point, at):
+async def test_what_is_there_after_a_crash(rabbit, monkeypatch, result, point, at):
     """As the table says: the original, a copy, a dead letter, two of them, or nothing."""
     said = CELLS[result][POINTS.index(point)]
     answer, given = RESULTS[result]
-    broker = stage.broker
+    broker = rabbit.broker
     handler = answering(answer)
     match point:
         case "in your handler, or before":
@@ -93,8 +93,8 @@ async def test_what_is_there_after_a_crash(stage, monkeypatch, result, point, at
             pass
         case _:
             pytest.fail(f"nobody plays {point!r}")
-    stage.put(b"it")
-    consumer = Scribe(handler, transport=stage.transport, shutdown_timeout=0.1, **given)
+    rabbit.put(b"it")
+    consumer = RecordingConsumer(handler, transport=rabbit.transport, shutdown_timeout=0.1, **given)
     await consumer.start()
     await asyncio.sleep(at)
     if said == "–":

@@ -19,7 +19,7 @@ from aio_pika_batch.dead_letters import Filter, look, purge, replay
 from aio_pika_batch.errors import TopologyError, TransportError
 from aio_pika_batch.testing import virtual_time
 from aio_pika_batch.transport import VersionedTransport
-from tests.unit.shell.stage import Stage, numbered
+from tests.unit.shell.helpers import QueueBroker, numbered
 
 DLQ = "jobs.dlq"
 
@@ -41,15 +41,15 @@ def header(reason="rejected", exchange="", key="jobs", **others):
 
 def opened(version="4.3", queue_type="classic", **arguments):
     """A broker with a queue and its dead-letter queue."""
-    stage = Stage(version)
-    stage.declare()
-    stage.declare(DLQ, x_queue_type=queue_type, **arguments)
-    return stage
+    rabbit = QueueBroker(version)
+    rabbit.declare()
+    rabbit.declare(DLQ, x_queue_type=queue_type, **arguments)
+    return rabbit
 
 
-def bury(stage, *bodies, **how):
+def bury(rabbit, *bodies, **how):
     """Put letters into the dead-letter queue."""
-    stage.publish(*bodies, routing_key=DLQ, headers=header(**how))
+    rabbit.publish(*bodies, routing_key=DLQ, headers=header(**how))
 
 
 # --- looking ---------------------------------------------------------------------
@@ -59,33 +59,33 @@ def bury(stage, *bodies, **how):
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 async def test_who_looks_leaves_everything_as_it_was(version, queue_type):
     """All letters are there afterwards, in their order."""
-    stage = opened(version, queue_type)
-    bury(stage, *numbered(6))
-    looked = await look(stage.transport, DLQ, most=4)
+    rabbit = opened(version, queue_type)
+    bury(rabbit, *numbered(6))
+    looked = await look(rabbit.transport, DLQ, most=4)
     assert (6, [b"0", b"1", b"2", b"3"]) == (
         looked.ready,
         [letter.message.body for letter in looked.letters],
     )
     assert looked.ended is None
     assert {"rejected"} == {letter.death.reason for letter in looked.letters}
-    assert numbered(6) == stage.waiting(DLQ)
-    assert [] == stage.out(DLQ)
+    assert numbered(6) == rabbit.waiting(DLQ)
+    assert [] == rabbit.unsettled(DLQ)
 
 
 async def test_an_empty_queue_has_nothing_to_see():
     """Nobody consumes from it for that."""
-    stage = opened()
-    looked = await look(stage.transport, DLQ)
+    rabbit = opened()
+    looked = await look(rabbit.transport, DLQ)
     assert (0, []) == (looked.ready, list(looked.letters))
-    assert [] == stage.broker.journal.of(EventKind.CONSUMING)
+    assert [] == rabbit.broker.journal.of(EventKind.CONSUMING)
 
 
 async def test_a_queue_that_is_not_there_is_not_made():
     """Looking makes nothing."""
-    stage = opened()
+    rabbit = opened()
     with pytest.raises(TopologyError, match="nowhere"):
-        await look(stage.transport, "nowhere")
-    assert "nowhere" not in stage.broker.queues
+        await look(rabbit.transport, "nowhere")
+    assert "nowhere" not in rabbit.broker.queues
 
 
 @pytest.mark.parametrize("version", ["3.10", "4.0"])
@@ -93,39 +93,39 @@ async def test_a_letter_is_not_looked_at_until_it_is_dropped(version):
     """Within five of the limit looking is refused; however often one tries five times more, the
     letter is there.
     """
-    stage = opened(version, "quorum", x_delivery_limit=12)
-    bury(stage, b"0")
-    told = [(await look(stage.transport, DLQ)).ended for _ in range(11)]
+    rabbit = opened(version, "quorum", x_delivery_limit=12)
+    bury(rabbit, b"0")
+    told = [(await look(rabbit.transport, DLQ)).ended for _ in range(11)]
     assert [None] * 7 == told[:7]
     assert all(each is not None and "drops it after 12" in each for each in told[7:])
-    assert [b"0"] == stage.waiting(DLQ)
+    assert [b"0"] == rabbit.waiting(DLQ)
 
 
 async def test_since_4_3_looking_is_not_counted():
     """Letters go back by nack."""
-    stage = opened("4.3", "quorum", x_delivery_limit=6)
-    bury(stage, b"0")
+    rabbit = opened("4.3", "quorum", x_delivery_limit=6)
+    bury(rabbit, b"0")
     for _ in range(30):
-        looked = await look(stage.transport, DLQ)
+        looked = await look(rabbit.transport, DLQ)
         assert [b"0"] == [letter.message.body for letter in looked.letters]
 
 
 async def test_the_limit_may_be_told():
     """A policy's is not to be seen."""
-    stage = opened("4.0", "quorum", x_delivery_limit=-1)
-    bury(stage, b"0")
+    rabbit = opened("4.0", "quorum", x_delivery_limit=-1)
+    bury(rabbit, b"0")
     for _ in range(30):
-        assert (await look(stage.transport, DLQ)).ended is None
-    looked = await look(stage.transport, DLQ, delivery_limit=33)
+        assert (await look(rabbit.transport, DLQ)).ended is None
+    looked = await look(rabbit.transport, DLQ, delivery_limit=33)
     assert [] == list(looked.letters)
-    assert [b"0"] == stage.waiting(DLQ)
+    assert [b"0"] == rabbit.waiting(DLQ)
 
 
 async def test_what_is_with_somebody_else_is_not_waited_for():
     """They may have it for ever."""
-    stage = opened()
-    bury(stage, *numbered(3))
-    transport = stage.transport
+    rabbit = opened()
+    bury(rabbit, *numbered(3))
+    transport = rabbit.transport
     count = transport.count
 
     async def too_many(queue):
@@ -140,24 +140,24 @@ async def test_what_is_with_somebody_else_is_not_waited_for():
 class Modest:
     """A transport that can do what every transport can, and nothing else."""
 
-    def __init__(self, stage):
-        self._transport = stage.transport
-        self.declare = stage.transport.declare
-        self.session = stage.transport.session
-        self.publisher = stage.transport.publisher
+    def __init__(self, rabbit):
+        self._transport = rabbit.transport
+        self.declare = rabbit.transport.declare
+        self.session = rabbit.transport.session
+        self.publisher = rabbit.transport.publisher
 
 
 async def test_any_transport_will_do():
     """One that can neither count nor tell its version is looked through until nothing comes."""
-    stage = opened()
-    bury(stage, *numbered(3))
-    modest = Modest(stage)
+    rabbit = opened()
+    bury(rabbit, *numbered(3))
+    modest = Modest(rabbit)
     assert not isinstance(modest, VersionedTransport)
     looked = await look(modest, DLQ)
     assert (None, 3, None) == (looked.ready, len(looked.letters), looked.ended)
     report = await replay(modest, DLQ)
     assert (None, 3, None) == (report.ready, report.done, report.ended)
-    assert numbered(3) == stage.waiting()
+    assert numbered(3) == rabbit.waiting()
 
 
 # --- sending back ----------------------------------------------------------------
@@ -165,10 +165,10 @@ async def test_any_transport_will_do():
 
 async def test_a_replayed_letter_starts_anew():
     """At its exchange, under its key, without a retry count; nothing tells of its death."""
-    stage = opened()
-    stage.bind("jobs", "events", "order.created", kind="topic")
-    bury(stage, b"0", exchange="events", key="order.created", tenant="acme")
-    report = await replay(stage.transport, DLQ)
+    rabbit = opened()
+    rabbit.bind("jobs", "events", "order.created", kind="topic")
+    bury(rabbit, b"0", exchange="events", key="order.created", tenant="acme")
+    report = await replay(rabbit.transport, DLQ)
     assert (1, 1, 1, 0, {}, None) == (
         report.ready,
         report.seen,
@@ -177,27 +177,27 @@ async def test_a_replayed_letter_starts_anew():
         dict(report.failed),
         report.ended,
     )
-    [message] = stage.broker.ready("jobs")
+    [message] = rabbit.broker.ready("jobs")
     assert ("events", "order.created") == (message.exchange, message.routing_key)
     assert {"tenant": "acme"} == dict(message.headers)
-    assert [] == stage.waiting(DLQ)
+    assert [] == rabbit.waiting(DLQ)
 
 
 async def test_a_brokers_letter_goes_back_too():
     """One that it dead-lettered by itself, and would call a cycle."""
     for version in ("3.10", "4.3"):
-        stage = Stage(version)
-        stage.declare(DLQ)
-        stage.declare(x_dead_letter_exchange="", x_dead_letter_routing_key=DLQ, x_message_ttl=1000)
-        stage.put(b"0")
+        rabbit = QueueBroker(version)
+        rabbit.declare(DLQ)
+        rabbit.declare(x_dead_letter_exchange="", x_dead_letter_routing_key=DLQ, x_message_ttl=1000)
+        rabbit.put(b"0")
         await asyncio.sleep(2)
         for _ in range(2):
-            [letter] = (await look(stage.transport, DLQ)).letters
+            [letter] = (await look(rabbit.transport, DLQ)).letters
             assert ("expired", "jobs") == (letter.death.reason, letter.death.queue)
-            assert 1 == (await replay(stage.transport, DLQ)).done
-            assert [b"0"] == stage.waiting()
+            assert 1 == (await replay(rabbit.transport, DLQ)).done
+            assert [b"0"] == rabbit.waiting()
             await asyncio.sleep(2)
-        assert [b"0"] == stage.waiting(DLQ)
+        assert [b"0"] == rabbit.waiting(DLQ)
 
 
 @pytest.mark.parametrize(
@@ -214,30 +214,30 @@ async def test_a_brokers_letter_goes_back_too():
 )
 async def test_only_those_that_are_meant_go_back(where, limit, expected):
     """The others stay, in their order."""
-    stage = opened()
-    bury(stage, b"0")
-    bury(stage, b"1", reason="exhausted")
+    rabbit = opened()
+    bury(rabbit, b"0")
+    bury(rabbit, b"1", reason="exhausted")
     old = {"x-dead-lettered-at": datetime.now(UTC) - timedelta(hours=2)}
-    bury(stage, b"2", tenant="acme", **old)
-    dry = await replay(stage.transport, DLQ, where=where, limit=limit, dry_run=True)
-    assert (len(expected), numbered(3)) == (dry.done, stage.waiting(DLQ))
-    report = await replay(stage.transport, DLQ, where=where, limit=limit)
-    assert expected == stage.waiting()
-    assert [body for body in numbered(3) if body not in expected] == stage.waiting(DLQ)
+    bury(rabbit, b"2", tenant="acme", **old)
+    dry = await replay(rabbit.transport, DLQ, where=where, limit=limit, dry_run=True)
+    assert (len(expected), numbered(3)) == (dry.done, rabbit.waiting(DLQ))
+    report = await replay(rabbit.transport, DLQ, where=where, limit=limit)
+    assert expected == rabbit.waiting()
+    assert [body for body in numbered(3) if body not in expected] == rabbit.waiting(DLQ)
     assert len(expected) == report.done
 
 
 async def test_letters_without_a_way_back_stay():
     """No such exchange, nothing bound, no origin; the others go."""
-    stage = opened()
-    stage.bind("jobs", "events", "order.created")
-    bury(stage, b"0", exchange="gone")
-    bury(stage, b"1", exchange="events", key="nobody")
-    stage.put(b"2", queue=DLQ)
-    bury(stage, b"3")
-    report = await replay(stage.transport, DLQ)
-    assert [b"3"] == stage.waiting()
-    assert numbered(3) == stage.waiting(DLQ)
+    rabbit = opened()
+    rabbit.bind("jobs", "events", "order.created")
+    bury(rabbit, b"0", exchange="gone")
+    bury(rabbit, b"1", exchange="events", key="nobody")
+    rabbit.put(b"2", queue=DLQ)
+    bury(rabbit, b"3")
+    report = await replay(rabbit.transport, DLQ)
+    assert [b"3"] == rabbit.waiting()
+    assert numbered(3) == rabbit.waiting(DLQ)
     assert 1 == report.done
     told = sorted(report.failed)
     assert 3 == len(told)
@@ -248,101 +248,101 @@ async def test_letters_without_a_way_back_stay():
 
 async def test_a_limit_counts_those_that_get_through():
     """One that does not leaves its place to the next."""
-    stage = opened()
-    bury(stage, b"0", key="nowhere")
-    bury(stage, b"1")
-    bury(stage, b"2", key="nowhere")
-    bury(stage, *numbered(2, 3))
-    report = await replay(stage.transport, DLQ, limit=2)
+    rabbit = opened()
+    bury(rabbit, b"0", key="nowhere")
+    bury(rabbit, b"1")
+    bury(rabbit, b"2", key="nowhere")
+    bury(rabbit, *numbered(2, 3))
+    report = await replay(rabbit.transport, DLQ, limit=2)
     assert (2, 4, 2) == (report.done, report.seen, sum(report.failed.values()))
-    assert [b"1", b"3"] == stage.waiting()
-    assert [b"0", b"2", b"4"] == stage.waiting(DLQ)
+    assert [b"1", b"3"] == rabbit.waiting()
+    assert [b"0", b"2", b"4"] == rabbit.waiting(DLQ)
 
 
 async def test_to_its_queue_only():
     """Where an exchange has several queues, the others were content."""
-    stage = opened()
-    stage.declare("audit")
-    stage.bind("jobs", "events", kind="fanout")
-    stage.bind("audit", "events", kind="fanout")
-    bury(stage, b"0", exchange="events", key="order.created")
-    assert 1 == (await replay(stage.transport, DLQ, to_queue=True)).done
-    assert ([b"0"], []) == (stage.waiting(), stage.waiting("audit"))
+    rabbit = opened()
+    rabbit.declare("audit")
+    rabbit.bind("jobs", "events", kind="fanout")
+    rabbit.bind("audit", "events", kind="fanout")
+    bury(rabbit, b"0", exchange="events", key="order.created")
+    assert 1 == (await replay(rabbit.transport, DLQ, to_queue=True)).done
+    assert ([b"0"], []) == (rabbit.waiting(), rabbit.waiting("audit"))
 
 
 async def test_what_dies_again_meanwhile_is_not_sent_in_circles():
     """Only what was there at the beginning is replayed."""
-    stage = opened()
-    bury(stage, *numbered(3), key=DLQ)
-    report = await replay(stage.transport, DLQ)
+    rabbit = opened()
+    bury(rabbit, *numbered(3), key=DLQ)
+    report = await replay(rabbit.transport, DLQ)
     assert (3, 3, None) == (report.seen, report.done, report.ended)
-    assert numbered(3) == stage.waiting(DLQ)
+    assert numbered(3) == rabbit.waiting(DLQ)
 
 
 async def test_it_ends_early_where_too_many_stay():
     """What is held takes memory; the report says that there is more."""
-    stage = opened()
-    bury(stage, *numbered(5))
-    bury(stage, b"5", reason="exhausted")
+    rabbit = opened()
+    bury(rabbit, *numbered(5))
+    bury(rabbit, b"5", reason="exhausted")
     where = Filter(reasons=frozenset({"exhausted"}))
-    report = await replay(stage.transport, DLQ, where=where, scan=3)
+    report = await replay(rabbit.transport, DLQ, where=where, scan=3)
     assert (0, 3) == (report.done, report.kept)
     assert "3 letters are held" in (report.ended or "")
-    assert numbered(6) == stage.waiting(DLQ)
+    assert numbered(6) == rabbit.waiting(DLQ)
 
 
 async def test_more_than_may_be_held_can_be_replayed():
     """Those that go back are not held any more."""
-    stage = opened()
-    bury(stage, *numbered(250))
+    rabbit = opened()
+    bury(rabbit, *numbered(250))
     told: list[int] = []
     report = await replay(
-        stage.transport, DLQ, scan=10, on_progress=lambda report: told.append(report.done)
+        rabbit.transport, DLQ, scan=10, on_progress=lambda report: told.append(report.done)
     )
     assert (250, None) == (report.done, report.ended)
-    assert numbered(250) == stage.waiting()
+    assert numbered(250) == rabbit.waiting()
     assert sorted(told) == told
     assert 25 <= len(told)
 
 
 async def test_who_is_interrupted_finishes_what_is_on_its_way():
     """Nothing is in both queues."""
-    stage = opened()
-    bury(stage, *numbered(250))
+    rabbit = opened()
+    bury(rabbit, *numbered(250))
     stop = asyncio.Event()
-    report = await replay(stage.transport, DLQ, stop=stop, on_progress=lambda _: stop.set())
+    report = await replay(rabbit.transport, DLQ, stop=stop, on_progress=lambda _: stop.set())
     assert (100, "interrupted") == (report.done, report.ended)
-    assert numbered(100) == stage.waiting()
-    assert numbered(150, 100) == stage.waiting(DLQ)
+    assert numbered(100) == rabbit.waiting()
+    assert numbered(150, 100) == rabbit.waiting(DLQ)
 
 
 async def test_who_waits_can_be_interrupted():
     """Although nothing comes."""
-    stage = opened()
-    bury(stage, b"0")
+    rabbit = opened()
+    bury(rabbit, b"0")
     stop = asyncio.Event()
 
     async def too_many(_):
         return 2
 
-    stage.transport.count = too_many
+    rabbit.transport.count = too_many
     asyncio.get_running_loop().call_later(1, stop.set)
-    report = await replay(stage.transport, DLQ, stop=stop)
+    report = await replay(rabbit.transport, DLQ, stop=stop)
     assert (1, "interrupted") == (report.done, report.ended)
 
 
 async def test_a_letter_that_wears_out_goes_back_but_does_not_stay_to_be_looked_at():
     """Replaying it saves it; leaving it alone would cost it a delivery more."""
-    stage = opened("4.0", "quorum", x_delivery_limit=8)
-    bury(stage, b"0")
+    rabbit = opened("4.0", "quorum", x_delivery_limit=8)
+    bury(rabbit, b"0")
     for _ in range(4):
-        await look(stage.transport, DLQ)
+        await look(rabbit.transport, DLQ)
     exhausted = Filter(reasons=frozenset({"exhausted"}))
-    report = await replay(stage.transport, DLQ, where=exhausted)
+    report = await replay(rabbit.transport, DLQ, where=exhausted)
     assert "drops it after 8" in (report.ended or "")
-    assert [b"0"] == stage.waiting(DLQ)
-    assert 1 == (await replay(stage.transport, DLQ)).done
-    assert [b"0"] == stage.waiting()
+    assert [b"0"] == rabbit.waiting(DLQ)
+    assert 1 == (await replay(rabbit.transport, DLQ)).done
+    assert [b"0"] == rabbit.waiting()
 
 
 # --- deleting --------------------------------------------------------------------
@@ -350,18 +350,18 @@ async def test_a_letter_that_wears_out_goes_back_but_does_not_stay_to_be_looked_
 
 async def test_letters_are_deleted_if_they_are_meant():
     """And counted; a dry run deletes nothing."""
-    stage = opened()
-    bury(stage, *numbered(2))
-    bury(stage, b"2", reason="exhausted")
+    rabbit = opened()
+    bury(rabbit, *numbered(2))
+    bury(rabbit, b"2", reason="exhausted")
     where = Filter(reasons=frozenset({"rejected"}))
     told: list[int] = []
-    dry = await purge(stage.transport, DLQ, where=where, dry_run=True)
-    assert (2, numbered(3)) == (dry.done, stage.waiting(DLQ))
+    dry = await purge(rabbit.transport, DLQ, where=where, dry_run=True)
+    assert (2, numbered(3)) == (dry.done, rabbit.waiting(DLQ))
     report = await purge(
-        stage.transport, DLQ, where=where, on_progress=lambda report: told.append(report.done)
+        rabbit.transport, DLQ, where=where, on_progress=lambda report: told.append(report.done)
     )
     assert (2, 1, [2]) == (report.done, report.kept, told)
-    assert [b"2"] == stage.waiting(DLQ)
+    assert [b"2"] == rabbit.waiting(DLQ)
 
 
 # --- whatever happens ------------------------------------------------------------
@@ -418,10 +418,10 @@ def test_no_letter_is_lost(story):
 
 async def play(story):
     """Replay, and look where everybody is."""
-    stage = opened(story.version, story.queue_type)
+    rabbit = opened(story.version, story.queue_type)
     bodies = numbered(len(story.letters))
     for body, (reason, leads) in zip(bodies, story.letters, strict=True):
-        bury(stage, body, reason=reason, key="jobs" if leads else "nowhere")
+        bury(rabbit, body, reason=reason, key="jobs" if leads else "nowhere")
     for fault in story.faults:
         how = {
             "refused": PublishFault.REFUSE,
@@ -429,13 +429,13 @@ async def play(story):
             "lost": PublishFault.LOSE,
         }.get(fault)
         if how is not None:
-            stage.broker.faults.on_publish(how, times=1)
+            rabbit.broker.faults.on_publish(how, times=1)
     stop = asyncio.Event()
-    watch(stage, story, stop)
+    watch(rabbit, story, stop)
     report = None
     try:
         report = await replay(
-            stage.transport,
+            rabbit.transport,
             DLQ,
             where=Filter(reasons=story.reasons),
             limit=story.limit,
@@ -445,8 +445,8 @@ async def play(story):
     except TransportError:
         event("connection lost")
     await asyncio.sleep(0)
-    assert [] == stage.out(DLQ)
-    back, left = Counter(stage.waiting()), Counter(stage.waiting(DLQ))
+    assert [] == rabbit.unsettled(DLQ)
+    back, left = Counter(rabbit.waiting()), Counter(rabbit.waiting(DLQ))
     for body, (reason, leads) in zip(bodies, story.letters, strict=True):
         assert 1 <= back[body] + left[body] <= 2
         assert (back[body], left[body]) <= (1, 1)
@@ -460,10 +460,10 @@ async def play(story):
         assert sorted(left, key=int) == list(left) or story.queue_type == "quorum"
 
 
-def watch(stage, story, stop):
+def watch(rabbit, story, stop):
     """Let things happen at some event of the broker."""
     seen = 0
-    note = stage.broker.journal.on_event
+    note = rabbit.broker.journal.on_event
 
     def count(happened):
         nonlocal seen
@@ -471,8 +471,8 @@ def watch(stage, story, stop):
         note(happened)
         loop = asyncio.get_running_loop()
         if seen == story.cut_at:
-            loop.call_soon(stage.cut)
+            loop.call_soon(rabbit.cut)
         if seen == story.stop_at:
             loop.call_soon(stop.set)
 
-    stage.broker.journal.on_event = count
+    rabbit.broker.journal.on_event = count

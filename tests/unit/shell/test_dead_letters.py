@@ -11,14 +11,14 @@ from aio_pika_batch import DeadLetterReason, Nack, Requeue
 from aio_pika_batch.adapters.memory import EventKind, PublishFault
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.observer import DeadLettered
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     NACK,
     REQUEUE,
     REQUEUE_IMMEDIATE,
-    Scribe,
-    Stage,
-    Witness,
+    EventRecorder,
+    QueueBroker,
+    RecordingConsumer,
     ack,
     answering,
     first_then,
@@ -27,24 +27,24 @@ from tests.unit.shell.stage import (
 )
 
 
-async def buried(stage, answer, count=1, *, kind="fanout", **given):
+async def buried(rabbit, answer, count=1, *, kind="fanout", **given):
     """Hand messages to a handler; what lies in the dead-letter queue then."""
-    witness = Witness()
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "order.created", kind=kind)
+    recorder = EventRecorder()
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "order.created", kind=kind)
     for body in numbered(count):
-        stage.put(body, exchange="events", routing_key="order.created")
-    async with Scribe(
+        rabbit.put(body, exchange="events", routing_key="order.created")
+    async with RecordingConsumer(
         answer,
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         batch_size=count,
         batch_timeout=1,
         **{"dead_letter_exchange": "dlx"} | given,
     ):
         await asyncio.sleep(5)
-        assert [] == stage.out()
-    return stage.broker.ready("dead"), witness
+        assert [] == rabbit.unsettled()
+    return rabbit.broker.ready("dead"), recorder
 
 
 def reasons(letters):
@@ -52,9 +52,9 @@ def reasons(letters):
     return [letter.headers["x-dead-letter-reason"] for letter in letters]
 
 
-async def test_a_nack_makes_a_dead_letter_that_says_why(stage):
+async def test_a_nack_makes_a_dead_letter_that_says_why(rabbit):
     """Under its original routing key, with where it was, when, and how often it was tried."""
-    [letter], witness = await buried(stage, answering(Nack("no such order")))
+    [letter], recorder = await buried(rabbit, answering(Nack("no such order")))
     assert ("dlx", "order.created") == (letter.exchange, letter.routing_key)
     said = dict(letter.headers)
     for when in ("x-first-failed-at", "x-dead-lettered-at"):
@@ -67,36 +67,36 @@ async def test_a_nack_makes_a_dead_letter_that_says_why(stage):
         "x-original-routing-key": "order.created",
         "x-retry-count": 0,
     } == said
-    assert [DeadLetterReason.REJECTED] == [each.reason for each in witness.of(DeadLettered)]
+    assert [DeadLetterReason.REJECTED] == [each.reason for each in recorder.of(DeadLettered)]
 
 
-async def test_a_requeued_message_dies_under_its_original_key(stage):
+async def test_a_requeued_message_dies_under_its_original_key(rabbit):
     """A broker's own reject would use the queue's name, and miss the binding."""
-    letters, witness = await buried(
-        stage, answering(Requeue("not now")), kind="direct", max_requeue_attempts=2
+    letters, recorder = await buried(
+        rabbit, answering(Requeue("not now")), kind="direct", max_requeue_attempts=2
     )
     [letter] = letters
     assert ["exhausted"] == reasons(letters)
     assert "order.created" == letter.routing_key
     assert 2 == letter.headers["x-retry-count"]
     assert "not now" == letter.headers["x-dead-letter-detail"]
-    assert [DeadLetterReason.EXHAUSTED] == [each.reason for each in witness.of(DeadLettered)]
+    assert [DeadLetterReason.EXHAUSTED] == [each.reason for each in recorder.of(DeadLettered)]
 
 
-async def test_a_failed_handler_is_named(stage):
+async def test_a_failed_handler_is_named(rabbit):
     """With the class of the exception and its text."""
     letters, _ = await buried(
-        stage, answering(error=LookupError("no such thing")), unhandled_exception_action=NACK
+        rabbit, answering(error=LookupError("no such thing")), unhandled_exception_action=NACK
     )
     assert ["handler-error"] == reasons(letters)
     assert "builtins.LookupError" == letters[0].headers["x-exception-type"]
     assert "no such thing" == letters[0].headers["x-exception-message"]
 
 
-async def test_the_text_of_an_exception_may_be_kept_back(stage):
+async def test_the_text_of_an_exception_may_be_kept_back(rabbit):
     """It may hold what is nobody's business; `dead_letter_exception_message=False`."""
     [letter], _ = await buried(
-        stage,
+        rabbit,
         answering(error=LookupError("secret")),
         unhandled_exception_action=NACK,
         dead_letter_exception_message=False,
@@ -105,15 +105,15 @@ async def test_the_text_of_an_exception_may_be_kept_back(stage):
     assert "builtins.LookupError" == letter.headers["x-exception-type"]
 
 
-async def test_a_long_text_is_cut(stage):
+async def test_a_long_text_is_cut(rabbit):
     """At a KiB, since headers share one frame."""
     [letter], _ = await buried(
-        stage, answering(error=LookupError("x" * 5000)), unhandled_exception_action=NACK
+        rabbit, answering(error=LookupError("x" * 5000)), unhandled_exception_action=NACK
     )
     assert len(letter.headers["x-exception-message"].encode()) <= 1024
 
 
-async def test_what_cannot_be_decoded_says_so(stage):
+async def test_what_cannot_be_decoded_says_so(rabbit):
     """Its own reason."""
 
     async def answer(messages):
@@ -121,84 +121,86 @@ async def test_what_cannot_be_decoded_says_so(stage):
             message.json()
             yield ACK
 
-    stage.put(b"{", exchange="events", routing_key="order.created")
-    letters, _ = await buried(stage, answer, count=2)
+    rabbit.put(b"{", exchange="events", routing_key="order.created")
+    letters, _ = await buried(rabbit, answer, count=2)
     assert ["undecodable"] == reasons(letters)
     assert [b"{"] == [letter.body for letter in letters]
 
 
-async def test_a_dead_letter_does_not_expire(stage):
+async def test_a_dead_letter_does_not_expire(rabbit):
     """Its time to live becomes a header; it would go on counting down in the dead-letter queue."""
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "", kind="fanout")
-    stage.put(b"0", properties=Properties(expiration="60000", message_id="m"))
-    async with Scribe(
-        answering(NACK), transport=stage.transport, batch_size=1, dead_letter_exchange="dlx"
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "", kind="fanout")
+    rabbit.put(b"0", properties=Properties(expiration="60000", message_id="m"))
+    async with RecordingConsumer(
+        answering(NACK), transport=rabbit.transport, batch_size=1, dead_letter_exchange="dlx"
     ):
         await asyncio.sleep(3600)
-    [letter] = stage.broker.ready("dead")
+    [letter] = rabbit.broker.ready("dead")
     assert letter.properties.expiration is None
     assert "60000" == letter.headers["x-original-expiration"]
     assert "m" == letter.properties.message_id
 
 
-async def test_the_exchange_and_key_may_stand_in_queue_arguments(stage):
+async def test_the_exchange_and_key_may_stand_in_queue_arguments(rabbit):
     """`x-dead-letter-exchange` and `-routing-key`, as users of RabbitMQ know them."""
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "bin")
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "bin")
     arguments = {"x-dead-letter-exchange": "dlx", "x-dead-letter-routing-key": "bin"}
-    stage.broker.delete_queue("jobs")
-    consumer = Scribe(
-        answering(NACK), transport=stage.transport, batch_size=1, queue_arguments=arguments
+    rabbit.broker.delete_queue("jobs")
+    consumer = RecordingConsumer(
+        answering(NACK), transport=rabbit.transport, batch_size=1, queue_arguments=arguments
     )
     async with consumer:
-        stage.put(b"0")
+        rabbit.put(b"0")
         await asyncio.sleep(1)
-    assert ["rejected"] == reasons(stage.broker.ready("dead"))
-    assert [] == stage.broker.journal.of(EventKind.DEAD_LETTERED)
+    assert ["rejected"] == reasons(rabbit.broker.ready("dead"))
+    assert [] == rabbit.broker.journal.of(EventKind.DEAD_LETTERED)
 
 
-async def test_a_routing_key_for_dead_letters_replaces_the_original_one(stage):
+async def test_a_routing_key_for_dead_letters_replaces_the_original_one(rabbit):
     """`dead_letter_routing_key`; the original stands in a header."""
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "bin")
-    stage.put(b"0", exchange="events", routing_key="order.created")
-    async with Scribe(
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "bin")
+    rabbit.put(b"0", exchange="events", routing_key="order.created")
+    async with RecordingConsumer(
         answering(NACK),
-        transport=stage.transport,
+        transport=rabbit.transport,
         batch_size=1,
         dead_letter_exchange="dlx",
         dead_letter_routing_key="bin",
     ):
         await asyncio.sleep(1)
-    [letter] = stage.broker.ready("dead")
+    [letter] = rabbit.broker.ready("dead")
     assert "order.created" == letter.headers["x-original-routing-key"]
 
 
-async def test_a_dead_letter_queue_is_all_one_need_name(stage):
+async def test_a_dead_letter_queue_is_all_one_need_name(rabbit):
     """Exchange, queue and binding are declared; a second start finds them."""
     for _ in range(2):
-        stage.put(b"0")
-        async with Scribe(
-            answering(NACK), transport=stage.transport, batch_size=1, dead_letter_queue="dead"
+        rabbit.put(b"0")
+        async with RecordingConsumer(
+            answering(NACK), transport=rabbit.transport, batch_size=1, dead_letter_queue="dead"
         ):
             await asyncio.sleep(1)
-    assert [b"0", b"0"] == stage.waiting("dead")
-    assert ("jobs.dlx", "", {}) in stage.broker.bindings("dead")
+    assert [b"0", b"0"] == rabbit.waiting("dead")
+    assert ("jobs.dlx", "", {}) in rabbit.broker.bindings("dead")
 
 
 @pytest.mark.parametrize("version", ["3.8", "3.10", "4.0", "4.3"])
 async def test_a_declared_dead_letter_queue_drops_nothing_for_coming_back(version):
     """Whatever limit the broker has by default, and whatever it takes a lifted one for."""
-    stage = Stage(version)
+    rabbit = QueueBroker(version)
     given = {"queue_type": "quorum", "dead_letter_queue": "dead"}
-    async with Scribe(answering(NACK), transport=stage.transport, batch_size=1, **given):
-        stage.put(b"0")
+    async with RecordingConsumer(
+        answering(NACK), transport=rabbit.transport, batch_size=1, **given
+    ):
+        rabbit.put(b"0")
         await asyncio.sleep(1)
-    assert [b"0"] == stage.waiting("dead")
-    looking = Scribe(
+    assert [b"0"] == rabbit.waiting("dead")
+    looking = RecordingConsumer(
         taking(1, answering(REQUEUE_IMMEDIATE)),
-        transport=stage.transport,
+        transport=rabbit.transport,
         queue_name="dead",
         declare=False,
         batch_size=1,
@@ -206,101 +208,104 @@ async def test_a_declared_dead_letter_queue_drops_nothing_for_coming_back(versio
     async with looking:
         await asyncio.sleep(40)
     assert len(looking.batches) > 30
-    assert [b"0"] == stage.waiting("dead")
+    assert [b"0"] == rabbit.waiting("dead")
 
 
-async def test_without_an_exchange_the_broker_is_told_to_reject(stage, caplog):
+async def test_without_an_exchange_the_broker_is_told_to_reject(rabbit, caplog):
     """A policy may dead-letter it, else it is gone; one WARNING at the start says so."""
-    stage.put(*numbered(2))
-    async with Scribe(
-        answering(NACK), transport=stage.transport, batch_size=1, observers=[witness := Witness()]
+    rabbit.put(*numbered(2))
+    async with RecordingConsumer(
+        answering(NACK),
+        transport=rabbit.transport,
+        batch_size=1,
+        observers=[recorder := EventRecorder()],
     ):
         await asyncio.sleep(1)
-    rejected = stage.broker.journal.of(EventKind.DROPPED)
+    rejected = rabbit.broker.journal.of(EventKind.DROPPED)
     assert numbered(2) == [event.body for event in rejected]
-    assert [] == stage.times(EventKind.PUBLISHED)
-    assert [] == witness.of(DeadLettered)
+    assert [] == rabbit.times(EventKind.PUBLISHED)
+    assert [] == recorder.of(DeadLettered)
     warnings = [each.message for each in caplog.records if "dead-letter" in each.message]
     assert 1 == len(warnings)
     assert "discards" in warnings[0]
 
 
 @pytest.mark.parametrize("fault", [PublishFault.REFUSE, PublishFault.LOSE])
-async def test_an_unconfirmed_dead_letter_follows_the_rules_of_a_requeue(stage, fault, jitter):
+async def test_an_unconfirmed_dead_letter_follows_the_rules_of_a_requeue(rabbit, fault, jitter):
     """Its original is held, the letter tried again, and acked once that is confirmed."""
-    stage.broker.faults.on_publish(fault, times=1, exchange="dlx")
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "", kind="fanout")
-    stage.put(b"0")
-    witness = Witness()
-    async with Scribe(
+    rabbit.broker.faults.on_publish(fault, times=1, exchange="dlx")
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "", kind="fanout")
+    rabbit.put(b"0")
+    recorder = EventRecorder()
+    async with RecordingConsumer(
         answering(NACK),
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         batch_size=1,
         dead_letter_exchange="dlx",
     ):
         await asyncio.sleep(0.4)
-        assert [b"0"] == stage.out()
+        assert [b"0"] == rabbit.unsettled()
         await asyncio.sleep(20)
-        assert [] == stage.out()
-    assert [b"0"] == stage.waiting("dead")
-    assert 1 == len(witness.of(DeadLettered))
+        assert [] == rabbit.unsettled()
+    assert [b"0"] == rabbit.waiting("dead")
+    assert 1 == len(recorder.of(DeadLettered))
 
 
-async def test_an_exchange_that_routes_nowhere_loses_nothing(stage, jitter):
+async def test_an_exchange_that_routes_nowhere_loses_nothing(rabbit, jitter):
     """A returned letter leaves its original with the broker."""
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "elsewhere")
-    stage.put(b"0")
-    async with Scribe(
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "elsewhere")
+    rabbit.put(b"0")
+    async with RecordingConsumer(
         answering(NACK),
-        transport=stage.transport,
+        transport=rabbit.transport,
         batch_size=1,
         dead_letter_exchange="dlx",
         requeue_hold=5,
     ) as consumer:
         await asyncio.sleep(3600)
         assert len(consumer.batches) < 3600
-    assert [b"0"] == stage.waiting()
-    assert [] == stage.times(EventKind.ACKED)
+    assert [b"0"] == rabbit.waiting()
+    assert [] == rabbit.times(EventKind.ACKED)
 
 
-async def test_an_exchange_that_vanishes_costs_no_message_and_no_session(stage, jitter):
+async def test_an_exchange_that_vanishes_costs_no_message_and_no_session(rabbit, jitter):
     """A missing exchange closes the publisher's channel; a new one is opened for the next try."""
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "", kind="fanout")
-    async with Scribe(
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "", kind="fanout")
+    async with RecordingConsumer(
         first_then(answering(NACK), ack),
-        transport=stage.transport,
+        transport=rabbit.transport,
         batch_size=1,
         dead_letter_exchange="dlx",
     ) as consumer:
-        stage.broker.delete_exchange("dlx")
-        stage.put(*numbered(2))
+        rabbit.broker.delete_exchange("dlx")
+        rabbit.put(*numbered(2))
         await asyncio.sleep(3)
-        assert [b"0"] == stage.out()
-        stage.bind("dead", "dlx", "", kind="fanout")
+        assert [b"0"] == rabbit.unsettled()
+        rabbit.bind("dead", "dlx", "", kind="fanout")
         await asyncio.sleep(60)
         assert 1 == consumer.status().workers[0].epoch
-    assert [b"0"] == stage.waiting("dead")
+    assert [b"0"] == rabbit.waiting("dead")
 
 
-async def test_a_foreign_header_that_is_no_routing_key_is_no_poison(stage, jitter):
+async def test_a_foreign_header_that_is_no_routing_key_is_no_poison(rabbit, jitter):
     """Any client may have written `x-original-routing-key`, and longer than a key may be."""
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "", kind="fanout")
-    stage.put(b"0", properties=Properties(headers={"x-original-routing-key": "k" * 300}))
-    async with Scribe(
-        answering(NACK), transport=stage.transport, batch_size=1, dead_letter_exchange="dlx"
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "", kind="fanout")
+    rabbit.put(b"0", properties=Properties(headers={"x-original-routing-key": "k" * 300}))
+    async with RecordingConsumer(
+        answering(NACK), transport=rabbit.transport, batch_size=1, dead_letter_exchange="dlx"
     ) as consumer:
         await asyncio.sleep(60)
         assert 1 == consumer.status().workers[0].epoch
-    assert [b"0"] == stage.waiting("dead")
+    assert [b"0"] == rabbit.waiting("dead")
 
 
-async def test_an_exhausted_message_is_not_told_as_requeued(stage):
+async def test_an_exhausted_message_is_not_told_as_requeued(rabbit):
     """Observers can keep the two apart."""
-    letters, witness = await buried(stage, answering(REQUEUE), max_requeue_attempts=0)
+    letters, recorder = await buried(rabbit, answering(REQUEUE), max_requeue_attempts=0)
     assert ["exhausted"] == reasons(letters)
-    assert 1 == len(witness.of(DeadLettered))
+    assert 1 == len(recorder.of(DeadLettered))

@@ -12,19 +12,19 @@ from aio_pika_batch import Cause, DrainIncomplete, Outcome
 from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.observer import Settled
 from aio_pika_batch.testing import virtual_time
-from tests.unit.shell.doubles import ScriptedTransport, never
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     REQUEUE,
-    Scribe,
-    Stage,
-    Witness,
+    EventRecorder,
+    QueueBroker,
+    RecordingConsumer,
     ack,
     answering,
     first_then,
     numbered,
     taking,
 )
+from tests.unit.shell.scripted_transport import ScriptedTransport, never
 
 
 def now():
@@ -48,7 +48,7 @@ async def test_what_is_on_its_way_when_the_cancel_is_confirmed_is_taken():
     """Left alone, it would come back as redelivered."""
     script = ScriptedTransport()
 
-    async with Scribe(transport=script, batch_timeout=60) as consumer:
+    async with RecordingConsumer(transport=script, batch_timeout=60) as consumer:
         session, end = script.last, script.last.end
 
         def land():
@@ -64,7 +64,7 @@ async def test_the_order_of_a_drain():
     """Cancel, handlers, confirms, settle, return, close the session, `on_stop`, publishers."""
     script = ScriptedTransport()
 
-    class Telling(Scribe):
+    class Telling(RecordingConsumer):
         async def on_stop(self):
             script.note("on_stop")
 
@@ -93,14 +93,16 @@ async def test_the_order_of_a_drain():
     assert [numbered(2)] == consumer.batches
 
 
-async def test_what_was_not_started_is_returned_by_one_nack(stage):
+async def test_what_was_not_started_is_returned_by_one_nack(rabbit):
     """A return spends no delivery where the broker can tell; and in the queue's order."""
-    stage.put(*numbered(30))
-    consumer = Scribe(taking(10), transport=stage.transport, batch_size=4, prefetch_count=20)
+    rabbit.put(*numbered(30))
+    consumer = RecordingConsumer(
+        taking(10), transport=rabbit.transport, batch_size=4, prefetch_count=20
+    )
     await stopped_after(1, consumer)
     assert 9 == consumer.took
     assert [numbered(4)] == consumer.batches
-    assert numbered(26, 4) == stage.waiting()
+    assert numbered(26, 4) == rabbit.waiting()
 
 
 async def test_what_came_before_the_cancellation_was_confirmed_is_not_lost():
@@ -112,7 +114,7 @@ async def test_what_came_before_the_cancellation_was_confirmed_is_not_lost():
         script.last.feed(b"1")
 
     script.on_cancel = late
-    consumer = Scribe(transport=script, batch_size=5, batch_timeout=60)
+    consumer = RecordingConsumer(transport=script, batch_size=5, batch_timeout=60)
     async with consumer:
         script.last.feed(b"0")
         await asyncio.sleep(0.1)
@@ -120,20 +122,22 @@ async def test_what_came_before_the_cancellation_was_confirmed_is_not_lost():
     assert [[("ack", (1, 2))]] == script.details("settle")
 
 
-async def test_nothing_is_handed_over_if_no_slot_is_free(stage):
+async def test_nothing_is_handed_over_if_no_slot_is_free(rabbit):
     """What was being collected is returned, although a handler ends meanwhile."""
-    stage.put(*numbered(6))
-    consumer = Scribe(taking(10), transport=stage.transport, batch_size=4, batch_timeout=60)
+    rabbit.put(*numbered(6))
+    consumer = RecordingConsumer(
+        taking(10), transport=rabbit.transport, batch_size=4, batch_timeout=60
+    )
     await stopped_after(1, consumer)
     assert [numbered(4)] == consumer.batches
-    assert numbered(2, 4) == stage.waiting()
+    assert numbered(2, 4) == rabbit.waiting()
 
 
 async def test_a_slow_cancellation_starts_nothing_new():
     """While its confirmation is waited for, a handler that ends is not given another batch."""
     script = ScriptedTransport()
     script.on_cancel = lambda: asyncio.sleep(10)
-    consumer = Scribe(taking(3), transport=script, batch_size=2, prefetch_count=20)
+    consumer = RecordingConsumer(taking(3), transport=script, batch_size=2, prefetch_count=20)
     async with consumer:
         script.last.feed(*numbered(10))
         await asyncio.sleep(1)
@@ -146,7 +150,7 @@ async def test_a_drain_waits_for_confirmations():
     """A copy that is on its way is not left behind."""
     script = ScriptedTransport()
     script.on_publish = lambda *_: asyncio.sleep(8)
-    consumer = Scribe(answering(REQUEUE), transport=script, batch_size=1)
+    consumer = RecordingConsumer(answering(REQUEUE), transport=script, batch_size=1)
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(0)
     await asyncio.sleep(0.1)
@@ -163,7 +167,7 @@ async def test_an_original_whose_copy_is_not_confirmed_is_returned(outcome):
     script = ScriptedTransport()
     script.outcomes = [outcome]
     script.on_publish = lambda *_: asyncio.sleep(3)
-    async with Scribe(answering(REQUEUE), transport=script, batch_size=1):
+    async with RecordingConsumer(answering(REQUEUE), transport=script, batch_size=1):
         script.last.feed(b"0")
         await asyncio.sleep(1)
     assert [[("return", (1,))]] == script.details("settle")
@@ -171,7 +175,7 @@ async def test_an_original_whose_copy_is_not_confirmed_is_returned(outcome):
 
 
 @pytest.mark.parametrize("timeout", [1, 5, 25, 100])
-async def test_handlers_that_take_too_long_are_cut_off(stage, timeout):
+async def test_handlers_that_take_too_long_are_cut_off(rabbit, timeout):
     """In time: what they have yielded counts, what they left undecided goes back by nack."""
 
     async def answer(messages):
@@ -179,12 +183,12 @@ async def test_handlers_that_take_too_long_are_cut_off(stage, timeout):
         yield REQUEUE
         await asyncio.sleep(3600)
 
-    witness = Witness()
-    stage.put(*numbered(7))
-    consumer = Scribe(
+    recorder = EventRecorder()
+    rabbit.put(*numbered(7))
+    consumer = RecordingConsumer(
         answer,
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         batch_size=5,
         batch_timeout=60,
         shutdown_timeout=timeout,
@@ -193,13 +197,13 @@ async def test_handlers_that_take_too_long_are_cut_off(stage, timeout):
         await stopped_after(1, consumer)
     assert 0.7 * timeout <= consumer.took <= timeout
     counts = {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.HANDLER): 1, (None, Cause.SHUTDOWN): 3}
-    assert [counts] == [event.counts for event in witness.of(Settled)]
-    assert [*numbered(5, 2), b"1"] == stage.waiting()
-    assert [b"0", b"1"] == [each.body for each in stage.broker.journal.of(EventKind.ACKED)]
-    assert [] == stage.broker.connections
+    assert [counts] == [event.counts for event in recorder.of(Settled)]
+    assert [*numbered(5, 2), b"1"] == rabbit.waiting()
+    assert [b"0", b"1"] == [each.body for each in rabbit.broker.journal.of(EventKind.ACKED)]
+    assert [] == rabbit.broker.connections
 
 
-async def test_a_handler_that_answers_its_cut_by_yielding_is_not_listened_to(stage):
+async def test_a_handler_that_answers_its_cut_by_yielding_is_not_listened_to(rabbit):
     """Its time was over."""
 
     async def answer(messages):
@@ -209,14 +213,14 @@ async def test_a_handler_that_answers_its_cut_by_yielding_is_not_listened_to(sta
             for _ in messages:
                 yield ACK
 
-    stage.put(*numbered(3))
-    consumer = Scribe(answer, transport=stage.transport, batch_size=3)
+    rabbit.put(*numbered(3))
+    consumer = RecordingConsumer(answer, transport=rabbit.transport, batch_size=3)
     with pytest.raises(DrainIncomplete):
         await stopped_after(1, consumer)
-    assert numbered(3) == stage.waiting()
+    assert numbered(3) == rabbit.waiting()
 
 
-async def test_a_handler_that_ignores_its_cut_does_not_keep_the_consumer(stage):
+async def test_a_handler_that_ignores_its_cut_does_not_keep_the_consumer(rabbit):
     """Its messages go back with the session."""
     done = asyncio.Event()
 
@@ -228,32 +232,34 @@ async def test_a_handler_that_ignores_its_cut_does_not_keep_the_consumer(stage):
                 continue
         yield ACK
 
-    stage.put(*numbered(3))
-    consumer = Scribe(answer, transport=stage.transport, batch_size=3, shutdown_timeout=20)
+    rabbit.put(*numbered(3))
+    consumer = RecordingConsumer(
+        answer, transport=rabbit.transport, batch_size=3, shutdown_timeout=20
+    )
     with pytest.raises(DrainIncomplete, match="cut short: 3 messages"):
         await stopped_after(1, consumer)
     assert 15 < consumer.took <= 20
-    assert numbered(3) == stage.waiting()
-    assert [] == stage.broker.connections
+    assert numbered(3) == rabbit.waiting()
+    assert [] == rabbit.broker.connections
     done.set()
     await asyncio.sleep(1)
 
 
-async def test_stop_does_not_raise_what_run_would(stage):
+async def test_stop_does_not_raise_what_run_would(rabbit):
     """Whoever stops wants it stopped."""
-    stage.put(*numbered(3))
-    consumer = Scribe(taking(3600), transport=stage.transport, batch_size=3)
+    rabbit.put(*numbered(3))
+    consumer = RecordingConsumer(taking(3600), transport=rabbit.transport, batch_size=3)
     await consumer.start()
     await asyncio.sleep(1)
     await consumer.stop()
-    assert numbered(3) == stage.waiting()
+    assert numbered(3) == rabbit.waiting()
 
 
 @pytest.mark.parametrize("step", ["on_cancel", "on_leave", "on_settle", "on_publisher_leave"])
 async def test_a_broker_that_falls_silent_does_not_keep_the_consumer(step):
     """Whatever it does not answer: `shutdown_timeout` is for the whole."""
     script = ScriptedTransport()
-    consumer = Scribe(
+    consumer = RecordingConsumer(
         first_then(answering(REQUEUE), ack), transport=script, batch_size=1, shutdown_timeout=20
     )
     await consumer.start()
@@ -266,70 +272,70 @@ async def test_a_broker_that_falls_silent_does_not_keep_the_consumer(step):
     assert not consumer.is_running
 
 
-async def test_an_on_stop_that_does_not_end_is_cut_off(stage):
+async def test_an_on_stop_that_does_not_end_is_cut_off(rabbit):
     """It is part of the drain, and of its time."""
 
-    class Hangs(Scribe):
+    class Hangs(RecordingConsumer):
         async def on_stop(self):
             await never()
 
-    consumer = Hangs(transport=stage.transport, shutdown_timeout=20)
+    consumer = Hangs(transport=rabbit.transport, shutdown_timeout=20)
     with pytest.raises(DrainIncomplete, match="on_stop"):
         await stopped_after(1, consumer)
     assert 20 == consumer.took
 
 
-async def test_an_on_stop_may_time_out_by_itself(stage):
+async def test_an_on_stop_may_time_out_by_itself(rabbit):
     """Its own exception comes out as it is."""
 
-    class TimesOut(Scribe):
+    class TimesOut(RecordingConsumer):
         async def on_stop(self):
             async with asyncio.timeout(1):
                 await never()
 
     with pytest.raises(TimeoutError):
-        await stopped_after(1, TimesOut(transport=stage.transport))
+        await stopped_after(1, TimesOut(transport=rabbit.transport))
 
 
-async def test_a_session_that_is_lost_during_the_drain_ends_it(stage):
+async def test_a_session_that_is_lost_during_the_drain_ends_it(rabbit):
     """There is nobody left to settle with; its messages come back."""
-    stage.put(*numbered(3))
-    consumer = Scribe(taking(10), transport=stage.transport, batch_size=3)
+    rabbit.put(*numbered(3))
+    consumer = RecordingConsumer(taking(10), transport=rabbit.transport, batch_size=3)
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(1)
     consumer.request_stop()
     await asyncio.sleep(1)
-    stage.broker.cut()
+    rabbit.broker.cut()
     await running
-    assert numbered(3) == stage.waiting()
+    assert numbered(3) == rabbit.waiting()
     assert 10 == now()
 
 
-async def test_a_drain_waits_for_handlers_of_sessions_that_are_gone(stage):
+async def test_a_drain_waits_for_handlers_of_sessions_that_are_gone(rabbit):
     """`on_stop` may take away what they use."""
     events = []
 
-    class Telling(Scribe):
+    class Telling(RecordingConsumer):
         async def on_stop(self):
             events.append(now())
 
-    stage.put(*numbered(3))
-    consumer = Telling(taking(10), transport=stage.transport, batch_size=3)
+    rabbit.put(*numbered(3))
+    consumer = Telling(taking(10), transport=rabbit.transport, batch_size=3)
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(1)
-    stage.broker.cut()
+    rabbit.broker.cut()
     await asyncio.sleep(3)
     consumer.request_stop()
     await running
     assert [10] == events
 
 
-async def test_a_consumer_that_waits_for_its_broker_has_nothing_to_drain(stage):
+async def test_a_consumer_that_waits_for_its_broker_has_nothing_to_drain(rabbit):
     """It stops at once."""
-    consumer = Scribe(transport=stage.transport)
+    consumer = RecordingConsumer(transport=rabbit.transport)
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(1)
-    stage.broker.delete_queue("jobs")
+    rabbit.broker.delete_queue("jobs")
     await asyncio.sleep(0)
     consumer.request_stop()
     await running
@@ -352,8 +358,8 @@ def test_after_a_graceful_stop_nothing_left_was_handled(
     """What is left in the queue was never handed out to a handler, and what was acked is gone."""
 
     async def story():
-        stage = Stage()
-        stage.declare()
+        rabbit = QueueBroker()
+        rabbit.declare()
         durations = iter(seconds * 100)
 
         async def answer(messages):
@@ -362,9 +368,9 @@ def test_after_a_graceful_stop_nothing_left_was_handled(
                 yield ACK
 
         given = {} if prefetch is None else {"prefetch_count": prefetch}
-        consumer = Scribe(
+        consumer = RecordingConsumer(
             answer,
-            transport=stage.transport,
+            transport=rabbit.transport,
             batch_size=size,
             batch_timeout=2,
             concurrency=concurrency,
@@ -374,15 +380,15 @@ def test_after_a_graceful_stop_nothing_left_was_handled(
 
         async def feed():
             for body in numbered(count):
-                stage.put(body)
+                rabbit.put(body)
                 await asyncio.sleep(pause)
 
         feeding = asyncio.create_task(feed())
         await stopped_after(stop_at, consumer)
         await feeding
-        acked = [each.body for each in stage.broker.journal.of(EventKind.ACKED)]
-        assert [] == stage.out()
+        acked = [each.body for each in rabbit.broker.journal.of(EventKind.ACKED)]
+        assert [] == rabbit.unsettled()
         assert sorted(consumer.handled) == sorted(acked)
-        assert sorted(acked + stage.waiting()) == sorted(numbered(count))
+        assert sorted(acked + rabbit.waiting()) == sorted(numbered(count))
 
     virtual_time.run(story())

@@ -9,14 +9,22 @@ from dataclasses import asdict
 import pytest
 
 from aio_pika_batch import StartInterrupted, WorkerState
-from tests.unit.shell.doubles import ScriptedTransport, never
-from tests.unit.shell.stage import REQUEUE, Scribe, ack, answering, first_then, numbered, taking
+from tests.unit.shell.helpers import (
+    REQUEUE,
+    RecordingConsumer,
+    ack,
+    answering,
+    first_then,
+    numbered,
+    taking,
+)
+from tests.unit.shell.scripted_transport import ScriptedTransport, never
 
 
 async def test_a_consumer_is_healthy_while_every_worker_consumes():
     """One that does not is enough."""
     script = ScriptedTransport()
-    async with Scribe(transport=script, num_workers=3) as consumer:
+    async with RecordingConsumer(transport=script, num_workers=3) as consumer:
         assert consumer.is_healthy
         script.on_open = never
         script.sessions[1].end()
@@ -31,9 +39,9 @@ async def test_a_consumer_is_healthy_while_every_worker_consumes():
     [({"stuck_after": 40}, 40), ({"process_timeout": 100}, 200), ({}, 15 * 60)],
     ids=["as set", "twice the time-out", "a quarter of an hour"],
 )
-async def test_a_consumer_that_is_stuck_is_unhealthy(stage, given, limit):
+async def test_a_consumer_that_is_stuck_is_unhealthy(rabbit, given, limit):
     """A message that stays unsettled for too long: handler, broker or publisher hang."""
-    stage.put(b"0")
+    rabbit.put(b"0")
     given = {"process_timeout": None} | given
     handler = taking(limit + 50)
     if given["process_timeout"]:
@@ -48,7 +56,9 @@ async def test_a_consumer_that_is_stuck_is_unhealthy(stage, given, limit):
             for _ in messages:
                 yield REQUEUE
 
-    consumer = Scribe(first_then(handler, ack), transport=stage.transport, batch_size=1, **given)
+    consumer = RecordingConsumer(
+        first_then(handler, ack), transport=rabbit.transport, batch_size=1, **given
+    )
     async with consumer:
         await asyncio.sleep(limit - 1)
         assert consumer.is_healthy
@@ -63,7 +73,9 @@ async def test_what_waits_for_its_batch_or_its_settlement_counts_too():
     """The age is that of the message, not of what is done with it."""
     script = ScriptedTransport()
     script.on_settle = never
-    consumer = Scribe(taking(10), transport=script, batch_size=2, batch_timeout=10, stuck_after=25)
+    consumer = RecordingConsumer(
+        taking(10), transport=script, batch_size=2, batch_timeout=10, stuck_after=25
+    )
     async with consumer:
         script.last.feed(b"0")
         for expected in (5, 15, 24):
@@ -75,14 +87,16 @@ async def test_what_waits_for_its_batch_or_its_settlement_counts_too():
         assert not consumer.is_healthy
 
 
-async def test_status_tells_what_each_worker_has_in_hand(stage):
+async def test_status_tells_what_each_worker_has_in_hand(rabbit):
     """A plain snapshot, which can be written as JSON, and shows no secret."""
-    stage.put(*numbered(14))
-    consumer = Scribe(taking(10), transport=stage.transport, batch_size=5, concurrency=2)
+    rabbit.put(*numbered(14))
+    consumer = RecordingConsumer(
+        taking(10), transport=rabbit.transport, batch_size=5, concurrency=2
+    )
     async with consumer:
         await asyncio.sleep(3)
         told = consumer.status()
-        assert ("Scribe", "jobs", True, True) == (
+        assert ("RecordingConsumer", "jobs", True, True) == (
             told.consumer,
             told.queue,
             told.is_running,
@@ -105,7 +119,7 @@ async def test_status_before_the_first_session():
     """Nothing has happened yet."""
     script = ScriptedTransport()
     script.on_declare = never
-    consumer = Scribe(transport=script)
+    consumer = RecordingConsumer(transport=script)
     starting = asyncio.create_task(consumer.start())
     await asyncio.sleep(1)
     [worker] = consumer.status().workers
@@ -119,7 +133,9 @@ async def test_held_originals_are_told():
     """Those whose copies wait for a confirmation that did not come at once."""
     script = ScriptedTransport()
     script.outcomes = [None] * 2
-    async with Scribe(answering(REQUEUE, REQUEUE), transport=script, batch_size=2) as consumer:
+    async with RecordingConsumer(
+        answering(REQUEUE, REQUEUE), transport=script, batch_size=2
+    ) as consumer:
         script.last.feed(*numbered(2))
         await asyncio.sleep(0.01)
         assert 2 == consumer.status().workers[0].held
@@ -127,10 +143,10 @@ async def test_held_originals_are_told():
         assert 0.1 < consumer.status().workers[0].oldest
 
 
-async def test_a_consumer_that_drains_is_not_healthy(stage):
+async def test_a_consumer_that_drains_is_not_healthy(rabbit):
     """It takes no more messages, and says so."""
-    stage.put(*numbered(3))
-    consumer = Scribe(taking(10), transport=stage.transport, batch_size=3)
+    rabbit.put(*numbered(3))
+    consumer = RecordingConsumer(taking(10), transport=rabbit.transport, batch_size=3)
     await consumer.start()
     await asyncio.sleep(1)
     consumer.request_stop()

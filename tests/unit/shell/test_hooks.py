@@ -16,11 +16,11 @@ from aio_pika_batch import (
 )
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Lost
-from tests.unit.shell.doubles import ScriptedTransport, never
-from tests.unit.shell.stage import ACK, Scribe, Witness, numbered
+from tests.unit.shell.helpers import ACK, EventRecorder, RecordingConsumer, numbered
+from tests.unit.shell.scripted_transport import ScriptedTransport, never
 
 
-class Sessions(Scribe):
+class Sessions(RecordingConsumer):
     """Notes what its session hook was given, and on which instance."""
 
     seen = ()
@@ -29,7 +29,7 @@ class Sessions(Scribe):
         type(self).seen = (*type(self).seen, (self, session))
 
 
-class Legacy(Scribe):
+class Legacy(RecordingConsumer):
     """Overrides what users have overridden ever since."""
 
     calls = ()
@@ -46,7 +46,7 @@ def forget():
     Sessions.seen = Legacy.calls = ()
 
 
-async def test_on_session_is_called_for_each_session_of_each_worker(stage):
+async def test_on_session_is_called_for_each_session_of_each_worker(rabbit):
     """Before its first message, with its number."""
     handled = []
 
@@ -56,12 +56,12 @@ async def test_on_session_is_called_for_each_session_of_each_worker(stage):
             await asyncio.sleep(1)
             handled.extend(self.batches)
 
-    stage.put(b"0")
-    async with Slow(transport=stage.transport, num_workers=2, batch_size=1) as consumer:
+    rabbit.put(b"0")
+    async with Slow(transport=rabbit.transport, num_workers=2, batch_size=1) as consumer:
         await asyncio.sleep(0.1)
         assert ([], [[b"0"]]) == (handled, consumer.batches)
         assert [(0, 1), (1, 1)] == [(each.worker, each.epoch) for _, each in Slow.seen]
-        stage.broker.cut()
+        rabbit.broker.cut()
         await asyncio.sleep(5)
         told = sorted((each.worker, each.epoch) for _, each in Slow.seen)
         assert [(0, 1), (0, 2), (1, 1), (1, 2)] == told
@@ -69,14 +69,14 @@ async def test_on_session_is_called_for_each_session_of_each_worker(stage):
 
 
 @pytest.mark.parametrize("cls", [Sessions, Legacy])
-async def test_each_worker_has_an_instance_of_its_own(stage, cls):
+async def test_each_worker_has_an_instance_of_its_own(rabbit, cls):
     """Worker 0 is the instance itself; the others are copies made after `on_start`."""
 
     class Starting(cls):
         async def on_start(self):
             self.pool = object()
 
-    consumer = Starting(transport=stage.transport, num_workers=3)
+    consumer = Starting(transport=rabbit.transport, num_workers=3)
     async with consumer:
         notes = Starting.seen if cls is Sessions else Starting.calls
         instances = [note[0] for note in notes]
@@ -86,10 +86,10 @@ async def test_each_worker_has_an_instance_of_its_own(stage, cls):
         assert {type(consumer)} == {type(each) for each in instances}
 
 
-async def test_a_worker_uses_what_its_own_session_stored(stage):
+async def test_a_worker_uses_what_its_own_session_stored(rabbit):
     """What a session stores on `self` is seen by this worker's handler, and by no other's."""
 
-    class Keeps(Scribe):
+    class Keeps(RecordingConsumer):
         used = ()
 
         async def on_session(self, session):
@@ -101,20 +101,20 @@ async def test_a_worker_uses_what_its_own_session_stored(stage):
                 type(self).used = (*type(self).used, (message.consumer_tag[-5:], self.name))
                 yield ACK
 
-    stage.put(*numbered(6))
-    async with Keeps(transport=stage.transport, num_workers=2, batch_size=1, prefetch_count=1):
+    rabbit.put(*numbered(6))
+    async with Keeps(transport=rabbit.transport, num_workers=2, batch_size=1, prefetch_count=1):
         await asyncio.sleep(10)
     assert {("w0-e1", 0), ("w1-e1", 1)} == set(Keeps.used)
 
 
-async def test_without_hooks_there_is_one_instance(stage):
+async def test_without_hooks_there_is_one_instance(rabbit):
     """Nothing is copied that need not be."""
-    async with Scribe(transport=stage.transport, num_workers=3) as consumer:
+    async with RecordingConsumer(transport=rabbit.transport, num_workers=3) as consumer:
         seats = consumer._seats()
         assert {consumer} == {seat.process.__self__ for seat in seats}
 
 
-async def test_a_copys_stop_is_the_consumers(stage):
+async def test_a_copys_stop_is_the_consumers(rabbit):
     """Whichever instance a handler or a task runs on: one drain, one `on_stop`, by the original."""
 
     class Stops(Sessions):
@@ -123,7 +123,7 @@ async def test_a_copys_stop_is_the_consumers(stage):
         async def on_stop(self):
             type(self).stopped = (*type(self).stopped, self)
 
-    consumer = Stops(transport=stage.transport, num_workers=2)
+    consumer = Stops(transport=rabbit.transport, num_workers=2)
     await consumer.start()
     clone = Stops.seen[1][0]
     assert clone is not consumer
@@ -138,11 +138,11 @@ async def test_a_copys_stop_is_the_consumers(stage):
     assert (consumer, consumer) == Stops.stopped
 
 
-async def test_run_internal_is_called_by_keyword_once_for_each_session(stage):
+async def test_run_internal_is_called_by_keyword_once_for_each_session(rabbit):
     """With the broker library's channel and queue, the settings, the stop event and a logger."""
-    stage.declare("sink")
-    async with Legacy(transport=stage.transport, batch_size=1) as consumer:
-        assert "staging" in stage.broker.vhost.exchanges
+    rabbit.declare("sink")
+    async with Legacy(transport=rabbit.transport, batch_size=1) as consumer:
+        assert "staging" in rabbit.broker.vhost.exchanges
         [(instance, channel, queue, settings, stop_event, log)] = Legacy.calls
         assert instance is consumer
         assert "jobs" == queue.name
@@ -152,36 +152,36 @@ async def test_run_internal_is_called_by_keyword_once_for_each_session(stage):
         log.info("declared", exchange="staging")
         sink = await channel.get_queue("sink")
         await sink.bind(consumer.exchange)
-        stage.put(*numbered(2))
+        rabbit.put(*numbered(2))
         await asyncio.sleep(1)
         assert numbered(2) == consumer.handled
-        stage.broker.cut()
+        rabbit.broker.cut()
         await asyncio.sleep(5)
         assert 2 == len(Legacy.calls)
     assert stop_event.is_set()
-    assert [] == stage.broker.connections
+    assert [] == rabbit.broker.connections
 
 
-async def test_the_users_channel_is_not_the_consuming_one(stage):
+async def test_the_users_channel_is_not_the_consuming_one(rabbit):
     """A mistake on it costs that channel, and no message."""
-    async with Legacy(transport=stage.transport, batch_size=1) as consumer:
+    async with Legacy(transport=rabbit.transport, batch_size=1) as consumer:
         channel = Legacy.calls[0][1]
         with pytest.raises(Exception, match="NOT_FOUND"):
             await channel.get_queue("no such queue")
-        stage.put(b"0")
+        rabbit.put(b"0")
         await asyncio.sleep(1)
         assert [b"0"] == consumer.handled
         assert 1 == consumer.status().workers[0].epoch
 
 
-async def test_on_session_can_have_the_broker_librarys_objects_too(stage):
+async def test_on_session_can_have_the_broker_librarys_objects_too(rabbit):
     """By `native`, which opens them once."""
 
-    class Native(Scribe):
+    class Native(RecordingConsumer):
         async def on_session(self, session):
             self.native = [await session.native(), await session.native()]
 
-    async with Native(transport=stage.transport) as consumer:
+    async with Native(transport=rabbit.transport) as consumer:
         first, second = consumer.native
         assert first is second
         assert "jobs" == first.queue.name
@@ -196,51 +196,51 @@ async def test_a_transport_without_objects_of_its_own_says_so():
 
 
 @pytest.mark.parametrize("hook", ["on_session", "_run_internal"])
-async def test_a_hook_that_fails_at_first_is_fatal(stage, hook):
+async def test_a_hook_that_fails_at_first_is_fatal(rabbit, hook):
     """It is a mistake that will not go away."""
 
-    class Fails(Scribe):
+    class Fails(RecordingConsumer):
         pass
 
     async def fail(self, *_, **__):
         raise KeyError("no such table")
 
     setattr(Fails, hook, fail)
-    consumer = Fails(transport=stage.transport)
+    consumer = Fails(transport=rabbit.transport)
     with pytest.raises(KeyError, match="no such table"):
         await consumer.run()
     assert not consumer.is_running
-    assert [] == stage.broker.connections
+    assert [] == rabbit.broker.connections
 
 
-async def test_a_hook_that_fails_later_is_retried(stage, caplog):
+async def test_a_hook_that_fails_later_is_retried(rabbit, caplog):
     """With a traceback in the log, once; the worker comes back when it goes well again."""
 
-    class Fails(Scribe):
+    class Fails(RecordingConsumer):
         wrong = None
 
         async def on_session(self, session):
             if self.wrong is not None:
                 raise self.wrong
 
-    witness = Witness()
-    async with Fails(transport=stage.transport, observers=[witness]) as consumer:
+    recorder = EventRecorder()
+    async with Fails(transport=rabbit.transport, observers=[recorder]) as consumer:
         Fails.wrong = KeyError("no such table")
-        stage.broker.cut()
+        rabbit.broker.cut()
         await asyncio.sleep(300)
         assert not consumer.is_healthy
         assert 1 == len([each for each in caplog.records if each.exc_info])
         Fails.wrong = None
         await asyncio.sleep(31)
         assert consumer.is_healthy
-    assert {SessionLost, KeyError} == {type(event.error) for event in witness.of(Lost)}
+    assert {SessionLost, KeyError} == {type(event.error) for event in recorder.of(Lost)}
 
 
 @pytest.mark.parametrize("hook", ["on_session", "_run_internal"])
-async def test_a_cancellation_that_is_not_ours_does_not_end_the_worker(stage, hook):
+async def test_a_cancellation_that_is_not_ours_does_not_end_the_worker(rabbit, hook):
     """Client libraries cancel futures of their own when a connection is lost."""
 
-    class Cancelled(Scribe):
+    class Cancelled(RecordingConsumer):
         wrong = False
 
     original = getattr(Cancelled, hook)
@@ -251,9 +251,9 @@ async def test_a_cancellation_that_is_not_ours_does_not_end_the_worker(stage, ho
         await original(self, *args, **kwargs)
 
     setattr(Cancelled, hook, sometimes)
-    async with Cancelled(transport=stage.transport) as consumer:
+    async with Cancelled(transport=rabbit.transport) as consumer:
         Cancelled.wrong = True
-        stage.broker.cut()
+        rabbit.broker.cut()
         await asyncio.sleep(60)
         assert WorkerState.STOPPED is not consumer.status().workers[0].state
         Cancelled.wrong = False
@@ -261,21 +261,21 @@ async def test_a_cancellation_that_is_not_ours_does_not_end_the_worker(stage, ho
         assert consumer.is_healthy
 
 
-async def test_a_run_internal_that_forgets_super_is_told_at_the_start(stage):
+async def test_a_run_internal_that_forgets_super_is_told_at_the_start(rabbit):
     """It would never consume anything, and nobody would know why."""
 
-    class Forgets(Scribe):
+    class Forgets(RecordingConsumer):
         async def _run_internal(self, channel, queue, settings, stop_event, log):
             pass
 
     with pytest.raises(ConfigurationError, match="super"):
-        await Forgets(transport=stage.transport).start()
+        await Forgets(transport=rabbit.transport).start()
 
 
-async def test_a_run_internal_may_do_something_afterwards(stage):
+async def test_a_run_internal_may_do_something_afterwards(rabbit):
     """Once the session has ended, of which it hears by an exception."""
 
-    class After(Scribe):
+    class After(RecordingConsumer):
         events = ()
 
         async def _run_internal(self, **kwargs):
@@ -287,52 +287,52 @@ async def test_a_run_internal_may_do_something_afterwards(stage):
             finally:
                 type(self).events = (*self.events, "after")
 
-    async with After(transport=stage.transport) as consumer:
-        stage.broker.cut()
+    async with After(transport=rabbit.transport) as consumer:
+        rabbit.broker.cut()
         await asyncio.sleep(5)
         assert ("lost", "after") == After.events
         assert consumer.is_healthy
     assert ("lost", "after", "after") == After.events
 
 
-async def test_a_run_internal_that_swallows_the_end_is_taken_for_a_lost_session(stage, jitter):
+async def test_a_run_internal_that_swallows_the_end_is_taken_for_a_lost_session(rabbit, jitter):
     """The worker comes back all the same."""
 
-    class Swallows(Scribe):
+    class Swallows(RecordingConsumer):
         async def _run_internal(self, **kwargs):
             with suppress(SessionLost):
                 await super()._run_internal(**kwargs)
 
-    async with Swallows(transport=stage.transport) as consumer:
-        stage.broker.cut()
+    async with Swallows(transport=rabbit.transport) as consumer:
+        rabbit.broker.cut()
         await asyncio.sleep(5)
         assert consumer.is_healthy
         assert 2 == consumer.status().workers[0].epoch
 
 
-async def test_run_internal_is_the_librarys_to_call(stage):
+async def test_run_internal_is_the_librarys_to_call(rabbit):
     """Outside a session there is nothing to consume."""
-    consumer = Scribe(transport=stage.transport)
+    consumer = RecordingConsumer(transport=rabbit.transport)
     with pytest.raises(SessionClosed, match="called by the library"):
         await consumer._run_internal(None, None, consumer.settings, asyncio.Event(), consumer._log)
 
 
-async def test_a_hook_that_does_not_end_is_cut_off(stage):
+async def test_a_hook_that_does_not_end_is_cut_off(rabbit):
     """A drain takes `shutdown_timeout` at most, whatever users' code waits for."""
 
-    class Hangs(Scribe):
+    class Hangs(RecordingConsumer):
         async def on_session(self, session):
             if session.epoch > 1:
                 await never()
 
-    consumer = Hangs(transport=stage.transport, shutdown_timeout=10)
+    consumer = Hangs(transport=rabbit.transport, shutdown_timeout=10)
     await consumer.start()
-    stage.broker.cut()
+    rabbit.broker.cut()
     await asyncio.sleep(30)
     assert not consumer.is_healthy
     await consumer.stop()
     assert 40 == asyncio.get_running_loop().time()
-    assert [] == stage.broker.connections
+    assert [] == rabbit.broker.connections
 
 
 def test_a_worker_session_is_a_value():

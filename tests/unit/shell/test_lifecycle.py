@@ -14,11 +14,11 @@ from aio_pika_batch import (
     StartInterrupted,
     WorkerState,
 )
-from tests.unit.shell.doubles import ScriptedTransport, never
-from tests.unit.shell.stage import ACK, Scribe, ack, numbered, taking
+from tests.unit.shell.helpers import ACK, RecordingConsumer, ack, numbered, taking
+from tests.unit.shell.scripted_transport import ScriptedTransport, never
 
 
-class Hooked(Scribe):
+class Hooked(RecordingConsumer):
     """Notes its hooks, each of which may be given something to wait for."""
 
     def __init__(self, *args, **kwargs):
@@ -37,11 +37,11 @@ class Hooked(Scribe):
         self.events.append("stopped")
 
 
-async def test_start_returns_once_every_worker_consumes(stage):
+async def test_start_returns_once_every_worker_consumes(rabbit):
     """And not before."""
     script = ScriptedTransport()
     script.on_open = lambda: asyncio.sleep(len(script.times("open")))
-    consumer = Scribe(transport=script, num_workers=3)
+    consumer = RecordingConsumer(transport=script, num_workers=3)
     assert not consumer.is_running
     await consumer.start()
     assert 3 == asyncio.get_running_loop().time()
@@ -51,12 +51,12 @@ async def test_start_returns_once_every_worker_consumes(stage):
     await consumer.stop()
     assert not consumer.is_running
     assert not consumer.is_healthy
-    assert ConsumerStatus("Scribe", "jobs", False, False, ()) == consumer.status()
+    assert ConsumerStatus("RecordingConsumer", "jobs", False, False, ()) == consumer.status()
 
 
-async def test_async_with_starts_and_stops(stage):
+async def test_async_with_starts_and_stops(rabbit):
     """Also when its body raises."""
-    consumer = Scribe(transport=stage.transport)
+    consumer = RecordingConsumer(transport=rabbit.transport)
 
     async def body():
         async with consumer as entered:
@@ -67,37 +67,37 @@ async def test_async_with_starts_and_stops(stage):
     with pytest.raises(KeyError):
         await body()
     assert not consumer.is_running
-    assert [] == stage.broker.connections
+    assert [] == rabbit.broker.connections
 
 
-async def test_run_lasts_until_it_is_told_to_stop(stage):
+async def test_run_lasts_until_it_is_told_to_stop(rabbit):
     """From any task; it returns after the drain."""
-    stage.put(*numbered(3))
-    consumer = Scribe(taking(10), transport=stage.transport, batch_size=3)
+    rabbit.put(*numbered(3))
+    consumer = RecordingConsumer(taking(10), transport=rabbit.transport, batch_size=3)
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(1)
     stopping = asyncio.create_task(consumer.stop())
     await running
     await stopping
     assert 10 == asyncio.get_running_loop().time()
-    assert [] == stage.waiting()
+    assert [] == rabbit.waiting()
 
 
-async def test_run_that_is_cancelled_drains(stage):
+async def test_run_that_is_cancelled_drains(rabbit):
     """A task group that falls apart loses nothing that was at work."""
-    stage.put(*numbered(3))
-    consumer = Hooked(taking(10), transport=stage.transport, batch_size=3)
+    rabbit.put(*numbered(3))
+    consumer = Hooked(taking(10), transport=rabbit.transport, batch_size=3)
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(1)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
     assert 10 == asyncio.get_running_loop().time()
-    assert [] == stage.waiting()
+    assert [] == rabbit.waiting()
     assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
 
 
-async def test_start_that_is_cancelled_leaves_nothing_behind(stage):
+async def test_start_that_is_cancelled_leaves_nothing_behind(rabbit):
     """Neither a worker nor a connection."""
     script = ScriptedTransport()
     script.on_open = never
@@ -109,10 +109,10 @@ async def test_start_that_is_cancelled_leaves_nothing_behind(stage):
     assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
 
 
-async def test_stop_may_be_called_again_and_at_the_same_time(stage):
+async def test_stop_may_be_called_again_and_at_the_same_time(rabbit):
     """Each call returns when the one drain is done; a call on a stopped consumer does nothing."""
-    stage.put(*numbered(3))
-    consumer = Hooked(taking(10), transport=stage.transport, batch_size=3)
+    rabbit.put(*numbered(3))
+    consumer = Hooked(taking(10), transport=rabbit.transport, batch_size=3)
     await consumer.stop()
     await consumer.start()
     await asyncio.sleep(1)
@@ -122,10 +122,10 @@ async def test_stop_may_be_called_again_and_at_the_same_time(stage):
     assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
 
 
-async def test_stop_that_is_cancelled_does_not_cancel_the_drain(stage):
+async def test_stop_that_is_cancelled_does_not_cancel_the_drain(rabbit):
     """Who waits for it may lose patience."""
-    stage.put(*numbered(3))
-    consumer = Hooked(taking(10), transport=stage.transport, batch_size=3)
+    rabbit.put(*numbered(3))
+    consumer = Hooked(taking(10), transport=rabbit.transport, batch_size=3)
     await consumer.start()
     await asyncio.sleep(1)
     with pytest.raises(TimeoutError):
@@ -134,24 +134,24 @@ async def test_stop_that_is_cancelled_does_not_cancel_the_drain(stage):
     assert consumer.is_running
     await consumer.stop()
     assert 10 == asyncio.get_running_loop().time()
-    assert [] == stage.waiting()
+    assert [] == rabbit.waiting()
 
 
-async def test_a_stopped_consumer_can_be_started_again(stage):
+async def test_a_stopped_consumer_can_be_started_again(rabbit):
     """As often as one likes, with its hooks each time."""
-    consumer = Hooked(transport=stage.transport, batch_size=1)
+    consumer = Hooked(transport=rabbit.transport, batch_size=1)
     for number in range(3):
         async with consumer:
-            stage.put(b"%d" % number)
+            rabbit.put(b"%d" % number)
             await asyncio.sleep(1)
     assert numbered(3) == consumer.handled
     assert ["on_start", "started", "on_stop", "stopped"] * 3 == consumer.events
 
 
-async def test_a_running_consumer_cannot_be_started_again(stage):
+async def test_a_running_consumer_cannot_be_started_again(rabbit):
     """Neither while it runs nor while it drains; the one that runs is not disturbed."""
-    stage.put(*numbered(3))
-    consumer = Hooked(taking(10), transport=stage.transport, batch_size=3)
+    rabbit.put(*numbered(3))
+    consumer = Hooked(taking(10), transport=rabbit.transport, batch_size=3)
     async with consumer:
         await asyncio.sleep(1)
         for again in (consumer.start, consumer.run):
@@ -185,9 +185,9 @@ async def test_a_stop_during_the_start_interrupts_it(how):
     assert 1 == asyncio.get_running_loop().time()
 
 
-async def test_a_stop_during_on_start_waits_for_it(stage):
+async def test_a_stop_during_on_start_waits_for_it(rabbit):
     """What it has set up is taken down again: `on_stop` runs if `on_start` finished."""
-    consumer = Hooked(transport=stage.transport)
+    consumer = Hooked(transport=rabbit.transport)
     consumer.starting = lambda: asyncio.sleep(10)
     starting = asyncio.create_task(consumer.start())
     await asyncio.sleep(1)
@@ -197,12 +197,12 @@ async def test_a_stop_during_on_start_waits_for_it(stage):
         await starting
     assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
     assert 10 == asyncio.get_running_loop().time()
-    assert [] == stage.broker.connections
+    assert [] == rabbit.broker.connections
 
 
-async def test_a_stop_cuts_off_an_on_start_that_takes_too_long(stage):
+async def test_a_stop_cuts_off_an_on_start_that_takes_too_long(rabbit):
     """After `shutdown_timeout`; it has not finished, and so there is no `on_stop`."""
-    consumer = Hooked(transport=stage.transport, shutdown_timeout=10)
+    consumer = Hooked(transport=rabbit.transport, shutdown_timeout=10)
     consumer.starting = never
     starting = asyncio.create_task(consumer.start())
     await asyncio.sleep(1)
@@ -214,9 +214,9 @@ async def test_a_stop_cuts_off_an_on_start_that_takes_too_long(stage):
     assert not consumer.is_running
 
 
-async def test_on_stop_is_for_an_on_start_that_finished(stage):
+async def test_on_stop_is_for_an_on_start_that_finished(rabbit):
     """A start that fails in its hook has nothing to take down."""
-    consumer = Hooked(transport=stage.transport)
+    consumer = Hooked(transport=rabbit.transport)
     error = KeyError("no database")
 
     async def fail():
@@ -234,9 +234,9 @@ async def test_on_stop_is_for_an_on_start_that_finished(stage):
     assert ["on_start", "on_start", "started", "on_stop", "stopped"] == consumer.events
 
 
-async def test_an_on_stop_that_raises_is_heard_of(stage):
+async def test_an_on_stop_that_raises_is_heard_of(rabbit):
     """Everything is closed nevertheless."""
-    consumer = Hooked(transport=stage.transport)
+    consumer = Hooked(transport=rabbit.transport)
 
     async def fail():
         raise KeyError
@@ -246,13 +246,13 @@ async def test_an_on_stop_that_raises_is_heard_of(stage):
     with pytest.raises(KeyError):
         await consumer.stop()
     assert not consumer.is_running
-    assert [] == stage.broker.connections
+    assert [] == rabbit.broker.connections
 
 
 @pytest.mark.parametrize("where", ["handler", "a task of the handler's"])
-async def test_a_handler_may_stop_its_consumer(stage, where):
+async def test_a_handler_may_stop_its_consumer(rabbit, where):
     """It does not wait for the drain, which waits for it; its results count."""
-    stage.put(*numbered(3))
+    rabbit.put(*numbered(3))
 
     async def answer(messages):
         if where == "handler":
@@ -262,15 +262,15 @@ async def test_a_handler_may_stop_its_consumer(stage, where):
         for _ in messages:
             yield ACK
 
-    consumer = Hooked(answer, transport=stage.transport, batch_size=3)
+    consumer = Hooked(answer, transport=rabbit.transport, batch_size=3)
     await consumer.run()
     assert 0 == asyncio.get_running_loop().time()
-    assert [] == stage.waiting()
+    assert [] == rabbit.waiting()
     assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
 
 
 @pytest.mark.parametrize("hook", ["on_start", "on_stop", "on_session", "_run_internal"])
-async def test_a_hook_may_stop_its_consumer(stage, hook):
+async def test_a_hook_may_stop_its_consumer(rabbit, hook):
     """From wherever it is called; nobody waits for himself."""
 
     class Stops(Hooked):
@@ -283,7 +283,7 @@ async def test_a_hook_may_stop_its_consumer(stage, hook):
         await original(self, *args, **kwargs)
 
     setattr(Stops, hook, stop_first)
-    consumer = Stops(transport=stage.transport)
+    consumer = Stops(transport=rabbit.transport)
     if hook == "on_stop":
         await consumer.start()
         await consumer.stop()
@@ -292,35 +292,35 @@ async def test_a_hook_may_stop_its_consumer(stage, hook):
     assert 0 == asyncio.get_running_loop().time()
     assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
     assert not consumer.is_running
-    assert [] == stage.broker.connections
+    assert [] == rabbit.broker.connections
 
 
-async def test_a_stop_by_a_handler_is_complete_although_nobody_waits(stage):
+async def test_a_stop_by_a_handler_is_complete_although_nobody_waits(rabbit):
     """After `start`, too: the consumer stops by itself."""
 
     async def answer(messages):
         await consumer.stop()
         yield ACK
 
-    consumer = Hooked(answer, transport=stage.transport, batch_size=1, num_workers=2)
+    consumer = Hooked(answer, transport=rabbit.transport, batch_size=1, num_workers=2)
     await consumer.start()
-    stage.put(b"0")
+    rabbit.put(b"0")
     await asyncio.sleep(5)
     assert not consumer.is_running
     assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
 
 
-async def test_publishing_is_for_a_running_consumer(stage):
+async def test_publishing_is_for_a_running_consumer(rabbit):
     """Hooks included."""
-    consumer = Hooked(transport=stage.transport, batch_size=2)
+    consumer = Hooked(transport=rabbit.transport, batch_size=2)
     with pytest.raises(SessionClosed, match="between start and stop"):
         await consumer.publish(b"0", routing_key="jobs")
-    stage.declare("elsewhere")
+    rabbit.declare("elsewhere")
     publish = lambda: consumer.publish(b"0", routing_key="elsewhere")  # noqa: E731
     consumer.starting = consumer.stopping = publish
     async with consumer:
         await publish()
-    assert [b"0"] * 3 == stage.waiting("elsewhere")
+    assert [b"0"] * 3 == rabbit.waiting("elsewhere")
     with pytest.raises(SessionClosed):
         await consumer.publish(b"0", routing_key="elsewhere")
 
@@ -329,7 +329,7 @@ async def test_a_publication_that_outlives_its_consumer_leaves_no_connection_beh
     """One whose connection is opened only after the stop."""
     script = ScriptedTransport()
     script.on_publisher = lambda: asyncio.sleep(10)
-    consumer = Scribe(ack, transport=script)
+    consumer = RecordingConsumer(ack, transport=script)
     await consumer.start()
     publishing = asyncio.create_task(consumer.publish(b"0", routing_key="jobs"))
     await asyncio.sleep(1)
@@ -340,9 +340,9 @@ async def test_a_publication_that_outlives_its_consumer_leaves_no_connection_beh
     assert script.steps.count("publisher") == script.steps.count("leave publisher")
 
 
-async def test_settings_can_be_replaced_before_the_start(stage):
+async def test_settings_can_be_replaced_before_the_start(rabbit):
     """As a command line does; what was chosen stays, and nonsense is refused."""
-    consumer = Scribe(transport=stage.transport, batch_size=7)
+    consumer = RecordingConsumer(transport=rabbit.transport, batch_size=7)
     consumer.configure(num_workers=2)
     consumer.configure()
     assert (7, 2) == (consumer.settings.batch_size, consumer.settings.num_workers)
@@ -354,12 +354,12 @@ async def test_settings_can_be_replaced_before_the_start(stage):
             consumer.configure(num_workers=1)
 
 
-async def test_another_url_is_another_transport(stage):
+async def test_another_url_is_another_transport(rabbit):
     """The one that was handed in serves the old one."""
-    consumer = Scribe(transport=stage.transport)
+    consumer = RecordingConsumer(transport=rabbit.transport)
     consumer.configure(url="memory://elsewhere")
-    stage.put(b"0")
+    rabbit.put(b"0")
     async with consumer:
         await asyncio.sleep(1)
     assert [] == consumer.handled
-    assert [b"0"] == stage.waiting()
+    assert [b"0"] == rabbit.waiting()

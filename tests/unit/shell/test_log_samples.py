@@ -18,55 +18,55 @@ from aio_pika_batch import Observer, Requeue, SessionLost, TopologyError
 from aio_pika_batch.adapters.memory import ConnectFault, PublishFault
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.publication import Outcome
-from tests.unit.shell.doubles import ScriptedTransport, raising
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     REQUEUE,
-    Scribe,
-    Stage,
+    QueueBroker,
+    RecordingConsumer,
     ack,
     answering,
     first_then,
     numbered,
     taking,
 )
+from tests.unit.shell.scripted_transport import ScriptedTransport, raising
 
 PAGE = Path(__file__).parents[3] / "docs" / "observability.md"
 SOURCES = Path(aio_pika_batch.__file__).parent
 LEVELS = ("debug", "info", "warning", "error", "exception")
 
 
-class Importer(Scribe):
+class Importer(RecordingConsumer):
     """Whose log is shown."""
 
     def __init__(self, *args, **given):
         super().__init__(*args, **{"queue_name": "orders", "batch_size": 3} | given)
 
 
-def a_stage(*bodies, **properties):
+def a_broker(*bodies, **properties):
     """A broker with some orders, and somewhere for dead letters."""
-    stage = Stage()
-    stage.declare("orders")
-    stage.put(*bodies, queue="orders", properties=Properties(**properties))
-    return stage
+    rabbit = QueueBroker()
+    rabbit.declare("orders")
+    rabbit.put(*bodies, queue="orders", properties=Properties(**properties))
+    return rabbit
 
 
 async def a_life_with_a_lost_connection():
     """A connection is cut while a handler works, and the broker is away for a while."""
-    stage = a_stage(*numbered(3))
-    async with Importer(taking(20), transport=stage.transport):
+    rabbit = a_broker(*numbered(3))
+    async with Importer(taking(20), transport=rabbit.transport):
         await asyncio.sleep(1)
-        stage.broker.faults.connect_fault = ConnectFault.UNREACHABLE
-        stage.broker.cut()
+        rabbit.broker.faults.connect_fault = ConnectFault.UNREACHABLE
+        rabbit.broker.cut()
         await asyncio.sleep(60)
-        stage.broker.faults.connect_fault = ConnectFault.NONE
+        rabbit.broker.faults.connect_fault = ConnectFault.NONE
         await asyncio.sleep(60)
 
 
 async def a_handler_that_fails():
     """Each time, until its messages are exhausted."""
     async with Importer(
-        answering(error=KeyError("sku")), transport=a_stage(*numbered(3)).transport
+        answering(error=KeyError("sku")), transport=a_broker(*numbered(3)).transport
     ):
         await asyncio.sleep(1)
 
@@ -80,7 +80,7 @@ async def a_culprit():
         for _ in messages:
             yield ACK
 
-    transport = a_stage(*numbered(3)).transport
+    transport = a_broker(*numbered(3)).transport
     async with Importer(
         sunk, transport=transport, isolate_failures=True, unhandled_exception_action="NACK"
     ):
@@ -95,35 +95,35 @@ async def a_key_that_fails():
             return message.headers["customer"]
 
     Keyed.__name__ = "Importer"
-    transport = a_stage(b"0").transport
+    transport = a_broker(b"0").transport
     async with Keyed(transport=transport, unhandled_exception_action="NACK"):
         await asyncio.sleep(1)
 
 
 async def a_retry_count_that_is_none():
     """Somebody else has written the header."""
-    stage = a_stage(b"0", headers={"x-retry-count": "many"})
-    async with Importer(first_then(answering(REQUEUE), ack), transport=stage.transport):
+    rabbit = a_broker(b"0", headers={"x-retry-count": "many"})
+    async with Importer(first_then(answering(REQUEUE), ack), transport=rabbit.transport):
         await asyncio.sleep(30)
 
 
 async def copies_that_are_refused():
     """For longer than originals are held."""
-    stage = a_stage(*numbered(3))
-    stage.broker.faults.on_publish(PublishFault.REFUSE)
+    rabbit = a_broker(*numbered(3))
+    rabbit.broker.faults.on_publish(PublishFault.REFUSE)
     async with Importer(
-        answering(REQUEUE, REQUEUE, REQUEUE), transport=stage.transport, requeue_hold=1
+        answering(REQUEUE, REQUEUE, REQUEUE), transport=rabbit.transport, requeue_hold=1
     ):
         await asyncio.sleep(10)
 
 
 async def a_publisher_that_cannot_connect():
     """The consuming connection is there, and another cannot be had."""
-    stage = a_stage(*numbered(3))
-    async with Importer(first_then(answering(REQUEUE, ACK, ACK), ack), transport=stage.transport):
-        stage.broker.faults.connect_fault = ConnectFault.UNREACHABLE
+    rabbit = a_broker(*numbered(3))
+    async with Importer(first_then(answering(REQUEUE, ACK, ACK), ack), transport=rabbit.transport):
+        rabbit.broker.faults.connect_fault = ConnectFault.UNREACHABLE
         await asyncio.sleep(10)
-        stage.broker.faults.connect_fault = ConnectFault.NONE
+        rabbit.broker.faults.connect_fault = ConnectFault.NONE
         await asyncio.sleep(10)
 
 
@@ -160,10 +160,10 @@ async def a_publisher_that_closes_badly():
 
 async def a_breaker():
     """From its opening to its end."""
-    stage = a_stage(*numbered(20))
+    rabbit = a_broker(*numbered(20))
     async with Importer(
         first_then(*[answering(error=KeyError("sku"))] * 7, ack),
-        transport=stage.transport,
+        transport=rabbit.transport,
         breaker_threshold=0.5,
         requeue_delay=60,
     ):
@@ -177,7 +177,7 @@ async def an_observer_that_fails():
         def connected(self, origin, event):
             raise KeyError("sku")
 
-    async with Importer(transport=a_stage().transport, observers=[Broken()]):
+    async with Importer(transport=a_broker().transport, observers=[Broken()]):
         pass
 
 
@@ -202,7 +202,7 @@ async def a_drain_that_is_cut_short():
 
     for bodies in (numbered(1), numbered(3)):
         consumer = Stubborn(
-            deaf, transport=a_stage(*bodies).transport, batch_timeout=1, shutdown_timeout=2
+            deaf, transport=a_broker(*bodies).transport, batch_timeout=1, shutdown_timeout=2
         )
         await consumer.start()
         await asyncio.sleep(5)

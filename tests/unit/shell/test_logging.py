@@ -11,8 +11,8 @@ import aio_pika_batch
 from aio_pika_batch import MessageResult
 from aio_pika_batch.adapters.memory import Broker, MemoryTransport
 from aio_pika_batch.logs import KeywordLogger, format_error
-from tests.unit.shell.doubles import ScriptedTransport
-from tests.unit.shell.stage import Scribe
+from tests.unit.shell.helpers import RecordingConsumer
+from tests.unit.shell.scripted_transport import ScriptedTransport
 
 
 class Odd(RuntimeError):
@@ -120,10 +120,10 @@ def test_what_cannot_be_described_is_logged_all_the_same(log, caplog):
     assert "KeyError: 'x'" == format_error(KeyError("x"))
 
 
-async def test_the_library_configures_no_logger(stage):
+async def test_the_library_configures_no_logger(rabbit):
     """Whoever runs a program says what is logged, and where."""
     root = logging.getLogger("aio_pika_batch")
-    async with Scribe(transport=stage.transport):
+    async with RecordingConsumer(transport=rabbit.transport):
         pass
     assert aio_pika_batch.__name__ == root.name
     for name in ("aio_pika_batch", "aio_pika_batch.consumer"):
@@ -131,12 +131,12 @@ async def test_the_library_configures_no_logger(stage):
         assert ([], logging.NOTSET, True) == (logger.handlers, logger.level, logger.propagate)
 
 
-async def test_a_life_in_a_few_lines(stage, caplog):
+async def test_a_life_in_a_few_lines(rabbit, caplog):
     """One for each change, with consumer, queue and worker; nothing to warn of, no warning."""
     caplog.set_level(logging.INFO)
-    stage.broker.delete_queue("jobs")
-    async with Scribe(
-        transport=stage.transport,
+    rabbit.broker.delete_queue("jobs")
+    async with RecordingConsumer(
+        transport=rabbit.transport,
         queue_type="quorum",
         queue_arguments={"x-dead-letter-exchange": "jobs.dlx"},
         dead_letter_queue="dead",
@@ -144,7 +144,12 @@ async def test_a_life_in_a_few_lines(stage, caplog):
         pass
     assert ["consuming", "draining", "stopped"] == [record.event for record in caplog.records]
     first = caplog.records[0]
-    assert ("Scribe", "jobs", 0, 1) == (first.consumer, first.queue, first.worker, first.epoch)
+    assert ("RecordingConsumer", "jobs", 0, 1) == (
+        first.consumer,
+        first.queue,
+        first.worker,
+        first.epoch,
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,15 +172,15 @@ async def test_a_life_in_a_few_lines(stage, caplog):
         ),
     ],
 )
-async def test_what_will_surprise_somebody_is_told_at_the_start(stage, caplog, given, told_of):
+async def test_what_will_surprise_somebody_is_told_at_the_start(rabbit, caplog, given, told_of):
     """One WARNING for each, each time it is started."""
-    stage.broker.delete_queue("jobs")
+    rabbit.broker.delete_queue("jobs")
     sound = {
         "queue_type": "quorum",
         "queue_arguments": {"x-dead-letter-exchange": "jobs.dlx"},
         "dead_letter_queue": "dead",
     }
-    consumer = Scribe(transport=stage.transport, **sound | given)
+    consumer = RecordingConsumer(transport=rabbit.transport, **sound | given)
     for _ in range(2):
         caplog.clear()
         async with consumer:
@@ -186,16 +191,16 @@ async def test_what_will_surprise_somebody_is_told_at_the_start(stage, caplog, g
 
 
 @pytest.mark.parametrize("given", ["setting", "table"])
-async def test_a_consumer_whose_failures_come_back_for_ever_is_told(stage, caplog, given):
+async def test_a_consumer_whose_failures_come_back_for_ever_is_told(rabbit, caplog, given):
     """By the setting, or by the table of exceptions."""
 
-    class Mapped(Scribe):
+    class Mapped(RecordingConsumer):
         exception_results: ClassVar = (
             {KeyError: MessageResult.REQUEUE_IMMEDIATE} if given == "table" else {}
         )
 
     more = {"unhandled_exception_action": "REQUEUE_IMMEDIATE"} if given == "setting" else {}
-    async with Mapped(transport=stage.transport, dead_letter_queue="dead", **more):
+    async with Mapped(transport=rabbit.transport, dead_letter_queue="dead", **more):
         pass
     assert 1 == sum("its handler fail" in each.getMessage() for each in caplog.records)
 
@@ -204,7 +209,7 @@ async def test_a_consumer_whose_failures_come_back_for_ever_is_told(stage, caplo
 async def test_what_depends_on_the_broker_is_told_once_it_is_known(caplog, version, told):
     """Quorum queues have a limit by themselves since 4.0."""
     transport = MemoryTransport(Broker(version))
-    async with Scribe(transport=transport, queue_type="quorum"):
+    async with RecordingConsumer(transport=transport, queue_type="quorum"):
         pass
     assert told is any(
         "no delivery limit by default" in each.getMessage() for each in caplog.records
@@ -213,6 +218,8 @@ async def test_what_depends_on_the_broker_is_told_once_it_is_known(caplog, versi
 
 async def test_a_transport_that_knows_no_version_is_no_trouble(caplog):
     """Whatever depends on it is not told."""
-    async with Scribe(transport=ScriptedTransport(), queue_type="quorum", max_requeue_attempts=3):
+    async with RecordingConsumer(
+        transport=ScriptedTransport(), queue_type="quorum", max_requeue_attempts=3
+    ):
         pass
     assert not any("for ever" in each.getMessage() for each in caplog.records)

@@ -18,13 +18,13 @@ from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.testing import virtual_time
 from aio_pika_batch.testing.stories import Fault, FaultKind, MemoryScene
 from tests.stories import STORIES
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     NACK,
     REQUEUE,
     REQUEUE_IMMEDIATE,
-    Scribe,
-    Stage,
+    QueueBroker,
+    RecordingConsumer,
 )
 
 LONG = 600.0
@@ -103,7 +103,7 @@ class Failed(Exception):
     """What the handler raises."""
 
 
-class Orderly(Scribe):
+class Orderly(RecordingConsumer):
     """Its key is a body's first letter; `?` has none."""
 
     def batch_key(self, message):
@@ -116,9 +116,9 @@ class Play:
 
     def __init__(self, story: Story) -> None:
         self.story = story
-        self.stage = Stage()
-        self.scene = MemoryScene(self.stage)
-        self.stage.declare()
+        self.rabbit = QueueBroker()
+        self.scene = MemoryScene(self.rabbit)
+        self.rabbit.declare()
         self.bodies = [f"{life.key}{at}".encode() for at, life in enumerate(story.lives)]
         self.life = dict(zip(self.bodies, story.lives, strict=True))
         self.seen: Counter[bytes] = Counter()
@@ -177,7 +177,7 @@ class Play:
     async def publish(self):
         """Fill the queue."""
         for body in self.bodies:
-            self.stage.put(body)
+            self.rabbit.put(body)
             await asyncio.sleep(self.story.pause)
 
     async def hurt(self, fault):
@@ -185,13 +185,13 @@ class Play:
         await asyncio.sleep(fault.at)
         await self.scene.hurt(fault.kind, fault.seconds)
 
-    async def run(self) -> Scribe:
+    async def run(self) -> RecordingConsumer:
         """From the first message to the last."""
         story = self.story
         given = {} if story.prefetch is None else {"prefetch_count": story.prefetch}
         consumer = Orderly(
             self.handle,
-            transport=self.stage.transport,
+            transport=self.rabbit.transport,
             batch_size=story.size,
             batch_max_bytes=story.max_bytes,
             batch_timeout=1,
@@ -246,13 +246,13 @@ def test_stories(story):
     """Nothing lost, no overlap, no overtaking, no limit passed, nothing left behind."""
     play = Play(story)
     consumer = virtual_time.run(play.run())
-    stage = play.stage
+    rabbit = play.rabbit
     everything = set(play.bodies)
-    waiting, dead = Counter(stage.waiting()), Counter(stage.waiting("dead"))
+    waiting, dead = Counter(rabbit.waiting()), Counter(rabbit.waiting("dead"))
 
     # Nothing is lost: it is still there, or dead, or its handler said that it went well.
     assert everything == set(waiting) | set(dead) | set(play.acks)
-    assert not play.stage.counts(EventKind.DROPPED)
+    assert not play.rabbit.counts(EventKind.DROPPED)
 
     # Batches of a key do not overlap, nor with those of a session that is gone.
     assert all(most == 1 for key, most in play.most.items() if key != "?")
@@ -270,8 +270,8 @@ def test_stories(story):
         assert fits or len(batch) == 1
 
     # Nothing is left in anybody's hands.
-    assert [] == stage.out()
-    assert [] == stage.broker.connections
+    assert [] == rabbit.unsettled()
+    assert [] == rabbit.broker.connections
     if story.stop_at is None:
         assert not waiting
     if not story.faults:
@@ -289,7 +289,7 @@ def calm(play, waiting, dead):
         # There, an ACK may have been void.
         assert Counter(play.bodies) == waiting + dead + play.acks
     assert all(count == 1 for count in (waiting + dead).values())
-    copies = play.stage.counts(EventKind.STORED, queue="jobs") - Counter(play.bodies)
+    copies = play.rabbit.counts(EventKind.STORED, queue="jobs") - Counter(play.bodies)
     assert all(play.life[body].key == "?" for body in copies)
 
 

@@ -9,21 +9,29 @@ import pytest
 
 from aio_pika_batch import Outcome, Publication, PublishError
 from aio_pika_batch.adapters.memory import ConnectFault, PublishFault
-from tests.unit.shell.doubles import ScriptedTransport
-from tests.unit.shell.stage import ACK, REQUEUE, Scribe, ack, answering, first_then, numbered
+from tests.unit.shell.helpers import (
+    ACK,
+    REQUEUE,
+    RecordingConsumer,
+    ack,
+    answering,
+    first_then,
+    numbered,
+)
+from tests.unit.shell.scripted_transport import ScriptedTransport
 
 
 @pytest.fixture
-async def consumer(stage):
+async def consumer(rabbit):
     """One that runs, and a queue to publish to."""
-    stage.declare("sink")
-    stage.bind("sink", "events", "created")
-    made = Scribe(transport=stage.transport)
+    rabbit.declare("sink")
+    rabbit.bind("sink", "events", "created")
+    made = RecordingConsumer(transport=rabbit.transport)
     async with made:
         yield made
 
 
-async def test_a_publication_arrives_as_it_was_given(stage, consumer):
+async def test_a_publication_arrives_as_it_was_given(rabbit, consumer):
     """Body, headers and properties; persistent unless said otherwise."""
     moment = datetime(2025, 3, 4, tzinfo=UTC)
     await consumer.publish(
@@ -35,7 +43,7 @@ async def test_a_publication_arrives_as_it_was_given(stage, consumer):
         expiration=60,
         timestamp=moment,
     )
-    [message] = stage.broker.ready("sink")
+    [message] = rabbit.broker.ready("sink")
     assert (b"0", "events", "created") == (message.body, message.exchange, message.routing_key)
     properties = message.properties
     assert {"h": [1]} == properties.headers
@@ -60,35 +68,35 @@ async def test_what_no_queue_takes_is_an_error(consumer):
     await consumer.publish(b"0", exchange="events", routing_key="lost", mandatory=False)
 
 
-async def test_what_the_broker_refuses_is_an_error(stage, consumer):
+async def test_what_the_broker_refuses_is_an_error(rabbit, consumer):
     """A full queue, or no such exchange."""
-    stage.broker.faults.on_publish(PublishFault.REFUSE)
+    rabbit.broker.faults.on_publish(PublishFault.REFUSE)
     with pytest.raises(PublishError, match=r"refused by the broker .*routing key 'sink'"):
         await consumer.publish(b"0", routing_key="sink")
 
 
-async def test_what_nobody_hears_of_is_an_error(stage, consumer):
+async def test_what_nobody_hears_of_is_an_error(rabbit, consumer):
     """It may or may not be stored; with how long it was waited for."""
-    stage.broker.faults.on_publish(PublishFault.LOSE)
+    rabbit.broker.faults.on_publish(PublishFault.LOSE)
     with pytest.raises(PublishError, match=r"10(\.0)? s.*may or may not be stored"):
         await consumer.publish(b"0", routing_key="sink")
     assert 10 == asyncio.get_running_loop().time()
 
 
-async def test_a_broker_that_is_away_is_an_error(stage, consumer):
+async def test_a_broker_that_is_away_is_an_error(rabbit, consumer):
     """At once; and the next publication tries again."""
-    stage.broker.faults.connect_fault = ConnectFault.UNREACHABLE
-    stage.broker.cut()
+    rabbit.broker.faults.connect_fault = ConnectFault.UNREACHABLE
+    rabbit.broker.cut()
     with pytest.raises(PublishError, match="connection"):
         await consumer.publish(b"0", routing_key="sink")
-    stage.broker.faults.connect_fault = ConnectFault.NONE
+    rabbit.broker.faults.connect_fault = ConnectFault.NONE
     await consumer.publish(b"1", routing_key="sink")
-    assert [b"1"] == stage.waiting("sink")
+    assert [b"1"] == rabbit.waiting("sink")
 
 
-async def test_many_publications_have_an_outcome_each(stage, consumer):
+async def test_many_publications_have_an_outcome_each(rabbit, consumer):
     """In order; nothing is raised."""
-    stage.broker.faults.on_publish(PublishFault.REFUSE, routing_key="full")
+    rabbit.broker.faults.on_publish(PublishFault.REFUSE, routing_key="full")
     outcomes = await consumer.publish_many(
         [
             Publication(b"0", routing_key="sink"),
@@ -98,42 +106,42 @@ async def test_many_publications_have_an_outcome_each(stage, consumer):
         ]
     )
     assert [Outcome.CONFIRMED, Outcome.RETURNED, Outcome.REFUSED, Outcome.CONFIRMED] == outcomes
-    assert [b"0", b"3"] == stage.waiting("sink")
+    assert [b"0", b"3"] == rabbit.waiting("sink")
     assert [] == await consumer.publish_many([])
 
 
-async def test_a_missing_exchange_costs_nothing_but_the_publication(stage, consumer):
+async def test_a_missing_exchange_costs_nothing_but_the_publication(rabbit, consumer):
     """It closes a channel; requeues have another one, and the next publication gets a new one."""
     consumer.answer = first_then(answering(REQUEUE), ack)
     with pytest.raises(PublishError, match="no such exchange"):
         await consumer.publish(b"0", exchange="missing", routing_key="x")
     await consumer.publish(b"1", routing_key="sink")
-    stage.put(b"2")
+    rabbit.put(b"2")
     await asyncio.sleep(11)
-    assert [b"1"] == stage.waiting("sink")
+    assert [b"1"] == rabbit.waiting("sink")
     assert [[b"2"], [b"2"]] == consumer.batches
     assert 1 == consumer.status().workers[0].epoch
 
 
-async def test_publications_share_one_connection(stage, consumer):
+async def test_publications_share_one_connection(rabbit, consumer):
     """Also when they begin at the same time; it is closed at the end."""
-    before = len(stage.broker.connections)
+    before = len(rabbit.broker.connections)
     await asyncio.gather(*(consumer.publish(body, routing_key="sink") for body in numbered(9)))
-    assert before + 1 == len(stage.broker.connections)
-    assert sorted(numbered(9)) == sorted(stage.waiting("sink"))
+    assert before + 1 == len(rabbit.broker.connections)
+    assert sorted(numbered(9)) == sorted(rabbit.waiting("sink"))
 
 
-async def test_a_connection_that_is_gone_is_replaced(stage, consumer):
+async def test_a_connection_that_is_gone_is_replaced(rabbit, consumer):
     """Before the publication, if that is known by then."""
     await consumer.publish(b"0", routing_key="sink")
-    stage.broker.cut()
+    rabbit.broker.cut()
     await consumer.publish(b"1", routing_key="sink")
-    assert numbered(2) == stage.waiting("sink")
+    assert numbered(2) == rabbit.waiting("sink")
 
 
-async def test_a_handler_may_publish(stage):
+async def test_a_handler_may_publish(rabbit):
     """A pipeline: what was confirmed is acked."""
-    stage.declare("sink")
+    rabbit.declare("sink")
 
     async def answer(messages):
         await consumer.publish_many(
@@ -142,11 +150,11 @@ async def test_a_handler_may_publish(stage):
         for _ in messages:
             yield ACK
 
-    stage.put(*numbered(5))
-    consumer = Scribe(answer, transport=stage.transport, batch_size=5)
+    rabbit.put(*numbered(5))
+    consumer = RecordingConsumer(answer, transport=rabbit.transport, batch_size=5)
     async with consumer:
         await asyncio.sleep(1)
-    assert numbered(5) == stage.waiting("sink")
+    assert numbered(5) == rabbit.waiting("sink")
 
 
 async def test_a_publisher_that_does_not_close_cleanly_is_no_error(caplog):
@@ -157,7 +165,7 @@ async def test_a_publisher_that_does_not_close_cleanly_is_no_error(caplog):
         raise PublishError("hung up")
 
     script.on_publisher_leave = fail
-    consumer = Scribe(transport=script)
+    consumer = RecordingConsumer(transport=script)
     async with consumer:
         await consumer.publish(b"0", routing_key="sink")
     assert "leave publisher" == script.steps[-1]

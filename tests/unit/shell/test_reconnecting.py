@@ -18,8 +18,8 @@ from aio_pika_batch import (
 )
 from aio_pika_batch.adapters.memory import ConnectFault, EventKind
 from aio_pika_batch.observer import Connected, Lost
-from tests.unit.shell.doubles import ScriptedTransport, at_once, never, raising
-from tests.unit.shell.stage import Scribe, Witness, numbered, taking
+from tests.unit.shell.helpers import EventRecorder, RecordingConsumer, numbered, taking
+from tests.unit.shell.scripted_transport import ScriptedTransport, at_once, never, raising
 
 GONE = BrokerUnavailable("nobody answers")
 NO = AccessRefused("wrong password")
@@ -29,7 +29,7 @@ async def test_a_broker_that_is_not_there_yet_is_waited_for(jitter):
     """With pauses that double, up to the longest one."""
     script = ScriptedTransport()
     script.on_declare = raising(GONE)
-    consumer = Scribe(transport=script, reconnect_delay=1, reconnect_delay_max=10)
+    consumer = RecordingConsumer(transport=script, reconnect_delay=1, reconnect_delay_max=10)
     starting = asyncio.create_task(consumer.start())
     await asyncio.sleep(40)
     assert not starting.done()
@@ -48,7 +48,7 @@ async def test_jitter_is_full(jitter, luck):
     jitter[0] = luck
     script = ScriptedTransport()
     script.on_declare = raising(GONE)
-    consumer = Scribe(transport=script, reconnect_delay=2, reconnect_delay_max=8)
+    consumer = RecordingConsumer(transport=script, reconnect_delay=2, reconnect_delay_max=8)
     starting = asyncio.create_task(consumer.start())
     await asyncio.sleep(0)
     for _ in range(20):
@@ -68,7 +68,7 @@ async def test_the_pauses_begin_anew_after_ten_stable_seconds(jitter):
     """A session that lasted; one that is lost at once goes on where the pauses were."""
     lasts = [0, 0, 0, 9, 10, 0, 3600]
 
-    class Shaky(Scribe):
+    class Shaky(RecordingConsumer):
         async def on_session(self, session):
             asyncio.get_running_loop().call_later(lasts.pop(0), script.last.end)
 
@@ -88,7 +88,7 @@ async def test_a_permanent_refusal_at_first_is_fatal(step, error):
     """Nobody waits for what will not change by itself."""
     script = ScriptedTransport()
     setattr(script, step, raising(error))
-    consumer = Scribe(transport=script)
+    consumer = RecordingConsumer(transport=script)
     with pytest.raises(type(error), match=str(error)):
         await consumer.start()
     assert not consumer.is_running
@@ -107,7 +107,7 @@ async def test_one_worker_that_is_refused_ends_the_start_of_all():
             raise NO
 
     script.on_open = second_is_refused
-    consumer = Scribe(transport=script, num_workers=3)
+    consumer = RecordingConsumer(transport=script, num_workers=3)
     with pytest.raises(AccessRefused):
         await consumer.start()
     assert not consumer.is_running
@@ -118,8 +118,8 @@ async def test_a_permanent_refusal_later_is_retried_and_told_once(caplog, jitter
     """Unhealthy meanwhile; somebody may be about to put it right."""
     caplog.set_level(logging.INFO)
     script = ScriptedTransport()
-    witness = Witness()
-    async with Scribe(transport=script, observers=[witness]) as consumer:
+    recorder = EventRecorder()
+    async with RecordingConsumer(transport=script, observers=[recorder]) as consumer:
         script.on_declare = raising(NO)
         script.last.end(SessionLost("cut"))
         await asyncio.sleep(600)
@@ -134,14 +134,14 @@ async def test_a_permanent_refusal_later_is_retried_and_told_once(caplog, jitter
         script.on_declare = at_once
         await asyncio.sleep(31)
         assert consumer.is_healthy
-    assert {SessionLost, AccessRefused} == {type(event.error) for event in witness.of(Lost)}
+    assert {SessionLost, AccessRefused} == {type(event.error) for event in recorder.of(Lost)}
 
 
 async def test_each_loss_is_told_although_it_is_like_the_one_before(caplog, jitter):
     """A line for each change: what was told before the worker came back is over."""
     caplog.set_level(logging.INFO)
     script = ScriptedTransport()
-    async with Scribe(transport=script):
+    async with RecordingConsumer(transport=script):
         for _ in range(3):
             script.last.end(SessionLost("cut"))
             await asyncio.sleep(60)
@@ -155,7 +155,7 @@ async def test_a_stop_interrupts_a_connection_being_made(step):
     """At once, whatever it waits for."""
     script = ScriptedTransport()
     setattr(script, step, never)
-    consumer = Scribe(transport=script)
+    consumer = RecordingConsumer(transport=script)
     starting = asyncio.create_task(consumer.start())
     await asyncio.sleep(5)
     await consumer.stop()
@@ -169,7 +169,7 @@ async def test_a_stop_interrupts_the_pause_between_two_attempts(jitter):
     """At once, however long it is."""
     script = ScriptedTransport()
     script.on_declare = raising(GONE)
-    consumer = Scribe(transport=script, reconnect_delay=30)
+    consumer = RecordingConsumer(transport=script, reconnect_delay=30)
     starting = asyncio.create_task(consumer.start())
     await asyncio.sleep(5)
     await consumer.stop()
@@ -178,7 +178,7 @@ async def test_a_stop_interrupts_the_pause_between_two_attempts(jitter):
     assert 5 == asyncio.get_running_loop().time()
 
 
-async def test_a_stop_leaves_no_connection_behind(stage):
+async def test_a_stop_leaves_no_connection_behind(rabbit):
     """Not even one that was being made."""
     script = ScriptedTransport()
     left = []
@@ -191,7 +191,7 @@ async def test_a_stop_leaves_no_connection_behind(stage):
             left.append("closed")
 
     script.on_declare = connecting
-    consumer = Scribe(transport=script)
+    consumer = RecordingConsumer(transport=script)
     starting = asyncio.create_task(consumer.start())
     await asyncio.sleep(5)
     await consumer.stop()
@@ -201,29 +201,31 @@ async def test_a_stop_leaves_no_connection_behind(stage):
 
 
 FAULTS = {
-    "cut": lambda stage: stage.broker.cut(),
-    "consumer cancelled": lambda stage: stage.broker.cancel_consumers("jobs"),
-    "queue deleted": lambda stage: stage.broker.delete_queue("jobs"),
+    "cut": lambda rabbit: rabbit.broker.cut(),
+    "consumer cancelled": lambda rabbit: rabbit.broker.cancel_consumers("jobs"),
+    "queue deleted": lambda rabbit: rabbit.broker.delete_queue("jobs"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-async def test_a_worker_comes_back_by_itself(stage, fault):
+async def test_a_worker_comes_back_by_itself(rabbit, fault):
     """Declaring anew what is gone; `is_healthy` says the truth meanwhile."""
-    witness = Witness()
-    async with Scribe(transport=stage.transport, observers=[witness], batch_size=1) as consumer:
-        stage.broker.faults.connect_fault = ConnectFault.UNREACHABLE
-        fault(stage)
+    recorder = EventRecorder()
+    async with RecordingConsumer(
+        transport=rabbit.transport, observers=[recorder], batch_size=1
+    ) as consumer:
+        rabbit.broker.faults.connect_fault = ConnectFault.UNREACHABLE
+        fault(rabbit)
         await asyncio.sleep(5)
         assert not consumer.is_healthy
-        stage.broker.faults.connect_fault = ConnectFault.NONE
+        rabbit.broker.faults.connect_fault = ConnectFault.NONE
         await asyncio.sleep(31)
         assert consumer.is_healthy
-        stage.put(*numbered(3))
+        rabbit.put(*numbered(3))
         await asyncio.sleep(1)
         assert numbered(3) == consumer.handled
-    assert [1, 2] == [event.epoch for event in witness.of(Connected)]
-    lost = [event for event in witness.of(Lost) if isinstance(event.error, SessionLost)]
+    assert [1, 2] == [event.epoch for event in recorder.of(Connected)]
+    lost = [event for event in recorder.of(Lost) if isinstance(event.error, SessionLost)]
     assert [1] == [event.epoch for event in lost]
 
 
@@ -231,7 +233,7 @@ async def test_workers_that_come_back_at_once_declare_only_once():
     """They share one attempt."""
     script = ScriptedTransport()
     script.on_declare = lambda: asyncio.sleep(1)
-    async with Scribe(transport=script, num_workers=4):
+    async with RecordingConsumer(transport=script, num_workers=4):
         assert 1 == len(script.times("declare"))
         assert 4 == len(script.times("open"))
 
@@ -244,7 +246,7 @@ async def test_a_declaration_that_fails_while_a_stop_waits_is_nobodys_complaint(
         await asyncio.sleep(3)
         raise BrokerUnavailable("away")
 
-    async with Scribe(taking(10), transport=script, batch_size=1):
+    async with RecordingConsumer(taking(10), transport=script, batch_size=1):
         script.last.feed(b"0")
         await asyncio.sleep(1)
         script.on_declare = in_vain
@@ -256,40 +258,40 @@ async def test_a_declaration_that_fails_while_a_stop_waits_is_nobodys_complaint(
 async def test_a_session_that_ends_by_itself_is_lost(jitter):
     """A broker that stops sending without a word."""
     script = ScriptedTransport()
-    witness = Witness()
-    async with Scribe(transport=script, observers=[witness]):
+    recorder = EventRecorder()
+    async with RecordingConsumer(transport=script, observers=[recorder]):
         script.last.end()
         await asyncio.sleep(5)
         assert 2 == len(script.sessions)
-    assert isinstance(witness.of(Lost)[0].error, SessionLost)
+    assert isinstance(recorder.of(Lost)[0].error, SessionLost)
 
 
-async def test_a_wrong_password_is_fatal_on_the_broker_too(stage):
+async def test_a_wrong_password_is_fatal_on_the_broker_too(rabbit):
     """With what the broker says."""
-    stage.broker.faults.connect_fault = ConnectFault.WRONG_PASSWORD
-    consumer = Scribe(transport=stage.transport)
+    rabbit.broker.faults.connect_fault = ConnectFault.WRONG_PASSWORD
+    consumer = RecordingConsumer(transport=rabbit.transport)
     with pytest.raises(AccessRefused, match="ACCESS_REFUSED"):
         await consumer.run()
 
 
-async def test_a_queue_that_is_another_one_is_fatal_and_named(stage):
+async def test_a_queue_that_is_another_one_is_fatal_and_named(rabbit):
     """With what to do about it."""
-    consumer = Scribe(transport=stage.transport, queue_arguments={"x-max-length": 5})
+    consumer = RecordingConsumer(transport=rabbit.transport, queue_arguments={"x-max-length": 5})
     with pytest.raises(TopologyError, match=r"(?s)'jobs'.*x-max-length.*delete it"):
         await consumer.start()
-    assert [] == stage.times(EventKind.CONSUMING)
+    assert [] == rabbit.times(EventKind.CONSUMING)
 
 
-async def test_an_exclusive_queue_lives_with_its_session(stage):
+async def test_an_exclusive_queue_lives_with_its_session(rabbit):
     """It goes with the connection, and a new session declares its own."""
-    async with Scribe(
-        transport=stage.transport, queue_name="own", queue_exclusive=True, batch_size=1
+    async with RecordingConsumer(
+        transport=rabbit.transport, queue_name="own", queue_exclusive=True, batch_size=1
     ) as consumer:
-        stage.put(b"0", queue="own")
+        rabbit.put(b"0", queue="own")
         await asyncio.sleep(1)
-        stage.broker.cut()
+        rabbit.broker.cut()
         await asyncio.sleep(2)
-        stage.put(b"1", queue="own")
+        rabbit.put(b"1", queue="own")
         await asyncio.sleep(1)
         assert numbered(2) == consumer.handled
-    assert "own" not in stage.broker.queues
+    assert "own" not in rabbit.broker.queues

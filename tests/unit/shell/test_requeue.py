@@ -12,19 +12,19 @@ from aio_pika_batch import MessageResult, Outcome, Trigger
 from aio_pika_batch.adapters.memory import EventKind, PublishFault
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.observer import BatchCut, Requeued
-from tests.unit.shell.doubles import ScriptedTransport
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     REQUEUE,
     REQUEUE_IMMEDIATE,
-    Scribe,
-    Witness,
+    EventRecorder,
+    RecordingConsumer,
     ack,
     answering,
     first_then,
     numbered,
     taking,
 )
+from tests.unit.shell.scripted_transport import ScriptedTransport
 
 EVERYTHING = Properties(
     content_type="text/plain",
@@ -42,15 +42,17 @@ EVERYTHING = Properties(
 )
 
 
-def happenings(stage, *kinds):
+def happenings(rabbit, *kinds):
     """What happened, as (kind, body)."""
-    return [(event.kind, event.body) for event in stage.broker.journal.of(*kinds)]
+    return [(event.kind, event.body) for event in rabbit.broker.journal.of(*kinds)]
 
 
-async def test_a_copy_goes_to_the_back_of_the_queue(stage):
+async def test_a_copy_goes_to_the_back_of_the_queue(rabbit):
     """Others go first, and the retry count of the copy is one more."""
-    stage.put(*numbered(3))
-    consumer = Scribe(first_then(answering(REQUEUE), ack), transport=stage.transport, batch_size=1)
+    rabbit.put(*numbered(3))
+    consumer = RecordingConsumer(
+        first_then(answering(REQUEUE), ack), transport=rabbit.transport, batch_size=1
+    )
     async with consumer:
         await asyncio.sleep(1)
     assert [b"0", b"1", b"2", b"0"] == consumer.handled
@@ -58,12 +60,12 @@ async def test_a_copy_goes_to_the_back_of_the_queue(stage):
     assert not consumer.messages[-1].redelivered
 
 
-async def test_a_copy_keeps_its_properties_and_gains_its_origin(stage):
+async def test_a_copy_keeps_its_properties_and_gains_its_origin(rabbit):
     """Byte for byte, absent ones absent; what the broker put there, and what routes, is dropped."""
-    stage.put(b"0", properties=EVERYTHING, exchange="events", routing_key="order.created")
-    stage.put(b"1")
-    consumer = Scribe(
-        first_then(answering(REQUEUE, REQUEUE), ack), transport=stage.transport, batch_size=2
+    rabbit.put(b"0", properties=EVERYTHING, exchange="events", routing_key="order.created")
+    rabbit.put(b"1")
+    consumer = RecordingConsumer(
+        first_then(answering(REQUEUE, REQUEUE), ack), transport=rabbit.transport, batch_size=2
     )
     async with consumer:
         await asyncio.sleep(1)
@@ -85,12 +87,12 @@ async def test_a_copy_keeps_its_properties_and_gains_its_origin(stage):
     assert ("events", "order.created") == (copy.original_exchange, copy.original_routing_key)
 
 
-async def test_an_origin_is_added_once(stage):
+async def test_an_origin_is_added_once(rabbit):
     """The second copy says where the first publication went, not where the first copy went."""
-    stage.put(b"0", exchange="events", routing_key="order.created")
-    consumer = Scribe(
+    rabbit.put(b"0", exchange="events", routing_key="order.created")
+    consumer = RecordingConsumer(
         first_then(answering(REQUEUE), answering(REQUEUE), ack),
-        transport=stage.transport,
+        transport=rabbit.transport,
         batch_size=1,
     )
     async with consumer:
@@ -101,75 +103,77 @@ async def test_an_origin_is_added_once(stage):
     assert first == second
 
 
-async def test_an_original_is_acked_only_once_its_copy_is_confirmed(stage):
+async def test_an_original_is_acked_only_once_its_copy_is_confirmed(rabbit):
     """Until then it stays the consumer's; what needs no confirmation does not wait for it."""
-    stage.broker.faults.on_publish(PublishFault.BLOCK)
-    stage.put(*numbered(3))
-    async with Scribe(
+    rabbit.broker.faults.on_publish(PublishFault.BLOCK)
+    rabbit.put(*numbered(3))
+    async with RecordingConsumer(
         first_then(answering(ACK, REQUEUE, ACK), ack),
-        transport=stage.transport,
+        transport=rabbit.transport,
         batch_size=3,
         batch_timeout=1,
     ) as consumer:
         await asyncio.sleep(5)
-        assert [b"1"] == stage.out()
-        assert [] == stage.waiting()
-        stage.broker.unblock()
+        assert [b"1"] == rabbit.unsettled()
+        assert [] == rabbit.waiting()
+        rabbit.broker.unblock()
         await asyncio.sleep(5)
-        assert [] == stage.out()
+        assert [] == rabbit.unsettled()
     assert [numbered(3), [b"1"]] == consumer.batches
     assert [(EventKind.PUBLISHED, b"1"), (EventKind.ACKED, b"1")] == [
-        each for each in happenings(stage, EventKind.PUBLISHED, EventKind.ACKED) if each[1] == b"1"
+        each for each in happenings(rabbit, EventKind.PUBLISHED, EventKind.ACKED) if each[1] == b"1"
     ][:2]
 
 
-async def test_copies_travel_on_a_connection_of_their_own(stage):
+async def test_copies_travel_on_a_connection_of_their_own(rabbit):
     """Opened when the first one is needed; a blocked publisher blocks nobody's acks."""
-    async with Scribe(first_then(answering(REQUEUE), ack), transport=stage.transport) as consumer:
-        assert 1 == len(stage.broker.connections)
-        stage.put(b"0")
+    async with RecordingConsumer(
+        first_then(answering(REQUEUE), ack), transport=rabbit.transport
+    ) as consumer:
+        assert 1 == len(rabbit.broker.connections)
+        rabbit.put(b"0")
         await asyncio.sleep(6)
-        assert 2 == len(stage.broker.connections)
+        assert 2 == len(rabbit.broker.connections)
         await consumer.publish(b"1", routing_key="jobs")
-        assert 3 == len(stage.broker.connections)
-    assert [] == stage.broker.connections
+        assert 3 == len(rabbit.broker.connections)
+    assert [] == rabbit.broker.connections
 
 
-async def test_a_message_is_handled_once_more_than_it_is_requeued(stage):
+async def test_a_message_is_handled_once_more_than_it_is_requeued(rabbit):
     """After `max_requeue_attempts` it is dead: without an exchange for that, rejected."""
-    witness = Witness()
-    stage.put(b"0")
-    async with Scribe(
+    recorder = EventRecorder()
+    rabbit.put(b"0")
+    async with RecordingConsumer(
         answering(REQUEUE),
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         batch_size=1,
         max_requeue_attempts=3,
     ) as consumer:
         await asyncio.sleep(1)
     assert [0, 1, 2, 3] == [message.retry_count for message in consumer.messages]
-    assert [1, 2, 3] == [event.retry_count for event in witness.of(Requeued)]
-    assert [(EventKind.DROPPED, b"0")] == happenings(stage, EventKind.DROPPED)
-    assert [] == stage.waiting()
+    assert [1, 2, 3] == [event.retry_count for event in recorder.of(Requeued)]
+    assert [(EventKind.DROPPED, b"0")] == happenings(rabbit, EventKind.DROPPED)
+    assert [] == rabbit.waiting()
 
 
-async def test_without_attempts_a_requeue_is_a_dead_letter_at_once(stage):
+async def test_without_attempts_a_requeue_is_a_dead_letter_at_once(rabbit):
     """`max_requeue_attempts=0`."""
-    stage.put(b"0")
-    async with Scribe(
-        answering(REQUEUE), transport=stage.transport, batch_size=1, max_requeue_attempts=0
+    rabbit.put(b"0")
+    async with RecordingConsumer(
+        answering(REQUEUE), transport=rabbit.transport, batch_size=1, max_requeue_attempts=0
     ) as consumer:
         await asyncio.sleep(1)
     assert [[b"0"]] == consumer.batches
-    assert [] == stage.waiting()
+    assert [] == rabbit.waiting()
 
 
-async def test_the_header_that_counts_may_have_another_name(stage):
+async def test_the_header_that_counts_may_have_another_name(rabbit):
     """`retry_count_header`; the default one is then a header like others."""
-    stage.put(b"0", properties=Properties(headers={"x-retry-count": 99, "tries": 1}))
-    async with Scribe(
+    rabbit.put(b"0", properties=Properties(headers={"x-retry-count": 99, "tries": 1}))
+    async with RecordingConsumer(
         first_then(answering(REQUEUE), ack),
-        transport=stage.transport,
+        transport=rabbit.transport,
         batch_size=1,
         retry_count_header="tries",
     ) as consumer:
@@ -179,13 +183,13 @@ async def test_the_header_that_counts_may_have_another_name(stage):
 
 
 @pytest.mark.parametrize("nonsense", ["many", -1, True, None, 1.5])
-async def test_a_retry_count_that_is_none_is_zero_and_told_once(stage, caplog, nonsense):
+async def test_a_retry_count_that_is_none_is_zero_and_told_once(rabbit, caplog, nonsense):
     """Any client may have written the header. Absent is no nonsense."""
     for _ in range(3):
-        stage.put(b"0", properties=Properties(headers={"x-retry-count": nonsense}))
-    async with Scribe(
+        rabbit.put(b"0", properties=Properties(headers={"x-retry-count": nonsense}))
+    async with RecordingConsumer(
         first_then(answering(REQUEUE), answering(REQUEUE), answering(REQUEUE), ack),
-        transport=stage.transport,
+        transport=rabbit.transport,
         batch_size=1,
     ) as consumer:
         await asyncio.sleep(1)
@@ -194,12 +198,12 @@ async def test_a_retry_count_that_is_none_is_zero_and_told_once(stage, caplog, n
     assert (nonsense is not None) == len(warned)
 
 
-async def test_requeue_immediate_goes_to_the_front_and_counts_nothing(stage):
+async def test_requeue_immediate_goes_to_the_front_and_counts_nothing(rabbit):
     """`basic.reject(requeue=True)`: no copy, no header."""
-    stage.put(*numbered(3))
-    consumer = Scribe(
+    rabbit.put(*numbered(3))
+    consumer = RecordingConsumer(
         first_then(answering(REQUEUE_IMMEDIATE), taking(1)),
-        transport=stage.transport,
+        transport=rabbit.transport,
         batch_size=1,
         prefetch_count=1,
     )
@@ -208,13 +212,13 @@ async def test_requeue_immediate_goes_to_the_front_and_counts_nothing(stage):
     assert [b"0", b"0", b"1", b"2"] == consumer.handled
     assert [True] == [message.redelivered for message in consumer.messages[1:2]]
     assert 0 == consumer.messages[1].retry_count
-    assert [] == happenings(stage, EventKind.PUBLISHED)
+    assert [] == happenings(rabbit, EventKind.PUBLISHED)
 
 
 async def test_requeue_immediate_is_a_reject_and_not_a_nack():
     """Newer brokers count the first and not the second: a failure shall count."""
     script = ScriptedTransport()
-    async with Scribe(answering(REQUEUE_IMMEDIATE), transport=script, batch_size=1):
+    async with RecordingConsumer(answering(REQUEUE_IMMEDIATE), transport=script, batch_size=1):
         script.last.feed(b"0")
         await asyncio.sleep(1)
     assert [[("requeue", (1,))]] == script.details("settle")
@@ -225,7 +229,7 @@ async def test_confirmations_of_a_batch_share_one_settlement():
     script = ScriptedTransport()
     script.on_publish = lambda *_: asyncio.sleep(0.05)
     answers = answering(ACK, REQUEUE, MessageResult.ACK, REQUEUE_IMMEDIATE)
-    async with Scribe(answers, transport=script, batch_size=4):
+    async with RecordingConsumer(answers, transport=script, batch_size=4):
         script.last.feed(*numbered(4))
         await asyncio.sleep(1)
     assert [[("ack", (1, 3)), ("requeue", (4,)), ("ack", (2,))]] == script.details("settle")
@@ -236,7 +240,7 @@ async def test_what_needs_no_copy_waits_a_tenth_of_a_second_at_most():
     """A broker that is slow to confirm must not hold back everything else."""
     script = ScriptedTransport()
     script.on_publish = lambda *_: asyncio.sleep(3)
-    async with Scribe(answering(ACK, REQUEUE, ACK), transport=script, batch_size=3):
+    async with RecordingConsumer(answering(ACK, REQUEUE, ACK), transport=script, batch_size=3):
         script.last.feed(*numbered(3))
         await asyncio.sleep(5)
     assert [[("ack", (1, 3))], [("ack", (2,))]] == script.details("settle")
@@ -247,7 +251,7 @@ async def test_who_is_confirmed_in_time_behind_one_that_is_not_is_settled_once()
     """Neither with its own patience at an end nor with the other's is anything told twice."""
     script = ScriptedTransport()
     script.on_publish = lambda copies: asyncio.sleep(3 if copies[0].body == b"0" else 0.05)
-    async with Scribe(answering(REQUEUE, ACK), transport=script, batch_size=2):
+    async with RecordingConsumer(answering(REQUEUE, ACK), transport=script, batch_size=2):
         script.last.feed(*numbered(4))
         await asyncio.sleep(5)
     settled = [sorted(tag for _, tags in each for tag in tags) for each in script.details("settle")]
@@ -260,7 +264,7 @@ async def test_other_batches_settlements_join_in():
     script = ScriptedTransport()
     script.on_publish = lambda *_: asyncio.sleep(0.05)
     answers = first_then(answering(REQUEUE, ACK), ack)
-    async with Scribe(answers, transport=script, batch_size=2, concurrency=2):
+    async with RecordingConsumer(answers, transport=script, batch_size=2, concurrency=2):
         script.last.feed(*numbered(4))
         await asyncio.sleep(1)
     assert [("ack", (1, 2, 3, 4))] == [
@@ -272,11 +276,11 @@ async def test_originals_whose_copies_are_on_their_way_do_not_fill_prefetch_for_
     """They are not in hand; a new batch is collected beside them."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.RETURNED] * 2
-    witness = Witness()
-    async with Scribe(
+    recorder = EventRecorder()
+    async with RecordingConsumer(
         first_then(answering(REQUEUE, REQUEUE), ack),
         transport=script,
-        observers=[witness],
+        observers=[recorder],
         batch_size=2,
         prefetch_count=4,
     ) as consumer:
@@ -286,14 +290,14 @@ async def test_originals_whose_copies_are_on_their_way_do_not_fill_prefetch_for_
         assert [numbered(2)] == consumer.batches
         script.last.feed(b"3")
         await asyncio.sleep(0.01)
-    assert [Trigger.SIZE] * 2 == [event.trigger for event in witness.of(BatchCut)]
+    assert [Trigger.SIZE] * 2 == [event.trigger for event in recorder.of(BatchCut)]
 
 
 async def test_held_originals_count_against_prefetch():
     """A batch that can grow no more, since the rest of prefetch is held, waits for nothing."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.RETURNED] * 2
-    async with Scribe(
+    async with RecordingConsumer(
         first_then(answering(REQUEUE, REQUEUE), ack),
         transport=script,
         batch_size=2,
@@ -307,13 +311,13 @@ async def test_held_originals_count_against_prefetch():
         assert [numbered(2), [b"2"]] == consumer.batches
 
 
-async def test_at_info_nothing_is_said_about_single_messages(stage, caplog):
+async def test_at_info_nothing_is_said_about_single_messages(rabbit, caplog):
     """One line for each failed batch; none for a message above DEBUG."""
     caplog.set_level(logging.INFO)
-    stage.put(*numbered(4))
-    async with Scribe(
+    rabbit.put(*numbered(4))
+    async with RecordingConsumer(
         first_then(answering(REQUEUE, REQUEUE_IMMEDIATE, ACK, ACK), ack),
-        transport=stage.transport,
+        transport=rabbit.transport,
         batch_size=4,
         dead_letter_queue="dead",
     ):

@@ -20,14 +20,14 @@ from aio_pika_batch import (
 from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.observer import BatchHandled, HandlerError, Settled
 from tests.unit.core.strategies import a_message
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     NACK,
     REQUEUE,
     REQUEUE_IMMEDIATE,
-    Clerk,
-    Scribe,
-    Witness,
+    EventRecorder,
+    RecordingConsumer,
+    SingleConsumer,
     ack,
     answering,
     first_then,
@@ -48,46 +48,46 @@ class Odd(RuntimeError):
         raise AttributeError
 
 
-async def settled_by(stage, answer, count=3, **given):
+async def settled_by(rabbit, answer, count=3, **given):
     """Hand one batch to a handler, with another that acks everything after it; what was settled."""
-    witness = Witness()
-    stage.put(*numbered(count))
-    consumer = Scribe(
+    recorder = EventRecorder()
+    rabbit.put(*numbered(count))
+    consumer = RecordingConsumer(
         first_then(answer, taking(1)),
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         batch_size=count,
         batch_timeout=1,
         **given,
     )
     async with consumer:
         await asyncio.sleep(5)
-    return witness.of(Settled)[0].counts, consumer, witness
+    return recorder.of(Settled)[0].counts, consumer, recorder
 
 
-def journal(stage, *kinds):
+def journal(rabbit, *kinds):
     """Which messages it happened to."""
-    return [event.body for event in stage.broker.journal.of(*kinds, queue="jobs")]
+    return [event.body for event in rabbit.broker.journal.of(*kinds, queue="jobs")]
 
 
-async def test_the_ith_yield_is_the_ith_messages(stage):
+async def test_the_ith_yield_is_the_ith_messages(rabbit):
     """Each message is settled as its own result says."""
     answer = answering(ACK, NACK, REQUEUE_IMMEDIATE)
-    counts, consumer, _ = await settled_by(stage, answer)
+    counts, consumer, _ = await settled_by(rabbit, answer)
     assert {
         (ACK, Cause.HANDLER): 1,
         (NACK, Cause.HANDLER): 1,
         (REQUEUE_IMMEDIATE, Cause.HANDLER): 1,
     } == counts
-    assert [b"0", b"2"] == journal(stage, EventKind.ACKED)
-    assert [b"1"] == journal(stage, EventKind.DROPPED)
-    assert [b"2"] == journal(stage, EventKind.REQUEUED)
+    assert [b"0", b"2"] == journal(rabbit, EventKind.ACKED)
+    assert [b"1"] == journal(rabbit, EventKind.DROPPED)
+    assert [b"2"] == journal(rabbit, EventKind.REQUEUED)
     assert [numbered(3), [b"2"]] == consumer.batches
     assert not consumer.messages[2].redelivered
     assert consumer.messages[3].redelivered
 
 
-async def test_pairs_say_themselves_whose_they_are(stage):
+async def test_pairs_say_themselves_whose_they_are(rabbit):
     """A handler that works out of order yields `(message, result)`."""
 
     async def answer(messages):
@@ -95,14 +95,14 @@ async def test_pairs_say_themselves_whose_they_are(stage):
         yield messages[0], NACK
         yield messages[1], ACK
 
-    counts, _, _ = await settled_by(stage, answer)
+    counts, _, _ = await settled_by(rabbit, answer)
     assert {(ACK, Cause.HANDLER): 2, (NACK, Cause.HANDLER): 1} == counts
-    assert [b"0"] == journal(stage, EventKind.DROPPED)
+    assert [b"0"] == journal(rabbit, EventKind.DROPPED)
 
 
-async def test_results_with_a_reason_count_as_what_they_are(stage):
+async def test_results_with_a_reason_count_as_what_they_are(rabbit):
     """`Nack(…)` is NACK, `Requeue(…)` is REQUEUE."""
-    counts, _, _ = await settled_by(stage, answering(Nack("bad"), Requeue("later"), ACK))
+    counts, _, _ = await settled_by(rabbit, answering(Nack("bad"), Requeue("later"), ACK))
     assert {
         (NACK, Cause.HANDLER): 1,
         (REQUEUE, Cause.HANDLER): 1,
@@ -110,9 +110,9 @@ async def test_results_with_a_reason_count_as_what_they_are(stage):
     } == counts
 
 
-async def test_a_missing_result_is_never_an_ack(stage, caplog):
+async def test_a_missing_result_is_never_an_ack(rabbit, caplog):
     """The rest gets `unhandled_exception_action`, and the log says how many are missing."""
-    counts, consumer, _ = await settled_by(stage, answering(ACK, ACK), count=5)
+    counts, consumer, _ = await settled_by(rabbit, answering(ACK, ACK), count=5)
     assert {(ACK, Cause.HANDLER): 2, (REQUEUE, Cause.MISSING): 3} == counts
     assert [numbered(5), numbered(3, 2)] == consumer.batches
     assert "2 results for 5 messages" in caplog.text
@@ -131,59 +131,59 @@ async def test_a_missing_result_is_never_an_ack(stage, caplog):
     ],
     ids=["too many", "none", "unknown", "mixed", "mixed again", "twice", "foreign"],
 )
-async def test_what_is_no_answer_is_logged_and_counted(stage, caplog, wrong, told):
+async def test_what_is_no_answer_is_logged_and_counted(rabbit, caplog, wrong, told):
     """What was validly decided before it stays; the rest gets `unhandled_exception_action`."""
 
     async def answer(messages):
         for each in wrong(messages):
             yield each
 
-    counts, _, witness = await settled_by(stage, answer)
+    counts, _, recorder = await settled_by(rabbit, answer)
     decided = 3 if told == "result 4" else 1
     assert counts.pop((ACK, Cause.HANDLER)) == decided
     assert counts == ({} if decided == 3 else {(REQUEUE, Cause.INVALID): 2})
-    [event] = witness.of(HandlerError)
+    [event] = recorder.of(HandlerError)
     assert isinstance(event.error, ResultError)
     assert told in str(event.error)
-    assert event.error is witness.of(BatchHandled)[0].error
+    assert event.error is recorder.of(BatchHandled)[0].error
     assert told in caplog.text
 
 
 @pytest.mark.parametrize("action", [REQUEUE, NACK, REQUEUE_IMMEDIATE])
-async def test_an_exception_costs_only_the_undecided(stage, caplog, action):
+async def test_an_exception_costs_only_the_undecided(rabbit, caplog, action):
     """What was yielded before it counts, and the log has its traceback."""
     answer = answering(ACK, error=Unavailable("the database"))
-    counts, consumer, _ = await settled_by(stage, answer, unhandled_exception_action=action)
+    counts, consumer, _ = await settled_by(rabbit, answer, unhandled_exception_action=action)
     assert {(ACK, Cause.HANDLER): 1, (action, Cause.EXCEPTION): 2} == counts
     rest = [] if action is NACK else [numbered(2, 1)]
     assert [numbered(3), *rest] == consumer.batches
-    assert ([b"1", b"2"] if action is NACK else []) == journal(stage, EventKind.DROPPED)
+    assert ([b"1", b"2"] if action is NACK else []) == journal(rabbit, EventKind.DROPPED)
     [record] = [each for each in caplog.records if each.levelno >= logging.ERROR]
     assert isinstance(record.exc_info[1], Unavailable)
     assert "the database" in record.getMessage()
 
 
-async def test_an_exception_before_the_first_yield_counts_too(stage):
+async def test_an_exception_before_the_first_yield_counts_too(rabbit):
     """Even if the handler is no generator at all, and raises where it is called."""
 
     def answer(messages):
         raise Unavailable
 
-    counts, _, _ = await settled_by(stage, answer)
+    counts, _, _ = await settled_by(rabbit, answer)
     assert {(REQUEUE, Cause.EXCEPTION): 3} == counts
 
 
-async def test_exception_results_the_most_specific_class_wins(stage):
+async def test_exception_results_the_most_specific_class_wins(rabbit):
     """Subclasses count as their base class; what is not listed gets the general action."""
 
-    class Listed(Scribe):
+    class Listed(RecordingConsumer):
         exception_results = {  # noqa: RUF012
             Exception: REQUEUE_IMMEDIATE,
             LookupError: NACK,
             KeyError: ACK,
         }
 
-    witness = Witness()
+    recorder = EventRecorder()
     consumer = Listed(
         first_then(
             answering(error=KeyError()),
@@ -191,59 +191,59 @@ async def test_exception_results_the_most_specific_class_wins(stage):
             answering(error=OSError()),
             ack,
         ),
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         batch_size=1,
     )
-    stage.put(*numbered(3))
+    rabbit.put(*numbered(3))
     async with consumer:
         await asyncio.sleep(1)
-    told = [event.counts for event in witness.of(Settled)][:3]
+    told = [event.counts for event in recorder.of(Settled)][:3]
     expected = [ACK, NACK, REQUEUE_IMMEDIATE]
     assert [{(each, Cause.EXCEPTION): 1} for each in expected] == told
 
 
-async def test_exception_results_are_for_exceptions_only(stage):
+async def test_exception_results_are_for_exceptions_only(rabbit):
     """A missing or an invalid result says nothing about why: it gets the general action."""
 
-    class Listed(Scribe):
+    class Listed(RecordingConsumer):
         exception_results = {Exception: ACK}  # noqa: RUF012
 
-    witness = Witness()
-    stage.put(*numbered(2))
+    recorder = EventRecorder()
+    rabbit.put(*numbered(2))
     async with Listed(
         first_then(answering(), answering("nonsense"), ack),
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         batch_size=1,
         unhandled_exception_action=NACK,
     ):
         await asyncio.sleep(1)
-    told = [event.counts for event in witness.of(Settled)]
+    told = [event.counts for event in recorder.of(Settled)]
     assert [{(NACK, Cause.MISSING): 1}, {(NACK, Cause.INVALID): 1}] == told
 
 
-async def test_an_exception_that_cannot_be_described_is_an_exception_like_others(stage, caplog):
+async def test_an_exception_that_cannot_be_described_is_an_exception_like_others(rabbit, caplog):
     """Its text is not needed to settle what it left undecided."""
-    counts, _, _ = await settled_by(stage, answering(ACK, error=Odd()))
+    counts, _, _ = await settled_by(rabbit, answering(ACK, error=Odd()))
     assert {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.EXCEPTION): 2} == counts
-    assert 1 == len(stage.times(EventKind.CONSUMING))
+    assert 1 == len(rabbit.times(EventKind.CONSUMING))
     assert "Odd" in caplog.text
 
 
-async def test_a_cancellation_that_is_not_ours_is_an_exception_like_others(stage):
+async def test_a_cancellation_that_is_not_ours_is_an_exception_like_others(rabbit):
     """Client libraries cancel futures of their own; a handler that lets it out has failed."""
 
     async def answer(messages):
         yield ACK
         raise asyncio.CancelledError
 
-    counts, consumer, _ = await settled_by(stage, answer)
+    counts, consumer, _ = await settled_by(rabbit, answer)
     assert {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.EXCEPTION): 2} == counts
     assert [numbered(3), numbered(2, 1)] == consumer.batches
 
 
-async def test_a_message_that_cannot_be_decoded_is_isolated(stage):
+async def test_a_message_that_cannot_be_decoded_is_isolated(rabbit):
     """It alone is dead-lettered; the other undecided ones are handed over again at once."""
 
     async def answer(messages):
@@ -251,36 +251,38 @@ async def test_a_message_that_cannot_be_decoded_is_isolated(stage):
             message.json()
             yield ACK
 
-    stage.put(b"1", b"{", b"2", b"[", b"3")
-    witness = Witness()
-    async with Scribe(
-        answer, transport=stage.transport, observers=[witness], batch_size=5
+    rabbit.put(b"1", b"{", b"2", b"[", b"3")
+    recorder = EventRecorder()
+    async with RecordingConsumer(
+        answer, transport=rabbit.transport, observers=[recorder], batch_size=5
     ) as consumer:
         await asyncio.sleep(1)
     assert [[b"1", b"{", b"2", b"[", b"3"], [b"2", b"[", b"3"], [b"3"]] == consumer.batches
     assert [0, 0, 0] == consumer.times
-    [event] = witness.of(Settled)
+    [event] = recorder.of(Settled)
     assert {(ACK, Cause.HANDLER): 3, (NACK, Cause.UNDECODABLE): 2} == event.counts
-    assert [b"{", b"["] == journal(stage, EventKind.DROPPED)
+    assert [b"{", b"["] == journal(rabbit, EventKind.DROPPED)
 
 
-async def test_a_decided_message_is_not_isolated_for_being_undecodable(stage):
+async def test_a_decided_message_is_not_isolated_for_being_undecodable(rabbit):
     """A decode error about a message that has its result already is an ordinary exception."""
 
     async def answer(messages):
         yield ACK
         messages[0].json()
 
-    stage.put(b"{", b"1")
-    witness = Witness()
-    async with Scribe(
-        first_then(answer, ack), transport=stage.transport, observers=[witness], batch_size=2
+    rabbit.put(b"{", b"1")
+    recorder = EventRecorder()
+    async with RecordingConsumer(
+        first_then(answer, ack), transport=rabbit.transport, observers=[recorder], batch_size=2
     ):
         await asyncio.sleep(6)
-    assert {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.EXCEPTION): 1} == witness.of(Settled)[0].counts
+    assert {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.EXCEPTION): 1} == recorder.of(Settled)[
+        0
+    ].counts
 
 
-async def test_a_handler_left_in_the_middle_may_clean_up(stage):
+async def test_a_handler_left_in_the_middle_may_clean_up(rabbit):
     """Its `finally` runs before its batch is settled, also after a wrong yield."""
     events = []
 
@@ -293,12 +295,12 @@ async def test_a_handler_left_in_the_middle_may_clean_up(stage):
             await asyncio.sleep(2)
             events.append("cleaned up")
 
-    await settled_by(stage, answer)
+    await settled_by(rabbit, answer)
     assert ["cleaned up"] == events
-    assert [2] == stage.times(EventKind.ACKED)[:1]
+    assert [2] == rabbit.times(EventKind.ACKED)[:1]
 
 
-async def test_a_clean_up_that_raises_is_an_exception_of_the_handler(stage, caplog):
+async def test_a_clean_up_that_raises_is_an_exception_of_the_handler(rabbit, caplog):
     """What was decided stays; the first mistake is the one that is told."""
 
     async def answer(messages):
@@ -308,12 +310,12 @@ async def test_a_clean_up_that_raises_is_an_exception_of_the_handler(stage, capl
         finally:
             raise Unavailable
 
-    counts, _, witness = await settled_by(stage, answer)
+    counts, _, recorder = await settled_by(rabbit, answer)
     assert {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.INVALID): 2} == counts
-    assert isinstance(witness.of(HandlerError)[0].error, ResultError)
+    assert isinstance(recorder.of(HandlerError)[0].error, ResultError)
 
 
-async def test_any_asynchronous_iterator_will_do(stage):
+async def test_any_asynchronous_iterator_will_do(rabbit):
     """A handler need not be a generator; one without `aclose` has nothing to clean up."""
 
     class Answers:
@@ -329,7 +331,7 @@ async def test_any_asynchronous_iterator_will_do(stage):
             self.left -= 1
             return ACK
 
-    counts, _, _ = await settled_by(stage, Answers)
+    counts, _, _ = await settled_by(rabbit, Answers)
     assert {(ACK, Cause.HANDLER): 3} == counts
 
 
@@ -356,30 +358,30 @@ def test_a_handler_that_is_no_async_generator_is_refused_at_construction():
 
 
 @pytest.mark.parametrize("result", [*MessageResult, Nack("bad"), Requeue()])
-async def test_a_consumer_of_single_messages_returns_its_result(stage, result):
+async def test_a_consumer_of_single_messages_returns_its_result(rabbit, result):
     """As a batch of one; what it raises gets `unhandled_exception_action`."""
     answers = [result, ACK]
 
     async def answer(message):
         return answers.pop(0)
 
-    stage.put(b"0")
-    async with Clerk(answer, transport=stage.transport):
+    rabbit.put(b"0")
+    async with SingleConsumer(answer, transport=rabbit.transport):
         await asyncio.sleep(1)
     gone = result is NACK or isinstance(result, Nack)
     assert len(answers) == (1 if gone or result is ACK else 0)
-    assert ([b"0"] if gone else []) == journal(stage, EventKind.DROPPED)
-    assert [] == stage.waiting()
+    assert ([b"0"] if gone else []) == journal(rabbit, EventKind.DROPPED)
+    assert [] == rabbit.waiting()
 
 
-async def test_a_consumer_of_single_messages_may_raise(stage):
+async def test_a_consumer_of_single_messages_may_raise(rabbit):
     """Then its message is requeued, or whatever `unhandled_exception_action` says."""
 
     async def answer(message):
         raise Unavailable
 
-    stage.put(b"0")
-    async with Clerk(answer, transport=stage.transport, max_requeue_attempts=2):
+    rabbit.put(b"0")
+    async with SingleConsumer(answer, transport=rabbit.transport, max_requeue_attempts=2):
         await asyncio.sleep(1)
-    assert 3 == len(journal(stage, EventKind.DELIVERED))
-    assert [b"0"] == journal(stage, EventKind.DROPPED)
+    assert 3 == len(journal(rabbit, EventKind.DELIVERED))
+    assert [b"0"] == journal(rabbit, EventKind.DROPPED)

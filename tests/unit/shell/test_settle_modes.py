@@ -9,20 +9,20 @@ import pytest
 from aio_pika_batch import Cause, SessionLost
 from aio_pika_batch.adapters.memory import EventKind, PublishFault
 from aio_pika_batch.observer import BatchCut, Lost, Settled, StaleResults
-from tests.unit.shell.doubles import ScriptedTransport, never, raising
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     NACK,
     REQUEUE,
     REQUEUE_IMMEDIATE,
-    Scribe,
-    Witness,
+    EventRecorder,
+    RecordingConsumer,
     ack,
     answering,
     first_then,
     numbered,
     taking,
 )
+from tests.unit.shell.scripted_transport import ScriptedTransport, never, raising
 
 
 class Failed(RuntimeError):
@@ -44,28 +44,28 @@ def every(seconds, *results, error=None):
     return answer
 
 
-def consumer_of(stage, answer, witness=None, **given):
+def consumer_of(rabbit, answer, recorder=None, **given):
     """A consumer that settles what is yielded, with dead letters to `dead`."""
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "", kind="fanout")
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "", kind="fanout")
     given = {
         "batch_size": 4,
         "batch_timeout": 1,
         "settle": "yield",
         "dead_letter_exchange": "dlx",
     } | given
-    return Scribe(
+    return RecordingConsumer(
         first_then(answer, taking(1)),
-        transport=stage.transport,
-        observers=[witness] if witness else [],
+        transport=rabbit.transport,
+        observers=[recorder] if recorder else [],
         **given,
     )
 
 
-def counted(witness):
+def counted(recorder):
     """What has been settled, over all."""
     total = {}
-    for event in witness.of(Settled):
+    for event in recorder.of(Settled):
         for key, count in event.counts.items():
             total[key] = total.get(key, 0) + count
     return total
@@ -75,30 +75,30 @@ def counted(witness):
 
 
 @pytest.mark.parametrize("interval", [0.1, 1.0, 30.0])
-async def test_a_yield_is_settled_within_the_interval_while_the_handler_runs(stage, interval):
+async def test_a_yield_is_settled_within_the_interval_while_the_handler_runs(rabbit, interval):
     """No message waits for longer after its yield, whatever comes after it."""
-    stage.put(*numbered(4))
-    async with consumer_of(stage, every(50, ACK), settle_interval=interval):
+    rabbit.put(*numbered(4))
+    async with consumer_of(rabbit, every(50, ACK), settle_interval=interval):
         await asyncio.sleep(300)
-    waits = [at - 50 * (number + 1) for number, at in enumerate(stage.times(EventKind.ACKED))]
+    waits = [at - 50 * (number + 1) for number, at in enumerate(rabbit.times(EventKind.ACKED))]
     assert 4 == len(waits)
     assert all(0 <= wait <= interval for wait in waits)
     # The last one was settled with its batch, at once.
     assert 0 == waits[-1]
 
 
-async def test_the_default_settles_nothing_before_the_handler_has_ended(stage):
+async def test_the_default_settles_nothing_before_the_handler_has_ended(rabbit):
     """A handler may yield inside a transaction, and commit at its end."""
-    stage.put(*numbered(4))
-    async with consumer_of(stage, every(50, ACK), settle="batch"):
+    rabbit.put(*numbered(4))
+    async with consumer_of(rabbit, every(50, ACK), settle="batch"):
         await asyncio.sleep(300)
-    assert [200] * 4 == stage.times(EventKind.ACKED)
+    assert [200] * 4 == rabbit.times(EventKind.ACKED)
 
 
 async def test_what_is_yielded_in_one_interval_goes_out_in_one_write():
     """Not message by message."""
     script = ScriptedTransport()
-    async with Scribe(
+    async with RecordingConsumer(
         every(0.01, ACK), transport=script, batch_size=20, settle="yield", settle_interval=1
     ):
         script.last.feed(*numbered(20))
@@ -117,7 +117,7 @@ async def test_handlers_share_their_writes():
         await asyncio.sleep(100)
 
     script = ScriptedTransport()
-    async with Scribe(
+    async with RecordingConsumer(
         answer,
         transport=script,
         batch_size=2,
@@ -146,7 +146,7 @@ async def test_unconfirmed_copies_do_not_keep_acks_beyond_the_interval():
         yield ACK
         await asyncio.sleep(100)
 
-    async with Scribe(
+    async with RecordingConsumer(
         answer,
         transport=script,
         batch_size=2,
@@ -177,7 +177,7 @@ async def test_confirmations_of_others_do_not_keep_acks_beyond_the_interval():
             await asyncio.sleep(next(ends))
             yield REQUEUE
 
-    async with Scribe(
+    async with RecordingConsumer(
         answer,
         transport=script,
         batch_size=1,
@@ -192,7 +192,7 @@ async def test_confirmations_of_others_do_not_keep_acks_beyond_the_interval():
         assert all(5 < time <= 5.1 for time in script.times("settle"))
 
 
-async def test_pairs_may_be_settled_in_any_order(stage):
+async def test_pairs_may_be_settled_in_any_order(rabbit):
     """Each at its time; the rest with the batch."""
 
     async def answer(messages):
@@ -203,89 +203,89 @@ async def test_pairs_may_be_settled_in_any_order(stage):
         yield messages[3], ACK
         yield messages[1], ACK
 
-    stage.put(*numbered(4))
-    async with consumer_of(stage, answer):
+    rabbit.put(*numbered(4))
+    async with consumer_of(rabbit, answer):
         await asyncio.sleep(9)
-        assert [b"0", b"1", b"3"] == stage.out()
+        assert [b"0", b"1", b"3"] == rabbit.unsettled()
         await asyncio.sleep(9)
-        assert [b"1", b"3"] == stage.out()
+        assert [b"1", b"3"] == rabbit.unsettled()
         await asyncio.sleep(9)
-        assert [] == stage.out()
-    assert [b"0"] == stage.waiting("dead")
-    assert 4 == len(stage.times(EventKind.ACKED))
+        assert [] == rabbit.unsettled()
+    assert [b"0"] == rabbit.waiting("dead")
+    assert 4 == len(rabbit.times(EventKind.ACKED))
 
 
-async def test_every_result_is_carried_out_while_the_handler_runs(stage):
+async def test_every_result_is_carried_out_while_the_handler_runs(rabbit):
     """Copies for another attempt and dead letters as well as acks."""
-    witness = Witness()
-    stage.put(*numbered(4))
+    recorder = EventRecorder()
+    rabbit.put(*numbered(4))
     results = (REQUEUE, NACK, REQUEUE_IMMEDIATE, ACK)
-    async with consumer_of(stage, every(10, *results), witness):
+    async with consumer_of(rabbit, every(10, *results), recorder):
         await asyncio.sleep(11)
-        assert [b"1", b"2", b"3", b"0"] == stage.out()
+        assert [b"1", b"2", b"3", b"0"] == rabbit.unsettled()
         await asyncio.sleep(10)
-        assert [b"1"] == stage.waiting("dead")
+        assert [b"1"] == rabbit.waiting("dead")
         await asyncio.sleep(10)
-        assert [b"2"] == [each.body for each in stage.broker.journal.of(EventKind.REQUEUED)]
-        assert [b"0", b"2", b"3"] == sorted(stage.out())
-        assert [b"0", b"1"] == [each.body for each in stage.broker.journal.of(EventKind.ACKED)]
-        assert {(each, Cause.HANDLER): 1 for each in results[:3]} == counted(witness)
+        assert [b"2"] == [each.body for each in rabbit.broker.journal.of(EventKind.REQUEUED)]
+        assert [b"0", b"2", b"3"] == sorted(rabbit.unsettled())
+        assert [b"0", b"1"] == [each.body for each in rabbit.broker.journal.of(EventKind.ACKED)]
+        assert {(each, Cause.HANDLER): 1 for each in results[:3]} == counted(recorder)
 
 
-async def test_an_exception_costs_only_what_was_not_yielded(stage):
+async def test_an_exception_costs_only_what_was_not_yielded(rabbit):
     """What was yielded is settled already, and is not settled again."""
-    witness = Witness()
-    stage.put(*numbered(4))
-    async with consumer_of(stage, every(10, ACK, ACK, error=Failed()), witness) as consumer:
+    recorder = EventRecorder()
+    rabbit.put(*numbered(4))
+    async with consumer_of(rabbit, every(10, ACK, ACK, error=Failed()), recorder) as consumer:
         await asyncio.sleep(29)
-        assert [b"2", b"3"] == stage.out()
+        assert [b"2", b"3"] == rabbit.unsettled()
         await asyncio.sleep(10)
-    assert {(ACK, Cause.HANDLER): 4, (REQUEUE, Cause.EXCEPTION): 2} == counted(witness)
+    assert {(ACK, Cause.HANDLER): 4, (REQUEUE, Cause.EXCEPTION): 2} == counted(recorder)
     assert [numbered(4), numbered(2, 2)] == consumer.batches
-    assert [] == witness.of(Lost)
+    assert [] == recorder.of(Lost)
 
 
-async def test_an_exception_in_the_same_moment_costs_only_what_was_not_yielded(stage):
+async def test_an_exception_in_the_same_moment_costs_only_what_was_not_yielded(rabbit):
     """What was yielded just before it counts, with or without an interval's delay."""
-    witness = Witness()
-    stage.put(*numbered(4))
-    async with consumer_of(stage, answering(ACK, ACK, error=Failed()), witness):
+    recorder = EventRecorder()
+    rabbit.put(*numbered(4))
+    async with consumer_of(rabbit, answering(ACK, ACK, error=Failed()), recorder):
         await asyncio.sleep(5)
-    assert {(ACK, Cause.HANDLER): 4, (REQUEUE, Cause.EXCEPTION): 2} == counted(witness)
+    assert {(ACK, Cause.HANDLER): 4, (REQUEUE, Cause.EXCEPTION): 2} == counted(recorder)
 
 
-async def test_time_running_out_keeps_what_was_settled(stage):
+async def test_time_running_out_keeps_what_was_settled(rabbit):
     """Finished results are kept, the early ones and those of the last moment."""
-    witness = Witness()
-    stage.put(*numbered(4))
-    async with consumer_of(stage, every(10, ACK), witness, process_timeout=20.01):
+    recorder = EventRecorder()
+    rabbit.put(*numbered(4))
+    async with consumer_of(rabbit, every(10, ACK), recorder, process_timeout=20.01):
         await asyncio.sleep(25)
-    assert {(ACK, Cause.HANDLER): 4, (REQUEUE, Cause.TIMEOUT): 2} == counted(witness)
-    assert 2 + 2 + 2 == len(stage.times(EventKind.ACKED))
+    assert {(ACK, Cause.HANDLER): 4, (REQUEUE, Cause.TIMEOUT): 2} == counted(recorder)
+    assert 2 + 2 + 2 == len(rabbit.times(EventKind.ACKED))
 
 
-async def test_copies_that_are_not_confirmed_hold_nobody_up(stage):
+async def test_copies_that_are_not_confirmed_hold_nobody_up(rabbit):
     """Acks go out in time; the original stays until its copy is confirmed."""
-    stage.broker.faults.on_publish(PublishFault("unconfirmed"))
-    stage.put(*numbered(4))
-    async with consumer_of(stage, every(1, REQUEUE, ACK), batch_size=4):
+    rabbit.broker.faults.on_publish(PublishFault("unconfirmed"))
+    rabbit.put(*numbered(4))
+    async with consumer_of(rabbit, every(1, REQUEUE, ACK), batch_size=4):
         await asyncio.sleep(2.5)
-        assert [b"0", b"2", b"3", b"0"] == stage.out()
-        assert [b"1"] == [each.body for each in stage.broker.journal.of(EventKind.ACKED)]
-        [acked_at] = stage.times(EventKind.ACKED)
+        assert [b"0", b"2", b"3", b"0"] == rabbit.unsettled()
+        assert [b"1"] == [each.body for each in rabbit.broker.journal.of(EventKind.ACKED)]
+        [acked_at] = rabbit.times(EventKind.ACKED)
         assert 2 < acked_at <= 2.1
-        stage.broker.faults.clear(PublishFault("unconfirmed"))
+        rabbit.broker.faults.clear(PublishFault("unconfirmed"))
         await asyncio.sleep(60)
-    assert [] == stage.out()
-    assert [] == stage.waiting()
+    assert [] == rabbit.unsettled()
+    assert [] == rabbit.waiting()
 
 
-async def test_what_is_settled_is_not_in_hand(stage):
+async def test_what_is_settled_is_not_in_hand(rabbit):
     """It makes room for others, so no batch is cut short on its account."""
-    witness = Witness()
-    stage.put(*numbered(8))
+    recorder = EventRecorder()
+    rabbit.put(*numbered(8))
     async with consumer_of(
-        stage, every(10, ACK), witness, concurrency=2, prefetch_count=6, batch_timeout=100
+        rabbit, every(10, ACK), recorder, concurrency=2, prefetch_count=6, batch_timeout=100
     ) as consumer:
         await asyncio.sleep(1)
         assert (4, 2) == (consumer.status().workers[0].in_hand, len(consumer.batches))
@@ -293,41 +293,41 @@ async def test_what_is_settled_is_not_in_hand(stage):
         assert 2 == consumer.status().workers[0].in_hand
 
 
-async def test_early_settlements_are_progress(stage):
+async def test_early_settlements_are_progress(rabbit):
     """A worker that settles is not stuck."""
-    stage.put(*numbered(4))
-    async with consumer_of(stage, every(50, ACK)) as consumer:
+    rabbit.put(*numbered(4))
+    async with consumer_of(rabbit, every(50, ACK)) as consumer:
         await asyncio.sleep(60)
         assert 10 == round(consumer.status().workers[0].last_progress)
 
 
-async def test_a_session_that_is_lost_settles_nothing_more(stage, jitter):
+async def test_a_session_that_is_lost_settles_nothing_more(rabbit, jitter):
     """What was settled stays so; what came later is stale, and is delivered again."""
-    witness = Witness()
-    stage.put(*numbered(4))
-    async with consumer_of(stage, every(10, ACK), witness) as consumer:
+    recorder = EventRecorder()
+    rabbit.put(*numbered(4))
+    async with consumer_of(rabbit, every(10, ACK), recorder) as consumer:
         await asyncio.sleep(25)
-        stage.broker.cut()
+        rabbit.broker.cut()
         await asyncio.sleep(60)
     assert [numbered(4), numbered(2, 2)] == consumer.batches
-    assert [2] == [event.count for event in witness.of(StaleResults)]
-    assert 4 == len(stage.times(EventKind.ACKED))
-    assert {(ACK, Cause.HANDLER): 4} == counted(witness)
+    assert [2] == [event.count for event in recorder.of(StaleResults)]
+    assert 4 == len(rabbit.times(EventKind.ACKED))
+    assert {(ACK, Cause.HANDLER): 4} == counted(recorder)
 
 
-async def test_a_session_lost_within_the_interval_settles_nothing_more(stage, jitter):
+async def test_a_session_lost_within_the_interval_settles_nothing_more(rabbit, jitter):
     """Also what had been yielded already, but was not settled yet."""
-    witness = Witness()
-    stage.put(*numbered(4))
-    async with consumer_of(stage, every(10, ACK), witness, settle_interval=5) as consumer:
+    recorder = EventRecorder()
+    rabbit.put(*numbered(4))
+    async with consumer_of(rabbit, every(10, ACK), recorder, settle_interval=5) as consumer:
         await asyncio.sleep(12)
-        stage.broker.cut()
+        rabbit.broker.cut()
         await asyncio.sleep(60)
     assert [numbered(4), numbered(4)] == consumer.batches
-    assert [4] == [event.count for event in witness.of(StaleResults)]
+    assert [4] == [event.count for event in recorder.of(StaleResults)]
 
 
-async def test_a_session_lost_after_the_last_yield_costs_nothing(stage, jitter):
+async def test_a_session_lost_after_the_last_yield_costs_nothing(rabbit, jitter):
     """Everything was settled, so no result is stale, although its handler was still at work."""
 
     async def answer(messages):
@@ -335,70 +335,70 @@ async def test_a_session_lost_after_the_last_yield_costs_nothing(stage, jitter):
             yield ACK
         await asyncio.sleep(20)
 
-    witness = Witness()
-    stage.put(*numbered(4))
-    async with consumer_of(stage, answer, witness) as consumer:
+    recorder = EventRecorder()
+    rabbit.put(*numbered(4))
+    async with consumer_of(rabbit, answer, recorder) as consumer:
         await asyncio.sleep(10)
-        stage.broker.cut()
+        rabbit.broker.cut()
         await asyncio.sleep(60)
     assert [numbered(4)] == consumer.batches
-    assert [] == witness.of(StaleResults)
-    assert 4 == len(stage.times(EventKind.ACKED))
+    assert [] == recorder.of(StaleResults)
+    assert 4 == len(rabbit.times(EventKind.ACKED))
 
 
 async def test_a_settlement_that_fails_ends_the_epoch(jitter):
     """Its results are stale; those that come later too. None is counted twice."""
-    script, witness = ScriptedTransport(), Witness()
-    async with Scribe(
-        every(10, ACK), transport=script, observers=[witness], batch_size=4, settle="yield"
+    script, recorder = ScriptedTransport(), EventRecorder()
+    async with RecordingConsumer(
+        every(10, ACK), transport=script, observers=[recorder], batch_size=4, settle="yield"
     ):
         script.on_settle = raising(SessionLost("cut"))
         script.last.feed(*numbered(4))
         await asyncio.sleep(100)
-    assert [1, 3] == [event.count for event in witness.of(StaleResults)]
-    assert 1 == len(witness.of(Lost))
+    assert [1, 3] == [event.count for event in recorder.of(StaleResults)]
+    assert 1 == len(recorder.of(Lost))
 
 
 async def test_a_settlement_that_breaks_ends_the_epoch(jitter, caplog):
     """A bug of ours must not leave messages unsettled for ever."""
-    script, witness = ScriptedTransport(), Witness()
-    async with Scribe(
-        every(10, ACK), transport=script, observers=[witness], batch_size=4, settle="yield"
+    script, recorder = ScriptedTransport(), EventRecorder()
+    async with RecordingConsumer(
+        every(10, ACK), transport=script, observers=[recorder], batch_size=4, settle="yield"
     ):
         script.on_settle = raising(KeyError("bug"))
         script.last.feed(*numbered(4))
         await asyncio.sleep(20)
-    assert "could not be settled" in str(witness.of(Lost)[0].error)
+    assert "could not be settled" in str(recorder.of(Lost)[0].error)
     assert "could not be settled" in caplog.text
 
 
-async def test_a_drain_waits_for_what_is_being_settled(stage):
+async def test_a_drain_waits_for_what_is_being_settled(rabbit):
     """And settles what was yielded last with the rest of its batch."""
-    stage.put(*numbered(4))
-    consumer = consumer_of(stage, every(1, ACK))
+    rabbit.put(*numbered(4))
+    consumer = consumer_of(rabbit, every(1, ACK))
     await consumer.start()
     await asyncio.sleep(2.01)
     await consumer.stop()
-    assert [] == stage.out()
-    assert [] == stage.waiting()
-    assert 4 == len(stage.times(EventKind.ACKED))
+    assert [] == rabbit.unsettled()
+    assert [] == rabbit.waiting()
+    assert 4 == len(rabbit.times(EventKind.ACKED))
 
 
-async def test_a_drain_counts_as_cut_off_only_what_was_not_settled(stage):
+async def test_a_drain_counts_as_cut_off_only_what_was_not_settled(rabbit):
     """What was settled is not delivered again."""
-    stage.put(*numbered(4))
-    consumer = consumer_of(stage, every(10, ACK), shutdown_timeout=5)
+    rabbit.put(*numbered(4))
+    consumer = consumer_of(rabbit, every(10, ACK), shutdown_timeout=5)
     await consumer.start()
     await asyncio.sleep(15)
     await consumer.stop()
-    assert numbered(3, 1) == stage.waiting()
+    assert numbered(3, 1) == rabbit.waiting()
 
 
 async def test_a_settlement_on_its_way_is_waited_for():
     """Also by a drain that has nothing else to wait for."""
     script = ScriptedTransport()
     script.on_settle = lambda *_: asyncio.sleep(2)
-    consumer = Scribe(every(1, ACK), transport=script, batch_size=1, settle="yield")
+    consumer = RecordingConsumer(every(1, ACK), transport=script, batch_size=1, settle="yield")
     await consumer.start()
     script.last.feed(b"0")
     await asyncio.sleep(1.5)
@@ -421,7 +421,9 @@ async def test_a_drain_waits_for_the_copies_of_what_was_yielded_last(yields_at, 
         finally:
             await asyncio.sleep(0.5)
 
-    consumer = Scribe(answer, transport=script, batch_size=2, settle="yield", shutdown_timeout=20)
+    consumer = RecordingConsumer(
+        answer, transport=script, batch_size=2, settle="yield", shutdown_timeout=20
+    )
     await consumer.start()
     script.last.feed(*numbered(2))
     await asyncio.sleep(0)
@@ -431,7 +433,7 @@ async def test_a_drain_waits_for_the_copies_of_what_was_yielded_last(yields_at, 
     assert 1 == len(script.details("publish"))
 
 
-async def test_isolated_messages_are_settled_while_others_are_run_again(stage):
+async def test_isolated_messages_are_settled_while_others_are_run_again(rabbit):
     """Whoever is decided is settled soon; a culprit too."""
 
     async def answer(messages):
@@ -442,46 +444,46 @@ async def test_isolated_messages_are_settled_while_others_are_run_again(stage):
             yield ACK
         await asyncio.sleep(10)
 
-    witness = Witness()
-    stage.put(*numbered(4))
+    recorder = EventRecorder()
+    rabbit.put(*numbered(4))
     consumer = consumer_of(
-        stage, answer, witness, isolate_failures=True, unhandled_exception_action=NACK
+        rabbit, answer, recorder, isolate_failures=True, unhandled_exception_action=NACK
     )
     consumer.answer = answer
     async with consumer:
         await asyncio.sleep(32)
-        assert numbered(3, 1) == stage.out()
+        assert numbered(3, 1) == rabbit.unsettled()
         await asyncio.sleep(19)
-        assert [b"1"] == stage.waiting("dead")
-        assert [b"2", b"3"] == stage.out()
+        assert [b"1"] == rabbit.waiting("dead")
+        assert [b"2", b"3"] == rabbit.unsettled()
         await asyncio.sleep(10)
-        assert [] == stage.out()
+        assert [] == rabbit.unsettled()
         assert 1 == consumer.status().workers[0].epoch
-    assert {(ACK, Cause.HANDLER): 3, (NACK, Cause.EXCEPTION): 1} == counted(witness)
+    assert {(ACK, Cause.HANDLER): 3, (NACK, Cause.EXCEPTION): 1} == counted(recorder)
 
 
-async def test_a_handler_that_gives_no_chance_is_settled_at_its_end(stage):
+async def test_a_handler_that_gives_no_chance_is_settled_at_its_end(rabbit):
     """One that never waits lets nobody else work meanwhile."""
-    stage.put(*numbered(4))
-    witness = Witness()
-    async with consumer_of(stage, ack, witness):
+    rabbit.put(*numbered(4))
+    recorder = EventRecorder()
+    async with consumer_of(rabbit, ack, recorder):
         await asyncio.sleep(3)
-    assert [{(ACK, Cause.HANDLER): 4}] == [event.counts for event in witness.of(Settled)]
-    assert 1 == len(witness.of(BatchCut))
+    assert [{(ACK, Cause.HANDLER): 4}] == [event.counts for event in recorder.of(Settled)]
+    assert 1 == len(recorder.of(BatchCut))
 
 
 # -- atomic ---------------------------------------------------------------------------------------
 
 
-async def settled_by(stage, answer, count=3, **given):
+async def settled_by(rabbit, answer, count=3, **given):
     """Hand one atomic batch to a handler, with another that acks everything after it."""
-    witness = Witness()
-    stage.put(*numbered(count))
+    recorder = EventRecorder()
+    rabbit.put(*numbered(count))
     given = {"settle": "atomic", "batch_size": count} | given
-    consumer = consumer_of(stage, answer, witness, **given)
+    consumer = consumer_of(rabbit, answer, recorder, **given)
     async with consumer:
         await asyncio.sleep(60)
-    return witness.of(Settled)[0].counts, consumer
+    return recorder.of(Settled)[0].counts, consumer
 
 
 async def late_failure(messages):
@@ -503,14 +505,14 @@ async def late_failure(messages):
     ],
     ids=["exception", "commit", "missing", "too many", "nonsense", "time"],
 )
-async def test_a_failure_voids_the_acks_of_an_atomic_batch(stage, answer, cause):
+async def test_a_failure_voids_the_acks_of_an_atomic_batch(rabbit, answer, cause):
     """None of it has happened: all of it comes again."""
-    counts, consumer = await settled_by(stage, answer, process_timeout=25)
+    counts, consumer = await settled_by(rabbit, answer, process_timeout=25)
     assert {(REQUEUE, cause): 3} == counts
     assert [numbered(3), numbered(3)] == consumer.batches
 
 
-async def test_a_clean_up_that_is_cut_off_voids_the_acks(stage):
+async def test_a_clean_up_that_is_cut_off_voids_the_acks(rabbit):
     """Whoever is cut off in its commit has not committed."""
 
     async def answer(messages):
@@ -518,11 +520,11 @@ async def test_a_clean_up_that_is_cut_off_voids_the_acks(stage):
             yield ACK
         await asyncio.sleep(3600)
 
-    counts, _ = await settled_by(stage, answer, process_timeout=5)
+    counts, _ = await settled_by(rabbit, answer, process_timeout=5)
     assert {(REQUEUE, Cause.TIMEOUT): 3} == counts
 
 
-async def test_a_commit_that_swallows_its_cancellation_counts(stage):
+async def test_a_commit_that_swallows_its_cancellation_counts(rabbit):
     """It has come to its end, and nothing went wrong."""
 
     async def answer(messages):
@@ -533,11 +535,11 @@ async def test_a_commit_that_swallows_its_cancellation_counts(stage):
         except asyncio.CancelledError:
             await asyncio.sleep(1)
 
-    counts, _ = await settled_by(stage, answer, process_timeout=5)
+    counts, _ = await settled_by(rabbit, answer, process_timeout=5)
     assert {(ACK, Cause.HANDLER): 3} == counts
 
 
-async def test_a_handler_that_goes_on_after_its_time_has_not_committed(stage):
+async def test_a_handler_that_goes_on_after_its_time_has_not_committed(rabbit):
     """It is left in the middle, however much it had said."""
     events = []
 
@@ -553,52 +555,52 @@ async def test_a_handler_that_goes_on_after_its_time_has_not_committed(stage):
             events.append("rolled back")
             raise
 
-    counts, _ = await settled_by(stage, answer, process_timeout=5)
+    counts, _ = await settled_by(rabbit, answer, process_timeout=5)
     assert ["rolled back"] == events
     assert {(REQUEUE, Cause.TIMEOUT): 3} == counts
 
 
-async def test_an_atomic_batch_that_goes_well_is_settled_in_one_go(stage):
+async def test_an_atomic_batch_that_goes_well_is_settled_in_one_go(rabbit):
     """When the handler has ended, as by default."""
-    counts, _ = await settled_by(stage, every(5, ACK, NACK, ACK))
+    counts, _ = await settled_by(rabbit, every(5, ACK, NACK, ACK))
     assert {(ACK, Cause.HANDLER): 2, (NACK, Cause.HANDLER): 1} == counts
-    assert [15] * 3 == stage.times(EventKind.ACKED)
+    assert [15] * 3 == rabbit.times(EventKind.ACKED)
 
 
-async def test_only_acks_are_void(stage):
+async def test_only_acks_are_void(rabbit):
     """NACK and REQUEUE say that there was no effect, which is true all the more."""
     answer = answering(ACK, NACK, REQUEUE, ACK, error=Failed())
     counts, _ = await settled_by(
-        stage, answer, count=5, unhandled_exception_action=REQUEUE_IMMEDIATE
+        rabbit, answer, count=5, unhandled_exception_action=REQUEUE_IMMEDIATE
     )
     assert {
         (NACK, Cause.HANDLER): 1,
         (REQUEUE, Cause.HANDLER): 1,
         (REQUEUE_IMMEDIATE, Cause.EXCEPTION): 3,
     } == counts
-    assert [b"1"] == stage.waiting("dead")
+    assert [b"1"] == rabbit.waiting("dead")
 
 
-async def test_exception_results_are_for_void_acks_too(stage):
+async def test_exception_results_are_for_void_acks_too(rabbit):
     """Whoever maps an exception means all of the batch."""
 
-    class Listed(Scribe):
+    class Listed(RecordingConsumer):
         exception_results = {Failed: NACK}  # noqa: RUF012
 
-    witness = Witness()
-    stage.put(*numbered(3))
+    recorder = EventRecorder()
+    rabbit.put(*numbered(3))
     async with Listed(
         answering(ACK, error=Failed()),
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         batch_size=3,
         settle="atomic",
     ):
         await asyncio.sleep(1)
-    assert {(NACK, Cause.EXCEPTION): 3} == witness.of(Settled)[0].counts
+    assert {(NACK, Cause.EXCEPTION): 3} == recorder.of(Settled)[0].counts
 
 
-async def test_what_is_void_is_isolated_with_the_rest(stage):
+async def test_what_is_void_is_isolated_with_the_rest(rabbit):
     """Each half is a transaction of its own."""
 
     async def answer(messages):
@@ -607,12 +609,12 @@ async def test_what_is_void_is_isolated_with_the_rest(stage):
         if b"2" in {message.body for message in messages}:
             raise Failed
 
-    stage.put(*numbered(4))
-    witness = Witness()
+    rabbit.put(*numbered(4))
+    recorder = EventRecorder()
     consumer = consumer_of(
-        stage,
+        rabbit,
         answer,
-        witness,
+        recorder,
         settle="atomic",
         isolate_failures=True,
         unhandled_exception_action=NACK,
@@ -620,12 +622,12 @@ async def test_what_is_void_is_isolated_with_the_rest(stage):
     consumer.answer = answer
     async with consumer:
         await asyncio.sleep(2)
-    assert {(ACK, Cause.HANDLER): 3, (NACK, Cause.EXCEPTION): 1} == counted(witness)
-    assert [b"2"] == stage.waiting("dead")
+    assert {(ACK, Cause.HANDLER): 3, (NACK, Cause.EXCEPTION): 1} == counted(recorder)
+    assert [b"2"] == rabbit.waiting("dead")
     assert [numbered(4), numbered(2), numbered(2, 2), [b"2"], [b"3"]] == consumer.batches
 
 
-async def test_a_message_that_cannot_be_decoded_sinks_no_acks(stage):
+async def test_a_message_that_cannot_be_decoded_sinks_no_acks(rabbit):
     """It alone is dead-lettered; the void ACKs are yielded again with the rest, in their order."""
 
     async def answer(messages):
@@ -633,21 +635,23 @@ async def test_a_message_that_cannot_be_decoded_sinks_no_acks(stage):
             message.json()
             yield ACK
 
-    stage.put(b"0", b"1", b"{", b"3")
-    witness = Witness()
-    consumer = consumer_of(stage, answer, witness, settle="atomic")
+    rabbit.put(b"0", b"1", b"{", b"3")
+    recorder = EventRecorder()
+    consumer = consumer_of(rabbit, answer, recorder, settle="atomic")
     consumer.answer = answer
     async with consumer:
         await asyncio.sleep(2)
     assert [[b"0", b"1", b"{", b"3"], [b"0", b"1", b"3"]] == consumer.batches
-    assert {(ACK, Cause.HANDLER): 3, (NACK, Cause.UNDECODABLE): 1} == counted(witness)
+    assert {(ACK, Cause.HANDLER): 3, (NACK, Cause.UNDECODABLE): 1} == counted(recorder)
 
 
-async def test_a_drain_returns_the_acks_of_a_batch_that_it_cut_off(stage):
+async def test_a_drain_returns_the_acks_of_a_batch_that_it_cut_off(rabbit):
     """They were void."""
-    stage.put(*numbered(3))
-    consumer = consumer_of(stage, every(10, ACK), settle="atomic", batch_size=3, shutdown_timeout=5)
+    rabbit.put(*numbered(3))
+    consumer = consumer_of(
+        rabbit, every(10, ACK), settle="atomic", batch_size=3, shutdown_timeout=5
+    )
     await consumer.start()
     await asyncio.sleep(15)
     await consumer.stop()
-    assert numbered(3) == stage.waiting()
+    assert numbered(3) == rabbit.waiting()

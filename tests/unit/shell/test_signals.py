@@ -12,8 +12,8 @@ import pytest
 from aio_pika_batch import DrainIncomplete
 from aio_pika_batch.runtime.signals import SIGNALS, SignalDesk, process_signals
 from aio_pika_batch.testing import virtual_time
-from tests.unit.shell.doubles import ScriptedTransport, never
-from tests.unit.shell.stage import Scribe, numbered, taking
+from tests.unit.shell.helpers import RecordingConsumer, numbered, taking
+from tests.unit.shell.scripted_transport import ScriptedTransport, never
 
 
 @pytest.fixture(autouse=True)
@@ -35,23 +35,23 @@ def send(number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-async def test_the_first_signal_drains(stage, number):
+async def test_the_first_signal_drains(rabbit, number):
     """`run` returns after it, and nothing is lost."""
-    stage.put(*numbered(3))
-    consumer = Scribe(taking(10), transport=stage.transport, batch_size=3)
+    rabbit.put(*numbered(3))
+    consumer = RecordingConsumer(taking(10), transport=rabbit.transport, batch_size=3)
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(1)
     send(number)
     await running
     assert 10 == asyncio.get_running_loop().time()
-    assert [] == stage.waiting()
+    assert [] == rabbit.waiting()
 
 
-async def test_the_second_signal_abandons_the_drain(stage):
+async def test_the_second_signal_abandons_the_drain(rabbit):
     """At once; what was in mid-handling comes back, and `run` says how much it is."""
-    stage.put(*numbered(6))
-    consumer = Scribe(
-        taking(20), transport=stage.transport, batch_size=3, concurrency=2, num_workers=2
+    rabbit.put(*numbered(6))
+    consumer = RecordingConsumer(
+        taking(20), transport=rabbit.transport, batch_size=3, concurrency=2, num_workers=2
     )
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(1)
@@ -63,14 +63,14 @@ async def test_the_second_signal_abandons_the_drain(stage):
     with pytest.raises(DrainIncomplete, match="6 messages were in mid-handling"):
         await running
     assert 2 == asyncio.get_running_loop().time()
-    assert numbered(6) == stage.waiting()
-    assert [] == stage.broker.connections
+    assert numbered(6) == rabbit.waiting()
+    assert [] == rabbit.broker.connections
 
 
 async def test_an_abandoned_drain_is_incomplete_though_nothing_is_at_work():
     """The broker may not have heard of everything."""
     script = ScriptedTransport()
-    consumer = Scribe(transport=script)
+    consumer = RecordingConsumer(transport=script)
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(1)
     script.on_cancel = never
@@ -82,10 +82,10 @@ async def test_an_abandoned_drain_is_incomplete_though_nothing_is_at_work():
     assert 2 == asyncio.get_running_loop().time()
 
 
-async def test_an_on_stop_is_run_after_an_abandoned_drain_too(stage):
+async def test_an_on_stop_is_run_after_an_abandoned_drain_too(rabbit):
     """But a third signal's patience with it is at an end."""
 
-    class Slow(Scribe):
+    class Slow(RecordingConsumer):
         events = ()
 
         async def on_stop(self):
@@ -93,8 +93,8 @@ async def test_an_on_stop_is_run_after_an_abandoned_drain_too(stage):
             await asyncio.sleep(3600)
             type(self).events = (*self.events, "never")
 
-    stage.put(*numbered(3))
-    consumer = Slow(taking(20), transport=stage.transport, batch_size=3)
+    rabbit.put(*numbered(3))
+    consumer = Slow(taking(20), transport=rabbit.transport, batch_size=3)
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(1)
     send()
@@ -113,7 +113,7 @@ async def test_a_signal_interrupts_the_wait_for_a_broker():
     """`run` returns: nothing was begun."""
     script = ScriptedTransport()
     script.on_declare = never
-    running = asyncio.create_task(Scribe(transport=script).run())
+    running = asyncio.create_task(RecordingConsumer(transport=script).run())
     await asyncio.sleep(1)
     send()
     await running
@@ -121,30 +121,32 @@ async def test_a_signal_interrupts_the_wait_for_a_broker():
 
 
 @pytest.mark.parametrize("hook", ["on_start", "on_session"])
-async def test_a_second_signal_interrupts_a_hook_at_the_start(stage, hook):
+async def test_a_second_signal_interrupts_a_hook_at_the_start(rabbit, hook):
     """Otherwise nothing but SIGKILL would."""
 
-    class Hangs(Scribe):
+    class Hangs(RecordingConsumer):
         pass
 
     setattr(Hangs, hook, never)
-    running = asyncio.create_task(Hangs(transport=stage.transport).run())
+    running = asyncio.create_task(Hangs(transport=rabbit.transport).run())
     await asyncio.sleep(1)
     send()
     await asyncio.sleep(1)
     send()
     await running
     assert 2 == asyncio.get_running_loop().time()
-    assert [] == stage.broker.connections
+    assert [] == rabbit.broker.connections
 
 
-async def test_several_consumers_stop_at_one_signal(stage):
+async def test_several_consumers_stop_at_one_signal(rabbit):
     """And a second one abandons those that still drain."""
-    stage.declare("more")
-    stage.put(*numbered(3))
-    stage.put(*numbered(3), queue="more")
-    quick = Scribe(taking(5), transport=stage.transport, batch_size=3)
-    slow = Scribe(taking(20), transport=stage.transport, queue_name="more", batch_size=3)
+    rabbit.declare("more")
+    rabbit.put(*numbered(3))
+    rabbit.put(*numbered(3), queue="more")
+    quick = RecordingConsumer(taking(5), transport=rabbit.transport, batch_size=3)
+    slow = RecordingConsumer(
+        taking(20), transport=rabbit.transport, queue_name="more", batch_size=3
+    )
     running = [asyncio.create_task(each.run()) for each in (quick, slow)]
     await asyncio.sleep(1)
     send()
@@ -154,31 +156,33 @@ async def test_several_consumers_stop_at_one_signal(stage):
     send()
     with pytest.raises(DrainIncomplete):
         await running[1]
-    assert ([], numbered(3)) == (stage.waiting(), stage.waiting("more"))
+    assert ([], numbered(3)) == (rabbit.waiting(), rabbit.waiting("more"))
 
 
-async def test_one_that_started_after_a_signal_drains_at_the_next(stage):
+async def test_one_that_started_after_a_signal_drains_at_the_next(rabbit):
     """Each consumer's first signal asks it to drain, whoever heard another before."""
-    stage.declare("more")
-    stage.put(*numbered(3))
-    first = asyncio.create_task(Scribe(taking(20), transport=stage.transport, batch_size=3).run())
+    rabbit.declare("more")
+    rabbit.put(*numbered(3))
+    first = asyncio.create_task(
+        RecordingConsumer(taking(20), transport=rabbit.transport, batch_size=3).run()
+    )
     await asyncio.sleep(1)
     send()
     await asyncio.sleep(1)
-    stage.put(*numbered(3), queue="more")
-    late = Scribe(taking(5), transport=stage.transport, queue_name="more", batch_size=3)
+    rabbit.put(*numbered(3), queue="more")
+    late = RecordingConsumer(taking(5), transport=rabbit.transport, queue_name="more", batch_size=3)
     second = asyncio.create_task(late.run())
     await asyncio.sleep(1)
     send()
     with pytest.raises(DrainIncomplete):
         await first
     await second
-    assert [] == stage.waiting("more")
+    assert [] == rabbit.waiting("more")
 
 
-async def test_signals_are_run_s_business_only(stage, handlers):
+async def test_signals_are_run_s_business_only(rabbit, handlers):
     """`start` sets no handlers: whoever uses it has handlers of his own."""
-    async with Scribe(transport=stage.transport):
+    async with RecordingConsumer(transport=rabbit.transport):
         send()
         await asyncio.sleep(1)
         assert [1] == handlers
@@ -188,7 +192,7 @@ async def test_signals_are_run_s_business_only(stage, handlers):
 async def test_outside_the_main_thread_no_handlers_are_set():
     """Python does not allow it there; the consumer runs all the same."""
     script = ScriptedTransport()
-    consumer = Scribe(transport=script)
+    consumer = RecordingConsumer(transport=script)
 
     async def main():
         running = asyncio.create_task(consumer.run())
@@ -218,10 +222,10 @@ async def test_a_handler_that_python_does_not_know_is_replaced_by_the_default(mo
     assert {signal.SIG_DFL} == set(restored.values())
 
 
-async def test_others_may_ask_as_signals_do(stage):
+async def test_others_may_ask_as_signals_do(rabbit):
     """`drain` is a first signal, and again nothing new; `abandon` is a second one."""
-    stage.put(*numbered(3))
-    consumer = Scribe(taking(20), transport=stage.transport, batch_size=3)
+    rabbit.put(*numbered(3))
+    consumer = RecordingConsumer(taking(20), transport=rabbit.transport, batch_size=3)
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(1)
     process_signals.drain()
@@ -234,10 +238,10 @@ async def test_others_may_ask_as_signals_do(stage):
     assert 6 == asyncio.get_running_loop().time() // 1
 
 
-async def test_abandon_is_heard_by_those_who_were_never_asked_to_drain(stage):
+async def test_abandon_is_heard_by_those_who_were_never_asked_to_drain(rabbit):
     """It need not come second."""
-    stage.put(*numbered(3))
-    consumer = Scribe(taking(20), transport=stage.transport, batch_size=3)
+    rabbit.put(*numbered(3))
+    consumer = RecordingConsumer(taking(20), transport=rabbit.transport, batch_size=3)
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(1)
     process_signals.abandon()

@@ -9,12 +9,12 @@ import pytest
 from aio_pika_batch import Cause, HandlerTimeout, WorkerState
 from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.observer import HandlerError, Lost, Settled, StaleResults
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     NACK,
     REQUEUE,
-    Scribe,
-    Witness,
+    EventRecorder,
+    RecordingConsumer,
     ack,
     first_then,
     numbered,
@@ -22,69 +22,69 @@ from tests.unit.shell.stage import (
 )
 
 
-def consumer_of(stage, answer, witness=None, **given):
+def consumer_of(rabbit, answer, recorder=None, **given):
     """A consumer of batches of three with a limit of ten seconds."""
     given = {"batch_size": 3, "batch_timeout": 1, "process_timeout": 10} | given
-    return Scribe(
+    return RecordingConsumer(
         first_then(answer, ack),
-        transport=stage.transport,
-        observers=[witness or Witness()],
+        transport=rabbit.transport,
+        observers=[recorder or EventRecorder()],
         **given,
     )
 
 
 @pytest.mark.parametrize("action", [REQUEUE, NACK])
-async def test_what_was_decided_in_time_stays(stage, action, caplog):
+async def test_what_was_decided_in_time_stays(rabbit, action, caplog):
     """The rest gets `unhandled_exception_action`, when the time is over."""
 
     async def answer(messages):
         yield ACK
         await asyncio.sleep(3600)
 
-    witness = Witness()
-    stage.put(*numbered(3))
-    async with consumer_of(stage, answer, witness, unhandled_exception_action=action):
+    recorder = EventRecorder()
+    rabbit.put(*numbered(3))
+    async with consumer_of(rabbit, answer, recorder, unhandled_exception_action=action):
         await asyncio.sleep(20)
-    assert {(ACK, Cause.HANDLER): 1, (action, Cause.TIMEOUT): 2} == witness.of(Settled)[0].counts
-    error = witness.of(HandlerError)[0].error
+    assert {(ACK, Cause.HANDLER): 1, (action, Cause.TIMEOUT): 2} == recorder.of(Settled)[0].counts
+    error = recorder.of(HandlerError)[0].error
     assert isinstance(error, HandlerTimeout)
     # The log shows where the handler was.
     assert isinstance(error.__cause__, asyncio.CancelledError)
     assert "process_timeout=10" in caplog.text
-    assert [10] == stage.times(EventKind.ACKED)[:1]
+    assert [10] == rabbit.times(EventKind.ACKED)[:1]
 
 
-async def test_a_time_out_has_its_place_in_exception_results(stage):
+async def test_a_time_out_has_its_place_in_exception_results(rabbit):
     """As :class:`HandlerTimeout`, which is a TimeoutError."""
 
-    class Listed(Scribe):
+    class Listed(RecordingConsumer):
         exception_results = {TimeoutError: NACK}  # noqa: RUF012
 
-    witness = Witness()
-    stage.put(b"0")
+    recorder = EventRecorder()
+    rabbit.put(b"0")
     async with Listed(
         taking(60),
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         batch_size=1,
         process_timeout=1,
     ):
         await asyncio.sleep(2)
-    assert [{(NACK, Cause.TIMEOUT): 1}] == [event.counts for event in witness.of(Settled)]
+    assert [{(NACK, Cause.TIMEOUT): 1}] == [event.counts for event in recorder.of(Settled)]
 
 
-async def test_a_handler_in_time_is_not_touched(stage):
+async def test_a_handler_in_time_is_not_touched(rabbit):
     """The limit is for each batch, not for all of them."""
-    witness = Witness()
-    stage.put(*numbered(9))
-    async with consumer_of(stage, taking(9), witness) as consumer:
+    recorder = EventRecorder()
+    rabbit.put(*numbered(9))
+    async with consumer_of(rabbit, taking(9), recorder) as consumer:
         consumer.answer = taking(9)
         await asyncio.sleep(40)
     assert [0, 9, 18] == consumer.times
-    assert [] == witness.of(HandlerError)
+    assert [] == recorder.of(HandlerError)
 
 
-async def test_a_handler_may_clean_up_when_its_time_is_over(stage):
+async def test_a_handler_may_clean_up_when_its_time_is_over(rabbit):
     """Its `finally` runs, and its batch is settled after it."""
     events = []
 
@@ -96,14 +96,14 @@ async def test_a_handler_may_clean_up_when_its_time_is_over(stage):
             await asyncio.sleep(2)
             events.append("cleaned up")
 
-    stage.put(*numbered(3))
-    async with consumer_of(stage, answer):
+    rabbit.put(*numbered(3))
+    async with consumer_of(rabbit, answer):
         await asyncio.sleep(20)
     assert ["cleaned up"] == events
-    assert [12] == stage.times(EventKind.ACKED)[:1]
+    assert [12] == rabbit.times(EventKind.ACKED)[:1]
 
 
-async def test_results_that_come_after_the_time_do_not_count(stage):
+async def test_results_that_come_after_the_time_do_not_count(rabbit):
     """A handler that swallows its cancellation and yields on is left at that yield."""
     events = []
 
@@ -116,16 +116,16 @@ async def test_results_that_come_after_the_time_do_not_count(stage):
         yield ACK
         events.append("went on")
 
-    witness = Witness()
-    stage.put(*numbered(3))
-    async with consumer_of(stage, answer, witness):
+    recorder = EventRecorder()
+    rabbit.put(*numbered(3))
+    async with consumer_of(rabbit, answer, recorder):
         await asyncio.sleep(20)
     assert ["swallowed"] == events
-    assert {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.TIMEOUT): 2} == witness.of(Settled)[0].counts
-    assert [] == witness.of(Lost)
+    assert {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.TIMEOUT): 2} == recorder.of(Settled)[0].counts
+    assert [] == recorder.of(Lost)
 
 
-async def test_time_running_out_in_the_clean_up_leaves_no_message_undecided(stage):
+async def test_time_running_out_in_the_clean_up_leaves_no_message_undecided(rabbit):
     """Whatever the handler is doing when it is cut off, its batch is settled."""
 
     async def answer(messages):
@@ -135,16 +135,16 @@ async def test_time_running_out_in_the_clean_up_leaves_no_message_undecided(stag
         finally:
             await asyncio.sleep(3600)
 
-    witness = Witness()
-    stage.put(*numbered(3))
-    async with consumer_of(stage, answer, witness):
+    recorder = EventRecorder()
+    rabbit.put(*numbered(3))
+    async with consumer_of(rabbit, answer, recorder):
         await asyncio.sleep(30)
-        assert [] == stage.out()
-    assert {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.INVALID): 2} == witness.of(Settled)[0].counts
-    assert [] == witness.of(Lost)
+        assert [] == rabbit.unsettled()
+    assert {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.INVALID): 2} == recorder.of(Settled)[0].counts
+    assert [] == recorder.of(Lost)
 
 
-async def test_a_complete_answer_counts_although_its_clean_up_was_cut_off(stage):
+async def test_a_complete_answer_counts_although_its_clean_up_was_cut_off(rabbit):
     """Every message has its result; that the handler failed afterwards is logged."""
 
     async def answer(messages):
@@ -152,12 +152,12 @@ async def test_a_complete_answer_counts_although_its_clean_up_was_cut_off(stage)
             yield ACK
         await asyncio.sleep(3600)
 
-    witness = Witness()
-    stage.put(*numbered(3))
-    async with consumer_of(stage, answer, witness):
+    recorder = EventRecorder()
+    rabbit.put(*numbered(3))
+    async with consumer_of(rabbit, answer, recorder):
         await asyncio.sleep(20)
-    assert [{(ACK, Cause.HANDLER): 3}] == [event.counts for event in witness.of(Settled)]
-    assert 1 == len(witness.of(HandlerError))
+    assert [{(ACK, Cause.HANDLER): 3}] == [event.counts for event in recorder.of(Settled)]
+    assert 1 == len(recorder.of(HandlerError))
 
 
 def stubborn(until):
@@ -175,21 +175,21 @@ def stubborn(until):
     return answer
 
 
-async def test_a_handler_that_ignores_its_cancellation_ends_the_epoch(stage, jitter):
+async def test_a_handler_that_ignores_its_cancellation_ends_the_epoch(rabbit, jitter):
     """After five seconds the session is given up; the messages are delivered again.
 
     The slot stays taken: the next epoch's batch waits until the old handler is done, whose results
     are discarded and counted.
     """
     done = asyncio.Event()
-    witness = Witness()
-    stage.put(*numbered(3))
-    async with consumer_of(stage, stubborn(done), witness) as consumer:
+    recorder = EventRecorder()
+    rabbit.put(*numbered(3))
+    async with consumer_of(rabbit, stubborn(done), recorder) as consumer:
         await asyncio.sleep(14.9)
-        assert [] == witness.of(Lost)
+        assert [] == recorder.of(Lost)
         await asyncio.sleep(0.2)
-        assert 1 == len(witness.of(Lost))
-        assert "cancelled" in str(witness.of(Lost)[0].error)
+        assert 1 == len(recorder.of(Lost))
+        assert "cancelled" in str(recorder.of(Lost)[0].error)
         await asyncio.sleep(60)
         assert 2 == consumer.status().workers[0].epoch
         assert [WorkerState.CONSUMING] == [each.state for each in consumer.status().workers]
@@ -198,14 +198,14 @@ async def test_a_handler_that_ignores_its_cancellation_ends_the_epoch(stage, jit
         done.set()
         await asyncio.sleep(1)
         assert [numbered(3), numbered(3)] == consumer.batches
-        assert [3] == [event.count for event in witness.of(StaleResults)]
-    assert [] == stage.waiting()
+        assert [3] == [event.count for event in recorder.of(StaleResults)]
+    assert [] == rabbit.waiting()
     assert [b"0", b"1", b"2"] == [
-        each.body for each in stage.broker.journal.of(EventKind.ACKED, queue="jobs")
+        each.body for each in rabbit.broker.journal.of(EventKind.ACKED, queue="jobs")
     ]
 
 
-async def test_the_time_is_for_the_batch_with_all_its_second_tries(stage):
+async def test_the_time_is_for_the_batch_with_all_its_second_tries(rabbit):
     """A batch that is handed over again, without what cannot be decoded, gets no more time."""
 
     async def answer(messages):
@@ -214,19 +214,19 @@ async def test_the_time_is_for_the_batch_with_all_its_second_tries(stage):
             message.json()
             yield ACK
 
-    witness = Witness()
-    stage.put(b"{", b"[", b"3")
-    async with consumer_of(stage, answer, witness) as consumer:
+    recorder = EventRecorder()
+    rabbit.put(b"{", b"[", b"3")
+    async with consumer_of(rabbit, answer, recorder) as consumer:
         consumer.answer = first_then(answer, answer, answer, ack)
         await asyncio.sleep(11)
-    assert {(NACK, Cause.UNDECODABLE): 2, (REQUEUE, Cause.TIMEOUT): 1} == witness.of(Settled)[
+    assert {(NACK, Cause.UNDECODABLE): 2, (REQUEUE, Cause.TIMEOUT): 1} == recorder.of(Settled)[
         0
     ].counts
 
 
-async def test_without_a_limit_a_handler_may_take_a_day(stage):
+async def test_without_a_limit_a_handler_may_take_a_day(rabbit):
     """The default: no limit."""
-    stage.put(*numbered(3))
-    async with consumer_of(stage, taking(80_000), process_timeout=None, shutdown_timeout=10):
+    rabbit.put(*numbered(3))
+    async with consumer_of(rabbit, taking(80_000), process_timeout=None, shutdown_timeout=10):
         await asyncio.sleep(80_001)
-        assert 3 == len(stage.times(EventKind.ACKED))
+        assert 3 == len(rabbit.times(EventKind.ACKED))

@@ -10,12 +10,12 @@ from aio_pika_batch import PublishError, Requeue
 from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.observer import DeadLettered, Requeued, Settled
 from aio_pika_batch.testing import BatchBroker
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     NACK,
     REQUEUE,
-    Scribe,
-    Witness,
+    EventRecorder,
+    RecordingConsumer,
     ack,
     answering,
     bodies,
@@ -81,7 +81,7 @@ def test_no_event_loop_is_needed_to_set_the_scene(broker):
     broker.publish(b"1", routing_key="jobs")
 
     async def scenario():
-        async with Scribe(transport=broker.transport) as consumer:
+        async with RecordingConsumer(transport=broker.transport) as consumer:
             await broker.settled()
         broker.publish(b"2", routing_key="jobs")
         return consumer.handled
@@ -102,7 +102,7 @@ def test_it_imitates_the_version_that_is_asked_for(version):
 async def test_connections_can_be_cut(broker):
     """The batch is repeated."""
     broker.publish(b"1", routing_key="jobs")
-    consumer = Scribe(taking(10), transport=broker.transport, batch_timeout=1)
+    consumer = RecordingConsumer(taking(10), transport=broker.transport, batch_timeout=1)
     async with consumer:
         await broker.advance(5)
         broker.cut()
@@ -120,7 +120,7 @@ async def test_it_can_be_down(broker):
             assert [] == broker.broker.connections
             raise ZeroDivisionError
 
-    async with Scribe(transport=broker.transport) as consumer:
+    async with RecordingConsumer(transport=broker.transport) as consumer:
         with pytest.raises(ZeroDivisionError):
             await fail()
         await broker.advance(60)
@@ -131,7 +131,9 @@ async def test_it_can_refuse(broker):
     """What consumers publish, not what the test does; a refused dead letter is tried again."""
     broker.refuse(2)
     broker.publish(b"1", routing_key="jobs")
-    async with Scribe(answering(NACK), transport=broker.transport, dead_letter_queue="dead"):
+    async with RecordingConsumer(
+        answering(NACK), transport=broker.transport, dead_letter_queue="dead"
+    ):
         await broker.settled()
     assert [b"1"] == bodies(broker.drain("dead"))
     assert 2 == len(broker.broker.journal.of(EventKind.REFUSED))
@@ -141,7 +143,7 @@ async def test_it_accepts_again(broker):
     """A requeue that was refused is held until then."""
     broker.refuse()
     broker.publish(b"1", routing_key="jobs")
-    consumer = Scribe(first_then(answering(REQUEUE), ack), transport=broker.transport)
+    consumer = RecordingConsumer(first_then(answering(REQUEUE), ack), transport=broker.transport)
     async with consumer:
         await broker.advance(10)
         assert 1 == len(consumer.handled)
@@ -175,7 +177,9 @@ async def test_where_nothing_is_to_be_done_all_is_settled(broker):
 async def test_batches_are_waited_for(broker):
     """Till the batch is cut, its handler is done, and the broker knows."""
     broker.publish(b"1", routing_key="jobs")
-    async with Scribe(taking(7), transport=broker.transport, batch_timeout=5) as consumer:
+    async with RecordingConsumer(
+        taking(7), transport=broker.transport, batch_timeout=5
+    ) as consumer:
         await broker.settled()
         assert [] == broker.broker.unacked("jobs")
         assert 12 == pytest.approx(clock(), abs=0.5)
@@ -186,7 +190,7 @@ async def test_retries_are_waited_for(broker):
     """Also while they wait in queues that nobody consumes from."""
     broker.publish(b"1", routing_key="jobs")
     answer = first_then(answering(REQUEUE), answering(Requeue(delay=60)), ack)
-    async with Scribe(answer, transport=broker.transport, requeue_delay=30) as consumer:
+    async with RecordingConsumer(answer, transport=broker.transport, requeue_delay=30) as consumer:
         await broker.settled()
         assert [0, 1, 2] == [each.retry_count for each in consumer.messages]
         assert clock() >= 90
@@ -206,7 +210,7 @@ async def test_dead_letters_are_not(broker, arguments):
     broker.declare("dead", **arguments)
     broker.bind("dead", "dlx", kind="fanout")
     broker.publish(b"1", routing_key="jobs")
-    consumer = Scribe(
+    consumer = RecordingConsumer(
         answering(NACK), transport=broker.transport, dead_letter_exchange="dlx", batch_timeout=0.5
     )
     async with consumer:
@@ -217,16 +221,16 @@ async def test_dead_letters_are_not(broker, arguments):
 
 async def test_what_is_settled_has_been_told(broker):
     """To observers, and in the status."""
-    witness = Witness()
+    recorder = EventRecorder()
     broker.publish(b"1", b"2", routing_key="jobs")
     answer = first_then(answering(ACK, REQUEUE), answering(NACK))
-    consumer = Scribe(
-        answer, transport=broker.transport, observers=[witness], dead_letter_queue="dead"
+    consumer = RecordingConsumer(
+        answer, transport=broker.transport, observers=[recorder], dead_letter_queue="dead"
     )
     async with consumer:
         await broker.settled()
-        assert 3 == sum(sum(event.counts.values()) for event in witness.of(Settled))
-        assert [1, 1] == [len(witness.of(kind)) for kind in (Requeued, DeadLettered)]
+        assert 3 == sum(sum(event.counts.values()) for event in recorder.of(Settled))
+        assert [1, 1] == [len(recorder.of(kind)) for kind in (Requeued, DeadLettered)]
         [worker] = consumer.status().workers
         assert (0, 0, 0) == (worker.buffered, worker.in_hand, worker.held)
 
@@ -235,14 +239,14 @@ async def test_its_time_is_that_of_the_loop(broker):
     """From the first call on, whoever makes it."""
     await broker.advance(100)
     broker.publish(b"1", routing_key="jobs", expiration=5)
-    async with Scribe(transport=broker.transport, batch_timeout=1) as consumer:
+    async with RecordingConsumer(transport=broker.transport, batch_timeout=1) as consumer:
         await broker.settled()
         assert [b"1"] == consumer.handled
 
 
 async def test_a_consumer_that_was_cut_off_is_waited_for(broker):
     """It comes back for what is in its queue, however long that takes."""
-    async with Scribe(transport=broker.transport, reconnect_delay=30) as consumer:
+    async with RecordingConsumer(transport=broker.transport, reconnect_delay=30) as consumer:
         broker.cut()
         broker.publish(b"1", routing_key="jobs")
         await broker.settled()
@@ -251,7 +255,7 @@ async def test_a_consumer_that_was_cut_off_is_waited_for(broker):
 
 async def test_a_consumer_that_has_stopped_is_not(broker):
     """What it has left is nobody's."""
-    async with Scribe(transport=broker.transport):
+    async with RecordingConsumer(transport=broker.transport):
         pass
     broker.publish(b"1", routing_key="jobs")
     await broker.settled()
@@ -262,14 +266,14 @@ async def test_what_one_consumer_sends_another_one_handles(broker):
     """All of a chain are waited for."""
     broker.declare("next")
 
-    class First(Scribe):
+    class First(RecordingConsumer):
         async def process_messages(self, messages):
             for message in messages:
                 await self.publish(message.body, routing_key="next")
                 yield ACK
 
     broker.publish(b"1", b"2", routing_key="jobs")
-    second = Scribe(transport=broker.transport, queue_name="next")
+    second = RecordingConsumer(transport=broker.transport, queue_name="next")
     async with First(transport=broker.transport), second:
         await broker.settled()
         assert [b"1", b"2"] == second.handled
@@ -278,7 +282,9 @@ async def test_what_one_consumer_sends_another_one_handles(broker):
 async def test_what_is_not_settled_in_time_is_told(broker):
     """By queue and number."""
     broker.publish(b"1", b"2", b"3", routing_key="jobs")
-    consumer = Scribe(taking(3600), transport=broker.transport, batch_size=1, prefetch_count=2)
+    consumer = RecordingConsumer(
+        taking(3600), transport=broker.transport, batch_size=1, prefetch_count=2
+    )
     async with consumer:
         with pytest.raises(TimeoutError) as told:
             await broker.settled(within=60)
@@ -291,6 +297,6 @@ async def test_what_is_not_settled_in_time_is_told(broker):
 async def test_a_retry_that_is_not_due_in_time_is_told(broker):
     """With the queue that it waits in."""
     broker.publish(b"1", routing_key="jobs")
-    async with Scribe(answering(REQUEUE), transport=broker.transport, requeue_delay=300):
+    async with RecordingConsumer(answering(REQUEUE), transport=broker.transport, requeue_delay=300):
         with pytest.raises(TimeoutError, match=r"1 waiting in 'jobs.retry.300000' for a retry"):
             await broker.settled(within=60)

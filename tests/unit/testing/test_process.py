@@ -30,14 +30,14 @@ from aio_pika_batch.observer import Requeued, Settled
 from aio_pika_batch.testing import BatchBroker, DeadLetter, make_message, process
 from aio_pika_batch.testing.strategies import messages, results
 from aio_pika_batch.testing.virtual_time import run
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     NACK,
     REQUEUE,
     REQUEUE_IMMEDIATE,
-    Clerk,
-    Scribe,
-    Witness,
+    EventRecorder,
+    RecordingConsumer,
+    SingleConsumer,
     ack,
     answering,
     bodies,
@@ -47,7 +47,9 @@ from tests.unit.shell.stage import (
 )
 
 
-def scribe(answer: Any = ack, cls: type[Scribe] = Scribe, **given: Any) -> Scribe:
+def recording_consumer(
+    answer: Any = ack, cls: type[RecordingConsumer] = RecordingConsumer, **given: Any
+) -> RecordingConsumer:
     """A consumer that no broker has ever heard of."""
     return cls(answer, transport=None, **given)
 
@@ -55,7 +57,7 @@ def scribe(answer: Any = ack, cls: type[Scribe] = Scribe, **given: Any) -> Scrib
 async def test_each_result_has_its_list():
     """Every message is in exactly one of four lists; `results` has them all, in order."""
     answer = answering(ACK, Nack("no good"), REQUEUE, REQUEUE_IMMEDIATE)
-    outcome = await process(scribe(answer, dead_letter_queue="dead"), numbered(4))
+    outcome = await process(recording_consumer(answer, dead_letter_queue="dead"), numbered(4))
 
     assert [b"0"] == bodies(outcome.acked)
     assert [b"1"] == bodies(outcome.nacked)
@@ -75,7 +77,7 @@ async def test_a_requeue_says_when_and_how_often():
         make_message(b"3", headers={"x-retry-count": 2}),
     ]
     answer = answering(REQUEUE, REQUEUE, Requeue(delay=6), REQUEUE_IMMEDIATE)
-    outcome = await process(scribe(answer, requeue_delay=2), given)
+    outcome = await process(recording_consumer(answer, requeue_delay=2), given)
 
     assert [(1, 2.0, False), (2, 4.0, False), (1, 8.0, False), (2, 0.0, True)] == [
         (each.retry_count, each.delay, each.immediate) for each in outcome.requeued
@@ -84,14 +86,16 @@ async def test_a_requeue_says_when_and_how_often():
 
 async def test_without_a_delay_retries_do_not_wait():
     """As the settings have it by default."""
-    outcome = await process(scribe(answering(REQUEUE)), [b"0"])
+    outcome = await process(recording_consumer(answering(REQUEUE)), [b"0"])
     assert [0.0] == [each.delay for each in outcome.requeued]
 
 
 async def test_a_retry_that_was_the_last_is_a_dead_letter():
     """It is not NACKed: the handler wanted another attempt."""
     spent = make_message(b"0", headers={"x-retry-count": 3})
-    outcome = await process(scribe(answering(REQUEUE), dead_letter_queue="dead"), [spent])
+    outcome = await process(
+        recording_consumer(answering(REQUEUE), dead_letter_queue="dead"), [spent]
+    )
 
     [letter] = outcome.dead_lettered
     assert DeadLetterReason.EXHAUSTED is letter.reason
@@ -104,7 +108,9 @@ async def test_a_dead_letter_tells_where_it_goes_and_why():
     """Exchange, original routing key, and headers, as they would be published."""
     given = make_message(b"0", exchange="events", routing_key="order.created")
     handler = answering(error=ValueError("no stock"))
-    consumer = scribe(handler, dead_letter_exchange="dlx", unhandled_exception_action=NACK)
+    consumer = recording_consumer(
+        handler, dead_letter_exchange="dlx", unhandled_exception_action=NACK
+    )
     outcome = await process(consumer, [given])
 
     [letter] = outcome.dead_lettered
@@ -118,7 +124,7 @@ async def test_a_dead_letter_tells_where_it_goes_and_why():
 async def test_without_a_dead_letter_exchange_a_nack_discards():
     """It is no dead letter, since nothing would keep it."""
     spent = make_message(b"1", headers={"x-retry-count": 3})
-    outcome = await process(scribe(answering(NACK, REQUEUE)), [b"0", spent])
+    outcome = await process(recording_consumer(answering(NACK, REQUEUE)), [b"0", spent])
 
     assert [b"0"] == bodies(outcome.nacked)
     assert [b"0", b"1"] == bodies(outcome.discarded)
@@ -128,7 +134,7 @@ async def test_without_a_dead_letter_exchange_a_nack_discards():
 async def test_errors_are_told_not_raised():
     """What was yielded before counts, the rest gets what the settings say."""
     error = ValueError("no")
-    outcome = await process(scribe(answering(ACK, error=error)), numbered(3))
+    outcome = await process(recording_consumer(answering(ACK, error=error)), numbered(3))
 
     assert [error] == outcome.errors
     assert [b"0"] == bodies(outcome.acked)
@@ -147,31 +153,31 @@ async def test_errors_are_told_not_raised():
 )
 async def test_every_way_to_fail_is_an_error(handler, kind):
     """A missing result is never an ACK."""
-    outcome = await process(scribe(handler, process_timeout=5), numbered(2))
+    outcome = await process(recording_consumer(handler, process_timeout=5), numbered(2))
     assert [kind] == [kind if isinstance(each, kind) else each for each in outcome.errors]
 
 
 async def test_an_exception_means_what_the_class_says():
     """`exception_results` counts."""
 
-    class Choosy(Scribe):
+    class Choosy(RecordingConsumer):
         exception_results = {LookupError: NACK}  # noqa: RUF012  -- as users write it
 
-    outcome = await process(scribe(answering(error=KeyError("x")), Choosy), [b"0"])
+    outcome = await process(recording_consumer(answering(error=KeyError("x")), Choosy), [b"0"])
     assert [NACK] == outcome.results
 
 
 async def test_what_cannot_be_decoded_fails_alone():
     """The others are handled once more, without it."""
 
-    class Reader(Scribe):
+    class Reader(RecordingConsumer):
         async def process_messages(self, messages):
             for message in messages:
                 message.json()
                 yield ACK
 
     outcome = await process(
-        scribe(cls=Reader, dead_letter_queue="dead"), [b"1", b"oops", b"2", b"3"]
+        recording_consumer(cls=Reader, dead_letter_queue="dead"), [b"1", b"oops", b"2", b"3"]
     )
     assert [b"1", b"2", b"3"] == bodies(outcome.acked)
     assert [(b"oops", DeadLetterReason.UNDECODABLE)] == [
@@ -191,7 +197,7 @@ async def test_culprits_are_isolated_where_that_is_wanted():
         for _ in messages:
             yield ACK
 
-    outcome = await process(scribe(bulk, isolate_failures=True), numbered(4))
+    outcome = await process(recording_consumer(bulk, isolate_failures=True), numbered(4))
     assert [b"0", b"1", b"2"] == bodies(outcome.acked)
     assert [b"3"] == bodies(outcome.requeued)
     assert [b"3"] == bodies(outcome.batches[-1])
@@ -199,7 +205,7 @@ async def test_culprits_are_isolated_where_that_is_wanted():
 
 async def test_an_atomic_batch_is_all_or_nothing():
     """Its ACKs are void."""
-    consumer = scribe(answering(ACK, error=ValueError()), settle="atomic")
+    consumer = recording_consumer(answering(ACK, error=ValueError()), settle="atomic")
     outcome = await process(consumer, numbered(2))
     assert [] == outcome.acked
     assert [b"0", b"1"] == bodies(outcome.requeued)
@@ -207,7 +213,7 @@ async def test_an_atomic_batch_is_all_or_nothing():
 
 async def test_batches_are_cut_as_the_settings_say():
     """Full ones, and one with the rest, without waiting for it to fill."""
-    consumer = Scribe(transport=None, batch_size=2)
+    consumer = RecordingConsumer(transport=None, batch_size=2)
     outcome = await process(consumer, numbered(5))
 
     assert [[b"0", b"1"], [b"2", b"3"], [b"4"]] == consumer.batches
@@ -216,7 +222,7 @@ async def test_batches_are_cut_as_the_settings_say():
     assert 0 == asyncio.get_running_loop().time()
 
 
-class ByFirstLetter(Scribe):
+class ByFirstLetter(RecordingConsumer):
     """A batch holds one letter; a question mark has none."""
 
     def batch_key(self, message):
@@ -245,7 +251,7 @@ async def test_a_message_without_a_place_fails_alone():
 async def test_in_order_messages_are_tried_again_in_place():
     """Without the waits in between; what comes after waits for its turn."""
     answer = first_then(answering(error=ValueError()), answering(REQUEUE), answering(ACK))
-    consumer = scribe(answer, ByFirstLetter, ordered_by_key=True, batch_size=1)
+    consumer = recording_consumer(answer, ByFirstLetter, ordered_by_key=True, batch_size=1)
     outcome = await process(consumer, [b"a1", b"a2"])
 
     assert [[b"a1"], [b"a1"], [b"a1"], [b"a2"]] == consumer.batches
@@ -257,7 +263,7 @@ async def test_in_order_messages_are_tried_again_in_place():
 async def test_in_order_messages_are_dead_lettered_in_the_end():
     """With all their attempts counted."""
     given = make_message(b"a1")
-    consumer = scribe(
+    consumer = recording_consumer(
         answering(REQUEUE), ByFirstLetter, ordered_by_key=True, dead_letter_queue="dead"
     )
     outcome = await process(consumer, [given])
@@ -274,7 +280,7 @@ async def test_a_consumer_gets_them_one_by_one():
             raise ValueError
         return ACK
 
-    outcome = await process(Clerk(answer, transport=None), numbered(3))
+    outcome = await process(SingleConsumer(answer, transport=None), numbered(3))
     assert [[b"0"], [b"1"], [b"2"]] == list(map(bodies, outcome.batches))
     assert [b"0", b"2"] == bodies(outcome.acked)
     assert [b"1"] == bodies(outcome.requeued)
@@ -283,7 +289,7 @@ async def test_a_consumer_gets_them_one_by_one():
 async def test_messages_are_told_apart_by_identity():
     """Lists hold what was given, numbered as a session would."""
     given = [make_message(b"same"), make_message(b"same")]
-    outcome = await process(scribe(answering(ACK, NACK)), given)
+    outcome = await process(recording_consumer(answering(ACK, NACK)), given)
     assert [given[0]] == outcome.acked
     assert [given[1]] == outcome.nacked
     assert [1, 2] == [each.delivery_tag for each in given]
@@ -293,16 +299,16 @@ async def test_one_message_twice_is_a_mistake():
     """No broker delivers it so."""
     message = make_message(b"x")
     with pytest.raises(ValueError, match="occurs twice"):
-        await process(scribe(), [message, message])
+        await process(recording_consumer(), [message, message])
 
 
 async def test_no_messages_are_no_batch():
     """The hooks run all the same."""
-    outcome = await process(scribe(), [])
+    outcome = await process(recording_consumer(), [])
     assert [] == outcome.results == outcome.batches
 
 
-class Hooked(Scribe):
+class Hooked(RecordingConsumer):
     """Notes its hooks."""
 
     def __init__(self, *args: Any, **given: Any) -> None:
@@ -391,19 +397,21 @@ async def test_a_handler_may_stop_its_consumer():
 async def test_a_running_consumer_is_left_alone():
     """What it does is seen on its broker."""
     broker = BatchBroker()
-    async with Scribe(transport=broker.transport) as consumer:
-        with pytest.raises(ConfigurationError, match="Scribe is running"):
+    async with RecordingConsumer(transport=broker.transport) as consumer:
+        with pytest.raises(ConfigurationError, match="RecordingConsumer is running"):
             await process(consumer, [b"0"])
         assert consumer.is_running
 
 
 async def test_observers_hear_of_the_handler():
     """Of its batches, not of a broker that is not there."""
-    witness = Witness()
-    consumer = Scribe(answering(error=ValueError()), transport=None, observers=[witness])
+    recorder = EventRecorder()
+    consumer = RecordingConsumer(
+        answering(error=ValueError()), transport=None, observers=[recorder]
+    )
     await process(consumer, [b"0"])
     assert ["BatchCut", "HandlerError", "BatchHandled"] == [
-        type(event).__name__ for _, event in witness.seen
+        type(event).__name__ for _, event in recorder.seen
     ]
 
 
@@ -421,7 +429,7 @@ async def test_a_handler_that_ignores_its_cancellation_is_an_error_of_the_test()
             yield ACK
 
     with pytest.raises(SessionLost, match="was cancelled at process_timeout and still runs"):
-        await process(scribe(stubborn, process_timeout=1), [b"0"])
+        await process(recording_consumer(stubborn, process_timeout=1), [b"0"])
     assert 6.0 == asyncio.get_running_loop().time()
     forever.set()
     await asyncio.sleep(0)
@@ -469,7 +477,9 @@ async def test_a_header_of_ones_own_counts_retries():
             b"1", queue="other", headers={"tries": 2, "mine": 1}, retry_count_header="mine"
         ),
     ]
-    consumer = scribe(answering(REQUEUE, REQUEUE), retry_count_header="tries", queue_name="orders")
+    consumer = recording_consumer(
+        answering(REQUEUE, REQUEUE), retry_count_header="tries", queue_name="orders"
+    )
     outcome = await process(consumer, given)
     assert [("orders", 2), ("other", 1)] == [(each.queue, each.retry_count) for each in given]
     assert [3, 3] == [each.retry_count for each in outcome.requeued]
@@ -481,7 +491,7 @@ def test_every_message_has_one_fate(decided, knows_dead_letters):
     given_messages = [message for message, _ in decided]
     answers = [result for _, result in decided]
     more = {"dead_letter_exchange": "dlx"} if knows_dead_letters else {}
-    consumer = Scribe(answering(*answers), transport=MemoryTransport(), **more)
+    consumer = RecordingConsumer(answering(*answers), transport=MemoryTransport(), **more)
     outcome = run(process(consumer, given_messages))
 
     fates = [
@@ -508,8 +518,8 @@ def test_the_outcome_is_that_of_a_worker(answers, batch_size):
             yield by_body[message.body] if message.retry_count == 0 else ACK
 
     async def scenario():
-        broker, observed = BatchBroker(), Witness()
-        worker = Scribe(
+        broker, observed = BatchBroker(), EventRecorder()
+        worker = RecordingConsumer(
             answer,
             transport=broker.transport,
             observers=[observed],

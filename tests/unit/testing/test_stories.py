@@ -48,7 +48,7 @@ from aio_pika_batch.testing.stories.invariants import (
 from aio_pika_batch.testing.stories.recording import RecordingTransport
 from aio_pika_batch.testing.strategies import stories
 from aio_pika_batch.transport import PumpingSession, Subscription
-from tests.unit.shell.doubles import ScriptedTransport
+from tests.unit.shell.scripted_transport import ScriptedTransport
 
 ACK, NACK, REQUEUE = MessageResult.ACK, MessageResult.NACK, MessageResult.REQUEUE
 TWO = Story(answers=((), (REQUEUE,)))

@@ -8,17 +8,17 @@ import pytest
 
 from aio_pika_batch import SessionLost
 from aio_pika_batch.observer import Lost, StaleResults
-from tests.unit.shell.doubles import ScriptedTransport, at_once, raising
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     REQUEUE,
-    Scribe,
-    Witness,
+    EventRecorder,
+    RecordingConsumer,
     ack,
     answering,
     first_then,
     numbered,
 )
+from tests.unit.shell.scripted_transport import ScriptedTransport, at_once, raising
 
 
 @pytest.mark.parametrize("error", [SessionLost("gone"), RuntimeError("a bug")])
@@ -26,8 +26,8 @@ async def test_a_settlement_that_fails_ends_the_session(error, jitter):
     """Whatever it raises; the messages come back, and nothing is settled twice."""
     script = ScriptedTransport()
     script.on_settle = raising(error)
-    witness = Witness()
-    async with Scribe(ack, transport=script, observers=[witness], batch_size=2):
+    recorder = EventRecorder()
+    async with RecordingConsumer(ack, transport=script, observers=[recorder], batch_size=2):
         script.last.feed(*numbered(2))
         await asyncio.sleep(0.1)
         script.on_settle = at_once
@@ -36,7 +36,7 @@ async def test_a_settlement_that_fails_ends_the_session(error, jitter):
         script.last.feed(*numbered(2))
         await asyncio.sleep(1)
     assert [("ack", (1, 2))] == script.details("settle")[-1]
-    assert [SessionLost] == [type(event.error) for event in witness.of(Lost)]
+    assert [SessionLost] == [type(event.error) for event in recorder.of(Lost)]
 
 
 @pytest.mark.parametrize("error", [SessionLost("gone"), RuntimeError("a bug")])
@@ -45,10 +45,10 @@ async def test_a_settlement_for_several_batches_that_fails_is_heard_of_by_all(er
     script = ScriptedTransport()
     script.on_publish = lambda *_: asyncio.sleep(0.05)
     script.on_settle = raising(error)
-    witness = Witness()
+    recorder = EventRecorder()
     answers = first_then(answering(REQUEUE, ACK), ack, ack)
-    async with Scribe(
-        answers, transport=script, observers=[witness], batch_size=2, concurrency=3
+    async with RecordingConsumer(
+        answers, transport=script, observers=[recorder], batch_size=2, concurrency=3
     ) as consumer:
         script.last.feed(*numbered(6))
         await asyncio.sleep(0.1)
@@ -57,15 +57,15 @@ async def test_a_settlement_for_several_batches_that_fails_is_heard_of_by_all(er
         assert 2 == len(script.sessions)
         assert consumer.is_healthy
     assert 1 == len(script.times("settle"))
-    assert 1 == len(witness.of(Lost))
-    stale = sum(event.count for event in witness.of(StaleResults))
+    assert 1 == len(recorder.of(Lost))
+    stale = sum(event.count for event in recorder.of(StaleResults))
     assert stale == (6 if isinstance(error, SessionLost) else 0)
 
 
 async def test_a_worker_that_ends_by_itself_ends_run():
     """Whatever the reason: nobody would consume, and nobody would know."""
     script = ScriptedTransport()
-    consumer = Scribe(transport=script)
+    consumer = RecordingConsumer(transport=script)
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(1)
 
@@ -81,7 +81,7 @@ async def test_a_worker_that_ends_by_itself_ends_run():
 async def test_an_on_start_may_time_out_by_itself():
     """Its own exception comes out as it is."""
 
-    class TimesOut(Scribe):
+    class TimesOut(RecordingConsumer):
         async def on_start(self):
             async with asyncio.timeout(1):
                 await asyncio.sleep(3600)
@@ -104,7 +104,7 @@ async def test_a_cut_handlers_cancellation_is_over_when_its_batch_is_settled(jit
         yield ACK
         await asyncio.sleep(3600)
 
-    async with Scribe(answer, transport=script, batch_size=2, process_timeout=10):
+    async with RecordingConsumer(answer, transport=script, batch_size=2, process_timeout=10):
         script.last.feed(*numbered(2))
         await asyncio.sleep(12)
     assert [0] == cancelling

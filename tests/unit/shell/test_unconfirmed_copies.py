@@ -10,17 +10,17 @@ from aio_pika_batch import Outcome
 from aio_pika_batch.adapters.memory import ConnectFault, EventKind, PublishFault
 from aio_pika_batch.errors import BrokerUnavailable, SessionClosed
 from aio_pika_batch.observer import Lost, Requeued, Settled
-from tests.unit.shell.doubles import ScriptedTransport, never, raising
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     REQUEUE,
-    Scribe,
-    Witness,
+    EventRecorder,
+    RecordingConsumer,
     ack,
     answering,
     first_then,
     numbered,
     taking,
 )
+from tests.unit.shell.scripted_transport import ScriptedTransport, never, raising
 
 NOT_CONFIRMED = [Outcome.RETURNED, Outcome.REFUSED]
 
@@ -30,9 +30,9 @@ async def test_a_copy_is_tried_again_after_growing_pauses(outcome, jitter):
     """And its original is acked once it is confirmed at last."""
     script = ScriptedTransport()
     script.outcomes = [outcome] * 4
-    witness = Witness()
-    async with Scribe(
-        answering(REQUEUE), transport=script, observers=[witness], batch_size=1
+    recorder = EventRecorder()
+    async with RecordingConsumer(
+        answering(REQUEUE), transport=script, observers=[recorder], batch_size=1
     ) as consumer:
         script.last.feed(b"0")
         await asyncio.sleep(7)
@@ -42,10 +42,10 @@ async def test_a_copy_is_tried_again_after_growing_pauses(outcome, jitter):
         assert 0 == consumer.status().workers[0].held
     assert [0, 0.5, 1.5, 3.5, 7.5] == script.times("publish")
     assert [[("ack", (1,))]] == script.details("settle")
-    assert 1 == len(witness.of(Requeued))
+    assert 1 == len(recorder.of(Requeued))
     # Nothing is settled for the batch at first, and its one message later.
-    assert [0, 1] == [sum(event.counts.values()) for event in witness.of(Settled)]
-    assert [] == witness.of(Lost)
+    assert [0, 1] == [sum(event.counts.values()) for event in recorder.of(Settled)]
+    assert [] == recorder.of(Lost)
 
 
 @pytest.mark.parametrize("outcome", NOT_CONFIRMED)
@@ -55,7 +55,7 @@ async def test_an_original_is_held_for_requeue_hold_at_most(outcome, jitter, luc
     jitter[0] = luck
     script = ScriptedTransport()
     script.outcomes = [outcome] * 100
-    async with Scribe(
+    async with RecordingConsumer(
         answering(REQUEUE), transport=script, batch_size=1, requeue_hold=10
     ) as consumer:
         script.last.feed(b"0")
@@ -76,7 +76,7 @@ async def test_at_most_half_of_the_prefetch_is_held(prefetch, room, jitter):
     script = ScriptedTransport()
     script.outcomes = [Outcome.REFUSED] * 10_000
     count = prefetch or 12
-    async with Scribe(
+    async with RecordingConsumer(
         answering(*[REQUEUE] * count),
         transport=script,
         batch_size=count,
@@ -92,71 +92,71 @@ async def test_at_most_half_of_the_prefetch_is_held(prefetch, room, jitter):
         assert room == consumer.status().workers[0].held
 
 
-async def test_a_full_queue_that_refuses_its_own_copies_is_no_hot_loop(stage, caplog):
+async def test_a_full_queue_that_refuses_its_own_copies_is_no_hot_loop(rabbit, caplog):
     """Message and broker would otherwise play ping-pong as fast as they can; it is told once."""
-    stage.declare("full", **{"x-max-length": 6, "x-overflow": "reject-publish"})
-    stage.put(*numbered(6), queue="full")
-    stage.broker.faults.on_publish(PublishFault.REFUSE)
-    async with Scribe(
+    rabbit.declare("full", **{"x-max-length": 6, "x-overflow": "reject-publish"})
+    rabbit.put(*numbered(6), queue="full")
+    rabbit.broker.faults.on_publish(PublishFault.REFUSE)
+    async with RecordingConsumer(
         lambda messages: answering(*[REQUEUE] * len(messages))(messages),
-        transport=stage.transport,
+        transport=rabbit.transport,
         queue_name="full",
         queue_arguments={"x-max-length": 6, "x-overflow": "reject-publish"},
         batch_size=3,
         prefetch_count=6,
     ) as consumer:
         await asyncio.sleep(60)
-        assert 6 == len(stage.out("full")) + len(stage.waiting("full"))
+        assert 6 == len(rabbit.unsettled("full")) + len(rabbit.waiting("full"))
         rounds = len(consumer.batches)
         # Each message comes back after a quarter of a second at the earliest.
         assert 10 < rounds < 4 * 6 * 60
         assert 1 == sum("go back to the broker" in each.message for each in caplog.records)
-        stage.broker.faults.clear()
+        rabbit.broker.faults.clear()
         consumer.answer = ack
         await asyncio.sleep(60)
-    assert [] == stage.waiting("full")
+    assert [] == rabbit.waiting("full")
     assert {*numbered(6)} == {
-        event.body for event in stage.broker.journal.of(EventKind.ACKED, queue="full")
+        event.body for event in rabbit.broker.journal.of(EventKind.ACKED, queue="full")
     }
 
 
-async def test_after_silence_a_copy_gets_one_try_for_each_new_connection(stage, jitter):
+async def test_after_silence_a_copy_gets_one_try_for_each_new_connection(rabbit, jitter):
     """A publisher that kept silent is given up: what it may still confirm cannot be told apart."""
-    stage.broker.faults.on_publish(PublishFault.LOSE, times=2)
-    stage.put(b"0")
-    async with Scribe(
+    rabbit.broker.faults.on_publish(PublishFault.LOSE, times=2)
+    rabbit.put(b"0")
+    async with RecordingConsumer(
         first_then(answering(REQUEUE), ack),
-        transport=stage.transport,
+        transport=rabbit.transport,
         batch_size=1,
         publish_timeout=10,
     ):
-        connections = len(stage.times(EventKind.CONNECTED))
+        connections = len(rabbit.times(EventKind.CONNECTED))
         # The transport's own time-out is ten seconds, with a pause of half a second and of one.
         await asyncio.sleep(9.9)
-        assert 1 == len(stage.times(EventKind.CONNECTED)) - connections
+        assert 1 == len(rabbit.times(EventKind.CONNECTED)) - connections
         await asyncio.sleep(20)
-        assert 3 == len(stage.times(EventKind.CONNECTED)) - connections
-        assert 2 == len(stage.broker.connections)
-    assert [21.5] == stage.times(EventKind.PUBLISHED)
+        assert 3 == len(rabbit.times(EventKind.CONNECTED)) - connections
+        assert 2 == len(rabbit.broker.connections)
+    assert [21.5] == rabbit.times(EventKind.PUBLISHED)
 
 
-async def test_a_lost_confirmation_makes_a_duplicate_and_no_loss(stage, jitter):
+async def test_a_lost_confirmation_makes_a_duplicate_and_no_loss(rabbit, jitter):
     """Nothing was heard of a copy that is stored: there may be two of them."""
-    stage.broker.faults.on_publish(PublishFault.UNCONFIRMED, times=1)
-    stage.put(b"0")
-    async with Scribe(
-        first_then(answering(REQUEUE), ack), transport=stage.transport, batch_size=1
+    rabbit.broker.faults.on_publish(PublishFault.UNCONFIRMED, times=1)
+    rabbit.put(b"0")
+    async with RecordingConsumer(
+        first_then(answering(REQUEUE), ack), transport=rabbit.transport, batch_size=1
     ) as consumer:
         await asyncio.sleep(60)
     assert [0, 1, 1] == [message.retry_count for message in consumer.messages]
-    assert [] == stage.waiting()
+    assert [] == rabbit.waiting()
 
 
 async def test_without_a_connection_for_publishing_originals_are_held(jitter, caplog):
     """It is told once, until there is one again."""
     script = ScriptedTransport()
     script.on_publisher = raising(BrokerUnavailable("nobody there"))
-    async with Scribe(answering(REQUEUE), transport=script, batch_size=1):
+    async with RecordingConsumer(answering(REQUEUE), transport=script, batch_size=1):
         script.last.feed(b"0")
         await asyncio.sleep(4)
         assert [0, 0.5, 1.5, 3.5] == script.times("publisher")
@@ -171,7 +171,7 @@ async def test_a_copy_whose_session_is_gone_is_not_tried_again(jitter):
     """Its original is delivered again, and a copy would be one too many."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.REFUSED] * 100
-    async with Scribe(
+    async with RecordingConsumer(
         first_then(answering(REQUEUE), ack), transport=script, batch_size=1
     ) as consumer:
         script.last.feed(b"0")
@@ -191,7 +191,7 @@ async def test_a_copy_that_is_refused_after_its_session_was_lost_is_not_held(jit
     script = ScriptedTransport()
     script.outcomes = [Outcome.REFUSED] * 100
     script.on_publish = lambda _: asyncio.sleep(3)
-    async with Scribe(answering(REQUEUE), transport=script, batch_size=1) as consumer:
+    async with RecordingConsumer(answering(REQUEUE), transport=script, batch_size=1) as consumer:
         script.last.feed(b"0")
         await asyncio.sleep(1)
         script.last.end()
@@ -205,7 +205,7 @@ async def test_a_lost_session_forgets_what_it_held(jitter):
     """Also in what is told about it while there is no other."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.REFUSED] * 100
-    async with Scribe(answering(REQUEUE), transport=script, batch_size=1) as consumer:
+    async with RecordingConsumer(answering(REQUEUE), transport=script, batch_size=1) as consumer:
         script.last.feed(b"0")
         await asyncio.sleep(1)
         consumer.answer = taking(3)
@@ -225,7 +225,7 @@ async def test_confirmed_copies_are_acked_although_others_of_the_batch_are_not(j
     """Each original has its own fate."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.CONFIRMED, Outcome.RETURNED, Outcome.CONFIRMED]
-    async with Scribe(answering(*[REQUEUE] * 3), transport=script, batch_size=3):
+    async with RecordingConsumer(answering(*[REQUEUE] * 3), transport=script, batch_size=3):
         script.last.feed(*numbered(3))
         await asyncio.sleep(1)
     assert [[("ack", (1, 3))], [("ack", (2,))]] == script.details("settle")
@@ -237,9 +237,9 @@ async def test_a_held_original_that_cannot_be_settled_ends_the_session(error, ji
     """Unsettled for ever is worse than delivered again, whatever the transport raises."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.REFUSED]
-    witness = Witness()
-    async with Scribe(
-        first_then(answering(REQUEUE), ack), transport=script, observers=[witness], batch_size=1
+    recorder = EventRecorder()
+    async with RecordingConsumer(
+        first_then(answering(REQUEUE), ack), transport=script, observers=[recorder], batch_size=1
     ):
         script.on_settle = raising(error)
         script.last.feed(b"0")
@@ -247,7 +247,7 @@ async def test_a_held_original_that_cannot_be_settled_ends_the_session(error, ji
         script.on_settle = lambda *_: asyncio.sleep(0)
         await asyncio.sleep(5)
         assert 2 == len(script.sessions)
-    assert 1 == len(witness.of(Lost))
+    assert 1 == len(recorder.of(Lost))
 
 
 @pytest.mark.parametrize("error", [SessionClosed("gone"), RuntimeError("a bug"), ValueError("no")])
@@ -255,7 +255,7 @@ async def test_a_publisher_that_raises_costs_a_session_and_no_message(error, jit
     """At the first try and at a later one."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.REFUSED]
-    async with Scribe(
+    async with RecordingConsumer(
         first_then(answering(REQUEUE), answering(REQUEUE), ack), transport=script, batch_size=1
     ) as consumer:
         script.last.feed(b"0")
@@ -273,14 +273,16 @@ async def test_a_publisher_that_raises_costs_a_session_and_no_message(error, jit
     assert [[("ack", (1,))]] == script.details("settle")
 
 
-async def test_a_stop_gives_back_what_is_held(stage, jitter):
+async def test_a_stop_gives_back_what_is_held(rabbit, jitter):
     """Nothing is tried again, and the broker has it all before the session ends."""
-    stage.broker.faults.on_publish(PublishFault.REFUSE)
-    stage.put(*numbered(2))
-    async with Scribe(answering(REQUEUE, REQUEUE), transport=stage.transport, batch_size=2):
+    rabbit.broker.faults.on_publish(PublishFault.REFUSE)
+    rabbit.put(*numbered(2))
+    async with RecordingConsumer(
+        answering(REQUEUE, REQUEUE), transport=rabbit.transport, batch_size=2
+    ):
         await asyncio.sleep(4)
-        assert 2 == len(stage.out())
-    assert numbered(2) == stage.waiting()
+        assert 2 == len(rabbit.unsettled())
+    assert numbered(2) == rabbit.waiting()
     assert 4 == asyncio.get_running_loop().time()
 
 
@@ -288,7 +290,7 @@ async def test_a_stop_waits_for_the_attempt_under_way(jitter):
     """What it confirms is acked, not given back."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.REFUSED]
-    async with Scribe(answering(REQUEUE), transport=script, batch_size=1):
+    async with RecordingConsumer(answering(REQUEUE), transport=script, batch_size=1):
         script.last.feed(b"0")
         await asyncio.sleep(0.1)
         script.on_publish = lambda *_: asyncio.sleep(3)
@@ -297,19 +299,19 @@ async def test_a_stop_waits_for_the_attempt_under_way(jitter):
     assert [3.5] == script.times("settle")
 
 
-async def test_a_broker_that_is_away_is_not_asked_in_a_hot_loop(stage):
+async def test_a_broker_that_is_away_is_not_asked_in_a_hot_loop(rabbit):
     """Consuming connection and publishing connection both come back by themselves."""
-    stage.put(b"0")
-    async with Scribe(
-        first_then(answering(REQUEUE), ack), transport=stage.transport, batch_size=1
+    rabbit.put(b"0")
+    async with RecordingConsumer(
+        first_then(answering(REQUEUE), ack), transport=rabbit.transport, batch_size=1
     ) as consumer:
         await asyncio.sleep(0)
-        stage.broker.faults.connect_fault = ConnectFault.UNREACHABLE
-        stage.broker.cut()
+        rabbit.broker.faults.connect_fault = ConnectFault.UNREACHABLE
+        rabbit.broker.cut()
         await asyncio.sleep(3600)
         assert not consumer.is_healthy
-        stage.broker.faults.connect_fault = ConnectFault.NONE
+        rabbit.broker.faults.connect_fault = ConnectFault.NONE
         await asyncio.sleep(60)
         assert consumer.is_healthy
-    assert [] == stage.waiting()
+    assert [] == rabbit.waiting()
     assert b"0" in consumer.handled

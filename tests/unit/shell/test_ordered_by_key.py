@@ -9,22 +9,22 @@ import pytest
 from aio_pika_batch import MessageResult, Requeue, Trigger
 from aio_pika_batch.adapters.memory import EventKind, PublishFault
 from aio_pika_batch.observer import BatchCut, DeadLettered, Requeued, Settled
-from tests.unit.shell.doubles import ScriptedTransport
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     NACK,
     REQUEUE,
     REQUEUE_IMMEDIATE,
-    Clerk,
-    Scribe,
-    Witness,
+    EventRecorder,
+    RecordingConsumer,
+    SingleConsumer,
     ack,
     answering,
     taking,
 )
+from tests.unit.shell.scripted_transport import ScriptedTransport
 
 
-class Orderly(Scribe):
+class Orderly(RecordingConsumer):
     """Its key is a body's first letter; `?` has none. Notes what it is given with its count."""
 
     def __init__(self, *args, **given):
@@ -61,11 +61,11 @@ def failing(*bodies, result=REQUEUE, times=1000, stops=False, error=RuntimeError
     return answer
 
 
-async def test_batches_of_a_key_do_not_overlap_and_those_of_other_keys_do(stage):
+async def test_batches_of_a_key_do_not_overlap_and_those_of_other_keys_do(rabbit):
     """With as many hands as one likes."""
-    stage.put(b"a1", b"a2", b"b1", b"a3", b"b2")
+    rabbit.put(b"a1", b"a2", b"b1", b"a3", b"b2")
     async with Orderly(
-        taking(5), transport=stage.transport, batch_size=1, concurrency=4, prefetch_count=20
+        taking(5), transport=rabbit.transport, batch_size=1, concurrency=4, prefetch_count=20
     ) as consumer:
         await asyncio.sleep(20)
     assert {b"a1": 0, b"b1": 0, b"a2": 5, b"b2": 5, b"a3": 10} == dict(
@@ -75,57 +75,57 @@ async def test_batches_of_a_key_do_not_overlap_and_those_of_other_keys_do(stage)
 
 @pytest.mark.parametrize("concurrency", [1, 3])
 async def test_a_failing_message_is_tried_again_in_place_and_later_ones_wait(
-    stage, jitter, concurrency
+    rabbit, jitter, concurrency
 ):
     """With its count raised, alone, after growing pauses; other keys go on."""
-    stage.put(b"a1", b"b1", b"a2", b"a3", b"b2")
-    witness = Witness()
+    rabbit.put(b"a1", b"b1", b"a2", b"a3", b"b2")
+    recorder = EventRecorder()
     async with Orderly(
         failing(b"a1", times=3),
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         batch_size=1,
         concurrency=concurrency,
         max_requeue_attempts=3,
         prefetch_count=20,
     ) as consumer:
         await asyncio.sleep(10)
-        assert [] == stage.out()
+        assert [] == rabbit.unsettled()
     assert [[("a1", n)] for n in range(4)] + [[("a2", 0)], [("a3", 0)]] == consumer.of("a")
     assert [[("b1", 0)], [("b2", 0)]] == consumer.of("b")
     tries = [
         at for at, batch in zip(consumer.times, consumer.batches, strict=True) if b"a1" in batch
     ]
     assert pytest.approx([0, 0.2, 0.6, 1.4]) == tries
-    assert [1, 2, 3] == [each.retry_count for each in witness.of(Requeued) if each.in_place]
+    assert [1, 2, 3] == [each.retry_count for each in recorder.of(Requeued) if each.in_place]
     # Nothing was published, and each message was settled once.
-    assert 5 == len(stage.times(EventKind.STORED))
-    assert 5 == len(stage.times(EventKind.ACKED))
-    counts = [event.counts for event in witness.of(Settled)]
+    assert 5 == len(rabbit.times(EventKind.STORED))
+    assert 5 == len(rabbit.times(EventKind.ACKED))
+    counts = [event.counts for event in recorder.of(Settled)]
     assert 5 == sum(sum(each.values()) for each in counts)
     assert all(counts)
 
 
 @pytest.mark.parametrize("result", [REQUEUE, Requeue("busy"), REQUEUE_IMMEDIATE])
-async def test_an_exhausted_message_is_dead_lettered_and_its_key_goes_on(stage, result):
+async def test_an_exhausted_message_is_dead_lettered_and_its_key_goes_on(rabbit, result):
     """However it was put: where a broker would count, it is counted here."""
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "key", kind="direct")
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "key", kind="direct")
     for body in (b"a1", b"a2"):
-        stage.put(body, exchange="events", routing_key="key")
-    witness = Witness()
+        rabbit.put(body, exchange="events", routing_key="key")
+    recorder = EventRecorder()
     async with Orderly(
         failing(b"a1", result=result),
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         dead_letter_exchange="dlx",
         max_requeue_attempts=2,
         batch_size=1,
     ) as consumer:
         await asyncio.sleep(10)
-        assert [] == stage.out()
+        assert [] == rabbit.unsettled()
     assert [[("a1", 0)], [("a1", 1)], [("a1", 2)], [("a2", 0)]] == consumer.seen
-    [letter] = stage.broker.ready("dead")
+    [letter] = rabbit.broker.ready("dead")
     assert (b"a1", "exhausted", 2) == (
         letter.body,
         letter.headers["x-dead-letter-reason"],
@@ -133,55 +133,55 @@ async def test_an_exhausted_message_is_dead_lettered_and_its_key_goes_on(stage, 
     )
     first, dead = (letter.headers[f"x-{each}-at"] for each in ("first-failed", "dead-lettered"))
     assert first <= dead
-    assert 1 == len(witness.of(DeadLettered))
+    assert 1 == len(recorder.of(DeadLettered))
 
 
-async def test_without_a_dead_letter_exchange_an_exhausted_message_is_rejected(stage):
+async def test_without_a_dead_letter_exchange_an_exhausted_message_is_rejected(rabbit):
     """As ever; REQUEUE_IMMEDIATE does not bring it back."""
-    stage.put(b"a1", b"a2")
+    rabbit.put(b"a1", b"a2")
     async with Orderly(
         failing(b"a1", result=REQUEUE_IMMEDIATE),
-        transport=stage.transport,
+        transport=rabbit.transport,
         max_requeue_attempts=1,
         batch_size=1,
     ) as consumer:
         await asyncio.sleep(10)
     assert [[("a1", 0)], [("a1", 1)], [("a2", 0)]] == consumer.seen
-    assert ([], []) == (stage.waiting(), stage.out())
+    assert ([], []) == (rabbit.waiting(), rabbit.unsettled())
 
 
-async def test_delays_hold_in_place_too(stage):
+async def test_delays_hold_in_place_too(rabbit):
     """By the same delay_steps as elsewhere; but nothing goes into a wait queue."""
-    stage.put(b"a1", b"a2")
+    rabbit.put(b"a1", b"a2")
     async with Orderly(
-        failing(b"a1", times=2), transport=stage.transport, batch_size=1, requeue_delay=20
+        failing(b"a1", times=2), transport=rabbit.transport, batch_size=1, requeue_delay=20
     ) as consumer:
         await asyncio.sleep(100)
-        assert [] == stage.out()
+        assert [] == rabbit.unsettled()
     assert [0, 20, 60, 60] == consumer.times
     assert [b"a1", b"a1", b"a1", b"a2"] == consumer.handled
-    assert 2 == len(stage.times(EventKind.STORED))
+    assert 2 == len(rabbit.times(EventKind.STORED))
 
 
-async def test_immediately_is_at_once(stage):
+async def test_immediately_is_at_once(rabbit):
     """But as often as any other retry, and no more."""
-    stage.put(b"a1")
+    rabbit.put(b"a1")
     async with Orderly(
-        failing(b"a1", result=REQUEUE_IMMEDIATE, times=3), transport=stage.transport, batch_size=1
+        failing(b"a1", result=REQUEUE_IMMEDIATE, times=3), transport=rabbit.transport, batch_size=1
     ) as consumer:
         await asyncio.sleep(1)
     assert [0, 0, 0, 0] == consumer.times
     assert [[("a1", n)] for n in range(4)] == consumer.seen
 
 
-async def test_an_exception_costs_the_first_undecided_an_attempt_and_no_other(stage):
+async def test_an_exception_costs_the_first_undecided_an_attempt_and_no_other(rabbit):
     """What was yielded counts; the culprit is tried alone, and the rest waits as if untouched."""
-    stage.put(b"a1", b"a2", b"a3", b"a4")
+    rabbit.put(b"a1", b"a2", b"a3", b"a4")
     async with Orderly(
-        failing(b"a2", times=2, stops=True), transport=stage.transport, batch_size=4
+        failing(b"a2", times=2, stops=True), transport=rabbit.transport, batch_size=4
     ) as consumer:
         await asyncio.sleep(5)
-        assert [] == stage.out()
+        assert [] == rabbit.unsettled()
     assert [
         [("a1", 0), ("a2", 0), ("a3", 0), ("a4", 0)],
         [("a2", 1)],
@@ -190,31 +190,31 @@ async def test_an_exception_costs_the_first_undecided_an_attempt_and_no_other(st
     ] == consumer.seen
 
 
-async def test_a_poison_message_takes_nobody_along(stage):
+async def test_a_poison_message_takes_nobody_along(rabbit):
     """It is dead-lettered after its own attempts, and the others have spent none."""
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "", kind="fanout")
-    stage.put(b"a1", b"a2", b"a3")
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "", kind="fanout")
+    rabbit.put(b"a1", b"a2", b"a3")
     async with Orderly(
         failing(b"a1", stops=True),
-        transport=stage.transport,
+        transport=rabbit.transport,
         batch_size=3,
         max_requeue_attempts=1,
         dead_letter_exchange="dlx",
     ) as consumer:
         await asyncio.sleep(5)
-    assert [b"a1"] == stage.waiting("dead")
+    assert [b"a1"] == rabbit.waiting("dead")
     assert [[("a2", 0), ("a3", 0)]] == consumer.seen[2:]
 
 
-async def test_a_handler_that_goes_on_after_a_failure_has_chosen_to(stage):
+async def test_a_handler_that_goes_on_after_a_failure_has_chosen_to(rabbit):
     """What it ACKed is acked; each that it requeued is tried to its end before the next."""
-    stage.put(b"a1", b"a2", b"a3", b"a4")
+    rabbit.put(b"a1", b"a2", b"a3", b"a4")
     async with Orderly(
-        failing(b"a1", b"a3", times=2), transport=stage.transport, batch_size=3
+        failing(b"a1", b"a3", times=2), transport=rabbit.transport, batch_size=3
     ) as consumer:
         await asyncio.sleep(0.05)
-        assert [b"a1", b"a3", b"a4"] == stage.out()
+        assert [b"a1", b"a3", b"a4"] == rabbit.unsettled()
         assert 2 == consumer.status().workers[0].held
         assert 1 == consumer.status().workers[0].buffered
         await asyncio.sleep(5)
@@ -228,32 +228,32 @@ async def test_a_handler_that_goes_on_after_a_failure_has_chosen_to(stage):
     ] == consumer.seen
 
 
-async def test_a_nack_is_final(stage):
+async def test_a_nack_is_final(rabbit):
     """And so are the failures that are configured to be NACKs."""
-    stage.put(b"a1", b"a2", b"b1", b"b2")
+    rabbit.put(b"a1", b"a2", b"b1", b"b2")
     async with Orderly(
         failing(b"a1", b"b1", stops=True),
-        transport=stage.transport,
+        transport=rabbit.transport,
         batch_size=2,
         unhandled_exception_action=NACK,
     ) as consumer:
         await asyncio.sleep(5)
     assert [[("a1", 0), ("a2", 0)], [("b1", 0), ("b2", 0)]] == consumer.seen
-    assert ([], []) == (stage.waiting(), stage.out())
+    assert ([], []) == (rabbit.waiting(), rabbit.unsettled())
 
 
-async def test_messages_without_a_key_are_requeued_as_ever(stage):
+async def test_messages_without_a_key_are_requeued_as_ever(rabbit):
     """They have no order to keep: by a copy, at the back."""
-    stage.put(b"?1", b"?2")
+    rabbit.put(b"?1", b"?2")
     async with Orderly(
-        failing(b"?1", times=1), transport=stage.transport, batch_size=1
+        failing(b"?1", times=1), transport=rabbit.transport, batch_size=1
     ) as consumer:
         await asyncio.sleep(5)
     assert [[("?1", 0)], [("?2", 0)], [("?1", 1)]] == consumer.seen
-    assert 3 == len(stage.times(EventKind.STORED))
+    assert 3 == len(rabbit.times(EventKind.STORED))
 
 
-async def test_a_time_out_is_tried_again_in_place(stage):
+async def test_a_time_out_is_tried_again_in_place(rabbit):
     """`process_timeout` cuts the handler off; the first undecided is the one that hung."""
 
     async def answer(messages):
@@ -262,48 +262,48 @@ async def test_a_time_out_is_tried_again_in_place(stage):
                 await asyncio.sleep(1000)
             yield ACK
 
-    stage.put(b"a1", b"a2", b"a3")
+    rabbit.put(b"a1", b"a2", b"a3")
     async with Orderly(
-        answer, transport=stage.transport, batch_size=3, process_timeout=2
+        answer, transport=rabbit.transport, batch_size=3, process_timeout=2
     ) as consumer:
         await asyncio.sleep(10)
     assert [[("a2", 1)], [("a3", 0)]] == consumer.seen[1:]
 
 
-async def test_a_key_that_fails_holds_up_no_other(stage):
+async def test_a_key_that_fails_holds_up_no_other(rabbit):
     """While it pauses, hands are free for the rest, one after another."""
-    stage.put(b"a1", b"a2", b"b1", b"b2", b"c1")
+    rabbit.put(b"a1", b"a2", b"b1", b"b2", b"c1")
     async with Orderly(
-        failing(b"a1"), transport=stage.transport, batch_size=1, prefetch_count=20
+        failing(b"a1"), transport=rabbit.transport, batch_size=1, prefetch_count=20
     ) as consumer:
         await asyncio.sleep(0.05)
         assert [[("a1", 0)], [("b1", 0)], [("b2", 0)], [("c1", 0)]] == consumer.seen
-        assert [b"a1", b"a2"] == stage.out()
+        assert [b"a1", b"a2"] == rabbit.unsettled()
         await asyncio.sleep(5)
 
 
-async def test_a_prefetch_full_of_one_failing_key_comes_loose_again(stage):
+async def test_a_prefetch_full_of_one_failing_key_comes_loose_again(rabbit):
     """Nothing can come, and nothing is due before the pause is over: that is when it goes on."""
-    stage.put(*(b"a%d" % number for number in range(6)), b"b1")
-    witness = Witness()
+    rabbit.put(*(b"a%d" % number for number in range(6)), b"b1")
+    recorder = EventRecorder()
     async with Orderly(
         failing(b"a0", times=2),
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         batch_size=5,
         prefetch_count=3,
         batch_timeout=60,
     ) as consumer:
         await asyncio.sleep(120)
-        assert [] == stage.out()
+        assert [] == rabbit.unsettled()
     assert [("a0", 0), ("a1", 0), ("a2", 0)] == consumer.seen[0]
     assert [[("a0", 1)], [("a0", 2)]] == [batch for batch in consumer.seen if batch[0][1]]
-    assert Trigger.PREFETCH in {event.trigger for event in witness.of(BatchCut)}
+    assert Trigger.PREFETCH in {event.trigger for event in recorder.of(BatchCut)}
 
 
-async def test_a_stop_returns_what_is_held(stage):
+async def test_a_stop_returns_what_is_held(rabbit):
     """By nack, as what was not started: there is no time to try again."""
-    stage.put(b"a1", b"a2", b"a3")
+    rabbit.put(b"a1", b"a2", b"a3")
     script = ScriptedTransport()
     async with Orderly(
         failing(b"a1"), transport=script, batch_size=2, batch_timeout=0.1
@@ -327,48 +327,48 @@ async def test_what_fails_during_a_drain_is_returned():
     assert [] == script.details("publish")
 
 
-async def test_what_is_spent_during_a_drain_is_dead_lettered(stage):
+async def test_what_is_spent_during_a_drain_is_dead_lettered(rabbit):
     """Its last attempt was made."""
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "", kind="fanout")
-    stage.put(b"a1", b"a2")
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "", kind="fanout")
+    rabbit.put(b"a1", b"a2")
     consumer = Orderly(
         taking(5, answering(REQUEUE)),
-        transport=stage.transport,
+        transport=rabbit.transport,
         batch_size=1,
         max_requeue_attempts=0,
         dead_letter_exchange="dlx",
     )
     async with consumer:
         await asyncio.sleep(1)
-    assert ([b"a1"], [b"a2"]) == (stage.waiting("dead"), stage.waiting())
+    assert ([b"a1"], [b"a2"]) == (rabbit.waiting("dead"), rabbit.waiting())
 
 
-async def test_a_lost_session_drops_what_is_held(stage):
+async def test_a_lost_session_drops_what_is_held(rabbit):
     """The broker delivers it again, and its count begins anew: it was in memory only."""
-    stage.put(b"a1", b"a2")
+    rabbit.put(b"a1", b"a2")
     async with Orderly(
-        failing(b"a1", times=2), transport=stage.transport, batch_size=1
+        failing(b"a1", times=2), transport=rabbit.transport, batch_size=1
     ) as consumer:
         await asyncio.sleep(0.01)
         assert 1 == consumer.status().workers[0].held
-        stage.broker.cut()
+        rabbit.broker.cut()
         await asyncio.sleep(10)
         assert 0 == consumer.status().workers[0].held
     assert [[("a1", 0)], [("a1", 0)], [("a1", 1)], [("a2", 0)]] == consumer.seen
-    assert ([], []) == (stage.waiting(), stage.out())
+    assert ([], []) == (rabbit.waiting(), rabbit.unsettled())
 
 
-async def test_a_handler_of_a_lost_session_keeps_its_key_to_itself(stage):
+async def test_a_handler_of_a_lost_session_keeps_its_key_to_itself(rabbit):
     """The next session's batch of this key waits for it, although hands are free."""
-    stage.put(b"a1", b"a2", b"b1")
+    rabbit.put(b"a1", b"a2", b"b1")
     async with Orderly(
-        taking(20), transport=stage.transport, batch_size=1, concurrency=3, prefetch_count=9
+        taking(20), transport=rabbit.transport, batch_size=1, concurrency=3, prefetch_count=9
     ) as consumer:
         await asyncio.sleep(1)
-        stage.broker.cut()
+        rabbit.broker.cut()
         await asyncio.sleep(100)
-        assert [] == stage.out()
+        assert [] == rabbit.unsettled()
     starts = [
         at
         for at, batch in zip(consumer.times, consumer.batches, strict=True)
@@ -378,7 +378,7 @@ async def test_a_handler_of_a_lost_session_keeps_its_key_to_itself(stage):
     assert [0, 20, 40] == starts
 
 
-async def test_a_handler_that_ends_between_two_sessions_frees_its_key(stage):
+async def test_a_handler_that_ends_between_two_sessions_frees_its_key(rabbit):
     """Nobody is told then; the next session sees that it is gone."""
     script = ScriptedTransport()
     async with Orderly(taking(3), transport=script, batch_size=1, concurrency=2) as consumer:
@@ -393,43 +393,43 @@ async def test_a_handler_that_ends_between_two_sessions_frees_its_key(stage):
     assert [[("ack", (1,))]] == script.details("settle")
 
 
-async def test_what_a_lost_session_failed_at_is_not_kept(stage):
+async def test_what_a_lost_session_failed_at_is_not_kept(rabbit):
     """Its handler ends after the session did: there is nothing to try again."""
     script = ScriptedTransport()
-    witness = Witness()
+    recorder = EventRecorder()
     answer = taking(3, answering(REQUEUE))
-    async with Orderly(answer, transport=script, batch_size=1, observers=[witness]) as consumer:
+    async with Orderly(answer, transport=script, batch_size=1, observers=[recorder]) as consumer:
         script.last.feed(b"a1")
         await asyncio.sleep(1)
         script.last.end()
         await asyncio.sleep(60)
         assert 0 == consumer.status().workers[0].held
     assert [[("a1", 0)]] == consumer.seen
-    assert [] == witness.of(Requeued)
+    assert [] == recorder.of(Requeued)
 
 
-async def test_a_dead_letter_that_is_not_confirmed_does_not_hold_its_key_up(stage):
+async def test_a_dead_letter_that_is_not_confirmed_does_not_hold_its_key_up(rabbit):
     """It waits by itself, as ever."""
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "", kind="fanout")
-    stage.broker.faults.on_publish(PublishFault.REFUSE)
-    stage.put(b"a1", b"a2")
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "", kind="fanout")
+    rabbit.broker.faults.on_publish(PublishFault.REFUSE)
+    rabbit.put(b"a1", b"a2")
     async with Orderly(
         failing(b"a1", result=NACK),
-        transport=stage.transport,
+        transport=rabbit.transport,
         batch_size=1,
         dead_letter_exchange="dlx",
     ) as consumer:
         await asyncio.sleep(1)
         assert [[("a1", 0)], [("a2", 0)]] == consumer.seen
-        assert [b"a1"] == stage.out()
-        stage.broker.faults.clear(PublishFault.REFUSE)
+        assert [b"a1"] == rabbit.unsettled()
+        rabbit.broker.faults.clear(PublishFault.REFUSE)
         await asyncio.sleep(20)
-        assert [] == stage.out()
-    assert [b"a1"] == stage.waiting("dead")
+        assert [] == rabbit.unsettled()
+    assert [b"a1"] == rabbit.waiting("dead")
 
 
-async def test_a_yield_is_settled_early_but_for_what_failed(stage):
+async def test_a_yield_is_settled_early_but_for_what_failed(rabbit):
     """With `settle="yield"`: what is tried again in place waits for the end of its handler."""
 
     async def answer(messages):
@@ -438,19 +438,21 @@ async def test_a_yield_is_settled_early_but_for_what_failed(stage):
             first = message.retry_count == 0
             yield {b"a1": REQUEUE, b"a2": NACK}.get(message.body, ACK) if first else ACK
 
-    stage.put(b"a1", b"a2", b"a3", b"a4")
-    async with Orderly(answer, transport=stage.transport, batch_size=3, settle="yield") as consumer:
+    rabbit.put(b"a1", b"a2", b"a3", b"a4")
+    async with Orderly(
+        answer, transport=rabbit.transport, batch_size=3, settle="yield"
+    ) as consumer:
         await asyncio.sleep(2.5)
-        assert [b"a1", b"a3", b"a4"] == stage.out()
+        assert [b"a1", b"a3", b"a4"] == rabbit.unsettled()
         await asyncio.sleep(0.8)
-        assert [b"a1", b"a4"] == stage.out()
+        assert [b"a1", b"a4"] == rabbit.unsettled()
         await asyncio.sleep(9)
-        assert [] == stage.out()
+        assert [] == rabbit.unsettled()
     assert [[("a1", 0), ("a2", 0), ("a3", 0)], [("a1", 1)], [("a4", 0)]] == consumer.seen
-    assert 4 == len(stage.times(EventKind.STORED))
+    assert 4 == len(rabbit.times(EventKind.STORED))
 
 
-async def test_without_a_key_what_failed_is_settled_early_too(stage):
+async def test_without_a_key_what_failed_is_settled_early_too(rabbit):
     """It is requeued as ever, while its handler goes on."""
 
     async def answer(messages):
@@ -458,15 +460,15 @@ async def test_without_a_key_what_failed_is_settled_early_too(stage):
             yield ACK if message.retry_count else REQUEUE
             await asyncio.sleep(2)
 
-    stage.put(b"?1", b"?2")
-    async with Orderly(answer, transport=stage.transport, batch_size=2, settle="yield"):
+    rabbit.put(b"?1", b"?2")
+    async with Orderly(answer, transport=rabbit.transport, batch_size=2, settle="yield"):
         await asyncio.sleep(1)
-        assert 3 == len(stage.times(EventKind.STORED))
+        assert 3 == len(rabbit.times(EventKind.STORED))
         await asyncio.sleep(20)
-    assert [] == stage.out()
+    assert [] == rabbit.unsettled()
 
 
-async def test_culprits_are_isolated_and_then_tried_again_in_place(stage):
+async def test_culprits_are_isolated_and_then_tried_again_in_place(rabbit):
     """`isolate_failures` finds them at once; each is a failure of its own."""
 
     async def answer(messages):
@@ -475,35 +477,35 @@ async def test_culprits_are_isolated_and_then_tried_again_in_place(stage):
         for _ in messages:
             yield ACK
 
-    stage.put(*(b"a%d" % number for number in range(1, 9)))
+    rabbit.put(*(b"a%d" % number for number in range(1, 9)))
     async with Orderly(
-        answer, transport=stage.transport, batch_size=7, isolate_failures=True
+        answer, transport=rabbit.transport, batch_size=7, isolate_failures=True
     ) as consumer:
         await asyncio.sleep(10)
-        assert [] == stage.out()
+        assert [] == rabbit.unsettled()
     assert [[("a2", 1)], [("a5", 1)], [("a8", 0)]] == consumer.seen[-3:]
-    assert 8 == len(stage.times(EventKind.ACKED))
+    assert 8 == len(rabbit.times(EventKind.ACKED))
 
 
-async def test_an_atomic_batch_that_fails_is_tried_again_from_its_beginning(stage):
+async def test_an_atomic_batch_that_fails_is_tried_again_from_its_beginning(rabbit):
     """Its ACKs are void, so that its first message is the first undecided one."""
-    stage.put(b"a1", b"a2", b"a3")
+    rabbit.put(b"a1", b"a2", b"a3")
     async with Orderly(
         failing(b"a2", times=1, stops=True),
-        transport=stage.transport,
+        transport=rabbit.transport,
         batch_size=3,
         settle="atomic",
     ) as consumer:
         await asyncio.sleep(5)
-        assert [] == stage.out()
+        assert [] == rabbit.unsettled()
     assert [[("a1", 1)], [("a2", 0), ("a3", 0)]] == consumer.seen[1:]
 
 
-async def test_one_message_at_a_time_in_order(stage):
+async def test_one_message_at_a_time_in_order(rabbit):
     """`Consumer` with `concurrency`: a worker for each key, as it were."""
     seen = []
 
-    class Clerks(Clerk):
+    class KeyedSingleConsumer(SingleConsumer):
         def batch_key(self, message):
             return message.body[:1]
 
@@ -514,10 +516,10 @@ async def test_one_message_at_a_time_in_order(stage):
             raise RuntimeError
         return ACK
 
-    stage.put(b"a1", b"a2", b"b1", b"b2")
-    async with Clerks(
+    rabbit.put(b"a1", b"a2", b"b1", b"b2")
+    async with KeyedSingleConsumer(
         answer,
-        transport=stage.transport,
+        transport=rabbit.transport,
         concurrency=4,
         ordered_by_key=True,
         unhandled_exception_action=MessageResult.REQUEUE,
@@ -525,14 +527,14 @@ async def test_one_message_at_a_time_in_order(stage):
         await asyncio.sleep(20)
     assert [("a1", 0), ("a1", 1), ("a1", 2), ("a2", 0)] == [e for e in seen if e[0][0] == "a"]
     assert [("b1", 0), ("b2", 0)] == [e for e in seen if e[0][0] == "b"]
-    assert ([], []) == (stage.waiting(), stage.out())
+    assert ([], []) == (rabbit.waiting(), rabbit.unsettled())
 
 
-async def test_held_messages_count_for_health(stage):
+async def test_held_messages_count_for_health(rabbit):
     """Their age is that of their delivery."""
-    stage.put(b"a1")
+    rabbit.put(b"a1")
     async with Orderly(
-        failing(b"a1"), transport=stage.transport, max_requeue_attempts=50, stuck_after=30
+        failing(b"a1"), transport=rabbit.transport, max_requeue_attempts=50, stuck_after=30
     ) as consumer:
         await asyncio.sleep(29)
         assert consumer.is_healthy
@@ -541,12 +543,12 @@ async def test_held_messages_count_for_health(stage):
         assert 38 <= consumer.status().workers[0].oldest
 
 
-async def test_in_order_all_the_same_if_nothing_fails(stage):
+async def test_in_order_all_the_same_if_nothing_fails(rabbit):
     """Many keys, many hands."""
-    stage.put(*(b"%c%d" % (65 + number % 7, number) for number in range(70)))
-    async with Orderly(ack, transport=stage.transport, batch_size=3, concurrency=4) as consumer:
+    rabbit.put(*(b"%c%d" % (65 + number % 7, number) for number in range(70)))
+    async with Orderly(ack, transport=rabbit.transport, batch_size=3, concurrency=4) as consumer:
         await asyncio.sleep(10)
-        assert [] == stage.out()
+        assert [] == rabbit.unsettled()
     for key in "ABCDEFG":
         numbers = [int(body[1:]) for body in consumer.handled if body[:1] == key.encode()]
         assert sorted(numbers) == numbers

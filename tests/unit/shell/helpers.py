@@ -80,7 +80,7 @@ def taking(seconds: float, then: Callable[..., Any] = ack) -> Callable[..., Any]
     return answer
 
 
-class Scribe(BatchConsumer):
+class RecordingConsumer(BatchConsumer):
     """Answers as it is told, and notes when it was given what.
 
     Attributes:
@@ -115,7 +115,7 @@ class Scribe(BatchConsumer):
         return [body for batch in self.batches for body in batch]
 
 
-class Clerk(Consumer):
+class SingleConsumer(Consumer):
     """One at a time, as it is told."""
 
     def __init__(self, answer: Callable[[Message], Any], *, transport: Any, **given: Any) -> None:
@@ -127,7 +127,7 @@ class Clerk(Consumer):
         return await self.answer(message)
 
 
-class Witness(Observer):
+class EventRecorder(Observer):
     """Notes every event, as (origin, event)."""
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ class Witness(Observer):
         return [event for _, event in self.seen if type(event) is kind]
 
 
-class Stage(BatchBroker):
+class QueueBroker(BatchBroker):
     """A broker whose tests are about one queue."""
 
     def declare(self, queue: str = QUEUE, **arguments: Any) -> None:
@@ -162,7 +162,7 @@ class Stage(BatchBroker):
         """What waits in a queue."""
         return [message.body for message in self.broker.ready(queue)]
 
-    def out(self, queue: str = QUEUE) -> list[bytes]:
+    def unsettled(self, queue: str = QUEUE) -> list[bytes]:
         """What is handed out, and not settled."""
         return [message.body for message in self.broker.unacked(queue)]
 

@@ -12,12 +12,12 @@ import pytest
 from aio_pika_batch import Cause, Trigger
 from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.observer import BatchCut, BatchHandled, HandlerError, Lost, Settled
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     NACK,
     REQUEUE,
-    Scribe,
-    Witness,
+    EventRecorder,
+    RecordingConsumer,
     ack,
     numbered,
 )
@@ -48,10 +48,10 @@ def bulk(*bad, seconds=0.0, before=0):
     return answer
 
 
-def consumer_of(stage, answer, witness=None, **given):
+def consumer_of(rabbit, answer, recorder=None, **given):
     """A consumer that isolates, and dead-letters what fails; its dead letters go to `dead`."""
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "", kind="fanout")
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "", kind="fanout")
     given = {
         "batch_size": 8,
         "batch_timeout": 1,
@@ -59,18 +59,18 @@ def consumer_of(stage, answer, witness=None, **given):
         "dead_letter_exchange": "dlx",
         "unhandled_exception_action": NACK,
     } | given
-    return Scribe(
-        answer, transport=stage.transport, observers=[witness] if witness else [], **given
+    return RecordingConsumer(
+        answer, transport=rabbit.transport, observers=[recorder] if recorder else [], **given
     )
 
 
-async def test_only_the_culprits_get_the_failures_result(stage):
+async def test_only_the_culprits_get_the_failures_result(rabbit):
     """All others are written, in few runs; each batch is settled once, in the end."""
-    witness = Witness()
-    stage.put(*numbered(8))
-    async with consumer_of(stage, bulk(b"3", b"4"), witness) as consumer:
+    recorder = EventRecorder()
+    rabbit.put(*numbered(8))
+    async with consumer_of(rabbit, bulk(b"3", b"4"), recorder) as consumer:
         await asyncio.sleep(1)
-    assert [b"3", b"4"] == stage.waiting("dead")
+    assert [b"3", b"4"] == rabbit.waiting("dead")
     assert [
         [0, 1, 2, 3, 4, 5, 6, 7],
         [0, 1, 2, 3],
@@ -84,53 +84,53 @@ async def test_only_the_culprits_get_the_failures_result(stage):
         [5],
         [6, 7],
     ] == [[int(body) for body in batch] for batch in consumer.batches]
-    [event] = witness.of(Settled)
+    [event] = recorder.of(Settled)
     assert {(ACK, Cause.HANDLER): 6, (NACK, Cause.EXCEPTION): 2} == event.counts
-    [dead, _] = stage.broker.ready("dead")
+    [dead, _] = rabbit.broker.ready("dead")
     assert b"handler-error" == dead.headers["x-dead-letter-reason"].encode()
     assert "a bad row" == dead.headers["x-exception-message"]
 
 
-async def test_three_of_a_thousand(stage):
+async def test_three_of_a_thousand(rabbit):
     """In runs as few as three times twice the logarithm."""
-    stage.put(*numbered(1000))
+    rabbit.put(*numbered(1000))
     bad = (b"17", b"500", b"998")
-    async with consumer_of(stage, bulk(*bad), batch_size=1000) as consumer:
+    async with consumer_of(rabbit, bulk(*bad), batch_size=1000) as consumer:
         await asyncio.sleep(1)
-    assert list(bad) == stage.waiting("dead")
-    assert 997 == len(set(numbered(1000)) - set(stage.waiting("dead")))
-    assert [] == stage.waiting()
+    assert list(bad) == rabbit.waiting("dead")
+    assert 997 == len(set(numbered(1000)) - set(rabbit.waiting("dead")))
+    assert [] == rabbit.waiting()
     assert len(consumer.batches) <= 1 + 2 * 3 * 10
 
 
-async def test_without_isolation_all_undecided_share_the_failure(stage):
+async def test_without_isolation_all_undecided_share_the_failure(rabbit):
     """The default."""
-    stage.put(*numbered(8))
-    async with consumer_of(stage, bulk(b"3"), isolate_failures=False) as consumer:
+    rabbit.put(*numbered(8))
+    async with consumer_of(rabbit, bulk(b"3"), isolate_failures=False) as consumer:
         await asyncio.sleep(1)
-    assert numbered(8) == stage.waiting("dead")
+    assert numbered(8) == rabbit.waiting("dead")
     assert 1 == len(consumer.batches)
 
 
-async def test_what_was_yielded_before_the_exception_is_not_run_again(stage):
+async def test_what_was_yielded_before_the_exception_is_not_run_again(rabbit):
     """It is decided."""
-    stage.put(*numbered(5))
-    async with consumer_of(stage, bulk(b"3", before=2)) as consumer:
+    rabbit.put(*numbered(5))
+    async with consumer_of(rabbit, bulk(b"3", before=2)) as consumer:
         await asyncio.sleep(2)
-    assert [b"3"] == stage.waiting("dead")
+    assert [b"3"] == rabbit.waiting("dead")
     assert [numbered(5), [b"2", b"3"], [b"3"], [b"4"]] == consumer.batches
 
 
-async def test_after_the_last_culprit_that_may_be_looked_for_all_share_the_failure(stage):
+async def test_after_the_last_culprit_that_may_be_looked_for_all_share_the_failure(rabbit):
     """An outage is everybody's fault; it is not looked for one by one."""
-    stage.put(*numbered(8))
-    async with consumer_of(stage, bulk(*numbered(8)), isolate_limit=2) as consumer:
+    rabbit.put(*numbered(8))
+    async with consumer_of(rabbit, bulk(*numbered(8)), isolate_limit=2) as consumer:
         await asyncio.sleep(2)
-    assert sorted(numbered(8)) == sorted(stage.waiting("dead"))
+    assert sorted(numbered(8)) == sorted(rabbit.waiting("dead"))
     assert [8, 4, 2, 1, 1] == [len(batch) for batch in consumer.batches]
 
 
-async def test_a_failure_that_passes_condemns_nobody(stage, caplog):
+async def test_a_failure_that_passes_condemns_nobody(rabbit, caplog):
     """The halves go well; the log still says that the batch failed."""
     failures = [Rejected("once")]
 
@@ -140,53 +140,53 @@ async def test_a_failure_that_passes_condemns_nobody(stage, caplog):
         for _ in messages:
             yield ACK
 
-    stage.put(*numbered(8))
-    async with consumer_of(stage, answer) as consumer:
+    rabbit.put(*numbered(8))
+    async with consumer_of(rabbit, answer) as consumer:
         await asyncio.sleep(2)
-    assert [] == stage.waiting("dead")
+    assert [] == rabbit.waiting("dead")
     assert [numbered(8), numbered(4), numbered(4, 4)] == consumer.batches
     [record] = [each for each in caplog.records if each.levelno >= logging.ERROR]
     assert "Rejected: once" in record.getMessage()
 
 
-async def test_the_time_is_for_all_runs_together(stage):
+async def test_the_time_is_for_all_runs_together(rabbit):
     """What is undecided when it is over gets the time-out's result; finished results are kept."""
-    witness = Witness()
-    stage.put(*numbered(8))
+    recorder = EventRecorder()
+    rabbit.put(*numbered(8))
     answer = bulk(b"0", seconds=3)
-    async with consumer_of(stage, answer, witness, process_timeout=14) as consumer:
+    async with consumer_of(rabbit, answer, recorder, process_timeout=14) as consumer:
         consumer.exception_results = {}
         await asyncio.sleep(14.5)
-        assert [] == stage.out()
+        assert [] == rabbit.unsettled()
     assert [(8, 0), (4, 3), (2, 6), (1, 9), (1, 12)] == [
         (len(batch), time) for batch, time in zip(consumer.batches, consumer.times, strict=True)
     ]
-    [event] = witness.of(Settled)
+    [event] = recorder.of(Settled)
     assert {(NACK, Cause.EXCEPTION): 1, (NACK, Cause.TIMEOUT): 7} == event.counts
-    reasons = [message.headers["x-exception-type"] for message in stage.broker.ready("dead")]
+    reasons = [message.headers["x-exception-type"] for message in rabbit.broker.ready("dead")]
     assert 7 == sum("HandlerTimeout" in reason for reason in reasons)
 
 
-async def test_results_of_runs_that_ended_in_time_are_kept(stage):
+async def test_results_of_runs_that_ended_in_time_are_kept(rabbit):
     """Only what was not run to its end is undecided."""
-    witness = Witness()
-    stage.put(*numbered(4))
+    recorder = EventRecorder()
+    rabbit.put(*numbered(4))
     answer = bulk(b"3", seconds=3)
     async with consumer_of(
-        stage, answer, witness, process_timeout=7, unhandled_exception_action=REQUEUE
+        rabbit, answer, recorder, process_timeout=7, unhandled_exception_action=REQUEUE
     ) as consumer:
         await asyncio.sleep(7.5)
         consumer.answer = ack
-    assert {(ACK, Cause.HANDLER): 2, (REQUEUE, Cause.TIMEOUT): 2} == witness.of(Settled)[0].counts
+    assert {(ACK, Cause.HANDLER): 2, (REQUEUE, Cause.TIMEOUT): 2} == recorder.of(Settled)[0].counts
     assert [b"0", b"1"] == [
-        each.body for each in stage.broker.journal.of(EventKind.ACKED, queue="jobs")
+        each.body for each in rabbit.broker.journal.of(EventKind.ACKED, queue="jobs")
     ][:2]
 
 
 @pytest.mark.parametrize("well", [0, 2])
-async def test_a_handler_that_swallows_its_cancellation_is_not_run_again(stage, well):
+async def test_a_handler_that_swallows_its_cancellation_is_not_run_again(rabbit, well):
     """Not even if it ends well: the time of the batch is over."""
-    witness = Witness()
+    recorder = EventRecorder()
 
     async def answer(messages):
         if len(messages) == 4:
@@ -196,18 +196,18 @@ async def test_a_handler_that_swallows_its_cancellation_is_not_run_again(stage, 
         with suppress(asyncio.CancelledError):
             await asyncio.sleep(3600)
 
-    stage.put(*numbered(4))
-    async with consumer_of(stage, answer, witness, process_timeout=2) as consumer:
+    rabbit.put(*numbered(4))
+    async with consumer_of(rabbit, answer, recorder, process_timeout=2) as consumer:
         await asyncio.sleep(5)
     assert [numbered(4), numbered(2)] == consumer.batches
     expected = Counter({(ACK, Cause.HANDLER): well, (NACK, Cause.TIMEOUT): 4 - well})
-    assert expected == witness.of(Settled)[0].counts
+    assert expected == recorder.of(Settled)[0].counts
 
 
-async def test_a_handler_that_ignores_its_cancellation_ends_the_epoch(stage, jitter):
+async def test_a_handler_that_ignores_its_cancellation_ends_the_epoch(rabbit, jitter):
     """In the middle of an isolation as at any other time."""
     done = asyncio.Event()
-    witness = Witness()
+    recorder = EventRecorder()
 
     async def answer(messages):
         if len(messages) == 4:
@@ -220,27 +220,27 @@ async def test_a_handler_that_ignores_its_cancellation_ends_the_epoch(stage, jit
         for _ in messages:
             yield ACK
 
-    stage.put(*numbered(4))
-    async with consumer_of(stage, answer, witness, process_timeout=2, batch_size=4) as consumer:
+    rabbit.put(*numbered(4))
+    async with consumer_of(rabbit, answer, recorder, process_timeout=2, batch_size=4) as consumer:
         await asyncio.sleep(6.9)
-        assert [] == witness.of(Lost)
+        assert [] == recorder.of(Lost)
         await asyncio.sleep(0.2)
-        assert "cancelled" in str(witness.of(Lost)[0].error)
+        assert "cancelled" in str(recorder.of(Lost)[0].error)
         consumer.answer = ack
         done.set()
         await asyncio.sleep(10)
     assert [numbered(4), numbered(2), numbered(4)] == consumer.batches
-    assert [] == stage.waiting()
+    assert [] == rabbit.waiting()
 
 
-async def test_observers_hear_of_every_run(stage, caplog):
+async def test_observers_hear_of_every_run(rabbit, caplog):
     """The first has the trigger of its batch, the others are cut to isolate; failures are told."""
     caplog.set_level(logging.DEBUG)
-    witness = Witness()
-    stage.put(*numbered(4))
-    async with consumer_of(stage, bulk(b"1", seconds=2), witness):
+    recorder = EventRecorder()
+    rabbit.put(*numbered(4))
+    async with consumer_of(rabbit, bulk(b"1", seconds=2), recorder):
         await asyncio.sleep(20)
-    told = [(len(each.messages), each.trigger, each.waited) for each in witness.of(BatchCut)]
+    told = [(len(each.messages), each.trigger, each.waited) for each in recorder.of(BatchCut)]
     assert [
         (4, Trigger.TIMEOUT, 1),
         (2, Trigger.ISOLATE, 3),
@@ -248,10 +248,10 @@ async def test_observers_hear_of_every_run(stage, caplog):
         (1, Trigger.ISOLATE, 7),
         (2, Trigger.ISOLATE, 9),
     ] == told
-    assert [4, 2, 1] == [len(event.messages) for event in witness.of(HandlerError)]
+    assert [4, 2, 1] == [len(event.messages) for event in recorder.of(HandlerError)]
     handled = [
         (len(each.messages), each.seconds, each.error is not None)
-        for each in witness.of(BatchHandled)
+        for each in recorder.of(BatchHandled)
     ]
     assert [(4, 2, True), (2, 2, True), (1, 2, False), (1, 2, True), (2, 2, False)] == handled
     said = [each for each in caplog.records if each.levelno >= logging.ERROR]
@@ -261,7 +261,7 @@ async def test_observers_hear_of_every_run(stage, caplog):
     assert "a part of a failed batch failed" in caplog.text
 
 
-async def test_a_message_that_cannot_be_decoded_needs_no_halving(stage):
+async def test_a_message_that_cannot_be_decoded_needs_no_halving(rabbit):
     """It names itself; the others are run again together, and their own culprit is found."""
 
     async def answer(messages):
@@ -272,9 +272,9 @@ async def test_a_message_that_cannot_be_decoded_needs_no_halving(stage):
         for _ in messages:
             yield ACK
 
-    stage.put(b"0", b"{", b"2", b"3", b"4")
-    witness = Witness()
-    async with consumer_of(stage, answer, witness, batch_size=5) as consumer:
+    rabbit.put(b"0", b"{", b"2", b"3", b"4")
+    recorder = EventRecorder()
+    async with consumer_of(rabbit, answer, recorder, batch_size=5) as consumer:
         await asyncio.sleep(1)
     assert [
         [b"0", b"{", b"2", b"3", b"4"],
@@ -288,13 +288,13 @@ async def test_a_message_that_cannot_be_decoded_needs_no_halving(stage):
         (ACK, Cause.HANDLER): 3,
         (NACK, Cause.UNDECODABLE): 1,
         (NACK, Cause.EXCEPTION): 1,
-    } == witness.of(Settled)[0].counts
+    } == recorder.of(Settled)[0].counts
 
 
-async def test_each_culprit_gets_its_own_exceptions_result(stage):
+async def test_each_culprit_gets_its_own_exceptions_result(rabbit):
     """`exception_results` apply to what it raised when it was alone."""
 
-    class Listed(Scribe):
+    class Listed(RecordingConsumer):
         exception_results = {Rejected: NACK, ConnectionError: REQUEUE}  # noqa: RUF012
 
     async def answer(messages):
@@ -306,12 +306,12 @@ async def test_each_culprit_gets_its_own_exceptions_result(stage):
         for _ in messages:
             yield ACK
 
-    witness = Witness()
-    stage.put(*numbered(4))
+    recorder = EventRecorder()
+    rabbit.put(*numbered(4))
     async with Listed(
         answer,
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         batch_size=4,
         batch_timeout=1,
         isolate_failures=True,
@@ -321,30 +321,30 @@ async def test_each_culprit_gets_its_own_exceptions_result(stage):
         (ACK, Cause.HANDLER): 2,
         (NACK, Cause.EXCEPTION): 1,
         (REQUEUE, Cause.EXCEPTION): 1,
-    } == witness.of(Settled)[0].counts
+    } == recorder.of(Settled)[0].counts
 
 
-async def test_a_session_lost_in_the_middle_costs_what_it_always_costs(stage, jitter):
+async def test_a_session_lost_in_the_middle_costs_what_it_always_costs(rabbit, jitter):
     """The runs go on; nobody listens to their results, and the whole batch is delivered again."""
-    witness = Witness()
-    stage.put(*numbered(4))
-    async with consumer_of(stage, bulk(b"0", seconds=2), witness, batch_size=4) as consumer:
+    recorder = EventRecorder()
+    rabbit.put(*numbered(4))
+    async with consumer_of(rabbit, bulk(b"0", seconds=2), recorder, batch_size=4) as consumer:
         await asyncio.sleep(3)
-        stage.broker.cut()
+        rabbit.broker.cut()
         await asyncio.sleep(60)
     assert [4, 2, 1, 1, 2] * 2 == [len(batch) for batch in consumer.batches]
-    assert [b"0"] == stage.waiting("dead")
-    assert 3 + 1 == len(stage.times(EventKind.ACKED))
+    assert [b"0"] == rabbit.waiting("dead")
+    assert 3 + 1 == len(rabbit.times(EventKind.ACKED))
 
 
-async def test_a_drain_cuts_an_isolation_off(stage):
+async def test_a_drain_cuts_an_isolation_off(rabbit):
     """What was decided until then counts, the rest goes back."""
-    stage.put(*numbered(4))
-    consumer = consumer_of(stage, bulk(b"3", seconds=2), batch_size=4, shutdown_timeout=10)
+    rabbit.put(*numbered(4))
+    consumer = consumer_of(rabbit, bulk(b"3", seconds=2), batch_size=4, shutdown_timeout=10)
     await consumer.start()
     await asyncio.sleep(3.9)
     consumer.answer = bulk(b"3", seconds=3600)
     await asyncio.sleep(0.2)
     await consumer.stop()
-    assert [b"2", b"3"] == stage.waiting()
-    assert [] == stage.waiting("dead")
+    assert [b"2", b"3"] == rabbit.waiting()
+    assert [] == rabbit.waiting("dead")

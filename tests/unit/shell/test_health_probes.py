@@ -14,8 +14,8 @@ from aio_pika_batch.health.http_server import respond
 from aio_pika_batch.health.metrics import metrics
 from aio_pika_batch.health.probes import as_json, liveness, readiness
 from aio_pika_batch.status import ConsumerStatus, WorkerState, WorkerStatus
-from tests.unit.shell.doubles import ScriptedTransport, never
-from tests.unit.shell.stage import Scribe, numbered, taking
+from tests.unit.shell.helpers import RecordingConsumer, numbered, taking
+from tests.unit.shell.scripted_transport import ScriptedTransport, never
 
 
 def status(
@@ -60,9 +60,11 @@ def test_status_shows_no_password():
     assert "amqp://me:***@host: no" in told
 
 
-async def test_the_endpoints_follow_a_consumer(stage):
+async def test_the_endpoints_follow_a_consumer(rabbit):
     """From before its start to a message that is stuck."""
-    consumer = Scribe(taking(100), transport=stage.transport, batch_size=1, stuck_after=50)
+    consumer = RecordingConsumer(
+        taking(100), transport=rabbit.transport, batch_size=1, stuck_after=50
+    )
     server = HealthServer(consumer, port=0)
 
     def get(path: str) -> bytes:
@@ -71,7 +73,7 @@ async def test_the_endpoints_follow_a_consumer(stage):
     assert b"200" in get("/livez")[:15]
     assert b"503" in get("/readyz")[:15]
     async with consumer:
-        stage.put(*numbered(1))
+        rabbit.put(*numbered(1))
         await asyncio.sleep(1)
         assert get("/livez").endswith(b"\r\n\r\nok\n")
         assert get("/readyz").endswith(b"\r\n\r\nok\n")
@@ -88,7 +90,7 @@ async def test_a_broker_that_is_away_makes_nobody_restart():
     """Not ready, but alive, for however long it takes."""
     script = ScriptedTransport()
     script.on_declare = never
-    consumer = Scribe(transport=script, stuck_after=10)
+    consumer = RecordingConsumer(transport=script, stuck_after=10)
     starting = asyncio.create_task(consumer.start())
     await asyncio.sleep(3600)
     assert liveness([consumer.status()]).is_good

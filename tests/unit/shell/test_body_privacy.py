@@ -12,7 +12,16 @@ import pytest
 
 from aio_pika_batch import MessageResult, Nack, Publication, Requeue
 from aio_pika_batch.observer import BatchHandled, HandlerError
-from tests.unit.shell.stage import ACK, NACK, REQUEUE, Scribe, Witness, ack, answering, taking
+from tests.unit.shell.helpers import (
+    ACK,
+    NACK,
+    REQUEUE,
+    EventRecorder,
+    RecordingConsumer,
+    ack,
+    answering,
+    taking,
+)
 
 BODY = b"B0DY-of-4711-\xff\xfe-private"
 NEEDLES = ("B0DY", "4711", "private", repr(BODY)[2:-1])
@@ -82,13 +91,13 @@ async def requeues_text(messages):
         yield message.body.decode(errors="replace")
 
 
-def shown(caplog, witness, letters, consumer):
+def shown(caplog, recorder, letters, consumer):
     """All that was said and written."""
     texts = [caplog.text, repr(consumer), repr(consumer.status())]
     texts += [repr(vars(record)) for record in caplog.records]
-    texts += [repr(event) for _, event in witness.seen]
+    texts += [repr(event) for _, event in recorder.seen]
     texts += [f"{letter.headers!r} {letter.properties!r}" for letter in letters]
-    for _, event in witness.seen:
+    for _, event in recorder.seen:
         if isinstance(event, HandlerError | BatchHandled) and event.error is not None:
             texts += [str(event.error), repr(event.error)]
     return texts
@@ -117,45 +126,45 @@ def shown(caplog, witness, letters, consumer):
         (taking(60), {"process_timeout": 1}),
     ],
 )
-async def test_a_body_is_written_nowhere_else(stage, caplog, answer, given):
+async def test_a_body_is_written_nowhere_else(rabbit, caplog, answer, given):
     """Not into logs at any level, headers, events' representations, errors or snapshots."""
     caplog.set_level(logging.DEBUG)
-    witness = Witness()
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "#", kind="fanout")
-    stage.put(BODY)
-    consumer = Scribe(
+    recorder = EventRecorder()
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "#", kind="fanout")
+    rabbit.put(BODY)
+    consumer = RecordingConsumer(
         answer,
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         batch_size=1,
         dead_letter_exchange="dlx",
         **{"unhandled_exception_action": NACK} | given,
     )
     async with consumer:
         await asyncio.sleep(10)
-        texts = shown(caplog, witness, stage.broker.ready("dead"), consumer)
+        texts = shown(caplog, recorder, rabbit.broker.ready("dead"), consumer)
 
     assert [] == [text for text in texts if any(needle in text for needle in NEEDLES)]
-    assert answer is ack or [BODY] == [letter.body for letter in stage.broker.ready("dead")]
+    assert answer is ack or [BODY] == [letter.body for letter in rabbit.broker.ready("dead")]
 
 
-async def test_what_a_handler_says_of_a_body_is_cut(stage, caplog):
+async def test_what_a_handler_says_of_a_body_is_cut(rabbit, caplog):
     """An exception's text is its author's. A dead letter has 1 KiB of it, a line of the log 4."""
     body = b"b" * 1_000_000
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "#", kind="fanout")
-    stage.put(body)
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "#", kind="fanout")
+    rabbit.put(body)
     answer = answering(error=ValueError(f"no row: {body.decode()}"))
-    async with Scribe(
+    async with RecordingConsumer(
         answer,
-        transport=stage.transport,
+        transport=rabbit.transport,
         dead_letter_exchange="dlx",
         batch_size=1,
         unhandled_exception_action=NACK,
     ):
         await asyncio.sleep(10)
-    [letter] = stage.broker.ready("dead")
+    [letter] = rabbit.broker.ready("dead")
 
     assert 1024 == len(letter.headers["x-exception-message"].encode())
     assert 2048 > len(repr(letter.headers))

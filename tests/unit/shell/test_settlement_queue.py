@@ -17,7 +17,7 @@ from aio_pika_batch.testing.virtual_time import run
 REJECT = Disposition.REJECT
 
 
-class Clerk:
+class RecordingSession:
     """A session that writes down which tags it was told of, in one list for each call."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ async def settled_soon(*work: asyncio.Future[None]) -> list[bool]:
 
 async def test_nobody_waits_for_those_behind():
     """They are on their way as long as messages come: that would be for ever."""
-    clerk = Clerk()
+    clerk = RecordingSession()
     desk = SettlementQueue(clerk)
     first, _ = desk.reserve(), desk.reserve()
 
@@ -55,7 +55,7 @@ async def test_nobody_waits_for_those_behind():
 
 async def test_those_in_front_are_waited_for_and_settled_together():
     """An original among theirs that is still undecided would be a hole."""
-    clerk = Clerk()
+    clerk = RecordingSession()
     desk = SettlementQueue(clerk)
     first, second = desk.reserve(), desk.reserve()
     behind = [
@@ -73,7 +73,7 @@ async def test_those_in_front_are_waited_for_and_settled_together():
 
 async def test_who_leaves_the_line_holds_nobody_up():
     """Having nothing to settle."""
-    clerk = Clerk()
+    clerk = RecordingSession()
     desk = SettlementQueue(clerk)
     first, second = desk.reserve(), desk.reserve()
     behind = asyncio.ensure_future(desk.settle(of(2), second))
@@ -87,7 +87,7 @@ async def test_who_leaves_the_line_holds_nobody_up():
 
 async def test_patience_has_an_end(virtual_loop):
     """Then all that is decided goes out together, and the undecided keep their places."""
-    clerk = Clerk()
+    clerk = RecordingSession()
     desk = SettlementQueue(clerk, patience=0.5)
     first, second = desk.reserve(), desk.reserve()
     waiting = [asyncio.ensure_future(desk.settle(of(3)))]
@@ -106,7 +106,7 @@ async def test_patience_has_an_end(virtual_loop):
 
 async def test_what_shall_go_at_once_takes_along_what_waits():
     """One write, one frame perhaps."""
-    clerk = Clerk()
+    clerk = RecordingSession()
     desk = SettlementQueue(clerk)
     first = desk.reserve()
     waiting = asyncio.ensure_future(desk.settle(of(2)))
@@ -121,7 +121,7 @@ async def test_what_shall_go_at_once_takes_along_what_waits():
 
 async def test_an_error_is_everybodys():
     """Whoever waits for a settlement that failed hears of it, also those that came along."""
-    clerk = Clerk()
+    clerk = RecordingSession()
     clerk.error = SessionLost("gone")
     desk = SettlementQueue(clerk)
     first = desk.reserve()
@@ -136,7 +136,7 @@ async def test_an_error_is_everybodys():
 
 async def test_a_cancelled_waiter_takes_nothing_back():
     """What it wanted to be settled is settled all the same, with the others'."""
-    clerk = Clerk()
+    clerk = RecordingSession()
     desk = SettlementQueue(clerk)
     first = desk.reserve()
     behind = asyncio.ensure_future(desk.settle(of(2)))
@@ -159,7 +159,7 @@ def test_any_order(batches: list[tuple[float, str]], patience: float) -> None:
     What is decided is settled once: when everybody in front is decided or has left, or when its
     patience is at its end, and no later.
     """
-    clerk = Clerk()
+    clerk = RecordingSession()
     seen: dict[int, float] = {}
 
     async def one(desk: SettlementQueue, number: int, at: float, way: str) -> None:

@@ -18,23 +18,23 @@ from aio_pika_batch import (
 )
 from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.observer import BatchCut, HandlerError, Settled
-from tests.unit.shell.doubles import ScriptedSession, ScriptedTransport
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     NACK,
     REQUEUE,
-    Clerk,
-    Scribe,
-    Witness,
+    EventRecorder,
+    RecordingConsumer,
+    SingleConsumer,
     ack,
     bodies,
     numbered,
     settings,
     taking,
 )
+from tests.unit.shell.scripted_transport import ScriptedSession, ScriptedTransport
 
 
-class Keyed(Scribe):
+class Keyed(RecordingConsumer):
     """Its key is a body's first letter; `?` has none."""
 
     def batch_key(self, message):
@@ -42,12 +42,12 @@ class Keyed(Scribe):
         return None if letter == "?" else letter
 
 
-async def test_a_batch_holds_messages_of_one_key(stage):
+async def test_a_batch_holds_messages_of_one_key(rabbit):
     """Each key fills batches of its own, in the order of the queue; the rest waits for its time."""
-    stage.put(b"a1", b"b1", b"a2", b"c1", b"b2", b"a3")
-    witness = Witness()
+    rabbit.put(b"a1", b"b1", b"a2", b"c1", b"b2", b"a3")
+    recorder = EventRecorder()
     async with Keyed(
-        transport=stage.transport, observers=[witness], batch_size=2, prefetch_count=50
+        transport=rabbit.transport, observers=[recorder], batch_size=2, prefetch_count=50
     ) as consumer:
         await asyncio.sleep(1)
         assert [[b"a1", b"a2"], [b"b1", b"b2"]] == consumer.batches
@@ -55,26 +55,26 @@ async def test_a_batch_holds_messages_of_one_key(stage):
         await asyncio.sleep(5)
     assert [[b"c1"], [b"a3"]] == consumer.batches[2:]
     assert [0, 0, 5, 5] == consumer.times
-    triggers = [event.trigger for event in witness.of(BatchCut)]
+    triggers = [event.trigger for event in recorder.of(BatchCut)]
     assert [Trigger.SIZE, Trigger.SIZE, Trigger.TIMEOUT, Trigger.TIMEOUT] == triggers
 
 
-async def test_messages_without_a_key_share_batches(stage):
+async def test_messages_without_a_key_share_batches(rabbit):
     """None stands for no key."""
-    stage.put(b"?1", b"a1", b"?2")
-    async with Keyed(transport=stage.transport, batch_size=2, batch_timeout=1) as consumer:
+    rabbit.put(b"?1", b"a1", b"?2")
+    async with Keyed(transport=rabbit.transport, batch_size=2, batch_timeout=1) as consumer:
         await asyncio.sleep(2)
     assert [[b"?1", b"?2"], [b"a1"]] == consumer.batches
 
 
-async def test_what_prefetch_allows_is_cut_key_by_key(stage):
+async def test_what_prefetch_allows_is_cut_key_by_key(rabbit):
     """Nothing more can come, so nobody waits for the time-out, however many keys there are."""
-    stage.put(b"a1", b"b1", b"c1", b"a2")
-    witness = Witness()
+    rabbit.put(b"a1", b"b1", b"c1", b"a2")
+    recorder = EventRecorder()
     async with Keyed(
         taking(1),
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         batch_size=5,
         prefetch_count=4,
         batch_timeout=60,
@@ -82,42 +82,44 @@ async def test_what_prefetch_allows_is_cut_key_by_key(stage):
     ) as consumer:
         await asyncio.sleep(0.5)
         assert [[b"a1", b"a2"], [b"b1"], [b"c1"]] == consumer.batches
-    assert {Trigger.PREFETCH} == {event.trigger for event in witness.of(BatchCut)}
+    assert {Trigger.PREFETCH} == {event.trigger for event in recorder.of(BatchCut)}
 
 
 @pytest.mark.parametrize("keyed", [False, True])
-async def test_a_batch_holds_no_more_bytes_than_it_may(stage, keyed):
+async def test_a_batch_holds_no_more_bytes_than_it_may(rabbit, keyed):
     """What is longer goes alone; with keys or without."""
-    stage.put(b"aaaa", b"aaaa", b"aaaa", b"a" * 50, b"a")
-    witness = Witness()
-    kind = Keyed if keyed else Scribe
+    rabbit.put(b"aaaa", b"aaaa", b"aaaa", b"a" * 50, b"a")
+    recorder = EventRecorder()
+    kind = Keyed if keyed else RecordingConsumer
     async with kind(
-        transport=stage.transport, observers=[witness], batch_max_bytes=10, batch_timeout=3
+        transport=rabbit.transport, observers=[recorder], batch_max_bytes=10, batch_timeout=3
     ) as consumer:
         await asyncio.sleep(1)
         assert [[b"aaaa", b"aaaa"], [b"aaaa"], [b"a" * 50]] == consumer.batches
         await asyncio.sleep(3)
     assert [[b"a"]] == consumer.batches[3:]
-    triggers = [event.trigger.value for event in witness.of(BatchCut)]
+    triggers = [event.trigger.value for event in recorder.of(BatchCut)]
     assert ["bytes", "bytes", "bytes", "timeout"] == triggers
 
 
-async def test_batches_of_a_key_may_overlap_unless_their_order_is_wanted(stage):
+async def test_batches_of_a_key_may_overlap_unless_their_order_is_wanted(rabbit):
     """Without `ordered_by_key`, a key only says who shares a batch."""
-    stage.put(b"a1", b"a2", b"a3")
-    async with Keyed(taking(5), transport=stage.transport, batch_size=1, concurrency=3) as consumer:
+    rabbit.put(b"a1", b"a2", b"a3")
+    async with Keyed(
+        taking(5), transport=rabbit.transport, batch_size=1, concurrency=3
+    ) as consumer:
         await asyncio.sleep(6)
     assert [0, 0, 0] == consumer.times
 
 
-async def test_a_stop_hands_over_as_many_keys_as_hands_are_free(stage):
+async def test_a_stop_hands_over_as_many_keys_as_hands_are_free(rabbit):
     """The others are returned, and come again."""
-    stage.put(b"a1", b"b1", b"a2", b"c1")
-    consumer = Keyed(transport=stage.transport, batch_timeout=60, concurrency=2)
+    rabbit.put(b"a1", b"b1", b"a2", b"c1")
+    consumer = Keyed(transport=rabbit.transport, batch_timeout=60, concurrency=2)
     async with consumer:
         await asyncio.sleep(1)
     assert [[b"a1", b"a2"], [b"b1"]] == consumer.batches
-    assert [b"c1"] == stage.waiting()
+    assert [b"c1"] == rabbit.waiting()
 
 
 # --- a batch_key that fails ---------------------------------------------------------
@@ -138,15 +140,15 @@ class Choosy(Keyed):
         return message.json()["key"]
 
 
-async def handled_by_choosy(stage, *some, ordered=False, **given):
+async def handled_by_choosy(rabbit, *some, ordered=False, **given):
     """Hand messages to it; what it was given, and what became of the rest."""
-    stage.declare("dead")
-    stage.bind("dead", "dlx", "", kind="fanout")
-    stage.put(*some)
-    witness = Witness()
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "", kind="fanout")
+    rabbit.put(*some)
+    recorder = EventRecorder()
     async with Choosy(
-        transport=stage.transport,
-        observers=[witness],
+        transport=rabbit.transport,
+        observers=[recorder],
         dead_letter_exchange="dlx",
         batch_timeout=1,
         ordered_by_key=ordered,
@@ -155,38 +157,38 @@ async def handled_by_choosy(stage, *some, ordered=False, **given):
         await asyncio.sleep(10)
         assert consumer.is_healthy
         assert 1 == consumer.status().workers[0].epoch
-    assert [] == stage.out()
-    assert [] == stage.waiting()
-    return consumer, witness
+    assert [] == rabbit.unsettled()
+    assert [] == rabbit.waiting()
+    return consumer, recorder
 
 
 @pytest.mark.parametrize("ordered", [False, True])
 async def test_a_message_that_has_no_key_because_it_cannot_be_decoded_is_dead_lettered(
-    stage, ordered, caplog
+    rabbit, ordered, caplog
 ):
     """Alone; the others are handled, and the log says it in one line."""
     good = [b'{"key": 1, "n": 1}', b'{"key": 1, "n": 2}']
-    consumer, witness = await handled_by_choosy(
-        stage, good[0], b"oops", good[1], b"ouch", ordered=ordered
+    consumer, recorder = await handled_by_choosy(
+        rabbit, good[0], b"oops", good[1], b"ouch", ordered=ordered
     )
     assert [good] == consumer.batches
-    assert [b"oops", b"ouch"] == stage.waiting("dead")
-    letters = stage.broker.ready("dead")
+    assert [b"oops", b"ouch"] == rabbit.waiting("dead")
+    letters = rabbit.broker.ready("dead")
     assert ["undecodable"] * 2 == [each.headers["x-dead-letter-reason"] for each in letters]
-    counts = sum((Counter(event.counts) for event in witness.of(Settled)), Counter())
+    counts = sum((Counter(event.counts) for event in recorder.of(Settled)), Counter())
     assert {(NACK, Cause.UNDECODABLE): 2, (ACK, Cause.HANDLER): 2} == counts
-    assert [[b"oops"], [b"ouch"]] == [bodies(each.messages) for each in witness.of(HandlerError)]
+    assert [[b"oops"], [b"ouch"]] == [bodies(each.messages) for each in recorder.of(HandlerError)]
     errors = [each for each in caplog.records if each.levelname == "ERROR"]
     assert 1 == len(errors)
     assert "batch_key failed" in errors[0].getMessage()
     assert errors[0].exc_info
 
 
-async def test_what_batch_key_raises_is_looked_up_as_what_a_handler_raises(stage):
+async def test_what_batch_key_raises_is_looked_up_as_what_a_handler_raises(rabbit):
     """In `exception_results` first; and one that is no key is an error, too."""
-    consumer, _ = await handled_by_choosy(stage, b"!", b"*", b"[", max_requeue_attempts=2)
+    consumer, _ = await handled_by_choosy(rabbit, b"!", b"*", b"[", max_requeue_attempts=2)
     assert [] == consumer.batches
-    letters = {each.body: each.headers for each in stage.broker.ready("dead")}
+    letters = {each.body: each.headers for each in rabbit.broker.ready("dead")}
     assert "handler-error" == letters[b"!"]["x-dead-letter-reason"]
     assert "builtins.KeyError" == letters[b"!"]["x-exception-type"]
     assert 0 == letters[b"!"]["x-retry-count"]
@@ -217,7 +219,7 @@ async def test_users_code_reads_keys_in_a_task_of_ours(monkeypatch):
         async def pump(self, sink):
             pytest.fail("it was asked to pump")
 
-    monkeypatch.setattr("tests.unit.shell.doubles.ScriptedSession", Pumping)
+    monkeypatch.setattr("tests.unit.shell.scripted_transport.ScriptedSession", Pumping)
     script = ScriptedTransport()
     async with Keyed(transport=script, batch_timeout=1) as consumer:
         script.last.feed(b"a1")
@@ -225,17 +227,17 @@ async def test_users_code_reads_keys_in_a_task_of_ours(monkeypatch):
     assert [[b"a1"]] == consumer.batches
 
 
-async def test_each_message_is_asked_once(stage):
+async def test_each_message_is_asked_once(rabbit):
     """However often it is looked at."""
     asked = []
 
-    class Asking(Scribe):
+    class Asking(RecordingConsumer):
         def batch_key(self, message):
             asked.append(message.body)
             return message.body
 
-    stage.put(*numbered(5))
-    async with Asking(transport=stage.transport, batch_timeout=1, ordered_by_key=True):
+    rabbit.put(*numbered(5))
+    async with Asking(transport=rabbit.transport, batch_timeout=1, ordered_by_key=True):
         await asyncio.sleep(2)
     assert numbered(5) == asked
 
@@ -246,7 +248,7 @@ async def test_each_message_is_asked_once(stage):
 def test_a_batch_key_that_is_a_coroutine_is_refused():
     """It could only be awaited by somebody who waits for each message."""
 
-    class Waiting(Scribe):
+    class Waiting(RecordingConsumer):
         async def batch_key(self, message):
             return message.body
 
@@ -269,11 +271,11 @@ def test_order_by_key_needs_a_key(base):
         Keyless(settings(ordered_by_key=True))
 
 
-async def test_a_consumer_of_single_messages_may_have_keys(stage):
+async def test_a_consumer_of_single_messages_may_have_keys(rabbit):
     """They say nothing until `ordered_by_key` is wanted."""
     times = {}
 
-    class Clerks(Clerk):
+    class KeyedSingleConsumer(SingleConsumer):
         def batch_key(self, message):
             return message.body[:1]
 
@@ -283,9 +285,11 @@ async def test_a_consumer_of_single_messages_may_have_keys(stage):
         return ACK
 
     for ordered in (False, True):
-        stage.put(b"a1", b"a2", b"b1", b"a3")
+        rabbit.put(b"a1", b"a2", b"b1", b"a3")
         began = asyncio.get_running_loop().time()
-        async with Clerks(answer, transport=stage.transport, concurrency=4, ordered_by_key=ordered):
+        async with KeyedSingleConsumer(
+            answer, transport=rabbit.transport, concurrency=4, ordered_by_key=ordered
+        ):
             await asyncio.sleep(5)
         assert {
             b"a1": 0,
@@ -293,12 +297,12 @@ async def test_a_consumer_of_single_messages_may_have_keys(stage):
             b"a3": 2 if ordered else 0,
             b"b1": 0,
         } == {body: round(time - began) for body, time in times.items()}
-    assert 8 == len(stage.times(EventKind.ACKED))
+    assert 8 == len(rabbit.times(EventKind.ACKED))
 
 
-async def test_a_requeue_without_order_goes_to_the_back_as_ever(stage):
+async def test_a_requeue_without_order_goes_to_the_back_as_ever(rabbit):
     """Keys alone hold nothing."""
-    stage.put(b"a1", b"a2")
+    rabbit.put(b"a1", b"a2")
     seen = []
 
     async def answer(messages):
@@ -306,6 +310,6 @@ async def test_a_requeue_without_order_goes_to_the_back_as_ever(stage):
             seen.append((message.body, message.retry_count))
             yield REQUEUE if message.body == b"a1" and not message.retry_count else ACK
 
-    async with Keyed(answer, transport=stage.transport, batch_size=1, batch_timeout=1):
+    async with Keyed(answer, transport=rabbit.transport, batch_size=1, batch_timeout=1):
         await asyncio.sleep(3)
     assert [(b"a1", 0), (b"a2", 0), (b"a1", 1)] == seen

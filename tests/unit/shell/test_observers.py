@@ -36,18 +36,18 @@ from aio_pika_batch.observer import (
     WorkerStopped,
 )
 from tests.unit.observers.stories import everything
-from tests.unit.shell.doubles import ScriptedTransport, never, raising
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     ACK,
     NACK,
     REQUEUE,
-    Scribe,
-    Witness,
+    EventRecorder,
+    RecordingConsumer,
     ack,
     answering,
     numbered,
     taking,
 )
+from tests.unit.shell.scripted_transport import ScriptedTransport, never, raising
 
 
 class Breaks(Observer):
@@ -60,11 +60,11 @@ class Breaks(Observer):
     lost = stale_results = handler_error = worker_started = worker_stopped = received = _break
 
 
-async def test_every_event_is_told_in_order(stage, jitter):
+async def test_every_event_is_told_in_order(rabbit, jitter):
     """With who tells it, and what an operator or a metric wants to know."""
-    witness = Witness()
-    consumer = await everything(stage, witness)
-    assert {Origin("Scribe", "jobs", 0)} == {origin for origin, _ in witness.seen}
+    recorder = EventRecorder()
+    consumer = await everything(rabbit, recorder)
+    assert {Origin("RecordingConsumer", "jobs", 0)} == {origin for origin, _ in recorder.seen}
     assert [
         WorkerStarted,
         Connected,
@@ -91,41 +91,41 @@ async def test_every_event_is_told_in_order(stage, jitter):
         BatchHandled,
         Settled,
         WorkerStopped,
-    ] == [type(event) for _, event in witness.seen]
-    triggers = [event.trigger for event in witness.of(BatchCut)]
+    ] == [type(event) for _, event in recorder.seen]
+    triggers = [event.trigger for event in recorder.of(BatchCut)]
     assert [Trigger.SIZE, *[Trigger.TIMEOUT] * 3] == triggers
-    assert [0, 5, 5, 17.5] == [event.waited for event in witness.of(BatchCut)]
-    assert [0, 0, 20, 0] == [event.seconds for event in witness.of(BatchHandled)]
-    [error] = witness.of(HandlerError)
+    assert [0, 5, 5, 17.5] == [event.waited for event in recorder.of(BatchCut)]
+    assert [0, 0, 20, 0] == [event.seconds for event in recorder.of(BatchHandled)]
+    [error] = recorder.of(HandlerError)
     assert isinstance(error.error, KeyError)
-    assert triggers == [event.trigger for event in witness.of(BatchHandled)]
-    assert [3, 1, 1, 1] == [event.count for event in witness.of(Received)]
-    assert [None, error.error, None, None] == [each.error for each in witness.of(BatchHandled)]
+    assert triggers == [event.trigger for event in recorder.of(BatchHandled)]
+    assert [3, 1, 1, 1] == [event.count for event in recorder.of(Received)]
+    assert [None, error.error, None, None] == [each.error for each in recorder.of(BatchHandled)]
     assert [
         {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.HANDLER): 1, (NACK, Cause.HANDLER): 1},
         {(REQUEUE, Cause.EXCEPTION): 1},
         {(ACK, Cause.HANDLER): 1},
-    ] == [event.counts for event in witness.of(Settled)]
-    requeued = [(event.message.body, event.retry_count) for event in witness.of(Requeued)]
+    ] == [event.counts for event in recorder.of(Settled)]
+    requeued = [(event.message.body, event.retry_count) for event in recorder.of(Requeued)]
     assert [(b"1", 1), (b"1", 2)] == requeued
-    [dead] = witness.of(DeadLettered)
+    [dead] = recorder.of(DeadLettered)
     assert (b"2", DeadLetterReason.REJECTED) == (dead.message.body, dead.reason)
-    [lost] = witness.of(Lost)
+    [lost] = recorder.of(Lost)
     assert 1 == lost.epoch
     assert isinstance(lost.error, SessionLost)
-    assert [1] == [event.count for event in witness.of(StaleResults)]
+    assert [1] == [event.count for event in recorder.of(StaleResults)]
     assert [numbered(3), [b"1"], [b"1"], [b"1"]] == consumer.batches
 
 
-async def test_an_observer_that_raises_changes_nothing(stage, jitter, caplog):
+async def test_an_observer_that_raises_changes_nothing(rabbit, jitter, caplog):
     """It is logged once and counted; whoever looks beside it sees everything."""
     caplog.set_level(logging.ERROR)
-    before, after = Witness(), Witness()
-    consumer = await everything(stage, before, Breaks(), after)
+    before, after = EventRecorder(), EventRecorder()
+    consumer = await everything(rabbit, before, Breaks(), after)
     assert [type(event) for _, event in before.seen] == [type(event) for _, event in after.seen]
     assert 25 == len(after.seen)
     assert [numbered(3), [b"1"], [b"1"], [b"1"]] == consumer.batches
-    assert [b"2"] == stage.waiting("dead")
+    assert [b"2"] == rabbit.waiting("dead")
     complaints = [each for each in caplog.records if "observer" in each.getMessage()]
     assert 1 == len(complaints)
     assert "Breaks" in complaints[0].getMessage()
@@ -144,7 +144,7 @@ def test_failures_of_observers_are_counted(caplog):
     assert not Observers([], Origin("C", "q", 0), log)
 
 
-async def test_an_observer_need_not_look_at_everything(stage, jitter):
+async def test_an_observer_need_not_look_at_everything(rabbit, jitter):
     """What it does not override is nothing to it."""
 
     class Counts(Observer):
@@ -154,55 +154,55 @@ async def test_an_observer_need_not_look_at_everything(stage, jitter):
             self.total += sum(event.counts.values())
 
     counts = Counts()
-    await everything(stage, counts)
+    await everything(rabbit, counts)
     assert 5 == counts.total
 
 
 async def test_nothing_is_told_as_settled_that_the_broker_has_not_heard():
     """If a session ends while copies are on their way, all results of their batch are stale."""
     script = ScriptedTransport()
-    witness = Witness()
+    recorder = EventRecorder()
     script.on_publish = lambda *_: asyncio.sleep(0.05)
-    async with Scribe(
-        answering(ACK, REQUEUE, ACK), transport=script, observers=[witness], batch_size=3
+    async with RecordingConsumer(
+        answering(ACK, REQUEUE, ACK), transport=script, observers=[recorder], batch_size=3
     ):
         script.last.feed(*numbered(3))
         await asyncio.sleep(0.01)
         script.last.end()
         await asyncio.sleep(5)
     assert [] == script.details("settle")
-    assert 0 == sum(sum(event.counts.values()) for event in witness.of(Settled))
-    assert 3 == sum(event.count for event in witness.of(StaleResults))
+    assert 0 == sum(sum(event.counts.values()) for event in recorder.of(Settled))
+    assert 3 == sum(event.count for event in recorder.of(StaleResults))
 
 
 async def test_what_was_settled_before_the_session_ended_is_told():
     """And only the rest is stale."""
     script = ScriptedTransport()
-    witness = Witness()
+    recorder = EventRecorder()
     script.on_publish = lambda *_: asyncio.sleep(1)
-    async with Scribe(
-        answering(ACK, REQUEUE, ACK), transport=script, observers=[witness], batch_size=3
+    async with RecordingConsumer(
+        answering(ACK, REQUEUE, ACK), transport=script, observers=[recorder], batch_size=3
     ):
         script.last.feed(*numbered(3))
         await asyncio.sleep(0.5)
         script.last.end()
         await asyncio.sleep(5)
     assert [[("ack", (1, 3))]] == script.details("settle")
-    assert 2 == sum(sum(event.counts.values()) for event in witness.of(Settled))
-    assert 1 == sum(event.count for event in witness.of(StaleResults))
+    assert 2 == sum(sum(event.counts.values()) for event in recorder.of(Settled))
+    assert 1 == sum(event.count for event in recorder.of(StaleResults))
 
 
-async def test_a_worker_tells_how_busy_it_is(stage):
+async def test_a_worker_tells_how_busy_it_is(rabbit):
     """Whenever it is asked, between its start and its end."""
-    stage.put(*numbered(5))
-    witness = Witness()
-    async with Scribe(
-        taking(20), transport=stage.transport, observers=[witness], batch_size=3, prefetch_count=5
+    rabbit.put(*numbered(5))
+    recorder = EventRecorder()
+    async with RecordingConsumer(
+        taking(20), transport=rabbit.transport, observers=[recorder], batch_size=3, prefetch_count=5
     ):
-        [started] = witness.of(WorkerStarted)
+        [started] = recorder.of(WorkerStarted)
         await asyncio.sleep(1)
         assert Load(buffered=2, in_hand=3, is_consuming=True) == started.load()
-        stage.broker.cut()
+        rabbit.broker.cut()
         await asyncio.sleep(0.01)
         assert Load(buffered=0, in_hand=3, is_consuming=False) == started.load()
     assert Load(buffered=0, in_hand=0, is_consuming=False) == started.load()
@@ -211,40 +211,40 @@ async def test_a_worker_tells_how_busy_it_is(stage):
 async def test_settling_has_its_time_and_its_failures(jitter):
     """From the decision until the frames are on their way, with confirmations of copies."""
     script = ScriptedTransport()
-    witness = Witness()
+    recorder = EventRecorder()
     script.on_publish = lambda *_: asyncio.sleep(0.05)
     script.outcomes = [Outcome.CONFIRMED, Outcome.RETURNED]
-    async with Scribe(
-        answering(REQUEUE, REQUEUE), transport=script, observers=[witness], batch_size=2
+    async with RecordingConsumer(
+        answering(REQUEUE, REQUEUE), transport=script, observers=[recorder], batch_size=2
     ):
         script.last.feed(*numbered(2))
         await asyncio.sleep(0.2)
-        assert [0.05] == [pytest.approx(event.seconds) for event in witness.of(Settled)]
-        [failed] = witness.of(SettleFailed)
+        assert [0.05] == [pytest.approx(event.seconds) for event in recorder.of(Settled)]
+        [failed] = recorder.of(SettleFailed)
         assert (Step.PUBLISH, 1, None) == (failed.step, failed.count, failed.error)
         assert pytest.approx(0.05) == failed.seconds
         await asyncio.sleep(5)
         script.on_settle = raising(error := SessionLost("just now"))
         script.last.feed(*numbered(2))
         await asyncio.sleep(0.2)
-    failed = witness.of(SettleFailed)[-1]
+    failed = recorder.of(SettleFailed)[-1]
     assert (Step.SETTLE, 2, error) == (failed.step, failed.count, failed.error)
 
 
 async def test_results_for_a_session_that_takes_nothing_are_stale():
     """The broker delivers their messages again."""
     script = ScriptedTransport()
-    witness = Witness()
+    recorder = EventRecorder()
 
     async def closed(*_):
         raise SessionLost("just now")
 
     script.on_settle = closed
-    async with Scribe(ack, transport=script, observers=[witness], batch_size=3):
+    async with RecordingConsumer(ack, transport=script, observers=[recorder], batch_size=3):
         script.last.feed(*numbered(3))
         await asyncio.sleep(0.001)
-        assert [3] == [event.count for event in witness.of(StaleResults)]
-        assert [] == witness.of(Settled)
+        assert [3] == [event.count for event in recorder.of(StaleResults)]
+        assert [] == recorder.of(Settled)
 
 
 async def test_a_copy_on_its_way_is_given_up_with_its_session():
@@ -252,10 +252,10 @@ async def test_a_copy_on_its_way_is_given_up_with_its_session():
     script = ScriptedTransport()
     script.on_publish = never
     script.on_settle = raising(SessionLost("just now"))
-    async with Scribe(
-        answering(ACK, REQUEUE, ACK), transport=script, observers=[witness := Witness()]
+    async with RecordingConsumer(
+        answering(ACK, REQUEUE, ACK), transport=script, observers=[recorder := EventRecorder()]
     ):
         script.last.feed(*numbered(3))
         await asyncio.sleep(6)
         assert 2 == len(script.sessions)
-    assert [3] == [event.count for event in witness.of(StaleResults)]
+    assert [3] == [event.count for event in recorder.of(StaleResults)]

@@ -8,10 +8,10 @@ import asyncio
 
 import pytest
 
-from tests.unit.shell.stage import (
+from tests.unit.shell.helpers import (
     REQUEUE_IMMEDIATE,
-    Scribe,
-    Stage,
+    QueueBroker,
+    RecordingConsumer,
     ack,
     answering,
     first_then,
@@ -24,16 +24,16 @@ SPENT = {"3.8": True, "3.10": True, "4.0": True, "4.3": False}
 """Whether what was not started has spent a delivery."""
 
 
-def quorum(stage, answer, *, limit=None, **given):
+def quorum(rabbit, answer, *, limit=None, **given):
     """A consumer of a quorum queue whose dead letters go to `dead`."""
     arguments = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "dead"}
     if limit is not None:
         arguments["x-delivery-limit"] = limit
-    stage.declare("dead")
-    stage.declare(**arguments | {"x-queue-type": "quorum"})
-    return Scribe(
+    rabbit.declare("dead")
+    rabbit.declare(**arguments | {"x-queue-type": "quorum"})
+    return RecordingConsumer(
         answer,
-        transport=stage.transport,
+        transport=rabbit.transport,
         queue_type="quorum",
         queue_arguments=arguments,
         **{"batch_size": 1, "reconnect_delay": 0.1} | given,
@@ -43,12 +43,12 @@ def quorum(stage, answer, *, limit=None, **given):
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_failures_count_until_the_delivery_limit(version):
     """One delivery more than the limit, and the message is dead."""
-    stage = Stage(version)
-    async with quorum(stage, answering(REQUEUE_IMMEDIATE), limit=3) as consumer:
-        stage.put(b"poison")
+    rabbit = QueueBroker(version)
+    async with quorum(rabbit, answering(REQUEUE_IMMEDIATE), limit=3) as consumer:
+        rabbit.put(b"poison")
         await asyncio.sleep(60)
     assert [b"poison"] * 4 == consumer.handled
-    assert [b"poison"] == stage.waiting("dead")
+    assert [b"poison"] == rabbit.waiting("dead")
 
 
 @pytest.mark.parametrize(("version", "times"), [("3.10", 99), ("4.0", 21), ("4.3", 21)])
@@ -56,9 +56,9 @@ async def test_without_a_limit_of_its_own_a_poison_message_ends_where_there_is_a
     version, times
 ):
     """Since 4.0; before, it goes on for as long as anybody handles it."""
-    stage = Stage(version)
-    async with quorum(stage, taking(1, answering(REQUEUE_IMMEDIATE))) as consumer:
-        stage.put(b"poison")
+    rabbit = QueueBroker(version)
+    async with quorum(rabbit, taking(1, answering(REQUEUE_IMMEDIATE))) as consumer:
+        rabbit.put(b"poison")
         await asyncio.sleep(98.5)
         assert times == len(consumer.handled)
 
@@ -66,36 +66,36 @@ async def test_without_a_limit_of_its_own_a_poison_message_ends_where_there_is_a
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_a_lost_connection_counts_for_all_that_was_prefetched(version):
     """Nobody knows which of them was the culprit."""
-    stage = Stage(version)
-    async with quorum(stage, taking(5), limit=1, prefetch_count=5):
-        stage.put(*numbered(5))
+    rabbit = QueueBroker(version)
+    async with quorum(rabbit, taking(5), limit=1, prefetch_count=5):
+        rabbit.put(*numbered(5))
         for _ in range(2):
             await asyncio.sleep(1)
-            stage.broker.cut()
+            rabbit.broker.cut()
         await asyncio.sleep(60)
-    assert numbered(5) == sorted(stage.waiting("dead"))
+    assert numbered(5) == sorted(rabbit.waiting("dead"))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_a_drain_spends_no_delivery_where_the_broker_can_tell(version):
     """Each drain finishes one message and returns the others, three times."""
-    stage = Stage(version)
+    rabbit = QueueBroker(version)
     for turn in range(3):
-        async with quorum(stage, taking(1), limit=2, prefetch_count=10):
+        async with quorum(rabbit, taking(1), limit=2, prefetch_count=10):
             if not turn:
-                stage.put(*numbered(5))
+                rabbit.put(*numbered(5))
             await asyncio.sleep(0.5)
     left = {"dead": numbered(2, 3), "jobs": []} if SPENT[version] else {"jobs": numbered(2, 3)}
     for queue, bodies in left.items():
-        assert bodies == sorted(stage.waiting(queue))
+        assert bodies == sorted(rabbit.waiting(queue))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_a_pause_spends_no_delivery_where_the_broker_can_tell(version, jitter):
     """What the breaker returns has not failed, however often it comes."""
-    stage = Stage(version)
+    rabbit = QueueBroker(version)
     consumer = quorum(
-        stage,
+        rabbit,
         first_then(answering(*[REQUEUE_IMMEDIATE] * 2), ack),
         batch_size=2,
         prefetch_count=10,
@@ -104,7 +104,7 @@ async def test_a_pause_spends_no_delivery_where_the_broker_can_tell(version, jit
         breaker_pause=10,
     )
     async with consumer:
-        stage.put(*numbered(6))
+        rabbit.put(*numbered(6))
         await asyncio.sleep(60)
     counts = {each.body: each.delivery_count or 0 for each in consumer.messages[2:]}
     assert all(counts.pop(failed) >= 1 for failed in (b"0", b"1"))
