@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from aio_pika_batch.adapters.memory.broker import Broker
-from aio_pika_batch.adapters.memory.faults import ConnectFault, PublishFault
-from aio_pika_batch.adapters.memory.journal import BrokerEvent, EventKind
-from aio_pika_batch.adapters.memory.queues import Queue
+from aio_pika_batch.adapters.memory.faults import BrokerEvent, ConnectFault, EventKind, PublishFault
+from aio_pika_batch.adapters.memory.queue import MemoryQueue
 from aio_pika_batch.adapters.memory.refusals import Refusal
-from aio_pika_batch.adapters.memory.stored_message import Stored
+from aio_pika_batch.adapters.memory.stored_message import StoredMessage
 from aio_pika_batch.adapters.memory.transport import MemoryTransport
 from aio_pika_batch.adapters.memory.versions import NEWEST
 from aio_pika_batch.core.message import FieldValue, Headers
@@ -67,7 +66,7 @@ class BatchBroker:
                 exclusive=False,
                 auto_delete=False,
                 arguments={name.replace("_", "-"): each for name, each in arguments.items()},
-                asker=None,
+                connection=None,
             )
 
     def bind(self, queue: str, exchange: str, *keys: str, kind: str = "direct") -> None:
@@ -113,7 +112,7 @@ class BatchBroker:
                 reason = "the queue is full"
             raise PublishError(f"{where}: {reason}")
 
-    def drain(self, queue: str) -> list[Stored]:
+    def drain(self, queue: str) -> list[StoredMessage]:
         """Remove all waiting messages from a queue, and return them in order."""
         return self.broker.drain(queue)
 
@@ -229,7 +228,7 @@ class BatchBroker:
             consumed = self._consumed | {each.name for each in queues if each.consumers}
             found = []
             for queue in queues:
-                waiting = len(queue.ready) + len(queue.dying)
+                waiting = len(queue.ready) + len(queue.pending_dead_letters)
                 if queue.unacked:
                     found.append(f"{len(queue.unacked)} unsettled from {queue.name!r}")
                 if waiting and queue.name in consumed:
@@ -239,7 +238,7 @@ class BatchBroker:
             return found
 
 
-def _retry_target(queue: Queue) -> str | None:
+def _retry_target(queue: MemoryQueue) -> str | None:
     """Return the queue to which messages of a wait queue go when they expire."""
     spec = queue.spec
     waits = spec.message_ttl is not None and not spec.dead_letter_exchange

@@ -245,7 +245,7 @@ class CoreOnBroker(RuleBasedStateMachine):
 
     @invariant()
     def both_sides_count_the_same(self) -> None:
-        on_its_way = sum(1 for each in self.client.channel.inbox if hasattr(each, "tag"))
+        on_its_way = sum(1 for each in self.client.channel.received if hasattr(each, "tag"))
         unsettled = len(self.client.channel.unsettled)
         assert unsettled == len(self.ledger) + on_its_way <= self.plan.prefetch
 

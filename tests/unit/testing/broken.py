@@ -350,7 +350,7 @@ class EndsWhenItRefuses(HonestSession):
         try:
             await self.inner.settle(settlements)
         except SettlementError:
-            self.inner._lost = "refused"
+            self.inner._lost_reason = "refused"
             raise
 
 
@@ -436,7 +436,7 @@ class GivesBackAtTheEnd(HonestSession):
         back = {Disposition.REQUEUE, Disposition.RETURN}
         for each in settlements:
             for tag in each.tags if each.disposition in back else ():
-                self.inner._connection._broker.put("q", self.bodies[tag])
+                self.inner._connection._host.put("q", self.bodies[tag])
         await self.inner.settle(
             [
                 replace(each, disposition=Disposition.ACK) if each.disposition in back else each

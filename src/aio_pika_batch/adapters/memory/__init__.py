@@ -1,9 +1,8 @@
-"""A strict RabbitMQ in memory, and the port on top of it: for tests, demos and `memory://` URLs."""
+"""A strict RabbitMQ in memory, for tests, demos and `memory://` URLs."""
 
 from aio_pika_batch.adapters.memory.broker import Broker
-from aio_pika_batch.adapters.memory.faults import ConnectFault, PublishFault
-from aio_pika_batch.adapters.memory.journal import EventKind
-from aio_pika_batch.adapters.memory.native import Message
+from aio_pika_batch.adapters.memory.faults import ConnectFault, EventKind, PublishFault
+from aio_pika_batch.adapters.memory.native import NativeMessage
 from aio_pika_batch.adapters.memory.transport import MemoryTransport, open_transport
 
 __all__ = [
@@ -11,7 +10,7 @@ __all__ = [
     "ConnectFault",
     "EventKind",
     "MemoryTransport",
-    "Message",
+    "NativeMessage",
     "PublishFault",
     "open_transport",
 ]

@@ -1,12 +1,11 @@
-"""An AMQP broker in memory: strict, synchronous, and without a clock of its own.
+"""Implements RabbitMQ in memory: strict, synchronous, and without a clock of its own.
 
-It behaves as RabbitMQ does, down to its words, and more strictly where the wire would let a mistake
-pass. Time is a number that it is told (`advance`), or asks an alarm clock for.
+It behaves as RabbitMQ does, down to its texts, and is stricter where AMQP would let a mistake pass.
+Its time is a number that `advance` sets, or that it reads from its `clock`.
 
 Not imitated: streams, priorities of quorum queues, policies, permissions, virtual hosts other than
-`/`, exchange-to-exchange bindings, plugins, transactions, flow control, consumer time-outs, and
-what only happens in a cluster. Dead letters that had to wait (`at-least-once`) are sent again as
-soon as something changes, and not after minutes.
+`/`, exchange-to-exchange bindings, plugins, transactions, flow control, consumer timeouts, and
+whatever only happens in a cluster.
 """
 
 from __future__ import annotations
@@ -14,82 +13,90 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Protocol, assert_never
+from typing import Protocol, assert_never
 
-from aio_pika_batch.adapters.memory.channels import Channel, Gone
-from aio_pika_batch.adapters.memory.connections import Connection
-from aio_pika_batch.adapters.memory.faults import ConnectFault, Faults, PublishFault
-from aio_pika_batch.adapters.memory.journal import EventKind, Journal
+from aio_pika_batch.adapters.memory.channel import Channel, ChannelIsClosed, Connection
+from aio_pika_batch.adapters.memory.faults import (
+    ConnectFault,
+    EventKind,
+    Faults,
+    Journal,
+    PublishFault,
+)
+from aio_pika_batch.adapters.memory.queue import MemoryQueue
 from aio_pika_batch.adapters.memory.refusals import Refusal
-from aio_pika_batch.adapters.memory.stored_message import Stored, copied_headers, letter, stored
-from aio_pika_batch.adapters.memory.versions import NEWEST, dialect
+from aio_pika_batch.adapters.memory.stored_message import (
+    StoredMessage,
+    check_publication,
+    copy_headers,
+    store_publication,
+)
+from aio_pika_batch.adapters.memory.versions import NEWEST, version_rules
 from aio_pika_batch.adapters.memory.vhost import VirtualHost
-from aio_pika_batch.core.message import Properties
-from aio_pika_batch.core.publication import Outcome
+from aio_pika_batch.core.message import Headers, Properties
+from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.core.refusals import ReplyCode
 
-if TYPE_CHECKING:
-    from aio_pika_batch.adapters.memory.queues import Queue
-    from aio_pika_batch.core.message import Headers
-    from aio_pika_batch.core.publication import Publication
 
-CUT = "the connection was cut"
+class BrokerUnreachable(Exception):
+    """The broker does not answer."""
 
 
-class Unreachable(Exception):
-    """Nobody answers."""
-
-
-class Alarm(Protocol):
-    """An alarm clock."""
+class BrokerClock(Protocol):
+    """The time of a broker, and its timer."""
 
     def time(self) -> float:
-        """The present time, in seconds."""
+        """Return the present time, in seconds."""
         ...
 
-    def ring_at(self, when: float | None) -> None:
-        """Call `Broker.advance` then; None: no need to."""
+    def set_timer(self, when: float | None) -> None:
+        """Call `Broker.advance` at this time, instead of an earlier timer's; None: never."""
         ...
 
 
 class Broker:
-    """The broker.
+    """A broker in memory.
 
     Args:
-        version: Of the imitated RabbitMQ: `3.8`, `3.10`, `4.0` or `4.3`.
-        user: Whom connections belong to.
-        keep: How many events the journal keeps.
+        version: The version of RabbitMQ to imitate: `3.8`, `3.10`, `4.0` or `4.3`.
+        user: The user of all connections.
+        journal_size: How many events the journal keeps.
 
     Attributes:
         faults: What goes wrong.
         journal: What has happened.
-        alarm: Asked for the time, and told when to call again; None: time stands where `advance`
-            has put it.
+        clock: Gives the time, and calls when something is due; None: time changes only by
+            `advance`.
     """
 
-    def __init__(self, version: str = NEWEST, *, user: str = "guest", keep: int = 100_000) -> None:
-        self.dialect = dialect(version)
+    def __init__(
+        self, version: str = NEWEST, *, user: str = "guest", journal_size: int = 100_000
+    ) -> None:
+        self.rules = version_rules(version)
         self.user = user
         self.faults = Faults()
-        self.journal = Journal(keep)
-        self.vhost = VirtualHost(self.dialect, self.journal)
-        self.alarm: Alarm | None = None
+        self.journal = Journal(journal_size)
+        self.vhost = VirtualHost(self.rules, self.journal)
+        self.clock: BrokerClock | None = None
         self._connections: dict[Connection, None] = {}
-        self._blocked: deque[tuple[Channel, int, Stored, bool]] = deque()
+        self._blocked: deque[tuple[Channel, int, StoredMessage, bool]] = deque()
         self._depth = 0
 
-    # -- for clients --
+    @property
+    def version(self) -> str:
+        """The imitated version of RabbitMQ."""
+        return self.rules.version
 
     def connect(self, name: str = "") -> Connection:
-        """Let a client in.
+        """Connect a client.
 
         Raises:
-            Unreachable: The fault in force is that there is no broker.
-            Refusal: The fault in force is a wrong password.
+            BrokerUnreachable: The fault in force is `ConnectFault.UNREACHABLE`.
+            Refusal: The fault in force is `ConnectFault.WRONG_PASSWORD`.
         """
         match self.faults.connect_fault:
             case ConnectFault.UNREACHABLE:
-                raise Unreachable("connection refused")
+                raise BrokerUnreachable("connection refused")
             case ConnectFault.WRONG_PASSWORD:
                 raise Refusal(
                     ReplyCode.ACCESS_REFUSED,
@@ -99,15 +106,10 @@ class Broker:
             case ConnectFault.NONE:
                 connection = Connection(self, name, self.user)
                 self._connections[connection] = None
-                self.vhost.note(EventKind.CONNECTED, "", None, name)
+                self.vhost.record(EventKind.CONNECTED, "", None, name)
                 return connection
             case never:
                 assert_never(never)
-
-    @property
-    def version(self) -> str:
-        """The imitated version of RabbitMQ."""
-        return self.dialect.version
 
     # -- time --
 
@@ -118,44 +120,53 @@ class Broker:
 
     @property
     def next_event(self) -> float | None:
-        """When something happens by itself; None: never."""
-        return self.vhost.deadline()
+        """When a message or a queue expires next; None: never."""
+        return self.vhost.next_deadline()
 
     def advance(self, now: float) -> None:
-        """Let it be that late, and do what is due. Time never runs backwards."""
+        """Set the time and do what is due; an earlier time than the present one is ignored."""
         self.vhost.now = max(self.vhost.now, now)
-        self.vhost.fire()
+        self.vhost.expire()
         self.vhost.run()
-        self._set_alarm()
+        self._set_timer()
 
     @contextmanager
     def operation(self) -> Iterator[VirtualHost]:
-        """Whatever changes something: at the present time, and with all that follows from it."""
-        if self._depth == 0 and self.alarm is not None:
-            self.advance(self.alarm.time())
+        """Change something, at the present time and with all that follows; may be nested."""
+        if self._depth == 0 and self.clock is not None:
+            self.advance(self.clock.time())
         self._depth += 1
         try:
             yield self.vhost
         finally:
             self._depth -= 1
+            # Only at the end of the outermost operation: messages of connections that are cut
+            # together must not be delivered to one of them.
             if self._depth == 0:
                 self.vhost.run()
-                self._set_alarm()
+                self._set_timer()
 
-    def _set_alarm(self) -> None:
-        if self.alarm is not None:
-            self.alarm.ring_at(self.next_event)
+    def _set_timer(self) -> None:
+        if self.clock is not None:
+            self.clock.set_timer(self.next_event)
 
-    # -- publishing --
+    # -- what connections and channels call --
 
-    def accept(self, channel: Channel, number: int, message: Stored, *, mandatory: bool) -> None:
-        """A publication has arrived; a fault may be in its way."""
-        match self.faults.meets(message.exchange, message.routing_key):
+    def remove_connection(self, connection: Connection) -> None:
+        """Forget a connection that is being closed."""
+        del self._connections[connection]
+        self.vhost.record(EventKind.DISCONNECTED, "", None, connection.name)
+
+    def receive_publication(
+        self, channel: Channel, number: int, message: StoredMessage, *, mandatory: bool
+    ) -> None:
+        """Store a publication and confirm it, unless a fault prevents it."""
+        match self.faults.next_publish_fault(message.exchange, message.routing_key):
             case None:
                 self._store(channel, number, message, mandatory=mandatory)
             case PublishFault.REFUSE:
-                self.vhost.note(EventKind.REFUSED, "", message, "fault")
-                channel.confirm(number, accepted=False)
+                self.vhost.record(EventKind.REFUSED, "", message, "fault")
+                channel.send_confirm(number, accepted=False)
             case PublishFault.UNCONFIRMED:
                 self._store(None, number, message, mandatory=mandatory)
             case PublishFault.LOSE:
@@ -166,41 +177,37 @@ class Broker:
                 assert_never(never)
 
     def _store(
-        self, channel: Channel | None, number: int, message: Stored, *, mandatory: bool
+        self, channel: Channel | None, number: int, message: StoredMessage, *, mandatory: bool
     ) -> None:
-        accepted, routed = self._distribute(message)
+        accepted, routed = self._route_to_queues(message)
         returned = mandatory and not routed
         if returned:
-            self.vhost.note(EventKind.RETURNED, "", message, message.exchange)
+            self.vhost.record(EventKind.RETURNED, "", message, message.exchange)
         if channel is not None:
-            channel.confirm(number, accepted=accepted, returned=returned)
+            channel.send_confirm(number, accepted=accepted, returned=returned)
 
-    def _distribute(self, message: Stored) -> tuple[bool, bool]:
-        """Offer it to the queues that it is routed to: have all taken it, and are there any?"""
+    def _route_to_queues(self, message: StoredMessage) -> tuple[bool, bool]:
+        """Offer a message to its queues; return whether all stored it, and whether it has any."""
         queues = self.vhost.route(message)
-        self.vhost.note(EventKind.PUBLISHED, "", message, message.exchange)
-        message = self.vhost.received(message)
+        self.vhost.record(EventKind.PUBLISHED, "", message, message.exchange)
+        message = self.vhost.with_client_deaths(message)
         accepted = VirtualHost.offer_to_all(queues, message)
         if not accepted:
-            self.vhost.note(EventKind.REFUSED, "", message, "queue full")
+            self.vhost.record(EventKind.REFUSED, "", message, "queue full")
         return accepted, bool(queues)
 
-    # -- faults --
+    # -- what tests do to clients --
 
-    def cut(self, name: str | None = None, words: str = CUT) -> int:
-        """Cut connections: those of one name, or all.
-
-        Returns:
-            How many there were.
-        """
+    def cut(self, name: str | None = None, reason: str = "the connection was cut") -> int:
+        """Cut the connections of one name, or all; return how many there were."""
         with self.operation():
-            chosen = [each for each in self._connections if name in {None, each.name}]
-            for connection in chosen:
-                connection.end(words)
-        return len(chosen)
+            connections = [each for each in self._connections if name in {None, each.name}]
+            for connection in connections:
+                connection.close_by_broker(reason)
+        return len(connections)
 
     def cancel_consumers(self, queue: str) -> int:
-        """End all subscriptions to a queue, as a broker does when the queue's leader moves.
+        """Cancel all consumers of a queue, as RabbitMQ does when the queue's leader moves.
 
         Returns:
             How many there were.
@@ -208,12 +215,12 @@ class Broker:
         with self.operation() as vhost:
             consumers = list(self._queue(queue).consumers)
             for consumer in consumers:
-                vhost.leave(consumer)
-                consumer.receiver.cancelled(consumer)
+                vhost.remove_consumer(consumer)
+                consumer.channel.send_cancel(consumer)
         return len(consumers)
 
     def delete_queue(self, name: str) -> None:
-        """Delete a queue, as an operator does; its consumers are told."""
+        """Delete a queue, as an operator does; its consumers are cancelled."""
         with self.operation() as vhost:
             vhost.delete_queue(self._queue(name))
 
@@ -223,25 +230,17 @@ class Broker:
             vhost.delete_exchange(name)
 
     def unblock(self) -> None:
-        """Clear `PublishFault.BLOCK`, and store what was held up by it."""
+        """Clear `PublishFault.BLOCK`, and store the publications that it has held back."""
         self.faults.clear(PublishFault.BLOCK)
         with self.operation():
             while self._blocked:
                 channel, number, message, mandatory = self._blocked.popleft()
-                with suppress(Gone, Refusal), channel.operation():
+                # Publications of a closed channel are lost. One that the broker refuses closes its
+                # channel only now, since the broker has not read it before.
+                with suppress(ChannelIsClosed, Refusal), channel.operation():
                     self._store(channel, number, message, mandatory=mandatory)
 
-    def forget(self, connection: Connection) -> None:
-        """A connection has ended."""
-        del self._connections[connection]
-        self.vhost.note(EventKind.DISCONNECTED, "", None, connection.name)
-
-    def delete_queues_of(self, connection: Connection) -> None:
-        """Exclusive queues go with their connection."""
-        for queue in [each for each in self.vhost.queues.values() if each.owner is connection]:
-            self.vhost.delete_queue(queue)
-
-    # -- behind the port's back --
+    # -- what tests read and write without a client --
 
     @property
     def connections(self) -> list[str]:
@@ -262,77 +261,78 @@ class Broker:
         exchange: str = "",
         routing_key: str | None = None,
     ) -> bool:
-        """Put a message into a queue, past exchanges and faults; tell whether the queue took it.
+        """Put a message into a queue, without routing and faults; return whether it was stored.
 
-        It claims to come from the default exchange, with the queue's name for its routing key,
-        unless said otherwise.
+        The message carries the given exchange and routing key; by default those with which it would
+        have been published to the queue directly.
         """
+        key = queue if routing_key is None else routing_key
         with self.operation() as vhost:
-            key = queue if routing_key is None else routing_key
-            message = stored(letter(exchange, key, body, properties or Properties()), self.user)
-            return self._queue(queue).offer(vhost.received(message))
+            checked = check_publication(exchange, key, body, properties or Properties())
+            message = store_publication(checked, self.user)
+            return self._queue(queue).offer(vhost.with_client_deaths(message))
 
     def publish(self, publication: Publication) -> Outcome:
-        """Publish, past connections and faults.
+        """Publish without a connection, and without faults.
 
         Raises:
-            Refusal: The broker would close the channel over it.
+            Refusal: The broker would close the channel.
         """
-        properties = publication.properties
-        exchange, key = publication.exchange, publication.routing_key
         with self.operation():
-            message = stored(letter(exchange, key, publication.body, properties), self.user)
-            accepted, routed = self._distribute(message)
+            checked = check_publication(
+                publication.exchange,
+                publication.routing_key,
+                publication.body,
+                publication.properties,
+            )
+            accepted, routed = self._route_to_queues(store_publication(checked, self.user))
         if not routed:
             return Outcome.RETURNED
         return Outcome.CONFIRMED if accepted else Outcome.REFUSED
 
-    def drain(self, queue: str) -> list[Stored]:
-        """Take out what waits in a queue, in the order in which it would be delivered."""
-        waiting = self.ready(queue)
+    def drain(self, queue: str) -> list[StoredMessage]:
+        """Remove and return a queue's ready messages, in the order of their delivery."""
+        ready = self.ready(queue)
         with self.operation():
             self._queue(queue).purge()
-        return waiting
+        return ready
 
-    def ready(self, queue: str) -> list[Stored]:
-        """What waits in a queue, in the order in which it will be delivered."""
+    def ready(self, queue: str) -> list[StoredMessage]:
+        """Return a queue's ready messages, in the order of their delivery."""
         with self.operation():
             return [entry.message for entry in self._queue(queue).ready]
 
-    def unacked(self, queue: str) -> list[Stored]:
-        """What a queue has handed out, in the order of delivery."""
+    def unacked(self, queue: str) -> list[StoredMessage]:
+        """Return the messages of a queue that are delivered and not settled."""
         with self.operation():
             return [entry.message for entry in self._queue(queue).unacked]
 
-    def dying(self, queue: str) -> list[Stored]:
-        """Dead letters that a queue keeps until another one takes them (`at-least-once`)."""
+    def pending_dead_letters(self, queue: str) -> list[StoredMessage]:
+        """Return the dead letters that an at-least-once queue keeps until another has them."""
         with self.operation():
-            return [message for message, _ in self._queue(queue).dying]
+            return [message for message, _ in self._queue(queue).pending_dead_letters]
 
     def consumers(self, queue: str) -> list[str]:
-        """The tags of a queue's consumers."""
+        """Return the tags of a queue's consumers."""
         with self.operation():
             return [consumer.tag for consumer in self._queue(queue).consumers]
 
     def arguments(self, queue: str) -> Headers:
-        """The arguments that a queue was declared with."""
+        """Return the arguments that a queue was declared with."""
         with self.operation():
-            return copied_headers(self._queue(queue).arguments)
+            return copy_headers(self._queue(queue).arguments)
 
     def bindings(self, queue: str) -> list[tuple[str, str, Headers]]:
-        """A queue's bindings: exchange, routing key, arguments."""
+        """Return a queue's bindings: exchange, routing key, arguments."""
         with self.operation() as vhost:
             return [
-                (exchange.name, bound.routing_key, copied_headers(bound.arguments))
+                (exchange.name, binding.routing_key, copy_headers(binding.arguments))
                 for exchange in vhost.exchanges.values()
-                for bound in exchange.bindings
-                if bound.queue == queue
+                for binding in exchange.bindings
+                if binding.queue == queue
             ]
 
-    def _queue(self, name: str) -> Queue:
-        return self.vhost.queue(name, self._owner(name))
-
-    def _owner(self, name: str) -> object | None:
-        """Whoever looks behind the port's back is nobody's stranger."""
+    def _queue(self, name: str) -> MemoryQueue:
+        # With the owner's rights: tests see exclusive queues, too.
         queue = self.vhost.queues.get(name)
-        return None if queue is None else queue.owner
+        return self.vhost.queue(name, None if queue is None else queue.owner)

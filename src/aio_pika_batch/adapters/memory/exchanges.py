@@ -1,8 +1,8 @@
-"""Which queues does a message go to?
+"""Routes messages from an exchange to the queues that are bound to it.
 
-Matching is by exchange type: `direct` compares the routing key, `fanout` takes everything, `topic`
-compares word by word (`*` is one word, `#` any number), `headers` compares the headers with the
-binding's arguments.
+The exchange type decides which bindings match: `direct` compares the routing key, `fanout` matches
+always, `topic` compares word by word (`*` is one word, `#` any number), and `headers` compares the
+headers with the binding's arguments.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, assert_never
+from typing import assert_never
 
-from aio_pika_batch.adapters.memory.refusals import Refusal, told, unequal
+from aio_pika_batch.adapters.memory.refusals import (
+    Refusal,
+    format_flag,
+    format_value,
+    inequivalent_argument,
+)
+from aio_pika_batch.adapters.memory.stored_message import StoredMessage
+from aio_pika_batch.adapters.memory.versions import VersionRules
+from aio_pika_batch.core.message import FieldValue, Headers
 from aio_pika_batch.core.refusals import ReplyCode
 
-if TYPE_CHECKING:
-    from aio_pika_batch.adapters.memory.stored_message import Stored
-    from aio_pika_batch.adapters.memory.versions import Dialect
-    from aio_pika_batch.core.message import FieldValue, Headers
 
-
-class Kind(Enum):
-    """An exchange type."""
+class ExchangeType(Enum):
+    """The exchange types of RabbitMQ without plugins."""
 
     DIRECT = "direct"
     FANOUT = "fanout"
@@ -30,28 +33,31 @@ class Kind(Enum):
     HEADERS = "headers"
 
 
-X_MATCH = "x-match"
+_MATCH = "x-match"
 _MATCHES = ("all", "any", "all-with-x", "any-with-x")
-ALTERNATE = "alternate-exchange"
+_ALTERNATE = "alternate-exchange"
 
 
-def kind(name: str, dialect: Dialect) -> Kind:
-    """The type of that name.
+def parse_exchange_type(name: str, rules: VersionRules) -> ExchangeType:
+    """Return the exchange type of this name.
 
     Raises:
-        Refusal: There is none. Those of plugins are not imitated.
+        Refusal: It does not exist, or is a plugin's.
     """
     try:
-        return Kind(name)
+        return ExchangeType(name)
     except ValueError:
-        hard = dialect.unknown_type_ends_connection
-        code = ReplyCode.COMMAND_INVALID if hard else ReplyCode.PRECONDITION_FAILED
+        code = (
+            ReplyCode.COMMAND_INVALID
+            if rules.unknown_type_closes_connection
+            else ReplyCode.PRECONDITION_FAILED
+        )
         raise Refusal(code, f"unknown exchange type '{name}'") from None
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
-    """A binding as an exchange keeps it."""
+class ExchangeBinding:
+    """A binding, as its exchange stores it."""
 
     queue: str
     routing_key: str
@@ -59,135 +65,128 @@ class Bound:
 
 
 @dataclass(slots=True)
-class Exchange:
+class MemoryExchange:
     """An exchange and its bindings, in the order in which they were made."""
 
     name: str
-    kind: Kind
+    type: ExchangeType
     durable: bool = True
     auto_delete: bool = False
     arguments: Headers = field(default_factory=dict)
-    bindings: list[Bound] = field(default_factory=list)
+    bindings: list[ExchangeBinding] = field(default_factory=list)
 
     def check_same(
-        self, kind: Kind, *, durable: bool, auto_delete: bool, arguments: Headers
+        self, type_: ExchangeType, *, durable: bool, auto_delete: bool, arguments: Headers
     ) -> None:
         """Compare with another declaration.
 
         Raises:
-            Refusal: It is not the same.
+            Refusal: It differs.
         """
         entity = f"exchange '{self.name}'"
         for argument, received, current in (
-            ("type", kind.value, self.kind.value),
-            ("durable", _word(durable), _word(self.durable)),
-            ("auto_delete", _word(auto_delete), _word(self.auto_delete)),
+            ("type", f"'{type_.value}'", f"'{self.type.value}'"),
+            ("durable", format_flag(durable), format_flag(self.durable)),
+            ("auto_delete", format_flag(auto_delete), format_flag(self.auto_delete)),
         ):
             if received != current:
-                raise unequal(argument, entity, f"'{received}'", f"'{current}'")
-        one, other = arguments.get(ALTERNATE), self.arguments.get(ALTERNATE)
+                raise inequivalent_argument(argument, entity, received, current)
+        one, other = arguments.get(_ALTERNATE), self.arguments.get(_ALTERNATE)
         if one != other:
-            raise unequal(ALTERNATE, entity, told(one), told(other))
+            raise inequivalent_argument(_ALTERNATE, entity, format_value(one), format_value(other))
 
     @property
     def alternate(self) -> str | None:
-        """Where messages go that no queue is bound for."""
-        name = self.arguments.get(ALTERNATE)
+        """The exchange that gets what matches no binding."""
+        name = self.arguments.get(_ALTERNATE)
         return name if isinstance(name, str) else None
 
-    def bind(self, bound: Bound) -> None:
-        """Add a binding; one that is there already stays as it is.
+    def bind(self, binding: ExchangeBinding) -> None:
+        """Add a binding, unless it exists.
 
         Raises:
-            Refusal: It cannot be matched.
+            Refusal: Its arguments are invalid.
         """
-        if self.kind is Kind.HEADERS:
-            match = bound.arguments.get(X_MATCH, "all")
+        if self.type is ExchangeType.HEADERS:
+            match = binding.arguments.get(_MATCH, "all")
             if match not in _MATCHES:
                 raise Refusal(
                     ReplyCode.PRECONDITION_FAILED,
                     f'Invalid x-match field value <<"{match!s}">>; expected all, any, all-with-x,'
                     " or any-with-x",
                 )
-        if bound not in self.bindings:
-            self.bindings.append(bound)
+        if binding not in self.bindings:
+            self.bindings.append(binding)
 
-    def unbind(self, bound: Bound) -> None:
-        """Take a binding away; one that is not there is no mistake."""
-        if bound in self.bindings:
-            self.bindings.remove(bound)
+    def unbind(self, binding: ExchangeBinding) -> None:
+        """Remove a binding, if it exists."""
+        if binding in self.bindings:
+            self.bindings.remove(binding)
 
-    def forget(self, queue: str) -> bool:
-        """Take away the bindings of a queue that is gone; tell whether there were any."""
+    def unbind_queue(self, queue: str) -> bool:
+        """Remove the bindings of a deleted queue; return whether there were any."""
         before = len(self.bindings)
-        self.bindings = [bound for bound in self.bindings if bound.queue != queue]
+        self.bindings = [binding for binding in self.bindings if binding.queue != queue]
         return len(self.bindings) < before
 
-    def route(self, message: Stored) -> Iterable[str]:
-        """The queues it goes to, each once."""
+    def route(self, message: StoredMessage) -> Iterable[str]:
+        """Return the queues whose bindings match, each once."""
         return dict.fromkeys(
-            bound.queue for bound in self.bindings if self._matches(bound, message)
+            binding.queue for binding in self.bindings if self._matches(binding, message)
         )
 
-    def _matches(self, bound: Bound, message: Stored) -> bool:
-        match self.kind:
-            case Kind.FANOUT:
+    def _matches(self, binding: ExchangeBinding, message: StoredMessage) -> bool:
+        match self.type:
+            case ExchangeType.FANOUT:
                 return True
-            case Kind.DIRECT:
-                return bound.routing_key in message.routing_keys
-            case Kind.TOPIC:
-                pattern = bound.routing_key.split(".")
+            case ExchangeType.DIRECT:
+                return binding.routing_key in message.routing_keys
+            case ExchangeType.TOPIC:
+                pattern = binding.routing_key.split(".")
                 return any(topic_matches(pattern, key.split(".")) for key in message.routing_keys)
-            case Kind.HEADERS:
-                return headers_match(bound.arguments, message.headers)
+            case ExchangeType.HEADERS:
+                return headers_match(binding.arguments, message.headers)
             case never:
                 assert_never(never)
 
 
 def topic_matches(pattern: list[str], words: list[str]) -> bool:
-    """Whether the words of a routing key are those of a pattern."""
-    # Which prefixes of the pattern can have taken the words so far? Each word moves them on, so
-    # that no pattern, however many # it has, takes longer than its length for each word.
-    reached = _past_hashes({0}, pattern)
+    """Return whether a pattern matches the words of a routing key."""
+    # The lengths of the pattern's prefixes that can match the words so far. Each word moves them
+    # on, so that the time is pattern times words, however many # there are.
+    reached = _skip_hashes({0}, pattern)
     for word in words:
-        onward = {at for at in reached if at < len(pattern) and pattern[at] == "#"}
-        onward |= {
+        next_reached = {at for at in reached if at < len(pattern) and pattern[at] == "#"}
+        next_reached |= {
             at + 1 for at in reached if at < len(pattern) and pattern[at] in {"*", word} - {"#"}
         }
-        reached = _past_hashes(onward, pattern)
+        reached = _skip_hashes(next_reached, pattern)
     return len(pattern) in reached
 
 
-def _past_hashes(reached: set[int], pattern: list[str]) -> set[int]:
-    """A # may also stand for no word at all."""
-    past = set(reached)
+def _skip_hashes(reached: set[int], pattern: list[str]) -> set[int]:
+    """Add the prefixes that are reached if a # matches no word."""
+    skipped = set(reached)
     for at in reached:
         while at < len(pattern) and pattern[at] == "#":
             at += 1  # noqa: PLW2901  -- walks on from where it stands
-            past.add(at)
-    return past
+            skipped.add(at)
+    return skipped
 
 
 def headers_match(wanted: Headers, headers: Headers) -> bool:
-    """Whether headers are those that a binding's arguments ask for.
-
-    A wanted value of None asks only that the header be there.
-    """
-    mode = wanted.get(X_MATCH, "all")
-    every = mode in {"all", "all-with-x"}
+    """Return whether headers match a binding's arguments; None as a value matches any value."""
+    mode = wanted.get(_MATCH, "all")
+    match_all = mode in {"all", "all-with-x"}
     with_x = mode in {"all-with-x", "any-with-x"}
-    asked = (
-        name in headers and (value is None or _same(value, headers[name]))
+    matched = (
+        name in headers and (value is None or _is_same(value, headers[name]))
         for name, value in wanted.items()
-        if name != X_MATCH and (with_x or not name.startswith("x-"))
+        if name != _MATCH and (with_x or not name.startswith("x-"))
     )
-    return all(asked) if every else any(asked)
+    return all(matched) if match_all else any(matched)
 
 
-def _same(one: FieldValue, other: FieldValue) -> bool:
-    # 1 and True are equal in Python and not in AMQP.
+def _is_same(one: FieldValue, other: FieldValue) -> bool:
+    # 1 and True are equal in Python but not in AMQP.
     return type(one) is type(other) and one == other
-
-
-def _word(flag: bool) -> str:  # noqa: FBT001
-    return "true" if flag else "false"

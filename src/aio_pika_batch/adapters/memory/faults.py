@@ -1,11 +1,12 @@
-"""What can go wrong on a broker, on demand.
+"""Holds the faults that a test injects into the broker, and the journal that it reads.
 
-Cutting connections and ending subscriptions are the broker's own methods; these here are states
-that it can be put into.
+Faults are states of the broker. Its methods `Broker.cut` and `Broker.cancel_consumers` do the rest.
 """
 
 from __future__ import annotations
 
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -21,24 +22,27 @@ class ConnectFault(Enum):
 
 
 class PublishFault(Enum):
-    """What may happen to a publication."""
+    """What goes wrong when a message is published."""
 
     REFUSE = "refuse"
-    """It is nacked, and not stored."""
+    """The broker nacks it and does not store it."""
     UNCONFIRMED = "unconfirmed"
-    """It is stored, and its confirmation is lost."""
+    """The broker stores it, and its confirm is lost."""
     LOSE = "lose"
     """It is lost on its way: neither stored nor confirmed."""
     BLOCK = "block"
-    """It waits until `Broker.unblock` (an alarm), and is stored and confirmed then."""
+    """It waits until `Broker.unblock`, as under a memory alarm; then it is stored and confirmed."""
 
 
 @dataclass(slots=True)
-class _Order:
+class _PublishFaultRule:
     fault: PublishFault
     times: int | None
     exchange: str | None
     routing_key: str | None
+
+    def matches(self, exchange: str, routing_key: str) -> bool:
+        return self.exchange in {None, exchange} and self.routing_key in {None, routing_key}
 
 
 class Faults:
@@ -50,7 +54,7 @@ class Faults:
 
     def __init__(self) -> None:
         self.connect_fault = ConnectFault.NONE
-        self._orders: list[_Order] = []
+        self._rules: list[_PublishFaultRule] = []
 
     def on_publish(
         self,
@@ -60,31 +64,102 @@ class Faults:
         exchange: str | None = None,
         routing_key: str | None = None,
     ) -> None:
-        """Let publications go wrong from now on.
+        """Inject a fault into publications from now on.
 
         Args:
             fault: What goes wrong.
-            times: How many of them; None: all, until `clear`.
-            exchange: Only those to this exchange; None: to any.
-            routing_key: Only those with this key; None: with any.
+            times: For how many publications; None: for all, until `clear`.
+            exchange: Only for publications to this exchange; None: to any.
+            routing_key: Only for publications with this routing key; None: with any.
         """
-        self._orders.append(_Order(fault, times, exchange, routing_key))
+        self._rules.append(_PublishFaultRule(fault, times, exchange, routing_key))
 
     def clear(self, fault: PublishFault | None = None) -> None:
-        """Let publications pass again; those with one fault, or all."""
-        self._orders = [each for each in self._orders if fault not in {None, each.fault}]
+        """Remove one fault from publications, or all of them."""
+        self._rules = [rule for rule in self._rules if fault not in {None, rule.fault}]
 
-    def meets(self, exchange: str, routing_key: str) -> PublishFault | None:
-        """What happens to this publication; the oldest order that fits counts."""
-        for order in self._orders:
-            if order.exchange not in {None, exchange} or order.routing_key not in {
-                None,
-                routing_key,
-            }:
+    def next_publish_fault(self, exchange: str, routing_key: str) -> PublishFault | None:
+        """Return the fault for this publication and count it; the oldest that matches wins."""
+        for rule in self._rules:
+            if not rule.matches(exchange, routing_key):
                 continue
-            if order.times is not None:
-                order.times -= 1
-                if order.times <= 0:
-                    self._orders.remove(order)
-            return order.fault
+            if rule.times is not None:
+                rule.times -= 1
+                if rule.times <= 0:
+                    self._rules.remove(rule)
+            return rule.fault
         return None
+
+
+class EventKind(Enum):
+    """What can happen to messages, consumers and connections."""
+
+    CONNECTED = "connected"
+    DISCONNECTED = "disconnected"
+    CHANNEL_CLOSED = "channel-closed"
+    CONSUMING = "consuming"
+    CANCELLED = "cancelled"
+    PUBLISHED = "published"
+    """A publication reached the broker."""
+    RETURNED = "returned"
+    """A mandatory publication matched no queue."""
+    REFUSED = "refused"
+    """A publication was nacked."""
+    STORED = "stored"
+    """A message entered a queue, from a publisher or from another queue."""
+    DELIVERED = "delivered"
+    ACKED = "acked"
+    REQUEUED = "requeued"
+    DEAD_LETTERED = "dead-lettered"
+    """A message left a queue for its dead-letter exchange; the detail is the reason."""
+    DROPPED = "dropped"
+    """A message was discarded; the detail is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerEvent:
+    """One event on the broker.
+
+    Attributes:
+        at: The broker's time.
+        queue: Empty if the event concerns no queue.
+        body: The message's body; None if the event concerns no message.
+        detail: A reason, a consumer tag, or the broker's text.
+    """
+
+    at: float
+    kind: EventKind
+    queue: str = ""
+    body: bytes | None = None
+    detail: str = ""
+
+
+class Journal:
+    """The latest events, and the number of all events of each kind.
+
+    Args:
+        size: How many events are kept.
+
+    Attributes:
+        on_event: Called with each event, during the operation that causes it; None: not called.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.events: deque[BrokerEvent] = deque(maxlen=size)
+        self.counts: Counter[EventKind] = Counter()
+        self.on_event: Callable[[BrokerEvent], None] | None = None
+
+    def record(self, event: BrokerEvent) -> None:
+        """Add an event."""
+        self.events.append(event)
+        self.counts[event.kind] += 1
+        if self.on_event is not None:
+            self.on_event(event)
+
+    def of(self, *kinds: EventKind, queue: str | None = None) -> list[BrokerEvent]:
+        """Return the kept events of some kinds, the oldest first."""
+        return [
+            event
+            for event in self.events
+            if event.kind in kinds and (queue is None or event.queue == queue)
+        ]

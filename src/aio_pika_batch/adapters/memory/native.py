@@ -1,8 +1,8 @@
-"""What would aio-pika's objects do here?
+"""Offers the calls of aio-pika's channel, exchange and queue on the broker in memory.
 
-The calls that consumers make on `channel` and `queue`, with aio-pika's names, on the broker in
-memory. Messages may be aio-pika's own, or anything else with the same attributes; nothing of
-aio-pika is imported. Stricter than aio-pika: a message that is returned or refused raises.
+Only the calls that consumers make on `channel` and `queue` are there, with aio-pika's names.
+Messages may be aio-pika's own, or anything with the same attributes; aio-pika is not imported. It
+is stricter than aio-pika: a message that is returned or refused raises.
 """
 
 from __future__ import annotations
@@ -12,26 +12,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from aio_pika_batch.adapters.memory.channels import Gone
-from aio_pika_batch.adapters.memory.publisher import MemoryPublisher
-from aio_pika_batch.adapters.memory.refusals import Refusal
+from aio_pika_batch.adapters.memory.channel import Channel, ChannelIsClosed, Connection
+from aio_pika_batch.adapters.memory.queue import MemoryQueue
+from aio_pika_batch.adapters.memory.refusals import Refusal, translate_refusals
+from aio_pika_batch.adapters.memory.vhost import VirtualHost
 from aio_pika_batch.core.message import FieldValue
 from aio_pika_batch.core.publication import Outcome, Publication
-from aio_pika_batch.core.refusals import ReplyCode, refusal_error
+from aio_pika_batch.core.refusals import ReplyCode
 from aio_pika_batch.errors import PublishError, SessionLost
-
-if TYPE_CHECKING:
-    from aio_pika_batch.adapters.memory.connections import Connection
-    from aio_pika_batch.adapters.memory.queues import Queue
-    from aio_pika_batch.adapters.memory.vhost import VirtualHost
+from aio_pika_batch.transport import Publisher
 
 _Arguments = Mapping[str, FieldValue] | None
 
 
 @dataclass(slots=True, kw_only=True)
-class _Properties:
+class _NativeProperties:
     headers: dict[str, FieldValue] | None = None
     content_type: str | None = None
     content_encoding: str | None = None
@@ -48,32 +45,34 @@ class _Properties:
 
 
 @dataclass(slots=True)
-class Message(_Properties):
-    """A message to be published, where aio-pika's is not at hand; the keywords are the same."""
+class NativeMessage(_NativeProperties):
+    """A message to publish, for code without aio-pika; it takes the keywords of aio-pika's."""
 
     body: bytes
 
 
 class NativeChannel:
-    """A channel.
+    """A channel, with aio-pika's calls.
 
     Args:
-        connection: The session's.
-        publish_timeout: Seconds to wait for a confirmation.
+        connection: The session's connection.
+        channel: The channel on which the calls are made.
+        publisher: A publisher on that channel.
     """
 
-    def __init__(self, connection: Connection, *, publish_timeout: float) -> None:
+    def __init__(self, connection: Connection, channel: Channel, publisher: Publisher) -> None:
         self._connection = connection
-        self._publisher = MemoryPublisher(connection, publish_timeout=publish_timeout)
+        self._channel = channel
+        self._publisher = publisher
 
     @property
     def is_closed(self) -> bool:
-        """Whether a mistake, or the end of the session, has closed it."""
+        """Whether a mistake or the end of the session has closed it."""
         return not self._publisher.is_open
 
     @property
     def default_exchange(self) -> NativeExchange:
-        """The exchange that routes by the queue's name."""
+        """The exchange whose routing keys are names of queues."""
         return NativeExchange(self, "")
 
     async def declare_exchange(
@@ -86,7 +85,7 @@ class NativeChannel:
         passive: bool = False,
         arguments: _Arguments = None,
     ) -> NativeExchange:
-        """Declare an exchange, or check that there is one."""
+        """Declare an exchange, or check that it exists."""
         with self.operation(f"exchange {name!r}") as vhost:
             if passive:
                 vhost.exchange(name)
@@ -111,7 +110,7 @@ class NativeChannel:
         auto_delete: bool = False,
         arguments: _Arguments = None,
     ) -> NativeQueue:
-        """Declare a queue, or check that there is one. Without a name the broker chooses one."""
+        """Declare a queue, or check that it exists. Without a name the broker chooses one."""
         with self.operation(f"queue {name!r}") as vhost:
             if passive:
                 queue = vhost.queue(name or "", self._connection)
@@ -122,78 +121,74 @@ class NativeChannel:
                     exclusive=exclusive,
                     auto_delete=auto_delete,
                     arguments=arguments or {},
-                    asker=self._connection,
+                    connection=self._connection,
                 )
         await asyncio.sleep(0)
         return NativeQueue(self, queue.name)
 
     async def get_exchange(self, name: str, *, ensure: bool = True) -> NativeExchange:
-        """An exchange that is there."""
+        """Return an exchange; with `ensure`, check that it exists."""
         if ensure:
             return await self.declare_exchange(name, passive=True)
         return NativeExchange(self, name)
 
     async def get_queue(self, name: str, *, ensure: bool = True) -> NativeQueue:
-        """A queue that is there."""
+        """Return a queue; with `ensure`, check that it exists."""
         if ensure:
             return await self.declare_queue(name, passive=True)
         return NativeQueue(self, name)
 
     @contextmanager
-    def operation(self, entity: str) -> Iterator[VirtualHost]:
-        """One call, its refusals told in the port's words.
+    def operation(self, subject: str) -> Iterator[VirtualHost]:
+        """Make one call on the broker.
 
         Raises:
-            TopologyError: The broker says no; the channel is closed now.
+            TopologyError: The broker refuses, and has closed the channel.
             SessionLost: The channel was closed before.
         """
         try:
-            with self._publisher.channel.operation() as vhost:
+            with translate_refusals(subject), self._channel.operation() as vhost:
                 yield vhost
-        except Refusal as refusal:
-            raise refusal_error(refusal.code, refusal.text, entity) from refusal
-        except Gone as gone:
-            raise SessionLost(f"the channel is closed: {gone}") from gone
+        except ChannelIsClosed as error:
+            raise SessionLost(f"the channel is closed: {error}") from error
 
     @contextmanager
-    def on_queue(self, name: str) -> Iterator[tuple[VirtualHost, Queue]]:
-        """One call on a queue that is there, and not another connection's."""
+    def queue_operation(self, name: str) -> Iterator[tuple[VirtualHost, MemoryQueue]]:
+        """Make one call on a queue that exists and that this connection may use."""
         with self.operation(f"queue {name!r}") as vhost:
             yield vhost, vhost.queue(name, self._connection)
 
     async def publish(self, publication: Publication) -> None:
-        """Publish, and wait for the confirmation.
+        """Publish, and wait for the confirm.
 
         Raises:
-            PublishError: It was returned or refused, or nothing was heard of it.
+            PublishError: It was returned or refused, or no confirm came.
         """
         if self.is_closed:
-            raise SessionLost(f"the channel is closed: {self._publisher.channel.closed}")
+            raise SessionLost(f"the channel is closed: {self._channel.close_reason}")
         (outcome,) = await self._publisher.publish([publication])
         if outcome is not Outcome.CONFIRMED:
-            refusal = self._publisher.refusal
-            why = outcome.value if refusal is None else str(refusal)
             raise PublishError(
                 f"publication to exchange {publication.exchange!r} with routing key"
-                f" {publication.routing_key!r}: {why}"
+                f" {publication.routing_key!r}: {self._channel.close_reason or outcome.value}"
             )
 
 
 class NativeExchange:
-    """An exchange."""
+    """An exchange, with aio-pika's calls."""
 
     def __init__(self, channel: NativeChannel, name: str) -> None:
         self._channel = channel
         self.name = name
 
-    async def publish(self, message: Any, routing_key: str, *, mandatory: bool = True) -> None:  # noqa: ANN401  -- whatever looks like aio-pika's
-        """Publish a message, and wait for the confirmation.
+    async def publish(self, message: Any, routing_key: str, *, mandatory: bool = True) -> None:  # noqa: ANN401  -- any class with aio-pika's attributes
+        """Publish a message, and wait for the confirm.
 
         Raises:
-            PublishError: It was returned or refused, or nothing was heard of it.
+            PublishError: It was returned or refused, or no confirm came.
         """
         await self._channel.publish(
-            publication(message, exchange=self.name, routing_key=routing_key, mandatory=mandatory)
+            read_message(message, exchange=self.name, routing_key=routing_key, mandatory=mandatory)
         )
 
     async def delete(self) -> None:
@@ -204,7 +199,7 @@ class NativeExchange:
 
 
 class NativeQueue:
-    """A queue."""
+    """A queue, with aio-pika's calls."""
 
     def __init__(self, channel: NativeChannel, name: str) -> None:
         self._channel = channel
@@ -217,10 +212,10 @@ class NativeQueue:
         *,
         arguments: _Arguments = None,
     ) -> None:
-        """Bind it; the routing key is its name unless said otherwise."""
+        """Bind it; the default routing key is its name."""
         key = self.name if routing_key is None else routing_key
-        with self._channel.on_queue(self.name) as (vhost, queue):
-            vhost.bind(queue, _name(exchange), key, arguments or {})
+        with self._channel.queue_operation(self.name) as (vhost, queue):
+            vhost.bind(queue, _name_of(exchange), key, arguments or {})
         await asyncio.sleep(0)
 
     async def unbind(
@@ -230,35 +225,36 @@ class NativeQueue:
         *,
         arguments: _Arguments = None,
     ) -> None:
-        """Take a binding away."""
+        """Remove a binding."""
         key = self.name if routing_key is None else routing_key
-        with self._channel.on_queue(self.name) as (vhost, queue):
-            vhost.unbind(queue, _name(exchange), key, arguments or {})
+        with self._channel.queue_operation(self.name) as (vhost, queue):
+            vhost.unbind(queue, _name_of(exchange), key, arguments or {})
         await asyncio.sleep(0)
 
     async def purge(self) -> None:
-        """Drop what waits in it."""
-        with self._channel.on_queue(self.name) as (_, queue):
+        """Drop its ready messages."""
+        with self._channel.queue_operation(self.name) as (_, queue):
             queue.purge()
         await asyncio.sleep(0)
 
     async def delete(self, *, if_unused: bool = True, if_empty: bool = True) -> None:
-        """Delete it."""
-        with self._channel.on_queue(self.name) as (vhost, queue):
-            for wrong, why in (
+        """Delete it, by default only if it has neither consumers nor ready messages."""
+        with self._channel.queue_operation(self.name) as (vhost, queue):
+            for is_refused, reason in (
                 (if_unused and len(queue.consumers), "in use"),
                 (if_empty and len(queue.ready), "not empty"),
             ):
-                if wrong:
+                if is_refused:
                     raise Refusal(
-                        ReplyCode.PRECONDITION_FAILED, f"queue '{self.name}' in vhost '/' {why}"
+                        ReplyCode.PRECONDITION_FAILED,
+                        f"queue '{self.name}' in vhost '/' {reason}",
                     )
             vhost.delete_queue(queue)
         await asyncio.sleep(0)
 
 
-def publication(message: Any, *, exchange: str, routing_key: str, mandatory: bool) -> Publication:  # noqa: ANN401  -- whatever looks like aio-pika's
-    """Read a message by its attributes; one that it does not have is absent."""
+def read_message(message: Any, *, exchange: str, routing_key: str, mandatory: bool) -> Publication:  # noqa: ANN401  -- any class with aio-pika's attributes
+    """Return the publication of a message; an attribute that it does not have is absent."""
     priority = getattr(message, "priority", None)
     mode = getattr(message, "delivery_mode", None)
     return Publication(
@@ -266,17 +262,17 @@ def publication(message: Any, *, exchange: str, routing_key: str, mandatory: boo
         exchange=exchange,
         routing_key=routing_key,
         mandatory=mandatory,
-        # aio-pika makes no difference between no headers and none at all.
+        # aio-pika does not distinguish empty headers from absent ones.
         headers=getattr(message, "headers", None) or None,
         delivery_mode=None if mode is None else int(mode),
         priority=None if priority is None else int(priority),
-        expiration=_seconds(getattr(message, "expiration", None)),
-        timestamp=_moment(getattr(message, "timestamp", None)),
-        **{name: getattr(message, name, None) for name in _AS_THEY_ARE},
+        expiration=_to_duration(getattr(message, "expiration", None)),
+        timestamp=_to_datetime(getattr(message, "timestamp", None)),
+        **{name: getattr(message, name, None) for name in _UNCHANGED},
     )
 
 
-_AS_THEY_ARE = (
+_UNCHANGED = (
     "content_type",
     "content_encoding",
     "correlation_id",
@@ -288,17 +284,17 @@ _AS_THEY_ARE = (
 )
 
 
-def _seconds(expiration: float | timedelta | datetime | None) -> float | timedelta | None:
+def _to_duration(expiration: float | timedelta | datetime | None) -> float | timedelta | None:
     if isinstance(expiration, datetime):
         return expiration - datetime.now(expiration.tzinfo)
     return expiration
 
 
-def _moment(timestamp: datetime | float | None) -> datetime | None:
+def _to_datetime(timestamp: datetime | float | None) -> datetime | None:
     if timestamp is None or isinstance(timestamp, datetime):
         return timestamp
     return datetime.fromtimestamp(timestamp, UTC)
 
 
-def _name(exchange: NativeExchange | str) -> str:
+def _name_of(exchange: NativeExchange | str) -> str:
     return exchange if isinstance(exchange, str) else exchange.name

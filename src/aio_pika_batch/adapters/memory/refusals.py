@@ -1,56 +1,62 @@
-"""What does a broker say when it says no?
+"""Defines the refusals with which the broker closes a channel or a connection.
 
-The codes are AMQP 0-9-1's, the words RabbitMQ's, so that a test which reads them reads the same
-ones in production. Codes from 500 on end the whole connection, the others the channel.
+The texts are RabbitMQ's, so a test that reads them reads the same ones in production.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING
 
-from aio_pika_batch.core.refusals import ReplyCode
+from aio_pika_batch.core.message import FieldValue
+from aio_pika_batch.core.refusals import ReplyCode, refusal_error
 
-if TYPE_CHECKING:
-    from aio_pika_batch.core.message import FieldValue
-
-
-_FIRST_HARD = 500
+_FIRST_CONNECTION_CODE = 500
 
 
 class Refusal(Exception):
-    """The broker's no. The channel that it answers is closed."""
+    """The broker refuses what a client asks for, and closes its channel or its connection."""
 
-    def __init__(self, code: ReplyCode, words: str) -> None:
+    def __init__(self, code: ReplyCode, reason: str) -> None:
         self.code = code
-        self.text = f"{code.name} - {words}"
+        self.text = f"{code.name} - {reason}"
         super().__init__(f"{code} {self.text}")
 
     @property
     def closes_connection(self) -> bool:
-        """Whether it ends the connection, and not only the channel."""
-        return self.code >= _FIRST_HARD or self.code is ReplyCode.CONNECTION_FORCED
+        """Whether it closes the connection and not only the channel."""
+        # AMQP 0-9-1 calls these hard errors, and 320 is the only one of them below 500.
+        return self.code >= _FIRST_CONNECTION_CODE or self.code is ReplyCode.CONNECTION_FORCED
 
 
-def no_queue(name: str) -> Refusal:
-    """There is no such queue."""
+@contextmanager
+def translate_refusals(subject: str, if_unequal: str | None = None) -> Iterator[None]:
+    """Raise refusals inside the context as the port's errors, with advice."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise refusal_error(refusal.code, refusal.text, subject, if_unequal) from refusal
+
+
+def queue_not_found(name: str) -> Refusal:
+    """Return the refusal for a queue that does not exist."""
     return Refusal(ReplyCode.NOT_FOUND, f"no queue '{name}' in vhost '/'")
 
 
-def no_exchange(name: str) -> Refusal:
-    """There is no such exchange."""
+def exchange_not_found(name: str) -> Refusal:
+    """Return the refusal for an exchange that does not exist."""
     return Refusal(ReplyCode.NOT_FOUND, f"no exchange '{name}' in vhost '/'")
 
 
-def on_default_exchange() -> Refusal:
-    """The default exchange cannot be declared, bound or unbound."""
+def default_exchange_not_permitted() -> Refusal:
+    """Return the refusal for declaring, binding or unbinding the default exchange."""
     return Refusal(ReplyCode.ACCESS_REFUSED, "operation not permitted on the default exchange")
 
 
-def locked(name: str) -> Refusal:
-    """The queue belongs to another connection."""
+def queue_locked(name: str) -> Refusal:
+    """Return the refusal for using another connection's exclusive queue."""
     return Refusal(
         ReplyCode.RESOURCE_LOCKED,
         f"cannot obtain exclusive access to locked queue '{name}' in vhost '/'. It could be"
@@ -59,13 +65,13 @@ def locked(name: str) -> Refusal:
     )
 
 
-def in_exclusive_use(name: str) -> Refusal:
-    """Another consumer wants it for itself, or this one does and cannot."""
+def queue_in_exclusive_use(name: str) -> Refusal:
+    """Return the refusal for a consumer beside an exclusive one, or an exclusive one beside it."""
     return Refusal(ReplyCode.ACCESS_REFUSED, f"queue '{name}' in vhost '/' in exclusive use")
 
 
-def unequal(argument: str, entity: str, received: str, current: str) -> Refusal:
-    """It exists, and is not what was declared."""
+def inequivalent_argument(argument: str, entity: str, received: str, current: str) -> Refusal:
+    """Return the refusal for declaring something that exists with another argument."""
     return Refusal(
         ReplyCode.PRECONDITION_FAILED,
         f"inequivalent arg '{argument}' for {entity} in vhost '/':"
@@ -73,32 +79,34 @@ def unequal(argument: str, entity: str, received: str, current: str) -> Refusal:
     )
 
 
-def invalid(argument: str, queue: str, why: str) -> Refusal:
-    """No broker would have it so."""
-    return Refusal(
-        ReplyCode.PRECONDITION_FAILED,
-        f"invalid arg '{argument}' for queue '{queue}' in vhost '/': {why}",
-    )
+def invalid_argument(argument: str, queue: str, reason: str | None = None) -> Refusal:
+    """Return the refusal for an argument that the queue does not support, or not with its value."""
+    text = f"invalid arg '{argument}' for queue '{queue}' in vhost '/'"
+    return Refusal(ReplyCode.PRECONDITION_FAILED, text if reason is None else f"{text}: {reason}")
 
 
-def told(value: FieldValue) -> str:
-    """A value in the words of a refusal."""
-    return "none" if value is None else f"the value '{_plain(value)}' of type '{type_name(value)}'"
+def format_flag(flag: bool) -> str:  # noqa: FBT001
+    """Return a flag as refusals show it."""
+    return f"'{str(flag).lower()}'"
 
 
-def _plain(value: FieldValue) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def format_value(value: FieldValue) -> str:
+    """Return an argument's value and type as refusals show them."""
+    if value is None:
+        return "none"
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    return f"the value '{shown}' of type '{amqp_type_name(value)}'"
 
 
-def type_name(value: FieldValue) -> str:
-    """What RabbitMQ calls the type of a value; of a whole number, the smallest that holds it."""
+def amqp_type_name(value: FieldValue) -> str:
+    """Return RabbitMQ's name for a value's type; an integer has the smallest type that holds it."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return next((name for limit, name in _WIDTHS if value.bit_length() < limit), "long")
-    return next(name for kind, name in _TYPES if isinstance(value, kind))
+        return next((name for bits, name in _INTEGER_TYPES if value.bit_length() < bits), "long")
+    return next(name for types, name in _OTHER_TYPES if isinstance(value, types))
 
 
-_WIDTHS = ((8, "byte"), (16, "short"), (32, "signedint"))
-_TYPES = (
+_INTEGER_TYPES = ((8, "byte"), (16, "short"), (32, "signedint"))
+_OTHER_TYPES = (
     (bool, "bool"),
     ((str, bytes), "longstr"),
     (float, "double"),

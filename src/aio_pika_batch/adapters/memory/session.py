@@ -1,24 +1,27 @@
-"""One connection, one channel, one consumer: an epoch of delivery tags on the broker in memory."""
+"""Consumes from the broker in memory: one connection, one channel, one consumer."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, assert_never
+from typing import assert_never
 
-from aio_pika_batch.adapters.memory.channels import Channel, Gone
-from aio_pika_batch.adapters.memory.frames import Cancelled, Closed, Delivery
+from aio_pika_batch.adapters.memory.channel import (
+    CancelFrame,
+    Channel,
+    ChannelIsClosed,
+    CloseFrame,
+    Connection,
+    DeliverFrame,
+)
 from aio_pika_batch.adapters.memory.native import NativeChannel
-from aio_pika_batch.adapters.memory.refusals import Refusal
-from aio_pika_batch.adapters.memory.topology import explained
+from aio_pika_batch.adapters.memory.publisher import MemoryPublisher
+from aio_pika_batch.adapters.memory.refusals import Refusal, translate_refusals
 from aio_pika_batch.core.message import DecodedSource, Message
 from aio_pika_batch.core.settlement import Disposition, Frame, Ledger, Settlement
 from aio_pika_batch.errors import SessionClosed, SessionLost
 from aio_pika_batch.transport import Native, Subscription
-
-if TYPE_CHECKING:
-    from aio_pika_batch.adapters.memory.connections import Connection
 
 
 class MemorySession:
@@ -41,47 +44,48 @@ class MemorySession:
             subscription.retry_count_header,
             wall_clock,
         )
-        self._channel: Channel = connection.channel(self._notified)
+        self._channel: Channel = connection.channel(self._wake_reader)
         self._ledger = Ledger()
         self._arrived: list[Message] = []
-        self._iterated = False
-        self._cancelled = False
-        self._ended = False
-        self._lost: str | None = None
+        self._is_iterated = False
+        self._is_cancelled = False
+        self._has_ended = False
+        self._lost_reason: str | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._native: Native | None = None
 
     def consume(self) -> None:
-        """Subscribe.
+        """Start the consumer.
 
         Raises:
-            TopologyError: There is no such queue, or it is not ours to consume.
+            TopologyError: The queue does not exist, or may not be consumed.
         """
-        wanted = self._subscription
-        with explained(f"queue {wanted.queue!r}"):
-            self._channel.qos(wanted.prefetch)
+        subscription = self._subscription
+        with translate_refusals(f"queue {subscription.queue!r}"):
+            # Before the consumer starts: a prefetch count holds for later consumers only.
+            self._channel.qos(subscription.prefetch)
             self._channel.consume(
-                wanted.queue,
-                wanted.consumer_tag,
-                exclusive=wanted.exclusive,
-                arguments=wanted.arguments,
+                subscription.queue,
+                subscription.consumer_tag,
+                exclusive=subscription.exclusive,
+                arguments=subscription.arguments,
             )
 
     def end(self) -> None:
-        """End it from this side; whoever waits for messages is told."""
-        self._ended = True
+        """Close the connection; a task that waits for messages gets `SessionClosed`."""
+        self._has_ended = True
         self._connection.close()
 
     # -- the port --
 
     def __aiter__(self) -> MemorySession:
-        if self._iterated:
-            raise RuntimeError("a session is iterated once")
-        self._iterated = True
+        if self._is_iterated:
+            raise RuntimeError("a session can only be iterated once")
+        self._is_iterated = True
         return self
 
     async def __anext__(self) -> Sequence[Message]:
-        # As if from a socket: whoever reads lets others run, and what came at once is read at once.
+        # As with a socket: other tasks run first, and what arrived meanwhile is read at once.
         await asyncio.sleep(0)
         while True:
             self._check()
@@ -89,7 +93,7 @@ class MemorySession:
                 chunk, self._arrived = self._arrived, []
                 self._ledger.deliver([message.delivery_tag for message in chunk])
                 return chunk
-            if self._cancelled:
+            if self._is_cancelled:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -98,63 +102,66 @@ class MemorySession:
                 self._waiter = None
 
     async def cancel(self) -> None:
-        """Ask for no more messages. What has been delivered before can still be had."""
+        """Cancel the consumer. Messages that were delivered before are still handed out."""
         self._check()
-        if not self._cancelled:
+        if not self._is_cancelled:
             self._channel.cancel(self._subscription.consumer_tag)
-            self._cancelled = True
-            self._notified()
+            self._is_cancelled = True
+            self._wake_reader()
         await asyncio.sleep(0)
         self._check()
 
     async def settle(self, settlements: Sequence[Settlement]) -> None:
-        """Tell the broker what became of some messages."""
+        """Send the frames that settle these messages."""
         self._check()
         frames = self._ledger.settle(settlements)
-        with suppress(Gone, Refusal):
+        with suppress(ChannelIsClosed, Refusal):
             for frame in frames:
                 _send(self._channel, frame)
-        # If the broker found fault with a frame, it has ended the session.
+        # A frame that the broker refused has ended the session.
         self._check()
         await asyncio.sleep(0)
 
     async def native(self) -> Native:
-        """Objects with the calls of aio-pika's, on a channel of their own."""
+        """Return objects with aio-pika's calls, on a channel of their own."""
         self._check()
         if self._native is None:
-            channel = NativeChannel(self._connection, publish_timeout=self._publish_timeout)
+            publisher = MemoryPublisher(self._connection, publish_timeout=self._publish_timeout)
+            channel = NativeChannel(self._connection, publisher.channel, publisher)
             self._native = Native(channel, await channel.get_queue(self._subscription.queue))
         return self._native
 
-    # -- the broker's side --
+    # -- what the broker sends --
 
-    def _notified(self) -> None:
+    def _wake_reader(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def _check(self) -> None:
-        """Take in what the broker has sent, and raise if it is over."""
-        if self._ended:
-            raise SessionClosed("the session is over; it was left before")
-        for incoming in self._channel.take():
-            match incoming:
-                case Delivery():
-                    self._arrived.append(self._message(incoming))
-                case Cancelled():
-                    self._lost = self._lost or "the broker has cancelled the consumer"
-                case Closed(words):
-                    self._lost = self._lost or words
-        if self._lost is not None:
-            raise SessionLost(f"the session on queue {self._source.queue!r} is lost: {self._lost}")
+        """Read what the broker has sent, and raise if the session is over."""
+        if self._has_ended:
+            raise SessionClosed("the session is over: its context was left before")
+        for frame in self._channel.take():
+            match frame:
+                case DeliverFrame():
+                    self._arrived.append(self._message(frame))
+                case CancelFrame():
+                    self._lost_reason = self._lost_reason or "the broker has cancelled the consumer"
+                case CloseFrame(reason):
+                    self._lost_reason = self._lost_reason or reason
+        if self._lost_reason is not None:
+            raise SessionLost(
+                f"the session on queue {self._source.queue!r} is lost: {self._lost_reason}"
+            )
 
-    def _message(self, delivery: Delivery) -> Message:
+    def _message(self, frame: DeliverFrame) -> Message:
         return Message(
             self._source,
-            delivery.tag,
-            delivery.redelivered,
-            delivery.body,
-            (delivery.exchange, delivery.routing_key),
-            delivery.properties,
+            frame.tag,
+            frame.redelivered,
+            frame.body,
+            (frame.exchange, frame.routing_key),
+            frame.properties,
         )
 
 

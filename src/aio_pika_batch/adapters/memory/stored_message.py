@@ -1,8 +1,12 @@
-"""What may a message hold, and whose is it?
+"""Defines messages as the broker stores them, checks publications, and makes dead letters.
 
-The broker's: what comes in is checked and copied, and what goes out is a copy again, so that
-neither a publisher nor a consumer can change what is stored. Values survive exactly, and what is
-absent stays absent; only a timestamp loses its fraction of a second, as it does on the wire.
+A publication is checked and copied on its way in, and copied again on its way out, so that neither
+a publisher nor a consumer can change what is stored. Values stay exactly the same, and absent ones
+stay absent; only a timestamp loses its fraction of a second, as it does in AMQP.
+
+Dead letters follow RabbitMQ: `x-death` has one table for each queue and reason, the latest first,
+with a count. A message that would return to a queue without having been rejected on its way is
+dropped.
 """
 
 from __future__ import annotations
@@ -11,14 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from enum import Enum
 
-from aio_pika_batch.adapters.memory.refusals import Refusal, type_name
+from aio_pika_batch.adapters.memory.refusals import Refusal, amqp_type_name
+from aio_pika_batch.adapters.memory.versions import VersionRules
 from aio_pika_batch.core.message import SHORT_STRING, FieldValue, Headers, Properties
 from aio_pika_batch.core.refusals import ReplyCode
-
-if TYPE_CHECKING:
-    from aio_pika_batch.adapters.memory.dead_lettering import Death
 
 _SHORT_STRINGS = (
     "content_type",
@@ -32,19 +34,61 @@ _SHORT_STRINGS = (
     "app_id",
     "cluster_id",
 )
-_OCTET = 255
-_LONGEST_INTEGER = 64
-_LONGEST_EXPIRATION = 4_294_967_295
+_MAX_OCTET = 255
+_INTEGER_BITS = 64
+_MAX_EXPIRATION = 4_294_967_295
+
+
+class DeathReason(Enum):
+    """Why a message was dead-lettered."""
+
+    REJECTED = "rejected"
+    EXPIRED = "expired"
+    MAXLEN = "maxlen"
+    DELIVERY_LIMIT = "delivery_limit"
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A message as the broker keeps it.
+class Death:
+    """One table of `x-death`; the fields are its keys.
 
     Attributes:
-        routing_keys: The publication's own key, then those in its `CC` and `BCC`.
-        deaths: How often and where it was dead-lettered; the latest first.
-        seen: Whether a consumer has had it before, in another queue.
+        reason: The value of a :class:`DeathReason`, or what a client has written there.
+        original_expiration: The message's own expiration, which dead-lettering removes.
+    """
+
+    queue: str
+    reason: str
+    count: int
+    exchange: str
+    routing_keys: tuple[str, ...]
+    time: datetime
+    original_expiration: str | None = None
+
+    @property
+    def table(self) -> dict[str, FieldValue]:
+        """The table in the header."""
+        table: dict[str, FieldValue] = {
+            "count": self.count,
+            "exchange": self.exchange,
+            "queue": self.queue,
+            "reason": self.reason,
+            "routing-keys": list(self.routing_keys),
+            "time": self.time,
+        }
+        if self.original_expiration is not None:
+            table["original-expiration"] = self.original_expiration
+        return table
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMessage:
+    """A message as the broker stores it.
+
+    Attributes:
+        routing_keys: The publication's own routing key, then those in its `CC` and `BCC` headers.
+        deaths: Where and how often it was dead-lettered, the latest first.
+        was_delivered: Whether another queue has delivered it to a consumer before.
     """
 
     body: bytes
@@ -52,110 +96,31 @@ class Stored:
     exchange: str
     routing_keys: tuple[str, ...]
     deaths: tuple[Death, ...] = ()
-    seen: bool = False
+    was_delivered: bool = False
 
     @property
     def routing_key(self) -> str:
-        """The key that consumers see."""
+        """The routing key that consumers see."""
         return self.routing_keys[0]
 
     @property
     def ttl(self) -> float | None:
-        """Its own time to live, in seconds."""
+        """The message's own time to live, in seconds."""
         expiration = self.properties.expiration
         return None if expiration is None else int(expiration) / 1000
 
     @property
     def headers(self) -> Headers:
-        """The headers; empty where there are none. Not to be changed."""
+        """The headers, not to be changed; empty if there are none."""
         return self.properties.headers or {}
 
 
-def short(what: str, value: object) -> str:
-    """Check a short string.
-
-    Raises:
-        TypeError: It is no string.
-        ValueError: It is too long, or not to be encoded.
-    """
-    if not isinstance(value, str):
-        raise TypeError(f"{what} is a str, not {value!r}")
-    if len(value.encode()) > SHORT_STRING:
-        raise ValueError(f"{what} has {len(value.encode())} bytes; AMQP allows {SHORT_STRING}")
-    return value
-
-
-def _checked(properties: Properties) -> Properties:
-    for name in _SHORT_STRINGS:
-        value = getattr(properties, name)
-        if value is not None:
-            short(name, value)
-    for name in ("priority", "delivery_mode"):
-        value = getattr(properties, name)
-        if value is not None and not (type(value) is int and 0 <= value <= _OCTET):
-            raise ValueError(f"{name} is an int from 0 to {_OCTET}, not {value!r}")
-    timestamp = properties.timestamp
-    headers = properties.headers
-    return replace(
-        properties,
-        timestamp=None if timestamp is None else _to_the_second(timestamp),
-        headers=None if headers is None else _checked_table(headers, "headers"),
-        undecodable={},
-    )
-
-
-def _to_the_second(value: object) -> datetime:
-    if not isinstance(value, datetime):
-        raise TypeError(f"a timestamp is a datetime, not {value!r}")
-    if value.tzinfo is None:
-        value = value.replace(tzinfo=UTC)
-    return value.astimezone(UTC).replace(microsecond=0)
-
-
-def _checked_table(table: Headers, where: str) -> dict[str, FieldValue]:
-    if not isinstance(table, Mapping):
-        raise TypeError(f"{where} is a mapping, not {table!r}")
-    return {
-        short(f"a name in {where}", name): _checked_value(value, f"{where}[{name!r}]")
-        for name, value in table.items()
-    }
-
-
-def _checked_value(value: FieldValue, where: str) -> FieldValue:
-    match value:
-        case None | bool() | float() | str() | bytes() | Decimal():
-            return value
-        case int():
-            if value.bit_length() >= _LONGEST_INTEGER:
-                raise ValueError(f"{where} has no place in 64 bits: {value}")
-            return value
-        case datetime():
-            return _to_the_second(value)
-        case list():
-            return [_checked_value(item, f"{where}[{at}]") for at, item in enumerate(value)]
-        case Mapping():
-            return _checked_table(value, where)
-    raise TypeError(f"{where}: AMQP has no type for {value!r}")
-
-
-def copied_headers(headers: Headers) -> dict[str, FieldValue]:
-    """A copy that its owner may change at will."""
-    return {name: _copied(value) for name, value in headers.items()}
-
-
-def _copied(value: FieldValue) -> FieldValue:
-    match value:
-        case list():
-            return [_copied(item) for item in value]
-        case Mapping():
-            return copied_headers(value)
-        case _:
-            return value
+# --- publications --------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
-    """A publication as it leaves its client: checked, and the broker's own copy."""
+class CheckedPublication:
+    """A publication as it leaves its client: a copy that AMQP can encode."""
 
     exchange: str
     routing_key: str
@@ -163,55 +128,265 @@ class Letter:
     properties: Properties
 
 
-def letter(exchange: str, routing_key: str, body: bytes, properties: Properties) -> Letter:
-    """Check and copy a publication.
+def check_publication(
+    exchange: str, routing_key: str, body: bytes, properties: Properties
+) -> CheckedPublication:
+    """Check what a client library would fail to encode, and copy the rest.
 
     Raises:
         TypeError: A value is of a type that AMQP does not have.
         ValueError: A value is out of the range that AMQP allows.
     """
     if not isinstance(body, bytes | bytearray | memoryview):
-        raise TypeError(f"a body is bytes, not {type(body).__name__}")
-    return Letter(
-        short("an exchange", exchange),
-        short("a routing key", routing_key),
+        raise TypeError(f"a body must be bytes, not {type(body).__name__}")
+    return CheckedPublication(
+        check_short_string("an exchange", exchange),
+        check_short_string("a routing key", routing_key),
         bytes(body),
-        _checked(properties),
+        _check_properties(properties),
     )
 
 
-def stored(letter: Letter, user: str) -> Stored:
-    """What the broker keeps of a publication.
+def store_publication(publication: CheckedPublication, user: str) -> StoredMessage:
+    """Check what the broker would refuse, and return the message to store.
 
     Raises:
-        Refusal: The broker closes the channel over it.
+        Refusal: The broker closes the channel.
     """
-    own = letter.properties
-    expiration = own.expiration
+    properties = publication.properties
+    expiration = properties.expiration
     if expiration is not None and not (
-        expiration.isascii() and expiration.isdigit() and int(expiration) <= _LONGEST_EXPIRATION
+        expiration.isascii() and expiration.isdigit() and int(expiration) <= _MAX_EXPIRATION
     ):
-        why = f"{{value_negative,{expiration}}}" if expiration[:1] == "-" else "no_integer"
-        raise Refusal(ReplyCode.PRECONDITION_FAILED, f"invalid expiration '{expiration}': {why}")
-    if own.user_id is not None and own.user_id != user:
+        reason = f"{{value_negative,{expiration}}}" if expiration[:1] == "-" else "no_integer"
+        raise Refusal(ReplyCode.PRECONDITION_FAILED, f"invalid expiration '{expiration}': {reason}")
+    if properties.user_id is not None and properties.user_id != user:
         raise Refusal(
             ReplyCode.PRECONDITION_FAILED,
-            f"user_id property set to '{own.user_id}' but authenticated user was '{user}'",
+            f"user_id property set to '{properties.user_id}' but authenticated user was '{user}'",
         )
-    keys = (letter.routing_key, *_more_keys(own, "CC"), *_more_keys(own, "BCC"))
-    if own.headers is not None and "BCC" in own.headers:
-        # Blind: no consumer sees it.
-        own = replace(own, headers={k: v for k, v in own.headers.items() if k != "BCC"})
-    return Stored(letter.body, own, letter.exchange, keys)
+    routing_keys = (
+        publication.routing_key,
+        *_routing_keys_in(properties, "CC"),
+        *_routing_keys_in(properties, "BCC"),
+    )
+    headers = properties.headers
+    if headers is not None and "BCC" in headers:
+        # A blind copy: the broker removes the header before it routes the message.
+        headers = {name: value for name, value in headers.items() if name != "BCC"}
+        properties = replace(properties, headers=headers)
+    return StoredMessage(publication.body, properties, publication.exchange, routing_keys)
 
 
-def _more_keys(properties: Properties, header: str) -> tuple[str, ...]:
+def _routing_keys_in(properties: Properties, header: str) -> tuple[str, ...]:
     value = (properties.headers or {}).get(header)
     if value is None:
         return ()
     if not isinstance(value, list):
         raise Refusal(
             ReplyCode.PRECONDITION_FAILED,
-            f'invalid message: {{unacceptable_type_in_header,"{header}",{type_name(value)}}}',
+            f'invalid message: {{unacceptable_type_in_header,"{header}",{amqp_type_name(value)}}}',
         )
     return tuple(key for key in value if isinstance(key, str))
+
+
+def check_short_string(what: str, value: object) -> str:
+    """Return a value that AMQP can encode as a short string.
+
+    Raises:
+        TypeError: It is not a string.
+        ValueError: It is too long, or can't be encoded.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{what} must be a str, not {value!r}")
+    size = len(value.encode())
+    if size > SHORT_STRING:
+        raise ValueError(f"{what} has {size} bytes; AMQP allows {SHORT_STRING}")
+    return value
+
+
+def _check_properties(properties: Properties) -> Properties:
+    for name in _SHORT_STRINGS:
+        value = getattr(properties, name)
+        if value is not None:
+            check_short_string(name, value)
+    for name in ("priority", "delivery_mode"):
+        value = getattr(properties, name)
+        if value is not None and not (type(value) is int and 0 <= value <= _MAX_OCTET):
+            raise ValueError(f"{name} must be an int from 0 to {_MAX_OCTET}, not {value!r}")
+    timestamp = properties.timestamp
+    headers = properties.headers
+    return replace(
+        properties,
+        timestamp=None if timestamp is None else _check_timestamp(timestamp),
+        headers=None if headers is None else _check_table(headers, "headers"),
+        undecodable={},
+    )
+
+
+def _check_timestamp(value: object) -> datetime:
+    if not isinstance(value, datetime):
+        raise TypeError(f"a timestamp must be a datetime, not {value!r}")
+    if value.tzinfo is None:
+        value = value.replace(tzinfo=UTC)
+    return value.astimezone(UTC).replace(microsecond=0)
+
+
+def _check_table(table: Headers, path: str) -> dict[str, FieldValue]:
+    if not isinstance(table, Mapping):
+        raise TypeError(f"{path} must be a mapping, not {table!r}")
+    return {
+        check_short_string(f"a name in {path}", name): _check_value(value, f"{path}[{name!r}]")
+        for name, value in table.items()
+    }
+
+
+def _check_value(value: FieldValue, path: str) -> FieldValue:
+    match value:
+        case None | bool() | float() | str() | bytes() | Decimal():
+            return value
+        case int():
+            if value.bit_length() >= _INTEGER_BITS:
+                raise ValueError(f"{path} does not fit into 64 bits: {value}")
+            return value
+        case datetime():
+            return _check_timestamp(value)
+        case list():
+            return [_check_value(item, f"{path}[{index}]") for index, item in enumerate(value)]
+        case Mapping():
+            return _check_table(value, path)
+    raise TypeError(f"{path}: AMQP has no type for {value!r}")
+
+
+def copy_headers(headers: Headers) -> dict[str, FieldValue]:
+    """Return a deep copy."""
+    return {name: _copy_value(value) for name, value in headers.items()}
+
+
+def _copy_value(value: FieldValue) -> FieldValue:
+    match value:
+        case list():
+            return [_copy_value(item) for item in value]
+        case Mapping():
+            return copy_headers(value)
+        case _:
+            return value
+
+
+# --- dead letters --------------------------------------------------------------
+
+
+def make_dead_letter(  # noqa: PLR0917  -- a dead letter is made of all of them
+    message: StoredMessage,
+    queue: str,
+    reason: DeathReason,
+    exchange: str,
+    routing_key: str | None,
+    now: float,
+    rules: VersionRules,
+) -> StoredMessage:
+    """Return the message that is published to a dead-letter exchange.
+
+    Args:
+        routing_key: The queue's `x-dead-letter-routing-key`; None: the message keeps its own.
+        now: The broker's time; it counts from 1970.
+    """
+    properties = message.properties
+    headers: dict[str, FieldValue] = dict(message.headers)
+    death = Death(
+        queue=queue,
+        reason=reason.value,
+        count=1,
+        exchange=message.exchange,
+        routing_keys=_visible_routing_keys(message),
+        time=datetime.fromtimestamp(int(now), UTC),
+        original_expiration=properties.expiration,
+    )
+    stated = [] if message.deaths else ["first"]
+    if rules.sends_last_death:
+        stated.append("last")
+    for which in stated:
+        headers[f"x-{which}-death-reason"] = reason.value
+        headers[f"x-{which}-death-queue"] = queue
+        headers[f"x-{which}-death-exchange"] = message.exchange
+    deaths = _add_death(message.deaths, death)
+    headers["x-death"] = [each.table for each in deaths]
+    routing_keys = message.routing_keys
+    if routing_key is not None:
+        routing_keys = (routing_key,)
+        if not rules.keeps_cc:
+            headers.pop("CC", None)
+    # Without its expiration, a dead letter does not expire again in the next queue.
+    properties = replace(properties, headers=headers, expiration=None)
+    return StoredMessage(
+        message.body, properties, exchange, routing_keys, deaths, message.was_delivered
+    )
+
+
+def _visible_routing_keys(message: StoredMessage) -> tuple[str, ...]:
+    """Return the message's own routing key and those in `CC`, but not those in `BCC`."""
+    copies = message.headers.get("CC")
+    if not isinstance(copies, list):
+        return (message.routing_key,)
+    return (message.routing_key, *(key for key in copies if isinstance(key, str)))
+
+
+def _add_death(deaths: tuple[Death, ...], latest: Death) -> tuple[Death, ...]:
+    """Put the latest death first; one of the same queue and reason is counted instead of added."""
+    others = []
+    for death in deaths:
+        if (death.queue, death.reason) == (latest.queue, latest.reason):
+            # RabbitMQ keeps the other fields of the first time.
+            latest = replace(death, count=death.count + 1)
+        else:
+            others.append(death)
+    return (latest, *others)
+
+
+def is_dead_letter_cycle(deaths: tuple[Death, ...], queue: str) -> bool:
+    """Return whether a dead letter was in this queue before and was not rejected since.
+
+    Args:
+        deaths: Its deaths, including the one that sends it to the queue.
+    """
+    for index, death in enumerate(deaths):
+        if death.queue == queue:
+            return all(each.reason != DeathReason.REJECTED.value for each in deaths[: index + 1])
+    return False
+
+
+def parse_x_death(value: FieldValue) -> tuple[Death, ...]:
+    """Return the deaths that a client has published in `x-death`; invalid ones are left out."""
+    if not isinstance(value, list):
+        return ()
+    deaths: dict[tuple[str, str], Death] = {}
+    for table in value:
+        if not isinstance(table, Mapping):
+            continue
+        match table:
+            case {"queue": str(queue), "reason": str(reason), **rest}:
+                death = _parse_death(rest, queue, reason)
+                before = deaths.get((queue, reason))
+                if before is not None:
+                    death = replace(before, count=before.count + death.count)
+                deaths[queue, reason] = death
+            case _:
+                continue
+    return tuple(deaths.values())
+
+
+def _parse_death(table: Mapping[str, FieldValue], queue: str, reason: str) -> Death:
+    count, exchange = table.get("count"), table.get("exchange")
+    keys, time = table.get("routing-keys"), table.get("time")
+    expiration = table.get("original-expiration")
+    return Death(
+        queue=queue,
+        reason=reason,
+        count=count if isinstance(count, int) else 1,
+        exchange=exchange if isinstance(exchange, str) else "",
+        routing_keys=tuple(key for key in keys if isinstance(key, str))
+        if isinstance(keys, list)
+        else (),
+        time=time if isinstance(time, datetime) else datetime.fromtimestamp(0, UTC),
+        original_expiration=expiration if isinstance(expiration, str) else None,
+    )

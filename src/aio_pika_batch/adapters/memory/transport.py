@@ -1,51 +1,54 @@
-"""The port on the broker in memory: what `memory://name` is.
+"""Implements the port on the broker in memory, for `memory://name`.
 
-One broker for each name and event loop. It lives as long as the loop does; messages do not survive
-it.
+There is one broker for each name and event loop. It lives as long as the loop does, and its
+messages are lost with it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit
 from weakref import WeakKeyDictionary
 
-from aio_pika_batch.adapters.memory.alarm import attach
-from aio_pika_batch.adapters.memory.broker import Broker, Unreachable
-from aio_pika_batch.adapters.memory.connections import Connection
+from aio_pika_batch.adapters.memory.broker import Broker, BrokerUnreachable
+from aio_pika_batch.adapters.memory.channel import Connection
 from aio_pika_batch.adapters.memory.publisher import MemoryPublisher
-from aio_pika_batch.adapters.memory.refusals import Refusal
+from aio_pika_batch.adapters.memory.refusals import Refusal, translate_refusals
 from aio_pika_batch.adapters.memory.session import MemorySession
-from aio_pika_batch.adapters.memory.topology import count, declare
-from aio_pika_batch.adapters.memory.versions import NEWEST, dialect
-from aio_pika_batch.core.topology import parse_version
+from aio_pika_batch.adapters.memory.versions import NEWEST, version_rules
+from aio_pika_batch.core.refusals import ReplyCode
+from aio_pika_batch.core.topology import (
+    Exchange,
+    Queue,
+    Topology,
+    Version,
+    parse_version,
+    refuse_lossy_wait_queue,
+)
 from aio_pika_batch.errors import AccessRefused, BrokerUnavailable, ConfigurationError
-
-if TYPE_CHECKING:
-    from aio_pika_batch.core.topology import Topology, Version
-    from aio_pika_batch.transport import Endpoint, Subscription
+from aio_pika_batch.transport import Endpoint, Subscription
 
 _BROKERS: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Broker]] = WeakKeyDictionary()
 
 
 def open_transport(endpoint: Endpoint) -> MemoryTransport:
-    """What the scheme `memory` stands for: `memory://name`, or `memory://name?version=4.0`.
+    """Return the transport for `memory://name` or `memory://name?version=4.0`.
 
     Raises:
-        ConfigurationError: The URL says something else, too.
+        ConfigurationError: The URL has other parts.
     """
     url = urlsplit(endpoint.url)
     query = parse_qs(url.query, keep_blank_values=True)
     version = query.pop("version", [NEWEST])[-1]
     if url.scheme != "memory" or "," in endpoint.url or url.path.strip("/") or query:
         raise ConfigurationError(
-            "a broker in memory is memory://name, or memory://name?version=4.0"
+            "the URL of a broker in memory must be memory://name or memory://name?version=4.0"
         )
-    dialect(version)
+    version_rules(version)
     return MemoryTransport(
         name=url.hostname or "",
         version=version,
@@ -55,15 +58,15 @@ def open_transport(endpoint: Endpoint) -> MemoryTransport:
 
 
 class MemoryTransport:
-    """A broker in memory, to be reached.
+    """A transport to a broker in memory.
 
     Args:
-        broker: Which one; None: the running event loop's of that name.
-        name: Of the loop's broker.
-        version: Of the RabbitMQ that it imitates, if it has to be made.
-        publish_timeout: Seconds to wait for confirmations.
-        connection_name: What the broker calls the connections.
-        wall_clock: Seconds since the epoch, for the age of messages.
+        broker: The broker; None: the running event loop's broker of that name.
+        name: The name of the loop's broker.
+        version: The version of RabbitMQ that the loop's broker imitates.
+        publish_timeout: Seconds to wait for confirms.
+        connection_name: The broker's name for the connections.
+        wall_clock: Returns seconds since 1970, for the age of messages.
     """
 
     def __init__(
@@ -85,10 +88,10 @@ class MemoryTransport:
 
     @property
     def broker(self) -> Broker:
-        """The broker, for tests: what it holds, what has happened, and what shall go wrong.
+        """The broker, for tests; it runs on the clock of the running event loop from now on.
 
         Raises:
-            ConfigurationError: One of that name is there, and imitates another version.
+            ConfigurationError: The loop's broker of that name imitates another version.
         """
         broker = self._broker
         if broker is None:
@@ -96,34 +99,35 @@ class MemoryTransport:
             broker = brokers.get(self._name)
             if broker is None:
                 broker = brokers[self._name] = Broker(self._version)
-            if broker.dialect.version != self._version:
+            if broker.version != self._version:
                 raise ConfigurationError(
-                    f"memory://{self._name} imitates RabbitMQ {broker.dialect.version} already,"
-                    f" not {self._version}"
+                    f"memory://{self._name} imitates RabbitMQ {broker.version} already, not"
+                    f" {self._version}; use another name"
                 )
-        attach(broker)
+        _use_clock_of_running_loop(broker)
         return broker
 
     @property
     def broker_version(self) -> Version | None:
-        """Of the RabbitMQ that is imitated."""
-        return parse_version("RabbitMQ", self.broker.dialect.version)
+        """The version of RabbitMQ that is imitated."""
+        return parse_version("RabbitMQ", self.broker.version)
 
     async def declare(self, topology: Topology) -> None:
-        """Declare and check. An exclusive queue goes again at once, with its connection."""
+        """Declare and check. An exclusive queue is deleted at once, with its connection."""
         async with self._connected() as connection:
-            declare(connection, topology)
+            _declare(connection, topology)
 
     async def count(self, queue: str) -> int:
-        """How many messages are ready in a queue."""
+        """Return the number of ready messages in a queue."""
         async with self._connected() as connection:
-            return count(connection, queue)
+            with translate_refusals(f"queue {queue!r}"), connection.channel().operation() as vhost:
+                return len(vhost.queue(queue, connection).ready)
 
     @asynccontextmanager
     async def session(self, subscription: Subscription) -> AsyncIterator[MemorySession]:
-        """Consume, until the context is left."""
+        """Consume until the context is left."""
         async with self._connected() as connection:
-            declare(connection, subscription.own)
+            _declare(connection, subscription.own)
             session = MemorySession(
                 connection,
                 subscription,
@@ -138,7 +142,7 @@ class MemoryTransport:
 
     @asynccontextmanager
     async def publisher(self) -> AsyncIterator[MemoryPublisher]:
-        """Publish, until the context is left."""
+        """Publish until the context is left."""
         async with self._connected() as connection:
             publisher = MemoryPublisher(connection, publish_timeout=self._publish_timeout)
             try:
@@ -149,11 +153,11 @@ class MemoryTransport:
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[Connection]:
         broker = self.broker
-        # Reaching a broker takes a moment; whoever else is ready goes first.
+        # Connecting to a real broker takes time, in which other tasks run.
         await asyncio.sleep(0)
         try:
             connection = broker.connect(self._connection_name)
-        except Unreachable as error:
+        except BrokerUnreachable as error:
             raise BrokerUnavailable(f"memory://{self._name}: {error}") from error
         except Refusal as refusal:
             raise AccessRefused(f"memory://{self._name}: {refusal}") from refusal
@@ -161,3 +165,132 @@ class MemoryTransport:
             yield connection
         finally:
             connection.close()
+
+
+# --- topology ------------------------------------------------------------------
+
+
+def _declare(connection: Connection, topology: Topology) -> None:
+    # Each entity on a channel of its own, since a refusal closes the channel.
+    for exchange in topology.exchanges:
+        with translate_refusals(f"exchange {exchange.name!r}"):
+            _declare_exchange(connection, exchange)
+    for queue in topology.queues:
+        refuse_lossy_wait_queue(queue, "RabbitMQ", connection.version)
+        with translate_refusals(f"queue {queue.name!r}", queue.if_unequal):
+            _declare_queue(connection, queue)
+    for binding in topology.bindings:
+        subject = f"binding of queue {binding.queue!r} to exchange {binding.exchange!r}"
+        with translate_refusals(subject), connection.channel().operation() as vhost:
+            vhost.bind(
+                vhost.queue(binding.queue, connection),
+                binding.exchange,
+                binding.routing_key,
+                binding.arguments,
+            )
+
+
+def _declare_exchange(connection: Connection, exchange: Exchange) -> None:
+    if _must_exist(exchange):
+        try:
+            with connection.channel().operation() as vhost:
+                vhost.exchange(exchange.name)
+        except Refusal as refusal:
+            if not _may_be_created(exchange, refusal):
+                raise
+        else:
+            return
+    with connection.channel().operation() as vhost:
+        vhost.declare_exchange(
+            exchange.name,
+            exchange.type,
+            durable=exchange.durable,
+            auto_delete=exchange.auto_delete,
+            arguments=exchange.arguments,
+        )
+
+
+def _declare_queue(connection: Connection, queue: Queue) -> None:
+    if _must_exist(queue):
+        try:
+            with connection.channel().operation() as vhost:
+                vhost.queue(queue.name, connection)
+        except Refusal as refusal:
+            if not _may_be_created(queue, refusal):
+                raise
+        else:
+            return
+    with connection.channel().operation() as vhost:
+        vhost.declare_queue(
+            queue.name,
+            durable=queue.durable,
+            exclusive=queue.exclusive,
+            auto_delete=queue.auto_delete,
+            arguments=queue.arguments_on(parse_version("RabbitMQ", connection.version)),
+            connection=connection,
+        )
+
+
+def _must_exist(entity: Exchange | Queue) -> bool:
+    return entity.check_only or entity.existing_first
+
+
+def _may_be_created(entity: Exchange | Queue, refusal: Refusal) -> bool:
+    return refusal.code is ReplyCode.NOT_FOUND and not entity.check_only
+
+
+# --- the event loop's clock ----------------------------------------------------
+
+
+class LoopClock:
+    """The clock of an event loop, as the broker's clock.
+
+    The broker's time continues where it stood, since a broker may outlive a loop, and the clocks of
+    two loops may differ.
+    """
+
+    def __init__(self, broker: Broker, loop: asyncio.AbstractEventLoop) -> None:
+        self._broker = broker
+        # Weak references only: a broker must not keep a finished loop alive, and neither must the
+        # handle of its timer, which refers to the loop.
+        self._loop = weakref.ref(loop)
+        self._timer: weakref.ref[asyncio.TimerHandle] | None = None
+        self._offset = max(0.0, broker.now - loop.time())
+        self._last_time = broker.now
+        self._due: float | None = None
+
+    def is_of(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Return whether it is this loop's clock."""
+        return self._loop() is loop
+
+    def time(self) -> float:
+        """Return the present time; after the end of the loop, the last one that was read."""
+        loop = self._loop()
+        if loop is not None:
+            self._last_time = loop.time() + self._offset
+        return self._last_time
+
+    def set_timer(self, when: float | None) -> None:
+        """Advance the broker at this time, instead of at an earlier timer's; None: never."""
+        if when == self._due:
+            return
+        self._due = when
+        timer = None if self._timer is None else self._timer()
+        if timer is not None:
+            timer.cancel()
+        loop = self._loop()
+        if when is not None and loop is not None and not loop.is_closed():
+            self._timer = weakref.ref(loop.call_at(when - self._offset, self._on_timer, when))
+
+    def _on_timer(self, when: float) -> None:
+        self._due = None
+        # A loop may call a little early, by the resolution of its clock.
+        self._broker.advance(max(when, self.time()))
+
+
+def _use_clock_of_running_loop(broker: Broker) -> None:
+    loop = asyncio.get_running_loop()
+    if not (isinstance(broker.clock, LoopClock) and broker.clock.is_of(loop)):
+        if broker.clock is not None:
+            broker.clock.set_timer(None)
+        broker.clock = LoopClock(broker, loop)

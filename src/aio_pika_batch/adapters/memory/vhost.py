@@ -1,109 +1,124 @@
-"""Which exchanges and queues are there, and how does a message get from one to another?
+"""Holds the exchanges and queues of the virtual host `/`, and moves messages between them.
 
-Everything that a change sets off (deliveries, expiries, dead letters that enter further queues) is
-done before the operation that made the change ends, so that between operations nothing is on its
-way.
+Everything that a change causes (deliveries, expiries, dead letters that enter other queues) is done
+before the operation that made the change ends, so between operations no message is on its way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING
 
-from aio_pika_batch.adapters.memory.arguments import (
+from aio_pika_batch.adapters.memory.exchanges import (
+    ExchangeBinding,
+    ExchangeType,
+    MemoryExchange,
+    parse_exchange_type,
+)
+from aio_pika_batch.adapters.memory.faults import BrokerEvent, EventKind, Journal
+from aio_pika_batch.adapters.memory.queue import MemoryQueue, QueueConsumer
+from aio_pika_batch.adapters.memory.queue_arguments import (
     QueueType,
     check_same_arguments,
+    parse_arguments,
 )
-from aio_pika_batch.adapters.memory.arguments import (
-    spec as read_spec,
-)
-from aio_pika_batch.adapters.memory.dead_lettering import (
-    Reason,
-    claimed_deaths,
-    dead_letter,
-    goes_in_circles,
-)
-from aio_pika_batch.adapters.memory.exchanges import Bound, Exchange, Kind
-from aio_pika_batch.adapters.memory.exchanges import kind as kind_of
-from aio_pika_batch.adapters.memory.journal import BrokerEvent, EventKind, Journal
-from aio_pika_batch.adapters.memory.queues import Queue
 from aio_pika_batch.adapters.memory.refusals import (
     Refusal,
-    locked,
-    no_exchange,
-    no_queue,
-    on_default_exchange,
-    unequal,
+    default_exchange_not_permitted,
+    exchange_not_found,
+    format_flag,
+    inequivalent_argument,
+    queue_locked,
+    queue_not_found,
 )
-from aio_pika_batch.adapters.memory.stored_message import copied_headers, short
+from aio_pika_batch.adapters.memory.stored_message import (
+    DeathReason,
+    StoredMessage,
+    check_short_string,
+    copy_headers,
+    is_dead_letter_cycle,
+    make_dead_letter,
+    parse_x_death,
+)
+from aio_pika_batch.adapters.memory.versions import VersionRules
+from aio_pika_batch.core.message import Headers
 from aio_pika_batch.core.refusals import ReplyCode
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from aio_pika_batch.adapters.memory.consumers import Consumer
-    from aio_pika_batch.adapters.memory.stored_message import Stored
-    from aio_pika_batch.adapters.memory.versions import Dialect
-    from aio_pika_batch.core.message import Headers
-
 _PREDECLARED = {
-    "amq.direct": Kind.DIRECT,
-    "amq.fanout": Kind.FANOUT,
-    "amq.topic": Kind.TOPIC,
-    "amq.headers": Kind.HEADERS,
-    "amq.match": Kind.HEADERS,
+    "amq.direct": ExchangeType.DIRECT,
+    "amq.fanout": ExchangeType.FANOUT,
+    "amq.topic": ExchangeType.TOPIC,
+    "amq.headers": ExchangeType.HEADERS,
+    "amq.match": ExchangeType.HEADERS,
 }
 
 
 class VirtualHost:
-    """Exchanges, queues, and the ways between them."""
+    """Exchanges, queues, and the messages that go from one to another.
 
-    def __init__(self, dialect: Dialect, journal: Journal) -> None:
-        self.dialect = dialect
+    Attributes:
+        now: The broker's time.
+    """
+
+    def __init__(self, rules: VersionRules, journal: Journal) -> None:
+        self.rules = rules
         self.journal = journal
         self.now = 0.0
-        self.queues: dict[str, Queue] = {}
-        self.exchanges = {name: Exchange(name, kind) for name, kind in _PREDECLARED.items()}
-        self._awake: dict[Queue, None] = {}
-        self._dying: dict[Queue, None] = {}
-        self._names = count(1)
+        self.queues: dict[str, MemoryQueue] = {}
+        self.exchanges = {name: MemoryExchange(name, type_) for name, type_ in _PREDECLARED.items()}
+        # Ordered sets of the queues that must run, and of those with pending dead letters.
+        self._scheduled: dict[MemoryQueue, None] = {}
+        self._waiting: dict[MemoryQueue, None] = {}
+        self._name_numbers = count(1)
 
-    # -- what is there --
+    # -- topology --
 
-    def queue(self, name: str, asker: object | None) -> Queue:
-        """A queue, if it is there and not another connection's."""
+    def queue(self, name: str, connection: object | None) -> MemoryQueue:
+        """Return a queue that the connection may use.
+
+        Raises:
+            Refusal: It does not exist, or is another connection's exclusive queue.
+        """
         queue = self.queues.get(name)
         if queue is None:
-            raise no_queue(name)
-        if queue.owner is not None and queue.owner is not asker:
-            raise locked(name)
+            raise queue_not_found(name)
+        if queue.owner is not None and queue.owner is not connection:
+            raise queue_locked(name)
         return queue
 
-    def exchange(self, name: str) -> Exchange:
-        """An exchange other than the default one."""
+    def exchange(self, name: str) -> MemoryExchange:
+        """Return an exchange other than the default one.
+
+        Raises:
+            Refusal: It does not exist, or is the default exchange.
+        """
         if not name:
-            raise on_default_exchange()
+            raise default_exchange_not_permitted()
         exchange = self.exchanges.get(name)
         if exchange is None:
-            raise no_exchange(name)
+            raise exchange_not_found(name)
         return exchange
 
     def declare_exchange(
         self, name: str, type_: str, *, durable: bool, auto_delete: bool, arguments: Headers
     ) -> None:
-        """Create an exchange, or find it to be what is declared."""
-        short("an exchange's name", name)
-        kind = kind_of(type_, self.dialect)
+        """Create an exchange, or check that the existing one is the same."""
+        check_short_string("an exchange's name", name)
+        exchange_type = parse_exchange_type(type_, self.rules)
         existing = self.exchanges.get(name)
         if existing is not None:
-            existing.check_same(kind, durable=durable, auto_delete=auto_delete, arguments=arguments)
+            existing.check_same(
+                exchange_type, durable=durable, auto_delete=auto_delete, arguments=arguments
+            )
             return
         if not name:
-            raise on_default_exchange()
-        _check_prefix("exchange", name)
-        self.exchanges[name] = Exchange(name, kind, durable, auto_delete, copied_headers(arguments))
-        self.wake_dying()
+            raise default_exchange_not_permitted()
+        _refuse_reserved_name("exchange", name)
+        self.exchanges[name] = MemoryExchange(
+            name, exchange_type, durable, auto_delete, copy_headers(arguments)
+        )
+        self.retry_dead_letters()
 
     def declare_queue(
         self,
@@ -113,100 +128,116 @@ class VirtualHost:
         exclusive: bool,
         auto_delete: bool,
         arguments: Headers,
-        asker: object,
-    ) -> Queue:
-        """Create a queue, or find it to be what is declared. Without a name it is given one."""
-        short("a queue's name", name)
+        connection: object,
+    ) -> MemoryQueue:
+        """Create a queue, or check that the existing one is the same.
+
+        Args:
+            name: Empty: the broker chooses one.
+        """
+        check_short_string("a queue's name", name)
         entity = f"queue '{name}'"
+        owner = connection if exclusive else None
         existing = self.queues.get(name)
         if existing is not None:
-            if existing.owner is not (asker if exclusive else None):
-                raise locked(name)
+            if existing.owner is not owner:
+                raise queue_locked(name)
             for argument, received, current in (
                 ("durable", durable, existing.durable),
                 ("auto_delete", auto_delete, existing.auto_delete),
             ):
                 if received != current:
-                    raise unequal(argument, entity, _told(received), _told(current))
+                    raise inequivalent_argument(
+                        argument, entity, format_flag(received), format_flag(current)
+                    )
             check_same_arguments(name, arguments, existing.arguments)
             existing.unused_since = self.now
             return existing
-        spec = read_spec(name, arguments, self.dialect)
+        spec = parse_arguments(name, arguments, self.rules)
         if spec.type is QueueType.QUORUM:
-            for fault, what in (
+            for is_wrong, what in (
                 (not durable, "non-durable"),
                 (exclusive, "exclusive-owner"),
                 (auto_delete, "auto-delete"),
             ):
-                if fault:
+                if is_wrong:
                     raise Refusal(
                         ReplyCode.PRECONDITION_FAILED,
                         f"invalid property '{what}' for {entity} in vhost '/'",
                     )
-        _check_prefix("queue", name)
-        name = name or f"amq.gen-{next(self._names)}"
-        queue = Queue(
+        _refuse_reserved_name("queue", name)
+        name = name or f"amq.gen-{next(self._name_numbers)}"
+        queue = MemoryQueue(
             self,
             name,
             spec,
-            copied_headers(arguments),
+            copy_headers(arguments),
             durable=durable,
             auto_delete=auto_delete,
-            owner=asker if exclusive else None,
+            owner=owner,
         )
         self.queues[name] = queue
-        self.wake_dying()
+        self.retry_dead_letters()
         return queue
 
-    def bind(self, queue: Queue, exchange: str, routing_key: str, arguments: Headers) -> None:
-        """Bind a queue."""
-        short("a routing key", routing_key)
-        self.exchange(exchange).bind(Bound(queue.name, routing_key, copied_headers(arguments)))
-        self.wake_dying()
+    def bind(self, queue: MemoryQueue, exchange: str, routing_key: str, arguments: Headers) -> None:
+        """Bind a queue to an exchange."""
+        check_short_string("a routing key", routing_key)
+        binding = ExchangeBinding(queue.name, routing_key, copy_headers(arguments))
+        self.exchange(exchange).bind(binding)
+        self.retry_dead_letters()
 
-    def unbind(self, queue: Queue, exchange: str, routing_key: str, arguments: Headers) -> None:
-        """Take a binding away."""
+    def unbind(
+        self, queue: MemoryQueue, exchange: str, routing_key: str, arguments: Headers
+    ) -> None:
+        """Remove a binding, if it exists."""
         source = self.exchange(exchange)
-        source.unbind(Bound(queue.name, routing_key, copied_headers(arguments)))
-        self._drop_if_unused(source)
+        source.unbind(ExchangeBinding(queue.name, routing_key, copy_headers(arguments)))
+        self._delete_if_unused(source)
 
-    def delete_queue(self, queue: Queue) -> None:
+    def delete_queue(self, queue: MemoryQueue) -> None:
         """Delete a queue and its bindings."""
         del self.queues[queue.name]
-        self._awake.pop(queue, None)
-        self._dying.pop(queue, None)
+        self._scheduled.pop(queue, None)
+        self._waiting.pop(queue, None)
         for exchange in list(self.exchanges.values()):
-            if exchange.forget(queue.name):
-                self._drop_if_unused(exchange)
+            if exchange.unbind_queue(queue.name):
+                self._delete_if_unused(exchange)
         queue.delete()
 
-    def leave(self, consumer: Consumer) -> None:
-        """A consumer goes; with the last one goes a queue that was declared so."""
-        queue = consumer.queue
-        queue.leave(consumer)
-        if queue.auto_delete and not queue.consumers:
+    def delete_exclusive_queues(self, connection: object) -> None:
+        """Delete the exclusive queues of a connection."""
+        for queue in [each for each in self.queues.values() if each.owner is connection]:
             self.delete_queue(queue)
 
     def delete_exchange(self, name: str) -> None:
-        """Delete an exchange; one that is not there is no mistake."""
-        _check_prefix("exchange", name)
+        """Delete an exchange, if it exists."""
+        _refuse_reserved_name("exchange", name)
         self.exchanges.pop(name, None)
 
-    def _drop_if_unused(self, exchange: Exchange) -> None:
+    def _delete_if_unused(self, exchange: MemoryExchange) -> None:
         if exchange.auto_delete and not exchange.bindings:
             del self.exchanges[exchange.name]
 
-    # -- how a message gets there --
+    def remove_consumer(self, consumer: QueueConsumer) -> None:
+        """Remove a consumer; an auto-delete queue is deleted with its last one."""
+        queue = consumer.queue
+        queue.remove_consumer(consumer)
+        if queue.auto_delete and not queue.consumers:
+            self.delete_queue(queue)
 
-    def route(self, message: Stored) -> list[Queue]:
-        """The queues that a message goes to."""
+    # -- messages --
+
+    def route(self, message: StoredMessage) -> list[MemoryQueue]:
+        """Return the queues that a message goes to."""
         if not message.exchange:
+            # The default exchange: a routing key is the name of a queue.
             names: Iterable[str] = dict.fromkeys(message.routing_keys)
         else:
             names = self._route_from(self.exchange(message.exchange), message)
         return [self.queues[name] for name in names if name in self.queues]
 
-    def _route_from(self, exchange: Exchange, message: Stored) -> list[str]:
+    def _route_from(self, exchange: MemoryExchange, message: StoredMessage) -> list[str]:
         seen: set[str] = set()
         while True:
             seen.add(exchange.name)
@@ -217,107 +248,110 @@ class VirtualHost:
             exchange = self.exchanges[alternate]
 
     @staticmethod
-    def offer_to_all(queues: Iterable[Queue], message: Stored) -> bool:
-        """Offer a message to each queue, even if one refuses; tell whether all took it."""
+    def offer_to_all(queues: Iterable[MemoryQueue], message: StoredMessage) -> bool:
+        """Offer a message to each queue, even if one refuses it; return whether all stored it."""
         refusals = [queue.name for queue in queues if not queue.offer(message)]
         return not refusals
 
-    def received(self, message: Stored) -> Stored:
-        """A message from a client, with the deaths that the broker takes its word for."""
-        if not self.dialect.reads_client_deaths or "x-death" not in message.headers:
+    def with_client_deaths(self, message: StoredMessage) -> StoredMessage:
+        """Return a client's message with the deaths that this version believes."""
+        if not self.rules.trusts_client_deaths or "x-death" not in message.headers:
             return message
-        return replace(message, deaths=claimed_deaths(message.headers["x-death"]))
+        return replace(message, deaths=parse_x_death(message.headers["x-death"]))
 
-    def send_dead_letter(self, queue: Queue, message: Stored, reason: Reason) -> bool:
-        """Publish to a queue's dead-letter exchange; tell whether all queues there took it.
+    def send_dead_letter(
+        self, queue: MemoryQueue, message: StoredMessage, reason: DeathReason
+    ) -> bool:
+        """Publish to the queue's dead-letter exchange; return False if the message must be kept.
 
-        What no queue takes is lost, unless its queue keeps it.
+        A message that no queue takes is dropped, unless its queue is at-least-once.
         """
         exchange = queue.spec.dead_letter_exchange
         if exchange is None or (exchange and exchange not in self.exchanges):
-            return self._not_buried(queue, message, "no dead-letter exchange")
-        letter = dead_letter(
+            return self._not_sent(queue, message, "no dead-letter exchange")
+        dead_letter = make_dead_letter(
             message,
             queue.name,
             reason,
             exchange,
             queue.spec.dead_letter_routing_key,
             self.now,
-            self.dialect,
+            self.rules,
         )
-        targets = self.route(letter)
+        targets = self.route(dead_letter)
         if not targets:
-            return self._not_buried(queue, message, "dead letter not routable")
-        if reason is not Reason.REJECTED:
-            straight = [each for each in targets if not goes_in_circles(letter.deaths, each.name)]
-            if not straight:
-                self.note(EventKind.DROPPED, queue.name, message, "dead letter goes in circles")
+            return self._not_sent(queue, message, "dead letter not routable")
+        if reason is not DeathReason.REJECTED:
+            targets = [
+                each for each in targets if not is_dead_letter_cycle(dead_letter.deaths, each.name)
+            ]
+            if not targets:
+                self.record(EventKind.DROPPED, queue.name, message, "dead-letter cycle")
                 return True
-            targets = straight
-        if queue.spec.at_least_once and any(each.would_refuse(letter) for each in targets):
+        if queue.spec.at_least_once and any(each.would_refuse(dead_letter) for each in targets):
             return False
-        if not self.offer_to_all(targets, letter):
-            self.note(EventKind.DROPPED, queue.name, message, "dead letter refused")
+        if not self.offer_to_all(targets, dead_letter):
+            self.record(EventKind.DROPPED, queue.name, message, "dead letter refused")
         return True
 
-    def _not_buried(self, queue: Queue, message: Stored, why: str) -> bool:
+    def _not_sent(self, queue: MemoryQueue, message: StoredMessage, reason: str) -> bool:
         if not queue.spec.at_least_once:
-            self.note(EventKind.DROPPED, queue.name, message, why)
+            self.record(EventKind.DROPPED, queue.name, message, reason)
         return False
 
-    # -- what follows from it --
+    # -- what follows from a change --
 
-    def note(self, kind: EventKind, queue: str, message: Stored | None, detail: str = "") -> None:
+    def record(
+        self, kind: EventKind, queue: str, message: StoredMessage | None, detail: str = ""
+    ) -> None:
         """Write into the journal."""
         body = None if message is None else message.body
-        self.journal.write(BrokerEvent(self.now, kind, queue, body, detail))
+        self.journal.record(BrokerEvent(self.now, kind, queue, body, detail))
 
-    def wake(self, queue: Queue) -> None:
-        """See to it that the queue runs before the current operation ends."""
-        self._awake[queue] = None
+    def schedule(self, queue: MemoryQueue) -> None:
+        """Let a queue run before the current operation ends."""
+        self._scheduled[queue] = None
 
-    def wake_dying(self) -> None:
-        """Dead letters that nobody took may find somebody now."""
-        self._awake.update(self._dying)
+    def retry_dead_letters(self) -> None:
+        """Schedule the queues with pending dead letters: something may take them now."""
+        # RabbitMQ tries again after some minutes. Here every change is an occasion, so that tests
+        # need not wait.
+        self._scheduled.update(self._waiting)
 
     def run(self) -> None:
-        """Do everything that can be done now."""
-        while self._awake:
-            queue = next(iter(self._awake))
-            del self._awake[queue]
+        """Run the scheduled queues, and those that they schedule, until none is left."""
+        while self._scheduled:
+            queue = next(iter(self._scheduled))
+            del self._scheduled[queue]
             before = len(queue.ready)
             queue.run()
-            if queue.dying:
-                self._dying[queue] = None
+            if queue.pending_dead_letters:
+                self._waiting[queue] = None
             else:
-                self._dying.pop(queue, None)
+                self._waiting.pop(queue, None)
             if len(queue.ready) < before:
-                # It has room again.
-                self.wake_dying()
+                # It may have room for a dead letter now.
+                self.retry_dead_letters()
 
-    def fire(self) -> None:
-        """Do what is due by now."""
+    def expire(self) -> None:
+        """Delete the queues that have expired, and schedule those with expired messages."""
         for queue in list(self.queues.values()):
-            gone_at = queue.gone_at
-            if gone_at is not None and gone_at <= self.now:
+            expires_at = queue.expires_at
+            if expires_at is not None and expires_at <= self.now:
                 self.delete_queue(queue)
             elif (deadline := queue.deadline) is not None and deadline <= self.now:
-                self.wake(queue)
+                self.schedule(queue)
 
-    def deadline(self) -> float | None:
-        """When something happens by itself."""
+    def next_deadline(self) -> float | None:
+        """Return when a message or a queue expires next."""
         return min(
             (at for queue in self.queues.values() if (at := queue.deadline) is not None),
             default=None,
         )
 
 
-def _check_prefix(what: str, name: str) -> None:
+def _refuse_reserved_name(what: str, name: str) -> None:
     if name.startswith("amq."):
         raise Refusal(
             ReplyCode.ACCESS_REFUSED, f"{what} name '{name}' contains reserved prefix 'amq.*'"
         )
-
-
-def _told(flag: bool) -> str:  # noqa: FBT001
-    return f"'{str(flag).lower()}'"

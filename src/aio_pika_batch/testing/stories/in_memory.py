@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import assert_never
 
-from aio_pika_batch.adapters.memory.faults import PublishFault
-from aio_pika_batch.adapters.memory.journal import EventKind
+from aio_pika_batch.adapters.memory.faults import EventKind, PublishFault
 from aio_pika_batch.adapters.memory.versions import NEWEST
 from aio_pika_batch.testing.broker import BatchBroker
 from aio_pika_batch.testing.stories.invariants import judge

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from aio_pika_batch.adapters.memory.broker import Broker
-from aio_pika_batch.adapters.memory.frames import Confirmed, Delivery, Returned
-from aio_pika_batch.adapters.memory.stored_message import letter
+from aio_pika_batch.adapters.memory.channel import ConfirmFrame, DeliverFrame, ReturnFrame
+from aio_pika_batch.adapters.memory.stored_message import check_publication
 from aio_pika_batch.core.message import Properties
 
 
@@ -35,7 +35,7 @@ class Client:
                 exclusive=exclusive,
                 auto_delete=auto_delete,
                 arguments={f"x-{key.replace('_', '-')}": val for key, val in arguments.items()},
-                asker=self.connection,
+                connection=self.connection,
             ).name
 
     def exchange(
@@ -77,19 +77,19 @@ class Client:
         """Publish; the broker says `confirmed`, `refused`, `returned`, or there is `silence`."""
         kept = self.channel.take()
         number = self.channel.publish(
-            letter(exchange, key, body, Properties(**properties)), mandatory=mandatory
+            check_publication(exchange, key, body, Properties(**properties)), mandatory=mandatory
         )
         heard, said = [], "silence"
         for incoming in self.channel.take():
             match incoming:
-                case Returned(of) if of == number:
+                case ReturnFrame(of) if of == number:
                     said = "returned"
-                case Confirmed(of, accepted) if of == number:
+                case ConfirmFrame(of, accepted) if of == number:
                     if said != "returned":
                         said = "confirmed" if accepted else "refused"
                 case _:
                     heard.append(incoming)
-        self.channel.inbox = kept + heard
+        self.channel.received = kept + heard
         return said
 
     def consume(
@@ -109,14 +109,14 @@ class Client:
             arguments={f"x-{key.replace('_', '-')}": value for key, value in arguments.items()},
         )
 
-    def deliveries(self) -> list[Delivery]:
+    def deliveries(self) -> list[DeliverFrame]:
         """What was delivered since the last time."""
-        return [each for each in self.channel.take() if isinstance(each, Delivery)]
+        return [each for each in self.channel.take() if isinstance(each, DeliverFrame)]
 
     def bodies(self) -> list[bytes]:
         return [delivery.body for delivery in self.deliveries()]
 
-    def get(self, queue: str) -> Delivery:
+    def get(self, queue: str) -> DeliverFrame:
         """Take one message, and hold it unsettled."""
         self.consume(queue, "getter", prefetch=1)
         self.channel.cancel("getter")

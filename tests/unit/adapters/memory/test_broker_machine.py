@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 )
 
 from aio_pika_batch.adapters.memory.broker import Broker
-from aio_pika_batch.adapters.memory.journal import EventKind
+from aio_pika_batch.adapters.memory.faults import EventKind
 from aio_pika_batch.adapters.memory.refusals import Refusal
 from tests.unit.adapters.memory.client import Client, bodies
 
@@ -278,7 +278,7 @@ class BrokerMachine(RuleBasedStateMachine):
         else:
             with pytest.raises(Refusal, match="unknown delivery tag 99999"):
                 client.channel.ack(99_999)
-        assert client.channel.closed is not None
+        assert client.channel.close_reason is not None
         self.gone(name)
         self.follow()
 

@@ -8,8 +8,7 @@ from decimal import Decimal
 import pytest
 
 from aio_pika_batch.adapters.memory.broker import Broker
-from aio_pika_batch.adapters.memory.channels import Gone
-from aio_pika_batch.adapters.memory.frames import Closed
+from aio_pika_batch.adapters.memory.channel import ChannelIsClosed, CloseFrame
 from aio_pika_batch.adapters.memory.refusals import Refusal
 from aio_pika_batch.core.refusals import ReplyCode
 from tests.unit.adapters.memory.client import Client, bodies
@@ -43,10 +42,10 @@ def test_a_tag_that_is_not_outstanding_closes_the_channel(client: Client, how, t
     assert caught.value.code is ReplyCode.PRECONDITION_FAILED
     assert client.channel.unsettled == ()
     assert client.channel.take() == [
-        Closed(f"406 PRECONDITION_FAILED - unknown delivery tag {tag}")
+        CloseFrame(f"406 PRECONDITION_FAILED - unknown delivery tag {tag}")
     ]
     assert bodies(client.broker, "q") == [b"1", b"2", b"3", b"4", b"5"]
-    assert client.connection.closed is None
+    assert client.connection.close_reason is None
 
 
 def test_a_tag_is_settled_once(client: Client):
@@ -74,17 +73,17 @@ def test_nothing_works_on_a_closed_channel(client: Client):
         lambda: client.consume("q", "other"),
         lambda: client.queue("r"),
     ):
-        with pytest.raises(Gone, match="done with it"):
+        with pytest.raises(ChannelIsClosed, match="done with it"):
             act()
     client.channel.close()
-    assert client.connection.channel().closed is None
+    assert client.connection.channel().close_reason is None
 
 
 def test_a_channel_of_a_closed_connection_is_closed(client: Client):
     """From the start."""
     client.connection.close()
     client.connection.close()
-    with pytest.raises(Gone, match="closed by the client"):
+    with pytest.raises(ChannelIsClosed, match="closed by the client"):
         client.connection.channel().ack(1)
 
 
@@ -133,12 +132,12 @@ def test_what_the_wire_cannot_carry_never_leaves(client: Client, properties, err
     """It is the caller's mistake, and the channel stays open."""
     with pytest.raises(error):
         client.publish(b"1", "q", **properties)
-    assert client.channel.closed is None
+    assert client.channel.close_reason is None
 
 
 def test_a_body_is_bytes_and_a_key_is_short(client: Client):
     """Anything else is the caller's mistake, too."""
-    with pytest.raises(TypeError, match="a body is bytes, not str"):
+    with pytest.raises(TypeError, match="a body must be bytes, not str"):
         client.publish("text", "q")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a routing key has 256 bytes; AMQP allows 255"):
         client.publish(b"", "é" * 128)
@@ -215,7 +214,7 @@ def test_nobody_can_change_what_is_stored(broker: Broker):
 def test_notice_is_given_of_everything_that_arrives(broker: Broker):
     """So that a session can sleep meanwhile."""
     noticed = []
-    channel = broker.connect().channel(lambda: noticed.append(len(channel.inbox)))
+    channel = broker.connect().channel(lambda: noticed.append(len(channel.received)))
     Client(broker).queue("q")
     channel.qos(0)
     channel.consume("q", "t")

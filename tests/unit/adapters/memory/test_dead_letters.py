@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pytest
 
 from aio_pika_batch.adapters.memory.broker import Broker
-from aio_pika_batch.adapters.memory.journal import EventKind
+from aio_pika_batch.adapters.memory.faults import EventKind
 from tests.unit.adapters.memory.client import Client, bodies
 
 VERSIONS = ["3.10", "4.0", "4.3"]
@@ -171,10 +171,10 @@ def test_at_least_once_keeps_a_dead_letter_until_it_is_taken(broker: Broker, cli
     client.publish(b"first", "work")
     client.publish(b"1", "wait")
     broker.advance(broker.now + 1)
-    assert [message.body for message in broker.dying("wait")] == [b"1"]
+    assert [message.body for message in broker.pending_dead_letters("wait")] == [b"1"]
     assert bodies(broker, "wait") == []
     client.channel.ack(client.get("work").tag)
-    assert (bodies(broker, "work"), broker.dying("wait")) == ([b"1"], [])
+    assert (bodies(broker, "work"), broker.pending_dead_letters("wait")) == ([b"1"], [])
     assert dropped(broker) == []
 
 
@@ -183,7 +183,7 @@ def test_at_least_once_keeps_a_dead_letter_until_there_is_a_queue(broker: Broker
     client.queue("wait", **SAFE)
     client.publish(b"1", "wait")
     broker.advance(broker.now + 100)
-    assert [message.body for message in broker.dying("wait")] == [b"1"]
+    assert [message.body for message in broker.pending_dead_letters("wait")] == [b"1"]
     client.queue("work")
     assert bodies(broker, "work") == [b"1"]
 
@@ -201,7 +201,7 @@ def test_at_least_once_needs_reject_publish(broker: Broker, client: Client):
     client.queue("wait", **{**SAFE, "overflow": "drop-head"})
     client.publish(b"1", "wait")
     broker.advance(broker.now + 1)
-    assert broker.dying("wait") == []
+    assert broker.pending_dead_letters("wait") == []
     assert dropped(broker) == ["dead letter not routable"]
 
 
@@ -228,7 +228,7 @@ def test_a_circle_without_a_rejection_is_broken(broker: Broker, client: Client, 
     assert bodies(broker, "b") == [b"1"]
     broker.advance(broker.now + 1)
     assert (bodies(broker, "a"), bodies(broker, "b")) == ([], [])
-    assert dropped(broker) == ["dead letter goes in circles"]
+    assert dropped(broker) == ["dead-letter cycle"]
 
 
 def test_a_circle_stays_broken_for_one_queue_only(broker: Broker, client: Client):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from aio_pika_batch.adapters.memory import Broker, ConnectFault, EventKind, PublishFault
-from aio_pika_batch.adapters.memory.broker import Unreachable
-from aio_pika_batch.adapters.memory.frames import Cancelled, Closed, Confirmed
+from aio_pika_batch.adapters.memory.broker import BrokerUnreachable
+from aio_pika_batch.adapters.memory.channel import CancelFrame, CloseFrame, ConfirmFrame
 from aio_pika_batch.adapters.memory.refusals import Refusal
 from tests.unit.adapters.memory.client import Client, bodies
 
@@ -29,7 +29,7 @@ def test_no_broker_and_no_entry(broker: Broker):
     """Connections that are there already stay."""
     client = Client(broker)
     broker.faults.connect_fault = ConnectFault.UNREACHABLE
-    with pytest.raises(Unreachable):
+    with pytest.raises(BrokerUnreachable):
         broker.connect()
     broker.faults.connect_fault = ConnectFault.WRONG_PASSWORD
     with pytest.raises(Refusal, match="403 ACCESS_REFUSED - Login was refused"):
@@ -78,7 +78,7 @@ def test_blocked_publications_wait(broker: Broker, client: Client):
     broker.cut("other")
     broker.unblock()
     assert bodies(broker, "q") == [b"1", b"2"]
-    assert client.channel.take() == [Confirmed(1, True), Confirmed(2, True)]
+    assert client.channel.take() == [ConfirmFrame(1, True), ConfirmFrame(2, True)]
     assert client.publish(b"3", "q") == "confirmed"
 
 
@@ -88,7 +88,7 @@ def test_a_blocked_mistake_is_found_when_it_is_read(broker: Broker, client: Clie
     client.publish(b"1", "k", "missing")
     client.publish(b"2", "q")
     broker.unblock()
-    assert client.channel.closed == "404 NOT_FOUND - no exchange 'missing' in vhost '/'"
+    assert client.channel.close_reason == "404 NOT_FOUND - no exchange 'missing' in vhost '/'"
     assert bodies(broker, "q") == []
 
 
@@ -112,8 +112,8 @@ def test_connections_can_be_cut(broker: Broker, client: Client):
     client.consume("q")
     client.channel.take()
     assert broker.cut("client", "rats") == 1
-    assert client.channel.take() == [Closed("rats")]
-    assert other.channel.closed is None
+    assert client.channel.take() == [CloseFrame("rats")]
+    assert other.channel.close_reason is None
     assert bodies(broker, "q") == [b"1"]
     assert broker.connections == ["other"]
     assert broker.cut() == 1
@@ -136,7 +136,7 @@ def test_consumers_can_be_cancelled(broker: Broker, client: Client):
     client.consume("q", prefetch=1)
     client.deliveries()
     assert broker.cancel_consumers("q") == 1
-    assert client.channel.take() == [Cancelled("consumer")]
+    assert client.channel.take() == [CancelFrame("consumer")]
     client.publish(b"2", "q")
     client.channel.ack(1)
     assert bodies(broker, "q") == [b"2"]
@@ -186,7 +186,7 @@ def test_the_journal_tells_a_messages_life(broker: Broker, client: Client):
 
 def test_the_journal_keeps_only_so_much():
     """The counts go on."""
-    broker = Broker(keep=3)
+    broker = Broker(journal_size=3)
     client = Client(broker)
     client.queue("q")
     for _ in range(5):

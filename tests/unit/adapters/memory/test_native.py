@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from aio_pika_batch.adapters.memory import Broker, MemoryTransport, Message, PublishFault
-from aio_pika_batch.adapters.memory.native import NativeChannel, publication
+from aio_pika_batch.adapters.memory import Broker, MemoryTransport, NativeMessage, PublishFault
+from aio_pika_batch.adapters.memory.native import NativeChannel, read_message
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.topology import Queue, Topology
 from aio_pika_batch.errors import PublishError, SessionLost, TopologyError
@@ -50,7 +50,9 @@ async def test_a_consumer_may_declare_bind_and_publish(native: Native, memory: B
     audit = await native.channel.declare_queue("audit", durable=True, arguments={"x-max-length": 5})
     await audit.bind(exchange, routing_key="order.*")
     await audit.bind("x", "#.late", arguments={"note": 1})
-    await exchange.publish(Message(b"1", headers={"a": 1}), routing_key="order.new", mandatory=True)
+    await exchange.publish(
+        NativeMessage(b"1", headers={"a": 1}), routing_key="order.new", mandatory=True
+    )
     assert bodies(memory, "audit") == [b"1"]
     assert memory.arguments("audit") == {"x-max-length": 5}
     await audit.unbind(exchange, routing_key="order.*")
@@ -69,7 +71,7 @@ async def test_the_queue_is_the_consumed_one(native: Native, memory: Broker):
     await native.queue.bind("amq.fanout")
     assert native.queue.name == "q"
     assert memory.bindings("q") == [("amq.fanout", "q", {})]
-    await native.channel.default_exchange.publish(Message(b"1"), "q")
+    await native.channel.default_exchange.publish(NativeMessage(b"1"), "q")
     assert [message.body for message in memory.unacked("q")] == [b"1"]
 
 
@@ -92,20 +94,20 @@ async def test_a_mistake_is_told_and_closes_the_channel(channel: NativeChannel, 
     with pytest.raises(SessionLost, match="404 NOT_FOUND"):
         await channel.declare_queue("late")
     with pytest.raises(SessionLost, match="404 NOT_FOUND"):
-        await channel.default_exchange.publish(Message(b"1"), "q")
+        await channel.default_exchange.publish(NativeMessage(b"1"), "q")
 
 
 async def test_a_publication_that_fails_raises(channel: NativeChannel, memory: Broker):
     """Returned, refused, or to an exchange that is missing."""
     with pytest.raises(PublishError, match="routing key 'nobody': returned"):
-        await channel.default_exchange.publish(Message(b"1"), "nobody")
-    await channel.default_exchange.publish(Message(b"1"), "nobody", mandatory=False)
+        await channel.default_exchange.publish(NativeMessage(b"1"), "nobody")
+    await channel.default_exchange.publish(NativeMessage(b"1"), "nobody", mandatory=False)
     memory.faults.on_publish(PublishFault.REFUSE, times=1)
     with pytest.raises(PublishError, match="refused"):
-        await channel.default_exchange.publish(Message(b"1"), "q")
+        await channel.default_exchange.publish(NativeMessage(b"1"), "q")
     missing = await channel.get_exchange("missing", ensure=False)
     with pytest.raises(PublishError, match="404 NOT_FOUND - no exchange 'missing' in vhost '/'"):
-        await missing.publish(Message(b"1"), "k")
+        await missing.publish(NativeMessage(b"1"), "k")
     assert channel.is_closed
 
 
@@ -144,7 +146,7 @@ def test_a_message_is_read_by_its_attributes():
         timestamp=when.timestamp(),
         message_id="m",
     )
-    read = publication(message, exchange="x", routing_key="k", mandatory=False)
+    read = read_message(message, exchange="x", routing_key="k", mandatory=False)
     assert (read.exchange, read.routing_key, read.mandatory) == ("x", "k", False)
     assert read.properties == Properties(
         headers={"a": 1},
@@ -159,7 +161,9 @@ def test_a_message_is_read_by_its_attributes():
 
 def test_a_bare_message_says_nothing():
     """Absent is absent."""
-    read = publication(Message(b"1", headers={}), exchange="", routing_key="q", mandatory=True)
+    read = read_message(
+        NativeMessage(b"1", headers={}), exchange="", routing_key="q", mandatory=True
+    )
     assert read.properties == Properties()
 
 
@@ -167,8 +171,8 @@ def test_a_bare_message_says_nothing():
 def test_an_expiration_may_be_a_moment(zone):
     """It is counted from now."""
     moment = datetime.now(zone) + timedelta(hours=1)
-    read = publication(
-        Message(b"1", expiration=moment, timestamp=moment),
+    read = read_message(
+        NativeMessage(b"1", expiration=moment, timestamp=moment),
         exchange="",
         routing_key="",
         mandatory=True,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from aio_pika_batch.adapters.memory.broker import Broker
-from aio_pika_batch.adapters.memory.frames import Cancelled
-from aio_pika_batch.adapters.memory.journal import EventKind
+from aio_pika_batch.adapters.memory.channel import CancelFrame
+from aio_pika_batch.adapters.memory.faults import EventKind
 from aio_pika_batch.adapters.memory.refusals import Refusal
 from aio_pika_batch.core.refusals import ReplyCode
 from tests.unit.adapters.memory.client import Client, bodies
@@ -329,9 +329,9 @@ def test_the_consumers_of_a_deleted_queue_are_told(broker: Broker, client: Clien
     client.consume("q", prefetch=1)
     client.deliveries()
     broker.delete_queue("q")
-    assert client.channel.take() == [Cancelled("consumer")]
+    assert client.channel.take() == [CancelFrame("consumer")]
     client.channel.ack(1)
-    assert client.channel.closed is None
+    assert client.channel.close_reason is None
     assert [event.detail for event in broker.journal.of(EventKind.DROPPED)] == ["queue deleted"] * 2
 
 

@@ -206,7 +206,7 @@ def test_a_missing_exchange_closes_the_channel(client: Client):
     with pytest.raises(Refusal, match="no exchange 'x' in vhost '/'") as caught:
         client.publish(b"1", "k", "x")
     assert caught.value.code is ReplyCode.NOT_FOUND
-    assert client.channel.closed == "404 NOT_FOUND - no exchange 'x' in vhost '/'"
+    assert client.channel.close_reason == "404 NOT_FOUND - no exchange 'x' in vhost '/'"
 
 
 def test_a_deleted_queue_is_routed_to_no_more(broker: Broker, client: Client):

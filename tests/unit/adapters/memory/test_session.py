@@ -210,7 +210,7 @@ async def test_a_cut_connection_loses_the_session(
         chunks = aiter(session)
         if when == "before":
             put(memory, b"1")
-            memory.cut(words="rats")
+            memory.cut(reason="rats")
         else:
             virtual_loop.call_later(3, memory.cut, None, "rats")
         with pytest.raises(SessionLost, match="the session on queue 'q' is lost: rats"):

@@ -236,4 +236,4 @@ def test_an_old_broker_takes_a_strategy_that_it_does_not_know():
     client.queue("q", queue_type="quorum", dead_letter_routing_key="gone", **strategy)
     client.publish(b"1", "q")
     client.channel.reject(client.get("q").tag, requeue=False)
-    assert client.broker.dying("q") == []
+    assert client.broker.pending_dead_letters("q") == []

@@ -1,0 +1,398 @@
+"""Implements connections and channels: what a client may do, and what the broker sends back.
+
+As in AMQP, a mistake closes the channel: the method raises the broker's refusal, every unacked
+message returns to its queue, and the channel can't be used any more. Delivery tag 0 is refused,
+although in AMQP it stands for all unacked messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Protocol, TypeAlias
+
+from aio_pika_batch.adapters.memory.faults import EventKind
+from aio_pika_batch.adapters.memory.queue import MemoryQueue, QueueConsumer, RequeueCause
+from aio_pika_batch.adapters.memory.queue_arguments import QueueType
+from aio_pika_batch.adapters.memory.ready_list import QueueEntry
+from aio_pika_batch.adapters.memory.refusals import (
+    Refusal,
+    amqp_type_name,
+    invalid_argument,
+    queue_in_exclusive_use,
+)
+from aio_pika_batch.adapters.memory.stored_message import (
+    CheckedPublication,
+    StoredMessage,
+    check_short_string,
+    copy_headers,
+    store_publication,
+)
+from aio_pika_batch.adapters.memory.versions import VersionRules
+from aio_pika_batch.adapters.memory.vhost import VirtualHost
+from aio_pika_batch.core.message import FieldValue, Headers, Properties
+from aio_pika_batch.core.refusals import ReplyCode
+
+_MAX_PREFETCH = 65_535
+_CLOSED_BY_CLIENT = "closed by the client"
+
+
+class ChannelIsClosed(Exception):
+    """A method was called on a closed channel; the text is the reason."""
+
+
+# --- what the broker sends -----------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DeliverFrame:
+    """`basic.deliver`, with its content."""
+
+    consumer_tag: str
+    tag: int
+    redelivered: bool
+    exchange: str
+    routing_key: str
+    body: bytes
+    properties: Properties
+
+
+@dataclass(frozen=True, slots=True)
+class CancelFrame:
+    """`basic.cancel`: the broker has cancelled a consumer."""
+
+    consumer_tag: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConfirmFrame:
+    """`basic.ack` or `basic.nack` of a publication.
+
+    Attributes:
+        number: The number of the publication; the first on a channel is 1.
+        accepted: Whether it was acked.
+    """
+
+    number: int
+    accepted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnFrame:
+    """`basic.return`; the confirm follows.
+
+    Attributes:
+        number: As of the confirm. AMQP does not send it, but the order of frames implies it.
+    """
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseFrame:
+    """`channel.close` or `connection.close`, or the connection was cut."""
+
+    reason: str
+
+
+BrokerFrame: TypeAlias = DeliverFrame | CancelFrame | ConfirmFrame | ReturnFrame | CloseFrame
+
+
+# --- what the client does ------------------------------------------------------
+
+
+class ConnectionHost(Protocol):
+    """What connections and channels need of the broker."""
+
+    vhost: VirtualHost
+    rules: VersionRules
+
+    def operation(self) -> AbstractContextManager[VirtualHost]:
+        """Change something, at the present time and with all that follows."""
+        ...
+
+    def receive_publication(
+        self, channel: Channel, number: int, message: StoredMessage, *, mandatory: bool
+    ) -> None:
+        """Store a publication, unless a fault prevents it."""
+        ...
+
+    def remove_connection(self, connection: Connection) -> None:
+        """Take note that a connection was closed."""
+        ...
+
+
+class Connection:
+    """A client's connection.
+
+    Attributes:
+        close_reason: Why it was closed; None while it is open.
+    """
+
+    def __init__(self, host: ConnectionHost, name: str, user: str) -> None:
+        self._host = host
+        self.name = name
+        self.user = user
+        self.channels: list[Channel] = []
+        self.close_reason: str | None = None
+
+    @property
+    def version(self) -> str:
+        """The version that the broker's greeting states."""
+        return self._host.rules.version
+
+    def channel(self, notify: Callable[[], None] | None = None) -> Channel:
+        """Open a channel.
+
+        Args:
+            notify: Called after each frame that the broker sends. It must not call the broker.
+        """
+        channel = Channel(self._host, self, notify)
+        channel.close_reason = self.close_reason
+        self.channels.append(channel)
+        return channel
+
+    def close(self) -> None:
+        """Close the connection and its channels."""
+        with self._host.operation():
+            self.close_by_broker(_CLOSED_BY_CLIENT)
+
+    def close_by_broker(self, reason: str) -> None:
+        """Close the connection and its channels, as part of an operation."""
+        if self.close_reason is None:
+            self.close_reason = reason
+            self._host.remove_connection(self)
+            for channel in list(self.channels):
+                self.close_channel(channel, reason)
+            self._host.vhost.delete_exclusive_queues(self)
+
+    def close_channel(self, channel: Channel, reason: str) -> None:
+        """Close one channel, as part of an operation."""
+        if channel in self.channels:
+            self.channels.remove(channel)
+            channel.close_by_broker(reason)
+
+
+class Channel:
+    """A channel.
+
+    Attributes:
+        received: What the broker has sent and the client has not taken yet.
+        close_reason: Why it was closed; None while it is open.
+    """
+
+    def __init__(
+        self, host: ConnectionHost, connection: Connection, notify: Callable[[], None] | None
+    ) -> None:
+        self._host = host
+        self._connection = connection
+        self._notify = notify
+        self._prefetch = 0
+        self._last_tag = 0
+        self._consumers: dict[str, QueueConsumer] = {}
+        self._unacked: dict[int, tuple[QueueConsumer, QueueEntry]] = {}
+        self._published = 0
+        self.received: list[BrokerFrame] = []
+        self.close_reason: str | None = None
+
+    def take(self) -> list[BrokerFrame]:
+        """Remove and return what the broker has sent."""
+        taken, self.received = self.received, []
+        return taken
+
+    @property
+    def unsettled(self) -> tuple[int, ...]:
+        """The delivery tags that are not settled, in their order."""
+        return tuple(self._unacked)
+
+    @contextmanager
+    def operation(self) -> Iterator[VirtualHost]:
+        """Do what the client asks for, at the present time and with all that follows.
+
+        Raises:
+            ChannelIsClosed: The channel was closed before.
+            Refusal: The broker refuses, and has closed the channel or the connection.
+        """
+        with self._host.operation() as vhost:
+            if self.close_reason is not None:
+                raise ChannelIsClosed(self.close_reason)
+            try:
+                yield vhost
+            except Refusal as refusal:
+                if refusal.closes_connection:
+                    self._connection.close_by_broker(str(refusal))
+                else:
+                    self._connection.close_channel(self, str(refusal))
+                raise
+
+    # -- consuming --
+
+    def qos(self, prefetch: int) -> None:
+        """Limit the unacked messages of each *later* consumer; 0: no limit."""
+        if not 0 <= prefetch <= _MAX_PREFETCH:
+            raise ValueError(f"a prefetch count must be from 0 to {_MAX_PREFETCH}, not {prefetch}")
+        self._prefetch = prefetch
+
+    def consume(
+        self, queue: str, tag: str, *, exclusive: bool = False, arguments: Headers | None = None
+    ) -> None:
+        """Start a consumer on a queue."""
+        with self.operation() as vhost:
+            check_short_string("a consumer tag", tag)
+            source = vhost.queue(queue, self._connection)
+            if tag in self._consumers:
+                raise Refusal(ReplyCode.NOT_ALLOWED, f"attempt to reuse consumer tag '{tag}'")
+            if source.consumers.is_exclusive or (
+                exclusive and (len(source.consumers) or source.spec.single_active)
+            ):
+                raise queue_in_exclusive_use(queue)
+            priority = (arguments or {}).get("x-priority", 0)
+            if type(priority) is not int:
+                reason = f'"expected integer, got {amqp_type_name(priority)}"'
+                raise invalid_argument("x-priority", queue, reason)
+            consumer = QueueConsumer(tag, source, self, self._prefetch, priority, exclusive)
+            self._consumers[tag] = consumer
+            source.consumers.add(consumer)
+            vhost.record(EventKind.CONSUMING, queue, None, tag)
+            vhost.schedule(source)
+
+    def cancel(self, tag: str) -> None:
+        """Cancel a consumer, if it exists; its unacked messages stay with the channel."""
+        with self.operation() as vhost:
+            consumer = self._consumers.pop(tag, None)
+            if consumer is not None:
+                vhost.record(EventKind.CANCELLED, consumer.queue.name, None, tag)
+                vhost.remove_consumer(consumer)
+
+    def ack(self, tag: int, *, multiple: bool = False) -> None:
+        """Send `basic.ack`."""
+        with self.operation():
+            for queue, entries in self._settle(tag, multiple=multiple):
+                queue.ack(entries)
+
+    def nack(self, tag: int, *, multiple: bool = False, requeue: bool = True) -> None:
+        """Send `basic.nack`."""
+        self._return(tag, RequeueCause.NACKED, multiple=multiple, requeue=requeue)
+
+    def reject(self, tag: int, *, requeue: bool = True) -> None:
+        """Send `basic.reject`."""
+        self._return(tag, RequeueCause.REJECTED, multiple=False, requeue=requeue)
+
+    def _return(self, tag: int, cause: RequeueCause, *, multiple: bool, requeue: bool) -> None:
+        with self.operation():
+            for queue, entries in self._settle(tag, multiple=multiple):
+                if requeue:
+                    queue.requeue(entries, cause)
+                else:
+                    queue.reject(entries)
+
+    def _settle(self, tag: int, *, multiple: bool) -> list[tuple[MemoryQueue, list[QueueEntry]]]:
+        """Remove and return unacked messages, by queue and in their order."""
+        # Tag 0, which in AMQP stands for all of them, is never among them.
+        if tag not in self._unacked:
+            raise Refusal(ReplyCode.PRECONDITION_FAILED, f"unknown delivery tag {tag}")
+        tags = [tag]
+        if multiple:
+            tags = []
+            for each in self._unacked:
+                tags.append(each)
+                if each == tag:
+                    break
+        return _by_queue([self._unacked.pop(each) for each in tags])
+
+    # -- publishing --
+
+    def publish(self, publication: CheckedPublication, *, mandatory: bool = False) -> int:
+        """Publish a message; every channel is in confirm mode.
+
+        Returns:
+            The number of its confirm.
+        """
+        with self.operation():
+            message = store_publication(publication, self._connection.user)
+            self._published += 1
+            self._host.receive_publication(self, self._published, message, mandatory=mandatory)
+        return self._published
+
+    def close(self, reason: str = _CLOSED_BY_CLIENT) -> None:
+        """Close the channel; its unacked messages return to their queues."""
+        with self._host.operation():
+            self._connection.close_channel(self, reason)
+
+    # -- what the broker calls --
+
+    def deliver(self, consumer: QueueConsumer, entry: QueueEntry) -> None:
+        """Send a message to the client."""
+        self._last_tag += 1
+        self._unacked[self._last_tag] = (consumer, entry)
+        message = entry.message
+        self._send(
+            DeliverFrame(
+                consumer.tag,
+                self._last_tag,
+                entry.redelivered,
+                message.exchange,
+                message.routing_key,
+                message.body,
+                _delivered_properties(entry, consumer.queue, self._host.rules),
+            )
+        )
+
+    def send_cancel(self, consumer: QueueConsumer) -> None:
+        """Tell the client that the broker has cancelled its consumer."""
+        if self._consumers.pop(consumer.tag, None) is not None:
+            self._send(CancelFrame(consumer.tag))
+
+    def send_confirm(self, number: int, *, accepted: bool, returned: bool = False) -> None:
+        """Tell the client what happened to a publication."""
+        if self.close_reason is None:
+            if returned:
+                self._send(ReturnFrame(number))
+            self._send(ConfirmFrame(number, accepted))
+
+    def close_by_broker(self, reason: str) -> None:
+        """Close the channel, as part of an operation; see `Connection.close_channel`."""
+        vhost = self._host.vhost
+        self.close_reason = reason
+        vhost.record(EventKind.CHANNEL_CLOSED, "", None, reason)
+        for consumer in self._consumers.values():
+            vhost.remove_consumer(consumer)
+        self._consumers.clear()
+        unacked, self._unacked = self._unacked, {}
+        for queue, entries in _by_queue(unacked.values()):
+            queue.requeue(entries, RequeueCause.CHANNEL_CLOSED)
+        self._send(CloseFrame(reason))
+
+    def _send(self, frame: BrokerFrame) -> None:
+        self.received.append(frame)
+        if self._notify is not None:
+            self._notify()
+
+
+def _by_queue(
+    unacked: Iterable[tuple[QueueConsumer, QueueEntry]],
+) -> list[tuple[MemoryQueue, list[QueueEntry]]]:
+    by_queue = []
+    for queue, group in groupby(unacked, key=lambda each: each[0].queue):
+        entries = []
+        for consumer, entry in group:
+            consumer.unacked_count -= 1
+            entries.append(entry)
+        by_queue.append((queue, entries))
+    return by_queue
+
+
+def _delivered_properties(entry: QueueEntry, queue: MemoryQueue, rules: VersionRules) -> Properties:
+    """Return a copy of the properties for one consumer, with the counts of a quorum queue."""
+    properties = entry.message.properties
+    counts: dict[str, FieldValue] = {}
+    if queue.spec.type is QueueType.QUORUM:
+        if entry.delivery_count or rules.sends_zero_delivery_count:
+            counts["x-delivery-count"] = entry.delivery_count
+        if entry.acquired_count and rules.sends_acquired_count:
+            counts["x-acquired-count"] = entry.acquired_count
+    if properties.headers is None and not counts:
+        return properties
+    return replace(properties, headers={**copy_headers(properties.headers or {}), **counts})

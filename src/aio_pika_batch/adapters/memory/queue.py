@@ -1,0 +1,352 @@
+"""Implements a queue and its consumers.
+
+A message is ready, or delivered and unacked, until it leaves the queue: acknowledged, dead-lettered
+or dropped. A dead letter of an at-least-once queue stays, pending, until another queue has taken
+it. A message is always in exactly one of these places.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Protocol
+
+from aio_pika_batch.adapters.memory.faults import EventKind
+from aio_pika_batch.adapters.memory.queue_arguments import Overflow, QueueSpec, QueueType
+from aio_pika_batch.adapters.memory.ready_list import QueueEntry, ReadyList, RequeuePosition
+from aio_pika_batch.adapters.memory.stored_message import DeathReason, StoredMessage
+from aio_pika_batch.adapters.memory.versions import VersionRules
+from aio_pika_batch.core.message import Headers
+
+
+class RequeueCause(Enum):
+    """Why a delivered message returns to its queue."""
+
+    REJECTED = "basic.reject"
+    NACKED = "basic.nack"
+    CHANNEL_CLOSED = "channel closed"
+
+
+class DeliveryTarget(Protocol):
+    """What a queue needs of a consumer's channel."""
+
+    def deliver(self, consumer: QueueConsumer, entry: QueueEntry) -> None:
+        """Send a message to the client."""
+        ...
+
+    def send_cancel(self, consumer: QueueConsumer) -> None:
+        """Tell the client that the broker has cancelled its consumer."""
+        ...
+
+
+class QueueHost(Protocol):
+    """What a queue needs of its virtual host."""
+
+    now: float
+    rules: VersionRules
+
+    def record(self, kind: EventKind, queue: str, message: StoredMessage, detail: str = "") -> None:
+        """Write into the journal."""
+        ...
+
+    def send_dead_letter(
+        self, queue: MemoryQueue, message: StoredMessage, reason: DeathReason
+    ) -> bool:
+        """Publish to the queue's dead-letter exchange; return False if it must be kept."""
+        ...
+
+    def schedule(self, queue: MemoryQueue) -> None:
+        """Call `MemoryQueue.run` before the current operation ends."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class QueueConsumer:
+    """A consumer of a queue.
+
+    Attributes:
+        prefetch: The maximum number of unacked messages; 0: no limit.
+        unacked_count: The number of unacked messages.
+    """
+
+    tag: str
+    queue: MemoryQueue
+    channel: DeliveryTarget
+    prefetch: int
+    priority: int
+    exclusive: bool
+    unacked_count: int = 0
+
+    @property
+    def has_capacity(self) -> bool:
+        """Whether its prefetch allows another message."""
+        return self.prefetch == 0 or self.unacked_count < self.prefetch
+
+
+class ConsumerList:
+    """The consumers of a queue, and whose turn it is.
+
+    Consumers of a higher priority come first, equal ones take turns. A queue with a single active
+    consumer delivers to the oldest consumer only.
+    """
+
+    def __init__(self, *, single_active: bool) -> None:
+        self._single_active = single_active
+        self._consumers: list[QueueConsumer] = []
+        self._by_priority: dict[int, deque[QueueConsumer]] = {}
+
+    def __len__(self) -> int:
+        return len(self._consumers)
+
+    def __iter__(self) -> Iterator[QueueConsumer]:
+        return iter(list(self._consumers))
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether there is an exclusive consumer."""
+        return any(consumer.exclusive for consumer in self._consumers)
+
+    def add(self, consumer: QueueConsumer) -> None:
+        """Add a consumer."""
+        self._consumers.append(consumer)
+        self._by_priority.setdefault(consumer.priority, deque()).append(consumer)
+        self._by_priority = dict(sorted(self._by_priority.items(), reverse=True))
+
+    def remove(self, consumer: QueueConsumer) -> None:
+        """Remove a consumer."""
+        self._consumers.remove(consumer)
+        equals = self._by_priority[consumer.priority]
+        equals.remove(consumer)
+        if not equals:
+            del self._by_priority[consumer.priority]
+
+    def next(self) -> QueueConsumer | None:
+        """Return the consumer that gets the next message, or None if all are at their prefetch."""
+        if self._single_active:
+            active = self._consumers[0] if self._consumers else None
+            return active if active is not None and active.has_capacity else None
+        for equals in self._by_priority.values():
+            for _ in range(len(equals)):
+                equals.rotate(-1)
+                if equals[-1].has_capacity:
+                    return equals[-1]
+        return None
+
+
+class MemoryQueue:
+    """A queue.
+
+    Attributes:
+        owner: The connection that it belongs to, if it is exclusive.
+        pending_dead_letters: Dead letters that no other queue has taken yet, with their reasons.
+        unused_since: When it was last consumed or declared.
+    """
+
+    def __init__(
+        self,
+        host: QueueHost,
+        name: str,
+        spec: QueueSpec,
+        arguments: Headers,
+        *,
+        durable: bool,
+        auto_delete: bool,
+        owner: object | None,
+    ) -> None:
+        self._host = host
+        self.name = name
+        self.spec = spec
+        self.arguments = arguments
+        self.durable = durable
+        self.auto_delete = auto_delete
+        self.owner = owner
+        self.ready = ReadyList(
+            max_priority=spec.max_priority, all_heads_expire=spec.type is QueueType.CLASSIC
+        )
+        self.unacked: dict[QueueEntry, None] = {}
+        self.pending_dead_letters: deque[tuple[StoredMessage, DeathReason]] = deque()
+        self.consumers = ConsumerList(single_active=spec.single_active)
+        self.unused_since = host.now
+        self._is_deleted = False
+        self._last_position = 0
+
+    @property
+    def deadline(self) -> float | None:
+        """When a message or the queue itself expires next."""
+        times = (self.ready.next_expiry(), self.expires_at)
+        return min((time for time in times if time is not None), default=None)
+
+    @property
+    def expires_at(self) -> float | None:
+        """When the queue expires if it is not used until then."""
+        if self.spec.expires is None or self.consumers:
+            return None
+        return self.unused_since + self.spec.expires
+
+    def offer(self, message: StoredMessage) -> bool:
+        """Store a message, unless the queue is full and refuses it; return whether it is stored."""
+        if self.would_refuse(message):
+            if self.spec.overflow is Overflow.REJECT_PUBLISH_DLX:
+                self._host.send_dead_letter(self, message, DeathReason.MAXLEN)
+            return False
+        self._last_position += 1
+        entry = QueueEntry(message, self._last_position, self._expiry(message))
+        self._host.record(EventKind.STORED, self.name, message)
+        if not self.ready and (consumer := self.consumers.next()) is not None:
+            # A waiting consumer gets a message even if its time to live is 0.
+            self._deliver(entry, consumer)
+        else:
+            self.ready.append(entry)
+            self._host.schedule(self)
+        return True
+
+    def would_refuse(self, message: StoredMessage) -> bool:
+        """Return whether the queue is full and refuses messages."""
+        if self.spec.overflow is Overflow.DROP_HEAD:
+            return False
+        pending = self.pending_dead_letters
+        count = len(self.ready) + len(pending)
+        size = self.ready.bytes + sum(len(each.body) for each, _ in pending)
+        if self.spec.type is QueueType.QUORUM:
+            # A quorum queue notices that it is full only when it is beyond its limit.
+            return self._is_beyond_limit(count, size)
+        return self._is_beyond_limit(count + 1, size + len(message.body))
+
+    def ack(self, entries: Sequence[QueueEntry]) -> None:
+        """Remove acknowledged messages."""
+        for entry in entries:
+            if self._remove_unacked(entry):
+                self._host.record(EventKind.ACKED, self.name, entry.message)
+        self._host.schedule(self)
+
+    def reject(self, entries: Sequence[QueueEntry]) -> None:
+        """Dead-letter rejected messages."""
+        for entry in entries:
+            if self._remove_unacked(entry):
+                self._dead_letter(entry, DeathReason.REJECTED)
+        self._host.schedule(self)
+
+    def requeue(self, entries: Sequence[QueueEntry], cause: RequeueCause) -> None:
+        """Make returned messages ready again; they are given in the order of their delivery."""
+        returned = []
+        for entry in entries:
+            if not self._remove_unacked(entry):
+                continue
+            entry.redelivered = True
+            if self.spec.type is QueueType.QUORUM and self._is_beyond_delivery_limit(entry, cause):
+                self._dead_letter(entry, DeathReason.DELIVERY_LIMIT)
+                continue
+            self._host.record(EventKind.REQUEUED, self.name, entry.message, cause.value)
+            returned.append(entry)
+        self.ready.requeue(returned, self._requeue_position(cause))
+        self._host.schedule(self)
+
+    def run(self) -> None:
+        """Expire, dead-letter, deliver and drop what is due now."""
+        self._expire()
+        self._send_pending_dead_letters()
+        while self.ready and (consumer := self.consumers.next()) is not None:
+            self._deliver(self.ready.pop(), consumer)
+            # What is first now may have expired.
+            self._expire()
+        if self.spec.overflow is Overflow.DROP_HEAD:
+            while self.ready and self._is_beyond_limit(len(self.ready), self.ready.bytes):
+                self._dead_letter(self.ready.pop(), DeathReason.MAXLEN)
+                self._expire()
+
+    def purge(self) -> int:
+        """Drop the ready messages and return their number; unacked ones stay."""
+        return self._drop(self.ready.clear(), "purged")
+
+    def delete(self) -> None:
+        """Drop all messages and cancel the consumers."""
+        self._is_deleted = True
+        self._drop([*self.ready.clear(), *self.unacked], "queue deleted")
+        self.unacked.clear()
+        for message, _ in self.pending_dead_letters:
+            self._host.record(EventKind.DROPPED, self.name, message, "queue deleted")
+        self.pending_dead_letters.clear()
+        for consumer in self.consumers:
+            self.consumers.remove(consumer)
+            consumer.channel.send_cancel(consumer)
+
+    def remove_consumer(self, consumer: QueueConsumer) -> None:
+        """Remove a consumer; its unacked messages stay with its channel."""
+        self.consumers.remove(consumer)
+        self.unused_since = self._host.now
+        self._host.schedule(self)
+
+    def _expire(self) -> None:
+        for entry in self.ready.pop_expired(self._host.now):
+            self._dead_letter(entry, DeathReason.EXPIRED)
+
+    def _deliver(self, entry: QueueEntry, consumer: QueueConsumer) -> None:
+        entry.was_delivered = True
+        self.unacked[entry] = None
+        consumer.unacked_count += 1
+        self._host.record(EventKind.DELIVERED, self.name, entry.message, consumer.tag)
+        consumer.channel.deliver(consumer, entry)
+
+    def _drop(self, entries: Sequence[QueueEntry], reason: str) -> int:
+        for entry in entries:
+            self._host.record(EventKind.DROPPED, self.name, entry.message, reason)
+        return len(entries)
+
+    def _remove_unacked(self, entry: QueueEntry) -> bool:
+        # Messages of a deleted queue are dropped already, even if a channel settles them later.
+        if self._is_deleted:
+            return False
+        del self.unacked[entry]
+        return True
+
+    def _dead_letter(self, entry: QueueEntry, reason: DeathReason) -> None:
+        message = entry.message
+        if entry.was_delivered and self._host.rules.dead_letters_redelivered:
+            message = replace(message, was_delivered=True)
+        if self.spec.dead_letter_exchange is None:
+            self._host.record(EventKind.DROPPED, self.name, message, reason.value)
+        elif self.spec.at_least_once:
+            self.pending_dead_letters.append((message, reason))
+            self._host.schedule(self)
+        else:
+            self._host.record(EventKind.DEAD_LETTERED, self.name, message, reason.value)
+            self._host.send_dead_letter(self, message, reason)
+
+    def _send_pending_dead_letters(self) -> None:
+        pending = self.pending_dead_letters
+        for _ in range(len(pending)):
+            message, reason = pending.popleft()
+            if self._host.send_dead_letter(self, message, reason):
+                self._host.record(EventKind.DEAD_LETTERED, self.name, message, reason.value)
+            else:
+                pending.append((message, reason))
+
+    def _is_beyond_delivery_limit(self, entry: QueueEntry, cause: RequeueCause) -> bool:
+        """Count a return, and return whether the message must be dead-lettered."""
+        entry.acquired_count += 1
+        if cause is not RequeueCause.NACKED or self._host.rules.nack_counts:
+            entry.delivery_count += 1
+        limit = self.spec.delivery_limit
+        return limit is not None and entry.delivery_count > limit
+
+    def _requeue_position(self, cause: RequeueCause) -> RequeuePosition:
+        if self.spec.type is QueueType.CLASSIC:
+            return RequeuePosition.ORIGINAL
+        to_back = self._host.rules.requeues_to_back and self.spec.delivery_limit is None
+        if to_back and cause is not RequeueCause.CHANNEL_CLOSED:
+            return RequeuePosition.BACK
+        return RequeuePosition.FRONT
+
+    def _expiry(self, message: StoredMessage) -> float | None:
+        if self.spec.type is QueueType.QUORUM and not self._host.rules.quorum_expires:
+            return None
+        ttls = [ttl for ttl in (message.ttl, self.spec.message_ttl) if ttl is not None]
+        return self._host.now + min(ttls) if ttls else None
+
+    def _is_beyond_limit(self, count: int, size: int) -> bool:
+        spec = self.spec
+        return (spec.max_length is not None and count > spec.max_length) or (
+            spec.max_bytes is not None and size > spec.max_bytes
+        )
