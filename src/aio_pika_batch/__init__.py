@@ -1,12 +1,12 @@
 """Batch consumer for RabbitMQ: collect a batch, yield one result per message.
 
-Subclass :class:`BatchConsumer`, override `process_messages`, run it. Nothing of aio-pika is
-imported before a consumer with an `amqp://` URL is made, and little else before it is asked for.
+Subclass :class:`BatchConsumer`, override `process_messages`, and run it. Names are imported when
+they are first used, aio-pika when a consumer with an `amqp://` URL is created.
 """
 
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.front import lazy_exports
+from aio_pika_batch._lazy import lazy_exports
 
 __all__ = [
     "AccessRefused",
@@ -47,8 +47,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from aio_pika_batch.batch_settings import BatchConsumerSettings
-    from aio_pika_batch.consumer import BatchConsumer, Consumer
+    from aio_pika_batch.consumer import BatchConsumer, Consumer, WorkerSession
     from aio_pika_batch.core.batcher import Trigger
     from aio_pika_batch.core.message import Message
     from aio_pika_batch.core.publication import Outcome, Publication
@@ -72,24 +71,47 @@ if TYPE_CHECKING:
         TransportError,
     )
     from aio_pika_batch.health.server import HealthServer
-    from aio_pika_batch.hooks import WorkerSession
     from aio_pika_batch.observer import Observer
-    from aio_pika_batch.settings import ConsumerSettings
+    from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings
     from aio_pika_batch.status import ConsumerStatus, WorkerState, WorkerStatus
 else:
-    _ROOMS = (
-        "errors",
-        "core.message",
-        "core.publication",
-        "core.batcher",
-        "core.results",
-        "core.retry",
-        "observer",
-        "status",
-        "settings",
-        "batch_settings",
-        "health",
-        "hooks",
-        "consumer",
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "AccessRefused": "errors",
+            "AioPikaBatchError": "errors",
+            "BatchConsumer": "consumer",
+            "BatchConsumerSettings": "settings",
+            "BrokerUnavailable": "errors",
+            "Cause": "core.results",
+            "ConfigurationError": "errors",
+            "Consumer": "consumer",
+            "ConsumerSettings": "settings",
+            "ConsumerStatus": "status",
+            "DeadLetterReason": "core.retry",
+            "DrainIncomplete": "errors",
+            "HandlerTimeout": "errors",
+            "HealthServer": "health.server",
+            "Message": "core.message",
+            "MessageDecodeError": "errors",
+            "MessageResult": "core.results",
+            "Nack": "core.results",
+            "Observer": "observer",
+            "Outcome": "core.publication",
+            "Publication": "core.publication",
+            "PublishError": "errors",
+            "Requeue": "core.results",
+            "Result": "core.results",
+            "ResultError": "errors",
+            "SessionClosed": "errors",
+            "SessionLost": "errors",
+            "SettlementError": "errors",
+            "StartInterrupted": "errors",
+            "TopologyError": "errors",
+            "TransportError": "errors",
+            "Trigger": "core.batcher",
+            "WorkerSession": "consumer",
+            "WorkerState": "status",
+            "WorkerStatus": "status",
+        },
     )
-    __getattr__, __dir__ = lazy_exports(__name__, __all__, _ROOMS)

@@ -1,21 +1,414 @@
-"""What you subclass: BatchConsumer, and Consumer for one message at a time."""
+"""The classes to subclass: BatchConsumer, and Consumer for one message at a time."""
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import functools
 import inspect
-from collections.abc import AsyncIterator, Sequence
-from typing import TypeAlias
+import logging
+from collections.abc import AsyncIterator, Hashable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
-from aio_pika_batch.batch_settings import BatchConsumerSettings
-from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.results import Result
-from aio_pika_batch.errors import ConfigurationError
-from aio_pika_batch.lifecycle import BaseConsumer
+from aio_pika_batch.core.config_checks import broker_warnings_for, warnings_for
+from aio_pika_batch.core.message import Headers, Message
+from aio_pika_batch.core.publication import Outcome, Publication
+from aio_pika_batch.core.results import ExceptionResults, Result
+from aio_pika_batch.errors import (
+    ConfigurationError,
+    PublishError,
+    SessionClosed,
+    StartInterrupted,
+)
+from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.observer import Observer
+from aio_pika_batch.runtime.batching import check_batch_key
+from aio_pika_batch.runtime.consume_loop import ConsumeLoop
 from aio_pika_batch.runtime.handler import Process
-from aio_pika_batch.settings import ConsumerSettings
+from aio_pika_batch.runtime.lifecycle import Lifecycle
+from aio_pika_batch.runtime.publishing import describe_outcome
+from aio_pika_batch.runtime.signals import process_signals
+from aio_pika_batch.runtime.worker import WorkerInstance
+from aio_pika_batch.runtime.worker_config import WorkerConfig
+from aio_pika_batch.runtime.worker_pool import WorkerPool
+from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings
+from aio_pika_batch.settings.derived import consumer_profile, endpoint, topology_options
+from aio_pika_batch.status import ConsumerStatus
+from aio_pika_batch.transport import (
+    Native,
+    NativeSession,
+    Session,
+    Transport,
+    VersionedTransport,
+    open_transport,
+    server_of,
+)
+
+SettingsT = TypeVar("SettingsT", bound=ConsumerSettings)
 
 Yield: TypeAlias = Result | tuple[Message, Result]
 """What `process_messages` may yield."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSession:
+    """One session of one worker, as `on_session` gets it.
+
+    Attributes:
+        worker: The worker's index, from 0.
+        epoch: The number of the worker's session, from 1.
+        queue_name: The queue that is consumed.
+    """
+
+    worker: int
+    epoch: int
+    queue_name: str
+    _session: Session
+
+    async def native(self) -> Native:
+        """Return the broker library's own channel and queue, apart from the consuming channel.
+
+        Raises:
+            ConfigurationError: This transport has none.
+        """
+        if not isinstance(self._session, NativeSession):
+            msg = f"{type(self._session).__name__} has no channel of its broker library to hand out"
+            raise ConfigurationError(msg)
+        return await self._session.native()
+
+
+class BaseConsumer(Generic[SettingsT]):
+    """Lifecycle, hooks, health and publishing of both kinds of consumer.
+
+    Args:
+        settings: None reads them from the environment.
+        transport: None uses the one that serves the URL's scheme.
+        observers: Notified of everything that happens.
+
+    Raises:
+        ConfigurationError: The settings or the class can't work.
+    """
+
+    settings_class: ClassVar[type[ConsumerSettings]] = ConsumerSettings
+    """The class that `settings=None` uses."""
+
+    exception_results: ClassVar[ExceptionResults] = {}
+    """Results of undecided messages by the class of the exception that left the handler.
+
+    Subclasses of a listed class match; the most specific class counts. Exceptions that aren't
+    listed get `unhandled_exception_action`.
+    """
+
+    settings: SettingsT
+
+    def __init__(
+        self,
+        settings: SettingsT | None = None,
+        *,
+        transport: Transport | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self._check_class()
+        self.settings = settings if settings is not None else self._settings_from_environment()
+        check_batch_key(
+            type(self).__name__,
+            type(self).batch_key,
+            overridden=self._overrides("batch_key"),
+            ordered=self.settings.ordered_by_key,
+        )
+        self._name = type(self).__name__
+        self._transport = transport if transport is not None else self._open_transport()
+        self._observers = tuple(observers)
+        self._log = KeywordLogger(
+            logging.getLogger("aio_pika_batch.consumer"),
+            consumer=self._name,
+            queue=self.settings.queue_name,
+        )
+        self._lifecycle = Lifecycle(self._log)
+        self._current: ConsumeLoop | None = None
+
+    def configure(self, **given: Any) -> None:  # noqa: ANN401  -- each setting has its own type
+        """Replace some settings before the start, as the command line does.
+
+        A transport that was passed to the constructor is kept, unless another URL is given.
+
+        Raises:
+            ConfigurationError: A value is invalid, or the consumer is running.
+        """
+        if not given:
+            return
+        if self.is_running:
+            msg = f"{self._name} is running: settings can be replaced before its start only"
+            raise ConfigurationError(msg)
+        self.settings = self.settings.replaced(**given)
+        if "url" in given:
+            self._transport = self._open_transport()
+
+    def observe(self, observer: Observer) -> None:
+        """Add an observer before the start, unless there is one of its class."""
+        if not any(isinstance(each, type(observer)) for each in self._observers):
+            self._observers = (*self._observers, observer)
+
+    # -- what you override ------------------------------------------------------------------------
+
+    async def on_start(self) -> None:
+        """Called once before the first worker consumes, whatever `num_workers` is."""
+
+    async def on_stop(self) -> None:
+        """Called once after the last worker has stopped, if `on_start` had finished."""
+
+    async def on_session(self, session: WorkerSession) -> None:
+        """Called for each session of each worker, before its first message.
+
+        Each worker then has its own instance, so that what a session stores on `self` stays with
+        its worker: worker 0 has this one, the others a `copy.copy` of it made after `on_start`.
+        """
+
+    def batch_key(self, message: Message) -> Hashable | None:  # noqa: ARG002  -- for overrides
+        """Return the key of a message: a batch contains messages of one key only.
+
+        With `ordered_by_key`, batches of one key are handled one after another, in their order.
+        None means no key: such messages share batches and have no order. If it raises, only this
+        message is treated as if its handler had raised.
+
+        It is called once for each message when it arrives, on the event loop, so it must be quick.
+        """
+        return None
+
+    async def _run_internal(
+        self,
+        channel: Any,  # noqa: ANN401  -- the broker library's own
+        queue: Any,  # noqa: ANN401  -- the same
+        settings: ConsumerSettings,
+        stop_event: asyncio.Event,
+        log: KeywordLogger,
+    ) -> None:
+        """Called for each session of each worker; `super()` consumes until the session ends.
+
+        `channel` and `queue` are for declarations and publishes; messages are consumed on another
+        channel. New code overrides `on_session` instead.
+        """
+        del channel, queue, settings, stop_event, log
+        if self._current is None:
+            msg = "_run_internal is called by the library, once for each session"
+            raise SessionClosed(msg)
+        await self._current.consume()
+
+    def _process(self) -> Process:
+        raise NotImplementedError
+
+    def _check_class(self) -> None:
+        raise NotImplementedError
+
+    # -- lifecycle --------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Start, consume, and drain at SIGINT, SIGTERM or `stop`.
+
+        Raises:
+            TransportError: The broker refuses for good.
+            DrainIncomplete: A second signal abandoned the drain, or `shutdown_timeout` cut handlers
+                off.
+        """
+        lifecycle = self._lifecycle
+        with process_signals.listen(lifecycle.request_stop, lifecycle.abandon):
+            try:
+                await self.start()
+            except StartInterrupted:
+                return
+            try:
+                if lifecycle.pool is not None:
+                    await lifecycle.pool.watch()
+            finally:
+                lifecycle.request_stop()
+                incomplete = await lifecycle.drained()
+        if incomplete is not None:
+            raise incomplete
+
+    async def start(self) -> None:
+        """Start, and return once every worker consumes. An absent broker is waited for.
+
+        Raises:
+            TransportError: The broker refuses for good: password, virtual host, queue, exchange.
+            StartInterrupted: `stop` was called meanwhile.
+            ConfigurationError: The consumer is already running.
+        """
+        if self._lifecycle.pool is not None:
+            msg = f"{self._name} is running already: stop it before you start it again"
+            raise ConfigurationError(msg)
+        settings = self.settings
+        options = topology_options(settings)
+        profile = consumer_profile(settings, self.exception_results.values())
+        for line in warnings_for(options, profile):
+            self._log.warning(line)
+        await self._lifecycle.begin(
+            WorkerPool(
+                self._name,
+                WorkerConfig.from_settings(settings, self.exception_results),
+                self._transport,
+                self._observers,
+                self._log,
+                server=server_of(settings.url),
+            ),
+            on_start=self.on_start,
+            on_stop=self.on_stop,
+            instances=self._instances,
+            timeout=settings.shutdown_timeout,
+        )
+        version = isinstance(self._transport, VersionedTransport) and self._transport.broker_version
+        for line in broker_warnings_for(options, profile, version or None):
+            self._log.warning(line)
+
+    async def stop(self) -> None:
+        """Drain and stop. It is idempotent, and may be called from any task, also during `start`.
+
+        In a handler or a hook, or in a task that one of them has started, it returns at once,
+        because the drain waits for them.
+        """
+        await self._lifecycle.stop()
+
+    def request_stop(self) -> None:
+        """Begin to drain, without waiting for it."""
+        self._lifecycle.request_stop()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    # -- health -----------------------------------------------------------------------------------
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has been started and has not stopped."""
+        return self._lifecycle.pool is not None
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether every worker consumes, and none holds a message for longer than `stuck_after`."""
+        pool = self._lifecycle.pool
+        return pool is not None and pool.is_healthy()
+
+    def status(self) -> ConsumerStatus:
+        """Return a snapshot of the consumer and its workers."""
+        pool = self._lifecycle.pool
+        return ConsumerStatus(
+            consumer=self._name,
+            queue=self.settings.queue_name,
+            is_running=self.is_running,
+            is_healthy=self.is_healthy,
+            workers=pool.statuses if pool else (),
+            is_stuck=pool is not None and pool.is_stuck(),
+        )
+
+    # -- publishing -------------------------------------------------------------------------------
+
+    async def publish(
+        self,
+        body: bytes,
+        *,
+        exchange: str = "",
+        routing_key: str = "",
+        headers: Headers | None = None,
+        mandatory: bool = True,
+        **properties: Any,  # noqa: ANN401  -- those of Publication, each with its own type
+    ) -> None:
+        """Publish a message and wait for its confirm.
+
+        Args:
+            mandatory: Whether it is an error if no queue takes the message.
+            **properties: Further ones of :class:`~aio_pika_batch.Publication`, such as
+                `message_id`.
+
+        Raises:
+            PublishError: It was returned, refused, or not confirmed within `publish_timeout`.
+            SessionClosed: The consumer is not running.
+        """
+        publication = Publication(
+            body,
+            exchange=exchange,
+            routing_key=routing_key,
+            headers=headers,
+            mandatory=mandatory,
+            **properties,
+        )
+        [outcome] = await self.publish_many([publication])
+        if outcome is not Outcome.CONFIRMED:
+            timeout = self.settings.publish_timeout
+            raise PublishError(describe_outcome(outcome, publication, timeout))
+
+    async def publish_many(self, publications: Sequence[Publication]) -> Sequence[Outcome]:
+        """Publish many messages at once and wait for all confirms.
+
+        Returns:
+            An outcome for each, in order.
+
+        Raises:
+            SessionClosed: The consumer is not running.
+        """
+        pool = self._lifecycle.pool
+        if pool is None:
+            msg = "publishing needs a running consumer: between start and stop, hooks included"
+            raise SessionClosed(msg)
+        return await pool.publisher.publish(publications)
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _settings_from_environment(self) -> SettingsT:
+        settings: Any = self.settings_class()
+        made: SettingsT = settings
+        return made
+
+    def _open_transport(self) -> Transport:
+        return open_transport(endpoint(self.settings, type(self).__name__))
+
+    def _instances(self) -> list[WorkerInstance]:
+        count = self.settings.num_workers
+        if self._overrides("on_session") or self._overrides("_run_internal"):
+            # Session hooks store channels on `self`, which workers must not overwrite.
+            consumers = [self, *(copy.copy(self) for _ in range(count - 1))]
+        else:
+            consumers = [self] * count
+        return [each._instance(index) for index, each in enumerate(consumers)]  # noqa: SLF001  -- same class
+
+    def _instance(self, index: int) -> WorkerInstance:
+        batch_key = self.batch_key if self._overrides("batch_key") else None
+        return WorkerInstance(self._process(), batch_key, functools.partial(self._attend, index))
+
+    def _overrides(self, name: str) -> bool:
+        return getattr(type(self), name) is not getattr(BaseConsumer, name)
+
+    async def _attend(
+        self, index: int, loop: ConsumeLoop, session: Session, epoch: int, log: KeywordLogger
+    ) -> None:
+        """Run this instance's hooks around one session."""
+        worker_session = WorkerSession(index, epoch, self.settings.queue_name, session)
+        if self._overrides("on_session"):
+            await self.on_session(worker_session)
+        if not self._overrides("_run_internal"):
+            await loop.consume()
+            return
+        native = await worker_session.native()
+        self._current = loop
+        try:
+            await self._run_internal(
+                channel=native.channel,
+                queue=native.queue,
+                settings=self.settings,
+                stop_event=loop.shutdown.event,
+                log=log,
+            )
+        finally:
+            self._current = None
 
 
 class BatchConsumer(BaseConsumer[BatchConsumerSettings]):
@@ -37,9 +430,9 @@ class BatchConsumer(BaseConsumer[BatchConsumerSettings]):
     def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[Yield]:
         """Yield a result for each message.
 
-        The i-th yield is the i-th message's; a handler that works out of order yields `(message,
-        result)` instead. What is left undecided, by an exception or by ending early, gets
-        `unhandled_exception_action`: a missing result is never an ACK.
+        The i-th result belongs to the i-th message. A handler that works out of order yields
+        `(message, result)` instead. Messages that are left undecided, because it raised or ended
+        early, get `unhandled_exception_action`: a missing result is never an ACK.
 
         Args:
             messages: Oldest first, never empty, at most `batch_size`.
@@ -56,7 +449,7 @@ class BatchConsumer(BaseConsumer[BatchConsumerSettings]):
             raise ConfigurationError(msg)
         if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method):
             msg = (
-                f"{type(self).__name__}.process_messages is no async generator: it must be an"
+                f"{type(self).__name__}.process_messages is not an async generator: it must be an"
                 " `async def` that yields a MessageResult for each message"
             )
             raise ConfigurationError(msg)
@@ -65,13 +458,13 @@ class BatchConsumer(BaseConsumer[BatchConsumerSettings]):
 class Consumer(BaseConsumer[ConsumerSettings]):
     """Consumes one message at a time: override `process_message`.
 
-    `concurrency` of them run at once.
+    `concurrency` messages are handled at the same time.
     """
 
     settings_class = ConsumerSettings
 
     async def process_message(self, message: Message) -> Result:
-        """Return the result for a message, or raise: then it gets `unhandled_exception_action`."""
+        """Return the result of a message. If it raises, `unhandled_exception_action` is used."""
         raise NotImplementedError
 
     async def _one_by_one(self, messages: Sequence[Message]) -> AsyncIterator[Yield]:

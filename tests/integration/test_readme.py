@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from aio_pika_batch import Message
-    from aio_pika_batch.lifecycle import BaseConsumer
+    from aio_pika_batch.consumer import BaseConsumer
 
 
 class ServiceUnavailableError(Exception):

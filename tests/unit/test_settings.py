@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import string
 from enum import Enum, StrEnum
 from pathlib import Path
@@ -19,6 +20,8 @@ from aio_pika_batch import (
     MessageResult,
 )
 from aio_pika_batch.masking import mask_url
+from aio_pika_batch.runtime.worker_config import WorkerConfig
+from aio_pika_batch.settings.derived import topology_options
 
 MEMORY = {"_env_file": None, "url": "memory://", "queue_name": "jobs"}
 
@@ -248,7 +251,7 @@ def test_the_environment_is_read(monkeypatch):
     assert ("from-environment", 7) == (made.queue_name, made.batch_size)
     assert MessageResult.REQUEUE_IMMEDIATE is made.unhandled_exception_action
     assert {"x-max-length": 5} == made.queue_arguments
-    assert ("a", "b") == made.wanted.routing_keys
+    assert ("a", "b") == topology_options(made).routing_keys
     assert 9 == BatchConsumerSettings(_env_file=None, batch_size=9).batch_size
 
 
@@ -256,7 +259,7 @@ def test_the_environment_is_read(monkeypatch):
 def test_a_routing_key_in_the_environment_is_a_string(monkeypatch, key):
     """Also one that would be something else in JSON."""
     monkeypatch.setenv("AIO_PIKA_BATCH_ROUTING_KEY", key)
-    assert (key,) == BatchConsumerSettings(**MEMORY).wanted.routing_keys
+    assert (key,) == topology_options(BatchConsumerSettings(**MEMORY)).routing_keys
 
 
 def test_a_variable_that_cannot_be_parsed_is_named(monkeypatch):
@@ -349,35 +352,52 @@ def test_prefetch_left_unset_follows_the_batches(given, expected):
 def test_prefetch_of_a_consumer_of_single_messages():
     """A batch of one, and nothing is collected."""
     made = ConsumerSettings(**MEMORY, concurrency=20)
-    assert (21, 1, 0) == (made.effective_prefetch, made.messages_per_batch, made.seconds_per_batch)
+    config = WorkerConfig.from_settings(made, {})
+    assert (21, 1, 0) == (config.prefetch, config.batch_size, config.batch_timeout)
 
 
 @pytest.mark.parametrize(
-    ("settle", "interval", "is_atomic"),
-    [("batch", None, False), ("yield", 0.1, False), ("atomic", None, True)],
+    ("settle", "is_early", "is_atomic"),
+    [("batch", False, False), ("yield", True, False), ("atomic", False, True)],
 )
-def test_each_way_to_settle_is_what_it_says(settle, interval, is_atomic):
+def test_each_way_to_settle_is_what_it_says(settle, is_early, is_atomic):
     """The interval is for yields only."""
-    made = BatchConsumerSettings(**MEMORY, settle=settle)
-    assert (interval, is_atomic) == (made.seconds_until_settled, made.is_atomic)
+    config = WorkerConfig.from_settings(BatchConsumerSettings(**MEMORY, settle=settle), {})
+    assert (is_early, is_atomic) == (config.pace is not None, config.failure.is_atomic)
 
 
-def test_culprits_are_looked_for_only_if_asked_for():
+def test_failing_messages_are_isolated_only_if_asked_for():
     """As many as the limit says; a batch of one needs none of it."""
     assert [0, 10, 3] == [
-        BatchConsumerSettings(**MEMORY, **given).culprits_per_batch
+        WorkerConfig.from_settings(BatchConsumerSettings(**MEMORY, **given), {}).failure.isolate
         for given in (
             {"isolate_limit": 5},
             {"isolate_failures": True},
             {"isolate_failures": True, "isolate_limit": 3},
         )
     ]
-    single = ConsumerSettings(**MEMORY)
-    assert (None, False, 0) == (
-        single.seconds_until_settled,
-        single.is_atomic,
-        single.culprits_per_batch,
-    )
+    single = WorkerConfig.from_settings(ConsumerSettings(**MEMORY), {})
+    assert (None, False, 0) == (single.pace, single.failure.is_atomic, single.failure.isolate)
+
+
+ESSENTIAL = ["url", "queue_name"]
+OF_BATCHES = [
+    "batch_size",
+    "batch_timeout",
+    "batch_max_bytes",
+    "settle",
+    "settle_interval",
+    "isolate_failures",
+    "isolate_limit",
+]
+
+
+def test_settings_are_listed_with_the_essential_ones_first():
+    """In signatures, in `check` and in completion; both kinds in the same order."""
+    single, batches = list(ConsumerSettings.model_fields), list(BatchConsumerSettings.model_fields)
+    assert [*ESSENTIAL, *OF_BATCHES] == batches[: len(ESSENTIAL) + len(OF_BATCHES)]
+    assert single == [name for name in batches if name not in OF_BATCHES]
+    assert batches == list(inspect.signature(BatchConsumerSettings).parameters)
 
 
 @pytest.mark.parametrize(

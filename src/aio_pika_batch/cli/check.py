@@ -13,9 +13,10 @@ from aio_pika_batch.cli.inspection import Standing, State, broker_version, inspe
 from aio_pika_batch.cli.printing import console, harmless, hush, print_json, table
 from aio_pika_batch.cli.targets import AnyConsumer, Loading, load
 from aio_pika_batch.cli.topology import title
-from aio_pika_batch.core.config_checks import broker_warnings_for, warnings_for
+from aio_pika_batch.core.config_checks import ConsumerProfile, broker_warnings_for, warnings_for
 from aio_pika_batch.core.topology import Binding, build_topology
 from aio_pika_batch.masking import mask_url
+from aio_pika_batch.settings.derived import consumer_profile, topology_options
 
 Level = Literal["error", "warning", "info"]
 
@@ -84,21 +85,25 @@ def _settings(consumer: AnyConsumer, *, url_given: bool) -> list[tuple[str, obje
 
 
 def _advice(consumer: AnyConsumer) -> list[Finding]:
-    found = warnings_for(consumer.settings.wanted, consumer._habits())  # noqa: SLF001  -- our own
+    found = warnings_for(topology_options(consumer.settings), _profile(consumer))
     return [Finding("warning", line) for line in found]
+
+
+def _profile(consumer: AnyConsumer) -> ConsumerProfile:
+    return consumer_profile(consumer.settings, consumer.exception_results.values())
 
 
 async def _findings(consumer: AnyConsumer) -> list[Finding]:
     transport = consumer._transport  # noqa: SLF001  -- our own
-    wanted = consumer.settings.wanted
+    options = topology_options(consumer.settings)
     version = await broker_version(transport)
-    standings = await inspect(transport, build_topology(wanted))
+    standings = await inspect(transport, build_topology(options))
     return [
         *(found for found in map(_finding, standings) if found is not None),
         *_advice(consumer),
         *(
             Finding("warning", line)
-            for line in broker_warnings_for(wanted, consumer._habits(), version)  # noqa: SLF001
+            for line in broker_warnings_for(options, _profile(consumer), version)
         ),
     ]
 

@@ -22,8 +22,8 @@ from typing import Annotated, Any, TypeAlias
 from cyclopts import Parameter
 from dotenv import load_dotenv
 
+from aio_pika_batch.consumer import BaseConsumer
 from aio_pika_batch.errors import AioPikaBatchError, ConfigurationError
-from aio_pika_batch.lifecycle import BaseConsumer
 
 AnyConsumer: TypeAlias = BaseConsumer[Any]
 

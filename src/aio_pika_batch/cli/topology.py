@@ -28,6 +28,7 @@ from aio_pika_batch.core.topology import (
     to_definitions,
 )
 from aio_pika_batch.errors import ConfigurationError
+from aio_pika_batch.settings.derived import topology_options
 
 BAD = frozenset({State.DIFFERS, State.REFUSED})
 
@@ -56,7 +57,7 @@ def topology(
     """
     hush()
     consumer = load(target, loading or Loading())
-    needed = build_topology(replace(consumer.settings.wanted, declare=True))
+    needed = build_topology(replace(topology_options(consumer.settings), declare=True))
     if apply and dry_run:
         raise ConfigurationError("--apply and --dry-run contradict each other: use one of them")
     if format == "definitions":

@@ -1,1 +1,1 @@
-"""What runs a consumer: lifecycle, workers, sessions, handlers, settlement."""
+"""Runs a consumer: lifecycle, workers, sessions, handlers and settlement."""

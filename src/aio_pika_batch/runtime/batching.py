@@ -1,16 +1,10 @@
-"""Who collects what a session delivers, and what is taken back from a handler?
-
-Without keys and bytes, chunks are collected as they come. Otherwise each message is looked at, and
-asked for its key. One whose `batch_key` fails, fails alone, as if it had been a batch of its own
-whose handler raised; the others are collected as ever.
-"""
+"""Collects deliveries into batches for one session, with the batcher that the settings need."""
 
 from __future__ import annotations
 
 import inspect
 import random
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeAlias
 
@@ -22,155 +16,211 @@ from aio_pika_batch.core.ordered_batcher import OrderedBatcher
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, result_for
 from aio_pika_batch.core.retry_in_place import RetryInPlace
 from aio_pika_batch.errors import ConfigurationError, MessageDecodeError
+from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.observer import HandlerError, Observers, Requeued
+from aio_pika_batch.runtime.worker_config import WorkerConfig
 
 BatchKey: TypeAlias = Callable[[Message], Hashable | None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cutting:
-    """How batches are cut, as the settings say.
-
-    Attributes:
-        in_place: Given if each key keeps its order.
-    """
-
-    size: int
-    timeout: float
-    max_bytes: int | None
-    in_place: RetryInPlace | None
-
-
 class BatchIntake:
-    """Collects for one session.
-
-    Args:
-        batch_key: The user's; None if there is none.
-        failure: What becomes of a message that it raises for.
+    """Collects deliveries without an order of keys; the base of the one that has it.
 
     Attributes:
-        batcher: Whom to ask for batches.
-        add: Takes messages that have arrived, and the time; returns those that have no place in a
-            batch, judged; None if there is none.
-        runs_users_code: Whether `add` does.
+        batcher: Returns the batches.
+        runs_users_code: Whether `add` calls the user's `batch_key`.
     """
 
-    def __init__(
-        self, cutting: Cutting, batch_key: BatchKey | None, failure: FailurePolicy
-    ) -> None:
-        self._in_place = cutting.in_place
-        self._ordered: OrderedBatcher | None = None
-        self.batcher: Batcher | KeyedBatcher | OrderedBatcher
-        self.add: Callable[[Sequence[Message], float], BatchDecisions | None]
-        self.runs_users_code = batch_key is not None
-        if batch_key is None and cutting.max_bytes is None:
-            self.batcher = plain = Batcher(size=cutting.size, timeout=cutting.timeout)
-            self.add = plain.add
-            return
-        self.batcher = keyed = KeyedBatcher(
-            size=cutting.size, timeout=cutting.timeout, max_bytes=cutting.max_bytes
-        )
-        if cutting.in_place is not None:
-            self.batcher = self._ordered = OrderedBatcher(keyed)
-        if batch_key is None:
-            self.add = keyed.add
-        else:
-            self.add = _KeyReader(batch_key, self.batcher, failure).add
+    batcher: Batcher | KeyedBatcher | OrderedBatcher
+    runs_users_code = False
+
+    def __init__(self, batcher: Batcher | KeyedBatcher | OrderedBatcher) -> None:
+        self.batcher = batcher
 
     @property
     def held(self) -> int:
-        """Messages that wait for their next attempt in place."""
-        return 0 if self._ordered is None else self._ordered.held
+        """The number of messages that wait to be retried in place."""
+        return 0
 
-    def begin(self, keys: Iterable[Hashable]) -> None:
-        """Wait with these: handlers have been at work at them since an earlier session."""
-        if self._ordered is not None:
-            for key in keys:
-                self._ordered.block(key)
-
-    def keeps_failures(self, batch: Batch) -> bool:
-        """Whether what fails in this batch is tried again in place, once its handler is done."""
-        return self._ordered is not None and batch.key is not None
-
-    def take_back(self, batch: Batch, handled: BatchDecisions, now: float) -> Sequence[Message]:
-        """Keep what is to be tried again in place, and take it out of `handled`.
-
-        Args:
-            now: The time, in the clock of `add`.
+    def add(self, chunk: Sequence[Message], now: float) -> BatchDecisions | None:
+        """Take messages that arrived at `now`.
 
         Returns:
-            Those that are kept because they have failed.
+            Decisions about messages whose `batch_key` failed; None if there are none.
         """
-        in_place, ordered = self._in_place, self._ordered
-        if in_place is None or ordered is None or batch.key is None or not handled.not_acked:
-            return ()
-        # Jitter spreads load; nobody gains by predicting it.
-        found = in_place.decide(handled.not_acked, now=datetime.now(UTC), jitter=random.random())
-        handled.not_acked = found.final
-        ordered.keep(batch, found.attempts, found.not_attempted, now)
-        return [each.message for each in found.attempts]
+        self.batcher.add(chunk, now)
+        return None
+
+    def begin(self, keys: Iterable[Hashable]) -> None:
+        """Hold back these keys: handlers of an earlier session still work on them."""
+
+    def keeps_failures(self, batch: Batch) -> bool:  # noqa: ARG002  -- for the subclass
+        """Whether messages of this batch that fail are retried in place after its handler ended."""
+        return False
+
+    def take_back(self, batch: Batch, decisions: BatchDecisions, now: float) -> None:
+        """Keep messages that are retried in place, and remove them from the decisions."""
 
     def release(self, batch: Batch) -> None:
-        """A batch, of this session or an earlier one, is no longer at work."""
-        if self._ordered is not None:
-            self._ordered.release(batch.key)
+        """Note that a batch, of this session or an earlier one, has been handled."""
 
 
-class _KeyReader:
-    """Asks for the key of each message before it is collected."""
+class KeyedIntake(BatchIntake):
+    """Collects deliveries by the key that the user's `batch_key` returns.
+
+    A message whose `batch_key` raises can't be part of any batch. It is treated as if its handler
+    had raised, and the other messages are collected as usual: the worker must not end by it.
+    """
+
+    runs_users_code = True
 
     def __init__(
         self,
-        batch_key: BatchKey,
         batcher: KeyedBatcher | OrderedBatcher,
+        batch_key: BatchKey,
         failure: FailurePolicy,
+        *,
+        observers: Observers,
+        log: KeywordLogger,
     ) -> None:
+        super().__init__(batcher)
+        self._keyed = batcher
         self._batch_key = batch_key
-        self._batcher = batcher
         self._failure = failure
+        self._observers = observers
+        self._log = log
 
     def add(self, chunk: Sequence[Message], now: float) -> BatchDecisions | None:
+        """Ask for the key of each message, and collect it."""
         messages: list[Message] = []
         keys: list[Hashable | None] = []
-        failed = BatchDecisions()
+        failed: list[MessageOutcome] = []
         for message in chunk:
             try:
                 key = self._batch_key(message)
                 hash(key)
             except Exception as error:  # noqa: BLE001  -- the user's code may raise anything
-                failed.not_acked.append(self._verdict(message, error))
+                failed.append(self._outcome(message, error))
             else:
                 messages.append(message)
                 keys.append(key)
-        self._batcher.add(messages, now, keys)
-        return failed or None
+        self._keyed.add(messages, now, keys)
+        if not failed:
+            return None
+        # One traceback is enough: they arrived together, and mostly fail for the same reason.
+        self._log.error("batch_key failed", exc_info=failed[0].error, messages=len(failed))
+        if self._observers:
+            for each in failed:
+                if each.error is not None:
+                    self._observers.emit(HandlerError([each.message], each.error))
+        return BatchDecisions(not_acked=failed)
 
-    def _verdict(self, message: Message, error: Exception) -> MessageOutcome:
+    def _outcome(self, message: Message, error: Exception) -> MessageOutcome:
         if isinstance(error, MessageDecodeError) and error.message is message:
             return MessageOutcome(message, MessageResult.NACK, Cause.UNDECODABLE, error)
-        policy = self._failure
-        result = result_for(error, policy.exceptions) or policy.action
+        result = result_for(error, self._failure.exceptions) or self._failure.action
         return MessageOutcome(message, result, Cause.EXCEPTION, error)
+
+
+class OrderedIntake(KeyedIntake):
+    """Collects deliveries by key, keeps the order of each key, and retries in place."""
+
+    def __init__(
+        self,
+        batcher: OrderedBatcher,
+        batch_key: BatchKey,
+        failure: FailurePolicy,
+        *,
+        in_place: RetryInPlace,
+        observers: Observers,
+        log: KeywordLogger,
+    ) -> None:
+        super().__init__(batcher, batch_key, failure, observers=observers, log=log)
+        self._ordered = batcher
+        self._in_place = in_place
+
+    @property
+    def held(self) -> int:
+        """The number of messages that wait to be retried in place."""
+        return self._ordered.held
+
+    def begin(self, keys: Iterable[Hashable]) -> None:
+        """Hold back these keys: handlers of an earlier session still work on them."""
+        for key in keys:
+            self._ordered.block(key)
+
+    def keeps_failures(self, batch: Batch) -> bool:
+        """Return True if the batch has a key."""
+        return batch.key is not None
+
+    def take_back(self, batch: Batch, decisions: BatchDecisions, now: float) -> None:
+        """Keep messages that are retried in place, and remove them from the decisions."""
+        if batch.key is None or not decisions.not_acked:
+            return
+        # Jitter spreads load; it needn't be unpredictable.
+        found = self._in_place.decide(
+            decisions.not_acked, now=datetime.now(UTC), jitter=random.random()
+        )
+        decisions.not_acked = found.final
+        self._ordered.keep(batch, found.attempts, found.not_attempted, now)
+        if self._observers:
+            for each in found.attempts:
+                message = each.message
+                self._observers.emit(Requeued(message, message.retry_count, in_place=True))
+
+    def release(self, batch: Batch) -> None:
+        """Note that a batch, of this session or an earlier one, has been handled."""
+        self._ordered.release(batch.key)
+
+
+def open_intake(
+    config: WorkerConfig, batch_key: BatchKey | None, observers: Observers, log: KeywordLogger
+) -> BatchIntake:
+    """Return the simplest intake that does what is configured.
+
+    Without keys and a limit of bytes no message is looked at: features cost only those who use
+    them.
+
+    Args:
+        batch_key: The user's; None if the consumer doesn't override it.
+    """
+    size, timeout = config.batch_size, config.batch_timeout
+    if batch_key is None and config.batch_max_bytes is None:
+        return BatchIntake(Batcher(size=size, timeout=timeout))
+    keyed = KeyedBatcher(size=size, timeout=timeout, max_bytes=config.batch_max_bytes)
+    if batch_key is None:
+        return BatchIntake(keyed)
+    if config.in_place is None:
+        return KeyedIntake(keyed, batch_key, config.failure, observers=observers, log=log)
+    return OrderedIntake(
+        OrderedBatcher(keyed),
+        batch_key,
+        config.failure,
+        in_place=config.in_place,
+        observers=observers,
+        log=log,
+    )
 
 
 def check_batch_key(
     name: str, method: Callable[..., object], *, overridden: bool, ordered: bool
 ) -> None:
-    """Refuse a `batch_key` that cannot work.
+    """Refuse a `batch_key` that can't work.
 
     Args:
-        name: Of the consumer's class.
-        overridden: Whether the method is its own.
-        ordered: Whether `ordered_by_key` is wanted.
+        name: Name of the consumer's class.
+        overridden: Whether the class overrides the method.
+        ordered: Whether `ordered_by_key` is set.
 
     Raises:
-        ConfigurationError: As said.
+        ConfigurationError: It is a coroutine, or is missing although `ordered_by_key` is set.
     """
     if inspect.iscoroutinefunction(method):
         msg = f"{name}.batch_key is a coroutine: it must be a plain `def` that returns the key"
         raise ConfigurationError(msg)
     if ordered and not overridden:
         msg = (
-            f"ordered_by_key=True keeps the order of each key, and {name} has no keys: override"
+            f"ordered_by_key=True keeps the order of each key, but {name} has no keys: override"
             " batch_key(self, message)"
         )
         raise ConfigurationError(msg)

@@ -1,8 +1,4 @@
-"""Who watches a worker's failures, and who is told when they are too many?
-
-The breaker decides; this stands between it and the shell: it counts what was handled, and tells the
-log and the observers what has become of the breaker.
-"""
+"""The circuit breaker of one worker: counts results, and reports when it opens and closes."""
 
 from __future__ import annotations
 
@@ -20,14 +16,14 @@ from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import BreakerClosed, BreakerOpened, BreakerProbing, Observers
 
 PROBE = 1
-"""How many messages a worker may hold while it finds out whether all is well again."""
+"""The prefetch count of a worker that tries whether messages succeed again."""
 
 
 class WorkerBreaker:
-    """One worker's breaker, wired up.
+    """Connects a worker's results to its circuit breaker.
 
     Args:
-        exceptions: Which results the consumer gives to exceptions.
+        exceptions: The consumer's `exception_results`.
     """
 
     def __init__(
@@ -45,24 +41,25 @@ class WorkerBreaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether the worker shall pause."""
+        """Whether the worker has to pause."""
         return self._breaker.state is BreakerState.OPEN
 
     @property
     def is_probing(self) -> bool:
-        """Whether the worker shall take one message at a time."""
+        """Whether the worker has to take one message at a time."""
         return self._breaker.state is BreakerState.HALF_OPEN
 
     @property
     def pause(self) -> float:
-        """How many seconds the worker shall pause."""
+        """How long the worker has to pause, in seconds."""
         return self._breaker.pause
 
-    def record(self, handled: BatchDecisions) -> bool:
-        """Count what was handled; returns whether the worker needs another session now."""
-        verdicts = handled.not_acked
-        failed = sum(is_failure(each, self._exceptions) for each in verdicts)
-        succeeded = len(handled.acked) + sum(each.result is MessageResult.ACK for each in verdicts)
+    def record(self, decisions: BatchDecisions) -> bool:
+        """Count results; return whether the worker needs another session now."""
+        others = decisions.not_acked
+        failed = sum(is_failure(each, self._exceptions) for each in others)
+        succeeded = len(decisions.acked)
+        succeeded += sum(each.result is MessageResult.ACK for each in others)
         breaker = self._breaker
         if not breaker.record(succeeded=succeeded, failed=failed, now=self._loop.time()):
             return False
@@ -80,7 +77,7 @@ class WorkerBreaker:
         return True
 
     def probe(self) -> None:
-        """The pause is over."""
+        """End the pause."""
         self._breaker.probe()
         self._log.info("one message at a time, until one succeeds or fails")
         self._observers.emit(BreakerProbing())

@@ -1,14 +1,9 @@
-"""What did the handler say about each message of a batch?
-
-Runs a user's generator in the task that calls it, which is the library's own, and hands whatever
-comes of it to the batch's trial: an exception, silence, nonsense and time running out each have
-their cause there. As long as the trial wants another run, the handler is run again.
-"""
+"""Runs the user's generator for one batch, and passes on what it yields before it ends."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeAlias
 
 from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolicy
@@ -16,24 +11,28 @@ from aio_pika_batch.core.batcher import Batch, Trigger
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import Cause, ResultCollector
 from aio_pika_batch.errors import HandlerTimeout, ResultError
-from aio_pika_batch.runtime.handler_events import Reporter
+from aio_pika_batch.logs import KeywordLogger, format_error
+from aio_pika_batch.observer import BatchCut, BatchHandled, HandlerError, Observers
 
 IGNORED_CANCELLATION = 5.0
-"""Seconds that a cancelled handler has to end; then its session is given up."""
+"""Seconds that a cancelled handler has to end before its session is given up."""
 
 Process: TypeAlias = Callable[[Sequence[Message]], AsyncIterator[object]]
 
 
 class HandlerRun:
-    """One batch in the hands of a handler.
+    """One batch in a handler, run in the task that calls `run`.
+
+    That task is the library's own: client libraries cancel their callbacks when a connection is
+    lost, and handlers must not notice.
 
     Args:
         process: The user's `process_messages`.
         timeout: Seconds for the whole batch, however often it is run; None for no limit.
-        on_ignored: Called if the handler goes on for long after its cancellation.
-        on_yield: Called when there is something for `take`, and again only after that; None where
-            nothing is settled before the end.
-        keeps_failures: Whether `take` leaves what failed to the end.
+        on_ignored: Called if the handler continues for long after its cancellation.
+        on_yield: Called when `take` has something new, and again only after the next `take`. None
+            if results are settled together when the handler has ended.
+        keeps_failures: Whether `take` leaves messages that failed to the end.
     """
 
     def __init__(
@@ -46,36 +45,38 @@ class HandlerRun:
         on_ignored: Callable[[], None],
         on_yield: Callable[[HandlerRun], None] | None,
         keeps_failures: bool,
-        reporter: Reporter,
+        observers: Observers,
+        log: KeywordLogger,
     ) -> None:
         self.batch = batch
         self._process = process
         self._timeout = timeout
         self._on_ignored = on_ignored
         self._on_yield = on_yield
-        self._has_told = False
-        self._reporter = reporter
-        self._trial = BatchRun(policy, keeps_failures=keeps_failures)
+        self._has_notified = False
+        self._observers = observers
+        self._log = log
+        self._batch_run = BatchRun(policy, keeps_failures=keeps_failures)
         self._collector = ResultCollector(batch.messages)
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[object] | None = None
-        self._cut_by: Cause | None = None
+        self._cancelled_by: Cause | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     @property
-    def is_cut(self) -> bool:
-        """Whether its handler has been cancelled."""
-        return self._cut_by is not None
+    def is_cancelled(self) -> bool:
+        """Whether the handler has been cancelled."""
+        return self._cancelled_by is not None
 
-    def cut(self, cause: Cause) -> bool:
-        """Cancel the handler; what it has yielded so far stays.
+    def cancel(self, cause: Cause) -> bool:
+        """Cancel the handler; what it has yielded so far counts.
 
         Returns:
-            False if it is not running, or has been cancelled before.
+            False if it isn't running or has already been cancelled.
         """
-        if self._task is None or self._cut_by is not None:
+        if self._task is None or self._cancelled_by is not None:
             return False
-        self._cut_by = cause
+        self._cancelled_by = cause
         self._task.cancel()
         self._disarm()
         self._timer = self._loop.call_later(IGNORED_CANCELLATION, self._on_ignored)
@@ -87,58 +88,122 @@ class HandlerRun:
             self._timer = None
 
     def take(self) -> BatchDecisions:
-        """Hand out what is decided so far; `run` does not return it again."""
+        """Return what has been decided so far; `run` doesn't return it again."""
         if self._task is None:
-            # What `run` has returned is not handed out again either.
+            # `run` has returned everything.
             return BatchDecisions()
-        self._has_told = False
-        return self._trial.take(self._collector)
+        self._has_notified = False
+        return self._batch_run.take(self._collector)
 
     async def run(self) -> BatchDecisions:
-        """Run the handler to its end.
+        """Run the handler until every message of the batch is decided.
 
         Raises:
-            asyncio.CancelledError: The calling task was cancelled, by other means than `cut`.
+            asyncio.CancelledError: The calling task was cancelled, but not by `cancel`.
         """
         self._task = asyncio.current_task()
         if self._timeout is not None:
-            self._timer = self._loop.call_later(self._timeout, self.cut, Cause.TIMEOUT)
-        trial = self._trial
+            self._timer = self._loop.call_later(self._timeout, self.cancel, Cause.TIMEOUT)
+        batch_run, trigger = self._batch_run, self.batch.trigger
         try:
-            await self._run_once(self._collector, self.batch.trigger)
-            while not trial.is_over:
-                if self._cut_by is not None:
-                    trial.stop(self._cut_off(self._cut_by), self._cut_by)
+            while True:
+                began = self._loop.time()
+                if self._observers:
+                    waited = began - self.batch.since
+                    self._observers.emit(BatchCut(self._collector.messages, trigger, waited))
+                self._record(await self._iterate(self._collector), began, trigger)
+                if batch_run.is_over:
+                    break
+                if self._cancelled_by is not None:
+                    batch_run.stop(self._cut_off(self._cancelled_by), self._cancelled_by)
                     break
                 if self._on_yield is not None:
-                    self._tell()
-                self._collector = ResultCollector(trial.next_run())
-                await self._run_once(self._collector, Trigger.ISOLATE)
+                    self._notify()
+                self._collector = ResultCollector(batch_run.next_run())
+                trigger = Trigger.ISOLATE
         finally:
             self._disarm()
             task, self._task = self._task, None
-            if self._cut_by is not None and task is not None:
-                # The cancellation was for the handler, and has been dealt with.
+            if self._cancelled_by is not None and task is not None:
+                # The cancellation was meant for the handler, which has ended.
                 task.uncancel()
-        return trial
+        return batch_run
 
-    async def _run_once(self, collector: ResultCollector, trigger: Trigger) -> None:
+    async def _iterate(self, collector: ResultCollector) -> BaseException | None:
+        """Run the handler's generator once; return what went wrong, if anything."""
+        accept = collector.accept if self._on_yield is None else self._accept_and_notify
+        error: BaseException | None = None
+        results = None
+        try:
+            results = self._process(collector.messages)
+            async for item in results:
+                if self._cancelled_by is not None:
+                    error = asyncio.CancelledError("the handler swallowed its cancellation")
+                    break
+                try:
+                    accept(item)
+                except ResultError as invalid:
+                    error = InvalidResult(str(invalid))
+                    break
+        except BaseException as raised:  # noqa: BLE001  -- the user's code may raise anything
+            error = self._blame_handler(raised)
+        # If the generator was left in the middle, its clean-up runs now.
+        aclose = getattr(results, "aclose", None)
+        if aclose is not None:
+            try:
+                await aclose()
+            except BaseException as raised:  # noqa: BLE001  -- the same
+                closing_error = self._blame_handler(raised)
+                error = error or closing_error
+        return error
+
+    def _blame_handler(self, error: BaseException) -> BaseException:
+        """Return an exception that is the handler's; raise one that is meant for the task."""
+        match error:
+            case asyncio.CancelledError():
+                task = self._task
+                if self._cancelled_by is None and task is not None and task.cancelling():
+                    raise error
+            case Exception():
+                pass
+            case _:
+                raise error
+        return error
+
+    def _record(self, raised: BaseException | None, began: float, trigger: Trigger) -> None:
+        """Record a run that has ended, log a failure, and tell the observers."""
+        collector = self._collector
         messages = collector.messages
-        began = self._loop.time()
-        if self._reporter.is_watched:
-            self._reporter.begins(messages, trigger, began - self.batch.since)
-        error = await self._drive(collector)
+        error = self._failure(raised, collector)
         if error is None and collector.all_acked:
-            self._trial.acked += [message.delivery_tag for message in messages]
+            # The common case: no look at each message.
+            self._batch_run.acked += [message.delivery_tag for message in messages]
         else:
-            is_passing = self._trial.record_run(collector, error, self._cause(error))
+            is_bisected = self._batch_run.record_run(collector, error, self._cause(error))
             if error is not None:
-                seconds = self._loop.time() - began
-                quietly = is_passing and trigger is Trigger.ISOLATE
-                self._reporter.failed(messages, seconds, error, trigger, quietly=quietly)
-                return
-        if self._reporter.is_watched:
-            self._reporter.ended(messages, self._loop.time() - began, trigger)
+                self._log_failure(
+                    messages, error, quietly=is_bisected and trigger is Trigger.ISOLATE
+                )
+        if self._observers:
+            if error is not None:
+                self._observers.emit(HandlerError(messages, error))
+            seconds = self._loop.time() - began
+            self._observers.emit(BatchHandled(messages, seconds, error, trigger))
+
+    def _failure(
+        self, raised: BaseException | None, collector: ResultCollector
+    ) -> BaseException | None:
+        if isinstance(raised, InvalidResult):
+            return raised
+        count, expected = collector.count, len(collector.messages)
+        if raised is None and count == expected:
+            return None
+        if self._cancelled_by is not None:
+            cut_off = self._cut_off(self._cancelled_by)
+            # Its traceback shows where the handler was.
+            cut_off.__cause__ = raised
+            return cut_off
+        return raised or MissingResults(f"{count} results for {expected} messages")
 
     def _cause(self, error: BaseException | None) -> Cause:
         match error:
@@ -146,27 +211,12 @@ class HandlerRun:
                 return Cause.HANDLER
             case InvalidResult():
                 return Cause.INVALID
-            case _ if self._cut_by is not None:
-                return self._cut_by
+            case _ if self._cancelled_by is not None:
+                return self._cancelled_by
             case MissingResults():
                 return Cause.MISSING
             case _:
                 return Cause.EXCEPTION
-
-    async def _drive(self, collector: ResultCollector) -> BaseException | None:
-        """Run the handler once; returns what went wrong with it, if anything."""
-        error = await self._caught(self._iterate(collector))
-        if isinstance(error, InvalidResult):
-            return error
-        count, wanted = collector.count, len(collector.messages)
-        if error is None and count == wanted:
-            return None
-        if self._cut_by is not None:
-            cut_off = self._cut_off(self._cut_by)
-            # It shows where the handler was.
-            cut_off.__cause__ = error
-            return cut_off
-        return error or MissingResults(f"{count} results for {wanted} messages")
 
     def _cut_off(self, cause: Cause) -> HandlerTimeout:
         if cause is Cause.TIMEOUT:
@@ -174,56 +224,89 @@ class HandlerRun:
             return HandlerTimeout(f"the handler was cut off after {limit}")
         return HandlerTimeout("the handler was cut off: shutdown_timeout leaves no more time")
 
-    async def _iterate(self, collector: ResultCollector) -> BaseException | None:
-        results = self._process(collector.messages)
-        accept = collector.accept if self._on_yield is None else self._accept_and_tell
-        error: BaseException | None = None
-        try:
-            async for item in results:
-                if self._cut_by is not None:
-                    error = asyncio.CancelledError("it was swallowed")
-                    break
-                try:
-                    accept(item)
-                except ResultError as wrong:
-                    error = InvalidResult(str(wrong))
-                    break
-        finally:
-            # Only now does the handler's own clean-up run, if it was left in the middle.
-            left_open = getattr(results, "aclose", None)
-            if left_open is not None:
-                closing_error = await self._caught(left_open())
-                error = error or closing_error
-        return error
+    def _log_failure(
+        self, messages: Sequence[Message], error: BaseException, *, quietly: bool
+    ) -> None:
+        """Log a failed run.
 
-    def _accept_and_tell(self, item: object) -> None:
+        Args:
+            quietly: Whether an earlier run of the batch was logged, and the message that causes
+                this will be.
+        """
+        context = {"messages": len(messages), "first_tag": messages[0].delivery_tag}
+        if quietly:
+            self._log.debug("a part of a failed batch failed", **context, error=format_error(error))
+        else:
+            self._log.error("a batch failed", exc_info=error, **context, error=format_error(error))
+
+    def _accept_and_notify(self, item: object) -> None:
         self._collector.accept(item)
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
-        if self._on_yield is not None and not self._has_told:
-            self._has_told = True
+    def _notify(self) -> None:
+        if self._on_yield is not None and not self._has_notified:
+            self._has_notified = True
             self._on_yield(self)
 
-    async def _caught(self, work: Awaitable[BaseException | None]) -> BaseException | None:
-        """Do it, and return what it raises: the user's code may raise anything."""
-        try:
-            return await work
-        except asyncio.CancelledError as cancelled:
-            if not self._is_for_the_handler():
-                raise
-            return cancelled
-        except Exception as raised:  # noqa: BLE001  -- as said
-            return raised
 
-    def _is_for_the_handler(self) -> bool:
-        """Whether a cancellation is `cut`'s, or the handler's own: not that of the whole task."""
-        return self._cut_by is not None or self._task is None or not self._task.cancelling()
+class EarlySettlement:
+    """Passes on what handlers have yielded while they still run (`settle="yield"`).
+
+    All handlers of a session share one timer, so that what several of them have yielded is settled
+    together.
+
+    Args:
+        collect: Seconds from the first yield until what has been yielded is passed on.
+        settle: Takes the decisions, the number of messages of each handler, and when the oldest of
+            their batches began, in loop time.
+    """
+
+    def __init__(
+        self,
+        collect: float,
+        settle: Callable[[BatchDecisions, dict[HandlerRun, int], float], None],
+    ) -> None:
+        self._collect = collect
+        self._settle = settle
+        self._loop = asyncio.get_running_loop()
+        self._waiting: list[HandlerRun] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_stopped = False
+
+    def note(self, run: HandlerRun) -> None:
+        """Remember that a handler has yielded something; it says so once until that is taken."""
+        if self._is_stopped:
+            return
+        self._waiting.append(run)
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._collect, self._pass_on)
+
+    def _pass_on(self) -> None:
+        self._timer = None
+        together, counts = BatchDecisions(), {}
+        waiting, self._waiting = self._waiting, []
+        for run in waiting:
+            taken = run.take()
+            if taken:
+                counts[run] = len(taken)
+                together.add(taken)
+        if together:
+            # In the order of delivery, so that one `multiple` ack may cover all of them.
+            together.acked.sort()
+            self._settle(together, counts, min(run.batch.since for run in counts))
+
+    def stop(self) -> None:
+        """Pass nothing on any more: the rest is settled with its batch."""
+        self._is_stopped = True
+        self._waiting.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class InvalidResult(ResultError):
-    """Raised by us about what a handler yielded, as against by the handler itself."""
+    """The handler yielded an invalid result. Raised here, never by the handler itself."""
 
 
 class MissingResults(ResultError):
-    """Raised by us about a handler that ended too early, as against by the handler itself."""
+    """The handler ended too early. Raised here, never by the handler itself."""

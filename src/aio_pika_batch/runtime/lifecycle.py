@@ -1,8 +1,8 @@
-"""Who may begin a consumer's life, who may end it, and who waits for whom?
+"""Starts and stops a consumer: hooks, the drain, and who waits for whom.
 
-One life, shared by all instances of a consumer: whichever of them a handler runs on, its `stop` is
-the consumer's. Users' code may ask for the end from wherever it is called, and must not be waited
-for by itself.
+All instances of a consumer share one lifecycle: a handler that calls `stop` on its own instance
+stops the whole consumer. A hook or handler that asks for the stop doesn't wait for it, because the
+drain waits for the hook or handler.
 """
 
 from __future__ import annotations
@@ -10,80 +10,82 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
+from typing import TypeAlias
 
 from aio_pika_batch.errors import DrainIncomplete, StartInterrupted
 from aio_pika_batch.logs import KeywordLogger
-from aio_pika_batch.runtime.worker_pool import WorkerInstance, WorkerPool
+from aio_pika_batch.runtime.worker import WorkerInstance
+from aio_pika_batch.runtime.worker_pool import WorkerPool
 
 RESERVE = 1.5
 """Seconds of a drain that are kept for settlements, and as many again for closing connections."""
 
-Hook = Callable[[], Awaitable[None]]
+Hook: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class Lifecycle:
-    """From a start to the end of its drain, and again.
+    """From a start to the end of its drain, any number of times.
 
     Attributes:
-        crew: Those who work; None before a start and after the end.
+        pool: The running workers; None before a start and after the drain.
     """
 
     def __init__(self, log: KeywordLogger) -> None:
         self._log = log
         self._timeout = 0.0
         self._on_stop: Hook | None = None
-        self._begun = asyncio.Event()
+        self._has_begun = asyncio.Event()
         self._starter: asyncio.Task[object] | None = None
-        self._limit: asyncio.Timeout | None = None
+        self._hook_limit: asyncio.Timeout | None = None
         self._drain: asyncio.Task[DrainIncomplete | None] | None = None
-        self.crew: WorkerPool | None = None
+        self.pool: WorkerPool | None = None
 
     async def begin(
         self,
-        crew: WorkerPool,
+        pool: WorkerPool,
         *,
         on_start: Hook,
         on_stop: Hook,
-        seats: Callable[[], Sequence[WorkerInstance]],
+        instances: Callable[[], Sequence[WorkerInstance]],
         timeout: float,
     ) -> None:
-        """Run `on_start`, and let the crew work.
+        """Run `on_start`, then start the pool.
 
         Args:
-            crew: Of this life only.
-            on_start: Cut off if it takes too long after a stop.
-            on_stop: Run at the end, if `on_start` has finished.
-            seats: Called after `on_start`.
+            pool: A new pool.
+            on_start: Cut off if it takes too long after a stop was requested.
+            on_stop: Runs at the end, if `on_start` has finished.
+            instances: Called after `on_start`.
             timeout: Seconds that the drain may take.
 
         Raises:
-            StartInterrupted: A stop came first.
-            Exception: Whatever else keeps it from working.
+            StartInterrupted: A stop was requested first.
+            Exception: Whatever else prevents the start.
         """
-        self.crew = crew
+        self.pool = pool
         self._timeout = timeout
         self._on_stop = None
-        self._begun = asyncio.Event()
+        self._has_begun = asyncio.Event()
         self._drain = None
         try:
-            await self._start_up(on_start)
+            await self._run_on_start(on_start)
             self._on_stop = on_stop
             inside = _INSIDE.set(self)
             try:
-                await crew.start(seats())
+                await pool.start(instances())
             finally:
                 _INSIDE.reset(inside)
         except BaseException:
-            self._begun.set()
+            self._has_begun.set()
             self.request_stop()
             await self.drained()
             raise
-        self._begun.set()
+        self._has_begun.set()
 
-    async def _start_up(self, on_start: Hook) -> None:
+    async def _run_on_start(self, on_start: Hook) -> None:
         self._starter = asyncio.current_task()
         try:
-            if not await self._in_time(on_start):
+            if not await self._run_hook(on_start):
                 msg = "stopped while on_start was running, and it took too long to end"
                 raise StartInterrupted(msg)
         finally:
@@ -91,70 +93,70 @@ class Lifecycle:
 
     def request_stop(self) -> None:
         """Begin to drain, without waiting for it."""
-        crew = self.crew
-        if crew is None or crew.stop.event.is_set():
+        pool = self.pool
+        if pool is None or pool.shutdown.is_requested:
             return
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout
-        crew.stop.request(deadline, reserve=min(RESERVE, self._timeout / 10))
+        pool.shutdown.request(deadline, reserve=min(RESERVE, self._timeout / 10))
         self._log.info("draining", within=f"{self._timeout} s")
-        self._cut_by(deadline)
-        self._drain = loop.create_task(self._finish(crew))
+        self._limit_hook(deadline)
+        self._drain = loop.create_task(self._finish(pool))
 
     def abandon(self) -> None:
         """Give up the drain, or begin one that is given up at once."""
         self.request_stop()
-        if self.crew is not None:
+        if self.pool is not None:
             self._log.warning("the drain is abandoned")
-            self.crew.abandon()
-            self._cut_by(asyncio.get_running_loop().time())
+            self.pool.abandon()
+            self._limit_hook(asyncio.get_running_loop().time())
 
     async def stop(self) -> None:
-        """Drain; whoever is part of what is waited for does not wait."""
+        """Drain, and wait for it unless the drain waits for the caller."""
         self.request_stop()
         is_inside = _INSIDE.get() is self or asyncio.current_task() is self._starter
-        if self.crew is not None and not is_inside:
+        if self.pool is not None and not is_inside:
             await self.drained()
 
     async def drained(self) -> DrainIncomplete | None:
-        """Wait for the end; returns what is to be complained of."""
+        """Wait for the end; return what the drain left unfinished, if anything."""
         return None if self._drain is None else await asyncio.shield(self._drain)
 
-    async def _finish(self, crew: WorkerPool) -> DrainIncomplete | None:
+    async def _finish(self, pool: WorkerPool) -> DrainIncomplete | None:
         _INSIDE.set(self)
         try:
-            await self._begun.wait()
-            incomplete = await crew.finish()
+            await self._has_begun.wait()
+            incomplete = await pool.finish()
             if self._on_stop is not None:
                 loop = asyncio.get_running_loop()
-                by = max(crew.stop.deadline, loop.time() + RESERVE)
-                if not await self._in_time(self._on_stop, by):
+                by = max(pool.shutdown.deadline, loop.time() + RESERVE)
+                if not await self._run_hook(self._on_stop, by):
                     self._log.error("on_stop took too long, and was cut off")
                     incomplete = incomplete or DrainIncomplete("on_stop was cut off")
         finally:
-            await crew.close()
-            self.crew = None
+            await pool.close()
+            self.pool = None
             self._log.info("stopped")
         return incomplete
 
-    async def _in_time(self, hook: Hook, deadline: float | None = None) -> bool:
-        """Run a hook, unless `_cut_by` cuts it off; returns whether it has finished."""
+    async def _run_hook(self, hook: Hook, deadline: float | None = None) -> bool:
+        """Run a hook, unless `_limit_hook` cuts it off; return whether it has finished."""
         try:
             async with asyncio.timeout_at(deadline) as limit:
-                self._limit = limit
+                self._hook_limit = limit
                 await hook()
         except TimeoutError:
             if not limit.expired():
                 raise
             return False
         finally:
-            self._limit = None
+            self._hook_limit = None
         return True
 
-    def _cut_by(self, deadline: float) -> None:
-        if self._limit is not None:
-            self._limit.reschedule(deadline)
+    def _limit_hook(self, deadline: float) -> None:
+        if self._hook_limit is not None:
+            self._hook_limit.reschedule(deadline)
 
 
 _INSIDE: ContextVar[Lifecycle | None] = ContextVar("aio_pika_batch_inside", default=None)
-"""Whose hooks and handlers are running; tasks that they start are part of them."""
+"""The consumer whose hooks and handlers are running, also for tasks that they start."""

@@ -1,9 +1,4 @@
-"""How does a publication find an open connection?
-
-One publisher at a time, opened when it is first needed. A publisher that kept silent about anything
-is given up and replaced: what it may still confirm can no longer be told apart, so that each
-message gets one attempt for each connection.
-"""
+"""Publishes on behalf of a whole consumer: reconnects, and declares delay queues when needed."""
 
 from __future__ import annotations
 
@@ -12,17 +7,22 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 
 from aio_pika_batch.core.publication import Outcome, Outgoing, Publication
+from aio_pika_batch.core.retry import NO_DELAY, DelayedCopy
+from aio_pika_batch.core.topology import Topology, TopologyOptions, wait_queue
 from aio_pika_batch.errors import TransportError
-from aio_pika_batch.logs import KeywordLogger
-from aio_pika_batch.runtime.handler_slots import wait_until
+from aio_pika_batch.logs import KeywordLogger, format_error
+from aio_pika_batch.runtime.shutdown import wait_until
 from aio_pika_batch.transport import Publisher, Transport
 
 
 class ReconnectingPublisher:
-    """Publishes on behalf of a whole consumer.
+    """Publishes over one connection at a time, opened on first use.
+
+    A publisher that left anything unconfirmed is closed and replaced: its late confirms couldn't be
+    told apart from others, so each message gets one attempt per connection.
 
     Args:
-        log: Told when a publisher cannot be opened.
+        log: Gets a line when a publisher can't be opened.
     """
 
     def __init__(self, transport: Transport, log: KeywordLogger) -> None:
@@ -32,20 +32,20 @@ class ReconnectingPublisher:
         self._current: tuple[AbstractAsyncContextManager[Publisher], Publisher] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._is_closed = False
-        self._complained = False
+        self._has_complained = False
 
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
-        """Publish; a connection that cannot be had makes `Outcome.UNKNOWN` of all of them."""
+        """Publish; without a connection all outcomes are `Outcome.UNKNOWN`."""
         try:
             publisher = await self._open()
         except TransportError as error:
-            if not self._complained:
-                self._complained = True
+            if not self._has_complained:
+                self._has_complained = True
                 self._log.warning("no connection for publishing", error=error)
             return [Outcome.UNKNOWN] * len(publications)
         outcomes = await publisher.publish(publications)
         if Outcome.UNKNOWN in outcomes or not publisher.is_open:
-            self._give_up(publisher)
+            self._replace(publisher)
         return outcomes
 
     async def _open(self) -> Publisher:
@@ -54,7 +54,7 @@ class ReconnectingPublisher:
                 publisher = self._current[1]
                 if publisher.is_open:
                     return publisher
-                self._give_up(publisher)
+                self._replace(publisher)
             self._refuse_if_closed()
             context = self._transport.publisher()
             publisher = await context.__aenter__()
@@ -64,7 +64,7 @@ class ReconnectingPublisher:
                 await self._close(context)
                 raise
             self._current = context, publisher
-            self._complained = False
+            self._has_complained = False
             return publisher
 
     def _refuse_if_closed(self) -> None:
@@ -72,7 +72,7 @@ class ReconnectingPublisher:
             msg = "the consumer has stopped: nothing can be published any more"
             raise TransportError(msg)
 
-    def _give_up(self, publisher: Publisher) -> None:
+    def _replace(self, publisher: Publisher) -> None:
         if self._current is not None and self._current[1] is publisher:
             context = self._current[0]
             self._current = None
@@ -87,20 +87,96 @@ class ReconnectingPublisher:
             self._log.debug("a publisher did not close cleanly", error=error)
 
     async def close(self, deadline: float) -> None:
-        """Close the connection, and wait for those that are closing; not beyond the deadline."""
+        """Close the connection, and wait for those that are closing, until the deadline."""
         self._is_closed = True
         if self._current is not None:
-            self._give_up(self._current[1])
+            self._replace(self._current[1])
         await wait_until(self._closing, deadline)
         for task in self._closing:
             task.cancel()
 
 
-def describe_outcome(outcome: Outcome, publication: Publication, timeout: float) -> str:
-    """Say why a publication is not confirmed.
+class DelayedPublisher(ReconnectingPublisher):
+    """Publishes retries, some of which wait in a delay queue.
+
+    A delay queue is declared before the first copy goes there, once for a consumer, and again if
+    the broker doesn't have it any more. If it can't be declared, its copies count as returned:
+    their originals are held, and never retried too early.
 
     Args:
-        timeout: The seconds that it waited, at most.
+        log: Gets a line when a delay queue can't be declared.
+        options: Describes the delay queues, and which of them exist from the start.
+    """
+
+    def __init__(self, transport: Transport, log: KeywordLogger, options: TopologyOptions) -> None:
+        super().__init__(transport, log)
+        self._options = options
+        self._declared = set(options.wait_levels)
+        self._declaring: dict[int, asyncio.Task[bool]] = {}
+        self._complaints: dict[int, str] = {}
+
+    async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
+        """Publish; delay queues that are needed are declared first."""
+        levels = {each.level for each in publications if isinstance(each, DelayedCopy)}
+        if not levels:
+            return await super().publish(publications)
+        missing = {level for level in levels if not await self._is_declared(level)}
+        ready = [each for each in publications if _level(each) not in missing]
+        published = iter(await super().publish(ready) if ready else ())
+        outcomes = []
+        for each in publications:
+            level = _level(each)
+            outcome = Outcome.RETURNED if level in missing else next(published)
+            if outcome is Outcome.RETURNED:
+                # It was deleted or never existed: the next attempt declares it.
+                self._declared.discard(level)
+            outcomes.append(outcome)
+        return outcomes
+
+    async def _is_declared(self, level: int) -> bool:
+        """Declare a delay queue if needed; batches that need it at the same time share a try."""
+        if level in self._declared:
+            return True
+        declaring = self._declaring.get(level)
+        if declaring is None:
+            declaring = asyncio.get_running_loop().create_task(self._declare(level))
+            self._declaring[level] = declaring
+            declaring.add_done_callback(lambda _: self._declaring.pop(level))
+        await asyncio.wait({declaring})
+        return not declaring.cancelled() and declaring.result()
+
+    async def _declare(self, level: int) -> bool:
+        try:
+            await self._transport.declare(Topology(queues=(wait_queue(self._options, level),)))
+        except TransportError as error:
+            text = format_error(error)
+            is_repeated = text == self._complaints.get(level)
+            log = self._log.debug if is_repeated else self._log.error
+            log("no wait queue: what shall wait is held", delay=level / 1000, error=text)
+            self._complaints[level] = text
+            return False
+        self._complaints.pop(level, None)
+        self._declared.add(level)
+        return True
+
+    async def close(self, deadline: float) -> None:
+        """Declare nothing more, and close the connection."""
+        declaring = set(self._declaring.values())
+        for task in declaring:
+            task.cancel()
+        await wait_until(declaring, deadline)
+        await super().close(deadline)
+
+
+def _level(publication: Outgoing) -> int:
+    return publication.level if isinstance(publication, DelayedCopy) else NO_DELAY
+
+
+def describe_outcome(outcome: Outcome, publication: Publication, timeout: float) -> str:
+    """Return why a publication is not confirmed.
+
+    Args:
+        timeout: Seconds that it waited for the confirm, at most.
     """
     where = f"exchange {publication.exchange!r}, routing key {publication.routing_key!r}"
     match outcome:

@@ -1,9 +1,8 @@
-"""Whose settlements go out now, and whose wait a moment?
+"""Orders the settlements of concurrent batches, so that one `multiple` ack can cover several.
 
-Batches stand in line. An original whose copy is not confirmed yet is a hole that no `multiple` may
-reach across, and a frame for each message behind it is what it costs. So whoever is decided waits a
-moment for those in front; but never for those behind, who are on their way as long as messages
-come.
+A message whose copy is not confirmed yet is a gap that no `multiple` ack may reach across, and
+every message behind the gap costs a frame of its own. So a settlement waits a moment for those
+before it. It never waits for those behind it: as long as messages arrive, there always are some.
 """
 
 from __future__ import annotations
@@ -17,15 +16,18 @@ from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.transport import Session
 
 PATIENCE = 0.1
-"""Seconds that what is decided waits for confirmations, its own or those of others, at most."""
+"""Seconds that a settlement waits for publisher confirms, its own or other batches', at most.
+
+Until then one frame can settle everything. After that, only what is decided is settled.
+"""
 
 
 class Ticket:
-    """A place in the line.
+    """A position in the queue.
 
     Attributes:
-        settlements: What was decided; None as long as it is not.
-        settled: Done once that was sent, where somebody waits for it.
+        settlements: What was decided; None until then.
+        settled: Done once the settlements are sent, if a caller waits for that.
     """
 
     __slots__ = ("settled", "settlements")
@@ -36,119 +38,117 @@ class Ticket:
 
 
 class SettlementQueue:
-    """Takes the settlements of one session.
+    """Sends the settlements of one session.
 
     Args:
-        patience: Seconds that a settlement waits for those in front, at most.
+        patience: Seconds that a settlement waits for those before it, at most.
     """
 
     def __init__(self, session: Session, patience: float = PATIENCE) -> None:
         self._session = session
         self._patience = patience
         self._loop = asyncio.get_running_loop()
-        self._line: deque[Ticket] = deque()
+        self._queue: deque[Ticket] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._sending: set[asyncio.Task[None]] = set()
 
     def reserve(self) -> Ticket:
-        """Take a place, to be left some day: those behind wait a moment for it."""
-        place = Ticket()
-        self._line.append(place)
-        return place
+        """Take a position for settlements that are decided later, or never: see `release`."""
+        ticket = Ticket()
+        self._queue.append(ticket)
+        return ticket
 
-    def leave(self, place: Ticket) -> None:
-        """Let those behind go on, as far as it was not done by settling."""
-        if place.settlements is None:
-            self._line.remove(place)
-            self._send(self._front())
+    def release(self, ticket: Ticket) -> None:
+        """Give up a position that was not used, so that those behind it can be sent."""
+        if ticket.settlements is None:
+            self._queue.remove(ticket)
+            self._send(self._take_front())
 
-    async def settle(self, settlements: Sequence[Settlement], place: Ticket | None = None) -> None:
-        """Settle, once nobody in front is undecided, or patience is at its end.
+    async def settle(self, settlements: Sequence[Settlement], ticket: Ticket | None = None) -> None:
+        """Settle as soon as everything before is decided, or patience has run out.
 
         Args:
-            place: Where it stands in line; None for the end of it.
+            ticket: The reserved position; None for the end of the queue.
 
         Raises:
             TransportError: As `Session.settle` does.
         """
-        if not self._line:
+        if not self._queue:
             await self._session.settle(settlements)
             return
-        if place is None:
-            place = self.reserve()
-        place.settlements = settlements
-        going = self._front()
-        if going == [place]:
+        if ticket is None:
+            ticket = self.reserve()
+        ticket.settlements = settlements
+        front = self._take_front()
+        if front == [ticket]:
             await self._session.settle(settlements)
             return
-        place.settled = self._loop.create_future()
-        self._send(going)
-        if place not in going and self._timer is None:
-            self._timer = self._loop.call_later(self._patience, self._lose_patience)
-        await asyncio.shield(place.settled)
+        await asyncio.shield(self._wait(ticket, front))
 
-    def settle_at_once(self, settlements: Sequence[Settlement]) -> asyncio.Future[None]:
-        """Settle without waiting for anybody; whatever else is decided goes along.
+    def enqueue(self, settlements: Sequence[Settlement]) -> asyncio.Future[None]:
+        """Settle behind the positions that are reserved now, without waiting for it here.
 
         Returns:
             Done once it is settled, or failed as `settle` would.
         """
-        place = self.reserve()
-        place.settlements = settlements
-        place.settled = self._loop.create_future()
-        self._send(self._decided())
-        return place.settled
+        ticket = self.reserve()
+        ticket.settlements = settlements
+        return self._wait(ticket, self._take_front())
 
-    def _front(self) -> list[Ticket]:
-        """Those in front who are decided; they leave the line."""
-        return self._let_go(list(takewhile(_is_decided, self._line)))
+    def _wait(self, ticket: Ticket, front: list[Ticket]) -> asyncio.Future[None]:
+        ticket.settled = self._loop.create_future()
+        self._send(front)
+        if ticket not in front and self._timer is None:
+            self._timer = self._loop.call_later(self._patience, self._send_decided)
+        return ticket.settled
 
-    def _decided(self) -> list[Ticket]:
-        """All who are decided; they leave the line, whoever else stands between them."""
-        return self._let_go(list(filter(_is_decided, self._line)))
+    def _send_decided(self) -> None:
+        """Send everything that is decided, although something before it is not."""
+        self._send(self._take(list(filter(_is_decided, self._queue))))
 
-    def _let_go(self, places: list[Ticket]) -> list[Ticket]:
-        for place in places:
-            self._line.remove(place)
-        if self._timer is not None and not any(map(_is_decided, self._line)):
+    def _take_front(self) -> list[Ticket]:
+        """Remove and return the decided settlements at the front."""
+        return self._take(list(takewhile(_is_decided, self._queue)))
+
+    def _take(self, tickets: list[Ticket]) -> list[Ticket]:
+        for ticket in tickets:
+            self._queue.remove(ticket)
+        if self._timer is not None and not any(map(_is_decided, self._queue)):
             self._timer.cancel()
             self._timer = None
-        return places
+        return tickets
 
-    def _lose_patience(self) -> None:
-        self._send(self._decided())
-
-    def _send(self, places: Sequence[Ticket]) -> None:
-        if places:
-            # A task of its own: whoever waits may be cancelled, and others wait with it.
-            task = self._loop.create_task(self._settle_all(places))
+    def _send(self, tickets: Sequence[Ticket]) -> None:
+        if tickets:
+            # A task of its own: one caller may be cancelled while the others still wait.
+            task = self._loop.create_task(self._settle_all(tickets))
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
 
-    async def _settle_all(self, places: Sequence[Ticket]) -> None:
+    async def _settle_all(self, tickets: Sequence[Ticket]) -> None:
         error: Exception | None = None
         try:
-            await self._session.settle(_merged(places))
-        except Exception as raised:  # noqa: BLE001  -- whoever waits gets it, whatever it is
+            await self._session.settle(_merge(tickets))
+        except Exception as raised:  # noqa: BLE001  -- passed on to those who wait
             error = raised
-        for place in places:
-            if place.settled is None or place.settled.done():
+        for ticket in tickets:
+            if ticket.settled is None or ticket.settled.done():
                 continue
             if error is None:
-                place.settled.set_result(None)
+                ticket.settled.set_result(None)
             else:
-                place.settled.set_exception(error)
-                # Retrieved, for the case that whoever waited has been cancelled meanwhile.
-                place.settled.exception()
+                ticket.settled.set_exception(error)
+                # Marks it as retrieved, in case the caller has been cancelled meanwhile.
+                ticket.settled.exception()
 
 
-def _is_decided(place: Ticket) -> bool:
-    return place.settlements is not None
+def _is_decided(ticket: Ticket) -> bool:
+    return ticket.settlements is not None
 
 
-def _merged(places: Sequence[Ticket]) -> list[Settlement]:
+def _merge(tickets: Sequence[Ticket]) -> list[Settlement]:
     tags: dict[Disposition, list[int]] = {}
-    for place in places:
-        for settlement in place.settlements or ():
+    for ticket in tickets:
+        for settlement in ticket.settlements or ():
             tags.setdefault(settlement.disposition, []).extend(settlement.tags)
     return [Settlement(disposition, tuple(some)) for disposition, some in tags.items()]

@@ -1,8 +1,4 @@
-"""How does what was decided reach the broker?
-
-Copies first, and an original only once the broker has confirmed its copy; everything else in one
-write. An original whose copy is not confirmed at once waits in a room of its own.
-"""
+"""Settles what one session delivered: copies first, their originals once these are confirmed."""
 
 from __future__ import annotations
 
@@ -16,8 +12,7 @@ from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue, Result
 from aio_pika_batch.core.settlement import Disposition, Settlement
-from aio_pika_batch.core.settlement_plan import PendingCopy, SettlementPlanner
-from aio_pika_batch.core.unconfirmed_policy import UnconfirmedPolicy
+from aio_pika_batch.core.settlement_plan import PendingCopy
 from aio_pika_batch.errors import SessionLost, TransportError
 from aio_pika_batch.logs import KeywordLogger, format_error
 from aio_pika_batch.observer import (
@@ -29,210 +24,192 @@ from aio_pika_batch.observer import (
     StaleResults,
     Step,
 )
-from aio_pika_batch.runtime.handler_slots import Wait
 from aio_pika_batch.runtime.publishing import ReconnectingPublisher
-from aio_pika_batch.runtime.settlement_queue import SettlementQueue
+from aio_pika_batch.runtime.settlement_queue import PATIENCE, SettlementQueue
+from aio_pika_batch.runtime.shutdown import Wait
 from aio_pika_batch.runtime.unconfirmed import UnconfirmedCopies
+from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.transport import Session
 
 
 class Settler:
-    """Settles what one session delivered.
+    """Carries out decisions about the messages of one session.
 
     Args:
-        patience: Seconds that a settlement waits for confirmations, at most.
-        on_failure: Told when the session cannot go on.
-        on_room: Called when messages have left the waiting room.
+        on_failure: Called with the reason if the session can't go on.
+        on_settled_late: Called when held messages have been settled.
 
     Attributes:
-        is_over: Whether the session is gone, and results come too late.
+        is_over: Whether the session is gone, so that results come too late.
     """
 
     def __init__(
         self,
         session: Session,
+        config: WorkerConfig,
+        publisher: ReconnectingPublisher,
         *,
-        router: SettlementPlanner,
-        hold: UnconfirmedPolicy,
-        outbox: ReconnectingPublisher,
-        patience: float,
         on_failure: Callable[[TransportError], None],
-        on_room: Callable[[], None],
+        on_settled_late: Callable[[], None],
         observers: Observers,
         log: KeywordLogger,
     ) -> None:
-        self._router = router
-        self._outbox = outbox
+        self._planner = config.planner
+        self._publisher = publisher
         self._on_failure = on_failure
-        self._on_room = on_room
+        self._on_settled_late = on_settled_late
         self._observers = observers
         self._log = log
         self._loop = asyncio.get_running_loop()
-        self._patience = patience
-        self._desk = SettlementQueue(session, patience)
-        self._room = UnconfirmedCopies(
-            hold,
+        self._queue = SettlementQueue(session, config.pace.patience if config.pace else PATIENCE)
+        self._unconfirmed = UnconfirmedCopies(
+            config.unconfirmed,
             publish=self._publish_again,
-            confirmed=self._settle_confirmed,
+            on_confirmed=self._settle_confirmed,
             give_back=self._give_back,
         )
-        self._complained = False
+        self._has_warned_of_count = False
         self._is_giving_back = False
         self.is_over = False
 
     @property
     def held(self) -> int:
-        """Originals that wait for a confirmation that did not come at once."""
-        return len(self._room)
+        """The number of messages whose copy was not confirmed at once."""
+        return len(self._unconfirmed)
 
     @property
     def since(self) -> float | None:
-        """When the longest held original arrived, in loop time; None if none is held."""
-        return self._room.since
+        """When the longest held message arrived, in loop time; None if none is held."""
+        return self._unconfirmed.since
 
-    async def settle(self, handled: BatchDecisions, arrived: float) -> None:
-        """Do what was decided about some messages.
+    async def settle(self, decisions: BatchDecisions, arrived: float) -> None:
+        """Carry out decisions.
 
         Args:
-            arrived: When the oldest of them was delivered, in loop time.
+            arrived: When the oldest of the messages was delivered, in loop time.
 
         Raises:
-            TransportError: The session cannot take it; what is unsettled will be delivered again.
+            TransportError: The session can't settle; the broker delivers what is unsettled again.
         """
         began = self._loop.time()
         try:
-            done, confirmed = await self._carry_out(handled, arrived)
+            done, confirmed = await self._carry_out(decisions, arrived)
         except TransportError as error:
-            self._tell_failed(Step.SETTLE, len(handled), error, began)
+            self._emit_failed(Step.SETTLE, len(decisions), error, began)
             raise
         if self._observers:
-            self._observers.emit(Settled(_counts(handled, done), self._loop.time() - began))
-            self._tell_confirmed(confirmed)
+            self._observers.emit(Settled(_counts(decisions, done), self._loop.time() - began))
+            self._emit_confirmed(confirmed)
 
     async def _carry_out(
-        self, handled: BatchDecisions, arrived: float
+        self, decisions: BatchDecisions, arrived: float
     ) -> tuple[Sequence[MessageOutcome], Sequence[PendingCopy]]:
-        """Settle; returns the verdicts that are done with, and the copies that are confirmed."""
+        """Settle; return the outcomes that are carried out, and the copies that are confirmed."""
         settlements: list[Settlement] = []
-        if handled.acked:
-            settlements.append(Settlement(Disposition.ACK, tuple(handled.acked)))
-        if handled.returned:
-            tags = tuple(message.delivery_tag for message in handled.returned)
+        if decisions.acked:
+            settlements.append(Settlement(Disposition.ACK, tuple(decisions.acked)))
+        if decisions.returned:
+            tags = tuple(message.delivery_tag for message in decisions.returned)
             settlements.append(Settlement(Disposition.RETURN, tags))
-        copies: Sequence[PendingCopy] = ()
-        if handled.not_acked:
-            plan = self._router.plan(handled.not_acked, datetime.now(UTC))
-            settlements.extend(plan.settlements)
-            copies = plan.copies
-        confirmed: Sequence[PendingCopy] = ()
-        if copies:
-            confirmed = await self._settle_once_confirmed(settlements, copies, arrived)
-        elif settlements:
-            await self._desk.settle(settlements)
-        if len(confirmed) == len(copies):
-            return handled.not_acked, confirmed
-        pending = {each.tag for each in copies} - {each.tag for each in confirmed}
-        done = [each for each in handled.not_acked if each.message.delivery_tag not in pending]
+        outcomes = decisions.not_acked
+        if not outcomes:
+            if settlements:
+                await self._queue.settle(settlements)
+            return outcomes, ()
+        plan = self._planner.plan(outcomes, datetime.now(UTC))
+        settlements.extend(plan.settlements)
+        if not plan.copies:
+            await self._queue.settle(settlements)
+            return outcomes, ()
+        confirmed = await self._publish_and_settle(settlements, plan.copies, arrived)
+        if len(confirmed) == len(plan.copies):
+            return outcomes, confirmed
+        pending = {each.tag for each in plan.copies} - {each.tag for each in confirmed}
+        done = [each for each in outcomes if each.message.delivery_tag not in pending]
         return done, confirmed
 
-    async def _settle_once_confirmed(
-        self,
-        settlements: list[Settlement],
-        copies: Sequence[PendingCopy],
-        arrived: float,
+    async def _publish_and_settle(
+        self, settlements: Sequence[Settlement], copies: Sequence[PendingCopy], arrived: float
     ) -> Sequence[PendingCopy]:
-        """Publish the copies, then settle; returns those whose copies are confirmed."""
-        if not self._complained and any(each.malformed_count for each in copies):
-            self._complained = True
-            header = self._router.retry.header
+        """Publish the copies, then settle; return those that were confirmed.
+
+        Settlements that need no copy wait behind the copies in the queue, as long as its patience
+        lasts: then one frame can settle the whole batch.
+        """
+        if not self._has_warned_of_count and any(each.malformed_count for each in copies):
+            self._has_warned_of_count = True
+            header = self._planner.retry.header
             self._log.warning("a retry count is no number, and is taken as 0", header=header)
-        place = self._desk.reserve()
+        ticket = self._queue.reserve()
+        others = self._queue.enqueue(settlements) if settlements else None
         try:
-            outcomes, is_settled = await self._publish_patiently(copies, settlements)
-            if is_settled:
-                settlements = []
+            outcomes = await self._publish_beside(copies, others)
             if self.is_over:
-                if settlements:
-                    msg = "the session ended while copies were on their way: nothing was settled"
+                if others is not None and not others.done():
+                    msg = "the session ended while copies were being published"
                     raise SessionLost(msg)
                 self.count_stale(len(copies))
                 return ()
-            confirmed = self._confirmed_of(copies, outcomes, arrived)
+            confirmed = self._hold_unconfirmed(copies, outcomes, arrived)
             if confirmed:
                 tags = tuple([each.tag for each in confirmed])
-                settlements.append(Settlement(Disposition.ACK, tags))
-            if settlements:
-                await self._desk.settle(settlements, place)
-            return confirmed
+                await self._queue.settle([Settlement(Disposition.ACK, tags)], ticket)
         finally:
-            self._desk.leave(place)
+            self._queue.release(ticket)
+        if others is not None:
+            await others
+        return confirmed
 
-    async def _publish_patiently(
-        self, copies: Sequence[PendingCopy], others: Sequence[Settlement]
-    ) -> tuple[Sequence[Outcome], bool]:
-        """Publish; what needs no copy is settled without the others if that takes too long.
-
-        Returns:
-            What became of the copies; and whether the others have been settled.
+    async def _publish_beside(
+        self, copies: Sequence[PendingCopy], others: asyncio.Future[None] | None
+    ) -> Sequence[Outcome]:
+        """Publish, unless the settlement of the other messages fails meanwhile.
 
         Raises:
-            TransportError: The session did not take the others.
+            TransportError: It failed: the session can't settle the originals either.
         """
-        early: list[asyncio.Future[None]] = []
+        if others is None:
+            return await self._publish(copies)
         publishing = self._loop.create_task(self._publish(copies))
 
-        def give_up(settled: asyncio.Future[None]) -> None:
+        def stop_publishing(settled: asyncio.Future[None]) -> None:
             if not settled.cancelled() and settled.exception() is not None:
                 publishing.cancel()
 
-        def lose_patience() -> None:
-            early.append(self._desk.settle_at_once(others))
-            early[0].add_done_callback(give_up)
-
-        timer = self._loop.call_later(self._patience, lose_patience) if others else None
+        others.add_done_callback(stop_publishing)
         try:
-            outcomes = await publishing
+            return await publishing
         except asyncio.CancelledError:
-            for settled in early:
-                if settled.done():
-                    settled.result()  # raises: a session that takes nothing waits for no copies
+            if others.done():
+                others.result()
             raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-        for settled in early:
-            await settled
-        return outcomes, bool(early)
 
-    def _confirmed_of(
-        self,
-        copies: Sequence[PendingCopy],
-        outcomes: Sequence[Outcome],
-        arrived: float,
+    def _hold_unconfirmed(
+        self, copies: Sequence[PendingCopy], outcomes: Sequence[Outcome], arrived: float
     ) -> list[PendingCopy]:
-        """Those whose copies are confirmed; the others are held."""
+        """Return the confirmed copies; hold the originals of the others."""
         confirmed = []
-        for republication, outcome in zip(copies, outcomes, strict=True):
+        for copy, outcome in zip(copies, outcomes, strict=True):
             if outcome is Outcome.CONFIRMED:
-                confirmed.append(republication)
+                confirmed.append(copy)
             else:
-                self._room.add(republication, arrived=arrived)
+                self._unconfirmed.add(copy, arrived=arrived)
         if confirmed:
             self._is_giving_back = False
         return confirmed
 
     async def _publish(self, copies: Sequence[PendingCopy]) -> Sequence[Outcome]:
         began = self._loop.time()
-        outcomes = await self._outbox.publish([each.copy for each in copies])
+        outcomes = await self._publisher.publish([each.copy for each in copies])
         failed = len(outcomes) - outcomes.count(Outcome.CONFIRMED)
         if failed:
-            self._tell_failed(Step.PUBLISH, failed, None, began)
+            self._emit_failed(Step.PUBLISH, failed, None, began)
         return outcomes
 
     async def _publish_again(self, copies: Sequence[PendingCopy]) -> Sequence[Outcome]:
         try:
             return await self._publish(copies)
-        except Exception as error:  # noqa: BLE001  -- held for ever is worse than delivered again
+        except Exception as error:  # noqa: BLE001  -- otherwise they would be held until the end
             self._fail(error)
             return [Outcome.UNKNOWN] * len(copies)
 
@@ -240,30 +217,30 @@ class Settler:
         began = self._loop.time()
         await self._settle_or_fail(Disposition.ACK, [each.tag for each in copies])
         if self._observers:
-            verdicts = [each.outcome for each in copies]
+            outcomes = [each.outcome for each in copies]
             seconds = self._loop.time() - began
-            self._observers.emit(Settled(_counts(BatchDecisions(), verdicts), seconds))
-            self._tell_confirmed(copies)
+            self._observers.emit(Settled(_counts(BatchDecisions(), outcomes), seconds))
+            self._emit_confirmed(copies)
 
-    def _tell_failed(
+    def _emit_failed(
         self, step: Step, count: int, error: BaseException | None, began: float
     ) -> None:
         if self._observers:
             seconds = self._loop.time() - began
             self._observers.emit(SettleFailed(step, count, error, seconds))
 
-    def _tell_confirmed(self, copies: Sequence[PendingCopy]) -> None:
-        for republication in copies:
-            message = republication.outcome.message
-            if republication.reason is None:
+    def _emit_confirmed(self, copies: Sequence[PendingCopy]) -> None:
+        for copy in copies:
+            message = copy.outcome.message
+            if copy.reason is None:
                 self._observers.emit(Requeued(message, message.retry_count + 1))
             else:
-                self._observers.emit(DeadLettered(message, republication.reason))
+                self._observers.emit(DeadLettered(message, copy.reason))
 
     async def _give_back(self, copies: Sequence[PendingCopy]) -> None:
-        # What is given back comes back; one line will do until a copy is confirmed again.
-        tell = self._log.debug if self._is_giving_back else self._log.warning
-        tell(
+        # Returned messages come back and fail again: one line until a copy is confirmed.
+        log = self._log.debug if self._is_giving_back else self._log.warning
+        log(
             "copies are not confirmed: their originals go back to the broker",
             messages=len(copies),
         )
@@ -273,11 +250,11 @@ class Settler:
     async def _settle_or_fail(self, disposition: Disposition, tags: Sequence[int]) -> None:
         began = self._loop.time()
         try:
-            await self._desk.settle([Settlement(disposition, tuple(tags))])
-        except Exception as error:  # noqa: BLE001  -- unsettled for ever is worse than delivered again
-            self._tell_failed(Step.SETTLE, len(tags), error, began)
+            await self._queue.settle([Settlement(disposition, tuple(tags))])
+        except Exception as error:  # noqa: BLE001  -- otherwise they would stay unsettled
+            self._emit_failed(Step.SETTLE, len(tags), error, began)
             self._fail(error)
-        self._on_room()
+        self._on_settled_late()
 
     def _fail(self, error: Exception) -> None:
         if not isinstance(error, TransportError):
@@ -286,7 +263,7 @@ class Settler:
         self._on_failure(error)
 
     def count_stale(self, count: int) -> None:
-        """Note that results came too late."""
+        """Report results that come too late."""
         self._log.warning(
             "results came for a session that is gone; the broker delivers these messages again",
             messages=count,
@@ -295,8 +272,8 @@ class Settler:
             self._observers.emit(StaleResults(count))
 
     async def close(self, unstarted: Sequence[Message], wait: Wait) -> None:
-        """Let the attempts under way come to their end, and return what is left over."""
-        held = await self._room.close(wait)
+        """Let running attempts finish, and return what is left to the broker."""
+        held = await self._unconfirmed.close(wait)
         tags = [message.delivery_tag for message in unstarted] + [each.tag for each in held]
         if tags:
             await self._settle_or_fail(Disposition.RETURN, tags)
@@ -304,19 +281,19 @@ class Settler:
     async def abort(self) -> None:
         """Stop at once: the session is gone."""
         self.is_over = True
-        await self._room.abort()
+        await self._unconfirmed.abort()
 
 
 def _counts(
-    handled: BatchDecisions, direct: Sequence[MessageOutcome]
+    decisions: BatchDecisions, direct: Sequence[MessageOutcome]
 ) -> Counter[tuple[MessageResult | None, Cause]]:
     counts: Counter[tuple[MessageResult | None, Cause]] = Counter(
         (_plain(each.result), each.cause) for each in direct
     )
-    if handled.acked:
-        counts[MessageResult.ACK, Cause.HANDLER] = len(handled.acked)
-    if handled.returned:
-        counts[None, Cause.SHUTDOWN] = len(handled.returned)
+    if decisions.acked:
+        counts[MessageResult.ACK, Cause.HANDLER] = len(decisions.acked)
+    if decisions.returned:
+        counts[None, Cause.SHUTDOWN] = len(decisions.returned)
     return counts
 
 

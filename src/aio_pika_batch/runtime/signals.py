@@ -1,9 +1,8 @@
-"""Who owns SIGINT and SIGTERM?
+"""Passes SIGINT and SIGTERM on to all running consumers of the process.
 
-One object for the whole process, since a signal handler is the process's own. The first signal asks
-everybody to drain, the second to abandon the drain; when the last consumer has left, the handlers
-that stood before are put back. Outside the main thread, where Python allows no handlers, nothing is
-set.
+A signal handler belongs to the process, so one object serves all consumers. The first signal asks
+them to drain, the second to abandon the drain. When the last consumer has stopped, the previous
+handlers are restored. Outside the main thread, where Python allows no handlers, nothing is set.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ class _Listener:
     loop: asyncio.AbstractEventLoop
     drain: Callable[[], None]
     abandon: Callable[[], None]
-    is_told: bool = False
+    is_draining: bool = False
 
 
-class SignalDesk:
-    """Passes signals on to whoever listens."""
+class SignalDispatcher:
+    """Passes signals on to its listeners."""
 
     def __init__(self) -> None:
         self._listeners: list[_Listener] = []
@@ -37,7 +36,7 @@ class SignalDesk:
 
     @contextmanager
     def listen(self, drain: Callable[[], None], abandon: Callable[[], None]) -> Iterator[None]:
-        """Be told of signals while this is open, on the running loop.
+        """Receive signals inside this context, on the running loop.
 
         Args:
             drain: Called at the first signal from now on.
@@ -56,35 +55,34 @@ class SignalDesk:
             self._listeners.remove(listener)
             if not self._listeners:
                 for number, handler in self._previous.items():
-                    # None stands for a handler that was not set from Python, and cannot be put
-                    # back.
+                    # None stands for a handler that wasn't set from Python and can't be restored.
                     signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def drain(self) -> None:
-        """Ask those who were not asked yet, as a first signal would."""
+        """Ask the listeners that don't drain yet to drain, as a first signal would."""
         for listener in self._listeners:
-            if not listener.is_told:
-                self._tell(listener)
+            if not listener.is_draining:
+                self._notify(listener)
 
     def abandon(self) -> None:
-        """Ask all of them to give up their drains, as a second signal would."""
+        """Ask all listeners to abandon their drains, as a second signal would."""
         self.drain()
         for listener in self._listeners:
-            self._tell(listener)
+            self._notify(listener)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         for listener in self._listeners:
-            self._tell(listener)
+            self._notify(listener)
 
     @staticmethod
-    def _tell(listener: _Listener) -> None:
-        tell = listener.abandon if listener.is_told else listener.drain
-        listener.is_told = True
-        # Runs between two bytecodes of whatever was running: only this call is safe, and it wakes
-        # the loop.
-        listener.loop.call_soon_threadsafe(tell)
+    def _notify(listener: _Listener) -> None:
+        callback = listener.abandon if listener.is_draining else listener.drain
+        listener.is_draining = True
+        # This runs between two bytecodes of whatever was running. Only this call is safe there, and
+        # it wakes the loop.
+        listener.loop.call_soon_threadsafe(callback)
 
 
-process_signals = SignalDesk()
+process_signals = SignalDispatcher()
 """The one of this process."""

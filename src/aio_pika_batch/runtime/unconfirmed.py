@@ -14,28 +14,28 @@ from dataclasses import replace
 from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.core.settlement_plan import PendingCopy
 from aio_pika_batch.core.unconfirmed_policy import Pending, Republish, Return, UnconfirmedPolicy
-from aio_pika_batch.runtime.handler_slots import Wait
+from aio_pika_batch.runtime.shutdown import Wait
 
 
-class _Pending:
-    """One original, and what is next for it."""
+class _HeldMessage:
+    """A held message, its copy, and what happens next."""
 
-    __slots__ = ("arrived", "held", "republication", "step")
+    __slots__ = ("arrived", "copy", "pending", "step")
 
-    def __init__(self, republication: PendingCopy, arrived: float, held: Pending) -> None:
-        self.republication = republication
+    def __init__(self, copy: PendingCopy, arrived: float, pending: Pending) -> None:
+        self.copy = copy
         self.arrived = arrived
-        self.held = held
+        self.pending = pending
         self.step: Republish | Return
 
 
 class UnconfirmedCopies:
-    """Holds originals and tries their copies again.
+    """Holds messages and publishes their copies again.
 
     Args:
         publish: Publishes copies.
-        confirmed: Told which copies have been confirmed, to ack their originals.
-        give_back: Told which originals are to be returned.
+        on_confirmed: Gets copies that were confirmed, to acknowledge their originals.
+        give_back: Gets copies whose originals have to be returned to the broker.
     """
 
     def __init__(
@@ -43,123 +43,123 @@ class UnconfirmedCopies:
         policy: UnconfirmedPolicy,
         *,
         publish: Callable[[Sequence[PendingCopy]], Awaitable[Sequence[Outcome]]],
-        confirmed: Callable[[Sequence[PendingCopy]], Awaitable[None]],
+        on_confirmed: Callable[[Sequence[PendingCopy]], Awaitable[None]],
         give_back: Callable[[Sequence[PendingCopy]], Awaitable[None]],
     ) -> None:
         self._policy = policy
         self._publish = publish
-        self._confirmed = confirmed
+        self._on_confirmed = on_confirmed
         self._give_back = give_back
         self._loop = asyncio.get_running_loop()
-        self._guests: dict[int, _Pending] = {}
-        self._leaving: set[_Pending] = set()
-        self._news = asyncio.Event()
+        self._held: dict[int, _HeldMessage] = {}
+        self._returning: set[_HeldMessage] = set()
+        self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_closing = False
 
     def __len__(self) -> int:
-        """How many originals are held."""
-        return len(self._guests)
+        """The number of held messages."""
+        return len(self._held)
 
     @property
     def since(self) -> float | None:
-        """When the longest unsettled of them was delivered; None if nobody waits."""
-        return min((guest.arrived for guest in self._guests.values()), default=None)
+        """When the longest unsettled of them was delivered; None if none is held."""
+        return min((each.arrived for each in self._held.values()), default=None)
 
-    def add(self, republication: PendingCopy, *, arrived: float) -> None:
-        """Take in an original whose copy has just failed for the first time.
+    def add(self, copy: PendingCopy, *, arrived: float) -> None:
+        """Hold a message whose copy has failed for the first time.
 
         Args:
-            arrived: When the original was delivered, in loop time.
+            arrived: When the message was delivered, in loop time.
         """
         now = self._loop.time()
-        guest = _Pending(republication, arrived, Pending(since=now, failures=1))
-        self._guests[republication.tag] = guest
-        self._decide(guest, now)
+        held = _HeldMessage(copy, arrived, Pending(since=now, failures=1))
+        self._held[copy.tag] = held
+        self._decide(held, now)
         if self._task is None:
-            self._task = self._loop.create_task(self._attend())
-        self._news.set()
+            self._task = self._loop.create_task(self._work())
+        self._changed.set()
 
-    def _decide(self, guest: _Pending, now: float) -> None:
-        guest.step = self._policy.next_step(
-            guest.held,
+    def _decide(self, held: _HeldMessage, now: float) -> None:
+        held.step = self._policy.next_step(
+            held.pending,
             now=now,
-            # Jitter spreads load; nobody gains by predicting it.
+            # Jitter spreads load; it needn't be unpredictable.
             jitter=random.random(),
-            # Those who are about to leave take nobody's place.
-            held=len(self._guests) - len(self._leaving),
+            # Messages that are about to be returned don't count.
+            held=len(self._held) - len(self._returning),
         )
-        if isinstance(guest.step, Return):
-            self._leaving.add(guest)
+        if isinstance(held.step, Return):
+            self._returning.add(held)
 
-    async def _attend(self) -> None:
+    async def _work(self) -> None:
         while not self._is_closing:
-            self._news.clear()
-            if not self._guests:
-                await self._news.wait()
+            self._changed.clear()
+            if not self._held:
+                await self._changed.wait()
                 continue
-            due_at = min(guest.step.at for guest in self._guests.values())
+            due_at = min(each.step.at for each in self._held.values())
             if due_at > self._loop.time():
                 try:
                     async with asyncio.timeout_at(due_at):
-                        await self._news.wait()
+                        await self._changed.wait()
                     continue
                 except TimeoutError:
                     pass
             now = max(due_at, self._loop.time())
-            due = [guest for guest in self._guests.values() if guest.step.at <= now]
-            # Told apart first: who has just failed again may leave after a pause, and not at once.
-            leaving = [guest for guest in due if isinstance(guest.step, Return)]
-            trying = [guest for guest in due if isinstance(guest.step, Republish)]
-            await self._let_go(leaving)
-            await self._try_again(trying)
+            due = [each for each in self._held.values() if each.step.at <= now]
+            # Divided before the attempt: one that fails now is returned after a pause, not at once.
+            returning = [each for each in due if isinstance(each.step, Return)]
+            republishing = [each for each in due if isinstance(each.step, Republish)]
+            await self._return(returning)
+            await self._republish(republishing)
 
-    async def _try_again(self, guests: Sequence[_Pending]) -> None:
-        if not guests:
+    async def _republish(self, due: Sequence[_HeldMessage]) -> None:
+        if not due:
             return
-        outcomes = await self._publish([guest.republication for guest in guests])
+        outcomes = await self._publish([each.copy for each in due])
         confirmed = []
-        for guest, outcome in zip(guests, outcomes, strict=True):
+        for held, outcome in zip(due, outcomes, strict=True):
             if outcome is Outcome.CONFIRMED:
-                del self._guests[guest.republication.tag]
-                confirmed.append(guest.republication)
+                del self._held[held.copy.tag]
+                confirmed.append(held.copy)
             else:
-                guest.held = replace(guest.held, failures=guest.held.failures + 1)
-                self._decide(guest, self._loop.time())
+                held.pending = replace(held.pending, failures=held.pending.failures + 1)
+                self._decide(held, self._loop.time())
         if confirmed:
-            await self._confirmed(confirmed)
+            await self._on_confirmed(confirmed)
 
-    async def _let_go(self, guests: Sequence[_Pending]) -> None:
-        for guest in guests:
-            del self._guests[guest.republication.tag]
-        self._leaving.difference_update(guests)
-        if guests:
-            await self._give_back([guest.republication for guest in guests])
+    async def _return(self, due: Sequence[_HeldMessage]) -> None:
+        for held in due:
+            del self._held[held.copy.tag]
+        self._returning.difference_update(due)
+        if due:
+            await self._give_back([each.copy for each in due])
 
     async def close(self, wait: Wait) -> Sequence[PendingCopy]:
-        """Begin no further attempt, and wait for the one under way.
+        """Begin no further attempt, and wait for the one that is running.
 
         Args:
-            wait: An attempt that is not over when this returns is abandoned.
+            wait: An attempt that isn't finished when this returns is abandoned.
 
         Returns:
-            Those that are still held.
+            The copies of those that are still held.
         """
         if self._task is not None:
             self._is_closing = True
-            self._news.set()
+            self._changed.set()
             await wait({self._task})
-            await self._dismiss()
-        left = [guest.republication for guest in self._guests.values()]
-        self._guests.clear()
+            await self._cancel_task()
+        left = [each.copy for each in self._held.values()]
+        self._held.clear()
         return left
 
     async def abort(self) -> None:
-        """Stop at once, and forget everybody: the session is gone, and with it the right to try."""
-        await self._dismiss()
-        self._guests.clear()
+        """Stop at once and forget everything: the session is gone."""
+        await self._cancel_task()
+        self._held.clear()
 
-    async def _dismiss(self) -> None:
+    async def _cancel_task(self) -> None:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})

@@ -1,31 +1,121 @@
-"""On which terms does a worker work?"""
+"""Configuration of one worker, derived from the consumer's settings."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from aio_pika_batch.core.batch_run import FailurePolicy
 from aio_pika_batch.core.circuit_breaker import BreakerPolicy
+from aio_pika_batch.core.message import Headers
+from aio_pika_batch.core.results import ExceptionResults
+from aio_pika_batch.core.retry import Backoff, RetryPolicy
+from aio_pika_batch.core.retry_in_place import RetryInPlace
 from aio_pika_batch.core.settlement_plan import Pace, SettlementPlanner
+from aio_pika_batch.core.topology import TopologyOptions, dead_letter_target
 from aio_pika_batch.core.unconfirmed_policy import UnconfirmedPolicy
-from aio_pika_batch.runtime.batching import Cutting
+from aio_pika_batch.runtime.settlement_queue import PATIENCE
+from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings
+from aio_pika_batch.settings.derived import delay_steps, topology_options
+
+REPUBLISH = Backoff(0.5, 5.0)
+"""Pauses before a copy that was returned or refused is published again."""
+
+IN_PLACE = Backoff(0.2, 5.0)
+"""Pauses before a retry in place if `requeue_delay` is 0: without one it would be a hot loop."""
+
+UNLIMITED_PREFETCH_HOLD = 1000
+"""How many messages may be held if the prefetch count is 0, which limits nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
-    """What its settings say, in the words of those who do it.
+    """How a worker consumes. Names are those of the settings where they mean the same.
 
     Attributes:
-        pace: How soon a yield is settled; None where that waits for the end of its batch.
-        breaker: When it pauses; None: never.
+        in_place: How messages are retried in place; None without `ordered_by_key`.
+        reconnect: The pauses before a new session after a failure.
+        failure: The results of messages that the handler left undecided.
+        planner: Turns results into settlements and copies.
+        unconfirmed: How long a message is held while its copy is not confirmed.
+        pace: How soon a yielded result is settled; None if that waits for the end of the batch.
+        breaker: When the worker pauses; None for never.
     """
 
-    cutting: Cutting
+    queue_name: str
     prefetch: int
+    consumer_arguments: Headers
+    batch_size: int
+    batch_timeout: float
+    batch_max_bytes: int | None
+    in_place: RetryInPlace | None
     concurrency: int
     process_timeout: float | None
+    stuck_after: float
+    reconnect: Backoff
     failure: FailurePolicy
-    router: SettlementPlanner
-    hold: UnconfirmedPolicy
+    planner: SettlementPlanner
+    unconfirmed: UnconfirmedPolicy
     pace: Pace | None
     breaker: BreakerPolicy | None
+    topology: TopologyOptions
+
+    @classmethod
+    def from_settings(cls, settings: ConsumerSettings, exceptions: ExceptionResults) -> Self:
+        """Return the configuration for these settings.
+
+        Args:
+            exceptions: The consumer's `exception_results`.
+        """
+        batches = settings if isinstance(settings, BatchConsumerSettings) else None
+        prefetch = settings.effective_prefetch
+        options = topology_options(settings)
+        steps = delay_steps(settings)
+        retry = RetryPolicy(settings.max_requeue_attempts, settings.retry_count_header)
+        return cls(
+            queue_name=settings.queue_name,
+            prefetch=prefetch,
+            consumer_arguments=settings.consumer_arguments or {},
+            batch_size=batches.batch_size if batches else 1,
+            batch_timeout=batches.batch_timeout if batches else 0.0,
+            batch_max_bytes=batches.batch_max_bytes if batches else None,
+            in_place=RetryInPlace(retry, IN_PLACE, steps) if settings.ordered_by_key else None,
+            concurrency=settings.concurrency,
+            process_timeout=settings.process_timeout,
+            stuck_after=settings.effective_stuck_after,
+            reconnect=Backoff(settings.reconnect_delay, settings.reconnect_delay_max),
+            failure=FailurePolicy(
+                settings.unhandled_exception_action,
+                exceptions,
+                isolate=batches.isolate_limit if batches and batches.isolate_failures else 0,
+                is_atomic=batches is not None and batches.settle == "atomic",
+            ),
+            planner=SettlementPlanner(
+                settings.queue_name,
+                retry,
+                dead_letter_target(options),
+                settings.dead_letter_exception_message,
+                delay_steps=steps,
+            ),
+            unconfirmed=UnconfirmedPolicy(
+                settings.requeue_hold,
+                prefetch // 2 if prefetch else UNLIMITED_PREFETCH_HOLD,
+                REPUBLISH,
+            ),
+            pace=Pace.within(batches.settle_interval, longest=PATIENCE)
+            if batches and batches.settle == "yield"
+            else None,
+            breaker=_breaker(settings),
+            topology=options,
+        )
+
+
+def _breaker(settings: ConsumerSettings) -> BreakerPolicy | None:
+    if settings.breaker_threshold is None:
+        return None
+    return BreakerPolicy(
+        settings.breaker_threshold,
+        settings.breaker_window,
+        settings.breaker_min_samples,
+        Backoff(settings.breaker_pause, settings.breaker_pause_max),
+    )

@@ -10,7 +10,7 @@
 
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.front import lazy_exports
+from aio_pika_batch._lazy import lazy_exports
 
 __all__ = [
     "BatchBroker",
@@ -31,5 +31,14 @@ if TYPE_CHECKING:
         process,
     )
 else:
-    _ROOMS = ("messages", "broker", "processing")
-    __getattr__, __dir__ = lazy_exports(__name__, __all__, _ROOMS)
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "BatchBroker": "broker",
+            "BatchOutcome": "processing",
+            "DeadLetter": "processing",
+            "RequeuedMessage": "processing",
+            "make_message": "messages",
+            "process": "processing",
+        },
+    )

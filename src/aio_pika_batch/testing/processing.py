@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from aio_pika_batch.consumer import BaseConsumer
 from aio_pika_batch.core.batch_run import BatchDecisions
 from aio_pika_batch.core.batcher import Batch
 from aio_pika_batch.core.message import NO_HEADERS, Headers, Message, retry_count
@@ -24,13 +25,12 @@ from aio_pika_batch.core.settlement import Disposition
 from aio_pika_batch.core.settlement_plan import PendingCopy, SettlementPlan
 from aio_pika_batch.core.topology import Topology
 from aio_pika_batch.errors import ConfigurationError, SessionLost
-from aio_pika_batch.lifecycle import BaseConsumer
 from aio_pika_batch.observer import BatchCut, HandlerError, Observer, Observers, Origin
-from aio_pika_batch.runtime.batching import BatchIntake
+from aio_pika_batch.runtime.batching import open_intake
 from aio_pika_batch.runtime.handler import HandlerRun
-from aio_pika_batch.runtime.handler_events import Reporter
+from aio_pika_batch.runtime.worker import WorkerInstance
 from aio_pika_batch.runtime.worker_config import WorkerConfig
-from aio_pika_batch.runtime.worker_pool import WorkerInstance, WorkerPool, terms_of
+from aio_pika_batch.runtime.worker_pool import WorkerPool
 from aio_pika_batch.testing.messages import delivered
 from aio_pika_batch.transport import Publisher, Session, Subscription
 
@@ -210,18 +210,18 @@ async def process(
             retry_count_header=settings.retry_count_header,
         ),
     )
-    life = consumer._life  # noqa: SLF001  -- the library's own
+    lifecycle = consumer._lifecycle  # noqa: SLF001  -- the library's own
     try:
-        await life.begin(
+        await lifecycle.begin(
             pool,
             on_start=consumer.on_start if hooks else _nothing,
             on_stop=consumer.on_stop if hooks else _nothing,
-            seats=lambda: [consumer._seat(0)],  # noqa: SLF001  -- the library's own
+            instances=lambda: [consumer._instance(0)],  # noqa: SLF001  -- the library's own
             timeout=settings.shutdown_timeout,
         )
     finally:
-        life.request_stop()
-        incomplete = await life.drained()
+        lifecycle.request_stop()
+        incomplete = await lifecycle.drained()
     if incomplete is not None:
         raise incomplete
     return pool.outcome
@@ -245,52 +245,53 @@ class _OfflinePool(WorkerPool):
         name, settings, log = type(consumer).__name__, consumer.settings, consumer._log  # noqa: SLF001  -- the library's own
         self.outcome = BatchOutcome()
         observers = (_OutcomeObserver(self.outcome), *consumer._observers)  # noqa: SLF001  -- the library's own
-        super().__init__(name, settings, _OfflineTransport(self.outcome.published), observers, log)
+        config = WorkerConfig.from_settings(settings, consumer.exception_results)
+        super().__init__(name, config, _OfflineTransport(self.outcome.published), observers, log)
         self._messages = messages
         origin = Origin(name, settings.queue_name, 0)
-        self._reporter = Reporter(Observers(observers, origin, log), log)
+        self._events = Observers(observers, origin, log)
 
-    async def start(self, seats: Sequence[WorkerInstance]) -> None:
+    async def start(self, instances: Sequence[WorkerInstance]) -> None:
         """Handle all messages."""
-        [seat] = seats
-        terms = terms_of(self._settings, seat.exceptions)
-        collector = BatchIntake(terms.cutting, seat.batch_key, terms.failure)
+        [instance] = instances
+        intake = open_intake(self._config, instance.batch_key, self._events, self._log)
         now = asyncio.get_running_loop().time()
         together = BatchDecisions()
-        refused = collector.add(self._messages, now)
-        if refused is not None:
-            self._reporter.refused(refused.not_acked)
-            together.add(refused)
+        failed = intake.add(self._messages, now)
+        if failed is not None:
+            together.add(failed)
         # At the end of time, batches that do not fill and pauses of retries in place are due, too.
         # Not one batch of all messages: the handler must not see in a test what it never sees in
         # production, such as more than `batch_size` messages.
-        while (batch := collector.batcher.poll(math.inf)) is not None:
-            keeps_failures = collector.keeps_failures(batch)
-            handled = await self._handle(batch, seat, terms, keeps_failures=keeps_failures)
-            self._reporter.kept(collector.take_back(batch, handled, now))
-            collector.release(batch)
-            together.add(handled)
-        plan = terms.router.plan(together.not_acked, datetime.now(UTC))
-        header = terms.router.retry.header
-        _fill(self.outcome, self._messages, together, plan, header)
+        while (batch := intake.batcher.poll(math.inf)) is not None:
+            keeps_failures = intake.keeps_failures(batch)
+            decisions = await self._handle(batch, instance, keeps_failures=keeps_failures)
+            intake.take_back(batch, decisions, now)
+            intake.release(batch)
+            together.add(decisions)
+        planner = self._config.planner
+        plan = planner.plan(together.not_acked, datetime.now(UTC))
+        _fill(self.outcome, self._messages, together, plan, planner.retry.header)
 
     async def _handle(
-        self, batch: Batch, seat: WorkerInstance, terms: WorkerConfig, *, keeps_failures: bool
+        self, batch: Batch, instance: WorkerInstance, *, keeps_failures: bool
     ) -> BatchDecisions:
-        ignored = asyncio.get_running_loop().create_future()
-        handling = HandlerRun(
-            seat.process,
+        ignored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        run = HandlerRun(
+            instance.process,
             batch,
-            terms.failure,
-            timeout=terms.process_timeout,
+            self._config.failure,
+            timeout=self._config.process_timeout,
             on_ignored=lambda: ignored.set_result(None),
             on_yield=None,
             keeps_failures=keeps_failures,
-            reporter=self._reporter,
+            observers=self._events,
+            log=self._log,
         )
-        running = asyncio.ensure_future(handling.run())
+        running = asyncio.ensure_future(run.run())
         try:
-            await asyncio.wait({running, ignored}, return_when=asyncio.FIRST_COMPLETED)
+            futures: set[asyncio.Future[Any]] = {running, ignored}
+            await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             running.cancel()
             await asyncio.wait({running})

@@ -110,8 +110,8 @@ async def test_a_worker_uses_what_its_own_session_stored(rabbit):
 async def test_without_hooks_there_is_one_instance(rabbit):
     """Nothing is copied that need not be."""
     async with RecordingConsumer(transport=rabbit.transport, num_workers=3) as consumer:
-        seats = consumer._seats()
-        assert {consumer} == {seat.process.__self__ for seat in seats}
+        instances = consumer._instances()
+        assert {consumer} == {each.process.__self__ for each in instances}
 
 
 async def test_a_copys_stop_is_the_consumers(rabbit):

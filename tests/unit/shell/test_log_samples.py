@@ -207,7 +207,7 @@ async def a_drain_that_is_cut_short():
         await consumer.start()
         await asyncio.sleep(5)
         if len(bodies) == 3:
-            consumer._life.abandon()
+            consumer._lifecycle.abandon()
         await consumer.stop()
         await asyncio.sleep(100)
 

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from aio_pika_batch import DrainIncomplete
-from aio_pika_batch.runtime.signals import SIGNALS, SignalDesk, process_signals
+from aio_pika_batch.runtime.signals import SIGNALS, SignalDispatcher, process_signals
 from aio_pika_batch.testing import virtual_time
 from tests.unit.shell.helpers import RecordingConsumer, numbered, taking
 from tests.unit.shell.scripted_transport import ScriptedTransport, never
@@ -216,7 +216,7 @@ async def test_a_handler_that_python_does_not_know_is_replaced_by_the_default(mo
     monkeypatch.setattr(
         signal, "signal", lambda number, handler: restored.update({number: handler})
     )
-    desk = SignalDesk()
+    desk = SignalDispatcher()
     with desk.listen(lambda: None, lambda: None):
         assert {desk._on_signal} == set(restored.values())
     assert {signal.SIG_DFL} == set(restored.values())

@@ -288,7 +288,7 @@ async def test_what_is_not_settled_in_time_is_told(broker):
     async with consumer:
         with pytest.raises(TimeoutError) as told:
             await broker.settled(within=60)
-        consumer._life.abandon()
+        consumer._lifecycle.abandon()
     assert "not settled within 60 s: 2 unsettled from 'jobs', 1 waiting in 'jobs'" == str(
         told.value
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from aio_pika_batch.front import lazy_exports
+from aio_pika_batch._lazy import lazy_exports
 from aio_pika_batch.testing.plugin import batch_broker, batch_broker_version
 
 ROOT = Path(__file__).parents[3]
@@ -108,7 +108,7 @@ def test_it_costs_next_to_nothing_until_a_fixture_is_wanted():
         "print(*sorted(set(sys.modules) - before))\n"
     )
     done = subprocess.run([sys.executable, "-c", story], check=True, capture_output=True, text=True)
-    ours = {"aio_pika_batch", "aio_pika_batch.front", "aio_pika_batch.testing", MODULE}
+    ours = {"aio_pika_batch", "aio_pika_batch._lazy", "aio_pika_batch.testing", MODULE}
     assert ours == set(done.stdout.split())
 
 
@@ -131,6 +131,6 @@ def test_front_doors_have_what_they_list_and_nothing_else(package):
 
 def test_a_name_that_is_in_no_room_is_told_as_ever():
     """Listed or not."""
-    find, _ = lazy_exports("aio_pika_batch", ["Nothing"], ["errors"])
+    find, _ = lazy_exports("aio_pika_batch", {"Something": "errors"})
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         find("Nothing")

@@ -10,7 +10,7 @@ Hypothesis draws stories: :func:`aio_pika_batch.testing.strategies.stories`.
 
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.front import lazy_exports
+from aio_pika_batch._lazy import lazy_exports
 
 __all__ = [
     "INVARIANTS",
@@ -34,5 +34,21 @@ if TYPE_CHECKING:
     from aio_pika_batch.testing.stories.player import Played, Scene, play
     from aio_pika_batch.testing.stories.story import LATER, RAISE, Fault, FaultKind, Story
 else:
-    _ROOMS = ("story", "player", "invariants", "in_memory")
-    __getattr__, __dir__ = lazy_exports(__name__, __all__, _ROOMS)
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "Fault": "story",
+            "FaultKind": "story",
+            "INVARIANTS": "invariants",
+            "LATER": "story",
+            "MemoryScene": "in_memory",
+            "Played": "player",
+            "RAISE": "story",
+            "Scene": "player",
+            "Story": "story",
+            "StoryBroken": "invariants",
+            "judge": "invariants",
+            "play": "player",
+            "play_in_memory": "in_memory",
+        },
+    )

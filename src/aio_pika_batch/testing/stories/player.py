@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aio_pika_batch.batch_settings import BatchConsumerSettings
 from aio_pika_batch.consumer import BatchConsumer
 from aio_pika_batch.core.results import MessageResult, Result
+from aio_pika_batch.settings import BatchConsumerSettings
 from aio_pika_batch.testing.stories.recording import RecordingTransport
 from aio_pika_batch.testing.stories.story import RAISE, Fault, FaultKind, Story
 

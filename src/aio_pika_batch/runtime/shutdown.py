@@ -1,0 +1,95 @@
+"""Deadlines of a graceful shutdown, and waiting that a shutdown interrupts."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, TypeAlias
+
+Wait: TypeAlias = Callable[[Iterable[asyncio.Future[Any]]], Awaitable[None]]
+"""Waits for all of these, as long as the shutdown's deadlines allow."""
+
+
+class Shutdown:
+    """Whether a consumer should stop, and by when.
+
+    Attributes:
+        event: Set once a stop was requested.
+        deadline: When everything must be finished, in loop time.
+    """
+
+    def __init__(self) -> None:
+        self.event = asyncio.Event()
+        self.deadline = math.inf
+        self._reserve = 0.0
+        self._requested: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether a stop was requested."""
+        return self.event.is_set()
+
+    def request(self, deadline: float, *, reserve: float) -> None:
+        """Request a stop, once: handlers finish first, then settlements, then connections.
+
+        Args:
+            deadline: When everything must be finished, in loop time.
+            reserve: Seconds kept for the settlements, and as many again for the connections.
+        """
+        self.deadline = deadline
+        self._reserve = reserve
+        self.event.set()
+        self._requested.set_result(None)
+
+    @property
+    def handle_by(self) -> float:
+        """When handlers must have ended, in loop time."""
+        return self.deadline - 2 * self._reserve
+
+    @property
+    def settle_by(self) -> float:
+        """When everything must be settled, in loop time."""
+        return self.deadline - self._reserve
+
+    async def or_first_of(
+        self, futures: Iterable[asyncio.Future[Any]], *, timeout: float | None = None
+    ) -> None:
+        """Wait until a stop is requested, one of these is done, or `timeout` seconds have passed.
+
+        Nothing is cancelled and nothing is raised: the caller looks at what has happened.
+        """
+        await asyncio.wait(
+            {self._requested, *futures}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+        )
+
+    async def wait_for(
+        self,
+        tasks: Iterable[asyncio.Future[Any]],
+        by: Callable[[], float],
+        *,
+        unless: asyncio.Future[Any],
+    ) -> None:
+        """Wait for all of these, without a limit until a stop is requested, then until `by`.
+
+        Args:
+            by: Returns the limit in loop time; called once a stop is requested.
+            unless: Its end also ends the wait, as long as no stop is requested.
+        """
+        pending = {task for task in tasks if not task.done()}
+        if pending and not self.is_requested:
+            all_done = asyncio.ensure_future(asyncio.wait(pending))
+            try:
+                await self.or_first_of((all_done, unless))
+            finally:
+                all_done.cancel()
+        if self.is_requested:
+            await wait_until(pending, by())
+
+
+async def wait_until(tasks: Iterable[asyncio.Future[Any]], deadline: float) -> None:
+    """Wait for all of these, but no longer than until a moment in loop time."""
+    pending = {task for task in tasks if not task.done()}
+    if pending:
+        left = deadline - asyncio.get_running_loop().time()
+        await asyncio.wait(pending, timeout=None if math.isinf(left) else max(0.0, left))

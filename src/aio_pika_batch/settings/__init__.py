@@ -1,0 +1,9 @@
+"""Settings of a consumer, and what the library derives from them."""
+
+from aio_pika_batch.settings.consumer_settings import (
+    BatchConsumerSettings,
+    ConsumerSettings,
+    Source,
+)
+
+__all__ = ["BatchConsumerSettings", "ConsumerSettings", "Source"]

@@ -1,0 +1,93 @@
+"""Derives endpoint, topology, delays and start-up checks from a consumer's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from aio_pika_batch.core.config_checks import ConsumerProfile
+from aio_pika_batch.core.message import FieldValue
+from aio_pika_batch.core.results import MessageResult
+from aio_pika_batch.core.retry import DelaySteps, make_delay_steps
+from aio_pika_batch.core.topology import TopologyOptions
+from aio_pika_batch.settings.consumer_settings import BatchConsumerSettings, ConsumerSettings
+from aio_pika_batch.transport import Endpoint
+
+
+def endpoint(settings: ConsumerSettings, consumer: str) -> Endpoint:
+    """Return where and how to connect.
+
+    Args:
+        consumer: The consumer's name; part of the connection's name unless one is configured.
+    """
+    password = settings.ssl_key_password
+    return Endpoint(
+        url=settings.url,
+        connect_timeout=settings.connect_timeout,
+        heartbeat=settings.heartbeat,
+        publish_timeout=settings.publish_timeout,
+        connection_name=settings.connection_name or f"{consumer} ({settings.queue_name})",
+        ssl_cafile=settings.ssl_cafile,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_key_password=None if password is None else password.get_secret_value(),
+        wire=settings.wire,
+    )
+
+
+def delay_steps(settings: ConsumerSettings) -> DelaySteps:
+    """Return how long retries wait."""
+    return make_delay_steps(
+        settings.requeue_delay, settings.requeue_backoff, settings.requeue_delay_max
+    )
+
+
+def topology_options(settings: ConsumerSettings) -> TopologyOptions:
+    """Return what the settings say about queue, exchange and dead letters."""
+    keys = settings.routing_key
+    return TopologyOptions(
+        queue_name=settings.queue_name,
+        queue_durable=settings.queue_durable,
+        queue_exclusive=settings.queue_exclusive,
+        queue_auto_delete=settings.queue_auto_delete,
+        queue_type=settings.queue_type,
+        queue_arguments=_given(settings.queue_arguments),
+        exchange_name=settings.exchange_name,
+        exchange_type=settings.exchange_type,
+        exchange_durable=settings.exchange_durable,
+        routing_keys=() if keys is None else (keys,) if isinstance(keys, str) else tuple(keys),
+        binding_arguments=_given(settings.binding_arguments),
+        dead_letter_exchange=settings.dead_letter_exchange,
+        dead_letter_exchange_type=settings.dead_letter_exchange_type,
+        dead_letter_routing_key=settings.dead_letter_routing_key,
+        dead_letter_queue=settings.dead_letter_queue,
+        wait_levels=delay_steps(settings).steps_for(settings.max_requeue_attempts),
+        unsafe_delay=settings.unsafe_delay,
+        declare=settings.declare,
+    )
+
+
+def consumer_profile(
+    settings: ConsumerSettings, mapped_results: Iterable[MessageResult]
+) -> ConsumerProfile:
+    """Return what the start-up checks look at.
+
+    Args:
+        mapped_results: The results in the consumer's `exception_results`.
+    """
+    batches = settings if isinstance(settings, BatchConsumerSettings) else None
+    return ConsumerProfile(
+        prefetch=settings.effective_prefetch,
+        batch_size=batches.batch_size if batches else 1,
+        batch_timeout=batches.batch_timeout if batches else 0.0,
+        concurrency=settings.concurrency,
+        process_timeout=settings.process_timeout,
+        max_requeue_attempts=settings.max_requeue_attempts,
+        failure_results={settings.unhandled_exception_action, *mapped_results},
+        consumer_arguments=_given(settings.consumer_arguments),
+        retry_seconds=delay_steps(settings).total_seconds(settings.max_requeue_attempts),
+        ordered=settings.ordered_by_key,
+    )
+
+
+def _given(arguments: Mapping[str, FieldValue] | None) -> Mapping[str, FieldValue]:
+    return {} if arguments is None else arguments
