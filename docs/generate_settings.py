@@ -75,21 +75,36 @@ TUNING = """\
 """
 
 GROUPS = {
-    "Broker": (
-        "url",
-        "connection_name",
-        "connect_timeout",
-        "heartbeat",
-        "reconnect_delay",
-        "reconnect_delay_max",
-        "ssl_cafile",
-        "ssl_certfile",
-        "ssl_keyfile",
-        "ssl_key_password",
-        "wire",
+    "Broker and queue": ("url", "queue_name"),
+    "Batches": (
+        "batch_size",
+        "batch_timeout",
+        "batch_max_bytes",
+        "settle",
+        "settle_interval",
+        "isolate_failures",
+        "isolate_limit",
     ),
-    "Queue": (
-        "queue_name",
+    "Workers": ("num_workers", "concurrency", "ordered_by_key", "prefetch_count"),
+    "Results and retries": (
+        "unhandled_exception_action",
+        "process_timeout",
+        "max_requeue_attempts",
+        "requeue_delay",
+        "requeue_backoff",
+        "requeue_delay_max",
+        "unsafe_delay",
+        "requeue_hold",
+        "retry_count_header",
+    ),
+    "Dead letters": (
+        "dead_letter_queue",
+        "dead_letter_exchange",
+        "dead_letter_exchange_type",
+        "dead_letter_routing_key",
+        "dead_letter_exception_message",
+    ),
+    "Declaring the queue": (
         "queue_type",
         "queue_durable",
         "queue_exclusive",
@@ -105,43 +120,30 @@ GROUPS = {
         "routing_key",
         "binding_arguments",
     ),
-    "Batches": (
-        "batch_size",
-        "batch_timeout",
-        "batch_max_bytes",
-        "settle",
-        "settle_interval",
-        "isolate_failures",
-        "isolate_limit",
-    ),
-    "Workers": ("num_workers", "concurrency", "ordered_by_key", "prefetch_count"),
-    "Handling and retries": (
-        "max_requeue_attempts",
-        "requeue_delay",
-        "requeue_backoff",
-        "requeue_delay_max",
-        "unsafe_delay",
-        "unhandled_exception_action",
-        "process_timeout",
-        "retry_count_header",
-        "requeue_hold",
-        "publish_timeout",
-    ),
-    "Dead letters": (
-        "dead_letter_exchange",
-        "dead_letter_exchange_type",
-        "dead_letter_routing_key",
-        "dead_letter_queue",
-        "dead_letter_exception_message",
-    ),
-    "Breaker": (
+    "Circuit breaker": (
         "breaker_threshold",
         "breaker_window",
         "breaker_min_samples",
         "breaker_pause",
         "breaker_pause_max",
     ),
-    "Stopping and health": ("shutdown_timeout", "stuck_after"),
+    "Timeouts and health": (
+        "shutdown_timeout",
+        "stuck_after",
+        "connect_timeout",
+        "publish_timeout",
+        "heartbeat",
+        "reconnect_delay",
+        "reconnect_delay_max",
+    ),
+    "Connection": (
+        "connection_name",
+        "ssl_cafile",
+        "ssl_certfile",
+        "ssl_keyfile",
+        "ssl_key_password",
+        "wire",
+    ),
 }
 """Every setting, in the order of the page. One that is missing here stops the script."""
 
@@ -150,9 +152,9 @@ def page() -> str:
     """The whole page."""
     fields = BatchConsumerSettings.model_fields
     grouped = [name for names in GROUPS.values() for name in names]
-    if sorted(grouped) != sorted(fields):
-        wrong = sorted(set(grouped) ^ set(fields))
-        msg = f"give these a place in GROUPS, once: {', '.join(wrong)}"
+    if grouped != list(fields):
+        wrong = sorted(set(grouped) ^ set(fields)) or "another order than the models"
+        msg = f"GROUPS must list each setting once, in the order of the models: {wrong}"
         raise SystemExit(msg)
     schema: dict[str, Any] = BatchConsumerSettings.model_json_schema()
     parts = [INTRODUCTION]

@@ -303,8 +303,8 @@ SHELL = (
     Mutant(
         "Results that come too late are settled in a session that is gone.",
         "runtime/settler.py",
-        "            if self.is_over:\n                if others is not None",
-        "            if False:\n                if others is not None",
+        "            if self.is_over:\n                self.count_stale(len(copies))",
+        "            if False:\n                self.count_stale(len(copies))",
         (f"{_SHELL}/test_requeue.py", f"{_SHELL}/test_unconfirmed_copies.py", _STORIES),
     ),
     Mutant(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.errors import SessionLost
 from aio_pika_batch.transport import Session
 
 PATIENCE = 0.1
@@ -60,9 +61,16 @@ class SettlementQueue:
 
     def release(self, ticket: Ticket) -> None:
         """Give up a position that was not used, so that those behind it can be sent."""
-        if ticket.settlements is None:
+        if ticket.settlements is None and ticket in self._queue:
             self._queue.remove(ticket)
             self._send(self._take_front())
+
+    def abort(self) -> None:
+        """Send nothing more: the session is gone. Those who wait get a SessionLost."""
+        for ticket in self._take(list(self._queue)):
+            if ticket.settled is not None and not ticket.settled.done():
+                ticket.settled.set_exception(SessionLost("the session ended before it settled"))
+                ticket.settled.exception()  # marks it as retrieved
 
     async def settle(self, settlements: Sequence[Settlement], ticket: Ticket | None = None) -> None:
         """Settle as soon as everything before is decided, or patience has run out.
