@@ -298,7 +298,11 @@ SHELL = (
         "runtime/settlement_queue.py",
         "self._timer = self._loop.call_later(self._patience, self._send_decided)",
         "pass",
-        (f"{_SHELL}/test_requeue.py", f"{_SHELL}/test_settlement_queue.py", f"{_SHELL}/test_delivery_limits.py"),
+        (
+            f"{_SHELL}/test_requeue.py",
+            f"{_SHELL}/test_settlement_queue.py",
+            f"{_SHELL}/test_delivery_limits.py",
+        ),
     ),
     Mutant(
         "Results that come too late are settled in a session that is gone.",
