@@ -1,4 +1,4 @@
-"""Which transport serves a URL, and what is said if none does?"""
+"""Which transport serves a URL, and the errors if none does."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def plugged(monkeypatch, value, name="plug"):
     monkeypatch.setattr(transport, "entry_points", offered)
 
 
-def test_what_comes_along_is_known():
-    """Without importing any of it."""
+def test_the_built_in_transports_are_known():
+    """Without importing one."""
     assert {"amqp", "amqps", "memory"} <= set(known_schemes())
     assert sorted(known_schemes()) == known_schemes()
 
 
-def test_a_scheme_is_found_by_name():
-    """In whatever case."""
+def test_the_scheme_selects_the_transport():
+    """In upper or lower case."""
     assert isinstance(open_transport(Endpoint(url="memory://")), MemoryTransport)
     assert isinstance(open_transport(Endpoint(url="MEMORY://name")), MemoryTransport)
 
 
-def test_an_installed_package_may_serve_another_scheme(monkeypatch):
-    """By an entry point, which is given the whole endpoint."""
+def test_an_installed_package_can_serve_another_scheme(monkeypatch):
+    """By an entry point, which gets the whole endpoint."""
     plugged(monkeypatch, f"{__name__}:Plug")
     assert "plug" in known_schemes()
     assert URL == open_transport(Endpoint(url=URL)).endpoint.url
@@ -51,22 +51,22 @@ class Plug:
         self.endpoint = endpoint
 
 
-def test_what_comes_along_cannot_be_replaced_by_accident(monkeypatch):
-    """A package that names the same scheme does not take it over."""
+def test_a_package_cannot_replace_a_built_in_transport(monkeypatch):
+    """By registering the same scheme."""
     plugged(monkeypatch, f"{__name__}:Plug", name="memory")
     assert isinstance(open_transport(Endpoint(url="memory://")), MemoryTransport)
 
 
 @pytest.mark.parametrize("url", ["plug://user:secret@host/", "nothing", "", "://"])
-def test_an_unknown_scheme_is_told_with_the_known_ones(url):
-    """And without the rest of the URL."""
+def test_the_error_for_an_unknown_scheme_lists_the_known_ones(url):
+    """And does not show the rest of the URL."""
     with pytest.raises(ConfigurationError, match="use one of amqp, amqps, memory") as raised:
         open_transport(Endpoint(url=url))
     assert "secret" not in str(raised.value)
 
 
 @pytest.mark.parametrize("value", ["no_such_package:factory", f"{__name__}:no_such_name"])
-def test_a_transport_that_cannot_be_imported_says_what_is_missing(monkeypatch, value):
+def test_the_error_for_a_failed_import_says_what_is_missing(monkeypatch, value):
     """And what to do about it."""
     plugged(monkeypatch, value)
     with pytest.raises(
@@ -100,7 +100,7 @@ open_transport = Plug
 
 
 def test_an_installed_distribution_is_found(tmp_path, monkeypatch):
-    """By what its metadata say; and it is not imported before somebody has such a URL."""
+    """By its metadata. It is imported only for such a URL."""
     installed(tmp_path, "plug_found", PLUG)
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -111,8 +111,8 @@ def test_an_installed_distribution_is_found(tmp_path, monkeypatch):
     assert ("plug_found", URL) == (type(transport).__module__, transport.endpoint.url)
 
 
-def test_what_an_installed_distribution_cannot_import_is_told(tmp_path, monkeypatch):
-    """Whatever it raises, with the name of who raised it and without the rest of the URL."""
+def test_the_error_of_a_broken_distribution_names_it(tmp_path, monkeypatch):
+    """Whatever it raises, and without the rest of the URL."""
     installed(tmp_path, "plug_without", "import no_such_client")
     installed(tmp_path, "plug_broken", "raise RuntimeError('needs a newer kernel')", "plug2")
     monkeypatch.syspath_prepend(tmp_path)
@@ -126,8 +126,8 @@ def test_what_an_installed_distribution_cannot_import_is_told(tmp_path, monkeypa
         assert "secret" not in str(raised.value)
 
 
-def test_two_distributions_for_one_scheme_are_told(tmp_path, monkeypatch):
-    """Which one would win is nobody's choice, so none does."""
+def test_two_distributions_for_one_scheme_are_an_error(tmp_path, monkeypatch):
+    """Their order on the path must not decide."""
     installed(tmp_path, "plug_one", PLUG)
     installed(tmp_path, "plug_two", PLUG)
     monkeypatch.syspath_prepend(tmp_path)
@@ -141,8 +141,8 @@ def test_two_distributions_for_one_scheme_are_told(tmp_path, monkeypatch):
     assert "secret" not in said
 
 
-def test_a_distribution_that_is_found_twice_is_one(tmp_path, monkeypatch):
-    """As by an editable installation beside an ordinary one."""
+def test_a_distribution_that_is_found_twice_counts_once(tmp_path, monkeypatch):
+    """With an editable and an ordinary installation."""
     for folder in ("here", "there"):
         installed(tmp_path / folder, "plug_twice", PLUG)
         monkeypatch.syspath_prepend(tmp_path / folder)
@@ -162,6 +162,6 @@ def test_a_distribution_that_is_found_twice_is_one(tmp_path, monkeypatch):
         ("1st://h", ""),
     ],
 )
-def test_a_scheme_is_what_stands_before_the_slashes(url, scheme):
-    """If it could be one (RFC 3986); else it may be part of a password."""
+def test_the_scheme_of_a_url(url, scheme):
+    """If it is valid by RFC 3986. Otherwise it may be a part of a password."""
     assert scheme == scheme_of(url)

@@ -1,6 +1,6 @@
-"""What does a broker make of a frame? A channel, as the specification and RabbitMQ have it.
+"""A model of a channel: what a broker does with each frame, by the specification and RabbitMQ.
 
-It knows nothing of how frames are found, so that what finds them can be held against it.
+It does not depend on how frames are chosen, so the ledger can be checked against it.
 """
 
 from __future__ import annotations

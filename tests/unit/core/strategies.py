@@ -1,6 +1,6 @@
-"""What else is drawn for the core? What stands around messages and results, and a little more.
+"""Hypothesis strategies for the core: messages, results, policies and settings.
 
-Messages and results themselves are drawn as users draw them: `aio_pika_batch.testing.strategies`.
+Messages and results come from `aio_pika_batch.testing.strategies`, as in tests of users.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ dispositions = st.sampled_from(Disposition)
 
 
 @st.composite
-def batches_of_verdicts(
+def batches_of_outcomes(
     draw: st.DrawFn, *, max_size: int = 6, of: st.SearchStrategy[Result] = results
 ) -> list[MessageOutcome]:
     """Verdicts over distinct deliveries."""
@@ -147,9 +147,9 @@ def batches_of_verdicts(
     tags = draw(st.permutations(range(1, len(decided) + 1)))
     return [
         MessageOutcome(
-            Message(StubSource(), tag, False, b"", ("events", "order.created"), has), *verdict
+            Message(StubSource(), tag, False, b"", ("events", "order.created"), has), *outcome
         )
-        for tag, (has, *verdict) in zip(tags, decided, strict=True)
+        for tag, (has, *outcome) in zip(tags, decided, strict=True)
     ]
 
 
@@ -158,7 +158,7 @@ routing_keys = st.sampled_from(["", "a", "dead", "order.created"])
 exchange_types = st.sampled_from(["direct", "fanout", "topic", "headers", "x-consistent-hash"])
 queue_types = st.none() | st.sampled_from(["classic", "quorum"])
 
-wanted = st.builds(
+options = st.builds(
     TopologyOptions,
     queue_name=st.just("jobs"),
     queue_durable=st.booleans(),

@@ -1,4 +1,4 @@
-"""What is decided about each message of a batch, run after run?"""
+"""The outcomes of the messages of a batch, over one or more runs of the handler."""
 
 from __future__ import annotations
 
@@ -92,15 +92,15 @@ def play(messages, policy, plan):
 
 def tags(handled):
     """Everybody who stands in one of the lists."""
-    decided = [verdict.message.delivery_tag for verdict in handled.not_acked]
+    decided = [outcome.message.delivery_tag for outcome in handled.not_acked]
     return handled.acked + decided + [message.delivery_tag for message in handled.returned]
 
 
 @given(st.integers(1, 8), policies, st.lists(runs, max_size=12))
 @example(4, FailurePolicy(REQUEUE, {}, 3, True), [Run((ACK, ACK), Cause.EXCEPTION)])
 @example(3, FailurePolicy(NACK, {}, 1), [Run((), Cause.EXCEPTION, 0), Run((), Cause.EXCEPTION)])
-def test_every_message_ends_once(count, policy, plan):
-    """However its runs went, and whenever somebody took what was decided until then."""
+def test_each_message_gets_one_outcome(count, policy, plan):
+    """Whatever its runs do, and whenever decisions are taken in between."""
     handled, number = play(some_messages(count), policy, plan)
 
     assert list(range(1, count + 1)) == sorted(tags(handled))
@@ -109,8 +109,8 @@ def test_every_message_ends_once(count, policy, plan):
 
 
 @given(st.integers(1, 8), policies, st.lists(runs, max_size=12))
-def test_an_ack_was_yielded_in_a_run_that_counts(count, policy, plan):
-    """Nobody is acked whom no handler acked, and nobody by an atomic run that failed."""
+def test_only_acks_of_valid_runs_count(count, policy, plan):
+    """A message is acked only if a handler acked it, in a run that was not rolled back."""
     handled, number = play(some_messages(count), policy, plan)
 
     fine = number > len(plan) or any(run.failure is None for run in plan)
@@ -121,8 +121,8 @@ def test_an_ack_was_yielded_in_a_run_that_counts(count, policy, plan):
 
 
 @given(st.integers(1, 8), policies, st.lists(runs, max_size=12))
-def test_without_isolation_only_the_undecodable_cost_another_run(count, policy, plan):
-    """One more for each, at most."""
+def test_without_isolation_only_undecodable_messages_need_another_run(count, policy, plan):
+    """At most one run for each."""
     policy = FailurePolicy(policy.action, policy.exceptions, 0, policy.is_atomic)
     handled, number = play(some_messages(count), policy, plan)
 
@@ -153,9 +153,11 @@ PLAIN = FailurePolicy(REQUEUE, {Listed: NACK})
         (Listed(), Cause.INVALID, REQUEUE),
     ],
 )
-def test_the_undecided_get_the_failures_result(error, cause, result):
-    """What was yielded before it counts. Only an exception and a time-out have a result of their
-    own: silence and nonsense say nothing about why.
+def test_undecided_messages_get_the_result_of_the_failure(error, cause, result):
+    """Earlier results count.
+
+    Only exceptions and timeouts have a result of their own, because missing and invalid results do
+    not say what went wrong.
     """
     trial, messages, passing = judged(PLAIN, [ACK, NACK], error, cause)
 
@@ -167,8 +169,8 @@ def test_the_undecided_get_the_failures_result(error, cause, result):
     assert (True, False) == (trial.is_over, passing)
 
 
-def test_a_shutdown_decides_nothing():
-    """What it left undecided goes back as it is."""
+def test_a_shutdown_returns_undecided_messages():
+    """They have no outcome."""
     trial, messages, _ = judged(PLAIN, [ACK], Listed(), Cause.SHUTDOWN)
 
     assert ([1], [], messages[1:]) == (trial.acked, trial.not_acked, trial.returned)
@@ -180,7 +182,7 @@ ATOMIC = FailurePolicy(REQUEUE, {Listed: NACK}, is_atomic=True)
 @pytest.mark.parametrize("cause", [Cause.EXCEPTION, Cause.TIMEOUT, Cause.MISSING, Cause.INVALID])
 @pytest.mark.parametrize("yields", [[ACK], [ACK, ACK], [ACK, ACK, ACK]])
 def test_a_failure_voids_the_acks_of_an_atomic_batch(yields, cause):
-    """All of them, and whatever failed, even after the last yield."""
+    """All of them, for every kind of failure, even after the last result."""
     error = KeyError()
     trial, messages, _ = judged(ATOMIC, yields, error, cause)
 
@@ -191,7 +193,7 @@ def test_a_failure_voids_the_acks_of_an_atomic_batch(yields, cause):
 
 
 def test_other_results_of_an_atomic_batch_stay():
-    """They claim no effect that could be void; what is undecided keeps its order."""
+    """They claim no effect that a rollback could undo. Undecided messages keep their order."""
     error = Listed()
     trial, messages, _ = judged(ATOMIC, [ACK, REQUEUE_IMMEDIATE, ACK], error)
 
@@ -204,15 +206,15 @@ def test_other_results_of_an_atomic_batch_stay():
 
 
 def test_a_shutdown_voids_the_acks_of_an_atomic_batch():
-    """They go back with the rest."""
+    """Their messages are returned with the others."""
     trial, messages, _ = judged(ATOMIC, [ACK, NACK], Listed(), Cause.SHUTDOWN)
 
     assert [] == trial.acked
     assert [messages[0], messages[2]] == trial.returned
 
 
-def test_an_undecodable_message_is_found_among_acks_that_are_void():
-    """It is decided no more than they are."""
+def test_an_undecodable_message_with_a_void_ack_is_dead_lettered():
+    """Its ACK counts as little as those of the others."""
     trial = BatchRun(ATOMIC)
     messages = some_messages(3)
     collector = ResultCollector(messages)
@@ -227,8 +229,8 @@ def test_an_undecodable_message_is_found_among_acks_that_are_void():
 ISOLATING = FailurePolicy(REQUEUE, {}, isolate=10)
 
 
-def test_what_an_exception_left_undecided_is_run_again_in_halves():
-    """What was yielded before it is decided, and not run again."""
+def test_undecided_messages_of_an_exception_are_run_again_in_halves():
+    """Messages that got a result before are not run again."""
     trial, messages, passing = judged(ISOLATING, [ACK], KeyError(), count=4)
 
     assert passing
@@ -238,22 +240,22 @@ def test_what_an_exception_left_undecided_is_run_again_in_halves():
 
 
 @pytest.mark.parametrize("cause", [Cause.TIMEOUT, Cause.MISSING, Cause.INVALID])
-def test_other_failures_are_nobodys_in_particular(cause):
-    """They are not isolated."""
+def test_other_failures_are_not_bisected(cause):
+    """They concern the whole batch."""
     trial, _, passing = judged(ISOLATING, [], KeyError(), cause)
 
     assert (True, False, 3) == (trial.is_over, passing, len(trial.not_acked))
 
 
-def test_an_exception_that_left_nobody_undecided_condemns_nobody():
+def test_an_exception_after_the_last_result_blames_no_message():
     """And nothing is run again."""
     trial, _, passing = judged(ISOLATING, [ACK, ACK, ACK], KeyError())
 
     assert (True, False, [1, 2, 3], []) == (trial.is_over, passing, trial.acked, trial.not_acked)
 
 
-def test_time_running_out_is_the_failure_of_all_that_waited():
-    """Whoever was to be run again gets the time-out's result, not that of the exception before."""
+def test_a_timeout_fails_all_parts_that_are_due():
+    """They get the result of the timeout, and not that of the exception before."""
     policy = FailurePolicy(REQUEUE, {Listed: NACK}, isolate=10)
     trial, messages, _ = judged(policy, [], Listed(), count=4)
     collector = ResultCollector(trial.next_run())
@@ -267,8 +269,8 @@ def test_time_running_out_is_the_failure_of_all_that_waited():
     assert trial.is_over
 
 
-def test_at_the_limit_each_has_the_failure_that_it_was_part_of():
-    """And that failure's result: the last culprit's own exception says nothing about the others."""
+def test_at_the_limit_each_message_gets_the_result_of_its_own_failure():
+    """The exception of the last bad message says nothing about the others."""
     policy = FailurePolicy(REQUEUE, {Listed: NACK}, isolate=1)
     whole, alone = KeyError(), Listed()
     trial, messages, _ = judged(policy, [], whole, count=2)
@@ -281,8 +283,8 @@ def test_at_the_limit_each_has_the_failure_that_it_was_part_of():
     assert (True, False) == (trial.is_over, passing)
 
 
-def test_a_shutdown_returns_all_that_waited():
-    """It was not found guilty."""
+def test_a_shutdown_returns_all_parts_that_are_due():
+    """No message of them was blamed."""
     trial, messages, _ = judged(ISOLATING, [], Listed(), count=4)
     collector = ResultCollector(trial.next_run())
     trial.record_run(collector, TimeoutError(), Cause.SHUTDOWN)
@@ -291,16 +293,16 @@ def test_a_shutdown_returns_all_that_waited():
     assert messages == trial.returned
 
 
-def test_a_batch_that_went_well_has_nothing_to_stop():
-    """Its results are all there is."""
+def test_stopping_a_successful_batch_does_nothing():
+    """It has its results."""
     trial, _, _ = judged(PLAIN, [ACK, NACK, ACK], None, Cause.HANDLER)
     trial.stop(TimeoutError(), Cause.TIMEOUT)
 
     assert ([1, 3], 1, ()) == (trial.acked, len(trial.not_acked), trial.next_run())
 
 
-def test_what_is_tried_again_in_place_is_not_taken_before_the_end():
-    """It cannot be: nobody may try it again while the handler is still at its batch."""
+def test_messages_to_retry_in_place_are_not_taken_before_the_end():
+    """They cannot be retried while the handler is still working on their batch."""
     messages = some_messages(5)
     trial = BatchRun(FailurePolicy(REQUEUE, {}), keeps_failures=True)
     collector = ResultCollector(messages)

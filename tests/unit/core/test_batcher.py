@@ -1,4 +1,4 @@
-"""When a batch is full, when it has waited long enough, and what is in it."""
+"""When a batch is due, and which messages it has."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def everything(batcher):
 
 
 @given(sizes, arrivals)
-def test_no_message_is_lost_doubled_or_reordered(size, pieces):
-    """All batches together are what was added, in its order."""
+def test_no_message_is_lost_duplicated_or_reordered(size, pieces):
+    """All batches together are the added messages in their order."""
     batcher = Batcher(size=size, timeout=5)
     _, held = filled(batcher, pieces)
 
@@ -57,7 +57,7 @@ def test_no_message_is_lost_doubled_or_reordered(size, pieces):
 
 @given(sizes, arrivals)
 def test_a_batch_is_never_empty_and_never_too_large(size, pieces):
-    """Only the last one may be short."""
+    """Only the last one can be smaller."""
     batcher = Batcher(size=size, timeout=5)
     _, held = filled(batcher, pieces)
 
@@ -68,8 +68,8 @@ def test_a_batch_is_never_empty_and_never_too_large(size, pieces):
 
 
 @given(sizes, arrivals)
-def test_the_age_of_a_batch_runs_from_its_own_first_message(size, pieces):
-    """However the cuts fall, a batch is as old as the message it starts with."""
+def test_the_age_of_a_batch_counts_from_its_first_message(size, pieces):
+    """However the batches before it were cut."""
     batcher = Batcher(size=size, timeout=5)
     _, held = filled(batcher, pieces)
     arrived = {message.delivery_tag: when for when, message in held}
@@ -82,8 +82,8 @@ def test_the_age_of_a_batch_runs_from_its_own_first_message(size, pieces):
 
 
 @given(sizes, arrivals, arrivals)
-def test_the_deadline_is_a_function_of_what_is_held(size, before, pieces):
-    """Two that hold the same are due at the same time, whatever they have gone through."""
+def test_the_deadline_depends_only_on_the_buffered_messages(size, before, pieces):
+    """Two batchers with the same messages are due at the same time, whatever happened before."""
     fresh, used = Batcher(size=size, timeout=3), Batcher(size=size, timeout=3)
     filled(used, before)
     everything(used)
@@ -96,8 +96,8 @@ def test_the_deadline_is_a_function_of_what_is_held(size, before, pieces):
 
 
 @given(st.integers(1, 7), arrivals, quarters)
-def test_before_the_deadline_there_is_nothing_unless_it_is_full_or_exhausted(size, pieces, wait):
-    """A poll that comes early changes nothing; it may come as often as anybody likes."""
+def test_before_the_deadline_only_a_full_or_exhausted_batch_is_cut(size, pieces, wait):
+    """A poll that comes early changes nothing."""
     batcher = Batcher(size=size, timeout=3)
     now, held = filled(batcher, pieces)
     due = len(held) >= size or (bool(held) and now + wait >= held[0][0] + 3)
@@ -112,8 +112,8 @@ def test_before_the_deadline_there_is_nothing_unless_it_is_full_or_exhausted(siz
 
 
 @given(sizes, arrivals)
-def test_at_the_deadline_there_is_a_batch(size, pieces):
-    """What `deadline` promises, `poll` keeps at that very number: no timer has to fire twice."""
+def test_at_the_deadline_a_batch_is_cut(size, pieces):
+    """At exactly that time, so that no timer has to fire twice."""
     batcher = Batcher(size=size, timeout=0.1)
     _, held = filled(batcher, pieces)
 
@@ -127,8 +127,8 @@ def test_at_the_deadline_there_is_a_batch(size, pieces):
     assert [] == held
 
 
-def test_a_batch_cut_by_size_leaves_the_rest_its_own_deadline():
-    """A deadline that was meant for the batch before does not cut the next one short."""
+def test_the_rest_after_a_full_batch_has_its_own_deadline():
+    """The deadline of the batch before does not cut the next one early."""
     batcher = Batcher(size=2, timeout=10)
     first, second, third = some_messages(3)
     batcher.add([first], 0)
@@ -144,8 +144,8 @@ def test_a_batch_cut_by_size_leaves_the_rest_its_own_deadline():
     assert 7 == batcher.since
 
 
-def test_adding_does_not_put_the_deadline_off():
-    """A trickle of messages cannot keep a batch waiting for ever."""
+def test_adding_messages_does_not_move_the_deadline():
+    """A slow stream of messages cannot delay a batch forever."""
     batcher = Batcher(size=100, timeout=10)
     for now in range(10):
         batcher.add(some_messages(1, first=now + 1), now)
@@ -171,7 +171,7 @@ def test_adding_does_not_put_the_deadline_off():
     ],
 )
 def test_why_a_batch_was_cut(count, now, exhausted, trigger):
-    """Full comes before old, and old before exhausted."""
+    """Size comes before age, and age before prefetch."""
     batcher = Batcher(size=3, timeout=5)
     batcher.add(some_messages(count), 0)
 
@@ -181,8 +181,8 @@ def test_why_a_batch_was_cut(count, now, exhausted, trigger):
     assert min(count, 3) == (count if batch is None else len(batch.messages))
 
 
-def test_a_flush_cuts_what_is_not_due_because_of_the_drain():
-    """It is how the rest gets out when nothing more will come; after it there is none."""
+def test_a_flush_cuts_batches_that_are_not_due():
+    """It empties the buffer when no more messages arrive."""
     batcher = Batcher(size=3, timeout=5)
     messages = some_messages(2)
     batcher.add(messages, 1)
@@ -196,8 +196,8 @@ def test_a_flush_cuts_what_is_not_due_because_of_the_drain():
 
 
 @pytest.mark.parametrize("counts", [(3,), (2,)])
-def test_a_chunk_that_is_a_batch_is_handed_on_as_it_is(counts):
-    """The messages of one network read are not copied one by one."""
+def test_a_chunk_of_the_size_of_a_batch_is_not_copied(counts):
+    """The messages of one network read are not touched one by one."""
     batcher = Batcher(size=3, timeout=5)
     chunk = some_messages(counts[0])
     batcher.add(chunk, 0)
@@ -209,7 +209,7 @@ def test_a_chunk_that_is_a_batch_is_handed_on_as_it_is(counts):
 
 
 def test_an_empty_chunk_starts_no_batch():
-    """Nothing arrived, so nothing waits."""
+    """No message arrived, so none waits."""
     batcher = Batcher(size=3, timeout=5)
 
     batcher.add([], 0)
@@ -221,8 +221,8 @@ def test_an_empty_chunk_starts_no_batch():
 
 
 @given(sizes, arrivals)
-def test_clear_gives_up_everything_that_is_held(size, pieces):
-    """The epoch is over: it returns what was dropped, and starts from nothing."""
+def test_clear_removes_and_returns_all_messages(size, pieces):
+    """The session has ended. The batcher starts with an empty buffer."""
     batcher = Batcher(size=size, timeout=5)
     now, held = filled(batcher, pieces)
     first = batcher.poll(now)

@@ -1,4 +1,4 @@
-"""When is it better to wait than to go on failing?"""
+"""When the circuit breaker opens, probes and closes."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def after(breaker, *steps, now=1000.0):
 @example(policy(), [Handled(0, 0, 3), Handled(9, 0, 1)])
 @example(policy(), [Handled(0, 0, 3), Handled(11, 0, 1)])
 @example(policy(), [Handled(0, 4, 0), Handled(9, 0, 4)])
-def test_it_opens_for_what_the_window_shows_and_for_nothing_else(policy, history):
-    """The window ends somewhere between nine tenths of its length and the whole of it."""
+def test_it_opens_only_because_of_the_window(policy, history):
+    """The window covers between nine tenths of its length and all of it."""
     breaker = CircuitBreaker(policy)
     times = list(accumulate(each.gap for each in history))
     for at, (now, batch) in enumerate(zip(times, history, strict=True)):
@@ -78,7 +78,7 @@ def test_it_opens_for_what_the_window_shows_and_for_nothing_else(policy, history
         edge = policy.window * (1 - 1 / SLICES)
         ages = [now - time for time in times[: at + 1]]
         cuts = {age for age in ages if edge * 0.999 <= age <= policy.window * 1.001} | {edge}
-        verdicts = set()
+        outcomes = set()
         for cut in cuts:
             for inclusive in (True, False):
                 seen = [
@@ -89,8 +89,8 @@ def test_it_opens_for_what_the_window_shows_and_for_nothing_else(policy, history
                 failed = sum(each.failed for each in seen)
                 samples = failed + sum(each.succeeded for each in seen)
                 enough = samples >= policy.min_samples
-                verdicts.add(enough and failed / samples >= policy.threshold)
-        assert changed in verdicts
+                outcomes.add(enough and failed / samples >= policy.threshold)
+        assert changed in outcomes
         assert changed is (breaker.state is OPEN)
         if changed:
             assert breaker.failed / breaker.samples >= policy.threshold
@@ -100,7 +100,7 @@ def test_it_opens_for_what_the_window_shows_and_for_nothing_else(policy, history
 
 @given(policies, histories)
 def test_with_too_few_messages_it_stays_closed(policy, history):
-    """However many of them fail."""
+    """Even if all of them fail."""
     breaker = CircuitBreaker(policy)
     now, left = 0.0, policy.min_samples - 1
     for batch in history:
@@ -112,8 +112,8 @@ def test_with_too_few_messages_it_stays_closed(policy, history):
 
 
 @given(policies, st.lists(st.booleans(), max_size=20))
-def test_each_probe_that_fails_makes_the_next_pause_longer(policy, probes):
-    """Doubled, up to the longest; the first success closes it, and it starts from the beginning."""
+def test_each_failed_probe_doubles_the_pause(policy, probes):
+    """Up to the maximum. The first success closes the breaker and resets the pause."""
     breaker = CircuitBreaker(policy)
     failures = 0
     for succeeds in probes:
@@ -130,8 +130,8 @@ def test_each_probe_that_fails_makes_the_next_pause_longer(policy, probes):
         failures += 1
 
 
-def test_a_probe_that_fails_in_part_has_failed():
-    """Where two come at once, the worse one counts."""
+def test_a_probe_that_partly_fails_has_failed():
+    """If two results come together, the worse one counts."""
     breaker = CircuitBreaker(policy())
     after(breaker, (0, 4))
     breaker.probe()
@@ -140,8 +140,8 @@ def test_a_probe_that_fails_in_part_has_failed():
 
 
 @given(policies, st.integers(0, 9), st.integers(0, 9))
-def test_while_it_is_open_nothing_counts(policy, succeeded, failed):
-    """What was handled before it opened may come late."""
+def test_results_while_it_is_open_are_ignored(policy, succeeded, failed):
+    """Batches that began before it opened can end later."""
     breaker = CircuitBreaker(policy)
     breaker.record(succeeded=0, failed=policy.min_samples, now=0)
     assert not breaker.record(succeeded=succeeded, failed=failed, now=policy.window)
@@ -149,8 +149,8 @@ def test_while_it_is_open_nothing_counts(policy, succeeded, failed):
 
 
 @pytest.mark.parametrize("state", [CLOSED, HALF_OPEN])
-def test_only_what_is_open_can_be_probed(state):
-    """Anything else stays as it is."""
+def test_only_an_open_breaker_can_be_probed(state):
+    """Other states do not change."""
     breaker = CircuitBreaker(policy())
     if state is HALF_OPEN:
         after(breaker, (0, 4))
@@ -159,8 +159,8 @@ def test_only_what_is_open_can_be_probed(state):
     assert state is breaker.state
 
 
-def test_what_was_before_it_opened_is_forgotten():
-    """Otherwise it would open again at once, although all is well."""
+def test_results_from_before_it_opened_are_forgotten():
+    """Otherwise it would open again at once although everything works."""
     breaker = CircuitBreaker(policy())
     after(breaker, (0, 50))
     breaker.probe()
@@ -178,13 +178,16 @@ def test_what_was_before_it_opened_is_forgotten():
         (0.1, [(9, 0), (0, 1)], [CLOSED, OPEN]),
     ],
 )
-def test_openings(threshold, steps, states):
-    """Examples to read, of (succeeded, failed): four samples at least; reaching is enough."""
+def test_examples_of_when_it_opens(threshold, steps, states):
+    """With (succeeded, failed) messages.
+
+    It needs four samples, and opens when the threshold is reached.
+    """
     assert states == after(CircuitBreaker(policy(threshold=threshold)), *steps)
 
 
-def test_memory_does_not_grow_with_what_is_handled():
-    """A count for each tenth of the window is all that is kept."""
+def test_memory_does_not_grow_with_the_number_of_messages():
+    """It keeps one count for each tenth of the window."""
     breaker = CircuitBreaker(policy(threshold=1.0))
     for number in range(5000):
         breaker.record(succeeded=1, failed=0, now=number / 50)
@@ -225,13 +228,13 @@ MAPPED = {ConnectionError: NACK, KeyError: REQUEUE, ValueError: ACK}
     ],
 )
 def test_what_counts_as_a_failure(result, cause, error, failure):
-    """A verdict on the message does not, and neither does one that `exception_results` gives."""
+    """A NACK of the handler does not, and neither does one that `exception_results` gives."""
     assert failure is is_failure(MessageOutcome(a_message(), result, cause, error), MAPPED)
 
 
 @given(results, causes, errors)
-def test_whatever_is_tried_again_is_a_failure_and_no_ack_is(result, cause, error):
-    """Whoever decided it, and why."""
+def test_every_retry_is_a_failure_and_no_ack_is(result, cause, error):
+    """For every cause."""
     failure = is_failure(MessageOutcome(a_message(), result, cause, error), {})
     if result is ACK:
         assert not failure

@@ -1,4 +1,4 @@
-"""What works, and would still surprise somebody: it is said once, at the start."""
+"""Warnings about settings that are valid, but probably not intended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from aio_pika_batch.core.config_checks import ConsumerProfile, broker_warnings_for, warnings_for
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.topology import TopologyOptions
-from tests.unit.core.strategies import wanted
+from tests.unit.core.strategies import options
 
 SOUND = TopologyOptions(queue_name="jobs", dead_letter_exchange="dlx")
 QUORUM = TopologyOptions(
@@ -29,7 +29,7 @@ OUR_NAMES = (
 
 versions = st.none() | st.sampled_from([(3, 8, 9), (3, 10, 8), (3, 13), (4, 0), (4, 0, 5), (4, 3)])
 seconds = st.floats(0, 10_000)
-habits = st.builds(
+profiles = st.builds(
     ConsumerProfile,
     prefetch=st.integers(0, 100),
     batch_size=st.integers(1, 100),
@@ -50,10 +50,10 @@ def with_arguments(**arguments):
     return replace(QUORUM, queue_arguments={**QUORUM.queue_arguments, **more})
 
 
-@given(wanted, habits, versions)
-def test_each_finding_names_the_setting_that_mends_it(settings, habits, version):
-    """Nobody is told of a trouble without the way out, nor twice of one."""
-    found = [*warnings_for(settings, habits), *broker_warnings_for(settings, habits, version)]
+@given(options, profiles, versions)
+def test_each_warning_names_the_setting_to_change(settings, profiles, version):
+    """And no warning occurs twice."""
+    found = [*warnings_for(settings, profiles), *broker_warnings_for(settings, profiles, version)]
 
     for line in found:
         assert any(name in line for name in OUR_NAMES)
@@ -62,8 +62,8 @@ def test_each_finding_names_the_setting_that_mends_it(settings, habits, version)
 
 
 @pytest.mark.parametrize("settings", [SOUND, QUORUM])
-def test_what_is_sound_is_passed_over_in_silence(settings):
-    """Only what is worth a line gets one."""
+def test_good_settings_have_no_warnings(settings):
+    """A queue of either type."""
     assert [] == warnings_for(settings, USUAL)
 
 
@@ -71,8 +71,8 @@ def test_what_is_sound_is_passed_over_in_silence(settings):
     ("prefetch", "batch_size", "said"),
     [(0, 100, False), (9, 10, True), (10, 10, False), (11, 10, False), (1, 1, False)],
 )
-def test_a_prefetch_below_the_batch_size_is_told(prefetch, batch_size, said):
-    """No batch would ever be full; 0 means no limit."""
+def test_a_prefetch_below_the_batch_size(prefetch, batch_size, said):
+    """No batch would ever be full. 0 means no limit."""
     found = warnings_for(SOUND, ConsumerProfile(prefetch=prefetch, batch_size=batch_size))
 
     assert said is any(
@@ -92,8 +92,8 @@ def test_a_prefetch_below_the_batch_size_is_told(prefetch, batch_size, said):
         ({"dead_letter_routing_key": "dead"}, True),
     ],
 )
-def test_that_failures_may_be_discarded_is_told(stated, said):
-    """Without a dead-letter exchange it is up to the broker's policies."""
+def test_no_dead_letter_exchange(stated, said):
+    """Without one the policies of the broker decide."""
     found = warnings_for(TopologyOptions(queue_name="jobs", **stated), USUAL)
 
     assert said is any("no dead-letter exchange is known" in line for line in found)
@@ -110,8 +110,10 @@ def test_that_failures_may_be_discarded_is_told(stated, said):
         ({}, False),
     ],
 )
-def test_that_a_quorum_queue_drops_past_its_delivery_limit_is_told(stated, said):
-    """A dead-letter exchange that only the settings name does not help: the broker knows none."""
+def test_a_quorum_queue_without_a_dead_letter_exchange_of_its_own(stated, said):
+    """A dead-letter exchange that only the settings name does not help: the broker does not know
+    it.
+    """
     settings = TopologyOptions(queue_name="jobs", dead_letter_exchange="dlx", **stated)
 
     found = warnings_for(settings, USUAL)
@@ -134,8 +136,10 @@ def test_that_a_quorum_queue_drops_past_its_delivery_limit_is_told(stated, said)
         (SOUND, 100, None),
     ],
 )
-def test_a_delivery_limit_below_the_attempts_is_told(settings, attempts, said):
-    """It is no limit to REQUEUE, whose copies are new messages, but to everything else."""
+def test_a_delivery_limit_below_the_attempts(settings, attempts, said):
+    """The limit does not apply to REQUEUE, whose copies are new messages, but to all other
+    redeliveries.
+    """
     found = warnings_for(settings, replace(USUAL, max_requeue_attempts=attempts))
 
     if said is None:
@@ -166,15 +170,15 @@ def test_a_delivery_limit_below_the_attempts_is_told(settings, attempts, said):
     ],
 )
 @pytest.mark.parametrize("where", ["queue_arguments", "consumer_arguments"])
-def test_what_is_held_for_longer_than_the_broker_waits_is_told(given, arguments, held, where):
-    """A message waits for its batch, or for the batches before it, and is handled."""
-    settings, habits = SOUND, replace(USUAL, **given)
+def test_messages_held_longer_than_the_broker_waits(given, arguments, held, where):
+    """A message waits for its batch, or for earlier batches, and is handled."""
+    settings, profiles = SOUND, replace(USUAL, **given)
     if where == "queue_arguments":
         settings = replace(settings, queue_arguments=arguments)
     else:
-        habits = replace(habits, consumer_arguments=arguments)
+        profiles = replace(profiles, consumer_arguments=arguments)
 
-    found = [line for line in warnings_for(settings, habits) if "may be held" in line]
+    found = [line for line in warnings_for(settings, profiles) if "may be held" in line]
 
     if held is None:
         assert [] == found
@@ -194,8 +198,8 @@ def test_what_is_held_for_longer_than_the_broker_waits_is_told(given, arguments,
         ({"message_ttl": "60000"}, {"retry_seconds": 61}, False),
     ],
 )
-def test_retries_that_outlive_the_message_are_told(arguments, given, said):
-    """A copy's time to live begins anew; what is retried in place has no copies."""
+def test_retries_that_outlive_the_time_to_live(arguments, given, said):
+    """Each copy has a new time to live. Retries in place have no copies."""
     found = warnings_for(with_arguments(**arguments), replace(USUAL, **given))
 
     assert said is any("x-message-ttl=60000 ms" in line for line in found)
@@ -219,8 +223,8 @@ def test_retries_that_outlive_the_message_are_told(arguments, given, said):
         (with_arguments(delivery_limit=-1), (3, 10), "before RabbitMQ 4.0 a negative"),
     ],
 )
-def test_where_the_broker_never_gives_up_it_is_told(settings, version, said):
-    """And where it gives up at once, because it reads a limit otherwise than it is meant."""
+def test_a_broker_that_redelivers_forever_or_drops_at_once(settings, version, said):
+    """Old brokers drop at the first redelivery if the limit is negative."""
     found = broker_warnings_for(settings, USUAL, version)
 
     if said is None:
@@ -230,20 +234,20 @@ def test_where_the_broker_never_gives_up_it_is_told(settings, version, said):
         assert line.startswith(said)
 
 
-def test_settings_that_make_every_failure_come_back_for_ever_are_named():
-    """What `unhandled_exception_action` or `exception_results` say is no choice of the moment."""
-    habits = replace(USUAL, failure_results={MessageResult.REQUEUE_IMMEDIATE})
+def test_failures_that_the_settings_map_to_requeue_immediate():
+    """With `unhandled_exception_action` or `exception_results`."""
+    profiles = replace(USUAL, failure_results={MessageResult.REQUEUE_IMMEDIATE})
 
-    [usual], [named] = (broker_warnings_for(SOUND, each, None) for each in (USUAL, habits))
+    [usual], [named] = (broker_warnings_for(SOUND, each, None) for each in (USUAL, profiles))
 
     assert "a message that always makes its handler fail (REQUEUE_IMMEDIATE)" in named
     assert "its handler" not in usual
 
 
-def test_where_retries_are_made_in_place_only_crashes_are_not_counted():
-    """REQUEUE_IMMEDIATE is counted by us, as everything is."""
-    habits = replace(USUAL, failure_results={MessageResult.REQUEUE_IMMEDIATE}, ordered=True)
+def test_with_retries_in_place_only_crashes_are_not_counted():
+    """The library counts REQUEUE_IMMEDIATE then."""
+    profiles = replace(USUAL, failure_results={MessageResult.REQUEUE_IMMEDIATE}, ordered=True)
 
-    [line] = broker_warnings_for(SOUND, habits, None)
+    [line] = broker_warnings_for(SOUND, profiles, None)
 
     assert "a message that always crashes its consumer is redelivered forever" in line

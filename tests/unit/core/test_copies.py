@@ -1,4 +1,4 @@
-"""What is on a copy: everything that was on its original, and a few headers that say why."""
+"""The properties and headers of copies."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def dead(message, result=NACK, **more):
 
 
 @given(messages(of=sound_properties))
-def test_a_requeue_changes_nothing_but_headers(message):
-    """Properties stay as they were, absent ones absent; the body is the same object."""
+def test_a_requeue_changes_only_headers(message):
+    """Properties stay, absent ones stay absent, and the body is the same object."""
     copy = requeued(message)
 
     assert replace(message.properties, headers=None) == replace(copy.properties, headers=None)
@@ -77,8 +77,8 @@ def test_a_requeue_changes_nothing_but_headers(message):
 
 
 @given(messages(of=sound_properties), failures)
-def test_headers_that_are_nobody_s_business_stay_as_they_are(message, result):
-    """Neither their values nor their types change, and none is invented."""
+def test_other_headers_stay_as_they_are(message, result):
+    """Their values and types do not change, and none is added."""
     copy = copy_of(message, result)
     changed = (*copy.add, *copy.drop)
 
@@ -94,14 +94,14 @@ def test_headers_that_are_nobody_s_business_stay_as_they_are(message, result):
 @given(messages(of=sound_properties), failures)
 @example(a_message(headers=dict.fromkeys(DROPPED, "x")), REQUEUE)
 @example(a_message(headers=dict.fromkeys(DROPPED, "x")), NACK)
-def test_what_would_misroute_or_miscount_is_dropped(message, result):
-    """CC would send the copy to further queues; the counts are the broker's own."""
+def test_headers_that_route_or_count_are_dropped(message, result):
+    """CC would route the copy to further queues, and the counts belong to the broker."""
     assert not set(DROPPED) & set(copy_of(message, result).properties.headers or {})
 
 
 @given(messages(of=sound_properties))
-def test_a_requeue_adds_its_count_and_where_it_came_from_and_nothing_else(message):
-    """The count each time; the origin, and when it first failed, once."""
+def test_a_requeue_adds_its_count_and_its_origin(message):
+    """It sets the count each time, and the origin and the time of the first failure once."""
     copy = requeued(message)
 
     assert {"x-retry-count"} <= copy.add.keys() <= {"x-retry-count", *ADDED_ONCE}
@@ -109,7 +109,7 @@ def test_a_requeue_adds_its_count_and_where_it_came_from_and_nothing_else(messag
 
 @given(messages(of=sound_properties))
 def test_the_origin_is_added_once(message):
-    """The second copy carries the first one's word for it."""
+    """The second copy keeps that of the first one."""
     first = requeued(message)
     again = type(message)(message._source, 2, False, b"", ("", QUEUE), first.properties)
 
@@ -123,8 +123,8 @@ def test_the_origin_is_added_once(message):
 
 
 @given(messages(of=sound_properties), failures)
-def test_a_dead_letter_says_why_where_and_when(message, result):
-    """Its headers are the ones that the contract names."""
+def test_a_dead_letter_has_its_reason_queue_and_time(message, result):
+    """In the documented headers."""
     copy = copy_of(message, result, router=a_router(0))
     on_it = copy.properties.headers or {}
 
@@ -139,8 +139,8 @@ def test_a_dead_letter_says_why_where_and_when(message, result):
 
 @given(messages(of=sound_properties))
 @example(a_message(expiration="60000"))
-def test_the_expiration_moves_so_that_a_dead_letter_does_not_expire(message):
-    """What it was is in a header; where there was none, there is no such header added."""
+def test_the_expiration_of_a_dead_letter_moves_to_a_header(message):
+    """So that it does not expire. Without an expiration there is no such header."""
     copy = dead(message)
 
     assert copy.properties.expiration is None
@@ -152,8 +152,8 @@ def test_the_expiration_moves_so_that_a_dead_letter_does_not_expire(message):
 
 @given(messages(of=sound_properties), st.none() | texts.map(ValueError))
 @example(a_message(headers=dict.fromkeys(EXPLANATIONS, "of before")), None)
-def test_an_earlier_death_s_explanation_does_not_explain_this_one(message, error):
-    """A dead letter that came back and dies again tells of its new death only."""
+def test_the_reason_of_an_earlier_dead_letter_is_not_kept(message, error):
+    """A replayed message that is dead-lettered again has only the new reason."""
     on_it = dead(message, error=error).properties.headers or {}
 
     assert "x-dead-letter-detail" not in on_it
@@ -162,8 +162,8 @@ def test_an_earlier_death_s_explanation_does_not_explain_this_one(message, error
 
 
 @given(messages(of=broken_properties), failures)
-def test_no_message_is_too_broken_to_be_planned_for(message, result):
-    """Undecodable properties are left out; the rest is copied."""
+def test_undecodable_properties_are_left_out(message, result):
+    """Everything else is copied."""
     copy = copy_of(message, result)
 
     assert {} == copy.properties.undecodable
@@ -172,8 +172,8 @@ def test_no_message_is_too_broken_to_be_planned_for(message, result):
 
 @given(texts)
 @example("é" * 513)
-def test_an_exception_s_text_is_cut_at_a_kibibyte_of_valid_utf_8(text):
-    """All headers of a message share one frame; half a character would be no text."""
+def test_the_text_of_an_exception_has_at_most_a_kibibyte(text):
+    """All headers of a message share one frame. It is cut between characters."""
     said = dead(a_message(), error=RuntimeError(text)).add["x-exception-message"]
     sound = text.encode(errors="replace").decode()
 
@@ -201,7 +201,7 @@ def test_an_exception_s_text_is_cut_at_a_kibibyte_of_valid_utf_8(text):
 )
 @pytest.mark.parametrize("result", [Nack, Requeue])
 def test_texts_at_the_limit(text, said, result):
-    """Cut between characters; what has no UTF-8 becomes a question mark. A reason alike."""
+    """Cut between characters. Characters without UTF-8 become question marks. Reasons likewise."""
     copy = dead(
         a_message(), result(text), error=RuntimeError(text), router=a_router(max_attempts=0)
     )
@@ -210,8 +210,8 @@ def test_texts_at_the_limit(text, said, result):
     assert said == copy.add["x-dead-letter-detail"]
 
 
-def test_an_exception_is_named_in_full():
-    """By its module and its qualified name, nested classes too."""
+def test_an_exception_has_its_qualified_name():
+    """With its module, for nested classes as well."""
     copy = dead(a_message(), error=Odd(), cause=Cause.EXCEPTION)
 
     assert "tests.unit.core.strategies.Odd" == copy.add["x-exception-type"]
@@ -219,7 +219,7 @@ def test_an_exception_is_named_in_full():
 
 
 def test_the_text_of_an_exception_can_be_left_out():
-    """It may hold what must not be stored; its type never does."""
+    """It may contain data that must not be stored. The type never does."""
     router = a_router(exception_message=False)
     message = a_message(headers={"x-exception-message": "of an earlier death"})
 
@@ -229,15 +229,15 @@ def test_the_text_of_an_exception_can_be_left_out():
     assert "x-exception-message" not in (copy.properties.headers or {})
 
 
-def test_a_reason_is_not_told_before_the_last_try():
-    """A requeue is no dead letter: nothing on it speaks of death."""
+def test_a_requeue_has_no_dead_letter_headers():
+    """The reason appears only on the dead letter."""
     copy = copy_of(a_message(), Requeue("busy"), error=ValueError("x"))
 
     assert {"x-retry-count", *ADDED_ONCE} == copy.add.keys()
 
 
-def test_a_count_is_kept_in_the_header_that_the_policy_names():
-    """It is a setting."""
+def test_the_retry_count_header_is_configurable():
+    """By the policy."""
     message = a_message(
         source=StubSource(retry_count_header="attempts"),
         headers={"attempts": 1, "x-retry-count": 7},
@@ -251,8 +251,8 @@ def test_a_count_is_kept_in_the_header_that_the_policy_names():
 
 
 @given(messages(of=sound_properties), headers, st.frozensets(st.sampled_from(DROPPED)))
-def test_what_is_added_replaces_and_what_is_dropped_goes(message, add, drop):
-    """The headers of a copy, and all else as it was."""
+def test_headers_are_replaced_and_dropped(message, add, drop):
+    """All others stay as they were."""
     copy = Copy(message, "x", "k", add, drop)
 
     before = message.properties.headers
@@ -261,8 +261,8 @@ def test_what_is_added_replaces_and_what_is_dropped_goes(message, add, drop):
     assert replace(message.properties, headers=None) == replace(copy.properties, headers=None)
 
 
-def test_a_copy_leaves_out_what_cannot_be_decoded():
-    """A transport without the raw bytes cannot carry what nobody could read."""
+def test_the_properties_of_a_copy_leave_out_undecodable_ones():
+    """A transport without the raw bytes cannot copy them."""
     message = a_message(app_id="a", undecodable={"message_id": UNDECODABLE})
 
     assert Properties(app_id="a") == Copy(message, "", "q", {}).properties

@@ -1,8 +1,8 @@
-"""Does the core keep its laws on a broker, with nothing in between that awaits?
+"""The core against a model of a broker, with nothing in between that awaits.
 
-A worker without a shell: batcher, trial, router and ledger, one call after the other, on the broker
-in memory. Batches overlap, copies are confirmed late or never, and connections are cut at every
-point between two calls, not only where the shell's tasks happen to switch.
+A worker without the runtime: batcher, batch run, settlement planner and ledger, one call after the
+other, on the in-memory broker. Batches overlap, copies are confirmed late or never, and connections
+are cut between any two calls, not only where the runtime's tasks switch.
 """
 
 from __future__ import annotations
@@ -266,5 +266,5 @@ class CoreOnBroker(RuleBasedStateMachine):
 
 
 def test_the_core_keeps_its_laws():
-    """Whatever comes between any two of its steps."""
+    """Whatever happens between two of its steps."""
     run_state_machine_as_test(CoreOnBroker)

@@ -1,4 +1,4 @@
-"""What does a dead letter say of itself, which ones are meant, and how do they go back?"""
+"""What dead letters say, how they are selected, and how they are replayed."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def buried(message, result=MessageResult.NACK, error=None):
     return delivered(republication.copy)
 
 
-def test_our_own_letters_say_everything():
-    """Why, when, where from, and in whose words."""
+def test_dead_letters_of_this_library_are_read():
+    """Reason, time, origin, and the text of the handler."""
     letter = buried(
         a_message(headers={"x-retry-count": 2}), Nack("no such order"), ValueError("no 17")
     )
@@ -66,8 +66,8 @@ def test_our_own_letters_say_everything():
     ) == death_info(letter)
 
 
-def test_a_brokers_letter_says_it_in_x_death():
-    """By its latest death, which stands first."""
+def test_dead_letters_of_a_broker_are_read_from_x_death():
+    """From the latest entry, which is the first one."""
     older = DEATH | {"queue": "elsewhere", "reason": "rejected", "exchange": "first"}
     letter = a_message(exchange="dlx", headers={"x-death": [DEATH, older], "x-retry-count": 1})
     assert DeathInfo(
@@ -79,8 +79,8 @@ def test_a_brokers_letter_says_it_in_x_death():
     ) == death_info(letter)
 
 
-def test_a_requeued_copy_that_the_broker_buries_still_knows_its_first_key():
-    """To the broker it was published to the queue itself."""
+def test_a_requeued_copy_that_the_broker_dead_letters_keeps_its_origin():
+    """For the broker it was published to the queue itself."""
     mine = {"x-original-exchange": "events", "x-original-routing-key": "order.created"}
     death = DEATH | {"exchange": "", "routing-keys": ["jobs"]}
     letter = a_message(exchange="dlx", headers={**mine, "x-death": [death]})
@@ -101,13 +101,13 @@ def test_a_requeued_copy_that_the_broker_buries_still_knows_its_first_key():
         {"x-retry-count": "many"},
     ],
 )
-def test_what_says_nothing_that_can_be_read_is_unknown(headers):
-    """Whatever is in the way, nothing is raised."""
+def test_unreadable_headers_are_unknown(headers):
+    """Nothing raises, whatever the headers contain."""
     assert DeathInfo() == death_info(a_message(headers=headers))
 
 
-def test_headers_that_cannot_be_decoded_say_nothing():
-    """It can still be looked at."""
+def test_undecodable_headers_are_unknown():
+    """The dead letter can still be read."""
     assert DeathInfo() == death_info(a_message(undecodable={"headers": UNDECODABLE}))
 
 
@@ -130,28 +130,28 @@ def test_headers_that_cannot_be_decoded_say_nothing():
         (Filter(headers={"tenant": "acme", "other": ""}), False),
     ],
 )
-def test_a_letter_is_meant_if_it_meets_all_of_the_filter(where, expected):
+def test_a_filter_needs_all_of_its_conditions(where, expected):
     """Reason, age and headers."""
     message = a_message(headers={"tenant": "acme", "try": 2})
     death = DeathInfo(reason="rejected", died_at=NOW - timedelta(minutes=10))
     assert expected is where.matches(message, death, NOW)
 
 
-def test_a_letter_of_unknown_age_is_neither_old_nor_new():
-    """Who asks for an age means those that are known to be of it."""
+def test_a_dead_letter_of_unknown_age_matches_no_age():
+    """An age selects only dead letters that are known to have it."""
     message = a_message()
     assert not Filter(older_than=timedelta(0)).matches(message, DeathInfo(), NOW)
     assert not Filter(newer_than=timedelta(days=9)).matches(message, DeathInfo(), NOW)
 
 
-def test_a_time_without_a_zone_is_utc():
-    """As other clients may decode it."""
+def test_a_time_without_a_time_zone_is_utc():
+    """Other clients may decode it that way."""
     death = DeathInfo(died_at=(NOW - timedelta(hours=1)).replace(tzinfo=None))
     assert Filter(older_than=timedelta(minutes=59)).matches(a_message(), death, NOW)
 
 
-def test_undecodable_headers_have_no_value_that_could_be_meant():
-    """But the letter is among all of them."""
+def test_undecodable_headers_match_no_value():
+    """But an empty filter selects the dead letter."""
     message = a_message(undecodable={"headers": UNDECODABLE})
     assert not Filter(headers={"tenant": "acme"}).matches(message, DeathInfo(), NOW)
     assert EVERY.matches(message, DeathInfo(), NOW)
@@ -174,7 +174,7 @@ def test_undecodable_headers_have_no_value_that_could_be_meant():
         ([object], "[\"<class 'object'>\"]"),
     ],
 )
-def test_values_are_compared_as_they_are_written(value, expected):
+def test_header_values_are_compared_as_text(value, expected):
     """On a command line everything is text."""
     assert expected == format_header(value)
 
@@ -183,8 +183,11 @@ def test_values_are_compared_as_they_are_written(value, expected):
 
 
 @given(made_messages())
-def test_a_replayed_letter_is_what_it_was_before_it_failed(message):
-    """Same body, same exchange and key; no count, no trace of its death, no time to live."""
+def test_a_replayed_message_is_like_a_new_one(message):
+    """Same body, exchange and routing key.
+
+    No count, no headers about the failure, no expiration.
+    """
     letter = buried(message)
     death = death_info(letter)
     copy = replay_copy(letter, death)
@@ -201,8 +204,8 @@ def test_a_replayed_letter_is_what_it_was_before_it_failed(message):
     assert 0 == again.retry_count
 
 
-def test_what_others_have_written_into_headers_stays():
-    """Only what tells of the death is taken off."""
+def test_a_replay_keeps_other_headers():
+    """It removes only those about the failure."""
     death = {f"x-{which}-death-{what}": "x" for which in ("first", "last") for what in ("queue",)}
     letter = buried(a_message(headers={"tenant": "acme", "n": 1, "x-tries": 4, **death}))
     copy = replay_copy(letter, death_info(letter), retry_count_header="x-tries")
@@ -210,8 +213,8 @@ def test_what_others_have_written_into_headers_stays():
     assert {"tenant": "acme", "n": 1, "x-retry-count": 0} == copy.properties.headers
 
 
-def test_to_its_queue_only_it_keeps_its_first_key_for_its_handler():
-    """An exchange may be bound to queues whose consumers were content."""
+def test_a_replay_to_the_queue_keeps_the_original_routing_key():
+    """For the handler. Its exchange may be bound to queues whose consumers succeeded."""
     letter = buried(a_message())
     copy = replay_copy(letter, death_info(letter), to_queue=True)
     assert isinstance(copy, Copy)
@@ -220,8 +223,8 @@ def test_to_its_queue_only_it_keeps_its_first_key_for_its_handler():
     assert ("events", "order.created") == (again.original_exchange, again.original_routing_key)
 
 
-def test_to_its_queue_it_needs_no_origin():
-    """Where it died is enough."""
+def test_a_replay_to_the_queue_needs_no_origin():
+    """The queue is enough."""
     copy = replay_copy(a_message(), DeathInfo(queue="jobs"), to_queue=True)
     assert isinstance(copy, Copy)
     assert {} == copy.properties.headers or copy.properties.headers is None
@@ -231,8 +234,8 @@ def test_to_its_queue_it_needs_no_origin():
     ("death", "to_queue"),
     [(DeathInfo(), False), (DeathInfo(), True), (DeathInfo(queue="q" * 256), True)],
 )
-def test_who_does_not_say_where_from_has_no_way_back(death, to_queue):
-    """It stays, and is told of."""
+def test_a_dead_letter_without_an_origin_cannot_be_replayed(death, to_queue):
+    """It stays, and the reason is returned."""
     way = replay_copy(a_message(), death, to_queue=to_queue)
     assert isinstance(way, NotReplayable)
     assert "does not say" in way.why
@@ -242,20 +245,20 @@ def test_who_does_not_say_where_from_has_no_way_back(death, to_queue):
 
 
 @given(st.integers(0, 60), st.integers(0, 40))
-def test_a_letter_with_five_deliveries_left_is_not_looked_at(count, limit):
-    """Those are for whoever will handle it."""
+def test_a_dead_letter_with_five_deliveries_left_is_not_read(count, limit):
+    """Those are for its consumer."""
     message = a_message(headers={"x-delivery-count": count})
     assert (limit - count <= 5) is near_delivery_limit(message, limit)
 
 
 @pytest.mark.parametrize("limit", [None, -1])
-def test_without_a_limit_it_may_be_looked_at_for_ever(limit):
-    """Nobody drops it."""
+def test_without_a_delivery_limit_it_can_be_read_forever(limit):
+    """Its queue drops nothing."""
     assert not near_delivery_limit(a_message(headers={"x-delivery-count": 10**6}), limit)
 
 
-def test_what_nobody_counts_does_not_wear_out():
-    """As in a classic queue; and where the count cannot be read, nobody can tell."""
+def test_without_a_delivery_count_it_can_be_read():
+    """In a classic queue, or if the headers cannot be read."""
     assert not near_delivery_limit(a_message(), 20)
     assert not near_delivery_limit(a_message(undecodable={"headers": UNDECODABLE}), 20)
 
@@ -293,14 +296,14 @@ HERE = "queue 'q' in vhost '/': received"
         ("ACCESS_REFUSED", (3, 10), 20),
     ],
 )
-def test_a_queues_limit_is_what_its_broker_lets_on(refusal, version, expected):
-    """In doubt it is taken to have one."""
+def test_the_delivery_limit_is_read_from_the_brokers_refusal(refusal, version, expected):
+    """In doubt the queue is assumed to have one."""
     assert expected == delivery_limit_from(refusal, version)
 
 
 @pytest.mark.parametrize(
     ("version", "expected"), [((3, 10), True), ((4, 2), True), ((4, 3), False), (None, False)]
 )
-def test_letters_go_back_in_the_way_that_costs_least(version, expected):
+def test_dead_letters_are_returned_without_a_counted_delivery(version, expected):
     """Since 4.3 a nack is not counted, and a closed channel is."""
     assert expected is returns_by_closing(version)

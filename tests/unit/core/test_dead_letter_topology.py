@@ -1,4 +1,4 @@
-"""Where dead letters go, and that they arrive there."""
+"""Where dead letters are published, and that they reach their queue."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aio_pika_batch.core.topology import (
     dead_letter_target,
     effective_queue_type,
 )
-from tests.unit.core.strategies import wanted
+from tests.unit.core.strategies import options
 
 
 def reached(topology, exchange, routing_key):
@@ -36,9 +36,9 @@ def reached(topology, exchange, routing_key):
     }
 
 
-@given(wanted)
-def test_a_dead_letter_exchange_that_is_only_named_is_never_created(settings):
-    """Without a queue behind it, it would swallow every dead letter."""
+@given(options)
+def test_a_dead_letter_exchange_without_a_queue_is_never_created(settings):
+    """It would discard all dead letters."""
     target = dead_letter_target(settings)
     if settings.dead_letter_queue is None and target is not None and target.exchange:
         (exchange,) = [
@@ -47,9 +47,9 @@ def test_a_dead_letter_exchange_that_is_only_named_is_never_created(settings):
         assert exchange.check_only
 
 
-@given(wanted.filter(lambda settings: settings.declare and settings.dead_letter_queue), st.data())
-def test_a_dead_letter_reaches_its_queue_whatever_its_key(settings, data):
-    """Each key that a message can have come with is bound, on every type that the core knows."""
+@given(options.filter(lambda settings: settings.declare and settings.dead_letter_queue), st.data())
+def test_a_dead_letter_reaches_its_queue_with_any_routing_key(settings, data):
+    """All routing keys that a message can have are bound, for each known exchange type."""
     topology = build_topology(settings)
     target = dead_letter_target(settings)
     assert target is not None
@@ -64,9 +64,9 @@ def test_a_dead_letter_reaches_its_queue_whatever_its_key(settings, data):
         assert expected == reached(topology, target.exchange, key)
 
 
-@given(wanted)
-def test_a_dead_letter_queue_means_a_dead_letter_target(settings):
-    """Whoever names the one gets the other, and only strings name anything."""
+@given(options)
+def test_a_dead_letter_queue_has_a_target(settings):
+    """Only strings name an exchange."""
     target = dead_letter_target(settings)
 
     if settings.dead_letter_queue is not None or settings.dead_letter_exchange is not None:
@@ -76,9 +76,9 @@ def test_a_dead_letter_queue_means_a_dead_letter_target(settings):
         assert type(target.routing_key) in {str, type(None)}
 
 
-@given(wanted)
-def test_a_dead_letter_queue_is_of_the_type_of_the_queue(settings):
-    """A replicated queue has replicated dead letters; where the type is unsaid, it stays unsaid."""
+@given(options)
+def test_a_dead_letter_queue_has_the_type_of_the_queue(settings):
+    """A replicated queue has replicated dead letters. Without a type, none is set."""
     kind = effective_queue_type(settings)
     dead = [each for each in build_topology(settings).queues if each.name == "jobs.dlq"]
 
@@ -90,9 +90,9 @@ def test_a_dead_letter_queue_is_of_the_type_of_the_queue(settings):
         assert not queue.auto_delete
 
 
-@given(wanted)
-def test_nothing_is_dropped_from_a_dead_letter_queue_for_coming_back(settings):
-    """Nothing stands behind it; only quorum queues have such a limit, and know such a word."""
+@given(options)
+def test_a_dead_letter_queue_has_no_delivery_limit(settings):
+    """It has no dead-letter queue of its own. Only quorum queues have the limit."""
     for queue in build_topology(settings).queues:
         is_dead = queue.name == "jobs.dlq" and settings.dead_letter_queue is not None
         is_quorum = queue.arguments.get("x-queue-type") == "quorum"
@@ -103,8 +103,8 @@ def test_nothing_is_dropped_from_a_dead_letter_queue_for_coming_back(settings):
     ("version", "limit"),
     [(None, {}), ((3, 10, 8), {}), ((3, 13, 7), {}), ((4, 0), {"x-delivery-limit": -1})],
 )
-def test_how_a_limit_is_lifted(version, limit):
-    """From 4.0 on there is one to lift; before, the same words are the strictest limit of all."""
+def test_how_the_delivery_limit_is_lifted(version, limit):
+    """Since 4.0 there is a default limit. Before that, -1 would be the strictest limit."""
     quorum = {"x-queue-type": "quorum"}
 
     assert {**quorum, **limit} == Queue("q", arguments=quorum, no_delivery_limit=True).arguments_on(
@@ -185,7 +185,9 @@ def test_how_a_limit_is_lifted(version, limit):
     ],
 )
 def test_where_dead_letters_go(stated, target):
-    """The settings first, then the queue's arguments, then an exchange of the queue's own."""
+    """The settings come first, then the arguments of the queue, then an exchange for the dead-
+    letter queue.
+    """
     assert target == dead_letter_target(TopologyOptions(queue_name="jobs", **stated))
 
 
@@ -204,7 +206,7 @@ def test_where_dead_letters_go(stated, target):
     ],
 )
 def test_how_a_dead_letter_queue_is_bound(kind, routing_keys, stated, bound):
-    """By every key that a dead letter may have, and by no more."""
+    """By the routing keys that a dead letter can have, and no others."""
     settings = TopologyOptions(
         queue_name="jobs",
         queue_type="quorum",

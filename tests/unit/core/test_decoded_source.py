@@ -1,4 +1,4 @@
-"""What do messages share that come decoded?"""
+"""The source of messages that arrive decoded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from aio_pika_batch.core.message import DecodedSource, Message, Properties
 SOURCE = DecodedSource("orders", "tag", "x-count", lambda: 100.0)
 
 
-def test_it_says_where_its_messages_are_from():
-    """And gives them the time."""
+def test_it_has_the_queue_and_the_clock_of_its_messages():
+    """And the header that counts retries."""
     properties = Properties(headers={"x-count": 2}, timestamp=datetime.fromtimestamp(40, UTC))
     message = Message(SOURCE, 1, False, b"", ("ex", "key"), properties)
 
@@ -21,7 +21,7 @@ def test_it_says_where_its_messages_are_from():
 
 
 @pytest.mark.parametrize("part", ["properties", "headers", "exchange"])
-def test_what_is_raw_is_a_mistake_that_is_told(part):
+def test_raw_properties_are_an_error(part):
     """A transport that decodes on demand needs a source of its own."""
     message = Message(SOURCE, 1, False, b"", b"raw", b"raw")
     with pytest.raises(NotImplementedError, match="of a DecodedSource was created with"):

@@ -1,4 +1,4 @@
-"""How is a topology written so that RabbitMQ can import it?"""
+"""A topology as definitions that RabbitMQ can import."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ WANTED = TopologyOptions(
 )
 
 
-def test_everything_that_a_consumer_needs_is_there():
-    """In the words of RabbitMQ's definitions."""
+def test_the_definitions_have_the_whole_topology():
+    """In the format of RabbitMQ's definitions."""
     made = to_definitions(build_topology(WANTED), "/shop", (4, 0))
     assert ["orders.dlx", "shop"] == [each["name"] for each in made["exchanges"]]
     assert {
@@ -53,15 +53,15 @@ def test_everything_that_a_consumer_needs_is_there():
 
 
 @pytest.mark.parametrize(("version", "expected"), [((4, 0), True), ((3, 13), False), (None, False)])
-def test_a_limit_is_lifted_in_the_words_of_the_version(version, expected):
-    """Before 4.0 a negative limit would be exceeded at once."""
+def test_the_delivery_limit_depends_on_the_version(version, expected):
+    """Before 4.0 the first redelivery would exceed a negative limit."""
     assert depends_on_version(build_topology(WANTED))
     made = to_definitions(build_topology(WANTED), "/", version)
     assert expected is ("x-delivery-limit" in made["queues"][0]["arguments"])
 
 
-def test_nobody_imports_what_is_somebody_elses():
-    """What must exist already, and what goes with its connection."""
+def test_existing_and_exclusive_entities_are_left_out():
+    """The definitions contain only what the import must create."""
     mine = build_topology(
         TopologyOptions(queue_name="mine", queue_exclusive=True, dead_letter_exchange="theirs")
     )

@@ -1,4 +1,4 @@
-"""How long a retry waits, and what a copy that waits looks like."""
+"""The delays of retries, and the copies that wait for them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ retries = st.integers(0, 2**70)
 
 
 @st.composite
-def ladders(draw, *, climbing=True):
+def delay_steps(draw, *, climbing=True):
     """A delay_steps, and what it was made of."""
     maximum = draw(waits)
     first = draw(st.floats(0.001, maximum)) if climbing else 0.0
@@ -51,7 +51,7 @@ def ladders(draw, *, climbing=True):
         raise
 
 
-anything = ladders() | ladders(climbing=False)
+anything = delay_steps() | delay_steps(climbing=False)
 
 
 def waiting_copy(message, result=REQUEUE, *, first=1.0):
@@ -79,9 +79,9 @@ def expired(copy, level=1000, queue=QUEUE):
 # --- the delay_steps ---------------------------------------------------------------------
 
 
-@given(ladders(), retries)
-def test_a_retry_waits_as_long_as_the_settings_say(made, count):
-    """The first wait times the factor for each retry before, and never more than the maximum."""
+@given(delay_steps(), retries)
+def test_a_retry_waits_as_configured(made, count):
+    """The first delay times the factor for each retry before, and at most the maximum."""
     steps, first, factor, maximum = made
     try:
         expected = min(maximum, first * factor**count)
@@ -93,9 +93,9 @@ def test_a_retry_waits_as_long_as_the_settings_say(made, count):
     assert abs(expected * 1000 - level) <= max(0.5, expected * 1e-9) + 1e-6
 
 
-@given(ladders(), retries, retries)
+@given(delay_steps(), retries, retries)
 def test_a_later_retry_never_waits_less(made, one, other):
-    """Monotone."""
+    """Delays do not get shorter."""
     steps = made[0]
     earlier, later = sorted((one, other))
 
@@ -105,8 +105,8 @@ def test_a_later_retry_never_waits_less(made, one, other):
 @given(anything, st.floats(0, 1e300) | waits, retries)
 @example((make_delay_steps(1, 2, 4), 1, 2, 4), 2.3, 0)
 @example((make_delay_steps(0.0, 2, 300), 0, 2, 300), 1e308, 0)
-def test_an_asked_for_delay_is_never_cut_short_but_by_the_maximum(made, asked, count):
-    """The nearest level at or above, whatever the count says; nothing stays nothing."""
+def test_a_requested_delay_is_rounded_up(made, asked, count):
+    """To the next level, whatever the retry count is, and at most to the maximum. 0 stays 0."""
     steps, _, _, maximum = made
 
     level = steps.level(Requeue(delay=asked), count)
@@ -121,8 +121,8 @@ def test_an_asked_for_delay_is_never_cut_short_but_by_the_maximum(made, asked, c
 
 
 @given(anything)
-def test_the_levels_of_a_ladder_are_few_and_rise(made):
-    """Each is a queue, declared with a number of milliseconds that a broker takes."""
+def test_the_steps_are_few_and_rise(made):
+    """Each one is a queue, with a number of milliseconds that the broker accepts."""
     steps, _, _, maximum = made
 
     assert 1 <= len(steps.requestable) <= MAX_LEVELS + 1
@@ -133,9 +133,9 @@ def test_the_levels_of_a_ladder_are_few_and_rise(made):
     assert max(1, round(maximum * 1000)) == steps.requestable[-1] < 2**32
 
 
-@given(ladders(), st.integers(0, 200))
-def test_the_needed_levels_are_those_that_retries_climb(made, attempts):
-    """What is declared at the start: no more, and no less."""
+@given(delay_steps(), st.integers(0, 200))
+def test_the_steps_for_a_number_of_attempts(made, attempts):
+    """Those are declared at the start: no more, and no less."""
     steps = made[0]
 
     automatic = {steps.level(REQUEUE, count) for count in range(attempts)}
@@ -143,9 +143,9 @@ def test_the_needed_levels_are_those_that_retries_climb(made, attempts):
     assert sorted(automatic) == list(steps.steps_for(attempts))
 
 
-@given(ladders() | ladders(climbing=False), st.integers(0, 200))
-def test_how_long_retries_wait_all_in_all(made, attempts):
-    """Each of them, as long as the settings say."""
+@given(delay_steps() | delay_steps(climbing=False), st.integers(0, 200))
+def test_the_total_delay_of_all_retries(made, attempts):
+    """Each of them as configured."""
     steps = made[0]
 
     waits = [steps.level(REQUEUE, count) for count in range(attempts)]
@@ -153,9 +153,9 @@ def test_how_long_retries_wait_all_in_all(made, attempts):
     assert pytest.approx(sum(waits) / 1000) == steps.total_seconds(attempts)
 
 
-@given(ladders(climbing=False), retries)
-def test_without_a_first_wait_retries_do_not_wait(made, count):
-    """It is the default, and a handler may still ask."""
+@given(delay_steps(climbing=False), retries)
+def test_without_a_configured_delay_retries_do_not_wait(made, count):
+    """The default. A handler can still request a delay."""
     steps = made[0]
 
     assert 0 == steps.level(REQUEUE, count) == steps.level(Requeue(), count)
@@ -173,23 +173,23 @@ def test_without_a_first_wait_retries_do_not_wait(made, count):
         (0, 2, 0.5, [], [0.5]),
     ],
 )
-def test_ladders(first, factor, maximum, automatic, requestable):
-    """Examples to read, in seconds."""
+def test_examples_of_steps(first, factor, maximum, automatic, requestable):
+    """In seconds."""
     steps = make_delay_steps(first, factor, maximum)
 
     assert automatic == [each / 1000 for each in steps.automatic]
     assert requestable == [each / 1000 for each in steps.requestable]
 
 
-def test_tiny_steps_share_a_level():
-    """No queue is declared twice, and each retry still has its wait."""
+def test_steps_below_a_millisecond_share_a_level():
+    """No queue is declared twice, and each retry has a delay."""
     steps = make_delay_steps(0.001, 1.2, 0.003)
 
     assert (1, 1, 1, 2, 2, 2, 3, 3) == steps.automatic
     assert (1, 2, 3) == steps.requestable == steps.steps_for(9)
 
 
-def test_a_ladder_of_too_many_steps_is_refused():
+def test_too_many_steps_are_refused():
     """Each step is a queue; a factor near 1 would make thousands."""
     with pytest.raises(ValueError, match=r"by a factor of 1\.01 there are more than 100 steps"):
         make_delay_steps(1, 1.01, 300)
@@ -200,8 +200,8 @@ def test_a_ladder_of_too_many_steps_is_refused():
     [(0, 0), (0.2, 1000), (1, 1000), (timedelta(seconds=3), 4000), (5, 8000), (999, 10_000)],
 )
 @pytest.mark.parametrize("first", [0, 1])
-def test_delays(delay, level, first):
-    """Examples to read; nothing asked for is nothing waited for, also where others wait."""
+def test_examples_of_requested_delays(delay, level, first):
+    """A requested delay of 0 is none, also if others are configured."""
     assert level == make_delay_steps(first, 2, 10).level(Requeue(delay=delay), 2)
 
 
@@ -210,20 +210,20 @@ def test_delays(delay, level, first):
 
 @pytest.mark.parametrize("delay", ["5", True, [5], 5j])
 def test_a_delay_is_a_number_or_a_timedelta(delay):
-    """What is neither is refused where it is made, not where it would be waited for."""
+    """Other types are refused when the result is created."""
     with pytest.raises(TypeError, match="delay must be a number of seconds or a timedelta"):
         Requeue(delay=delay)
 
 
 @pytest.mark.parametrize("delay", [-1, -0.1, float("inf"), float("nan"), timedelta(seconds=-1)])
 def test_a_delay_is_finite_and_not_negative(delay):
-    """Nobody waits for ever, or for less than nothing."""
+    """Other values are refused as well."""
     with pytest.raises(ValueError, match="delay must be finite and at least 0 seconds"):
         Requeue(delay=delay)
 
 
-def test_a_number_is_no_reason():
-    """`Requeue(30)` looks like a delay, and must not be taken for nothing."""
+def test_a_number_is_refused_as_a_reason():
+    """`Requeue(30)` looks like a delay."""
     with pytest.raises(TypeError, match=r"not 30; a delay is Requeue\(delay=…\)"):
         Requeue(30)  # type: ignore[arg-type]
 
@@ -232,8 +232,8 @@ def test_a_number_is_no_reason():
 
 
 @given(messages(of=properties), st.none() | st.floats(0.001, 1000))
-def test_a_copy_that_waits_goes_to_its_wait_queue(message, delay):
-    """By the default exchange, mandatory; where headers cannot be read nothing is counted."""
+def test_a_delayed_copy_is_published_to_its_wait_queue(message, delay):
+    """By the default exchange, mandatory. Without readable headers it is a dead letter."""
     assume(message.has_readable_headers)
 
     copy = waiting_copy(message, Requeue(delay=delay))
@@ -246,8 +246,8 @@ def test_a_copy_that_waits_goes_to_its_wait_queue(message, delay):
 
 @given(messages(of=sound_properties))
 @example(a_message(headers={"x-death": [{"queue": "jobs", "reason": "rejected"}]}))
-def test_only_its_expiration_and_a_few_headers_change(message):
-    """The expiration moves into a header; x-death and the broker's counts are left behind."""
+def test_a_delayed_copy_changes_its_expiration_and_a_few_headers(message):
+    """The expiration moves to a header. `x-death` and the broker's counts are dropped."""
     copy = waiting_copy(message)
     before, after = message.properties, copy.properties
 
@@ -264,8 +264,8 @@ def test_only_its_expiration_and_a_few_headers_change(message):
 
 
 @given(messages(of=sound_properties))
-def test_after_its_waits_a_message_is_what_it_was(message):
-    """The next copy that does not wait has its expiration back, and no trace of the move."""
+def test_after_its_delays_a_message_is_as_before(message):
+    """The next copy without a delay has the expiration again, and not the header."""
     assume("x-original-expiration" not in message.headers)
     first = expired(waiting_copy(message))
     second = expired(waiting_copy(first), 2000)
@@ -280,8 +280,8 @@ def test_after_its_waits_a_message_is_what_it_was(message):
 
 
 @given(messages(of=broken_properties))
-def test_no_message_is_too_broken_to_wait(message):
-    """Undecodable properties are left out; the rest is copied."""
+def test_a_delayed_copy_leaves_out_undecodable_properties(message):
+    """Everything else is copied."""
     assume(message.has_readable_headers)
 
     assert {} == waiting_copy(message).properties.undecodable
@@ -306,8 +306,8 @@ DIED_HERE = [{"queue": "jobs.retry.1000", "reason": "expired"}]
         {"x-death": DIED_HERE, "x-original-expiration": 60000},
     ],
 )
-def test_an_expiration_that_we_have_not_moved_stays_where_it_is(headers):
-    """A dead letter that is requeued must not begin to expire; and a broker takes numbers only."""
+def test_only_an_expiration_that_a_delay_has_moved_is_restored(headers):
+    """A dead letter that is requeued must not expire, and a broker accepts only numbers."""
     message = a_message(headers={"x-original-expiration": "60000", **headers})
 
     copy = prompt_copy(message)
@@ -316,8 +316,8 @@ def test_an_expiration_that_we_have_not_moved_stays_where_it_is(headers):
     assert "x-original-expiration" in (copy.properties.headers or {})
 
 
-def test_an_expiration_comes_back():
-    """The example to read."""
+def test_an_expiration_is_restored():
+    """An example."""
     message = a_message(headers={"x-original-expiration": "60000", "x-death": DIED_HERE})
 
     copy = prompt_copy(message)
@@ -326,8 +326,8 @@ def test_an_expiration_comes_back():
     assert {"x-death", "x-retry-count"} <= (copy.properties.headers or {}).keys()
 
 
-def test_the_last_failure_of_a_message_that_has_waited_is_a_dead_letter():
-    """Whatever delay is asked for; and its expiration is where dead letters have it."""
+def test_a_delayed_message_without_attempts_left_is_dead_lettered():
+    """Whatever delay is requested. Its expiration is in the header of dead letters."""
     headers = {"x-original-expiration": "60000", "x-death": DIED_HERE, "x-retry-count": 3}
     router = SettlementPlanner(QUEUE, RetryPolicy(3, "x-retry-count"), DeadLetterTarget("dlx"))
 
@@ -339,15 +339,18 @@ def test_the_last_failure_of_a_message_that_has_waited_is_a_dead_letter():
     assert "60000" == (step.copy.properties.headers or {})["x-original-expiration"]
 
 
-def test_the_retry_count_decides_how_long_it_waits():
-    """Whoever wrote it: the third retry waits four times as long as the first."""
+def test_the_retry_count_selects_the_delay():
+    """Also if another client has written it.
+
+    The third retry waits four times as long as the first.
+    """
     message = a_message(source=StubSource(), headers={"x-retry-count": 2})
 
     assert "jobs.retry.4000" == waiting_copy(message).routing_key
 
 
-def test_the_time_of_the_first_failure_is_that_of_the_first():
-    """A wait does not forget it."""
+def test_a_delayed_copy_keeps_the_time_of_the_first_failure():
+    """Later failures do not change it."""
     earlier = datetime(2025, 1, 1, tzinfo=UTC)
     message = a_message(headers={"x-first-failed-at": earlier})
 

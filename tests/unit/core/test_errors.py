@@ -1,4 +1,4 @@
-"""Whose fault is it? The type of an error says so, and every one can be caught as one family."""
+"""The classes of errors and their relations."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ FAMILY = [each for _, each in inspect.getmembers(errors, inspect.isclass)]
 
 
 @pytest.mark.parametrize("error", FAMILY)
-def test_one_except_clause_catches_all_that_is_raised_on_purpose(error):
-    """And what is not on purpose goes past it."""
+def test_one_base_class_catches_all_errors_of_the_library(error):
+    """And no others."""
     assert issubclass(error, errors.AioPikaBatchError)
     assert error.__doc__
 
@@ -28,8 +28,8 @@ def test_one_except_clause_catches_all_that_is_raised_on_purpose(error):
         (errors.HandlerTimeout, TimeoutError),
     ],
 )
-def test_code_that_knows_only_python_s_own_errors_understands(error, builtin):
-    """A nonsense value is a ValueError, whoever's class it is."""
+def test_errors_are_also_built_in_errors(error, builtin):
+    """An invalid value is a ValueError."""
     assert issubclass(error, builtin)
 
 
@@ -45,13 +45,13 @@ def test_code_that_knows_only_python_s_own_errors_understands(error, builtin):
         errors.PublishError,
     ],
 )
-def test_what_happens_on_the_way_to_a_broker_is_a_transport_error(error):
-    """None of them is another: to catch one is to mean it."""
+def test_errors_from_the_broker_are_transport_errors(error):
+    """None of them is a subclass of another."""
     assert errors.TransportError is error.__base__
 
 
-def test_a_decode_error_names_message_field_and_reason():
-    """And carries the first two, so that the one message can be singled out."""
+def test_a_decode_error_has_its_message_field_and_reason():
+    """So that the one message can be found."""
     message = a_message(4, body=b"secret")
 
     error = errors.MessageDecodeError(message, "body", "no JSON")

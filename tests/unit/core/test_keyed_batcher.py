@@ -1,4 +1,4 @@
-"""When a batch of one key is full, or too long, and which key comes first."""
+"""Batches of one key, with a limit on their bytes."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def tags(batch):
         max_size=20,
     ),
 )
-def test_without_keys_and_limits_it_is_as_the_other_batcher(size, steps):
-    """Whatever is done, both cut the same batches at the same time for the same reason."""
+def test_without_keys_and_limits_it_equals_the_plain_batcher(size, steps):
+    """Both cut the same batches at the same times, with the same triggers."""
     plain, keyed = (made(size=size, timeout=3) for made in (Batcher, KeyedBatcher))
     now, tag = 0.0, 1
     for step, number in steps:
@@ -80,8 +80,8 @@ def test_without_keys_and_limits_it_is_as_the_other_batcher(size, steps):
         ([0, 0, 0, 0], 1, [[1, 2, 3], [4]]),
     ],
 )
-def test_a_batch_holds_no_more_bytes_than_it_may_but_always_a_message(lengths, limit, batches):
-    """One that is longer than all that is allowed goes alone."""
+def test_a_batch_has_at_most_its_bytes_but_at_least_one_message(lengths, limit, batches):
+    """A message above the limit gets a batch of its own."""
     batcher = KeyedBatcher(size=3, timeout=5, max_bytes=limit)
     batcher.add(sized(*lengths), 0)
 
@@ -101,8 +101,8 @@ def test_a_batch_holds_no_more_bytes_than_it_may_but_always_a_message(lengths, l
         ([3, 3, 3], Trigger.SIZE),
     ],
 )
-def test_it_is_full_when_nothing_more_goes_into_it(lengths, trigger):
-    """By messages, or by bytes, whichever comes first; by messages if both do."""
+def test_a_batch_is_full_by_messages_or_bytes(lengths, trigger):
+    """Whichever comes first; by messages if both do."""
     batcher = KeyedBatcher(size=3, timeout=5, max_bytes=10)
     batcher.add(sized(*lengths), 0)
 
@@ -112,7 +112,7 @@ def test_it_is_full_when_nothing_more_goes_into_it(lengths, trigger):
 
 
 def test_messages_of_different_keys_never_share_a_batch():
-    """Each key fills a batch of its own; None is as good as any."""
+    """Each key has batches of its own. None is a key like others."""
     batcher = KeyedBatcher(size=2, timeout=5)
     batcher.add(some_messages(6), 0, ["a", None, "b", None, "a", "c"])
 
@@ -123,8 +123,8 @@ def test_messages_of_different_keys_never_share_a_batch():
     assert ([6], "c") == (tags(batch := batcher.poll(5)), batch.key)
 
 
-def test_an_old_message_goes_before_a_full_batch_of_younger_ones():
-    """A key that is never idle starves nobody."""
+def test_an_old_message_goes_before_a_full_batch_of_newer_ones():
+    """A busy key cannot starve another."""
     batcher = KeyedBatcher(size=2, timeout=5)
     batcher.add(some_messages(1), 0, ["rare"])
     batcher.add(some_messages(4, first=2), 1, ["busy"] * 4)
@@ -134,8 +134,8 @@ def test_an_old_message_goes_before_a_full_batch_of_younger_ones():
     assert [4, 5] == tags(batcher.poll(5))
 
 
-def test_when_nothing_more_can_come_full_batches_go_before_others():
-    """They are what was wanted; the others are made do with."""
+def test_when_prefetch_is_exhausted_full_batches_go_first():
+    """The others follow."""
     batcher = KeyedBatcher(size=2, timeout=5)
     batcher.add(some_messages(3), 0, ["a", "b", "b"])
 
@@ -145,8 +145,8 @@ def test_when_nothing_more_can_come_full_batches_go_before_others():
     assert ([1], Trigger.PREFETCH) == (tags(second), second.trigger)
 
 
-def test_a_blocked_key_is_cut_for_no_reason():
-    """Full, old, or all that there is: it waits, and no deadline speaks of it."""
+def test_a_blocked_key_is_never_cut():
+    """Not if it is full, old, or all that there is; and it has no deadline."""
     batcher = KeyedBatcher(size=2, timeout=5)
     batcher.block("a")
     batcher.add(some_messages(3), 0, ["a"] * 3)
@@ -162,8 +162,8 @@ def test_a_blocked_key_is_cut_for_no_reason():
     assert [1, 2] == tags(batcher.poll(0))
 
 
-def test_what_is_put_back_comes_first_again():
-    """As if it had never been cut."""
+def test_messages_that_are_put_back_come_first():
+    """As if they had never been cut."""
     batcher = KeyedBatcher(size=3, timeout=5)
     batcher.add(some_messages(5), 1, ["a"] * 5)
     batch = batcher.poll(1)
@@ -176,8 +176,8 @@ def test_what_is_put_back_comes_first_again():
     assert [5] == tags(batcher.flush())
 
 
-def test_keys_that_nobody_needs_any_more_are_forgotten():
-    """There may be as many keys as messages, in the course of time."""
+def test_empty_keys_are_removed():
+    """Over time there can be as many keys as messages."""
     batcher = KeyedBatcher(size=1, timeout=5)
     for number in range(1000):
         batcher.add([a_message(number + 1)], number, [number])
@@ -194,8 +194,8 @@ def test_keys_that_nobody_needs_any_more_are_forgotten():
 
 @pytest.mark.parametrize("timeout", [0, 1e9])
 @pytest.mark.parametrize("is_one_waiting", [False, True])
-def test_what_has_been_cut_leaves_nothing_behind(timeout, is_one_waiting):
-    """However long it goes on, by size or by time, and although a rare key waits all the while."""
+def test_memory_does_not_grow_with_the_number_of_batches(timeout, is_one_waiting):
+    """By size or by time, also while one key waits all the time."""
     batcher = KeyedBatcher(size=1, timeout=timeout)
     slow = KeyedBatcher(size=2, timeout=1e9)
     if is_one_waiting:

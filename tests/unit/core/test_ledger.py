@@ -1,4 +1,4 @@
-"""Exactly the decided deliveries are settled, each once, in the fewest frames."""
+"""The ledger settles the decided deliveries, each once, with the fewest frames."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def settle_row(row):
 
 
 @given(rows_and_calls)
-def test_exactly_what_is_decided_is_settled_each_once_and_as_decided(drawn):
-    """The broker ends up with what was decided, and with nothing else gone."""
+def test_exactly_the_decided_deliveries_are_settled(drawn):
+    """Once each, as decided, and no others."""
     row, settlements = drawn
     channel = Channel(range(1, len(row) + 1))
     ledger = a_ledger(len(row))
@@ -80,7 +80,7 @@ def test_exactly_what_is_decided_is_settled_each_once_and_as_decided(drawn):
 
 @given(rows_and_calls)
 def test_the_order_and_the_grouping_of_the_settlements_do_not_matter(drawn):
-    """One decision at a time or all grouped: the frames are the same."""
+    """The frames are the same."""
     row, settlements = drawn
 
     assert settle_row(row) == a_ledger(len(row)).settle(settlements)
@@ -90,8 +90,8 @@ def test_the_order_and_the_grouping_of_the_settlements_do_not_matter(drawn):
 @example([ACK, REJECT, ACK, RETURN])
 @example([RETURN, ACK, ACK, None, ACK])
 @example([REQUEUE, RETURN, ACK, RETURN, RETURN])
-def test_nobody_settles_it_in_fewer_frames(row):
-    """No sequence of frames whatsoever is shorter."""
+def test_no_other_frames_are_fewer(row):
+    """Compared with all sequences of frames."""
     wanted = {tag: choice for tag, choice in enumerate(row, 1) if choice is not None}
 
     assert fewest_frames(range(1, len(row) + 1), wanted) == len(settle_row(row))
@@ -101,15 +101,15 @@ def test_nobody_settles_it_in_fewer_frames(row):
 @example([ACK, RETURN, ACK, RETURN, RETURN, ACK, RETURN, ACK, ACK])
 @example([RETURN, RETURN, ACK, ACK, RETURN, ACK, RETURN, RETURN, ACK])
 def test_acks_among_returns_are_divided_at_the_best_places(row):
-    """Where a single frame is cheaper than a change of kind, it is a single frame, and else not."""
+    """A single frame is used exactly if it is cheaper than another segment."""
     wanted = {tag: choice for tag, choice in enumerate(row, 1) if choice is not None}
 
     assert fewest_frames(range(1, len(row) + 1), wanted) == len(settle_row(row))
 
 
 @given(rows(40))
-def test_multiple_is_said_only_where_it_says_more_than_one(row):
-    """A frame has the bit only if it settles several, and only on a method that has the bit."""
+def test_multiple_is_set_only_if_a_frame_settles_several(row):
+    """And only on methods that have the bit."""
     channel = Channel(range(1, len(row) + 1))
 
     for frame in settle_row(row):
@@ -119,16 +119,16 @@ def test_multiple_is_said_only_where_it_says_more_than_one(row):
 
 
 @given(rows(40))
-def test_frames_go_up_the_tags_and_start_again_once_at_most(row):
-    """The broker looks for a tag from its oldest on: ascending frames are the cheapest for it."""
+def test_tags_of_frames_ascend_and_restart_at_most_once(row):
+    """The broker searches for a tag from the oldest on, so ascending tags are cheapest."""
     tags = [frame.tag for frame in settle_row(row)]
 
     assert 1 >= sum(later < earlier for earlier, later in pairwise(tags))
 
 
 @given(rows(8), rows(8), st.randoms(use_true_random=False))
-def test_holes_of_earlier_settlements_change_nothing(first, second, chance):
-    """Tags need not be consecutive: what was settled before is nobody's hole."""
+def test_gaps_of_earlier_settlements_do_not_matter(first, second, chance):
+    """Tags do not need to be consecutive."""
     ledger = a_ledger(len(first))
     channel = Channel(range(1, len(first) + 1))
     channel.receive(
@@ -150,7 +150,7 @@ def test_holes_of_earlier_settlements_change_nothing(first, second, chance):
 
 @given(rows_and_calls, st.data())
 def test_an_error_changes_nothing(drawn, data):
-    """A tag too many voids the whole call; without it the very same call goes through."""
+    """One wrong tag makes the whole call fail. Without that tag the same call succeeds."""
     row, settlements = drawn
     ledger = a_ledger(len(row))
     decided = [tag for tag, choice in enumerate(row, 1) if choice is not None]
@@ -167,7 +167,7 @@ def test_an_error_changes_nothing(drawn, data):
 
 @given(rows_and_calls)
 def test_a_second_settlement_raises(drawn):
-    """Whatever has been settled is settled for good."""
+    """A tag is settled once."""
     row, settlements = drawn
     ledger = a_ledger(len(row))
     ledger.settle(settlements)
@@ -190,7 +190,7 @@ def test_a_second_settlement_raises(drawn):
         ((1, 2, 1), "delivery tag 1 is settled twice at once, as ack and as ack"),
     ],
 )
-def test_an_error_says_which_tag_and_why(tags, why):
+def test_an_error_names_the_tag_and_the_reason(tags, why):
     """Settled already and never delivered are different mistakes."""
     ledger = a_ledger(4)
     ledger.settle([Settlement(RETURN, (3,))])
@@ -202,7 +202,7 @@ def test_an_error_says_which_tag_and_why(tags, why):
 
 
 def test_two_dispositions_for_one_tag_are_both_named():
-    """Who settles a delivery as two things learns which two."""
+    """In the error."""
     with pytest.raises(SettlementError, match="as ack and as requeue"):
         a_ledger(2).settle([Settlement(ACK, (1,)), Settlement(REQUEUE, (1,))])
 
@@ -227,13 +227,13 @@ def test_two_dispositions_for_one_tag_are_both_named():
         ([ACK, RETURN, ACK, ACK], [Frame(RETURN, 2), Frame(ACK, 4, multiple=True)]),
     ],
 )
-def test_frames(row, frames):
-    """Examples to read: a row of decisions, and what is sent."""
+def test_examples_of_frames(row, frames):
+    """A row of decisions, and the frames."""
     assert frames == settle_row(row)
 
 
-def test_a_thousand_acks_of_which_one_is_a_reject_are_two_frames():
-    """It is a batch's usual fate, in any order of settling."""
+def test_a_thousand_acks_and_one_reject_are_two_frames():
+    """A common batch, settled in any order."""
     good = [tag for tag in range(1, 1001) if tag != 500]
     random.Random(1).shuffle(good)
     ledger = a_ledger(1000)
@@ -244,8 +244,8 @@ def test_a_thousand_acks_of_which_one_is_a_reject_are_two_frames():
     assert 0 == len(ledger)
 
 
-def test_nothing_delivered_is_nothing_to_settle():
-    """Empty chunks and empty settlements are no mistakes."""
+def test_empty_chunks_and_settlements_are_allowed():
+    """They do nothing."""
     ledger = Ledger()
     ledger.deliver([])
 
@@ -265,7 +265,7 @@ def test_nothing_delivered_is_nothing_to_settle():
     ],
 )
 def test_the_model_of_the_broker_is_strict(frame):
-    """What closes a channel on RabbitMQ closes the model's, and settles nothing."""
+    """What closes a channel on RabbitMQ closes it in the model, and settles nothing."""
     channel = Channel([1, 2, 4])
 
     with pytest.raises(ChannelClosed):

@@ -1,4 +1,4 @@
-"""A session's whole life: deliveries, batches that overlap, and mistakes in between."""
+"""The ledger over a whole session: deliveries, overlapping batches, and mistakes in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A delivery as the handler sees it: decoded when asked, and never told in full to a log."""
+"""A message as the handler sees it: decoded on demand, and without its body in logs."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ READ_FROM_HEADERS = ("retry_count", "delivery_count", "original_exchange", "orig
 
 
 @given(messages(of=sound_properties))
-def test_properties_read_as_they_stood_on_the_wire(message):
-    """Nothing is converted but the expiration; what is absent is None."""
+def test_properties_have_the_received_values(message):
+    """Only the expiration is converted. An absent property is None."""
     for name in PLAIN:
         assert getattr(message.properties, name) == getattr(message, name)
     assert (message.properties.headers or {}) == message.headers
 
 
 @pytest.mark.parametrize("name", [*PLAIN, "headers", "expiration"])
-def test_a_property_that_cannot_be_decoded_costs_only_who_reads_it(name):
-    """It raises an error that names the message, the property and the reason; others are read."""
+def test_an_undecodable_property_raises_only_when_it_is_read(name):
+    """The error has the message, the property and the reason. Other properties can be read."""
     properties = Properties(app_id="a", type="t", undecodable={name: UNDECODABLE})
     message = Message(StubSource(), 5, False, b"{}", ("", "jobs"), properties)
 
@@ -54,28 +54,28 @@ def test_a_property_that_cannot_be_decoded_costs_only_who_reads_it(name):
 
 
 @pytest.mark.parametrize("name", READ_FROM_HEADERS)
-def test_what_is_read_from_headers_needs_headers(name):
-    """Nobody is told 0 retries where nobody knows."""
+def test_values_from_undecodable_headers_raise(name):
+    """There is no count of 0 if the count is unknown."""
     message = a_message(undecodable={"headers": UNDECODABLE})
 
     with pytest.raises(MessageDecodeError, match=r"^headers of "):
         getattr(message, name)
 
 
-def test_an_undecodable_timestamp_has_no_age():
-    """An age is read from it."""
+def test_the_age_of_an_undecodable_timestamp_raises():
+    """It is computed from the timestamp."""
     with pytest.raises(MessageDecodeError, match=r"^timestamp of "):
         _ = a_message(undecodable={"timestamp": UNDECODABLE}).age
 
 
-def test_a_decode_error_is_a_value_error_of_this_library():
-    """Either may be caught."""
+def test_a_decode_error_is_also_a_value_error():
+    """Both can be caught."""
     assert issubclass(MessageDecodeError, ValueError)
     assert issubclass(MessageDecodeError, AioPikaBatchError)
 
 
-def test_properties_are_decoded_on_first_use_and_once():
-    """A message that nobody asks costs nothing for them."""
+def test_properties_are_decoded_once_on_first_use():
+    """A message whose properties are not read has no cost for them."""
     source = StubSource(decoded=Properties(message_id="m", headers={"a": 1}))
     message = Message(source, 1, True, b"x", ("", "jobs"), b"raw")
     assert b"raw" == message.raw_properties
@@ -88,8 +88,8 @@ def test_properties_are_decoded_on_first_use_and_once():
     assert [b"raw"] == source.seen
 
 
-def test_a_route_is_decoded_on_first_use_and_once():
-    """Exchange and routing key come out of the same bytes."""
+def test_a_route_is_decoded_once_on_first_use():
+    """Exchange and routing key together."""
     source = StubSource(route=("events", "order.created"))
     message = Message(source, 1, False, b"", b"route", Properties())
     assert [] == source.seen
@@ -99,8 +99,8 @@ def test_a_route_is_decoded_on_first_use_and_once():
     assert [b"route"] == source.seen
 
 
-def test_what_came_decoded_has_no_raw_properties():
-    """An adapter without bytes has none to splice."""
+def test_a_decoded_message_has_no_raw_properties():
+    """An adapter has no bytes to splice then."""
     source = StubSource()
     message = a_message(source=source, message_id="m")
 
@@ -109,8 +109,8 @@ def test_what_came_decoded_has_no_raw_properties():
     assert [] == source.seen
 
 
-def test_queue_and_consumer_tag_are_the_session_s():
-    """They are held once for all its messages."""
+def test_queue_and_consumer_tag_are_those_of_the_session():
+    """They are stored once for all its messages."""
     message = a_message(source=StubSource(queue="q", consumer_tag="c"))
 
     assert ("q", "c") == (message.queue, message.consumer_tag)
@@ -118,7 +118,7 @@ def test_queue_and_consumer_tag_are_the_session_s():
 
 @given(st.binary(min_size=4, max_size=40), messages(of=sound_properties))
 def test_a_representation_never_shows_the_body(body, like):
-    """It ends up in logs, and so do the errors that name a message."""
+    """It ends up in logs, and so do errors that name a message."""
     route = (like.exchange, like.routing_key)
     one, other = (
         Message(StubSource(), 3, False, each, route, like.properties)
@@ -131,7 +131,7 @@ def test_a_representation_never_shows_the_body(body, like):
 
 
 def test_headers_are_decoded_once():
-    """However often they are asked for."""
+    """However often they are read."""
     source = StubSource(decoded=Properties(headers={"a": 1}))
     message = Message(source, 1, False, b"", b"route", b"raw")
 
@@ -139,8 +139,8 @@ def test_headers_are_decoded_once():
     assert [b"raw"] == source.seen
 
 
-def test_headers_that_are_absent_read_as_empty():
-    """And nobody can write to what all such messages share."""
+def test_absent_headers_are_empty():
+    """And immutable, because all such messages share them."""
     headers = a_message().headers
 
     assert 0 == len(headers)
@@ -177,21 +177,21 @@ def test_headers_that_are_absent_read_as_empty():
     ],
 )
 def test_what_is_a_retry_count(value, count):
-    """A number of requeues, or its digits; anything else is none, and reads as 0."""
+    """A number of requeues, or its digits. Anything else reads as 0."""
     assert count == retry_count(value)
     assert (count or 0) == a_message(headers={"x-retry-count": value}).retry_count
 
 
 @given(field_values)
-def test_no_header_value_makes_a_retry_count_fail(value):
-    """Any client may have written it."""
+def test_any_header_value_can_be_read_as_a_retry_count(value):
+    """Other clients can write anything."""
     count = a_message(headers={"x-retry-count": value}).retry_count
 
     assert 0 <= count
     assert int is type(count)
 
 
-def test_the_header_that_counts_is_the_session_s():
+def test_the_retry_count_header_is_that_of_the_session():
     """`retry_count_header` is a setting."""
     source = StubSource(retry_count_header="attempts")
 
@@ -203,8 +203,8 @@ def test_the_header_that_counts_is_the_session_s():
     ("headers", "count"),
     [(None, None), ({}, None), ({"x-delivery-count": 3}, 3), ({"x-delivery-count": "3"}, None)],
 )
-def test_the_delivery_count_is_the_broker_s(headers, count):
-    """None where the broker does not count."""
+def test_the_delivery_count_is_that_of_the_broker(headers, count):
+    """None if the broker does not count."""
     assert count == a_message(headers=headers).delivery_count
 
 
@@ -218,8 +218,8 @@ def test_the_delivery_count_is_the_broker_s(headers, count):
         ({"x-original-exchange": 1, "x-original-routing-key": b"k"}, ("events", "order.created")),
     ],
 )
-def test_the_original_route_is_the_first_one_known(headers, original):
-    """Out of the headers if they hold it, else the message's own."""
+def test_the_original_route_is_the_first_known_one(headers, original):
+    """From the headers, or else that of the message."""
     message = a_message(headers=headers)
 
     assert original == (message.original_exchange, message.original_routing_key)
@@ -229,19 +229,19 @@ def test_the_original_route_is_the_first_one_known(headers, original):
     ("expiration", "seconds"), [(None, None), ("0", 0), ("1", 0.001), ("60000", 60)]
 )
 def test_an_expiration_is_in_seconds(expiration, seconds):
-    """On the wire it is milliseconds, in a string."""
+    """AMQP has milliseconds in a string."""
     assert seconds == a_message(expiration=expiration).expiration
 
 
 @pytest.mark.parametrize("expiration", ["", "-1", "1.5", "soon", "²"])
-def test_an_expiration_that_is_no_number_is_undecodable(expiration):
-    """The error quotes it."""
+def test_an_expiration_that_is_not_a_number_raises(expiration):
+    """The error contains it."""
     with pytest.raises(MessageDecodeError, match=r"^expiration of .*not a number of milliseconds"):
         _ = a_message(expiration=expiration).expiration
 
 
-def test_an_age_runs_from_the_timestamp():
-    """By the clock of the session; None where nobody said when."""
+def test_the_age_counts_from_the_timestamp():
+    """By the clock of the session. None without a timestamp."""
     source = StubSource(clock=1_000_030.5)
     published = datetime.fromtimestamp(1_000_000, UTC)
 
@@ -257,8 +257,8 @@ json_values = st.recursive(
 
 
 @given(json_values, st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]))
-def test_a_body_of_json_is_its_value(value, encoding):
-    """In every encoding that JSON may have."""
+def test_a_json_body_is_decoded(value, encoding):
+    """In all encodings of JSON."""
     assert value == a_message(body=json.dumps(value).encode(encoding)).json()
 
 
@@ -275,8 +275,8 @@ def test_a_body_of_json_is_its_value(value, encoding):
     ],
     ids=["empty", "open", "python", "half", "latin-1", "too many digits", "too deep"],
 )
-def test_a_body_that_is_no_json_is_undecodable(body):
-    """Whatever is wrong with it, there is one error, with its cause and without the body."""
+def test_a_body_that_is_not_json_raises(body):
+    """One error for all mistakes, with its cause and without the body."""
     message = a_message(9, body=body)
 
     with pytest.raises(

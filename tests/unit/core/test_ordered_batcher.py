@@ -1,8 +1,8 @@
-"""What does a key's order mean, whoever is at work, and whatever fails?
+"""The order of each key, with concurrent handlers and failures.
 
-A story is drawn up front: which keys the messages have, how often each of them fails and in which
-way, and in which order handlers end. It is played on the whole machine; what was handed over, and
-when, is then compared with what order means.
+A story is drawn before it begins: the keys of the messages, how often and how each of them fails,
+and the order in which handlers end. It runs on the batcher and `RetryInPlace` together. Then the
+batches and their times are compared with what the order of a key means.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def tags(batch):
     return None if batch is None else [message.delivery_tag for message in batch.messages]
 
 
-def test_two_batches_of_a_key_are_never_at_work_at_a_time():
-    """The second is cut when the first is done; other keys do not wait."""
+def test_only_one_batch_of_a_key_is_handled_at_a_time():
+    """The second is cut when the first is done. Other keys do not wait."""
     batcher = ordered(size=2)
     batcher.add(some_messages(6), 0, ["a", "a", "a", "a", "b", "b"])
 
@@ -48,7 +48,7 @@ def test_two_batches_of_a_key_are_never_at_work_at_a_time():
 
 
 def test_messages_without_a_key_have_no_order():
-    """As many of their batches as anybody can take."""
+    """Any number of their batches can be handled at the same time."""
     batcher = ordered(size=2)
     batcher.add(some_messages(4), 0)
 
@@ -59,8 +59,8 @@ def test_messages_without_a_key_have_no_order():
     assert batcher.poll(0) is None
 
 
-def test_a_key_that_an_earlier_session_is_still_at_work_at_waits():
-    """Its messages come again, and must not overtake their own first attempt."""
+def test_a_key_waits_for_a_handler_of_an_earlier_session():
+    """Its redelivered messages must not overtake their first attempt."""
     batcher = ordered(size=1)
     batcher.block("a")
     batcher.add(some_messages(2), 0, ["a", "b"])
@@ -71,8 +71,8 @@ def test_a_key_that_an_earlier_session_is_still_at_work_at_waits():
     assert [1] == tags(batcher.poll(9))
 
 
-def test_what_failed_is_handed_over_alone_after_its_pause_and_all_later_ones_wait():
-    """Until it is through; then the others share batches again."""
+def test_a_failed_message_is_retried_alone_and_later_ones_wait():
+    """After its pause, until it has a final result. Then the others share batches again."""
     batcher = ordered(size=3)
     batcher.add(some_messages(5), 0, ["a"] * 5)
     batch = batcher.poll(0)
@@ -93,8 +93,8 @@ def test_what_failed_is_handed_over_alone_after_its_pause_and_all_later_ones_wai
     assert [2, 3, 4] == tags(batcher.poll(3))
 
 
-def test_several_that_failed_are_tried_one_after_another():
-    """Each until it is through: the second does not overtake the first because it succeeds."""
+def test_several_failed_messages_are_retried_one_by_one():
+    """Each until it has a final result: the second does not overtake the first."""
     batcher = ordered(size=3)
     batcher.add(some_messages(4), 0, ["a"] * 4)
     batch = batcher.poll(0)
@@ -116,8 +116,8 @@ def test_several_that_failed_are_tried_one_after_another():
     assert second.delivery_tag == 2
 
 
-def test_a_flush_takes_nothing_of_a_key_that_failed():
-    """Whoever stops has no time to try again; it is given up with the rest, in order."""
+def test_a_flush_leaves_out_keys_with_failed_messages():
+    """A drain has no time for retries. They are cleared with the rest, in order."""
     batcher = ordered(size=2)
     batcher.add(some_messages(5), 0, ["a", "a", "b", "a", "b"])
     batch = batcher.poll(0)
@@ -132,7 +132,7 @@ def test_a_flush_takes_nothing_of_a_key_that_failed():
 
 
 def test_a_flush_takes_one_batch_of_a_key():
-    """Others may be free, but it is at work."""
+    """Its other messages wait for that batch."""
     batcher = ordered(size=2)
     batcher.add(some_messages(4), 0, ["a"] * 4)
 
@@ -140,8 +140,8 @@ def test_a_flush_takes_one_batch_of_a_key():
     assert batcher.flush() is None
 
 
-def test_the_deadline_is_the_earlier_of_both():
-    """Of the next attempt, and of what has not failed."""
+def test_the_deadline_is_the_earlier_of_retries_and_new_messages():
+    """Whichever comes first."""
     batcher = ordered(size=1, timeout=5)
     batcher.add(some_messages(1), 0, ["a"])
     batch = batcher.poll(0)
@@ -235,7 +235,7 @@ class Play:
 
     def end(self, batch):
         """The handler goes through its batch, in order."""
-        verdicts = []
+        outcomes = []
         for at, message in enumerate(batch.messages):
             tag = message.delivery_tag
             self.tries[tag] += 1
@@ -244,19 +244,19 @@ class Play:
                 self.conclude(tag, "acked")
             elif self.story.stops:
                 rest = batch.messages[at:]
-                verdicts += [
+                outcomes += [
                     MessageOutcome(e, MessageResult.REQUEUE, Cause.EXCEPTION) for e in rest
                 ]
                 break
             else:
-                verdicts.append(MessageOutcome(message, MessageResult.REQUEUE))
+                outcomes.append(MessageOutcome(message, MessageResult.REQUEUE))
         if batch.key is None:
-            for verdict in verdicts:
-                self.conclude(verdict.message.delivery_tag, "back")
+            for outcome in outcomes:
+                self.conclude(outcome.message.delivery_tag, "back")
         else:
-            found = self.in_place.decide(verdicts, now=NOW, jitter=0.5)
-            for verdict in found.final:
-                self.conclude(verdict.message.delivery_tag, "dead")
+            found = self.in_place.decide(outcomes, now=NOW, jitter=0.5)
+            for outcome in found.final:
+                self.conclude(outcome.message.delivery_tag, "dead")
             self.batcher.keep(batch, found.attempts, found.not_attempted, self.now)
         self.batcher.release(batch.key)
 
@@ -269,8 +269,8 @@ class Play:
 @given(stories)
 @example(Story((("a", 9), ("a", 0), ("a", 9)), 3, 3, 2, 1, True, (0,)))
 @example(Story((("a", 1), ("a", 1), ("a", 0)), 3, 3, 2, 3, False, (1, 0)))
-def test_stories(story):
-    """Nothing waits for ever, each message has one outcome, and each key keeps its order."""
+def test_each_message_has_one_outcome_and_each_key_keeps_its_order(story):
+    """In random runs with failures. No message waits forever."""
     play = Play(story)
     play.run()
     everything = range(1, len(story.messages) + 1)

@@ -1,4 +1,4 @@
-"""How soon is settled what was just yielded?"""
+"""The timing of early settlements."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ seconds = st.floats(1e-3, 1e6)
 
 
 @given(seconds, seconds)
-def test_whatever_waits_waits_within_the_interval(interval, longest):
-    """Collecting, and twice the patience: for one's own confirmations and for those of others."""
+def test_all_waits_are_within_the_interval(interval, longest):
+    """Collecting, and twice the patience: for own confirms and for those of others."""
     pace = Pace.within(interval, longest=longest)
 
     assert 0 < pace.patience <= longest
@@ -20,6 +20,6 @@ def test_whatever_waits_waits_within_the_interval(interval, longest):
     assert interval >= (pace.collect + 2 * pace.patience) * (1 - 1e-9)
 
 
-def test_a_long_interval_is_for_collecting():
-    """Confirmations that have not come in a moment are not worth more of it."""
+def test_a_long_interval_is_used_for_collecting():
+    """The time for confirms has a maximum."""
     assert Pace(collect=9.75, patience=0.125) == Pace.within(10, longest=0.125)

@@ -1,4 +1,4 @@
-"""A message to be published, as it goes on the wire."""
+"""Messages to publish."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ CARRIED = {
 
 
 @given(st.fixed_dictionaries({}, optional=CARRIED))
-def test_what_is_given_goes_on_the_wire_and_nothing_else(stated):
-    """A property that is not given is absent; only the delivery mode has a default: persistent."""
+def test_only_given_properties_are_sent(stated):
+    """Others are absent. Only the delivery mode has a default: persistent."""
     assert Properties(**{"delivery_mode": 2, **stated}) == Publication(b"", **stated).properties
 
 
-def test_it_goes_to_the_default_exchange_and_must_be_routable():
-    """Unless said otherwise."""
+def test_the_defaults_are_the_default_exchange_and_mandatory():
+    """If nothing else is given."""
     publication = Publication(b"body")
 
     assert (b"body", "", "", True) == (
@@ -52,7 +52,7 @@ def test_it_goes_to_the_default_exchange_and_must_be_routable():
 
 @given(st.integers(0, 2**32 - 1))
 @example(1001)
-def test_every_millisecond_of_an_expiration_survives(milliseconds):
+def test_an_expiration_is_exact_to_a_millisecond(milliseconds):
     """In seconds or as a timedelta: no float rounds 1.001 s down to 1000 ms."""
     assert (
         str(milliseconds) == Publication(b"", expiration=milliseconds / 1000).properties.expiration
@@ -65,8 +65,8 @@ def test_every_millisecond_of_an_expiration_survives(milliseconds):
     ("expiration", "written"),
     [(None, None), (0, "0"), (-1, "0"), (timedelta(seconds=-1), "0"), (0.0004, "0"), (60, "60000")],
 )
-def test_expirations(expiration, written):
-    """A time that has passed already is none left."""
+def test_examples_of_expirations(expiration, written):
+    """A time in the past is 0."""
     assert written == Publication(b"", expiration=expiration).properties.expiration
 
 
@@ -82,7 +82,7 @@ def far_from_utc(monkeypatch):
 
 @pytest.mark.usefixtures("far_from_utc")
 def test_a_naive_timestamp_is_taken_as_utc():
-    """Not as the local time of whoever runs it."""
+    """And not as the local time."""
     naive = datetime(2025, 1, 2, 3, 4, 5)  # noqa: DTZ001  -- the point of the test
 
     assert (
@@ -91,15 +91,15 @@ def test_a_naive_timestamp_is_taken_as_utc():
     )
 
 
-def test_a_timestamp_of_another_zone_stays_the_same_moment():
-    """Zones are the reader's business."""
+def test_a_timestamp_of_another_time_zone_is_the_same_moment():
+    """AMQP has no time zones."""
     moment = datetime(2025, 1, 2, 3, 4, 5, tzinfo=timezone(timedelta(hours=5)))
 
     assert moment == Publication(b"", timestamp=moment).properties.timestamp
 
 
-def test_only_the_body_goes_by_position():
-    """The rest is named where it is given, and nothing is changed afterwards."""
+def test_only_the_body_is_positional():
+    """Other arguments have names, and nothing can be changed later."""
     with pytest.raises(TypeError):
         Publication(b"", "exchange")  # type: ignore[call-arg]
     with pytest.raises(FrozenInstanceError):
@@ -107,15 +107,15 @@ def test_only_the_body_goes_by_position():
 
 
 @pytest.mark.parametrize("body", ["text", None, 5, [1], {"a": 1}])
-def test_a_body_is_bytes(body):
-    """Whoever forgot to encode learns it where the message is made, not where it is sent."""
+def test_a_body_that_is_not_bytes_is_refused(body):
+    """When the message is created, and not when it is sent."""
     with pytest.raises(TypeError, match=f"body must be bytes, not {type(body).__name__}"):
         Publication(body)
 
 
 @pytest.mark.parametrize("body", [b"x", bytearray(b"x"), memoryview(b"x")])
-def test_whatever_holds_bytes_will_do(body):
-    """Nothing is copied."""
+def test_other_types_of_bytes_are_accepted(body):
+    """They are not copied."""
     assert body is Publication(body).body
 
 
@@ -123,8 +123,8 @@ def test_whatever_holds_bytes_will_do(body):
 @pytest.mark.parametrize(
     ("text", "fits"), [("x" * 255, True), ("x" * 256, False), ("é" * 128, False)]
 )
-def test_a_short_string_has_255_bytes(name, text, fits):
-    """More would not be cut but break the frame: it is refused by name, counted in UTF-8."""
+def test_a_short_string_has_at_most_255_bytes(name, text, fits):
+    """In UTF-8. A longer one would break the frame. The error has its name."""
     if fits:
         assert text == getattr(Publication(b"", **{name: text}), name)
         return

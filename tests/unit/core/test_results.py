@@ -1,4 +1,4 @@
-"""Which answer belongs to which message, and what is no answer at all."""
+"""Which result belongs to which message, and which results are invalid."""
 
 from __future__ import annotations
 
@@ -68,16 +68,16 @@ def collected(messages, yields):
 
 
 @given(answers())
-def test_each_result_goes_to_its_message(drawn):
-    """The i-th result is the i-th message's; a pair says itself whose it is."""
+def test_each_result_belongs_to_its_message(drawn):
+    """The i-th result to the i-th message, or to the message of its pair."""
     messages, decided, yields = drawn
 
     assert decided == collected(messages, yields).decided()
 
 
 @given(answers())
-def test_decided_and_undecided_partition_the_batch_in_its_order(drawn):
-    """No message is in both, none in neither."""
+def test_each_message_is_either_decided_or_undecided(drawn):
+    """In the order of the batch."""
     messages, _, yields = drawn
     collector = collected(messages, yields)
 
@@ -92,7 +92,7 @@ def test_decided_and_undecided_partition_the_batch_in_its_order(drawn):
 
 @given(answers())
 def test_a_missing_result_is_never_an_ack(drawn):
-    """There are as many ACKs as were yielded: none for what no yield spoke of."""
+    """There are as many ACKs as were yielded."""
     messages, _, yields = drawn
     yielded = [
         item for item in yields if item is ACK or (isinstance(item, tuple) and item[1] is ACK)
@@ -104,8 +104,8 @@ def test_a_missing_result_is_never_an_ack(drawn):
 
 
 @given(st.lists(st.sampled_from([ACK, ACK, ACK, NACK]), max_size=5), st.integers(0, 1))
-def test_all_acked_is_said_only_where_every_message_has_its_ack(yields, missing):
-    """It is a short way to the same decision: one result missing, and it is not taken."""
+def test_all_acked_needs_an_ack_for_every_message(yields, missing):
+    """It is a shortcut to the same decision."""
     collector = collected(some_messages(len(yields) + missing), yields)
 
     assert (not missing and NACK not in yields) is collector.all_acked
@@ -115,8 +115,8 @@ def test_all_acked_is_said_only_where_every_message_has_its_ack(yields, missing)
 
 
 @given(answers())
-def test_all_acked_never_says_more_than_decided_does(drawn):
-    """In whatever form the answers came."""
+def test_all_acked_agrees_with_decided(drawn):
+    """In both forms."""
     messages, _, yields = drawn
     collector = collected(messages, yields)
 
@@ -125,10 +125,8 @@ def test_all_acked_never_says_more_than_decided_does(drawn):
 
 
 @given(answers(), st.lists(st.integers(0, 6), max_size=3))
-def test_what_is_taken_meanwhile_is_taken_once(drawn, moments):
-    """Whenever one asks, what was decided since then comes, in the order of the batch; all of it in
-    the end, and nothing is undecided for it.
-    """
+def test_each_result_is_taken_once(drawn, moments):
+    """In the order of the batch, all of them in the end, and they stay decided."""
     messages, decided, yields = drawn
     collector = ResultCollector(messages)
     parts = []
@@ -145,8 +143,8 @@ def test_what_is_taken_meanwhile_is_taken_once(drawn, moments):
     assert len(messages) == len(decided) + len(collector.undecided())
 
 
-def test_what_has_been_taken_is_not_acked_in_one_go():
-    """The short way is for a batch of which nothing is on its way yet."""
+def test_all_acked_is_false_after_a_result_was_taken():
+    """The shortcut is for a batch of which nothing is settled yet."""
     collector = collected(some_messages(2), [ACK])
     collector.take()
     collector.accept(ACK)
@@ -156,8 +154,8 @@ def test_what_has_been_taken_is_not_acked_in_one_go():
 
 
 @given(answers(), no_answers)
-def test_what_is_no_answer_raises_and_changes_nothing(drawn, item):
-    """What was validly decided before stays decided."""
+def test_an_invalid_result_raises_and_changes_nothing(drawn, item):
+    """Earlier results stay."""
     messages, _, yields = drawn
     collector = collected(messages, yields)
     before = state(collector)
@@ -169,8 +167,8 @@ def test_what_is_no_answer_raises_and_changes_nothing(drawn, item):
 
 
 @given(answers(), results)
-def test_a_foreign_message_raises_and_changes_nothing(drawn, result):
-    """A message of another batch, though it may look the same, is not in this one."""
+def test_a_message_of_another_batch_raises_and_changes_nothing(drawn, result):
+    """Even if it is equal to one of this batch."""
     messages, _, yields = drawn
     collector = collected(messages, yields)
     before = state(collector)
@@ -187,7 +185,7 @@ def test_a_foreign_message_raises_and_changes_nothing(drawn, result):
 @example([Nack("bad")], Nack("worse"))
 @example([ACK], ACK)
 def test_one_result_too_many_raises_and_changes_nothing(yields, result):
-    """The error says how many there should have been."""
+    """The error has the expected number."""
     count = len(yields)
     collector = collected(some_messages(count), yields)
     before = state(collector)
@@ -200,7 +198,7 @@ def test_one_result_too_many_raises_and_changes_nothing(yields, result):
 
 @given(answers().filter(lambda drawn: drawn[1]), results, st.data())
 def test_a_second_result_for_a_message_raises_and_the_first_stays(drawn, result, data):
-    """The last word does not win: the first may have been settled already."""
+    """The first one may be settled already."""
     messages, decided, _ = drawn
     collector = collected(messages, decided)
     again, first = data.draw(st.sampled_from(decided))
@@ -215,8 +213,8 @@ def test_a_second_result_for_a_message_raises_and_the_first_stays(drawn, result,
 
 
 @given(results, results)
-def test_the_two_forms_do_not_mix(first, second):
-    """Whichever came first is the form of the batch."""
+def test_the_two_forms_cannot_be_mixed(first, second):
+    """The first result of a batch sets its form."""
     messages = some_messages(2)
     by_turn, by_name = ResultCollector(messages), ResultCollector(messages)
     by_turn.accept(first)
@@ -231,8 +229,8 @@ def test_the_two_forms_do_not_mix(first, second):
     assert [(messages[1], first)] == by_name.decided()
 
 
-def test_a_mistake_does_not_end_the_batch():
-    """Who goes on yielding after an error still decides the right messages."""
+def test_results_after_an_invalid_one_are_accepted():
+    """They belong to the right messages."""
     messages = some_messages(3)
     collector = collected(messages, [ACK])
     with pytest.raises(ResultError):
@@ -261,8 +259,8 @@ def test_a_mistake_does_not_end_the_batch():
     ],
     ids=lambda item: str(type(item)),
 )
-def test_an_error_names_what_was_yielded_but_shows_no_body(item, named):
-    """It goes into a log line, and into a dead letter; nobody else's `__repr__` is called."""
+def test_an_error_describes_the_invalid_result_without_a_body(item, named):
+    """It ends up in logs and dead letters, and calls no `__repr__` of other classes."""
     with pytest.raises(ResultError) as caught:
         ResultCollector(some_messages(1)).accept(item)
 
@@ -271,8 +269,8 @@ def test_an_error_names_what_was_yielded_but_shows_no_body(item, named):
 
 
 @pytest.mark.parametrize("wrong", [{"reason": b"secret"}, {"delay": "secret"}])
-def test_a_wrong_reason_or_delay_is_not_shown(wrong):
-    """It may be a body: the error goes into logs."""
+def test_an_invalid_reason_or_delay_is_not_shown(wrong):
+    """It may be a body, and the error ends up in logs."""
     with pytest.raises(TypeError) as caught:
         Requeue(**wrong)
     assert "secret" not in str(caught.value)
@@ -312,8 +310,8 @@ LISTED = {Family: REQUEUE, Mixed: NACK, LookupError: ACK, Exception: NACK}
         (KeyboardInterrupt(), {Exception: NACK}, None),
     ],
 )
-def test_the_most_specific_class_wins(error, table, result):
-    """In the order in which Python itself looks for a method, whatever the order of the table."""
+def test_the_most_specific_exception_class_is_used(error, table, result):
+    """In Python's method resolution order, whatever the order of the table."""
     assert result is result_for(error, table)
 
 
@@ -324,8 +322,10 @@ classes = [Exception, LookupError, KeyError, Family, Child, Mixed, Unrelated]
     st.sampled_from(classes),
     st.dictionaries(st.sampled_from(classes), st.sampled_from(MessageResult)),
 )
-def test_no_listed_class_stands_between_an_error_and_its_result(cls, table):
-    """The chosen class is a base of the error's, and no other listed base is below it."""
+def test_no_more_specific_class_is_listed(cls, table):
+    """The chosen class is a base class of the error, and no other listed base class is more
+    specific.
+    """
     bases = [each for each in table if issubclass(cls, each)]
     lowest = [
         table[base]
@@ -339,6 +339,6 @@ def test_no_listed_class_stands_between_an_error_and_its_result(cls, table):
 
 
 def test_reasons_are_part_of_a_result():
-    """Two that say different things are different."""
+    """Results with different reasons are different."""
     assert Nack("a") != Nack("b")
     assert Requeue("a") == Requeue("a")

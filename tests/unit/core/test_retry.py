@@ -1,4 +1,4 @@
-"""How often, and with what pauses."""
+"""How often messages are retried, and with which pauses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ jitters = st.floats(0, 1, exclude_max=True)
 
 
 @given(st.integers(0, 1000), st.integers(0, 1000))
-def test_a_message_may_be_requeued_as_often_as_the_policy_says(max_attempts, count):
+def test_a_message_is_requeued_up_to_the_maximum(max_attempts, count):
     """Counts below the maximum, and no others."""
     assert (count in range(max_attempts)) is RetryPolicy(max_attempts, "h").may_retry(count)
 
@@ -31,8 +31,8 @@ def test_a_pause_stays_within_its_bounds(backoff, failures, jitter):
 
 
 @given(backoffs, st.integers(1, 200))
-def test_the_longest_pause_doubles_until_it_reaches_the_maximum(backoff, failures):
-    """It starts at the base, and it never shrinks."""
+def test_the_longest_pause_doubles_up_to_the_maximum(backoff, failures):
+    """It begins with the base, and never gets shorter."""
     longest = backoff.pause(failures, 1)
     following = backoff.pause(failures + 1, 1)
 
@@ -42,7 +42,7 @@ def test_the_longest_pause_doubles_until_it_reaches_the_maximum(backoff, failure
 
 @given(backoffs, st.integers(1, 200), jitters)
 def test_jitter_spreads_a_pause_over_its_whole_length(backoff, failures, jitter):
-    """Full jitter: from nothing up to the longest pause, evenly."""
+    """Full jitter: evenly from 0 to the longest pause."""
     assert backoff.pause(failures, 1) * jitter == backoff.pause(failures, jitter)
 
 
@@ -50,6 +50,6 @@ def test_jitter_spreads_a_pause_over_its_whole_length(backoff, failures, jitter)
     ("failures", "jitter", "pause"),
     [(1, 0, 0), (1, 0.5, 0.25), (2, 0.5, 0.5), (3, 0.5, 1), (8, 0.5, 15), (10**6, 0.5, 15)],
 )
-def test_pauses(failures, jitter, pause):
-    """Examples to read: half a second, doubled, at most thirty."""
+def test_examples_of_pauses(failures, jitter, pause):
+    """Half a second, doubled, at most thirty."""
     assert pause == Backoff(0.5, 30).pause(failures, jitter)

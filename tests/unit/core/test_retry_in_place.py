@@ -1,4 +1,4 @@
-"""Which messages are kept to be tried again, which are through, and what do they wait for?"""
+"""Which messages of a failed batch are retried in place, and after which pause."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Na
 from aio_pika_batch.core.retry import Backoff, DeadLetterReason, RetryPolicy, make_delay_steps
 from aio_pika_batch.core.retry_in_place import Retried, RetryInPlace
 from aio_pika_batch.core.settlement_plan import DeadLetterTarget, SettlementPlanner
-from tests.unit.core.strategies import NOW, StubSource, a_message, batches_of_verdicts
+from tests.unit.core.strategies import NOW, StubSource, a_message, batches_of_outcomes
 
 NACK, REQUEUE = MessageResult.NACK, MessageResult.REQUEUE
 REQUEUE_IMMEDIATE = MessageResult.REQUEUE_IMMEDIATE
@@ -28,15 +28,15 @@ undecided = st.sampled_from([Cause.EXCEPTION, Cause.TIMEOUT, Cause.MISSING, Caus
 ERROR = RuntimeError("what ended the run")
 
 
-def verdict(tag, result=REQUEUE, cause=Cause.HANDLER, error=ERROR, **properties):
+def outcome(tag, result=REQUEUE, cause=Cause.HANDLER, error=ERROR, **properties):
     """What was decided about a message."""
     error = None if cause is Cause.HANDLER else error
     return MessageOutcome(a_message(tag, **properties), result, cause, error)
 
 
-def sort(*verdicts, policy=IN_PLACE, jitter=0.0):
+def sort(*outcomes, policy=IN_PLACE, jitter=0.0):
     """What becomes of these, by tags."""
-    found = policy.decide(verdicts, now=NOW, jitter=jitter)
+    found = policy.decide(outcomes, now=NOW, jitter=jitter)
     return (
         [each.message.delivery_tag for each in found.final],
         [each.message.delivery_tag for each in found.attempts],
@@ -44,58 +44,60 @@ def sort(*verdicts, policy=IN_PLACE, jitter=0.0):
     )
 
 
-def test_what_the_handler_requeued_is_tried_again_and_the_rest_is_carried_out():
-    """Each by itself: the handler knows."""
+def test_messages_that_the_handler_requeued_are_retried():
+    """Each one by itself. Other outcomes are final."""
     assert ([2, 5], [1, 3, 4], []) == sort(
-        verdict(1),
-        verdict(2, NACK),
-        verdict(3, REQUEUE_IMMEDIATE),
-        verdict(4, Requeue("busy")),
-        verdict(5, Nack("bad")),
+        outcome(1),
+        outcome(2, NACK),
+        outcome(3, REQUEUE_IMMEDIATE),
+        outcome(4, Requeue("busy")),
+        outcome(5, Nack("bad")),
     )
 
 
 @given(undecided, st.integers(1, 6))
-def test_of_those_left_undecided_the_first_has_failed_and_the_others_were_not_reached(cause, count):
-    """Whatever ended the handler: what comes later costs no attempt."""
+def test_the_first_undecided_message_failed_and_the_others_were_not_attempted(cause, count):
+    """Whatever ended the handler. The others keep their attempts."""
     tags = list(range(1, count + 1))
-    verdicts = [verdict(tag, cause=cause) for tag in tags]
+    outcomes = [outcome(tag, cause=cause) for tag in tags]
 
-    found = IN_PLACE.decide(verdicts, now=NOW, jitter=0.5)
+    found = IN_PLACE.decide(outcomes, now=NOW, jitter=0.5)
 
     assert [(1, 1)] == [
         (each.message.delivery_tag, each.message.retry_count) for each in found.attempts
     ]
-    assert [each.message for each in verdicts[1:]] == found.not_attempted
+    assert [each.message for each in outcomes[1:]] == found.not_attempted
     assert [] == found.final
 
 
-def test_culprits_that_stood_alone_have_failed_each_for_itself():
-    """What was isolated ran by itself; those that shared a run share its failure."""
-    alone = [verdict(tag, cause=Cause.EXCEPTION, error=RuntimeError()) for tag in (2, 5)]
-    together = [verdict(tag, cause=Cause.EXCEPTION) for tag in (6, 7, 8)]
+def test_messages_that_failed_alone_are_attempts_of_their_own():
+    """After isolation. Messages of one run share its failure."""
+    alone = [outcome(tag, cause=Cause.EXCEPTION, error=RuntimeError()) for tag in (2, 5)]
+    together = [outcome(tag, cause=Cause.EXCEPTION) for tag in (6, 7, 8)]
 
     assert ([], [2, 5, 6], [7, 8]) == sort(*together, *alone)
 
 
-def test_what_was_requeued_before_the_handler_ended_is_tried_first():
+def test_messages_requeued_before_the_failure_are_retried_first():
     """In the order of the batch."""
     assert ([], [1, 3], [4, 5]) == sort(
-        verdict(1),
-        verdict(3, cause=Cause.EXCEPTION),
-        verdict(4, cause=Cause.EXCEPTION),
-        verdict(5, cause=Cause.EXCEPTION),
+        outcome(1),
+        outcome(3, cause=Cause.EXCEPTION),
+        outcome(4, cause=Cause.EXCEPTION),
+        outcome(5, cause=Cause.EXCEPTION),
     )
 
 
-def test_one_that_was_passed_over_keeps_its_place_before_a_later_one_that_failed():
-    """Out of order, the third failed and the second was not reached: it goes first, uncounted."""
+def test_a_message_that_was_left_out_stays_before_a_later_failed_one():
+    """Out of order: the third failed and the second was not attempted, so that goes first,
+    uncounted.
+    """
     found = IN_PLACE.decide(
         [
-            verdict(3),
-            verdict(1, cause=Cause.EXCEPTION),
-            verdict(2, cause=Cause.EXCEPTION),
-            verdict(4, cause=Cause.EXCEPTION),
+            outcome(3),
+            outcome(1, cause=Cause.EXCEPTION),
+            outcome(2, cause=Cause.EXCEPTION),
+            outcome(4, cause=Cause.EXCEPTION),
         ],
         now=NOW,
         jitter=0.0,
@@ -108,10 +110,10 @@ def test_one_that_was_passed_over_keeps_its_place_before_a_later_one_that_failed
 
 
 @pytest.mark.parametrize("result", [REQUEUE, REQUEUE_IMMEDIATE, Requeue("busy")])
-def test_once_its_attempts_are_spent_a_message_is_dead_lettered_as_exhausted(result):
-    """And no broker tries it again instead."""
+def test_a_message_without_attempts_left_is_dead_lettered(result):
+    """As exhausted, and no broker retries it."""
     router = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
-    last = verdict(1, result, headers={"x-retry-count": 3})
+    last = outcome(1, result, headers={"x-retry-count": 3})
 
     found = IN_PLACE.decide([last], now=NOW, jitter=0.0)
 
@@ -120,16 +122,16 @@ def test_once_its_attempts_are_spent_a_message_is_dead_lettered_as_exhausted(res
     assert (0, 0) == (len(found.attempts), len(plan.settlements))
 
 
-def test_the_last_one_of_a_batch_that_could_be_tried_again_lets_the_others_go_on():
-    """The first undecided is spent: the ones behind it have their turn."""
+def test_messages_after_an_exhausted_one_are_handled():
+    """The first undecided message has no attempts left, so the later ones continue."""
     assert ([1], [], [2]) == sort(
-        verdict(1, cause=Cause.EXCEPTION, headers={"x-retry-count": 3}),
-        verdict(2, cause=Cause.EXCEPTION, headers={"x-retry-count": 3}),
+        outcome(1, cause=Cause.EXCEPTION, headers={"x-retry-count": 3}),
+        outcome(2, cause=Cause.EXCEPTION, headers={"x-retry-count": 3}),
     )
 
 
-def test_one_whose_headers_cannot_be_read_is_not_tried_again():
-    """Nobody could count its attempts."""
+def test_a_message_with_unreadable_headers_is_not_retried():
+    """Its attempts cannot be counted."""
     broken = MessageOutcome(a_message(1, undecodable={"headers": "not UTF-8"}), REQUEUE)
     router = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
 
@@ -141,10 +143,10 @@ def test_one_whose_headers_cannot_be_read_is_not_tried_again():
 
 
 @given(st.integers(0, 2), jitters)
-def test_pauses_grow_with_the_attempts_and_are_never_nothing(count, jitter):
-    """Between half of the longest and all of it."""
+def test_pauses_grow_with_the_attempts(count, jitter):
+    """Between half of the longest pause and all of it, and never 0."""
     [attempt] = IN_PLACE.decide(
-        [verdict(1, headers={"x-retry-count": count})], now=NOW, jitter=jitter
+        [outcome(1, headers={"x-retry-count": count})], now=NOW, jitter=jitter
     ).attempts
 
     assert 2.0**count <= attempt.pause <= 2.0 * 2.0**count
@@ -163,37 +165,37 @@ def test_pauses_grow_with_the_attempts_and_are_never_nothing(count, jitter):
         (REQUEUE_IMMEDIATE, 2, 0.0),
     ],
 )
-def test_it_waits_as_long_as_a_delayed_retry_would(result, count, pause):
-    """By the same delay_steps, whatever the jitter; and as long as the handler asks for."""
+def test_it_waits_as_long_as_a_delayed_retry(result, count, pause):
+    """By the same delay steps, whatever the jitter, or as long as the handler requests."""
     policy = RetryInPlace(RETRY, Backoff(2.0, 60.0), make_delay_steps(5.0, 2.0, 15.0))
-    failed = verdict(1, result, headers={"x-retry-count": count})
+    failed = outcome(1, result, headers={"x-retry-count": count})
 
     [attempt] = policy.decide([failed], now=NOW, jitter=0.3).attempts
 
     assert pause == attempt.pause
 
 
-def test_immediately_is_without_a_pause_and_counted_all_the_same():
-    """It could block its key for ever otherwise."""
-    [attempt] = IN_PLACE.decide([verdict(1, REQUEUE_IMMEDIATE)], now=NOW, jitter=0.5).attempts
+def test_requeue_immediate_has_no_pause_and_is_counted():
+    """Otherwise it could block its key forever."""
+    [attempt] = IN_PLACE.decide([outcome(1, REQUEUE_IMMEDIATE)], now=NOW, jitter=0.5).attempts
 
     assert 0.0 == attempt.pause
     assert 1 == attempt.message.retry_count
 
 
-@given(batches_of_verdicts(), jitters)
-def test_each_message_has_one_fate_and_the_order_is_kept(verdicts, jitter):
-    """Nothing is lost or doubled, nothing is kept beyond its limit, nothing ACKed is kept."""
-    found = IN_PLACE.decide(verdicts, now=NOW, jitter=jitter)
+@given(batches_of_outcomes(), jitters)
+def test_each_message_is_in_one_list_and_the_order_is_kept(outcomes, jitter):
+    """None is lost or duplicated, retried beyond its limit, or retried after an ACK."""
+    found = IN_PLACE.decide(outcomes, now=NOW, jitter=jitter)
 
     kept = [each.message for each in found.attempts] + found.not_attempted
     tags = [each.delivery_tag for each in kept]
     final = [each.message.delivery_tag for each in found.final]
-    assert sorted(each.message.delivery_tag for each in verdicts) == sorted(tags + final)
+    assert sorted(each.message.delivery_tag for each in outcomes) == sorted(tags + final)
     assert sorted(tags) == tags
     again = [each.message for each in found.attempts if isinstance(each.message, Retried)]
     assert all(1 <= message.retry_count <= 3 for message in again)
-    by_tag = {each.message.delivery_tag: each for each in verdicts}
+    by_tag = {each.message.delivery_tag: each for each in outcomes}
     for tag in tags:
         assert by_tag[tag].result in {REQUEUE, REQUEUE_IMMEDIATE} or isinstance(
             by_tag[tag].result, Requeue
@@ -206,8 +208,8 @@ def test_each_message_has_one_fate_and_the_order_is_kept(verdicts, jitter):
         assert spent or is_failure
 
 
-def test_a_retried_message_is_the_same_delivery_with_one_attempt_more():
-    """All else is as it came; the one that failed stays as it was."""
+def test_a_retried_message_is_the_same_delivery_with_a_higher_count():
+    """Everything else stays, and the failed one does not change."""
     source = StubSource(decoded=Properties(headers={"x-retry-count": 1, "a": "b"}, message_id="m"))
     failed = a_message(7, source=source, headers={"x-retry-count": 1, "a": "b"}, message_id="m")
 
@@ -225,8 +227,8 @@ def test_a_retried_message_is_the_same_delivery_with_one_attempt_more():
     assert (failed.raw_properties, failed.properties) == (again.raw_properties, again.properties)
 
 
-def test_the_dead_letter_says_when_it_failed_first_and_how_often_it_was_tried():
-    """Although no copy has ever carried that."""
+def test_the_dead_letter_has_the_first_failure_and_the_count():
+    """Although no copy has had them."""
     router = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
     again = Retried(Retried(a_message(), NOW), NOW + timedelta(seconds=1))
 
@@ -238,8 +240,8 @@ def test_the_dead_letter_says_when_it_failed_first_and_how_often_it_was_tried():
     assert NOW + timedelta(seconds=9) == letter.copy.properties.headers["x-dead-lettered-at"]
 
 
-def test_when_a_copy_of_it_failed_first_stands_above_what_is_known_here():
-    """It has been requeued before, by a consumer that keeps no order."""
+def test_an_earlier_first_failure_in_the_headers_is_kept():
+    """From a consumer that keeps no order."""
     router = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
     before = NOW - timedelta(days=1)
     again = Retried(a_message(headers={"x-first-failed-at": before}), NOW)

@@ -1,4 +1,4 @@
-"""What is settled at once, what is published first, and how often a message is tried."""
+"""What is settled at once, what is published first, and how often a message is retried."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.unit.core.strategies import (
     NOW,
     QUEUE,
     a_message,
-    batches_of_verdicts,
+    batches_of_outcomes,
     delivered,
     messages,
 )
@@ -72,36 +72,36 @@ def kind_of(result):
             return result
 
 
-@given(routers, batches_of_verdicts())
-def test_every_original_is_either_settled_at_once_or_waits_for_its_copy(router, verdicts):
-    """Settlements and republications partition the batch; no tag stands in both, or twice."""
-    plan = router.plan(verdicts, NOW)
+@given(routers, batches_of_outcomes())
+def test_each_original_is_settled_at_once_or_after_its_copy(router, outcomes):
+    """No tag is in both parts of the plan, or twice."""
+    plan = router.plan(outcomes, NOW)
 
     tags = [tag for tag, _ in settled(plan)] + [each.tag for each in plan.copies]
 
-    assert Counter(verdict.message.delivery_tag for verdict in verdicts) == Counter(tags)
+    assert Counter(outcome.message.delivery_tag for outcome in outcomes) == Counter(tags)
 
 
-@given(routers, batches_of_verdicts())
-def test_only_what_the_handler_acked_is_acked_before_any_copy_is_confirmed(router, verdicts):
-    """An original that is to be requeued or dead-lettered never stands among the ACKs."""
-    plan = router.plan(verdicts, NOW)
+@given(routers, batches_of_outcomes())
+def test_only_acked_messages_are_acked_at_once(router, outcomes):
+    """An original that is requeued or dead-lettered is not among them."""
+    plan = router.plan(outcomes, NOW)
 
     acked = [tag for tag, disposition in settled(plan) if disposition is Disposition.ACK]
 
-    assert [verdict.message.delivery_tag for verdict in verdicts if verdict.result is ACK] == acked
+    assert [outcome.message.delivery_tag for outcome in outcomes if outcome.result is ACK] == acked
 
 
-@given(routers, batches_of_verdicts())
-def test_the_table_of_results(router, verdicts):
-    """ACK and REQUEUE_IMMEDIATE never publish; a REJECT is a dead letter that has no exchange."""
-    plan = router.plan(verdicts, NOW)
+@given(routers, batches_of_outcomes())
+def test_the_plan_of_each_result(router, outcomes):
+    """ACK and REQUEUE_IMMEDIATE publish nothing. Without an exchange a dead letter is a reject."""
+    plan = router.plan(outcomes, NOW)
     at_once = dict(settled(plan))
     waiting = {each.tag: each for each in plan.copies}
 
-    for verdict in verdicts:
-        tag = verdict.message.delivery_tag
-        match kind_of(verdict.result):
+    for outcome in outcomes:
+        tag = outcome.message.delivery_tag
+        match kind_of(outcome.result):
             case MessageResult.ACK:
                 assert Disposition.ACK is at_once[tag]
             case MessageResult.REQUEUE_IMMEDIATE:
@@ -114,14 +114,14 @@ def test_the_table_of_results(router, verdicts):
                 assert router.dead_letters is None
                 assert Disposition.REJECT is at_once[tag]
             case MessageResult.REQUEUE:
-                assert verdict is waiting[tag].outcome
+                assert outcome is waiting[tag].outcome
 
 
-@given(routers, batches_of_verdicts())
-def test_dispositions_are_grouped_and_keep_the_order_of_the_batch(router, verdicts):
-    """Hardly ever more than two settlements, however long the batch."""
-    plan = router.plan(verdicts, NOW)
-    place = {verdict.message.delivery_tag: at for at, verdict in enumerate(verdicts)}
+@given(routers, batches_of_outcomes())
+def test_dispositions_are_grouped_and_keep_the_order_of_the_batch(router, outcomes):
+    """Rarely more than two settlements, however large the batch."""
+    plan = router.plan(outcomes, NOW)
+    place = {outcome.message.delivery_tag: at for at, outcome in enumerate(outcomes)}
 
     dispositions = [each.disposition for each in plan.settlements]
     assert len(set(dispositions)) == len(dispositions)
@@ -134,8 +134,8 @@ def test_dispositions_are_grouped_and_keep_the_order_of_the_batch(router, verdic
 
 @given(st.integers(0, 6), messages(of=sound_properties), st.sampled_from([REQUEUE, Requeue("x")]))
 @example(0, a_message(), REQUEUE)
-def test_a_message_is_tried_once_more_than_it_may_be_requeued(max_attempts, message, result):
-    """However it came in, it is dead after 1 + `max_requeue_attempts` tries at the most."""
+def test_a_message_is_handled_once_more_than_it_is_requeued(max_attempts, message, result):
+    """It is dead-lettered after at most 1 + `max_requeue_attempts` attempts."""
     router = a_router(max_attempts)
     came_with = message.retry_count
     tries = 0
@@ -152,8 +152,11 @@ def test_a_message_is_tried_once_more_than_it_may_be_requeued(max_attempts, mess
 
 
 @given(st.integers(0, 6), short_texts, short_texts)
-def test_the_first_publication_is_known_to_the_last_try(hops, exchange, routing_key):
-    """Requeues go by the default exchange; the handler and the dead letter see the old route."""
+def test_the_last_attempt_knows_the_first_publication(hops, exchange, routing_key):
+    """Requeues use the default exchange.
+
+    The handler and the dead letter have the original route.
+    """
     message = a_message(exchange=exchange, routing_key=routing_key)
     for hop in range(hops):
         now = NOW + timedelta(seconds=hop)
@@ -170,8 +173,8 @@ def test_the_first_publication_is_known_to_the_last_try(hops, exchange, routing_
 
 @given(messages(of=sound_properties))
 @example(a_message(headers={"x-original-exchange": 5, "x-original-routing-key": b"k"}))
-def test_a_requeue_hides_no_route_behind_a_header_of_another_type(message):
-    """Whatever a client wrote into the headers: a requeue does not change what is read of them."""
+def test_a_requeue_replaces_an_invalid_original_route(message):
+    """Whatever the headers contain, a requeue does not change what is read from them."""
     before = (message.original_exchange, message.original_routing_key)
     (step,) = plan_one(a_router(10), message, REQUEUE).copies
     if step.kind is CopyKind.DEAD_LETTER:
@@ -183,8 +186,8 @@ def test_a_requeue_hides_no_route_behind_a_header_of_another_type(message):
 
 
 @given(st.sampled_from([NACK, REQUEUE, Nack("why"), Requeue("why")]), messages(), st.integers(0, 3))
-def test_without_a_dead_letter_exchange_the_broker_is_told_to_reject(result, message, count):
-    """Nothing is published, whatever state the message is in: a policy may yet dead-letter it."""
+def test_without_a_dead_letter_exchange_messages_are_rejected(result, message, count):
+    """Nothing is published, whatever state the message is in: a policy may dead-letter it."""
     message = replace_headers(message, {"x-retry-count": 3 + count})
 
     assert [(1, Disposition.REJECT)] == settled(
@@ -202,8 +205,8 @@ def replace_headers(message, headers):
 
 
 @given(messages(of=st.just(Properties(undecodable={"headers": UNDECODABLE}))), results)
-def test_without_headers_nobody_can_count_so_a_requeue_is_a_dead_letter(message, result):
-    """Its reason says so, its route is the one it came by, and it is given no count."""
+def test_a_requeue_without_readable_headers_is_a_dead_letter(message, result):
+    """Its reason is undecodable, it keeps its route, and it has no count."""
     plan = plan_one(a_router(), message, result)
 
     match kind_of(result):
@@ -234,7 +237,7 @@ def test_without_headers_nobody_can_count_so_a_requeue_is_a_dead_letter(message,
     ],
 )
 @pytest.mark.parametrize("result", [NACK, Nack("why")])
-def test_a_dead_letter_says_who_decided_it(cause, reason, result):
+def test_the_reason_of_a_dead_letter_depends_on_the_cause(cause, reason, result):
     """The handler, its failure, or the message itself."""
     (step,) = plan_one(a_router(), a_message(), result, cause).copies
 
@@ -243,8 +246,8 @@ def test_a_dead_letter_says_who_decided_it(cause, reason, result):
 
 
 @pytest.mark.parametrize("cause", Cause)
-def test_exhausted_is_exhausted_whoever_asked_for_one_more_try(cause):
-    """The reason names what ended the retries."""
+def test_a_message_without_attempts_left_is_exhausted(cause):
+    """Whatever asked for another attempt."""
     message = a_message(headers={"x-retry-count": 3})
 
     (step,) = plan_one(a_router(3), message, REQUEUE, cause).copies
@@ -267,16 +270,16 @@ def test_exhausted_is_exhausted_whoever_asked_for_one_more_try(cause):
         ({"x-retry-count": True}, True, 1),
     ],
 )
-def test_a_count_that_is_none_counts_from_nothing_and_is_told(headers, malformed, next_count):
-    """A number in another type is a number; anything else is 0, and somebody may log it."""
+def test_an_invalid_count_is_0_and_reported(headers, malformed, next_count):
+    """A number in another type is a number. The settler logs others."""
     (step,) = plan_one(a_router(), a_message(headers=headers), REQUEUE).copies
 
     assert (malformed, next_count) == (step.malformed_count, step.copy.add["x-retry-count"])
 
 
 @pytest.mark.parametrize(("stated", "key"), [(None, "order.created"), ("dead", "dead"), ("", "")])
-def test_a_dead_letter_keeps_its_key_unless_the_target_has_one(stated, key):
-    """An empty key is a key too."""
+def test_a_dead_letter_keeps_its_routing_key_unless_the_target_has_one(stated, key):
+    """An empty routing key is one as well."""
     router = a_router(dead_letters=DeadLetterTarget("dlx", stated))
 
     (step,) = plan_one(router, a_message(), NACK).copies
@@ -284,7 +287,7 @@ def test_a_dead_letter_keeps_its_key_unless_the_target_has_one(stated, key):
     assert ("dlx", key) == (step.copy.exchange, step.copy.routing_key)
 
 
-def test_no_verdicts_are_nothing_to_do():
-    """An empty plan sends nothing."""
+def test_no_outcomes_make_an_empty_plan():
+    """Nothing is sent."""
     assert SettlementPlan([], []) == a_router().plan([], NOW)
     assert not settled(SettlementPlan())

@@ -1,4 +1,4 @@
-"""What a consumer needs on its broker."""
+"""The queues, exchanges and bindings that a consumer needs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from aio_pika_batch.core.topology import (
     effective_queue_type,
     split_exclusive,
 )
-from tests.unit.core.strategies import wanted
+from tests.unit.core.strategies import options
 
 
-@given(wanted)
-def test_every_binding_joins_what_is_declared(settings):
-    """No adapter has to guess, and no binding names what nobody checks."""
+@given(options)
+def test_each_binding_has_a_declared_queue_and_exchange(settings):
+    """Adapters do not need to guess."""
     topology = build_topology(settings)
 
     assert {each.exchange for each in topology.bindings} <= {
@@ -30,9 +30,9 @@ def test_every_binding_joins_what_is_declared(settings):
     assert "" not in {each.name for each in topology.exchanges}
 
 
-@given(wanted)
-def test_the_consumed_queue_is_as_the_settings_say(settings):
-    """Its flags and arguments; its type is one more argument."""
+@given(options)
+def test_the_consumed_queue_is_as_configured(settings):
+    """Its flags and arguments. Its type is one of the arguments."""
     (queue,) = [each for each in build_topology(settings).queues if each.name == "jobs"]
     stated = {} if settings.queue_type is None else {"x-queue-type": settings.queue_type}
 
@@ -50,9 +50,9 @@ def test_the_consumed_queue_is_as_the_settings_say(settings):
     assert queue.arguments.get("x-queue-type") == effective_queue_type(settings)
 
 
-@given(wanted)
-def test_where_nothing_may_be_declared_all_is_only_checked(settings):
-    """`declare=False` names the same things, and binds nothing."""
+@given(options)
+def test_without_declare_everything_is_only_checked(settings):
+    """`declare=False` has the same entities, and no bindings."""
     topology = build_topology(settings)
     everything: list[Exchange | Queue] = [*topology.exchanges, *topology.queues]
 
@@ -64,11 +64,11 @@ def test_where_nothing_may_be_declared_all_is_only_checked(settings):
         assert not queue.check_only
 
 
-@given(wanted)
-def test_what_others_may_share_is_taken_as_it_is(settings):
-    """A dead-letter exchange or queue that exists is not declared again with other properties.
+@given(options)
+def test_shared_entities_are_used_as_they_are(settings):
+    """An existing dead-letter exchange or queue is not declared again.
 
-    A wait queue is: with others it could lose what is in it.
+    A wait queue is: with other arguments it could lose messages.
     """
     topology = build_topology(settings)
     own = {"jobs", settings.exchange_name, "jobs.retry.1000", "jobs.retry.2000"}
@@ -87,20 +87,20 @@ def test_what_others_may_share_is_taken_as_it_is(settings):
         (None, {"x-queue-type": 5}, None),
     ],
 )
-def test_the_queue_type_that_will_be_asked_for(queue_type, arguments, effective):
-    """The setting wins over the argument; nobody's word leaves it to the virtual host."""
+def test_the_effective_queue_type(queue_type, arguments, effective):
+    """The setting wins over the argument. Without both, the virtual host decides."""
     settings = TopologyOptions(queue_name="jobs", queue_type=queue_type, queue_arguments=arguments)
 
     assert effective == effective_queue_type(settings)
 
 
-def test_a_queue_alone():
-    """Without an exchange there is nothing to bind: the default one knows every queue."""
+def test_a_queue_without_an_exchange():
+    """It has no bindings: the default exchange knows every queue."""
     assert Topology(queues=(Queue("jobs"),)) == build_topology(TopologyOptions(queue_name="jobs"))
 
 
-def test_a_queue_that_is_bound_by_several_keys():
-    """One binding each, all with the same arguments."""
+def test_a_queue_with_several_routing_keys():
+    """One binding for each, with the same arguments."""
     settings = TopologyOptions(
         queue_name="jobs",
         exchange_name="events",
@@ -120,9 +120,9 @@ def test_a_queue_that_is_bound_by_several_keys():
     ) == build_topology(settings)
 
 
-@given(wanted)
-def test_an_exclusive_queue_is_left_to_the_connection_that_it_lives_with(settings):
-    """It goes with its bindings; exchanges and all else anybody may declare; nothing is lost."""
+@given(options)
+def test_exclusive_queues_are_split_off_with_their_bindings(settings):
+    """Exchanges and other queues stay in the shared part, and nothing is lost."""
     topology = build_topology(settings)
 
     shared, own = split_exclusive(topology)

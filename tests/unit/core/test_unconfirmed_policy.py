@@ -1,4 +1,4 @@
-"""An original whose copy is not confirmed is held: not for ever, and never given back in a loop."""
+"""Originals whose copies are not confirmed: held for a limited time, and not returned in a loop."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ situations = st.builds(
 @given(situations)
 @example(Situation(UnconfirmedPolicy(1, 1, Backoff(8, 8)), 1, waited=0.5, jitter=0, held=2))
 @example(Situation(UnconfirmedPolicy(1, 1, Backoff(8, 8)), 1, waited=2, jitter=0, held=1))
-def test_an_original_is_never_held_beyond_its_time(situation):
-    """Another attempt starts before the end, and a return is at the end at the latest."""
+def test_an_original_is_never_held_too_long(situation):
+    """Another attempt begins before the end, and a return is at the end at the latest."""
     end = max(situation.now, SINCE + situation.policy.hold_seconds)
 
     step = situation.decide()
@@ -68,8 +68,8 @@ def test_an_original_is_never_held_beyond_its_time(situation):
 
 
 @given(situations)
-def test_what_is_given_back_has_waited(situation):
-    """Since its first failure at least half a pause has gone by, or the whole hold: no hot loop."""
+def test_an_original_is_not_returned_at_once(situation):
+    """At least half a pause has passed since its first failure, or the whole time: no busy loop."""
     shortest = min(situation.pauses[0], situation.policy.hold_seconds)
 
     step = situation.decide()
@@ -79,8 +79,8 @@ def test_what_is_given_back_has_waited(situation):
 
 
 @given(situations)
-def test_a_copy_is_not_tried_again_before_half_of_the_longest_pause(situation):
-    """Full jitter may come out at nothing, and nothing is a hot loop too."""
+def test_a_copy_is_not_published_again_before_half_of_the_longest_pause(situation):
+    """Full jitter can be almost 0, which would be a busy loop."""
     shortest, longest = situation.pauses
 
     step = situation.decide()
@@ -90,8 +90,8 @@ def test_a_copy_is_not_tried_again_before_half_of_the_longest_pause(situation):
 
 
 @given(situations)
-def test_a_copy_is_tried_again_while_there_is_room_and_time(situation):
-    """What is beyond either goes back to the broker."""
+def test_a_copy_is_published_again_within_both_limits(situation):
+    """Beyond one of them its original is returned."""
     policy = situation.policy
 
     step = situation.decide()
@@ -103,8 +103,8 @@ def test_a_copy_is_tried_again_while_there_is_room_and_time(situation):
 
 
 @given(situations)
-def test_a_full_room_empties_sooner_than_the_hold(situation):
-    """What has no room waits for one pause, unless its time is up before that."""
+def test_an_original_above_the_limit_is_returned_after_one_pause(situation):
+    """Unless its time is over before that."""
     situation.held = situation.policy.max_held + 1
 
     step = situation.decide()
@@ -126,8 +126,8 @@ def test_a_full_room_empties_sooner_than_the_hold(situation):
         (9, 200, 0.0, 1, Return(200)),
     ],
 )
-def test_steps(failures, now, jitter, held, step):
-    """Examples to read: held since 100, for 30 s at most, five at a time, pauses 1, 2, 4, 8 s."""
+def test_examples_of_steps(failures, now, jitter, held, step):
+    """Held since 100, for 30 s at most, five at a time, pauses of 1, 2, 4, 8 s."""
     policy = UnconfirmedPolicy(hold_seconds=30, max_held=5, backoff=Backoff(1, 8))
 
     assert step == policy.next_step(Pending(SINCE, failures), now=now, jitter=jitter, held=held)

@@ -1,4 +1,4 @@
-"""Is a broker's version read so that it can be compared?"""
+"""Versions of brokers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from aio_pika_batch.core.topology import DEFAULT_LIMIT_SINCE, parse_version
         ("the broker", "4.0.5", None),
     ],
 )
-def test_versions(product, told, version):
-    """Numbers up to the first thing that is none; other products count otherwise."""
+def test_examples_of_versions(product, told, version):
+    """The numbers up to the first other character. Other products have no version."""
     assert version == parse_version(product, told)
 
 
-def test_ten_is_more_than_nine():
-    """Which texts do not know."""
+def test_versions_are_compared_as_numbers():
+    """10 is more than 9."""
     three_nine, three_ten = (parse_version("RabbitMQ", each) for each in ("3.9.13", "3.10.8"))
     assert three_nine is not None
     assert three_ten is not None

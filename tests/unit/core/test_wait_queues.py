@@ -1,4 +1,4 @@
-"""What the queues are like in which messages wait, and which brokers can be trusted with them."""
+"""Wait queues, and the brokers that support them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from aio_pika_batch.core.topology import (
     wait_queue,
 )
 from aio_pika_batch.errors import TopologyError
-from tests.unit.core.strategies import wanted
+from tests.unit.core.strategies import options
 
 levels = st.lists(st.integers(1, 2**32 - 1), max_size=4, unique=True).map(tuple)
 
 
-@given(wanted, levels, st.booleans())
-def test_wait_queues_are_all_that_delays_add(settings, some, unsafe):
-    """Durable whatever the other queue is, and left to check where nothing may be declared."""
+@given(options, levels, st.booleans())
+def test_delays_add_only_wait_queues(settings, some, unsafe):
+    """Durable, whatever the other queue is, and only checked if nothing is declared."""
     waiting = replace(settings, wait_levels=some, unsafe_delay=unsafe)
     plain, topology = build_topology(replace(settings, wait_levels=())), build_topology(waiting)
 
@@ -40,8 +40,10 @@ def test_wait_queues_are_all_that_delays_add(settings, some, unsafe):
     assert set(map(id, added)) <= set(map(id, split_exclusive(topology)[0].queues))
 
 
-def test_a_wait_queue_loses_nothing():
-    """It keeps what expires until it is taken, refuses what it cannot keep, and never expires."""
+def test_a_wait_queue_loses_no_messages():
+    """It keeps expired messages until the next queue has them, refuses more than it can keep, and
+    never expires.
+    """
     assert {
         "x-queue-type": "quorum",
         "x-message-ttl": 4000,
@@ -52,8 +54,8 @@ def test_a_wait_queue_loses_nothing():
     } == wait_queue(TopologyOptions(queue_name="jobs"), 4000).arguments
 
 
-def test_an_unsafe_wait_queue_is_one_that_every_broker_knows():
-    """A classic queue, on new brokers too, so that an upgrade finds the same queue."""
+def test_an_unsafe_wait_queue_works_on_every_broker():
+    """A classic queue, also on new brokers, so that an upgrade finds the same queue."""
     assert {
         "x-queue-type": "classic",
         "x-message-ttl": 4000,
@@ -62,8 +64,8 @@ def test_an_unsafe_wait_queue_is_one_that_every_broker_knows():
     } == wait_queue(TopologyOptions(queue_name="jobs", unsafe_delay=True), 4000).arguments
 
 
-def test_a_name_that_is_too_long_is_said_to_be():
-    """Before any broker is asked."""
+def test_a_name_that_is_too_long_is_refused():
+    """Before a broker is asked."""
     longest = "q" * 244
     assert f"{longest}.retry.1000" == wait_queue(TopologyOptions(queue_name=longest), 1000).name
 
@@ -84,8 +86,8 @@ def test_a_name_that_is_too_long_is_said_to_be():
         ("LavinMQ", "4.1.0", False),
     ],
 )
-def test_only_a_broker_that_is_known_to_keep_dead_letters_is_trusted(product, version, trusted):
-    """Others take the argument, and ignore it."""
+def test_only_brokers_that_support_at_least_once_are_accepted(product, version, trusted):
+    """Others accept the argument, and ignore it."""
     queue = wait_queue(TopologyOptions(queue_name="jobs"), 1000)
 
     if trusted:
@@ -103,8 +105,8 @@ def test_only_a_broker_that_is_known_to_keep_dead_letters_is_trusted(product, ve
         wait_queue(TopologyOptions(queue_name="jobs", unsafe_delay=True), 1000),
     ],
 )
-def test_whoever_promises_nothing_is_refused_nothing(queue):
-    """Queues of users, whatever they say, and wait queues whose risk is taken."""
+def test_other_queues_are_never_refused(queue):
+    """Queues of users, and wait queues with `unsafe_delay`."""
     refuse_lossy_wait_queue(queue, "RabbitMQ", "3.8.9")
 
 
@@ -112,11 +114,11 @@ def test_whoever_promises_nothing_is_refused_nothing(queue):
     ("queue", "advised"),
     [(Queue("jobs"), False), (wait_queue(TopologyOptions(queue_name="jobs"), 1000), True)],
 )
-def test_a_wait_queue_is_not_to_be_deleted_with_what_is_in_it(queue, advised):
-    """As other queues may be whose arguments are others on the broker."""
+def test_the_advice_for_an_unequal_wait_queue_keeps_its_messages(queue, advised):
+    """Other queues with different arguments can be deleted."""
     assert advised is ("run empty" in (queue.if_unequal or ""))
 
 
-def test_without_levels_there_are_no_wait_queues():
+def test_without_delays_there_are_no_wait_queues():
     """The default."""
     assert Topology(queues=(Queue("jobs"),)) == build_topology(TopologyOptions(queue_name="jobs"))
