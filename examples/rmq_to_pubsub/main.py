@@ -42,6 +42,9 @@ from aio_pika_batch.observer import DeadLettered, Origin, Settled
 KEY = "ordering-key"
 """The header that holds a message's ordering key; without it, a message has no order."""
 
+PAUSING = (GoogleAPICallError, PublishToPausedOrderingKeyException)
+"""Errors after which the client has paused the ordering key, or soon will."""
+
 # Pub/Sub takes no message that has neither data nor attributes.
 SAMPLES = [Publication(b"%d" % n, headers={KEY: f"customer-{n % 7}"}) for n in range(200)]
 SAMPLES += [Publication(b"news") for _ in range(50)]
@@ -50,7 +53,7 @@ SAMPLES[220] = Publication(b"")
 
 
 class Settings(BatchConsumerSettings):
-    """The library's settings with defaults of our own, and two more."""
+    """The library's settings with defaults of our own, and three more."""
 
     model_config = SettingsConfigDict(env_prefix="RMQ_TO_PUBSUB_")
 
@@ -66,6 +69,7 @@ class Settings(BatchConsumerSettings):
     requeue_delay_max: float = 60.0
     project: str = "example"
     topic: str = "outgoing"
+    max_latency: float = 0.01
 
 
 class Forwarder(BatchConsumer):
@@ -73,8 +77,8 @@ class Forwarder(BatchConsumer):
 
     settings: Settings
 
-    # A request with one bad message is refused as a whole: it is repeated in halves until the bad
-    # one stands alone, and then this holds for it.
+    # Pub/Sub refuses a request with one bad message as a whole. Without a key, it is repeated in
+    # halves until the bad one stands alone, and then this applies to it.
     exception_results = {InvalidArgument: MessageResult.NACK}  # noqa: RUF012
 
     samples: Sequence[Publication] = ()
@@ -83,7 +87,7 @@ class Forwarder(BatchConsumer):
         """Connect, and see that there is a topic."""
         self.publisher = pubsub_v1.PublisherClient(
             batch_settings=pubsub_v1.types.BatchSettings(
-                max_messages=self.settings.batch_size, max_latency=0.01
+                max_messages=self.settings.batch_size, max_latency=self.settings.max_latency
             ),
             # Without retries of its own: a retry is ours, and in order.
             publisher_options=pubsub_v1.types.PublisherOptions(
@@ -115,14 +119,18 @@ class Forwarder(BatchConsumer):
     async def process_messages(
         self, messages: Sequence[Message]
     ) -> AsyncIterator[tuple[Message, Result]]:
-        """Publish all at once, and tell what became of each."""
+        """Publish all at once, and yield a result for each."""
         outcomes = await self._publish(messages)
         refused: InvalidArgument | None = None
         for message, outcome in zip(messages, outcomes, strict=True):
-            if isinstance(outcome, InvalidArgument):
-                refused = outcome
-            else:
+            if not isinstance(outcome, InvalidArgument):
                 yield message, result_of(outcome)
+            elif ordering_key(message) and len(messages) > 1:
+                # Not in halves: if a message of one half must be tried again, the next half would
+                # overtake it. Tried again in place, each message waits for those before it.
+                yield message, Requeue("refused together with others of its key", delay=0)
+            else:
+                refused = outcome
         if refused is not None:
             raise refused
 
@@ -131,14 +139,15 @@ class Forwarder(BatchConsumer):
         pending = [asyncio.ensure_future(self._publish_one(message)) for message in messages]
         outcomes = await asyncio.gather(*pending, return_exceptions=True)
         key = ordering_key(messages[0])
-        if key and any(isinstance(outcome, GoogleAPICallError) for outcome in outcomes):
+        if key and any(isinstance(outcome, PAUSING) for outcome in outcomes):
             await self._resume(key)
         return outcomes
 
     async def _resume(self, key: str) -> None:
-        """Go on with a key: the client takes nothing more for it until it is told that we know.
+        """Resume a key: after a failure the client takes no more messages for it until then.
 
-        It pauses the key a moment after its messages have failed, and must not be told before.
+        Some versions of the client pause the key only after the futures of its messages have
+        failed, and refuse to resume a key that isn't paused yet.
         """
         while True:
             try:
@@ -178,10 +187,16 @@ def result_of(outcome: str | BaseException) -> Result:
             return MessageResult.ACK
         case MessageTooLargeError():
             return Nack(str(outcome))
-        case GoogleAPICallError() | PublishToPausedOrderingKeyException():
+        case GoogleAPICallError():
             # Away, overloaded, over its quota, without the topic or the permission: all of these
             # may pass, and none is the message's fault.
             return Requeue(f"{type(outcome).__name__} from Pub/Sub")
+        case PublishToPausedOrderingKeyException() | RuntimeError():
+            # An earlier request with this key failed while a batch was handed to the client. The
+            # client then refuses the rest (the first error) and cancels what it has not sent yet
+            # (the second). If this were raised, the rest would be handled again before the
+            # messages of the request that failed.
+            return Requeue("an earlier message with this ordering key failed")
         case _:
             raise outcome
 

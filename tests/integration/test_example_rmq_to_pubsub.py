@@ -130,10 +130,49 @@ async def test_a_batch_of_one_key_is_one_request(pubsub) -> None:
     """However many messages it holds, and in their order."""
     given = [make_message(b"%d" % n, headers={KEY: "k"}) for n in range(100)]
 
-    await process(forwarder(), given)
+    # Long enough to hand over a hundred messages, on any machine.
+    await process(forwarder(max_latency=1), given)
 
     [request] = pubsub.requests
     assert [each.body for each in given] == [each.data for each in request]
+
+
+async def test_a_failed_request_takes_along_what_the_client_has_not_sent_yet(
+    pubsub, monkeypatch
+) -> None:
+    """A batch that is handed over slowly becomes two requests; its order holds all the same."""
+    publish = pubsub_v1.PublisherClient.publish
+    given = [make_message(b"%d" % n, headers={KEY: "k"}) for n in range(10)]
+
+    def interrupted(client, topic, body, **more):
+        if body == b"4":  # the timer has sent the first four, and no answer has come
+            assert pubsub.waiting.wait(30)
+        future = publish(client, topic, body, **more)
+        if body == b"9":
+            pubsub.may_answer.set()
+        return future
+
+    monkeypatch.setattr(pubsub_v1.PublisherClient, "publish", interrupted)
+    pubsub.may_answer.clear()
+    pubsub.failures.append(grpc.StatusCode.UNAVAILABLE)
+    outcome = await process(forwarder(), given)
+
+    assert [each.body for each in given] == [each.data for each in pubsub.messages]
+    assert given == outcome.acked
+    assert [] == outcome.errors
+
+
+async def test_a_bad_message_among_failures_keeps_the_order_of_its_key(pubsub) -> None:
+    """Each message of the refused request is sent alone, and waits for those before it."""
+    bodies = [b"0", b"1", b"", b"3", b"4", b"5"]
+    given = [make_message(body, headers={KEY: "k"}) for body in bodies]
+    # The request as a whole is refused for its empty message; then the second message fails.
+    pubsub.failures.extend([None, None, grpc.StatusCode.UNAVAILABLE])
+
+    outcome = await process(forwarder(max_latency=0.1), given)
+
+    assert [b"0", b"1", b"3", b"4", b"5"] == [each.data for each in pubsub.messages]
+    assert [b""] == [each.body for each in outcome.dead_lettered]
 
 
 async def test_what_may_pass_is_tried_again(pubsub) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -36,11 +37,16 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc is not type
 
     Attributes:
         requests: What each request that was taken has brought, by topic.
-        failures: Status codes for the next requests to publish; then all is well again.
+        failures: Status codes for the next requests to publish, None for one that is taken; then
+            all is well again.
+        may_answer: While it is cleared, requests to publish wait.
+        waiting: Set once a request to publish has come.
     """
 
     requests: list[list[Any]] = field(default_factory=list)
-    failures: deque[grpc.StatusCode] = field(default_factory=deque)
+    failures: deque[grpc.StatusCode | None] = field(default_factory=deque)
+    may_answer: threading.Event = field(default_factory=threading.Event)
+    waiting: threading.Event = field(default_factory=threading.Event)
     _topics: set[str] = field(default_factory=set)
 
     @property
@@ -65,8 +71,10 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc is not type
         return topic
 
     def _publish(self, request: Any, context: Any) -> Any:
-        if self.failures:
-            context.abort(self.failures.popleft(), "as the test wants it")
+        self.waiting.set()
+        self.may_answer.wait()
+        if self.failures and (code := self.failures.popleft()) is not None:
+            context.abort(code, "as the test wants it")
         if request.topic not in self._topics:
             context.abort(grpc.StatusCode.NOT_FOUND, "no such topic")
         if not all(message.data or message.attributes for message in request.messages):
@@ -88,6 +96,7 @@ def _unary(behaviour: Callable[[Any, Any], Any], asked: Any, answered: Any) -> A
 def ours() -> Iterator[tuple[str, Service]]:
     """Run our server; gives what `PUBSUB_EMULATOR_HOST` must be, and its books."""
     service = Service()
+    service.may_answer.set()
     # One thread: requests are answered one after another, so their order is a fact.
     server = grpc.server(ThreadPoolExecutor(1))
     server.add_generic_rpc_handlers((service,))
@@ -96,6 +105,7 @@ def ours() -> Iterator[tuple[str, Service]]:
     try:
         yield f"{LOCALHOST}:{port}", service
     finally:
+        service.may_answer.set()
         server.stop(None).wait()
 
 
