@@ -6,10 +6,13 @@ A fault test that passes because the fault was never there is worse than none.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import select
 import subprocess
 import sys
+import tempfile
+import warnings
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -153,6 +156,33 @@ def test_where_there_is_no_broker_the_message_says_what_helps(
     monkeypatch.setattr(find, "_install_commands", lambda: None)
     with pytest.raises(find.NoBrokerError, match=r"(?s)Tried.*Do one of these"):
         find.choose()
+
+
+def test_a_docker_that_is_not_there_leaves_no_socket_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The collector's warning about one would fail a test, whichever ran just then."""
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", ResourceWarning)
+        gc.collect()
+        warned.clear()  # of what other tests have left
+        assert not shipped._docker_answers()
+        gc.collect()
+    assert [] == [str(each.message) for each in warned]
+
+
+def test_postgres_keeps_its_data_where_its_user_can_go(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Although TMPDIR is below a folder that only its owner may enter."""
+    closed = tmp_path / "closed"
+    (closed / "tmp").mkdir(parents=True)
+    closed.chmod(0o700)
+    monkeypatch.setattr(tempfile, "tempdir", str(closed / "tmp"))
+    with postgres._data_folder() as folder:
+        subprocess.run([*postgres._as_user(), "touch", str(folder / "data")], check=True)
+    assert not folder.exists()
 
 
 def test_a_postgres_named_by_url_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ _PATTERNS = (
     "opt/homebrew/opt/postgresql*/bin",
     "usr/local/opt/postgresql*/bin",
 )
+_SHARED_FOLDERS = ("/tmp", "/var/tmp")  # noqa: S108  -- the folder made there has its own name
 _START_TIMEOUT = 60  # seconds; an idle machine needs one
 
 
@@ -55,13 +56,8 @@ def postgres() -> Iterator[str]:
         yield url
         return
     programs = installed() or _installed_now()
-    # Not below pytest's own folder, into which nobody else may look.
-    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
-    try:
-        with _server(programs, folder) as url:
-            yield url
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with _data_folder() as folder, _server(programs, folder) as url:
+        yield url
 
 
 def installed() -> Path | None:
@@ -99,14 +95,45 @@ Do one of these:
 
 
 @contextmanager
+def _data_folder() -> Iterator[Path]:
+    """Make a folder that the server's user can reach, and delete it afterwards.
+
+    Not below pytest's own folder, and not always in `TMPDIR`: that may be in a checkout that only
+    root may enter.
+    """
+    for parent in (None, *_SHARED_FOLDERS):
+        if parent is not None and not Path(parent).is_dir():
+            continue
+        folder = Path(tempfile.mkdtemp(prefix="postgres-", dir=parent))
+        try:
+            if os.geteuid() == 0:
+                user = pwd.getpwnam(_USER)
+                os.chown(folder, user.pw_uid, user.pw_gid)
+            can_write = ["test", "-w", str(folder)]
+            if subprocess.run([*_as_user(), *can_write], cwd="/", check=False).returncode == 0:
+                yield folder
+                return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    raise NoPostgresError(
+        f"The user {_USER} can't reach any of {tempfile.gettempdir()}, {', '.join(_SHARED_FOLDERS)}"
+        f"; set {URL}, or TMPDIR to a folder that every user can reach"
+    )
+
+
+def _as_user() -> list[str]:
+    """Return what a command must be preceded by to run as the server's user."""
+    if os.geteuid() != 0:
+        return []
+    user = pwd.getpwnam(_USER)
+    who = [f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+    # A change of user makes the kernel forget whom the child is tied to; it is told again.
+    return ["setpriv", *who, "--pdeathsig=KILL"]
+
+
+@contextmanager
 def _server(programs: Path, folder: Path) -> Iterator[str]:
-    as_user: list[str] = []
-    if os.geteuid() == 0:
-        user = pwd.getpwnam(_USER)
-        os.chown(folder, user.pw_uid, user.pw_gid)
-        who = [f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
-        # A change of user makes the kernel forget whom the child is tied to; it is told again.
-        as_user = ["setpriv", *who, "--pdeathsig=KILL"]
+    as_user = _as_user()
     data, log = folder / "data", folder / "log"
     # Not the locale of whoever runs the tests: it may not be installed.
     how = ["-U", _USER, "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ SERVER = "AIO_PIKA_BATCH_TEST_SERVER"
 
 _IMAGE = "rabbitmq:4"
 _AMQP_PORT = 5672
+_DOCKER_SOCKET = "unix:///var/run/docker.sock"
 _FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
 # Debian's and Fedora's command on the PATH changes user; the script that it calls does not.
 _UNWRAPPED = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
@@ -150,6 +152,11 @@ def _docker_answers() -> bool:
     """Ask the daemon: a ``docker`` command on PATH proves nothing."""
     if find_spec("docker") is None or find_spec("testcontainers") is None:
         return False
+    host = os.environ.get("DOCKER_HOST") or _DOCKER_SOCKET
+    # The client leaks its socket where nobody listens, and the garbage collector would then warn
+    # in the middle of a test, whichever that is.
+    if host.startswith("unix://") and not _listens(host.removeprefix("unix://")):
+        return False
     import docker
 
     try:
@@ -160,3 +167,12 @@ def _docker_answers() -> bool:
             client.close()
     except Exception:  # noqa: BLE001  -- whatever went wrong, there is no Docker to be used
         return False
+
+
+def _listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True
