@@ -10,6 +10,7 @@ for being slow, since a busy machine says nothing about the code.
 
 from __future__ import annotations
 
+import signal
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
@@ -47,6 +48,16 @@ settings.load_profile("project")
 _UNIT = Path(__file__).parent / "unit"
 _SOURCE = pytest.StashKey[BrokerSource | NoBrokerError]()
 _LEFT_OUT = pytest.StashKey[str]()
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the programs that tests start, even if this run is a background job.
+
+    A shell without job control starts background jobs with SIGINT ignored, and children inherit
+    that. A signal that is handled here has its default effect in a child.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,14 +7,17 @@ hour's sleep takes no time, and what would hang is an error that says what it wa
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
+from aio_pika_batch.cli.logging import CLIENTS
 from aio_pika_batch.testing.virtual_time import VirtualTimeLoop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -28,3 +31,19 @@ async def virtual_loop() -> VirtualTimeLoop:
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualTimeLoop)
     return loop
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Undo what a test's command line configures: its handler would outlive the test's stderr."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    if root.handlers != handlers or root.level != level:
+        root.handlers[:] = [each for each in root.handlers if each in handlers]
+        root.setLevel(level)
+        logging.captureWarnings(capture=False)
+        for name in CLIENTS:
+            logging.getLogger(name).setLevel(logging.NOTSET)
+        if "structlog" in sys.modules:
+            sys.modules["structlog"].reset_defaults()

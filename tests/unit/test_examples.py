@@ -7,7 +7,6 @@ there: nothing on `memory://` needs it.
 from __future__ import annotations
 
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,17 +22,26 @@ del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
+# From within, since an example may be over by the time that a busy machine sends it a signal.
+INTERRUPTED = """
+import builtins, signal
+def print_and_interrupt(*arguments, **more):
+    builtins.print = print_only
+    print_only(*arguments, **more)
+    signal.raise_signal(signal.SIGINT)
+print_only, builtins.print = print, print_and_interrupt
+"""
 
-def command(name: str, *arguments: str) -> list[str]:
-    """How to run an example."""
-    main = str(EXAMPLES / name / "main.py")
-    return [sys.executable, "-u", "-c", WITHOUT_AIO_PIKA, main, *arguments]
 
-
-def output(name: str, *arguments: str) -> str:
+def output(name: str, *arguments: str, how: str = WITHOUT_AIO_PIKA) -> str:
     """What an example prints; it must say nothing on stderr and end well."""
+    main = str(EXAMPLES / name / "main.py")
     done = subprocess.run(
-        command(name, *arguments), capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", how, main, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert (0, "") == (done.returncode, done.stderr)
     return done.stdout
@@ -68,16 +76,8 @@ def test_fan_in_writes_every_event_once(way: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("name", ["simple", "batch", "fan_in"])
 def test_an_interrupted_example_stops_cleanly(name: str) -> None:
-    """Ctrl-C drains: no traceback, exit code 0, whether it was in time or too late to matter."""
-    with subprocess.Popen(
-        command(name), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
-        assert running.stdout is not None
-        assert running.stdout.readline()
-        running.send_signal(signal.SIGINT)
-        _, errors = running.communicate(timeout=60)
-
-    assert (0, "") == (running.returncode, errors)
+    """Ctrl-C at its first line drains: no traceback, exit code 0."""
+    assert output(name, how=INTERRUPTED + WITHOUT_AIO_PIKA)
 
 
 @pytest.mark.parametrize(
