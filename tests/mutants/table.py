@@ -324,14 +324,14 @@ REPAIR = (
         "queue_browser.py",
         "count = min(left, AT_ONCE)",
         "count, self.ready = AT_ONCE, 10**6",
-        (f"{_REPAIR}::test_what_dies_again_meanwhile_is_not_sent_in_circles",),
+        (f"{_REPAIR}::test_letters_that_die_again_meanwhile_are_not_replayed_again",),
     ),
     Mutant(
         "Letters are looked at until their queue drops them.",
         "core/dead_letter.py",
         "SPARE_DELIVERIES = 5",
         "SPARE_DELIVERIES = -1",
-        (f"{_REPAIR}::test_a_letter_is_not_looked_at_until_it_is_dropped",),
+        (f"{_REPAIR}::test_looking_stops_before_the_delivery_limit",),
     ),
     Mutant(
         "Looking costs a delivery where it need not.",

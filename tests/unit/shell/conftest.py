@@ -1,4 +1,4 @@
-"""What every test of the shell gets: a broker in memory, and nothing that is left behind."""
+"""Fixtures of the shell's tests: an in-memory broker, and a check that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.unit.shell.helpers import QueueBroker
 
 @pytest.fixture(autouse=True)
 async def complaints():
-    """Neither exceptions that nobody retrieved, nor tasks that nobody waits for."""
+    """Check that no exception stays unretrieved, and that no task is left."""
     before = asyncio.all_tasks()
     heard: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context))
@@ -34,7 +34,7 @@ async def rabbit():
 
 @pytest.fixture
 def jitter(monkeypatch):
-    """Full jitter that always comes out at its longest; tests may set another number."""
+    """Full jitter that always takes its maximum; tests may set another number."""
     chosen = [1.0]
     monkeypatch.setattr(random, "random", lambda: chosen[0])
     return chosen

@@ -1,4 +1,4 @@
-"""What does a test of the shell stand on? A queue, and a consumer that notes what it was given."""
+"""Helpers for tests of the shell: settings, handlers, recording consumers, and a broker."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ REQUEUE, REQUEUE_IMMEDIATE = MessageResult.REQUEUE, MessageResult.REQUEUE_IMMEDI
 
 
 def settings(**given: Any) -> BatchConsumerSettings:
-    """Settings that do not depend on where the tests run."""
+    """Return settings that do not depend on the environment."""
     return BatchConsumerSettings(
         _env_file=None, **{"url": "memory://", "queue_name": QUEUE} | given
     )
 
 
 def bodies(messages: Sequence[Message]) -> list[bytes]:
-    """What messages say."""
+    """Return the bodies of messages."""
     return [message.body for message in messages]
 
 
 def numbered(count: int, first: int = 0) -> list[bytes]:
-    """Bodies b"0", b"1", …."""
+    """Return bodies b"0", b"1", …."""
     return [b"%d" % number for number in range(first, first + count)]
 
 
 async def ack(messages: Sequence[Message]) -> AsyncIterator[Any]:
-    """Everything went well."""
+    """ACK every message."""
     for _ in messages:
         yield ACK
 
 
 def answering(*yields: object, error: BaseException | None = None) -> Callable[..., Any]:
-    """A handler that yields these, and then raises."""
+    """Return a handler that yields these results, and then raises."""
 
     async def answer(messages: Sequence[Message]) -> AsyncIterator[Any]:
         for each in yields:
@@ -60,7 +60,7 @@ def answering(*yields: object, error: BaseException | None = None) -> Callable[.
 
 
 def first_then(*handlers: Callable[..., Any]) -> Callable[..., Any]:
-    """One handler for the first batch, one for the second, and so on; the last one stays."""
+    """Return a handler that uses one handler for each batch, in order; the last one stays."""
     left = list(handlers)
 
     def answer(messages: Sequence[Message]) -> Any:
@@ -70,7 +70,7 @@ def first_then(*handlers: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def taking(seconds: float, then: Callable[..., Any] = ack) -> Callable[..., Any]:
-    """A handler that takes its time."""
+    """Return a handler that sleeps first."""
 
     async def answer(messages: Sequence[Message]) -> AsyncIterator[Any]:
         await asyncio.sleep(seconds)
@@ -81,12 +81,12 @@ def taking(seconds: float, then: Callable[..., Any] = ack) -> Callable[..., Any]
 
 
 class RecordingConsumer(BatchConsumer):
-    """Answers as it is told, and notes when it was given what.
+    """Runs the given handler, and records what it gets.
 
     Attributes:
         batches: The bodies of each batch.
-        times: When each came.
-        messages: All of them.
+        times: When each batch came.
+        messages: All messages.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class RecordingConsumer(BatchConsumer):
 
 
 class SingleConsumer(Consumer):
-    """One at a time, as it is told."""
+    """A `Consumer` that runs the given handler."""
 
     def __init__(self, answer: Callable[[Message], Any], *, transport: Any, **given: Any) -> None:
         given = {"url": "memory://", "queue_name": QUEUE} | given
@@ -128,7 +128,7 @@ class SingleConsumer(Consumer):
 
 
 class EventRecorder(Observer):
-    """Notes every event, as (origin, event)."""
+    """Records every event, as (origin, event)."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[Any, Any]] = []
@@ -142,12 +142,12 @@ class EventRecorder(Observer):
     breaker_opened = breaker_probing = breaker_closed = _note
 
     def of(self, kind: type) -> list[Any]:
-        """The events of one kind."""
+        """Return the events of one type."""
         return [event for _, event in self.seen if type(event) is kind]
 
 
 class QueueBroker(BatchBroker):
-    """A broker whose tests are about one queue."""
+    """A BatchBroker whose methods use one queue by default."""
 
     def declare(self, queue: str = QUEUE, **arguments: Any) -> None:
         """Declare a durable queue."""
@@ -159,17 +159,17 @@ class QueueBroker(BatchBroker):
             assert self.broker.put(queue, body, **how)
 
     def waiting(self, queue: str = QUEUE) -> list[bytes]:
-        """What waits in a queue."""
+        """Return the bodies that wait in a queue."""
         return [message.body for message in self.broker.ready(queue)]
 
     def unsettled(self, queue: str = QUEUE) -> list[bytes]:
-        """What is handed out, and not settled."""
+        """Return the bodies that are delivered and not settled."""
         return [message.body for message in self.broker.unacked(queue)]
 
     def times(self, *kinds: Any) -> list[float]:
-        """When something happened."""
+        """Return when events happened."""
         return [event.at for event in self.broker.journal.of(*kinds)]
 
     def counts(self, *kinds: Any, queue: str | None = None) -> Counter[bytes]:
-        """How often something happened to each message, by its body."""
+        """Count the events of each message, by its body."""
         return Counter(event.body for event in self.broker.journal.of(*kinds, queue=queue))

@@ -1,5 +1,5 @@
-"""A transport that does as it is told, where no broker would: a cancel that never returns, a settle
-that raises, outcomes in a sequence of one's choice, a session that ends by itself.
+"""A transport that does what a test scripts, where no broker would: a cancel that never returns, a
+settle that raises, any sequence of outcomes, or a session that ends by itself.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from tests.unit.core.strategies import StubSource
 
 
 async def at_once(*_: object) -> None:
-    """Nothing to wait for."""
+    """Return at once."""
 
 
 async def never(*_: object) -> None:
-    """Wait for what does not come."""
+    """Wait forever."""
     await asyncio.get_running_loop().create_future()
 
 
 def raising(error: BaseException) -> Callable[..., Awaitable[None]]:
-    """A step that fails."""
+    """Return a step that raises an error."""
 
     async def fail(*_: object) -> None:
         raise error
@@ -34,7 +34,7 @@ def raising(error: BaseException) -> Callable[..., Awaitable[None]]:
 
 
 class ScriptedSession:
-    """Hands out what it is fed."""
+    """Delivers what a test feeds to it."""
 
     def __init__(self, script: ScriptedTransport) -> None:
         self._script = script
@@ -53,7 +53,7 @@ class ScriptedSession:
         self._inbox.put_nowait(messages)
 
     def end(self, error: BaseException | None = None) -> None:
-        """End it from the broker's side."""
+        """End the session, as the broker would."""
         self._inbox.put_nowait(error)
 
     async def __aiter__(self):
@@ -111,20 +111,20 @@ class ScriptedTransport:
         self.on_publisher_leave: Callable[..., Awaitable[None]] = at_once
 
     def note(self, what: str, details: object = None) -> None:
-        """Enter a call."""
+        """Record a call."""
         self.calls.append((asyncio.get_running_loop().time(), what, details))
 
     @property
     def steps(self) -> list[str]:
-        """What was asked of it."""
+        """The names of all calls so far."""
         return [what for _, what, _ in self.calls]
 
     def times(self, step: str) -> list[float]:
-        """When a step was asked for."""
+        """Return the times of the calls of a step."""
         return [time for time, what, _ in self.calls if what == step]
 
     def details(self, step: str) -> list[Any]:
-        """How it was asked for."""
+        """Return the details of the calls of a step."""
         return [details for _, what, details in self.calls if what == step]
 
     @property

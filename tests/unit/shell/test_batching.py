@@ -1,4 +1,4 @@
-"""When is a batch handed over, and what is in it?"""
+"""When batches are cut, and which messages they contain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.unit.shell.helpers import EventRecorder, RecordingConsumer, numbered,
 
 
 async def test_a_full_batch_is_handed_over_at_once(rabbit):
-    """`batch_size` messages do not wait; what is left over waits for its own time."""
+    """`batch_size` messages do not wait; the remaining ones wait for their own timeout."""
     rabbit.put(*numbered(7))
     recorder = EventRecorder()
     async with RecordingConsumer(
@@ -28,8 +28,8 @@ async def test_a_full_batch_is_handed_over_at_once(rabbit):
     assert [0, 0, 5] == [event.waited for event in recorder.of(BatchCut)]
 
 
-async def test_the_age_of_a_batch_runs_from_its_own_first_message(rabbit):
-    """Not from the start, not from the last batch, and no later message makes it younger."""
+async def test_the_age_of_a_batch_counts_from_its_first_message(rabbit):
+    """Not from the start or the last batch, and a later message does not reset it."""
     async with RecordingConsumer(
         transport=rabbit.transport, batch_size=3, batch_timeout=5
     ) as consumer:
@@ -46,8 +46,8 @@ async def test_the_age_of_a_batch_runs_from_its_own_first_message(rabbit):
     assert [7, 16] == consumer.times
 
 
-async def test_a_batch_goes_on_growing_while_nobody_is_free(rabbit):
-    """It is cut when a handler is free, with what has come by then, due long ago or not."""
+async def test_a_batch_grows_while_no_handler_slot_is_free(rabbit):
+    """It is cut when a slot is free, with all messages so far, even if it was due long before."""
     recorder = EventRecorder()
     consumer = RecordingConsumer(
         taking(10), transport=rabbit.transport, observers=[recorder], batch_size=5, batch_timeout=1
@@ -66,8 +66,8 @@ async def test_a_batch_goes_on_growing_while_nobody_is_free(rabbit):
     assert [1, 9] == [event.waited for event in recorder.of(BatchCut)]
 
 
-async def test_a_batch_is_cut_at_what_prefetch_allows(rabbit):
-    """A batch that can never be full does not wait for the time-out."""
+async def test_a_batch_is_cut_when_prefetch_is_exhausted(rabbit):
+    """A batch that can never be full does not wait for its timeout."""
     rabbit.put(*numbered(8))
     recorder = EventRecorder()
     async with RecordingConsumer(
@@ -82,8 +82,8 @@ async def test_a_batch_is_cut_at_what_prefetch_allows(rabbit):
         assert {Trigger.PREFETCH} == {event.trigger for event in recorder.of(BatchCut)}
 
 
-async def test_what_is_in_a_handlers_hands_counts_against_prefetch(rabbit):
-    """Two handlers, a prefetch of six, batches of four: the second gets the two that remain."""
+async def test_messages_in_handlers_count_against_prefetch(rabbit):
+    """Two handlers, a prefetch of six, batches of four: the second gets the remaining two."""
     rabbit.put(*numbered(8))
     async with RecordingConsumer(
         taking(10),
@@ -97,8 +97,8 @@ async def test_what_is_in_a_handlers_hands_counts_against_prefetch(rabbit):
         assert [numbered(4), numbered(2, 4)] == consumer.batches
 
 
-async def test_without_a_limit_nothing_but_time_cuts_a_short_batch(rabbit):
-    """`prefetch_count=0` is no limit, and can never be reached."""
+async def test_without_a_prefetch_limit_only_the_timeout_cuts_a_short_batch(rabbit):
+    """`prefetch_count=0` means no limit, and can never be exhausted."""
     rabbit.put(*numbered(20))
     async with RecordingConsumer(
         transport=rabbit.transport, batch_size=100, prefetch_count=0, batch_timeout=60
@@ -109,8 +109,8 @@ async def test_without_a_limit_nothing_but_time_cuts_a_short_batch(rabbit):
         assert [numbered(20)] == consumer.batches
 
 
-async def test_left_unset_prefetch_lets_one_batch_fill_while_others_are_handled(rabbit):
-    """`batch_size × (concurrency + 1)` messages are fetched, and no more."""
+async def test_the_default_prefetch_lets_one_batch_fill_while_others_are_handled(rabbit):
+    """It is `batch_size × (concurrency + 1)`."""
     rabbit.put(*numbered(100))
     async with RecordingConsumer(
         taking(10), transport=rabbit.transport, batch_size=20, concurrency=2
@@ -122,8 +122,8 @@ async def test_left_unset_prefetch_lets_one_batch_fill_while_others_are_handled(
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
-async def test_messages_come_oldest_first_and_each_once(rabbit, size):
-    """Whatever the batches' size."""
+async def test_messages_come_in_order_and_once(rabbit, size):
+    """Whatever the size of the batches."""
     rabbit.put(*numbered(17))
     async with RecordingConsumer(transport=rabbit.transport, batch_size=size) as consumer:
         await asyncio.sleep(6)
@@ -131,8 +131,8 @@ async def test_messages_come_oldest_first_and_each_once(rabbit, size):
     assert all(0 < len(batch) <= size for batch in consumer.batches)
 
 
-async def test_a_stop_hands_over_what_was_being_collected(rabbit):
-    """Nobody waits for the time-out of a batch that cannot grow any more."""
+async def test_a_stop_hands_over_the_buffered_messages(rabbit):
+    """A batch that can no longer grow does not wait for its timeout."""
     recorder = EventRecorder()
     rabbit.put(*numbered(3))
     consumer = RecordingConsumer(transport=rabbit.transport, observers=[recorder], batch_timeout=60)

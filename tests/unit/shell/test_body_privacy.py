@@ -1,6 +1,7 @@
-"""Does what a message says stay where it belongs, whatever goes wrong with it?
+"""Message bodies appear nowhere but in the handler, whatever goes wrong.
 
-A body is its publisher's business and its handler's. The library hands it on; it writes it nowhere.
+A body is the business of its publisher and its handler. The library passes it on, and writes it
+nowhere.
 """
 
 from __future__ import annotations
@@ -29,55 +30,55 @@ NEEDLES = ("B0DY", "0rder", "c0nfidential", repr(BODY)[2:-1])
 
 
 def fails(messages):
-    """A handler that does what handlers do when they fail."""
+    """A handler that fails in a common way."""
     raise RuntimeError(f"cannot write {messages[0]!r}")
 
 
 async def failing(messages):
-    """The same, in a generator."""
+    """The same in a generator."""
     fails(messages)
     yield ACK
 
 
 async def yields_the_body(messages):
-    """A mistake that is easily made."""
+    """A common mistake."""
     for message in messages:
         yield message.body
 
 
 async def yields_a_pair(messages):
-    """Another one."""
+    """Another common mistake."""
     for message in messages:
         yield message, message.body
 
 
 async def yields_a_key(messages):
-    """The message's name for the message."""
+    """Yields the body instead of the message."""
     for message in messages:
         yield message.body, ACK
 
 
 async def gives_a_wrong_reason(messages):
-    """What is no reason."""
+    """Passes a reason that is not a string."""
     for message in messages:
         yield Nack(message.body)
 
 
 async def gives_a_wrong_delay(messages):
-    """What is no delay."""
+    """Passes a delay that is not a number."""
     for message in messages:
         yield Requeue(delay=message.body)
 
 
 async def reads_json(messages):
-    """The body is none."""
+    """Decodes a body that is not JSON."""
     for message in messages:
         message.json()
         yield ACK
 
 
 async def chains(messages):
-    """As `reads_json`, with an exception of its own around it."""
+    """As `reads_json`, and raises another exception from it."""
     try:
         messages[0].json()
     except ValueError as error:
@@ -87,13 +88,13 @@ async def chains(messages):
 
 
 async def requeues_text(messages):
-    """A result that is none."""
+    """Yields an invalid result."""
     for message in messages:
         yield message.body.decode(errors="replace")
 
 
 def shown(caplog, recorder, letters, consumer):
-    """All that was said and written."""
+    """Return everything that was logged or written."""
     texts = [caplog.text, repr(consumer), repr(consumer.status())]
     texts += [repr(vars(record)) for record in caplog.records]
     texts += [repr(event) for _, event in recorder.seen]
@@ -127,8 +128,8 @@ def shown(caplog, recorder, letters, consumer):
         (taking(60), {"process_timeout": 1}),
     ],
 )
-async def test_a_body_is_written_nowhere_else(rabbit, caplog, answer, given):
-    """Not into logs at any level, headers, events' representations, errors or snapshots."""
+async def test_a_body_is_not_logged_or_stored_elsewhere(rabbit, caplog, answer, given):
+    """Not in logs at any level, headers, representations of events, errors or snapshots."""
     caplog.set_level(logging.DEBUG)
     recorder = EventRecorder()
     rabbit.declare("dead")
@@ -150,8 +151,8 @@ async def test_a_body_is_written_nowhere_else(rabbit, caplog, answer, given):
     assert answer is ack or [BODY] == [letter.body for letter in rabbit.broker.ready("dead")]
 
 
-async def test_what_a_handler_says_of_a_body_is_cut(rabbit, caplog):
-    """An exception's text is its author's. A dead letter has 1 KiB of it, a line of the log 4."""
+async def test_the_text_of_a_handlers_exception_is_truncated(rabbit, caplog):
+    """A dead letter contains 1 KiB of it, a log line 4 KiB."""
     body = b"b" * 1_000_000
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "#", kind="fanout")
@@ -173,5 +174,5 @@ async def test_what_a_handler_says_of_a_body_is_cut(rabbit, caplog):
 
 
 def test_a_publication_does_not_show_its_body():
-    """Its representation ends up in logs."""
+    """Its representation may end up in logs."""
     assert "B0DY" not in repr([Publication(BODY, routing_key="q")])

@@ -1,4 +1,4 @@
-"""When too many messages fail, does a worker pause, and does it come back by itself?"""
+"""The circuit breaker: when a worker pauses, and how it resumes."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ BREAKER = {
 
 
 def now():
-    """The time."""
+    """The current time."""
     return asyncio.get_running_loop().time()
 
 
 def always(result):
-    """A handler with one answer."""
+    """A handler with one result."""
 
     async def answer(messages):
         for _ in messages:
@@ -63,17 +63,17 @@ async def failing(messages):
 
 
 def state(consumer):
-    """What its first worker is doing."""
+    """The state of the first worker."""
     return consumer.status().workers[0].state
 
 
 def opened(recorder):
-    """When a breaker opened, as (failed, samples, pause)."""
+    """All openings of a breaker, as (failed, samples, pause)."""
     return [(each.failed, each.samples, each.pause) for each in recorder.of(BreakerOpened)]
 
 
-async def test_a_trip_cancels_finishes_returns_and_comes_back(jitter):
-    """In this order; all that was not started goes back by one nack; one message at a time then."""
+async def test_an_opening_breaker_cancels_drains_returns_and_probes(jitter):
+    """In this order. One nack returns all unstarted messages, then probes get one at a time."""
     script = ScriptedTransport()
     recorder = EventRecorder()
     consumer = RecordingConsumer(
@@ -119,7 +119,7 @@ async def test_a_trip_cancels_finishes_returns_and_comes_back(jitter):
 
 
 async def test_an_outage_costs_one_attempt_for_each_pause(rabbit, jitter):
-    """Pauses grow while it lasts; after it everything is handled, and nothing is lost."""
+    """Pauses grow during the outage. Afterwards everything is handled, and nothing is lost."""
     down_until = 385
     recorder = EventRecorder()
     rabbit.put(*numbered(40))
@@ -160,8 +160,8 @@ async def test_an_outage_costs_one_attempt_for_each_pause(rabbit, jitter):
     ],
     ids=["raises", "requeues", "immediately", "nacks by default", "ends early", "late", "nonsense"],
 )
-async def test_whatever_fails_counts(rabbit, jitter, handler, given):
-    """And is the reason to pause."""
+async def test_every_kind_of_failure_counts(rabbit, jitter, handler, given):
+    """Each makes the breaker open."""
     rabbit.put(*numbered(20))
     consumer = RecordingConsumer(handler, transport=rabbit.transport, **BREAKER | given)
     async with consumer:
@@ -172,8 +172,8 @@ async def test_whatever_fails_counts(rabbit, jitter, handler, given):
 
 
 @pytest.mark.parametrize("result", [ACK, NACK])
-async def test_a_verdict_on_a_message_does_not(rabbit, result):
-    """A handler that NACKs has done its work."""
+async def test_a_nack_does_not_count_as_a_failure(rabbit, result):
+    """A handler that NACKs a message has judged the message, not the database."""
     rabbit.put(*numbered(20))
     consumer = RecordingConsumer(always(result), transport=rabbit.transport, **BREAKER)
     async with consumer:
@@ -182,7 +182,7 @@ async def test_a_verdict_on_a_message_does_not(rabbit, result):
     assert [] == rabbit.waiting()
 
 
-async def test_neither_does_an_exception_that_stands_for_a_verdict(rabbit):
+async def test_an_exception_mapped_to_nack_does_not_count(rabbit):
     """`exception_results` says that it is the message's fault."""
 
     class Strict(RecordingConsumer):
@@ -195,8 +195,8 @@ async def test_neither_does_an_exception_that_stands_for_a_verdict(rabbit):
     assert [] == rabbit.waiting()
 
 
-async def test_an_exception_that_stands_for_success_is_one(rabbit, jitter):
-    """It closes a breaker, too: nobody cares how the handler said so."""
+async def test_an_exception_mapped_to_ack_counts_as_a_success(rabbit, jitter):
+    """It closes a breaker, too."""
 
     class Idempotent(RecordingConsumer):
         exception_results: ClassVar = {KeyError: ACK}
@@ -213,8 +213,8 @@ async def test_an_exception_that_stands_for_success_is_one(rabbit, jitter):
     assert [] == rabbit.waiting()
 
 
-async def test_what_was_before_the_window_does_not_count(rabbit, jitter):
-    """A good morning is no excuse."""
+async def test_results_before_the_window_do_not_count(rabbit, jitter):
+    """Old successes do not outweigh new failures."""
     rabbit.put(*numbered(100))
     recorder = EventRecorder()
     consumer = RecordingConsumer(
@@ -228,7 +228,7 @@ async def test_what_was_before_the_window_does_not_count(rabbit, jitter):
         assert [(4, 4, 30)] == opened(recorder)
 
 
-async def test_a_share_below_the_threshold_does_not(rabbit, jitter):
+async def test_a_share_of_failures_below_the_threshold_does_not_open(rabbit, jitter):
     """One in four fails, and half of them may."""
     rabbit.put(*numbered(40))
 
@@ -243,7 +243,7 @@ async def test_a_share_below_the_threshold_does_not(rabbit, jitter):
 
 
 async def test_a_probe_that_is_neither_success_nor_failure_is_followed_by_another(rabbit, jitter):
-    """A NACK shows nothing: the worker goes on with one message at a time."""
+    """A NACK proves nothing, so the worker continues with one message at a time."""
     recorder = EventRecorder()
     rabbit.put(*numbered(8))
     consumer = RecordingConsumer(
@@ -261,14 +261,14 @@ async def test_a_probe_that_is_neither_success_nor_failure_is_followed_by_anothe
 
 
 async def slowly_failing(messages):
-    """A failure each second."""
+    """A handler that fails once per second."""
     for _ in messages:
         await asyncio.sleep(1)
         yield REQUEUE_IMMEDIATE
 
 
-async def test_what_is_settled_early_counts_early(rabbit):
-    """The breaker opens in mid-batch; the batch goes on to its end, and all of it is settled."""
+async def test_early_settlements_count_at_once(rabbit):
+    """A NACK proves nothing, so the worker goes on with one message at a time."""
     recorder = EventRecorder()
     rabbit.put(*numbered(12))
     consumer = RecordingConsumer(
@@ -291,8 +291,8 @@ async def test_what_is_settled_early_counts_early(rabbit):
     assert [] == recorder.of(Lost)
 
 
-async def test_what_is_settled_early_counts_once(rabbit):
-    """Not again at the end of its batch."""
+async def test_early_settlements_count_once(rabbit):
+    """Not again at the end of the batch."""
     rabbit.put(*numbered(3))
     consumer = RecordingConsumer(
         first_then(slowly_failing, ack),
@@ -305,8 +305,8 @@ async def test_what_is_settled_early_counts_once(rabbit):
         assert WorkerState.CONSUMING is state(consumer)
 
 
-async def test_a_culprit_that_is_found_alone_counts_alone(rabbit):
-    """The others of its batch have succeeded, on their own."""
+async def test_an_isolated_culprit_counts_as_one_failure(rabbit):
+    """The other messages of its batch have succeeded."""
     recorder = EventRecorder()
     rabbit.put(*numbered(8))
 
@@ -329,8 +329,8 @@ async def test_a_culprit_that_is_found_alone_counts_alone(rabbit):
     assert [] == opened(recorder)
 
 
-async def test_what_is_retried_in_place_counts_and_goes_back_in_a_pause(rabbit, jitter):
-    """With `ordered_by_key` a failure is held; in a pause nothing is, and the order stays."""
+async def test_in_place_retries_count_and_go_back_during_a_pause(rabbit, jitter):
+    """With `ordered_by_key` failures are held; during a pause they go back, and the order stays."""
     recorder = EventRecorder()
 
     class Ordered(RecordingConsumer):
@@ -358,8 +358,8 @@ async def test_what_is_retried_in_place_counts_and_goes_back_in_a_pause(rabbit, 
     assert [0, 2, 4, 6, 8, 10] == [each for each in went_well if not each % 2]
 
 
-async def test_off_by_default(rabbit, jitter):
-    """A consumer that nobody told otherwise goes on failing."""
+async def test_the_breaker_is_off_by_default(rabbit, jitter):
+    """A consumer without breaker settings keeps failing."""
     rabbit.put(*numbered(40))
     async with RecordingConsumer(
         failing, transport=rabbit.transport, max_requeue_attempts=1
@@ -369,8 +369,8 @@ async def test_off_by_default(rabbit, jitter):
     assert 80 == len(consumer.handled)
 
 
-async def test_between_pause_and_probe_and_after_it_a_worker_is_well(jitter):
-    """Opening a session takes time; nothing is wrong meanwhile."""
+async def test_a_worker_is_healthy_while_it_opens_sessions_for_and_after_a_probe(jitter):
+    """Opening a session takes time, and is not a fault."""
     script = ScriptedTransport()
     consumer = RecordingConsumer(
         first_then(failing, ack), transport=script, prefetch_count=20, **BREAKER
@@ -392,8 +392,8 @@ async def test_between_pause_and_probe_and_after_it_a_worker_is_well(jitter):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_what_comes_while_a_successful_probe_is_cancelled_is_handled(jitter, fails):
-    """All is well again, so it need not go back; should it fail, the breaker opens anew."""
+async def test_messages_that_come_while_a_successful_probe_ends_are_handled(jitter, fails):
+    """They need not go back. If they fail, the breaker opens again."""
     script = ScriptedTransport()
     recorder = EventRecorder()
     consumer = RecordingConsumer(
@@ -423,8 +423,8 @@ async def test_what_comes_while_a_successful_probe_is_cancelled_is_handled(jitte
 # --- each worker for itself ---------------------------------------------------------
 
 
-async def test_a_pause_is_one_workers_own(jitter):
-    """The others go on."""
+async def test_a_pause_affects_one_worker_only(jitter):
+    """The other workers continue."""
     script = ScriptedTransport()
     consumer = RecordingConsumer(
         first_then(failing, ack), transport=script, num_workers=2, prefetch_count=20, **BREAKER
@@ -441,8 +441,8 @@ async def test_a_pause_is_one_workers_own(jitter):
     assert [numbered(4), numbered(4, 20)] == consumer.batches
 
 
-async def test_batches_at_work_finish_before_anything_is_returned():
-    """They are settled as they say, and nothing new is begun meanwhile."""
+async def test_running_batches_finish_before_messages_are_returned():
+    """They are settled with their results, and no new batch starts."""
     script = ScriptedTransport()
     consumer = RecordingConsumer(
         first_then(taking(10), always(REQUEUE_IMMEDIATE)),
@@ -466,8 +466,8 @@ async def test_batches_at_work_finish_before_anything_is_returned():
         assert [4, 4] == [len(batch) for batch in consumer.batches]
 
 
-async def test_a_late_success_of_a_batch_at_work_does_not_end_the_pause(rabbit, jitter):
-    """It was begun before; a probe will tell."""
+async def test_a_late_success_of_a_running_batch_does_not_end_the_pause(rabbit, jitter):
+    """The batch had started before the pause; only a probe ends it."""
     rabbit.put(*numbered(20))
     consumer = RecordingConsumer(
         first_then(taking(10), always(REQUEUE)),
@@ -485,7 +485,7 @@ async def test_a_late_success_of_a_batch_at_work_does_not_end_the_pause(rabbit, 
 
 @pytest.mark.parametrize("after", [0.5, 29])
 async def test_a_stop_ends_a_pause_at_once(rabbit, jitter, after):
-    """And leaves everything in the queue."""
+    """All messages stay in the queue."""
     recorder = EventRecorder()
     rabbit.put(*numbered(20))
     consumer = RecordingConsumer(
@@ -500,8 +500,8 @@ async def test_a_stop_ends_a_pause_at_once(rabbit, jitter, after):
     assert set(numbered(20)) == set(rabbit.waiting())
 
 
-async def test_a_stop_while_the_buffer_is_on_its_way_back_has_its_own_deadline():
-    """A handler without an end is cut off, as in any drain."""
+async def test_a_stop_while_the_breaker_drains_has_its_own_deadline():
+    """A handler that does not end is cut off, as in any drain."""
     script = ScriptedTransport()
     consumer = RecordingConsumer(
         first_then(taking(3600), always(REQUEUE_IMMEDIATE)),
@@ -526,8 +526,8 @@ async def test_a_stop_while_the_buffer_is_on_its_way_back_has_its_own_deadline()
 
 
 @pytest.mark.parametrize("step", ["on_cancel", "on_settle"])
-async def test_a_silent_broker_does_not_keep_a_stop_waiting(step):
-    """Whatever it does not answer when the breaker has opened."""
+async def test_a_silent_broker_does_not_delay_a_stop_during_a_pause(step):
+    """Whatever the broker does not answer after the breaker has opened."""
     script = ScriptedTransport()
     consumer = RecordingConsumer(
         failing, transport=script, prefetch_count=20, shutdown_timeout=20, **BREAKER
@@ -545,7 +545,7 @@ async def test_a_silent_broker_does_not_keep_a_stop_waiting(step):
 async def test_a_session_that_is_lost_when_the_breaker_opens_does_not_shorten_the_pause(
     step, jitter
 ):
-    """Its messages come back by themselves; the pause is for those as well."""
+    """The broker delivers its messages again, after the pause."""
     script = ScriptedTransport()
     recorder = EventRecorder()
     consumer = RecordingConsumer(
@@ -566,8 +566,8 @@ async def test_a_session_that_is_lost_when_the_breaker_opens_does_not_shorten_th
 
 
 @pytest.mark.parametrize("silent", [True, False])
-async def test_a_handler_that_ignores_its_cancellation_does_not_hold_up_the_pause(jitter, silent):
-    """Its session is given up, as ever; it counts against `concurrency` until it ends."""
+async def test_a_handler_that_ignores_its_cancellation_does_not_delay_the_pause(jitter, silent):
+    """Its session is given up; it counts against `concurrency` until it ends."""
     script = ScriptedTransport()
     recorder = EventRecorder()
 
@@ -605,8 +605,8 @@ async def test_a_handler_that_ignores_its_cancellation_does_not_hold_up_the_paus
         await asyncio.sleep(20)
 
 
-async def test_a_probe_survives_the_loss_of_its_session(rabbit, jitter):
-    """The next session takes one message at a time, too; without a broker it is not healthy."""
+async def test_probing_continues_after_the_loss_of_its_session(rabbit, jitter):
+    """The next session takes one message at a time, too. Without a broker it is not healthy."""
     rabbit.put(*numbered(8))
     consumer = RecordingConsumer(
         first_then(failing, taking(20)), transport=rabbit.transport, prefetch_count=20, **BREAKER
@@ -626,8 +626,8 @@ async def test_a_probe_survives_the_loss_of_its_session(rabbit, jitter):
         assert WorkerState.CONSUMING is state(consumer)
 
 
-async def test_results_for_a_session_that_is_gone_do_not_count(rabbit, jitter):
-    """Their messages are handled again, and count then."""
+async def test_results_for_a_lost_session_do_not_count(rabbit, jitter):
+    """The messages are handled again, and count then."""
     rabbit.put(*numbered(4))
     consumer = RecordingConsumer(
         first_then(taking(5, failing), ack), transport=rabbit.transport, **BREAKER
@@ -639,8 +639,8 @@ async def test_results_for_a_session_that_is_gone_do_not_count(rabbit, jitter):
         assert WorkerState.CONSUMING is state(consumer)
 
 
-async def test_hooks_are_called_for_each_session_and_see_nothing_else(rabbit, jitter):
-    """A pause is no error to them."""
+async def test_hooks_are_called_for_each_session_and_see_no_error(rabbit, jitter):
+    """A pause is not an error."""
     seen = []
 
     class Hooked(RecordingConsumer):
@@ -670,8 +670,10 @@ async def test_hooks_are_called_for_each_session_and_see_nothing_else(rabbit, ji
         ({"breaker_threshold": 0.5, "queue_auto_delete": True}, "queue_auto_delete"),
     ],
 )
-def test_nonsense_is_refused(given, said):
-    """With the setting's name; a queue that goes with its last consumer would go in a pause."""
+def test_invalid_breaker_settings_are_refused(given, said):
+    """The error names the setting. A queue that is deleted with its last consumer would be lost in
+    a pause.
+    """
     with pytest.raises(ConfigurationError, match=said):
         settings(**given)
 
@@ -686,10 +688,10 @@ def test_nonsense_is_refused(given, said):
     cuts=st.lists(st.floats(0, 300), max_size=3),
     result=st.sampled_from([REQUEUE, REQUEUE_IMMEDIATE]),
 )
-def test_whatever_happens_everything_is_handled_in_the_end(
+def test_everything_is_handled_in_the_end(
     outages, count, size, concurrency, seconds, threshold, cuts, result
 ):
-    """Outages, cuts and pauses in any order lose nothing, and leave nobody paused for ever."""
+    """Outages, cuts and pauses in any order lose no message, and no worker stays paused."""
 
     async def story():
         rabbit = QueueBroker()

@@ -1,4 +1,4 @@
-"""How much is done at once?"""
+"""How many handlers, batches and workers run concurrently."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.unit.shell.scripted_transport import ScriptedTransport, never
 
 @pytest.mark.parametrize("concurrency", [1, 2, 4])
 async def test_at_most_concurrency_handlers_run_at_once(rabbit, concurrency):
-    """And as many as there is work for."""
+    """And all of these, if there are enough messages."""
     running, most = 0, []
 
     async def answer(messages):
@@ -35,7 +35,7 @@ async def test_at_most_concurrency_handlers_run_at_once(rabbit, concurrency):
 
 
 async def test_a_quick_batch_is_settled_while_a_slow_one_is_handled(rabbit):
-    """Nobody waits for another batch's handler."""
+    """No batch waits for the handler of another batch."""
 
     async def answer(messages):
         if messages[0].body == b"0":
@@ -51,7 +51,7 @@ async def test_a_quick_batch_is_settled_while_a_slow_one_is_handled(rabbit):
 
 
 async def test_the_next_batch_starts_while_one_is_being_settled():
-    """A slot is free as soon as its handler is done, whatever the broker still has to be told."""
+    """A slot is free as soon as its handler is done, before its batch is settled."""
     script = ScriptedTransport()
     script.on_settle = lambda *_: asyncio.sleep(5)
     async with RecordingConsumer(taking(1), transport=script, batch_size=2) as consumer:
@@ -60,8 +60,8 @@ async def test_the_next_batch_starts_while_one_is_being_settled():
     assert [0, 1] == consumer.times
 
 
-async def test_single_messages_run_side_by_side(rabbit):
-    """`Consumer.process_message`, `concurrency` of them at once; one by one unless said so."""
+async def test_single_messages_run_concurrently(rabbit):
+    """`concurrency` calls of `Consumer.process_message` run at once; by default one."""
     for concurrency, seconds in ((1, 30), (3, 10)):
         rabbit.put(*numbered(3))
 
@@ -78,8 +78,8 @@ async def test_single_messages_run_side_by_side(rabbit):
         assert seconds + began == rabbit.times(EventKind.ACKED)[-1]
 
 
-async def test_workers_share_the_queue_each_with_a_connection_of_its_own(rabbit):
-    """`num_workers` consumers, and one connection for each of them."""
+async def test_workers_share_the_queue_and_have_their_own_connections(rabbit):
+    """`num_workers` consumers, with one connection each."""
     async with RecordingConsumer(
         ack, transport=rabbit.transport, num_workers=3, prefetch_count=2
     ) as consumer:
@@ -93,8 +93,8 @@ async def test_workers_share_the_queue_each_with_a_connection_of_its_own(rabbit)
     assert [] == rabbit.broker.connections
 
 
-async def test_one_workers_trouble_is_not_anothers():
-    """The others go on while one reconnects."""
+async def test_a_reconnecting_worker_does_not_affect_others():
+    """The others continue to consume."""
     script = ScriptedTransport()
     async with RecordingConsumer(transport=script, num_workers=2, batch_size=1) as consumer:
         first, second = script.sessions

@@ -1,7 +1,7 @@
-"""Does docs/guarantees.md say what a crash leaves behind? Each cell of its table is played.
+"""docs/guarantees.md says what a crash leaves behind; each cell of its table is played here.
 
-A crash is a process that is killed: all its connections are gone at once, nothing is sent any more,
-and nobody comes back. What is in the queues then is what the broker has.
+A crash kills the process: all its connections close at once, and it sends nothing more. What is
+left is what the broker has in its queues.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RESULTS = {
 
 
 def rows() -> tuple[list[str], dict[str, list[str]]]:
-    """The table below the heading: its points, and for each result what is there afterwards."""
+    """Return the rows of the table: for each result, what is left after a crash at each point."""
     text = PAGE.read_text().partition("\n### Result by result\n")[2]
     head, _, *lines = re.findall(r"^\| (.*) \|$", text.partition("\n#")[0], re.MULTILINE)
     cells = {first: rest for first, *rest in (line.split(" | ") for line in lines)}
@@ -52,14 +52,14 @@ def rows() -> tuple[list[str], dict[str, list[str]]]:
 POINTS, CELLS = rows()
 
 
-def test_each_result_has_its_row():
-    """A result that is missing there would be missing here."""
+def test_each_result_has_a_row():
+    """A result that is missing there would not be tested here."""
     assert set(RESULTS) == set(CELLS)
     assert {len(POINTS)} == {len(cells) for cells in CELLS.values()}
 
 
 async def kill(broker, consumer):
-    """End a process without a word to its broker."""
+    """Cut all connections of a process, which then does nothing more."""
     broker.faults.connect_fault = ConnectFault.UNREACHABLE
     broker.cut()
     await consumer.stop()
@@ -67,7 +67,7 @@ async def kill(broker, consumer):
 
 @pytest.mark.parametrize(("point", "at"), [(POINTS[0], 1.0), *((each, 6.0) for each in POINTS)])
 @pytest.mark.parametrize("result", RESULTS)
-async def test_what_is_there_after_a_crash(rabbit, monkeypatch, result, point, at):
+async def test_what_a_crash_leaves_behind(rabbit, monkeypatch, result, point, at):
     """As the table says: the original, a copy, a dead letter, two of them, or nothing."""
     said = CELLS[result][POINTS.index(point)]
     answer, given = RESULTS[result]
@@ -105,7 +105,7 @@ async def test_what_is_there_after_a_crash(rabbit, monkeypatch, result, point, a
 
 
 def found(broker):
-    """What the broker has, in the words of the page."""
+    """Return what the broker has, in the page's words."""
     names = {
         (False, QUEUE): "original",
         (True, QUEUE): "copy",

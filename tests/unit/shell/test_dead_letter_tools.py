@@ -1,6 +1,6 @@
-"""Looking into a dead-letter queue, sending letters back, deleting them: what may never happen?
+"""Listing, replaying and purging dead letters.
 
-A letter may never be lost. Stories are drawn up front and played on the broker in memory.
+No dead letter may ever be lost. Stories are drawn in advance, and played on the in-memory broker.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RESULTS = ("confirmed", "refused", "unconfirmed", "lost")
 
 
 def header(reason="rejected", exchange="", key="jobs", **others):
-    """What a letter of ours says."""
+    """Return the dead-letter headers that the library writes."""
     return {
         "x-dead-letter-reason": reason,
         "x-original-exchange": exchange,
@@ -48,7 +48,7 @@ def opened(version="4.3", queue_type="classic", **arguments):
 
 
 def bury(rabbit, *bodies, **how):
-    """Put letters into the dead-letter queue."""
+    """Put dead letters into the dead-letter queue."""
     rabbit.publish(*bodies, routing_key=DLQ, headers=header(**how))
 
 
@@ -57,8 +57,8 @@ def bury(rabbit, *bodies, **how):
 
 @pytest.mark.parametrize("version", ["3.8", "3.10", "4.0", "4.3"])
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-async def test_who_looks_leaves_everything_as_it_was(version, queue_type):
-    """All letters are there afterwards, in their order."""
+async def test_looking_changes_nothing(version, queue_type):
+    """Afterwards all dead letters are there, in order."""
     rabbit = opened(version, queue_type)
     bury(rabbit, *numbered(6))
     looked = await look(rabbit.transport, DLQ, most=4)
@@ -72,16 +72,16 @@ async def test_who_looks_leaves_everything_as_it_was(version, queue_type):
     assert [] == rabbit.unsettled(DLQ)
 
 
-async def test_an_empty_queue_has_nothing_to_see():
-    """Nobody consumes from it for that."""
+async def test_an_empty_queue_is_not_consumed():
+    """Looking at it needs no consumer."""
     rabbit = opened()
     looked = await look(rabbit.transport, DLQ)
     assert (0, []) == (looked.ready, list(looked.letters))
     assert [] == rabbit.broker.journal.of(EventKind.CONSUMING)
 
 
-async def test_a_queue_that_is_not_there_is_not_made():
-    """Looking makes nothing."""
+async def test_looking_does_not_create_a_queue():
+    """A missing queue stays missing."""
     rabbit = opened()
     with pytest.raises(TopologyError, match="nowhere"):
         await look(rabbit.transport, "nowhere")
@@ -89,10 +89,8 @@ async def test_a_queue_that_is_not_there_is_not_made():
 
 
 @pytest.mark.parametrize("version", ["3.10", "4.0"])
-async def test_a_letter_is_not_looked_at_until_it_is_dropped(version):
-    """Within five of the limit looking is refused; however often one tries five times more, the
-    letter is there.
-    """
+async def test_looking_stops_before_the_delivery_limit(version):
+    """Within five deliveries of the limit looking is refused, so the dead letter stays."""
     rabbit = opened(version, "quorum", x_delivery_limit=12)
     bury(rabbit, b"0")
     told = [(await look(rabbit.transport, DLQ)).ended for _ in range(11)]
@@ -102,7 +100,7 @@ async def test_a_letter_is_not_looked_at_until_it_is_dropped(version):
 
 
 async def test_since_4_3_looking_is_not_counted():
-    """Letters go back by nack."""
+    """A nack returns the dead letters."""
     rabbit = opened("4.3", "quorum", x_delivery_limit=6)
     bury(rabbit, b"0")
     for _ in range(30):
@@ -110,8 +108,8 @@ async def test_since_4_3_looking_is_not_counted():
         assert [b"0"] == [letter.message.body for letter in looked.letters]
 
 
-async def test_the_limit_may_be_told():
-    """A policy's is not to be seen."""
+async def test_the_delivery_limit_can_be_given():
+    """A limit that a policy sets can't be seen."""
     rabbit = opened("4.0", "quorum", x_delivery_limit=-1)
     bury(rabbit, b"0")
     for _ in range(30):
@@ -121,8 +119,8 @@ async def test_the_limit_may_be_told():
     assert [b"0"] == rabbit.waiting(DLQ)
 
 
-async def test_what_is_with_somebody_else_is_not_waited_for():
-    """They may have it for ever."""
+async def test_letters_with_another_consumer_are_not_waited_for():
+    """The other consumer may keep them forever."""
     rabbit = opened()
     bury(rabbit, *numbered(3))
     transport = rabbit.transport
@@ -138,7 +136,7 @@ async def test_what_is_with_somebody_else_is_not_waited_for():
 
 
 class Modest:
-    """A transport that can do what every transport can, and nothing else."""
+    """A transport with required methods only."""
 
     def __init__(self, rabbit):
         self._transport = rabbit.transport
@@ -147,8 +145,8 @@ class Modest:
         self.publisher = rabbit.transport.publisher
 
 
-async def test_any_transport_will_do():
-    """One that can neither count nor tell its version is looked through until nothing comes."""
+async def test_a_transport_without_count_and_version_works():
+    """It is read until no more messages come."""
     rabbit = opened()
     bury(rabbit, *numbered(3))
     modest = Modest(rabbit)
@@ -164,7 +162,7 @@ async def test_any_transport_will_do():
 
 
 async def test_a_replayed_letter_starts_anew():
-    """At its exchange, under its key, without a retry count; nothing tells of its death."""
+    """With its original exchange and key, without a retry count or dead-letter headers."""
     rabbit = opened()
     rabbit.bind("jobs", "events", "order.created", kind="topic")
     bury(rabbit, b"0", exchange="events", key="order.created", tenant="acme")
@@ -183,8 +181,8 @@ async def test_a_replayed_letter_starts_anew():
     assert [] == rabbit.waiting(DLQ)
 
 
-async def test_a_brokers_letter_goes_back_too():
-    """One that it dead-lettered by itself, and would call a cycle."""
+async def test_a_message_that_the_broker_dead_lettered_can_be_replayed():
+    """Its `x-death` header is dropped, or the broker would detect a cycle."""
     for version in ("3.10", "4.3"):
         rabbit = QueueBroker(version)
         rabbit.declare(DLQ)
@@ -212,8 +210,8 @@ async def test_a_brokers_letter_goes_back_too():
         (Filter(newer_than=timedelta(hours=1)), 1, [b"0"]),
     ],
 )
-async def test_only_those_that_are_meant_go_back(where, limit, expected):
-    """The others stay, in their order."""
+async def test_only_matching_letters_are_replayed(where, limit, expected):
+    """The others stay, in order."""
     rabbit = opened()
     bury(rabbit, b"0")
     bury(rabbit, b"1", reason="exhausted")
@@ -227,8 +225,8 @@ async def test_only_those_that_are_meant_go_back(where, limit, expected):
     assert len(expected) == report.done
 
 
-async def test_letters_without_a_way_back_stay():
-    """No such exchange, nothing bound, no origin; the others go."""
+async def test_letters_that_cannot_be_replayed_stay():
+    """A missing exchange, no bound queue or no origin; the others are replayed."""
     rabbit = opened()
     rabbit.bind("jobs", "events", "order.created")
     bury(rabbit, b"0", exchange="gone")
@@ -246,8 +244,8 @@ async def test_letters_without_a_way_back_stay():
     assert "no queue is bound" in told[2]
 
 
-async def test_a_limit_counts_those_that_get_through():
-    """One that does not leaves its place to the next."""
+async def test_the_limit_counts_replayed_letters_only():
+    """One that can't be replayed leaves its place to the next."""
     rabbit = opened()
     bury(rabbit, b"0", key="nowhere")
     bury(rabbit, b"1")
@@ -259,8 +257,8 @@ async def test_a_limit_counts_those_that_get_through():
     assert [b"0", b"2", b"4"] == rabbit.waiting(DLQ)
 
 
-async def test_to_its_queue_only():
-    """Where an exchange has several queues, the others were content."""
+async def test_letters_can_be_replayed_to_their_queue_only():
+    """Other queues of the exchange have handled the message already."""
     rabbit = opened()
     rabbit.declare("audit")
     rabbit.bind("jobs", "events", kind="fanout")
@@ -270,8 +268,8 @@ async def test_to_its_queue_only():
     assert ([b"0"], []) == (rabbit.waiting(), rabbit.waiting("audit"))
 
 
-async def test_what_dies_again_meanwhile_is_not_sent_in_circles():
-    """Only what was there at the beginning is replayed."""
+async def test_letters_that_die_again_meanwhile_are_not_replayed_again():
+    """Only dead letters that were there at the beginning are replayed."""
     rabbit = opened()
     bury(rabbit, *numbered(3), key=DLQ)
     report = await replay(rabbit.transport, DLQ)
@@ -279,8 +277,8 @@ async def test_what_dies_again_meanwhile_is_not_sent_in_circles():
     assert numbered(3) == rabbit.waiting(DLQ)
 
 
-async def test_it_ends_early_where_too_many_stay():
-    """What is held takes memory; the report says that there is more."""
+async def test_a_replay_ends_early_if_too_many_letters_are_held():
+    """Held letters take memory; the report says that there are more."""
     rabbit = opened()
     bury(rabbit, *numbered(5))
     bury(rabbit, b"5", reason="exhausted")
@@ -291,8 +289,8 @@ async def test_it_ends_early_where_too_many_stay():
     assert numbered(6) == rabbit.waiting(DLQ)
 
 
-async def test_more_than_may_be_held_can_be_replayed():
-    """Those that go back are not held any more."""
+async def test_more_letters_than_may_be_held_can_be_replayed():
+    """Replayed letters are no longer held."""
     rabbit = opened()
     bury(rabbit, *numbered(250))
     told: list[int] = []
@@ -305,8 +303,8 @@ async def test_more_than_may_be_held_can_be_replayed():
     assert 25 <= len(told)
 
 
-async def test_who_is_interrupted_finishes_what_is_on_its_way():
-    """Nothing is in both queues."""
+async def test_an_interrupted_replay_finishes_letters_in_flight():
+    """No letter is in both queues."""
     rabbit = opened()
     bury(rabbit, *numbered(250))
     stop = asyncio.Event()
@@ -316,8 +314,8 @@ async def test_who_is_interrupted_finishes_what_is_on_its_way():
     assert numbered(150, 100) == rabbit.waiting(DLQ)
 
 
-async def test_who_waits_can_be_interrupted():
-    """Although nothing comes."""
+async def test_a_waiting_replay_can_be_interrupted():
+    """Even if no message comes."""
     rabbit = opened()
     bury(rabbit, b"0")
     stop = asyncio.Event()
@@ -331,8 +329,8 @@ async def test_who_waits_can_be_interrupted():
     assert (1, "interrupted") == (report.done, report.ended)
 
 
-async def test_a_letter_that_wears_out_goes_back_but_does_not_stay_to_be_looked_at():
-    """Replaying it saves it; leaving it alone would cost it a delivery more."""
+async def test_a_letter_near_its_delivery_limit_can_be_replayed_but_not_looked_at():
+    """Replaying saves it; looking would cost it another delivery."""
     rabbit = opened("4.0", "quorum", x_delivery_limit=8)
     bury(rabbit, b"0")
     for _ in range(4):
@@ -348,8 +346,8 @@ async def test_a_letter_that_wears_out_goes_back_but_does_not_stay_to_be_looked_
 # --- deleting --------------------------------------------------------------------
 
 
-async def test_letters_are_deleted_if_they_are_meant():
-    """And counted; a dry run deletes nothing."""
+async def test_matching_letters_are_purged():
+    """And counted. A dry run deletes nothing."""
     rabbit = opened()
     bury(rabbit, *numbered(2))
     bury(rabbit, b"2", reason="exhausted")
@@ -410,14 +408,14 @@ stories = st.builds(
 @example(Story((("rejected", True),) * 3, cut_at=12))
 @example(Story((("rejected", False), ("exhausted", True)), reasons=frozenset({"exhausted"})))
 def test_no_letter_is_lost(story):
-    """Each is in the dead-letter queue or back where it came from, whatever is filtered, refused,
-    returned, lost or cut; in both only where a confirmation or an acknowledgement got lost.
+    """Each is in the dead-letter queue or back at its origin, whatever is filtered, refused,
+    returned, lost or cut. It is in both only if a confirm or an ack was lost.
     """
     virtual_time.run(play(story))
 
 
 async def play(story):
-    """Replay, and look where everybody is."""
+    """Replay, and return where all letters are."""
     rabbit = opened(story.version, story.queue_type)
     bodies = numbered(len(story.letters))
     for body, (reason, leads) in zip(bodies, story.letters, strict=True):
@@ -461,7 +459,7 @@ async def play(story):
 
 
 def watch(rabbit, story, stop):
-    """Let things happen at some event of the broker."""
+    """Run a function at some event of the broker."""
     seen = 0
     note = rabbit.broker.journal.on_event
 

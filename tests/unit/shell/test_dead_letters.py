@@ -1,4 +1,4 @@
-"""Where do messages go that nobody shall handle any more, and what do they say?"""
+"""Dead letters: where exhausted and NACKed messages go, and which headers they get."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.unit.shell.helpers import (
 
 
 async def buried(rabbit, answer, count=1, *, kind="fanout", **given):
-    """Hand messages to a handler; what lies in the dead-letter queue then."""
+    """Give messages to a handler, and return what is in the dead-letter queue."""
     recorder = EventRecorder()
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "order.created", kind=kind)
@@ -48,12 +48,12 @@ async def buried(rabbit, answer, count=1, *, kind="fanout", **given):
 
 
 def reasons(letters):
-    """Why letters are dead."""
+    """Return the reasons of dead letters."""
     return [letter.headers["x-dead-letter-reason"] for letter in letters]
 
 
 async def test_a_nack_makes_a_dead_letter_that_says_why(rabbit):
-    """Under its original routing key, with where it was, when, and how often it was tried."""
+    """With its original routing key, its origin, the time and the number of retries."""
     [letter], recorder = await buried(rabbit, answering(Nack("no such order")))
     assert ("dlx", "order.created") == (letter.exchange, letter.routing_key)
     said = dict(letter.headers)
@@ -70,8 +70,8 @@ async def test_a_nack_makes_a_dead_letter_that_says_why(rabbit):
     assert [DeadLetterReason.REJECTED] == [each.reason for each in recorder.of(DeadLettered)]
 
 
-async def test_a_requeued_message_dies_under_its_original_key(rabbit):
-    """A broker's own reject would use the queue's name, and miss the binding."""
+async def test_a_requeued_message_is_dead_lettered_with_its_original_key(rabbit):
+    """A reject would use the queue's name, and miss the binding."""
     letters, recorder = await buried(
         rabbit, answering(Requeue("not now")), kind="direct", max_requeue_attempts=2
     )
@@ -83,8 +83,8 @@ async def test_a_requeued_message_dies_under_its_original_key(rabbit):
     assert [DeadLetterReason.EXHAUSTED] == [each.reason for each in recorder.of(DeadLettered)]
 
 
-async def test_a_failed_handler_is_named(rabbit):
-    """With the class of the exception and its text."""
+async def test_a_dead_letter_names_the_handlers_exception(rabbit):
+    """By the class of the exception and its text."""
     letters, _ = await buried(
         rabbit, answering(error=LookupError("no such thing")), unhandled_exception_action=NACK
     )
@@ -93,8 +93,8 @@ async def test_a_failed_handler_is_named(rabbit):
     assert "no such thing" == letters[0].headers["x-exception-message"]
 
 
-async def test_the_text_of_an_exception_may_be_kept_back(rabbit):
-    """It may hold what is nobody's business; `dead_letter_exception_message=False`."""
+async def test_the_text_of_an_exception_can_be_left_out(rabbit):
+    """It may be confidential: `dead_letter_exception_message=False`."""
     [letter], _ = await buried(
         rabbit,
         answering(error=LookupError("secret")),
@@ -105,16 +105,16 @@ async def test_the_text_of_an_exception_may_be_kept_back(rabbit):
     assert "builtins.LookupError" == letter.headers["x-exception-type"]
 
 
-async def test_a_long_text_is_cut(rabbit):
-    """At a KiB, since headers share one frame."""
+async def test_a_long_exception_text_is_truncated(rabbit):
+    """At 1 KiB, since all headers share one frame."""
     [letter], _ = await buried(
         rabbit, answering(error=LookupError("x" * 5000)), unhandled_exception_action=NACK
     )
     assert len(letter.headers["x-exception-message"].encode()) <= 1024
 
 
-async def test_what_cannot_be_decoded_says_so(rabbit):
-    """Its own reason."""
+async def test_an_undecodable_message_has_its_own_reason(rabbit):
+    """`undecodable`."""
 
     async def answer(messages):
         for message in messages:
@@ -128,7 +128,7 @@ async def test_what_cannot_be_decoded_says_so(rabbit):
 
 
 async def test_a_dead_letter_does_not_expire(rabbit):
-    """Its time to live becomes a header; it would go on counting down in the dead-letter queue."""
+    """Its expiration becomes a header; otherwise it would expire in the dead-letter queue."""
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "", kind="fanout")
     rabbit.put(b"0", properties=Properties(expiration="60000", message_id="m"))
@@ -142,8 +142,8 @@ async def test_a_dead_letter_does_not_expire(rabbit):
     assert "m" == letter.properties.message_id
 
 
-async def test_the_exchange_and_key_may_stand_in_queue_arguments(rabbit):
-    """`x-dead-letter-exchange` and `-routing-key`, as users of RabbitMQ know them."""
+async def test_the_exchange_and_key_can_be_queue_arguments(rabbit):
+    """`x-dead-letter-exchange` and `x-dead-letter-routing-key`, as RabbitMQ has them."""
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "bin")
     arguments = {"x-dead-letter-exchange": "dlx", "x-dead-letter-routing-key": "bin"}
@@ -159,7 +159,7 @@ async def test_the_exchange_and_key_may_stand_in_queue_arguments(rabbit):
 
 
 async def test_a_routing_key_for_dead_letters_replaces_the_original_one(rabbit):
-    """`dead_letter_routing_key`; the original stands in a header."""
+    """`dead_letter_routing_key`; a header has the original key."""
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "bin")
     rabbit.put(b"0", exchange="events", routing_key="order.created")
@@ -175,8 +175,8 @@ async def test_a_routing_key_for_dead_letters_replaces_the_original_one(rabbit):
     assert "order.created" == letter.headers["x-original-routing-key"]
 
 
-async def test_a_dead_letter_queue_is_all_one_need_name(rabbit):
-    """Exchange, queue and binding are declared; a second start finds them."""
+async def test_dead_letter_queue_alone_declares_everything(rabbit):
+    """Exchange, queue and binding; a second start finds them."""
     for _ in range(2):
         rabbit.put(b"0")
         async with RecordingConsumer(
@@ -188,8 +188,8 @@ async def test_a_dead_letter_queue_is_all_one_need_name(rabbit):
 
 
 @pytest.mark.parametrize("version", ["3.8", "3.10", "4.0", "4.3"])
-async def test_a_declared_dead_letter_queue_drops_nothing_for_coming_back(version):
-    """Whatever limit the broker has by default, and whatever it takes a lifted one for."""
+async def test_a_declared_dead_letter_queue_has_no_delivery_limit(version):
+    """Whatever the broker's default limit is, and however it is lifted."""
     rabbit = QueueBroker(version)
     given = {"queue_type": "quorum", "dead_letter_queue": "dead"}
     async with RecordingConsumer(
@@ -211,8 +211,8 @@ async def test_a_declared_dead_letter_queue_drops_nothing_for_coming_back(versio
     assert [b"0"] == rabbit.waiting("dead")
 
 
-async def test_without_an_exchange_the_broker_is_told_to_reject(rabbit, caplog):
-    """A policy may dead-letter it, else it is gone; one WARNING at the start says so."""
+async def test_without_an_exchange_messages_are_rejected(rabbit, caplog):
+    """A policy may dead-letter them, otherwise they are gone. A WARNING at start says so."""
     rabbit.put(*numbered(2))
     async with RecordingConsumer(
         answering(NACK),
@@ -231,8 +231,8 @@ async def test_without_an_exchange_the_broker_is_told_to_reject(rabbit, caplog):
 
 
 @pytest.mark.parametrize("fault", [PublishFault.REFUSE, PublishFault.LOSE])
-async def test_an_unconfirmed_dead_letter_follows_the_rules_of_a_requeue(rabbit, fault, jitter):
-    """Its original is held, the letter tried again, and acked once that is confirmed."""
+async def test_an_unconfirmed_dead_letter_is_retried_like_a_requeue(rabbit, fault, jitter):
+    """Its original is held, and acked when the copy is confirmed."""
     rabbit.broker.faults.on_publish(fault, times=1, exchange="dlx")
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "", kind="fanout")
@@ -254,7 +254,7 @@ async def test_an_unconfirmed_dead_letter_follows_the_rules_of_a_requeue(rabbit,
 
 
 async def test_an_exchange_that_routes_nowhere_loses_nothing(rabbit, jitter):
-    """A returned letter leaves its original with the broker."""
+    """If the dead letter is returned, its original stays with the broker."""
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "elsewhere")
     rabbit.put(b"0")
@@ -271,8 +271,8 @@ async def test_an_exchange_that_routes_nowhere_loses_nothing(rabbit, jitter):
     assert [] == rabbit.times(EventKind.ACKED)
 
 
-async def test_an_exchange_that_vanishes_costs_no_message_and_no_session(rabbit, jitter):
-    """A missing exchange closes the publisher's channel; a new one is opened for the next try."""
+async def test_a_deleted_exchange_costs_no_message_and_no_session(rabbit, jitter):
+    """A missing exchange closes the publisher's channel; the next attempt opens a new one."""
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "", kind="fanout")
     async with RecordingConsumer(
@@ -291,8 +291,8 @@ async def test_an_exchange_that_vanishes_costs_no_message_and_no_session(rabbit,
     assert [b"0"] == rabbit.waiting("dead")
 
 
-async def test_a_foreign_header_that_is_no_routing_key_is_no_poison(rabbit, jitter):
-    """Any client may have written `x-original-routing-key`, and longer than a key may be."""
+async def test_an_invalid_original_routing_key_header_does_no_harm(rabbit, jitter):
+    """Any client can write `x-original-routing-key`, even longer than a key may be."""
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "", kind="fanout")
     rabbit.put(b"0", properties=Properties(headers={"x-original-routing-key": "k" * 300}))
@@ -304,8 +304,8 @@ async def test_a_foreign_header_that_is_no_routing_key_is_no_poison(rabbit, jitt
     assert [b"0"] == rabbit.waiting("dead")
 
 
-async def test_an_exhausted_message_is_not_told_as_requeued(rabbit):
-    """Observers can keep the two apart."""
+async def test_an_exhausted_message_is_not_reported_as_requeued(rabbit):
+    """Observers can distinguish the two."""
     letters, recorder = await buried(rabbit, answering(REQUEUE), max_requeue_attempts=0)
     assert ["exhausted"] == reasons(letters)
     assert 1 == len(recorder.of(DeadLettered))

@@ -1,4 +1,4 @@
-"""When does a message come back that shall wait, and what if it cannot wait where it should?"""
+"""Delayed retries: when messages come back, and what happens without a wait queue."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("jitter")
 
 
 def requeueing(**how: Any) -> Callable[..., Any]:
-    """A handler that asks for the same delay each time."""
+    """Return a handler that always requeues with the same delay."""
 
     async def answer(messages: Sequence[Message]) -> Any:
         for _ in messages:
@@ -44,17 +44,17 @@ def requeueing(**how: Any) -> Callable[..., Any]:
 
 
 def waiting(rabbit: QueueBroker, level: int, queue: str = QUEUE) -> list[bytes]:
-    """What waits in a wait queue."""
+    """Return what waits in a wait queue."""
     return rabbit.waiting(f"{queue}.retry.{level}")
 
 
 def wait_queues(rabbit: QueueBroker) -> list[str]:
-    """The wait queues that there are."""
+    """Return the names of the wait queues."""
     return [each for each in rabbit.broker.queues if ".retry." in each]
 
 
 def complaints_of_no_queue(caplog: Any, level: int = logging.ERROR) -> list[str]:
-    """What the log says about wait queues that cannot be had."""
+    """Return the log lines about missing wait queues."""
     return [
         each.message
         for each in caplog.records
@@ -65,7 +65,7 @@ def complaints_of_no_queue(caplog: Any, level: int = logging.ERROR) -> list[str]
 # --- in time --------------------------------------------------------------------------
 
 
-async def test_retries_climb_the_ladder(rabbit):
+async def test_delays_double_until_the_message_is_dead_lettered(rabbit):
     """One second, two, four, and then the dead letter."""
     rabbit.put(b"0")
     async with RecordingConsumer(
@@ -82,8 +82,8 @@ async def test_retries_climb_the_ladder(rabbit):
     assert [b"0"] == rabbit.waiting("dead")
 
 
-async def test_a_failure_waits_too(rabbit):
-    """An exception, an early end, a time-out: REQUEUE by whatever way."""
+async def test_failures_are_delayed_too(rabbit):
+    """An exception, a missing result or a timeout, like a REQUEUE."""
     rabbit.put(b"0")
     async with RecordingConsumer(
         first_then(answering(error=ValueError("x")), answering(), ack),
@@ -95,8 +95,8 @@ async def test_a_failure_waits_too(rabbit):
     assert [0, 5, 15] == [round(at - consumer.times[0], 3) for at in consumer.times]
 
 
-async def test_a_handler_may_ask_for_a_delay_of_its_own(rabbit):
-    """The nearest level at or above; the maximum, if there is none; none at all, if it says so."""
+async def test_a_handler_can_set_a_delay(rabbit):
+    """It is rounded up to the next level, or down to the maximum; zero means no delay."""
     rabbit.put(b"0")
     answers = [Requeue(delay=each) for each in (3, 1000, 0)]
     async with RecordingConsumer(
@@ -110,8 +110,8 @@ async def test_a_handler_may_ask_for_a_delay_of_its_own(rabbit):
     assert [0, 4, 64, 64] == [round(at - consumer.times[0], 3) for at in consumer.times]
 
 
-async def test_levels_that_only_handlers_ask_for_are_declared_on_first_use(rabbit):
-    """Without `requeue_delay` no consumer makes queues that it does not need."""
+async def test_levels_of_handlers_are_declared_on_first_use(rabbit):
+    """Without `requeue_delay` a consumer declares no queue that it does not need."""
     rabbit.put(*numbered(3))
     consumer = RecordingConsumer(
         first_then(answering(REQUEUE, Requeue(delay=2), Requeue(delay=5)), ack),
@@ -132,8 +132,8 @@ async def test_levels_that_only_handlers_ask_for_are_declared_on_first_use(rabbi
 
 @given(st.lists(st.sampled_from([0.5, 1, 2, 3, 4, 7, 20]), min_size=1, max_size=12))
 @hypothesis_settings(deadline=None)
-def test_no_wait_holds_up_another(delays):
-    """Whatever waits beside it, each message comes back when its own level is over."""
+def test_a_delay_does_not_hold_up_another(delays):
+    """Each message comes back after its own delay, whatever else waits."""
 
     async def story() -> None:
         rabbit = QueueBroker()
@@ -159,8 +159,8 @@ def test_no_wait_holds_up_another(delays):
     run(story())
 
 
-async def test_a_message_waits_although_its_consumer_has_gone(rabbit):
-    """A consumer that stops holds nothing; the next one gets what has come back meanwhile."""
+async def test_a_message_waits_after_its_consumer_has_stopped(rabbit):
+    """The next consumer gets what has come back meanwhile."""
     rabbit.put(b"0")
     async with RecordingConsumer(
         requeueing(), transport=rabbit.transport, requeue_delay=10, batch_size=1
@@ -178,8 +178,8 @@ async def test_a_message_waits_although_its_consumer_has_gone(rabbit):
 # --- what it is like when it comes back ---------------------------------------------------
 
 
-async def test_a_message_comes_back_as_what_it_was(rabbit):
-    """With its properties, its origin and its count; its expiration is told by a header."""
+async def test_a_delayed_message_comes_back_unchanged(rabbit):
+    """With its properties, its origin and its count; a header has its expiration."""
     was = Properties(
         headers={"kept": 1, "x-death": [{"queue": QUEUE, "reason": "expired", "count": 1}]},
         expiration="600000",
@@ -201,8 +201,8 @@ async def test_a_message_comes_back_as_what_it_was(rabbit):
 
 
 @pytest.mark.parametrize("version", ["3.10", "4.0", "4.3"])
-async def test_a_message_that_has_died_here_before_comes_back(version):
-    """Before 4.0 the broker would see a circle in the x-death of a copy, and drop it."""
+async def test_a_message_that_was_dead_lettered_here_before_comes_back(version):
+    """Before 4.0 the broker would detect a cycle in the `x-death` of a copy, and drop it."""
     rabbit = QueueBroker(version)
     rabbit.transport = MemoryTransport(rabbit.broker, version=version)
     rabbit.declare()
@@ -217,8 +217,8 @@ async def test_a_message_that_has_died_here_before_comes_back(version):
     assert [0, 1, 2] == [each.retry_count for each in consumer.messages]
 
 
-async def test_an_expiration_is_back_with_the_next_copy_that_does_not_wait(rabbit):
-    """On the way to a wait queue it must go; straight to the queue it counts again."""
+async def test_the_expiration_returns_with_the_next_undelayed_copy(rabbit):
+    """A delayed copy has none; an undelayed one has it again."""
     rabbit.put(b"0", properties=Properties(expiration="600000"))
     answers = [Requeue(delay=1), Requeue(delay=2), Requeue(delay=0)]
     async with RecordingConsumer(
@@ -230,8 +230,8 @@ async def test_an_expiration_is_back_with_the_next_copy_that_does_not_wait(rabbi
     assert [None, "600000", "600000", None] == told
 
 
-async def test_a_short_expiration_does_not_end_a_wait(rabbit):
-    """Nor does it keep others waiting that stand behind it."""
+async def test_a_short_expiration_does_not_shorten_a_delay(rabbit):
+    """Nor does it hold up the messages behind it."""
     rabbit.put(b"0", properties=Properties(expiration="100"))
     async with RecordingConsumer(
         first_then(requeueing(delay=1), ack), transport=rabbit.transport, batch_size=1
@@ -243,7 +243,7 @@ async def test_a_short_expiration_does_not_end_a_wait(rabbit):
 # --- what must not be lost --------------------------------------------------------------
 
 
-async def test_what_expires_into_a_full_queue_waits_on(rabbit):
+async def test_a_message_keeps_waiting_while_its_queue_is_full(rabbit):
     """The wait queue keeps it until there is room."""
     full = {
         "queue_name": "full",
@@ -263,8 +263,8 @@ async def test_what_expires_into_a_full_queue_waits_on(rabbit):
 
 
 @pytest.mark.parametrize("kind", ["queue_exclusive", "queue_auto_delete"])
-async def test_what_belongs_to_a_queue_that_is_gone_waits_for_the_next_of_that_name(rabbit, kind):
-    """Wait queues outlive a queue that goes with its consumer."""
+async def test_messages_wait_for_a_deleted_queue_to_be_declared_again(rabbit, kind):
+    """Wait queues outlive a queue that is deleted with its consumer."""
     more = {"queue_name": "brief", kind: True, "batch_size": 1, "requeue_delay": 1}
     async with RecordingConsumer(requeueing(), transport=rabbit.transport, **more) as first:
         await first.publish(b"0", routing_key="brief")
@@ -277,8 +277,8 @@ async def test_what_belongs_to_a_queue_that_is_gone_waits_for_the_next_of_that_n
 
 
 @pytest.mark.parametrize("more", [{"requeue_delay": 1}, {}])
-async def test_a_wait_queue_that_was_deleted_is_declared_again(rabbit, more):
-    """A returned copy tells; its original is held meanwhile."""
+async def test_a_deleted_wait_queue_is_declared_again(rabbit, more):
+    """A returned copy reveals it; the original is held meanwhile."""
 
     async def deleting(messages):
         rabbit.broker.delete_queue(f"{QUEUE}.retry.1000")
@@ -297,8 +297,8 @@ async def test_a_wait_queue_that_was_deleted_is_declared_again(rabbit, more):
     assert f"{QUEUE}.retry.1000" in wait_queues(rabbit)
 
 
-async def test_a_wait_queue_that_is_something_else_is_complained_of_once(rabbit, caplog):
-    """Originals are held, then given back: never lost, never early, and no hot loop."""
+async def test_a_wait_queue_with_other_arguments_is_logged_once(rabbit, caplog):
+    """Originals are held, then returned: never lost, never early, and not in a busy loop."""
     rabbit.declare(f"{QUEUE}.retry.1000", **{"x-message-ttl": 5})
     rabbit.put(*numbered(2))
     async with RecordingConsumer(
@@ -317,8 +317,8 @@ async def test_a_wait_queue_that_is_something_else_is_complained_of_once(rabbit,
     assert "let the queue run empty and delete it" in line
 
 
-async def test_others_do_not_suffer_from_a_wait_queue_that_cannot_be_had(rabbit):
-    """What waits elsewhere, or not at all, goes its way."""
+async def test_a_missing_wait_queue_does_not_affect_other_levels(rabbit):
+    """Messages of other levels, or without a delay, are not held up."""
     rabbit.declare(f"{QUEUE}.retry.1000")
     rabbit.put(*numbered(3))
     answers = answering(Requeue(delay=1), Requeue(delay=2), REQUEUE)
@@ -337,8 +337,8 @@ async def test_others_do_not_suffer_from_a_wait_queue_that_cannot_be_had(rabbit)
 # --- whose queues they are ---------------------------------------------------------------
 
 
-async def test_where_nothing_is_declared_the_ladder_must_be_there(rabbit):
-    """At the start, like everything else."""
+async def test_without_declaring_the_wait_queues_must_exist(rabbit):
+    """They are checked at start, like everything else."""
     consumer = RecordingConsumer(transport=rabbit.transport, requeue_delay=1, declare=False)
     with pytest.raises(TopologyError, match=r"queue 'jobs.retry.1000'.*no queue"):
         await consumer.start()
@@ -348,8 +348,8 @@ async def test_where_nothing_is_declared_the_ladder_must_be_there(rabbit):
         assert consumer.is_healthy
 
 
-async def test_where_nothing_is_declared_a_level_of_its_own_is_asked_for(rabbit, caplog):
-    """Missing, it is complained of; and used once somebody has made it."""
+async def test_without_declaring_a_handlers_level_is_looked_for(rabbit, caplog):
+    """If its queue is missing, that is logged; once it exists, it is used."""
     rabbit.put(b"0")
     async with RecordingConsumer(
         first_then(requeueing(delay=1), ack),
@@ -369,7 +369,7 @@ async def test_where_nothing_is_declared_a_level_of_its_own_is_asked_for(rabbit,
 
 
 async def test_a_queue_whose_name_is_too_long_for_delays(rabbit, caplog):
-    """A delay that a handler asks for cannot be had there; nothing is sent, nothing is lost."""
+    """A handler's delay is not possible there; nothing is sent, nothing is lost."""
     name = "q" * 250
     rabbit.declare(name)
     rabbit.put(b"0", queue=name)
@@ -397,15 +397,15 @@ async def old_rabbit() -> QueueBroker:
 
 @pytest.mark.parametrize("declare", [True, False])
 async def test_an_old_broker_is_refused_at_the_start(old_rabbit, declare):
-    """It would take the queue, and lose what expires into a full one."""
+    """It would accept the queue, and lose messages that expire into a full one."""
     consumer = RecordingConsumer(transport=old_rabbit.transport, requeue_delay=1, declare=declare)
     with pytest.raises(TopologyError, match=r"RabbitMQ 3.8 may lose .* unsafe_delay=True"):
         await consumer.start()
     assert [] == wait_queues(old_rabbit)
 
 
-async def test_on_an_old_broker_the_risk_can_be_taken(old_rabbit):
-    """Classic wait queues, which it has."""
+async def test_an_old_broker_can_be_allowed(old_rabbit):
+    """With classic wait queues, which it has."""
     old_rabbit.put(b"0")
     async with RecordingConsumer(
         first_then(requeueing(), ack),
@@ -420,8 +420,8 @@ async def test_on_an_old_broker_the_risk_can_be_taken(old_rabbit):
     assert [0, 1] == [round(at - consumer.times[0], 3) for at in consumer.times]
 
 
-async def test_an_old_broker_is_refused_when_a_handler_asks(old_rabbit, caplog):
-    """At the first delay; until then nothing needs it."""
+async def test_an_old_broker_is_refused_when_a_handler_sets_a_delay(old_rabbit, caplog):
+    """At the first delay; nothing needs it before."""
     old_rabbit.put(b"0")
     async with RecordingConsumer(requeueing(delay=1), transport=old_rabbit.transport, batch_size=1):
         await asyncio.sleep(5)
@@ -435,18 +435,18 @@ async def test_an_old_broker_is_refused_when_a_handler_asks(old_rabbit, caplog):
 
 @pytest.fixture
 async def script() -> ScriptedTransport:
-    """A transport that does as it is told."""
+    """A scripted transport."""
     return ScriptedTransport()
 
 
 def declared(script: ScriptedTransport) -> list[str]:
-    """The wait queues that were asked for, in order."""
+    """Return the declared wait queues, in order."""
     names = [queue.name for topology in script.details("declare") for queue in topology.queues]
     return [name for name in names if ".retry." in name]
 
 
-async def test_a_level_is_declared_once_for_all_batches_that_need_it(script):
-    """Also for those that ask while it is being declared."""
+async def test_a_level_is_declared_once_for_all_batches(script):
+    """Also for batches that need it while it is being declared."""
 
     async def slow():
         await asyncio.sleep(1)
@@ -468,8 +468,8 @@ async def test_a_level_is_declared_once_for_all_batches_that_need_it(script):
         assert min(script.times("publish")) >= script.times("declare")[-1] + 1
 
 
-async def test_at_start_the_ladder_is_declared_with_the_rest(script):
-    """In one go, so that a refusal ends the start; later retries need no further one."""
+async def test_wait_queues_are_declared_with_the_rest_at_start(script):
+    """In one call, so that a refusal ends the start; later retries declare nothing."""
     async with RecordingConsumer(requeueing(), transport=script, requeue_delay=1, batch_size=1):
         script.last.feed(b"0")
         await asyncio.sleep(5)
@@ -477,8 +477,8 @@ async def test_at_start_the_ladder_is_declared_with_the_rest(script):
         assert [f"{QUEUE}.retry.{level}" for level in (1000, 2000, 4000)] == declared(script)
 
 
-async def test_a_broker_that_cannot_be_reached_is_asked_again(script, caplog):
-    """As often as the copy is tried, and with one complaint."""
+async def test_a_declaration_is_repeated_if_the_broker_is_unreachable(script, caplog):
+    """With each attempt to publish the copy, and with one log line."""
     async with RecordingConsumer(
         requeueing(delay=1), transport=script, batch_size=1, prefetch_count=10
     ):
@@ -495,7 +495,7 @@ async def test_a_broker_that_cannot_be_reached_is_asked_again(script, caplog):
         assert [("ack", (1,))] == [each for details in script.details("settle") for each in details]
 
 
-async def test_a_stop_does_not_wait_for_a_queue(script):
+async def test_a_stop_does_not_wait_for_a_declaration(script):
     """A declaration that never ends is abandoned with the drain; the original goes back."""
     async with RecordingConsumer(
         requeueing(delay=1), transport=script, batch_size=1, shutdown_timeout=5
@@ -508,8 +508,8 @@ async def test_a_stop_does_not_wait_for_a_queue(script):
     assert [] == script.details("settle")
 
 
-async def test_a_bug_in_a_transport_ends_the_epoch(script):
-    """What is unsettled for ever is worse than what is delivered again."""
+async def test_an_unexpected_error_of_a_transport_ends_the_session(script):
+    """A redelivery is better than messages that stay unsettled forever."""
     async with RecordingConsumer(requeueing(delay=1), transport=script, batch_size=1):
         script.on_declare = raising(RuntimeError("a bug"))
         script.last.feed(b"0")
@@ -519,8 +519,8 @@ async def test_a_bug_in_a_transport_ends_the_epoch(script):
         assert 2 == len(script.sessions)
 
 
-async def test_a_returned_copy_is_tried_again(script):
-    """After the queue has been declared once more."""
+async def test_a_returned_copy_is_published_again(script):
+    """After the wait queue has been declared again."""
     script.outcomes = [Outcome.CONFIRMED, Outcome.RETURNED]
     async with RecordingConsumer(
         requeueing(delay=1), transport=script, batch_size=1, prefetch_count=10

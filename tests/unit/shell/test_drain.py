@@ -1,4 +1,4 @@
-"""In which order does a consumer stop, and what is true afterwards?"""
+"""The order of a graceful shutdown, and its result."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from tests.unit.shell.scripted_transport import ScriptedTransport, never
 
 
 def now():
-    """The time."""
+    """The current time."""
     return asyncio.get_running_loop().time()
 
 
 async def stopped_after(seconds, consumer):
-    """Run for so long, then stop; how long the stop took."""
+    """Run a consumer for some seconds and stop it; return how long the stop took."""
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(seconds)
     began = now()
@@ -44,8 +44,8 @@ async def stopped_after(seconds, consumer):
         consumer.took = now() - began
 
 
-async def test_what_is_on_its_way_when_the_cancel_is_confirmed_is_taken():
-    """Left alone, it would come back as redelivered."""
+async def test_messages_in_flight_when_the_cancel_is_confirmed_are_handled():
+    """Otherwise they would come back as redelivered."""
     script = ScriptedTransport()
 
     async with RecordingConsumer(transport=script, batch_timeout=60) as consumer:
@@ -93,8 +93,8 @@ async def test_the_order_of_a_drain():
     assert [numbered(2)] == consumer.batches
 
 
-async def test_what_was_not_started_is_returned_by_one_nack(rabbit):
-    """A return spends no delivery where the broker can tell; and in the queue's order."""
+async def test_unstarted_messages_are_returned_by_one_nack(rabbit):
+    """In queue order. Newer brokers do not count a nack as a failed delivery."""
     rabbit.put(*numbered(30))
     consumer = RecordingConsumer(
         taking(10), transport=rabbit.transport, batch_size=4, prefetch_count=20
@@ -105,8 +105,8 @@ async def test_what_was_not_started_is_returned_by_one_nack(rabbit):
     assert numbered(26, 4) == rabbit.waiting()
 
 
-async def test_what_came_before_the_cancellation_was_confirmed_is_not_lost():
-    """It is handed over if a slot is free, with what was being collected."""
+async def test_messages_that_come_before_the_cancel_is_confirmed_are_not_lost():
+    """They are handled with the buffered ones, if a slot is free."""
     script = ScriptedTransport()
 
     async def late():
@@ -122,8 +122,8 @@ async def test_what_came_before_the_cancellation_was_confirmed_is_not_lost():
     assert [[("ack", (1, 2))]] == script.details("settle")
 
 
-async def test_nothing_is_handed_over_if_no_slot_is_free(rabbit):
-    """What was being collected is returned, although a handler ends meanwhile."""
+async def test_buffered_messages_are_returned_if_no_slot_is_free(rabbit):
+    """Even if a handler ends meanwhile."""
     rabbit.put(*numbered(6))
     consumer = RecordingConsumer(
         taking(10), transport=rabbit.transport, batch_size=4, batch_timeout=60
@@ -133,8 +133,8 @@ async def test_nothing_is_handed_over_if_no_slot_is_free(rabbit):
     assert numbered(2, 4) == rabbit.waiting()
 
 
-async def test_a_slow_cancellation_starts_nothing_new():
-    """While its confirmation is waited for, a handler that ends is not given another batch."""
+async def test_no_batch_starts_while_the_cancel_is_not_confirmed():
+    """A handler that ends meanwhile does not get another batch."""
     script = ScriptedTransport()
     script.on_cancel = lambda: asyncio.sleep(10)
     consumer = RecordingConsumer(taking(3), transport=script, batch_size=2, prefetch_count=20)
@@ -146,8 +146,8 @@ async def test_a_slow_cancellation_starts_nothing_new():
     assert [("return", tuple(range(5, 11)))] == script.details("settle")[-1]
 
 
-async def test_a_drain_waits_for_confirmations():
-    """A copy that is on its way is not left behind."""
+async def test_a_drain_waits_for_confirms():
+    """A copy in flight is not left behind."""
     script = ScriptedTransport()
     script.on_publish = lambda *_: asyncio.sleep(8)
     consumer = RecordingConsumer(answering(REQUEUE), transport=script, batch_size=1)
@@ -163,7 +163,7 @@ async def test_a_drain_waits_for_confirmations():
 
 @pytest.mark.parametrize("outcome", [Outcome.REFUSED, Outcome.RETURNED, Outcome.UNKNOWN])
 async def test_an_original_whose_copy_is_not_confirmed_is_returned(outcome):
-    """There is no time to try again."""
+    """A drain does not publish again."""
     script = ScriptedTransport()
     script.outcomes = [outcome]
     script.on_publish = lambda *_: asyncio.sleep(3)
@@ -176,7 +176,7 @@ async def test_an_original_whose_copy_is_not_confirmed_is_returned(outcome):
 
 @pytest.mark.parametrize("timeout", [1, 5, 25, 100])
 async def test_handlers_that_take_too_long_are_cut_off(rabbit, timeout):
-    """In time: what they have yielded counts, what they left undecided goes back by nack."""
+    """In time. Their yielded results count, and a nack returns the undecided messages."""
 
     async def answer(messages):
         yield ACK
@@ -203,8 +203,8 @@ async def test_handlers_that_take_too_long_are_cut_off(rabbit, timeout):
     assert [] == rabbit.broker.connections
 
 
-async def test_a_handler_that_answers_its_cut_by_yielding_is_not_listened_to(rabbit):
-    """Its time was over."""
+async def test_results_yielded_after_the_cut_off_do_not_count(rabbit):
+    """The handler's time was over."""
 
     async def answer(messages):
         try:
@@ -220,7 +220,7 @@ async def test_a_handler_that_answers_its_cut_by_yielding_is_not_listened_to(rab
     assert numbered(3) == rabbit.waiting()
 
 
-async def test_a_handler_that_ignores_its_cut_does_not_keep_the_consumer(rabbit):
+async def test_a_handler_that_ignores_its_cancellation_does_not_block_the_stop(rabbit):
     """Its messages go back with the session."""
     done = asyncio.Event()
 
@@ -245,8 +245,8 @@ async def test_a_handler_that_ignores_its_cut_does_not_keep_the_consumer(rabbit)
     await asyncio.sleep(1)
 
 
-async def test_stop_does_not_raise_what_run_would(rabbit):
-    """Whoever stops wants it stopped."""
+async def test_stop_does_not_raise_what_run_raises(rabbit):
+    """`stop` only stops the consumer."""
     rabbit.put(*numbered(3))
     consumer = RecordingConsumer(taking(3600), transport=rabbit.transport, batch_size=3)
     await consumer.start()
@@ -256,8 +256,8 @@ async def test_stop_does_not_raise_what_run_would(rabbit):
 
 
 @pytest.mark.parametrize("step", ["on_cancel", "on_leave", "on_settle", "on_publisher_leave"])
-async def test_a_broker_that_falls_silent_does_not_keep_the_consumer(step):
-    """Whatever it does not answer: `shutdown_timeout` is for the whole."""
+async def test_a_silent_broker_does_not_block_the_stop(step):
+    """Whatever it does not answer: `shutdown_timeout` limits the whole drain."""
     script = ScriptedTransport()
     consumer = RecordingConsumer(
         first_then(answering(REQUEUE), ack), transport=script, batch_size=1, shutdown_timeout=20
@@ -273,7 +273,7 @@ async def test_a_broker_that_falls_silent_does_not_keep_the_consumer(step):
 
 
 async def test_an_on_stop_that_does_not_end_is_cut_off(rabbit):
-    """It is part of the drain, and of its time."""
+    """It is part of the drain and of its time limit."""
 
     class Hangs(RecordingConsumer):
         async def on_stop(self):
@@ -285,8 +285,8 @@ async def test_an_on_stop_that_does_not_end_is_cut_off(rabbit):
     assert 20 == consumer.took
 
 
-async def test_an_on_stop_may_time_out_by_itself(rabbit):
-    """Its own exception comes out as it is."""
+async def test_a_timeout_that_on_stop_raises_is_passed_on(rabbit):
+    """It is not taken for the drain's own timeout."""
 
     class TimesOut(RecordingConsumer):
         async def on_stop(self):
@@ -298,7 +298,7 @@ async def test_an_on_stop_may_time_out_by_itself(rabbit):
 
 
 async def test_a_session_that_is_lost_during_the_drain_ends_it(rabbit):
-    """There is nobody left to settle with; its messages come back."""
+    """Nothing can be settled any more, and its messages come back."""
     rabbit.put(*numbered(3))
     consumer = RecordingConsumer(taking(10), transport=rabbit.transport, batch_size=3)
     running = asyncio.create_task(consumer.run())
@@ -311,8 +311,8 @@ async def test_a_session_that_is_lost_during_the_drain_ends_it(rabbit):
     assert 10 == now()
 
 
-async def test_a_drain_waits_for_handlers_of_sessions_that_are_gone(rabbit):
-    """`on_stop` may take away what they use."""
+async def test_a_drain_waits_for_handlers_of_lost_sessions(rabbit):
+    """`on_stop` may close what they use."""
     events = []
 
     class Telling(RecordingConsumer):
@@ -330,8 +330,8 @@ async def test_a_drain_waits_for_handlers_of_sessions_that_are_gone(rabbit):
     assert [10] == events
 
 
-async def test_a_consumer_that_waits_for_its_broker_has_nothing_to_drain(rabbit):
-    """It stops at once."""
+async def test_a_consumer_that_waits_for_its_broker_stops_at_once(rabbit):
+    """There is nothing to drain."""
     consumer = RecordingConsumer(transport=rabbit.transport)
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(1)
@@ -355,7 +355,7 @@ async def test_a_consumer_that_waits_for_its_broker_has_nothing_to_drain(rabbit)
 def test_after_a_graceful_stop_nothing_left_was_handled(
     count, size, concurrency, workers, prefetch, seconds, stop_at, pause
 ):
-    """What is left in the queue was never handed out to a handler, and what was acked is gone."""
+    """No message left in the queue was handled, and acked messages are gone."""
 
     async def story():
         rabbit = QueueBroker()

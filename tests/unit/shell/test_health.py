@@ -1,4 +1,4 @@
-"""What does a consumer say about itself?"""
+"""`is_healthy` and `status` of a consumer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.unit.shell.scripted_transport import ScriptedTransport, never
 
 
 async def test_a_consumer_is_healthy_while_every_worker_consumes():
-    """One that does not is enough."""
+    """A single worker that does not consume makes it unhealthy."""
     script = ScriptedTransport()
     async with RecordingConsumer(transport=script, num_workers=3) as consumer:
         assert consumer.is_healthy
@@ -40,7 +40,7 @@ async def test_a_consumer_is_healthy_while_every_worker_consumes():
     ids=["as set", "twice the time-out", "a quarter of an hour"],
 )
 async def test_a_consumer_that_is_stuck_is_unhealthy(rabbit, given, limit):
-    """A message that stays unsettled for too long: handler, broker or publisher hang."""
+    """A message stays unsettled for too long, since the handler, broker or publisher hangs."""
     rabbit.put(b"0")
     given = {"process_timeout": None} | given
     handler = taking(limit + 50)
@@ -69,8 +69,8 @@ async def test_a_consumer_that_is_stuck_is_unhealthy(rabbit, given, limit):
         assert consumer.is_healthy
 
 
-async def test_what_waits_for_its_batch_or_its_settlement_counts_too():
-    """The age is that of the message, not of what is done with it."""
+async def test_messages_that_wait_for_batch_or_settlement_count_as_stuck_too():
+    """The age counts from the delivery of the message."""
     script = ScriptedTransport()
     script.on_settle = never
     consumer = RecordingConsumer(
@@ -87,8 +87,8 @@ async def test_what_waits_for_its_batch_or_its_settlement_counts_too():
         assert not consumer.is_healthy
 
 
-async def test_status_tells_what_each_worker_has_in_hand(rabbit):
-    """A plain snapshot, which can be written as JSON, and shows no secret."""
+async def test_status_shows_the_messages_of_each_worker(rabbit):
+    """A plain snapshot that can be written as JSON, and contains no secret."""
     rabbit.put(*numbered(14))
     consumer = RecordingConsumer(
         taking(10), transport=rabbit.transport, batch_size=5, concurrency=2
@@ -116,7 +116,7 @@ async def test_status_tells_what_each_worker_has_in_hand(rabbit):
 
 
 async def test_status_before_the_first_session():
-    """Nothing has happened yet."""
+    """The worker is connecting, and has made no progress."""
     script = ScriptedTransport()
     script.on_declare = never
     consumer = RecordingConsumer(transport=script)
@@ -129,8 +129,8 @@ async def test_status_before_the_first_session():
         await starting
 
 
-async def test_held_originals_are_told():
-    """Those whose copies wait for a confirmation that did not come at once."""
+async def test_status_shows_held_originals():
+    """Those whose copies are not confirmed yet."""
     script = ScriptedTransport()
     script.outcomes = [None] * 2
     async with RecordingConsumer(
@@ -144,7 +144,7 @@ async def test_held_originals_are_told():
 
 
 async def test_a_consumer_that_drains_is_not_healthy(rabbit):
-    """It takes no more messages, and says so."""
+    """It takes no more messages."""
     rabbit.put(*numbered(3))
     consumer = RecordingConsumer(taking(10), transport=rabbit.transport, batch_size=3)
     await consumer.start()

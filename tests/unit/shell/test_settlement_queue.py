@@ -1,4 +1,4 @@
-"""Each batch's settlement is sent in its turn, once, and no later than necessary."""
+"""The settlement queue: each batch is settled in turn, once, and in time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REJECT = Disposition.REJECT
 
 
 class RecordingSession:
-    """A session that writes down which tags it was told of, in one list for each call."""
+    """Records the settled tags, in one list for each call."""
 
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
@@ -32,49 +32,49 @@ class RecordingSession:
 
 
 def of(*tags: int) -> list[Settlement]:
-    """An ack of these."""
+    """Return an ack of these tags."""
     return [Settlement(Disposition.ACK, tags)]
 
 
 async def settled_soon(*work: asyncio.Future[None]) -> list[bool]:
-    """Which of these are done once everybody had a turn."""
+    """Return which of these tasks are done after all of them could run."""
     await asyncio.sleep(0.001)
     return [each.done() for each in work]
 
 
-async def test_nobody_waits_for_those_behind():
-    """They are on their way as long as messages come: that would be for ever."""
-    clerk = RecordingSession()
-    queue = SettlementQueue(clerk)
+async def test_a_batch_does_not_wait_for_batches_behind_it():
+    """There are more as long as messages come, so it would wait forever."""
+    session = RecordingSession()
+    queue = SettlementQueue(session)
     first, _ = queue.reserve(), queue.reserve()
 
     await queue.settle(of(1), first)
 
-    assert [[1]] == clerk.calls
+    assert [[1]] == session.calls
 
 
-async def test_those_in_front_are_waited_for_and_settled_together():
-    """An original among theirs that is still undecided would be a hole."""
-    clerk = RecordingSession()
-    queue = SettlementQueue(clerk)
+async def test_a_batch_waits_for_batches_in_front_and_is_settled_with_them():
+    """An undecided original of theirs would prevent one `multiple` ack."""
+    session = RecordingSession()
+    queue = SettlementQueue(session)
     first, second = queue.reserve(), queue.reserve()
     behind = [
         asyncio.ensure_future(queue.settle(of(2), second)),
         asyncio.ensure_future(queue.settle(of(3))),
     ]
     assert [False, False] == await settled_soon(*behind)
-    assert [] == clerk.calls
+    assert [] == session.calls
 
     await queue.settle(of(1), first)
 
-    assert [[1, 2, 3]] == clerk.calls
+    assert [[1, 2, 3]] == session.calls
     assert [True, True] == await settled_soon(*behind)
 
 
-async def test_who_leaves_the_line_holds_nobody_up():
-    """Having nothing to settle."""
-    clerk = RecordingSession()
-    queue = SettlementQueue(clerk)
+async def test_a_released_ticket_holds_up_no_batch():
+    """It has nothing to settle."""
+    session = RecordingSession()
+    queue = SettlementQueue(session)
     first, second = queue.reserve(), queue.reserve()
     behind = asyncio.ensure_future(queue.settle(of(2), second))
     await asyncio.sleep(0.001)
@@ -82,13 +82,13 @@ async def test_who_leaves_the_line_holds_nobody_up():
     queue.release(first)
 
     assert [True] == await settled_soon(behind)
-    assert [[2]] == clerk.calls
+    assert [[2]] == session.calls
 
 
-async def test_patience_has_an_end(virtual_loop):
-    """Then all that is decided goes out together, and the undecided keep their places."""
-    clerk = RecordingSession()
-    queue = SettlementQueue(clerk, patience=0.5)
+async def test_after_its_patience_a_batch_is_settled_without_those_in_front(virtual_loop):
+    """All decided batches are settled together; undecided ones keep their places."""
+    session = RecordingSession()
+    queue = SettlementQueue(session, patience=0.5)
     first, second = queue.reserve(), queue.reserve()
     waiting = [asyncio.ensure_future(queue.settle(of(3)))]
     await asyncio.sleep(0.4)
@@ -96,18 +96,18 @@ async def test_patience_has_an_end(virtual_loop):
 
     await asyncio.gather(*waiting)
 
-    assert ([[3, 4]], 0.5) == (clerk.calls, virtual_loop.time())
+    assert ([[3, 4]], 0.5) == (session.calls, virtual_loop.time())
     last = asyncio.ensure_future(queue.settle(of(2), second))
     await asyncio.sleep(0.4)
     await queue.settle(of(1), first)
     await last
-    assert [[3, 4], [1, 2]] == clerk.calls
+    assert [[3, 4], [1, 2]] == session.calls
 
 
-async def test_what_is_enqueued_is_settled_with_the_ticket_before_it():
-    """A batch's ACKs wait a moment for its copies, so that one frame may settle all of it."""
-    clerk = RecordingSession()
-    queue = SettlementQueue(clerk)
+async def test_an_immediate_settlement_includes_waiting_ones():
+    """In one write, perhaps in one frame."""
+    session = RecordingSession()
+    queue = SettlementQueue(session)
     first = queue.reserve()
 
     others = queue.enqueue(of(2))
@@ -115,27 +115,27 @@ async def test_what_is_enqueued_is_settled_with_the_ticket_before_it():
     assert [False] == await settled_soon(others)
     await queue.settle(of(1), first)
     assert [True] == await settled_soon(others)
-    assert [[1, 2]] == clerk.calls
+    assert [[1, 2]] == session.calls
 
 
 async def test_what_is_enqueued_does_not_wait_for_ever(virtual_loop):
     """A copy whose confirm doesn't come holds nothing up beyond the patience of the queue."""
-    clerk = RecordingSession()
-    queue = SettlementQueue(clerk, patience=0.5)
+    session = RecordingSession()
+    queue = SettlementQueue(session, patience=0.5)
     first = queue.reserve()
 
     await queue.enqueue(of(2))
 
-    assert ([[2]], 0.5) == (clerk.calls, virtual_loop.time())
+    assert ([[2]], 0.5) == (session.calls, virtual_loop.time())
     await queue.settle(of(1), first)
-    assert [[2], [1]] == clerk.calls
+    assert [[2], [1]] == session.calls
 
 
-async def test_an_error_is_everybodys():
-    """Whoever waits for a settlement that failed hears of it, also those that came along."""
-    clerk = RecordingSession()
-    clerk.error = SessionLost("gone")
-    queue = SettlementQueue(clerk)
+async def test_an_error_reaches_every_batch_of_the_settlement():
+    """Also those that only joined it."""
+    session = RecordingSession()
+    session.error = SessionLost("gone")
+    queue = SettlementQueue(session)
     first = queue.reserve()
     behind = asyncio.ensure_future(queue.settle(of(2)))
     await asyncio.sleep(0.001)
@@ -146,10 +146,10 @@ async def test_an_error_is_everybodys():
         await behind
 
 
-async def test_a_cancelled_waiter_takes_nothing_back():
-    """What it wanted to be settled is settled all the same, with the others'."""
-    clerk = RecordingSession()
-    queue = SettlementQueue(clerk)
+async def test_a_cancelled_waiter_is_settled_all_the_same():
+    """Together with the others."""
+    session = RecordingSession()
+    queue = SettlementQueue(session)
     first = queue.reserve()
     behind = asyncio.ensure_future(queue.settle(of(2)))
     await asyncio.sleep(0.001)
@@ -158,20 +158,23 @@ async def test_a_cancelled_waiter_takes_nothing_back():
 
     await queue.settle([*of(1), Settlement(REJECT, (5,))], first)
 
-    assert [[1, 2, 5]] == clerk.calls
+    assert [[1, 2, 5]] == session.calls
 
 
 @given(
     st.lists(st.tuples(st.floats(0, 1), st.sampled_from(["settles", "leaves", "has others"]))),
     st.floats(0.01, 2),
 )
-def test_any_order(batches: list[tuple[float, str]], patience: float) -> None:
-    """Each batch is decided at a time of its own, or leaves, and may have others that are decided.
+def test_batches_decided_in_any_order_are_settled_once_and_in_time(
+    batches: list[tuple[float, str]], patience: float
+) -> None:
+    """Each batch is decided at its own time, or releases its ticket, or settles something at once
+    before.
 
-    What is decided is settled once: when everything before it is decided or has left, or when its
-    patience is at its end, and no later.
+    A decided batch is settled once: when all batches in front are decided or released, or when its
+    patience ends, and no later.
     """
-    clerk = RecordingSession()
+    session = RecordingSession()
     seen: dict[int, float] = {}
 
     async def one(queue: SettlementQueue, number: int, at: float, way: str) -> None:
@@ -188,7 +191,7 @@ def test_any_order(batches: list[tuple[float, str]], patience: float) -> None:
         seen[number] = loop.time()
 
     async def story() -> None:
-        queue = SettlementQueue(clerk, patience)
+        queue = SettlementQueue(session, patience)
         async with asyncio.TaskGroup() as group:
             for number, (at, way) in enumerate(batches):
                 group.create_task(one(queue, number, at, way))
@@ -196,7 +199,7 @@ def test_any_order(batches: list[tuple[float, str]], patience: float) -> None:
 
     run(story())
 
-    assert sorted(seen) == sorted(tag for call in clerk.calls for tag in call)
+    assert sorted(seen) == sorted(tag for call in session.calls for tag in call)
     for number, (at, way) in enumerate(batches):
         in_front = max(each for each, _ in batches[: number + 1])
         if way == "has others":

@@ -1,4 +1,4 @@
-"""What happens where a transport does what it should not?"""
+"""What the shell does if a transport, a worker or a hook fails unexpectedly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.unit.shell.scripted_transport import ScriptedTransport, at_once, rais
 
 @pytest.mark.parametrize("error", [SessionLost("gone"), RuntimeError("a bug")])
 async def test_a_settlement_that_fails_ends_the_session(error, jitter):
-    """Whatever it raises; the messages come back, and nothing is settled twice."""
+    """Whatever it raises. The messages come back, and nothing is settled twice."""
     script = ScriptedTransport()
     script.on_settle = raising(error)
     recorder = EventRecorder()
@@ -40,8 +40,8 @@ async def test_a_settlement_that_fails_ends_the_session(error, jitter):
 
 
 @pytest.mark.parametrize("error", [SessionLost("gone"), RuntimeError("a bug")])
-async def test_a_settlement_for_several_batches_that_fails_is_heard_of_by_all(error, jitter):
-    """Each of them knows that its results are stale, or ends the session."""
+async def test_a_failed_settlement_of_several_batches_reaches_all_of_them(error, jitter):
+    """Each counts its results as stale, or ends the session."""
     script = ScriptedTransport()
     script.on_publish = lambda *_: asyncio.sleep(0.05)
     script.on_settle = raising(error)
@@ -63,14 +63,14 @@ async def test_a_settlement_for_several_batches_that_fails_is_heard_of_by_all(er
 
 
 async def test_a_worker_that_ends_by_itself_ends_run():
-    """Whatever the reason: nobody would consume, and nobody would know."""
+    """Otherwise the consumer would silently stop consuming."""
     script = ScriptedTransport()
     consumer = RecordingConsumer(transport=script)
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(1)
 
     class Broken(BaseException):
-        """What no worker lives through."""
+        """An error that no worker survives."""
 
     script.last.end(Broken())
     with pytest.raises(Broken):
@@ -78,8 +78,8 @@ async def test_a_worker_that_ends_by_itself_ends_run():
     assert not consumer.is_running
 
 
-async def test_an_on_start_may_time_out_by_itself():
-    """Its own exception comes out as it is."""
+async def test_a_timeout_that_on_start_raises_is_passed_on():
+    """It is not taken for the library's own timeout."""
 
     class TimesOut(RecordingConsumer):
         async def on_start(self):
@@ -90,8 +90,8 @@ async def test_an_on_start_may_time_out_by_itself():
         await TimesOut(transport=ScriptedTransport()).start()
 
 
-async def test_a_cut_handlers_cancellation_is_over_when_its_batch_is_settled(jitter):
-    """Adapters tell a client library's cancellations from ours by asking the task."""
+async def test_the_cancellation_of_a_handler_ends_before_its_batch_is_settled(jitter):
+    """Adapters ask the task whether a cancellation is the client library's or ours."""
     script = ScriptedTransport()
     cancelling = []
 
