@@ -1,4 +1,4 @@
-"""What do messages of a batch have in common, and how many bytes may they be?"""
+"""`batch_key` and `batch_max_bytes`: which messages share a batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.unit.shell.scripted_transport import ScriptedSession, ScriptedTranspo
 
 
 class Keyed(RecordingConsumer):
-    """Its key is a body's first letter; `?` has none."""
+    """Its key is the first letter of a body; `?` has none."""
 
     def batch_key(self, message):
         letter = message.body[:1].decode()
@@ -43,7 +43,7 @@ class Keyed(RecordingConsumer):
 
 
 async def test_a_batch_holds_messages_of_one_key(rabbit):
-    """Each key fills batches of its own, in the order of the queue; the rest waits for its time."""
+    """Each key fills its own batches in queue order; the rest waits for its timeout."""
     rabbit.put(b"a1", b"b1", b"a2", b"c1", b"b2", b"a3")
     recorder = EventRecorder()
     async with Keyed(
@@ -60,15 +60,15 @@ async def test_a_batch_holds_messages_of_one_key(rabbit):
 
 
 async def test_messages_without_a_key_share_batches(rabbit):
-    """None stands for no key."""
+    """None means no key."""
     rabbit.put(b"?1", b"a1", b"?2")
     async with Keyed(transport=rabbit.transport, batch_size=2, batch_timeout=1) as consumer:
         await asyncio.sleep(2)
     assert [[b"?1", b"?2"], [b"a1"]] == consumer.batches
 
 
-async def test_what_prefetch_allows_is_cut_key_by_key(rabbit):
-    """Nothing more can come, so nobody waits for the time-out, however many keys there are."""
+async def test_an_exhausted_prefetch_cuts_the_batches_of_all_keys(rabbit):
+    """Nothing more can come, so no batch waits for its timeout, however many keys there are."""
     rabbit.put(b"a1", b"b1", b"c1", b"a2")
     recorder = EventRecorder()
     async with Keyed(
@@ -86,8 +86,8 @@ async def test_what_prefetch_allows_is_cut_key_by_key(rabbit):
 
 
 @pytest.mark.parametrize("keyed", [False, True])
-async def test_a_batch_holds_no_more_bytes_than_it_may(rabbit, keyed):
-    """What is longer goes alone; with keys or without."""
+async def test_a_batch_has_at_most_batch_max_bytes(rabbit, keyed):
+    """A longer message gets its own batch, with or without keys."""
     rabbit.put(b"aaaa", b"aaaa", b"aaaa", b"a" * 50, b"a")
     recorder = EventRecorder()
     kind = Keyed if keyed else RecordingConsumer
@@ -102,8 +102,8 @@ async def test_a_batch_holds_no_more_bytes_than_it_may(rabbit, keyed):
     assert ["bytes", "bytes", "bytes", "timeout"] == triggers
 
 
-async def test_batches_of_a_key_may_overlap_unless_their_order_is_wanted(rabbit):
-    """Without `ordered_by_key`, a key only says who shares a batch."""
+async def test_batches_of_a_key_may_overlap_without_ordered_by_key(rabbit):
+    """Then a key only says which messages share a batch."""
     rabbit.put(b"a1", b"a2", b"a3")
     async with Keyed(
         taking(5), transport=rabbit.transport, batch_size=1, concurrency=3
@@ -112,8 +112,8 @@ async def test_batches_of_a_key_may_overlap_unless_their_order_is_wanted(rabbit)
     assert [0, 0, 0] == consumer.times
 
 
-async def test_a_stop_hands_over_as_many_keys_as_hands_are_free(rabbit):
-    """The others are returned, and come again."""
+async def test_a_stop_hands_over_one_key_for_each_free_slot(rabbit):
+    """Messages of other keys are returned, and come again."""
     rabbit.put(b"a1", b"b1", b"a2", b"c1")
     consumer = Keyed(transport=rabbit.transport, batch_timeout=60, concurrency=2)
     async with consumer:
@@ -126,7 +126,7 @@ async def test_a_stop_hands_over_as_many_keys_as_hands_are_free(rabbit):
 
 
 class Choosy(Keyed):
-    """Fails for some messages."""
+    """Raises for some messages."""
 
     exception_results: ClassVar = {LookupError: MessageResult.NACK}
 
@@ -141,7 +141,7 @@ class Choosy(Keyed):
 
 
 async def handled_by_choosy(rabbit, *some, ordered=False, **given):
-    """Hand messages to it; what it was given, and what became of the rest."""
+    """Give messages to a `Choosy`, and return it with its recorder."""
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "", kind="fanout")
     rabbit.put(*some)
@@ -163,10 +163,8 @@ async def handled_by_choosy(rabbit, *some, ordered=False, **given):
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-async def test_a_message_that_has_no_key_because_it_cannot_be_decoded_is_dead_lettered(
-    rabbit, ordered, caplog
-):
-    """Alone; the others are handled, and the log says it in one line."""
+async def test_a_message_whose_key_cannot_be_decoded_is_dead_lettered(rabbit, ordered, caplog):
+    """Alone; the others are handled, and one log line says so."""
     good = [b'{"key": 1, "n": 1}', b'{"key": 1, "n": 2}']
     consumer, recorder = await handled_by_choosy(
         rabbit, good[0], b"oops", good[1], b"ouch", ordered=ordered
@@ -184,8 +182,8 @@ async def test_a_message_that_has_no_key_because_it_cannot_be_decoded_is_dead_le
     assert errors[0].exc_info
 
 
-async def test_what_batch_key_raises_is_looked_up_as_what_a_handler_raises(rabbit):
-    """In `exception_results` first; and one that is no key is an error, too."""
+async def test_exceptions_of_batch_key_are_treated_like_those_of_a_handler(rabbit):
+    """`exception_results` applies first; an unhashable key is an error, too."""
     consumer, _ = await handled_by_choosy(rabbit, b"!", b"*", b"[", max_requeue_attempts=2)
     assert [] == consumer.batches
     letters = {each.body: each.headers for each in rabbit.broker.ready("dead")}
@@ -199,7 +197,7 @@ async def test_what_batch_key_raises_is_looked_up_as_what_a_handler_raises(rabbi
 
 
 async def test_results_of_a_failed_batch_key_for_a_lost_session_are_not_sent():
-    """The next session sees these messages again."""
+    """The next session gets these messages again."""
     script = ScriptedTransport()
     script.on_publish = lambda *_: asyncio.sleep(1)
     async with Choosy(ack, transport=script) as consumer:
@@ -212,8 +210,8 @@ async def test_results_of_a_failed_batch_key_for_a_lost_session_are_not_sent():
     assert [] == script.details("settle")
 
 
-async def test_users_code_reads_keys_in_a_task_of_ours(monkeypatch):
-    """A session that could pump is iterated: pumped, messages come in a callback of a library's."""
+async def test_batch_key_runs_in_a_task_of_the_library(monkeypatch):
+    """A session that could pump is iterated: pumped messages come in a client's callback."""
 
     class Pumping(ScriptedSession):
         async def pump(self, sink):
@@ -227,8 +225,8 @@ async def test_users_code_reads_keys_in_a_task_of_ours(monkeypatch):
     assert [[b"a1"]] == consumer.batches
 
 
-async def test_each_message_is_asked_once(rabbit):
-    """However often it is looked at."""
+async def test_batch_key_is_called_once_for_each_message(rabbit):
+    """However often the message is looked at."""
     asked = []
 
     class Asking(RecordingConsumer):
@@ -246,7 +244,7 @@ async def test_each_message_is_asked_once(rabbit):
 
 
 def test_a_batch_key_that_is_a_coroutine_is_refused():
-    """It could only be awaited by somebody who waits for each message."""
+    """Awaiting it for each message would hold up all others."""
 
     class Waiting(RecordingConsumer):
         async def batch_key(self, message):
@@ -257,8 +255,8 @@ def test_a_batch_key_that_is_a_coroutine_is_refused():
 
 
 @pytest.mark.parametrize("base", [BatchConsumer, Consumer])
-def test_order_by_key_needs_a_key(base):
-    """Found at construction, for both kinds of consumer."""
+def test_ordered_by_key_needs_a_batch_key(base):
+    """It is checked at construction, for both kinds of consumer."""
 
     class Keyless(base):
         async def process_messages(self, messages):
@@ -272,7 +270,7 @@ def test_order_by_key_needs_a_key(base):
 
 
 async def test_a_consumer_of_single_messages_may_have_keys(rabbit):
-    """They say nothing until `ordered_by_key` is wanted."""
+    """They have no effect without `ordered_by_key`."""
     times = {}
 
     class KeyedSingleConsumer(SingleConsumer):
@@ -300,7 +298,7 @@ async def test_a_consumer_of_single_messages_may_have_keys(rabbit):
     assert 8 == len(rabbit.times(EventKind.ACKED))
 
 
-async def test_a_requeue_without_order_goes_to_the_back_as_ever(rabbit):
+async def test_a_requeue_without_ordered_by_key_goes_to_the_back_of_the_queue(rabbit):
     """Keys alone hold nothing."""
     rabbit.put(b"a1", b"a2")
     seen = []

@@ -268,7 +268,7 @@ async def slowly_failing(messages):
 
 
 async def test_early_settlements_count_at_once(rabbit):
-    """A NACK proves nothing, so the worker goes on with one message at a time."""
+    """The breaker opens during the batch, which still runs to its end and is settled."""
     recorder = EventRecorder()
     rabbit.put(*numbered(12))
     consumer = RecordingConsumer(

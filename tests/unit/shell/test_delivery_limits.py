@@ -1,5 +1,6 @@
-"""What do quorum queues count against a consumer, by version? The same on real brokers is in
-`tests/integration/test_consumer_limits.py`.
+"""What quorum queues count as failed deliveries, by version.
+
+`tests/integration/test_consumer_limits.py` tests the same on real brokers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SPENT = {"3.8": True, "3.10": True, "4.0": True, "4.3": False}
 
 
 def quorum(rabbit, answer, *, limit=None, **given):
-    """A consumer of a quorum queue whose dead letters go to `dead`."""
+    """Return a consumer of a quorum queue, with dead letters in `dead`."""
     arguments = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "dead"}
     if limit is not None:
         arguments["x-delivery-limit"] = limit
@@ -42,7 +43,7 @@ def quorum(rabbit, answer, *, limit=None, **given):
 
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_failures_count_until_the_delivery_limit(version):
-    """One delivery more than the limit, and the message is dead."""
+    """After one delivery more than the limit, the message is dead-lettered."""
     rabbit = QueueBroker(version)
     async with quorum(rabbit, answering(REQUEUE_IMMEDIATE), limit=3) as consumer:
         rabbit.put(b"poison")
@@ -52,10 +53,8 @@ async def test_failures_count_until_the_delivery_limit(version):
 
 
 @pytest.mark.parametrize(("version", "times"), [("3.10", 99), ("4.0", 21), ("4.3", 21)])
-async def test_without_a_limit_of_its_own_a_poison_message_ends_where_there_is_a_default(
-    version, times
-):
-    """Since 4.0; before, it goes on for as long as anybody handles it."""
+async def test_a_poison_message_ends_at_the_default_limit_if_there_is_one(version, times):
+    """Since RabbitMQ 4.0; before, it is redelivered forever."""
     rabbit = QueueBroker(version)
     async with quorum(rabbit, taking(1, answering(REQUEUE_IMMEDIATE))) as consumer:
         rabbit.put(b"poison")
@@ -64,8 +63,8 @@ async def test_without_a_limit_of_its_own_a_poison_message_ends_where_there_is_a
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-async def test_a_lost_connection_counts_for_all_that_was_prefetched(version):
-    """Nobody knows which of them was the culprit."""
+async def test_a_lost_connection_counts_for_all_prefetched_messages(version):
+    """The broker cannot know which of them was the culprit."""
     rabbit = QueueBroker(version)
     async with quorum(rabbit, taking(5), limit=1, prefetch_count=5):
         rabbit.put(*numbered(5))
@@ -77,7 +76,7 @@ async def test_a_lost_connection_counts_for_all_that_was_prefetched(version):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-async def test_a_drain_spends_no_delivery_where_the_broker_can_tell(version):
+async def test_a_drain_counts_no_delivery_on_newer_brokers(version):
     """Each drain finishes one message and returns the others, three times."""
     rabbit = QueueBroker(version)
     for turn in range(3):
@@ -91,8 +90,8 @@ async def test_a_drain_spends_no_delivery_where_the_broker_can_tell(version):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-async def test_a_pause_spends_no_delivery_where_the_broker_can_tell(version, jitter):
-    """What the breaker returns has not failed, however often it comes."""
+async def test_a_breaker_pause_counts_no_delivery_on_newer_brokers(version, jitter):
+    """Messages that the breaker returns have not failed, however often they come."""
     rabbit = QueueBroker(version)
     consumer = quorum(
         rabbit,

@@ -1,4 +1,4 @@
-"""Which hooks run for a session, on whose instance, and what happens if one fails?"""
+"""Session hooks: when they run, on which instance, and what happens if one fails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.shell.scripted_transport import ScriptedTransport, never
 
 
 class Sessions(RecordingConsumer):
-    """Notes what its session hook was given, and on which instance."""
+    """Records the calls of its session hook, and the instances."""
 
     seen = ()
 
@@ -30,7 +30,7 @@ class Sessions(RecordingConsumer):
 
 
 class Legacy(RecordingConsumer):
-    """Overrides what users have overridden ever since."""
+    """Overrides `_run_internal`, as users have always done."""
 
     calls = ()
 
@@ -42,7 +42,7 @@ class Legacy(RecordingConsumer):
 
 @pytest.fixture(autouse=True)
 def forget():
-    """Each test notes for itself."""
+    """Clear the records of the classes before each test."""
     Sessions.seen = Legacy.calls = ()
 
 
@@ -69,7 +69,7 @@ async def test_on_session_is_called_for_each_session_of_each_worker(rabbit):
 
 
 @pytest.mark.parametrize("cls", [Sessions, Legacy])
-async def test_each_worker_has_an_instance_of_its_own(rabbit, cls):
+async def test_each_worker_has_its_own_instance(rabbit, cls):
     """Worker 0 is the instance itself; the others are copies made after `on_start`."""
 
     class Starting(cls):
@@ -87,7 +87,7 @@ async def test_each_worker_has_an_instance_of_its_own(rabbit, cls):
 
 
 async def test_a_worker_uses_what_its_own_session_stored(rabbit):
-    """What a session stores on `self` is seen by this worker's handler, and by no other's."""
+    """Attributes that a session sets on `self` are seen by this worker's handler only."""
 
     class Keeps(RecordingConsumer):
         used = ()
@@ -108,14 +108,14 @@ async def test_a_worker_uses_what_its_own_session_stored(rabbit):
 
 
 async def test_without_hooks_there_is_one_instance(rabbit):
-    """Nothing is copied that need not be."""
+    """Nothing is copied without need."""
     async with RecordingConsumer(transport=rabbit.transport, num_workers=3) as consumer:
         instances = consumer._instances()
         assert {consumer} == {each.process.__self__ for each in instances}
 
 
-async def test_a_copys_stop_is_the_consumers(rabbit):
-    """Whichever instance a handler or a task runs on: one drain, one `on_stop`, by the original."""
+async def test_stop_on_a_copy_stops_the_consumer(rabbit):
+    """On whatever instance a handler or a task runs, there is one drain and one `on_stop`."""
 
     class Stops(Sessions):
         stopped = ()
@@ -163,7 +163,7 @@ async def test_run_internal_is_called_by_keyword_once_for_each_session(rabbit):
 
 
 async def test_the_users_channel_is_not_the_consuming_one(rabbit):
-    """A mistake on it costs that channel, and no message."""
+    """An error on it closes that channel only, and costs no message."""
     async with Legacy(transport=rabbit.transport, batch_size=1) as consumer:
         channel = Legacy.calls[0][1]
         with pytest.raises(Exception, match="NOT_FOUND"):
@@ -174,8 +174,8 @@ async def test_the_users_channel_is_not_the_consuming_one(rabbit):
         assert 1 == consumer.status().workers[0].epoch
 
 
-async def test_on_session_can_have_the_broker_librarys_objects_too(rabbit):
-    """By `native`, which opens them once."""
+async def test_on_session_can_use_the_broker_librarys_objects(rabbit):
+    """`native` opens them once."""
 
     class Native(RecordingConsumer):
         async def on_session(self, session):
@@ -187,8 +187,8 @@ async def test_on_session_can_have_the_broker_librarys_objects_too(rabbit):
         assert "jobs" == first.queue.name
 
 
-async def test_a_transport_without_objects_of_its_own_says_so():
-    """At the start, since it is needed for the first session."""
+async def test_a_transport_without_native_objects_raises_an_error():
+    """At start, since the first session needs them."""
     script = ScriptedTransport()
     with pytest.raises(ConfigurationError, match="ScriptedSession has no channel"):
         await Legacy(transport=script).start()
@@ -196,8 +196,8 @@ async def test_a_transport_without_objects_of_its_own_says_so():
 
 
 @pytest.mark.parametrize("hook", ["on_session", "_run_internal"])
-async def test_a_hook_that_fails_at_first_is_fatal(rabbit, hook):
-    """It is a mistake that will not go away."""
+async def test_a_hook_that_fails_in_the_first_session_is_fatal(rabbit, hook):
+    """The error will not go away by itself."""
 
     class Fails(RecordingConsumer):
         pass
@@ -214,7 +214,7 @@ async def test_a_hook_that_fails_at_first_is_fatal(rabbit, hook):
 
 
 async def test_a_hook_that_fails_later_is_retried(rabbit, caplog):
-    """With a traceback in the log, once; the worker comes back when it goes well again."""
+    """With one traceback in the log; the worker reconnects until the hook succeeds."""
 
     class Fails(RecordingConsumer):
         wrong = None
@@ -237,8 +237,8 @@ async def test_a_hook_that_fails_later_is_retried(rabbit, caplog):
 
 
 @pytest.mark.parametrize("hook", ["on_session", "_run_internal"])
-async def test_a_cancellation_that_is_not_ours_does_not_end_the_worker(rabbit, hook):
-    """Client libraries cancel futures of their own when a connection is lost."""
+async def test_a_foreign_cancellation_does_not_end_the_worker(rabbit, hook):
+    """Client libraries cancel their own futures when a connection is lost."""
 
     class Cancelled(RecordingConsumer):
         wrong = False
@@ -261,8 +261,8 @@ async def test_a_cancellation_that_is_not_ours_does_not_end_the_worker(rabbit, h
         assert consumer.is_healthy
 
 
-async def test_a_run_internal_that_forgets_super_is_told_at_the_start(rabbit):
-    """It would never consume anything, and nobody would know why."""
+async def test_a_run_internal_without_super_is_an_error_at_start(rabbit):
+    """It would silently consume nothing."""
 
     class Forgets(RecordingConsumer):
         async def _run_internal(self, channel, queue, settings, stop_event, log):
@@ -272,8 +272,8 @@ async def test_a_run_internal_that_forgets_super_is_told_at_the_start(rabbit):
         await Forgets(transport=rabbit.transport).start()
 
 
-async def test_a_run_internal_may_do_something_afterwards(rabbit):
-    """Once the session has ended, of which it hears by an exception."""
+async def test_run_internal_can_clean_up_after_its_session(rabbit):
+    """It gets an exception when the session has ended."""
 
     class After(RecordingConsumer):
         events = ()
@@ -295,8 +295,8 @@ async def test_a_run_internal_may_do_something_afterwards(rabbit):
     assert ("lost", "after", "after") == After.events
 
 
-async def test_a_run_internal_that_swallows_the_end_is_taken_for_a_lost_session(rabbit, jitter):
-    """The worker comes back all the same."""
+async def test_a_run_internal_that_swallows_the_exception_counts_as_a_lost_session(rabbit, jitter):
+    """The worker reconnects nevertheless."""
 
     class Swallows(RecordingConsumer):
         async def _run_internal(self, **kwargs):
@@ -310,15 +310,15 @@ async def test_a_run_internal_that_swallows_the_end_is_taken_for_a_lost_session(
         assert 2 == consumer.status().workers[0].epoch
 
 
-async def test_run_internal_is_the_librarys_to_call(rabbit):
-    """Outside a session there is nothing to consume."""
+async def test_run_internal_cannot_be_called_outside_a_session(rabbit):
+    """There is nothing to consume."""
     consumer = RecordingConsumer(transport=rabbit.transport)
     with pytest.raises(SessionClosed, match="called by the library"):
         await consumer._run_internal(None, None, consumer.settings, asyncio.Event(), consumer._log)
 
 
 async def test_a_hook_that_does_not_end_is_cut_off(rabbit):
-    """A drain takes `shutdown_timeout` at most, whatever users' code waits for."""
+    """A drain takes at most `shutdown_timeout`, whatever a user's hook waits for."""
 
     class Hangs(RecordingConsumer):
         async def on_session(self, session):
@@ -336,6 +336,6 @@ async def test_a_hook_that_does_not_end_is_cut_off(rabbit):
 
 
 def test_a_worker_session_is_a_value():
-    """It can be told from another, and shows nothing secret."""
+    """It can be compared, and shows no secret."""
     session = WorkerSession(0, 1, "jobs", None)
     assert WorkerSession(0, 1, "jobs", None) == session

@@ -1,4 +1,4 @@
-"""What happens to a batch that one message sinks, with `isolate_failures`?"""
+"""`isolate_failures`: a batch that fails because of one message."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tests.unit.shell.helpers import (
 
 
 class Rejected(ValueError):
-    """What the database says to all rows if one of them is bad."""
+    """The error of a database that rejects all rows because one is invalid."""
 
 
 def bulk(*bad, seconds=0.0, before=0):
-    """Write all rows of a batch in one go, which fails if some are bad.
+    """Write all rows of a batch at once, which fails if some are invalid.
 
     Args:
-        before: How many rows are written on their own first.
+        before: How many rows are written one by one first.
     """
 
     async def answer(messages):
@@ -49,7 +49,7 @@ def bulk(*bad, seconds=0.0, before=0):
 
 
 def consumer_of(rabbit, answer, recorder=None, **given):
-    """A consumer that isolates, and dead-letters what fails; its dead letters go to `dead`."""
+    """Return a consumer that isolates failures, with dead letters in `dead`."""
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "", kind="fanout")
     given = {
@@ -65,7 +65,7 @@ def consumer_of(rabbit, answer, recorder=None, **given):
 
 
 async def test_only_the_culprits_get_the_failures_result(rabbit):
-    """All others are written, in few runs; each batch is settled once, in the end."""
+    """All other messages are written, in few runs, and each batch is settled once at the end."""
     recorder = EventRecorder()
     rabbit.put(*numbered(8))
     async with consumer_of(rabbit, bulk(b"3", b"4"), recorder) as consumer:
@@ -91,8 +91,8 @@ async def test_only_the_culprits_get_the_failures_result(rabbit):
     assert "a bad row" == dead.headers["x-exception-message"]
 
 
-async def test_three_of_a_thousand(rabbit):
-    """In runs as few as three times twice the logarithm."""
+async def test_three_culprits_of_a_thousand_need_few_runs(rabbit):
+    """At most three times twice the logarithm."""
     rabbit.put(*numbered(1000))
     bad = (b"17", b"500", b"998")
     async with consumer_of(rabbit, bulk(*bad), batch_size=1000) as consumer:
@@ -103,7 +103,7 @@ async def test_three_of_a_thousand(rabbit):
     assert len(consumer.batches) <= 1 + 2 * 3 * 10
 
 
-async def test_without_isolation_all_undecided_share_the_failure(rabbit):
+async def test_without_isolation_all_undecided_messages_fail(rabbit):
     """The default."""
     rabbit.put(*numbered(8))
     async with consumer_of(rabbit, bulk(b"3"), isolate_failures=False) as consumer:
@@ -112,8 +112,8 @@ async def test_without_isolation_all_undecided_share_the_failure(rabbit):
     assert 1 == len(consumer.batches)
 
 
-async def test_what_was_yielded_before_the_exception_is_not_run_again(rabbit):
-    """It is decided."""
+async def test_results_yielded_before_the_exception_are_kept(rabbit):
+    """These messages are not run again."""
     rabbit.put(*numbered(5))
     async with consumer_of(rabbit, bulk(b"3", before=2)) as consumer:
         await asyncio.sleep(2)
@@ -121,8 +121,8 @@ async def test_what_was_yielded_before_the_exception_is_not_run_again(rabbit):
     assert [numbered(5), [b"2", b"3"], [b"3"], [b"4"]] == consumer.batches
 
 
-async def test_after_the_last_culprit_that_may_be_looked_for_all_share_the_failure(rabbit):
-    """An outage is everybody's fault; it is not looked for one by one."""
+async def test_after_isolate_limit_culprits_all_undecided_messages_fail(rabbit):
+    """During an outage it makes no sense to isolate each message."""
     rabbit.put(*numbered(8))
     async with consumer_of(rabbit, bulk(*numbered(8)), isolate_limit=2) as consumer:
         await asyncio.sleep(2)
@@ -130,8 +130,8 @@ async def test_after_the_last_culprit_that_may_be_looked_for_all_share_the_failu
     assert [8, 4, 2, 1, 1] == [len(batch) for batch in consumer.batches]
 
 
-async def test_a_failure_that_passes_condemns_nobody(rabbit, caplog):
-    """The halves go well; the log still says that the batch failed."""
+async def test_a_transient_failure_has_no_culprit(rabbit, caplog):
+    """The halves succeed; the log still says that the batch failed."""
     failures = [Rejected("once")]
 
     async def answer(messages):
@@ -149,8 +149,8 @@ async def test_a_failure_that_passes_condemns_nobody(rabbit, caplog):
     assert "Rejected: once" in record.getMessage()
 
 
-async def test_the_time_is_for_all_runs_together(rabbit):
-    """What is undecided when it is over gets the time-out's result; finished results are kept."""
+async def test_process_timeout_limits_all_runs_together(rabbit):
+    """Messages undecided by then get the result of the timeout; finished results are kept."""
     recorder = EventRecorder()
     rabbit.put(*numbered(8))
     answer = bulk(b"0", seconds=3)
@@ -168,7 +168,7 @@ async def test_the_time_is_for_all_runs_together(rabbit):
 
 
 async def test_results_of_runs_that_ended_in_time_are_kept(rabbit):
-    """Only what was not run to its end is undecided."""
+    """Only messages of unfinished runs are undecided."""
     recorder = EventRecorder()
     rabbit.put(*numbered(4))
     answer = bulk(b"3", seconds=3)
@@ -185,7 +185,7 @@ async def test_results_of_runs_that_ended_in_time_are_kept(rabbit):
 
 @pytest.mark.parametrize("well", [0, 2])
 async def test_a_handler_that_swallows_its_cancellation_is_not_run_again(rabbit, well):
-    """Not even if it ends well: the time of the batch is over."""
+    """Even if it ends well, the time of the batch is over."""
     recorder = EventRecorder()
 
     async def answer(messages):
@@ -204,8 +204,8 @@ async def test_a_handler_that_swallows_its_cancellation_is_not_run_again(rabbit,
     assert expected == recorder.of(Settled)[0].counts
 
 
-async def test_a_handler_that_ignores_its_cancellation_ends_the_epoch(rabbit, jitter):
-    """In the middle of an isolation as at any other time."""
+async def test_a_handler_that_ignores_its_cancellation_ends_the_session(rabbit, jitter):
+    """During isolation as at any other time."""
     done = asyncio.Event()
     recorder = EventRecorder()
 
@@ -233,8 +233,8 @@ async def test_a_handler_that_ignores_its_cancellation_ends_the_epoch(rabbit, ji
     assert [] == rabbit.waiting()
 
 
-async def test_observers_hear_of_every_run(rabbit, caplog):
-    """The first has the trigger of its batch, the others are cut to isolate; failures are told."""
+async def test_observers_see_every_run(rabbit, caplog):
+    """The first has the trigger of its batch, the others have `isolate`; failures are reported."""
     caplog.set_level(logging.DEBUG)
     recorder = EventRecorder()
     rabbit.put(*numbered(4))
@@ -261,8 +261,8 @@ async def test_observers_hear_of_every_run(rabbit, caplog):
     assert "a part of a failed batch failed" in caplog.text
 
 
-async def test_a_message_that_cannot_be_decoded_needs_no_halving(rabbit):
-    """It names itself; the others are run again together, and their own culprit is found."""
+async def test_an_undecodable_message_is_isolated_without_halving(rabbit):
+    """The others are run again together, and their own culprit is found."""
 
     async def answer(messages):
         for message in messages:
@@ -291,8 +291,8 @@ async def test_a_message_that_cannot_be_decoded_needs_no_halving(rabbit):
     } == recorder.of(Settled)[0].counts
 
 
-async def test_each_culprit_gets_its_own_exceptions_result(rabbit):
-    """`exception_results` apply to what it raised when it was alone."""
+async def test_each_culprit_gets_the_result_of_its_own_exception(rabbit):
+    """`exception_results` applies to what it raised in a run of its own."""
 
     class Listed(RecordingConsumer):
         exception_results = {Rejected: NACK, ConnectionError: REQUEUE}  # noqa: RUF012
@@ -324,8 +324,8 @@ async def test_each_culprit_gets_its_own_exceptions_result(rabbit):
     } == recorder.of(Settled)[0].counts
 
 
-async def test_a_session_lost_in_the_middle_costs_what_it_always_costs(rabbit, jitter):
-    """The runs go on; nobody listens to their results, and the whole batch is delivered again."""
+async def test_a_session_lost_during_isolation_repeats_the_whole_batch(rabbit, jitter):
+    """The runs go on, their results are stale, and all messages are delivered again."""
     recorder = EventRecorder()
     rabbit.put(*numbered(4))
     async with consumer_of(rabbit, bulk(b"0", seconds=2), recorder, batch_size=4) as consumer:
@@ -337,8 +337,8 @@ async def test_a_session_lost_in_the_middle_costs_what_it_always_costs(rabbit, j
     assert 3 + 1 == len(rabbit.times(EventKind.ACKED))
 
 
-async def test_a_drain_cuts_an_isolation_off(rabbit):
-    """What was decided until then counts, the rest goes back."""
+async def test_a_drain_cuts_off_an_isolation(rabbit):
+    """Decided messages keep their results, the others go back."""
     rabbit.put(*numbered(4))
     consumer = consumer_of(rabbit, bulk(b"3", seconds=2), batch_size=4, shutdown_timeout=10)
     await consumer.start()

@@ -1,4 +1,4 @@
-"""How does a consumer start and stop, from wherever it is told to?"""
+"""Starting and stopping a consumer, from any task, hook or handler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit.shell.scripted_transport import ScriptedTransport, never
 
 
 class Hooked(RecordingConsumer):
-    """Notes its hooks, each of which may be given something to wait for."""
+    """Records its hooks, each of which can be given something to wait for."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -55,7 +55,7 @@ async def test_start_returns_once_every_worker_consumes(rabbit):
 
 
 async def test_async_with_starts_and_stops(rabbit):
-    """Also when its body raises."""
+    """Also if its body raises."""
     consumer = RecordingConsumer(transport=rabbit.transport)
 
     async def body():
@@ -70,8 +70,8 @@ async def test_async_with_starts_and_stops(rabbit):
     assert [] == rabbit.broker.connections
 
 
-async def test_run_lasts_until_it_is_told_to_stop(rabbit):
-    """From any task; it returns after the drain."""
+async def test_run_returns_after_stop_and_the_drain(rabbit):
+    """Any task may call `stop`."""
     rabbit.put(*numbered(3))
     consumer = RecordingConsumer(taking(10), transport=rabbit.transport, batch_size=3)
     running = asyncio.create_task(consumer.run())
@@ -83,8 +83,8 @@ async def test_run_lasts_until_it_is_told_to_stop(rabbit):
     assert [] == rabbit.waiting()
 
 
-async def test_run_that_is_cancelled_drains(rabbit):
-    """A task group that falls apart loses nothing that was at work."""
+async def test_a_cancelled_run_drains(rabbit):
+    """A task group that fails loses no message in progress."""
     rabbit.put(*numbered(3))
     consumer = Hooked(taking(10), transport=rabbit.transport, batch_size=3)
     running = asyncio.create_task(consumer.run())
@@ -97,7 +97,7 @@ async def test_run_that_is_cancelled_drains(rabbit):
     assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
 
 
-async def test_start_that_is_cancelled_leaves_nothing_behind(rabbit):
+async def test_a_cancelled_start_leaves_nothing_behind(rabbit):
     """Neither a worker nor a connection."""
     script = ScriptedTransport()
     script.on_open = never
@@ -109,8 +109,8 @@ async def test_start_that_is_cancelled_leaves_nothing_behind(rabbit):
     assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
 
 
-async def test_stop_may_be_called_again_and_at_the_same_time(rabbit):
-    """Each call returns when the one drain is done; a call on a stopped consumer does nothing."""
+async def test_stop_may_be_called_repeatedly_and_concurrently(rabbit):
+    """Each call returns when the one drain is done; on a stopped consumer it does nothing."""
     rabbit.put(*numbered(3))
     consumer = Hooked(taking(10), transport=rabbit.transport, batch_size=3)
     await consumer.stop()
@@ -122,8 +122,8 @@ async def test_stop_may_be_called_again_and_at_the_same_time(rabbit):
     assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
 
 
-async def test_stop_that_is_cancelled_does_not_cancel_the_drain(rabbit):
-    """Who waits for it may lose patience."""
+async def test_a_cancelled_stop_does_not_cancel_the_drain(rabbit):
+    """Its caller may have a timeout."""
     rabbit.put(*numbered(3))
     consumer = Hooked(taking(10), transport=rabbit.transport, batch_size=3)
     await consumer.start()
@@ -138,7 +138,7 @@ async def test_stop_that_is_cancelled_does_not_cancel_the_drain(rabbit):
 
 
 async def test_a_stopped_consumer_can_be_started_again(rabbit):
-    """As often as one likes, with its hooks each time."""
+    """Any number of times, with its hooks each time."""
     consumer = Hooked(transport=rabbit.transport, batch_size=1)
     for number in range(3):
         async with consumer:
@@ -149,7 +149,7 @@ async def test_a_stopped_consumer_can_be_started_again(rabbit):
 
 
 async def test_a_running_consumer_cannot_be_started_again(rabbit):
-    """Neither while it runs nor while it drains; the one that runs is not disturbed."""
+    """Neither while it runs nor while it drains; the running consumer is not affected."""
     rabbit.put(*numbered(3))
     consumer = Hooked(taking(10), transport=rabbit.transport, batch_size=3)
     async with consumer:
@@ -168,7 +168,7 @@ async def test_a_running_consumer_cannot_be_started_again(rabbit):
 
 @pytest.mark.parametrize("how", ["start", "run"])
 async def test_a_stop_during_the_start_interrupts_it(how):
-    """`start` says so, `run` returns; `on_stop` is called, as `on_start` was."""
+    """`start` raises, `run` returns, and `on_stop` is called, since `on_start` was."""
     script = ScriptedTransport()
     script.on_open = never
     consumer = Hooked(transport=script)
@@ -186,7 +186,7 @@ async def test_a_stop_during_the_start_interrupts_it(how):
 
 
 async def test_a_stop_during_on_start_waits_for_it(rabbit):
-    """What it has set up is taken down again: `on_stop` runs if `on_start` finished."""
+    """`on_stop` runs if `on_start` finished, to close what it has opened."""
     consumer = Hooked(transport=rabbit.transport)
     consumer.starting = lambda: asyncio.sleep(10)
     starting = asyncio.create_task(consumer.start())
@@ -201,7 +201,7 @@ async def test_a_stop_during_on_start_waits_for_it(rabbit):
 
 
 async def test_a_stop_cuts_off_an_on_start_that_takes_too_long(rabbit):
-    """After `shutdown_timeout`; it has not finished, and so there is no `on_stop`."""
+    """After `shutdown_timeout`; since it has not finished, there is no `on_stop`."""
     consumer = Hooked(transport=rabbit.transport, shutdown_timeout=10)
     consumer.starting = never
     starting = asyncio.create_task(consumer.start())
@@ -214,8 +214,8 @@ async def test_a_stop_cuts_off_an_on_start_that_takes_too_long(rabbit):
     assert not consumer.is_running
 
 
-async def test_on_stop_is_for_an_on_start_that_finished(rabbit):
-    """A start that fails in its hook has nothing to take down."""
+async def test_on_stop_runs_only_if_on_start_finished(rabbit):
+    """If `on_start` fails, there is nothing to close."""
     consumer = Hooked(transport=rabbit.transport)
     error = KeyError("no database")
 
@@ -234,7 +234,7 @@ async def test_on_stop_is_for_an_on_start_that_finished(rabbit):
     assert ["on_start", "on_start", "started", "on_stop", "stopped"] == consumer.events
 
 
-async def test_an_on_stop_that_raises_is_heard_of(rabbit):
+async def test_an_exception_of_on_stop_is_raised(rabbit):
     """Everything is closed nevertheless."""
     consumer = Hooked(transport=rabbit.transport)
 
@@ -251,7 +251,7 @@ async def test_an_on_stop_that_raises_is_heard_of(rabbit):
 
 @pytest.mark.parametrize("where", ["handler", "a task of the handler's"])
 async def test_a_handler_may_stop_its_consumer(rabbit, where):
-    """It does not wait for the drain, which waits for it; its results count."""
+    """`stop` does not wait for the drain, which waits for the handler; its results count."""
     rabbit.put(*numbered(3))
 
     async def answer(messages):
@@ -271,7 +271,7 @@ async def test_a_handler_may_stop_its_consumer(rabbit, where):
 
 @pytest.mark.parametrize("hook", ["on_start", "on_stop", "on_session", "_run_internal"])
 async def test_a_hook_may_stop_its_consumer(rabbit, hook):
-    """From wherever it is called; nobody waits for himself."""
+    """In any hook `stop` returns at once, as it would wait for itself."""
 
     class Stops(Hooked):
         pass
@@ -295,7 +295,7 @@ async def test_a_hook_may_stop_its_consumer(rabbit, hook):
     assert [] == rabbit.broker.connections
 
 
-async def test_a_stop_by_a_handler_is_complete_although_nobody_waits(rabbit):
+async def test_a_stop_by_a_handler_completes_without_a_waiter(rabbit):
     """After `start`, too: the consumer stops by itself."""
 
     async def answer(messages):
@@ -310,8 +310,8 @@ async def test_a_stop_by_a_handler_is_complete_although_nobody_waits(rabbit):
     assert ["on_start", "started", "on_stop", "stopped"] == consumer.events
 
 
-async def test_publishing_is_for_a_running_consumer(rabbit):
-    """Hooks included."""
+async def test_publishing_needs_a_running_consumer(rabbit):
+    """Hooks may publish, too."""
     consumer = Hooked(transport=rabbit.transport, batch_size=2)
     with pytest.raises(SessionClosed, match="between start and stop"):
         await consumer.publish(b"0", routing_key="jobs")
@@ -326,7 +326,7 @@ async def test_publishing_is_for_a_running_consumer(rabbit):
 
 
 async def test_a_publication_that_outlives_its_consumer_leaves_no_connection_behind():
-    """One whose connection is opened only after the stop."""
+    """Even if its connection is opened only after the stop."""
     script = ScriptedTransport()
     script.on_publisher = lambda: asyncio.sleep(10)
     consumer = RecordingConsumer(ack, transport=script)
@@ -341,7 +341,7 @@ async def test_a_publication_that_outlives_its_consumer_leaves_no_connection_beh
 
 
 async def test_settings_can_be_replaced_before_the_start(rabbit):
-    """As a command line does; what was chosen stays, and nonsense is refused."""
+    """As a command line does; explicit values stay, and invalid ones are refused."""
     consumer = RecordingConsumer(transport=rabbit.transport, batch_size=7)
     consumer.configure(num_workers=2)
     consumer.configure()
@@ -354,8 +354,8 @@ async def test_settings_can_be_replaced_before_the_start(rabbit):
             consumer.configure(num_workers=1)
 
 
-async def test_another_url_is_another_transport(rabbit):
-    """The one that was handed in serves the old one."""
+async def test_another_url_gets_another_transport(rabbit):
+    """A transport that was passed in belongs to the old URL."""
     consumer = RecordingConsumer(transport=rabbit.transport)
     consumer.configure(url="memory://elsewhere")
     rabbit.put(b"0")

@@ -1,6 +1,6 @@
-"""Does each line of the log look as the page on observability shows it?
+"""Each log line looks as the page on observability shows it.
 
-Every event has a sample there, and every sample is a line that one of these stories has logged.
+The page has a sample of every event, and one of these stories logs each sample.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ LEVELS = ("debug", "info", "warning", "error", "exception")
 
 
 class Importer(RecordingConsumer):
-    """Whose log is shown."""
+    """The consumer whose log is shown."""
 
     def __init__(self, *args, **given):
         super().__init__(*args, **{"queue_name": "orders", "batch_size": 3} | given)
 
 
 def a_broker(*bodies, **properties):
-    """A broker with some orders, and somewhere for dead letters."""
+    """A broker with some orders and a dead-letter queue."""
     rabbit = QueueBroker()
     rabbit.declare("orders")
     rabbit.put(*bodies, queue="orders", properties=Properties(**properties))
@@ -52,7 +52,7 @@ def a_broker(*bodies, **properties):
 
 
 async def a_life_with_a_lost_connection():
-    """A connection is cut while a handler works, and the broker is away for a while."""
+    """A connection is cut while a handler runs, and the broker is away for a while."""
     rabbit = a_broker(*numbered(3))
     async with Importer(taking(20), transport=rabbit.transport):
         await asyncio.sleep(1)
@@ -72,7 +72,7 @@ async def a_handler_that_fails():
 
 
 async def a_culprit():
-    """Found by running halves again."""
+    """Isolation finds it in halves of the batch."""
 
     async def sunk(messages):
         if any(each.body == b"1" for each in messages):
@@ -88,7 +88,7 @@ async def a_culprit():
 
 
 async def a_key_that_fails():
-    """For a message without the header that it reads."""
+    """The message lacks the header with its key."""
 
     class Keyed(Importer):
         def batch_key(self, message):
@@ -101,7 +101,7 @@ async def a_key_that_fails():
 
 
 async def a_retry_count_that_is_none():
-    """Somebody else has written the header."""
+    """Another client has written the header."""
     rabbit = a_broker(b"0", headers={"x-retry-count": "many"})
     async with Importer(first_then(answering(REQUEUE), ack), transport=rabbit.transport):
         await asyncio.sleep(30)
@@ -118,7 +118,7 @@ async def copies_that_are_refused():
 
 
 async def a_publisher_that_cannot_connect():
-    """The consuming connection is there, and another cannot be had."""
+    """The consuming connection exists, and the broker refuses another one."""
     rabbit = a_broker(*numbered(3))
     async with Importer(first_then(answering(REQUEUE, ACK, ACK), ack), transport=rabbit.transport):
         rabbit.broker.faults.connect_fault = ConnectFault.UNREACHABLE
@@ -137,7 +137,7 @@ async def a_wait_queue_that_cannot_be_had():
 
 
 async def what_cannot_be_settled():
-    """By a bug: at once, and after a copy was confirmed at the second attempt."""
+    """Because of a bug: at once, and after a copy was confirmed at the second attempt."""
     for outcomes in ([], [Outcome.REFUSED]):
         script = ScriptedTransport()
         script.outcomes = outcomes
@@ -159,7 +159,7 @@ async def a_publisher_that_closes_badly():
 
 
 async def a_breaker():
-    """From its opening to its end."""
+    """From its opening to its closing."""
     rabbit = a_broker(*numbered(20))
     async with Importer(
         first_then(*[answering(error=KeyError("sku"))] * 7, ack),
@@ -182,7 +182,7 @@ async def an_observer_that_fails():
 
 
 async def a_drain_that_is_cut_short():
-    """By a handler that does not listen; by a second signal; by an endless `on_stop`."""
+    """By a handler that ignores its cancellation, by a second signal, by an endless `on_stop`."""
 
     class Stubborn(Importer):
         async def on_stop(self):
@@ -230,7 +230,7 @@ STORIES = [
 
 
 def events():
-    """Every event that the shell can log, as it stands in the source: a constant."""
+    """Return every event that the shell can log: the constants in its source."""
     for path in SOURCES.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if (
@@ -249,14 +249,14 @@ def events():
 
 
 def samples():
-    """Every line that the page shows."""
+    """Return every line that the page shows."""
     [block] = re.findall(r"<!-- log samples -->\n```\n(.*?)```", PAGE.read_text(), re.DOTALL)
     return block.splitlines()
 
 
 @pytest.mark.usefixtures("jitter")
-async def test_each_sample_has_been_logged(caplog):
-    """By one of the stories, word for word."""
+async def test_each_sample_is_logged_word_for_word(caplog):
+    """One of the stories logs it."""
     caplog.set_level(logging.DEBUG, "aio_pika_batch")
     for story in STORIES:
         await story()

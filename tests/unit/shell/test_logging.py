@@ -1,4 +1,4 @@
-"""What does the library's logger do, and what does it never do?"""
+"""The library's logger: context, levels, and what it never does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.unit.shell.scripted_transport import ScriptedTransport
 
 
 class Odd(RuntimeError):
-    """An exception that cannot say what it is."""
+    """An exception whose `__str__` raises."""
 
     def __str__(self):
         raise AttributeError
@@ -30,7 +30,7 @@ def log(caplog):
 
 
 def test_keywords_become_part_of_the_line(log, caplog):
-    """And stand on the record, for formatters that want them apart."""
+    """They are attributes of the record, too, for formatters."""
     log.info("declared", exchange="staging")
     [record] = caplog.records
     assert "declared [queue=jobs exchange=staging]" == record.getMessage()
@@ -39,16 +39,16 @@ def test_keywords_become_part_of_the_line(log, caplog):
     assert ("aio_pika_batch.test", __name__.rpartition(".")[2]) == (record.name, record.module)
 
 
-def test_an_exception_is_told_in_a_line_that_ends():
-    """Its author may have put a body into it."""
+def test_an_exception_in_the_context_is_truncated():
+    """Its text may contain a message body."""
     assert "KeyError: 'x'" == format_error(KeyError("x"))
     long = format_error(ValueError("b" * 10_000_000))
     assert long.endswith("b… (10000000 characters)")
     assert 5000 > len(long)
 
 
-def test_a_keyword_that_a_record_has_a_name_for_is_kept_apart(log, caplog):
-    """`logging` refuses to overwrite what is its own, so it is renamed."""
+def test_a_keyword_with_a_reserved_name_is_renamed(log, caplog):
+    """`logging` refuses to overwrite attributes of its records."""
     log.info("declared", name="x", args=1, message="y")
     [record] = caplog.records
     assert ("x", 1, "y") == (record.name_, record.args_, record.message_)
@@ -56,8 +56,8 @@ def test_a_keyword_that_a_record_has_a_name_for_is_kept_apart(log, caplog):
 
 
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
-def test_each_level_has_its_method(log, caplog, level):
-    """As every logger's."""
+def test_each_level_has_a_method(log, caplog, level):
+    """As in any logger."""
     getattr(log, level)("said")
     [record] = caplog.records
     assert level.upper() == record.levelname
@@ -65,7 +65,7 @@ def test_each_level_has_its_method(log, caplog, level):
 
 
 def test_an_exception_is_logged_with_its_traceback(log, caplog):
-    """The one being handled, or one that is given."""
+    """The current exception, or the one that is given."""
     error = KeyError("x")
     try:
         raise error
@@ -77,8 +77,8 @@ def test_an_exception_is_logged_with_its_traceback(log, caplog):
     assert ["ERROR", "ERROR", "WARNING"] == [record.levelname for record in caplog.records]
 
 
-def test_context_is_bound_to_a_logger_of_its_own(log, caplog):
-    """The one that it was bound to keeps its own; later context wins."""
+def test_bind_returns_a_new_logger(log, caplog):
+    """The old logger keeps its own context; later context wins."""
     log.bind(worker=1, queue="other").info("said", worker=2)
     log.info("said")
     assert ["said [queue=other worker=2]", "said [queue=jobs]"] == [
@@ -86,7 +86,7 @@ def test_context_is_bound_to_a_logger_of_its_own(log, caplog):
     ]
 
 
-def test_nothing_is_formatted_that_nobody_reads(caplog):
+def test_disabled_levels_format_nothing(caplog):
     """A line below the level costs nothing."""
     caplog.set_level(logging.INFO)
 
@@ -98,20 +98,20 @@ def test_nothing_is_formatted_that_nobody_reads(caplog):
     assert [] == caplog.records
 
 
-def test_a_percent_sign_is_a_percent_sign(caplog):
-    """Nothing that is logged is a format."""
+def test_percent_signs_are_logged_unchanged(caplog):
+    """Events and context are not format strings."""
     KeywordLogger(logging.getLogger("aio_pika_batch.test")).warning("100 %s", key="%d")
     assert "100 %s [key=%d]" == caplog.records[0].getMessage()
 
 
-def test_without_context_the_line_is_bare(caplog):
-    """No empty brackets."""
+def test_without_context_there_are_no_brackets(caplog):
+    """The line is the event alone."""
     KeywordLogger(logging.getLogger("aio_pika_batch.test")).warning("said")
     assert "said" == caplog.records[0].getMessage()
 
 
-def test_what_cannot_be_described_is_logged_all_the_same(log, caplog):
-    """A broken `__str__` must not stop what is being logged."""
+def test_a_value_whose_str_raises_is_logged_nevertheless(log, caplog):
+    """It must not suppress the log line."""
     log.warning("failed", error=Odd())
     assert "failed [queue=jobs error=(no text: str() raised AttributeError)]" == (
         caplog.records[0].getMessage()
@@ -121,7 +121,7 @@ def test_what_cannot_be_described_is_logged_all_the_same(log, caplog):
 
 
 async def test_the_library_configures_no_logger(rabbit):
-    """Whoever runs a program says what is logged, and where."""
+    """The program decides what is logged, and where."""
     root = logging.getLogger("aio_pika_batch")
     async with RecordingConsumer(transport=rabbit.transport):
         pass
@@ -131,8 +131,8 @@ async def test_the_library_configures_no_logger(rabbit):
         assert ([], logging.NOTSET, True) == (logger.handlers, logger.level, logger.propagate)
 
 
-async def test_a_life_in_a_few_lines(rabbit, caplog):
-    """One for each change, with consumer, queue and worker; nothing to warn of, no warning."""
+async def test_a_consumers_life_is_a_few_log_lines(rabbit, caplog):
+    """One for each change, with consumer, queue and worker, and no needless warning."""
     caplog.set_level(logging.INFO)
     rabbit.broker.delete_queue("jobs")
     async with RecordingConsumer(
@@ -172,8 +172,8 @@ async def test_a_life_in_a_few_lines(rabbit, caplog):
         ),
     ],
 )
-async def test_what_will_surprise_somebody_is_told_at_the_start(rabbit, caplog, given, told_of):
-    """One WARNING for each, each time it is started."""
+async def test_risky_settings_are_logged_at_start(rabbit, caplog, given, told_of):
+    """One WARNING each, at each start."""
     rabbit.broker.delete_queue("jobs")
     sound = {
         "queue_type": "quorum",
@@ -191,8 +191,8 @@ async def test_what_will_surprise_somebody_is_told_at_the_start(rabbit, caplog, 
 
 
 @pytest.mark.parametrize("given", ["setting", "table"])
-async def test_a_consumer_whose_failures_come_back_for_ever_is_told(rabbit, caplog, given):
-    """By the setting, or by the table of exceptions."""
+async def test_endless_redelivery_is_warned_about(rabbit, caplog, given):
+    """If the setting or `exception_results` has REQUEUE_IMMEDIATE."""
 
     class Mapped(RecordingConsumer):
         exception_results: ClassVar = (
@@ -206,8 +206,8 @@ async def test_a_consumer_whose_failures_come_back_for_ever_is_told(rabbit, capl
 
 
 @pytest.mark.parametrize(("version", "told"), [("3.10", True), ("4.0", False), ("4.3", False)])
-async def test_what_depends_on_the_broker_is_told_once_it_is_known(caplog, version, told):
-    """Quorum queues have a limit by themselves since 4.0."""
+async def test_version_dependent_warnings_follow_the_first_connection(caplog, version, told):
+    """Quorum queues have a default limit since 4.0."""
     transport = MemoryTransport(Broker(version))
     async with RecordingConsumer(transport=transport, queue_type="quorum"):
         pass
@@ -216,8 +216,8 @@ async def test_what_depends_on_the_broker_is_told_once_it_is_known(caplog, versi
     )
 
 
-async def test_a_transport_that_knows_no_version_is_no_trouble(caplog):
-    """Whatever depends on it is not told."""
+async def test_without_a_version_there_are_no_version_dependent_warnings(caplog):
+    """Not every transport knows its broker's version."""
     async with RecordingConsumer(
         transport=ScriptedTransport(), queue_type="quorum", max_requeue_attempts=3
     ):

@@ -1,4 +1,4 @@
-"""What happens to originals whose copies are not confirmed?"""
+"""Originals whose copies are not confirmed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ NOT_CONFIRMED = [Outcome.RETURNED, Outcome.REFUSED]
 
 
 @pytest.mark.parametrize("outcome", [*NOT_CONFIRMED, Outcome.UNKNOWN])
-async def test_a_copy_is_tried_again_after_growing_pauses(outcome, jitter):
-    """And its original is acked once it is confirmed at last."""
+async def test_a_copy_is_published_again_with_growing_pauses(outcome, jitter):
+    """Its original is acked when it is finally confirmed."""
     script = ScriptedTransport()
     script.outcomes = [outcome] * 4
     recorder = EventRecorder()
@@ -51,7 +51,7 @@ async def test_a_copy_is_tried_again_after_growing_pauses(outcome, jitter):
 @pytest.mark.parametrize("outcome", NOT_CONFIRMED)
 @pytest.mark.parametrize("luck", [0.0, 0.999])
 async def test_an_original_is_held_for_requeue_hold_at_most(outcome, jitter, luck):
-    """Then it goes back to the broker by nack, which spends no delivery where that is counted."""
+    """Then it goes back by nack, which newer brokers do not count as a failed delivery."""
     jitter[0] = luck
     script = ScriptedTransport()
     script.outcomes = [outcome] * 100
@@ -72,7 +72,7 @@ async def test_an_original_is_held_for_requeue_hold_at_most(outcome, jitter, luc
 
 @pytest.mark.parametrize(("prefetch", "room"), [(1, 0), (2, 1), (3, 1), (10, 5), (0, 12)])
 async def test_at_most_half_of_the_prefetch_is_held(prefetch, room, jitter):
-    """What comes on top goes back to the broker after a pause."""
+    """More originals go back to the broker after a pause."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.REFUSED] * 10_000
     count = prefetch or 12
@@ -92,8 +92,8 @@ async def test_at_most_half_of_the_prefetch_is_held(prefetch, room, jitter):
         assert room == consumer.status().workers[0].held
 
 
-async def test_a_full_queue_that_refuses_its_own_copies_is_no_hot_loop(rabbit, caplog):
-    """Message and broker would otherwise play ping-pong as fast as they can; it is told once."""
+async def test_a_full_queue_that_refuses_copies_causes_no_busy_loop(rabbit, caplog):
+    """Originals are not requeued and republished as fast as possible; one log line says so."""
     rabbit.declare("full", **{"x-max-length": 6, "x-overflow": "reject-publish"})
     rabbit.put(*numbered(6), queue="full")
     rabbit.broker.faults.on_publish(PublishFault.REFUSE)
@@ -120,8 +120,8 @@ async def test_a_full_queue_that_refuses_its_own_copies_is_no_hot_loop(rabbit, c
     }
 
 
-async def test_after_silence_a_copy_gets_one_try_for_each_new_connection(rabbit, jitter):
-    """A publisher that kept silent is given up: what it may still confirm cannot be told apart."""
+async def test_after_a_timeout_each_connection_publishes_a_copy_once(rabbit, jitter):
+    """A silent publisher is replaced, since its late confirms could not be matched."""
     rabbit.broker.faults.on_publish(PublishFault.LOSE, times=2)
     rabbit.put(b"0")
     async with RecordingConsumer(
@@ -140,8 +140,8 @@ async def test_after_silence_a_copy_gets_one_try_for_each_new_connection(rabbit,
     assert [21.5] == rabbit.times(EventKind.PUBLISHED)
 
 
-async def test_a_lost_confirmation_makes_a_duplicate_and_no_loss(rabbit, jitter):
-    """Nothing was heard of a copy that is stored: there may be two of them."""
+async def test_a_lost_confirm_causes_a_duplicate_and_no_loss(rabbit, jitter):
+    """The copy may be stored already when it is published again."""
     rabbit.broker.faults.on_publish(PublishFault.UNCONFIRMED, times=1)
     rabbit.put(b"0")
     async with RecordingConsumer(
@@ -153,7 +153,7 @@ async def test_a_lost_confirmation_makes_a_duplicate_and_no_loss(rabbit, jitter)
 
 
 async def test_without_a_connection_for_publishing_originals_are_held(jitter, caplog):
-    """It is told once, until there is one again."""
+    """It is logged once until there is a connection again."""
     script = ScriptedTransport()
     script.on_publisher = raising(BrokerUnavailable("nobody there"))
     async with RecordingConsumer(answering(REQUEUE), transport=script, batch_size=1):
@@ -167,8 +167,8 @@ async def test_without_a_connection_for_publishing_originals_are_held(jitter, ca
     assert 1 == sum("no connection for publishing" in each.message for each in caplog.records)
 
 
-async def test_a_copy_whose_session_is_gone_is_not_tried_again(jitter):
-    """Its original is delivered again, and a copy would be one too many."""
+async def test_a_copy_whose_session_is_lost_is_not_published_again(jitter):
+    """Its original is delivered again, so the copy would be a duplicate."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.REFUSED] * 100
     async with RecordingConsumer(
@@ -187,7 +187,7 @@ async def test_a_copy_whose_session_is_gone_is_not_tried_again(jitter):
 
 
 async def test_a_copy_that_is_refused_after_its_session_was_lost_is_not_held(jitter):
-    """Nor tried again: its original is delivered again."""
+    """Nor published again: its original is delivered again."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.REFUSED] * 100
     script.on_publish = lambda _: asyncio.sleep(3)
@@ -201,8 +201,8 @@ async def test_a_copy_that_is_refused_after_its_session_was_lost_is_not_held(jit
     assert [[], []] == [session.settlements for session in script.sessions]
 
 
-async def test_a_lost_session_forgets_what_it_held(jitter):
-    """Also in what is told about it while there is no other."""
+async def test_a_lost_session_drops_its_held_originals(jitter):
+    """The status no longer shows them."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.REFUSED] * 100
     async with RecordingConsumer(answering(REQUEUE), transport=script, batch_size=1) as consumer:
@@ -221,8 +221,8 @@ async def test_a_lost_session_forgets_what_it_held(jitter):
         assert (0, None) == (worker.in_hand, worker.oldest)
 
 
-async def test_confirmed_copies_are_acked_although_others_of_the_batch_are_not(jitter):
-    """Each original has its own fate."""
+async def test_originals_of_confirmed_copies_are_acked_before_the_rest_of_the_batch(jitter):
+    """Each original is settled by itself."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.CONFIRMED, Outcome.RETURNED, Outcome.CONFIRMED]
     async with RecordingConsumer(answering(*[REQUEUE] * 3), transport=script, batch_size=3):
@@ -234,7 +234,7 @@ async def test_confirmed_copies_are_acked_although_others_of_the_batch_are_not(j
 
 @pytest.mark.parametrize("error", [SessionClosed("gone"), RuntimeError("a bug")])
 async def test_a_held_original_that_cannot_be_settled_ends_the_session(error, jitter):
-    """Unsettled for ever is worse than delivered again, whatever the transport raises."""
+    """A redelivery is better than a message that stays unsettled forever."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.REFUSED]
     recorder = EventRecorder()
@@ -251,8 +251,8 @@ async def test_a_held_original_that_cannot_be_settled_ends_the_session(error, ji
 
 
 @pytest.mark.parametrize("error", [SessionClosed("gone"), RuntimeError("a bug"), ValueError("no")])
-async def test_a_publisher_that_raises_costs_a_session_and_no_message(error, jitter):
-    """At the first try and at a later one."""
+async def test_an_error_of_the_publisher_ends_the_session_and_loses_no_message(error, jitter):
+    """At the first attempt and at a later one."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.REFUSED]
     async with RecordingConsumer(
@@ -273,8 +273,8 @@ async def test_a_publisher_that_raises_costs_a_session_and_no_message(error, jit
     assert [[("ack", (1,))]] == script.details("settle")
 
 
-async def test_a_stop_gives_back_what_is_held(rabbit, jitter):
-    """Nothing is tried again, and the broker has it all before the session ends."""
+async def test_a_stop_returns_held_originals(rabbit, jitter):
+    """Nothing is published again, and the broker has all of them before the session ends."""
     rabbit.broker.faults.on_publish(PublishFault.REFUSE)
     rabbit.put(*numbered(2))
     async with RecordingConsumer(
@@ -286,8 +286,8 @@ async def test_a_stop_gives_back_what_is_held(rabbit, jitter):
     assert 4 == asyncio.get_running_loop().time()
 
 
-async def test_a_stop_waits_for_the_attempt_under_way(jitter):
-    """What it confirms is acked, not given back."""
+async def test_a_stop_waits_for_publications_in_flight(jitter):
+    """If they are confirmed, their originals are acked, not returned."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.REFUSED]
     async with RecordingConsumer(answering(REQUEUE), transport=script, batch_size=1):
@@ -299,8 +299,8 @@ async def test_a_stop_waits_for_the_attempt_under_way(jitter):
     assert [3.5] == script.times("settle")
 
 
-async def test_a_broker_that_is_away_is_not_asked_in_a_hot_loop(rabbit):
-    """Consuming connection and publishing connection both come back by themselves."""
+async def test_an_unreachable_broker_causes_no_busy_loop(rabbit):
+    """Consuming and publishing connections both reconnect with backoff."""
     rabbit.put(b"0")
     async with RecordingConsumer(
         first_then(answering(REQUEUE), ack), transport=rabbit.transport, batch_size=1
