@@ -1,4 +1,4 @@
-"""What is answered to probes?"""
+"""The answers of the server for health probes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.shell.scripted_transport import ScriptedTransport, never
 def status(
     *states: WorkerState, is_stuck: bool = False, error: str | None = None
 ) -> ConsumerStatus:
-    """A consumer with a worker in each of these states."""
+    """Return the status of a consumer with one worker in each of these states."""
     workers = tuple(
         WorkerStatus(index, state, 1, 0, 0, 0, 999.0 if is_stuck else None, 1.0, error)
         for index, state in enumerate(states)
@@ -30,8 +30,8 @@ def status(
 
 
 @pytest.mark.parametrize("state", WorkerState)
-def test_whatever_a_worker_does_it_is_alive_unless_a_message_is_stuck(state):
-    """A broker that is away is no reason for a restart."""
+def test_a_worker_is_alive_unless_a_message_is_stuck(state):
+    """An unreachable broker is not a reason for a restart."""
     assert liveness([status(state)]).is_good
     [reason] = liveness([status(state, is_stuck=True)]).reasons
     assert "Importer (orders): a message has been held for 999 s, longer than stuck_after" == reason
@@ -39,7 +39,7 @@ def test_whatever_a_worker_does_it_is_alive_unless_a_message_is_stuck(state):
 
 @pytest.mark.parametrize("state", WorkerState)
 def test_a_worker_is_ready_while_it_takes_messages(state):
-    """Connected, consuming, not draining; and not paused by its breaker."""
+    """It is connected, consuming, not draining, and not paused by its breaker."""
     is_ready = state in {WorkerState.CONSUMING, WorkerState.PROBING}
     verdict = readiness([status(WorkerState.CONSUMING, state)])
     assert is_ready == verdict.is_good
@@ -48,20 +48,20 @@ def test_a_worker_is_ready_while_it_takes_messages(state):
 
 
 def test_a_consumer_that_was_not_started_is_alive_and_not_ready():
-    """Nor is one of several."""
+    """Even if it is one of several."""
     assert liveness([status()]).is_good
     assert not readiness([status(), status(WorkerState.CONSUMING)]).is_good
 
 
 def test_status_shows_no_password():
-    """Wherever an error's text has brought one along."""
+    """Even if the text of an error contains one."""
     told = json.dumps(as_json([status(WorkerState.WAITING, error="amqp://me:s3cret@host: no")]))
     assert "s3cret" not in told
     assert "amqp://me:***@host: no" in told
 
 
 async def test_the_endpoints_follow_a_consumer(rabbit):
-    """From before its start to a message that is stuck."""
+    """From before its start until a message is stuck."""
     consumer = RecordingConsumer(
         taking(100), transport=rabbit.transport, batch_size=1, stuck_after=50
     )
@@ -86,8 +86,8 @@ async def test_the_endpoints_follow_a_consumer(rabbit):
         assert b"200" in get("/livez")[:15]
 
 
-async def test_a_broker_that_is_away_makes_nobody_restart():
-    """Not ready, but alive, for however long it takes."""
+async def test_an_unreachable_broker_causes_no_restart():
+    """The consumer is not ready but alive, however long it takes."""
     script = ScriptedTransport()
     script.on_declare = never
     consumer = RecordingConsumer(transport=script, stuck_after=10)
@@ -116,8 +116,8 @@ async def test_a_broker_that_is_away_makes_nobody_restart():
         (b"\r\n\r\n", 400),
     ],
 )
-def test_get_and_head_are_answered_and_nothing_else(head, status):
-    """HEAD as GET, without the body."""
+def test_only_get_and_head_are_answered(head, status):
+    """HEAD like GET, without the body."""
     answer = respond(head, HealthServer(port=0).answer)
     assert answer.startswith(b"HTTP/1.1 %d " % status)
     _, _, body = answer.partition(b"\r\n\r\n")
@@ -126,15 +126,15 @@ def test_get_and_head_are_answered_and_nothing_else(head, status):
 
 
 @given(st.binary(max_size=200))
-def test_whatever_comes_gets_one_whole_answer(head):
-    """Its length is the one that it says."""
+def test_any_request_gets_one_complete_answer(head):
+    """Its Content-Length is right."""
     answer = respond(head, HealthServer(port=0).answer)
     top, _, body = answer.partition(b"\r\n\r\n")
     assert f"Content-Length: {len(body)}".encode() in top
 
 
-def test_metrics_are_what_prometheus_client_has():
-    """Its own text format."""
+def test_metrics_are_those_of_prometheus_client():
+    """In its text format."""
     answer = metrics()
     assert 200 == answer.status
     assert answer.content_type.startswith("text/plain; version=")
@@ -142,7 +142,7 @@ def test_metrics_are_what_prometheus_client_has():
 
 
 def test_metrics_without_prometheus_client_say_what_to_install(monkeypatch):
-    """And are not found."""
+    """The answer is 404."""
     monkeypatch.setattr("aio_pika_batch.health.metrics.has_prometheus", lambda: False)
     answer = metrics()
     assert 404 == answer.status

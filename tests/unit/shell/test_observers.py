@@ -1,4 +1,4 @@
-"""What do observers see, and what can they not do?"""
+"""Observers: the events that they get, and what their errors cannot do."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from tests.unit.shell.scripted_transport import ScriptedTransport, never, raisin
 
 
 class Breaks(Observer):
-    """Raises whatever it is told."""
+    """Raises from every method."""
 
     def _break(self, origin, event):
         raise KeyError("observer")
@@ -60,8 +60,8 @@ class Breaks(Observer):
     lost = stale_results = handler_error = worker_started = worker_stopped = received = _break
 
 
-async def test_every_event_is_told_in_order(rabbit, jitter):
-    """With who tells it, and what an operator or a metric wants to know."""
+async def test_events_come_in_order(rabbit, jitter):
+    """With their origin, and the values that an operator or a metric needs."""
     recorder = EventRecorder()
     consumer = await everything(rabbit, recorder)
     assert {Origin("RecordingConsumer", "jobs", 0)} == {origin for origin, _ in recorder.seen}
@@ -118,7 +118,7 @@ async def test_every_event_is_told_in_order(rabbit, jitter):
 
 
 async def test_an_observer_that_raises_changes_nothing(rabbit, jitter, caplog):
-    """It is logged once and counted; whoever looks beside it sees everything."""
+    """It is logged once and counted; other observers get all events."""
     caplog.set_level(logging.ERROR)
     before, after = EventRecorder(), EventRecorder()
     consumer = await everything(rabbit, before, Breaks(), after)
@@ -133,7 +133,7 @@ async def test_an_observer_that_raises_changes_nothing(rabbit, jitter, caplog):
 
 
 def test_failures_of_observers_are_counted(caplog):
-    """All of them; each observer's first one is logged."""
+    """All of them; the first one of each observer is logged."""
     log = KeywordLogger(logging.getLogger("aio_pika_batch.test"))
     observers = Observers([Breaks(), Observer(), Breaks()], Origin("C", "q", 0), log)
     for _ in range(3):
@@ -144,8 +144,8 @@ def test_failures_of_observers_are_counted(caplog):
     assert not Observers([], Origin("C", "q", 0), log)
 
 
-async def test_an_observer_need_not_look_at_everything(rabbit, jitter):
-    """What it does not override is nothing to it."""
+async def test_an_observer_overrides_only_what_it_needs(rabbit, jitter):
+    """Other events do nothing."""
 
     class Counts(Observer):
         total = 0
@@ -158,8 +158,8 @@ async def test_an_observer_need_not_look_at_everything(rabbit, jitter):
     assert 5 == counts.total
 
 
-async def test_nothing_is_told_as_settled_that_the_broker_has_not_heard():
-    """If a session ends while copies are on their way, all results of their batch are stale."""
+async def test_unsent_settlements_are_reported_as_stale():
+    """If a session ends while copies are in flight, all results of their batch are stale."""
     script = ScriptedTransport()
     recorder = EventRecorder()
     script.on_publish = lambda *_: asyncio.sleep(0.05)
@@ -175,8 +175,8 @@ async def test_nothing_is_told_as_settled_that_the_broker_has_not_heard():
     assert 3 == sum(event.count for event in recorder.of(StaleResults))
 
 
-async def test_what_was_settled_before_the_session_ended_is_told():
-    """And only the rest is stale."""
+async def test_settlements_before_the_end_of_a_session_are_reported_as_settled():
+    """Only the rest is stale."""
     script = ScriptedTransport()
     recorder = EventRecorder()
     script.on_publish = lambda *_: asyncio.sleep(1)
@@ -192,8 +192,8 @@ async def test_what_was_settled_before_the_session_ended_is_told():
     assert 1 == sum(event.count for event in recorder.of(StaleResults))
 
 
-async def test_a_worker_tells_how_busy_it_is(rabbit):
-    """Whenever it is asked, between its start and its end."""
+async def test_a_worker_reports_its_load(rabbit):
+    """At any time between its start and its end."""
     rabbit.put(*numbered(5))
     recorder = EventRecorder()
     async with RecordingConsumer(
@@ -208,8 +208,8 @@ async def test_a_worker_tells_how_busy_it_is(rabbit):
     assert Load(buffered=0, in_hand=0, is_consuming=False) == started.load()
 
 
-async def test_settling_has_its_time_and_its_failures(jitter):
-    """From the decision until the frames are on their way, with confirmations of copies."""
+async def test_the_duration_and_the_failures_of_settling_are_reported(jitter):
+    """From the decision until the frames are sent, including confirms of copies."""
     script = ScriptedTransport()
     recorder = EventRecorder()
     script.on_publish = lambda *_: asyncio.sleep(0.05)
@@ -231,7 +231,7 @@ async def test_settling_has_its_time_and_its_failures(jitter):
     assert (Step.SETTLE, 2, error) == (failed.step, failed.count, failed.error)
 
 
-async def test_results_for_a_session_that_takes_nothing_are_stale():
+async def test_results_for_a_session_that_refuses_settlements_are_stale():
     """The broker delivers their messages again."""
     script = ScriptedTransport()
     recorder = EventRecorder()
@@ -247,8 +247,8 @@ async def test_results_for_a_session_that_takes_nothing_are_stale():
         assert [] == recorder.of(Settled)
 
 
-async def test_a_copy_on_its_way_is_given_up_with_its_session():
-    """What can no longer be settled is no longer waited for."""
+async def test_a_copy_in_flight_is_not_waited_for_after_its_session():
+    """Its original can no longer be settled."""
     script = ScriptedTransport()
     script.on_publish = never
     script.on_settle = raising(SessionLost("just now"))

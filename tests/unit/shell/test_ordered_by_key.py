@@ -1,4 +1,4 @@
-"""Does each key keep its order, whatever fails?"""
+"""`ordered_by_key`: each key keeps its order, whatever fails."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.unit.shell.scripted_transport import ScriptedTransport
 
 
 class Orderly(RecordingConsumer):
-    """Its key is a body's first letter; `?` has none. Notes what it is given with its count."""
+    """Its key is the first letter of a body; `?` has none. Records bodies and retry counts."""
 
     def __init__(self, *args, **given):
         super().__init__(*args, **{"ordered_by_key": True, "batch_timeout": 1} | given)
@@ -40,12 +40,14 @@ class Orderly(RecordingConsumer):
         return super().process_messages(messages)
 
     def of(self, key):
-        """What it was given of a key, batch after batch."""
+        """Return the messages of a key, batch by batch."""
         return [batch for batch in self.seen if batch[0][0].startswith(key)]
 
 
 def failing(*bodies, result=REQUEUE, times=1000, stops=False, error=RuntimeError):
-    """A handler that fails for these, so many times each: by a result, or by an exception."""
+    """Return a handler that fails for these bodies, each so many times, by a result or an
+    exception.
+    """
     left = dict.fromkeys(bodies, times)
 
     async def answer(messages):
@@ -61,8 +63,8 @@ def failing(*bodies, result=REQUEUE, times=1000, stops=False, error=RuntimeError
     return answer
 
 
-async def test_batches_of_a_key_do_not_overlap_and_those_of_other_keys_do(rabbit):
-    """With as many hands as one likes."""
+async def test_batches_overlap_only_with_those_of_other_keys(rabbit):
+    """With any number of handler slots."""
     rabbit.put(b"a1", b"a2", b"b1", b"a3", b"b2")
     async with Orderly(
         taking(5), transport=rabbit.transport, batch_size=1, concurrency=4, prefetch_count=20
@@ -74,10 +76,10 @@ async def test_batches_of_a_key_do_not_overlap_and_those_of_other_keys_do(rabbit
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
-async def test_a_failing_message_is_tried_again_in_place_and_later_ones_wait(
+async def test_a_failing_message_is_retried_in_place_and_later_ones_wait(
     rabbit, jitter, concurrency
 ):
-    """With its count raised, alone, after growing pauses; other keys go on."""
+    """With its count raised, alone, with growing pauses; other keys continue."""
     rabbit.put(b"a1", b"b1", b"a2", b"a3", b"b2")
     recorder = EventRecorder()
     async with Orderly(
@@ -107,8 +109,8 @@ async def test_a_failing_message_is_tried_again_in_place_and_later_ones_wait(
 
 
 @pytest.mark.parametrize("result", [REQUEUE, Requeue("busy"), REQUEUE_IMMEDIATE])
-async def test_an_exhausted_message_is_dead_lettered_and_its_key_goes_on(rabbit, result):
-    """However it was put: where a broker would count, it is counted here."""
+async def test_an_exhausted_message_is_dead_lettered_and_its_key_continues(rabbit, result):
+    """REQUEUE_IMMEDIATE is counted here, too, since the broker does not see the retries."""
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "key", kind="direct")
     for body in (b"a1", b"a2"):
@@ -137,7 +139,7 @@ async def test_an_exhausted_message_is_dead_lettered_and_its_key_goes_on(rabbit,
 
 
 async def test_without_a_dead_letter_exchange_an_exhausted_message_is_rejected(rabbit):
-    """As ever; REQUEUE_IMMEDIATE does not bring it back."""
+    """REQUEUE_IMMEDIATE does not bring it back, either."""
     rabbit.put(b"a1", b"a2")
     async with Orderly(
         failing(b"a1", result=REQUEUE_IMMEDIATE),
@@ -150,8 +152,8 @@ async def test_without_a_dead_letter_exchange_an_exhausted_message_is_rejected(r
     assert ([], []) == (rabbit.waiting(), rabbit.unsettled())
 
 
-async def test_delays_hold_in_place_too(rabbit):
-    """By the same delay_steps as elsewhere; but nothing goes into a wait queue."""
+async def test_delays_apply_to_in_place_retries(rabbit):
+    """With the same steps, and without wait queues."""
     rabbit.put(b"a1", b"a2")
     async with Orderly(
         failing(b"a1", times=2), transport=rabbit.transport, batch_size=1, requeue_delay=20
@@ -163,8 +165,8 @@ async def test_delays_hold_in_place_too(rabbit):
     assert 2 == len(rabbit.times(EventKind.STORED))
 
 
-async def test_immediately_is_at_once(rabbit):
-    """But as often as any other retry, and no more."""
+async def test_requeue_immediate_retries_at_once(rabbit):
+    """As often as any other retry, and no more."""
     rabbit.put(b"a1")
     async with Orderly(
         failing(b"a1", result=REQUEUE_IMMEDIATE, times=3), transport=rabbit.transport, batch_size=1
@@ -174,8 +176,8 @@ async def test_immediately_is_at_once(rabbit):
     assert [[("a1", n)] for n in range(4)] == consumer.seen
 
 
-async def test_an_exception_costs_the_first_undecided_an_attempt_and_no_other(rabbit):
-    """What was yielded counts; the culprit is tried alone, and the rest waits as if untouched."""
+async def test_an_exception_counts_for_the_first_undecided_message_only(rabbit):
+    """Yielded results count; this message is retried alone, and the rest waits unchanged."""
     rabbit.put(b"a1", b"a2", b"a3", b"a4")
     async with Orderly(
         failing(b"a2", times=2, stops=True), transport=rabbit.transport, batch_size=4
@@ -190,8 +192,8 @@ async def test_an_exception_costs_the_first_undecided_an_attempt_and_no_other(ra
     ] == consumer.seen
 
 
-async def test_a_poison_message_takes_nobody_along(rabbit):
-    """It is dead-lettered after its own attempts, and the others have spent none."""
+async def test_a_poison_message_does_not_exhaust_others(rabbit):
+    """It is dead-lettered after its own attempts, and the others have used none."""
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "", kind="fanout")
     rabbit.put(b"a1", b"a2", b"a3")
@@ -207,8 +209,8 @@ async def test_a_poison_message_takes_nobody_along(rabbit):
     assert [[("a2", 0), ("a3", 0)]] == consumer.seen[2:]
 
 
-async def test_a_handler_that_goes_on_after_a_failure_has_chosen_to(rabbit):
-    """What it ACKed is acked; each that it requeued is tried to its end before the next."""
+async def test_a_handler_may_continue_after_a_failed_message(rabbit):
+    """ACKed messages are acked; each requeued one is finished before the next."""
     rabbit.put(b"a1", b"a2", b"a3", b"a4")
     async with Orderly(
         failing(b"a1", b"a3", times=2), transport=rabbit.transport, batch_size=3
@@ -229,7 +231,7 @@ async def test_a_handler_that_goes_on_after_a_failure_has_chosen_to(rabbit):
 
 
 async def test_a_nack_is_final(rabbit):
-    """And so are the failures that are configured to be NACKs."""
+    """And so are failures that are mapped to NACK."""
     rabbit.put(b"a1", b"a2", b"b1", b"b2")
     async with Orderly(
         failing(b"a1", b"b1", stops=True),
@@ -242,8 +244,8 @@ async def test_a_nack_is_final(rabbit):
     assert ([], []) == (rabbit.waiting(), rabbit.unsettled())
 
 
-async def test_messages_without_a_key_are_requeued_as_ever(rabbit):
-    """They have no order to keep: by a copy, at the back."""
+async def test_messages_without_a_key_are_requeued_normally(rabbit):
+    """They have no order to keep: a copy goes to the back."""
     rabbit.put(b"?1", b"?2")
     async with Orderly(
         failing(b"?1", times=1), transport=rabbit.transport, batch_size=1
@@ -253,8 +255,10 @@ async def test_messages_without_a_key_are_requeued_as_ever(rabbit):
     assert 3 == len(rabbit.times(EventKind.STORED))
 
 
-async def test_a_time_out_is_tried_again_in_place(rabbit):
-    """`process_timeout` cuts the handler off; the first undecided is the one that hung."""
+async def test_a_timeout_is_retried_in_place(rabbit):
+    """`process_timeout` cancels the handler; the first undecided message counts as the one that
+    hung.
+    """
 
     async def answer(messages):
         for message in messages:
@@ -270,8 +274,8 @@ async def test_a_time_out_is_tried_again_in_place(rabbit):
     assert [[("a2", 1)], [("a3", 0)]] == consumer.seen[1:]
 
 
-async def test_a_key_that_fails_holds_up_no_other(rabbit):
-    """While it pauses, hands are free for the rest, one after another."""
+async def test_a_failing_key_does_not_hold_up_others(rabbit):
+    """During its pause, the handler slots are free for other keys."""
     rabbit.put(b"a1", b"a2", b"b1", b"b2", b"c1")
     async with Orderly(
         failing(b"a1"), transport=rabbit.transport, batch_size=1, prefetch_count=20
@@ -282,8 +286,8 @@ async def test_a_key_that_fails_holds_up_no_other(rabbit):
         await asyncio.sleep(5)
 
 
-async def test_a_prefetch_full_of_one_failing_key_comes_loose_again(rabbit):
-    """Nothing can come, and nothing is due before the pause is over: that is when it goes on."""
+async def test_a_prefetch_full_of_one_failing_key_continues_after_the_pause(rabbit):
+    """No other message can come, and nothing is due before."""
     rabbit.put(*(b"a%d" % number for number in range(6)), b"b1")
     recorder = EventRecorder()
     async with Orderly(
@@ -301,8 +305,8 @@ async def test_a_prefetch_full_of_one_failing_key_comes_loose_again(rabbit):
     assert Trigger.PREFETCH in {event.trigger for event in recorder.of(BatchCut)}
 
 
-async def test_a_stop_returns_what_is_held(rabbit):
-    """By nack, as what was not started: there is no time to try again."""
+async def test_a_stop_returns_held_messages(rabbit):
+    """By nack, like unstarted messages: there is no time to retry."""
     rabbit.put(b"a1", b"a2", b"a3")
     script = ScriptedTransport()
     async with Orderly(
@@ -315,8 +319,8 @@ async def test_a_stop_returns_what_is_held(rabbit):
     assert [] == script.details("publish")
 
 
-async def test_what_fails_during_a_drain_is_returned():
-    """It is not tried again, and nothing of its key is started, though hands are free."""
+async def test_messages_that_fail_during_a_drain_are_returned():
+    """They are not retried, and no other batch of their key starts, even in a free slot."""
     script = ScriptedTransport()
     consumer = Orderly(taking(5, answering(REQUEUE)), transport=script, batch_size=1, concurrency=3)
     async with consumer:
@@ -327,8 +331,8 @@ async def test_what_fails_during_a_drain_is_returned():
     assert [] == script.details("publish")
 
 
-async def test_what_is_spent_during_a_drain_is_dead_lettered(rabbit):
-    """Its last attempt was made."""
+async def test_messages_exhausted_during_a_drain_are_dead_lettered(rabbit):
+    """Their last attempt has been made."""
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "", kind="fanout")
     rabbit.put(b"a1", b"a2")
@@ -344,8 +348,8 @@ async def test_what_is_spent_during_a_drain_is_dead_lettered(rabbit):
     assert ([b"a1"], [b"a2"]) == (rabbit.waiting("dead"), rabbit.waiting())
 
 
-async def test_a_lost_session_drops_what_is_held(rabbit):
-    """The broker delivers it again, and its count begins anew: it was in memory only."""
+async def test_a_lost_session_drops_held_messages(rabbit):
+    """The broker delivers them again, and their counts, kept in memory only, start at zero."""
     rabbit.put(b"a1", b"a2")
     async with Orderly(
         failing(b"a1", times=2), transport=rabbit.transport, batch_size=1
@@ -359,8 +363,8 @@ async def test_a_lost_session_drops_what_is_held(rabbit):
     assert ([], []) == (rabbit.waiting(), rabbit.unsettled())
 
 
-async def test_a_handler_of_a_lost_session_keeps_its_key_to_itself(rabbit):
-    """The next session's batch of this key waits for it, although hands are free."""
+async def test_a_handler_of_a_lost_session_keeps_its_key(rabbit):
+    """The next session's batch of this key waits for it, even if a slot is free."""
     rabbit.put(b"a1", b"a2", b"b1")
     async with Orderly(
         taking(20), transport=rabbit.transport, batch_size=1, concurrency=3, prefetch_count=9
@@ -379,7 +383,7 @@ async def test_a_handler_of_a_lost_session_keeps_its_key_to_itself(rabbit):
 
 
 async def test_a_handler_that_ends_between_two_sessions_frees_its_key(rabbit):
-    """Nobody is told then; the next session sees that it is gone."""
+    """The next session sees that the handler is gone."""
     script = ScriptedTransport()
     async with Orderly(taking(3), transport=script, batch_size=1, concurrency=2) as consumer:
         script.last.feed(b"a1")
@@ -393,8 +397,8 @@ async def test_a_handler_that_ends_between_two_sessions_frees_its_key(rabbit):
     assert [[("ack", (1,))]] == script.details("settle")
 
 
-async def test_what_a_lost_session_failed_at_is_not_kept(rabbit):
-    """Its handler ends after the session did: there is nothing to try again."""
+async def test_failures_of_a_lost_session_are_not_retried(rabbit):
+    """Their handler ends after the session, and the broker delivers the messages again."""
     script = ScriptedTransport()
     recorder = EventRecorder()
     answer = taking(3, answering(REQUEUE))
@@ -408,8 +412,8 @@ async def test_what_a_lost_session_failed_at_is_not_kept(rabbit):
     assert [] == recorder.of(Requeued)
 
 
-async def test_a_dead_letter_that_is_not_confirmed_does_not_hold_its_key_up(rabbit):
-    """It waits by itself, as ever."""
+async def test_an_unconfirmed_dead_letter_does_not_hold_up_its_key(rabbit):
+    """Its original waits by itself."""
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "", kind="fanout")
     rabbit.broker.faults.on_publish(PublishFault.REFUSE)
@@ -429,8 +433,8 @@ async def test_a_dead_letter_that_is_not_confirmed_does_not_hold_its_key_up(rabb
     assert [b"a1"] == rabbit.waiting("dead")
 
 
-async def test_a_yield_is_settled_early_but_for_what_failed(rabbit):
-    """With `settle="yield"`: what is tried again in place waits for the end of its handler."""
+async def test_failed_messages_are_not_settled_early(rabbit):
+    """With `settle="yield"`, in-place retries wait for the end of the handler."""
 
     async def answer(messages):
         for message in messages:
@@ -452,8 +456,8 @@ async def test_a_yield_is_settled_early_but_for_what_failed(rabbit):
     assert 4 == len(rabbit.times(EventKind.STORED))
 
 
-async def test_without_a_key_what_failed_is_settled_early_too(rabbit):
-    """It is requeued as ever, while its handler goes on."""
+async def test_failed_messages_without_a_key_are_settled_early(rabbit):
+    """They are requeued while their handler runs."""
 
     async def answer(messages):
         for message in messages:
@@ -468,7 +472,7 @@ async def test_without_a_key_what_failed_is_settled_early_too(rabbit):
     assert [] == rabbit.unsettled()
 
 
-async def test_culprits_are_isolated_and_then_tried_again_in_place(rabbit):
+async def test_culprits_are_isolated_and_then_retried_in_place(rabbit):
     """`isolate_failures` finds them at once; each is a failure of its own."""
 
     async def answer(messages):
@@ -487,8 +491,8 @@ async def test_culprits_are_isolated_and_then_tried_again_in_place(rabbit):
     assert 8 == len(rabbit.times(EventKind.ACKED))
 
 
-async def test_an_atomic_batch_that_fails_is_tried_again_from_its_beginning(rabbit):
-    """Its ACKs are void, so that its first message is the first undecided one."""
+async def test_a_failed_atomic_batch_is_retried_from_its_beginning(rabbit):
+    """Its ACKs are void, so its first message is the first undecided one."""
     rabbit.put(b"a1", b"a2", b"a3")
     async with Orderly(
         failing(b"a2", times=1, stops=True),
@@ -501,8 +505,8 @@ async def test_an_atomic_batch_that_fails_is_tried_again_from_its_beginning(rabb
     assert [[("a1", 1)], [("a2", 0), ("a3", 0)]] == consumer.seen[1:]
 
 
-async def test_one_message_at_a_time_in_order(rabbit):
-    """`Consumer` with `concurrency`: a worker for each key, as it were."""
+async def test_single_messages_keep_the_order_of_their_key(rabbit):
+    """A `Consumer` with `concurrency` handles one message per key at a time."""
     seen = []
 
     class KeyedSingleConsumer(SingleConsumer):
@@ -531,7 +535,7 @@ async def test_one_message_at_a_time_in_order(rabbit):
 
 
 async def test_held_messages_count_for_health(rabbit):
-    """Their age is that of their delivery."""
+    """Their age counts from their delivery."""
     rabbit.put(b"a1")
     async with Orderly(
         failing(b"a1"), transport=rabbit.transport, max_requeue_attempts=50, stuck_after=30
@@ -543,8 +547,8 @@ async def test_held_messages_count_for_health(rabbit):
         assert 38 <= consumer.status().workers[0].oldest
 
 
-async def test_in_order_all_the_same_if_nothing_fails(rabbit):
-    """Many keys, many hands."""
+async def test_the_order_is_kept_if_nothing_fails(rabbit):
+    """With many keys and many handler slots."""
     rabbit.put(*(b"%c%d" % (65 + number % 7, number) for number in range(70)))
     async with Orderly(ack, transport=rabbit.transport, batch_size=3, concurrency=4) as consumer:
         await asyncio.sleep(10)

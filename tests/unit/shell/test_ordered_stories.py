@@ -1,7 +1,7 @@
-"""Does each key keep its order, whatever happens?
+"""Stories with keys: each key keeps its order, whatever happens.
 
-As the stories of `test_stories`, with keys: what is published, how often each message fails and in
-which way, how long handlers take, and what the broker does meanwhile are drawn up front.
+As in `test_stories`, everything is drawn in advance: what is published, how often each message
+fails and how, how long handlers take, and what the broker does meanwhile.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LONG = 600.0
 
 @dataclass(frozen=True)
 class Life:
-    """What becomes of a message: so many failures of this kind, then it is ACKed, or NACKed."""
+    """What happens to a message: so many failures of one kind, and then an ACK or a NACK."""
 
     key: str
     failures: int
@@ -100,11 +100,11 @@ stories = st.builds(
 
 
 class Failed(Exception):
-    """What the handler raises."""
+    """Raised by the handler."""
 
 
 class Orderly(RecordingConsumer):
-    """Its key is a body's first letter; `?` has none."""
+    """Its key is the first letter of a body; `?` has none."""
 
     def batch_key(self, message):
         letter = message.body[:1].decode()
@@ -112,7 +112,7 @@ class Orderly(RecordingConsumer):
 
 
 class Play:
-    """One story, being played."""
+    """One story while it is played."""
 
     def __init__(self, story: Story) -> None:
         self.story = story
@@ -151,7 +151,7 @@ class Play:
             self.at_work[key] -= 1
 
     def result(self, message):
-        """What the story says, the how-manieth time ever this is."""
+        """Return what the story says for this attempt."""
         body = message.body
         life = self.life[body]
         if life.key != "?":
@@ -175,18 +175,18 @@ class Play:
         return life.how
 
     async def publish(self):
-        """Fill the queue."""
+        """Publish the messages."""
         for body in self.bodies:
             self.rabbit.put(body)
             await asyncio.sleep(self.story.pause)
 
     async def hurt(self, fault):
-        """Let something go wrong, and right again."""
+        """Cause a fault and end it."""
         await asyncio.sleep(fault.at)
         await self.scene.hurt(fault.kind, fault.seconds)
 
     async def run(self) -> RecordingConsumer:
-        """From the first message to the last."""
+        """Play the story from beginning to end."""
         story = self.story
         given = {} if story.prefetch is None else {"prefetch_count": story.prefetch}
         consumer = Orderly(
@@ -209,7 +209,7 @@ class Play:
 
 
 async def live_through(consumer, happens, *, stop_at):
-    """Run a consumer while a story happens; `stop_at` None: until all has come to its end."""
+    """Run a consumer during a story; `stop_at` None: until nothing is left to do."""
     await consumer.start()
     others = [asyncio.create_task(each) for each in happens]
     if stop_at is None:
@@ -242,8 +242,8 @@ async def live_through(consumer, happens, *, stop_at):
     )
 )
 @example(Story(lives=(Life("a", 9, REQUEUE, ACK),) * 5, stop_at=0.3, prefetch=3))
-def test_stories(story):
-    """Nothing lost, no overlap, no overtaking, no limit passed, nothing left behind."""
+def test_each_key_keeps_its_order_in_any_story(story):
+    """Nothing is lost or left behind, no batches of a key overlap, and no limit is exceeded."""
     play = Play(story)
     consumer = virtual_time.run(play.run())
     rabbit = play.rabbit
@@ -283,7 +283,7 @@ def test_stories(story):
 
 
 def calm(play, waiting, dead):
-    """Without faults there is exactly one of everything, and nothing was put back but by a stop."""
+    """Check a story without faults: each message exists once, and only a stop returned messages."""
     story = play.story
     if story.settle != "atomic":
         # There, an ACK may have been void.
@@ -294,7 +294,7 @@ def calm(play, waiting, dead):
 
 
 def attempts(play, dead):
-    """Until it goes well, or its attempts are spent; each attempt knows its number."""
+    """Return the attempts of a message until it succeeds or is exhausted."""
     story = play.story
     for body, life in play.life.items():
         if life.key == "?":

@@ -1,4 +1,4 @@
-"""What becomes of what users publish?"""
+"""`publish` and `publish_many` of a consumer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.unit.shell.scripted_transport import ScriptedTransport
 
 @pytest.fixture
 async def consumer(rabbit):
-    """One that runs, and a queue to publish to."""
+    """A running consumer, and a queue to publish to."""
     rabbit.declare("sink")
     rabbit.bind("sink", "events", "created")
     made = RecordingConsumer(transport=rabbit.transport)
@@ -31,8 +31,8 @@ async def consumer(rabbit):
         yield made
 
 
-async def test_a_publication_arrives_as_it_was_given(rabbit, consumer):
-    """Body, headers and properties; persistent unless said otherwise."""
+async def test_a_publication_arrives_unchanged(rabbit, consumer):
+    """Body, headers and properties; persistent by default."""
     moment = datetime(2025, 3, 4, tzinfo=UTC)
     await consumer.publish(
         b"0",
@@ -55,36 +55,36 @@ async def test_a_publication_arrives_as_it_was_given(rabbit, consumer):
     )
 
 
-async def test_an_unknown_property_is_refused_where_it_is_given(consumer):
-    """By Python itself."""
+async def test_an_unknown_property_raises_a_type_error(consumer):
+    """Python itself raises it."""
     with pytest.raises(TypeError, match="colour"):
         await consumer.publish(b"0", routing_key="sink", colour="red")
 
 
-async def test_what_no_queue_takes_is_an_error(consumer):
-    """Unless it is not mandatory."""
+async def test_an_unroutable_publication_is_an_error(consumer):
+    """Unless `mandatory=False`."""
     with pytest.raises(PublishError, match="no queue is bound for exchange 'events', routing key"):
         await consumer.publish(b"0", exchange="events", routing_key="lost")
     await consumer.publish(b"0", exchange="events", routing_key="lost", mandatory=False)
 
 
-async def test_what_the_broker_refuses_is_an_error(rabbit, consumer):
-    """A full queue, or no such exchange."""
+async def test_a_refused_publication_is_an_error(rabbit, consumer):
+    """The queue is full, or the exchange is missing."""
     rabbit.broker.faults.on_publish(PublishFault.REFUSE)
     with pytest.raises(PublishError, match=r"refused by the broker .*routing key 'sink'"):
         await consumer.publish(b"0", routing_key="sink")
 
 
-async def test_what_nobody_hears_of_is_an_error(rabbit, consumer):
-    """It may or may not be stored; with how long it was waited for."""
+async def test_a_publication_without_a_confirm_is_an_error(rabbit, consumer):
+    """It may be stored or not; the error says how long it was waited for."""
     rabbit.broker.faults.on_publish(PublishFault.LOSE)
     with pytest.raises(PublishError, match=r"10(\.0)? s.*may or may not be stored"):
         await consumer.publish(b"0", routing_key="sink")
     assert 10 == asyncio.get_running_loop().time()
 
 
-async def test_a_broker_that_is_away_is_an_error(rabbit, consumer):
-    """At once; and the next publication tries again."""
+async def test_an_unreachable_broker_is_an_error(rabbit, consumer):
+    """At once; the next publication connects again."""
     rabbit.broker.faults.connect_fault = ConnectFault.UNREACHABLE
     rabbit.broker.cut()
     with pytest.raises(PublishError, match="connection"):
@@ -94,8 +94,8 @@ async def test_a_broker_that_is_away_is_an_error(rabbit, consumer):
     assert [b"1"] == rabbit.waiting("sink")
 
 
-async def test_many_publications_have_an_outcome_each(rabbit, consumer):
-    """In order; nothing is raised."""
+async def test_publish_many_returns_one_outcome_each(rabbit, consumer):
+    """In order, and without raising."""
     rabbit.broker.faults.on_publish(PublishFault.REFUSE, routing_key="full")
     outcomes = await consumer.publish_many(
         [
@@ -111,7 +111,7 @@ async def test_many_publications_have_an_outcome_each(rabbit, consumer):
 
 
 async def test_a_missing_exchange_costs_nothing_but_the_publication(rabbit, consumer):
-    """It closes a channel; requeues have another one, and the next publication gets a new one."""
+    """It closes a channel; requeues have another one, and the next publication opens a new one."""
     consumer.answer = first_then(answering(REQUEUE), ack)
     with pytest.raises(PublishError, match="no such exchange"):
         await consumer.publish(b"0", exchange="missing", routing_key="x")
@@ -124,15 +124,15 @@ async def test_a_missing_exchange_costs_nothing_but_the_publication(rabbit, cons
 
 
 async def test_publications_share_one_connection(rabbit, consumer):
-    """Also when they begin at the same time; it is closed at the end."""
+    """Also if they begin at the same time; it is closed at the end."""
     before = len(rabbit.broker.connections)
     await asyncio.gather(*(consumer.publish(body, routing_key="sink") for body in numbered(9)))
     assert before + 1 == len(rabbit.broker.connections)
     assert sorted(numbered(9)) == sorted(rabbit.waiting("sink"))
 
 
-async def test_a_connection_that_is_gone_is_replaced(rabbit, consumer):
-    """Before the publication, if that is known by then."""
+async def test_a_lost_connection_is_replaced(rabbit, consumer):
+    """Before the next publication, if the loss is known by then."""
     await consumer.publish(b"0", routing_key="sink")
     rabbit.broker.cut()
     await consumer.publish(b"1", routing_key="sink")
@@ -140,7 +140,7 @@ async def test_a_connection_that_is_gone_is_replaced(rabbit, consumer):
 
 
 async def test_a_handler_may_publish(rabbit):
-    """A pipeline: what was confirmed is acked."""
+    """A pipeline: the message is acked after the confirm."""
     rabbit.declare("sink")
 
     async def answer(messages):
@@ -157,7 +157,7 @@ async def test_a_handler_may_publish(rabbit):
     assert numbered(5) == rabbit.waiting("sink")
 
 
-async def test_a_publisher_that_does_not_close_cleanly_is_no_error(caplog):
+async def test_an_error_while_closing_the_publisher_is_ignored(caplog):
     """It is gone either way."""
     script = ScriptedTransport()
 

@@ -1,4 +1,4 @@
-"""How does a worker come back, and when does it give up?"""
+"""How a worker reconnects, and which errors are fatal."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ GONE = BrokerUnavailable("nobody answers")
 NO = AccessRefused("wrong password")
 
 
-async def test_a_broker_that_is_not_there_yet_is_waited_for(jitter):
-    """With pauses that double, up to the longest one."""
+async def test_a_worker_waits_for_a_broker_that_is_not_up_yet(jitter):
+    """With pauses that double up to the maximum."""
     script = ScriptedTransport()
     script.on_declare = raising(GONE)
     consumer = RecordingConsumer(transport=script, reconnect_delay=1, reconnect_delay_max=10)
@@ -44,7 +44,7 @@ async def test_a_broker_that_is_not_there_yet_is_waited_for(jitter):
 
 @pytest.mark.parametrize("luck", [0.0, 0.5, 0.999])
 async def test_jitter_is_full(jitter, luck):
-    """A pause is anything between nothing and its longest."""
+    """A pause is between zero and its maximum."""
     jitter[0] = luck
     script = ScriptedTransport()
     script.on_declare = raising(GONE)
@@ -64,8 +64,8 @@ async def test_jitter_is_full(jitter, luck):
     await consumer.stop()
 
 
-async def test_the_pauses_begin_anew_after_ten_stable_seconds(jitter):
-    """A session that lasted; one that is lost at once goes on where the pauses were."""
+async def test_the_backoff_resets_after_ten_stable_seconds(jitter):
+    """After a session that was lost sooner, it continues."""
     lasts = [0, 0, 0, 9, 10, 0, 3600]
 
     class Shaky(RecordingConsumer):
@@ -84,8 +84,8 @@ async def test_the_pauses_begin_anew_after_ten_stable_seconds(jitter):
     "step", ["on_declare", "on_open"], ids=["at the topology", "at the session"]
 )
 @pytest.mark.parametrize("error", [NO, TopologyError("x-max-length differs")])
-async def test_a_permanent_refusal_at_first_is_fatal(step, error):
-    """Nobody waits for what will not change by itself."""
+async def test_a_permanent_refusal_at_start_is_fatal(step, error):
+    """Waiting would not help."""
     script = ScriptedTransport()
     setattr(script, step, raising(error))
     consumer = RecordingConsumer(transport=script)
@@ -98,7 +98,7 @@ async def test_a_permanent_refusal_at_first_is_fatal(step, error):
 
 
 async def test_one_worker_that_is_refused_ends_the_start_of_all():
-    """Also after others consume; they are drained."""
+    """Even if others consume already; they drain."""
     script = ScriptedTransport()
 
     async def second_is_refused():
@@ -114,8 +114,8 @@ async def test_one_worker_that_is_refused_ends_the_start_of_all():
     assert 2 == script.steps.count("leave") == script.steps.count("cancel")
 
 
-async def test_a_permanent_refusal_later_is_retried_and_told_once(caplog, jitter):
-    """Unhealthy meanwhile; somebody may be about to put it right."""
+async def test_a_permanent_refusal_later_is_retried_and_logged_once(caplog, jitter):
+    """The consumer is unhealthy meanwhile; an operator may fix the cause."""
     caplog.set_level(logging.INFO)
     script = ScriptedTransport()
     recorder = EventRecorder()
@@ -137,8 +137,8 @@ async def test_a_permanent_refusal_later_is_retried_and_told_once(caplog, jitter
     assert {SessionLost, AccessRefused} == {type(event.error) for event in recorder.of(Lost)}
 
 
-async def test_each_loss_is_told_although_it_is_like_the_one_before(caplog, jitter):
-    """A line for each change: what was told before the worker came back is over."""
+async def test_each_loss_is_logged_even_if_it_repeats(caplog, jitter):
+    """One line for each change: after a reconnection, the log starts again."""
     caplog.set_level(logging.INFO)
     script = ScriptedTransport()
     async with RecordingConsumer(transport=script):
@@ -151,8 +151,8 @@ async def test_each_loss_is_told_although_it_is_like_the_one_before(caplog, jitt
 
 
 @pytest.mark.parametrize("step", ["on_declare", "on_open"])
-async def test_a_stop_interrupts_a_connection_being_made(step):
-    """At once, whatever it waits for."""
+async def test_a_stop_interrupts_connecting(step):
+    """At once, whatever step it waits for."""
     script = ScriptedTransport()
     setattr(script, step, never)
     consumer = RecordingConsumer(transport=script)
@@ -166,7 +166,7 @@ async def test_a_stop_interrupts_a_connection_being_made(step):
 
 
 async def test_a_stop_interrupts_the_pause_between_two_attempts(jitter):
-    """At once, however long it is."""
+    """At once, however long the pause is."""
     script = ScriptedTransport()
     script.on_declare = raising(GONE)
     consumer = RecordingConsumer(transport=script, reconnect_delay=30)
@@ -179,7 +179,7 @@ async def test_a_stop_interrupts_the_pause_between_two_attempts(jitter):
 
 
 async def test_a_stop_leaves_no_connection_behind(rabbit):
-    """Not even one that was being made."""
+    """Not even one that was being opened."""
     script = ScriptedTransport()
     left = []
 
@@ -208,8 +208,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-async def test_a_worker_comes_back_by_itself(rabbit, fault):
-    """Declaring anew what is gone; `is_healthy` says the truth meanwhile."""
+async def test_a_worker_reconnects(rabbit, fault):
+    """It declares again what is gone; `is_healthy` is false meanwhile."""
     recorder = EventRecorder()
     async with RecordingConsumer(
         transport=rabbit.transport, observers=[recorder], batch_size=1
@@ -229,7 +229,7 @@ async def test_a_worker_comes_back_by_itself(rabbit, fault):
     assert [1] == [event.epoch for event in lost]
 
 
-async def test_workers_that_come_back_at_once_declare_only_once():
+async def test_workers_that_reconnect_together_declare_once():
     """They share one attempt."""
     script = ScriptedTransport()
     script.on_declare = lambda: asyncio.sleep(1)
@@ -238,8 +238,8 @@ async def test_workers_that_come_back_at_once_declare_only_once():
         assert 4 == len(script.times("open"))
 
 
-async def test_a_declaration_that_fails_while_a_stop_waits_is_nobodys_complaint(jitter):
-    """Nobody asks for it any more, and asyncio has nothing to say about it either."""
+async def test_a_declaration_that_fails_during_a_stop_is_not_logged(jitter):
+    """Nothing awaits it any more, and asyncio does not complain either."""
     script = ScriptedTransport()
 
     async def in_vain():
@@ -256,7 +256,7 @@ async def test_a_declaration_that_fails_while_a_stop_waits_is_nobodys_complaint(
 
 
 async def test_a_session_that_ends_by_itself_is_lost(jitter):
-    """A broker that stops sending without a word."""
+    """The broker stops sending without an error."""
     script = ScriptedTransport()
     recorder = EventRecorder()
     async with RecordingConsumer(transport=script, observers=[recorder]):
@@ -266,23 +266,23 @@ async def test_a_session_that_ends_by_itself_is_lost(jitter):
     assert isinstance(recorder.of(Lost)[0].error, SessionLost)
 
 
-async def test_a_wrong_password_is_fatal_on_the_broker_too(rabbit):
-    """With what the broker says."""
+async def test_a_wrong_password_is_fatal_on_the_memory_broker(rabbit):
+    """The error has the broker's text."""
     rabbit.broker.faults.connect_fault = ConnectFault.WRONG_PASSWORD
     consumer = RecordingConsumer(transport=rabbit.transport)
     with pytest.raises(AccessRefused, match="ACCESS_REFUSED"):
         await consumer.run()
 
 
-async def test_a_queue_that_is_another_one_is_fatal_and_named(rabbit):
-    """With what to do about it."""
+async def test_a_queue_with_other_arguments_is_fatal_and_named(rabbit):
+    """The error says what to do about it."""
     consumer = RecordingConsumer(transport=rabbit.transport, queue_arguments={"x-max-length": 5})
     with pytest.raises(TopologyError, match=r"(?s)'jobs'.*x-max-length.*delete it"):
         await consumer.start()
     assert [] == rabbit.times(EventKind.CONSUMING)
 
 
-async def test_an_exclusive_queue_lives_with_its_session(rabbit):
+async def test_an_exclusive_queue_is_deleted_with_its_session(rabbit):
     """It goes with the connection, and a new session declares its own."""
     async with RecordingConsumer(
         transport=rabbit.transport, queue_name="own", queue_exclusive=True, batch_size=1

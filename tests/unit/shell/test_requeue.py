@@ -1,4 +1,4 @@
-"""What does a requeue do to a message, and to its original?"""
+"""What a requeue does to a message and to its original."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ EVERYTHING = Properties(
 )
 
 
-def happenings(rabbit, *kinds):
-    """What happened, as (kind, body)."""
+def events(rabbit, *kinds):
+    """Return what happened, as (kind, body)."""
     return [(event.kind, event.body) for event in rabbit.broker.journal.of(*kinds)]
 
 
 async def test_a_copy_goes_to_the_back_of_the_queue(rabbit):
-    """Others go first, and the retry count of the copy is one more."""
+    """Others go first, and the copy's retry count is one higher."""
     rabbit.put(*numbered(3))
     consumer = RecordingConsumer(
         first_then(answering(REQUEUE), ack), transport=rabbit.transport, batch_size=1
@@ -61,7 +61,7 @@ async def test_a_copy_goes_to_the_back_of_the_queue(rabbit):
 
 
 async def test_a_copy_keeps_its_properties_and_gains_its_origin(rabbit):
-    """Byte for byte, absent ones absent; what the broker put there, and what routes, is dropped."""
+    """Byte for byte, absent ones absent; headers of the broker and those that route are dropped."""
     rabbit.put(b"0", properties=EVERYTHING, exchange="events", routing_key="order.created")
     rabbit.put(b"1")
     consumer = RecordingConsumer(
@@ -88,7 +88,7 @@ async def test_a_copy_keeps_its_properties_and_gains_its_origin(rabbit):
 
 
 async def test_an_origin_is_added_once(rabbit):
-    """The second copy says where the first publication went, not where the first copy went."""
+    """The second copy has the origin of the first publication, not of the first copy."""
     rabbit.put(b"0", exchange="events", routing_key="order.created")
     consumer = RecordingConsumer(
         first_then(answering(REQUEUE), answering(REQUEUE), ack),
@@ -104,7 +104,7 @@ async def test_an_origin_is_added_once(rabbit):
 
 
 async def test_an_original_is_acked_only_once_its_copy_is_confirmed(rabbit):
-    """Until then it stays the consumer's; what needs no confirmation does not wait for it."""
+    """Until then it stays unsettled; messages without a copy do not wait for it."""
     rabbit.broker.faults.on_publish(PublishFault.BLOCK)
     rabbit.put(*numbered(3))
     async with RecordingConsumer(
@@ -121,12 +121,12 @@ async def test_an_original_is_acked_only_once_its_copy_is_confirmed(rabbit):
         assert [] == rabbit.unsettled()
     assert [numbered(3), [b"1"]] == consumer.batches
     assert [(EventKind.PUBLISHED, b"1"), (EventKind.ACKED, b"1")] == [
-        each for each in happenings(rabbit, EventKind.PUBLISHED, EventKind.ACKED) if each[1] == b"1"
+        each for each in events(rabbit, EventKind.PUBLISHED, EventKind.ACKED) if each[1] == b"1"
     ][:2]
 
 
-async def test_copies_travel_on_a_connection_of_their_own(rabbit):
-    """Opened when the first one is needed; a blocked publisher blocks nobody's acks."""
+async def test_copies_have_their_own_connection(rabbit):
+    """It opens with the first copy; if it is blocked, acks are not."""
     async with RecordingConsumer(
         first_then(answering(REQUEUE), ack), transport=rabbit.transport
     ) as consumer:
@@ -140,7 +140,7 @@ async def test_copies_travel_on_a_connection_of_their_own(rabbit):
 
 
 async def test_a_message_is_handled_once_more_than_it_is_requeued(rabbit):
-    """After `max_requeue_attempts` it is dead: without an exchange for that, rejected."""
+    """After `max_requeue_attempts` it is dead-lettered or, without an exchange, rejected."""
     recorder = EventRecorder()
     rabbit.put(b"0")
     async with RecordingConsumer(
@@ -153,7 +153,7 @@ async def test_a_message_is_handled_once_more_than_it_is_requeued(rabbit):
         await asyncio.sleep(1)
     assert [0, 1, 2, 3] == [message.retry_count for message in consumer.messages]
     assert [1, 2, 3] == [event.retry_count for event in recorder.of(Requeued)]
-    assert [(EventKind.DROPPED, b"0")] == happenings(rabbit, EventKind.DROPPED)
+    assert [(EventKind.DROPPED, b"0")] == events(rabbit, EventKind.DROPPED)
     assert [] == rabbit.waiting()
 
 
@@ -168,8 +168,8 @@ async def test_without_attempts_a_requeue_is_a_dead_letter_at_once(rabbit):
     assert [] == rabbit.waiting()
 
 
-async def test_the_header_that_counts_may_have_another_name(rabbit):
-    """`retry_count_header`; the default one is then a header like others."""
+async def test_the_retry_count_header_can_be_renamed(rabbit):
+    """`retry_count_header`; the default header is then an ordinary one."""
     rabbit.put(b"0", properties=Properties(headers={"x-retry-count": 99, "tries": 1}))
     async with RecordingConsumer(
         first_then(answering(REQUEUE), ack),
@@ -183,8 +183,8 @@ async def test_the_header_that_counts_may_have_another_name(rabbit):
 
 
 @pytest.mark.parametrize("nonsense", ["many", -1, True, None, 1.5])
-async def test_a_retry_count_that_is_none_is_zero_and_told_once(rabbit, caplog, nonsense):
-    """Any client may have written the header. Absent is no nonsense."""
+async def test_an_invalid_retry_count_is_zero_and_logged_once(rabbit, caplog, nonsense):
+    """Any client may have written the header. A missing one is valid."""
     for _ in range(3):
         rabbit.put(b"0", properties=Properties(headers={"x-retry-count": nonsense}))
     async with RecordingConsumer(
@@ -212,11 +212,11 @@ async def test_requeue_immediate_goes_to_the_front_and_counts_nothing(rabbit):
     assert [b"0", b"0", b"1", b"2"] == consumer.handled
     assert [True] == [message.redelivered for message in consumer.messages[1:2]]
     assert 0 == consumer.messages[1].retry_count
-    assert [] == happenings(rabbit, EventKind.PUBLISHED)
+    assert [] == events(rabbit, EventKind.PUBLISHED)
 
 
 async def test_requeue_immediate_is_a_reject_and_not_a_nack():
-    """Newer brokers count the first and not the second: a failure shall count."""
+    """Newer brokers count a reject as a failed delivery, and a nack not."""
     script = ScriptedTransport()
     async with RecordingConsumer(answering(REQUEUE_IMMEDIATE), transport=script, batch_size=1):
         script.last.feed(b"0")
@@ -224,8 +224,8 @@ async def test_requeue_immediate_is_a_reject_and_not_a_nack():
     assert [[("requeue", (1,))]] == script.details("settle")
 
 
-async def test_confirmations_of_a_batch_share_one_settlement():
-    """A settlement waits a moment for the copies: one write for acks of both kinds."""
+async def test_confirms_of_a_batch_share_one_settlement():
+    """The settlement waits a moment for the copies, so that all acks go out in one write."""
     script = ScriptedTransport()
     script.on_publish = lambda *_: asyncio.sleep(0.05)
     answers = answering(ACK, REQUEUE, MessageResult.ACK, REQUEUE_IMMEDIATE)
@@ -236,8 +236,8 @@ async def test_confirmations_of_a_batch_share_one_settlement():
     assert [0.05] == script.times("settle")
 
 
-async def test_what_needs_no_copy_waits_a_tenth_of_a_second_at_most():
-    """A broker that is slow to confirm must not hold back everything else."""
+async def test_messages_without_a_copy_wait_at_most_a_tenth_of_a_second():
+    """A broker that confirms slowly must not hold up everything else."""
     script = ScriptedTransport()
     script.on_publish = lambda *_: asyncio.sleep(3)
     async with RecordingConsumer(answering(ACK, REQUEUE, ACK), transport=script, batch_size=3):
@@ -247,8 +247,8 @@ async def test_what_needs_no_copy_waits_a_tenth_of_a_second_at_most():
     assert [pytest.approx(0.1), 3] == script.times("settle")
 
 
-async def test_who_is_confirmed_in_time_behind_one_that_is_not_is_settled_once():
-    """Neither with its own patience at an end nor with the other's is anything told twice."""
+async def test_a_batch_behind_an_unconfirmed_one_is_settled_once():
+    """Neither at the end of its own patience nor at the other's is anything settled twice."""
     script = ScriptedTransport()
     script.on_publish = lambda copies: asyncio.sleep(3 if copies[0].body == b"0" else 0.05)
     async with RecordingConsumer(answering(REQUEUE, ACK), transport=script, batch_size=2):
@@ -259,8 +259,8 @@ async def test_who_is_confirmed_in_time_behind_one_that_is_not_is_settled_once()
     assert [pytest.approx(0.1), 3] == script.times("settle")
 
 
-async def test_other_batches_settlements_join_in():
-    """While copies are on their way, a quick batch's acks wait for them, and share their write."""
+async def test_settlements_of_other_batches_join():
+    """While copies are in flight, a quick batch's acks wait for them, and share their write."""
     script = ScriptedTransport()
     script.on_publish = lambda *_: asyncio.sleep(0.05)
     answers = first_then(answering(REQUEUE, ACK), ack)
@@ -272,8 +272,8 @@ async def test_other_batches_settlements_join_in():
     ]
 
 
-async def test_originals_whose_copies_are_on_their_way_do_not_fill_prefetch_for_ever():
-    """They are not in hand; a new batch is collected beside them."""
+async def test_originals_of_copies_in_flight_do_not_exhaust_prefetch():
+    """They do not count as buffered; a new batch is collected beside them."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.RETURNED] * 2
     recorder = EventRecorder()
@@ -294,7 +294,7 @@ async def test_originals_whose_copies_are_on_their_way_do_not_fill_prefetch_for_
 
 
 async def test_held_originals_count_against_prefetch():
-    """A batch that can grow no more, since the rest of prefetch is held, waits for nothing."""
+    """A batch that cannot grow, since held originals use the rest of prefetch, does not wait."""
     script = ScriptedTransport()
     script.outcomes = [Outcome.RETURNED] * 2
     async with RecordingConsumer(
@@ -311,8 +311,8 @@ async def test_held_originals_count_against_prefetch():
         assert [numbered(2), [b"2"]] == consumer.batches
 
 
-async def test_at_info_nothing_is_said_about_single_messages(rabbit, caplog):
-    """One line for each failed batch; none for a message above DEBUG."""
+async def test_single_messages_are_not_logged_at_info(rabbit, caplog):
+    """One line for each failed batch; single messages only at DEBUG."""
     caplog.set_level(logging.INFO)
     rabbit.put(*numbered(4))
     async with RecordingConsumer(

@@ -1,4 +1,4 @@
-"""What becomes of what a handler says, and of what it leaves unsaid?"""
+"""What the results of a handler do, including missing and invalid ones."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from tests.unit.shell.helpers import (
 
 
 class Unavailable(RuntimeError):
-    """What handlers raise here."""
+    """Raised by handlers."""
 
 
 class Odd(RuntimeError):
-    """An exception that cannot say what it is."""
+    """An exception whose `__str__` raises."""
 
     def __str__(self):
         raise AttributeError
 
 
 async def settled_by(rabbit, answer, count=3, **given):
-    """Hand one batch to a handler, with another that acks everything after it; what was settled."""
+    """Give one batch to a handler, and later ones to one that ACKs; return what was settled."""
     recorder = EventRecorder()
     rabbit.put(*numbered(count))
     consumer = RecordingConsumer(
@@ -66,12 +66,12 @@ async def settled_by(rabbit, answer, count=3, **given):
 
 
 def journal(rabbit, *kinds):
-    """Which messages it happened to."""
+    """Return the messages of an event kind."""
     return [event.body for event in rabbit.broker.journal.of(*kinds, queue="jobs")]
 
 
-async def test_the_ith_yield_is_the_ith_messages(rabbit):
-    """Each message is settled as its own result says."""
+async def test_the_nth_yield_is_the_result_of_the_nth_message(rabbit):
+    """Each message is settled with its own result."""
     answer = answering(ACK, NACK, REQUEUE_IMMEDIATE)
     counts, consumer, _ = await settled_by(rabbit, answer)
     assert {
@@ -87,8 +87,8 @@ async def test_the_ith_yield_is_the_ith_messages(rabbit):
     assert consumer.messages[3].redelivered
 
 
-async def test_pairs_say_themselves_whose_they_are(rabbit):
-    """A handler that works out of order yields `(message, result)`."""
+async def test_pairs_name_their_message(rabbit):
+    """A handler that works in any order yields `(message, result)`."""
 
     async def answer(messages):
         yield messages[2], ACK
@@ -100,7 +100,7 @@ async def test_pairs_say_themselves_whose_they_are(rabbit):
     assert [b"0"] == journal(rabbit, EventKind.DROPPED)
 
 
-async def test_results_with_a_reason_count_as_what_they_are(rabbit):
+async def test_results_with_a_reason_count_like_those_without(rabbit):
     """`Nack(…)` is NACK, `Requeue(…)` is REQUEUE."""
     counts, _, _ = await settled_by(rabbit, answering(Nack("bad"), Requeue("later"), ACK))
     assert {
@@ -131,8 +131,8 @@ async def test_a_missing_result_is_never_an_ack(rabbit, caplog):
     ],
     ids=["too many", "none", "unknown", "mixed", "mixed again", "twice", "foreign"],
 )
-async def test_what_is_no_answer_is_logged_and_counted(rabbit, caplog, wrong, told):
-    """What was validly decided before it stays; the rest gets `unhandled_exception_action`."""
+async def test_an_invalid_result_is_logged_and_counted(rabbit, caplog, wrong, told):
+    """Valid results before it are kept; the rest gets `unhandled_exception_action`."""
 
     async def answer(messages):
         for each in wrong(messages):
@@ -150,8 +150,8 @@ async def test_what_is_no_answer_is_logged_and_counted(rabbit, caplog, wrong, to
 
 
 @pytest.mark.parametrize("action", [REQUEUE, NACK, REQUEUE_IMMEDIATE])
-async def test_an_exception_costs_only_the_undecided(rabbit, caplog, action):
-    """What was yielded before it counts, and the log has its traceback."""
+async def test_an_exception_affects_undecided_messages_only(rabbit, caplog, action):
+    """Results yielded before it count, and the log has its traceback."""
     answer = answering(ACK, error=Unavailable("the database"))
     counts, consumer, _ = await settled_by(rabbit, answer, unhandled_exception_action=action)
     assert {(ACK, Cause.HANDLER): 1, (action, Cause.EXCEPTION): 2} == counts
@@ -164,7 +164,7 @@ async def test_an_exception_costs_only_the_undecided(rabbit, caplog, action):
 
 
 async def test_an_exception_before_the_first_yield_counts_too(rabbit):
-    """Even if the handler is no generator at all, and raises where it is called."""
+    """Even if the handler is not a generator, and raises when it is called."""
 
     def answer(messages):
         raise Unavailable
@@ -174,7 +174,7 @@ async def test_an_exception_before_the_first_yield_counts_too(rabbit):
 
 
 async def test_exception_results_the_most_specific_class_wins(rabbit):
-    """Subclasses count as their base class; what is not listed gets the general action."""
+    """Subclasses count as their base class; other exceptions get the general action."""
 
     class Listed(RecordingConsumer):
         exception_results = {  # noqa: RUF012
@@ -204,7 +204,7 @@ async def test_exception_results_the_most_specific_class_wins(rabbit):
 
 
 async def test_exception_results_are_for_exceptions_only(rabbit):
-    """A missing or an invalid result says nothing about why: it gets the general action."""
+    """A missing or invalid result gets the general action."""
 
     class Listed(RecordingConsumer):
         exception_results = {Exception: ACK}  # noqa: RUF012
@@ -223,16 +223,16 @@ async def test_exception_results_are_for_exceptions_only(rabbit):
     assert [{(NACK, Cause.MISSING): 1}, {(NACK, Cause.INVALID): 1}] == told
 
 
-async def test_an_exception_that_cannot_be_described_is_an_exception_like_others(rabbit, caplog):
-    """Its text is not needed to settle what it left undecided."""
+async def test_an_exception_whose_str_raises_is_handled_like_others(rabbit, caplog):
+    """Its text is not needed to settle undecided messages."""
     counts, _, _ = await settled_by(rabbit, answering(ACK, error=Odd()))
     assert {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.EXCEPTION): 2} == counts
     assert 1 == len(rabbit.times(EventKind.CONSUMING))
     assert "Odd" in caplog.text
 
 
-async def test_a_cancellation_that_is_not_ours_is_an_exception_like_others(rabbit):
-    """Client libraries cancel futures of their own; a handler that lets it out has failed."""
+async def test_a_foreign_cancellation_is_handled_like_an_exception(rabbit):
+    """Client libraries cancel their own futures; a handler that does not catch that has failed."""
 
     async def answer(messages):
         yield ACK
@@ -243,8 +243,8 @@ async def test_a_cancellation_that_is_not_ours_is_an_exception_like_others(rabbi
     assert [numbered(3), numbered(2, 1)] == consumer.batches
 
 
-async def test_a_message_that_cannot_be_decoded_is_isolated(rabbit):
-    """It alone is dead-lettered; the other undecided ones are handed over again at once."""
+async def test_an_undecodable_message_is_isolated(rabbit):
+    """Only this message is dead-lettered; the other undecided ones are run again at once."""
 
     async def answer(messages):
         for message in messages:
@@ -265,7 +265,7 @@ async def test_a_message_that_cannot_be_decoded_is_isolated(rabbit):
 
 
 async def test_a_decided_message_is_not_isolated_for_being_undecodable(rabbit):
-    """A decode error about a message that has its result already is an ordinary exception."""
+    """A decode error of a message that already has its result is an ordinary exception."""
 
     async def answer(messages):
         yield ACK
@@ -282,8 +282,8 @@ async def test_a_decided_message_is_not_isolated_for_being_undecodable(rabbit):
     ].counts
 
 
-async def test_a_handler_left_in_the_middle_may_clean_up(rabbit):
-    """Its `finally` runs before its batch is settled, also after a wrong yield."""
+async def test_a_handler_that_is_closed_early_can_clean_up(rabbit):
+    """Its `finally` runs before its batch is settled, also after an invalid result."""
     events = []
 
     async def answer(messages):
@@ -301,7 +301,7 @@ async def test_a_handler_left_in_the_middle_may_clean_up(rabbit):
 
 
 async def test_a_clean_up_that_raises_is_an_exception_of_the_handler(rabbit, caplog):
-    """What was decided stays; the first mistake is the one that is told."""
+    """Decided messages keep their results; the first error is the one that is logged."""
 
     async def answer(messages):
         try:
@@ -315,8 +315,8 @@ async def test_a_clean_up_that_raises_is_an_exception_of_the_handler(rabbit, cap
     assert isinstance(recorder.of(HandlerError)[0].error, ResultError)
 
 
-async def test_any_asynchronous_iterator_will_do(rabbit):
-    """A handler need not be a generator; one without `aclose` has nothing to clean up."""
+async def test_a_handler_may_be_any_asynchronous_iterator(rabbit):
+    """It need not be a generator; one without `aclose` has nothing to clean up."""
 
     class Answers:
         def __init__(self, messages):
@@ -336,7 +336,7 @@ async def test_any_asynchronous_iterator_will_do(rabbit):
 
 
 def test_a_handler_that_is_no_async_generator_is_refused_at_construction():
-    """By name, before anything is consumed; also a class without a handler."""
+    """The error names it; a class without a handler is refused, too."""
 
     class Returns(BatchConsumer):
         async def process_messages(self, messages):
@@ -359,7 +359,7 @@ def test_a_handler_that_is_no_async_generator_is_refused_at_construction():
 
 @pytest.mark.parametrize("result", [*MessageResult, Nack("bad"), Requeue()])
 async def test_a_consumer_of_single_messages_returns_its_result(rabbit, result):
-    """As a batch of one; what it raises gets `unhandled_exception_action`."""
+    """Like a batch of one; its exceptions get `unhandled_exception_action`."""
     answers = [result, ACK]
 
     async def answer(message):
@@ -375,7 +375,7 @@ async def test_a_consumer_of_single_messages_returns_its_result(rabbit, result):
 
 
 async def test_a_consumer_of_single_messages_may_raise(rabbit):
-    """Then its message is requeued, or whatever `unhandled_exception_action` says."""
+    """Then its message is requeued, or gets `unhandled_exception_action`."""
 
     async def answer(message):
         raise Unavailable

@@ -1,4 +1,4 @@
-"""When is what a handler yields settled: with its batch, within a moment, or all or none?"""
+"""The settle modes: with the batch, soon after each yield, or all or nothing."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tests.unit.shell.scripted_transport import ScriptedTransport, never, raisin
 
 
 class Failed(RuntimeError):
-    """What handlers raise here."""
+    """Raised by handlers."""
 
 
 def every(seconds, *results, error=None):
-    """A handler that yields one of these after each pause, and then raises."""
+    """Return a handler that yields one of these after each pause, and then raises."""
 
     async def answer(messages):
         for at, _ in enumerate(messages):
@@ -45,7 +45,7 @@ def every(seconds, *results, error=None):
 
 
 def consumer_of(rabbit, answer, recorder=None, **given):
-    """A consumer that settles what is yielded, with dead letters to `dead`."""
+    """Return a consumer with `settle="yield"`, and dead letters in `dead`."""
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "", kind="fanout")
     given = {
@@ -63,7 +63,7 @@ def consumer_of(rabbit, answer, recorder=None, **given):
 
 
 def counted(recorder):
-    """What has been settled, over all."""
+    """Return the counts of everything that was settled."""
     total = {}
     for event in recorder.of(Settled):
         for key, count in event.counts.items():
@@ -76,7 +76,7 @@ def counted(recorder):
 
 @pytest.mark.parametrize("interval", [0.1, 1.0, 30.0])
 async def test_a_yield_is_settled_within_the_interval_while_the_handler_runs(rabbit, interval):
-    """No message waits for longer after its yield, whatever comes after it."""
+    """No message waits longer after its yield, whatever is yielded later."""
     rabbit.put(*numbered(4))
     async with consumer_of(rabbit, every(50, ACK), settle_interval=interval):
         await asyncio.sleep(300)
@@ -95,7 +95,7 @@ async def test_the_default_settles_nothing_before_the_handler_has_ended(rabbit):
     assert [200] * 4 == rabbit.times(EventKind.ACKED)
 
 
-async def test_what_is_yielded_in_one_interval_goes_out_in_one_write():
+async def test_results_yielded_in_one_interval_are_settled_in_one_write():
     """Not message by message."""
     script = ScriptedTransport()
     async with RecordingConsumer(
@@ -106,8 +106,8 @@ async def test_what_is_yielded_in_one_interval_goes_out_in_one_write():
         assert [[("ack", tuple(range(1, 21)))]] == script.details("settle")
 
 
-async def test_handlers_share_their_writes():
-    """Two at work, one write for both, in the order of delivery; then a new interval begins."""
+async def test_concurrent_handlers_share_one_write():
+    """For the results of two handlers, in delivery order; then a new interval begins."""
     moments = iter([(0.44, 0.58), (0.4, 100)])
 
     async def answer(messages):
@@ -134,8 +134,8 @@ async def test_handlers_share_their_writes():
         assert [1.0, 1.62] == [round(time, 3) for time in script.times("settle")]
 
 
-async def test_unconfirmed_copies_do_not_keep_acks_beyond_the_interval():
-    """Neither those of the same handler nor those of others at work, in the same moment."""
+async def test_unconfirmed_copies_do_not_delay_acks_beyond_the_interval():
+    """Neither those of the same handler nor those of concurrent handlers."""
     script = ScriptedTransport()
     script.on_publish = never
     number = iter(range(3))
@@ -162,8 +162,8 @@ async def test_unconfirmed_copies_do_not_keep_acks_beyond_the_interval():
         assert [2, 4, 6] == sorted(settled)
 
 
-async def test_confirmations_of_others_do_not_keep_acks_beyond_the_interval():
-    """Batches that end wait for their copies, one after the other; a yield waits not that long."""
+async def test_confirms_of_other_batches_do_not_delay_acks_beyond_the_interval():
+    """Finished batches wait for their copies, one after the other; a yield waits less long."""
     script = ScriptedTransport()
     script.on_publish = never
     ends = iter([5.04, 5.06, 5.08, 5.1, 5.12])
@@ -193,7 +193,7 @@ async def test_confirmations_of_others_do_not_keep_acks_beyond_the_interval():
 
 
 async def test_pairs_may_be_settled_in_any_order(rabbit):
-    """Each at its time; the rest with the batch."""
+    """Each in its own time; the rest with the batch."""
 
     async def answer(messages):
         yield messages[2], ACK
@@ -216,7 +216,7 @@ async def test_pairs_may_be_settled_in_any_order(rabbit):
 
 
 async def test_every_result_is_carried_out_while_the_handler_runs(rabbit):
-    """Copies for another attempt and dead letters as well as acks."""
+    """Retries and dead letters as well as acks."""
     recorder = EventRecorder()
     rabbit.put(*numbered(4))
     results = (REQUEUE, NACK, REQUEUE_IMMEDIATE, ACK)
@@ -232,8 +232,8 @@ async def test_every_result_is_carried_out_while_the_handler_runs(rabbit):
         assert {(each, Cause.HANDLER): 1 for each in results[:3]} == counted(recorder)
 
 
-async def test_an_exception_costs_only_what_was_not_yielded(rabbit):
-    """What was yielded is settled already, and is not settled again."""
+async def test_an_exception_affects_only_messages_that_were_not_yielded(rabbit):
+    """Yielded messages are already settled, and are not settled again."""
     recorder = EventRecorder()
     rabbit.put(*numbered(4))
     async with consumer_of(rabbit, every(10, ACK, ACK, error=Failed()), recorder) as consumer:
@@ -245,8 +245,8 @@ async def test_an_exception_costs_only_what_was_not_yielded(rabbit):
     assert [] == recorder.of(Lost)
 
 
-async def test_an_exception_in_the_same_moment_costs_only_what_was_not_yielded(rabbit):
-    """What was yielded just before it counts, with or without an interval's delay."""
+async def test_results_yielded_just_before_an_exception_count(rabbit):
+    """With or without an interval."""
     recorder = EventRecorder()
     rabbit.put(*numbered(4))
     async with consumer_of(rabbit, answering(ACK, ACK, error=Failed()), recorder):
@@ -254,8 +254,8 @@ async def test_an_exception_in_the_same_moment_costs_only_what_was_not_yielded(r
     assert {(ACK, Cause.HANDLER): 4, (REQUEUE, Cause.EXCEPTION): 2} == counted(recorder)
 
 
-async def test_time_running_out_keeps_what_was_settled(rabbit):
-    """Finished results are kept, the early ones and those of the last moment."""
+async def test_a_timeout_keeps_yielded_results(rabbit):
+    """Those settled early, and the last ones."""
     recorder = EventRecorder()
     rabbit.put(*numbered(4))
     async with consumer_of(rabbit, every(10, ACK), recorder, process_timeout=20.01):
@@ -264,7 +264,7 @@ async def test_time_running_out_keeps_what_was_settled(rabbit):
     assert 2 + 2 + 2 == len(rabbit.times(EventKind.ACKED))
 
 
-async def test_copies_that_are_not_confirmed_hold_nobody_up(rabbit):
+async def test_unconfirmed_copies_hold_up_no_acks(rabbit):
     """Acks go out in time; the original stays until its copy is confirmed."""
     rabbit.broker.faults.on_publish(PublishFault("unconfirmed"))
     rabbit.put(*numbered(4))
@@ -280,8 +280,8 @@ async def test_copies_that_are_not_confirmed_hold_nobody_up(rabbit):
     assert [] == rabbit.waiting()
 
 
-async def test_what_is_settled_is_not_in_hand(rabbit):
-    """It makes room for others, so no batch is cut short on its account."""
+async def test_settled_messages_do_not_count_against_prefetch(rabbit):
+    """They make room for others, so no batch is cut short because of them."""
     recorder = EventRecorder()
     rabbit.put(*numbered(8))
     async with consumer_of(
@@ -293,7 +293,7 @@ async def test_what_is_settled_is_not_in_hand(rabbit):
         assert 2 == consumer.status().workers[0].in_hand
 
 
-async def test_early_settlements_are_progress(rabbit):
+async def test_early_settlements_count_as_progress(rabbit):
     """A worker that settles is not stuck."""
     rabbit.put(*numbered(4))
     async with consumer_of(rabbit, every(50, ACK)) as consumer:
@@ -301,8 +301,8 @@ async def test_early_settlements_are_progress(rabbit):
         assert 10 == round(consumer.status().workers[0].last_progress)
 
 
-async def test_a_session_that_is_lost_settles_nothing_more(rabbit, jitter):
-    """What was settled stays so; what came later is stale, and is delivered again."""
+async def test_a_lost_session_settles_nothing_more(rabbit, jitter):
+    """Settled messages stay settled; later results are stale, and their messages come again."""
     recorder = EventRecorder()
     rabbit.put(*numbered(4))
     async with consumer_of(rabbit, every(10, ACK), recorder) as consumer:
@@ -316,7 +316,7 @@ async def test_a_session_that_is_lost_settles_nothing_more(rabbit, jitter):
 
 
 async def test_a_session_lost_within_the_interval_settles_nothing_more(rabbit, jitter):
-    """Also what had been yielded already, but was not settled yet."""
+    """Results yielded but not settled yet are stale, too."""
     recorder = EventRecorder()
     rabbit.put(*numbered(4))
     async with consumer_of(rabbit, every(10, ACK), recorder, settle_interval=5) as consumer:
@@ -328,7 +328,7 @@ async def test_a_session_lost_within_the_interval_settles_nothing_more(rabbit, j
 
 
 async def test_a_session_lost_after_the_last_yield_costs_nothing(rabbit, jitter):
-    """Everything was settled, so no result is stale, although its handler was still at work."""
+    """Everything was settled, so no result is stale, although the handler was still running."""
 
     async def answer(messages):
         for _ in messages:
@@ -346,8 +346,8 @@ async def test_a_session_lost_after_the_last_yield_costs_nothing(rabbit, jitter)
     assert 4 == len(rabbit.times(EventKind.ACKED))
 
 
-async def test_a_settlement_that_fails_ends_the_epoch(jitter):
-    """Its results are stale; those that come later too. None is counted twice."""
+async def test_a_failed_early_settlement_ends_the_session(jitter):
+    """Its results and later ones are stale, and none is counted twice."""
     script, recorder = ScriptedTransport(), EventRecorder()
     async with RecordingConsumer(
         every(10, ACK), transport=script, observers=[recorder], batch_size=4, settle="yield"
@@ -359,8 +359,8 @@ async def test_a_settlement_that_fails_ends_the_epoch(jitter):
     assert 1 == len(recorder.of(Lost))
 
 
-async def test_a_settlement_that_breaks_ends_the_epoch(jitter, caplog):
-    """A bug of ours must not leave messages unsettled for ever."""
+async def test_an_unexpected_error_while_settling_ends_the_session(jitter, caplog):
+    """A bug must not leave messages unsettled forever."""
     script, recorder = ScriptedTransport(), EventRecorder()
     async with RecordingConsumer(
         every(10, ACK), transport=script, observers=[recorder], batch_size=4, settle="yield"
@@ -372,8 +372,8 @@ async def test_a_settlement_that_breaks_ends_the_epoch(jitter, caplog):
     assert "could not be settled" in caplog.text
 
 
-async def test_a_drain_waits_for_what_is_being_settled(rabbit):
-    """And settles what was yielded last with the rest of its batch."""
+async def test_a_drain_waits_for_early_settlements(rabbit):
+    """It settles the last results with the rest of their batch."""
     rabbit.put(*numbered(4))
     consumer = consumer_of(rabbit, every(1, ACK))
     await consumer.start()
@@ -384,8 +384,8 @@ async def test_a_drain_waits_for_what_is_being_settled(rabbit):
     assert 4 == len(rabbit.times(EventKind.ACKED))
 
 
-async def test_a_drain_counts_as_cut_off_only_what_was_not_settled(rabbit):
-    """What was settled is not delivered again."""
+async def test_a_drain_counts_only_unsettled_messages_as_cut_off(rabbit):
+    """Settled messages are not delivered again."""
     rabbit.put(*numbered(4))
     consumer = consumer_of(rabbit, every(10, ACK), shutdown_timeout=5)
     await consumer.start()
@@ -394,8 +394,8 @@ async def test_a_drain_counts_as_cut_off_only_what_was_not_settled(rabbit):
     assert numbered(3, 1) == rabbit.waiting()
 
 
-async def test_a_settlement_on_its_way_is_waited_for():
-    """Also by a drain that has nothing else to wait for."""
+async def test_a_drain_waits_for_a_settlement_in_progress():
+    """Even if there is nothing else to wait for."""
     script = ScriptedTransport()
     script.on_settle = lambda *_: asyncio.sleep(2)
     consumer = RecordingConsumer(every(1, ACK), transport=script, batch_size=1, settle="yield")
@@ -407,8 +407,8 @@ async def test_a_settlement_on_its_way_is_waited_for():
 
 
 @pytest.mark.parametrize(("yields_at", "goes_on"), [(10, 0.5), (16.98, 3600)])
-async def test_a_drain_waits_for_the_copies_of_what_was_yielded_last(yields_at, goes_on):
-    """Whether its handler then comes to its end or is cut off, 17 seconds after the stop."""
+async def test_a_drain_waits_for_the_copies_of_the_last_results(yields_at, goes_on):
+    """Whether the handler then ends or is cut off, 17 seconds after the stop."""
     script = ScriptedTransport()
     script.on_publish = lambda *_: asyncio.sleep(0.8)
 
@@ -434,7 +434,7 @@ async def test_a_drain_waits_for_the_copies_of_what_was_yielded_last(yields_at, 
 
 
 async def test_isolated_messages_are_settled_while_others_are_run_again(rabbit):
-    """Whoever is decided is settled soon; a culprit too."""
+    """Decided messages are settled soon, culprits too."""
 
     async def answer(messages):
         await asyncio.sleep(10)
@@ -462,8 +462,8 @@ async def test_isolated_messages_are_settled_while_others_are_run_again(rabbit):
     assert {(ACK, Cause.HANDLER): 3, (NACK, Cause.EXCEPTION): 1} == counted(recorder)
 
 
-async def test_a_handler_that_gives_no_chance_is_settled_at_its_end(rabbit):
-    """One that never waits lets nobody else work meanwhile."""
+async def test_a_handler_that_never_awaits_is_settled_at_its_end(rabbit):
+    """It blocks the event loop, so nothing else can run meanwhile."""
     rabbit.put(*numbered(4))
     recorder = EventRecorder()
     async with consumer_of(rabbit, ack, recorder):
@@ -476,7 +476,9 @@ async def test_a_handler_that_gives_no_chance_is_settled_at_its_end(rabbit):
 
 
 async def settled_by(rabbit, answer, count=3, **given):
-    """Hand one atomic batch to a handler, with another that acks everything after it."""
+    """Give one atomic batch to a handler, and later ones to a handler that ACKs; return what was
+    settled.
+    """
     recorder = EventRecorder()
     rabbit.put(*numbered(count))
     given = {"settle": "atomic", "batch_size": count} | given
@@ -487,7 +489,7 @@ async def settled_by(rabbit, answer, count=3, **given):
 
 
 async def late_failure(messages):
-    """Yield everything, and fail to commit."""
+    """Yield a result for every message, and fail to commit."""
     for _ in messages:
         yield ACK
     raise Failed
@@ -506,14 +508,14 @@ async def late_failure(messages):
     ids=["exception", "commit", "missing", "too many", "nonsense", "time"],
 )
 async def test_a_failure_voids_the_acks_of_an_atomic_batch(rabbit, answer, cause):
-    """None of it has happened: all of it comes again."""
+    """The transaction was rolled back, so all messages come again."""
     counts, consumer = await settled_by(rabbit, answer, process_timeout=25)
     assert {(REQUEUE, cause): 3} == counts
     assert [numbered(3), numbered(3)] == consumer.batches
 
 
 async def test_a_clean_up_that_is_cut_off_voids_the_acks(rabbit):
-    """Whoever is cut off in its commit has not committed."""
+    """A handler that is cut off during its commit has not committed."""
 
     async def answer(messages):
         for _ in messages:
@@ -525,7 +527,7 @@ async def test_a_clean_up_that_is_cut_off_voids_the_acks(rabbit):
 
 
 async def test_a_commit_that_swallows_its_cancellation_counts(rabbit):
-    """It has come to its end, and nothing went wrong."""
+    """The handler has ended without an error."""
 
     async def answer(messages):
         for _ in messages:
@@ -539,8 +541,8 @@ async def test_a_commit_that_swallows_its_cancellation_counts(rabbit):
     assert {(ACK, Cause.HANDLER): 3} == counts
 
 
-async def test_a_handler_that_goes_on_after_its_time_has_not_committed(rabbit):
-    """It is left in the middle, however much it had said."""
+async def test_a_handler_that_yields_after_its_timeout_has_not_committed(rabbit):
+    """It is abandoned at that yield, whatever it has yielded."""
     events = []
 
     async def answer(messages):
@@ -560,7 +562,7 @@ async def test_a_handler_that_goes_on_after_its_time_has_not_committed(rabbit):
     assert {(REQUEUE, Cause.TIMEOUT): 3} == counts
 
 
-async def test_an_atomic_batch_that_goes_well_is_settled_in_one_go(rabbit):
+async def test_a_successful_atomic_batch_is_settled_at_once(rabbit):
     """When the handler has ended, as by default."""
     counts, _ = await settled_by(rabbit, every(5, ACK, NACK, ACK))
     assert {(ACK, Cause.HANDLER): 2, (NACK, Cause.HANDLER): 1} == counts
@@ -568,7 +570,7 @@ async def test_an_atomic_batch_that_goes_well_is_settled_in_one_go(rabbit):
 
 
 async def test_only_acks_are_void(rabbit):
-    """NACK and REQUEUE say that there was no effect, which is true all the more."""
+    """NACK and REQUEUE claim no effect that a rollback could undo."""
     answer = answering(ACK, NACK, REQUEUE, ACK, error=Failed())
     counts, _ = await settled_by(
         rabbit, answer, count=5, unhandled_exception_action=REQUEUE_IMMEDIATE
@@ -581,8 +583,8 @@ async def test_only_acks_are_void(rabbit):
     assert [b"1"] == rabbit.waiting("dead")
 
 
-async def test_exception_results_are_for_void_acks_too(rabbit):
-    """Whoever maps an exception means all of the batch."""
+async def test_exception_results_apply_to_void_acks(rabbit):
+    """A mapped exception applies to the whole batch."""
 
     class Listed(RecordingConsumer):
         exception_results = {Failed: NACK}  # noqa: RUF012
@@ -600,7 +602,7 @@ async def test_exception_results_are_for_void_acks_too(rabbit):
     assert {(NACK, Cause.EXCEPTION): 3} == recorder.of(Settled)[0].counts
 
 
-async def test_what_is_void_is_isolated_with_the_rest(rabbit):
+async def test_void_acks_are_isolated_with_the_rest(rabbit):
     """Each half is a transaction of its own."""
 
     async def answer(messages):
@@ -627,8 +629,8 @@ async def test_what_is_void_is_isolated_with_the_rest(rabbit):
     assert [numbered(4), numbered(2), numbered(2, 2), [b"2"], [b"3"]] == consumer.batches
 
 
-async def test_a_message_that_cannot_be_decoded_sinks_no_acks(rabbit):
-    """It alone is dead-lettered; the void ACKs are yielded again with the rest, in their order."""
+async def test_an_undecodable_message_does_not_fail_an_atomic_batch(rabbit):
+    """Only this message is dead-lettered; the rest is run again, in order."""
 
     async def answer(messages):
         for message in messages:
@@ -645,8 +647,8 @@ async def test_a_message_that_cannot_be_decoded_sinks_no_acks(rabbit):
     assert {(ACK, Cause.HANDLER): 3, (NACK, Cause.UNDECODABLE): 1} == counted(recorder)
 
 
-async def test_a_drain_returns_the_acks_of_a_batch_that_it_cut_off(rabbit):
-    """They were void."""
+async def test_a_drain_returns_the_messages_of_an_atomic_batch_that_it_cut_off(rabbit):
+    """Its ACKs are void."""
     rabbit.put(*numbered(3))
     consumer = consumer_of(
         rabbit, every(10, ACK), settle="atomic", batch_size=3, shutdown_timeout=5

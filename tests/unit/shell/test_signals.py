@@ -1,4 +1,4 @@
-"""What do SIGINT and SIGTERM do to the consumers of a process?"""
+"""SIGINT and SIGTERM: the first drains all consumers of a process, the second abandons that."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.shell.scripted_transport import ScriptedTransport, never
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Handlers of the test's own, which must stand again afterwards."""
+    """Signal handlers of the test, which must be restored afterwards."""
     heard = []
     before = {number: signal.signal(number, lambda *_: heard.append(1)) for number in SIGNALS}
     mine = {number: signal.getsignal(number) for number in SIGNALS}
@@ -30,13 +30,13 @@ def handlers():
 
 
 def send(number=signal.SIGTERM):
-    """Send this process a signal."""
+    """Send a signal to this process."""
     os.kill(os.getpid(), number)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 async def test_the_first_signal_drains(rabbit, number):
-    """`run` returns after it, and nothing is lost."""
+    """`run` returns afterwards, and nothing is lost."""
     rabbit.put(*numbered(3))
     consumer = RecordingConsumer(taking(10), transport=rabbit.transport, batch_size=3)
     running = asyncio.create_task(consumer.run())
@@ -48,7 +48,7 @@ async def test_the_first_signal_drains(rabbit, number):
 
 
 async def test_the_second_signal_abandons_the_drain(rabbit):
-    """At once; what was in mid-handling comes back, and `run` says how much it is."""
+    """At once; messages in handlers come back, and `run` says how many."""
     rabbit.put(*numbered(6))
     consumer = RecordingConsumer(
         taking(20), transport=rabbit.transport, batch_size=3, concurrency=2, num_workers=2
@@ -67,8 +67,8 @@ async def test_the_second_signal_abandons_the_drain(rabbit):
     assert [] == rabbit.broker.connections
 
 
-async def test_an_abandoned_drain_is_incomplete_though_nothing_is_at_work():
-    """The broker may not have heard of everything."""
+async def test_an_abandoned_drain_is_incomplete_even_without_running_handlers():
+    """The broker may not have received every settlement."""
     script = ScriptedTransport()
     consumer = RecordingConsumer(transport=script)
     running = asyncio.create_task(consumer.run())
@@ -82,8 +82,8 @@ async def test_an_abandoned_drain_is_incomplete_though_nothing_is_at_work():
     assert 2 == asyncio.get_running_loop().time()
 
 
-async def test_an_on_stop_is_run_after_an_abandoned_drain_too(rabbit):
-    """But a third signal's patience with it is at an end."""
+async def test_on_stop_runs_after_an_abandoned_drain(rabbit):
+    """A third signal cuts it off."""
 
     class Slow(RecordingConsumer):
         events = ()
@@ -110,7 +110,7 @@ async def test_an_on_stop_is_run_after_an_abandoned_drain_too(rabbit):
 
 
 async def test_a_signal_interrupts_the_wait_for_a_broker():
-    """`run` returns: nothing was begun."""
+    """`run` returns, since nothing has started."""
     script = ScriptedTransport()
     script.on_declare = never
     running = asyncio.create_task(RecordingConsumer(transport=script).run())
@@ -122,7 +122,7 @@ async def test_a_signal_interrupts_the_wait_for_a_broker():
 
 @pytest.mark.parametrize("hook", ["on_start", "on_session"])
 async def test_a_second_signal_interrupts_a_hook_at_the_start(rabbit, hook):
-    """Otherwise nothing but SIGKILL would."""
+    """Otherwise only SIGKILL would."""
 
     class Hangs(RecordingConsumer):
         pass
@@ -139,7 +139,7 @@ async def test_a_second_signal_interrupts_a_hook_at_the_start(rabbit, hook):
 
 
 async def test_several_consumers_stop_at_one_signal(rabbit):
-    """And a second one abandons those that still drain."""
+    """A second one abandons those that still drain."""
     rabbit.declare("more")
     rabbit.put(*numbered(3))
     rabbit.put(*numbered(3), queue="more")
@@ -159,8 +159,8 @@ async def test_several_consumers_stop_at_one_signal(rabbit):
     assert ([], numbered(3)) == (rabbit.waiting(), rabbit.waiting("more"))
 
 
-async def test_one_that_started_after_a_signal_drains_at_the_next(rabbit):
-    """Each consumer's first signal asks it to drain, whoever heard another before."""
+async def test_a_consumer_started_after_a_signal_drains_at_the_next(rabbit):
+    """The first signal that a consumer gets asks it to drain, whatever others got before."""
     rabbit.declare("more")
     rabbit.put(*numbered(3))
     first = asyncio.create_task(
@@ -180,8 +180,8 @@ async def test_one_that_started_after_a_signal_drains_at_the_next(rabbit):
     assert [] == rabbit.waiting("more")
 
 
-async def test_signals_are_run_s_business_only(rabbit, handlers):
-    """`start` sets no handlers: whoever uses it has handlers of his own."""
+async def test_only_run_sets_signal_handlers(rabbit, handlers):
+    """`start` sets none, so that an application can use its own."""
     async with RecordingConsumer(transport=rabbit.transport):
         send()
         await asyncio.sleep(1)
@@ -190,7 +190,7 @@ async def test_signals_are_run_s_business_only(rabbit, handlers):
 
 
 async def test_outside_the_main_thread_no_handlers_are_set():
-    """Python does not allow it there; the consumer runs all the same."""
+    """Python does not allow it there; the consumer runs nevertheless."""
     script = ScriptedTransport()
     consumer = RecordingConsumer(transport=script)
 
@@ -211,7 +211,7 @@ async def test_outside_the_main_thread_no_handlers_are_set():
 
 
 async def test_a_handler_that_python_does_not_know_is_replaced_by_the_default(monkeypatch):
-    """One that was set by C code cannot be put back."""
+    """A handler that was set by C code cannot be restored."""
     restored = {}
     monkeypatch.setattr(
         signal, "signal", lambda number, handler: restored.update({number: handler})
@@ -222,8 +222,8 @@ async def test_a_handler_that_python_does_not_know_is_replaced_by_the_default(mo
     assert {signal.SIG_DFL} == set(restored.values())
 
 
-async def test_others_may_ask_as_signals_do(rabbit):
-    """`drain` is a first signal, and again nothing new; `abandon` is a second one."""
+async def test_drain_and_abandon_do_the_same_as_signals(rabbit):
+    """`drain` is a first signal, and does nothing the second time; `abandon` is a second signal."""
     rabbit.put(*numbered(3))
     consumer = RecordingConsumer(taking(20), transport=rabbit.transport, batch_size=3)
     running = asyncio.create_task(consumer.run())
@@ -238,7 +238,7 @@ async def test_others_may_ask_as_signals_do(rabbit):
     assert 6 == asyncio.get_running_loop().time() // 1
 
 
-async def test_abandon_is_heard_by_those_who_were_never_asked_to_drain(rabbit):
+async def test_abandon_works_without_a_drain_before(rabbit):
     """It need not come second."""
     rabbit.put(*numbered(3))
     consumer = RecordingConsumer(taking(20), transport=rabbit.transport, batch_size=3)

@@ -1,7 +1,7 @@
-"""What stays true, whatever happens? Stories on the whole shell and the broker in memory.
+"""Stories: what stays true of a whole consumer on the in-memory broker, whatever happens.
 
-What they are made of, and what is true of each, is shipped: `aio_pika_batch.testing.stories`. The
-same ones are played on RabbitMQ by `tests/integration/test_stories.py`.
+The stories and their invariants are shipped: `aio_pika_batch.testing.stories`.
+`tests/integration/test_stories.py` plays the same ones on RabbitMQ.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LATE = (Fault(0.0, FaultKind.LATE, 40.0),)
 @example(Story(answers=((REQUEUE,) * 4,) * 12, faults=LATE, stop_at=1.0), "4.3")
 @example(Story(answers=((REQUEUE,) * 4,) * 9, quorum=True, stop_at=0.5, restart_after=0.0), "3.10")
 @example(Story(answers=GIVEN_BACK, size=1, attempts=0, breaker=0.3, quorum=True), "3.10")
-def test_stories(story, version):
-    """Nothing lost, nothing acked for no reason, nothing beyond its limits, nothing left behind."""
+def test_the_invariants_hold_in_any_story(story, version):
+    """Nothing is lost, acked without a reason, beyond its limits or left behind."""
     play_in_memory(story, version)
     event(f"{len(story.faults)} faults, {'to the end' if story.ends else 'stopped'}")

@@ -1,4 +1,4 @@
-"""What happens to a handler that takes longer than `process_timeout`, or will not be stopped?"""
+"""`process_timeout`, and handlers that ignore their cancellation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.unit.shell.helpers import (
 
 
 def consumer_of(rabbit, answer, recorder=None, **given):
-    """A consumer of batches of three with a limit of ten seconds."""
+    """Return a consumer of batches of three, with a limit of ten seconds."""
     given = {"batch_size": 3, "batch_timeout": 1, "process_timeout": 10} | given
     return RecordingConsumer(
         first_then(answer, ack),
@@ -34,8 +34,8 @@ def consumer_of(rabbit, answer, recorder=None, **given):
 
 
 @pytest.mark.parametrize("action", [REQUEUE, NACK])
-async def test_what_was_decided_in_time_stays(rabbit, action, caplog):
-    """The rest gets `unhandled_exception_action`, when the time is over."""
+async def test_results_yielded_in_time_count(rabbit, action, caplog):
+    """The rest gets `unhandled_exception_action` after the timeout."""
 
     async def answer(messages):
         yield ACK
@@ -54,8 +54,8 @@ async def test_what_was_decided_in_time_stays(rabbit, action, caplog):
     assert [10] == rabbit.times(EventKind.ACKED)[:1]
 
 
-async def test_a_time_out_has_its_place_in_exception_results(rabbit):
-    """As :class:`HandlerTimeout`, which is a TimeoutError."""
+async def test_exception_results_can_map_a_timeout(rabbit):
+    """It is a :class:`HandlerTimeout`, and so a TimeoutError."""
 
     class Listed(RecordingConsumer):
         exception_results = {TimeoutError: NACK}  # noqa: RUF012
@@ -73,7 +73,7 @@ async def test_a_time_out_has_its_place_in_exception_results(rabbit):
     assert [{(NACK, Cause.TIMEOUT): 1}] == [event.counts for event in recorder.of(Settled)]
 
 
-async def test_a_handler_in_time_is_not_touched(rabbit):
+async def test_a_handler_within_the_limit_is_not_affected(rabbit):
     """The limit is for each batch, not for all of them."""
     recorder = EventRecorder()
     rabbit.put(*numbered(9))
@@ -84,8 +84,8 @@ async def test_a_handler_in_time_is_not_touched(rabbit):
     assert [] == recorder.of(HandlerError)
 
 
-async def test_a_handler_may_clean_up_when_its_time_is_over(rabbit):
-    """Its `finally` runs, and its batch is settled after it."""
+async def test_a_handler_can_clean_up_after_its_timeout(rabbit):
+    """Its `finally` runs, and then its batch is settled."""
     events = []
 
     async def answer(messages):
@@ -103,8 +103,8 @@ async def test_a_handler_may_clean_up_when_its_time_is_over(rabbit):
     assert [12] == rabbit.times(EventKind.ACKED)[:1]
 
 
-async def test_results_that_come_after_the_time_do_not_count(rabbit):
-    """A handler that swallows its cancellation and yields on is left at that yield."""
+async def test_results_yielded_after_the_timeout_do_not_count(rabbit):
+    """A handler that swallows its cancellation and yields is closed at that yield."""
     events = []
 
     async def answer(messages):
@@ -125,8 +125,8 @@ async def test_results_that_come_after_the_time_do_not_count(rabbit):
     assert [] == recorder.of(Lost)
 
 
-async def test_time_running_out_in_the_clean_up_leaves_no_message_undecided(rabbit):
-    """Whatever the handler is doing when it is cut off, its batch is settled."""
+async def test_a_timeout_during_clean_up_leaves_no_message_undecided(rabbit):
+    """Whatever the handler does when it is cut off, its batch is settled."""
 
     async def answer(messages):
         try:
@@ -144,8 +144,8 @@ async def test_time_running_out_in_the_clean_up_leaves_no_message_undecided(rabb
     assert [] == recorder.of(Lost)
 
 
-async def test_a_complete_answer_counts_although_its_clean_up_was_cut_off(rabbit):
-    """Every message has its result; that the handler failed afterwards is logged."""
+async def test_complete_results_count_even_if_the_clean_up_is_cut_off(rabbit):
+    """Every message has its result; the later failure is logged."""
 
     async def answer(messages):
         for _ in messages:
@@ -161,7 +161,7 @@ async def test_a_complete_answer_counts_although_its_clean_up_was_cut_off(rabbit
 
 
 def stubborn(until):
-    """A handler that swallows every cancellation until an event is set."""
+    """Return a handler that swallows every cancellation until an event is set."""
 
     async def answer(messages):
         while not until.is_set():
@@ -175,11 +175,11 @@ def stubborn(until):
     return answer
 
 
-async def test_a_handler_that_ignores_its_cancellation_ends_the_epoch(rabbit, jitter):
-    """After five seconds the session is given up; the messages are delivered again.
+async def test_a_handler_that_ignores_its_cancellation_ends_the_session(rabbit, jitter):
+    """After five seconds the session is given up, and the messages are delivered again.
 
-    The slot stays taken: the next epoch's batch waits until the old handler is done, whose results
-    are discarded and counted.
+    The slot stays taken: the next session's batch waits until the old handler has ended. Its
+    results are discarded and counted.
     """
     done = asyncio.Event()
     recorder = EventRecorder()
@@ -205,8 +205,8 @@ async def test_a_handler_that_ignores_its_cancellation_ends_the_epoch(rabbit, ji
     ]
 
 
-async def test_the_time_is_for_the_batch_with_all_its_second_tries(rabbit):
-    """A batch that is handed over again, without what cannot be decoded, gets no more time."""
+async def test_process_timeout_limits_all_runs_of_a_batch(rabbit):
+    """A batch that is run again without its undecodable message gets no more time."""
 
     async def answer(messages):
         await asyncio.sleep(4)
@@ -225,7 +225,7 @@ async def test_the_time_is_for_the_batch_with_all_its_second_tries(rabbit):
 
 
 async def test_without_a_limit_a_handler_may_take_a_day(rabbit):
-    """The default: no limit."""
+    """There is no limit by default."""
     rabbit.put(*numbered(3))
     async with consumer_of(rabbit, taking(80_000), process_timeout=None, shutdown_timeout=10):
         await asyncio.sleep(80_001)

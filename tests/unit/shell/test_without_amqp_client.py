@@ -1,4 +1,4 @@
-"""Does a consumer on `memory://` need an AMQP client?"""
+"""A consumer on `memory://` needs no AMQP client."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ except ConfigurationError as error:
 """
 
 
-def test_a_whole_consumer_runs_where_no_amqp_client_can_be_imported():
-    """And one on `amqp://` says what is missing, without the password."""
+def test_a_consumer_on_memory_runs_without_an_amqp_client():
+    """One on `amqp://` says what is missing, without the password."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", STORY], capture_output=True, text=True, check=False
     )
