@@ -1,4 +1,4 @@
-"""What `python -m aio_pika_batch` does: the same as `aio-pika-batch`."""
+"""Lets `python -m aio_pika_batch` run the command line."""
 
 from __future__ import annotations
 

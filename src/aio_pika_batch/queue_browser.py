@@ -29,7 +29,7 @@ from aio_pika_batch.transport import VersionedTransport as Versioned
 QUIET = 5.0
 """Seconds without a message after which the rest is taken to be with somebody else, or gone."""
 
-MOST_HELD = 65_535
+MAX_HELD = 65_535
 """A prefetch count's limit (AMQP 0-9-1, basic.qos)."""
 
 AT_ONCE = 100
@@ -181,7 +181,7 @@ async def visit(
         TopologyError: There is no such queue, or it is not ours to consume.
         TransportError: What else may happen to a connection. Nothing is lost by it.
     """
-    most = min(max(1, most), MOST_HELD)
+    most = min(max(1, most), MAX_HELD)
     version, known = await _ask(transport, queue, limit)
     ready = await transport.count(queue) if isinstance(transport, CountingTransport) else None
     made = Visit(ready, most, known, stop)

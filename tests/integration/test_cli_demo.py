@@ -1,4 +1,4 @@
-"""Does the demo run as a program: in a pipe, in a terminal, on a real RabbitMQ; and end well?"""
+"""Tests of the demo as a program: in a pipe, in a terminal, and on a real RabbitMQ."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ DEMO = [sys.executable, "-m", "aio_pika_batch", "demo"]
 
 
 def run(*arguments: str, seconds: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run it in a pipe."""
+    """Run the demo in a pipe."""
     command = [*DEMO, "--seconds", str(seconds), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
 
 
 def in_terminal(columns: int, *arguments: str) -> tuple[int, str]:
-    """Run it in a terminal of so many columns; its exit code, and all that it has written."""
+    """Run the demo in a terminal of this width; return its exit code and its output."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     env = {**os.environ, "TERM": "xterm-256color"}
@@ -40,7 +40,7 @@ def in_terminal(columns: int, *arguments: str) -> tuple[int, str]:
         while True:
             try:
                 chunk = os.read(master, 65536)
-            except OSError:  # Linux tells the end of a terminal in this way
+            except OSError:  # how Linux reports the end of a terminal
                 break
             if not chunk:
                 break
@@ -49,29 +49,29 @@ def in_terminal(columns: int, *arguments: str) -> tuple[int, str]:
     return running.returncode, written.decode()
 
 
-def test_in_a_pipe_it_prints_lines_without_colours() -> None:
-    """A line a second, then the books."""
+def test_the_demo_prints_lines_without_colours_in_a_pipe() -> None:
+    """A line per second, then the final check."""
     done = run()
 
     assert (0, "") == (done.returncode, done.stderr)
     assert "\x1b" not in done.stdout
-    assert re.search(r"^ +1 s +[\d,]+ in", done.stdout, re.MULTILINE)
-    assert re.search(r"^  lost +0  = +0  of them$", done.stdout, re.MULTILINE)
-    assert done.stdout.endswith("It adds up.\n")
+    assert re.search(r"^ +1 s +[\d,]+ published", done.stdout, re.MULTILINE)
+    assert re.search(r"^  lost +0  = +0  orders$", done.stdout, re.MULTILINE)
+    assert done.stdout.endswith("All orders are accounted for.\n")
 
 
-def test_connections_that_are_cut_lose_nothing() -> None:
-    """Some are delivered again."""
+def test_the_demo_loses_nothing_when_connections_are_cut() -> None:
+    """Some orders may be delivered again."""
     done = run("--chaos", seconds=4)
 
     assert 0 == done.returncode, done.stdout
     assert re.search(r"lost connections [1-9]", done.stdout)
-    assert re.search(r"^  lost +0  = +0  of them$", done.stdout, re.MULTILINE)
+    assert re.search(r"^  lost +0  = +0  orders$", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_in_a_terminal_it_draws_within_its_width(tmp_path, columns: int) -> None:
-    """A dashboard, which stays when it is over; its picture asks nobody for a font."""
+def test_the_demo_draws_a_dashboard_as_wide_as_the_terminal(tmp_path, columns: int) -> None:
+    """It stays at the end. The saved picture loads no font from the web."""
     picture = tmp_path / "demo.svg"
     code, written = in_terminal(columns, "--save-svg", str(picture))
 
@@ -80,7 +80,7 @@ def test_in_a_terminal_it_draws_within_its_width(tmp_path, columns: int) -> None
     lines = re.split(r"[\r\n]+", plain)
     assert columns == max(map(len, lines))
     assert any("Invoices" in line for line in lines)
-    assert "It adds up." in plain
+    assert "All orders are accounted for." in plain
     drawn = picture.read_text()
     assert "Invoices" in drawn
     assert "url(http" not in drawn
@@ -88,12 +88,14 @@ def test_in_a_terminal_it_draws_within_its_width(tmp_path, columns: int) -> None
 
 
 @pytest.mark.needs_node
-def test_on_a_real_broker_it_leaves_nothing_behind(rabbitmq: RabbitMQ, amqp_url: str) -> None:
-    """Neither a queue nor an exchange."""
+def test_the_demo_deletes_what_it_declared_on_a_real_broker(
+    rabbitmq: RabbitMQ, amqp_url: str
+) -> None:
+    """Queues and exchanges."""
     done = run("--url", amqp_url)
 
     assert (0, "") == (done.returncode, done.stderr)
-    assert done.stdout.endswith("It adds up.\n")
+    assert done.stdout.endswith("All orders are accounted for.\n")
     for what in ("queues", "exchanges"):
         assert "aio-pika-batch.demo" not in rabbitmq.rabbitmqctl("--quiet", f"list_{what}", "name")
 
@@ -101,12 +103,14 @@ def test_on_a_real_broker_it_leaves_nothing_behind(rabbitmq: RabbitMQ, amqp_url:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--rate", "0"], "--rate: must be more than 0"),
-        (["--chaos", "--url", "amqp://localhost"], "--chaos: only a broker in memory"),
+        (["--rate", "0"], "--rate: must be greater than 0"),
+        (["--chaos", "--url", "amqp://localhost"], "--chaos: works on memory:// only"),
         (["--url", "gopher://x"], "gopher:// is not one of"),
     ],
 )
-def test_wrong_input_is_told_in_a_line(arguments: list[str], words: str) -> None:
+def test_invalid_options_of_the_demo_are_reported_on_one_line(
+    arguments: list[str], words: str
+) -> None:
     """Exit code 2, and no traceback."""
     done = run(*arguments)
 
@@ -115,7 +119,7 @@ def test_wrong_input_is_told_in_a_line(arguments: list[str], words: str) -> None
     assert "Traceback" not in done.stderr
 
 
-def test_a_broker_that_is_not_there_is_told_in_a_line() -> None:
+def test_an_unreachable_broker_is_reported_on_one_line() -> None:
     """Exit code 3."""
     done = run("--url", "amqp://127.0.0.1:9/")
 
@@ -123,8 +127,8 @@ def test_a_broker_that_is_not_there_is_told_in_a_line() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_ctrl_c_ends_it() -> None:
-    """Without a traceback."""
+def test_ctrl_c_ends_the_demo() -> None:
+    """With exit code 130, and without a traceback."""
     with subprocess.Popen(
         [*DEMO, "--seconds", "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as running:

@@ -1,4 +1,4 @@
-"""What does a user of the command line see, from its help to its exit codes?"""
+"""Tests of the command line as its user sees it, from its help to its exit codes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def folder(tmp_path) -> Path:
 
 
 def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command that ends by itself."""
+    """Run a command that exits by itself."""
     return subprocess.run(
         [sys.executable, "-m", "aio_pika_batch", *arguments],
         cwd=folder,
@@ -53,11 +53,11 @@ def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 COMMANDS = "run", "health", "check", "topology", "demo", "dlq"
-REPAIRS = "list", "show", "replay", "purge"
+DLQ_COMMANDS = "list", "show", "replay", "purge"
 
 
 @pytest.mark.parametrize(
-    "command", [(), *((each,) for each in COMMANDS), *(("dlq", each) for each in REPAIRS)]
+    "command", [(), *((each,) for each in COMMANDS), *(("dlq", each) for each in DLQ_COMMANDS)]
 )
 def test_every_command_has_help_with_an_example(tmp_path, command) -> None:
     """On standard output, without colours in a pipe."""
@@ -71,7 +71,7 @@ def test_every_command_has_help_with_an_example(tmp_path, command) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (("run",), "TARGET"),
         (("run", "no_such:thing"), "there is no module 'no_such'"),
@@ -87,18 +87,18 @@ def test_every_command_has_help_with_an_example(tmp_path, command) -> None:
         (("health", "--url", "ftp://127.0.0.1"), "must start with http://"),
     ],
 )
-def test_wrong_input_ends_with_2_and_no_traceback(folder, arguments, said) -> None:
-    """A line on standard error says what is wrong."""
+def test_wrong_input_exits_with_2_and_no_traceback(folder, arguments, expected) -> None:
+    """One line on standard error says what is wrong."""
     done = cli(folder, *arguments)
     assert 2 == done.returncode, done.stderr
-    assert said in done.stderr
+    assert expected in done.stderr
     assert "Traceback" not in done.stderr
 
 
 async def test_consumers_run_until_sigterm_and_probes_are_answered(
     channel, amqp_url, name, tmp_path
 ) -> None:
-    """Several in one process; the probe's exit code says how they are."""
+    """Several consumers in one process, and a probe by `health`."""
     arguments = (*shop("shop:make"), "--health-port", "0", "--workers", "2")
     async with command_line(tmp_path, *arguments, queue=name, url=amqp_url, **BATCHES) as program:
         url = await address(program)
@@ -119,7 +119,7 @@ async def test_consumers_run_until_sigterm_and_probes_are_answered(
 
 
 async def test_a_stuck_worker_fails_the_probe(channel, amqp_url, name, tmp_path) -> None:
-    """With 1, and the reason."""
+    """With exit code 1 and the reason."""
     async with command_line(
         tmp_path,
         *shop("--health-port", "0"),
@@ -138,8 +138,8 @@ async def test_a_stuck_worker_fails_the_probe(channel, amqp_url, name, tmp_path)
         assert "longer than stuck_after" in done.stdout
 
 
-async def test_a_broker_that_is_away_fails_readiness_only(tmp_path) -> None:
-    """It is waited for, and a signal ends the wait."""
+async def test_an_unreachable_broker_fails_readiness_only(tmp_path) -> None:
+    """The program waits for it until a signal."""
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         url = f"amqp://127.0.0.1:{nobody.getsockname()[1]}/"
@@ -153,8 +153,8 @@ async def test_a_broker_that_is_away_fails_readiness_only(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("supervised", [(), ("-n", "2")])
-async def test_a_wrong_password_ends_with_3(amqp_url, name, tmp_path, supervised) -> None:
-    """The reason is told, without a traceback, and without the password."""
+async def test_a_wrong_password_exits_with_3(amqp_url, name, tmp_path, supervised) -> None:
+    """With the reason, without a traceback, and without the password."""
     wrong = amqp_url.replace("guest:guest", "guest:wr0ng") if "guest:guest" in amqp_url else ""
     if not wrong:
         scheme, _, rest = amqp_url.partition("://")
@@ -167,15 +167,15 @@ async def test_a_wrong_password_ends_with_3(amqp_url, name, tmp_path, supervised
 
 
 async def test_a_consumer_that_fails_drains_the_others(folder) -> None:
-    """With its traceback, and exit code 1."""
+    """With its traceback and exit code 1."""
     async with command_line(folder, "run", "stall:importer", "stall:Failing") as program:
         assert 1 == await program.ended(), program.said
     assert "RuntimeError: no database" in program.said
     assert '"stopped"' in program.said
 
 
-async def test_a_port_that_is_taken_ends_with_2(folder) -> None:
-    """And says which."""
+async def test_a_port_in_use_exits_with_2(folder) -> None:
+    """The error names the port."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -185,29 +185,29 @@ async def test_a_port_that_is_taken_ends_with_2(folder) -> None:
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
 
 
-async def test_reload_runs_what_was_changed(folder) -> None:
-    """Also after a change that could not be run."""
+async def test_reload_restarts_after_a_change(folder) -> None:
+    """Also after a change that doesn't run."""
     async with command_line(folder, "run", "stall:importer", "--reload") as program:
-        await saying(program, "VERSION 1", '"consuming"')
+        await wait_for_output(program, "VERSION 1", '"consuming"')
         (folder / "stall.py").write_text("oops oops")
-        await saying(program, "SyntaxError")
+        await wait_for_output(program, "SyntaxError")
         (folder / "stall.py").write_text(CONSUMER.replace("VERSION 1", "VERSION 2"))
-        await saying(program, "VERSION 2")
+        await wait_for_output(program, "VERSION 2")
         await until(lambda: program.said.count('"consuming"') == 2, what=lambda: program.said)
         program.send(signal.SIGINT)
         assert 0 == await program.ended(), program.said
 
 
-async def saying(program: App, *texts: str) -> None:
-    """Wait until it has said all of these."""
+async def wait_for_output(program: App, *texts: str) -> None:
+    """Wait until the program has printed all of these."""
     for text in texts:
         await until(lambda text=text: text in program.said, what=lambda: program.said)
 
 
 @pytest.mark.parametrize("loop", ["auto", "asyncio", "uvloop"])
-async def test_either_event_loop_runs_consumers(folder, loop) -> None:
-    """By default uvloop, if it is there."""
+async def test_consumers_run_on_either_event_loop(folder, loop) -> None:
+    """By default on uvloop, if it is installed."""
     async with command_line(folder, "run", "stall:importer", "--loop", loop) as program:
-        await saying(program, '"consuming"')
+        await wait_for_output(program, '"consuming"')
         program.send(signal.SIGTERM)
         assert 0 == await program.ended(), program.said

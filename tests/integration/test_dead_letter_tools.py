@@ -1,7 +1,6 @@
-"""Do dead letters survive being looked at, sent back and deleted, on a real broker and from a
-terminal; and a replay that is killed?
+"""Tests of the `dlq` and `topology` commands on a real broker, also when a replay is killed.
 
-Every command runs as a process, as its user would run it.
+Every command runs as a process.
 """
 
 from __future__ import annotations
@@ -43,24 +42,24 @@ orders = Orders(BatchConsumerSettings(**{settings!r}))
 
 @dataclass
 class Command:
-    """The command line, running."""
+    """A running command."""
 
     process: subprocess.Popen[bytes]
     output: Path
 
     @property
-    def said(self) -> str:
+    def text(self) -> str:
         return self.output.read_text()
 
     async def ended(self) -> int:
-        """Wait for its end; return its exit code."""
-        await until(lambda: self.process.poll() is not None, what=lambda: self.said)
+        """Wait until it exits, and return its exit code."""
+        await until(lambda: self.process.poll() is not None, what=lambda: self.text)
         return self.process.returncode
 
 
 @asynccontextmanager
 async def command(folder: Path, *arguments: str):
-    """Run the command line until the context is left."""
+    """Run a command until the context is left."""
     output = folder / "output.txt"
     with output.open("wb") as out:
         process = spawn(
@@ -75,12 +74,12 @@ async def command(folder: Path, *arguments: str):
         kill_group(process)
 
 
-async def said(folder: Path, *arguments: str, code: int = 0) -> str:
-    """What a command says, once it has ended as it should."""
+async def output_of(folder: Path, *arguments: str, code: int = 0) -> str:
+    """Run a command, check its exit code, and return its output."""
     async with command(folder, *arguments) as running:
-        assert code == await running.ended(), running.said
-        assert "Traceback" not in running.said
-        return running.said
+        assert code == await running.ended(), running.text
+        assert "Traceback" not in running.text
+        return running.text
 
 
 def module(folder: Path, url: str, queue: str, **settings: object) -> str:
@@ -91,7 +90,7 @@ def module(folder: Path, url: str, queue: str, **settings: object) -> str:
 
 
 class Refusing(BatchConsumer):
-    """Wants none of them."""
+    """Refuses every message."""
 
     async def process_messages(self, messages):
         for number, _ in enumerate(messages):
@@ -99,7 +98,7 @@ class Refusing(BatchConsumer):
 
 
 def header(queue: str) -> dict[str, object]:
-    """What a letter of ours says."""
+    """Return the headers of a dead letter."""
     return {
         "x-dead-letter-reason": "rejected",
         "x-original-exchange": "",
@@ -109,8 +108,10 @@ def header(queue: str) -> dict[str, object]:
     }
 
 
-async def bury(channel, dlq: str, queue: str, count: int, queue_type: str, **more) -> list[bytes]:
-    """Declare a queue and its dead-letter queue, and put letters there."""
+async def dead_letter(
+    channel, dlq: str, queue: str, count: int, queue_type: str, **more
+) -> list[bytes]:
+    """Declare a queue and its dead-letter queue, and publish dead letters."""
     await channel.declare_queue(queue, durable=True)
     arguments = {"x-queue-type": queue_type, **more}
     await channel.declare_queue(dlq, durable=True, arguments=arguments)
@@ -119,8 +120,10 @@ async def bury(channel, dlq: str, queue: str, count: int, queue_type: str, **mor
     return bodies
 
 
-async def test_from_the_handlers_no_back_to_work(amqp_url, name, channel, tmp_path):
-    """List says why, show says what, replay brings back, purge deletes; as a user does it."""
+async def test_refused_messages_are_listed_shown_replayed_and_purged(
+    amqp_url, name, channel, tmp_path
+):
+    """As a user does it."""
     settings = {
         "queue_type": "quorum",
         "dead_letter_queue": f"{name}.dlq",
@@ -136,34 +139,36 @@ async def test_from_the_handlers_no_back_to_work(amqp_url, name, channel, tmp_pa
             await publish(channel, [body], exchange=f"{name}.shop", routing_key="order.created")
         await holds(amqp_url, f"{name}.dlq", 2)
 
-    listed = await said(tmp_path, "dlq", "list", target)
+    listed = await output_of(tmp_path, "dlq", "list", target)
     assert f"{name}.dlq" in listed
     assert "exhausted" in listed
-    shown = await said(tmp_path, "dlq", "show", target)
+    shown = await output_of(tmp_path, "dlq", "show", target)
     assert '"order": 17' in shown
     assert "ff 00" in shown
     assert f"to exchange '{name}.shop', key 'order.created'" in shown
-    dry = await said(tmp_path, "dlq", "replay", target, "--dry-run")
-    assert "2 of 2 letters would be replayed" in dry
+    dry = await output_of(tmp_path, "dlq", "replay", target, "--dry-run")
+    assert "2 of 2 dead letters would be replayed" in dry
     await holds(amqp_url, f"{name}.dlq", 2)
-    told = await said(tmp_path, "dlq", "replay", target, "--limit", "1")
-    assert "1 of 2 letters replayed" in told
+    report = await output_of(tmp_path, "dlq", "replay", target, "--limit", "1")
+    assert "1 of 2 dead letters replayed" in report
     await holds(amqp_url, name, 1)
     [message] = await take_all(channel, name, 1)
     assert "order.created" == message.routing_key
     assert set() == set(message.headers) - {"x-delivery-count"}
 
-    asked = await said(tmp_path, "dlq", "purge", target, code=2)
-    assert "1 of 1 letters would be deleted" in asked
+    asked = await output_of(tmp_path, "dlq", "purge", target, code=2)
+    assert "1 of 1 dead letters would be deleted" in asked
     assert "--yes" in asked
     await holds(amqp_url, f"{name}.dlq", 1)
-    purged = await said(tmp_path, "dlq", "purge", target, "--yes")
-    assert "1 of 1 letters deleted" in purged
+    purged = await output_of(tmp_path, "dlq", "purge", target, "--yes")
+    assert "1 of 1 dead letters deleted" in purged
     await holds(amqp_url, f"{name}.dlq", 0)
 
 
-async def test_a_brokers_own_letters_can_be_replayed(amqp_url, name, channel, tmp_path):
-    """It goes by what x-death says."""
+async def test_messages_that_the_broker_dead_lettered_can_be_replayed(
+    amqp_url, name, channel, tmp_path
+):
+    """Their origin is in x-death."""
     arguments = {
         "x-message-ttl": 1,
         "x-dead-letter-exchange": "",
@@ -175,17 +180,17 @@ async def test_a_brokers_own_letters_can_be_replayed(amqp_url, name, channel, tm
     await publish(channel, [b"0"], routing_key=name)
     for _ in range(2):  # and again: the broker must not take it for a cycle
         await holds(amqp_url, f"{name}.dlq", 1)
-        assert "expired" in await said(tmp_path, "dlq", "list", *where)
-        told = await said(tmp_path, "dlq", "replay", *where)
-        assert "1 of 1 letters replayed" in told
+        assert "expired" in await output_of(tmp_path, "dlq", "list", *where)
+        report = await output_of(tmp_path, "dlq", "replay", *where)
+        assert "1 of 1 dead letters replayed" in report
     await holds(amqp_url, f"{name}.dlq", 1)
 
 
 @QUEUE_TYPES
-async def test_looking_keeps_letters_and_their_order(amqp_url, name, channel, queue_type):
-    """As far as it is looked, and beyond."""
+async def test_looking_keeps_dead_letters_and_their_order(amqp_url, name, channel, queue_type):
+    """Those that were read, and the others."""
     dlq = f"{name}.dlq"
-    bodies = await bury(channel, dlq, name, 6, queue_type)
+    bodies = await dead_letter(channel, dlq, name, 6, queue_type)
     transport = open_transport(Endpoint(url=amqp_url))
     for _ in range(3):
         looked = await look(transport, dlq, most=4)
@@ -195,10 +200,10 @@ async def test_looking_keeps_letters_and_their_order(amqp_url, name, channel, qu
     assert bodies == [message.body for message in await take_all(channel, dlq, 6)]
 
 
-async def test_a_letter_is_never_looked_at_until_it_is_dropped(amqp_url, name, channel):
-    """The broker says which limit there is, and looking ends five deliveries before."""
+async def test_looking_stops_before_the_delivery_limit_drops_a_dead_letter(amqp_url, name, channel):
+    """Five deliveries before the limit, which the broker reveals."""
     dlq = f"{name}.dlq"
-    await bury(channel, dlq, name, 1, "quorum", **{"x-delivery-limit": 7})
+    await dead_letter(channel, dlq, name, 1, "quorum", **{"x-delivery-limit": 7})
     transport = open_transport(Endpoint(url=amqp_url))
     ends = []
     for _ in range(6):
@@ -220,15 +225,15 @@ MANY = 1000
 async def test_a_replay_that_is_killed_loses_nothing(
     amqp_url, name, channel, proxy, tmp_path, queue_type
 ):
-    """With kill -9, in the middle: every letter is there, or back, and can be replayed again."""
+    """By SIGKILL: every dead letter is in one of the queues, and can be replayed again."""
     dlq = f"{name}.dlq"
-    bodies = await bury(channel, dlq, name, MANY, queue_type)
+    bodies = await dead_letter(channel, dlq, name, MANY, queue_type)
     proxy.latency(0.02)
     where = ("--queue", dlq)
     async with command(tmp_path, "dlq", "replay", *where, "--url", proxy.url(amqp_url)) as running:
 
         async def halfway() -> bool:
-            assert running.process.poll() is None, running.said
+            assert running.process.poll() is None, running.text
             return 200 <= await ready(amqp_url, name)
 
         await until(halfway)
@@ -241,32 +246,32 @@ async def test_a_replay_that_is_killed_loses_nothing(
         return MANY <= await ready(amqp_url, name) + await ready(amqp_url, dlq)
 
     await until(all_there)
-    await said(tmp_path, "dlq", "replay", *where, "--url", amqp_url)
+    await output_of(tmp_path, "dlq", "replay", *where, "--url", amqp_url)
     await holds(amqp_url, dlq, 0)
     there = [message.body for message in await take_all(channel, name, MANY)]
     assert set(bodies) == set(there)
-    assert len(there) - MANY <= 100  # what was confirmed and not yet acknowledged
+    assert len(there) - MANY <= 100  # confirmed, but not yet acknowledged
 
 
 async def test_a_replay_that_is_interrupted_repeats_nothing(
     amqp_url, name, channel, proxy, tmp_path
 ):
-    """Ctrl-C: what is on its way is confirmed, and acknowledged; the rest stays, in its order."""
+    """By Ctrl-C: copies in progress are finished, and the rest stays in order."""
     dlq = f"{name}.dlq"
-    bodies = await bury(channel, dlq, name, MANY, "quorum")
+    bodies = await dead_letter(channel, dlq, name, MANY, "quorum")
     proxy.latency(0.02)
     async with command(
         tmp_path, "dlq", "replay", "--queue", dlq, "--url", proxy.url(amqp_url)
     ) as running:
 
         async def begun() -> bool:
-            assert running.process.poll() is None, running.said
+            assert running.process.poll() is None, running.text
             return 0 < await ready(amqp_url, name)
 
         await until(begun)
         running.process.send_signal(signal.SIGINT)
-        assert 130 == await running.ended(), running.said
-        assert "interrupted" in running.said
+        assert 130 == await running.ended(), running.text
+        assert "interrupted" in running.text
 
     async def all_there() -> bool:
         return MANY == await ready(amqp_url, name) + await ready(amqp_url, dlq)
@@ -281,8 +286,10 @@ async def test_a_replay_that_is_interrupted_repeats_nothing(
 
 
 @pytest.mark.needs_node
-async def test_rabbitmq_imports_what_a_consumer_needs(amqp_url, name, channel, rabbitmq, tmp_path):
-    """`rabbitmqctl import_definitions`, and the consumer starts without declaring anything."""
+async def test_rabbitmq_imports_the_definitions_of_a_consumer(
+    amqp_url, name, channel, rabbitmq, tmp_path
+):
+    """Then the consumer starts without declaring anything."""
     settings = {
         "queue_type": "quorum",
         "dead_letter_queue": f"{name}.dlq",
@@ -293,15 +300,15 @@ async def test_rabbitmq_imports_what_a_consumer_needs(amqp_url, name, channel, r
         "declare": False,
     }
     target = module(tmp_path, amqp_url, name, **settings)
-    missing = await said(tmp_path, "check", target, code=1)
+    missing = await output_of(tmp_path, "check", target, code=1)
     assert missing.count("error: ") == 7
-    text = await said(tmp_path, "topology", target, "--format", "definitions")
+    text = await output_of(tmp_path, "topology", target, "--format", "definitions")
     file = tmp_path / "definitions.json"
     file.write_text(text)
     rabbitmq.rabbitmqctl("import_definitions", str(file))
-    checked = await said(tmp_path, "check", target)
+    checked = await output_of(tmp_path, "check", target)
     assert "error: " not in checked
-    looked = await said(tmp_path, "topology", target, "--dry-run")
+    looked = await output_of(tmp_path, "topology", target, "--dry-run")
     assert "missing" not in looked
     assert "differs" not in looked
     consumer = Refusing(BatchConsumerSettings(url=amqp_url, queue_name=name, **settings))
@@ -310,30 +317,30 @@ async def test_rabbitmq_imports_what_a_consumer_needs(amqp_url, name, channel, r
         await until(lambda: ready(amqp_url, f"{name}.retry.1000"))
 
 
-async def test_apply_declares_and_a_dry_run_says_what_differs(amqp_url, name, channel, tmp_path):
-    """In words that say which queue, and what to do."""
+async def test_apply_declares_and_a_dry_run_shows_what_differs(amqp_url, name, channel, tmp_path):
+    """With the broker's words."""
     target = module(tmp_path, amqp_url, name, dead_letter_queue=f"{name}.dlq")
-    dry = await said(tmp_path, "topology", target, "--dry-run", "--format", "json")
+    dry = await output_of(tmp_path, "topology", target, "--dry-run", "--format", "json")
     assert ["missing", "missing", "missing", "cannot be seen"] == [
         each["state"] for each in json.loads(dry)
     ]
     assert -1 == await ready(amqp_url, name)
-    assert "Declared." in await said(tmp_path, "topology", target, "--apply")
+    assert "Declared." in await output_of(tmp_path, "topology", target, "--apply")
     assert 0 == await ready(amqp_url, name)
     target = module(tmp_path, amqp_url, name, queue_arguments={"x-max-length": 7})
     for arguments in (("topology", target, "--dry-run"), ("check", target)):
-        told = await said(tmp_path, *arguments, code=1)
-        assert "inequivalent arg 'x-max-length'" in told
+        report = await output_of(tmp_path, *arguments, code=1)
+        assert "inequivalent arg 'x-max-length'" in report
 
 
-async def test_where_there_is_no_broker(tmp_path):
-    """Exit code 3, and one line."""
+async def test_commands_without_a_broker_exit_with_3(tmp_path):
+    """With one line, and without the password."""
     target = module(tmp_path, "amqp://guest:sesame@127.0.0.1:1/", "orders")
     for arguments in (
         ("check", target),
         ("topology", target, "--dry-run"),
         ("dlq", "list", "--queue", "q", "--url", "amqp://guest:sesame@127.0.0.1:1/"),
     ):
-        told = await said(tmp_path, *arguments, code=3)
-        assert 1 == len(told.splitlines())
-        assert "sesame" not in told
+        report = await output_of(tmp_path, *arguments, code=3)
+        assert 1 == len(report.splitlines())
+        assert "sesame" not in report

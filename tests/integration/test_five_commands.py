@@ -1,7 +1,6 @@
-"""Does docs/operating.md lead from nothing to two supervised processes with metrics, as it says?
+"""Tests that the five commands of docs/operating.md lead to supervised processes with metrics.
 
-Its commands are run as they stand there; only the installation, which this run has behind it, is
-left out, and ports and queues are such as nobody else uses.
+The commands are run as they are on the page, except for the installation, the port and the queue.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ COMMANDS = re.findall(r"^\$ (.*)$", SECTION, re.MULTILINE)
 
 
 async def test_five_commands_are_enough(tmp_path, amqp_url, channel, name, monkeypatch) -> None:
-    """Checked, run by a supervisor, ready, and counted."""
+    """Check, run, health and curl."""
     install, check, run, health, curl = COMMANDS
     assert "pip install" in install
     port = str(free_port())

@@ -1,4 +1,4 @@
-"""Does the server for probes hold its limits, on real sockets?"""
+"""Tests of the health server on real sockets: its limits in time, bytes and connections."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from aio_pika_batch.health import http_server
 
 
 async def close(writer: asyncio.StreamWriter) -> None:
-    """Close our end, whatever the other has done."""
+    """Close the client's end."""
     writer.close()
     with suppress(ConnectionError):
         await writer.wait_closed()
 
 
 async def ask(port: int, request: bytes) -> bytes:
-    """Send something, and read until it is closed."""
+    """Send a request and read until the server closes the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request)
     try:
@@ -29,13 +29,13 @@ async def ask(port: int, request: bytes) -> bytes:
 
 
 async def test_a_request_is_answered_and_the_connection_closed() -> None:
-    """Without consumers nobody is stuck."""
+    """Without consumers the server is live."""
     async with HealthServer(port=0) as server:
         assert (await ask(server.port, b"GET /livez HTTP/1.1\r\n\r\n")).endswith(b"\r\n\r\nok\n")
 
 
-async def test_who_says_nothing_is_not_waited_for(monkeypatch) -> None:
-    """Nor is half a request; and nobody else has to wait meanwhile."""
+async def test_an_incomplete_request_times_out(monkeypatch) -> None:
+    """Other requests are answered meanwhile."""
     monkeypatch.setattr(http_server, "TIMEOUT", 0.3)
     async with HealthServer(port=0) as server:
         silent = asyncio.ensure_future(ask(server.port, b"GET /livez HTT"))
@@ -43,15 +43,15 @@ async def test_who_says_nothing_is_not_waited_for(monkeypatch) -> None:
         assert b"" == await silent
 
 
-async def test_a_request_has_its_bounds() -> None:
-    """Of what is too long, nothing is kept."""
+async def test_a_request_that_is_too_long_is_refused() -> None:
+    """With status 431."""
     async with HealthServer(port=0) as server:
         long = b"GET /livez HTTP/1.1\r\nX: " + b"x" * http_server.MAX_REQUEST + b"\r\n\r\n"
         assert b" 431 " in (await ask(server.port, long))[:15]
 
 
-async def test_so_do_connections(monkeypatch) -> None:
-    """One too many is told so."""
+async def test_too_many_connections_are_refused(monkeypatch) -> None:
+    """With status 503."""
     monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 1)
     async with HealthServer(port=0) as server:
         _, first = await asyncio.open_connection("127.0.0.1", server.port)
@@ -60,8 +60,8 @@ async def test_so_do_connections(monkeypatch) -> None:
         await close(first)
 
 
-async def test_it_closes_whatever_is_open() -> None:
-    """A slow client does not hold up the end."""
+async def test_the_server_closes_open_connections_at_its_end() -> None:
+    """It doesn't wait for a slow client."""
     async with HealthServer(port=0) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         assert b"ok" in await ask(server.port, b"GET /livez HTTP/1.1\r\n\r\n")
@@ -71,7 +71,7 @@ async def test_it_closes_whatever_is_open() -> None:
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
-def test_a_port_has_its_bounds_too(port) -> None:
-    """Said at once."""
+def test_a_port_out_of_range_is_refused(port) -> None:
+    """At construction."""
     with pytest.raises(ConfigurationError, match=str(port)):
         HealthServer(port=port)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aio_pika_batch import errors
-from aio_pika_batch.cli import fleet
+from aio_pika_batch.cli.process_manager import ProcessEvent
 from aio_pika_batch.testing import virtual_time
 from aio_pika_batch.testing.contract.checks import ClauseBroken
 from aio_pika_batch.testing.rabbitmq.find import NoBrokerError
@@ -30,8 +30,8 @@ PAGE = (ROOT / "docs" / "errors.md").read_text()
 WORDS = PAGE.replace("`", "")
 
 LOUD = {"warning", "error", "exception"}
-ELSEWHERE = {"line", "tell.notice.value"}
-"""Lines that are made somewhere else: advice, and the supervisor's notices; see below."""
+ELSEWHERE = {"line", "entry.event.value"}
+"""Lines that are made somewhere else: advice, and the supervisor's events; see below."""
 
 
 def exceptions() -> Iterator[type[BaseException]]:
@@ -120,11 +120,11 @@ def test_each_line_of_the_log_is_explained(place, said):
         assert [] == [piece for piece in found if piece not in WORDS], place
 
 
-def test_each_notice_of_the_supervisor_is_explained():
-    """Those that are no good news."""
-    from aio_pika_batch.cli.supervisor import _GOOD_NEWS
+def test_each_event_of_the_supervisor_is_explained():
+    """Those that are logged at ERROR."""
+    from aio_pika_batch.cli.supervisor import GOOD_NEWS
 
-    bad = [each.value for each in fleet.Event if each not in _GOOD_NEWS]
+    bad = [each.value for each in ProcessEvent if each not in GOOD_NEWS]
     assert [] == [each for each in bad if f"| {each} |" not in PAGE]
 
 

@@ -1,4 +1,4 @@
-"""What can be run from a terminal: `aio-pika-batch`, or `python -m aio_pika_batch`."""
+"""The command line: `aio-pika-batch`, or `python -m aio_pika_batch`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 from importlib.util import find_spec
 
 NEEDED = ("cyclopts", "rich", "dotenv")
-"""What the command line is made of: the extra `cli`. A consumer needs none of it."""
+"""Packages of the extra `cli`, which a consumer doesn't need."""
 
 
 def main() -> None:
-    """Run the command line, and leave with its exit code."""
+    """Run the command line and exit with its code."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         print(

@@ -1,53 +1,100 @@
-"""Which commands are there?
+"""The commands of the command line, and their exit codes.
 
-Each is imported when it is called: `--help` is quick, and imports no consumer and no AMQP client. A
-command returns its exit code, or None for 0; a known error that leaves it is told in one line.
+A command's module is imported when the command is called, so that `--help` is quick and imports no
+consumer and no AMQP client. A command returns its exit code, or None for 0. An error of this
+library that it raises is printed on one line.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
 from importlib.metadata import version
 
 from cyclopts import App, CycloptsError
 
-from aio_pika_batch.cli.exits import Exit, exit_of
-from aio_pika_batch.errors import AioPikaBatchError
+from aio_pika_batch.errors import (
+    AccessRefused,
+    AioPikaBatchError,
+    BrokerUnavailable,
+    ConfigurationError,
+    TopologyError,
+)
 
 NAME = "aio-pika-batch"
 
 EXIT_CODES = (
-    "Exit codes: 0 all is well; 1 crashed, unhealthy, or the drain took too long; 2 wrong usage or"
+    "Exit codes: 0 success; 1 crash, failed check, or incomplete drain; 2 wrong usage or"
     " configuration; 3 cannot connect."
 )
 
 
-def complain(error: object) -> None:
-    """Say on standard error what is wrong."""
-    print(f"{NAME}: {error}", file=sys.stderr)
+class Exit(IntEnum):
+    """Exit codes."""
+
+    OK = 0
+    FAILED = 1
+    """A crash, a failed check, or a drain that took too long."""
+    USAGE = 2
+    """Wrong usage or configuration: trying again doesn't help."""
+    NO_CONNECTION = 3
+    INTERRUPTED = 130
+    """Ctrl-C before there was anything to drain: 128 + SIGINT, as shells report it."""
 
 
-def _usage(error: CycloptsError) -> str:
+def exit_code(error: BaseException) -> Exit:
+    """Return the exit code for an error."""
+    match error:
+        case ConfigurationError() | TopologyError():
+            return Exit.USAGE
+        case BrokerUnavailable() | AccessRefused():
+            return Exit.NO_CONNECTION
+        case KeyboardInterrupt():
+            return Exit.INTERRUPTED
+        case _:
+            return Exit.FAILED
+
+
+def exit_code_of_all(errors: Iterable[BaseException]) -> Exit:
+    """Return the exit code for several errors: the lowest, so that a crash comes first."""
+    return min(map(exit_code, errors), default=Exit.OK)
+
+
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+
+
+def escape_controls(text: str) -> str:
+    """Write out control characters, which a terminal would act on."""
+    return text.translate(_CONTROLS)
+
+
+def print_error(error: object) -> None:
+    """Print an error on standard error."""
+    text = "\n".join(map(escape_controls, str(error).split("\n")))
+    print(f"{NAME}: {text}", file=sys.stderr)
+
+
+def _format_usage_error(error: CycloptsError) -> str:
     command = " ".join([NAME, *(error.command_chain or ())])
     return f"{NAME}: {error}\nTry: {command} --help"
 
 
 app = App(
     name=NAME,
-    help="Run batch consumers for RabbitMQ, look after them, and repair what they left.",
+    help="Run and inspect batch consumers for RabbitMQ, and repair dead letters.",
     help_epilogue=EXIT_CODES,
     version=lambda: version("aio-pika-batch"),
-    error_formatter=_usage,
+    error_formatter=_format_usage_error,
     result_action="return_int_as_exit_code_else_zero",
 )
 
 
 def _add(name: str, text: str, example: str, *, module: str | None = None) -> None:
-    """Add the function of a name from the module of that name, or from another one.
+    """Add the function of this name from the module of this name, or from another one.
 
-    What its help says about it stands here, since looking for it would import the command.
+    The help text is given here: reading it from the function would import its module.
     """
     app.command(
         f"aio_pika_batch.cli.{module or name}:{name}",
@@ -59,60 +106,58 @@ def _add(name: str, text: str, example: str, *, module: str | None = None) -> No
 
 _add(
     "run",
-    "Run consumers until SIGTERM or Ctrl-C, then drain; a second signal gives up the drain.",
+    "Run consumers until SIGTERM or Ctrl-C.\n\nThe first signal drains: batches in progress are"
+    " finished and settled. A second signal abandons the drain.",
     "shop:Importer --processes 2 --health-port 8080",
 )
 _add(
     "health",
-    "Ask a running program how it is: a probe.",
+    "Check the health of a running program.",
     "--url http://127.0.0.1:8080/livez",
 )
 _add(
     "check",
-    "Show a consumer's configuration, and hold it to the broker.\n\nNothing is declared.",
+    "Show a consumer's settings and compare them with the broker.\n\nDeclares nothing.",
     "shop:Importer --strict",
 )
 _add(
     "topology",
-    "Show what a consumer needs on its broker, or declare it.\n\nNothing is asked of a broker"
-    " without --apply and --dry-run, but for its version where definitions depend on it.",
+    "Show the queues, exchanges and bindings of a consumer, or declare them.\n\nConnects to the"
+    " broker only with --apply or --dry-run, or if definitions depend on its version.",
     "shop:Importer --dry-run",
 )
 _add(
     "demo",
-    "Watch a load go through a pipeline of consumers, and the books balance at its end.",
+    "Run a demo: a pipeline of two consumers under load, with live statistics.\n\nAt the end it"
+    " checks that no message was lost.",
     "--chaos",
     module="demo.command",
 )
 app.command(
     "aio_pika_batch.cli.dlq:app",
     name="dlq",
-    help="Look at dead letters, send them back, delete them.\n\n"
-    f"Example: {NAME} dlq list shop:Importer",
+    help=f"List, show, replay and delete dead letters.\n\nExample: {NAME} dlq list shop:Importer",
 )
 
 
 def run_app(tokens: Sequence[str] | None = None) -> int:
-    """Run one command line.
+    """Run one command line and return its exit code.
 
     Args:
-        tokens: What was typed, without the program's name; None takes it from `sys.argv`.
-
-    Returns:
-        The exit code.
+        tokens: The arguments without the program's name; None takes them from `sys.argv`.
     """
     try:
         code: int = app(tokens, exit_on_error=False)
         sys.stdout.flush()
     except CycloptsError:
-        return Exit.USAGE  # told by cyclopts, as `_usage` has it
+        return Exit.USAGE  # cyclopts has printed it, see `_format_usage_error`
     except AioPikaBatchError as error:
-        complain(error)
-        return exit_of(error)
+        print_error(error)
+        return exit_code(error)
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has left, as `head` does; nothing may be flushed at exit, either.
+        # The reader of our output has exited, as `head` does. The flush at exit must not fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.FAILED
     return code

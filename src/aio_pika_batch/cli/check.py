@@ -1,4 +1,4 @@
-"""Is a consumer configured as it was meant to be, and does its broker agree?"""
+"""The command `check`: shows a consumer's settings and compares them with its broker."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from aio_pika_batch.cli.exits import Exit
-from aio_pika_batch.cli.inspection import Standing, State, broker_version, inspect
-from aio_pika_batch.cli.printing import console, harmless, hush, print_json, table
-from aio_pika_batch.cli.targets import AnyConsumer, Loading, load
-from aio_pika_batch.cli.topology import title
+from aio_pika_batch.cli.app import Exit
+from aio_pika_batch.cli.logging import silence_clients
+from aio_pika_batch.cli.printing import console, escaped, print_json, table
+from aio_pika_batch.cli.targets import AnyConsumer, TargetOptions, load
+from aio_pika_batch.cli.topology import Comparison, EntityState, broker_version, compare, title
 from aio_pika_batch.core.config_checks import ConsumerProfile, broker_warnings_for, warnings_for
 from aio_pika_batch.core.topology import Binding, build_topology
 from aio_pika_batch.masking import mask_url
@@ -24,8 +24,8 @@ _STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """Something to know, with what to do about it."""
+class CheckFinding:
+    """A finding: what is wrong, and what to do about it."""
 
     level: Level
     text: str
@@ -38,22 +38,22 @@ def check(
     format: Literal["table", "json"] = "table",  # noqa: A002  -- its name on the command line
     offline: Annotated[bool, Parameter(negative="")] = False,
     strict: Annotated[bool, Parameter(negative="")] = False,
-    loading: Loading | None = None,
+    loading: TargetOptions | None = None,
 ) -> int:
-    """Show a consumer's configuration, and hold it to the broker. Nothing is declared.
+    """Show a consumer's settings and compare them with the broker. Declares nothing.
 
     Args:
-        target: The consumer, as module:attribute.
-        format: For readers, or for programs.
-        offline: Ask no broker.
-        strict: Warnings are errors, too.
+        target: Consumer as module:attribute.
+        format: Output format.
+        offline: Check the settings only, without connecting to the broker.
+        strict: Exit with 1 for warnings too.
         loading: How the consumer is found.
     """
-    hush()
-    loading = loading or Loading()
+    silence_clients()
+    loading = loading or TargetOptions()
     consumer = load(target, loading)
     rows = _settings(consumer, url_given=loading.url is not None)
-    findings = _advice(consumer) if offline else asyncio.run(_findings(consumer))
+    findings = _warnings(consumer) if offline else asyncio.run(_findings(consumer))
     if format == "json":
         print_json(
             {
@@ -84,54 +84,52 @@ def _settings(consumer: AnyConsumer, *, url_given: bool) -> list[tuple[str, obje
     ]
 
 
-def _advice(consumer: AnyConsumer) -> list[Finding]:
+def _warnings(consumer: AnyConsumer) -> list[CheckFinding]:
     found = warnings_for(topology_options(consumer.settings), _profile(consumer))
-    return [Finding("warning", line) for line in found]
+    return [CheckFinding("warning", line) for line in found]
 
 
 def _profile(consumer: AnyConsumer) -> ConsumerProfile:
     return consumer_profile(consumer.settings, consumer.exception_results.values())
 
 
-async def _findings(consumer: AnyConsumer) -> list[Finding]:
-    transport = consumer._transport  # noqa: SLF001  -- our own
+async def _findings(consumer: AnyConsumer) -> list[CheckFinding]:
+    transport = consumer._transport  # noqa: SLF001  -- same package
     options = topology_options(consumer.settings)
     version = await broker_version(transport)
-    standings = await inspect(transport, build_topology(options))
+    compared = await compare(transport, build_topology(options))
     return [
-        *(found for found in map(_finding, standings) if found is not None),
-        *_advice(consumer),
+        *(found for found in map(_finding, compared) if found is not None),
+        *_warnings(consumer),
         *(
-            Finding("warning", line)
+            CheckFinding("warning", line)
             for line in broker_warnings_for(options, _profile(consumer), version)
         ),
     ]
 
 
-def _finding(standing: Standing) -> Finding | None:
-    entity = standing.entity
-    what = " ".join(title(entity))
-    match standing.state:
-        case State.THERE | State.UNSEEN:
+def _finding(comparison: Comparison) -> CheckFinding | None:
+    entity = comparison.entity
+    match comparison.state:
+        case EntityState.EXISTS | EntityState.UNSEEN:
             return None
-        case State.MISSING if not isinstance(entity, Binding) and entity.check_only:
-            return Finding("error", standing.words)
-        case State.MISSING:
-            return Finding(
-                "info", f"{what} is not there yet: the consumer declares it at its start"
-            )
-        case State.DIFFERS | State.REFUSED:
-            return Finding("error", standing.words)
+        case EntityState.MISSING if not isinstance(entity, Binding) and entity.check_only:
+            return CheckFinding("error", comparison.words)
+        case EntityState.MISSING:
+            what = " ".join(title(entity))
+            return CheckFinding("info", f"{what} does not exist yet: the consumer will declare it")
+        case EntityState.DIFFERS | EntityState.REFUSED:
+            return CheckFinding("error", comparison.words)
 
 
-def _print(rows: list[tuple[str, object, str]], findings: list[Finding]) -> None:
+def _print(rows: list[tuple[str, object, str]], findings: list[CheckFinding]) -> None:
     out = console()
     made = table("setting", "value", "from")
     for name, value, source in rows:
-        made.add_row(name, harmless("" if value is None else str(value)), source)
+        made.add_row(name, escaped("" if value is None else str(value)), source)
     out.print(made)
     out.print()
     for each in findings:
-        out.print(f"[{_STYLES[each.level]}]{each.level}[/]:", harmless(each.text))
+        out.print(f"[{_STYLES[each.level]}]{each.level}[/]:", escaped(each.text))
     if not findings:
-        out.print("Nothing found.")
+        out.print("No problems found.")

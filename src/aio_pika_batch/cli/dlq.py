@@ -1,25 +1,72 @@
-"""How are dead letters looked at, sent back and deleted from a terminal?"""
+"""The commands `dlq list`, `show`, `replay` and `purge`, for dead letters."""
 
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
-from typing import Annotated, Literal
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from cyclopts import App, Parameter
 
-from aio_pika_batch.cli.exits import Exit
-from aio_pika_batch.cli.places import Meant, Place, at_most, find, interruptible
-from aio_pika_batch.cli.printing import complain, console, harmless, plain, print_json, table
-from aio_pika_batch.cli.progress import with_progress
-from aio_pika_batch.cli.showing import ago, as_data, show_letter, summary
-from aio_pika_batch.cli.targets import Loading
-from aio_pika_batch.dead_letters import SCAN, Looked, look, purge, replay
+from aio_pika_batch.cli.app import Exit, print_error
+from aio_pika_batch.cli.printing import (
+    ProgressBar,
+    console,
+    describe_age,
+    escaped,
+    letter_as_json,
+    print_json,
+    print_letter,
+    summary,
+    table,
+)
+from aio_pika_batch.cli.targets import QueueOptions, TargetOptions, find_queue
+from aio_pika_batch.dead_letters import SCAN, Filter, Looked, Report, look, purge, replay
+from aio_pika_batch.errors import ConfigurationError, TransportError
+from aio_pika_batch.queue_browser import MAX_HELD
+from aio_pika_batch.runtime.signals import process_signals
 
-app = App(name="dlq")  # its help stands where it is registered
+_T = TypeVar("_T")
+_Work: TypeAlias = Callable[[asyncio.Event, Callable[[Report], None]], Coroutine[Any, Any, Report]]
+
+app = App(name="dlq")  # cli.app has its help
 
 
-# --- list ------------------------------------------------------------------------
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilterOptions:
+    """Options that select dead letters: those that match all of them."""
+
+    reason: Annotated[tuple[str, ...], Parameter(negative_iterable="")] = ()
+    """Only with this reason: rejected, exhausted, handler-error, undecodable, expired, …"""
+    older_than: timedelta | None = None
+    """Only if dead-lettered longer ago than this: 90s, 15m, 2h, 3d."""
+    newer_than: timedelta | None = None
+    """Only if dead-lettered more recently than this."""
+    header: Annotated[tuple[str, ...], Parameter(negative_iterable="")] = ()
+    """Only with this header, as name=value."""
+    limit: int | None = None
+    """At most this many."""
+
+    @property
+    def filter(self) -> Filter:
+        """The filter. Raises ConfigurationError for an invalid option."""
+        headers = {}
+        for each in self.header:
+            name, equals, value = each.partition("=")
+            if not equals:
+                raise ConfigurationError(f"--header: write name=value, not {each!r}")
+            headers[name] = value
+        if self.limit is not None and self.limit < 1:
+            raise ConfigurationError("--limit: must be at least 1")
+        return Filter(
+            reasons=frozenset(self.reason),
+            older_than=self.older_than,
+            newer_than=self.newer_than,
+            headers=headers,
+        )
 
 
 @app.command(name="list")
@@ -29,27 +76,25 @@ def list_(
     *more: str,
     look_at: int = 100,
     format: Literal["table", "json"] = "table",  # noqa: A002  -- its name on the command line
-    place: Place | None = None,
-    loading: Loading | None = None,
+    place: QueueOptions | None = None,
+    loading: TargetOptions | None = None,
 ) -> int:
-    """Count the dead letters of consumers, and say why they died.
+    """Count dead letters and the reasons why messages were dead-lettered.
 
-    Reasons are read from the oldest letters; looking counts as a delivery where a quorum queue
-    counts them.
+    Reads the reasons from the oldest dead letters. A quorum queue counts this as a delivery.
 
     Example: aio-pika-batch dlq list app:Orders
 
     Args:
-        target: A consumer, as module:attribute; or name a queue by --queue.
-        more: Further consumers.
-        look_at: Look at so many letters of each queue, at most.
-        format: For readers, or for programs.
-        place: Which queue.
+        target: Consumer as module:attribute; or name a queue with --queue.
+        more: More consumers.
+        look_at: Read at most this many dead letters of each queue.
+        format: Output format.
+        place: The queue.
         loading: How consumers are found.
     """
-    targets = [target, *more]
-    found = [find(each, place, loading) for each in targets]
-    most = at_most(look_at, "--look-at")
+    found = [find_queue(each, place, loading) for each in [target, *more]]
+    most = _check_held(look_at, "--look-at")
 
     async def work(stop: asyncio.Event) -> list[Looked]:
         return [
@@ -57,31 +102,24 @@ def list_(
             for each in found
         ]
 
-    seen = interruptible(work)
+    looked = _run_interruptible(work)
     if format == "json":
-        print_json([summary(each) for each in seen])
+        print_json([summary(each) for each in looked])
     else:
         made = table("queue", "letters", "looked at", "reasons", "oldest", "newest")
-        for each in seen:
+        for each in looked:
             row = summary(each)
-            reasons = ", ".join(f"{count} {why}" for why, count in row["reasons"].items())
-            oldest, newest = ago(row["oldest"]), ago(row["newest"])
-            letters = "?" if each.ready is None else str(each.ready)
+            reasons = ", ".join(f"{count} {reason}" for reason, count in row["reasons"].items())
             made.add_row(
-                each.queue, letters, str(row["looked_at"]), harmless(reasons), oldest, newest
+                each.queue,
+                _number(each.ready),
+                str(row["looked_at"]),
+                escaped(reasons),
+                describe_age(row["oldest"]),
+                describe_age(row["newest"]),
             )
         console().print(made)
-    return _ended(seen)
-
-
-def _ended(seen: list[Looked]) -> Exit:
-    for each in seen:
-        if each.ended is not None:
-            complain(f"{each.queue}: {each.ended}")
-    return Exit.FAILED if any(each.ended is not None for each in seen) else Exit.OK
-
-
-# --- show ------------------------------------------------------------------------
+    return _report_early_end(looked)
 
 
 @app.command
@@ -92,53 +130,62 @@ def show(
     look_at: int = 100,
     max_bytes: int = 2000,
     format: Literal["text", "json"] = "text",  # noqa: A002  -- its name on the command line
-    meant: Meant | None = None,
-    place: Place | None = None,
-    loading: Loading | None = None,
+    where: FilterOptions | None = None,
+    place: QueueOptions | None = None,
+    loading: TargetOptions | None = None,
 ) -> int:
-    """Show dead letters, headers and body, and leave them where they are.
+    """Show the headers and bodies of dead letters, and leave them in the queue.
 
-    Looking counts as a delivery where a quorum queue counts them.
+    A quorum queue counts this as a delivery.
 
     Example: aio-pika-batch dlq show app:Orders --reason exhausted --limit 1
 
     Args:
-        target: The consumer, as module:attribute; or name a queue by --queue.
-        look_at: Look at so many letters, at most.
-        max_bytes: Show so many bytes of each body, at most.
-        format: For readers, or for programs (bodies as hex).
-        meant: Which letters; 10, unless a limit is given.
-        place: Which queue.
+        target: Consumer as module:attribute; or name a queue with --queue.
+        look_at: Read at most this many dead letters.
+        max_bytes: Show at most this many bytes of each body.
+        format: Output format; in json, bodies are hex.
+        where: Which dead letters; 10, unless a limit is given.
+        place: The queue.
         loading: How the consumer is found.
     """
-    found = find(target, place, loading)
-    meant = meant or Meant()
-    where = meant.filter
-    most = at_most(look_at, "--look-at")
-    at_most(max_bytes, "--max-bytes")
-    looked = interruptible(
+    found = find_queue(target, place, loading)
+    where = where or FilterOptions()
+    matches = where.filter
+    most = _check_held(look_at, "--look-at")
+    _check_held(max_bytes, "--max-bytes")
+    looked = _run_interruptible(
         lambda stop: look(found.transport, found.queue, most=most, stop=stop, **found.how)
     )
     now = datetime.now(UTC)
     letters = [
         (number, letter)
         for number, letter in enumerate(looked.letters, 1)
-        if where.matches(letter.message, letter.death, now)
-    ][: meant.limit or 10]
+        if matches.matches(letter.message, letter.death, now)
+    ][: where.limit or 10]
     if format == "json":
-        print_json([as_data(number, letter, max_bytes) for number, letter in letters])
+        print_json([letter_as_json(number, letter, max_bytes) for number, letter in letters])
     else:
         for number, letter in letters:
-            show_letter(console(), number, letter, max_bytes)
+            print_letter(console(), number, letter, max_bytes)
         console().print(
-            f"{len(letters)} shown, {len(looked.letters)} looked at,"
-            f" {'?' if looked.ready is None else looked.ready} in {plain(looked.queue)}",
-            markup=False,
+            escaped(
+                f"{len(letters)} shown, {len(looked.letters)} looked at,"
+                f" {_number(looked.ready)} in {looked.queue}"
+            )
         )
-    return _ended([looked])
+    return _report_early_end([looked])
 
 
-# --- replay and purge ------------------------------------------------------------
+def _number(count: int | None) -> str:
+    return "?" if count is None else str(count)
+
+
+def _report_early_end(looked: list[Looked]) -> Exit:
+    for each in looked:
+        if each.ended is not None:
+            print_error(f"{each.queue}: {each.ended}")
+    return Exit.FAILED if any(each.ended is not None for each in looked) else Exit.OK
 
 
 @app.command(name="replay")
@@ -149,41 +196,41 @@ def replay_(
     to_queue: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     scan: int = SCAN,
-    meant: Meant | None = None,
-    place: Place | None = None,
-    loading: Loading | None = None,
+    where: FilterOptions | None = None,
+    place: QueueOptions | None = None,
+    loading: TargetOptions | None = None,
 ) -> int:
-    """Send dead letters back to their original exchange and routing key, with no retries counted.
+    """Publish dead letters to their original exchange again, with the retry count reset.
 
-    Each copy is confirmed by the broker before its letter is taken away, so that nothing is lost,
-    however this ends; Ctrl-C ends it cleanly. Letters that are not meant stay.
+    Nothing is lost: a dead letter is removed only after the broker has confirmed its copy. Ctrl-C
+    finishes the copies in progress. Dead letters that don't match stay in the queue.
 
     Example: aio-pika-batch dlq replay app:Orders --reason exhausted --newer-than 2h --dry-run
 
     Args:
-        target: The consumer, as module:attribute; or name a queue by --queue.
-        to_queue: Only to the queue in which each died, not to all that its exchange is bound to.
-        dry_run: Only tell how many it would be; looking counts as a delivery.
-        scan: Hold so many letters that stay, at most, while looking for those that are meant.
-        meant: Which letters.
-        place: Which queue.
+        target: Consumer as module:attribute; or name a queue with --queue.
+        to_queue: Publish only to the queue that the message was dead-lettered from, not to every
+            queue bound to its exchange.
+        dry_run: Only count the dead letters that match. A quorum queue counts this as a delivery.
+        scan: Hold at most this many dead letters that don't match.
+        where: Which dead letters.
+        place: The queue.
         loading: How the consumer is found.
     """
-    found, meant = find(target, place, loading), meant or Meant()
-    where, most = meant.filter, at_most(scan, "--scan")
-    verb = "would be replayed" if dry_run else "replayed"
-    return with_progress(
-        verb,
-        lambda stop, told: replay(
+    found, where = find_queue(target, place, loading), where or FilterOptions()
+    matches, most = where.filter, _check_held(scan, "--scan")
+    return _run_with_progress(
+        "would be replayed" if dry_run else "replayed",
+        lambda stop, on_progress: replay(
             found.transport,
             found.queue,
-            where=where,
-            limit=meant.limit,
+            where=matches,
+            limit=where.limit,
             scan=most,
             to_queue=to_queue,
             dry_run=dry_run,
             stop=stop,
-            on_progress=told,
+            on_progress=on_progress,
             **found.how,
         ),
     )
@@ -196,39 +243,100 @@ def purge_(
     *,
     yes: Annotated[bool, Parameter(negative="")] = False,
     scan: int = SCAN,
-    meant: Meant | None = None,
-    place: Place | None = None,
-    loading: Loading | None = None,
+    where: FilterOptions | None = None,
+    place: QueueOptions | None = None,
+    loading: TargetOptions | None = None,
 ) -> int:
-    """Delete dead letters, for good; without --yes only tell how many it would be.
+    """Delete dead letters permanently. Without --yes, only count them.
 
     Example: aio-pika-batch dlq purge app:Orders --older-than 30d --yes
 
     Args:
-        target: The consumer, as module:attribute; or name a queue by --queue.
-        yes: Do it.
-        scan: Hold so many letters that stay, at most, while looking for those that are meant.
-        meant: Which letters.
-        place: Which queue.
+        target: Consumer as module:attribute; or name a queue with --queue.
+        yes: Delete them.
+        scan: Hold at most this many dead letters that don't match.
+        where: Which dead letters.
+        place: The queue.
         loading: How the consumer is found.
     """
-    found, meant = find(target, place, loading), meant or Meant()
-    where, most = meant.filter, at_most(scan, "--scan")
-    code = with_progress(
+    found, where = find_queue(target, place, loading), where or FilterOptions()
+    matches, most = where.filter, _check_held(scan, "--scan")
+    code = _run_with_progress(
         "deleted" if yes else "would be deleted",
-        lambda stop, told: purge(
+        lambda stop, on_progress: purge(
             found.transport,
             found.queue,
-            where=where,
-            limit=meant.limit,
+            where=matches,
+            limit=where.limit,
             scan=most,
             dry_run=not yes,
             stop=stop,
-            on_progress=told,
+            on_progress=on_progress,
             **found.how,
         ),
     )
     if not yes:
-        complain("nothing was deleted: add --yes to do it")
+        print_error("nothing was deleted; add --yes to delete them")
         return code or Exit.USAGE
     return code
+
+
+def _check_held(value: int, option: str) -> int:
+    """Return a number of messages that one session can hold. Raises ConfigurationError."""
+    if not 1 <= value <= MAX_HELD:
+        raise ConfigurationError(f"{option}: must be 1 to {MAX_HELD}, not {value}")
+    return value
+
+
+def _run_interruptible(work: Callable[[asyncio.Event], Coroutine[Any, Any, _T]]) -> _T:
+    """Run a coroutine. The first signal sets its event, the second cancels it."""
+
+    async def main() -> _T:
+        stop = asyncio.Event()
+        task = asyncio.ensure_future(work(stop))
+
+        def abandon() -> None:
+            task.cancel()
+
+        with process_signals.listen(stop.set, abandon):
+            return await task
+
+    try:
+        return asyncio.run(main())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+def _run_with_progress(verb: str, work: _Work) -> int:
+    """Run a replay or purge, show its progress, print its report, return the exit code.
+
+    Args:
+        verb: What happens to dead letters, as "replayed".
+    """
+    out = console()
+    last: list[Report] = []
+    with ProgressBar(out, verb) as bar:
+
+        def on_progress(report: Report) -> None:
+            last[:] = [report]
+            bar.update(report)
+
+        try:
+            report = _run_interruptible(lambda stop: work(stop, on_progress))
+        except TransportError:
+            for each in last:
+                print_error(f"{each.done} {verb} before this error:")
+            raise
+    total = "" if report.ready is None else f" of {report.ready}"
+    failed = sum(report.failed.values())
+    out.print(
+        f"{report.done}{total} dead letters {verb}; {report.kept} did not match, {failed} failed",
+        markup=False,
+    )
+    for reason, count in report.failed.items():
+        print_error(f"{count} stay in {report.queue}: {reason}")
+    if report.ended is not None:
+        print_error(f"{report.queue}: ended early: {report.ended}")
+    if report.ended == "interrupted":
+        return Exit.INTERRUPTED
+    return Exit.FAILED if failed or report.ended is not None else Exit.OK

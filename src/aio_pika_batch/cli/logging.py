@@ -1,8 +1,8 @@
-"""How does a process that runs consumers log?
+"""Configures logging for the command line: one handler on standard error for the whole process.
 
-The library itself configures no logger; whoever owns the process does, and on the command line that
-is us. One handler, on stderr, for everything that is logged in the process, however it was said:
-lines of `structlog`, where a user's code writes such and has not configured it, come out alike.
+The library configures no logger. That is up to the program, and here the command line is the
+program. What the user's code logs with `structlog` goes to the same handler, unless the user has
+configured structlog.
 """
 
 from __future__ import annotations
@@ -13,41 +13,42 @@ import logging
 import sys
 from collections.abc import MutableMapping
 from datetime import UTC, datetime
-from typing import Any, Literal, TextIO, TypeAlias
+from typing import Any, Literal, TextIO, TypeAlias, get_args
 
 from aio_pika_batch.errors import ConfigurationError, safe_str
 from aio_pika_batch.logs import RESERVED, format_line
 from aio_pika_batch.masking import mask_text
 
 LogFormat: TypeAlias = Literal["auto", "console", "json"]
-FORMATS: tuple[LogFormat, ...] = ("auto", "console", "json")
-LEVELS = ("debug", "info", "warning", "error", "critical")
+LogLevel: TypeAlias = Literal["debug", "info", "warning", "error", "critical"]
+FORMATS: tuple[str, ...] = get_args(LogFormat)
+LEVELS: tuple[str, ...] = get_args(LogLevel)
 
 CLIENTS = ("aio_pika", "aiormq", "pamqp")
-"""Client libraries: what they tell below WARNING is told by the library's own lines already."""
+"""Client libraries, logged from WARNING on: below that, the library logs the same events itself."""
 
 
 def configure_logging(
     level: str = "info",
-    format: LogFormat = "auto",  # noqa: A002  -- as the option is called
+    format: str = "auto",  # noqa: A002  -- named like the option
     *,
     stream: TextIO | None = None,
 ) -> None:
-    """Log to stderr, all that is logged in this process.
+    """Send all log records of this process to one stream.
 
     Args:
         level: One of `LEVELS`, in upper or lower case.
-        format: `console` is for readers, in colours on a terminal where rich is installed; `json`
-            is one object a line; `auto` is `console` on a terminal, and `json` elsewhere.
-        stream: Where to; None: `sys.stderr`.
+        format: `console` writes text, in colour on a terminal if rich is installed. `json` writes
+            one object per line. `auto` is `console` on a terminal and `json` elsewhere.
+        stream: The stream; None for `sys.stderr`.
 
     Raises:
-        ConfigurationError: There is no such level or format.
+        ConfigurationError: The level or format is unknown.
     """
     if level.lower() not in LEVELS:
-        raise ConfigurationError(f"log level {level!r}: it must be one of {', '.join(LEVELS)}")
+        raise ConfigurationError(f"log level {level!r}: must be one of {', '.join(LEVELS)}")
     if format not in FORMATS:
-        raise ConfigurationError(f"log format {format!r}: it must be one of {', '.join(FORMATS)}")
+        raise ConfigurationError(f"log format {format!r}: must be one of {', '.join(FORMATS)}")
     stream = stream or sys.stderr
     is_terminal = stream.isatty()
     handler: logging.Handler
@@ -55,24 +56,29 @@ def configure_logging(
         handler = logging.StreamHandler(stream)
         handler.setFormatter(JsonFormatter())
     else:
-        handler = _for_readers(stream, is_terminal=is_terminal)
+        handler = _console_handler(stream, is_terminal=is_terminal)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
     for name in CLIENTS:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
-    _take_in_structlog()
+    _redirect_structlog()
+
+
+def silence_clients() -> None:
+    """Silence the loggers of client libraries: the command reports an error itself, once."""
+    for name in CLIENTS:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 class JsonFormatter(logging.Formatter):
-    """Writes a record as one line of JSON.
+    """Formats a record as one line of JSON.
 
-    Its keys are `timestamp` (ISO 8601, UTC), `level`, `logger`, `event`, whatever else was given
-    as `extra`, and `exception` where there is a traceback. What JSON has no form for is written as
-    text.
+    The keys are `timestamp` (ISO 8601, UTC), `level`, `logger`, `event`, those given as `extra`,
+    and `exception` if there is a traceback. Values that JSON doesn't support become text.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write one."""
+        """Return the record as JSON."""
         line: dict[str, object] = {
             "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat("T", "milliseconds"),
             "level": record.levelname.lower(),
@@ -86,14 +92,14 @@ class JsonFormatter(logging.Formatter):
 
 
 class MaskingFormatter(logging.Formatter):
-    """Writes a record as it is told to, but no password: others' lines may have one in a URL."""
+    """Formats a record as text and masks passwords: any logger may log a URL with one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write one."""
+        """Return the record as text."""
         return mask_text(super().format(record))
 
 
-def _for_readers(stream: TextIO, *, is_terminal: bool) -> logging.Handler:
+def _console_handler(stream: TextIO, *, is_terminal: bool) -> logging.Handler:
     if is_terminal and importlib.util.find_spec("rich"):
         from rich.console import Console
         from rich.logging import RichHandler
@@ -108,8 +114,8 @@ def _for_readers(stream: TextIO, *, is_terminal: bool) -> logging.Handler:
     return handler
 
 
-def _take_in_structlog() -> None:
-    """Let what is said to structlog come out with all the rest, unless its user has other plans."""
+def _redirect_structlog() -> None:
+    """Send what structlog logs to standard logging, unless the user has configured structlog."""
     if not importlib.util.find_spec("structlog"):
         return
     import structlog
@@ -129,10 +135,10 @@ def _take_in_structlog() -> None:
 
 
 def _to_record(
-    _logger: object, method: str, said: MutableMapping[str, Any]
+    _logger: object, method: str, event: MutableMapping[str, Any]
 ) -> tuple[tuple[object, ...], dict[str, object]]:
-    """The last step of structlog: what it has gathered, as arguments of a logger's method."""
-    exc_info = said.pop("exc_info", method == "exception")
-    stack_info = said.pop("stack_info", False)
-    text, extra = format_line(str(said.pop("event", "")), said)
+    """Return a structlog event as arguments for a method of `logging.Logger`."""
+    exc_info = event.pop("exc_info", method == "exception")
+    stack_info = event.pop("stack_info", False)
+    text, extra = format_line(str(event.pop("event", "")), event)
     return ("%s", text), {"exc_info": exc_info, "stack_info": stack_info, "extra": extra}

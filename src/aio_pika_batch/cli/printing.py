@@ -1,31 +1,43 @@
-"""How is something said on a terminal, and how in a pipe?
+"""Prints results: on a terminal with colours and fitted to its width, in a pipe as plain text.
 
-On a terminal tables fit its width and have colours. In a pipe a line is never broken, whatever its
-length, and there is nothing in it but text.
+In a pipe no line is wrapped. Text from elsewhere (bodies, headers, the broker's words) is printed
+without control characters and markup.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Mapping
-from datetime import datetime
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from aio_pika_batch.cli.app import complain as told
-from aio_pika_batch.cli.logging import CLIENTS
+from aio_pika_batch.cli.app import escape_controls
+from aio_pika_batch.core.dead_letter import format_header
+from aio_pika_batch.core.message import Message
+from aio_pika_batch.dead_letters import Letter, Looked, Report
 
 _PIPE_WIDTH = 10_000
 
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+_LINE_INTERVAL = 1.0
+"""Seconds between lines of progress in a pipe."""
+
+MAX_JSON = 1 << 20
+"""Bytes of a body that is indented as JSON; a larger one is shown as text."""
+
+_HEX_ROW = 16
 
 
 def console() -> Console:
-    """Standard output."""
+    """Return a console for standard output."""
     found = Console(highlight=False, soft_wrap=False)
     if not found.is_terminal:
         found = Console(highlight=False, width=_PIPE_WIDTH)
@@ -33,36 +45,20 @@ def console() -> Console:
 
 
 def table(*columns: str) -> Table:
-    """A table without a frame."""
+    """Return a table without a frame."""
     made = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
         made.add_column(column, overflow="fold")
     return made
 
 
-def harmless(text: str) -> Text:
-    """Somebody else's text: neither markup nor anything that a terminal would obey."""
-    return Text(plain(text))
-
-
-def plain(text: str) -> str:
-    """The same, as a string: control characters are written out."""
-    return text.translate(_CONTROLS)
-
-
-def complain(text: str) -> None:
-    """Say on standard error what is wrong; it may hold somebody else's words."""
-    told(plain(text))
-
-
-def hush() -> None:
-    """Let client libraries say nothing: what goes wrong is told once, by the command itself."""
-    for name in CLIENTS:
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+def escaped(text: str) -> Text:
+    """Return text from elsewhere without markup and control characters."""
+    return Text(escape_controls(text))
 
 
 def print_json(data: object) -> None:
-    """Print something for programs."""
+    """Print a value as JSON."""
     print(json.dumps(data, indent=2, ensure_ascii=False, default=_json))
 
 
@@ -78,3 +74,169 @@ def _json(value: object) -> object:
             return sorted(value, key=str)
         case _:
             return str(value)
+
+
+class ProgressBar:
+    """A progress bar on a terminal, and a line every second in a pipe."""
+
+    def __init__(self, out: Console, verb: str) -> None:
+        self._out = out
+        self._verb = verb
+        self._printed_at = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            console=out,
+            disable=not out.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task(verb, total=None)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, report: Report) -> None:
+        """Show this progress."""
+        self._bar.update(self._task, completed=report.done, total=report.ready)
+        now = time.monotonic()
+        if not self._out.is_terminal and now - self._printed_at >= _LINE_INTERVAL:
+            self._printed_at = now
+            self._out.print(f"{report.done} {self._verb}, {report.seen} looked at …", markup=False)
+
+
+# --- dead letters ----------------------------------------------------------------
+
+
+def summary(looked: Looked) -> dict[str, Any]:
+    """Return a summary of the dead letters of a queue."""
+    deaths = [letter.death for letter in looked.letters]
+    moments = [death.died_at for death in deaths if death.died_at is not None]
+    return {
+        "queue": looked.queue,
+        "letters": looked.ready,
+        "looked_at": len(deaths),
+        "reasons": dict(Counter(death.reason for death in deaths).most_common()),
+        "oldest": min(moments, default=None),
+        "newest": max(moments, default=None),
+        "ended": looked.ended,
+    }
+
+
+def print_letter(out: Console, number: int, letter: Letter, max_bytes: int) -> None:
+    """Print a dead letter with at most so many bytes of its body."""
+    message, death = letter.message, letter.death
+    out.print(f"[bold]letter {number}[/]:", escaped(death.reason), describe_age(death.died_at))
+    lines = []
+    if death.origin is not None:
+        lines.append(f"to exchange {death.origin.exchange!r}, key {death.origin.routing_key!r}")
+    if death.queue is not None:
+        lines.append(f"died in queue {death.queue!r} after {death.retries} retries")
+    if death.exception_type is not None:
+        lines.append(f"{death.exception_type}: {death.exception_message or ''}")
+    if death.detail is not None:
+        lines.append(f"because: {death.detail}")
+    lines += [f"{name}: {value}" for name, value in _properties(message).items()]
+    lines += [f"header {name}: {format_header(value)}" for name, value in _headers(message).items()]
+    lines.append(f"body: {len(message.body)} bytes")
+    for line in lines:
+        out.print(escaped(f"  {line}"))
+    for line in body_lines(message.body, max_bytes):
+        out.print(escaped(f"    {line}"))
+    out.print()
+
+
+def letter_as_json(number: int, letter: Letter, max_bytes: int) -> dict[str, object]:
+    """Return a dead letter for JSON with at most so many bytes of its body."""
+    message = letter.message
+    return {
+        "letter": number,
+        **asdict(letter.death),
+        "properties": _properties(message),
+        "headers": _headers(message),
+        "bytes": len(message.body),
+        "body": message.body[:max_bytes],
+    }
+
+
+def _properties(message: Message) -> dict[str, object]:
+    read = asdict(message.properties)
+    undecodable = read.pop("undecodable")
+    read.pop("headers")
+    found = {name: value for name, value in read.items() if value is not None}
+    return found | {name: f"(cannot be decoded: {why})" for name, why in undecodable.items()}
+
+
+def _headers(message: Message) -> dict[str, Any]:
+    return dict(message.headers) if message.has_readable_headers else {}
+
+
+def describe_age(moment: datetime | None) -> str:
+    """Return how long ago a moment was; empty if it is unknown."""
+    if moment is None:
+        return ""
+    seconds = (datetime.now(UTC) - moment).total_seconds()
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{max(0, seconds):.0f} s ago"
+
+
+# --- bodies ----------------------------------------------------------------------
+
+
+def body_lines(body: bytes, max_bytes: int) -> Iterator[str]:
+    """Return the lines that show a body: JSON indented, other text as it is, the rest as hex.
+
+    Args:
+        max_bytes: Limit of the bytes shown; for indented JSON, of the characters.
+    """
+    if not body:
+        return
+    text = _indented_json(body)
+    if text is not None:
+        yield from _text_lines(text[:max_bytes])
+        if len(text) > max_bytes:
+            yield f"… ({len(text) - max_bytes} more characters)"
+        return
+    shown = body[:max_bytes]
+    decoded = _decoded(shown, is_whole=len(body) <= max_bytes)
+    yield from _hex_lines(shown) if decoded is None else _text_lines(decoded)
+    if len(body) > max_bytes:
+        yield f"… ({len(body) - max_bytes} more bytes)"
+
+
+def _indented_json(body: bytes) -> str | None:
+    if len(body) > MAX_JSON or body[:1].isalnum():
+        return None  # a single word or number needs no indentation
+    try:
+        return json.dumps(json.loads(body), indent=2, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _decoded(body: bytes, *, is_whole: bool) -> str | None:
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as error:
+        # The limit may have cut a character in two.
+        if is_whole or error.start < len(body) - 3 or "unexpected end" not in error.reason:
+            return None
+        text = body[: error.start].decode()
+    return None if "\0" in text else text
+
+
+def _text_lines(text: str) -> Iterator[str]:
+    for line in text.split("\n"):
+        yield escape_controls(line.rstrip("\r").replace("\t", "    "))
+
+
+def _hex_lines(body: bytes) -> Iterator[str]:
+    for first in range(0, len(body), _HEX_ROW):
+        row = body[first : first + _HEX_ROW]
+        readable = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)  # noqa: PLR2004  -- ASCII
+        yield f"{first:08x}  {row.hex(' '):<47}  {readable}"

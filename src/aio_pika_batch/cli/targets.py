@@ -1,8 +1,8 @@
-"""Which consumer does `module:attribute` name?
+"""Loads the consumer that `module:attribute` names, and finds its dead-letter queue.
 
-An instance, a class, whose settings come from the environment then, or with `--factory` a function
-that returns an instance. Whatever is wrong with it is a ConfigurationError that says what is there
-instead, and where the user's own code has failed.
+The attribute is an instance, a class whose settings come from the environment, or with `--factory`
+a function that returns an instance. A wrong target is a `ConfigurationError` that says what was
+found instead, and at which line the user's code failed.
 """
 
 from __future__ import annotations
@@ -22,43 +22,48 @@ from typing import Annotated, Any, TypeAlias
 from cyclopts import Parameter
 from dotenv import load_dotenv
 
-from aio_pika_batch.consumer import BaseConsumer
+from aio_pika_batch.cli.logging import silence_clients
+from aio_pika_batch.consumer import BaseConsumer, Consumer
+from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.errors import AioPikaBatchError, ConfigurationError
+from aio_pika_batch.settings import ConsumerSettings
+from aio_pika_batch.transport import Transport
 
 AnyConsumer: TypeAlias = BaseConsumer[Any]
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loading:
-    """How consumers are found and configured, the same for every command."""
+class TargetOptions:
+    """Options for finding a consumer, the same for every command."""
 
     factory: Annotated[bool, Parameter(negative="")] = False
-    """The attribute is a function that returns a consumer; it is called without arguments."""
+    """The target is a function that returns a consumer."""
     app_dir: Path = Path()
-    """Where to look for modules first."""
+    """Folder to import modules from."""
     env_file: Path | None = None
-    """Variables for the environment, one NAME=value a line; what is set already is kept."""
+    """File of environment variables, one NAME=value per line; set variables are kept."""
     url: str | None = None
-    """Broker, instead of the one in the settings."""
+    """Broker URL; replaces the one in the settings."""
 
 
-def load(target: str, loading: Loading, **settings: object) -> AnyConsumer:
+def load(target: str, loading: TargetOptions, **settings: object) -> AnyConsumer:
     """Load one consumer.
 
     Args:
         target: `module:attribute`; the attribute may be dotted.
-        loading: Where to look for it.
-        **settings: Instead of the consumer's own; those that are None do not count.
+        loading: Where to find it.
+        **settings: Replace the consumer's own settings; None keeps a setting.
 
     Raises:
-        ConfigurationError: It cannot be had, or is no consumer, or is not configured well.
+        ConfigurationError: It can't be loaded, isn't a consumer, or its settings are invalid.
     """
     prepare(loading)
     name, colon, path = target.partition(":")
     module = _module(name, loading.app_dir)
     if not colon or not path:
-        raise ConfigurationError(f"{target}: name a consumer in it, as {_suggestion(name, module)}")
+        raise ConfigurationError(f"{target}: add the consumer's name: {_suggestion(name, module)}")
     found = _attribute(module, path)
     consumer = _consumer(target, found, is_factory=loading.factory)
     given = {"url": loading.url, **settings}
@@ -66,36 +71,36 @@ def load(target: str, loading: Loading, **settings: object) -> AnyConsumer:
     return consumer
 
 
-def prepare(loading: Loading) -> None:
-    """Make modules and variables visible; once is enough, and again does no harm.
+def prepare(loading: TargetOptions) -> None:
+    """Add the folder to the import path and the file to the environment.
 
     Raises:
-        ConfigurationError: There is no such folder, or no such file.
+        ConfigurationError: The folder or the file doesn't exist.
     """
     folder = loading.app_dir.resolve()
     if not folder.is_dir():
-        raise ConfigurationError(f"--app-dir: {loading.app_dir} is no folder")
+        raise ConfigurationError(f"--app-dir: {loading.app_dir} is not a folder")
     if str(folder) not in sys.path[:1]:
         sys.path.insert(0, str(folder))
     if loading.env_file is not None:
         if not loading.env_file.is_file():
-            raise ConfigurationError(f"--env-file: there is no file {loading.env_file}")
+            raise ConfigurationError(f"--env-file: {loading.env_file} does not exist")
         load_dotenv(loading.env_file)
 
 
 def _module(name: str, folder: Path) -> ModuleType:
     if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
-        msg = f"{name!r} is no module's name: write module:attribute, with dots and without .py"
+        msg = f"{name!r} is not a module name: write module:attribute, with dots and without .py"
         raise ConfigurationError(msg)
     try:
-        with _blaming(name, "cannot be imported"):
+        with _locate_errors(name, "cannot be imported"):
             return import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         msg = (
-            f"{name}: there is no module {error.name!r} in {folder.resolve()}, nor is one"
-            " installed; --app-dir names another folder"
+            f"{name}: there is no module {error.name!r} in {folder.resolve()}, and none is"
+            " installed; use --app-dir to name its folder"
         )
         raise ConfigurationError(msg) from None
 
@@ -106,8 +111,8 @@ def _attribute(module: ModuleType, path: str) -> object:
         if not hasattr(found, part):
             name = module.__name__
             close = get_close_matches(part, vars(found) if hasattr(found, "__dict__") else (), n=1)
-            there = f"did you mean {close[0]!r}? " if close else ""
-            msg = f"{name}:{path}: no {part!r} there; {there}{_there(name, module)}"
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            msg = f"{name}:{path}: there is no {part!r}; {hint}{_list_consumers(name, module)}"
             raise ConfigurationError(msg)
         found = getattr(found, part)
     return found
@@ -116,29 +121,29 @@ def _attribute(module: ModuleType, path: str) -> object:
 def _consumer(target: str, found: object, *, is_factory: bool) -> AnyConsumer:
     if isinstance(found, BaseConsumer):
         if is_factory:
-            raise ConfigurationError(f"{target}: is a consumer, no factory; leave out --factory")
+            raise ConfigurationError(f"{target}: is a consumer, not a factory; leave out --factory")
         return found
     is_class = isclass(found) and issubclass(found, BaseConsumer)
     if isclass(found) and not is_class and not is_factory:
-        raise ConfigurationError(f"{target}: is a class, but no BatchConsumer and no Consumer")
+        raise ConfigurationError(f"{target}: is a class, but not a BatchConsumer or Consumer")
     if not is_class and not is_factory:
         hint = "; if it returns one, add --factory" if isroutine(found) else ""
-        raise ConfigurationError(f"{target}: is no consumer, but {_what(found)}{hint}")
+        raise ConfigurationError(f"{target}: is {_type_of(found)}, not a consumer{hint}")
     if not callable(found):
-        raise ConfigurationError(f"{target}: is no factory, but {_what(found)}")
+        raise ConfigurationError(f"{target}: is {_type_of(found)}, not a factory")
     make: Callable[[], object] = found
-    with _blaming(target, "cannot be made"):
+    with _locate_errors(target, "cannot be created"):
         made = make()
     if not isinstance(made, BaseConsumer):
         if hasattr(made, "close") and hasattr(made, "__await__"):
-            made.close()  # a coroutine that nobody will await
-        raise ConfigurationError(f"{target}: returned no consumer, but {_what(made)}")
+            made.close()  # a coroutine that is never awaited would warn
+        raise ConfigurationError(f"{target}: returned {_type_of(made)}, not a consumer")
     return made
 
 
 @contextmanager
-def _blaming(target: str, what: str) -> Iterator[None]:
-    """Turn whatever the user's code raises into one line that says where it did."""
+def _locate_errors(target: str, what: str) -> Iterator[None]:
+    """Turn an error of the user's code into one line that says where it was raised."""
     try:
         yield
     except ConfigurationError as error:
@@ -146,16 +151,16 @@ def _blaming(target: str, what: str) -> Iterator[None]:
     except (AioPikaBatchError, ModuleNotFoundError) as error:
         if isinstance(error, ModuleNotFoundError) and f"{target}.".startswith(f"{error.name}."):
             raise
-        raise ConfigurationError(f"{target}: {what}: {_where(error)}{error}") from error
+        raise ConfigurationError(f"{target}: {what}: {_location(error)}{error}") from error
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        raise ConfigurationError(f"{target}: {what}: {_where(error)}{text}") from error
+        raise ConfigurationError(f"{target}: {what}: {_location(error)}{text}") from error
 
 
-def _where(error: BaseException) -> str:
-    """The last line of the user's own code that it went through."""
+def _location(error: BaseException) -> str:
+    """Return the last line of the user's code in the traceback."""
     if isinstance(error, SyntaxError):
-        return ""  # it names its line itself
+        return ""  # its text names the line
     ours = str(Path(__file__).parents[1])
     frames = [
         frame
@@ -166,14 +171,14 @@ def _where(error: BaseException) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
 
 
-def _what(found: object) -> str:
-    """What something is, with its article."""
+def _type_of(found: object) -> str:
+    """Return the type of a value, with its article."""
     name = type(found).__name__
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _names(module: ModuleType) -> list[str]:
-    """The consumers that a module has: instances, and classes that are its own."""
+    """Return the names of a module's consumers: instances, and classes that it defines."""
     return sorted(
         name
         for name, value in vars(module).items()
@@ -189,7 +194,7 @@ def _names(module: ModuleType) -> list[str]:
     )
 
 
-def _there(name: str, module: ModuleType) -> str:
+def _list_consumers(name: str, module: ModuleType) -> str:
     names = _names(module)
     return f"consumers in {name}: {', '.join(names)}" if names else f"{name} has no consumers"
 
@@ -197,5 +202,66 @@ def _there(name: str, module: ModuleType) -> str:
 def _suggestion(name: str, module: ModuleType) -> str:
     names = _names(module)
     if not names:
-        return f"{name}:attribute (it has no consumers yet)"
+        return f"{name}:attribute (the module has no consumers yet)"
     return " or ".join(f"{name}:{each}" for each in names)
+
+
+# --- dead-letter queues ----------------------------------------------------------
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueOptions:
+    """Options for the dead-letter queue."""
+
+    queue: str | None = None
+    """Dead-letter queue, if no consumer is given or its settings don't name one."""
+    delivery_limit: int | None = None
+    """Delivery limit of the queue, if a policy sets it; -1 for none."""
+
+
+class _NoConsumer(Consumer):
+    """Stands in for the consumer of a queue that `--queue` names."""
+
+    async def process_message(self, message: Message) -> MessageResult:
+        """Never called."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetterQueue:
+    """A dead-letter queue and how to reach it.
+
+    Attributes:
+        how: More arguments for the functions of `aio_pika_batch.dead_letters`.
+    """
+
+    transport: Transport
+    queue: str
+    how: dict[str, Any]
+
+
+def find_queue(
+    target: str | None, place: QueueOptions | None, loading: TargetOptions | None
+) -> DeadLetterQueue:
+    """Return the queue of a consumer or the named one. Raises ConfigurationError."""
+    silence_clients()
+    place, loading = place or QueueOptions(), loading or TargetOptions()
+    if target is not None:
+        consumer: Any = load(target, loading)
+        queue = place.queue or consumer.settings.dead_letter_queue
+        if queue is None:
+            raise ConfigurationError(
+                f"{target}: its settings have no dead_letter_queue; name the queue with --queue"
+            )
+    elif place.queue is not None:
+        prepare(loading)
+        queue = place.queue
+        given = {} if loading.url is None else {"url": loading.url}
+        consumer = _NoConsumer(ConsumerSettings(queue_name=queue, **given))
+    else:
+        raise ConfigurationError("name a consumer as module:attribute, or a queue with --queue")
+    how: dict[str, Any] = {"retry_count_header": consumer.settings.retry_count_header}
+    if place.delivery_limit is not None:
+        how["delivery_limit"] = place.delivery_limit
+    return DeadLetterQueue(consumer._transport, queue, how)  # noqa: SLF001  -- same package

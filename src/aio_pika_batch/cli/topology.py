@@ -1,20 +1,21 @@
-"""What does a consumer need on its broker, and how does it get there?"""
+"""The command `topology`: shows what a consumer needs on its broker, compares it, declares it."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from typing import Annotated, Literal, TypeAlias
 from urllib.parse import unquote, urlsplit
 
 from cyclopts import Parameter
 
-from aio_pika_batch.cli.exits import Exit
-from aio_pika_batch.cli.inspection import Entity, Standing, State, broker_version, inspect
-from aio_pika_batch.cli.printing import console, harmless, hush, print_json, table
-from aio_pika_batch.cli.targets import AnyConsumer, Loading, load
+from aio_pika_batch.cli.app import Exit
+from aio_pika_batch.cli.logging import silence_clients
+from aio_pika_batch.cli.printing import console, escaped, print_json, table
+from aio_pika_batch.cli.targets import AnyConsumer, TargetOptions, load
 from aio_pika_batch.core.dead_letter import format_header
 from aio_pika_batch.core.topology import (
     Binding,
@@ -27,10 +28,37 @@ from aio_pika_batch.core.topology import (
     parse_version,
     to_definitions,
 )
-from aio_pika_batch.errors import ConfigurationError
+from aio_pika_batch.errors import ConfigurationError, TopologyError
 from aio_pika_batch.settings.derived import topology_options
+from aio_pika_batch.transport import Transport, VersionedTransport
 
-BAD = frozenset({State.DIFFERS, State.REFUSED})
+Entity: TypeAlias = Exchange | Queue | Binding
+
+
+class EntityState(Enum):
+    """How an entity on the broker compares with what the consumer needs."""
+
+    EXISTS = "exists"
+    MISSING = "missing"
+    DIFFERS = "differs"
+    REFUSED = "refused"
+    UNSEEN = "cannot be seen"
+
+
+BAD = frozenset({EntityState.DIFFERS, EntityState.REFUSED})
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """An entity and its state on the broker.
+
+    Attributes:
+        words: The broker's words, if it refused.
+    """
+
+    entity: Entity
+    state: EntityState
+    words: str = ""
 
 
 def topology(
@@ -42,35 +70,36 @@ def topology(
     format: Literal["table", "json", "definitions"] = "table",  # noqa: A002  -- its name on the command line
     rabbitmq: str | None = None,
     vhost: str | None = None,
-    loading: Loading | None = None,
+    loading: TargetOptions | None = None,
 ) -> int:
-    """Show what a consumer needs on its broker: queues, exchanges, bindings.
+    """Show the queues, exchanges and bindings that a consumer needs on its broker.
 
     Args:
-        target: The consumer, as module:attribute.
-        apply: Declare it, also where the consumer itself would not (declare=False).
-        dry_run: Look for it: what exists, what is missing, what differs. Nothing is declared.
-        format: For readers, for programs, or as definitions that RabbitMQ imports.
-        rabbitmq: Version of the RabbitMQ that shall import definitions; none: the broker is asked.
-        vhost: Virtual host of the definitions; none: that of the consumer's URL.
+        target: Consumer as module:attribute.
+        apply: Declare everything, even if the consumer has declare=False.
+        dry_run: Show what exists, is missing or differs on the broker, and declare nothing.
+        format: Output format; definitions is for RabbitMQ to import.
+        rabbitmq: RabbitMQ version that imports the definitions; by default that of the broker.
+        vhost: Virtual host of the definitions; by default that of the consumer's URL.
         loading: How the consumer is found.
     """
-    hush()
-    consumer = load(target, loading or Loading())
+    silence_clients()
+    consumer = load(target, loading or TargetOptions())
     needed = build_topology(replace(topology_options(consumer.settings), declare=True))
     if apply and dry_run:
         raise ConfigurationError("--apply and --dry-run contradict each other: use one of them")
     if format == "definitions":
         if apply or dry_run:
-            raise ConfigurationError("--format definitions is for RabbitMQ to import: use it alone")
+            msg = "--format definitions: cannot be combined with --apply or --dry-run"
+            raise ConfigurationError(msg)
         where = vhost if vhost is not None else _vhost(consumer.settings.url)
         version = _version(rabbitmq, consumer, needed)
         print(json.dumps(to_definitions(needed, where, version), indent=2))
         return Exit.OK
-    return asyncio.run(_shown(consumer, needed, apply=apply, dry_run=dry_run, format=format))
+    return asyncio.run(_show(consumer, needed, apply=apply, dry_run=dry_run, format=format))
 
 
-async def _shown(
+async def _show(
     consumer: AnyConsumer,
     needed: Topology,
     *,
@@ -78,33 +107,36 @@ async def _shown(
     dry_run: bool,
     format: str,  # noqa: A002  -- as above
 ) -> Exit:
-    transport = consumer._transport  # noqa: SLF001  -- our own
+    transport = consumer._transport  # noqa: SLF001  -- same package
     if apply:
         await transport.declare(needed)
-    standings: list[Standing] = []
+    compared: list[Comparison] = []
     if apply or dry_run:
-        standings = await inspect(transport, needed)
+        compared = await compare(transport, needed)
     if format == "json":
         print_json(
-            [{**_row(each.entity), **_state(each)} for each in standings]
-            or [_row(entity) for entity in entities(needed)]
+            [
+                {**_row(each.entity), "state": each.state.value, "words": each.words}
+                for each in compared
+            ]
+            or [_row(entity) for entity in _entities(needed)]
         )
     else:
-        _print(needed, standings)
+        _print(needed, compared)
         if apply:
             console().print("Declared.")
-    return Exit.FAILED if any(each.state in BAD for each in standings) else Exit.OK
+    return Exit.FAILED if any(each.state in BAD for each in compared) else Exit.OK
 
 
-def entities(topology: Topology) -> Iterator[Entity]:
-    """All of it but the default exchange, which is everywhere."""
+def _entities(topology: Topology) -> Iterator[Entity]:
+    """Return everything but the default exchange, which every broker has."""
     yield from (exchange for exchange in topology.exchanges if exchange.name)
     yield from topology.queues
     yield from (binding for binding in topology.bindings if binding.exchange)
 
 
 def title(entity: Entity) -> tuple[str, str]:
-    """What it is, and its name."""
+    """Return the kind of an entity and its name."""
     match entity:
         case Exchange():
             return "exchange", entity.name
@@ -114,21 +146,18 @@ def title(entity: Entity) -> tuple[str, str]:
             return "binding", f"{entity.exchange} → {entity.queue}"
 
 
-def _print(needed: Topology, standings: list[Standing]) -> None:
-    made = table("what", "name", "how", *(["state"] if standings else []))
-    for entity in entities(needed):
-        made.add_row(*title(entity), harmless(_how(entity)))
-    if standings:
-        made = table("what", "name", "how", "state")
-        for each in standings:
-            made.add_row(*title(each.entity), harmless(_how(each.entity)), each.state.value)
+def _print(needed: Topology, compared: list[Comparison]) -> None:
+    made = table("what", "name", "details", *(["state"] if compared else []))
+    for each in compared or [Comparison(each, EntityState.UNSEEN) for each in _entities(needed)]:
+        state = [each.state.value] if compared else []
+        made.add_row(*title(each.entity), escaped(_details(each.entity)), *state)
     console().print(made)
-    for each in standings:
+    for each in compared:
         if each.state in BAD:
-            console().print(harmless(each.words))
+            console().print(escaped(each.words))
 
 
-def _how(entity: Entity) -> str:
+def _details(entity: Entity) -> str:
     match entity:
         case Exchange():
             words = ["must exist"] if entity.check_only else [entity.type]
@@ -151,21 +180,69 @@ def _row(entity: Entity) -> dict[str, object]:
     return {"what": title(entity)[0], **asdict(entity)}
 
 
-def _state(standing: Standing) -> dict[str, object]:
-    return {"state": standing.state.value, "words": standing.words}
-
-
 def _version(stated: str | None, consumer: AnyConsumer, needed: Topology) -> Version | None:
     if stated is not None:
         version = parse_version("RabbitMQ", stated)
         if version is None:
-            raise ConfigurationError(f"--rabbitmq: {stated!r} is no version, as 4.0 is one")
+            msg = f"--rabbitmq: {stated!r} is not a version; write it as 4.0"
+            raise ConfigurationError(msg)
         return version
     if not depends_on_version(needed):
         return None
-    return asyncio.run(broker_version(consumer._transport))  # noqa: SLF001  -- our own
+    return asyncio.run(broker_version(consumer._transport))  # noqa: SLF001  -- same package
 
 
 def _vhost(url: str) -> str:
-    """The virtual host that a URL names; `/`, the default one, if it names none."""
+    """Return the virtual host of a URL; `/`, the default one, if it has none."""
     return unquote(urlsplit(url.rsplit(",", maxsplit=1)[-1]).path[1:]) or "/"
+
+
+# --- comparing -------------------------------------------------------------------
+
+
+async def compare(transport: Transport, topology: Topology) -> list[Comparison]:
+    """Compare a topology with the broker. Bindings can't be seen over AMQP.
+
+    Raises:
+        TransportError: The broker is unreachable, or refuses access.
+    """
+    return [
+        *[await _compare(transport, each) for each in topology.exchanges if each.name],
+        *[await _compare(transport, each) for each in topology.queues],
+        *[Comparison(each, EntityState.UNSEEN) for each in topology.bindings if each.exchange],
+    ]
+
+
+async def broker_version(transport: Transport) -> Version | None:
+    """Return the version of RabbitMQ; None if it is unknown.
+
+    Raises:
+        TransportError: The broker is unreachable, or refuses access.
+    """
+    await transport.declare(Topology(exchanges=(Exchange("amq.direct", check_only=True),)))
+    return transport.broker_version if isinstance(transport, VersionedTransport) else None
+
+
+async def _compare(transport: Transport, entity: Exchange | Queue) -> Comparison:
+    if isinstance(entity, Queue) and entity.exclusive:
+        return Comparison(entity, EntityState.UNSEEN, "each session declares its own")
+    # Passively first: only what exists is declared as it should be, so nothing is created.
+    try:
+        await transport.declare(_only(replace(entity, check_only=True)))
+    except TopologyError as error:
+        words = str(error)
+        missing = "404" in words or "NOT_FOUND" in words
+        return Comparison(entity, EntityState.MISSING if missing else EntityState.REFUSED, words)
+    if entity.existing_first or entity.check_only:
+        return Comparison(entity, EntityState.EXISTS)
+    try:
+        await transport.declare(_only(entity))
+    except TopologyError as error:
+        return Comparison(entity, EntityState.DIFFERS, str(error))
+    return Comparison(entity, EntityState.EXISTS)
+
+
+def _only(entity: Exchange | Queue) -> Topology:
+    if isinstance(entity, Queue):
+        return Topology(queues=(entity,))
+    return Topology(exchanges=(entity,))

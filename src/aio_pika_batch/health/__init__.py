@@ -1,5 +1,5 @@
-"""Health endpoints of a process: /livez, /readyz, /metrics, /status."""
+"""Health endpoints of a process: `/livez`, `/readyz`, `/metrics` and `/status`."""
 
-from aio_pika_batch.health.server import LOOPBACK, HealthServer, endpoints
+from aio_pika_batch.health.server import HealthServer
 
-__all__ = ["LOOPBACK", "HealthServer", "endpoints"]
+__all__ = ["HealthServer"]

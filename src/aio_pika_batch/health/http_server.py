@@ -1,8 +1,8 @@
-"""How are probes answered? A server for GET and HEAD, and no more than that.
+"""A minimal HTTP server for health endpoints: GET and HEAD, one request per connection.
 
-On the event loop that it tells about, since one that is blocked must not be able to say that it is
-well: whoever asks runs into a time-out. One request for each connection; of a request nothing but
-its first line matters. What it may take, in bytes, seconds and connections, is bounded.
+It runs on the event loop whose health it reports. If that loop is blocked, the probe times out; a
+thread would still answer. It reads the first line of a request only, and its memory, time and
+connections are limited. Probes need no body, keep-alive or routing, so no server library is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_REQUEST = 8 * 1024
 """Bytes of a request line with its headers."""
 
 TIMEOUT = 5.0
-"""Seconds for a request to come in, and for its answer to go out."""
+"""Seconds to read a request and send its response."""
 
 MAX_CONNECTIONS = 64
 
@@ -30,7 +30,7 @@ PLAIN = "text/plain; charset=utf-8"
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """An answer."""
+    """An HTTP response."""
 
     status: HTTPStatus
     body: str
@@ -38,11 +38,11 @@ class Response:
 
 
 Answer = Callable[[str], Response | None]
-"""Given a path, the answer; None where there is nothing."""
+"""Returns the response for a path; None if there is none."""
 
 
 def respond(head: bytes, answer: Answer) -> bytes:
-    """Answer a request.
+    """Return the response to a request as bytes.
 
     Args:
         head: The request line and the headers.
@@ -50,18 +50,20 @@ def respond(head: bytes, answer: Answer) -> bytes:
     with_body = True
     parts = head.split(b"\r\n", 1)[0].split(b" ")
     if len(parts) != 3 or not parts[1].startswith(b"/") or not parts[2].startswith(b"HTTP/1."):  # noqa: PLR2004  -- method, path, version
-        found = Response(HTTPStatus.BAD_REQUEST, "this is no request of HTTP/1\n")
+        found = Response(HTTPStatus.BAD_REQUEST, "not an HTTP/1 request\n")
     elif parts[0] not in (b"GET", b"HEAD"):
         found = Response(HTTPStatus.METHOD_NOT_ALLOWED, "GET and HEAD only\n")
     else:
         with_body = parts[0] == b"GET"
         path = parts[1].split(b"?")[0].decode("latin-1")
-        found = answer(path) or Response(HTTPStatus.NOT_FOUND, "there is nothing here\n")
+        found = answer(path) or Response(
+            HTTPStatus.NOT_FOUND, "not found; try /livez, /readyz, /status or /metrics\n"
+        )
     return render(found, with_body=with_body)
 
 
 def render(response: Response, *, with_body: bool = True) -> bytes:
-    """An answer as it goes over the wire."""
+    """Return a response as bytes."""
     body = response.body.encode()
     status = response.status
     lines = [
@@ -78,22 +80,21 @@ def render(response: Response, *, with_body: bool = True) -> bytes:
 
 
 class HttpServer:
-    """Answers while its context is open.
+    """Serves health endpoints while its context is open.
 
     Args:
-        port: 0 takes a free one, see `port`.
+        port: 0 picks a free port; read it from `port`.
 
     Attributes:
-        answer: What is answered, by path.
+        answer: Returns the response for a path.
 
     Raises:
-        ConfigurationError: There is no such port, or, when its context is entered, it cannot be
-            had.
+        ConfigurationError: The port is out of range, or, on entering the context, can't be used.
     """
 
     def __init__(self, answer: Answer, *, host: str, port: int) -> None:
         if not 0 <= port <= MAX_PORT:
-            raise ConfigurationError(f"health: the port must be in 0..{MAX_PORT}, not {port}")
+            raise ConfigurationError(f"health: the port must be 0 to {MAX_PORT}, not {port}")
         self.answer = answer
         self._host = host
         self._port = port
@@ -103,7 +104,7 @@ class HttpServer:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port that it listens on."""
         return self._port
 
     async def __aenter__(self) -> Self:
@@ -114,7 +115,7 @@ class HttpServer:
         except OSError as error:
             msg = (
                 f"health: cannot listen on {self._host}:{self._port} ({error.strerror or error});"
-                " choose another port, or stop what listens there"
+                " choose another port, or stop the program that uses it"
             )
             raise ConfigurationError(msg) from error
         self._port = self._server.sockets[0].getsockname()[1]
@@ -140,12 +141,12 @@ class HttpServer:
             async with asyncio.timeout(TIMEOUT):
                 writer.write(await self._reply(reader))
                 await writer.drain()
-                # A connection that is closed with something unread is reset, and its answer lost.
+                # Closing a connection with unread data resets it, and the response would be lost.
                 writer.write_eof()
                 while await reader.read(MAX_REQUEST):
                     pass
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
-            pass  # whoever asked has left, or is too slow
+            pass  # the client is gone, or too slow
         finally:
             self._writers.discard(writer)
             writer.transport.abort()

@@ -1,4 +1,4 @@
-"""What does `/metrics` answer? What prometheus-client has, if it is installed."""
+"""Answers `/metrics` with what prometheus-client has counted, if it is installed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from importlib.util import find_spec
 from aio_pika_batch.health.http_server import Response
 
 MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
-"""The variable that makes prometheus-client share what several processes count."""
+"""The variable that names a folder in which prometheus-client adds up several processes."""
 
 
 def has_prometheus() -> bool:
-    """Whether prometheus-client is installed."""
+    """Return whether prometheus-client is installed."""
     return find_spec("prometheus_client") is not None
 
 
 def metrics() -> Response:
-    """Everything that was counted, in Prometheus's text format; by all processes that share it."""
+    """Return all metrics in Prometheus's text format, added up if several processes share them."""
     if not has_prometheus():
         text = "no metrics: run pip install 'aio-pika-batch[prometheus]'\n"
         return Response(HTTPStatus.NOT_FOUND, text)

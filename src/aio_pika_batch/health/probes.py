@@ -1,7 +1,8 @@
-"""Is a program alive, is it ready, and how is it? Answers to probes, from snapshots.
+"""Answers liveness and readiness probes from status snapshots.
 
-Alive means: nobody holds a message past its deadline. A broker that is away is none of it, since a
-restart of the program would not bring it back. Ready means: connected, consuming, not draining.
+Live means that no worker holds a message longer than `stuck_after`. Ready means that every worker
+is connected, consumes and isn't draining. A missing broker makes a program unready, but not dead:
+a restart wouldn't bring the broker back, and every consumer would restart along with it.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ _READY = frozenset({WorkerState.CONSUMING, WorkerState.PROBING})
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """An answer.
+class ProbeResult:
+    """The result of a probe.
 
     Attributes:
-        reasons: Why not; empty if all is well.
+        reasons: Why the probe failed; empty if it didn't.
     """
 
     reasons: tuple[str, ...]
 
     @property
     def is_good(self) -> bool:
-        """Whether all is well."""
+        """Whether the probe succeeded."""
         return not self.reasons
 
 
-def liveness(statuses: Iterable[ConsumerStatus]) -> Verdict:
-    """Whether nobody is past a deadline; a restart helps where somebody is."""
-    return Verdict(
+def liveness(statuses: Iterable[ConsumerStatus]) -> ProbeResult:
+    """Return which consumers hold a message for too long; a restart helps those."""
+    return ProbeResult(
         tuple(
             f"{_name(status)}: a message has been held for {_oldest(status):.0f} s,"
             " longer than stuck_after"
@@ -43,9 +44,9 @@ def liveness(statuses: Iterable[ConsumerStatus]) -> Verdict:
     )
 
 
-def readiness(statuses: Iterable[ConsumerStatus]) -> Verdict:
-    """Whether every worker of every consumer takes messages."""
-    return Verdict(tuple(reason for status in statuses for reason in _unready(status)))
+def readiness(statuses: Iterable[ConsumerStatus]) -> ProbeResult:
+    """Return which workers of these consumers don't take messages."""
+    return ProbeResult(tuple(reason for status in statuses for reason in _unready(status)))
 
 
 def _unready(status: ConsumerStatus) -> Iterable[str]:
@@ -65,7 +66,7 @@ def _oldest(status: ConsumerStatus) -> float:
 
 
 def as_json(statuses: Sequence[ConsumerStatus]) -> list[dict[str, object]]:
-    """The snapshots as what JSON knows, without passwords."""
+    """Return the snapshots as values for JSON, with passwords masked."""
     consumers = [asdict(status) for status in statuses]
     for consumer in consumers:
         for worker in consumer["workers"]:

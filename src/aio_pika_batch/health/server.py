@@ -1,36 +1,36 @@
-"""How does a program show its health to whoever runs it?"""
+"""Serves the health endpoints of the consumers in a process."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Protocol
 
 from aio_pika_batch.health.http_server import HttpServer, Response
 from aio_pika_batch.health.metrics import metrics
-from aio_pika_batch.health.probes import Verdict, as_json, liveness, readiness
+from aio_pika_batch.health.probes import ProbeResult, as_json, liveness, readiness
 from aio_pika_batch.status import ConsumerStatus
 
 LOOPBACK = "127.0.0.1"
 
 
 class HasStatus(Protocol):
-    """A consumer, as far as it matters here."""
+    """What the server needs of a consumer."""
 
     def status(self) -> ConsumerStatus:
-        """A snapshot."""
+        """Return a snapshot."""
         ...
 
 
 class HealthServer(HttpServer):
     """Serves `/livez`, `/readyz`, `/metrics` and `/status` while its context is open.
 
-    `/livez` fails with 503 if a worker has held a message for longer than `stuck_after`, and does
-    not care whether the broker is there. `/readyz` fails with 503 unless every worker consumes.
-    Both say why. `/metrics` is Prometheus's text format, and needs prometheus-client. `/status` is
-    JSON, without passwords.
+    `/livez` returns 503 if a worker holds a message longer than `stuck_after`, whether or not the
+    broker is available. `/readyz` returns 503 unless every worker consumes. Both give the reason.
+    `/metrics` returns Prometheus's text format and needs prometheus-client. `/status` returns JSON
+    with passwords masked.
 
     Example::
 
@@ -38,13 +38,12 @@ class HealthServer(HttpServer):
             await consumer.run()
 
     Args:
-        *consumers: One, or several that run in this process.
-        host: Who may ask: by default, programs on this machine only.
-        port: 0 takes a free one; `port` tells which.
+        *consumers: The consumers that run in this process.
+        host: Address to listen on. By default only programs on this machine can connect.
+        port: 0 picks a free port; read it from `port`.
 
     Raises:
-        ConfigurationError: There is no such port, or, when its context is entered, it cannot be
-            had.
+        ConfigurationError: The port is out of range, or, on entering the context, can't be used.
     """
 
     def __init__(self, *consumers: HasStatus, port: int, host: str = LOOPBACK) -> None:
@@ -66,19 +65,19 @@ class HealthServer(HttpServer):
 
 def endpoints(
     *,
-    livez: Callable[[], Verdict],
-    readyz: Callable[[], Verdict],
+    livez: Callable[[], ProbeResult],
+    readyz: Callable[[], ProbeResult],
     status: Callable[[], Mapping[str, object]],
     metrics: Callable[[], Response],
 ) -> Callable[[str], Response | None]:
-    """Answer what is asked for by its path."""
+    """Return the function that answers each path."""
 
     def answer(path: str) -> Response | None:
         match path:
             case "/livez":
-                return _told(livez())
+                return _response(livez())
             case "/readyz":
-                return _told(readyz())
+                return _response(readyz())
             case "/status":
                 text = json.dumps(status(), indent=2) + "\n"
                 return Response(HTTPStatus.OK, text, "application/json")
@@ -90,11 +89,8 @@ def endpoints(
     return answer
 
 
-def _told(verdict: Verdict) -> Response:
-    if verdict.is_good:
+def _response(result: ProbeResult) -> Response:
+    if result.is_good:
         return Response(HTTPStatus.OK, "ok\n")
-    return Response(HTTPStatus.SERVICE_UNAVAILABLE, _lines(verdict.reasons))
-
-
-def _lines(reasons: Iterable[str]) -> str:
-    return "".join(f"{reason}\n" for reason in reasons)
+    text = "".join(f"{reason}\n" for reason in result.reasons)
+    return Response(HTTPStatus.SERVICE_UNAVAILABLE, text)

@@ -1,4 +1,4 @@
-"""Is the command line quick to answer, and does it say what is missing?"""
+"""Tests of the command line itself: help, exit codes, and what a process is started with."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import sys
 import pytest
 
 from aio_pika_batch import cli
-from aio_pika_batch.cli.app import run_app
-from aio_pika_batch.cli.exits import Exit, exit_of, exit_of_all
-from aio_pika_batch.cli.options import Work
-from aio_pika_batch.cli.supervisor import _how
-from aio_pika_batch.cli.targets import Loading
+from aio_pika_batch.cli.app import Exit, exit_code, exit_code_of_all, print_error, run_app
+from aio_pika_batch.cli.supervisor import describe_exit
+from aio_pika_batch.cli.targets import TargetOptions
+from aio_pika_batch.cli.worker_process import ProcessOptions
 from aio_pika_batch.errors import (
     AccessRefused,
     BrokerUnavailable,
@@ -23,7 +22,7 @@ from aio_pika_batch.errors import (
 
 
 def test_help_imports_no_client_and_no_consumer():
-    """Nor what settings are made of: it has to be quick."""
+    """Nor pydantic: it must be quick."""
     story = (
         "import sys\n"
         "from aio_pika_batch.cli.app import run_app\n"
@@ -35,18 +34,18 @@ def test_help_imports_no_client_and_no_consumer():
     assert set() == imported & {"aio_pika", "aiormq", "pamqp", "pydantic", "prometheus_client"}
 
 
-def test_without_its_extra_it_says_what_to_install(monkeypatch, capsys):
-    """In a line, with exit code 2."""
+def test_without_the_extra_an_error_names_the_command_to_install_it(monkeypatch, capsys):
+    """On one line, with exit code 2."""
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "cyclopts" else object())
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert 2 == ended.value.code
-    told = capsys.readouterr().err
-    assert "cyclopts not found" in told
-    assert "pip install 'aio-pika-batch[cli]'" in told
+    errors = capsys.readouterr().err
+    assert "cyclopts not found" in errors
+    assert "pip install 'aio-pika-batch[cli]'" in errors
 
 
-def test_the_version_is_told(capsys):
+def test_version_is_printed(capsys):
     """The installed one."""
     assert 0 == run_app(["--version"])
     assert capsys.readouterr().out.strip()
@@ -64,24 +63,24 @@ def test_the_version_is_told(capsys):
         (RuntimeError("x"), 1),
     ],
 )
-def test_the_exit_code_says_whose_fault_it_was(error, code):
-    """The world's, the configuration's, or the code's."""
-    assert code == exit_of(error)
+def test_exit_code_tells_configuration_connection_and_crash_apart(error, code):
+    """2, 3 and 1."""
+    assert code == exit_code(error)
 
 
-def test_of_several_errors_a_crash_counts_most():
-    """A restart might help then; of none at all, all went well."""
+def test_exit_code_of_several_errors_is_that_of_a_crash_if_there_was_one():
+    """A restart may help after a crash. Without errors it is 0."""
     several = [AccessRefused("x"), ConfigurationError("x")]
-    assert Exit.USAGE is exit_of_all(several)
-    assert Exit.FAILED is exit_of_all([*several, RuntimeError()])
-    assert Exit.OK is exit_of_all([])
+    assert Exit.USAGE is exit_code_of_all(several)
+    assert Exit.FAILED is exit_code_of_all([*several, RuntimeError()])
+    assert Exit.OK is exit_code_of_all([])
 
 
-def test_work_survives_its_way_to_another_process(tmp_path):
-    """With everything that was asked for."""
-    work = Work(
+def test_process_options_survive_json(tmp_path):
+    """All of them arrive in the other process."""
+    options = ProcessOptions(
         targets=("shop:a", "shop:b"),
-        loading=Loading(
+        loading=TargetOptions(
             app_dir=tmp_path, env_file=tmp_path / ".env", factory=True, url="memory://"
         ),
         workers=3,
@@ -91,14 +90,22 @@ def test_work_survives_its_way_to_another_process(tmp_path):
         loop="asyncio",
         has_metrics=True,
     )
-    assert work == Work.from_json(work.to_json())
-    assert Work(targets=("shop:a",)) == Work.from_json(Work(targets=("shop:a",)).to_json())
+    assert options == ProcessOptions.from_json(options.to_json())
+    assert ProcessOptions(targets=("shop:a",)) == ProcessOptions.from_json(
+        ProcessOptions(targets=("shop:a",)).to_json()
+    )
 
 
 @pytest.mark.parametrize(
     ("code", "words"),
     [(0, "with exit code 0"), (7, "with exit code 7"), (-9, "by SIGKILL"), (-99, "by signal 99")],
 )
-def test_an_exit_code_is_told_in_words(code, words):
-    """Also that of a signal without a name."""
-    assert words == _how(code)
+def test_describe_exit_names_the_code_or_the_signal(code, words):
+    """Also a signal without a name."""
+    assert words == describe_exit(code)
+
+
+def test_an_error_is_printed_without_control_characters(capsys):
+    """It may contain the broker's words; its line breaks stay."""
+    print_error("first\x1b[31m\nsecond")
+    assert "aio-pika-batch: first\\x1b[31m\nsecond\n" == capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Does the demo count right, draw within its width, and notice when the books do not balance?"""
+"""Tests of the demo: its counters, its dashboard, and the check of its counts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from aio_pika_batch import MessageResult
-from aio_pika_batch.cli.demo.books import balance
-from aio_pika_batch.cli.demo.command import check
-from aio_pika_batch.cli.demo.dashboard import Dashboard, sparkline, what_it_does
-from aio_pika_batch.cli.demo.figures import Figures, Rate
-from aio_pika_batch.cli.demo.load import Kind, Stream, number_of
-from aio_pika_batch.cli.demo.pipeline import Load, Pipeline
+from aio_pika_batch.cli.demo.command import check_options, dashboard
+from aio_pika_batch.cli.demo.dashboard import Dashboard, describe_activity, sparkline
+from aio_pika_batch.cli.demo.orders import OrderKind, OrderStream, check_counts, number_of
+from aio_pika_batch.cli.demo.pipeline import DemoOptions, Pipeline
+from aio_pika_batch.cli.demo.stats import PipelineStats, Rate
 from aio_pika_batch.core.batcher import Trigger
 from aio_pika_batch.core.results import Cause
 from aio_pika_batch.errors import ConfigurationError
@@ -28,7 +27,7 @@ ORIGIN = Origin("Orders", "orders", 0)
 
 
 def worker(state: WorkerState = WorkerState.CONSUMING, **counts: int) -> WorkerStatus:
-    """A worker as it may be."""
+    """The status of a worker."""
     given = {"buffered": 0, "in_hand": 0, "held": 0, **counts}
     return WorkerStatus(
         index=0,
@@ -41,12 +40,12 @@ def worker(state: WorkerState = WorkerState.CONSUMING, **counts: int) -> WorkerS
     )
 
 
-# --- figures --------------------------------------------------------------------
+# --- statistics ------------------------------------------------------------------
 
 
 @given(st.lists(st.tuples(st.floats(0, 50), st.integers(0, 9))))
-def test_a_rate_counts_each_second(added: list[tuple[float, int]]) -> None:
-    """What fell into a whole second is its count."""
+def test_rate_counts_per_second(added: list[tuple[float, int]]) -> None:
+    """Each whole second has the sum of what was added in it."""
     rate = Rate()
     for moment, count in sorted(added):
         rate.add(count, moment)
@@ -55,8 +54,8 @@ def test_a_rate_counts_each_second(added: list[tuple[float, int]]) -> None:
     assert expected == rate.past(51.0, 51)
 
 
-def test_a_second_that_is_not_over_does_not_count() -> None:
-    """It would always be too little."""
+def test_rate_leaves_out_the_current_second() -> None:
+    """Its count isn't complete yet."""
     rate = Rate()
     rate.add(5, 10.1)
 
@@ -64,45 +63,45 @@ def test_a_second_that_is_not_over_does_not_count() -> None:
     assert [5] == rate.past(11.0, 1)
 
 
-def test_an_observer_counts_what_it_is_told() -> None:
+def test_stats_count_events() -> None:
     """Batches by trigger, results by name, lost connections."""
-    figures = Figures(lambda: 3.0)
-    figures.connected(ORIGIN, Connected(1))
-    figures.batch_cut(ORIGIN, BatchCut([make_message(b"")] * 4, Trigger.SIZE, 0.1))
-    figures.settled(
+    stats = PipelineStats(lambda: 3.0)
+    stats.connected(ORIGIN, Connected(1))
+    stats.batch_cut(ORIGIN, BatchCut([make_message(b"")] * 4, Trigger.SIZE, 0.1))
+    stats.settled(
         ORIGIN,
         Settled({(MessageResult.ACK, Cause.HANDLER): 3, (None, Cause.SHUTDOWN): 1}, 0.01),
     )
-    figures.lost(ORIGIN, Lost(1, OSError()))
+    stats.lost(ORIGIN, Lost(1, OSError()))
 
-    stage = figures.stage("Orders")
+    stage = stats.stage("Orders")
     assert {"size": 1} == stage.triggers
     assert {"ACK": 3, "returned": 1} == stage.settled
-    assert 4.0 == stage.fill
-    assert 1 == stage.losses
+    assert 4.0 == stage.batch_size
+    assert 1 == stage.lost_connections
     assert [4] == stage.rate.past(4.0, 1)
 
 
-def test_latency_is_known_once_two_have_arrived() -> None:
+def test_latency_is_known_after_two_arrivals() -> None:
     """Median, 95 %, worst."""
-    figures = Figures(lambda: 0.0)
-    figures.arrived(1.0)
-    assert figures.latency is None
+    stats = PipelineStats(lambda: 0.0)
+    stats.arrived(1.0)
+    assert stats.latency is None
 
     for each in range(100):
-        figures.arrived(each / 100)
-    assert figures.latency is not None
-    assert (0.5, 1.0) == (round(figures.latency.median, 1), figures.latency.worst)
+        stats.arrived(each / 100)
+    assert stats.latency is not None
+    assert (0.5, 1.0) == (round(stats.latency.median, 1), stats.latency.worst)
 
 
-# --- the picture ----------------------------------------------------------------
+# --- dashboard -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("counts", "drawn"), [([], ""), ([0, 0], "  "), ([0, 4, 8], " ▄█"), ([1, 1000], "▁█")]
 )
-def test_a_sparkline_shows_the_least_as_more_than_nothing(counts: list[int], drawn: str) -> None:
-    """Only zero is a blank."""
+def test_sparkline_draws_a_bar_for_every_count_above_zero(counts: list[int], drawn: str) -> None:
+    """Only 0 is blank."""
     assert drawn == sparkline(counts)
 
 
@@ -116,9 +115,9 @@ def test_a_sparkline_shows_the_least_as_more_than_nothing(counts: list[int], dra
         (worker(WorkerState.WAITING, buffered=3), "waiting"),
     ],
 )
-def test_a_worker_does_one_thing(status: WorkerStatus, word: str) -> None:
-    """The most telling one."""
-    assert word == what_it_does(status)
+def test_activity_of_a_worker_is_the_furthest_step(status: WorkerStatus, word: str) -> None:
+    """Handling before holding before collecting."""
+    assert word == describe_activity(status)
 
 
 @given(
@@ -129,9 +128,9 @@ def test_a_worker_does_one_thing(status: WorkerStatus, word: str) -> None:
 def test_no_line_is_wider_than_the_terminal(
     width: int, states: list[WorkerState], count: int
 ) -> None:
-    """Whatever is on the board."""
-    figures = Figures(lambda: 100.0)
-    stage = figures.stage("Orders")
+    """Whatever the counts."""
+    stats = PipelineStats(lambda: 100.0)
+    stage = stats.stage("Orders")
     for result in ("ACK", "NACK", "REQUEUE", "REQUEUE_IMMEDIATE", "returned"):
         stage.settled[result] = count
     for reason in ("rejected", "exhausted", "handler-error", "undecodable"):
@@ -140,7 +139,7 @@ def test_no_line_is_wider_than_the_terminal(
     workers = tuple(worker(state, in_hand=count) for state in states)
     status = ConsumerStatus("Orders", "orders", True, True, workers)
     board = Dashboard(
-        "aio-pika-batch", figures, {"Orders": 50, "Invoices": 100}, {"Orders": status}, "foot"
+        "aio-pika-batch", stats, {"Orders": 50, "Invoices": 100}, {"Orders": status}, "foot"
     )
     output = io.StringIO()
     Console(file=output, width=width, force_terminal=False).print(board)
@@ -150,15 +149,15 @@ def test_no_line_is_wider_than_the_terminal(
     assert "Invoices" in output.getvalue()
 
 
-# --- the books ------------------------------------------------------------------
+# --- final check -----------------------------------------------------------------
 
-DRAWN = Counter({Kind.GOOD: 90, Kind.BAD: 3, Kind.FLAKY: 6, Kind.HOPELESS: 1})
+DRAWN = Counter({OrderKind.GOOD: 90, OrderKind.BAD: 3, OrderKind.FLAKY: 6, OrderKind.HOPELESS: 1})
 REASONS = Counter(undecodable=3, exhausted=1)
 INVOICES = Counter(range(96))
 DEAD = Counter(range(96, 100))
 
 
-def is_balanced(
+def is_ok(
     invoices: Counter[int] = INVOICES,
     dead: Counter[int] = DEAD,
     reasons: Counter[str] = REASONS,
@@ -166,74 +165,72 @@ def is_balanced(
     retries: int = 15,
     lost: int = 0,
 ) -> bool:
-    """Whether all rows are."""
-    rows = balance(
+    """Whether all counts match."""
+    checks = check_counts(
         DRAWN, invoices, dead, reasons, retries=retries, attempts=3, lost_connections=lost
     )
-    return all(row.is_balanced for row in rows)
+    return all(each.is_ok for each in checks)
 
 
-def test_books_balance_when_everything_came_to_its_end_once() -> None:
+def test_counts_match_if_every_order_finished_once() -> None:
     """96 invoices, 4 dead letters, 2 × 6 + 3 × 1 retries."""
-    assert is_balanced()
+    assert is_ok()
 
 
-def test_a_lost_order_is_noticed() -> None:
-    """Be a connection lost or not."""
-    assert not is_balanced(invoices=Counter(range(95)))
-    assert not is_balanced(invoices=Counter(range(95)), lost=1)
+def test_a_lost_order_fails_the_check() -> None:
+    """Even if a connection was lost."""
+    assert not is_ok(invoices=Counter(range(95)))
+    assert not is_ok(invoices=Counter(range(95)), lost=1)
 
 
-def test_a_repetition_is_noticed_unless_a_connection_was_lost() -> None:
-    """Then it is what at-least-once means."""
+def test_a_repeated_order_fails_the_check_unless_a_connection_was_lost() -> None:
+    """Then at-least-once delivery allows it."""
     twice = Counter({**INVOICES, 7: 2})
-    assert not is_balanced(invoices=twice)
-    assert is_balanced(invoices=twice, lost=1)
+    assert not is_ok(invoices=twice)
+    assert is_ok(invoices=twice, lost=1)
 
 
-def test_a_retry_too_many_is_noticed_unless_a_connection_was_lost() -> None:
-    """The same."""
-    assert not is_balanced(retries=16)
-    assert is_balanced(retries=16, lost=1)
-    assert not is_balanced(retries=14, lost=1)
+def test_an_extra_retry_fails_the_check_unless_a_connection_was_lost() -> None:
+    """A missing retry always fails it."""
+    assert not is_ok(retries=16)
+    assert is_ok(retries=16, lost=1)
+    assert not is_ok(retries=14, lost=1)
 
 
-# --- the load -------------------------------------------------------------------
+# --- orders and options ----------------------------------------------------------
 
 
-def test_a_stream_is_the_same_for_the_same_seed() -> None:
-    """And each order tells its number, whether it is JSON or not."""
-    bodies = Stream(7).take(500, 0.0)
+def test_orders_are_the_same_for_the_same_seed() -> None:
+    """The number can be read from every body, whether it is JSON or not."""
+    bodies = OrderStream(7).take(500, 0.0)
 
-    assert bodies == Stream(7).take(500, 0.0)
+    assert bodies == OrderStream(7).take(500, 0.0)
     assert list(range(500)) == [number_of(body) for body in bodies]
 
 
 @pytest.mark.parametrize(
-    ("load", "words"),
+    ("options", "words"),
     [
-        (Load(rate=0), "--rate: must be more than 0, not 0"),
-        (Load(seconds=-1), "--seconds: must be more than 0, not -1"),
-        (Load(batch_size=0), "--batch-size: must be more than 0"),
-        (Load(workers=0), "--workers: must be more than 0"),
+        (DemoOptions(rate=0), "--rate: must be greater than 0, not 0"),
+        (DemoOptions(seconds=-1), "--seconds: must be greater than 0, not -1"),
+        (DemoOptions(batch_size=0), "--batch-size: must be greater than 0"),
+        (DemoOptions(workers=0), "--workers: must be greater than 0"),
     ],
 )
-def test_a_load_that_is_none_is_refused(load: Load, words: str) -> None:
-    """With the option's name."""
+def test_invalid_options_are_refused(options: DemoOptions, words: str) -> None:
+    """The error names the option."""
     with pytest.raises(ConfigurationError, match=words):
-        check("memory://", load)
+        check_options("memory://", options)
 
 
-def test_chaos_is_for_a_broker_in_memory() -> None:
-    """Nobody's real connections are cut."""
+def test_chaos_needs_a_broker_in_memory() -> None:
+    """Connections to a real broker are never cut."""
     with pytest.raises(ConfigurationError, match="leave out --url"):
-        check("amqp://localhost", Load(chaos=True))
+        check_options("amqp://localhost", DemoOptions(chaos=True))
 
 
-def test_a_password_is_not_on_the_board() -> None:
+def test_the_dashboard_shows_no_password() -> None:
     """The URL is masked."""
-    from aio_pika_batch.cli.demo.show import dashboard
-
-    board = dashboard(Pipeline("amqp://u:secret@h/", Load()))
+    board = dashboard(Pipeline("amqp://u:secret@h/", DemoOptions()))
 
     assert "secret" not in board.title

@@ -1,4 +1,4 @@
-"""What does a process that was started on the command line log, and in which form?"""
+"""Tests of how the command line configures logging."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit.shell.test_logging import Odd
 
 
 class Terminal(io.StringIO):
-    """Looks like one."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self):
         return True
@@ -27,10 +27,10 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(autouse=True)
 def as_before():
-    """Whatever a test configures is gone after it."""
+    """Restore the logging configuration after each test."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    root.handlers[:] = []  # pytest's own are not to be closed by us
+    root.handlers[:] = []  # pytest's handlers must not be closed
     structlog.reset_defaults()
     yield
     root.handlers[:] = handlers
@@ -43,17 +43,17 @@ def as_before():
 
 @pytest.fixture
 def log():
-    """The library's."""
+    """A logger of the library."""
     return KeywordLogger(logging.getLogger("aio_pika_batch.test"), queue="jobs")
 
 
 def lines(stream):
-    """Each line that was written, read as JSON."""
+    """Return each written line, decoded from JSON."""
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
 def test_json_has_the_event_and_each_keyword_as_a_key(log):
-    """So that a search needs no regular expression."""
+    """A search needs no regular expression."""
     configure_logging("info", "json", stream=(out := io.StringIO()))
     log.info("consuming", worker=1, epoch=2)
     [line] = lines(out)
@@ -68,7 +68,7 @@ def test_json_has_the_event_and_each_keyword_as_a_key(log):
     } == line
 
 
-def test_json_has_the_traceback_in_its_line(log):
+def test_json_has_the_traceback_on_the_same_line(log):
     """One event, one line."""
     configure_logging(format="json", stream=(out := io.StringIO()))
     log.error("a batch failed", exc_info=KeyError("x"))
@@ -76,8 +76,8 @@ def test_json_has_the_traceback_in_its_line(log):
     assert "KeyError: 'x'" in line["exception"]
 
 
-def test_json_writes_whatever_it_is_given(log):
-    """What has no form in JSON is written as text; nothing that is logged can fail."""
+def test_json_writes_any_value(log):
+    """What JSON doesn't support becomes text, and no value makes logging fail."""
     configure_logging(format="json", stream=(out := io.StringIO()))
     log.warning("odd", what={1}, worse=Odd(), text="ä %s")
     logging.getLogger("mine").warning("said %s", "so", extra={"shelf": 3})
@@ -88,8 +88,8 @@ def test_json_writes_whatever_it_is_given(log):
     assert ("said so", 3, "mine") == (second["event"], second["shelf"], second["logger"])
 
 
-def test_the_console_has_a_line_for_readers(log):
-    """With the context behind the event, and no colours where nobody sees them."""
+def test_the_console_format_is_a_line_of_text(log):
+    """With the context behind the event, and without colours outside a terminal."""
     configure_logging("INFO", "console", stream=(out := io.StringIO()))
     log.info("consuming", worker=1)
     log.debug("nobody asked for this")
@@ -115,8 +115,8 @@ def test_a_terminal_gets_the_console(log, monkeypatch, with_rich):
     assert with_rich is (type(logging.getLogger().handlers[0]).__name__ == "RichHandler")
 
 
-def test_elsewhere_auto_means_json(log):
-    """A container's output is read by programs first."""
+def test_auto_is_json_outside_a_terminal(log):
+    """As in a container."""
     configure_logging(stream=(out := io.StringIO()))
     log.info("consuming")
     assert ["consuming"] == [line["event"] for line in lines(out)]
@@ -124,7 +124,7 @@ def test_elsewhere_auto_means_json(log):
 
 @pytest.mark.parametrize("form", ["console", "json"])
 def test_no_password_is_written(log, form):
-    """Not even one in somebody else's line or traceback."""
+    """Not even one in another library's line or traceback."""
     configure_logging("debug", form, stream=(out := io.StringIO()))
     url = "amqp://me:hunter2@host:5672/vhost"
     logging.getLogger("other").warning("cannot reach %s", url)
@@ -133,8 +133,8 @@ def test_no_password_is_written(log, form):
     assert "amqp://me:***@host:5672/vhost" in out.getvalue()
 
 
-def test_client_libraries_are_heard_from_warnings_on():
-    """Whatever the level: what they do is told by our own lines."""
+def test_client_libraries_are_logged_from_warning_on():
+    """Whatever the level: the library logs the same events itself."""
     configure_logging("debug", "json", stream=(out := io.StringIO()))
     logging.getLogger("aiormq.connection").debug("a frame")
     logging.getLogger("aiormq.connection").warning("a warning")
@@ -142,7 +142,7 @@ def test_client_libraries_are_heard_from_warnings_on():
 
 
 def test_warnings_are_logged():
-    """Python's own, as everything else."""
+    """Those of the module warnings."""
     configure_logging(format="json", stream=(out := io.StringIO()))
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -152,8 +152,8 @@ def test_warnings_are_logged():
     assert ["py.warnings"] == [line["logger"] for line in lines(out)]
 
 
-def test_structlog_comes_out_alike():
-    """Where a user's code writes to it, and has not configured it."""
+def test_structlog_writes_to_the_same_handler():
+    """If the user's code hasn't configured it."""
     configure_logging(format="json", stream=(out := io.StringIO()))
     mine = structlog.get_logger("mine").bind(order=1)
     mine.info("stored", name="x")
@@ -170,7 +170,7 @@ def test_structlog_comes_out_alike():
 
 
 def test_a_configured_structlog_is_left_alone():
-    """Its user has other plans."""
+    """The user has chosen its processors."""
     processors = [structlog.processors.JSONRenderer()]
     structlog.configure(processors=processors)
     configure_logging(stream=io.StringIO())
@@ -178,14 +178,14 @@ def test_a_configured_structlog_is_left_alone():
 
 
 def test_structlog_is_not_needed(monkeypatch):
-    """Without it, there is nothing to take in."""
+    """Without it, logging works all the same."""
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     configure_logging(stream=Terminal())
     assert not structlog.is_configured()
 
 
-def test_structlogs_own_formatter_sees_the_keywords(log):
-    """Who formats all logs by structlog gets ours as events with keys."""
+def test_structlogs_formatter_gets_the_keywords(log):
+    """The library's records are events with keys for it."""
     structlog_formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[structlog.stdlib.ExtraAdder()],
         processors=[
@@ -201,10 +201,10 @@ def test_structlogs_own_formatter_sees_the_keywords(log):
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "expected"),
     [(("loud",), "log level 'loud'"), (("info", "xml"), "log format 'xml'")],
 )
-def test_nonsense_is_refused(given, told):
-    """With what there is."""
-    with pytest.raises(ConfigurationError, match=told):
+def test_an_unknown_level_or_format_is_refused(given, expected):
+    """The error lists the valid ones."""
+    with pytest.raises(ConfigurationError, match=expected):
         configure_logging(*given)

@@ -1,4 +1,4 @@
-"""Which consumer does `module:attribute` name, and what is said where it names none?"""
+"""Tests of loading a consumer by `module:attribute`, and of the errors for a wrong target."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from aio_pika_batch import ConfigurationError
 from aio_pika_batch.cli.app import run_app
-from aio_pika_batch.cli.targets import Loading, load
+from aio_pika_batch.cli.targets import TargetOptions, load
 
 SHOP = """
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
@@ -39,8 +39,8 @@ number = 7
 
 
 @pytest.fixture
-def shop(tmp_path, monkeypatch) -> Loading:
-    """A folder with modules that name consumers, and some that fail."""
+def shop(tmp_path, monkeypatch) -> TargetOptions:
+    """A folder with modules of consumers, and some that fail."""
     modules = {
         "shop": SHOP,
         "broken": "x = 1\n1 / 0\n",
@@ -52,45 +52,45 @@ def shop(tmp_path, monkeypatch) -> Loading:
         (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    yield Loading(app_dir=tmp_path)
+    yield TargetOptions(app_dir=tmp_path)
     for name in modules:
         sys.modules.pop(name, None)
 
 
-def test_an_instance_is_taken_as_it_is(shop):
-    """Dotted attributes are followed."""
+def test_the_target_may_be_an_instance(shop):
+    """Also a dotted attribute."""
     assert "orders" == load("shop:importer", shop).settings.queue_name
     assert "corner" == load("shop:Corner.importer", shop).settings.queue_name
 
 
 def test_a_class_takes_its_settings_from_the_environment(shop, monkeypatch):
-    """As everywhere else."""
+    """It is called without arguments."""
     monkeypatch.setenv("AIO_PIKA_BATCH_QUEUE_NAME", "refunds")
     monkeypatch.setenv("AIO_PIKA_BATCH_URL", "memory://")
     assert "refunds" == load("shop:Importer", shop).settings.queue_name
 
 
 def test_a_factory_is_called(shop):
-    """With --factory only."""
-    made = load("shop:make", Loading(app_dir=shop.app_dir, factory=True))
+    """With --factory."""
+    made = load("shop:make", TargetOptions(app_dir=shop.app_dir, factory=True))
     assert "orders" == made.settings.queue_name
 
 
-def test_an_env_file_fills_the_environment_and_replaces_nothing(shop, monkeypatch):
-    """What is set already was set by somebody who knew."""
+def test_an_env_file_adds_variables_and_keeps_those_that_are_set(shop, monkeypatch):
+    """A variable in the environment takes precedence."""
     monkeypatch.setenv("AIO_PIKA_BATCH_URL", "memory://mine")
     monkeypatch.delenv("AIO_PIKA_BATCH_QUEUE_NAME", raising=False)
     file = shop.app_dir / "production.env"
     file.write_text("AIO_PIKA_BATCH_QUEUE_NAME=filed\nAIO_PIKA_BATCH_URL=memory://filed\n")
-    made = load("shop:Importer", Loading(app_dir=shop.app_dir, env_file=file))
+    made = load("shop:Importer", TargetOptions(app_dir=shop.app_dir, env_file=file))
     assert ("filed", "memory://mine") == (made.settings.queue_name, made.settings.url)
 
 
-def test_what_is_given_replaces_settings_and_the_rest_stays(shop):
-    """Whether they came from code or from the environment; None is nothing."""
+def test_options_replace_settings(shop):
+    """None keeps a setting, and so do settings without an option."""
     made = load(
         "shop:importer",
-        Loading(app_dir=shop.app_dir, url="memory://other"),
+        TargetOptions(app_dir=shop.app_dir, url="memory://other"),
         num_workers=3,
         shutdown_timeout=None,
     )
@@ -104,51 +104,51 @@ def test_what_is_given_replaces_settings_and_the_rest_stays(shop):
 
 
 @pytest.mark.parametrize(
-    ("target", "said"),
+    ("target", "expected"),
     [
         ("no_such:Importer", "no module 'no_such' in"),
-        ("shop", "as shop:Importer or shop:importer"),
-        ("empty", "it has no consumers yet"),
-        ("shop:", "as shop:Importer or shop:importer"),
+        ("shop", "shop:Importer or shop:importer"),
+        ("empty", "the module has no consumers yet"),
+        ("shop:", "shop:Importer or shop:importer"),
         ("shop:Importr", "did you mean 'Importer'? consumers in shop: Importer, importer"),
-        ("shop:Corner.office", "no 'office' there"),
-        ("shop:make", "is no consumer, but a function; if it returns one, add --factory"),
-        ("shop:number", "is no consumer, but an int"),
-        ("shop:Corner", "is a class, but no BatchConsumer and no Consumer"),
+        ("shop:Corner.office", "there is no 'office'"),
+        ("shop:make", "is a function, not a consumer; if it returns one, add --factory"),
+        ("shop:number", "is an int, not a consumer"),
+        ("shop:Corner", "is a class, but not a BatchConsumer or Consumer"),
         ("broken:x", "broken.py:2: ZeroDivisionError: division by zero"),
         ("lacking:x", "lacking.py:1: No module named 'no_such_module'"),
         ("unparsable:x", "unparsable.py, line 1"),
-        ("shop.py:importer", "'shop.py' is no module's name"),
-        ("./shop:importer", "'./shop' is no module's name"),
-        (":importer", "'' is no module's name"),
+        ("shop.py:importer", "'shop.py' is not a module name"),
+        ("./shop:importer", "'./shop' is not a module name"),
+        (":importer", "'' is not a module name"),
     ],
 )
-def test_a_wrong_target_is_told_in_one_line_and_ends_with_2(shop, capsys, target, said):
-    """What is wrong, where, and what is there instead."""
+def test_a_wrong_target_is_an_error_on_one_line(shop, capsys, target, expected):
+    """It says what is wrong, where, and what was found instead; the exit code is 2."""
     assert 2 == run_app(["run", target, "--app-dir", str(shop.app_dir)])
-    told = capsys.readouterr()
-    assert "" == told.out
-    assert said in told.err
-    assert 1 == told.err.count("\n")
+    captured = capsys.readouterr()
+    assert "" == captured.out
+    assert expected in captured.err
+    assert 1 == captured.err.count("\n")
 
 
 @pytest.mark.parametrize(
-    ("target", "said"),
+    ("target", "expected"),
     [
-        ("shop:make_later", "returned no consumer, but a coroutine"),
+        ("shop:make_later", "returned a coroutine, not a consumer"),
         ("shop:fail", "RuntimeError: the shop is closed"),
-        ("shop:number", "is no factory, but an int"),
-        ("shop:importer", "is a consumer, no factory"),
+        ("shop:number", "is an int, not a factory"),
+        ("shop:importer", "is a consumer, not a factory"),
     ],
 )
-def test_a_wrong_factory_is_told_too(shop, target, said):
-    """Also one that fails."""
-    with pytest.raises(ConfigurationError, match=said):
-        load(target, Loading(app_dir=shop.app_dir, factory=True))
+def test_a_wrong_factory_is_an_error(shop, target, expected):
+    """Also one that raises."""
+    with pytest.raises(ConfigurationError, match=expected):
+        load(target, TargetOptions(app_dir=shop.app_dir, factory=True))
 
 
-def test_a_wrong_setting_is_told_with_its_variable(shop, monkeypatch, capsys):
-    """Where to mend it."""
+def test_an_invalid_setting_is_reported_with_its_variable(shop, monkeypatch, capsys):
+    """The error says what to set."""
     monkeypatch.delenv("AIO_PIKA_BATCH_QUEUE_NAME", raising=False)
     monkeypatch.chdir(shop.app_dir)  # away from any .env
     assert 2 == run_app(["run", "shop:Importer"])
@@ -156,7 +156,7 @@ def test_a_wrong_setting_is_told_with_its_variable(shop, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["run"], "TARGET"),
         (["run", "shop:importer", "--workers", "many"], "--workers"),
@@ -168,17 +168,17 @@ def test_a_wrong_setting_is_told_with_its_variable(shop, monkeypatch, capsys):
         (["rnu"], "rnu"),
     ],
 )
-def test_wrong_usage_ends_with_2_and_no_traceback(shop, monkeypatch, capsys, arguments, said):
-    """Whoever is to mend it: the one who types, or the one who configures."""
+def test_wrong_usage_exits_with_2_and_no_traceback(shop, monkeypatch, capsys, arguments, expected):
+    """Wrong options and wrong settings alike."""
     monkeypatch.chdir(shop.app_dir)
     assert 2 == run_app(arguments)
-    told = capsys.readouterr().err
-    assert said in told
-    assert "Traceback" not in told
+    errors = capsys.readouterr().err
+    assert expected in errors
+    assert "Traceback" not in errors
 
 
-def test_folders_are_looked_into_once(shop):
-    """However many consumers are loaded."""
+def test_a_folder_is_added_to_the_import_path_once(shop):
+    """However many consumers are loaded from it."""
     load("shop:importer", shop)
-    load("shop:make", Loading(app_dir=shop.app_dir, factory=True))
+    load("shop:make", TargetOptions(app_dir=shop.app_dir, factory=True))
     assert 1 == sys.path.count(str(Path(shop.app_dir).resolve()))

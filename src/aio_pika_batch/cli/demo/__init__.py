@@ -1,1 +1,1 @@
-"""The demo: a load through a pipeline of consumers, looked at while it runs."""
+"""The command `demo`: a pipeline of consumers under load, with live statistics."""

@@ -1,30 +1,33 @@
-"""Does it do what it says, and how does that look?
-
-A load through a pipeline of consumers, on a broker in memory or on a real one; at the end the books
-are balanced.
-"""
+"""The command `demo`: runs the pipeline, shows its progress, and checks the counts at the end."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import sys
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
+from rich.live import Live
 
-from aio_pika_batch.cli.demo.pipeline import PATIENCE, Load, Pipeline
-from aio_pika_batch.cli.demo.show import dashboard, lines, live, save
-from aio_pika_batch.cli.exits import Exit
+from aio_pika_batch.cli.app import Exit
+from aio_pika_batch.cli.demo.consumers import Orders
+from aio_pika_batch.cli.demo.dashboard import Dashboard
+from aio_pika_batch.cli.demo.pipeline import DRAIN_TIMEOUT, DemoOptions, Pipeline
 from aio_pika_batch.errors import BrokerUnavailable, ConfigurationError
 from aio_pika_batch.masking import mask_url
 from aio_pika_batch.transport import scheme_of
 
-START = 10.0
-"""Seconds in which all consumers must have started."""
+START_TIMEOUT = 10.0
+"""Seconds within which all consumers must have started."""
+
+PICTURE_WIDTH = 110
 
 
 def demo(
@@ -32,59 +35,124 @@ def demo(
     url: str = "memory://demo",
     plain: Annotated[bool, Parameter(negative="")] = False,
     save_svg: Annotated[Path | None, Parameter(show=False)] = None,
-    load: Load | None = None,
+    options: DemoOptions | None = None,
 ) -> int:
-    """Watch a load go through a pipeline of consumers, and the books balance at its end.
+    """Run a pipeline of two consumers under load, with live statistics.
 
     Args:
-        url: The broker; by default one in memory, within this process.
-        plain: A line a second instead of a dashboard; so it is where the output is no terminal.
-        save_svg: Where a picture of the dashboard goes.
-        load: What goes through.
+        url: Broker URL; by default a broker in memory.
+        plain: Print a line per second instead of a dashboard, as in a pipe.
+        save_svg: Save a picture of the dashboard here.
+        options: The load and the pipeline.
     """
-    load = load or Load()
-    check(url, load)
-    # The dead letters' own queue has no dead-letter exchange, and needs no warning about it; nor
-    # does a connection that is cut on purpose. What matters is on the board.
+    options = options or DemoOptions()
+    check_options(url, options)
+    # The queue of dead letters has no dead-letter exchange, and --chaos cuts connections: the
+    # warnings about both would disturb the dashboard.
     logging.disable(logging.CRITICAL)
-    return asyncio.run(_run(Pipeline(url, load), is_plain=plain, save_svg=save_svg))
+    return asyncio.run(_run(Pipeline(url, options), is_plain=plain, save_svg=save_svg))
 
 
-def check(url: str, load: Load) -> None:
-    """See whether such a load can be run.
+def check_options(url: str, options: DemoOptions) -> None:
+    """Check the options.
 
     Raises:
-        ConfigurationError: It cannot.
+        ConfigurationError: One of them is invalid.
     """
-    if load.chaos and scheme_of(url) != "memory":
-        raise ConfigurationError("--chaos: only a broker in memory can be cut; leave out --url")
+    if options.chaos and scheme_of(url) != "memory":
+        raise ConfigurationError("--chaos: works on memory:// only; leave out --url")
     for name in ("rate", "seconds", "batch_size", "workers"):
-        if getattr(load, name) <= 0:
+        value = getattr(options, name)
+        if value <= 0:
             option = name.replace("_", "-")
-            raise ConfigurationError(f"--{option}: must be more than 0, not {getattr(load, name)}")
+            raise ConfigurationError(f"--{option}: must be greater than 0, not {value}")
 
 
 async def _run(pipeline: Pipeline, *, is_plain: bool, save_svg: Path | None) -> Exit:
     console = Console()
     async with AsyncExitStack() as stack:
         try:
-            async with asyncio.timeout(START):
+            async with asyncio.timeout(START_TIMEOUT):
                 await pipeline.start(stack)
         except TimeoutError as error:
-            msg = f"{mask_url(pipeline.url)} could not be reached within {START:g} s"
+            url = mask_url(pipeline.url)
+            msg = f"{url} could not be reached within {START_TIMEOUT:g} s; check --url"
             raise BrokerUnavailable(msg) from error
         is_live = console.is_terminal and not is_plain
-        async with live(pipeline, console) if is_live else lines(pipeline):
+        async with _live(pipeline, console) if is_live else _lines(pipeline):
             await pipeline.publish()
             if save_svg is not None:
-                save(dashboard(pipeline), save_svg)
-            in_time = await pipeline.drained()
-    rows = pipeline.books()
-    print()
-    for row in rows:
-        print(f"  {row}")
-    is_balanced = all(row.is_balanced for row in rows)
-    print("It adds up." if is_balanced else "It does NOT add up.")
+                _save(dashboard(pipeline), save_svg)
+            in_time = await pipeline.wait_finished()
+    checks = pipeline.check_counts()
+    is_ok = all(each.is_ok for each in checks)
+    print("\nWhat was published, and what became of it:")
+    for each in checks:
+        print(f"  {each}")
+    print("All orders are accounted for." if is_ok else "Some orders are NOT accounted for.")
     if not in_time:
-        print(f"Not done {PATIENCE:g} s after the last order.", file=sys.stderr)
-    return Exit.OK if is_balanced and in_time else Exit.FAILED
+        print(f"Not finished {DRAIN_TIMEOUT:g} s after the last order.", file=sys.stderr)
+    return Exit.OK if is_ok and in_time else Exit.FAILED
+
+
+def dashboard(pipeline: Pipeline) -> Dashboard:
+    """Return the dashboard of a pipeline as of now."""
+    return Dashboard(
+        f"aio-pika-batch on {mask_url(pipeline.url)}",
+        pipeline.stats,
+        {type(each).__name__: each.settings.batch_size for each in pipeline.stages},
+        pipeline.statuses(),
+        f"{pipeline.stats.elapsed:.0f} s, {pipeline.published:,} orders published,"
+        f" {pipeline.finished:,} finished",
+    )
+
+
+@asynccontextmanager
+async def _live(pipeline: Pipeline, console: Console) -> AsyncIterator[None]:
+    """Show a live dashboard; its last state stays on the terminal."""
+    with Live(get_renderable=lambda: dashboard(pipeline), console=console, refresh_per_second=8):
+        yield
+
+
+@asynccontextmanager
+async def _lines(pipeline: Pipeline) -> AsyncIterator[None]:
+    """Print a line per second."""
+    options = pipeline.options
+    print(
+        f"Publishing {options.rate:,} orders per second for {options.seconds:g} s to"
+        f" {mask_url(pipeline.url)}.\nGood orders become invoices, the others dead letters.",
+        flush=True,
+    )
+    printing = asyncio.ensure_future(_print_lines(pipeline))
+    try:
+        yield
+    finally:
+        printing.cancel()
+        await asyncio.wait({printing})
+
+
+async def _print_lines(pipeline: Pipeline) -> None:
+    while True:
+        await asyncio.sleep(1)
+        stats = pipeline.stats
+        orders = stats.stage(Orders.__name__)
+        [rate] = orders.rate.past(stats.now, 1)
+        latency = stats.latency
+        print(
+            f"{stats.elapsed:4.0f} s  {pipeline.published:>7,} published"
+            f"  {pipeline.finished:>7,} finished  {rate:>6,}/s  batches of {orders.batch_size:.0f}"
+            f"  retries {orders.retries:,}  dead letters {orders.dead.total():,}"
+            f"  lost connections {orders.lost_connections}"
+            + (f"  latency {latency.median * 1000:.0f} ms" if latency else ""),
+            flush=True,
+        )
+
+
+def _save(drawing: Dashboard, path: Path) -> None:
+    """Save a picture of the dashboard as SVG."""
+    console = Console(record=True, width=PICTURE_WIDTH, file=StringIO(), force_terminal=True)
+    console.print(drawing)
+    picture = console.export_svg(title="aio-pika-batch demo")
+    # Rich's template loads a font from the web. Any font of fixed width will do.
+    picture = re.sub(r"@font-face\s*{.*?}\s*", "", picture, flags=re.DOTALL)
+    path.write_text(picture.replace("Fira Code", "DejaVu Sans Mono"))

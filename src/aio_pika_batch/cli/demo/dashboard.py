@@ -1,7 +1,4 @@
-"""How do the figures look in a terminal?
-
-One panel for each stage of the pipeline, and one for the whole; as wide as the terminal is.
-"""
+"""Draws the statistics in a terminal: one panel for each stage, as wide as the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from aio_pika_batch.cli.demo.figures import Figures, Stage
+from aio_pika_batch.cli.demo.stats import PipelineStats, StageStats
 from aio_pika_batch.status import ConsumerStatus, WorkerState, WorkerStatus
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -35,11 +32,11 @@ _RESULTS = {
     "returned": "dim",
 }
 NARROW = 100
-"""Columns below which the stages stand one below the other."""
+"""Below this number of columns, the stages are stacked."""
 
 
 def sparkline(counts: Sequence[int]) -> str:
-    """Draw counts as a row of bars, the highest of them full."""
+    """Return counts as a row of bars, scaled to the highest."""
     top = max(counts, default=0)
     if not top:
         return " " * len(counts)
@@ -47,8 +44,8 @@ def sparkline(counts: Sequence[int]) -> str:
     return "".join(_BARS[height] for height in heights)
 
 
-def what_it_does(worker: WorkerStatus) -> str:
-    """Say in a word what a worker is doing."""
+def describe_activity(worker: WorkerStatus) -> str:
+    """Return in a word or two what a worker is doing."""
     if worker.state is not WorkerState.CONSUMING:
         return str(worker.state.value)
     if worker.in_hand:
@@ -62,19 +59,19 @@ def what_it_does(worker: WorkerStatus) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Dashboard:
-    """The figures as they are when it is drawn.
+    """The dashboard: shows the statistics at the time when it is drawn.
 
     Attributes:
-        limits: `batch_size` of each stage, by its consumer's class.
-        statuses: How each consumer is.
-        foot: What is told below.
+        limits: `batch_size` of each stage, by the consumer's class name.
+        statuses: Status of each stage, by the consumer's class name.
+        footer: Text of the bottom line.
     """
 
     title: str
-    figures: Figures
+    stats: PipelineStats
     limits: Mapping[str, int]
     statuses: Mapping[str, ConsumerStatus]
-    foot: str
+    footer: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         del console
@@ -89,18 +86,17 @@ class Dashboard:
                 stages.add_column(ratio=1)
             stages.add_row(*drawn)
         yield Panel(
-            Group(stages, self._whole()),
+            Group(stages, self._totals()),
             title=Text(self.title, style="bold"),
-            subtitle=Text(self.foot, style="dim"),
+            subtitle=Text(self.footer, style="dim"),
             width=width,
             padding=0,
             border_style="blue",
         )
 
     def _stage(self, name: str, limit: int) -> Panel:
-        figures = self.figures
-        stage = figures.stage(name)
-        past = stage.rate.past(figures.now, 30)
+        stage = self.stats.stage(name)
+        past = stage.rate.past(self.stats.now, 30)
         table = Table.grid(padding=(0, 1), expand=True)
         table.add_column(style="dim", width=8, no_wrap=True)
         table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
@@ -109,7 +105,7 @@ class Dashboard:
             "rate", Text().append(f"{now:>6,}/s ", "bold").append(sparkline(past), "green")
         )
         table.add_row("batches", self._batches(stage, limit))
-        table.add_row("cut by", _counted(stage.triggers, {}))
+        table.add_row("triggers", _counted(stage.triggers, {}))
         table.add_row("results", _counted(stage.settled, _RESULTS))
         table.add_row("retries", Text(f"{stage.retries:,}"))
         table.add_row("dead", _counted(stage.dead, {}, "red"))
@@ -119,29 +115,28 @@ class Dashboard:
         return Panel(table, title=name, title_align="left", border_style="dim")
 
     @staticmethod
-    def _batches(stage: Stage, limit: int) -> Text:
-        full = min(10, round(stage.fill / limit * 10))
+    def _batches(stage: StageStats, limit: int) -> Text:
+        full = min(10, round(stage.batch_size / limit * 10))
         text = Text().append("█" * full, "blue").append("░" * (10 - full), "dim")
-        return text.append(f" {stage.fill:.0f} of {limit}")
+        return text.append(f" {stage.batch_size:.0f} of {limit}")
 
-    def _whole(self) -> Text:
-        figures = self.figures
+    def _totals(self) -> Text:
         text = Text(" ")
         text.append("latency ", "dim")
-        latency = figures.latency
+        latency = self.stats.latency
         if latency is None:
-            text.append("not yet")
+            text.append("none yet")
         else:
             text.append(
                 f"median {latency.median * 1000:.0f} ms, 95 % {latency.p95 * 1000:.0f} ms,"
                 f" worst {latency.worst:.2f} s"
             )
-        losses = sum(stage.losses for stage in figures.stages.values())
-        return text.append("   connections lost ", "dim").append(str(losses))
+        lost = self.stats.lost_connections
+        return text.append("   connections lost ", "dim").append(str(lost))
 
 
 def _worker(worker: WorkerStatus) -> Text:
-    text = Text().append("● ", _STATES[worker.state]).append(what_it_does(worker))
+    text = Text().append("● ", _STATES[worker.state]).append(describe_activity(worker))
     if worker.epoch > 1:
         text.append(f"  session {worker.epoch}", "dim")
     return text

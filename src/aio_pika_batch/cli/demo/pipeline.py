@@ -1,4 +1,4 @@
-"""How does a load get through the pipeline, to its end?"""
+"""Runs the demo's pipeline: publishes orders, waits until all are handled, and cleans up."""
 
 from __future__ import annotations
 
@@ -19,38 +19,39 @@ from aio_pika_batch import (
     Publication,
 )
 from aio_pika_batch.adapters.memory import MemoryTransport
-from aio_pika_batch.cli.demo.books import Row, balance
-from aio_pika_batch.cli.demo.figures import Figures
-from aio_pika_batch.cli.demo.load import Cleaner, Invoices, Orders, Stream, Undertaker
+from aio_pika_batch.cli.demo.consumers import Cleaner, DeadLetterCounter, Invoices, Orders
+from aio_pika_batch.cli.demo.orders import CountCheck, OrderStream, check_counts
+from aio_pika_batch.cli.demo.stats import PipelineStats
 from aio_pika_batch.core.retry import make_delay_steps, wait_queue_name
 from aio_pika_batch.status import ConsumerStatus
 from aio_pika_batch.transport import Endpoint, open_transport
 
 MAX_REQUEUE_ATTEMPTS = 3
-FIRST_WAIT = 0.25
+REQUEUE_DELAY = 0.25
 TICK = 0.05
-PATIENCE = 60.0
-"""Seconds after the load in which everything must have come to its end."""
-CHAOS_EVERY = 3.0
+DRAIN_TIMEOUT = 60.0
+"""Seconds after the last order within which all orders must be handled."""
+CHAOS_INTERVAL = 3.0
+"""Seconds between cut connections."""
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """What goes through, and through what."""
+class DemoOptions:
+    """Options for the load and the pipeline."""
 
     rate: int = 500
-    """Orders a second."""
+    """Orders per second."""
     seconds: float = 10.0
-    """For how long."""
+    """How long to publish orders."""
     batch_size: int = 50
-    """Most orders in a batch; of invoices twice as many."""
+    """Maximum orders in a batch; twice as many for invoices."""
     workers: Annotated[int, Parameter(alias="-w")] = 2
-    """Workers of the first stage."""
+    """Number of workers that handle orders."""
     seed: int = 1
-    """Which stream of orders."""
+    """Seed of the random orders."""
     chaos: Annotated[bool, Parameter(negative="")] = False
-    """Cut all connections now and then; on memory:// only."""
+    """Cut all connections every 3 seconds; needs memory://."""
 
 
 class Pipeline:
@@ -58,42 +59,42 @@ class Pipeline:
 
     Attributes:
         url: The broker.
-        figures: What has happened.
-        stages: The consumers, in the order of the pipeline.
+        stats: What has happened so far.
+        stages: The consumers in order.
     """
 
-    def __init__(self, url: str, load: Load) -> None:
+    def __init__(self, url: str, options: DemoOptions) -> None:
         self.url = url
-        self.load = load
-        self.figures = Figures(time.monotonic)
-        self._stream = Stream(load.seed)
-        unique = f"aio-pika-batch.demo.{random.randrange(16**6):06x}"
-        self._exchange = f"{unique}.dlx"
-        self._undertaker = Undertaker(
+        self.options = options
+        self.stats = PipelineStats(time.monotonic)
+        self._stream = OrderStream(options.seed)
+        prefix = f"aio-pika-batch.demo.{random.randrange(16**6):06x}"
+        self._exchange = f"{prefix}.dlx"
+        self._dead = DeadLetterCounter(
             self._settings(
-                f"{unique}.dead",
+                f"{prefix}.dead",
                 exchange_name=self._exchange,
                 exchange_type="fanout",
-                # Where the demo's dead letters end is here.
+                # A dead letter must not be dead-lettered again.
                 unhandled_exception_action=MessageResult.NACK,
             )
         )
         self._invoices = Invoices(
-            self._settings(f"{unique}.invoices", batch_size=2 * load.batch_size),
-            observers=[self.figures],
-            on_arrival=lambda since: self.figures.arrived(time.monotonic() - since),
+            self._settings(f"{prefix}.invoices", batch_size=2 * options.batch_size),
+            observers=[self.stats],
+            on_arrival=lambda since: self.stats.arrived(time.monotonic() - since),
         )
         self._orders = Orders(
             self._settings(
-                f"{unique}.orders",
+                f"{prefix}.orders",
                 dead_letter_exchange=self._exchange,
-                batch_size=load.batch_size,
-                num_workers=load.workers,
+                batch_size=options.batch_size,
+                num_workers=options.workers,
                 max_requeue_attempts=MAX_REQUEUE_ATTEMPTS,
-                requeue_delay=FIRST_WAIT,
+                requeue_delay=REQUEUE_DELAY,
             ),
-            invoices=f"{unique}.invoices",
-            observers=[self.figures],
+            invoices=f"{prefix}.invoices",
+            observers=[self.stats],
         )
         self.stages = (self._orders, self._invoices)
         self._is_declared = False
@@ -109,50 +110,39 @@ class Pipeline:
         )
 
     @property
-    def came(self) -> int:
-        """How many orders have come in."""
+    def published(self) -> int:
+        """Number of published orders."""
         return self._stream.drawn.total()
 
     @property
-    def ended(self) -> int:
-        """How many of them have come to their end, at least once."""
-        return len({*self._invoices.seen, *self._undertaker.seen})
+    def finished(self) -> int:
+        """Number of orders with an invoice or a dead letter."""
+        return len({*self._invoices.seen, *self._dead.seen})
 
     def statuses(self) -> dict[str, ConsumerStatus]:
-        """Look at the consumers."""
+        """Return the status of each stage, by the consumer's class name."""
         return {type(each).__name__: each.status() for each in self.stages}
 
     async def start(self, stack: AsyncExitStack) -> None:
-        """Start the consumers; they are stopped, and what they have declared is gone, at the end.
+        """Start the consumers; closing the stack stops them and deletes what they declared.
 
         Raises:
-            AioPikaBatchError: The broker cannot be reached, or refuses.
+            AioPikaBatchError: The broker is unreachable, or refuses.
         """
         stack.push_async_callback(self._clean_up)
-        await stack.enter_async_context(self._undertaker)
+        await stack.enter_async_context(self._dead)
         self._is_declared = True
         await stack.enter_async_context(self._invoices)
         await stack.enter_async_context(self._orders)
 
-    async def drained(self) -> bool:
-        """Wait until all has come to its end; returns whether that was in time."""
-        deadline = time.monotonic() + PATIENCE
-        while self.ended < self.came:
-            if time.monotonic() > deadline:
-                return False
-            await asyncio.sleep(TICK)
-        # What is delivered twice may still be on its way.
-        await asyncio.sleep(5 * TICK)
-        return True
-
     async def publish(self) -> None:
-        """Publish the load at a steady rate, and again what is not confirmed."""
+        """Publish orders at a steady rate, and publish again what isn't confirmed."""
         began = time.monotonic()
-        cut_at = began + CHAOS_EVERY
+        cut_at = began + CHAOS_INTERVAL
         pending: list[Publication] = []
-        while (now := time.monotonic()) < began + self.load.seconds or pending:
-            if now < began + self.load.seconds:
-                due = int((now - began) * self.load.rate) - self.came
+        while (now := time.monotonic()) < began + self.options.seconds or pending:
+            if now < began + self.options.seconds:
+                due = int((now - began) * self.options.rate) - self.published
                 pending += [
                     Publication(body, routing_key=self._orders.settings.queue_name)
                     for body in self._stream.take(due, now)
@@ -163,10 +153,33 @@ class Pipeline:
                 for publication, outcome in zip(pending, outcomes, strict=True)
                 if outcome is not Outcome.CONFIRMED
             ]
-            if self.load.chaos and now > cut_at:
-                cut_at = now + CHAOS_EVERY
+            if self.options.chaos and now > cut_at:
+                cut_at = now + CHAOS_INTERVAL
                 self._cut()
             await asyncio.sleep(TICK)
+
+    async def wait_finished(self) -> bool:
+        """Wait until all orders are finished; return whether that was in time."""
+        deadline = time.monotonic() + DRAIN_TIMEOUT
+        while self.finished < self.published:
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(TICK)
+        # An order that is delivered a second time may still be on its way.
+        await asyncio.sleep(5 * TICK)
+        return True
+
+    def check_counts(self) -> list[CountCheck]:
+        """Compare the published orders with what became of them."""
+        return check_counts(
+            self._stream.drawn,
+            self._invoices.seen,
+            self._dead.seen,
+            self._dead.reasons,
+            retries=self.stats.stage(Orders.__name__).retries,
+            attempts=MAX_REQUEUE_ATTEMPTS,
+            lost_connections=self.stats.lost_connections,
+        )
 
     def _cut(self) -> None:
         transport = open_transport(Endpoint(url=self.url))
@@ -177,27 +190,14 @@ class Pipeline:
         if not self._is_declared:
             return
         orders = self._orders.settings.queue_name
-        waits = make_delay_steps(FIRST_WAIT).steps_for(MAX_REQUEUE_ATTEMPTS)
+        waits = make_delay_steps(REQUEUE_DELAY).steps_for(MAX_REQUEUE_ATTEMPTS)
         cleaner = Cleaner(
             ConsumerSettings(url=self.url, queue_name=f"{orders}.cleaner", queue_auto_delete=True),
             queues=[
-                *(each.settings.queue_name for each in (*self.stages, self._undertaker)),
+                *(each.settings.queue_name for each in (*self.stages, self._dead)),
                 *(wait_queue_name(orders, wait) for wait in waits),
             ],
             exchange=self._exchange,
         )
-        async with cleaner, asyncio.timeout(PATIENCE):
+        async with cleaner, asyncio.timeout(DRAIN_TIMEOUT):
             await cleaner.done.wait()
-
-    def books(self) -> list[Row]:
-        """Balance the books."""
-        orders = self.figures.stage(Orders.__name__)
-        return balance(
-            self._stream.drawn,
-            self._invoices.seen,
-            self._undertaker.seen,
-            self._undertaker.reasons,
-            retries=orders.retries,
-            attempts=MAX_REQUEUE_ATTEMPTS,
-            lost_connections=sum(each.losses for each in self.figures.stages.values()),
-        )

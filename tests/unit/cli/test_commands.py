@@ -1,7 +1,7 @@
-"""What do `check`, `topology` and `dlq` say, and with which code do they end?
+"""Tests of the output and exit codes of `check`, `topology` and `dlq`.
 
-They run in this process, on a broker in memory that outlives their event loops; as processes they
-are run by the integration tests.
+The commands run in this process on a broker in memory, which outlives their event loops. The
+integration tests run them as processes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DLQ = "orders.dlq"
 
 
 class Orders(BatchConsumer):
-    """Content with everything."""
+    """Acknowledges everything."""
 
     async def process_messages(self, messages):
         for _ in messages:
@@ -32,13 +32,13 @@ class Orders(BatchConsumer):
 
 @pytest.fixture
 def rabbit():
-    """A broker with nothing on it."""
+    """An empty broker."""
     return QueueBroker("4.0")
 
 
 @pytest.fixture
 def cli(rabbit, monkeypatch, capsys):
-    """Runs a command on a consumer with these settings; returns code, output and complaints."""
+    """A function that runs a command and returns exit code, output and errors."""
     monkeypatch.setenv("COLUMNS", "120")
 
     def run(*words, **given):
@@ -49,14 +49,14 @@ def cli(rabbit, monkeypatch, capsys):
         )
         monkeypatch.setitem(sys.modules, "bookshop", module)
         code = run_app(list(words))
-        told = capsys.readouterr()
-        return code, told.out, told.err
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
     return run
 
 
-def bury(rabbit, *bodies, reason="rejected", key="orders", age=0, **headers):
-    """Put letters into the dead-letter queue."""
+def dead_letter(rabbit, *bodies, reason="rejected", key="orders", age=0, **headers):
+    """Publish dead letters."""
     rabbit.publish(
         *bodies,
         routing_key=DLQ,
@@ -74,12 +74,14 @@ def bury(rabbit, *bodies, reason="rejected", key="orders", age=0, **headers):
 
 @pytest.fixture
 def letters(rabbit):
-    """Three of them."""
+    """A broker with three dead letters."""
     rabbit.declare("orders")
     rabbit.declare(DLQ)
-    bury(rabbit, b'{"order": 17}', age=7200, tenant="acme")
-    bury(rabbit, b"\xff\x00", reason="exhausted", age=60, **{"x-exception-type": "ValueError"})
-    bury(rabbit, b"two", reason="exhausted", **{"x-dead-letter-detail": "not [bold]now\x1b"})
+    dead_letter(rabbit, b'{"order": 17}', age=7200, tenant="acme")
+    dead_letter(
+        rabbit, b"\xff\x00", reason="exhausted", age=60, **{"x-exception-type": "ValueError"}
+    )
+    dead_letter(rabbit, b"two", reason="exhausted", **{"x-dead-letter-detail": "not [bold]now\x1b"})
     return rabbit
 
 
@@ -87,7 +89,7 @@ def letters(rabbit):
 
 
 def test_check_shows_where_each_value_comes_from(cli, rabbit, monkeypatch):
-    """Default, environment or code; and the broker is asked."""
+    """Default, environment or code; and what is missing on the broker."""
     monkeypatch.setenv("AIO_PIKA_BATCH_BATCH_SIZE", "7")
     code, out, _ = cli("check", "bookshop:orders")
     assert 0 == code
@@ -95,23 +97,23 @@ def test_check_shows_where_each_value_comes_from(cli, rabbit, monkeypatch):
     assert ["7", "environment"] == rows["batch_size"]
     assert ["orders", "code"] == rows["queue_name"]
     assert ["1", "default"] == rows["num_workers"]
-    assert "queue orders is not there yet" in out
+    assert "queue orders does not exist yet" in out
     assert [] == rabbit.broker.queues
 
 
-def test_check_tells_programs(cli, rabbit):
-    """The same as JSON, without a password."""
+def test_check_as_json(cli, rabbit):
+    """The settings and the findings."""
     rabbit.declare("orders", x_max_length=7)
     code, out, _ = cli("check", "bookshop:orders", "--format", "json")
     assert 1 == code
-    told = json.loads(out)
-    assert {"value": "memory://", "from": "code"} == told["settings"]["url"]
-    [wrong] = [each["text"] for each in told["findings"] if each["level"] == "error"]
+    result = json.loads(out)
+    assert {"value": "memory://", "from": "code"} == result["settings"]["url"]
+    [wrong] = [each["text"] for each in result["findings"] if each["level"] == "error"]
     assert "x-max-length" in wrong
 
 
-def test_check_offline_asks_nobody(cli, rabbit):
-    """And warnings count if they shall."""
+def test_check_offline_does_not_connect(cli, rabbit):
+    """With --strict, warnings fail the check."""
     rabbit.broker.faults.connect_fault = ConnectFault.UNREACHABLE
     assert 0 == cli("check", "bookshop:orders", "--offline")[0]
     code, out, _ = cli("check", "bookshop:orders", "--offline", "--strict", prefetch_count=1)
@@ -120,23 +122,23 @@ def test_check_offline_asks_nobody(cli, rabbit):
     assert 3 == cli("check", "bookshop:orders")[0]
 
 
-def test_check_of_a_consumer_that_declares_nothing(cli, rabbit):
-    """Then what is missing is wrong."""
+def test_check_reports_missing_entities_as_errors_with_declare_false(cli, rabbit):
+    """The consumer won't declare them."""
     code, out, _ = cli("check", "bookshop:orders", declare=False)
     assert (1, 3) == (code, out.count("error: "))
 
 
-def test_check_has_nothing_to_say(cli, rabbit):
-    """Where all is well."""
+def test_check_without_findings(cli, rabbit):
+    """It says so, and exits with 0."""
     code, out, _ = cli("check", "bookshop:orders", "--offline", queue_type="classic")
-    assert (0, True) == (code, "Nothing found." in out)
+    assert (0, True) == (code, "No problems found." in out)
 
 
 # --- topology --------------------------------------------------------------------
 
 
 def test_topology_shows_and_applies(cli, rabbit):
-    """Nothing is asked of a broker unless it shall."""
+    """It connects only with --dry-run or --apply."""
     code, out, _ = cli("topology", "bookshop:orders", queue_type="quorum", requeue_delay=1)
     assert 0 == code
     assert "orders.retry.1000" in out
@@ -154,8 +156,8 @@ def test_topology_shows_and_applies(cli, rabbit):
     assert "inequivalent arg 'x-max-length'" in out
 
 
-def test_topology_for_programs(cli, rabbit):
-    """As JSON, with its state if it was looked for."""
+def test_topology_as_json(cli, rabbit):
+    """With the state of each entity if there is --dry-run."""
     code, out, _ = cli("topology", "bookshop:orders", "--format", "json", queue_exclusive=True)
     assert (0, "state" in out) == (code, False)
     code, out, _ = cli(
@@ -171,8 +173,8 @@ def test_topology_for_programs(cli, rabbit):
     ("words", "expected"),
     [(["--rabbitmq", "3.10"], {}), (["--rabbitmq", "4.1"], {"x-delivery-limit": -1}), ([], None)],
 )
-def test_definitions_for_a_version(cli, rabbit, words, expected):
-    """Given, or that of the consumer's own broker (which is a 4.0 here)."""
+def test_definitions_depend_on_the_version(cli, rabbit, words, expected):
+    """The given one, or that of the consumer's broker, 4.0 here."""
     expected = {"x-delivery-limit": -1} if expected is None else expected
     code, out, _ = cli(
         "topology", "bookshop:orders", "--format", "definitions", *words, queue_type="quorum"
@@ -187,12 +189,12 @@ def test_definitions_for_a_version(cli, rabbit, words, expected):
     ("words", "expected"),
     [
         (["--apply", "--dry-run"], "contradict"),
-        (["--format", "definitions", "--apply"], "use it alone"),
-        (["--format", "definitions", "--rabbitmq", "new"], "'new' is no version"),
+        (["--format", "definitions", "--apply"], "cannot be combined"),
+        (["--format", "definitions", "--rabbitmq", "new"], "'new' is not a version"),
     ],
 )
-def test_topology_refuses_nonsense(cli, words, expected):
-    """In one line."""
+def test_topology_refuses_invalid_options(cli, words, expected):
+    """With exit code 2."""
     code, out, err = cli("topology", "bookshop:orders", *words)
     assert (2, "") == (code, out)
     assert expected in err
@@ -201,19 +203,19 @@ def test_topology_refuses_nonsense(cli, words, expected):
 # --- dlq -------------------------------------------------------------------------
 
 
-def test_list_counts_reasons(cli, letters):
-    """Of several consumers, too, and by a queue's name."""
+def test_list_counts_reasons_for_each_consumer(cli, letters):
+    """As a table and as JSON."""
     code, out, _ = cli("dlq", "list", "bookshop:orders", "bookshop:orders")
     assert (0, 2) == (code, out.count(DLQ))
     assert "2 exhausted, 1 rejected" in out
     assert "2 h ago" in out
     code, out, _ = cli("dlq", "list", "bookshop:orders", "--look-at", "1", "--format", "json")
-    [told] = json.loads(out)
-    assert (3, 1, {"rejected": 1}) == (told["letters"], told["looked_at"], told["reasons"])
+    [row] = json.loads(out)
+    assert (3, 1, {"rejected": 1}) == (row["letters"], row["looked_at"], row["reasons"])
 
 
-def test_show_shows_headers_and_bodies(cli, letters):
-    """Binary as hex, JSON laid out, and nothing that a terminal would obey."""
+def test_show_prints_headers_and_bodies(cli, letters):
+    """Binary as hex, JSON indented, and no control characters."""
     code, out, _ = cli("dlq", "show", "bookshop:orders")
     assert 0 == code
     assert '      "order": 17' in out
@@ -225,36 +227,36 @@ def test_show_shows_headers_and_bodies(cli, letters):
     code, out, _ = cli(
         "dlq", "show", "bookshop:orders", "--reason", "exhausted", "--limit", "1", "--format=json"
     )
-    [told] = json.loads(out)
-    assert (2, "ff00", 2) == (told["letter"], told["body"], told["bytes"])
+    [letter] = json.loads(out)
+    assert (2, "ff00", 2) == (letter["letter"], letter["body"], letter["bytes"])
 
 
-def test_replay_tells_what_it_has_done(cli, letters):
-    """First dry, then by a filter, then all that is left."""
+def test_replay_reports_how_many_were_replayed(cli, letters):
+    """First a dry run, then with a filter, then the rest."""
     code, out, _ = cli("dlq", "replay", "bookshop:orders", "--dry-run")
-    assert (0, True) == (code, "3 of 3 letters would be replayed" in out)
+    assert (0, True) == (code, "3 of 3 dead letters would be replayed" in out)
     code, out, _ = cli(
         "dlq", "replay", "bookshop:orders", "--older-than", "1h", "--header", "tenant=acme"
     )
-    assert (0, True) == (code, "1 of 3 letters replayed" in out)
+    assert (0, True) == (code, "1 of 3 dead letters replayed" in out)
     code, out, _ = cli("dlq", "replay", "bookshop:orders", "--to-queue", "--newer-than", "1h")
-    assert (0, True) == (code, "2 of 2 letters replayed" in out)
+    assert (0, True) == (code, "2 of 2 dead letters replayed" in out)
     assert 3 == len(letters.broker.ready("orders"))
 
 
-def test_replay_says_what_has_no_way_back(cli, letters):
-    """With a code that a script can see."""
-    bury(letters, b"3", key="nowhere")
+def test_replay_reports_what_cannot_be_replayed(cli, letters):
+    """With exit code 1."""
+    dead_letter(letters, b"3", key="nowhere")
     code, out, err = cli("dlq", "replay", "bookshop:orders")
-    assert (1, True) == (code, "3 of 4 letters replayed" in out)
+    assert (1, True) == (code, "3 of 4 dead letters replayed" in out)
     assert "1 stay in orders.dlq: returned: no queue is bound" in err
 
 
-def test_replay_says_how_far_it_got_when_the_connection_is_lost(cli, rabbit):
-    """What was done is done, and nothing is lost."""
+def test_replay_reports_its_progress_when_the_connection_is_lost(cli, rabbit):
+    """No dead letter is lost."""
     rabbit.declare("orders")
     rabbit.declare(DLQ)
-    bury(rabbit, *[b"%d" % number for number in range(250)])
+    dead_letter(rabbit, *[b"%d" % number for number in range(250)])
     acked = 0
     note = rabbit.broker.journal.on_event
 
@@ -267,24 +269,24 @@ def test_replay_says_how_far_it_got_when_the_connection_is_lost(cli, rabbit):
 
     rabbit.broker.journal.on_event = count
     code, out, err = cli("dlq", "replay", "bookshop:orders")
-    assert (1, True) == (code, "200 of 250 letters replayed" in out)
+    assert (1, True) == (code, "200 of 250 dead letters replayed" in out)
     assert "ended early: the connection for publishing was lost" in err
     assert 250 <= len(rabbit.broker.ready("orders")) + len(rabbit.broker.ready(DLQ))
 
 
-def test_a_queue_can_be_named_without_a_consumer(cli):
-    """And where it is not there, the broker's words say so."""
+def test_a_queue_can_be_named_instead_of_a_consumer(cli):
+    """If it doesn't exist, the error has the broker's words."""
     code, _, err = cli("dlq", "list", "--queue", "nowhere", "--url", "memory://")
     assert (2, True) == (code, "no queue 'nowhere'" in err)
 
 
-def test_purge_wants_a_yes(cli, letters):
-    """Without it the count is told."""
+def test_purge_only_counts_without_yes(cli, letters):
+    """With exit code 2 and a hint."""
     code, out, err = cli("dlq", "purge", "bookshop:orders", "--reason", "exhausted")
-    assert (2, True) == (code, "2 of 3 letters would be deleted" in out)
+    assert (2, True) == (code, "2 of 3 dead letters would be deleted" in out)
     assert "--yes" in err
     code, out, _ = cli("dlq", "purge", "bookshop:orders", "--reason", "exhausted", "--yes")
-    assert (0, True) == (code, "2 of 3 letters deleted" in out)
+    assert (0, True) == (code, "2 of 3 dead letters deleted" in out)
     assert 1 == len(letters.broker.ready(DLQ))
 
 
@@ -296,21 +298,21 @@ def test_purge_wants_a_yes(cli, letters):
         (["show", "bookshop:orders", "--header", "acme"], "write name=value"),
         (["replay", "bookshop:orders", "--limit", "0"], "--limit: must be at least 1"),
         (["replay", "bookshop:orders", "--older-than", "soon"], "older-than"),
-        (["replay", "bookshop:nothing"], "no 'nothing' there"),
+        (["replay", "bookshop:nothing"], "there is no 'nothing'"),
     ],
 )
-def test_nonsense_is_refused_in_one_line(cli, words, expected):
-    """With code 2, and before anybody is asked."""
+def test_invalid_options_are_refused_on_one_line(cli, words, expected):
+    """With exit code 2, before the broker is asked."""
     code, out, err = cli("dlq", *words)
     assert (2, "") == (code, out)
     assert expected in err
     assert "Traceback" not in err
 
 
-def test_a_consumer_without_a_dead_letter_queue_needs_one_named(cli, letters):
-    """Its settings do not say where its letters lie."""
+def test_a_consumer_without_dead_letter_queue_needs_the_option_queue(cli, letters):
+    """Its settings don't name one."""
     code, _, err = cli("dlq", "list", "bookshop:orders", dead_letter_queue=None)
-    assert (2, True) == (code, "name the queue by --queue" in err)
+    assert (2, True) == (code, "name the queue with --queue" in err)
     words = ("dlq", "list", "bookshop:orders", "--queue", DLQ, "--delivery-limit", "-1")
     assert 0 == cli(*words, dead_letter_queue=None)[0]
 
@@ -318,7 +320,7 @@ def test_a_consumer_without_a_dead_letter_queue_needs_one_named(cli, letters):
 @pytest.mark.parametrize(
     "words", ["check", "topology", "dlq list", "dlq show", "dlq replay", "dlq purge"]
 )
-def test_help_has_an_example(capsys, words):
-    """Of every command."""
+def test_the_help_of_each_command_has_an_example(capsys, words):
+    """It can be pasted."""
     assert 0 == run_app([*words.split(), "--help"])
     assert f"Example: aio-pika-batch {words} " in " ".join(capsys.readouterr().out.split())

@@ -1,17 +1,11 @@
-"""What goes through the pipeline, and who handles it?
-
-Orders come in: most are good, some are no JSON, some fail twice before they go well, and a few fail
-for ever. Each good one becomes an invoice, which is the end of it. The rest are dead letters.
-"""
+"""The consumers of the demo: orders become invoices, and the rest become dead letters."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from enum import Enum
 
 from aio_pika_batch import (
     BatchConsumer,
@@ -26,45 +20,11 @@ from aio_pika_batch import (
     Result,
     WorkerSession,
 )
-
-FLAKY_FAILURES = 2
-"""How often a flaky order fails before it goes well."""
-
-
-class Kind(Enum):
-    """What an order will do, and its share of the stream."""
-
-    GOOD = 0.90
-    BAD = 0.03
-    FLAKY = 0.06
-    HOPELESS = 0.01
-
-
-class Stream:
-    """Orders that are drawn one after another.
-
-    Attributes:
-        drawn: How many of each kind there were.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._draw = random.Random(seed)
-        self.drawn: Counter[Kind] = Counter()
-
-    def take(self, count: int, now: float) -> list[bytes]:
-        """Draw the bodies of some orders; one that is no JSON tells its number all the same."""
-        kinds = list(Kind)
-        bodies = []
-        for kind in self._draw.choices(kinds, [kind.value for kind in kinds], k=count):
-            number = self.drawn.total()
-            self.drawn[kind] += 1
-            order = json.dumps({"number": number, "kind": kind.name, "at": now})
-            bodies.append(f"{number} {{ no JSON".encode() if kind is Kind.BAD else order.encode())
-        return bodies
+from aio_pika_batch.cli.demo.orders import FLAKY_FAILURES, OrderKind, number_of
 
 
 class Orders(BatchConsumer):
-    """The first stage: makes an invoice of each order that goes well."""
+    """The first stage: publishes an invoice for each order that succeeds."""
 
     def __init__(
         self, settings: BatchConsumerSettings, *, invoices: str, observers: Sequence[Observer]
@@ -75,12 +35,14 @@ class Orders(BatchConsumer):
     async def process_messages(
         self, messages: Sequence[Message]
     ) -> AsyncIterator[tuple[Message, Result]]:
-        """Decide about each order by what is in it."""
+        """Requeue the orders that fail, and publish invoices for the others."""
         good = []
         for message in messages:
-            order = message.json()  # what is no JSON is dead-lettered, alone
-            is_flaky = order["kind"] == Kind.FLAKY.name and message.retry_count < FLAKY_FAILURES
-            if is_flaky or order["kind"] == Kind.HOPELESS.name:
+            order = message.json()  # if it isn't valid JSON, only this message is dead-lettered
+            is_flaky = (
+                order["kind"] == OrderKind.FLAKY.name and message.retry_count < FLAKY_FAILURES
+            )
+            if is_flaky or order["kind"] == OrderKind.HOPELESS.name:
                 yield message, MessageResult.REQUEUE
             else:
                 good.append(message)
@@ -89,15 +51,15 @@ class Orders(BatchConsumer):
             [Publication(each.body, routing_key=self._invoices) for each in good]
         )
         for message, outcome in zip(good, outcomes, strict=True):
-            is_safe = outcome is Outcome.CONFIRMED
-            yield message, MessageResult.ACK if is_safe else MessageResult.REQUEUE
+            is_confirmed = outcome is Outcome.CONFIRMED
+            yield message, MessageResult.ACK if is_confirmed else MessageResult.REQUEUE
 
 
 class Invoices(BatchConsumer):
-    """The second stage: the end of the pipeline. Now and then it is slow.
+    """The second stage: the end of the pipeline. One batch in fifty is slow.
 
     Attributes:
-        seen: How often each order's invoice has arrived, by its number.
+        seen: How often the invoice of each order arrived, by the order's number.
     """
 
     def __init__(
@@ -110,12 +72,12 @@ class Invoices(BatchConsumer):
         super().__init__(settings, observers=observers)
         self.seen: Counter[int] = Counter()
         self._on_arrival = on_arrival
-        self._moods = random.Random(settings.queue_name)
+        self._random = random.Random(settings.queue_name)
 
     async def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[Result]:
-        """Take note of each."""
-        slow = self._moods.random() < 0.02  # noqa: PLR2004  -- one batch in fifty
-        await asyncio.sleep(0.5 if slow else 0.02)
+        """Count each invoice."""
+        is_slow = self._random.random() < 0.02  # noqa: PLR2004  -- one batch in fifty
+        await asyncio.sleep(0.5 if is_slow else 0.02)
         for message in messages:
             order = message.json()
             self.seen[order["number"]] += 1
@@ -123,12 +85,12 @@ class Invoices(BatchConsumer):
             yield MessageResult.ACK
 
 
-class Undertaker(BatchConsumer):
-    """Receives the dead letters.
+class DeadLetterCounter(BatchConsumer):
+    """Counts the dead letters.
 
     Attributes:
-        reasons: How many there are, by reason.
-        seen: How often each order has arrived as a dead letter, by its number.
+        reasons: Dead letters by reason.
+        seen: How often each order arrived as a dead letter, by its number.
     """
 
     def __init__(self, settings: BatchConsumerSettings) -> None:
@@ -137,7 +99,7 @@ class Undertaker(BatchConsumer):
         self.seen: Counter[int] = Counter()
 
     async def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[Result]:
-        """Count each by its reason."""
+        """Count each dead letter."""
         for message in messages:
             self.reasons[str(message.headers.get("x-dead-letter-reason"))] += 1
             self.seen[number_of(message.body)] += 1
@@ -145,7 +107,7 @@ class Undertaker(BatchConsumer):
 
 
 class Cleaner(Consumer):
-    """Removes what the demo has declared, when nobody uses it any more.
+    """Deletes the queues and the exchange of the demo.
 
     Args:
         queues: Their names.
@@ -171,9 +133,3 @@ class Cleaner(Consumer):
     async def process_message(self, message: Message) -> Result:
         """Never called: nothing is published to its queue."""
         raise NotImplementedError(message)
-
-
-def number_of(body: bytes) -> int:
-    """Return the number of an order, be it JSON or not."""
-    head, _, _ = body.partition(b" ")
-    return int(head) if head.isdigit() else int(json.loads(body)["number"])

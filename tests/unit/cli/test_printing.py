@@ -1,4 +1,4 @@
-"""How is a body shown to somebody who wants to know what is wrong with it?"""
+"""Tests of how bodies of dead letters are shown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aio_pika_batch.cli.bodies import body_lines
+from aio_pika_batch.cli.printing import body_lines
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,8 @@ from aio_pika_batch.cli.bodies import body_lines
         (b'["\\u001b", "\x7f"]', ["[", '  "\\u001b",', '  "\\x7f"', "]"]),
     ],
 )
-def test_bodies_are_shown_as_what_they_are(body, expected):
-    """JSON laid out, text as it is, anything else as bytes; a terminal obeys none of it."""
+def test_bodies_are_shown_as_json_text_or_hex(body, expected):
+    """JSON is indented; control characters are written out."""
     assert expected == list(body_lines(body, 1000))
 
 
@@ -37,13 +37,13 @@ def test_bodies_are_shown_as_what_they_are(body, expected):
         (b"\xff" * 12, [f"00000000  {'ff ' * 9 + 'ff':<47}  ..........", "… (2 more bytes)"]),
     ],
 )
-def test_no_more_is_shown_than_wanted(body, expected):
-    """And the end says how much more there is."""
+def test_long_bodies_are_cut_at_the_limit(body, expected):
+    """The last line says how much is missing."""
     assert expected == list(body_lines(body, 10))
 
 
 @given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode), st.integers(1, 100))
-def test_whatever_is_in_it_no_terminal_obeys_it(body, most):
-    """No control character gets through, and no line break within a line."""
+def test_no_control_character_reaches_the_terminal(body, most):
+    """Whatever the body; and no line contains a line break."""
     for line in body_lines(body, most):
         assert not [each for each in line if ord(each) < 32 or 127 <= ord(each) < 160]
