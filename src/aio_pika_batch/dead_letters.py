@@ -1,10 +1,10 @@
-"""What lies in a dead-letter queue, and how does it get back to work?
+"""Looks at, replays and deletes the messages of a dead-letter queue.
 
-Law: a letter leaves its queue only once the broker has confirmed the copy that goes back, or
-because it shall be deleted. So each is in the dead-letter queue or back where it came from, however
-a replay ends; in both only where a confirmation or an acknowledgement was lost.
+Law: a dead letter leaves its queue only once the broker has confirmed its copy, or when you delete
+it. However a replay ends, each message is in the dead-letter queue or at its original destination.
+It is in both only if a confirmation or an acknowledgement was lost.
 
-The same as `aio-pika-batch dlq`, for programs: :func:`look`, :func:`replay`, :func:`purge`.
+:func:`look`, :func:`replay` and :func:`purge` do what the commands of `aio-pika-batch dlq` do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from aio_pika_batch.core.message import RETRY_COUNT, Message
 from aio_pika_batch.core.publication import Copy, Outcome
 from aio_pika_batch.core.topology import Exchange, Topology
 from aio_pika_batch.errors import TopologyError
-from aio_pika_batch.queue_browser import Limit, Visit, visit
+from aio_pika_batch.queue_browser import Limit, QueueBrowser, browse
 from aio_pika_batch.transport import Publisher, Transport
 
 __all__ = [
@@ -47,16 +47,16 @@ __all__ = [
 ]
 
 SCAN = 10_000
-"""Letters that are held while they are looked at: memory, and a broker's patience, are finite."""
+"""Dead letters held at a time. More would take more memory, and the broker may lose patience."""
 
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """A dead letter, and what it says of itself.
+    """A dead letter.
 
     Attributes:
-        message: Headers and body. Its session is over: it cannot be settled any more.
-        death: Why, when, and where from.
+        message: The message. It can't be settled any more, since its session is over.
+        death: Why, when and from where it was dead-lettered.
     """
 
     message: Message
@@ -65,12 +65,12 @@ class Letter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Looked:
-    """What was seen in a dead-letter queue.
+    """The result of :func:`look`.
 
     Attributes:
-        ready: How many letters there are; None if the transport cannot tell.
-        letters: Those that were looked at, oldest first.
-        ended: Why no more were looked at than these, although more were asked for.
+        ready: Number of dead letters in the queue; None if the transport can't count them.
+        letters: Those that were read, oldest first.
+        ended: Why fewer were read than asked for; None if there were no more.
     """
 
     queue: str
@@ -81,15 +81,15 @@ class Looked:
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """What became of the letters of a queue.
+    """The result of :func:`replay` and :func:`purge`, complete or so far.
 
     Attributes:
-        ready: How many there were; None if the transport cannot tell.
-        seen: How many were looked at.
-        done: How many were replayed or deleted (or would be, by a dry run).
-        kept: How many stay, since they were not meant.
-        failed: How many stay although they were meant, by the reason.
-        ended: Why it ended before its end; None if it did not.
+        ready: Number of dead letters at the start; None if the transport can't count them.
+        seen: Number of dead letters read.
+        done: Number replayed or deleted; in a dry run, that would be.
+        kept: Number left in the queue because they don't match.
+        failed: Number left in the queue although they match, by reason.
+        ended: Why it ended early; None if it didn't.
     """
 
     queue: str
@@ -113,36 +113,36 @@ async def look(
     retry_count_header: str = RETRY_COUNT,
     stop: asyncio.Event | None = None,
 ) -> Looked:
-    """Look at the oldest letters, and leave them where they are.
+    """Read the oldest dead letters and leave them in the queue.
 
-    Being looked at is a delivery: a quorum queue counts it, and a queue with a delivery limit drops
-    what was delivered too often. So nothing more is looked at where a letter has only five
-    deliveries left; :attr:`Looked.ended` says so.
+    Reading counts as a delivery in a quorum queue, and a queue with a delivery limit drops a
+    message that was delivered too often. So reading stops at a message with only five deliveries
+    left, and :attr:`Looked.ended` says so.
 
     Args:
-        most: How many, 1 to 65535.
-        delivery_limit: Of the queue; None: it has none; `"ask"`: as the broker says, or in doubt
-            RabbitMQ's default.
-        stop: Set it to end early.
+        most: Maximum number to read, 1 to 65535.
+        delivery_limit: Delivery limit of the queue; None for none. `"ask"` asks the broker, and
+            uses RabbitMQ's default if in doubt.
+        stop: Set this event to end early.
 
     Raises:
-        TransportError: There is no such queue, or no such broker.
+        TransportError: The queue doesn't exist, or the broker is unreachable.
     """
     letters: list[Letter] = []
-    async with visit(
+    async with browse(
         transport,
         queue,
         most=most,
         limit=delivery_limit,
         retry_count_header=retry_count_header,
         stop=stop,
-    ) as there:
-        while len(letters) < most and (some := await there.some()):
-            for message in some[: most - len(letters)]:
-                if not there.may_return(message):
+    ) as browser:
+        while len(letters) < most and (chunk := await browser.next_chunk()):
+            for message in chunk[: most - len(letters)]:
+                if not browser.can_return(message):
                     break
                 letters.append(Letter(message, death_info(message, retry_count_header)))
-    return Looked(queue=queue, ready=there.ready, letters=letters, ended=there.ended)
+    return Looked(queue=queue, ready=browser.ready, letters=letters, ended=browser.ended)
 
 
 async def replay(
@@ -159,62 +159,63 @@ async def replay(
     stop: asyncio.Event | None = None,
     on_progress: Progress | None = None,
 ) -> Report:
-    """Send letters back to their original exchange and routing key, as if never handled.
+    """Publish dead letters to their original exchange and routing key, with retries reset.
 
-    Each copy is mandatory and confirmed before its letter is acknowledged. What is not meant, or
-    does not get through, stays in the queue: it is held until the end, and then put back, in its
-    order as far as the broker allows. Letters that come in meanwhile are left alone.
+    Each copy is mandatory, and confirmed before its dead letter is acknowledged. Dead letters that
+    don't match, or whose copies fail, are held until the end and then put back, in order as far as
+    the broker allows. Those that arrive meanwhile are left alone.
 
     Args:
-        where: Which ones.
-        limit: At most so many.
-        scan: At most so many are held at a time; where more than that stay, it ends early.
-        to_queue: Only to the queue in which each died, not to all that its exchange is bound to.
-        dry_run: Only look; it counts as a delivery.
+        where: Which dead letters.
+        limit: Maximum number to replay.
+        scan: Maximum number held at a time. If more than that stay in the queue, it ends early.
+        to_queue: Publish only to the queue that each message was dead-lettered from, not to every
+            queue bound to its exchange.
+        dry_run: Only count them. Reading counts as a delivery.
         delivery_limit: As for :func:`look`.
-        retry_count_header: The header that is taken off.
-        stop: Set it to end early: what is on its way is still confirmed.
+        retry_count_header: The header that counts retries; it is removed.
+        stop: Set this event to end early; copies in progress are finished.
         on_progress: Called after each step.
 
     Raises:
-        TransportError: There is no such queue, or the connection was lost. No letter is lost.
+        TransportError: The queue doesn't exist, or the connection was lost. No message is lost.
     """
     report = Report(queue=queue)
     async with (
-        visit(
+        browse(
             transport,
             queue,
             most=scan,
             limit=delivery_limit,
             retry_count_header=retry_count_header,
             stop=stop,
-        ) as there,
+        ) as browser,
         AsyncExitStack() as stack,
     ):
-        post = _Post(transport, there, report, stack)
-        tour = _Tour(there, report, where, limit, retry_count_header, stays=dry_run)
-        while (meant := await tour.step()) is not None:
+        publisher = _CopyPublisher(transport, browser, report, stack)
+        selector = _Selector(browser, report, where, limit, retry_count_header, returns_all=dry_run)
+        while (selected := await selector.next_chunk()) is not None:
             copies: list[Copy] = []
-            for letter in meant:
-                way = replay_copy(
+            for letter in selected:
+                decision = replay_copy(
                     letter.message,
                     letter.death,
                     to_queue=to_queue,
                     retry_count_header=retry_count_header,
                 )
-                match way:
-                    case NotReplayable(why):
-                        tour.failed(letter.message, why)
+                match decision:
+                    case NotReplayable(reason):
+                        selector.fail(letter.message, reason)
                     case Copy():
-                        copies.append(way)
+                        copies.append(decision)
             if dry_run:
                 report.done += len(copies)
             else:
-                for copy, why in await post.send(copies):
-                    tour.failed(copy.message, why)
+                for copy, reason in await publisher.publish(copies):
+                    selector.fail(copy.message, reason)
             if on_progress is not None:
                 on_progress(report)
-    report.ended = there.ended
+    report.ended = browser.ended
     return report
 
 
@@ -231,110 +232,111 @@ async def purge(
     stop: asyncio.Event | None = None,
     on_progress: Progress | None = None,
 ) -> Report:
-    """Delete letters; the arguments are those of :func:`replay`.
+    """Delete dead letters. The arguments are those of :func:`replay`.
 
     Raises:
-        TransportError: There is no such queue, or the connection was lost.
+        TransportError: The queue doesn't exist, or the connection was lost.
     """
     report = Report(queue=queue)
-    async with visit(
+    async with browse(
         transport,
         queue,
         most=scan,
         limit=delivery_limit,
         retry_count_header=retry_count_header,
         stop=stop,
-    ) as there:
-        tour = _Tour(there, report, where, limit, retry_count_header, stays=dry_run)
-        while (meant := await tour.step()) is not None:
+    ) as browser:
+        selector = _Selector(browser, report, where, limit, retry_count_header, returns_all=dry_run)
+        while (selected := await selector.next_chunk()) is not None:
             if not dry_run:
-                await there.done([letter.message for letter in meant])
-            report.done += len(meant)
+                await browser.done([letter.message for letter in selected])
+            report.done += len(selected)
             if on_progress is not None:
                 on_progress(report)
-    report.ended = there.ended
+    report.ended = browser.ended
     return report
 
 
-class _Tour:
-    """Goes through a visit, and tells apart who is meant."""
+class _Selector:
+    """Selects the dead letters that match, and counts the others."""
 
     def __init__(
         self,
-        there: Visit,
+        browser: QueueBrowser,
         report: Report,
         where: Filter,
         limit: int | None,
         retry_count_header: str,
         *,
-        stays: bool,
+        returns_all: bool,
     ) -> None:
-        self._there = there
+        self._browser = browser
         self._report = report
         self._where = where
         self._limit = limit
         self._header = retry_count_header
-        self._stays = stays
+        self._returns_all = returns_all
         self._rest: Sequence[Message] = []
 
-    async def step(self) -> list[Letter] | None:
-        """Some letters that are meant, or none of a few that are not; None at the end."""
+    async def next_chunk(self) -> list[Letter] | None:
+        """Return the next dead letters that match, possibly none of them; None at the end."""
         report = self._report
-        report.ready = self._there.ready
+        report.ready = self._browser.ready
         if self._limit is not None and report.done >= self._limit:
             return None
-        some, self._rest = self._rest or await self._there.some(), []
-        return self._meant(some) if some else None
+        chunk, self._rest = self._rest or await self._browser.next_chunk(), []
+        return self._select(chunk) if chunk else None
 
-    def failed(self, message: Message, why: str) -> None:
-        """A letter that was meant stays, and comes back to its queue."""
-        self._report.failed[why] += 1
-        self._there.may_return(message)
+    def fail(self, message: Message, reason: str) -> None:
+        """Count a dead letter that matches but stays in the queue."""
+        self._report.failed[reason] += 1
+        self._browser.can_return(message)
 
-    def _meant(self, messages: Sequence[Message]) -> list[Letter]:
+    def _select(self, messages: Sequence[Message]) -> list[Letter]:
         report = self._report
         now = datetime.now(UTC)
-        meant: list[Letter] = []
+        selected: list[Letter] = []
         for at, message in enumerate(messages):
-            if self._limit is not None and report.done + len(meant) >= self._limit:
-                # Not all of these may get through: then it is the next one's turn.
+            if self._limit is not None and report.done + len(selected) >= self._limit:
+                # Some of the selected may fail. Then the limit allows more of the rest.
                 self._rest = messages[at:]
                 break
             report.seen += 1
             death = death_info(message, self._header)
-            takes = self._where.matches(message, death, now)
-            if (self._stays or not takes) and not self._there.may_return(message):
+            matches = self._where.matches(message, death, now)
+            stays = self._returns_all or not matches
+            if stays and not self._browser.can_return(message):
                 break
-            if takes:
-                meant.append(Letter(message, death))
+            if matches:
+                selected.append(Letter(message, death))
             else:
                 report.kept += 1
-        return meant
+        return selected
 
 
-class _Post:
-    """Publishes copies, and lets go of the letters whose copies are confirmed."""
+class _CopyPublisher:
+    """Publishes copies, and removes the dead letters whose copies are confirmed."""
 
     def __init__(
-        self, transport: Transport, there: Visit, report: Report, stack: AsyncExitStack
+        self, transport: Transport, browser: QueueBrowser, report: Report, stack: AsyncExitStack
     ) -> None:
         self._transport = transport
-        self._there = there
+        self._browser = browser
         self._report = report
         self._stack = stack
         self._publisher: Publisher | None = None
         self._missing: dict[str, str | None] = {"": None}
 
-    async def send(self, copies: Sequence[Copy]) -> list[tuple[Copy, str]]:
-        """Publish; returns those whose letters stay, and why."""
+    async def publish(self, copies: Sequence[Copy]) -> list[tuple[Copy, str]]:
+        """Publish copies; return those that failed, with the reason."""
         failed: list[tuple[Copy, str]] = []
         ready: list[Copy] = []
         for copy in copies:
-            why = await self._why_missing(copy.exchange)
-            if why is None:
+            reason = await self._why_missing(copy.exchange)
+            if reason is None:
                 ready.append(copy)
             else:
-                failed.append((copy, why))
+                failed.append((copy, reason))
         if not ready:
             return failed
         if self._publisher is None:
@@ -345,15 +347,19 @@ class _Post:
             if outcome is Outcome.CONFIRMED:
                 arrived.append(copy.message)
             else:
-                failed.append((copy, _why(copy, outcome)))
-        await self._there.done(arrived)
+                failed.append((copy, _describe_failure(copy, outcome)))
+        await self._browser.done(arrived)
         self._report.done += len(arrived)
         if Outcome.UNKNOWN in outcomes or not self._publisher.is_open:
-            self._there.end("the connection for publishing was lost, or kept silent")
+            self._browser.end("the connection for publishing was lost, or sent no confirmation")
         return failed
 
     async def _why_missing(self, exchange: str) -> str | None:
-        """Why an exchange cannot be published to: one that is missing would cost the channel."""
+        """Return why an exchange can't be published to; None if it can.
+
+        Publishing to a missing exchange would close the channel, and the outcome of all copies in
+        progress would be unknown.
+        """
         if exchange not in self._missing:
             entity = Exchange(exchange, check_only=True)
             try:
@@ -365,7 +371,7 @@ class _Post:
         return self._missing[exchange]
 
 
-def _why(copy: Copy, outcome: Outcome) -> str:
+def _describe_failure(copy: Copy, outcome: Outcome) -> str:
     where = f"exchange {copy.exchange!r}, routing key {copy.routing_key!r}"
     match outcome:
         case Outcome.RETURNED:
@@ -373,4 +379,4 @@ def _why(copy: Copy, outcome: Outcome) -> str:
         case Outcome.REFUSED:
             return f"refused by the broker: {where}"
         case _:
-            return f"nothing was heard of it, it may be in both queues now: {where}"
+            return f"not confirmed, so it may be in both queues: {where}"

@@ -1,9 +1,9 @@
-"""How does one look into a queue and leave it as it was?
+"""Reads the messages of a queue and puts them back.
 
-AMQP has no way to look at a message but to be handed it. So a visit is one session that settles
-only what it has dealt with; the rest goes back when it ends, however it ends. It counts as a
-delivery where a quorum queue counts them, and a queue with a limit drops what was delivered too
-often: a visit ends before that.
+AMQP shows a message only by delivering it. So a browser is a session that settles only the messages
+that the caller is done with. All others go back to the queue when it ends. A quorum queue counts
+each message read as a delivery, and one with a delivery limit drops a message that was delivered
+too often. The browser stops before that happens.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from aio_pika_batch.transport import CountingTransport, Session, Subscription, T
 from aio_pika_batch.transport import VersionedTransport as Versioned
 
 QUIET = 5.0
-"""Seconds without a message after which the rest is taken to be with somebody else, or gone."""
+"""Seconds without a message after which the remaining ones are taken to be elsewhere or gone."""
 
 MAX_HELD = 65_535
-"""A prefetch count's limit (AMQP 0-9-1, basic.qos)."""
+"""The largest prefetch count (AMQP 0-9-1, basic.qos)."""
 
-AT_ONCE = 100
-"""Messages that are dealt with in one step."""
+CHUNK = 100
+"""Messages handed out in one step."""
 
 Limit: TypeAlias = int | Literal["ask"] | None
 
 
-class Visit:
-    """What lies in a queue, piece by piece.
+class QueueBrowser:
+    """Hands out the messages that were in a queue when it was opened.
 
     Attributes:
-        ready: How many messages there were when it began; None if the transport cannot tell.
-        seen: How many were handed out.
-        ended: Why it ended before its end; None if it did not.
+        ready: Number of messages at the start; None if the transport can't count them.
+        seen: Number of messages handed out.
+        ended: Why it ended early; None if it didn't.
     """
 
     def __init__(
@@ -62,51 +62,56 @@ class Visit:
         self._stop = stop or asyncio.Event()
         self._held: dict[int, None] = {}
         self._arrived: list[Message] = []
-        self._news = asyncio.Event()
+        self._has_arrived = asyncio.Event()
         self._session: Session | None = None
         self._reading: asyncio.Task[None] | None = None
 
-    async def some(self) -> Sequence[Message]:
-        """What comes next of what was in the queue when the visit began; empty at its end.
+    async def next_chunk(self) -> Sequence[Message]:
+        """Return the next messages; empty at the end.
 
         Raises:
             SessionLost: The connection was lost.
         """
+        # Only what was there at the start: a replay may put the same messages back into this
+        # queue. Without a count, the end is where nothing arrives for a while.
         left = (self._most if self.ready is None else self.ready) - self.seen
         if left <= 0 or self.ended is not None:
             return []
         if not self._arrived and len(self._held) >= self._most:
-            self.end(f"{self._most} letters are held, and no more may be")
+            self.end(f"{self._most} dead letters are held, the maximum")
             return []
         if not self._arrived:
             await self._wait()
         if self._stop.is_set():
             self.end("interrupted")
             return []
-        count = min(left, AT_ONCE)
-        some, self._arrived = self._arrived[:count], self._arrived[count:]
-        self.seen += len(some)
-        if not some and self.ready is not None:
-            self.end(f"{left} more were there, and did not come within {QUIET:g} s")
-        return some
+        count = min(left, CHUNK)
+        chunk, self._arrived = self._arrived[:count], self._arrived[count:]
+        self.seen += len(chunk)
+        if not chunk and self.ready is not None:
+            self.end(
+                f"{left} more were in the queue but did not arrive within {QUIET:g} s;"
+                " another consumer may have them"
+            )
+        return chunk
 
-    def end(self, why: str) -> None:
-        """Ask for no more."""
-        self.ended = self.ended or why
+    def end(self, reason: str) -> None:
+        """End early. The first reason counts."""
+        self.ended = self.ended or reason
 
-    def may_return(self, message: Message) -> bool:
-        """Whether a message can be put back; if not, the visit has to end."""
+    def can_return(self, message: Message) -> bool:
+        """Return whether a message can go back to its queue; if not, end early."""
         if not near_delivery_limit(message, self._limit):
             return True
         self.end(
-            f"a letter was delivered {message.delivery_count} times, and its queue drops it after"
-            f" {self._limit}: looking counts as a delivery, so nothing more is looked at; replay"
-            " it, or lift the limit of the queue"
+            f"a dead letter was delivered {message.delivery_count} times, and the queue drops it"
+            f" after {self._limit}; since reading counts as a delivery, no more are read;"
+            " replay it, or raise the delivery limit of the queue"
         )
         return False
 
     async def done(self, messages: Sequence[Message]) -> None:
-        """These are dealt with: they leave the queue."""
+        """Remove messages from the queue."""
         tags = tuple(message.delivery_tag for message in messages)
         if tags and self._session is not None:
             await self._session.settle([Settlement(Disposition.ACK, tags)])
@@ -114,12 +119,13 @@ class Visit:
                 del self._held[tag]
 
     async def open(self, session: Session) -> None:
-        """Begin to be handed messages."""
+        """Start to receive messages."""
         self._session = session
         self._reading = asyncio.create_task(self._read(session))
 
     async def close(self, version: Version | None) -> None:
-        """Put back what is held, where closing the channel would not do it as well."""
+        """Put back the held messages, unless closing the channel does that better."""
+        # Not earlier: the broker would deliver them again at once.
         session, reading = self._session, self._reading
         if session is None or reading is None:
             return
@@ -131,7 +137,7 @@ class Visit:
                 await session.settle([Settlement(Disposition.RETURN, held)])
 
     async def abandon(self) -> None:
-        """Read no more."""
+        """Stop receiving."""
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)
@@ -140,15 +146,15 @@ class Visit:
         async for chunk in session:
             self._held.update(dict.fromkeys(message.delivery_tag for message in chunk))
             self._arrived.extend(chunk)
-            self._news.set()
+            self._has_arrived.set()
 
     async def _wait(self) -> None:
-        """Wait until something comes; not for ever, and not if it is to stop."""
+        """Wait for a message, the stop event, the end of the session, or `QUIET` seconds."""
         reading = self._reading
         if reading is None:
             return
-        self._news.clear()
-        waiting = [asyncio.ensure_future(each.wait()) for each in (self._news, self._stop)]
+        self._has_arrived.clear()
+        waiting = [asyncio.ensure_future(each.wait()) for each in (self._has_arrived, self._stop)]
         try:
             await asyncio.wait(
                 [*waiting, reading], timeout=QUIET, return_when=asyncio.FIRST_COMPLETED
@@ -157,11 +163,11 @@ class Visit:
             for each in waiting:
                 each.cancel()
         if reading.done() and not self._arrived:
-            await reading  # raises what has ended it
+            await reading  # raises the error that ended it
 
 
 @asynccontextmanager
-async def visit(
+async def browse(
     transport: Transport,
     queue: str,
     *,
@@ -169,50 +175,51 @@ async def visit(
     limit: Limit = "ask",
     retry_count_header: str = RETRY_COUNT,
     stop: asyncio.Event | None = None,
-) -> AsyncIterator[Visit]:
-    """Look into a queue, and leave it as it was, but for what is dealt with meanwhile.
+) -> AsyncIterator[QueueBrowser]:
+    """Open a browser on a queue; at the end, messages that aren't done are back in the queue.
 
     Args:
-        most: Messages to hold at a time, 1 to 65535.
-        limit: The queue's delivery limit; None: it has none; `"ask"`: find out.
-        stop: Set it to end early.
+        most: Maximum number of messages held at a time, 1 to 65535.
+        limit: Delivery limit of the queue; None for none; `"ask"` asks the broker.
+        stop: Set this event to end early.
 
     Raises:
-        TopologyError: There is no such queue, or it is not ours to consume.
-        TransportError: What else may happen to a connection. Nothing is lost by it.
+        TopologyError: The queue doesn't exist, or can't be consumed from.
+        TransportError: The connection failed. No message is lost.
     """
     most = min(max(1, most), MAX_HELD)
     version, known = await _ask(transport, queue, limit)
     ready = await transport.count(queue) if isinstance(transport, CountingTransport) else None
-    made = Visit(ready, most, known, stop)
+    browser = QueueBrowser(ready, most, known, stop)
     if ready == 0:
-        yield made
+        yield browser
         return
     subscription = Subscription(
         queue=queue,
         prefetch=min(most, ready or most),
-        consumer_tag=f"visit-{os.getpid()}",
+        consumer_tag=f"browser-{os.getpid()}",
         retry_count_header=retry_count_header,
     )
     async with transport.session(subscription) as session:
-        await made.open(session)
+        await browser.open(session)
         try:
-            yield made
-            await made.close(version)
+            yield browser
+            await browser.close(version)
         finally:
-            await made.abandon()
+            await browser.abandon()
 
 
 async def _ask(transport: Transport, queue: str, limit: Limit) -> tuple[Version | None, int | None]:
-    """The broker's version, and the queue's delivery limit."""
+    """Return the broker's version and the delivery limit of the queue."""
     await transport.declare(Topology(queues=(Queue(queue, check_only=True),)))
     version = transport.broker_version if isinstance(transport, Versioned) else None
     if limit != "ask":
         return version, limit
+    # AMQP can't read the arguments of a queue. But if an existing queue is declared with other
+    # arguments, the broker's error says how they differ. Nothing is created by it.
     probe = Queue(queue, arguments={QUEUE_TYPE: "quorum"})
     refusal: str | None = None
     try:
-        # It is there, so that nothing is created.
         await transport.declare(Topology(queues=(probe,)))
     except TopologyError as error:
         refusal = str(error)

@@ -313,28 +313,28 @@ _REPAIR = "tests/unit/shell/test_dead_letter_tools.py"
 
 REPAIR = (
     Mutant(
-        "A letter is acknowledged whose copy nobody has confirmed: it is lost.",
+        "A dead letter is acknowledged although its copy is not confirmed: it is lost.",
         "dead_letters.py",
         "            if outcome is Outcome.CONFIRMED:",
         "            if outcome is not Outcome.RETURNED:",
         (f"{_REPAIR}::test_no_letter_is_lost",),
     ),
     Mutant(
-        "What dies again while it is replayed is replayed again, for ever.",
+        "A message that is dead-lettered again during a replay is replayed forever.",
         "queue_browser.py",
-        "count = min(left, AT_ONCE)",
-        "count, self.ready = AT_ONCE, 10**6",
+        "count = min(left, CHUNK)",
+        "count, self.ready = CHUNK, 10**6",
         (f"{_REPAIR}::test_letters_that_die_again_meanwhile_are_not_replayed_again",),
     ),
     Mutant(
-        "Letters are looked at until their queue drops them.",
+        "Dead letters are read until their queue drops them.",
         "core/dead_letter.py",
         "SPARE_DELIVERIES = 5",
         "SPARE_DELIVERIES = -1",
         (f"{_REPAIR}::test_looking_stops_before_the_delivery_limit",),
     ),
     Mutant(
-        "Looking costs a delivery where it need not.",
+        "Looking costs a delivery although RabbitMQ 4.3 would not count it.",
         "core/dead_letter.py",
         "return version is not None and version < NACK_IS_FREE_SINCE",
         "return True",

@@ -93,9 +93,9 @@ async def test_looking_stops_before_the_delivery_limit(version):
     """Within five deliveries of the limit looking is refused, so the dead letter stays."""
     rabbit = opened(version, "quorum", x_delivery_limit=12)
     bury(rabbit, b"0")
-    told = [(await look(rabbit.transport, DLQ)).ended for _ in range(11)]
-    assert [None] * 7 == told[:7]
-    assert all(each is not None and "drops it after 12" in each for each in told[7:])
+    ends = [(await look(rabbit.transport, DLQ)).ended for _ in range(11)]
+    assert [None] * 7 == ends[:7]
+    assert all(each is not None and "drops it after 12" in each for each in ends[7:])
     assert [b"0"] == rabbit.waiting(DLQ)
 
 
@@ -132,10 +132,10 @@ async def test_letters_with_another_consumer_are_not_waited_for():
     transport.count = too_many
     looked = await look(transport, DLQ)
     assert 3 == len(looked.letters)
-    assert "2 more were there" in (looked.ended or "")
+    assert "2 more were in the queue" in (looked.ended or "")
 
 
-class Modest:
+class BasicTransport:
     """A transport with required methods only."""
 
     def __init__(self, rabbit):
@@ -149,7 +149,7 @@ async def test_a_transport_without_count_and_version_works():
     """It is read until no more messages come."""
     rabbit = opened()
     bury(rabbit, *numbered(3))
-    modest = Modest(rabbit)
+    modest = BasicTransport(rabbit)
     assert not isinstance(modest, VersionedTransport)
     looked = await look(modest, DLQ)
     assert (None, 3, None) == (looked.ready, len(looked.letters), looked.ended)
@@ -237,11 +237,11 @@ async def test_letters_that_cannot_be_replayed_stay():
     assert [b"3"] == rabbit.waiting()
     assert numbered(3) == rabbit.waiting(DLQ)
     assert 1 == report.done
-    told = sorted(report.failed)
-    assert 3 == len(told)
-    assert "gone" in told[0]
-    assert "does not say" in told[1]
-    assert "no queue is bound" in told[2]
+    reasons = sorted(report.failed)
+    assert 3 == len(reasons)
+    assert "gone" in reasons[0]
+    assert "does not say" in reasons[1]
+    assert "no queue is bound" in reasons[2]
 
 
 async def test_the_limit_counts_replayed_letters_only():
@@ -285,7 +285,7 @@ async def test_a_replay_ends_early_if_too_many_letters_are_held():
     where = Filter(reasons=frozenset({"exhausted"}))
     report = await replay(rabbit.transport, DLQ, where=where, scan=3)
     assert (0, 3) == (report.done, report.kept)
-    assert "3 letters are held" in (report.ended or "")
+    assert "3 dead letters are held" in (report.ended or "")
     assert numbered(6) == rabbit.waiting(DLQ)
 
 
@@ -293,14 +293,14 @@ async def test_more_letters_than_may_be_held_can_be_replayed():
     """Replayed letters are no longer held."""
     rabbit = opened()
     bury(rabbit, *numbered(250))
-    told: list[int] = []
+    progress: list[int] = []
     report = await replay(
-        rabbit.transport, DLQ, scan=10, on_progress=lambda report: told.append(report.done)
+        rabbit.transport, DLQ, scan=10, on_progress=lambda report: progress.append(report.done)
     )
     assert (250, None) == (report.done, report.ended)
     assert numbered(250) == rabbit.waiting()
-    assert sorted(told) == told
-    assert 25 <= len(told)
+    assert sorted(progress) == progress
+    assert 25 <= len(progress)
 
 
 async def test_an_interrupted_replay_finishes_letters_in_flight():
@@ -352,13 +352,13 @@ async def test_matching_letters_are_purged():
     bury(rabbit, *numbered(2))
     bury(rabbit, b"2", reason="exhausted")
     where = Filter(reasons=frozenset({"rejected"}))
-    told: list[int] = []
+    progress: list[int] = []
     dry = await purge(rabbit.transport, DLQ, where=where, dry_run=True)
     assert (2, numbered(3)) == (dry.done, rabbit.waiting(DLQ))
     report = await purge(
-        rabbit.transport, DLQ, where=where, on_progress=lambda report: told.append(report.done)
+        rabbit.transport, DLQ, where=where, on_progress=lambda report: progress.append(report.done)
     )
-    assert (2, 1, [2]) == (report.done, report.kept, told)
+    assert (2, 1, [2]) == (report.done, report.kept, progress)
     assert [b"2"] == rabbit.waiting(DLQ)
 
 
@@ -448,8 +448,8 @@ async def play(story):
     for body, (reason, leads) in zip(bodies, story.letters, strict=True):
         assert 1 <= back[body] + left[body] <= 2
         assert (back[body], left[body]) <= (1, 1)
-        meant = leads and (not story.reasons or reason in story.reasons)
-        assert meant or (0, 1) == (back[body], left[body])
+        matches = leads and (not story.reasons or reason in story.reasons)
+        assert matches or (0, 1) == (back[body], left[body])
     twice = sum(back[body] and left[body] for body in bodies)
     if "unconfirmed" not in story.faults and story.cut_at is None:
         assert 0 == twice
