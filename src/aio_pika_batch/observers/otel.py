@@ -1,9 +1,9 @@
-"""What does OpenTelemetry learn of a consumer?
+"""Reports what consumers do as spans and metrics of OpenTelemetry.
 
-A span for each run of a handler, with a link to where each of its messages came from: a batch has
-many origins, so that none of them is its parent. While the handler runs its span is the current
-one, so that what the handler does is seen as its children. Settlements are spans of their own below
-it. Names and attributes are those of the semantic conventions for messaging, 1.44.
+Each run of a handler is a span with a link to the origin of each of its messages. A batch has many
+origins, so none of them is its parent. The span is current while the handler runs, so that the
+handler's own spans become its children. Settlements are child spans too. Names and attributes
+follow the semantic conventions for messaging, 1.44.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ _ENTRY = re.compile(
     rb"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})",
     re.DOTALL,
 )
-"""How a `traceparent` stands in a table of headers: its name and 55 bytes of text."""
+"""A `traceparent` in an encoded table of headers: its name and 55 bytes of text."""
 
 _FLAGS = tuple(map(TraceFlags, range(256)))
 
 LINKS = "OTEL_SPAN_LINK_COUNT_LIMIT"
 DEFAULT_LINKS = 128
-"""Links that the SDK keeps of a span, unless `LINKS` says otherwise."""
+"""Links that the SDK keeps for a span, unless the variable `LINKS` is set."""
 
 BOUNDARIES = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
-"""Those that the conventions advise for durations of messaging, in seconds."""
+"""Buckets that the conventions recommend for durations of messaging, in seconds."""
 
 SCOPE = "aio_pika_batch"
 
@@ -79,15 +79,15 @@ _TRACEPARENT = re.compile(
 
 
 class OpenTelemetryObserver(Observer):
-    """Makes spans and metrics: `MyConsumer(observers=[OpenTelemetryObserver()])`.
+    """Reports spans and metrics: `MyConsumer(observers=[OpenTelemetryObserver()])`.
 
     Args:
-        tracer_provider: None: the global one.
-        meter_provider: None: the global one.
-        max_links: Links for one span at most; None: what the SDK keeps.
+        tracer_provider: The tracer provider; None for the global one.
+        meter_provider: The meter provider; None for the global one.
+        max_links: Maximum links of a span; None for the limit of the SDK.
 
     Raises:
-        ImportError: At its import, where opentelemetry-api is not installed.
+        ImportError: On import, if opentelemetry-api isn't installed.
     """
 
     def __init__(
@@ -117,13 +117,13 @@ class OpenTelemetryObserver(Observer):
             description="Number of messages that were delivered to the application.",
         )
         self._max_links = _kept_links() if max_links is None else max_links
-        self._has_told_of_links = False
+        self._has_warned_of_links = False
         self._current: ContextVar[tuple[Span, Token[Context]] | None] = ContextVar(
             "aio_pika_batch_span", default=None
         )
         self._attributes: dict[tuple[Origin, str, str], dict[str, str | int]] = {}
 
-    def _about(self, origin: Origin, name: str, kind: str) -> dict[str, str | int]:
+    def _attributes_of(self, origin: Origin, name: str, kind: str) -> dict[str, str | int]:
         key = origin, name, kind
         found = self._attributes.get(key)
         if found is None:
@@ -138,18 +138,18 @@ class OpenTelemetryObserver(Observer):
         return found
 
     def received(self, origin: Origin, event: Received) -> None:
-        """Count."""
-        self._consumed.add(event.count, self._about(origin, "receive", "receive"))
+        """Count the messages."""
+        self._consumed.add(event.count, self._attributes_of(origin, "receive", "receive"))
 
     def batch_cut(self, origin: Origin, event: BatchCut) -> None:
-        """Begin a span, and make it the current one of the task that the handler runs in."""
+        """Start a span and make it current in the task that the handler runs in."""
         span = self._tracer.start_span(
             f"process {origin.queue}",
             context=Context(),
             kind=SpanKind.CONSUMER,
-            links=_Links(event.messages, self._max_links, self._tell_of_links),
+            links=_Links(event.messages, self._max_links, self._warn_of_links),
             attributes={
-                **self._about(origin, "process", "process"),
+                **self._attributes_of(origin, "process", "process"),
                 "messaging.batch.message_count": len(event.messages),
                 "aio_pika_batch.trigger": event.trigger.value,
             },
@@ -157,19 +157,19 @@ class OpenTelemetryObserver(Observer):
         token = otel_context.attach(trace.set_span_in_context(span))
         self._current.set((span, token))
 
-    def _tell_of_links(self, found: int) -> None:
-        if not self._has_told_of_links:
-            self._has_told_of_links = True
+    def _warn_of_links(self, found: int) -> None:
+        if not self._has_warned_of_links:
+            self._has_warned_of_links = True
             _log.warning(
-                "a batch has more than %d messages with a trace, and a span keeps no more links:"
-                " the rest is not linked; %s raises the limit",
+                "a batch has more than %d messages with a trace; the others are not linked;"
+                " %s raises the limit",
                 found,
                 LINKS,
             )
 
     def batch_handled(self, origin: Origin, event: BatchHandled) -> None:
         """End the span."""
-        attributes = self._about(origin, "process", "process")
+        attributes = self._attributes_of(origin, "process", "process")
         if event.error is not None:
             attributes = {**attributes, "error.type": _class_of(event.error)}
         self._process.record(event.seconds, attributes)
@@ -178,7 +178,7 @@ class OpenTelemetryObserver(Observer):
             return
         span, token = current
         otel_context.detach(token)
-        # Whoever settles this batch, in this task, does so below it.
+        # The batch is settled in this task. Its settlement becomes a child of the ended span.
         self._current.set(None)
         otel_context.attach(trace.set_span_in_context(span))
         try:
@@ -190,7 +190,7 @@ class OpenTelemetryObserver(Observer):
             span.end()
 
     def settled(self, origin: Origin, event: Settled) -> None:
-        """A span that is over already, and how long it took."""
+        """Report a settlement as a span, with the number of messages per result."""
         counts: dict[str, int] = {}
         for (result, _), count in event.counts.items():
             name = f"aio_pika_batch.{'returned' if result is None else result.name.lower()}"
@@ -198,7 +198,7 @@ class OpenTelemetryObserver(Observer):
         self._settle(origin, "settle", sum(event.counts.values()), event.seconds, more=counts)
 
     def settle_failed(self, origin: Origin, event: SettleFailed) -> None:
-        """The same, with what went wrong."""
+        """Report a failed settlement or publication as a span with an error."""
         name = "send" if event.step is Step.PUBLISH else "settle"
         what = "unconfirmed" if event.error is None else _class_of(event.error)
         self._settle(origin, name, event.count, event.seconds, error_type=what)
@@ -213,7 +213,7 @@ class OpenTelemetryObserver(Observer):
         error_type: str | None = None,
         more: Mapping[str, int] | None = None,
     ) -> None:
-        attributes = self._about(origin, name, "send" if name == "send" else "settle")
+        attributes = self._attributes_of(origin, name, "send" if name == "send" else "settle")
         if error_type is not None:
             attributes = {**attributes, "error.type": error_type}
         self._operation.record(seconds, attributes)
@@ -230,12 +230,13 @@ class OpenTelemetryObserver(Observer):
 
 
 class _Links(Sequence[Link]):
-    """A link for each message with a trace, made when somebody looks: a span that is not recorded
-    costs none.
+    """A link for each message with a trace, created on first access.
+
+    Links are most of what tracing costs, and only a recorded span reads them.
 
     Args:
-        limit: How many, at most.
-        beyond: Called with the limit, if there are more.
+        limit: Maximum number of links.
+        beyond: Called with the limit if there are more.
     """
 
     def __init__(
@@ -258,7 +259,7 @@ class _Links(Sequence[Link]):
         return links
 
     def __bool__(self) -> bool:
-        return True  # there may be some: this is asked of spans that are not recorded, too
+        return True  # without creating them, since unrecorded spans are asked too
 
     def __len__(self) -> int:
         return len(self._links)
@@ -275,11 +276,11 @@ class _Links(Sequence[Link]):
 
 
 def origin_of(message: Message) -> SpanContext | None:
-    """Where a message comes from, as its `traceparent` says; None if nothing says it."""
+    """Return the span context in the `traceparent` of a message; None without a valid one."""
     raw = message.raw_properties
     if raw is not None:
-        # Most of what a link costs would be the decoding of headers. A table entry has one form
-        # (AMQP 0-9-1, section 4.2.5.5), and what else has the name of this one is decoded below.
+        # Decoding all headers would be most of the cost of a link. A text entry of a table has only
+        # one encoding (AMQP 0-9-1, section 4.2.5.5). Anything else of this name is decoded below.
         entry = _ENTRY.search(raw)
         if entry is None:
             if b"traceparent" not in raw:
@@ -299,7 +300,7 @@ def origin_of(message: Message) -> SpanContext | None:
 
 
 def _read(traceparent: str, tracestate: str | None) -> SpanContext | None:
-    """Read a `traceparent` (W3C Trace Context, section 3.2); None if it is none."""
+    """Parse a `traceparent` (W3C Trace Context, section 3.2); None if it is invalid."""
     found = _TRACEPARENT.fullmatch(traceparent)
     if found is None:
         return None
@@ -315,9 +316,10 @@ def _read(traceparent: str, tracestate: str | None) -> SpanContext | None:
 
 
 def trace_headers(headers: Headers | None = None) -> Headers:
-    """These headers and the current trace: `self.publish(body, headers=trace_headers())`.
+    """Return headers with the current trace: `self.publish(body, headers=trace_headers())`.
 
-    What is set by the global propagator, `traceparent` unless it was told otherwise.
+    The global propagator adds them; by default it adds `traceparent`. An observer must not change
+    what you publish, so this is for you to call.
     """
     carrier: dict[str, FieldValue] = dict(headers or {})
     propagate.inject(carrier)

@@ -1,10 +1,9 @@
-"""What does Prometheus learn of a consumer?
+"""Counts what consumers do as metrics of Prometheus.
 
-Counters and histograms are written where things happen, once for a batch and never for a message.
-Gauges are set by the same events, from what workers say of themselves, so that they are true in a
-process that is scraped, and in one of several that write into files of a common folder
-(`PROMETHEUS_MULTIPROC_DIR`). There every gauge is of a `live` mode: what a process said of itself
-ends with the process, once `process_died` is told.
+Counters and histograms are updated once per batch, never per message. Gauges are set by events too,
+not when they are scraped: a scrape comes from another thread, or with several processes that share
+`PROMETHEUS_MULTIPROC_DIR` from another process. There all gauges have a `live` mode, so that
+`process_died` removes those of a process that has exited.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 from aio_pika_batch.core.batcher import Trigger
@@ -49,76 +49,76 @@ except ModuleNotFoundError as error:
 PREFIX = "aio_pika_batch"
 
 MESSAGES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-"""Upper bounds for sizes of batches."""
+"""Histogram buckets for batch sizes."""
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-"""Upper bounds for times: from a lookup in memory to the five minutes of a slow import."""
+"""Histogram buckets for durations."""
 
 RETURNED = "returned"
-"""Label value of what went back to the queue without having been handled."""
+"""Label value for messages that were returned to the queue unhandled."""
 
-_WHO = ("consumer", "queue")
+_LABELS = ("consumer", "queue")
 
 
 class Metrics:
-    """All metrics, in one registry.
+    """All metrics of one registry.
 
     Args:
-        registry: Where they are registered.
+        registry: The registry that the metrics are added to.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"{PREFIX}_{name}", text, (*_WHO, *labels), registry=registry)
+            return Counter(f"{PREFIX}_{name}", text, (*_LABELS, *labels), registry=registry)
 
-        def gauge(name: str, text: str, mode: str) -> Gauge:
-            return Gauge(f"{PREFIX}_{name}", text, _WHO, registry=registry, multiprocess_mode=mode)  # type: ignore[arg-type]
+        def gauge(name: str, text: str, mode: Literal["livesum", "livemin"]) -> Gauge:
+            full = f"{PREFIX}_{name}"
+            return Gauge(full, text, _LABELS, registry=registry, multiprocess_mode=mode)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"{PREFIX}_{name}", text, _WHO, registry=registry, buckets=buckets)
+            return Histogram(f"{PREFIX}_{name}", text, _LABELS, registry=registry, buckets=buckets)
 
-        self.received = counter("messages_received_total", "Messages that have arrived.")
+        self.received = counter("messages_received_total", "Messages delivered by the broker.")
         self.settled = counter(
-            "messages_settled_total", "Messages that are settled, by result.", "result", "cause"
+            "messages_settled_total", "Messages settled, by result and cause.", "result", "cause"
         )
         self.dead_letters = counter(
-            "dead_letters_total", "Dead letters that the broker has confirmed.", "reason"
+            "dead_letters_total", "Dead letters confirmed by the broker, by reason.", "reason"
         )
         self.stale = counter(
-            "stale_results_total", "Results for a session that was gone: delivered again."
+            "stale_results_total",
+            "Results that came after their session was lost.",
         )
         self.batches = counter(
-            "batches_total", "Runs of the handler, by what cut the batch.", "trigger", "outcome"
+            "batches_total", "Runs of the handler, by trigger and outcome.", "trigger", "outcome"
         )
         self.batch_messages = histogram("batch_messages", "Messages in a batch.", MESSAGES)
         self.batch_fill = histogram(
-            "batch_fill_seconds", "From a batch's first message to its handler.", SECONDS
+            "batch_fill_seconds", "Time from the first message of a batch to its handler.", SECONDS
         )
         self.batch_process = histogram(
-            "batch_process_seconds", "How long the handler took.", SECONDS
+            "batch_process_seconds", "Duration of a run of the handler.", SECONDS
         )
         self.exceptions = counter(
-            "handler_exceptions_total", "What handlers have raised.", "exception_type"
+            "handler_exceptions_total", "Exceptions raised by handlers.", "exception_type"
         )
         self.settle_errors = counter(
-            "settle_errors_total", "Messages that could not be settled, by step.", "operation"
+            "settle_errors_total", "Messages that could not be settled, by operation.", "operation"
         )
-        self.reconnects = counter("reconnects_total", "Sessions begun after one was lost.")
-        self.buffered = gauge("messages_buffered", "Messages that wait for a batch.", "livesum")
-        self.in_progress = gauge(
-            "messages_in_progress", "Messages in the hands of handlers.", "livesum"
-        )
-        self.workers = gauge("workers", "Workers that have been started.", "livesum")
-        self.up = gauge("worker_up", "Workers that consume.", "livesum")
+        self.reconnects = counter("reconnects_total", "Sessions opened after one was lost.")
+        self.buffered = gauge("messages_buffered", "Messages waiting for a batch.", "livesum")
+        self.in_progress = gauge("messages_in_progress", "Messages being handled.", "livesum")
+        self.workers = gauge("workers", "Workers started.", "livesum")
+        self.up = gauge("worker_up", "Workers consuming.", "livesum")
         self.progress = gauge(
             "last_progress_timestamp_seconds",
-            "When the worker that is furthest behind last received or settled something.",
+            "When the worker without progress for the longest time last received or settled.",
             "livemin",
         )
-        self.consumers: dict[tuple[str, str], _Consumer] = {}
+        self.consumers: dict[tuple[str, str], _ConsumerMetrics] = {}
         about = Gauge(
             f"{PREFIX}_build_info",
-            "Always 1; its labels say what runs.",
+            "Always 1; the labels are the versions.",
             ("version", "python"),
             registry=registry,
             multiprocess_mode="livemax",
@@ -127,101 +127,101 @@ class Metrics:
 
 
 _METRICS: WeakKeyDictionary[CollectorRegistry, Metrics] = WeakKeyDictionary()
-"""Made once for a registry, however many observers it serves."""
+"""The metrics of each registry, shared by all its observers."""
 
 
 class _Level:
-    """A gauge that is a sum over workers, and written only where that has changed."""
+    """A gauge that is written only when its value changes."""
 
-    __slots__ = ("_set", "_told")
+    __slots__ = ("_last", "_set")
 
     def __init__(self, gauge: Gauge) -> None:
         self._set = gauge.set
-        self._told: int | None = None
+        self._last: int | None = None
 
-    def tell(self, value: int) -> None:
-        if value != self._told:
-            self._told = value
+    def update(self, value: int) -> None:
+        if value != self._last:
+            self._last = value
             self._set(value)
 
 
-class _Consumer:
-    """The metrics of one consumer, with its labels filled in."""
+class _ConsumerMetrics:
+    """The metrics of one consumer, with their labels filled in."""
 
-    def __init__(self, metrics: Metrics, *who: str) -> None:
+    def __init__(self, metrics: Metrics, *labels: str) -> None:
         self._metrics = metrics
-        self._who = who
+        self._labels = labels
         self._counts: dict[tuple[Counter, tuple[str, ...]], Callable[[float], None]] = {}
-        self._asking: dict[int, Callable[[], Load]] = {}
+        self._sources: dict[int, Callable[[], Load]] = {}
         self._loads: dict[int, Load] = {}
         self._progress: dict[int, float] = {}
         self.lost: set[int] = set()
-        self.received = metrics.received.labels(*who).inc
-        self.batch_messages = metrics.batch_messages.labels(*who).observe
-        self.batch_fill = metrics.batch_fill.labels(*who).observe
-        self.batch_process = metrics.batch_process.labels(*who).observe
-        self.stale = metrics.stale.labels(*who).inc
-        self.reconnects = metrics.reconnects.labels(*who).inc
-        self._workers = _Level(metrics.workers.labels(*who))
-        self._buffered = _Level(metrics.buffered.labels(*who))
-        self._in_progress = _Level(metrics.in_progress.labels(*who))
-        self._up = _Level(metrics.up.labels(*who))
-        self._set_progress = metrics.progress.labels(*who).set
+        self.received = metrics.received.labels(*labels).inc
+        self.batch_messages = metrics.batch_messages.labels(*labels).observe
+        self.batch_fill = metrics.batch_fill.labels(*labels).observe
+        self.batch_process = metrics.batch_process.labels(*labels).observe
+        self.stale = metrics.stale.labels(*labels).inc
+        self.reconnects = metrics.reconnects.labels(*labels).inc
+        self._workers = _Level(metrics.workers.labels(*labels))
+        self._buffered = _Level(metrics.buffered.labels(*labels))
+        self._in_progress = _Level(metrics.in_progress.labels(*labels))
+        self._up = _Level(metrics.up.labels(*labels))
+        self._set_progress = metrics.progress.labels(*labels).set
 
     def count(self, counter: Counter, *labels: str, by: float = 1) -> None:
-        """Count something; a series is looked up once."""
+        """Add to a counter. Each series is looked up only once."""
         key = counter, labels
         count = self._counts.get(key)
         if count is None:
-            count = self._counts[key] = counter.labels(*self._who, *labels).inc
+            count = self._counts[key] = counter.labels(*self._labels, *labels).inc
         count(by)
 
-    def join(self, worker: int, load: Callable[[], Load]) -> None:
-        """A worker begins, and will be asked how busy it is."""
-        self._asking[worker] = load
-        self._workers.tell(len(self._asking))
-        self.ask(worker)
-        self.go_on(worker)
+    def add_worker(self, worker: int, load: Callable[[], Load]) -> None:
+        """Count a worker as running."""
+        self._sources[worker] = load
+        self._workers.update(len(self._sources))
+        self.update_load(worker)
+        self.note_progress(worker)
 
-    def leave(self, worker: int) -> None:
-        """A worker is no more."""
-        del self._asking[worker], self._loads[worker], self._progress[worker]
+    def remove_worker(self, worker: int) -> None:
+        """Remove a worker that stopped."""
+        del self._sources[worker], self._loads[worker], self._progress[worker]
         self.lost.discard(worker)
-        self._workers.tell(len(self._asking))
-        self._add_up()
+        self._workers.update(len(self._sources))
+        self._update_gauges()
 
-    def ask(self, worker: int) -> None:
-        """Find out how busy a worker is."""
-        self._loads[worker] = self._asking[worker]()
-        self._add_up()
+    def update_load(self, worker: int) -> None:
+        """Read the load of a worker and update the gauges."""
+        self._loads[worker] = self._sources[worker]()
+        self._update_gauges()
 
-    def go_on(self, worker: int) -> None:
-        """It has received or settled something."""
+    def note_progress(self, worker: int) -> None:
+        """Note that a worker has just received or settled messages."""
         self._progress[worker] = time.time()
         self._set_progress(min(self._progress.values()))
 
-    def _add_up(self) -> None:
+    def _update_gauges(self) -> None:
         buffered = in_progress = up = 0
         for each in self._loads.values():
             buffered += each.buffered
             in_progress += each.in_hand
             up += each.is_consuming
-        self._buffered.tell(buffered)
-        self._in_progress.tell(in_progress)
-        self._up.tell(up)
+        self._buffered.update(buffered)
+        self._in_progress.update(in_progress)
+        self._up.update(up)
 
 
 class PrometheusObserver(Observer):
-    """Writes metrics for Prometheus: `MyConsumer(observers=[PrometheusObserver()])`.
+    """Counts events as metrics of Prometheus: `MyConsumer(observers=[PrometheusObserver()])`.
 
-    One may serve any number of consumers, and each consumer may have one of its own; what two
-    consumers of the same class and queue do is added up.
+    Consumers may share an observer or have one each. Consumers of the same class and queue are
+    added up.
 
     Args:
-        registry: Where the metrics are registered; None: prometheus_client's own.
+        registry: The registry; None for the default one of prometheus_client.
 
     Raises:
-        ImportError: At its import, where prometheus-client is not installed.
+        ImportError: On import, if prometheus-client isn't installed.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
@@ -230,102 +230,104 @@ class PrometheusObserver(Observer):
             _METRICS[registry] = Metrics(registry)
         self._metrics = _METRICS[registry]
 
-    def _of(self, origin: Origin) -> _Consumer:
-        who = origin.consumer, origin.queue
-        found = self._metrics.consumers.get(who)
+    def _metrics_of(self, origin: Origin) -> _ConsumerMetrics:
+        labels = origin.consumer, origin.queue
+        found = self._metrics.consumers.get(labels)
         if found is None:
-            found = self._metrics.consumers[who] = _Consumer(self._metrics, *who)
+            found = self._metrics.consumers[labels] = _ConsumerMetrics(self._metrics, *labels)
         return found
 
     def worker_started(self, origin: Origin, event: WorkerStarted) -> None:
-        """There is one more."""
-        self._of(origin).join(id(origin), event.load)
+        """Count the worker as running."""
+        self._metrics_of(origin).add_worker(id(origin), event.load)
 
     def worker_stopped(self, origin: Origin, event: WorkerStopped) -> None:
-        """There is one less."""
-        self._of(origin).leave(id(origin))
+        """Remove the worker."""
+        self._metrics_of(origin).remove_worker(id(origin))
 
     def received(self, origin: Origin, event: Received) -> None:
-        """Count."""
-        consumer = self._of(origin)
+        """Count the messages."""
+        consumer = self._metrics_of(origin)
         consumer.received(event.count)
-        consumer.ask(id(origin))
-        consumer.go_on(id(origin))
+        consumer.update_load(id(origin))
+        consumer.note_progress(id(origin))
 
     def batch_cut(self, origin: Origin, event: BatchCut) -> None:
-        """How large, and how long it took to fill; a part that is run again was not cut."""
-        consumer = self._of(origin)
+        """Observe the size of a batch and its fill time, unless a part of it is run again."""
+        consumer = self._metrics_of(origin)
         if event.trigger is not Trigger.ISOLATE:
             consumer.batch_messages(len(event.messages))
             consumer.batch_fill(event.waited)
-        consumer.ask(id(origin))
+        consumer.update_load(id(origin))
 
     def batch_handled(self, origin: Origin, event: BatchHandled) -> None:
-        """How long it took, and how it went."""
-        consumer = self._of(origin)
+        """Observe the duration of a run and count its outcome."""
+        consumer = self._metrics_of(origin)
         consumer.batch_process(event.seconds)
         outcome = _outcome(event.error)
         consumer.count(self._metrics.batches, event.trigger.value, outcome)
 
     def settled(self, origin: Origin, event: Settled) -> None:
-        """Count each result and cause."""
-        consumer = self._of(origin)
+        """Count the messages by result and cause."""
+        consumer = self._metrics_of(origin)
         for (result, cause), count in event.counts.items():
             name = RETURNED if result is None else result.name.lower()
             consumer.count(self._metrics.settled, name, cause.value, by=count)
-        consumer.ask(id(origin))
-        consumer.go_on(id(origin))
+        consumer.update_load(id(origin))
+        consumer.note_progress(id(origin))
 
     def settle_failed(self, origin: Origin, event: SettleFailed) -> None:
-        """Count the messages."""
-        self._of(origin).count(self._metrics.settle_errors, event.step.value, by=event.count)
+        """Count the messages by operation."""
+        self._metrics_of(origin).count(
+            self._metrics.settle_errors, event.step.value, by=event.count
+        )
 
     def dead_lettered(self, origin: Origin, event: DeadLettered) -> None:
-        """Count each reason."""
-        self._of(origin).count(self._metrics.dead_letters, event.reason.value)
+        """Count a dead letter by reason."""
+        self._metrics_of(origin).count(self._metrics.dead_letters, event.reason.value)
 
     def stale_results(self, origin: Origin, event: StaleResults) -> None:
         """Count the messages."""
-        consumer = self._of(origin)
+        consumer = self._metrics_of(origin)
         consumer.stale(event.count)
-        consumer.ask(id(origin))
+        consumer.update_load(id(origin))
 
     def handler_error(self, origin: Origin, event: HandlerError) -> None:
-        """Count each class of exceptions."""
-        self._of(origin).count(self._metrics.exceptions, type(event.error).__name__)
+        """Count an exception by class."""
+        self._metrics_of(origin).count(self._metrics.exceptions, type(event.error).__name__)
 
     def connected(self, origin: Origin, event: Connected) -> None:
-        """A session that replaces a lost one is a reconnect; a breaker's is none."""
-        consumer = self._of(origin)
+        """Count a reconnect if the previous session was lost, not if the breaker ended it."""
+        consumer = self._metrics_of(origin)
         if id(origin) in consumer.lost:
             consumer.lost.remove(id(origin))
             consumer.reconnects()
-        consumer.ask(id(origin))
+        consumer.update_load(id(origin))
 
     def lost(self, origin: Origin, event: Lost) -> None:
-        """One that consumes less."""
-        consumer = self._of(origin)
+        """Decrement the consuming gauge."""
+        consumer = self._metrics_of(origin)
         consumer.lost.add(id(origin))
-        consumer.ask(id(origin))
+        consumer.update_load(id(origin))
 
     def breaker_opened(self, origin: Origin, event: BreakerOpened) -> None:
-        """It pauses."""
-        self._of(origin).ask(id(origin))
+        """Mark the worker as paused."""
+        self._metrics_of(origin).update_load(id(origin))
 
     def breaker_probing(self, origin: Origin, event: BreakerProbing) -> None:
-        """It tries."""
-        self._of(origin).ask(id(origin))
+        """Mark the worker as consuming one message at a time."""
+        self._metrics_of(origin).update_load(id(origin))
 
     def breaker_closed(self, origin: Origin, event: BreakerClosed) -> None:
-        """It goes on."""
-        self._of(origin).ask(id(origin))
+        """Mark the worker as consuming."""
+        self._metrics_of(origin).update_load(id(origin))
 
 
 def process_died(pid: int) -> None:
-    """Forget what a process that is gone has said of itself; what it has counted stays.
+    """Remove the gauges of a process that has exited; its counters stay.
 
-    For whoever supervises processes that share `PROMETHEUS_MULTIPROC_DIR`: to be called as soon as
-    one has ended, or its workers count as up for ever.
+    If you supervise processes that share `PROMETHEUS_MULTIPROC_DIR`, call this whenever one exits.
+    Otherwise its workers count as up forever.
     """
     mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
