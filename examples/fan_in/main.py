@@ -64,10 +64,10 @@ class SourceConsumer(BatchConsumer):
 
     async def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[Result]:
         """Forward one by one; what a failure leaves undecided is requeued."""
-        aio_pika = library(self.settings.url)
+        message_class = native_message(self.settings.url)
         for message in messages:
             body = envelope(self.settings.exchange_name or "", message)
-            await self._staging.publish(aio_pika.Message(body=body), routing_key="")
+            await self._staging.publish(message_class(body=body), routing_key="")
             yield MessageResult.ACK
 
 
@@ -125,15 +125,15 @@ class WriterConsumer(BatchConsumer):
             await exchange.delete()
 
 
-def library(url: str) -> Native:
-    """Whose Message the session's channel takes: aio-pika's, or the in-memory broker's."""
+def native_message(url: str) -> Native:
+    """Return the class of the messages that the session's channel publishes."""
     if url.startswith("memory:"):
-        from aio_pika_batch.adapters import memory
+        from aio_pika_batch.adapters.memory import NativeMessage
 
-        return memory
+        return NativeMessage
     import aio_pika
 
-    return aio_pika
+    return aio_pika.Message
 
 
 async def main(url: str, source_class: type[BatchConsumer]) -> bool:
