@@ -325,7 +325,9 @@ class Observers:
         for observer in self._observers:
             try:
                 _METHODS[type(event)](observer)(self._origin, event)
-            except Exception:  # noqa: BLE001  -- an observer's error must not stop the consumer
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException:  # noqa: BLE001  -- an observer's error must not stop the consumer
                 self.errors += 1
                 if id(observer) not in self._complained:
                     self._complained.add(id(observer))

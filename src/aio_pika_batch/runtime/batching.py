@@ -99,7 +99,9 @@ class KeyedIntake(BatchIntake):
             try:
                 key = self._batch_key(message)
                 hash(key)
-            except Exception as error:  # noqa: BLE001  -- the user's code may raise anything
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # noqa: BLE001  -- the user's code may raise anything
                 failed.append(self._outcome(message, error))
             else:
                 messages.append(message)
@@ -115,7 +117,7 @@ class KeyedIntake(BatchIntake):
                     self._observers.emit(HandlerError([each.message], each.error))
         return BatchDecisions(not_acked=failed)
 
-    def _outcome(self, message: Message, error: Exception) -> MessageOutcome:
+    def _outcome(self, message: Message, error: BaseException) -> MessageOutcome:
         if isinstance(error, MessageDecodeError) and error.message is message:
             return MessageOutcome(message, MessageResult.NACK, Cause.UNDECODABLE, error)
         result = result_for(error, self._failure.exceptions) or self._failure.action

@@ -246,6 +246,13 @@ class ConsumeLoop:
         for tasks in (self._tasks, self._slots.tasks):
             tasks.add(task)
             task.add_done_callback(tasks.discard)
+        task.add_done_callback(self._on_end)
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """End the session if a task has ended otherwise than it should: its messages would wait."""
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is not None:
+            self._give_up(error)
 
     def _on_ignored_cancellation(self) -> None:
         self.fail(
@@ -290,14 +297,19 @@ class ConsumeLoop:
             del self._settling[id(decisions)]
         self.last_progress = self._loop.time()
 
-    def _give_up(self, error: Exception, count: int) -> None:
-        """End the session: otherwise these messages would stay unsettled."""
+    def _give_up(self, error: BaseException, count: int = 0) -> None:
+        """End the session: otherwise messages would stay unsettled.
+
+        Args:
+            count: The number of messages whose results come too late.
+        """
         if isinstance(error, TransportError):
             self._settler.count_stale(count)
             self.fail(error)
-        else:
+            return
+        if not isinstance(error, asyncio.CancelledError):
             self._log.error("a batch could not be settled", exc_info=error)
-            self.fail(SessionLost(f"a batch could not be settled: {error!r}"))
+        self.fail(SessionLost(f"a batch could not be settled: {error!r}"))
 
     def _record(self, decisions: BatchDecisions) -> None:
         """Count results for the breaker; start nothing more if it needs another session.

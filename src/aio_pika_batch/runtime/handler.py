@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from typing import TypeAlias
 
 from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolicy
@@ -61,6 +62,7 @@ class HandlerRun:
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[object] | None = None
         self._cancelled_by: Cause | None = None
+        self._is_abandoned = False
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -82,6 +84,10 @@ class HandlerRun:
         self._timer = self._loop.call_later(IGNORED_CANCELLATION, self._on_ignored)
         return True
 
+    def abandon(self) -> None:
+        """Let the next cancellation end the task, whatever becomes of the batch."""
+        self._is_abandoned = True
+
     def _disarm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -98,8 +104,12 @@ class HandlerRun:
     async def run(self) -> BatchDecisions:
         """Run the handler until every message of the batch is decided.
 
+        Whatever leaves the handler is a failure of the batch, also a `BaseException` of an
+        extension, or a cancellation that the handler has caused itself.
+
         Raises:
-            asyncio.CancelledError: The calling task was cancelled, but not by `cancel`.
+            asyncio.CancelledError: The batch was abandoned.
+            KeyboardInterrupt, SystemExit: The handler raised it to end the process.
         """
         self._task = asyncio.current_task()
         if self._timeout is not None:
@@ -124,9 +134,10 @@ class HandlerRun:
         finally:
             self._disarm()
             task, self._task = self._task, None
-            if self._cancelled_by is not None and task is not None:
-                # The cancellation was meant for the handler, which has ended.
-                task.uncancel()
+            if task is not None and task.cancelling() and not self._is_abandoned:
+                await _absorb_cancellation(task)
+        if self._is_abandoned:
+            raise asyncio.CancelledError
         return batch_run
 
     async def _iterate(self, collector: ResultCollector) -> BaseException | None:
@@ -146,29 +157,26 @@ class HandlerRun:
                     error = InvalidResult(str(invalid))
                     break
         except BaseException as raised:  # noqa: BLE001  -- the user's code may raise anything
-            error = self._blame_handler(raised)
+            error = self._as_failure(raised)
         # If the generator was left in the middle, its clean-up runs now.
         aclose = getattr(results, "aclose", None)
         if aclose is not None:
             try:
                 await aclose()
             except BaseException as raised:  # noqa: BLE001  -- the same
-                closing_error = self._blame_handler(raised)
+                closing_error = self._as_failure(raised)
                 error = error or closing_error
         return error
 
-    def _blame_handler(self, error: BaseException) -> BaseException:
-        """Return an exception that is the handler's; raise one that is meant for the task."""
+    def _as_failure(self, error: BaseException) -> BaseException:
+        """Return an exception that is a failure of the batch; raise any other."""
         match error:
-            case asyncio.CancelledError():
-                task = self._task
-                if self._cancelled_by is None and task is not None and task.cancelling():
-                    raise error
-            case Exception():
-                pass
-            case _:
+            case KeyboardInterrupt() | SystemExit():
                 raise error
-        return error
+            case asyncio.CancelledError() if self._is_abandoned:
+                raise error
+            case _:
+                return error
 
     def _record(self, raised: BaseException | None, began: float, trigger: Trigger) -> None:
         """Record a run that has ended, log a failure, and tell the observers."""
@@ -247,6 +255,17 @@ class HandlerRun:
         if self._on_yield is not None and not self._has_notified:
             self._has_notified = True
             self._on_yield(self)
+
+
+async def _absorb_cancellation(task: asyncio.Task[object]) -> None:
+    """Undo cancellations of the current task, also one that hasn't been raised yet.
+
+    They were meant for the handler, which has ended, or the handler has caused them itself.
+    """
+    while task.cancelling():
+        task.uncancel()
+    with suppress(asyncio.CancelledError):
+        await asyncio.sleep(0)
 
 
 class EarlySettlement:

@@ -58,6 +58,8 @@ class HandlerSlots:
 
     def abandon(self) -> None:
         """Cancel all tasks; the broker delivers their messages again."""
+        for run in self._running:
+            run.abandon()
         for task in self.tasks:
             task.cancel()
 

@@ -134,10 +134,12 @@ class SettlementQueue:
             task.add_done_callback(self._sending.discard)
 
     async def _settle_all(self, tickets: Sequence[Ticket]) -> None:
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             await self._session.settle(_merge(tickets))
-        except Exception as raised:  # noqa: BLE001  -- passed on to those who wait
+        except asyncio.CancelledError:
+            error = SessionLost("the settlement was cancelled")
+        except BaseException as raised:  # noqa: BLE001  -- passed on to those who wait
             error = raised
         for ticket in tickets:
             if ticket.settled is None or ticket.settled.done():

@@ -180,18 +180,7 @@ class Worker:
         self._observers.emit(WorkerStarted(self._load))
         try:
             while not self._shutdown.is_requested:
-                failure: Exception | None = None
-                try:
-                    await self._run_session()
-                except _Stopped:
-                    break
-                except asyncio.CancelledError as error:
-                    if is_being_cancelled():
-                        raise
-                    # Client libraries cancel what waited for a connection that was lost.
-                    failure = SessionLost(f"a hook was cancelled: {error!r}")
-                except Exception as error:  # noqa: BLE001  -- `_handle_failure` decides
-                    failure = error
+                failure = await self._run_session()
                 if failure is not None:
                     self._handle_failure(failure)
                 if self._breaker is not None and self._breaker.is_open:
@@ -205,7 +194,29 @@ class Worker:
             if not self.ready.done():
                 self.ready.cancel()
 
-    async def _run_session(self) -> None:
+    async def _run_session(self) -> Exception | None:
+        """Run one session; return what ended it, unless that was a stop or the breaker."""
+        try:
+            await self._open_and_consume()
+        except _Stopped:
+            return None
+        except asyncio.CancelledError as error:
+            # The event loop cancels this task when it is closed.
+            if is_being_cancelled():
+                raise
+            # Client libraries cancel what waited for a connection that was lost.
+            return SessionLost(f"a hook was cancelled: {error!r}")
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except Exception as error:  # noqa: BLE001  -- `_handle_failure` decides
+            return error
+        except BaseException as error:  # noqa: BLE001  -- a hook or a transport may raise anything
+            failure = RuntimeError(f"the session was ended by {format_error(error)}")
+            failure.__cause__ = error
+            return failure
+        return None
+
+    async def _open_and_consume(self) -> None:
         if self._state not in _WELL:
             self._state = WorkerState.CONNECTING
         # Declared again each time: whatever ended the last session may have deleted the queue.

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Sequence
 
 from aio_pika_batch.core.topology import build_topology, split_exclusive
-from aio_pika_batch.errors import DrainIncomplete, StartInterrupted
+from aio_pika_batch.errors import DrainIncomplete, SessionLost, StartInterrupted
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observer, Observers, Origin
 from aio_pika_batch.runtime.handler import IGNORED_CANCELLATION
@@ -139,6 +139,9 @@ class WorkerPool:
         await self.shutdown.or_first_of(self._tasks)
         if not self.shutdown.is_requested:
             for task in self._tasks:
+                if task.cancelled():
+                    msg = "a worker's task was cancelled, but not by this library"
+                    raise SessionLost(msg)
                 if task.done():
                     await task
 

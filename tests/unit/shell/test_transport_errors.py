@@ -1,4 +1,4 @@
-"""What the shell does if a transport, a worker or a hook fails unexpectedly."""
+"""A consumer survives what a transport, a handler or an observer should not do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from aio_pika_batch import SessionLost
-from aio_pika_batch.observer import Lost, StaleResults
+from aio_pika_batch.observer import Lost, Observer, StaleResults
 from tests.unit.shell.helpers import (
     ACK,
     REQUEUE,
@@ -62,20 +62,101 @@ async def test_a_failed_settlement_of_several_batches_reaches_all_of_them(error,
     assert stale == (6 if isinstance(error, SessionLost) else 0)
 
 
-async def test_a_worker_that_ends_by_itself_ends_run():
-    """Otherwise the consumer would silently stop consuming."""
+class Broken(BaseException):
+    """What an extension or a test runner may raise: not an `Exception`."""
+
+
+async def test_whatever_ends_a_session_is_not_the_end_of_its_worker(caplog):
+    """It is logged, and the worker consumes again."""
     script = ScriptedTransport()
-    consumer = RecordingConsumer(transport=script)
+    async with RecordingConsumer(transport=script) as consumer:
+        script.last.end(Broken("odd"))
+        await asyncio.sleep(5)
+        assert 2 == len(script.sessions)
+        assert consumer.is_healthy
+    assert "the session was ended by Broken: odd" in caplog.text
+
+
+async def test_a_worker_that_is_cancelled_by_others_ends_run():
+    """Otherwise nothing would be consumed, and `run` would not end."""
+    consumer = RecordingConsumer(transport=ScriptedTransport())
     running = asyncio.create_task(consumer.run())
     await asyncio.sleep(1)
 
-    class Broken(BaseException):
-        """An error that no worker survives."""
+    consumer._lifecycle.pool._tasks[0].cancel()
 
-    script.last.end(Broken())
-    with pytest.raises(Broken):
+    with pytest.raises(SessionLost, match="cancelled"):
         await running
     assert not consumer.is_running
+
+
+@pytest.mark.parametrize("way", ["yields", "raises", "closes", "cancels", "cancels at the end"])
+async def test_whatever_leaves_a_handler_is_a_failure_of_its_batch_only(way, caplog):
+    """Also what isn't an `Exception`; the next batches are handled as before."""
+    script = ScriptedTransport()
+    runs = 0
+
+    async def answer(messages):
+        nonlocal runs
+        runs += 1
+        if runs > 1:
+            for _ in messages:
+                yield ACK
+            return
+        match way:
+            case "yields":
+                async with asyncio.TaskGroup():
+                    for _ in (*messages, "one too many"):
+                        yield ACK
+            case "raises":
+                yield ACK
+                raise Broken
+            case "closes":
+                try:
+                    yield "no result"
+                finally:
+                    raise BaseExceptionGroup("closing", [Broken()])
+            case "cancels":
+                yield ACK
+                asyncio.current_task().cancel()
+                await asyncio.sleep(3600)
+            case _:
+                yield ACK
+                asyncio.current_task().cancel()
+
+    async with RecordingConsumer(
+        answer, transport=script, batch_size=2, unhandled_exception_action="NACK"
+    ) as consumer:
+        script.last.feed(*numbered(2))
+        await asyncio.sleep(1)
+        script.last.feed(*numbered(2, 2))
+        await asyncio.sleep(1)
+        assert consumer.is_healthy
+    first, second = script.details("settle")
+    expected = {
+        "yields": [("ack", (1, 2))],
+        "closes": [("reject", (1, 2))],
+    }.get(way, [("ack", (1,)), ("reject", (2,))])
+    assert expected == first
+    assert [("ack", (3, 4))] == second
+    assert 1 == len(script.sessions)
+    assert "a batch failed" in caplog.text
+
+
+async def test_an_observer_may_raise_anything(caplog):
+    """It changes nothing."""
+
+    class Odd(Observer):
+        def received(self, origin, event):
+            raise Broken
+
+    script = ScriptedTransport()
+    async with RecordingConsumer(transport=script, observers=[Odd()], batch_size=2) as consumer:
+        script.last.feed(*numbered(2))
+        await asyncio.sleep(1)
+        assert consumer.is_healthy
+    assert [[("ack", (1, 2))]] == script.details("settle")
+    assert "an observer failed" in caplog.text
 
 
 async def test_a_timeout_that_on_start_raises_is_passed_on():
