@@ -12,8 +12,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from importlib.metadata import version
+from typing import Annotated, TypeAlias
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 
 from aio_pika_batch.errors import (
     AccessRefused,
@@ -24,6 +25,10 @@ from aio_pika_batch.errors import (
 )
 
 NAME = "aio-pika-batch"
+
+Flag: TypeAlias = Annotated[bool, Parameter(show_default=False)]
+Strings: TypeAlias = Annotated[tuple[str, ...], Parameter(show_default=False)]
+"""Types of options whose defaults say nothing."""
 
 EXIT_CODES = (
     "Exit codes: 0 success; 1 crash, failed check, or incomplete drain; 2 wrong usage or"
@@ -86,6 +91,7 @@ app = App(
     help="Run and inspect batch consumers for RabbitMQ, and repair dead letters.",
     help_epilogue=EXIT_CODES,
     version=lambda: version("aio-pika-batch"),
+    default_parameter=Parameter(negative=""),  # no --no-… options
     error_formatter=_format_usage_error,
     result_action="return_int_as_exit_code_else_zero",
 )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from cyclopts import Parameter
-
-from aio_pika_batch.cli.app import Exit
+from aio_pika_batch.cli.app import Exit, Flag
 from aio_pika_batch.cli.logging import silence_clients
 from aio_pika_batch.cli.printing import console, escaped, print_json, table
 from aio_pika_batch.cli.targets import AnyConsumer, TargetOptions, load
@@ -36,8 +34,8 @@ def check(
     /,
     *,
     format: Literal["table", "json"] = "table",  # noqa: A002  -- its name on the command line
-    offline: Annotated[bool, Parameter(negative="")] = False,
-    strict: Annotated[bool, Parameter(negative="")] = False,
+    offline: Flag = False,
+    strict: Flag = False,
     loading: TargetOptions | None = None,
 ) -> int:
     """Show a consumer's settings and compare them with the broker. Declares nothing.

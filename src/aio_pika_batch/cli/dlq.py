@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from cyclopts import App, Parameter
 
-from aio_pika_batch.cli.app import Exit, print_error
+from aio_pika_batch.cli.app import Exit, Flag, Strings, print_error
 from aio_pika_batch.cli.printing import (
     ProgressBar,
     console,
@@ -39,13 +39,13 @@ app = App(name="dlq")  # cli.app has its help
 class FilterOptions:
     """Options that select dead letters: those that match all of them."""
 
-    reason: Annotated[tuple[str, ...], Parameter(negative_iterable="")] = ()
+    reason: Strings = ()
     """Only with this reason: rejected, exhausted, handler-error, undecodable, expired, …"""
     older_than: timedelta | None = None
     """Only if dead-lettered longer ago than this: 90s, 15m, 2h, 3d."""
     newer_than: timedelta | None = None
     """Only if dead-lettered more recently than this."""
-    header: Annotated[tuple[str, ...], Parameter(negative_iterable="")] = ()
+    header: Strings = ()
     """Only with this header, as name=value."""
     limit: int | None = None
     """At most this many."""
@@ -83,7 +83,7 @@ def list_(
 
     Reads the reasons from the oldest dead letters. A quorum queue counts this as a delivery.
 
-    Example: aio-pika-batch dlq list app:Orders
+    Example: aio-pika-batch dlq list shop:Importer
 
     Args:
         target: Consumer as module:attribute; or name a queue with --queue.
@@ -138,7 +138,7 @@ def show(
 
     A quorum queue counts this as a delivery.
 
-    Example: aio-pika-batch dlq show app:Orders --reason exhausted --limit 1
+    Example: aio-pika-batch dlq show shop:Importer --reason exhausted --limit 1
 
     Args:
         target: Consumer as module:attribute; or name a queue with --queue.
@@ -193,8 +193,8 @@ def replay_(
     target: str | None = None,
     /,
     *,
-    to_queue: Annotated[bool, Parameter(negative="")] = False,
-    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    to_queue: Flag = False,
+    dry_run: Flag = False,
     scan: int = SCAN,
     where: FilterOptions | None = None,
     place: QueueOptions | None = None,
@@ -205,7 +205,7 @@ def replay_(
     Nothing is lost: a dead letter is removed only after the broker has confirmed its copy. Ctrl-C
     finishes the copies in progress. Dead letters that don't match stay in the queue.
 
-    Example: aio-pika-batch dlq replay app:Orders --reason exhausted --newer-than 2h --dry-run
+    Example: aio-pika-batch dlq replay shop:Importer --reason exhausted --newer-than 2h --dry-run
 
     Args:
         target: Consumer as module:attribute; or name a queue with --queue.
@@ -241,7 +241,7 @@ def purge_(
     target: str | None = None,
     /,
     *,
-    yes: Annotated[bool, Parameter(negative="")] = False,
+    yes: Flag = False,
     scan: int = SCAN,
     where: FilterOptions | None = None,
     place: QueueOptions | None = None,
@@ -249,7 +249,7 @@ def purge_(
 ) -> int:
     """Delete dead letters permanently. Without --yes, only count them.
 
-    Example: aio-pika-batch dlq purge app:Orders --older-than 30d --yes
+    Example: aio-pika-batch dlq purge shop:Importer --older-than 30d --yes
 
     Args:
         target: Consumer as module:attribute; or name a queue with --queue.

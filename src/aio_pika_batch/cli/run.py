@@ -13,7 +13,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from aio_pika_batch.cli.app import Exit
+from aio_pika_batch.cli.app import Exit, Flag
 from aio_pika_batch.cli.logging import LogFormat, LogLevel, configure_logging
 from aio_pika_batch.cli.process_manager import ProcessManager, ProcessPolicy
 from aio_pika_batch.cli.supervisor import FATAL_CODES, Supervisor
@@ -49,7 +49,7 @@ def run(
     *more: str,
     workers: Annotated[int | None, Parameter(alias="-w")] = None,
     processes: Annotated[int | None, Parameter(alias="-n")] = None,
-    reload: Annotated[bool, Parameter(negative="")] = False,
+    reload: Flag = False,
     drain_timeout: float | None = None,
     log_level: LogLevel = "info",
     log_format: LogFormat = "auto",

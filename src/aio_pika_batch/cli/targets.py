@@ -17,11 +17,12 @@ from importlib import import_module
 from inspect import isclass, isroutine
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from cyclopts import Parameter
 from dotenv import load_dotenv
 
+from aio_pika_batch.cli.app import Flag
 from aio_pika_batch.cli.logging import silence_clients
 from aio_pika_batch.consumer import BaseConsumer, Consumer
 from aio_pika_batch.core.message import Message
@@ -38,7 +39,7 @@ AnyConsumer: TypeAlias = BaseConsumer[Any]
 class TargetOptions:
     """Options for finding a consumer, the same for every command."""
 
-    factory: Annotated[bool, Parameter(negative="")] = False
+    factory: Flag = False
     """The target is a function that returns a consumer."""
     app_dir: Path = Path()
     """Folder to import modules from."""

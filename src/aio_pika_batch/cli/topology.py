@@ -7,12 +7,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
-from typing import Annotated, Literal, TypeAlias
+from typing import Literal, TypeAlias
 from urllib.parse import unquote, urlsplit
 
-from cyclopts import Parameter
-
-from aio_pika_batch.cli.app import Exit
+from aio_pika_batch.cli.app import Exit, Flag
 from aio_pika_batch.cli.logging import silence_clients
 from aio_pika_batch.cli.printing import console, escaped, print_json, table
 from aio_pika_batch.cli.targets import AnyConsumer, TargetOptions, load
@@ -65,8 +63,8 @@ def topology(
     target: str,
     /,
     *,
-    apply: Annotated[bool, Parameter(negative="")] = False,
-    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    apply: Flag = False,
+    dry_run: Flag = False,
     format: Literal["table", "json", "definitions"] = "table",  # noqa: A002  -- its name on the command line
     rabbitmq: str | None = None,
     vhost: str | None = None,

@@ -16,7 +16,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.live import Live
 
-from aio_pika_batch.cli.app import Exit
+from aio_pika_batch.cli.app import Exit, Flag
 from aio_pika_batch.cli.demo.consumers import Orders
 from aio_pika_batch.cli.demo.dashboard import Dashboard
 from aio_pika_batch.cli.demo.pipeline import DRAIN_TIMEOUT, DemoOptions, Pipeline
@@ -33,7 +33,7 @@ PICTURE_WIDTH = 110
 def demo(
     *,
     url: str = "memory://demo",
-    plain: Annotated[bool, Parameter(negative="")] = False,
+    plain: Flag = False,
     save_svg: Annotated[Path | None, Parameter(show=False)] = None,
     options: DemoOptions | None = None,
 ) -> int:

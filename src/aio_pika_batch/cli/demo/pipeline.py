@@ -19,6 +19,7 @@ from aio_pika_batch import (
     Publication,
 )
 from aio_pika_batch.adapters.memory import MemoryTransport
+from aio_pika_batch.cli.app import Flag
 from aio_pika_batch.cli.demo.consumers import Cleaner, DeadLetterCounter, Invoices, Orders
 from aio_pika_batch.cli.demo.orders import CountCheck, OrderStream, check_counts
 from aio_pika_batch.cli.demo.stats import PipelineStats
@@ -50,7 +51,7 @@ class DemoOptions:
     """Number of workers that handle orders."""
     seed: int = 1
     """Seed of the random orders."""
-    chaos: Annotated[bool, Parameter(negative="")] = False
+    chaos: Flag = False
     """Cut all connections every 3 seconds; needs memory://."""
 
 
