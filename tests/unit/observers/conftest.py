@@ -1,4 +1,4 @@
-"""What every test of an observer gets: the broker of the shell's tests, and what goes with it."""
+"""Fixtures for tests of observers, shared with the shell's tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is there to be seen? One consumer's life, in which everything happens once."""
+"""A run of a consumer in which each kind of event happens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.shell.helpers import (
 
 
 async def everything(rabbit, *observers):
-    """Success, retry, dead letter, exception, lost session, stale result; ends after the stop."""
+    """Run a consumer to its end: ack, retry, dead letter, exception, lost session, stale result."""
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "", kind="fanout")
     rabbit.put(*numbered(3))

@@ -1,4 +1,4 @@
-"""What does somebody see who has not installed what an observer needs?"""
+"""Tests of observers whose package isn't installed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ import pytest
     ("module", "package", "extra"),
     [("prometheus", "prometheus_client", "prometheus"), ("otel", "opentelemetry", "otel")],
 )
-def test_a_missing_package_is_named_with_the_extra_that_brings_it(
-    monkeypatch, module, package, extra
-):
-    """At the import; nothing else of the library needs it."""
+def test_the_error_for_a_missing_package_names_the_extra(monkeypatch, module, package, extra):
+    """It is raised when the observer's module is imported."""
     name = f"aio_pika_batch.observers.{module}"
     for each in [each for each in sys.modules if each.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, each)
@@ -26,8 +24,8 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
         importlib.import_module(name)
 
 
-def test_the_front_door_imports_neither():
-    """Nor does anything that is imported by it: an observer is imported by its module's name."""
+def test_the_package_imports_no_observer():
+    """An observer is imported from its module only."""
     story = (
         "import sys, aio_pika_batch.consumer, aio_pika_batch.observers\n"
         "assert not {'prometheus_client', 'opentelemetry', 'structlog'} & set(sys.modules)\n"

@@ -1,7 +1,4 @@
-"""What does OpenTelemetry learn of a consumer?
-
-Asked of the real SDK, which keeps in memory what it would export.
-"""
+"""Tests of the OpenTelemetry observer with the real SDK, which exports to memory."""
 
 from __future__ import annotations
 
@@ -51,7 +48,7 @@ WHO = {"messaging.system": "rabbitmq", "messaging.destination.name": "jobs"}
 
 
 class Telemetry:
-    """The SDK, and what it would export."""
+    """The SDK with exporters to memory."""
 
     def __init__(self):
         self.exporter = InMemorySpanExporter()
@@ -61,17 +58,17 @@ class Telemetry:
         self.meters = MeterProvider([self.reader])
 
     def observer(self, **more):
-        """One that reports here."""
+        """Return an observer that reports here."""
         return OpenTelemetryObserver(
             tracer_provider=self.traces, meter_provider=self.meters, **more
         )
 
     def spans(self, kind=None):
-        """Those that have ended, in the order of their ends."""
+        """Return the ended spans, in the order of their ends."""
         return [each for each in self.exporter.get_finished_spans() if kind in (None, each.kind)]
 
     def points(self, name):
-        """The data points of a metric."""
+        """Return the data points of a metric."""
         data = self.reader.get_metrics_data()
         return [
             point
@@ -85,12 +82,12 @@ class Telemetry:
 
 @pytest.fixture
 def telemetry():
-    """One of the test's own; nothing global is touched."""
+    """An SDK for one test; nothing global is changed."""
     return Telemetry()
 
 
 async def test_a_batch_is_one_span_with_a_link_for_each_message(rabbit, telemetry):
-    """A batch has many origins: none of them is its parent."""
+    """A batch has many origins, so none of them is its parent."""
     others = [f"00-{TRACE + number:032x}-{SPAN + number:016x}-01" for number in range(3)]
     for number, each in enumerate(others):
         rabbit.put(b"%d" % number, properties=Properties(headers={"traceparent": each}))
@@ -115,8 +112,8 @@ async def test_a_batch_is_one_span_with_a_link_for_each_message(rabbit, telemetr
     assert StatusCode.UNSET is span.status.status_code
 
 
-async def test_a_settlement_is_a_client_span_below_its_batch(rabbit, telemetry):
-    """With what became of how many messages."""
+async def test_a_settlement_is_a_child_span_of_its_batch(rabbit, telemetry):
+    """With the number of messages per result."""
     rabbit.put(*numbered(3))
     async with RecordingConsumer(
         answering(ACK, NACK, ACK),
@@ -138,8 +135,8 @@ async def test_a_settlement_is_a_client_span_below_its_batch(rabbit, telemetry):
     } == dict(settle.attributes)
 
 
-async def test_the_batch_is_current_inside_the_handler(rabbit, telemetry):
-    """Also behind an await, in a task of its own, and with batches at once; not afterwards."""
+async def test_the_span_of_the_batch_is_current_inside_the_handler(rabbit, telemetry):
+    """Also after an await, in its tasks, and with concurrent batches; not afterwards."""
     seen = {}
 
     async def handler(messages):
@@ -170,7 +167,7 @@ async def test_the_batch_is_current_inside_the_handler(rabbit, telemetry):
 
 
 async def test_spans_of_the_handler_are_its_children(rabbit, telemetry):
-    """As an instrumented database driver makes them."""
+    """As those of an instrumented database driver."""
     tracer = telemetry.traces.get_tracer("driver")
 
     async def handler(messages):
@@ -192,8 +189,8 @@ async def test_spans_of_the_handler_are_its_children(rabbit, telemetry):
     assert batch.parent is None
 
 
-async def test_a_failure_has_its_type(rabbit, telemetry):
-    """On the span, and on the duration."""
+async def test_a_failed_handler_sets_the_error_type(rabbit, telemetry):
+    """On the span and on the duration."""
     rabbit.put(*numbered(1))
     async with RecordingConsumer(
         answering(error=KeyError("x")),
@@ -210,8 +207,8 @@ async def test_a_failure_has_its_type(rabbit, telemetry):
     assert "KeyError" == point.attributes["error.type"]
 
 
-async def test_an_exception_that_cannot_be_described_ends_its_span(rabbit, telemetry):
-    """Whatever the SDK makes of it."""
+async def test_the_span_ends_even_if_the_exception_has_no_text(rabbit, telemetry):
+    """str() of the exception raises."""
 
     class Odd(Exception):
         def __str__(self):
@@ -229,8 +226,8 @@ async def test_an_exception_that_cannot_be_described_ends_its_span(rabbit, telem
     assert span.attributes["error.type"].endswith("Odd")
 
 
-async def test_durations_and_counts(rabbit, jitter, telemetry):
-    """The metrics that the conventions name, of a life with one of everything."""
+async def test_metrics_count_and_measure(rabbit, jitter, telemetry):
+    """The metrics of the conventions, in a run with every kind of event."""
     await everything(rabbit, telemetry.observer())
     [consumed] = telemetry.points("messaging.client.consumed.messages")
     assert 6 == consumed.value
@@ -246,8 +243,8 @@ async def test_durations_and_counts(rabbit, jitter, telemetry):
     ]
 
 
-async def test_what_cannot_be_settled_is_a_span_with_an_error(telemetry):
-    """Of its type."""
+async def test_a_failed_settlement_is_a_span_with_an_error(telemetry):
+    """With its type."""
     script = ScriptedTransport()
     script.on_settle = raising(SessionLost("just now"))
     async with RecordingConsumer(
@@ -261,8 +258,8 @@ async def test_what_cannot_be_settled_is_a_span_with_an_error(telemetry):
     assert 3 == settle.attributes["messaging.batch.message_count"]
 
 
-async def test_a_copy_that_is_not_confirmed_is_a_span_with_an_error(rabbit, telemetry):
-    """Of the operation that it was."""
+async def test_an_unconfirmed_copy_is_a_span_with_an_error(rabbit, telemetry):
+    """With the operation send."""
     rabbit.put(*numbered(1))
     rabbit.broker.faults.on_publish(PublishFault.REFUSE, times=1)
     async with RecordingConsumer(
@@ -278,8 +275,8 @@ async def test_a_copy_that_is_not_confirmed_is_a_span_with_an_error(rabbit, tele
 
 
 @pytest.mark.parametrize(("limit", "links"), [(None, 128), (200, 128), (10, 10)])
-async def test_the_limit_of_links_is_told_once(rabbit, telemetry, caplog, limit, links):
-    """The SDK drops what is beyond it in silence; what it will drop is not made."""
+async def test_the_limit_of_links_is_logged_once(rabbit, telemetry, caplog, limit, links):
+    """The SDK would drop more links silently, so they aren't created."""
     rabbit.put(*numbered(300), properties=Properties(headers={"traceparent": TRACEPARENT}))
     observer = telemetry.observer(max_links=limit)
     async with RecordingConsumer(
@@ -287,19 +284,19 @@ async def test_the_limit_of_links_is_told_once(rabbit, telemetry, caplog, limit,
     ):
         await asyncio.sleep(10)
     assert [links] * 2 == [len(each.links) for each in telemetry.spans(SpanKind.CONSUMER)]
-    told = [each for each in caplog.records if "OTEL_SPAN_LINK_COUNT_LIMIT" in each.getMessage()]
-    assert (0 if limit == 200 else 1) == len(told)
+    logged = [each for each in caplog.records if "OTEL_SPAN_LINK_COUNT_LIMIT" in each.getMessage()]
+    assert (0 if limit == 200 else 1) == len(logged)
 
 
-def test_the_limit_of_links_is_the_environments(monkeypatch, telemetry):
-    """As the SDK reads it."""
+def test_the_limit_of_links_comes_from_the_environment(monkeypatch, telemetry):
+    """From the variable of the SDK."""
     monkeypatch.setenv("OTEL_SPAN_LINK_COUNT_LIMIT", "7")
     assert 7 == telemetry.observer()._max_links
 
 
 @pytest.mark.parametrize("how", ["requeue", "dead letter"])
 async def test_a_trace_survives_a_copy(rabbit, telemetry, how):
-    """`traceparent` and `tracestate` are as their producer wrote them."""
+    """`traceparent` and `tracestate` are unchanged."""
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "", kind="fanout")
     headers = {"traceparent": TRACEPARENT, "tracestate": "a=b"}
@@ -325,8 +322,8 @@ async def test_a_trace_survives_a_copy(rabbit, telemetry, how):
     assert headers == {name: kept[name] for name in headers}
 
 
-async def test_a_producer_passes_its_trace_on(rabbit, telemetry):
-    """What a handler publishes is linked to its batch, wherever it is consumed."""
+async def test_trace_headers_link_a_published_message_to_its_batch(rabbit, telemetry):
+    """With the other headers kept."""
 
     class Relay(RecordingConsumer):
         async def process_messages(self, messages):
@@ -345,8 +342,8 @@ async def test_a_producer_passes_its_trace_on(rabbit, telemetry):
     assert f"{batch.context.trace_id:032x}-{batch.context.span_id:016x}" in traceparent
 
 
-def test_where_the_broker_is_is_an_attribute():
-    """If the URL names one; which of several it is, only the transport knows."""
+def test_server_of_a_url():
+    """None if the URL names several, or may contain part of a password."""
     assert ("broker", 5673) == server_of("amqp://me:p%40ss@broker:5673/vhost")
     assert ("broker", 5672) == server_of("amqp://me:pass@broker")
     assert ("::1", 5671) == server_of("amqps://[::1]/?x=1")
@@ -357,7 +354,7 @@ def test_where_the_broker_is_is_an_attribute():
 
 
 async def test_the_brokers_address_is_on_spans(telemetry):
-    """As the conventions want it."""
+    """As the conventions require."""
     script = ScriptedTransport()
     async with RecordingConsumer(
         ack,
@@ -373,8 +370,8 @@ async def test_the_brokers_address_is_on_spans(telemetry):
         assert 5673 == span.attributes["server.port"]
 
 
-def test_without_an_sdk_nothing_happens(caplog):
-    """The API does nothing, and says nothing."""
+def test_without_an_sdk_nothing_is_logged(caplog):
+    """The API alone does nothing."""
     caplog.set_level(logging.DEBUG)
     assert OpenTelemetryObserver()
     assert [] == caplog.records
@@ -401,8 +398,8 @@ states = st.one_of(st.none(), st.just("a=b"), st.just("a=b,c=d"), st.just("=,"),
 
 
 @given(st.one_of(likely, likely.map(lambda it: it + "-more"), st.text(max_size=60)), states)
-def test_a_traceparent_is_read_as_the_apis_own_propagator_reads_it(traceparent, tracestate):
-    """Ours is only quicker."""
+def test_a_traceparent_is_parsed_like_by_the_propagator_of_the_api(traceparent, tracestate):
+    """Only faster."""
     headers = {"traceparent": traceparent} | (
         {} if tracestate is None else {"tracestate": tracestate}
     )
@@ -414,24 +411,24 @@ def test_a_traceparent_is_read_as_the_apis_own_propagator_reads_it(traceparent, 
 
 
 @given(tables, st.none() | st.sampled_from([TRACEPARENT, TRACEPARENT[:-1], "nonsense", 1]), states)
-def test_a_trace_is_found_in_headers_as_they_came(headers, traceparent, tracestate):
-    """Without decoding the rest of them; what comes of it is the same."""
+def test_a_trace_is_found_in_undecoded_headers(headers, traceparent, tracestate):
+    """The result is the same as from decoded headers."""
     stated = {"traceparent": traceparent, "tracestate": tracestate}
     headers = headers | {name: value for name, value in stated.items() if value is not None}
-    as_it_came = spoken.message(encode(Properties(headers=headers, content_type="text/plain")))
-    assert origin_of(make_message(b"", headers=headers)) == origin_of(as_it_came)
+    undecoded = spoken.message(encode(Properties(headers=headers, content_type="text/plain")))
+    assert origin_of(make_message(b"", headers=headers)) == origin_of(undecoded)
 
 
-def test_a_trace_whose_neighbours_cannot_be_decoded_is_none():
-    """They are somebody's trouble, but not the trace's."""
-    came = spoken.raw_properties(headers={"x": True, "tracestate": "a=b", "traceparent": "?"})
-    broken = came.replace(b"\x01xt", b"\x01x?")
-    assert broken != came
+def test_undecodable_headers_have_no_trace():
+    """No error is raised."""
+    encoded = spoken.raw_properties(headers={"x": True, "tracestate": "a=b", "traceparent": "?"})
+    broken = encoded.replace(b"\x01xt", b"\x01x?")
+    assert broken != encoded
     assert origin_of(spoken.message(broken)) is None
 
 
-async def test_a_batch_that_is_not_recorded_costs_no_links(rabbit, monkeypatch):
-    """Nobody looks into the headers of its messages."""
+async def test_a_span_that_is_not_recorded_creates_no_links(rabbit, monkeypatch):
+    """The headers of its messages aren't read."""
     looked = []
     monkeypatch.setattr("aio_pika_batch.observers.otel.origin_of", looked.append)
     rabbit.put(*numbered(3))
@@ -444,8 +441,8 @@ async def test_a_batch_that_is_not_recorded_costs_no_links(rabbit, monkeypatch):
     assert [] == looked
 
 
-def test_headers_that_hold_no_trace():
-    """Whatever is there in its place."""
+def test_headers_without_a_valid_traceparent_have_no_trace():
+    """Whatever value is in its place."""
     for value in (None, 1, b"00", ["x"], {"a": 1}):
         assert origin_of(make_message(b"", headers={"traceparent": value})) is None
     assert origin_of(make_message(b"")) is None

@@ -1,7 +1,4 @@
-"""What does Prometheus learn of a consumer?
-
-Asked of what would be scraped, as Prometheus' own parser reads it.
-"""
+"""Tests of the Prometheus observer, by what a scrape returns."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ WHO = {"consumer": "RecordingConsumer", "queue": "jobs"}
 
 
 class Scraped:
-    """What a scrape of a registry brings."""
+    """The result of a scrape."""
 
     def __init__(self, text):
         self.families = {each.name: each for each in text_string_to_metric_families(text)}
@@ -48,7 +45,7 @@ class Scraped:
         return cls(generate_latest(registry).decode())
 
     def __call__(self, name, **labels):
-        """The value of one series; None if there is none."""
+        """Return the value of a series; None if it doesn't exist."""
         wanted = WHO | labels
         found = [
             each.value
@@ -61,12 +58,12 @@ class Scraped:
 
 @pytest.fixture
 def registry():
-    """One of the test's own."""
+    """A registry for one test."""
     return CollectorRegistry()
 
 
-async def test_a_life_in_numbers(rabbit, jitter, registry):
-    """Every counter and histogram that a life with one of everything moves."""
+async def test_each_event_moves_its_counters_and_histograms(rabbit, jitter, registry):
+    """In a run with every kind of event."""
     await everything(rabbit, PrometheusObserver(registry))
     value = Scraped.of(registry)
     assert 6 == value("messages_received_total")  # 3, two copies, and one delivered again
@@ -91,8 +88,8 @@ async def test_a_life_in_numbers(rabbit, jitter, registry):
     )
 
 
-async def test_gauges_are_true_while_it_works(rabbit, registry):
-    """What waits for a batch, what a handler has, and who consumes."""
+async def test_gauges_follow_the_load_of_the_workers(rabbit, registry):
+    """Buffered and handled messages, and consuming workers."""
     rabbit.put(*numbered(5))
     observer = PrometheusObserver(registry)
     async with RecordingConsumer(
@@ -113,8 +110,8 @@ async def test_gauges_are_true_while_it_works(rabbit, registry):
         assert 1 == Scraped.of(registry)("worker_up")
 
 
-async def test_progress_is_a_time_of_day(rabbit, registry, monkeypatch):
-    """When the worker that is furthest behind last did something."""
+async def test_last_progress_is_a_timestamp(rabbit, registry, monkeypatch):
+    """Of the worker without progress for the longest time."""
     loop = asyncio.get_running_loop()
     monkeypatch.setattr("time.time", lambda: 1_000_000 + loop.time())
     rabbit.put(*numbered(1))
@@ -132,16 +129,16 @@ async def test_progress_is_a_time_of_day(rabbit, registry, monkeypatch):
         )
 
 
-async def test_what_runs_is_told(registry):
-    """Its version, as a label."""
+async def test_build_info_has_the_versions(registry):
+    """As labels."""
     PrometheusObserver(registry)
     [about] = Scraped.of(registry).families["aio_pika_batch_build_info"].samples
     assert {"version", "python"} == set(about.labels)
     assert 1 == about.value
 
 
-def test_every_metric_is_on_the_page(registry):
-    """With its type and its labels."""
+def test_the_docs_list_every_metric(registry):
+    """With type and labels."""
     metrics = PrometheusObserver(registry)._metrics
     labels = {
         f"{each._name}{'_total' if each._type == 'counter' else ''}": each._labelnames
@@ -158,7 +155,7 @@ def test_every_metric_is_on_the_page(registry):
     assert about == rows
 
 
-async def test_consumers_of_one_kind_are_added_up(rabbit, registry):
+async def test_consumers_of_the_same_class_and_queue_are_added_up(rabbit, registry):
     """Whether they share an observer or have one each."""
     rabbit.put(*numbered(4))
     shared = PrometheusObserver(registry)
@@ -179,8 +176,8 @@ async def test_consumers_of_one_kind_are_added_up(rabbit, registry):
     assert 0 == Scraped.of(registry)("worker_up")
 
 
-async def test_a_handler_that_takes_too_long_is_an_outcome_of_its_own(rabbit, registry):
-    """As what cut it."""
+async def test_a_handler_that_times_out_has_the_outcome_timeout(rabbit, registry):
+    """And the cause timeout."""
     rabbit.put(*numbered(1))
     async with RecordingConsumer(
         first_then(taking(100), ack),
@@ -196,8 +193,8 @@ async def test_a_handler_that_takes_too_long_is_an_outcome_of_its_own(rabbit, re
     assert 1 == value("messages_settled_total", result="requeue", cause="timeout")
 
 
-async def test_parts_that_are_run_again_are_no_batches_of_their_own(rabbit, registry):
-    """They are runs of the handler, but nothing was cut and nothing was filled."""
+async def test_parts_of_a_failed_batch_count_as_runs_not_as_batches(rabbit, registry):
+    """They have no batch size and no fill time."""
 
     async def sunk_by_2(messages):
         if any(each.body == b"2" for each in messages):
@@ -223,8 +220,8 @@ async def test_parts_that_are_run_again_are_no_batches_of_their_own(rabbit, regi
     assert 2 == value("batches_total", trigger="isolate", outcome="error")
 
 
-async def test_what_cannot_be_settled_is_counted(registry):
-    """By the step that failed."""
+async def test_failed_settlements_are_counted(registry):
+    """By operation."""
     script = ScriptedTransport()
     script.on_settle = raising(SessionLost("just now"))
     async with RecordingConsumer(
@@ -235,8 +232,8 @@ async def test_what_cannot_be_settled_is_counted(registry):
         assert 3 == Scraped.of(registry)("settle_errors_total", operation="settle")
 
 
-async def test_copies_that_are_not_confirmed_are_counted(rabbit, registry):
-    """Each time."""
+async def test_unconfirmed_copies_are_counted(rabbit, registry):
+    """With the operation publish."""
     rabbit.put(*numbered(2))
     rabbit.broker.faults.on_publish(PublishFault.REFUSE)
     async with RecordingConsumer(
@@ -283,8 +280,8 @@ process_died({})
 """
 
 
-def test_processes_add_up_and_a_dead_one_takes_its_gauges_along(tmp_path):
-    """What it has counted stays, what it was is gone, as soon as its supervisor says so."""
+def test_processes_are_added_up_and_the_gauges_of_a_dead_one_removed(tmp_path):
+    """Its counters stay."""
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
 
     def run(script):
