@@ -168,6 +168,7 @@ class Broker:
                 self.vhost.record(EventKind.REFUSED, "", message, "fault")
                 channel.send_confirm(number, accepted=False)
             case PublishFault.UNCONFIRMED:
+                # Without a channel there is nobody to confirm to.
                 self._store(None, number, message, mandatory=mandatory)
             case PublishFault.LOSE:
                 pass
@@ -188,6 +189,7 @@ class Broker:
 
     def _route_to_queues(self, message: StoredMessage) -> tuple[bool, bool]:
         """Offer a message to its queues; return whether all stored it, and whether it has any."""
+        # Before the event is recorded: a missing exchange refuses the publication.
         queues = self.vhost.route(message)
         self.vhost.record(EventKind.PUBLISHED, "", message, message.exchange)
         message = self.vhost.with_client_deaths(message)

@@ -43,9 +43,6 @@ class ChannelIsClosed(Exception):
     """A method was called on a closed channel; the text is the reason."""
 
 
-# --- what the broker sends -----------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class DeliverFrame:
     """`basic.deliver`, with its content."""
@@ -61,7 +58,7 @@ class DeliverFrame:
 
 @dataclass(frozen=True, slots=True)
 class CancelFrame:
-    """`basic.cancel`: the broker has cancelled a consumer."""
+    """`basic.cancel`, sent by the broker."""
 
     consumer_tag: str
 
@@ -100,17 +97,14 @@ class CloseFrame:
 BrokerFrame: TypeAlias = DeliverFrame | CancelFrame | ConfirmFrame | ReturnFrame | CloseFrame
 
 
-# --- what the client does ------------------------------------------------------
-
-
 class ConnectionHost(Protocol):
-    """What connections and channels need of the broker."""
+    """What connections and channels need of the broker; see `Broker`."""
 
     vhost: VirtualHost
     rules: VersionRules
 
     def operation(self) -> AbstractContextManager[VirtualHost]:
-        """Change something, at the present time and with all that follows."""
+        """Change something, and do all that follows."""
         ...
 
     def receive_publication(
@@ -150,6 +144,7 @@ class Connection:
             notify: Called after each frame that the broker sends. It must not call the broker.
         """
         channel = Channel(self._host, self, notify)
+        # A channel of a closed connection is closed from the start.
         channel.close_reason = self.close_reason
         self.channels.append(channel)
         return channel
@@ -166,6 +161,7 @@ class Connection:
             self._host.remove_connection(self)
             for channel in list(self.channels):
                 self.close_channel(channel, reason)
+            # After the channels, whose unacked messages return to their queues first.
             self._host.vhost.delete_exclusive_queues(self)
 
     def close_channel(self, channel: Channel, reason: str) -> None:
@@ -357,6 +353,7 @@ class Channel:
         vhost = self._host.vhost
         self.close_reason = reason
         vhost.record(EventKind.CHANNEL_CLOSED, "", None, reason)
+        # Before the messages return, or these consumers would get them again.
         for consumer in self._consumers.values():
             vhost.remove_consumer(consumer)
         self._consumers.clear()
@@ -375,6 +372,7 @@ def _by_queue(
     unacked: Iterable[tuple[QueueConsumer, QueueEntry]],
 ) -> list[tuple[MemoryQueue, list[QueueEntry]]]:
     by_queue = []
+    # Only neighbours are grouped, which keeps the order of delivery.
     for queue, group in groupby(unacked, key=lambda each: each[0].queue):
         entries = []
         for consumer, entry in group:

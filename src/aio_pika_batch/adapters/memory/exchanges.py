@@ -91,6 +91,7 @@ class MemoryExchange:
         ):
             if received != current:
                 raise inequivalent_argument(argument, entity, received, current)
+        # RabbitMQ compares no other argument of an exchange.
         one, other = arguments.get(_ALTERNATE), self.arguments.get(_ALTERNATE)
         if one != other:
             raise inequivalent_argument(_ALTERNATE, entity, format_value(one), format_value(other))
@@ -131,6 +132,7 @@ class MemoryExchange:
 
     def route(self, message: StoredMessage) -> Iterable[str]:
         """Return the queues whose bindings match, each once."""
+        # A dict and not a set, to keep the order of the bindings.
         return dict.fromkeys(
             binding.queue for binding in self.bindings if self._matches(binding, message)
         )

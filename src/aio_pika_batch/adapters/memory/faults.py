@@ -146,6 +146,7 @@ class Journal:
 
     def __init__(self, size: int) -> None:
         self.events: deque[BrokerEvent] = deque(maxlen=size)
+        # Not limited by the size: it also counts the events that are not kept any more.
         self.counts: Counter[EventKind] = Counter()
         self.on_event: Callable[[BrokerEvent], None] | None = None
 

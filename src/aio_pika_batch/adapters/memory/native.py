@@ -97,6 +97,7 @@ class NativeChannel:
                     auto_delete=auto_delete,
                     arguments=arguments or {},
                 )
+        # Every call lets other tasks run, as a round trip to a real broker does.
         await asyncio.sleep(0)
         return NativeExchange(self, name)
 
@@ -285,6 +286,7 @@ _UNCHANGED = (
 
 
 def _to_duration(expiration: float | timedelta | datetime | None) -> float | timedelta | None:
+    # As in aio-pika, a moment counts from now.
     if isinstance(expiration, datetime):
         return expiration - datetime.now(expiration.tzinfo)
     return expiration

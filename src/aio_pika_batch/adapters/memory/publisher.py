@@ -24,6 +24,7 @@ class _PendingPublish:
     """One call of `publish`: its outcomes so far, and the publications that wait for a confirm."""
 
     def __init__(self, size: int) -> None:
+        # Unknown until the broker answers, so a timeout is not a special case.
         self.outcomes = [Outcome.UNKNOWN] * size
         self.waiting: dict[int, int] = {}
         self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -93,6 +94,7 @@ class MemoryPublisher:
         except TimeoutError:
             pass
         finally:
+            # Also after a cancellation: a late confirm finds no call.
             for number in call.waiting:
                 del self._calls[number]
         return call.outcomes
@@ -111,6 +113,7 @@ class MemoryPublisher:
             try:
                 number = self.channel.publish(publication, mandatory=mandatory)
             except Refusal:
+                # The channel is closed now: those behind it are not sent and stay unknown.
                 call.outcomes[index] = Outcome.REFUSED
                 break
             except ChannelIsClosed:
@@ -122,7 +125,8 @@ class MemoryPublisher:
         self._loop.call_soon(call.finish_if_complete)
 
     def _on_frame(self) -> None:
-        # Called within an operation of the broker, so the frames are read after it.
+        # Called within an operation of the broker, so the frames are read after it. A broker may
+        # outlive the loop.
         if not self._is_reading_scheduled and not self._loop.is_closed():
             self._is_reading_scheduled = True
             self._loop.call_soon(self._read_frames)
@@ -143,7 +147,6 @@ class MemoryPublisher:
     def _on_confirm(self, number: int, *, accepted: bool) -> None:
         returned = number in self._returned
         self._returned.discard(number)
-        # A call that timed out or was cancelled has left no entry.
         call = self._calls.pop(number, None)
         if call is not None:
             outcome = Outcome.CONFIRMED if accepted else Outcome.REFUSED

@@ -101,6 +101,7 @@ class ConsumerList:
         return len(self._consumers)
 
     def __iter__(self) -> Iterator[QueueConsumer]:
+        # A copy, since loops over it remove consumers.
         return iter(list(self._consumers))
 
     @property
@@ -181,6 +182,7 @@ class MemoryQueue:
     @property
     def expires_at(self) -> float | None:
         """When the queue expires if it is not used until then."""
+        # Consuming and declaring count as use, publishing does not.
         if self.spec.expires is None or self.consumers:
             return None
         return self.unused_since + self.spec.expires
@@ -206,6 +208,7 @@ class MemoryQueue:
         """Return whether the queue is full and refuses messages."""
         if self.spec.overflow is Overflow.DROP_HEAD:
             return False
+        # Unacked messages do not count, so a requeued message always has room.
         pending = self.pending_dead_letters
         count = len(self.ready) + len(pending)
         size = self.ready.bytes + sum(len(each.body) for each, _ in pending)
@@ -251,6 +254,7 @@ class MemoryQueue:
             self._deliver(self.ready.pop(), consumer)
             # What is first now may have expired.
             self._expire()
+        # After the deliveries: what a consumer can take is not dropped for want of space.
         if self.spec.overflow is Overflow.DROP_HEAD:
             while self.ready and self._is_beyond_limit(len(self.ready), self.ready.bytes):
                 self._dead_letter(self.ready.pop(), DeathReason.MAXLEN)
@@ -262,6 +266,7 @@ class MemoryQueue:
 
     def delete(self) -> None:
         """Drop all messages and cancel the consumers."""
+        # Without dead-lettering them, even if the queue has a dead-letter exchange.
         self._is_deleted = True
         self._drop([*self.ready.clear(), *self.unacked], "queue deleted")
         self.unacked.clear()
@@ -311,6 +316,7 @@ class MemoryQueue:
             self.pending_dead_letters.append((message, reason))
             self._host.schedule(self)
         else:
+            # At most once: the message has left, whether or not another queue takes it.
             self._host.record(EventKind.DEAD_LETTERED, self.name, message, reason.value)
             self._host.send_dead_letter(self, message, reason)
 
@@ -325,6 +331,8 @@ class MemoryQueue:
 
     def _is_beyond_delivery_limit(self, entry: QueueEntry, cause: RequeueCause) -> bool:
         """Count a return, and return whether the message must be dead-lettered."""
+        # Since 4.3 a nack returns a message that was not processed, and only a reject or a closed
+        # channel counts as a failure.
         entry.acquired_count += 1
         if cause is not RequeueCause.NACKED or self._host.rules.nack_counts:
             entry.delivery_count += 1
@@ -334,6 +342,8 @@ class MemoryQueue:
     def _requeue_position(self, cause: RequeueCause) -> RequeuePosition:
         if self.spec.type is QueueType.CLASSIC:
             return RequeuePosition.ORIGINAL
+        # In 3.10 to the back, so that a message that always fails does not block the others. A
+        # queue with a delivery limit gets rid of it anyway.
         to_back = self._host.rules.requeues_to_back and self.spec.delivery_limit is None
         if to_back and cause is not RequeueCause.CHANNEL_CLOSED:
             return RequeuePosition.BACK

@@ -55,6 +55,7 @@ _OF_ONE_TYPE = {
     QueueType.CLASSIC: frozenset({"x-max-priority", "x-queue-mode", "x-queue-version"}),
     QueueType.QUORUM: frozenset({"x-delivery-limit", "x-dead-letter-strategy"}),
 }
+# Two declarations are compared by these arguments only.
 _KNOWN = _OF_ALL_TYPES.union(*_OF_ONE_TYPE.values())
 _OVERFLOWS = tuple(each.value for each in Overflow)
 _STRATEGIES = ("at-most-once", "at-least-once")
@@ -169,8 +170,10 @@ def check_same_arguments(queue: str, received: Headers, current: Headers) -> Non
         Refusal: They differ.
     """
     for name in sorted((received.keys() | current.keys()) & _KNOWN):
+        # A classic queue may be declared with or without its type.
         default = QueueType.CLASSIC.value if name == _TYPE else None
         one, other = received.get(name, default), current.get(name, default)
+        # 1 and True are equal in Python but not in AMQP.
         if type(one) is type(other) and one == other:
             continue
         shown = (

@@ -67,6 +67,7 @@ class ReadyList:
         self._levels: tuple[deque[QueueEntry], ...] = tuple(
             deque() for _ in range(max_priority + 1)
         )
+        # What was requeued to the front; it comes before all priorities.
         self._requeued: deque[QueueEntry] = deque()
         self._all_heads_expire = all_heads_expire
         self._count = 0

@@ -105,6 +105,7 @@ def amqp_type_name(value: FieldValue) -> str:
     return next(name for types, name in _OTHER_TYPES if isinstance(value, types))
 
 
+# The types are signed: a byte holds seven bits and the sign.
 _INTEGER_TYPES = ((8, "byte"), (16, "short"), (32, "signedint"))
 _OTHER_TYPES = (
     (bool, "bool"),

@@ -90,6 +90,7 @@ class MemorySession:
         while True:
             self._check()
             if self._arrived:
+                # Only what was handed out may be settled, not all that has arrived.
                 chunk, self._arrived = self._arrived, []
                 self._ledger.deliver([message.delivery_tag for message in chunk])
                 return chunk
@@ -107,6 +108,7 @@ class MemorySession:
         if not self._is_cancelled:
             self._channel.cancel(self._subscription.consumer_tag)
             self._is_cancelled = True
+            # The iteration ends, although no message comes.
             self._wake_reader()
         await asyncio.sleep(0)
         self._check()
@@ -125,6 +127,7 @@ class MemorySession:
     async def native(self) -> Native:
         """Return objects with aio-pika's calls, on a channel of their own."""
         self._check()
+        # A channel of its own: a mistake made on it does not end the session.
         if self._native is None:
             publisher = MemoryPublisher(self._connection, publish_timeout=self._publish_timeout)
             channel = NativeChannel(self._connection, publisher.channel, publisher)
@@ -141,6 +144,7 @@ class MemorySession:
         """Read what the broker has sent, and raise if the session is over."""
         if self._has_ended:
             raise SessionClosed("the session is over: its context was left before")
+        # The first reason is the cause of the others.
         for frame in self._channel.take():
             match frame:
                 case DeliverFrame():

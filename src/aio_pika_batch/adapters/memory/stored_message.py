@@ -106,6 +106,7 @@ class StoredMessage:
     @property
     def ttl(self) -> float | None:
         """The message's own time to live, in seconds."""
+        # A string of digits, as `store_publication` has checked.
         expiration = self.properties.expiration
         return None if expiration is None else int(expiration) / 1000
 
@@ -228,6 +229,7 @@ def _check_timestamp(value: object) -> datetime:
     if not isinstance(value, datetime):
         raise TypeError(f"a timestamp must be a datetime, not {value!r}")
     if value.tzinfo is None:
+        # AMQP's timestamps have no zone, and Python would assume the local one.
         value = value.replace(tzinfo=UTC)
     return value.astimezone(UTC).replace(microsecond=0)
 
@@ -243,9 +245,11 @@ def _check_table(table: Headers, path: str) -> dict[str, FieldValue]:
 
 def _check_value(value: FieldValue, path: str) -> FieldValue:
     match value:
+        # A bool comes before the integers, among which Python counts it.
         case None | bool() | float() | str() | bytes() | Decimal():
             return value
         case int():
+            # The widest integer type is signed.
             if value.bit_length() >= _INTEGER_BITS:
                 raise ValueError(f"{path} does not fit into 64 bits: {value}")
             return value
@@ -302,6 +306,7 @@ def make_dead_letter(  # noqa: PLR0917  -- a dead letter is made of all of them
         time=datetime.fromtimestamp(int(now), UTC),
         original_expiration=properties.expiration,
     )
+    # The first death stays as it is, also one that a client claims, if this version believes it.
     stated = [] if message.deaths else ["first"]
     if rules.sends_last_death:
         stated.append("last")

@@ -32,6 +32,7 @@ from aio_pika_batch.core.topology import (
 from aio_pika_batch.errors import AccessRefused, BrokerUnavailable, ConfigurationError
 from aio_pika_batch.transport import Endpoint, Subscription
 
+# Weak keys, so that a broker does not outlive its loop, and nothing leaks from test to test.
 _BROKERS: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Broker]] = WeakKeyDictionary()
 
 
@@ -48,6 +49,7 @@ def open_transport(endpoint: Endpoint) -> MemoryTransport:
         raise ConfigurationError(
             "the URL of a broker in memory must be memory://name or memory://name?version=4.0"
         )
+    # An unknown version is an error now, and not when the consumer starts.
     version_rules(version)
     return MemoryTransport(
         name=url.hostname or "",
@@ -127,6 +129,7 @@ class MemoryTransport:
     async def session(self, subscription: Subscription) -> AsyncIterator[MemorySession]:
         """Consume until the context is left."""
         async with self._connected() as connection:
+            # An exclusive queue belongs to the connection that declares it.
             _declare(connection, subscription.own)
             session = MemorySession(
                 connection,
@@ -255,6 +258,7 @@ class LoopClock:
         # handle of its timer, which refers to the loop.
         self._loop = weakref.ref(loop)
         self._timer: weakref.ref[asyncio.TimerHandle] | None = None
+        # The broker's time never runs backwards.
         self._offset = max(0.0, broker.now - loop.time())
         self._last_time = broker.now
         self._due: float | None = None

@@ -63,7 +63,9 @@ _V3_10 = VersionRules(
     quorum_expires=True,
     unknown_type_closes_connection=True,
 )
+# 3.10 brought time to live, reject-publish and at-least-once to quorum queues.
 _V3_8 = replace(_V3_10, version="3.8", requeues_to_back=False, quorum_expires=False)
+# 4.0 gave quorum queues a delivery limit by default, and stopped reading clients' x-death.
 _V4_0 = replace(
     _V3_10,
     version="4.0",
@@ -75,6 +77,7 @@ _V4_0 = replace(
     keeps_cc=True,
     unknown_type_closes_connection=False,
 )
+# 4.3 counts failures of processing only, and tells them apart from mere returns.
 _V4_3 = replace(
     _V4_0,
     version="4.3",

@@ -151,6 +151,7 @@ class VirtualHost:
                         argument, entity, format_flag(received), format_flag(current)
                     )
             check_same_arguments(name, arguments, existing.arguments)
+            # Declaring it again keeps a queue with x-expires alive.
             existing.unused_since = self.now
             return existing
         spec = parse_arguments(name, arguments, self.rules)
@@ -165,6 +166,7 @@ class VirtualHost:
                         ReplyCode.PRECONDITION_FAILED,
                         f"invalid property '{what}' for {entity} in vhost '/'",
                     )
+        # Only now: a queue that the broker has named may be declared again.
         _refuse_reserved_name("queue", name)
         name = name or f"amq.gen-{next(self._name_numbers)}"
         queue = MemoryQueue(
@@ -197,6 +199,7 @@ class VirtualHost:
 
     def delete_queue(self, queue: MemoryQueue) -> None:
         """Delete a queue and its bindings."""
+        # First of all: nothing that follows from it may reach the queue or schedule it.
         del self.queues[queue.name]
         self._scheduled.pop(queue, None)
         self._waiting.pop(queue, None)
@@ -250,6 +253,7 @@ class VirtualHost:
     @staticmethod
     def offer_to_all(queues: Iterable[MemoryQueue], message: StoredMessage) -> bool:
         """Offer a message to each queue, even if one refuses it; return whether all stored it."""
+        # A list and not all(), which would stop at the first queue that refuses.
         refusals = [queue.name for queue in queues if not queue.offer(message)]
         return not refusals
 
@@ -282,12 +286,14 @@ class VirtualHost:
         if not targets:
             return self._not_sent(queue, message, "dead letter not routable")
         if reason is not DeathReason.REJECTED:
+            # A cycle in which nobody rejects the message would never end.
             targets = [
                 each for each in targets if not is_dead_letter_cycle(dead_letter.deaths, each.name)
             ]
             if not targets:
                 self.record(EventKind.DROPPED, queue.name, message, "dead-letter cycle")
                 return True
+        # All targets or none: otherwise the next attempt would duplicate it in some of them.
         if queue.spec.at_least_once and any(each.would_refuse(dead_letter) for each in targets):
             return False
         if not self.offer_to_all(targets, dead_letter):
