@@ -16,7 +16,7 @@ URL = "plug://user:secret@host/"
 
 
 def plugged(monkeypatch, value, name="plug"):
-    """Let an installed package offer a transport."""
+    """Register a transport as an installed package does."""
 
     def offered(*, group, **wanted):
         assert group == GROUP
@@ -45,7 +45,7 @@ def test_an_installed_package_can_serve_another_scheme(monkeypatch):
 
 
 class Plug:
-    """What an installed package offers."""
+    """The transport of an installed package."""
 
     def __init__(self, endpoint):
         self.endpoint = endpoint
@@ -77,11 +77,11 @@ def test_the_error_for_a_failed_import_says_what_is_missing(monkeypatch, value):
     assert raised.value.__cause__ is not None
 
 
-# --- with distributions as pip leaves them behind --------------------------------------
+# --- with distributions as pip installs them -------------------------------------------
 
 
 def installed(folder: Path, name: str, source: str, scheme: str = "plug") -> None:
-    """Leave in a folder what the installation of a package leaves there."""
+    """Install a package with an entry point into a folder."""
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.py").write_text(source)
     info = folder / f"{name}-1.0.dist-info"

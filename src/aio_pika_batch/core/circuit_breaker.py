@@ -128,6 +128,7 @@ class CircuitBreaker:
             self.state = BreakerState.HALF_OPEN
 
     def _open(self) -> None:
+        # Otherwise the old failures would open it again after the first success.
         self._slices.clear()
         self._opened += 1
         self.state = BreakerState.OPEN

@@ -207,6 +207,7 @@ class ResultCollector:
                 " use one of the two forms for the whole batch"
             )
             raise ResultError(msg)
+        # By identity: a message of another batch can be equal to one of this batch.
         if self._index is None:
             self._index = {id(each): at for at, each in enumerate(self.messages)}
         at = self._index.get(id(message))
@@ -277,6 +278,7 @@ def _describe_one(item: object) -> str:
     match item:
         case None | bool() | float() | Message() | MessageResult():
             return repr(item)
+        # Python refuses to convert integers of more than 4300 digits to text.
         case int() if abs(item) < 10**18:
             return repr(item)
         case str() if item.strip().upper() in MessageResult.__members__:

@@ -96,6 +96,7 @@ class Ledger:
                 for tag in tags:
                     del outstanding[tag]
                 return [Frame(Disposition.ACK, tags[-1], len(tags) > 1)]
+        # Decide first: an invalid tag must not leave the ledger half changed.
         decided = self._decide(settlements)
         frames = self._plan(decided)
         for tag in decided:

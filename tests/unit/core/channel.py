@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 HAS_MULTIPLE = {Disposition.ACK, Disposition.RETURN}
-"""`basic.ack` and `basic.nack`; `basic.reject` has no such bit."""
+"""`basic.ack` and `basic.nack`. `basic.reject` has no `multiple`."""
 
 
 class ChannelClosed(Exception):
-    """The broker has closed the channel over a frame, and takes back all that was unsettled."""
+    """The broker has closed the channel because of a frame, and requeues all unsettled messages."""
 
 
 class Channel:
@@ -34,7 +34,7 @@ class Channel:
         self.unsettled.extend(tags)
 
     def receive(self, frames: Iterable[Frame]) -> None:
-        """Take frames, one after the other."""
+        """Receive frames, one after the other."""
         for frame in frames:
             self.frames += 1
             for tag in struck(self.unsettled, frame):
@@ -54,7 +54,7 @@ def struck(unsettled: Iterable[int], frame: Frame) -> list[int]:
 
 
 def fewest_frames(unsettled: Iterable[int], wanted: Mapping[int, Disposition]) -> int:
-    """Try every frame, then every frame after it, until exactly what is wanted is settled."""
+    """Search for the fewest frames that settle exactly the wanted deliveries, by trying all."""
     start = frozenset(unsettled)
     goal = start - wanted.keys()
     seen = {start}

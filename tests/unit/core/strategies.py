@@ -29,7 +29,7 @@ NOW = datetime(2025, 3, 4, 5, 6, 7, tzinfo=UTC)
 
 @dataclass(slots=True)
 class StubSource:
-    """A session's share of its messages; it notes what it was asked to decode."""
+    """The source of a session that records what it decodes."""
 
     queue: str = QUEUE
     consumer_tag: str = "ctag-1"
@@ -66,7 +66,7 @@ def a_message(
     source: StubSource | None = None,
     **properties: Any,
 ) -> Message:
-    """One delivery; what is not given is absent."""
+    """One delivery. Properties that are not given are absent."""
     return Message(
         source or StubSource(),
         tag,
@@ -95,7 +95,7 @@ def delivered(copy: Copy, tag: int = 1) -> Message:
 
 
 def without(headers: Mapping[str, object] | None, *names: str) -> dict[str, object]:
-    """The headers but for some."""
+    """The headers without some of them."""
     return {name: value for name, value in (headers or {}).items() if name not in names}
 
 
@@ -110,7 +110,7 @@ typical_properties = st.sampled_from(
         Properties(undecodable={"message_id": UNDECODABLE, "expiration": UNDECODABLE}),
     ]
 )
-"""For batches of several, where what matters is who gets which result."""
+"""For batches in which only the results matter."""
 
 
 messages = functools.partial(made_messages, queue=QUEUE)
@@ -118,7 +118,7 @@ messages = functools.partial(made_messages, queue=QUEUE)
 
 
 class Odd(RuntimeError):
-    """An exception that cannot say what it is."""
+    """An exception whose `str()` raises."""
 
     def __str__(self) -> str:
         raise AttributeError
@@ -142,7 +142,7 @@ dispositions = st.sampled_from(Disposition)
 def batches_of_outcomes(
     draw: st.DrawFn, *, max_size: int = 6, of: st.SearchStrategy[Result] = results
 ) -> list[MessageOutcome]:
-    """Verdicts over distinct deliveries."""
+    """Outcomes of distinct deliveries."""
     decided = draw(st.lists(st.tuples(typical_properties, of, causes, errors), max_size=max_size))
     tags = draw(st.permutations(range(1, len(decided) + 1)))
     return [

@@ -20,18 +20,18 @@ FAILURES = (Cause.EXCEPTION, Cause.TIMEOUT, Cause.MISSING, Cause.INVALID, Cause.
 
 
 class Listed(Exception):
-    """What `exceptions` has a result for."""
+    """An exception that `exceptions` has a result for."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a handler does in one run, drawn before it is known what it will be given.
+    """What a handler does in one run, drawn before its messages are known.
 
     Attributes:
         yields: Its first results.
-        failure: What ends it; None lets it ack all the rest.
-        undecodable: The position of one that it finds undecodable, if it raises.
-        take: Whether somebody asks for what is decided, in the middle of it and after it.
+        failure: The end of the run; None acks all other messages.
+        undecodable: The position of the message that it cannot decode, if it raises that.
+        take: Whether decisions are taken during the run and after it.
     """
 
     yields: tuple[MessageResult, ...]
@@ -57,8 +57,8 @@ policies = st.builds(
 
 
 def play(messages, policy, plan):
-    """Run a trial to its end by a plan; whatever comes after the plan goes well."""
-    trial, taken, left = BatchRun(policy), [], list(plan)
+    """Run a batch to its end by a plan. Runs after the plan succeed."""
+    run_of_batch, taken, left = BatchRun(policy), [], list(plan)
     batch, number = messages, 0
     while batch:
         number += 1
@@ -67,7 +67,7 @@ def play(messages, policy, plan):
         for result in run.yields[: len(batch)]:
             collector.accept(result)
         if run.take and not policy.is_atomic:
-            taken.append(trial.take(collector))
+            taken.append(run_of_batch.take(collector))
         error, cause = None, run.failure or Cause.HANDLER
         if run.failure is None:
             while collector.count < len(batch):
@@ -76,22 +76,22 @@ def play(messages, policy, plan):
             error = MessageDecodeError(batch[run.undecodable % len(batch)], "body", "no JSON")
         else:
             error = Listed()
-        trial.record_run(collector, error, cause)
+        run_of_batch.record_run(collector, error, cause)
         if run.take and not policy.is_atomic:
-            taken.append(trial.take(collector))
+            taken.append(run_of_batch.take(collector))
         if cause in (Cause.TIMEOUT, Cause.SHUTDOWN):
-            trial.stop(Listed("stopped"), cause)
-        batch = trial.next_run()
+            run_of_batch.stop(Listed("stopped"), cause)
+        batch = run_of_batch.next_run()
         assert number < 200
-    assert trial.is_over
+    assert run_of_batch.is_over
     together = BatchDecisions()
-    for part in (*taken, trial):
+    for part in (*taken, run_of_batch):
         together.add(part)
     return together, number
 
 
 def tags(handled):
-    """Everybody who stands in one of the lists."""
+    """The messages in all of the lists."""
     decided = [outcome.message.delivery_tag for outcome in handled.not_acked]
     return handled.acked + decided + [message.delivery_tag for message in handled.returned]
 
@@ -130,14 +130,14 @@ def test_without_isolation_only_undecodable_messages_need_another_run(count, pol
     assert 1 <= number <= 1 + len(undecodable)
 
 
-def judged(policy, yields, error, cause=Cause.EXCEPTION, count=3):
-    """The trial of a batch, after one run."""
-    trial = BatchRun(policy)
+def after_one_run(policy, yields, error, cause=Cause.EXCEPTION, count=3):
+    """A batch after one run."""
+    run_of_batch = BatchRun(policy)
     collector = ResultCollector(some_messages(count))
     for each in yields:
         collector.accept(each)
-    passing = trial.record_run(collector, error, cause)
-    return trial, collector.messages, passing
+    passing = run_of_batch.record_run(collector, error, cause)
+    return run_of_batch, collector.messages, passing
 
 
 PLAIN = FailurePolicy(REQUEUE, {Listed: NACK})
@@ -159,21 +159,25 @@ def test_undecided_messages_get_the_result_of_the_failure(error, cause, result):
     Only exceptions and timeouts have a result of their own, because missing and invalid results do
     not say what went wrong.
     """
-    trial, messages, passing = judged(PLAIN, [ACK, NACK], error, cause)
+    run_of_batch, messages, passing = after_one_run(PLAIN, [ACK, NACK], error, cause)
 
-    assert [1] == trial.acked
+    assert [1] == run_of_batch.acked
     assert [
         MessageOutcome(messages[1], NACK),
         MessageOutcome(messages[2], result, cause, error),
-    ] == (trial.not_acked)
-    assert (True, False) == (trial.is_over, passing)
+    ] == (run_of_batch.not_acked)
+    assert (True, False) == (run_of_batch.is_over, passing)
 
 
 def test_a_shutdown_returns_undecided_messages():
     """They have no outcome."""
-    trial, messages, _ = judged(PLAIN, [ACK], Listed(), Cause.SHUTDOWN)
+    run_of_batch, messages, _ = after_one_run(PLAIN, [ACK], Listed(), Cause.SHUTDOWN)
 
-    assert ([1], [], messages[1:]) == (trial.acked, trial.not_acked, trial.returned)
+    assert ([1], [], messages[1:]) == (
+        run_of_batch.acked,
+        run_of_batch.not_acked,
+        run_of_batch.returned,
+    )
 
 
 ATOMIC = FailurePolicy(REQUEUE, {Listed: NACK}, is_atomic=True)
@@ -184,46 +188,46 @@ ATOMIC = FailurePolicy(REQUEUE, {Listed: NACK}, is_atomic=True)
 def test_a_failure_voids_the_acks_of_an_atomic_batch(yields, cause):
     """All of them, for every kind of failure, even after the last result."""
     error = KeyError()
-    trial, messages, _ = judged(ATOMIC, yields, error, cause)
+    run_of_batch, messages, _ = after_one_run(ATOMIC, yields, error, cause)
 
-    assert [] == trial.acked
+    assert [] == run_of_batch.acked
     assert [
         MessageOutcome(message, REQUEUE, cause, error) for message in messages
-    ] == trial.not_acked
+    ] == run_of_batch.not_acked
 
 
 def test_other_results_of_an_atomic_batch_stay():
     """They claim no effect that a rollback could undo. Undecided messages keep their order."""
     error = Listed()
-    trial, messages, _ = judged(ATOMIC, [ACK, REQUEUE_IMMEDIATE, ACK], error)
+    run_of_batch, messages, _ = after_one_run(ATOMIC, [ACK, REQUEUE_IMMEDIATE, ACK], error)
 
     first, _, last = messages
     assert [
         MessageOutcome(messages[1], REQUEUE_IMMEDIATE),
         MessageOutcome(first, NACK, Cause.EXCEPTION, error),
         MessageOutcome(last, NACK, Cause.EXCEPTION, error),
-    ] == trial.not_acked
+    ] == run_of_batch.not_acked
 
 
 def test_a_shutdown_voids_the_acks_of_an_atomic_batch():
     """Their messages are returned with the others."""
-    trial, messages, _ = judged(ATOMIC, [ACK, NACK], Listed(), Cause.SHUTDOWN)
+    run_of_batch, messages, _ = after_one_run(ATOMIC, [ACK, NACK], Listed(), Cause.SHUTDOWN)
 
-    assert [] == trial.acked
-    assert [messages[0], messages[2]] == trial.returned
+    assert [] == run_of_batch.acked
+    assert [messages[0], messages[2]] == run_of_batch.returned
 
 
 def test_an_undecodable_message_with_a_void_ack_is_dead_lettered():
     """Its ACK counts as little as those of the others."""
-    trial = BatchRun(ATOMIC)
+    run_of_batch = BatchRun(ATOMIC)
     messages = some_messages(3)
     collector = ResultCollector(messages)
     collector.accept(ACK)
     error = MessageDecodeError(messages[0], "body", "no JSON")
-    trial.record_run(collector, error, Cause.EXCEPTION)
+    run_of_batch.record_run(collector, error, Cause.EXCEPTION)
 
-    assert [MessageOutcome(messages[0], NACK, Cause.UNDECODABLE, error)] == trial.not_acked
-    assert messages[1:] == trial.next_run()
+    assert [MessageOutcome(messages[0], NACK, Cause.UNDECODABLE, error)] == run_of_batch.not_acked
+    assert messages[1:] == run_of_batch.next_run()
 
 
 ISOLATING = FailurePolicy(REQUEUE, {}, isolate=10)
@@ -231,88 +235,102 @@ ISOLATING = FailurePolicy(REQUEUE, {}, isolate=10)
 
 def test_undecided_messages_of_an_exception_are_run_again_in_halves():
     """Messages that got a result before are not run again."""
-    trial, messages, passing = judged(ISOLATING, [ACK], KeyError(), count=4)
+    run_of_batch, messages, passing = after_one_run(ISOLATING, [ACK], KeyError(), count=4)
 
     assert passing
-    assert [1] == trial.acked
-    assert [messages[1:3], messages[3:], ()] == [trial.next_run() for _ in range(3)]
-    assert trial.is_over
+    assert [1] == run_of_batch.acked
+    assert [messages[1:3], messages[3:], ()] == [run_of_batch.next_run() for _ in range(3)]
+    assert run_of_batch.is_over
 
 
 @pytest.mark.parametrize("cause", [Cause.TIMEOUT, Cause.MISSING, Cause.INVALID])
 def test_other_failures_are_not_bisected(cause):
     """They concern the whole batch."""
-    trial, _, passing = judged(ISOLATING, [], KeyError(), cause)
+    run_of_batch, _, passing = after_one_run(ISOLATING, [], KeyError(), cause)
 
-    assert (True, False, 3) == (trial.is_over, passing, len(trial.not_acked))
+    assert (True, False, 3) == (run_of_batch.is_over, passing, len(run_of_batch.not_acked))
 
 
 def test_an_exception_after_the_last_result_blames_no_message():
     """And nothing is run again."""
-    trial, _, passing = judged(ISOLATING, [ACK, ACK, ACK], KeyError())
+    run_of_batch, _, passing = after_one_run(ISOLATING, [ACK, ACK, ACK], KeyError())
 
-    assert (True, False, [1, 2, 3], []) == (trial.is_over, passing, trial.acked, trial.not_acked)
+    assert (True, False, [1, 2, 3], []) == (
+        run_of_batch.is_over,
+        passing,
+        run_of_batch.acked,
+        run_of_batch.not_acked,
+    )
 
 
 def test_a_timeout_fails_all_parts_that_are_due():
     """They get the result of the timeout, and not that of the exception before."""
     policy = FailurePolicy(REQUEUE, {Listed: NACK}, isolate=10)
-    trial, messages, _ = judged(policy, [], Listed(), count=4)
-    collector = ResultCollector(trial.next_run())
+    run_of_batch, messages, _ = after_one_run(policy, [], Listed(), count=4)
+    collector = ResultCollector(run_of_batch.next_run())
     late = TimeoutError()
-    trial.record_run(collector, late, Cause.TIMEOUT)
-    trial.stop(late, Cause.TIMEOUT)
+    run_of_batch.record_run(collector, late, Cause.TIMEOUT)
+    run_of_batch.stop(late, Cause.TIMEOUT)
 
     assert [
         MessageOutcome(each, REQUEUE, Cause.TIMEOUT, late) for each in messages
-    ] == trial.not_acked
-    assert trial.is_over
+    ] == run_of_batch.not_acked
+    assert run_of_batch.is_over
 
 
 def test_at_the_limit_each_message_gets_the_result_of_its_own_failure():
     """The exception of the last bad message says nothing about the others."""
     policy = FailurePolicy(REQUEUE, {Listed: NACK}, isolate=1)
     whole, alone = KeyError(), Listed()
-    trial, messages, _ = judged(policy, [], whole, count=2)
-    passing = trial.record_run(ResultCollector(trial.next_run()), alone, Cause.EXCEPTION)
+    run_of_batch, messages, _ = after_one_run(policy, [], whole, count=2)
+    passing = run_of_batch.record_run(
+        ResultCollector(run_of_batch.next_run()), alone, Cause.EXCEPTION
+    )
 
     assert [
         MessageOutcome(messages[0], NACK, Cause.EXCEPTION, alone),
         MessageOutcome(messages[1], REQUEUE, Cause.EXCEPTION, whole),
-    ] == trial.not_acked
-    assert (True, False) == (trial.is_over, passing)
+    ] == run_of_batch.not_acked
+    assert (True, False) == (run_of_batch.is_over, passing)
 
 
 def test_a_shutdown_returns_all_parts_that_are_due():
     """No message of them was blamed."""
-    trial, messages, _ = judged(ISOLATING, [], Listed(), count=4)
-    collector = ResultCollector(trial.next_run())
-    trial.record_run(collector, TimeoutError(), Cause.SHUTDOWN)
-    trial.stop(TimeoutError(), Cause.SHUTDOWN)
+    run_of_batch, messages, _ = after_one_run(ISOLATING, [], Listed(), count=4)
+    collector = ResultCollector(run_of_batch.next_run())
+    run_of_batch.record_run(collector, TimeoutError(), Cause.SHUTDOWN)
+    run_of_batch.stop(TimeoutError(), Cause.SHUTDOWN)
 
-    assert messages == trial.returned
+    assert messages == run_of_batch.returned
 
 
 def test_stopping_a_successful_batch_does_nothing():
     """It has its results."""
-    trial, _, _ = judged(PLAIN, [ACK, NACK, ACK], None, Cause.HANDLER)
-    trial.stop(TimeoutError(), Cause.TIMEOUT)
+    run_of_batch, _, _ = after_one_run(PLAIN, [ACK, NACK, ACK], None, Cause.HANDLER)
+    run_of_batch.stop(TimeoutError(), Cause.TIMEOUT)
 
-    assert ([1, 3], 1, ()) == (trial.acked, len(trial.not_acked), trial.next_run())
+    assert ([1, 3], 1, ()) == (
+        run_of_batch.acked,
+        len(run_of_batch.not_acked),
+        run_of_batch.next_run(),
+    )
 
 
 def test_messages_to_retry_in_place_are_not_taken_before_the_end():
     """They cannot be retried while the handler is still working on their batch."""
     messages = some_messages(5)
-    trial = BatchRun(FailurePolicy(REQUEUE, {}), keeps_failures=True)
+    run_of_batch = BatchRun(FailurePolicy(REQUEUE, {}), keeps_failures=True)
     collector = ResultCollector(messages)
     for each in (ACK, REQUEUE, NACK, REQUEUE_IMMEDIATE):
         collector.accept(each)
 
-    taken = trial.take(collector)
-    again = trial.take(collector)
-    trial.record_run(collector, RuntimeError(), Cause.EXCEPTION)
+    taken = run_of_batch.take(collector)
+    again = run_of_batch.take(collector)
+    run_of_batch.record_run(collector, RuntimeError(), Cause.EXCEPTION)
 
     assert ([1], [3]) == (taken.acked, [each.message.delivery_tag for each in taken.not_acked])
     assert 0 == len(again)
-    assert ([], [2, 4, 5]) == (trial.acked, [each.message.delivery_tag for each in trial.not_acked])
+    assert ([], [2, 4, 5]) == (
+        run_of_batch.acked,
+        [each.message.delivery_tag for each in run_of_batch.not_acked],
+    )

@@ -15,14 +15,14 @@ from tests.unit.core.strategies import some_messages
 if TYPE_CHECKING:
     from aio_pika_batch.core.message import Message
 
-# Quarters of seconds add up exactly, so that "at the deadline" can be meant literally.
+# Quarters of seconds add up exactly, so tests can use the exact deadline.
 quarters = st.integers(0, 40).map(lambda number: number / 4)
 sizes = st.integers(1, 7)
 arrivals = st.lists(st.tuples(quarters, st.integers(0, 12)), max_size=8)
 
 
 def filled(batcher, pieces):
-    """Add chunks of the given sizes, each some time after the last; what went in, and when."""
+    """Add chunks of these sizes, each some time after the last. Returns the messages and times."""
     now = 0.0
     held: list[tuple[float, Message]] = []
     for wait, count in pieces:
@@ -235,7 +235,7 @@ def test_clear_removes_and_returns_all_messages(size, pieces):
 
 
 class Collecting(RuleBasedStateMachine):
-    """A list of (arrival, message) is all that it takes to say what a batcher should do."""
+    """The batcher against a model: a list of (arrival, message)."""
 
     @initialize(size=sizes, timeout=st.integers(1, 20).map(lambda number: number / 4))
     def begin(self, size, timeout):
@@ -277,7 +277,7 @@ class Collecting(RuleBasedStateMachine):
         self.held = []
 
     def check(self, expected, batch):
-        """The oldest messages, as many as fit, cut for the reason that the model knows."""
+        """Cut the oldest messages that fit, with the trigger that the model expects."""
         if expected is None:
             assert batch is None
             return

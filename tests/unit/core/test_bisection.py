@@ -15,7 +15,7 @@ from tests.unit.core.strategies import some_messages
 
 @dataclass
 class Found:
-    """How an bisection went, in positions of messages."""
+    """The course of a bisection, in positions of messages."""
 
     runs: list[list[int]]
     alone: list[int]
@@ -24,7 +24,7 @@ class Found:
 
 
 def isolate(count, bad_messages, *, limit=1000, before=0):
-    """Run `count` messages, of which some make each run fail that they are in.
+    """Run `count` messages, of which the bad ones make each of their runs fail.
 
     Args:
         before: How many messages a run decides before it fails, except bad ones.

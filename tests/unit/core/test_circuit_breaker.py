@@ -29,7 +29,7 @@ REQUEUE, REQUEUE_IMMEDIATE = MessageResult.REQUEUE, MessageResult.REQUEUE_IMMEDI
 
 @dataclass(frozen=True)
 class Handled:
-    """A batch: after so many seconds, so many went well, and so many did not."""
+    """A batch: the seconds before it, and how many messages succeeded and failed."""
 
     gap: float
     succeeded: int
@@ -49,13 +49,13 @@ histories = st.lists(
 
 
 def policy(**given):
-    """One that is easy to reckon with."""
+    """A breaker with simple numbers."""
     usual = {"threshold": 0.5, "window": 10.0, "min_samples": 4, "pause": Backoff(30, 100)}
     return BreakerPolicy(**usual | given)
 
 
 def after(breaker, *steps, now=1000.0):
-    """Record (succeeded, failed) at one moment each; returns the states."""
+    """Record (succeeded, failed) messages, and return the state after each."""
     states = []
     for succeeded, failed in steps:
         breaker.record(succeeded=succeeded, failed=failed, now=now)
@@ -74,7 +74,7 @@ def test_it_opens_only_because_of_the_window(policy, history):
     times = list(accumulate(each.gap for each in history))
     for at, (now, batch) in enumerate(zip(times, history, strict=True)):
         changed = breaker.record(succeeded=batch.succeeded, failed=batch.failed, now=now)
-        # Whatever has an age that may or may not belong to the window could have been cut off.
+        # Counts whose age is near the length of the window may be in it or not.
         edge = policy.window * (1 - 1 / SLICES)
         ages = [now - time for time in times[: at + 1]]
         cuts = {age for age in ages if edge * 0.999 <= age <= policy.window * 1.001} | {edge}
@@ -199,7 +199,7 @@ def test_memory_does_not_grow_with_the_number_of_messages():
 
 
 class Down(ConnectionError):
-    """One that `exception_results` knows by its base class."""
+    """An error whose base class is in `exception_results`."""
 
 
 MAPPED = {ConnectionError: NACK, KeyError: REQUEUE, ValueError: ACK}

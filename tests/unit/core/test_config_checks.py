@@ -68,22 +68,22 @@ def test_good_settings_have_no_warnings(settings):
 
 
 @pytest.mark.parametrize(
-    ("prefetch", "batch_size", "said"),
+    ("prefetch", "batch_size", "expected"),
     [(0, 100, False), (9, 10, True), (10, 10, False), (11, 10, False), (1, 1, False)],
 )
-def test_a_prefetch_below_the_batch_size(prefetch, batch_size, said):
+def test_a_prefetch_below_the_batch_size(prefetch, batch_size, expected):
     """No batch would ever be full. 0 means no limit."""
     found = warnings_for(SOUND, ConsumerProfile(prefetch=prefetch, batch_size=batch_size))
 
-    assert said is any(
+    assert expected is any(
         line.startswith(f"prefetch_count={prefetch} is below batch_size={batch_size}")
         for line in found
     )
-    assert said is bool(found)
+    assert expected is bool(found)
 
 
 @pytest.mark.parametrize(
-    ("stated", "said"),
+    ("stated", "expected"),
     [
         ({}, True),
         ({"dead_letter_exchange": "dlx"}, False),
@@ -92,16 +92,16 @@ def test_a_prefetch_below_the_batch_size(prefetch, batch_size, said):
         ({"dead_letter_routing_key": "dead"}, True),
     ],
 )
-def test_no_dead_letter_exchange(stated, said):
+def test_no_dead_letter_exchange(stated, expected):
     """Without one the policies of the broker decide."""
     found = warnings_for(TopologyOptions(queue_name="jobs", **stated), USUAL)
 
-    assert said is any("no dead-letter exchange is known" in line for line in found)
-    assert said is bool(found)
+    assert expected is any("no dead-letter exchange is known" in line for line in found)
+    assert expected is bool(found)
 
 
 @pytest.mark.parametrize(
-    ("stated", "said"),
+    ("stated", "expected"),
     [
         ({"queue_type": "quorum"}, True),
         ({"queue_arguments": {"x-queue-type": "quorum"}}, True),
@@ -110,7 +110,7 @@ def test_no_dead_letter_exchange(stated, said):
         ({}, False),
     ],
 )
-def test_a_quorum_queue_without_a_dead_letter_exchange_of_its_own(stated, said):
+def test_a_quorum_queue_without_a_dead_letter_exchange_of_its_own(stated, expected):
     """A dead-letter exchange that only the settings name does not help: the broker does not know
     it.
     """
@@ -118,12 +118,12 @@ def test_a_quorum_queue_without_a_dead_letter_exchange_of_its_own(stated, said):
 
     found = warnings_for(settings, USUAL)
 
-    assert said is any("x-delivery-limit" in line for line in found)
-    assert said is bool(found)
+    assert expected is any("x-delivery-limit" in line for line in found)
+    assert expected is bool(found)
 
 
 @pytest.mark.parametrize(
-    ("settings", "attempts", "said"),
+    ("settings", "attempts", "expected"),
     [
         (QUORUM, 20, None),
         (QUORUM, 21, "the delivery limit 20 (RabbitMQ 4's default)"),
@@ -136,17 +136,17 @@ def test_a_quorum_queue_without_a_dead_letter_exchange_of_its_own(stated, said):
         (SOUND, 100, None),
     ],
 )
-def test_a_delivery_limit_below_the_attempts(settings, attempts, said):
+def test_a_delivery_limit_below_the_attempts(settings, attempts, expected):
     """The limit does not apply to REQUEUE, whose copies are new messages, but to all other
     redeliveries.
     """
     found = warnings_for(settings, replace(USUAL, max_requeue_attempts=attempts))
 
-    if said is None:
+    if expected is None:
         assert [] == found
     else:
         [line] = found
-        assert line.startswith(f"{said} is below max_requeue_attempts={attempts}")
+        assert line.startswith(f"{expected} is below max_requeue_attempts={attempts}")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_messages_held_longer_than_the_broker_waits(given, arguments, held, wher
 
 
 @pytest.mark.parametrize(
-    ("arguments", "given", "said"),
+    ("arguments", "given", "expected"),
     [
         ({}, {"retry_seconds": 1e6}, False),
         ({"message_ttl": 60_000}, {"retry_seconds": 60}, False),
@@ -198,16 +198,16 @@ def test_messages_held_longer_than_the_broker_waits(given, arguments, held, wher
         ({"message_ttl": "60000"}, {"retry_seconds": 61}, False),
     ],
 )
-def test_retries_that_outlive_the_time_to_live(arguments, given, said):
+def test_retries_that_outlive_the_time_to_live(arguments, given, expected):
     """Each copy has a new time to live. Retries in place have no copies."""
     found = warnings_for(with_arguments(**arguments), replace(USUAL, **given))
 
-    assert said is any("x-message-ttl=60000 ms" in line for line in found)
-    assert said is bool(found)
+    assert expected is any("x-message-ttl=60000 ms" in line for line in found)
+    assert expected is bool(found)
 
 
 @pytest.mark.parametrize(
-    ("settings", "version", "said"),
+    ("settings", "version", "expected"),
     [
         (SOUND, None, "queue 'jobs' is a classic queue (unless the virtual host"),
         (replace(SOUND, queue_type="classic"), (4, 3, 6), "queue 'jobs' is a classic queue: "),
@@ -223,15 +223,15 @@ def test_retries_that_outlive_the_time_to_live(arguments, given, said):
         (with_arguments(delivery_limit=-1), (3, 10), "before RabbitMQ 4.0 a negative"),
     ],
 )
-def test_a_broker_that_redelivers_forever_or_drops_at_once(settings, version, said):
+def test_a_broker_that_redelivers_forever_or_drops_at_once(settings, version, expected):
     """Old brokers drop at the first redelivery if the limit is negative."""
     found = broker_warnings_for(settings, USUAL, version)
 
-    if said is None:
+    if expected is None:
         assert [] == found
     else:
         [line] = found
-        assert line.startswith(said)
+        assert line.startswith(expected)
 
 
 def test_failures_that_the_settings_map_to_requeue_immediate():

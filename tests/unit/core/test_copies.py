@@ -40,7 +40,7 @@ failures: st.SearchStrategy[Result] = st.sampled_from([NACK, REQUEUE, Nack("bad"
 
 
 def a_router(max_attempts=3, *, exception_message=True):
-    """A router that dead-letters to an exchange of that name."""
+    """A planner that dead-letters to an exchange of this name."""
     return SettlementPlanner(
         QUEUE,
         RetryPolicy(max_attempts, "x-retry-count"),
@@ -49,20 +49,20 @@ def a_router(max_attempts=3, *, exception_message=True):
     )
 
 
-def copy_of(message, result, *, error=None, cause=Cause.HANDLER, router=None):
-    """The one copy that a result asks for."""
-    plan = (router or a_router()).plan([MessageOutcome(message, result, cause, error)], NOW)
+def copy_of(message, result, *, error=None, cause=Cause.HANDLER, planner=None):
+    """The copy that the plan for a result contains."""
+    plan = (planner or a_router()).plan([MessageOutcome(message, result, cause, error)], NOW)
     (step,) = plan.copies
     return step.copy
 
 
 def requeued(message):
-    """The copy at the back of the queue, however often there was one before."""
-    return copy_of(message, REQUEUE, router=a_router(2**70))
+    """The copy of a requeue."""
+    return copy_of(message, REQUEUE, planner=a_router(2**70))
 
 
 def dead(message, result=NACK, **more):
-    """The dead letter."""
+    """The copy of a dead letter."""
     return copy_of(message, result, **more)
 
 
@@ -85,7 +85,7 @@ def test_other_headers_stay_as_they_are(message, result):
     before, after = message.properties.headers, copy.properties.headers
 
     assert without(before, *changed) == without(after, *copy.add)
-    # Python takes 1, 1.0 and True for equal; a wire does not.
+    # In Python 1, 1.0 and True are equal, on the wire they are not.
     assert {name: type(value) for name, value in without(before, *changed).items()} == {
         name: type(value) for name, value in without(after, *copy.add).items()
     }
@@ -125,7 +125,7 @@ def test_the_origin_is_added_once(message):
 @given(messages(of=sound_properties), failures)
 def test_a_dead_letter_has_its_reason_queue_and_time(message, result):
     """In the documented headers."""
-    copy = copy_of(message, result, router=a_router(0))
+    copy = copy_of(message, result, planner=a_router(0))
     on_it = copy.properties.headers or {}
 
     assert on_it["x-dead-letter-reason"] in {"rejected", "exhausted"}
@@ -174,21 +174,21 @@ def test_undecodable_properties_are_left_out(message, result):
 @example("é" * 513)
 def test_the_text_of_an_exception_has_at_most_a_kibibyte(text):
     """All headers of a message share one frame. It is cut between characters."""
-    said = dead(a_message(), error=RuntimeError(text)).add["x-exception-message"]
+    stored = dead(a_message(), error=RuntimeError(text)).add["x-exception-message"]
     sound = text.encode(errors="replace").decode()
 
-    assert len(said.encode()) <= 1024
+    assert len(stored.encode()) <= 1024
     if len(sound.encode()) <= 1024:
-        assert sound == said
+        assert sound == stored
     else:
-        assert said.endswith("…")
-        assert sound.startswith(said[:-1])
-        # Not one character more would have gone in.
-        assert 1024 < len(sound[: len(said)].encode()) + len("…".encode())
+        assert stored.endswith("…")
+        assert sound.startswith(stored[:-1])
+        # Not one more character would have fitted.
+        assert 1024 < len(sound[: len(stored)].encode()) + len("…".encode())
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "stored"),
     [
         ("", ""),
         ("é" * 512, "é" * 512),
@@ -200,14 +200,14 @@ def test_the_text_of_an_exception_has_at_most_a_kibibyte(text):
     ],
 )
 @pytest.mark.parametrize("result", [Nack, Requeue])
-def test_texts_at_the_limit(text, said, result):
+def test_texts_at_the_limit(text, stored, result):
     """Cut between characters. Characters without UTF-8 become question marks. Reasons likewise."""
     copy = dead(
-        a_message(), result(text), error=RuntimeError(text), router=a_router(max_attempts=0)
+        a_message(), result(text), error=RuntimeError(text), planner=a_router(max_attempts=0)
     )
 
-    assert said == copy.add["x-exception-message"]
-    assert said == copy.add["x-dead-letter-detail"]
+    assert stored == copy.add["x-exception-message"]
+    assert stored == copy.add["x-dead-letter-detail"]
 
 
 def test_an_exception_has_its_qualified_name():
@@ -220,10 +220,10 @@ def test_an_exception_has_its_qualified_name():
 
 def test_the_text_of_an_exception_can_be_left_out():
     """It may contain data that must not be stored. The type never does."""
-    router = a_router(exception_message=False)
+    planner = a_router(exception_message=False)
     message = a_message(headers={"x-exception-message": "of an earlier death"})
 
-    copy = dead(message, error=ValueError("secret"), router=router)
+    copy = dead(message, error=ValueError("secret"), planner=planner)
 
     assert "builtins.ValueError" == copy.add["x-exception-type"]
     assert "x-exception-message" not in (copy.properties.headers or {})
@@ -242,9 +242,9 @@ def test_the_retry_count_header_is_configurable():
         source=StubSource(retry_count_header="attempts"),
         headers={"attempts": 1, "x-retry-count": 7},
     )
-    router = SettlementPlanner(QUEUE, RetryPolicy(3, "attempts"))
+    planner = SettlementPlanner(QUEUE, RetryPolicy(3, "attempts"))
 
-    copy = copy_of(message, REQUEUE, router=router)
+    copy = copy_of(message, REQUEUE, planner=planner)
 
     assert 2 == copy.add["attempts"]
     assert 7 == (copy.properties.headers or {})["x-retry-count"]

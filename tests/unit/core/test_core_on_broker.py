@@ -42,7 +42,7 @@ turns = st.integers(0, 9)
 
 @dataclass(frozen=True)
 class Plan:
-    """What the worker is like; drawn once."""
+    """The settings of the worker, drawn once."""
 
     version: str
     quorum: bool
@@ -67,21 +67,21 @@ plans = st.builds(
 
 @dataclass
 class Running:
-    """A batch at work.
+    """A batch that is being handled.
 
     Attributes:
-        messages: Of the run that is due.
-        good: The tags that its handler has acked, and that no failure has made void.
+        messages: Those of the run that is due.
+        good: The tags that its handler has acked, and whose ACK counts.
     """
 
-    trial: BatchRun
+    run: BatchRun
     batch: Sequence[Message]
     messages: Sequence[Message]
     good: set[int] = field(default_factory=set)
 
 
 class CoreOnBroker(RuleBasedStateMachine):
-    """One worker; what would be a task of the shell's is a list here."""
+    """One worker. Lists replace the tasks of the runtime."""
 
     @initialize(plan=plans)
     def open(self, plan: Plan) -> None:
@@ -94,7 +94,7 @@ class CoreOnBroker(RuleBasedStateMachine):
         self.publisher.exchange("dlx", "fanout")
         self.publisher.bind(DEAD, "dlx")
         retry = RetryPolicy(plan.attempts, "x-retry-count")
-        self.router = SettlementPlanner(JOBS, retry, DeadLetterTarget("dlx"))
+        self.planner = SettlementPlanner(JOBS, retry, DeadLetterTarget("dlx"))
         self.policy = FailurePolicy(
             MessageResult.REQUEUE, {}, isolate=plan.isolate, is_atomic=plan.is_atomic
         )
@@ -104,16 +104,16 @@ class CoreOnBroker(RuleBasedStateMachine):
         self.connect()
 
     def connect(self) -> None:
-        """A session begins: nothing is left of the one before."""
+        """Begin a session. Nothing of the one before is kept."""
         self.client = Client(self.broker, "worker")
         self.client.consume(JOBS, prefetch=self.plan.prefetch)
         self.bodies: dict[int, bytes] = {}
         self.ledger = Ledger()
         self.batcher = Batcher(size=self.plan.size, timeout=0)
-        self.trials: list[Running] = []
+        self.runs: list[Running] = []
         self.copies: list[PendingCopy] = []
 
-    # -- what happens --
+    # -- steps --
 
     @rule(count=st.integers(1, 4))
     def publish(self, count: int) -> None:
@@ -147,61 +147,61 @@ class CoreOnBroker(RuleBasedStateMachine):
 
     def begin(self, batch: Batch) -> None:
         assert 0 < len(batch.messages) <= self.plan.size
-        self.trials.append(Running(BatchRun(self.policy), batch.messages, batch.messages))
+        self.runs.append(Running(BatchRun(self.policy), batch.messages, batch.messages))
 
-    @precondition(lambda self: self.trials)
-    @rule(turn=turns, said=answers, cause=st.sampled_from([Cause.EXCEPTION, Cause.SHUTDOWN]))
-    def end_a_run(self, turn: int, said: list[MessageResult], cause: Cause) -> None:
-        """The handler says so much, and fails if that was not all."""
-        running = self.trials.pop(turn % len(self.trials))
-        trial, messages = running.trial, running.messages
+    @precondition(lambda self: self.runs)
+    @rule(turn=turns, results=answers, cause=st.sampled_from([Cause.EXCEPTION, Cause.SHUTDOWN]))
+    def end_a_run(self, turn: int, results: list[MessageResult], cause: Cause) -> None:
+        """The handler yields these results, and fails if messages are left."""
+        running = self.runs.pop(turn % len(self.runs))
+        run, messages = running.run, running.messages
         collector = ResultCollector(messages)
-        for result in said[: len(messages)]:
+        for result in results[: len(messages)]:
             collector.accept(result)
-        failed = len(said) < len(messages)
+        failed = len(results) < len(messages)
         if not (failed and self.plan.is_atomic):
-            pairs = zip(messages, said, strict=False)
+            pairs = zip(messages, results, strict=False)
             running.good |= {each.delivery_tag for each, result in pairs if result is ACK}
-        trial.record_run(collector, ValueError() if failed else None, cause)
+        run.record_run(collector, ValueError() if failed else None, cause)
         if failed and cause is Cause.SHUTDOWN:
-            trial.stop(ValueError(), cause)
-        running.messages = trial.next_run()
+            run.stop(ValueError(), cause)
+        running.messages = run.next_run()
         if running.messages:
-            self.trials.append(running)
+            self.runs.append(running)
         else:
             self.settle(running)
 
     def settle(self, running: Running) -> None:
-        """As a settler does; copies are on their way then."""
-        trial = running.trial
-        assert running.good == set(trial.acked)
-        decided = [each.message for each in trial.not_acked] + trial.returned
-        tags = [*trial.acked, *(each.delivery_tag for each in decided)]
+        """Settle as the settler does, and publish copies."""
+        run = running.run
+        assert running.good == set(run.acked)
+        decided = [each.message for each in run.not_acked] + run.returned
+        tags = [*run.acked, *(each.delivery_tag for each in decided)]
         assert sorted(tags) == [each.delivery_tag for each in running.batch]
-        assert Cause.SHUTDOWN not in {each.cause for each in trial.not_acked}
-        self.acked.update(self.bodies[tag] for tag in trial.acked)
+        assert Cause.SHUTDOWN not in {each.cause for each in run.not_acked}
+        self.acked.update(self.bodies[tag] for tag in run.acked)
         settlements = [
-            Settlement(Disposition.ACK, tuple(trial.acked)),
-            Settlement(Disposition.RETURN, tuple(each.delivery_tag for each in trial.returned)),
+            Settlement(Disposition.ACK, tuple(run.acked)),
+            Settlement(Disposition.RETURN, tuple(each.delivery_tag for each in run.returned)),
         ]
-        plan = self.router.plan(trial.not_acked, NOW)
+        plan = self.planner.plan(run.not_acked, NOW)
         self.send(self.ledger.settle([*settlements, *plan.settlements]))
         self.copies += plan.copies
 
     @precondition(lambda self: self.copies)
     @rule(turn=turns, outcome=st.sampled_from(["confirmed", "unknown", "lost", "given back"]))
     def hear_of_a_copy(self, turn: int, outcome: str) -> None:
-        """Its original is acked if it is confirmed, and only then."""
-        republication = self.copies.pop(turn % len(self.copies))
-        copy, tag = republication.copy, republication.tag
+        """Ack the original if, and only if, its copy is confirmed."""
+        pending = self.copies.pop(turn % len(self.copies))
+        copy, tag = pending.copy, pending.tag
         if outcome in {"confirmed", "unknown"}:
             headers = copy.properties.headers
-            said = self.publisher.publish(
+            answer = self.publisher.publish(
                 copy.body, copy.routing_key, copy.exchange, mandatory=True, headers=headers
             )
-            assert said == "confirmed"
-            if republication.reason is None:
-                count = republication.outcome.message.retry_count
+            assert answer == "confirmed"
+            if pending.reason is None:
+                count = pending.outcome.message.retry_count
                 assert copy.properties.headers["x-retry-count"] == count + 1
             self.copied[copy.body] += 1
         match outcome:
@@ -210,11 +210,11 @@ class CoreOnBroker(RuleBasedStateMachine):
             case "given back":
                 self.send(self.ledger.settle([Settlement(Disposition.RETURN, (tag,))]))
             case _:
-                self.copies.append(republication)
+                self.copies.append(pending)
 
     @rule()
     def cut(self) -> None:
-        """Handlers and copies of a session that is gone come to nothing here."""
+        """Lose the session. Its handlers and copies are dropped here."""
         self.broker.cut("worker")
         self.connect()
 
@@ -229,7 +229,7 @@ class CoreOnBroker(RuleBasedStateMachine):
                 case Disposition.REQUEUE | Disposition.REJECT:
                     channel.reject(frame.tag, requeue=frame.disposition is Disposition.REQUEUE)
 
-    # -- what is always true --
+    # -- invariants --
 
     @invariant()
     def nothing_is_lost(self) -> None:
@@ -250,7 +250,7 @@ class CoreOnBroker(RuleBasedStateMachine):
         assert unsettled == len(self.ledger) + on_its_way <= self.plan.prefetch
 
     def teardown(self) -> None:
-        """Left alone, all of it comes to its end."""
+        """Without faults, all messages get an outcome."""
         if not hasattr(self, "plan"):
             return
         for _ in range(1000):
@@ -258,7 +258,7 @@ class CoreOnBroker(RuleBasedStateMachine):
                 return
             self.receive()
             self.hand_over()
-            while self.trials:
+            while self.runs:
                 self.end_a_run(0, [ACK] * self.plan.size, Cause.EXCEPTION)
             while self.copies:
                 self.hear_of_a_copy(0, "confirmed")

@@ -43,10 +43,10 @@ ROUTER = SettlementPlanner("jobs", RetryPolicy(3, "x-retry-count"), DeadLetterTa
 
 
 def buried(message, result=MessageResult.NACK, error=None):
-    """The letter that this library makes of a message."""
+    """The dead letter that this library makes of a message."""
     cause = Cause.HANDLER if error is None else Cause.EXCEPTION
-    [republication] = ROUTER.plan([MessageOutcome(message, result, cause, error)], NOW).copies
-    return delivered(republication.copy)
+    [pending] = ROUTER.plan([MessageOutcome(message, result, cause, error)], NOW).copies
+    return delivered(pending.copy)
 
 
 def test_dead_letters_of_this_library_are_read():
@@ -111,7 +111,7 @@ def test_undecodable_headers_are_unknown():
     assert DeathInfo() == death_info(a_message(undecodable={"headers": UNDECODABLE}))
 
 
-# --- which ones ------------------------------------------------------------------
+# --- selection -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_header_values_are_compared_as_text(value, expected):
     assert expected == format_header(value)
 
 
-# --- the way back ----------------------------------------------------------------
+# --- replay --------------------------------------------------------------------
 
 
 @given(made_messages())
@@ -241,7 +241,7 @@ def test_a_dead_letter_without_an_origin_cannot_be_replayed(death, to_queue):
     assert "does not say" in way.why
 
 
-# --- how often may one be looked at? ---------------------------------------------
+# --- delivery limits -----------------------------------------------------------
 
 
 @given(st.integers(0, 60), st.integers(0, 40))

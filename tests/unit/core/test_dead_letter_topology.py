@@ -19,7 +19,7 @@ from tests.unit.core.strategies import options
 
 
 def reached(topology, exchange, routing_key):
-    """The queues that get a message without headers, by the rules of each type of exchange."""
+    """The queues that receive a message without headers, by the rules of each exchange type."""
     if not exchange:
         return {queue.name for queue in topology.queues if queue.name == routing_key}
     (kind,) = {each.type for each in topology.exchanges if each.name == exchange}
@@ -59,7 +59,7 @@ def test_a_dead_letter_reaches_its_queue_with_any_routing_key(settings, data):
     if settings.dead_letter_exchange_type != "x-consistent-hash" or not target.exchange:
         expected = {"jobs.dlq"}
         if target.exchange == "" and target.routing_key != "jobs.dlq":
-            # Somebody said both: the default exchange, and a key that is no queue's name.
+            # Configured on purpose: the default exchange, and a key that isn't the name of a queue.
             expected = {name for name in ("jobs",) if name == target.routing_key}
         assert expected == reached(topology, target.exchange, key)
 

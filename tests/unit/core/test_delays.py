@@ -16,6 +16,7 @@ from aio_pika_batch.core.retry import (
     DeadLetterReason,
     DelayedCopy,
     RetryPolicy,
+    check_wait_queue_names,
     make_delay_steps,
     wait_queue_name,
 )
@@ -40,7 +41,7 @@ retries = st.integers(0, 2**70)
 
 @st.composite
 def delay_steps(draw, *, climbing=True):
-    """A delay_steps, and what it was made of."""
+    """Delay steps, and the arguments that made them."""
     maximum = draw(waits)
     first = draw(st.floats(0.001, maximum)) if climbing else 0.0
     factor = draw(factors)
@@ -55,28 +56,28 @@ anything = delay_steps() | delay_steps(climbing=False)
 
 
 def waiting_copy(message, result=REQUEUE, *, first=1.0):
-    """The copy of a message that is to wait."""
-    router = SettlementPlanner(
+    """The copy of a delayed message."""
+    planner = SettlementPlanner(
         QUEUE, RetryPolicy(2**71, "x-retry-count"), delay_steps=make_delay_steps(first)
     )
-    (step,) = router.plan([MessageOutcome(message, result)], NOW).copies
+    (step,) = planner.plan([MessageOutcome(message, result)], NOW).copies
     return step.copy
 
 
 def prompt_copy(message):
-    """The copy of a message that is not to wait."""
+    """The copy of a message without a delay."""
     return waiting_copy(message, first=0.0)
 
 
 def expired(copy, level=1000, queue=QUEUE):
-    """The delivery after a wait: what the broker has made of a copy."""
+    """The delivery after a delay: what the broker makes of a copy."""
     was = copy.properties
     death = {"queue": wait_queue_name(queue, level), "reason": "expired", "count": 1}
     headers = {**(was.headers or {}), "x-death": [death]}
     return delivered(DelayedCopy(a_message(headers=headers), "", queue, {}))
 
 
-# --- the delay_steps ---------------------------------------------------------------------
+# --- delay steps -------------------------------------------------------------------------
 
 
 @given(delay_steps(), retries)
@@ -189,6 +190,22 @@ def test_steps_below_a_millisecond_share_a_level():
     assert (1, 2, 3) == steps.requestable == steps.steps_for(9)
 
 
+def test_a_first_delay_above_the_maximum_is_refused():
+    """The error names both settings."""
+    with pytest.raises(ValueError, match="requeue_delay=9 must not exceed requeue_delay_max=5"):
+        make_delay_steps(9, 2, 5)
+
+
+def test_a_queue_name_that_is_too_long_for_wait_queues_is_refused():
+    """With `.retry.` and the longest delay it has one byte more than AMQP allows."""
+    steps = make_delay_steps(1, 2, 5)
+    fits = "q" * (255 - len(".retry.5000"))
+    check_wait_queue_names(fits, steps)
+
+    with pytest.raises(ValueError, match="use a shorter queue_name"):
+        check_wait_queue_names(f"{fits}q", steps)
+
+
 def test_too_many_steps_are_refused():
     """Each step is a queue; a factor near 1 would make thousands."""
     with pytest.raises(ValueError, match=r"by a factor of 1\.01 there are more than 100 steps"):
@@ -205,7 +222,7 @@ def test_examples_of_requested_delays(delay, level, first):
     assert level == make_delay_steps(first, 2, 10).level(Requeue(delay=delay), 2)
 
 
-# --- what a handler may ask for --------------------------------------------------------
+# --- requested delays -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("delay", ["5", True, [5], 5j])
@@ -228,7 +245,7 @@ def test_a_number_is_refused_as_a_reason():
         Requeue(30)  # type: ignore[arg-type]
 
 
-# --- the copy ---------------------------------------------------------------------------
+# --- copies -----------------------------------------------------------------------------
 
 
 @given(messages(of=properties), st.none() | st.floats(0.001, 1000))
@@ -329,9 +346,9 @@ def test_an_expiration_is_restored():
 def test_a_delayed_message_without_attempts_left_is_dead_lettered():
     """Whatever delay is requested. Its expiration is in the header of dead letters."""
     headers = {"x-original-expiration": "60000", "x-death": DIED_HERE, "x-retry-count": 3}
-    router = SettlementPlanner(QUEUE, RetryPolicy(3, "x-retry-count"), DeadLetterTarget("dlx"))
+    planner = SettlementPlanner(QUEUE, RetryPolicy(3, "x-retry-count"), DeadLetterTarget("dlx"))
 
-    plan = router.plan([MessageOutcome(a_message(headers=headers), Requeue(delay=5))], NOW)
+    plan = planner.plan([MessageOutcome(a_message(headers=headers), Requeue(delay=5))], NOW)
 
     (step,) = plan.copies
     assert ("dlx", DeadLetterReason.EXHAUSTED) == (step.copy.exchange, step.reason)

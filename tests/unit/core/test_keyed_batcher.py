@@ -22,7 +22,7 @@ def sized(*lengths, first=1):
 
 
 def tags(batch):
-    """Which messages a batch holds; None for none at all."""
+    """The tags of a batch; None without one."""
     return None if batch is None else [message.delivery_tag for message in batch.messages]
 
 
@@ -210,7 +210,7 @@ def test_memory_does_not_grow_with_the_number_of_batches(timeout, is_one_waiting
 
 
 class Sorting(RuleBasedStateMachine):
-    """A list of (arrival, key, message) is all that it takes to say what should be cut."""
+    """The batcher against a model: a list of (arrival, key, message)."""
 
     @initialize(
         size=st.integers(1, 4),
@@ -250,9 +250,9 @@ class Sorting(RuleBasedStateMachine):
     @rule(exhausted=st.booleans())
     def poll(self, exhausted):
         due = []
-        for lane in self.lanes():
-            batch, full = self.following(lane)
-            arrived, _, first = lane[0]
+        for messages_of_key in self.by_key():
+            batch, full = self.following(messages_of_key)
+            arrived, _, first = messages_of_key[0]
             is_young = self.now < arrived + self.timeout
             trigger = full or (Trigger.PREFETCH if is_young else Trigger.TIMEOUT)
             if full is not None or exhausted or not is_young:
@@ -263,19 +263,19 @@ class Sorting(RuleBasedStateMachine):
 
     @rule()
     def flush(self):
-        lanes = self.lanes()
-        expected = (self.following(lanes[0])[0], Trigger.DRAIN) if lanes else None
+        by_key = self.by_key()
+        expected = (self.following(by_key[0])[0], Trigger.DRAIN) if by_key else None
         self.check(expected, self.batcher.flush())
 
     @rule(kept=st.integers(0, 3))
     def flush_and_put_back(self, kept):
-        """Of what is cut, all but some of the first come back."""
+        """Cut a batch, and put back all but some of its first messages."""
         batch = self.batcher.flush()
-        lanes = self.lanes()
-        assert (batch is None) is (not lanes)
+        by_key = self.by_key()
+        assert (batch is None) is (not by_key)
         if batch is None:
             return
-        cut = self.following(lanes[0])[0]
+        cut = self.following(by_key[0])[0]
         for each in cut[:kept]:
             self.held.remove(each)
         back = batch.messages[kept:]
@@ -292,18 +292,21 @@ class Sorting(RuleBasedStateMachine):
         assert [message for *_, message in self.held] == self.batcher.clear()
         self.held = []
 
-    def lanes(self):
-        """What may be cut, by key, the oldest first."""
+    def by_key(self):
+        """The messages of each key that is not blocked, oldest first."""
         found = {}
         for each in self.held:
             if each[1] not in self.blocked:
                 found.setdefault(each[1], []).append(each)
-        return sorted(found.values(), key=lambda lane: (lane[0][0], lane[0][2].delivery_tag))
+        return sorted(
+            found.values(),
+            key=lambda messages_of_key: (messages_of_key[0][0], messages_of_key[0][2].delivery_tag),
+        )
 
-    def following(self, lane):
-        """The next batch of a lane, and why it is full, if it is."""
+    def following(self, messages_of_key):
+        """The next batch of a key, and why it is full, if it is."""
         batch, length = [], 0
-        for each in lane:
+        for each in messages_of_key:
             longer = length + len(each[2].body)
             if batch and self.limit is not None and longer > self.limit:
                 return batch, Trigger.BYTES
@@ -316,7 +319,7 @@ class Sorting(RuleBasedStateMachine):
         return batch, None
 
     def check(self, expected, batch):
-        """The messages that the model knows, cut for the reason that it knows."""
+        """Compare a batch with the messages and the trigger that the model expects."""
         if expected is None:
             assert batch is None
             return
@@ -327,10 +330,10 @@ class Sorting(RuleBasedStateMachine):
 
     @invariant()
     def it_knows_what_it_holds(self):
-        lanes = self.lanes()
+        by_key = self.by_key()
         assert len(self.held) == len(self.batcher)
         assert min((each[0] for each in self.held), default=None) == self.batcher.since
-        assert (lanes[0][0][0] + self.timeout if lanes else None) == self.batcher.deadline
+        assert (by_key[0][0][0] + self.timeout if by_key else None) == self.batcher.deadline
 
 
 TestSorting = Sorting.TestCase

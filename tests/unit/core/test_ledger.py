@@ -26,7 +26,7 @@ joinable_choices = st.sampled_from([ACK, ACK, RETURN, RETURN, None])
 
 
 def rows(max_size, of=choices):
-    """What is decided about each unsettled delivery, oldest first; None is nothing yet."""
+    """The decision about each unsettled delivery, oldest first; None if there is none yet."""
     runs = st.lists(st.tuples(of, st.integers(1, 3)), max_size=max_size)
     return runs.map(
         lambda pieces: [choice for choice, length in pieces for _ in range(length)][:max_size]
@@ -35,7 +35,7 @@ def rows(max_size, of=choices):
 
 @st.composite
 def calls(draw, row):
-    """The settlements that say the same as a row: in any order, grouped and split at will."""
+    """Settlements that mean the same as a row, in any order and grouping."""
     decided = [(tag, choice) for tag, choice in enumerate(row, 1) if choice is not None]
     shuffled = draw(st.permutations(decided))
     together = draw(st.booleans())
@@ -51,7 +51,7 @@ rows_and_calls = rows(12).flatmap(lambda row: st.tuples(st.just(row), calls(row)
 
 
 def a_ledger(count):
-    """A session in which so many deliveries are unsettled, the oldest with tag 1."""
+    """A session with this many unsettled deliveries, the oldest with tag 1."""
     ledger = Ledger()
     ledger.deliver(range(1, count + 1))
     return ledger

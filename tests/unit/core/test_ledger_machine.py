@@ -17,7 +17,7 @@ places = st.integers(0, 100)
 
 
 class Session(RuleBasedStateMachine):
-    """The ledger on one side, the broker's channel on the other, and who expects what between."""
+    """The ledger and a model of the channel, and the expected state of both."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ class Session(RuleBasedStateMachine):
 
     @rule(some=st.lists(st.tuples(places, mostly_acks), min_size=1, max_size=8))
     def settle_some(self, some):
-        """Any deliveries, in any order: batches overlap, and handlers finish when they will."""
+        """Settle any deliveries in any order: batches overlap, and handlers end at any time."""
         unsettled = [*self.channel.unsettled]
         decided = {
             unsettled[place % len(unsettled)]: disposition
@@ -54,7 +54,7 @@ class Session(RuleBasedStateMachine):
     @precondition(lambda self: self.channel.unsettled)
     @rule(disposition=mostly_acks, size=st.integers(1, 8))
     def settle_the_oldest_batch(self, disposition, size):
-        """A whole batch, decided alike: one frame, unless its kind has no multiple."""
+        """Settle a whole batch alike: one frame, if its kind has `multiple`."""
         oldest = self.channel.unsettled[:size]
         self.expected.update(dict.fromkeys(oldest, disposition))
         count = self.channel.frames

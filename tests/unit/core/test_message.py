@@ -62,6 +62,20 @@ def test_values_from_undecodable_headers_raise(name):
         getattr(message, name)
 
 
+def test_properties_are_documented_on_the_class():
+    """As attributes of the class, for help() and the reference."""
+    assert "The publisher's name for this kind of message." == Message.type.__doc__
+
+
+def test_undecodable_raw_headers_raise_the_reason_of_the_source():
+    """Also if no other property is read."""
+    source = StubSource(decoded=Properties(undecodable={"headers": UNDECODABLE}))
+    message = Message(source, 1, False, b"", ("", "jobs"), b"raw")
+
+    with pytest.raises(MessageDecodeError, match=rf"^headers of .*{UNDECODABLE}"):
+        _ = message.headers
+
+
 def test_the_age_of_an_undecodable_timestamp_raises():
     """It is computed from the timestamp."""
     with pytest.raises(MessageDecodeError, match=r"^timestamp of "):

@@ -28,7 +28,7 @@ def ordered(*, size=3, timeout=5.0):
 
 
 def tags(batch):
-    """Which messages a batch holds; None for none at all."""
+    """The tags of a batch; None without one."""
     return None if batch is None else [message.delivery_tag for message in batch.messages]
 
 
@@ -157,12 +157,12 @@ def test_the_deadline_is_the_earlier_of_retries_and_new_messages():
 
 @dataclass(frozen=True)
 class Story:
-    """All that happens.
+    """A story: everything that will happen.
 
     Attributes:
-        messages: The key of each, and how often it fails.
+        messages: The key of each message, and how often it fails.
         stops: Whether the handler stops at a failure, or goes on with the batch.
-        turns: Which of the batches at work ends next, as a position among them.
+        turns: The position of the batch that ends next, among those being handled.
     """
 
     messages: tuple[tuple[str | None, int], ...]
@@ -190,7 +190,7 @@ stories = st.builds(
 
 
 class Play:
-    """One story, being played: a worker with some hands, and a clock of its own."""
+    """A worker that plays one story, with some handler slots and a clock of its own."""
 
     def __init__(self, story):
         self.story = story
@@ -205,12 +205,12 @@ class Play:
         self.now = 0.0
 
     def run(self):
-        """Until nothing is left; returns how many steps that took."""
+        """Play until no messages are left, and return the number of steps."""
         left = [a_message(number + 1) for number in range(len(self.story.messages))]
         steps = 0
         while left or len(self.batcher) or self.at_work:
             steps += 1
-            assert steps < 1000, "something waits for ever"
+            assert steps < 1000, "something waits forever"
             chunk, left = left[: self.story.chunk], left[self.story.chunk :]
             keys = [self.story.messages[message.delivery_tag - 1][0] for message in chunk]
             self.batcher.add(chunk, self.now, keys)
@@ -223,7 +223,7 @@ class Play:
         return steps
 
     def hand_out(self):
-        """To everybody who is free."""
+        """Give a batch to each free slot."""
         while len(self.at_work) < self.story.hands:
             batch = self.batcher.poll(self.now)
             if batch is None:
@@ -234,7 +234,7 @@ class Play:
             self.at_work.append(batch)
 
     def end(self, batch):
-        """The handler goes through its batch, in order."""
+        """Handle a batch in order."""
         outcomes = []
         for at, message in enumerate(batch.messages):
             tag = message.delivery_tag
@@ -261,7 +261,7 @@ class Play:
         self.batcher.release(batch.key)
 
     def conclude(self, tag, outcome):
-        """Nothing more is heard of a message."""
+        """Record the final outcome of a message."""
         assert tag not in self.outcomes
         self.outcomes[tag] = outcome
 
@@ -282,7 +282,7 @@ def test_each_message_has_one_outcome_and_each_key_keeps_its_order(story):
             continue
         is_dead = failures > story.attempts
         assert ("dead" if is_dead else "acked") == play.outcomes[tag]
-        # Tried as often as it may be, each time with its count, and never once more.
+        # Attempted as often as allowed, each time with its count.
         tries = min(failures, story.attempts) + 1
         assert list(range(tries)) == [count for _, each, count in play.handled if each == tag]
 
@@ -291,9 +291,9 @@ def test_each_message_has_one_outcome_and_each_key_keeps_its_order(story):
         firsts = list(dict.fromkeys(handled))
         assert sorted(firsts) == firsts
         if story.stops or story.size == 1:
-            # Nothing of this key happens between the first attempt of a message and its last.
+            # No other message of this key is handled between two attempts of a message.
             assert sorted(handled) == handled
-        # And in any case, those that failed are tried to their end one after another.
+        # Failed messages are always retried one after another.
         agains = [tag for each, tag, count in play.handled if each == key and count]
         assert all(
             agains.index(tag) + agains.count(tag) - 1 == len(agains) - 1 - agains[::-1].index(tag)

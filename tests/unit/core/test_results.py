@@ -22,7 +22,7 @@ REQUEUE = MessageResult.REQUEUE
 
 
 class Broken:
-    """A thing that cannot even be described."""
+    """An object whose `repr()` raises."""
 
     def __repr__(self) -> str:
         raise RuntimeError
@@ -42,13 +42,13 @@ no_answers = st.one_of(
 
 
 def state(collector):
-    """All that a collector says."""
+    """The state of a collector."""
     return collector.count, collector.decided(), collector.undecided()
 
 
 @st.composite
 def answers(draw, max_size=6):
-    """Some messages, results for some of them, and the yields that say so, in either form."""
+    """Messages, results for some of them, and the items to yield, in either form."""
     messages = some_messages(draw(st.integers(0, max_size)))
     if draw(st.booleans()):
         given_results = draw(st.lists(results, max_size=len(messages)))
@@ -60,7 +60,7 @@ def answers(draw, max_size=6):
 
 
 def collected(messages, yields):
-    """A collector that has taken some yields."""
+    """A collector that has accepted these items."""
     collector = ResultCollector(messages)
     for item in yields:
         collector.accept(item)
@@ -277,19 +277,19 @@ def test_an_invalid_reason_or_delay_is_not_shown(wrong):
 
 
 class Family(Exception):
-    """A base."""
+    """A base class."""
 
 
 class Child(Family):
-    """Of one parent."""
+    """A subclass with one base class."""
 
 
 class Mixed(KeyError, Family):
-    """Of two."""
+    """A subclass with two base classes."""
 
 
 class Unrelated(Exception):
-    """Of nobody in the table."""
+    """Without a base class in the table."""
 
 
 LISTED = {Family: REQUEUE, Mixed: NACK, LookupError: ACK, Exception: NACK}

@@ -29,13 +29,13 @@ ERROR = RuntimeError("what ended the run")
 
 
 def outcome(tag, result=REQUEUE, cause=Cause.HANDLER, error=ERROR, **properties):
-    """What was decided about a message."""
+    """The outcome of a message."""
     error = None if cause is Cause.HANDLER else error
     return MessageOutcome(a_message(tag, **properties), result, cause, error)
 
 
 def sort(*outcomes, policy=IN_PLACE, jitter=0.0):
-    """What becomes of these, by tags."""
+    """The decision about these outcomes, by tags."""
     found = policy.decide(outcomes, now=NOW, jitter=jitter)
     return (
         [each.message.delivery_tag for each in found.final],
@@ -112,12 +112,12 @@ def test_a_message_that_was_left_out_stays_before_a_later_failed_one():
 @pytest.mark.parametrize("result", [REQUEUE, REQUEUE_IMMEDIATE, Requeue("busy")])
 def test_a_message_without_attempts_left_is_dead_lettered(result):
     """As exhausted, and no broker retries it."""
-    router = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
+    planner = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
     last = outcome(1, result, headers={"x-retry-count": 3})
 
     found = IN_PLACE.decide([last], now=NOW, jitter=0.0)
 
-    plan = router.plan(found.final, NOW)
+    plan = planner.plan(found.final, NOW)
     assert [DeadLetterReason.EXHAUSTED] == [each.reason for each in plan.copies]
     assert (0, 0) == (len(found.attempts), len(plan.settlements))
 
@@ -133,11 +133,11 @@ def test_messages_after_an_exhausted_one_are_handled():
 def test_a_message_with_unreadable_headers_is_not_retried():
     """Its attempts cannot be counted."""
     broken = MessageOutcome(a_message(1, undecodable={"headers": "not UTF-8"}), REQUEUE)
-    router = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
+    planner = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
 
     found = IN_PLACE.decide([broken], now=NOW, jitter=0.0)
 
-    plan = router.plan(found.final, NOW)
+    plan = planner.plan(found.final, NOW)
     assert [DeadLetterReason.UNDECODABLE] == [each.reason for each in plan.copies]
     assert [] == found.attempts
 
@@ -201,7 +201,7 @@ def test_each_message_is_in_one_list_and_the_order_is_kept(outcomes, jitter):
             by_tag[tag].result, Requeue
         )
     for tag in final:
-        # Whatever can be tried again is.
+        # Each message that can be retried is.
         was = by_tag[tag]
         spent = not was.message.has_readable_headers or was.message.retry_count >= 3
         is_failure = was.result in {MessageResult.ACK, NACK} or isinstance(was.result, Nack)
@@ -229,23 +229,23 @@ def test_a_retried_message_is_the_same_delivery_with_a_higher_count():
 
 def test_the_dead_letter_has_the_first_failure_and_the_count():
     """Although no copy has had them."""
-    router = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
+    planner = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
     again = Retried(Retried(a_message(), NOW), NOW + timedelta(seconds=1))
 
-    plan = router.plan([MessageOutcome(again, NACK)], NOW + timedelta(seconds=9))
+    plan = planner.plan([MessageOutcome(again, NACK)], NOW + timedelta(seconds=9))
 
-    [letter] = plan.copies
-    assert NOW == letter.copy.properties.headers["x-first-failed-at"]
-    assert 2 == letter.copy.properties.headers["x-retry-count"]
-    assert NOW + timedelta(seconds=9) == letter.copy.properties.headers["x-dead-lettered-at"]
+    [dead_letter] = plan.copies
+    assert NOW == dead_letter.copy.properties.headers["x-first-failed-at"]
+    assert 2 == dead_letter.copy.properties.headers["x-retry-count"]
+    assert NOW + timedelta(seconds=9) == dead_letter.copy.properties.headers["x-dead-lettered-at"]
 
 
 def test_an_earlier_first_failure_in_the_headers_is_kept():
     """From a consumer that keeps no order."""
-    router = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
+    planner = SettlementPlanner("jobs", RETRY, DeadLetterTarget("dlx"))
     before = NOW - timedelta(days=1)
     again = Retried(a_message(headers={"x-first-failed-at": before}), NOW)
 
-    [letter] = router.plan([MessageOutcome(again, NACK)], NOW).copies
+    [dead_letter] = planner.plan([MessageOutcome(again, NACK)], NOW).copies
 
-    assert before == letter.copy.properties.headers["x-first-failed-at"]
+    assert before == dead_letter.copy.properties.headers["x-first-failed-at"]

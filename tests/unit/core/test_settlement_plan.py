@@ -37,7 +37,7 @@ DLX = DeadLetterTarget("dlx")
 
 policies = st.builds(RetryPolicy, st.integers(0, 5), st.just("x-retry-count"))
 targets = st.builds(DeadLetterTarget, short_texts, st.none() | short_texts)
-routers = st.builds(
+planners = st.builds(
     SettlementPlanner,
     st.just(QUEUE),
     policies,
@@ -47,22 +47,22 @@ routers = st.builds(
 
 
 def a_router(max_attempts=3, dead_letters=DLX):
-    """A router that dead-letters to an exchange of that name."""
+    """A planner that dead-letters to an exchange of this name."""
     return SettlementPlanner(QUEUE, RetryPolicy(max_attempts, "x-retry-count"), dead_letters)
 
 
 def settled(plan):
-    """Each delivery tag that goes out at once, and as what."""
+    """The delivery tags that are settled at once, with their disposition."""
     return [(tag, each.disposition) for each in plan.settlements for tag in each.tags]
 
 
-def plan_one(router, message, result, cause=Cause.HANDLER):
-    """The plan for one message alone."""
-    return router.plan([MessageOutcome(message, result, cause)], NOW)
+def plan_one(planner, message, result, cause=Cause.HANDLER):
+    """The plan for one message."""
+    return planner.plan([MessageOutcome(message, result, cause)], NOW)
 
 
 def kind_of(result):
-    """The enumeration's member that a result stands for."""
+    """The member of the enumeration that a result means."""
     match result:
         case Nack():
             return NACK
@@ -72,30 +72,30 @@ def kind_of(result):
             return result
 
 
-@given(routers, batches_of_outcomes())
-def test_each_original_is_settled_at_once_or_after_its_copy(router, outcomes):
+@given(planners, batches_of_outcomes())
+def test_each_original_is_settled_at_once_or_after_its_copy(planner, outcomes):
     """No tag is in both parts of the plan, or twice."""
-    plan = router.plan(outcomes, NOW)
+    plan = planner.plan(outcomes, NOW)
 
     tags = [tag for tag, _ in settled(plan)] + [each.tag for each in plan.copies]
 
     assert Counter(outcome.message.delivery_tag for outcome in outcomes) == Counter(tags)
 
 
-@given(routers, batches_of_outcomes())
-def test_only_acked_messages_are_acked_at_once(router, outcomes):
+@given(planners, batches_of_outcomes())
+def test_only_acked_messages_are_acked_at_once(planner, outcomes):
     """An original that is requeued or dead-lettered is not among them."""
-    plan = router.plan(outcomes, NOW)
+    plan = planner.plan(outcomes, NOW)
 
     acked = [tag for tag, disposition in settled(plan) if disposition is Disposition.ACK]
 
     assert [outcome.message.delivery_tag for outcome in outcomes if outcome.result is ACK] == acked
 
 
-@given(routers, batches_of_outcomes())
-def test_the_plan_of_each_result(router, outcomes):
+@given(planners, batches_of_outcomes())
+def test_the_plan_of_each_result(planner, outcomes):
     """ACK and REQUEUE_IMMEDIATE publish nothing. Without an exchange a dead letter is a reject."""
-    plan = router.plan(outcomes, NOW)
+    plan = planner.plan(outcomes, NOW)
     at_once = dict(settled(plan))
     waiting = {each.tag: each for each in plan.copies}
 
@@ -106,21 +106,21 @@ def test_the_plan_of_each_result(router, outcomes):
                 assert Disposition.ACK is at_once[tag]
             case MessageResult.REQUEUE_IMMEDIATE:
                 assert Disposition.REQUEUE is at_once[tag]
-            case MessageResult.NACK if router.dead_letters is None:
+            case MessageResult.NACK if planner.dead_letters is None:
                 assert Disposition.REJECT is at_once[tag]
             case MessageResult.NACK:
                 assert CopyKind.DEAD_LETTER is waiting[tag].kind
             case MessageResult.REQUEUE if tag in at_once:
-                assert router.dead_letters is None
+                assert planner.dead_letters is None
                 assert Disposition.REJECT is at_once[tag]
             case MessageResult.REQUEUE:
                 assert outcome is waiting[tag].outcome
 
 
-@given(routers, batches_of_outcomes())
-def test_dispositions_are_grouped_and_keep_the_order_of_the_batch(router, outcomes):
+@given(planners, batches_of_outcomes())
+def test_dispositions_are_grouped_and_keep_the_order_of_the_batch(planner, outcomes):
     """Rarely more than two settlements, however large the batch."""
-    plan = router.plan(outcomes, NOW)
+    plan = planner.plan(outcomes, NOW)
     place = {outcome.message.delivery_tag: at for at, outcome in enumerate(outcomes)}
 
     dispositions = [each.disposition for each in plan.settlements]
@@ -136,12 +136,12 @@ def test_dispositions_are_grouped_and_keep_the_order_of_the_batch(router, outcom
 @example(0, a_message(), REQUEUE)
 def test_a_message_is_handled_once_more_than_it_is_requeued(max_attempts, message, result):
     """It is dead-lettered after at most 1 + `max_requeue_attempts` attempts."""
-    router = a_router(max_attempts)
+    planner = a_router(max_attempts)
     came_with = message.retry_count
     tries = 0
     while True:
         tries += 1
-        (step,) = plan_one(router, message, result).copies
+        (step,) = plan_one(planner, message, result).copies
         if step.kind is CopyKind.DEAD_LETTER:
             break
         assert message.retry_count + 1 == step.copy.add["x-retry-count"]
@@ -196,7 +196,7 @@ def test_without_a_dead_letter_exchange_messages_are_rejected(result, message, c
 
 
 def replace_headers(message, headers):
-    """The message with other headers, if its headers can be decoded at all."""
+    """The message with other headers, if its headers can be decoded."""
     properties = message.properties
     if "headers" not in properties.undecodable:
         properties = replace(properties, headers=headers)
@@ -280,9 +280,9 @@ def test_an_invalid_count_is_0_and_reported(headers, malformed, next_count):
 @pytest.mark.parametrize(("stated", "key"), [(None, "order.created"), ("dead", "dead"), ("", "")])
 def test_a_dead_letter_keeps_its_routing_key_unless_the_target_has_one(stated, key):
     """An empty routing key is one as well."""
-    router = a_router(dead_letters=DeadLetterTarget("dlx", stated))
+    planner = a_router(dead_letters=DeadLetterTarget("dlx", stated))
 
-    (step,) = plan_one(router, a_message(), NACK).copies
+    (step,) = plan_one(planner, a_message(), NACK).copies
 
     assert ("dlx", key) == (step.copy.exchange, step.copy.routing_key)
 

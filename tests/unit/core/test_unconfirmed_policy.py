@@ -19,7 +19,7 @@ jitters = st.floats(0, 1, exclude_max=True)
 
 @dataclass
 class Situation:
-    """A copy has failed, and a policy is asked what to do."""
+    """A copy that failed, and the policy that decides what to do."""
 
     policy: UnconfirmedPolicy
     failures: int
@@ -33,11 +33,11 @@ class Situation:
 
     @property
     def pauses(self):
-        """The shortest and the longest pause that may come before anything is done."""
+        """The shortest and the longest possible pause."""
         return [self.policy.backoff.pause(self.failures, jitter) for jitter in (0.5, 1)]
 
     def decide(self):
-        """What the policy says."""
+        """The decision of the policy."""
         held = Pending(SINCE, self.failures)
         return self.policy.next_step(held, now=self.now, jitter=self.jitter, held=self.held)
 

@@ -36,7 +36,7 @@ def test_delays_add_only_wait_queues(settings, some, unsafe):
     for queue in added:
         assert (True, False, False) == (queue.durable, queue.exclusive, queue.auto_delete)
         assert queue.check_only is not settings.declare
-    # An exclusive queue goes with its connection; what waits for it must not.
+    # An exclusive queue is deleted with its connection. Messages that wait for it must not be.
     assert set(map(id, added)) <= set(map(id, split_exclusive(topology)[0].queues))
 
 
