@@ -200,8 +200,8 @@ class BatchRun(BatchDecisions):
             return False
         if self._bisection is None:
             self._bisection = Bisection(self._policy.isolate)
-        # The error names the bad message, so there is nothing to search for. If that message has its
-        # result already, or is another batch's, this is a failure like others.
+        # The error names the bad message, so no search is needed. If that message already has a
+        # result, or belongs to another batch, this is a failure like others.
         if isinstance(error, MessageDecodeError):
             others = [message for message in undecided if message is not error.message]
             if len(others) < len(undecided):
