@@ -459,21 +459,21 @@ MEMORY = (
         "adapters/memory/queue.py",
         "            entry.redelivered = True\n",
         "            pass\n",
-        (f"{_MEMORY}/test_queues.py", f"{_MEMORY}/test_broker_machine.py"),
+        (f"{_MEMORY}/test_queue.py", f"{_MEMORY}/test_broker_model.py"),
     ),
     Mutant(
         "A full queue takes one message more, although it refuses.",
         "adapters/memory/queue.py",
         "return self._is_beyond_limit(count + 1, size + len(message.body))",
         "return self._is_beyond_limit(count, size)",
-        (f"{_MEMORY}/test_queues.py", f"{_MEMORY}/test_broker_machine.py"),
+        (f"{_MEMORY}/test_queue.py", f"{_MEMORY}/test_broker_model.py"),
     ),
     Mutant(
         "A quorum queue never reaches its delivery limit.",
         "adapters/memory/queue.py",
         "            entry.delivery_count += 1\n",
         "            pass\n",
-        (f"{_MEMORY}/test_queues.py", f"{_MEMORY}/test_broker_machine.py"),
+        (f"{_MEMORY}/test_queue.py", f"{_MEMORY}/test_broker_model.py"),
     ),
     Mutant(
         "Dead letters that nobody takes are gone, at-least-once or not.",
@@ -487,7 +487,7 @@ MEMORY = (
         "adapters/memory/queue.py",
         "            # What is first now may have expired.\n            self._expire()\n",
         "",
-        (f"{_MEMORY}/test_queues.py", f"{_MEMORY}/test_broker_machine.py"),
+        (f"{_MEMORY}/test_queue.py", f"{_MEMORY}/test_broker_model.py"),
     ),
     Mutant(
         "What is settled already may be settled again, once more has come.",

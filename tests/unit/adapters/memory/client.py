@@ -11,7 +11,7 @@ from aio_pika_batch.core.message import Properties
 
 
 class Client:
-    """One connection, one channel."""
+    """One connection with one channel."""
 
     def __init__(self, broker: Broker, name: str = "client") -> None:
         self.broker = broker
@@ -74,23 +74,23 @@ class Client:
         mandatory: bool = False,
         **properties: Any,
     ) -> str:
-        """Publish; the broker says `confirmed`, `refused`, `returned`, or there is `silence`."""
+        """Publish; return `confirmed`, `refused` or `returned`, or `silence` without a confirm."""
         kept = self.channel.take()
         number = self.channel.publish(
             check_publication(exchange, key, body, Properties(**properties)), mandatory=mandatory
         )
-        heard, said = [], "silence"
-        for incoming in self.channel.take():
-            match incoming:
+        others, outcome = [], "silence"
+        for frame in self.channel.take():
+            match frame:
                 case ReturnFrame(of) if of == number:
-                    said = "returned"
+                    outcome = "returned"
                 case ConfirmFrame(of, accepted) if of == number:
-                    if said != "returned":
-                        said = "confirmed" if accepted else "refused"
+                    if outcome != "returned":
+                        outcome = "confirmed" if accepted else "refused"
                 case _:
-                    heard.append(incoming)
-        self.channel.received = kept + heard
-        return said
+                    others.append(frame)
+        self.channel.received = kept + others
+        return outcome
 
     def consume(
         self,
@@ -110,14 +110,14 @@ class Client:
         )
 
     def deliveries(self) -> list[DeliverFrame]:
-        """What was delivered since the last time."""
+        """Return the deliveries since the last call."""
         return [each for each in self.channel.take() if isinstance(each, DeliverFrame)]
 
     def bodies(self) -> list[bytes]:
         return [delivery.body for delivery in self.deliveries()]
 
     def get(self, queue: str) -> DeliverFrame:
-        """Take one message, and hold it unsettled."""
+        """Take one message, and leave it unacked."""
         self.consume(queue, "getter", prefetch=1)
         self.channel.cancel("getter")
         (delivery,) = self.deliveries()
@@ -125,5 +125,5 @@ class Client:
 
 
 def bodies(broker: Broker, queue: str) -> list[bytes]:
-    """What waits in a queue."""
+    """Return the bodies of the ready messages of a queue."""
     return [message.body for message in broker.ready(queue)]

@@ -1,4 +1,4 @@
-"""One broker, and the port on it."""
+"""Fixtures: a broker in memory, and a transport to it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from aio_pika_batch.adapters.memory import Broker, MemoryTransport
 
 @pytest.fixture
 def memory() -> Broker:
-    """A broker of its own for each test."""
+    """A new broker."""
     return Broker("4.0")
 
 
 @pytest.fixture
 def transport(memory: Broker) -> MemoryTransport:
-    """The port on that broker."""
+    """A transport to that broker."""
     return MemoryTransport(memory, wall_clock=lambda: 1_000_000_000.0)

@@ -1,4 +1,4 @@
-"""Dead letters go where their queue says, say what they died of, and do not go in circles."""
+"""Dead letters are routed as their queue says, have x-death, and are dropped in a cycle."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ VERSIONS = ["3.10", "4.0", "4.3"]
 
 
 def dropped(broker: Broker) -> list[str]:
-    """What messages were dropped for."""
+    """Return the reasons for which messages were dropped."""
     return [event.detail for event in broker.journal.of(EventKind.DROPPED)]
 
 
 @pytest.fixture
 def broker() -> Broker:
-    """A broker as of 4.0, in the year 2001."""
+    """A broker that imitates RabbitMQ 4.0, in the year 2001."""
     broker = Broker("4.0")
     broker.advance(1_000_000_000)
     return broker
@@ -28,13 +28,13 @@ def broker() -> Broker:
 
 @pytest.fixture
 def client(broker: Broker) -> Client:
-    """Somebody connected to it."""
+    """A connected client."""
     return Client(broker)
 
 
 @pytest.mark.parametrize("how", ["reject", "nack"])
-def test_a_rejected_message_dies_with_its_story(broker: Broker, client: Client, how: str):
-    """Why, where, when and how it came there; its expiration is taken off."""
+def test_a_rejected_message_is_dead_lettered_with_x_death(broker: Broker, client: Client, how: str):
+    """With reason, queue, time and routing keys; its expiration is removed."""
     client.exchange("x", "fanout")
     client.queue("q", dead_letter_exchange="dlx")
     client.bind("q", "x")
@@ -47,8 +47,8 @@ def test_a_rejected_message_dies_with_its_story(broker: Broker, client: Client, 
         client.channel.reject(tag, requeue=False)
     else:
         client.channel.nack(tag, requeue=False)
-    (letter,) = broker.ready("dead")
-    assert letter.headers == {
+    (dead_letter,) = broker.ready("dead")
+    assert dead_letter.headers == {
         "mine": 1,
         "x-first-death-reason": "rejected",
         "x-first-death-queue": "q",
@@ -68,9 +68,9 @@ def test_a_rejected_message_dies_with_its_story(broker: Broker, client: Client, 
             }
         ],
     }
-    assert (letter.exchange, letter.routing_key) == ("dlx", "key")
-    assert letter.properties.expiration is None
-    assert letter.properties.message_id == "m"
+    assert (dead_letter.exchange, dead_letter.routing_key) == ("dlx", "key")
+    assert dead_letter.properties.expiration is None
+    assert dead_letter.properties.message_id == "m"
 
 
 def test_deaths_are_counted_by_queue_and_reason(broker: Broker, client: Client):
@@ -83,22 +83,24 @@ def test_deaths_are_counted_by_queue_and_reason(broker: Broker, client: Client):
     for _ in range(3):
         client.channel.reject(client.get("work").tag, requeue=False)
         broker.advance(broker.now + 1)
-    (letter,) = broker.ready("work")
-    told = [
+    (dead_letter,) = broker.ready("work")
+    stated = [
         (death["queue"], death["reason"], death["count"], death.get("original-expiration"))
-        for death in letter.headers["x-death"]
+        for death in dead_letter.headers["x-death"]
     ]
-    assert told == [("wait", "expired", 3, None), ("work", "rejected", 3, "70000")]
-    assert letter.headers["x-death"][1]["time"] == datetime.fromtimestamp(1_000_000_000, UTC)
-    assert letter.headers["x-first-death-queue"] == "work"
-    assert letter.headers["x-last-death-queue"] == "wait"
+    assert stated == [("wait", "expired", 3, None), ("work", "rejected", 3, "70000")]
+    assert dead_letter.headers["x-death"][1]["time"] == datetime.fromtimestamp(1_000_000_000, UTC)
+    assert dead_letter.headers["x-first-death-queue"] == "work"
+    assert dead_letter.headers["x-last-death-queue"] == "wait"
 
 
 @pytest.mark.parametrize(
     ("arguments", "deaths"), [({"message_ttl": 5}, "expired"), ({"max_length": 0}, "maxlen")]
 )
-def test_other_reasons_are_told_too(broker: Broker, client: Client, arguments, deaths):
-    """Time and length."""
+def test_expired_and_excess_messages_are_dead_lettered_with_their_reason(
+    broker: Broker, client: Client, arguments, deaths
+):
+    """As the first reason of their death."""
     client.queue("dead")
     client.queue("q", dead_letter_exchange="", dead_letter_routing_key="dead", **arguments)
     client.publish(b"1", "q")
@@ -107,7 +109,7 @@ def test_other_reasons_are_told_too(broker: Broker, client: Client, arguments, d
 
 
 def test_reject_publish_dlx_refuses_and_dead_letters(broker: Broker, client: Client):
-    """Classic queues only; a quorum queue drops its head instead."""
+    """In classic queues; a quorum queue drops its head instead."""
     client.queue("dead")
     more = {
         "dead_letter_exchange": "",
@@ -123,8 +125,10 @@ def test_reject_publish_dlx_refuses_and_dead_letters(broker: Broker, client: Cli
     assert (bodies(broker, "quorum"), bodies(broker, "dead")) == ([b"4"], [b"2", b"3"])
 
 
-def test_without_a_dead_letter_exchange_a_message_is_gone(broker: Broker, client: Client):
-    """The journal says why."""
+def test_without_a_dead_letter_exchange_a_rejected_message_is_dropped(
+    broker: Broker, client: Client
+):
+    """The journal has the reason."""
     client.queue("q")
     client.publish(b"1", "q")
     client.channel.reject(client.get("q").tag, requeue=False)
@@ -135,9 +139,7 @@ def test_without_a_dead_letter_exchange_a_message_is_gone(broker: Broker, client
     ("exchange", "why"),
     [("missing", "no dead-letter exchange"), ("amq.direct", "dead letter not routable")],
 )
-def test_a_dead_letter_that_has_nowhere_to_go_is_gone(
-    broker: Broker, client: Client, exchange, why
-):
+def test_a_dead_letter_without_a_target_is_dropped(broker: Broker, client: Client, exchange, why):
     """Silently, as in RabbitMQ."""
     client.queue("q", dead_letter_exchange=exchange)
     client.publish(b"1", "q")
@@ -145,8 +147,8 @@ def test_a_dead_letter_that_has_nowhere_to_go_is_gone(
     assert dropped(broker) == [why]
 
 
-def test_a_dead_letter_is_lost_on_a_full_queue(broker: Broker, client: Client):
-    """At most once."""
+def test_a_dead_letter_that_a_full_queue_refuses_is_dropped(broker: Broker, client: Client):
+    """Dead-lettering is at most once by default."""
     client.queue("full", max_length=0, overflow="reject-publish")
     client.queue("q", dead_letter_exchange="", dead_letter_routing_key="full", message_ttl=1)
     client.publish(b"1", "q")
@@ -164,8 +166,10 @@ SAFE = {
 }
 
 
-def test_at_least_once_keeps_a_dead_letter_until_it_is_taken(broker: Broker, client: Client):
-    """By a queue that has room again."""
+def test_at_least_once_keeps_a_dead_letter_until_its_target_has_room(
+    broker: Broker, client: Client
+):
+    """It is sent as soon as there is room."""
     client.queue("work", max_length=1, overflow="reject-publish")
     client.queue("wait", **SAFE)
     client.publish(b"first", "work")
@@ -178,7 +182,7 @@ def test_at_least_once_keeps_a_dead_letter_until_it_is_taken(broker: Broker, cli
     assert dropped(broker) == []
 
 
-def test_at_least_once_keeps_a_dead_letter_until_there_is_a_queue(broker: Broker, client: Client):
+def test_at_least_once_keeps_a_dead_letter_until_its_target_exists(broker: Broker, client: Client):
     """Even if that is declared much later."""
     client.queue("wait", **SAFE)
     client.publish(b"1", "wait")
@@ -188,8 +192,10 @@ def test_at_least_once_keeps_a_dead_letter_until_there_is_a_queue(broker: Broker
     assert bodies(broker, "work") == [b"1"]
 
 
-def test_dead_letters_that_stay_make_their_queue_full(broker: Broker, client: Client):
-    """They count towards its length."""
+def test_pending_dead_letters_count_towards_the_length_of_their_queue(
+    broker: Broker, client: Client
+):
+    """A full queue refuses new messages."""
     client.queue("wait", **SAFE, max_length=0)
     assert client.publish(b"1", "wait") == "confirmed"
     broker.advance(broker.now + 1)
@@ -197,7 +203,7 @@ def test_dead_letters_that_stay_make_their_queue_full(broker: Broker, client: Cl
 
 
 def test_at_least_once_needs_reject_publish(broker: Broker, client: Client):
-    """Without it RabbitMQ falls back to at most once."""
+    """Without it, RabbitMQ falls back to at most once."""
     client.queue("wait", **{**SAFE, "overflow": "drop-head"})
     client.publish(b"1", "wait")
     broker.advance(broker.now + 1)
@@ -205,8 +211,8 @@ def test_at_least_once_needs_reject_publish(broker: Broker, client: Client):
     assert dropped(broker) == ["dead letter not routable"]
 
 
-def test_dead_letters_go_with_a_deleted_queue(broker: Broker, client: Client):
-    """Even those that were to be kept."""
+def test_pending_dead_letters_are_dropped_with_their_queue(broker: Broker, client: Client):
+    """Although the queue is at-least-once."""
     client.queue("wait", **SAFE)
     client.publish(b"1", "wait")
     broker.advance(broker.now + 1)
@@ -215,8 +221,10 @@ def test_dead_letters_go_with_a_deleted_queue(broker: Broker, client: Client):
 
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
-def test_a_circle_without_a_rejection_is_broken(broker: Broker, client: Client, kind: str):
-    """A message that would expire its way around for ever is dropped."""
+def test_a_dead_letter_cycle_without_a_rejection_is_dropped(
+    broker: Broker, client: Client, kind: str
+):
+    """It would expire from queue to queue without end."""
     client.queue(
         "a", queue_type=kind, dead_letter_exchange="", dead_letter_routing_key="b", message_ttl=1000
     )
@@ -231,8 +239,8 @@ def test_a_circle_without_a_rejection_is_broken(broker: Broker, client: Client, 
     assert dropped(broker) == ["dead-letter cycle"]
 
 
-def test_a_circle_stays_broken_for_one_queue_only(broker: Broker, client: Client):
-    """Other queues of the dead-letter exchange get the message all the same."""
+def test_a_dead_letter_cycle_does_not_concern_other_queues(broker: Broker, client: Client):
+    """They get the message from the same dead-letter exchange."""
     client.exchange("dlx", "fanout")
     client.queue("q", dead_letter_exchange="dlx", message_ttl=1000)
     client.queue("other")
@@ -243,8 +251,8 @@ def test_a_circle_stays_broken_for_one_queue_only(broker: Broker, client: Client
     assert (bodies(broker, "q"), bodies(broker, "other")) == ([], [b"1"])
 
 
-def test_a_rejection_on_the_way_makes_it_no_circle(broker: Broker, client: Client):
-    """Retry by way of a waiting queue goes on as long as somebody rejects."""
+def test_a_cycle_with_a_rejection_goes_on(broker: Broker, client: Client):
+    """So messages can be retried by way of a wait queue."""
     client.queue("work", dead_letter_exchange="", dead_letter_routing_key="wait")
     client.queue("wait", dead_letter_exchange="", dead_letter_routing_key="work", message_ttl=1000)
     client.publish(b"1", "work")
@@ -254,8 +262,8 @@ def test_a_rejection_on_the_way_makes_it_no_circle(broker: Broker, client: Clien
     assert bodies(broker, "work") == [b"1"]
 
 
-def test_dead_letters_go_to_copies_too(broker: Broker, client: Client):
-    """Without a dead-letter routing key all of a message's own keys count."""
+def test_dead_letters_are_routed_by_cc_and_bcc_too(broker: Broker, client: Client):
+    """Unless the queue has a dead-letter routing key."""
     client.exchange("dlx", "direct")
     client.queue("q", dead_letter_exchange="dlx")
     for key in ("cc", "bcc"):
@@ -266,21 +274,21 @@ def test_dead_letters_go_to_copies_too(broker: Broker, client: Client):
         vhost.queue("cc", None).purge()
     client.channel.reject(client.get("q").tag, requeue=False)
     assert bodies(broker, "cc") == bodies(broker, "bcc")[-1:] == [b"1"]
-    (letter,) = broker.ready("cc")
-    assert letter.headers["x-death"][0]["routing-keys"] == ["q", "cc"]
+    (dead_letter,) = broker.ready("cc")
+    assert dead_letter.headers["x-death"][0]["routing-keys"] == ["q", "cc"]
 
 
 @pytest.mark.parametrize(("version", "kept"), [("3.10", False), ("4.0", True), ("4.3", True)])
 def test_a_dead_letter_routing_key_replaces_all_others(version: str, kept: bool):
-    """3.10 takes the CC header off then; later versions leave it."""
+    """3.10 also removes the CC header; later versions keep it."""
     client = Client(Broker(version))
     client.queue("q", dead_letter_exchange="", dead_letter_routing_key="dead")
     client.queue("dead")
     client.publish(b"1", "q", headers={"CC": ["nowhere"]})
     client.channel.reject(client.get("q").tag, requeue=False)
-    (letter,) = client.broker.ready("dead")
-    assert letter.routing_keys == ("dead",)
-    assert ("CC" in letter.headers) is kept
+    (dead_letter,) = client.broker.ready("dead")
+    assert dead_letter.routing_keys == ("dead",)
+    assert ("CC" in dead_letter.headers) is kept
 
 
 CLAIMED = [
@@ -291,35 +299,35 @@ CLAIMED = [
 ]
 
 
-def test_3_10_believes_a_clients_deaths():
-    """The count goes on, and no first death is added."""
+def test_3_10_believes_the_x_death_of_a_client():
+    """Its count goes on, and it has no first death of the broker."""
     client = Client(Broker("3.10"))
     client.queue("q", dead_letter_exchange="", dead_letter_routing_key="dead")
     client.queue("dead")
     client.publish(b"1", "q", headers={"x-death": CLAIMED})
     client.channel.reject(client.get("q").tag, requeue=False)
-    (letter,) = client.broker.ready("dead")
-    (death,) = letter.headers["x-death"]
+    (dead_letter,) = client.broker.ready("dead")
+    (death,) = dead_letter.headers["x-death"]
     assert (death["count"], death["exchange"], death["routing-keys"]) == (8, "e", ["k"])
-    assert "x-first-death-reason" not in letter.headers
+    assert "x-first-death-reason" not in dead_letter.headers
 
 
 @pytest.mark.parametrize("claimed", ["nonsense", CLAIMED[2:]])
-def test_3_10_takes_nonsense_for_nothing(claimed):
-    """It is a first death then."""
+def test_3_10_ignores_an_invalid_x_death(claimed):
+    """So the next death is the first one."""
     client = Client(Broker("3.10"))
     client.queue("q", dead_letter_exchange="", dead_letter_routing_key="dead")
     client.queue("dead")
     client.publish(b"1", "q", headers={"x-death": claimed})
     client.channel.reject(client.get("q").tag, requeue=False)
-    (letter,) = client.broker.ready("dead")
-    assert [death["count"] for death in letter.headers["x-death"]] == [1]
-    assert letter.headers["x-first-death-reason"] == "rejected"
+    (dead_letter,) = client.broker.ready("dead")
+    assert [death["count"] for death in dead_letter.headers["x-death"]] == [1]
+    assert dead_letter.headers["x-first-death-reason"] == "rejected"
 
 
 @pytest.mark.parametrize("version", ["4.0", "4.3"])
-def test_4_believes_its_own_deaths_only(version: str):
-    """What a client claims is delivered as it is, and replaced at the first true death."""
+def test_4_ignores_the_x_death_of_a_client(version: str):
+    """It is delivered unchanged, and replaced at the first real death."""
     client = Client(Broker(version))
     client.queue("q", dead_letter_exchange="", dead_letter_routing_key="dead")
     client.queue("dead")
@@ -328,13 +336,13 @@ def test_4_believes_its_own_deaths_only(version: str):
     delivery = client.get("q")
     assert delivery.properties.headers == {"x-death": claimed}
     client.channel.reject(delivery.tag, requeue=False)
-    (letter,) = client.broker.ready("dead")
-    assert [death["count"] for death in letter.headers["x-death"]] == [1]
+    (dead_letter,) = client.broker.ready("dead")
+    assert [death["count"] for death in dead_letter.headers["x-death"]] == [1]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_claimed_circle_is_believed_by_3_10_only(version: str):
-    """A copy published with its x-death is dropped there as soon as it expires."""
+def test_only_3_10_sees_a_cycle_in_the_x_death_of_a_client(version: str):
+    """A copy that was published with it is dropped when it expires."""
     client = Client(Broker(version))
     client.queue("work")
     client.queue("wait", dead_letter_exchange="", dead_letter_routing_key="work", message_ttl=1000)

@@ -1,4 +1,4 @@
-"""Whatever can go wrong on a broker can be made to."""
+"""Tests can inject faults into the broker, and read what happened."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from tests.unit.adapters.memory.client import Client, bodies
 
 @pytest.fixture
 def broker() -> Broker:
-    """A broker as of 4.0."""
+    """A broker that imitates RabbitMQ 4.0."""
     return Broker("4.0")
 
 
 @pytest.fixture
 def client(broker: Broker) -> Client:
-    """Somebody with a queue."""
+    """A client with a queue."""
     client = Client(broker)
     client.queue("q")
     return client
 
 
-def test_no_broker_and_no_entry(broker: Broker):
-    """Connections that are there already stay."""
+def test_new_connections_can_be_refused(broker: Broker):
+    """Open connections are not affected."""
     client = Client(broker)
     broker.faults.connect_fault = ConnectFault.UNREACHABLE
     with pytest.raises(BrokerUnreachable):
@@ -48,7 +48,7 @@ def test_a_refused_publication_is_not_stored(broker: Broker, client: Client):
 
 
 def test_a_lost_publication_is_neither_stored_nor_confirmed(broker: Broker, client: Client):
-    """Nothing is heard of it."""
+    """The publisher gets no answer."""
     broker.faults.on_publish(PublishFault.LOSE)
     assert client.publish(b"1", "q") == "silence"
     broker.faults.clear()
@@ -56,8 +56,8 @@ def test_a_lost_publication_is_neither_stored_nor_confirmed(broker: Broker, clie
     assert bodies(broker, "q") == [b"2"]
 
 
-def test_a_lost_confirmation_does_not_mean_a_lost_message(broker: Broker, client: Client):
-    """It is stored all the same."""
+def test_an_unconfirmed_publication_is_stored(broker: Broker, client: Client):
+    """Only its confirm is lost."""
     broker.faults.on_publish(PublishFault.UNCONFIRMED, times=2)
     assert [client.publish(body, "q") for body in (b"1", b"2", b"3")] == [
         "silence",
@@ -67,8 +67,8 @@ def test_a_lost_confirmation_does_not_mean_a_lost_message(broker: Broker, client
     assert bodies(broker, "q") == [b"1", b"2", b"3"]
 
 
-def test_blocked_publications_wait(broker: Broker, client: Client):
-    """And are stored and confirmed in their order, or lost with their connection."""
+def test_blocked_publications_wait_for_unblock(broker: Broker, client: Client):
+    """Then they are stored and confirmed in order; those of a cut connection are lost."""
     other = Client(broker, "other")
     broker.faults.on_publish(PublishFault.BLOCK)
     assert [client.publish(b"1", "q"), other.publish(b"x", "q"), client.publish(b"2", "q")] == [
@@ -82,8 +82,8 @@ def test_blocked_publications_wait(broker: Broker, client: Client):
     assert client.publish(b"3", "q") == "confirmed"
 
 
-def test_a_blocked_mistake_is_found_when_it_is_read(broker: Broker, client: Client):
-    """It closes the channel then, and not the broker."""
+def test_a_blocked_publication_is_refused_at_unblock(broker: Broker, client: Client):
+    """It closes its channel then."""
     broker.faults.on_publish(PublishFault.BLOCK)
     client.publish(b"1", "k", "missing")
     client.publish(b"2", "q")
@@ -92,8 +92,10 @@ def test_a_blocked_mistake_is_found_when_it_is_read(broker: Broker, client: Clie
     assert bodies(broker, "q") == []
 
 
-def test_a_fault_may_be_for_some_publications_only(broker: Broker, client: Client):
-    """By exchange, or by routing key; the oldest that fits counts."""
+def test_a_publish_fault_can_be_limited_to_an_exchange_or_a_routing_key(
+    broker: Broker, client: Client
+):
+    """Of several that match, the oldest counts."""
     client.exchange("x", "fanout")
     client.bind("q", "x")
     broker.faults.on_publish(PublishFault.REFUSE, exchange="x", times=1)
@@ -106,7 +108,7 @@ def test_a_fault_may_be_for_some_publications_only(broker: Broker, client: Clien
 
 
 def test_connections_can_be_cut(broker: Broker, client: Client):
-    """Those of one name, or all; what was unsettled goes back."""
+    """Those of one name, or all; unacked messages return to their queues."""
     other = Client(broker, "other")
     client.publish(b"1", "q")
     client.consume("q")
@@ -120,8 +122,10 @@ def test_connections_can_be_cut(broker: Broker, client: Client):
     assert broker.cut() == 0
 
 
-def test_what_is_cut_at_once_is_not_handed_around(broker: Broker, client: Client):
-    """A message of one cut connection does not visit another that is cut with it."""
+def test_connections_that_are_cut_together_do_not_get_each_others_messages(
+    broker: Broker, client: Client
+):
+    """A message of the first is not delivered to the second."""
     other = Client(broker, "other")
     client.publish(b"1", "q")
     client.consume("q", prefetch=1)
@@ -130,8 +134,8 @@ def test_what_is_cut_at_once_is_not_handed_around(broker: Broker, client: Client
     assert broker.journal.counts[EventKind.DELIVERED] == 1
 
 
-def test_consumers_can_be_cancelled(broker: Broker, client: Client):
-    """They are told; what they hold they may settle."""
+def test_the_broker_can_cancel_consumers(broker: Broker, client: Client):
+    """The client is told, and may still settle its unacked messages."""
     client.publish(b"1", "q")
     client.consume("q", prefetch=1)
     client.deliveries()
@@ -144,7 +148,7 @@ def test_consumers_can_be_cancelled(broker: Broker, client: Client):
 
 
 def test_exchanges_can_be_deleted(broker: Broker, client: Client):
-    """Publishing to one is a mistake then."""
+    """Publishing to a deleted one is refused."""
     client.exchange("x")
     broker.delete_exchange("x")
     broker.delete_exchange("x")
@@ -152,8 +156,8 @@ def test_exchanges_can_be_deleted(broker: Broker, client: Client):
         client.publish(b"1", "k", "x")
 
 
-def test_tests_can_look_and_put_behind_the_clients_back(broker: Broker, client: Client):
-    """Also into queues that are full of faults, and into another's exclusive one."""
+def test_tests_can_read_and_fill_queues_without_a_client(broker: Broker, client: Client):
+    """Also exclusive queues, and in spite of faults."""
     client.queue("mine", exclusive=True, max_length=9)
     broker.faults.on_publish(PublishFault.REFUSE)
     assert broker.put("mine", b"1", exchange="x", routing_key="k")
@@ -165,8 +169,8 @@ def test_tests_can_look_and_put_behind_the_clients_back(broker: Broker, client: 
     assert broker.queues == ["q", "mine"]
 
 
-def test_the_journal_tells_a_messages_life(broker: Broker, client: Client):
-    """Event by event, and counts them all."""
+def test_the_journal_records_the_events_of_a_message(broker: Broker, client: Client):
+    """In order, and counts the events of each kind."""
     client.publish(b"1", "q")
     client.channel.nack(client.get("q").tag)
     client.channel.ack(client.get("q").tag)
@@ -184,8 +188,8 @@ def test_the_journal_tells_a_messages_life(broker: Broker, client: Client):
     assert broker.journal.of(EventKind.CONSUMING, queue="other") == []
 
 
-def test_the_journal_keeps_only_so_much():
-    """The counts go on."""
+def test_the_journal_keeps_a_limited_number_of_events():
+    """The counts are not limited."""
     broker = Broker(journal_size=3)
     client = Client(broker)
     client.queue("q")
@@ -196,7 +200,7 @@ def test_the_journal_keeps_only_so_much():
 
 
 def test_time_never_runs_backwards(broker: Broker):
-    """An earlier time is no time."""
+    """An earlier time is ignored."""
     broker.advance(5)
     broker.advance(3)
     assert broker.now == 5

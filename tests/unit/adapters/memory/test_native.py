@@ -1,4 +1,4 @@
-"""The native objects take aio-pika's calls."""
+"""The native objects have aio-pika's calls."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def channel(native: Native) -> NativeChannel:
     return native.channel
 
 
-async def test_a_consumer_may_declare_bind_and_publish(native: Native, memory: Broker):
-    """With the calls that it knows from aio-pika."""
+async def test_native_objects_declare_bind_and_publish(native: Native, memory: Broker):
+    """With aio-pika's calls."""
     exchange = await native.channel.declare_exchange(
         "x", type=ExchangeType.TOPIC, durable=True, auto_delete=False, arguments=None
     )
@@ -66,8 +66,8 @@ async def test_a_consumer_may_declare_bind_and_publish(native: Native, memory: B
         await native.channel.get_exchange("x")
 
 
-async def test_the_queue_is_the_consumed_one(native: Native, memory: Broker):
-    """And the channel another than the consuming one."""
+async def test_the_native_queue_is_the_consumed_one(native: Native, memory: Broker):
+    """Its channel is another than the consuming one."""
     await native.queue.bind("amq.fanout")
     assert native.queue.name == "q"
     assert memory.bindings("q") == [("amq.fanout", "q", {})]
@@ -75,8 +75,8 @@ async def test_the_queue_is_the_consumed_one(native: Native, memory: Broker):
     assert [message.body for message in memory.unacked("q")] == [b"1"]
 
 
-async def test_what_is_there_can_be_had_without_declaring(channel: NativeChannel):
-    """Checked, unless asked not to."""
+async def test_existing_entities_are_found_without_declaring_them(channel: NativeChannel):
+    """They are checked unless `ensure` is off."""
     assert (await channel.get_queue("q")).name == "q"
     assert (await channel.declare_queue("q", passive=True)).name == "q"
     assert (await channel.get_exchange("amq.topic")).name == "amq.topic"
@@ -86,8 +86,8 @@ async def test_what_is_there_can_be_had_without_declaring(channel: NativeChannel
 
 
 @pytest.mark.parametrize("call", ["exchange", "queue"])
-async def test_a_mistake_is_told_and_closes_the_channel(channel: NativeChannel, call: str):
-    """The next call says why."""
+async def test_a_refusal_raises_and_closes_the_native_channel(channel: NativeChannel, call: str):
+    """The next call raises the reason."""
     with pytest.raises(TopologyError, match=f"{call} 'nope': 404 NOT_FOUND"):
         await getattr(channel, f"get_{call}")("nope")
     assert channel.is_closed
@@ -97,8 +97,8 @@ async def test_a_mistake_is_told_and_closes_the_channel(channel: NativeChannel, 
         await channel.default_exchange.publish(NativeMessage(b"1"), "q")
 
 
-async def test_a_publication_that_fails_raises(channel: NativeChannel, memory: Broker):
-    """Returned, refused, or to an exchange that is missing."""
+async def test_an_unconfirmed_native_publication_raises(channel: NativeChannel, memory: Broker):
+    """It was returned or refused, or its exchange is missing."""
     with pytest.raises(PublishError, match="routing key 'nobody': returned"):
         await channel.default_exchange.publish(NativeMessage(b"1"), "nobody")
     await channel.default_exchange.publish(NativeMessage(b"1"), "nobody", mandatory=False)
@@ -111,14 +111,14 @@ async def test_a_publication_that_fails_raises(channel: NativeChannel, memory: B
     assert channel.is_closed
 
 
-async def test_a_queue_is_deleted_only_if_nobody_needs_it(native: Native, memory: Broker):
-    """Unless one insists."""
+async def test_a_queue_with_consumers_is_not_deleted(native: Native, memory: Broker):
+    """Unless `if_unused` is off."""
     with pytest.raises(TopologyError, match="queue 'q' in vhost '/' in use"):
         await native.queue.delete()
 
 
-async def test_a_queue_is_deleted_only_if_it_is_empty(channel: NativeChannel, memory: Broker):
-    """Unless one insists."""
+async def test_a_queue_with_messages_is_not_deleted(channel: NativeChannel, memory: Broker):
+    """Unless `if_empty` is off."""
     queue = await channel.declare_queue("full", durable=True)
     memory.put("full", b"1")
     await queue.delete(if_empty=False)
@@ -135,7 +135,7 @@ class DeliveryMode(int, Enum):
 
 
 def test_a_message_is_read_by_its_attributes():
-    """Whatever class it is of; aio-pika's has enums, seconds and dates."""
+    """Of whatever class it is; aio-pika's has enums, durations and dates."""
     when = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     message = SimpleNamespace(
         body=b"1",
@@ -159,8 +159,8 @@ def test_a_message_is_read_by_its_attributes():
     assert type(read.delivery_mode) is int
 
 
-def test_a_bare_message_says_nothing():
-    """Absent is absent."""
+def test_a_message_without_properties_has_none():
+    """Empty headers count as absent, as in aio-pika."""
     read = read_message(
         NativeMessage(b"1", headers={}), exchange="", routing_key="q", mandatory=True
     )
@@ -168,8 +168,8 @@ def test_a_bare_message_says_nothing():
 
 
 @pytest.mark.parametrize("zone", [UTC, None])
-def test_an_expiration_may_be_a_moment(zone):
-    """It is counted from now."""
+def test_an_expiration_may_be_a_datetime(zone):
+    """It counts from now."""
     moment = datetime.now(zone) + timedelta(hours=1)
     read = read_message(
         NativeMessage(b"1", expiration=moment, timestamp=moment),

@@ -1,4 +1,4 @@
-"""A publisher knows what became of each publication, or that it does not know."""
+"""A publisher returns the outcome of each publication."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def to(key: str, body: bytes = b"1", **more) -> Publication:
 
 
 async def test_each_publication_has_its_outcome(transport, memory: Broker, queue: str):
-    """In order, whatever the others'."""
+    """In order, and independent of the others."""
     full = {"x-max-length": 0, "x-overflow": "reject-publish"}
     await transport.declare(Topology(queues=(Queue("full", arguments=full),)))
     async with transport.publisher() as publisher:
@@ -45,8 +45,8 @@ async def test_each_publication_has_its_outcome(transport, memory: Broker, queue
     assert memory.connections == []
 
 
-async def test_properties_arrive_as_they_were(transport, memory: Broker, queue: str):
-    """What a publication does not say is absent; persistent unless said otherwise."""
+async def test_properties_arrive_as_they_were_published(transport, memory: Broker, queue: str):
+    """Absent ones stay absent; messages are persistent by default."""
     when = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     async with transport.publisher() as publisher:
         await publisher.publish(
@@ -59,8 +59,10 @@ async def test_properties_arrive_as_they_were(transport, memory: Broker, queue: 
     assert bare == Properties(delivery_mode=2)
 
 
-async def test_a_copy_keeps_all_but_another_users_name(transport, memory: Broker, queue: str):
-    """And what it was told to change."""
+async def test_a_copy_keeps_its_properties_except_another_users_user_id(
+    transport, memory: Broker, queue: str
+):
+    """And except what it changes."""
     memory.put(queue, b"1", Properties(headers={"a": 1, "drop": 2}, user_id="guest", priority=0))
     subscription = Subscription(queue=queue, prefetch=1, consumer_tag="t")
     async with transport.session(subscription) as session, transport.publisher() as publisher:
@@ -76,8 +78,8 @@ async def test_a_copy_keeps_all_but_another_users_name(transport, memory: Broker
 
 
 @pytest.mark.parametrize("bad", [{"headers": {"a": object()}}, {"priority": 256}])
-async def test_nothing_is_sent_if_one_of_them_cannot_be(transport, memory: Broker, queue, bad):
-    """The caller's mistake costs nothing."""
+async def test_nothing_is_sent_if_one_publication_is_invalid(transport, memory: Broker, queue, bad):
+    """The publisher stays open."""
     async with transport.publisher() as publisher:
         with pytest.raises((TypeError, ValueError)):
             await publisher.publish([to(queue), to(queue, **bad)])
@@ -88,7 +90,7 @@ async def test_nothing_is_sent_if_one_of_them_cannot_be(transport, memory: Broke
 async def test_a_missing_exchange_refuses_one_and_ends_the_publisher(
     transport, memory: Broker, queue: str
 ):
-    """What went before is confirmed; of what comes after nothing is known."""
+    """Those before it are confirmed; the outcome of those after it is unknown."""
     async with transport.publisher() as publisher:
         outcomes = await publisher.publish(
             [to(queue, b"1"), to("k", exchange="missing"), to(queue, b"3")]
@@ -102,8 +104,10 @@ async def test_a_missing_exchange_refuses_one_and_ends_the_publisher(
 @pytest.mark.parametrize(
     ("fault", "stored"), [(PublishFault.UNCONFIRMED, [b"1", b"2"]), (PublishFault.LOSE, [b"2"])]
 )
-async def test_silence_is_not_knowing(memory: Broker, queue: str, virtual_loop, fault, stored):
-    """After the time-out; the others have their outcomes, and the publisher goes on."""
+async def test_a_publication_without_a_confirm_is_unknown_after_the_timeout(
+    memory: Broker, queue: str, virtual_loop, fault, stored
+):
+    """The others have their outcomes, and the publisher stays open."""
     transport = MemoryTransport(memory, publish_timeout=7)
     memory.faults.on_publish(fault, times=1)
     async with transport.publisher() as publisher:
@@ -113,8 +117,10 @@ async def test_silence_is_not_knowing(memory: Broker, queue: str, virtual_loop, 
     assert bodies(memory, queue) == stored
 
 
-async def test_no_time_is_lost_when_all_is_heard(transport, queue: str, virtual_loop):
-    """The time-out is only for silence."""
+async def test_publish_returns_as_soon_as_all_confirms_are_there(
+    transport, queue: str, virtual_loop
+):
+    """It does not wait for the timeout."""
     async with transport.publisher() as publisher:
         await publisher.publish([to(queue)] * 100)
     assert virtual_loop.time() == 0
@@ -123,7 +129,7 @@ async def test_no_time_is_lost_when_all_is_heard(transport, queue: str, virtual_
 async def test_a_blocked_broker_confirms_when_it_is_unblocked(
     transport, memory: Broker, queue: str, virtual_loop
 ):
-    """If that is in time; a later confirmation is heard by nobody."""
+    """A confirm after the timeout is ignored."""
     memory.faults.on_publish(PublishFault.BLOCK)
     virtual_loop.call_later(3, memory.unblock)
     async with transport.publisher() as publisher:
@@ -136,10 +142,10 @@ async def test_a_blocked_broker_confirms_when_it_is_unblocked(
     assert bodies(memory, queue) == [b"1"] * 3
 
 
-async def test_a_cut_connection_leaves_what_is_open_unknown(
+async def test_publications_are_unknown_when_the_connection_is_cut(
     transport, memory: Broker, queue: str, virtual_loop
 ):
-    """At once, and not after the time-out."""
+    """At once, and not after the timeout."""
     memory.faults.on_publish(PublishFault.LOSE, times=1)
     virtual_loop.call_later(2, memory.cut)
     async with transport.publisher() as publisher:
@@ -149,8 +155,8 @@ async def test_a_cut_connection_leaves_what_is_open_unknown(
         assert await publisher.publish([to(queue)]) == [UNKNOWN]
 
 
-async def test_calls_at_the_same_time_do_not_mix(transport, memory: Broker, queue: str):
-    """Each hears of its own publications."""
+async def test_concurrent_calls_get_their_own_outcomes(transport, memory: Broker, queue: str):
+    """Whatever the outcomes of the others are."""
     memory.faults.on_publish(PublishFault.REFUSE, times=1)
     async with transport.publisher() as publisher:
         first, second = await asyncio.gather(
@@ -160,7 +166,7 @@ async def test_calls_at_the_same_time_do_not_mix(transport, memory: Broker, queu
 
 
 async def test_a_cancelled_call_leaves_nothing_behind(transport, memory: Broker, queue: str):
-    """Its confirmations are heard by nobody, and harm nobody."""
+    """A later confirm of its publications is ignored."""
     memory.faults.on_publish(PublishFault.BLOCK)
     async with transport.publisher() as publisher:
         with pytest.raises(TimeoutError):

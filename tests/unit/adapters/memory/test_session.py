@@ -1,4 +1,4 @@
-"""A session hands out what the broker delivers, in chunks, and tells it what became of it."""
+"""A session hands out deliveries in chunks, and settles them."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def settled(disposition: Disposition, *tags: int) -> list[Settlement]:
     return [Settlement(disposition, tags)]
 
 
-async def test_it_is_a_session(transport: MemoryTransport):
-    """Of the port's kind."""
+async def test_it_implements_the_ports_session(transport: MemoryTransport):
+    """And offers native objects."""
     async with consuming(transport) as session:
         as_port: Session = session
         assert as_port is session
         assert isinstance(session, NativeSession)
 
 
-async def test_what_is_there_comes_in_one_chunk(transport: MemoryTransport, memory: Broker):
-    """As much as prefetch allows, in the order of the tags."""
+async def test_waiting_messages_arrive_in_one_chunk(transport: MemoryTransport, memory: Broker):
+    """As many as the prefetch allows, in the order of their tags."""
     async with consuming(transport, prefetch=3) as session:
         put(memory, b"1", b"2", b"3", b"4")
         chunks = aiter(session)
@@ -70,10 +70,10 @@ async def test_what_is_there_comes_in_one_chunk(transport: MemoryTransport, memo
         assert of(await anext(chunks)) == [b"4"]
 
 
-async def test_new_messages_wake_who_waits(
+async def test_a_new_message_wakes_the_iteration(
     transport: MemoryTransport, memory: Broker, virtual_loop
 ):
-    """At the moment when they come."""
+    """At the time when it is published."""
     async with consuming(transport) as session:
         virtual_loop.call_later(5, put, memory, b"1", b"2")
         chunk = await anext(aiter(session))
@@ -81,8 +81,8 @@ async def test_new_messages_wake_who_waits(
         assert virtual_loop.time() == 5
 
 
-async def test_a_message_is_as_it_was_published(transport: MemoryTransport, memory: Broker):
-    """With what its session knows."""
+async def test_a_message_arrives_as_it_was_published(transport: MemoryTransport, memory: Broker):
+    """With the queue, the consumer tag and the age that its session adds."""
     async with consuming(transport) as session:
         memory.put(
             "q",
@@ -106,8 +106,8 @@ async def test_a_message_is_as_it_was_published(transport: MemoryTransport, memo
     assert message.raw_properties is None
 
 
-async def test_each_disposition_is_its_own_frame(transport: MemoryTransport, memory: Broker):
-    """Acknowledged, dead-lettered, or back where it was."""
+async def test_each_disposition_has_its_effect(transport: MemoryTransport, memory: Broker):
+    """Acknowledged, dead-lettered, or requeued by reject or nack."""
     async with consuming(transport, prefetch=4) as session:
         put(memory, b"ack", b"reject", b"requeue", b"return")
         chunks = aiter(session)
@@ -134,7 +134,7 @@ async def test_each_disposition_is_its_own_frame(transport: MemoryTransport, mem
 async def test_a_tag_is_settled_once_and_only_if_it_was_delivered(
     transport: MemoryTransport, memory: Broker, tags
 ):
-    """Otherwise nothing at all is sent."""
+    """Otherwise nothing is sent."""
     async with consuming(transport) as session:
         chunks = aiter(session)
         put(memory, b"1", b"2")
@@ -150,7 +150,7 @@ async def test_a_tag_is_settled_once_and_only_if_it_was_delivered(
         assert [message.body for message in memory.unacked("q")] == [b"3"]
 
 
-async def test_what_was_not_handed_out_cannot_be_settled(
+async def test_a_message_that_was_not_handed_out_cannot_be_settled(
     transport: MemoryTransport, memory: Broker
 ):
     """Even if it has arrived."""
@@ -160,10 +160,10 @@ async def test_what_was_not_handed_out_cannot_be_settled(
             await session.settle(settled(Disposition.ACK, 1))
 
 
-async def test_the_broker_would_notice_a_wrong_frame(
+async def test_a_wrong_frame_ends_the_session(
     transport: MemoryTransport, memory: Broker, monkeypatch
 ):
-    """It ends the session, as a real one does."""
+    """As on a real broker."""
     async with consuming(transport) as session:
         put(memory, b"1", b"2")
         chunks = aiter(session)
@@ -177,10 +177,10 @@ async def test_the_broker_would_notice_a_wrong_frame(
             await anext(chunks)
 
 
-async def test_cancel_asks_for_no_more_and_keeps_what_came(
+async def test_cancel_ends_the_iteration_after_the_delivered_messages(
     transport: MemoryTransport, memory: Broker
 ):
-    """The iteration ends once that is handed out; settling goes on."""
+    """They can still be settled."""
     async with consuming(transport, prefetch=2) as session:
         put(memory, b"1", b"2", b"3")
         await session.cancel()
@@ -194,7 +194,7 @@ async def test_cancel_asks_for_no_more_and_keeps_what_came(
 
 
 async def test_a_session_is_iterated_once(transport: MemoryTransport):
-    """Two readers would tear the order apart."""
+    """Two readers would mix up the order."""
     async with consuming(transport) as session:
         aiter(session)
         with pytest.raises(RuntimeError, match="iterated once"):
@@ -205,7 +205,7 @@ async def test_a_session_is_iterated_once(transport: MemoryTransport):
 async def test_a_cut_connection_loses_the_session(
     transport: MemoryTransport, memory: Broker, virtual_loop, when
 ):
-    """Whoever uses it is told; what had arrived is not handed out any more."""
+    """Every call raises the reason; messages that had arrived are not handed out."""
     async with consuming(transport, prefetch=1) as session:
         chunks = aiter(session)
         if when == "before":
@@ -237,10 +237,10 @@ async def test_tags_of_a_lost_session_settle_nothing(transport: MemoryTransport,
 
 
 @pytest.mark.parametrize("how", ["deleted", "cancelled"])
-async def test_a_consumer_that_the_broker_cancels_is_a_lost_session(
+async def test_a_cancelled_consumer_loses_the_session(
     transport: MemoryTransport, memory: Broker, how
 ):
-    """The queue is gone, or its leader moved."""
+    """Because the queue was deleted or its leader moved."""
     async with consuming(transport) as session:
         put(memory, b"1")
         chunks = aiter(session)
@@ -259,8 +259,10 @@ async def test_a_consumer_that_the_broker_cancels_is_a_lost_session(
         assert bodies(memory, "q") == [b"1"]
 
 
-async def test_leaving_gives_back_what_is_unsettled(transport: MemoryTransport, memory: Broker):
-    """And closes the connection; the session is of no use any more."""
+async def test_leaving_the_context_requeues_unsettled_messages(
+    transport: MemoryTransport, memory: Broker
+):
+    """And closes the connection; later calls raise."""
     async with consuming(transport) as session:
         put(memory, b"1", b"2")
         chunks = aiter(session)
@@ -277,7 +279,9 @@ async def test_leaving_gives_back_what_is_unsettled(transport: MemoryTransport, 
     assert memory.connections == []
 
 
-async def test_an_error_inside_closes_it_too(transport: MemoryTransport, memory: Broker):
+async def test_an_error_in_the_context_closes_the_connection(
+    transport: MemoryTransport, memory: Broker
+):
     """And is not swallowed."""
     with pytest.raises(ZeroDivisionError):
         async with consuming(transport):
@@ -285,8 +289,10 @@ async def test_an_error_inside_closes_it_too(transport: MemoryTransport, memory:
     assert memory.connections == []
 
 
-async def test_a_missing_queue_is_told_on_entering(transport: MemoryTransport, memory: Broker):
-    """With the broker's words and what to do."""
+async def test_a_missing_queue_raises_when_the_context_is_entered(
+    transport: MemoryTransport, memory: Broker
+):
+    """With the broker's text and advice."""
     subscription = Subscription(queue="nope", prefetch=1, consumer_tag="t")
     with pytest.raises(TopologyError) as caught:
         async with transport.session(subscription):
@@ -298,8 +304,8 @@ async def test_a_missing_queue_is_told_on_entering(transport: MemoryTransport, m
     assert memory.connections == []
 
 
-async def test_consumer_arguments_count(transport: MemoryTransport, memory: Broker):
-    """Priority and exclusiveness are the broker's affair."""
+async def test_consumer_arguments_are_passed_on(transport: MemoryTransport, memory: Broker):
+    """So are priority and exclusiveness."""
     async with consuming(transport) as low:
         high = Subscription(queue="q", prefetch=1, consumer_tag="t", arguments={"x-priority": 5})
         async with transport.session(high) as session:
@@ -312,8 +318,8 @@ async def test_consumer_arguments_count(transport: MemoryTransport, memory: Brok
                 pass
 
 
-async def test_a_session_declares_what_is_its_own(transport: MemoryTransport, memory: Broker):
-    """An exclusive queue lives and dies with its connection."""
+async def test_a_session_declares_its_exclusive_queue(transport: MemoryTransport, memory: Broker):
+    """Which is deleted with its connection."""
     await transport.declare(Topology(exchanges=(Exchange("x", "fanout"),)))
     own = Topology(queues=(Queue("mine", exclusive=True),), bindings=(Binding("mine", "x"),))
     subscription = Subscription(queue="mine", prefetch=1, consumer_tag="t", own=own)
@@ -327,8 +333,10 @@ async def test_a_session_declares_what_is_its_own(transport: MemoryTransport, me
         assert memory.queues == []
 
 
-async def test_there_is_no_await_for_each_message(transport: MemoryTransport, memory: Broker):
-    """A thousand messages take no more turns of the loop than ten."""
+async def test_the_number_of_awaits_does_not_depend_on_the_number_of_messages(
+    transport: MemoryTransport, memory: Broker
+):
+    """A thousand messages take as many turns of the loop as ten."""
 
     async def turns(count: int) -> int:
         passed = 0

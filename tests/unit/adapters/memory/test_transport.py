@@ -1,4 +1,4 @@
-"""A broker in memory is reached by its name, lives in its loop, and says no in the port's words."""
+"""A transport finds its broker by name and loop, and raises the port's errors."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tests.unit.adapters.memory.client import Client, bodies
 
 
 def opened(url: str) -> MemoryTransport:
-    """A transport as the registry opens it."""
+    """Open a transport by its URL."""
     return open_transport(Endpoint(url=url))
 
 
-async def test_one_broker_for_each_name():
-    """Whoever names it reaches the same one."""
+async def test_a_loop_has_one_broker_for_each_name():
+    """The same name leads to the same broker."""
     as_port: Transport = opened("memory://a")
     assert as_port is not None
     assert opened("memory://a").broker is opened("memory://a").broker
@@ -37,7 +37,7 @@ async def test_one_broker_for_each_name():
     assert opened("memory://").broker is not opened("memory://a").broker
 
 
-def test_one_broker_for_each_loop():
+def test_each_loop_has_brokers_of_its_own():
     """Nothing leaks from one test into the next."""
 
     async def fill() -> list[str]:
@@ -50,7 +50,7 @@ def test_one_broker_for_each_loop():
 
 
 def test_a_broker_does_not_keep_its_loop_alive():
-    """Nor do its timers; when the loop goes, so does the broker."""
+    """Nor do its timers; the broker is gone with its loop."""
     loop = VirtualTimeLoop()
 
     async def fill() -> weakref.ref[Broker]:
@@ -78,14 +78,14 @@ def test_a_broker_does_not_keep_its_loop_alive():
         "memory://a?version=1",
     ],
 )
-def test_urls_that_say_more_are_refused(url: str):
+def test_invalid_urls_are_refused(url: str):
     """At once, and not when the consumer starts."""
     with pytest.raises(ConfigurationError):
         opened(url)
 
 
 async def test_a_url_may_name_the_version():
-    """But not two of one broker."""
+    """But not two versions of one broker."""
     assert opened("memory://a?version=3.10").broker.version == "3.10"
     with pytest.raises(ConfigurationError, match=r"memory://a imitates RabbitMQ 3\.10 already"):
         _ = opened("memory://a?version=4.0").broker
@@ -98,7 +98,7 @@ async def test_a_url_may_name_the_version():
 async def test_a_refused_connection_raises_the_error_of_its_kind(
     transport, memory: Broker, fault, error
 ):
-    """Nobody there, or nobody who lets us in."""
+    """The broker is unreachable, or refuses the login."""
     memory.faults.connect_fault = fault
     subscription = Subscription(queue="q", prefetch=1, consumer_tag="t")
     with pytest.raises(error):
@@ -116,8 +116,8 @@ FULL = Topology(
 )
 
 
-async def test_a_topology_is_declared_and_again(transport, memory: Broker):
-    """Twice is as once, and the connection is closed."""
+async def test_a_topology_can_be_declared_twice(transport, memory: Broker):
+    """With the same result; the connections are closed."""
     for _ in range(2):
         await transport.declare(FULL)
     assert memory.queues == ["q", "dlq"]
@@ -130,14 +130,14 @@ async def test_a_topology_is_declared_and_again(transport, memory: Broker):
     ("version", "numbers"), [("3.10", (3, 10)), ("4.0", (4, 0)), ("4.3", (4, 3))]
 )
 async def test_the_version_that_is_imitated_can_be_compared(version, numbers):
-    """As that of a real broker can."""
+    """Like that of a real broker."""
     transport = MemoryTransport(Broker(version))
     assert isinstance(transport, VersionedTransport)
     assert numbers == transport.broker_version
 
 
-async def test_what_exists_is_taken_as_it_is(transport, memory: Broker):
-    """If it was declared so; otherwise it must be the same."""
+async def test_an_existing_entity_is_used_as_it_is(transport, memory: Broker):
+    """With `existing_first`; otherwise it must be the same."""
     Client(memory).queue("dlq", max_length=9)
     Client(memory).exchange("dlx", "topic")
     await transport.declare(FULL)
@@ -159,7 +159,7 @@ async def test_what_exists_is_taken_as_it_is(transport, memory: Broker):
     ],
 )
 async def test_checking_creates_nothing(transport, memory: Broker, topology, entity):
-    """What is missing is told, with what to do; what is there is as it should be."""
+    """A missing entity raises with advice; an existing one is accepted."""
     with pytest.raises(TopologyError, match=f"{entity}: 404 NOT_FOUND .* create it"):
         await transport.declare(topology)
     assert memory.queues == []
@@ -186,14 +186,14 @@ async def test_checking_creates_nothing(transport, memory: Broker, topology, ent
         (Topology(queues=(Queue("amq.q"),)), "403 ACCESS_REFUSED .* choose another name"),
     ],
 )
-async def test_what_cannot_be_had_is_told(transport, topology, words):
-    """With the thing's name and the broker's words."""
+async def test_a_refused_topology_raises(transport, topology, words):
+    """With the entity and the broker's text."""
     with pytest.raises(TopologyError, match=words):
         await transport.declare(topology)
 
 
-async def test_time_to_live_runs_in_the_loops_time(transport, memory: Broker, virtual_loop):
-    """Without anybody looking, and with one timer."""
+async def test_messages_expire_by_the_clock_of_the_loop(transport, memory: Broker, virtual_loop):
+    """Without any call, and with a single timer."""
     await transport.declare(Topology(queues=(Queue("q"), Queue("r"))))
     client = Client(memory)
     for queue, seconds in (("q", 20), ("r", 5), ("q", 30)):
@@ -207,8 +207,8 @@ async def test_time_to_live_runs_in_the_loops_time(transport, memory: Broker, vi
     assert [timer for timer in virtual_loop._scheduled if not timer.cancelled()] == []
 
 
-async def test_what_a_test_puts_has_the_present_time(transport, memory: Broker, virtual_loop):
-    """Although nothing has happened on the broker for long."""
+async def test_put_uses_the_present_time(transport, memory: Broker, virtual_loop):
+    """Even if nothing has happened on the broker for long."""
     await transport.declare(Topology(queues=(Queue("q", arguments={"x-message-ttl": 5000}),)))
     await asyncio.sleep(100)
     memory.put("q", b"1")
@@ -217,8 +217,8 @@ async def test_what_a_test_puts_has_the_present_time(transport, memory: Broker, 
     assert bodies(memory, "q") == []
 
 
-def test_a_brokers_time_goes_on_in_the_next_loop():
-    """Loops have their own clocks; messages have one."""
+def test_the_time_of_a_broker_continues_in_the_next_loop():
+    """Loops have their own clocks, a broker has one."""
     broker = Broker()
     transport = MemoryTransport(broker)
 
@@ -241,7 +241,7 @@ def test_a_brokers_time_goes_on_in_the_next_loop():
 
 
 def test_no_amqp_client_is_imported():
-    """Neither aio-pika nor what it stands on."""
+    """Neither aio-pika nor the packages that it needs."""
     story = (
         "import sys, aio_pika_batch.adapters.memory\n"
         "print({'aio_pika', 'aiormq', 'pamqp'} & sys.modules.keys())"

@@ -1,4 +1,4 @@
-"""What differs between versions of RabbitMQ, as it was seen on real ones."""
+"""The versions of RabbitMQ differ as they were observed to."""
 
 from __future__ import annotations
 
@@ -11,36 +11,38 @@ from aio_pika_batch.adapters.memory.refusals import Refusal
 from tests.unit.adapters.memory.client import Client, bodies
 
 NEVER = 60
-"""A message that has come back so often comes back for ever."""
+"""A message that was delivered so often is taken to be delivered without end."""
 
 
 def reject(client: Client, tag: int) -> Client:
-    """One way to give a message back."""
+    """Requeue a message by `basic.reject`."""
     client.channel.reject(tag, requeue=True)
     return client
 
 
 def nack(client: Client, tag: int) -> Client:
-    """Another."""
+    """Requeue it by `basic.nack`."""
     client.channel.nack(tag, requeue=True)
     return client
 
 
 def close_channel(client: Client, _tag: int) -> Client:
-    """Another: forget it, and the channel."""
+    """Requeue it by closing the channel."""
     client.channel.close()
     client.channel = client.connection.channel()
     return client
 
 
 def cut(client: Client, _tag: int) -> Client:
-    """Another, by accident."""
+    """Requeue it by cutting the connection."""
     client.broker.cut()
     return Client(client.broker)
 
 
-def lives(version: str, back: Callable[[Client, int], Client], **arguments: object) -> int:
-    """How often a quorum queue delivers a message that always comes back."""
+def count_deliveries(
+    version: str, back: Callable[[Client, int], Client], **arguments: object
+) -> int:
+    """Return how often a quorum queue delivers a message that is always requeued."""
     client = Client(Broker(version))
     client.queue("dead")
     client.queue(
@@ -71,28 +73,28 @@ def lives(version: str, back: Callable[[Client, int], Client], **arguments: obje
         ("4.3", reject, 21),
     ],
 )
-def test_without_a_limit_of_its_own(version: str, back, deliveries: int):
-    """Since 4.0 there are 20 deliveries in vain; since 4.3 a nack is none."""
-    assert lives(version, back) == deliveries
+def test_the_default_delivery_limit(version: str, back, deliveries: int):
+    """20 since 4.0; nacks do not count since 4.3."""
+    assert count_deliveries(version, back) == deliveries
 
 
 @pytest.mark.parametrize("version", ["3.10", "4.0", "4.3"])
 @pytest.mark.parametrize("back", [reject, close_channel, cut])
-def test_a_limit_of_three_means_four_deliveries(version: str, back):
-    """By reject, and by a channel or connection that closes."""
-    assert lives(version, back, delivery_limit=3) == 4
+def test_a_delivery_limit_of_three_allows_four_deliveries(version: str, back):
+    """With rejects, and when a channel or a connection is closed."""
+    assert count_deliveries(version, back, delivery_limit=3) == 4
 
 
 @pytest.mark.parametrize(("version", "deliveries"), [("3.10", 4), ("4.0", 4), ("4.3", NEVER)])
-def test_a_limit_of_three_and_nacks(version: str, deliveries: int):
-    """4.3 never gets there."""
-    assert lives(version, nack, delivery_limit=3) == deliveries
+def test_nacks_count_towards_a_delivery_limit_before_4_3(version: str, deliveries: int):
+    """Since 4.3 they do not."""
+    assert count_deliveries(version, nack, delivery_limit=3) == deliveries
 
 
 @pytest.mark.parametrize("version", ["4.0", "4.3"])
-def test_a_negative_limit_is_none(version: str):
-    """It takes the default off."""
-    assert lives(version, reject, delivery_limit=-1) == NEVER
+def test_a_negative_delivery_limit_lifts_the_default(version: str):
+    """Since 4.0, which has a default."""
+    assert count_deliveries(version, reject, delivery_limit=-1) == NEVER
 
 
 @pytest.mark.parametrize(
@@ -113,8 +115,8 @@ def test_a_negative_limit_is_none(version: str):
         ),
     ],
 )
-def test_what_quorum_queues_tell_of_deliveries(version: str, first, after_reject, after_nack):
-    """In headers, which the broker owns."""
+def test_quorum_queues_count_deliveries_in_headers(version: str, first, after_reject, after_nack):
+    """Which headers, depends on the version."""
     client = Client(Broker(version))
     client.queue("q", queue_type="quorum")
     client.publish(b"1", "q", headers={})
@@ -126,14 +128,14 @@ def test_what_quorum_queues_tell_of_deliveries(version: str, first, after_reject
     assert seen == [(False, first), (True, after_reject), (True, after_nack)]
 
 
-@pytest.mark.parametrize(("version", "told"), [("3.10", 0), ("4.0", 7), ("4.3", 7)])
-def test_a_count_that_a_client_claims(version: str, told: int):
+@pytest.mark.parametrize(("version", "stated"), [("3.10", 0), ("4.0", 7), ("4.3", 7)])
+def test_a_delivery_count_that_a_client_publishes(version: str, stated: int):
     """Is delivered until the broker has a count of its own."""
     client = Client(Broker(version))
     client.queue("q", queue_type="quorum")
     client.publish(b"1", "q", headers={"x-delivery-count": 7})
     delivery = client.get("q")
-    assert delivery.properties.headers == {"x-delivery-count": told}
+    assert delivery.properties.headers == {"x-delivery-count": stated}
     client.channel.reject(delivery.tag)
     headers = client.get("q").properties.headers
     assert headers is not None
@@ -141,8 +143,8 @@ def test_a_count_that_a_client_claims(version: str, told: int):
 
 
 @pytest.mark.parametrize("version", ["3.10", "4.0", "4.3"])
-def test_classic_queues_count_nothing(version: str):
-    """They only remember that it was delivered before."""
+def test_classic_queues_do_not_count_deliveries(version: str):
+    """They only mark a message as redelivered."""
     client = Client(Broker(version))
     client.queue("q")
     client.publish(b"1", "q")
@@ -161,8 +163,8 @@ def test_classic_queues_count_nothing(version: str):
         ("4.3", {}, [b"1", b"0", b"2", b"3", b"4"]),
     ],
 )
-def test_where_returned_messages_go_in_a_quorum_queue(version: str, arguments, order):
-    """Before all others in the order of their return; in 3.10 without a limit, to the end."""
+def test_the_position_of_requeued_messages_in_a_quorum_queue(version: str, arguments, order):
+    """The front, in the order of their return; in 3.10 without a delivery limit, the back."""
     client = Client(Broker(version))
     client.queue("q", queue_type="quorum", **arguments)
     for number in range(5):
@@ -177,7 +179,7 @@ def test_where_returned_messages_go_in_a_quorum_queue(version: str, arguments, o
 
 @pytest.mark.parametrize("version", ["3.10", "4.0", "4.3"])
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
-def test_a_closed_channel_gives_back_to_the_front(version: str, kind: str):
+def test_messages_of_a_closed_channel_return_to_the_front(version: str, kind: str):
     """In order, and marked as redelivered."""
     client = Client(Broker(version))
     client.queue("q", queue_type=kind)
@@ -195,8 +197,8 @@ def test_a_closed_channel_gives_back_to_the_front(version: str, kind: str):
     ("version", "remembered"), [("3.10", False), ("4.0", False), ("4.3", True)]
 )
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
-def test_whether_a_dead_letter_counts_as_redelivered(version: str, kind: str, remembered: bool):
-    """Since 4.3, if a consumer has had it."""
+def test_a_dead_letter_counts_as_redelivered_since_4_3(version: str, kind: str, remembered: bool):
+    """If it was delivered to a consumer before."""
     client = Client(Broker(version))
     arguments = {"dead_letter_exchange": "", "dead_letter_routing_key": "dead"}
     client.queue("q", queue_type=kind, **arguments)
@@ -210,8 +212,8 @@ def test_whether_a_dead_letter_counts_as_redelivered(version: str, kind: str, re
 @pytest.mark.parametrize(
     ("argument", "value"), [("message_ttl", 1000), ("overflow", "reject-publish")]
 )
-def test_old_quorum_queues_know_no_time_to_live_and_no_refusal(argument: str, value: object):
-    """As 3.8 says it; classic queues know both."""
+def test_quorum_queues_of_3_8_refuse_a_ttl_and_reject_publish(argument: str, value: object):
+    """Classic queues accept both."""
     client = Client(Broker("3.8"))
     client.queue("classic", **{argument: value})
     words = f"invalid arg 'x-{argument.replace('_', '-')}' for queue 'q' in vhost '/'$"
@@ -219,7 +221,7 @@ def test_old_quorum_queues_know_no_time_to_live_and_no_refusal(argument: str, va
         client.queue("q", queue_type="quorum", **{argument: value})
 
 
-def test_old_quorum_queues_ignore_an_expiration():
+def test_quorum_queues_of_3_8_ignore_an_expiration():
     """The message stays, and keeps the property."""
     client = Client(Broker("3.8"))
     client.queue("q", queue_type="quorum")
@@ -229,8 +231,8 @@ def test_old_quorum_queues_ignore_an_expiration():
     assert client.get("q").properties.expiration == "10"
 
 
-def test_an_old_broker_takes_a_strategy_that_it_does_not_know():
-    """Whatever it says: nothing is kept."""
+def test_3_8_ignores_the_dead_letter_strategy():
+    """It accepts the argument, but keeps no dead letter."""
     client = Client(Broker("3.8"))
     strategy = {"dead_letter_exchange": "", "dead_letter_strategy": "at-least-once"}
     client.queue("q", queue_type="quorum", dead_letter_routing_key="gone", **strategy)

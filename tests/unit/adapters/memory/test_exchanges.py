@@ -1,4 +1,4 @@
-"""A message goes to exactly the queues that it should."""
+"""Exchanges route messages to the queues whose bindings match."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from tests.unit.adapters.memory.client import Client, bodies
 
 @pytest.fixture
 def broker() -> Broker:
-    """A broker as of 4.0."""
+    """A broker that imitates RabbitMQ 4.0."""
     return Broker("4.0")
 
 
 @pytest.fixture
 def client(broker: Broker) -> Client:
-    """Somebody connected to it."""
+    """A connected client."""
     return Client(broker)
 
 
 def test_the_default_exchange_routes_by_queue_name(broker: Broker, client: Client):
-    """And only by it."""
+    """A message goes to the queue of this name only."""
     client.queue("a")
     client.queue("b")
     assert client.publish(b"1", "b") == "confirmed"
     assert (bodies(broker, "a"), bodies(broker, "b")) == ([], [b"1"])
 
 
-def test_direct_compares_the_key(broker: Broker, client: Client):
-    """A queue gets it once, however many of its bindings match."""
+def test_a_direct_exchange_compares_the_routing_key(broker: Broker, client: Client):
+    """A queue gets a message once, however many of its bindings match."""
     client.exchange("x", "direct")
     for queue in ("a", "b"):
         client.queue(queue)
@@ -45,8 +45,8 @@ def test_direct_compares_the_key(broker: Broker, client: Client):
     assert (bodies(broker, "a"), bodies(broker, "b")) == ([b"1"], [])
 
 
-def test_fanout_takes_everything(broker: Broker, client: Client):
-    """Whatever the key."""
+def test_a_fanout_exchange_ignores_the_routing_key(broker: Broker, client: Client):
+    """Every bound queue gets the message."""
     client.exchange("x", "fanout")
     for queue in ("a", "b"):
         client.queue(queue)
@@ -81,13 +81,13 @@ def test_fanout_takes_everything(broker: Broker, client: Client):
         ("a", "#", False),
     ],
 )
-def test_topic_compares_word_by_word(pattern: str, key: str, matches: bool):
-    """`*` is one word, `#` any number, and neither is special in a key."""
+def test_a_topic_exchange_compares_word_by_word(pattern: str, key: str, matches: bool):
+    """`*` is one word, `#` any number, and neither is special in a routing key."""
     assert topic_matches(pattern.split("."), key.split(".")) is matches
 
 
 def plainly_matches(pattern: tuple[str, ...], words: tuple[str, ...]) -> bool:
-    """The definition, word for word; as slow as it likes."""
+    """Match by the definition, without regard to speed."""
     if not pattern:
         return not words
     if pattern[0] == "#":
@@ -99,13 +99,13 @@ def plainly_matches(pattern: tuple[str, ...], words: tuple[str, ...]) -> bool:
     st.lists(st.sampled_from(["a", "b", "*", "#"]), max_size=6),
     st.lists(st.sampled_from(["a", "b"]), max_size=6),
 )
-def test_topic_matching_is_as_defined(pattern: list[str], words: list[str]):
-    """The quick way and the plain one agree."""
+def test_topic_matching_agrees_with_its_definition(pattern: list[str], words: list[str]):
+    """The fast algorithm and the simple one give the same result."""
     assert topic_matches(pattern, words) == plainly_matches(tuple(pattern), tuple(words))
 
 
-def test_a_topic_pattern_full_of_hashes_is_no_bomb():
-    """Matching takes no more than pattern times words."""
+def test_a_topic_pattern_with_many_hashes_is_matched_quickly():
+    """In a time of pattern times words."""
     assert not topic_matches(["#", "a"] * 40 + ["b"], ["a"] * 200)
 
 
@@ -130,12 +130,12 @@ def test_a_topic_pattern_full_of_hashes_is_no_bomb():
     ],
 )
 def test_headers_are_compared_by_type_and_value(wanted, headers, matches):
-    """As the binding's `x-match` says; names in x- count only where it says so."""
+    """As `x-match` says; names that begin with x- count only for the `-with-x` modes."""
     assert headers_match(wanted, headers) is matches
 
 
-def test_a_headers_exchange_routes(broker: Broker, client: Client):
-    """A message without headers matches nothing that asks for some."""
+def test_a_headers_exchange_routes_by_headers(broker: Broker, client: Client):
+    """A message without headers matches no binding that wants some."""
     client.exchange("x", "headers")
     client.queue("a")
     client.bind("a", "x", "", {"kind": "new"})
@@ -146,15 +146,15 @@ def test_a_headers_exchange_routes(broker: Broker, client: Client):
 
 
 def test_an_unknown_x_match_is_refused(client: Client):
-    """In the broker's words."""
+    """With RabbitMQ's text."""
     client.exchange("x", "headers")
     client.queue("a")
     with pytest.raises(Refusal, match='Invalid x-match field value <<"some">>'):
         client.bind("a", "x", "", {"x-match": "some"})
 
 
-def test_bindings_are_made_once_and_taken_away(broker: Broker, client: Client):
-    """A second bind changes nothing; an unbind of what is not bound neither."""
+def test_binding_and_unbinding_can_be_repeated(broker: Broker, client: Client):
+    """The second time, neither changes anything."""
     client.exchange("x", "direct")
     client.queue("a")
     client.bind("a", "x", "k")
@@ -166,8 +166,8 @@ def test_bindings_are_made_once_and_taken_away(broker: Broker, client: Client):
     assert client.publish(b"1", "k", "x", mandatory=True) == "returned"
 
 
-def test_cc_and_bcc_route_too_and_bcc_is_blind(broker: Broker, client: Client):
-    """Each queue gets the message once, and nobody sees the BCC."""
+def test_messages_are_routed_by_cc_and_bcc_too(broker: Broker, client: Client):
+    """Each queue gets a message once, and no consumer sees the BCC header."""
     for queue in ("a", "b", "c"):
         client.queue(queue)
     client.publish(b"1", "a", headers={"CC": ["b", "a"], "BCC": ["c"]})
@@ -183,14 +183,14 @@ def test_cc_must_be_a_list(client: Client):
         client.publish(b"1", "a", headers={"CC": "b"})
 
 
-def test_what_no_queue_takes_is_returned_if_mandatory(client: Client):
-    """And silently confirmed if not."""
+def test_an_unroutable_message_is_returned_if_it_is_mandatory(client: Client):
+    """Otherwise it is confirmed and dropped."""
     assert client.publish(b"1", "nobody", mandatory=True) == "returned"
     assert client.publish(b"1", "nobody") == "confirmed"
 
 
-def test_an_alternate_exchange_takes_what_is_left_over(broker: Broker, client: Client):
-    """Even over several, and in circles."""
+def test_an_alternate_exchange_gets_unroutable_messages(broker: Broker, client: Client):
+    """Also over several exchanges, and in a cycle of them."""
     client.exchange("x", "direct", alternate_exchange="y")
     client.exchange("y", "direct", alternate_exchange="z")
     client.exchange("z", "fanout", alternate_exchange="x")
@@ -202,15 +202,15 @@ def test_an_alternate_exchange_takes_what_is_left_over(broker: Broker, client: C
 
 
 def test_a_missing_exchange_closes_the_channel(client: Client):
-    """With 404; nothing more can be published on it."""
+    """With 404."""
     with pytest.raises(Refusal, match="no exchange 'x' in vhost '/'") as caught:
         client.publish(b"1", "k", "x")
     assert caught.value.code is ReplyCode.NOT_FOUND
     assert client.channel.close_reason == "404 NOT_FOUND - no exchange 'x' in vhost '/'"
 
 
-def test_a_deleted_queue_is_routed_to_no_more(broker: Broker, client: Client):
-    """Its bindings go with it, and an auto-delete exchange with its last binding."""
+def test_the_bindings_of_a_deleted_queue_are_removed(broker: Broker, client: Client):
+    """An auto-delete exchange is deleted with its last binding."""
     client.exchange("x", "direct", auto_delete=True)
     client.queue("a")
     client.bind("a", "x", "k")
@@ -219,8 +219,8 @@ def test_a_deleted_queue_is_routed_to_no_more(broker: Broker, client: Client):
         client.publish(b"1", "k", "x")
 
 
-def test_predeclared_exchanges_are_there(broker: Broker, client: Client):
-    """amq.topic and its like need no declaration."""
+def test_predeclared_exchanges_exist(broker: Broker, client: Client):
+    """amq.topic and the others need no declaration."""
     client.queue("a")
     client.bind("a", "amq.topic", "*.new")
     client.publish(b"1", "order.new", "amq.topic")

@@ -1,4 +1,4 @@
-"""A channel takes no mistake, and what is stored is the broker's own."""
+"""A mistake closes the channel, and stored messages are copies."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.unit.adapters.memory.client import Client, bodies
 
 @pytest.fixture
 def broker() -> Broker:
-    """A broker as of 4.0."""
+    """A broker that imitates RabbitMQ 4.0."""
     return Broker("4.0")
 
 
 @pytest.fixture
 def client(broker: Broker) -> Client:
-    """Somebody who holds three of five messages."""
+    """A client with three unacked messages of five."""
     client = Client(broker)
     client.queue("q")
     for number in range(1, 6):
@@ -35,8 +35,8 @@ def client(broker: Broker) -> Client:
 @pytest.mark.parametrize("multiple", [False, True])
 @pytest.mark.parametrize("tag", [0, 4, 99, -1])
 @pytest.mark.parametrize("how", ["ack", "nack"])
-def test_a_tag_that_is_not_outstanding_closes_the_channel(client: Client, how, tag, multiple):
-    """406, and everything unsettled goes back; tag 0 is not forgiven."""
+def test_settling_an_unknown_delivery_tag_closes_the_channel(client: Client, how, tag, multiple):
+    """With 406, also for tag 0; all unacked messages return to the queue."""
     with pytest.raises(Refusal, match=f"unknown delivery tag {tag}") as caught:
         getattr(client.channel, how)(tag, multiple=multiple)
     assert caught.value.code is ReplyCode.PRECONDITION_FAILED
@@ -48,15 +48,15 @@ def test_a_tag_that_is_not_outstanding_closes_the_channel(client: Client, how, t
     assert client.connection.close_reason is None
 
 
-def test_a_tag_is_settled_once(client: Client):
-    """Also if it went in a multiple."""
+def test_a_delivery_tag_is_settled_once(client: Client):
+    """Also if it was settled by `multiple`."""
     client.channel.ack(2, multiple=True)
     with pytest.raises(Refusal, match="unknown delivery tag 1"):
         client.channel.ack(1)
 
 
-def test_multiple_is_everything_up_to_a_tag_and_nothing_beyond(client: Client):
-    """What was settled in between does not matter."""
+def test_multiple_settles_all_tags_up_to_the_given_one(client: Client):
+    """Tags that were settled in between do not matter."""
     client.channel.reject(1, requeue=False)
     client.channel.ack(2, multiple=True)
     assert client.channel.unsettled == (3, 4, 5)
@@ -64,8 +64,8 @@ def test_multiple_is_everything_up_to_a_tag_and_nothing_beyond(client: Client):
     assert client.channel.unsettled == (5,)
 
 
-def test_nothing_works_on_a_closed_channel(client: Client):
-    """It says since what it is closed."""
+def test_every_call_on_a_closed_channel_raises_the_reason(client: Client):
+    """The connection can still open others."""
     client.channel.close("done with it")
     for act in (
         lambda: client.channel.ack(1),
@@ -80,15 +80,15 @@ def test_nothing_works_on_a_closed_channel(client: Client):
 
 
 def test_a_channel_of_a_closed_connection_is_closed(client: Client):
-    """From the start."""
+    """From the start; closing twice is harmless."""
     client.connection.close()
     client.connection.close()
     with pytest.raises(ChannelIsClosed, match="closed by the client"):
         client.connection.channel().ack(1)
 
 
-def test_a_foreign_user_id_closes_the_channel(client: Client):
-    """One's own is fine."""
+def test_another_users_user_id_closes_the_channel(client: Client):
+    """The own one is accepted."""
     assert client.publish(b"1", "q", user_id="guest") == "confirmed"
     words = "user_id property set to 'bob' but authenticated user was 'guest'"
     with pytest.raises(Refusal, match=words):
@@ -104,8 +104,8 @@ def test_a_foreign_user_id_closes_the_channel(client: Client):
         ("99999999999", "invalid expiration"),
     ],
 )
-def test_an_expiration_is_a_number_of_milliseconds(client: Client, expiration, words):
-    """In decimal digits."""
+def test_an_expiration_must_be_a_number_of_milliseconds(client: Client, expiration, words):
+    """In decimal digits; otherwise the channel is closed."""
     with pytest.raises(Refusal) as caught:
         client.publish(b"1", "q", expiration=expiration)
     assert words in str(caught.value)
@@ -128,15 +128,15 @@ def test_an_expiration_is_a_number_of_milliseconds(client: Client, expiration, w
         ({"headers": {"a": [{"b": {1, 2}}]}}, TypeError),
     ],
 )
-def test_what_the_wire_cannot_carry_never_leaves(client: Client, properties, error):
-    """It is the caller's mistake, and the channel stays open."""
+def test_properties_that_amqp_cannot_encode_raise(client: Client, properties, error):
+    """The channel stays open, since nothing was sent."""
     with pytest.raises(error):
         client.publish(b"1", "q", **properties)
     assert client.channel.close_reason is None
 
 
-def test_a_body_is_bytes_and_a_key_is_short(client: Client):
-    """Anything else is the caller's mistake, too."""
+def test_a_body_must_be_bytes_and_a_routing_key_short(client: Client):
+    """Otherwise nothing is sent."""
     with pytest.raises(TypeError, match="a body must be bytes, not str"):
         client.publish("text", "q")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a routing key has 256 bytes; AMQP allows 255"):
@@ -157,8 +157,8 @@ VALUES = {
 }
 
 
-def test_values_survive_exactly_and_absence_too(broker: Broker):
-    """Types and all; what was not there is not there."""
+def test_properties_arrive_with_the_same_types_and_values(broker: Broker):
+    """Absent ones stay absent."""
     client = Client(broker)
     client.queue("q")
     client.publish(b"1", "q", headers=VALUES, priority=0, message_id="")
@@ -177,7 +177,7 @@ def test_values_survive_exactly_and_absence_too(broker: Broker):
 
 
 def test_timestamps_are_whole_seconds_in_utc(broker: Broker):
-    """As on the wire; a naive one is taken as UTC."""
+    """As in AMQP; one without a zone counts as UTC."""
     client = Client(broker)
     client.queue("q")
     there = timezone(timedelta(hours=2))
@@ -192,8 +192,8 @@ def test_timestamps_are_whole_seconds_in_utc(broker: Broker):
     assert properties.headers == {"naive": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)}
 
 
-def test_nobody_can_change_what_is_stored(broker: Broker):
-    """Neither who publishes, nor who consumes, at any depth."""
+def test_neither_publisher_nor_consumer_can_change_a_stored_message(broker: Broker):
+    """At any depth of its headers."""
     client = Client(broker)
     client.queue("q")
     headers = {"list": [1, {"deep": [2]}], "table": {"a": 1}}
@@ -211,8 +211,8 @@ def test_nobody_can_change_what_is_stored(broker: Broker):
     assert client.get("q").properties.headers == as_it_was
 
 
-def test_notice_is_given_of_everything_that_arrives(broker: Broker):
-    """So that a session can sleep meanwhile."""
+def test_a_channel_notifies_its_client_of_each_frame(broker: Broker):
+    """So that a session can wait meanwhile."""
     noticed = []
     channel = broker.connect().channel(lambda: noticed.append(len(channel.received)))
     Client(broker).queue("q")

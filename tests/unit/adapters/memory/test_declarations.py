@@ -1,4 +1,4 @@
-"""Declarations are checked as RabbitMQ checks them, and refused in its words."""
+"""Declarations are checked as RabbitMQ checks them, and refused with its texts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.unit.adapters.memory.client import Client
 
 @pytest.fixture
 def client() -> Client:
-    """Somebody connected to a broker as of 4.0."""
+    """A client of a broker that imitates RabbitMQ 4.0."""
     return Client(Broker("4.0"))
 
 
-def test_a_second_declaration_of_the_same_is_fine(client: Client):
-    """An argument that RabbitMQ has never heard of is not compared."""
+def test_declaring_the_same_again_is_accepted(client: Client):
+    """An argument that RabbitMQ does not know is not compared."""
     client.queue("q", message_ttl=5, queue_type="classic")
     client.queue("q", message_ttl=5, unheard_of=1)
     client.exchange("x", "topic")
@@ -74,7 +74,7 @@ def test_a_second_declaration_of_the_same_is_fine(client: Client):
         ),
     ],
 )
-def test_a_queue_that_is_otherwise_is_refused(client: Client, again, code, words):
+def test_declaring_a_queue_differently_is_refused(client: Client, again, code, words):
     """The refusal says what differs, and the channel is closed."""
     client.queue("q", message_ttl=5)
     with pytest.raises(Refusal) as caught:
@@ -114,7 +114,7 @@ def test_a_queue_that_is_otherwise_is_refused(client: Client, again, code, words
         ({"queue_type": "quorum", "auto_delete": True}, "invalid property 'auto-delete'"),
     ],
 )
-def test_arguments_that_no_broker_takes_are_refused(client: Client, arguments, words):
+def test_invalid_arguments_of_a_queue_are_refused(client: Client, arguments, words):
     """With 406, and nothing is created."""
     with pytest.raises(Refusal) as caught:
         client.queue("q", **arguments)
@@ -123,8 +123,8 @@ def test_arguments_that_no_broker_takes_are_refused(client: Client, arguments, w
     assert client.broker.queues == []
 
 
-def test_streams_are_refused_and_not_imitated_badly(client: Client):
-    """540 ends the connection."""
+def test_streams_are_refused(client: Client):
+    """With 540, which closes the connection."""
     with pytest.raises(Refusal, match="540 NOT_IMPLEMENTED"):
         client.queue("q", queue_type="stream")
     assert client.connection.close_reason is not None
@@ -133,7 +133,7 @@ def test_streams_are_refused_and_not_imitated_badly(client: Client):
 @pytest.mark.parametrize("type_", ["bogus", "x-delayed-message"])
 @pytest.mark.parametrize(("version", "code"), [("3.10", 503), ("4.0", 406), ("4.3", 406)])
 def test_an_unknown_exchange_type_is_refused(version, code, type_):
-    """3.10 ends the connection over it, later versions the channel."""
+    """3.10 closes the connection, later versions the channel."""
     client = Client(Broker(version))
     with pytest.raises(Refusal, match=f"unknown exchange type '{type_}'") as caught:
         client.exchange("x", type_)
@@ -156,8 +156,8 @@ def test_an_unknown_exchange_type_is_refused(version, code, type_):
         ),
     ],
 )
-def test_an_exchange_that_is_otherwise_is_refused(client: Client, again, words):
-    """As with queues."""
+def test_declaring_an_exchange_differently_is_refused(client: Client, again, words):
+    """The refusal says what differs."""
     client.exchange("x", "direct")
     with pytest.raises(Refusal) as caught:
         client.exchange("x", **again)
@@ -176,22 +176,22 @@ def test_an_exchange_that_is_otherwise_is_refused(client: Client, again, words):
         (lambda c: c.consume("nope"), "no queue 'nope' in vhost '/'"),
     ],
 )
-def test_names_that_are_taken_or_missing_are_refused(client: Client, act, words):
-    """In the broker's words."""
+def test_reserved_and_missing_names_are_refused(client: Client, act, words):
+    """With RabbitMQ's texts."""
     with pytest.raises(Refusal) as caught:
         act(client)
     assert words in str(caught.value)
 
 
-def test_a_queue_without_a_name_is_given_one(client: Client):
-    """Each its own."""
+def test_a_queue_without_a_name_gets_one_from_the_broker(client: Client):
+    """A different one each time."""
     one, other = client.queue("", exclusive=True), client.queue("", exclusive=True)
     assert one != other
     assert one.startswith("amq.gen-")
 
 
-def test_an_exclusive_queue_is_its_connections_own():
-    """Nobody else may see it, and it goes with its connection."""
+def test_an_exclusive_queue_belongs_to_its_connection():
+    """Others can publish to it but not consume it, and it is deleted with the connection."""
     broker = Broker("4.0")
     owner, stranger = Client(broker), Client(broker)
     owner.queue("q", exclusive=True)
@@ -203,8 +203,8 @@ def test_an_exclusive_queue_is_its_connections_own():
     assert stranger.publish(b"1", "q", mandatory=True) == "returned"
 
 
-def test_an_auto_delete_queue_goes_with_its_last_consumer(client: Client):
-    """And not before it has had one."""
+def test_an_auto_delete_queue_is_deleted_with_its_last_consumer(client: Client):
+    """Not before it has had one."""
     client.queue("q", auto_delete=True)
     client.consume("q", "a")
     client.consume("q", "b")
@@ -215,6 +215,6 @@ def test_an_auto_delete_queue_goes_with_its_last_consumer(client: Client):
 
 
 def test_a_version_that_is_not_imitated_is_refused():
-    """With those that are."""
+    """The error lists those that are."""
     with pytest.raises(ValueError, match=r"RabbitMQ '2'; use one of 3\.8, 3\.10, 4\.0, 4\.3"):
         Broker("2")

@@ -1,4 +1,4 @@
-"""A queue hands out its messages in order, within limits and in time."""
+"""A queue delivers its messages in order, up to the prefetch, and expires them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.unit.adapters.memory.client import Client, bodies
 
 @pytest.fixture
 def broker() -> Broker:
-    """A broker as of 4.0."""
+    """A broker that imitates RabbitMQ 4.0."""
     return Broker("4.0")
 
 
 @pytest.fixture
 def client(broker: Broker) -> Client:
-    """Somebody connected to it."""
+    """A connected client."""
     return Client(broker)
 
 
@@ -30,8 +30,8 @@ def fill(client: Client, queue: str, *contents: bytes) -> None:
         client.publish(body, queue)
 
 
-def test_messages_come_in_order_up_to_the_prefetch(client: Client):
-    """The next one comes when one is settled, whichever that is."""
+def test_messages_are_delivered_in_order_up_to_the_prefetch(client: Client):
+    """The next one is delivered when any of them is settled."""
     client.queue("q")
     fill(client, "q", b"1", b"2", b"3", b"4")
     client.consume("q", prefetch=2)
@@ -43,15 +43,15 @@ def test_messages_come_in_order_up_to_the_prefetch(client: Client):
 
 
 def test_prefetch_0_is_no_limit(client: Client):
-    """All of it, at once."""
+    """All messages are delivered at once."""
     client.queue("q")
     fill(client, "q", *(b"%d" % number for number in range(500)))
     client.consume("q", prefetch=0)
     assert len(client.bodies()) == 500
 
 
-def test_the_prefetch_is_that_of_the_moment_of_consuming(client: Client):
-    """A later qos does not change an earlier consumer."""
+def test_qos_does_not_change_earlier_consumers(client: Client):
+    """The prefetch count is that of the time when the consumer started."""
     client.queue("q")
     client.consume("q", prefetch=1)
     client.channel.qos(10)
@@ -60,14 +60,14 @@ def test_the_prefetch_is_that_of_the_moment_of_consuming(client: Client):
 
 
 @pytest.mark.parametrize("prefetch", [-1, 65_536])
-def test_a_prefetch_that_the_wire_cannot_carry_is_refused(client: Client, prefetch: int):
-    """It has 16 bits."""
+def test_a_prefetch_must_fit_into_16_bits(client: Client, prefetch: int):
+    """Anything else raises."""
     with pytest.raises(ValueError, match="0 to 65535"):
         client.channel.qos(prefetch)
 
 
 def test_consumers_take_turns(broker: Broker, client: Client):
-    """Among equals; one without room is passed over."""
+    """A consumer at its prefetch is skipped."""
     other = Client(broker)
     client.queue("q")
     client.consume("q", prefetch=3)
@@ -77,7 +77,7 @@ def test_consumers_take_turns(broker: Broker, client: Client):
 
 
 def test_higher_priority_consumers_come_first(broker: Broker, client: Client):
-    """Others get something only while those are full."""
+    """Others get messages only while those are at their prefetch."""
     other = Client(broker)
     client.queue("q")
     client.consume("q", prefetch=3)
@@ -86,8 +86,8 @@ def test_higher_priority_consumers_come_first(broker: Broker, client: Client):
     assert (client.bodies(), other.bodies()) == ([b"3"], [b"1", b"2"])
 
 
-def test_a_single_active_consumer_is_followed_by_the_next(broker: Broker, client: Client):
-    """Only when it goes; its unsettled messages go to its successor when it closes."""
+def test_the_next_consumer_becomes_the_single_active_one(broker: Broker, client: Client):
+    """When the active one is cancelled; its unacked messages follow when its channel is closed."""
     other = Client(broker)
     client.queue("q", single_active_consumer=True)
     client.consume("q", prefetch=1)
@@ -101,8 +101,8 @@ def test_a_single_active_consumer_is_followed_by_the_next(broker: Broker, client
     ]
 
 
-def test_an_exclusive_consumer_stays_alone(broker: Broker, client: Client):
-    """403 for whoever comes later, and for itself if it comes later."""
+def test_an_exclusive_consumer_is_the_only_one(broker: Broker, client: Client):
+    """403 for a later consumer, and for an exclusive one beside others."""
     client.queue("q")
     client.consume("q", exclusive=True)
     for exclusive in (True, False):
@@ -119,7 +119,7 @@ def test_an_exclusive_consumer_stays_alone(broker: Broker, client: Client):
 
 
 def test_a_consumer_tag_is_used_once_in_a_channel(client: Client):
-    """530 ends the connection; a cancelled tag is free again."""
+    """530 closes the connection; the tag of a cancelled consumer may be used again."""
     client.queue("q")
     client.consume("q", "t")
     client.channel.cancel("t")
@@ -128,15 +128,15 @@ def test_a_consumer_tag_is_used_once_in_a_channel(client: Client):
         client.consume("q", "t")
 
 
-def test_a_consumers_priority_is_a_number(client: Client):
-    """406 otherwise."""
+def test_a_consumers_priority_must_be_a_number(client: Client):
+    """Otherwise 406."""
     client.queue("q")
     with pytest.raises(Refusal, match='"expected integer, got longstr"'):
         client.consume("q", priority="high")
 
 
 def test_a_cancelled_consumer_gets_nothing_more_and_may_still_settle(client: Client):
-    """Its deliveries are the channel's."""
+    """Its unacked messages stay with the channel."""
     client.queue("q")
     fill(client, "q", b"1", b"2")
     client.consume("q", prefetch=1)
@@ -147,8 +147,10 @@ def test_a_cancelled_consumer_gets_nothing_more_and_may_still_settle(client: Cli
     assert bodies(client.broker, "q") == [b"2"]
 
 
-def test_classic_messages_come_back_to_where_they_were(broker: Broker, client: Client):
-    """In whatever order they are returned."""
+def test_requeued_messages_of_a_classic_queue_return_to_their_position(
+    broker: Broker, client: Client
+):
+    """In whatever order they are requeued."""
     client.queue("q")
     fill(client, "q", b"1", b"2", b"3", b"4", b"5")
     client.consume("q", prefetch=4)
@@ -160,8 +162,8 @@ def test_classic_messages_come_back_to_where_they_were(broker: Broker, client: C
     assert bodies(broker, "q") == [b"1", b"2", b"3", b"4", b"5"]
 
 
-def test_higher_priorities_come_first(broker: Broker, client: Client):
-    """Absent is 0, and what is above the queue's maximum is the maximum."""
+def test_messages_of_a_higher_priority_come_first(broker: Broker, client: Client):
+    """An absent priority is 0, and one above the maximum counts as the maximum."""
     client.queue("q", max_priority=5)
     for body, priority in ((b"none", None), (b"9", 9), (b"3", 3), (b"5", 5), (b"0", 0)):
         client.publish(body, "q", priority=priority)
@@ -172,8 +174,8 @@ def test_higher_priorities_come_first(broker: Broker, client: Client):
     assert bodies(broker, "q") == [b"9", b"5", b"3", b"none", b"0"]
 
 
-def test_priorities_do_not_matter_where_none_were_asked_for(broker: Broker, client: Client):
-    """A plain queue is first in, first out."""
+def test_a_queue_without_max_priority_ignores_priorities(broker: Broker, client: Client):
+    """It is first in, first out."""
     client.queue("q")
     client.publish(b"low", "q", priority=1)
     client.publish(b"high", "q", priority=9)
@@ -181,7 +183,7 @@ def test_priorities_do_not_matter_where_none_were_asked_for(broker: Broker, clie
 
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
-def test_messages_expire_in_the_queues_time_or_their_own(broker: Broker, client: Client, kind):
+def test_messages_expire_after_the_queues_ttl_or_their_own(broker: Broker, client: Client, kind):
     """Whichever is shorter."""
     client.queue("q", queue_type=kind, message_ttl=2000)
     client.publish(b"own", "q", expiration="500")
@@ -198,7 +200,7 @@ def test_messages_expire_in_the_queues_time_or_their_own(broker: Broker, client:
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
 def test_messages_expire_only_at_the_head(broker: Broker, client: Client, kind):
-    """A short life behind a long one takes as long."""
+    """A short ttl behind a long one takes as long."""
     client.queue("q", queue_type=kind)
     client.publish(b"long", "q", expiration="6000")
     client.publish(b"short", "q", expiration="500")
@@ -217,8 +219,8 @@ def test_each_priority_has_a_head_that_expires(broker: Broker, client: Client):
     assert bodies(broker, "q") == [b"high"]
 
 
-def test_what_is_handed_out_does_not_expire_until_it_comes_back(broker: Broker, client: Client):
-    """Its time runs on meanwhile."""
+def test_unacked_messages_expire_only_after_they_are_requeued(broker: Broker, client: Client):
+    """Their time to live goes on meanwhile."""
     client.queue("q")
     client.publish(b"1", "q", expiration="500")
     client.consume("q", prefetch=1)
@@ -230,8 +232,10 @@ def test_what_is_handed_out_does_not_expire_until_it_comes_back(broker: Broker, 
     assert [event.detail for event in broker.journal.of(EventKind.DROPPED)] == ["expired"]
 
 
-def test_a_ttl_of_zero_reaches_only_a_waiting_consumer(broker: Broker, client: Client):
-    """Otherwise the message is gone at once."""
+def test_a_message_with_a_ttl_of_zero_reaches_only_a_waiting_consumer(
+    broker: Broker, client: Client
+):
+    """Otherwise it expires at once."""
     client.queue("q")
     client.publish(b"1", "q", expiration="0")
     assert bodies(broker, "q") == []
@@ -242,7 +246,7 @@ def test_a_ttl_of_zero_reaches_only_a_waiting_consumer(broker: Broker, client: C
 
 
 def test_a_full_queue_drops_its_head(broker: Broker, client: Client):
-    """And confirms the new one; what is handed out does not count."""
+    """It confirms the new message; unacked messages do not count."""
     client.queue("q", max_length=2)
     client.consume("q", prefetch=1)
     fill(client, "q", b"held", b"1", b"2", b"3")
@@ -251,8 +255,8 @@ def test_a_full_queue_drops_its_head(broker: Broker, client: Client):
     assert [event.detail for event in broker.journal.of(EventKind.DROPPED)] == ["maxlen"]
 
 
-def test_what_comes_to_the_head_of_a_cut_queue_may_be_late(broker: Broker, client: Client):
-    """It expires there and then."""
+def test_messages_behind_a_dropped_head_may_have_expired(broker: Broker, client: Client):
+    """They expire at once."""
     client.queue("q", max_length=3)
     client.publish(b"1", "q")
     client.publish(b"late", "q", expiration="0")
@@ -262,8 +266,8 @@ def test_what_comes_to_the_head_of_a_cut_queue_may_be_late(broker: Broker, clien
     assert died_of == [(b"1", "maxlen"), (b"late", "expired")]
 
 
-def test_a_queue_is_full_by_bytes_too(broker: Broker, client: Client):
-    """Of bodies."""
+def test_the_length_of_a_queue_may_be_limited_in_bytes(broker: Broker, client: Client):
+    """Only bodies count."""
     client.queue("q", max_length_bytes=5)
     fill(client, "q", b"123", b"45", b"6")
     assert bodies(broker, "q") == [b"45", b"6"]
@@ -276,11 +280,11 @@ def test_a_queue_is_full_by_bytes_too(broker: Broker, client: Client):
         ("quorum", ["confirmed", "confirmed", "confirmed", "refused"]),
     ],
 )
-def test_a_full_queue_may_refuse_instead(broker: Broker, client: Client, kind, taken):
-    """A quorum queue notices it one message late. What comes back is always taken."""
+def test_a_full_queue_may_refuse_new_messages(broker: Broker, client: Client, kind, taken):
+    """A quorum queue notices it one message late. A requeued message is always accepted."""
     client.queue("q", queue_type=kind, max_length=2, overflow="reject-publish")
-    said = [client.publish(body, "q", mandatory=True) for body in (b"1", b"2", b"3", b"4")]
-    assert said == taken
+    outcomes = [client.publish(body, "q", mandatory=True) for body in (b"1", b"2", b"3", b"4")]
+    assert outcomes == taken
     client.consume("q", prefetch=1)
     client.channel.cancel("consumer")
     while client.publish(b"more", "q") == "confirmed":
@@ -291,7 +295,7 @@ def test_a_full_queue_may_refuse_instead(broker: Broker, client: Client, kind, t
 
 
 def test_a_publication_is_refused_if_one_of_its_queues_refuses(broker: Broker, client: Client):
-    """The others keep it."""
+    """The others store it."""
     client.exchange("x", "fanout")
     client.queue("a", max_length=0, overflow="reject-publish")
     client.queue("b")
@@ -301,8 +305,8 @@ def test_a_publication_is_refused_if_one_of_its_queues_refuses(broker: Broker, c
     assert (bodies(broker, "a"), bodies(broker, "b")) == ([], [b"1"])
 
 
-def test_an_unused_queue_expires_with_what_is_in_it(broker: Broker, client: Client):
-    """Publishing is no use; consuming and declaring are; nothing is dead-lettered."""
+def test_an_unused_queue_expires_with_its_messages(broker: Broker, client: Client):
+    """Consuming and declaring count as use, publishing does not. Nothing is dead-lettered."""
     client.queue("dead")
     arguments = {"expires": 1000, "dead_letter_exchange": "", "dead_letter_routing_key": "dead"}
     client.queue("q", **arguments)
@@ -322,8 +326,8 @@ def test_an_unused_queue_expires_with_what_is_in_it(broker: Broker, client: Clie
     assert bodies(broker, "dead") == []
 
 
-def test_the_consumers_of_a_deleted_queue_are_told(broker: Broker, client: Client):
-    """What they hold may still be settled, to no effect."""
+def test_the_consumers_of_a_deleted_queue_are_cancelled(broker: Broker, client: Client):
+    """Settling their unacked messages has no effect."""
     client.queue("q")
     fill(client, "q", b"1", b"2")
     client.consume("q", prefetch=1)
@@ -336,8 +340,8 @@ def test_the_consumers_of_a_deleted_queue_are_told(broker: Broker, client: Clien
 
 
 @pytest.mark.parametrize("how", ["reject", "requeue", "close"])
-def test_what_comes_back_to_a_deleted_queue_goes_nowhere(broker: Broker, client: Client, how: str):
-    """Not even to its dead-letter exchange, nor into a new queue of that name."""
+def test_unacked_messages_of_a_deleted_queue_are_dropped(broker: Broker, client: Client, how: str):
+    """They reach neither its dead-letter exchange nor a new queue of that name."""
     client.queue("dead")
     client.queue("q", dead_letter_exchange="", dead_letter_routing_key="dead")
     fill(client, "q", b"1")
@@ -351,8 +355,8 @@ def test_what_comes_back_to_a_deleted_queue_goes_nowhere(broker: Broker, client:
     assert bodies(broker, "dead") == bodies(broker, "q") == []
 
 
-def test_the_next_event_is_the_sooner_of_two(broker: Broker, client: Client):
-    """A message's end, or the queue's."""
+def test_the_next_event_is_the_next_expiry(broker: Broker, client: Client):
+    """Of a message or of a queue."""
     client.queue("q", expires=2000)
     client.publish(b"late", "q", expiration="9000")
     assert broker.next_event == 2.0
@@ -361,8 +365,8 @@ def test_the_next_event_is_the_sooner_of_two(broker: Broker, client: Client):
     assert broker.next_event == 1.0
 
 
-def test_purging_drops_what_waits(broker: Broker, client: Client):
-    """And not what is handed out."""
+def test_purging_drops_the_ready_messages(broker: Broker, client: Client):
+    """Unacked ones stay."""
     client.queue("q")
     fill(client, "q", b"1", b"2", b"3")
     client.consume("q", prefetch=1)

@@ -1,7 +1,7 @@
-"""Every message is in exactly one place, whatever clients do.
+"""A state machine compares the broker with a simple model of one queue.
 
-The oracle is a second, plainer broker of one queue, written from the rules and not from the code:
-two lists, a dictionary and a clock. Clients may be cut, mistaken and slow.
+The model is written from RabbitMQ's rules and not from the code: two lists, a dictionary and a
+clock. Clients may be cut off, make mistakes, and be slow.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ QUEUE, DEAD = "work", "dead"
 
 
 @dataclass
-class Plan:
-    """What the queue is like; drawn once."""
+class QueueOptions:
+    """The arguments of the queue, drawn once."""
 
     version: str
     quorum: bool
@@ -66,8 +66,8 @@ class Plan:
         return None if self.version == "3.10" else 20
 
 
-plans = st.builds(
-    Plan,
+queue_options = st.builds(
+    QueueOptions,
     version=st.sampled_from(["3.10", "4.0", "4.3"]),
     quorum=st.booleans(),
     dead_letters=st.booleans(),
@@ -79,8 +79,8 @@ plans = st.builds(
 
 
 @dataclass
-class Held:
-    """What the oracle thinks that one client holds: tag and body, in the order of delivery."""
+class ModelClient:
+    """What the model expects of one client: unacked tags and bodies, in the order of delivery."""
 
     client: Client
     prefetch: int = 0
@@ -89,188 +89,191 @@ class Held:
 
 
 class BrokerMachine(RuleBasedStateMachine):
-    """Publishers, consumers and accidents on one queue."""
+    """Publishers, consumers and faults on one queue."""
 
     clients = Bundle("clients")
 
-    @initialize(plan=plans)
-    def open(self, plan: Plan) -> None:
-        self.plan = plan
-        self.broker = Broker(plan.version)
+    @initialize(options=queue_options)
+    def open(self, options: QueueOptions) -> None:
+        self.options = options
+        self.broker = Broker(options.version)
         self.publisher = Client(self.broker, "publisher")
         self.publisher.queue(DEAD)
-        self.publisher.queue(QUEUE, **plan.arguments)
-        self.held: dict[str, Held] = {}
+        self.publisher.queue(QUEUE, **options.arguments)
+        self.models: dict[str, ModelClient] = {}
         self.now = 0.0
         self.count = 0
         self.returned: list[bytes] = []
         self.fresh: list[bytes] = []
         self.expiries: dict[bytes, float] = {}
-        self.in_vain: dict[bytes, int] = {}
-        self.came_back: set[bytes] = set()
+        self.return_counts: dict[bytes, int] = {}
+        self.redelivered: set[bytes] = set()
         self.acked: list[bytes] = []
         self.dead: list[tuple[bytes, str]] = []
         self.refused: list[bytes] = []
-        self.seen_events = 0
-        self.clients_so_far = 0
+        self.seen_deliveries = 0
+        self.client_count = 0
 
-    # -- what the rules say --
+    # -- the model --
 
     @property
-    def line(self) -> list[bytes]:
-        """Who is next, and next after that."""
+    def ready(self) -> list[bytes]:
+        """The ready messages, in the order of delivery."""
         return self.returned + self.fresh
 
-    def out_of_line(self, body: bytes) -> None:
+    def remove_ready(self, body: bytes) -> None:
         (self.returned if body in self.returned else self.fresh).remove(body)
 
     def expire(self) -> None:
-        while self.line and self.expiries.get(self.line[0], self.now + 1) <= self.now:
-            body = self.line[0]
-            self.out_of_line(body)
+        while self.ready and self.expiries.get(self.ready[0], self.now + 1) <= self.now:
+            body = self.ready[0]
+            self.remove_ready(body)
             self.dead.append((body, "expired"))
 
-    def comes_back(self, body: bytes, *, counts: bool, lost: bool) -> None:
-        plan = self.plan
-        self.came_back.add(body)
-        if not plan.quorum:
+    def requeue(self, body: bytes, *, counts: bool, lost: bool) -> None:
+        options = self.options
+        self.redelivered.add(body)
+        if not options.quorum:
             self.fresh = sorted([*self.fresh, body], key=int)
             return
-        self.in_vain[body] = self.in_vain.get(body, 0) + counts
-        if plan.effective_limit is not None and self.in_vain[body] > plan.effective_limit:
+        self.return_counts[body] = self.return_counts.get(body, 0) + counts
+        if (
+            options.effective_limit is not None
+            and self.return_counts[body] > options.effective_limit
+        ):
             self.dead.append((body, "delivery_limit"))
-        elif plan.version == "3.10" and plan.effective_limit is None and not lost:
+        elif options.version == "3.10" and options.effective_limit is None and not lost:
             self.fresh.append(body)
         else:
             self.returned.append(body)
 
-    def full(self) -> bool:
-        limit = self.plan.max_length
-        if limit is None or not self.plan.refuses:
+    def is_full(self) -> bool:
+        limit = self.options.max_length
+        if limit is None or not self.options.refuses:
             return False
-        return len(self.line) + (0 if self.plan.quorum else 1) > limit
+        return len(self.ready) + (0 if self.options.quorum else 1) > limit
 
-    def room(self, held: Held) -> bool:
-        return held.consuming and (held.prefetch == 0 or len(held.tags) < held.prefetch)
+    def has_capacity(self, model: ModelClient) -> bool:
+        return model.consuming and (model.prefetch == 0 or len(model.tags) < model.prefetch)
 
-    def follow(self, before_expiry: bytes | None = None) -> None:
-        """Check what was delivered against the line, and cut the line to its length.
+    def check_deliveries(self, before_expiry: bytes | None = None) -> None:
+        """Compare the deliveries with the ready messages, and drop messages beyond the length.
 
         Args:
-            before_expiry: What arrived now, and is delivered at once if somebody waits for it.
+            before_expiry: The message just published; a waiting consumer gets it before it expires.
         """
         delivered = [
             event.body
             for event in self.broker.journal.events
             if event.kind is EventKind.DELIVERED and event.queue == QUEUE
-        ][self.seen_events :]
-        self.seen_events += len(delivered)
-        if not (before_expiry is not None and self.line == [before_expiry] == delivered):
+        ][self.seen_deliveries :]
+        self.seen_deliveries += len(delivered)
+        if not (before_expiry is not None and self.ready == [before_expiry] == delivered):
             self.expire()
         for body in delivered:
             assert body is not None
-            assert self.line[:1] == [body], "out of turn"
-            self.out_of_line(body)
+            assert self.ready[:1] == [body], "delivered out of order"
+            self.remove_ready(body)
             self.expire()
         arrived: list[bytes] = []
-        for held in self.held.values():
-            for delivery in held.client.deliveries():
-                assert held.consuming
-                assert delivery.tag > max(held.tags, default=0)
-                assert delivery.redelivered == (delivery.body in self.came_back)
-                held.tags[delivery.tag] = delivery.body
+        for model in self.models.values():
+            for delivery in model.client.deliveries():
+                assert model.consuming
+                assert delivery.tag > max(model.tags, default=0)
+                assert delivery.redelivered == (delivery.body in self.redelivered)
+                model.tags[delivery.tag] = delivery.body
                 arrived.append(delivery.body)
         assert sorted(arrived) == sorted(body for body in delivered if body is not None)
-        limit = self.plan.max_length
-        while limit is not None and not self.plan.refuses and len(self.line) > limit:
-            body = self.line[0]
-            self.out_of_line(body)
+        limit = self.options.max_length
+        while limit is not None and not self.options.refuses and len(self.ready) > limit:
+            body = self.ready[0]
+            self.remove_ready(body)
             self.dead.append((body, "maxlen"))
             self.expire()
 
-    # -- what happens --
+    # -- rules --
 
     @rule(own_ttl=st.sampled_from([None, None, 0, 3]))
     def publish(self, own_ttl: int | None) -> None:
         self.count += 1
         body = b"%d" % self.count
         expiration = None if own_ttl is None else str(own_ttl * 1000)
-        full = self.full()
-        said = self.publisher.publish(body, QUEUE, mandatory=True, expiration=expiration)
-        assert said == ("refused" if full else "confirmed")
-        if full:
+        is_full = self.is_full()
+        outcome = self.publisher.publish(body, QUEUE, mandatory=True, expiration=expiration)
+        assert outcome == ("refused" if is_full else "confirmed")
+        if is_full:
             self.refused.append(body)
             return
         self.fresh.append(body)
-        lives = [ttl for ttl in (own_ttl, self.plan.ttl) if ttl is not None]
+        lives = [ttl for ttl in (own_ttl, self.options.ttl) if ttl is not None]
         if lives:
             self.expiries[body] = self.now + min(lives)
-        self.follow(before_expiry=body)
+        self.check_deliveries(before_expiry=body)
 
     @rule(target=clients, prefetch=st.integers(0, 3))
     def consume(self, prefetch: int) -> str:
-        self.clients_so_far += 1
-        name = f"client-{self.clients_so_far}"
+        self.client_count += 1
+        name = f"client-{self.client_count}"
         client = Client(self.broker, name)
-        self.held[name] = Held(client, prefetch, consuming=True)
+        self.models[name] = ModelClient(client, prefetch, consuming=True)
         client.consume(QUEUE, prefetch=prefetch)
-        self.follow()
+        self.check_deliveries()
         return name
 
     @rule(name=clients)
     def cancel(self, name: str) -> None:
-        held = self.held[name]
-        held.client.channel.cancel("consumer")
-        held.consuming = False
-        self.follow()
+        model = self.models[name]
+        model.client.channel.cancel("consumer")
+        model.consuming = False
+        self.check_deliveries()
 
     def chosen(self, name: str, at: int, *, multiple: bool) -> tuple[Client, int, list[bytes]]:
-        held = self.held[name]
-        tag = list(held.tags)[at % len(held.tags)]
-        tags = [each for each in held.tags if each <= tag] if multiple else [tag]
-        return held.client, tag, [held.tags.pop(each) for each in tags]
+        model = self.models[name]
+        tag = list(model.tags)[at % len(model.tags)]
+        tags = [each for each in model.tags if each <= tag] if multiple else [tag]
+        return model.client, tag, [model.tags.pop(each) for each in tags]
 
     @rule(name=clients, at=st.integers(0, 9), multiple=st.booleans())
     def ack(self, name: str, at: int, multiple: bool) -> None:
-        if not self.held[name].tags:
+        if not self.models[name].tags:
             return
         client, tag, settled = self.chosen(name, at, multiple=multiple)
         client.channel.ack(tag, multiple=multiple)
         self.acked += settled
-        self.follow()
+        self.check_deliveries()
 
     @rule(name=clients, at=st.integers(0, 9), multiple=st.booleans(), requeue=st.booleans())
     def nack(self, name: str, at: int, multiple: bool, requeue: bool) -> None:
-        if not self.held[name].tags:
+        if not self.models[name].tags:
             return
         client, tag, settled = self.chosen(name, at, multiple=multiple)
         client.channel.nack(tag, multiple=multiple, requeue=requeue)
         for body in settled:
             if requeue:
-                self.comes_back(body, counts=self.plan.version != "4.3", lost=False)
+                self.requeue(body, counts=self.options.version != "4.3", lost=False)
             else:
                 self.dead.append((body, "rejected"))
-        self.follow()
+        self.check_deliveries()
 
     @rule(name=clients, at=st.integers(0, 9), requeue=st.booleans())
     def reject(self, name: str, at: int, requeue: bool) -> None:
-        if not self.held[name].tags:
+        if not self.models[name].tags:
             return
         client, tag, (body,) = self.chosen(name, at, multiple=False)
         client.channel.reject(tag, requeue=requeue)
         if requeue:
-            self.comes_back(body, counts=True, lost=False)
+            self.requeue(body, counts=True, lost=False)
         else:
             self.dead.append((body, "rejected"))
-        self.follow()
+        self.check_deliveries()
 
-    def gone(self, name: str) -> None:
-        for body in self.held.pop(name).tags.values():
-            self.comes_back(body, counts=True, lost=True)
+    def close(self, name: str) -> None:
+        for body in self.models.pop(name).tags.values():
+            self.requeue(body, counts=True, lost=True)
 
     @rule(name=consumes(clients), how=st.sampled_from(["cut", "close", "mistake"]))
     def leave(self, name: str, how: str) -> None:
-        client = self.held[name].client
+        client = self.models[name].client
         if how == "cut":
             assert self.broker.cut(name) == 1
         elif how == "close":
@@ -279,63 +282,68 @@ class BrokerMachine(RuleBasedStateMachine):
             with pytest.raises(Refusal, match="unknown delivery tag 99999"):
                 client.channel.ack(99_999)
         assert client.channel.close_reason is not None
-        self.gone(name)
-        self.follow()
+        self.close(name)
+        self.check_deliveries()
 
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: self.models)
     @rule()
     def cancel_all(self) -> None:
         assert self.broker.cancel_consumers(QUEUE) == sum(
-            held.consuming for held in self.held.values()
+            model.consuming for model in self.models.values()
         )
-        for held in self.held.values():
-            held.consuming = False
-        self.follow()
+        for model in self.models.values():
+            model.consuming = False
+        self.check_deliveries()
 
     @rule(seconds=st.sampled_from([0.5, 2, 10]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
         self.broker.advance(self.now)
-        self.follow()
+        self.check_deliveries()
 
-    # -- what is always true --
+    # -- invariants --
 
     @invariant()
-    def everything_is_in_exactly_one_place(self) -> None:
+    def every_message_is_in_exactly_one_place(self) -> None:
         ready = bodies(self.broker, QUEUE)
         unacked = [message.body for message in self.broker.unacked(QUEUE)]
-        assert ready == self.line
-        in_hand = [body for held in self.held.values() for body in held.tags.values()]
-        assert sorted(unacked) == sorted(in_hand)
+        assert ready == self.ready
+        unsettled = [body for model in self.models.values() for body in model.tags.values()]
+        assert sorted(unacked) == sorted(unsettled)
         dead_bodies = [body for body, _ in self.dead]
         everywhere = ready + unacked + self.acked + dead_bodies + self.refused
         assert sorted(everywhere, key=int) == [b"%d" % n for n in range(1, self.count + 1)]
 
     @invariant()
-    def the_dead_are_where_they_belong(self) -> None:
-        buried = [
+    def dead_letters_and_dropped_messages_are_as_expected(self) -> None:
+        dead_lettered = [
             (message.body, message.headers["x-death"][0]["reason"])
             for message in self.broker.ready(DEAD)
         ]
         dropped = [
             (event.body, event.detail) for event in self.broker.journal.of(EventKind.DROPPED)
         ]
-        expected = (self.dead, []) if self.plan.dead_letters else ([], self.dead)
-        assert (sorted(buried), sorted(dropped)) == (sorted(expected[0]), sorted(expected[1]))
+        expected = (self.dead, []) if self.options.dead_letters else ([], self.dead)
+        assert (sorted(dead_lettered), sorted(dropped)) == (
+            sorted(expected[0]),
+            sorted(expected[1]),
+        )
 
     @invariant()
-    def nobody_has_too_many_and_nobody_waits_in_vain(self) -> None:
-        for held in self.held.values():
-            assert held.prefetch == 0 or len(held.tags) <= held.prefetch
-            assert not (self.line and self.room(held)), "a message waits, and so does a consumer"
-            assert held.client.channel.unsettled == tuple(held.tags)
+    def the_prefetch_is_used_and_never_exceeded(self) -> None:
+        for model in self.models.values():
+            assert model.prefetch == 0 or len(model.tags) <= model.prefetch
+            assert not (self.ready and self.has_capacity(model)), (
+                "a message is ready, and a consumer has capacity"
+            )
+            assert model.client.channel.unsettled == tuple(model.tags)
 
     @invariant()
-    def the_next_event_is_the_heads(self) -> None:
-        heads = [self.expiries[body] for body in self.line[:1] if body in self.expiries]
+    def the_next_event_is_the_expiry_of_the_first_message(self) -> None:
+        heads = [self.expiries[body] for body in self.ready[:1] if body in self.expiries]
         assert self.broker.next_event == min(heads, default=None)
 
 
-def test_the_broker_keeps_its_books():
-    """In stories of any length, on every version and kind of queue."""
+def test_every_message_is_in_exactly_one_place():
+    """After any sequence of operations, on every version and type of queue."""
     run_state_machine_as_test(BrokerMachine)
