@@ -262,6 +262,13 @@ CORE = (
         "return cls(interval, patience)",
         (f"{_CORE}/test_pace.py",),
     ),
+    Mutant(
+        "A missing queue that is called 'rate-limit' is waited for, as if a limit would be raised.",
+        "core/refusals.py",
+        '    words = _QUOTED.sub("", text)\n',
+        "    words = text\n",
+        (f"{_CORE}/test_refusals.py",),
+    ),
 )
 
 SHELL = (
@@ -473,7 +480,7 @@ MEMORY = (
         "adapters/memory/queue.py",
         "            entry.delivery_count += 1\n",
         "            pass\n",
-        (f"{_MEMORY}/test_queue.py", f"{_MEMORY}/test_broker_model.py"),
+        (f"{_MEMORY}/test_versions.py", f"{_MEMORY}/test_broker_model.py"),
     ),
     Mutant(
         "Dead letters that nobody takes are gone, at-least-once or not.",
