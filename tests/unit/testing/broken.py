@@ -1,5 +1,5 @@
 # ruff: noqa: D101  -- what is wrong with each is its name
-"""Transports that are wrong in one thing each, around one that is right."""
+"""Transports that each break one clause of the contract, around a correct one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from aio_pika_batch.transport import Native, Subscription
 
 
 class HonestSession:
-    """Hands everything on as it is."""
+    """Passes everything on unchanged."""
 
     def __init__(self, inner: MemorySession) -> None:
         self.inner = inner
@@ -45,11 +45,11 @@ class HonestSession:
         return await self.inner.native()
 
     async def leave(self) -> None:
-        """Before the session is left."""
+        """Called before the session closes."""
 
 
 class HonestPublisher:
-    """Hands everything on as it is."""
+    """Passes everything on unchanged."""
 
     def __init__(self, inner: MemoryPublisher) -> None:
         self.inner = inner
@@ -63,7 +63,7 @@ class HonestPublisher:
 
 
 class Honest:
-    """A transport that hands everything on as it is."""
+    """A transport that passes everything on unchanged."""
 
     session_class: ClassVar[type[HonestSession]] = HonestSession
     publisher_class: ClassVar[type[HonestPublisher]] = HonestPublisher
@@ -144,7 +144,7 @@ class LosesWhatIsReadWhenCancelled(HonestSession):
 
 
 class IsAGenerator(HonestSession):
-    """Which ends when it is cancelled."""
+    """A generator ends when it is cancelled."""
 
     async def __aiter__(self):
         async for chunk in self.inner:
@@ -236,7 +236,7 @@ class StopsReadingAtCancel(HonestSession):
 
 
 class LosesTheRestAtCancel(HonestSession):
-    """What it has taken off the wire and not handed out goes down with the consumer."""
+    """Messages that it has read and not yielded are lost with the consumer."""
 
     def __aiter__(self):
         return self
@@ -377,7 +377,7 @@ class AcksAllBefore(HonestSession):
 
 
 class Confuses(HonestSession):
-    """One disposition for another."""
+    """Settles with another disposition."""
 
     what: Disposition
     with_what: Disposition
@@ -424,7 +424,7 @@ class SettlesAllAsTheFirst(HonestSession):
 
 
 class GivesBackAtTheEnd(HonestSession):
-    """By publishing anew, as a broker without redelivery would have to."""
+    """Publishes messages again, as a broker without redelivery would have to."""
 
     async def __aiter__(self):
         self.bodies: dict[int, bytes] = {}
@@ -446,7 +446,7 @@ class GivesBackAtTheEnd(HonestSession):
 
 
 class TakesTagZero(HonestSession):
-    """As the wire does, where it means all there are."""
+    """As on the wire, where tag 0 means all messages."""
 
     async def settle(self, settlements: Sequence[Settlement]) -> None:
         tags = tuple(
@@ -458,7 +458,7 @@ class TakesTagZero(HonestSession):
 
 
 class AsksNobodyWhoseTagItIs(HonestSession):
-    """One book for all sessions."""
+    """Has one ledger for all sessions."""
 
     books: ClassVar[list[MemorySession]] = []
 
@@ -549,7 +549,7 @@ class PublishesBackwards(HonestPublisher):
 
 
 class MixesCalls(HonestPublisher):
-    """Answers a call with what another one has asked for."""
+    """Answers a call with the outcomes of another one."""
 
     def __init__(self, inner: MemoryPublisher) -> None:
         super().__init__(inner)
@@ -619,7 +619,7 @@ class PublishesAfterItsEnd(HonestPublisher):
 
 
 class Changes(HonestPublisher):
-    """Something in each copy, or in each publication."""
+    """Changes each copy, or each publication."""
 
     copy: ClassVar[dict[str, Any]] = {}
     publication: ClassVar[dict[str, Any]] = {}
@@ -780,7 +780,7 @@ class OpensPublishersAnyway(Honest):
 
 
 class Bare:
-    """No more than a transport must have."""
+    """A transport with required methods only."""
 
     def __init__(self, inner: MemoryTransport) -> None:
         self.declare, self.publisher = inner.declare, inner.publisher
@@ -810,7 +810,7 @@ class SwallowsExceptions(Honest):
 
 
 def as_transport(wrong: type) -> type[Honest]:
-    """A transport that is wrong in this: in its sessions, in its publishers, or itself."""
+    """Return a transport whose sessions or publishers are of this class, or the class itself."""
     if issubclass(wrong, HonestSession):
         return type(wrong.__name__, (Honest,), {"session_class": wrong})
     if issubclass(wrong, HonestPublisher):

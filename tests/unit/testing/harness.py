@@ -1,4 +1,4 @@
-"""The broker in memory behind its transport's back."""
+"""A contract harness for the in-memory broker."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ALL = Features(
 
 
 class MemoryHarness(Harness):
-    """One broker, and whatever speaks to it."""
+    """Uses the broker itself, not the transport under test."""
 
     queue = "q"
     dead_letters = "dead"
@@ -85,7 +85,7 @@ async def opened(
     *,
     around: Callable[[MemoryTransport], Transport] = lambda transport: transport,
 ) -> AsyncIterator[MemoryHarness]:
-    """A broker of its own, with a transport to it, or with something around that."""
+    """Open a harness with a new broker; `around` wraps its transport."""
     broker = Broker(version)
     transport = MemoryTransport(broker)
     dead = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "dead"}

@@ -1,4 +1,4 @@
-"""Does the broker of a test do what its few calls say, and wait for what there is to wait for?"""
+"""`BatchBroker`: its methods, and what `settled` waits for."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from tests.unit.shell.helpers import (
 
 @pytest.fixture
 def broker():
-    """With the queue that consumers of this file consume from."""
+    """A broker with the queue of this file's consumers."""
     made = BatchBroker()
     made.declare("jobs")
     return made
 
 
 def clock():
-    """What time it is."""
+    """The current time."""
     return asyncio.get_running_loop().time()
 
 
 # -- publishing and draining ----------------------------------------------------------------------
 
 
-async def test_what_is_published_can_be_drained(broker):
-    """In order, with all its properties; and then it is gone."""
+async def test_published_messages_can_be_drained(broker):
+    """In order, with all properties; then they are gone."""
     broker.publish(b"1", b"2", routing_key="jobs", headers={"a": 1}, message_id="m")
     first, second = broker.drain("jobs")
     assert [b"1", b"2"] == [first.body, second.body]
@@ -53,8 +53,8 @@ async def test_what_is_published_can_be_drained(broker):
     assert [] == broker.drain("jobs")
 
 
-async def test_exchanges_route(broker):
-    """By key; what no queue is bound for is an error that says what to do."""
+async def test_an_exchange_routes_by_key(broker):
+    """If no queue is bound for a key, the error says what to do."""
     broker.bind("jobs", "events", "created", kind="topic")
     broker.publish(b"1", exchange="events", routing_key="created")
     with pytest.raises(PublishError, match="start its consumer first, or `declare`"):
@@ -62,22 +62,22 @@ async def test_exchanges_route(broker):
     assert [b"1"] == bodies(broker.drain("jobs"))
 
 
-async def test_an_exchange_that_is_not_there_is_an_error(broker):
-    """In the words of the broker."""
+async def test_a_missing_exchange_is_an_error(broker):
+    """With the broker's text."""
     with pytest.raises(PublishError, match="no exchange 'events'"):
         broker.publish(b"1", exchange="events")
 
 
 async def test_a_full_queue_is_an_error(broker):
-    """Where it refuses."""
+    """If it refuses publications."""
     broker.declare("small", x_max_length=1, x_overflow="reject-publish")
     with pytest.raises(PublishError, match="full"):
         broker.publish(b"1", b"2", routing_key="small")
     assert [b"1"] == bodies(broker.drain("small"))
 
 
-def test_no_event_loop_is_needed_to_set_the_scene(broker):
-    """It is there before the loop, and after it."""
+def test_queues_can_be_filled_without_an_event_loop(broker):
+    """Before the loop starts, and after it has ended."""
     broker.publish(b"1", routing_key="jobs")
 
     async def scenario():
@@ -91,8 +91,8 @@ def test_no_event_loop_is_needed_to_set_the_scene(broker):
 
 
 @pytest.mark.parametrize("version", ["3.8", "3.10", "4.0", "4.3"])
-def test_it_imitates_the_version_that_is_asked_for(version):
-    """All that the broker in memory knows."""
+def test_it_imitates_the_given_version(version):
+    """Any that the in-memory broker knows."""
     assert version == BatchBroker(version).broker.version
 
 
@@ -111,7 +111,7 @@ async def test_connections_can_be_cut(broker):
 
 
 async def test_it_can_be_down(broker):
-    """Consumers come back when it is up again, even if the test fails meanwhile."""
+    """Consumers reconnect when it is up again, even if the test fails meanwhile."""
 
     async def fail():
         with broker.down():
@@ -127,8 +127,8 @@ async def test_it_can_be_down(broker):
         assert consumer.is_healthy
 
 
-async def test_it_can_refuse(broker):
-    """What consumers publish, not what the test does; a refused dead letter is tried again."""
+async def test_it_can_refuse_publications(broker):
+    """Of consumers, not of the test; a refused dead letter is published again."""
     broker.refuse(2)
     broker.publish(b"1", routing_key="jobs")
     async with RecordingConsumer(
@@ -139,8 +139,8 @@ async def test_it_can_refuse(broker):
     assert 2 == len(broker.broker.journal.of(EventKind.REFUSED))
 
 
-async def test_it_accepts_again(broker):
-    """A requeue that was refused is held until then."""
+async def test_it_can_accept_publications_again(broker):
+    """The original of a refused requeue is held until then."""
     broker.refuse()
     broker.publish(b"1", routing_key="jobs")
     consumer = RecordingConsumer(first_then(answering(REQUEUE), ack), transport=broker.transport)
@@ -156,26 +156,26 @@ async def test_it_accepts_again(broker):
 
 
 async def test_time_can_be_advanced(broker):
-    """It takes none."""
+    """It takes no real time."""
     await broker.advance(3600)
     assert 3600 == clock()
 
 
-def test_real_time_is_not_advanced(broker):
-    """The test would take as long; it is told so instead."""
+def test_real_time_cannot_be_advanced(broker):
+    """The test would wait as long, so an error says what to do."""
     with asyncio.Runner() as runner, pytest.raises(RuntimeError, match="needs virtual time"):
         runner.run(broker.advance(3600))
 
 
-async def test_where_nothing_is_to_be_done_all_is_settled(broker):
-    """At once; what waits in a queue that nobody consumes from waits for nobody."""
+async def test_settled_returns_at_once_if_nothing_is_left_to_do(broker):
+    """Messages in a queue without consumers are not waited for."""
     broker.publish(b"1", routing_key="jobs")
     await broker.settled()
     assert 0 == clock()
 
 
-async def test_batches_are_waited_for(broker):
-    """Till the batch is cut, its handler is done, and the broker knows."""
+async def test_settled_waits_for_batches(broker):
+    """Until the batch is cut, handled and settled."""
     broker.publish(b"1", routing_key="jobs")
     async with RecordingConsumer(
         taking(7), transport=broker.transport, batch_timeout=5
@@ -186,8 +186,8 @@ async def test_batches_are_waited_for(broker):
     assert [b"1"] == consumer.handled
 
 
-async def test_retries_are_waited_for(broker):
-    """Also while they wait in queues that nobody consumes from."""
+async def test_settled_waits_for_retries(broker):
+    """Also while they wait in queues without consumers."""
     broker.publish(b"1", routing_key="jobs")
     answer = first_then(answering(REQUEUE), answering(Requeue(delay=60)), ack)
     async with RecordingConsumer(answer, transport=broker.transport, requeue_delay=30) as consumer:
@@ -205,8 +205,8 @@ async def test_retries_are_waited_for(broker):
     ],
     ids=["goes back to nobody", "goes elsewhere", "stays"],
 )
-async def test_dead_letters_are_not(broker, arguments):
-    """They stay where they are, be it for a week; nobody who is known of waits for them."""
+async def test_settled_does_not_wait_for_dead_letters(broker, arguments):
+    """They stay in their queue, which has no consumer."""
     broker.declare("dead", **arguments)
     broker.bind("dead", "dlx", kind="fanout")
     broker.publish(b"1", routing_key="jobs")
@@ -219,8 +219,8 @@ async def test_dead_letters_are_not(broker, arguments):
         assert [b"1"] == bodies(broker.drain("dead"))
 
 
-async def test_what_is_settled_has_been_told(broker):
-    """To observers, and in the status."""
+async def test_after_settled_observers_have_all_events(broker):
+    """And the status is up to date."""
     recorder = EventRecorder()
     broker.publish(b"1", b"2", routing_key="jobs")
     answer = first_then(answering(ACK, REQUEUE), answering(NACK))
@@ -244,8 +244,8 @@ async def test_its_time_is_that_of_the_loop(broker):
         assert [b"1"] == consumer.handled
 
 
-async def test_a_consumer_that_was_cut_off_is_waited_for(broker):
-    """It comes back for what is in its queue, however long that takes."""
+async def test_settled_waits_for_a_disconnected_consumer(broker):
+    """It reconnects and handles what is in its queue, however long that takes."""
     async with RecordingConsumer(transport=broker.transport, reconnect_delay=30) as consumer:
         broker.cut()
         broker.publish(b"1", routing_key="jobs")
@@ -253,8 +253,8 @@ async def test_a_consumer_that_was_cut_off_is_waited_for(broker):
         assert [b"1"] == consumer.handled
 
 
-async def test_a_consumer_that_has_stopped_is_not(broker):
-    """What it has left is nobody's."""
+async def test_settled_does_not_wait_for_a_stopped_consumer(broker):
+    """Messages in its queue stay."""
     async with RecordingConsumer(transport=broker.transport):
         pass
     broker.publish(b"1", routing_key="jobs")
@@ -262,8 +262,8 @@ async def test_a_consumer_that_has_stopped_is_not(broker):
     assert [b"1"] == bodies(broker.drain("jobs"))
 
 
-async def test_what_one_consumer_sends_another_one_handles(broker):
-    """All of a chain are waited for."""
+async def test_settled_waits_for_a_chain_of_consumers(broker):
+    """One publishes what another handles."""
     broker.declare("next")
 
     class First(RecordingConsumer):
@@ -279,7 +279,7 @@ async def test_what_one_consumer_sends_another_one_handles(broker):
         assert [b"1", b"2"] == second.handled
 
 
-async def test_what_is_not_settled_in_time_is_told(broker):
+async def test_the_timeout_of_settled_says_what_is_left(broker):
     """By queue and number."""
     broker.publish(b"1", b"2", b"3", routing_key="jobs")
     consumer = RecordingConsumer(
@@ -294,8 +294,8 @@ async def test_what_is_not_settled_in_time_is_told(broker):
     )
 
 
-async def test_a_retry_that_is_not_due_in_time_is_told(broker):
-    """With the queue that it waits in."""
+async def test_the_timeout_of_settled_names_the_wait_queue_of_a_retry(broker):
+    """A retry that is not due in time is waiting there."""
     broker.publish(b"1", routing_key="jobs")
     async with RecordingConsumer(answering(REQUEUE), transport=broker.transport, requeue_delay=300):
         with pytest.raises(TimeoutError, match=r"1 waiting in 'jobs.retry.300000' for a retry"):

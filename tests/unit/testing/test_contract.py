@@ -1,4 +1,4 @@
-"""The broker in memory keeps the contract, and whoever breaks it is found out."""
+"""The in-memory broker keeps the contract, and every transport that breaks a clause is detected."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ EVERY_CLAUSE = [
 
 
 @pytest.mark.parametrize(("version", "kind", "clause"), EVERY_CLAUSE)
-async def test_the_broker_in_memory_keeps(version: str, kind: str, clause: Clause):
-    """Each clause, as each release that it imitates, with each kind of queue."""
+async def test_the_in_memory_broker_keeps_the_clause(version: str, kind: str, clause: Clause):
+    """Each clause, for each version that it imitates and each type of queue."""
     features = KINDS[version, kind]
     await TransportContract(partial(opened, version, kind), features).check(clause)
 
@@ -176,7 +176,7 @@ WRONG = {
 
 
 def contract_of(around: type, **claims: bool) -> TransportContract:
-    """The contract for a transport around the one in memory, with everything that can be had."""
+    """Return the contract for a transport around the in-memory one, with all features claimed."""
     return TransportContract(
         partial(opened, "4.3", "quorum", around=around),
         replace(KINDS["4.3", "quorum"], **claims),
@@ -187,8 +187,8 @@ def contract_of(around: type, **claims: bool) -> TransportContract:
 @pytest.mark.parametrize(
     ("wrong", "sentence"), WRONG.items(), ids=[wrong.__name__ for wrong in WRONG]
 )
-async def test_who_breaks_a_clause_is_found_out(wrong: type, sentence: str):
-    """By that clause, and it says what it has found."""
+async def test_a_transport_that_breaks_a_clause_is_detected(wrong: type, sentence: str):
+    """By that clause, which says what it has found."""
     claims = {
         "exclusive_consumers": True,
         "pumps": wrong is not broken.Pumps and issubclass(wrong, broken.Pumps),
@@ -200,28 +200,28 @@ async def test_who_breaks_a_clause_is_found_out(wrong: type, sentence: str):
 
 
 def test_every_clause_can_be_broken():
-    """One that nobody can break says nothing."""
+    """A clause that no transport can break would prove nothing."""
     assert {str(clause) for clause in CLAUSES} == set(WRONG.values())
     assert len(CLAUSES) == len({str(clause) for clause in CLAUSES})
 
 
 def test_every_need_is_a_feature():
-    """Else a clause would never apply, or fail for want of a field."""
+    """Otherwise a clause would never apply, or fail because of a missing field."""
     fields = set(Features.__dataclass_fields__)
     assert fields >= {need for clause in CLAUSES for need in clause.needs}
     assert Features().__dataclass_fields__.keys() >= set(Features.__slots__)
 
 
-async def test_who_hands_everything_on_keeps_it():
-    """The wrong ones are wrong in one thing: what they are made of is right."""
+async def test_a_transport_that_passes_everything_on_keeps_the_contract():
+    """So each broken transport is wrong in one thing only."""
     report = await contract_of(broken.Honest).run(at_once=100)
     report.raise_if_broken()
     pumping = contract_of(broken.as_transport(broken.Pumps), pumps=True)
     (await pumping.run(at_once=100)).raise_if_broken()
 
 
-async def test_what_is_claimed_must_be_there():
-    """And what is not claimed must not, where a consumer would use it unasked."""
+async def test_a_claimed_feature_must_exist():
+    """And one that is not claimed must not exist if a consumer would use it."""
     offers = ("pumps", "has_native", "tells_version", "counts_ready")
     nothing = dict.fromkeys((*offers, "dead_letters"), False)
     (await contract_of(broken.Bare, **nothing).run(at_once=100)).raise_if_broken()
@@ -246,8 +246,8 @@ async def test_what_is_claimed_must_be_there():
     }
 
 
-async def test_a_report_tells_what_was_found():
-    """Every clause, with the reason where there is one."""
+async def test_a_report_lists_every_clause():
+    """With a reason if there is one."""
     report = await contract_of(broken.as_transport(broken.PublishesTwice)).run(at_once=100)
     assert tuple(finding.clause for finding in report.findings) == CLAUSES
     assert len(CLAUSES) == sum(map(len, (report.kept, report.broken, report.not_applicable)))
@@ -265,8 +265,8 @@ async def test_a_report_tells_what_was_found():
         report.raise_if_broken()
 
 
-async def test_what_hangs_is_broken(virtual_loop):
-    """After ten times the patience; and nothing hangs for ever."""
+async def test_a_check_that_hangs_breaks_its_clause(virtual_loop):
+    """After ten times the patience."""
     contract = contract_of(broken.as_transport(broken.NeverConfirms))
     clause = next(each for each in CLAUSES if str(each) == "publishing nothing is allowed")
     with pytest.raises(ClauseBroken, match="did not finish within 10 s"):
@@ -274,16 +274,16 @@ async def test_what_hangs_is_broken(virtual_loop):
     assert 10 == virtual_loop.time()
 
 
-async def test_nothing_is_claimed_unless_it_is_said():
-    """What is left is what every transport owes."""
+async def test_no_feature_is_claimed_by_default():
+    """Only the clauses that every transport must keep apply."""
     contract = TransportContract(opened)
     assert contract.applicable == [clause for clause in CLAUSES if not clause.needs]
     assert 20 < len(contract.applicable) < len(CLAUSES)
 
 
 @pytest.mark.parametrize("ability", ["cut", "hush", "end_subscriptions", "lock_out"])
-async def test_a_harness_says_what_it_was_to_do(ability: str):
-    """If it is claimed, and not there."""
+async def test_a_harness_without_a_claimed_ability_raises(ability: str):
+    """The error names the method."""
 
     class Bare(MemoryHarness):
         pass

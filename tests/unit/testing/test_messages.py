@@ -1,4 +1,4 @@
-"""Is a message that a test has made like one that a session delivers?"""
+"""`make_message`: a message that a test has made is like one that a session delivers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from aio_pika_batch.testing import make_message
 
 
-def test_what_is_given_can_be_read():
-    """As a handler reads it: decoded, in the types that it knows."""
+def test_given_values_can_be_read():
+    """As a handler reads them, decoded and with their types."""
     published = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=1)
     message = make_message(
         b'{"id": 1}',
@@ -33,8 +33,8 @@ def test_what_is_given_can_be_read():
     assert 60 <= message.age <= 60 + time.time() - published.timestamp()
 
 
-def test_what_is_not_given_is_as_in_a_plain_delivery():
-    """Published straight to its queue, for the first time."""
+def test_default_values_are_those_of_a_first_delivery():
+    """Published directly to its queue."""
     message = make_message(b"x")
     assert ("", "test", "test") == (message.exchange, message.routing_key, message.queue)
     assert ({}, 0, False) == (message.headers, message.retry_count, message.redelivered)
@@ -44,7 +44,7 @@ def test_what_is_not_given_is_as_in_a_plain_delivery():
 
 
 def jobs():
-    """A message of a queue that is named."""
+    """Return a message of a named queue."""
     return make_message(b"", queue="jobs")
 
 
@@ -53,14 +53,14 @@ def jobs():
     [({"body": "text"}, TypeError), ({"body": b"", "massage_id": "1"}, TypeError)],
     ids=["text", "unknown property"],
 )
-def test_what_no_broker_would_deliver_is_refused(given, error):
-    """Where it is made."""
+def test_impossible_messages_are_refused(given, error):
+    """When they are made."""
     with pytest.raises(error):
         make_message(**given)
 
 
-def test_nothing_is_raw():
-    """So nobody asks its source to decode anything."""
+def test_nothing_needs_decoding():
+    """So the source never has to decode anything."""
     source = make_message(b"x")._source
     for decode in (source.decode_properties, source.decode_headers):
         with pytest.raises(NotImplementedError):

@@ -1,4 +1,4 @@
-"""What does pytest get from this library, and what does it cost whoever does not want it?"""
+"""The pytest plugin: its fixtures, and what it costs when they are not used."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_older(batch_broker):
 """
 
 
-def test_a_test_gets_a_broker_without_any_other_plugin(tmp_path):
+def test_batch_broker_needs_no_other_plugin(tmp_path):
     """Not even one for asyncio."""
     (tmp_path / "test_story.py").write_text(STORY)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", MODULE]
@@ -64,8 +64,8 @@ def test_a_test_gets_a_broker_without_any_other_plugin(tmp_path):
     assert "2 passed" in ran.stdout, ran.stdout + ran.stderr
 
 
-async def test_each_test_has_a_broker_of_its_own(batch_broker):
-    """The newest that is imitated."""
+async def test_each_test_has_its_own_broker(batch_broker):
+    """With the newest version that it can imitate."""
     assert ("4.3", []) == (batch_broker.broker.version, batch_broker.broker.queues)
 
 
@@ -78,10 +78,10 @@ def test_needs_a_broker(batch_rabbitmq):
 @pytest.mark.parametrize(
     ("optional", "outcome"), [("", {"errors": 1}), ("1", {"skipped": 1})], ids=["fails", "skipped"]
 )
-def test_where_there_is_no_rabbitmq_a_test_fails_unless_it_is_optional(
+def test_without_rabbitmq_a_test_fails_unless_it_is_optional(
     pytester, monkeypatch, optional, outcome
 ):
-    """Skipped or failed, it says what there is not, and what helps."""
+    """Skipped or failed, it says what is missing and what to do."""
     monkeypatch.setenv("AIO_PIKA_BATCH_TEST_URL", "amqp://localhost:1/")
     monkeypatch.setenv("AIO_PIKA_BATCH_TEST_OPTIONAL", optional)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
@@ -94,13 +94,13 @@ def test_where_there_is_no_rabbitmq_a_test_fails_unless_it_is_optional(
 
 
 def test_it_is_found_by_its_entry_point():
-    """Under the name by which it can be switched off: `-p no:aio_pika_batch`."""
+    """With the name that disables it: `-p no:aio_pika_batch`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {"aio_pika_batch": MODULE} == project["entry-points"]["pytest11"]
 
 
-def test_it_costs_next_to_nothing_until_a_fixture_is_wanted():
-    """Pytest loads it in every run of every project, before coverage may have begun to look."""
+def test_it_imports_almost_nothing_before_a_fixture_is_used():
+    """Every run of every project loads it, perhaps before coverage starts."""
     story = (
         "import sys, pytest\n"
         "before = set(sys.modules)\n"
@@ -113,8 +113,8 @@ def test_it_costs_next_to_nothing_until_a_fixture_is_wanted():
 
 
 @pytest.mark.parametrize("package", ["aio_pika_batch", "aio_pika_batch.testing"])
-def test_front_doors_have_what_they_list_and_nothing_else(package):
-    """A name that is not there is told as ever."""
+def test_lazy_packages_have_exactly_what_they_list(package):
+    """Another name raises AttributeError, as usual."""
     story = (
         f"import {package} as door\n"
         f"from {package} import *\n"
@@ -129,8 +129,8 @@ def test_front_doors_have_what_they_list_and_nothing_else(package):
     assert f"module {package!r} has no attribute 'Nothing'\n" == done.stdout
 
 
-def test_a_name_that_is_in_no_room_is_told_as_ever():
-    """Listed or not."""
+def test_a_name_that_no_module_has_raises_attribute_error():
+    """Whether it is listed or not."""
     find, _ = lazy_exports("aio_pika_batch", {"Something": "errors"})
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         find("Nothing")

@@ -1,4 +1,4 @@
-"""What does `process` tell about a handler? What a worker would tell the broker."""
+"""`process` returns what a worker would do with the messages."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ from tests.unit.shell.helpers import (
 def recording_consumer(
     answer: Any = ack, cls: type[RecordingConsumer] = RecordingConsumer, **given: Any
 ) -> RecordingConsumer:
-    """A consumer that no broker has ever heard of."""
+    """Return a consumer without a broker."""
     return cls(answer, transport=None, **given)
 
 
 async def test_each_result_has_its_list():
-    """Every message is in exactly one of four lists; `results` has them all, in order."""
+    """Each message is in exactly one of four lists; `results` has all of them, in order."""
     answer = answering(ACK, Nack("no good"), REQUEUE, REQUEUE_IMMEDIATE)
     outcome = await process(recording_consumer(answer, dead_letter_queue="dead"), numbered(4))
 
@@ -68,8 +68,8 @@ async def test_each_result_has_its_list():
     assert [] == outcome.errors
 
 
-async def test_a_requeue_says_when_and_how_often():
-    """What the copy's header and wait queue would say; at the front of the queue nobody counts."""
+async def test_a_requeued_message_has_its_delay_and_retry_count():
+    """As its copy's header and wait queue would have; REQUEUE_IMMEDIATE counts nothing."""
     given = [
         make_message(b"0"),
         make_message(b"1", headers={"x-retry-count": 1}),
@@ -85,13 +85,13 @@ async def test_a_requeue_says_when_and_how_often():
 
 
 async def test_without_a_delay_retries_do_not_wait():
-    """As the settings have it by default."""
+    """The default."""
     outcome = await process(recording_consumer(answering(REQUEUE)), [b"0"])
     assert [0.0] == [each.delay for each in outcome.requeued]
 
 
-async def test_a_retry_that_was_the_last_is_a_dead_letter():
-    """It is not NACKed: the handler wanted another attempt."""
+async def test_a_requeue_without_attempts_left_is_a_dead_letter():
+    """It is not in `nacked`, since the handler wanted a retry."""
     spent = make_message(b"0", headers={"x-retry-count": 3})
     outcome = await process(
         recording_consumer(answering(REQUEUE), dead_letter_queue="dead"), [spent]
@@ -104,8 +104,8 @@ async def test_a_retry_that_was_the_last_is_a_dead_letter():
     assert [] == outcome.requeued
 
 
-async def test_a_dead_letter_tells_where_it_goes_and_why():
-    """Exchange, original routing key, and headers, as they would be published."""
+async def test_a_dead_letter_has_its_destination_and_reason():
+    """Exchange, original routing key and headers, as they would be published."""
     given = make_message(b"0", exchange="events", routing_key="order.created")
     handler = answering(error=ValueError("no stock"))
     consumer = recording_consumer(
@@ -122,7 +122,7 @@ async def test_a_dead_letter_tells_where_it_goes_and_why():
 
 
 async def test_without_a_dead_letter_exchange_a_nack_discards():
-    """It is no dead letter, since nothing would keep it."""
+    """It is not a dead letter, since nothing would keep it."""
     spent = make_message(b"1", headers={"x-retry-count": 3})
     outcome = await process(recording_consumer(answering(NACK, REQUEUE)), [b"0", spent])
 
@@ -131,8 +131,8 @@ async def test_without_a_dead_letter_exchange_a_nack_discards():
     assert [] == outcome.dead_lettered
 
 
-async def test_errors_are_told_not_raised():
-    """What was yielded before counts, the rest gets what the settings say."""
+async def test_errors_are_returned_not_raised():
+    """Results yielded before count; the rest gets the configured action."""
     error = ValueError("no")
     outcome = await process(recording_consumer(answering(ACK, error=error)), numbered(3))
 
@@ -151,14 +151,14 @@ async def test_errors_are_told_not_raised():
     ],
     ids=["too few", "no result", "too many", "too slow"],
 )
-async def test_every_way_to_fail_is_an_error(handler, kind):
+async def test_every_kind_of_failure_is_an_error(handler, kind):
     """A missing result is never an ACK."""
     outcome = await process(recording_consumer(handler, process_timeout=5), numbered(2))
     assert [kind] == [kind if isinstance(each, kind) else each for each in outcome.errors]
 
 
-async def test_an_exception_means_what_the_class_says():
-    """`exception_results` counts."""
+async def test_exception_results_apply():
+    """By the class of the exception."""
 
     class Choosy(RecordingConsumer):
         exception_results = {LookupError: NACK}  # noqa: RUF012  -- as users write it
@@ -167,8 +167,8 @@ async def test_an_exception_means_what_the_class_says():
     assert [NACK] == outcome.results
 
 
-async def test_what_cannot_be_decoded_fails_alone():
-    """The others are handled once more, without it."""
+async def test_an_undecodable_message_fails_alone():
+    """The others are run again without it."""
 
     class Reader(RecordingConsumer):
         async def process_messages(self, messages):
@@ -188,7 +188,7 @@ async def test_what_cannot_be_decoded_fails_alone():
     assert isinstance(error, MessageDecodeError)
 
 
-async def test_culprits_are_isolated_where_that_is_wanted():
+async def test_isolate_failures_finds_culprits():
     """In halves, as a worker does it."""
 
     async def bulk(messages):
@@ -204,7 +204,7 @@ async def test_culprits_are_isolated_where_that_is_wanted():
 
 
 async def test_an_atomic_batch_is_all_or_nothing():
-    """Its ACKs are void."""
+    """If it fails, its ACKs are void."""
     consumer = recording_consumer(answering(ACK, error=ValueError()), settle="atomic")
     outcome = await process(consumer, numbered(2))
     assert [] == outcome.acked
@@ -212,7 +212,7 @@ async def test_an_atomic_batch_is_all_or_nothing():
 
 
 async def test_batches_are_cut_as_the_settings_say():
-    """Full ones, and one with the rest, without waiting for it to fill."""
+    """Full ones, and one with the rest, without waiting for its timeout."""
     consumer = RecordingConsumer(transport=None, batch_size=2)
     outcome = await process(consumer, numbered(5))
 
@@ -223,7 +223,7 @@ async def test_batches_are_cut_as_the_settings_say():
 
 
 class ByFirstLetter(RecordingConsumer):
-    """A batch holds one letter; a question mark has none."""
+    """The key of a message is its first letter; `?` has none."""
 
     def batch_key(self, message):
         if message.body == b"?":
@@ -232,15 +232,15 @@ class ByFirstLetter(RecordingConsumer):
 
 
 async def test_batches_hold_one_key():
-    """Lists are in the order in which messages were given, all the same."""
+    """The lists of the outcome are in the order of the given messages nevertheless."""
     consumer = ByFirstLetter(transport=None)
     outcome = await process(consumer, [b"a1", b"b1", b"a2"])
     assert [[b"a1", b"a2"], [b"b1"]] == consumer.batches
     assert [b"a1", b"b1", b"a2"] == bodies(outcome.acked)
 
 
-async def test_a_message_without_a_place_fails_alone():
-    """Its `batch_key` has raised; no handler sees it."""
+async def test_a_message_whose_batch_key_raises_fails_alone():
+    """No handler gets it."""
     outcome = await process(ByFirstLetter(transport=None), [b"a", b"?"])
     assert [b"a"] == bodies(outcome.acked)
     assert [b"?"] == bodies(outcome.requeued)
@@ -248,8 +248,8 @@ async def test_a_message_without_a_place_fails_alone():
     assert [[b"a"]] == list(map(bodies, outcome.batches))
 
 
-async def test_in_order_messages_are_tried_again_in_place():
-    """Without the waits in between; what comes after waits for its turn."""
+async def test_ordered_messages_are_retried_in_place():
+    """Without the pauses; later messages of the key wait."""
     answer = first_then(answering(error=ValueError()), answering(REQUEUE), answering(ACK))
     consumer = recording_consumer(answer, ByFirstLetter, ordered_by_key=True, batch_size=1)
     outcome = await process(consumer, [b"a1", b"a2"])
@@ -260,8 +260,8 @@ async def test_in_order_messages_are_tried_again_in_place():
     assert 0 == asyncio.get_running_loop().time()
 
 
-async def test_in_order_messages_are_dead_lettered_in_the_end():
-    """With all their attempts counted."""
+async def test_ordered_messages_are_dead_lettered_when_exhausted():
+    """With all attempts counted."""
     given = make_message(b"a1")
     consumer = recording_consumer(
         answering(REQUEUE), ByFirstLetter, ordered_by_key=True, dead_letter_queue="dead"
@@ -272,8 +272,8 @@ async def test_in_order_messages_are_dead_lettered_in_the_end():
     assert (DeadLetterReason.EXHAUSTED, 3) == (letter.reason, letter.headers["x-retry-count"])
 
 
-async def test_a_consumer_gets_them_one_by_one():
-    """Errors of one are nothing to the others."""
+async def test_a_single_message_consumer_gets_messages_one_by_one():
+    """Errors of one message do not affect the others."""
 
     async def answer(message):
         if message.body == b"1":
@@ -286,8 +286,8 @@ async def test_a_consumer_gets_them_one_by_one():
     assert [b"1"] == bodies(outcome.requeued)
 
 
-async def test_messages_are_told_apart_by_identity():
-    """Lists hold what was given, numbered as a session would."""
+async def test_the_lists_hold_the_given_message_objects():
+    """With delivery tags as in a session."""
     given = [make_message(b"same"), make_message(b"same")]
     outcome = await process(recording_consumer(answering(ACK, NACK)), given)
     assert [given[0]] == outcome.acked
@@ -295,21 +295,21 @@ async def test_messages_are_told_apart_by_identity():
     assert [1, 2] == [each.delivery_tag for each in given]
 
 
-async def test_one_message_twice_is_a_mistake():
-    """No broker delivers it so."""
+async def test_passing_a_message_twice_is_an_error():
+    """A broker never delivers the same message object twice."""
     message = make_message(b"x")
     with pytest.raises(ValueError, match="occurs twice"):
         await process(recording_consumer(), [message, message])
 
 
-async def test_no_messages_are_no_batch():
-    """The hooks run all the same."""
+async def test_without_messages_there_is_no_batch():
+    """The hooks run nevertheless."""
     outcome = await process(recording_consumer(), [])
     assert [] == outcome.results == outcome.batches
 
 
 class Hooked(RecordingConsumer):
-    """Notes its hooks."""
+    """Records its hooks."""
 
     def __init__(self, *args: Any, **given: Any) -> None:
         super().__init__(*args, **given)
@@ -330,7 +330,7 @@ class Hooked(RecordingConsumer):
 
 
 async def test_hooks_run_around_it():
-    """Once, as in a consumer's life, and again the next time."""
+    """Once in each call."""
     consumer = Hooked(transport=None)
     for _ in range(2):
         await process(consumer, [b"0"])
@@ -339,22 +339,22 @@ async def test_hooks_run_around_it():
 
 
 async def test_hooks_can_be_left_out():
-    """A test may have put something in place of what they would open."""
+    """A test may have replaced what they open."""
     consumer = Hooked(transport=None)
     await process(consumer, [b"0"], hooks=False)
     assert ["handle"] == consumer.steps
 
 
-async def test_what_is_published_is_noted():
-    """It goes nowhere, and counts as confirmed."""
+async def test_publications_are_recorded():
+    """They go nowhere, and count as confirmed."""
     outcome = await process(Hooked(transport=None), [b"0"])
     assert [("", "log", b"here I am"), ("copies", "", b"0")] == [
         (each.exchange, each.routing_key, each.body) for each in outcome.published
     ]
 
 
-async def test_a_hook_that_fails_is_no_handler():
-    """Its error is raised; where `on_start` has failed, nothing else runs."""
+async def test_an_error_of_a_hook_is_raised():
+    """If `on_start` fails, nothing else runs."""
 
     class Broken(Hooked):
         async def on_start(self):
@@ -368,7 +368,7 @@ async def test_a_hook_that_fails_is_no_handler():
 
 
 async def test_an_on_stop_that_takes_too_long_is_an_error():
-    """As in a consumer's life, it is cut off after `shutdown_timeout`."""
+    """It is cut off after `shutdown_timeout`, as in a running consumer."""
 
     class Lingering(Hooked):
         async def on_stop(self):
@@ -380,7 +380,7 @@ async def test_an_on_stop_that_takes_too_long_is_an_error():
 
 
 async def test_a_handler_may_stop_its_consumer():
-    """`stop` returns at once, as it does in a worker."""
+    """`stop` returns at once, as in a worker."""
 
     class Quitter(Hooked):
         async def process_messages(self, messages):
@@ -394,8 +394,8 @@ async def test_a_handler_may_stop_its_consumer():
     assert ["start", "stopped", "stop"] == consumer.steps
 
 
-async def test_a_running_consumer_is_left_alone():
-    """What it does is seen on its broker."""
+async def test_a_running_consumer_is_refused():
+    """Its broker shows what it does."""
     broker = BatchBroker()
     async with RecordingConsumer(transport=broker.transport) as consumer:
         with pytest.raises(ConfigurationError, match="RecordingConsumer is running"):
@@ -403,8 +403,8 @@ async def test_a_running_consumer_is_left_alone():
         assert consumer.is_running
 
 
-async def test_observers_hear_of_the_handler():
-    """Of its batches, not of a broker that is not there."""
+async def test_observers_get_the_handlers_events():
+    """And none of a session, since there is none."""
     recorder = EventRecorder()
     consumer = RecordingConsumer(
         answering(error=ValueError()), transport=None, observers=[recorder]
@@ -415,8 +415,8 @@ async def test_observers_hear_of_the_handler():
     ]
 
 
-async def test_a_handler_that_ignores_its_cancellation_is_an_error_of_the_test():
-    """A worker would give its session up: there is no outcome."""
+async def test_a_handler_that_ignores_its_cancellation_raises_session_lost():
+    """A worker would give up its session, so there is no outcome."""
     forever = asyncio.Event()
 
     async def stubborn(messages):
@@ -435,8 +435,8 @@ async def test_a_handler_that_ignores_its_cancellation_is_an_error_of_the_test()
     await asyncio.sleep(0)
 
 
-async def test_who_cancels_it_cancels_the_handler():
-    """Its clean-up is done, and so is `on_stop`."""
+async def test_cancelling_process_cancels_the_handler():
+    """The handler cleans up, and `on_stop` runs."""
     seen = []
 
     class Slow(Hooked):
@@ -456,7 +456,7 @@ async def test_who_cancels_it_cancels_the_handler():
 
 
 def test_it_runs_on_any_event_loop():
-    """Nothing in it needs virtual time."""
+    """It needs no virtual time."""
 
     class Plain(BatchConsumer):
         async def process_messages(self, messages):
@@ -469,8 +469,8 @@ def test_it_runs_on_any_event_loop():
     assert numbered(3) == bodies(outcome.acked)
 
 
-async def test_a_header_of_ones_own_counts_retries():
-    """What `make_message` leaves open is the consumer's to say; what it is told stays."""
+async def test_the_consumers_retry_count_header_applies():
+    """To messages that `make_message` made without one; an explicit one stays."""
     given = [
         make_message(b"0", headers={"tries": 2}),
         make_message(
@@ -486,8 +486,8 @@ async def test_a_header_of_ones_own_counts_retries():
 
 
 @given(st.lists(st.tuples(messages(), results), max_size=6), st.booleans())
-def test_every_message_has_one_fate(decided, knows_dead_letters):
-    """Whatever the messages are like, and whatever the handler says."""
+def test_every_message_is_in_one_list(decided, knows_dead_letters):
+    """Whatever the messages and the results are."""
     given_messages = [message for message, _ in decided]
     answers = [result for _, result in decided]
     more = {"dead_letter_exchange": "dlx"} if knows_dead_letters else {}
@@ -510,7 +510,7 @@ def test_every_message_has_one_fate(decided, knows_dead_letters):
 
 @given(st.lists(st.sampled_from([ACK, NACK, REQUEUE]), max_size=12), st.integers(1, 4))
 def test_the_outcome_is_that_of_a_worker(answers, batch_size):
-    """A worker on a broker does to each message what `process` says that it would."""
+    """A worker on a broker does to each message what `process` says."""
     by_body = {b"%d" % at: answer for at, answer in enumerate(answers)}
 
     async def answer(messages):
@@ -543,7 +543,7 @@ def test_the_outcome_is_that_of_a_worker(answers, batch_size):
 
 
 def test_settings_are_those_of_the_consumer():
-    """Also where it takes single messages."""
+    """Also with a consumer of single messages."""
 
     class One(Consumer):
         async def process_message(self, message):

@@ -1,4 +1,4 @@
-"""Would a story notice? Each invariant is broken by something, and only by that."""
+"""The invariants of stories: each can be broken, and something breaks only that one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ HURT = replace(TWO, faults=(Fault(1.0, FaultKind.CUT),))
 
 
 def well() -> Played:
-    """What is seen of two messages, one of which is tried twice."""
+    """Return what happens with two messages, one of which is retried twice."""
     return Played(
         seen=Counter({b"0": 1, b"1": 2}),
         acks=Counter({b"0": 1, b"1": 1}),
@@ -75,7 +75,7 @@ def lost(played):
 
 
 def foreign(played):
-    """A dead letter comes from nowhere."""
+    """A dead letter was never published."""
     played.dead[b"9"] += 1
 
 
@@ -85,37 +85,37 @@ def acked(played):
 
 
 def discarded(played):
-    """A message is rejected for good."""
+    """A message is rejected."""
     played.settled[Disposition.REJECT][b"1"] += 1
 
 
 def tried_again(played):
-    """A fourth retry of three."""
+    """A message is retried four times instead of three."""
     played.retries.append(4)
 
 
 def too_large(played):
-    """Four in a batch of three."""
+    """A batch has four messages instead of three."""
     played.batches.append([b"0", b"1", b"0", b"1"])
 
 
 def empty(played):
-    """A batch of nothing."""
+    """A batch is empty."""
     played.batches.append([])
 
 
 def crowded(played):
-    """Two at work where one may be."""
+    """Two handlers run where one may."""
     played.most = 2
 
 
 def complained(played):
-    """Something else is wrong."""
+    """There is a complaint."""
     played.complaints.append("something")
 
 
 def left(played):
-    """A message is left."""
+    """A message is left in the queue."""
     played.waiting[b"1"] += 1
 
 
@@ -125,7 +125,7 @@ def sick(played):
 
 
 def twice(played):
-    """A message is acked, and dead."""
+    """A message is acked and dead-lettered."""
     played.dead[b"0"] += 1
 
 
@@ -135,7 +135,7 @@ def unsettled(played):
 
 
 def returned(played):
-    """An ACK is not told the broker."""
+    """An ACK is not sent to the broker."""
     played.settled[Disposition.ACK][b"0"] -= 1
 
 
@@ -171,7 +171,7 @@ def overtaken(played):
     ],
 )
 def test_each_invariant_can_be_broken(invariant, breaking, story):
-    """And then it is told, with the story."""
+    """The error contains the story."""
     judge(story, well())
     played = well()
     breaking(played)
@@ -182,8 +182,8 @@ def test_each_invariant_can_be_broken(invariant, breaking, story):
     assert (invariant.__doc__ in str(broken.value), str(story) in str(broken.value)) == (True, True)
 
 
-def test_every_invariant_is_judged():
-    """None is written and forgotten."""
+def test_every_invariant_is_checked():
+    """None is defined and forgotten."""
     written = {
         each for each in globals().values() if getattr(each, "__module__", "") == judge.__module__
     }
@@ -191,16 +191,16 @@ def test_every_invariant_is_judged():
 
 
 @pytest.mark.parametrize("breaking", [twice, unsettled, returned, once_more, overtaken])
-def test_faults_permit_what_at_least_once_permits(breaking):
-    """Duplicates, and another order; nothing that is counted against a clean run."""
+def test_with_faults_duplicates_and_reordering_are_allowed(breaking):
+    """What breaks a story without faults only."""
     played = well()
     breaking(played)
     judge(HURT, played)
 
 
 @pytest.mark.parametrize("how", [{"stop_at": 9.0}, {"breaker": 0.5}])
-def test_what_is_given_back_to_a_quorum_queue_may_be_overtaken(how):
-    """It goes before what is new, and behind what was given back earlier."""
+def test_returned_messages_of_a_quorum_queue_may_be_reordered(how):
+    """They come before new messages, and after those returned earlier."""
     played = well()
     overtaken(played)
     judge(replace(TWO, quorum=True, **how), played)
@@ -208,8 +208,8 @@ def test_what_is_given_back_to_a_quorum_queue_may_be_overtaken(how):
         judge(replace(TWO, **how), played)
 
 
-def test_a_story_that_is_stopped_may_leave_something():
-    """What was not handled yet."""
+def test_a_stopped_story_may_leave_messages():
+    """Those that were not handled yet."""
     played = well()
     played.seen[b"1"] -= 1
     played.acks.pop(b"1")
@@ -222,8 +222,8 @@ def test_a_story_that_is_stopped_may_leave_something():
 # -- playing ----------------------------------------------------------------------
 
 
-def test_what_is_seen_of_a_story():
-    """All of it, from both sides of the port."""
+def test_playing_records_everything():
+    """From both sides of the port."""
     played = play_in_memory(Story(answers=((), (NACK,), (REQUEUE, RAISE), (LATER,)), size=2))
 
     assert {b"0": 1, b"1": 1, b"2": 3, b"3": 2} == played.seen
@@ -237,21 +237,21 @@ def test_what_is_seen_of_a_story():
 
 
 @given(stories())
-def test_a_story_can_be_written_down_and_played_again(story):
-    """As Python, in a report, to be pasted into a test."""
+def test_a_story_can_be_pasted_from_a_report(story):
+    """As Python code, to play it again."""
     names = {**vars(words), "MessageResult": MessageResult}
     assert story == eval(str(story), names)  # noqa: S307  -- our own words
 
 
 @given(stories(faults=(), max_messages=3))
-def test_stories_without_faults(story):
-    """They are drawn as wanted."""
+def test_stories_can_be_drawn_without_faults(story):
+    """Or with fewer messages."""
     assert () == story.faults
     assert len(story.answers) <= 3
 
 
-async def test_a_transport_that_loses_settlements_is_found_out(monkeypatch):
-    """What was acked comes back, once the session is over."""
+async def test_a_transport_that_loses_settlements_is_detected(monkeypatch):
+    """Acked messages come back when the session has ended."""
 
     async def lost(*_):
         pass
@@ -262,89 +262,89 @@ async def test_a_transport_that_loses_settlements_is_found_out(monkeypatch):
         judge(story, await play(story, MemoryScene(BatchBroker())))
 
 
-# -- watching ---------------------------------------------------------------------
+# -- recording --------------------------------------------------------------------
 
 
 @pytest.fixture
 async def script():
-    """A transport that does as it is told."""
+    """A scripted transport."""
     return ScriptedTransport()
 
 
 @pytest.fixture
-async def watch(script):
-    """The same, watched."""
+async def record(script):
+    """A recording transport around the scripted one."""
     return RecordingTransport(script)
 
 
 def subscription(prefetch=0):
-    """To anything."""
+    """Return a subscription."""
     return Subscription(queue="jobs", prefetch=prefetch, consumer_tag="me")
 
 
 @pytest.mark.parametrize("tags", [(1, 1), (1, 3)])
-async def test_a_tag_that_is_settled_twice_or_never_came_is_a_complaint(script, watch, tags):
-    """Whatever the session itself says of it."""
-    async with watch.session(subscription()) as session:
+async def test_settling_a_tag_twice_or_before_delivery_is_a_complaint(script, record, tags):
+    """Whether the session itself raises or not."""
+    async with record.session(subscription()) as session:
         script.last.feed(b"a", b"b")
         await anext(aiter(session))
         await session.settle([Settlement(Disposition.ACK, tags)])
-    assert [f"tag {tags[1]} was settled twice, or never delivered"] == watch.complaints
-    assert {b"a": 1} == watch.settled[Disposition.ACK]
+    assert [f"tag {tags[1]} was settled twice, or never delivered"] == record.complaints
+    assert {b"a": 1} == record.settled[Disposition.ACK]
 
 
-async def test_more_than_prefetch_allows_is_a_complaint(script, watch):
-    """What is settled does not count."""
-    async with watch.session(subscription(prefetch=2)) as session:
+async def test_exceeding_prefetch_is_a_complaint(script, record):
+    """Settled messages do not count."""
+    async with record.session(subscription(prefetch=2)) as session:
         chunks = aiter(session)
         script.last.feed(b"a", b"b")
         await anext(chunks)
         await session.settle([Settlement(Disposition.RETURN, (1,))])
         script.last.feed(b"c")
         await anext(chunks)
-        assert ([], 2) == (watch.complaints, watch.unsettled)
+        assert ([], 2) == (record.complaints, record.unsettled)
         script.last.feed(b"d")
         await anext(chunks)
-        assert ["more than 2 messages were unsettled"] == watch.complaints
-    assert 0 == watch.unsettled
+        assert ["more than 2 messages were unsettled"] == record.complaints
+    assert 0 == record.unsettled
 
 
-async def test_tags_that_go_backwards_are_a_complaint(script, watch):
-    """They count up, in each session."""
-    async with watch.session(subscription()) as session:
+async def test_decreasing_tags_are_a_complaint(script, record):
+    """They increase within each session."""
+    async with record.session(subscription()) as session:
         session.record([make_message(b"a", delivery_tag=2), make_message(b"b", delivery_tag=2)])
-    assert ["tag 2 came out of order"] == watch.complaints
+    assert ["tag 2 came out of order"] == record.complaints
 
 
-async def test_only_confirmed_copies_count(script, watch):
-    """In the order in which they were published."""
+async def test_only_confirmed_copies_count(script, record):
+    """In the order of the publications."""
     script.outcomes = [Outcome.CONFIRMED, Outcome.UNKNOWN, Outcome.RETURNED, Outcome.REFUSED]
-    async with watch.publisher() as publisher:
+    async with record.publisher() as publisher:
         assert publisher.is_open
         await publisher.publish([Publication(body) for body in (b"a", b"b", b"c", b"d")])
-    assert {b"a": 1} == watch.confirmed
+    assert {b"a": 1} == record.confirmed
 
 
-async def test_a_watched_transport_offers_what_it_has(script, watch, monkeypatch):
-    """A version and a pump are there if they are there without it."""
+async def test_a_recording_transport_has_the_same_features(script, record, monkeypatch):
+    """A version and a pump exist only if the wrapped transport has them."""
 
     async def pump(session, sink):
         async for chunk in session:
             sink(chunk)
 
-    assert watch.broker_version is None
-    async with watch.session(subscription()) as session:
+    assert record.broker_version is None
+    async with record.session(subscription()) as session:
         assert not isinstance(session, PumpingSession)
 
     monkeypatch.setattr(MemorySession, "pump", pump, raising=False)
     broker = BatchBroker("4.0")
-    watch = RecordingTransport(broker.transport)
-    await watch.declare(Topology(queues=(Queue("jobs"),)))
-    assert (4, 0) == watch.broker_version[:2]
+    record = RecordingTransport(broker.transport)
+    await record.declare(Topology(queues=(Queue("jobs"),)))
+    assert (4, 0) == record.broker_version[:2]
     broker.publish(b"a", routing_key="jobs")
-    async with watch.session(subscription()) as session:
+    async with record.session(subscription()) as session:
         assert isinstance(session, PumpingSession)
         await session.cancel()
         came = []
         await session.pump(came.extend)
-        assert ([b"a"], 1) == ([message.body for message in came], watch.unsettled)
+        assert ([b"a"], 1) == ([message.body for message in came], record.unsettled)

@@ -1,4 +1,4 @@
-"""Virtual time takes no time, and tells why a test would hang."""
+"""Virtual time: sleeping takes no time, and a test that would hang gets an error that says why."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from aio_pika_batch.testing.virtual_time import (
 
 
 def test_a_long_sleep_takes_no_time_and_ends_when_it_should():
-    """The clock jumps to the next timer, and the loop's own clock says so."""
+    """The clock jumps to the next timer, and the loop's own clock shows it."""
 
     async def main() -> tuple[float, float]:
         loop = asyncio.get_running_loop()
@@ -34,8 +34,8 @@ def test_a_long_sleep_takes_no_time_and_ends_when_it_should():
     assert time.monotonic() - began < 5
 
 
-def test_timers_fire_in_order_and_at_their_own_time():
-    """Two sleepers see the clock that each of them asked for."""
+def test_timers_fire_in_order_and_in_time():
+    """Each sleeper sees the time for which it asked."""
 
     async def sleeper(delay: float, seen: list[float]) -> None:
         await asyncio.sleep(delay)
@@ -50,7 +50,7 @@ def test_timers_fire_in_order_and_at_their_own_time():
 
 
 def test_time_stands_still_while_anything_is_ready():
-    """A task that yields a thousand times is not overtaken by a timer of a millisecond."""
+    """A task that yields a thousand times is faster than a timer of a millisecond."""
 
     async def main() -> float:
         asyncio.get_running_loop().call_later(0.001, lambda: None)
@@ -62,7 +62,7 @@ def test_time_stands_still_while_anything_is_ready():
 
 
 def test_timeouts_work():
-    """asyncio.timeout cancels at its virtual deadline."""
+    """`asyncio.timeout` cancels at its virtual deadline."""
 
     async def main() -> float:
         with contextlib.suppress(TimeoutError):
@@ -75,7 +75,7 @@ def test_timeouts_work():
 
 @pytest.mark.parametrize("start", [0.0, 1e6 / 3, 1.7e9, 1e12])
 def test_a_timer_is_reached_however_late_it_is(start):
-    """Rounding at large times neither hangs nor runs hot."""
+    """Rounding at large times causes neither a hang nor a busy loop."""
 
     async def main() -> None:
         for _ in range(1000):
@@ -85,7 +85,7 @@ def test_a_timer_is_reached_however_late_it_is(start):
 
 
 def test_timers_are_reached_even_after_very_long():
-    """The clock may become as coarse as it likes while it runs."""
+    """The clock resolution grows while the loop runs."""
 
     async def main() -> None:
         await asyncio.sleep(1e9)
@@ -96,7 +96,7 @@ def test_timers_are_reached_even_after_very_long():
 
 
 def test_a_sleep_beyond_a_day_is_reached_in_steps():
-    """The loop never asks its selector for more than a day; longer sleeps still end on time."""
+    """The loop never asks its selector for more than a day; longer sleeps still end in time."""
 
     async def main() -> float:
         await asyncio.sleep(1e6)
@@ -105,8 +105,8 @@ def test_a_sleep_beyond_a_day_is_reached_in_steps():
     assert run(main(), horizon=1e7) == 1e6
 
 
-def test_nothing_left_to_happen_names_who_waits_and_where():
-    """Instead of hanging, the pending tasks are named, with the line that they wait in."""
+def test_nothing_left_to_happen_names_tasks_and_their_lines():
+    """Instead of hanging, it lists the pending tasks, with the line in which they wait."""
 
     async def wait_in_vain() -> None:
         await asyncio.Event().wait()
@@ -124,7 +124,7 @@ def test_nothing_left_to_happen_names_who_waits_and_where():
 
 
 def test_only_some_of_very_many_waiting_tasks_are_named():
-    """A diagnosis stays readable."""
+    """The error stays readable."""
 
     async def main() -> None:
         await asyncio.gather(*(asyncio.Event().wait() for _ in range(200)))
@@ -134,7 +134,7 @@ def test_only_some_of_very_many_waiting_tasks_are_named():
 
 
 def test_a_loop_without_tasks_that_waits_for_a_future_is_diagnosed():
-    """run_until_complete of a bare future hangs no more than a task does."""
+    """run_until_complete of a bare future raises, too."""
     loop = VirtualTimeLoop()
     try:
         with pytest.raises(NothingLeftToHappen, match="no task at all"):
@@ -143,8 +143,8 @@ def test_a_loop_without_tasks_that_waits_for_a_future_is_diagnosed():
         loop.close()
 
 
-def test_time_that_stands_still_is_told_with_the_busiest():
-    """A hot loop is named, and so is how hot."""
+def test_time_stands_still_names_the_busiest_callbacks():
+    """And how often they ran."""
 
     async def busy() -> None:
         for _ in itertools.count():
@@ -161,7 +161,7 @@ def test_time_that_stands_still_is_told_with_the_busiest():
 
 
 def test_a_callback_that_reschedules_itself_is_named():
-    """A hot loop need not be a task."""
+    """A busy loop need not be a task."""
 
     def again() -> None:
         asyncio.get_running_loop().call_soon(again)
@@ -174,8 +174,8 @@ def test_a_callback_that_reschedules_itself_is_named():
         run(main(), max_iterations=2000)
 
 
-def test_time_that_crawls_stands_still_too():
-    """Timers of a nanosecond do not disguise a hot loop."""
+def test_tiny_timers_count_as_a_standstill():
+    """Timers of a nanosecond do not hide a busy loop."""
 
     async def main() -> None:
         for _ in itertools.count():
@@ -186,7 +186,7 @@ def test_time_that_crawls_stands_still_too():
 
 
 def test_many_rounds_are_fine_if_time_passes():
-    """The rounds are counted anew whenever time has passed."""
+    """The count of rounds restarts when time has passed."""
 
     async def main() -> None:
         for _ in range(5000):
@@ -195,8 +195,8 @@ def test_many_rounds_are_fine_if_time_passes():
     run(main(), max_iterations=100)
 
 
-def test_time_that_runs_away_is_told():
-    """A heartbeat must not hide that the test waits in vain."""
+def test_time_runs_away_is_raised_at_the_horizon():
+    """A heartbeat must not hide that the test hangs."""
 
     async def heartbeat() -> None:
         for _ in itertools.count():
@@ -212,7 +212,7 @@ def test_time_that_runs_away_is_told():
 
 
 def test_cleaning_up_after_time_ran_away_may_still_sleep():
-    """A finally clause gets the time that it asks for."""
+    """A `finally` clause gets the time that it needs."""
     slept = []
 
     async def main() -> None:
@@ -228,7 +228,7 @@ def test_cleaning_up_after_time_ran_away_may_still_sleep():
 
 
 def test_threads_are_waited_for_and_take_no_virtual_time():
-    """A timer does not overtake work in a thread, and the executor is shut down in peace."""
+    """A timer does not overtake work in a thread, and the executor is shut down properly."""
     release = threading.Event()
 
     async def main() -> float:
@@ -242,8 +242,8 @@ def test_threads_are_waited_for_and_take_no_virtual_time():
     assert not release.is_set()
 
 
-def test_a_call_from_another_thread_is_heard():
-    """call_soon_threadsafe wakes the loop while it waits for a thread."""
+def test_a_call_from_another_thread_wakes_the_loop():
+    """`call_soon_threadsafe`, while the loop waits for a thread."""
 
     async def main() -> str:
         loop = asyncio.get_running_loop()
@@ -254,8 +254,8 @@ def test_a_call_from_another_thread_is_heard():
     assert run(main()) == "from afar"
 
 
-def test_a_thread_that_never_ends_is_told():
-    """Even then nothing hangs: patience with threads is bounded in real time."""
+def test_a_thread_that_never_ends_raises():
+    """The real time to wait for threads is limited."""
     release = threading.Event()
 
     async def main() -> None:
@@ -269,7 +269,7 @@ def test_a_thread_that_never_ends_is_told():
 
 
 def test_run_returns_and_raises_what_the_coroutine_does():
-    """As asyncio.run does."""
+    """As `asyncio.run` does."""
 
     async def fails() -> None:
         raise LookupError("as it is")
