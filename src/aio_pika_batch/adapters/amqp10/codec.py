@@ -348,6 +348,8 @@ def write(value: Any) -> bytes:  # noqa: ANN401, PLR0911  -- one for each family
 def _fixed(value: Any, encodings: list[tuple[int, struct.Struct]]) -> bytes:  # noqa: ANN401
     if isinstance(value, bool):
         return bytes((_TRUE if value else _FALSE,))
+    if value == 0 and isinstance(value, UInt | ULong):
+        return bytes((_UINT_0 if isinstance(value, UInt) else _ULONG_0,))
     for code, layout in encodings:
         try:
             packed = layout.pack(value)

@@ -1,0 +1,165 @@
+"""Splits what a connection brings into frames: bytes in, events out, however they were cut.
+
+Laws:
+
+- Events stand in the order of the wire, and other cuts make no other events.
+- What is held back is less than one frame, or one message in frames. No frame is larger than was
+  agreed on, and nothing is set aside for what is only announced.
+- After the first error nothing more is read.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+
+from aio_pika_batch.adapters.amqp10 import spec
+from aio_pika_batch.adapters.amqp10.codec import CodecError
+from aio_pika_batch.adapters.amqp10.performatives import Record, Transfer, decode, encode
+from aio_pika_batch.adapters.amqp10.transfers import TransferError
+
+if TYPE_CHECKING:
+    from aio_pika_batch.adapters.amqp10.transfers import Transfers
+    from aio_pika_batch.core.message import Message
+
+_HEAD = struct.Struct(">IBBH")
+_WORD: Final = 4
+"""Bytes that a frame's data offset counts in."""
+
+SIGN_OF_LIFE: Final = _HEAD.pack(spec.FRAME_HEAD, spec.FRAME_HEAD // _WORD, spec.AMQP_FRAME, 0)
+"""A frame without a body."""
+
+
+class ProtocolHeader(NamedTuple):
+    """The eight bytes that a peer begins with, or refuses ours with."""
+
+    header: bytes
+
+
+class Frame(NamedTuple):
+    """A frame, but no transfer of the link that is received from."""
+
+    channel: int
+    record: Record
+
+
+class Deliveries(NamedTuple):
+    """Messages that came together, in the order of their tags."""
+
+    messages: list[Message]
+
+
+class Malformed(NamedTuple):
+    """What came isn't AMQP 1.0, or breaks what was agreed on; nothing comes after this."""
+
+    reason: str
+
+
+Event: TypeAlias = ProtocolHeader | Frame | Deliveries | Malformed
+
+
+def pack(record: Record, channel: int = 0, kind: int = spec.AMQP_FRAME) -> bytes:
+    """Write a frame."""
+    body = encode(record)
+    return _HEAD.pack(spec.FRAME_HEAD + len(body), 2, kind, channel) + body
+
+
+class FrameParser:
+    """Splits one connection's incoming bytes.
+
+    Args:
+        frame_max: The largest frame that the peer may send.
+    """
+
+    def __init__(self, frame_max: int) -> None:
+        self._frame_max = frame_max
+        self._transfers: Transfers | None = None
+        self._is_broken = False
+        self._events: list[Event] = []
+        # Of an unfinished frame: joined once, when as much is there as is needed.
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._needed = 0
+
+    def receive(self, transfers: Transfers) -> None:
+        """From now on, make messages of the transfers of this link."""
+        self._transfers = transfers
+
+    def feed(self, data: bytes) -> list[Event]:
+        """Take what one read has brought; return what it says."""
+        if self._is_broken:
+            return []
+        if self._held:
+            self._held.append(data)
+            self._held_bytes += len(data)
+            if self._held_bytes < self._needed:
+                return []
+            data, self._held = b"".join(self._held), []
+        try:
+            at = self._split(data)
+        except (CodecError, TransferError) as error:
+            self._is_broken = True
+            self._collect()
+            self._events.append(Malformed(str(error)))
+            at = len(data)
+        if at < len(data):
+            self._held = [data[at:]]
+            self._held_bytes = len(data) - at
+        events, self._events = self._events, []
+        return events
+
+    def _split(self, data: bytes) -> int:
+        """Split whole frames off; return where the first begins that isn't all there."""
+        at = 0
+        while True:
+            if self._transfers is not None:
+                at = self._transfers.take(data, at, self._frame_max)
+            size = self._size(data, at)
+            if size > len(data) - at:
+                self._needed = size
+                break
+            self._frame(data, at, at + size)
+            at += size
+        self._collect()
+        return at
+
+    def _size(self, data: bytes, at: int) -> int:
+        """How many bytes must be there to go on at *at*."""
+        if len(data) - at < spec.FRAME_HEAD or data.startswith(b"AMQP", at):
+            return spec.FRAME_HEAD
+        size, offset, kind, _ = _HEAD.unpack_from(data, at)
+        if not spec.FRAME_HEAD <= offset * _WORD <= size <= self._frame_max:
+            raise CodecError(
+                f"a frame of {size} bytes, with a body from byte {offset * _WORD} on, is not"
+                f" possible; frames of up to {self._frame_max} bytes were agreed on"
+            )
+        if kind not in (spec.AMQP_FRAME, spec.SASL_FRAME):
+            raise CodecError(f"a frame has the unknown type {kind}")
+        return int(size)
+
+    def _frame(self, data: bytes, at: int, end: int) -> None:
+        """Take the whole frame, or protocol header, between *at* and *end*."""
+        if data.startswith(b"AMQP", at):
+            self._collect()
+            self._events.append(ProtocolHeader(data[at:end]))
+            return
+        _, offset, kind, channel = _HEAD.unpack_from(data, at)
+        body_at = at + offset * _WORD
+        if body_at == end:
+            return  # a sign of life
+        record, size = decode(data[body_at:end])
+        transfers = self._transfers
+        if (
+            isinstance(record, Transfer)
+            and transfers is not None
+            and (channel, record.handle) == (transfers.channel, transfers.handle)
+        ):
+            transfers.add(record, data[at:end], body_at + size - at)
+            return
+        self._collect()
+        self._events.append(Frame(0 if kind == spec.SASL_FRAME else channel, record))
+
+    def _collect(self) -> None:
+        """Let messages stand before what came after them."""
+        if self._transfers is not None and (messages := self._transfers.collected()):
+            self._events.append(Deliveries(messages))

@@ -1,0 +1,300 @@
+"""The state of one AMQP 1.0 session with one link that receives from a queue.
+
+Pure: frames in, events out; what is to be sent collects in `output`.
+
+Laws:
+
+- The broker may send as many messages as are missing to the prefetch. Credit is absolute, so that
+  repeating it changes nothing.
+- Ids and counts begin where the broker says, and wrap.
+- One question is open at a time, and is answered behind all that was settled before it. Until then
+  no other flow is sent, and what the broker says of the link unasked isn't taken for the answer.
+- Nothing is sent for a link that is over.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from enum import Enum, auto
+from typing import Any, Final, NamedTuple, TypeAlias
+from urllib.parse import quote
+
+from aio_pika_batch.adapters.amqp10 import settling, spec
+from aio_pika_batch.adapters.amqp10.codec import Symbol, UByte, UInt
+from aio_pika_batch.adapters.amqp10.frames import pack
+from aio_pika_batch.adapters.amqp10.performatives import (
+    Attach,
+    Begin,
+    Detach,
+    Disposition,
+    End,
+    Error,
+    Flow,
+    Record,
+    Source,
+    Target,
+)
+from aio_pika_batch.adapters.amqp10.settling import RELEASED, Decided, Run, Unsettled
+from aio_pika_batch.adapters.amqp10.transfers import Transfers
+from aio_pika_batch.core import message
+
+WINDOW: Final = 2**31 - 1
+"""How many transfers the session takes. Credit limits them; each flow renews it."""
+
+UNLIMITED: Final = 2**31 - 1
+"""The credit where there is no prefetch."""
+
+_CHANNEL, _HANDLE = 0, 0
+_RECEIVER: Final = True
+
+# A flow is sent with each batch: it is written without going through its fields.
+_FLOW = struct.Struct(">15sI13sIBI3s")
+_FLOW_HEAD: Final = struct.pack(
+    ">IBBH3sBBBB", 44, 2, 0, _CHANNEL, b"\x00\x53\x13", 0xC0, 31, 10, 0x70
+)
+_FLOW_WINDOWS: Final = struct.pack(">BIBBIBB", 0x70, WINDOW, 0x43, 0x70, WINDOW, 0x43, 0x70)
+_UINT, _NULL, _BOOL = 0x70, 0x40, (0x42, 0x41)
+
+_ACTIVE: Final = Symbol("rabbitmq:active")
+
+
+class Attached(NamedTuple):
+    """The link is there; deliveries follow, to be made into messages."""
+
+    transfers: Transfers
+
+
+class Answered(NamedTuple):
+    """The question with this number is answered, and so are all before it."""
+
+    number: int
+
+
+class TakenBack(NamedTuple):
+    """The broker delivers so many messages again: they were held for too long."""
+
+    messages: int
+
+
+class Ended(NamedTuple):
+    """The broker has ended the link or its session, or confirms that it is over."""
+
+    error: Error | None
+
+
+LinkEvent: TypeAlias = Attached | Answered | TakenBack | Ended
+
+
+class Phase(Enum):
+    """How far a link is."""
+
+    OPENING = auto()
+    OPEN = auto()
+    DETACHING = auto()
+    OVER = auto()
+
+
+class Link:
+    """A receiver of one queue.
+
+    Args:
+        source: What its messages share.
+        name: Unique on the connection.
+        prefetch: The most unsettled messages at a time; 0 means no limit.
+        properties: Of the link, such as `rabbitmq:priority`.
+
+    Attributes:
+        unsettled: The deliveries that are not settled yet.
+        output: Frames to be sent, to be cleared by who sends them.
+    """
+
+    def __init__(
+        self,
+        source: message.Source,
+        name: str,
+        prefetch: int,
+        properties: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.phase = Phase.OPENING
+        self.unsettled = Unsettled()
+        self.output: list[bytes] = []
+        self._source = source
+        self._prefetch = prefetch or UNLIMITED
+        self._transfers: Transfers | None = None
+        self._next_incoming = 0
+        self._delivery_count = 0  # without what has been received
+        self._is_stopped = False
+        self._asked = 0
+        self._answered = 0
+        self._asks_again = False
+        self._drains = False
+        self._owes_flow = False
+        self._send(Begin(None, UInt(0), UInt(WINDOW), UInt(WINDOW), UInt(_HANDLE)))
+        self._send(
+            Attach(
+                name,
+                UInt(_HANDLE),
+                _RECEIVER,
+                snd_settle_mode=UByte(0),
+                rcv_settle_mode=UByte(0),
+                source=Source(f"/queues/{quote(source.queue, safe='')}"),
+                target=Target(source.consumer_tag),
+                properties={Symbol(key): value for key, value in (properties or {}).items()},
+            )
+        )
+
+    # --- what is done ------------------------------------------------------------------
+
+    def settle(self, decided: Sequence[Decided]) -> None:
+        """Settle deliveries, all or none of them, and ask for as many others.
+
+        Raises:
+            SettlementError: A tag cannot be settled.
+        """
+        runs = self.unsettled.settle(decided)
+        for run in runs:
+            self._dispose(run)
+        if runs and not self._is_stopped:
+            self._flow()
+
+    def ask(self, *, drain: bool = False) -> int:
+        """Ask for an answer that comes when all that is settled so far has been applied.
+
+        Args:
+            drain: Let the broker first send what the queue has, and give back the rest of the
+                credit. More comes after something is settled.
+
+        Returns:
+            The number of the `Answered`.
+        """
+        self._drains = self._drains or drain
+        if self._is_asking:
+            self._asks_again = True
+            return self._asked + 1
+        self._flow(echo=True)
+        self._asked += 1
+        return self._asked
+
+    def stop(self) -> int:
+        """Ask for no more messages; those on their way come before the answer."""
+        self._is_stopped = True
+        return self.ask()
+
+    def detach(self) -> None:
+        """Give up the link; what is unsettled returns to the queue."""
+        if self.phase is Phase.OPEN:
+            self.phase = Phase.DETACHING
+            self._send(Detach(UInt(_HANDLE), closed=True))
+
+    # --- what comes --------------------------------------------------------------------
+
+    def received(self) -> None:
+        """Enter what the transfers have brought."""
+        if self._transfers is not None:
+            self.unsettled.deliver(self._transfers.count)
+
+    def receive(self, channel: int, record: Record) -> LinkEvent | None:
+        """Take a frame that is no transfer of this link."""
+        match record:
+            case Begin():
+                self._next_incoming = record.next_outgoing_id
+            case Attach():
+                return self._attached(channel, record)
+            case Flow():
+                return self._flowed(record)
+            case Disposition(role=False):
+                return self._taken_back(record)
+            case Detach() | End():
+                return self._ended(record)
+        return None
+
+    def _attached(self, channel: int, attach: Attach) -> Attached | None:
+        if attach.source is None:
+            return None  # refused: the reason follows, in a detach
+        self._transfers = Transfers(self._source, channel, attach.handle)
+        self._delivery_count = attach.initial_delivery_count or 0
+        self.phase = Phase.OPEN
+        self._flow()
+        return Attached(self._transfers)
+
+    def _flowed(self, flow: Flow) -> Answered | None:
+        transfers = self._transfers
+        if transfers is None or flow.handle != transfers.handle or self.phase is not Phase.OPEN:
+            return None  # about the session: what it tells is for those who send transfers
+        if flow.drain and flow.delivery_count is not None:
+            # It has been advanced by the credit that was not used.
+            self._delivery_count = flow.delivery_count - transfers.count
+        if flow.properties is not None and _ACTIVE in flow.properties:
+            return None  # whether it is the single active consumer: nobody has asked
+        if not self._is_asking:
+            if flow.echo:
+                self._flow()
+            return None
+        self._answered += 1
+        if self._asks_again:
+            self._asks_again = False
+            self.ask()
+        elif self._owes_flow:
+            self._flow()
+        return Answered(self._answered)
+
+    def _taken_back(self, disposition: Disposition) -> TakenBack | None:
+        transfers = self._transfers
+        if transfers is None:
+            return None
+        first = transfers.tag(disposition.first)
+        last = first if disposition.last is None else transfers.tag(disposition.last)
+        count = self.unsettled.take_back(first, last)
+        if not disposition.settled:
+            # Nothing new comes before each of them is settled here, too.
+            self._dispose(Run(RELEASED, first, last))
+            if not self._is_stopped:
+                self._flow()
+        return TakenBack(count) if count else None
+
+    def _ended(self, record: Detach | End) -> Ended | None:
+        if self.phase is Phase.OVER:
+            return None
+        if self.phase is not Phase.DETACHING:
+            self._send(Detach(UInt(_HANDLE), closed=True) if isinstance(record, Detach) else End())
+        self.phase = Phase.OVER
+        return Ended(record.error)
+
+    @property
+    def _is_asking(self) -> bool:
+        """Whether a question is open."""
+        return self._asked != self._answered
+
+    # --- what is sent ------------------------------------------------------------------
+
+    def _flow(self, *, echo: bool = False) -> None:
+        transfers = self._transfers
+        if transfers is None or self.phase is not Phase.OPEN:
+            return
+        # The broker has one flow at work and lets one wait. A newer one would replace the question.
+        self._owes_flow = self._is_asking
+        if self._owes_flow:
+            return
+        credit = 0 if self._is_stopped else max(0, self._prefetch - len(self.unsettled))
+        self.output.append(
+            _FLOW.pack(
+                _FLOW_HEAD,
+                (self._next_incoming + transfers.frames) & spec.SERIAL,
+                _FLOW_WINDOWS,
+                (self._delivery_count + transfers.count) & spec.SERIAL,
+                _UINT,
+                credit,
+                bytes((_NULL, _BOOL[echo and self._drains], _BOOL[echo])),
+            )
+        )
+        if echo:
+            self._drains = False
+
+    def _dispose(self, run: Run) -> None:
+        if self._transfers is not None and self.phase is Phase.OPEN:
+            first, last = map(self._transfers.delivery_id, (run.first, run.last))
+            self.output.append(settling.pack(run, first, last, _CHANNEL))
+
+    def _send(self, record: Record) -> None:
+        self.output.append(pack(record, _CHANNEL))

@@ -1,0 +1,398 @@
+"""Reads an AMQP 1.0 message as what an AMQP 0-9-1 consumer of it would see.
+
+RabbitMQ translates a message that was published over the other protocol. For messages published
+over 0-9-1 this module undoes that; with others it does what RabbitMQ does for 0-9-1 consumers. So a
+handler sees the same whichever protocol it consumes over. What a translation leaves out is gone:
+`cluster_id`, and tables and arrays in headers whose names don't begin with `x-`.
+
+All that stands before the body is kept as it came, and decoded on first use.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple, TypeVar
+from urllib.parse import unquote
+from uuid import UUID
+
+from aio_pika_batch.adapters.amqp10 import spec
+from aio_pika_batch.adapters.amqp10.codec import (
+    CodecError,
+    NotText,
+    Timestamp,
+    end_of,
+    read,
+)
+from aio_pika_batch.core.message import SHORT_STRING, Headers, Properties
+
+ENCODED: Final = "amqp-1.0"
+"""The `type` of a message whose body is a value of AMQP 1.0's type system, in its encoding."""
+
+_BODIES: Final = (spec.DATA, spec.AMQP_SEQUENCE, spec.AMQP_VALUE)
+_CODE_AT, _VALUE_AT = 2, 3
+"""Where a section has its descriptor's code and its value: `00 53 code value`."""
+
+_EXCHANGE, _ROUTING_KEY = "x-exchange", "x-routing-key"
+_TYPE, _DEATHS = "x-basic-type", "x-opt-deaths"
+_RENAMED: Final = {"x-cc": "CC", "x-opt-rabbitmq-received-time": "timestamp_in_ms"}
+_NO_HEADERS: Final = ("x-basic-", _EXCHANGE, _ROUTING_KEY)
+_QUEUES: Final = "/queues/"
+
+_DURABLE, _PRIORITY, _TTL, _FIRST_ACQUIRER = 0, 1, 2, 3
+_MESSAGE_ID, _USER_ID, _REPLY_TO, _CORRELATION_ID = 0, 1, 4, 5
+_CONTENT_TYPE, _CONTENT_ENCODING, _CREATION_TIME, _GROUP_ID = 6, 7, 9, 10
+"""Places in the lists of the header and properties sections."""
+
+_T = TypeVar("_T", list[Any], dict[Any, Any])
+
+_UNUSUAL_IDS: Final = (b"\xa0", b"\xb0", b"\xb1")
+"""Constructors of binaries and of long strings."""
+
+
+class Content(NamedTuple):
+    """A message in parts.
+
+    Attributes:
+        head: All sections before the body.
+        is_encoded: Whether the body is a value in its encoding.
+    """
+
+    head: bytes
+    body: bytes
+    redelivered: bool
+    is_encoded: bool
+
+
+# --- sections -------------------------------------------------------------------
+
+
+def sections(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Walk over sections: the code, the start and the end of each.
+
+    Raises:
+        CodecError: What stands there is no section, or isn't complete.
+    """
+    at, size = 0, len(data)
+    while at < size:
+        if data[at : at + _CODE_AT] != b"\x00\x53" or at + _VALUE_AT > size:
+            raise CodecError(f"no section begins at byte {at}")
+        end = end_of(data, at + _VALUE_AT, size)
+        yield data[at + _CODE_AT], at, end
+        at = end
+
+
+def split(data: bytes) -> Content:
+    """Divide what was transferred into head and body.
+
+    Never raises: what cannot be divided is handed out as it came. Ending the session over it would
+    bring it again, and with it all that was prefetched.
+    """
+    body_at = 0
+    redelivered = False
+    body: list[bytes] = []
+    try:
+        for code, start, end in sections(data):
+            if code == spec.HEADER:
+                redelivered = is_redelivered(data[start:end])
+            elif code in _BODIES:
+                body_at = body_at or start
+                content, _ = read(data, start + _VALUE_AT, end)
+                if code != spec.DATA or not isinstance(content, bytes):
+                    break
+                body.append(content)
+        else:
+            if body:
+                return Content(data[:body_at], b"".join(body), redelivered, is_encoded=False)
+    except CodecError:
+        pass
+    # A footer goes with an encoded body, as it does for 0-9-1 consumers.
+    return Content(data[:body_at], data[body_at:], redelivered, is_encoded=True)
+
+
+def is_redelivered(header: bytes) -> bool:
+    """Whether a header section says that the message was delivered before."""
+    try:
+        fields, _ = read(header, _VALUE_AT, len(header))
+    except CodecError:
+        return False
+    return isinstance(fields, list) and _at(fields, _FIRST_ACQUIRER) is False
+
+
+def _section(head: bytes, wanted: int, kind: type[_T]) -> _T:
+    """The value of a section; an empty one if there is none."""
+    for code, start, end in sections(head):
+        if code == wanted:
+            return _section_at(head, start, end, kind)
+    return kind()
+
+
+def _section_at(head: bytes, start: int, end: int, kind: type[_T]) -> _T:
+    value, _ = read(head, start + _VALUE_AT, end)
+    if not isinstance(value, kind):
+        raise CodecError(f"section 0x{head[start + _CODE_AT]:02x} is not a {kind.__name__}")
+    return value
+
+
+def _at(fields: list[Any], place: int) -> Any:  # noqa: ANN401
+    return fields[place] if place < len(fields) else None
+
+
+# --- routes and headers ----------------------------------------------------------
+
+
+def decode_route(head: bytes) -> tuple[str, str]:
+    """Read exchange and routing key; never raises."""
+    try:
+        annotations = _section(head, spec.MESSAGE_ANNOTATIONS, dict)
+    except CodecError:
+        return "", ""
+    return _route(annotations.get(_EXCHANGE)), _route(annotations.get(_ROUTING_KEY))
+
+
+def _route(value: Any) -> str:  # noqa: ANN401
+    # As 0-9-1 has it: lone surrogates, which become the same bytes when they are written.
+    if isinstance(value, NotText):
+        return value.decode(errors="surrogateescape")
+    return value if isinstance(value, str) else ""
+
+
+def decode_headers(head: bytes) -> dict[str, Any] | None:
+    """Read the headers that a 0-9-1 consumer would see; None if there are none.
+
+    Raises:
+        ValueError: They cannot be read.
+    """
+    headers: dict[str, Any] = {}
+    for code, start, end in sections(head):
+        if code == spec.MESSAGE_ANNOTATIONS:
+            headers.update(_annotated(_section_at(head, start, end, dict)))
+        elif code == spec.PROPERTIES and any(head.find(x, start, end) >= 0 for x in _UNUSUAL_IDS):
+            headers.update(_ids(_section_at(head, start, end, list)))
+        elif code == spec.APPLICATION_PROPERTIES:
+            for key, value in _section_at(head, start, end, dict).items():
+                # An annotation of the same name was written later.
+                headers.setdefault(_key(key), _plain(value))
+    return headers or None
+
+
+def _annotated(annotations: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in annotations.items():
+        if not isinstance(key, str | NotText):
+            continue
+        name = _key(key)
+        if not name.startswith("x-") or name.startswith(_NO_HEADERS):
+            continue
+        if name == _DEATHS and isinstance(value, list):
+            yield "x-death", [_death(each) for each in value if isinstance(each, dict)]
+        else:
+            yield _RENAMED.get(name, name), _plain(value)
+
+
+def _ids(fields: list[Any]) -> Iterator[tuple[str, Any]]:
+    """Ids that 0-9-1 has no property for: binary, or longer than a short string."""
+    for place, name in ((_MESSAGE_ID, "x-message-id"), (_CORRELATION_ID, "x-correlation-id")):
+        value = _at(fields, place)
+        if isinstance(value, bytes) or (isinstance(value, str) and _is_long(value)):
+            yield name, bytes(value) if isinstance(value, bytes) else value
+
+
+def _is_long(text: str) -> bool:
+    return len(text.encode()) > SHORT_STRING
+
+
+def _key(key: Any) -> str:  # noqa: ANN401
+    if isinstance(key, NotText):
+        raise CodecError(f"the key {bytes(key[:80])!r} is not UTF-8")
+    return str(key)
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401, PLR0911  -- one for each kind of value
+    """The value that a 0-9-1 consumer would find in a header."""
+    if value is None or isinstance(value, bool):
+        return value
+    match value:
+        case list():
+            return [_plain(each) for each in value]
+        case dict():
+            return {_key(key): _plain(each) for key, each in value.items()}
+        case bytes():
+            # The broker doesn't look whether a long string is text.
+            try:
+                return value.decode()
+            except UnicodeDecodeError:
+                return bytes(value)
+        case UUID():
+            return value.urn
+        case Timestamp():
+            return _moment(value)
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    raise CodecError(f"{value!r} has no counterpart in AMQP 0-9-1")
+
+
+def _moment(milliseconds: int) -> datetime | int:
+    seconds = milliseconds // 1000
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (OverflowError, ValueError, OSError):
+        # Milliseconds that were taken for seconds, most likely.
+        return seconds
+
+
+def _death(entry: dict[Any, Any]) -> dict[str, Any]:
+    """An entry of `x-death`, with its names of AMQP 0-9-1."""
+    death = {key: _plain(entry[key]) for key in ("count", "reason", "queue") if key in entry}
+    if "first-time" in entry:
+        death["time"] = _plain(entry["first-time"])
+    for key in ("exchange", "routing-keys"):
+        if key in entry:
+            death[key] = _plain(entry[key])
+    if "ttl" in entry:
+        death["original-expiration"] = str(entry["ttl"])
+    return death
+
+
+# --- properties ------------------------------------------------------------------
+
+
+def decode_properties(head: bytes, *, quoted: bool = True) -> Properties:
+    """Read all properties; never raises, see `Properties.undecodable`.
+
+    Args:
+        head: The sections before the body.
+        quoted: Whether the queue's name in a `reply_to` address is percent-encoded.
+    """
+    properties = Properties()
+    undecodable: dict[str, str] = {}
+
+    def fill(name: str, convert: Callable[[Any], Any], value: Any) -> None:  # noqa: ANN401
+        try:
+            setattr(properties, name, None if value is None else convert(value))
+        except ValueError as error:
+            undecodable[name] = str(error)
+
+    for code, table in _FIELDS.items():
+        try:
+            fields = _section(head, code, list)
+        except CodecError as error:
+            undecodable.update(dict.fromkeys((name for name, _, _ in table), str(error)))
+            continue
+        for name, place, convert in table:
+            fill(name, convert, _at(fields, place))
+    reply_to = properties.reply_to
+    if reply_to is not None and reply_to.startswith(_QUEUES):
+        name = reply_to.removeprefix(_QUEUES)
+        properties.reply_to = unquote(name) if quoted else name
+    fill("headers", decode_headers, head)
+    fill("type", _type, head)
+    if properties.headers is not None and "x-death" in properties.headers:
+        # Dead-lettering ends a time to live; the header section still has the old one.
+        properties.expiration = None
+    if undecodable:
+        properties.undecodable = undecodable
+    return properties
+
+
+def _type(head: bytes) -> str | None:
+    value = _section(head, spec.MESSAGE_ANNOTATIONS, dict).get(_TYPE)
+    return None if value is None else _text(value)
+
+
+def _text(value: Any) -> str:  # noqa: ANN401
+    if isinstance(value, NotText):
+        raise CodecError(f"{bytes(value)!r} is not UTF-8")
+    if not isinstance(value, str):
+        raise CodecError(f"{value!r} is not text")
+    return str(value)
+
+
+def _number(value: Any) -> int:  # noqa: ANN401
+    if not isinstance(value, int):
+        raise CodecError(f"{value!r} is not a number")
+    return int(value)
+
+
+def _id(value: Any) -> str | None:  # noqa: ANN401
+    match value:
+        case UUID():
+            return value.urn
+        case int():
+            return str(int(value))
+        case bytes() if not isinstance(value, NotText):
+            return None  # a header, see `_ids`
+    text = _text(value)
+    return None if _is_long(text) else text
+
+
+def _user(value: Any) -> str | None:  # noqa: ANN401
+    try:
+        return bytes(value).decode() if isinstance(value, bytes) else None
+    except UnicodeDecodeError:
+        return None
+
+
+def _short(value: Any) -> str | None:  # noqa: ANN401
+    text = _text(value)
+    return None if _is_long(text) else text
+
+
+def _time(value: Any) -> datetime:  # noqa: ANN401
+    moment = _moment(_number(value))
+    if not isinstance(moment, datetime):
+        raise CodecError(f"{moment!r} is no time in seconds that a datetime can hold")
+    return moment
+
+
+_FIELDS: Final[dict[int, tuple[tuple[str, int, Callable[[Any], Any]], ...]]] = {
+    spec.HEADER: (
+        # What isn't durable had a delivery mode of 1, or none, which means the same.
+        ("delivery_mode", _DURABLE, lambda durable: 2 if durable is True else None),
+        ("priority", _PRIORITY, _number),
+        ("expiration", _TTL, lambda ttl: str(_number(ttl))),
+    ),
+    spec.PROPERTIES: (
+        ("message_id", _MESSAGE_ID, _id),
+        ("user_id", _USER_ID, _user),
+        ("reply_to", _REPLY_TO, _short),
+        ("correlation_id", _CORRELATION_ID, _id),
+        ("content_type", _CONTENT_TYPE, _text),
+        ("content_encoding", _CONTENT_ENCODING, _text),
+        ("timestamp", _CREATION_TIME, _time),
+        ("app_id", _GROUP_ID, _short),
+    ),
+}
+"""Which properties stand in which section, where in it, and how each is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class MessageSource:
+    """Implements :class:`~aio_pika_batch.core.message.Source` for the messages of one session.
+
+    Attributes:
+        quoted: As in `decode_properties`.
+    """
+
+    queue: str
+    consumer_tag: str
+    retry_count_header: str
+    quoted: bool = True
+
+    def decode_properties(self, raw: bytes, /) -> Properties:
+        """Read all properties."""
+        return decode_properties(raw, quoted=self.quoted)
+
+    def decode_headers(self, raw: bytes, /) -> Headers | None:
+        """Read the headers alone."""
+        return decode_headers(raw)
+
+    def decode_route(self, raw: bytes, /) -> tuple[str, str]:
+        """Read exchange and routing key."""
+        return decode_route(raw)
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return time.time()
