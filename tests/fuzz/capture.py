@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from aio_pika_batch.adapters.aio_pika.frame_parser import Splitter
+from aio_pika_batch.adapters.aio_pika.frame_parser import FrameParser
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
 from aio_pika_batch.core.publication import Publication
 from aio_pika_batch.core.settlement import Disposition, Settlement
@@ -48,14 +48,14 @@ _PLENTY: Headers = {
 @asynccontextmanager
 async def _recorded(name: str) -> AsyncIterator[None]:
     """Keep what comes on all connections that are opened meanwhile: there must be one."""
-    heard: dict[Splitter, bytearray] = {}
-    feed = Splitter.feed
+    heard: dict[FrameParser, bytearray] = {}
+    feed = FrameParser.feed
 
-    def listening(self: Splitter, data: bytes) -> Any:
+    def listening(self: FrameParser, data: bytes) -> Any:
         heard.setdefault(self, bytearray()).extend(data)
         return feed(self, data)
 
-    with patch.object(Splitter, "feed", listening):
+    with patch.object(FrameParser, "feed", listening):
         yield
     (stream,) = heard.values()
     (CORPUS / f"{name}.bin").write_bytes(stream)

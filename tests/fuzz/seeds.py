@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pamqp import commands
 
 from tests.fuzz.mutate import frames_of
-from tests.unit.adapters.aio_pika.spoken import (
+from tests.unit.adapters.aio_pika.broker_frames import (
     CHANNEL,
     HEARTBEAT,
     TAG,

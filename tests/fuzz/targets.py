@@ -18,15 +18,15 @@ from pamqp.body import ContentBody
 from pamqp.frame import unmarshal
 from pamqp.header import ContentHeader
 
+from aio_pika_batch.adapters.aio_pika.amqp_spec import PROPERTIES
 from aio_pika_batch.adapters.aio_pika.events import (
     Confirms,
     Deliveries,
     Malformed,
     PassThrough,
 )
-from aio_pika_batch.adapters.aio_pika.frame_parser import Splitter
+from aio_pika_batch.adapters.aio_pika.frame_parser import FrameParser
 from aio_pika_batch.adapters.aio_pika.properties import (
-    FIELDS,
     decode,
     decode_headers,
     decode_route,
@@ -37,7 +37,7 @@ from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.errors import PublishError
 from tests.fuzz.mutate import frames_of, mutated, mutated_stream
 from tests.fuzz.seeds import PROPERTY_LISTS, STREAMS, Seed
-from tests.unit.adapters.aio_pika.spoken import Source
+from tests.unit.adapters.aio_pika.broker_frames import Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -57,23 +57,23 @@ _CHANNEL_METHODS = (
 )
 
 
-# --- the splitter -----------------------------------------------------------------
+# --- the parser -----------------------------------------------------------------
 
 
-def _tapped(seed: Seed, mode: int) -> Splitter:
-    splitter = Splitter()
+def _tapped(seed: Seed, mode: int) -> FrameParser:
+    parser = FrameParser()
     match mode:
         case 0 | 1 | 2:
-            splitter.tap_consumer(seed.channel, Source(consumer_tag=seed.consumer_tag))
+            parser.tap_consumer(seed.channel, Source(consumer_tag=seed.consumer_tag))
         case 3:
-            splitter.tap_publisher(seed.channel)
+            parser.tap_publisher(seed.channel)
         case 4:
-            splitter.tap_returns(seed.channel)
+            parser.tap_returns(seed.channel)
         case 5:
-            splitter.guard(seed.channel)
+            parser.guard(seed.channel)
         case _:
-            splitter.watch(seed.channel)
-    return splitter
+            parser.watch(seed.channel)
+    return parser
 
 
 def _flat(events: Sequence[Event]) -> list[tuple[Any, ...]]:
@@ -110,7 +110,7 @@ def split(random: Random) -> None:
 
     at_once = _tapped(seed, mode)
     whole = _flat(at_once.feed(stream))
-    splitter = _tapped(seed, mode)
+    parser = _tapped(seed, mode)
     told: list[Event] = []
     at = 0
     size = random.choice((1, 7, 40, 300, 3000))
@@ -118,14 +118,14 @@ def split(random: Random) -> None:
         size = max(size, 300)
     while at < len(stream):
         step = random.randrange(1, size + 1)
-        told.extend(splitter.feed(stream[at : at + step]))
+        told.extend(parser.feed(stream[at : at + step]))
         at += step
-        held = splitter._held_bytes if splitter._held else 0
+        held = parser._held_bytes if parser._held else 0
         assert held <= _HELD_AT_MOST, f"{held} bytes are held back"
     piecemeal = _flat(told)
     if _is_broken(whole) != _is_broken(piecemeal):
         # What is wrong is found at once, or when all that was announced is there.
-        whole, piecemeal = _finished(at_once, whole), _finished(splitter, piecemeal)
+        whole, piecemeal = _finished(at_once, whole), _finished(parser, piecemeal)
     assert whole == piecemeal, "other cuts, other news"
 
     if mode < 3:
@@ -140,9 +140,9 @@ def split(random: Random) -> None:
             assert same, "pamqp reads other messages"
 
 
-def _finished(splitter: Splitter, told: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+def _finished(parser: FrameParser, told: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """What is told once enough has come that nothing can be waited for; without the reason."""
-    told = [*told, *_flat(splitter.feed(bytes(_HELD_AT_MOST)))]
+    told = [*told, *_flat(parser.feed(bytes(_HELD_AT_MOST)))]
     assert _is_broken(told), "what was wrong is not any more"
     return told[:-1]
 
@@ -219,7 +219,7 @@ def read(random: Random) -> None:
         return
     if ours.undecodable or raw[1] & 0b11:
         return
-    for _, name, _ in FIELDS:
+    for _, name, _ in PROPERTIES:
         known = "message_type" if name == "type" else name
         mine, other = getattr(ours, name), getattr(theirs.properties, known)
         if name == "cluster_id" and mine is None:
@@ -293,7 +293,7 @@ def copy(random: Random) -> None:
         msg = "no header that was added is wrong"
         raise AssertionError(msg) from error
     now = decode(spliced)
-    if "no UTF-8" in now.undecodable.get("headers", ""):
+    if "not UTF-8" in now.undecodable.get("headers", ""):
         return  # a key that every broker can read, and keeps as it is
     assert "headers" not in now.undecodable, "the copy's headers cannot be read"
     headers = now.headers or {}
@@ -307,7 +307,7 @@ def copy(random: Random) -> None:
         assert not now.undecodable
         assert _same(kept, {key: headers[key] for key in headers if key not in _ADDED})
     elif "headers" in was.undecodable:
-        is_key = "no UTF-8" in was.undecodable["headers"]  # its header may have been dropped
+        is_key = "not UTF-8" in was.undecodable["headers"]  # its header may have been dropped
         assert is_key or UNDECODABLE_HEADERS in headers, "what cannot be read is gone"
 
 

@@ -24,8 +24,8 @@ from aio_pika_batch import (
     Observer,
     PublishError,
 )
-from aio_pika_batch.adapters.aio_pika.connection import open_link
-from aio_pika_batch.adapters.aio_pika.urls import parse
+from aio_pika_batch.adapters.aio_pika.connection import open_connection
+from aio_pika_batch.adapters.aio_pika.url import parse_url
 from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
 from tests.integration.helpers import publish, until
 
@@ -186,10 +186,10 @@ async def test_a_password_turns_up_nowhere(  # noqa: PLR0915  -- one story, sear
 
     # --- and what is handed around inside
     endpoint = running._endpoint()
-    addresses = parse(endpoint.url)
-    link = await open_link(endpoint, addresses)
-    everything.hear(endpoint, addresses, link, link.connection, link.line)
-    await link.close()
+    addresses = parse_url(endpoint.url)
+    connection = await open_connection(endpoint, addresses)
+    everything.hear(endpoint, addresses, connection, connection.connection, connection.tap)
+    await connection.close()
 
     everything.hear(caplog.text, *(vars(record) for record in caplog.records))
     assert {"aiormq.connection", "aio_pika_batch.consumer"} <= {

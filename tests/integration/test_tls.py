@@ -223,7 +223,7 @@ async def test_another_name(secured: Secured, name: str) -> None:
     text = await refusal(AccessRefused, name, url, ssl_cafile=authority)
 
     assert LOCALHOST in text
-    assert "connect by a name that stands in it" in text
+    assert "connect by a name that is in it" in text
 
 
 async def test_a_certificate_that_has_expired(secured: Secured, name: str) -> None:

@@ -20,7 +20,12 @@ class ReplyCode(IntEnum):
     NOT_FOUND = 404
     RESOURCE_LOCKED = 405
     PRECONDITION_FAILED = 406
+    FRAME_ERROR = 501
+    SYNTAX_ERROR = 502
     COMMAND_INVALID = 503
+    CHANNEL_ERROR = 504
+    UNEXPECTED_FRAME = 505
+    RESOURCE_ERROR = 506
     NOT_ALLOWED = 530
     NOT_IMPLEMENTED = 540
     INTERNAL_ERROR = 541
@@ -55,6 +60,17 @@ _ADVICE_BY_TEXT = (
 _QUOTED = re.compile(r"'[^']*'")
 
 
+def is_transient(text: str) -> bool:
+    """Return whether a later attempt may not meet the refusal with this text."""
+    return any(word in _unquoted(text) for word in _TRANSIENT)
+
+
+def _unquoted(text: str) -> str:
+    # What is quoted is a name or a value: a queue may be called 'limit', and an argument is called
+    # 'x-delivery-limit'.
+    return _QUOTED.sub("", text)
+
+
 def refusal_error(
     code: int, text: str, subject: str, if_unequal: str | None = None
 ) -> TransportError:
@@ -69,12 +85,10 @@ def refusal_error(
     Returns:
         A `TopologyError`, or `BrokerUnavailable` if a later attempt may succeed.
     """
-    # What is quoted is a name or a value: a queue may be called 'limit', and an argument is called
-    # 'x-delivery-limit'.
-    words = _QUOTED.sub("", text)
     advice = _ADVICE_BY_CODE.get(code)
-    if advice is None or any(word in words for word in _TRANSIENT):
+    if advice is None or is_transient(text):
         return BrokerUnavailable(f"{subject}: {code} {text}; try again later")
+    words = _unquoted(text)
     if "inequivalent" in words:
         advice = if_unequal or advice
     else:

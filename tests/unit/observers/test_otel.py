@@ -25,7 +25,7 @@ from aio_pika_batch.core.message import Properties
 from aio_pika_batch.observers.otel import OpenTelemetryObserver, origin_of, trace_headers
 from aio_pika_batch.testing import make_message
 from aio_pika_batch.transport import server_of
-from tests.unit.adapters.aio_pika import spoken
+from tests.unit.adapters.aio_pika import broker_frames
 from tests.unit.adapters.aio_pika.test_tables import tables
 from tests.unit.observers.stories import everything
 from tests.unit.shell.helpers import (
@@ -415,16 +415,20 @@ def test_a_trace_is_found_in_undecoded_headers(headers, traceparent, tracestate)
     """The result is the same as from decoded headers."""
     stated = {"traceparent": traceparent, "tracestate": tracestate}
     headers = headers | {name: value for name, value in stated.items() if value is not None}
-    undecoded = spoken.message(encode(Properties(headers=headers, content_type="text/plain")))
+    undecoded = broker_frames.message(
+        encode(Properties(headers=headers, content_type="text/plain"))
+    )
     assert origin_of(make_message(b"", headers=headers)) == origin_of(undecoded)
 
 
 def test_undecodable_headers_have_no_trace():
     """No error is raised."""
-    encoded = spoken.raw_properties(headers={"x": True, "tracestate": "a=b", "traceparent": "?"})
+    encoded = broker_frames.raw_properties(
+        headers={"x": True, "tracestate": "a=b", "traceparent": "?"}
+    )
     broken = encoded.replace(b"\x01xt", b"\x01x?")
     assert broken != encoded
-    assert origin_of(spoken.message(broken)) is None
+    assert origin_of(broker_frames.message(broken)) is None
 
 
 async def test_a_span_that_is_not_recorded_creates_no_links(rabbit, monkeypatch):

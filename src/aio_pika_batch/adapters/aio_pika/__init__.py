@@ -1,5 +1,5 @@
-"""RabbitMQ through aio-pika, which opens and closes, and a tap of our own, which carries messages.
+"""Reaches RabbitMQ through aio-pika, and reads and writes message frames without it.
 
-No private name of aio-pika or aiormq is touched, and whatever they raise is translated here, at the
-edge.
+aio-pika connects, logs in, and opens and closes channels. The adapter uses only its public API, and
+translates every exception that aio-pika or aiormq raises.
 """

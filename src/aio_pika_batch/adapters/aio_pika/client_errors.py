@@ -1,45 +1,65 @@
-"""What did the broker say, where only the client library's exception is left of it?
+"""Translates what the client libraries raise, and bounds how long they may hang.
 
-The library knows a class for each of the usual codes, and keeps the text. Where the tap is
-installed, its own words are better, and come earlier.
+The libraries raise their own errors, bare `Exception`, `RuntimeError`, and `CancelledError` from
+futures that they cancel themselves. None of these leaves the adapter.
 """
 
 from __future__ import annotations
 
-from typing import Final
+import asyncio
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
 
 from aiormq import exceptions
 
 from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, ConnectionClosed
+from aio_pika_batch.core.refusals import ReplyCode
+from aio_pika_batch.errors import AioPikaBatchError
 
-_CHANNEL: Final[dict[type[BaseException], int]] = {
-    exceptions.ChannelAccessRefused: 403,
-    exceptions.ChannelNotFoundEntity: 404,
-    exceptions.ChannelLockedResource: 405,
-    exceptions.ChannelPreconditionFailed: 406,
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator
+    from typing import Any
+
+    from aio_pika_batch.adapters.aio_pika.events import Closed
+
+# aiormq keeps the text and, for the usual codes, raises a class instead of keeping the code.
+_CHANNEL_CODES: Final[dict[type[BaseException], int]] = {
+    exceptions.ChannelAccessRefused: ReplyCode.ACCESS_REFUSED,
+    exceptions.ChannelNotFoundEntity: ReplyCode.NOT_FOUND,
+    exceptions.ChannelLockedResource: ReplyCode.RESOURCE_LOCKED,
+    exceptions.ChannelPreconditionFailed: ReplyCode.PRECONDITION_FAILED,
 }
-_CONNECTION: Final[dict[type[BaseException], int]] = {
-    exceptions.ProbableAuthenticationError: 403,
-    exceptions.ConnectionFrameError: 501,
-    exceptions.ConnectionSyntaxError: 502,
-    exceptions.ConnectionCommandInvalid: 503,
-    exceptions.ConnectionChannelError: 504,
-    exceptions.ConnectionUnexpectedFrame: 505,
-    exceptions.ConnectionResourceError: 506,
-    exceptions.ConnectionNotAllowed: 530,
-    exceptions.ConnectionNotImplemented: 540,
-    exceptions.ConnectionInternalError: 541,
+_CONNECTION_CODES: Final[dict[type[BaseException], int]] = {
+    exceptions.ProbableAuthenticationError: ReplyCode.ACCESS_REFUSED,
+    exceptions.ConnectionFrameError: ReplyCode.FRAME_ERROR,
+    exceptions.ConnectionSyntaxError: ReplyCode.SYNTAX_ERROR,
+    exceptions.ConnectionCommandInvalid: ReplyCode.COMMAND_INVALID,
+    exceptions.ConnectionChannelError: ReplyCode.CHANNEL_ERROR,
+    exceptions.ConnectionUnexpectedFrame: ReplyCode.UNEXPECTED_FRAME,
+    exceptions.ConnectionResourceError: ReplyCode.RESOURCE_ERROR,
+    exceptions.ConnectionNotAllowed: ReplyCode.NOT_ALLOWED,
+    exceptions.ConnectionNotImplemented: ReplyCode.NOT_IMPLEMENTED,
+    exceptions.ConnectionInternalError: ReplyCode.INTERNAL_ERROR,
 }
 
+_GRACE = 0.5
+"""Seconds that abandoned work has to notice it."""
 
-def said(error: BaseException | None) -> ChannelClosed | ConnectionClosed | None:
-    """Find the broker's words in an exception, or in what caused it."""
+_abandoned: set[asyncio.Task[Any]] = set()
+"""Tasks that nothing awaits any more. The event loop keeps only weak references."""
+
+
+def close_reason(error: BaseException | None) -> Closed | None:
+    """Find the broker's reply code and text in an exception or its causes.
+
+    The frame tap's events are more exact, and come earlier. Use this if there was none.
+    """
     while error is not None:
         kind = type(error)
-        if kind in _CHANNEL:
-            return ChannelClosed(_CHANNEL[kind], str(error))
-        if kind in _CONNECTION:
-            return ConnectionClosed(_CONNECTION[kind], str(error))
+        if kind in _CHANNEL_CODES:
+            return ChannelClosed(_CHANNEL_CODES[kind], str(error))
+        if kind in _CONNECTION_CODES:
+            return ConnectionClosed(_CONNECTION_CODES[kind], str(error))
         match error:
             case exceptions.ChannelClosed(args=(int(code), str(text))) if code:
                 return ChannelClosed(code, text)
@@ -48,3 +68,70 @@ def said(error: BaseException | None) -> ChannelClosed | ConnectionClosed | None
             case _:
                 error = error.__cause__
     return None
+
+
+@contextmanager
+def translate_errors(make: Callable[[BaseException], Exception]) -> Iterator[None]:
+    """Replace the exceptions of a client library by the one that *make* returns.
+
+    This includes cancellations, unless it is the current task that is being cancelled.
+    """
+    try:
+        yield
+    except AioPikaBatchError:
+        raise
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise make(error) from error
+    except Exception as error:
+        raise make(error) from error
+
+
+def format_error(error: BaseException) -> str:
+    """Return an exception's text, or the name of its class if it has none."""
+    return str(error) or type(error).__name__
+
+
+async def finish_within(
+    seconds: float, work: Coroutine[Any, Any, Any], give_up: Callable[[], None]
+) -> bool:
+    """Wait for *work* for at most *seconds*, even if it ignores its cancellation.
+
+    Args:
+        seconds: How long to wait.
+        work: What may hang. Its exceptions are dropped.
+        give_up: Called when time is up, or when the waiting itself is cancelled. It should end what
+            *work* waits for.
+
+    Returns:
+        Whether *work* ended by itself.
+    """
+    task = asyncio.ensure_future(work)
+    _abandoned.add(task)
+    task.add_done_callback(_forget)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+    except asyncio.CancelledError:
+        give_up()
+        task.cancel()
+        raise
+    if task.done():
+        return True
+    give_up()
+    if not (await asyncio.wait({task}, timeout=_GRACE))[0]:
+        task.cancel()
+        await asyncio.wait({task}, timeout=_GRACE)
+    return False
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    _abandoned.discard(task)
+    consume_exception(task)
+
+
+def consume_exception(task: asyncio.Task[Any]) -> None:
+    """Mark a task's exception as retrieved. asyncio would log it if nothing awaits the task."""
+    if not task.cancelled():
+        task.exception()

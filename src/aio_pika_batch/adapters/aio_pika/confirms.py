@@ -1,33 +1,42 @@
-"""Which publication does a confirm, or a return, speak of?
+"""Matches the broker's confirms and returned publications with what was published on a channel.
 
-Pure: the broker's word in, outcomes out. A return carries no number; it precedes its own confirm,
-but others may stand between, and brokers have been seen to sort its headers. So it is matched by
-where it was to go, its body and its properties; where nothing matches, every publication on that
-route counts as returned, which may make duplicates and never loses one.
+Pure: answers in, outcomes out. A returned publication carries no number. It comes before its own
+confirm, but others may come between them, and some brokers sort its headers. So it is matched by
+its route, its body and its properties. If nothing matches, every publication on that route counts
+as returned, which may make duplicates but never loses a message.
 
 Laws:
 
-- Each publication gets one outcome, and only the broker's own word makes it `CONFIRMED`.
-- Confirms may come in any order, and `multiple` speaks of those only that are still open.
+- Each publication has one outcome, and only the broker's confirm makes it `CONFIRMED`.
+- Confirms may come in any order, and `multiple` concerns only the publications that are still open.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.adapters.aio_pika.properties import decode
 from aio_pika_batch.core.publication import Outcome
+from aio_pika_batch.core.refusals import ReplyCode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from aio_pika_batch.adapters.aio_pika.events import Confirm, Returned
+    from aio_pika_batch.adapters.aio_pika.events import (
+        ChannelClosed,
+        Confirm,
+        ReturnedPublication,
+    )
 
 Route = tuple[bytes, bytes]
 
+_REFUSALS = {ReplyCode.ACCESS_REFUSED, ReplyCode.NOT_FOUND, ReplyCode.PRECONDITION_FAILED}
+_LARGEST_BODY = re.compile(r"configured max size (\d+)")
 
-class Call:
-    """One call of `publish`: the outcomes that it waits for."""
+
+class PublishCall:
+    """One call of `publish`, and the outcomes that it waits for."""
 
     __slots__ = ("done", "missing", "outcomes")
 
@@ -37,7 +46,7 @@ class Call:
         self.done = done
 
     def settle(self, index: int, outcome: Outcome) -> None:
-        """Enter an outcome; a publication has only one."""
+        """Set the outcome of a publication, unless it has one."""
         if self.outcomes[index] is None:
             self.outcomes[index] = outcome
             self.missing -= 1
@@ -45,13 +54,13 @@ class Call:
                 self.done()
 
 
-class Entry:
-    """One publication on its way."""
+class InFlight:
+    """One publication that the broker has not answered."""
 
     __slots__ = ("body", "call", "index", "properties", "returned", "route")
 
     def __init__(
-        self, call: Call, index: int, route: Route, properties: bytes, body: bytes
+        self, call: PublishCall, index: int, route: Route, properties: bytes, body: bytes
     ) -> None:
         self.call = call
         self.index = index
@@ -61,85 +70,118 @@ class Entry:
         self.returned = False
 
 
-class Books:
+class ConfirmTracker:
     """The publications of one channel that the broker has not answered."""
 
     def __init__(self) -> None:
         self._last = 0
         self._oldest = 1
-        self._open: dict[int, Entry] = {}
-        # By route, so that a return need not be held against all of them, and without those that
-        # have been returned already. Kept from the first return on, until nothing is open.
-        self._routes: dict[Route, dict[int, Entry]] | None = None
+        self._open: dict[int, InFlight] = {}
+        # By route, so that a returned publication is compared with few, and without those that are
+        # marked as returned. Kept from the first returned publication until nothing is open.
+        self._routes: dict[Route, dict[int, InFlight]] | None = None
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def enter(self, entries: Sequence[Entry]) -> int:
-        """Note publications; the channel numbers them from 1, as we do.
+    def track(self, publications: Sequence[InFlight]) -> int:
+        """Add publications. The broker numbers them from 1 in the order of sending, and so do we.
 
         Returns:
-            The number of the first of them.
+            The number of the first one.
         """
         first = self._last + 1
-        self._last += len(entries)
-        self._open.update(zip(range(first, self._last + 1), entries, strict=True))
+        self._last += len(publications)
+        self._open.update(zip(range(first, self._last + 1), publications, strict=True))
         if self._routes is not None:
-            for number, entry in enumerate(entries, first):
-                self._routes.setdefault(entry.route, {})[number] = entry
+            for number, publication in enumerate(publications, first):
+                self._routes.setdefault(publication.route, {})[number] = publication
         return first
 
-    def close(self, number: int, outcome: Outcome) -> None:
-        """End a publication whose outcome is known; a return weighs more."""
-        entry = self._open.pop(number, None)
-        if entry is None:
+    def settle(self, number: int, outcome: Outcome) -> None:
+        """Set the outcome of a publication; `RETURNED` if it was marked as returned."""
+        publication = self._open.pop(number, None)
+        if publication is None:
             return
-        if entry.returned:
+        if publication.returned:
             outcome = Outcome.RETURNED
         elif self._routes is not None:
-            del self._routes[entry.route][number]
+            del self._routes[publication.route][number]
         if not self._open:
             self._routes = None
-        entry.call.settle(entry.index, outcome)
+        publication.call.settle(publication.index, outcome)
 
     def confirm(self, confirm: Confirm) -> None:
-        """Take the broker's word on one publication, or on all up to it."""
+        """Settle one publication, or all up to it."""
         outcome = Outcome.CONFIRMED if confirm.accepted else Outcome.REFUSED
         if confirm.multiple:
-            # Each number is looked at once in the life of the channel, however many confirms come.
-            # It cannot speak of what was not sent, whatever number it names.
+            # Each number is visited once in the life of the channel, however many confirms come.
+            # The broker may name any number, but cannot confirm what was not sent.
             last = min(confirm.tag, self._last)
             for number in range(self._oldest, last + 1):
-                self.close(number, outcome)
+                self.settle(number, outcome)
             self._oldest = max(self._oldest, last + 1)
         else:
-            self.close(confirm.tag, outcome)
+            self.settle(confirm.tag, outcome)
 
-    def returned(self, returned: Returned) -> None:
-        """Note that a publication came back; its confirm will still come."""
+    def mark_returned(self, returned: ReturnedPublication) -> None:
+        """Mark a publication as returned. Its confirm is still to come."""
         if self._routes is None:
             self._routes = {}
-            for number, entry in self._open.items():
-                self._routes.setdefault(entry.route, {})[number] = entry
+            for number, publication in self._open.items():
+                self._routes.setdefault(publication.route, {})[number] = publication
         route = self._routes.get((returned.exchange, returned.routing_key), {})
-        for number in self._matching(route, returned):
+        for number in _matching(route, returned):
             route.pop(number).returned = True
 
-    def _matching(self, route: dict[int, Entry], returned: Returned) -> list[int]:
-        """The numbers of those it may be: one, if at all possible."""
-        for number, entry in route.items():
-            if entry.properties == returned.properties and entry.body == returned.body:
-                return [number]
-        meaning = decode(returned.properties)
-        for number, entry in route.items():
-            if entry.body == returned.body and decode(entry.properties) == meaning:
-                return [number]
-        return list(route)
-
-    def end(self, outcome: Callable[[Entry], Outcome]) -> None:
-        """Close all that is open: the channel has no more to say."""
-        entries = list(self._open.values())
+    def end(self, outcome: Callable[[InFlight], Outcome]) -> None:
+        """Settle all open publications: the channel has ended."""
+        publications = list(self._open.values())
         self._open.clear()
         self._routes = None
-        for entry in entries:
-            entry.call.settle(entry.index, Outcome.RETURNED if entry.returned else outcome(entry))
+        for each in publications:
+            each.call.settle(each.index, Outcome.RETURNED if each.returned else outcome(each))
+
+
+def _matching(route: dict[int, InFlight], returned: ReturnedPublication) -> list[int]:
+    """Return the numbers of the publications that it may be: one, if one matches."""
+    for number, publication in route.items():
+        if publication.properties == returned.properties and publication.body == returned.body:
+            return [number]
+    properties = decode(returned.properties)
+    for number, publication in route.items():
+        if publication.body == returned.body and decode(publication.properties) == properties:
+            return [number]
+    return list(route)
+
+
+def outcome_after_close(closed: ChannelClosed, *, alone: bool) -> Callable[[InFlight], Outcome]:
+    """Return a function that tells `REFUSED` from `UNKNOWN` after the broker closed a channel.
+
+    Only the publication that caused it was refused. The broker may have stored others before it.
+
+    Args:
+        closed: The broker's reason.
+        alone: Whether only one publication was in flight.
+    """
+    code, text = closed
+    is_refusal = code in _REFUSALS
+    found = _LARGEST_BODY.search(text)
+    largest = int(found[1]) if found else None
+
+    def outcome(publication: InFlight) -> Outcome:
+        exchange = publication.route[0].decode(errors="replace")
+        if is_refusal and (
+            alone
+            or f"exchange '{exchange}'" in text
+            or (largest is not None and len(publication.body) > largest)
+        ):
+            return Outcome.REFUSED
+        return Outcome.UNKNOWN
+
+    return outcome
+
+
+def unknown(_: InFlight) -> Outcome:
+    """Return `UNKNOWN`: the broker gave no answer."""
+    return Outcome.UNKNOWN

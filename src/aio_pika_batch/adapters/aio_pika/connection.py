@@ -1,8 +1,8 @@
-"""How is a connection opened, and how does it surely come to an end?
+"""Opens a connection to one of several brokers, and closes it within seconds.
 
-aio-pika does what it is good at: TLS, logging in, negotiation, channels. Around it stand a time
-limit that holds also where the library hangs, several addresses, and errors that say what is
-wrong, where, and what to do; never with a password.
+aio-pika handles TLS, logging in, negotiation and channels. This module adds a time limit that holds
+even if the library hangs, several addresses, and errors that say what is wrong, where, and what to
+do. No error contains a password.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 import socket
 import ssl
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import aio_pika
@@ -19,12 +20,14 @@ from aiormq.exceptions import AuthenticationError
 from yarl import URL
 
 from aio_pika_batch.adapters.aio_pika import tls
-from aio_pika_batch.adapters.aio_pika.broker_errors import refused_connection
-from aio_pika_batch.adapters.aio_pika.client_errors import said
-from aio_pika_batch.adapters.aio_pika.events import Cut, Malformed
-from aio_pika_batch.adapters.aio_pika.translate import describe, within
-from aio_pika_batch.adapters.aio_pika.untapped import Untapped
-from aio_pika_batch.adapters.aio_pika.wires import NOT_ASKED, new_tap, why_no_tap, without
+from aio_pika_batch.adapters.aio_pika.broker_errors import connection_error
+from aio_pika_batch.adapters.aio_pika.client_errors import (
+    close_reason,
+    finish_within,
+    format_error,
+)
+from aio_pika_batch.adapters.aio_pika.events import ConnectionLost, Malformed
+from aio_pika_batch.adapters.aio_pika.frame_tap import FrameTap
 from aio_pika_batch.errors import (
     AccessRefused,
     BrokerUnavailable,
@@ -37,175 +40,142 @@ if TYPE_CHECKING:
 
     from aiormq.abc import AbstractChannel
 
-    from aio_pika_batch.adapters.aio_pika.tap import Tap
-    from aio_pika_batch.adapters.aio_pika.urls import Address
-    from aio_pika_batch.adapters.aio_pika.wires import Line
+    from aio_pika_batch.adapters.aio_pika.url import Address
     from aio_pika_batch.transport import Endpoint
 
 CLOSE_TIMEOUT = 3.0
-"""Seconds for the broker to say goodbye; after it the socket is dropped."""
+"""Seconds that the broker has to confirm a close. After it, the socket is dropped."""
 
 
 class TappedConnection(aio_pika.Connection):
-    """aio-pika's own, on a socket that the tap opens."""
+    """An aio-pika connection whose socket is opened by a frame tap."""
 
     def __init__(
         self,
         url: URL,
-        tap: Tap | None,
+        tap: FrameTap,
         client_properties: dict[str, Any],
         context: ssl.SSLContext | None,
     ) -> None:
         super().__init__(url, ssl_context=context, client_properties=client_properties)
-        if tap is not None:
-            # What stands here goes on to aiormq.
-            self.kwargs["transport_factory"] = tap
+        # aio-pika passes these on to aiormq.
+        self.kwargs["transport_factory"] = tap
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class OpenConnection:
     """One open connection.
 
     Attributes:
-        tap: Where it could be installed.
-        untapped: Stands in for it where it could not.
-        is_fast: Whether messages go past the client library.
+        is_fast: Whether messages bypass the client library.
     """
 
     address: Address
     connection: aio_pika.Connection
-    tap: Tap | None
-    untapped: Untapped | None
-    heartbeat: int
+    tap: FrameTap
     is_fast: bool
 
     @property
-    def line(self) -> Line:
-        """What is known of the connection."""
-        line: Line | None = self.tap or self.untapped
-        assert line is not None  # noqa: S101  -- one or the other
-        return line
-
-    @property
-    def frame_max(self) -> int:
-        """The largest frame that may be sent."""
-        if self.tap is not None:
-            return self.tap.frame_max
+    def product(self) -> tuple[str, str]:
+        """The broker's product name and version."""
         transport = self.connection.transport
-        return transport.connection.connection_tune.frame_max if transport is not None else 0
-
-    @property
-    def broker(self) -> tuple[str, str]:
-        """What it calls itself, and its version."""
-        transport = self.connection.transport
-        said = {} if transport is None else transport.connection.server_properties
-        return str(said.get("product", "the broker")), str(
-            said.get("version", "of no known version")
+        properties = {} if transport is None else transport.connection.server_properties
+        return str(properties.get("product", "the broker")), str(
+            properties.get("version", "of no known version")
         )
 
     async def channel(self, *, confirms: bool = False) -> AbstractChannel:
-        """Open a channel of the library below aio-pika. Raises what that raises."""
+        """Open a channel of aiormq. Raises what aiormq raises."""
         transport = self.connection.transport
         if transport is None:
             raise RuntimeError("the connection is closed")
         return await transport.connection.channel(publisher_confirms=confirms)
 
     async def close(self) -> None:
-        """Close it, in good order if the broker answers soon, and in any case."""
-        line = self.line
-        if isinstance(line.end, Cut | Malformed):
-            line.abort()
-        await within(CLOSE_TIMEOUT, self.connection.close(), line.abort)
-        if self.untapped is not None:
-            self.untapped.abort()
+        """Close the connection, gracefully if the broker answers soon."""
+        if isinstance(self.tap.end, ConnectionLost | Malformed):
+            self.tap.abort()
+        await finish_within(CLOSE_TIMEOUT, self.connection.close(), self.tap.abort)
 
 
 class _UnknownHost(AccessRefused):
-    """There is no such name: as final as a refusal, as far as this address is concerned."""
+    """The host name does not exist. For this address, it is as final as a refusal."""
 
 
+# Unlike a name server that cannot be reached at the moment.
 _NO_SUCH_NAME = {
     getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA") if hasattr(socket, name)
 }
-"""As against a name server that cannot be reached just now."""
 
 
-async def open_link(endpoint: Endpoint, addresses: Sequence[Address]) -> Link:
-    """Connect to one of the addresses, whichever comes first in a random order.
+async def open_connection(endpoint: Endpoint, addresses: Sequence[Address]) -> OpenConnection:
+    """Connect to the first of the addresses that answers, in random order.
 
     Raises:
-        AccessRefused: At least one broker answered, and none let us in; or no host has a name that
-            is known.
-        BrokerUnavailable: None answered.
+        AccessRefused: At least one broker answered, and none accepted the connection; or no host
+            name exists.
+        BrokerUnavailable: No broker answered.
+        ConfigurationError: The installed aiormq cannot be used.
     """
     errors: list[TransportError] = []
     for address in random.sample(addresses, len(addresses)):
         try:
-            return await _open(endpoint, address)
+            return await _connect(endpoint, address)
         except TransportError as error:
             errors.append(error)
     refusals = [error for error in errors if isinstance(error, AccessRefused)]
     if len(refusals) < len(errors):
-        # One wrong name among hosts that are only down: those are worth waiting for.
+        # One wrong name among hosts that are only down. Those are worth another attempt.
         refusals = [error for error in refusals if not isinstance(error, _UnknownHost)]
     last = (refusals or errors)[-1]
     kind = AccessRefused if refusals else BrokerUnavailable
     text = "; ".join(map(str, errors))
-    raise kind(text if len(errors) == 1 else f"no address would do: {text}") from last
+    raise kind(text if len(errors) == 1 else f"no address can be used: {text}") from last
 
 
-async def _open(endpoint: Endpoint, address: Address, *, tapped: bool = True) -> Link:
-    context = await _context(endpoint, address)
+async def _connect(endpoint: Endpoint, address: Address) -> OpenConnection:
+    context = await _tls_context(endpoint, address)
     heartbeat = int(address.options.get("heartbeat", endpoint.heartbeat))
-    tap = new_tap(heartbeat) if tapped else None
-    untapped = Untapped()
-    line: Line = tap or untapped
+    tap = FrameTap(heartbeat)
     name = address.options.get("name", endpoint.connection_name)
     connection = TappedConnection(_url(address, heartbeat), tap, {"connection_name": name}, context)
-    outcome: list[BaseException] = []
+    failure: BaseException | None = None
 
     async def connect() -> None:
+        nonlocal failure
         try:
             await connection.connect()
         except BaseException as error:
-            outcome.append(error)
+            failure = error
             raise
 
     try:
-        answered = await within(endpoint.connect_timeout, connect(), line.abort)
+        has_ended = await finish_within(endpoint.connect_timeout, connect(), tap.abort)
     except asyncio.CancelledError:
         await connection.close()
         raise
-    if answered and not outcome:
-        if tap is not None and tap.is_installed:
-            return Link(address, connection, tap, None, heartbeat, endpoint.wire != "plain")
-        try:
-            without(endpoint, why_no_tap() or NOT_ASKED)
-        except ConfigurationError:
-            await within(CLOSE_TIMEOUT, connection.close(), line.abort)
-            raise
-        if connection.transport is not None:
-            untapped.follow(connection.transport.connection)
-        return Link(address, connection, None, untapped, heartbeat, is_fast=False)
-    await within(CLOSE_TIMEOUT, connection.close(), line.abort)
-    cause = outcome[0] if outcome else None
-    if isinstance(cause, TypeError) and tap is not None and not tap.is_installed:
-        # The library takes a factory otherwise than we know it, or takes none.
-        without(endpoint, f"its call for a socket is not the one that we know: {cause}")
-        return await _open(endpoint, address, tapped=False)
-    if answered:
-        raise _why(line, address, cause) from cause
+    if has_ended and failure is None and tap.is_installed:
+        return OpenConnection(address, connection, tap, endpoint.wire != "plain")
+    await finish_within(CLOSE_TIMEOUT, connection.close(), tap.abort)
+    if not tap.is_installed and (failure is None or isinstance(failure, TypeError)) and has_ended:
+        # aiormq has opened the socket itself, or has failed at the unknown argument.
+        raise ConfigurationError(
+            f"the installed aiormq {version('aiormq')} does not open its socket by"
+            " transport_factory, which this library needs; install aiormq 7.2.4 or newer"
+        ) from failure
+    if has_ended:
+        raise _connect_error(tap, address, failure) from failure
     seconds = f"{endpoint.connect_timeout:g} s"
-    raise _unavailable(address, f"no answer within {seconds}") from cause
+    raise _unavailable(address, f"no answer within {seconds}") from failure
 
 
-async def _context(endpoint: Endpoint, address: Address) -> ssl.SSLContext | None:
+async def _tls_context(endpoint: Endpoint, address: Address) -> ssl.SSLContext | None:
     if not address.tls:
         return None
     try:
-        return await asyncio.to_thread(tls.context_of, tls.papers_for(endpoint, address))
+        return await asyncio.to_thread(tls.create_context, tls.tls_options(endpoint, address))
     except ConfigurationError as error:
-        # It was right at start: most likely files are being replaced.
+        # It was valid at the start, so the files are probably being replaced: try again later.
         raise BrokerUnavailable(f"{address} was not tried: {error}") from error
 
 
@@ -222,49 +192,52 @@ def _url(address: Address, heartbeat: int) -> URL:
     )
 
 
-def _why(line: Line, address: Address, error: BaseException | None) -> TransportError:
-    """What went wrong: the broker's own words are best, then the first cause that we know."""
-    closed = line.closed_by_broker or said(error)
+def _connect_error(
+    tap: FrameTap, address: Address, failure: BaseException | None
+) -> TransportError:
+    """Make an error of the broker's reason if there is one, else of the first known cause."""
+    closed = tap.closed or close_reason(failure)
     if closed is not None:
-        return refused_connection(closed.code, closed.text, address)
-    cause = error
+        return connection_error(closed, address)
+    cause = failure
     while cause is not None:
-        known = _known(cause, address)
-        if known is not None:
-            return known
+        error = _known_error(cause, address)
+        if error is not None:
+            return error
         cause = cause.__cause__
-    return _unavailable(address, describe(error) if error is not None else "it hung up")
+    reason = "the broker closed the connection" if failure is None else format_error(failure)
+    return _unavailable(address, reason)
 
 
-def _known(cause: BaseException, address: Address) -> TransportError | None:  # noqa: PLR0911  -- one for each
+def _known_error(cause: BaseException, address: Address) -> TransportError | None:  # noqa: PLR0911  -- one for each
     match cause:
         case ssl.SSLCertVerificationError():
-            return tls.not_verified(cause, address)
+            return tls.verification_error(cause, address)
         case AuthenticationError():
-            asked = address.options.get("auth", "plain")
+            mechanism = address.options.get("auth", "plain")
             return AccessRefused(
-                f"{address} does not offer to log in by auth={asked};"
-                " enable that on the broker, or leave auth out of url. By external, it wants a"
-                " client certificate first (ssl_certfile)"
+                f"{address} does not offer to log in by auth={mechanism};"
+                " enable that on the broker, or remove auth from url. For external, the broker also"
+                " needs a client certificate (ssl_certfile)"
             )
         case ssl.SSLEOFError():
             return _unavailable(address, "the connection ended during the TLS handshake")
         case ssl.SSLError():
-            return tls.handshake_failed(cause, address)
+            return tls.handshake_error(cause, address)
         case socket.gaierror() if cause.errno in _NO_SUCH_NAME:
             return _UnknownHost(
                 f"{address} cannot be reached: its name is not known: {cause.strerror};"
-                f" correct the host {address.host!r} in url, or give it that name"
+                f" correct the host {address.host!r} in url, or add it to the DNS"
             )
         case socket.gaierror():
             return _unavailable(address, f"its name cannot be looked up: {cause.strerror}")
         case ConnectionRefusedError():
-            return _unavailable(address, "nobody listens there (connection refused)")
+            return _unavailable(address, "nothing listens there (connection refused)")
         case _:
             return None
 
 
-def _unavailable(address: Address, why: str) -> BrokerUnavailable:
+def _unavailable(address: Address, reason: str) -> BrokerUnavailable:
     return BrokerUnavailable(
-        f"{address} cannot be reached: {why}; check host and port, and whether the broker runs"
+        f"{address} cannot be reached: {reason}; check host and port, and that the broker runs"
     )

@@ -1,114 +1,139 @@
-"""What do both wires do alike? The channel is the client library's, opened, cancelled and closed by
-it; and what ends a session is told in the same words.
+"""The channel that a session consumes on. aiormq opens, cancels and closes it.
+
+On the fast wire, the frame tap takes the deliveries out before aiormq sees them. On the plain wire
+(`wire="plain"`), aiormq carries them and calls back for each. Its callback only emits an event:
+handlers run in tasks of ours, which a lost connection does not cancel. On both wires, settlements
+are packed frames that the tap writes.
+
+Law: what was delivered before the broker's answer to `cancel` was emitted when it returns.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import asyncio
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aio_pika_batch.adapters.aio_pika.broker_errors import refused_entity, why_channel_closed
-from aio_pika_batch.adapters.aio_pika.client_errors import said
-from aio_pika_batch.adapters.aio_pika.events import (
-    ChannelClosed,
-    ConnectionClosed,
-    ConsumerCancelled,
-    Cut,
-    Deliveries,
-    Malformed,
+from aio_pika_batch.adapters.aio_pika.client_errors import (
+    close_reason,
+    format_error,
+    translate_errors,
 )
-from aio_pika_batch.adapters.aio_pika.translate import describe, translated
+from aio_pika_batch.adapters.aio_pika.events import Deliveries
+from aio_pika_batch.adapters.aio_pika.properties import decode, decode_headers, decode_route
+from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.refusals import refusal_error
 from aio_pika_batch.errors import BrokerUnavailable, SessionLost
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-
     from aiormq.abc import AbstractChannel, DeliveredMessage
 
-    from aio_pika_batch.adapters.aio_pika.connection import Link
-    from aio_pika_batch.adapters.aio_pika.events import Event
-    from aio_pika_batch.adapters.aio_pika.wire import Ear
-    from aio_pika_batch.core.message import Source
+    from aio_pika_batch.adapters.aio_pika.connection import OpenConnection
+    from aio_pika_batch.adapters.aio_pika.frame_tap import Listener
     from aio_pika_batch.transport import Subscription
 
+_TURNS = 4
+"""Turns of the event loop after cancel-ok on the plain wire. aiormq has started a task for each
+delivery before it handles the answer, so one would do."""
 
-class ConsumingChannel(ABC):
-    """One channel of the client library that consumes."""
 
-    def __init__(self, link: Link, ear: Ear) -> None:
-        self._link = link
-        self._ear = ear
+@dataclass(frozen=True, slots=True)
+class RawSource:
+    """What the messages of one session share: :class:`~aio_pika_batch.core.message.Source`."""
+
+    queue: str
+    consumer_tag: str
+    retry_count_header: str
+
+    decode_properties = staticmethod(decode)
+    decode_headers = staticmethod(decode_headers)
+    decode_route = staticmethod(decode_route)
+
+    def now(self) -> float:
+        """Return seconds since the epoch."""
+        return time.time()
+
+
+class ConsumerChannel:
+    """One channel with one consumer.
+
+    Attributes:
+        number: The channel's number; 0 before it is open.
+    """
+
+    def __init__(self, connection: OpenConnection, listener: Listener) -> None:
+        self.number = 0
+        self._connection = connection
+        self._listener = listener
         self._channel: AbstractChannel | None = None
-        self._number = 0
         self._consumer_tag = ""
-        self._refusal: ChannelClosed | ConnectionClosed | None = None
-        self._is_over = False
 
-    @abstractmethod
-    async def _listen(
-        self, channel: AbstractChannel, source: Source
-    ) -> Callable[[DeliveredMessage], Coroutine[Any, Any, None]]:
-        """Prepare for deliveries; return what the library shall call with each."""
+    async def consume(self, subscription: Subscription) -> None:
+        """Open the channel and start the consumer. Raises TopologyError or BrokerUnavailable."""
+        address, tap = self._connection.address, self._connection.tap
 
-    async def consume(self, subscription: Subscription, source: Source) -> None:
-        """Open the channel and begin."""
-        where = self._link.address
-
-        def refused(error: BaseException) -> Exception:
-            refusal = self._refusal or said(error)
-            if refusal is None:
-                why = describe(error)
-                return BrokerUnavailable(f"{where} hung up while a consumer was opened: {why}")
-            entity = f"consuming from queue {subscription.queue!r}"
-            return refused_entity(refusal.code, refusal.text, entity, where)
+        def failed(error: BaseException) -> Exception:
+            closed = tap.closed or close_reason(error)
+            if closed is not None:
+                subject = f"consuming from queue {subscription.queue!r} at {address}"
+                return refusal_error(closed.code, closed.text, subject)
+            return BrokerUnavailable(
+                f"{address} ended the connection while a consumer was started:"
+                f" {format_error(error)}"
+            )
 
         self._consumer_tag = subscription.consumer_tag
-        with translated(refused):
-            self._channel = channel = await self._link.channel()
-            self._number = channel.number
-            # Before there is a consumer, so that no delivery can come earlier.
-            callback = await self._listen(channel, source)
+        source = RawSource(
+            subscription.queue, subscription.consumer_tag, subscription.retry_count_header
+        )
+        with translate_errors(failed):
+            self._channel = channel = await self._connection.channel()
+            self.number = channel.number
+            # Tap before the consumer exists, so that no delivery can come earlier.
+            if self._connection.is_fast:
+                tap.tap_consumer(channel.number, source, self._listener)
+                on_message = _unexpected
+            else:
+                on_message = self._guarded(channel.number, source)
+            # Prefetch comes first: it holds for consumers that start after it.
             await channel.basic_qos(prefetch_count=subscription.prefetch)
             await channel.basic_consume(
                 subscription.queue,
-                callback,
+                on_message,
                 consumer_tag=subscription.consumer_tag,
                 exclusive=subscription.exclusive,
                 arguments=dict[str, Any](subscription.arguments),
             )
 
+    def _guarded(self, number: int, source: RawSource) -> Any:  # noqa: ANN401  -- a callback
+        guard = self._connection.tap.guard(number, self._listener)
+
+        async def on_message(message: DeliveredMessage) -> None:
+            tag = message.delivery_tag or 0
+            redelivered = bool(getattr(message.delivery, "redelivered", False))
+            delivered = Message(source, tag, redelivered, message.body, *guard.take(tag))
+            self._listener(Deliveries([delivered]))
+
+        return on_message
+
     async def cancel(self) -> None:
-        """Ask for no more."""
-        if self._channel is not None:
-            with translated(lambda error: SessionLost(f"basic.cancel failed: {describe(error)}")):
-                await self._channel.basic_cancel(self._consumer_tag)
+        """Cancel the consumer, and wait for the broker's answer. Raises SessionLost."""
+        if self._channel is None:
+            return
+        with translate_errors(
+            lambda error: SessionLost(f"basic.cancel failed: {format_error(error)}")
+        ):
+            await self._channel.basic_cancel(self._consumer_tag)
+        if not self._connection.is_fast:
+            for _ in range(_TURNS):
+                await asyncio.sleep(0)
 
     async def close(self) -> None:
-        """Close the channel."""
-        if self._channel is not None and self._link.line.end is None:
+        """Close the channel. Raises what aiormq raises."""
+        if self._channel is not None and self._connection.tap.end is None:
             await self._channel.close()
 
-    def _heard(self, event: Event) -> None:
-        match event:
-            case Deliveries(messages):
-                self._ear.delivered(messages)
-            case ChannelClosed(code, text):
-                self._refusal = event
-                self._lose(why_channel_closed(code, text))
-            case ConnectionClosed(code, text):
-                self._refusal = event
-                self._lose(f"the broker closed the connection: {code} {text}")
-            case ConsumerCancelled():
-                self._lose(
-                    "the broker cancelled the consumer: the queue was deleted, is unavailable,"
-                    " or messages were held for too long"
-                )
-            case Malformed(reason) | Cut(reason):
-                self._lose(reason)
-            case _:
-                # Confirms do not come on a channel that consumes; close-ok is the library's.
-                pass
 
-    def _lose(self, why: str) -> None:
-        self._is_over = True
-        self._ear.lost(why)
+async def _unexpected(message: DeliveredMessage) -> None:
+    raise AssertionError(f"{message!r} was delivered past the tap")

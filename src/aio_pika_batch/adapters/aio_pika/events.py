@@ -1,6 +1,6 @@
-"""What can be heard on a wire?
+"""What a connection can report: messages, confirms, and every way in which it ends.
 
-Values, in the order of the wire. Whoever listens matches on their types.
+Events are values, in the order in which the broker sent them. Listeners match on their types.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class Deliveries(NamedTuple):
-    """Messages that came together, in the order of their tags."""
+    """Messages that arrived in one read, in the order of their tags."""
 
     messages: list[Message]
 
 
 class Confirm(NamedTuple):
-    """The broker's word on one publication, or on all up to it."""
+    """The broker's answer to one publication, or to all up to it."""
 
     tag: int
     multiple: bool
@@ -26,13 +26,13 @@ class Confirm(NamedTuple):
 
 
 class Confirms(NamedTuple):
-    """Confirms that came together."""
+    """Confirms that arrived in one read."""
 
     confirms: list[Confirm]
 
 
-class Returned(NamedTuple):
-    """A mandatory publication that no queue took; its confirm is still to come."""
+class ReturnedPublication(NamedTuple):
+    """A mandatory publication that reached no queue. Its confirm is still to come."""
 
     code: int
     text: str
@@ -43,37 +43,37 @@ class Returned(NamedTuple):
 
 
 class ConsumerCancelled(NamedTuple):
-    """The broker has ended the consumer: its queue is gone, or it was too slow."""
+    """The broker has cancelled the consumer: its queue is gone, or it was too slow."""
 
     consumer_tag: str
 
 
 class ChannelClosed(NamedTuple):
-    """The broker has closed the channel: another byte on it would end the connection."""
+    """The broker has closed the channel. One more byte on it would cost the connection."""
 
     code: int
     text: str
 
 
-class ChannelGone(NamedTuple):
+class ChannelCloseOk(NamedTuple):
     """The broker has confirmed that the channel is closed."""
 
 
 class ConnectionClosed(NamedTuple):
-    """The broker is closing the connection, and says why."""
+    """The broker closes the connection, and gives its reason."""
 
     code: int
     text: str
 
 
 class Malformed(NamedTuple):
-    """The stream cannot be split any further; nothing comes after this."""
+    """The received bytes cannot be parsed. No event follows this one."""
 
     reason: str
 
 
-class Cut(NamedTuple):
-    """The connection is no more, without a word from the broker."""
+class ConnectionLost(NamedTuple):
+    """The connection has ended, and the broker gave no reason."""
 
     reason: str
 
@@ -84,15 +84,18 @@ class PassThrough(NamedTuple):
     frames: list[bytes]
 
 
+Closed: TypeAlias = ChannelClosed | ConnectionClosed
+"""What the broker closed, and why."""
+
 Event: TypeAlias = (
     Deliveries
     | Confirms
-    | Returned
+    | ReturnedPublication
     | ConsumerCancelled
     | ChannelClosed
-    | ChannelGone
+    | ChannelCloseOk
     | ConnectionClosed
     | Malformed
-    | Cut
+    | ConnectionLost
     | PassThrough
 )

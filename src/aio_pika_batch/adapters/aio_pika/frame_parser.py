@@ -1,17 +1,18 @@
-"""Where does one frame end, and which frames are not for the client library?
+"""Splits the bytes of a connection into frames, and takes the tapped channel's messages out.
 
-Pure and synchronous: bytes in, events out. It splits from the first byte of a connection on, since
-it could not know later where a frame begins. Of one tapped channel it takes out what travels in
-bulk: deliveries, or confirms and returns. Everything else passes through, untouched and in order;
-only a guarded channel's deliveries pass without what the client library need not decode.
+Pure and synchronous: bytes in, events out. It parses from the first byte of a connection on,
+because it could not find the beginning of a frame later. Of one tapped channel it takes out what
+comes in bulk: deliveries, or confirms and returned publications. Everything else is passed to the
+client library, unchanged and in order. Only a guarded channel's deliveries are passed on without
+routes and properties.
 
 Laws:
 
-- Events stand in the order of the wire, however the bytes were cut into reads.
-- What is held back is less than one ordinary message, or one frame, each bounded by `frame_max`;
-  or the body of one message, in frames. None is larger than `LARGEST`, whatever is agreed on, and
-  nothing is set aside for what is only announced.
-- A channel that is closed, by either side, is no longer tapped: its number will be used again.
+- Events come in the order of the bytes, however these were cut into reads.
+- What is held back is less than one ordinary message, or one frame, each limited by `frame_max`; or
+  the body of one message, in frames. None is larger than `LARGEST`, whatever was negotiated. No
+  memory is reserved for bytes that are only announced.
+- A channel that either side closes is no longer tapped: its number will be used again.
 """
 
 from __future__ import annotations
@@ -19,30 +20,43 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
+from aio_pika_batch.adapters.aio_pika.amqp_spec import (
+    ARGUMENTS_AT,
+    BASIC_CANCEL,
+    BASIC_DELIVER,
+    BASIC_RETURN,
+    BODY,
+    CHANNEL_CLOSE,
+    CHANNEL_CLOSE_OK,
+    CONNECTION_CLOSE,
+    CONNECTION_TUNE,
+    CONTENT_HEAD,
+    DEFAULT_FRAME_MAX,
+    FRAME_END,
+    FRAME_HEAD,
+    FRAME_OVERHEAD,
+    FRAME_TYPES,
+    HEADER,
+    METHOD,
+    METHOD_ID,
+    PAYLOAD_AT,
+    PROPERTIES_AT,
+    PROTOCOL_HEADER,
+    SHORTEST_CONTENT_HEADER,
+)
 from aio_pika_batch.adapters.aio_pika.events import (
     ChannelClosed,
-    ChannelGone,
+    ChannelCloseOk,
     Confirms,
     ConnectionClosed,
     ConsumerCancelled,
     Deliveries,
     Malformed,
     PassThrough,
-    Returned,
+    ReturnedPublication,
 )
-from aio_pika_batch.adapters.aio_pika.frame_fastpath import (
-    BASIC_DELIVER,
-    BODY,
-    END,
-    HEADER,
-    HEARTBEAT,
-    METHOD,
-    OVERHEAD,
-    SHORTEST_HEADER,
-    OrdinaryConfirms,
-    OrdinaryDeliveries,
-)
-from aio_pika_batch.adapters.aio_pika.header_guard import Guard
+from aio_pika_batch.adapters.aio_pika.frame_fastpath import ConfirmFastPath, DeliveryFastPath
+from aio_pika_batch.adapters.aio_pika.header_guard import HeaderGuard
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.errors import TransportError
 
@@ -50,34 +64,22 @@ if TYPE_CHECKING:
     from aio_pika_batch.adapters.aio_pika.events import Confirm, Event
     from aio_pika_batch.core.message import Source
 
-DEFAULT_FRAME_MAX = 131_072
-"""Until the broker proposes its own; RabbitMQ's default."""
-
 LARGEST = 512 * 2**20
-"""Bytes of a body, or of a frame where the broker sets no limit: no RabbitMQ can be told to take
-larger messages (`max_message_size`)."""
+"""Bytes of a body, or of a frame if the broker sets no limit: the most that RabbitMQ's
+`max_message_size` allows. A body announces its size in 64 bits, so there must be a limit."""
 
-_FRAME = struct.Struct(">BHI")
-_METHOD_ID = struct.Struct(">I")
-_CONTENT = struct.Struct(">IQ")
-_CODE = struct.Struct(">H")
+_REPLY_CODE = struct.Struct(">H")
+_TEXT_AT = ARGUMENTS_AT + _REPLY_CODE.size
 _TUNE = struct.Struct(">HI")
-_TUNE_BYTES = OVERHEAD + 4 + 8
-
-_CONNECTION_TUNE = 10 << 16 | 30
-_CONNECTION_CLOSE = 10 << 16 | 50
-_CHANNEL_CLOSE = 20 << 16 | 40
-_CHANNEL_CLOSE_OK = 20 << 16 | 41
-_BASIC_CANCEL = 60 << 16 | 30
-_BASIC_RETURN = 60 << 16 | 50
+_TUNE_BYTES = FRAME_OVERHEAD + 4 + 8
 
 
 class FrameError(TransportError):
-    """What came is no AMQP 0-9-1, or breaks what was negotiated."""
+    """The received bytes are not AMQP 0-9-1, or break what was negotiated."""
 
 
-class _Content:
-    """A delivery or a return whose header or body is still to come."""
+class _PartialContent:
+    """A delivery or a return whose header or body is incomplete."""
 
     __slots__ = ("method", "missing", "parts", "properties")
 
@@ -88,22 +90,22 @@ class _Content:
         self.missing = 0
 
 
-class Splitter:
-    """Split one connection's incoming bytes; tap at most one channel of it."""
+class FrameParser:
+    """Parses the incoming bytes of one connection. At most one channel is tapped."""
 
     def __init__(self) -> None:
         self.frame_max = DEFAULT_FRAME_MAX
-        """The largest frame, overhead included, that either side may send."""
+        """The largest frame that either side may send, including its overhead."""
         self._largest = DEFAULT_FRAME_MAX
         self._channel = -1
-        self._deliveries: OrdinaryDeliveries | None = None
-        self._confirms: OrdinaryConfirms | None = None
+        self._deliveries: DeliveryFastPath | None = None
+        self._confirms: ConfirmFastPath | None = None
         self._takes_returns = False
-        self._guard: Guard | None = None
-        self._content: _Content | None = None
-        self._greeted = False
+        self._guard: HeaderGuard | None = None
+        self._content: _PartialContent | None = None
+        self._has_started = False
         self._broken = False
-        # Of an unfinished read: joined once, when as much is there as is known to be needed.
+        # Incomplete bytes. They are joined only once, when as many have arrived as are needed.
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._needed = 0
@@ -115,39 +117,39 @@ class Splitter:
         return self._channel >= 0
 
     def tap_consumer(self, channel: int, source: Source) -> None:
-        """From now on, take the deliveries to *source*'s consumer out."""
+        """Take out the deliveries to *source*'s consumer from now on."""
         self.watch(channel)
-        self._deliveries = OrdinaryDeliveries(channel, source)
+        self._deliveries = DeliveryFastPath(channel, source)
 
     def tap_publisher(self, channel: int) -> None:
-        """From now on, take confirms and returns out."""
+        """Take out confirms and returned publications from now on."""
         self.tap_returns(channel)
-        self._confirms = OrdinaryConfirms(channel)
+        self._confirms = ConfirmFastPath(channel)
 
     def tap_returns(self, channel: int) -> None:
-        """From now on, take returns out, which the client library cannot tell apart."""
+        """Take out returned publications, which the client library would confuse, from now on."""
         self.watch(channel)
         self._takes_returns = True
 
-    def guard(self, channel: int) -> Guard:
-        """From now on, let deliveries pass without routes and properties, which are kept here."""
+    def guard(self, channel: int) -> HeaderGuard:
+        """Pass deliveries on without routes and properties from now on; the guard keeps these."""
         self.watch(channel)
-        self._guard = Guard()
+        self._guard = HeaderGuard()
         return self._guard
 
     def watch(self, channel: int) -> None:
-        """From now on, tell when the broker closes this channel, and take nothing out."""
+        """Report when the broker closes this channel, and take nothing out, from now on."""
         self.untap()
         self._channel = channel
 
     def untap(self) -> None:
-        """Let everything pass through."""
+        """Pass everything on from now on."""
         self._channel = -1
         self._deliveries = self._confirms = self._content = self._guard = None
         self._takes_returns = False
 
     def feed(self, data: bytes) -> list[Event]:
-        """Take in what one read has brought."""
+        """Return the events in the bytes of one read."""
         if self._broken:
             return []
         if self._held:
@@ -160,7 +162,7 @@ class Splitter:
         events: list[Event] = []
         self._events = events
         try:
-            position = self._split(data)
+            position = self._parse(data)
         except FrameError as error:
             self._broken = True
             events.append(Malformed(str(error)))
@@ -171,13 +173,13 @@ class Splitter:
             self._held_bytes = len(rest)
         return events
 
-    def _split(self, data: bytes) -> int:
-        """Take whole frames; return where the first unfinished one, or message, begins."""
+    def _parse(self, data: bytes) -> int:
+        """Parse whole frames; return where the first incomplete frame, or message, begins."""
         position = 0
         while position < len(data):
             self._needed = 0
             if self._content is None:
-                position = self._take_ordinary(data, position)
+                position = self._take_fast(data, position)
             if self._needed:
                 break
             before = position
@@ -186,7 +188,7 @@ class Splitter:
                 break
         return position
 
-    def _take_ordinary(self, data: bytes, position: int) -> int:
+    def _take_fast(self, data: bytes, position: int) -> int:
         if self._deliveries is not None:
             messages: list[Message] = []
             position, self._needed = self._deliveries.take(data, position, self._largest, messages)
@@ -198,111 +200,112 @@ class Splitter:
         return position
 
     def _take_frame(self, data: bytes, position: int) -> int:
-        if len(data) - position < OVERHEAD:
-            self._needed = OVERHEAD
+        if len(data) - position < FRAME_OVERHEAD:
+            self._needed = FRAME_OVERHEAD
             return position
-        if not self._greeted:
-            self._greeted = True
-            if data.startswith(b"AMQP"):
-                # A broker that speaks another version says so, in eight bytes and no frame.
-                self._pass(data[:OVERHEAD])
-                return OVERHEAD
+        if not self._has_started:
+            self._has_started = True
+            if data.startswith(PROTOCOL_HEADER):
+                # A broker of another version answers with eight bytes that are not a frame.
+                self._pass_through(data[:FRAME_OVERHEAD])
+                return FRAME_OVERHEAD
         kind: int
         channel: int
         size: int
-        kind, channel, size = _FRAME.unpack_from(data, position)
-        if kind not in {METHOD, HEADER, BODY, HEARTBEAT}:
-            raise FrameError(f"no AMQP 0-9-1 frame begins with {kind:#04x}")
+        kind, channel, size = FRAME_HEAD.unpack_from(data, position)
+        if kind not in FRAME_TYPES:
+            raise FrameError(f"{kind:#04x} does not begin an AMQP 0-9-1 frame")
         if size > self._largest:
-            raise FrameError(f"a frame of {size} bytes came, but {self._largest} are allowed")
-        end = position + OVERHEAD + size
+            raise FrameError(f"a frame has {size} bytes, but {self._largest} are allowed")
+        end = position + FRAME_OVERHEAD + size
         if end > len(data):
             self._needed = end - position
             return position
-        if data[end - 1] != END:
-            raise FrameError(f"a frame of {size} bytes does not end where it says")
+        if data[end - 1] != FRAME_END:
+            raise FrameError(f"a frame of {size} bytes does not end where it should")
         frame = data[position:end]
         if channel == self._channel:
-            self._sort(kind, frame)
+            self._dispatch(kind, frame)
         else:
             if channel == 0 and kind == METHOD:
-                self._sort_connection(frame)
-            self._pass(frame)
+                self._dispatch_connection(frame)
+            self._pass_through(frame)
         return end
 
-    def _sort_connection(self, frame: bytes) -> None:
+    def _dispatch_connection(self, frame: bytes) -> None:
         method = _method_of(frame)
-        if method == _CONNECTION_TUNE and len(frame) >= _TUNE_BYTES:
-            proposed: int = _TUNE.unpack_from(frame, 11)[1]
-            # 0 means that there is no limit; a frame's size has 32 bits.
+        if method == CONNECTION_TUNE and len(frame) >= _TUNE_BYTES:
+            proposed: int = _TUNE.unpack_from(frame, ARGUMENTS_AT)[1]
+            # 0 means no limit; a frame's size has 32 bits.
             self.frame_max = proposed or 0xFFFF_FFFF
             self._largest = min(self.frame_max, LARGEST)
-        elif method == _CONNECTION_CLOSE:
+        elif method == CONNECTION_CLOSE:
             self._events.append(ConnectionClosed(*_code_and_text(frame)))
 
-    def _sort(self, kind: int, frame: bytes) -> None:
+    def _dispatch(self, kind: int, frame: bytes) -> None:
         if self._guard is not None:
             frame = self._guard.pass_on(kind, frame)
         if kind == METHOD:
-            self._sort_method(_method_of(frame), frame)
+            self._dispatch_method(_method_of(frame), frame)
         elif self._content is None:
-            self._pass(frame)
+            self._pass_through(frame)
         elif kind == HEADER:
             self._open_content(self._content, frame)
         elif kind == BODY:
             self._fill_content(self._content, frame)
 
-    def _sort_method(self, method: int, frame: bytes) -> None:
-        if method == _CHANNEL_CLOSE:
+    def _dispatch_method(self, method: int, frame: bytes) -> None:
+        if method == CHANNEL_CLOSE:
             self.untap()
             self._events.append(ChannelClosed(*_code_and_text(frame)))
-            self._pass(frame)
+            self._pass_through(frame)
             return
         if self._content is not None:
-            raise FrameError("a method came where a message's content should have")
+            raise FrameError("a method interrupts the content of a message")
         deliveries = self._deliveries
         if method == BASIC_DELIVER and deliveries is not None:
-            if frame.startswith(deliveries.constant, 7):
+            if frame.startswith(deliveries.constant, PAYLOAD_AT):
                 if len(frame) < deliveries.route_at + 3:
-                    raise FrameError("a delivery was cut off")
-                self._content = _Content(frame)
+                    raise FrameError("a delivery is cut off")
+                self._content = _PartialContent(frame)
                 return
-        elif method == _BASIC_RETURN and self._takes_returns:
-            self._content = _Content(frame)
+        elif method == BASIC_RETURN and self._takes_returns:
+            self._content = _PartialContent(frame)
             return
-        elif method == _BASIC_CANCEL and deliveries is not None:
-            self._events.append(ConsumerCancelled(_short(frame, 11)[0].decode(errors="replace")))
-        elif method == _CHANNEL_CLOSE_OK:
+        elif method == BASIC_CANCEL and not (deliveries is None and self._guard is None):
+            tag, _ = _short(frame, ARGUMENTS_AT)
+            self._events.append(ConsumerCancelled(tag.decode(errors="replace")))
+        elif method == CHANNEL_CLOSE_OK:
             self.untap()
-            self._events.append(ChannelGone())
-        self._pass(frame)
+            self._events.append(ChannelCloseOk())
+        self._pass_through(frame)
 
-    def _open_content(self, content: _Content, frame: bytes) -> None:
-        if len(frame) < OVERHEAD + SHORTEST_HEADER or content.properties is not None:
-            raise FrameError("a message's content header is not one")
-        content.missing = _CONTENT.unpack_from(frame, 7)[1]
+    def _open_content(self, content: _PartialContent, frame: bytes) -> None:
+        if len(frame) < FRAME_OVERHEAD + SHORTEST_CONTENT_HEADER or content.properties is not None:
+            raise FrameError("a content header is cut off, or comes twice")
+        content.missing = CONTENT_HEAD.unpack_from(frame, PAYLOAD_AT)[1]
         if content.missing > LARGEST:
             raise FrameError(
-                f"a body of {content.missing} bytes was announced; {LARGEST} are allowed"
+                f"a body of {content.missing} bytes is announced, but {LARGEST} are allowed"
             )
-        content.properties = frame[19:-1]
+        content.properties = frame[PROPERTIES_AT:-1]
         if not content.missing:
             self._close_content(content)
 
-    def _fill_content(self, content: _Content, frame: bytes) -> None:
+    def _fill_content(self, content: _PartialContent, frame: bytes) -> None:
         if content.properties is None:
-            raise FrameError("a message's body came before its header")
-        size = len(frame) - OVERHEAD
+            raise FrameError("the body of a message comes before its header")
+        size = len(frame) - FRAME_OVERHEAD
         if not size:
-            return  # any number of these may come, and none is worth keeping
-        content.parts.append(frame[7:-1])
+            return  # any number of these may come: keep none
+        content.parts.append(frame[PAYLOAD_AT:-1])
         content.missing -= size
         if content.missing < 0:
-            raise FrameError("a message's body is longer than its header said")
+            raise FrameError("the body of a message is longer than its header says")
         if not content.missing:
             self._close_content(content)
 
-    def _close_content(self, content: _Content) -> None:
+    def _close_content(self, content: _PartialContent) -> None:
         self._content = None
         body = b"".join(content.parts)
         properties = content.properties or b""
@@ -314,9 +317,11 @@ class Splitter:
             self._deliver([Message(deliveries.source, tag, redelivered, body, route, properties)])
         else:
             code, text = _code_and_text(method)
-            exchange, at = _short(method, 14 + method[13])
+            exchange, at = _short(method, _TEXT_AT + 1 + method[_TEXT_AT])
             routing_key, _ = _short(method, at)
-            self._events.append(Returned(code, text, exchange, routing_key, properties, body))
+            self._events.append(
+                ReturnedPublication(code, text, exchange, routing_key, properties, body)
+            )
 
     def _deliver(self, messages: list[Message]) -> None:
         last = self._events[-1] if self._events else None
@@ -332,7 +337,7 @@ class Splitter:
         elif confirms:
             self._events.append(Confirms(confirms))
 
-    def _pass(self, frame: bytes) -> None:
+    def _pass_through(self, frame: bytes) -> None:
         last = self._events[-1] if self._events else None
         if isinstance(last, PassThrough):
             last.frames.append(frame)
@@ -341,25 +346,25 @@ class Splitter:
 
 
 def _method_of(frame: bytes) -> int:
-    if len(frame) < OVERHEAD + 4:
-        raise FrameError("a method frame without a method came")
-    method: int = _METHOD_ID.unpack_from(frame, 7)[0]
+    if len(frame) < FRAME_OVERHEAD + 4:
+        raise FrameError("a method frame has no method")
+    method: int = METHOD_ID.unpack_from(frame, PAYLOAD_AT)[0]
     return method
 
 
 def _code_and_text(frame: bytes) -> tuple[int, str]:
-    """Read what `close` and `return` begin with: a reply code and a text."""
-    if len(frame) < OVERHEAD + 7:
-        raise FrameError("a method was cut off")
-    code: int = _CODE.unpack_from(frame, 11)[0]
-    return code, _short(frame, 13)[0].decode(errors="replace")
+    """Return the reply code and the text with which `close` and `return` begin."""
+    if len(frame) < FRAME_OVERHEAD + 7:
+        raise FrameError("a method is cut off")
+    code: int = _REPLY_CODE.unpack_from(frame, ARGUMENTS_AT)[0]
+    return code, _short(frame, _TEXT_AT)[0].decode(errors="replace")
 
 
 def _short(frame: bytes, at: int) -> tuple[bytes, int]:
-    """Read a short string of a method frame, and where it ends."""
+    """Return a short string of a method frame, and where it ends."""
     if at >= len(frame) - 1:
-        raise FrameError("a method was cut off")
+        raise FrameError("a method is cut off")
     end = at + 1 + frame[at]
     if end > len(frame) - 1:
-        raise FrameError("a method was cut off")
+        raise FrameError("a method is cut off")
     return frame[at + 1 : end], end

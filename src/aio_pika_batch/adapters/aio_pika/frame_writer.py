@@ -1,7 +1,7 @@
-"""Which bytes tell a broker what was settled, or carry a publication?
+"""Packs the frames of settlements and publications.
 
-Whole frames only, joined, so that they can be written between the client library's own. A channel's
-frames stay in their order, and no other's come in between one message's method, header and body.
+It packs whole frames and joins them, so that they can be written between the client library's own.
+The frames of a channel stay in order, and the method, header and body of a message stay together.
 """
 
 from __future__ import annotations
@@ -10,7 +10,24 @@ import struct
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
-from aio_pika_batch.adapters.aio_pika.frame_fastpath import BODY, END, HEADER, METHOD, OVERHEAD
+from aio_pika_batch.adapters.aio_pika.amqp_spec import (
+    ACK_SIZE,
+    BASIC_ACK,
+    BASIC_NACK,
+    BASIC_PUBLISH,
+    BASIC_REJECT,
+    BODY,
+    CONTENT_CLASS,
+    CONTENT_HEAD,
+    FRAME_END,
+    FRAME_HEAD,
+    FRAME_OVERHEAD,
+    HEADER,
+    METHOD,
+    MULTIPLE,
+    NACK_REQUEUE,
+    REJECT_REQUEUE,
+)
 from aio_pika_batch.adapters.aio_pika.properties import encode_short
 from aio_pika_batch.core.settlement import Disposition
 
@@ -19,22 +36,18 @@ if TYPE_CHECKING:
 
     from aio_pika_batch.core.settlement import Frame
 
-_BASIC, _PUBLISH, _ACK, _REJECT, _NACK = 60, 40, 80, 90, 120
-_MULTIPLE, _REQUEUE = 1, 2
+_SETTLE_FRAME = struct.Struct(">BHIIQBB")
+_PUBLISH_HEAD = struct.Struct(">BHIIH")
+_HEADER_HEAD = struct.Struct(">BHIIQ")
+_RESERVED = 0
+_END = bytes((FRAME_END,))
 
-_SETTLE = struct.Struct(">BHIHHQBB")
-_METHOD_HEAD = struct.Struct(">BHIHHH")
-_CONTENT = struct.Struct(">BHIHHQ")
-_FRAME = struct.Struct(">BHI")
-_END = bytes((END,))
-_HEADER_PAYLOAD = 12  # before the properties: class, weight, body size
-
-# Reject has one bit, which says whether to requeue; nack has two, and multiple is the first.
-_METHODS: Final = {
-    Disposition.ACK: (_ACK, 0, _MULTIPLE),
-    Disposition.REJECT: (_REJECT, 0, 0),
-    Disposition.REQUEUE: (_REJECT, 1, 0),
-    Disposition.RETURN: (_NACK, _REQUEUE, _MULTIPLE),
+# The method, the flags, and the flag for `multiple`. A reject has only one flag.
+_SETTLE_METHODS: Final = {
+    Disposition.ACK: (BASIC_ACK, 0, MULTIPLE),
+    Disposition.REJECT: (BASIC_REJECT, 0, 0),
+    Disposition.REQUEUE: (BASIC_REJECT, REJECT_REQUEUE, 0),
+    Disposition.RETURN: (BASIC_NACK, NACK_REQUEUE, MULTIPLE),
 }
 
 
@@ -42,19 +55,21 @@ def pack_settlements(channel: int, frames: Iterable[Frame]) -> bytes:
     """Pack acks, rejects and nacks."""
     packed = []
     for frame in frames:
-        method, bits, multiple = _METHODS[frame.disposition]
+        method, flags, multiple = _SETTLE_METHODS[frame.disposition]
         if frame.multiple:
-            bits |= multiple
-        packed.append(_SETTLE.pack(METHOD, channel, 13, _BASIC, method, frame.tag, bits, END))
+            flags |= multiple
+        packed.append(
+            _SETTLE_FRAME.pack(METHOD, channel, ACK_SIZE, method, frame.tag, flags, FRAME_END)
+        )
     return b"".join(packed)
 
 
-@lru_cache(maxsize=512)  # a program publishes to few routes, again and again
-def publish_method(channel: int, exchange: str, routing_key: str, *, mandatory: bool) -> bytes:
-    """Pack the frame that says where a publication goes.
+@lru_cache(maxsize=512)  # a program publishes to the same few routes again and again
+def pack_publish(channel: int, exchange: str, routing_key: str, *, mandatory: bool) -> bytes:
+    """Pack the method frame of a publication.
 
     Raises:
-        PublishError: A name is longer than 255 bytes.
+        PublishError: A name is too long.
     """
     arguments = (
         encode_short("exchange", exchange)
@@ -62,25 +77,25 @@ def publish_method(channel: int, exchange: str, routing_key: str, *, mandatory: 
         + bytes((mandatory,))
     )
     size = 6 + len(arguments)
-    return _METHOD_HEAD.pack(METHOD, channel, size, _BASIC, _PUBLISH, 0) + arguments + _END
+    return _PUBLISH_HEAD.pack(METHOD, channel, size, BASIC_PUBLISH, _RESERVED) + arguments + _END
 
 
 def pack_content(channel: int, properties: bytes, body: bytes, frame_max: int) -> tuple[bytes, ...]:
     """Pack the header and the body of a publication, in parts to be joined."""
-    size = _HEADER_PAYLOAD + len(properties)
-    header = _CONTENT.pack(HEADER, channel, size, _BASIC, 0, len(body)) + properties + _END
-    largest = frame_max - OVERHEAD
+    size = CONTENT_HEAD.size + len(properties)
+    header = _HEADER_HEAD.pack(HEADER, channel, size, CONTENT_CLASS, len(body)) + properties + _END
+    largest = frame_max - FRAME_OVERHEAD
     if not body:
         return (header,)
     if len(body) <= largest:
-        return header, _FRAME.pack(BODY, channel, len(body)), body, _END
+        return header, FRAME_HEAD.pack(BODY, channel, len(body)), body, _END
     parts = [header]
     for start in range(0, len(body), largest):
         part = body[start : start + largest]
-        parts += (_FRAME.pack(BODY, channel, len(part)), part, _END)
+        parts += (FRAME_HEAD.pack(BODY, channel, len(part)), part, _END)
     return tuple(parts)
 
 
 def fits(properties: bytes, frame_max: int) -> bool:
-    """Whether a property list fits into a frame: unlike a body, it cannot be divided."""
-    return OVERHEAD + _HEADER_PAYLOAD + len(properties) <= frame_max
+    """Return whether a property list fits into one frame. Unlike a body, it cannot be split."""
+    return FRAME_OVERHEAD + CONTENT_HEAD.size + len(properties) <= frame_max

@@ -1,15 +1,20 @@
-"""How are many messages published at once, and each one's fate known?
+"""Publishes many messages at once, and returns the outcome of each.
 
-On a channel in confirm mode, with books of our own; how they are sent is the wire's. Its connection
-is its own, too: under a memory alarm the broker stops reading from a connection that has published,
-and acks on it would wait with the publications.
+It uses a channel in confirm mode, on a connection of its own. Under a memory alarm the broker stops
+reading from a connection that has published, and acks on the same connection would wait, too.
+
+On the fast wire, packed publications are written past the client library, many in one write. On the
+plain wire (`wire="plain"`), aiormq publishes each and awaits its confirm. aiormq identifies a
+returned message only by its `message_id`: of two with the same one it would take a lost message for
+a stored one. So the frame tap takes returned messages out on both wires.
 
 Laws:
 
-- Nothing is raised for what the world does: it is an
+- Nothing that the broker or the network does raises: it becomes an
   :class:`~aio_pika_batch.core.publication.Outcome`.
-- Once one outcome is in doubt, the publisher takes no more: its successor begins with empty books.
-- A call's time runs out in silence only: with each confirm that is heard it begins anew.
+- Once an outcome is in doubt, the publisher accepts no more. A new publisher begins with no open
+  publications, so a late confirm cannot be mistaken for another.
+- A call times out only in silence: each confirm starts its time limit again.
 - Nothing is written on a channel that the broker has closed.
 """
 
@@ -17,167 +22,205 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-from abc import ABC, abstractmethod
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.adapters.aio_pika.broker_errors import (
-    ACCESS_REFUSED,
-    NOT_FOUND,
-    PRECONDITION_FAILED,
-    refused_entity,
+from aiormq.exceptions import DeliveryError
+from aiormq.exceptions import PublishError as ReturnedError
+from pamqp.commands import Basic
+
+from aio_pika_batch.adapters.aio_pika.client_errors import (
+    close_reason,
+    finish_within,
+    format_error,
+    translate_errors,
 )
-from aio_pika_batch.adapters.aio_pika.client_errors import said
-from aio_pika_batch.adapters.aio_pika.confirms import Books, Call, Entry
-from aio_pika_batch.adapters.aio_pika.connection import CLOSE_TIMEOUT, Link
+from aio_pika_batch.adapters.aio_pika.confirms import (
+    ConfirmTracker,
+    InFlight,
+    PublishCall,
+    Route,
+    outcome_after_close,
+    unknown,
+)
+from aio_pika_batch.adapters.aio_pika.connection import (
+    CLOSE_TIMEOUT,
+    OpenConnection,
+    open_connection,
+)
 from aio_pika_batch.adapters.aio_pika.events import (
     ChannelClosed,
-    ChannelGone,
+    ChannelCloseOk,
     Confirms,
     ConnectionClosed,
-    Cut,
+    ConnectionLost,
     Malformed,
-    Returned,
+    ReturnedPublication,
 )
-from aio_pika_batch.adapters.aio_pika.frame_writer import fits, publish_method
+from aio_pika_batch.adapters.aio_pika.frame_writer import fits, pack_content, pack_publish
 from aio_pika_batch.adapters.aio_pika.properties import encode
 from aio_pika_batch.adapters.aio_pika.splice import splice
 from aio_pika_batch.adapters.aio_pika.tables import encode_text
-from aio_pika_batch.adapters.aio_pika.translate import describe, translated, within
 from aio_pika_batch.core.publication import Copy, Outcome
+from aio_pika_batch.core.refusals import refusal_error
 from aio_pika_batch.errors import BrokerUnavailable, PublishError, SessionClosed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from aiormq.abc import AbstractChannel
 
     from aio_pika_batch.adapters.aio_pika.events import Event
+    from aio_pika_batch.adapters.aio_pika.url import Address
     from aio_pika_batch.core.publication import Outgoing
+    from aio_pika_batch.transport import Endpoint
 
 _log = logging.getLogger("aio_pika_batch.publisher")
 
-_LARGEST_BODY = re.compile(r"configured max size (\d+)")
+GROUP_BYTES = 1 << 20
+"""Bytes of bodies that are packed at a time: many large messages need not be in memory twice."""
+
+GROUP_SIZE = 200
+"""Publications of one call that are in flight at a time on the plain wire."""
 
 
-class AioPikaPublisher(ABC):
-    """Implements :class:`~aio_pika_batch.transport.Publisher`, but for the sending."""
+@asynccontextmanager
+async def open_publisher(
+    endpoint: Endpoint, addresses: Sequence[Address]
+) -> AsyncIterator[AioPikaPublisher]:
+    """Connect, and open a channel in confirm mode; close both on leaving the context."""
+    connection = await open_connection(endpoint, addresses)
+    publisher = AioPikaPublisher(connection, endpoint.publish_timeout)
+    try:
+        await publisher.open(endpoint.connect_timeout)
+        yield publisher
+    finally:
+        await publisher.close()
 
-    def __init__(self, link: Link, timeout: float) -> None:
-        self._link = link
+
+class AioPikaPublisher:
+    """Implements :class:`~aio_pika_batch.transport.Publisher`."""
+
+    def __init__(self, connection: OpenConnection, timeout: float) -> None:
+        self._connection = connection
+        self._tap = connection.tap
         self._timeout = timeout
-        self._user = encode_text(link.address.user)
+        self._user = encode_text(connection.address.user)
         self._loop = asyncio.get_running_loop()
         self._channel: AbstractChannel | None = None
         self._number = 0
         self._frame_max = 0
-        self._books = Books()
-        self._heard_at = self._loop.time()
+        self._tracker = ConfirmTracker()
+        self._confirmed_at = self._loop.time()
         self._is_open = False
-        self._closed = False
+        self._is_closed = False
 
     async def open(self, timeout: float) -> None:
-        """Open the channel. Raises BrokerUnavailable."""
-        address = self._link.address
+        """Open the channel. Raises TransportError."""
+        address = self._connection.address
 
         def failed(error: BaseException) -> Exception:
-            closed = self._link.line.closed_by_broker or said(error)
+            closed = self._tap.closed or close_reason(error)
             if closed is not None:
-                return refused_entity(closed.code, closed.text, "a channel", address)
+                return refusal_error(closed.code, closed.text, f"a channel at {address}")
             return BrokerUnavailable(
-                f"{address} hung up while a channel was opened: {describe(error)}"
+                f"{address} ended the connection while a channel was opened: {format_error(error)}"
             )
 
-        with translated(failed):
+        with translate_errors(failed):
             async with asyncio.timeout(timeout):
-                self._channel = channel = await self._link.channel(confirms=True)
+                self._channel = channel = await self._connection.channel(confirms=True)
         self._number = channel.number
-        self._frame_max = self._link.frame_max
-        self._attach(channel)
+        self._frame_max = self._tap.frame_max
+        if self._connection.is_fast:
+            self._tap.tap_publisher(channel.number, self.on_event)
+        else:
+            self._tap.tap_returns(channel.number, self.on_event)
         self._is_open = True
 
     @property
     def is_open(self) -> bool:
-        """Whether another `publish` may succeed; once False, it stays False."""
+        """Whether another `publish` may succeed. Once False, it stays False."""
         return self._is_open
 
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
-        """Publish, pipelined, and wait for the broker's word on each."""
-        if self._closed:
+        """Publish, pipelined, and wait for the broker's answer to each."""
+        if self._is_closed:
             raise SessionClosed("the publisher is closed")
         if not publications:
             return []
         done: asyncio.Future[None] = self._loop.create_future()
-        call = Call(len(publications), lambda: _resolve(done))
-        # All of it is packed before any of it is sent: a header of the wrong type sends nothing.
+        call = PublishCall(len(publications), lambda: _resolve(done))
+        # Pack everything before sending anything: a header of a wrong type must send nothing.
         packed = [self._pack(publication) for publication in publications]
+        send = self._write if self._connection.is_fast else self._publish_by_library
         try:
-            async with self._patience():
-                await self._write(call, publications, packed)
+            async with self._silence_limit():
+                for methods, group in self._groups(call, publications, packed):
+                    await send(publications, methods, group)
                 await done
         except TimeoutError:
-            # A confirm that comes later belongs to nobody.
+            # A later confirm must not count for another publication: accept no more.
             self._is_open = False
         return [Outcome.UNKNOWN if outcome is None else outcome for outcome in call.outcomes]
 
     @asynccontextmanager
-    async def _patience(self) -> AsyncIterator[None]:
-        """Raise TimeoutError after so long a silence; a confirm costs no timer."""
+    async def _silence_limit(self) -> AsyncIterator[None]:
+        """Raise TimeoutError once no confirm has come for so long. A confirm sets no timer."""
         began = self._loop.time()
         timer: asyncio.TimerHandle
 
-        def look() -> None:
+        def check() -> None:
             nonlocal timer
-            due = max(began, self._heard_at) + self._timeout
+            due = max(began, self._confirmed_at) + self._timeout
             if due > self._loop.time():
-                timer = self._loop.call_at(due, look)
+                timer = self._loop.call_at(due, check)
             else:
                 limit.reschedule(due)
 
         async with asyncio.timeout(None) as limit:
-            timer = self._loop.call_at(began + self._timeout, look)
+            timer = self._loop.call_at(began + self._timeout, check)
             try:
                 yield
             finally:
                 timer.cancel()
 
     async def close(self) -> None:
-        """Close channel and connection. Never raises, but for the cancellation of its task."""
-        self._closed = True
+        """Close channel and connection. Raises only if its own task is cancelled."""
+        self._is_closed = True
         self._end(unknown)
         try:
-            line = self._link.line
-            if self._channel is not None and line.end is None:
-                await within(CLOSE_TIMEOUT, self._channel.close(), line.abort)
+            if self._channel is not None and self._tap.end is None:
+                await finish_within(CLOSE_TIMEOUT, self._channel.close(), self._tap.abort)
         finally:
-            await self._link.close()
+            await self._connection.close()
 
-    # --- writing -----------------------------------------------------------------------
-
-    @abstractmethod
-    def _attach(self, channel: AbstractChannel) -> None:
-        """Have what the broker says on this channel told to `_heard`."""
+    # --- packing -------------------------------------------------------------------
 
     def _pack(self, publication: Outgoing) -> tuple[bytes, bytes] | None:
-        """Pack method and properties; None if a copy's have become too large for a frame."""
+        """Return method and properties; None if a copy cannot be sent."""
         properties = self._properties(publication)
-        method = publish_method(
+        method = pack_publish(
             self._number,
             publication.exchange,
             publication.routing_key,
             mandatory=publication.mandatory,
         )
-        if fits(properties, self._frame_max):
+        reason = None
+        if not fits(properties, self._frame_max):
+            reason = (
+                f"the properties of a message to {publication.exchange!r} have {len(properties)}"
+                f" bytes; they must fit into one frame of {self._frame_max}"
+            )
+        elif not self._connection.is_fast:
+            reason = _library_refusal(publication.exchange, publication.routing_key)
+        if reason is None:
             return method, properties
-        text = (
-            f"the properties of a message to {publication.exchange!r} have {len(properties)} bytes;"
-            f" they must fit into one frame of {self._frame_max}"
-        )
         if not isinstance(publication, Copy):
-            raise PublishError(text)
-        _log.warning("%s: not published", text)
+            raise PublishError(reason)
+        _log.warning("%s: not published", reason)
         return None
 
     def _properties(self, publication: Outgoing) -> bytes:
@@ -187,70 +230,150 @@ class AioPikaPublisher(ABC):
         if raw is not None:
             return splice(raw, publication, self._user)
         values = publication.properties
-        if values.user_id != self._link.address.user:
+        if values.user_id != self._connection.address.user:
             values = replace(values, user_id=None)
         return encode(values)
 
-    @abstractmethod
-    async def _write(
+    # --- sending -------------------------------------------------------------------
+
+    def _groups(
         self,
-        call: Call,
+        call: PublishCall,
         publications: Sequence[Outgoing],
         packed: Sequence[tuple[bytes, bytes] | None],
+    ) -> Iterator[tuple[list[bytes], list[InFlight]]]:
+        """Yield the methods and publications to send together. Refuse what cannot be packed."""
+        most = len(publications) if self._connection.is_fast else GROUP_SIZE
+        methods: list[bytes] = []
+        group: list[InFlight] = []
+        size = 0
+        for index, (publication, pack) in enumerate(zip(publications, packed, strict=True)):
+            if pack is None:
+                call.settle(index, Outcome.REFUSED)
+                continue
+            method, properties = pack
+            route = _route(publication.exchange, publication.routing_key)
+            body = publication.body
+            methods.append(method)
+            group.append(InFlight(call, index, route, properties, body))
+            size += len(body)
+            if size >= GROUP_BYTES or len(group) == most:
+                yield methods, group
+                methods, group, size = [], [], 0
+        if group:
+            yield methods, group
+
+    async def _write(
+        self, _: Sequence[Outgoing], methods: Sequence[bytes], group: Sequence[InFlight]
     ) -> None:
-        """Send, and enter into the books; what could not be packed is refused."""
+        """Write publications past the client library."""
+        number, frame_max = self._number, self._frame_max
+        parts: list[bytes] = []
+        for method, each in zip(methods, group, strict=True):
+            parts.append(method)
+            parts += pack_content(number, each.properties, each.body, frame_max)
+        if not self._is_open or not self._tap.write(b"".join(parts)):
+            self._is_open = False
+            for each in group:
+                each.call.settle(each.index, Outcome.UNKNOWN)
+            return
+        # Without an await in between, so that the numbers are the channel's even if calls overlap.
+        self._tracker.track(group)
+        if self._tap.is_clogged:
+            try:
+                with translate_errors(lambda error: BrokerUnavailable(format_error(error))):
+                    await self._tap.drain()
+            except BrokerUnavailable:
+                self._end(unknown)
 
-    # --- what the wire tells -------------------------------------------------------------
+    async def _publish_by_library(
+        self, publications: Sequence[Outgoing], _: Sequence[bytes], group: Sequence[InFlight]
+    ) -> None:
+        """Publish by the client library, concurrently."""
+        await asyncio.gather(*(self._publish_one(publications[each.index], each) for each in group))
 
-    def _heard(self, event: Event) -> None:
+    async def _publish_one(self, publication: Outgoing, each: InFlight) -> None:
+        channel = self._channel
+        if not self._is_open or channel is None:
+            each.call.settle(each.index, Outcome.UNKNOWN)
+            return
+        number = self._tracker.track([each])
+        outcome = Outcome.UNKNOWN
+        try:
+            with translate_errors(lambda error: BrokerUnavailable(format_error(error))):
+                outcome = await _publish(channel, publication, each)
+            self._confirmed_at = self._loop.time()
+        except BrokerUnavailable as error:
+            if self._is_open:
+                self.on_event(close_reason(error) or ConnectionLost(str(error)))
+        finally:
+            self._tracker.settle(number, outcome)
+
+    # --- events of the connection ----------------------------------------------------
+
+    def on_event(self, event: Event) -> None:
+        """Handle what the frame tap reports. Never raises or blocks."""
         match event:
             case Confirms(confirms):
-                self._heard_at = self._loop.time()
+                self._confirmed_at = self._loop.time()
                 for confirm in confirms:
-                    self._books.confirm(confirm)
-            case Returned():
-                self._books.returned(event)
+                    self._tracker.confirm(confirm)
+            case ReturnedPublication():
+                self._tracker.mark_returned(event)
             case ChannelClosed(code, text):
                 _log.warning("the broker closed a publisher's channel: %s %s", code, text)
-                self._end(_Verdict(code, text, alone=len(self._books) == 1))
-            case ConnectionClosed() | Malformed() | Cut() | ChannelGone():
+                self._end(outcome_after_close(event, alone=len(self._tracker) == 1))
+            case ConnectionClosed() | Malformed() | ConnectionLost() | ChannelCloseOk():
                 self._end(unknown)
             case _:
-                # Nothing is consumed on this channel.
-                pass
+                pass  # nothing is consumed on this channel
 
-    def _end(self, outcome: Callable[[Entry], Outcome]) -> None:
+    def _end(self, outcome: Callable[[InFlight], Outcome]) -> None:
         self._is_open = False
-        self._books.end(outcome)
+        self._tracker.end(outcome)
 
 
-class _Verdict:
-    """Which of the publications in flight has the broker closed the channel over?
+class _RawProperties(Basic.Properties):
+    """A property list that is written unchanged: aiormq calls `marshal` for the bytes."""
 
-    Only that one is refused for sure; others may have been stored before it.
-    """
+    def __init__(self, raw: bytes) -> None:
+        super().__init__()
+        self._raw = raw
 
-    def __init__(self, code: int, text: str, *, alone: bool) -> None:
-        self._is_refusal = code in {ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED}
-        self._text = text
-        self._alone = alone
-        largest = _LARGEST_BODY.search(text)
-        self._largest = int(largest[1]) if largest else None
-
-    def __call__(self, entry: Entry) -> Outcome:
-        exchange = entry.route[0].decode(errors="replace")
-        if self._is_refusal and (
-            self._alone
-            or f"exchange '{exchange}'" in self._text
-            or (self._largest is not None and len(entry.body) > self._largest)
-        ):
-            return Outcome.REFUSED
-        return Outcome.UNKNOWN
+    def marshal(self) -> bytes:
+        return self._raw
 
 
-def unknown(_: Entry) -> Outcome:
-    """What is true of any publication of which nothing was heard."""
-    return Outcome.UNKNOWN
+async def _publish(channel: AbstractChannel, publication: Outgoing, each: InFlight) -> Outcome:
+    """Publish by the client library, and wait for the confirm. Raises what aiormq raises."""
+    try:
+        answer = await channel.basic_publish(
+            bytes(each.body),
+            exchange=publication.exchange,
+            routing_key=publication.routing_key,
+            properties=_RawProperties(each.properties),
+            mandatory=publication.mandatory,
+        )
+    except ReturnedError:
+        return Outcome.RETURNED
+    except DeliveryError:
+        return Outcome.REFUSED
+    return Outcome.CONFIRMED if isinstance(answer, Basic.Ack) else Outcome.UNKNOWN
+
+
+@lru_cache(maxsize=512)  # a program publishes to the same few routes again and again
+def _route(exchange: str, routing_key: str) -> Route:
+    return encode_text(exchange), encode_text(routing_key)
+
+
+@lru_cache(maxsize=512)  # as above
+def _library_refusal(exchange: str, routing_key: str) -> str | None:
+    """Return why the client library refuses to send to this route; None if it does not."""
+    try:
+        Basic.Publish(exchange=exchange, routing_key=routing_key).marshal()
+    except (TypeError, ValueError) as error:
+        return f"the client library refuses exchange {exchange!r} or its key: {error}"
+    return None
 
 
 def _resolve(done: asyncio.Future[None]) -> None:

@@ -1,28 +1,38 @@
-"""What is one epoch on RabbitMQ: from a connection to the last tag that only it can settle?
+"""One session: from opening a connection to the last delivery tag that only this one can settle.
 
 Laws:
 
-- What was delivered before the answer to `cancel` is handed out; after a loss nothing is.
-- A settlement is written whole or not at all, and never in another epoch or after the end.
-- Leaving the context ends it in this order: cancel, wait for what was just settled, channel,
-  connection. Each step may fail or hang; the next one follows within seconds.
+- What was delivered before the broker's answer to `cancel` is handed out. After a loss, nothing is.
+- A settlement is written completely or not at all, and never after the end of its session.
+- Leaving the context cancels, waits for the last settlement, closes the channel, and closes the
+  connection, in this order. Each step may fail or hang; the next one follows within seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from aio_pika_batch.adapters.aio_pika.connection import Link, open_link
-from aio_pika_batch.adapters.aio_pika.fast import FastWire
-from aio_pika_batch.adapters.aio_pika.plain import PlainWire
-from aio_pika_batch.adapters.aio_pika.properties import decode, decode_headers, decode_route
+from aio_pika_batch.adapters.aio_pika.broker_errors import describe_channel_close
+from aio_pika_batch.adapters.aio_pika.client_errors import (
+    consume_exception,
+    finish_within,
+    format_error,
+    translate_errors,
+)
+from aio_pika_batch.adapters.aio_pika.connection import OpenConnection, open_connection
+from aio_pika_batch.adapters.aio_pika.consumer_channel import ConsumerChannel
+from aio_pika_batch.adapters.aio_pika.events import (
+    ChannelClosed,
+    ConnectionClosed,
+    ConnectionLost,
+    ConsumerCancelled,
+    Deliveries,
+    Malformed,
+)
+from aio_pika_batch.adapters.aio_pika.frame_writer import pack_settlements
 from aio_pika_batch.adapters.aio_pika.topology import declare_on
-from aio_pika_batch.adapters.aio_pika.translate import describe, translated, within
-from aio_pika_batch.core.message import Headers, Message, Properties
 from aio_pika_batch.core.settlement import Ledger
 from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost, TopologyError
 from aio_pika_batch.transport import Native
@@ -30,43 +40,25 @@ from aio_pika_batch.transport import Native
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from aio_pika_batch.adapters.aio_pika.urls import Address
-    from aio_pika_batch.adapters.aio_pika.wire import Wire
+    from aio_pika_batch.adapters.aio_pika.events import Event
+    from aio_pika_batch.adapters.aio_pika.url import Address
+    from aio_pika_batch.core.message import Message
     from aio_pika_batch.core.settlement import Settlement
     from aio_pika_batch.transport import Endpoint, Subscription
 
 SETTLE_PAUSE = 0.2
-"""Seconds between the last settlement and the channel's close.
+"""Seconds between the last settlement and the close of the channel.
 
-A quorum queue's channel holds acks back when there are many, and drops what it holds when it
-closes; nothing that can be asked of it tells when they are through. 50 ms were enough in every run.
+The channel of a quorum queue delays acks when there are many, and drops the delayed ones when it is
+closed. There is no way to ask when all are processed. 50 ms were enough in every run.
 """
 
 WIND_UP_TIMEOUT = 5.0
-"""Seconds for all that comes before the connection's own close."""
+"""Seconds for everything that comes before the close of the connection."""
 
 _T = TypeVar("_T")
 
 _STREAM_OFFSET = "x-stream-offset"
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    queue: str
-    consumer_tag: str
-    retry_count_header: str
-
-    def decode_properties(self, raw: bytes, /) -> Properties:
-        return decode(raw)
-
-    def decode_headers(self, raw: bytes, /) -> Headers | None:
-        return decode_headers(raw)
-
-    def decode_route(self, raw: bytes, /) -> tuple[str, str]:
-        return decode_route(raw)
-
-    def now(self) -> float:
-        return time.time()
 
 
 @asynccontextmanager
@@ -75,9 +67,9 @@ async def open_session(
     addresses: Sequence[Address],
     subscription: Subscription,
 ) -> AsyncIterator[AioPikaSession]:
-    """Connect, consume, and in the end close."""
-    link = await open_link(endpoint, addresses)
-    session = AioPikaSession(link, subscription)
+    """Connect and consume; close on leaving the context."""
+    connection = await open_connection(endpoint, addresses)
+    session = AioPikaSession(connection, subscription)
     try:
         await session.open(endpoint.connect_timeout)
         yield session
@@ -86,43 +78,36 @@ async def open_session(
 
 
 class AioPikaSession:
-    """Implements :class:`~aio_pika_batch.transport.Session` and `NativeSession`."""
+    """Implements :class:`~aio_pika_batch.transport.Session` and its two extensions."""
 
-    def __init__(self, link: Link, subscription: Subscription) -> None:
-        self._link = link
+    def __init__(self, connection: OpenConnection, subscription: Subscription) -> None:
+        self._connection = connection
+        self._tap = connection.tap
         self._subscription = subscription
-        self._wire: Wire = (
-            FastWire(link, link.tap, self)
-            if link.is_fast and link.tap is not None
-            else PlainWire(link, self)
-        )
+        self._channel = ConsumerChannel(connection, self.on_event)
         self._loop = asyncio.get_running_loop()
         self._ledger = Ledger()
         self._pending: list[Message] = []
-        self._news: asyncio.Future[None] | None = None
+        self._wakeup: asyncio.Future[None] | None = None
         self._sink: Callable[[Sequence[Message]], None] | None = None
-        self._failure: Exception | None = None
-        self._lost: str | None = None
-        self._drained = False
-        self._closed = False
+        self._sink_error: Exception | None = None
+        self._loss: str | None = None
+        self._is_drained = False
+        self._is_closed = False
         self._is_first = True
         self._settled_at = -SETTLE_PAUSE
         self._cancelling: asyncio.Task[None] | None = None
         self._opening_native: asyncio.Task[Native] | None = None
 
     async def open(self, timeout: float) -> None:
-        """Begin to consume. Raises TopologyError, BrokerUnavailable."""
-        subscription = self._subscription
-        source = _Source(
-            subscription.queue, subscription.consumer_tag, subscription.retry_count_header
-        )
+        """Start to consume. Raises TopologyError or BrokerUnavailable."""
         try:
             async with asyncio.timeout(timeout):
-                await declare_on(self._link, subscription.own, timeout)
-                await self._wire.consume(subscription, source)
+                await declare_on(self._connection, self._subscription.own, timeout)
+                await self._channel.consume(self._subscription)
         except TimeoutError as error:
             raise BrokerUnavailable(
-                f"{self._link.address} did not open a consumer within {timeout:g} s"
+                f"{self._connection.address} did not start a consumer within {timeout:g} s"
             ) from error
 
     # --- the port ----------------------------------------------------------------
@@ -135,21 +120,21 @@ class AioPikaSession:
             self._check()
             if self._pending:
                 break
-            if self._drained:
+            if self._is_drained:
                 raise StopAsyncIteration
             await self._wait()
         return self._take()
 
     async def pump(self, sink: Callable[[Sequence[Message]], None]) -> None:
-        """Hand chunks over in the moment they come: no task is woken for a read."""
+        """Hand chunks over as soon as they arrive: no task is woken for a read."""
         self._sink = sink
         try:
             while True:
                 self._check()
                 self._hand_over()
-                if self._failure is not None:
-                    raise self._failure
-                if self._drained:
+                if self._sink_error is not None:
+                    raise self._sink_error
+                if self._is_drained:
                     return
                 await self._wait()
         finally:
@@ -159,61 +144,80 @@ class AioPikaSession:
         """Ask for no more messages."""
         self._check()
         if self._cancelling is None:
-            # A task of its own: a basic.cancel that is itself cancelled closes the channel.
+            # In its own task: cancelling a pending basic.cancel would close the channel.
             self._cancelling = self._loop.create_task(self._cancel())
-            self._cancelling.add_done_callback(_heard)
-        await self._own(self._cancelling)
+            self._cancelling.add_done_callback(consume_exception)
+        await self._shielded(self._cancelling)
 
     async def settle(self, settlements: Sequence[Settlement]) -> None:
-        """Tell the broker what became of some messages."""
+        """Settle messages."""
         self._check()
         frames = self._ledger.settle(settlements)
         if not frames:
             return
-        if not self._wire.settle(frames):
-            self.lost("the connection was closed")
+        if not self._tap.write(pack_settlements(self._channel.number, frames)):
+            self._lose("the connection was closed")
             self._check()
         self._settled_at = self._loop.time()
-        await self._wire.drained()
+        if self._tap.is_clogged:
+            with translate_errors(
+                lambda error: SessionLost(f"the connection broke: {format_error(error)}")
+            ):
+                await self._tap.drain()
 
     async def native(self) -> Native:
         """Open (once) a channel for the user on the session's connection."""
         self._check()
         if self._opening_native is None:
             self._opening_native = self._loop.create_task(self._open_native())
-            self._opening_native.add_done_callback(_heard)
-        return await self._own(self._opening_native)
+            self._opening_native.add_done_callback(consume_exception)
+        return await self._shielded(self._opening_native)
 
-    # --- what the wire tells -------------------------------------------------------
+    # --- events of the connection ------------------------------------------------
 
-    def delivered(self, messages: Sequence[Message]) -> None:
-        """Messages have come, in the order of their tags."""
-        self._pending.extend(messages)
-        if self._sink is None:
-            self._wake()
-        else:
-            self._hand_over()
+    def on_event(self, event: Event) -> None:
+        """Handle what the frame tap reports. Never raises or blocks."""
+        match event:
+            case Deliveries(messages):
+                if self._loss is None:
+                    self._pending.extend(messages)
+                    if self._sink is None:
+                        self._wake()
+                    else:
+                        self._hand_over()
+            case ChannelClosed():
+                self._lose(describe_channel_close(event))
+            case ConnectionClosed(code, text):
+                self._lose(f"the broker closed the connection: {code} {text}")
+            case ConsumerCancelled():
+                self._lose(
+                    "the broker cancelled the consumer: the queue was deleted or is unavailable, or"
+                    " messages were held for too long"
+                )
+            case Malformed(reason) | ConnectionLost(reason):
+                self._lose(reason)
+            case _:
+                pass  # there are no confirms on this channel, and close-ok is aiormq's
 
-    def lost(self, why: str) -> None:
-        """The world has ended it."""
-        if self._lost is None:
-            self._lost = why
+    def _lose(self, reason: str) -> None:
+        if self._loss is None:
+            self._loss = reason
             self._pending.clear()
             self._wake()
 
     # --- the end ---------------------------------------------------------------------
 
     async def close(self) -> None:
-        """Close channel and connection. Never raises, but for the cancellation of its task."""
-        self._closed = True
+        """Close channel and connection. Raises only if its own task is cancelled."""
+        self._is_closed = True
         self._wake()
         if self._opening_native is not None:
             self._opening_native.cancel()
         try:
-            if self._lost is None:
-                await within(WIND_UP_TIMEOUT, self._wind_up(), self._link.line.abort)
+            if self._loss is None:
+                await finish_within(WIND_UP_TIMEOUT, self._wind_up(), self._tap.abort)
         finally:
-            await self._link.close()
+            await self._connection.close()
 
     async def _wind_up(self) -> None:
         if self._cancelling is None:
@@ -223,19 +227,19 @@ class AioPikaSession:
         pause = self._settled_at + SETTLE_PAUSE - self._loop.time()
         if pause > 0:
             await asyncio.sleep(pause)
-        await self._wire.close()
+        await self._channel.close()
 
     async def _cancel(self) -> None:
-        await self._wire.cancel()
-        self._drained = True
+        await self._channel.cancel()
+        self._is_drained = True
         self._wake()
 
     async def _open_native(self) -> Native:
-        with translated(
-            lambda error: SessionLost(f"no native channel could be opened: {describe(error)}")
+        with translate_errors(
+            lambda error: SessionLost(f"cannot open a native channel: {format_error(error)}")
         ):
-            # A publish that no queue takes shall not be lost in silence.
-            channel = await self._link.connection.channel(on_return_raises=True)
+            # Raise on return, or a message that reaches no queue would be lost silently.
+            channel = await self._connection.connection.channel(on_return_raises=True)
             queue = await channel.get_queue(self._subscription.queue, ensure=False)
             return Native(channel, queue)
 
@@ -250,51 +254,45 @@ class AioPikaSession:
         return messages
 
     def _hand_over(self) -> None:
-        """Give what is pending to the sink. What that raises is raised where `pump` is awaited."""
-        if self._pending and self._sink is not None and self._failure is None:
+        """Give the pending messages to the sink. What it raises is raised by `pump`."""
+        if self._pending and self._sink is not None and self._sink_error is None:
             try:
                 self._sink(self._take())
-            except Exception as error:  # noqa: BLE001  -- the wire has nothing to do with it
-                self._failure = error
+            except Exception as error:  # noqa: BLE001  -- not the connection's fault
+                self._sink_error = error
                 self._wake()
 
     def _check(self) -> None:
-        if self._closed:
-            raise SessionClosed(f"the session on queue {self._subscription.queue!r} is over")
-        if self._lost is not None:
+        if self._is_closed:
+            raise SessionClosed(f"the session on queue {self._subscription.queue!r} is closed")
+        if self._loss is not None:
             raise SessionLost(
-                f"the session on queue {self._subscription.queue!r} at {self._link.address}"
-                f" was lost: {self._lost}"
+                f"the session on queue {self._subscription.queue!r} at {self._connection.address}"
+                f" was lost: {self._loss}"
             )
 
-    async def _own(self, task: asyncio.Task[_T]) -> _T:
+    async def _shielded(self, task: asyncio.Task[_T]) -> _T:
         """Wait for a task that goes on if its waiter is cancelled."""
         try:
             return await asyncio.shield(task)
         except SessionLost:
-            self._check()  # knows better why
+            self._check()  # raises with the reason of the loss, if there is one
             raise
 
     async def _wait(self) -> None:
-        self._news = self._loop.create_future()
+        self._wakeup = self._loop.create_future()
         try:
-            await self._news
+            await self._wakeup
         finally:
-            self._news = None
+            self._wakeup = None
 
     def _wake(self) -> None:
-        if self._news is not None and not self._news.done():
-            self._news.set_result(None)
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
 
     def _refuse_streams(self, message: Message) -> None:
         if _STREAM_OFFSET in (message.properties.headers or {}):
             raise TopologyError(
-                f"queue {self._subscription.queue!r} is a stream: its messages are neither rejected"
-                " nor requeued one by one; consume from a classic or quorum queue"
+                f"queue {self._subscription.queue!r} is a stream, whose messages cannot be rejected"
+                " or requeued one by one; consume from a classic or quorum queue"
             )
-
-
-def _heard(task: asyncio.Task[Any]) -> None:
-    """Its waiter may have gone: then asyncio would complain of an error that nobody awaited."""
-    if not task.cancelled():
-        task.exception()

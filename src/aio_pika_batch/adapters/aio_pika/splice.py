@@ -1,31 +1,35 @@
-"""How does a copy of a message keep every property, byte for byte, but for a few headers?
+"""Writes a copy's property list: the original's bytes, with a few headers changed.
 
-Its raw property list is walked over, not read and written again: reading and writing narrows
-numbers, invents absent properties, and cannot carry what it cannot read.
+The raw list is walked over instead of being decoded and encoded again, which would narrow numbers,
+invent absent properties, and fail on what cannot be read.
 
 Laws:
 
-- What is not named in `add` or `drop` stands in the copy as it stood in the original, and in its
-  order.
-- Absent stays absent; an empty header table stays empty.
-- What a broker could not read is not sent raw: that would end the connection, for everybody on it.
+- Whatever `add` and `drop` don't name is the same in the copy as in the original, byte for byte and
+  in the same order.
+- An absent property stays absent. An empty header table stays empty.
+- Bytes that a broker cannot read are not sent raw: they would end the connection.
 """
 
 from __future__ import annotations
 
-import struct
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from aio_pika_batch.adapters.aio_pika.properties import (
+from aio_pika_batch.adapters.aio_pika.amqp_spec import (
     EXPIRATION_FLAG,
+    FLAGS,
     HEADERS_FLAG,
+    LENGTH,
+    USER_ID_FLAG,
+)
+from aio_pika_batch.adapters.aio_pika.properties import (
     PropertyListError,
     encode_short,
     fields,
     header_table,
-    is_whole_after,
+    is_complete_after,
 )
 from aio_pika_batch.adapters.aio_pika.tables import (
     TableError,
@@ -43,42 +47,39 @@ if TYPE_CHECKING:
     from aio_pika_batch.core.publication import Copy
 
 UNDECODABLE_HEADERS = "x-undecodable-headers"
-"""Holds what cannot be read of the original: its header table, or its whole property list."""
+"""Contains what cannot be read of the original: its header table, or its whole property list."""
 
-_FLAGS = struct.Struct(">H")
-_LENGTH = struct.Struct(">I")
-_USER_ID_FLAG = 1 << 4
-_REPEATED = frozenset((int, str, datetime))
+_CACHED_TYPES = frozenset((int, str, datetime))
 
 
 def splice(raw: bytes, copy: Copy, user: bytes) -> bytes:
-    """Write the copy's property list.
+    """Return the copy's property list.
 
     Args:
-        raw: The original's.
+        raw: The original's property list.
         copy: What to change.
-        user: The connection's; a `user_id` other than this would close the channel.
+        user: The connection's user. Any other `user_id` would close the channel.
 
     Raises:
-        PublishError: A header to be added has a value that AMQP cannot carry.
+        PublishError: AMQP has no type for the value of an added header.
     """
     try:
         changes = _changes(copy.add, copy.drop)
     except TableError as error:
         raise PublishError(f"header {error}") from error
-    if copy.keep_expiration and len(raw) > 1 and not raw[1] & _USER_ID_FLAG:
-        # What is nearly always asked for: nothing is changed but the headers.
+    if copy.keep_expiration and len(raw) > 1 and not raw[1] & USER_ID_FLAG:
+        # The usual case: only the headers change.
         try:
             start, end = header_table(raw)
         except PropertyListError:
             return _rebuilt(raw, copy, user, changes)
-        if end and is_whole_after(raw, end):
+        if end and is_complete_after(raw, end):
             return b"".join((raw[:start], *_table(raw, start, end, copy, changes), raw[end:]))
     return _rebuilt(raw, copy, user, changes)
 
 
 def _rebuilt(raw: bytes, copy: Copy, user: bytes, changes: _Changes) -> bytes:
-    """Write the list property by property."""
+    """Return the copy's property list, written property by property."""
     present = 0
     parts = [b""]
     headers_at = expiration_at = 1
@@ -106,21 +107,21 @@ def _rebuilt(raw: bytes, copy: Copy, user: bytes, changes: _Changes) -> bytes:
         parts.insert(expiration_at, encode_short("expiration", copy.expiration))
     if added and not present & HEADERS_FLAG:
         present |= HEADERS_FLAG
-        parts.insert(headers_at, _LENGTH.pack(len(added)) + added)
-    parts[0] = _FLAGS.pack(present)
+        parts.insert(headers_at, LENGTH.pack(len(added)) + added)
+    parts[0] = FLAGS.pack(present)
     return b"".join(parts)
 
 
 def _table(raw: bytes, start: int, end: int, copy: Copy, changes: _Changes) -> Sequence[bytes]:
-    """Write the header table, in parts to be joined."""
+    """Return the header table, in parts to be joined."""
     added = changes.added
     was = raw[start + 4 : end]
     try:
         if changes.names.isdisjoint(copy.message.headers):
-            # They have been read, so that a broker can read them too.
-            return _LENGTH.pack(len(was) + len(added)), was, added
+            # They could be decoded, so a broker can read them, too.
+            return LENGTH.pack(len(was) + len(added)), was, added
     except MessageDecodeError:
-        pass  # what can be kept of them is seen below
+        pass  # the loop below keeps what it can
     kept = []
     try:
         for key, entry, value, value_end in entries(raw, start + 4, end):
@@ -128,18 +129,18 @@ def _table(raw: bytes, start: int, end: int, copy: Copy, changes: _Changes) -> S
             if key not in changes.keys:
                 kept.append(raw[entry:value_end])
     except TableError:
-        # What can be read of half a table may not be what its publisher meant.
+        # The readable half of a table may not be what its publisher meant.
         kept = [encode_entry(UNDECODABLE_HEADERS, was)]
-    return _LENGTH.pack(sum(map(len, kept)) + len(added)), *kept, added
+    return LENGTH.pack(sum(map(len, kept)) + len(added)), *kept, added
 
 
 class _Changes(NamedTuple):
-    """What is changed about a header table.
+    """The changes to a header table.
 
     Attributes:
-        added: The entries to be added.
-        names: The headers that are added or left out.
-        keys: The same, as they stand on the wire.
+        added: The bytes of the added entries.
+        names: The headers that are added or dropped.
+        keys: The same, encoded.
     """
 
     added: bytes
@@ -149,20 +150,20 @@ class _Changes(NamedTuple):
 
 def _changes(add: Headers, drop: frozenset[str]) -> _Changes:
     types = tuple(map(type, add.values()))
-    if _REPEATED.issuperset(types):
-        return _known(tuple(add.items()), types, drop)
-    return _new(add.items(), drop)
+    if _CACHED_TYPES.issuperset(types):
+        return _cached_changes(tuple(add.items()), types, drop)
+    return _new_changes(add.items(), drop)
 
 
 @lru_cache(maxsize=256)  # the copies of one batch are changed much alike
-def _known(
+def _cached_changes(
     add: tuple[tuple[str, FieldValue], ...], _: tuple[type, ...], drop: frozenset[str]
 ) -> _Changes:
-    # The types are part of what is remembered: 1, 1.0 and True are equal, and written differently.
-    return _new(add, drop)
+    # The types are part of the cache key: 1, 1.0 and True are equal, but are written differently.
+    return _new_changes(add, drop)
 
 
-def _new(add: Iterable[tuple[str, FieldValue]], drop: frozenset[str]) -> _Changes:
+def _new_changes(add: Iterable[tuple[str, FieldValue]], drop: frozenset[str]) -> _Changes:
     names, keys = _names(tuple([key for key, _ in add]), drop)
     return _Changes(b"".join([encode_entry(*each) for each in add]), names, keys)
 

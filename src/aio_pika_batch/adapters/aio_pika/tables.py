@@ -1,7 +1,7 @@
-"""How is a header table read, written and walked over?
+"""Reads and writes AMQP header tables, and walks over their raw bytes.
 
-The types are those that RabbitMQ reads and writes, which differ from AMQP 0-9-1's own list
-(`s` is a short integer, `x` is binary); `L` is read as other clients write it.
+The field types are those that RabbitMQ reads and writes; see
+:mod:`~aio_pika_batch.adapters.aio_pika.amqp_spec`.
 """
 
 from __future__ import annotations
@@ -13,61 +13,57 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
+from aio_pika_batch.adapters.aio_pika.amqp_spec import (
+    ARRAY,
+    BINARY,
+    BOOLEAN,
+    DECIMAL,
+    DECIMAL_VALUE,
+    DOUBLE,
+    FIXED_SIZES,
+    INT32,
+    INT64,
+    LENGTH,
+    NESTED_TABLE,
+    NUMBERS,
+    SECONDS,
+    TEXT,
+    TIMESTAMP,
+    VOID,
+)
+from aio_pika_batch.core.message import SHORT_STRING
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from aio_pika_batch.core.message import FieldValue, Headers
 
 DEEPEST = 64
-"""Tables within tables. RabbitMQ's own `x-death` has three; Python's stack ends at about 300."""
+"""Levels of nested tables. RabbitMQ's own `x-death` has three; Python's stack ends at about 300."""
 
-_LENGTH = struct.Struct(">I")
-_SECONDS = struct.Struct(">Q")
-_DECIMAL = struct.Struct(">Bi")
-_DOUBLE = struct.Struct(">cd")
-_INT = struct.Struct(">ci")
-_LONG = struct.Struct(">cq")
-_TIME = struct.Struct(">cQ")
-_LONGEST_KEY = 255
+# A type and its value.
+_TYPED_LENGTH = struct.Struct(">BI")
+_TYPED_DECIMAL = struct.Struct(">BBi")
+_TYPED_DOUBLE = struct.Struct(">Bd")
+_TYPED_INT32 = struct.Struct(">Bi")
+_TYPED_INT64 = struct.Struct(">Bq")
+_TYPED_TIME = struct.Struct(">BQ")
 _SHOWN = 80
-_LONGEST = 0xFFFF_FFFF
 
-_NUMBERS: Final = {
-    ord(letter): struct.Struct(layout)
-    for letter, layout in {
-        "b": ">b",
-        "B": ">B",
-        "s": ">h",
-        "u": ">H",
-        "I": ">i",
-        "i": ">I",
-        "l": ">q",
-        "L": ">q",
-        "f": ">f",
-        "d": ">d",
-        "t": "?",
-    }.items()
-}
-
-_FIXED: Final = {
-    **{letter: layout.size for letter, layout in _NUMBERS.items()},
-    ord("T"): 8,
-    ord("D"): 5,
-    ord("V"): 0,
-}
-_TEXT, _BINARY, _ARRAY, _TABLE = ord("S"), ord("x"), ord("A"), ord("F")
-_NESTED: Final = (_ARRAY, _TABLE)
-_COUNTED: Final = frozenset((_TEXT, _BINARY, *_NESTED))
-_TIMESTAMP, _DECIMALS = ord("T"), ord("D")
-_TOO_DEEP: Final = f"tables stand more than {DEEPEST} deep in each other"
+_NESTED: Final = (ARRAY, NESTED_TABLE)
+_WITH_LENGTH: Final = frozenset((TEXT, BINARY, *_NESTED))
+_TOO_DEEP: Final = f"tables are nested more than {DEEPEST} levels deep"
 
 
 class TableError(ValueError):
-    """A table cannot be read, or a value cannot be written; the text begins with the name."""
+    """A table cannot be read, or a value cannot be written. The text begins with the key."""
 
 
 def encode_text(text: str) -> bytes:
-    """Write a text in UTF-8; what UTF-8 cannot carry goes as it came, or as an escape."""
+    """Encode as UTF-8.
+
+    Lone surrogates become the bytes that they were decoded from, or an escape if they were not.
+    """
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -82,68 +78,68 @@ def encode_text(text: str) -> bytes:
 
 
 def entries(raw: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int, int]]:
-    """Walk over the entries between *start* and *end*: (key, entry's start, value's start, end).
+    """Yield (key, start of the entry, start of the value, end) of each entry in a range.
 
     Raises:
-        TableError: The bytes are no table's from here on.
+        TableError: From here on, the bytes are not a table.
     """
     at = start
-    fixed, length_at = _FIXED, _LENGTH.unpack_from
+    fixed, length_at = FIXED_SIZES, LENGTH.unpack_from
     while at < end:
         value_start = at + 1 + raw[at]
         key = raw[at + 1 : value_start]
-        # `_value_end`, written out: every requeue comes by here twice for each header.
+        # `_value_end`, inlined: this loop runs twice for each header of each requeued message.
         try:
             kind = raw[value_start]
             if kind in fixed:
                 value_end = value_start + 1 + fixed[kind]
-            elif kind in _COUNTED:
+            elif kind in _WITH_LENGTH:
                 value_end = value_start + 5 + length_at(raw, value_start + 1)[0]
             else:
                 value_end = end + 1
         except (IndexError, struct.error):
             value_end = end + 1
         if value_end > end:
-            raise TableError(f"{_shown(key)}: {_why_not(raw, value_start, end)}")
+            raise TableError(f"{_shown(key)}: {_describe_unreadable(raw, value_start, end)}")
         yield key, at, value_start, value_end
         at = value_end
 
 
 def _value_end(raw: bytes, start: int, end: int) -> int:
-    """Where the value that begins with its type at *start* ends; beyond *end* if it cannot."""
+    """Return where the value with its type at *start* ends; beyond *end* if it is incomplete."""
     if start < end:
         kind = raw[start]
-        fixed = _FIXED.get(kind)
+        fixed = FIXED_SIZES.get(kind)
         if fixed is not None:
             return start + 1 + fixed
-        if kind in _COUNTED and start + 5 <= end:
-            length: int = _LENGTH.unpack_from(raw, start + 1)[0]
+        if kind in _WITH_LENGTH and start + 5 <= end:
+            length: int = LENGTH.unpack_from(raw, start + 1)[0]
             return start + 5 + length
     return end + 1
 
 
-def _why_not(raw: bytes, start: int, end: int) -> str:
-    if start < end and raw[start] not in _FIXED and raw[start] not in _COUNTED:
+def _describe_unreadable(raw: bytes, start: int, end: int) -> str:
+    if start < end and raw[start] not in FIXED_SIZES and raw[start] not in _WITH_LENGTH:
         return f"there is no type {chr(raw[start])!r}"
     return "it is cut off"
 
 
 def _shown(key: bytes) -> str:
-    # Tables nest, and their keys add up, in a text that goes into logs.
+    # Cut short: tables nest, so keys add up, and the text is logged.
     return repr(key[:_SHOWN].decode(errors="replace"))
 
 
 def check_value(raw: bytes, start: int, end: int, depth: int = DEEPEST) -> None:
-    """Look whether a broker could read the value that begins with its type at *start*.
+    """Check that a broker can read the value that begins with its type at *start*.
 
     Raises:
-        TableError: It could not; publishing it would end the connection.
+        TableError: It cannot be read. Publishing it would end the connection.
     """
     kind = raw[start]
     if kind in _NESTED:
         if not depth:
             raise TableError(_TOO_DEEP)
-        if kind == _TABLE:
+        if kind == NESTED_TABLE:
             for _, _, value, value_end in entries(raw, start + 5, end):
                 check_value(raw, value, value_end, depth - 1)
         else:
@@ -155,7 +151,7 @@ def _items(raw: bytes, at: int, end: int) -> Iterator[tuple[int, int]]:
     while at < end:
         value_end = _value_end(raw, at, end)
         if value_end > end:
-            raise TableError(_why_not(raw, at, end))
+            raise TableError(_describe_unreadable(raw, at, end))
         yield at, value_end
         at = value_end
 
@@ -164,17 +160,17 @@ def _items(raw: bytes, at: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def read_table(raw: bytes, start: int, end: int, depth: int = DEEPEST) -> dict[str, Any]:
-    """Read the table whose length stands at *start*.
+    """Read the table whose length begins at *start*.
 
     Raises:
-        TableError: It, or a value of it, cannot be read; the text says which.
+        TableError: The table, or a value in it, cannot be read. The text says which.
     """
     table: dict[str, Any] = {}
-    for key, _, value_start, value_end in entries(raw, start + 4, end):
+    for key, _, value_start, value_end in entries(raw, start + LENGTH.size, end):
         try:
             table[key.decode()] = _read_value(raw, value_start, value_end, depth)
         except UnicodeDecodeError as error:
-            raise TableError(f"the key {key[:_SHOWN]!r} is no UTF-8") from error
+            raise TableError(f"the key {key[:_SHOWN]!r} is not UTF-8") from error
         except TableError as error:
             raise TableError(f"{_shown(key)}: {error}") from error
     return table
@@ -182,58 +178,58 @@ def read_table(raw: bytes, start: int, end: int, depth: int = DEEPEST) -> dict[s
 
 def _read_value(raw: bytes, start: int, end: int, depth: int) -> FieldValue:
     kind = raw[start]
-    if kind == _TEXT:
+    if kind == TEXT:
         text = raw[start + 5 : end]
         try:
             return text.decode()
         except UnicodeDecodeError:
-            # The wire has one type for text and for bytes, and its users know which it is.
+            # AMQP has one type for text and for bytes. The handler knows which it expects.
             return text
-    number = _NUMBERS.get(kind)
+    number = NUMBERS.get(kind)
     if number is not None:
         value: FieldValue = number.unpack_from(raw, start + 1)[0]
         return value
     if kind in _NESTED:
         if not depth:
             raise TableError(_TOO_DEEP)
-        if kind == _TABLE:
+        if kind == NESTED_TABLE:
             return read_table(raw, start + 1, end, depth - 1)
         return [_read_value(raw, *item, depth - 1) for item in _items(raw, start + 5, end)]
     return _read_rare(kind, raw, start + 1, end)
 
 
 def _read_rare(kind: int, raw: bytes, start: int, end: int) -> FieldValue:
-    if kind == _TIMESTAMP:
-        seconds: int = _SECONDS.unpack_from(raw, start)[0]
+    if kind == TIMESTAMP:
+        seconds: int = SECONDS.unpack_from(raw, start)[0]
         try:
             return datetime.fromtimestamp(seconds, UTC)
         except (OverflowError, ValueError, OSError):
-            # Milliseconds, most likely. One odd header must not make all of them unreadable.
+            # Probably milliseconds. One wrong header must not make the others unreadable.
             return seconds
-    if kind == _DECIMALS:
-        places, digits = _DECIMAL.unpack_from(raw, start)
+    if kind == DECIMAL:
+        places, digits = DECIMAL_VALUE.unpack_from(raw, start)
         return Decimal(digits).scaleb(-places)
-    return raw[start + 4 : end] if kind == _BINARY else None
+    return raw[start + LENGTH.size : end] if kind == BINARY else None
 
 
 # --- writing -------------------------------------------------------------------
 
 
 def encode_table(table: Headers) -> bytes:
-    """Write a table, with its length.
+    """Return the table's bytes, beginning with their length.
 
     Raises:
-        TableError: A key or a value cannot be written; the text says which.
+        TableError: A key or a value cannot be written. The text says which.
     """
     data = b"".join([encode_entry(key, value) for key, value in table.items()])
-    return _LENGTH.pack(len(data)) + data
+    return LENGTH.pack(len(data)) + data
 
 
 def encode_entry(key: str, value: FieldValue, depth: int = DEEPEST) -> bytes:
-    """Write a key and its value.
+    """Return the bytes of a key and its value.
 
     Raises:
-        TableError: As above.
+        TableError: One of them cannot be written.
     """
     try:
         return _encode_key(key) + _encode_value(value, depth)
@@ -241,13 +237,13 @@ def encode_entry(key: str, value: FieldValue, depth: int = DEEPEST) -> bytes:
         raise TableError(f"{key!r}: {error}") from error
 
 
-@lru_cache(maxsize=512)  # the same few keys, again and again
+@lru_cache(maxsize=512)  # a program writes the same few keys again and again
 def _encode_key(key: str) -> bytes:
     if not isinstance(key, str):
         raise TableError("a key must be a str")
     name = encode_text(key)
-    if len(name) > _LONGEST_KEY:
-        raise TableError(f"the key has {len(name)} bytes in UTF-8; AMQP allows 255")
+    if len(name) > SHORT_STRING:
+        raise TableError(f"the key has {len(name)} bytes in UTF-8; AMQP allows {SHORT_STRING}")
     return bytes((len(name),)) + name
 
 
@@ -263,18 +259,20 @@ def _encode_value(value: FieldValue, depth: int) -> bytes:
         raise TableError(_TOO_DEEP)
     if isinstance(value, Mapping):
         rows = [encode_entry(key, item, depth - 1) for key, item in value.items()]
-        return _counted(b"F", b"".join(rows))
-    return _counted(b"A", b"".join([_encode_value(item, depth - 1) for item in value]))
+        return _with_length(NESTED_TABLE, b"".join(rows))
+    return _with_length(ARRAY, b"".join([_encode_value(item, depth - 1) for item in value]))
 
 
-def _counted(kind: bytes, data: bytes) -> bytes:
-    return kind + _LENGTH.pack(len(data)) + data
+def _with_length(kind: int, data: bytes) -> bytes:
+    return _TYPED_LENGTH.pack(kind, len(data)) + data
 
 
 def _encode_int(value: int) -> bytes:
-    # As most clients do: `I` where it fits, else `l`; narrower types are read as bytes by some.
+    # As most clients do: 32 bits if they suffice, else 64. Some read narrower types as bytes.
     try:
-        return _INT.pack(b"I", value) if -(2**31) <= value < 2**31 else _LONG.pack(b"l", value)
+        if -(2**31) <= value < 2**31:
+            return _TYPED_INT32.pack(INT32, value)
+        return _TYPED_INT64.pack(INT64, value)
     except struct.error as error:
         raise TableError(f"{value} has more than 64 bits") from error
 
@@ -282,9 +280,9 @@ def _encode_int(value: int) -> bytes:
 def _encode_time(value: datetime) -> bytes:
     moment = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
     try:
-        return _TIME.pack(b"T", int(moment.timestamp()))
+        return _TYPED_TIME.pack(TIMESTAMP, int(moment.timestamp()))
     except struct.error as error:
-        raise TableError(f"{value} is before 1970; AMQP counts from there") from error
+        raise TableError(f"{value} is before 1970, where AMQP's timestamps begin") from error
 
 
 def _encode_decimal(value: Decimal) -> bytes:
@@ -296,18 +294,18 @@ def _encode_decimal(value: Decimal) -> bytes:
         number *= 10**exponent
         exponent = 0
     try:
-        return b"D" + _DECIMAL.pack(-exponent, -number if sign else number)
+        return _TYPED_DECIMAL.pack(DECIMAL, -exponent, -number if sign else number)
     except struct.error as error:
-        raise TableError(f"{value} has more digits than AMQP's decimal") from error
+        raise TableError(f"{value} has more digits than AMQP's decimal allows") from error
 
 
 _WRITERS: Final[Mapping[type, Callable[[Any], bytes]]] = {
-    str: lambda value: _counted(b"S", encode_text(value)),
-    bool: lambda value: b"t\x01" if value else b"t\x00",  # before int, which it is too
+    str: lambda value: _with_length(TEXT, encode_text(value)),
+    bool: lambda value: bytes((BOOLEAN, value)),  # before int: a bool is an int, too
     int: _encode_int,
-    float: lambda value: _DOUBLE.pack(b"d", value),
-    type(None): lambda _: b"V",
-    bytes: lambda value: _counted(b"x", value),
+    float: lambda value: _TYPED_DOUBLE.pack(DOUBLE, value),
+    type(None): lambda _: bytes((VOID,)),
+    bytes: lambda value: _with_length(BINARY, value),
     datetime: _encode_time,
     Decimal: _encode_decimal,
 }

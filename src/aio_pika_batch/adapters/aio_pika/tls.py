@@ -1,13 +1,12 @@
-"""Whom does a connection trust, and as whom does it show itself?
+"""Makes the TLS context of a connection, and explains why a handshake failed.
 
 Laws:
 
-- A broker's certificate and its name are verified, unless the URL says `no_verify_ssl=1`; then a
-  warning says what that means, each time.
-- Nothing that was asked for is dropped: TLS files beside `amqp://`, which would go in clear, are
-  refused.
-- Nobody is asked at a terminal: a key that wants a password which was not given is an error.
-- Files are read anew for each connection, so that they can be replaced while a consumer runs.
+- The broker's certificate and its name are verified, unless the URL says `no_verify_ssl=1`. Then a
+  warning is logged for each broker.
+- No TLS option is ignored: TLS files beside `amqp://`, which is not encrypted, are an error.
+- There is no prompt: a key whose password is missing is an error.
+- Files are read again for each connection, so that you can replace them while a consumer runs.
 """
 
 from __future__ import annotations
@@ -25,31 +24,32 @@ from aio_pika_batch.errors import AccessRefused, ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from aio_pika_batch.adapters.aio_pika.urls import Address
+    from aio_pika_batch.adapters.aio_pika.url import Address
     from aio_pika_batch.transport import Endpoint
 
 _log = logging.getLogger("aio_pika_batch.tls")
 
 _FILES: Final = ("cafile", "certfile", "keyfile")
+# There is no setting that switches verification off. The URL is where it will be read.
 OPTIONS: Final = frozenset((*_FILES, "capath", "cadata", "no_verify_ssl"))
-"""What of a URL's options is about TLS."""
+"""The query parameters of a URL that concern TLS."""
 
-_EXPIRED, _NOT_YET = 10, 9
-_NAMES = {62, 64}  # a host's name, an address
-_ISSUERS = {2, 18, 19, 20, 21}
-"""OpenSSL's numbers of what is wrong with a certificate (`X509_V_ERR_…`)."""
+# OpenSSL's numbers for what is wrong with a certificate (`X509_V_ERR_…`).
+_EXPIRED, _NOT_YET_VALID = 10, 9
+_WRONG_NAME = {62, 64}  # host name, IP address
+_UNKNOWN_ISSUER = {2, 18, 19, 20, 21}
 
-_WANTED: Final = ("CERTIFICATE_REQUIRED", "HANDSHAKE_FAILURE", "NO_CERTIFICATE")
-_NOT_WANTED: Final = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
-"""What a peer's alert about our own certificate has in its name."""
+# Parts of the names of alerts that concern the client's certificate.
+_CERTIFICATE_MISSING: Final = ("CERTIFICATE_REQUIRED", "HANDSHAKE_FAILURE", "NO_CERTIFICATE")
+_CERTIFICATE_REJECTED: Final = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED")
 
 
 @dataclass(frozen=True, slots=True)
-class Papers:
-    """What is needed to talk TLS with one broker.
+class TlsOptions:
+    """The TLS options for one broker.
 
     Attributes:
-        sources: What each file was named by, for errors.
+        sources: The setting or URL parameter that named each file, for errors.
     """
 
     cafile: str | None = None
@@ -62,44 +62,45 @@ class Papers:
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
-def check(endpoint: Endpoint, addresses: Sequence[Address]) -> None:
-    """Look whether what is configured can work; warn of what nobody should want.
+def check_tls(endpoint: Endpoint, addresses: Sequence[Address]) -> None:
+    """Check the TLS options, and log a warning if verification is off.
 
     Raises:
-        ConfigurationError: It names the setting, or the part of the URL.
+        ConfigurationError: An option is invalid. The text names the setting, or the URL parameter.
     """
     for address in addresses:
         if not address.tls:
-            _refuse_clear(endpoint, address)
+            _refuse_unencrypted(endpoint, address)
             continue
-        papers = papers_for(endpoint, address)
-        context_of(papers)
-        if not papers.verify:
+        options = tls_options(endpoint, address)
+        create_context(options)
+        if not options.verify:
             _log.warning(
-                "the certificate of %s is not verified, as no_verify_ssl=1 in url says: whoever"
-                " stands in between can read and change all that is sent, the password included;"
-                " name the authority that signed it by ssl_cafile instead",
+                "the certificate of %s is not verified, because url says no_verify_ssl=1: anyone on"
+                " the network path can read and change all data, including the password; set"
+                " ssl_cafile to the authority that signed it instead",
                 address,
             )
 
 
-def _refuse_clear(endpoint: Endpoint, address: Address) -> None:
+def _refuse_unencrypted(endpoint: Endpoint, address: Address) -> None:
+    # Unused files would do no harm, but who sets them believes that the connection is encrypted.
     named = [f"ssl_{name}" for name in _FILES if getattr(endpoint, f"ssl_{name}") is not None]
     if endpoint.ssl_key_password is not None:
         named.append("ssl_key_password")
     named += [f"{name} in url" for name in sorted(OPTIONS & address.options.keys())]
     if named:
         raise ConfigurationError(
-            f"{named[0]} is for TLS, and {address} goes in clear; write amqps:// in url, or leave"
-            f" {named[0]} out"
+            f"{named[0]} is for TLS, and {address} is not encrypted; write amqps:// in url, or"
+            f" remove {named[0]}"
         )
 
 
-def papers_for(endpoint: Endpoint, address: Address) -> Papers:
-    """What settings and URL say; what stands in the URL goes first.
+def tls_options(endpoint: Endpoint, address: Address) -> TlsOptions:
+    """Combine the settings with the URL, which takes precedence.
 
     Raises:
-        ConfigurationError: It is not complete.
+        ConfigurationError: The options are incomplete.
     """
     options = address.options
     found = {name: getattr(endpoint, f"ssl_{name}") for name in _FILES}
@@ -109,10 +110,10 @@ def papers_for(endpoint: Endpoint, address: Address) -> Papers:
             found[name], sources[name] = options[name], f"url: {name}"
     if found["keyfile"] is not None and found["certfile"] is None:
         raise ConfigurationError(
-            f"{sources['keyfile']} without a certificate: name the one that it belongs to"
-            " by ssl_certfile"
+            f"{sources['keyfile']} without a certificate: set ssl_certfile to the certificate that"
+            " the key belongs to"
         )
-    return Papers(
+    return TlsOptions(
         **found,
         cadata=_decoded(options.get("cadata")),
         password=endpoint.ssl_key_password,
@@ -122,7 +123,7 @@ def papers_for(endpoint: Endpoint, address: Address) -> Papers:
 
 
 def _decoded(text: str | None) -> str | None:
-    """Certificates in a URL are PEM in base64, as aiormq has it."""
+    """Decode the certificates in a URL: PEM in base64, as aiormq defines it."""
     if not text:
         return None
     try:
@@ -131,70 +132,72 @@ def _decoded(text: str | None) -> str | None:
         raise ConfigurationError("url: cadata must be PEM in base64, percent-encoded") from error
 
 
-def context_of(papers: Papers) -> ssl.SSLContext:
-    """Read the files. Blocks.
+def create_context(options: TlsOptions) -> ssl.SSLContext:
+    """Read the files, and make a context of them. Blocks.
+
+    The client library's own context treats every `no_verify_ssl` but 0 as a yes, asks for a key's
+    password at the terminal, and reports OpenSSL's words for a bad file.
 
     Raises:
-        ConfigurationError: One is not there, or not what it should be.
+        ConfigurationError: A file does not exist, or cannot be read as what it should be.
     """
     for name in _FILES:
-        file = getattr(papers, name)
+        file = getattr(options, name)
         if file is not None and not Path(file).is_file():
-            raise ConfigurationError(f"{papers.sources[name]}: there is no file {file!r}")
-    if papers.capath is not None and not Path(papers.capath).is_dir():
+            raise ConfigurationError(f"{options.sources[name]}: there is no file {file!r}")
+    if options.capath is not None and not Path(options.capath).is_dir():
         raise ConfigurationError(
-            f"{papers.sources['capath']}: there is no directory {papers.capath!r}"
+            f"{options.sources['capath']}: there is no directory {options.capath!r}"
         )
     try:
         context = ssl.create_default_context(
-            cafile=papers.cafile, capath=papers.capath, cadata=papers.cadata
+            cafile=options.cafile, capath=options.capath, cadata=options.cadata
         )
     except (OSError, ValueError) as error:
-        named = papers.sources["cafile"] if papers.cafile is not None else "url: cadata"
-        what = "" if papers.cafile is None else f" {papers.cafile!r}"
+        named = options.sources["cafile"] if options.cafile is not None else "url: cadata"
+        what = "" if options.cafile is None else f" {options.cafile!r}"
         raise ConfigurationError(
             f"{named}:{what} cannot be read as certificates in PEM: {_reason(error)}"
         ) from error
-    if not papers.verify:
+    if not options.verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    if papers.certfile is not None:
-        _show(context, papers, papers.certfile)
+    if options.certfile is not None:
+        _load_client_certificate(context, options, options.certfile)
     return context
 
 
-def _show(context: ssl.SSLContext, papers: Papers, certfile: str) -> None:
-    """Let the context show a certificate of our own."""
+def _load_client_certificate(context: ssl.SSLContext, options: TlsOptions, certfile: str) -> None:
     was_asked = False
 
     def password() -> str:
         nonlocal was_asked
         was_asked = True
-        if papers.password is None:
-            raise ConfigurationError(f"{key} is encrypted: give its password by ssl_key_password")
-        return papers.password
+        if options.password is None:
+            raise ConfigurationError(f"{key} is encrypted: set ssl_key_password to its password")
+        return options.password
 
     key = (
-        f"{papers.sources['certfile']}: the key in {certfile!r}"
-        if papers.keyfile is None
-        else f"{papers.sources['keyfile']}: the key {papers.keyfile!r}"
+        f"{options.sources['certfile']}: the key in {certfile!r}"
+        if options.keyfile is None
+        else f"{options.sources['keyfile']}: the key {options.keyfile!r}"
     )
     try:
-        context.load_cert_chain(certfile, papers.keyfile, password)
+        context.load_cert_chain(certfile, options.keyfile, password)
     except ConfigurationError:
         raise
     except (OSError, ValueError) as error:
         if "MISMATCH" in _reason(error):
-            why = f"{key} does not belong to the certificate {certfile!r}"
+            text = f"{key} does not belong to the certificate {certfile!r}"
         elif was_asked:
-            why = f"{key} cannot be decrypted: correct ssl_key_password"
+            text = f"{key} cannot be decrypted: correct ssl_key_password"
         else:
-            why = (
-                f"{papers.sources['certfile']}: {certfile!r} and its key cannot be read as PEM:"
+            text = (
+                f"{options.sources['certfile']}: {certfile!r} and its key cannot be read as PEM:"
                 f" {_reason(error)}"
             )
-        # The password may stand in what went wrong with it.
-        raise ConfigurationError(why) from (None if was_asked else error)
+        # The cause is hidden if its text may contain the password.
+        raise ConfigurationError(text) from (None if was_asked else error)
 
 
 def _reason(error: Exception) -> str:
@@ -202,35 +205,37 @@ def _reason(error: Exception) -> str:
     return reason or type(error).__name__
 
 
-def not_verified(error: ssl.SSLCertVerificationError, address: Address) -> AccessRefused:
-    """The broker's certificate is not good enough: why, and what helps?"""
+def verification_error(error: ssl.SSLCertVerificationError, address: Address) -> AccessRefused:
+    """Make an error of a broker's certificate that does not verify, with advice."""
     code = error.verify_code
     if code == _EXPIRED:
         advice = "renew it on the broker"
-    elif code == _NOT_YET:
-        advice = "look whether the clock is right, here and where it was made"
-    elif code in _NAMES:
-        advice = "connect by a name that stands in it"
-    elif code in _ISSUERS:
+    elif code == _NOT_YET_VALID:
+        advice = "check the clock, here and where it was made"
+    elif code in _WRONG_NAME:
+        advice = "connect by a name that is in it"
+    elif code in _UNKNOWN_ISSUER:
         advice = "set ssl_cafile to the authority that signed it"
     else:
         advice = "set ssl_cafile to the authority that signed it, or renew it on the broker"
-    said = error.verify_message.rstrip(".")
-    return AccessRefused(f"{address} shows a certificate that does not verify: {said}; {advice}")
+    reason = error.verify_message.rstrip(".")
+    return AccessRefused(
+        f"{address} presents a certificate that does not verify: {reason}; {advice}"
+    )
 
 
-def handshake_failed(error: ssl.SSLError, address: Address) -> AccessRefused:
-    """The two found no common ground: why, and what helps?"""
+def handshake_error(error: ssl.SSLError, address: Address) -> AccessRefused:
+    """Make an error of a failed TLS handshake, with advice."""
     reason = error.reason or "no reason is given"
     if reason == "WRONG_VERSION_NUMBER":
         return AccessRefused(f"{address} does not speak TLS there; use amqp:// or another port")
     advice = ""
     if "ALERT" in reason:
-        if any(word in reason for word in _WANTED):
+        if any(word in reason for word in _CERTIFICATE_MISSING):
             advice = "; the broker may want a client certificate: set ssl_certfile and ssl_keyfile"
-        elif any(word in reason for word in _NOT_WANTED):
+        elif any(word in reason for word in _CERTIFICATE_REJECTED):
             advice = (
-                "; the broker does not accept the client certificate: give one by ssl_certfile that"
+                "; the broker does not accept the client certificate: set ssl_certfile to one that"
                 " is valid, and signed by an authority that the broker knows"
             )
     return AccessRefused(f"{address}: the TLS handshake failed: {reason}{advice}")

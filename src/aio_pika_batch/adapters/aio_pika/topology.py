@@ -1,11 +1,10 @@
-"""Is everything there that a consumer needs, and is it what was asked for?
+"""Declares queues, exchanges and bindings, and checks that they are what was asked for.
 
-On a connection of its own, which is thrown away at the first refusal: a refusal closes the
-channel, and the client library may drop its answer to that, after which the channel's number is
-poisoned.
+It uses a connection of its own, and drops it at the first refusal. A refusal closes the channel,
+and aiormq may drop the broker's reply to that; then the channel's number cannot be used again.
 
-What is exclusive lives no longer than the connection that declared it, so a session declares it on
-its own.
+An exclusive queue lives no longer than the connection that declared it, so a session declares it on
+its own connection.
 """
 
 from __future__ import annotations
@@ -13,11 +12,13 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
 
-from aio_pika_batch.adapters.aio_pika.broker_errors import NOT_FOUND, refused_entity
-from aio_pika_batch.adapters.aio_pika.client_errors import said
-from aio_pika_batch.adapters.aio_pika.connection import Link, open_link
-from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, ConnectionClosed
-from aio_pika_batch.adapters.aio_pika.translate import describe, translated
+from aio_pika_batch.adapters.aio_pika.client_errors import (
+    close_reason,
+    format_error,
+    translate_errors,
+)
+from aio_pika_batch.adapters.aio_pika.connection import OpenConnection, open_connection
+from aio_pika_batch.core.refusals import ReplyCode, refusal_error
 from aio_pika_batch.core.topology import (
     QUEUE_TYPE,
     Binding,
@@ -35,137 +36,154 @@ if TYPE_CHECKING:
 
     from aiormq.abc import AbstractChannel
 
-    from aio_pika_batch.adapters.aio_pika.events import Event
-    from aio_pika_batch.adapters.aio_pika.urls import Address
+    from aio_pika_batch.adapters.aio_pika.events import Closed
+    from aio_pika_batch.adapters.aio_pika.url import Address
     from aio_pika_batch.transport import Endpoint
 
 Entity: TypeAlias = Exchange | Queue | Binding
-Refusal: TypeAlias = ChannelClosed | ConnectionClosed
 
 
 def refuse_streams(topology: Topology) -> None:
-    """Raise TopologyError where a queue is asked to be a stream."""
+    """Raise TopologyError if a queue is declared as a stream."""
     for queue in topology.queues:
         if queue.arguments.get(QUEUE_TYPE) == "stream":
             raise TopologyError(
-                f"queue {queue.name!r} is to be a stream (x-queue-type): its messages are neither"
-                " rejected nor requeued one by one; use a classic or quorum queue"
+                f"queue {queue.name!r} is declared as a stream (x-queue-type), whose messages"
+                " cannot be rejected or requeued one by one; use a classic or quorum queue"
             )
 
 
 async def declare(
     endpoint: Endpoint, addresses: Sequence[Address], topology: Topology
 ) -> Version | None:
-    """Declare and check. Raises TopologyError, AccessRefused, BrokerUnavailable.
+    """Declare and check. Raises TopologyError, AccessRefused or BrokerUnavailable.
 
     Returns:
-        The version of the broker, where it says so.
+        The version of the broker, if it is a RabbitMQ.
     """
     refuse_streams(topology)
-    first = await _open_desk(endpoint, addresses)
-    desk: _Desk | None = first
-    version = first.version
+    channel = await _open_channel(endpoint, addresses)
+    is_open, version = True, channel.version
     try:
         for entity in _entities(topology):
-            refusal: Refusal | None = None
-            for passive in _ways(entity):
-                if desk is None:
-                    desk = await _open_desk(endpoint, addresses)
+            closed: Closed | None = None
+            for passive in _attempts(entity):
+                if not is_open:
+                    channel = await _open_channel(endpoint, addresses)
+                    is_open = True
                 if isinstance(entity, Queue):
-                    refuse_lossy_wait_queue(entity, *desk.link.broker)
-                refusal = await desk.declare(entity, passive=passive)
-                if refusal is None:
+                    # Old brokers accept arguments that they don't know: only the version tells.
+                    refuse_lossy_wait_queue(entity, *channel.connection.product)
+                closed = await channel.declare(entity, passive=passive)
+                if closed is None:
                     break
-                await desk.link.close()
-                address, desk = desk.link.address, None
-                if refusal.code != NOT_FOUND:
+                is_open = False
+                await channel.connection.close()
+                if closed.code != ReplyCode.NOT_FOUND:
                     break
-            if refusal is not None:
+            if closed is not None:
                 fix = entity.if_unequal if isinstance(entity, Queue) else None
-                raise refused_entity(refusal.code, refusal.text, _name(entity), address, fix)
+                raise refusal_error(closed.code, closed.text, channel.describe(entity), fix)
     finally:
-        if desk is not None:
-            await desk.link.close()
+        if is_open:
+            await channel.connection.close()
     return version
 
 
 async def count(endpoint: Endpoint, addresses: Sequence[Address], queue: str) -> int:
-    """How many messages are ready in a queue. Raises as above."""
-    desk = await _open_desk(endpoint, addresses)
+    """Return how many messages are ready in a queue. Raises as `declare` does."""
+    channel = await _open_channel(endpoint, addresses)
     try:
-        entity = Queue(queue, check_only=True)
-        refusal = await desk.declare(entity, passive=True)
-        if refusal is not None:
-            raise refused_entity(refusal.code, refusal.text, _name(entity), desk.link.address)
-        return desk.ready
+        await channel.declare_or_raise(Queue(queue, check_only=True), passive=True)
+        return channel.ready
     finally:
-        await desk.link.close()
+        await channel.connection.close()
 
 
-async def declare_on(link: Link, topology: Topology, timeout: float) -> None:
-    """Declare on a given connection, of no more use if that is refused. Raises as above."""
-    desk = _Desk(link, timeout)
+async def declare_on(connection: OpenConnection, topology: Topology, timeout: float) -> None:
+    """Declare on an open connection, which is useless after a refusal. Raises as `declare` does."""
+    channel = _DeclareChannel(connection, timeout)
     for entity in _entities(topology):
-        refusal = await desk.declare(entity, passive=False)
-        if refusal is not None:
-            raise refused_entity(refusal.code, refusal.text, _name(entity), link.address)
+        await channel.declare_or_raise(entity, passive=False)
 
 
-async def _open_desk(endpoint: Endpoint, addresses: Sequence[Address]) -> _Desk:
-    return _Desk(await open_link(endpoint, addresses), endpoint.connect_timeout)
+async def _open_channel(endpoint: Endpoint, addresses: Sequence[Address]) -> _DeclareChannel:
+    connection = await open_connection(endpoint, addresses)
+    return _DeclareChannel(connection, endpoint.connect_timeout)
 
 
-class _Desk:
+class _DeclareChannel:
     """A channel on which entities are declared, until the first refusal.
 
     Attributes:
-        ready: How many messages wait in the queue that was declared last.
+        ready: How many messages are ready in the queue that was declared last.
     """
 
-    def __init__(self, link: Link, timeout: float) -> None:
-        self.link = link
+    def __init__(self, connection: OpenConnection, timeout: float) -> None:
+        self.connection = connection
+        self.ready = 0
         self._timeout = timeout
         self._channel: AbstractChannel | None = None
-        self._refusal: Refusal | None = None
-        self.ready = 0
 
     @property
     def version(self) -> Version | None:
-        """Of the broker."""
-        return parse_version(*self.link.broker)
+        """The version of the broker, if it is a RabbitMQ."""
+        return parse_version(*self.connection.product)
 
-    async def declare(self, entity: Entity, *, passive: bool) -> Refusal | None:
-        """Declare one entity, or only look for it. Raises TransportError, but not for a refusal."""
+    def describe(self, entity: Entity) -> str:
+        """Return the kind and the name of an entity, and where it is."""
+        return f"{_name(entity)} at {self.connection.address}"
+
+    async def declare_or_raise(self, entity: Entity, *, passive: bool) -> None:
+        """Declare one entity, or only check that it exists. Raises TransportError."""
+        closed = await self.declare(entity, passive=passive)
+        if closed is not None:
+            raise refusal_error(closed.code, closed.text, self.describe(entity))
+
+    async def declare(self, entity: Entity, *, passive: bool) -> Closed | None:
+        """Declare one entity, or only check that it exists.
+
+        Returns:
+            Why the broker refused, if it did.
+
+        Raises:
+            TransportError: It failed in any other way.
+        """
+        cause: BaseException | None = None
+
+        def failed(error: BaseException) -> Exception:
+            nonlocal cause
+            cause = error
+            return self._error(entity, error)
+
         try:
-            with translated(lambda error: self._failed(entity, error)):
+            with translate_errors(failed):
                 async with asyncio.timeout(self._timeout):
                     if self._channel is None:
-                        self._channel = await self.link.channel()
-                        self.link.line.watch(self._channel, self._heard)
+                        self._channel = await self.connection.channel()
+                        self.connection.tap.watch(self._channel.number)
                     self.ready = await _request(
                         self._channel, entity, self.version, passive=passive
                     )
         except TransportError:
-            if self._refusal is None:
+            closed = self.connection.tap.closed or close_reason(cause)
+            if closed is None:
                 raise
-        return self._refusal
+            return closed
+        return self.connection.tap.closed
 
-    def _heard(self, event: Event) -> None:
-        if isinstance(event, ChannelClosed | ConnectionClosed):
-            self._refusal = event
-
-    def _failed(self, entity: Entity, error: BaseException) -> Exception:
-        what = f"{_name(entity)} at {self.link.address}"
-        if self._refusal is None:
-            self._refusal = said(error)
+    def _error(self, entity: Entity, error: BaseException) -> Exception:
+        what = self.describe(entity)
         match error:
             case TypeError() | ValueError():
-                # Of the client library, before it has sent anything.
-                return TopologyError(f"{what}: {describe(error)}; correct its name or arguments")
+                # aiormq raises these before it has sent anything.
+                return TopologyError(
+                    f"{what}: {format_error(error)}; correct its name or arguments"
+                )
             case TimeoutError():
                 return BrokerUnavailable(f"{what}: no answer within {self._timeout:g} s")
             case _:
-                return BrokerUnavailable(f"{what}: {describe(error)}")
+                return BrokerUnavailable(f"{what}: {format_error(error)}")
 
 
 async def _request(
@@ -175,7 +193,7 @@ async def _request(
     *,
     passive: bool,
 ) -> int:
-    """Ask for it. Returns how many messages it has: 0, but for a queue."""
+    """Send the request. Returns how many messages are ready, if it is a queue."""
     match entity:
         case Exchange():
             await channel.exchange_declare(
@@ -209,18 +227,19 @@ async def _request(
 
 
 def _entities(topology: Topology) -> Iterator[Entity]:
-    """All of it, in order, but for the default exchange: that is there, and nothing binds to it."""
+    """Yield everything in order, except the default exchange, which always exists."""
     yield from (exchange for exchange in topology.exchanges if exchange.name)
     yield from topology.queues
     yield from (binding for binding in topology.bindings if binding.exchange)
 
 
-def _ways(entity: Entity) -> tuple[bool, ...]:
-    """Whether to ask passively: once, or first so and then, if there is none, otherwise."""
+def _attempts(entity: Entity) -> tuple[bool, ...]:
+    """Return whether to declare passively, for each attempt. Only a 404 leads to the next one."""
     match entity:
         case Exchange(check_only=True) | Queue(check_only=True):
             return (True,)
         case Exchange(existing_first=True) | Queue(existing_first=True):
+            # Nothing is created only to see whether it differs.
             return (True, False)
         case _:
             return (False,)

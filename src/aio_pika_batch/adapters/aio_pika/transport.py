@@ -1,15 +1,14 @@
-"""The port, on RabbitMQ."""
+"""Implements the transport port on RabbitMQ."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aio_pika_batch.adapters.aio_pika import tls
-from aio_pika_batch.adapters.aio_pika.publishers import open_publisher
+from aio_pika_batch.adapters.aio_pika.publisher import open_publisher
 from aio_pika_batch.adapters.aio_pika.session import open_session
+from aio_pika_batch.adapters.aio_pika.tls import check_tls
 from aio_pika_batch.adapters.aio_pika.topology import count, declare
-from aio_pika_batch.adapters.aio_pika.urls import parse
-from aio_pika_batch.adapters.aio_pika.wires import check
+from aio_pika_batch.adapters.aio_pika.url import parse_url
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -21,41 +20,41 @@ if TYPE_CHECKING:
 
 
 def open_transport(endpoint: Endpoint) -> Transport:
-    """What the schemes `amqp` and `amqps` stand for. Connects to nothing yet.
+    """Return the transport for the schemes `amqp` and `amqps`. It does not connect yet.
 
     Raises:
-        ConfigurationError: The URL or a file that is named is not right.
+        ConfigurationError: The URL, or a TLS option, is invalid.
     """
     return AioPikaTransport(endpoint)
 
 
 class AioPikaTransport:
-    """Implements :class:`~aio_pika_batch.transport.Transport`."""
+    """Implements :class:`~aio_pika_batch.transport.Transport` and its two extensions."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._addresses = parse(endpoint.url)
+        self._addresses = parse_url(endpoint.url)
         self._version: Version | None = None
-        check(endpoint)
-        tls.check(endpoint, self._addresses)
+        # Reads the TLS files only to report errors early. Each connection reads them again.
+        check_tls(endpoint, self._addresses)
 
     async def declare(self, topology: Topology) -> None:
-        """Declare and check. An exclusive queue goes again at once, with its connection."""
+        """Declare and check. Exclusive queues are deleted again, with their connection."""
         self._version = await declare(self._endpoint, self._addresses, topology)
 
     @property
     def broker_version(self) -> Version | None:
-        """Of the broker that was declared on last."""
+        """The version of the broker on which `declare` was called last."""
         return self._version
 
     async def count(self, queue: str) -> int:
-        """How many messages are ready in a queue."""
+        """Return how many messages are ready in a queue."""
         return await count(self._endpoint, self._addresses, queue)
 
     def session(self, subscription: Subscription) -> AbstractAsyncContextManager[AioPikaSession]:
-        """Open a connection and consume; leaving the context closes both."""
+        """Open a connection and consume; close both on leaving the context."""
         return open_session(self._endpoint, self._addresses, subscription)
 
     def publisher(self) -> AbstractAsyncContextManager[AioPikaPublisher]:
-        """Open a connection for publishing; leaving the context closes it."""
+        """Open a connection for publishing; close it on leaving the context."""
         return open_publisher(self._endpoint, self._addresses)

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pamqp.header import ContentHeader
 
+from aio_pika_batch.adapters.aio_pika.amqp_spec import PROPERTIES
 from aio_pika_batch.adapters.aio_pika.properties import (
-    FIELDS,
     decode,
     decode_headers,
     decode_route,
@@ -25,7 +25,7 @@ from aio_pika_batch.adapters.aio_pika.properties import (
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.publication import Publication
 from aio_pika_batch.errors import PublishError
-from tests.unit.adapters.aio_pika.spoken import raw_properties
+from tests.unit.adapters.aio_pika.broker_frames import raw_properties
 from tests.unit.adapters.aio_pika.test_tables import tables
 
 short = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -51,7 +51,7 @@ properties = st.builds(
     cluster_id=short,
     undecodable=st.just({}),
 )
-NAMES = [name for _, name, _ in FIELDS]
+NAMES = [name for _, name, _ in PROPERTIES]
 
 
 def test_all_properties_are_there() -> None:
@@ -102,8 +102,8 @@ def test_what_pamqp_writes_is_read() -> None:
 @pytest.mark.parametrize(
     ("flag", "bad", "name", "why"),
     [
-        (1 << 10, b"\x02\xff\xfe", "correlation_id", "no UTF-8"),
-        (1 << 6, struct.pack(">Q", 1_700_000_000_000_000), "timestamp", "no time in seconds"),
+        (1 << 10, b"\x02\xff\xfe", "correlation_id", "not UTF-8"),
+        (1 << 6, struct.pack(">Q", 1_700_000_000_000_000), "timestamp", "not a time in seconds"),
         (1 << 13, b"\x00\x00\x00\x03\x01kZ", "headers", "no type 'Z'"),
     ],
 )

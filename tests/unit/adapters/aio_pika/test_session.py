@@ -14,7 +14,7 @@ from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.testing.virtual_time import VirtualTimeLoop
 from aio_pika_batch.transport import Subscription
-from tests.unit.adapters.aio_pika.spoken import message
+from tests.unit.adapters.aio_pika.broker_frames import message
 
 
 class Channel:
@@ -42,11 +42,10 @@ class Tap:
     """The broker is the test."""
 
     end = None
-    closed_by_broker = None
-
+    closed = None
     is_clogged = False
 
-    def consume(self, _: int, __: Any, listener: Any) -> None:
+    def tap_consumer(self, _: int, __: Any, listener: Any) -> None:
         self.tell = listener
 
     def write(self, _: bytes) -> bool:
@@ -65,10 +64,10 @@ async def opened(channel: Channel, tap: Tap) -> AioPikaSession:
     async def close() -> None:
         """Hang up."""
 
-    link: Any = SimpleNamespace(
-        is_fast=True, tap=tap, line=tap, channel=open_channel, close=close, address="there"
+    connection: Any = SimpleNamespace(
+        is_fast=True, tap=tap, channel=open_channel, close=close, address="there"
     )
-    session = AioPikaSession(link, Subscription(queue="q", prefetch=10, consumer_tag="c"))
+    session = AioPikaSession(connection, Subscription(queue="q", prefetch=10, consumer_tag="c"))
     await session.open(1)
     return session
 

@@ -16,7 +16,7 @@ from aio_pika_batch.adapters.aio_pika.tables import DEEPEST, encode_table, entri
 from aio_pika_batch.core.message import Headers, Properties
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.errors import PublishError
-from tests.unit.adapters.aio_pika.spoken import message
+from tests.unit.adapters.aio_pika.broker_frames import message
 from tests.unit.adapters.aio_pika.test_properties import properties
 from tests.unit.adapters.aio_pika.test_tables import tables
 

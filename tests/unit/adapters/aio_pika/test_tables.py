@@ -134,7 +134,7 @@ def test_every_type_that_a_broker_sends_is_read(typed: bytes, value: Any) -> Non
         (b"\x01kI\x00\x00", "cut off"),
         (b"\x01kS\x00\x00", "cut off"),
         (b"\x01kS\x00\x00\x00\x09x", "cut off"),
-        (b"\x01\xffV", "no UTF-8"),
+        (b"\x01\xffV", "not UTF-8"),
         (b"\x01kF\x00\x00\x00\x04\x01iZV", "'k': 'i': there is no type 'Z'"),
         (b"\x01kA\x00\x00\x00\x02SV", "cut off"),
     ],

@@ -20,9 +20,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from aio_pika_batch.adapters.aio_pika import tls
-from aio_pika_batch.adapters.aio_pika.connection import open_link
+from aio_pika_batch.adapters.aio_pika.connection import open_connection
 from aio_pika_batch.adapters.aio_pika.transport import open_transport
-from aio_pika_batch.adapters.aio_pika.urls import Address, parse
+from aio_pika_batch.adapters.aio_pika.url import Address, parse_url
 from aio_pika_batch.errors import BrokerUnavailable, ConfigurationError
 from aio_pika_batch.transport import Endpoint
 
@@ -95,7 +95,7 @@ def test_what_is_right_is_taken(files: Callable[[str], str]) -> None:
         ),
         (
             {"ssl_certfile": "client.pem", "ssl_keyfile": "locked.key"},
-            r"ssl_keyfile: the key '.*' is encrypted: give its password by ssl_key_password",
+            r"ssl_keyfile: the key '.*' is encrypted: set ssl_key_password to its password",
         ),
         (
             {"ssl_certfile": "both-locked.pem"},
@@ -156,12 +156,12 @@ def test_what_would_go_in_clear_is_refused(name: str) -> None:
 
 def test_verification_is_on_unless_it_is_off() -> None:
     """Names too."""
-    strict = tls.context_of(tls.papers_for(Endpoint(url=""), WHERE))
+    strict = tls.create_context(tls.tls_options(Endpoint(url=""), WHERE))
     assert (True, ssl.CERT_REQUIRED) == (strict.check_hostname, strict.verify_mode)
     assert strict.minimum_version >= ssl.TLSVersion.TLSv1_2
 
     careless = replace(WHERE, options={"no_verify_ssl": "1"})
-    loose = tls.context_of(tls.papers_for(Endpoint(url=""), careless))
+    loose = tls.create_context(tls.tls_options(Endpoint(url=""), careless))
     assert (False, ssl.CERT_NONE) == (loose.check_hostname, loose.verify_mode)
 
 
@@ -180,14 +180,14 @@ async def test_a_file_that_went_away_later_is_waited_for() -> None:
     """It is being replaced, most likely: worth another attempt."""
     endpoint = Endpoint(url="amqps://localhost", ssl_cafile="/no/such")
     with pytest.raises(BrokerUnavailable, match="was not tried: ssl_cafile: there is no file"):
-        await open_link(endpoint, parse(endpoint.url))
+        await open_connection(endpoint, parse_url(endpoint.url))
 
 
 def test_nobody_shows_a_password() -> None:
     """Neither what is handed around inside nor an endpoint."""
     endpoint = Endpoint(url=f"amqps://u:{PASSWORD}@h", ssl_key_password=PASSWORD)
     assert PASSWORD not in repr(endpoint)
-    assert PASSWORD not in repr(tls.papers_for(endpoint, WHERE))
+    assert PASSWORD not in repr(tls.tls_options(endpoint, WHERE))
 
 
 @pytest.mark.parametrize(
@@ -195,8 +195,8 @@ def test_nobody_shows_a_password() -> None:
     [
         (10, "certificate has expired", "renew it on the broker"),
         (9, "certificate is not yet valid", "clock"),
-        (62, "Hostname mismatch, certificate is not valid for 'h'.", "name that stands in it"),
-        (64, "IP address mismatch, certificate is not valid for '::1'.", "name that stands in it"),
+        (62, "Hostname mismatch, certificate is not valid for 'h'.", "name that is in it"),
+        (64, "IP address mismatch, certificate is not valid for '::1'.", "name that is in it"),
         (18, "self-signed certificate", "set ssl_cafile"),
         (20, "unable to get local issuer certificate", "set ssl_cafile"),
         (23, "certificate revoked", "set ssl_cafile .* or renew"),
@@ -207,7 +207,7 @@ def test_each_flaw_of_a_certificate_has_its_advice(code: int, message: str, advi
     error = ssl.SSLCertVerificationError(1, "failed")
     error.verify_code, error.verify_message = code, message
     with pytest.raises(Exception, match=rf"^amqps://h:5671/ .*{message.rstrip('.')}; .*{advice}"):
-        raise tls.not_verified(error, WHERE)
+        raise tls.verification_error(error, WHERE)
 
 
 @pytest.mark.parametrize(
@@ -228,4 +228,4 @@ def test_each_broken_handshake_has_its_advice(reason: str | None, said: str) -> 
     error = ssl.SSLError(1, "failed")
     error.reason = reason
     with pytest.raises(Exception, match=said):
-        raise tls.handshake_failed(error, WHERE)
+        raise tls.handshake_error(error, WHERE)

@@ -13,8 +13,8 @@ from pamqp.header import ContentHeader
 from aio_pika_batch.adapters.aio_pika.frame_writer import (
     fits,
     pack_content,
+    pack_publish,
     pack_settlements,
-    publish_method,
 )
 from aio_pika_batch.core.settlement import Disposition, Frame
 from aio_pika_batch.errors import PublishError
@@ -66,7 +66,7 @@ def test_settlements(channel: int, frames: list[Frame]) -> None:
 )
 def test_publish(exchange: str, routing_key: str, mandatory: bool) -> None:
     """Where to, and whether it must arrive."""
-    [(channel, frame)] = read(publish_method(9, exchange, routing_key, mandatory=mandatory))
+    [(channel, frame)] = read(pack_publish(9, exchange, routing_key, mandatory=mandatory))
 
     assert 9 == channel
     expected = commands.Basic.Publish(
@@ -94,9 +94,9 @@ def test_content(body: bytes, frame_max: int) -> None:
 def test_names_have_at_most_255_bytes() -> None:
     """A longer one is named, not cut."""
     with pytest.raises(PublishError, match="routing_key has 256 bytes"):
-        publish_method(1, "", "k" * 256, mandatory=True)
+        pack_publish(1, "", "k" * 256, mandatory=True)
     with pytest.raises(PublishError, match="exchange has 256 bytes"):
-        publish_method(1, "k" * 256, "", mandatory=True)
+        pack_publish(1, "k" * 256, "", mandatory=True)
 
 
 def test_properties_must_fit_into_one_frame() -> None:

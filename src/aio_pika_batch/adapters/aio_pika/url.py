@@ -1,10 +1,10 @@
-"""Which brokers does a URL name?
+"""Parses a broker URL, which may name several hosts, into addresses.
 
-`amqp://user:password@host1:5672,host2:5672/vhost` names two; so do two whole URLs with a comma in
-between. What is left out is as elsewhere: port 5672 (5671 with TLS), user and password `guest`,
-virtual host `/`. Signs that mean something in a URL are percent-encoded in its parts.
+`amqp://user:password@host1:5672,host2:5672/vhost` names two hosts, and so do two whole URLs that
+are separated by a comma. The defaults are the usual ones: port 5672 (5671 with TLS), user and
+password `guest`, virtual host `/`. Characters that have a meaning in a URL must be percent-encoded.
 
-No error shows a password, nor anything that may be a piece of one.
+No error shows a password, or anything that might be a part of one.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import parse_qsl, quote, unquote
 
+from aio_pika_batch.adapters.aio_pika.amqp_spec import PORTS
 from aio_pika_batch.errors import ConfigurationError
 
-_PORTS: Final = {"amqp": 5672, "amqps": 5671}
 _LARGEST_PORT = 65_535
 
 OPTIONS: Final = frozenset(
@@ -35,7 +35,7 @@ OPTIONS: Final = frozenset(
         "no_verify_ssl",
     )
 )
-"""What may stand behind the question mark: what aio-pika reads there."""
+"""The query parameters that are allowed: those that aio-pika reads."""
 
 _ANOTHER_URL = re.compile(r",(?=\s*[A-Za-z][A-Za-z0-9+.-]*://)")
 
@@ -53,17 +53,17 @@ class Address:
     options: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Where it is, for errors and logs."""
+        """The address without user and password, for errors and logs."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         vhost = "/" if self.vhost == "/" else f"/{quote(self.vhost, safe='')}"
         return f"{'amqps' if self.tls else 'amqp'}://{host}:{self.port}{vhost}"
 
 
-def parse(url: str) -> tuple[Address, ...]:
-    """Read one URL, or several.
+def parse_url(url: str) -> tuple[Address, ...]:
+    """Parse one URL, or several that are separated by commas.
 
     Raises:
-        ConfigurationError: It says what is wrong.
+        ConfigurationError: The URL is invalid.
     """
     return tuple(
         address for part in _ANOTHER_URL.split(url) for address in _parse_one(part.strip())
@@ -75,23 +75,23 @@ def _parse_one(url: str) -> list[Address]:
     scheme = scheme.lower()
     if not separator:
         raise ConfigurationError("url: it must begin with amqp:// or amqps://")
-    if scheme not in _PORTS:
+    if scheme not in PORTS:
         raise ConfigurationError(f"url: the scheme is {scheme!r}; it must be amqp or amqps")
     match = re.fullmatch(r"([^/?#]*)(?:/([^?#]*))?(?:\?([^#]*))?(#.*)?", rest, re.DOTALL)
     authority, path, query, fragment = match.groups() if match else ("", None, None, None)
-    behind = f"{path or ''}{query or ''}{fragment or ''}"
-    if "@" in behind and "@" not in authority:
+    after_authority = f"{path or ''}{query or ''}{fragment or ''}"
+    if "@" in after_authority and "@" not in authority:
         raise ConfigurationError(
-            "url: user or password hold a '/', '?' or '#'; write them as %2F, %3F and %23"
+            "url: user or password contain a '/', '?' or '#'; write them as %2F, %3F and %23"
         )
     if fragment:
         raise ConfigurationError("url: a '#' in it must be written as %23")
     userinfo, _, hosts = authority.rpartition("@")
     user, has_password, password = userinfo.partition(":")
     common = {
-        "user": _decoded("the user", user) or "guest",
-        "password": _decoded("the password", password) if has_password else "guest",
-        "vhost": _decoded("the virtual host", path or "") or "/",
+        "user": _unquoted("the user", user) or "guest",
+        "password": _unquoted("the password", password) if has_password else "guest",
+        "vhost": _unquoted("the virtual host", path or "") or "/",
     }
     options = _options(query or "")
     return [
@@ -102,27 +102,29 @@ def _parse_one(url: str) -> list[Address]:
 
 def _host_and_port(text: str, scheme: str) -> tuple[str, int]:
     if text.startswith("["):
-        host, closed, behind = text[1:].partition("]")
-        if not closed or (behind and not behind.startswith(":")):
+        host, closed, rest = text[1:].partition("]")
+        if not closed or (rest and not rest.startswith(":")):
             raise ConfigurationError(
                 f"url: the IPv6 address {text!r} must end with ']' or ']:port'"
             )
-        port = behind[1:]
+        port = rest[1:]
     else:
         host, _, port = text.partition(":")
         if ":" in port:
-            raise ConfigurationError(f"url: an IPv6 address stands in brackets: [{text}]")
+            raise ConfigurationError(f"url: an IPv6 address needs brackets: [{text}]")
     if not host:
         raise ConfigurationError("url: a host is missing")
     if not port:
-        return unquote(host), _PORTS[scheme]
+        return unquote(host), PORTS[scheme]
     if not (port.isascii() and port.isdigit() and 0 < int(port) <= _LARGEST_PORT):
-        # Not told what stands there: where the '@' was forgotten, it is a password.
-        raise ConfigurationError(f"url: what follows {host!r} and a colon is no port (1..65535)")
+        # The text isn't shown: if the '@' was forgotten, it is a password.
+        raise ConfigurationError(
+            f"url: what follows {host!r} and a colon is not a port; it must be 1 to 65535"
+        )
     return unquote(host), int(port)
 
 
-def _decoded(what: str, text: str) -> str:
+def _unquoted(what: str, text: str) -> str:
     try:
         return unquote(text, errors="strict")
     except UnicodeDecodeError as error:
@@ -134,10 +136,10 @@ def _options(query: str) -> dict[str, str]:
     unknown = sorted(options.keys() - OPTIONS)
     if unknown:
         raise ConfigurationError(
-            f"url: there is no option {unknown[0]!r}; known are {', '.join(sorted(OPTIONS))}"
+            f"url: there is no option {unknown[0]!r}; use one of {', '.join(sorted(OPTIONS))}"
         )
     if options.get("no_verify_ssl", "0") not in {"0", "1"}:
-        # aiormq takes all but 0 for a yes, "false" too.
+        # aiormq would take every value but 0 as a yes, "false" too.
         raise ConfigurationError(
             "url: no_verify_ssl must be 0, to verify certificates, or 1, not to verify them"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from aiormq import exceptions
 
-from aio_pika_batch.adapters.aio_pika.client_errors import said
+from aio_pika_batch.adapters.aio_pika.client_errors import close_reason
 from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, ConnectionClosed
 
 
@@ -27,7 +27,7 @@ def test_code_and_text(
     error: BaseException | None, expected: ChannelClosed | ConnectionClosed | None
 ) -> None:
     """By the exception's class where it stands for a code, else by what it carries."""
-    assert expected == said(error)
+    assert expected == close_reason(error)
 
 
 def test_the_cause_counts_too() -> None:
@@ -35,4 +35,4 @@ def test_the_cause_counts_too() -> None:
     error = RuntimeError("something went wrong")
     error.__cause__ = exceptions.ChannelAccessRefused("ACCESS_REFUSED - no")
 
-    assert ChannelClosed(403, "ACCESS_REFUSED - no") == said(error)
+    assert ChannelClosed(403, "ACCESS_REFUSED - no") == close_reason(error)

@@ -6,14 +6,15 @@ import struct
 from itertools import pairwise
 from typing import Any
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pamqp import commands
 from pamqp.frame import unmarshal
 
-from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, PassThrough, Returned
-from aio_pika_batch.adapters.aio_pika.frame_parser import Splitter
-from tests.unit.adapters.aio_pika.spoken import (
+from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, PassThrough, ReturnedPublication
+from aio_pika_batch.adapters.aio_pika.frame_parser import FrameParser
+from tests.unit.adapters.aio_pika.broker_frames import (
     CHANNEL,
     HEARTBEAT,
     TAG,
@@ -51,9 +52,9 @@ def cut(stream: bytes, cuts: list[int]) -> list[bytes]:
     return [stream[start:stop] for start, stop in pairwise(at)]
 
 
-def passed(splitter: Splitter, pieces: list[bytes]) -> bytes:
+def passed(parser: FrameParser, pieces: list[bytes]) -> bytes:
     """What goes on to the library."""
-    events = [event for piece in pieces for event in splitter.feed(piece)]
+    events = [event for piece in pieces for event in parser.feed(piece)]
     assert all(isinstance(event, PassThrough) for event in events), events
     return b"".join(
         frame for event in events if isinstance(event, PassThrough) for frame in event.frames
@@ -91,22 +92,23 @@ def test_only_routes_and_properties_stay(story: list[Any], cuts: list[int]) -> N
             kept[tag] = (route, properties)
             stream += b"".join(spoken(tag, route, properties, body))
             expected += b"".join(spoken(tag, b"\0\0", b"\0\0", body))
-    splitter = Splitter()
-    guard = splitter.guard(CHANNEL)
+    parser = FrameParser()
+    guard = parser.guard(CHANNEL)
 
-    assert expected == passed(splitter, cut(stream, cuts))
+    assert expected == passed(parser, cut(stream, cuts))
     assert len(kept) == len(guard)
     assert kept == {tag: guard.take(tag) for tag in kept}
     assert len(guard) == 0
-    assert guard.take(1) is None
+    with pytest.raises(KeyError):
+        guard.take(1)
 
 
 @given(routes, st.binary(max_size=40))
 def test_what_goes_on_can_be_decoded(route: bytes, properties: bytes) -> None:
     """Whatever was published: the library reads tag, flag and body, and has nothing to choke on."""
-    splitter = Splitter()
-    splitter.guard(CHANNEL)
-    stream = passed(splitter, [b"".join(spoken(9, route, properties, b"body"))])
+    parser = FrameParser()
+    parser.guard(CHANNEL)
+    stream = passed(parser, [b"".join(spoken(9, route, properties, b"body"))])
 
     used, _, deliver = unmarshal(stream)
     more, _, header = unmarshal(stream[used:])
@@ -122,30 +124,30 @@ def test_what_goes_on_can_be_decoded(route: bytes, properties: bytes) -> None:
 
 def test_a_guarded_channel_that_is_closed_is_told_and_passed_on() -> None:
     """In the middle of a message too; its number may be used again, and is not guarded then."""
-    splitter = Splitter()
-    guard = splitter.guard(CHANNEL)
+    parser = FrameParser()
+    guard = parser.guard(CHANNEL)
     frames = spoken(1, b"\0\0", POISON, b"body")
     close = method(commands.Channel.Close(406, "PRECONDITION_FAILED", 60, 80))
 
-    events = splitter.feed(frames[0] + close)
+    events = parser.feed(frames[0] + close)
 
     assert ChannelClosed(406, "PRECONDITION_FAILED") in events
     assert close == b"".join(events[-1].frames)
-    assert b"".join(frames) == passed(splitter, [b"".join(frames)])
+    assert b"".join(frames) == passed(parser, [b"".join(frames)])
     assert len(guard) == 0
 
 
 def test_returns_are_taken_out_and_confirms_are_not() -> None:
     """The library would match them by message id, and be wrong."""
-    splitter = Splitter()
-    splitter.tap_returns(CHANNEL)
+    parser = FrameParser()
+    parser.tap_returns(CHANNEL)
     properties = commands.Basic.Properties(message_id="same")
     ack = method(commands.Basic.Ack(1))
 
-    events = splitter.feed(b"".join(returned(b"body", "e", "k", properties)) + ack)
+    events = parser.feed(b"".join(returned(b"body", "e", "k", properties)) + ack)
 
     raw = raw_properties(message_id="same")
     assert [
-        Returned(312, "NO_ROUTE", b"e", b"k", raw, b"body"),
+        ReturnedPublication(312, "NO_ROUTE", b"e", b"k", raw, b"body"),
         PassThrough([ack]),
     ] == events

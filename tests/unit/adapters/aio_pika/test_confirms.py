@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aio_pika_batch.adapters.aio_pika.confirms import Books, Call, Entry
-from aio_pika_batch.adapters.aio_pika.events import Confirm, Returned
+from aio_pika_batch.adapters.aio_pika.confirms import ConfirmTracker, InFlight, PublishCall
+from aio_pika_batch.adapters.aio_pika.events import Confirm, ReturnedPublication
 from aio_pika_batch.adapters.aio_pika.properties import encode
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.publication import Outcome
@@ -18,16 +18,16 @@ ROUTE = (b"", b"q")
 PLAIN = encode(Properties())
 
 
-class Pages:
-    """Books with one call of *size* publications in them."""
+class Tracked:
+    """ConfirmTracker with one call of *size* publications in them."""
 
     def __init__(self, size: int, bodies: list[bytes] | None = None) -> None:
-        self.books = Books()
+        self.tracker = ConfirmTracker()
         self.done = 0
-        self.call = Call(size, self._finish)
+        self.call = PublishCall(size, self._finish)
         for index in range(size):
             body = bodies[index] if bodies else b"%d" % index
-            self.books.enter([Entry(self.call, index, ROUTE, PLAIN, body)])
+            self.tracker.track([InFlight(self.call, index, ROUTE, PLAIN, body)])
 
     def _finish(self) -> None:
         self.done += 1
@@ -37,38 +37,40 @@ class Pages:
         return self.call.outcomes
 
 
-def back(body: bytes, properties: bytes = PLAIN, route: tuple[bytes, bytes] = ROUTE) -> Returned:
+def back(
+    body: bytes, properties: bytes = PLAIN, route: tuple[bytes, bytes] = ROUTE
+) -> ReturnedPublication:
     """A publication that came back."""
-    return Returned(312, "NO_ROUTE", *route, properties, body)
+    return ReturnedPublication(312, "NO_ROUTE", *route, properties, body)
 
 
 def test_confirms_in_order() -> None:
     """One by one; the call is done with the last."""
-    pages = Pages(2)
+    tracked = Tracked(2)
 
-    pages.books.confirm(Confirm(1, False, True))
-    assert ([CONFIRMED, None], 0) == (pages.outcomes, pages.done)
-    pages.books.confirm(Confirm(2, False, False))
+    tracked.tracker.confirm(Confirm(1, False, True))
+    assert ([CONFIRMED, None], 0) == (tracked.outcomes, tracked.done)
+    tracked.tracker.confirm(Confirm(2, False, False))
 
-    assert ([CONFIRMED, REFUSED], 1) == (pages.outcomes, pages.done)
-    assert len(pages.books) == 0
+    assert ([CONFIRMED, REFUSED], 1) == (tracked.outcomes, tracked.done)
+    assert len(tracked.tracker) == 0
 
 
 def test_multiple_speaks_of_what_is_open_only() -> None:
     """Nacks of 4 and 5 come before an ack of all up to 5."""
-    pages = Pages(5)
+    tracked = Tracked(5)
 
-    pages.books.confirm(Confirm(4, False, False))
-    pages.books.confirm(Confirm(5, False, False))
-    pages.books.confirm(Confirm(3, True, True))
+    tracked.tracker.confirm(Confirm(4, False, False))
+    tracked.tracker.confirm(Confirm(5, False, False))
+    tracked.tracker.confirm(Confirm(3, True, True))
 
-    assert [CONFIRMED] * 3 + [REFUSED] * 2 == pages.outcomes
+    assert [CONFIRMED] * 3 + [REFUSED] * 2 == tracked.outcomes
 
 
 @given(st.integers(1, 40), st.data())
 def test_any_order_gives_each_its_own(size: int, data: st.DataObject) -> None:
     """Against a plain list that is searched from the start each time."""
-    pages = Pages(size)
+    tracked = Tracked(size)
     expected: list[Outcome | None] = [None] * size
     confirms = data.draw(
         st.lists(
@@ -76,14 +78,14 @@ def test_any_order_gives_each_its_own(size: int, data: st.DataObject) -> None:
         )
     )
     for confirm in confirms:
-        pages.books.confirm(confirm)
+        tracked.tracker.confirm(confirm)
         for number in range(1 if confirm.multiple else confirm.tag, confirm.tag + 1):
             if expected[number - 1] is None:
                 expected[number - 1] = CONFIRMED if confirm.accepted else REFUSED
 
-    assert expected == pages.outcomes
-    assert expected.count(None) == len(pages.books)
-    assert (None not in expected) == pages.done
+    assert expected == tracked.outcomes
+    assert expected.count(None) == len(tracked.tracker)
+    assert (None not in expected) == tracked.done
 
 
 @given(st.data())
@@ -91,8 +93,8 @@ def test_returns_between_publications(data: st.DataObject) -> None:
     """Whatever is entered, returned and confirmed in between: against lists, searched each time."""
     routes = [(b"", b"q"), (b"x", b"q")]
     size = data.draw(st.integers(1, 12))
-    pages = Pages(0)
-    pages.call.outcomes, pages.call.missing = [None] * size, size
+    tracked = Tracked(0)
+    tracked.call.outcomes, tracked.call.missing = [None] * size, size
     entered: list[tuple[bytes, bytes]] = []
     came_back: set[int] = set()
     expected: list[Outcome | None] = [None] * size
@@ -101,14 +103,14 @@ def test_returns_between_publications(data: st.DataObject) -> None:
     for step in data.draw(st.lists(st.one_of(st.sampled_from(routes), numbers, confirms))):
         match step:
             case Confirm(tag, multiple, accepted):
-                pages.books.confirm(step)
+                tracked.tracker.confirm(step)
                 for number in range(1 if multiple else tag, min(tag, len(entered)) + 1):
                     if expected[number - 1] is None:
                         said = CONFIRMED if accepted else REFUSED
                         expected[number - 1] = RETURNED if number in came_back else said
             case int(number):
                 if number <= len(entered) and expected[number - 1] is None:
-                    pages.books.returned(back(b"%d" % number, route=entered[number - 1]))
+                    tracked.tracker.mark_returned(back(b"%d" % number, route=entered[number - 1]))
                     if number in came_back:
                         # The broker never does that: then nothing is known of the others there.
                         came_back |= {
@@ -120,101 +122,103 @@ def test_returns_between_publications(data: st.DataObject) -> None:
             case route if len(entered) < size:
                 entered.append(route)
                 body = b"%d" % len(entered)
-                pages.books.enter([Entry(pages.call, len(entered) - 1, route, PLAIN, body)])
+                tracked.tracker.track(
+                    [InFlight(tracked.call, len(entered) - 1, route, PLAIN, body)]
+                )
 
-    assert expected == pages.outcomes
+    assert expected == tracked.outcomes
 
 
 def test_a_return_waits_for_its_own_confirm() -> None:
     """Others stand between."""
-    pages = Pages(3)
+    tracked = Tracked(3)
 
-    pages.books.returned(back(b"1"))
-    pages.books.confirm(Confirm(1, False, True))
-    pages.books.confirm(Confirm(3, True, True))
+    tracked.tracker.mark_returned(back(b"1"))
+    tracked.tracker.confirm(Confirm(1, False, True))
+    tracked.tracker.confirm(Confirm(3, True, True))
 
-    assert [CONFIRMED, RETURNED, CONFIRMED] == pages.outcomes
+    assert [CONFIRMED, RETURNED, CONFIRMED] == tracked.outcomes
 
 
 def test_the_same_message_twice() -> None:
     """Two returns of equal messages speak of two publications."""
-    pages = Pages(3, [b"same"] * 3)
+    tracked = Tracked(3, [b"same"] * 3)
 
-    pages.books.returned(back(b"same"))
-    pages.books.returned(back(b"same"))
-    pages.books.confirm(Confirm(3, True, True))
+    tracked.tracker.mark_returned(back(b"same"))
+    tracked.tracker.mark_returned(back(b"same"))
+    tracked.tracker.confirm(Confirm(3, True, True))
 
-    assert [RETURNED, RETURNED, CONFIRMED] == pages.outcomes
+    assert [RETURNED, RETURNED, CONFIRMED] == tracked.outcomes
 
 
 def test_a_return_whose_headers_were_sorted() -> None:
     """Newer brokers write the table anew: it is compared by what it says."""
-    books = Books()
-    call = Call(2, lambda: None)
+    tracker = ConfirmTracker()
+    call = PublishCall(2, lambda: None)
     for index, count in enumerate((1, 2)):
         headers = {"z": count, "a": 1.5}
-        books.enter([Entry(call, index, ROUTE, encode(Properties(headers=headers)), b"")])
+        tracker.track([InFlight(call, index, ROUTE, encode(Properties(headers=headers)), b"")])
 
-    books.returned(back(b"", encode(Properties(headers={"a": 1.5, "z": 2}))))
-    books.confirm(Confirm(2, True, True))
+    tracker.mark_returned(back(b"", encode(Properties(headers={"a": 1.5, "z": 2}))))
+    tracker.confirm(Confirm(2, True, True))
 
     assert [CONFIRMED, RETURNED] == call.outcomes
 
 
 def test_a_return_that_nothing_matches() -> None:
     """All on its route count as returned: duplicates, not loss. Others do not."""
-    pages = Pages(2)
-    pages.call.missing += 1
-    pages.call.outcomes.append(None)
-    pages.books.enter([Entry(pages.call, 2, (b"", b"elsewhere"), PLAIN, b"")])
+    tracked = Tracked(2)
+    tracked.call.missing += 1
+    tracked.call.outcomes.append(None)
+    tracked.tracker.track([InFlight(tracked.call, 2, (b"", b"elsewhere"), PLAIN, b"")])
 
-    pages.books.returned(back(b"changed on its way"))
-    pages.books.confirm(Confirm(3, True, True))
+    tracked.tracker.mark_returned(back(b"changed on its way"))
+    tracked.tracker.confirm(Confirm(3, True, True))
 
-    assert [RETURNED, RETURNED, CONFIRMED] == pages.outcomes
+    assert [RETURNED, RETURNED, CONFIRMED] == tracked.outcomes
 
 
 def test_a_return_to_a_route_that_nobody_used() -> None:
     """There is nothing to be wrong about."""
-    pages = Pages(1)
+    tracked = Tracked(1)
 
-    pages.books.returned(back(b"", route=(b"x", b"y")))
-    pages.books.confirm(Confirm(1, False, True))
+    tracked.tracker.mark_returned(back(b"", route=(b"x", b"y")))
+    tracked.tracker.confirm(Confirm(1, False, True))
 
-    assert [CONFIRMED] == pages.outcomes
+    assert [CONFIRMED] == tracked.outcomes
 
 
 def test_a_confirm_of_what_was_not_sent_yet() -> None:
     """However large its number is, it costs nothing, and decides nothing."""
-    pages = Pages(1)
+    tracked = Tracked(1)
 
-    pages.books.confirm(Confirm(2**64 - 1, True, True))
-    pages.call.outcomes.append(None)
-    pages.call.missing += 1
-    pages.books.enter([Entry(pages.call, 1, ROUTE, PLAIN, b"")])
+    tracked.tracker.confirm(Confirm(2**64 - 1, True, True))
+    tracked.call.outcomes.append(None)
+    tracked.call.missing += 1
+    tracked.tracker.track([InFlight(tracked.call, 1, ROUTE, PLAIN, b"")])
 
-    assert [CONFIRMED, None] == pages.outcomes
-    pages.books.confirm(Confirm(2, True, False))
-    assert [CONFIRMED, REFUSED] == pages.outcomes
+    assert [CONFIRMED, None] == tracked.outcomes
+    tracked.tracker.confirm(Confirm(2, True, False))
+    assert [CONFIRMED, REFUSED] == tracked.outcomes
 
 
 @pytest.mark.parametrize("multiple", [True, False])
 def test_a_confirm_of_nothing(*, multiple: bool) -> None:
     """A number that is not open says nothing."""
-    pages = Pages(1)
+    tracked = Tracked(1)
     for _ in range(2):
-        pages.books.confirm(Confirm(1, multiple, True))
+        tracked.tracker.confirm(Confirm(1, multiple, True))
 
-    assert ([CONFIRMED], 1) == (pages.outcomes, pages.done)
+    assert ([CONFIRMED], 1) == (tracked.outcomes, tracked.done)
 
 
 def test_the_end() -> None:
     """What came back came back; of the rest, who ends it decides."""
-    pages = Pages(3)
-    pages.books.confirm(Confirm(1, False, True))
-    pages.books.returned(back(b"1"))
+    tracked = Tracked(3)
+    tracked.tracker.confirm(Confirm(1, False, True))
+    tracked.tracker.mark_returned(back(b"1"))
 
-    pages.books.end(lambda entry: UNKNOWN if entry.index else REFUSED)
+    tracked.tracker.end(lambda entry: UNKNOWN if entry.index else REFUSED)
 
-    assert ([CONFIRMED, RETURNED, UNKNOWN], 1) == (pages.outcomes, pages.done)
-    assert not pages.books
+    assert ([CONFIRMED, RETURNED, UNKNOWN], 1) == (tracked.outcomes, tracked.done)
+    assert not tracked.tracker

@@ -11,11 +11,13 @@ from aiormq.exceptions import AMQPConnectionError
 from pamqp import commands
 from yarl import URL
 
-from aio_pika_batch.adapters.aio_pika.events import Cut, Deliveries, Malformed
-from aio_pika_batch.adapters.aio_pika.fast import FastWire
-from aio_pika_batch.adapters.aio_pika.tap import Tap
+from aio_pika_batch.adapters.aio_pika.events import ConnectionLost, Deliveries, Malformed
+from aio_pika_batch.adapters.aio_pika.frame_tap import FrameTap
+from aio_pika_batch.adapters.aio_pika.session import AioPikaSession
+from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.errors import SessionLost
-from tests.unit.adapters.aio_pika.spoken import CHANNEL, HEARTBEAT, Source, delivery, method
+from aio_pika_batch.transport import Subscription
+from tests.unit.adapters.aio_pika.broker_frames import CHANNEL, HEARTBEAT, Source, delivery, method
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -58,14 +60,14 @@ class Socket(asyncio.Transport):
 class Line:
     """A tap on an open socket, and a channel of it that consumes."""
 
-    def __init__(self, tap: Tap, socket: Socket, protocol: Any, reader: Any) -> None:
+    def __init__(self, tap: FrameTap, socket: Socket, protocol: Any, reader: Any) -> None:
         self.tap = tap
         self.socket = socket
         self.protocol = protocol
         self.reader = reader
         self.heard: list[Event] = []
         self.breaks = False
-        tap.consume(CHANNEL, Source(), self._hear)
+        tap.tap_consumer(CHANNEL, Source(), self._hear)
 
     def _hear(self, event: Event) -> None:
         self.heard.append(event)
@@ -99,7 +101,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
             return socket, made[0]
 
         monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", create_connection)
-        tap = Tap(heartbeat)
+        tap = FrameTap(heartbeat)
         reader, _ = await tap.create(URL("amqp://localhost"), ssl_context_provider=None)
         return Line(tap, socket, made[0], reader)
 
@@ -155,7 +157,7 @@ async def test_bytes_that_are_no_amqp_end_the_connection(opened: Opened) -> None
     assert isinstance(event, Malformed)
     assert event == line.tap.end
     assert line.socket.aborted
-    with pytest.raises(AMQPConnectionError, match="no AMQP 0-9-1 frame"):
+    with pytest.raises(AMQPConnectionError, match="does not begin an AMQP 0-9-1 frame"):
         await line.reader.read()
 
 
@@ -171,7 +173,7 @@ async def test_errors_of_connecting_are_the_librarys_own(
     monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", fail)
 
     with pytest.raises(AMQPConnectionError) as raised:
-        await Tap(0).create(URL("amqp://localhost"), ssl_context_provider=None)
+        await FrameTap(0).create(URL("amqp://localhost"), ssl_context_provider=None)
     assert error is raised.value.__cause__
 
 
@@ -198,18 +200,23 @@ async def test_nothing_is_written_after_the_end(opened: Opened) -> None:
     line.protocol.eof_received()
 
     assert not line.tap.write(ACK)
-    assert [Cut("the broker closed the connection without a word")] == line.heard
+    assert [ConnectionLost("the broker closed the connection without a reason")] == line.heard
 
 
 async def test_room_on_a_connection_that_broke_is_not_waited_for(opened: Opened) -> None:
     """It is lost, and says so in our words."""
     line = await opened()
-    link: Any = SimpleNamespace(tap=line.tap)
-    wire = FastWire(link, line.tap, SimpleNamespace())  # type: ignore[arg-type]
+    connection: Any = SimpleNamespace(tap=line.tap, address="there", is_fast=True)
+    session = AioPikaSession(
+        connection, Subscription(queue="q", prefetch=10, consumer_tag="consumer-1")
+    )
+    line.tap.tap_consumer(CHANNEL, Source(), session.on_event)
+    line.receive(*delivery(1), *delivery(2))
+    await anext(session)
     line.protocol.pause_writing()
-    await wire.drained()  # there is room
+    await session.settle([Settlement(Disposition.ACK, (1,))])  # there is room
     line.socket.waiting = 3
-    draining = asyncio.create_task(wire.drained())
+    draining = asyncio.create_task(session.settle([Settlement(Disposition.ACK, (2,))]))
     await asyncio.sleep(1)
     assert not draining.done()
 
@@ -241,6 +248,6 @@ async def test_silence_is_noticed_after_three_heartbeats(
     assert not line.heard
     await asyncio.sleep(0.2)
 
-    assert [Cut("nothing was heard of the broker for 6 s")] == line.heard
+    assert [ConnectionLost("the broker has sent nothing for 6 s")] == line.heard
     assert line.socket.aborted
     assert 11 < virtual_loop.time() < 11.2

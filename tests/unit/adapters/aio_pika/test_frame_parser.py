@@ -17,7 +17,7 @@ from pamqp.header import ContentHeader
 
 from aio_pika_batch.adapters.aio_pika.events import (
     ChannelClosed,
-    ChannelGone,
+    ChannelCloseOk,
     Confirms,
     ConnectionClosed,
     ConsumerCancelled,
@@ -25,10 +25,10 @@ from aio_pika_batch.adapters.aio_pika.events import (
     Event,
     Malformed,
     PassThrough,
-    Returned,
+    ReturnedPublication,
 )
-from aio_pika_batch.adapters.aio_pika.frame_parser import LARGEST, Splitter
-from tests.unit.adapters.aio_pika.spoken import (
+from aio_pika_batch.adapters.aio_pika.frame_parser import LARGEST, FrameParser
+from tests.unit.adapters.aio_pika.broker_frames import (
     CHANNEL,
     HEARTBEAT,
     TAG,
@@ -99,13 +99,13 @@ def reference(stream: bytes) -> list[tuple[Any, ...]]:
     return told
 
 
-def fed(splitter: Splitter, stream: bytes, cuts: list[int]) -> list[tuple[Any, ...]]:
+def fed(parser: FrameParser, stream: bytes, cuts: list[int]) -> list[tuple[Any, ...]]:
     """Feed *stream* in the pieces between *cuts*."""
     told: list[Event] = []
     edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
     for start, end in pairwise(edges):
         if start < end:
-            told.extend(splitter.feed(stream[start:end]))
+            told.extend(parser.feed(stream[start:end]))
     return flat(told)
 
 
@@ -160,25 +160,25 @@ def streams(draw: st.DrawFn) -> bytes:
 @example(b"".join(delivery(1) + delivery(2)), [1])
 def test_any_fragmentation_of_any_stream_tells_the_same(stream: bytes, cuts: list[int]) -> None:
     """Cut anywhere, and compared with pamqp frame by frame: the same, in the same order."""
-    splitter = Splitter()
-    splitter.tap_consumer(CHANNEL, Source())
+    parser = FrameParser()
+    parser.tap_consumer(CHANNEL, Source())
 
-    assert reference(stream) == fed(splitter, stream, cuts)
+    assert reference(stream) == fed(parser, stream, cuts)
 
 
 @given(streams())
 def test_byte_by_byte(stream: bytes) -> None:
     """The worst fragmentation there is."""
-    splitter = Splitter()
-    splitter.tap_consumer(CHANNEL, Source())
+    parser = FrameParser()
+    parser.tap_consumer(CHANNEL, Source())
 
-    assert reference(stream) == fed(splitter, stream, list(range(len(stream))))
+    assert reference(stream) == fed(parser, stream, list(range(len(stream))))
 
 
 @given(streams(), st.lists(st.integers(0, 900), max_size=5))
 def test_without_a_tap_everything_passes_through(stream: bytes, cuts: list[int]) -> None:
     """Nothing is taken out of a connection whose channels are all native."""
-    told = fed(Splitter(), stream, cuts)
+    told = fed(FrameParser(), stream, cuts)
 
     assert {"passed"} >= {kind for kind, *_ in told}
     assert stream == b"".join(frame for _, frame in told)
@@ -193,11 +193,11 @@ confirms = st.one_of(
 @given(st.lists(confirms), st.lists(st.integers(0, 300), max_size=5))
 def test_confirms_are_told_in_order(said: list[Any], cuts: list[int]) -> None:
     """Acks and nacks of a publishing channel are taken out, with what others say in between."""
-    splitter = Splitter()
-    splitter.tap_publisher(CHANNEL)
+    parser = FrameParser()
+    parser.tap_publisher(CHANNEL)
     stream = HEARTBEAT.join(method(each) for each in said)
 
-    told = fed(splitter, stream, cuts)
+    told = fed(parser, stream, cuts)
 
     accepted = [isinstance(each, commands.Basic.Ack) for each in said]
     expected = [
@@ -211,24 +211,24 @@ def test_confirms_are_told_in_order(said: list[Any], cuts: list[int]) -> None:
 @given(st.binary(max_size=250), st.lists(st.integers(0, 300), max_size=5))
 def test_a_return_is_told_with_all_it_brought(body: bytes, cuts: list[int]) -> None:
     """A returned publication comes back whole, before the confirm that follows it."""
-    splitter = Splitter()
-    splitter.tap_publisher(CHANNEL)
+    parser = FrameParser()
+    parser.tap_publisher(CHANNEL)
     frames = returned(body, "orders", "a.b", commands.Basic.Properties(message_id="m"))
     stream = b"".join([*frames, method(commands.Basic.Ack(1))])
 
-    told = fed(splitter, stream, cuts)
+    told = fed(parser, stream, cuts)
 
-    expected = ("Returned", 312, "NO_ROUTE", b"orders", b"a.b", b"\x00\x80\x01m", body)
+    expected = ("ReturnedPublication", 312, "NO_ROUTE", b"orders", b"a.b", b"\x00\x80\x01m", body)
     assert [expected, ("confirm", 1, False, True)] == told
 
 
 def test_the_end_of_a_consumer_is_told_after_what_came_before_it() -> None:
     """A broker's basic.cancel stands behind the deliveries, and the library hears it too."""
-    splitter = Splitter()
-    splitter.tap_consumer(CHANNEL, Source())
+    parser = FrameParser()
+    parser.tap_consumer(CHANNEL, Source())
     cancel = method(commands.Basic.Cancel(TAG, True))
 
-    told = splitter.feed(b"".join([*delivery(1), cancel]))
+    told = parser.feed(b"".join([*delivery(1), cancel]))
 
     assert [Deliveries, ConsumerCancelled, PassThrough] == [type(each) for each in told]
     assert ConsumerCancelled(TAG) == told[1]
@@ -237,77 +237,77 @@ def test_the_end_of_a_consumer_is_told_after_what_came_before_it() -> None:
 @pytest.mark.parametrize("closing", [[], delivery(2)[:1], delivery(2)[:2]])
 def test_a_channel_that_the_broker_closes_is_not_tapped_any_more(closing: list[bytes]) -> None:
     """Its number comes again; half a message that stood before the close is dropped."""
-    splitter = Splitter()
-    splitter.tap_consumer(CHANNEL, Source())
+    parser = FrameParser()
+    parser.tap_consumer(CHANNEL, Source())
     close = method(commands.Channel.Close(406, "PRECONDITION_FAILED", 60, 80))
     later = b"".join(delivery(1))
 
-    told = splitter.feed(b"".join([*delivery(1), *closing, close, later]))
+    told = parser.feed(b"".join([*delivery(1), *closing, close, later]))
 
     assert ChannelClosed(406, "PRECONDITION_FAILED") == told[1]
     assert b"".join([close, later]) == b"".join(told[2].frames)
-    assert not splitter.is_tapping
-    splitter.tap_consumer(CHANNEL, Source())
-    (anew,) = splitter.feed(later)
+    assert not parser.is_tapping
+    parser.tap_consumer(CHANNEL, Source())
+    (anew,) = parser.feed(later)
     assert [1] == [each.delivery_tag for each in anew.messages]
 
 
 def test_a_channel_that_is_closed_in_agreement_is_not_tapped_any_more() -> None:
     """After close-ok the number is free."""
-    splitter = Splitter()
-    splitter.tap_consumer(CHANNEL, Source())
+    parser = FrameParser()
+    parser.tap_consumer(CHANNEL, Source())
     gone = method(commands.Channel.CloseOk())
 
-    told = splitter.feed(gone + b"".join(delivery(1)))
+    told = parser.feed(gone + b"".join(delivery(1)))
 
-    assert [ChannelGone, PassThrough] == [type(each) for each in told]
+    assert [ChannelCloseOk, PassThrough] == [type(each) for each in told]
 
 
 def test_why_a_connection_is_closed_is_told() -> None:
     """And it passes on: the library has to answer."""
     close = method(commands.Connection.Close(320, "CONNECTION_FORCED", 0, 0), 0)
 
-    assert [ConnectionClosed(320, "CONNECTION_FORCED"), PassThrough([close])] == Splitter().feed(
+    assert [ConnectionClosed(320, "CONNECTION_FORCED"), PassThrough([close])] == FrameParser().feed(
         close
     )
 
 
 def test_a_broker_of_another_version_is_passed_through() -> None:
     """It answers with its own header, which is no frame; the library knows what to say."""
-    splitter = Splitter()
+    parser = FrameParser()
 
-    assert [] == splitter.feed(b"AMQ")
-    assert [PassThrough([b"AMQP\x01\x01\x00\x0a"])] == splitter.feed(b"P\x01\x01\x00\x0a")
+    assert [] == parser.feed(b"AMQ")
+    assert [PassThrough([b"AMQP\x01\x01\x00\x0a"])] == parser.feed(b"P\x01\x01\x00\x0a")
 
 
 @pytest.mark.parametrize("tapped", [True, False])
 @pytest.mark.parametrize("cuts", [[], [8], [3, 50, 90]])
 def test_a_frame_larger_than_agreed_on_is_refused(*, tapped: bool, cuts: list[int]) -> None:
     """Memory is bounded: what is too large is not collected. What came before it is told."""
-    splitter = Splitter()
+    parser = FrameParser()
     tune = method(commands.Connection.Tune(2047, 4096, 60), 0)
-    assert [PassThrough([tune])] == splitter.feed(tune)
-    assert splitter.frame_max == 4096
+    assert [PassThrough([tune])] == parser.feed(tune)
+    assert parser.frame_max == 4096
     if tapped:
-        splitter.tap_consumer(CHANNEL, Source())
+        parser.tap_consumer(CHANNEL, Source())
     before = b"".join(delivery(1))
 
-    told = fed(splitter, before + b"".join(delivery(2, bytes(5000), part=5000)), cuts)
+    told = fed(parser, before + b"".join(delivery(2, bytes(5000), part=5000)), cuts)
 
-    assert told[-1] == ("Malformed", "a frame of 5000 bytes came, but 4096 are allowed")
-    assert splitter.feed(HEARTBEAT) == []
+    assert told[-1] == ("Malformed", "a frame has 5000 bytes, but 4096 are allowed")
+    assert parser.feed(HEARTBEAT) == []
     if tapped:
         assert told[0][:2] == ("message", 1)
 
 
 def test_a_broker_may_set_no_limit() -> None:
     """frame_max 0 means that there is none."""
-    splitter = Splitter()
-    splitter.feed(method(commands.Connection.Tune(0, 0, 0), 0))
-    splitter.tap_consumer(CHANNEL, Source())
+    parser = FrameParser()
+    parser.feed(method(commands.Connection.Tune(0, 0, 0), 0))
+    parser.tap_consumer(CHANNEL, Source())
 
     [(_, _, _, _, _, _, body)] = flat(
-        splitter.feed(b"".join(delivery(1, bytes(500_000), part=500_000)))
+        parser.feed(b"".join(delivery(1, bytes(500_000), part=500_000)))
     )
 
     assert len(body) == 500_000
@@ -316,48 +316,48 @@ def test_a_broker_may_set_no_limit() -> None:
 @pytest.mark.parametrize("proposed", [0, 0xFFFF_FFFF, LARGEST + 1])
 def test_a_frame_has_a_limit_even_where_the_broker_sets_none(proposed: int) -> None:
     """Else one that is announced with 4 GiB would be collected for as long as bytes come."""
-    splitter = Splitter()
-    splitter.feed(method(commands.Connection.Tune(0, proposed, 0), 0))
+    parser = FrameParser()
+    parser.feed(method(commands.Connection.Tune(0, proposed, 0), 0))
 
-    assert [] == splitter.feed(struct.pack(">BHI", 3, CHANNEL, LARGEST) + bytes(100))
-    splitter = Splitter()
-    splitter.feed(method(commands.Connection.Tune(0, proposed, 0), 0))
-    [told] = splitter.feed(struct.pack(">BHI", 3, CHANNEL, LARGEST + 1) + bytes(100))
-    assert Malformed(f"a frame of {LARGEST + 1} bytes came, but {LARGEST} are allowed") == told
+    assert [] == parser.feed(struct.pack(">BHI", 3, CHANNEL, LARGEST) + bytes(100))
+    parser = FrameParser()
+    parser.feed(method(commands.Connection.Tune(0, proposed, 0), 0))
+    [told] = parser.feed(struct.pack(">BHI", 3, CHANNEL, LARGEST + 1) + bytes(100))
+    assert Malformed(f"a frame has {LARGEST + 1} bytes, but {LARGEST} are allowed") == told
 
 
 @pytest.mark.parametrize("size", [LARGEST + 1, 2**64 - 1])
 def test_a_body_that_nobody_could_have_published_is_refused(size: int) -> None:
     """As soon as it is announced: its frames would be collected without an end."""
-    splitter = Splitter()
-    splitter.tap_consumer(CHANNEL, Source())
+    parser = FrameParser()
+    parser.tap_consumer(CHANNEL, Source())
     header = struct.pack(">BHIHHQHB", 2, CHANNEL, 14, 60, 0, size, 0, 0xCE)
 
-    [told] = splitter.feed(delivery(1)[0] + header)
+    [told] = parser.feed(delivery(1)[0] + header)
 
-    assert Malformed(f"a body of {size} bytes was announced; {LARGEST} are allowed") == told
-    splitter = Splitter()
-    splitter.tap_consumer(CHANNEL, Source())
+    assert Malformed(f"a body of {size} bytes is announced, but {LARGEST} are allowed") == told
+    parser = FrameParser()
+    parser.tap_consumer(CHANNEL, Source())
     allowed = struct.pack(">BHIHHQHB", 2, CHANNEL, 14, 60, 0, LARGEST, 0, 0xCE)
-    assert [] == splitter.feed(delivery(1)[0] + allowed)
+    assert [] == parser.feed(delivery(1)[0] + allowed)
 
 
 def test_empty_body_frames_cost_nothing() -> None:
     """However many come, what is kept is the body."""
-    splitter = Splitter()
-    splitter.tap_consumer(CHANNEL, Source())
+    parser = FrameParser()
+    parser.tap_consumer(CHANNEL, Source())
     method_frame, header, body = delivery(1)
     empty = struct.pack(">BHIB", 3, CHANNEL, 0, 0xCE)
-    assert [] == splitter.feed(method_frame + header)
+    assert [] == parser.feed(method_frame + header)
     tracemalloc.start()
     try:
         for _ in range(100):
-            assert [] == splitter.feed(empty * 1000)
+            assert [] == parser.feed(empty * 1000)
         assert 20_000 > tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
 
-    [told] = splitter.feed(body)
+    [told] = parser.feed(body)
 
     assert [b"body"] == [each.body for each in told.messages]
 
@@ -384,26 +384,26 @@ MALFORMED = {
 @pytest.mark.parametrize("stream", MALFORMED.values(), ids=MALFORMED.keys())
 def test_what_cannot_be_split_is_told_and_ends_it(stream: bytes) -> None:
     """A reason in words, once; nothing is guessed after it."""
-    splitter = Splitter()
-    splitter.tap_consumer(CHANNEL, Source())
+    parser = FrameParser()
+    parser.tap_consumer(CHANNEL, Source())
 
-    told = splitter.feed(stream + bytes(8))
+    told = parser.feed(stream + bytes(8))
 
     assert isinstance(told[-1], Malformed)
-    assert splitter.feed(HEARTBEAT) == []
+    assert parser.feed(HEARTBEAT) == []
 
 
 @given(st.binary(max_size=400), st.lists(st.integers(0, 400), max_size=4), st.booleans())
 def test_no_bytes_raise(noise: bytes, cuts: list[int], publishing: bool) -> None:
     """Whatever comes, something is told about it, or it waits for more."""
-    splitter = Splitter()
+    parser = FrameParser()
     if publishing:
-        splitter.tap_publisher(CHANNEL)
+        parser.tap_publisher(CHANNEL)
     else:
-        splitter.tap_consumer(CHANNEL, Source())
+        parser.tap_consumer(CHANNEL, Source())
     start = b"".join(delivery(1)[:2])
 
-    fed(splitter, start + noise, cuts)
+    fed(parser, start + noise, cuts)
 
 
 @pytest.mark.parametrize("cuts", [[], [25], list(range(90))])
@@ -412,10 +412,10 @@ def test_a_delivery_is_not_read_beyond_its_frame(cuts: list[int]) -> None:
     deliver, header, body = delivery(1)
     short = deliver[7:-6]
     stream = deliver[:3] + struct.pack(">I", len(short)) + short + b"\xce" + header + body
-    splitter = Splitter()
-    splitter.tap_consumer(CHANNEL, Source())
+    parser = FrameParser()
+    parser.tap_consumer(CHANNEL, Source())
 
-    assert [("Malformed", "a delivery was cut off")] == fed(splitter, stream, cuts)
+    assert [("Malformed", "a delivery is cut off")] == fed(parser, stream, cuts)
 
 
 @pytest.mark.parametrize("cuts", [[], [50], list(range(90))])
@@ -423,29 +423,29 @@ def test_a_content_header_without_flags_is_none(cuts: list[int]) -> None:
     """However the bytes were cut: a property list has flags, at least."""
     deliver, _, body = delivery(1)
     header = struct.pack(">BHIHHQB", 2, CHANNEL, 12, 60, 0, 4, 0xCE)
-    splitter = Splitter()
-    splitter.tap_consumer(CHANNEL, Source())
+    parser = FrameParser()
+    parser.tap_consumer(CHANNEL, Source())
 
-    told = fed(splitter, deliver + header + body, cuts)
+    told = fed(parser, deliver + header + body, cuts)
 
-    assert [("Malformed", "a message's content header is not one")] == told
+    assert [("Malformed", "a content header is cut off, or comes twice")] == told
 
 
 def test_what_waits_for_more_is_joined_once() -> None:
     """A large message in small reads costs its bytes, not their square."""
-    splitter = Splitter()
-    splitter.tap_consumer(CHANNEL, Source())
+    parser = FrameParser()
+    parser.tap_consumer(CHANNEL, Source())
     stream = b"".join(delivery(1, bytes(100_000), part=131_000))
-    told = [splitter.feed(stream[at : at + 100]) for at in range(0, len(stream), 100)]
+    told = [parser.feed(stream[at : at + 100]) for at in range(0, len(stream), 100)]
 
     assert [1] == [len(each) for each in told if each]
 
 
 def test_returns_are_events_of_their_own() -> None:
     """The type is what a listener matches on."""
-    splitter = Splitter()
-    splitter.tap_publisher(CHANNEL)
+    parser = FrameParser()
+    parser.tap_publisher(CHANNEL)
 
-    [told] = splitter.feed(b"".join(returned(b"", "", "q", commands.Basic.Properties())))
+    [told] = parser.feed(b"".join(returned(b"", "", "q", commands.Basic.Properties())))
 
-    assert Returned(312, "NO_ROUTE", b"", b"q", b"\x00\x00", b"") == told
+    assert ReturnedPublication(312, "NO_ROUTE", b"", b"q", b"\x00\x00", b"") == told

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from aio_pika_batch.adapters.aio_pika.events import Confirm, Confirms
-from aio_pika_batch.adapters.aio_pika.fast_publisher import FastPublisher
+from aio_pika_batch.adapters.aio_pika.publisher import AioPikaPublisher
 from aio_pika_batch.core.publication import Outcome, Publication
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ class Tap:
 
     frame_max = 131_072
     end = None
-    closed_by_broker = None
+    closed = None
     is_clogged = False
 
-    def publish(self, number: int, listener: Any) -> None:
+    def tap_publisher(self, number: int, listener: Any) -> None:
         self.tell = listener
 
     def write(self, data: bytes) -> bool:
@@ -35,19 +35,16 @@ class Tap:
         self.tell(event)
 
 
-async def opened(tap: Tap, timeout: float) -> FastPublisher:
+async def opened(tap: Tap, timeout: float) -> AioPikaPublisher:
     """A publisher that waits for *timeout*."""
 
     async def channel(*, confirms: bool) -> Any:
         return SimpleNamespace(number=1)
 
-    link: Any = SimpleNamespace(
-        line=tap,
-        address=SimpleNamespace(user="guest"),
-        channel=channel,
-        frame_max=tap.frame_max,
+    connection: Any = SimpleNamespace(
+        tap=tap, address=SimpleNamespace(user="guest"), channel=channel, is_fast=True
     )
-    publisher = FastPublisher(link, tap, timeout)  # type: ignore[arg-type]
+    publisher = AioPikaPublisher(connection, timeout)
     await publisher.open(timeout)
     return publisher
 
