@@ -265,8 +265,8 @@ CORE = (
     Mutant(
         "A missing queue that is called 'rate-limit' is waited for, as if a limit would be raised.",
         "core/refusals.py",
-        '    words = _QUOTED.sub("", text)\n',
-        "    words = text\n",
+        '    return _QUOTED.sub("", text)\n',
+        "    return text\n",
         (f"{_CORE}/test_refusals.py",),
     ),
 )
