@@ -268,6 +268,28 @@ def test_the_second_signal_abandons_the_drain_and_the_third_kills():
     assert 1 == manager.outcome
 
 
+def test_a_drain_asks_no_process_twice():
+    """One that drains for a rolling restart goes on with that."""
+    manager = started(2)
+    manager.roll()
+    assert Drain(0) in manager.poll(0)
+    manager.drain(1)
+    assert [Drain(1)] == [each for each in manager.poll(1) if not isinstance(each, Log)]
+
+
+def test_a_process_that_is_down_is_not_restarted_in_a_drain():
+    """Nor does it get the order to abandon the drain."""
+    manager = started(2)
+    manager.on_exit(0, -9, 0)
+    manager.poll(0)
+    manager.drain(1)
+    manager.abandon(1)
+    assert [Drain(1), Abandon(1)] == [each for each in manager.poll(1) if not isinstance(each, Log)]
+    manager.on_exit(1, 0, 2)
+    assert not [each for each in manager.poll(100) if isinstance(each, Spawn)]
+    assert 0 == manager.outcome
+
+
 def test_with_reload_a_process_that_ended_waits_for_a_roll():
     """Whatever its exit code."""
     manager = ProcessManager(

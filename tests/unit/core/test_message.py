@@ -38,6 +38,11 @@ def test_properties_have_the_received_values(message):
     assert (message.properties.headers or {}) == message.headers
 
 
+def test_a_property_of_the_class_is_its_descriptor():
+    """For tools that look at the class."""
+    assert vars(Message)["priority"] is Message.priority
+
+
 @pytest.mark.parametrize("name", [*PLAIN, "headers", "expiration"])
 def test_an_undecodable_property_raises_only_when_it_is_read(name):
     """The error has the message, the property and the reason. Other properties can be read."""

@@ -114,6 +114,14 @@ def test_all_acked_needs_an_ack_for_every_message(yields, missing):
     )
 
 
+def test_pairs_are_decided_in_the_order_of_the_batch():
+    """Whatever the order in which the handler yields them."""
+    first, second = messages = some_messages(2)
+    collector = collected(messages, [(second, NACK), (first, ACK)])
+
+    assert [(first, ACK), (second, NACK)] == collector.decided()
+
+
 @given(answers())
 def test_all_acked_agrees_with_decided(drawn):
     """In both forms."""
