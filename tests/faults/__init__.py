@@ -1,5 +1,5 @@
-"""Does a consumer under load survive what can happen to a broker and to the line to it?
+"""Fault tests: a consumer under load, while faults hit the broker and the network.
 
-One file for each kind of fault, with figures: ``docs/reliability.md`` tells them. The whole suite
-takes minutes, so only the tests of ``test_operator.py`` run with all others.
+There is one file for each kind of fault. The figures are in ``docs/reliability.md``. The whole
+suite takes minutes, so only the tests of ``test_operator.py`` run with all others.
 """

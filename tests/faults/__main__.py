@@ -1,8 +1,9 @@
-"""Run the suite and tell its figures: ``python -m tests.faults [ARGUMENT …]``, or `nox -s faults`.
+"""Runs the suite and writes its figures: ``python -m tests.faults [ARGUMENT …]``, or `nox -s
+faults`.
 
-Arguments go to pytest: a few tests replace the figures of these, and leave the others. The page is
-written whatever the tests said: one that found a loss must not be hidden by an older figure. With
-``--page`` alone nothing is run, and the page is written from what is kept.
+Arguments go to pytest: a run of some tests replaces their figures and keeps the others. The page is
+written whatever the result is, since an older figure must not hide a loss. With ``--page`` alone no
+test runs, and the page is written from the stored figures.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tests.faults.report import write
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Return what pytest returned."""
+    """Return pytest's exit code."""
     if list(arguments) == ["--page"]:
         write(load(FILE))
         return 0

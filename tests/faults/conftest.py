@@ -1,4 +1,4 @@
-"""What does a test of a fault get? A consumer under load, on a broker of its own to hurt."""
+"""Fixtures of the fault tests: a consumer under load, and a place for its figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Run = Callable[..., AbstractAsyncContextManager[Trial]]
 
 @pytest.fixture
 def keep_figures(pytestconfig: pytest.Config) -> Callable[[Figures], None]:
-    """Take figures of a trial: they are told at the end, and kept where that is asked for."""
+    """Collect the figures of a trial to report them, and store them if a file is named."""
 
     def take(figures: Figures) -> None:
         pytestconfig.stash.setdefault(_FIGURES, []).append(figures)
@@ -33,7 +33,7 @@ def keep_figures(pytestconfig: pytest.Config) -> Callable[[Figures], None]:
 
 @pytest.fixture
 def run(broker: RunningBroker, name: str, keep_figures: Callable[[Figures], None]) -> Run:
-    """Begin a trial on this broker: give the fault its name, and say what is done."""
+    """Start a trial on this broker; pass the name of the fault and a description."""
     return partial(
         under_load, urls=[broker.url], broker=broker.version, name=name, keep=keep_figures
     )
@@ -42,7 +42,7 @@ def run(broker: RunningBroker, name: str, keep_figures: Callable[[Figures], None
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Tell the figures."""
+    """Report the figures."""
     if _FIGURES not in config.stash:
         return
     terminalreporter.section("figures: messages, handled, duplicated, lost, seconds to recover")

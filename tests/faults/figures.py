@@ -1,7 +1,8 @@
-"""What was seen of a consumer while something went wrong, and where is it kept?
+"""The figures of the fault tests, and the file that stores them.
 
-In a file with one line of JSON for each fault, which belongs to the project as does the page that
-is made of it. A run of a few tests replaces their lines, and leaves the others as they are.
+The file has one line of JSON for each fault, and is part of the project, as is the page that is
+made from it. A run of some tests replaces their lines, and keeps the others. So another RabbitMQ,
+or a part of the suite, can be run without the rest.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ Kept = dict[tuple[tuple[int, ...], str, str], tuple[Figures, Machine]]
 
 
 def this_machine() -> Machine:
-    """The one that this runs on, and what was changed last of what is shipped."""
+    """Return this machine, with the last commit that changed what is shipped."""
     head = _git("log", "-1", "--format=%h", "--", "src")  # tests alone change no figure
     changed = _git("status", "--porcelain", "--", "src")
     return Machine(
@@ -85,7 +86,7 @@ def this_machine() -> Machine:
 
 
 def load(file: Path) -> Kept:
-    """All that is kept, in the order of brokers and faults."""
+    """Return all stored figures, in the order of brokers and faults."""
     if not file.exists():
         return {}
     kept: Kept = {}
@@ -97,7 +98,7 @@ def load(file: Path) -> Kept:
 
 
 def keep(file: Path, new: Iterable[Figures], machine: Machine) -> None:
-    """Put new figures in the place of older ones of the same fault, wire and broker."""
+    """Store new figures in place of older ones of the same fault, wire and broker."""
     kept = load(file) | {each.key: (each, machine) for each in new}
     lines = [
         json.dumps({"figures": asdict(figures), "machine": asdict(machine)})

@@ -1,8 +1,8 @@
-"""Which messages did the broker take while things went wrong? Those that it has confirmed.
+"""A steady publisher, which knows which messages the broker has confirmed.
 
-The publisher is aio-pika's, not this library's. It goes on for as long as it is told to, through
-whatever happens to the broker. What was published and not confirmed may be stored or not; it is
-never published again, and counts for nothing.
+It uses aio-pika, not this library, and continues whatever happens to the broker. A message that was
+not confirmed may be stored or not. It is never published again, since that could cause duplicates
+that are not the consumer's, and it does not count.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ class Load:
         self._closing: set[asyncio.Task[None]] = set()
 
     def pause(self) -> None:
-        """Publish nothing for a while; what is under way may still be confirmed."""
+        """Stop publishing for a while; publications in flight may still be confirmed."""
         self._flowing.clear()
 
     def resume(self) -> None:
-        """Go on after ``pause``."""
+        """Continue after ``pause``."""
         self._flowing.set()
 
     async def finish(self) -> None:
-        """Wait until enough messages are confirmed, and publish no more."""
+        """Wait until enough messages are confirmed, and stop publishing."""
         self._may_end = True
         self.resume()
         if self._task is not None:

@@ -1,6 +1,6 @@
-"""How are the figures told? As tables between two marks of ``reliability.md``, one for each broker.
+"""Writes the figures into ``reliability.md``: one table for each broker, between two marks.
 
-What stands outside the marks is written by hand, and left alone.
+Everything outside the marks is written by hand, and stays.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _HEADS = ("fault", "wire", "messages", "handled", "duplicated", "lost", "seconds
 
 
 def write(kept: Kept, page: Path = PAGE) -> None:
-    """Write what is kept into the page."""
+    """Write the stored figures into the page."""
     page.write_text(between_marks(page.read_text(), render(kept)))
 
 
 def between_marks(text: str, new: str, *, begin: str = BEGIN, end: str = END) -> str:
-    """Replace what stands between the marks."""
+    """Replace the text between the marks."""
     before, has_begin, rest = text.partition(begin)
     _, has_end, after = rest.partition(end)
     if not (has_begin and has_end):
@@ -31,7 +31,7 @@ def between_marks(text: str, new: str, *, begin: str = BEGIN, end: str = END) ->
 
 
 def render(kept: Kept) -> str:
-    """All figures, as Markdown."""
+    """Return all figures as Markdown."""
     parts = []
     for broker, entries in groupby(kept.values(), key=lambda entry: entry[0].broker):
         of_broker = list(entries)
@@ -71,7 +71,7 @@ def _line(figures: Figures) -> tuple[str, ...]:
 
 
 def _legend(figures: Iterable[Figures]) -> str:
-    """A sentence for each fault, and what must be known of it."""
+    """Return a sentence for each fault, with its remarks."""
     told: dict[str, list[str]] = {}
     for each in figures:
         remarks = told.setdefault(each.fault, [each.did])

@@ -1,4 +1,4 @@
-"""What a broker can do: die, stand still, run out of memory, lose patience."""
+"""Faults of the broker: kills, stops and pauses, a memory alarm, and consumer timeouts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.support.find import RunningBroker
 pytestmark = pytest.mark.needs_node
 
 
-async def test_a_broker_that_is_killed_is_waited_for(run, wire, rabbitmq) -> None:
-    """SIGKILL, as in a power cut: what was confirmed is there afterwards."""
+async def test_a_killed_broker_is_waited_for(run, wire, rabbitmq) -> None:
+    """SIGKILL, as in a power failure: confirmed messages are there afterwards."""
     async with run(
         "broker killed, classic queue",
         "SIGKILL to the node, which was started again on its data.",
@@ -26,10 +26,8 @@ async def test_a_broker_that_is_killed_is_waited_for(run, wire, rabbitmq) -> Non
         await trial.recovers()
 
 
-async def test_a_broker_that_is_killed_has_its_quorum_queues_if_it_keeps_them(
-    run, wire, rabbitmq, broker
-) -> None:
-    """Of a node alone, RabbitMQ before 4.3 loses all that is in them, whoever consumes."""
+async def test_quorum_queues_of_a_killed_single_node(run, wire, rabbitmq, broker) -> None:
+    """As a single node, RabbitMQ before 4.3 loses all messages in them."""
     if parse_version(broker) < (4, 3):
         pytest.skip(f"RabbitMQ {broker.version} empties the quorum queues of a node that is killed")
     async with run(
@@ -45,8 +43,8 @@ async def test_a_broker_that_is_killed_has_its_quorum_queues_if_it_keeps_them(
         await trial.recovers()
 
 
-async def test_a_broker_that_is_stopped_is_waited_for(run, wire, rabbitmq) -> None:
-    """In good order, as for an upgrade."""
+async def test_a_stopped_broker_is_waited_for(run, wire, rabbitmq) -> None:
+    """A regular stop, as for an upgrade."""
     async with run(
         "broker stopped, quorum queue",
         "The broker was stopped in good order, and started again.",
@@ -59,8 +57,8 @@ async def test_a_broker_that_is_stopped_is_waited_for(run, wire, rabbitmq) -> No
         await trial.recovers()
 
 
-async def test_a_broker_that_stands_still_is_noticed(run, wire, rabbitmq) -> None:
-    """Its kernel goes on taking connections: only heartbeats tell."""
+async def test_a_paused_broker_is_noticed(run, wire, rabbitmq) -> None:
+    """Its kernel still accepts connections: only heartbeats reveal it."""
     async with run(
         "broker paused",
         "SIGSTOP to the node until the consumer had noticed, then SIGCONT.",
@@ -73,8 +71,8 @@ async def test_a_broker_that_stands_still_is_noticed(run, wire, rabbitmq) -> Non
         await trial.recovers()
 
 
-async def test_a_memory_alarm_holds_what_is_requeued(run, wire, rabbitmq) -> None:
-    """Copies are not taken, and their originals are not acked; everything else goes on."""
+async def test_requeues_wait_during_a_memory_alarm(run, wire, rabbitmq) -> None:
+    """Copies are not accepted, so their originals are not acked; everything else goes on."""
     async with run(
         "memory alarm",
         "The broker took no publications until originals had been held in vain for their copies.",
@@ -91,10 +89,13 @@ async def test_a_memory_alarm_holds_what_is_requeued(run, wire, rabbitmq) -> Non
 
 
 @pytest.fixture
-def impatience(rabbitmq: RabbitMQ, broker: RunningBroker) -> Iterator[Mapping[str, int]]:
-    """Let the broker wait two seconds for an ack; yields arguments for a consumer it is to be of.
+def short_consumer_timeout(
+    rabbitmq: RabbitMQ, broker: RunningBroker
+) -> Iterator[Mapping[str, int]]:
+    """Set the consumer timeout to two seconds; return the consumer arguments for it.
 
-    Since 4.3 it is the consumer's, before that the node's, which looks once a minute by default.
+    Since 4.3 the timeout is the consumer's. Before, it is the node's, which by default checks once
+    per minute.
     """
     if parse_version(broker) >= (4, 3):
         yield {"x-consumer-timeout": 2000}
@@ -106,10 +107,10 @@ def impatience(rabbitmq: RabbitMQ, broker: RunningBroker) -> Iterator[Mapping[st
     rabbitmq.eval(put.format(1_800_000, 60_000))
 
 
-async def test_a_consumer_that_holds_messages_for_too_long_comes_back(
-    run, wire, impatience
+async def test_a_consumer_reconnects_after_the_consumer_timeout(
+    run, wire, short_consumer_timeout
 ) -> None:
-    """The broker takes its messages away; what the handler says of them in the end is void."""
+    """The broker takes its messages back, so the handler's late results are void."""
     async with run(
         "consumer timeout",
         "A handler took eight seconds for a batch, of which the broker waited for two"
@@ -117,7 +118,7 @@ async def test_a_consumer_that_holds_messages_for_too_long_comes_back(
         " went on.",
         wire=wire,
         queue_type="quorum",
-        consumer_arguments=impatience,
+        consumer_arguments=short_consumer_timeout,
     ) as trial:
         trial.ends()
         trial.consumer.linger(8)

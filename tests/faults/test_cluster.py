@@ -1,7 +1,7 @@
-"""Does a consumer stay with its queue while the nodes of a cluster come and go?
+"""Faults of a cluster: a consumer keeps its queue while nodes come and go.
 
-Three nodes, a quorum queue with a replica on each, and a consumer whose ``url`` names them all.
-What the broker has confirmed is on two of three nodes: no single one can take it away.
+There are three nodes, a quorum queue with a replica on each, and a consumer whose ``url`` names all
+of them. Confirmed messages are on two of three nodes, so a single node can't lose them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PAUSE = 15.0
 
 @pytest.fixture(scope="module")
 def members(broker: RunningBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three nodes of the installation that the broker is of."""
+    """A cluster of three nodes of the broker's installation."""
     assert broker.node is not None
     with Cluster(broker.node.server, tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
@@ -42,14 +42,14 @@ def members(broker: RunningBroker, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def cluster(members: Cluster) -> Iterator[Cluster]:
-    """The nodes, all up, also after the test."""
+    """The cluster with all nodes up, also after the test."""
     yield members
     members.restore()
 
 
 @pytest.fixture
 def run_on_all(cluster: Cluster, name: str, keep_figures: Callable[..., None]) -> Run:
-    """``under_load``, of a quorum queue on the cluster."""
+    """``under_load``, for a quorum queue on the cluster."""
     return partial(
         under_load,
         urls=[node.url for node in cluster.nodes],
@@ -62,8 +62,8 @@ def run_on_all(cluster: Cluster, name: str, keep_figures: Callable[..., None]) -
     )
 
 
-def told(trial: Trial) -> str:
-    """How long each recovery took."""
+def describe_recoveries(trial: Trial) -> str:
+    """Return how long each recovery took, as a text."""
     seconds = trial.recoveries
     return (
         f"The longest pause after each of {len(seconds)} kills: median"
@@ -71,10 +71,8 @@ def told(trial: Trial) -> str:
     )
 
 
-async def test_a_leader_that_is_killed_again_and_again_loses_nothing(
-    run_on_all, cluster, name
-) -> None:
-    """Whoever has become the leader is next, as soon as the last victim is back."""
+async def test_repeated_kills_of_the_leader_lose_nothing(run_on_all, cluster, name) -> None:
+    """The new leader is killed next, when the last one is back."""
     async with run_on_all(
         "leader killed, cluster of three",
         f"SIGKILL for the node with the queue's leader, {KILLS} times, each time as soon as the"
@@ -90,13 +88,11 @@ async def test_a_leader_that_is_killed_again_and_again_loses_nothing(
             await asyncio.to_thread(cluster.start)
             await asyncio.to_thread(cluster.wait_for_replicas, name)
             await trial.carries_on()
-        trial.remark = told(trial)
+        trial.remark = describe_recoveries(trial)
 
 
 @pytest.mark.parametrize("who", ["leader", "follower"])
-async def test_a_node_that_stands_still_is_left_for_another(
-    run_on_all, broker, cluster, name, who
-) -> None:
+async def test_a_consumer_leaves_a_paused_node(run_on_all, broker, cluster, name, who) -> None:
     """Connections to it stay open, and nothing answers on them."""
     if parse_version(broker) < (4, 0):
         pytest.skip("before RabbitMQ 4.0 a node that stood still may not find back to its cluster")
@@ -122,7 +118,9 @@ def _another(cluster: Cluster, than: RabbitMQ) -> RabbitMQ:
 
 
 async def test_a_cluster_without_a_majority_is_waited_for(run_on_all, cluster, name) -> None:
-    """Two of three are gone: nothing is confirmed or lost, and all goes on once one is back."""
+    """Two of three nodes are gone: nothing is confirmed or lost, and everything goes on when one is
+    back.
+    """
     async with run_on_all(
         "majority lost, cluster of three",
         "SIGKILL for two of three nodes at once, the queue's leader among them; both were started"

@@ -1,6 +1,6 @@
-"""What people do to a running consumer: they stop it, close its connections, delete its queue.
+"""What operators do to a running consumer: stop it, close its connections, delete its queue.
 
-These are quick enough to run with all other tests.
+These tests are fast enough to run with all others.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.needs_node
 
 
-async def test_a_graceful_stop_in_the_middle_of_the_load_duplicates_nothing(run, wire) -> None:
+async def test_a_graceful_stop_under_load_duplicates_nothing(run, wire) -> None:
     """Stopped and started again, while messages come and are requeued."""
     async with run(
         "graceful stop",
@@ -28,8 +28,10 @@ async def test_a_graceful_stop_in_the_middle_of_the_load_duplicates_nothing(run,
     assert 0 == trial.figures.duplicated
 
 
-async def test_connections_closed_by_an_operator_come_back(run, wire, rabbitmq) -> None:
-    """The consumer's, its publisher's and everybody else's."""
+async def test_a_consumer_reconnects_after_an_operator_closes_all_connections(
+    run, wire, rabbitmq
+) -> None:
+    """The consumer's, its publisher's and all others."""
     async with run(
         "connections closed",
         "An operator closed all connections, with `rabbitmqctl`.",
@@ -42,7 +44,7 @@ async def test_connections_closed_by_an_operator_come_back(run, wire, rabbitmq) 
 
 
 async def test_a_queue_that_is_deleted_is_declared_again(run, wire, channel, name) -> None:
-    """It is empty when it is deleted: what it holds would be lost, whoever consumes from it."""
+    """It is empty when it is deleted: its messages would be lost with it."""
     async with run(
         "queue deleted",
         "The queue was deleted in a moment when it was empty, and the consumer declared it again.",

@@ -1,8 +1,7 @@
-"""What becomes of all messages while something goes wrong?
+"""A trial: a consumer under load, the fault that a test causes, and the figures.
 
-A trial is a consumer under load, and the books that are kept of it. Its body does the damage; at
-its end all that the broker has confirmed must be done or dead, and figures tell how often something
-was done for nothing, and how long nothing was.
+At the end, every message that the broker has confirmed must be acked or dead-lettered. The figures
+show how many messages were duplicated, and how long none was handled.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ SETTINGS = {
 """What differs from the defaults: what has to be waited for is shorter."""
 
 
-class Books(Observer):
-    """What was handled, when, and how often.
+class HandlingRecord(Observer):
+    """Records what was handled, when and how often.
 
     Attributes:
         handled: By number and retry count, how often.
@@ -69,19 +68,19 @@ class Books(Observer):
         self._batches: list[tuple[float, str]] = []
 
     def lost(self, origin: Origin, event: Lost) -> None:
-        """Take note of why a session ended, or could not begin."""
+        """Record why a session ended, or could not start."""
         self.losses.append((time.monotonic(), str(event.error)))
 
     def dead_lettered(self, origin: Origin, event: DeadLettered) -> None:
-        """Take note of the last that is heard of a message."""
+        """Record a dead letter."""
         self.dead.add(_number(event.message))
 
     def begin(self, messages: Sequence[Message]) -> None:
-        """Take note of a batch that is about to be handled."""
+        """Record the start of a batch."""
         self._batches.append((time.monotonic(), messages[0].consumer_tag))
 
     def answer(self, message: Message) -> MessageResult:
-        """Decide what becomes of a message, and take note of it."""
+        """Return the result of a message, and record it."""
         number = _number(message)
         attempt = number, message.retry_count
         self.handled[attempt] += 1
@@ -111,13 +110,13 @@ class Books(Observer):
         return next((at - mark for at in after), None)
 
     def longest_pause(self, mark: float) -> float:
-        """The longest time without a batch since *mark*, in seconds."""
+        """Return the longest time without a batch since *mark*, in seconds."""
         times = [mark, *(at for at, _ in self._batches if at > mark), time.monotonic()]
         return max(after - before for before, after in pairwise(times))
 
     @property
     def repeated(self) -> int:
-        """How often a message was handled although nothing had asked for it."""
+        """How often a message was handled although nothing required it."""
         return sum(
             max(0, count - 1 - self._at_once[attempt]) for attempt, count in self.handled.items()
         )
@@ -127,25 +126,25 @@ def _number(message: Message) -> int:
     return int(message.message_id or "")
 
 
-class Subject(BatchConsumer):
-    """Does what the books say."""
+class LoadedConsumer(BatchConsumer):
+    """Yields the results of its record."""
 
-    def __init__(self, settings: BatchConsumerSettings, books: Books) -> None:
-        super().__init__(settings, observers=[books])
-        self._books = books
+    def __init__(self, settings: BatchConsumerSettings, record: HandlingRecord) -> None:
+        super().__init__(settings, observers=[record])
+        self._record = record
         self._lingers = 0.0
 
     def linger(self, seconds: float) -> None:
-        """Take so long for the next batch."""
+        """Take this long for the next batch."""
         self._lingers = seconds
 
     async def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[MessageResult]:
-        """Answer in order."""
-        self._books.begin(messages)
+        """Yield the results in order."""
+        self._record.begin(messages)
         pace, self._lingers = self._lingers or PACE, 0.0
         await asyncio.sleep(pace)
         for message in messages:
-            yield self._books.answer(message)
+            yield self._record.answer(message)
 
 
 class Trial:
@@ -154,15 +153,17 @@ class Trial:
     Attributes:
         consumer: The consumer.
         load: What publishes to its queue.
-        books: What it has handled.
+        record: What it has handled.
         remark: What must be known to read the figures, if anything.
         figures: What was seen; there once the trial is over.
     """
 
-    def __init__(self, consumer: Subject, load: Load, books: Books, url: str) -> None:
+    def __init__(
+        self, consumer: LoadedConsumer, load: Load, record: HandlingRecord, url: str
+    ) -> None:
         self.consumer = consumer
         self.load = load
-        self.books = books
+        self.record = record
         self.remark = ""
         self.figures: Figures
         self.recoveries: list[float] = []
@@ -170,12 +171,12 @@ class Trial:
         self._url = url
 
     async def flows(self, more: int = 200) -> None:
-        """Wait until so many more messages have been handled."""
-        goal = self.books.handled.total() + more
-        await until(lambda: self.books.handled.total() >= goal, what=self.consumer.status)
+        """Wait until so many more messages are handled."""
+        goal = self.record.handled.total() + more
+        await until(lambda: self.record.handled.total() >= goal, what=self.consumer.status)
 
     def ends(self) -> None:
-        """Say that the fault ends now: from here on it is counted how long nothing is handled."""
+        """Mark the end of the fault, from which the recovery is measured."""
         self._mark = time.monotonic()
 
     async def breaks(self) -> None:
@@ -185,9 +186,9 @@ class Trial:
         """
         began = self._mark
         await until(
-            lambda: any(at > began for at, _ in self.books.losses), what=self.consumer.status
+            lambda: any(at > began for at, _ in self.record.losses), what=self.consumer.status
         )
-        self._mark = next(at for at, _ in self.books.losses if at > began)
+        self._mark = next(at for at, _ in self.record.losses if at > began)
 
     async def recovers(self, *, anew: bool = True) -> float:
         """Wait until something is handled again, and all workers are well; return the seconds.
@@ -196,15 +197,15 @@ class Trial:
             anew: Whether the fault has cost the consumer its sessions.
         """
         await until(
-            lambda: self.books.since(self._mark, anew=anew) is not None, what=self.consumer.status
+            lambda: self.record.since(self._mark, anew=anew) is not None, what=self.consumer.status
         )
-        seconds = self.books.since(self._mark, anew=anew) or 0.0
+        seconds = self.record.since(self._mark, anew=anew) or 0.0
         self.recoveries.append(seconds)
         await until(lambda: self.consumer.is_healthy, what=self.consumer.status)
         return seconds
 
     async def suffers(self) -> None:
-        """Wait until the consumer has noticed that something is wrong, and says so."""
+        """Wait until the consumer has noticed the fault and is unhealthy."""
         await until(lambda: not self.consumer.is_healthy, what=self.consumer.status)
 
     async def carries_on(self) -> float:
@@ -215,23 +216,23 @@ class Trial:
         """
         await self.flows()
         await until(lambda: self.consumer.is_healthy, what=self.consumer.status)
-        seconds = self.books.longest_pause(self._mark)
+        seconds = self.record.longest_pause(self._mark)
         self.recoveries.append(seconds)
         return seconds
 
     @property
     def unfinished(self) -> set[int]:
-        """What was confirmed to its publisher, and is neither done nor dead, so far as known."""
-        return self.load.confirmed - self.books.done - self.books.dead
+        """Confirmed messages that are neither acked nor known to be dead-lettered."""
+        return self.load.confirmed - self.record.done - self.record.dead
 
     async def rests(self) -> None:
-        """Let the load pause, and wait until all that was published has been dealt with."""
+        """Pause the load, and wait until all published messages are finished."""
         self.load.pause()
         await self.load.is_pausing.wait()
         await self.idles()
 
     async def idles(self) -> None:
-        """Wait until everything is done or dead, and nothing is left to do twice."""
+        """Wait until every message is acked or dead-lettered, and nothing is left in the queue."""
         await until(
             lambda: not self.unfinished,
             what=lambda: (sorted(self.unfinished)[:20], self.consumer.status()),
@@ -240,13 +241,13 @@ class Trial:
         queue = self.consumer.status().queue
 
         async def nothing_is_left() -> bool:
-            seen = self.books.handled.total()
+            seen = self.record.handled.total()
             if await ready(self._url, queue) or any(
                 each.in_hand or each.held or each.buffered
                 for each in self.consumer.status().workers
             ):
                 return False
-            return seen == self.books.handled.total()
+            return seen == self.record.handled.total()
 
         await until(nothing_is_left, what=self.consumer.status)
 
@@ -287,10 +288,10 @@ async def under_load(
         **SETTINGS,
         **settings,
     }
-    books = Books()
-    consumer = Subject(BatchConsumerSettings(**given), books)
+    record = HandlingRecord()
+    consumer = LoadedConsumer(BatchConsumerSettings(**given), record)
     async with consumer, Load(urls, name, rate=rate, minimum=minimum) as load:
-        trial = Trial(consumer, load, books, urls[0])
+        trial = Trial(consumer, load, record, urls[0])
         await trial.flows()
         yield trial
         await load.finish()
@@ -306,7 +307,7 @@ async def under_load(
 
 
 async def _count(trial: Trial, fault: str, did: str, url: str, broker: str, wire: str) -> Figures:
-    """Look into the queues, which are then deleted."""
+    """Count what is in the queues, and delete them."""
     queue = trial.consumer.status().queue
     async with await aio_pika.connect(url) as connection:
         channel = await connection.channel()
@@ -314,7 +315,7 @@ async def _count(trial: Trial, fault: str, did: str, url: str, broker: str, wire
         dead = Counter(_id(each) for each in await take_all(channel, f"{queue}.dead"))
         for each in (queue, f"{queue}.dead"):
             await channel.queue_delete(each)
-    confirmed, done = trial.load.confirmed, trial.books.done
+    confirmed, done = trial.load.confirmed, trial.record.done
     return Figures(
         fault=fault,
         did=did,
@@ -322,7 +323,7 @@ async def _count(trial: Trial, fault: str, did: str, url: str, broker: str, wire
         broker=broker,
         messages=len(confirmed),
         handled=len(confirmed & (done | dead.keys())),
-        duplicated=trial.books.repeated + dead.total() - len(dead),
+        duplicated=trial.record.repeated + dead.total() - len(dead),
         lost=len(confirmed - done - dead.keys() - left.keys()),
         recovery=max(trial.recoveries, default=None),
         remark=trial.remark,

@@ -239,18 +239,18 @@ class App:
     """
 
     process: subprocess.Popen[bytes]
-    diary: Path
+    events: Path
     output: Path
     _read: int = 0
     _entries: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def entries(self) -> list[dict[str, Any]]:
-        """All that was done so far, by this program and by those before it with the same diary."""
-        if self.diary.exists():
-            with self.diary.open("rb") as diary:
-                diary.seek(self._read)
-                for line in diary:
+        """All that was done so far, by this program and by those before it with the same events."""
+        if self.events.exists():
+            with self.events.open("rb") as events:
+                events.seek(self._read)
+                for line in events:
                     if not line.endswith(b"\n"):
                         break
                     self._read += len(line)
@@ -262,7 +262,7 @@ class App:
         return [entry["of"] for entry in self.entries if entry["what"] == what]
 
     @property
-    def said(self) -> str:
+    def printed(self) -> str:
         """Everything that it has printed and logged."""
         return self.output.read_text(errors="replace")
 
@@ -270,13 +270,13 @@ class App:
         """Wait for so many entries under one heading."""
 
         def there() -> bool:
-            assert self.process.poll() is None or len(self.of(what)) >= count, self.said[-4000:]
+            assert self.process.poll() is None or len(self.of(what)) >= count, self.printed[-4000:]
             return len(self.of(what)) >= count
 
         await until(
             there,
             within=within,
-            what=lambda: f"{count} × {what!r}: {len(self.of(what))}\n{self.said[-4000:]}",
+            what=lambda: f"{count} × {what!r}: {len(self.of(what))}\n{self.printed[-4000:]}",
         )
 
     def send(self, number: signal.Signals) -> None:
@@ -287,7 +287,7 @@ class App:
         await until(
             lambda: self.process.poll() is not None,
             within=within,
-            what=lambda: f"the program ends\n{self.said[-4000:]}",
+            what=lambda: f"the program ends\n{self.printed[-4000:]}",
         )
         return self.process.returncode
 
@@ -297,14 +297,14 @@ async def app(
     name: str, folder: Path, url: str, queue: str, **options: object
 ) -> AsyncIterator[App]:
     """Run a program from ``apps`` until the context is left; then it is killed, if need be."""
-    diary, output = folder / "diary.jsonl", folder / "output.txt"
-    arguments = {"url": url, "queue": queue, "diary": str(diary), **options}
+    events, output = folder / "events.jsonl", folder / "output.txt"
+    arguments = {"url": url, "queue": queue, "event_log": str(events), **options}
     with output.open("ab") as out:
         process = spawn(
             [sys.executable, str(_APPS / f"{name}.py"), json.dumps(arguments)], stdout=out
         )
     try:
-        yield App(process, diary, output)
+        yield App(process, events, output)
     finally:
         kill_group(process)
 
@@ -314,12 +314,12 @@ async def command_line(
     folder: Path, *arguments: str, queue: str = "", url: str = "memory://", **environment: str
 ) -> AsyncIterator[App]:
     """Run ``aio-pika-batch`` until the context is left; then all its processes are killed."""
-    diary, output = folder / "diary.jsonl", folder / "output.txt"
+    events, output = folder / "events.jsonl", folder / "output.txt"
     env = {
         **os.environ,
         "AIO_PIKA_BATCH_URL": url,
         "AIO_PIKA_BATCH_QUEUE_NAME": queue or "orders",
-        "DIARY": str(diary),
+        "EVENT_LOG": str(events),
         **environment,
     }
     with output.open("ab") as out:
@@ -327,7 +327,7 @@ async def command_line(
             [sys.executable, "-m", "aio_pika_batch", *arguments], stdout=out, env=env, cwd=folder
         )
     try:
-        yield App(process, diary, output)
+        yield App(process, events, output)
     finally:
         # Processes of a supervisor that is gone already are in its group still.
         with suppress(ProcessLookupError):

@@ -110,7 +110,7 @@ async def test_consumers_run_until_sigterm_and_probes_are_answered(
         status = json.loads(done.stdout)
         assert [2, 2] == [len(each["workers"]) for each in status["consumers"]]
         program.send(signal.SIGTERM)
-        assert 0 == await program.ended(), program.said
+        assert 0 == await program.ended(), program.printed
     assert 2 == len(program.of("on_stop"))
     await holds(amqp_url, name, 0)
     done = cli(tmp_path, "health", "--url", f"{url}/livez")
@@ -145,11 +145,11 @@ async def test_an_unreachable_broker_fails_readiness_only(tmp_path) -> None:
         url = f"amqp://127.0.0.1:{nobody.getsockname()[1]}/"
         async with command_line(tmp_path, *shop("--health-port", "0"), url=url) as program:
             where = await address(program)
-            await until(lambda: "not consuming" in program.said)
+            await until(lambda: "not consuming" in program.printed)
             assert 0 == cli(tmp_path, "health", "--url", f"{where}/livez").returncode
             assert 1 == cli(tmp_path, "health", "--url", f"{where}/readyz").returncode
             program.send(signal.SIGTERM)
-            assert 0 == await program.ended(), program.said
+            assert 0 == await program.ended(), program.printed
 
 
 @pytest.mark.parametrize("supervised", [(), ("-n", "2")])
@@ -160,18 +160,18 @@ async def test_a_wrong_password_exits_with_3(amqp_url, name, tmp_path, supervise
         scheme, _, rest = amqp_url.partition("://")
         wrong = f"{scheme}://nobody:wr0ng@{rest.rpartition('@')[2]}"
     async with command_line(tmp_path, *shop(*supervised), queue=name, url=wrong) as program:
-        assert 3 == await program.ended(), program.said
-    assert "AccessRefused" in program.said
-    assert "wr0ng" not in program.said
-    assert "Traceback" not in program.said
+        assert 3 == await program.ended(), program.printed
+    assert "AccessRefused" in program.printed
+    assert "wr0ng" not in program.printed
+    assert "Traceback" not in program.printed
 
 
 async def test_a_consumer_that_fails_drains_the_others(folder) -> None:
     """With its traceback and exit code 1."""
     async with command_line(folder, "run", "stall:importer", "stall:Failing") as program:
-        assert 1 == await program.ended(), program.said
-    assert "RuntimeError: no database" in program.said
-    assert '"stopped"' in program.said
+        assert 1 == await program.ended(), program.printed
+    assert "RuntimeError: no database" in program.printed
+    assert '"stopped"' in program.printed
 
 
 async def test_a_port_in_use_exits_with_2(folder) -> None:
@@ -193,15 +193,15 @@ async def test_reload_restarts_after_a_change(folder) -> None:
         await wait_for_output(program, "SyntaxError")
         (folder / "stall.py").write_text(CONSUMER.replace("VERSION 1", "VERSION 2"))
         await wait_for_output(program, "VERSION 2")
-        await until(lambda: program.said.count('"consuming"') == 2, what=lambda: program.said)
+        await until(lambda: program.printed.count('"consuming"') == 2, what=lambda: program.printed)
         program.send(signal.SIGINT)
-        assert 0 == await program.ended(), program.said
+        assert 0 == await program.ended(), program.printed
 
 
 async def wait_for_output(program: App, *texts: str) -> None:
     """Wait until the program has printed all of these."""
     for text in texts:
-        await until(lambda text=text: text in program.said, what=lambda: program.said)
+        await until(lambda text=text: text in program.printed, what=lambda: program.printed)
 
 
 @pytest.mark.parametrize("loop", ["auto", "asyncio", "uvloop"])
@@ -210,4 +210,4 @@ async def test_consumers_run_on_either_event_loop(folder, loop) -> None:
     async with command_line(folder, "run", "stall:importer", "--loop", loop) as program:
         await wait_for_output(program, '"consuming"')
         program.send(signal.SIGTERM)
-        assert 0 == await program.ended(), program.said
+        assert 0 == await program.ended(), program.printed

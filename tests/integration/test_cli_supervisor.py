@@ -47,7 +47,7 @@ async def put(channel: AbstractChannel, queue: str, bodies: list[bytes]) -> None
 async def address(program: App) -> str:
     """Return the address of its health endpoints, from its log."""
     pattern = re.compile(r'"url": "(http://127\.0\.0\.1:\d+)"')
-    found = await until(lambda: pattern.search(program.said), what=lambda: program.said)
+    found = await until(lambda: pattern.search(program.printed), what=lambda: program.printed)
     return found[1]
 
 
@@ -80,7 +80,7 @@ async def test_a_killed_process_is_replaced_and_its_messages_are_handled(
         assert 2 == len(program.of("started"))
         await put(channel, name, [*orders(1, "lethal-once"), *orders(40, first=1)])
         await program.noted("started", 3)
-        await until(lambda: set(range(41)) == set(program.of("done")), what=lambda: program.said)
+        await until(lambda: set(range(41)) == set(program.of("done")), what=lambda: program.printed)
         await is_ready(url)
         status = json.loads(get(f"{url}/status"))
         assert [0, 1] == sorted(each["restarts"] for each in status["processes"])
@@ -88,8 +88,8 @@ async def test_a_killed_process_is_replaced_and_its_messages_are_handled(
         assert up in get(f"{url}/metrics")
         assert "ok\n" == get(f"{url}/livez")
         program.send(signal.SIGTERM)
-        assert 0 == await program.ended(), program.said
-    assert "by SIGKILL" in program.said
+        assert 0 == await program.ended(), program.printed
+    assert "by SIGKILL" in program.printed
 
 
 async def test_a_process_with_a_blocked_event_loop_is_killed_and_replaced(
@@ -102,13 +102,13 @@ async def test_a_process_with_a_blocked_event_loop_is_killed_and_replaced(
         await put(channel, name, orders(5, "hangs-once"))
         await program.noted("hangs")
         await program.noted("started", 2)
-        await until(lambda: set(range(5)) == set(program.of("done")), what=lambda: program.said)
-        assert "a process sends no heartbeats; killing it" in program.said
+        await until(lambda: set(range(5)) == set(program.of("done")), what=lambda: program.printed)
+        assert "a process sends no heartbeats; killing it" in program.printed
         first, second = program.of("started")
         assert first != second
         assert not is_running(first)
         program.send(signal.SIGTERM)
-        assert 0 == await program.ended(), program.said
+        assert 0 == await program.ended(), program.printed
 
 
 async def test_a_stuck_process_is_drained_and_replaced(channel, amqp_url, name, tmp_path) -> None:
@@ -120,7 +120,7 @@ async def test_a_stuck_process_is_drained_and_replaced(channel, amqp_url, name, 
         await program.noted("started")
         await put(channel, name, orders(1))
         await program.noted("started", 2)
-        assert "holds a message longer than stuck_after" in program.said
+        assert "holds a message longer than stuck_after" in program.printed
 
 
 async def test_sigterm_drains_every_process(channel, amqp_url, name, tmp_path) -> None:
@@ -135,7 +135,7 @@ async def test_sigterm_drains_every_process(channel, amqp_url, name, tmp_path) -
         await program.noted("begin", 4)
         watch = Stopwatch()
         program.send(signal.SIGTERM)
-        assert 0 == await program.ended(), program.said
+        assert 0 == await program.ended(), program.printed
         assert watch.seconds < 20
     assert 2 == len(program.of("on_stop"))
     begun = [each for batch in program.of("begin") for each in batch]
@@ -148,12 +148,12 @@ async def test_sigterm_drains_every_process(channel, amqp_url, name, tmp_path) -
 async def test_a_drain_reaches_a_process_that_is_still_starting(tmp_path) -> None:
     """It drains as soon as it reads the command, and doesn't start to consume."""
     async with command_line(tmp_path, *shop("-n", "1")) as program:
-        await until(lambda: '"started"' in program.said)
+        await until(lambda: '"started"' in program.printed)
         watch = Stopwatch()
         program.send(signal.SIGTERM)
-        assert 0 == await program.ended(), program.said
+        assert 0 == await program.ended(), program.printed
         assert watch.seconds < 20
-    assert "killing" not in program.said
+    assert "killing" not in program.printed
 
 
 async def test_a_drain_that_takes_too_long_is_cut_off(channel, amqp_url, name, tmp_path) -> None:
@@ -167,9 +167,9 @@ async def test_a_drain_that_takes_too_long_is_cut_off(channel, amqp_url, name, t
         await program.noted("begin", 2)
         watch = Stopwatch()
         program.send(signal.SIGTERM)
-        assert 1 == await program.ended(), program.said
+        assert 1 == await program.ended(), program.printed
         assert watch.seconds < 10  # and a loaded machine
-    assert "DrainIncomplete" in program.said
+    assert "DrainIncomplete" in program.printed
     await holds(amqp_url, name, 20)
 
 
@@ -182,9 +182,9 @@ async def test_a_second_signal_abandons_the_drain(channel, amqp_url, name, tmp_p
         await put(channel, name, orders(20))
         await program.noted("begin", 2)
         program.send(signal.SIGTERM)
-        await until(lambda: program.said.count('"draining"') >= 3, what=lambda: program.said)
+        await until(lambda: program.printed.count('"draining"') >= 3, what=lambda: program.printed)
         program.send(signal.SIGINT)
-        assert 1 == await program.ended(within=15), program.said
+        assert 1 == await program.ended(within=15), program.printed
     await holds(amqp_url, name, 20)
 
 
@@ -200,7 +200,7 @@ async def test_processes_drain_when_their_supervisor_is_killed(
         await program.noted("begin", 4)
         os.kill(program.process.pid, signal.SIGKILL)
         children = program.of("started")
-        await until(lambda: not any(map(is_running, children)), what=lambda: program.said)
+        await until(lambda: not any(map(is_running, children)), what=lambda: program.printed)
     assert 2 == len(program.of("on_stop"))
     done = program.of("done")
     assert Counter(each for batch in program.of("begin") for each in batch) == Counter(done)
@@ -217,14 +217,16 @@ async def test_sighup_replaces_one_process_after_another(channel, amqp_url, name
         await put(channel, name, orders(100))
         await program.noted("begin", 2)
         program.send(signal.SIGHUP)
-        await until(lambda: "every process was replaced" in program.said, what=lambda: program.said)
+        await until(
+            lambda: "every process was replaced" in program.printed, what=lambda: program.printed
+        )
         old, new = program.of("started")[:2], program.of("started")[2:]
         assert 2 == len(set(new) - set(old))
         assert not any(map(is_running, old))
         assert all(map(is_running, new))
-        await until(lambda: len(program.of("done")) >= 100, what=lambda: program.said)
+        await until(lambda: len(program.of("done")) >= 100, what=lambda: program.printed)
         program.send(signal.SIGTERM)
-        assert 0 == await program.ended(), program.said
+        assert 0 == await program.ended(), program.printed
     assert Counter(range(100)) == Counter(program.of("done"))
     entries = [entry["what"] for entry in program.entries]
     gone = [index for index, what in enumerate(entries) if what == "on_stop"]
@@ -236,15 +238,15 @@ async def test_crash_loops_of_all_processes_end_the_supervisor(tmp_path) -> None
     """With exit code 1 and a line in the log."""
     arguments = shop("-n", "2", "--crash-limit", "2")
     async with command_line(tmp_path, *arguments, MISHAP="crash") as program:
-        assert 1 == await program.ended(), program.said
+        assert 1 == await program.ended(), program.printed
     # The second process starts after the first heartbeat, which there may not be.
-    assert program.said.count("with exit code 7") in {2, 3, 4}
-    assert 1 == program.said.count('"giving up: ')
+    assert program.printed.count("with exit code 7") in {2, 3, 4}
+    assert 1 == program.printed.count('"giving up: ')
 
 
 async def test_a_wrong_target_ends_the_supervisor(tmp_path) -> None:
     """With exit code 2; the error is printed once, not once per process."""
     async with command_line(tmp_path, "run", "no_such:thing", "--processes", "3") as program:
         assert 2 == await program.ended()
-    assert 1 == program.said.count("there is no module 'no_such'")
-    assert "Traceback" not in program.said
+    assert 1 == program.printed.count("there is no module 'no_such'")
+    assert "Traceback" not in program.printed

@@ -81,7 +81,7 @@ async def test_five_kills_under_load_lose_nothing(
 
     async with app("work", tmp_path, amqp_url, name, **settings) as program:
         good = {each for each in messages if kind(each) in {"good", "flaky"}}
-        await until(lambda: good <= set(program.of("done")), what=lambda: program.said[-4000:])
+        await until(lambda: good <= set(program.of("done")), what=lambda: program.printed[-4000:])
         await until(lambda: _is_empty_and_idle(amqp_url, name, program))
         program.send(signal.SIGTERM)
         assert 0 == await program.ended()

@@ -63,7 +63,7 @@ async def test_a_signal_in_mid_batch_finishes_it_and_returns_the_rest(
         program.send(number)
         code = await program.ended()
 
-    assert 0 == code, program.said
+    assert 0 == code, program.printed
     begun = [each for batch in program.of("begin") for each in batch]
     done = program.of("done")
     assert begun == done
@@ -95,7 +95,7 @@ async def test_one_signal_stops_all_consumers_of_a_process(
             await publish(channel, numbered(60), routing_key=queue)
         await program.noted("begin", 6)
         program.send(signal.SIGTERM)
-        assert 0 == await program.ended(), program.said
+        assert 0 == await program.ended(), program.printed
 
     assert sorted(queues) == sorted(program.of("on_stop"))
     assert len(program.of("end")) == len(program.of("begin"))
@@ -112,14 +112,14 @@ async def test_a_second_signal_abandons_the_drain(channel, amqp_url, name, tmp_p
         await publish(channel, numbered(30), routing_key=name)
         await program.noted("begin")
         program.send(signal.SIGTERM)
-        await until(lambda: "draining" in program.said)
+        await until(lambda: "draining" in program.printed)
         assert program.process.poll() is None
         watch = Stopwatch()
         program.send(signal.SIGTERM)
         code = await program.ended()
 
     assert 0 != code
-    assert "DrainIncomplete" in program.said
+    assert "DrainIncomplete" in program.printed
     assert watch.seconds < 10
     await holds(amqp_url, name, 30)
 

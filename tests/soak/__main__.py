@@ -1,7 +1,7 @@
-"""Run a consumer under load through one fault after another, and see whether it stays as it was.
+"""Runs a consumer under load through one fault after another, and checks that it does not grow.
 
-``python -m tests.soak [--minutes 60] [--seed 1] [--docs docs]``. Exits with 1 if something was lost
-or has grown; the page is written in any case.
+``python -m tests.soak [--minutes 60] [--seed 1] [--docs docs]``. It exits with 1 if something was
+lost or has grown; the page is written in any case.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _BETWEEN = (4.0, 10.0)
 
 
 @dataclass
-class Stage:
-    """All that takes part.
+class SoakRun:
+    """The broker, the proxy, the load and the counts of a soak.
 
     Attributes:
         depth: How many messages waited in the queue, and when.
@@ -67,7 +67,7 @@ class Stage:
     # -- faults -----------------------------------------------------------------------------------
 
     async def hurt(self) -> None:
-        """Do one thing or another."""
+        """Cause a random fault."""
         ways: dict[str, Callable[[], Awaitable[None]]] = {
             "cut": self._cut,
             "reset in mid-frame": self._reset,
@@ -103,7 +103,7 @@ class Stage:
     # -- watching ---------------------------------------------------------------------------------
 
     async def look(self) -> None:
-        """Look again and again how much waits, for ever. A broker that is paused is not asked."""
+        """Sample the depth of the queue forever; a paused broker is not asked."""
         while True:
             with suppress(Exception):
                 async with asyncio.timeout(_LOOK_EVERY):
@@ -111,8 +111,8 @@ class Stage:
                     self.depth.append((time.time(), float(count)))
             await asyncio.sleep(_LOOK_EVERY)
 
-    async def bury(self) -> None:
-        """Take the dead letters away, while nothing disturbs it."""
+    async def take_dead_letters(self) -> None:
+        """Take and count the dead letters."""
         async with await aio_pika.connect(self.broker.url) as connection:
             channel = await connection.channel()
             self.dead += Counter(
@@ -121,12 +121,12 @@ class Stage:
 
     @property
     def unfinished(self) -> set[int]:
-        """What was confirmed, and is neither done nor dead."""
+        """Confirmed messages that are neither acked nor dead-lettered."""
         return self.load.confirmed - self.tally.done - self.dead.keys()
 
 
 async def soak(minutes: float, seed: int, folder: Path, broker: RunningBroker) -> Soak:
-    """Run it, and return what was seen."""
+    """Run the soak, and return what happened."""
     machine = this_machine()  # before anybody checks out something else
     record, samples = folder / "record", folder / "samples"
     parts = urlsplit(broker.url)
@@ -140,22 +140,22 @@ async def soak(minutes: float, seed: int, folder: Path, broker: RunningBroker) -
             "record": str(record),
             "samples": str(samples),
         }
-        async with subject(options, folder / "output") as stop:
+        async with consumer_process(options, folder / "output") as stop:
             await until(lambda: _is_well(samples), what=(folder / "output").read_text)
             async with Load([broker.url], QUEUE, rate=RATE, minimum=1) as load:
-                stage = Stage(broker, proxy, load, Tally(record), random.Random(seed))
-                looking = asyncio.create_task(stage.look())
+                run = SoakRun(broker, proxy, load, Tally(record), random.Random(seed))
+                looking = asyncio.create_task(run.look())
                 began = time.time()
-                await _go_through_faults(stage, began, minutes)
+                await _go_through_faults(run, began, minutes)
                 await load.finish()
-                await _come_to_rest(stage, samples)
+                await _come_to_rest(run, samples)
                 looking.cancel()
             ended = time.time()
             code = await stop()
-    stage.tally.read()
-    await stage.bury()
+    run.tally.read()
+    await run.take_dead_letters()
     left = await ready(broker.url, QUEUE)
-    curves: dict[str, list[tuple[float, float]]] = {"depth": stage.depth}
+    curves: dict[str, list[tuple[float, float]]] = {"depth": run.depth}
     for sample in map(json.loads, samples.read_text().splitlines()):
         for name in ("memory", "tasks", "files"):
             curves.setdefault(name, []).append((sample["at"], float(sample[name])))
@@ -164,12 +164,12 @@ async def soak(minutes: float, seed: int, folder: Path, broker: RunningBroker) -
         broker=broker.version,
         machine=machine,
         messages=len(load.confirmed),
-        handled=len(load.confirmed & (stage.tally.done | stage.dead.keys())),
-        duplicated=stage.tally.repeated + stage.dead.total() - len(stage.dead),
-        lost=len(stage.unfinished),
+        handled=len(load.confirmed & (run.tally.done | run.dead.keys())),
+        duplicated=run.tally.repeated + run.dead.total() - len(run.dead),
+        lost=len(run.unfinished),
         left=left,
         exit_code=code,
-        faults=[(at - began, name) for at, name in stage.faults],
+        faults=[(at - began, name) for at, name in run.faults],
         curves={
             name: [(at - began, value) for at, value in points if began <= at <= ended]
             for name, points in curves.items()
@@ -177,44 +177,44 @@ async def soak(minutes: float, seed: int, folder: Path, broker: RunningBroker) -
     )
 
 
-async def _go_through_faults(stage: Stage, began: float, minutes: float) -> None:
+async def _go_through_faults(run: SoakRun, began: float, minutes: float) -> None:
     while (passed := time.time() - began) < minutes * 60:
-        await stage.hurt()
-        await asyncio.sleep(stage.rng.uniform(*_BETWEEN))
-        await stage.bury()
-        stage.tally.read()
+        await run.hurt()
+        await asyncio.sleep(run.rng.uniform(*_BETWEEN))
+        await run.take_dead_letters()
+        run.tally.read()
         print(
-            f"{passed / 60:5.1f} min: {len(stage.load.confirmed)} confirmed,"
-            f" {stage.tally.total} answers, {len(stage.unfinished)} on their way",
+            f"{passed / 60:5.1f} min: {len(run.load.confirmed)} confirmed,"
+            f" {run.tally.total} answers, {len(run.unfinished)} on their way",
             flush=True,
         )
 
 
-async def _come_to_rest(stage: Stage, samples: Path) -> None:
-    """Wait until all is done or dead, and nothing is left to do twice."""
+async def _come_to_rest(run: SoakRun, samples: Path) -> None:
+    """Wait until every message is acked or dead-lettered, and nothing is left in the queue."""
 
     async def all_is_dealt_with() -> bool:
-        await stage.bury()
-        stage.tally.read()
-        return not stage.unfinished
+        await run.take_dead_letters()
+        run.tally.read()
+        return not run.unfinished
 
-    await until(all_is_dealt_with, within=120, what=lambda: str(sorted(stage.unfinished)[:20]))
+    await until(all_is_dealt_with, within=120, what=lambda: str(sorted(run.unfinished)[:20]))
     await until(lambda: _is_well(samples))
 
     async def nothing_is_left() -> bool:
-        stage.tally.read()
-        seen = stage.tally.total
-        if await ready(stage.broker.url, QUEUE):
+        run.tally.read()
+        seen = run.tally.total
+        if await ready(run.broker.url, QUEUE):
             return False
         await asyncio.sleep(1)
-        stage.tally.read()
-        return seen == stage.tally.total
+        run.tally.read()
+        return seen == run.tally.total
 
     await until(nothing_is_left)
 
 
 def _is_well(samples: Path) -> bool:
-    """Whether the consumer has said so in its last sample."""
+    """Return whether the consumer was healthy in its last sample."""
     if not samples.exists():
         return False
     whole, _, _ = samples.read_text().rpartition("\n")
@@ -222,11 +222,11 @@ def _is_well(samples: Path) -> bool:
 
 
 @asynccontextmanager
-async def subject(
+async def consumer_process(
     options: dict[str, object], output: Path
 ) -> AsyncIterator[Callable[[], Awaitable[int]]]:
-    """Run the consumer; what is given stops it in good order, and returns its exit code."""
-    command = [sys.executable, "-m", "tests.soak.subject", json.dumps(options)]
+    """Run the consumer; yield a function that stops it gracefully and returns its exit code."""
+    command = [sys.executable, "-m", "tests.soak.soak_consumer", json.dumps(options)]
     with output.open("ab") as out:
         process = spawn(command, cwd=ROOT, stdout=out)
 
@@ -256,8 +256,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, source.start(Path(folder, "broker")) as broker:
         seen = asyncio.run(soak(given.minutes, given.seed, Path(folder), broker))
     write(seen, given.docs)
-    for verdict in seen.verdicts:
-        print(verdict)
+    for trend in seen.trends:
+        print(trend)
     print(f"{seen.messages} messages, {seen.duplicated} duplicated, {seen.lost} lost")
     return 0 if seen.is_well else 1
 

@@ -1,4 +1,4 @@
-"""How is a soak told? As a table between two marks of ``reliability.md``, and as a plot."""
+"""Writes the result of a soak into ``reliability.md``: a table between two marks, and a plot."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.curves import Curve, curves
 from tests.faults.figures import Machine
 from tests.faults.report import between_marks
-from tests.soak.flat import Measure, Point, Verdict, judge
+from tests.soak.trend import Measure, Point, Trend, trend_of
 
 BEGIN, END = "<!-- soak: begin -->", "<!-- soak: end -->"
 PLOT = "reliability-soak.svg"
@@ -52,15 +52,15 @@ class Soak:
     curves: Mapping[str, Sequence[Point]]
 
     @property
-    def verdicts(self) -> list[Verdict]:
+    def trends(self) -> list[Trend]:
         """Whether each measure stayed flat."""
-        return [judge(measure, self.curves[name]) for name, measure in MEASURES.items()]
+        return [trend_of(measure, self.curves[name]) for name, measure in MEASURES.items()]
 
     @property
     def is_well(self) -> bool:
         """Whether nothing was lost, nothing has grown, and the consumer ended as it should."""
         is_whole = self.lost == self.left == self.exit_code == 0
-        return is_whole and all(verdict.is_flat for verdict in self.verdicts)
+        return is_whole and all(trend.is_flat for trend in self.trends)
 
 
 def write(soak: Soak, folder: Path) -> None:
@@ -81,7 +81,7 @@ def render(soak: Soak) -> str:
     lines = [
         "| in the second half | median | greatest | rise | allowed | flat |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
-        *(_line(verdict) for verdict in soak.verdicts),
+        *(_line(trend) for trend in soak.trends),
     ]
     run = (
         f"The last run took {soak.minutes:.0f} minutes, on RabbitMQ {soak.broker}, revision"
@@ -100,9 +100,9 @@ def _named(measure: Measure) -> str:
     return f"{measure.name}, {measure.unit}" if measure.unit else measure.name
 
 
-def _line(verdict: Verdict) -> str:
+def _line(trend: Trend) -> str:
     return (
-        f"| {_named(verdict.measure)} | {verdict.middle:.1f} | {verdict.greatest:.1f}"
-        f" | {verdict.rise:+.2f} | {verdict.measure.allowed:g}"
-        f" | {'yes' if verdict.is_flat else '**no**'} |"
+        f"| {_named(trend.measure)} | {trend.middle:.1f} | {trend.greatest:.1f}"
+        f" | {trend.rise:+.2f} | {trend.measure.allowed:g}"
+        f" | {'yes' if trend.is_flat else '**no**'} |"
     )

@@ -1,4 +1,4 @@
-"""What did the consumer do with all messages? Its record is read while it is being written."""
+"""Counts the results in the consumer's record, which is read while it is written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class Tally:
-    """Counts answers.
+    """Counts results.
 
     Attributes:
         done: What was acknowledged.
@@ -22,18 +22,18 @@ class Tally:
 
     @property
     def repeated(self) -> int:
-        """How often a message was handled although nothing had asked for it."""
+        """How often a message was handled although nothing required it."""
         return sum(
             max(0, count - 1 - self._asked[attempt]) for attempt, count in self._answers.items()
         )
 
     @property
     def total(self) -> int:
-        """How many answers there were."""
+        """The number of results."""
         return self._answers.total()
 
     def read(self) -> None:
-        """Read what is new, up to the last whole line."""
+        """Read new lines, up to the last complete one."""
         if not self._record.exists():
             return
         with self._record.open("rb") as record:

@@ -1,4 +1,4 @@
-"""Do the figures of faults say what was seen? Books, store and page need no broker."""
+"""The figures of the fault tests: counting, storing and the page. They need no broker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aio_pika_batch import Message, MessageResult
 from aio_pika_batch.testing import make_message
 from tests.faults import figures, report
 from tests.faults.figures import Figures, Machine
-from tests.faults.trial import KINDS, Books
+from tests.faults.trial import KINDS, HandlingRecord
 
 SEEN = Figures(
     fault="broker killed",
@@ -29,46 +29,46 @@ MACHINE = Machine(revision="abc1234", processors=2, python="3.12.1")
 
 
 def kept(*seen: Figures) -> figures.Kept:
-    """What a run of these has kept."""
+    """Return what a run with these figures has stored."""
     return {each.key: (each, MACHINE) for each in seen}
 
 
 def numbered(number: int, retry_count: int = 0) -> Message:
-    """One of the load's messages."""
+    """Return one of the load's messages."""
     headers: Mapping[str, int] = {"x-retry-count": retry_count}
     return make_message(b"", message_id=str(number), headers=headers)
 
 
-class TestBooks:
-    """What was asked for is no duplicate."""
+class TestRecord:
+    """Requested retries are not duplicates."""
 
     @pytest.mark.parametrize(
         ("kind", "attempts"),
         [("good", [0]), ("flaky", [0, 1, 2]), ("impatient", [0, 0]), ("doomed", [0, 1, 2, 3])],
     )
-    def test_what_a_message_asks_for_is_no_duplicate(self, kind: str, attempts: list[int]) -> None:
-        """But once more of any of it is."""
-        books = Books()
+    def test_a_requested_retry_is_not_a_duplicate(self, kind: str, attempts: list[int]) -> None:
+        """But each further one is."""
+        record = HandlingRecord()
         number = KINDS.index(kind)
         for attempt in attempts:
-            books.answer(numbered(number, attempt))
-        assert 0 == books.repeated
-        books.answer(numbered(number, attempts[-1]))
-        assert 1 == books.repeated
+            record.answer(numbered(number, attempt))
+        assert 0 == record.repeated
+        record.answer(numbered(number, attempts[-1]))
+        assert 1 == record.repeated
 
     def test_only_an_ack_makes_a_message_done(self) -> None:
-        """A NACK is done once it is a dead letter."""
-        books = Books()
-        answers = [books.answer(numbered(KINDS.index(kind))) for kind in ("good", "bad", "doomed")]
+        """A NACKed message is finished when it is dead-lettered."""
+        record = HandlingRecord()
+        answers = [record.answer(numbered(KINDS.index(kind))) for kind in ("good", "bad", "doomed")]
         assert [MessageResult.ACK, MessageResult.NACK, MessageResult.REQUEUE] == answers
-        assert {KINDS.index("good")} == books.done
+        assert {KINDS.index("good")} == record.done
 
 
-class TestKept:
+class TestStored:
     """The file with a line for each fault."""
 
     def test_new_figures_replace_those_of_the_same_fault_only(self, tmp_path: Path) -> None:
-        """Another wire, broker or fault is another line."""
+        """Another wire, broker or fault has its own line."""
         file = tmp_path / "figures.jsonl"
         others = [
             replace(SEEN, wire="plain"),
@@ -82,7 +82,7 @@ class TestKept:
         expected = kept(newer, *others) | {newer.key: (newer, later)}
         assert expected == figures.load(file)
 
-    def test_brokers_stand_in_the_order_of_their_versions(self, tmp_path: Path) -> None:
+    def test_brokers_are_sorted_by_version(self, tmp_path: Path) -> None:
         """3.8 comes before 3.10."""
         file = tmp_path / "figures.jsonl"
         for version in ("4.0.5", "3.10.8", "3.8.9"):
@@ -90,16 +90,16 @@ class TestKept:
         brokers = [each.broker for each, _ in figures.load(file).values()]
         assert ["3.8.9", "3.10.8", "4.0.5"] == brokers
 
-    def test_nothing_is_kept_at_first(self, tmp_path: Path) -> None:
-        """No file is no figures."""
+    def test_without_a_file_there_are_no_figures(self, tmp_path: Path) -> None:
+        """`load` returns an empty dictionary."""
         assert {} == figures.load(tmp_path / "none.jsonl")
 
 
 class TestReport:
-    """What a reader is told."""
+    """The page."""
 
     def test_each_broker_has_a_table_and_each_fault_a_sentence(self) -> None:
-        """And remarks, each once."""
+        """And each remark once."""
         plain = replace(SEEN, wire="plain", recovery=None, remark="In vain.")
         shown = report.render(kept(SEEN, plain)).splitlines()
         assert "### RabbitMQ 3.10.8" == shown[0]
@@ -108,19 +108,19 @@ class TestReport:
         assert "| broker killed | plain | 1,200 | 1,200 | 7 | **0** | – |" in shown
         assert "- **broker killed**: SIGKILL to the node. In vain." == shown[-1]
 
-    def test_only_what_stands_between_the_marks_is_replaced(self) -> None:
-        """Prose is written by hand."""
+    def test_only_the_text_between_the_marks_is_replaced(self) -> None:
+        """The rest is written by hand."""
         page = f"Before.\n{report.BEGIN}\nold\n{report.END}\nAfter.\n"
         new = report.between_marks(page, "new\n")
         assert f"Before.\n{report.BEGIN}\n\nnew\n\n{report.END}\nAfter.\n" == new
         with pytest.raises(ValueError, match="no place"):
             report.between_marks("Prose.", "new")
 
-    def test_the_page_tells_what_is_kept(self) -> None:
+    def test_the_page_is_up_to_date(self) -> None:
         """If this fails: `python -m tests.faults --page`."""
         page = report.PAGE.read_text()
         assert report.between_marks(page, report.render(figures.load(figures.FILE))) == page
 
-    def test_nothing_is_lost_in_what_is_kept(self) -> None:
-        """A figure that says otherwise is a bug to be cured, not a page to be published."""
+    def test_no_stored_figure_has_a_loss(self) -> None:
+        """A loss is a bug to fix, not a figure to publish."""
         assert [] == [each for each, _ in figures.load(figures.FILE).values() if each.lost]

@@ -1,4 +1,4 @@
-"""What does a soak call flat, and what does it count?"""
+"""The soak's own logic: which curves are flat, what is counted, and what the page shows."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ from hypothesis import strategies as st
 from benchmarks.curves import Curve, curves
 from tests.faults.figures import Machine
 from tests.soak import page
-from tests.soak.flat import MOST_POINTS, Measure, judge, slope
 from tests.soak.tally import Tally
+from tests.soak.trend import MOST_POINTS, Measure, slope, trend_of
 
 MEMORY = Measure("memory", "MiB", 2.0)
 
 
-class TestFlat:
+class TestTrend:
     """The line through the second half."""
 
     @given(st.floats(-10, 10), st.floats(-100, 100), st.integers(5, 60), st.data())
-    def test_a_line_is_found_whatever_one_in_five_says(self, rise, start, count, data) -> None:
-        """What happens for a moment does not move it."""
+    def test_outliers_do_not_move_the_line(self, rise, start, count, data) -> None:
+        """Up to one in five points."""
         wrong = data.draw(st.sets(st.integers(0, count - 1), max_size=count // 5))
         points = [
             (float(at), start + rise * at + (1e6 if at in wrong else 0.0)) for at in range(count)
         ]
         assert pytest.approx(rise, abs=1e-6) == slope(points)
 
-    def test_what_stays_the_same_is_flat(self) -> None:
-        """A constant does not rise."""
-        verdict = judge(MEMORY, [(float(at), 50.0) for at in range(100)])
-        assert (True, 0.0, 50.0) == (verdict.is_flat, verdict.rise, verdict.middle)
+    def test_a_constant_is_flat(self) -> None:
+        """It does not rise."""
+        trend = trend_of(MEMORY, [(float(at), 50.0) for at in range(100)])
+        assert (True, 0.0, 50.0) == (trend.is_flat, trend.rise, trend.middle)
 
-    def test_growing_in_the_first_half_is_warming_up(self) -> None:
-        """Only what comes later counts."""
-        verdict = judge(MEMORY, [(float(at), min(float(at), 50.0)) for at in range(101)])
-        assert verdict.is_flat
-        assert 0.0 == verdict.rise
+    def test_growth_in_the_first_half_does_not_count(self) -> None:
+        """It is the warm-up."""
+        trend = trend_of(MEMORY, [(float(at), min(float(at), 50.0)) for at in range(101)])
+        assert trend.is_flat
+        assert 0.0 == trend.rise
 
-    def test_growing_by_more_than_is_allowed_is_not_flat(self) -> None:
+    def test_growing_more_than_allowed_is_not_flat(self) -> None:
         """The rise is over the length of the second half."""
-        verdict = judge(MEMORY, [(float(at), 0.05 * at) for at in range(101)])
-        assert pytest.approx(2.5) == verdict.rise
-        assert not verdict.is_flat
+        trend = trend_of(MEMORY, [(float(at), 0.05 * at) for at in range(101)])
+        assert pytest.approx(2.5) == trend.rise
+        assert not trend.is_flat
 
     def test_shrinking_is_flat(self) -> None:
-        """There is only one direction to be afraid of."""
-        assert judge(MEMORY, [(float(at), -1.0 * at) for at in range(100)]).is_flat
+        """Only growth is a problem."""
+        assert trend_of(MEMORY, [(float(at), -1.0 * at) for at in range(100)]).is_flat
 
-    def test_peaks_are_told_and_do_not_count(self) -> None:
-        """A queue that grows during each fault, and is emptied after it, is flat."""
-        verdict = judge(MEMORY, [(float(at), 900.0 if at % 5 == 0 else 0.0) for at in range(100)])
-        assert (True, 900.0) == (verdict.is_flat, verdict.greatest)
+    def test_peaks_are_reported_and_do_not_count(self) -> None:
+        """A queue that grows during each fault, and is emptied afterwards, is flat."""
+        trend = trend_of(MEMORY, [(float(at), 900.0 if at % 5 == 0 else 0.0) for at in range(100)])
+        assert (True, 900.0) == (trend.is_flat, trend.greatest)
 
     def test_many_points_are_thinned_evenly(self) -> None:
         """An hour's samples make half a million pairs, not millions."""
@@ -62,17 +62,17 @@ class TestFlat:
         assert pytest.approx(3.0) == slope(points)
 
     def test_too_few_points_are_refused(self) -> None:
-        """No line goes through one point."""
+        """A line needs two points."""
         for points in ([], [(0.0, 1.0)]):
             with pytest.raises(ValueError, match="not enough samples of memory"):
-                judge(MEMORY, points)
+                trend_of(MEMORY, points)
 
 
 class TestTally:
     """The consumer's record."""
 
-    def test_answers_are_counted_as_they_come(self, tmp_path: Path) -> None:
-        """A line that is not whole yet is read later."""
+    def test_results_are_counted_as_they_come(self, tmp_path: Path) -> None:
+        """An incomplete line is read later."""
         record = tmp_path / "record"
         tally = Tally(record)
         tally.read()
@@ -84,8 +84,8 @@ class TestTally:
         tally.read()
         assert ({1, 2}, 3, 0) == (tally.done, tally.total, tally.repeated)
 
-    def test_what_was_asked_for_is_no_repetition(self, tmp_path: Path) -> None:
-        """REQUEUE_IMMEDIATE asks for the same attempt again; everything else does not."""
+    def test_a_requested_retry_is_not_a_repetition(self, tmp_path: Path) -> None:
+        """REQUEUE_IMMEDIATE causes the same attempt again; nothing else does."""
         record = tmp_path / "record"
         record.write_text("1 0 I\n1 0 A\n2 0 A\n2 0 A\n3 0 N\n3 0 N\n3 0 N\n")
         tally = Tally(record)
@@ -94,7 +94,7 @@ class TestTally:
 
 
 def soak(**changed: object) -> page.Soak:
-    """A short one, in which all went well."""
+    """Return a short soak without problems."""
     seen: dict[str, object] = {
         "minutes": 1.0,
         "broker": "4.3.6",
@@ -112,10 +112,10 @@ def soak(**changed: object) -> page.Soak:
 
 
 class TestPage:
-    """What is told."""
+    """The page and the plot."""
 
     def test_the_section_and_the_plot_are_written(self, tmp_path: Path) -> None:
-        """Between the marks, and beside the page; all else is left alone."""
+        """Between the marks and beside the page; everything else stays."""
         file = tmp_path / "reliability.md"
         file.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
         page.write(soak(), tmp_path)
@@ -128,21 +128,21 @@ class TestPage:
         ET.fromstring((tmp_path / page.PLOT).read_text())  # noqa: S314  -- our own
 
     @pytest.mark.parametrize("wrong", ["lost", "left", "exit_code"])
-    def test_a_soak_that_went_wrong_says_so(self, wrong: str) -> None:
-        """Whatever it was."""
+    def test_a_soak_with_a_problem_is_not_well(self, wrong: str) -> None:
+        """Any problem."""
         assert soak().is_well
         assert not soak(**{wrong: 1}).is_well
 
-    def test_growth_is_told(self) -> None:
-        """In the table, and by the verdict."""
+    def test_growth_is_reported(self) -> None:
+        """In the table and by the trend."""
         still = {name: [(float(at), 5.0) for at in range(60)] for name in page.MEASURES}
         grown = soak(curves={**still, "tasks": [(float(at), float(at)) for at in range(60)]})
         assert not grown.is_well
         assert "| asyncio tasks | 44.5 | 59.0 | +29.00 | 2 | **no** |" in page.render(grown)
 
 
-def test_curves_show_what_stands_out() -> None:
-    """Of more points than can be seen, the highest are drawn; names are written as they are."""
+def test_curves_show_peaks() -> None:
+    """Of more points than can be seen, the highest are drawn; names are escaped."""
     points = [(float(at), 100.0 if at == 777 else 1.0) for at in range(5000)]
     drawn = curves("a & b", [Curve("x < y", points)], [10.0, 20.0])
     ET.fromstring(drawn)  # noqa: S314  -- our own

@@ -1,6 +1,6 @@
 """What `aio-pika-batch run` is given: the consumer of ``work.py``, by a factory.
 
-Its settings come from the environment, and ``DIARY`` and ``PACE`` as well. Two more kinds of
+Its settings come from the environment, and ``EVENT_LOG`` and ``PACE`` as well. Two more kinds of
 message do their worst only the first time that they are delivered: ``lethal-once``, ``hangs-once``.
 """
 
@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Sequence
 
-from diary import Diary
+from event_log import EventLog
 from work import Worker
 
 from aio_pika_batch import BatchConsumerSettings, Message, MessageResult
@@ -23,14 +23,14 @@ class Importer(Worker):
     async def on_start(self) -> None:
         if os.environ.get("MISHAP") == "crash":
             os._exit(7)
-        self._diary.note("started", os.getpid())
+        self._events.note("started", os.getpid())
 
     def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[MessageResult]:
         kinds = {each.json()["kind"] for each in messages if not each.redelivered}
         if "lethal-once" in kinds:
             os.kill(os.getpid(), signal.SIGKILL)
         if "hangs-once" in kinds:
-            self._diary.note("hangs", os.getpid())
+            self._events.note("hangs", os.getpid())
             time.sleep(3600)  # not a coroutine's: the event loop stands still
         return super().process_messages(messages)
 
@@ -38,5 +38,7 @@ class Importer(Worker):
 def make() -> Importer:
     """What ``shop:make`` names."""
     return Importer(
-        BatchConsumerSettings(), Diary(os.environ["DIARY"]), float(os.environ.get("PACE", "0"))
+        BatchConsumerSettings(),
+        EventLog(os.environ["EVENT_LOG"]),
+        float(os.environ.get("PACE", "0")),
     )

@@ -4,7 +4,7 @@ A message is ``{"id": 7, "kind": "good"}``; kinds are ``good``, ``bad`` (NACK), 
 twice, then ACK), ``doomed`` (always REQUEUE) and ``lethal`` (the process is gone). Effects are
 noted before their results are yielded, as any real effect happens before its message is acked.
 
-Usage: ``python work.py '{"url": …, "queue": …, "diary": …, further options}'``
+Usage: ``python work.py '{"url": …, "queue": …, "event_log": …, further options}'``
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from diary import Diary
+from event_log import EventLog
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, Message, MessageResult
 
@@ -29,24 +29,24 @@ class Worker(BatchConsumer):
     ``pace`` is how long a batch takes, in seconds.
     """
 
-    def __init__(self, settings: BatchConsumerSettings, diary: Diary, pace: float) -> None:
+    def __init__(self, settings: BatchConsumerSettings, events: EventLog, pace: float) -> None:
         super().__init__(settings)
-        self._diary = diary
+        self._events = events
         self._pace = pace
 
     async def on_stop(self) -> None:
-        self._diary.note("on_stop", self.settings.queue_name)
+        self._events.note("on_stop", self.settings.queue_name)
 
     async def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[MessageResult]:
         contents = [message.json() for message in messages]
-        self._diary.note("begin", [content["id"] for content in contents])
+        self._events.note("begin", [content["id"] for content in contents])
         await asyncio.sleep(self._pace)
         for message, content in zip(messages, contents, strict=True):
             result = _result(content["kind"], message.retry_count)
             if result is MessageResult.ACK:
-                self._diary.note("done", content["id"])
+                self._events.note("done", content["id"])
             yield result
-        self._diary.note("end", [content["id"] for content in contents])
+        self._events.note("end", [content["id"] for content in contents])
 
 
 def _result(kind: str, retries: int) -> MessageResult:
@@ -66,11 +66,11 @@ def _result(kind: str, retries: int) -> MessageResult:
 
 async def main(options: dict[str, Any]) -> None:
     """Run one consumer for each queue that is named."""
-    diary = Diary(options.pop("diary"))
+    events = EventLog(options.pop("event_log"))
     queues = options.pop("queue").split(",")
     pace = options.pop("pace", 0.0)
     consumers = [
-        Worker(BatchConsumerSettings(queue_name=queue, **options), diary, pace) for queue in queues
+        Worker(BatchConsumerSettings(queue_name=queue, **options), events, pace) for queue in queues
     ]
     running = [asyncio.ensure_future(consumer.run()) for consumer in consumers]
     while not all(consumer.is_healthy for consumer in consumers):
@@ -78,9 +78,9 @@ async def main(options: dict[str, Any]) -> None:
         if any(task.done() for task in running):
             break
     else:
-        diary.note("consuming")
+        events.note("consuming")
     await asyncio.gather(*running)
-    diary.note("stopped")
+    events.note("stopped")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""At which moments of a message's life can its consumer die, and how is one of them hit exactly?
+"""Points at which a consumer can be killed, and a transport that kills it exactly there.
 
-A transport around the real one sees every step that a settlement takes. It counts how often the
-chosen moment is reached, and at the count that it was given the process is gone: SIGKILL, by its
-own hand, before the next instruction. On the way it notes what was delivered and what was settled,
-so that it can be told afterwards what was in hand.
+The transport wraps the real one and sees each step of a settlement. It counts how often the chosen
+point is reached. At the given count the process kills itself by SIGKILL, before the next
+instruction: a kill from outside would hit such a point only by luck. It also records what was
+delivered and settled, so that each repeated message can be traced to a kill.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
         Subscription,
         Transport,
     )
-    from tests.integration.apps.diary import Diary
+    from tests.integration.apps.event_log import EventLog
 
 
-class Moment(StrEnum):
-    """When to die."""
+class KillPoint(StrEnum):
+    """When to kill the consumer."""
 
     COLLECTING = "while messages are collected"
     HANDLING = "in the handler"
@@ -48,125 +48,125 @@ class Moment(StrEnum):
 
 
 @dataclass
-class Fate:
-    """Dies at the *countdown*-th time that *moment* is reached; never without a moment."""
+class KillSwitch:
+    """Kills the process when *point* is reached for the *countdown*-th time."""
 
-    diary: Diary
-    moment: Moment | None = None
+    events: EventLog
+    point: KillPoint | None = None
     countdown: int = 1
     is_draining: bool = field(default=False, init=False)
 
-    def reach(self, moment: Moment) -> None:
-        """Tell that a moment has come."""
-        if moment is self.moment:
+    def reach(self, point: KillPoint) -> None:
+        """Report that a point is reached."""
+        if point is self.point:
             self.countdown -= 1
             if self.countdown <= 0:
-                self.die()
+                self.kill()
 
     def step(self) -> None:
-        """Tell of a step that is also taken in a drain."""
+        """Report a step that a drain takes, too."""
         if self.is_draining:
-            self.reach(Moment.DRAINING)
+            self.reach(KillPoint.DRAINING)
 
-    def die(self) -> None:
-        """Leave word of when, and be gone."""
-        self.diary.note("died", time.time())
+    def kill(self) -> None:
+        """Record the time, and kill the process."""
+        self.events.note("died", time.time())
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class MortalTransport:
-    """A transport whose user may die of it."""
+class KillableTransport:
+    """A transport that may kill its process."""
 
-    def __init__(self, transport: Transport, fate: Fate) -> None:
+    def __init__(self, transport: Transport, switch: KillSwitch) -> None:
         self._transport = transport
-        self._fate = fate
+        self._switch = switch
         self._sessions = 0
 
     async def declare(self, topology: Topology) -> None:
         await self._transport.declare(topology)
 
     @asynccontextmanager
-    async def session(self, subscription: Subscription) -> AsyncIterator[MortalSession]:
+    async def session(self, subscription: Subscription) -> AsyncIterator[KillableSession]:
         number = self._sessions = self._sessions + 1
         async with self._transport.session(subscription) as session:
-            yield MortalSession(session, self._fate, number)
-            if self._fate.is_draining and self._fate.moment is Moment.DRAINING:
-                self._fate.die()  # whatever the countdown says: this is the last moment
+            yield KillableSession(session, self._switch, number)
+            if self._switch.is_draining and self._switch.point is KillPoint.DRAINING:
+                self._switch.kill()  # whatever the countdown says: this is the last point
 
     @asynccontextmanager
-    async def publisher(self) -> AsyncIterator[MortalPublisher]:
+    async def publisher(self) -> AsyncIterator[KillablePublisher]:
         async with self._transport.publisher() as publisher:
-            yield MortalPublisher(publisher, self._fate)
+            yield KillablePublisher(publisher, self._switch)
 
 
-class MortalSession:
-    """Notes what is delivered and settled, and may die in between."""
+class KillableSession:
+    """Records deliveries and settlements, and may kill the process between them."""
 
-    def __init__(self, session: Session, fate: Fate, number: int) -> None:
+    def __init__(self, session: Session, switch: KillSwitch, number: int) -> None:
         self._session = session
-        self._fate = fate
+        self._switch = switch
         self._number = number
 
     async def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
         async for chunk in self._session:
             self._note(chunk)
             yield chunk
-            self._fate.reach(Moment.COLLECTING)
+            self._switch.reach(KillPoint.COLLECTING)
 
     async def pump(self, sink: Callable[[Sequence[Message]], None]) -> None:
         def take(chunk: Sequence[Message]) -> None:
             self._note(chunk)
             sink(chunk)
-            self._fate.reach(Moment.COLLECTING)
+            self._switch.reach(KillPoint.COLLECTING)
 
         pumping: PumpingSession = self._session  # type: ignore[assignment]  # aio-pika's can
         await pumping.pump(take)
 
     def _note(self, chunk: Sequence[Message]) -> None:
         delivered = [[message.delivery_tag, message.json()["id"]] for message in chunk]
-        self._fate.diary.note("delivered", [self._number, delivered])
+        self._switch.events.note("delivered", [self._number, delivered])
 
     async def cancel(self) -> None:
-        self._fate.step()
+        self._switch.step()
         await self._session.cancel()
-        self._fate.step()
+        self._switch.step()
 
     async def settle(self, settlements: Sequence[Settlement]) -> None:
-        self._fate.step()
+        self._switch.step()
         count = sum(len(each.tags) for each in settlements)
-        if self._fate.moment is Moment.BETWEEN_ACKS and count > 1:
-            self._fate.countdown -= 1
-            if self._fate.countdown <= 0:
+        if self._switch.point is KillPoint.BETWEEN_ACKS and count > 1:
+            self._switch.countdown -= 1
+            if self._switch.countdown <= 0:
                 await self._settle(_first(settlements, count // 2))
-                self._fate.die()
+                self._switch.kill()
         await self._settle(settlements)
-        self._fate.step()
+        self._switch.step()
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
         await self._session.settle(settlements)
         tags = [tag for each in settlements for tag in each.tags]
-        self._fate.diary.note("settled", [self._number, time.time(), tags])
+        self._switch.events.note("settled", [self._number, time.time(), tags])
 
 
-class MortalPublisher:
-    """May die before, during and after publishing."""
+class KillablePublisher:
+    """May kill the process before, during and after publishing."""
 
-    def __init__(self, publisher: Publisher, fate: Fate) -> None:
+    def __init__(self, publisher: Publisher, switch: KillSwitch) -> None:
         self._publisher = publisher
-        self._fate = fate
+        self._switch = switch
 
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
-        self._fate.reach(Moment.BEFORE_COPY)
-        self._fate.step()
+        self._switch.reach(KillPoint.BEFORE_COPY)
+        self._switch.step()
         publishing = asyncio.ensure_future(self._publisher.publish(publications))
         # What is to be written is written after one turn of the loop, and confirmed after a
         # round trip at the earliest.
         await asyncio.sleep(0)
         if not publishing.done():
-            self._fate.reach(Moment.BEFORE_CONFIRM)
+            self._switch.reach(KillPoint.BEFORE_CONFIRM)
         outcomes = await publishing
-        self._fate.reach(Moment.BEFORE_ACK)
-        self._fate.step()
+        self._switch.reach(KillPoint.BEFORE_ACK)
+        self._switch.step()
         return outcomes
 
     @property
@@ -175,7 +175,7 @@ class MortalPublisher:
 
 
 def _first(settlements: Sequence[Settlement], count: int) -> list[Settlement]:
-    """As much of the settlements as makes *count* tags."""
+    """Return the first *count* tags of the settlements."""
     first = []
     for each in settlements:
         tags = each.tags[:count]

@@ -1,12 +1,12 @@
-"""A consumer as a process that dies at a chosen moment, and notes what it did until then.
+"""A consumer process that is killed at a chosen point, and records what it did until then.
 
 A message is ``{"id": 7, "kind": "good"}``; kinds are ``good``, ``bad`` (NACK), ``flaky`` (REQUEUE
-twice, then ACK), ``doomed`` (always REQUEUE) and ``again`` (REQUEUE_IMMEDIATE when it comes for the
-first time). What ends as ACK is noted before it is yielded, as any real effect happens before its
-message is acked.
+twice, then ACK), ``doomed`` (always REQUEUE) and ``again`` (REQUEUE_IMMEDIATE when it is first
+delivered). An ACK is recorded before it is yielded, as any real effect happens before its message
+is acked.
 
-Usage: ``python -m tests.faults.mortal '{"url": …, "queue_name": …, "diary": …, "moment": …,
-"countdown": …, "drain_after": …, further settings}'``
+Usage: ``python -m tests.faults.killed_consumer '{"url": …, "queue_name": …, "event_log": …,
+"point": …, "countdown": …, "drain_after": …, further settings}'``
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ from typing import Any
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, Message, MessageResult
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
 from aio_pika_batch.transport import Endpoint
-from tests.faults.moments import Fate, Moment, MortalTransport
-from tests.integration.apps.diary import Diary
+from tests.faults.kill_points import KillableTransport, KillPoint, KillSwitch
+from tests.integration.apps.event_log import EventLog
 
 
-class Mortal(BatchConsumer):
+class KilledConsumer(BatchConsumer):
     """Does what its messages say.
 
     Args:
-        drain_after: It is told to stop when it has begun with so many messages; None: it is not.
+        drain_after: Stop after starting to handle so many messages; None: do not stop.
     """
 
     def __init__(
-        self, settings: BatchConsumerSettings, fate: Fate, *, drain_after: int | None
+        self, settings: BatchConsumerSettings, switch: KillSwitch, *, drain_after: int | None
     ) -> None:
         endpoint = Endpoint(url=settings.url, wire=settings.wire)
-        super().__init__(settings, transport=MortalTransport(AioPikaTransport(endpoint), fate))
-        self._fate = fate
+        super().__init__(settings, transport=KillableTransport(AioPikaTransport(endpoint), switch))
+        self._switch = switch
         self._drain_after = drain_after
         self._begun = 0
 
     async def on_start(self) -> None:
-        self._fate.diary.note("started")
+        self._switch.events.note("started")
 
     async def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[MessageResult]:
         for message in messages:
             await asyncio.sleep(0)
             self._begun += 1
             if self._begun == self._drain_after:
-                self._fate.is_draining = True
+                self._switch.is_draining = True
                 os.kill(os.getpid(), signal.SIGTERM)
             content = message.json()
             result = _result(content["kind"], message)
             if result is MessageResult.ACK:
-                self._fate.diary.note("done", content["id"])
-            self._fate.reach(Moment.HANDLING)
+                self._switch.events.note("done", content["id"])
+            self._switch.reach(KillPoint.HANDLING)
             yield result
 
 
@@ -76,15 +76,15 @@ def _result(kind: str, message: Message) -> MessageResult:
 
 
 async def main(options: dict[str, Any]) -> None:
-    """Run until told to stop, or dead."""
-    moment = options.pop("moment", None)
-    fate = Fate(
-        Diary(options.pop("diary")),
-        moment=None if moment is None else Moment(moment),
+    """Run until a signal stops or kills it."""
+    point = options.pop("point", None)
+    switch = KillSwitch(
+        EventLog(options.pop("event_log")),
+        point=None if point is None else KillPoint(point),
         countdown=options.pop("countdown", 1),
     )
     drain_after = options.pop("drain_after", None)
-    await Mortal(BatchConsumerSettings(**options), fate, drain_after=drain_after).run()
+    await KilledConsumer(BatchConsumerSettings(**options), switch, drain_after=drain_after).run()
 
 
 if __name__ == "__main__":

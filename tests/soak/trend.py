@@ -1,8 +1,8 @@
-"""When is a curve flat? When the straight line through its second half hardly rises.
+"""Decides whether a curve grows, by the straight line through its second half.
 
-The first half is for warming up: caches fill, and the allocator finds its size. The line is Theil's
-and Sen's, the median of the slopes between all pairs of points: what happens for a moment, as in a
-fault, does not move it, however far it goes.
+In the first half caches fill, and the allocator finds its size. The line is the Theil-Sen
+estimator: the median of the slopes between all pairs of points. A mean, or the difference of the
+first and the last point, would depend on when the last fault was; the median does not.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Measure:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What was seen of a measure in the second half.
+class Trend:
+    """What happened to a measure in the second half.
 
     Attributes:
         rise: From the beginning of the line to its end.
@@ -47,7 +47,7 @@ class Verdict:
 
     @property
     def is_flat(self) -> bool:
-        """Whether it rises by no more than it may."""
+        """Whether it rises by no more than allowed."""
         return self.rise <= self.measure.allowed
 
     def __str__(self) -> str:
@@ -59,8 +59,8 @@ class Verdict:
         )
 
 
-def judge(measure: Measure, points: Sequence[Point]) -> Verdict:
-    """Look at the second half of a curve.
+def trend_of(measure: Measure, points: Sequence[Point]) -> Trend:
+    """Return the trend of the second half of a curve.
 
     Raises:
         ValueError: There is no line through less than two points.
@@ -71,11 +71,11 @@ def judge(measure: Measure, points: Sequence[Point]) -> Verdict:
         raise ValueError(f"there are not enough samples of {measure.name}: {len(points)}")
     values = [value for _, value in second]
     rise = slope(second) * (second[-1][0] - second[0][0])
-    return Verdict(measure, median(values), max(values), rise)
+    return Trend(measure, median(values), max(values), rise)
 
 
 def slope(points: Sequence[Point]) -> float:
-    """The median of the slopes between all pairs of points, whose times differ."""
+    """Return the median of the slopes between all pairs of points."""
     chosen = points[:: -(-len(points) // MOST_POINTS)]
     return median(
         (later[1] - earlier[1]) / (later[0] - earlier[0])

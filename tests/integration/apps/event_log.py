@@ -10,7 +10,7 @@ import json
 import os
 
 
-class Diary:
+class EventLog:
     """A file of JSON lines."""
 
     def __init__(self, path: str) -> None:

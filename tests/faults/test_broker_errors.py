@@ -1,4 +1,4 @@
-"""What can go wrong inside a broker that runs: queues fail, channels close, users are refused."""
+"""Errors inside a running broker: queues fail, channels close, users are refused."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ pytestmark = pytest.mark.needs_node
     ],
     ids=["cancelled", "recovered"],
 )
-async def test_a_queue_that_fails_inside_the_broker_costs_nothing(
+async def test_a_queue_that_crashes_loses_nothing(
     run, wire, rabbitmq, broker, name, arguments, fault, then
 ) -> None:
-    """Neither where its consumers are cancelled, nor where they are left in the dark."""
+    """Whether its consumers are cancelled, or not notified at all."""
     if not arguments and parse_version(broker) >= (4, 0):
         pytest.skip(f"RabbitMQ {broker.version} cancels the consumers of a queue that has failed")
     did = f"The process of the queue was killed inside the broker, which {then}"
@@ -47,11 +47,11 @@ async def test_a_queue_that_fails_inside_the_broker_costs_nothing(
             trial.ends()
         await trial.recovers(anew=bool(arguments))
         await trial.flows()
-    assert bool(arguments) == any("cancel" in why for _, why in trial.books.losses)
+    assert bool(arguments) == any("cancel" in why for _, why in trial.record.losses)
 
 
 async def test_channels_closed_by_an_error_are_opened_again(run, wire, rabbitmq) -> None:
-    """406, as after an ack that the broker does not know: of consuming and of publishing ones."""
+    """406, as after an ack of an unknown tag, for consuming and publishing channels."""
     async with run(
         "channels closed with 406",
         "Every channel was made to acknowledge an unknown delivery tag, inside the broker, which"
@@ -66,13 +66,11 @@ async def test_channels_closed_by_an_error_are_opened_again(run, wire, rabbitmq)
         )
         await trial.breaks()
         await trial.recovers()
-    assert any("PRECONDITION_FAILED" in why for _, why in trial.books.losses)
+    assert any("PRECONDITION_FAILED" in why for _, why in trial.record.losses)
 
 
-async def test_credentials_that_are_refused_for_a_while_are_tried_again(
-    run, wire, rabbitmq, amqp_url
-) -> None:
-    """With growing pauses; where a consumer has once been let in, a refusal is not fatal."""
+async def test_temporarily_refused_credentials_are_retried(run, wire, rabbitmq, amqp_url) -> None:
+    """With backoff: after a first success, a refusal is not fatal."""
     ctl = rabbitmq.rabbitmqctl
     await asyncio.to_thread(ctl, "add_user", wire, "old")
     await asyncio.to_thread(ctl, "set_permissions", wire, ".*", ".*", ".*")
@@ -86,8 +84,8 @@ async def test_credentials_that_are_refused_for_a_while_are_tried_again(
         await asyncio.to_thread(ctl, "change_password", wire, "new")
         await asyncio.to_thread(rabbitmq.close_all_connections, "new password")
         await until(
-            lambda: sum("ACCESS_REFUSED" in why for _, why in trial.books.losses) >= 6,
-            what=lambda: trial.books.losses,
+            lambda: sum("ACCESS_REFUSED" in why for _, why in trial.record.losses) >= 6,
+            what=lambda: trial.record.losses,
         )
         assert trial.consumer.is_running
         assert not trial.consumer.is_healthy
@@ -95,4 +93,4 @@ async def test_credentials_that_are_refused_for_a_while_are_tried_again(
         trial.ends()
         await trial.recovers()
     # Two workers, and pauses of 0.5, 1, 2, 2 … s at most: a hot loop would have tried hundreds.
-    assert len(trial.books.losses) < 50
+    assert len(trial.record.losses) < 50

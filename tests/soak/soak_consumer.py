@@ -1,10 +1,9 @@
-"""The consumer of a soak, a process of its own: it remembers nothing, and tells how large it is.
+"""The consumer of a soak, in its own process: it keeps nothing in memory, and reports its size.
 
-Whatever is known of messages is written to a file in the moment in which it happens, so that what
-grows here is the library's, if anything does.
+Everything about messages is written to a file at once, so that only the library could grow.
 
-Usage: ``python -m tests.soak.subject '{"record": …, "samples": …, settings …}'``. The record has a
-line for each answer, ``<number> <retry count> <letter>``; the samples are lines of JSON.
+Usage: ``python -m tests.soak.soak_consumer '{"record": …, "samples": …, settings …}'``. The record
+has a line for each result, ``<number> <retry count> <letter>``; the samples are lines of JSON.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ LETTERS = {
 }
 
 
-class Subject(BatchConsumer):
-    """Answers as the number of a message has it."""
+class SoakConsumer(BatchConsumer):
+    """Yields results that depend on the number of a message."""
 
     def __init__(self, settings: BatchConsumerSettings, record: Path) -> None:
         super().__init__(settings)
@@ -68,18 +67,18 @@ def _answer(message: Message) -> MessageResult:
 
 
 def resident_memory() -> float:
-    """Of this process, in MiB; Linux tells it in pages."""
+    """Return the resident memory of this process in MiB; Linux counts pages."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
 def open_files() -> int:
-    """How many file descriptors this process has open, as Linux tells it."""
+    """Return the number of open file descriptors of this process."""
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-async def tell(file: Path, consumer: BatchConsumer) -> None:
-    """Write a sample every now and then, for ever."""
+async def write_samples(file: Path, consumer: BatchConsumer) -> None:
+    """Write a sample every second, forever."""
     with file.open("a", buffering=1) as samples:
         while True:
             sample = {
@@ -94,10 +93,10 @@ async def tell(file: Path, consumer: BatchConsumer) -> None:
 
 
 async def main(options: dict[str, Any]) -> None:
-    """Run until told to stop."""
+    """Run until a signal stops it."""
     record, samples = Path(options.pop("record")), Path(options.pop("samples"))
-    consumer = Subject(BatchConsumerSettings(**options), record)
-    telling = asyncio.create_task(tell(samples, consumer))
+    consumer = SoakConsumer(BatchConsumerSettings(**options), record)
+    telling = asyncio.create_task(write_samples(samples, consumer))
     await consumer.run()
     telling.cancel()
 
