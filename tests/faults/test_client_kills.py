@@ -22,7 +22,7 @@ from aio_pika_batch.testing.rabbitmq.processes import kill_group, spawn
 from tests.faults.figures import ROOT, Figures
 from tests.faults.kill_points import KillPoint
 from tests.faults.killed_runs import ProcessRun, read_run
-from tests.integration.helpers import App, dead_letter_office, holds, publish, take_all, until
+from tests.integration.helpers import App, declare_dead_letters, holds, publish, take_all, until
 
 KINDS = ("good",) * 14 + ("flaky",) * 2 + ("again",) * 2 + ("bad", "doomed")
 KILLS = 8
@@ -68,7 +68,7 @@ async def test_a_killed_client_loses_nothing_and_repeats_unsettled_messages_only
 ) -> None:
     """Eight processes are killed at that point; the ninth empties the queue."""
     rng = random.Random(f"{point.name} {queue_type}")
-    dlx, dlq = await dead_letter_office(channel, name)
+    dlx, dlq = await declare_dead_letters(channel, name)
     settings = {
         "url": broker.url,
         "queue_name": name,

@@ -1,7 +1,7 @@
-"""What do tests of whole consumers share? Waiting without guessing, and looking without disturbing.
+"""Helpers for tests of whole consumers: waiting, looking at queues, and running programs.
 
-Nothing here uses the library but ``Recorder``: what is found on the broker is read by aio-pika, or,
-where every byte counts, by a client of a hundred lines that leaves properties as they are.
+Only ``Recorder`` uses the library. Queues are read by aio-pika or, where each byte counts, by a
+minimal client that does not decode properties.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ async def until(
     within: float = PATIENCE,
     what: str | Callable[[], object] = "",
 ) -> Any:
-    """Wait until *condition*, which may be asynchronous, says something true; return that."""
+    """Wait until *condition*, which may be asynchronous, returns something true; return that."""
     deadline = time.monotonic() + within
     while True:
         said = condition()
@@ -67,7 +67,7 @@ async def until(
 
 
 class Stopwatch:
-    """How long did it take?"""
+    """Measures elapsed seconds."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -81,11 +81,11 @@ class Stopwatch:
 
 
 def parse_version(broker: RunningBroker) -> tuple[int, ...]:
-    """Major and minor version, to be compared."""
+    """Return the major and minor version, for comparisons."""
     return tuple(map(int, broker.version.split(".")[:2]))
 
 
-async def dead_letter_office(
+async def declare_dead_letters(
     channel: AbstractChannel, name: str, *, kind: str = "fanout", keys: Iterable[str] = ("",)
 ) -> tuple[str, str]:
     """Declare a dead-letter exchange and a queue bound to it, as users do; return both names."""
@@ -104,7 +104,7 @@ async def publish(
     exchange: str = "",
     **properties: Any,
 ) -> None:
-    """Publish persistently, and wait for all confirms."""
+    """Publish persistent messages, and wait for all confirms."""
     target = await channel.get_exchange(exchange, ensure=False) if exchange else None
     to = target or channel.default_exchange
     properties.setdefault("delivery_mode", aio_pika.DeliveryMode.PERSISTENT)
@@ -114,12 +114,12 @@ async def publish(
 
 
 async def ready(url: str, queue: str) -> int:
-    """How many messages are in a queue and not with a consumer; -1 if there is no such queue."""
+    """Return the number of ready messages in a queue; -1 if there is no such queue."""
     return (await _look(url, queue))[0]
 
 
 async def consumers(url: str, queue: str) -> int:
-    """How many consumers a queue has; -1 if there is no such queue."""
+    """Return the number of consumers of a queue; -1 if there is no such queue."""
     return (await _look(url, queue))[1]
 
 
@@ -135,7 +135,7 @@ async def _look(url: str, queue: str) -> tuple[int, int]:
 
 
 async def holds(url: str, queue: str, count: int, *, within: float = PATIENCE) -> None:
-    """Wait until a queue has exactly so many messages ready."""
+    """Wait until a queue has exactly so many ready messages."""
     seen: list[int] = []
 
     async def look() -> bool:
@@ -148,9 +148,9 @@ async def holds(url: str, queue: str, count: int, *, within: float = PATIENCE) -
 async def take_all(
     channel: AbstractChannel, queue: str, count: int = 0, *, within: float = PATIENCE
 ) -> list[AbstractIncomingMessage]:
-    """Take at least *count* messages, and whatever else stands before a mark set after those.
+    """Take at least *count* messages, and all others before a mark that is published after those.
 
-    What comes later than that is not waited for: nothing may be on its way when this is asked.
+    Later messages are not waited for: none may be in flight when this is called.
     """
     source = await channel.get_queue(queue, ensure=False)
     mark = os.urandom(8).hex()
@@ -175,7 +175,7 @@ async def take_all(
 
 
 class Recorder(Observer):
-    """Remembers everything."""
+    """Records all events."""
 
     def __init__(self) -> None:
         self.results: Counter[str] = Counter()
@@ -232,10 +232,10 @@ class Recorder(Observer):
 
 @dataclass
 class App:
-    """A small program from ``apps``, running.
+    """A running program from ``apps``.
 
-    It writes one JSON line for each thing that it has done, straight to a file: what has been
-    written is there even if the program is killed in the next moment.
+    It writes one JSON line for each thing that it has done, directly to a file: a line is there
+    even if the program is killed right after.
     """
 
     process: subprocess.Popen[bytes]
@@ -246,7 +246,7 @@ class App:
 
     @property
     def entries(self) -> list[dict[str, Any]]:
-        """All that was done so far, by this program and by those before it with the same events."""
+        """All entries so far, of this program and earlier ones with the same file."""
         if self.events.exists():
             with self.events.open("rb") as events:
                 events.seek(self._read)
@@ -258,7 +258,7 @@ class App:
         return self._entries
 
     def of(self, what: str) -> list[Any]:
-        """What was noted under one heading, in order."""
+        """Return the entries of one kind, in order."""
         return [entry["of"] for entry in self.entries if entry["what"] == what]
 
     @property
@@ -267,7 +267,7 @@ class App:
         return self.output.read_text(errors="replace")
 
     async def noted(self, what: str, count: int = 1, *, within: float = PATIENCE) -> None:
-        """Wait for so many entries under one heading."""
+        """Wait for so many entries of one kind."""
 
         def there() -> bool:
             assert self.process.poll() is None or len(self.of(what)) >= count, self.printed[-4000:]
@@ -296,7 +296,7 @@ class App:
 async def app(
     name: str, folder: Path, url: str, queue: str, **options: object
 ) -> AsyncIterator[App]:
-    """Run a program from ``apps`` until the context is left; then it is killed, if need be."""
+    """Run a program from ``apps`` while the context is open, and kill it afterwards if needed."""
     events, output = folder / "events.jsonl", folder / "output.txt"
     arguments = {"url": url, "queue": queue, "event_log": str(events), **options}
     with output.open("ab") as out:
@@ -313,7 +313,7 @@ async def app(
 async def command_line(
     folder: Path, *arguments: str, queue: str = "", url: str = "memory://", **environment: str
 ) -> AsyncIterator[App]:
-    """Run ``aio-pika-batch`` until the context is left; then all its processes are killed."""
+    """Run ``aio-pika-batch`` while the context is open, and kill all its processes afterwards."""
     events, output = folder / "events.jsonl", folder / "output.txt"
     env = {
         **os.environ,
@@ -336,12 +336,12 @@ async def command_line(
 
 
 def shop(*arguments: str) -> tuple[str, ...]:
-    """How the consumer in ``apps/shop.py`` is run."""
+    """Return the arguments that run the consumer in ``apps/shop.py``."""
     return ("run", "shop:make", "--factory", "--app-dir", str(_APPS), *arguments)
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process, and it has not ended."""
+    """Return whether there is such a process, and it has not ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -371,7 +371,7 @@ _FIXED |= {b"l": 8, b"d": 8, b"T": 8, b"D": 5, b"V": 0}
 
 
 def pack_properties(properties: Mapping[str, bytes]) -> bytes:
-    """Put properties together, each given as its bytes on the wire."""
+    """Encode properties, each given as its bytes on the wire."""
     flags = sum(_BITS[each] for each in properties)
     return struct.pack(">H", flags) + b"".join(
         properties[each] for each in _BITS if each in properties
@@ -379,7 +379,7 @@ def pack_properties(properties: Mapping[str, bytes]) -> bytes:
 
 
 def unpack_properties(raw: bytes) -> dict[str, bytes]:
-    """Take a property list apart, into the bytes of each."""
+    """Decode a property list into the bytes of each property."""
     [flags] = struct.unpack_from(">H", raw)
     found, at = {}, 2
     for name, bit in _BITS.items():
@@ -400,22 +400,22 @@ def unpack_properties(raw: bytes) -> dict[str, bytes]:
 
 
 def short(text: bytes) -> bytes:
-    """A short string on the wire."""
+    """Encode a short string."""
     return bytes([len(text)]) + text
 
 
 def long(text: bytes) -> bytes:
-    """A long string on the wire, or whatever has its length before it."""
+    """Encode a long string, or anything else that has its length before it."""
     return struct.pack(">I", len(text)) + text
 
 
 def pack_table(entries: Mapping[bytes, bytes]) -> bytes:
-    """Put a field table together, each value given with its type, as on the wire."""
+    """Encode a field table; each value is given with its type, as on the wire."""
     return long(b"".join(short(name) + value for name, value in entries.items()))
 
 
 def unpack_table(raw: bytes) -> dict[bytes, bytes]:
-    """Take a field table apart, into the type and bytes of each value."""
+    """Decode a field table into the type and bytes of each value."""
     found, at = {}, 4
     while at < len(raw):
         name = raw[at + 1 : at + 1 + raw[at]]
@@ -465,7 +465,7 @@ PROPERTIES = {
 
 @dataclass(frozen=True)
 class RawMessage:
-    """A message as it stood on the wire."""
+    """A message as it is on the wire."""
 
     exchange: str
     routing_key: str
@@ -474,7 +474,7 @@ class RawMessage:
 
 
 class RawClient:
-    """One connection with one channel, on which properties are bytes."""
+    """A connection with one channel, which does not decode properties."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -516,7 +516,7 @@ class RawClient:
         await self._expect(commands.Basic.Ack)
 
     async def get(self, queue: str, *, within: float = PATIENCE) -> RawMessage:
-        """Take one message; wait until there is one."""
+        """Wait for a message, and take it."""
 
         async def taken() -> RawMessage | None:
             self._send(commands.Basic.Get(queue=queue, no_ack=True))
@@ -542,7 +542,7 @@ class RawClient:
         return method
 
     async def _frame(self) -> Any:
-        """A method, or the payload of a content frame."""
+        """Read a method, or the payload of a content frame."""
         async with asyncio.timeout(PATIENCE):
             head = await self._reader.readexactly(7)
             kind, _, size = struct.unpack(">BHI", head)

@@ -1,4 +1,4 @@
-"""Does a user's test get a real RabbitMQ from the plugin, and is it cleared away?"""
+"""The fixture `batch_rabbitmq`: a real RabbitMQ for users' tests, cleared after each test."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_orders(batch_rabbitmq):
 def test_a_users_test_runs_on_a_real_rabbitmq(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, broker: RunningBroker
 ) -> None:
-    """Found as ours is; without any other plugin."""
+    """Found like ours, without any other plugin."""
     monkeypatch.setenv("AIO_PIKA_BATCH_TEST_URL", broker.url)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     pytester.makeini("[pytest]")
@@ -64,10 +64,10 @@ def test_a_users_test_runs_on_a_real_rabbitmq(
     ran.stdout.fnmatch_lines([f"on RabbitMQ {broker.version} orders-*"])
 
 
-def test_what_a_test_has_named_is_deleted_on_a_broker_that_outlives_it(
+def test_named_queues_and_exchanges_are_deleted_on_a_shared_broker(
     broker: RunningBroker,
 ) -> None:
-    """Queues, exchanges, and the exchange of its dead letters."""
+    """Queues, exchanges, and the exchange for dead letters."""
     with of_one_test(RunningBroker(broker.url, broker.version)) as given:
         name, other = given.name("orders"), given.name()
         assert name.startswith("orders-")
@@ -92,15 +92,15 @@ def test_what_a_test_has_named_is_deleted_on_a_broker_that_outlives_it(
     asyncio.run(look())
 
 
-async def test_what_no_queue_takes_is_an_error(broker: RunningBroker) -> None:
-    """It says why, and what helps."""
+async def test_publishing_to_a_missing_queue_is_an_error(broker: RunningBroker) -> None:
+    """It says why, and what to do."""
     given = BatchRabbitMQ(broker)
     with pytest.raises(PublishError, match=r"routing key 'nowhere-.*returned"):
         await given.publish(b"lost", routing_key=given.name("nowhere"))
 
 
 async def test_a_queue_is_drained_in_order(broker: RunningBroker) -> None:
-    """With what was published."""
+    """With everything that was published."""
     given = BatchRabbitMQ(broker)
     name = given.name()
     async with given.channel() as channel:

@@ -1,4 +1,4 @@
-"""Does a consumer wait out an outage on RabbitMQ, and give back what it did not start?"""
+"""The circuit breaker on RabbitMQ: a consumer waits out an outage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.integration.helpers import (
 
 
 class Dependent(BatchConsumer):
-    """Works as long as its service is up."""
+    """Works while its service is up."""
 
     def __init__(self, settings, **more) -> None:
         super().__init__(settings, **more)
@@ -40,7 +40,7 @@ class Dependent(BatchConsumer):
 
 
 def settings_for(url, queue, queue_type, **more) -> BatchConsumerSettings:
-    """A consumer that pauses for a second once half of its messages fail."""
+    """Return settings that pause for a second once half of the messages fail."""
     given = {
         "url": url,
         "queue_name": queue,
@@ -59,7 +59,7 @@ def settings_for(url, queue, queue_type, **more) -> BatchConsumerSettings:
 @pytest.mark.usefixtures("on_both_wires")
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 async def test_an_outage_is_waited_out(channel, amqp_url, name, queue_type, broker) -> None:
-    """The buffer goes back, nobody consumes, one message at a time is tried, and all are done."""
+    """The buffer goes back, nothing is consumed, single messages probe, and all are handled."""
     recorder = Recorder()
     consumer = Dependent(settings_for(amqp_url, name, queue_type), observers=[recorder])
     bodies = [b"%d" % each for each in range(200)]
@@ -92,8 +92,8 @@ async def test_an_outage_is_waited_out(channel, amqp_url, name, queue_type, brok
         assert {None} == {count for count, times in consumer.delivery_counts.items() if times}
 
 
-async def test_a_stop_in_a_pause_is_prompt_and_leaves_everything(channel, amqp_url, name) -> None:
-    """What waits in the queue stays there, for the next one."""
+async def test_a_stop_during_a_pause_is_prompt_and_loses_nothing(channel, amqp_url, name) -> None:
+    """All messages stay in the queue for the next consumer."""
     consumer = Dependent(
         settings_for(
             amqp_url, name, "quorum", breaker_pause=60.0, breaker_pause_max=60.0, shutdown_timeout=5
@@ -109,8 +109,8 @@ async def test_a_stop_in_a_pause_is_prompt_and_leaves_everything(channel, amqp_u
     assert 50 == len(left)
 
 
-async def test_the_line_is_cut_while_it_is_tried_again(channel, amqp_url, name, proxy) -> None:
-    """A probe whose session is lost is followed by another; nothing is lost, and all goes on."""
+async def test_a_probe_whose_connection_is_cut_is_repeated(channel, amqp_url, name, proxy) -> None:
+    """Nothing is lost, and consuming goes on."""
     recorder = Recorder()
     consumer = Dependent(
         settings_for(proxy.url(amqp_url), name, "classic", reconnect_delay=0.05),

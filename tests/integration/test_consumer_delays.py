@@ -1,4 +1,4 @@
-"""Does what waits for its next attempt come back: in time, as it was, and whatever happens?"""
+"""Delayed retries on RabbitMQ: messages come back in time and unchanged, whatever happens."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ SECOND = 1000
 
 
 def is_old(broker: RunningBroker) -> bool:
-    """Whether it cannot be trusted with what waits."""
+    """Return whether the broker may lose waiting messages."""
     return broker.version.startswith("3.8.")
 
 
 @pytest.fixture
 def settings(amqp_url: str, name: str, broker: RunningBroker) -> Any:
-    """Make settings for the test's own queue; on an old broker, with classic wait queues."""
+    """Return a factory of settings; on an old broker with classic wait queues."""
 
     def make(**given: Any) -> BatchConsumerSettings:
         return BatchConsumerSettings(
@@ -59,10 +59,10 @@ def settings(amqp_url: str, name: str, broker: RunningBroker) -> Any:
 
 
 class Retrying(BatchConsumer):
-    """Requeues everything a few times, with the delays that bodies ask for, and notes when.
+    """Requeues each message with the delays in its body, and records when it came.
 
-    A body is ``b"name delay delay …"``; when its delays are spent it is ACKed. A delay of ``-`` is
-    the delay_steps's.
+    A body is ``b"name delay delay …"``; after its delays it is ACKed. A delay of ``-`` means the
+    configured one.
     """
 
     def __init__(self, settings: BatchConsumerSettings, **more: Any) -> None:
@@ -84,7 +84,7 @@ class Retrying(BatchConsumer):
                 yield MessageResult.REQUEUE if asked == b"-" else Requeue(delay=float(asked))
 
     def waits(self, key: bytes) -> list[float]:
-        """How long it waited each time."""
+        """Return how long a message waited each time."""
         times = self.seen[key]
         return [after - before for before, after in pairwise(times)]
 
@@ -94,10 +94,10 @@ class Retrying(BatchConsumer):
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 @pytest.mark.usefixtures("on_both_wires")
-async def test_a_ladder_is_climbed_whatever_waits_beside_it(
+async def test_delays_double_and_do_not_hold_up_each_other(
     channel, amqp_url, name, settings, queue_type
 ) -> None:
-    """Half a second, one, two; what waits for longer, or comes later, holds up nobody."""
+    """Half a second, one, two; longer or later delays hold up no other."""
     beside = [b"long%d 2" % each for each in range(20)]
     beside += [b"short%d 0.5 1" % each for each in range(20)]
     consumer = Retrying(settings(queue_type=queue_type, requeue_delay=0.5, requeue_delay_max=20))
@@ -118,10 +118,10 @@ async def test_a_ladder_is_climbed_whatever_waits_beside_it(
     assert 2 == await ready(amqp_url, f"{name}.retry.20000")
 
 
-async def test_a_level_is_declared_when_a_handler_asks_for_it(
+async def test_a_level_is_declared_when_a_handler_needs_it(
     channel, amqp_url, name, settings
 ) -> None:
-    """Not before; and again once somebody has deleted it."""
+    """Not before, and again after its queue was deleted."""
     consumer = Retrying(settings(requeue_delay_max=0.5))
     async with consumer:
         assert -1 == await ready(amqp_url, f"{name}.retry.500")
@@ -138,10 +138,10 @@ async def test_a_level_is_declared_when_a_handler_asks_for_it(
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 @pytest.mark.parametrize("properties", [PROPERTIES, {}], ids=["all", "none"])
-async def test_a_wait_changes_nothing_but_a_few_headers(
+async def test_a_delay_changes_only_a_few_headers(
     amqp_url, name, settings, queue_type, properties
 ) -> None:
-    """Byte for byte; the expiration waits in a header until a copy goes straight to the queue."""
+    """Byte for byte; a header keeps the expiration until an undelayed copy."""
     seen = []
 
     class Twice(BatchConsumer):
@@ -179,8 +179,10 @@ async def test_a_wait_changes_nothing_but_a_few_headers(
         assert (f"{name}.retry.200", "expired") == (death["queue"], death["reason"])
 
 
-async def test_what_died_in_the_queue_before_comes_back(channel, name, settings) -> None:
-    """RabbitMQ before 4.0 would see a circle in the x-death of a copy, and drop it."""
+async def test_a_message_that_was_dead_lettered_here_before_comes_back(
+    channel, name, settings
+) -> None:
+    """RabbitMQ before 4.0 would detect a cycle in the `x-death` of a copy, and drop it."""
     death = {"queue": name, "reason": "expired", "count": 1, "exchange": "", "routing-keys": [name]}
     consumer = Retrying(settings(requeue_delay_max=0.2))
     async with consumer:
@@ -194,10 +196,10 @@ async def test_what_died_in_the_queue_before_comes_back(channel, name, settings)
 @pytest.mark.needs_node
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 @pytest.mark.parametrize("how", ["killed", "stopped"])
-async def test_a_restart_in_mid_wait_loses_nothing(
+async def test_a_broker_restart_during_a_delay_loses_nothing(
     rabbitmq, amqp_url, name, settings, queue_type, how, broker
 ) -> None:
-    """What waits, or expires meanwhile, is there afterwards; with 3.8 nobody can promise it."""
+    """Waiting and expired messages are there afterwards; with 3.8 that is not guaranteed."""
     if is_old(broker):
         return
     count = 50
@@ -223,10 +225,10 @@ async def test_a_restart_in_mid_wait_loses_nothing(
 
 @pytest.mark.needs_node
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-async def test_what_expires_into_a_full_queue_is_kept(
+async def test_a_message_that_expires_into_a_full_queue_is_kept(
     rabbitmq, channel, amqp_url, name, settings, queue_type, broker
 ) -> None:
-    """The broker tries again every three minutes, here every second; only 3.8 would lose it."""
+    """The broker retries every three minutes, here every second; only 3.8 would lose it."""
     if is_old(broker):
         return
     setting = "application:set_env(rabbit, dead_letter_worker_publisher_confirm_timeout, {})."
@@ -255,8 +257,10 @@ async def test_what_expires_into_a_full_queue_is_kept(
     await asyncio.to_thread(rabbitmq.eval, setting.format(180 * SECOND))
 
 
-async def test_an_exclusive_queue_gets_back_what_waits(channel, amqp_url, name, settings) -> None:
-    """As long as it is there."""
+async def test_an_exclusive_queue_gets_delayed_messages_back(
+    channel, amqp_url, name, settings
+) -> None:
+    """As long as it exists."""
     consumer = Retrying(settings(queue_exclusive=True, requeue_delay_max=0.3))
     async with consumer:
         await publish(channel, [b"a 0.3 0.3"], routing_key=name)
@@ -266,8 +270,10 @@ async def test_an_exclusive_queue_gets_back_what_waits(channel, amqp_url, name, 
 # --- whose queues they are -------------------------------------------------------------------
 
 
-async def test_a_wait_queue_that_is_another_is_refused(channel, amqp_url, name, settings) -> None:
-    """At the start, with what to do."""
+async def test_a_wait_queue_with_other_arguments_is_refused(
+    channel, amqp_url, name, settings
+) -> None:
+    """At start, and the error says what to do."""
     await channel.declare_queue(f"{name}.retry.1000", durable=True)
     consumer = Retrying(settings(requeue_delay=1))
     with pytest.raises(TopologyError) as caught:
@@ -276,10 +282,10 @@ async def test_a_wait_queue_that_is_another_is_refused(channel, amqp_url, name, 
         assert words in str(caught.value)
 
 
-async def test_where_nothing_is_declared_the_ladder_must_be_there(
+async def test_without_declaring_the_wait_queues_must_exist(
     channel, amqp_url, name, settings
 ) -> None:
-    """And is used as it is."""
+    """And are used as they are."""
     await channel.declare_queue(name, durable=True)
     consumer = Retrying(settings(requeue_delay=0.2, max_requeue_attempts=1, declare=False))
     with pytest.raises(TopologyError, match=rf"queue '{name}.retry.200'.*404"):
@@ -295,10 +301,10 @@ async def test_where_nothing_is_declared_the_ladder_must_be_there(
         await until(lambda: consumer.done[b"a"])
 
 
-async def test_a_missing_level_of_somebody_else_s_is_waited_for(
+async def test_without_declaring_a_handlers_missing_level_is_waited_for(
     channel, amqp_url, name, settings, caplog
 ) -> None:
-    """A handler that asks for it has its message held; the log says what is missing."""
+    """Its message is held; the log says what is missing."""
     await channel.declare_queue(name, durable=True)
     consumer = Retrying(settings(declare=False, requeue_delay_max=0.2))
     async with consumer:
@@ -317,8 +323,10 @@ async def test_a_missing_level_of_somebody_else_s_is_waited_for(
 # --- how old the broker is ----------------------------------------------------------------------
 
 
-async def test_a_broker_that_cannot_be_trusted_is_refused(amqp_url, name, settings, broker) -> None:
-    """Before 3.10, unless the risk is taken; a newer one starts."""
+async def test_a_broker_that_may_lose_waiting_messages_is_refused(
+    amqp_url, name, settings, broker
+) -> None:
+    """Before 3.10, unless it is allowed; a newer broker is accepted."""
     consumer = Retrying(settings(requeue_delay=1, unsafe_delay=False))
     if not is_old(broker):
         async with consumer:
@@ -328,8 +336,8 @@ async def test_a_broker_that_cannot_be_trusted_is_refused(amqp_url, name, settin
         await consumer.start()
 
 
-async def test_the_risk_can_be_taken_on_every_broker(channel, amqp_url, name, settings) -> None:
-    """With classic wait queues, which an upgrade finds as they were."""
+async def test_unsafe_delay_works_on_every_broker(channel, amqp_url, name, settings) -> None:
+    """With classic wait queues, which an upgrade finds unchanged."""
     async with Retrying(settings(unsafe_delay=True, requeue_delay=0.2)) as consumer:
         await publish(channel, [b"a - 0.3"], routing_key=name)
         await until(lambda: consumer.done[b"a"])

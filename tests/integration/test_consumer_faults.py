@@ -1,6 +1,6 @@
-"""Is anything lost when processes are killed, lines are cut and brokers go away?
+"""Nothing is lost when processes are killed, connections are cut or brokers go away.
 
-Handled twice is allowed, and counted; lost is not.
+A message may be handled twice, and that is counted; it must not be lost.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.integration.helpers import (
     Stopwatch,
     app,
     consumers,
-    dead_letter_office,
+    declare_dead_letters,
     holds,
     publish,
     take_all,
@@ -33,7 +33,7 @@ KINDS = ("good",) * 16 + ("flaky",) * 2 + ("bad", "doomed")
 
 
 def mixed(count: int) -> dict[int, bytes]:
-    """Messages, four in five of them good."""
+    """Return messages, four in five of them good."""
     return {
         each: json.dumps({"id": each, "kind": KINDS[each % len(KINDS)]}).encode()
         for each in range(count)
@@ -41,12 +41,12 @@ def mixed(count: int) -> dict[int, bytes]:
 
 
 def ids(messages) -> Counter[int]:
-    """Whose bodies are these?"""
+    """Return the ids of bodies."""
     return Counter(json.loads(message.body)["id"] for message in messages)
 
 
 def kind(number: int) -> str:
-    """What this message does."""
+    """Return what a message does."""
     return KINDS[number % len(KINDS)]
 
 
@@ -54,9 +54,11 @@ def kind(number: int) -> str:
 async def test_five_kills_under_load_lose_nothing(
     channel, amqp_url, name, tmp_path, queue_type
 ) -> None:
-    """SIGKILL: every message is done, or dead, or still there; after a last run, done or dead."""
+    """SIGKILL: each message is done, dead-lettered or in the queue; after a last run, done or
+    dead-lettered.
+    """
     messages = mixed(5000)
-    dlx, dlq = await dead_letter_office(channel, name)
+    dlx, dlq = await declare_dead_letters(channel, name)
     settings = {
         "queue_type": queue_type,
         "batch_size": 50,
@@ -99,7 +101,7 @@ async def test_five_kills_under_load_lose_nothing(
 
 
 async def _is_empty_and_idle(url, queue, program) -> bool:
-    """Whether nothing is ready, and nothing in hand either: what is handled has been noted."""
+    """Return whether nothing is ready or unsettled."""
     begun = len(program.of("begin"))
     await holds(url, queue, 0)
     await asyncio.sleep(0.5)
@@ -107,7 +109,7 @@ async def _is_empty_and_idle(url, queue, program) -> bool:
 
 
 class Handled(BatchConsumer):
-    """Does what its messages say, at a leisurely pace, and keeps the books."""
+    """Does what its messages say, slowly, and records it."""
 
     def __init__(self, settings, **more) -> None:
         super().__init__(settings, **more)
@@ -130,7 +132,7 @@ class Handled(BatchConsumer):
 
 
 class Watched(Handled):
-    """Notes what it says of its health whenever one of its sessions is lost."""
+    """Records its health whenever a session is lost."""
 
     def __init__(self, settings) -> None:
         self.recorder = Recorder()
@@ -143,7 +145,7 @@ class Watched(Handled):
         return [worker.epoch for worker in self.status().workers]
 
     async def comes_back(self, before: list[int]) -> None:
-        """Wait until each worker has a new session; it was not healthy in between."""
+        """Wait until each worker has a new session; the consumer was unhealthy in between."""
         await until(
             lambda: all(now > was for now, was in zip(self.epochs, before, strict=True)),
             what=self.status,
@@ -155,7 +157,7 @@ class Watched(Handled):
 
 
 def settings_for(url: str, name: str, **more) -> BatchConsumerSettings:
-    """Settings that come back quickly."""
+    """Return settings that reconnect quickly."""
     return BatchConsumerSettings(
         **{
             "url": url,
@@ -171,7 +173,7 @@ def settings_for(url: str, name: str, **more) -> BatchConsumerSettings:
 
 
 async def all_is_well(channel, url, name, consumer, messages, dlq) -> tuple[int, int]:
-    """Wait until all is done or dead; return how many were so more than once."""
+    """Wait until all messages are done or dead-lettered; return how many were so repeatedly."""
     good = {each for each in messages if kind(each) in {"good", "flaky"}}
     bad = messages.keys() - good
     await until(
@@ -198,9 +200,9 @@ async def all_is_well(channel, url, name, consumer, messages, dlq) -> tuple[int,
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 @pytest.mark.usefixtures("on_both_wires")
 async def test_ten_cuts_under_load_lose_nothing(channel, amqp_url, name, proxy, queue_type) -> None:
-    """The line is reset, also in mid-frame: the consumer is back by itself each time."""
+    """The connection is reset, also within a frame: the consumer reconnects each time."""
     messages = mixed(5000)
-    dlx, dlq = await dead_letter_office(channel, name)
+    dlx, dlq = await declare_dead_letters(channel, name)
     consumer = Watched(
         settings_for(proxy.url(amqp_url), name, queue_type=queue_type, dead_letter_exchange=dlx)
     )
@@ -228,7 +230,7 @@ async def test_ten_cuts_under_load_lose_nothing(channel, amqp_url, name, proxy, 
 
 
 def kill(node) -> None:
-    """End a node as a power cut would."""
+    """Kill a node, like a power failure."""
     node.kill()
 
 
@@ -238,7 +240,7 @@ def start(node) -> None:
 
 
 def stop_app(node) -> None:
-    """End a broker in good order."""
+    """Stop a broker regularly."""
     node.rabbitmqctl("stop_app")
 
 
@@ -260,11 +262,11 @@ def start_app(node) -> None:
 async def test_a_broker_that_goes_away_is_waited_for_and_nothing_is_lost(
     rabbitmq, amqp_url, name, queue_type, end, begin
 ) -> None:
-    """What was confirmed is there after the restart, and so is the consumer."""
+    """Confirmed messages are there after the restart, and the consumer reconnects."""
     messages = mixed(1000)
     async with await aio_pika.connect(amqp_url) as connection:
         channel = await connection.channel()
-        dlx, dlq = await dead_letter_office(channel, name)
+        dlx, dlq = await declare_dead_letters(channel, name)
     consumer = Watched(
         settings_for(amqp_url, name, queue_type=queue_type, dead_letter_exchange=dlx, num_workers=2)
     )
@@ -304,7 +306,7 @@ async def test_a_queue_deleted_under_the_consumer_is_declared_again(
 
 
 @pytest.mark.needs_node
-async def test_connections_closed_by_the_operator_come_back(
+async def test_a_consumer_reconnects_after_the_operator_closes_all_connections(
     rabbitmq, channel, amqp_url, name
 ) -> None:
     """All workers and the publisher."""
@@ -328,7 +330,7 @@ async def test_connections_closed_by_the_operator_come_back(
 async def test_a_silent_line_is_noticed_within_three_heartbeats(
     channel, amqp_url, name, proxy, heartbeat
 ) -> None:
-    """Nothing comes and nothing goes, and nobody says so; afterwards all is as before."""
+    """No data and no error in either direction; afterwards everything works again."""
     consumer = Handled(settings_for(proxy.url(amqp_url), name, heartbeat=heartbeat))
     async with consumer:
         proxy.freeze()
@@ -344,8 +346,8 @@ async def test_a_silent_line_is_noticed_within_three_heartbeats(
 
 
 @pytest.mark.needs_node
-async def test_a_stopped_broker_is_noticed_and_waited_for(rabbitmq, amqp_url, name) -> None:
-    """Its kernel still takes connections: only heartbeats tell."""
+async def test_a_paused_broker_is_noticed_and_waited_for(rabbitmq, amqp_url, name) -> None:
+    """Its kernel still accepts connections: only heartbeats reveal it."""
     consumer = Handled(settings_for(amqp_url, name, heartbeat=1))
     async with consumer:
         rabbitmq.pause()
@@ -360,8 +362,8 @@ async def test_a_stopped_broker_is_noticed_and_waited_for(rabbitmq, amqp_url, na
         await until(lambda: consumer.done[1])
 
 
-async def test_workers_do_not_share_their_troubles(channel, amqp_url, name, proxy) -> None:
-    """One line of three is cut: the others go on, and `is_healthy` counts all."""
+async def test_a_cut_connection_affects_one_worker_only(channel, amqp_url, name, proxy) -> None:
+    """One of three is cut: the others continue, and `is_healthy` counts all."""
     consumer = Handled(settings_for(proxy.url(amqp_url), name, num_workers=3))
     async with consumer:
         proxy.cut_after(1000)

@@ -1,4 +1,4 @@
-"""Do the settings, the hooks and the publishing do what they are there for, on RabbitMQ?"""
+"""Settings, hooks and publishing on RabbitMQ."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.integration.helpers import (
 
 
 class Collecting(BatchConsumer):
-    """Acks everything, and remembers what it was."""
+    """Acks everything, and records it."""
 
     def __init__(self, settings, **more) -> None:
         super().__init__(settings, **more)
@@ -49,7 +49,7 @@ class Collecting(BatchConsumer):
 
 
 def settings_for(url: str, queue: str, **more) -> BatchConsumerSettings:
-    """Settings for little waiting."""
+    """Return settings with short waits."""
     return BatchConsumerSettings(**{"url": url, "queue_name": queue, "batch_timeout": 0.05, **more})
 
 
@@ -57,7 +57,7 @@ def settings_for(url: str, queue: str, **more) -> BatchConsumerSettings:
 
 
 class SourceConsumer(BatchConsumer):
-    """Reads from a source exchange, forwards to staging."""
+    """Reads from a source exchange, and publishes to the staging exchange."""
 
     def __init__(self, settings, staging, sessions) -> None:
         super().__init__(settings)
@@ -85,7 +85,7 @@ class SourceConsumer(BatchConsumer):
 
 
 class WriterConsumer(BatchConsumer):
-    """Reads from staging, writes to a sink that fails ten times."""
+    """Reads from staging, and writes to a sink that fails ten times."""
 
     def __init__(self, settings) -> None:
         super().__init__(settings)
@@ -110,7 +110,7 @@ class WriterConsumer(BatchConsumer):
 
 
 async def test_many_sources_flow_into_one_staging_queue(channel, amqp_url, name) -> None:
-    """Each worker declares and publishes on a channel of its own, with aio-pika's own objects."""
+    """Each worker declares and publishes on its own channel, with aio-pika's own objects."""
     staging = f"{name}.staging"
     sessions = []
     exchanges = [f"{name}.{each}" for each in ("user-events", "impressions", "search-logs")]
@@ -186,10 +186,10 @@ async def test_handlers_publish_with_confirms(channel, amqp_url, name) -> None:
     assert [b"%d" % each for each in range(20)] == [message.body for message in others]
 
 
-async def test_a_publication_that_nobody_takes_is_an_error_and_consuming_goes_on(
+async def test_an_unroutable_publication_is_an_error_and_consuming_goes_on(
     channel, amqp_url, name
 ) -> None:
-    """A missing exchange, and no queue bound: the requeues of others are not touched by it."""
+    """A missing exchange, or no bound queue: requeues of other messages are not affected."""
     await channel.declare_exchange(f"{name}.empty", "fanout", durable=True)
     await channel.declare_queue(f"{name}.out", durable=True)
     errors = defaultdict(list)
@@ -230,10 +230,8 @@ async def test_a_publication_that_nobody_takes_is_an_error_and_consuming_goes_on
     assert [1] == recorder.epochs
 
 
-async def test_a_publish_error_that_leaves_the_handler_is_a_failure_like_any_other(
-    channel, amqp_url, name
-) -> None:
-    """The message is tried again, not lost."""
+async def test_a_publish_error_is_a_handler_failure_like_any_other(channel, amqp_url, name) -> None:
+    """The message is retried, not lost."""
     tries = Counter()
 
     class Forwarding(Consumer):
@@ -253,7 +251,7 @@ async def test_a_publish_error_that_leaves_the_handler_is_a_failure_like_any_oth
 
 
 async def test_four_workers_share_a_queue(channel, amqp_url, name) -> None:
-    """Each with a consumer of its own, all at work, no message twice; hooks are called once."""
+    """Each with its own consumer, all busy, no message twice; the hooks are called once."""
     hooks = []
     busy = set()
     seen = Counter()
@@ -284,7 +282,7 @@ async def test_four_workers_share_a_queue(channel, amqp_url, name) -> None:
 
 
 async def test_concurrency_runs_that_many_batches_at_once(channel, amqp_url, name) -> None:
-    """And no more; what is in hand is what prefetch allows."""
+    """And no more; prefetch bounds the unsettled messages."""
     now, most = 0, 0
     enough = asyncio.Event()
 
@@ -312,8 +310,8 @@ async def test_concurrency_runs_that_many_batches_at_once(channel, amqp_url, nam
     assert 3 == most
 
 
-async def test_an_exclusive_queue_goes_with_its_consumer(channel, amqp_url, name) -> None:
-    """Nobody else may touch it; requeues reach it all the same; it comes back after a loss."""
+async def test_an_exclusive_queue_is_deleted_with_its_consumer(channel, amqp_url, name) -> None:
+    """Other connections can't use it; requeues reach it nevertheless."""
     seen = []
 
     class Twice(BatchConsumer):
@@ -340,7 +338,7 @@ async def test_an_exclusive_queue_goes_with_its_consumer(channel, amqp_url, name
 
 
 async def test_an_exclusive_queue_comes_back_after_a_loss(channel, amqp_url, name, proxy) -> None:
-    """It went with its connection, and is there again with the next one, bound as before."""
+    """It was deleted with its connection; the next one declares and binds it again."""
     consumer = Collecting(
         settings_for(
             proxy.url(amqp_url),
@@ -358,8 +356,10 @@ async def test_an_exclusive_queue_comes_back_after_a_loss(channel, amqp_url, nam
         await until(lambda: consumer.seen == [b"1"])
 
 
-async def test_an_auto_delete_queue_goes_with_its_last_consumer(channel, amqp_url, name) -> None:
-    """And is declared anew at the next start."""
+async def test_an_auto_delete_queue_is_deleted_with_its_last_consumer(
+    channel, amqp_url, name
+) -> None:
+    """The next start declares it again."""
     consumer = Collecting(settings_for(amqp_url, name, queue_auto_delete=True, num_workers=2))
     for turn in (1, 2):
         async with consumer:
@@ -370,8 +370,8 @@ async def test_an_auto_delete_queue_goes_with_its_last_consumer(channel, amqp_ur
 
 
 @pytest.mark.parametrize("form", ["hosts", "urls"])
-async def test_a_dead_host_among_several_is_passed_over(channel, amqp_url, name, form) -> None:
-    """In one URL, or as several URLs; whichever comes first."""
+async def test_an_unreachable_host_among_several_is_skipped(channel, amqp_url, name, form) -> None:
+    """In one URL, or as several URLs, in any order."""
     there = amqp_url.rpartition("@")[2].rstrip("/")
     dead = f"{LOCALHOST}:{free_port()}"
     url = f"amqp://guest:guest@{dead},{there}/"
@@ -385,7 +385,7 @@ async def test_a_dead_host_among_several_is_passed_over(channel, amqp_url, name,
 
 
 async def test_the_consumer_of_higher_priority_gets_the_messages(channel, amqp_url, name) -> None:
-    """As long as it has room."""
+    """As long as it has prefetch left."""
     low = Collecting(settings_for(amqp_url, name, consumer_arguments={"x-priority": 1}))
     high = Collecting(settings_for(amqp_url, name, consumer_arguments={"x-priority": 9}))
     async with low, high:
@@ -399,7 +399,7 @@ async def test_the_consumer_of_higher_priority_gets_the_messages(channel, amqp_u
 
 
 async def test_a_topic_exchange_with_several_patterns(channel, amqp_url, name) -> None:
-    """What matches any of them comes once."""
+    """A message that matches several comes once."""
     consumer = Collecting(
         settings_for(
             amqp_url,
@@ -420,7 +420,7 @@ async def test_a_topic_exchange_with_several_patterns(channel, amqp_url, name) -
 
 
 async def test_a_headers_exchange_with_binding_arguments(channel, amqp_url, name) -> None:
-    """All that is asked for must be there."""
+    """All required headers must match."""
     consumer = Collecting(
         settings_for(
             amqp_url,
@@ -444,7 +444,7 @@ async def test_a_headers_exchange_with_binding_arguments(channel, amqp_url, name
 async def test_a_dead_letter_queue_is_declared_and_gets_every_dead_letter(
     channel, amqp_url, name, kind, queue_type
 ) -> None:
-    """Whatever the type of its exchange; of this queue's own type; twice is no harm."""
+    """Whatever the type of its exchange or queue; a second declaration changes nothing."""
 
     class Refusing(BatchConsumer):
         async def process_messages(self, messages):

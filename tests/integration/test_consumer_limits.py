@@ -1,6 +1,6 @@
-"""What does each broker count as a failed delivery, and does a poison message come to an end?
+"""What each broker version counts as a failed delivery, and whether a poison message ends.
 
-What was seen here, in a table:
+The results:
 
 =================================  =======================  =======================  ==============
 quorum queue                       3.8, 3.10                4.0                      4.3
@@ -25,7 +25,7 @@ import pytest
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
 from tests.integration.helpers import (
     app,
-    dead_letter_office,
+    declare_dead_letters,
     holds,
     parse_version,
     publish,
@@ -36,7 +36,7 @@ from tests.integration.helpers import (
 
 
 class Always(BatchConsumer):
-    """Has one answer, and counts how often it is asked."""
+    """Has one result, and counts its calls."""
 
     answer = MessageResult.REQUEUE_IMMEDIATE
 
@@ -51,7 +51,7 @@ class Always(BatchConsumer):
 
 
 def quorum(url, queue, dlx, *, limit=None, **more) -> BatchConsumerSettings:
-    """A quorum queue whose broker knows where dead letters go."""
+    """Declare a quorum queue with a dead-letter exchange."""
     arguments = {"x-dead-letter-exchange": dlx}
     if limit is not None:
         arguments["x-delivery-limit"] = limit
@@ -62,7 +62,7 @@ def quorum(url, queue, dlx, *, limit=None, **more) -> BatchConsumerSettings:
 
 
 def by_the_limit(letter) -> bool:
-    """Whether the broker gave this message up."""
+    """Return whether the broker dead-lettered this message because of the limit."""
     [death] = letter.headers["x-death"]
     return death["reason"] == "delivery_limit"
 
@@ -70,8 +70,10 @@ def by_the_limit(letter) -> bool:
 @pytest.mark.usefixtures("on_both_wires")
 @pytest.mark.parametrize("cause", ["yielded", "raised"])
 async def test_failures_count_until_the_delivery_limit(channel, amqp_url, name, cause) -> None:
-    """REQUEUE_IMMEDIATE, on all versions: one delivery more than the limit, and then the DLQ."""
-    dlx, dlq = await dead_letter_office(channel, name)
+    """REQUEUE_IMMEDIATE, on all versions: after one delivery more than the limit it is
+    dead-lettered.
+    """
+    dlx, dlq = await declare_dead_letters(channel, name)
     consumer = Always(
         quorum(amqp_url, name, dlx, limit=3, unhandled_exception_action="REQUEUE_IMMEDIATE")
     )
@@ -86,11 +88,11 @@ async def test_failures_count_until_the_delivery_limit(channel, amqp_url, name, 
     assert 0 == await ready(amqp_url, name)
 
 
-async def test_a_poison_message_never_loops_for_ever_where_the_broker_counts(
+async def test_a_poison_message_ends_if_the_broker_counts_deliveries(
     channel, amqp_url, name, broker, caplog
 ) -> None:
-    """By itself a broker does so since 4.0; where it does not, a WARNING at the start says so."""
-    dlx, dlq = await dead_letter_office(channel, name)
+    """By default since 4.0; on other versions a WARNING at start says so."""
+    dlx, dlq = await declare_dead_letters(channel, name)
     consumer = Always(quorum(amqp_url, name, dlx))
     counts = parse_version(broker) >= (4, 0)
     async with consumer:
@@ -113,7 +115,7 @@ async def test_on_a_classic_queue_a_poison_message_loops_and_the_log_says_so(
     channel, amqp_url, name, caplog
 ) -> None:
     """On every version: classic queues count nothing."""
-    dlx, dlq = await dead_letter_office(channel, name)
+    dlx, dlq = await declare_dead_letters(channel, name)
     consumer = Always(
         BatchConsumerSettings(
             url=amqp_url,
@@ -136,11 +138,11 @@ async def test_on_a_classic_queue_a_poison_message_loops_and_the_log_says_so(
     assert 0 == await ready(amqp_url, dlq)
 
 
-async def test_a_negative_limit_is_none_or_the_strictest_and_the_log_says_which(
+async def test_a_negative_limit_means_none_since_4_0_and_zero_before(
     channel, amqp_url, name, broker, caplog
 ) -> None:
-    """Before 4.0 it takes a message away the first time that it comes back."""
-    dlx, dlq = await dead_letter_office(channel, name)
+    """The log says which. Before 4.0 the first redelivery dead-letters the message."""
+    dlx, dlq = await declare_dead_letters(channel, name)
     consumer = Always(quorum(amqp_url, name, dlx, limit=-1))
     lifts = parse_version(broker) >= (4, 0)
     async with consumer:
@@ -159,8 +161,8 @@ async def test_a_negative_limit_is_none_or_the_strictest_and_the_log_says_which(
 async def test_a_message_that_kills_its_consumer_ends_at_the_limit(
     channel, amqp_url, name, tmp_path
 ) -> None:
-    """SIGKILL, each time it is handled; the one behind it is handled in the end."""
-    dlx, dlq = await dead_letter_office(channel, name)
+    """SIGKILL, each time it is handled; the message behind it is finally handled."""
+    dlx, dlq = await declare_dead_letters(channel, name)
     limit = 1
     options = {
         "queue_type": "quorum",
@@ -187,11 +189,11 @@ async def test_a_message_that_kills_its_consumer_ends_at_the_limit(
     assert by_the_limit(letter)
 
 
-async def test_a_lost_connection_counts_for_all_that_was_prefetched(
+async def test_a_lost_connection_counts_for_all_prefetched_messages(
     channel, amqp_url, name, proxy
 ) -> None:
     """The broker cannot know which of them was the culprit."""
-    dlx, dlq = await dead_letter_office(channel, name)
+    dlx, dlq = await declare_dead_letters(channel, name)
 
     class Stuck(BatchConsumer):
         async def process_messages(self, messages):
@@ -224,11 +226,11 @@ def _come(consumer) -> tuple[int, int]:
 
 
 @pytest.mark.usefixtures("on_both_wires")
-async def test_what_was_not_started_spends_no_delivery_where_the_broker_can_tell(
+async def test_returned_messages_do_not_count_as_delivered_on_newer_brokers(
     channel, amqp_url, name, broker
 ) -> None:
-    """Three drains, and a limit of two: since 4.3 what was returned is still there, unspent."""
-    dlx, dlq = await dead_letter_office(channel, name)
+    """Three drains with a limit of two: since 4.3 returned messages are not dead-lettered."""
+    dlx, dlq = await declare_dead_letters(channel, name)
 
     class Stuck(BatchConsumer):
         async def process_messages(self, messages):
@@ -260,10 +262,10 @@ async def _buffers(consumer, count) -> None:
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-async def test_a_declared_dead_letter_queue_drops_nothing_for_coming_back(
+async def test_a_declared_dead_letter_queue_has_no_delivery_limit(
     channel, amqp_url, name, queue_type
 ) -> None:
-    """Somebody looks at a dead letter, and puts it back, more often than any default limit."""
+    """A dead letter is looked at and returned more often than any default limit."""
     consumer = Always(
         BatchConsumerSettings(
             url=amqp_url,

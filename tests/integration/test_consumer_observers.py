@@ -1,4 +1,4 @@
-"""What do Prometheus and OpenTelemetry see of a consumer on RabbitMQ?"""
+"""Prometheus and OpenTelemetry observers of a consumer on RabbitMQ."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ PRODUCERS = [f"00-{0xABC0 + number:032x}-{0xDEF0 + number:016x}-01" for number i
 
 
 class Once(BatchConsumer):
-    """Acks, but what it gets for the first time: the second is tried again, the third dies."""
+    """Acks, except at the first delivery: the second is retried, the third dead-lettered."""
 
     async def process_messages(self, messages):
-        """Answer, and publish what belongs to the trace."""
+        """Yield results, and publish with the trace."""
         for message in messages:
             if message.body == b"0":
                 await self.publish(b"on", routing_key=self.next, headers=trace_headers())
@@ -40,7 +40,7 @@ class Once(BatchConsumer):
 
 
 def value_of(registry, name, **labels):
-    """One series, as Prometheus reads it."""
+    """Return the value of one series, as Prometheus reads it."""
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         for sample in family.samples:
             if sample.name == f"aio_pika_batch_{name}" and labels.items() <= sample.labels.items():
@@ -49,7 +49,7 @@ def value_of(registry, name, **labels):
 
 
 async def test_a_trace_goes_through_retry_and_dead_letter(amqp_url, name, channel):
-    """From its producer to each batch that it comes to, and into whatever is published there."""
+    """From its producer to each of its batches, and into what is published there."""
     spans = InMemorySpanExporter()
     traces = TracerProvider()
     traces.add_span_processor(SimpleSpanProcessor(spans))

@@ -1,4 +1,4 @@
-"""Do batches hold what they should on RabbitMQ, and does each key keep its order there?"""
+"""Batches by key and bytes, and the order of each key, on RabbitMQ."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
 from tests.integration.helpers import (
     Recorder,
-    dead_letter_office,
+    declare_dead_letters,
     holds,
     publish,
     take_all,
@@ -21,12 +21,12 @@ KEYS = "abcde"
 
 
 def numbered(count: int) -> list[bytes]:
-    """So many messages, of several keys in turn."""
+    """Return so many messages, with several keys in turn."""
     return [f"{KEYS[each % len(KEYS)]}{each}".encode() for each in range(count)]
 
 
 class Orderly(BatchConsumer):
-    """Fails as often as it is told to, by stopping; notes who overlaps or overtakes whom."""
+    """Fails a given number of times, and records overlaps and overtaking."""
 
     def __init__(self, settings, failures=None, seconds=0.0, **more) -> None:
         super().__init__(settings, **more)
@@ -71,12 +71,12 @@ class Orderly(BatchConsumer):
 
     @property
     def keeps_order(self) -> bool:
-        """Whether nothing of a key overlapped, and nothing was handled before its time."""
+        """Return whether no batches of a key overlapped, and none was handled too early."""
         return not self.overlaps and not self.overtaken
 
 
 def settings_for(url: str, queue: str, **more) -> BatchConsumerSettings:
-    """Settings for little waiting."""
+    """Return settings with short waits."""
     return BatchConsumerSettings(
         **{
             "url": url,
@@ -94,8 +94,8 @@ def settings_for(url: str, queue: str, **more) -> BatchConsumerSettings:
 async def test_each_key_keeps_its_order_whatever_fails(
     channel, amqp_url, name, queue_type, on_both_wires
 ) -> None:
-    """Failures are tried again in place, the hopeless are dead-lettered, and no copy is made."""
-    dlx, dlq = await dead_letter_office(channel, name)
+    """Failures are retried in place, exhausted messages are dead-lettered, and no copy is made."""
+    dlx, dlq = await declare_dead_letters(channel, name)
     recorder = Recorder()
     failures = {b"a0": 1, b"b11": 2, b"b16": 1, b"c2": 9, b"e99": 2}
     consumer = Orderly(
@@ -125,10 +125,8 @@ async def test_each_key_keeps_its_order_whatever_fails(
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-async def test_a_cut_connection_does_not_mix_up_the_order(
-    channel, amqp_url, name, queue_type, proxy
-) -> None:
-    """What is delivered again comes in its order, and waits for handlers of the lost session."""
+async def test_a_cut_connection_keeps_the_order(channel, amqp_url, name, queue_type, proxy) -> None:
+    """Redelivered messages come in order, and wait for handlers of the lost session."""
     recorder = Recorder()
     consumer = Orderly(
         settings_for(
@@ -159,10 +157,10 @@ async def test_a_cut_connection_does_not_mix_up_the_order(
 @pytest.mark.parametrize(
     ("queue_type", "limit"), [("classic", None), ("quorum", None), ("quorum", 100)]
 )
-async def test_what_a_stop_returns_goes_to_the_front_where_the_broker_keeps_it_there(
+async def test_messages_returned_by_a_stop_keep_their_place(
     broker, channel, amqp_url, name, queue_type, limit
 ) -> None:
-    """Whoever consumes next finds the old order, but on older quorum queues without a limit."""
+    """The next consumer finds the old order, except on older quorum queues without a limit."""
     consumer = Orderly(
         settings_for(
             amqp_url,
@@ -187,7 +185,7 @@ async def test_what_a_stop_returns_goes_to_the_front_where_the_broker_keeps_it_t
     assert (some[10:] + some[:10] if is_back else some) == left
 
 
-async def test_a_batch_holds_one_key_and_so_many_bytes(
+async def test_a_batch_has_one_key_and_limited_bytes(
     channel, amqp_url, name, on_both_wires
 ) -> None:
     """Whatever comes in one read."""

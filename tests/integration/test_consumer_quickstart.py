@@ -1,4 +1,4 @@
-"""Does the main job work: every message one result, and each result what was promised?"""
+"""The main task: every message gets one result, and each result does what it says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.integration.helpers import (
     RawClient,
     Recorder,
     Stopwatch,
-    dead_letter_office,
+    declare_dead_letters,
     holds,
     long,
     pack_properties,
@@ -29,11 +29,11 @@ from tests.integration.helpers import (
 
 
 class ServiceUnavailable(Exception):
-    """What a flaky service raises."""
+    """Raised by a service that is down."""
 
 
 class Service:
-    """Takes what it is told at some later attempt, or never; keeps the books."""
+    """Accepts each message at a given attempt, or never; records the messages."""
 
     def __init__(self) -> None:
         self.attempts: Counter[int] = Counter()
@@ -52,7 +52,7 @@ class Service:
 async def test_the_quick_start_treats_every_message_as_it_says(
     channel, amqp_url, name, queue_type
 ) -> None:
-    """Of 200: the good acked once each, the bad and the hopeless among the dead, nothing else."""
+    """Of 200: the good ones are acked once, the bad and hopeless ones dead-lettered."""
     service = Service()
 
     class MyConsumer(BatchConsumer):
@@ -72,7 +72,7 @@ async def test_the_quick_start_treats_every_message_as_it_says(
     bodies += [json.dumps({"id": each, "fails": 2}).encode() for each in flaky]
     bodies += [json.dumps({"id": each, "fails": 99}).encode() for each in hopeless]
     bad = [b"{no json %d" % each for each in range(20)]
-    dlx, dlq = await dead_letter_office(channel, name)
+    dlx, dlq = await declare_dead_letters(channel, name)
     recorder = Recorder()
     consumer = MyConsumer(
         BatchConsumerSettings(
@@ -131,11 +131,11 @@ class Hopeless(BatchConsumer):
 
 @pytest.mark.parametrize("max_requeue_attempts", [0, 3])
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-async def test_what_always_fails_is_tried_so_often_and_dies_with_its_properties_intact(
+async def test_an_exhausted_message_is_dead_lettered_with_its_properties(
     channel, amqp_url, name, queue_type, max_requeue_attempts
 ) -> None:
-    """Byte for byte; only the expiration has moved, so that the dead letter does not expire."""
-    dlx, dlq = await dead_letter_office(channel, name, kind="topic", keys=["order.#"])
+    """Byte for byte; only the expiration is moved, so that the dead letter does not expire."""
+    dlx, dlq = await declare_dead_letters(channel, name, kind="topic", keys=["order.#"])
     consumer = Hopeless(
         BatchConsumerSettings(
             url=amqp_url,
@@ -177,7 +177,7 @@ async def test_what_always_fails_is_tried_so_often_and_dies_with_its_properties_
 async def test_a_requeued_copy_adds_its_count_and_its_origin_and_changes_nothing_else(
     amqp_url, name
 ) -> None:
-    """With all properties, and with none: what was absent stays absent."""
+    """With all properties and with none: absent ones stay absent."""
     seen = {}
 
     class Once(BatchConsumer):

@@ -1,4 +1,4 @@
-"""What does somebody read whose settings and broker do not fit: one error, soon, that helps?"""
+"""What a user reads if settings and broker do not match: one error, soon, that helps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.integration.helpers import (
     RawClient,
     Recorder,
     Stopwatch,
-    dead_letter_office,
+    declare_dead_letters,
     holds,
     long,
     pack_properties,
@@ -37,7 +37,7 @@ from tests.integration.helpers import (
 
 
 class Acking(BatchConsumer):
-    """Never gets that far."""
+    """Never gets any message."""
 
     async def process_messages(self, messages):
         for _ in messages:
@@ -45,7 +45,7 @@ class Acking(BatchConsumer):
 
 
 async def refusal(error: type[TransportError], **settings) -> str:
-    """Start, and be refused for good within seconds, by `start` as by `run`; return the words."""
+    """Return the text of the error that `start` and `run` raise within seconds."""
     settings = {"batch_timeout": 0.05, "reconnect_delay": 0.1, **settings}
     texts = []
     for way in ("start", "run"):
@@ -72,7 +72,7 @@ async def test_a_wrong_password(amqp_url, name) -> None:
     assert "check user and password" in text
 
 
-async def test_a_virtual_host_that_is_not_there(amqp_url, name) -> None:
+async def test_a_missing_virtual_host(amqp_url, name) -> None:
     """It names the virtual host."""
     text = await refusal(AccessRefused, url=f"{amqp_url}nowhere", queue_name=name)
     assert "'nowhere'" in text
@@ -81,7 +81,7 @@ async def test_a_virtual_host_that_is_not_there(amqp_url, name) -> None:
 
 @pytest.fixture
 def no_such_name(monkeypatch):
-    """A name server answers, and says no: on a machine without one nobody could tell."""
+    """A name server that answers "no such host"; a machine without one could not tell."""
     real = socket.getaddrinfo
 
     def look_up(host, *args, **kwargs):
@@ -93,7 +93,7 @@ def no_such_name(monkeypatch):
     return "no-such-host.invalid"
 
 
-async def test_a_host_that_nobody_knows(name, no_such_name) -> None:
+async def test_an_unknown_host(name, no_such_name) -> None:
     """It names the host and the setting: a wrong name is not waited for."""
     text = await refusal(AccessRefused, url=f"amqp://guest:secret@{no_such_name}/", queue_name=name)
     assert f"host '{no_such_name}' in url" in text
@@ -131,10 +131,8 @@ async def test_one_unknown_host_among_hosts_that_are_down(
         ({"durable": True}, {"queue_type": "quorum"}, "x-queue-type"),
     ],
 )
-async def test_a_queue_that_is_declared_otherwise(
-    channel, amqp_url, name, there, settings, word
-) -> None:
-    """It names the queue and what differs, in the broker's words, and says what to do."""
+async def test_a_queue_with_other_arguments(channel, amqp_url, name, there, settings, word) -> None:
+    """It names the queue and the difference in the broker's words, and says what to do."""
     queue = await channel.declare_queue(name, **there)
     text = await refusal(TopologyError, url=amqp_url, queue_name=name, **settings)
     assert f"queue '{name}'" in text
@@ -174,8 +172,8 @@ async def test_an_exchange_type_that_the_broker_does_not_know(amqp_url, name) ->
     assert "plugin" in text
 
 
-async def test_nothing_is_declared_that_was_only_to_be_checked(channel, amqp_url, name) -> None:
-    """With `declare=False` a missing queue and a missing exchange are errors, and stay missing."""
+async def test_declare_false_creates_nothing(channel, amqp_url, name) -> None:
+    """A missing queue and a missing exchange are errors, and stay missing."""
     text = await refusal(TopologyError, url=amqp_url, queue_name=name, declare=False)
     assert f"queue '{name}'" in text
     assert "declare" in text
@@ -196,8 +194,8 @@ async def test_nothing_is_declared_that_was_only_to_be_checked(channel, amqp_url
 
 
 @pytest.mark.parametrize("by", ["dead_letter_exchange", "queue_arguments"])
-async def test_a_dead_letter_exchange_that_is_missing(amqp_url, name, by) -> None:
-    """Found at the start, not when the first message is to be saved there."""
+async def test_a_missing_dead_letter_exchange(amqp_url, name, by) -> None:
+    """It is found at start, not with the first dead letter."""
     settings = {"dead_letter_exchange": f"{name}.dlx"}
     if by == "queue_arguments":
         settings = {"queue_arguments": {"x-dead-letter-exchange": f"{name}.dlx"}}
@@ -207,7 +205,7 @@ async def test_a_dead_letter_exchange_that_is_missing(amqp_url, name, by) -> Non
 
 
 async def test_a_stream(amqp_url, name) -> None:
-    """Its messages are neither requeued nor rejected."""
+    """Its messages can be neither requeued nor rejected."""
     text = await refusal(
         TopologyError, url=amqp_url, queue_name=name, queue_arguments={"x-queue-type": "stream"}
     )
@@ -217,7 +215,7 @@ async def test_a_stream(amqp_url, name) -> None:
 
 @pytest.mark.needs_node
 async def test_a_user_without_permission(rabbitmq, amqp_url, name) -> None:
-    """It names the queue, and the permission that is missing."""
+    """It names the queue, and the missing permission."""
     for args in (
         ("add_user", name, "secret"),
         ("set_permissions", name, "^$", ".*", ".*"),
@@ -243,8 +241,8 @@ async def test_a_user_without_permission(rabbitmq, amqp_url, name) -> None:
         ({"num_wrkers": 3}, "num_workers"),
     ],
 )
-async def test_nonsense_is_refused_at_construction(name, settings, field) -> None:
-    """With the name of the field, before anything is connected to."""
+async def test_invalid_settings_are_refused_at_construction(name, settings, field) -> None:
+    """The error names the field, and comes before any connection."""
     with pytest.raises(ConfigurationError, match=field) as caught:
         Acking(BatchConsumerSettings(**{"queue_name": name, **settings}))
     assert "secret" not in str(caught.value)
@@ -253,8 +251,8 @@ async def test_nonsense_is_refused_at_construction(name, settings, field) -> Non
 # --- a refusal later on ---------------------------------------------------------------
 
 
-async def test_a_refusal_later_on_is_waited_out(channel, amqp_url, name, caplog) -> None:
-    """The queue comes back otherwise declared: unhealthy, logged once, until it is right again."""
+async def test_a_later_refusal_is_waited_out(channel, amqp_url, name, caplog) -> None:
+    """The queue has other arguments for a while: unhealthy, and logged once."""
     consumer = Acking(
         BatchConsumerSettings(
             url=amqp_url, queue_name=name, reconnect_delay=0.05, reconnect_delay_max=0.2
@@ -278,7 +276,7 @@ async def test_a_refusal_later_on_is_waited_out(channel, amqp_url, name, caplog)
 
 
 async def _declared(channel, name) -> bool:
-    """Whether we were faster than the consumer, which declares it again at once."""
+    """Return whether we were faster than the consumer, which declares the queue again at once."""
     async with await aio_pika.connect(str(channel._connection.url)) as connection:
         other = await connection.channel()
         try:
@@ -302,7 +300,7 @@ UNDECODABLE = {
 
 
 class Reading(BatchConsumer):
-    """Reads everything that its messages have, and lets every error pass."""
+    """Reads everything that its messages have, and lets errors pass."""
 
     def __init__(self, settings, **more) -> None:
         super().__init__(settings, **more)
@@ -320,11 +318,11 @@ class Reading(BatchConsumer):
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 @pytest.mark.usefixtures("on_both_wires")
-async def test_what_cannot_be_decoded_costs_that_message_only(
+async def test_an_undecodable_message_does_not_affect_others(
     channel, amqp_url, name, queue_type
 ) -> None:
-    """Strange properties and a broken body among good ones: the good ones are handled, once."""
-    dlx, dlq = await dead_letter_office(channel, name)
+    """Strange properties and an invalid body among good messages, which are handled once."""
+    dlx, dlq = await declare_dead_letters(channel, name)
     recorder = Recorder()
     consumer = Reading(
         BatchConsumerSettings(
@@ -365,8 +363,10 @@ async def test_what_cannot_be_decoded_costs_that_message_only(
 
 
 @pytest.mark.usefixtures("on_both_wires")
-async def test_a_header_of_bytes_reaches_handler_and_copy_as_it_is(channel, amqp_url, name) -> None:
-    """No UTF-8, and no harm: read as bytes, requeued unchanged."""
+async def test_a_header_of_bytes_reaches_handler_and_copy_unchanged(
+    channel, amqp_url, name
+) -> None:
+    """It is not UTF-8: it is read as bytes, and requeued unchanged."""
     seen = []
 
     class Headers(BatchConsumer):
@@ -386,9 +386,9 @@ async def test_a_header_of_bytes_reaches_handler_and_copy_as_it_is(channel, amqp
 
 
 @pytest.mark.usefixtures("on_both_wires")
-async def test_headers_that_cannot_be_decoded_cannot_be_counted(channel, amqp_url, name) -> None:
-    """Nobody could tell its attempts: instead of going round for ever it is dead-lettered."""
-    dlx, dlq = await dead_letter_office(channel, name)
+async def test_a_message_with_undecodable_headers_is_not_retried(channel, amqp_url, name) -> None:
+    """Its attempts can't be counted: it is dead-lettered instead of being retried forever."""
+    dlx, dlq = await declare_dead_letters(channel, name)
     consumer = Reading(
         BatchConsumerSettings(
             url=amqp_url, queue_name=name, batch_timeout=0.05, dead_letter_exchange=dlx

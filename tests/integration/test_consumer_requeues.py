@@ -17,7 +17,7 @@ from aio_pika_batch import (
 from tests.integration.helpers import (
     Recorder,
     Stopwatch,
-    dead_letter_office,
+    declare_dead_letters,
     holds,
     publish,
     ready,
@@ -50,7 +50,7 @@ async def test_an_exhausted_copy_reaches_a_direct_exchange_under_its_original_ke
     channel, amqp_url, name, queue_type, named_by
 ) -> None:
     """The copy's own key is the queue's name, which no binding of that exchange knows."""
-    dlx, dlq = await dead_letter_office(channel, name, kind="direct", keys=["red", "green"])
+    dlx, dlq = await declare_dead_letters(channel, name, kind="direct", keys=["red", "green"])
     settings = {"dead_letter_exchange": dlx}
     if named_by == "queue_arguments":
         settings = {"queue_arguments": {"x-dead-letter-exchange": dlx}}
@@ -81,7 +81,7 @@ async def test_a_dead_letter_routing_key_stands_above_the_original_one(
     channel, amqp_url, name
 ) -> None:
     """Named by the setting, or by the queue's arguments."""
-    dlx, dlq = await dead_letter_office(channel, name, kind="direct", keys=["dead"])
+    dlx, dlq = await declare_dead_letters(channel, name, kind="direct", keys=["dead"])
     arguments = {"x-dead-letter-exchange": dlx, "x-dead-letter-routing-key": "dead"}
     for number, settings in enumerate(
         (
@@ -125,7 +125,7 @@ async def test_a_policy_still_dead_letters_what_the_library_rejects(
     channel, amqp_url, name, rabbitmq_policy
 ) -> None:
     """The library does not know of it; the broker does."""
-    dlx, dlq = await dead_letter_office(channel, name)
+    dlx, dlq = await declare_dead_letters(channel, name)
     await rabbitmq_policy(name, f'{{"dead-letter-exchange":"{dlx}"}}')
     consumer = Always(BatchConsumerSettings(url=amqp_url, queue_name=name, batch_timeout=0.05))
     async with consumer:

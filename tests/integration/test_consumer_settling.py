@@ -11,7 +11,14 @@ import math
 import pytest
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
-from tests.integration.helpers import Recorder, dead_letter_office, holds, publish, take_all, until
+from tests.integration.helpers import (
+    Recorder,
+    declare_dead_letters,
+    holds,
+    publish,
+    take_all,
+    until,
+)
 
 ACK, NACK, REQUEUE = MessageResult.ACK, MessageResult.NACK, MessageResult.REQUEUE
 
@@ -73,7 +80,7 @@ def bulk(*bad):
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 async def test_only_the_culprits_are_dead_lettered(channel, amqp_url, name, queue_type) -> None:
     """In few runs; everybody else is acknowledged, and nothing is left."""
-    dlx, dlq = await dead_letter_office(channel, name)
+    dlx, dlq = await declare_dead_letters(channel, name)
     bad = (b"7", b"50", b"99")
     consumer = Subject(
         bulk(*bad),
@@ -107,7 +114,7 @@ async def test_what_was_yielded_is_settled_although_its_handler_still_runs(
     channel, amqp_url, name, proxy, queue_type
 ) -> None:
     """A line that is cut then costs what was not yielded, and nothing else; copies exist once."""
-    dlx, dlq = await dead_letter_office(channel, name)
+    dlx, dlq = await declare_dead_letters(channel, name)
     held = asyncio.Event()
 
     async def answer(messages):
@@ -226,7 +233,7 @@ async def test_a_commit_that_fails_voids_the_acks_of_an_atomic_batch(
 
 async def test_time_running_out_keeps_what_isolation_has_found(channel, amqp_url, name) -> None:
     """The limit is for all runs together: who was found innocent until then is acknowledged."""
-    dlx, dlq = await dead_letter_office(channel, name)
+    dlx, dlq = await declare_dead_letters(channel, name)
 
     async def answer(messages):
         bodies = {message.body for message in messages}

@@ -1,4 +1,4 @@
-"""Does a worker on RabbitMQ do what `process` says that it would?"""
+"""A worker on RabbitMQ does what `process` says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FIXED = ("x-dead-letter-reason", "x-dead-letter-detail", "x-exception-type", "x-
 
 
 class Judge(BatchConsumer):
-    """One order is rejected, one is tried again, some are none."""
+    """Rejects one order, retries one, and fails to decode some."""
 
     exception_results = {KeyError: MessageResult.NACK}  # noqa: RUF012  -- as users write it
 
@@ -31,10 +31,8 @@ class Judge(BatchConsumer):
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-async def test_dead_letters_and_retries_are_those_that_were_foretold(
-    amqp_url, name, channel, queue_type
-):
-    """The same messages, for the same reasons, with the same headers and keys."""
+async def test_dead_letters_and_retries_are_those_of_process(amqp_url, name, channel, queue_type):
+    """The same messages, reasons, headers and keys."""
     recorder = Recorder()
     settings = BatchConsumerSettings(
         url=amqp_url,
@@ -72,5 +70,5 @@ async def test_dead_letters_and_retries_are_those_that_were_foretold(
 
 
 def fixed(headers):
-    """What must be the same."""
+    """Return the parts that must be equal."""
     return {name: headers[name] for name in FIXED if name in headers}

@@ -1,7 +1,6 @@
-"""How does a program that may be killed at any moment leave word of what it has done?
+"""An append-only log of what a program has done, which survives SIGKILL.
 
-One line for each thing, in one write of its own, to a file opened for appending: what was written
-is in the kernel's hands, and SIGKILL takes nothing from those.
+Each entry is one line, written by one system call: after that it belongs to the kernel.
 """
 
 from __future__ import annotations

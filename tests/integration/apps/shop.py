@@ -1,7 +1,8 @@
-"""What `aio-pika-batch run` is given: the consumer of ``work.py``, by a factory.
+"""The consumer of ``work.py`` with a factory, for `aio-pika-batch run`.
 
-Its settings come from the environment, and ``EVENT_LOG`` and ``PACE`` as well. Two more kinds of
-message do their worst only the first time that they are delivered: ``lethal-once``, ``hangs-once``.
+Its settings come from the environment, and so do ``EVENT_LOG`` and ``PACE``. Two more kinds of
+message crash or hang the process only when they are first delivered: ``lethal-once`` and
+``hangs-once``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from aio_pika_batch import BatchConsumerSettings, Message, MessageResult
 
 
 class Importer(Worker):
-    """Notes which process it is in, too."""
+    """Records its process id, too."""
 
     async def on_start(self) -> None:
         if os.environ.get("MISHAP") == "crash":
@@ -36,7 +37,7 @@ class Importer(Worker):
 
 
 def make() -> Importer:
-    """What ``shop:make`` names."""
+    """The factory ``shop:make``."""
     return Importer(
         BatchConsumerSettings(),
         EventLog(os.environ["EVENT_LOG"]),

@@ -1,8 +1,8 @@
-"""A consumer as a process: it does what its messages say, and notes what it has done.
+"""A consumer process that does what its messages say, and records what it has done.
 
 A message is ``{"id": 7, "kind": "good"}``; kinds are ``good``, ``bad`` (NACK), ``flaky`` (REQUEUE
-twice, then ACK), ``doomed`` (always REQUEUE) and ``lethal`` (the process is gone). Effects are
-noted before their results are yielded, as any real effect happens before its message is acked.
+twice, then ACK), ``doomed`` (always REQUEUE) and ``lethal`` (kills the process). Effects are
+recorded before their results are yielded, as any real effect happens before its message is acked.
 
 Usage: ``python work.py '{"url": …, "queue": …, "event_log": …, further options}'``
 """
@@ -24,7 +24,7 @@ from aio_pika_batch import BatchConsumer, BatchConsumerSettings, Message, Messag
 
 
 class Worker(BatchConsumer):
-    """Notes ``begin`` and ``end`` of each batch, and each message's effect in between.
+    """Records ``begin`` and ``end`` of each batch, and the effect of each message in between.
 
     ``pace`` is how long a batch takes, in seconds.
     """
@@ -65,7 +65,7 @@ def _result(kind: str, retries: int) -> MessageResult:
 
 
 async def main(options: dict[str, Any]) -> None:
-    """Run one consumer for each queue that is named."""
+    """Run one consumer for each named queue."""
     events = EventLog(options.pop("event_log"))
     queues = options.pop("queue").split(",")
     pace = options.pop("pace", 0.0)
