@@ -16,7 +16,7 @@ class WorkerState(Enum):
     PAUSED = "paused"
     """Its circuit breaker is open, because too many messages failed."""
     PROBING = "probing"
-    """Its circuit breaker is half-open: it consumes one message at a time."""
+    """Its circuit breaker is half-open, so it consumes one message at a time."""
     DRAINING = "draining"
     STOPPED = "stopped"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from types import MappingProxyType
-from typing import Any, Generic, Protocol, Self, TypeAlias, TypeGuard, TypeVar, Union, overload
+from typing import Any, Protocol, Self, TypeAlias, TypeGuard, TypeVar, Union, cast, overload
 
 from aio_pika_batch.errors import MessageDecodeError
 
@@ -166,27 +166,24 @@ def retry_count(value: object) -> int | None:
             return None
 
 
-ValueT = TypeVar("ValueT")
+ValueT_co = TypeVar("ValueT_co", covariant=True)
 
 
-class _Property(Generic[ValueT]):
-    """An attribute of :class:`Message` that reads one AMQP property."""
-
-    def __init__(self, doc: str) -> None:
-        self.__doc__ = doc
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
+class _Property(Protocol[ValueT_co]):
+    """The type of an attribute that reads one AMQP property."""
 
     @overload
     def __get__(self, message: None, owner: type) -> Self: ...
     @overload
-    def __get__(self, message: Message, owner: type) -> ValueT | None: ...
-    def __get__(self, message: Message | None, owner: type) -> Self | ValueT | None:
-        if message is None:
-            return self
-        value: ValueT | None = message._decoded(self._name)  # noqa: SLF001  -- in one module
-        return value
+    def __get__(self, message: Message, owner: type) -> ValueT_co | None: ...
+
+
+def _property(name: str, kind: type[ValueT_co], doc: str) -> _Property[ValueT_co]:
+    def read(message: Message) -> object:
+        return message._decoded(name)  # noqa: SLF001  -- of the class below
+
+    read.__annotations__["return"] = kind | None  # for the reference
+    return cast("_Property[ValueT_co]", property(read, doc=doc))
 
 
 class Message:
@@ -309,21 +306,25 @@ class Message:
         """Whether the headers can be decoded."""
         return readable_headers(self) is not None
 
-    content_type = _Property[str](
-        "The MIME type of the body. Raises MessageDecodeError, as all properties do."
+    content_type = _property(
+        "content_type",
+        str,
+        "The MIME type of the body. Raises MessageDecodeError, as all properties do.",
     )
-    content_encoding = _Property[str]("The MIME encoding of the body.")
-    delivery_mode = _Property[int]("1: transient, 2: persistent.")
-    priority = _Property[int]("0 to 255; a larger number is delivered sooner.")
-    correlation_id = _Property[str]("The request that this message answers.")
-    reply_to = _Property[str]("Where to send the answer.")
-    message_id = _Property[str]("The publisher's identifier for this message.")
-    timestamp = _Property[datetime](
-        "When it was published, in UTC and to the second, if its publisher set it."
+    content_encoding = _property("content_encoding", str, "The MIME encoding of the body.")
+    delivery_mode = _property("delivery_mode", int, "1 means transient, 2 persistent.")
+    priority = _property("priority", int, "0 to 255; a larger number is delivered sooner.")
+    correlation_id = _property("correlation_id", str, "The request that this message answers.")
+    reply_to = _property("reply_to", str, "Where to send the answer.")
+    message_id = _property("message_id", str, "The publisher's identifier for this message.")
+    timestamp = _property(
+        "timestamp",
+        datetime,
+        "When it was published, in UTC and to the second, if its publisher set it.",
     )
-    type = _Property[str]("The publisher's name for this kind of message.")
-    user_id = _Property[str]("The user who published it. The broker has validated it.")
-    app_id = _Property[str]("The application that published it.")
+    type = _property("type", str, "The publisher's name for this kind of message.")
+    user_id = _property("user_id", str, "The user who published it. The broker has validated it.")
+    app_id = _property("app_id", str, "The application that published it.")
 
     @property
     def expiration(self) -> float | None:

@@ -153,6 +153,6 @@ class Outcome(Enum):
     RETURNED = "returned"
     """No queue is bound for it, so the broker has returned it."""
     REFUSED = "refused"
-    """The broker refused it: a full queue with `reject-publish`, or a missing exchange."""
+    """The broker refused it. A queue is full (`reject-publish`), or the exchange is missing."""
     UNKNOWN = "unknown"
-    """No answer in time, or the connection was lost: the broker may or may not have stored it."""
+    """No answer in time, or the connection was lost. The broker may or may not have stored it."""

@@ -27,11 +27,11 @@ class MessageResult(Enum):
     """What to do with a message."""
 
     ACK = "ack"
-    """It is done: remove it from the queue."""
+    """It is done. Remove it from the queue."""
     NACK = "nack"
-    """It is bad: dead-letter it, without another attempt."""
+    """It is bad. Dead-letter it, without another attempt."""
     REQUEUE = "requeue"
-    """It failed for now: retry it from the back of the queue, after `requeue_delay`. After
+    """It failed for now. Retry it from the back of the queue, after `requeue_delay`. After
     `max_requeue_attempts` retries it is dead-lettered."""
     REQUEUE_IMMEDIATE = "requeue_immediate"
     """Retry it from the front of the queue. Only the broker counts these retries, if it is new
