@@ -1,7 +1,7 @@
-"""Does everything still work that users of the first releases have written?
+"""Code that users wrote for the first releases still works.
 
-The shapes of code that its description taught, with the placeholders filled: on a real RabbitMQ,
-and on the broker in memory, which takes aio-pika's own objects as well.
+It has the shapes that their description taught, with the placeholders filled in. It runs on a real
+RabbitMQ, and on the in-memory broker, which accepts aio-pika's own objects, too.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 
 class ServiceUnavailableError(Exception):
-    """Stands for whatever a service raises when it is down."""
+    """Stands for what a service raises when it is down."""
 
 
 @pytest.fixture(params=["rabbitmq", "memory"])
 def url(request: pytest.FixtureRequest) -> str:
-    """Each test runs on both."""
+    """Each test runs on both brokers."""
     if request.param == "memory":
         return "memory://"
     found: str = request.getfixturevalue("amqp_url")
@@ -51,7 +51,7 @@ def url(request: pytest.FixtureRequest) -> str:
 async def feed(
     url: str, bodies: Sequence[bytes], *, exchange: str = "", routing_key: str = ""
 ) -> None:
-    """Publish from outside, as another program would."""
+    """Publish as another program would."""
     async with open_transport(Endpoint(url=url)).publisher() as publisher:
         await publisher.publish(
             [Publication(body, exchange=exchange, routing_key=routing_key) for body in bodies]
@@ -59,7 +59,7 @@ async def feed(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something to be so."""
+    """Wait until a condition is true."""
     async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110  -- what is watched knows nothing of events
             await asyncio.sleep(0.01)
@@ -80,7 +80,7 @@ async def running(*consumers: BaseConsumer) -> AsyncIterator[None]:
 
 
 async def test_quick_start(url: str, name: str) -> None:
-    """Good data goes on, bad data to the dead letters, an outage is tried again."""
+    """Good data are forwarded, bad data dead-lettered, and an outage is retried."""
     published: list[int] = []
     outages = {3, 42}
 
@@ -138,7 +138,7 @@ async def test_quick_start(url: str, name: str) -> None:
 
 @pytest.mark.parametrize("failures", [3, 4])
 async def test_requeue_counts_and_gives_up(url: str, name: str, failures: int) -> None:
-    """By default three retries, counted in x-retry-count; the fourth failure is the last."""
+    """By default three retries, counted in `x-retry-count`; the fourth failure is the last."""
     counts: list[int] = []
     done = asyncio.Event()
 
@@ -241,8 +241,8 @@ async def test_fan_in_pipeline(url: str, name: str) -> None:
     assert {f"{e}/{n}": 1 for e in exchanges for n in range(200)} == written
 
 
-async def test_run_internal_gives_each_worker_its_own(url: str, name: str) -> None:
-    """What a session stores on `self` is its worker's; the stop event and the log are usable."""
+async def test_run_internal_stores_objects_for_each_worker(url: str, name: str) -> None:
+    """Attributes on `self` belong to the worker; the stop event and the log can be used."""
     channels: list[object] = []
     stop_events = set()
 
@@ -290,7 +290,7 @@ async def test_single_message_consumer(url: str, name: str) -> None:
 async def test_settings_from_the_environment(
     url: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A subclass with a prefix of its own reads its own variables."""
+    """A subclass with its own prefix reads its own variables."""
     monkeypatch.setenv("MY_APP_QUEUE_NAME", name)
     monkeypatch.setenv("MY_APP_BATCH_SIZE", "3")
     monkeypatch.setenv("MY_APP_URL", url)
@@ -317,7 +317,7 @@ async def test_settings_from_the_environment(
 
 
 class Quiet(BatchConsumer):
-    """Counts its hooks; acknowledges everything."""
+    """Counts its hooks; acks everything."""
 
     started = stopped = 0
 
@@ -333,7 +333,7 @@ class Quiet(BatchConsumer):
 
 
 async def test_three_ways_to_run(url: str, name: str) -> None:
-    """`run` until a signal, `start` and `stop`, `async with`; one after the other, if need be."""
+    """`run` until a signal, `start` and `stop`, `async with`; also one after the other."""
     consumer = Quiet(BatchConsumerSettings(url=url, queue_name=name, num_workers=2))
     states = [(consumer.is_running, consumer.is_healthy)]
 

@@ -1,7 +1,7 @@
-"""Does the set-up of deploy/compose.yaml work, with processes of this machine for its containers?
+"""The setup of deploy/compose.yaml works, with local processes in place of its containers.
 
-The same consumer and the same somebody who orders, with the same environment; the same Prometheus
-configuration with its alerts. Only hosts and ports are others.
+The consumer, the publisher, the environment, the Prometheus configuration and the alerts are the
+same; only hosts and ports differ.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RUN = ["run", "shop:Importer", "--health-host", "0.0.0.0", "--health-port"]  # n
 
 
 async def test_orders_are_imported_and_counted(tmp_path, amqp_url, name, channel) -> None:
-    """Orders flow, dead letters are kept, and Prometheus has all of it, alerts included."""
+    """Orders are imported, dead letters are kept, and Prometheus has all metrics and alerts."""
     port = free_port()
     env = {
         **os.environ,

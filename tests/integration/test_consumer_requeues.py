@@ -1,4 +1,4 @@
-"""Do retries and dead letters arrive when the broker makes it hard?"""
+"""Retries and dead letters on RabbitMQ under difficult conditions."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tests.integration.helpers import (
 
 
 def bodies(count: int) -> list[bytes]:
-    """So many different messages."""
+    """Return so many different bodies."""
     return [b"%d" % each for each in range(count)]
 
 
 class Always(BatchConsumer):
-    """Has one answer."""
+    """Has one result."""
 
     answer = MessageResult.REQUEUE
 
@@ -46,10 +46,10 @@ class Always(BatchConsumer):
 
 @pytest.mark.parametrize("named_by", ["dead_letter_exchange", "queue_arguments"])
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-async def test_an_exhausted_copy_reaches_a_direct_exchange_under_its_original_key(
+async def test_an_exhausted_copy_is_dead_lettered_with_its_original_key(
     channel, amqp_url, name, queue_type, named_by
 ) -> None:
-    """The copy's own key is the queue's name, which no binding of that exchange knows."""
+    """The copy's own key is the queue's name, for which the direct exchange has no binding."""
     dlx, dlq = await declare_dead_letters(channel, name, kind="direct", keys=["red", "green"])
     settings = {"dead_letter_exchange": dlx}
     if named_by == "queue_arguments":
@@ -77,10 +77,8 @@ async def test_an_exhausted_copy_reaches_a_direct_exchange_under_its_original_ke
         assert "exhausted" == letter.headers["x-dead-letter-reason"]
 
 
-async def test_a_dead_letter_routing_key_stands_above_the_original_one(
-    channel, amqp_url, name
-) -> None:
-    """Named by the setting, or by the queue's arguments."""
+async def test_a_dead_letter_routing_key_replaces_the_original_one(channel, amqp_url, name) -> None:
+    """From the setting, or from the queue's arguments."""
     dlx, dlq = await declare_dead_letters(channel, name, kind="direct", keys=["dead"])
     arguments = {"x-dead-letter-exchange": dlx, "x-dead-letter-routing-key": "dead"}
     for number, settings in enumerate(
@@ -103,10 +101,10 @@ async def test_a_dead_letter_routing_key_stands_above_the_original_one(
         assert "rejected" == letter.headers["x-dead-letter-reason"]
 
 
-async def test_without_a_dead_letter_exchange_the_bad_are_discarded_and_the_log_says_so(
+async def test_without_a_dead_letter_exchange_bad_messages_are_discarded(
     channel, amqp_url, name, caplog
 ) -> None:
-    """One warning at the start, and an empty queue at the end."""
+    """One warning at start says so, and the queue is empty at the end."""
     recorder = Recorder()
     consumer = Always(
         BatchConsumerSettings(url=amqp_url, queue_name=name, batch_timeout=0.05),
@@ -121,10 +119,10 @@ async def test_without_a_dead_letter_exchange_the_bad_are_discarded_and_the_log_
     assert "discard" in warnings[0].getMessage()
 
 
-async def test_a_policy_still_dead_letters_what_the_library_rejects(
+async def test_a_policy_dead_letters_rejected_messages(
     channel, amqp_url, name, rabbitmq_policy
 ) -> None:
-    """The library does not know of it; the broker does."""
+    """The broker knows the policy, the library does not."""
     dlx, dlq = await declare_dead_letters(channel, name)
     await rabbitmq_policy(name, f'{{"dead-letter-exchange":"{dlx}"}}')
     consumer = Always(BatchConsumerSettings(url=amqp_url, queue_name=name, batch_timeout=0.05))
@@ -135,7 +133,7 @@ async def test_a_policy_still_dead_letters_what_the_library_rejects(
 
 @pytest.fixture
 async def rabbitmq_policy(broker):
-    """Set a policy for queues of exactly this name, where the broker is ours to administer."""
+    """Set a policy for queues of this name, if we may administer the broker."""
     node = broker.node
     assert node is not None
 
@@ -153,13 +151,13 @@ async def rabbitmq_policy(broker):
     return set_policy
 
 
-test_a_policy_still_dead_letters_what_the_library_rejects = pytest.mark.needs_node(
-    test_a_policy_still_dead_letters_what_the_library_rejects
+test_a_policy_dead_letters_rejected_messages = pytest.mark.needs_node(
+    test_a_policy_dead_letters_rejected_messages
 )
 
 
-async def test_a_dead_letter_that_nobody_takes_is_not_lost(channel, amqp_url, name) -> None:
-    """The exchange has no queue: the original stays, until there is one."""
+async def test_an_unroutable_dead_letter_is_not_lost(channel, amqp_url, name) -> None:
+    """The exchange has no queue: the original stays until there is one."""
     dlx = await channel.declare_exchange(f"{name}.dlx", "fanout", durable=True)
     consumer = Always(
         BatchConsumerSettings(
@@ -184,7 +182,7 @@ async def test_a_dead_letter_that_nobody_takes_is_not_lost(channel, amqp_url, na
 async def test_requeues_into_a_full_queue_do_not_stall_the_consumer(
     channel, amqp_url, name, queue_type, broker
 ) -> None:
-    """All fail while the queue is full, and no copy finds room: it goes on, and at its leisure."""
+    """All messages fail while the queue is full, and no copy fits: consuming goes on slowly."""
     if broker.version.startswith("3.8."):
         queue_type = "classic"  # quorum queues there do not know how to refuse
     prefetch = 20
@@ -247,8 +245,8 @@ async def _accepted(channel, queue, body) -> bool:
     return True
 
 
-async def test_good_messages_pass_one_that_fails_in_a_full_queue(channel, amqp_url, name) -> None:
-    """What is acked makes the room that the copy waits for."""
+async def test_good_messages_make_room_for_a_copy_in_a_full_queue(channel, amqp_url, name) -> None:
+    """Their acks free the place for which the copy waits."""
     acked: Counter[bytes] = Counter()
 
     class Picky(BatchConsumer):
@@ -290,7 +288,7 @@ async def test_good_messages_pass_one_that_fails_in_a_full_queue(channel, amqp_u
 async def test_under_a_memory_alarm_acks_go_on_and_requeues_wait(
     rabbitmq, channel, amqp_url, name, queue_type
 ) -> None:
-    """Nothing is lost; what waited comes through once the alarm has ended."""
+    """Nothing is lost; waiting copies are published when the alarm has ended."""
     acked: Counter[bytes] = Counter()
 
     class Half(BatchConsumer):
@@ -344,8 +342,8 @@ async def test_under_a_memory_alarm_acks_go_on_and_requeues_wait(
 # --- a dead letter that does not arrive at first --------------------------------------
 
 
-class Office:
-    """A dead-letter exchange with a queue behind it, and one trouble that can be mended."""
+class DeadLetterFault:
+    """A dead-letter exchange with a queue, and a fault that can be fixed."""
 
     def __init__(self, channel, name, proxy) -> None:
         self._channel = channel
@@ -354,7 +352,7 @@ class Office:
         self.dlq = f"{name}.dlq"
 
     async def open(self, trouble) -> None:
-        """Declare it; a full queue is full from now on, a missing binding is missing."""
+        """Declare it; from now on the queue is full, or the binding is missing."""
         full = {"x-max-length": 1, "x-overflow": "reject-publish"}
         arguments = full if trouble == "refused" else {}
         exchange = await self._channel.declare_exchange(self.dlx, "direct", durable=True)
@@ -364,13 +362,13 @@ class Office:
         if trouble == "refused":
             await publish(self._channel, [b"in the way"], routing_key=self.dlq)
 
-    def strike(self, trouble) -> None:
-        """What comes when the message is about to be given up: a line that swallows everything."""
+    def begin(self, trouble) -> None:
+        """Start the fault when the message is about to be dead-lettered."""
         if trouble == "unconfirmed":
             self._proxy.freeze("to_client")
 
-    async def mend(self, trouble) -> None:
-        """End the trouble."""
+    async def fix(self, trouble) -> None:
+        """End the fault."""
         queue = await self._channel.get_queue(self.dlq, ensure=False)
         match trouble:
             case "refused":
@@ -386,8 +384,8 @@ class Office:
 async def test_an_exhausted_message_stays_until_its_dead_letter_is_confirmed(
     channel, amqp_url, name, proxy, queue_type, trouble
 ) -> None:
-    """Then it is there, with its properties, its original key, and the reason."""
-    office = Office(channel, name, proxy)
+    """The dead letter has its properties, its original key and the reason."""
+    office = DeadLetterFault(channel, name, proxy)
     await office.open(trouble)
     last = asyncio.Event()
     recorder = Recorder()
@@ -397,7 +395,7 @@ async def test_an_exhausted_message_stays_until_its_dead_letter_is_confirmed(
             for message in messages:
                 if message.retry_count == 1:
                     await until(lambda: recorder.copies)  # its original is done with
-                    office.strike(trouble)
+                    office.begin(trouble)
                     last.set()
                 raise LookupError("no such order")
             yield MessageResult.ACK
@@ -435,7 +433,7 @@ async def test_an_exhausted_message_stays_until_its_dead_letter_is_confirmed(
         await until(lambda: consumer.status().workers[0].held == 1, what=consumer.status)
         # Neither gone nor given up: it is with its consumer.
         assert 0 == await ready(amqp_url, name)
-        await office.mend(trouble)
+        await office.fix(trouble)
         await until(lambda: consumer.status().workers[0].held == 0, what=consumer.status)
         letters = await take_all(channel, office.dlq, 1)
     assert 0 == await ready(amqp_url, name)

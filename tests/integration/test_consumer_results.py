@@ -1,7 +1,4 @@
-"""What becomes of messages whose handler says too little, too much, or nonsense?
-
-On the broker in memory and on RabbitMQ, by the same words.
-"""
+"""Missing, extra and invalid results, on the in-memory broker and on RabbitMQ."""
 
 from __future__ import annotations
 
@@ -39,8 +36,8 @@ def url(request) -> str:
 
 
 @dataclass
-class Fate:
-    """What has become of the messages of one run."""
+class Outcome:
+    """What happened to the messages of one run."""
 
     acked: list[bytes] = field(default_factory=list)
     dead: dict[bytes, dict] = field(default_factory=dict)
@@ -52,7 +49,7 @@ class Fate:
         return {*BODIES} - {*self.dead}
 
 
-class Undertaker(Consumer):
+class DeadLetterReader(Consumer):
     """Receives the dead letters."""
 
     def __init__(self, settings, fate) -> None:
@@ -64,9 +61,9 @@ class Undertaker(Consumer):
         return ACK
 
 
-async def run(url, name, handler, *, exception_results=None, **settings) -> Fate:
-    """Let *handler*, a `process_messages`, handle five messages, in one batch to begin with."""
-    fate = Fate()
+async def run(url, name, handler, *, exception_results=None, **settings) -> Outcome:
+    """Let *handler*, a `process_messages`, handle five messages, at first in one batch."""
+    fate = Outcome()
 
     class Tested(BatchConsumer):
         async def process_messages(self, messages):
@@ -75,7 +72,7 @@ async def run(url, name, handler, *, exception_results=None, **settings) -> Fate
                 yield item
 
     Tested.exception_results = exception_results or {}
-    undertaker = Undertaker(ConsumerSettings(url=url, queue_name=f"{name}.dlq"), fate)
+    undertaker = DeadLetterReader(ConsumerSettings(url=url, queue_name=f"{name}.dlq"), fate)
     consumer = Tested(
         BatchConsumerSettings(
             **{
@@ -105,13 +102,13 @@ async def run(url, name, handler, *, exception_results=None, **settings) -> Fate
     return fate
 
 
-def told(caplog) -> str:
-    """What the library has logged as an error."""
+def errors_logged(caplog) -> str:
+    """Return what the library has logged as an error."""
     return "\n".join(each.getMessage() for each in caplog.records if each.levelname == "ERROR")
 
 
 def traced(caplog) -> list[str]:
-    """The exceptions that were logged with their traceback."""
+    """Return the exceptions that were logged with a traceback."""
     return [each.exc_info[0].__name__ for each in caplog.records if each.exc_info]
 
 
@@ -197,15 +194,15 @@ async def _raises_after_three(consumer, messages):
         (_raises_after_three, "the table is gone"),
     ],
 )
-async def test_what_was_validly_decided_stays_and_the_rest_gets_the_action(
+async def test_valid_results_count_and_the_rest_gets_the_action(
     url, name, caplog, handler, says
 ) -> None:
-    """Three were acked; of the other two none is taken for an ACK, whatever came for them."""
+    """Three messages are acked; the other two are not, whatever was yielded for them."""
     fate = await run(url, name, handler)
     assert {b"0", b"1", b"2"} == fate.alive
     assert {b"3", b"4"} == fate.dead.keys()
     assert 3 == fate.recorder.results["ACK"]
-    assert says in told(caplog)
+    assert says in errors_logged(caplog)
     assert 1 == len(fate.recorder.errors)
     for headers in fate.dead.values():
         assert "handler-error" == headers["x-dead-letter-reason"]
@@ -216,7 +213,7 @@ async def test_a_handler_that_yields_nothing_acks_nothing(url, name, caplog) -> 
     """All five get the action."""
     fate = await run(url, name, _nothing_at_all)
     assert set() == fate.alive
-    assert "0 results for 5 messages" in told(caplog)
+    assert "0 results for 5 messages" in errors_logged(caplog)
     assert {Cause.MISSING.value: 5} == fate.recorder.causes
 
 
@@ -236,19 +233,19 @@ async def _raises_at_the_end(consumer, messages):
 @pytest.mark.parametrize(
     ("handler", "says"), [(_too_many, "batch of 5"), (_raises_at_the_end, "too late")]
 )
-async def test_what_comes_after_the_last_result_changes_nothing(
+async def test_an_error_after_the_last_result_changes_nothing(
     url, name, caplog, handler, says
 ) -> None:
-    """All is decided; the error is logged and counted all the same."""
+    """All are decided; the error is still logged and counted."""
     fate = await run(url, name, handler)
     assert {b"0", b"1", b"2"} == fate.alive
     assert {"rejected"} == {each["x-dead-letter-reason"] for each in fate.dead.values()}
-    assert says in told(caplog)
+    assert says in errors_logged(caplog)
     assert 1 == len(fate.recorder.errors)
 
 
 async def test_an_exception_is_logged_once_per_batch_with_its_traceback(url, name, caplog) -> None:
-    """And it stands in the dead letter."""
+    """And the dead letter has it."""
     fate = await run(url, name, _raises_after_three)
     assert ["LookupError"] == traced(caplog)
     for headers in fate.dead.values():
@@ -257,7 +254,7 @@ async def test_an_exception_is_logged_once_per_batch_with_its_traceback(url, nam
 
 
 async def test_the_text_of_an_exception_can_be_left_out(url, name) -> None:
-    """It may hold what must not go round; its type stays."""
+    """It may be confidential; its type stays."""
     fate = await run(url, name, _raises_after_three, dead_letter_exception_message=False)
     for headers in fate.dead.values():
         assert "LookupError" in headers["x-exception-type"]
@@ -267,10 +264,8 @@ async def test_the_text_of_an_exception_can_be_left_out(url, name) -> None:
 # --- by default: again ------------------------------------------------------------
 
 
-async def test_by_default_what_was_left_undecided_is_tried_again_until_it_is_exhausted(
-    url, name
-) -> None:
-    """Twice again, then dead; those that were acked are not handled a second time."""
+async def test_by_default_undecided_messages_are_retried_until_exhausted(url, name) -> None:
+    """Twice, then dead-lettered; acked messages are not handled again."""
     attempts: Counter[bytes] = Counter()
 
     async def never_the_last_two(consumer, messages):
@@ -287,8 +282,8 @@ async def test_by_default_what_was_left_undecided_is_tried_again_until_it_is_exh
     assert {2} == {each["x-retry-count"] for each in fate.dead.values()}
 
 
-async def test_immediately_again_is_not_counted(url, name) -> None:
-    """From the front of the queue, as often as the handler wants."""
+async def test_requeue_immediate_is_not_counted(url, name) -> None:
+    """From the front of the queue, as often as the handler yields it."""
     attempts: Counter[bytes] = Counter()
 
     async def at_the_sixth(consumer, messages):
@@ -314,7 +309,7 @@ async def test_immediately_again_is_not_counted(url, name) -> None:
         (ValueError("v"), {b"3", b"4"}, 3),
     ],
 )
-async def test_the_most_specific_class_decides_what_an_exception_is_worth(
+async def test_exception_results_the_most_specific_class_wins(
     url, name, raised, dead, acked
 ) -> None:
     """KeyError is listed itself, IndexError by its base, ValueError not at all."""
@@ -350,7 +345,7 @@ async def test_pairs_may_come_in_any_order(url, name) -> None:
 
 
 async def test_reasons_reach_the_dead_letter(url, name) -> None:
-    """Of a rejection, and of the last of all retries."""
+    """Of a rejection, and of the last retry."""
 
     async def reasons(consumer, messages):
         for message in messages:
@@ -376,7 +371,7 @@ async def test_reasons_reach_the_dead_letter(url, name) -> None:
 
 
 async def test_a_handler_that_takes_too_long_is_cut_off(url, name, caplog) -> None:
-    """What it yielded in time counts; the rest gets the action."""
+    """Results yielded in time count; the rest gets the action."""
 
     async def hangs(consumer, messages):
         for _ in messages[:3]:
@@ -386,15 +381,15 @@ async def test_a_handler_that_takes_too_long_is_cut_off(url, name, caplog) -> No
     fate = await run(url, name, hangs, process_timeout=0.3)
     assert {b"3", b"4"} == fate.dead.keys()
     assert 3 == fate.recorder.results["ACK"]
-    assert "process_timeout" in told(caplog)
+    assert "process_timeout" in errors_logged(caplog)
     assert {"handler-error"} == {each["x-dead-letter-reason"] for each in fate.dead.values()}
 
 
 # --- what cannot be decoded -----------------------------------------------------------
 
 
-async def test_a_body_that_is_no_json_costs_that_message_only(url, name) -> None:
-    """It dies alone, and the others that were undecided are handed over again at once."""
+async def test_a_body_that_is_not_json_affects_that_message_only(url, name) -> None:
+    """Only this message is dead-lettered; the other undecided ones are run again at once."""
     turns = itertools.count()
 
     async def reads(consumer, messages):
@@ -416,7 +411,7 @@ async def test_a_body_that_is_no_json_costs_that_message_only(url, name) -> None
 
 async def test_a_consumer_of_single_messages_returns_or_raises(url, name) -> None:
     """`concurrency` of them run at once, and no more."""
-    fate = Fate()
+    fate = Outcome()
     running = most = 0
 
     class Single(Consumer):
@@ -441,7 +436,7 @@ async def test_a_consumer_of_single_messages_returns_or_raises(url, name) -> Non
             finally:
                 running -= 1
 
-    undertaker = Undertaker(ConsumerSettings(url=url, queue_name=f"{name}.dlq"), fate)
+    undertaker = DeadLetterReader(ConsumerSettings(url=url, queue_name=f"{name}.dlq"), fate)
     consumer = Single(
         ConsumerSettings(
             url=url,

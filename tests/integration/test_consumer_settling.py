@@ -1,6 +1,6 @@
-"""When are results settled, and who is condemned when a batch fails?
+"""Settle modes and isolation on RabbitMQ, with classic and quorum queues.
 
-On a real RabbitMQ, classic and quorum queues; the unit tests ask the same of the broker in memory.
+The unit tests check the same on the in-memory broker.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ pytestmark = pytest.mark.usefixtures("on_both_wires")
 
 
 class BadRow(ValueError):
-    """What a bulk write raises that holds a bad row."""
+    """The error of a bulk write with an invalid row."""
 
 
-class Subject(BatchConsumer):
-    """Does what a test gives it to do, and notes what it was given.
+class RecordingConsumer(BatchConsumer):
+    """Runs the test's handler, and records what it gets.
 
     Attributes:
         batches: The bodies of each run.
@@ -54,18 +54,18 @@ class Subject(BatchConsumer):
 
 
 def numbered(count):
-    """Bodies b"0", b"1", …."""
+    """Return bodies b"0", b"1", …."""
     return [b"%d" % number for number in range(count)]
 
 
 async def ack(messages):
-    """All goes well."""
+    """ACK every message."""
     for _ in messages:
         yield ACK
 
 
 def bulk(*bad):
-    """A handler that writes its batch in one go, or not at all."""
+    """Return a handler that writes its batch at once, or not at all."""
 
     async def write(messages):
         found = {message.body for message in messages} & {*bad}
@@ -79,10 +79,10 @@ def bulk(*bad):
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 async def test_only_the_culprits_are_dead_lettered(channel, amqp_url, name, queue_type) -> None:
-    """In few runs; everybody else is acknowledged, and nothing is left."""
+    """In few runs; all others are acked, and nothing is left."""
     dlx, dlq = await declare_dead_letters(channel, name)
     bad = (b"7", b"50", b"99")
-    consumer = Subject(
+    consumer = RecordingConsumer(
         bulk(*bad),
         amqp_url,
         name,
@@ -110,10 +110,10 @@ async def test_only_the_culprits_are_dead_lettered(channel, amqp_url, name, queu
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-async def test_what_was_yielded_is_settled_although_its_handler_still_runs(
+async def test_yielded_results_are_settled_while_the_handler_runs(
     channel, amqp_url, name, proxy, queue_type
 ) -> None:
-    """A line that is cut then costs what was not yielded, and nothing else; copies exist once."""
+    """A cut connection then repeats only messages that were not yielded; copies exist once."""
     dlx, dlq = await declare_dead_letters(channel, name)
     held = asyncio.Event()
 
@@ -122,7 +122,7 @@ async def test_what_was_yielded_is_settled_although_its_handler_still_runs(
             yield message, result
         await held.wait()
 
-    consumer = Subject(
+    consumer = RecordingConsumer(
         answer,
         proxy.url(amqp_url),
         name,
@@ -156,7 +156,7 @@ async def test_what_was_yielded_is_settled_although_its_handler_still_runs(
 async def test_by_default_nothing_is_settled_before_the_handler_has_ended(
     channel, amqp_url, name, proxy
 ) -> None:
-    """Then a cut in mid-handling costs the whole batch."""
+    """Then a cut connection repeats the whole batch."""
     held, yielded = asyncio.Event(), asyncio.Event()
 
     async def answer(messages):
@@ -165,7 +165,9 @@ async def test_by_default_nothing_is_settled_before_the_handler_has_ended(
         yielded.set()
         await held.wait()
 
-    consumer = Subject(answer, proxy.url(amqp_url), name, batch_size=6, reconnect_delay_max=1)
+    consumer = RecordingConsumer(
+        answer, proxy.url(amqp_url), name, batch_size=6, reconnect_delay_max=1
+    )
     async with consumer:
         await publish(channel, numbered(6), routing_key=name)
         await yielded.wait()
@@ -180,7 +182,7 @@ async def test_by_default_nothing_is_settled_before_the_handler_has_ended(
 
 
 async def test_many_yields_are_settled_in_order_and_once(channel, amqp_url, name) -> None:
-    """Through many intervals, from several handlers at once, with copies in between."""
+    """In many intervals, from several concurrent handlers, with copies in between."""
 
     async def answer(messages):
         for message in messages:
@@ -188,7 +190,7 @@ async def test_many_yields_are_settled_in_order_and_once(channel, amqp_url, name
             again = int(message.body) % 7 == 0 and not message.retry_count
             yield REQUEUE if again else ACK
 
-    consumer = Subject(
+    consumer = RecordingConsumer(
         answer, amqp_url, name, batch_size=40, concurrency=3, settle="yield", settle_interval=0.02
     )
     async with consumer:
@@ -204,7 +206,7 @@ async def test_many_yields_are_settled_in_order_and_once(channel, amqp_url, name
 async def test_a_commit_that_fails_voids_the_acks_of_an_atomic_batch(
     channel, amqp_url, name, queue_type
 ) -> None:
-    """All of them are requeued; the second attempt commits."""
+    """All messages are requeued; the second attempt commits."""
     failures = [BadRow("deadlock detected")]
 
     async def answer(messages):
@@ -213,7 +215,7 @@ async def test_a_commit_that_fails_voids_the_acks_of_an_atomic_batch(
         if failures:
             raise failures.pop()
 
-    consumer = Subject(
+    consumer = RecordingConsumer(
         answer,
         amqp_url,
         name,
@@ -231,8 +233,8 @@ async def test_a_commit_that_fails_voids_the_acks_of_an_atomic_batch(
     assert [0] * 10 + [1] * 10 == consumer.retries
 
 
-async def test_time_running_out_keeps_what_isolation_has_found(channel, amqp_url, name) -> None:
-    """The limit is for all runs together: who was found innocent until then is acknowledged."""
+async def test_a_timeout_keeps_the_results_of_isolation(channel, amqp_url, name) -> None:
+    """The limit is for all runs together: messages that succeeded by then are acked."""
     dlx, dlq = await declare_dead_letters(channel, name)
 
     async def answer(messages):
@@ -244,7 +246,7 @@ async def test_time_running_out_keeps_what_isolation_has_found(channel, amqp_url
         for _ in messages:
             yield ACK
 
-    consumer = Subject(
+    consumer = RecordingConsumer(
         answer,
         amqp_url,
         name,

@@ -1,4 +1,4 @@
-"""Does a consumer leave in good order: what it began is finished, and the rest is in the queue?"""
+"""Graceful shutdown: batches in progress are finished, and the rest stays in the queue."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.integration.helpers import (
 
 
 def numbered(count: int, kind: str = "good") -> list[bytes]:
-    """Messages as the programs understand them."""
+    """Return messages as the programs understand them."""
     return [json.dumps({"id": each, "kind": kind}).encode() for each in range(count)]
 
 
@@ -42,7 +42,7 @@ def numbered(count: int, kind: str = "good") -> list[bytes]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
-async def test_a_signal_in_mid_batch_finishes_it_and_returns_the_rest(
+async def test_a_signal_during_a_batch_finishes_it_and_returns_the_rest(
     channel, amqp_url, name, tmp_path, queue_type, number
 ) -> None:
     """Nothing twice, nothing lost, exit code 0."""
@@ -78,7 +78,7 @@ async def test_a_signal_in_mid_batch_finishes_it_and_returns_the_rest(
 async def test_one_signal_stops_all_consumers_of_a_process(
     channel, amqp_url, name, tmp_path
 ) -> None:
-    """Each finishes its batch and calls its hook, whichever of them got the signal first."""
+    """Each finishes its batch and calls its hook."""
     queues = [f"{name}.{each}" for each in range(3)]
     async with app(
         "work",
@@ -104,7 +104,7 @@ async def test_one_signal_stops_all_consumers_of_a_process(
 
 
 async def test_a_second_signal_abandons_the_drain(channel, amqp_url, name, tmp_path) -> None:
-    """What was in mid-handling goes back; the exit code and the error say so."""
+    """Messages in handlers go back; the exit code and the error say so."""
     async with app(
         "work", tmp_path, amqp_url, name, batch_size=10, batch_timeout=0.1, pace=600
     ) as program:
@@ -128,7 +128,7 @@ async def test_a_second_signal_abandons_the_drain(channel, amqp_url, name, tmp_p
 
 
 class Slow(BatchConsumer):
-    """Waits for permission in each batch; notes what happens, in order."""
+    """Waits for permission in each batch, and records what happens in order."""
 
     def __init__(self, settings, **more) -> None:
         super().__init__(settings, **more)
@@ -150,10 +150,8 @@ class Slow(BatchConsumer):
         self.story.append(("on_stop", await consumers(self.settings.url, self.settings.queue_name)))
 
 
-async def test_a_drain_hands_over_what_was_collected_if_somebody_is_free(
-    channel, amqp_url, name
-) -> None:
-    """It need not wait for `batch_timeout`; the hook comes last, once the broker knows."""
+async def test_a_drain_handles_buffered_messages_if_a_slot_is_free(channel, amqp_url, name) -> None:
+    """It does not wait for `batch_timeout`; the hook runs last, after everything is settled."""
     recorder = Recorder()
     consumer = Slow(
         BatchConsumerSettings(url=amqp_url, queue_name=name, batch_size=10, batch_timeout=600),
@@ -174,8 +172,10 @@ async def test_a_drain_hands_over_what_was_collected_if_somebody_is_free(
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 @pytest.mark.usefixtures("on_both_wires")
-async def test_a_drain_returns_what_was_not_begun(channel, amqp_url, name, queue_type) -> None:
-    """All slots are taken: what was collected goes back, though a slot becomes free later."""
+async def test_a_drain_returns_buffered_messages_if_all_slots_are_taken(
+    channel, amqp_url, name, queue_type
+) -> None:
+    """Even if a slot becomes free later."""
     consumer = Slow(
         BatchConsumerSettings(
             url=amqp_url,
@@ -206,7 +206,7 @@ async def test_a_drain_returns_what_was_not_begun(channel, amqp_url, name, queue
 
 
 async def test_a_drain_ends_in_time_whatever_the_handler_does(channel, amqp_url, name) -> None:
-    """`shutdown_timeout` in all; what was cut off goes back, and `run` says how much that was."""
+    """After `shutdown_timeout`; cut-off messages go back, and `run` says how many."""
     consumer = Slow(
         BatchConsumerSettings(
             url=amqp_url, queue_name=name, batch_size=5, batch_timeout=0.05, shutdown_timeout=2.0
@@ -225,8 +225,8 @@ async def test_a_drain_ends_in_time_whatever_the_handler_does(channel, amqp_url,
     await holds(amqp_url, name, 5)
 
 
-async def test_a_drain_ends_in_time_although_nobody_answers(amqp_url, name, proxy, caplog) -> None:
-    """A broker that says nothing any more holds up nobody for longer than `shutdown_timeout`."""
+async def test_a_drain_ends_in_time_if_the_broker_is_silent(amqp_url, name, proxy, caplog) -> None:
+    """After `shutdown_timeout`."""
     consumer = Slow(
         BatchConsumerSettings(
             url=proxy.url(amqp_url),
@@ -249,7 +249,7 @@ async def test_a_drain_ends_in_time_although_nobody_answers(amqp_url, name, prox
 
 
 async def test_results_that_come_at_the_last_moment_are_settled(channel, amqp_url, name) -> None:
-    """A handler that ends just within the time has not worked in vain."""
+    """Those of a handler that ends just in time."""
     consumer = Slow(
         BatchConsumerSettings(
             url=amqp_url, queue_name=name, batch_size=5, batch_timeout=0.05, shutdown_timeout=6.0
@@ -266,10 +266,10 @@ async def test_results_that_come_at_the_last_moment_are_settled(channel, amqp_ur
 
 @pytest.fixture
 def quorum(broker) -> str:
-    """The queue type, but for RabbitMQ 3.8.
+    """The queue type: quorum, except on RabbitMQ 3.8.
 
-    There a cancelled consumer of a quorum queue goes on to get what is returned, and what was acked
-    may come again with it, whoever the client is; a classic queue has neither.
+    There a cancelled consumer of a quorum queue still gets returned messages, and acked ones may
+    come again with them, with any client. A classic queue does neither.
     """
     return "classic" if broker.version.startswith("3.8.") else "quorum"
 
@@ -280,10 +280,10 @@ def quorum(broker) -> str:
 @pytest.mark.parametrize("attempt", range(3))
 @pytest.mark.parametrize("pattern", ["ack, nack", "ack, requeue"])
 @pytest.mark.usefixtures("on_both_wires")
-async def test_a_quorum_queue_forgets_none_of_many_single_settlements(
+async def test_a_quorum_queue_loses_none_of_many_single_settlements(
     channel, amqp_url, name, pattern, attempt, quorum
 ) -> None:
-    """Its channel holds acks back when there are many: what was acked must not come again."""
+    """Its channel delays acks if there are many: acked messages must not come again."""
     results = [
         MessageResult.ACK,
         MessageResult.NACK if "nack" in pattern else MessageResult.REQUEUE_IMMEDIATE,
@@ -325,7 +325,7 @@ async def test_a_quorum_queue_forgets_none_of_many_single_settlements(
 async def test_start_and_stop_in_turns_handle_everything_once(
     channel, amqp_url, name, quorum
 ) -> None:
-    """A consumer that is stopped in mid-stream again and again: no message twice, none lost."""
+    """The consumer is stopped again and again under load: no message twice, none lost."""
     handled: Counter[bytes] = Counter()
 
     class Counting(BatchConsumer):
@@ -384,7 +384,7 @@ async def test_stop_is_idempotent_and_may_come_from_a_handler(channel, amqp_url,
 async def test_stop_interrupts_a_start_that_waits_for_its_broker(
     channel, amqp_url, name, proxy
 ) -> None:
-    """A broker that refuses connections is waited for: until it is there, or nobody wants it."""
+    """A broker that refuses connections is waited for until the stop."""
     await proxy.refuse()
     hooks = []
 

@@ -1,4 +1,4 @@
-"""Does the adapter for RabbitMQ keep the contract, on either wire and with either kind of queue?"""
+"""The RabbitMQ adapter keeps the contract, on either wire and with either type of queue."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CLASSIC = Features(
 
 
 def features(broker: RunningBroker, kind: str) -> Features:
-    """What this broker can do, with this kind of queue."""
+    """Return what this broker can do with this type of queue."""
     if kind == "classic":
         return CLASSIC
     version = parse_version(broker)
@@ -68,7 +68,7 @@ def features(broker: RunningBroker, kind: str) -> Features:
 
 
 class RabbitHarness(Harness):
-    """A real broker, by aio-pika, and a line to it that can be cut."""
+    """A real broker through aio-pika, and a proxy that can be cut."""
 
     def __init__(
         self, url: str, proxy: TcpProxy, channel: AbstractChannel, wire: Wire, prefix: str
@@ -83,7 +83,7 @@ class RabbitHarness(Harness):
         self._channel = channel
 
     async def declare(self, kind: str) -> None:
-        """Set the scene."""
+        """Declare the queues."""
         of_kind = {"x-queue-type": kind}
         dead = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": self.dead_letters}
         full = {"x-max-length": 5, "x-overflow": "reject-publish"}
@@ -91,7 +91,7 @@ class RabbitHarness(Harness):
             await self._channel.declare_queue(queue, durable=True, arguments=of_kind | arguments)
 
     async def delete(self) -> None:
-        """Clear it away."""
+        """Delete the queues."""
         for queue in (self.queue, self.fresh, self.dead_letters, self.full):
             await self._channel.queue_delete(queue)
 
@@ -139,7 +139,7 @@ class RabbitHarness(Harness):
 
 @asynccontextmanager
 async def opened(broker: RunningBroker, wire: Wire, kind: str) -> AsyncIterator[RabbitHarness]:
-    """Queues and a line of its own."""
+    """Open new queues and a new proxy."""
     where = aio_pika.connection.make_url(broker.url)
     async with (
         await aio_pika.connect(broker.url) as connection,
@@ -157,7 +157,7 @@ async def opened(broker: RunningBroker, wire: Wire, kind: str) -> AsyncIterator[
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
 async def test_the_contract_is_kept(broker: RunningBroker, wire: Wire, kind: str) -> None:
-    """All of it; side by side, since most of it is waiting."""
+    """All clauses concurrently, since most of the time is waiting."""
     contract = TransportContract(
         partial(opened, broker, wire, kind),
         features(broker, kind),

@@ -1,7 +1,7 @@
-"""Where does a password turn up that should be known to the broker alone? Nowhere.
+"""A password appears nowhere outside the broker connection.
 
-Consumers are led through all that can happen to them, with every logger at DEBUG; then all that
-they and the libraries below them have said is searched.
+Consumers go through everything that can happen to them, with every logger at DEBUG. Then all their
+output, and that of the libraries below, is searched.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.needs_node, pytest.mark.usefixtures("on_both_wires")]
 
-USER = "keeper"
+USER = "password"
 # Letters at either end, so that one of them is found however the middle is written.
 CORES = ("Zq7KxLmW", "wV3TzPnR")
 SECRET = f"{CORES[0]}p:@/?#%, é{CORES[1]}"
@@ -49,8 +49,8 @@ KEY_PASSWORD = f"{CORES[0]}key{CORES[1]}"
 
 
 @pytest.fixture(scope="module")
-def keeper(broker: RunningBroker) -> Iterator[str]:
-    """A user whose password is worth looking for."""
+def password(broker: RunningBroker) -> Iterator[str]:
+    """A user of the broker whose password is searched for."""
     assert broker.node is not None
     broker.node.rabbitmqctl("add_user", USER, SECRET)
     broker.node.rabbitmqctl("set_permissions", USER, ".*", ".*", ".*")
@@ -59,7 +59,7 @@ def keeper(broker: RunningBroker) -> Iterator[str]:
 
 
 class Everything:
-    """All that was said, whoever said it."""
+    """All output, from any source."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -71,7 +71,7 @@ class Everything:
                 self.texts += traceback.format_exception(each)
 
     def found(self) -> list[str]:
-        """What holds a secret, in clear or in any way in which it travels."""
+        """Return output that contains the secret, in plain or any encoded form."""
         needles = list(CORES)
         for secret in (SECRET, WRONG):
             needles += [quote(secret, safe=""), quote(secret), quote_plus(secret), repr(secret)[1:]]
@@ -80,8 +80,8 @@ class Everything:
         return [text for text in self.texts if any(needle in text for needle in needles)]
 
 
-class Witness(Observer):
-    """Hears every event."""
+class EventRecorder(Observer):
+    """Records every event."""
 
     def __init__(self, everything: Everything) -> None:
         for name in vars(Observer):
@@ -103,18 +103,18 @@ class Failing(BatchConsumer):
 
 
 def url_with(password: str, address: str) -> str:
-    """The URL of a broker, with this password in it."""
+    """Return the URL of a broker with this password."""
     return f"amqp://{USER}:{quote(password, safe='')}@{address}/"
 
 
-async def test_a_password_turns_up_nowhere(  # noqa: PLR0915  -- one story, searched once
-    keeper: str,
+async def test_a_password_appears_nowhere(  # noqa: PLR0915  -- one story, searched once
+    password: str,
     proxy: TcpProxy,
     channel: AbstractChannel,
     name: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Not in logs, exceptions, events, snapshots or representations, whatever goes wrong."""
+    """Not in logs, exceptions, events, snapshots or representations, whatever fails."""
     everything = Everything()
     caplog.set_level(logging.DEBUG)
     loop = asyncio.get_running_loop()
@@ -125,7 +125,7 @@ async def test_a_password_turns_up_nowhere(  # noqa: PLR0915  -- one story, sear
         options = {"batch_size": 1, "reconnect_delay": 0.05, "reconnect_delay_max": 0.1, **more}
         made = BatchConsumerSettings(url=url, queue_name=name, **options)
         everything.hear(made, made.model_fields_set, made.delay_steps)
-        built = Failing(made, observers=[Witness(everything)])
+        built = Failing(made, observers=[EventRecorder(everything)])
         everything.hear(built, built.status(), built._endpoint())
         return built
 

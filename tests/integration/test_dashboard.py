@@ -1,7 +1,6 @@
-"""Does the dashboard show what it says, and do alerts go off when they should?
+"""The dashboard and the alerts, checked by a real Prometheus that scrapes a real consumer.
 
-Asked of a real Prometheus that scrapes a real consumer, to which everything happens that there is a
-metric for.
+Everything for which there is a metric happens to that consumer.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ VARIABLES = {"$__rate_interval": "1m", "$consumer": "Eventful", "$queue": "jobs"
 
 
 class Eventful(BatchConsumer):
-    """Takes every tenth batch for an occasion to fail."""
+    """Fails in every tenth batch."""
 
     number = count(1)
 
     async def process_messages(self, messages):
-        """Ack, requeue and nack; and now and then raise."""
+        """Ack, requeue and nack, and sometimes raise."""
         await asyncio.sleep(0.01)
         if next(self.number) % 10 == 0:
             raise KeyError
@@ -51,7 +50,7 @@ class Eventful(BatchConsumer):
 
 @asynccontextmanager
 async def eventful(registry):
-    """A consumer to which everything happens, for as long as it is looked at."""
+    """A consumer to which everything happens while the context is open."""
     broker = Broker()
     settings = BatchConsumerSettings(
         _env_file=None,
@@ -87,15 +86,15 @@ async def eventful(registry):
 
 
 def filled_in(expression):
-    """What Grafana sends: with its variables replaced."""
+    """Return an expression as Grafana sends it, with its variables replaced."""
     for name, value in VARIABLES.items():
         expression = expression.replace(name, value)
     assert "$" not in expression
     return expression
 
 
-async def test_every_panel_and_every_alert_has_something_to_say(tmp_path):
-    """No expression is wrong, and none is empty while everything happens."""
+async def test_every_panel_and_alert_has_data(tmp_path):
+    """No expression is invalid, and none is empty while everything happens."""
     registry = CollectorRegistry()
     port = free_port()
     server, thread = start_http_server(port, LOCALHOST, registry)
@@ -109,7 +108,7 @@ async def test_every_panel_and_every_alert_has_something_to_say(tmp_path):
 
 
 def asks(folder, target):
-    """Ask everything; again, as long as something has not happened yet."""
+    """Ask everything; repeat while an expression is empty."""
     wanted = {
         (panel["title"], filled_in(each["expr"])) for panel in PANELS for each in panel["targets"]
     }
@@ -129,12 +128,12 @@ def asks(folder, target):
 
 
 def has_numbers(result):
-    """Whether there is a series, and one with a number."""
+    """Return whether there is a series with a number."""
     return any(not math.isnan(float(each["value"][1])) for each in result)
 
 
-def test_the_dashboard_is_one_by_grafanas_own_schema():
-    """Read by Grafana's library and written again, nothing is missing: it knows each key."""
+def test_the_dashboard_matches_grafanas_schema():
+    """Grafana's library reads and writes it, and every key is kept."""
     read = Dashboard.from_json(DASHBOARD)
     written = json.loads(JSONEncoder(sort_keys=True).encode(read))
 
@@ -157,8 +156,8 @@ def test_the_dashboard_is_one_by_grafanas_own_schema():
     assert [] == list(unknown(DASHBOARD, written))
 
 
-def test_panels_do_not_overlap_and_have_names_of_their_own():
-    """What the schema does not ask for."""
+def test_panels_do_not_overlap_and_have_unique_names():
+    """The schema does not check this."""
     assert len({each["id"] for each in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
     assert len({each["title"] for each in PANELS}) == len(PANELS)
     taken = set()
@@ -175,7 +174,7 @@ def test_panels_do_not_overlap_and_have_names_of_their_own():
 
 
 def test_every_metric_is_shown():
-    """What nobody looks at need not be counted."""
+    """A metric that no panel shows need not exist."""
     registry = CollectorRegistry()
     PrometheusObserver(registry)
     shown = " ".join(each["expr"] for panel in PANELS for each in panel["targets"])
@@ -215,7 +214,7 @@ QUIET = {
 
 
 def series(given):
-    """Made-up series, in promtool's words."""
+    """Return made-up series in promtool's format."""
     for key, values in given.items():
         name, more = (key, "") if isinstance(key, str) else (key[0], f", {key[1]}")
         yield {"series": f"aio_pika_batch_{name}{{{WHO}{more}}}", "values": values}
@@ -251,23 +250,23 @@ def try_out(folder, given, expected):
     promtool("test", "rules", file)
 
 
-def test_alerts_are_rules():
+def test_alerts_are_valid_rules():
     """As promtool checks them."""
     promtool("check", "rules", ALERTS)
 
 
 @pytest.mark.parametrize("alert", GOES_OFF)
-def test_an_alert_goes_off(tmp_path, alert):
-    """It alone."""
+def test_an_alert_fires(tmp_path, alert):
+    """And no other one."""
     try_out(tmp_path, GOES_OFF[alert], [alert])
 
 
-def test_no_alert_goes_off_without_need(tmp_path):
-    """While all is well, whatever has been before."""
+def test_no_alert_fires_while_all_is_well(tmp_path):
+    """Whatever happened before."""
     try_out(tmp_path, QUIET, [])
 
 
-def test_every_alert_is_tried():
-    """One that nobody has seen go off would claim what it does not do."""
+def test_every_alert_is_tested():
+    """An alert that was never seen to fire may not work."""
     rules = yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]
     assert [each["alert"] for each in rules] == list(GOES_OFF)

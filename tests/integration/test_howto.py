@@ -1,4 +1,4 @@
-"""Do those pages of docs/howto that need more than a broker in memory do what they say?"""
+"""Pages of docs/howto that need more than an in-memory broker do what they say."""
 
 from __future__ import annotations
 

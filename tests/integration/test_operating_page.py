@@ -1,6 +1,6 @@
-"""Tests that the five commands of docs/operating.md lead to supervised processes with metrics.
+"""The commands of docs/operating.md lead from nothing to two supervised processes with metrics.
 
-The commands are run as they are on the page, except for the installation, the port and the queue.
+They run as they are on the page, except for the installation; ports and queues are unique.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ SHOP = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)[0]
 COMMANDS = re.findall(r"^\$ (.*)$", SECTION, re.MULTILINE)
 
 
-async def test_five_commands_are_enough(tmp_path, amqp_url, channel, name, monkeypatch) -> None:
-    """Check, run, health and curl."""
+async def test_the_five_commands_work(tmp_path, amqp_url, channel, name, monkeypatch) -> None:
+    """Checked, run by a supervisor, ready, and counted."""
     install, check, run, health, curl = COMMANDS
     assert "pip install" in install
     port = str(free_port())

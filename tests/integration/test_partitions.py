@@ -1,4 +1,4 @@
-"""Does order scale by a consistent-hash exchange, as docs/scaling.md says?"""
+"""Order scales with a consistent-hash exchange, as docs/scaling.md says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COUNT = 400
 
 
 class Noting(BatchConsumer):
-    """Notes who has seen what."""
+    """Records which consumer got which message."""
 
     def __init__(self, settings, seen):
         super().__init__(settings)
@@ -33,7 +33,7 @@ class Noting(BatchConsumer):
 
 
 def partition(url, number):
-    """As the page has it."""
+    """Declare a partition, as the page does."""
     return BatchConsumerSettings(
         _env_file=None,
         url=url,
@@ -50,13 +50,13 @@ def partition(url, number):
 
 
 async def is_consumed(url, queue):
-    """Whether a queue has a consumer, and so is bound; a deputy may not be counted."""
+    """Return whether a queue has a consumer, and so is bound; a standby may not be counted."""
     return await consumers(url, queue) >= 1
 
 
 @pytest.mark.needs_node
 async def test_each_key_keeps_its_order_and_its_consumer(broker, tmp_path):
-    """Four partitions share forty keys, with a worker and a deputy for each partition."""
+    """Four partitions share forty keys, with an active and a standby worker for each."""
     seen = defaultdict(list)
     plugins = ["rabbitmq_consistent_hash_exchange"]
     with RabbitMQ(broker.node.server, tmp_path / "node", plugins=plugins) as node:

@@ -1,8 +1,9 @@
-"""Is what holds of every story in memory true on RabbitMQ? The same stories, the same invariants.
+"""The invariants of stories hold on RabbitMQ: the same stories as in memory, and the same
+invariants.
 
-They are drawn as for the broker in memory, and played side by side, each with a line, queues and a
-consumer of its own, ten times as fast as they say. `AIO_PIKA_BATCH_TEST_REAL_STORIES` says how
-many; `nox -s stories -- 500` plays so many on each RabbitMQ that is supported and can be fetched.
+They run concurrently, each with its own proxy, queues and consumer, ten times as fast as they say.
+`AIO_PIKA_BATCH_TEST_REAL_STORIES` says how many; `nox -s stories -- 500` plays so many on each
+supported RabbitMQ that can be fetched.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ KINDS = set(FaultKind) - {FaultKind.CANCEL}
 
 
 class RabbitScene:
-    """Implements :class:`~aio_pika_batch.testing.stories.Scene`, on a line of its own."""
+    """A :class:`~aio_pika_batch.testing.stories.Scene` on RabbitMQ, behind a proxy."""
 
     pace = PACE
     keeps_place = True
@@ -69,7 +70,7 @@ class RabbitScene:
         self._full = f"{self.queue}.full"
 
     async def open(self) -> None:
-        """Set the scene: dead letters have a queue, and there is one that takes nothing."""
+        """Declare a queue for dead letters, and one that refuses everything."""
         self._channel = channel = await self._connection.channel()
         await channel.declare_exchange(self.dead_letter_exchange, "fanout", durable=True)
         await channel.declare_queue(self._dead, durable=True)
@@ -79,7 +80,7 @@ class RabbitScene:
         await self._bind(self._dead)
 
     async def close(self) -> None:
-        """Clear it away."""
+        """Delete everything."""
         channel = self._channel
         for queue in (self.queue, f"{self.queue}{WAIT_SUFFIX}", self._dead, self._full):
             await channel.queue_delete(queue)
@@ -93,13 +94,13 @@ class RabbitScene:
         await (await self._channel.get_queue(queue, ensure=False)).unbind(self.dead_letter_exchange)
 
     async def put(self, body: bytes) -> None:
-        """Confirmed, past the line that is hurt."""
+        """Publish with a confirm, bypassing the proxy."""
         await self._channel.default_exchange.publish(
             aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.PERSISTENT), self.queue
         )
 
     async def hurt(self, kind: FaultKind, seconds: float) -> None:
-        """Let something go wrong, and right again."""
+        """Cause a fault and end it."""
         proxy = self._proxy
         match kind:
             case FaultKind.CUT:
@@ -134,9 +135,7 @@ class RabbitScene:
                 raise NotImplementedError(kind)
 
     async def come_to_rest(self, done: Callable[[], bool]) -> None:
-        """Until nothing stirs; what has been handed out and not been seen yet may still be under
-        way, so nothing must have stirred for a while.
-        """
+        """Wait until nothing happens for a while, since delivered messages may be in flight."""
         quiet = 0
         try:
             async with asyncio.timeout(PATIENCE):
@@ -151,7 +150,7 @@ class RabbitScene:
             )
 
     async def _waiting(self) -> int:
-        """How many wait for another attempt."""
+        """Return how many messages wait for a retry."""
         # On a connection of its own: as long as there is no such queue, the question costs it.
         return max(0, await ready(self._url, f"{self.queue}{WAIT_SUFFIX}")) if self._waits else 0
 
@@ -160,7 +159,7 @@ class RabbitScene:
         return found.declaration_result.message_count or 0
 
     async def look(self, played: Played) -> None:
-        """Take out what is there. What waits for another attempt is let come back first."""
+        """Take what is left. Delayed messages must come back first."""
         quiet = 0
         async with asyncio.timeout(PATIENCE):
             while quiet < 3:
@@ -186,7 +185,7 @@ class RabbitScene:
 async def staged(
     url: str, connection: AbstractConnection, wire: Wire, story: Story
 ) -> AsyncIterator[RabbitScene]:
-    """A scene."""
+    """Open a scene."""
     where = aio_pika.connection.make_url(url)
     async with TcpProxy(where.host or "localhost", where.port or 5672) as proxy:
         waits = any(LATER in each for each in story.answers)
@@ -199,9 +198,10 @@ async def staged(
 
 
 def drawn(count: int) -> list[Story]:
-    """So many stories, all drawn before the first is played: nothing depends on what is seen.
+    """Return so many stories, all drawn before the first is played, so that nothing depends on what
+    happens.
 
-    Hypothesis makes several of one, which differ in little; of those one is enough.
+    Hypothesis makes several similar variants of one; one of them is enough.
     """
     found: list[Story] = []
 
@@ -214,8 +214,8 @@ def drawn(count: int) -> list[Story]:
     return found[::_ALIKE]
 
 
-async def test_stories(amqp_url: str) -> None:
-    """Nothing lost, nothing acked for no reason, nothing beyond its limits, nothing left behind."""
+async def test_the_invariants_hold_in_any_story_on_rabbitmq(amqp_url: str) -> None:
+    """Nothing is lost, acked without a reason, beyond its limits or left behind."""
     room = asyncio.Semaphore(AT_ONCE)
     broken: list[str] = []
 

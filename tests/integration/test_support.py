@@ -1,6 +1,6 @@
-"""Do the brokers and the line do what the other tests rely on?
+"""The brokers, servers and proxies of the tests do what the tests rely on.
 
-A fault test that passes because the fault was never there is worse than none.
+A fault test that passes because the fault never happened is worse than none.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.needs_node
-async def test_a_killed_node_comes_back_with_what_was_durable(
+async def test_a_killed_node_keeps_durable_data(
     rabbitmq: RabbitMQ, amqp_url: str, name: str
 ) -> None:
-    """After SIGKILL and a start a confirmed message in a durable queue is still there."""
+    """After SIGKILL and a start, a confirmed message in a durable queue is still there."""
     async with await aio_pika.connect(amqp_url) as connection:
         channel = await connection.channel()
         await channel.declare_queue(name, durable=True)
@@ -62,10 +62,10 @@ async def test_a_killed_node_comes_back_with_what_was_durable(
 
 
 @pytest.mark.needs_node
-def test_a_paused_node_is_silent_and_then_goes_on(
+def test_a_paused_node_is_silent_and_then_continues(
     rabbitmq: RabbitMQ, broker: RunningBroker
 ) -> None:
-    """While paused it accepts connections, as its kernel does, and says nothing on them."""
+    """While it is paused, its kernel accepts connections, and nothing answers on them."""
     rabbitmq.pause()
     assert broker_version(LOCALHOST, rabbitmq.port, timeout=0.3) is None
 
@@ -75,7 +75,7 @@ def test_a_paused_node_is_silent_and_then_goes_on(
 
 @pytest.mark.needs_node
 async def test_connections_can_be_closed_by_the_broker(rabbitmq: RabbitMQ, amqp_url: str) -> None:
-    """The client is told so: 320, with the reason given."""
+    """The client gets 320, with the given reason."""
     connection = await aio_pika.connect(amqp_url)
     closed: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
     connection.close_callbacks.add(lambda _, reason: closed.set_result(reason))
@@ -89,7 +89,7 @@ async def test_connections_can_be_closed_by_the_broker(rabbitmq: RabbitMQ, amqp_
 async def test_a_memory_alarm_blocks_publishing_until_it_ends(
     rabbitmq: RabbitMQ, amqp_url: str, name: str
 ) -> None:
-    """Under the alarm no confirm comes back; once it has ended, it does."""
+    """No confirm comes under the alarm; afterwards it does."""
     async with await aio_pika.connect(amqp_url) as connection:
         channel = await connection.channel()
         await channel.declare_queue(name, exclusive=True)
@@ -107,7 +107,7 @@ async def test_a_memory_alarm_blocks_publishing_until_it_ends(
 if sys.platform == "linux":  # elsewhere there is no parent-death signal to be tested
 
     def test_no_child_outlives_a_killed_test_run() -> None:
-        """SIGKILL the process that spawned a child, and the child is gone too."""
+        """If the process that spawned a child is killed by SIGKILL, the child dies, too."""
         story = (
             "import subprocess, time\n"
             "from aio_pika_batch.testing.rabbitmq.processes import spawn\n"
@@ -128,7 +128,7 @@ if sys.platform == "linux":  # elsewhere there is no parent-death signal to be t
 
 
 def test_a_broker_named_by_url_must_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Asked for by name and not there: an error, not the next best broker."""
+    """If it does not, that is an error; no other broker is used."""
     monkeypatch.setenv(find.URL, f"amqp://guest:guest@{LOCALHOST}:{free_port()}/")
     source = find.choose()
     assert not source.has_node
@@ -139,16 +139,16 @@ def test_a_broker_named_by_url_must_answer(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_broker_named_by_url_is_used(
     broker: RunningBroker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It is found to answer, and it is not ours to kill."""
+    """It answers, and tests may not kill it."""
     monkeypatch.setenv(find.URL, broker.url)
     with find.choose().start(tmp_path) as found:
         assert (broker.url, broker.version, None) == (found.url, found.version, found.node)
 
 
-def test_where_there_is_no_broker_the_message_says_what_helps(
+def test_without_a_broker_the_error_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It names what was tried and what would do."""
+    """And what was tried."""
     for variable in (find.URL, find.SERVER):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(shipped, "installed", lambda: None)
@@ -158,10 +158,10 @@ def test_where_there_is_no_broker_the_message_says_what_helps(
         find.choose()
 
 
-def test_a_docker_that_is_not_there_leaves_no_socket_behind(
+def test_looking_for_docker_leaves_no_socket_open(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The collector's warning about one would fail a test, whichever ran just then."""
+    """The garbage collector's warning about one would fail another test."""
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", ResourceWarning)
@@ -186,16 +186,16 @@ def test_postgres_keeps_its_data_where_its_user_can_go(
 
 
 def test_a_postgres_named_by_url_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is installed beside it."""
+    """Even if another one is installed."""
     monkeypatch.setenv(postgres.URL, "postgresql://somewhere/else")
     with postgres.postgres() as url:
         assert "postgresql://somewhere/else" == url
 
 
-def test_where_there_is_no_postgres_the_message_says_what_helps(
+def test_without_a_postgres_the_error_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It names what was tried and what would do."""
+    """And what was tried."""
     monkeypatch.delenv(postgres.URL, raising=False)
     monkeypatch.setattr(postgres, "installed", lambda: None)
     monkeypatch.setattr(postgres, "install_commands", lambda *_, **__: None)
@@ -206,7 +206,7 @@ def test_where_there_is_no_postgres_the_message_says_what_helps(
         pass
 
 
-def test_an_installation_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installation_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the command that failed."""
     monkeypatch.delenv(postgres.URL, raising=False)
     monkeypatch.setattr(postgres, "installed", lambda: None)
@@ -216,10 +216,10 @@ def test_an_installation_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(("ci", "first"), [("", "container"), ("1", "private node")])
-def test_only_a_build_machine_installs_a_broker_rather_than_use_docker(
+def test_only_a_build_machine_prefers_installing_to_docker(
     monkeypatch: pytest.MonkeyPatch, ci: str, first: str
 ) -> None:
-    """Nobody minds what is installed there, and there all tests must run."""
+    """There packages may be installed, and all tests must run."""
     for variable in (find.URL, find.SERVER):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("CI", ci)
@@ -230,7 +230,7 @@ def test_only_a_build_machine_installs_a_broker_rather_than_use_docker(
 
 
 def test_both_formats_of_apt_sources_are_read(tmp_path: Path) -> None:
-    """The one-line format with and without options, and the stanzas; ``deb-src`` is passed over."""
+    """The one-line format with and without options, and the stanzas; ``deb-src`` is skipped."""
     (tmp_path / "sources.list.d").mkdir()
     (tmp_path / "sources.list").write_text(
         "# a comment\n"
@@ -255,7 +255,7 @@ def test_both_formats_of_apt_sources_are_read(tmp_path: Path) -> None:
 
 @pytest.fixture
 async def echo() -> AsyncIterator[TcpProxy]:
-    """A proxy in front of a server that says everything back."""
+    """A proxy in front of an echo server."""
 
     async def say_back(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -284,8 +284,8 @@ async def connected(
         writer.close()
 
 
-async def test_the_line_carries_everything_both_ways_and_then_the_end(echo: TcpProxy) -> None:
-    """A megabyte comes back unchanged, and the end of one side's sending reaches the other."""
+async def test_the_proxy_forwards_both_directions_and_the_end(echo: TcpProxy) -> None:
+    """A megabyte comes back unchanged, and an EOF reaches the other side."""
     sent = os.urandom(1 << 20)
     async with connected(echo) as (reader, writer):
         writer.write(sent)
@@ -295,7 +295,7 @@ async def test_the_line_carries_everything_both_ways_and_then_the_end(echo: TcpP
 
 
 async def test_a_cut_is_a_reset(echo: TcpProxy) -> None:
-    """The client reads ECONNRESET, not an orderly end; a new connection works."""
+    """The client gets ECONNRESET, not EOF; a new connection works."""
     async with connected(echo) as (reader, writer):
         writer.write(b"x")
         assert b"x" == await reader.readexactly(1)
@@ -309,7 +309,7 @@ async def test_a_cut_is_a_reset(echo: TcpProxy) -> None:
 
 
 async def test_a_cut_after_n_bytes_lets_exactly_those_through(echo: TcpProxy) -> None:
-    """Ten bytes of twenty arrive, and then the reset."""
+    """Ten of twenty bytes arrive, and then the reset."""
     echo.cut_after(10)
     async with connected(echo) as (reader, writer):
         writer.write(b"0123456789abcdefghij")
@@ -318,8 +318,8 @@ async def test_a_cut_after_n_bytes_lets_exactly_those_through(echo: TcpProxy) ->
             await reader.readexactly(1)
 
 
-async def test_refused_means_refused_until_it_is_not(echo: TcpProxy) -> None:
-    """ECONNREFUSED at once; open connections live on; then the same port accepts again."""
+async def test_the_proxy_can_refuse_and_accept_connections(echo: TcpProxy) -> None:
+    """ECONNREFUSED at once; open connections stay open; then the same port accepts again."""
     async with connected(echo) as (reader, writer):
         await echo.refuse()
         with pytest.raises(ConnectionRefusedError):
@@ -335,7 +335,7 @@ async def test_refused_means_refused_until_it_is_not(echo: TcpProxy) -> None:
 async def test_a_frozen_direction_carries_nothing_until_it_thaws(
     echo: TcpProxy, direction: str
 ) -> None:
-    """The bytes are taken and do not come out; after the thaw they do, all of them."""
+    """The bytes are read and not forwarded; after the thaw all of them are."""
     async with connected(echo) as (reader, writer):
         echo.freeze(direction)
         writer.write(b"into the dark")
@@ -346,8 +346,8 @@ async def test_a_frozen_direction_carries_nothing_until_it_thaws(
         assert b"into the dark" == await asyncio.wait_for(reading, 5)
 
 
-async def test_a_frozen_line_can_be_cut(echo: TcpProxy) -> None:
-    """What is held then is lost."""
+async def test_a_frozen_connection_can_be_cut(echo: TcpProxy) -> None:
+    """The held bytes are lost."""
     async with connected(echo) as (reader, writer):
         echo.freeze()
         writer.write(b"lost")
@@ -358,7 +358,7 @@ async def test_a_frozen_line_can_be_cut(echo: TcpProxy) -> None:
         assert 0 == echo.connections
 
 
-async def test_latency_delays_each_way_without_slowing_the_flow(echo: TcpProxy) -> None:
+async def test_latency_delays_each_direction_without_reducing_throughput(echo: TcpProxy) -> None:
     """A round trip takes twice the latency, and twenty sent together take hardly longer."""
     echo.latency(0.1)
     loop = asyncio.get_running_loop()
@@ -371,10 +371,10 @@ async def test_latency_delays_each_way_without_slowing_the_flow(echo: TcpProxy) 
         assert 0.2 <= loop.time() - begun < 1
 
 
-async def test_an_amqp_client_works_through_the_line(
+async def test_an_amqp_client_works_through_the_proxy(
     proxy: TcpProxy, amqp_url: str, name: str
 ) -> None:
-    """Connecting to ``proxy.url`` is like connecting to the broker."""
+    """``proxy.url`` can be used like the broker's URL."""
     async with await aio_pika.connect(proxy.url(amqp_url)) as connection:
         channel = await connection.channel()
         queue = await channel.declare_queue(name, exclusive=True)

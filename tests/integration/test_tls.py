@@ -1,6 +1,6 @@
-"""Is a line to a broker safe, and does one that would not be say so?
+"""TLS connections to RabbitMQ, and connections that would not be secure.
 
-On a TLS listener of RabbitMQ itself, with certificates that are made for the run.
+They use a TLS listener of RabbitMQ itself, with certificates made for the run.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _KEY_PASSWORD = "p@ss w0rd/ü"
 
 @dataclass(frozen=True)
 class Certificates:
-    """What the broker and its clients show each other, as files."""
+    """The certificates and keys of the broker and its clients, as files."""
 
     folder: Path
     authority: trustme.CA
@@ -80,14 +80,16 @@ class Certificates:
         )
 
     def show(self, name: str) -> None:
-        """Let the broker show this certificate from now on, once it has forgotten the last one."""
+        """Make the broker use this certificate from now on, after it has forgotten the last one."""
         for suffix in ("pem", "key"):
             shutil.copy(self.file(f"{name}.{suffix}"), self.file(f"server.{suffix}"))
 
 
 @dataclass(frozen=True)
 class Secured:
-    """A broker with two TLS listeners: one that takes anybody, one that wants a certificate."""
+    """A broker with two TLS listeners: one that accepts any client, one that requires a
+    certificate.
+    """
 
     node: RabbitMQ
     certificates: Certificates
@@ -104,7 +106,7 @@ class Secured:
 
 @pytest.fixture(scope="module")
 def secured(broker: RunningBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    """A node of its own: the listeners would stay with the one that all tests share."""
+    """A separate node: its listeners must not stay on the one that all tests share."""
     assert broker.node is not None
     folder = tmp_path_factory.mktemp("certificates")
     certificates = Certificates(folder, trustme.CA(), trustme.CA())
@@ -146,7 +148,7 @@ def secured(broker: RunningBroker, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def amqp_url(secured: Secured) -> str:
-    """The same broker, in clear, to set the scene."""
+    """The same broker without TLS, to declare and to inspect."""
     return secured.node.url
 
 
@@ -174,22 +176,22 @@ class Tally(BatchConsumer):
 
 
 def consumer(name: str, url: str, **options: Any) -> Tally:
-    """One that consumes over TLS."""
+    """Return a consumer that uses TLS."""
     options.setdefault("queue_name", name)
     return Tally(BatchConsumerSettings(url=url, batch_size=50, batch_timeout=0.05, **options))
 
 
 async def refusal(error: type[Exception], name: str, url: str, **options: Any) -> str:
-    """Start one that must not come up; return what it says."""
+    """Start a consumer that must fail; return the text of the error."""
     with pytest.raises(error) as caught:
         await consumer(name, url, **options).start()
     return str(caught.value)
 
 
-async def test_all_of_it_travels_in_tls(
+async def test_everything_works_over_tls(
     secured: Secured, channel: AbstractChannel, name: str
 ) -> None:
-    """Deliveries, acks, copies; and a stop in the midst of them loses and repeats nothing."""
+    """Deliveries, acks and copies; a stop in between loses and repeats nothing."""
     bodies = [b"%04d" % number for number in range(2_000)]
     await channel.declare_queue(name, durable=True)
     await publish(channel, bodies, routing_key=name)
@@ -207,16 +209,16 @@ async def test_all_of_it_travels_in_tls(
     assert 0 == await ready(secured.node.url, name)
 
 
-async def test_a_strange_authority(secured: Secured, name: str) -> None:
-    """Who signed it is not among those that are trusted: named ones, or the system's."""
+async def test_an_unknown_certificate_authority(secured: Secured, name: str) -> None:
+    """It is neither among the named ones nor the system's."""
     for trusted in ({"ssl_cafile": secured.certificates.file("stranger.pem")}, {}):
         text = await refusal(AccessRefused, name, secured.url(), **trusted)
         assert "does not verify" in text
         assert "set ssl_cafile to the authority that signed it" in text
 
 
-async def test_another_name(secured: Secured, name: str) -> None:
-    """The certificate is good, and somebody else's."""
+async def test_a_certificate_for_another_host(secured: Secured, name: str) -> None:
+    """The certificate is valid, but for another name."""
     url = secured.url(host=LOCALHOST)
     authority = secured.certificates.file("ca.pem")
 
@@ -226,8 +228,8 @@ async def test_another_name(secured: Secured, name: str) -> None:
     assert "connect by a name that is in it" in text
 
 
-async def test_a_certificate_that_has_expired(secured: Secured, name: str) -> None:
-    """It is the broker's to renew; once it is, all is well, and nothing here was changed."""
+async def test_an_expired_certificate(secured: Secured, name: str) -> None:
+    """Once the broker has a new one, the consumer connects without a change."""
     authority = secured.certificates.file("ca.pem")
     await asyncio.to_thread(secured.show, "expired")
     try:
@@ -241,8 +243,8 @@ async def test_a_certificate_that_has_expired(secured: Secured, name: str) -> No
 
 
 @pytest.mark.parametrize("encrypted", [False, True])
-async def test_a_client_shows_a_certificate(secured: Secured, name: str, encrypted: bool) -> None:
-    """Where the broker wants one; its key may be encrypted."""
+async def test_a_client_certificate(secured: Secured, name: str, encrypted: bool) -> None:
+    """If the broker requires one; its key may be encrypted."""
     options = {"ssl_keyfile": secured.certificates.file("client.key")}
     if encrypted:
         options = {
@@ -261,7 +263,7 @@ async def test_a_client_shows_a_certificate(secured: Secured, name: str, encrypt
 
 
 async def test_a_client_logs_in_by_its_certificate(secured: Secured, name: str) -> None:
-    """Where the broker can do that: no password is sent, nor needed."""
+    """If the broker supports that: no password is sent or needed."""
     files = {
         "ssl_cafile": secured.certificates.file("ca.pem"),
         "ssl_certfile": secured.certificates.file("client.pem"),
@@ -281,10 +283,10 @@ async def test_a_client_logs_in_by_its_certificate(secured: Secured, name: str) 
         ("late-client", "does not accept the client certificate"),
     ],
 )
-async def test_a_client_without_a_good_certificate(
+async def test_a_client_without_a_valid_certificate(
     secured: Secured, name: str, shown: str | None, advice: str
 ) -> None:
-    """It is told that this is why, although the broker says so only after the handshake."""
+    """The error names the cause, although the broker reports it only after the handshake."""
     options = {"ssl_cafile": secured.certificates.file("ca.pem")}
     if shown is not None:
         options["ssl_certfile"] = secured.certificates.file(f"{shown}.pem")
@@ -296,10 +298,10 @@ async def test_a_client_without_a_good_certificate(
     assert advice in text
 
 
-async def test_not_to_verify_is_loud(
+async def test_disabled_verification_is_logged(
     secured: Secured, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whoever asks for it by URL gets it, and a warning each time."""
+    """It must be asked for in the URL, and is logged as a warning each time."""
     url = f"{secured.url(host=LOCALHOST)}?no_verify_ssl=1"
     async with consumer(name, url, queue_exclusive=True):
         pass
@@ -309,8 +311,8 @@ async def test_not_to_verify_is_loud(
     assert "can read and change all that is sent" in record.getMessage()
 
 
-async def test_nobody_falls_back(secured: Secured, name: str) -> None:
-    """Neither to clear text where TLS was asked for, nor the other way about."""
+async def test_there_is_no_fallback(secured: Secured, name: str) -> None:
+    """Neither from TLS to plain text nor the other way round."""
     clear = secured.node.url
     assert "does not speak TLS" in await refusal(
         AccessRefused, name, clear.replace("amqp://", "amqps://")

@@ -1,8 +1,8 @@
-"""Does a newcomer who types what docs/tutorial.md shows see what it says?
+"""Everything that docs/tutorial.md shows works when it is typed.
 
-Its files are written and its commands run in the order of the page: without a broker first, then
-on a real RabbitMQ, until Ctrl-C. Only the environment of its own is left out, and queues have names
-that no other test uses.
+Its files are written and its commands run in the order of the page: first without a broker, then on
+a real RabbitMQ until Ctrl-C. Only the virtual environment is left out, and queues have unique
+names.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _STEP = re.compile(
 
 
 def steps() -> Iterator[tuple[str, str, str]]:
-    """What is to be done, one after another: what it is, a file's name or none, and its text."""
+    """Return the steps of the page: what each is, its file name or None, and its text."""
     files: dict[str, str] = {}
     for directives, language, body in _STEP.findall(PAGE.read_text()):
         if language == "console":
@@ -43,7 +43,7 @@ def steps() -> Iterator[tuple[str, str, str]]:
 
 
 def run(folder: Path, arguments: str) -> str:
-    """Run one of the page's commands; returns what it has printed."""
+    """Run one of the page's commands; return its output."""
     done = subprocess.run(
         [sys.executable, *arguments.split()],
         cwd=folder,
@@ -58,7 +58,7 @@ def run(folder: Path, arguments: str) -> str:
 
 @pytest.fixture
 async def clean(channel: AbstractChannel, name: str) -> AsyncIterator[None]:
-    """Leave nothing behind."""
+    """Delete the queues."""
     yield
     for queue in ("", ".dead", ".retry.1000", ".retry.2000", ".retry.4000"):
         await channel.queue_delete(name + queue)
@@ -66,14 +66,14 @@ async def clean(channel: AbstractChannel, name: str) -> AsyncIterator[None]:
 
 
 @pytest.mark.usefixtures("clean")
-async def test_all_of_it(
+async def test_each_step_shows_what_the_page_says(
     tmp_path: Path,
     amqp_url: str,
     channel: AbstractChannel,
     name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each command prints what stands below it; Ctrl-C says what the page says, and ends with 0."""
+    """Each command prints what the page has below it; Ctrl-C exits with 0."""
     monkeypatch.setenv("AIO_PIKA_BATCH_URL", amqp_url)
     said, ended_with = "", []
     for what, file, text in steps():
@@ -102,7 +102,7 @@ async def test_all_of_it(
 async def work_until_interrupted(
     folder: Path, arguments: str, channel: AbstractChannel, name: str, url: str
 ) -> str:
-    """Run the consumer, give it work, press Ctrl-C; returns its log."""
+    """Run the consumer, publish to it, press Ctrl-C; return its log."""
     log = folder / "log"
     with log.open("w") as output:
         process = await asyncio.create_subprocess_exec(
