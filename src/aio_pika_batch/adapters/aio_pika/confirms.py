@@ -145,9 +145,11 @@ class ConfirmTracker:
 
 def _matching(route: dict[int, InFlight], returned: ReturnedPublication) -> list[int]:
     """Return the numbers of the publications that it may be: one, if one matches."""
+    # First by the bytes, which is cheap and nearly always finds it.
     for number, publication in route.items():
         if publication.properties == returned.properties and publication.body == returned.body:
             return [number]
+    # Then by their meaning: some brokers encode the header table again, with sorted keys.
     properties = decode(returned.properties)
     for number, publication in route.items():
         if publication.body == returned.body and decode(publication.properties) == properties:
@@ -165,6 +167,7 @@ def outcome_after_close(closed: ChannelClosed, *, alone: bool) -> Callable[[InFl
         alone: Whether only one publication was in flight.
     """
     code, text = closed
+    # Any other code, an internal error for example, says nothing about a publication.
     is_refusal = code in _REFUSALS
     found = _LARGEST_BODY.search(text)
     largest = int(found[1]) if found else None

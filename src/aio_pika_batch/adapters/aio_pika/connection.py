@@ -94,6 +94,7 @@ class OpenConnection:
     async def close(self) -> None:
         """Close the connection, gracefully if the broker answers soon."""
         if isinstance(self.tap.end, ConnectionLost | Malformed):
+            # No answer will come. aiormq would wait for it.
             self.tap.abort()
         await finish_within(CLOSE_TIMEOUT, self.connection.close(), self.tap.abort)
 
@@ -118,6 +119,7 @@ async def open_connection(endpoint: Endpoint, addresses: Sequence[Address]) -> O
         ConfigurationError: The installed aiormq cannot be used.
     """
     errors: list[TransportError] = []
+    # In random order, so that the connections spread over the nodes of a cluster.
     for address in random.sample(addresses, len(addresses)):
         try:
             return await _connect(endpoint, address)
@@ -149,6 +151,7 @@ async def _connect(endpoint: Endpoint, address: Address) -> OpenConnection:
             failure = error
             raise
 
+    # Not asyncio.timeout: aiormq's connect may ignore its cancellation.
     try:
         has_ended = await finish_within(endpoint.connect_timeout, connect(), tap.abort)
     except asyncio.CancelledError:

@@ -96,7 +96,7 @@ class ConsumerChannel:
                 on_message = _unexpected
             else:
                 on_message = self._guarded(channel.number, source)
-            # Prefetch comes first: it holds for consumers that start after it.
+            # Set prefetch first: it applies to consumers that start after it.
             await channel.basic_qos(prefetch_count=subscription.prefetch)
             await channel.basic_consume(
                 subscription.queue,

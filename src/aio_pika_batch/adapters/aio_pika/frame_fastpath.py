@@ -82,6 +82,8 @@ class DeliveryFastPath:
             The position of what follows them, and 0; or the position of a message that is not
             complete yet, and the number of bytes from there on that it has at least.
         """
+        # Local names and literal offsets, because this loop runs for each message. 7 is the head of
+        # a frame, 8 the same with the end of the frame before, and 20 reaches to the properties.
         append = messages.append
         source = self.source
         unpack_deliver = self._deliver.unpack_from
@@ -114,6 +116,7 @@ class DeliveryFastPath:
                 end = start + size
                 if data[end] != FRAME_END:
                     return position, 0
+                # Slices are copies, so a message does not keep the bytes of the whole read alive.
                 append(
                     Message(
                         source,
@@ -126,6 +129,8 @@ class DeliveryFastPath:
                 )
                 position = end + 1
         except (struct.error, IndexError):
+            # The data ends within a message. This happens once for each read, so it may cost more
+            # than a check of the length for each message would.
             return position, self._needed(data, position, largest)
 
     def take_method(self, frame: bytes) -> tuple[int, bool]:

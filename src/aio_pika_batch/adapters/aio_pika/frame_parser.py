@@ -64,9 +64,10 @@ if TYPE_CHECKING:
     from aio_pika_batch.adapters.aio_pika.events import Confirm, Event
     from aio_pika_batch.core.message import Source
 
+# RabbitMQ's `max_message_size` allows no more, so only a broken peer can meet this limit. It is
+# needed because a body announces its size in 64 bits, and because a broker may set no frame_max.
 LARGEST = 512 * 2**20
-"""Bytes of a body, or of a frame if the broker sets no limit: the most that RabbitMQ's
-`max_message_size` allows. A body announces its size in 64 bits, so there must be a limit."""
+"""The most bytes of a body, or of a frame if the broker sets no limit."""
 
 _REPLY_CODE = struct.Struct(">H")
 _TEXT_AT = ARGUMENTS_AT + _REPLY_CODE.size
@@ -182,6 +183,7 @@ class FrameParser:
                 position = self._take_fast(data, position)
             if self._needed:
                 break
+            # Whatever the fast path has left: another frame, or a message in an unusual form.
             before = position
             position = self._take_frame(data, position)
             if position == before:

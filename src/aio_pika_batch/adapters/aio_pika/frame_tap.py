@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     Listener = Callable[[Event], None]
 
+# As many as aiormq allows. The tap counts by itself, so that a session ends as soon as they passed.
 _SILENT_HEARTBEATS = 3
 _READ_SIZE = 2**18
 _READER_LIMIT = 2**16
@@ -75,6 +76,7 @@ class FrameTap:
         **kwargs: Any,  # noqa: ANN401  -- as aiormq declares it
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open the socket. aiormq calls this once, with the URL and its options."""
+        # aiormq's own factories ask the provider for a context in the same way.
         provider: SSLContextProvider = kwargs.pop("ssl_context_provider")
         protocol = _TapProtocol(self, self._reader, self._loop)
         try:
@@ -192,7 +194,8 @@ class FrameTap:
         if passed:
             self._fed_at = now
         elif self._parser.is_tapping and now - self._fed_at > 1:
-            # Everything was taken out, but the library must not think that its peer is dead.
+            # Everything was taken out, but the library must not think that its peer is dead. One
+            # heartbeat a second is enough for any interval.
             self._reader.feed_data(HEARTBEAT_FRAME)
             self._fed_at = now
 
@@ -248,6 +251,7 @@ class _TapProtocol(asyncio.StreamReaderProtocol, asyncio.BufferedProtocol):
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
+        # Copied, because the next read overwrites the buffer.
         self._tap.on_data(bytes(self._buffer[:nbytes]))
 
     def data_received(self, data: bytes) -> None:

@@ -83,7 +83,7 @@ GROUP_BYTES = 1 << 20
 """Bytes of bodies that are packed at a time: many large messages need not be in memory twice."""
 
 GROUP_SIZE = 200
-"""Publications of one call that are in flight at a time on the plain wire."""
+"""Publications of one call that are in flight at a time on the plain wire. Each is a task."""
 
 
 @asynccontextmanager
@@ -220,6 +220,7 @@ class AioPikaPublisher:
             return method, properties
         if not isinstance(publication, Copy):
             raise PublishError(reason)
+        # A copy is refused instead, or one message would fail the copies of its whole batch.
         _log.warning("%s: not published", reason)
         return None
 
@@ -229,6 +230,7 @@ class AioPikaPublisher:
         raw = publication.message.raw_properties
         if raw is not None:
             return splice(raw, publication, self._user)
+        # The broker closes the channel if a user_id is not the connection's.
         values = publication.properties
         if values.user_id != self._connection.address.user:
             values = replace(values, user_id=None)

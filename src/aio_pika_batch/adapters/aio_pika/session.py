@@ -95,7 +95,7 @@ class AioPikaSession:
         self._is_drained = False
         self._is_closed = False
         self._is_first = True
-        self._settled_at = -SETTLE_PAUSE
+        self._settled_at = -SETTLE_PAUSE  # no pause if nothing was settled
         self._cancelling: asyncio.Task[None] | None = None
         self._opening_native: asyncio.Task[Native] | None = None
 
@@ -159,6 +159,7 @@ class AioPikaSession:
             self._lose("the connection was closed")
             self._check()
         self._settled_at = self._loop.time()
+        # Usually nothing is waited for: 64 KiB may wait in the transport by default.
         if self._tap.is_clogged:
             with translate_errors(
                 lambda error: SessionLost(f"the connection broke: {format_error(error)}")
@@ -201,6 +202,7 @@ class AioPikaSession:
 
     def _lose(self, reason: str) -> None:
         if self._loss is None:
+            # The broker delivers the pending messages again, to another session.
             self._loss = reason
             self._pending.clear()
             self._wake()
@@ -248,6 +250,7 @@ class AioPikaSession:
     def _take(self) -> list[Message]:
         messages, self._pending = self._pending, []
         if self._is_first:
+            # A queue is a stream or it is not: the first message is enough to know.
             self._is_first = False
             self._refuse_streams(messages[0])
         self._ledger.deliver([message.delivery_tag for message in messages])

@@ -73,6 +73,7 @@ def splice(raw: bytes, copy: Copy, user: bytes) -> bytes:
             start, end = header_table(raw)
         except PropertyListError:
             return _rebuilt(raw, copy, user, changes)
+        # The bytes around the table are copied unread, so check that they are complete.
         if end and is_complete_after(raw, end):
             return b"".join((raw[:start], *_table(raw, start, end, copy, changes), raw[end:]))
     return _rebuilt(raw, copy, user, changes)
@@ -101,6 +102,7 @@ def _rebuilt(raw: bytes, copy: Copy, user: bytes, changes: _Changes) -> bytes:
             present |= flag
             expiration_at += flag > EXPIRATION_FLAG
     except PropertyListError:
+        # What was read before the cut is kept as properties, and all of it in a header.
         added += encode_entry(UNDECODABLE_HEADERS, raw)
     if copy.expiration is not None and not copy.keep_expiration:
         present |= EXPIRATION_FLAG

@@ -249,7 +249,7 @@ def _encode_key(key: str) -> bytes:
 
 def _encode_value(value: FieldValue, depth: int) -> bytes:
     write = _WRITERS.get(type(value))
-    if write is None:
+    if write is None:  # a subclass, an IntEnum for example
         write = next((each for kind, each in _WRITERS.items() if isinstance(value, kind)), None)
     if write is not None:
         return write(value)

@@ -230,6 +230,7 @@ def handshake_error(error: ssl.SSLError, address: Address) -> AccessRefused:
     if reason == "WRONG_VERSION_NUMBER":
         return AccessRefused(f"{address} does not speak TLS there; use amqp:// or another port")
     advice = ""
+    # An alert comes from the broker; anything else was found on this side.
     if "ALERT" in reason:
         if any(word in reason for word in _CERTIFICATE_MISSING):
             advice = "; the broker may want a client certificate: set ssl_certfile and ssl_keyfile"

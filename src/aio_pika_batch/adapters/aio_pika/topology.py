@@ -77,6 +77,7 @@ async def declare(
                 closed = await channel.declare(entity, passive=passive)
                 if closed is None:
                     break
+                # The broker has closed the channel; see above why its connection goes, too.
                 is_open = False
                 await channel.connection.close()
                 if closed.code != ReplyCode.NOT_FOUND:

@@ -139,7 +139,7 @@ def _options(query: str) -> dict[str, str]:
             f"url: there is no option {unknown[0]!r}; use one of {', '.join(sorted(OPTIONS))}"
         )
     if options.get("no_verify_ssl", "0") not in {"0", "1"}:
-        # aiormq would take every value but 0 as a yes, "false" too.
+        # aiormq would take every value but 0 as a yes, even "false".
         raise ConfigurationError(
             "url: no_verify_ssl must be 0, to verify certificates, or 1, not to verify them"
         )
