@@ -119,8 +119,8 @@ async def finish_within(
         raise
     if task.done():
         return True
-    # Work usually ends once its connection is gone. Otherwise it is cancelled, and it is left behind
-    # if it ignores that.
+    # Work usually ends once its connection is gone. Otherwise it is cancelled, and left behind if
+    # it ignores that.
     give_up()
     if not (await asyncio.wait({task}, timeout=_GRACE))[0]:
         task.cancel()
