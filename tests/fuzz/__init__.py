@@ -1,1 +1,1 @@
-"""What could a broken or hostile peer send that does more than end its own connection?"""
+"""Fuzzers for everything that reads bytes from the network."""

@@ -1,6 +1,6 @@
-"""Run fuzzers: ``python -m tests.fuzz [--count N] [--seed N] [TARGET …]``, by `nox -s fuzz`.
+"""Runs the fuzzers: ``python -m tests.fuzz [--count N] [--seed N] [TARGET …]``, or `nox -s fuzz`.
 
-Inputs are numbered. One that was found can be looked at alone: ``--first ITS_NUMBER --count 1``.
+Inputs are numbered. ``--first NUMBER --count 1`` runs a single one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FINDINGS = 5
 
 
 def fuzz(target: str, seed: int, first: int, count: int) -> int:
-    """Try inputs one after another; returns how many were found to break a promise."""
+    """Run inputs one after another; return how many broke a promise."""
     found = 0
     step = max(count // 10, 1)
     began, before = time.monotonic(), _resident()
@@ -48,13 +48,13 @@ def fuzz(target: str, seed: int, first: int, count: int) -> int:
 
 
 def _resident() -> int:
-    """The most memory that this process has had, in bytes."""
+    """The most memory that this process has used, in bytes."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
 
 def _limit_memory() -> None:
-    """Let what asks for much more than there is input fail."""
+    """Let allocations fail that are much larger than the input."""
     if sys.platform != "linux":
         return
     with open("/proc/self/statm") as statm:  # noqa: PTH123  -- no file of anybody's

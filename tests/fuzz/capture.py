@@ -1,7 +1,7 @@
-"""What does a RabbitMQ really send? Run ``python -m tests.fuzz.capture`` to record it anew.
+"""Records what a RabbitMQ sends: ``python -m tests.fuzz.capture``.
 
-It takes the broker that the integration tests would take, lets it deliver messages of many kinds,
-confirm and return others, and keeps every byte that came in ``corpus``, a file for each connection.
+It uses the broker of the integration tests, lets it deliver, confirm and return messages of many
+kinds, and writes every received byte to ``corpus``, one file for each connection.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ _PLENTY: Headers = {
 
 @asynccontextmanager
 async def _recorded(name: str) -> AsyncIterator[None]:
-    """Keep what comes on all connections that are opened meanwhile: there must be one."""
-    heard: dict[FrameParser, bytearray] = {}
+    """Record the connection that is opened meanwhile; there must be exactly one."""
+    received: dict[FrameParser, bytearray] = {}
     feed = FrameParser.feed
 
     def listening(self: FrameParser, data: bytes) -> Any:
-        heard.setdefault(self, bytearray()).extend(data)
+        received.setdefault(self, bytearray()).extend(data)
         return feed(self, data)
 
     with patch.object(FrameParser, "feed", listening):
         yield
-    (stream,) = heard.values()
+    (stream,) = received.values()
     (CORPUS / f"{name}.bin").write_bytes(stream)
     print(f"{name}: {len(stream)} bytes")
 

@@ -1,6 +1,6 @@
-"""How does a valid input become one that nobody has thought of?
+"""Turns a valid input into an unexpected one.
 
-All of it comes from one number, so that an input that was found can be made again.
+Everything depends on one number, so that an input can be made again.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _truncate(random: Random, data: bytearray) -> None:
 
 
 def _nest(random: Random, data: bytearray) -> None:
-    """Wrap what stands somewhere in many tables or arrays."""
+    """Wrap a value in many tables or arrays."""
     at = random.randrange(len(data))
     inner = bytes(data[at : at + random.randrange(16)])
     for _ in range(random.choice((2, 60, 63, 64, 65, 70, 400, 2_000))):
@@ -77,7 +77,7 @@ _WAYS: Sequence[Callable[[Random, bytearray], None]] = (
 
 
 def mutated(random: Random, data: bytes) -> bytes:
-    """The same bytes, but for a few changes."""
+    """The same bytes, with a few changes."""
     changed = bytearray(data)
     if random.randrange(50) == 0 and changed:
         _nest(random, changed)
@@ -89,7 +89,7 @@ def mutated(random: Random, data: bytes) -> bytes:
 
 
 def frames_of(stream: bytes) -> list[bytes]:
-    """A valid stream, frame by frame."""
+    """The frames of a valid stream."""
     frames = []
     while stream:
         end = _HEAD.size + _HEAD.unpack_from(stream)[2] + len(_END)
@@ -99,13 +99,13 @@ def frames_of(stream: bytes) -> list[bytes]:
 
 
 def framed(frame: bytes, payload: bytes) -> bytes:
-    """The frame with another payload, of the size that it now has."""
+    """The frame with another payload, and its size corrected."""
     kind, channel, _ = _HEAD.unpack_from(frame)
     return _HEAD.pack(kind, channel, len(payload)) + payload + _END
 
 
 def mutated_stream(random: Random, frames: Sequence[bytes]) -> bytes:
-    """A stream that is wrong in few places, so that what comes behind them is still looked at."""
+    """A stream with few errors, so that what follows them is still parsed."""
     start = random.randrange(len(frames))
     chosen = list(frames[start : start + random.randrange(1, 24)])
     for _ in range(random.choice((0, 1, 1, 2, 4))):

@@ -1,4 +1,4 @@
-"""Which valid inputs does all begin with? What a RabbitMQ has sent, and what pamqp writes."""
+"""The valid inputs that are mutated: captured from a RabbitMQ, or written by pamqp."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HEADER_FRAME = 2
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """Frames of one connection, and which channel of it is tapped."""
+    """Frames of one connection, and the channel that is tapped."""
 
     frames: Sequence[bytes]
     channel: int
@@ -49,7 +49,7 @@ def _written() -> Seed:
         delivery_mode=2,
         message_id="m",
     )
-    said: Sequence[Any] = (
+    methods: Sequence[Any] = (
         commands.Basic.ConsumeOk(TAG),
         commands.Basic.Ack(1, multiple=False),
         commands.Basic.Ack(9, multiple=True),
@@ -65,7 +65,7 @@ def _written() -> Seed:
         *delivery(2, bytes(300), exchange="e", routing_key="a.b", part=70),
         *delivery(3, b""),
         *returned(b"body", "e", "k", properties),
-        *(method(each) for each in said),
+        *(method(each) for each in methods),
         *delivery(4, b"native", channel=9),
         method(commands.Connection.Tune(2047, 4096, 60), 0),
         method(commands.Connection.Blocked("memory"), 0),

@@ -1,8 +1,8 @@
-"""What is asked of each input?
+"""What is checked of each input.
 
-A target makes one input out of a random number generator, and raises if what it does with it breaks
-a promise: an exception that is not declared, more memory than came in, other news for other cuts,
-or another reading than pamqp's, where both can read it.
+A target makes one input from a random number generator, and raises if the code breaks a promise: an
+undeclared exception, more memory than the input, events that depend on the cuts, or a result that
+differs from pamqp's if both can read the input.
 """
 
 from __future__ import annotations
@@ -77,19 +77,19 @@ def _tapped(seed: Seed, mode: int) -> FrameParser:
 
 
 def _flat(events: Sequence[Event]) -> list[tuple[Any, ...]]:
-    """What was told, whatever came together."""
-    told: list[tuple[Any, ...]] = []
+    """The events, independent of how they were grouped."""
+    reported: list[tuple[Any, ...]] = []
     for event in events:
         match event:
             case Deliveries(messages):
-                told.extend(_words(each) for each in messages)
+                reported.extend(_words(each) for each in messages)
             case Confirms(confirms):
-                told.extend(("confirm", *each) for each in confirms)
+                reported.extend(("confirm", *each) for each in confirms)
             case PassThrough(frames):
-                told.extend(("passed", each) for each in frames)
+                reported.extend(("passed", each) for each in frames)
             case _:
-                told.append((type(event).__name__, *event))
-    return told
+                reported.append((type(event).__name__, *event))
+    return reported
 
 
 def _words(message: Message) -> tuple[Any, ...]:
@@ -100,7 +100,7 @@ def _words(message: Message) -> tuple[Any, ...]:
 
 
 def split(random: Random) -> None:
-    """Bytes of a connection: all cuts tell the same, and nothing is raised."""
+    """Bytes of a connection: all cuts give the same events, and nothing is raised."""
     seed = random.choice(STREAMS)
     mode = random.randrange(7)
     if random.randrange(20) == 0:
@@ -111,18 +111,18 @@ def split(random: Random) -> None:
     at_once = _tapped(seed, mode)
     whole = _flat(at_once.feed(stream))
     parser = _tapped(seed, mode)
-    told: list[Event] = []
+    reported: list[Event] = []
     at = 0
     size = random.choice((1, 7, 40, 300, 3000))
     if len(stream) > 5_000:
         size = max(size, 300)
     while at < len(stream):
         step = random.randrange(1, size + 1)
-        told.extend(parser.feed(stream[at : at + step]))
+        reported.extend(parser.feed(stream[at : at + step]))
         at += step
         held = parser._held_bytes if parser._held else 0
         assert held <= _HELD_AT_MOST, f"{held} bytes are held back"
-    piecemeal = _flat(told)
+    piecemeal = _flat(reported)
     if _is_broken(whole) != _is_broken(piecemeal):
         # What is wrong is found at once, or when all that was announced is there.
         whole, piecemeal = _finished(at_once, whole), _finished(parser, piecemeal)
@@ -140,23 +140,23 @@ def split(random: Random) -> None:
             assert same, "pamqp reads other messages"
 
 
-def _finished(parser: FrameParser, told: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """What is told once enough has come that nothing can be waited for; without the reason."""
-    told = [*told, *_flat(parser.feed(bytes(_HELD_AT_MOST)))]
-    assert _is_broken(told), "what was wrong is not any more"
-    return told[:-1]
+def _finished(parser: FrameParser, reported: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """The events once enough bytes have come that nothing is incomplete, without the reason."""
+    reported = [*reported, *_flat(parser.feed(bytes(_HELD_AT_MOST)))]
+    assert _is_broken(reported), "what was wrong is not any more"
+    return reported[:-1]
 
 
-def _is_broken(told: Sequence[tuple[Any, ...]]) -> bool:
-    return bool(told) and told[-1][0] == Malformed.__name__
+def _is_broken(reported: Sequence[tuple[Any, ...]]) -> bool:
+    return bool(reported) and reported[-1][0] == Malformed.__name__
 
 
 def _as_pamqp_reads_it(stream: bytes, seed: Seed) -> list[tuple[Any, ...]] | None:
-    """The messages in a stream; None if it cannot tell, or if more than messages is said."""
+    """The messages in a stream; None if pamqp cannot read it, or if it has other methods."""
     messages: list[tuple[Any, ...]] = []
     pending: Any = None
     header, body, size = b"", b"", 0
-    frames = _heard_on_the_channel(stream, seed)
+    frames = _frames_of_the_channel(stream, seed)
     if frames is None:
         return None
     for raw, frame in frames:
@@ -176,7 +176,7 @@ def _as_pamqp_reads_it(stream: bytes, seed: Seed) -> list[tuple[Any, ...]] | Non
     return messages
 
 
-def _heard_on_the_channel(stream: bytes, seed: Seed) -> list[tuple[bytes, Any]] | None:
+def _frames_of_the_channel(stream: bytes, seed: Seed) -> list[tuple[bytes, Any]] | None:
     """The channel's frames, as bytes and as pamqp reads them; None as above."""
     frames = []
     try:
@@ -200,7 +200,7 @@ def _heard_on_the_channel(stream: bytes, seed: Seed) -> list[tuple[bytes, Any]] 
 
 
 def read(random: Random) -> None:
-    """A property list: read as pamqp reads it, or told to be unreadable; never raised."""
+    """A property list: decoded as pamqp decodes it, or undecodable. Nothing is raised."""
     raw = _property_list(random)
     ours = decode(raw)
     try:
@@ -272,7 +272,7 @@ def _drop() -> frozenset[str]:
 
 
 def copy(random: Random) -> None:
-    """A copy of a message with such properties: pamqp can read it, whatever it was made of."""
+    """A copy of a message with these properties: pamqp can read it."""
     raw = _property_list(random)
     message = Message(Source(), 1, False, b"", ("e", "k"), raw)
     if random.randrange(2):
@@ -312,7 +312,7 @@ def copy(random: Random) -> None:
 
 
 def route(random: Random) -> None:
-    """Exchange and routing key: any bytes are some route."""
+    """Exchange and routing key: any bytes are a route."""
     size = random.randrange(300)
     decode_route(random.randbytes(size))
 

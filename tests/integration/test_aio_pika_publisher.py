@@ -1,4 +1,4 @@
-"""Does a publisher on a real RabbitMQ tell the truth about each message?"""
+"""A publisher on a real RabbitMQ reports the right outcome of each message."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONFIRMED, RETURNED, REFUSED, UNKNOWN = Outcome
 
 @pytest.fixture
 def transport(amqp_url: str, wire: Wire) -> AioPikaTransport:
-    """The adapter, as a consumer has it, on either wire."""
+    """The adapter, on either wire."""
     return AioPikaTransport(Endpoint(url=amqp_url, wire=wire))
 
 
@@ -44,7 +44,7 @@ async def queue(transport: AioPikaTransport, name: str, channel: AbstractChannel
 
 
 async def taken(transport: AioPikaTransport, queue: str, count: int) -> list[Message]:
-    """What is in the queue."""
+    """The messages in the queue."""
     messages: list[Message] = []
     async with (
         asyncio.timeout(20),
@@ -56,7 +56,7 @@ async def taken(transport: AioPikaTransport, queue: str, count: int) -> list[Mes
 
 
 def original(raw: bytes, body: bytes = b"body") -> Message:
-    """A message, as it was delivered with these property bytes."""
+    """A delivered message with these property bytes."""
     source = SimpleNamespace(queue="q", decode_properties=decode, decode_headers=decode_headers)
     return Message(source, 1, False, body, ("", "q"), raw)  # type: ignore[arg-type]
 
@@ -77,8 +77,8 @@ async def test_thousands_in_flight_are_all_confirmed(
     assert 5200 == found.declaration_result.message_count
 
 
-async def test_what_no_queue_takes_comes_back(transport: AioPikaTransport, queue: str) -> None:
-    """Also where all have one message id, over which stock clients take a lost one for stored."""
+async def test_unroutable_messages_are_returned(transport: AioPikaTransport, queue: str) -> None:
+    """Even if all have the same message id, which other clients match them by."""
 
     def one(routing_key: str, *, mandatory: bool = True) -> Publication:
         return Publication(b"", routing_key=routing_key, message_id="same", mandatory=mandatory)
@@ -91,10 +91,10 @@ async def test_what_no_queue_takes_comes_back(transport: AioPikaTransport, queue
     assert [*expected, CONFIRMED] == outcomes
 
 
-async def test_poison_that_no_queue_takes_comes_back(
+async def test_an_unroutable_message_with_invalid_properties_is_returned(
     transport: AioPikaTransport, queue: str
 ) -> None:
-    """A client library that decodes what is returned would lose the connection over it."""
+    """A client library that decodes it would lose the connection."""
     poison = original(struct.pack(">H", 1 << 10) + b"\x03\xff\xfe\xfd")
     async with transport.publisher() as publisher:
         there, nowhere = Copy(poison, "", queue, {}), Copy(poison, "", f"{queue}-no", {})
@@ -102,8 +102,8 @@ async def test_poison_that_no_queue_takes_comes_back(
         assert publisher.is_open
 
 
-async def test_a_name_that_the_client_library_refuses(amqp_url: str, queue: str) -> None:
-    """On the plain wire only: a copy is refused, a caller is told, and all goes on."""
+async def test_an_exchange_name_that_aiormq_refuses(amqp_url: str, queue: str) -> None:
+    """Only on the plain wire: a copy is refused, a publication raises, the publisher stays open."""
     async with AioPikaTransport(Endpoint(url=amqp_url, wire="plain")).publisher() as publisher:
         there = Publication(b"", routing_key=queue)
         copy = Copy(original(b"\0\0"), "straße", queue, {})
@@ -116,7 +116,7 @@ async def test_a_name_that_the_client_library_refuses(amqp_url: str, queue: str)
 async def test_a_full_queue_refuses(
     transport: AioPikaTransport, name: str, channel: AbstractChannel
 ) -> None:
-    """What it does not take is refused, and the publisher goes on."""
+    """The publisher stays open."""
     arguments = {"x-max-length": 5, "x-overflow": "reject-publish"}
     await transport.declare(Topology(queues=(Queue(name, arguments=arguments),)))
 
@@ -131,7 +131,7 @@ async def test_a_full_queue_refuses(
 async def test_a_missing_exchange_refuses_what_goes_there(
     transport: AioPikaTransport, queue: str
 ) -> None:
-    """The channel is gone, so the others are in doubt, and the publisher takes no more."""
+    """The channel is closed, so the other outcomes are unknown, and the publisher is closed."""
     async with transport.publisher() as publisher:
         there = Publication(b"", routing_key=queue)
         missing = Publication(b"", exchange=f"{queue}-missing")
@@ -143,10 +143,10 @@ async def test_a_missing_exchange_refuses_what_goes_there(
         assert [UNKNOWN] == await publisher.publish([there])
 
 
-async def test_a_foreign_user_would_cost_the_channel(
+async def test_another_users_id_would_close_the_channel(
     transport: AioPikaTransport, queue: str
 ) -> None:
-    """A publication is the caller's word, and refused; a copy leaves it out."""
+    """A publication is refused. A copy leaves the user_id out."""
     async with transport.publisher() as publisher:
         foreign = original(struct.pack(">H", 1 << 4) + b"\x05other")
         assert [CONFIRMED] == await publisher.publish([Copy(foreign, "", queue, {})])
@@ -179,7 +179,7 @@ TABLE = (
 
 
 async def test_a_copy_is_the_same_byte_for_byte(transport: AioPikaTransport, queue: str) -> None:
-    """All types, a time in milliseconds, a text that is none; what is absent stays absent."""
+    """All types, a time in milliseconds, a text that isn't UTF-8. Absent stays absent."""
     table = struct.pack(">I", len(TABLE)) + TABLE
     raw = (
         struct.pack(">H", 1 << 13 | 1 << 10 | 1 << 6)
@@ -205,17 +205,17 @@ async def test_a_copy_is_the_same_byte_for_byte(transport: AioPikaTransport, que
 
 
 def sorted_properties(raw: bytes | None) -> tuple[bytes, list[bytes], bytes]:
-    """Flags, headers and the rest: some brokers sort the table, and nobody minds."""
+    """Flags, headers and the rest: some brokers sort the table."""
     assert raw is not None
     end = 6 + struct.unpack_from(">I", raw, 2)[0]
     rows = [raw[start:stop] for _, start, _, stop in entries(raw, 6, end)]
     return raw[:2], sorted(rows), raw[end:]
 
 
-async def test_headers_of_all_types_are_read_by_others(
+async def test_aio_pika_reads_headers_of_all_types(
     transport: AioPikaTransport, queue: str, channel: AbstractChannel
 ) -> None:
-    """What we write, aio-pika reads."""
+    """As this library writes them."""
     headers = {
         "i": 5,
         "l": 2**40,
@@ -234,7 +234,7 @@ async def test_headers_of_all_types_are_read_by_others(
 
 
 async def test_too_many_headers_are_not_sent(transport: AioPikaTransport, queue: str) -> None:
-    """They would cost the connection: a copy is refused, a caller is told, and all goes on."""
+    """They would end the connection: a copy is refused, and a publication raises."""
     async with transport.publisher() as publisher:
         copy = Copy(original(b"\x00\x00"), "", queue, {"x": "x" * 200_000})
         there = Publication(b"", routing_key=queue)
@@ -251,7 +251,7 @@ async def test_too_many_headers_are_not_sent(transport: AioPikaTransport, queue:
 async def test_silence_makes_the_outcome_unknown(
     amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
 ) -> None:
-    """After `publish_timeout`; and since a late confirm would be ambiguous, that was it."""
+    """After `publish_timeout`. The publisher closes, because a late confirm would be ambiguous."""
     transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), publish_timeout=0.3, wire=wire))
 
     async with transport.publisher() as publisher:
@@ -264,7 +264,7 @@ async def test_silence_makes_the_outcome_unknown(
 async def test_time_runs_out_in_silence_only(
     amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
 ) -> None:
-    """A call that takes longer than `publish_timeout` goes on while confirms are heard."""
+    """A call may take longer than `publish_timeout` while confirms arrive."""
     transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), publish_timeout=0.6, wire=wire))
     done = asyncio.Event()
 
@@ -291,10 +291,10 @@ async def test_time_runs_out_in_silence_only(
         assert time.monotonic() - start < 2
 
 
-async def test_a_broker_that_reads_nothing(
+async def test_a_broker_that_reads_nothing_is_given_up(
     amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
 ) -> None:
-    """More than the buffers hold: the writer waits, and not for ever."""
+    """The buffers are full, so the writer waits, but not forever."""
     transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), publish_timeout=1, wire=wire))
 
     async with transport.publisher() as publisher:
@@ -304,8 +304,10 @@ async def test_a_broker_that_reads_nothing(
         assert not publisher.is_open
 
 
-async def test_large_messages_go_in_several_writes(transport: AioPikaTransport, queue: str) -> None:
-    """And arrive whole."""
+async def test_large_messages_are_written_in_several_parts(
+    transport: AioPikaTransport, queue: str
+) -> None:
+    """They arrive whole."""
     bodies = [bytes([number]) * 700_000 for number in range(5)]
     async with transport.publisher() as publisher:
         assert [CONFIRMED] * 5 == await publisher.publish(
@@ -315,10 +317,10 @@ async def test_large_messages_go_in_several_writes(transport: AioPikaTransport, 
     assert bodies == [message.body for message in await taken(transport, queue, 5)]
 
 
-async def test_a_call_that_is_cancelled_confuses_nobody(
+async def test_the_confirms_of_a_cancelled_call_are_ignored(
     transport: AioPikaTransport, queue: str
 ) -> None:
-    """Its confirms come and belong to nobody; the next call gets its own."""
+    """The next call gets its own."""
     async with transport.publisher() as publisher:
         cancelled = asyncio.create_task(
             publisher.publish([Publication(b"", routing_key="nowhere")] * 100)
@@ -333,7 +335,7 @@ async def test_a_call_that_is_cancelled_confuses_nobody(
 async def test_a_blocked_publisher_does_not_block_acks(
     transport: AioPikaTransport, amqp_url: str, queue: str, rabbitmq: RabbitMQ, wire: Wire
 ) -> None:
-    """Under a memory alarm publications wait, and are unknown in the end; a session goes on."""
+    """Under a memory alarm publications wait, and their outcome is unknown. A session goes on."""
     from aio_pika_batch.core.settlement import Disposition, Settlement
 
     hasty = AioPikaTransport(Endpoint(url=amqp_url, publish_timeout=1, wire=wire))

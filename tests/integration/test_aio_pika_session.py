@@ -1,4 +1,4 @@
-"""Does a session on a real RabbitMQ keep its laws, also when the world does not keep to any?"""
+"""A session on a real RabbitMQ keeps its laws, whatever the broker and the network do."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("queue")
 
 @pytest.fixture
 def transport(amqp_url: str, wire: Wire) -> AioPikaTransport:
-    """The adapter, as a consumer has it, on either wire."""
+    """The adapter, on either wire."""
     return AioPikaTransport(Endpoint(url=amqp_url, wire=wire))
 
 
@@ -53,7 +53,7 @@ async def queue(
 
 
 def subscription(queue: str, **more: Any) -> Subscription:
-    """Ask for much of a queue."""
+    """A subscription with a large prefetch."""
     return Subscription(**{"queue": queue, "prefetch": 5000, "consumer_tag": "c-1", **more})
 
 
@@ -69,14 +69,14 @@ async def publish(transport: AioPikaTransport, queue: str, bodies: Sequence[byte
 async def publish_raw(
     transport: AioPikaTransport, queue: str, raw: bytes, body: bytes = b""
 ) -> None:
-    """Publish with these very property bytes."""
+    """Publish with these property bytes."""
     original = Message(None, 1, False, body, ("", queue), raw)  # type: ignore[arg-type]
     async with transport.publisher() as publisher:
         assert [Outcome.CONFIRMED] == await publisher.publish([Copy(original, "", queue, {})])
 
 
 async def receive(session: AioPikaSession, count: int) -> list[Message]:
-    """Take chunks until *count* messages are there."""
+    """Receive chunks until there are *count* messages."""
     messages: list[Message] = []
     async with asyncio.timeout(20):
         while len(messages) < count:
@@ -90,7 +90,7 @@ def settlement(disposition: Disposition, messages: Sequence[Message]) -> Settlem
 
 
 async def ready(channel: AbstractChannel, queue: str) -> int:
-    """How many messages wait in the queue, once that has stopped changing."""
+    """The number of messages in the queue, once it has stopped changing."""
     count, before = 0, -1
     while count != before:
         before = count
@@ -107,7 +107,7 @@ async def ready(channel: AbstractChannel, queue: str) -> int:
 async def test_messages_come_in_chunks_and_stay_settled(
     transport: AioPikaTransport, queue: str, channel: AbstractChannel
 ) -> None:
-    """In the order of their tags, several at a time; what is settled is gone, however it was."""
+    """In the order of their tags. Settled messages are gone, whatever the disposition."""
     bodies = [b"%d" % number for number in range(1000)]
     await publish(transport, queue, bodies)
     chunks = 0
@@ -143,10 +143,10 @@ async def test_messages_come_in_chunks_and_stay_settled(
     assert await ready(channel, queue) == 0
 
 
-async def test_after_cancel_comes_what_was_delivered_before_it_and_no_more(
+async def test_after_cancel_the_session_hands_out_the_rest_and_ends(
     transport: AioPikaTransport, queue: str, channel: AbstractChannel
 ) -> None:
-    """What was handed out is settled; what was not is in the queue; nothing is both or neither."""
+    """Each message was handed out or is in the queue, never both or neither."""
     await publish(transport, queue, [b"%d" % number for number in range(2000)])
 
     async with transport.session(subscription(queue, prefetch=300)) as session:
@@ -166,7 +166,7 @@ async def test_after_cancel_comes_what_was_delivered_before_it_and_no_more(
 
 @pytest.mark.parametrize("size", [0, 1, 131_063, 131_064, 131_065, 1_000_000])
 async def test_bodies_of_any_size(transport: AioPikaTransport, queue: str, size: int) -> None:
-    """No frame, one, or several, there and back."""
+    """No body frame, one, or several, in both directions."""
     body = bytes(range(256)) * (size // 256) + bytes(size % 256)
     await publish(transport, queue, [body, b"next"])
 
@@ -176,10 +176,10 @@ async def test_bodies_of_any_size(transport: AioPikaTransport, queue: str, size:
         await session.settle([settlement(Disposition.ACK, messages)])
 
 
-async def test_a_poison_property_costs_its_message_only(
+async def test_an_undecodable_property_affects_only_its_message(
     transport: AioPikaTransport, queue: str
 ) -> None:
-    """A binary correlation id, and a time beyond the year 9999: the others are read as ever."""
+    """A binary correlation id, and a time beyond the year 9999."""
     binary = struct.pack(">H", 1 << 10 | 1 << 7) + b"\x03\xff\xfe\xfd" + b"\x02id"
     await publish_raw(transport, queue, binary, b"poison")
     await publish_raw(transport, queue, struct.pack(">H", 1 << 6) + b"\x00\xff" * 4, b"later")
@@ -199,7 +199,7 @@ async def test_a_poison_property_costs_its_message_only(
 
 
 @pytest.mark.parametrize("queue", ["classic"], indirect=True)
-async def test_a_routing_key_that_is_no_text(
+async def test_a_routing_key_that_is_not_utf8(
     transport: AioPikaTransport, amqp_url: str, queue: str, channel: AbstractChannel
 ) -> None:
     """Other clients may send any bytes, over which stock clients lose the connection."""
@@ -221,7 +221,7 @@ async def test_a_routing_key_that_is_no_text(
 async def test_acks_just_before_the_end_are_not_lost(
     transport: AioPikaTransport, queue: str, channel: AbstractChannel
 ) -> None:
-    """A quorum queue drops acks that its channel still holds when it closes; we wait for them."""
+    """A quorum queue drops acks that its channel still delays when it closes: the session waits."""
     await publish(transport, queue, [b""] * 5000)
 
     async with transport.session(subscription(queue)) as session:
@@ -233,10 +233,10 @@ async def test_acks_just_before_the_end_are_not_lost(
     assert await ready(channel, queue) == 1
 
 
-async def test_after_its_context_a_session_is_closed(
+async def test_a_session_is_closed_after_its_context(
     transport: AioPikaTransport, queue: str
 ) -> None:
-    """Whoever uses it learns whose fault that is; who waits is woken."""
+    """Every call raises, and so does one that was waiting."""
     async with transport.session(subscription(queue)) as session:
         waiting = asyncio.create_task(anext(aiter(session)))
         await asyncio.sleep(0)
@@ -251,10 +251,10 @@ async def test_after_its_context_a_session_is_closed(
 # --- beside the session ----------------------------------------------------------
 
 
-async def test_the_native_channel_is_apart(
+async def test_the_native_channel_is_separate(
     transport: AioPikaTransport, queue: str, name: str
 ) -> None:
-    """It is opened once, on the same connection; its own consumer gets its own deliveries."""
+    """It is opened once, on the same connection. Its consumer gets its own deliveries."""
     async with transport.session(subscription(queue)) as session:
         native, same = await asyncio.gather(session.native(), session.native())
         assert native is same
@@ -274,10 +274,8 @@ async def test_the_native_channel_is_apart(
         await session.settle([settlement(Disposition.ACK, [ours])])
 
 
-async def test_a_native_publish_that_no_queue_takes_raises(
-    transport: AioPikaTransport, queue: str
-) -> None:
-    """aio-pika's own channels would lose it in silence."""
+async def test_an_unroutable_native_publish_raises(transport: AioPikaTransport, queue: str) -> None:
+    """aio-pika's own channels would lose it silently."""
     async with transport.session(subscription(queue)) as session:
         native = await session.native()
         exchange = native.channel.default_exchange
@@ -300,7 +298,7 @@ async def lost(session: AioPikaSession) -> str:
 async def test_a_deleted_queue_ends_the_session(
     transport: AioPikaTransport, queue: str, channel: AbstractChannel
 ) -> None:
-    """The broker cancels the consumer, which stock clients tell nobody."""
+    """The broker cancels the consumer, which stock clients don't report."""
     await publish(transport, queue, [b"1"])
 
     async with transport.session(subscription(queue)) as session:
@@ -311,7 +309,7 @@ async def test_a_deleted_queue_ends_the_session(
             await session.settle([settlement(Disposition.ACK, messages)])
 
 
-async def test_a_closed_channel_ends_the_session_with_the_brokers_words(
+async def test_a_closed_channel_ends_the_session_with_the_brokers_reason(
     transport: AioPikaTransport, queue: str
 ) -> None:
     """Nothing more is written on it: that would cost the connection."""
@@ -331,7 +329,7 @@ async def test_a_closed_channel_ends_the_session_with_the_brokers_words(
 async def test_a_silent_broker_ends_the_session(
     amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
 ) -> None:
-    """After three heartbeats; leaving takes seconds although nobody answers."""
+    """After three heartbeats. Closing takes seconds although there is no answer."""
     transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), heartbeat=1, wire=wire))
 
     async with transport.session(subscription(queue)) as session:
@@ -343,10 +341,10 @@ async def test_a_silent_broker_ends_the_session(
     assert time.monotonic() - start < 5
 
 
-async def test_leaving_a_clogged_connection_takes_seconds(
+async def test_closing_a_clogged_connection_takes_seconds(
     amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
 ) -> None:
-    """The broker reads nothing: the library's own close would wait for ever."""
+    """The broker reads nothing: aiormq's own close would wait forever."""
     transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), wire=wire))
 
     async with transport.session(subscription(queue)):
@@ -356,10 +354,10 @@ async def test_leaving_a_clogged_connection_takes_seconds(
 
 
 @pytest.mark.parametrize("queue", ["classic"], indirect=True)
-async def test_a_busy_connection_is_not_taken_for_dead(
+async def test_a_busy_connection_is_not_considered_dead(
     amqp_url: str, queue: str, wire: Wire
 ) -> None:
-    """Its library sees none of the deliveries, and must not think that nobody is there."""
+    """The library sees none of the deliveries."""
     transport = AioPikaTransport(Endpoint(url=amqp_url, heartbeat=1, wire=wire))
     await publish(transport, queue, [b"x"])
 
@@ -371,10 +369,10 @@ async def test_a_busy_connection_is_not_taken_for_dead(
             await session.settle([settlement(Disposition.REQUEUE, messages)])
 
 
-async def test_a_cut_while_cancelling(
+async def test_a_connection_that_is_cut_during_cancel_is_a_loss(
     amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
 ) -> None:
-    """Whoever waits for the confirmation learns that there is none."""
+    """The waiting call raises."""
     transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), wire=wire))
 
     async with transport.session(subscription(queue)) as session:
@@ -389,16 +387,18 @@ async def test_a_cut_while_cancelling(
 # --- what cannot be consumed -----------------------------------------------------
 
 
-async def test_a_queue_that_is_not_there(transport: AioPikaTransport, name: str) -> None:
-    """The broker's words, and what to do."""
+async def test_a_missing_queue_is_a_topology_error(transport: AioPikaTransport, name: str) -> None:
+    """With the broker's reason, and what to do."""
     with pytest.raises(TopologyError, match=r"404 NOT_FOUND - no queue .*create it"):
         async with transport.session(subscription(f"{name}-missing")):
             pass
 
 
 @pytest.mark.parametrize("queue", ["classic"], indirect=True)
-async def test_a_queue_that_another_consumes_alone(transport: AioPikaTransport, queue: str) -> None:
-    """Asked for, and refused."""
+async def test_a_queue_with_an_exclusive_consumer_refuses_another(
+    transport: AioPikaTransport, queue: str
+) -> None:
+    """With the broker's reason."""
     async with transport.session(subscription(queue, exclusive=True)):
         with pytest.raises(TopologyError, match=r"403 ACCESS_REFUSED.*exclusive"):
             async with transport.session(subscription(queue)):
@@ -406,7 +406,7 @@ async def test_a_queue_that_another_consumes_alone(transport: AioPikaTransport, 
 
 
 async def test_consumer_arguments_reach_the_broker(transport: AioPikaTransport, queue: str) -> None:
-    """One that it refuses shows it."""
+    """The broker refuses an invalid one."""
     with pytest.raises(TopologyError, match="406"):
         async with transport.session(subscription(queue, arguments={"x-priority": "high"})):
             pass

@@ -1,4 +1,4 @@
-"""Do connecting and declaring say what is wrong, where, and what to do?"""
+"""Errors of connecting and declaring say what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ async def refusal(url: str, kind: type[TransportError], **more: Any) -> str:
 # --- connecting ------------------------------------------------------------------
 
 
-async def test_a_wrong_password(amqp_url: str) -> None:
-    """It is said which user, where, and never with which password."""
+async def test_a_wrong_password_is_refused(amqp_url: str) -> None:
+    """The error names the user and the address, and never the password."""
     text = await refusal(changed(amqp_url, password="wr0ng"), AccessRefused)
 
     assert "403 ACCESS_REFUSED" in text
@@ -71,16 +71,16 @@ async def test_a_wrong_password(amqp_url: str) -> None:
     assert "wr0ng" not in text
 
 
-async def test_a_missing_virtual_host(amqp_url: str) -> None:
-    """The broker's own words."""
+async def test_a_missing_virtual_host_is_refused(amqp_url: str) -> None:
+    """With the broker's reason."""
     text = await refusal(changed(amqp_url, path="/no%2Fsuch"), AccessRefused)
 
     assert "530 NOT_ALLOWED - vhost no/such not found" in text
     assert "check the virtual host 'no/such'" in text
 
 
-async def test_nobody_there() -> None:
-    """A port that nobody listens on."""
+async def test_a_port_without_a_listener_is_unavailable() -> None:
+    """The connection is refused."""
     port = free_port()
 
     assert f"amqp://{LOCALHOST}:{port}/ cannot be reached: nothing listens" in await refusal(
@@ -88,13 +88,13 @@ async def test_nobody_there() -> None:
     )
 
 
-async def test_an_unknown_host() -> None:
-    """Names that no resolver knows."""
+async def test_an_unknown_host_name_is_refused() -> None:
+    """No resolver knows the name."""
     assert "its name is not known" in await refusal("amqp://no-such-host.invalid", AccessRefused)
 
 
-async def test_a_black_hole(amqp_url: str, proxy: TcpProxy) -> None:
-    """The socket opens, and nothing comes: the limit holds."""
+async def test_a_broker_that_never_answers_times_out(amqp_url: str, proxy: TcpProxy) -> None:
+    """The socket opens, and nothing is received."""
     proxy.freeze()
     start = time.monotonic()
 
@@ -124,8 +124,8 @@ async def test_connecting_can_be_cancelled(amqp_url: str, proxy: TcpProxy) -> No
         b"\x15\x03\x03\x00\x02\x02\x28",
     ],
 )
-async def test_something_else_listens_there(answer: bytes) -> None:
-    """Not AMQP, or not this version of it, or nobody who talks."""
+async def test_another_server_on_the_port_is_unavailable(answer: bytes) -> None:
+    """It speaks another protocol, another version, or nothing."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(8)
@@ -138,21 +138,21 @@ async def test_something_else_listens_there(answer: bytes) -> None:
         assert "cannot be reached" in await refusal(f"amqp://{LOCALHOST}:{port}", BrokerUnavailable)
 
 
-async def test_a_way_of_logging_in_that_is_not_offered(amqp_url: str) -> None:
-    """It takes a plugin, which is not enabled here."""
+async def test_a_login_mechanism_that_is_not_offered_is_refused(amqp_url: str) -> None:
+    """It needs a plugin, which is not enabled here."""
     text = await refusal(f"{amqp_url}?auth=external", AccessRefused)
     assert "does not offer to log in by auth=external" in text
 
 
-async def test_several_hosts_of_which_one_is_there(amqp_url: str) -> None:
-    """Whatever the order."""
+async def test_one_of_several_hosts_is_enough(amqp_url: str) -> None:
+    """In any order."""
     there = urlsplit(amqp_url).port
     for _ in range(5):
         await connect(changed(amqp_url, port=f"{free_port()},{LOCALHOST}:{there}"))
 
 
-async def test_several_hosts_of_which_none_will_do(amqp_url: str) -> None:
-    """A refusal weighs more than silence: it is what somebody must mend. All are named."""
+async def test_if_no_host_can_be_used_all_are_named(amqp_url: str) -> None:
+    """A refusal outweighs an unavailable host, because it has to be fixed."""
     wrong, dead = changed(amqp_url, password="wr0ng"), f"amqp://{LOCALHOST}:{free_port()}"
 
     text = await refusal(f"{wrong},{dead}", AccessRefused)
@@ -164,14 +164,14 @@ async def test_several_hosts_of_which_none_will_do(amqp_url: str) -> None:
 @pytest.mark.parametrize(
     "wrong", [{"url": "http://h"}, {"url": "amqp://h", "ssl_cafile": "/no/such"}]
 )
-async def test_what_cannot_work_is_refused_at_once(wrong: dict[str, str]) -> None:
+async def test_an_invalid_url_is_refused_at_once(wrong: dict[str, str]) -> None:
     """Before anything is connected."""
     with pytest.raises(ConfigurationError):
         open_transport(Endpoint(**wrong))
 
 
 async def test_the_connection_has_a_name_and_a_heartbeat(amqp_url: str, wire: Wire) -> None:
-    """Asked for in the settings, or in the URL, which goes first."""
+    """From the settings or from the URL, which takes precedence."""
     for url, name in ((amqp_url, "mine"), (f"{amqp_url}?name=theirs&heartbeat=7", "theirs")):
         transport = AioPikaTransport(
             Endpoint(url=url, connection_name="mine", heartbeat=5, wire=wire)
@@ -189,7 +189,7 @@ async def test_the_connection_has_a_name_and_a_heartbeat(amqp_url: str, wire: Wi
 
 @pytest.fixture
 async def tls(amqp_url: str, tmp_path: Path) -> AsyncIterator[tuple[str, str]]:
-    """A TLS front before the broker: its URL, and the authority that vouches for it."""
+    """A TLS proxy before the broker: its URL, and its authority."""
     certificate, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
     await asyncio.to_thread(
         subprocess.run,
@@ -238,7 +238,7 @@ async def tls(amqp_url: str, tmp_path: Path) -> AsyncIterator[tuple[str, str]]:
 
 
 async def test_tls(tls: tuple[str, str], name: str) -> None:
-    """With the authority named, by setting or by URL, messages travel both ways."""
+    """With the authority in the settings or in the URL, messages travel in both directions."""
     url, authority = tls
     for endpoint in (
         Endpoint(url=url, ssl_cafile=authority),
@@ -260,7 +260,7 @@ async def test_tls(tls: tuple[str, str], name: str) -> None:
 
 
 async def test_a_certificate_is_verified(tls: tuple[str, str]) -> None:
-    """Unless it is asked not to be."""
+    """Unless the URL says not to."""
     url, authority = tls
 
     text = await refusal(url, AccessRefused)
@@ -272,15 +272,15 @@ async def test_a_certificate_is_verified(tls: tuple[str, str]) -> None:
     await connect(f"{url}?no_verify_ssl=1")
 
 
-async def test_tls_where_there_is_none(amqp_url: str) -> None:
-    """A broker takes the handshake for a strange AMQP, and answers with its own header."""
+async def test_tls_to_a_port_without_tls_is_refused(amqp_url: str) -> None:
+    """The broker answers the handshake with the header of its protocol."""
     text = await refusal(amqp_url.replace("amqp://", "amqps://"), AccessRefused)
 
     assert "does not speak TLS" in text
 
 
-async def test_plain_where_there_is_tls(tls: tuple[str, str]) -> None:
-    """It hangs up, or says in TLS that it does not understand."""
+async def test_no_tls_to_a_port_with_tls_is_unavailable(tls: tuple[str, str]) -> None:
+    """The server closes the connection, or answers with a TLS alert."""
     url, _ = tls
 
     assert "cannot be reached" in await refusal(
@@ -293,14 +293,14 @@ async def test_plain_where_there_is_tls(tls: tuple[str, str]) -> None:
 
 @pytest.fixture
 def transport(amqp_url: str, wire: Wire) -> AioPikaTransport:
-    """The adapter, as a consumer has it, on either wire."""
+    """The adapter, on either wire."""
     return AioPikaTransport(Endpoint(url=amqp_url, wire=wire))
 
 
 async def test_declaring_makes_messages_arrive(
     transport: AioPikaTransport, name: str, channel: AbstractChannel
 ) -> None:
-    """Exchange, queue and binding; a second time changes nothing. The default exchange is there."""
+    """Exchange, queue and binding. Declaring twice changes nothing."""
     topology = Topology(
         (Exchange(""), Exchange(name, "topic", arguments={"alternate-exchange": "amq.fanout"})),
         (Queue(name, arguments={"x-max-length": 10, "x-queue-type": "quorum"}),),
@@ -327,10 +327,10 @@ async def test_declaring_makes_messages_arrive(
     await channel.exchange_delete(name)
 
 
-async def test_whoever_has_declared_knows_the_broker(
+async def test_the_version_is_known_after_declaring(
     transport: AioPikaTransport, name: str, channel: AbstractChannel, broker: RunningBroker
 ) -> None:
-    """Its version, to be compared; nothing before that."""
+    """And not before."""
     assert isinstance(transport, VersionedTransport)
     assert transport.broker_version is None
 
@@ -343,7 +343,7 @@ async def test_whoever_has_declared_knows_the_broker(
 
 @pytest.fixture
 async def there(channel: AbstractChannel, name: str) -> AsyncIterator[str]:
-    """A queue and an exchange of a name, of a kind of their own."""
+    """A queue and an exchange of the same name, with unusual arguments."""
     await channel.declare_queue(name, durable=True, arguments={"x-max-length": 7})
     await channel.declare_exchange(name, "topic", durable=True)
     yield name
@@ -358,8 +358,10 @@ async def refused(transport: AioPikaTransport, topology: Topology) -> str:
     return str(caught.value)
 
 
-async def test_other_queue_arguments(transport: AioPikaTransport, there: str) -> None:
-    """The queue, the broker's words, and the fix."""
+async def test_unequal_queue_arguments_are_an_error(
+    transport: AioPikaTransport, there: str
+) -> None:
+    """With the queue, the broker's reason, and the fix."""
     text = await refused(transport, Topology(queues=(Queue(there, arguments={"x-max-length": 8}),)))
 
     assert f"queue '{there}' at amqp://" in text
@@ -367,7 +369,7 @@ async def test_other_queue_arguments(transport: AioPikaTransport, there: str) ->
     assert "change the settings" in text
 
 
-async def test_another_exchange_type(transport: AioPikaTransport, there: str) -> None:
+async def test_another_exchange_type_is_an_error(transport: AioPikaTransport, there: str) -> None:
     """As for a queue."""
     text = await refused(transport, Topology(exchanges=(Exchange(there, "direct"),)))
 
@@ -375,16 +377,16 @@ async def test_another_exchange_type(transport: AioPikaTransport, there: str) ->
     assert "406 PRECONDITION_FAILED - inequivalent arg 'type'" in text
 
 
-async def test_an_unknown_exchange_type(transport: AioPikaTransport, name: str) -> None:
-    """Some versions end the connection over it; it is told all the same."""
+async def test_an_unknown_exchange_type_is_an_error(transport: AioPikaTransport, name: str) -> None:
+    """Even with versions that close the connection over it."""
     text = await refused(transport, Topology(exchanges=(Exchange(name, "x-no-such"),)))
 
     assert "exchange type 'x-no-such'" in text
     assert "plugin" in text
 
 
-async def test_existing_first_takes_what_is_there(transport: AioPikaTransport, there: str) -> None:
-    """Of whatever kind; and creates what is not, on a connection that nothing has happened to."""
+async def test_existing_first_accepts_what_exists(transport: AioPikaTransport, there: str) -> None:
+    """Of any kind. It creates what is missing, on a new connection."""
     new = f"{there}-new"
     await transport.declare(
         Topology(
@@ -405,7 +407,7 @@ async def test_existing_first_takes_what_is_there(transport: AioPikaTransport, t
 
 
 async def test_check_only_creates_nothing(transport: AioPikaTransport, there: str) -> None:
-    """What is there will do; what is not is told."""
+    """What exists is accepted, and what is missing is an error."""
     await transport.declare(
         Topology((Exchange(there, check_only=True),), (Queue(there, check_only=True),))
     )
@@ -420,15 +422,15 @@ async def test_check_only_creates_nothing(transport: AioPikaTransport, there: st
         assert "create it" in text
 
 
-async def test_a_name_that_the_client_library_refuses(transport: AioPikaTransport) -> None:
-    """It would be a hang or a riddle otherwise."""
+async def test_a_queue_name_that_aiormq_refuses_is_an_error(transport: AioPikaTransport) -> None:
+    """With advice, before anything is sent."""
     assert "correct its name" in await refused(transport, Topology(queues=(Queue("a\nb"),)))
 
 
 async def test_streams_are_refused(
     transport: AioPikaTransport, channel: AbstractChannel, name: str, broker: RunningBroker
 ) -> None:
-    """Where one is asked for, and where one is found; before 3.9 there are none."""
+    """When declared, and when consumed. Before 3.9 there are none."""
     stream = {"x-queue-type": "stream"}
     assert "stream" in await refused(transport, Topology(queues=(Queue(name, arguments=stream),)))
 
@@ -449,7 +451,7 @@ async def test_streams_are_refused(
 async def test_an_exclusive_queue_lives_with_its_session(
     transport: AioPikaTransport, name: str
 ) -> None:
-    """Declared on a connection of its own it would be gone before it is consumed from."""
+    """On a connection of its own, it would be deleted before it is consumed."""
     own = Topology(
         queues=(Queue(name, durable=False, exclusive=True),),
         bindings=(Binding(name, "amq.direct", name),),
@@ -467,10 +469,10 @@ async def test_an_exclusive_queue_lives_with_its_session(
 
 
 @pytest.mark.needs_node
-async def test_a_user_without_permissions(
+async def test_a_user_without_permissions_is_refused(
     amqp_url: str, rabbitmq: RabbitMQ, name: str, wire: Wire
 ) -> None:
-    """At the door, and inside."""
+    """When connecting, and when declaring."""
     await asyncio.to_thread(rabbitmq.rabbitmqctl, "add_user", name, "pass")
     url = changed(amqp_url, user=name, password="pass")
     assert "give the user permissions in the virtual host '/'" in await refusal(url, AccessRefused)

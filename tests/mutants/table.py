@@ -35,7 +35,7 @@ WIRE = (
         f"{_WIRE}/frame_tap.py",
         "if self.end is not None or not self._parser.is_tapping:",
         "if self.end is not None:",
-        (f"{_SESSION}::test_a_closed_channel_ends_the_session_with_the_brokers_words",),
+        (f"{_SESSION}::test_a_closed_channel_ends_the_session_with_the_brokers_reason",),
     ),
     Mutant(
         "A channel that the broker closed is tapped on: its number is used again.",
@@ -70,7 +70,7 @@ WIRE = (
         f"{_WIRE}/frame_tap.py",
         "self._reader.feed_data(HEARTBEAT_FRAME)",
         "pass",
-        (f"{_SESSION}::test_a_busy_connection_is_not_taken_for_dead",),
+        (f"{_SESSION}::test_a_busy_connection_is_not_considered_dead",),
     ),
     Mutant(
         "A silent peer is noticed by the library only, and late.",

@@ -1,4 +1,4 @@
-"""What does a broker say? Frames, written by pamqp, so that nothing here is judged by itself."""
+"""Frames as a broker sends them, written by pamqp, so that the adapter is not tested by itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEARTBEAT = Heartbeat().marshal()
 
 @dataclass(frozen=True)
 class Source:
-    """A session, as its messages see it."""
+    """What the messages of a session share."""
 
     queue: str = "q"
     consumer_tag: str = TAG

@@ -1,4 +1,4 @@
-"""Does an error say what is wrong, where, and what to do?"""
+"""Errors of refused connections say what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ HOST = Address("h", 5672, "me", "secret", "v")
         (320, "CONNECTION_FORCED - shutdown", BrokerUnavailable, "again later"),
     ],
 )
-def test_connections(code: int, text: str, kind: type[TransportError], advice: str) -> None:
-    """The broker's own words, and never the password."""
+def test_a_refused_connection_has_the_brokers_words_and_advice(
+    code: int, text: str, kind: type[TransportError], advice: str
+) -> None:
+    """The password isn't shown."""
     error = connection_error(ConnectionClosed(code, text), HOST)
 
     assert type(error) is kind
@@ -40,13 +42,13 @@ def test_connections(code: int, text: str, kind: type[TransportError], advice: s
     assert "secret" not in str(error)
 
 
-def test_guest_is_at_home_only() -> None:
-    """What nearly everybody meets once."""
+def test_guest_is_told_about_other_machines() -> None:
+    """By default, a broker accepts guest only from its own machine."""
     assert "own machine" in str(connection_error(ConnectionClosed(403, "refused"), Address("h", 1)))
 
 
-def test_channels() -> None:
-    """Which of the broker's patience was tried."""
+def test_a_consumer_timeout_is_named() -> None:
+    """Only if the channel was closed for that."""
     slow = "PRECONDITION_FAILED - delivery acknowledgement timed out. This timeout value can be set"
 
     assert "consumer_timeout" in describe_channel_close(ChannelClosed(406, slow))

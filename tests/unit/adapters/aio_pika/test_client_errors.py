@@ -1,4 +1,4 @@
-"""Are the broker's words found in what the client library makes of them?"""
+"""The broker's reason is found in the exceptions of aiormq."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, ConnectionClo
         (None, None),
     ],
 )
-def test_code_and_text(
+def test_code_and_text_are_found(
     error: BaseException | None, expected: ChannelClosed | ConnectionClosed | None
 ) -> None:
-    """By the exception's class where it stands for a code, else by what it carries."""
+    """By the exception's class if it stands for a code, else by its arguments."""
     assert expected == close_reason(error)
 
 
-def test_the_cause_counts_too() -> None:
-    """Where it was wrapped on its way up."""
+def test_the_cause_of_an_exception_is_searched_too() -> None:
+    """It may have been wrapped."""
     error = RuntimeError("something went wrong")
     error.__cause__ = exceptions.ChannelAccessRefused("ACCESS_REFUSED - no")
 

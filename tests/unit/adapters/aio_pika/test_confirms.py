@@ -1,4 +1,4 @@
-"""Does each publication get its own outcome, whatever order the broker answers in?"""
+"""Each publication has its own outcome, in whatever order the broker answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN = encode(Properties())
 
 
 class Tracked:
-    """ConfirmTracker with one call of *size* publications in them."""
+    """A tracker with one call of *size* publications."""
 
     def __init__(self, size: int, bodies: list[bytes] | None = None) -> None:
         self.tracker = ConfirmTracker()
@@ -40,12 +40,12 @@ class Tracked:
 def back(
     body: bytes, properties: bytes = PLAIN, route: tuple[bytes, bytes] = ROUTE
 ) -> ReturnedPublication:
-    """A publication that came back."""
+    """A returned publication."""
     return ReturnedPublication(312, "NO_ROUTE", *route, properties, body)
 
 
 def test_confirms_in_order() -> None:
-    """One by one; the call is done with the last."""
+    """One by one. The call is done with the last."""
     tracked = Tracked(2)
 
     tracked.tracker.confirm(Confirm(1, False, True))
@@ -56,7 +56,7 @@ def test_confirms_in_order() -> None:
     assert len(tracked.tracker) == 0
 
 
-def test_multiple_speaks_of_what_is_open_only() -> None:
+def test_multiple_settles_only_what_is_open() -> None:
     """Nacks of 4 and 5 come before an ack of all up to 5."""
     tracked = Tracked(5)
 
@@ -68,8 +68,10 @@ def test_multiple_speaks_of_what_is_open_only() -> None:
 
 
 @given(st.integers(1, 40), st.data())
-def test_any_order_gives_each_its_own(size: int, data: st.DataObject) -> None:
-    """Against a plain list that is searched from the start each time."""
+def test_confirms_in_any_order_settle_the_right_publications(
+    size: int, data: st.DataObject
+) -> None:
+    """Compared with a list that is searched from the start each time."""
     tracked = Tracked(size)
     expected: list[Outcome | None] = [None] * size
     confirms = data.draw(
@@ -89,8 +91,8 @@ def test_any_order_gives_each_its_own(size: int, data: st.DataObject) -> None:
 
 
 @given(st.data())
-def test_returns_between_publications(data: st.DataObject) -> None:
-    """Whatever is entered, returned and confirmed in between: against lists, searched each time."""
+def test_publications_returns_and_confirms_in_any_order(data: st.DataObject) -> None:
+    """Compared with lists that are searched each time."""
     routes = [(b"", b"q"), (b"x", b"q")]
     size = data.draw(st.integers(1, 12))
     tracked = Tracked(0)
@@ -106,8 +108,8 @@ def test_returns_between_publications(data: st.DataObject) -> None:
                 tracked.tracker.confirm(step)
                 for number in range(1 if multiple else tag, min(tag, len(entered)) + 1):
                     if expected[number - 1] is None:
-                        said = CONFIRMED if accepted else REFUSED
-                        expected[number - 1] = RETURNED if number in came_back else said
+                        answer = CONFIRMED if accepted else REFUSED
+                        expected[number - 1] = RETURNED if number in came_back else answer
             case int(number):
                 if number <= len(entered) and expected[number - 1] is None:
                     tracked.tracker.mark_returned(back(b"%d" % number, route=entered[number - 1]))
@@ -130,7 +132,7 @@ def test_returns_between_publications(data: st.DataObject) -> None:
 
 
 def test_a_return_waits_for_its_own_confirm() -> None:
-    """Others stand between."""
+    """Other confirms come between."""
     tracked = Tracked(3)
 
     tracked.tracker.mark_returned(back(b"1"))
@@ -140,8 +142,8 @@ def test_a_return_waits_for_its_own_confirm() -> None:
     assert [CONFIRMED, RETURNED, CONFIRMED] == tracked.outcomes
 
 
-def test_the_same_message_twice() -> None:
-    """Two returns of equal messages speak of two publications."""
+def test_two_equal_messages_are_returned_separately() -> None:
+    """Two returns are for two publications."""
     tracked = Tracked(3, [b"same"] * 3)
 
     tracked.tracker.mark_returned(back(b"same"))
@@ -151,8 +153,8 @@ def test_the_same_message_twice() -> None:
     assert [RETURNED, RETURNED, CONFIRMED] == tracked.outcomes
 
 
-def test_a_return_whose_headers_were_sorted() -> None:
-    """Newer brokers write the table anew: it is compared by what it says."""
+def test_a_return_with_sorted_headers_is_matched() -> None:
+    """Newer brokers encode the table again, so its values are compared."""
     tracker = ConfirmTracker()
     call = PublishCall(2, lambda: None)
     for index, count in enumerate((1, 2)):
@@ -165,8 +167,8 @@ def test_a_return_whose_headers_were_sorted() -> None:
     assert [CONFIRMED, RETURNED] == call.outcomes
 
 
-def test_a_return_that_nothing_matches() -> None:
-    """All on its route count as returned: duplicates, not loss. Others do not."""
+def test_a_return_without_a_match_marks_the_whole_route() -> None:
+    """Duplicates rather than loss. Other routes aren't affected."""
     tracked = Tracked(2)
     tracked.call.missing += 1
     tracked.call.outcomes.append(None)
@@ -178,8 +180,8 @@ def test_a_return_that_nothing_matches() -> None:
     assert [RETURNED, RETURNED, CONFIRMED] == tracked.outcomes
 
 
-def test_a_return_to_a_route_that_nobody_used() -> None:
-    """There is nothing to be wrong about."""
+def test_a_return_to_an_unknown_route_is_ignored() -> None:
+    """Nothing was published there."""
     tracked = Tracked(1)
 
     tracked.tracker.mark_returned(back(b"", route=(b"x", b"y")))
@@ -188,8 +190,8 @@ def test_a_return_to_a_route_that_nobody_used() -> None:
     assert [CONFIRMED] == tracked.outcomes
 
 
-def test_a_confirm_of_what_was_not_sent_yet() -> None:
-    """However large its number is, it costs nothing, and decides nothing."""
+def test_a_confirm_of_a_future_number_is_ignored() -> None:
+    """However large the number is, it takes no time."""
     tracked = Tracked(1)
 
     tracked.tracker.confirm(Confirm(2**64 - 1, True, True))
@@ -203,8 +205,8 @@ def test_a_confirm_of_what_was_not_sent_yet() -> None:
 
 
 @pytest.mark.parametrize("multiple", [True, False])
-def test_a_confirm_of_nothing(*, multiple: bool) -> None:
-    """A number that is not open says nothing."""
+def test_a_second_confirm_is_ignored(*, multiple: bool) -> None:
+    """The publication is settled already."""
     tracked = Tracked(1)
     for _ in range(2):
         tracked.tracker.confirm(Confirm(1, multiple, True))
@@ -212,8 +214,8 @@ def test_a_confirm_of_nothing(*, multiple: bool) -> None:
     assert ([CONFIRMED], 1) == (tracked.outcomes, tracked.done)
 
 
-def test_the_end() -> None:
-    """What came back came back; of the rest, who ends it decides."""
+def test_the_end_of_the_channel_settles_everything() -> None:
+    """Returned publications stay returned. The given function decides about the others."""
     tracked = Tracked(3)
     tracked.tracker.confirm(Confirm(1, False, True))
     tracked.tracker.mark_returned(back(b"1"))

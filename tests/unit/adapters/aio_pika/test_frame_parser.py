@@ -1,4 +1,4 @@
-"""Is every frame told once, whole and in order, however the bytes were cut into reads?"""
+"""Every frame is reported once, whole and in order, however the bytes were cut into reads."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ ELSEWHERE = 7
 
 
 def flat(events: list[Event]) -> list[tuple[Any, ...]]:
-    """Put what was told into a form that does not depend on how it came together."""
-    told: list[tuple[Any, ...]] = []
+    """The events, independent of how they were grouped."""
+    reported: list[tuple[Any, ...]] = []
     for event in events:
         match event:
             case Deliveries(messages):
-                told.extend(
+                reported.extend(
                     (
                         "message",
                         each.delivery_tag,
@@ -60,17 +60,17 @@ def flat(events: list[Event]) -> list[tuple[Any, ...]]:
                     for each in messages
                 )
             case Confirms(confirms):
-                told.extend(("confirm", *each) for each in confirms)
+                reported.extend(("confirm", *each) for each in confirms)
             case PassThrough(frames):
-                told.extend(("passed", each) for each in frames)
+                reported.extend(("passed", each) for each in frames)
             case _:
-                told.append((type(event).__name__, *event))
-    return told
+                reported.append((type(event).__name__, *event))
+    return reported
 
 
 def reference(stream: bytes) -> list[tuple[Any, ...]]:
-    """What pamqp makes of the same bytes, frame after frame, with the channel tapped."""
-    told: list[tuple[Any, ...]] = []
+    """What pamqp reads from the same bytes, frame by frame, with the channel tapped."""
+    reported: list[tuple[Any, ...]] = []
     pending: Any = None
     header = b""
     size = 0
@@ -79,7 +79,7 @@ def reference(stream: bytes) -> list[tuple[Any, ...]]:
         used, channel, frame = unmarshal(stream)
         raw, stream = stream[:used], stream[used:]
         if channel != CHANNEL:
-            told.append(("passed", raw))
+            reported.append(("passed", raw))
             continue
         if isinstance(frame, commands.Basic.Deliver) and frame.consumer_tag == TAG:
             pending, body = frame, b""
@@ -89,24 +89,24 @@ def reference(stream: bytes) -> list[tuple[Any, ...]]:
         elif pending is not None and isinstance(frame, ContentBody):
             body += frame.value
         else:
-            told.append(("passed", raw))
+            reported.append(("passed", raw))
             continue
         if len(body) == size:
             route = (pending.exchange, pending.routing_key)
             tag, redelivered = pending.delivery_tag, pending.redelivered
-            told.append(("message", tag, redelivered, *route, header, body))
+            reported.append(("message", tag, redelivered, *route, header, body))
             pending = None
-    return told
+    return reported
 
 
 def fed(parser: FrameParser, stream: bytes, cuts: list[int]) -> list[tuple[Any, ...]]:
     """Feed *stream* in the pieces between *cuts*."""
-    told: list[Event] = []
+    reported: list[Event] = []
     edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
     for start, end in pairwise(edges):
         if start < end:
-            told.extend(parser.feed(stream[start:end]))
-    return flat(told)
+            reported.extend(parser.feed(stream[start:end]))
+    return flat(reported)
 
 
 names = st.text(max_size=12)
@@ -140,7 +140,7 @@ between = st.sampled_from(
 
 @st.composite
 def streams(draw: st.DrawFn) -> bytes:
-    """Deliveries, with what others say before, after, and in the middle of them."""
+    """Deliveries, with other frames before, after and between them."""
     frames: list[bytes] = []
     for _ in range(draw(st.integers(0, 6))):
         if draw(st.booleans()):
@@ -158,8 +158,8 @@ def streams(draw: st.DrawFn) -> bytes:
 @given(streams(), st.lists(st.integers(0, 900), max_size=8))
 @example(b"".join(delivery(1, b"")), [])
 @example(b"".join(delivery(1) + delivery(2)), [1])
-def test_any_fragmentation_of_any_stream_tells_the_same(stream: bytes, cuts: list[int]) -> None:
-    """Cut anywhere, and compared with pamqp frame by frame: the same, in the same order."""
+def test_fragmentation_does_not_change_the_events(stream: bytes, cuts: list[int]) -> None:
+    """Compared with pamqp, frame by frame."""
     parser = FrameParser()
     parser.tap_consumer(CHANNEL, Source())
 
@@ -167,8 +167,8 @@ def test_any_fragmentation_of_any_stream_tells_the_same(stream: bytes, cuts: lis
 
 
 @given(streams())
-def test_byte_by_byte(stream: bytes) -> None:
-    """The worst fragmentation there is."""
+def test_single_bytes_give_the_same_events(stream: bytes) -> None:
+    """The worst fragmentation."""
     parser = FrameParser()
     parser.tap_consumer(CHANNEL, Source())
 
@@ -177,11 +177,11 @@ def test_byte_by_byte(stream: bytes) -> None:
 
 @given(streams(), st.lists(st.integers(0, 900), max_size=5))
 def test_without_a_tap_everything_passes_through(stream: bytes, cuts: list[int]) -> None:
-    """Nothing is taken out of a connection whose channels are all native."""
-    told = fed(FrameParser(), stream, cuts)
+    """Nothing is taken out if no channel is tapped."""
+    reported = fed(FrameParser(), stream, cuts)
 
-    assert {"passed"} >= {kind for kind, *_ in told}
-    assert stream == b"".join(frame for _, frame in told)
+    assert {"passed"} >= {kind for kind, *_ in reported}
+    assert stream == b"".join(frame for _, frame in reported)
 
 
 confirms = st.one_of(
@@ -191,80 +191,80 @@ confirms = st.one_of(
 
 
 @given(st.lists(confirms), st.lists(st.integers(0, 300), max_size=5))
-def test_confirms_are_told_in_order(said: list[Any], cuts: list[int]) -> None:
-    """Acks and nacks of a publishing channel are taken out, with what others say in between."""
+def test_confirms_are_reported_in_order(methods: list[Any], cuts: list[int]) -> None:
+    """Other frames may come between them."""
     parser = FrameParser()
     parser.tap_publisher(CHANNEL)
-    stream = HEARTBEAT.join(method(each) for each in said)
+    stream = HEARTBEAT.join(method(each) for each in methods)
 
-    told = fed(parser, stream, cuts)
+    reported = fed(parser, stream, cuts)
 
-    accepted = [isinstance(each, commands.Basic.Ack) for each in said]
+    accepted = [isinstance(each, commands.Basic.Ack) for each in methods]
     expected = [
         ("confirm", each.delivery_tag, each.multiple, yes)
-        for each, yes in zip(said, accepted, strict=True)
+        for each, yes in zip(methods, accepted, strict=True)
     ]
-    assert expected == [each for each in told if each[0] == "confirm"]
-    assert max(0, len(said) - 1) == sum(each == ("passed", HEARTBEAT) for each in told)
+    assert expected == [each for each in reported if each[0] == "confirm"]
+    assert max(0, len(methods) - 1) == sum(each == ("passed", HEARTBEAT) for each in reported)
 
 
 @given(st.binary(max_size=250), st.lists(st.integers(0, 300), max_size=5))
-def test_a_return_is_told_with_all_it_brought(body: bytes, cuts: list[int]) -> None:
-    """A returned publication comes back whole, before the confirm that follows it."""
+def test_a_returned_publication_is_reported_whole(body: bytes, cuts: list[int]) -> None:
+    """It comes before its confirm."""
     parser = FrameParser()
     parser.tap_publisher(CHANNEL)
     frames = returned(body, "orders", "a.b", commands.Basic.Properties(message_id="m"))
     stream = b"".join([*frames, method(commands.Basic.Ack(1))])
 
-    told = fed(parser, stream, cuts)
+    reported = fed(parser, stream, cuts)
 
     expected = ("ReturnedPublication", 312, "NO_ROUTE", b"orders", b"a.b", b"\x00\x80\x01m", body)
-    assert [expected, ("confirm", 1, False, True)] == told
+    assert [expected, ("confirm", 1, False, True)] == reported
 
 
-def test_the_end_of_a_consumer_is_told_after_what_came_before_it() -> None:
-    """A broker's basic.cancel stands behind the deliveries, and the library hears it too."""
+def test_a_cancelled_consumer_is_reported_after_its_deliveries() -> None:
+    """basic.cancel is passed to the library, too."""
     parser = FrameParser()
     parser.tap_consumer(CHANNEL, Source())
     cancel = method(commands.Basic.Cancel(TAG, True))
 
-    told = parser.feed(b"".join([*delivery(1), cancel]))
+    reported = parser.feed(b"".join([*delivery(1), cancel]))
 
-    assert [Deliveries, ConsumerCancelled, PassThrough] == [type(each) for each in told]
-    assert ConsumerCancelled(TAG) == told[1]
+    assert [Deliveries, ConsumerCancelled, PassThrough] == [type(each) for each in reported]
+    assert ConsumerCancelled(TAG) == reported[1]
 
 
 @pytest.mark.parametrize("closing", [[], delivery(2)[:1], delivery(2)[:2]])
-def test_a_channel_that_the_broker_closes_is_not_tapped_any_more(closing: list[bytes]) -> None:
-    """Its number comes again; half a message that stood before the close is dropped."""
+def test_a_channel_that_the_broker_closes_is_no_longer_tapped(closing: list[bytes]) -> None:
+    """Its number will be used again. Half a message before the close is dropped."""
     parser = FrameParser()
     parser.tap_consumer(CHANNEL, Source())
     close = method(commands.Channel.Close(406, "PRECONDITION_FAILED", 60, 80))
     later = b"".join(delivery(1))
 
-    told = parser.feed(b"".join([*delivery(1), *closing, close, later]))
+    reported = parser.feed(b"".join([*delivery(1), *closing, close, later]))
 
-    assert ChannelClosed(406, "PRECONDITION_FAILED") == told[1]
-    assert b"".join([close, later]) == b"".join(told[2].frames)
+    assert ChannelClosed(406, "PRECONDITION_FAILED") == reported[1]
+    assert b"".join([close, later]) == b"".join(reported[2].frames)
     assert not parser.is_tapping
     parser.tap_consumer(CHANNEL, Source())
     (anew,) = parser.feed(later)
     assert [1] == [each.delivery_tag for each in anew.messages]
 
 
-def test_a_channel_that_is_closed_in_agreement_is_not_tapped_any_more() -> None:
-    """After close-ok the number is free."""
+def test_a_channel_is_no_longer_tapped_after_close_ok() -> None:
+    """Its number will be used again."""
     parser = FrameParser()
     parser.tap_consumer(CHANNEL, Source())
     gone = method(commands.Channel.CloseOk())
 
-    told = parser.feed(gone + b"".join(delivery(1)))
+    reported = parser.feed(gone + b"".join(delivery(1)))
 
-    assert [ChannelCloseOk, PassThrough] == [type(each) for each in told]
+    assert [ChannelCloseOk, PassThrough] == [type(each) for each in reported]
 
 
-def test_why_a_connection_is_closed_is_told() -> None:
-    """And it passes on: the library has to answer."""
+def test_the_reason_of_a_closed_connection_is_reported() -> None:
+    """The frame is passed on, because the library must answer."""
     close = method(commands.Connection.Close(320, "CONNECTION_FORCED", 0, 0), 0)
 
     assert [ConnectionClosed(320, "CONNECTION_FORCED"), PassThrough([close])] == FrameParser().feed(
@@ -272,8 +272,8 @@ def test_why_a_connection_is_closed_is_told() -> None:
     )
 
 
-def test_a_broker_of_another_version_is_passed_through() -> None:
-    """It answers with its own header, which is no frame; the library knows what to say."""
+def test_the_header_of_another_protocol_version_is_passed_on() -> None:
+    """It is not a frame. The library reports it."""
     parser = FrameParser()
 
     assert [] == parser.feed(b"AMQ")
@@ -282,8 +282,8 @@ def test_a_broker_of_another_version_is_passed_through() -> None:
 
 @pytest.mark.parametrize("tapped", [True, False])
 @pytest.mark.parametrize("cuts", [[], [8], [3, 50, 90]])
-def test_a_frame_larger_than_agreed_on_is_refused(*, tapped: bool, cuts: list[int]) -> None:
-    """Memory is bounded: what is too large is not collected. What came before it is told."""
+def test_a_frame_larger_than_frame_max_is_refused(*, tapped: bool, cuts: list[int]) -> None:
+    """It isn't collected. What came before it is reported."""
     parser = FrameParser()
     tune = method(commands.Connection.Tune(2047, 4096, 60), 0)
     assert [PassThrough([tune])] == parser.feed(tune)
@@ -292,16 +292,16 @@ def test_a_frame_larger_than_agreed_on_is_refused(*, tapped: bool, cuts: list[in
         parser.tap_consumer(CHANNEL, Source())
     before = b"".join(delivery(1))
 
-    told = fed(parser, before + b"".join(delivery(2, bytes(5000), part=5000)), cuts)
+    reported = fed(parser, before + b"".join(delivery(2, bytes(5000), part=5000)), cuts)
 
-    assert told[-1] == ("Malformed", "a frame has 5000 bytes, but 4096 are allowed")
+    assert reported[-1] == ("Malformed", "a frame has 5000 bytes, but 4096 are allowed")
     assert parser.feed(HEARTBEAT) == []
     if tapped:
-        assert told[0][:2] == ("message", 1)
+        assert reported[0][:2] == ("message", 1)
 
 
 def test_a_broker_may_set_no_limit() -> None:
-    """frame_max 0 means that there is none."""
+    """frame_max 0 means no limit."""
     parser = FrameParser()
     parser.feed(method(commands.Connection.Tune(0, 0, 0), 0))
     parser.tap_consumer(CHANNEL, Source())
@@ -314,36 +314,36 @@ def test_a_broker_may_set_no_limit() -> None:
 
 
 @pytest.mark.parametrize("proposed", [0, 0xFFFF_FFFF, LARGEST + 1])
-def test_a_frame_has_a_limit_even_where_the_broker_sets_none(proposed: int) -> None:
-    """Else one that is announced with 4 GiB would be collected for as long as bytes come."""
+def test_a_frame_has_a_limit_even_if_the_broker_sets_none(proposed: int) -> None:
+    """Otherwise a frame that announces 4 GiB would be collected."""
     parser = FrameParser()
     parser.feed(method(commands.Connection.Tune(0, proposed, 0), 0))
 
     assert [] == parser.feed(struct.pack(">BHI", 3, CHANNEL, LARGEST) + bytes(100))
     parser = FrameParser()
     parser.feed(method(commands.Connection.Tune(0, proposed, 0), 0))
-    [told] = parser.feed(struct.pack(">BHI", 3, CHANNEL, LARGEST + 1) + bytes(100))
-    assert Malformed(f"a frame has {LARGEST + 1} bytes, but {LARGEST} are allowed") == told
+    [reported] = parser.feed(struct.pack(">BHI", 3, CHANNEL, LARGEST + 1) + bytes(100))
+    assert Malformed(f"a frame has {LARGEST + 1} bytes, but {LARGEST} are allowed") == reported
 
 
 @pytest.mark.parametrize("size", [LARGEST + 1, 2**64 - 1])
-def test_a_body_that_nobody_could_have_published_is_refused(size: int) -> None:
-    """As soon as it is announced: its frames would be collected without an end."""
+def test_a_body_larger_than_rabbitmq_allows_is_refused(size: int) -> None:
+    """As soon as it is announced."""
     parser = FrameParser()
     parser.tap_consumer(CHANNEL, Source())
     header = struct.pack(">BHIHHQHB", 2, CHANNEL, 14, 60, 0, size, 0, 0xCE)
 
-    [told] = parser.feed(delivery(1)[0] + header)
+    [reported] = parser.feed(delivery(1)[0] + header)
 
-    assert Malformed(f"a body of {size} bytes is announced, but {LARGEST} are allowed") == told
+    assert Malformed(f"a body of {size} bytes is announced, but {LARGEST} are allowed") == reported
     parser = FrameParser()
     parser.tap_consumer(CHANNEL, Source())
     allowed = struct.pack(">BHIHHQHB", 2, CHANNEL, 14, 60, 0, LARGEST, 0, 0xCE)
     assert [] == parser.feed(delivery(1)[0] + allowed)
 
 
-def test_empty_body_frames_cost_nothing() -> None:
-    """However many come, what is kept is the body."""
+def test_empty_body_frames_take_no_memory() -> None:
+    """However many come."""
     parser = FrameParser()
     parser.tap_consumer(CHANNEL, Source())
     method_frame, header, body = delivery(1)
@@ -357,9 +357,9 @@ def test_empty_body_frames_cost_nothing() -> None:
     finally:
         tracemalloc.stop()
 
-    [told] = parser.feed(body)
+    [reported] = parser.feed(body)
 
-    assert [b"body"] == [each.body for each in told.messages]
+    assert [b"body"] == [each.body for each in reported.messages]
 
 
 _HEADER = delivery(1)[1]
@@ -382,20 +382,20 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("stream", MALFORMED.values(), ids=MALFORMED.keys())
-def test_what_cannot_be_split_is_told_and_ends_it(stream: bytes) -> None:
-    """A reason in words, once; nothing is guessed after it."""
+def test_malformed_bytes_are_reported_once_and_end_parsing(stream: bytes) -> None:
+    """Nothing is guessed after them."""
     parser = FrameParser()
     parser.tap_consumer(CHANNEL, Source())
 
-    told = parser.feed(stream + bytes(8))
+    reported = parser.feed(stream + bytes(8))
 
-    assert isinstance(told[-1], Malformed)
+    assert isinstance(reported[-1], Malformed)
     assert parser.feed(HEARTBEAT) == []
 
 
 @given(st.binary(max_size=400), st.lists(st.integers(0, 400), max_size=4), st.booleans())
-def test_no_bytes_raise(noise: bytes, cuts: list[int], publishing: bool) -> None:
-    """Whatever comes, something is told about it, or it waits for more."""
+def test_arbitrary_bytes_raise_nothing(noise: bytes, cuts: list[int], publishing: bool) -> None:
+    """They are reported, or the parser waits for more."""
     parser = FrameParser()
     if publishing:
         parser.tap_publisher(CHANNEL)
@@ -408,7 +408,7 @@ def test_no_bytes_raise(noise: bytes, cuts: list[int], publishing: bool) -> None
 
 @pytest.mark.parametrize("cuts", [[], [25], list(range(90))])
 def test_a_delivery_is_not_read_beyond_its_frame(cuts: list[int]) -> None:
-    """Else its tag would be another one for other cuts, made of what stands behind it."""
+    """Otherwise its tag would depend on how the bytes were cut."""
     deliver, header, body = delivery(1)
     short = deliver[7:-6]
     stream = deliver[:3] + struct.pack(">I", len(short)) + short + b"\xce" + header + body
@@ -419,33 +419,33 @@ def test_a_delivery_is_not_read_beyond_its_frame(cuts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("cuts", [[], [50], list(range(90))])
-def test_a_content_header_without_flags_is_none(cuts: list[int]) -> None:
-    """However the bytes were cut: a property list has flags, at least."""
+def test_a_content_header_without_flags_is_malformed(cuts: list[int]) -> None:
+    """However the bytes were cut."""
     deliver, _, body = delivery(1)
     header = struct.pack(">BHIHHQB", 2, CHANNEL, 12, 60, 0, 4, 0xCE)
     parser = FrameParser()
     parser.tap_consumer(CHANNEL, Source())
 
-    told = fed(parser, deliver + header + body, cuts)
+    reported = fed(parser, deliver + header + body, cuts)
 
-    assert [("Malformed", "a content header is cut off, or comes twice")] == told
+    assert [("Malformed", "a content header is cut off, or comes twice")] == reported
 
 
-def test_what_waits_for_more_is_joined_once() -> None:
-    """A large message in small reads costs its bytes, not their square."""
+def test_incomplete_reads_are_joined_only_once() -> None:
+    """The time for a large message in small reads is linear."""
     parser = FrameParser()
     parser.tap_consumer(CHANNEL, Source())
     stream = b"".join(delivery(1, bytes(100_000), part=131_000))
-    told = [parser.feed(stream[at : at + 100]) for at in range(0, len(stream), 100)]
+    reported = [parser.feed(stream[at : at + 100]) for at in range(0, len(stream), 100)]
 
-    assert [1] == [len(each) for each in told if each]
+    assert [1] == [len(each) for each in reported if each]
 
 
-def test_returns_are_events_of_their_own() -> None:
-    """The type is what a listener matches on."""
+def test_returned_publications_have_their_own_event_type() -> None:
+    """Listeners match on it."""
     parser = FrameParser()
     parser.tap_publisher(CHANNEL)
 
-    [told] = parser.feed(b"".join(returned(b"", "", "q", commands.Basic.Properties())))
+    [reported] = parser.feed(b"".join(returned(b"", "", "q", commands.Basic.Properties())))
 
-    assert ReturnedPublication(312, "NO_ROUTE", b"", b"q", b"\x00\x00", b"") == told
+    assert ReturnedPublication(312, "NO_ROUTE", b"", b"q", b"\x00\x00", b"") == reported

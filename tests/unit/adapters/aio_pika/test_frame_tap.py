@@ -1,4 +1,4 @@
-"""Does the library hear all that is its own, and does nothing go wrong where the socket does?"""
+"""The library receives everything that is its own, and errors of the socket are reported."""
 
 from __future__ import annotations
 
@@ -58,30 +58,30 @@ class Socket(asyncio.Transport):
 
 
 class Line:
-    """A tap on an open socket, and a channel of it that consumes."""
+    """A tap on an open socket, with a tapped consumer."""
 
     def __init__(self, tap: FrameTap, socket: Socket, protocol: Any, reader: Any) -> None:
         self.tap = tap
         self.socket = socket
         self.protocol = protocol
         self.reader = reader
-        self.heard: list[Event] = []
+        self.received: list[Event] = []
         self.breaks = False
-        tap.tap_consumer(CHANNEL, Source(), self._hear)
+        tap.tap_consumer(CHANNEL, Source(), self._on_event)
 
-    def _hear(self, event: Event) -> None:
-        self.heard.append(event)
+    def _on_event(self, event: Event) -> None:
+        self.received.append(event)
         if self.breaks:
             raise ZeroDivisionError("a listener is wrong")
 
     def receive(self, *frames: bytes) -> None:
-        """One read brings all of it."""
+        """Receive frames in one read."""
         data = b"".join(frames)
         self.protocol.get_buffer(-1)[: len(data)] = data
         self.protocol.buffer_updated(len(data))
 
     async def passed(self) -> bytes:
-        """What the library has got to read."""
+        """The bytes that the library can read."""
         self.reader.feed_eof()
         data: bytes = await self.reader.read()
         return data
@@ -89,7 +89,7 @@ class Line:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
-    """Opens a socket that is none."""
+    """Opens a fake socket."""
     socket = Socket()
 
     async def open_line(*, heartbeat: int = 0) -> Line:
@@ -110,22 +110,22 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What the event loop's exception handler is told."""
-    heard: list[dict[str, Any]] = []
+def loop_errors(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The contexts that the event loop's exception handler is called with."""
+    received: list[dict[str, Any]] = []
     loop_class = asyncio.BaseEventLoop
-    monkeypatch.setattr(loop_class, "call_exception_handler", lambda _, what: heard.append(what))
-    return heard
+    monkeypatch.setattr(loop_class, "call_exception_handler", lambda _, what: received.append(what))
+    return received
 
 
 async def test_deliveries_are_taken_out_and_the_rest_is_passed_on(opened: Opened) -> None:
-    """In order, whatever stands in one read."""
+    """In order, within one read."""
     line = await opened()
     line.receive(ANSWER, *delivery(1), HEARTBEAT, *delivery(2), ANSWER)
 
     tags = [
         message.delivery_tag
-        for event in line.heard
+        for event in line.received
         if isinstance(event, Deliveries)
         for message in event.messages
     ]
@@ -133,27 +133,27 @@ async def test_deliveries_are_taken_out_and_the_rest_is_passed_on(opened: Opened
     assert ANSWER + HEARTBEAT + ANSWER == await line.passed()
 
 
-async def test_a_listener_that_fails_costs_nobody_else_anything(
-    opened: Opened, said: list[dict[str, Any]]
+async def test_a_failing_listener_affects_nothing_else(
+    opened: Opened, loop_errors: list[dict[str, Any]]
 ) -> None:
-    """What came in the same read is told and passed on all the same."""
+    """The rest of the same read is reported and passed on."""
     line = await opened()
     line.breaks = True
     line.receive(*delivery(1), ANSWER, *delivery(2), ANSWER)
 
-    assert 2 == len(line.heard)
-    assert [ZeroDivisionError] * 2 == [type(each["exception"]) for each in said]
+    assert 2 == len(line.received)
+    assert [ZeroDivisionError] * 2 == [type(each["exception"]) for each in loop_errors]
     assert ANSWER * 2 == await line.passed()
 
 
-async def test_bytes_that_are_no_amqp_end_the_connection(opened: Opened) -> None:
-    """For the library, for the channel, and for the peer; nothing is told twice."""
+async def test_bytes_that_are_not_amqp_end_the_connection(opened: Opened) -> None:
+    """For the library, the listener and the peer. It is reported once."""
     line = await opened()
     line.receive(HEARTBEAT, b"\x63 is no frame")
     line.receive(*delivery(1))
     line.protocol.connection_lost(None)
 
-    (event,) = line.heard
+    (event,) = line.received
     assert isinstance(event, Malformed)
     assert event == line.tap.end
     assert line.socket.aborted
@@ -162,7 +162,7 @@ async def test_bytes_that_are_no_amqp_end_the_connection(opened: Opened) -> None
 
 
 @pytest.mark.parametrize("error", [OSError(113, "No route to host"), ConnectionRefusedError()])
-async def test_errors_of_connecting_are_the_librarys_own(
+async def test_connection_errors_are_aiormqs(
     monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
     """As those of its own factories are."""
@@ -177,16 +177,16 @@ async def test_errors_of_connecting_are_the_librarys_own(
     assert error is raised.value.__cause__
 
 
-async def test_what_is_written_goes_out_at_once(opened: Opened) -> None:
-    """As it is."""
+async def test_data_is_written_at_once(opened: Opened) -> None:
+    """Unchanged."""
     line = await opened()
 
     assert line.tap.write(ACK)
     assert ACK == line.socket.written
 
 
-async def test_nothing_is_written_once_the_library_has_closed(opened: Opened) -> None:
-    """Some event loops raise, others say nothing; here it is told."""
+async def test_nothing_is_written_after_the_library_closed_the_socket(opened: Opened) -> None:
+    """Some event loops raise then, and others don't."""
     line = await opened()
     line.socket.closing = True
 
@@ -194,17 +194,17 @@ async def test_nothing_is_written_once_the_library_has_closed(opened: Opened) ->
     assert b"" == line.socket.written
 
 
-async def test_nothing_is_written_after_the_end(opened: Opened) -> None:
-    """Whoever ended it."""
+async def test_nothing_is_written_after_the_connection_ended(opened: Opened) -> None:
+    """Whichever side ended it."""
     line = await opened()
     line.protocol.eof_received()
 
     assert not line.tap.write(ACK)
-    assert [ConnectionLost("the broker closed the connection without a reason")] == line.heard
+    assert [ConnectionLost("the broker closed the connection without a reason")] == line.received
 
 
-async def test_room_on_a_connection_that_broke_is_not_waited_for(opened: Opened) -> None:
-    """It is lost, and says so in our words."""
+async def test_a_settlement_that_waits_for_room_fails_with_its_connection(opened: Opened) -> None:
+    """The session is lost. The error is the library's own type."""
     line = await opened()
     connection: Any = SimpleNamespace(tap=line.tap, address="there", is_fast=True)
     session = AioPikaSession(
@@ -226,8 +226,8 @@ async def test_room_on_a_connection_that_broke_is_not_waited_for(opened: Opened)
         await draining
 
 
-async def test_while_all_is_taken_out_the_library_hears_that_its_peer_lives(opened: Opened) -> None:
-    """A heartbeat a second, as long as something comes; and none in silence."""
+async def test_the_library_gets_heartbeats_while_everything_is_taken_out(opened: Opened) -> None:
+    """One a second while bytes arrive, and none in silence."""
     line = await opened(heartbeat=10)
     for tag in range(40):
         await asyncio.sleep(0.1)
@@ -240,14 +240,14 @@ async def test_while_all_is_taken_out_the_library_hears_that_its_peer_lives(open
 async def test_silence_is_noticed_after_three_heartbeats(
     opened: Opened, virtual_loop: VirtualTimeLoop
 ) -> None:
-    """Counted from the last byte, whatever it was."""
+    """Counted from the last byte."""
     line = await opened(heartbeat=2)
     await asyncio.sleep(5)
     line.receive(HEARTBEAT)
     await asyncio.sleep(5.9)
-    assert not line.heard
+    assert not line.received
     await asyncio.sleep(0.2)
 
-    assert [ConnectionLost("the broker has sent nothing for 6 s")] == line.heard
+    assert [ConnectionLost("the broker has sent nothing for 6 s")] == line.received
     assert line.socket.aborted
     assert 11 < virtual_loop.time() < 11.2

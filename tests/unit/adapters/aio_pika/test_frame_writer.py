@@ -1,4 +1,4 @@
-"""Are the packed bytes what a broker reads?"""
+"""The packed bytes are what a broker reads."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def read(data: bytes) -> list[tuple[int, object]]:
     return frames
 
 
-def said(frame: Frame) -> tuple[str, dict[str, object]]:
-    """What a broker should hear."""
+def expected(frame: Frame) -> tuple[str, dict[str, object]]:
+    """The method that the broker should read."""
     multiple = frame.multiple
     match frame.disposition:
         case Disposition.ACK:
@@ -50,12 +50,12 @@ def said(frame: Frame) -> tuple[str, dict[str, object]]:
     st.integers(1, 65535),
     st.lists(st.builds(Frame, st.sampled_from(Disposition), TAGS, st.booleans())),
 )
-def test_settlements(channel: int, frames: list[Frame]) -> None:
-    """One frame each, in order, on the channel."""
-    heard = read(pack_settlements(channel, frames))
+def test_settlements_are_packed_in_order(channel: int, frames: list[Frame]) -> None:
+    """One frame each, on the channel."""
+    received = read(pack_settlements(channel, frames))
 
-    assert [(channel, *said(frame)) for frame in frames] == [
-        (number, frame.name, dict(frame)) for number, frame in heard
+    assert [(channel, *expected(frame)) for frame in frames] == [
+        (number, frame.name, dict(frame)) for number, frame in received
     ]
 
 
@@ -64,8 +64,10 @@ def test_settlements(channel: int, frames: list[Frame]) -> None:
     st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
     st.booleans(),
 )
-def test_publish(exchange: str, routing_key: str, mandatory: bool) -> None:
-    """Where to, and whether it must arrive."""
+def test_a_publish_method_has_the_route_and_mandatory(
+    exchange: str, routing_key: str, mandatory: bool
+) -> None:
+    """As pamqp reads it."""
     [(channel, frame)] = read(pack_publish(9, exchange, routing_key, mandatory=mandatory))
 
     assert 9 == channel
@@ -76,8 +78,8 @@ def test_publish(exchange: str, routing_key: str, mandatory: bool) -> None:
 
 
 @given(st.binary(max_size=300), st.integers(20, 120))
-def test_content(body: bytes, frame_max: int) -> None:
-    """A header, and as many body frames as it takes; none is larger than was agreed on."""
+def test_content_is_split_into_frames(body: bytes, frame_max: int) -> None:
+    """None is larger than frame_max."""
     packed = b"".join(pack_content(9, b"\x10\x00\x02", body, frame_max))
 
     [(_, header), *bodies] = read(packed)
@@ -92,7 +94,7 @@ def test_content(body: bytes, frame_max: int) -> None:
 
 
 def test_names_have_at_most_255_bytes() -> None:
-    """A longer one is named, not cut."""
+    """A longer name is an error that names it."""
     with pytest.raises(PublishError, match="routing_key has 256 bytes"):
         pack_publish(1, "", "k" * 256, mandatory=True)
     with pytest.raises(PublishError, match="exchange has 256 bytes"):
@@ -100,6 +102,6 @@ def test_names_have_at_most_255_bytes() -> None:
 
 
 def test_properties_must_fit_into_one_frame() -> None:
-    """They cannot be divided."""
+    """They cannot be split."""
     assert fits(bytes(80), 100)
     assert not fits(bytes(81), 100)

@@ -1,4 +1,4 @@
-"""Does what a peer should never send do any harm? A few of the inputs of ``nox -s fuzz``."""
+"""A few of the inputs of ``nox -s fuzz``: what a peer should never send does no harm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.fuzz.targets import TARGETS
 
 
 @pytest.mark.parametrize(("target", "count"), [("split", 1500), ("read", 5000), ("copy", 3000)])
-def test_nothing_that_arrives_breaks_a_promise(target: str, count: int) -> None:
-    """No exception, the same news for all cuts, little memory, and what pamqp reads is read."""
+def test_fuzzed_input_breaks_no_promise(target: str, count: int) -> None:
+    """No exception, the same events for all cuts, little memory, and what pamqp reads is read."""
     for number in range(count):
         TARGETS[target](Random(number))

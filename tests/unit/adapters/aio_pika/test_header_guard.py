@@ -1,4 +1,4 @@
-"""Does a guarded library get all that it has to carry, and nothing that it may choke on?"""
+"""A guarded library receives what it has to carry, and nothing that it cannot decode."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ POISON = struct.pack(">H", 1 << 10) + b"\x03\xff\xfe\xfd"
 
 
 def short(text: bytes) -> bytes:
-    """A short string on the wire."""
+    """An encoded short string."""
     return bytes((len(text),)) + text
 
 
 def framed(kind: int, payload: bytes) -> bytes:
-    """A frame of the channel, whatever is in it."""
+    """A frame of the channel with this payload."""
     return struct.pack(">BHI", kind, CHANNEL, len(payload)) + payload + b"\xce"
 
 
-def spoken(tag: int, route: bytes, properties: bytes, body: bytes) -> list[bytes]:
-    """The frames of a delivery, byte by byte: pamqp would not write poison."""
+def raw_delivery(tag: int, route: bytes, properties: bytes, body: bytes) -> list[bytes]:
+    """The frames of a delivery, byte by byte: pamqp would not write invalid properties."""
     deliver = struct.pack(">HH", 60, 60) + short(TAG.encode()) + struct.pack(">QB", tag, 1) + route
     header = struct.pack(">HHQ", 60, 0, len(body)) + properties
     bodies = [framed(3, body[at : at + 10]) for at in range(0, len(body), 10)]
@@ -53,7 +53,7 @@ def cut(stream: bytes, cuts: list[int]) -> list[bytes]:
 
 
 def passed(parser: FrameParser, pieces: list[bytes]) -> bytes:
-    """What goes on to the library."""
+    """What is passed on to the library."""
     events = [event for piece in pieces for event in parser.feed(piece)]
     assert all(isinstance(event, PassThrough) for event in events), events
     return b"".join(
@@ -79,8 +79,8 @@ others = st.sampled_from(
 @given(st.lists(deliveries | others, max_size=8), st.lists(st.integers(0, 10_000), max_size=20))
 @example([(short(b"") + short(b"\xff"), POISON, b"body"), HEARTBEAT], [])
 @example([(short(b"") + short(b""), b"", b"")], [30, 31, 32])
-def test_only_routes_and_properties_stay(story: list[Any], cuts: list[int]) -> None:
-    """Of each delivery, by its tag and as they came; all else goes on byte for byte."""
+def test_only_routes_and_properties_are_kept(story: list[Any], cuts: list[int]) -> None:
+    """By delivery tag, unchanged. Everything else is passed on byte for byte."""
     stream, expected = b"", b""
     kept = {}
     for tag, each in enumerate(story, 1):
@@ -90,8 +90,8 @@ def test_only_routes_and_properties_stay(story: list[Any], cuts: list[int]) -> N
         else:
             route, properties, body = each
             kept[tag] = (route, properties)
-            stream += b"".join(spoken(tag, route, properties, body))
-            expected += b"".join(spoken(tag, b"\0\0", b"\0\0", body))
+            stream += b"".join(raw_delivery(tag, route, properties, body))
+            expected += b"".join(raw_delivery(tag, b"\0\0", b"\0\0", body))
     parser = FrameParser()
     guard = parser.guard(CHANNEL)
 
@@ -104,11 +104,11 @@ def test_only_routes_and_properties_stay(story: list[Any], cuts: list[int]) -> N
 
 
 @given(routes, st.binary(max_size=40))
-def test_what_goes_on_can_be_decoded(route: bytes, properties: bytes) -> None:
-    """Whatever was published: the library reads tag, flag and body, and has nothing to choke on."""
+def test_what_is_passed_on_can_be_decoded(route: bytes, properties: bytes) -> None:
+    """The library reads tag, redelivered flag and body, whatever was published."""
     parser = FrameParser()
     parser.guard(CHANNEL)
-    stream = passed(parser, [b"".join(spoken(9, route, properties, b"body"))])
+    stream = passed(parser, [b"".join(raw_delivery(9, route, properties, b"body"))])
 
     used, _, deliver = unmarshal(stream)
     more, _, header = unmarshal(stream[used:])
@@ -122,11 +122,11 @@ def test_what_goes_on_can_be_decoded(route: bytes, properties: bytes) -> None:
     assert (4, None, b"body") == (header.body_size, header.properties.message_id, body.value)
 
 
-def test_a_guarded_channel_that_is_closed_is_told_and_passed_on() -> None:
-    """In the middle of a message too; its number may be used again, and is not guarded then."""
+def test_a_guarded_channel_that_is_closed_is_no_longer_guarded() -> None:
+    """Even in the middle of a message. The close is reported and passed on."""
     parser = FrameParser()
     guard = parser.guard(CHANNEL)
-    frames = spoken(1, b"\0\0", POISON, b"body")
+    frames = raw_delivery(1, b"\0\0", POISON, b"body")
     close = method(commands.Channel.Close(406, "PRECONDITION_FAILED", 60, 80))
 
     events = parser.feed(frames[0] + close)
@@ -137,8 +137,8 @@ def test_a_guarded_channel_that_is_closed_is_told_and_passed_on() -> None:
     assert len(guard) == 0
 
 
-def test_returns_are_taken_out_and_confirms_are_not() -> None:
-    """The library would match them by message id, and be wrong."""
+def test_returns_are_taken_out_and_confirms_are_passed_on() -> None:
+    """The library would match returns by message id, and be wrong."""
     parser = FrameParser()
     parser.tap_returns(CHANNEL)
     properties = commands.Basic.Properties(message_id="same")

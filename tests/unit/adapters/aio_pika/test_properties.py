@@ -1,4 +1,4 @@
-"""Do properties survive, and does one bad one leave the others readable?"""
+"""Properties survive encoding and decoding, and one bad property leaves the others readable."""
 
 from __future__ import annotations
 
@@ -55,19 +55,19 @@ NAMES = [name for _, name, _ in PROPERTIES]
 
 
 def test_all_properties_are_there() -> None:
-    """None was forgotten."""
+    """None is missing."""
     assert {*NAMES, "undecodable"} == {each.name for each in fields_of(Properties)}
 
 
 @given(properties)
-def test_what_is_written_is_read_again(values: Properties) -> None:
+def test_decoding_inverts_encoding(values: Properties) -> None:
     """Absent stays absent, empty stays empty."""
     assert values == decode(encode(values))
 
 
 @given(properties)
 def test_pamqp_reads_what_is_written(values: Properties) -> None:
-    """Another reader finds the same, or would not let it pass."""
+    """With the same values, unless it cannot represent them."""
     header = ContentHeader()
     header.unmarshal(b"\x00\x3c\x00\x00" + bytes(8) + encode(replace(values, cluster_id=None)))
 
@@ -80,7 +80,7 @@ def test_pamqp_reads_what_is_written(values: Properties) -> None:
 
 
 def test_what_pamqp_writes_is_read() -> None:
-    """And so is what another writes."""
+    """With the same values."""
     raw = raw_properties(
         content_type="a/b",
         priority=0,
@@ -110,7 +110,7 @@ def test_what_pamqp_writes_is_read() -> None:
 def test_one_bad_property_leaves_the_others_readable(
     flag: int, bad: bytes, name: str, why: str
 ) -> None:
-    """The reason is kept beside it."""
+    """The reason is kept."""
     order = [
         (1 << 13, b"\x00\x00\x00\x00"),
         (1 << 10, b"\x01c"),
@@ -129,8 +129,8 @@ def test_one_bad_property_leaves_the_others_readable(
 
 
 @pytest.mark.parametrize("cut", [0, 1, 3, 7, 8, 14])
-def test_a_list_that_is_cut_off_loses_only_its_end(cut: int) -> None:
-    """Whatever was announced and is not there is undecodable; nothing is silently absent."""
+def test_a_truncated_list_loses_only_its_end(cut: int) -> None:
+    """What is announced but missing is undecodable, not absent."""
     raw = encode(Properties(content_type="a/b", headers={"a": 1}, app_id="app"))[:cut]
 
     read = decode(raw)
@@ -139,21 +139,21 @@ def test_a_list_that_is_cut_off_loses_only_its_end(cut: int) -> None:
     assert all("cut off" in why or "no flags" in why for why in read.undecodable.values())
 
 
-def test_flags_that_nobody_defined() -> None:
-    """Where they stand, it cannot be known what follows."""
+def test_undefined_flags_make_everything_undecodable() -> None:
+    """What follows them is unknown."""
     assert set(NAMES) == decode(b"\x00\x01").undecodable.keys()
 
 
 @given(st.binary(max_size=80))
-def test_no_bytes_raise(noise: bytes) -> None:
+def test_arbitrary_bytes_raise_nothing(noise: bytes) -> None:
     """Reading never raises."""
     decode(noise)
     decode_route(noise)
 
 
 @given(short.filter(bool), short.filter(bool))
-def test_routes(exchange: str, routing_key: str) -> None:
-    """Exchange and routing key, as they stand in a delivery."""
+def test_a_route_is_decoded(exchange: str, routing_key: str) -> None:
+    """Exchange and routing key, as a delivery has them."""
     raw = encode_short("exchange", exchange) + encode_short("routing_key", routing_key)
 
     assert (exchange, routing_key) == decode_route(raw)
@@ -171,13 +171,13 @@ def test_routes(exchange: str, routing_key: str) -> None:
         (b"", ("", "")),
     ],
 )
-def test_a_route_ends_where_it_says(raw: bytes, route: tuple[str, str]) -> None:
-    """What stands behind it is no part of it; a key has at most 255 bytes."""
+def test_bytes_after_a_route_are_ignored(raw: bytes, route: tuple[str, str]) -> None:
+    """A key has at most 255 bytes."""
     assert route == decode_route(raw)
 
 
-def test_a_route_that_is_no_text_goes_out_as_it_came() -> None:
-    """Bytes survive being a str."""
+def test_a_route_that_is_not_utf8_is_encoded_to_the_same_bytes() -> None:
+    """It survives being a str."""
     _, routing_key = decode_route(b"\x00\x02\xff\xfe")
 
     assert b"\x02\xff\xfe" == encode_short("routing_key", routing_key)
@@ -193,14 +193,14 @@ def test_a_route_that_is_no_text_goes_out_as_it_came() -> None:
         ({"headers": {"x-a": {"b": object()}}}, "header 'x-a': 'b': AMQP has no type for object"),
     ],
 )
-def test_what_cannot_be_sent_is_named(wrong: dict[str, Any], why: str) -> None:
+def test_a_value_that_cannot_be_encoded_is_named(wrong: dict[str, Any], why: str) -> None:
     """Before anything is sent."""
     with pytest.raises(PublishError, match=why):
         encode(Properties(**wrong))
 
 
-def test_a_publication_as_it_goes() -> None:
-    """Persistent unless said otherwise; a naive time is UTC; seconds become milliseconds."""
+def test_the_defaults_of_a_publication() -> None:
+    """Persistent unless stated otherwise; a naive time is UTC; seconds become milliseconds."""
     publication = Publication(b"", timestamp=datetime(2026, 1, 1), expiration=1.5)  # noqa: DTZ001
 
     expected = Properties(
@@ -210,15 +210,15 @@ def test_a_publication_as_it_goes() -> None:
 
 
 def test_a_naive_time_is_utc() -> None:
-    """Also where properties are written directly."""
+    """Even if the properties are encoded directly."""
     naive, aware = datetime(2026, 1, 1), datetime(2026, 1, 1, tzinfo=UTC)  # noqa: DTZ001
 
     assert encode(Properties(timestamp=aware)) == encode(Properties(timestamp=naive))
 
 
 @given(st.binary(max_size=120) | properties.map(encode))
-def test_headers_read_alone_are_those_of_the_whole(raw: bytes) -> None:
-    """Whoever asks for headers only hears the same, or of the same fault, as who asks for all."""
+def test_headers_decoded_alone_are_the_same(raw: bytes) -> None:
+    """The same values, or the same error."""
     whole = decode(raw)
     if "headers" in whole.undecodable:
         with pytest.raises(ValueError, match=re.escape(whole.undecodable["headers"])):

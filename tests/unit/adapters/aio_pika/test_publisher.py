@@ -1,4 +1,4 @@
-"""When has a publisher waited long enough? After silence, not after a long time."""
+"""A publisher gives up after silence, not after a long time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from aio_pika_batch.testing.virtual_time import VirtualTimeLoop
 
 
-class Tap:
-    """Takes everything; the broker is the test."""
+class FakeTap:
+    """Accepts everything. The test is the broker."""
 
     frame_max = 131_072
     end = None
@@ -30,13 +30,13 @@ class Tap:
         return True
 
     def confirm(self, tag: int) -> None:
-        """The broker stored everything up to *tag*."""
+        """Confirm everything up to *tag*."""
         event: Event = Confirms([Confirm(tag, multiple=True, accepted=True)])
         self.tell(event)
 
 
-async def opened(tap: Tap, timeout: float) -> AioPikaPublisher:
-    """A publisher that waits for *timeout*."""
+async def opened(tap: FakeTap, timeout: float) -> AioPikaPublisher:
+    """A publisher with this `publish_timeout`."""
 
     async def channel(*, confirms: bool) -> Any:
         return SimpleNamespace(number=1)
@@ -49,11 +49,11 @@ async def opened(tap: Tap, timeout: float) -> AioPikaPublisher:
     return publisher
 
 
-async def test_a_call_may_take_longer_while_confirms_are_heard(
+async def test_a_call_may_take_longer_while_confirms_arrive(
     virtual_loop: VirtualTimeLoop,
 ) -> None:
     """200,000 messages at 8,000 a second take longer than `publish_timeout`, and are confirmed."""
-    tap = Tap()
+    tap = FakeTap()
     publisher = await opened(tap, 10)
     publishing = asyncio.create_task(publisher.publish([Publication(b"")] * 2000))
     for tag in range(10, 2001, 10):
@@ -65,11 +65,11 @@ async def test_a_call_may_take_longer_while_confirms_are_heard(
     assert publisher.is_open
 
 
-async def test_silence_ends_the_waiting_after_the_last_confirm(
+async def test_silence_after_the_last_confirm_ends_the_call(
     virtual_loop: VirtualTimeLoop,
 ) -> None:
-    """What was confirmed stays so; the rest is unknown, and the publisher takes no more."""
-    tap = Tap()
+    """Confirmed messages stay confirmed. The rest is unknown, and the publisher is closed."""
+    tap = FakeTap()
     publisher = await opened(tap, 10)
     publishing = asyncio.create_task(publisher.publish([Publication(b"")] * 3))
     await asyncio.sleep(9)
@@ -80,9 +80,9 @@ async def test_silence_ends_the_waiting_after_the_last_confirm(
     assert not publisher.is_open
 
 
-async def test_a_confirm_that_comes_with_the_end_of_time_changes_nothing() -> None:
-    """The time-out is on its way already: it is not called back, and nothing fails."""
-    tap = Tap()
+async def test_a_confirm_at_the_moment_of_the_timeout_changes_nothing() -> None:
+    """The time-out has been scheduled already. Nothing fails."""
+    tap = FakeTap()
     publisher = await opened(tap, 10)
     loop = asyncio.get_running_loop()
     publishing = asyncio.create_task(publisher.publish([Publication(b"")] * 2))

@@ -1,4 +1,4 @@
-"""Does a session hand out all that was delivered before the answer to its cancel?"""
+"""A session hands out everything that was delivered before the answer to its cancel."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from aio_pika_batch.transport import Subscription
 from tests.unit.adapters.aio_pika.broker_frames import message
 
 
-class Channel:
-    """The client library's; its broker answers a cancel when it is told to."""
+class FakeChannel:
+    """aiormq's channel. The broker answers a cancel when the test says so."""
 
     number = 1
 
@@ -26,10 +26,10 @@ class Channel:
         self.answer = asyncio.Event()
 
     async def basic_qos(self, **_: Any) -> None:
-        """Take any prefetch."""
+        """Accept any prefetch."""
 
     async def basic_consume(self, *_: Any, **__: Any) -> None:
-        """Take any consumer."""
+        """Accept any consumer."""
 
     async def basic_cancel(self, _: str) -> None:
         await self.answer.wait()
@@ -38,8 +38,8 @@ class Channel:
         self.closed_at = asyncio.get_running_loop().time()
 
 
-class Tap:
-    """The broker is the test."""
+class FakeTap:
+    """The test is the broker."""
 
     end = None
     closed = None
@@ -52,13 +52,13 @@ class Tap:
         return True
 
     def abort(self) -> None:
-        """Nobody is there any more."""
+        """Do nothing."""
 
 
-async def opened(channel: Channel, tap: Tap) -> AioPikaSession:
+async def opened(channel: FakeChannel, tap: FakeTap) -> AioPikaSession:
     """A session that consumes."""
 
-    async def open_channel() -> Channel:
+    async def open_channel() -> FakeChannel:
         return channel
 
     async def close() -> None:
@@ -73,19 +73,19 @@ async def opened(channel: Channel, tap: Tap) -> AioPikaSession:
 
 
 async def iterated(session: AioPikaSession, chunks: list[list[Message]]) -> None:
-    """Take what a session hands out, to its end."""
+    """Iterate over a session to its end."""
     chunks.extend([list(chunk) async for chunk in session])
 
 
 async def pumped(session: AioPikaSession, chunks: list[list[Message]]) -> None:
-    """The same, as it comes."""
+    """Pump a session to its end."""
     await session.pump(lambda chunk: chunks.append(list(chunk)))
 
 
 @pytest.mark.parametrize("way", [iterated, pumped])
 async def test_what_comes_before_the_answer_to_cancel_is_handed_out(way: Any) -> None:
-    """However much that is, and however long the answer takes."""
-    channel, tap = Channel(), Tap()
+    """However much it is, and however long the answer takes."""
+    channel, tap = FakeChannel(), FakeTap()
     session = await opened(channel, tap)
     chunks: list[list[Message]] = []
     taking = asyncio.create_task(way(session, chunks))
@@ -105,8 +105,8 @@ async def test_what_comes_before_the_answer_to_cancel_is_handed_out(way: Any) ->
 async def test_a_channel_is_closed_some_time_after_the_last_settlement(
     virtual_loop: VirtualTimeLoop, late: float
 ) -> None:
-    """A quorum queue's acks may still be on their way inside of the broker: 50 ms were enough."""
-    channel, tap = Channel(), Tap()
+    """A quorum queue may still be processing acks. 50 ms were enough."""
+    channel, tap = FakeChannel(), FakeTap()
     session = await opened(channel, tap)
     channel.answer.set()
     tap.tell(Deliveries([message(b"\0\0")]))

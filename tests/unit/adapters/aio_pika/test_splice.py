@@ -1,4 +1,4 @@
-"""Does a copy keep every byte that it was not asked to change?"""
+"""A copy keeps every byte that it was not asked to change."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ USER = b"guest"
 
 
 def copied(raw: bytes, add: Headers, *drop: str, **more: Any) -> bytes:
-    """Splice *raw*."""
+    """The property list of a copy."""
     return splice(raw, Copy(message(raw), "", "q", add, frozenset(drop), **more), USER)
 
 
 def parts(raw: bytes) -> dict[str, bytes]:
-    """Each property's own bytes."""
+    """The bytes of each property."""
     return {name: raw[start:end] for _, name, _, start, end in fields(raw)}
 
 
 def rows(table: bytes) -> list[tuple[bytes, bytes]]:
-    """Each header's own bytes."""
+    """The bytes of each header."""
     return [(key, table[at:end]) for key, at, _, end in entries(table, 4, len(table))]
 
 
@@ -62,7 +62,7 @@ def test_only_what_was_asked_for_changes(
 
 
 @given(properties)
-def test_nothing_asked_nothing_changed(values: Properties) -> None:
+def test_without_changes_the_bytes_are_the_same(values: Properties) -> None:
     """Absent stays absent, empty stays empty."""
     raw = encode(
         Properties(
@@ -73,8 +73,8 @@ def test_nothing_asked_nothing_changed(values: Properties) -> None:
     assert raw == copied(raw, {})
 
 
-def test_types_survive_that_reading_would_change() -> None:
-    """A float32, a narrow integer, a text that is no UTF-8, the same key twice: byte for byte."""
+def test_types_that_decoding_would_change_survive() -> None:
+    """A float32, a narrow integer, a text that isn't UTF-8, a repeated key."""
     table = (
         b"\x01ff\x3f\x80\x00\x00"
         b"\x01bb\x07"
@@ -90,8 +90,8 @@ def test_types_survive_that_reading_would_change() -> None:
     assert struct.pack(">HI", 1 << 13, len(table + count)) + table + count == new
 
 
-def test_a_key_inside_of_a_header_is_not_meant() -> None:
-    """`x-death` holds tables with keys of the same names."""
+def test_keys_within_a_nested_table_are_not_changed() -> None:
+    """`x-death` contains tables with keys of the same names."""
     raw = encode(Properties(headers={"x-death": [{"x-retry-count": 5}], "x-retry-count": 1}))
 
     assert {"x-death": [{"x-retry-count": 5}], "x-retry-count": 2} == decode(
@@ -99,8 +99,8 @@ def test_a_key_inside_of_a_header_is_not_meant() -> None:
     ).headers
 
 
-def test_properties_that_cannot_be_read_travel_on() -> None:
-    """A binary correlation id, a time in the far future: the next reader's problem, unchanged."""
+def test_properties_that_cannot_be_decoded_are_copied() -> None:
+    """A binary correlation id, a time in the far future."""
     raw = struct.pack(">H", 1 << 10 | 1 << 6) + b"\x02\xff\xfe" + b"\xff" * 8
 
     new = copied(raw, {"a": None})
@@ -111,8 +111,8 @@ def test_properties_that_cannot_be_read_travel_on() -> None:
 
 
 @pytest.mark.parametrize(("user", "kept"), [("guest", "guest"), ("other", None), (None, None)])
-def test_a_foreign_user_is_left_out(user: str | None, kept: str | None) -> None:
-    """A broker closes the channel over a user_id that is not the connection's."""
+def test_another_users_id_is_left_out(user: str | None, kept: str | None) -> None:
+    """A broker closes the channel over a user_id that isn't the connection's."""
     assert kept == decode(copied(encode(Properties(user_id=user)), {})).user_id
 
 
@@ -128,10 +128,10 @@ def test_expiration_is_dropped_on_demand(*, keep: bool, kept: str | None) -> Non
 
 
 @given(properties, tables, st.integers(0, 2**32 - 1).map(str))
-def test_an_expiration_is_put_back_where_it_belongs(
+def test_an_expiration_is_inserted_in_its_place(
     values: Properties, add: Headers, expiration: str
 ) -> None:
-    """In the order of the wire, whatever stands before and behind it, and instead of another."""
+    """In the order of the properties, and instead of another."""
     before = decode(copied(encode(values), add, keep_expiration=False))
 
     after = decode(copied(encode(values), add, keep_expiration=False, expiration=expiration))
@@ -152,7 +152,7 @@ def test_an_expiration_is_put_back_where_it_belongs(
     ],
 )
 def test_a_malformed_table_is_kept_as_bytes(bad: bytes, add: dict[str, int]) -> None:
-    """A broker would end the connection over it; in a header of its own it is only data."""
+    """In a header of its own. A broker would end the connection over the table."""
     raw = struct.pack(">HI", 1 << 13 | 1 << 3, len(bad)) + bad + b"\x03app"
 
     new = decode(copied(raw, add))
@@ -161,7 +161,7 @@ def test_a_malformed_table_is_kept_as_bytes(bad: bytes, add: dict[str, int]) -> 
 
 
 def test_a_table_that_is_too_deep_is_kept_as_bytes() -> None:
-    """It could not be read by anybody who reads as we do."""
+    """It could not be decoded again."""
     value = b"V"
     for _ in range(DEEPEST + 1):
         value = b"F" + struct.pack(">I", len(value) + 2) + b"\x01k" + value
@@ -179,8 +179,8 @@ def test_a_table_that_is_too_deep_is_kept_as_bytes() -> None:
         (b"\x20\x08\x00\x00\x00\x00\x09cut", {}),
     ],
 )
-def test_a_list_that_is_cut_off_keeps_what_it_has(raw: bytes, headers: dict[str, bytes]) -> None:
-    """And the rest, where its headers cannot be found, as bytes."""
+def test_a_truncated_list_keeps_what_it_has(raw: bytes, headers: dict[str, bytes]) -> None:
+    """All of it is kept as bytes, too, if the headers cannot be found."""
     new = decode(copied(raw, {"a": 1}))
 
     assert {**headers, "a": 1} == new.headers
@@ -188,8 +188,8 @@ def test_a_list_that_is_cut_off_keeps_what_it_has(raw: bytes, headers: dict[str,
 
 
 @given(st.binary(max_size=80))
-def test_whatever_comes_the_copy_can_be_read_by_a_broker(noise: bytes) -> None:
-    """The copy's structure is sound, also where a text in it is none."""
+def test_a_broker_can_read_a_copy_of_any_bytes(noise: bytes) -> None:
+    """The structure of the copy is valid, even if a text in it isn't UTF-8."""
     new = copied(noise, {"a": 1})
 
     assert list(fields(new))

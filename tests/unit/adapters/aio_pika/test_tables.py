@@ -1,4 +1,4 @@
-"""Do header tables survive, and does what cannot be read or written say so by name?"""
+"""Header tables survive, and errors name the header that cannot be read or written."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def table(rows: bytes) -> bytes:
 
 
 @given(tables)
-def test_what_is_written_is_read_again(headers: dict[str, Any]) -> None:
-    """Each type comes back as it went, a double with all its digits."""
+def test_reading_inverts_writing(headers: dict[str, Any]) -> None:
+    """Each type keeps its value, and a double all its digits."""
     assert headers == read(encode_table(headers))
 
 
 @given(tables)
 def test_pamqp_reads_what_is_written(headers: dict[str, Any]) -> None:
-    """Another reader finds the same."""
+    """With the same values."""
     raw = encode_table(headers)
 
     assert (len(raw), headers) == pamqp_decode.field_table(raw)
@@ -89,7 +89,7 @@ def _writable(value: Any) -> bool:
 
 @given(tables.filter(_writable))
 def test_what_pamqp_writes_is_read(headers: dict[str, Any]) -> None:
-    """Its narrow integers too."""
+    """Including its narrow integers."""
     assert headers == read(pamqp_encode.field_table(headers))
 
 
@@ -118,7 +118,7 @@ def test_what_pamqp_writes_is_read(headers: dict[str, Any]) -> None:
     ][:-1],
 )
 def test_every_type_that_a_broker_sends_is_read(typed: bytes, value: Any) -> None:
-    """A text that is no UTF-8 is bytes; the wire has no type for them that all clients use."""
+    """A text that isn't UTF-8 is bytes: AMQP has no type for bytes that all clients use."""
     read_value = read(table(b"\x01k" + typed))["k"]
 
     assert value == read_value
@@ -139,15 +139,15 @@ def test_every_type_that_a_broker_sends_is_read(typed: bytes, value: Any) -> Non
         (b"\x01kA\x00\x00\x00\x02SV", "cut off"),
     ],
 )
-def test_what_cannot_be_read_says_why(rows: bytes, why: str) -> None:
-    """The reason names the key, where there is one."""
+def test_an_unreadable_table_is_an_error_with_a_reason(rows: bytes, why: str) -> None:
+    """The reason names the key, if there is one."""
     with pytest.raises(TableError, match=why):
         read(table(rows))
 
 
 @given(st.binary(max_size=60))
-def test_no_bytes_do_worse(noise: bytes) -> None:
-    """Whatever a table holds, reading ends in values or in this one error."""
+def test_arbitrary_bytes_are_read_or_raise_a_table_error(noise: bytes) -> None:
+    """Nothing else is raised."""
     with suppress(TableError):
         read(table(noise))
 
@@ -159,8 +159,8 @@ def _nested(levels: int) -> bytes:
     return value
 
 
-def test_tables_in_tables_end_somewhere() -> None:
-    """Python's stack is not a broker's: too deep is an error, not a crash."""
+def test_tables_that_are_nested_too_deep_are_an_error() -> None:
+    """Python's stack would overflow."""
     deep, too_deep = (b"\x01k" + _nested(levels) for levels in (DEEPEST, DEEPEST + 1))
 
     assert "k" in read(table(deep))
@@ -171,8 +171,8 @@ def test_tables_in_tables_end_somewhere() -> None:
 
 
 @pytest.mark.parametrize("key", [b"k" * 255, b"\x00" * 255])
-def test_what_is_wrong_deep_in_tables_is_said_in_few_words(key: bytes) -> None:
-    """It goes into logs, and the sender chooses the names."""
+def test_the_error_of_a_nested_table_is_short(key: bytes) -> None:
+    """It is logged, and the sender chooses the keys."""
     rows = b"\x01vZ"
     for _ in range(DEEPEST):
         rows = bytes((len(key),)) + key + b"F" + table(rows)
@@ -182,7 +182,7 @@ def test_what_is_wrong_deep_in_tables_is_said_in_few_words(key: bytes) -> None:
 
 
 def test_a_value_that_a_broker_could_not_read_is_found() -> None:
-    """Also deep inside, and in an array."""
+    """Even in nested tables and arrays."""
     good = b"F" + table(b"\x01kA" + table(b"Vt\x01"))
     bad = b"F" + table(b"\x01kA" + table(b"VZ"))
 
@@ -213,14 +213,14 @@ for _ in range(DEEPEST + 2):
         (_DEEP, "deep"),
     ],
 )
-def test_what_cannot_be_written_is_named(value: Any, why: str) -> None:
-    """The header's name comes first."""
+def test_a_value_that_cannot_be_written_is_named(value: Any, why: str) -> None:
+    """The error begins with the header's name."""
     with pytest.raises(TableError, match=rf"^'x-header': .*{why}"):
         encode_entry("x-header", value)
 
 
 def test_a_key_has_at_most_255_bytes() -> None:
-    """As on the wire; a longer one is not cut."""
+    """A longer one isn't cut."""
     assert encode_entry("k" * 255, None)
     with pytest.raises(TableError, match="260 bytes"):
         encode_entry("ä" * 130, None)
@@ -242,12 +242,12 @@ def test_a_key_has_at_most_255_bytes() -> None:
         ),
     ],
 )
-def test_types_on_the_wire(value: Any, typed: bytes) -> None:
-    """The ones that other clients read as what they are."""
+def test_python_types_are_written_as_these_field_types(value: Any, typed: bytes) -> None:
+    """The ones that other clients read correctly."""
     assert b"\x01k" + typed == encode_entry("k", value)
 
 
-def test_text_that_utf8_cannot_carry() -> None:
-    """What was escaped in reading goes as it came; anything else as an escape. Nothing raises."""
+def test_lone_surrogates_are_written_without_an_error() -> None:
+    """As the bytes that they were read from, or as an escape."""
     assert b"\xff" == encode_text("\udcff")
     assert b"\\ud800" == encode_text("\ud800")

@@ -1,4 +1,4 @@
-"""Is it said at once, and in words, what is wrong with certificates, keys and their passwords?"""
+"""Errors about certificates, keys and their passwords come early, and say what is wrong."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 
 def made(url: str = "amqps://h", **options: Any) -> None:
-    """Make a transport, which connects to nothing yet."""
+    """Make a transport, which doesn't connect yet."""
     open_transport(Endpoint(url=url, **options))
 
 
-def test_what_is_right_is_taken(files: Callable[[str], str]) -> None:
-    """From settings and from the URL; a key may stand beside its certificate."""
+def test_valid_tls_options_are_accepted(files: Callable[[str], str]) -> None:
+    """From settings and from the URL. A key may be in the file of its certificate."""
     made()
     made(ssl_cafile=files("ca.pem"))
     made(ssl_certfile=files("client.pem"), ssl_keyfile=files("client.key"))
@@ -82,7 +82,7 @@ def test_what_is_right_is_taken(files: Callable[[str], str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "text"),
     [
         ({"ssl_cafile": "gone.pem"}, r"ssl_cafile: there is no file '.*gone\.pem'"),
         ({"ssl_certfile": "gone.pem"}, r"ssl_certfile: there is no file"),
@@ -104,17 +104,17 @@ def test_what_is_right_is_taken(files: Callable[[str], str]) -> None:
         ({"ssl_keyfile": "client.key"}, "ssl_keyfile without a certificate"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(
-    files: Callable[[str], str], given: dict[str, str], said: str
+def test_an_invalid_file_is_an_error_with_the_settings_name(
+    files: Callable[[str], str], given: dict[str, str], text: str
 ) -> None:
-    """Before anything is connected, and with the setting's name."""
-    with pytest.raises(ConfigurationError, match=said):
+    """Before anything is connected."""
+    with pytest.raises(ConfigurationError, match=text):
         made(**{name: files(file) for name, file in given.items()})
 
 
 @pytest.mark.parametrize("wrong", ["wrong-s3cret", "", "s3cret" * 500, "s3cret\ud800"])
-def test_a_wrong_password_of_a_key_is_not_told(files: Callable[[str], str], wrong: str) -> None:
-    """Also one that is no password at all; and nobody is asked at a terminal."""
+def test_a_wrong_key_password_is_not_shown(files: Callable[[str], str], wrong: str) -> None:
+    """Not even one that cannot be a password. Nothing is asked at a terminal."""
     with pytest.raises(ConfigurationError, match="correct ssl_key_password") as caught:
         made(
             ssl_certfile=files("client.pem"),
@@ -127,7 +127,7 @@ def test_a_wrong_password_of_a_key_is_not_told(files: Callable[[str], str], wron
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "text"),
     [
         ("amqps://h?cafile=/no/such", "url: cafile: there is no file"),
         ("amqps://h?capath=/no/such", "url: capath: there is no directory"),
@@ -140,22 +140,22 @@ def test_a_wrong_password_of_a_key_is_not_told(files: Callable[[str], str], wron
         ("amqps://h,amqp://g?cafile=x", "cafile in url is for TLS, and amqp://g:5672/"),
     ],
 )
-def test_what_is_wrong_in_a_url_is_said(url: str, said: str) -> None:
-    """As for settings; a value that only looks like "no" must not switch verification off."""
-    with pytest.raises(ConfigurationError, match=said):
+def test_an_invalid_tls_option_in_the_url_is_an_error(url: str, text: str) -> None:
+    """A value that only looks like "no" must not switch verification off."""
+    with pytest.raises(ConfigurationError, match=text):
         made(url)
 
 
 @pytest.mark.parametrize("name", ["ssl_cafile", "ssl_certfile", "ssl_keyfile", "ssl_key_password"])
-def test_what_would_go_in_clear_is_refused(name: str) -> None:
-    """Whoever names a certificate wants TLS, and has forgotten an s."""
+def test_tls_options_without_tls_are_refused(name: str) -> None:
+    """The user has probably forgotten the s of amqps."""
     with pytest.raises(ConfigurationError, match=rf"{name} is for TLS.*write amqps://") as caught:
         made("amqp://h", **{name: "s3cret"})
     assert "s3cret" not in str(caught.value)
 
 
-def test_verification_is_on_unless_it_is_off() -> None:
-    """Names too."""
+def test_certificate_and_name_are_verified_by_default() -> None:
+    """Unless the URL says no_verify_ssl=1."""
     strict = tls.create_context(tls.tls_options(Endpoint(url=""), WHERE))
     assert (True, ssl.CERT_REQUIRED) == (strict.check_hostname, strict.verify_mode)
     assert strict.minimum_version >= ssl.TLSVersion.TLSv1_2
@@ -165,26 +165,26 @@ def test_verification_is_on_unless_it_is_off() -> None:
     assert (False, ssl.CERT_NONE) == (loose.check_hostname, loose.verify_mode)
 
 
-def test_verification_that_is_off_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    """For each broker that it is off for, without the password that it puts at risk."""
+def test_a_warning_is_logged_for_each_unverified_broker(caplog: pytest.LogCaptureFixture) -> None:
+    """Without the password."""
     made("amqps://u:s3cret@a,b?no_verify_ssl=1")
     made("amqps://u:s3cret@c")
-    told = [each.getMessage() for each in caplog.records if logging.WARNING == each.levelno]
-    assert [True, True] == ["is not verified" in each for each in told]
-    assert "amqps://a:5671/" in told[0]
-    assert "amqps://b:5671/" in told[1]
-    assert "s3cret" not in "".join(told)
+    reported = [each.getMessage() for each in caplog.records if logging.WARNING == each.levelno]
+    assert [True, True] == ["is not verified" in each for each in reported]
+    assert "amqps://a:5671/" in reported[0]
+    assert "amqps://b:5671/" in reported[1]
+    assert "s3cret" not in "".join(reported)
 
 
-async def test_a_file_that_went_away_later_is_waited_for() -> None:
-    """It is being replaced, most likely: worth another attempt."""
+async def test_a_file_that_disappears_later_is_a_temporary_error() -> None:
+    """It is probably being replaced."""
     endpoint = Endpoint(url="amqps://localhost", ssl_cafile="/no/such")
     with pytest.raises(BrokerUnavailable, match="was not tried: ssl_cafile: there is no file"):
         await open_connection(endpoint, parse_url(endpoint.url))
 
 
-def test_nobody_shows_a_password() -> None:
-    """Neither what is handed around inside nor an endpoint."""
+def test_representations_show_no_password() -> None:
+    """Of endpoints and TLS options."""
     endpoint = Endpoint(url=f"amqps://u:{PASSWORD}@h", ssl_key_password=PASSWORD)
     assert PASSWORD not in repr(endpoint)
     assert PASSWORD not in repr(tls.tls_options(endpoint, WHERE))
@@ -211,7 +211,7 @@ def test_each_flaw_of_a_certificate_has_its_advice(code: int, message: str, advi
 
 
 @pytest.mark.parametrize(
-    ("reason", "said"),
+    ("reason", "text"),
     [
         ("WRONG_VERSION_NUMBER", "does not speak TLS there"),
         ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "may want a client certificate"),
@@ -223,9 +223,9 @@ def test_each_flaw_of_a_certificate_has_its_advice(code: int, message: str, advi
         (None, "no reason is given$"),
     ],
 )
-def test_each_broken_handshake_has_its_advice(reason: str | None, said: str) -> None:
+def test_each_failed_handshake_has_its_advice(reason: str | None, text: str) -> None:
     """By the alert that the broker has sent, if it has sent one."""
     error = ssl.SSLError(1, "failed")
     error.reason = reason
-    with pytest.raises(Exception, match=said):
+    with pytest.raises(Exception, match=text):
         raise tls.handshake_error(error, WHERE)

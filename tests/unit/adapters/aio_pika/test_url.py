@@ -1,4 +1,4 @@
-"""Which brokers does a URL name, and what is wrong with one that names none?"""
+"""A URL is parsed into addresses, and errors show no password."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ A = Address
         ("amqp://a,b/x,amqp://c", [A("a", 5672, vhost="x"), A("b", 5672, vhost="x"), A("c", 5672)]),
     ],
 )
-def test_addresses(url: str, addresses: list[Address]) -> None:
-    """What is left out is as elsewhere."""
+def test_a_url_is_parsed_into_addresses(url: str, addresses: list[Address]) -> None:
+    """The defaults are the usual ones."""
     if addresses:
         assert tuple(addresses) == parse_url(url)
     else:
@@ -77,16 +77,16 @@ def test_addresses(url: str, addresses: list[Address]) -> None:
         ("amqp://h?heartbeat=soon", "whole seconds"),
     ],
 )
-def test_what_is_wrong_is_said(url: str, why: str) -> None:
-    """In words, and without a piece of the password."""
+def test_an_invalid_url_is_an_error_without_the_password(url: str, why: str) -> None:
+    """The text says what is wrong."""
     with pytest.raises(ConfigurationError, match=why) as caught:
         parse_url(url)
     assert "secret" not in str(caught.value)
 
 
 @given(st.text(max_size=60))
-def test_no_text_does_worse(text: str) -> None:
-    """Whatever stands in a URL, it is read or refused."""
+def test_any_text_is_parsed_or_a_configuration_error(text: str) -> None:
+    """Nothing else is raised."""
     with suppress(ConfigurationError):
         parse_url(f"amqp://{text}")
 
@@ -100,7 +100,7 @@ def test_no_text_does_worse(text: str) -> None:
     ],
 )
 def test_an_address_shows_no_password(url: str, shown: str) -> None:
-    """Neither in errors nor in logs."""
+    """Neither as a text nor as a representation."""
     [address] = parse_url(url)
 
     assert shown == str(address)
