@@ -1,11 +1,10 @@
-"""What does a test get? If it asks, a real RabbitMQ, found or started once for the whole run.
+"""Fixtures of all tests; a real RabbitMQ is found or started once, if a test uses it.
 
-Unit tests ask for nothing that is here. Of the others none is skipped in silence: where the broker
-is not ours to kill, those marked ``needs_node`` are left out, and the report says so at its head
-and at its end.
+Unit tests use none of these fixtures. No other test is silently skipped: if the broker may not be
+killed, tests marked ``needs_node`` are deselected, and the report says so at its start and end.
 
-Property tests draw new examples on each run, with what repeats a failure printed; and never fail
-for being slow, since a busy machine says nothing about the code.
+Property tests draw new examples in each run, print how to reproduce a failure, and never fail for
+being slow, since a busy machine says nothing about the code.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Choose the broker before anything runs, and leave out what it must not be made to suffer."""
+    """Choose the broker before any test runs, and deselect tests that it must not suffer."""
     if all(item.path.is_relative_to(_UNIT) for item in items):
         return
     try:
@@ -93,12 +92,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in hurting]
         config.stash[_LEFT_OUT] = (
             f"NOT RUN: {len(hurting)} tests marked needs_node, which kill or administer the broker;"
-            f" {source.description} is not theirs to hurt"
+            f" {source.description} must not be killed"
         )
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
-    """Say at the head of the report what is tested on, and what is not tested."""
+    """Report which broker is used, and what is not tested."""
     source = config.stash.get(_SOURCE, None)
     lines = [f"broker: {source.description}"] if isinstance(source, BrokerSource) else []
     if _LEFT_OUT in config.stash:
@@ -109,7 +108,7 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Say at its end what was missing: the head has scrolled away by then."""
+    """Report what is missing again at the end, where it is seen."""
     source = config.stash.get(_SOURCE, None)
     if isinstance(source, NoBrokerError):
         terminalreporter.section("no broker", red=True)
@@ -122,7 +121,7 @@ def pytest_terminal_summary(
 def broker(
     pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningBroker]:
-    """A RabbitMQ that answers: ``broker.url``, ``broker.version``."""
+    """A running RabbitMQ: ``broker.url``, ``broker.version``."""
     source = pytestconfig.stash[_SOURCE]
     if isinstance(source, NoBrokerError):
         pytest.fail("there is no broker; the end of the report says what to do", pytrace=False)
@@ -148,7 +147,7 @@ def amqp_url(broker: RunningBroker) -> str:
 def rabbitmq(broker: RunningBroker, request: pytest.FixtureRequest) -> Iterator[RabbitMQ]:
     """The node itself, for tests marked ``needs_node``: they may kill, pause and administer it.
 
-    Afterwards it runs again for the next test, whatever this one did to it.
+    Afterwards it is started or continued for the next test.
     """
     if request.node.get_closest_marker("needs_node") is None:
         pytest.fail("a test that asks for rabbitmq must be marked needs_node", pytrace=False)
@@ -159,7 +158,7 @@ def rabbitmq(broker: RunningBroker, request: pytest.FixtureRequest) -> Iterator[
 
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
-    """A PostgreSQL that answers, found or started as the broker is."""
+    """A running PostgreSQL, found or started like the broker."""
     with ExitStack() as running:
         try:
             url = running.enter_context(postgres())
@@ -174,7 +173,7 @@ def postgres_url() -> Iterator[str]:
 
 @pytest.fixture
 async def schema(postgres_url: str, name: str) -> AsyncIterator[tuple[asyncpg.Connection, str]]:
-    """A schema of its own, as a connection to it and the URL that leads there."""
+    """A new schema, as a connection and a URL that use it."""
     own = name.replace("-", "_")
     connection = await asyncpg.connect(postgres_url)
     await connection.execute(f"CREATE SCHEMA {own}")
@@ -186,33 +185,33 @@ async def schema(postgres_url: str, name: str) -> AsyncIterator[tuple[asyncpg.Co
 
 @pytest.fixture(params=["fast", "plain"])
 def wire(request: pytest.FixtureRequest) -> Wire:
-    """Each source in which the adapter can carry messages."""
+    """Each way in which the adapter can send and receive messages."""
     found: Wire = request.param
     return found
 
 
 @pytest.fixture
 def on_both_wires(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test of a whole consumer twice; ``nox -s wires`` runs all of them on the plain wire."""
+    """Run a test of a whole consumer twice; ``nox -s wires`` runs all on the plain wire."""
     monkeypatch.setenv("AIO_PIKA_BATCH_WIRE", wire)
 
 
 @pytest.fixture
 def name() -> str:
-    """A prefix for names of queues and exchanges that no other test uses."""
+    """A unique prefix for names of queues and exchanges."""
     return f"test-{uuid.uuid4().hex[:12]}"
 
 
 @pytest.fixture
 async def channel(amqp_url: str) -> AsyncIterator[AbstractChannel]:
-    """A plain channel with confirms, to set the scene and to see what has become of it."""
+    """An aio-pika channel with confirms, to declare and to inspect."""
     async with await aio_pika.connect(amqp_url) as connection:
         yield await connection.channel()
 
 
 @pytest.fixture
 async def proxy(amqp_url: str) -> AsyncIterator[TcpProxy]:
-    """A line to the broker to cut, freeze and slow down: connect to ``proxy.url(amqp_url)``."""
+    """A proxy to the broker, to cut, freeze and slow down: connect to ``proxy.url(amqp_url)``."""
     where = aio_pika.connection.make_url(amqp_url)
     async with TcpProxy(where.host or "localhost", where.port or 5672) as proxy:
         yield proxy

@@ -1,4 +1,4 @@
-"""How many stories are told? More where nobody waits for them."""
+"""How many stories the tests play: more in CI."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 _DEFAULT = "1000" if os.environ.get("CI") else "100"
 
 STORIES = int(os.environ.get("AIO_PIKA_BATCH_TEST_STORIES", _DEFAULT))
-"""For each test that plays them in memory, where each takes some ten milliseconds."""
+"""For each test that plays stories in memory, where each takes about ten milliseconds."""
 
 REAL_STORIES = int(os.environ.get("AIO_PIKA_BATCH_TEST_REAL_STORIES", "40"))
-"""On a real broker, where they take real time."""
+"""For the tests on a real broker, where stories take real time."""

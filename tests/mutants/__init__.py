@@ -1,1 +1,1 @@
-"""Would the tests notice? The table of mutants, and what runs it."""
+"""Mutants of the source, each of which a test must detect, and the program that runs them."""

@@ -1,8 +1,8 @@
-"""Run the tests against each mutant: ``python -m tests.mutants [WORD …]``, run by `nox -s mutants`.
+"""Runs the tests against each mutant: ``python -m tests.mutants [WORD …]``, or `nox -s mutants`.
 
-A mutant that no test kills is a failure, and so is one that is out of date. With words, only
-mutants whose file or trap has one of them are run. Those that need no broker come first, and two
-are tried at a time.
+A mutant that no test kills is a failure, and so is one whose quote is out of date. With words, only
+mutants whose file or trap contains one of them run. Mutants without a broker come first, and two
+run at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FAILED = 1  # pytest's exit code for "some tests failed"
 
 
 def main(words: Sequence[str]) -> int:
-    """Run those that are asked for; returns how many survived."""
+    """Run the selected mutants; return how many survived."""
     wanted = [
         each
         for each in TABLE

@@ -1,4 +1,4 @@
-"""What is a mutant? One change for the worse, and the tests that must notice it."""
+"""A mutant: a change that introduces a bug, and the tests that must detect it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """One change for the worse.
+    """A change that introduces a bug.
 
     Attributes:
-        trap: What happens then, in a sentence.
-        file: Below `src/aio_pika_batch`.
-        tests: What pytest is to run, at least one of which must fail.
+        trap: The bug, in a sentence.
+        file: The changed file, relative to `src/aio_pika_batch`.
+        tests: The tests that pytest runs; at least one must fail.
     """
 
     trap: str
@@ -23,5 +23,5 @@ class Mutant:
 
     @property
     def needs_broker(self) -> bool:
-        """Whether one of its tests does."""
+        """Whether one of its tests needs a broker."""
         return any("integration" in each for each in self.tests)

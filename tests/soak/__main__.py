@@ -252,7 +252,7 @@ def main() -> int:
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     source = choose()
     if not source.has_node:
-        parser.error(f"a soak pauses its broker, and {source.description} is not ours to hurt")
+        parser.error(f"a soak pauses its broker, and {source.description} must not be paused")
     with tempfile.TemporaryDirectory() as folder, source.start(Path(folder, "broker")) as broker:
         seen = asyncio.run(soak(given.minutes, given.seed, Path(folder), broker))
     write(seen, given.docs)

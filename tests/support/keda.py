@@ -1,6 +1,6 @@
-"""Does KEDA understand its manifests? ``python -m tests.support.keda`` asks its schema.
+"""Validates the KEDA manifests against KEDA's schema: ``python -m tests.support.keda``.
 
-The schema comes from the npm registry, as the package `@kubernetes-models/keda`, which is made of
+The schema comes from the npm registry, as the package `@kubernetes-models/keda`, which is made from
 KEDA's own definitions.
 """
 
@@ -29,7 +29,7 @@ for (const each of JSON.parse(process.argv[2])) {
 
 
 def check(manifests: list[object]) -> bool:
-    """Ask KEDA's schema; says what is wrong. Returns whether nothing is."""
+    """Validate the manifests, and print what is wrong. Return whether nothing is."""
     with tempfile.TemporaryDirectory() as folder:
         npm(["install", "--silent", "--no-save", "--prefix", folder, PACKAGE], check=True)
         script = Path(folder) / "check.mjs"

@@ -1,13 +1,13 @@
-"""Which NATS server does the example of a transport run on?
+"""Finds or starts the NATS server for the example of a transport.
 
-The first of these that there is:
+It uses the first of these:
 
-1. the one that ``AIO_PIKA_BATCH_TEST_NATS`` names; its JetStream must be on;
+1. the server that ``AIO_PIKA_BATCH_TEST_NATS`` names, with JetStream enabled;
 2. a private one of the ``nats-server`` installed on this machine;
 3. a private one of the ``nats-server`` that this machine's package manager can install.
 
-As with the broker there is no "none": a test that is skipped looks just like one that passed. A
-private server has its own port of 127.0.0.1 and its own data, which are gone afterwards.
+Without a server the tests fail: a skipped test is easily taken for one that has passed. A private
+server has its own port of 127.0.0.1 and its own data, which are deleted afterwards.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _START_TIMEOUT = 30  # seconds; an idle machine needs a tenth of one
 
 
 class NoNatsError(Exception):
-    """No NATS server could be had; the message says what was tried, and what would help."""
+    """There is no NATS server; the message says what was tried, and what to do."""
 
 
 @contextmanager
 def nats(folder: Path) -> Iterator[str]:
-    """Find or start one; gives its URL."""
+    """Find or start a server; yield its URL."""
     if url := os.environ.get(URL):
         yield url
         return

@@ -1,4 +1,4 @@
-"""How does a machine get a server that it has not got, without one that starts by itself?"""
+"""Installs servers by the machine's package manager, without starting them as services."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOCK = Path(tempfile.gettempdir(), "aio-pika-batch-installs.lock")
 
 
 class InstallError(Exception):
-    """A package manager failed; what it said stands in the report."""
+    """A package manager failed; the report has its output."""
 
 
 def install_commands(package: str, *, brew: str, dnf: str | None = None) -> list[list[str]] | None:
@@ -49,7 +49,7 @@ def install_commands(package: str, *, brew: str, dnf: str | None = None) -> list
 
 
 def install_and_find(commands: list[list[str]], look: Callable[[], T | None], what: str) -> T:
-    """Install, and return what *look* finds then; raise ``InstallError`` where that is nothing."""
+    """Install, and return what *look* then finds; raise ``InstallError`` if that is None."""
     install(commands)
     found = look()
     if found is None:
@@ -58,9 +58,10 @@ def install_and_find(commands: list[list[str]], look: Callable[[], T | None], wh
 
 
 def install(commands: list[list[str]]) -> None:
-    """Run them; raise ``InstallError`` at the first that fails.
+    """Run the commands; raise ``InstallError`` at the first that fails.
 
-    One at a time on this machine: package managers have no patience with each other.
+    Only one installation runs at a time on this machine, since package managers lock each other
+    out.
     """
     with _LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -72,7 +73,7 @@ def install(commands: list[list[str]]) -> None:
 
 
 def _rights() -> list[str] | None:
-    """Return what a command must be preceded by to run as root, or None if we may not."""
+    """Return the prefix that runs a command as root, or None if that is not allowed."""
     if os.geteuid() == 0:
         return []
     asks = ["sudo", "--non-interactive"]

@@ -1,15 +1,15 @@
-"""Which PostgreSQL do tests write to?
+"""Finds or starts the PostgreSQL for tests.
 
-The first of these that there is:
+It uses the first of these:
 
-1. the one that ``AIO_PIKA_BATCH_TEST_POSTGRES`` names;
+1. the server that ``AIO_PIKA_BATCH_TEST_POSTGRES`` names;
 2. a private server of the programs installed on this machine;
 3. a private server of those that this machine's package manager can install.
 
-As with the broker there is no "none": a test that is skipped looks just like one that passed.
+Without a server the tests fail: a skipped test is easily taken for one that has passed.
 
-A private server has its own port of 127.0.0.1 and its own data, which are gone afterwards. It
-refuses to run as root, so it is then run as the user that its package has made.
+A private server has its own port of 127.0.0.1 and its own data, which are deleted afterwards.
+PostgreSQL refuses to run as root, so root runs it as the user that its package has created.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _START_TIMEOUT = 60  # seconds; an idle machine needs one
 
 
 class NoPostgresError(Exception):
-    """No PostgreSQL could be had; the message says what was tried, and what would help."""
+    """There is no PostgreSQL; the message says what was tried, and what to do."""
 
 
 @contextmanager
 def postgres() -> Iterator[str]:
-    """Find or start one; gives its URL."""
+    """Find or start a server; yield its URL."""
     if url := os.environ.get(URL):
         yield url
         return
@@ -61,7 +61,7 @@ def postgres() -> Iterator[str]:
 
 
 def installed() -> Path | None:
-    """Return the folder of the newest PostgreSQL's programs on this machine."""
+    """Return the folder of the newest PostgreSQL programs on this machine."""
     found = [
         folder
         for pattern in _PATTERNS
@@ -96,7 +96,7 @@ Do one of these:
 
 @contextmanager
 def _data_folder() -> Iterator[Path]:
-    """Make a folder that the server's user can reach, and delete it afterwards.
+    """Create a folder that the server's user can reach, and delete it afterwards.
 
     Not below pytest's own folder, and not always in `TMPDIR`: that may be in a checkout that only
     root may enter.
@@ -122,7 +122,7 @@ def _data_folder() -> Iterator[Path]:
 
 
 def _as_user() -> list[str]:
-    """Return what a command must be preceded by to run as the server's user."""
+    """Return the prefix that runs a command as the server's user."""
     if os.geteuid() != 0:
         return []
     user = pwd.getpwnam(_USER)
@@ -169,7 +169,7 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
-    """End it at once, but let it take its children along: they are in sessions of their own."""
+    """Stop it at once, but let it stop its children, which are in their own sessions."""
     server.send_signal(signal.SIGQUIT)
     try:
         server.wait(timeout=10)

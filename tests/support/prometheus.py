@@ -1,7 +1,8 @@
-"""Which Prometheus do tests ask?
+"""Starts the Prometheus for tests.
 
-The one installed on this machine, or the one that its package manager installs. As with the broker
-there is no "none". A server is private: its own port of 127.0.0.1, its own data, gone afterwards.
+It is the one installed on this machine, or the one that its package manager installs. Without one
+the tests fail. The server has its own port of 127.0.0.1 and its own data, which are deleted
+afterwards.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ scrape_configs:
 
 
 class NoPrometheusError(Exception):
-    """No Prometheus could be had; the message says what was tried, and what would help."""
+    """There is no Prometheus; the message says what was tried, and what to do."""
 
 
 def program(name: str) -> str:
@@ -63,11 +64,13 @@ class Prometheus:
         self.url = f"http://{LOCALHOST}:{port}"
 
     def ask(self, expression: str) -> list[dict[str, Any]]:
-        """Evaluate an expression now; raise ``ValueError`` with its words where it is none."""
+        """Evaluate an expression now; raise ``ValueError`` with the server's error if it is
+        invalid.
+        """
         return list(self._get("query", query=expression)["result"])
 
     def alerts(self) -> list[str]:
-        """The names of the alerts that it watches for."""
+        """The names of its alerts."""
         groups = self._get("rules", type="alert")["groups"]
         return [str(rule["name"]) for group in groups for rule in group["rules"]]
 
@@ -92,7 +95,7 @@ class Prometheus:
 def prometheus(
     target: str, folder: Path, configuration: Path | None = None
 ) -> Iterator[Prometheus]:
-    """Start one that scrapes *target*, ``host:port``; be it the one of a given configuration."""
+    """Start a server that scrapes *target*, ``host:port``, perhaps with a given configuration."""
     if configuration is None:
         configuration = folder / "prometheus.yaml"
         configuration.write_text(_CONFIGURATION.format(target=target))
@@ -128,7 +131,7 @@ def prometheus(
 
 
 def promtool(*arguments: str | Path) -> str:
-    """Run ``promtool``; raise ``ValueError`` with its words where it finds fault."""
+    """Run ``promtool``; raise ``ValueError`` with its output if it fails."""
     command: Sequence[str] = [program("promtool"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

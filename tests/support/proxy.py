@@ -1,8 +1,7 @@
-"""What does the library do when the line to the broker is slow, silent or cut?
+"""A TCP proxy in front of the broker, which can be slow, silent or cut.
 
-A proxy between the two can be each of these at will. A black hole is made by forwarding nothing:
-what a side sends is taken from it and goes nowhere, as on a line whose packets are lost, until
-``thaw`` lets all of it through, as the retransmissions would.
+A black hole is simulated by forwarding nothing: bytes are read and held, as on a network that loses
+packets, until ``thaw`` forwards all of them, as retransmissions would.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _DIE_AT_ONCE = struct.pack("ii", 1, 0)  # SO_LINGER for 0 s: closing sends RST, 
 
 
 class TcpProxy:
-    """A proxy on a port of 127.0.0.1 of its own, in front of ``host:port``.
+    """A proxy with its own port of 127.0.0.1, in front of ``host:port``.
 
     Attributes:
         port: Where it listens, also after it refused for a while.
@@ -43,7 +42,7 @@ class TcpProxy:
 
     @property
     def connections(self) -> int:
-        """How many connections are open now; those that were cut are not."""
+        """The number of open connections, without those that were cut."""
         return sum(not task.cancelling() for task in self._lines)
 
     def url(self, amqp_url: str) -> str:
@@ -53,17 +52,17 @@ class TcpProxy:
         return parts._replace(netloc=f"{user}{at}{LOCALHOST}:{self.port}").geturl()
 
     def cut(self) -> None:
-        """Reset all connections, as a firewall does that has forgotten them. New ones may come."""
+        """Reset all connections, like a firewall that lost its state; new ones are accepted."""
         for task, writers in self._lines.items():
             _reset(writers)
             task.cancel()
 
     def cut_after(self, n_bytes: int, direction: Direction = "to_client") -> None:
-        """Let exactly *n_bytes* more through in *direction*, then ``cut``, in mid-frame or not."""
+        """Forward exactly *n_bytes* more in *direction*, then ``cut``, within a frame or not."""
         self._left[direction] = n_bytes
 
     async def refuse(self, on: bool = True) -> None:
-        """Refuse new connections as a machine without a broker does, or accept them again."""
+        """Refuse new connections, like a machine without a broker, or accept them again."""
         if on and self._server is not None:
             self._server.close()
             self._server = None
@@ -71,21 +70,21 @@ class TcpProxy:
             self._server = await asyncio.start_server(self._accept, LOCALHOST, self.port)
 
     def freeze(self, *directions: Direction) -> None:
-        """Let nothing through in *directions*, or in both, if none is given."""
+        """Forward nothing in *directions*; by default in both."""
         for direction in directions or _BOTH:
             self._open[direction].clear()
 
     def thaw(self) -> None:
-        """Let everything through again, first of all what was held."""
+        """Forward everything again, first the bytes that were held."""
         for gate in self._open.values():
             gate.set()
 
     def latency(self, seconds: float) -> None:
-        """Hold whatever comes from now on for so long, in each direction, in order."""
+        """Delay everything from now on by so many seconds, in each direction and in order."""
         self._latency = seconds
 
     def trickle(self, n_bytes: int, seconds: float) -> None:
-        """Let through *n_bytes* at a time, with so many seconds between; 0 bytes: all there is."""
+        """Forward *n_bytes* at a time, with so many seconds in between; 0 bytes: no limit."""
         self._trickle = (n_bytes, seconds) if n_bytes else None
 
     async def __aenter__(self) -> Self:
@@ -107,7 +106,7 @@ class TcpProxy:
     async def _serve(
         self, client: asyncio.StreamReader, writers: list[asyncio.StreamWriter]
     ) -> None:
-        """Carry one connection until both sides have ended it, or either was reset."""
+        """Forward one connection until both sides have closed it, or one has reset it."""
         try:
             broker, writer = await asyncio.open_connection(*self._upstream)
             writers.append(writer)
@@ -124,7 +123,7 @@ class TcpProxy:
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: Direction
     ) -> None:
-        """Carry one direction: bytes are taken as they come, and handed on when they are due."""
+        """Forward one direction: read bytes as they come, and write them when they are due."""
         time = asyncio.get_running_loop().time
         under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=64)
 

@@ -1,10 +1,7 @@
-"""What do tests publish to, when an example publishes to Google Pub/Sub?
+"""What tests of the Google Pub/Sub example publish to, through the real client.
 
-Two things, both by the real client:
-
-* a small server of ours that speaks the same service, as far as publishing needs it, and fails on
-  demand;
-* Google's emulator, where it and a Java are installed.
+* a small server that implements publishing, and fails on demand;
+* Google's emulator, if it and Java are installed.
 """
 
 from __future__ import annotations
@@ -55,7 +52,7 @@ class Service(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc is not type
         return [message for request in self.requests for message in request]
 
     def service(self, handler_call_details: Any) -> Any:
-        """Find the method for a call."""
+        """Return the method for a call."""
         match handler_call_details.method.rpartition("/")[2]:
             case "CreateTopic":
                 return _unary(self._create_topic, types.Topic, types.Topic)
@@ -94,7 +91,7 @@ def _unary(behaviour: Callable[[Any, Any], Any], asked: Any, answered: Any) -> A
 
 @contextmanager
 def ours() -> Iterator[tuple[str, Service]]:
-    """Run our server; gives what `PUBSUB_EMULATOR_HOST` must be, and its books."""
+    """Run our server; yield the value for `PUBSUB_EMULATOR_HOST`, and the service."""
     service = Service()
     service.may_answer.set()
     # One thread: requests are answered one after another, so their order is a fact.
@@ -110,14 +107,14 @@ def ours() -> Iterator[tuple[str, Service]]:
 
 
 def emulator_jar() -> str | None:
-    """Find Google's emulator, and a Java to run it."""
+    """Return the path of Google's emulator, if Java is installed, too."""
     jars = sorted(_JARS.glob("cloud-pubsub-emulator-*-all.jar"))
     return str(jars[-1]) if jars and shutil.which("java") else None
 
 
 @contextmanager
 def emulator(jar: str) -> Iterator[str]:
-    """Run Google's emulator; gives what `PUBSUB_EMULATOR_HOST` must be."""
+    """Run Google's emulator; yield the value for `PUBSUB_EMULATOR_HOST`."""
     port = free_port()
     command = ["java", "-Xmx256m", "-jar", jar, f"--host={LOCALHOST}", f"--port={port}"]
     process = spawn(command, stdout=subprocess.DEVNULL)
