@@ -290,6 +290,7 @@ class _Selector:
     def fail(self, message: Message, reason: str) -> None:
         """Count a dead letter that matches but stays in the queue."""
         self._report.failed[reason] += 1
+        # It goes back to the queue. If its delivery limit is near, the replay ends here.
         self._browser.can_return(message)
 
     def _select(self, messages: Sequence[Message]) -> list[Letter]:
@@ -339,6 +340,7 @@ class _CopyPublisher:
                 failed.append((copy, reason))
         if not ready:
             return failed
+        # Only now: a dry run, or one without matches, needs no second connection.
         if self._publisher is None:
             self._publisher = await self._stack.enter_async_context(self._transport.publisher())
         outcomes = await self._publisher.publish(ready)
@@ -350,6 +352,7 @@ class _CopyPublisher:
                 failed.append((copy, _describe_failure(copy, outcome)))
         await self._browser.done(arrived)
         self._report.done += len(arrived)
+        # Every later copy would be unconfirmed as well, and perhaps published twice.
         if Outcome.UNKNOWN in outcomes or not self._publisher.is_open:
             self._browser.end("the connection for publishing was lost, or sent no confirmation")
         return failed

@@ -77,6 +77,7 @@ class QueueBrowser:
         left = (self._most if self.ready is None else self.ready) - self.seen
         if left <= 0 or self.ended is not None:
             return []
+        # The broker sends no more than the prefetch count, however long one waits.
         if not self._arrived and len(self._held) >= self._most:
             self.end(f"{self._most} dead letters are held, the maximum")
             return []
@@ -191,6 +192,7 @@ async def browse(
     version, known = await _ask(transport, queue, limit)
     ready = await transport.count(queue) if isinstance(transport, CountingTransport) else None
     browser = QueueBrowser(ready, most, known, stop)
+    # No session for an empty queue: it would wait for a message in vain.
     if ready == 0:
         yield browser
         return

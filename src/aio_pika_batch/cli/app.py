@@ -52,6 +52,7 @@ class Exit(IntEnum):
 def exit_code(error: BaseException) -> Exit:
     """Return the exit code for an error."""
     match error:
+        # A wrong queue stays wrong until somebody changes the settings or the broker.
         case ConfigurationError() | TopologyError():
             return Exit.USAGE
         case BrokerUnavailable() | AccessRefused():
@@ -77,6 +78,7 @@ def escape_controls(text: str) -> str:
 
 def print_error(error: object) -> None:
     """Print an error on standard error."""
+    # The error may contain text from elsewhere, such as the broker's. Its line breaks are kept.
     text = "\n".join(map(escape_controls, str(error).split("\n")))
     print(f"{NAME}: {text}", file=sys.stderr)
 
@@ -154,6 +156,7 @@ def run_app(tokens: Sequence[str] | None = None) -> int:
     """
     try:
         code: int = app(tokens, exit_on_error=False)
+        # Here and not at exit, so that a closed pipe is handled below.
         sys.stdout.flush()
     except CycloptsError:
         return Exit.USAGE  # cyclopts has printed it, see `_format_usage_error`

@@ -70,6 +70,7 @@ def _settings(consumer: AnyConsumer, *, url_given: bool) -> list[tuple[str, obje
     settings = consumer.settings
     sources = settings.provenance
     values = settings.model_dump(mode="json", fallback=str)
+    # Passwords of other settings are masked by their type.
     values["url"] = mask_url(settings.url)
     rows = [
         (name, value, "command line" if name == "url" and url_given else sources[name])
@@ -111,6 +112,7 @@ def _finding(comparison: Comparison) -> CheckFinding | None:
     match comparison.state:
         case EntityState.EXISTS | EntityState.UNSEEN:
             return None
+        # The consumer would not create it either: it has declare=False, or the exchange must exist.
         case EntityState.MISSING if not isinstance(entity, Binding) and entity.check_only:
             return CheckFinding("error", comparison.words)
         case EntityState.MISSING:

@@ -275,6 +275,7 @@ def purge_(
             **found.how,
         ),
     )
+    # Not a success: a script that forgets --yes must notice.
     if not yes:
         print_error("nothing was deleted; add --yes to delete them")
         return code or Exit.USAGE
@@ -304,6 +305,7 @@ def _run_interruptible(work: Callable[[asyncio.Event], Coroutine[Any, Any, _T]])
     try:
         return asyncio.run(main())
     except asyncio.CancelledError:
+        # After the second signal, as after a Ctrl-C that nothing handles.
         raise KeyboardInterrupt from None
 
 
@@ -321,6 +323,7 @@ def _run_with_progress(verb: str, work: _Work) -> int:
             last[:] = [report]
             bar.update(report)
 
+        # The error itself doesn't say how many were replayed before it.
         try:
             report = _run_interruptible(lambda stop: work(stop, on_progress))
         except TransportError:

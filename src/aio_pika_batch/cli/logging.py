@@ -57,6 +57,7 @@ def configure_logging(
         handler.setFormatter(JsonFormatter())
     else:
         handler = _console_handler(stream, is_terminal=is_terminal)
+    # Replaces what an import has configured: two handlers would write every line twice.
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
     for name in CLIENTS:
@@ -103,6 +104,8 @@ def _console_handler(stream: TextIO, *, is_terminal: bool) -> logging.Handler:
     if is_terminal and importlib.util.find_spec("rich"):
         from rich.console import Console
         from rich.logging import RichHandler
+
+        # A repeated time stays on its line: lines are copied and searched one by one.
 
         handler: logging.Handler = RichHandler(
             console=Console(file=stream), show_path=False, omit_repeated_times=False

@@ -39,6 +39,7 @@ _HEX_ROW = 16
 def console() -> Console:
     """Return a console for standard output."""
     found = Console(highlight=False, soft_wrap=False)
+    # Rich would wrap the lines at 80 columns.
     if not found.is_terminal:
         found = Console(highlight=False, width=_PIPE_WIDTH)
     return found
@@ -227,6 +228,7 @@ def _decoded(body: bytes, *, is_whole: bool) -> str | None:
         if is_whole or error.start < len(body) - 3 or "unexpected end" not in error.reason:
             return None
         text = body[: error.start].decode()
+    # Text has no NUL, but many binary formats that decode as UTF-8 do.
     return None if "\0" in text else text
 
 

@@ -82,12 +82,15 @@ def run(
         log_level=log_level,
         log_format=log_format,
         loop=loop,
+        # Without a port to serve them on, metrics would cost time for nothing.
         has_metrics=supervision.health_port is not None and has_prometheus(),
     )
     configure_logging(log_level, log_format)
     if processes is None and not reload:
         return run_loop(partial(_run_here, options, supervision), loop)
     size = 1 if processes is None else processes
+    # Errors that don't depend on the user's code are reported before any process is started. The
+    # environment file is read here, and the processes inherit the variables.
     policy = _policy(options, supervision, size, is_reloading=reload)
     prepare(options.loading)
     return asyncio.run(_supervise(policy, options, supervision))
@@ -122,6 +125,8 @@ def _policy(
         size=size,
         hung_after=silence,
         start_timeout=max(silence, 120.0),
+        # The settings are the user's code, which this process doesn't import. A process reports its
+        # own limit with its first heartbeat.
         drain_timeout=options.drain_timeout or 25.0,
         crash_limit=crash_limit,
         fatal_codes=FATAL_CODES,

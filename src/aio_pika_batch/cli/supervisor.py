@@ -141,12 +141,14 @@ class Supervisor:
 
     def _share_metrics(self, stack: AsyncExitStack) -> None:
         """Give the processes a folder in which prometheus-client adds up what they count."""
+        # Before the first process starts: prometheus-client reads the variable on import.
         if self._options.has_metrics and MULTIPROCESS_DIR not in os.environ:
             folder = TemporaryDirectory(prefix="aio-pika-batch-metrics-")
             os.environ[MULTIPROCESS_DIR] = stack.enter_context(folder)
             stack.callback(os.environ.pop, MULTIPROCESS_DIR)
 
     def _handle_signals(self, stack: AsyncExitStack) -> None:
+        # Not by `process_signals`: it doesn't handle SIGHUP, and there are no consumers here.
         loop = asyncio.get_running_loop()
         handlers: Mapping[signal.Signals, Callable[[], None]] = {
             signal.SIGTERM: self._on_stop_signal,
@@ -201,10 +203,12 @@ class Supervisor:
             str(theirs.fileno()),
             *self._options.targets,
         )
+        # Our copy of their end must be closed, or the socket would outlive the process.
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *command,
+                # Several processes can't share the input of a terminal. They share its output.
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
             )
@@ -225,10 +229,12 @@ class Supervisor:
                 heartbeat = Heartbeat(**message["heartbeat"])
                 self._manager.on_heartbeat(slot, heartbeat, time.monotonic())
                 self._changed.set()
+        # The socket may close before the process has exited: its interpreter is shutting down.
         code = await child.process.wait()
         child.writer.close()
         del self._children[slot]
         if self._options.has_metrics:
+            # Here too, only the user's choice of metrics imports prometheus-client.
             from aio_pika_batch.observers.prometheus import process_died
 
             process_died(child.process.pid)

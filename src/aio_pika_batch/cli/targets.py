@@ -81,6 +81,7 @@ def prepare(loading: TargetOptions) -> None:
     folder = loading.app_dir.resolve()
     if not folder.is_dir():
         raise ConfigurationError(f"--app-dir: {loading.app_dir} is not a folder")
+    # First on the path, so that no installed package hides a module of the user.
     if str(folder) not in sys.path[:1]:
         sys.path.insert(0, str(folder))
     if loading.env_file is not None:
@@ -97,8 +98,7 @@ def _module(name: str, folder: Path) -> ModuleType:
         with _locate_errors(name, "cannot be imported"):
             return import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise
+        # The target itself is missing. `_locate_errors` reports a module that the target imports.
         msg = (
             f"{name}: there is no module {error.name!r} in {folder.resolve()}, and none is"
             " installed; use --app-dir to name its folder"
@@ -163,6 +163,8 @@ def _location(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return ""  # its text names the line
     ours = str(Path(__file__).parents[1])
+    # The user cares for the last line of their own code, not for those of importlib or of this
+    # library that called it.
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -186,6 +188,7 @@ def _names(module: ModuleType) -> list[str]:
         if not name.startswith("_")
         and (
             isinstance(value, BaseConsumer)
+            # A class that was imported from elsewhere isn't meant to be run.
             or (
                 isclass(value)
                 and issubclass(value, BaseConsumer)
@@ -258,6 +261,7 @@ def find_queue(
     elif place.queue is not None:
         prepare(loading)
         queue = place.queue
+        # A consumer all the same: its settings bring the broker's URL and TLS from the environment.
         given = {} if loading.url is None else {"url": loading.url}
         consumer = _NoConsumer(ConsumerSettings(queue_name=queue, **given))
     else:

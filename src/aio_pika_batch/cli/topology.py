@@ -83,6 +83,7 @@ def topology(
     """
     silence_clients()
     consumer = load(target, loading or TargetOptions())
+    # What the consumer needs, whether or not it declares it itself.
     needed = build_topology(replace(topology_options(consumer.settings), declare=True))
     if apply and dry_run:
         raise ConfigurationError("--apply and --dry-run contradict each other: use one of them")
@@ -192,6 +193,7 @@ def _version(stated: str | None, consumer: AnyConsumer, needed: Topology) -> Ver
 
 def _vhost(url: str) -> str:
     """Return the virtual host of a URL; `/`, the default one, if it has none."""
+    # Several URLs name nodes of one cluster, so any of them has the virtual host.
     return unquote(urlsplit(url.rsplit(",", maxsplit=1)[-1]).path[1:]) or "/"
 
 
@@ -229,8 +231,10 @@ async def _compare(transport: Transport, entity: Exchange | Queue) -> Comparison
         await transport.declare(_only(replace(entity, check_only=True)))
     except TopologyError as error:
         words = str(error)
+        # The error has no code of its own, but the broker's words have (AMQP 0-9-1, 404).
         missing = "404" in words or "NOT_FOUND" in words
         return Comparison(entity, EntityState.MISSING if missing else EntityState.REFUSED, words)
+    # Such an entity is used as it is, so that nothing can differ.
     if entity.existing_first or entity.check_only:
         return Comparison(entity, EntityState.EXISTS)
     try:

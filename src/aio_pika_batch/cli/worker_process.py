@@ -137,6 +137,7 @@ async def _wait_for(consumers: Sequence[AnyConsumer], tasks: Sequence[asyncio.Ta
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     finally:
+        # One has failed, or this task was cancelled: the others must not run on unsupervised.
         for consumer in consumers:
             consumer.request_stop()
     results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -165,10 +166,13 @@ def main(fd: int) -> Exit:
     # A rolling restart is the supervisor's task, also if the whole process group gets SIGHUP.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     connection = socket.socket(fileno=fd)
+    # A program that the user's code starts would otherwise keep the socket open after this process
+    # has ended, and the supervisor would wait for it.
     connection.set_inheritable(False)
     try:
         options = ProcessOptions.from_json(_read_line(connection))
         configure_logging(options.log_level, options.log_format)
+        # On the handlers: a filter on the root logger isn't applied to records of other loggers.
         for handler in logging.getLogger().handlers:
             handler.addFilter(_add_pid)
         consumers = options.load()
@@ -190,6 +194,7 @@ def _read_line(connection: socket.socket) -> bytes:
     # Byte by byte: what follows the line is for the stream reader.
     line = bytearray()
     while not line.endswith(b"\n"):
+        # An empty read is the end of the socket. The supervisor is gone, and the options invalid.
         line += connection.recv(1) or b"\n"
     return bytes(line)
 

@@ -55,6 +55,7 @@ def respond(head: bytes, answer: Answer) -> bytes:
         found = Response(HTTPStatus.METHOD_NOT_ALLOWED, "GET and HEAD only\n")
     else:
         with_body = parts[0] == b"GET"
+        # Latin-1 decodes any byte. A path with such bytes isn't found.
         path = parts[1].split(b"?")[0].decode("latin-1")
         found = answer(path) or Response(
             HTTPStatus.NOT_FOUND, "not found; try /livez, /readyz, /status or /metrics\n"
@@ -70,6 +71,7 @@ def render(response: Response, *, with_body: bool = True) -> bytes:
         f"HTTP/1.1 {status.value} {status.phrase}",
         f"Content-Type: {response.content_type}",
         f"Content-Length: {len(body)}",
+        # A cached answer of a probe would be wrong soon.
         "Cache-Control: no-store",
         "Connection: close",
     ]
@@ -125,6 +127,7 @@ class HttpServer:
         if self._server is None:
             return
         self._server.close()
+        # A client that reads slowly must not delay the exit of the program.
         for writer in self._writers:
             writer.transport.abort()
         if self._tasks:
@@ -152,6 +155,7 @@ class HttpServer:
             writer.transport.abort()
 
     async def _reply(self, reader: asyncio.StreamReader) -> bytes:
+        # Refused by a response, not by closing the socket, so that the client sees the reason.
         if len(self._writers) > MAX_CONNECTIONS:
             return render(Response(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n"))
         try:

@@ -25,6 +25,7 @@ def metrics() -> Response:
     from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
     from prometheus_client.multiprocess import MultiProcessCollector
 
+    # With several processes, the default registry has only what this one has counted.
     registry = REGISTRY
     if MULTIPROCESS_DIR in os.environ:
         registry = CollectorRegistry()

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from aio_pika_batch.masking import mask_text
 from aio_pika_batch.status import ConsumerStatus, WorkerState
 
+# A worker that probes after a pause consumes, if only one message at a time.
 _READY = frozenset({WorkerState.CONSUMING, WorkerState.PROBING})
 
 

@@ -59,6 +59,7 @@ _ENTRY = re.compile(
 )
 """A `traceparent` in an encoded table of headers: its name and 55 bytes of text."""
 
+# An object for each value of the flags: creating them was part of the cost of each link.
 _FLAGS = tuple(map(TraceFlags, range(256)))
 
 LINKS = "OTEL_SPAN_LINK_COUNT_LIMIT"
@@ -145,6 +146,7 @@ class OpenTelemetryObserver(Observer):
         """Start a span and make it current in the task that the handler runs in."""
         span = self._tracer.start_span(
             f"process {origin.queue}",
+            # A root span, whatever span was current when the consumer was started.
             context=Context(),
             kind=SpanKind.CONSUMER,
             links=_Links(event.messages, self._max_links, self._warn_of_links),
@@ -213,6 +215,7 @@ class OpenTelemetryObserver(Observer):
         error_type: str | None = None,
         more: Mapping[str, int] | None = None,
     ) -> None:
+        # The event comes when it is over, so that the start is computed.
         attributes = self._attributes_of(origin, name, "send" if name == "send" else "settle")
         if error_type is not None:
             attributes = {**attributes, "error.type": error_type}

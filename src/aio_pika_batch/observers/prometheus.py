@@ -126,6 +126,7 @@ class Metrics:
         about.labels(version("aio-pika-batch"), platform.python_version()).set(1)
 
 
+# A registry refuses a second metric of the same name, so that observers must share them.
 _METRICS: WeakKeyDictionary[CollectorRegistry, Metrics] = WeakKeyDictionary()
 """The metrics of each registry, shared by all its observers."""
 
@@ -140,6 +141,7 @@ class _Level:
         self._last: int | None = None
 
     def update(self, value: int) -> None:
+        # With several processes each write goes to a shared file.
         if value != self._last:
             self._last = value
             self._set(value)
@@ -239,6 +241,8 @@ class PrometheusObserver(Observer):
 
     def worker_started(self, origin: Origin, event: WorkerStarted) -> None:
         """Count the worker as running."""
+        # Each worker has its own `Origin` object. Its index isn't unique, since several consumers
+        # may share one observer.
         self._metrics_of(origin).add_worker(id(origin), event.load)
 
     def worker_stopped(self, origin: Origin, event: WorkerStopped) -> None:

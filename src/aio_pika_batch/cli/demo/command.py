@@ -81,6 +81,7 @@ async def _run(pipeline: Pipeline, *, is_plain: bool, save_svg: Path | None) -> 
         is_live = console.is_terminal and not is_plain
         async with _live(pipeline, console) if is_live else _lines(pipeline):
             await pipeline.publish()
+            # While the last orders are still in the pipeline, so that the picture shows activity.
             if save_svg is not None:
                 _save(dashboard(pipeline), save_svg)
             in_time = await pipeline.wait_finished()

@@ -46,6 +46,7 @@ class Orders(BatchConsumer):
                 yield message, MessageResult.REQUEUE
             else:
                 good.append(message)
+        # Stands in for the work of a real handler, which takes time per batch and per message.
         await asyncio.sleep(0.01 + len(good) / 20_000)
         outcomes = await self.publish_many(
             [Publication(each.body, routing_key=self._invoices) for each in good]
