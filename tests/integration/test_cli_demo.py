@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.integration.helpers import PATIENCE
+
 if TYPE_CHECKING:
     from aio_pika_batch.testing.rabbitmq.node import RabbitMQ
 
@@ -24,7 +26,9 @@ DEMO = [sys.executable, "-m", "aio_pika_batch", "demo"]
 def run(*arguments: str, seconds: int = 1) -> subprocess.CompletedProcess[str]:
     """Run the demo in a pipe."""
     command = [*DEMO, "--seconds", str(seconds), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=2 * PATIENCE, check=False
+    )
 
 
 def in_terminal(columns: int, *arguments: str) -> tuple[int, str]:
@@ -135,7 +139,7 @@ def test_ctrl_c_ends_the_demo() -> None:
         assert running.stdout is not None
         running.stdout.readline()
         running.send_signal(signal.SIGINT)
-        _, errors = running.communicate(timeout=60)
+        _, errors = running.communicate(timeout=PATIENCE)
 
     assert 130 == running.returncode
     assert "Traceback" not in errors

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.helpers import App, command_line, holds, shop, until
+from tests.integration.helpers import PATIENCE, App, command_line, holds, shop, until
 from tests.integration.test_cli_supervisor import BATCHES, address, is_ready, orders, put
 
 CONSUMER = """
@@ -47,7 +47,7 @@ def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=2 * PATIENCE,
         check=False,
     )
 

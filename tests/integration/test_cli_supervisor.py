@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from urllib.request import urlopen
 
 from tests.integration.helpers import (
+    PATIENCE,
+    SLACK,
     App,
     Stopwatch,
     command_line,
@@ -53,7 +55,7 @@ async def address(program: App) -> str:
 
 def get(url: str) -> str:
     """Request a URL."""
-    with urlopen(url, timeout=5) as answer:  # noqa: S310  -- it is our own
+    with urlopen(url, timeout=PATIENCE) as answer:  # noqa: S310  -- it is our own
         return answer.read().decode()
 
 
@@ -149,10 +151,8 @@ async def test_a_drain_reaches_a_process_that_is_still_starting(tmp_path) -> Non
     """It drains as soon as it reads the command, and doesn't start to consume."""
     async with command_line(tmp_path, *shop("-n", "1")) as program:
         await until(lambda: '"started"' in program.printed)
-        watch = Stopwatch()
         program.send(signal.SIGTERM)
         assert 0 == await program.ended(), program.printed
-        assert watch.seconds < 20
     assert "killing" not in program.printed
 
 
@@ -168,7 +168,7 @@ async def test_a_drain_that_takes_too_long_is_cut_off(channel, amqp_url, name, t
         watch = Stopwatch()
         program.send(signal.SIGTERM)
         assert 1 == await program.ended(), program.printed
-        assert watch.seconds < 10  # and a loaded machine
+        assert watch.seconds < 1 + SLACK  # by default it would take 25 s
     assert "DrainIncomplete" in program.printed
     await holds(amqp_url, name, 20)
 
@@ -184,7 +184,7 @@ async def test_a_second_signal_abandons_the_drain(channel, amqp_url, name, tmp_p
         program.send(signal.SIGTERM)
         await until(lambda: program.printed.count('"draining"') >= 3, what=lambda: program.printed)
         program.send(signal.SIGINT)
-        assert 1 == await program.ended(within=15), program.printed
+        assert 1 == await program.ended(within=SLACK), program.printed
     await holds(amqp_url, name, 20)
 
 

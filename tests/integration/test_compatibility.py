@@ -27,6 +27,7 @@ from aio_pika_batch import (
     Publication,
 )
 from aio_pika_batch.transport import Endpoint, open_transport
+from tests.integration.helpers import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -60,7 +61,7 @@ async def feed(
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait until a condition is true."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while not condition():  # noqa: ASYNC110  -- what is watched knows nothing of events
             await asyncio.sleep(0.01)
 
@@ -75,7 +76,7 @@ async def running(*consumers: BaseConsumer) -> AsyncIterator[None]:
     finally:
         if not runs.done():
             signal.raise_signal(signal.SIGTERM)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             await runs
 
 
@@ -154,7 +155,7 @@ async def test_requeue_counts_and_gives_up(url: str, name: str, failures: int) -
                     done.set()
 
     settings = BatchConsumerSettings(url=url, queue_name=name, batch_size=1)
-    async with running(Flaky(settings)), asyncio.timeout(30):
+    async with running(Flaky(settings)), asyncio.timeout(PATIENCE):
         await feed(url, [b"x"], routing_key=name)
         await done.wait()
         await asyncio.sleep(0.2)

@@ -21,6 +21,7 @@ from aio_pika_batch import (
 from tests.integration.helpers import (
     HEADERS,
     PROPERTIES,
+    SLACK,
     RawClient,
     holds,
     long,
@@ -108,7 +109,8 @@ async def test_delays_double_and_do_not_hold_up_each_other(
         assert 1 == len(consumer.seen[b"first"]) - 1
         delay_steps = consumer.waits(b"delay_steps")
         for wait, level in zip(delay_steps, (0.5, 1, 2), strict=True):
-            assert level <= wait < level + 1.5, delay_steps
+            # What waits for 20 s holds up nothing.
+            assert level <= wait < level + SLACK, delay_steps
         for body in beside:
             key, *delays = body.split()
             for wait, level in zip(consumer.waits(key), map(float, delays), strict=True):

@@ -16,6 +16,8 @@ import pytest
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
 from tests.integration.helpers import (
+    PATIENCE,
+    SLACK,
     Recorder,
     Stopwatch,
     app,
@@ -182,7 +184,7 @@ async def all_is_well(channel, url, name, consumer, messages, dlq) -> tuple[int,
     )
     await until(lambda: consumer.is_healthy)
     dead: Counter[int] = Counter()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         while bad - dead.keys():
             dead += ids(await take_all(channel, dlq))
             await asyncio.sleep(0.05)
@@ -337,7 +339,7 @@ async def test_a_silent_line_is_noticed_within_three_heartbeats(
         watch = Stopwatch()
         await until(lambda: not consumer.is_healthy)
         _log.info("noticed after %.1f s", watch.seconds)
-        assert watch.seconds < 3 * heartbeat + 1  # and a loaded machine
+        assert watch.seconds < 3 * heartbeat + SLACK  # by default it would take minutes
         proxy.thaw()
         await until(lambda: consumer.is_healthy)
         body = json.dumps({"id": 1, "kind": "good"}).encode()
@@ -353,7 +355,7 @@ async def test_a_paused_broker_is_noticed_and_waited_for(rabbitmq, amqp_url, nam
         rabbitmq.pause()
         watch = Stopwatch()
         await until(lambda: not consumer.is_healthy)
-        assert watch.seconds < 4
+        assert watch.seconds < 3 + SLACK
         rabbitmq.resume()
         await until(lambda: consumer.is_healthy)
         body = json.dumps({"id": 1, "kind": "good"}).encode()

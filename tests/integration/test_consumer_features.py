@@ -23,6 +23,7 @@ from aio_pika_batch import (
 )
 from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
 from tests.integration.helpers import (
+    PATIENCE,
     Recorder,
     consumers,
     holds,
@@ -134,7 +135,7 @@ async def test_many_sources_flow_into_one_staging_queue(channel, amqp_url, name)
     await until(lambda: writer.written.total() >= 300)
     for each in (*sources, writer):
         await each.stop()
-    await asyncio.wait_for(asyncio.gather(*running), 30)
+    await asyncio.wait_for(asyncio.gather(*running), PATIENCE)
 
     assert Counter(
         (exchange, payload.decode()) for exchange in exchanges for payload in payloads
@@ -379,7 +380,7 @@ async def test_an_unreachable_host_among_several_is_skipped(channel, amqp_url, n
         url = f"amqp://guest:guest@{dead}/,{amqp_url}"
     for turn in range(4):  # they are tried in random order
         consumer = Collecting(settings_for(url, f"{name}.{turn}"))
-        async with asyncio.timeout(30), consumer:
+        async with asyncio.timeout(PATIENCE), consumer:
             await publish(channel, [b"x"], routing_key=f"{name}.{turn}")
             await until(lambda consumer=consumer: consumer.seen)
 

@@ -18,7 +18,7 @@ from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
 from aio_pika_batch.observers.otel import OpenTelemetryObserver, trace_headers
 from aio_pika_batch.observers.prometheus import PrometheusObserver
 from aio_pika_batch.transport import server_of
-from tests.integration.helpers import until
+from tests.integration.helpers import PATIENCE, until
 
 PRODUCERS = [f"00-{0xABC0 + number:032x}-{0xDEF0 + number:016x}-01" for number in range(3)]
 
@@ -82,8 +82,8 @@ async def test_a_trace_goes_through_retry_and_dead_letter(amqp_url, name, channe
         )
         assert 1 == value_of(registry, "worker_up")
     dead_letters = await channel.declare_queue(f"{name}.dead", passive=True)
-    dead = await dead_letters.get(timeout=5)
-    passed_on = await following.get(timeout=5)
+    dead = await dead_letters.get(timeout=PATIENCE)
+    passed_on = await following.get(timeout=PATIENCE)
     await dead.ack()
     await passed_on.ack()
 

@@ -11,10 +11,10 @@ import pytest
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
 from tests.integration.helpers import (
     HEADERS,
+    PATIENCE,
     PROPERTIES,
     RawClient,
     Recorder,
-    Stopwatch,
     declare_dead_letters,
     holds,
     long,
@@ -91,13 +91,11 @@ async def test_the_quick_start_treats_every_message_as_it_says(
     )
     running = asyncio.ensure_future(consumer.run())
     await until(lambda: consumer.is_healthy)
-    watch = Stopwatch()
     await publish(channel, [*bodies, *bad], routing_key="", exchange=f"{name}.exchange")
 
     await until(lambda: recorder.results["ACK"] + len(recorder.dead) >= 200)
-    seconds = watch.seconds
     await consumer.stop()
-    await asyncio.wait_for(running, 10)
+    await asyncio.wait_for(running, PATIENCE)
 
     assert dict.fromkeys([*good, *flaky], 1) == service.taken
     assert dict.fromkeys(good, 1) | dict.fromkeys(flaky, 3) | dict.fromkeys(hopeless, 4) == (
@@ -115,7 +113,6 @@ async def test_the_quick_start_treats_every_message_as_it_says(
         assert f"{name}.exchange" == letter.headers["x-original-exchange"]
     assert 0 == await ready(amqp_url, name)
     assert 170 == recorder.results["ACK"]
-    assert seconds < 30
 
 
 class Hopeless(BatchConsumer):

@@ -20,7 +20,9 @@ from aio_pika_batch import (
     TransportError,
 )
 from tests.integration.helpers import (
+    PATIENCE,
     PROPERTIES,
+    SLACK,
     RawClient,
     Recorder,
     Stopwatch,
@@ -52,8 +54,8 @@ async def refusal(error: type[TransportError], **settings) -> str:
         consumer = Acking(BatchConsumerSettings(**settings))
         watch = Stopwatch()
         with pytest.raises(error) as caught:
-            await asyncio.wait_for(getattr(consumer, way)(), 15)
-        assert watch.seconds < 5
+            await asyncio.wait_for(getattr(consumer, way)(), PATIENCE)
+        assert watch.seconds < SLACK
         assert not consumer.is_running
         texts.append(str(caught.value))
     assert texts[0] == texts[1]
@@ -110,7 +112,7 @@ async def test_one_unknown_host_among_hosts_that_are_down(
     await until(lambda: consumer.status().workers and consumer.status().workers[0].last_error)
     assert not starting.done()
     await proxy.refuse(False)
-    await asyncio.wait_for(starting, 30)
+    await asyncio.wait_for(starting, PATIENCE)
     await consumer.stop()
 
 

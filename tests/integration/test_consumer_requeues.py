@@ -324,15 +324,12 @@ async def test_under_a_memory_alarm_acks_go_on_and_requeues_wait(
         await publish(channel, mixed, routing_key=name)
         await asyncio.to_thread(rabbitmq.set_memory_alarm, True)
         await consumer.start()
-        watch = Stopwatch()
         await until(lambda: set(good) <= acked.keys(), what=consumer.status)
-        seconds = watch.seconds
         assert not acked.keys() & set(flaky)
         assert consumer.is_healthy
         await asyncio.to_thread(rabbitmq.set_memory_alarm, False)
         await until(lambda: set(flaky) <= acked.keys(), what=consumer.status)
         await until(lambda: consumer.status().workers[0].held == 0)
-    assert seconds < 30
     assert Counter(good) == Counter({each: acked[each] for each in good})
     # Published once for each connection, and all of them may have arrived: never fewer than one.
     assert set(mixed) == acked.keys()

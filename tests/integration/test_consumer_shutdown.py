@@ -20,6 +20,8 @@ from aio_pika_batch import (
     StartInterrupted,
 )
 from tests.integration.helpers import (
+    PATIENCE,
+    SLACK,
     Recorder,
     Stopwatch,
     app,
@@ -120,7 +122,7 @@ async def test_a_second_signal_abandons_the_drain(channel, amqp_url, name, tmp_p
 
     assert 0 != code
     assert "DrainIncomplete" in program.printed
-    assert watch.seconds < 10
+    assert watch.seconds < SLACK  # the drain itself would take 25 s
     await holds(amqp_url, name, 30)
 
 
@@ -220,7 +222,7 @@ async def test_a_drain_ends_in_time_whatever_the_handler_does(channel, amqp_url,
     consumer.request_stop()
     with pytest.raises(DrainIncomplete, match="5 messages"):
         await running
-    assert 1.0 < watch.seconds < 4.0  # and a loaded machine
+    assert 1.0 < watch.seconds < 2.0 + SLACK  # by default it would take 25 s
     assert ["begin", ("on_stop", 0)] == consumer.story
     await holds(amqp_url, name, 5)
 
@@ -242,7 +244,7 @@ async def test_a_drain_ends_in_time_if_the_broker_is_silent(amqp_url, name, prox
     proxy.freeze()
     watch = Stopwatch()
     await consumer.stop()
-    assert watch.seconds < 4.5  # and a loaded machine
+    assert watch.seconds < 2.0 + SLACK
     del consumer
     gc.collect()
     assert "never retrieved" not in caplog.text
@@ -312,7 +314,7 @@ async def test_a_quorum_queue_loses_none_of_many_single_settlements(
     running = asyncio.ensure_future(consumer.run())
     await until(lambda: consumer.is_healthy)
     await publish(channel, numbered(1000), routing_key=name)
-    await asyncio.wait_for(done.wait(), 30)
+    await asyncio.wait_for(done.wait(), PATIENCE)
     await running
 
     again = {message.body for message in await take_all(channel, name)}
@@ -373,7 +375,7 @@ async def test_stop_is_idempotent_and_may_come_from_a_handler(channel, amqp_url,
     assert consumer.is_running
     assert consumer.is_healthy
     await publish(channel, numbered(1), routing_key=name)
-    await until(lambda: not consumer.is_running, within=20)
+    await until(lambda: not consumer.is_running)
     await asyncio.gather(consumer.stop(), consumer.stop())
     assert not consumer.is_healthy
     assert 0 == await ready(amqp_url, name)
@@ -409,7 +411,7 @@ async def test_stop_interrupts_a_start_that_waits_for_its_broker(
     await consumer.stop()
     with pytest.raises(StartInterrupted):
         await starting
-    assert watch.seconds < 5
+    assert watch.seconds < SLACK
     assert ["on_start", "on_stop"] == hooks
 
     starting = asyncio.ensure_future(consumer.start())
@@ -417,6 +419,6 @@ async def test_stop_interrupts_a_start_that_waits_for_its_broker(
     await until(lambda: time.monotonic() - began > 0.5)
     assert not starting.done()
     await proxy.refuse(False)
-    await asyncio.wait_for(starting, 30)
+    await asyncio.wait_for(starting, PATIENCE)
     assert consumer.is_healthy
     await consumer.stop()

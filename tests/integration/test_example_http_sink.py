@@ -15,7 +15,7 @@ import pytest
 
 from aio_pika_batch import MessageResult, Nack, Requeue
 from aio_pika_batch.testing import process
-from tests.integration.helpers import holds, take_all
+from tests.integration.helpers import PATIENCE, holds, take_all
 
 FOLDER = Path(__file__).parents[2] / "examples" / "http_sink"
 API = runpy.run_path(str(FOLDER / "api.py"))
@@ -47,7 +47,7 @@ def run(url: str, queue: str, api_url: str, **settings: str) -> str:
         [sys.executable, str(FOLDER / "main.py"), "--samples"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=2 * PATIENCE,
         check=False,
         env={**os.environ, **{f"HTTP_SINK_{key}": value for key, value in own.items()}},
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.helpers import holds, take_all
+from tests.integration.helpers import PATIENCE, holds, take_all
 
 MAIN = Path(__file__).parents[2] / "examples" / "rmq_to_postgres" / "main.py"
 
@@ -33,7 +33,7 @@ async def test_three_bad_rows_among_a_thousand_cost_three_rows(
         [sys.executable, str(MAIN), "--samples"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=2 * PATIENCE,
         check=False,
         env={**os.environ, **{f"RMQ_TO_POSTGRES_{key}": value for key, value in own.items()}},
     )

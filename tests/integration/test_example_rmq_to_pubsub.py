@@ -15,7 +15,7 @@ from google.cloud import pubsub_v1
 
 from aio_pika_batch import MessageResult, Nack, Publication, Requeue
 from aio_pika_batch.testing import make_message, process
-from tests.integration.helpers import holds, take_all
+from tests.integration.helpers import PATIENCE, holds, take_all
 from tests.support.pubsub import emulator, emulator_jar, ours
 
 FOLDER = Path(__file__).parents[2] / "examples" / "rmq_to_pubsub"
@@ -40,7 +40,7 @@ def run(url: str, queue: str, **settings: str) -> str:
         [sys.executable, str(FOLDER / "main.py"), "--samples"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=2 * PATIENCE,
         check=False,
         env={**os.environ, **{f"RMQ_TO_PUBSUB_{key}": value for key, value in own.items()}},
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from aio_pika_batch.testing.rabbitmq.processes import free_port, kill_group, spawn
-from tests.integration.helpers import holds, publish, until
+from tests.integration.helpers import PATIENCE, holds, publish, until
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operating.md").read_text()
 SECTION = PAGE.partition("## In five commands")[2].partition("\n## ")[0]
@@ -35,7 +35,7 @@ async def test_the_five_commands_work(tmp_path, amqp_url, channel, name, monkeyp
 
     def ends_well(command: str) -> bool:
         done = subprocess.run(
-            arguments(command), cwd=tmp_path, capture_output=True, timeout=60, check=False
+            arguments(command), cwd=tmp_path, capture_output=True, timeout=2 * PATIENCE, check=False
         )
         return 0 == done.returncode
 
@@ -49,7 +49,7 @@ async def test_the_five_commands_work(tmp_path, amqp_url, channel, name, monkeyp
         await holds(amqp_url, name, 0)
 
         def counted() -> bool:
-            with urlopen(curl.split()[1].replace("8080", port), timeout=5) as answer:  # noqa: S310
+            with urlopen(curl.split()[1].replace("8080", port), timeout=PATIENCE) as answer:  # noqa: S310
                 metrics = answer.read().decode()
             return bool(re.search(r'messages_settled_total\{.*result="ack"\} 3\.0', metrics))
 

@@ -22,6 +22,7 @@ import pytest
 from aio_pika_batch.testing.rabbitmq import find as shipped
 from aio_pika_batch.testing.rabbitmq.node import broker_version
 from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
+from tests.integration.helpers import PATIENCE
 from tests.support import find, postgres
 from tests.support.fetch import sources
 from tests.support.proxy import TcpProxy
@@ -82,7 +83,7 @@ async def test_connections_can_be_closed_by_the_broker(rabbitmq: RabbitMQ, amqp_
 
     await asyncio.to_thread(rabbitmq.close_all_connections, "spring cleaning")
 
-    assert "spring cleaning" in str(await asyncio.wait_for(closed, 10))
+    assert "spring cleaning" in str(await asyncio.wait_for(closed, PATIENCE))
 
 
 @pytest.mark.needs_node
@@ -101,7 +102,7 @@ async def test_a_memory_alarm_blocks_publishing_until_it_ends(
         assert {publishing} == waiting
 
         await asyncio.to_thread(rabbitmq.set_memory_alarm, False)
-        await asyncio.wait_for(publishing, 10)
+        await asyncio.wait_for(publishing, PATIENCE)
 
 
 if sys.platform == "linux":  # elsewhere there is no parent-death signal to be tested
@@ -343,7 +344,7 @@ async def test_a_frozen_direction_carries_nothing_until_it_thaws(
         reading = asyncio.ensure_future(reader.readexactly(13))
         assert (set(), {reading}) == await asyncio.wait([reading], timeout=0.2)
         echo.thaw()
-        assert b"into the dark" == await asyncio.wait_for(reading, 5)
+        assert b"into the dark" == await asyncio.wait_for(reading, PATIENCE)
 
 
 async def test_a_frozen_connection_can_be_cut(echo: TcpProxy) -> None:
@@ -368,7 +369,7 @@ async def test_latency_delays_each_direction_without_reducing_throughput(echo: T
             writer.write(bytes([number]))
             await asyncio.sleep(0.002)
         assert bytes(range(20)) == await reader.readexactly(20)
-        assert 0.2 <= loop.time() - begun < 1
+        assert 0.2 <= loop.time() - begun < 3
 
 
 async def test_an_amqp_client_works_through_the_proxy(

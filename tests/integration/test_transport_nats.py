@@ -98,11 +98,11 @@ class NatsHarness(Harness):
         pull = f"$JS.API.CONSUMER.MSG.NEXT.{queue}.{CONSUMER}"
         await self._client.publish(pull, b'{"batch": 1000, "no_wait": true}', reply=inbox)
         found = []
-        while (message := await answers.next_msg(timeout=30)).reply:
+        while (message := await answers.next_msg(timeout=120)).reply:
             found.append(message)
         await answers.unsubscribe()
         for message in found:
-            await self._client.request(message.reply, word, timeout=30)
+            await self._client.request(message.reply, word, timeout=120)
         return [message.data for message in found]
 
     async def cut(self) -> None:
@@ -207,7 +207,7 @@ def output(site: str, name: str, *arguments: str) -> str:
         [sys.executable, str(ROOT / "examples" / name / "main.py"), *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
         env={**os.environ, "PYTHONPATH": path},
     )

@@ -49,7 +49,7 @@ def run(folder: Path, arguments: str) -> str:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=2 * PATIENCE,
         check=False,
     )
     assert 0 == done.returncode, done.stdout + done.stderr
