@@ -122,7 +122,9 @@ def parse_arguments(queue: str, arguments: Headers, rules: VersionRules) -> Queu
     delivery_limit = rules.default_delivery_limit if is_quorum else None
     stated_limit = parser.number("x-delivery-limit", minimum=-1)
     if stated_limit is not None:
-        delivery_limit = None if stated_limit < 0 else stated_limit
+        # -1 lifts the default limit. Before 4.0 there is none, and every return is above -1.
+        is_lifted = stated_limit < 0 and rules.default_delivery_limit is not None
+        delivery_limit = None if is_lifted else stated_limit
     return QueueSpec(
         type=queue_type,
         message_ttl=_to_seconds(parser.number("x-message-ttl", maximum=_MAX_TTL)),

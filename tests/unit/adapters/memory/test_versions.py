@@ -97,6 +97,12 @@ def test_a_negative_delivery_limit_lifts_the_default(version: str):
     assert count_deliveries(version, reject, delivery_limit=-1) == NEVER
 
 
+@pytest.mark.parametrize("version", ["3.8", "3.10"])
+def test_a_negative_delivery_limit_drops_a_message_at_its_first_return_before_4_0(version: str):
+    """It is not the way to say that there is no limit there."""
+    assert count_deliveries(version, reject, delivery_limit=-1) == 1
+
+
 @pytest.mark.parametrize(
     ("version", "first", "after_reject", "after_nack"),
     [
