@@ -158,7 +158,7 @@ class LosesEmptyBodies(HonestSession):
                 yield kept
 
 
-class ForgetsWhereFrom(HonestSession):
+class ForgetsItsQueue(HonestSession):
     async def __aiter__(self):
         async for chunk in self.inner:
             source = replace(self.inner._source, queue="?")
@@ -175,7 +175,7 @@ class ForgetsThatItWasDelivered(HonestSession):
             yield chunk
 
 
-class NoticesNothingLater(HonestSession):
+class MissesLaterMessages(HonestSession):
     async def __aiter__(self):
         chunks = aiter(self.inner)
         with suppress(TimeoutError):
@@ -255,7 +255,7 @@ class LosesTheRestAtCancel(HonestSession):
             self.rest.clear()
 
 
-class CancelWakesNobody(HonestSession):
+class CancelDoesNotEndAReceive(HonestSession):
     async def __aiter__(self):
         async for chunk in self.inner:
             yield chunk
@@ -457,7 +457,7 @@ class TakesTagZero(HonestSession):
         await self.inner.settle([replace(each, tags=tags) for each in settlements])
 
 
-class AsksNobodyWhoseTagItIs(HonestSession):
+class SettlesTagsOfOtherSessions(HonestSession):
     """Has one ledger for all sessions."""
 
     books: ClassVar[list[MemorySession]] = []
@@ -490,7 +490,7 @@ class HidesItsLoss(HonestSession):
                 yield chunk
 
 
-class NeverHearsOfItsEnd(HonestSession):
+class IgnoresTheEndOfItsSubscription(HonestSession):
     async def __aiter__(self):
         try:
             async for chunk in self.inner:
@@ -501,7 +501,7 @@ class NeverHearsOfItsEnd(HonestSession):
             raise
 
 
-class SettlesIntoTheVoid(HonestSession):
+class SettlesSilentlyAfterALoss(HonestSession):
     async def settle(self, settlements: Sequence[Settlement]) -> None:
         with suppress(SessionLost):
             await self.inner.settle(settlements)
@@ -532,7 +532,7 @@ class IsAlwaysOpen(HonestPublisher):
         return True
 
 
-class TurnsOutcomesRound(HonestPublisher):
+class ReversesOutcomes(HonestPublisher):
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
         return list(reversed(await self.inner.publish(publications)))
 
@@ -657,7 +657,7 @@ class CopiesWithoutProperties(HonestPublisher):
         return await self.inner.publish(publications)
 
 
-class TakesOnAnyName(HonestPublisher):
+class CopiesAnyUserId(HonestPublisher):
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
         self.inner._connection.user = next(
             (each.properties.user_id for each in publications if each.properties.user_id), "guest"
@@ -668,12 +668,12 @@ class TakesOnAnyName(HonestPublisher):
 # --- transports ------------------------------------------------------------------------
 
 
-class OneMore(Honest):
+class DeliversOneMore(Honest):
     def subscription(self, subscription: Subscription) -> Subscription:
         return replace(subscription, prefetch=subscription.prefetch + 1)
 
 
-class CountsNoFurther(Honest):
+class LimitsWithoutAPrefetch(Honest):
     def subscription(self, subscription: Subscription) -> Subscription:
         return replace(subscription, prefetch=subscription.prefetch or 100)
 
@@ -745,7 +745,7 @@ class CreatesWhatItConsumes(Honest):
             yield session
 
 
-class SpeaksAsItsClient(Honest):
+class RaisesItsClientsErrors(Honest):
     async def declare(self, topology: Topology) -> None:
         try:
             await self.inner.declare(topology)
@@ -753,7 +753,7 @@ class SpeaksAsItsClient(Honest):
             raise OSError(str(error)) from error
 
 
-class MeetsNobodyForNothing(Honest):
+class DeclaresNothingWithoutConnecting(Honest):
     async def declare(self, topology: Topology) -> None:
         if topology != Topology():
             await self.inner.declare(topology)

@@ -56,7 +56,7 @@ RAISED = {
     broken.PumpsForEver: TimeoutError,
     broken.RaisesWhatIsUnknown: ConnectionError,
 }
-"""What is raised where nothing is to be raised, and nobody has put it into words."""
+"""The errors of transports that raise where the contract does not expect an error."""
 
 WRONG = {
     # what is handed out
@@ -64,13 +64,13 @@ WRONG = {
     broken.SwapsBodies: "messages are delivered in the order of their queue",
     broken.ReordersChunks: "chunks are never empty, and their delivery tags increase",
     broken.HandsOutNothing: "chunks are never empty, and their delivery tags increase",
-    broken.ForgetsWhereFrom: (
+    broken.ForgetsItsQueue: (
         "a new message has its queue and consumer tag, and is not marked as redelivered"
     ),
     broken.LosesEmptyBodies: "a body of any size arrives unchanged, even an empty one",
-    broken.NoticesNothingLater: "a message that comes later wakes a waiting receive",
-    broken.OneMore: "a session has at most prefetch unsettled messages",
-    broken.CountsNoFurther: "a prefetch of 0 means no limit",
+    broken.MissesLaterMessages: "a message that comes later wakes a waiting receive",
+    broken.DeliversOneMore: "a session has at most prefetch unsettled messages",
+    broken.LimitsWithoutAPrefetch: "a prefetch of 0 means no limit",
     broken.LosesWhatIsReadWhenCancelled: "cancelling a receive loses no message",
     broken.IsAGenerator: "cancelling a receive loses no message",
     broken.NativeAgainAndAgain: "native objects are opened once",
@@ -87,7 +87,7 @@ WRONG = {
         "after cancel, iteration yields what was delivered before, and then ends"
     ),
     broken.CancelsOnce: "cancel may be called again, and concurrently",
-    broken.CancelWakesNobody: "cancel ends a waiting receive",
+    broken.CancelDoesNotEndAReceive: "cancel ends a waiting receive",
     broken.AcksOnLeaving: "unsettled messages go back to the queue when the session closes",
     broken.AcksWhatItNeverHandedOut: "prefetched messages that were never received go back, too",
     broken.SwallowsExceptions: (
@@ -123,25 +123,25 @@ WRONG = {
         "a tag that occurs twice in one call is refused, and nothing is sent"
     ),
     broken.TakesTagZero: "a tag that was never delivered is refused, and nothing is sent",
-    broken.AsksNobodyWhoseTagItIs: "a tag of another session is refused",
+    broken.SettlesTagsOfOtherSessions: "a tag of another session is refused",
     broken.EndsWhenItRefuses: "a session still works after it has refused a settlement",
     # losses
     broken.HidesItsLoss: "a cut connection raises SessionLost from receive, settle and cancel",
-    broken.SettlesIntoTheVoid: (
+    broken.SettlesSilentlyAfterALoss: (
         "messages of a lost session are delivered again, and only the next session can settle them"
     ),
-    broken.NeverHearsOfItsEnd: "a subscription that the broker ends raises SessionLost",
+    broken.IgnoresTheEndOfItsSubscription: "a subscription that the broker ends raises SessionLost",
     broken.IsAlwaysOpen: "a publisher that has lost its connection is closed, and stays closed",
     broken.ConfirmsItself: "the outcome of publications in flight on a lost connection is UNKNOWN",
-    broken.SpeaksAsItsClient: "an unreachable broker raises BrokerUnavailable",
-    broken.MeetsNobodyForNothing: "an unreachable broker raises BrokerUnavailable",
+    broken.RaisesItsClientsErrors: "an unreachable broker raises BrokerUnavailable",
+    broken.DeclaresNothingWithoutConnecting: "an unreachable broker raises BrokerUnavailable",
     broken.OpensSessionsAnyway: "an unreachable broker raises BrokerUnavailable",
     broken.OpensPublishersAnyway: "an unreachable broker raises BrokerUnavailable",
     # publishing
     broken.PublishesTwice: "a CONFIRMED publication is in the queue, once",
     broken.LosesTheLast: "a CONFIRMED publication is in the queue, once",
     broken.PublishesBackwards: "publications arrive in order",
-    broken.TurnsOutcomesRound: "a mandatory publication that no queue is bound for is RETURNED",
+    broken.ReversesOutcomes: "a mandatory publication that no queue is bound for is RETURNED",
     broken.HidesRefusals: "a publication that a full queue does not take is REFUSED",
     broken.RaisesWhatIsUnknown: "a publication to a missing exchange is REFUSED",
     broken.NeedsSomething: "publishing nothing is allowed",
@@ -158,7 +158,7 @@ WRONG = {
     ),
     broken.NeverExpires: "a copy keeps, drops or replaces its expiration",
     broken.ReturnsNoCopy: "a copy that no queue is bound for is RETURNED",
-    broken.TakesOnAnyName: "a copy does not carry another user's user_id",
+    broken.CopiesAnyUserId: "a copy does not carry another user's user_id",
     # declaring
     broken.DeclaresSomethingOnly: "declaring nothing is allowed",
     broken.DeclaresNothing: "a declared queue exists, and declaring it again changes nothing",

@@ -36,7 +36,6 @@ from aio_pika_batch.testing.stories.invariants import (
     everything_handled_is_settled,
     everything_is_there_once,
     handlers_are_bounded,
-    nobody_complains,
     nothing_appears,
     nothing_is_acked_without_a_reason,
     nothing_is_discarded,
@@ -44,6 +43,7 @@ from aio_pika_batch.testing.stories.invariants import (
     nothing_is_lost,
     nothing_left_was_handled,
     order_is_kept,
+    there_are_no_complaints,
 )
 from aio_pika_batch.testing.stories.recording import RecordingTransport
 from aio_pika_batch.testing.strategies import stories
@@ -160,7 +160,7 @@ def overtaken(played):
         (batches_are_within_their_size, too_large, HURT),
         (batches_are_within_their_size, empty, HURT),
         (handlers_are_bounded, crowded, HURT),
-        (nobody_complains, complained, HURT),
+        (there_are_no_complaints, complained, HURT),
         (all_comes_to_its_end, left, HURT),
         (all_comes_to_its_end, sick, HURT),
         (everything_is_there_once, twice, TWO),

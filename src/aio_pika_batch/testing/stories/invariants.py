@@ -74,7 +74,7 @@ def handlers_are_bounded(story: Story, played: Played) -> object:
     return played.most if played.most > story.concurrency * story.workers else None
 
 
-def nobody_complains(story: Story, played: Played) -> object:
+def there_are_no_complaints(story: Story, played: Played) -> object:
     """Tags come in order and are settled once, prefetch is respected, and nothing stays open."""
     del story
     return played.complaints
@@ -149,7 +149,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     attempts_are_bounded,
     batches_are_within_their_size,
     handlers_are_bounded,
-    nobody_complains,
+    there_are_no_complaints,
     all_comes_to_its_end,
     everything_is_there_once,
     everything_handled_is_settled,
