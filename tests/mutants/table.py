@@ -238,6 +238,13 @@ WIRE = (
         (f"{_UNIT}/test_session.py", f"{_SESSION}::test_acks_just_before_the_end_are_not_lost"),
     ),
     Mutant(
+        "An aiormq that opens the socket itself is used without the tap.",
+        f"{_WIRE}/connection.py",
+        "if has_ended and failure is None and tap.is_installed:",
+        "if has_ended and failure is None:",
+        (f"{_UNIT}/test_connection.py",),
+    ),
+    Mutant(
         "TLS is used without the verifying context.",
         f"{_WIRE}/frame_tap.py",
         'await provider.get_context() if url.scheme == "amqps" else None',
