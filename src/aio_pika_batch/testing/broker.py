@@ -98,6 +98,7 @@ class BatchBroker:
                 body, exchange=exchange, routing_key=routing_key, headers=headers, **properties
             )
             try:
+                # Not through the transport: the faults are for what consumers publish.
                 outcome = self.broker.publish(publication)
             except Refusal as refusal:
                 raise PublishError(str(refusal)) from refusal
@@ -202,6 +203,7 @@ class BatchBroker:
             self._watchers.discard(changed)
 
     async def _stays_idle(self) -> bool:
+        # Nothing is open on the broker, but observers and tasks may not have run yet.
         for _ in range(_IDLE_TURNS):
             if self._unfinished():
                 return False
@@ -215,6 +217,7 @@ class BatchBroker:
             case EventKind.CONSUMING:
                 self._consumed.add(event.queue)
             case EventKind.CANCELLED:
+                # A consumer that is cut off stays: a test would look before it has reconnected.
                 self._consumed.discard(event.queue)
             case _:
                 pass

@@ -107,6 +107,7 @@ def delivered(
     messages: list[Message] = []
     for tag, each in enumerate(given, 1):
         message = each if isinstance(each, Message) else make_message(each)
+        # By identity: two equal messages are allowed, as on a broker.
         if any(message is other for other in messages):
             raise ValueError(f"{message!r} occurs twice; pass each message once")
         message.delivery_tag = tag

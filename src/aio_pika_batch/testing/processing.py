@@ -276,6 +276,7 @@ class _OfflinePool(WorkerPool):
     async def _handle(
         self, batch: Batch, instance: WorkerInstance, *, keeps_failures: bool
     ) -> BatchDecisions:
+        # As in a worker, a handler that ignores its cancellation must not block this forever.
         ignored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         run = HandlerRun(
             instance.process,
@@ -293,6 +294,7 @@ class _OfflinePool(WorkerPool):
             futures: set[asyncio.Future[Any]] = {running, ignored}
             await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
+            # The test was cancelled: the handler must clean up before `on_stop` runs.
             running.cancel()
             await asyncio.wait({running})
             raise
@@ -321,7 +323,9 @@ class _OutcomeObserver(Observer):
 
 
 class _OfflineTransport:
-    """A transport that keeps publications and has no sessions."""
+    """A transport without sessions, and its only publisher, which confirms everything."""
+
+    is_open = True
 
     def __init__(self, published: list[Publication]) -> None:
         self._published = published
@@ -335,17 +339,8 @@ class _OfflineTransport:
 
     @asynccontextmanager
     async def publisher(self) -> AsyncIterator[Publisher]:
-        """Open a publisher that confirms everything."""
-        yield _OfflinePublisher(self._published)
-
-
-class _OfflinePublisher:
-    """A publisher that confirms everything."""
-
-    is_open = True
-
-    def __init__(self, published: list[Publication]) -> None:
-        self._published = published
+        """Open the publisher."""
+        yield self
 
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
         """Keep the publications, and confirm them."""

@@ -190,7 +190,7 @@ def stories(
         prefetch=st.none() | st.integers(0, 12),
         attempts=st.integers(0, 3),
         settle=st.sampled_from(["batch", "yield", "atomic"]),
-        isolate=st.sampled_from([0, 0, 1, 10]),
+        isolate=st.sampled_from([0, 0, 1, 10]),  # more often without
         breaker=st.sampled_from([None, None, 0.3, 1.0]),
         quorum=st.booleans(),
         faults=some_faults.map(tuple) if faults else st.just(()),

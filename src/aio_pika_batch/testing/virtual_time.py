@@ -104,6 +104,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
         """Schedule a callback; count the callbacks of the last rounds before `TimeStandsStill`."""
+        # Only then, since describing each callback would make every test slower.
         if self._rounds * 10 >= self._max_iterations * 9:
             self._callback_counts[_describe_callback(callback)] += 1
         return super().call_soon(callback, *args, context=context)
@@ -112,6 +113,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts
     ) -> asyncio.Future[T]:
         """Run a function in a thread; virtual time stands still until it is done."""
+        # Threads work in real time. If the clock jumped meanwhile, timeouts would overtake them.
         future = super().run_in_executor(executor, func, *args)
         self._threads += 1
         future.add_done_callback(self._thread_done)
@@ -140,6 +142,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
                 f"\n  {times} x {callback}"
                 for callback, times in self._callback_counts.most_common(_SHOWN)
             )
+            # Start again: cleaning up after this error may need many rounds, too.
             rounds, self._rounds = self._rounds - 1, 0
             self._callback_counts.clear()
             raise TimeStandsStill(

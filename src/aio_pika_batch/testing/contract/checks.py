@@ -81,12 +81,6 @@ class SessionReader:
         """All messages received so far."""
         return [message for chunk in self.chunks for message in chunk]
 
-    def receive(self) -> asyncio.Task[Sequence[Message] | None]:
-        """Start or continue to wait for the next chunk; the task returns None at the end."""
-        if self._receiving is None:
-            self._receiving = asyncio.create_task(self._next())
-        return self._receiving
-
     async def _next(self) -> Sequence[Message] | None:
         if self._iterator is None:
             self._iterator = aiter(self.session)
@@ -98,7 +92,8 @@ class SessionReader:
         Raises:
             TimeoutError: No chunk came in time.
         """
-        receiving = self.receive()
+        # A task, since a cancelled `anext` would end a session that is an async generator.
+        receiving = self._receiving = self._receiving or asyncio.create_task(self._next())
         await asyncio.wait({receiving}, timeout=self._patience if within is None else within)
         if not receiving.done():
             raise TimeoutError

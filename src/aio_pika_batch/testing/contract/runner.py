@@ -147,7 +147,7 @@ class TransportContract:
                 )
         except TimeoutError as error:
             if not deadline.expired():
-                raise
+                raise  # the transport's own TimeoutError
             raise ClauseBroken(f"the check did not finish within {limit:g} s") from error
 
     async def run(self, *, at_once: int = 1) -> ContractReport:

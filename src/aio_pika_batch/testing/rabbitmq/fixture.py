@@ -86,6 +86,7 @@ class BatchRabbitMQ:
     @asynccontextmanager
     async def channel(self) -> AsyncIterator[Any]:
         """Open an aio-pika channel on a new connection, to declare and to inspect."""
+        # The library has no other way to an aio-pika channel than a session, which needs a queue.
         own = f"batch-rabbitmq-{uuid.uuid4().hex[:12]}"
         queue = Queue(own, durable=False, exclusive=True)
         subscription = Subscription(

@@ -68,6 +68,7 @@ class MemoryScene:
             case FaultKind.UNCONFIRMED:
                 await self._affect_publishing(PublishFault.UNCONFIRMED, seconds)
             case FaultKind.LATE:
+                # The confirms that were blocked come when the fault is over.
                 await self._affect_publishing(PublishFault.BLOCK, seconds)
                 self._broker.broker.unblock()
             case never:

@@ -168,7 +168,7 @@ def _settings(story: Story, scene: Scene) -> BatchConsumerSettings:
         isolate_failures=bool(story.isolate),
         isolate_limit=story.isolate or 10,
         breaker_threshold=story.breaker,
-        breaker_min_samples=2,
+        breaker_min_samples=2,  # a story has few messages
         breaker_pause=0.5 * pace,
         breaker_pause_max=pace,
         **given,
@@ -186,6 +186,7 @@ async def play(story: Story, scene: Scene) -> Played:
     )
     consumer = _StoryConsumer(story, played, scene, record)
     await consumer.start()
+    # Publishing and faults run beside the consumer, and end before its last stop.
     async with asyncio.TaskGroup() as others:
         others.create_task(_publish(story, scene))
         for fault in story.faults:
