@@ -167,6 +167,16 @@ class DeadLettered:
 
 
 @dataclass(frozen=True, slots=True)
+class Discarded:
+    """Messages were rejected without a known dead-letter destination.
+
+    The broker discards them, unless a policy dead-letters them.
+    """
+
+    messages: Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
 class Connected:
     """A worker consumes. `epoch` counts its sessions, from 1."""
 
@@ -258,6 +268,9 @@ class Observer:
     def dead_lettered(self, origin: Origin, event: DeadLettered) -> None:
         """The broker has confirmed a dead letter."""
 
+    def discarded(self, origin: Origin, event: Discarded) -> None:
+        """Messages were rejected without a known dead-letter destination."""
+
     def connected(self, origin: Origin, event: Connected) -> None:
         """A worker consumes."""
 
@@ -290,6 +303,7 @@ _METHODS: Mapping[type, Callable[[Observer], Callable[[Origin, Any], None]]] = {
     SettleFailed: lambda observer: observer.settle_failed,
     Requeued: lambda observer: observer.requeued,
     DeadLettered: lambda observer: observer.dead_lettered,
+    Discarded: lambda observer: observer.discarded,
     Connected: lambda observer: observer.connected,
     Lost: lambda observer: observer.lost,
     StaleResults: lambda observer: observer.stale_results,

@@ -29,8 +29,7 @@ class WorkerStatus:
         epoch: The number of sessions that it has opened.
         buffered: Messages that wait for their batch.
         in_hand: Messages that are being handled.
-        held: Originals whose copies are not confirmed, and messages that wait for their next
-            attempt in place.
+        held: Messages that wait, unsettled, for their retry, or whose copy is not confirmed.
         oldest: Seconds since its oldest unsettled message arrived; None if there is none.
         last_progress: Seconds since it last received or settled a message; None if it never did.
         last_error: Why its last session ended, or could not begin.

@@ -52,13 +52,14 @@ class ConsumerProfile:
     consumer_arguments: Headers = field(default_factory=dict)
     retry_seconds: float = 0.0
     ordered: bool = False
+    rejects_undeliverable: bool = False
 
 
 def warnings_for(options: TopologyOptions, profile: ConsumerProfile) -> list[str]:
     """The warnings that need no broker."""
     return [
         *_prefetch(profile),
-        *_dead_letters(options),
+        *_dead_letters(options, profile),
         *_delivery_limit(options, profile),
         *_ack_timeout(options, profile),
         *_time_to_live(options, profile),
@@ -109,12 +110,17 @@ def _prefetch(profile: ConsumerProfile) -> Iterator[str]:
         )
 
 
-def _dead_letters(options: TopologyOptions) -> Iterator[str]:
+def _dead_letters(options: TopologyOptions, profile: ConsumerProfile) -> Iterator[str]:
     if dead_letter_target(options) is None:
+        failed = (
+            "or have no attempts left"
+            if profile.rejects_undeliverable
+            else "and messages that fail for good are retried again and again"
+        )
         yield (
-            "no dead-letter exchange is known: unless a policy sets one, the broker discards"
-            " messages that get NACK or have no attempts left; set dead_letter_queue to declare a"
-            " queue and an exchange, or dead_letter_exchange"
+            "no dead-letter destination is known: unless a policy sets one, the broker discards"
+            f" messages that get NACK, {failed}; set dead_letter_queue to declare a queue and an"
+            " exchange, or dead_letter_exchange"
         )
     if (
         effective_queue_type(options) == "quorum"
@@ -144,15 +150,25 @@ def _delivery_limit(options: TopologyOptions, profile: ConsumerProfile) -> Itera
         )
 
 
-def _ack_timeout(options: TopologyOptions, profile: ConsumerProfile) -> Iterator[str]:
+def consumer_timeout(options: TopologyOptions, consumer_arguments: Headers) -> float:
+    """Return how long the broker waits for an acknowledgement, in seconds, as far as is known."""
+    return _consumer_timeout(options, consumer_arguments)[0]
+
+
+def _consumer_timeout(options: TopologyOptions, consumer_arguments: Headers) -> tuple[float, str]:
     limit, source = ACK_TIMEOUT, "RabbitMQ's default consumer_timeout"
     for where, arguments in (
         ("queue_arguments", options.queue_arguments),
-        ("consumer_arguments", profile.consumer_arguments),
+        ("consumer_arguments", consumer_arguments),
     ):
         stated = _number(arguments.get(CONSUMER_TIMEOUT))
         if stated is not None and stated > 0:
             limit, source = stated / 1000, f"{CONSUMER_TIMEOUT} in {where}"
+    return limit, source
+
+
+def _ack_timeout(options: TopologyOptions, profile: ConsumerProfile) -> Iterator[str]:
+    limit, source = _consumer_timeout(options, profile.consumer_arguments)
     held = _longest_hold(profile)
     if held > limit:
         yield (

@@ -15,6 +15,7 @@ from datetime import datetime
 from enum import Enum
 from typing import Self, assert_never
 
+from aio_pika_batch.core.hold_policy import HoldPolicy
 from aio_pika_batch.core.message import (
     DELIVERY_COUNT,
     NO_HEADERS,
@@ -30,9 +31,11 @@ from aio_pika_batch.core.message import (
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue
 from aio_pika_batch.core.retry import (
+    LONGEST_WAIT,
     NO_DELAY,
     ORIGINAL_EXPIRATION,
     DeadLetterReason,
+    DelayedCopy,
     DelaySteps,
     RetryPolicy,
     delayed_copy,
@@ -56,7 +59,10 @@ size is limited (RabbitMQ's default is 128 KiB)."""
 
 _ORIGIN = (ORIGINAL_EXCHANGE, ORIGINAL_ROUTING_KEY, FIRST_FAILED_AT)
 
-DROPPED = frozenset({"CC", "BCC", DELIVERY_COUNT, "x-acquired-count"})
+NOT_BEFORE = "x-retry-not-before"
+"""Header of a copy whose delay isn't over: when it is, in milliseconds since the epoch."""
+
+DROPPED = frozenset({"CC", "BCC", DELIVERY_COUNT, "x-acquired-count", NOT_BEFORE})
 """Headers that a copy leaves out: CC and BCC route to further queues, and the broker counts."""
 
 REWRITTEN = frozenset({DETAIL, EXCEPTION_TYPE, EXCEPTION_MESSAGE})
@@ -79,6 +85,8 @@ class PendingCopy:
     Attributes:
         reason: Why the message is dead-lettered; None for a requeue.
         malformed_count: Whether the retry header holds something that isn't a count.
+        hold: Seconds to hold the original before the copy is published.
+        is_undeliverable: Whether the message is retried because it can't be dead-lettered.
     """
 
     outcome: MessageOutcome
@@ -86,6 +94,8 @@ class PendingCopy:
     kind: CopyKind
     reason: DeadLetterReason | None = None
     malformed_count: bool = False
+    hold: float = 0.0
+    is_undeliverable: bool = False
 
     @property
     def tag(self) -> int:
@@ -100,10 +110,13 @@ class SettlementPlan:
     Attributes:
         settlements: To send at once.
         copies: To publish; ack the original of each one after its copy is confirmed.
+        discarded: Outcomes that are rejected without a known dead-letter destination: the broker
+            discards the messages unless a policy dead-letters them.
     """
 
     settlements: Sequence[Settlement] = ()
     copies: Sequence[PendingCopy] = ()
+    discarded: Sequence[MessageOutcome] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +138,12 @@ class SettlementPlanner:
 
     Attributes:
         queue: The queue that the messages come from, and are requeued to.
-        dead_letters: None leaves dead-lettering to the broker (`basic.reject`), which discards
-            messages if the queue has no dead-letter exchange.
+        dead_letters: Where dead letters go; None if no destination is known. Then a NACK of the
+            handler is left to the broker (`basic.reject`), which discards the message unless a
+            policy dead-letters it. A message that failed for good is retried.
+        reject_undeliverable: Whether a message that failed for good is left to the broker, too, if
+            no destination is known (`without_dead_letter="reject"`).
+        hold: How long the consumer holds messages before it publishes their retries.
         exception_message: Whether dead letters contain the text of the exception.
         drop: Headers that copies leave out.
         delay_steps: The delays of retries.
@@ -141,19 +158,27 @@ class SettlementPlanner:
     exception_message: bool = True
     drop: frozenset[str] = field(default=DROPPED)
     delay_steps: DelaySteps = field(default_factory=make_delay_steps)
+    reject_undeliverable: bool = False
+    hold: HoldPolicy = field(default_factory=HoldPolicy)
 
-    def plan(self, outcomes: Sequence[MessageOutcome], now: datetime) -> SettlementPlan:
+    def plan(
+        self, outcomes: Sequence[MessageOutcome], now: datetime, *, wait_queues: bool = True
+    ) -> SettlementPlan:
         """Decide how to settle each outcome.
 
         Args:
             now: The time for the headers.
+            wait_queues: Whether delayed retries can wait in queues. Otherwise they are held.
         """
         tags: dict[Disposition, list[int]] = {}
         copies: list[PendingCopy] = []
+        discarded: list[MessageOutcome] = []
         for outcome in outcomes:
-            match self._step(outcome, now):
+            match self._step(outcome, now, wait_queues=wait_queues):
                 case Disposition() as disposition:
                     tags.setdefault(disposition, []).append(outcome.message.delivery_tag)
+                    if disposition is Disposition.REJECT:
+                        discarded.append(outcome)
                 case PendingCopy() as copy:
                     copies.append(copy)
                 case unreachable:
@@ -161,9 +186,12 @@ class SettlementPlanner:
         return SettlementPlan(
             [Settlement(disposition, tuple(group)) for disposition, group in tags.items()],
             copies,
+            discarded,
         )
 
-    def _step(self, outcome: MessageOutcome, now: datetime) -> Disposition | PendingCopy:
+    def _step(
+        self, outcome: MessageOutcome, now: datetime, *, wait_queues: bool
+    ) -> Disposition | PendingCopy:
         match outcome.result:
             case MessageResult.ACK:
                 return Disposition.ACK
@@ -172,11 +200,13 @@ class SettlementPlanner:
             case MessageResult.NACK | Nack():
                 return self._dead_letter(outcome, _reason(outcome), now)
             case MessageResult.REQUEUE | Requeue():
-                return self._requeue(outcome, now)
+                return self._requeue(outcome, now, wait_queues=wait_queues)
             case unreachable:
                 assert_never(unreachable)
 
-    def _requeue(self, outcome: MessageOutcome, now: datetime) -> Disposition | PendingCopy:
+    def _requeue(
+        self, outcome: MessageOutcome, now: datetime, *, wait_queues: bool
+    ) -> Disposition | PendingCopy:
         message = outcome.message
         headers = readable_headers(message)
         if headers is None:
@@ -190,25 +220,85 @@ class SettlementPlanner:
         add = _origin_headers(message, headers, now)
         add[self.retry.header] = count + 1
         level = self.delay_steps.level(outcome.result, count)
-        if level != NO_DELAY:
-            copy: Copy = delayed_copy(message, self.queue, level, add, self.drop)
-        elif ORIGINAL_EXPIRATION in headers:
-            copy = immediate_copy(message, self.queue, add, self.drop)
+        has_own_delay = isinstance(outcome.result, Requeue) and outcome.result.seconds is not None
+        hold = 0.0 if has_own_delay else self.hold.retry_delay(count)
+        if level != NO_DELAY and not wait_queues:
+            hold = level / 1000
+        if hold or level == NO_DELAY:
+            pending = self._held(outcome, headers, add, hold, now)
         else:
+            copy = delayed_copy(message, self.queue, level, add, self.drop)
+            pending = PendingCopy(outcome, copy, CopyKind.REQUEUE)
+        pending.malformed_count = stated is not None and read is None
+        return pending
+
+    def _held(
+        self,
+        outcome: MessageOutcome,
+        headers: Headers,
+        add: dict[str, FieldValue],
+        hold: float,
+        now: datetime,
+    ) -> PendingCopy:
+        """A retry whose original is held first, in parts if the delay is too long for one hold."""
+        if hold > self.hold.longest:
+            add[NOT_BEFORE] = int((now.timestamp() + hold) * 1000)
+            hold = self.hold.longest
+        if ORIGINAL_EXPIRATION in headers:
+            copy = immediate_copy(outcome.message, self.queue, add, self.drop)
+        else:
+            copy = Copy(outcome.message, "", self.queue, add, self.drop)
+        return PendingCopy(outcome, copy, CopyKind.REQUEUE, hold=hold)
+
+    def held_instead(self, pending: PendingCopy, now: datetime) -> PendingCopy:
+        """The same retry without its wait queue, which turned out to be missing: it is held."""
+        copy = pending.copy
+        if not isinstance(copy, DelayedCopy):
+            return pending
+        message = pending.outcome.message
+        return self._held(pending.outcome, message.headers, dict(copy.add), copy.level / 1000, now)
+
+    def continued_delay(self, message: Message, now: datetime) -> PendingCopy | None:
+        """Return how to go on with a delay that was too long for one hold; None if it is over."""
+        headers = readable_headers(message) or NO_HEADERS
+        until = headers.get(NOT_BEFORE)
+        if not isinstance(until, int):
+            return None
+        left = until / 1000 - now.timestamp()
+        if left <= 0:
+            return None
+        # A clock that is wrong must not delay a message beyond all measure.
+        left = min(left, LONGEST_WAIT)
+        outcome = MessageOutcome(message, MessageResult.REQUEUE)
+        return self._held(outcome, headers, {}, left, now)
+
+    def _retry_undeliverable(
+        self, outcome: MessageOutcome, reason: DeadLetterReason, now: datetime
+    ) -> PendingCopy:
+        """A retry of a message that failed for good, because there is nowhere to put it."""
+        message = outcome.message
+        headers = readable_headers(message)
+        if headers is None:
+            # Its attempts can't be counted, so the delay doesn't grow.
+            hold = self.hold.undeliverable_delay(self.retry.max_attempts)
+            copy = Copy(message, "", self.queue, {})
+        else:
+            count = retry_count(headers.get(self.retry.header)) or 0
+            spent = self.retry.max_attempts if reason is DeadLetterReason.EXHAUSTED else 0
+            hold = self.hold.undeliverable_delay(max(0, count - spent))
+            add = _origin_headers(message, headers, now)
+            add[self.retry.header] = count + 1
             copy = Copy(message, "", self.queue, add, self.drop)
-        return PendingCopy(
-            outcome,
-            copy,
-            CopyKind.REQUEUE,
-            malformed_count=stated is not None and read is None,
-        )
+        return PendingCopy(outcome, copy, CopyKind.REQUEUE, hold=hold, is_undeliverable=True)
 
     def _dead_letter(
         self, outcome: MessageOutcome, reason: DeadLetterReason, now: datetime
     ) -> Disposition | PendingCopy:
         target = self.dead_letters
         if target is None:
-            return Disposition.REJECT
+            if reason is DeadLetterReason.REJECTED or self.reject_undeliverable:
+                return Disposition.REJECT
+            return self._retry_undeliverable(outcome, reason, now)
         message = outcome.message
         # All properties first: otherwise the headers would be decoded a second time with them.
         expiration = message.properties.expiration

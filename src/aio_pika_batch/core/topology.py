@@ -36,8 +36,8 @@ DEFAULT_DELIVERY_LIMIT = 20
 """That limit."""
 
 _UNEQUAL_WAIT_QUEUE = (
-    "it holds waiting messages, and was declared with other arguments, for example with another"
-    " unsafe_delay: set that back, or let the queue run empty and delete it"
+    "it holds waiting messages, and was declared with other arguments: let the queue run empty and"
+    " delete it"
 )
 
 
@@ -140,7 +140,6 @@ class TopologyOptions:
     dead_letter_routing_key: str | None = None
     dead_letter_queue: str | None = None
     wait_levels: tuple[int, ...] = ()
-    unsafe_delay: bool = False
     declare: bool = True
 
 
@@ -250,25 +249,19 @@ def wait_queue(options: TopologyOptions, level: int) -> Queue:
             f"queue {name!r} cannot be declared: its name has more than {SHORT_STRING} bytes;"
             " use a shorter queue_name, or no delays"
         )
-    # Without `x-expires`: a queue that expires drops its messages.
-    arguments: dict[str, FieldValue] = {
-        MESSAGE_TTL: level,
-        DEAD_LETTER_EXCHANGE: "",
-        DEAD_LETTER_ROUTING_KEY: options.queue_name,
-    }
-    if options.unsafe_delay:
-        arguments[QUEUE_TYPE] = "classic"
-    else:
-        # It keeps an expired message until the other queue has it. A classic queue would drop it
-        # if the other queue is full.
-        arguments |= {
+    return Queue(
+        name,
+        arguments={
+            # Without `x-expires`: a queue that expires drops its messages.
+            MESSAGE_TTL: level,
+            DEAD_LETTER_EXCHANGE: "",
+            DEAD_LETTER_ROUTING_KEY: options.queue_name,
+            # It keeps an expired message until the other queue has it. A classic queue would drop
+            # it if the other queue is full.
             QUEUE_TYPE: "quorum",
             DEAD_LETTER_STRATEGY: "at-least-once",
             "x-overflow": "reject-publish",
-        }
-    return Queue(
-        name,
-        arguments=arguments,
+        },
         check_only=not options.declare,
         holds_retries=True,
     )
@@ -291,9 +284,8 @@ def refuse_lossy_wait_queue(queue: Queue, product: str, version: str) -> None:
         TopologyError: The queue must dead-letter at least once, and the broker is not known to
             support that.
     """
-    # Old brokers accept arguments that they don't know, so a declaration proves nothing. And
-    # `unsafe_delay` alone decides about the arguments: an upgrade must find the same queues.
-    if not queue.holds_retries or DEAD_LETTER_STRATEGY not in queue.arguments:
+    # Old brokers accept arguments that they don't know, so a declaration proves nothing.
+    if not queue.holds_retries:
         return
     stated = parse_version(product, version)
     if stated is not None and stated >= AT_LEAST_ONCE_SINCE:
@@ -301,8 +293,7 @@ def refuse_lossy_wait_queue(queue: Queue, product: str, version: str) -> None:
     since = ".".join(map(str, AT_LEAST_ONCE_SINCE))
     raise TopologyError(
         f"queue {queue.name!r}: {product} {version} may lose messages that wait for their next"
-        f" attempt, if their queue is full or missing; RabbitMQ {since} and newer do not."
-        " Upgrade, use no delays, or set unsafe_delay=True to accept the risk"
+        f" attempt, if their queue is full or missing; RabbitMQ {since} and newer do not"
     )
 
 

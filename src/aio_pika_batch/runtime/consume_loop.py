@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from aio_pika_batch.core.batch_run import BatchDecisions
@@ -22,7 +23,7 @@ from aio_pika_batch.runtime.batching import BatchKey, open_intake
 from aio_pika_batch.runtime.breaker import WorkerBreaker
 from aio_pika_batch.runtime.handler import EarlySettlement, HandlerRun, Process
 from aio_pika_batch.runtime.handler_slots import HandlerSlots, ignore_batch
-from aio_pika_batch.runtime.publishing import ReconnectingPublisher
+from aio_pika_batch.runtime.publishing import DelayedPublisher
 from aio_pika_batch.runtime.settler import Settler
 from aio_pika_batch.runtime.shutdown import Shutdown
 from aio_pika_batch.runtime.worker_config import WorkerConfig
@@ -44,7 +45,7 @@ class LoopContext:
     batch_key: BatchKey | None
     slots: HandlerSlots
     breaker: WorkerBreaker | None
-    publisher: ReconnectingPublisher
+    publisher: DelayedPublisher
     shutdown: Shutdown
     observers: Observers
     log: KeywordLogger
@@ -166,12 +167,25 @@ class ConsumeLoop:
 
     def _take(self, chunk: Sequence[Message]) -> None:
         self.last_progress = now = self._loop.time()
+        if self._observers:
+            self._observers.emit(Received(len(chunk)))
+        if self._config.may_continue_delays:
+            chunk = self._hold_early(chunk, now)
         failed = self._intake.add(chunk, now)
         if failed is not None:
             self._start(self._settle(failed, now))
-        if self._observers:
-            self._observers.emit(Received(len(chunk)))
         self._dispatch()
+
+    def _hold_early(self, chunk: Sequence[Message], now: float) -> Sequence[Message]:
+        """Hold the messages whose delay was too long for one hold; return the others."""
+        due = []
+        for message in chunk:
+            copy = self._config.planner.continued_delay(message, datetime.now(UTC))
+            if copy is None:
+                due.append(message)
+            else:
+                self._settler.hold(copy, now)
+        return due
 
     def _on_free(self, batch: Batch) -> None:
         self._intake.release(batch)

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from aio_pika_batch.core.publication import Outcome, Outgoing, Publication
 from aio_pika_batch.core.retry import NO_DELAY, DelayedCopy
 from aio_pika_batch.core.topology import Topology, TopologyOptions, wait_queue
-from aio_pika_batch.errors import TransportError
+from aio_pika_batch.errors import AccessRefused, TopologyError, TransportError
 from aio_pika_batch.logs import KeywordLogger, format_error
 from aio_pika_batch.runtime.shutdown import wait_until
 from aio_pika_batch.transport import Publisher, Transport
@@ -99,21 +99,51 @@ class ReconnectingPublisher:
 class DelayedPublisher(ReconnectingPublisher):
     """Publishes retries, some of which wait in a delay queue.
 
-    A delay queue is declared before the first copy goes there, once for a consumer, and again if
-    the broker doesn't have it any more. If it can't be declared, its copies count as returned:
-    their originals are held, and never retried too early.
+    Delay queues that are certainly needed are declared with the topology, others before the first
+    copy goes there, and again if the broker doesn't have them any more. If a delay queue can't be
+    used, its copies count as returned, and the consumer holds their originals instead: they are
+    never retried too early.
 
     Args:
-        log: Gets a line when a delay queue can't be declared.
-        options: Describes the delay queues, and which of them exist from the start.
+        log: Gets a line when delay queues can't be used.
+        options: Describes the delay queues, and which of them are certainly needed.
+
+    Attributes:
+        can_delay: Whether delay queues can be used, as far as is known.
     """
 
     def __init__(self, transport: Transport, log: KeywordLogger, options: TopologyOptions) -> None:
         super().__init__(transport, log)
         self._options = options
-        self._declared = set(options.wait_levels)
+        self._declared: set[int] = set()
         self._declaring: dict[int, asyncio.Task[bool]] = {}
         self._complaints: dict[int, str] = {}
+        self.can_delay = True
+
+    async def declare_delay_queues(self) -> None:
+        """Declare the delay queues that are certainly needed.
+
+        Raises:
+            BrokerUnavailable: The broker doesn't answer.
+        """
+        levels = self._options.wait_levels
+        if not levels or not self.can_delay:
+            return
+        queues = tuple(wait_queue(self._options, level) for level in levels)
+        try:
+            await self._transport.declare(Topology(queues=queues))
+        except (AccessRefused, TopologyError) as error:
+            self._hold_from_now_on(error)
+        else:
+            self._declared.update(levels)
+
+    def _hold_from_now_on(self, error: TransportError) -> None:
+        if self.can_delay:
+            self.can_delay = False
+            self._log.warning(
+                "delay queues can't be used: the consumer holds delayed retries instead",
+                error=format_error(error),
+            )
 
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
         """Publish; delay queues that are needed are declared first."""
@@ -148,11 +178,18 @@ class DelayedPublisher(ReconnectingPublisher):
     async def _declare(self, level: int) -> bool:
         try:
             await self._transport.declare(Topology(queues=(wait_queue(self._options, level),)))
+        except (AccessRefused, TopologyError) as error:
+            self._hold_from_now_on(error)
+            return False
         except TransportError as error:
             text = format_error(error)
             is_repeated = text == self._complaints.get(level)
             log = self._log.debug if is_repeated else self._log.error
-            log("no wait queue: what shall wait is held", delay=level / 1000, error=text)
+            log(
+                "a delay queue can't be declared for now: its retries are held",
+                delay=level / 1000,
+                error=text,
+            )
             self._complaints[level] = text
             return False
         self._complaints.pop(level, None)

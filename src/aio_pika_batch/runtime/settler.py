@@ -17,6 +17,7 @@ from aio_pika_batch.errors import SessionLost, TransportError
 from aio_pika_batch.logs import KeywordLogger, format_error
 from aio_pika_batch.observer import (
     DeadLettered,
+    Discarded,
     Observers,
     Requeued,
     Settled,
@@ -24,10 +25,11 @@ from aio_pika_batch.observer import (
     StaleResults,
     Step,
 )
-from aio_pika_batch.runtime.publishing import ReconnectingPublisher
+from aio_pika_batch.runtime.burst_log import BurstLog
+from aio_pika_batch.runtime.held_messages import HeldMessages
+from aio_pika_batch.runtime.publishing import DelayedPublisher
 from aio_pika_batch.runtime.settlement_queue import PATIENCE, SettlementQueue
 from aio_pika_batch.runtime.shutdown import Wait
-from aio_pika_batch.runtime.unconfirmed import UnconfirmedCopies
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.transport import Session
 
@@ -47,7 +49,7 @@ class Settler:
         self,
         session: Session,
         config: WorkerConfig,
-        publisher: ReconnectingPublisher,
+        publisher: DelayedPublisher,
         *,
         on_failure: Callable[[TransportError], None],
         on_settled_late: Callable[[], None],
@@ -62,25 +64,30 @@ class Settler:
         self._log = log
         self._loop = asyncio.get_running_loop()
         self._queue = SettlementQueue(session, config.pace.patience if config.pace else PATIENCE)
-        self._unconfirmed = UnconfirmedCopies(
+        self._held = HeldMessages(
             config.unconfirmed,
+            config.unconfirmed.max_held,
             publish=self._publish_again,
             on_confirmed=self._settle_confirmed,
             give_back=self._give_back,
+            on_end=self._fail,
         )
+        self._holding = BurstLog(self._log_holding)
+        self._undeliverable = BurstLog(self._log_undeliverable)
+        self._discarding = BurstLog(self._log_discarding)
         self._has_warned_of_count = False
         self._is_giving_back = False
         self.is_over = False
 
     @property
     def held(self) -> int:
-        """The number of messages whose copy was not confirmed at once."""
-        return len(self._unconfirmed)
+        """The number of messages that wait for their retry, or for a late confirm."""
+        return len(self._held)
 
     @property
     def since(self) -> float | None:
-        """When the longest held message arrived, in loop time; None if none is held."""
-        return self._unconfirmed.since
+        """When the oldest message with a late confirm arrived, in loop time; None without one."""
+        return self._held.since
 
     async def settle(self, decisions: BatchDecisions, arrived: float) -> None:
         """Carry out decisions.
@@ -108,6 +115,7 @@ class Settler:
         settlements: list[Settlement] = []
         if decisions.acked:
             settlements.append(Settlement(Disposition.ACK, tuple(decisions.acked)))
+            self._held.note_success()
         if decisions.returned:
             tags = tuple(message.delivery_tag for message in decisions.returned)
             settlements.append(Settlement(Disposition.RETURN, tags))
@@ -116,17 +124,71 @@ class Settler:
             if settlements:
                 await self._queue.settle(settlements)
             return outcomes, ()
-        plan = self._planner.plan(outcomes, datetime.now(UTC))
+        plan = self._planner.plan(
+            outcomes, datetime.now(UTC), wait_queues=self._publisher.can_delay
+        )
         settlements.extend(plan.settlements)
-        if not plan.copies:
-            await self._queue.settle(settlements)
-            return outcomes, ()
-        confirmed = await self._publish_and_settle(settlements, plan.copies, arrived)
+        if plan.discarded:
+            self._on_discarded(plan.discarded)
+        copies = self._hold_retries(plan.copies, arrived) if plan.copies else ()
+        if copies:
+            confirmed = await self._publish_and_settle(settlements, copies, arrived)
+        else:
+            confirmed = ()
+            if settlements:
+                await self._queue.settle(settlements)
         if len(confirmed) == len(plan.copies):
             return outcomes, confirmed
         pending = {each.tag for each in plan.copies} - {each.tag for each in confirmed}
         done = [each for each in outcomes if each.message.delivery_tag not in pending]
         return done, confirmed
+
+    def hold(self, copy: PendingCopy, arrived: float) -> None:
+        """Hold a message whose delay isn't over yet."""
+        self._hold_retries([copy], arrived)
+
+    def _hold_retries(self, copies: Sequence[PendingCopy], arrived: float) -> list[PendingCopy]:
+        """Hold the messages whose retries aren't due yet; return the copies of the others."""
+        due = [each for each in copies if not each.hold]
+        if len(due) < len(copies):
+            for each in copies:
+                if each.hold:
+                    self._held.add_retry(each, arrived=arrived)
+            undeliverable = sum(each.is_undeliverable for each in copies)
+            if undeliverable:
+                self._undeliverable.note(undeliverable)
+            retries = len(copies) - len(due) - undeliverable
+            if retries:
+                self._holding.note(retries)
+        return due
+
+    def _log_holding(self, count: int) -> None:
+        self._log.warning(
+            "messages failed: the consumer holds them until their retry",
+            messages=count,
+            held=len(self._held),
+        )
+
+    def _log_undeliverable(self, count: int) -> None:
+        self._log.error(
+            "messages failed for good, but no dead-letter destination is known: they are retried;"
+            " set dead_letter_queue",
+            messages=count,
+            held=len(self._held),
+        )
+
+    def _log_discarding(self, count: int) -> None:
+        self._log.warning(
+            "messages are rejected without a dead-letter destination: the broker discards them"
+            " unless a policy dead-letters them",
+            messages=count,
+        )
+
+    def _on_discarded(self, outcomes: Sequence[MessageOutcome]) -> None:
+        self._discarding.note(len(outcomes))
+        if self._observers:
+            messages = [each.message for each in outcomes]
+            self._observers.emit(Discarded(messages))
 
     async def _publish_and_settle(
         self, settlements: Sequence[Settlement], copies: Sequence[PendingCopy], arrived: float
@@ -190,10 +252,19 @@ class Settler:
             if outcome is Outcome.CONFIRMED:
                 confirmed.append(copy)
             else:
-                self._unconfirmed.add(copy, arrived=arrived)
+                self._hold_unconfirmed_one(copy, arrived)
         if confirmed:
             self._is_giving_back = False
         return confirmed
+
+    def _hold_unconfirmed_one(self, copy: PendingCopy, arrived: float) -> None:
+        if not self._publisher.can_delay:
+            # Its wait queue has turned out to be missing, so it waits here.
+            held = self._planner.held_instead(copy, datetime.now(UTC))
+            if held is not copy:
+                self._hold_retries([held], arrived)
+                return
+        self._held.add_unconfirmed(copy, arrived=arrived)
 
     async def _publish(self, copies: Sequence[PendingCopy]) -> Sequence[Outcome]:
         began = self._loop.time()
@@ -253,9 +324,9 @@ class Settler:
             self._fail(error)
         self._on_settled_late()
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         if not isinstance(error, TransportError):
-            self._log.exception("held originals could not be settled")
+            self._log.error("held originals could not be settled", exc_info=error)
             error = SessionLost(f"held originals could not be settled: {format_error(error)}")
         self._on_failure(error)
 
@@ -270,7 +341,7 @@ class Settler:
 
     async def close(self, unstarted: Sequence[Message], wait: Wait) -> None:
         """Let running attempts finish, and return what is left to the broker."""
-        held = await self._unconfirmed.close(wait)
+        held = await self._held.close(wait)
         tags = [message.delivery_tag for message in unstarted] + [each.tag for each in held]
         if tags:
             await self._settle_or_fail(Disposition.RETURN, tags)
@@ -279,7 +350,9 @@ class Settler:
         """Stop at once: the session is gone."""
         self.is_over = True
         self._queue.abort()
-        await self._unconfirmed.abort()
+        for log in (self._holding, self._undeliverable, self._discarding):
+            log.flush()
+        await self._held.abort()
 
 
 def _counts(

@@ -26,7 +26,7 @@ from aio_pika_batch.runtime.breaker import PROBE, WorkerBreaker
 from aio_pika_batch.runtime.consume_loop import ConsumeLoop, LoopContext
 from aio_pika_batch.runtime.handler import Process
 from aio_pika_batch.runtime.handler_slots import HandlerSlots
-from aio_pika_batch.runtime.publishing import ReconnectingPublisher
+from aio_pika_batch.runtime.publishing import DelayedPublisher
 from aio_pika_batch.runtime.shutdown import Shutdown, wait_until
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.status import WorkerState, WorkerStatus
@@ -73,7 +73,7 @@ class WorkerResources:
     transport: Transport
     declare: Callable[[], Coroutine[Any, Any, None]]
     subscription: Callable[[int, int], Subscription]
-    publisher: ReconnectingPublisher
+    publisher: DelayedPublisher
     shutdown: Shutdown
 
 

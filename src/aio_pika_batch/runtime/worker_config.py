@@ -7,6 +7,8 @@ from typing import Self
 
 from aio_pika_batch.core.batch_run import FailurePolicy
 from aio_pika_batch.core.circuit_breaker import BreakerPolicy
+from aio_pika_batch.core.config_checks import consumer_timeout
+from aio_pika_batch.core.hold_policy import LONGEST_DEFAULT, HoldPolicy, longest_hold
 from aio_pika_batch.core.message import Headers
 from aio_pika_batch.core.results import ExceptionResults
 from aio_pika_batch.core.retry import Backoff, RetryPolicy
@@ -24,6 +26,9 @@ REPUBLISH = Backoff(0.5, 5.0)
 IN_PLACE = Backoff(0.2, 5.0)
 """Pauses before a retry in place if `requeue_delay` is 0: without one it would be a hot loop."""
 
+HELD_IN_PLACE = Backoff(1.0, LONGEST_DEFAULT)
+"""Pauses before a retry in place if `requeue_delay` isn't set."""
+
 UNLIMITED_PREFETCH_HOLD = 1000
 """How many messages may be held if the prefetch count is 0, which limits nothing."""
 
@@ -40,6 +45,8 @@ class WorkerConfig:
         unconfirmed: How long a message is held while its copy is not confirmed.
         pace: How soon a yielded result is settled; None if that waits for the end of the batch.
         breaker: When the worker pauses; None for never.
+        may_continue_delays: Whether delays may be too long for one hold, so that a delivery may
+            have to be held before it is handled.
     """
 
     queue_name: str
@@ -58,6 +65,7 @@ class WorkerConfig:
     unconfirmed: UnconfirmedPolicy
     pace: Pace | None
     breaker: BreakerPolicy | None
+    may_continue_delays: bool
     topology: TopologyOptions
 
     @classmethod
@@ -72,6 +80,8 @@ class WorkerConfig:
         options = topology_options(settings)
         steps = delay_steps(settings)
         retry = RetryPolicy(settings.max_requeue_attempts, settings.retry_count_header)
+        longest = longest_hold(consumer_timeout(options, settings.consumer_arguments or {}))
+        holds_by_default = settings.requeue_delay is None
         return cls(
             queue_name=settings.queue_name,
             prefetch=prefetch,
@@ -79,7 +89,9 @@ class WorkerConfig:
             batch_size=batches.batch_size if batches else 1,
             batch_timeout=batches.batch_timeout if batches else 0.0,
             batch_max_bytes=batches.batch_max_bytes if batches else None,
-            in_place=RetryInPlace(retry, IN_PLACE, steps) if settings.ordered_by_key else None,
+            in_place=RetryInPlace(retry, HELD_IN_PLACE if holds_by_default else IN_PLACE, steps)
+            if settings.ordered_by_key
+            else None,
             concurrency=settings.concurrency,
             process_timeout=settings.process_timeout,
             stuck_after=settings.effective_stuck_after,
@@ -96,6 +108,8 @@ class WorkerConfig:
                 dead_letter_target(options),
                 settings.dead_letter_exception_message,
                 delay_steps=steps,
+                reject_undeliverable=settings.without_dead_letter == "reject",
+                hold=HoldPolicy(holds_by_default, longest, settings.requeue_delay_max),
             ),
             unconfirmed=UnconfirmedPolicy(
                 settings.requeue_hold,
@@ -106,6 +120,7 @@ class WorkerConfig:
             if batches and batches.settle == "yield"
             else None,
             breaker=_breaker(settings),
+            may_continue_delays=longest < max(LONGEST_DEFAULT, settings.requeue_delay_max),
             topology=options,
         )
 

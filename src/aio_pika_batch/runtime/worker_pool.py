@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 
 from aio_pika_batch.core.topology import build_topology, split_exclusive
 from aio_pika_batch.errors import DrainIncomplete, SessionLost, StartInterrupted
@@ -49,7 +50,9 @@ class WorkerPool:
         self._observers = observers
         self._log = log
         self._server = server
-        self._topology, self._own = split_exclusive(build_topology(config.topology))
+        self._topology, self._own = split_exclusive(
+            build_topology(replace(config.topology, wait_levels=()))
+        )
         self._workers: list[Worker] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._declaring: asyncio.Future[None] | None = None
@@ -125,10 +128,14 @@ class WorkerPool:
     async def _declare(self) -> None:
         """Declare the topology; workers that need it at the same time share one attempt."""
         if self._declaring is None or self._declaring.done():
-            self._declaring = asyncio.ensure_future(self._transport.declare(self._topology))
+            self._declaring = asyncio.ensure_future(self._declare_all())
             # Marks an exception as retrieved: all who wait may have been stopped meanwhile.
             self._declaring.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.shield(self._declaring)
+
+    async def _declare_all(self) -> None:
+        await self._transport.declare(self._topology)
+        await self._copies.declare_delay_queues()
 
     async def watch(self) -> None:
         """Wait for the stop, or for a worker that ends without one.

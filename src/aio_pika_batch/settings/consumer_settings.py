@@ -151,13 +151,13 @@ class ConsumerSettings(_EssentialSettings):
     max_requeue_attempts: int = Field(
         default=3,
         ge=0,
-        description="Number of retries by REQUEUE before a message is dead-lettered. Without"
-        " `requeue_delay` they are used up within milliseconds on an idle queue.",
+        description="Number of retries by REQUEUE before a message is dead-lettered.",
     )
-    requeue_delay: Pause = Field(
-        default=0.0,
-        description="Delay of the first retry; 0: none. Delayed messages wait in queues that are"
-        " declared for this, `<queue_name>.retry.<milliseconds>`.",
+    requeue_delay: Pause | None = Field(
+        default=None,
+        description="Delay of the first retry. None: the consumer holds a failed message for"
+        " 1, 2, 4, … s, at most 30 s, before it is retried. 0: retries follow at once. More:"
+        " messages wait in queues that are declared for this, `<queue_name>.retry.<milliseconds>`.",
     )
     requeue_backoff: Factor = Field(
         default=2.0,
@@ -167,11 +167,6 @@ class ConsumerSettings(_EssentialSettings):
         default=300.0,
         le=LONGEST_WAIT,
         description="Longest delay, also for `Requeue(delay=…)`.",
-    )
-    unsafe_delay: bool = Field(
-        default=False,
-        description="Use classic delay queues, as brokers before RabbitMQ 3.10 need it. They lose"
-        " messages that expire while the queue is full or missing.",
     )
     requeue_hold: Seconds = Field(
         default=30.0,
@@ -200,6 +195,12 @@ class ConsumerSettings(_EssentialSettings):
     dead_letter_routing_key: ShortString | None = Field(
         default=None,
         description="Routing key of dead letters. None: each message's original one.",
+    )
+    without_dead_letter: Literal["retry", "reject"] = Field(
+        default="retry",
+        description="What happens to a message that failed for good if no destination for dead"
+        " letters is known. `retry`: it is retried with growing delays, up to `requeue_delay_max`."
+        " `reject`: the broker discards it, unless a policy dead-letters it.",
     )
     dead_letter_exception_message: bool = Field(
         default=True,

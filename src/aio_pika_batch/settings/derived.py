@@ -37,7 +37,7 @@ def endpoint(settings: ConsumerSettings, consumer: str) -> Endpoint:
 def delay_steps(settings: ConsumerSettings) -> DelaySteps:
     """Return how long retries wait."""
     return make_delay_steps(
-        settings.requeue_delay, settings.requeue_backoff, settings.requeue_delay_max
+        settings.requeue_delay or 0.0, settings.requeue_backoff, settings.requeue_delay_max
     )
 
 
@@ -61,7 +61,6 @@ def topology_options(settings: ConsumerSettings) -> TopologyOptions:
         dead_letter_routing_key=settings.dead_letter_routing_key,
         dead_letter_queue=settings.dead_letter_queue,
         wait_levels=delay_steps(settings).steps_for(settings.max_requeue_attempts),
-        unsafe_delay=settings.unsafe_delay,
         declare=settings.declare,
     )
 
@@ -86,6 +85,7 @@ def consumer_profile(
         consumer_arguments=_given(settings.consumer_arguments),
         retry_seconds=delay_steps(settings).total_seconds(settings.max_requeue_attempts),
         ordered=settings.ordered_by_key,
+        rejects_undeliverable=settings.without_dead_letter == "reject",
     )
 
 

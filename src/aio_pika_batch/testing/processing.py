@@ -157,8 +157,8 @@ def _requeued_immediately(message: Message, decision: MessageOutcome) -> Requeue
 def _add_copy(outcome: BatchOutcome, message: Message, pending: PendingCopy, header: str) -> None:
     copy = pending.copy
     if pending.reason is None:
-        count = retry_count(copy.add[header]) or 0
-        delay = copy.level / 1000 if isinstance(copy, DelayedCopy) else 0.0
+        count = retry_count(copy.add.get(header)) or 0
+        delay = copy.level / 1000 if isinstance(copy, DelayedCopy) else pending.hold
         outcome.requeued.append(RequeuedMessage(message, count, delay))
         return
     outcome.dead_lettered.append(

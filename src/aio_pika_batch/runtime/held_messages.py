@@ -1,7 +1,7 @@
-"""Holds messages whose retry or dead-letter copy is unconfirmed, and republishes the copies.
+"""Holds messages unsettled: until their retry is due, and while their copy is not confirmed.
 
-The decisions are those of `UnconfirmedPolicy`. It ends with its session: a copy whose original has
-gone back to the broker is not published again.
+The decisions are those of `hold_policy` and `UnconfirmedPolicy`. Everything ends with the session:
+a copy whose original has gone back to the broker is not published.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
+from aio_pika_batch.core.hold_policy import NEVER, early_release_at
 from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.core.settlement_plan import PendingCopy
 from aio_pika_batch.core.unconfirmed_policy import Pending, Republish, Return, UnconfirmedPolicy
@@ -18,44 +19,60 @@ from aio_pika_batch.runtime.shutdown import Wait
 
 
 class _HeldMessage:
-    """A held message, its copy, and what happens next."""
+    """A held message, its copy, and what happens next.
+
+    `pending` is None as long as its copy has not been published.
+    """
 
     __slots__ = ("arrived", "copy", "pending", "step")
 
-    def __init__(self, copy: PendingCopy, arrived: float, pending: Pending) -> None:
+    def __init__(
+        self, copy: PendingCopy, arrived: float, pending: Pending | None, step: Republish | Return
+    ) -> None:
         self.copy = copy
         self.arrived = arrived
         self.pending = pending
-        self.step: Republish | Return
+        self.step = step
 
 
-class UnconfirmedCopies:
-    """Holds messages and publishes their copies again.
+class HeldMessages:
+    """Holds messages, and publishes their copies when they are due.
 
     Args:
+        max_retries: How many retries may be held while messages succeed.
         publish: Publishes copies.
         on_confirmed: Gets copies that were confirmed, to acknowledge their originals.
         give_back: Gets copies whose originals have to be returned to the broker.
+        on_end: Called with the error if this can't go on.
     """
 
     def __init__(
         self,
         policy: UnconfirmedPolicy,
+        max_retries: int,
         *,
         publish: Callable[[Sequence[PendingCopy]], Awaitable[Sequence[Outcome]]],
         on_confirmed: Callable[[Sequence[PendingCopy]], Awaitable[None]],
         give_back: Callable[[Sequence[PendingCopy]], Awaitable[None]],
+        on_end: Callable[[BaseException], None],
     ) -> None:
         self._policy = policy
+        self._max_retries = max_retries
         self._publish = publish
         self._on_confirmed = on_confirmed
         self._give_back = give_back
+        self._on_end = on_end
         self._loop = asyncio.get_running_loop()
+        # In the order in which they came, so that the first retry has been held longest.
         self._held: dict[int, _HeldMessage] = {}
         self._returning: set[_HeldMessage] = set()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_closing = False
+        self._last_success = NEVER
+        self._last_release = NEVER
+        self.retries = 0
+        """The number of held messages whose retry has not been published yet."""
 
     def __len__(self) -> int:
         """The number of held messages."""
@@ -63,34 +80,71 @@ class UnconfirmedCopies:
 
     @property
     def since(self) -> float | None:
-        """When the longest unsettled of them was delivered; None if none is held."""
-        return min((each.arrived for each in self._held.values()), default=None)
+        """When the longest unsettled message was delivered, in loop time; None if none is held.
 
-    def add(self, copy: PendingCopy, *, arrived: float) -> None:
+        Messages that wait for their retry don't count: they are held on purpose.
+        """
+        return min(
+            (each.arrived for each in self._held.values() if each.pending is not None),
+            default=None,
+        )
+
+    def add_retry(self, copy: PendingCopy, *, arrived: float) -> None:
+        """Hold a message for `copy.hold` seconds before its copy is published.
+
+        Args:
+            arrived: When the message was delivered, in loop time.
+        """
+        due = Republish(self._loop.time() + copy.hold)
+        self.retries += 1
+        self._add(_HeldMessage(copy, arrived, None, due))
+
+    def add_unconfirmed(self, copy: PendingCopy, *, arrived: float) -> None:
         """Hold a message whose copy has failed for the first time.
 
         Args:
             arrived: When the message was delivered, in loop time.
         """
         now = self._loop.time()
-        held = _HeldMessage(copy, arrived, Pending(since=now, failures=1))
+        held = _HeldMessage(copy, arrived, None, Republish(now))
         self._held[copy.tag] = held
-        self._decide(held, now)
+        self._decide(held, Pending(since=now, failures=1))
+        self._add(held)
+
+    def _add(self, held: _HeldMessage) -> None:
+        self._held[held.copy.tag] = held
         if self._task is None:
             self._task = self._loop.create_task(self._work())
+            self._task.add_done_callback(self._on_task_end)
         self._changed.set()
 
-    def _decide(self, held: _HeldMessage, now: float) -> None:
+    def note_success(self) -> None:
+        """Note that a message succeeded: held retries must not take up all of the prefetch."""
+        self._last_success = self._loop.time()
+        if self.retries > self._max_retries:
+            self._changed.set()
+
+    def _decide(self, held: _HeldMessage, pending: Pending) -> None:
+        held.pending = pending
         held.step = self._policy.next_step(
-            held.pending,
-            now=now,
+            pending,
+            now=self._loop.time(),
             # Jitter spreads load; it needn't be unpredictable.
             jitter=random.random(),
-            # Messages that are about to be returned don't count.
-            held=len(self._held) - len(self._returning),
+            # Messages that wait for their retry, or are about to be returned, don't count.
+            held=len(self._held) - self.retries - len(self._returning),
         )
         if isinstance(held.step, Return):
             self._returning.add(held)
+
+    def _release_at(self) -> float | None:
+        return early_release_at(
+            held=self.retries,
+            limit=self._max_retries,
+            last_success=self._last_success,
+            last_release=self._last_release,
+            now=self._loop.time(),
+        )
 
     async def _work(self) -> None:
         while not self._is_closing:
@@ -98,7 +152,10 @@ class UnconfirmedCopies:
             if not self._held:
                 await self._changed.wait()
                 continue
+            release_at = self._release_at()
             due_at = min(each.step.at for each in self._held.values())
+            if release_at is not None:
+                due_at = min(due_at, release_at)
             if due_at > self._loop.time():
                 try:
                     async with asyncio.timeout_at(due_at):
@@ -108,6 +165,11 @@ class UnconfirmedCopies:
                     pass
             now = max(due_at, self._loop.time())
             due = [each for each in self._held.values() if each.step.at <= now]
+            if release_at is not None and release_at <= now:
+                self._last_release = now
+                early = next(each for each in self._held.values() if each.pending is None)
+                if early not in due:
+                    due.append(early)
             # Divided before the attempt: one that fails now is returned after a pause, not at once.
             returning = [each for each in due if isinstance(each.step, Return)]
             republishing = [each for each in due if isinstance(each.step, Republish)]
@@ -120,12 +182,16 @@ class UnconfirmedCopies:
         outcomes = await self._publish([each.copy for each in due])
         confirmed = []
         for held, outcome in zip(due, outcomes, strict=True):
+            pending = held.pending
+            if pending is None:
+                self.retries -= 1
             if outcome is Outcome.CONFIRMED:
                 del self._held[held.copy.tag]
                 confirmed.append(held.copy)
+            elif pending is None:
+                self._decide(held, Pending(since=self._loop.time(), failures=1))
             else:
-                held.pending = replace(held.pending, failures=held.pending.failures + 1)
-                self._decide(held, self._loop.time())
+                self._decide(held, replace(pending, failures=pending.failures + 1))
         if confirmed:
             await self._on_confirmed(confirmed)
 
@@ -151,13 +217,22 @@ class UnconfirmedCopies:
             await wait({self._task})
             await self._cancel_task()
         left = [each.copy for each in self._held.values()]
-        self._held.clear()
+        self._forget()
         return left
 
     async def abort(self) -> None:
         """Stop at once and forget everything: the session is gone."""
         await self._cancel_task()
+        self._forget()
+
+    def _forget(self) -> None:
         self._held.clear()
+        self.retries = 0
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._on_end(error)
 
     async def _cancel_task(self) -> None:
         if self._task is not None:
