@@ -8,7 +8,7 @@ Laws:
   that doesn't count as an attempt.
 - Messages that fail again and again can't starve the others: while messages succeed, the held ones
   take at most half of the prefetch window; beyond that the one that has been held longest is
-  published early, at most one per second.
+  published early, at most one per second for each message above half.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ SUCCESS_WINDOW = 30.0
 """Seconds for which one ACK means that messages succeed."""
 
 RELEASE_INTERVAL = 1.0
-"""Seconds between two retries that are published early."""
+"""Seconds between two retries that are published early, if one more than half are held.
+
+With several above half it is shorter accordingly. Among p messages that always fail, and r early
+releases per second, the others wait for about p / r seconds: one per second would be too few.
+"""
 
 
 def longest_hold(consumer_timeout: float) -> float:
@@ -74,7 +78,7 @@ def early_release_at(
     """
     if held <= limit or now - last_success > SUCCESS_WINDOW:
         return None
-    return max(now, last_release + RELEASE_INTERVAL)
+    return max(now, last_release + RELEASE_INTERVAL / (held - limit))
 
 
 NEVER = -math.inf

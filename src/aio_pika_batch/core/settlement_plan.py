@@ -9,6 +9,7 @@ Laws:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -59,10 +60,13 @@ size is limited (RabbitMQ's default is 128 KiB)."""
 
 _ORIGIN = (ORIGINAL_EXCHANGE, ORIGINAL_ROUTING_KEY, FIRST_FAILED_AT)
 
-NOT_BEFORE = "x-retry-not-before"
-"""Header of a copy whose delay isn't over: when it is, in milliseconds since the epoch."""
+REMAINING_DELAY = "x-retry-remaining-delay"
+"""Header of a copy whose delay isn't over: the rest of it, in milliseconds.
 
-DROPPED = frozenset({"CC", "BCC", DELIVERY_COUNT, "x-acquired-count", NOT_BEFORE})
+Not a moment in time: clocks differ, and a delay may be longer than asked for, but not shorter.
+"""
+
+DROPPED = frozenset({"CC", "BCC", DELIVERY_COUNT, "x-acquired-count", REMAINING_DELAY})
 """Headers that a copy leaves out: CC and BCC route to further queues, and the broker counts."""
 
 REWRITTEN = frozenset({DETAIL, EXCEPTION_TYPE, EXCEPTION_MESSAGE})
@@ -225,7 +229,7 @@ class SettlementPlanner:
         if level != NO_DELAY and not wait_queues:
             hold = level / 1000
         if hold or level == NO_DELAY:
-            pending = self._held(outcome, headers, add, hold, now)
+            pending = self._held(outcome, headers, add, hold)
         else:
             copy = delayed_copy(message, self.queue, level, add, self.drop)
             pending = PendingCopy(outcome, copy, CopyKind.REQUEUE)
@@ -238,11 +242,10 @@ class SettlementPlanner:
         headers: Headers,
         add: dict[str, FieldValue],
         hold: float,
-        now: datetime,
     ) -> PendingCopy:
         """A retry whose original is held first, in parts if the delay is too long for one hold."""
         if hold > self.hold.longest:
-            add[NOT_BEFORE] = int((now.timestamp() + hold) * 1000)
+            add[REMAINING_DELAY] = math.ceil((hold - self.hold.longest) * 1000)
             hold = self.hold.longest
         if ORIGINAL_EXPIRATION in headers:
             copy = immediate_copy(outcome.message, self.queue, add, self.drop)
@@ -250,27 +253,22 @@ class SettlementPlanner:
             copy = Copy(outcome.message, "", self.queue, add, self.drop)
         return PendingCopy(outcome, copy, CopyKind.REQUEUE, hold=hold)
 
-    def held_instead(self, pending: PendingCopy, now: datetime) -> PendingCopy:
+    def held_instead(self, pending: PendingCopy) -> PendingCopy:
         """The same retry without its wait queue, which turned out to be missing: it is held."""
         copy = pending.copy
         if not isinstance(copy, DelayedCopy):
             return pending
-        message = pending.outcome.message
-        return self._held(pending.outcome, message.headers, dict(copy.add), copy.level / 1000, now)
+        headers = pending.outcome.message.headers
+        return self._held(pending.outcome, headers, dict(copy.add), copy.level / 1000)
 
-    def continued_delay(self, message: Message, now: datetime) -> PendingCopy | None:
+    def continued_delay(self, message: Message) -> PendingCopy | None:
         """Return how to go on with a delay that was too long for one hold; None if it is over."""
         headers = readable_headers(message) or NO_HEADERS
-        until = headers.get(NOT_BEFORE)
-        if not isinstance(until, int):
+        remaining = headers.get(REMAINING_DELAY)
+        if not isinstance(remaining, int) or not 0 < remaining <= LONGEST_WAIT * 1000:
             return None
-        left = until / 1000 - now.timestamp()
-        if left <= 0:
-            return None
-        # A clock that is wrong must not delay a message beyond all measure.
-        left = min(left, LONGEST_WAIT)
         outcome = MessageOutcome(message, MessageResult.REQUEUE)
-        return self._held(outcome, headers, {}, left, now)
+        return self._held(outcome, headers, {}, remaining / 1000)
 
     def _retry_undeliverable(
         self, outcome: MessageOutcome, reason: DeadLetterReason, now: datetime

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from aio_pika_batch.core.batch_run import BatchDecisions
@@ -180,7 +179,7 @@ class ConsumeLoop:
         """Hold the messages whose delay was too long for one hold; return the others."""
         due = []
         for message in chunk:
-            copy = self._config.planner.continued_delay(message, datetime.now(UTC))
+            copy = self._config.planner.continued_delay(message)
             if copy is None:
                 due.append(message)
             else:

@@ -260,7 +260,7 @@ class Settler:
     def _hold_unconfirmed_one(self, copy: PendingCopy, arrived: float) -> None:
         if not self._publisher.can_delay:
             # Its wait queue has turned out to be missing, so it waits here.
-            held = self._planner.held_instead(copy, datetime.now(UTC))
+            held = self._planner.held_instead(copy)
             if held is not copy:
                 self._hold_retries([held], arrived)
                 return

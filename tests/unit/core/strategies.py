@@ -184,6 +184,5 @@ options = st.builds(
     dead_letter_routing_key=st.none() | routing_keys,
     dead_letter_queue=st.none() | st.just("jobs.dlq"),
     wait_levels=st.sampled_from([(), (1000, 2000)]),
-    unsafe_delay=st.booleans(),
     declare=st.booleans(),
 )

@@ -96,7 +96,7 @@ def test_no_dead_letter_exchange(stated, expected):
     """Without one the policies of the broker decide."""
     found = warnings_for(TopologyOptions(queue_name="jobs", **stated), USUAL)
 
-    assert expected is any("no dead-letter exchange is known" in line for line in found)
+    assert expected is any("no dead-letter destination is known" in line for line in found)
     assert expected is bool(found)
 
 

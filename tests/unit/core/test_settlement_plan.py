@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from aio_pika_batch.core.hold_policy import HoldPolicy
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue
 from aio_pika_batch.core.retry import DeadLetterReason, RetryPolicy
@@ -43,6 +44,7 @@ planners = st.builds(
     policies,
     st.none() | targets,
     exception_message=st.booleans(),
+    reject_undeliverable=st.booleans(),
 )
 
 
@@ -106,12 +108,19 @@ def test_the_plan_of_each_result(planner, outcomes):
                 assert Disposition.ACK is at_once[tag]
             case MessageResult.REQUEUE_IMMEDIATE:
                 assert Disposition.REQUEUE is at_once[tag]
+            case MessageResult.NACK if planner.dead_letters is None and tag in waiting:
+                assert outcome.cause is not Cause.HANDLER
+                assert not planner.reject_undeliverable
+                assert waiting[tag].is_undeliverable
+                assert waiting[tag].hold >= 1
             case MessageResult.NACK if planner.dead_letters is None:
                 assert Disposition.REJECT is at_once[tag]
+                assert planner.reject_undeliverable or outcome.cause is Cause.HANDLER
             case MessageResult.NACK:
                 assert CopyKind.DEAD_LETTER is waiting[tag].kind
             case MessageResult.REQUEUE if tag in at_once:
                 assert planner.dead_letters is None
+                assert planner.reject_undeliverable
                 assert Disposition.REJECT is at_once[tag]
             case MessageResult.REQUEUE:
                 assert outcome is waiting[tag].outcome
@@ -186,13 +195,61 @@ def test_a_requeue_replaces_an_invalid_original_route(message):
 
 
 @given(st.sampled_from([NACK, REQUEUE, Nack("why"), Requeue("why")]), messages(), st.integers(0, 3))
-def test_without_a_dead_letter_exchange_messages_are_rejected(result, message, count):
+def test_without_a_dead_letter_exchange_messages_can_be_rejected(result, message, count):
     """Nothing is published, whatever state the message is in: a policy may dead-letter it."""
     message = replace_headers(message, {"x-retry-count": 3 + count})
+    router = replace(a_router(3, dead_letters=None), reject_undeliverable=True)
 
-    assert [(1, Disposition.REJECT)] == settled(
-        plan_one(a_router(3, dead_letters=None), message, result)
-    )
+    plan = plan_one(router, message, result)
+
+    assert [(1, Disposition.REJECT)] == settled(plan)
+    assert [message] == [each.message for each in plan.discarded]
+
+
+@given(
+    st.sampled_from([REQUEUE, Requeue("why"), NACK]),
+    messages(),
+    st.integers(0, 30),
+    st.sampled_from([1.0, 10.0, 300.0]),
+)
+def test_a_message_that_failed_for_good_is_never_lost_for_want_of_a_destination(
+    result, message, count, longest
+):
+    """It is retried with a growing delay, whatever state it is in; nothing is discarded."""
+    message = replace_headers(message, {"x-retry-count": 3 + count})
+    router = replace(a_router(3, dead_letters=None), hold=HoldPolicy(longest_undeliverable=longest))
+
+    plan = plan_one(router, message, result, Cause.EXCEPTION)
+
+    [copy] = plan.copies
+    assert () == tuple(plan.settlements) == tuple(plan.discarded)
+    assert copy.is_undeliverable
+    assert 1 <= copy.hold <= longest
+    assert ("", QUEUE) == (copy.copy.exchange, copy.copy.routing_key)
+    if "headers" not in message.properties.undecodable:
+        assert count + 4 == copy.copy.add["x-retry-count"]
+
+
+@given(st.floats(0.001, 10_000), st.floats(0.01, 600), messages(of=sound_properties))
+def test_a_long_delay_is_held_in_parts_that_add_up(delay, longest, message):
+    """No part is longer than allowed, and only the first copy counts as an attempt."""
+    router = replace(a_router(), hold=HoldPolicy(longest=longest))
+    level = router.delay_steps.at_least(delay) / 1000
+
+    [copy] = router.plan(
+        [MessageOutcome(message, Requeue(delay=delay))], NOW, wait_queues=False
+    ).copies
+    held = [copy.hold]
+    assert 1 == copy.copy.add["x-retry-count"]
+    while "x-retry-remaining-delay" in copy.copy.add and len(held) < 100:
+        copy = router.continued_delay(delivered(copy.copy))
+        assert "x-retry-count" not in copy.copy.add
+        held.append(copy.hold)
+
+    assert max(held) <= longest
+    if len(held) < 100:
+        assert level <= sum(held) + 1e-6
+        assert sum(held) <= level + 0.002 * len(held)
 
 
 def replace_headers(message, headers):
@@ -289,5 +346,5 @@ def test_a_dead_letter_keeps_its_routing_key_unless_the_target_has_one(stated, k
 
 def test_no_outcomes_make_an_empty_plan():
     """Nothing is sent."""
-    assert SettlementPlan([], []) == a_router().plan([], NOW)
+    assert SettlementPlan([], [], []) == a_router().plan([], NOW)
     assert not settled(SettlementPlan())

@@ -23,10 +23,10 @@ from tests.unit.core.strategies import options
 levels = st.lists(st.integers(1, 2**32 - 1), max_size=4, unique=True).map(tuple)
 
 
-@given(options, levels, st.booleans())
-def test_delays_add_only_wait_queues(settings, some, unsafe):
+@given(options, levels)
+def test_delays_add_only_wait_queues(settings, some):
     """Durable, whatever the other queue is, and only checked if nothing is declared."""
-    waiting = replace(settings, wait_levels=some, unsafe_delay=unsafe)
+    waiting = replace(settings, wait_levels=some)
     plain, topology = build_topology(replace(settings, wait_levels=())), build_topology(waiting)
 
     added = [each for each in topology.queues if each not in plain.queues]
@@ -52,16 +52,6 @@ def test_a_wait_queue_loses_no_messages():
         "x-dead-letter-strategy": "at-least-once",
         "x-overflow": "reject-publish",
     } == wait_queue(TopologyOptions(queue_name="jobs"), 4000).arguments
-
-
-def test_an_unsafe_wait_queue_works_on_every_broker():
-    """A classic queue, also on new brokers, so that an upgrade finds the same queue."""
-    assert {
-        "x-queue-type": "classic",
-        "x-message-ttl": 4000,
-        "x-dead-letter-exchange": "",
-        "x-dead-letter-routing-key": "jobs",
-    } == wait_queue(TopologyOptions(queue_name="jobs", unsafe_delay=True), 4000).arguments
 
 
 def test_a_name_that_is_too_long_is_refused():
@@ -93,20 +83,13 @@ def test_only_brokers_that_support_at_least_once_are_accepted(product, version, 
     if trusted:
         refuse_lossy_wait_queue(queue, product, version)
     else:
-        with pytest.raises(TopologyError, match=f"{product} {version} may lose") as caught:
+        with pytest.raises(TopologyError, match=f"{product} {version} may lose"):
             refuse_lossy_wait_queue(queue, product, version)
-        assert "unsafe_delay=True" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "queue",
-    [
-        Queue("jobs", arguments={"x-dead-letter-strategy": "at-least-once"}),
-        wait_queue(TopologyOptions(queue_name="jobs", unsafe_delay=True), 1000),
-    ],
-)
-def test_other_queues_are_never_refused(queue):
-    """Queues of users, and wait queues with `unsafe_delay`."""
+def test_other_queues_are_never_refused():
+    """Users may know what they do."""
+    queue = Queue("jobs", arguments={"x-dead-letter-strategy": "at-least-once"})
     refuse_lossy_wait_queue(queue, "RabbitMQ", "3.8.9")
 
 

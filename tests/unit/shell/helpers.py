@@ -24,11 +24,21 @@ ACK, NACK = MessageResult.ACK, MessageResult.NACK
 REQUEUE, REQUEUE_IMMEDIATE = MessageResult.REQUEUE, MessageResult.REQUEUE_IMMEDIATE
 
 
+DEFAULTS = {
+    "url": "memory://",
+    "queue_name": QUEUE,
+    "requeue_delay": 0,
+    "without_dead_letter": "reject",
+}
+
+
 def settings(**given: Any) -> BatchConsumerSettings:
-    """Return settings that do not depend on the environment."""
-    return BatchConsumerSettings(
-        _env_file=None, **{"url": "memory://", "queue_name": QUEUE} | given
-    )
+    """Return settings that do not depend on the environment.
+
+    Retries follow at once, and what can't be dead-lettered is rejected, unless a test says
+    otherwise: most of them are about other things.
+    """
+    return BatchConsumerSettings(_env_file=None, **DEFAULTS | given)
 
 
 def bodies(messages: Sequence[Message]) -> list[bytes]:
@@ -119,8 +129,7 @@ class SingleConsumer(Consumer):
     """A `Consumer` that runs the given handler."""
 
     def __init__(self, answer: Callable[[Message], Any], *, transport: Any, **given: Any) -> None:
-        given = {"url": "memory://", "queue_name": QUEUE} | given
-        super().__init__(ConsumerSettings(_env_file=None, **given), transport=transport)
+        super().__init__(ConsumerSettings(_env_file=None, **DEFAULTS | given), transport=transport)
         self.answer = answer
 
     async def process_message(self, message: Message) -> Any:
@@ -137,6 +146,7 @@ class EventRecorder(Observer):
         self.seen.append((origin, event))
 
     batch_cut = batch_handled = settled = requeued = dead_lettered = connected = _note
+    discarded = _note
     lost = stale_results = handler_error = settle_failed = _note
     worker_started = worker_stopped = received = _note
     breaker_opened = breaker_probing = breaker_closed = _note

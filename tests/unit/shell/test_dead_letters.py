@@ -10,7 +10,7 @@ import pytest
 from aio_pika_batch import DeadLetterReason, Nack, Requeue
 from aio_pika_batch.adapters.memory import EventKind, PublishFault
 from aio_pika_batch.core.message import Properties
-from aio_pika_batch.observer import DeadLettered
+from aio_pika_batch.observer import DeadLettered, Discarded
 from tests.unit.shell.helpers import (
     ACK,
     NACK,
@@ -21,6 +21,7 @@ from tests.unit.shell.helpers import (
     RecordingConsumer,
     ack,
     answering,
+    bodies,
     first_then,
     numbered,
     taking,
@@ -226,8 +227,11 @@ async def test_without_an_exchange_messages_are_rejected(rabbit, caplog):
     assert [] == rabbit.times(EventKind.PUBLISHED)
     assert [] == recorder.of(DeadLettered)
     warnings = [each.message for each in caplog.records if "dead-letter" in each.message]
-    assert 1 == len(warnings)
-    assert "discards" in warnings[0]
+    assert all("discards" in each for each in warnings)
+    at_start, first, further = warnings
+    assert "set dead_letter_queue" in at_start
+    assert ["messages=1", "messages=1"] == [each.split()[-1][:-1] for each in (first, further)]
+    assert [[b"0"], [b"1"]] == [bodies(each.messages) for each in recorder.of(Discarded)]
 
 
 @pytest.mark.parametrize("fault", [PublishFault.REFUSE, PublishFault.LOSE])

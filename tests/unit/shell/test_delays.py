@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from aio_pika_batch import Message, Outcome, Requeue, TopologyError
+from aio_pika_batch import Message, Outcome, Requeue
 from aio_pika_batch.adapters.memory import EventKind, MemoryTransport
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.errors import BrokerUnavailable
@@ -53,12 +53,12 @@ def wait_queues(rabbit: QueueBroker) -> list[str]:
     return [each for each in rabbit.broker.queues if ".retry." in each]
 
 
-def complaints_of_no_queue(caplog: Any, level: int = logging.ERROR) -> list[str]:
-    """Return the log lines about missing wait queues."""
+def warnings_about_queues(caplog: Any) -> list[str]:
+    """Return the log lines about delay queues that can't be used."""
     return [
         each.message
         for each in caplog.records
-        if "no wait queue" in each.message and each.levelno == level
+        if "delay queues can't be used" in each.message and each.levelno == logging.WARNING
     ]
 
 
@@ -297,27 +297,29 @@ async def test_a_deleted_wait_queue_is_declared_again(rabbit, more):
     assert f"{QUEUE}.retry.1000" in wait_queues(rabbit)
 
 
-async def test_a_wait_queue_with_other_arguments_is_logged_once(rabbit, caplog):
-    """Originals are held, then returned: never lost, never early, and not in a busy loop."""
+async def test_with_a_different_wait_queue_the_consumer_holds_the_retries(rabbit, caplog):
+    """They are as late and as many as they should be, and one line says so."""
     rabbit.declare(f"{QUEUE}.retry.1000", **{"x-message-ttl": 5})
     rabbit.put(*numbered(2))
     async with RecordingConsumer(
-        requeueing(delay=1),
+        first_then(requeueing(delay=1), requeueing(delay=1), ack),
         transport=rabbit.transport,
         batch_size=2,
+        batch_timeout=0.1,
         prefetch_count=10,
-        requeue_hold=10,
     ) as consumer:
+        await asyncio.sleep(0.5)
+        assert numbered(2) == sorted(rabbit.unsettled())
+        assert 2 == consumer.status().workers[0].held
         await asyncio.sleep(60)
-    assert 2 * 4 <= len(consumer.handled) <= 2 * 8
-    assert {0} == {each.retry_count for each in consumer.messages}
-    assert sorted(rabbit.waiting()) == numbered(2)
-    [line] = complaints_of_no_queue(caplog)
+    assert [0, 0, 1, 1, 2, 2] == [each.retry_count for each in consumer.messages]
+    assert [0, 1, 2] == [round(at - consumer.times[0], 3) for at in consumer.times]
+    [line] = warnings_about_queues(caplog)
     assert "inequivalent arg" in line
     assert "let the queue run empty and delete it" in line
 
 
-async def test_a_missing_wait_queue_does_not_affect_other_levels(rabbit):
+async def test_a_different_wait_queue_does_not_affect_other_levels(rabbit):
     """Messages of other levels, or without a delay, are not held up."""
     rabbit.declare(f"{QUEUE}.retry.1000")
     rabbit.put(*numbered(3))
@@ -330,56 +332,49 @@ async def test_a_missing_wait_queue_does_not_affect_other_levels(rabbit):
         prefetch_count=10,
     ) as consumer:
         await asyncio.sleep(5)
-        assert [numbered(3), [b"2"], [b"1"]] == consumer.batches
-        assert [b"0"] == rabbit.unsettled()
+    assert [numbered(3), [b"2"], [b"0"], [b"1"]] == consumer.batches
 
 
 # --- whose queues they are ---------------------------------------------------------------
 
 
-async def test_without_declaring_the_wait_queues_must_exist(rabbit):
-    """They are checked at start, like everything else."""
-    consumer = RecordingConsumer(transport=rabbit.transport, requeue_delay=1, declare=False)
-    with pytest.raises(TopologyError, match=r"queue 'jobs.retry.1000'.*no queue"):
-        await consumer.start()
-    for level in (1000, 2000, 4000):
-        rabbit.declare(f"{QUEUE}.retry.{level}")
-    async with consumer:
-        assert consumer.is_healthy
-
-
-async def test_without_declaring_a_handlers_level_is_looked_for(rabbit, caplog):
-    """If its queue is missing, that is logged; once it exists, it is used."""
+async def test_without_declaring_the_wait_queues_are_used_if_they_exist(rabbit, caplog):
+    """Otherwise the consumer holds the retries, and says so at its start."""
+    given = {"transport": rabbit.transport, "requeue_delay": 1, "declare": False, "batch_size": 1}
     rabbit.put(b"0")
-    async with RecordingConsumer(
-        first_then(requeueing(delay=1), ack),
-        transport=rabbit.transport,
-        batch_size=1,
-        declare=False,
-    ) as consumer:
-        await asyncio.sleep(5)
+    async with RecordingConsumer(first_then(requeueing(), ack), **given) as holding:
+        await asyncio.sleep(0.5)
         assert [b"0"] == rabbit.unsettled()
-        assert [] == wait_queues(rabbit)
-        [line] = complaints_of_no_queue(caplog)
-        assert "no queue 'jobs.retry.1000'" in line
-        how = {"x-message-ttl": 1000, "x-dead-letter-exchange": ""}
-        rabbit.declare(f"{QUEUE}.retry.1000", **how, **{"x-dead-letter-routing-key": QUEUE})
-        await asyncio.sleep(10)
-    assert [0, 1] == [each.retry_count for each in consumer.messages]
+        await asyncio.sleep(5)
+    assert [0, 1] == [round(at - holding.times[0], 3) for at in holding.times]
+    [line] = warnings_about_queues(caplog)
+    assert "no queue 'jobs.retry.1000'" in line
+    for level in (1000, 2000, 4000):
+        how = {"x-message-ttl": level, "x-dead-letter-exchange": ""}
+        rabbit.declare(f"{QUEUE}.retry.{level}", **how, **{"x-dead-letter-routing-key": QUEUE})
+    rabbit.put(b"1")
+    async with RecordingConsumer(first_then(requeueing(), ack), **given) as waiting_outside:
+        await asyncio.sleep(0.5)
+        assert [] == rabbit.unsettled()
+        assert [b"1"] == waiting(rabbit, 1000)
+        await asyncio.sleep(5)
+    assert [0, 1] == [each.retry_count for each in waiting_outside.messages]
 
 
 async def test_a_queue_whose_name_is_too_long_for_delays(rabbit, caplog):
-    """A handler's delay is not possible there; nothing is sent, nothing is lost."""
+    """A handler's delay is possible all the same."""
     name = "q" * 250
     rabbit.declare(name)
     rabbit.put(b"0", queue=name)
     async with RecordingConsumer(
-        requeueing(delay=1), transport=rabbit.transport, queue_name=name, batch_size=1
-    ):
+        first_then(requeueing(delay=1), ack),
+        transport=rabbit.transport,
+        queue_name=name,
+        batch_size=1,
+    ) as consumer:
         await asyncio.sleep(5)
-        assert [b"0"] == rabbit.unsettled(name)
-    assert [b"0"] == rabbit.waiting(name)
-    [line] = complaints_of_no_queue(caplog)
+    assert [0, 1] == [round(at - consumer.times[0], 3) for at in consumer.times]
+    [line] = warnings_about_queues(caplog)
     assert "more than 255 bytes" in line
 
 
@@ -395,38 +390,21 @@ async def old_rabbit() -> QueueBroker:
     return made
 
 
-@pytest.mark.parametrize("declare", [True, False])
-async def test_an_old_broker_is_refused_at_the_start(old_rabbit, declare):
-    """It would accept the queue, and lose messages that expire into a full one."""
-    consumer = RecordingConsumer(transport=old_rabbit.transport, requeue_delay=1, declare=declare)
-    with pytest.raises(TopologyError, match=r"RabbitMQ 3.8 may lose .* unsafe_delay=True"):
-        await consumer.start()
-    assert [] == wait_queues(old_rabbit)
-
-
-async def test_an_old_broker_can_be_allowed(old_rabbit):
-    """With classic wait queues, which it has."""
+@pytest.mark.parametrize("given", [{"requeue_delay": 1}, {}])
+async def test_on_an_old_broker_the_consumer_holds_the_retries(old_rabbit, caplog, given):
+    """The broker would accept the queue, and lose messages that expire into a full one."""
     old_rabbit.put(b"0")
     async with RecordingConsumer(
-        first_then(requeueing(), ack),
+        first_then(requeueing(**({} if given else {"delay": 1})), ack),
         transport=old_rabbit.transport,
-        requeue_delay=1,
-        unsafe_delay=True,
         batch_size=1,
+        **given,
     ) as consumer:
         await asyncio.sleep(5)
-        arguments = old_rabbit.broker.arguments(f"{QUEUE}.retry.1000")
-        assert "classic" == arguments["x-queue-type"]
     assert [0, 1] == [round(at - consumer.times[0], 3) for at in consumer.times]
-
-
-async def test_an_old_broker_is_refused_when_a_handler_sets_a_delay(old_rabbit, caplog):
-    """At the first delay; nothing needs it before."""
-    old_rabbit.put(b"0")
-    async with RecordingConsumer(requeueing(delay=1), transport=old_rabbit.transport, batch_size=1):
-        await asyncio.sleep(5)
-        assert [b"0"] == old_rabbit.unsettled()
-    [line] = complaints_of_no_queue(caplog)
+    assert [0, 1] == [each.retry_count for each in consumer.messages]
+    assert [] == wait_queues(old_rabbit)
+    [line] = warnings_about_queues(caplog)
     assert "RabbitMQ 3.8 may lose" in line
 
 
@@ -469,11 +447,11 @@ async def test_a_level_is_declared_once_for_all_batches(script):
 
 
 async def test_wait_queues_are_declared_with_the_rest_at_start(script):
-    """In one call, so that a refusal ends the start; later retries declare nothing."""
+    """Right after it; later retries declare nothing."""
     async with RecordingConsumer(requeueing(), transport=script, requeue_delay=1, batch_size=1):
         script.last.feed(b"0")
         await asyncio.sleep(5)
-        assert 1 == len(script.details("declare"))
+        assert 2 == len(script.details("declare"))
         assert [f"{QUEUE}.retry.{level}" for level in (1000, 2000, 4000)] == declared(script)
 
 
@@ -488,7 +466,8 @@ async def test_a_declaration_is_repeated_if_the_broker_is_unreachable(script, ca
         tries = len(declared(script))
         assert 3 <= tries <= 6
         assert [] == script.details("publish")
-        assert 1 == len(complaints_of_no_queue(caplog))
+        lines = [each for each in caplog.messages if "can't be declared for now" in each]
+        assert 1 == len(lines)
         script.on_declare = ScriptedTransport().on_declare
         await asyncio.sleep(10)
         assert tries + 1 == len(declared(script))

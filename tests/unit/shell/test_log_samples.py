@@ -20,6 +20,7 @@ from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.publication import Outcome
 from tests.unit.shell.helpers import (
     ACK,
+    NACK,
     REQUEUE,
     QueueBroker,
     RecordingConsumer,
@@ -136,6 +137,19 @@ async def a_wait_queue_that_cannot_be_had():
         await asyncio.sleep(1)
 
 
+async def an_outage_without_a_dead_letter_queue():
+    """Messages are held, then they have no attempts left; others are bad."""
+    for answer, given in (
+        (answering(REQUEUE), {"requeue_delay": None}),
+        (answering(REQUEUE), {"max_requeue_attempts": 0}),
+        (answering(NACK), {}),
+    ):
+        rabbit = a_broker(*numbered(3))
+        more = {"without_dead_letter": "retry"} | given
+        async with Importer(answer, transport=rabbit.transport, **more):
+            await asyncio.sleep(0.5)
+
+
 async def what_cannot_be_settled():
     """Because of a bug: at once, and after a copy was confirmed at the second attempt."""
     for outcomes in ([], [Outcome.REFUSED]):
@@ -221,6 +235,7 @@ STORIES = [
     copies_that_are_refused,
     a_publisher_that_cannot_connect,
     a_wait_queue_that_cannot_be_had,
+    an_outage_without_a_dead_letter_queue,
     what_cannot_be_settled,
     a_publisher_that_closes_badly,
     a_breaker,

@@ -157,7 +157,7 @@ async def test_a_consumers_life_is_a_few_log_lines(rabbit, caplog):
     [
         ({"prefetch_count": 5, "batch_size": 10}, "prefetch_count=5"),
         ({"queue_arguments": {}}, "delivered too often"),
-        ({"dead_letter_queue": None, "queue_arguments": {}}, "no dead-letter exchange"),
+        ({"dead_letter_queue": None, "queue_arguments": {}}, "no dead-letter destination"),
         ({"max_requeue_attempts": 21}, "below max_requeue_attempts=21"),
         ({"batch_size": 10, "process_timeout": 1000}, "held for 2000 s"),
         ({"batch_timeout": 3600}, "held for 3600 s"),

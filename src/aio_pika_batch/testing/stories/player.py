@@ -160,6 +160,7 @@ def _settings(story: Story, scene: Scene) -> BatchConsumerSettings:
         concurrency=story.concurrency,
         num_workers=story.workers,
         max_requeue_attempts=story.attempts,
+        requeue_delay=0,
         requeue_hold=30 * pace,
         reconnect_delay=0.5 * pace,
         reconnect_delay_max=30 * pace,
