@@ -58,11 +58,11 @@ TUNING = """\
 - **`concurrency` or `num_workers`.** `concurrency` runs several batches at once on one
   connection. `num_workers` opens further connections: one more than your event loop can keep busy
   gains nothing.
-- **`dead_letter_queue`.** The short way to keep what fails for good. Without a dead-letter
-  exchange the broker discards it; a warning at start says so.
-- **`requeue_delay`.** 0 by default: all retries are spent within milliseconds. With 1 they wait for
-  1 s, 2 s and 4 s, which outlasts a restart of what your handler talks to; see
-  [Guarantees](guarantees.md#retries-that-wait).
+- **`dead_letter_queue`.** Set it: messages that fail for good end there. Without it they are
+  retried with growing delays, and messages that get NACK are discarded.
+- **`requeue_delay`: usually not.** By default the consumer holds a failed message for 1, 2, 4, … s,
+  at most 30 s, before it is retried. Set it if retries should wait in queues of their own, so that
+  they take up no prefetch; see [Guarantees](guarantees.md#retries-that-wait).
 - **`settle`.** `"yield"` for handlers that take long, message by message: a crash then repeats a
   moment's work and not a batch. `"atomic"` for handlers that yield inside a transaction. See [When
   results are settled](how-it-works.md#when-results-are-settled).
@@ -93,7 +93,6 @@ GROUPS = {
         "requeue_delay",
         "requeue_backoff",
         "requeue_delay_max",
-        "unsafe_delay",
         "requeue_hold",
         "retry_count_header",
     ),
@@ -102,6 +101,7 @@ GROUPS = {
         "dead_letter_exchange",
         "dead_letter_exchange_type",
         "dead_letter_routing_key",
+        "without_dead_letter",
         "dead_letter_exception_message",
     ),
     "Declaring the queue": (
