@@ -284,8 +284,7 @@ class SettlementPlanner:
             count = retry_count(headers.get(self.retry.header)) or 0
             spent = self.retry.max_attempts if reason is DeadLetterReason.EXHAUSTED else 0
             hold = self.hold.undeliverable_delay(max(0, count - spent))
-            add = _origin_headers(message, headers, now)
-            add[self.retry.header] = count + 1
+            add = {**_origin_headers(message, headers, now), self.retry.header: count + 1}
             copy = Copy(message, "", self.queue, add, self.drop)
         return PendingCopy(outcome, copy, CopyKind.REQUEUE, hold=hold, is_undeliverable=True)
 
