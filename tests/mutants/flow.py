@@ -300,8 +300,8 @@ SHELL = (
     Mutant(
         "A held retry counts as stuck: a healthy consumer is restarted.",
         "runtime/held_messages.py",
-        "for each in self._held.values() if each.pending is not None)",
-        "for each in self._held.values())",
+        "for each in self._held.values() if each.pending is not None),",
+        "for each in self._held.values()),",
         (f"{_SHELL}/test_held_retries.py",),
     ),
     Mutant(
