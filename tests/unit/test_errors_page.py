@@ -103,7 +103,7 @@ def test_what_is_logged_is_found():
     said = {ast.unparse(each) for _, each in LOGGED}
     by_each_way = {
         "'a batch failed'",
-        "\"a delay queue can't be declared for now: its retries are held\"",  # through a name
+        '"a delay queue can\'t be declared for now: its retries are held"',  # through a name
         "'a listener on an AMQP connection failed'",  # by asyncio
         "'the certificate of %s is not verified, because url says no_verify_ssl=1:",
     }
