@@ -10,10 +10,11 @@ being slow, since a busy machine says nothing about the code.
 from __future__ import annotations
 
 import signal
+import socket
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import aio_pika
 import asyncpg
@@ -194,6 +195,20 @@ def wire(request: pytest.FixtureRequest) -> Wire:
 def on_both_wires(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test of a whole consumer twice; ``nox -s wires`` runs all on the plain wire."""
     monkeypatch.setenv("AIO_PIKA_BATCH_WIRE", wire)
+
+
+@pytest.fixture
+def no_such_host(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A host that a name server says it does not know: on a machine without one nobody could."""
+    real = socket.getaddrinfo
+
+    def look_up(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(host).endswith(".invalid"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return real(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return "no-such-host.invalid"
 
 
 @pytest.fixture

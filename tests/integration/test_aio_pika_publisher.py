@@ -266,7 +266,7 @@ async def test_time_runs_out_in_silence_only(
     amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
 ) -> None:
     """A call may take longer than `publish_timeout` while confirms arrive."""
-    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), publish_timeout=0.6, wire=wire))
+    transport = AioPikaTransport(Endpoint(url=proxy.url(amqp_url), publish_timeout=3.0, wire=wire))
     done = asyncio.Event()
 
     async def stutter() -> None:
@@ -280,8 +280,8 @@ async def test_time_runs_out_in_silence_only(
         stuttering = asyncio.create_task(stutter())
         start = time.monotonic()
         # More than a proxy takes in while it lets nothing through.
-        outcomes = await publisher.publish([Publication(bytes(500_000), routing_key=queue)] * 100)
-        assert time.monotonic() - start > 0.6
+        outcomes = await publisher.publish([Publication(bytes(500_000), routing_key=queue)] * 60)
+        assert time.monotonic() - start > 3.0
         done.set()
         await stuttering
         assert {CONFIRMED} == set(outcomes)
@@ -289,7 +289,7 @@ async def test_time_runs_out_in_silence_only(
         proxy.freeze("to_client")
         start = time.monotonic()
         assert [UNKNOWN] == await publisher.publish([Publication(b"", routing_key=queue)])
-        assert time.monotonic() - start < SLACK
+        assert time.monotonic() - start < 3.0 + SLACK
 
 
 async def test_a_broker_that_reads_nothing_is_given_up(

@@ -89,9 +89,9 @@ async def test_a_port_without_a_listener_is_unavailable() -> None:
     )
 
 
-async def test_an_unknown_host_name_is_refused() -> None:
+async def test_an_unknown_host_name_is_refused(no_such_host: str) -> None:
     """No resolver knows the name."""
-    assert "its name is not known" in await refusal("amqp://no-such-host.invalid", AccessRefused)
+    assert "its name is not known" in await refusal(f"amqp://{no_such_host}", AccessRefused)
 
 
 async def test_a_broker_that_never_answers_times_out(amqp_url: str, proxy: TcpProxy) -> None:

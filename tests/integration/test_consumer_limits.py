@@ -237,7 +237,7 @@ async def test_returned_messages_do_not_count_as_delivered_on_newer_brokers(
             await asyncio.sleep(3600)
             yield MessageResult.ACK
 
-    settings = quorum(amqp_url, name, dlx, limit=2, prefetch_count=10, shutdown_timeout=1.5)
+    settings = quorum(amqp_url, name, dlx, limit=2, prefetch_count=10, shutdown_timeout=3)
     for turn in range(3):
         consumer = Stuck(settings)
         await consumer.start()

@@ -166,7 +166,7 @@ async def test_by_default_nothing_is_settled_before_the_handler_has_ended(
         await held.wait()
 
     consumer = RecordingConsumer(
-        answer, proxy.url(amqp_url), name, batch_size=6, reconnect_delay_max=1
+        answer, proxy.url(amqp_url), name, batch_size=6, batch_timeout=10, reconnect_delay_max=1
     )
     async with consumer:
         await publish(channel, numbered(6), routing_key=name)
@@ -220,7 +220,7 @@ async def test_a_commit_that_fails_voids_the_acks_of_an_atomic_batch(
         amqp_url,
         name,
         batch_size=10,
-        batch_timeout=2,
+        batch_timeout=10,
         queue_type=queue_type,
         settle="atomic",
     )
@@ -253,7 +253,7 @@ async def test_a_timeout_keeps_the_results_of_isolation(channel, amqp_url, name)
         batch_size=4,
         batch_timeout=5,
         isolate_failures=True,
-        process_timeout=0.5,
+        process_timeout=1.5,
         dead_letter_exchange=dlx,
         unhandled_exception_action=NACK,
     )

@@ -16,7 +16,7 @@ from aiormq.exceptions import ChannelLockedResource
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
 from aio_pika_batch.testing.contract import Features, Harness, TransportContract
 from aio_pika_batch.transport import Endpoint, Wire
-from tests.integration.helpers import parse_version, ready, until
+from tests.integration.helpers import PATIENCE, parse_version, ready, until
 from tests.support.proxy import TcpProxy
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ async def test_the_contract_is_kept(broker: RunningBroker, wire: Wire, kind: str
         partial(opened, broker, wire, kind),
         features(broker, kind),
         # Only a failure takes it, and a busy machine is none.
-        patience=30,
+        patience=PATIENCE,
         quiet=0.3,
     )
     report = await contract.run(at_once=8)

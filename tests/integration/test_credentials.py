@@ -26,6 +26,7 @@ from aio_pika_batch import (
 )
 from aio_pika_batch.adapters.aio_pika.connection import open_connection
 from aio_pika_batch.adapters.aio_pika.url import parse_url
+from aio_pika_batch.settings.derived import delay_steps
 from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
 from tests.integration.helpers import publish, until
 
@@ -110,6 +111,7 @@ def url_with(password: str, address: str) -> str:
 async def test_a_password_appears_nowhere(  # noqa: PLR0915  -- one story, searched once
     password: str,
     proxy: TcpProxy,
+    no_such_host: str,
     channel: AbstractChannel,
     name: str,
     caplog: pytest.LogCaptureFixture,
@@ -124,7 +126,7 @@ async def test_a_password_appears_nowhere(  # noqa: PLR0915  -- one story, searc
     def consumer(url: str, **more: Any) -> Failing:
         options = {"batch_size": 1, "reconnect_delay": 0.05, "reconnect_delay_max": 0.1, **more}
         made = BatchConsumerSettings(url=url, queue_name=name, **options)
-        everything.hear(made, made.model_fields_set, made.delay_steps)
+        everything.hear(made, made.model_fields_set, delay_steps(made))
         built = Failing(made, observers=[EventRecorder(everything)])
         everything.hear(built, built.status(), built._endpoint())
         return built
@@ -153,7 +155,7 @@ async def test_a_password_appears_nowhere(  # noqa: PLR0915  -- one story, searc
 
     # --- all that can be wrong from the start
     await refused(AccessRefused, url_with(WRONG, there))
-    await refused(AccessRefused, f"{url_with(WRONG, there)},{url_with(SECRET, 'no.such.invalid')}")
+    await refused(AccessRefused, f"{url_with(WRONG, there)},{url_with(SECRET, no_such_host)}")
     await refused(AccessRefused, url_with(SECRET, f"{LOCALHOST}:{proxy.port}") + "no-such-host")
     await refused(AccessRefused, good.replace("amqp://", "amqps://"))
     for wrong in (

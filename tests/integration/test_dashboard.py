@@ -24,6 +24,7 @@ from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
 from aio_pika_batch.adapters.memory import Broker, MemoryTransport, PublishFault
 from aio_pika_batch.observers.prometheus import PrometheusObserver
 from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
+from tests.integration.helpers import PATIENCE
 from tests.support.prometheus import prometheus, promtool
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -119,7 +120,8 @@ def asks(folder, target):
             if not re.fullmatch(r"[\d.]+|\d+\s+and.*", side.strip()):
                 wanted.add((rule["alert"], side))
     with prometheus(target, folder) as server:
-        for _ in range(200):
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
             wanted = {each for each in wanted if not has_numbers(server.ask(each[1]))}
             if not wanted:
                 return

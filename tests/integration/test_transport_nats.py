@@ -169,7 +169,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.usefixtures("site")
 async def test_the_contract_is_kept(nats_url: str) -> None:
     """All that is claimed, by a transport that the URL has found."""
-    contract = TransportContract(partial(opened, nats_url), FEATURES, patience=30, quiet=0.3)
+    contract = TransportContract(partial(opened, nats_url), FEATURES, patience=120, quiet=0.3)
     report = await contract.run(at_once=16)
     report.raise_if_broken()
     assert len(report.kept) == len(contract.applicable)
