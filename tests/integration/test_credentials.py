@@ -27,6 +27,7 @@ from aio_pika_batch import (
 from aio_pika_batch.adapters.aio_pika.connection import open_connection
 from aio_pika_batch.adapters.aio_pika.url import parse_url
 from aio_pika_batch.settings.derived import delay_steps
+from aio_pika_batch.settings.derived import endpoint as endpoint_of
 from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
 from tests.integration.helpers import publish, until
 
@@ -128,7 +129,7 @@ async def test_a_password_appears_nowhere(  # noqa: PLR0915  -- one story, searc
         made = BatchConsumerSettings(url=url, queue_name=name, **options)
         everything.hear(made, made.model_fields_set, delay_steps(made))
         built = Failing(made, observers=[EventRecorder(everything)])
-        everything.hear(built, built.status(), built._endpoint())
+        everything.hear(built, built.status(), endpoint_of(made, "Failing"))
         return built
 
     async def refused(kind: type[Exception], url: str, **more: Any) -> None:
@@ -187,7 +188,7 @@ async def test_a_password_appears_nowhere(  # noqa: PLR0915  -- one story, searc
     everything.hear(*await asyncio.gather(starting, return_exceptions=True))
 
     # --- and what is handed around inside
-    endpoint = running._endpoint()
+    endpoint = endpoint_of(running.settings, "Failing")
     addresses = parse_url(endpoint.url)
     connection = await open_connection(endpoint, addresses)
     everything.hear(endpoint, addresses, connection, connection.connection, connection.tap)
