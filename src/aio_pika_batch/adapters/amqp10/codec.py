@@ -369,6 +369,8 @@ def _blob(kind: int, content: bytes) -> bytes:
 
 
 def _compound(kind: int, items: list[bytes]) -> bytes:
+    if kind == _LIST and not items:
+        return bytes((_EMPTY_LIST,))
     content = b"".join(items)
     size, count = len(content) + 1, len(items)
     if size < _SHORTEST_LONG and count < _SHORTEST_LONG:
