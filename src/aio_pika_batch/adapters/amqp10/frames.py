@@ -36,26 +36,26 @@ class ProtocolHeader(NamedTuple):
     header: bytes
 
 
-class Frame(NamedTuple):
+class Received(NamedTuple):
     """A frame, but no transfer of the link that is received from."""
 
     channel: int
     record: Record
 
 
-class Deliveries(NamedTuple):
+class Transferred(NamedTuple):
     """Messages that came together, in the order of their tags."""
 
     messages: list[Message]
 
 
-class Malformed(NamedTuple):
+class Violation(NamedTuple):
     """What came isn't AMQP 1.0, or breaks what was agreed on; nothing comes after this."""
 
     reason: str
 
 
-Event: TypeAlias = ProtocolHeader | Frame | Deliveries | Malformed
+Event: TypeAlias = ProtocolHeader | Received | Transferred | Violation
 
 
 def pack(record: Record, channel: int = 0, kind: int = spec.AMQP_FRAME) -> bytes:
@@ -100,7 +100,7 @@ class FrameParser:
         except (CodecError, TransferError) as error:
             self._is_broken = True
             self._collect()
-            self._events.append(Malformed(str(error)))
+            self._events.append(Violation(str(error)))
             at = len(data)
         if at < len(data):
             self._held = [data[at:]]
@@ -157,9 +157,9 @@ class FrameParser:
             transfers.add(record, data[at:end], body_at + size - at)
             return
         self._collect()
-        self._events.append(Frame(0 if kind == spec.SASL_FRAME else channel, record))
+        self._events.append(Received(0 if kind == spec.SASL_FRAME else channel, record))
 
     def _collect(self) -> None:
         """Let messages stand before what came after them."""
         if self._transfers is not None and (messages := self._transfers.collected()):
-            self._events.append(Deliveries(messages))
+            self._events.append(Transferred(messages))

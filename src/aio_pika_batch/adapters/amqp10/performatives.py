@@ -78,7 +78,7 @@ class Begin:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class SourceTerminus:
     """Where a link's messages come from."""
 
     address: str | None = None
@@ -95,7 +95,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class TargetTerminus:
     """Where a link's messages go to."""
 
     address: str | None = None
@@ -116,8 +116,8 @@ class Attach:
     role: bool
     snd_settle_mode: UByte | None = None
     rcv_settle_mode: UByte | None = None
-    source: Source | None = None
-    target: Target | None = None
+    source: SourceTerminus | None = None
+    target: TargetTerminus | None = None
     unsettled: Map | None = None
     incomplete_unsettled: bool | None = None
     initial_delivery_count: UInt | None = None
@@ -162,7 +162,7 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
-class Disposition:
+class DispositionFrame:
     """Says what became of deliveries. `role` is true if their receiver says it."""
 
     role: bool
@@ -221,10 +221,10 @@ class SaslOutcome:
 
 
 Performative: TypeAlias = (
-    Open | Begin | Attach | Flow | Transfer | Disposition | Detach | End | Close
+    Open | Begin | Attach | Flow | Transfer | DispositionFrame | Detach | End | Close
 )
 SaslPerformative: TypeAlias = Mechanisms | Init | SaslOutcome
-Record: TypeAlias = Performative | SaslPerformative | Source | Target | Error
+Record: TypeAlias = Performative | SaslPerformative | SourceTerminus | TargetTerminus | Error
 
 _CODES: Final[dict[type[Record], int]] = {
     Open: spec.OPEN,
@@ -232,13 +232,13 @@ _CODES: Final[dict[type[Record], int]] = {
     Attach: spec.ATTACH,
     Flow: spec.FLOW,
     Transfer: spec.TRANSFER,
-    Disposition: spec.DISPOSITION,
+    DispositionFrame: spec.DISPOSITION,
     Detach: spec.DETACH,
     End: spec.END,
     Close: spec.CLOSE,
     Error: spec.ERROR,
-    Source: spec.SOURCE,
-    Target: spec.TARGET,
+    SourceTerminus: spec.SOURCE,
+    TargetTerminus: spec.TARGET,
     Mechanisms: spec.SASL_MECHANISMS,
     Init: spec.SASL_INIT,
     SaslOutcome: spec.SASL_OUTCOME,

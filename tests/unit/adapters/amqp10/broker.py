@@ -7,7 +7,7 @@ from typing import Any
 
 from aio_pika_batch.adapters.amqp10 import performatives as p
 from aio_pika_batch.adapters.amqp10.codec import Described, Symbol, UInt, UShort
-from aio_pika_batch.adapters.amqp10.frames import Frame, FrameParser, pack
+from aio_pika_batch.adapters.amqp10.frames import FrameParser, Received, pack
 from tests.unit.adapters.amqp10.spoken import FRAME_MAX, Sent, transfers
 
 SERIAL = 2**32
@@ -66,7 +66,7 @@ class Broker:
     def receive(self, data: bytes) -> None:
         """Bytes of the client."""
         for event in self.parser.feed(data):
-            assert isinstance(event, Frame), event
+            assert isinstance(event, Received), event
             self.heard.append(event.record)
             self._heard(event.record)
 
@@ -92,7 +92,7 @@ class Broker:
             case p.Flow():
                 assert self.is_attached
                 self._flow(record)
-            case p.Disposition():
+            case p.DispositionFrame():
                 assert record.role is True
                 assert record.settled is True
                 self._dispose(record)
@@ -127,7 +127,7 @@ class Broker:
         if flow.drain or flow.echo:
             self._send_flow(credit=self.credit, drain=bool(flow.drain) or None)
 
-    def _dispose(self, record: p.Disposition) -> None:
+    def _dispose(self, record: p.DispositionFrame) -> None:
         last = record.first if record.last is None else record.last
         state = record.state
         assert isinstance(state, Described)
@@ -176,7 +176,7 @@ class Broker:
             self.ready += 1
         if ids:
             self._send(
-                p.Disposition(
+                p.DispositionFrame(
                     role=False,
                     first=UInt(ids[0]),
                     last=UInt(ids[-1]),

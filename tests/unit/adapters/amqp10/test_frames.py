@@ -23,12 +23,12 @@ from aio_pika_batch.adapters.amqp10.codec import (
 )
 from aio_pika_batch.adapters.amqp10.frames import (
     SIGN_OF_LIFE,
-    Deliveries,
     Event,
-    Frame,
     FrameParser,
-    Malformed,
     ProtocolHeader,
+    Received,
+    Transferred,
+    Violation,
     pack,
 )
 from aio_pika_batch.adapters.amqp10.performatives import (
@@ -61,7 +61,7 @@ def flat(events: list[Event]) -> list[tuple[Any, ...]]:
     """What was told, whatever came together."""
     told: list[tuple[Any, ...]] = []
     for event in events:
-        if isinstance(event, Deliveries):
+        if isinstance(event, Transferred):
             assert event.messages
             told.extend(
                 ("message", m.delivery_tag, m.redelivered, m.body, m._route, m._properties)
@@ -132,7 +132,7 @@ def test_cuts_do_not_matter(stream, places):
     assert told == fed(cut(stream, places))
     assert told == fed([stream], Plain)
     assert told == fed(cut(stream, places), Plain)
-    assert "Malformed" not in {each[0] for each in told}
+    assert "Violation" not in {each[0] for each in told}
 
 
 @given(streams(sent.map(lambda each: each.payload)))
@@ -154,7 +154,7 @@ def test_a_broken_stream_is_found_out_or_read_as_something_else(stream, data):
     )
 
     # What follows is no AMQP: it is found out at the latest when a whole frame of it has come.
-    assert "Malformed" == whole[-1][0] == pieces[-1][0]
+    assert "Violation" == whole[-1][0] == pieces[-1][0]
     assert whole[:-1] == pieces[:-1]
 
 
@@ -248,7 +248,7 @@ def test_a_transfer_that_breaks_the_rules_ends_it(transfer, why):
     """What came before it is told."""
     told = hostile(ORDINARY, transfer, ORDINARY)
 
-    assert ["message", "Malformed"] == [each[0] for each in told]
+    assert ["message", "Violation"] == [each[0] for each in told]
     assert why in told[1][1]
 
 
@@ -256,7 +256,7 @@ def test_a_part_of_another_message_ends_it():
     """Parts of two messages do not mix on one link."""
     more = Transfer(UInt(0), UInt(5), more=True)
     told = hostile(more, Transfer(UInt(0), UInt(6)))
-    assert [("Malformed", "delivery 6 came in place of 5")] == told
+    assert [("Violation", "delivery 6 came in place of 5")] == told
 
 
 def test_a_message_has_a_largest_size(monkeypatch):
@@ -264,15 +264,15 @@ def test_a_message_has_a_largest_size(monkeypatch):
     monkeypatch.setattr("aio_pika_batch.adapters.amqp10.transfers.LARGEST", 1000)
     stream = transfers(Sent(bytes(2000)).payload, 0, size=300)
 
-    assert [("Malformed", "a message has more than 1000 bytes")] == fed([stream])
+    assert [("Violation", "a message has more than 1000 bytes")] == fed([stream])
 
 
 def test_transfers_of_other_links_are_told_as_they_are():
     """Nobody has attached those; it is for others to decide."""
     other = Transfer(UInt(1), UInt(0))
-    assert [("Frame", 0, other)] == fed([pack(other)])
-    assert [("Frame", 3, ORDINARY)] == fed([pack(ORDINARY, 3)])
-    assert [("Frame", 0, ORDINARY)] == flat(FrameParser(FRAME_MAX).feed(pack(ORDINARY)))
+    assert [("Received", 0, other)] == fed([pack(other)])
+    assert [("Received", 3, ORDINARY)] == fed([pack(ORDINARY, 3)])
+    assert [("Received", 0, ORDINARY)] == flat(FrameParser(FRAME_MAX).feed(pack(ORDINARY)))
 
 
 # --- other frames ---------------------------------------------------------------
@@ -288,11 +288,11 @@ def test_a_handshake_is_told_in_its_order():
     stream += spec.AMQP_HEADER + pack(Open("c")) + pack(Begin(UShort(0), UInt(0), UInt(1), UInt(1)))
     expected = [
         ProtocolHeader(spec.SASL_HEADER),
-        Frame(0, records[0][0]),
-        Frame(0, records[1][0]),
+        Received(0, records[0][0]),
+        Received(0, records[1][0]),
         ProtocolHeader(spec.AMQP_HEADER),
-        Frame(0, Open("c")),
-        Frame(0, Begin(UShort(0), UInt(0), UInt(1), UInt(1))),
+        Received(0, Open("c")),
+        Received(0, Begin(UShort(0), UInt(0), UInt(1), UInt(1))),
     ]
 
     assert expected == FrameParser(512).feed(stream)
@@ -313,7 +313,7 @@ def test_an_extended_header_is_stepped_over():
     plain = pack(Close())
     body = plain[8:]
     extended = struct.pack(">IBBH", 12 + len(body), 3, 0, 0) + b"more" + body
-    assert [Frame(0, Close())] == FrameParser(512).feed(extended)
+    assert [Received(0, Close())] == FrameParser(512).feed(extended)
     assert [] == FrameParser(512).feed(struct.pack(">IBBH", 12, 3, 0, 0) + b"more")
 
 
@@ -343,8 +343,8 @@ def test_what_is_no_frame_ends_it(raw, why):
     told = FrameParser(512)
     events = told.feed(SIGN_OF_LIFE + pack(FLOW) + raw + pack(FLOW))
 
-    assert [Frame(0, FLOW)] == events[:-1]
-    assert isinstance(events[-1], Malformed)
+    assert [Received(0, FLOW)] == events[:-1]
+    assert isinstance(events[-1], Violation)
     assert any(each in events[-1].reason for each in why.split("|"))
     assert [] == told.feed(pack(FLOW)), "nothing is read after that"
 
@@ -365,10 +365,10 @@ def test_nothing_is_set_aside_for_an_announced_frame():
 def test_records_keep_all_they_have():
     """An error within a close, symbols as an array or alone, maps."""
     error = Error(Symbol("amqp:not-found"), "no queue 'q'", {Symbol("a"): 1})
-    assert [Frame(0, Close(error))] == FrameParser(512).feed(pack(Close(error)))
+    assert [Received(0, Close(error))] == FrameParser(512).feed(pack(Close(error)))
     assert "amqp:not-found: no queue 'q'" == str(error)
     assert "amqp:not-found" == str(Error(Symbol("amqp:not-found")))
     array = b"\xe0\x0a\x02\xa3\x01a\x05PLAIN"
     raw = frame(b"\x00\x53\x40\xc0" + bytes((len(array) + 1, 1)) + array, kind=1)
     expected = Mechanisms(Array([Symbol("a"), Symbol("PLAIN")]))
-    assert [Frame(0, expected)] == FrameParser(512).feed(raw)
+    assert [Received(0, expected)] == FrameParser(512).feed(raw)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from aio_pika_batch.adapters.amqp10 import spec
 from aio_pika_batch.adapters.amqp10.codec import Described, Timestamp, read
-from aio_pika_batch.adapters.amqp10.frames import Frame, FrameParser
-from aio_pika_batch.adapters.amqp10.performatives import Disposition
+from aio_pika_batch.adapters.amqp10.frames import FrameParser, Received
+from aio_pika_batch.adapters.amqp10.performatives import DispositionFrame
 from aio_pika_batch.adapters.amqp10.settling import (
     ACCEPTED,
     FAILED,
@@ -170,10 +170,12 @@ def test_a_frame_is_what_a_disposition_is(outcome, first, last, channel):
     """It is packed by hand, because there is one for each batch."""
     [frame] = FrameParser(131_072).feed(pack(Run(outcome, 1, 2), first, last, channel))
 
-    assert isinstance(frame, Frame)
+    assert isinstance(frame, Received)
     assert channel == frame.channel
     state, _ = read(outcome, 0, len(outcome))
-    assert frame.record == Disposition(role=True, first=first, last=last, settled=True, state=state)
+    assert frame.record == DispositionFrame(
+        role=True, first=first, last=last, settled=True, state=state
+    )
 
 
 def test_the_frame_of_a_range_is_short():

@@ -8,8 +8,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from aio_pika_batch.adapters.amqp10 import spec
-from aio_pika_batch.adapters.amqp10.frames import Deliveries, Frame, FrameParser
-from aio_pika_batch.adapters.amqp10.link import Answered, Attached, Ended, Link, Phase, TakenBack
+from aio_pika_batch.adapters.amqp10.frames import FrameParser, Received, Transferred
+from aio_pika_batch.adapters.amqp10.receiver import (
+    Answered,
+    Attached,
+    Ended,
+    LinkPhase,
+    Receiver,
+    TakenBack,
+)
 from aio_pika_batch.adapters.amqp10.settling import (
     ACCEPTED,
     FAILED,
@@ -48,7 +55,7 @@ class Receiving(RuleBasedStateMachine):
     def attach(self, prefetch, count, transfer, first_id, frame_payload):
         self.prefetch = prefetch
         self.broker = Broker(count, transfer, first_id, frame_payload)
-        self.link = Link(SOURCE, "l-1", prefetch)
+        self.link = Receiver(SOURCE, "l-1", prefetch)
         self.parser = FrameParser(FRAME_MAX)
         self.open: list[int] = []
         self.decided: dict[int, bytes] = {}
@@ -58,7 +65,7 @@ class Receiving(RuleBasedStateMachine):
         self.wants_credit = True
         self.bytes_go()
         self.bytes_come(10**6)
-        assert self.link.phase is Phase.OPEN
+        assert self.link.phase is LinkPhase.OPEN
 
     # --- the line ------------------------------------------------------------------
 
@@ -73,14 +80,14 @@ class Receiving(RuleBasedStateMachine):
         data = b"".join(self.broker.output)
         self.broker.output[:] = [data[size:]]
         for event in self.parser.feed(data[:size]):
-            if isinstance(event, Deliveries):
+            if isinstance(event, Transferred):
                 self.link.received()
                 assert not self.is_silent, "a message after the answer to stop"
                 for message in event.messages:
                     assert message.body == b"%d" % (message.delivery_tag - 1)
                     self.open.append(message.delivery_tag)
             else:
-                assert isinstance(event, Frame), event
+                assert isinstance(event, Received), event
                 self.heard(self.link.receive(event.channel, event.record))
 
     def heard(self, event):
@@ -186,10 +193,10 @@ class Receiving(RuleBasedStateMachine):
         [detached] = [
             event.record
             for event in self.parser.feed(b"".join(self.broker.output))
-            if isinstance(event, Frame)
+            if isinstance(event, Received)
         ]
         assert Ended(None) == self.link.receive(0, detached)
-        assert self.link.phase is Phase.OVER
+        assert self.link.phase is LinkPhase.OVER
         self.link.settle([Decided(ACCEPTED, tuple(self.open))])
         assert [] == self.link.output
 

@@ -27,13 +27,13 @@ from aio_pika_batch.adapters.amqp10.performatives import (
     Attach,
     Begin,
     Detach,
-    Disposition,
+    DispositionFrame,
     End,
     Error,
     Flow,
     Record,
-    Source,
-    Target,
+    SourceTerminus,
+    TargetTerminus,
 )
 from aio_pika_batch.adapters.amqp10.settling import RELEASED, Decided, Run, Unsettled
 from aio_pika_batch.adapters.amqp10.transfers import Transfers
@@ -86,7 +86,7 @@ class Ended(NamedTuple):
 LinkEvent: TypeAlias = Attached | Answered | TakenBack | Ended
 
 
-class Phase(Enum):
+class LinkPhase(Enum):
     """How far a link is."""
 
     OPENING = auto()
@@ -95,7 +95,7 @@ class Phase(Enum):
     OVER = auto()
 
 
-class Link:
+class Receiver:
     """A receiver of one queue.
 
     Args:
@@ -116,7 +116,7 @@ class Link:
         prefetch: int,
         properties: Mapping[str, Any] | None = None,
     ) -> None:
-        self.phase = Phase.OPENING
+        self.phase = LinkPhase.OPENING
         self.unsettled = Unsettled()
         self.output: list[bytes] = []
         self._source = source
@@ -138,8 +138,8 @@ class Link:
                 _RECEIVER,
                 snd_settle_mode=UByte(0),
                 rcv_settle_mode=UByte(0),
-                source=Source(f"/queues/{quote(source.queue, safe='')}"),
-                target=Target(source.consumer_tag),
+                source=SourceTerminus(f"/queues/{quote(source.queue, safe='')}"),
+                target=TargetTerminus(source.consumer_tag),
                 properties={Symbol(key): value for key, value in (properties or {}).items()},
             )
         )
@@ -183,8 +183,8 @@ class Link:
 
     def detach(self) -> None:
         """Give up the link; what is unsettled returns to the queue."""
-        if self.phase is Phase.OPEN:
-            self.phase = Phase.DETACHING
+        if self.phase is LinkPhase.OPEN:
+            self.phase = LinkPhase.DETACHING
             self._send(Detach(UInt(_HANDLE), closed=True))
 
     # --- what comes --------------------------------------------------------------------
@@ -203,7 +203,7 @@ class Link:
                 return self._attached(channel, record)
             case Flow():
                 return self._flowed(record)
-            case Disposition(role=False):
+            case DispositionFrame(role=False):
                 return self._taken_back(record)
             case Detach() | End():
                 return self._ended(record)
@@ -214,13 +214,13 @@ class Link:
             return None  # refused: the reason follows, in a detach
         self._transfers = Transfers(self._source, channel, attach.handle)
         self._delivery_count = attach.initial_delivery_count or 0
-        self.phase = Phase.OPEN
+        self.phase = LinkPhase.OPEN
         self._flow()
         return Attached(self._transfers)
 
     def _flowed(self, flow: Flow) -> Answered | None:
         transfers = self._transfers
-        if transfers is None or flow.handle != transfers.handle or self.phase is not Phase.OPEN:
+        if transfers is None or flow.handle != transfers.handle or self.phase is not LinkPhase.OPEN:
             return None  # about the session: what it tells is for those who send transfers
         if flow.drain and flow.delivery_count is not None:
             # It has been advanced by the credit that was not used.
@@ -239,7 +239,7 @@ class Link:
             self._flow()
         return Answered(self._answered)
 
-    def _taken_back(self, disposition: Disposition) -> TakenBack | None:
+    def _taken_back(self, disposition: DispositionFrame) -> TakenBack | None:
         transfers = self._transfers
         if transfers is None:
             return None
@@ -254,11 +254,11 @@ class Link:
         return TakenBack(count) if count else None
 
     def _ended(self, record: Detach | End) -> Ended | None:
-        if self.phase is Phase.OVER:
+        if self.phase is LinkPhase.OVER:
             return None
-        if self.phase is not Phase.DETACHING:
+        if self.phase is not LinkPhase.DETACHING:
             self._send(Detach(UInt(_HANDLE), closed=True) if isinstance(record, Detach) else End())
-        self.phase = Phase.OVER
+        self.phase = LinkPhase.OVER
         return Ended(record.error)
 
     @property
@@ -270,7 +270,7 @@ class Link:
 
     def _flow(self, *, echo: bool = False) -> None:
         transfers = self._transfers
-        if transfers is None or self.phase is not Phase.OPEN:
+        if transfers is None or self.phase is not LinkPhase.OPEN:
             return
         # The broker has one flow at work and lets one wait. A newer one would replace the question.
         self._owes_flow = self._is_asking
@@ -292,7 +292,7 @@ class Link:
             self._drains = False
 
     def _dispose(self, run: Run) -> None:
-        if self._transfers is not None and self.phase is Phase.OPEN:
+        if self._transfers is not None and self.phase is LinkPhase.OPEN:
             first, last = map(self._transfers.delivery_id, (run.first, run.last))
             self.output.append(settling.pack(run, first, last, _CHANNEL))
 
