@@ -26,7 +26,7 @@ from aio_pika_batch.adapters.amqp10.codec import (
     end_of,
     read,
 )
-from aio_pika_batch.core.message import SHORT_STRING, Headers, Properties
+from aio_pika_batch.core.message import SHORT_STRING, Headers, Message, Properties
 
 ENCODED: Final = "amqp-1.0"
 """The `type` of a message whose body is a value of AMQP 1.0's type system, in its encoding."""
@@ -366,6 +366,17 @@ _FIELDS: Final[dict[int, tuple[tuple[str, int, Callable[[Any], Any]], ...]]] = {
     ),
 }
 """Which properties stand in which section, where in it, and how each is read."""
+
+
+class SectionMessage(Message):
+    """A message whose properties are sections, which no publisher can splice."""
+
+    __slots__ = ()
+
+    @property
+    def raw_properties(self) -> None:
+        """None: they aren't a property list of AMQP 0-9-1."""
+        return
 
 
 @dataclass(frozen=True, slots=True)

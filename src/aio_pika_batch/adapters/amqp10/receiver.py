@@ -8,7 +8,8 @@ Laws:
   repeating it changes nothing.
 - Ids and counts begin where the broker says, and wrap.
 - One question is open at a time, and is answered behind all that was settled before it. Until then
-  no other flow is sent, and what the broker says of the link unasked isn't taken for the answer.
+  no other flow is sent, since the broker would drop the question for it.
+- Nothing that the broker says unasked is taken for an answer.
 - Nothing is sent for a link that is over.
 """
 
@@ -54,9 +55,8 @@ _FLOW_HEAD: Final = struct.pack(
     ">IBBH3sBBBB", 44, 2, 0, _CHANNEL, b"\x00\x53\x13", 0xC0, 31, 10, 0x70
 )
 _FLOW_WINDOWS: Final = struct.pack(">BIBBIBB", 0x70, WINDOW, 0x43, 0x70, WINDOW, 0x43, 0x70)
-_UINT, _NULL, _BOOL = 0x70, 0x40, (0x42, 0x41)
-
-_ACTIVE: Final = Symbol("rabbitmq:active")
+_UINT: Final = 0x70
+_DRAIN, _NO_DRAIN = b"\x40\x41\x42", b"\x40\x42\x42"  # available, drain and echo
 
 
 class Attached(NamedTuple):
@@ -128,8 +128,6 @@ class Receiver:
         self._asked = 0
         self._answered = 0
         self._asks_again = False
-        self._drains = False
-        self._owes_flow = False
         self._send(Begin(None, UInt(0), UInt(WINDOW), UInt(WINDOW), UInt(_HANDLE)))
         self._send(
             Attach(
@@ -158,21 +156,20 @@ class Receiver:
         if runs and not self._is_stopped:
             self._flow()
 
-    def ask(self, *, drain: bool = False) -> int:
+    def ask(self) -> int:
         """Ask for an answer that comes when all that is settled so far has been applied.
 
-        Args:
-            drain: Let the broker first send what the queue has, and give back the rest of the
-                credit. More comes after something is settled.
+        Until it comes no messages come but those on their way.
 
         Returns:
             The number of the `Answered`.
         """
-        self._drains = self._drains or drain
         if self._is_asking:
             self._asks_again = True
             return self._asked + 1
-        self._flow(echo=True)
+        # A drain of no credit. The answer to `echo` cannot be told from the news that this is the
+        # active consumer, which RabbitMQ 4.3 sends in a flow of its own or together with an answer.
+        self._flow(drain=True)
         self._asked += 1
         return self._asked
 
@@ -222,12 +219,7 @@ class Receiver:
         transfers = self._transfers
         if transfers is None or flow.handle != transfers.handle or self.phase is not LinkPhase.OPEN:
             return None  # about the session: what it tells is for those who send transfers
-        if flow.drain and flow.delivery_count is not None:
-            # It has been advanced by the credit that was not used.
-            self._delivery_count = flow.delivery_count - transfers.count
-        if flow.properties is not None and _ACTIVE in flow.properties:
-            return None  # whether it is the single active consumer: nobody has asked
-        if not self._is_asking:
+        if not (flow.drain and self._is_asking):
             if flow.echo:
                 self._flow()
             return None
@@ -235,7 +227,7 @@ class Receiver:
         if self._asks_again:
             self._asks_again = False
             self.ask()
-        elif self._owes_flow:
+        elif not self._is_stopped:
             self._flow()
         return Answered(self._answered)
 
@@ -268,15 +260,11 @@ class Receiver:
 
     # --- what is sent ------------------------------------------------------------------
 
-    def _flow(self, *, echo: bool = False) -> None:
+    def _flow(self, *, drain: bool = False) -> None:
         transfers = self._transfers
-        if transfers is None or self.phase is not LinkPhase.OPEN:
+        if transfers is None or self.phase is not LinkPhase.OPEN or self._is_asking:
             return
-        # The broker has one flow at work and lets one wait. A newer one would replace the question.
-        self._owes_flow = self._is_asking
-        if self._owes_flow:
-            return
-        credit = 0 if self._is_stopped else max(0, self._prefetch - len(self.unsettled))
+        missing = max(0, self._prefetch - len(self.unsettled))
         self.output.append(
             _FLOW.pack(
                 _FLOW_HEAD,
@@ -284,12 +272,10 @@ class Receiver:
                 _FLOW_WINDOWS,
                 (self._delivery_count + transfers.count) & spec.SERIAL,
                 _UINT,
-                credit,
-                bytes((_NULL, _BOOL[echo and self._drains], _BOOL[echo])),
+                0 if drain or self._is_stopped else missing,
+                _DRAIN if drain else _NO_DRAIN,
             )
         )
-        if echo:
-            self._drains = False
 
     def _dispose(self, run: Run) -> None:
         if self._transfers is not None and self.phase is LinkPhase.OPEN:

@@ -201,10 +201,7 @@ class Amqp10Session:
     async def cancel(self) -> None:
         """Ask for no more messages; returns once the broker has confirmed."""
         self._check()
-        if self._stopped_by is None:
-            self._stopped_by = self._receiver.stop()
-            self._flush()
-        await self._answer(self._stopped_by)
+        await self._stop()
 
     async def settle(self, settlements: Sequence[Settlement]) -> None:
         """Tell the broker what became of some messages."""
@@ -233,12 +230,7 @@ class Amqp10Session:
             SessionLost: The session was lost before.
         """
         self._check()
-        settled = self._unproven
-        for _ in range(_PROOFS):
-            number = self._receiver.ask()
-            self._flush()
-            await self._answer(number)
-        self._unproven -= settled
+        await self._prove()
 
     @property
     def unproven(self) -> int:
@@ -292,23 +284,20 @@ class Amqp10Session:
 
     async def close(self) -> None:
         """Close link and connection. Never raises, but for the cancellation of its task."""
+        self._is_closed = True
+        self._wake()
         try:
-            with suppress(TimeoutError, SessionLost):
-                async with asyncio.timeout(WIND_UP_TIMEOUT):
-                    await self._wind_up()
+            if self._receiver.phase is LinkPhase.OPEN and self._lost is None:
+                with suppress(TimeoutError, SessionLost):
+                    async with asyncio.timeout(WIND_UP_TIMEOUT):
+                        await self._wind_up()
         finally:
-            self._is_closed = True
-            self._wake()
             await self._connection.close()
 
     async def _wind_up(self) -> None:
-        if self._lost is not None or self._is_closed:
-            return
-        await self.cancel()
+        await self._stop()
         if self._unproven:
-            await self.settled()
-        self._is_closed = True
-        self._wake()
+            await self._prove()
         self._receiver.detach()
         self._flush()
         while self._receiver.phase is LinkPhase.DETACHING and self._lost is None:
@@ -345,14 +334,31 @@ class Amqp10Session:
     def _is_stopped(self) -> bool:
         return self._stopped_by is not None and self._answered >= self._stopped_by
 
+    async def _stop(self) -> None:
+        if self._stopped_by is None:
+            self._stopped_by = self._receiver.stop()
+            self._flush()
+        await self._answer(self._stopped_by)
+
+    async def _prove(self) -> None:
+        settled = self._unproven
+        for _ in range(_PROOFS):
+            number = self._receiver.ask()
+            self._flush()
+            await self._answer(number)
+        self._unproven -= settled
+
     async def _answer(self, number: int) -> None:
         while self._answered < number:
-            self._check()
+            self._check_lost()
             await self._wait()
 
     def _check(self) -> None:
         if self._is_closed:
             raise SessionClosed(f"the session on queue {self._queue!r} is over")
+        self._check_lost()
+
+    def _check_lost(self) -> None:
         if self._lost is not None:
             raise SessionLost(
                 f"the session on queue {self._queue!r} at {self._connection.peer}"

@@ -17,14 +17,13 @@ import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aio_pika_batch.adapters.amqp10 import spec
-from aio_pika_batch.adapters.amqp10.messages import ENCODED, is_redelivered, split
-from aio_pika_batch.core.message import Message
+from aio_pika_batch.adapters.amqp10.messages import ENCODED, SectionMessage, is_redelivered, split
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aio_pika_batch.adapters.amqp10.performatives import Transfer
-    from aio_pika_batch.core.message import Properties, Source
+    from aio_pika_batch.core.message import Message, Properties, Source
 
 LARGEST: Final = 512 * 2**20
 """Bytes of a message: no RabbitMQ can be told to take larger ones (`max_message_size`)."""
@@ -191,7 +190,9 @@ class Transfers:
                 if body_end != end:
                     break
                 sections = data[start:section]
-                append(Message(source, tag, redelivered, data[body_at:end], sections, sections))
+                append(
+                    SectionMessage(source, tag, redelivered, data[body_at:end], sections, sections)
+                )
                 tag += 1
                 delivery_id += 1
                 at = end
@@ -265,7 +266,7 @@ class Transfers:
             properties = self._source.decode_properties(content.head)
             properties.type = ENCODED
         self._ready.append(
-            Message(
+            SectionMessage(
                 self._source,
                 self.count,
                 content.redelivered,

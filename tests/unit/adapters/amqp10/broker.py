@@ -59,6 +59,7 @@ class Broker:
         self.waiting: p.Flow | None = None
         self.in_flight: p.Flow | None = None
         self.is_attached = False
+        self.is_told = False
         self.most_unsettled = 0
 
     # --- what comes ----------------------------------------------------------------
@@ -113,19 +114,32 @@ class Broker:
             self.waiting = flow
 
     def answer(self) -> None:
-        """Apply the credit that was asked for first, and answer if an answer was asked for."""
-        flow, self.in_flight, self.waiting = self.in_flight, self.waiting, None
+        """Let the queue reply to the credit that it was given, as RabbitMQ 4.3 handles it."""
+        flow, self.in_flight = self.in_flight, None
         if flow is None:
             return
+        self._grant(flow)
+        if flow.drain:
+            self.skipped += self.credit
+            self._tell(drain=True)
+        if self.waiting is not None:
+            self.in_flight, self.waiting = self.waiting, None
+        elif not flow.drain and (flow.echo or not self.is_told):
+            self._tell()
+
+    def _grant(self, flow: p.Flow) -> None:
         assert flow.delivery_count is not None
         assert flow.link_credit is not None
         self.limit = flow.delivery_count + flow.link_credit
         if flow.drain:
             while self.deliver():
                 pass
-            self.skipped += self.credit
-        if flow.drain or flow.echo:
-            self._send_flow(credit=self.credit, drain=bool(flow.drain) or None)
+
+    def _tell(self, *, drain: bool = False) -> None:
+        """Send the link's state, with the news that this is the active consumer if that is due."""
+        news = {} if self.is_told else {Symbol("rabbitmq:active"): True}
+        self.is_told = True
+        self._send_flow(credit=self.credit, drain=drain, properties=news or None)
 
     def _dispose(self, record: p.DispositionFrame) -> None:
         last = record.first if record.last is None else record.last
@@ -185,9 +199,11 @@ class Broker:
                 )
             )
 
-    def tell_active(self) -> None:
-        """Say, unasked, that this is the single active consumer."""
-        self._send_flow(credit=self.credit, properties={Symbol("rabbitmq:active"): True})
+    def become_active(self) -> None:
+        """Become the single active consumer, after another one."""
+        if self.is_attached:
+            self.is_told = False
+            self._tell()
 
     def alarm(self) -> None:
         """Take no more messages of publishers."""

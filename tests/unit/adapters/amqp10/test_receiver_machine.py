@@ -62,7 +62,6 @@ class Receiving(RuleBasedStateMachine):
         self.asked: dict[int, set[int]] = {}
         self.stop_asked = 0
         self.is_silent = False
-        self.wants_credit = True
         self.bytes_go()
         self.bytes_come(10**6)
         assert self.link.phase is LinkPhase.OPEN
@@ -126,7 +125,7 @@ class Receiving(RuleBasedStateMachine):
 
     @rule()
     def the_broker_tells_news(self):
-        self.broker.tell_active()
+        self.broker.become_active()
         self.broker.alarm()
 
     # --- the client ------------------------------------------------------------------
@@ -137,7 +136,6 @@ class Receiving(RuleBasedStateMachine):
         self.link.settle([Decided(outcome, (tag,)) for tag, outcome in outcomes.items()])
         self.decided.update(outcomes)
         self.open = [tag for tag in self.open if tag not in outcomes]
-        self.wants_credit = self.wants_credit or bool(outcomes)
 
     @precondition(lambda self: self.open)
     @rule(outcome=mostly_accepted, size=st.integers(1, 6))
@@ -145,7 +143,6 @@ class Receiving(RuleBasedStateMachine):
         tags, self.open = tuple(self.open[:size]), self.open[size:]
         self.link.settle([Decided(outcome, tags)])
         self.decided.update(dict.fromkeys(tags, outcome))
-        self.wants_credit = True
 
     @precondition(lambda self: self.decided)
     @rule(place=places)
@@ -156,11 +153,10 @@ class Receiving(RuleBasedStateMachine):
             self.link.settle([Decided(ACCEPTED, (*self.open, tag))])
         assert before == len(self.link.output)
 
-    @rule(drain=st.booleans())
-    def ask(self, drain):
-        number = self.link.ask(drain=drain)
+    @rule()
+    def ask(self):
+        number = self.link.ask()
         self.asked.setdefault(number, set()).update(self.decided)
-        self.wants_credit = self.wants_credit and not drain
 
     @rule()
     def stop(self):
@@ -186,7 +182,7 @@ class Receiving(RuleBasedStateMachine):
                 assert OUTCOMES[outcome] == self.broker.outcomes[tag - 1]
         if self.stop_asked:
             assert self.broker.credit == 0
-        elif self.wants_credit:
+        else:
             assert self.broker.credit == self.prefetch - len(still)
         self.link.detach()
         self.bytes_go()
