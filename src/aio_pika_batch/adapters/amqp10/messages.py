@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final
 from urllib.parse import unquote
 from uuid import UUID
 
@@ -23,17 +23,12 @@ from aio_pika_batch.adapters.amqp10.codec import (
     CodecError,
     NotText,
     Timestamp,
-    end_of,
-    read,
 )
+from aio_pika_batch.adapters.amqp10.sections import field, section, section_at, sections
 from aio_pika_batch.core.message import SHORT_STRING, Headers, Message, Properties
 
 ENCODED: Final = "amqp-1.0"
 """The `type` of a message whose body is a value of AMQP 1.0's type system, in its encoding."""
-
-_BODIES: Final = (spec.DATA, spec.AMQP_SEQUENCE, spec.AMQP_VALUE)
-_CODE_AT, _VALUE_AT = 2, 3
-"""Where a section has its descriptor's code and its value: `00 53 code value`."""
 
 _EXCHANGE, _ROUTING_KEY = "x-exchange", "x-routing-key"
 _TYPE, _DEATHS = "x-basic-type", "x-opt-deaths"
@@ -41,103 +36,13 @@ _RENAMED: Final = {"x-cc": "CC", "x-opt-rabbitmq-received-time": "timestamp_in_m
 _NO_HEADERS: Final = ("x-basic-", _EXCHANGE, _ROUTING_KEY)
 _QUEUES: Final = "/queues/"
 
-_DURABLE, _PRIORITY, _TTL, _FIRST_ACQUIRER = 0, 1, 2, 3
+_DURABLE, _PRIORITY, _TTL = 0, 1, 2
 _MESSAGE_ID, _USER_ID, _REPLY_TO, _CORRELATION_ID = 0, 1, 4, 5
 _CONTENT_TYPE, _CONTENT_ENCODING, _CREATION_TIME, _GROUP_ID = 6, 7, 9, 10
 """Places in the lists of the header and properties sections."""
 
-_T = TypeVar("_T", list[Any], dict[Any, Any])
-
 _UNUSUAL_IDS: Final = (b"\xa0", b"\xb0", b"\xb1")
 """Constructors of binaries and of long strings."""
-
-
-class Content(NamedTuple):
-    """A message in parts.
-
-    Attributes:
-        head: All sections before the body.
-        is_encoded: Whether the body is a value in its encoding.
-    """
-
-    head: bytes
-    body: bytes
-    redelivered: bool
-    is_encoded: bool
-
-
-# --- sections -------------------------------------------------------------------
-
-
-def sections(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Walk over sections: the code, the start and the end of each.
-
-    Raises:
-        CodecError: What stands there is no section, or isn't complete.
-    """
-    at, size = 0, len(data)
-    while at < size:
-        if data[at : at + _CODE_AT] != b"\x00\x53" or at + _VALUE_AT > size:
-            raise CodecError(f"no section begins at byte {at}")
-        end = end_of(data, at + _VALUE_AT, size)
-        yield data[at + _CODE_AT], at, end
-        at = end
-
-
-def split(data: bytes) -> Content:
-    """Divide what was transferred into head and body.
-
-    Never raises: what cannot be divided is handed out as it came. Ending the session over it would
-    bring it again, and with it all that was prefetched.
-    """
-    body_at = 0
-    redelivered = False
-    body: list[bytes] = []
-    try:
-        for code, start, end in sections(data):
-            if code == spec.HEADER:
-                redelivered = is_redelivered(data[start:end])
-            elif code in _BODIES:
-                body_at = body_at or start
-                content, _ = read(data, start + _VALUE_AT, end)
-                if code != spec.DATA or not isinstance(content, bytes):
-                    break
-                body.append(content)
-        else:
-            if body:
-                return Content(data[:body_at], b"".join(body), redelivered, is_encoded=False)
-    except CodecError:
-        pass
-    # A footer goes with an encoded body, as it does for 0-9-1 consumers.
-    return Content(data[:body_at], data[body_at:], redelivered, is_encoded=True)
-
-
-def is_redelivered(header: bytes) -> bool:
-    """Whether a header section says that the message was delivered before."""
-    try:
-        fields, _ = read(header, _VALUE_AT, len(header))
-    except CodecError:
-        return False
-    return isinstance(fields, list) and _at(fields, _FIRST_ACQUIRER) is False
-
-
-def _section(head: bytes, wanted: int, kind: type[_T]) -> _T:
-    """The value of a section; an empty one if there is none."""
-    for code, start, end in sections(head):
-        if code == wanted:
-            return _section_at(head, start, end, kind)
-    return kind()
-
-
-def _section_at(head: bytes, start: int, end: int, kind: type[_T]) -> _T:
-    value, _ = read(head, start + _VALUE_AT, end)
-    if not isinstance(value, kind):
-        raise CodecError(f"section 0x{head[start + _CODE_AT]:02x} is not a {kind.__name__}")
-    return value
-
-
-def _at(fields: list[Any], place: int) -> Any:  # noqa: ANN401
-    return fields[place] if place < len(fields) else None
 
 
 # --- routes and headers ----------------------------------------------------------
@@ -146,7 +51,7 @@ def _at(fields: list[Any], place: int) -> Any:  # noqa: ANN401
 def decode_route(head: bytes) -> tuple[str, str]:
     """Read exchange and routing key; never raises."""
     try:
-        annotations = _section(head, spec.MESSAGE_ANNOTATIONS, dict)
+        annotations = section(head, spec.MESSAGE_ANNOTATIONS, dict)
     except CodecError:
         return "", ""
     return _route(annotations.get(_EXCHANGE)), _route(annotations.get(_ROUTING_KEY))
@@ -168,11 +73,11 @@ def decode_headers(head: bytes) -> dict[str, Any] | None:
     headers: dict[str, Any] = {}
     for code, start, end in sections(head):
         if code == spec.MESSAGE_ANNOTATIONS:
-            headers.update(_annotated(_section_at(head, start, end, dict)))
+            headers.update(_annotated(section_at(head, start, end, dict)))
         elif code == spec.PROPERTIES and any(head.find(x, start, end) >= 0 for x in _UNUSUAL_IDS):
-            headers.update(_ids(_section_at(head, start, end, list)))
+            headers.update(_ids(section_at(head, start, end, list)))
         elif code == spec.APPLICATION_PROPERTIES:
-            for key, value in _section_at(head, start, end, dict).items():
+            for key, value in section_at(head, start, end, dict).items():
                 # An annotation of the same name was written later.
                 headers.setdefault(_key(key), _plain(value))
     return headers or None
@@ -194,7 +99,7 @@ def _annotated(annotations: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
 def _ids(fields: list[Any]) -> Iterator[tuple[str, Any]]:
     """Ids that 0-9-1 has no property for: binary, or longer than a short string."""
     for place, name in ((_MESSAGE_ID, "x-message-id"), (_CORRELATION_ID, "x-correlation-id")):
-        value = _at(fields, place)
+        value = field(fields, place)
         if isinstance(value, bytes) or (isinstance(value, str) and _is_long(value)):
             yield name, bytes(value) if isinstance(value, bytes) else value
 
@@ -244,15 +149,13 @@ def _moment(milliseconds: int) -> datetime | int:
 
 
 def _death(entry: dict[Any, Any]) -> dict[str, Any]:
-    """An entry of `x-death`, with its names of AMQP 0-9-1."""
-    death = {key: _plain(entry[key]) for key in ("count", "reason", "queue") if key in entry}
-    if "first-time" in entry:
-        death["time"] = _plain(entry["first-time"])
-    for key in ("exchange", "routing-keys"):
-        if key in entry:
-            death[key] = _plain(entry[key])
-    if "ttl" in entry:
-        death["original-expiration"] = str(entry["ttl"])
+    """An entry of `x-death`, as AMQP 0-9-1 has it."""
+    death = {_key(key): _plain(value) for key, value in entry.items()}
+    death.pop("last-time", None)
+    if "first-time" in death:
+        death["time"] = death.pop("first-time")
+    if "ttl" in death:
+        death["original-expiration"] = str(death.pop("ttl"))
     return death
 
 
@@ -277,12 +180,12 @@ def decode_properties(head: bytes, *, quoted: bool = True) -> Properties:
 
     for code, table in _FIELDS.items():
         try:
-            fields = _section(head, code, list)
+            fields = section(head, code, list)
         except CodecError as error:
             undecodable.update(dict.fromkeys((name for name, _, _ in table), str(error)))
             continue
         for name, place, convert in table:
-            fill(name, convert, _at(fields, place))
+            fill(name, convert, field(fields, place))
     reply_to = properties.reply_to
     if reply_to is not None and reply_to.startswith(_QUEUES):
         name = reply_to.removeprefix(_QUEUES)
@@ -298,7 +201,7 @@ def decode_properties(head: bytes, *, quoted: bool = True) -> Properties:
 
 
 def _type(head: bytes) -> str | None:
-    value = _section(head, spec.MESSAGE_ANNOTATIONS, dict).get(_TYPE)
+    value = section(head, spec.MESSAGE_ANNOTATIONS, dict).get(_TYPE)
     return None if value is None else _text(value)
 
 

@@ -17,7 +17,8 @@ import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aio_pika_batch.adapters.amqp10 import spec
-from aio_pika_batch.adapters.amqp10.messages import ENCODED, SectionMessage, is_redelivered, split
+from aio_pika_batch.adapters.amqp10.messages import ENCODED, SectionMessage
+from aio_pika_batch.adapters.amqp10.sections import is_redelivered, split
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,0 +1,113 @@
+"""Divides an AMQP 1.0 message into its sections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple, TypeVar
+
+from aio_pika_batch.adapters.amqp10 import spec
+from aio_pika_batch.adapters.amqp10.codec import CodecError, end_of, read
+
+_BODIES: Final = (spec.DATA, spec.AMQP_SEQUENCE, spec.AMQP_VALUE)
+_CODE_AT, _VALUE_AT = 2, 3
+"""Where a section has its descriptor's code and its value: `00 53 code value`."""
+
+_FIRST_ACQUIRER: Final = 3
+"""The place in the header section of what says that nobody has had the message before."""
+
+_T = TypeVar("_T", list[Any], dict[Any, Any])
+
+
+class Content(NamedTuple):
+    """A message in parts.
+
+    Attributes:
+        head: All sections before the body.
+        is_encoded: Whether the body is a value in its encoding.
+    """
+
+    head: bytes
+    body: bytes
+    redelivered: bool
+    is_encoded: bool
+
+
+def sections(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Walk over sections: the code, the start and the end of each.
+
+    Raises:
+        CodecError: What stands there is no section, or isn't complete.
+    """
+    at, size = 0, len(data)
+    while at < size:
+        if data[at : at + _CODE_AT] != b"\x00\x53" or at + _VALUE_AT > size:
+            raise CodecError(f"no section begins at byte {at}")
+        end = end_of(data, at + _VALUE_AT, size)
+        yield data[at + _CODE_AT], at, end
+        at = end
+
+
+def split(data: bytes) -> Content:
+    """Divide what was transferred into head and body.
+
+    Never raises: what cannot be divided is handed out as it came. Ending the session over it would
+    bring it again, and with it all that was prefetched.
+    """
+    body_at = 0
+    redelivered = False
+    body: list[bytes] = []
+    try:
+        for code, start, end in sections(data):
+            if code == spec.HEADER:
+                redelivered = is_redelivered(data[start:end])
+            elif code in _BODIES:
+                body_at = body_at or start
+                content, _ = read(data, start + _VALUE_AT, end)
+                if code != spec.DATA or not isinstance(content, bytes):
+                    break
+                body.append(content)
+        else:
+            if body:
+                return Content(data[:body_at], b"".join(body), redelivered, is_encoded=False)
+    except CodecError:
+        pass
+    # A footer goes with an encoded body, as it does for 0-9-1 consumers.
+    return Content(data[:body_at], data[body_at:], redelivered, is_encoded=True)
+
+
+def is_redelivered(header: bytes) -> bool:
+    """Whether a header section says that the message was delivered before."""
+    try:
+        fields, _ = read(header, _VALUE_AT, len(header))
+    except CodecError:
+        return False
+    return isinstance(fields, list) and field(fields, _FIRST_ACQUIRER) is False
+
+
+def section(head: bytes, wanted: int, kind: type[_T]) -> _T:
+    """The value of a section; an empty one if there is none.
+
+    Raises:
+        CodecError: It cannot be read, or is of another type.
+    """
+    for code, start, end in sections(head):
+        if code == wanted:
+            return section_at(head, start, end, kind)
+    return kind()
+
+
+def section_at(head: bytes, start: int, end: int, kind: type[_T]) -> _T:
+    """The value of the section that stands there.
+
+    Raises:
+        CodecError: It cannot be read, or is of another type.
+    """
+    value, _ = read(head, start + _VALUE_AT, end)
+    if not isinstance(value, kind):
+        raise CodecError(f"section 0x{head[start + _CODE_AT]:02x} is not a {kind.__name__}")
+    return value
+
+
+def field(fields: list[Any], place: int) -> Any:  # noqa: ANN401
+    """A field of a list, whose last ones may have been left out."""
+    return fields[place] if place < len(fields) else None
