@@ -4,6 +4,9 @@ This module imports nothing, so that every other module can import it.
 """
 
 
+from collections.abc import Sequence
+
+
 class AioPikaBatchError(Exception):
     """Base class of all errors that this library raises on purpose."""
 
@@ -69,6 +72,24 @@ class ResultError(AioPikaBatchError, ValueError):
     """A handler yielded an invalid result: too many, a duplicate, an unknown value, or one for a
     message of another batch.
     """
+
+
+class MissingMessageId(AioPikaBatchError, ValueError):
+    """Messages have no id by which an inbox could know them again.
+
+    Leaving the handler, it fails these messages alone.
+
+    Attributes:
+        messages: Those without an id.
+    """
+
+    def __init__(self, messages: Sequence[object]) -> None:
+        super().__init__(
+            f"{len(messages)} messages have no message_id, the first is {messages[0]!r}: let the"
+            " publisher set one (aio-pika sets none by itself), or name what identifies a message"
+            " by Inbox(identity=…), or process those unprotected by Inbox(missing='process')"
+        )
+        self.messages = messages
 
 
 class HandlerTimeout(AioPikaBatchError, TimeoutError):
