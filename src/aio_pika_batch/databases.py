@@ -85,7 +85,8 @@ def adapt(connection: object) -> DatabaseConnection:
     Raises:
         ConfigurationError: It is of a driver or a database that is not supported.
     """
-    return _adapter(type(connection))(connection)
+    cls: Any = type(connection)
+    return _adapter(cls)(connection)
 
 
 @cache

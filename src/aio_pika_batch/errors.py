@@ -3,7 +3,6 @@
 This module imports nothing, so that every other module can import it.
 """
 
-
 from collections.abc import Sequence
 
 

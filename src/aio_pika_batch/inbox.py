@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import MessageResult, Result
@@ -40,7 +40,7 @@ from aio_pika_batch.errors import (
     ResultError,
 )
 from aio_pika_batch.logs import KeywordLogger, format_error
-from aio_pika_batch.runtime.handler import current_run
+from aio_pika_batch.runtime.handler_context import current_context
 
 __all__ = ["Claims", "Inbox", "MissingMessageId"]
 
@@ -60,7 +60,7 @@ _log = KeywordLogger(logging.getLogger("aio_pika_batch.inbox"))
 
 @dataclass(frozen=True, slots=True)
 class _Sql:
-    """The statements for one database; `{table}` is the table's name, `{index}` its index's.
+    """The statements for one database, with `{table}` and `{index}` for names.
 
     Attributes:
         create: Several statements, since not every driver takes several at once.
@@ -98,11 +98,6 @@ WHERE consumer = :consumer AND message_id = ANY(CAST(:ids AS text[]))""",
 AND claimed_at < now() - make_interval(secs => CAST(:seconds AS double precision))""",
 )
 
-_IDS = "JSON_TABLE(:ids, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS ids"
-# From the ids to their rows: the other way round it would read all that the consumer has claimed.
-_IDS_IN = f"""{_IDS} STRAIGHT_JOIN {{table}} AS claims
-ON claims.consumer = :consumer AND claims.message_id = CAST(ids.id AS BINARY)"""
-
 _MYSQL = _Sql(
     # Ids are bytes: a collation would take "a" and "A", or "a" and "a ", for the same id.
     create=(
@@ -117,16 +112,18 @@ _MYSQL = _Sql(
     ),
     # INSERT IGNORE would lock an id that is there for reading. Two sessions that wait for an id
     # whose owner rolls back then hold such a lock each, and deadlock over the right to write.
-    claim=f"""INSERT INTO {{table}} (consumer, message_id, claim, claimed_at)
-SELECT :consumer, ids.id, :claim, UTC_TIMESTAMP() FROM {_IDS} ORDER BY ids.id
-ON DUPLICATE KEY UPDATE claim = {{table}}.claim""",
-    claimed=f"SELECT claims.message_id FROM {_IDS_IN} WHERE claims.claim = :claim",
-    release=f"DELETE claims FROM {_IDS_IN}",
+    claim="""INSERT INTO {table} (consumer, message_id, claim, claimed_at)
+SELECT :consumer, ids.id, :claim, UTC_TIMESTAMP() FROM {ids} ORDER BY ids.id
+ON DUPLICATE KEY UPDATE claim = {table}.claim""",
+    # From the ids to their rows: the other way round it would read all that the consumer claimed.
+    claimed="""SELECT claims.message_id FROM {ids} STRAIGHT_JOIN {table} AS claims
+ON claims.consumer = :consumer AND claims.message_id = CAST(ids.id AS BINARY)
+WHERE claims.claim = :claim""",
+    release="""DELETE claims FROM {ids} STRAIGHT_JOIN {table} AS claims
+ON claims.consumer = :consumer AND claims.message_id = CAST(ids.id AS BINARY)""",
     prune="""DELETE FROM {table} WHERE consumer = :consumer
 AND claimed_at < UTC_TIMESTAMP() - INTERVAL :seconds SECOND""",
 )
-
-_NOW = "CAST(strftime('%s', 'now') AS INTEGER)"
 
 _SQLITE = _Sql(
     create=(
@@ -137,14 +134,21 @@ _SQLITE = _Sql(
     PRIMARY KEY (consumer, message_id)
 ) WITHOUT ROWID""",
     ),
-    claim=f"""INSERT INTO {{table}} (consumer, message_id, claimed_at)
-SELECT :consumer, value, {_NOW} FROM json_each(:ids) WHERE true ORDER BY value
+    claim="""INSERT INTO {table} (consumer, message_id, claimed_at)
+SELECT :consumer, value, {now} FROM json_each(:ids) WHERE true ORDER BY value
 ON CONFLICT DO NOTHING RETURNING message_id""",
     release="""DELETE FROM {table}
 WHERE consumer = :consumer AND message_id IN (SELECT value FROM json_each(:ids))""",
-    prune=f"""DELETE FROM {{table}} WHERE consumer = :consumer
-AND claimed_at < {_NOW} - CAST(:seconds AS REAL)""",
+    prune="""DELETE FROM {table} WHERE consumer = :consumer
+AND claimed_at < {now} - CAST(:seconds AS REAL)""",
 )
+
+_PIECES = {
+    "{ids}": (
+        "JSON_TABLE(:ids, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS ids"
+    ),
+    "{now}": "CAST(strftime('%s', 'now') AS INTEGER)",
+}
 
 _SQL: Mapping[Database, _Sql] = {
     Database.POSTGRESQL: _POSTGRESQL,
@@ -211,7 +215,7 @@ class Inbox:
         self._identity = identity
         self._raises = missing == "raise"
         index = f"{table.rpartition('.')[2]}_claimed_at"
-        names = {"table": table, "index": index}
+        names = {**_PIECES, "{table}": table, "{index}": index}
         self._sql = {database: _named(sql, names) for database, sql in _SQL.items()}
 
     def schema(self, database: Database | str) -> str:
@@ -254,7 +258,7 @@ class Inbox:
             ConfigurationError: There is no transaction, the driver is not supported, or a handler
                 calls this without `settle="atomic"`.
         """
-        run = current_run.get()
+        run = current_context.get()
         if run is not None and not run.is_atomic:
             raise ConfigurationError(
                 "Inbox.claim() needs settle='atomic' in the consumer's settings: with any other, an"
@@ -286,11 +290,13 @@ class Inbox:
             older_than: Seconds, or a timedelta, since the claim. Longer than a message can wait in
                 a queue or among dead letters.
         """
-        is_interval = isinstance(older_than, timedelta)
-        seconds = older_than.total_seconds() if is_interval else float(older_than)
+        if isinstance(older_than, timedelta):
+            older_than = older_than.total_seconds()
         database = adapt(connection)
         sql = self._sql[database.database].prune
-        return await database.execute(sql, {"consumer": self.consumer, "seconds": seconds})
+        return await database.execute(
+            sql, {"consumer": self.consumer, "seconds": float(older_than)}
+        )
 
     def transaction(self, connection: object, messages: Sequence[Message]) -> Claims:
         """Begin a transaction that claims messages, and commit it at the end of the block.
@@ -368,7 +374,7 @@ class Inbox:
             messages=len(messages),
             first_id=self._id(messages[0]),
         )
-        run = current_run.get()
+        run = current_context.get()
         if run is not None:
             run.dropped(self.consumer, messages)
 
@@ -376,7 +382,7 @@ class Inbox:
 def _named(sql: _Sql, names: Mapping[str, str]) -> _Sql:
     def fill(text: str) -> str:
         for name, value in names.items():
-            text = text.replace(f"{{{name}}}", value)
+            text = text.replace(name, value)
         return text
 
     return _Sql(
@@ -428,7 +434,7 @@ class Claims:
         self._inbox = inbox
         self._database = database
         self._messages = messages
-        self._run = current_run.get()
+        self._run = current_context.get()
         self._found = _Sorted([], {}, [], [])
         self._fresh: frozenset[int] | None = None
         self._others: dict[int, Result] = {}
@@ -472,7 +478,7 @@ class Claims:
             )
         return self._results
 
-    async def __aenter__(self) -> Claims:
+    async def __aenter__(self) -> Self:
         database = self._database
         if database.in_transaction:
             raise ConfigurationError(
@@ -567,7 +573,7 @@ class Claims:
 
     def _decide(self, results: Iterable[Result]) -> None:
         if self._run is not None:
-            self._run.decided(zip(self._messages, results, strict=True))
+            self._run.decide(zip(self._messages, results, strict=True))
 
     async def _roll_back(self) -> None:
         # What went wrong before is worth telling; that the connection is gone, too, is not.

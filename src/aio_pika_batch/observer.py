@@ -207,6 +207,18 @@ class HandlerError:
 
 
 @dataclass(frozen=True, slots=True)
+class DuplicatesDropped:
+    """An inbox dropped messages whose effects had been committed before.
+
+    Attributes:
+        inbox: The consumer's name in the inbox.
+    """
+
+    messages: Sequence[Message]
+    inbox: str
+
+
+@dataclass(frozen=True, slots=True)
 class BreakerOpened:
     """Too many messages failed, so a worker pauses.
 
@@ -283,6 +295,9 @@ class Observer:
     def handler_error(self, origin: Origin, event: HandlerError) -> None:
         """A handler failed."""
 
+    def duplicates_dropped(self, origin: Origin, event: DuplicatesDropped) -> None:
+        """An inbox dropped messages that had taken effect before."""
+
     def breaker_opened(self, origin: Origin, event: BreakerOpened) -> None:
         """A worker pauses, because too many messages failed."""
 
@@ -308,6 +323,7 @@ _METHODS: Mapping[type, Callable[[Observer], Callable[[Origin, Any], None]]] = {
     Lost: lambda observer: observer.lost,
     StaleResults: lambda observer: observer.stale_results,
     HandlerError: lambda observer: observer.handler_error,
+    DuplicatesDropped: lambda observer: observer.duplicates_dropped,
     BreakerOpened: lambda observer: observer.breaker_opened,
     BreakerProbing: lambda observer: observer.breaker_probing,
     BreakerClosed: lambda observer: observer.breaker_closed,
