@@ -23,6 +23,7 @@ from coverage import Coverage
 from hypothesis import HealthCheck, Phase, settings
 
 from tests.support.find import BrokerSource, NoBrokerError, RunningBroker, choose
+from tests.support.mariadb import NoMariadbError, mariadb
 from tests.support.postgres import NoPostgresError, postgres
 from tests.support.proxy import TcpProxy
 
@@ -169,6 +170,21 @@ def postgres_url() -> Iterator[str]:
             no_postgres = ""
         if no_postgres:  # outside the handler, or the report would tell it twice
             pytest.fail(no_postgres, pytrace=False)
+        yield url
+
+
+@pytest.fixture(scope="session")
+def mariadb_url() -> Iterator[str]:
+    """A MariaDB that answers, found or started as the broker is; a URL of SQLAlchemy's."""
+    with ExitStack() as running:
+        try:
+            url = running.enter_context(mariadb())
+        except NoMariadbError as error:
+            no_mariadb = str(error)
+        else:
+            no_mariadb = ""
+        if no_mariadb:  # outside the handler, or the report would tell it twice
+            pytest.fail(no_mariadb, pytrace=False)
         yield url
 
 

@@ -50,7 +50,7 @@ class TestDatabase:
                 async with connection.transaction():
                     yield connection
             elif self.driver == "aiosqlite":
-                await connection.execute("BEGIN IMMEDIATE")
+                await connection.execute_fetchall("BEGIN IMMEDIATE")
                 try:
                     yield connection
                 except BaseException:
