@@ -3,8 +3,6 @@
 This module imports nothing, so that every other module can import it.
 """
 
-from collections.abc import Sequence
-
 
 class AioPikaBatchError(Exception):
     """Base class of all errors that this library raises on purpose."""
@@ -82,7 +80,7 @@ class MissingMessageId(AioPikaBatchError, ValueError):
         messages: Those without an id.
     """
 
-    def __init__(self, messages: Sequence[object]) -> None:
+    def __init__(self, messages: tuple[object, ...]) -> None:
         super().__init__(
             f"{len(messages)} messages have no message_id, the first is {messages[0]!r}: let the"
             " publisher set one (aio-pika sets none by itself), or name what identifies a message"

@@ -12,7 +12,7 @@ import aiosqlite
 import pytest
 
 from aio_pika_batch import ConfigurationError, MessageResult
-from aio_pika_batch.databases import adapt
+from aio_pika_batch.databases.connections import adapt
 from aio_pika_batch.inbox import Inbox
 from aio_pika_batch.testing import make_message
 from tests.support.databases import (
@@ -267,7 +267,7 @@ async def test_a_transaction_in_another_is_refused(db, inbox):
     """It would only seem to be committed."""
     async with db.transaction() as connection:
         await adapt(connection).fetch("SELECT 1", {})
-        with pytest.raises(ConfigurationError, match="has a transaction open"):
+        with pytest.raises(ConfigurationError, match="has an open transaction"):
             async with inbox.transaction(connection, named("a")):
                 raise AssertionError
 

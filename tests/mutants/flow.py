@@ -197,8 +197,8 @@ CORE = (
     Mutant(
         "An ACK of an atomic batch counts although its transaction was rolled back: message loss.",
         "core/batch_run.py",
-        "stays = [pair for pair in decided if pair[1] is not MessageResult.ACK]",
-        "stays = list(decided)",
+        "decided = [pair for pair in decided if pair[1] is not MessageResult.ACK]",
+        "decided = list(decided)",
         (f"{_CORE}/test_batch_run.py",),
     ),
     Mutant(

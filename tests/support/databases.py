@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from aio_pika_batch.databases import Database, adapt
+from aio_pika_batch.databases.connections import Database, adapt
 
 Connect = Callable[[], AbstractAsyncContextManager[Any]]
 

@@ -16,7 +16,7 @@ Laws:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from aio_pika_batch.core.message import Message
@@ -30,7 +30,7 @@ from aio_pika_batch.core.results import (
     is_retry,
     result_for,
 )
-from aio_pika_batch.errors import MessageDecodeError
+from aio_pika_batch.errors import MessageDecodeError, MissingMessageId
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +146,18 @@ class BatchRun(BatchDecisions):
     Args:
         keeps_failures: Whether `take` leaves out messages to retry. Retries in place begin when the
             handler has finished.
+
+    Attributes:
+        is_atomic: Whether a failure voids the ACKs of its run. The policy says so at first.
     """
 
-    __slots__ = ("_bisection", "_keeps_failures", "_policy")
+    __slots__ = ("_bisection", "_committed", "_keeps_failures", "_policy", "is_atomic")
 
     def __init__(self, policy: FailurePolicy, *, keeps_failures: bool = False) -> None:
         super().__init__()
         self._policy = policy
+        self._committed: dict[int, Result] = {}
+        self.is_atomic = policy.is_atomic
         self._keeps_failures = keeps_failures
         # Created by the first failure: almost every batch is decided after one run.
         self._bisection: Bisection | None = None
@@ -178,6 +183,13 @@ class BatchRun(BatchDecisions):
         self.acked, self.not_acked = [], kept
         return taken
 
+    def commit(self, results: Iterable[tuple[Message, Result]]) -> None:
+        """Take the results of a committed transaction, which a failure of the run can't change.
+
+        They count for the messages that the handler leaves undecided.
+        """
+        self._committed.update((id(message), result) for message, result in results)
+
     def record_run(
         self, collector: ResultCollector, error: BaseException | None, cause: Cause
     ) -> bool:
@@ -200,17 +212,19 @@ class BatchRun(BatchDecisions):
             return False
         if self._bisection is None:
             self._bisection = Bisection(self._policy.isolate)
-        # The error names the bad message, so no search is needed. If that message already has a
-        # result, or belongs to another batch, this is a failure like others.
-        if isinstance(error, MessageDecodeError):
-            others = [message for message in undecided if message is not error.message]
-            if len(others) < len(undecided):
-                [bad] = [message for message in undecided if message is error.message]
-                self.not_acked.append(
-                    MessageOutcome(bad, MessageResult.NACK, Cause.UNDECODABLE, error)
-                )
-                self._bisection.run_again(Part(others, error))
-                return False
+        # The error names the bad messages, so no search is needed. If they already have results, or
+        # belong to another batch, this is a failure like others.
+        bad = self._named_by(error, undecided)
+        if bad:
+            if isinstance(error, MessageDecodeError):
+                nack, cause = MessageResult.NACK, Cause.UNDECODABLE
+                self.not_acked += [MessageOutcome(each, nack, cause, error) for each in bad]
+            else:
+                self._fail(bad, error, cause)
+            ids = set(map(id, bad))
+            others = [message for message in undecided if id(message) not in ids]
+            self._bisection.run_again(Part(others, error))
+            return False
         if cause is Cause.EXCEPTION and undecided:
             blamed = self._bisection.bisect(collector.messages, Part(undecided, error))
             for part in blamed:
@@ -230,17 +244,33 @@ class BatchRun(BatchDecisions):
                     # because the exception of another one is mapped to NACK.
                     self._fail(part.messages, error, cause)
 
+    @staticmethod
+    def _named_by(error: BaseException, undecided: Sequence[Message]) -> Sequence[Message]:
+        """Return the messages that an error blames itself."""
+        match error:
+            case MessageDecodeError():
+                ids = {id(error.message)}
+            case MissingMessageId():
+                ids = set(map(id, error.messages))
+            case _:
+                return ()
+        return [message for message in undecided if id(message) in ids]
+
     def _undecided(self, collector: ResultCollector) -> Sequence[Message]:
         """Record the results of a failed run, and return the messages without one."""
         decided = collector.take()
-        if not self._policy.is_atomic:
-            self._add_results(decided)
-            return collector.undecided()
-        # NACK and REQUEUE claim no effect that a rollback could undo, so they stay.
-        stays = [pair for pair in decided if pair[1] is not MessageResult.ACK]
-        self._add_results(stays)
-        known = {id(message) for message, _ in stays}
-        return [message for message in collector.messages if id(message) not in known]
+        undecided: Sequence[Message] = collector.undecided()
+        if self.is_atomic:
+            # NACK and REQUEUE claim no effect that a rollback could undo, so they stay.
+            decided = [pair for pair in decided if pair[1] is not MessageResult.ACK]
+            known = {id(message) for message, _ in decided}
+            undecided = [message for message in collector.messages if id(message) not in known]
+        committed = self._committed
+        if committed:
+            decided += [(each, committed[id(each)]) for each in undecided if id(each) in committed]
+            undecided = [each for each in undecided if id(each) not in committed]
+        self._add_results(decided)
+        return undecided
 
     def _add_results(self, decided: Sequence[tuple[Message, Result]]) -> None:
         for message, result in decided:

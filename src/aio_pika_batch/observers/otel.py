@@ -22,6 +22,7 @@ from aio_pika_batch.errors import MessageDecodeError, safe_str
 from aio_pika_batch.observer import (
     BatchCut,
     BatchHandled,
+    DuplicatesDropped,
     Observer,
     Origin,
     Received,
@@ -117,6 +118,11 @@ class OpenTelemetryObserver(Observer):
             unit="{message}",
             description="Number of messages that were delivered to the application.",
         )
+        self._duplicates = meter.create_counter(
+            "aio_pika_batch.duplicates_dropped",
+            unit="{message}",
+            description="Number of messages that an inbox dropped as duplicates.",
+        )
         self._max_links = _kept_links() if max_links is None else max_links
         self._has_warned_of_links = False
         self._current: ContextVar[tuple[Span, Token[Context]] | None] = ContextVar(
@@ -190,6 +196,11 @@ class OpenTelemetryObserver(Observer):
                 span.record_exception(event.error)
         finally:
             span.end()
+
+    def duplicates_dropped(self, origin: Origin, event: DuplicatesDropped) -> None:
+        """Count the messages."""
+        attributes = self._attributes_of(origin, "process", "process")
+        self._duplicates.add(len(event.messages), attributes)
 
     def settled(self, origin: Origin, event: Settled) -> None:
         """Report a settlement as a span, with the number of messages per result."""

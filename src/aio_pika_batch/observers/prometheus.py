@@ -25,6 +25,7 @@ from aio_pika_batch.observer import (
     BreakerProbing,
     Connected,
     DeadLettered,
+    DuplicatesDropped,
     HandlerError,
     Load,
     Lost,
@@ -88,6 +89,10 @@ class Metrics:
         self.stale = counter(
             "stale_results_total",
             "Results that came after their session was lost.",
+        )
+        self.duplicates = counter(
+            "duplicates_dropped_total",
+            "Messages that an inbox dropped because their effects had been committed before.",
         )
         self.batches = counter(
             "batches_total", "Runs of the handler, by trigger and outcome.", "trigger", "outcome"
@@ -163,6 +168,7 @@ class _ConsumerMetrics:
         self.batch_fill = metrics.batch_fill.labels(*labels).observe
         self.batch_process = metrics.batch_process.labels(*labels).observe
         self.stale = metrics.stale.labels(*labels).inc
+        self.duplicates = metrics.duplicates.labels(*labels).inc
         self.reconnects = metrics.reconnects.labels(*labels).inc
         self._workers = _Level(metrics.workers.labels(*labels))
         self._buffered = _Level(metrics.buffered.labels(*labels))
@@ -295,6 +301,10 @@ class PrometheusObserver(Observer):
         consumer = self._metrics_of(origin)
         consumer.stale(event.count)
         consumer.update_load(id(origin))
+
+    def duplicates_dropped(self, origin: Origin, event: DuplicatesDropped) -> None:
+        """Count the messages."""
+        self._metrics_of(origin).duplicates(len(event.messages))
 
     def handler_error(self, origin: Origin, event: HandlerError) -> None:
         """Count an exception by class."""

@@ -14,6 +14,7 @@ from aio_pika_batch.core.results import Cause, ResultCollector
 from aio_pika_batch.errors import HandlerTimeout, ResultError
 from aio_pika_batch.logs import KeywordLogger, format_error
 from aio_pika_batch.observer import BatchCut, BatchHandled, HandlerError, Observers
+from aio_pika_batch.runtime.handler_context import HandlerContext, current_context
 
 IGNORED_CANCELLATION = 5.0
 """Seconds that a cancelled handler has to end before its session is given up."""
@@ -58,6 +59,9 @@ class HandlerRun:
         self._observers = observers
         self._log = log
         self._batch_run = BatchRun(policy, keeps_failures=keeps_failures)
+        self._context = HandlerContext(
+            self._batch_run, observers, settles_early=on_yield is not None
+        )
         self._collector = ResultCollector(batch.messages)
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[object] | None = None
@@ -112,6 +116,7 @@ class HandlerRun:
             KeyboardInterrupt, SystemExit: The handler raised it to end the process.
         """
         self._task = asyncio.current_task()
+        current_context.set(self._context)
         if self._timeout is not None:
             self._timer = self._loop.call_later(self._timeout, self.cancel, Cause.TIMEOUT)
         batch_run, trigger = self._batch_run, self.batch.trigger
@@ -248,6 +253,11 @@ class HandlerRun:
             self._log.error("a batch failed", exc_info=error, **context, error=format_error(error))
 
     def _accept_and_notify(self, item: object) -> None:
+        if not self._context.takes_results:
+            raise ResultError(
+                "a result was yielded before the transaction of its effect was committed: yield it"
+                " after the `async with` block"
+            )
         self._collector.accept(item)
         self._notify()
 

@@ -1,31 +1,28 @@
-"""The run of a handler, as code that the handler calls can see it: the inbox."""
+"""The running handler, as the inbox sees it when the handler calls it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 
 from aio_pika_batch.core.batch_run import BatchRun
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import Result
-from aio_pika_batch.observer import DuplicatesDropped
+from aio_pika_batch.observer import DuplicatesDropped, Observers
 
 
 class HandlerContext:
     """What the inbox may ask of the handler's run in which it is called, and tell it.
 
     Args:
-        emit: Passes an event on to the observers.
         settles_early: Whether results are settled while the handler runs.
     """
 
-    __slots__ = ("_batch_run", "_emit", "_settles_early", "_transactions")
+    __slots__ = ("_batch_run", "_observers", "_settles_early", "_transactions")
 
-    def __init__(
-        self, batch_run: BatchRun, emit: Callable[[object], None], *, settles_early: bool
-    ) -> None:
+    def __init__(self, batch_run: BatchRun, observers: Observers, *, settles_early: bool) -> None:
         self._batch_run = batch_run
-        self._emit = emit
+        self._observers = observers
         self._settles_early = settles_early
         self._transactions = 0
 
@@ -50,13 +47,13 @@ class HandlerContext:
         """Note that they are committed, or rolled back."""
         self._transactions -= 1
 
-    def decide(self, results: Iterable[tuple[Message, Result]]) -> None:
-        """Give results that stay, whatever happens to the handler: their effects are committed."""
-        self._batch_run.decide(results)
+    def commit(self, results: Iterable[tuple[Message, Result]]) -> None:
+        """Give the results of a committed transaction, which no failure of the handler changes."""
+        self._batch_run.commit(results)
 
     def dropped(self, inbox: str, messages: Sequence[Message]) -> None:
         """Tell observers that messages have taken effect before."""
-        self._emit(DuplicatesDropped(messages, inbox))
+        self._observers.emit(DuplicatesDropped(messages, inbox))
 
 
 current_context: ContextVar[HandlerContext | None] = ContextVar("aio_pika_batch_run", default=None)

@@ -100,7 +100,8 @@ class WorkerConfig:
                 settings.unhandled_exception_action,
                 exceptions,
                 isolate=batches.isolate_limit if batches and batches.isolate_failures else 0,
-                is_atomic=batches is not None and batches.settle == "atomic",
+                # A Consumer's only result comes when its handler has ended.
+                is_atomic=batches is None or batches.settle == "atomic",
             ),
             planner=SettlementPlanner(
                 settings.queue_name,

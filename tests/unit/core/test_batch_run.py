@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolicy
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, ResultCollector
-from aio_pika_batch.errors import MessageDecodeError
+from aio_pika_batch.errors import MessageDecodeError, MissingMessageId
 from tests.unit.core.strategies import some_messages
 
 ACK, NACK = MessageResult.ACK, MessageResult.NACK
@@ -334,3 +334,62 @@ def test_messages_to_retry_in_place_are_not_taken_before_the_end():
         run_of_batch.acked,
         [each.message.delivery_tag for each in run_of_batch.not_acked],
     )
+
+
+def test_messages_without_an_id_fail_alone():
+    """All of them at once; the others are run again, whatever `isolate` says."""
+    batch_run, collector = BatchRun(PLAIN), ResultCollector(some_messages(4))
+    first, second, third, fourth = collector.messages
+    error = MissingMessageId((second, fourth))
+    batch_run.record_run(collector, error, Cause.EXCEPTION)
+
+    assert [
+        MessageOutcome(each, REQUEUE, Cause.EXCEPTION, error) for each in (second, fourth)
+    ] == batch_run.not_acked
+    assert [first, third] == batch_run.next_run()
+
+
+def test_an_id_that_is_missed_elsewhere_fails_the_batch():
+    """None of its messages is in the batch."""
+    error = MissingMessageId((object(),))
+    batch_run, messages, _ = judged(PLAIN, [], error)
+
+    assert messages == [each.message for each in batch_run.not_acked]
+    assert batch_run.is_over
+
+
+@pytest.mark.parametrize("cause", [Cause.EXCEPTION, Cause.TIMEOUT, Cause.MISSING, Cause.INVALID])
+def test_a_failure_leaves_committed_results_alone(cause):
+    """What the handler yielded itself counts before them."""
+    batch_run, collector = BatchRun(PLAIN), ResultCollector(some_messages(4))
+    first, second, third, fourth = collector.messages
+    batch_run.commit([(first, ACK), (second, ACK), (third, NACK)])
+    collector.accept(REQUEUE)
+    batch_run.record_run(collector, KeyError(), cause)
+
+    assert [2] == batch_run.acked
+    assert [(first, REQUEUE), (third, NACK), (fourth, REQUEUE)] == [
+        (each.message, each.result) for each in batch_run.not_acked
+    ]
+
+
+def test_committed_acks_of_an_atomic_batch_stay():
+    """Those that were only yielded do not."""
+    batch_run, collector = BatchRun(ATOMIC), ResultCollector(some_messages(2))
+    batch_run.commit([(collector.messages[1], ACK)])
+    collector.accept(ACK)
+    collector.accept(ACK)
+    batch_run.record_run(collector, KeyError(), Cause.EXCEPTION)
+
+    assert [2] == batch_run.acked
+    assert [1] == [each.message.delivery_tag for each in batch_run.not_acked]
+
+
+def test_a_batch_can_become_atomic():
+    """When something begins in it that can be rolled back."""
+    batch_run, collector = BatchRun(PLAIN), ResultCollector(some_messages(1))
+    batch_run.is_atomic = True
+    collector.accept(ACK)
+    batch_run.record_run(collector, KeyError(), Cause.EXCEPTION)
+
+    assert [] == batch_run.acked

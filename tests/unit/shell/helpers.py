@@ -149,7 +149,7 @@ class EventRecorder(Observer):
     discarded = _note
     lost = stale_results = handler_error = settle_failed = _note
     worker_started = worker_stopped = received = _note
-    breaker_opened = breaker_probing = breaker_closed = _note
+    breaker_opened = breaker_probing = breaker_closed = duplicates_dropped = _note
 
     def of(self, kind: type) -> list[Any]:
         """Return the events of one type."""

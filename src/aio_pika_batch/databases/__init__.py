@@ -1,0 +1,1 @@
+"""Databases, as the inbox and the outbox use them: connections of each driver, and their SQL."""
