@@ -204,8 +204,7 @@ CORE = (
     Mutant(
         "A message that cannot be decoded fails its whole batch.",
         "core/batch_run.py",
-        "                self._bisection.run_again(Part(others, error))\n"
-        "                return False\n",
+        "            self._bisection.run_again(Part(others, error))\n            return False\n",
         "",
         (f"{_CORE}/test_batch_run.py",),
     ),

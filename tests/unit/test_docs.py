@@ -413,6 +413,7 @@ def known_names() -> set[str]:
         importlib.import_module("aio_pika_batch.testing.contract"),
         importlib.import_module("aio_pika_batch.transport"),
         importlib.import_module("aio_pika_batch.dead_letters"),
+        importlib.import_module("aio_pika_batch.inbox"),
     ):
         for name in dir(module):
             value = getattr(module, name)
