@@ -352,7 +352,7 @@ def test_messages_without_an_id_fail_alone():
 def test_an_id_that_is_missed_elsewhere_fails_the_batch():
     """None of its messages is in the batch."""
     error = MissingMessageId((object(),))
-    batch_run, messages, _ = judged(PLAIN, [], error)
+    batch_run, messages, _ = after_one_run(PLAIN, [], error)
 
     assert messages == [each.message for each in batch_run.not_acked]
     assert batch_run.is_over
