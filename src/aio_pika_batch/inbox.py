@@ -255,6 +255,7 @@ class InboxTransaction:
         self._database = database
         self._messages = messages
         self._context = current_context.get()
+        self._log = _log.bind(inbox=inbox.consumer, messages=len(messages))
         self._claimed = _Claimed([], {}, [], [])
         self._fresh_ids: frozenset[int] = frozenset()
         self._not_acked: dict[int, Result] = {}
@@ -312,7 +313,7 @@ class InboxTransaction:
                 await self._roll_back()
                 if not is_deadlock(error) or attempt == ATTEMPTS - 1:
                     raise
-                _log.debug("a claim met a deadlock", error=format_error(error), attempt=attempt)
+                self._log.debug("a claim met a deadlock", error=format_error(error))
             # Nothing but the claim was rolled back, so it can be tried again here.
             await asyncio.sleep(random.random() * 0.01 * 2**attempt)
         self.fresh = self._claimed.fresh
@@ -380,10 +381,8 @@ class InboxTransaction:
                 # Delivered again, the messages show whether this was committed. Any other result
                 # might dead-letter a message that took effect.
                 self._decide([MessageResult.REQUEUE_IMMEDIATE] * len(self._messages))
-                _log.warning(
+                self._log.warning(
                     "the outcome of a commit is unknown; its messages are requeued",
-                    inbox=self._inbox.consumer,
-                    messages=len(self._messages),
                     error=format_error(error),
                 )
             await self._roll_back()

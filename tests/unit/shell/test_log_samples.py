@@ -9,6 +9,7 @@ import ast
 import asyncio
 import logging
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from aio_pika_batch import Observer, Requeue, SessionLost, TopologyError
 from aio_pika_batch.adapters.memory import ConnectFault, PublishFault
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.publication import Outcome
+from aio_pika_batch.inbox import Inbox
+from tests.unit.inbox.sqlite import Connection
 from tests.unit.shell.helpers import (
     ACK,
     NACK,
@@ -226,6 +229,48 @@ async def a_drain_that_is_cut_short():
         await asyncio.sleep(100)
 
 
+class Deadlock(Exception):
+    """As PostgreSQL reports it."""
+
+    sqlstate = "40P01"
+
+
+class Unlucky(Connection):
+    """Its first claim meets a deadlock."""
+
+    async def execute_fetchall(self, sql, parameters=()):
+        if sql.startswith("INSERT") and self.failures:
+            raise self.failures.pop()
+        return await super().execute_fetchall(sql, parameters)
+
+
+Unlucky.__module__ = "aiosqlite.core"
+
+
+async def an_inbox():
+    """A claim meets a deadlock, a commit has an unknown outcome, and a message comes again."""
+    inbox = Inbox("importer")
+    Unlucky.failures = [Deadlock("deadlock detected")]
+    commits = [raising(ConnectionResetError("lost"))]
+
+    async def book(messages):
+        async with Unlucky(path) as connection, inbox.transaction(connection, messages):
+            if commits:
+                connection.commit = commits.pop()
+        for _ in messages:
+            yield ACK
+
+    rabbit = a_broker()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "test.sqlite")
+        async with Connection(path) as connection:
+            await inbox.create(connection)
+        async with Importer(book, transport=rabbit.transport, batch_size=1):
+            for _ in range(2):
+                rabbit.publish(b"", routing_key="orders", message_id="order-1")
+            await rabbit.settled()
+
+
 STORIES = [
     a_life_with_a_lost_connection,
     a_handler_that_fails,
@@ -241,6 +286,7 @@ STORIES = [
     a_breaker,
     an_observer_that_fails,
     a_drain_that_is_cut_short,
+    an_inbox,
 ]
 
 
