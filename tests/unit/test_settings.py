@@ -367,7 +367,7 @@ def test_each_way_to_settle_is_what_it_says(settle, is_early, is_atomic):
 
 
 def test_failing_messages_are_isolated_only_if_asked_for():
-    """As many as the limit says; a batch of one needs none of it."""
+    """As many as the limit says. A single message needs no isolation, and its failure voids its ACK."""
     assert [0, 10, 3] == [
         WorkerConfig.from_settings(BatchConsumerSettings(**MEMORY, **given), {}).failure.isolate
         for given in (
@@ -377,7 +377,7 @@ def test_failing_messages_are_isolated_only_if_asked_for():
         )
     ]
     single = WorkerConfig.from_settings(ConsumerSettings(**MEMORY), {})
-    assert (None, False, 0) == (single.pace, single.failure.is_atomic, single.failure.isolate)
+    assert (None, True, 0) == (single.pace, single.failure.is_atomic, single.failure.isolate)
 
 
 ESSENTIAL = ["url", "queue_name"]
