@@ -367,7 +367,7 @@ def test_each_way_to_settle_is_what_it_says(settle, is_early, is_atomic):
 
 
 def test_failing_messages_are_isolated_only_if_asked_for():
-    """As many as the limit says. A single message needs no isolation, and its failure voids its ACK."""
+    """As many as the limit says. A single message needs none, and its failure voids its ACK."""
     assert [0, 10, 3] == [
         WorkerConfig.from_settings(BatchConsumerSettings(**MEMORY, **given), {}).failure.isolate
         for given in (
