@@ -23,7 +23,7 @@ from aio_pika_batch.errors import (
     TopologyError,
 )
 from aio_pika_batch.transport import Endpoint, Subscription, Wire
-from tests.integration.helpers import PATIENCE, SLACK
+from tests.integration.helpers import PATIENCE, SLACK, until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,16 +90,16 @@ def settlement(disposition: Disposition, messages: Sequence[Message]) -> Settlem
     return Settlement(disposition, tuple(message.delivery_tag for message in messages))
 
 
-async def ready(channel: AbstractChannel, queue: str) -> int:
-    """The number of messages in the queue, once it has stopped changing."""
-    count, before = 0, -1
-    while count != before:
-        before = count
-        await asyncio.sleep(0.3)
-        count = (
-            await channel.declare_queue(queue, passive=True)
-        ).declaration_result.message_count or 0
-    return count
+async def assert_ready(channel: AbstractChannel, queue: str, count: int) -> None:
+    """Wait until the queue holds so many messages, and a little longer for what must not come."""
+
+    async def look() -> bool:
+        found = await channel.declare_queue(queue, passive=True)
+        return count == found.declaration_result.message_count
+
+    await until(look, what=f"{count} messages in {queue}")
+    await asyncio.sleep(0.3)
+    assert await look()
 
 
 # --- the way of a message --------------------------------------------------------
@@ -141,7 +141,7 @@ async def test_messages_come_in_chunks_and_stay_settled(
         await session.settle([])
 
     assert chunks < 500
-    assert await ready(channel, queue) == 0
+    await assert_ready(channel, queue, 0)
 
 
 async def test_after_cancel_the_session_hands_out_the_rest_and_ends(
@@ -158,11 +158,11 @@ async def test_after_cancel_the_session_hands_out_the_rest_and_ends(
         handed_out = [*first, *rest]
         await session.settle([settlement(Disposition.ACK, handed_out)])
         # Inside: what was delivered and got lost on the way goes back to the queue at the end.
-        assert 2000 - len(handed_out) == await ready(channel, queue)
+        await assert_ready(channel, queue, 2000 - len(handed_out))
 
     assert len(handed_out) <= 300
     assert list(range(1, len(handed_out) + 1)) == [each.delivery_tag for each in handed_out]
-    assert 2000 - len(handed_out) == await ready(channel, queue)
+    await assert_ready(channel, queue, 2000 - len(handed_out))
 
 
 @pytest.mark.parametrize("size", [0, 1, 131_063, 131_064, 131_065, 1_000_000])
@@ -231,7 +231,7 @@ async def test_acks_just_before_the_end_are_not_lost(
         # The first is left over, so that none of the others can be joined: 4999 frames in a write.
         await session.settle([settlement(Disposition.ACK, messages[1:])])
 
-    assert await ready(channel, queue) == 1
+    await assert_ready(channel, queue, 1)
 
 
 async def test_a_session_is_closed_after_its_context(

@@ -228,7 +228,7 @@ async def test_a_replay_that_is_killed_loses_nothing(
     """By SIGKILL: every dead letter is in one of the queues, and can be replayed again."""
     dlq = f"{name}.dlq"
     bodies = await dead_letter(channel, dlq, name, MANY, queue_type)
-    proxy.latency(0.02)
+    proxy.latency(0.1)  # so slow that it does not end before the signal
     where = ("--queue", dlq)
     async with command(tmp_path, "dlq", "replay", *where, "--url", proxy.url(amqp_url)) as running:
 
@@ -259,7 +259,7 @@ async def test_a_replay_that_is_interrupted_repeats_nothing(
     """By Ctrl-C: copies in progress are finished, and the rest stays in order."""
     dlq = f"{name}.dlq"
     bodies = await dead_letter(channel, dlq, name, MANY, "quorum")
-    proxy.latency(0.02)
+    proxy.latency(0.1)  # so slow that it does not end before the signal
     async with command(
         tmp_path, "dlq", "replay", "--queue", dlq, "--url", proxy.url(amqp_url)
     ) as running:
