@@ -28,7 +28,6 @@ from tests.integration.helpers import (
     pack_properties,
     publish,
     ready,
-    take_all,
     unpack_properties,
     unpack_table,
     until,
@@ -46,14 +45,14 @@ def is_old(broker: RunningBroker) -> bool:
 
 
 @pytest.fixture
-def settings(amqp_url: str, name: str, broker: RunningBroker) -> Any:
-    """Return a factory of settings; on an old broker with classic wait queues."""
+def settings(amqp_url: str, name: str) -> Any:
+    """Return a factory of settings; with a short batch_timeout."""
 
     def make(**given: Any) -> BatchConsumerSettings:
         return BatchConsumerSettings(
             url=amqp_url,
             batch_timeout=0.05,
-            **{"queue_name": name, "unsafe_delay": is_old(broker)} | given,
+            **{"queue_name": name} | given,
         )
 
     return make
@@ -325,32 +324,28 @@ async def test_without_declaring_a_handlers_missing_level_is_waited_for(
 # --- how old the broker is ----------------------------------------------------------------------
 
 
-async def test_a_broker_that_may_lose_waiting_messages_is_refused(
-    amqp_url, name, settings, broker
+async def test_on_a_broker_that_may_lose_waiting_messages_retries_are_held(
+    channel, amqp_url, name, settings, broker, caplog
 ) -> None:
-    """Before 3.10, unless it is allowed; a newer broker is accepted."""
-    consumer = Retrying(settings(requeue_delay=1, unsafe_delay=False))
-    if not is_old(broker):
-        async with consumer:
-            assert consumer.is_healthy
-        return
-    with pytest.raises(TopologyError, match=rf"RabbitMQ {broker.version} may lose"):
-        await consumer.start()
-
-
-async def test_unsafe_delay_works_on_every_broker(channel, amqp_url, name, settings) -> None:
-    """With classic wait queues, which an upgrade finds unchanged."""
-    async with Retrying(settings(unsafe_delay=True, requeue_delay=0.2)) as consumer:
-        await publish(channel, [b"a - 0.3"], routing_key=name)
+    """Before 3.10; a newer broker keeps them in wait queues. Either way they are delayed."""
+    async with Retrying(settings(requeue_delay=1)) as consumer:
+        await publish(channel, [b"a -"], routing_key=name)
         await until(lambda: consumer.done[b"a"])
-        await channel.declare_queue(
-            f"{name}.retry.200",
-            durable=True,
-            arguments={
-                "x-queue-type": "classic",
-                "x-message-ttl": 200,
-                "x-dead-letter-exchange": "",
-                "x-dead-letter-routing-key": name,
-            },
-        )
-    assert [] == await take_all(channel, name)
+        assert 1 <= consumer.waits(b"a")[0] < 2.5
+    expected = f"RabbitMQ {broker.version} may lose" if is_old(broker) else None
+    held = [each for each in caplog.messages if "delay queues can't be used" in each]
+    assert [True] * len(held) == [expected in each for each in held]
+    assert bool(held) is is_old(broker)
+
+
+async def test_by_default_retries_are_held_and_nothing_is_declared(
+    channel, amqp_url, name, settings
+) -> None:
+    """One second, then two."""
+    async with Retrying(settings(requeue_delay=None)) as consumer:
+        await publish(channel, [b"a - -"], routing_key=name)
+        await until(lambda: consumer.done[b"a"])
+        first, second = consumer.waits(b"a")
+    assert 1 <= first < 2.5
+    assert 2 <= second < 3.5
+    assert 2 == consumer.last[b"a"].retry_count
