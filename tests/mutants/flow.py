@@ -325,6 +325,20 @@ SHELL = (
         (f"{_SHELL}/test_transport_errors.py",),
     ),
     Mutant(
+        "Each undecodable message of a batch costs a run of all others.",
+        "core/batch_run.py",
+        "    if str(_json_error(bad)) != str(error):",
+        "    if True:",
+        (f"{_SHELL}/test_results.py",),
+    ),
+    Mutant(
+        "What one kind of message can't be decoded as condemns the other kinds, too.",
+        "core/batch_run.py",
+        "elif _kind(message) == kind and (",
+        "elif (",
+        (f"{_SHELL}/test_results.py",),
+    ),
+    Mutant(
         "Held originals are not returned when the consumer stops.",
         "runtime/held_messages.py",
         "        left = [each.copy for each in self._held.values()]\n",

@@ -217,8 +217,10 @@ class BatchRun(BatchDecisions):
         bad = self._named_by(error, undecided)
         if bad:
             if isinstance(error, MessageDecodeError):
+                found = _undecodable(undecided, error)
+                bad = [message for message, _ in found]
                 nack, cause = MessageResult.NACK, Cause.UNDECODABLE
-                self.not_acked += [MessageOutcome(each, nack, cause, error) for each in bad]
+                self.not_acked += [MessageOutcome(each, nack, cause, why) for each, why in found]
             else:
                 self._fail(bad, error, cause)
             ids = set(map(id, bad))
@@ -284,3 +286,42 @@ class BatchRun(BatchDecisions):
         if cause in (Cause.EXCEPTION, Cause.TIMEOUT):
             result = result_for(error, self._policy.exceptions) or result
         self.not_acked += [MessageOutcome(message, result, cause, error) for message in messages]
+
+
+def _undecodable(
+    messages: Sequence[Message], error: MessageDecodeError
+) -> list[tuple[Message, MessageDecodeError]]:
+    """Return the message that can't be decoded, and those that would fail in the same way.
+
+    A run for each of thousands of messages would block the event loop, because every run decodes
+    all others again. So messages of the same type and content type, whose bodies aren't valid JSON
+    either, are found in one pass. An error that the handler made itself is about its message only.
+    """
+    culprit = error.message
+    found = [message for message in messages if message is culprit]
+    if not found:
+        return []
+    [bad] = found
+    if str(_json_error(bad)) != str(error):
+        return [(bad, error)]
+    kind = _kind(bad)
+    undecodable = []
+    for message in messages:
+        if message is bad:
+            undecodable.append((bad, error))
+        elif _kind(message) == kind and (why := _json_error(message)) is not None:
+            undecodable.append((message, why))
+    return undecodable
+
+
+def _json_error(message: Message) -> MessageDecodeError | None:
+    try:
+        message.json()
+    except MessageDecodeError as error:
+        return error
+    return None
+
+
+def _kind(message: Message) -> tuple[str | None, str | None]:
+    properties = message.properties
+    return properties.content_type, properties.type

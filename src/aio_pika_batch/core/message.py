@@ -364,9 +364,14 @@ class Message:
 
     @property
     def age(self) -> float | None:
-        """Seconds since its :attr:`timestamp`; None if its publisher set none."""
-        published = self.timestamp
-        return None if published is None else self._source.now() - published.timestamp()
+        """Seconds since its :attr:`timestamp`.
+
+        None if its publisher set none, or one that isn't a valid time, such as milliseconds: an
+        optional property that is wrong is no reason to fail.
+        """
+        if "timestamp" in self.properties.undecodable or self.timestamp is None:
+            return None
+        return self._source.now() - self.timestamp.timestamp()
 
     def json(self) -> Any:  # noqa: ANN401  -- JSON has no narrower type
         """The body as JSON.

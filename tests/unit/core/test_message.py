@@ -81,10 +81,9 @@ def test_undecodable_raw_headers_raise_the_reason_of_the_source():
         _ = message.headers
 
 
-def test_the_age_of_an_undecodable_timestamp_raises():
-    """It is computed from the timestamp."""
-    with pytest.raises(MessageDecodeError, match=r"^timestamp of "):
-        _ = a_message(undecodable={"timestamp": UNDECODABLE}).age
+def test_a_timestamp_that_is_no_time_has_no_age():
+    """Milliseconds where seconds belong are no reason to dead-letter a message."""
+    assert None is a_message(undecodable={"timestamp": UNDECODABLE}).age
 
 
 def test_a_decode_error_is_also_a_value_error():

@@ -12,12 +12,14 @@ from aio_pika_batch import (
     Cause,
     ConfigurationError,
     Consumer,
+    MessageDecodeError,
     MessageResult,
     Nack,
     Requeue,
     ResultError,
 )
 from aio_pika_batch.adapters.memory import EventKind
+from aio_pika_batch.core.message import Properties
 from aio_pika_batch.observer import BatchHandled, HandlerError, Settled
 from tests.unit.core.strategies import a_message
 from tests.unit.shell.helpers import (
@@ -257,11 +259,58 @@ async def test_an_undecodable_message_is_isolated(rabbit):
         answer, transport=rabbit.transport, observers=[recorder], batch_size=5
     ) as consumer:
         await asyncio.sleep(1)
-    assert [[b"1", b"{", b"2", b"[", b"3"], [b"2", b"[", b"3"], [b"3"]] == consumer.batches
-    assert [0, 0, 0] == consumer.times
+    assert [[b"1", b"{", b"2", b"[", b"3"], [b"2", b"3"]] == consumer.batches
+    assert [0, 0] == consumer.times
     [event] = recorder.of(Settled)
     assert {(ACK, Cause.HANDLER): 3, (NACK, Cause.UNDECODABLE): 2} == event.counts
     assert [b"{", b"["] == journal(rabbit, EventKind.DROPPED)
+
+
+async def test_thousands_of_undecodable_messages_cost_one_more_run(rabbit):
+    """Not a run for each of them, which would block the event loop for minutes."""
+    runs = []
+
+    async def answer(messages):
+        runs.append(len(messages))
+        for message in messages:
+            message.json()
+            yield ACK
+
+    rabbit.put(*(b"{}" if number % 2 else b"no json" for number in range(3000)))
+    async with RecordingConsumer(
+        answer,
+        transport=rabbit.transport,
+        batch_size=3000,
+        batch_timeout=0.1,
+        dead_letter_queue="dead",
+    ):
+        await asyncio.sleep(10)
+    assert [3000, 1500] == runs
+    assert [b"no json"] * 1500 == rabbit.waiting("dead")
+
+
+async def test_only_messages_of_the_same_kind_are_undecodable_in_the_same_way(rabbit):
+    """A handler may not want JSON from others; and its own error is about one message only."""
+
+    async def answer(messages):
+        for message in messages:
+            if message.content_type == "application/json":
+                message.json()
+            elif message.body == b"wrong":
+                raise MessageDecodeError(message, "body", "not what I expect")
+            yield ACK
+
+    rabbit.put(b"[", b"[", properties=Properties(content_type="application/json"))
+    rabbit.put(b"text", b"wrong", b"text", properties=Properties(content_type="text/plain"))
+    async with RecordingConsumer(
+        answer,
+        transport=rabbit.transport,
+        batch_size=5,
+        batch_timeout=0.1,
+        dead_letter_queue="dead",
+    ):
+        await asyncio.sleep(10)
+    assert [b"[", b"[", b"wrong"] == rabbit.waiting("dead")
 
 
 async def test_a_decided_message_is_not_isolated_for_being_undecodable(rabbit):
