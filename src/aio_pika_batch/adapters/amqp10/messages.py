@@ -21,6 +21,7 @@ from uuid import UUID
 from aio_pika_batch.adapters.amqp10 import spec
 from aio_pika_batch.adapters.amqp10.codec import (
     CodecError,
+    Decimal,
     NotText,
     Timestamp,
 )
@@ -31,8 +32,7 @@ ENCODED: Final = "amqp-1.0"
 """The `type` of a message whose body is a value of AMQP 1.0's type system, in its encoding."""
 
 _EXCHANGE, _ROUTING_KEY = "x-exchange", "x-routing-key"
-_TYPE, _DEATHS = "x-basic-type", "x-opt-deaths"
-_RENAMED: Final = {"x-cc": "CC", "x-opt-rabbitmq-received-time": "timestamp_in_ms"}
+_TYPE = "x-basic-type"
 _NO_HEADERS: Final = ("x-basic-", _EXCHANGE, _ROUTING_KEY)
 _QUEUES: Final = "/queues/"
 
@@ -79,21 +79,27 @@ def decode_headers(head: bytes) -> dict[str, Any] | None:
         elif code == spec.APPLICATION_PROPERTIES:
             for key, value in section_at(head, start, end, dict).items():
                 # An annotation of the same name was written later.
-                headers.setdefault(_key(key), _plain(value))
+                if not isinstance(value, Decimal):
+                    headers.setdefault(_key(key), _plain(value))
     return headers or None
 
 
 def _annotated(annotations: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in annotations.items():
-        if not isinstance(key, str | NotText):
+        if not isinstance(key, str | NotText) or isinstance(value, Decimal):
             continue
         name = _key(key)
         if not name.startswith("x-") or name.startswith(_NO_HEADERS):
             continue
-        if name == _DEATHS and isinstance(value, list):
-            yield "x-death", [_death(each) for each in value if isinstance(each, dict)]
-        else:
-            yield _RENAMED.get(name, name), _plain(value)
+        match name, value:
+            case "x-cc", _:
+                yield "CC", _plain(value)
+            case "x-opt-rabbitmq-received-time", Timestamp():
+                yield "timestamp_in_ms", int(value)
+            case "x-opt-deaths", list():
+                yield "x-death", [_death(each) for each in value if isinstance(each, dict)]
+            case _:
+                yield name, _plain(value)
 
 
 def _ids(fields: list[Any]) -> Iterator[tuple[str, Any]]:
@@ -162,12 +168,12 @@ def _death(entry: dict[Any, Any]) -> dict[str, Any]:
 # --- properties ------------------------------------------------------------------
 
 
-def decode_properties(head: bytes, *, quoted: bool = True) -> Properties:
+def decode_properties(head: bytes, *, has_addresses: bool = True) -> Properties:
     """Read all properties; never raises, see `Properties.undecodable`.
 
     Args:
         head: The sections before the body.
-        quoted: Whether the queue's name in a `reply_to` address is percent-encoded.
+        has_addresses: Whether `reply_to` is an address: `/queues/` and the queue's quoted name.
     """
     properties = Properties()
     undecodable: dict[str, str] = {}
@@ -186,10 +192,8 @@ def decode_properties(head: bytes, *, quoted: bool = True) -> Properties:
             continue
         for name, place, convert in table:
             fill(name, convert, field(fields, place))
-    reply_to = properties.reply_to
-    if reply_to is not None and reply_to.startswith(_QUEUES):
-        name = reply_to.removeprefix(_QUEUES)
-        properties.reply_to = unquote(name) if quoted else name
+    if has_addresses and (properties.reply_to or "").startswith(_QUEUES):
+        properties.reply_to = unquote(str(properties.reply_to).removeprefix(_QUEUES))
     fill("headers", decode_headers, head)
     fill("type", _type, head)
     if properties.headers is not None and "x-death" in properties.headers:
@@ -287,17 +291,17 @@ class MessageSource:
     """Implements :class:`~aio_pika_batch.core.message.Source` for the messages of one session.
 
     Attributes:
-        quoted: As in `decode_properties`.
+        has_addresses: As in `decode_properties`.
     """
 
     queue: str
     consumer_tag: str
     retry_count_header: str
-    quoted: bool = True
+    has_addresses: bool = True
 
     def decode_properties(self, raw: bytes, /) -> Properties:
         """Read all properties."""
-        return decode_properties(raw, quoted=self.quoted)
+        return decode_properties(raw, has_addresses=self.has_addresses)
 
     def decode_headers(self, raw: bytes, /) -> Headers | None:
         """Read the headers alone."""

@@ -54,7 +54,8 @@ WIND_UP_TIMEOUT: Final = 5.0
 DELAYS_SINCE: Final[Version] = (4, 3)
 """The first RabbitMQ whose quorum queues deliver again at a time that they are told."""
 
-_QUOTES_SINCE: Final[Version] = (4, 1)
+_ADDRESSES_SINCE: Final[Version] = (4, 2)
+"""The first RabbitMQ that writes `reply_to` as an address."""
 
 _PROOFS: Final = 2
 """How often to ask whether settlements were applied.
@@ -134,7 +135,7 @@ class Amqp10Session:
             subscription.queue,
             subscription.consumer_tag,
             subscription.retry_count_header,
-            quoted=version is None or version >= _QUOTES_SINCE,
+            has_addresses=version is None or version >= _ADDRESSES_SINCE,
         )
         name = f"{subscription.consumer_tag}-{uuid4().hex[:8]}"
         self._receiver = Receiver(source, name, subscription.prefetch, properties)
