@@ -11,6 +11,7 @@ Laws:
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, TypeAlias, TypeVar
@@ -138,6 +139,7 @@ class Connection(asyncio.BufferedProtocol):
         self._early: deque[Event | Lost] = deque()
         self._news: asyncio.Future[None] | None = None
         self._end: Lost | None = None
+        self._failure: OSError | None = None
         self._is_closing = False
         self._heard_at = self._loop.time()
         self._timers: list[asyncio.TimerHandle] = []
@@ -252,6 +254,9 @@ class Connection(asyncio.BufferedProtocol):
             await self._wait()
         event = self._early.popleft()
         if isinstance(event, Lost):
+            if isinstance(self._failure, ssl.SSLError):
+                # Under TLS 1.3 a broker refuses a certificate only after the handshake.
+                raise self._failure
             raise Unexplained(f"{self.peer} hung up: {event.reason}; check whether the broker runs")
         return event
 
@@ -324,6 +329,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is closed."""
+        if isinstance(exc, OSError):
+            self._failure = exc
         self._ended("the connection was closed" if exc is None else str(exc))
         self.resume_writing()
 
