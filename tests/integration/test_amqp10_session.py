@@ -228,7 +228,7 @@ def stall(rabbitmq: RabbitMQ, queue: str) -> None:
 async def test_settled_returns_when_the_queue_has_applied_all(
     amqp_url: str, queue: str, channel: AbstractChannel, rabbitmq: RabbitMQ, proxy: TcpProxy
 ) -> None:
-    """A queue that stands still is waited for; if the connection breaks then, nothing comes back."""
+    """A queue that stands still is waited for; after that a broken line brings nothing back."""
     await publish(channel, queue, [b"x"] * 200)
     async with consuming(proxy.url(amqp_url), queue) as session:
         messages = await take(session, 200)
