@@ -24,6 +24,7 @@ from aio_pika_batch.adapters.aio_pika.events import (
     ChannelClosed,
     ConnectionClosed,
     ConnectionLost,
+    Deliveries,
     Malformed,
     PassThrough,
 )
@@ -175,6 +176,8 @@ class FrameTap:
         passed = False
         for event in self._parser.feed(data):
             match event:
+                case Deliveries():  # first, because it is the most frequent event
+                    self._emit(event)
                 case PassThrough(frames):
                     self._reader.feed_data(b"".join(frames))
                     passed = True
