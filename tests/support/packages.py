@@ -13,7 +13,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_LOCK = Path(tempfile.gettempdir(), "aio-pika-batch-installs.lock")
+# Each user has one: in /tmp nobody may write to a file of another user, not even root.
+_LOCK = Path(tempfile.gettempdir(), f"aio-pika-batch-installs-{os.getuid()}.lock")
 
 
 class InstallError(Exception):
@@ -49,27 +50,29 @@ def install_commands(package: str, *, brew: str, dnf: str | None = None) -> list
 
 
 def install_and_find(commands: list[list[str]], look: Callable[[], T | None], what: str) -> T:
-    """Install, and return what *look* then finds; raise ``InstallError`` if that is None."""
-    install(commands)
-    found = look()
+    """Install, and return what *look* then finds; raise ``InstallError`` if that is None.
+
+    Only one installation runs at a time on this machine, since package managers lock each other
+    out. Another test run may have installed the same meanwhile.
+    """
+    with _LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = look()
+        if found is None:
+            install(commands)
+            found = look()
     if found is None:
         raise InstallError(f"`{' '.join(commands[-1])}` went well, but brought no {what}")
     return found
 
 
 def install(commands: list[list[str]]) -> None:
-    """Run the commands; raise ``InstallError`` at the first that fails.
-
-    Only one installation runs at a time on this machine, since package managers lock each other
-    out.
-    """
-    with _LOCK.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in commands:
-            print("$", *command, flush=True)
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
-            if done.returncode:
-                raise InstallError(f"`{' '.join(command)}` failed; this report has its output")
+    """Run the commands; raise ``InstallError`` at the first that fails."""
+    for command in commands:
+        print("$", *command, flush=True)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            raise InstallError(f"`{' '.join(command)}` failed; this report has its output")
 
 
 def _rights() -> list[str] | None:
