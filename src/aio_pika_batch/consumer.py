@@ -103,6 +103,9 @@ class BaseConsumer(Generic[SettingsT]):
 
     settings: SettingsT
 
+    _has_queue: ClassVar[bool] = True
+    """False if messages come from somewhere else, so that advice about queues doesn't apply."""
+
     def __init__(
         self,
         settings: SettingsT | None = None,
@@ -241,12 +244,12 @@ class BaseConsumer(Generic[SettingsT]):
         settings = self.settings
         options = topology_options(settings)
         profile = consumer_profile(settings, self.exception_results.values())
-        for line in warnings_for(options, profile):
+        for line in warnings_for(options, profile) if self._has_queue else ():
             self._log.warning(line)
         await self._lifecycle.begin(
             WorkerPool(
                 self._name,
-                WorkerConfig.from_settings(settings, self.exception_results),
+                self._config(),
                 self._transport,
                 self._observers,
                 self._log,
@@ -257,6 +260,8 @@ class BaseConsumer(Generic[SettingsT]):
             instances=self._instances,
             timeout=settings.shutdown_timeout,
         )
+        if not self._has_queue:
+            return
         version = isinstance(self._transport, VersionedTransport) and self._transport.broker_version
         for line in broker_warnings_for(options, profile, version or None):
             self._log.warning(line)
@@ -367,6 +372,9 @@ class BaseConsumer(Generic[SettingsT]):
         settings: Any = self.settings_class()
         made: SettingsT = settings
         return made
+
+    def _config(self) -> WorkerConfig:
+        return WorkerConfig.from_settings(self.settings, self.exception_results)
 
     def _open_transport(self) -> Transport:
         return open_transport(endpoint(self.settings, type(self).__name__))

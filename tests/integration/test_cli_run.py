@@ -52,7 +52,7 @@ def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-COMMANDS = "run", "health", "check", "topology", "demo", "dlq"
+COMMANDS = "run", "relay", "health", "check", "topology", "demo", "dlq"
 DLQ_COMMANDS = "list", "show", "replay", "purge"
 
 

@@ -122,3 +122,22 @@ async def test_payments_in_a_session_are_booked_once(
         rows = await database.execute_fetchall("SELECT cents FROM payments ORDER BY id")
         assert [(100,), (300,)] == list(rows)
     assert 1 == len(broker.drain("payments.dead"))
+
+
+async def test_receipts_of_payments_are_published_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the relay of the page, after each commit."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AIO_PIKA_BATCH_URL", "memory://receipts")
+    names = run("exactly-once.md", "outbox")
+    broker = BatchBroker()
+    names["ledger"]._transport = broker.transport
+    names["ledger"].configure(batch_timeout=0.1)
+    names["relay"]._transport._broker = broker.transport
+    broker.declare("receipts")
+    async with names["ledger"], names["relay"]:
+        for body, key in payments(("a", 100), ("b", 200), ("a", 100)):
+            broker.publish(body, routing_key="payments", message_id=key)
+        await until(lambda: len(broker.broker.ready("receipts")) == 2)
+    assert 2 == len(broker.drain("receipts"))

@@ -414,6 +414,7 @@ def known_names() -> set[str]:
         importlib.import_module("aio_pika_batch.transport"),
         importlib.import_module("aio_pika_batch.dead_letters"),
         importlib.import_module("aio_pika_batch.inbox"),
+        importlib.import_module("aio_pika_batch.outbox"),
     ):
         for name in dir(module):
             value = getattr(module, name)
@@ -434,6 +435,7 @@ def known_names() -> set[str]:
 THEIRS = {
     "exception_type",  # a label
     "foreign_pre_chain",  # structlog's
+    "idle_in_transaction_session_timeout",  # PostgreSQL's
     "histogram_quantile",  # Prometheus'
     "max_links",  # an argument of OpenTelemetryObserver
     "message_count",  # OpenTelemetry's, in messaging.batch.message_count

@@ -119,6 +119,13 @@ _add(
     "shop:Importer --processes 2 --health-port 8080",
 )
 _add(
+    "relay",
+    "Publish what waits in an outbox, until SIGTERM or Ctrl-C.\n\nA relay is an OutboxRelay, and"
+    " runs like a consumer. Several processes share the work.",
+    "shop:relay --processes 2 --health-port 8080",
+    module="run",
+)
+_add(
     "health",
     "Check the health of a running program.",
     "--url http://127.0.0.1:8080/livez",

@@ -96,6 +96,10 @@ def run(
     return asyncio.run(_supervise(policy, options, supervision))
 
 
+relay = run
+"""The command `relay`: an OutboxRelay is a consumer, too."""
+
+
 async def _run_here(options: ProcessOptions, supervision: SupervisionOptions) -> Exit:
     consumers = options.load()
     async with AsyncExitStack() as stack:

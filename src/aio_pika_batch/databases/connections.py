@@ -79,6 +79,13 @@ def check_table(name: str) -> str:
     return name
 
 
+def fill(sql: str, pieces: Mapping[str, str]) -> str:
+    """Replace each piece by its text, in their order."""
+    for name, text in pieces.items():
+        sql = sql.replace(name, text)
+    return sql
+
+
 def adapt(connection: object) -> DatabaseConnection:
     """Return what makes a user's connection look like any other.
 

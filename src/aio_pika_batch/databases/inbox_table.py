@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from aio_pika_batch.databases.connections import Database, DatabaseConnection, check_table
+from aio_pika_batch.databases.connections import Database, DatabaseConnection, check_table, fill
 from aio_pika_batch.errors import ConfigurationError
 
 LONGEST = 255
@@ -169,15 +169,11 @@ class InboxTable:
 
 
 def _fill(statements: _Statements, names: Mapping[str, str]) -> _Statements:
-    def fill(text: str) -> str:
-        for name, value in names.items():
-            text = text.replace(name, value)
-        return text
-
+    claimed = statements.claimed
     return _Statements(
-        create=fill(statements.create),
-        claim=fill(statements.claim),
-        release=fill(statements.release),
-        prune=fill(statements.prune),
-        claimed=None if statements.claimed is None else fill(statements.claimed),
+        create=fill(statements.create, names),
+        claim=fill(statements.claim, names),
+        release=fill(statements.release, names),
+        prune=fill(statements.prune, names),
+        claimed=None if claimed is None else fill(claimed, names),
     )

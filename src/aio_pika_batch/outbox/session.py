@@ -1,0 +1,316 @@
+"""Makes a transport of an outbox: its rows are delivered like a queue's messages.
+
+So a relay is a consumer like others: its workers reconnect with backoff, drain, and report health
+and metrics. To acknowledge a row deletes it. What isn't acknowledged stays in the table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from typing import Any, TypeAlias
+
+from aio_pika_batch.core.message import DecodedSource, Message
+from aio_pika_batch.core.publication import Outcome, Publication
+from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.core.topology import Topology
+from aio_pika_batch.databases.connections import DatabaseConnection, adapt
+from aio_pika_batch.databases.errors import code_of
+from aio_pika_batch.databases.outbox_table import OutboxTable
+from aio_pika_batch.errors import (
+    AccessRefused,
+    BrokerUnavailable,
+    ConfigurationError,
+    SessionClosed,
+    SessionLost,
+    SettlementError,
+    TopologyError,
+    TransportError,
+)
+from aio_pika_batch.logs import KeywordLogger, format_error
+from aio_pika_batch.outbox.rows import Row
+from aio_pika_batch.transport import Publisher, Session, Subscription, Transport
+
+Connect: TypeAlias = Callable[[], AbstractAsyncContextManager[Any] | Awaitable[Any]]
+"""Opens a connection to the database, such as `pool.acquire`, `engine.connect`, or a function that
+calls `asyncpg.connect`."""
+
+_log = KeywordLogger(logging.getLogger("aio_pika_batch.outbox"))
+
+
+class OutboxTransport:
+    """Reads from an outbox, and publishes to a broker.
+
+    Args:
+        broker: Where to publish.
+        poll_interval: Seconds between two looks at an empty table.
+    """
+
+    def __init__(
+        self, table: OutboxTable, connect: Connect, broker: Transport, poll_interval: float
+    ) -> None:
+        self._table = table
+        self._connect = connect
+        self._broker = broker
+        self._poll_interval = poll_interval
+
+    async def declare(self, topology: Topology) -> None:
+        """Check that the table exists, and that the broker can be reached."""
+        del topology
+        async with AsyncExitStack() as stack:
+            database = await self._open(stack)
+            try:
+                await self._table.check(database)
+            except Exception as error:
+                if code_of(error) is None:
+                    raise BrokerUnavailable(f"the outbox: {format_error(error)}") from error
+                raise TopologyError(
+                    f"the outbox's table cannot be read; create it by Outbox.create(), or by your"
+                    f" migrations: {format_error(error)}"
+                ) from error
+        await self._broker.declare(Topology())
+
+    @asynccontextmanager
+    async def session(self, subscription: Subscription) -> AsyncIterator[Session]:
+        """Open a connection to the broker and one to the database, and deliver rows."""
+        async with AsyncExitStack() as stack:
+            publisher = await stack.enter_async_context(self._broker.publisher())
+            database = await self._open(stack)
+            session = OutboxSession(
+                self._table, database, publisher, subscription, self._poll_interval
+            )
+            try:
+                yield session
+            finally:
+                await session.end()
+
+    def publisher(self) -> AbstractAsyncContextManager[Publisher]:
+        """Open a connection to the broker."""
+        return self._broker.publisher()
+
+    async def _open(self, stack: AsyncExitStack) -> DatabaseConnection:
+        context = self._connect()
+        try:
+            if isinstance(context, AbstractAsyncContextManager):
+                connection, leave = await context.__aenter__(), context.__aexit__
+            else:
+                connection = await context
+                leave = functools.partial(_close, connection)
+        except Exception as error:
+            code = code_of(error)
+            refused = isinstance(code, str) and code.startswith(("28", "3D"))
+            kind = AccessRefused if refused else BrokerUnavailable
+            raise kind(f"the outbox's database: {format_error(error)}") from error
+
+        async def close() -> None:
+            with suppress(Exception):  # of a connection that is lost
+                await leave(None, None, None)
+
+        stack.push_async_callback(close)
+        return adapt(connection)
+
+
+class OutboxSession:
+    """One connection to the database, whose transaction locks the rows that are delivered."""
+
+    def __init__(
+        self,
+        table: OutboxTable,
+        database: DatabaseConnection,
+        publisher: Publisher,
+        subscription: Subscription,
+        poll_interval: float,
+    ) -> None:
+        self._table = table
+        self._database = database
+        self._publisher = publisher
+        self._limit = subscription.prefetch
+        self._poll_interval = poll_interval
+        self._source = DecodedSource(
+            subscription.queue,
+            subscription.consumer_tag,
+            subscription.retry_count_header,
+            time.time,
+        )
+        self._owner = uuid.uuid4().hex
+        self._rows: dict[int, Row] = {}
+        self._tag = 0
+        self._lock = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._is_cancelled = False
+        self._has_ended = False
+
+    # -- the port ---------------------------------------------------------------------------------
+
+    async def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
+        while not self._is_cancelled:
+            self._refuse_if_lost()
+            self._wake.clear()
+            rows = await self._take()
+            if rows:
+                yield rows
+                while self._rows and not self._is_cancelled:
+                    await self._wake.wait()
+                    self._wake.clear()
+            else:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), self._poll_interval)
+
+    async def cancel(self) -> None:
+        """Take no more rows."""
+        self._is_cancelled = True
+        self._wake.set()
+
+    async def settle(self, settlements: Sequence[Settlement]) -> None:
+        """Delete acknowledged rows, and commit once all rows that were taken are settled."""
+        if self._has_ended:
+            raise SessionClosed("the session with the outbox has ended")
+        tags = [tag for each in settlements for tag in each.tags]
+        if len(set(tags)) < len(tags) or not self._rows.keys() >= set(tags):
+            raise SettlementError("a row was settled twice, or never delivered")
+        acked = [
+            self._rows[tag].row_id
+            for each in settlements
+            if each.disposition is Disposition.ACK
+            for tag in each.tags
+        ]
+        failed = [self._rows[tag].row_id for tag in tags if self._rows[tag].has_failed]
+        async with self._lock:
+            is_last = len(tags) == len(self._rows)
+            with _lost("rows could not be deleted"):
+                await self._write(acked, failed, is_last=is_last)
+            for tag in tags:
+                del self._rows[tag]
+        self._wake.set()
+
+    # -- for the relay ----------------------------------------------------------------------------
+
+    async def publish(self, rows: Sequence[Row]) -> dict[int, Outcome]:
+        """Publish rows, and return the outcome of each by its delivery tag.
+
+        Rows with a key are published one after another, each once the one before is confirmed. A
+        row whose predecessor isn't confirmed has no outcome.
+        """
+        outcomes: dict[int, Outcome] = {}
+        waves = _waves(rows)
+        blocked: set[str | bytes] = set()
+        for wave in waves:
+            due = [row for row in wave if row.key is None or row.key not in blocked]
+            valid: list[tuple[Row, Publication]] = []
+            for row in due:
+                try:
+                    valid.append((row, row.publication))
+                except (TypeError, ValueError) as error:
+                    # It stays: deleting it could lose what somebody can still mend.
+                    _log.error("a row of the outbox is invalid", id=row.row_id, error=error)
+                    outcomes[row.delivery_tag] = Outcome.REFUSED
+            found = await self._publisher.publish([publication for _, publication in valid])
+            outcomes |= {
+                row.delivery_tag: outcome for (row, _), outcome in zip(valid, found, strict=True)
+            }
+            for row in due:
+                outcome = outcomes[row.delivery_tag]
+                if outcome is not Outcome.CONFIRMED and row.key is not None:
+                    blocked.add(row.key)
+                # An unknown outcome is the connection's fault: it isn't an attempt of this row.
+                row.has_failed = outcome in (Outcome.RETURNED, Outcome.REFUSED)
+            if not self._publisher.is_open:
+                break
+        failed = [row for row in rows if row.has_failed]
+        if failed:
+            _log.warning(
+                "publications are not confirmed; they are published again later",
+                rows=len(failed),
+                exchange=failed[0].exchange,
+                routing_key=failed[0].routing_key,
+                outcome=outcomes[failed[0].delivery_tag].value,
+            )
+        return outcomes
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _refuse_if_lost(self) -> None:
+        if self._has_ended:
+            raise SessionClosed("the session with the outbox has ended")
+        if not self._publisher.is_open:
+            raise SessionLost("the outbox's connection to the broker is lost")
+
+    async def _take(self) -> Sequence[Row]:
+        async with self._lock:
+            with _lost("the outbox could not be read"):
+                await self._database.begin()
+                found = await self._table.take(
+                    self._database, self._limit, owner=self._owner, now=time.time()
+                )
+                if not found or not self._table.locks_rows(self._database):
+                    await self._database.commit()
+            rows = [
+                Row(self._source, self._tag + number, columns)
+                for number, columns in enumerate(found, 1)
+            ]
+            self._tag += len(rows)
+            self._rows = {row.delivery_tag: row for row in rows}
+        return rows
+
+    async def _write(self, acked: Sequence[int], failed: Sequence[int], *, is_last: bool) -> None:
+        database = self._database
+        holds = self._table.locks_rows(database)
+        if not holds:
+            await database.begin()
+        if acked:
+            await self._table.delete(database, acked)
+        if failed:
+            await self._table.postpone(database, failed)
+        if is_last or not holds:
+            await database.commit()
+
+    async def end(self) -> None:
+        """Release the rows that are left."""
+        self._has_ended = True
+        self._wake.set()
+        with suppress(Exception):  # of a connection that is lost
+            if self._database.in_transaction:
+                await self._database.rollback()
+            await self._table.release(self._database, owner=self._owner)
+
+
+async def _close(connection: Any, *exc_info: object) -> None:  # noqa: ANN401  -- a driver's own
+    del exc_info
+    await connection.close()
+
+
+class _lost:  # noqa: N801  -- reads like contextlib's
+    """Turns the errors of a database into the loss of the session."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception) and not isinstance(
+            error, TransportError | ConfigurationError
+        ):
+            raise SessionLost(f"{self._what}: {format_error(error)}") from error
+
+
+def _waves(rows: Sequence[Row]) -> list[list[Row]]:
+    """Divide rows so that each wave has at most one row of each key, in their order."""
+    waves: list[list[Row]] = [[]]
+    seen: dict[str | bytes, int] = {}
+    for row in rows:
+        if row.key is None:
+            waves[0].append(row)
+            continue
+        at = seen.get(row.key, -1) + 1
+        seen[row.key] = at
+        if at == len(waves):
+            waves.append([])
+        waves[at].append(row)
+    return waves
