@@ -18,25 +18,25 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FILE = Path(__file__).with_name("figures.jsonl")
 VARIABLE = "AIO_PIKA_BATCH_TEST_FIGURES"
-"""Names the file that figures are kept in; where it is not set, they are not kept."""
+"""The file that stores the figures; if it is not set, they are not stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """What became of all messages of one run.
+    """The figures of one trial.
 
     Attributes:
-        fault: What went wrong, in a few words; names the line of the table.
+        fault: The fault in a few words; the name of the line in the table.
         did: What was done, in a sentence.
-        wire: How the adapter carried messages, ``fast`` or ``plain``.
+        wire: The wire of the adapter, ``fast`` or ``plain``.
         broker: The version of RabbitMQ.
-        messages: How many the publisher has had confirmed.
-        handled: How many of these were acknowledged by the handler, or are dead letters.
-        duplicated: How often a message was handled, or became a dead letter, without need.
+        messages: The number of messages that the broker has confirmed.
+        handled: How many of these were ACKed by the handler, or dead-lettered.
+        duplicated: How often a message was handled or dead-lettered needlessly.
         lost: How many were neither handled, nor dead-lettered, nor in the queue at the end.
-        recovery: Seconds from the end of the fault to the first message that was handled after it,
-            the longest if there were several; None where the consumer had nothing to recover from.
-        remark: What must be known to read the figures.
+        recovery: Seconds from the end of the fault to the first message handled after it, the
+            longest if there were several; None if there was nothing to recover from.
+        remark: A remark that readers of the figures need.
     """
 
     fault: str
@@ -52,18 +52,18 @@ class Figures:
 
     @property
     def key(self) -> tuple[tuple[int, ...], str, str]:
-        """What they replace: earlier figures of the same fault, wire and broker."""
+        """The key: new figures replace those of the same fault, wire and broker."""
         return _numbers(self.broker), self.fault, self.wire
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """On what figures were taken.
+    """The machine and revision of some figures.
 
     Attributes:
-        revision: The last commit that changed what is shipped; with a mark if it was changed since.
-        processors: How many there are.
-        python: The version.
+        revision: The last commit that changed what is shipped, with a mark for local changes.
+        processors: The number of processors.
+        python: The version of Python.
     """
 
     revision: str

@@ -20,21 +20,21 @@ from pamqp.commands import Basic
 _CONNECT = 3.0
 _CONFIRM = 5.0
 _PAUSE = 0.1
-"""Seconds for connecting, for a confirmation, and between two attempts at a connection."""
+"""Timeouts for connecting and for a confirm, and the pause between two connections."""
 
 
 class Load:
-    """Publishes messages steadily, each with a number of its own as its ``message_id``.
+    """Publishes messages steadily, each with a unique number as its ``message_id``.
 
     Args:
-        urls: Where to, in turn, whenever the connection is lost.
-        queue: Reached through the default exchange.
-        rate: Messages a second.
-        minimum: It does not end before as many are confirmed.
+        urls: The URLs, used in turn whenever the connection is lost.
+        queue: The queue, through the default exchange.
+        rate: Messages per second.
+        minimum: The minimum number of confirmed messages.
 
     Attributes:
-        confirmed: The numbers of those that the broker has taken.
-        is_pausing: Set while nothing is under way, after ``pause``.
+        confirmed: The numbers of the confirmed messages.
+        is_pausing: Set after ``pause``, while nothing is in flight.
     """
 
     def __init__(self, urls: Sequence[str], queue: str, *, rate: int, minimum: int) -> None:

@@ -32,10 +32,10 @@ from tests.integration.helpers import ready, take_all, until
 _log = logging.getLogger("tests.faults")
 
 KINDS = ("good",) * 15 + ("flaky",) * 2 + ("impatient", "bad", "doomed")
-"""What messages do, by their number: one in four is not simply acknowledged."""
+"""What messages do, by their number: one in four is not simply ACKed."""
 
 PACE = 0.05
-"""Seconds that a handler takes for a batch, so that there is always something in hand."""
+"""Seconds that a handler takes for a batch, so that some messages are always unsettled."""
 
 SETTINGS = {
     "batch_size": 50,
@@ -46,17 +46,17 @@ SETTINGS = {
     "publish_timeout": 3.0,
     "reconnect_delay_max": 2.0,
 }
-"""What differs from the defaults: what has to be waited for is shorter."""
+"""Shorter times than the defaults, so that tests wait less."""
 
 
 class HandlingRecord(Observer):
     """Records what was handled, when and how often.
 
     Attributes:
-        handled: By number and retry count, how often.
-        done: What was acknowledged.
-        dead: What the library says to be a dead letter.
-        losses: When and why sessions ended, or could not begin.
+        handled: How often each message was handled, by number and retry count.
+        done: The numbers of ACKed messages.
+        dead: The numbers of messages that the library reported as dead-lettered.
+        losses: When and why sessions ended, or could not start.
     """
 
     def __init__(self) -> None:
@@ -99,11 +99,11 @@ class HandlingRecord(Observer):
                 return MessageResult.ACK
 
     def since(self, mark: float, *, anew: bool) -> float | None:
-        """Seconds from *mark* to the first batch after it; None if there is none yet.
+        """Return the seconds from *mark* to the first batch after it, or None if there is none.
 
         Args:
-            anew: Whether only sessions count that handled nothing before: of others, there may
-                still be something in hand.
+            anew: Whether only sessions count that handled nothing before: older ones may still
+                have buffered messages.
         """
         known = {tag for at, tag in self._batches if anew and at <= mark}
         after = (at for at, tag in self._batches if at > mark and tag not in known)
@@ -148,14 +148,14 @@ class LoadedConsumer(BatchConsumer):
 
 
 class Trial:
-    """A consumer under load, at work.
+    """A running consumer under load.
 
     Attributes:
         consumer: The consumer.
-        load: What publishes to its queue.
+        load: The publisher to its queue.
         record: What it has handled.
-        remark: What must be known to read the figures, if anything.
-        figures: What was seen; there once the trial is over.
+        remark: A remark that readers of the figures need, if any.
+        figures: The figures; they exist after the trial.
     """
 
     def __init__(
@@ -180,9 +180,9 @@ class Trial:
         self._mark = time.monotonic()
 
     async def breaks(self) -> None:
-        """Wait until a session is lost, and count from that moment.
+        """Wait until a session is lost, and measure the recovery from that moment.
 
-        The fault must not have begun before ``ends`` was called, or before this waits.
+        The fault must not begin before ``ends`` or this method is called.
         """
         began = self._mark
         await until(
@@ -191,10 +191,10 @@ class Trial:
         self._mark = next(at for at, _ in self.record.losses if at > began)
 
     async def recovers(self, *, anew: bool = True) -> float:
-        """Wait until something is handled again, and all workers are well; return the seconds.
+        """Wait until a batch is handled and all workers are healthy; return the recovery time.
 
         Args:
-            anew: Whether the fault has cost the consumer its sessions.
+            anew: Whether the fault has ended the consumer's sessions.
         """
         await until(
             lambda: self.record.since(self._mark, anew=anew) is not None, what=self.consumer.status
@@ -209,10 +209,10 @@ class Trial:
         await until(lambda: not self.consumer.is_healthy, what=self.consumer.status)
 
     async def carries_on(self) -> float:
-        """Wait until messages flow and all workers are well; return the longest pause until then.
+        """Wait until messages flow and all workers are healthy; return the longest pause.
 
-        For a fault that leaves some of the consumer's sessions as they are. It is under way since
-        ``ends``, and publishing pauses for it too.
+        This is for faults that don't end all of the consumer's sessions. The pause is measured
+        since ``ends``, and publishing pauses during the fault, too.
         """
         await self.flows()
         await until(lambda: self.consumer.is_healthy, what=self.consumer.status)
@@ -266,18 +266,18 @@ async def under_load(
     rate: int = 400,
     **settings: Any,
 ) -> AsyncIterator[Trial]:
-    """Run a consumer under load, and see at the end that nothing is lost.
+    """Run a consumer under load, and check at the end that nothing is lost.
 
     Args:
-        fault: As :class:`Figures` has it, and so has *did*.
-        urls: Where to publish to, and to look at queues, in turn.
-        url: Where the consumer connects to; the first of *urls* if not given.
-        broker: Its version.
-        name: Of the queue; its dead letters are in ``<name>.dead``.
-        keep: Gets the figures, whatever they are.
-        minimum: How many messages to publish, or more, if the body takes longer.
-        rate: How many of them a second.
-        settings: Of the consumer, besides ``SETTINGS``.
+        fault: The fault, as in :class:`Figures`, like *did*.
+        urls: The URLs for publishing and for looking at queues, used in turn.
+        url: The consumer's URL; by default the first of *urls*.
+        broker: The broker's version.
+        name: The queue's name; its dead letters are in ``<name>.dead``.
+        keep: Is called with the figures, whatever they are.
+        minimum: The minimum number of messages; more if the body takes longer.
+        rate: Messages per second.
+        settings: Other settings of the consumer than ``SETTINGS``.
     """
     dead = f"{name}.dead"
     given = {
