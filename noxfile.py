@@ -215,6 +215,23 @@ def stories(session: nox.Session, rabbitmq: str) -> None:
 
 
 @nox.session
+def exactly_once(session: nox.Session) -> None:
+    """Kill workers, broker and database 100 times, or as often as it is told: ``-- 30``.
+
+    Beside that, two processes claim 100,000 overlapping batches, or 1,000 for each kill.
+    """
+    install(session, ".", *group("test"))
+    kills = int(session.posargs[0]) if session.posargs else 100
+    env = {
+        "AIO_PIKA_BATCH_TEST_KILLS": str(kills),
+        "AIO_PIKA_BATCH_TEST_MESSAGES": str(2000 * kills),
+        "AIO_PIKA_BATCH_TEST_CLAIMS": str(1000 * kills),
+    }
+    names = ("test_exactly_once.py", "test_inbox_claims.py")
+    pytest(session, "-s", *(f"tests/integration/{name}" for name in names), env=env)
+
+
+@nox.session
 def wires(session: nox.Session) -> None:
     """Run all tests of whole consumers on the plain wire; the other sessions run them on fast."""
     install(session, ".[cli,uvloop]", *group("test"))

@@ -43,6 +43,7 @@ _PATTERNS = (
 )
 _SHARED_FOLDERS = ("/tmp", "/var/tmp")  # noqa: S108  -- the folder made there has its own name
 _START_TIMEOUT = 60  # seconds; an idle machine needs one
+_ATTEMPTS = 20
 
 
 class NoPostgresError(Exception):
@@ -55,9 +56,16 @@ def postgres() -> Iterator[str]:
     if url := os.environ.get(URL):
         yield url
         return
+    with private_postgres() as server:
+        yield server.url
+
+
+@contextmanager
+def private_postgres() -> Iterator[PostgresServer]:
+    """Start a server that a test may kill."""
     programs = installed() or _installed_now()
-    with _data_folder() as folder, _server(programs, folder) as url:
-        yield url
+    with _data_folder() as folder, _server(programs, folder) as server:
+        yield server
 
 
 def installed() -> Path | None:
@@ -131,47 +139,82 @@ def _as_user() -> list[str]:
     return ["setpriv", *who, "--pdeathsig=KILL"]
 
 
-@contextmanager
-def _server(programs: Path, folder: Path) -> Iterator[str]:
-    as_user = _as_user()
-    data, log = folder / "data", folder / "log"
-    # Not the locale of whoever runs the tests: it may not be installed.
-    how = ["-U", _USER, "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8"]
-    _run([*as_user, str(programs / "initdb"), "-D", str(data), *how], folder)
-    port = free_port()
-    options = {
-        "listen_addresses": LOCALHOST,
-        "port": port,
-        "unix_socket_directories": "",
-        "fsync": "off",
-    }
-    command = [*as_user, str(programs / "postgres"), "-D", str(data)]
-    command += [each for name, value in options.items() for each in ("-c", f"{name}={value}")]
-    with log.open("wb") as output:
-        server = spawn(command, cwd=folder, stdout=output)
-    try:
+class PostgresServer:
+    """A private server, which can be killed and started again with its data.
+
+    Attributes:
+        url: Its URL, while it runs.
+    """
+
+    def __init__(self, programs: Path, folder: Path) -> None:
+        self._programs = programs
+        self._folder = folder
+        self._as_user = _as_user()
+        self._port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"postgresql://{_USER}@{LOCALHOST}:{self._port}/postgres"
+        # Not the locale of whoever runs the tests: it may not be installed.
+        how = ["-U", _USER, "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8"]
+        initdb = [str(programs / "initdb"), "-D", str(folder / "data"), *how]
+        _run([*self._as_user, *initdb], folder)
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        options = {
+            "listen_addresses": LOCALHOST,
+            "port": self._port,
+            "unix_socket_directories": "",
+            "fsync": "off",
+        }
+        command = [*self._as_user, str(self._programs / "postgres"), "-D"]
+        command += [str(self._folder / "data")]
+        command += [each for name, value in options.items() for each in ("-c", f"{name}={value}")]
+        log = self._folder / "log"
         deadline = time.monotonic() + _START_TIMEOUT
-        ready = [str(programs / "pg_isready"), "-q", "-h", LOCALHOST, "-p", str(port)]
-        while subprocess.run(ready, check=False).returncode:
-            if server.poll() is not None or time.monotonic() > deadline:
+        attempts = 0
+        while not self._answers():
+            if self._process is None or self._process.poll() is not None:
+                # After a kill its children may still hold the shared memory for a moment.
+                attempts += 1
+                with log.open("ab") as output:
+                    self._process = spawn(command, cwd=self._folder, stdout=output)
+            if time.monotonic() > deadline or attempts > _ATTEMPTS:
                 said = log.read_text(errors="replace")[-4000:]
-                raise NoPostgresError(f"{programs}/postgres did not start:\n{said}")
+                raise NoPostgresError(f"{self._programs}/postgres did not start:\n{said}")
             time.sleep(0.05)
-        yield f"postgresql://{_USER}@{LOCALHOST}:{port}/postgres"
+
+    def _answers(self) -> bool:
+        ready = [str(self._programs / "pg_isready"), "-q", "-h", LOCALHOST, "-p", str(self._port)]
+        return subprocess.run(ready, check=False).returncode == 0
+
+    def kill(self) -> None:
+        """Kill it by SIGKILL: its sessions end in the middle of whatever they do."""
+        if self._process is not None:
+            kill_group(self._process)
+            self._process = None
+
+    def stop(self) -> None:
+        """End it at once, but let it take its children along: they have sessions of their own."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGQUIT)
+            try:
+                self._process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                kill_group(self._process)
+            self._process = None
+
+
+@contextmanager
+def _server(programs: Path, folder: Path) -> Iterator[PostgresServer]:
+    server = PostgresServer(programs, folder)
+    try:
+        server.start()
+        yield server
     finally:
-        _stop(server)
+        server.stop()
 
 
 def _run(command: list[str], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise NoPostgresError(f"`{' '.join(command)}` failed:\n{done.stdout}{done.stderr}")
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    """Stop it at once, but let it stop its children, which are in their own sessions."""
-    server.send_signal(signal.SIGQUIT)
-    try:
-        server.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        kill_group(server)
