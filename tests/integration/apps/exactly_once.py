@@ -1,7 +1,7 @@
 """One process of a chain whose effects happen once: queue, inbox, outbox, relay, queue, inbox.
 
-Usage: ``python exactly_once.py ROLE QUEUE``. ``AIO_PIKA_BATCH_URL`` names the broker, and ``DSN`` the
-database. Effects are rows without a key, so that a repeated one is there twice.
+Usage: ``python exactly_once.py ROLE QUEUE``, with the broker in ``AIO_PIKA_BATCH_URL`` and the
+database in ``DSN``. Effects are rows without a key, so that a repeated one is there twice.
 """
 
 from __future__ import annotations
