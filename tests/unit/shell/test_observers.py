@@ -192,7 +192,7 @@ async def test_settlements_before_the_end_of_a_session_are_reported_as_settled()
     assert 1 == sum(event.count for event in recorder.of(StaleResults))
 
 
-async def test_a_worker_reports_its_load(rabbit):
+async def test_a_worker_reports_its_load(rabbit, jitter):
     """At any time between its start and its end."""
     rabbit.put(*numbered(5))
     recorder = EventRecorder()
