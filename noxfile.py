@@ -32,6 +32,9 @@ CONSTRAINTS = Path("constraints").absolute()
 PINNED = CONSTRAINTS / "pinned.txt"
 LOWEST = CONSTRAINTS / "lowest.txt"
 
+UTF8 = {"PYTHONUTF8": "1"}
+"""Tests read pages of the documentation, which are UTF-8 whatever the locale is."""
+
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["tests", "lint", "types", "coverage"]
 nox.options.default_venv_backend = "virtualenv"
@@ -68,7 +71,7 @@ def install(session: nox.Session, *arguments: str, versions: Path | None = PINNE
 
 def pytest(session: nox.Session, *args: str, env: dict[str, str] | None = None) -> None:
     """Run pytest under coverage, which keeps its data for the session ``coverage``."""
-    session.run("coverage", "run", "-m", "pytest", *args, env=env)
+    session.run("coverage", "run", "-m", "pytest", *args, env={**UTF8, **(env or {})})
 
 
 @nox.session
@@ -168,7 +171,7 @@ def in_background(session: nox.Session, name: str, paths: Sequence[str]) -> Iter
     log = Path(session.bin).parent / f"{name}.log"
     with log.open("w") as output:
         process = subprocess.Popen(  # noqa: S603  -- the command is ours
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **own}
+            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **own, **UTF8}
         )
         try:
             yield Background(process, log)
