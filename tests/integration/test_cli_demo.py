@@ -55,11 +55,12 @@ def in_terminal(columns: int, *arguments: str) -> tuple[int, str]:
 
 def test_the_demo_prints_lines_without_colours_in_a_pipe() -> None:
     """A line per second, then the final check."""
-    done = run()
+    done = run(seconds=3)
 
     assert (0, "") == (done.returncode, done.stderr)
     assert "\x1b" not in done.stdout
-    assert re.search(r"^ +1 s +[\d,]+ published", done.stdout, re.MULTILINE)
+    # On a busy machine a line may be late, and say so.
+    assert re.search(r"^ +\d+ s +[\d,]+ published", done.stdout, re.MULTILINE)
     assert re.search(r"^  lost +0  = +0  orders$", done.stdout, re.MULTILINE)
     assert done.stdout.endswith("All orders are accounted for.\n")
 
