@@ -1,16 +1,20 @@
-"""Which way may things look, and how large may they grow?
+"""The rules of the layout: what may be imported, how large things may grow, how they are named.
 
-The import contracts in ``pyproject.toml`` read the source. These tests hold what only running it,
-or reading the tests, can show.
+The import contracts in ``pyproject.toml`` check the direction of imports.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tokenize
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
+import grimp
 import pytest
 
 import aio_pika_batch
@@ -20,7 +24,18 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 UNIT_TESTS = sorted((ROOT / "tests" / "unit").rglob("*.py"))
 
 AMQP_CLIENTS = {"aio_pika", "aiormq", "pamqp"}
+PACKAGE = ROOT / "src" / "aio_pika_batch"
+FOLDERS = sorted({path.parent for path in SOURCES} - {PACKAGE.parent})
+
 LONGEST_FILE = 400
+SHORTEST_FILE = 80
+SHORT_FOR_A_REASON = {
+    "aio_pika_batch.databases.errors": "what the errors of each driver mean",
+    "aio_pika_batch.runtime.burst_log": "has a timer of its own, and knows nothing of settling",
+}
+MOST_FILES_IN_THE_ROOT = 16
+LONGEST_CHAIN = 10
+LEAST_COMMENTS = 0.021
 LONGER_FOR_A_REASON = {
     "consumer.py": "what a class that users subclass can do is in the file that they open",
     "core/settlement_plan.py": "what becomes of each result is decided in one place",
@@ -75,6 +90,83 @@ def test_the_core_does_no_io_by_running() -> None:
     assert set() == imported & (forbidden | AMQP_CLIENTS), (
         "the core decides from what it is given; let the shell hand it in"
     )
+
+
+@cache
+def imports() -> grimp.ImportGraph:
+    """Return what imports what."""
+    return grimp.build_graph("aio_pika_batch", cache_dir=None)
+
+
+def chain(module: str, inside: str, path: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Return the longest chain of imports from a module to others in the same folder."""
+    assert module not in path, f"a cycle: {' -> '.join((*path, module))}"
+    chains = [
+        chain(each, inside, (*path, module))
+        for each in imports().find_modules_directly_imported_by(module)
+        if each.startswith(f"{inside}.") and each != module
+    ]
+    return (module, *max(chains, key=len, default=()))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_chains_of_imports_in_a_folder_are_short_and_without_cycles(folder: Path) -> None:
+    """So that a reader finds the start of a thread, and its end."""
+    name = ".".join(folder.relative_to(PACKAGE.parent).parts)
+    if folder == PACKAGE:
+        return  # the contract of layers holds for it
+    modules = [each for each in imports().modules if each.startswith(f"{name}.")]
+    longest = max((chain(each, name) for each in modules), key=len, default=())
+    assert len(longest) <= LONGEST_CHAIN, " -> ".join(longest)
+
+
+def test_the_root_of_the_package_has_few_files() -> None:
+    """A new file has a folder, unless users import it."""
+    assert len(list(PACKAGE.glob("*.py"))) <= MOST_FILES_IN_THE_ROOT
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_small_module_has_several_users(path: Path) -> None:
+    """One that only one other imports belongs into that one, unless it has its reason."""
+    module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    if path.stem.startswith("__") or module in SHORT_FOR_A_REASON:
+        return
+    users = imports().find_modules_that_directly_import(module)
+    is_small = len(path.read_text().splitlines()) < SHORTEST_FILE
+    assert not (is_small and len(users) == 1), f"fold it into {', '.join(users)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_states_what_it_does(path: Path) -> None:
+    """Its docstring is a statement, not a question."""
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring
+    assert "?" not in docstring.partition("\n\n")[0]
+
+
+def test_no_two_public_classes_have_the_same_name() -> None:
+    """A name in a traceback or an import says which one it is."""
+    names = Counter(
+        node.name
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [] == [name for name, count in names.items() if count > 1]
+
+
+def test_decisions_stand_beside_the_lines_that_they_explain() -> None:
+    """In comments; switched-off rules don't count."""
+    lines = comments = 0
+    for path in SOURCES:
+        lines += len(path.read_text().splitlines())
+        with path.open("rb") as source:
+            comments += sum(
+                token.type == tokenize.COMMENT
+                and not re.match(r"#\s*(noqa|type:|pragma)", token.string)
+                for token in tokenize.tokenize(source.readline)
+            )
+    assert comments / lines >= LEAST_COMMENTS
 
 
 def test_every_public_name_resolves_and_is_listed() -> None:

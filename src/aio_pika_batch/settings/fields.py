@@ -1,7 +1,7 @@
-"""Which kinds of value does a setting have, and how is a wrong one explained?
+"""Types of settings, and explanations of invalid values.
 
-What the fields of :mod:`aio_pika_batch.settings` are made of. An explanation names the field, what
-is allowed, and the variable of the environment; never what was given for a secret.
+An explanation names the field, what is allowed, and the environment variable. The value of a
+secret is never shown.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from aio_pika_batch.transport import known_schemes, scheme_of
 _MILLISECOND = 0.001
 
 _SECRETS = frozenset(("url", "ssl_key_password"))
-"""What was given for these is not told."""
+"""Values of these settings are never shown."""
 
 _EXCHANGE_TYPES = ("direct", "fanout", "topic", "headers")
 
 
 def plain_value(value: object) -> object:
-    """Let `aio_pika.ExchangeType.FANOUT` stand for `"fanout"`."""
+    """Accept `aio_pika.ExchangeType.FANOUT` for `"fanout"`."""
     return value.value if isinstance(value, Enum) else value
 
 
 def result_by_name(value: object) -> object:
-    """Let the environment say `REQUEUE` or `requeue`."""
+    """Accept `REQUEUE` or `requeue`, as the environment has it."""
     if isinstance(value, str):
         try:
             return MessageResult[value.strip().upper()]
         except KeyError:
             names = ", ".join(result.name for result in MessageResult)
-            msg = f"{value!r} is no MessageResult: use one of {names}"
+            msg = f"{value!r} is not a MessageResult: use one of {names}"
             raise ValueError(msg) from None
     return value
 
@@ -54,7 +54,7 @@ def _short_string(value: str) -> str:
 
 
 def _one_or_several(value: object) -> object:
-    """Let the environment say `a.key`, whatever it would be in JSON, or `["several", "keys"]`."""
+    """Accept `a.key`, whatever it would be in JSON, or `["several", "keys"]`."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(ValueError):
             return json.loads(value)
@@ -74,7 +74,7 @@ def _known_scheme(url: str) -> str:
 
 def _known_exchange_type(value: str) -> str:
     if value not in _EXCHANGE_TYPES and not value.startswith("x-"):
-        msg = f"{value!r} is none of {', '.join(_EXCHANGE_TYPES)}, and no plugin's x-…"
+        msg = f"{value!r} is not one of {', '.join(_EXCHANGE_TYPES)}, or a plugin's x-…"
         raise ValueError(msg)
     return value
 
@@ -82,7 +82,7 @@ def _known_exchange_type(value: str) -> str:
 def _never_ack(value: MessageResult) -> MessageResult:
     if value is MessageResult.ACK:
         msg = (
-            "ACK would remove messages that nobody handled; use REQUEUE, NACK or"
+            "ACK would remove messages that were not handled; use REQUEUE, NACK or"
             " REQUEUE_IMMEDIATE, or map the exceptions that mean success by exception_results"
         )
         raise ValueError(msg)
@@ -112,7 +112,7 @@ Arguments = dict[str, Any] | None
 
 
 def refuse_unknown(cls: type[BaseModel], values: Mapping[str, object]) -> None:
-    """Raise ConfigurationError for a name that is no setting, with the likeliest one."""
+    """Raise ConfigurationError for a name that isn't a setting, with the most similar one."""
     for name in values:
         # Names with an underscore are pydantic-settings' own, such as `_env_file`.
         if name in cls.model_fields or name.startswith("_"):
@@ -124,7 +124,7 @@ def refuse_unknown(cls: type[BaseModel], values: Mapping[str, object]) -> None:
 
 
 def explain(cls: type[BaseModel], error: ValidationError) -> str:
-    """Say in one line per field what is wrong, without showing what was given for a secret."""
+    """Return one line per field that says what is wrong, without the values of secrets."""
     prefix = str(cls.model_config.get("env_prefix", ""))
     lines = []
     for each in error.errors(include_url=False, include_context=False):
