@@ -430,7 +430,8 @@ class BatchConsumer(BaseConsumer[BatchConsumerSettings]):
                     yield MessageResult.ACK if await store(message) else MessageResult.REQUEUE
 
 
-        asyncio.run(Importer(BatchConsumerSettings(queue_name="orders")).run())
+        settings = BatchConsumerSettings(queue_name="orders", dead_letter_queue="orders.dead")
+        asyncio.run(Importer(settings).run())
     """
 
     settings_class = BatchConsumerSettings
