@@ -233,9 +233,13 @@ class Connection(asyncio.BufferedProtocol):
 
     async def _greet(self, header: bytes) -> None:
         self.write([header])
-        answer = await self._next()
+        refusal = "it does not speak AMQP 1.0, as RabbitMQ does since 4.0"
+        try:
+            answer = await self._next()
+        except Unexplained as error:
+            raise unavailable(self.peer, f"{refusal}, or hung up") from error
         if answer != ProtocolHeader(header):
-            raise unavailable(self.peer, "it does not speak AMQP 1.0, as RabbitMQ does since 4.0")
+            raise unavailable(self.peer, refusal)
 
     async def _expect(self, kind: type[_R]) -> _R:
         match await self._next():

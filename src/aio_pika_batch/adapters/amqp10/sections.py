@@ -53,26 +53,27 @@ def split(data: bytes) -> Content:
     Never raises: what cannot be divided is handed out as it came. Ending the session over it would
     bring it again, and with it all that was prefetched.
     """
-    body_at = 0
+    head_end = 0
     redelivered = False
     body: list[bytes] = []
     try:
         for code, start, end in sections(data):
-            if code == spec.HEADER:
-                redelivered = is_redelivered(data[start:end])
-            elif code in _BODIES:
-                body_at = body_at or start
+            if code in _BODIES:
                 content, _ = read(data, start + _VALUE_AT, end)
                 if code != spec.DATA or not isinstance(content, bytes):
                     break
                 body.append(content)
+            elif not body:
+                head_end = end
+                if code == spec.HEADER:
+                    redelivered = is_redelivered(data[start:end])
         else:
             if body:
-                return Content(data[:body_at], b"".join(body), redelivered, is_encoded=False)
+                return Content(data[:head_end], b"".join(body), redelivered, is_encoded=False)
     except CodecError:
         pass
     # A footer goes with an encoded body, as it does for 0-9-1 consumers.
-    return Content(data[:body_at], data[body_at:], redelivered, is_encoded=True)
+    return Content(data[:head_end], data[head_end:], redelivered, is_encoded=True)
 
 
 def is_redelivered(header: bytes) -> bool:

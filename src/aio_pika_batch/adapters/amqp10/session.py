@@ -106,10 +106,10 @@ async def open_session(
 def _link_properties(subscription: Subscription) -> dict[str, object]:
     properties: dict[str, object] = {}
     unknown = dict(subscription.arguments)
-    priority = unknown.pop("x-priority", None)
-    if isinstance(priority, int):
+    if isinstance(priority := unknown.get("x-priority"), int):
         properties["rabbitmq:priority"] = Int(priority)  # of any other type it is ignored
-    asked = [*(f"the consumer argument {name!r}" for name in unknown)]
+        del unknown["x-priority"]
+    asked = [f"the consumer argument {name!r}" for name in unknown]
     if subscription.exclusive:
         asked.append("an exclusive consumer")
     if subscription.own.queues:
@@ -165,7 +165,7 @@ class Amqp10Session:
                     await self._wait()
         except TimeoutError as error:
             raise BrokerUnavailable(f"{where} did not open a link within {timeout:g} s") from error
-        if self._refusal is not None:
+        if self._receiver.phase is LinkPhase.OVER:
             raise refused_queue(self._refusal, self._queue, where)
         if self._lost is not None:
             raise BrokerUnavailable(f"{where} hung up while a link was opened: {self._lost}")

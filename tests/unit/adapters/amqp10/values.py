@@ -57,7 +57,16 @@ kinds: list[st.SearchStrategy[Any]] = [
 ]
 """Of each, the values of one type."""
 
-scalars = st.none() | st.one_of(kinds)
+_scalars = st.none() | st.one_of(kinds)
+
+
+@st.composite
+def _scalar(draw: st.DrawFn) -> Any:
+    return draw(_scalars)
+
+
+scalars = _scalar()
+"""Any value of those. It has a short description, of which `values` is full."""
 
 
 def _key(value: Any) -> Any:
