@@ -10,7 +10,7 @@ Laws:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -18,6 +18,7 @@ from typing import Self, assert_never
 
 from aio_pika_batch.core.hold_policy import HoldPolicy
 from aio_pika_batch.core.message import (
+    CRASH_COUNT,
     DELIVERY_COUNT,
     NO_HEADERS,
     ORIGINAL_EXCHANGE,
@@ -30,6 +31,7 @@ from aio_pika_batch.core.message import (
     retry_count,
 )
 from aio_pika_batch.core.publication import Copy
+from aio_pika_batch.core.quarantine import CrashPolicy
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue
 from aio_pika_batch.core.retry import (
     LONGEST_WAIT,
@@ -66,8 +68,9 @@ REMAINING_DELAY = "x-retry-remaining-delay"
 Not a moment in time: clocks differ, and a delay may be longer than asked for, but not shorter.
 """
 
-DROPPED = frozenset({"CC", "BCC", DELIVERY_COUNT, "x-acquired-count", REMAINING_DELAY})
-"""Headers that a copy leaves out: CC and BCC route to further queues, and the broker counts."""
+DROPPED = frozenset({"CC", "BCC", DELIVERY_COUNT, "x-acquired-count", REMAINING_DELAY, CRASH_COUNT})
+"""Headers that a copy leaves out: CC and BCC route to further queues, the broker counts, and a
+message that got a result has not crashed its process."""
 
 REWRITTEN = frozenset({DETAIL, EXCEPTION_TYPE, EXCEPTION_MESSAGE})
 """Headers that a new dead letter doesn't take over from an earlier one: they say why that one was
@@ -79,6 +82,8 @@ class CopyKind(Enum):
 
     REQUEUE = "requeue"
     DEAD_LETTER = "dead-letter"
+    FRESH_COUNT = "fresh-count"
+    """The message has no result. The broker counts the deliveries of the copy from 0."""
 
 
 # Not frozen: one is created for each failed message, see `Properties`.
@@ -148,6 +153,8 @@ class SettlementPlanner:
         reject_undeliverable: Whether a message that failed for good is left to the broker, too, if
             no destination is known (`without_dead_letter="reject"`).
         hold: How long the consumer holds messages before it publishes their retries.
+        crashes: How often a message may come back without a result; None if the broker doesn't
+            count that.
         exception_message: Whether dead letters contain the text of the exception.
         drop: Headers that copies leave out.
         delay_steps: The delays of retries.
@@ -164,6 +171,7 @@ class SettlementPlanner:
     delay_steps: DelaySteps = field(default_factory=make_delay_steps)
     reject_undeliverable: bool = False
     hold: HoldPolicy = field(default_factory=HoldPolicy)
+    crashes: CrashPolicy | None = None
 
     def plan(
         self, outcomes: Sequence[MessageOutcome], now: datetime, *, wait_queues: bool = True
@@ -200,7 +208,11 @@ class SettlementPlanner:
             case MessageResult.ACK:
                 return Disposition.ACK
             case MessageResult.REQUEUE_IMMEDIATE:
-                return Disposition.REQUEUE
+                if self._may_return(outcome.message):
+                    return Disposition.REQUEUE
+                # The broker's count of a copy starts at 0. If the copy didn't count as an attempt,
+                # nothing would ever end a message that always gets this result.
+                return self._requeue(outcome, now, wait_queues=wait_queues)
             case MessageResult.NACK | Nack():
                 return self._dead_letter(outcome, _reason(outcome), now)
             case MessageResult.REQUEUE | Requeue():
@@ -253,6 +265,39 @@ class SettlementPlanner:
             copy = Copy(outcome.message, "", self.queue, add, self.drop)
         return PendingCopy(outcome, copy, CopyKind.REQUEUE, hold=hold)
 
+    def _may_return(self, message: Message) -> bool:
+        return self.crashes is None or self.crashes.may_return(message)
+
+    def plan_returns(self, returns: Mapping[Message, int], now: datetime) -> SettlementPlan:
+        """Decide how to return messages that have no result.
+
+        Args:
+            returns: The messages, and how many of their earlier returns this process caused.
+            now: The time for the headers.
+        """
+        tags = [each.delivery_tag for each in returns if self._may_return(each)]
+        copies = [
+            self.fresh_copy(each, own, now)
+            for each, own in returns.items()
+            if not self._may_return(each)
+        ]
+        return SettlementPlan([Settlement(Disposition.RETURN, tuple(tags))] if tags else (), copies)
+
+    def fresh_copy(self, message: Message, own: int, now: datetime) -> PendingCopy:
+        """A copy of a message that has no result, which the broker counts from 0.
+
+        Args:
+            own: How many of its returns this process caused.
+        """
+        headers = readable_headers(message) or NO_HEADERS
+        add = _origin_headers(message, headers, now)
+        add.pop(FIRST_FAILED_AT, None)
+        if self.crashes is not None:
+            add |= self.crashes.mark(message, own)
+        outcome = MessageOutcome(message, MessageResult.REQUEUE)
+        copy = Copy(message, "", self.queue, add, self.drop)
+        return PendingCopy(outcome, copy, CopyKind.FRESH_COUNT)
+
     def held_instead(self, pending: PendingCopy) -> PendingCopy:
         """The same retry without its wait queue, which turned out to be missing: it is held."""
         copy = pending.copy
@@ -285,6 +330,9 @@ class SettlementPlanner:
             spent = self.retry.max_attempts if reason is DeadLetterReason.EXHAUSTED else 0
             hold = self.hold.undeliverable_delay(max(0, count - spent))
             add = {**_origin_headers(message, headers, now), self.retry.header: count + 1}
+            if reason is DeadLetterReason.CRASHED and self.crashes is not None:
+                # It is a suspect from the start: it must not take others along again.
+                add |= self.crashes.mark(message, 0)
             copy = Copy(message, "", self.queue, add, self.drop)
         return PendingCopy(outcome, copy, CopyKind.REQUEUE, hold=hold, is_undeliverable=True)
 
@@ -360,6 +408,8 @@ def _reason(outcome: MessageOutcome) -> DeadLetterReason:
             return DeadLetterReason.REJECTED
         case Cause.UNDECODABLE:
             return DeadLetterReason.UNDECODABLE
+        case Cause.CRASHED:
+            return DeadLetterReason.CRASHED
         case Cause.EXCEPTION | Cause.TIMEOUT | Cause.MISSING | Cause.INVALID | Cause.SHUTDOWN:
             return DeadLetterReason.HANDLER_ERROR
         case unreachable:
