@@ -16,7 +16,6 @@ from aio_pika_batch import (
     BatchConsumerSettings,
     MessageResult,
     Requeue,
-    TopologyError,
 )
 from tests.integration.helpers import (
     HEADERS,
@@ -271,26 +270,32 @@ async def test_an_exclusive_queue_gets_delayed_messages_back(
 # --- whose queues they are -------------------------------------------------------------------
 
 
-async def test_a_wait_queue_with_other_arguments_is_refused(
-    channel, amqp_url, name, settings
+async def test_instead_of_a_wait_queue_with_other_arguments_the_consumer_holds_retries(
+    channel, amqp_url, name, settings, caplog
 ) -> None:
-    """At start, and the error says what to do."""
+    """The log says why, and what to do."""
     await channel.declare_queue(f"{name}.retry.1000", durable=True)
-    consumer = Retrying(settings(requeue_delay=1))
-    with pytest.raises(TopologyError) as caught:
-        await consumer.start()
+    async with Retrying(settings(requeue_delay=1)) as consumer:
+        await publish(channel, [b"a -"], routing_key=name)
+        await until(lambda: consumer.done[b"a"])
+        assert 1 <= consumer.waits(b"a")[0] < 2.5
+    [line] = [each for each in caplog.messages if "delay queues can't be used" in each]
     for words in (f"queue '{name}.retry.1000'", "inequivalent arg", "let the queue run empty"):
-        assert words in str(caught.value)
+        assert words in line
 
 
-async def test_without_declaring_the_wait_queues_must_exist(
-    channel, amqp_url, name, settings
+async def test_without_declaring_the_wait_queues_are_used_if_they_exist(
+    channel, amqp_url, name, settings, caplog
 ) -> None:
-    """And are used as they are."""
+    """Otherwise the consumer holds the retries."""
     await channel.declare_queue(name, durable=True)
-    consumer = Retrying(settings(requeue_delay=0.2, max_requeue_attempts=1, declare=False))
-    with pytest.raises(TopologyError, match=rf"queue '{name}.retry.200'.*404"):
-        await consumer.start()
+    given = settings(requeue_delay=0.2, max_requeue_attempts=1, declare=False)
+    async with Retrying(given) as holding:
+        await publish(channel, [b"a -"], routing_key=name)
+        await until(lambda: holding.done[b"a"])
+    [line] = [each for each in caplog.messages if "delay queues can't be used" in each]
+    assert f"queue '{name}.retry.200'" in line
+    consumer = Retrying(given)
     arguments = {
         "x-message-ttl": 200,
         "x-dead-letter-exchange": "",
@@ -302,22 +307,16 @@ async def test_without_declaring_the_wait_queues_must_exist(
         await until(lambda: consumer.done[b"a"])
 
 
-async def test_without_declaring_a_handlers_missing_level_is_waited_for(
+async def test_without_declaring_a_handlers_missing_level_is_held(
     channel, amqp_url, name, settings, caplog
 ) -> None:
-    """Its message is held; the log says what is missing."""
+    """Its message is retried in time; the log says what is missing."""
     await channel.declare_queue(name, durable=True)
-    consumer = Retrying(settings(declare=False, requeue_delay_max=0.2))
-    async with consumer:
+    async with Retrying(settings(declare=False, requeue_delay_max=0.2)) as consumer:
         await publish(channel, [b"a 0.2"], routing_key=name)
-        await until(lambda: f"{name}.retry.200" in caplog.text)
-        arguments = {
-            "x-message-ttl": 200,
-            "x-dead-letter-exchange": "",
-            "x-dead-letter-routing-key": name,
-        }
-        await channel.declare_queue(f"{name}.retry.200", durable=True, arguments=arguments)
         await until(lambda: consumer.done[b"a"])
+        assert 0.2 <= consumer.waits(b"a")[0] < 1.7
+    assert f"{name}.retry.200" in caplog.text
     assert 1 == consumer.last[b"a"].retry_count
 
 

@@ -104,7 +104,27 @@ async def test_a_dead_letter_routing_key_replaces_the_original_one(channel, amqp
 async def test_without_a_dead_letter_exchange_bad_messages_are_discarded(
     channel, amqp_url, name, caplog
 ) -> None:
-    """One warning at start says so, and the queue is empty at the end."""
+    """If the settings ask for it. A warning at start says so, and the queue is empty at the end."""
+    recorder = Recorder()
+    consumer = Always(
+        BatchConsumerSettings(
+            url=amqp_url, queue_name=name, batch_timeout=0.05, without_dead_letter="reject"
+        ),
+        observers=[recorder],
+    )
+    async with consumer:
+        await publish(channel, bodies(20), routing_key=name)
+        await until(lambda: recorder.results["REQUEUE"] >= 80)
+    assert 0 == await ready(amqp_url, name)
+    warnings = [each for each in caplog.messages if "no dead-letter destination" in each]
+    assert 1 == len(warnings)
+    assert "discard" in warnings[0]
+
+
+async def test_without_a_dead_letter_exchange_nothing_is_lost_by_default(
+    channel, amqp_url, name, caplog
+) -> None:
+    """Messages that fail for good are retried, and are in the queue when the consumer stops."""
     recorder = Recorder()
     consumer = Always(
         BatchConsumerSettings(url=amqp_url, queue_name=name, batch_timeout=0.05),
@@ -113,10 +133,8 @@ async def test_without_a_dead_letter_exchange_bad_messages_are_discarded(
     async with consumer:
         await publish(channel, bodies(20), routing_key=name)
         await until(lambda: recorder.results["REQUEUE"] >= 80)
-    assert 0 == await ready(amqp_url, name)
-    warnings = [each for each in caplog.records if "dead-letter exchange" in each.getMessage()]
-    assert 1 == len(warnings)
-    assert "discard" in warnings[0].getMessage()
+    assert 20 == await ready(amqp_url, name)
+    assert "no dead-letter destination is known: they are retried" in caplog.text
 
 
 async def test_a_policy_dead_letters_rejected_messages(
@@ -125,7 +143,11 @@ async def test_a_policy_dead_letters_rejected_messages(
     """The broker knows the policy, the library does not."""
     dlx, dlq = await declare_dead_letters(channel, name)
     await rabbitmq_policy(name, f'{{"dead-letter-exchange":"{dlx}"}}')
-    consumer = Always(BatchConsumerSettings(url=amqp_url, queue_name=name, batch_timeout=0.05))
+    consumer = Always(
+        BatchConsumerSettings(
+            url=amqp_url, queue_name=name, batch_timeout=0.05, without_dead_letter="reject"
+        )
+    )
     async with consumer:
         await publish(channel, bodies(3), routing_key=name)
         await holds(amqp_url, dlq, 3)
