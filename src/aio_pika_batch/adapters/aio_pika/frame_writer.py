@@ -40,6 +40,7 @@ _SETTLE_FRAME = struct.Struct(">BHIIQBB")
 _PUBLISH_HEAD = struct.Struct(">BHIIH")
 _HEADER_HEAD = struct.Struct(">BHIIQ")
 _RESERVED = 0
+_LEAST_HEADER = FRAME_OVERHEAD + CONTENT_HEAD.size
 _END = bytes((FRAME_END,))
 
 # The method, the flags, and the flag for `multiple`. A reject has only one flag.
@@ -98,4 +99,4 @@ def pack_content(channel: int, properties: bytes, body: bytes, frame_max: int) -
 
 def fits(properties: bytes, frame_max: int) -> bool:
     """Return whether a property list fits into one frame. Unlike a body, it cannot be split."""
-    return FRAME_OVERHEAD + CONTENT_HEAD.size + len(properties) <= frame_max
+    return _LEAST_HEADER + len(properties) <= frame_max

@@ -105,13 +105,14 @@ def header_table(raw: bytes) -> tuple[int, int]:
     Raises:
         PropertyListError: The list ends before the table does.
     """
-    # Finds what `fields` would find, but skips the rest: each failed message is read here.
+    # Finds what `fields` would find, but skips the rest, with literal sizes: this runs twice for
+    # each failed message.
     try:
         flags = raw[0] << 8 | raw[1]
         if not flags & UNDEFINED_FLAGS:
             if not flags & HEADERS_FLAG:
                 return 0, 0
-            start = FLAGS.size
+            start = 2
             for _ in range(_around_headers(flags)[0]):
                 start += 1 + raw[start]
             end: int = start + 4 + LENGTH.unpack_from(raw, start)[0]

@@ -82,7 +82,7 @@ _log = logging.getLogger("aio_pika_batch.publisher")
 GROUP_BYTES = 1 << 20
 """Bytes of bodies that are packed at a time: many large messages need not be in memory twice."""
 
-GROUP_SIZE = 200
+AT_ONCE = 200
 """Publications of one call that are in flight at a time on the plain wire. Each is a task."""
 
 
@@ -106,6 +106,7 @@ class AioPikaPublisher:
     def __init__(self, connection: OpenConnection, timeout: float) -> None:
         self._connection = connection
         self._tap = connection.tap
+        self._is_fast = connection.is_fast
         self._timeout = timeout
         self._user = encode_text(connection.address.user)
         self._loop = asyncio.get_running_loop()
@@ -134,7 +135,7 @@ class AioPikaPublisher:
                 self._channel = channel = await self._connection.channel(confirms=True)
         self._number = channel.number
         self._frame_max = self._tap.frame_max
-        if self._connection.is_fast:
+        if self._is_fast:
             self._tap.tap_publisher(channel.number, self.on_event)
         else:
             self._tap.tap_returns(channel.number, self.on_event)
@@ -155,11 +156,13 @@ class AioPikaPublisher:
         call = PublishCall(len(publications), lambda: _resolve(done))
         # Pack everything before sending anything: a header of a wrong type must send nothing.
         packed = [self._pack(publication) for publication in publications]
-        send = self._write if self._connection.is_fast else self._publish_by_library
         try:
             async with self._silence_limit():
-                for methods, group in self._groups(call, publications, packed):
-                    await send(publications, methods, group)
+                for frames, group in self._groups(call, publications, packed):
+                    if self._is_fast:
+                        await self._write(frames, group)
+                    else:
+                        await self._publish_by_library(publications, group)
                 await done
         except TimeoutError:
             # A later confirm must not count for another publication: accept no more.
@@ -208,16 +211,18 @@ class AioPikaPublisher:
             publication.routing_key,
             mandatory=publication.mandatory,
         )
-        reason = None
+        reason: str | None
         if not fits(properties, self._frame_max):
             reason = (
                 f"the properties of a message to {publication.exchange!r} have {len(properties)}"
                 f" bytes; they must fit into one frame of {self._frame_max}"
             )
-        elif not self._connection.is_fast:
-            reason = _library_refusal(publication.exchange, publication.routing_key)
-        if reason is None:
+        elif self._is_fast:
             return method, properties
+        else:
+            reason = _library_refusal(publication.exchange, publication.routing_key)
+            if reason is None:
+                return method, properties
         if not isinstance(publication, Copy):
             raise PublishError(reason)
         # A copy is refused instead, or one message would fail the copies of its whole batch.
@@ -244,9 +249,9 @@ class AioPikaPublisher:
         publications: Sequence[Outgoing],
         packed: Sequence[tuple[bytes, bytes] | None],
     ) -> Iterator[tuple[list[bytes], list[InFlight]]]:
-        """Yield the methods and publications to send together. Refuse what cannot be packed."""
-        most = len(publications) if self._connection.is_fast else GROUP_SIZE
-        methods: list[bytes] = []
+        """Yield what to send together, with its frames. Refuse what could not be packed."""
+        is_fast, number, frame_max = self._is_fast, self._number, self._frame_max
+        frames: list[bytes] = []
         group: list[InFlight] = []
         size = 0
         for index, (publication, pack) in enumerate(zip(publications, packed, strict=True)):
@@ -256,25 +261,20 @@ class AioPikaPublisher:
             method, properties = pack
             route = _route(publication.exchange, publication.routing_key)
             body = publication.body
-            methods.append(method)
+            if is_fast:
+                frames.append(method)
+                frames += pack_content(number, properties, body, frame_max)
             group.append(InFlight(call, index, route, properties, body))
             size += len(body)
-            if size >= GROUP_BYTES or len(group) == most:
-                yield methods, group
-                methods, group, size = [], [], 0
+            if size >= GROUP_BYTES:
+                yield frames, group
+                frames, group, size = [], [], 0
         if group:
-            yield methods, group
+            yield frames, group
 
-    async def _write(
-        self, _: Sequence[Outgoing], methods: Sequence[bytes], group: Sequence[InFlight]
-    ) -> None:
+    async def _write(self, frames: Sequence[bytes], group: Sequence[InFlight]) -> None:
         """Write publications past the client library."""
-        number, frame_max = self._number, self._frame_max
-        parts: list[bytes] = []
-        for method, each in zip(methods, group, strict=True):
-            parts.append(method)
-            parts += pack_content(number, each.properties, each.body, frame_max)
-        if not self._is_open or not self._tap.write(b"".join(parts)):
+        if not self._is_open or not self._tap.write(b"".join(frames)):
             self._is_open = False
             for each in group:
                 each.call.settle(each.index, Outcome.UNKNOWN)
@@ -289,10 +289,16 @@ class AioPikaPublisher:
                 self._end(unknown)
 
     async def _publish_by_library(
-        self, publications: Sequence[Outgoing], _: Sequence[bytes], group: Sequence[InFlight]
+        self, publications: Sequence[Outgoing], group: Sequence[InFlight]
     ) -> None:
-        """Publish by the client library, concurrently."""
-        await asyncio.gather(*(self._publish_one(publications[each.index], each) for each in group))
+        """Publish by the client library, some at a time."""
+        for start in range(0, len(group), AT_ONCE):
+            await asyncio.gather(
+                *(
+                    self._publish_one(publications[each.index], each)
+                    for each in group[start : start + AT_ONCE]
+                )
+            )
 
     async def _publish_one(self, publication: Outgoing, each: InFlight) -> None:
         channel = self._channel

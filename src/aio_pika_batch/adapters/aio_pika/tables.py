@@ -166,7 +166,7 @@ def read_table(raw: bytes, start: int, end: int, depth: int = DEEPEST) -> dict[s
         TableError: The table, or a value in it, cannot be read. The text says which.
     """
     table: dict[str, Any] = {}
-    for key, _, value_start, value_end in entries(raw, start + LENGTH.size, end):
+    for key, _, value_start, value_end in entries(raw, start + 4, end):
         try:
             table[key.decode()] = _read_value(raw, value_start, value_end, depth)
         except UnicodeDecodeError as error:
