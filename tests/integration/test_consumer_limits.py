@@ -155,7 +155,7 @@ async def test_a_negative_limit_means_none_since_4_0_and_zero_before(
             assert {b"poison": 1} == consumer.seen
     said = " ".join(each.getMessage() for each in caplog.records)
     assert lifts is ("lifts the delivery limit" in said)
-    assert lifts is not ("the first time it comes back" in said)
+    assert lifts is not ("the first time it is redelivered" in said)
 
 
 async def test_a_message_that_kills_its_consumer_ends_at_the_limit(
