@@ -77,6 +77,7 @@ async def test_a_killed_client_loses_nothing_and_repeats_unsettled_messages_only
         "batch_timeout": 0.05,
         "concurrency": 2,
         "dead_letter_exchange": dlx,
+        "requeue_delay": 0,
     }
     await channel.declare_queue(name, durable=True, arguments={"x-queue-type": queue_type})
     kinds: dict[int, str] = {}
