@@ -297,11 +297,7 @@ def _undecodable(
     all others again. So messages of the same type and content type, whose bodies aren't valid JSON
     either, are found in one pass. An error that the handler made itself is about its message only.
     """
-    culprit = error.message
-    found = [message for message in messages if message is culprit]
-    if not found:
-        return []
-    [bad] = found
+    [bad] = [message for message in messages if message is error.message]
     if str(_json_error(bad)) != str(error):
         return [(bad, error)]
     kind = _kind(bad)

@@ -230,6 +230,27 @@ def test_a_message_that_failed_for_good_is_never_lost_for_want_of_a_destination(
         assert count + 4 == copy.copy.add["x-retry-count"]
 
 
+def test_an_undecodable_message_without_a_destination_is_retried_as_it_is():
+    """Its headers can't be read, so its attempts can't be counted, and its delay is always long."""
+    message = a_message(undecodable={"headers": UNDECODABLE})
+    planner = replace(a_router(3, dead_letters=None), hold=HoldPolicy())
+
+    [copy] = plan_one(planner, message, NACK, Cause.UNDECODABLE).copies
+
+    assert ({}, 8) == (copy.copy.add, copy.hold)
+    assert copy.is_undeliverable
+
+
+def test_only_a_copy_for_a_wait_queue_is_held_instead():
+    """Others have nothing to do with wait queues."""
+    planner = a_router()
+    [at_once] = plan_one(planner, a_message(), REQUEUE).copies
+    [delayed] = plan_one(planner, a_message(), Requeue(delay=4)).copies
+
+    assert at_once is planner.held_instead(at_once)
+    assert 4 == planner.held_instead(delayed).hold
+
+
 @given(st.floats(0.001, 10_000), st.floats(0.01, 600), messages(of=sound_properties))
 def test_a_long_delay_is_held_in_parts_that_add_up(delay, longest, message):
     """No part is longer than allowed, and only the first copy counts as an attempt."""

@@ -209,7 +209,7 @@ async def test_process_timeout_limits_all_runs_of_a_batch(rabbit):
     """A batch that is run again without its undecodable message gets no more time."""
 
     async def answer(messages):
-        await asyncio.sleep(4)
+        await asyncio.sleep(6)
         for message in messages:
             message.json()
             yield ACK
