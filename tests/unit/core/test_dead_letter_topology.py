@@ -229,3 +229,14 @@ def test_how_a_dead_letter_queue_is_bound(kind, routing_keys, stated, bound):
     ) == topology.queues
     assert bound == [each.routing_key for each in topology.bindings if each.queue == "dlq"]
     assert {"dlx"} == {each.exchange for each in topology.bindings if each.queue == "dlq"}
+
+
+def test_without_declaring_a_dead_letter_queue_is_not_bound():
+    """Whoever declares it binds it, too."""
+    options = TopologyOptions(queue_name="jobs", dead_letter_queue="dead", declare=False)
+
+    topology = build_topology(options)
+
+    assert () == topology.bindings
+    assert ["dead", "jobs"] == sorted(queue.name for queue in topology.queues)
+    assert all(queue.check_only for queue in topology.queues)
