@@ -21,7 +21,8 @@ from aio_pika_batch.core.dead_letter import (
 )
 from aio_pika_batch.core.message import RETRY_COUNT, Message
 from aio_pika_batch.core.settlement import Disposition, Settlement
-from aio_pika_batch.core.topology import QUEUE_TYPE, Queue, Topology, Version
+from aio_pika_batch.core.topology import Queue, Topology, Version
+from aio_pika_batch.core.topology_options import QUEUE_TYPE
 from aio_pika_batch.errors import TopologyError
 from aio_pika_batch.transport import CountingTransport, Session, Subscription, Transport
 from aio_pika_batch.transport import VersionedTransport as Versioned

@@ -26,7 +26,15 @@ from aio_pika_batch.core.message import (
 )
 from aio_pika_batch.core.publication import Copy, Outcome, Outgoing, Publication
 from aio_pika_batch.core.settlement import Disposition, Frame, Ledger, Settlement
-from aio_pika_batch.core.topology import Binding, Exchange, Queue, Topology, Version
+from aio_pika_batch.core.topology import (
+    Binding,
+    DeclareReport,
+    Exchange,
+    PublishCheck,
+    Queue,
+    Topology,
+    Version,
+)
 from aio_pika_batch.errors import (
     AccessRefused,
     BrokerUnavailable,
@@ -45,12 +53,14 @@ __all__ = [
     "BrokerUnavailable",
     "Copy",
     "CountingTransport",
+    "DeclareReport",
     "DecodedSource",
     "Disposition",
     "Endpoint",
     "Exchange",
     "Frame",
     "Headers",
+    "InspectingTransport",
     "Ledger",
     "Message",
     "Native",
@@ -59,6 +69,7 @@ __all__ = [
     "Outgoing",
     "Properties",
     "Publication",
+    "PublishCheck",
     "PublishError",
     "Publisher",
     "PumpingSession",
@@ -233,13 +244,16 @@ class Publisher(Protocol):
 class Transport(Protocol):
     """The way to one broker."""
 
-    async def declare(self, topology: Topology) -> None:
+    async def declare(self, topology: Topology) -> DeclareReport | None:
         """Declare and check the topology, on channels of its own.
 
         An empty topology checks that the broker can be reached and grants access.
 
+        Returns:
+            What was found; None if there is nothing to report.
+
         Raises:
-            TopologyError: An entity differs, is missing, or may not be declared.
+            TopologyError: An entity differs, is missing, or may not be declared or published to.
             AccessRefused: The broker refuses access.
             BrokerUnavailable: The broker cannot be reached (yet).
         """
@@ -268,6 +282,15 @@ class VersionedTransport(Protocol):
     @property
     def broker_version(self) -> Version | None:
         """The version at the last `declare`; None before that, and for other products."""
+        ...
+
+
+@runtime_checkable
+class InspectingTransport(Protocol):
+    """A transport that can also find out the type of an exchange."""
+
+    async def exchange_type(self, exchange: Exchange) -> str | None:
+        """The type that it has on the broker, if any; None if that is unknown."""
         ...
 
 

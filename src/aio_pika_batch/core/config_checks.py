@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 from aio_pika_batch.core.message import FieldValue, Headers
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.topology import (
-    DEAD_LETTER_EXCHANGE,
     DEFAULT_DELIVERY_LIMIT,
     DEFAULT_LIMIT_SINCE,
     DELIVERY_LIMIT,
+    Version,
+)
+from aio_pika_batch.core.topology_options import (
+    DEAD_LETTER_EXCHANGE,
     MESSAGE_TTL,
     TopologyOptions,
-    Version,
     dead_letter_target,
     effective_queue_type,
 )

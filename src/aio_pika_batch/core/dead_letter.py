@@ -6,7 +6,6 @@ This library writes headers of its own (see `core.settlement_plan`). A broker wr
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -26,6 +25,7 @@ from aio_pika_batch.core.message import (
     retry_count,
 )
 from aio_pika_batch.core.publication import Copy
+from aio_pika_batch.core.refusals import UnequalArgument, unequal_argument
 from aio_pika_batch.core.settlement_plan import (
     DEAD_LETTERED_AT,
     DETAIL,
@@ -40,9 +40,9 @@ from aio_pika_batch.core.topology import (
     DEFAULT_DELIVERY_LIMIT,
     DEFAULT_LIMIT_SINCE,
     DELIVERY_LIMIT,
-    QUEUE_TYPE,
     Version,
 )
+from aio_pika_batch.core.topology_options import QUEUE_TYPE
 
 UNKNOWN_REASON = "unknown"
 """The reason of a dead letter that states none."""
@@ -306,12 +306,6 @@ SPARE_DELIVERIES = 5
 """A dead letter is not read if fewer deliveries than this are left until its queue drops it."""
 
 
-_INEQUIVALENT = re.compile(
-    r"inequivalent arg '(?P<argument>[^']+)'(?:.*?current is (?:the value )?'(?P<value>-?\d+)')?",
-    re.DOTALL,
-)
-
-
 def delivery_limit_from(refusal: str | None, version: Version | None) -> int | None:
     """The delivery limit of a queue, from the broker's answer to a declaration.
 
@@ -329,14 +323,14 @@ def delivery_limit_from(refusal: str | None, version: Version | None) -> int | N
     has_default = version is None or version >= DEFAULT_LIMIT_SINCE
     if refusal is None:
         return DEFAULT_DELIVERY_LIMIT if has_default else None
-    found = _INEQUIVALENT.search(refusal)
-    argument, value = (None, None) if found is None else found.group("argument", "value")
-    if argument == QUEUE_TYPE:
-        return None  # a classic queue, which has no limit
-    if argument == DELIVERY_LIMIT and value is not None:
-        # Before 4.0 the first redelivery exceeds a negative limit.
-        return max(int(value), 0) if int(value) >= 0 or not has_default else None
-    return DEFAULT_DELIVERY_LIMIT
+    match unequal_argument(refusal):
+        case UnequalArgument(name) if name == QUEUE_TYPE:
+            return None  # a classic queue, which has no limit
+        case UnequalArgument(name, int(limit)) if name == DELIVERY_LIMIT:
+            # Before 4.0 the first redelivery exceeds a negative limit.
+            return max(limit, 0) if limit >= 0 or not has_default else None
+        case _:
+            return DEFAULT_DELIVERY_LIMIT
 
 
 NACK_IS_FREE_SINCE: Version = (4, 3)

@@ -8,7 +8,8 @@ from contextlib import AbstractAsyncContextManager
 
 from aio_pika_batch.core.publication import Outcome, Outgoing, Publication
 from aio_pika_batch.core.retry import NO_DELAY, DelayedCopy
-from aio_pika_batch.core.topology import Topology, TopologyOptions, wait_queue
+from aio_pika_batch.core.topology import Topology, wait_queue
+from aio_pika_batch.core.topology_options import TopologyOptions
 from aio_pika_batch.errors import AccessRefused, TopologyError, TransportError
 from aio_pika_batch.logs import KeywordLogger, format_error
 from aio_pika_batch.runtime.shutdown import wait_until

@@ -14,7 +14,7 @@ from aio_pika_batch.core.results import ExceptionResults
 from aio_pika_batch.core.retry import Backoff, RetryPolicy
 from aio_pika_batch.core.retry_in_place import RetryInPlace
 from aio_pika_batch.core.settlement_plan import Pace, SettlementPlanner
-from aio_pika_batch.core.topology import TopologyOptions, dead_letter_target
+from aio_pika_batch.core.topology_options import TopologyOptions, dead_letter_target
 from aio_pika_batch.core.unconfirmed_policy import UnconfirmedPolicy
 from aio_pika_batch.runtime.settlement_queue import PATIENCE
 from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings

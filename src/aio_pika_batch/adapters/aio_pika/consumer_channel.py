@@ -24,6 +24,7 @@ from aio_pika_batch.adapters.aio_pika.events import Deliveries
 from aio_pika_batch.adapters.aio_pika.properties import decode, decode_headers, decode_route
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.refusals import refusal_error
+from aio_pika_batch.core.topology import Version, parse_version
 from aio_pika_batch.errors import BrokerUnavailable, SessionLost
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from aio_pika_batch.adapters.aio_pika.connection import OpenConnection
     from aio_pika_batch.adapters.aio_pika.frame_tap import Listener
     from aio_pika_batch.transport import Subscription
+
+ARGUMENTS_CHECKED_SINCE: Version = (3, 10)
+"""The first RabbitMQ that refuses arguments of consumers that a queue's type doesn't have."""
 
 _TURNS = 4
 """Turns of the event loop after cancel-ok on the plain wire. aiormq has started a task for each
@@ -103,8 +107,13 @@ class ConsumerChannel:
                 on_message,
                 consumer_tag=subscription.consumer_tag,
                 exclusive=subscription.exclusive,
-                arguments=dict[str, Any](subscription.arguments),
+                arguments=self._refused_by_streams() | dict[str, Any](subscription.arguments),
             )
+
+    def _refused_by_streams(self) -> dict[str, Any]:
+        """Return an argument that changes nothing, except that a stream refuses it."""
+        version = parse_version(*self._connection.product) or ()
+        return {"x-priority": 0} if version >= ARGUMENTS_CHECKED_SINCE else {}
 
     def _guarded(self, number: int, source: RawSource) -> Any:  # noqa: ANN401  -- a callback
         guard = self._connection.tap.guard(number, self._listener)

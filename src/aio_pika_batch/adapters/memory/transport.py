@@ -20,8 +20,10 @@ from aio_pika_batch.adapters.memory.publisher import MemoryPublisher
 from aio_pika_batch.adapters.memory.refusals import Refusal, translate_refusals
 from aio_pika_batch.adapters.memory.session import MemorySession
 from aio_pika_batch.adapters.memory.versions import NEWEST, version_rules
+from aio_pika_batch.core.message import Headers
 from aio_pika_batch.core.refusals import ReplyCode
 from aio_pika_batch.core.topology import (
+    DeclareReport,
     Exchange,
     Queue,
     Topology,
@@ -114,10 +116,17 @@ class MemoryTransport:
         """The version of RabbitMQ that is imitated."""
         return parse_version("RabbitMQ", self.broker.version)
 
-    async def declare(self, topology: Topology) -> None:
+    async def declare(self, topology: Topology) -> DeclareReport:
         """Declare and check. An exclusive queue is deleted at once, with its connection."""
         async with self._connected() as connection:
-            _declare(connection, topology)
+            return _declare(connection, topology)
+
+    async def exchange_type(self, exchange: Exchange) -> str | None:
+        """Return the type that an exchange has on the broker."""
+        async with self._connected() as connection:
+            with connection.channel().operation() as vhost:
+                existing = vhost.exchanges.get(exchange.name)
+                return None if existing is None else existing.type.value
 
     async def count(self, queue: str) -> int:
         """Return the number of ready messages in a queue."""
@@ -173,15 +182,18 @@ class MemoryTransport:
 # --- topology ------------------------------------------------------------------
 
 
-def _declare(connection: Connection, topology: Topology) -> None:
+def _declare(connection: Connection, topology: Topology) -> DeclareReport:
     # Each entity on a channel of its own, since a refusal closes the channel.
     for exchange in topology.exchanges:
         with translate_refusals(f"exchange {exchange.name!r}"):
             _declare_exchange(connection, exchange)
+    lacking: dict[str, Headers] = {}
     for queue in topology.queues:
         refuse_lossy_wait_queue(queue, "RabbitMQ", connection.version)
         with translate_refusals(f"queue {queue.name!r}", queue.if_unequal):
-            _declare_queue(connection, queue)
+            lacks = _declare_queue(connection, queue)
+        if lacks:
+            lacking[queue.name] = lacks
     for binding in topology.bindings:
         subject = f"binding of queue {binding.queue!r} to exchange {binding.exchange!r}"
         with translate_refusals(subject), connection.channel().operation() as vhost:
@@ -191,6 +203,11 @@ def _declare(connection: Connection, topology: Topology) -> None:
                 binding.routing_key,
                 binding.arguments,
             )
+    for check in topology.publishes:
+        subject = f"publishing to exchange {check.exchange!r}"
+        with translate_refusals(subject), connection.channel().operation() as vhost:
+            vhost.check_publish(check.exchange)
+    return DeclareReport(lacking)
 
 
 def _declare_exchange(connection: Connection, exchange: Exchange) -> None:
@@ -209,11 +226,13 @@ def _declare_exchange(connection: Connection, exchange: Exchange) -> None:
             exchange.type,
             durable=exchange.durable,
             auto_delete=exchange.auto_delete,
+            internal=exchange.internal,
             arguments=exchange.arguments,
         )
 
 
-def _declare_queue(connection: Connection, queue: Queue) -> None:
+def _declare_queue(connection: Connection, queue: Queue) -> Headers:
+    """Declare or check a queue; return the wishes that it lacks."""
     if _must_exist(queue):
         try:
             with connection.channel().operation() as vhost:
@@ -222,14 +241,29 @@ def _declare_queue(connection: Connection, queue: Queue) -> None:
             if not _may_be_created(queue, refusal):
                 raise
         else:
-            return
+            return {}
+    version = parse_version("RabbitMQ", connection.version)
+    *better, last = queue.variants_on(version)
+    for arguments in better:
+        try:
+            _declare_with(connection, queue, arguments)
+        except Refusal as refusal:
+            if refusal.code is not ReplyCode.PRECONDITION_FAILED:
+                raise
+        else:
+            return queue.lacking(arguments, version)
+    _declare_with(connection, queue, last)
+    return queue.lacking(last, version)
+
+
+def _declare_with(connection: Connection, queue: Queue, arguments: Headers) -> None:
     with connection.channel().operation() as vhost:
         vhost.declare_queue(
             queue.name,
             durable=queue.durable,
             exclusive=queue.exclusive,
             auto_delete=queue.auto_delete,
-            arguments=queue.arguments_on(parse_version("RabbitMQ", connection.version)),
+            arguments=arguments,
             connection=connection,
         )
 
