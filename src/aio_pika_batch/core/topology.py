@@ -260,6 +260,16 @@ def build_topology(
     return Topology(tuple(exchanges), tuple(queues), tuple(bindings), tuple(publishes))
 
 
+def exchange_to_look_up(options: TopologyOptions) -> Exchange | None:
+    """The exchange whose type on the broker decides how the dead-letter queue is bound, if any."""
+    target = dead_letter_target(options)
+    if target is None or options.dead_letter_queue is None or not options.declare:
+        return None
+    if target.exchange in ("", options.exchange_name):
+        return None
+    return Exchange(target.exchange, new_dead_letter_exchange_type(options, target.exchange))
+
+
 def wait_queue(options: TopologyOptions, level: int) -> Queue:
     """The queue in which messages wait for so many milliseconds before they return.
 

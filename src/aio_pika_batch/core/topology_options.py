@@ -7,6 +7,9 @@ from and the dead-letter exchange, and from the bindings. What can't work is ref
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -220,6 +223,15 @@ def broker_dead_letter_arguments(options: TopologyOptions) -> tuple[Headers, ...
     return tuple(
         each for each in ({**wanted, **AT_LEAST_ONCE} if is_lossless else {}, wanted) if each
     )
+
+
+def policy_command(queue: str, arguments: Headers, vhost: str) -> str:
+    """The command that gives an existing queue arguments that it was declared without."""
+    definition = {name.removeprefix("x-"): value for name, value in arguments.items()}
+    where = [] if vhost == "/" else ["-p", vhost]
+    pattern = f"^{re.escape(queue)}$"
+    words = ["rabbitmqctl", "set_policy", *where, "--apply-to", "queues", f"{queue}-dead-letters"]
+    return shlex.join([*words, pattern, json.dumps(definition)])
 
 
 # --- loops -------------------------------------------------------------------------------

@@ -202,9 +202,9 @@ class ConsumerSettings(_EssentialSettings):
     )
     broker_dead_letters: bool = Field(
         default=True,
-        description="Declare the queue so that messages that the broker gives up (TTL, length limit,"
-        " delivery limit) are dead-lettered to the same place. Other programs that declare the queue"
-        " must use the same arguments.",
+        description="Declare the queue with arguments by which the broker dead-letters to the same"
+        " place what it gives up (TTL, length limit, delivery limit). Other programs that declare"
+        " the queue must use the same arguments.",
     )
     without_dead_letter: Literal["retry", "reject"] = Field(
         default="retry",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from urllib.parse import unquote, urlsplit
 
 from aio_pika_batch.core.config_checks import ConsumerProfile
 from aio_pika_batch.core.message import FieldValue
@@ -33,6 +34,12 @@ def endpoint(settings: ConsumerSettings, consumer: str) -> Endpoint:
         ssl_key_password=None if password is None else password.get_secret_value(),
         wire=settings.wire,
     )
+
+
+def virtual_host(url: str) -> str:
+    """Return the virtual host of a URL; `/`, the default one, if it has none."""
+    # Several URLs name nodes of one cluster, so any of them has the virtual host.
+    return unquote(urlsplit(url.rsplit(",", maxsplit=1)[-1]).path[1:]) or "/"
 
 
 def delay_steps(settings: ConsumerSettings) -> DelaySteps:
