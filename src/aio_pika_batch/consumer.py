@@ -236,13 +236,15 @@ class BaseConsumer(Generic[SettingsT]):
         Raises:
             TransportError: The broker refuses for good: password, virtual host, queue, exchange.
             StartInterrupted: `stop` was called meanwhile.
-            ConfigurationError: The consumer is already running.
+            ConfigurationError: The consumer is already running, or its dead letters would come back
+                to its own queue.
         """
         if self._lifecycle.pool is not None:
             msg = f"{self._name} is running already: stop it before you start it again"
             raise ConfigurationError(msg)
         settings = self.settings
         options = topology_options(settings)
+        refuse_loops(options)
         profile = consumer_profile(settings, self.exception_results.values())
         for line in warnings_for(options, profile) if self._has_queue else ():
             self._log.warning(line)

@@ -78,11 +78,14 @@ async def declare(
     refuse_streams(topology)
     lacking: dict[str, Headers] = {}
     async with _Declarer(endpoint, addresses) as declarer:
+        # The default exchange first: a user who can't retry declares nothing.
+        first = [each for each in topology.publishes if not each.exchange]
+        await declarer.check_publishing(first)
         for entity in _entities(topology):
             accepted = await declarer.declare_or_raise(entity)
             if isinstance(entity, Queue) and (lacks := entity.lacking(accepted, declarer.version)):
                 lacking[entity.name] = lacks
-        await declarer.check_publishing(topology.publishes)
+        await declarer.check_publishing([each for each in topology.publishes if each.exchange])
     return declarer.version, DeclareReport(lacking)
 
 
