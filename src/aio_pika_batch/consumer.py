@@ -16,6 +16,7 @@ from aio_pika_batch.core.config_checks import broker_warnings_for, warnings_for
 from aio_pika_batch.core.message import Headers, Message
 from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.core.results import ExceptionResults, Result
+from aio_pika_batch.core.topology_options import refuse_loops
 from aio_pika_batch.errors import (
     ConfigurationError,
     PublishError,

@@ -12,11 +12,13 @@ from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
 from aio_pika_batch.core.message import (
+    DEATH_REASON,
     DEATHS,
     NO_HEADERS,
     ORIGINAL_EXCHANGE,
     ORIGINAL_ROUTING_KEY,
     RETRY_COUNT,
+    RETRY_QUEUE,
     FieldValue,
     Headers,
     Message,
@@ -26,15 +28,16 @@ from aio_pika_batch.core.message import (
 )
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.refusals import UnequalArgument, unequal_argument
+from aio_pika_batch.core.retry import identify_death, latest_death
 from aio_pika_batch.core.settlement_plan import (
     DEAD_LETTERED_AT,
     DETAIL,
     DROPPED,
+    EARLIER_DEATH,
     EXCEPTION_MESSAGE,
     EXCEPTION_TYPE,
     FIRST_FAILED_AT,
     ORIGINAL_QUEUE,
-    REASON,
 )
 from aio_pika_batch.core.topology import (
     DEFAULT_DELIVERY_LIMIT,
@@ -58,7 +61,9 @@ REMOVED_ON_REPLAY = (
     | _BROKER_HEADERS
     | {
         DEATHS,  # before 4.0 RabbitMQ trusts it, and drops messages that seem to be in a cycle
-        REASON,
+        DEATH_REASON,
+        EARLIER_DEATH,
+        RETRY_QUEUE,
         DETAIL,
         DEAD_LETTERED_AT,
         EXCEPTION_TYPE,
@@ -107,9 +112,11 @@ class DeathInfo:
 def death_info(message: Message, retry_count_header: str = RETRY_COUNT) -> DeathInfo:
     """Read the headers of a dead letter. Never raises: what cannot be read isn't known."""
     headers = readable_headers(message) or NO_HEADERS
-    reason = _text(headers.get(REASON))
-    if reason is None:
-        return _broker_death_info(headers, retry_count_header)
+    reason = _text(headers.get(DEATH_REASON))
+    death = latest_death(headers)
+    is_newer = death is not None and identify_death(death) != headers.get(EARLIER_DEATH)
+    if reason is None or is_newer:
+        return _broker_death_info(headers, death or NO_HEADERS, retry_count_header)
     return DeathInfo(
         reason=reason,
         origin=_origin(headers),
@@ -122,11 +129,8 @@ def death_info(message: Message, retry_count_header: str = RETRY_COUNT) -> Death
     )
 
 
-def _broker_death_info(headers: Headers, retry_count_header: str) -> DeathInfo:
-    """The latest entry of `x-death`: the reason why it is in this queue."""
-    deaths = headers.get(DEATHS)
-    latest = deaths[0] if isinstance(deaths, list) and deaths else None
-    death = latest if isinstance(latest, Mapping) else NO_HEADERS
+def _broker_death_info(headers: Headers, death: Headers, retry_count_header: str) -> DeathInfo:
+    """Why the broker has dead-lettered it, by the latest entry of `x-death`."""
     return DeathInfo(
         reason=_text(death.get("reason")) or UNKNOWN_REASON,
         # The routing key of a requeued copy is the name of its queue, so its own headers go first.
