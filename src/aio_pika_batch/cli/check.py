@@ -10,11 +10,34 @@ from aio_pika_batch.cli.app import Exit, Flag
 from aio_pika_batch.cli.logging import silence_clients
 from aio_pika_batch.cli.printing import console, escaped, print_json, table
 from aio_pika_batch.cli.targets import AnyConsumer, TargetOptions, load
-from aio_pika_batch.cli.topology import Comparison, EntityState, broker_version, compare, title
-from aio_pika_batch.core.config_checks import ConsumerProfile, broker_warnings_for, warnings_for
-from aio_pika_batch.core.topology import Binding, build_topology
+from aio_pika_batch.cli.topology import (
+    Comparison,
+    EntityState,
+    broker_version,
+    compare,
+    look_up_arguments,
+    look_up_type,
+    title,
+)
+from aio_pika_batch.core.config_checks import (
+    ConsumerProfile,
+    broker_warnings_for,
+    dead_letter_queue_warnings,
+    existing_queue_warnings,
+    warnings_for,
+)
+from aio_pika_batch.core.refusals import STREAM_ADVICE
+from aio_pika_batch.core.topology import Binding, Queue, Topology, Version, build_topology
+from aio_pika_batch.core.topology_options import (
+    QUEUE_TYPE,
+    TopologyOptions,
+    policy_command,
+    refuse_loops,
+)
+from aio_pika_batch.errors import ConfigurationError, TopologyError
 from aio_pika_batch.masking import mask_url
-from aio_pika_batch.settings.derived import consumer_profile, topology_options
+from aio_pika_batch.settings.derived import consumer_profile, topology_options, virtual_host
+from aio_pika_batch.transport import Transport
 
 Level = Literal["error", "warning", "info"]
 
@@ -51,7 +74,7 @@ def check(
     loading = loading or TargetOptions()
     consumer = load(target, loading)
     rows = _settings(consumer, url_given=loading.url is not None)
-    findings = _warnings(consumer) if offline else asyncio.run(_findings(consumer))
+    findings = _offline(consumer) if offline else asyncio.run(_findings(consumer))
     if format == "json":
         print_json(
             {
@@ -83,6 +106,20 @@ def _settings(consumer: AnyConsumer, *, url_given: bool) -> list[tuple[str, obje
     ]
 
 
+def _offline(consumer: AnyConsumer) -> list[CheckFinding]:
+    options = topology_options(consumer.settings)
+    try:
+        _topology(options, None)
+    except (ConfigurationError, TopologyError) as error:
+        return [CheckFinding("error", str(error)), *_warnings(consumer)]
+    return _warnings(consumer)
+
+
+def _topology(options: TopologyOptions, dead_letter_exchange_type: str | None) -> Topology:
+    refuse_loops(options)
+    return build_topology(options, dead_letter_exchange_type=dead_letter_exchange_type)
+
+
 def _warnings(consumer: AnyConsumer) -> list[CheckFinding]:
     found = warnings_for(topology_options(consumer.settings), _profile(consumer))
     return [CheckFinding("warning", line) for line in found]
@@ -96,9 +133,16 @@ async def _findings(consumer: AnyConsumer) -> list[CheckFinding]:
     transport = consumer._transport  # noqa: SLF001  -- same package
     options = topology_options(consumer.settings)
     version = await broker_version(transport)
-    compared = await compare(transport, build_topology(options))
+    try:
+        needed = _topology(options, await look_up_type(transport, options))
+    except (ConfigurationError, TopologyError) as error:
+        return [CheckFinding("error", str(error)), *_warnings(consumer)]
+    compared = await compare(transport, needed)
+    vhost = virtual_host(consumer.settings.url)
     return [
-        *(found for found in map(_finding, compared) if found is not None),
+        *(found for each in compared if (found := _finding(each, vhost)) is not None),
+        *await _existing_queues(transport, options, compared, version),
+        *await _permissions(transport, needed),
         *_warnings(consumer),
         *(
             CheckFinding("warning", line)
@@ -107,9 +151,54 @@ async def _findings(consumer: AnyConsumer) -> list[CheckFinding]:
     ]
 
 
-def _finding(comparison: Comparison) -> CheckFinding | None:
+async def _existing_queues(
+    transport: Transport,
+    options: TopologyOptions,
+    compared: list[Comparison],
+    version: Version | None,
+) -> list[CheckFinding]:
+    """Point out what the arguments of queues mean that are used as they are."""
+    lines: list[str] = []
+    for each in compared:
+        entity = each.entity
+        if not isinstance(entity, Queue) or each.state is not EntityState.EXISTS:
+            continue
+        if not (entity.check_only or entity.existing_first):
+            continue
+        arguments = await look_up_arguments(transport, entity.name)
+        if arguments.get(QUEUE_TYPE) == "stream":
+            return [CheckFinding("error", f"queue {entity.name!r}: {STREAM_ADVICE}")]
+        if entity.name == options.dead_letter_queue:
+            lines += dead_letter_queue_warnings(options, arguments, version)
+        elif entity.name == options.queue_name:
+            lines += existing_queue_warnings(options, arguments)
+    return [CheckFinding("warning", line) for line in lines]
+
+
+async def _permissions(transport: Transport, needed: Topology) -> list[CheckFinding]:
+    missing = {each.name for each in needed.exchanges if not each.check_only}
+    findings = []
+    for check in needed.publishes:
+        try:
+            await transport.declare(Topology(publishes=(check,)))
+        except TopologyError as error:
+            # The consumer will declare the exchange, if it doesn't exist yet.
+            if check.exchange not in missing or "404" not in str(error):
+                findings.append(CheckFinding("error", str(error)))
+    return findings
+
+
+def _finding(comparison: Comparison, vhost: str) -> CheckFinding | None:
     entity = comparison.entity
     match comparison.state:
+        case EntityState.EXISTS if comparison.lacking and isinstance(entity, Queue):
+            names = ", ".join(comparison.lacking)
+            command = policy_command(entity.name, comparison.lacking, vhost)
+            return CheckFinding(
+                "warning",
+                f"queue {entity.name!r} exists without {names}: what the broker gives up may be"
+                f" lost; add a policy: {command} (broker_dead_letters=False ends this warning)",
+            )
         case EntityState.EXISTS | EntityState.UNSEEN:
             return None
         # The consumer would not create it either: it has declare=False, or the exchange must exist.

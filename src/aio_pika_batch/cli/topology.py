@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Literal, TypeAlias
-from urllib.parse import unquote, urlsplit
 
 from aio_pika_batch.cli.app import Exit, Flag
 from aio_pika_batch.cli.logging import silence_clients
 from aio_pika_batch.cli.printing import console, escaped, print_json, table
 from aio_pika_batch.cli.targets import AnyConsumer, TargetOptions, load
 from aio_pika_batch.core.dead_letter import format_header
+from aio_pika_batch.core.message import FieldValue, Headers
+from aio_pika_batch.core.refusals import UnequalArgument, unequal_argument
 from aio_pika_batch.core.topology import (
     Binding,
     Exchange,
@@ -23,12 +24,14 @@ from aio_pika_batch.core.topology import (
     Version,
     build_topology,
     depends_on_version,
+    exchange_to_look_up,
     parse_version,
     to_definitions,
 )
+from aio_pika_batch.core.topology_options import QUEUE_TYPE, TopologyOptions, refuse_loops
 from aio_pika_batch.errors import ConfigurationError, TopologyError
-from aio_pika_batch.settings.derived import topology_options
-from aio_pika_batch.transport import Transport, VersionedTransport
+from aio_pika_batch.settings.derived import topology_options, virtual_host
+from aio_pika_batch.transport import InspectingTransport, Transport, VersionedTransport
 
 Entity: TypeAlias = Exchange | Queue | Binding
 
@@ -52,11 +55,13 @@ class Comparison:
 
     Attributes:
         words: The broker's words, if it refused.
+        lacking: The arguments that a queue should have and doesn't, although it can be used.
     """
 
     entity: Entity
     state: EntityState
     words: str = ""
+    lacking: Headers = field(default_factory=dict)
 
 
 def topology(
@@ -84,29 +89,33 @@ def topology(
     silence_clients()
     consumer = load(target, loading or TargetOptions())
     # What the consumer needs, whether or not it declares it itself.
-    needed = build_topology(replace(topology_options(consumer.settings), declare=True))
+    options = replace(topology_options(consumer.settings), declare=True)
+    refuse_loops(options)
     if apply and dry_run:
         raise ConfigurationError("--apply and --dry-run contradict each other: use one of them")
     if format == "definitions":
         if apply or dry_run:
             msg = "--format definitions: cannot be combined with --apply or --dry-run"
             raise ConfigurationError(msg)
-        where = vhost if vhost is not None else _vhost(consumer.settings.url)
+        where = vhost if vhost is not None else virtual_host(consumer.settings.url)
+        needed = build_topology(options)
         version = _version(rabbitmq, consumer, needed)
         print(json.dumps(to_definitions(needed, where, version), indent=2))
         return Exit.OK
-    return asyncio.run(_show(consumer, needed, apply=apply, dry_run=dry_run, format=format))
+    return asyncio.run(_show(consumer, options, apply=apply, dry_run=dry_run, format=format))
 
 
 async def _show(
     consumer: AnyConsumer,
-    needed: Topology,
+    options: TopologyOptions,
     *,
     apply: bool,
     dry_run: bool,
     format: str,  # noqa: A002  -- as above
 ) -> Exit:
     transport = consumer._transport  # noqa: SLF001  -- same package
+    kind = await look_up_type(transport, options) if apply or dry_run else None
+    needed = build_topology(options, dead_letter_exchange_type=kind)
     if apply:
         await transport.declare(needed)
     compared: list[Comparison] = []
@@ -191,12 +200,6 @@ def _version(stated: str | None, consumer: AnyConsumer, needed: Topology) -> Ver
     return asyncio.run(broker_version(consumer._transport))  # noqa: SLF001  -- same package
 
 
-def _vhost(url: str) -> str:
-    """Return the virtual host of a URL; `/`, the default one, if it has none."""
-    # Several URLs name nodes of one cluster, so any of them has the virtual host.
-    return unquote(urlsplit(url.rsplit(",", maxsplit=1)[-1]).path[1:]) or "/"
-
-
 # --- comparing -------------------------------------------------------------------
 
 
@@ -223,6 +226,56 @@ async def broker_version(transport: Transport) -> Version | None:
     return transport.broker_version if isinstance(transport, VersionedTransport) else None
 
 
+async def look_up_type(transport: Transport, options: TopologyOptions) -> str | None:
+    """Return the type that the dead-letter exchange has on the broker; None if it is unknown.
+
+    Raises:
+        TransportError: The broker is unreachable, or refuses access.
+    """
+    exchange = exchange_to_look_up(options)
+    if exchange is None or not isinstance(transport, InspectingTransport):
+        return None
+    return await transport.exchange_type(exchange)
+
+
+MOST_ARGUMENTS = 20
+"""Arguments of a queue that are looked at. Each one takes a connection."""
+
+_ONLY_OF_STREAMS: Headers = {"x-max-age": "1h"}
+"""The broker ignores it in a declaration of an existing queue of another type, and refuses it for a
+new one."""
+
+
+async def look_up_arguments(transport: Transport, name: str) -> dict[str, FieldValue]:
+    """Return the arguments of an existing queue with its type, as far as the broker tells them.
+
+    Raises:
+        TransportError: The broker is unreachable, or refuses access.
+    """
+    # AMQP can't read them. But if an existing queue is declared with other arguments, the broker
+    # says how one of them differs. Nothing is created: no broker accepts these declarations.
+    known: dict[str, FieldValue] = {}
+    queue = Queue(name)
+    while len(known) < MOST_ARGUMENTS and known.get(QUEUE_TYPE) != "stream":
+        arguments = {QUEUE_TYPE: "no-such-type", **known, **_ONLY_OF_STREAMS}
+        try:
+            await transport.declare(_only(replace(queue, arguments=arguments)))
+        except TopologyError as error:
+            match unequal_argument(str(error)):
+                case UnequalArgument("durable", value):
+                    queue = replace(queue, durable=value == "true")
+                case UnequalArgument("auto_delete", value):
+                    queue = replace(queue, auto_delete=value == "true")
+                case UnequalArgument(argument, value) if argument not in known:
+                    # Before 4.0 a classic queue may have no type.
+                    known[argument] = "classic" if argument == QUEUE_TYPE and not value else value
+                case _:
+                    break
+        else:
+            break
+    return known
+
+
 async def _compare(transport: Transport, entity: Exchange | Queue) -> Comparison:
     if isinstance(entity, Queue) and entity.exclusive:
         return Comparison(entity, EntityState.UNSEEN, "each session declares its own")
@@ -238,10 +291,11 @@ async def _compare(transport: Transport, entity: Exchange | Queue) -> Comparison
     if entity.existing_first or entity.check_only:
         return Comparison(entity, EntityState.EXISTS)
     try:
-        await transport.declare(_only(entity))
+        report = await transport.declare(_only(entity))
     except TopologyError as error:
         return Comparison(entity, EntityState.DIFFERS, str(error))
-    return Comparison(entity, EntityState.EXISTS)
+    lacking = {} if report is None else report.lacking.get(entity.name, {})
+    return Comparison(entity, EntityState.EXISTS, lacking=lacking)
 
 
 def _only(entity: Exchange | Queue) -> Topology:

@@ -58,6 +58,7 @@ _ADVICE_BY_TEXT = (
     # Since RabbitMQ 4.0 an unknown exchange type is a failed precondition.
     ("exchange type", _ADVICE_BY_CODE[ReplyCode.COMMAND_INVALID]),
     ("exclusive use", "an exclusive consumer is its only consumer: stop it, or don't be exclusive"),
+    ("internal exchange", "dead letters need an exchange that is not internal: name another one"),
     ("reserved prefix", "names that begin with amq. are the broker's: choose another name"),
     ("rabbit_stream_queue", STREAM_ADVICE),
     ("default exchange", "the default exchange can't be declared or bound: name another exchange"),
