@@ -343,6 +343,13 @@ CORE = (
         (f"{_CORE}/test_dead_letter_consumers.py",),
     ),
     Mutant(
+        "Dead letters that come back go round as fast as they can.",
+        "core/settlement_plan.py",
+        "pending.is_loop = deaths >= LOOP",
+        "pending.is_loop = False",
+        (f"{_CORE}/test_dead_letter_consumers.py",),
+    ),
+    Mutant(
         "An old reason hides why a message was dead-lettered last.",
         "core/dead_letter.py",
         "if reason is None or is_newer:",

@@ -117,7 +117,7 @@ async def _show(
     kind = await look_up_type(transport, options) if apply or dry_run else None
     needed = build_topology(options, dead_letter_exchange_type=kind)
     if apply:
-        await transport.declare(needed)
+        await transport.declare(replace(needed, publishes=()))
     compared: list[Comparison] = []
     if apply or dry_run:
         compared = await compare(transport, needed)
@@ -178,7 +178,12 @@ def _details(entity: Entity) -> str:
     if not isinstance(entity, Binding):
         words += [] if entity.durable else ["transient"]
         words += ["auto-delete"] if entity.auto_delete else []
-    words += [f"{name}={format_header(value)}" for name, value in entity.arguments.items()]
+    if isinstance(entity, Exchange) and entity.internal:
+        words.append("internal")
+    arguments = dict(entity.arguments)
+    if isinstance(entity, Queue) and entity.wishes:
+        arguments |= entity.wishes[0]
+    words += [f"{name}={format_header(value)}" for name, value in arguments.items()]
     if isinstance(entity, Queue) and entity.no_delivery_limit:
         words.append("no delivery limit")
     return ", ".join(words)

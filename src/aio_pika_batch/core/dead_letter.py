@@ -31,6 +31,7 @@ from aio_pika_batch.core.refusals import UnequalArgument, unequal_argument
 from aio_pika_batch.core.retry import identify_death, latest_death
 from aio_pika_batch.core.settlement_plan import (
     DEAD_LETTERED_AT,
+    DEATH_COUNT,
     DETAIL,
     DROPPED,
     EARLIER_DEATH,
@@ -62,6 +63,7 @@ REMOVED_ON_REPLAY = (
     | {
         DEATHS,  # before 4.0 RabbitMQ trusts it, and drops messages that seem to be in a cycle
         DEATH_REASON,
+        DEATH_COUNT,
         EARLIER_DEATH,
         RETRY_QUEUE,
         DETAIL,

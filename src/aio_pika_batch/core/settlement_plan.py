@@ -77,6 +77,12 @@ Not a moment in time: clocks differ, and a delay may be longer than asked for, b
 DROPPED = frozenset({"CC", "BCC", DELIVERY_COUNT, "x-acquired-count", REMAINING_DELAY})
 """Headers that a copy leaves out: CC and BCC route to further queues, and the broker counts."""
 
+DEATH_COUNT = "x-dead-letter-count"
+"""Header of a dead letter that was one before: how often this library has dead-lettered it."""
+
+LOOP = 3
+"""Dead letters of a message from which on they seem to come back. They are delayed then."""
+
 REWRITTEN = frozenset({DETAIL, EXCEPTION_TYPE, EXCEPTION_MESSAGE, EARLIER_DEATH, RETRY_QUEUE})
 """Headers that a new dead letter doesn't take over from an earlier one: they say why that one was
 dead-lettered."""
@@ -99,6 +105,7 @@ class PendingCopy:
         malformed_count: Whether the retry header holds something that isn't a count.
         hold: Seconds to hold the original before the copy is published.
         is_undeliverable: Whether the message is retried because it can't be dead-lettered.
+        is_loop: Whether it is held because it is dead-lettered again and again.
     """
 
     outcome: MessageOutcome
@@ -108,6 +115,7 @@ class PendingCopy:
     malformed_count: bool = False
     hold: float = 0.0
     is_undeliverable: bool = False
+    is_loop: bool = False
 
     @property
     def tag(self) -> int:
@@ -327,9 +335,26 @@ class SettlementPlanner:
             add[ORIGINAL_EXPIRATION] = expiration
         if (death := latest_death(headers)) is not None:
             add[EARLIER_DEATH] = identify_death(death)
-        drop = self.drop | REWRITTEN
-        copy = Copy(message, target.exchange, routing_key, add, drop, keep_expiration=False)
-        return PendingCopy(outcome, copy, CopyKind.DEAD_LETTER, reason)
+        pending = PendingCopy(
+            outcome,
+            Copy(
+                message,
+                target.exchange,
+                routing_key,
+                add,
+                self.drop | REWRITTEN,
+                keep_expiration=False,
+            ),
+            CopyKind.DEAD_LETTER,
+            reason,
+        )
+        if DEATH_REASON in headers:
+            # It was moved back by hand, or belongs to a consumer of dead letters, or goes round.
+            add[DEATH_COUNT] = deaths = (retry_count(headers.get(DEATH_COUNT)) or 1) + 1
+            pending.is_loop = deaths >= LOOP
+            if pending.is_loop:
+                pending.hold = self.hold.undeliverable_delay(deaths - LOOP)
+        return pending
 
     def _count(self, headers: Headers) -> int:
         return retry_count(stated_retries(headers, self.retry.header, self.queue)) or 0

@@ -64,10 +64,10 @@ class Exchange:
     type: str = "direct"
     durable: bool = True
     auto_delete: bool = False
-    internal: bool = False
     arguments: Headers = field(default_factory=dict)
     existing_first: bool = False
     check_only: bool = False
+    internal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +87,11 @@ class Queue:
     exclusive: bool = False
     auto_delete: bool = False
     arguments: Headers = field(default_factory=dict)
-    wishes: tuple[Headers, ...] = ()
     no_delivery_limit: bool = False
     existing_first: bool = False
     check_only: bool = False
     holds_retries: bool = False
+    wishes: tuple[Headers, ...] = ()
 
     @property
     def if_unequal(self) -> str | None:

@@ -90,6 +90,9 @@ class TopologyDeclarer:
             shared = replace(shared, publishes=())
         report = await self._transport.declare(shared)
         self._has_checked = True
+        if exchange is not None and self._exchange_type is None:
+            # It was missing, and is there now.
+            self._exchange_type = exchange.type
         if report is not None:
             self._warn(report)
         await self._copies.declare_delay_queues()

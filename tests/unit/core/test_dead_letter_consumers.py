@@ -173,3 +173,21 @@ def test_a_retry_that_waited_is_no_death(waits):
     letter = published(JOBS, a_message(), NACK, queue="dead")
     again = with_headers(letter, x_death=[a_death(each) for each in waits])
     assert "rejected" == death_info(again).reason
+
+
+# --- loops ---------------------------------------------------------------------
+
+
+def test_a_message_that_is_dead_lettered_again_and_again_is_held():
+    """Longer each time. A chain of two dead-letter queues is no loop."""
+    message, seen = a_message(), []
+    for _ in range(5):
+        [pending] = JOBS.plan([MessageOutcome(message, NACK)], NOW).copies
+        seen.append((pending.hold, pending.is_loop))
+        message = delivered(pending.copy)
+    assert [(0, False), (0, False), (1, True), (2, True), (4, True)] == seen
+    assert 5 == message.headers["x-dead-letter-count"]
+
+    replayed = replay_copy(message, death_info(message))
+    assert isinstance(replayed, Copy)
+    assert "x-dead-letter-count" not in (replayed.properties.headers or {})

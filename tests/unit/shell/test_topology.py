@@ -140,6 +140,17 @@ async def test_a_loop_is_refused_at_the_start(empty, given):
     assert [] == empty.broker.queues
 
 
+async def test_a_loop_that_settings_do_not_show_is_slow_and_logged(rabbit, caplog):
+    """Somebody has bound the consumer's own queue to the dead-letter exchange."""
+    rabbit.bind("jobs", "dlx", kind="fanout")
+    rabbit.put(b"0")
+    async with rejecting(rabbit, dead_letter_exchange="dlx") as consumer:
+        await asyncio.sleep(120)
+    assert 4 < len(consumer.handled) < 15
+    assert 2 == len(lines(caplog, "messages are dead-lettered again and again"))
+    assert [b"0"] == rabbit.waiting()
+
+
 # --- what is missing, or comes back --------------------------------------------------------------
 
 
