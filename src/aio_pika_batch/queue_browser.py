@@ -214,7 +214,8 @@ async def browse(
 
 async def _ask(transport: Transport, queue: str, limit: Limit) -> tuple[Version | None, int | None]:
     """Return the broker's version and the delivery limit of the queue."""
-    await transport.declare(Topology(queues=(Queue(queue, check_only=True),)))
+    there = Queue(queue, check_only=True, is_browsed=True)
+    await transport.declare(Topology(queues=(there,)))
     version = transport.broker_version if isinstance(transport, Versioned) else None
     if limit != "ask":
         return version, limit

@@ -38,7 +38,7 @@ _TRANSIENT = ("is down", "inaccessible", "timeout", "timed out", "limit", "shutt
 
 _ADVICE_BY_CODE: dict[int, str] = {
     ReplyCode.ACCESS_REFUSED: "give the user the missing permission, or connect as another user",
-    ReplyCode.NOT_FOUND: "create it, or correct its name",
+    ReplyCode.NOT_FOUND: "create it, or let the consumer declare it (declare=True)",
     ReplyCode.RESOURCE_LOCKED: "another connection has it exclusively: close that connection, or"
     " choose another name",
     ReplyCode.PRECONDITION_FAILED: "change the settings to what the broker has, or delete it there",
@@ -114,7 +114,11 @@ def _unquoted(text: str) -> str:
 
 
 def refusal_error(
-    code: int, text: str, subject: str, if_unequal: str | None = None
+    code: int,
+    text: str,
+    subject: str,
+    if_unequal: str | None = None,
+    if_missing: str | None = None,
 ) -> TransportError:
     """Return the error for a broker's refusal to declare, check, bind or consume something.
 
@@ -123,6 +127,7 @@ def refusal_error(
         text: The reply text.
         subject: What was refused, and where.
         if_unequal: What to do if the broker has it with other arguments; None: as for any queue.
+        if_missing: What to do if the broker doesn't have it; None: as for any queue.
 
     Returns:
         A `TopologyError`, or `BrokerUnavailable` if a later attempt may succeed.
@@ -133,6 +138,8 @@ def refusal_error(
     words = _unquoted(text)
     if "inequivalent" in words:
         advice = if_unequal or advice
+    elif code == ReplyCode.NOT_FOUND:
+        advice = if_missing or advice
     else:
         advice = next((each for part, each in _ADVICE_BY_TEXT if part in words), advice)
     return TopologyError(f"{subject}: {code} {text}; {advice}")

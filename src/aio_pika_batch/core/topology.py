@@ -80,6 +80,7 @@ class Queue:
         no_delivery_limit: The broker must not drop a message because of its number of deliveries.
             The argument for this depends on the broker, see :meth:`variants_on`.
         holds_retries: Messages wait in it for their next attempt, and must not get lost.
+        is_browsed: An operator looks at it. No consumer is there to declare it.
     """
 
     name: str
@@ -92,11 +93,17 @@ class Queue:
     check_only: bool = False
     holds_retries: bool = False
     wishes: tuple[Headers, ...] = ()
+    is_browsed: bool = False
 
     @property
     def if_unequal(self) -> str | None:
         """Advice for when the broker has it with other arguments; None: as for any queue."""
         return _UNEQUAL_WAIT_QUEUE if self.holds_retries else None
+
+    @property
+    def if_missing(self) -> str | None:
+        """Advice for when the broker doesn't have it; None: as for any queue."""
+        return "correct its name, or the virtual host in the URL" if self.is_browsed else None
 
     def variants_on(self, version: Version | None) -> tuple[Headers, ...]:
         """The arguments to declare it with on this version of RabbitMQ, the best ones first.

@@ -416,6 +416,12 @@ class ConsumerSettings(_EssentialSettings):
                 f" {QUEUE_TYPE}={stated!r} in queue_arguments"
             )
             raise ValueError(msg)
+        if "x-stream-offset" in (self.consumer_arguments or {}):
+            msg = (
+                "x-stream-offset in consumer_arguments: a stream cannot be consumed from, because"
+                " its messages cannot be rejected or requeued one by one; use another queue"
+            )
+            raise ValueError(msg)
         if self.queue_exclusive and self.num_workers > 1:
             msg = (
                 f"num_workers={self.num_workers} cannot share an exclusive queue, which belongs to"

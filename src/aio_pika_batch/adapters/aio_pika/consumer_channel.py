@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from aio_pika_batch.adapters.aio_pika.frame_tap import Listener
     from aio_pika_batch.transport import Subscription
 
+STREAM_OFFSET = "x-stream-offset"
+"""An argument of a stream's consumer, and a header of its messages."""
+
 ARGUMENTS_CHECKED_SINCE: Version = (3, 10)
 """The first RabbitMQ that refuses arguments of consumers that a queue's type doesn't have."""
 
@@ -107,13 +110,17 @@ class ConsumerChannel:
                 on_message,
                 consumer_tag=subscription.consumer_tag,
                 exclusive=subscription.exclusive,
-                arguments=self._refused_by_streams() | dict[str, Any](subscription.arguments),
+                arguments=self._arguments(subscription),
             )
 
-    def _refused_by_streams(self) -> dict[str, Any]:
-        """Return an argument that changes nothing, except that a stream refuses it."""
+    def _arguments(self, subscription: Subscription) -> dict[str, Any]:
+        arguments = dict[str, Any](subscription.arguments)
         version = parse_version(*self._connection.product) or ()
-        return {"x-priority": 0} if version >= ARGUMENTS_CHECKED_SINCE else {}
+        # Changes nothing, except that a stream refuses the consumer. If it is asked for an offset,
+        # its first message tells.
+        if version >= ARGUMENTS_CHECKED_SINCE and STREAM_OFFSET not in arguments:
+            arguments.setdefault("x-priority", 0)
+        return arguments
 
     def _guarded(self, number: int, source: RawSource) -> Any:  # noqa: ANN401  -- a callback
         guard = self._connection.tap.guard(number, self._listener)

@@ -180,8 +180,9 @@ class _Declarer:
         raise AssertionError("no variant")
 
     def _raise(self, entity: Entity, closed: Closed) -> NoReturn:
-        fix = entity.if_unequal if isinstance(entity, Queue) else None
-        raise refusal_error(closed.code, closed.text, f"{_name(entity)} at {self._where}", fix)
+        what = f"{_name(entity)} at {self._where}"
+        advice = (entity.if_unequal, entity.if_missing) if isinstance(entity, Queue) else ()
+        raise refusal_error(closed.code, closed.text, what, *advice)
 
     async def check_publishing(self, checks: Sequence[PublishCheck]) -> None:
         """Raise TopologyError if the user may not publish to one of the exchanges."""

@@ -190,7 +190,7 @@ def _declare(connection: Connection, topology: Topology) -> DeclareReport:
     lacking: dict[str, Headers] = {}
     for queue in topology.queues:
         refuse_lossy_wait_queue(queue, "RabbitMQ", connection.version)
-        with translate_refusals(f"queue {queue.name!r}", queue.if_unequal):
+        with translate_refusals(f"queue {queue.name!r}", queue.if_unequal, queue.if_missing):
             lacks = _declare_queue(connection, queue)
         if lacks:
             lacking[queue.name] = lacks

@@ -298,7 +298,7 @@ async def test_a_missing_queue_raises_when_the_context_is_entered(
         async with transport.session(subscription):
             pass
     assert str(caught.value) == (
-        "queue 'nope': 404 NOT_FOUND - no queue 'nope' in vhost '/'; create it, or correct its name"
+        "queue 'nope': 404 NOT_FOUND - no queue 'nope' in vhost '/'; create it, or let the consumer declare it (declare=True)"
     )
     assert memory.connections == []
 
