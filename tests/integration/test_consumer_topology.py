@@ -21,7 +21,6 @@ from aio_pika_batch.dead_letters import look
 from aio_pika_batch.transport import Endpoint
 from tests.integration.helpers import (
     PATIENCE,
-    Recorder,
     declare_dead_letters,
     holds,
     parse_version,
@@ -219,12 +218,10 @@ async def test_the_latest_reason_of_a_dead_letter_counts(channel, amqp_url, name
     assert ["expired"] == await _reasons(amqp_url, f"{name}.dead")
 
     # And a consumer of the dead letter makes another one, whose reason is its own.
-    reader = Answering(amqp_url, f"{name}.dead", declare=False, dead_letter_exchange="amq.fanout")
-    last = await channel.declare_queue(f"{name}.last", durable=True)
-    await last.bind("amq.fanout")
-    async with reader:
-        await holds(amqp_url, last.name, 1)
-    assert ["rejected"] == await _reasons(amqp_url, last.name)
+    exchange, last = await declare_dead_letters(channel, f"{name}.last")
+    async with Answering(amqp_url, f"{name}.dead", declare=False, dead_letter_exchange=exchange):
+        await holds(amqp_url, last, 1)
+    assert ["rejected"] == await _reasons(amqp_url, last)
 
 
 async def _reasons(url: str, queue: str) -> list[str]:
@@ -239,16 +236,13 @@ async def test_a_consumer_of_dead_letters_has_its_own_attempts(channel, amqp_url
     await channel.declare_queue(name, durable=True, arguments=arguments)
     await publish(channel, [b"0"], routing_key=name, expiration=0.1, headers={"x-retry-count": 3})
     await holds(amqp_url, dlq, 1)
-    recorder = Recorder()
-    given = {"declare": False, "max_requeue_attempts": 2, "dead_letter_exchange": "amq.fanout"}
-    last = await channel.declare_queue(f"{name}.last", durable=True)
-    await last.bind("amq.fanout")
+    exchange, last = await declare_dead_letters(channel, f"{name}.last")
+    given = {"declare": False, "max_requeue_attempts": 2, "dead_letter_exchange": exchange}
     consumer = Answering(amqp_url, dlq, **given)
-    consumer._observers = (recorder,)
     consumer.answer = MessageResult.REQUEUE
     async with consumer:
-        await holds(amqp_url, last.name, 1)
-    [letter] = await take_all(channel, last.name, 1)
+        await holds(amqp_url, last, 1)
+    [letter] = await take_all(channel, last, 1)
     assert (2, "exhausted") == (
         letter.headers["x-retry-count"],
         letter.headers["x-dead-letter-reason"],

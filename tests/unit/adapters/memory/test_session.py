@@ -298,7 +298,8 @@ async def test_a_missing_queue_raises_when_the_context_is_entered(
         async with transport.session(subscription):
             pass
     assert str(caught.value) == (
-        "queue 'nope': 404 NOT_FOUND - no queue 'nope' in vhost '/'; create it, or let the consumer declare it (declare=True)"
+        "queue 'nope': 404 NOT_FOUND - no queue 'nope' in vhost '/';"
+        " create it, or let the consumer declare it (declare=True)"
     )
     assert memory.connections == []
 
