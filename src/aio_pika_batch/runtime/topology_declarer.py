@@ -131,8 +131,13 @@ class TopologyDeclarer:
         self._exchange_type = None
         try:
             await self.declare()
-        except TransportError as error:
-            self._log.warning("the topology can't be declared again", error=format_error(error))
+        except Exception as error:  # noqa: BLE001  -- the next dead letter that comes back tries again
+            expected = isinstance(error, TransportError)
+            self._log.warning(
+                "the topology can't be declared again",
+                error=format_error(error),
+                exc_info=None if expected else error,
+            )
         finally:
             self._redeclaring = None
 
