@@ -23,6 +23,7 @@ AMQP_CLIENTS = {"aio_pika", "aiormq", "pamqp"}
 LONGEST_FILE = 400
 LONGER_FOR_A_REASON = {
     "consumer.py": "what a class that users subclass can do is in the file that they open",
+    "core/message.py": "all that a handler can ask of a message is in one file",
     "core/settlement_plan.py": "what becomes of each result is decided in one place",
     "runtime/consume_loop.py": "one session, from the first delivery to the last settlement",
     "settings/consumer_settings.py": "all settings in the order of the docs, one after another",
