@@ -308,7 +308,7 @@ async def test_disabled_verification_is_logged(
 
     [record] = [each for each in caplog.records if "aio_pika_batch.tls" == each.name]
     assert logging.WARNING == record.levelno
-    assert "can read and change all that is sent" in record.getMessage()
+    assert "can read and change all data" in record.getMessage()
 
 
 async def test_there_is_no_fallback(secured: Secured, name: str) -> None:
