@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from importlib.metadata import version
 from typing import Annotated, TypeAlias
+from urllib.parse import urlsplit
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -129,6 +130,7 @@ _add(
     "health",
     "Check the health of a running program.",
     "--url http://127.0.0.1:8080/livez",
+    module="app",
 )
 _add(
     "check",
@@ -140,6 +142,7 @@ _add(
     "Show the queues, exchanges and bindings of a consumer, or declare them.\n\nConnects to the"
     " broker only with --apply or --dry-run, or if definitions depend on its version.",
     "shop:Importer --dry-run",
+    module="check",
 )
 _add(
     "demo",
@@ -153,6 +156,40 @@ app.command(
     name="dlq",
     help=f"List, show, replay and delete dead letters.\n\nExample: {NAME} dlq list shop:Importer",
 )
+
+
+_MAX_BYTES = 64 * 1024
+"""Bytes of a response that `health` prints."""
+
+
+def health(*, url: str = "http://127.0.0.1:8080/livez", timeout: float = 3.0) -> int:
+    """Request a health endpoint of a running program and print the response.
+
+    Args:
+        url: Endpoint served by --health-port: /livez, /readyz, /status or /metrics.
+        timeout: Seconds to wait for the response.
+    """
+    # Not above: an HTTP client would make all other commands start more slowly.
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    from urllib.request import ProxyHandler, build_opener
+
+    if urlsplit(url).scheme != "http":
+        raise ConfigurationError(f"--url: {url} must start with http://")
+    opener = build_opener(ProxyHandler({}))  # a proxy wouldn't reach this machine
+    try:
+        with opener.open(url, timeout=timeout) as answer:
+            print(answer.read(_MAX_BYTES).decode(errors="replace"), end="")
+    except HTTPError as error:
+        with error:
+            print(error.read(_MAX_BYTES).decode(errors="replace"), end="")
+        return Exit.FAILED
+    except (OSError, HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise BrokerUnavailable(
+            f"{url}: no answer: {reason}; is the program running with --health-port?"
+        ) from error
+    return Exit.OK
 
 
 def run_app(tokens: Sequence[str] | None = None) -> int:

@@ -11,11 +11,22 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from aio_pika_batch import MessageResult
-from aio_pika_batch.cli.demo.command import check_options, dashboard
-from aio_pika_batch.cli.demo.dashboard import Dashboard, describe_activity, sparkline
-from aio_pika_batch.cli.demo.orders import OrderKind, OrderStream, check_counts, number_of
+from aio_pika_batch.cli.demo.command import (
+    Dashboard,
+    check_options,
+    dashboard,
+    describe_activity,
+    sparkline,
+)
+from aio_pika_batch.cli.demo.orders import (
+    OrderKind,
+    OrderStream,
+    PipelineStats,
+    Rate,
+    check_counts,
+    number_of,
+)
 from aio_pika_batch.cli.demo.pipeline import DemoOptions, Pipeline
-from aio_pika_batch.cli.demo.stats import PipelineStats, Rate
 from aio_pika_batch.core.batcher import Trigger
 from aio_pika_batch.core.results import Cause
 from aio_pika_batch.errors import ConfigurationError
