@@ -34,7 +34,7 @@ from aio_pika_batch.errors import (
     ResultError,
 )
 from aio_pika_batch.logs import KeywordLogger, format_error
-from aio_pika_batch.runtime.handler_context import current_context
+from aio_pika_batch.runtime.handler import current_context
 
 ATTEMPTS = 10
 """How often a transaction is begun if its claim meets a deadlock each time."""

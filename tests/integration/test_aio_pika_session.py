@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import aio_pika
 import pytest
 
-from aio_pika_batch.adapters.aio_pika.frame_writer import pack_settlements
+from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Copy, Outcome, Publication

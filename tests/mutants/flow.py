@@ -414,7 +414,7 @@ SHELL = (
     ),
     Mutant(
         "Batches do not wait for handlers of the previous session with the same key.",
-        "runtime/handler_slots.py",
+        "runtime/handler.py",
         "        return len(self._running) < self._limit\n",
         "        return True\n",
         (_STORIES, f"{_SHELL}/test_concurrency.py"),

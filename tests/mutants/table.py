@@ -88,10 +88,10 @@ WIRE = (
     ),
     Mutant(
         "An outgoing frame is larger than the negotiated maximum.",
-        f"{_WIRE}/frame_writer.py",
+        f"{_WIRE}/frame_fastpath.py",
         "largest = frame_max - FRAME_OVERHEAD",
         "largest = frame_max",
-        (f"{_UNIT}/test_frame_writer.py",),
+        (f"{_UNIT}/test_frame_packing.py",),
     ),
     Mutant(
         "An incoming frame may have any size: its sender decides about our memory.",

@@ -39,6 +39,7 @@ LEAST_COMMENTS = 0.021
 LONGER_FOR_A_REASON = {
     "consumer.py": "what a class that users subclass can do is in the file that they open",
     "core/settlement_plan.py": "what becomes of each result is decided in one place",
+    "runtime/handler.py": "a handler while it runs: its slot, what it yields, what it may ask",
     "runtime/consume_loop.py": "one session, from the first delivery to the last settlement",
     "settings/consumer_settings.py": "all settings in the order of the docs, one after another",
 }

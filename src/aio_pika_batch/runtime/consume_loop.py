@@ -20,8 +20,13 @@ from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observers, Received
 from aio_pika_batch.runtime.batching import BatchKey, open_intake
 from aio_pika_batch.runtime.breaker import WorkerBreaker
-from aio_pika_batch.runtime.handler import EarlySettlement, HandlerRun, Process
-from aio_pika_batch.runtime.handler_slots import HandlerSlots, ignore_batch
+from aio_pika_batch.runtime.handler import (
+    EarlySettlement,
+    HandlerRun,
+    HandlerSlots,
+    Process,
+    ignore_batch,
+)
 from aio_pika_batch.runtime.publishing import DelayedPublisher
 from aio_pika_batch.runtime.settler import Settler
 from aio_pika_batch.runtime.shutdown import Shutdown

@@ -1,25 +1,80 @@
-"""Runs the user's generator for one batch, and passes on what it yields before it ends."""
+"""Runs the user's generator for one batch in a slot of its worker, and passes on what it yields."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import TypeAlias
 
 from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolicy
 from aio_pika_batch.core.batcher import Batch, Trigger
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.results import Cause, ResultCollector
+from aio_pika_batch.core.results import Cause, Result, ResultCollector
 from aio_pika_batch.errors import HandlerTimeout, ResultError
 from aio_pika_batch.logs import KeywordLogger, format_error
-from aio_pika_batch.observer import BatchCut, BatchHandled, HandlerError, Observers
-from aio_pika_batch.runtime.handler_context import HandlerContext, current_context
+from aio_pika_batch.observer import (
+    BatchCut,
+    BatchHandled,
+    DuplicatesDropped,
+    HandlerError,
+    Observers,
+)
 
 IGNORED_CANCELLATION = 5.0
 """Seconds that a cancelled handler has to end before its session is given up."""
 
 Process: TypeAlias = Callable[[Sequence[Message]], AsyncIterator[object]]
+
+
+class HandlerContext:
+    """What the inbox may ask of the handler's run in which it is called, and tell it.
+
+    Args:
+        settles_early: Whether results are settled while the handler runs.
+    """
+
+    __slots__ = ("_batch_run", "_observers", "_settles_early", "_transactions")
+
+    def __init__(self, batch_run: BatchRun, observers: Observers, *, settles_early: bool) -> None:
+        self._batch_run = batch_run
+        self._observers = observers
+        self._settles_early = settles_early
+        self._transactions = 0
+
+    @property
+    def is_atomic(self) -> bool:
+        """Whether a failure voids the ACKs that were yielded before."""
+        return self._batch_run.is_atomic
+
+    @property
+    def takes_results(self) -> bool:
+        """False while results would be settled before the effects behind them are committed."""
+        return not (self._settles_early and self._transactions)
+
+    def begins_transaction(self) -> None:
+        """Note that effects are being written that may be rolled back."""
+        self._transactions += 1
+        if not self._settles_early:
+            # An ACK that is yielded before the commit must not outlive its failure.
+            self._batch_run.is_atomic = True
+
+    def ends_transaction(self) -> None:
+        """Note that they are committed, or rolled back."""
+        self._transactions -= 1
+
+    def commit(self, results: Iterable[tuple[Message, Result]]) -> None:
+        """Give the results of a committed transaction, which no failure of the handler changes."""
+        self._batch_run.commit(results)
+
+    def dropped(self, inbox: str, messages: Sequence[Message]) -> None:
+        """Tell observers that messages have taken effect before."""
+        self._observers.emit(DuplicatesDropped(messages, inbox))
+
+
+current_context: ContextVar[HandlerContext | None] = ContextVar("aio_pika_batch_run", default=None)
+"""Of the handler that is running; tasks that it starts are part of it."""
 
 
 class HandlerRun:
@@ -276,6 +331,77 @@ async def _absorb_cancellation(task: asyncio.Task[object]) -> None:
         task.uncancel()
     with suppress(asyncio.CancelledError):
         await asyncio.sleep(0)
+
+
+class HandlerSlots:
+    """The running handlers of a worker, `concurrency` at most.
+
+    Handlers outlive their session: one whose session is lost runs on and keeps its slot, because
+    cancelling it would undo work that is about to be repeated anyway.
+
+    Attributes:
+        tasks: The tasks that run handlers or settle their results.
+        on_free: Called with the batch whenever a handler has ended.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._running: dict[HandlerRun, int] = {}
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.on_free: Callable[[Batch], None] = ignore_batch
+
+    @property
+    def is_free(self) -> bool:
+        """Whether another batch can be started."""
+        return len(self._running) < self._limit
+
+    @property
+    def in_hand(self) -> int:
+        """The number of messages in running handlers."""
+        return sum(self._running.values())
+
+    @property
+    def not_cancelled(self) -> int:
+        """The number of messages in handlers that haven't been cancelled."""
+        return sum(count for each, count in self._running.items() if not each.is_cancelled)
+
+    @property
+    def since(self) -> float | None:
+        """When collecting the oldest running batch began, in loop time; None without one."""
+        return min((run.batch.since for run in self._running), default=None)
+
+    @property
+    def keys(self) -> list[Hashable]:
+        """The keys of the running batches."""
+        return [each.batch.key for each in self._running if each.batch.key is not None]
+
+    def cancel(self) -> int:
+        """Cancel all handlers; return the number of messages that they were handling."""
+        return sum(count for each, count in self._running.items() if each.cancel(Cause.SHUTDOWN))
+
+    def abandon(self) -> None:
+        """Cancel all tasks; the broker delivers their messages again."""
+        for run in self._running:
+            run.abandon()
+        for task in self.tasks:
+            task.cancel()
+
+    def add(self, run: HandlerRun) -> None:
+        """Occupy a slot."""
+        self._running[run] = len(run.batch.messages)
+
+    def settled_early(self, run: HandlerRun, count: int) -> None:
+        """Count so many messages of a running handler as settled."""
+        self._running[run] -= count
+
+    def release(self, run: HandlerRun) -> None:
+        """Free a slot."""
+        del self._running[run]
+        self.on_free(run.batch)
+
+
+def ignore_batch(_: Batch) -> None:
+    """Do nothing; stands in for `on_free` while no session waits for a free slot."""
 
 
 class EarlySettlement:

@@ -24,8 +24,7 @@ from aio_pika_batch.observer import Connected, Load, Lost, Observers, WorkerStar
 from aio_pika_batch.runtime.batching import BatchKey
 from aio_pika_batch.runtime.breaker import PROBE, WorkerBreaker
 from aio_pika_batch.runtime.consume_loop import ConsumeLoop, LoopContext
-from aio_pika_batch.runtime.handler import Process
-from aio_pika_batch.runtime.handler_slots import HandlerSlots
+from aio_pika_batch.runtime.handler import HandlerSlots, Process
 from aio_pika_batch.runtime.publishing import DelayedPublisher
 from aio_pika_batch.runtime.shutdown import Shutdown, wait_until
 from aio_pika_batch.runtime.worker_config import WorkerConfig

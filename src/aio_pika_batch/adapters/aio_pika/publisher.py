@@ -59,7 +59,7 @@ from aio_pika_batch.adapters.aio_pika.events import (
     Malformed,
     ReturnedPublication,
 )
-from aio_pika_batch.adapters.aio_pika.frame_writer import fits, pack_content, pack_publish
+from aio_pika_batch.adapters.aio_pika.frame_fastpath import fits, pack_content, pack_publish
 from aio_pika_batch.adapters.aio_pika.properties import encode
 from aio_pika_batch.adapters.aio_pika.splice import splice
 from aio_pika_batch.adapters.aio_pika.tables import encode_text

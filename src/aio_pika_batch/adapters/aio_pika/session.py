@@ -31,7 +31,7 @@ from aio_pika_batch.adapters.aio_pika.events import (
     Deliveries,
     Malformed,
 )
-from aio_pika_batch.adapters.aio_pika.frame_writer import pack_settlements
+from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
 from aio_pika_batch.adapters.aio_pika.topology import declare_on
 from aio_pika_batch.core.settlement import Ledger
 from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost, TopologyError

@@ -10,7 +10,7 @@ from pamqp.body import ContentBody
 from pamqp.frame import unmarshal
 from pamqp.header import ContentHeader
 
-from aio_pika_batch.adapters.aio_pika.frame_writer import (
+from aio_pika_batch.adapters.aio_pika.frame_fastpath import (
     fits,
     pack_content,
     pack_publish,
