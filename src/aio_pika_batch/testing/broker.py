@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 from aio_pika_batch.adapters.memory.broker import Broker
 from aio_pika_batch.adapters.memory.faults import BrokerEvent, ConnectFault, EventKind, PublishFault
 from aio_pika_batch.adapters.memory.queue import MemoryQueue
-from aio_pika_batch.adapters.memory.refusals import Refusal
+from aio_pika_batch.adapters.memory.rabbitmq import NEWEST, Refusal
 from aio_pika_batch.adapters.memory.stored_message import StoredMessage
 from aio_pika_batch.adapters.memory.transport import MemoryTransport
-from aio_pika_batch.adapters.memory.versions import NEWEST
 from aio_pika_batch.core.message import FieldValue, Headers
 from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.errors import PublishError

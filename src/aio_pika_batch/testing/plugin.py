@@ -26,7 +26,7 @@ easily taken for one that has passed.
 @pytest.fixture
 def batch_broker_version() -> str:
     """The RabbitMQ version that `batch_broker` imitates; override it, or parametrize a test."""
-    from aio_pika_batch.adapters.memory.versions import NEWEST
+    from aio_pika_batch.adapters.memory.rabbitmq import NEWEST
 
     return NEWEST
 

@@ -10,8 +10,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from aio_pika_batch.adapters.memory import MemoryTransport
-from aio_pika_batch.adapters.memory.publisher import MemoryPublisher
-from aio_pika_batch.adapters.memory.session import MemorySession
+from aio_pika_batch.adapters.memory.session import MemoryPublisher, MemorySession
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
 from aio_pika_batch.core.settlement import Disposition, Settlement

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from aio_pika_batch.adapters.memory import Broker, ConnectFault, MemoryTransport, PublishFault
-from aio_pika_batch.adapters.memory.versions import NEWEST
+from aio_pika_batch.adapters.memory.rabbitmq import NEWEST
 from aio_pika_batch.core.topology import Queue, Topology
 from aio_pika_batch.testing.contract import Features, Harness
 from aio_pika_batch.transport import Transport

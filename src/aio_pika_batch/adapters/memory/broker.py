@@ -24,14 +24,13 @@ from aio_pika_batch.adapters.memory.faults import (
     PublishFault,
 )
 from aio_pika_batch.adapters.memory.queue import MemoryQueue
-from aio_pika_batch.adapters.memory.refusals import Refusal
+from aio_pika_batch.adapters.memory.rabbitmq import NEWEST, Refusal, version_rules
 from aio_pika_batch.adapters.memory.stored_message import (
     StoredMessage,
     check_publication,
     copy_headers,
     store_publication,
 )
-from aio_pika_batch.adapters.memory.versions import NEWEST, version_rules
 from aio_pika_batch.adapters.memory.vhost import VirtualHost
 from aio_pika_batch.core.message import Headers, Properties
 from aio_pika_batch.core.publication import Outcome, Publication

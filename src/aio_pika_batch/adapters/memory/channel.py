@@ -16,13 +16,13 @@ from typing import Protocol, TypeAlias
 from aio_pika_batch.adapters.memory.faults import EventKind
 from aio_pika_batch.adapters.memory.queue import MemoryQueue, QueueConsumer, RequeueCause
 from aio_pika_batch.adapters.memory.queue_arguments import QueueType
-from aio_pika_batch.adapters.memory.ready_list import QueueEntry
-from aio_pika_batch.adapters.memory.refusals import (
+from aio_pika_batch.adapters.memory.rabbitmq import (
     Refusal,
+    VersionRules,
     amqp_type_name,
     invalid_argument,
-    queue_in_exclusive_use,
 )
+from aio_pika_batch.adapters.memory.ready_list import QueueEntry
 from aio_pika_batch.adapters.memory.stored_message import (
     CheckedPublication,
     StoredMessage,
@@ -30,7 +30,6 @@ from aio_pika_batch.adapters.memory.stored_message import (
     copy_headers,
     store_publication,
 )
-from aio_pika_batch.adapters.memory.versions import VersionRules
 from aio_pika_batch.adapters.memory.vhost import VirtualHost
 from aio_pika_batch.core.message import FieldValue, Headers, Properties
 from aio_pika_batch.core.refusals import ReplyCode
@@ -243,7 +242,9 @@ class Channel:
             if source.consumers.is_exclusive or (
                 exclusive and (len(source.consumers) or source.spec.single_active)
             ):
-                raise queue_in_exclusive_use(queue)
+                raise Refusal(
+                    ReplyCode.ACCESS_REFUSED, f"queue '{queue}' in vhost '/' in exclusive use"
+                )
             priority = (arguments or {}).get("x-priority", 0)
             if type(priority) is not int:
                 reason = f'"expected integer, got {amqp_type_name(priority)}"'

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import assert_never
 
-from aio_pika_batch.adapters.memory.refusals import (
+from aio_pika_batch.adapters.memory.rabbitmq import (
     Refusal,
+    VersionRules,
     format_flag,
     format_value,
     inequivalent_argument,
 )
 from aio_pika_batch.adapters.memory.stored_message import StoredMessage
-from aio_pika_batch.adapters.memory.versions import VersionRules
 from aio_pika_batch.core.message import FieldValue, Headers
 from aio_pika_batch.core.refusals import ReplyCode
 

@@ -8,17 +8,17 @@ is stricter than aio-pika: a message that is returned or refused raises.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import KW_ONLY, dataclass, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from aio_pika_batch.adapters.memory.channel import Channel, ChannelIsClosed, Connection
 from aio_pika_batch.adapters.memory.queue import MemoryQueue
-from aio_pika_batch.adapters.memory.refusals import Refusal, translate_refusals
+from aio_pika_batch.adapters.memory.rabbitmq import Refusal, translate_refusals
 from aio_pika_batch.adapters.memory.vhost import VirtualHost
-from aio_pika_batch.core.message import FieldValue
+from aio_pika_batch.core.message import FieldValue, Headers
 from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.core.refusals import ReplyCode
 from aio_pika_batch.errors import PublishError, SessionLost
@@ -27,8 +27,12 @@ from aio_pika_batch.transport import Publisher
 _Arguments = Mapping[str, FieldValue] | None
 
 
-@dataclass(slots=True, kw_only=True)
-class _NativeProperties:
+@dataclass(slots=True)
+class NativeMessage:
+    """A message to publish, for code without aio-pika; it takes the keywords of aio-pika's."""
+
+    body: bytes
+    _: KW_ONLY
     headers: dict[str, FieldValue] | None = None
     content_type: str | None = None
     content_encoding: str | None = None
@@ -42,13 +46,6 @@ class _NativeProperties:
     type: str | None = None
     user_id: str | None = None
     app_id: str | None = None
-
-
-@dataclass(slots=True)
-class NativeMessage(_NativeProperties):
-    """A message to publish, for code without aio-pika; it takes the keywords of aio-pika's."""
-
-    body: bytes
 
 
 class NativeChannel:
@@ -86,7 +83,7 @@ class NativeChannel:
         arguments: _Arguments = None,
     ) -> NativeExchange:
         """Declare an exchange, or check that it exists."""
-        with self.operation(f"exchange {name!r}") as vhost:
+        async with self.operation(f"exchange {name!r}") as vhost:
             if passive:
                 vhost.exchange(name)
             else:
@@ -97,8 +94,6 @@ class NativeChannel:
                     auto_delete=auto_delete,
                     arguments=arguments or {},
                 )
-        # Every call lets other tasks run, as a round trip to a real broker does.
-        await asyncio.sleep(0)
         return NativeExchange(self, name)
 
     async def declare_queue(
@@ -112,7 +107,7 @@ class NativeChannel:
         arguments: _Arguments = None,
     ) -> NativeQueue:
         """Declare a queue, or check that it exists. Without a name the broker chooses one."""
-        with self.operation(f"queue {name!r}") as vhost:
+        async with self.operation(f"queue {name!r}") as vhost:
             if passive:
                 queue = vhost.queue(name or "", self._connection)
             else:
@@ -124,7 +119,6 @@ class NativeChannel:
                     arguments=arguments or {},
                     connection=self._connection,
                 )
-        await asyncio.sleep(0)
         return NativeQueue(self, queue.name)
 
     async def get_exchange(self, name: str, *, ensure: bool = True) -> NativeExchange:
@@ -139,8 +133,8 @@ class NativeChannel:
             return await self.declare_queue(name, passive=True)
         return NativeQueue(self, name)
 
-    @contextmanager
-    def operation(self, subject: str) -> Iterator[VirtualHost]:
+    @asynccontextmanager
+    async def operation(self, subject: str) -> AsyncIterator[VirtualHost]:
         """Make one call on the broker.
 
         Raises:
@@ -152,11 +146,13 @@ class NativeChannel:
                 yield vhost
         except ChannelIsClosed as error:
             raise SessionLost(f"the channel is closed: {error}") from error
+        # Every call lets other tasks run, as a round trip to a real broker does.
+        await asyncio.sleep(0)
 
-    @contextmanager
-    def queue_operation(self, name: str) -> Iterator[tuple[VirtualHost, MemoryQueue]]:
+    @asynccontextmanager
+    async def queue_operation(self, name: str) -> AsyncIterator[tuple[VirtualHost, MemoryQueue]]:
         """Make one call on a queue that exists and that this connection may use."""
-        with self.operation(f"queue {name!r}") as vhost:
+        async with self.operation(f"queue {name!r}") as vhost:
             yield vhost, vhost.queue(name, self._connection)
 
     async def publish(self, publication: Publication) -> None:
@@ -194,9 +190,8 @@ class NativeExchange:
 
     async def delete(self) -> None:
         """Delete it."""
-        with self._channel.operation(f"exchange {self.name!r}") as vhost:
+        async with self._channel.operation(f"exchange {self.name!r}") as vhost:
             vhost.delete_exchange(self.name)
-        await asyncio.sleep(0)
 
 
 class NativeQueue:
@@ -214,10 +209,7 @@ class NativeQueue:
         arguments: _Arguments = None,
     ) -> None:
         """Bind it; the default routing key is its name."""
-        key = self.name if routing_key is None else routing_key
-        with self._channel.queue_operation(self.name) as (vhost, queue):
-            vhost.bind(queue, _name_of(exchange), key, arguments or {})
-        await asyncio.sleep(0)
+        await self._rebind(VirtualHost.bind, exchange, routing_key, arguments)
 
     async def unbind(
         self,
@@ -227,20 +219,28 @@ class NativeQueue:
         arguments: _Arguments = None,
     ) -> None:
         """Remove a binding."""
+        await self._rebind(VirtualHost.unbind, exchange, routing_key, arguments)
+
+    async def _rebind(
+        self,
+        change: Callable[[VirtualHost, MemoryQueue, str, str, Headers], None],
+        exchange: NativeExchange | str,
+        routing_key: str | None,
+        arguments: _Arguments,
+    ) -> None:
         key = self.name if routing_key is None else routing_key
-        with self._channel.queue_operation(self.name) as (vhost, queue):
-            vhost.unbind(queue, _name_of(exchange), key, arguments or {})
-        await asyncio.sleep(0)
+        source = exchange if isinstance(exchange, str) else exchange.name
+        async with self._channel.queue_operation(self.name) as (vhost, queue):
+            change(vhost, queue, source, key, arguments or {})
 
     async def purge(self) -> None:
         """Drop its ready messages."""
-        with self._channel.queue_operation(self.name) as (_, queue):
+        async with self._channel.queue_operation(self.name) as (_, queue):
             queue.purge()
-        await asyncio.sleep(0)
 
     async def delete(self, *, if_unused: bool = True, if_empty: bool = True) -> None:
         """Delete it, by default only if it has neither consumers nor ready messages."""
-        with self._channel.queue_operation(self.name) as (vhost, queue):
+        async with self._channel.queue_operation(self.name) as (vhost, queue):
             for is_refused, reason in (
                 (if_unused and len(queue.consumers), "in use"),
                 (if_empty and len(queue.ready), "not empty"),
@@ -251,52 +251,24 @@ class NativeQueue:
                         f"queue '{self.name}' in vhost '/' {reason}",
                     )
             vhost.delete_queue(queue)
-        await asyncio.sleep(0)
 
 
 def read_message(message: Any, *, exchange: str, routing_key: str, mandatory: bool) -> Publication:  # noqa: ANN401  -- any class with aio-pika's attributes
     """Return the publication of a message; an attribute that it does not have is absent."""
-    priority = getattr(message, "priority", None)
-    mode = getattr(message, "delivery_mode", None)
+    properties = {each.name: getattr(message, each.name, None) for each in _PROPERTIES}
+    for name in ("delivery_mode", "priority"):
+        # aio-pika's delivery mode is an enum of integers.
+        properties[name] = None if properties[name] is None else int(properties[name])
+    # aio-pika does not distinguish empty headers from absent ones.
+    properties["headers"] = properties["headers"] or None
+    if isinstance(expiration := properties["expiration"], datetime):
+        # As in aio-pika, a moment counts from now.
+        properties["expiration"] = expiration - datetime.now(expiration.tzinfo)
+    if isinstance(timestamp := properties["timestamp"], int | float):
+        properties["timestamp"] = datetime.fromtimestamp(timestamp, UTC)
     return Publication(
-        message.body,
-        exchange=exchange,
-        routing_key=routing_key,
-        mandatory=mandatory,
-        # aio-pika does not distinguish empty headers from absent ones.
-        headers=getattr(message, "headers", None) or None,
-        delivery_mode=None if mode is None else int(mode),
-        priority=None if priority is None else int(priority),
-        expiration=_to_duration(getattr(message, "expiration", None)),
-        timestamp=_to_datetime(getattr(message, "timestamp", None)),
-        **{name: getattr(message, name, None) for name in _UNCHANGED},
+        message.body, exchange=exchange, routing_key=routing_key, mandatory=mandatory, **properties
     )
 
 
-_UNCHANGED = (
-    "content_type",
-    "content_encoding",
-    "correlation_id",
-    "reply_to",
-    "message_id",
-    "type",
-    "user_id",
-    "app_id",
-)
-
-
-def _to_duration(expiration: float | timedelta | datetime | None) -> float | timedelta | None:
-    # As in aio-pika, a moment counts from now.
-    if isinstance(expiration, datetime):
-        return expiration - datetime.now(expiration.tzinfo)
-    return expiration
-
-
-def _to_datetime(timestamp: datetime | float | None) -> datetime | None:
-    if timestamp is None or isinstance(timestamp, datetime):
-        return timestamp
-    return datetime.fromtimestamp(timestamp, UTC)
-
-
-def _name_of(exchange: NativeExchange | str) -> str:
-    return exchange if isinstance(exchange, str) else exchange.name
+_PROPERTIES = [each for each in fields(NativeMessage) if each.name != "body"]

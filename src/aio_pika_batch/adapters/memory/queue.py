@@ -15,9 +15,9 @@ from typing import Protocol
 
 from aio_pika_batch.adapters.memory.faults import EventKind
 from aio_pika_batch.adapters.memory.queue_arguments import Overflow, QueueSpec, QueueType
+from aio_pika_batch.adapters.memory.rabbitmq import VersionRules
 from aio_pika_batch.adapters.memory.ready_list import QueueEntry, ReadyList, RequeuePosition
 from aio_pika_batch.adapters.memory.stored_message import DeathReason, StoredMessage
-from aio_pika_batch.adapters.memory.versions import VersionRules
 from aio_pika_batch.core.message import Headers
 
 

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from aio_pika_batch.adapters.memory.refusals import (
+from aio_pika_batch.adapters.memory.rabbitmq import (
     Refusal,
+    VersionRules,
     amqp_type_name,
     format_value,
     inequivalent_argument,
     invalid_argument,
 )
-from aio_pika_batch.adapters.memory.versions import VersionRules
 from aio_pika_batch.core.message import FieldValue, Headers
 from aio_pika_batch.core.refusals import ReplyCode
 

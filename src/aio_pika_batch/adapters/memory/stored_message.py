@@ -17,8 +17,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum
 
-from aio_pika_batch.adapters.memory.refusals import Refusal, amqp_type_name
-from aio_pika_batch.adapters.memory.versions import VersionRules
+from aio_pika_batch.adapters.memory.rabbitmq import Refusal, VersionRules, amqp_type_name
 from aio_pika_batch.core.message import SHORT_STRING, FieldValue, Headers, Properties
 from aio_pika_batch.core.refusals import ReplyCode
 

@@ -16,10 +16,13 @@ from weakref import WeakKeyDictionary
 
 from aio_pika_batch.adapters.memory.broker import Broker, BrokerUnreachable
 from aio_pika_batch.adapters.memory.channel import Connection
-from aio_pika_batch.adapters.memory.publisher import MemoryPublisher
-from aio_pika_batch.adapters.memory.refusals import Refusal, translate_refusals
-from aio_pika_batch.adapters.memory.session import MemorySession
-from aio_pika_batch.adapters.memory.versions import NEWEST, version_rules
+from aio_pika_batch.adapters.memory.rabbitmq import (
+    NEWEST,
+    Refusal,
+    translate_refusals,
+    version_rules,
+)
+from aio_pika_batch.adapters.memory.session import MemoryPublisher, MemorySession
 from aio_pika_batch.core.refusals import ReplyCode
 from aio_pika_batch.core.topology import (
     Exchange,

@@ -23,14 +23,11 @@ from aio_pika_batch.adapters.memory.queue_arguments import (
     check_same_arguments,
     parse_arguments,
 )
-from aio_pika_batch.adapters.memory.refusals import (
+from aio_pika_batch.adapters.memory.rabbitmq import (
     Refusal,
-    default_exchange_not_permitted,
-    exchange_not_found,
+    VersionRules,
     format_flag,
     inequivalent_argument,
-    queue_locked,
-    queue_not_found,
 )
 from aio_pika_batch.adapters.memory.stored_message import (
     DeathReason,
@@ -41,7 +38,6 @@ from aio_pika_batch.adapters.memory.stored_message import (
     make_dead_letter,
     parse_x_death,
 )
-from aio_pika_batch.adapters.memory.versions import VersionRules
 from aio_pika_batch.core.message import Headers
 from aio_pika_batch.core.refusals import ReplyCode
 
@@ -82,9 +78,9 @@ class VirtualHost:
         """
         queue = self.queues.get(name)
         if queue is None:
-            raise queue_not_found(name)
+            raise Refusal(ReplyCode.NOT_FOUND, f"no queue '{name}' in vhost '/'")
         if queue.owner is not None and queue.owner is not connection:
-            raise queue_locked(name)
+            raise _locked(name)
         return queue
 
     def exchange(self, name: str) -> MemoryExchange:
@@ -94,10 +90,10 @@ class VirtualHost:
             Refusal: It does not exist, or is the default exchange.
         """
         if not name:
-            raise default_exchange_not_permitted()
+            raise _default_exchange_refused()
         exchange = self.exchanges.get(name)
         if exchange is None:
-            raise exchange_not_found(name)
+            raise Refusal(ReplyCode.NOT_FOUND, f"no exchange '{name}' in vhost '/'")
         return exchange
 
     def declare_exchange(
@@ -113,7 +109,7 @@ class VirtualHost:
             )
             return
         if not name:
-            raise default_exchange_not_permitted()
+            raise _default_exchange_refused()
         _refuse_reserved_name("exchange", name)
         self.exchanges[name] = MemoryExchange(
             name, exchange_type, durable, auto_delete, copy_headers(arguments)
@@ -141,7 +137,7 @@ class VirtualHost:
         existing = self.queues.get(name)
         if existing is not None:
             if existing.owner is not owner:
-                raise queue_locked(name)
+                raise _locked(name)
             for argument, received, current in (
                 ("durable", durable, existing.durable),
                 ("auto_delete", auto_delete, existing.auto_delete),
@@ -354,6 +350,19 @@ class VirtualHost:
             (at for queue in self.queues.values() if (at := queue.deadline) is not None),
             default=None,
         )
+
+
+def _locked(queue: str) -> Refusal:
+    return Refusal(
+        ReplyCode.RESOURCE_LOCKED,
+        f"cannot obtain exclusive access to locked queue '{queue}' in vhost '/'. It could be"
+        " originally declared on another connection or the exclusive property value does not match"
+        " that of the original declaration.",
+    )
+
+
+def _default_exchange_refused() -> Refusal:
+    return Refusal(ReplyCode.ACCESS_REFUSED, "operation not permitted on the default exchange")
 
 
 def _refuse_reserved_name(what: str, name: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import assert_never
 
 from aio_pika_batch.adapters.memory.faults import EventKind, PublishFault
-from aio_pika_batch.adapters.memory.versions import NEWEST
+from aio_pika_batch.adapters.memory.rabbitmq import NEWEST
 from aio_pika_batch.testing.broker import BatchBroker
 from aio_pika_batch.testing.stories.invariants import judge
 from aio_pika_batch.testing.stories.player import Played, play

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 
 from aio_pika_batch.adapters.memory.broker import Broker
 from aio_pika_batch.adapters.memory.faults import EventKind
-from aio_pika_batch.adapters.memory.refusals import Refusal
+from aio_pika_batch.adapters.memory.rabbitmq import Refusal
 from tests.unit.adapters.memory.client import Client, bodies
 
 QUEUE, DEAD = "work", "dead"

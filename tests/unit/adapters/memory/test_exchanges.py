@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from aio_pika_batch.adapters.memory.broker import Broker
 from aio_pika_batch.adapters.memory.exchanges import headers_match, topic_matches
-from aio_pika_batch.adapters.memory.refusals import Refusal
+from aio_pika_batch.adapters.memory.rabbitmq import Refusal
 from aio_pika_batch.core.refusals import ReplyCode
 from tests.unit.adapters.memory.client import Client, bodies
 

@@ -7,7 +7,7 @@ import pytest
 from aio_pika_batch.adapters.memory import Broker, ConnectFault, EventKind, PublishFault
 from aio_pika_batch.adapters.memory.broker import BrokerUnreachable
 from aio_pika_batch.adapters.memory.channel import CancelFrame, CloseFrame, ConfirmFrame
-from aio_pika_batch.adapters.memory.refusals import Refusal
+from aio_pika_batch.adapters.memory.rabbitmq import Refusal
 from tests.unit.adapters.memory.client import Client, bodies
 
 

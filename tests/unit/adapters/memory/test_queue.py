@@ -7,7 +7,7 @@ import pytest
 from aio_pika_batch.adapters.memory.broker import Broker
 from aio_pika_batch.adapters.memory.channel import CancelFrame
 from aio_pika_batch.adapters.memory.faults import EventKind
-from aio_pika_batch.adapters.memory.refusals import Refusal
+from aio_pika_batch.adapters.memory.rabbitmq import Refusal
 from aio_pika_batch.core.refusals import ReplyCode
 from tests.unit.adapters.memory.client import Client, bodies
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from aio_pika_batch.adapters.memory.broker import Broker
-from aio_pika_batch.adapters.memory.refusals import Refusal
+from aio_pika_batch.adapters.memory.rabbitmq import Refusal
 from tests.unit.adapters.memory.client import Client, bodies
 
 NEVER = 60

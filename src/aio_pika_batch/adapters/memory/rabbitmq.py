@@ -1,17 +1,96 @@
-"""Defines the refusals with which the broker closes a channel or a connection.
+"""Describes RabbitMQ: how its versions differ, and with which texts it refuses.
 
-The texts are RabbitMQ's, so a test that reads them reads the same ones in production.
+Everything that depends on the version is a field of `VersionRules`. The other modules read the
+field and never compare versions. The texts of refusals are RabbitMQ's, so a test that reads them
+reads the same ones in production.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 
 from aio_pika_batch.core.message import FieldValue
 from aio_pika_batch.core.refusals import ReplyCode, refusal_error
+from aio_pika_batch.errors import ConfigurationError
+
+# --- versions ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionRules:
+    """How one version behaves, as observed on a real broker of it; the defaults are 3.10's."""
+
+    version: str
+    # The delivery limit of a quorum queue that is declared without one.
+    default_delivery_limit: int | None = None
+    # Whether a quorum queue without a delivery limit puts requeued messages at its back.
+    requeues_to_back: bool = True
+    # Whether `basic.nack(requeue=True)` counts towards a delivery limit, as `basic.reject` does.
+    nack_counts: bool = True
+    # Whether quorum queues send `x-acquired-count`: how often a message was delivered in vain.
+    sends_acquired_count: bool = False
+    # Whether the first delivery has `x-delivery-count`.
+    sends_zero_delivery_count: bool = True
+    # Whether the broker believes an `x-death` header that a client sends.
+    trusts_client_deaths: bool = True
+    # Whether dead letters have `x-last-death-*` headers.
+    sends_last_death: bool = False
+    # Whether a dead letter keeps `CC` although its queue has a dead-letter routing key.
+    keeps_cc: bool = False
+    # Whether a dead letter that was delivered before counts as redelivered.
+    dead_letters_redelivered: bool = False
+    # Whether quorum queues have time to live, `reject-publish`, and at-least-once dead letters.
+    quorum_expires: bool = True
+    # Whether an unknown exchange type closes the connection and not only the channel.
+    unknown_type_closes_connection: bool = True
+
+
+_V3_10 = VersionRules(version="3.10")
+_V3_8 = replace(_V3_10, version="3.8", requeues_to_back=False, quorum_expires=False)
+_V4_0 = replace(
+    _V3_10,
+    version="4.0",
+    default_delivery_limit=20,
+    requeues_to_back=False,
+    sends_zero_delivery_count=False,
+    trusts_client_deaths=False,
+    sends_last_death=True,
+    keeps_cc=True,
+    unknown_type_closes_connection=False,
+)
+# 4.3 counts failures of processing only, and tells them apart from mere returns.
+_V4_3 = replace(
+    _V4_0,
+    version="4.3",
+    nack_counts=False,
+    sends_acquired_count=True,
+    dead_letters_redelivered=True,
+)
+_RULES = {each.version: each for each in (_V3_8, _V3_10, _V4_0, _V4_3)}
+
+NEWEST = "4.3"
+
+
+def version_rules(version: str) -> VersionRules:
+    """Return the rules of a version.
+
+    Raises:
+        ConfigurationError: It is not imitated.
+    """
+    try:
+        return _RULES[version]
+    except KeyError:
+        known = ", ".join(_RULES)
+        raise ConfigurationError(
+            f"the broker in memory can't imitate RabbitMQ {version!r}; use one of {known}"
+        ) from None
+
+
+# --- refusals ------------------------------------------------------------------
 
 _FIRST_CONNECTION_CODE = 500
 
@@ -38,36 +117,6 @@ def translate_refusals(subject: str, if_unequal: str | None = None) -> Iterator[
         yield
     except Refusal as refusal:
         raise refusal_error(refusal.code, refusal.text, subject, if_unequal) from refusal
-
-
-def queue_not_found(name: str) -> Refusal:
-    """Return the refusal for a queue that does not exist."""
-    return Refusal(ReplyCode.NOT_FOUND, f"no queue '{name}' in vhost '/'")
-
-
-def exchange_not_found(name: str) -> Refusal:
-    """Return the refusal for an exchange that does not exist."""
-    return Refusal(ReplyCode.NOT_FOUND, f"no exchange '{name}' in vhost '/'")
-
-
-def default_exchange_not_permitted() -> Refusal:
-    """Return the refusal for declaring, binding or unbinding the default exchange."""
-    return Refusal(ReplyCode.ACCESS_REFUSED, "operation not permitted on the default exchange")
-
-
-def queue_locked(name: str) -> Refusal:
-    """Return the refusal for using another connection's exclusive queue."""
-    return Refusal(
-        ReplyCode.RESOURCE_LOCKED,
-        f"cannot obtain exclusive access to locked queue '{name}' in vhost '/'. It could be"
-        " originally declared on another connection or the exclusive property value does not match"
-        " that of the original declaration.",
-    )
-
-
-def queue_in_exclusive_use(name: str) -> Refusal:
-    """Return the refusal for a consumer beside an exclusive one, or an exclusive one beside it."""
-    return Refusal(ReplyCode.ACCESS_REFUSED, f"queue '{name}' in vhost '/' in exclusive use")
 
 
 def inequivalent_argument(argument: str, entity: str, received: str, current: str) -> Refusal:
