@@ -257,8 +257,8 @@ def read_message(message: Any, *, exchange: str, routing_key: str, mandatory: bo
     """Return the publication of a message; an attribute that it does not have is absent."""
     properties = {each.name: getattr(message, each.name, None) for each in _PROPERTIES}
     for name in ("delivery_mode", "priority"):
-        # aio-pika's delivery mode is an enum of integers.
-        properties[name] = None if properties[name] is None else int(properties[name])
+        if (number := properties[name]) is not None:
+            properties[name] = int(number)  # aio-pika's delivery mode is an enum
     # aio-pika does not distinguish empty headers from absent ones.
     properties["headers"] = properties["headers"] or None
     if isinstance(expiration := properties["expiration"], datetime):
