@@ -41,6 +41,7 @@ from aio_pika_batch.errors import (
 __all__ = [
     "DELIVERY_COUNT",
     "AccessRefused",
+    "AdjustableSession",
     "Binding",
     "BrokerUnavailable",
     "Copy",
@@ -78,6 +79,7 @@ __all__ = [
     "VersionedTransport",
     "Wire",
     "open_transport",
+    "resumed_consumer_tag",
 ]
 
 Wire: TypeAlias = Literal["auto", "fast", "plain"]
@@ -195,6 +197,46 @@ class PumpingSession(Protocol):
             Exception: The exception that `sink` raised. It isn't called again.
         """
         ...
+
+
+@runtime_checkable
+class AdjustableSession(Protocol):
+    """A session that can also pause its deliveries, and resume them with another prefetch.
+
+    A consumer that meets a message that may crash its process handles it while it holds no other.
+    """
+
+    async def pause(self) -> None:
+        """Stop the deliveries, and return after the broker has confirmed. Idempotent.
+
+        What was delivered before is still handed out. The iteration doesn't end, and settlements
+        go on.
+
+        Raises:
+            SessionLost: The session was lost in the meantime.
+        """
+        ...
+
+    async def resume(self, prefetch: int) -> None:
+        """Let the broker deliver again after a pause. It does nothing after `cancel`.
+
+        Args:
+            prefetch: How many messages that are delivered from now on may be unsettled; 0 means no
+                limit. Those that were delivered before the pause don't count.
+
+        Raises:
+            SessionLost: The session was lost, or the broker refuses to deliver again.
+        """
+        ...
+
+
+def resumed_consumer_tag(consumer_tag: str, number: int) -> str:
+    """Return the consumer tag after so many pauses, cut to what a tag may have.
+
+    A quorum queue still knows a cancelled consumer that has unsettled messages. Under the same tag
+    it would go on counting these, so that a new prefetch count couldn't be relied on.
+    """
+    return f"{consumer_tag.encode()[:240].decode(errors='ignore')}-{number}"
 
 
 @runtime_checkable

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from aio_pika_batch.core.publication import Outcome, Outgoing
     from aio_pika_batch.core.topology import Topology
     from aio_pika_batch.transport import (
+        AdjustableSession,
         Publisher,
         PumpingSession,
         Session,
@@ -121,6 +122,16 @@ class KillableSession:
 
         pumping: PumpingSession = self._session  # type: ignore[assignment]  # aio-pika's can
         await pumping.pump(take)
+
+    async def pause(self) -> None:
+        self._switch.step()
+        adjustable: AdjustableSession = self._session  # type: ignore[assignment]  # the same
+        await adjustable.pause()
+        self._switch.step()
+
+    async def resume(self, prefetch: int) -> None:
+        adjustable: AdjustableSession = self._session  # type: ignore[assignment]  # the same
+        await adjustable.resume(prefetch)
 
     def _note(self, chunk: Sequence[Message]) -> None:
         delivered = [[message.delivery_tag, message.json()["id"]] for message in chunk]

@@ -42,6 +42,7 @@ CLASSIC = Features(
     exclusive_consumers=True,
     exclusive_queues=True,
     pumps=True,
+    adjusts=True,
     has_native=True,
     tells_version=True,
     counts_ready=True,

@@ -40,6 +40,12 @@ class HonestSession:
     async def settle(self, settlements: Sequence[Settlement]) -> None:
         await self.inner.settle(settlements)
 
+    async def pause(self) -> None:
+        await self.inner.pause()
+
+    async def resume(self, prefetch: int) -> None:
+        await self.inner.resume(prefetch)
+
     async def native(self) -> Native:
         return await self.inner.native()
 
@@ -322,6 +328,74 @@ class LeavesWaitersAlone(HonestSession):
                 yield chunk
         except SessionClosed:
             await asyncio.Event().wait()
+
+
+# --- pausing ---------------------------------------------------------------------------
+
+
+class PausesNothing(HonestSession):
+    async def pause(self) -> None:
+        self.inner._check()
+
+
+class ResumesAsBefore(HonestSession):
+    async def resume(self, prefetch: int) -> None:
+        await self.inner.resume(self.inner._subscription.prefetch)
+
+
+class CountsWhatCameBefore(HonestSession):
+    """As a broker does that still knows the consumer by its tag."""
+
+    async def resume(self, prefetch: int) -> None:
+        if prefetch == 0 or len(self.inner._ledger) < prefetch:
+            await self.inner.resume(prefetch)
+
+
+class StopsReadingAtPause(HonestSession):
+    paused = False
+
+    async def __aiter__(self):
+        async for chunk in self.inner:
+            if not self.paused:
+                yield chunk
+
+    async def pause(self) -> None:
+        self.paused = True
+        await self.inner.pause()
+
+    async def resume(self, prefetch: int) -> None:
+        self.paused = False
+        await self.inner.resume(prefetch)
+
+
+class ResumesTwice(HonestSession):
+    async def resume(self, prefetch: int) -> None:
+        self.inner._consumer_tag = ""
+        await self.inner.resume(prefetch)
+
+
+class ResumesAfterItsEnd(HonestSession):
+    async def resume(self, prefetch: int) -> None:
+        self.inner._is_cancelled = False
+        await self.inner.resume(prefetch)
+
+
+class CancelsTheFirstConsumer(HonestSession):
+    async def cancel(self) -> None:
+        self.inner._consumer_tag = self.inner._subscription.consumer_tag
+        await self.inner.cancel()
+
+
+class PausesSilentlyAfterItsEnd(HonestSession):
+    async def pause(self) -> None:
+        with suppress(SessionClosed):
+            await self.inner.pause()
+
+
+class ResumesSilentlyAfterALoss(HonestSession):
+    async def resume(self, prefetch: int) -> None:
+        with suppress(SessionLost):
+            await self.inner.resume(prefetch)
 
 
 # --- settling --------------------------------------------------------------------------

@@ -27,6 +27,7 @@ ALL = Features(
     compares=True,
     exclusive_consumers=True,
     exclusive_queues=True,
+    adjusts=True,
     has_native=True,
     tells_version=True,
     counts_ready=True,

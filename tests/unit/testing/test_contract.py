@@ -79,7 +79,7 @@ WRONG = {
     ),
     broken.PumpsForEver: "pumping delivers the same messages as iterating, and ends after cancel",
     broken.PumpsOn: "pump raises what its sink raises, and does not call the sink again",
-    broken.Pumps: "a session pumps and has native objects exactly as the features claim",
+    broken.Pumps: "a session pumps, pauses and has native objects exactly as the features claim",
     # how it ends
     broken.NeverCancels: "after cancel, no new message is delivered",
     broken.StopsReadingAtCancel: ("messages that arrived before cancel are still received"),
@@ -98,6 +98,24 @@ WRONG = {
         "a receive that waits while the session closes raises SessionClosed"
     ),
     broken.LeavesWaitersAlone: "a receive that waits while the session closes raises SessionClosed",
+    # pausing
+    broken.PausesNothing: ("a paused session delivers nothing, and resumes with another prefetch"),
+    broken.ResumesAsBefore: (
+        "a paused session delivers nothing, and resumes with another prefetch"
+    ),
+    broken.CountsWhatCameBefore: (
+        "what was delivered before a pause can be settled, and doesn't count for the next prefetch"
+    ),
+    broken.StopsReadingAtPause: "messages that arrived before a pause are still received",
+    broken.ResumesTwice: (
+        "pausing again changes nothing, and neither does resuming what isn't paused"
+    ),
+    broken.ResumesAfterItsEnd: "cancel ends a paused session, which can't be resumed then",
+    broken.CancelsTheFirstConsumer: "cancel ends a resumed session",
+    broken.PausesSilentlyAfterItsEnd: (
+        "a closed session raises SessionClosed from pause and resume"
+    ),
+    broken.ResumesSilentlyAfterALoss: "a lost session raises SessionLost from pause and resume",
     # settling
     broken.LosesAnAck: "an acked message does not come back after the session",
     broken.AcksAllBefore: "an ack settles its own tags only, and no earlier ones",
@@ -222,12 +240,16 @@ async def test_a_transport_that_passes_everything_on_keeps_the_contract():
 
 async def test_a_claimed_feature_must_exist():
     """And one that is not claimed must not exist if a consumer would use it."""
-    offers = ("pumps", "has_native", "tells_version", "counts_ready")
+    offers = ("pumps", "adjusts", "has_native", "tells_version", "counts_ready")
     nothing = dict.fromkeys((*offers, "dead_letters"), False)
     (await contract_of(broken.Bare, **nothing).run(at_once=100)).raise_if_broken()
     report = await contract_of(broken.Bare, **dict.fromkeys(offers, True)).run(at_once=100)
-    assert {str(finding.clause): finding.why for finding in report.broken} == {
-        "a session pumps and has native objects exactly as the features claim": (
+    without_pause = dict.fromkeys(
+        [str(clause) for clause in CLAUSES if "adjusts" in clause.needs],
+        "the session has no methods pause and resume",
+    )
+    assert {str(finding.clause): finding.why for finding in report.broken} == without_pause | {
+        "a session pumps, pauses and has native objects exactly as the features claim": (
             "whether it can pump: expected True, found False"
         ),
         "pumping delivers the same messages as iterating, and ends after cancel": (

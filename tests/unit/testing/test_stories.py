@@ -47,7 +47,7 @@ from aio_pika_batch.testing.stories.invariants import (
 )
 from aio_pika_batch.testing.stories.recording import RecordingTransport
 from aio_pika_batch.testing.strategies import stories
-from aio_pika_batch.transport import PumpingSession, Subscription
+from aio_pika_batch.transport import AdjustableSession, PumpingSession, Subscription
 from tests.unit.shell.scripted_transport import ScriptedTransport
 
 ACK, NACK, REQUEUE = MessageResult.ACK, MessageResult.NACK, MessageResult.REQUEUE
@@ -326,7 +326,7 @@ async def test_only_confirmed_copies_count(script, record):
 
 
 async def test_a_recording_transport_has_the_same_features(script, record, monkeypatch):
-    """A version and a pump exist only if the wrapped transport has them."""
+    """A version, a pump and a pause exist only if the wrapped transport has them."""
 
     async def pump(session, sink):
         async for chunk in session:
@@ -334,7 +334,7 @@ async def test_a_recording_transport_has_the_same_features(script, record, monke
 
     assert record.broker_version is None
     async with record.session(subscription()) as session:
-        assert not isinstance(session, PumpingSession)
+        assert not isinstance(session, PumpingSession | AdjustableSession)
 
     monkeypatch.setattr(MemorySession, "pump", pump, raising=False)
     broker = BatchBroker("4.0")
@@ -344,6 +344,7 @@ async def test_a_recording_transport_has_the_same_features(script, record, monke
     broker.publish(b"a", routing_key="jobs")
     async with record.session(subscription()) as session:
         assert isinstance(session, PumpingSession)
+        assert isinstance(session, AdjustableSession)
         await session.cancel()
         came = []
         await session.pump(came.extend)

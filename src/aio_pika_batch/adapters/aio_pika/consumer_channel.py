@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from aio_pika_batch.adapters.aio_pika.client_errors import (
@@ -25,6 +25,7 @@ from aio_pika_batch.adapters.aio_pika.properties import decode, decode_headers, 
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.refusals import refusal_error
 from aio_pika_batch.errors import BrokerUnavailable, SessionLost
+from aio_pika_batch.transport import resumed_consumer_tag
 
 if TYPE_CHECKING:
     from aiormq.abc import AbstractChannel, DeliveredMessage
@@ -67,7 +68,9 @@ class ConsumerChannel:
         self._connection = connection
         self._listener = listener
         self._channel: AbstractChannel | None = None
+        self._subscription: Subscription | None = None
         self._consumer_tag = ""
+        self._pauses = 0
 
     async def consume(self, subscription: Subscription) -> None:
         """Open the channel and start the consumer. Raises TopologyError or BrokerUnavailable."""
@@ -83,28 +86,44 @@ class ConsumerChannel:
                 f" {format_error(error)}"
             )
 
+        with translate_errors(failed):
+            self._channel = channel = await self._connection.channel()
+            self.number = channel.number
+            self._subscription = subscription
+            await self._start(channel, subscription)
+
+    async def resume(self, prefetch: int) -> None:
+        """Start a consumer again after `cancel`, with a new tag. Raises SessionLost."""
+        first = self._subscription
+        if self._channel is None or first is None or self._consumer_tag:
+            return
+        self._pauses += 1
+        tag = resumed_consumer_tag(first.consumer_tag, self._pauses)
+        with translate_errors(
+            lambda error: SessionLost(f"cannot resume the deliveries: {format_error(error)}")
+        ):
+            await self._start(self._channel, replace(first, consumer_tag=tag, prefetch=prefetch))
+
+    async def _start(self, channel: AbstractChannel, subscription: Subscription) -> None:
         self._consumer_tag = subscription.consumer_tag
         source = RawSource(
             subscription.queue, subscription.consumer_tag, subscription.retry_count_header
         )
-        with translate_errors(failed):
-            self._channel = channel = await self._connection.channel()
-            self.number = channel.number
-            # Tap before the consumer exists, so that no delivery can come earlier.
-            if self._connection.is_fast:
-                tap.tap_consumer(channel.number, source, self._listener)
-                on_message = _unexpected
-            else:
-                on_message = self._guarded(channel.number, source)
-            # Set prefetch first: it applies to consumers that start after it.
-            await channel.basic_qos(prefetch_count=subscription.prefetch)
-            await channel.basic_consume(
-                subscription.queue,
-                on_message,
-                consumer_tag=subscription.consumer_tag,
-                exclusive=subscription.exclusive,
-                arguments=dict[str, Any](subscription.arguments),
-            )
+        # Tap before the consumer exists, so that no delivery can come earlier.
+        if self._connection.is_fast:
+            self._connection.tap.tap_consumer(channel.number, source, self._listener)
+            on_message = _unexpected
+        else:
+            on_message = self._guarded(channel.number, source)
+        # Set prefetch first: it applies to consumers that start after it.
+        await channel.basic_qos(prefetch_count=subscription.prefetch)
+        await channel.basic_consume(
+            subscription.queue,
+            on_message,
+            consumer_tag=subscription.consumer_tag,
+            exclusive=subscription.exclusive,
+            arguments=dict[str, Any](subscription.arguments),
+        )
 
     def _guarded(self, number: int, source: RawSource) -> Any:  # noqa: ANN401  -- a callback
         guard = self._connection.tap.guard(number, self._listener)
@@ -119,12 +138,13 @@ class ConsumerChannel:
 
     async def cancel(self) -> None:
         """Cancel the consumer, and wait for the broker's answer. Raises SessionLost."""
-        if self._channel is None:
+        if self._channel is None or not self._consumer_tag:
             return
         with translate_errors(
             lambda error: SessionLost(f"basic.cancel failed: {format_error(error)}")
         ):
             await self._channel.basic_cancel(self._consumer_tag)
+        self._consumer_tag = ""
         if not self._connection.is_fast:
             for _ in range(_TURNS):
                 await asyncio.sleep(0)

@@ -38,7 +38,7 @@ from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost,
 from aio_pika_batch.transport import Native
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from aio_pika_batch.adapters.aio_pika.events import Event
     from aio_pika_batch.adapters.aio_pika.url import Address
@@ -78,7 +78,7 @@ async def open_session(
 
 
 class AioPikaSession:
-    """Implements :class:`~aio_pika_batch.transport.Session` and its two extensions."""
+    """Implements :class:`~aio_pika_batch.transport.Session` and its extensions."""
 
     def __init__(self, connection: OpenConnection, subscription: Subscription) -> None:
         self._connection = connection
@@ -97,6 +97,7 @@ class AioPikaSession:
         self._is_first = True
         self._settled_at = -SETTLE_PAUSE  # no pause if nothing was settled
         self._cancelling: asyncio.Task[None] | None = None
+        self._adjusting = asyncio.Lock()
         self._opening_native: asyncio.Task[Native] | None = None
 
     async def open(self, timeout: float) -> None:
@@ -148,6 +149,31 @@ class AioPikaSession:
             self._cancelling = self._loop.create_task(self._cancel())
             self._cancelling.add_done_callback(consume_exception)
         await self._shielded(self._cancelling)
+
+    async def pause(self) -> None:
+        """Cancel the consumer, and keep its channel."""
+        await self._adjust(self._channel.cancel)
+
+    async def resume(self, prefetch: int) -> None:
+        """Start another consumer on the same channel."""
+
+        async def unless_cancelled() -> None:
+            if self._cancelling is None:
+                await self._channel.resume(prefetch)
+
+        await self._adjust(unless_cancelled)
+
+    async def _adjust(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Change the consumer in a task of its own: a cancelled call would close the channel."""
+
+        async def adjust() -> None:
+            async with self._adjusting:
+                await step()
+
+        self._check()
+        task = self._loop.create_task(adjust())
+        task.add_done_callback(consume_exception)
+        await self._shielded(task)
 
     async def settle(self, settlements: Sequence[Settlement]) -> None:
         """Settle messages."""
@@ -232,7 +258,8 @@ class AioPikaSession:
         await self._channel.close()
 
     async def _cancel(self) -> None:
-        await self._channel.cancel()
+        async with self._adjusting:
+            await self._channel.cancel()
         self._is_drained = True
         self._wake()
 

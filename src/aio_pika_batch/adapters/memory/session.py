@@ -29,7 +29,7 @@ from aio_pika_batch.core.message import DecodedSource, Message
 from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
 from aio_pika_batch.core.settlement import Disposition, Frame, Ledger, Settlement
 from aio_pika_batch.errors import SessionClosed, SessionLost
-from aio_pika_batch.transport import Native, Subscription
+from aio_pika_batch.transport import Native, Subscription, resumed_consumer_tag
 
 
 class MemorySession:
@@ -57,6 +57,8 @@ class MemorySession:
         self._arrived: list[Message] = []
         self._is_iterated = False
         self._is_cancelled = False
+        self._consumer_tag = ""
+        self._pauses = 0
         self._has_ended = False
         self._lost_reason: str | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -70,14 +72,19 @@ class MemorySession:
         """
         subscription = self._subscription
         with translate_refusals(f"queue {subscription.queue!r}"):
-            # Before the consumer starts: a prefetch count holds for later consumers only.
-            self._channel.qos(subscription.prefetch)
-            self._channel.consume(
-                subscription.queue,
-                subscription.consumer_tag,
-                exclusive=subscription.exclusive,
-                arguments=subscription.arguments,
-            )
+            self._start(subscription.consumer_tag, subscription.prefetch)
+
+    def _start(self, tag: str, prefetch: int) -> None:
+        subscription = self._subscription
+        # Before the consumer starts: a prefetch count holds for later consumers only.
+        self._channel.qos(prefetch)
+        self._channel.consume(
+            subscription.queue,
+            tag,
+            exclusive=subscription.exclusive,
+            arguments=subscription.arguments,
+        )
+        self._consumer_tag = tag
 
     def end(self) -> None:
         """Close the connection; a task that waits for messages gets `SessionClosed`."""
@@ -114,10 +121,30 @@ class MemorySession:
         """Cancel the consumer. Messages that were delivered before are still handed out."""
         self._check()
         if not self._is_cancelled:
-            self._channel.cancel(self._subscription.consumer_tag)
+            self._channel.cancel(self._consumer_tag)
             self._is_cancelled = True
             # The iteration ends, although no message comes.
             self._wake_reader()
+        await asyncio.sleep(0)
+        self._check()
+
+    async def pause(self) -> None:
+        """Cancel the consumer, and keep its channel."""
+        self._check()
+        if self._consumer_tag:
+            self._channel.cancel(self._consumer_tag)
+            self._consumer_tag = ""
+        await asyncio.sleep(0)
+        self._check()
+
+    async def resume(self, prefetch: int) -> None:
+        """Start another consumer on the same channel."""
+        self._check()
+        if not self._consumer_tag and not self._is_cancelled:
+            self._pauses += 1
+            tag = resumed_consumer_tag(self._subscription.consumer_tag, self._pauses)
+            with suppress(ChannelIsClosed, Refusal):
+                self._start(tag, prefetch)
         await asyncio.sleep(0)
         self._check()
 
@@ -167,6 +194,8 @@ class MemorySession:
             )
 
     def _message(self, frame: DeliverFrame) -> Message:
+        if frame.consumer_tag != self._source.consumer_tag:
+            self._source = replace(self._source, consumer_tag=frame.consumer_tag)
         return Message(
             self._source,
             frame.tag,

@@ -36,6 +36,7 @@ class Features:
         exclusive_consumers: A session can be the only consumer of a queue.
         exclusive_queues: A session can declare a queue that is deleted when the session ends.
         pumps: Its sessions can pump.
+        adjusts: Its sessions can be paused, and resumed with another prefetch.
         has_native: Its sessions have objects of the broker's own library.
         tells_version: It knows the version of RabbitMQ that it is connected to.
         counts_ready: It can count the ready messages of a queue.
@@ -63,6 +64,7 @@ class Features:
     exclusive_consumers: bool = False
     exclusive_queues: bool = False
     pumps: bool = False
+    adjusts: bool = False
     has_native: bool = False
     tells_version: bool = False
     counts_ready: bool = False

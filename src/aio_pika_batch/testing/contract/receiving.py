@@ -17,7 +17,7 @@ from aio_pika_batch.testing.contract.checks import (
     settlement,
 )
 from aio_pika_batch.testing.contract.clause import ClauseGroup
-from aio_pika_batch.transport import NativeSession, PumpingSession, Session
+from aio_pika_batch.transport import AdjustableSession, NativeSession, PumpingSession, Session
 
 GROUP = ClauseGroup()
 
@@ -137,10 +137,13 @@ def _chunk(chunk: Sequence[Message] | None) -> Sequence[Message]:
     return chunk
 
 
-@GROUP.clause("a session pumps and has native objects exactly as the features claim")
+@GROUP.clause("a session pumps, pauses and has native objects exactly as the features claim")
 async def _as_claimed(ctx: CheckContext) -> None:
     async with ctx.transport.session(ctx.subscription()) as session:
         expect(ctx.features.pumps, isinstance(session, PumpingSession), "whether it can pump")
+        expect(
+            ctx.features.adjusts, isinstance(session, AdjustableSession), "whether it can be paused"
+        )
         expect(
             ctx.features.has_native,
             isinstance(session, NativeSession),

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import TypeAlias
 
 from aio_pika_batch.testing.contract import (
+    adjusting,
     connection_loss,
     declaring,
     publishing,
@@ -25,7 +26,15 @@ HarnessFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[Harness]]
 
 CLAUSES: tuple[Clause, ...] = tuple(
     clause
-    for module in (receiving, stopping, settling, connection_loss, publishing, declaring)
+    for module in (
+        receiving,
+        stopping,
+        settling,
+        adjusting,
+        connection_loss,
+        publishing,
+        declaring,
+    )
     for clause in module.GROUP.clauses
 )
 """All clauses, in the order in which they are best read."""

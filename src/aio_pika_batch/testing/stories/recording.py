@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from aio_pika_batch.core.publication import Outcome, Outgoing
 from aio_pika_batch.core.settlement import Disposition, Settlement
-from aio_pika_batch.transport import PumpingSession, VersionedTransport
+from aio_pika_batch.transport import AdjustableSession, PumpingSession, VersionedTransport
 
 if TYPE_CHECKING:
     from aio_pika_batch.core.message import Message
@@ -57,10 +57,9 @@ class RecordingTransport:
 
     @asynccontextmanager
     async def session(self, subscription: Subscription) -> AsyncIterator[Session]:
-        """Open a session, which pumps if the wrapped one does."""
+        """Open a session that can do what the wrapped one can."""
         async with self._transport.session(subscription) as session:
-            kind = _PumpingSession if isinstance(session, PumpingSession) else _Session
-            recorded = kind(self, session, subscription.prefetch)
+            recorded = _kind_of(session)(self, session, subscription.prefetch)
             self._sessions.add(recorded)
             try:
                 yield recorded
@@ -134,6 +133,32 @@ class _PumpingSession(_Session):
 
         assert isinstance(self._session, PumpingSession)  # noqa: S101  -- for type checkers
         await self._session.pump(recording)
+
+
+class _AdjustableSession(_Session):
+    """Records a session that can be paused."""
+
+    async def pause(self) -> None:
+        """Pause the deliveries."""
+        assert isinstance(self._session, AdjustableSession)  # noqa: S101  -- for type checkers
+        await self._session.pause()
+
+    async def resume(self, prefetch: int) -> None:
+        """Resume the deliveries; earlier messages don't count for the new prefetch."""
+        assert isinstance(self._session, AdjustableSession)  # noqa: S101  -- for type checkers
+        self._prefetch = prefetch and prefetch + len(self.bodies)
+        await self._session.resume(prefetch)
+
+
+class _PumpingAdjustableSession(_PumpingSession, _AdjustableSession):
+    """Records a session that pumps, and can be paused."""
+
+
+def _kind_of(session: Session) -> type[_Session]:
+    if isinstance(session, PumpingSession):
+        is_adjustable = isinstance(session, AdjustableSession)
+        return _PumpingAdjustableSession if is_adjustable else _PumpingSession
+    return _AdjustableSession if isinstance(session, AdjustableSession) else _Session
 
 
 class _Publisher:
