@@ -41,6 +41,7 @@ LONGER_FOR_A_REASON = {
     "core/settlement_plan.py": "what becomes of each result is decided in one place",
     "runtime/handler.py": "a handler while it runs: its slot, what it yields, what it may ask",
     "runtime/consume_loop.py": "one session, from the first delivery to the last settlement",
+    "transport.py": "the port: everything that a transport implements or may offer",
     "settings/consumer_settings.py": "all settings in the order of the docs, one after another",
 }
 TAKE_REAL_TIME = {"time.sleep", "asyncio.run", "asyncio.new_event_loop"}
