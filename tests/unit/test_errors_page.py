@@ -19,7 +19,7 @@ from aio_pika_batch.cli.process_manager import ProcessEvent
 from aio_pika_batch.testing import virtual_time
 from aio_pika_batch.testing.contract.checks import ClauseBroken
 from aio_pika_batch.testing.rabbitmq.find import NoBrokerError
-from aio_pika_batch.testing.stories.invariants import StoryBroken
+from aio_pika_batch.testing.stories.story import StoryBroken
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -3,8 +3,7 @@
 It needs no test framework, and works with any. `docs/writing-a-transport.md` shows how to use it.
 """
 
-from aio_pika_batch.testing.contract.checks import ClauseBroken
-from aio_pika_batch.testing.contract.clause import Clause
+from aio_pika_batch.testing.contract.checks import Clause, ClauseBroken
 from aio_pika_batch.testing.contract.harness import Features, Harness
 from aio_pika_batch.testing.contract.runner import (
     CLAUSES,

@@ -7,11 +7,11 @@ from aio_pika_batch.errors import SessionClosed, SessionLost
 from aio_pika_batch.testing.contract.checks import (
     CheckContext,
     ClauseBroken,
+    ClauseGroup,
     bodies_of,
     expect,
     expect_error,
 )
-from aio_pika_batch.testing.contract.clause import ClauseGroup
 from aio_pika_batch.transport import AdjustableSession, Session
 
 GROUP = ClauseGroup()

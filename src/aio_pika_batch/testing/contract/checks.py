@@ -1,4 +1,4 @@
-"""Tools for the checks of the contract: expectations, a session that is read, and the context.
+"""Clauses of the contract, and the tools of their checks: expectations, a reader, the context.
 
 Nothing here depends on timing by luck. Whatever must come is waited for up to `patience` seconds,
 and whatever must not come for `quiet` seconds.
@@ -7,9 +7,10 @@ and whatever must not come for `quiet` seconds.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Outcome, Outgoing
@@ -234,3 +235,46 @@ def settlement(disposition: Disposition, messages: Iterable[Message]) -> Settlem
 def bodies_of(messages: Iterable[Message]) -> list[bytes]:
     """Return the bodies of messages, in order."""
     return [message.body for message in messages]
+
+
+Check: TypeAlias = Callable[[CheckContext], Awaitable[None]]
+
+
+# Clauses are data rather than methods of a test class: any framework, or none, can go through them,
+# the sentences serve as test names, and a report can say what was not applicable, and why.
+@dataclass(frozen=True, slots=True)
+class Clause:
+    """One thing that a transport must do.
+
+    Attributes:
+        sentence: What it must do.
+        needs: The features that it needs, all of them; without them the clause does not apply.
+        check: Raises ClauseBroken, or the transport's own error, if the clause is broken.
+    """
+
+    sentence: str
+    needs: tuple[str, ...]
+    check: Check
+
+    def __str__(self) -> str:
+        return self.sentence
+
+    def missing(self, features: Features) -> list[str]:
+        """Return the needed features that are not claimed."""
+        return [need for need in self.needs if not getattr(features, need)]
+
+
+class ClauseGroup:
+    """Clauses about one topic, in the order in which they are written."""
+
+    def __init__(self) -> None:
+        self.clauses: list[Clause] = []
+
+    def clause(self, sentence: str, *needs: str) -> Callable[[Check], Check]:
+        """Add the decorated function as the check of a clause."""
+
+        def add(check: Check) -> Check:
+            self.clauses.append(Clause(sentence, needs, check))
+            return check
+
+        return add

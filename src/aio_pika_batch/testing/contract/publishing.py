@@ -10,8 +10,7 @@ from datetime import UTC, datetime
 from aio_pika_batch.core.message import DecodedSource, Message, Properties
 from aio_pika_batch.core.publication import Copy, Outcome, Publication
 from aio_pika_batch.errors import SessionClosed
-from aio_pika_batch.testing.contract.checks import CheckContext, expect, expect_error
-from aio_pika_batch.testing.contract.clause import ClauseGroup
+from aio_pika_batch.testing.contract.checks import CheckContext, ClauseGroup, expect, expect_error
 
 GROUP = ClauseGroup()
 

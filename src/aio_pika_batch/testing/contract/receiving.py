@@ -1,23 +1,33 @@
-"""Clauses about the messages that a session delivers."""
+"""Clauses about queues, and the messages that a session delivers from them."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.settlement import Disposition
+from aio_pika_batch.core.topology import Queue, Topology
+from aio_pika_batch.errors import TopologyError
 from aio_pika_batch.testing.contract.checks import (
     CONSUMER_TAG,
     CheckContext,
     ClauseBroken,
+    ClauseGroup,
     bodies_of,
     expect,
     expect_error,
     settlement,
 )
-from aio_pika_batch.testing.contract.clause import ClauseGroup
-from aio_pika_batch.transport import AdjustableSession, NativeSession, PumpingSession, Session
+from aio_pika_batch.transport import (
+    AdjustableSession,
+    CountingTransport,
+    NativeSession,
+    PumpingSession,
+    Session,
+    VersionedTransport,
+)
 
 GROUP = ClauseGroup()
 
@@ -205,3 +215,96 @@ async def _native(ctx: CheckContext) -> None:
             raise ClauseBroken("the session has no method native")
         first, second = await session.native(), await session.native()
         expect(True, first.channel is second.channel, "that there is one channel")
+
+
+# --- queues ---------------------------------------------------------------------------
+
+
+def _topology(ctx: CheckContext, **more: Any) -> Topology:  # noqa: ANN401  -- Queue's own
+    return Topology(queues=(Queue(ctx.harness.fresh, **more),))
+
+
+@GROUP.clause("declaring nothing is allowed")
+async def _nothing(ctx: CheckContext) -> None:
+    await ctx.transport.declare(Topology())
+
+
+@GROUP.clause("a declared queue exists, and declaring it again changes nothing", "declares")
+async def _declared(ctx: CheckContext) -> None:
+    for _ in range(2):
+        await ctx.transport.declare(_topology(ctx))
+        expect(0, await ctx.harness.count(ctx.harness.fresh), "messages in the new queue")
+
+
+@GROUP.clause("check_only creates nothing, and accepts an existing queue", "declares")
+async def _check_only(ctx: CheckContext) -> None:
+    with expect_error(TopologyError, "checking for a missing queue"):
+        await ctx.transport.declare(_topology(ctx, check_only=True))
+    expect(None, await ctx.harness.count(ctx.harness.fresh), "messages in the checked queue")
+    await ctx.transport.declare(ctx.existing)
+
+
+@GROUP.clause("existing_first accepts an existing queue as it is", "declares", "compares")
+async def _existing_first(ctx: CheckContext) -> None:
+    await ctx.transport.declare(_topology(ctx, arguments={"x-max-length": 5}))
+    await ctx.transport.declare(_topology(ctx, existing_first=True))
+
+
+@GROUP.clause(
+    "declaring an existing queue with other arguments raises TopologyError", "declares", "compares"
+)
+async def _different_arguments(ctx: CheckContext) -> None:
+    await ctx.transport.declare(_topology(ctx))
+    with expect_error(TopologyError, "declaring a queue with other arguments"):
+        await ctx.transport.declare(_topology(ctx, arguments={"x-max-length": 5}))
+
+
+@GROUP.clause("consuming from a missing queue raises TopologyError")
+async def _missing(ctx: CheckContext) -> None:
+    with expect_error(TopologyError, "consuming from a missing queue"):
+        async with ctx.transport.session(ctx.subscription(queue=ctx.harness.fresh)):
+            pass
+
+
+@GROUP.clause("an exclusive consumer's queue refuses a second session", "exclusive_consumers")
+async def _exclusive_consumer(ctx: CheckContext) -> None:
+    async with ctx.transport.session(ctx.subscription(exclusive=True)):
+        with expect_error(TopologyError, "consuming beside an exclusive consumer"):
+            async with ctx.transport.session(ctx.subscription()):
+                pass
+
+
+@GROUP.clause("an exclusive queue is deleted when its session closes", "exclusive_queues")
+async def _exclusive_queue(ctx: CheckContext) -> None:
+    fresh = ctx.harness.fresh
+    own = _topology(ctx, exclusive=True)
+    for _ in range(2):
+        async with ctx.read(queue=fresh, own=own) as reader:
+            await reader.settle(Disposition.ACK, [])
+            with expect_error(TopologyError, "consuming another session's own queue"):
+                async with ctx.transport.session(ctx.subscription(queue=fresh)):
+                    pass
+        await ctx.expect_count(None, fresh)
+
+
+@GROUP.clause("the broker's version is known after a declaration", "tells_version")
+async def _version(ctx: CheckContext) -> None:
+    transport = ctx.transport
+    if not isinstance(transport, VersionedTransport):
+        raise ClauseBroken("the transport has no broker_version")
+    await transport.declare(ctx.existing)
+    expect(True, bool(transport.broker_version), "whether there is a version")
+
+
+@GROUP.clause(
+    "count counts ready messages, and raises TopologyError for a missing queue", "counts_ready"
+)
+async def _count(ctx: CheckContext) -> None:
+    transport = ctx.transport
+    if not isinstance(transport, CountingTransport):
+        raise ClauseBroken("the transport has no method count")
+    with expect_error(TopologyError, "counting in a missing queue"):
+        await transport.count(ctx.harness.fresh)
+    await ctx.put(3)
+    await ctx.expect_count(3)
+    expect(3, await transport.count(ctx.queue), "the count of messages")

@@ -9,32 +9,15 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
-from aio_pika_batch.testing.contract import (
-    adjusting,
-    connection_loss,
-    declaring,
-    publishing,
-    receiving,
-    settling,
-    stopping,
-)
-from aio_pika_batch.testing.contract.checks import CheckContext, ClauseBroken
-from aio_pika_batch.testing.contract.clause import Clause
+from aio_pika_batch.testing.contract import adjusting, ending, publishing, receiving, settling
+from aio_pika_batch.testing.contract.checks import CheckContext, Clause, ClauseBroken
 from aio_pika_batch.testing.contract.harness import Features, Harness
 
 HarnessFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[Harness]]
 
 CLAUSES: tuple[Clause, ...] = tuple(
     clause
-    for module in (
-        receiving,
-        stopping,
-        settling,
-        adjusting,
-        connection_loss,
-        publishing,
-        declaring,
-    )
+    for module in (receiving, ending, settling, adjusting, publishing)
     for clause in module.GROUP.clauses
 )
 """All clauses, in the order in which they are best read."""

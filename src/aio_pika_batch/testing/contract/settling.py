@@ -6,12 +6,12 @@ from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.errors import SettlementError
 from aio_pika_batch.testing.contract.checks import (
     CheckContext,
+    ClauseGroup,
     bodies_of,
     expect,
     expect_error,
     settlement,
 )
-from aio_pika_batch.testing.contract.clause import ClauseGroup
 
 GROUP = ClauseGroup()
 

@@ -30,24 +30,33 @@ __all__ = [
 
 if TYPE_CHECKING:
     from aio_pika_batch.testing.stories.in_memory import MemoryScene, play_in_memory
-    from aio_pika_batch.testing.stories.invariants import INVARIANTS, StoryBroken, judge
-    from aio_pika_batch.testing.stories.player import Played, Scene, play
-    from aio_pika_batch.testing.stories.story import LATER, RAISE, Fault, FaultKind, Story
+    from aio_pika_batch.testing.stories.player import Scene, play
+    from aio_pika_batch.testing.stories.story import (
+        INVARIANTS,
+        LATER,
+        RAISE,
+        Fault,
+        FaultKind,
+        Played,
+        Story,
+        StoryBroken,
+        judge,
+    )
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
             "Fault": "story",
             "FaultKind": "story",
-            "INVARIANTS": "invariants",
+            "INVARIANTS": "story",
             "LATER": "story",
             "MemoryScene": "in_memory",
-            "Played": "player",
+            "Played": "story",
             "RAISE": "story",
             "Scene": "player",
             "Story": "story",
-            "StoryBroken": "invariants",
-            "judge": "invariants",
+            "StoryBroken": "story",
+            "judge": "story",
             "play": "player",
             "play_in_memory": "in_memory",
         },

@@ -10,9 +10,8 @@ from typing import assert_never
 from aio_pika_batch.adapters.memory.faults import EventKind, PublishFault
 from aio_pika_batch.adapters.memory.rabbitmq import NEWEST
 from aio_pika_batch.testing.broker import BatchBroker
-from aio_pika_batch.testing.stories.invariants import judge
-from aio_pika_batch.testing.stories.player import Played, play
-from aio_pika_batch.testing.stories.story import WAIT_SUFFIX, FaultKind, Story
+from aio_pika_batch.testing.stories.player import play
+from aio_pika_batch.testing.stories.story import WAIT_SUFFIX, FaultKind, Played, Story, judge
 from aio_pika_batch.testing.virtual_time import run
 from aio_pika_batch.transport import Transport
 

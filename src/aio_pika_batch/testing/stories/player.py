@@ -1,23 +1,30 @@
-"""Plays a story: a whole consumer runs on a scene, at the scene's pace."""
+"""Plays a story: a whole consumer runs on a scene, at the scene's pace.
+
+What passes between the consumer and its broker is recorded at the port, so that the records are the
+same on every broker. They are stricter than a broker, which does not notice that a tag is settled
+again after its session is gone.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aio_pika_batch.consumer import BatchConsumer
+from aio_pika_batch.core.publication import Outcome, Outgoing
 from aio_pika_batch.core.results import MessageResult, Result
+from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.settings import BatchConsumerSettings
-from aio_pika_batch.testing.stories.recording import RecordingTransport
-from aio_pika_batch.testing.stories.story import RAISE, Fault, FaultKind, Story
+from aio_pika_batch.testing.stories.story import RAISE, Fault, FaultKind, Played, Story
+from aio_pika_batch.transport import AdjustableSession, PumpingSession, VersionedTransport
 
 if TYPE_CHECKING:
     from aio_pika_batch.core.message import Message
-    from aio_pika_batch.core.settlement import Disposition
-    from aio_pika_batch.transport import Transport
+    from aio_pika_batch.core.topology import Topology, Version
+    from aio_pika_batch.transport import Publisher, Session, Subscription, Transport
 
 
 _DELIVERY_LIMIT = 1000
@@ -61,39 +68,6 @@ class Scene(Protocol):
     async def look(self, played: Played) -> None:
         """Add what is left in the queues after the consumer has stopped, and any complaints."""
         ...
-
-
-@dataclass(slots=True)
-class Played:
-    """What happened in a story. Messages are identified by their bodies.
-
-    Attributes:
-        seen: How often the handler reached each message.
-        acks: How often the handler ACKed each message, and no failure voided the ACK.
-        batches: The batches that the handler got.
-        retries: The retry counts that the handler saw.
-        most: The most handlers that ran concurrently.
-        settled: How often each message was settled with each disposition.
-        confirmed: How many copies of each message are confirmed.
-        waiting: Messages left in the queue or waiting for a retry.
-        dead: The dead letters.
-        keeps_place: `Scene.keeps_place`.
-        is_healthy: Whether the consumer was healthy before its last stop.
-        complaints: Descriptions of what must not happen in any story.
-    """
-
-    seen: Counter[bytes] = field(default_factory=Counter)
-    acks: Counter[bytes] = field(default_factory=Counter)
-    batches: list[list[bytes]] = field(default_factory=list)
-    retries: list[int] = field(default_factory=list)
-    most: int = 0
-    settled: dict[Disposition, Counter[bytes]] = field(default_factory=dict)
-    confirmed: Counter[bytes] = field(default_factory=Counter)
-    waiting: Counter[bytes] = field(default_factory=Counter)
-    dead: Counter[bytes] = field(default_factory=Counter)
-    keeps_place: bool = True
-    is_healthy: bool = True
-    complaints: list[str] = field(default_factory=list)
 
 
 class HandlerFailed(Exception):
@@ -226,3 +200,166 @@ async def _publish(story: Story, scene: Scene) -> None:
 async def _hurt(fault: Fault, scene: Scene) -> None:
     await asyncio.sleep(fault.at * scene.pace)
     await scene.hurt(fault.kind, fault.seconds * scene.pace)
+
+
+# --- recording --------------------------------------------------------------------
+
+
+class RecordingTransport:
+    """Wraps a transport, records messages by their bodies, and changes nothing.
+
+    Attributes:
+        delivered: All messages delivered so far.
+        settled: How often each message was settled with each disposition.
+        confirmed: How many copies of each message are confirmed.
+        complaints: Descriptions of what must not happen at the port.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._sessions: set[_Session] = set()
+        self.delivered: set[bytes] = set()
+        self.settled: dict[Disposition, Counter[bytes]] = {each: Counter() for each in Disposition}
+        self.confirmed: Counter[bytes] = Counter()
+        self.complaints: list[str] = []
+
+    @property
+    def broker_version(self) -> Version | None:
+        """The version of the wrapped transport, if it has one."""
+        inner = self._transport
+        return inner.broker_version if isinstance(inner, VersionedTransport) else None
+
+    @property
+    def unsettled(self) -> int:
+        """The number of unsettled messages."""
+        return sum(len(each.bodies) for each in self._sessions)
+
+    async def declare(self, topology: Topology) -> None:
+        """Declare on the wrapped transport."""
+        await self._transport.declare(topology)
+
+    @asynccontextmanager
+    async def session(self, subscription: Subscription) -> AsyncIterator[Session]:
+        """Open a session that can do what the wrapped one can."""
+        async with self._transport.session(subscription) as session:
+            recorded = _kind_of(session)(self, session, subscription.prefetch)
+            self._sessions.add(recorded)
+            try:
+                yield recorded
+            finally:
+                self._sessions.discard(recorded)
+
+    @asynccontextmanager
+    async def publisher(self) -> AsyncIterator[Publisher]:
+        """Open a publisher."""
+        async with self._transport.publisher() as publisher:
+            yield _Publisher(publisher, self.confirmed)
+
+
+class _Session:
+    """Records a session.
+
+    Attributes:
+        bodies: The bodies of unsettled messages, by delivery tag.
+    """
+
+    def __init__(self, record: RecordingTransport, session: Session, prefetch: int) -> None:
+        self._record = record
+        self._session = session
+        self._prefetch = prefetch
+        self._last_tag = 0
+        self.bodies: dict[int, bytes] = {}
+
+    async def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
+        async for chunk in self._session:
+            self.record(chunk)
+            yield chunk
+
+    def record(self, chunk: Sequence[Message]) -> None:
+        """Record the delivery of a chunk."""
+        for message in chunk:
+            if message.delivery_tag <= self._last_tag:
+                self._record.complaints.append(f"tag {message.delivery_tag} came out of order")
+            self._last_tag = message.delivery_tag
+            self.bodies[message.delivery_tag] = message.body
+            self._record.delivered.add(message.body)
+        if self._prefetch and len(self.bodies) > self._prefetch:
+            self._record.complaints.append(f"more than {self._prefetch} messages were unsettled")
+
+    async def cancel(self) -> None:
+        """Cancel the consumer."""
+        await self._session.cancel()
+
+    async def settle(self, settlements: Sequence[Settlement]) -> None:
+        """Record settlements before they are sent, so that nothing happens in between."""
+        for settlement in settlements:
+            for tag in settlement.tags:
+                body = self.bodies.pop(tag, None)
+                if body is None:
+                    self._record.complaints.append(
+                        f"tag {tag} was settled twice, or never delivered"
+                    )
+                else:
+                    self._record.settled[settlement.disposition][body] += 1
+        await self._session.settle(settlements)
+
+
+class _PumpingSession(_Session):
+    """Records a session that pumps."""
+
+    async def pump(self, sink: Callable[[Sequence[Message]], None]) -> None:
+        """Record chunks, and pass them to the sink."""
+
+        def recording(chunk: Sequence[Message]) -> None:
+            self.record(chunk)
+            sink(chunk)
+
+        assert isinstance(self._session, PumpingSession)  # noqa: S101  -- for type checkers
+        await self._session.pump(recording)
+
+
+class _AdjustableSession(_Session):
+    """Records a session that can be paused."""
+
+    async def pause(self) -> None:
+        """Pause the deliveries."""
+        assert isinstance(self._session, AdjustableSession)  # noqa: S101  -- for type checkers
+        await self._session.pause()
+
+    async def resume(self, prefetch: int) -> None:
+        """Resume the deliveries; earlier messages don't count for the new prefetch."""
+        assert isinstance(self._session, AdjustableSession)  # noqa: S101  -- for type checkers
+        self._prefetch = prefetch and prefetch + len(self.bodies)
+        await self._session.resume(prefetch)
+
+
+class _PumpingAdjustableSession(_PumpingSession, _AdjustableSession):
+    """Records a session that pumps, and can be paused."""
+
+
+def _kind_of(session: Session) -> type[_Session]:
+    if isinstance(session, PumpingSession):
+        is_adjustable = isinstance(session, AdjustableSession)
+        return _PumpingAdjustableSession if is_adjustable else _PumpingSession
+    return _AdjustableSession if isinstance(session, AdjustableSession) else _Session
+
+
+class _Publisher:
+    """Records a publisher."""
+
+    def __init__(self, publisher: Publisher, confirmed: Counter[bytes]) -> None:
+        self._publisher = publisher
+        self._confirmed = confirmed
+
+    @property
+    def is_open(self) -> bool:
+        """Whether another `publish` may succeed."""
+        return self._publisher.is_open
+
+    async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
+        """Record confirmed copies."""
+        outcomes = await self._publisher.publish(publications)
+        for publication, outcome in zip(publications, outcomes, strict=True):
+            if outcome is Outcome.CONFIRMED:
+                self._confirmed[publication.body] += 1
+        return outcomes
