@@ -595,10 +595,10 @@ AROUND_THE_WIRE = (
     ),
     Mutant(
         "A broker that is shutting down counts as a permanent refusal: the start ends.",
-        f"{_WIRE}/broker_errors.py",
+        f"{_WIRE}/client_errors.py",
         "    if code not in _FINAL or is_transient(text):\n",
         "    if code not in _FINAL:\n",
-        (f"{_AIO_PIKA}/test_broker_errors.py",),
+        (f"{_AIO_PIKA}/test_client_errors.py",),
     ),
     Mutant(
         "Frames of deliveries that the tap has taken are kept forever.",

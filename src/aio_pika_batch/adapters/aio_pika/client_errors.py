@@ -1,4 +1,4 @@
-"""Translates what the client libraries raise, and bounds how long they may hang.
+"""Translates what client libraries raise and why the broker closes, and bounds how long both hang.
 
 The libraries raise their own errors, bare `Exception`, `RuntimeError`, and `CancelledError` from
 futures that they cancel themselves. None of these leaves the adapter.
@@ -13,14 +13,20 @@ from typing import TYPE_CHECKING, Final
 from aiormq import exceptions
 
 from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, ConnectionClosed
-from aio_pika_batch.core.refusals import ReplyCode
-from aio_pika_batch.errors import AioPikaBatchError
+from aio_pika_batch.core.refusals import ReplyCode, is_transient
+from aio_pika_batch.errors import (
+    AccessRefused,
+    AioPikaBatchError,
+    BrokerUnavailable,
+    TransportError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
     from typing import Any
 
     from aio_pika_batch.adapters.aio_pika.events import Closed
+    from aio_pika_batch.adapters.aio_pika.url import Address
 
 # aiormq keeps the text and, for the usual codes, raises a class instead of keeping the code.
 _CHANNEL_CODES: Final[dict[type[BaseException], int]] = {
@@ -41,12 +47,12 @@ _CONNECTION_CODES: Final[dict[type[BaseException], int]] = {
     exceptions.ConnectionNotImplemented: ReplyCode.NOT_IMPLEMENTED,
     exceptions.ConnectionInternalError: ReplyCode.INTERNAL_ERROR,
 }
+_FINAL: Final = {ReplyCode.ACCESS_REFUSED, ReplyCode.NOT_FOUND, ReplyCode.NOT_ALLOWED}
 
-_GRACE = 0.5
-"""Seconds that abandoned work has to notice it."""
+_GRACE = 0.5  # seconds that abandoned work has to notice it
 
+# Tasks that nothing awaits any more. The event loop keeps only weak references.
 _abandoned: set[asyncio.Task[Any]] = set()
-"""Tasks that nothing awaits any more. The event loop keeps only weak references."""
 
 
 def close_reason(error: BaseException | None) -> Closed | None:
@@ -68,6 +74,32 @@ def close_reason(error: BaseException | None) -> Closed | None:
             case _:
                 error = error.__cause__
     return None
+
+
+def connection_error(closed: Closed, address: Address) -> TransportError:
+    """Make an error of a connection that the broker closed while it was being opened."""
+    code, text = closed
+    refusal = f"{address} refused the connection of user {address.user!r}: {code} {text}"
+    if code not in _FINAL or is_transient(text):
+        return BrokerUnavailable(f"{refusal}; try again later")
+    if code == ReplyCode.ACCESS_REFUSED:
+        advice = "check user and password"
+        if address.user == "guest":
+            advice += "; by default, guest may connect only from the broker's own machine"
+    elif "not found" in text:
+        advice = f"check the virtual host {address.vhost!r} in the URL, or create it"
+    else:
+        advice = f"give the user permissions in the virtual host {address.vhost!r}"
+    return AccessRefused(f"{refusal}; {advice}")
+
+
+def describe_channel_close(closed: Closed) -> str:
+    """Return why a consuming channel was closed, in words."""
+    code, text = closed
+    advice = ""
+    if code == ReplyCode.PRECONDITION_FAILED and "timeout" in text:
+        advice = "; messages were held longer than the broker's consumer_timeout allows"
+    return f"the broker closed the channel: {code} {text}{advice}"
 
 
 @contextmanager

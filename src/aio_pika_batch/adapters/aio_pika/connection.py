@@ -20,9 +20,9 @@ from aiormq.exceptions import AuthenticationError
 from yarl import URL
 
 from aio_pika_batch.adapters.aio_pika import tls
-from aio_pika_batch.adapters.aio_pika.broker_errors import connection_error
 from aio_pika_batch.adapters.aio_pika.client_errors import (
     close_reason,
+    connection_error,
     finish_within,
     format_error,
 )

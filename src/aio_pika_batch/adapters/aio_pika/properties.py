@@ -1,8 +1,8 @@
-"""Reads and writes a message's property list.
+"""Reads and writes a message's property list, and changes the headers in one.
 
 A property list is kept as raw bytes and is decoded on first use. Client libraries decode it and
 encode it again with losses: doubles become floats, absent priorities become 0, and one string that
-is not UTF-8 ends the connection.
+is not UTF-8 ends the connection. So a copy's list is made of the original's bytes.
 
 Laws:
 
@@ -10,6 +10,8 @@ Laws:
   and the others are read all the same.
 - A float is written as a double, never narrower. An absent property is not written at all.
 - A value that AMQP has no type for is refused with the property's name, before anything is sent.
+- Whatever a copy's `add` and `drop` don't name is as in the original, byte for byte and in order.
+- A copy contains nothing that a broker cannot read: that would end the connection.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from __future__ import annotations
 import struct
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aio_pika_batch.adapters.aio_pika.amqp_spec import (
+    EXPIRATION_FLAG,
     FLAGS,
     HEADERS_FLAG,
     LENGTH,
@@ -28,19 +31,33 @@ from aio_pika_batch.adapters.aio_pika.amqp_spec import (
     SECONDS,
     SHORT,
     TABLE,
+    TIME,
     UNDEFINED_FLAGS,
+    USER_ID_FLAG,
 )
 from aio_pika_batch.adapters.aio_pika.tables import (
     TableError,
+    check_value,
+    encode_entry,
     encode_table,
     encode_text,
+    entries,
     read_table,
+    to_seconds,
 )
 from aio_pika_batch.core.message import SHORT_STRING, Properties
-from aio_pika_batch.errors import PublishError
+from aio_pika_batch.errors import MessageDecodeError, PublishError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from aio_pika_batch.core.message import FieldValue, Headers
+    from aio_pika_batch.core.publication import Copy
+
+UNDECODABLE_HEADERS = "x-undecodable-headers"
+"""Contains what cannot be read of the original: its header table, or its whole property list."""
+
+_CACHED_TYPES = frozenset((int, str, datetime))
 
 
 class PropertyListError(ValueError):
@@ -146,7 +163,7 @@ def decode(raw: bytes) -> Properties:
         for flag, name, kind, start, end in fields(raw):
             seen |= flag
             try:
-                if kind == SHORT:
+                if kind == SHORT:  # most properties are; without a call it is read sooner
                     setattr(properties, name, raw[start + 1 : end].decode())
                 else:
                     setattr(properties, name, _READERS[kind](raw, start, end))
@@ -177,25 +194,12 @@ def decode_headers(raw: bytes) -> dict[str, Any] | None:
     return read_table(raw, start, end) if end else None
 
 
-def _read_short(raw: bytes, start: int, end: int) -> str:
-    return raw[start + 1 : end].decode()
-
-
-def _read_octet(raw: bytes, start: int, _: int) -> int:
-    return raw[start]
-
-
-def _read_time(raw: bytes, start: int, _: int) -> datetime:
-    return datetime.fromtimestamp(SECONDS.unpack_from(raw, start)[0], UTC)
-
-
-# In the order of the types: SHORT, TABLE, OCTET, TIME.
-_READERS: Final[tuple[Callable[[bytes, int, int], Any], ...]] = (
-    _read_short,
-    read_table,
-    _read_octet,
-    _read_time,
-)
+# From the raw list, the property's start and its end.
+_READERS: Final[dict[int, Callable[[bytes, int, int], Any]]] = {
+    TABLE: read_table,
+    OCTET: lambda raw, start, _: raw[start],
+    TIME: lambda raw, start, _: datetime.fromtimestamp(SECONDS.unpack_from(raw, start)[0], UTC),
+}
 
 
 def decode_route(raw: bytes) -> tuple[str, str]:
@@ -246,24 +250,137 @@ def encode(properties: Properties) -> bytes:
     return b"".join(parts)
 
 
-def _write_table(_: str, value: Any) -> bytes:  # noqa: ANN401  -- as the properties are
-    return encode_table(value)
+# From the property's name and its value.
+_WRITERS: Final[dict[int, Callable[[str, Any], bytes]]] = {
+    SHORT: encode_short,
+    TABLE: lambda _, value: encode_table(value),
+    OCTET: lambda _, value: bytes((value,)),
+    TIME: lambda _, value: SECONDS.pack(to_seconds(value)),
+}
 
 
-def _write_octet(_: str, value: int) -> bytes:
-    return bytes((value,))
+# --- the property list of a copy ------------------------------------------------
 
 
-def _write_time(_: str, value: datetime) -> bytes:
-    if value.tzinfo is None:
-        value = value.replace(tzinfo=UTC)
-    return SECONDS.pack(int(value.timestamp()))
+def splice(raw: bytes, copy: Copy, user: bytes) -> bytes:
+    """Return the copy's property list.
+
+    Args:
+        raw: The original's property list.
+        copy: What to change.
+        user: The connection's user. Any other `user_id` would close the channel.
+
+    Raises:
+        PublishError: AMQP has no type for the value of an added header.
+    """
+    try:
+        changes = _changes(copy.add, copy.drop)
+    except TableError as error:
+        raise PublishError(f"header {error}") from error
+    if copy.keep_expiration and len(raw) > 1 and not raw[1] & USER_ID_FLAG:
+        # The usual case: only the headers change.
+        try:
+            start, end = header_table(raw)
+        except PropertyListError:
+            return _rebuilt(raw, copy, user, changes)
+        # The bytes around the table are copied unread, so check that they are complete.
+        if end and is_complete_after(raw, end):
+            return b"".join((raw[:start], *_table(raw, start, end, copy, changes), raw[end:]))
+    return _rebuilt(raw, copy, user, changes)
 
 
-# In the order of the types, as above.
-_WRITERS: Final[tuple[Callable[[str, Any], bytes], ...]] = (
-    encode_short,
-    _write_table,
-    _write_octet,
-    _write_time,
-)
+def _rebuilt(raw: bytes, copy: Copy, user: bytes, changes: _Changes) -> bytes:
+    """Return the copy's property list, written property by property."""
+    present = 0
+    parts = [b""]
+    headers_at = expiration_at = 1
+    added = changes.added
+    try:
+        for flag, name, _, start, end in fields(raw):
+            match name:
+                case "headers":
+                    part = b"".join(_table(raw, start, end, copy, changes))
+                case "expiration" if not copy.keep_expiration:
+                    continue
+                case "user_id" if raw[start + 1 : end] != user:
+                    continue
+                case _:
+                    # Only content type and encoding come before the headers.
+                    headers_at += flag > HEADERS_FLAG
+                    part = raw[start:end]
+            parts.append(part)
+            present |= flag
+            expiration_at += flag > EXPIRATION_FLAG
+    except PropertyListError:
+        # What was read before the cut is kept as properties, and all of it in a header.
+        added += encode_entry(UNDECODABLE_HEADERS, raw)
+    if copy.expiration is not None and not copy.keep_expiration:
+        present |= EXPIRATION_FLAG
+        parts.insert(expiration_at, encode_short("expiration", copy.expiration))
+    if added and not present & HEADERS_FLAG:
+        present |= HEADERS_FLAG
+        parts.insert(headers_at, LENGTH.pack(len(added)) + added)
+    parts[0] = FLAGS.pack(present)
+    return b"".join(parts)
+
+
+def _table(raw: bytes, start: int, end: int, copy: Copy, changes: _Changes) -> Sequence[bytes]:
+    """Return the header table, in parts to be joined."""
+    added = changes.added
+    was = raw[start + 4 : end]
+    try:
+        if changes.names.isdisjoint(copy.message.headers):
+            # They could be decoded, so a broker can read them, too.
+            return LENGTH.pack(len(was) + len(added)), was, added
+    except MessageDecodeError:
+        pass  # the loop below keeps what it can
+    kept = []
+    try:
+        for key, entry, value, value_end in entries(raw, start + 4, end):
+            check_value(raw, value, value_end)
+            if key not in changes.keys:
+                kept.append(raw[entry:value_end])
+    except TableError:
+        # The readable half of a table may not be what its publisher meant.
+        kept = [encode_entry(UNDECODABLE_HEADERS, was)]
+    return LENGTH.pack(sum(map(len, kept)) + len(added)), *kept, added
+
+
+class _Changes(NamedTuple):
+    """The changes to a header table.
+
+    Attributes:
+        added: The bytes of the added entries.
+        names: The headers that are added or dropped.
+        keys: The same, encoded.
+    """
+
+    added: bytes
+    names: frozenset[str]
+    keys: frozenset[bytes]
+
+
+def _changes(add: Headers, drop: frozenset[str]) -> _Changes:
+    types = tuple(map(type, add.values()))
+    if _CACHED_TYPES.issuperset(types):
+        return _cached_changes(tuple(add.items()), types, drop)
+    return _new_changes(add.items(), drop)
+
+
+@lru_cache(maxsize=256)  # the copies of one batch are changed much alike
+def _cached_changes(
+    add: tuple[tuple[str, FieldValue], ...], _: tuple[type, ...], drop: frozenset[str]
+) -> _Changes:
+    # The types are part of the cache key: 1, 1.0 and True are equal, but are written differently.
+    return _new_changes(add, drop)
+
+
+def _new_changes(add: Iterable[tuple[str, FieldValue]], drop: frozenset[str]) -> _Changes:
+    names, keys = _names(tuple([key for key, _ in add]), drop)
+    return _Changes(b"".join([encode_entry(*each) for each in add]), names, keys)
+
+
+@lru_cache(maxsize=64)  # a consumer's copies have the same few headers
+def _names(add: tuple[str, ...], drop: frozenset[str]) -> tuple[frozenset[str], frozenset[bytes]]:
+    names = drop.union(add)
+    return names, frozenset(map(encode_text, names))

@@ -60,8 +60,7 @@ from aio_pika_batch.adapters.aio_pika.events import (
     ReturnedPublication,
 )
 from aio_pika_batch.adapters.aio_pika.frame_fastpath import fits, pack_content, pack_publish
-from aio_pika_batch.adapters.aio_pika.properties import encode
-from aio_pika_batch.adapters.aio_pika.splice import splice
+from aio_pika_batch.adapters.aio_pika.properties import encode, splice
 from aio_pika_batch.adapters.aio_pika.tables import encode_text
 from aio_pika_batch.core.publication import Copy, Outcome
 from aio_pika_batch.core.refusals import refusal_error

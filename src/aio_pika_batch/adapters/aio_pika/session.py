@@ -14,9 +14,9 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from aio_pika_batch.adapters.aio_pika.broker_errors import describe_channel_close
 from aio_pika_batch.adapters.aio_pika.client_errors import (
     consume_exception,
+    describe_channel_close,
     finish_within,
     format_error,
     translate_errors,

@@ -1,8 +1,4 @@
-"""Reads and writes AMQP header tables, and walks over their raw bytes.
-
-The field types are those that RabbitMQ reads and writes; see
-:mod:`~aio_pika_batch.adapters.aio_pika.amqp_spec`.
-"""
+"""Reads and writes AMQP header tables, and walks over their raw bytes."""
 
 from __future__ import annotations
 
@@ -88,7 +84,7 @@ def entries(raw: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int,
     while at < end:
         value_start = at + 1 + raw[at]
         key = raw[at + 1 : value_start]
-        # `_value_end`, inlined: this loop runs twice for each header of each requeued message.
+        # As in `_items`, inlined: this loop runs twice for each header of each requeued message.
         try:
             kind = raw[value_start]
             if kind in fixed:
@@ -103,19 +99,6 @@ def entries(raw: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int,
             raise TableError(f"{_shown(key)}: {_describe_unreadable(raw, value_start, end)}")
         yield key, at, value_start, value_end
         at = value_end
-
-
-def _value_end(raw: bytes, start: int, end: int) -> int:
-    """Return where the value with its type at *start* ends; beyond *end* if it is incomplete."""
-    if start < end:
-        kind = raw[start]
-        fixed = FIXED_SIZES.get(kind)
-        if fixed is not None:
-            return start + 1 + fixed
-        if kind in _WITH_LENGTH and start + 5 <= end:
-            length: int = LENGTH.unpack_from(raw, start + 1)[0]
-            return start + 5 + length
-    return end + 1
 
 
 def _describe_unreadable(raw: bytes, start: int, end: int) -> str:
@@ -149,7 +132,12 @@ def check_value(raw: bytes, start: int, end: int, depth: int = DEEPEST) -> None:
 
 def _items(raw: bytes, at: int, end: int) -> Iterator[tuple[int, int]]:
     while at < end:
-        value_end = _value_end(raw, at, end)
+        kind = raw[at]
+        value_end = end + 1
+        if kind in FIXED_SIZES:
+            value_end = at + 1 + FIXED_SIZES[kind]
+        elif kind in _WITH_LENGTH and at + 5 <= end:
+            value_end = at + 5 + LENGTH.unpack_from(raw, at + 1)[0]
         if value_end > end:
             raise TableError(_describe_unreadable(raw, at, end))
         yield at, value_end
@@ -277,10 +265,15 @@ def _encode_int(value: int) -> bytes:
         raise TableError(f"{value} has more than 64 bits") from error
 
 
+def to_seconds(value: datetime) -> int:
+    """Return a time as AMQP writes it; one without a zone counts as UTC."""
+    # Python would take it as a local time, which depends on the machine.
+    return int((value if value.tzinfo is not None else value.replace(tzinfo=UTC)).timestamp())
+
+
 def _encode_time(value: datetime) -> bytes:
-    moment = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
     try:
-        return _TYPED_TIME.pack(TIMESTAMP, int(moment.timestamp()))
+        return _TYPED_TIME.pack(TIMESTAMP, to_seconds(value))
     except struct.error as error:
         raise TableError(f"{value} is before 1970, where AMQP's timestamps begin") from error
 

@@ -35,9 +35,13 @@ OPTIONS: Final = frozenset((*_FILES, "capath", "cadata", "no_verify_ssl"))
 """The query parameters of a URL that concern TLS."""
 
 # OpenSSL's numbers for what is wrong with a certificate (`X509_V_ERR_…`).
-_EXPIRED, _NOT_YET_VALID = 10, 9
-_WRONG_NAME = {62, 64}  # host name, IP address
-_UNKNOWN_ISSUER = {2, 18, 19, 20, 21}
+_SET_CAFILE: Final = "set ssl_cafile to the authority that signed it"
+_ADVICE: Final = {
+    9: "check the clock, here and where it was made",  # not yet valid
+    10: "renew it on the broker",  # expired
+    **dict.fromkeys((62, 64), "connect by a name that is in it"),  # another host name, IP address
+    **dict.fromkeys((2, 18, 19, 20, 21), _SET_CAFILE),  # issuer unknown
+}
 
 # Parts of the names of alerts that concern the client's certificate.
 _CERTIFICATE_MISSING: Final = ("CERTIFICATE_REQUIRED", "HANDSHAKE_FAILURE", "NO_CERTIFICATE")
@@ -168,6 +172,11 @@ def create_context(options: TlsOptions) -> ssl.SSLContext:
 
 
 def _load_client_certificate(context: ssl.SSLContext, options: TlsOptions, certfile: str) -> None:
+    key = (
+        f"{options.sources['certfile']}: the key in {certfile!r}"
+        if options.keyfile is None
+        else f"{options.sources['keyfile']}: the key {options.keyfile!r}"
+    )
     was_asked = False
 
     def password() -> str:
@@ -177,11 +186,6 @@ def _load_client_certificate(context: ssl.SSLContext, options: TlsOptions, certf
             raise ConfigurationError(f"{key} is encrypted: set ssl_key_password to its password")
         return options.password
 
-    key = (
-        f"{options.sources['certfile']}: the key in {certfile!r}"
-        if options.keyfile is None
-        else f"{options.sources['keyfile']}: the key {options.keyfile!r}"
-    )
     try:
         context.load_cert_chain(certfile, options.keyfile, password)
     except ConfigurationError:
@@ -207,17 +211,7 @@ def _reason(error: Exception) -> str:
 
 def verification_error(error: ssl.SSLCertVerificationError, address: Address) -> AccessRefused:
     """Make an error of a broker's certificate that does not verify, with advice."""
-    code = error.verify_code
-    if code == _EXPIRED:
-        advice = "renew it on the broker"
-    elif code == _NOT_YET_VALID:
-        advice = "check the clock, here and where it was made"
-    elif code in _WRONG_NAME:
-        advice = "connect by a name that is in it"
-    elif code in _UNKNOWN_ISSUER:
-        advice = "set ssl_cafile to the authority that signed it"
-    else:
-        advice = "set ssl_cafile to the authority that signed it, or renew it on the broker"
+    advice = _ADVICE.get(error.verify_code, f"{_SET_CAFILE}, or renew it on the broker")
     reason = error.verify_message.rstrip(".")
     return AccessRefused(
         f"{address} presents a certificate that does not verify: {reason}; {advice}"
@@ -229,14 +223,13 @@ def handshake_error(error: ssl.SSLError, address: Address) -> AccessRefused:
     reason = error.reason or "no reason is given"
     if reason == "WRONG_VERSION_NUMBER":
         return AccessRefused(f"{address} does not speak TLS there; use amqp:// or another port")
-    advice = ""
     # An alert comes from the broker; anything else was found on this side.
-    if "ALERT" in reason:
-        if any(word in reason for word in _CERTIFICATE_MISSING):
-            advice = "; the broker may want a client certificate: set ssl_certfile and ssl_keyfile"
-        elif any(word in reason for word in _CERTIFICATE_REJECTED):
-            advice = (
-                "; the broker does not accept the client certificate: set ssl_certfile to one that"
-                " is valid, and signed by an authority that the broker knows"
-            )
+    advice = ""
+    if "ALERT" in reason and any(word in reason for word in _CERTIFICATE_MISSING):
+        advice = "; the broker may want a client certificate: set ssl_certfile and ssl_keyfile"
+    elif "ALERT" in reason and any(word in reason for word in _CERTIFICATE_REJECTED):
+        advice = (
+            "; the broker does not accept the client certificate: set ssl_certfile to one that is"
+            " valid, and signed by an authority that the broker knows"
+        )
     return AccessRefused(f"{address}: the TLS handshake failed: {reason}{advice}")

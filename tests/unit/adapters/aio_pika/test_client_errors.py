@@ -1,12 +1,20 @@
-"""The broker's reason is found in the exceptions of aiormq."""
+"""The broker's reason is found, and errors say what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 import pytest
 from aiormq import exceptions
 
-from aio_pika_batch.adapters.aio_pika.client_errors import close_reason
+from aio_pika_batch.adapters.aio_pika.client_errors import (
+    close_reason,
+    connection_error,
+    describe_channel_close,
+)
 from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, ConnectionClosed
+from aio_pika_batch.adapters.aio_pika.url import Address
+from aio_pika_batch.errors import AccessRefused, BrokerUnavailable, TransportError
+
+HOST = Address("h", 5672, "me", "secret", "v")
 
 
 @pytest.mark.parametrize(
@@ -36,3 +44,45 @@ def test_the_cause_of_an_exception_is_searched_too() -> None:
     error.__cause__ = exceptions.ChannelAccessRefused("ACCESS_REFUSED - no")
 
     assert ChannelClosed(403, "ACCESS_REFUSED - no") == close_reason(error)
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "kind", "advice"),
+    [
+        (403, "ACCESS_REFUSED - Login was refused", AccessRefused, "check user and password"),
+        (530, "NOT_ALLOWED - vhost v not found", AccessRefused, "virtual host 'v' in the URL"),
+        (
+            530,
+            "NOT_ALLOWED - access to vhost 'v' refused for user 'me'",
+            AccessRefused,
+            "permissions",
+        ),
+        (530, "NOT_ALLOWED - connection limit (1) is reached", BrokerUnavailable, "again later"),
+        (541, "INTERNAL_ERROR - vhost 'v' is down", BrokerUnavailable, "again later"),
+        (320, "CONNECTION_FORCED - shutdown", BrokerUnavailable, "again later"),
+    ],
+)
+def test_a_refused_connection_has_the_brokers_words_and_advice(
+    code: int, text: str, kind: type[TransportError], advice: str
+) -> None:
+    """The password isn't shown."""
+    error = connection_error(ConnectionClosed(code, text), HOST)
+
+    assert type(error) is kind
+    assert all(piece in str(error) for piece in ("amqp://h:5672/v", "'me'", text, advice))
+    assert "secret" not in str(error)
+
+
+def test_guest_is_told_about_other_machines() -> None:
+    """By default, a broker accepts guest only from its own machine."""
+    assert "own machine" in str(connection_error(ConnectionClosed(403, "refused"), Address("h", 1)))
+
+
+def test_a_consumer_timeout_is_named() -> None:
+    """Only if the channel was closed for that."""
+    slow = "PRECONDITION_FAILED - delivery acknowledgement timed out. This timeout value can be set"
+
+    assert "consumer_timeout" in describe_channel_close(ChannelClosed(406, slow))
+    assert "consumer_timeout" not in describe_channel_close(
+        ChannelClosed(406, "PRECONDITION_FAILED - unknown tag")
+    )

@@ -10,8 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aio_pika_batch.adapters.aio_pika.properties import decode, encode, fields
-from aio_pika_batch.adapters.aio_pika.splice import UNDECODABLE_HEADERS, splice
+from aio_pika_batch.adapters.aio_pika.properties import (
+    UNDECODABLE_HEADERS,
+    decode,
+    encode,
+    fields,
+    splice,
+)
 from aio_pika_batch.adapters.aio_pika.tables import DEEPEST, encode_table, entries
 from aio_pika_batch.core.message import Headers, Properties
 from aio_pika_batch.core.publication import Copy
