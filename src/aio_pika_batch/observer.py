@@ -334,21 +334,19 @@ class Observers:
     """All observers of one worker. Their exceptions don't reach the worker.
 
     Attributes:
+        present: Whether there are any. Without one, no events need to be created.
         errors: The number of exceptions that they raised.
     """
 
-    __slots__ = ("_complained", "_log", "_observers", "_origin", "errors")
+    __slots__ = ("_complained", "_log", "_observers", "_origin", "errors", "present")
 
     def __init__(self, observers: Sequence[Observer], origin: Origin, log: KeywordLogger) -> None:
         self._observers = tuple(observers)
         self._origin = origin
         self._log = log
         self._complained: set[int] = set()
+        self.present = bool(self._observers)
         self.errors = 0
-
-    def __bool__(self) -> bool:
-        """Whether there are observers. Without one, no events need to be created."""
-        return bool(self._observers)
 
     def emit(self, event: object) -> None:
         """Pass an event to all observers."""

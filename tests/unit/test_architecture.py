@@ -38,6 +38,7 @@ LONGEST_CHAIN = 10
 LEAST_COMMENTS = 0.021
 LONGER_FOR_A_REASON = {
     "consumer.py": "what a class that users subclass can do is in the file that they open",
+    "core/batch_run.py": "the results of one batch, from what is yielded to what is decided",
     "core/settlement_plan.py": "what becomes of each result is decided in one place",
     "runtime/handler.py": "a handler while it runs: its slot, what it yields, what it may ask",
     "runtime/consume_loop.py": "one session, from the first delivery to the last settlement",

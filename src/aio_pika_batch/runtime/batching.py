@@ -111,7 +111,7 @@ class KeyedIntake(BatchIntake):
             return None
         # One traceback is enough: they arrived together, and mostly fail for the same reason.
         self._log.error("batch_key failed", exc_info=failed[0].error, messages=len(failed))
-        if self._observers:
+        if self._observers.present:
             for each in failed:
                 if each.error is not None:
                     self._observers.emit(HandlerError([each.message], each.error))
@@ -165,7 +165,7 @@ class OrderedIntake(KeyedIntake):
         )
         decisions.not_acked = found.final
         self._ordered.keep(batch, found.attempts, found.not_attempted, now)
-        if self._observers:
+        if self._observers.present:
             for each in found.attempts:
                 message = each.message
                 self._observers.emit(Requeued(message, message.retry_count, in_place=True))

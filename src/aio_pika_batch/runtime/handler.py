@@ -8,10 +8,10 @@ from contextlib import suppress
 from contextvars import ContextVar
 from typing import TypeAlias
 
-from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolicy
+from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolicy, ResultCollector
 from aio_pika_batch.core.batcher import Batch, Trigger
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.results import Cause, Result, ResultCollector
+from aio_pika_batch.core.results import Cause, Result
 from aio_pika_batch.errors import HandlerTimeout, ResultError
 from aio_pika_batch.logs import KeywordLogger, format_error
 from aio_pika_batch.observer import (
@@ -178,7 +178,7 @@ class HandlerRun:
         try:
             while True:
                 began = self._loop.time()
-                if self._observers:
+                if self._observers.present:
                     waited = began - self.batch.since
                     self._observers.emit(BatchCut(self._collector.messages, trigger, waited))
                 self._record(await self._iterate(self._collector), began, trigger)
@@ -252,7 +252,7 @@ class HandlerRun:
                 self._log_failure(
                     messages, error, quietly=is_bisected and trigger is Trigger.ISOLATE
                 )
-        if self._observers:
+        if self._observers.present:
             if error is not None:
                 self._observers.emit(HandlerError(messages, error))
             seconds = self._loop.time() - began

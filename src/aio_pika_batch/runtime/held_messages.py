@@ -64,19 +64,15 @@ class HeldMessages:
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         # In the order in which they came, so that the first retry has been held longest.
-        self._held: dict[int, _HeldMessage] = {}
+        self.messages: dict[int, _HeldMessage] = {}
         self._returning: set[_HeldMessage] = set()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_closing = False
-        self._last_success = NEVER
+        self.last_success = NEVER
         self._last_release = NEVER
         self.retries = 0
         """The number of held messages whose retry has not been published yet."""
-
-    def __len__(self) -> int:
-        """The number of held messages."""
-        return len(self._held)
 
     @property
     def since(self) -> float | None:
@@ -85,7 +81,7 @@ class HeldMessages:
         Messages that wait for their retry don't count: they are held on purpose.
         """
         return min(
-            (each.arrived for each in self._held.values() if each.pending is not None),
+            (each.arrived for each in self.messages.values() if each.pending is not None),
             default=None,
         )
 
@@ -107,20 +103,19 @@ class HeldMessages:
         """
         now = self._loop.time()
         held = _HeldMessage(copy, arrived, None, Republish(now))
-        self._held[copy.tag] = held
+        self.messages[copy.tag] = held
         self._decide(held, Pending(since=now, failures=1))
         self._add(held)
 
     def _add(self, held: _HeldMessage) -> None:
-        self._held[held.copy.tag] = held
+        self.messages[held.copy.tag] = held
         if self._task is None:
             self._task = self._loop.create_task(self._work())
             self._task.add_done_callback(self._on_task_end)
         self._changed.set()
 
-    def note_success(self) -> None:
-        """Note that a message succeeded: held retries must not take up all of the prefetch."""
-        self._last_success = self._loop.time()
+    def decide_again(self) -> None:
+        """Decide again when the next retry is published, after a message has succeeded."""
         if self.retries > self._max_retries:
             self._changed.set()
 
@@ -132,7 +127,7 @@ class HeldMessages:
             # Jitter spreads load; it needn't be unpredictable.
             jitter=random.random(),
             # Messages that wait for their retry, or are about to be returned, don't count.
-            held=len(self._held) - self.retries - len(self._returning),
+            held=len(self.messages) - self.retries - len(self._returning),
         )
         if isinstance(held.step, Return):
             self._returning.add(held)
@@ -141,7 +136,7 @@ class HeldMessages:
         return early_release_at(
             held=self.retries,
             limit=self._max_retries,
-            last_success=self._last_success,
+            last_success=self.last_success,
             last_release=self._last_release,
             now=self._loop.time(),
         )
@@ -149,11 +144,11 @@ class HeldMessages:
     async def _work(self) -> None:
         while not self._is_closing:
             self._changed.clear()
-            if not self._held:
+            if not self.messages:
                 await self._changed.wait()
                 continue
             release_at = self._release_at()
-            due_at = min(each.step.at for each in self._held.values())
+            due_at = min(each.step.at for each in self.messages.values())
             if release_at is not None:
                 due_at = min(due_at, release_at)
             if due_at > self._loop.time():
@@ -164,10 +159,10 @@ class HeldMessages:
                 except TimeoutError:
                     pass
             now = max(due_at, self._loop.time())
-            due = [each for each in self._held.values() if each.step.at <= now]
+            due = [each for each in self.messages.values() if each.step.at <= now]
             if release_at is not None and release_at <= now:
                 self._last_release = now
-                early = next(each for each in self._held.values() if each.pending is None)
+                early = next(each for each in self.messages.values() if each.pending is None)
                 if early not in due:
                     due.append(early)
             # Divided before the attempt: one that fails now is returned after a pause, not at once.
@@ -186,7 +181,7 @@ class HeldMessages:
             if pending is None:
                 self.retries -= 1
             if outcome is Outcome.CONFIRMED:
-                del self._held[held.copy.tag]
+                del self.messages[held.copy.tag]
                 confirmed.append(held.copy)
             elif pending is None:
                 self._decide(held, Pending(since=self._loop.time(), failures=1))
@@ -197,7 +192,7 @@ class HeldMessages:
 
     async def _return(self, due: Sequence[_HeldMessage]) -> None:
         for held in due:
-            del self._held[held.copy.tag]
+            del self.messages[held.copy.tag]
         self._returning.difference_update(due)
         if due:
             await self._give_back([each.copy for each in due])
@@ -216,7 +211,7 @@ class HeldMessages:
             self._changed.set()
             await wait({self._task})
             await self._cancel_task()
-        left = [each.copy for each in self._held.values()]
+        left = [each.copy for each in self.messages.values()]
         self._forget()
         return left
 
@@ -226,7 +221,7 @@ class HeldMessages:
         self._forget()
 
     def _forget(self) -> None:
-        self._held.clear()
+        self.messages.clear()
         self.retries = 0
 
     def _on_task_end(self, task: asyncio.Task[None]) -> None:

@@ -43,31 +43,34 @@ class SettlementQueue:
 
     Args:
         patience: Seconds that a settlement waits for those before it, at most.
+
+    Attributes:
+        tickets: The positions that are reserved or decided, and not sent yet.
     """
 
     def __init__(self, session: Session, patience: float = PATIENCE) -> None:
         self._session = session
         self._patience = patience
         self._loop = asyncio.get_running_loop()
-        self._queue: deque[Ticket] = deque()
+        self.tickets: deque[Ticket] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._sending: set[asyncio.Task[None]] = set()
 
     def reserve(self) -> Ticket:
         """Take a position for settlements that are decided later, or never: see `release`."""
         ticket = Ticket()
-        self._queue.append(ticket)
+        self.tickets.append(ticket)
         return ticket
 
     def release(self, ticket: Ticket) -> None:
         """Give up a position that was not used, so that those behind it can be sent."""
-        if ticket.settlements is None and ticket in self._queue:
-            self._queue.remove(ticket)
+        if ticket.settlements is None and ticket in self.tickets:
+            self.tickets.remove(ticket)
             self._send(self._take_front())
 
     def abort(self) -> None:
         """Send nothing more: the session is gone. Those who wait get a SessionLost."""
-        for ticket in self._take(list(self._queue)):
+        for ticket in self._take(list(self.tickets)):
             if ticket.settled is not None and not ticket.settled.done():
                 ticket.settled.set_exception(SessionLost("the session ended before it settled"))
                 ticket.settled.exception()  # marks it as retrieved
@@ -81,9 +84,6 @@ class SettlementQueue:
         Raises:
             TransportError: As `Session.settle` does.
         """
-        if not self._queue:
-            await self._session.settle(settlements)
-            return
         if ticket is None:
             ticket = self.reserve()
         ticket.settlements = settlements
@@ -112,16 +112,16 @@ class SettlementQueue:
 
     def _send_decided(self) -> None:
         """Send everything that is decided, although something before it is not."""
-        self._send(self._take(list(filter(_is_decided, self._queue))))
+        self._send(self._take(list(filter(_is_decided, self.tickets))))
 
     def _take_front(self) -> list[Ticket]:
         """Remove and return the decided settlements at the front."""
-        return self._take(list(takewhile(_is_decided, self._queue)))
+        return self._take(list(takewhile(_is_decided, self.tickets)))
 
     def _take(self, tickets: list[Ticket]) -> list[Ticket]:
         for ticket in tickets:
-            self._queue.remove(ticket)
-        if self._timer is not None and not any(map(_is_decided, self._queue)):
+            self.tickets.remove(ticket)
+        if self._timer is not None and not any(map(_is_decided, self.tickets)):
             self._timer.cancel()
             self._timer = None
         return tickets

@@ -56,6 +56,7 @@ class Settler:
         observers: Observers,
         log: KeywordLogger,
     ) -> None:
+        self._session = session
         self._planner = config.planner
         self._publisher = publisher
         self._on_failure = on_failure
@@ -82,7 +83,7 @@ class Settler:
     @property
     def held(self) -> int:
         """The number of messages that wait for their retry, or for a late confirm."""
-        return len(self._held)
+        return len(self._held.messages)
 
     @property
     def since(self) -> float | None:
@@ -104,7 +105,7 @@ class Settler:
         except TransportError as error:
             self._emit_failed(Step.SETTLE, len(decisions), error, began)
             raise
-        if self._observers:
+        if self._observers.present:
             self._observers.emit(Settled(_counts(decisions, done), self._loop.time() - began))
             self._emit_confirmed(confirmed)
 
@@ -115,14 +116,18 @@ class Settler:
         settlements: list[Settlement] = []
         if decisions.acked:
             settlements.append(Settlement(Disposition.ACK, tuple(decisions.acked)))
-            self._held.note_success()
+            self._held.last_success = self._loop.time()
+            if self._held.retries:
+                self._held.decide_again()
         if decisions.returned:
             tags = tuple(message.delivery_tag for message in decisions.returned)
             settlements.append(Settlement(Disposition.RETURN, tags))
         outcomes = decisions.not_acked
         if not outcomes:
             if settlements:
-                await self._queue.settle(settlements)
+                # Almost always nothing stands in the queue, and there is nothing to order.
+                queue = self._queue if self._queue.tickets else self._session
+                await queue.settle(settlements)
             return outcomes, ()
         plan = self._planner.plan(
             outcomes, datetime.now(UTC), wait_queues=self._publisher.can_delay
@@ -166,7 +171,7 @@ class Settler:
         self._log.warning(
             "messages failed: the consumer holds them until their retry",
             messages=count,
-            held=len(self._held),
+            held=self.held,
         )
 
     def _log_undeliverable(self, count: int) -> None:
@@ -174,7 +179,7 @@ class Settler:
             "messages failed for good, but no dead-letter destination is known: they are retried;"
             " set dead_letter_queue",
             messages=count,
-            held=len(self._held),
+            held=self.held,
         )
 
     def _log_discarding(self, count: int) -> None:
@@ -186,7 +191,7 @@ class Settler:
 
     def _on_discarded(self, outcomes: Sequence[MessageOutcome]) -> None:
         self._discarding.note(len(outcomes))
-        if self._observers:
+        if self._observers.present:
             messages = [each.message for each in outcomes]
             self._observers.emit(Discarded(messages))
 
@@ -284,7 +289,7 @@ class Settler:
     async def _settle_confirmed(self, copies: Sequence[PendingCopy]) -> None:
         began = self._loop.time()
         await self._settle_or_fail(Disposition.ACK, [each.tag for each in copies])
-        if self._observers:
+        if self._observers.present:
             outcomes = [each.outcome for each in copies]
             seconds = self._loop.time() - began
             self._observers.emit(Settled(_counts(BatchDecisions(), outcomes), seconds))
@@ -293,7 +298,7 @@ class Settler:
     def _emit_failed(
         self, step: Step, count: int, error: BaseException | None, began: float
     ) -> None:
-        if self._observers:
+        if self._observers.present:
             seconds = self._loop.time() - began
             self._observers.emit(SettleFailed(step, count, error, seconds))
 
@@ -336,7 +341,7 @@ class Settler:
             "results came for a session that is gone; the broker delivers these messages again",
             messages=count,
         )
-        if self._observers:
+        if self._observers.present:
             self._observers.emit(StaleResults(count))
 
     async def close(self, unstarted: Sequence[Message], wait: Wait) -> None:

@@ -269,7 +269,7 @@ class Worker:
         self._state = WorkerState.PROBING if is_probing else WorkerState.CONSUMING
         self._complaint = None
         self._log.info("consuming", epoch=self._epoch)
-        if self._observers:
+        if self._observers.present:
             self._observers.emit(Connected(self._epoch))
         if not self.ready.done():
             self.ready.set_result(None)
@@ -296,7 +296,7 @@ class Worker:
         is_repeated = text == self._complaint
         self._last_error = self._complaint = text
         self._failures += 1
-        if self._observers:
+        if self._observers.present:
             self._observers.emit(Lost(self._epoch, error))
         if is_repeated:
             self._log.debug("still not consuming", error=text, failures=self._failures)

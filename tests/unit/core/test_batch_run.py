@@ -8,8 +8,8 @@ import pytest
 from hypothesis import event, example, given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolicy
-from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, ResultCollector
+from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolicy, ResultCollector
+from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult
 from aio_pika_batch.errors import MessageDecodeError, MissingMessageId
 from tests.unit.core.strategies import some_messages
 

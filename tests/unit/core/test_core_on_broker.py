@@ -23,10 +23,10 @@ from hypothesis.stateful import (
 
 from aio_pika_batch import MessageResult
 from aio_pika_batch.adapters.memory import Broker, EventKind
-from aio_pika_batch.core.batch_run import BatchRun, FailurePolicy
+from aio_pika_batch.core.batch_run import BatchRun, FailurePolicy, ResultCollector
 from aio_pika_batch.core.batcher import Batch, Batcher
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.results import Cause, ResultCollector
+from aio_pika_batch.core.results import Cause
 from aio_pika_batch.core.retry import RetryPolicy
 from aio_pika_batch.core.settlement import Disposition, Frame, Ledger, Settlement
 from aio_pika_batch.core.settlement_plan import DeadLetterTarget, PendingCopy, SettlementPlanner

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from aio_pika_batch.core.batch_run import ResultCollector
 from aio_pika_batch.core.results import (
     MessageResult,
     Nack,
     Requeue,
-    ResultCollector,
     result_for,
 )
 from aio_pika_batch.errors import ResultError

@@ -141,7 +141,7 @@ def test_failures_of_observers_are_counted(caplog):
     assert 6 == observers.errors
     assert 2 == len(caplog.records)
     assert observers
-    assert not Observers([], Origin("C", "q", 0), log)
+    assert not Observers([], Origin("C", "q", 0), log).present
 
 
 async def test_an_observer_overrides_only_what_it_needs(rabbit, jitter):
