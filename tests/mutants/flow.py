@@ -278,8 +278,8 @@ SHELL = (
     Mutant(
         "A copy that is published again and not confirmed counts as confirmed.",
         "runtime/held_messages.py",
-        "            if outcome is Outcome.CONFIRMED:\n                del self._held",
-        "            if True:\n                del self._held",
+        "            if outcome is Outcome.CONFIRMED:\n                del self.messages",
+        "            if True:\n                del self.messages",
         (_STORIES, f"{_SHELL}/test_unconfirmed_copies.py"),
     ),
     Mutant(
@@ -299,8 +299,8 @@ SHELL = (
     Mutant(
         "A held retry counts as stuck: a healthy consumer is restarted.",
         "runtime/held_messages.py",
-        "for each in self._held.values() if each.pending is not None),",
-        "for each in self._held.values()),",
+        "for each in self.messages.values() if each.pending is not None),",
+        "for each in self.messages.values()),",
         (f"{_SHELL}/test_held_retries.py",),
     ),
     Mutant(
@@ -341,7 +341,7 @@ SHELL = (
     Mutant(
         "Held originals are not returned when the consumer stops.",
         "runtime/held_messages.py",
-        "        left = [each.copy for each in self._held.values()]\n",
+        "        left = [each.copy for each in self.messages.values()]\n",
         "        left = []\n",
         (f"{_SHELL}/test_unconfirmed_copies.py", f"{_SHELL}/test_drain.py"),
     ),
@@ -394,7 +394,7 @@ SHELL = (
     Mutant(
         "A settled batch stays in the settlement queue, and is settled again.",
         "runtime/settlement_queue.py",
-        "            self._queue.remove(ticket)\n        if self._timer",
+        "            self.tickets.remove(ticket)\n        if self._timer",
         "            pass\n        if self._timer",
         (f"{_SHELL}/test_settlement_queue.py",),
     ),
