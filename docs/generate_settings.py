@@ -37,6 +37,33 @@ print(settings.queue_name, settings.batch_size)
 ```
 <!-- test: prints orders 200 -->
 
+A subclass can have settings of its own. Name it as the parameter of your consumer's class: then type
+checkers know `self.settings`, and `Importer()` reads all of them from the environment.
+
+<!-- test: environment MY_APP_QUEUE_NAME=orders MY_APP_DATABASE=postgresql:///shop -->
+```python
+from pydantic_settings import SettingsConfigDict
+
+from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
+
+
+class MySettings(BatchConsumerSettings):
+    model_config = SettingsConfigDict(env_prefix="MY_APP_")
+
+    database: str
+
+
+class Importer(BatchConsumer[MySettings]):
+    async def process_messages(self, messages):
+        print("to", self.settings.database)
+        for _ in messages:
+            yield MessageResult.ACK
+
+
+print(Importer().settings.database)
+```
+<!-- test: prints postgresql:///shop -->
+
 Lists and dictionaries are written as JSON: `MY_APP_ROUTING_KEY='["orders.#", "refunds"]'`. A
 single routing key is written as it is.
 

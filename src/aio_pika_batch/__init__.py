@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from aio_pika_batch._lazy import lazy_exports
 
 __all__ = [
+    "RETRY_COUNT_HEADER",
     "AccessRefused",
     "AioPikaBatchError",
     "BatchConsumer",
@@ -45,12 +46,14 @@ __all__ = [
     "WorkerSession",
     "WorkerState",
     "WorkerStatus",
+    "Yield",
 ]
 
 if TYPE_CHECKING:
-    from aio_pika_batch.consumer import BatchConsumer, Consumer, WorkerSession
+    __version__: str
+    from aio_pika_batch.consumer import BatchConsumer, Consumer, WorkerSession, Yield
     from aio_pika_batch.core.batcher import Trigger
-    from aio_pika_batch.core.message import Message
+    from aio_pika_batch.core.message import RETRY_COUNT_HEADER, Message
     from aio_pika_batch.core.publication import Outcome, Publication
     from aio_pika_batch.core.results import Cause, MessageResult, Nack, Requeue, Result
     from aio_pika_batch.core.retry import DeadLetterReason
@@ -80,6 +83,7 @@ else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
+            "RETRY_COUNT_HEADER": "core.message",
             "AccessRefused": "errors",
             "AioPikaBatchError": "errors",
             "BatchConsumer": "consumer",
@@ -116,5 +120,6 @@ else:
             "WorkerSession": "consumer",
             "WorkerState": "status",
             "WorkerStatus": "status",
+            "Yield": "consumer",
         },
     )

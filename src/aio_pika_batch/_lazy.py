@@ -22,6 +22,11 @@ def lazy_exports(
     """
 
     def get(name: str) -> object:
+        if name == "__version__":
+            # Importing this, and reading the metadata, costs milliseconds.
+            from importlib.metadata import version
+
+            return version(package.replace("_", "-"))
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         found: object = getattr(import_module(f"{package}.{modules[name]}"), name)

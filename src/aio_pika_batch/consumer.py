@@ -7,10 +7,12 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import AsyncIterator, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from types import TracebackType
-from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, get_args
+
+from typing_extensions import TypeVar
 
 from aio_pika_batch.core.config_checks import broker_warnings_for, warnings_for
 from aio_pika_batch.core.message import Headers, Message
@@ -46,10 +48,28 @@ from aio_pika_batch.transport import (
     server_of,
 )
 
-SettingsT = TypeVar("SettingsT", bound=ConsumerSettings)
+# Covariant, so that a `BatchConsumer[MySettings]` is a `BatchConsumer`.
+SettingsT_co = TypeVar(
+    "SettingsT_co", bound=ConsumerSettings, default=ConsumerSettings, covariant=True
+)
+BatchSettingsT_co = TypeVar(
+    "BatchSettingsT_co", bound=BatchConsumerSettings, default=BatchConsumerSettings, covariant=True
+)
 
 Yield: TypeAlias = Result | tuple[Message, Result]
-"""What `process_messages` may yield."""
+"""The values that `process_messages` can yield."""
+
+if TYPE_CHECKING:
+    # Subclasses of Any, so that a handler can annotate its parameter as it likes: `list[Message]`,
+    # `Sequence[Message]`, or aio-pika's class, as code for 0.1.0 does. Without an annotation, type
+    # checkers still know the messages.
+    class _Messages(Any):  # type: ignore[misc]
+        def __iter__(self) -> Iterator[Message]: ...
+
+    class _Message(Message, Any): ...  # type: ignore[misc]
+
+else:
+    _Messages, _Message = list[Message], Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +99,7 @@ class WorkerSession:
         return await self._session.native()
 
 
-class BaseConsumer(Generic[SettingsT]):
+class BaseConsumer(Generic[SettingsT_co]):
     """Lifecycle, hooks, health and publishing of both kinds of consumer.
 
     Args:
@@ -92,7 +112,7 @@ class BaseConsumer(Generic[SettingsT]):
     """
 
     settings_class: ClassVar[type[ConsumerSettings]] = ConsumerSettings
-    """The class that `settings=None` uses."""
+    """The class of the settings. `BatchConsumer[MySettings]` sets it, too."""
 
     exception_results: ClassVar[ExceptionResults] = {}
     """Results of undecided messages by the class of the exception that left the handler.
@@ -101,20 +121,30 @@ class BaseConsumer(Generic[SettingsT]):
     listed get `unhandled_exception_action`.
     """
 
-    settings: SettingsT
+    settings: SettingsT_co
 
+    _made_lifecycle: Lifecycle | None = None
     _has_queue: ClassVar[bool] = True
     """False if messages come from somewhere else, so that advice about queues doesn't apply."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401  -- as other classes have it
+        super().__init_subclass__(**kwargs)
+        if "settings_class" not in vars(cls):
+            for base in vars(cls).get("__orig_bases__", ()):
+                for each in get_args(base):
+                    if isinstance(each, type) and issubclass(each, ConsumerSettings):
+                        cls.settings_class = each
+
     def __init__(
         self,
-        settings: SettingsT | None = None,
+        settings: SettingsT_co | None = None,
         *,
         transport: Transport | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
         self._check_class()
-        self.settings = settings if settings is not None else self._settings_from_environment()
+        self.settings = self._settings_from_environment() if settings is None else settings
+        self._check_settings()
         check_batch_key(
             type(self).__name__,
             type(self).batch_key,
@@ -129,7 +159,7 @@ class BaseConsumer(Generic[SettingsT]):
             consumer=self._name,
             queue=self.settings.queue_name,
         )
-        self._lifecycle = Lifecycle(self._log)
+        self._made_lifecycle = Lifecycle(self._log)
         self._current: ConsumeLoop | None = None
 
     def configure(self, **given: Any) -> None:  # noqa: ANN401  -- each setting has its own type
@@ -151,6 +181,7 @@ class BaseConsumer(Generic[SettingsT]):
 
     def observe(self, observer: Observer) -> None:
         """Add an observer before the start, unless there is one of its class."""
+        self._lifecycle  # noqa: B018  -- raises an error if there are no observers yet
         if not any(isinstance(each, type(observer)) for each in self._observers):
             self._observers = (*self._observers, observer)
 
@@ -184,9 +215,9 @@ class BaseConsumer(Generic[SettingsT]):
         self,
         channel: Any,  # noqa: ANN401  -- the broker library's own
         queue: Any,  # noqa: ANN401  -- the same
-        settings: ConsumerSettings,
+        settings: Any,  # noqa: ANN401  -- an override may name its own class
         stop_event: asyncio.Event,
-        log: KeywordLogger,
+        log: Any,  # noqa: ANN401  -- a KeywordLogger; code for 0.1.0 annotates structlog's
     ) -> None:
         """Called for each session of each worker; `super()` consumes until the session ends.
 
@@ -368,9 +399,36 @@ class BaseConsumer(Generic[SettingsT]):
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _settings_from_environment(self) -> SettingsT:
+    @property
+    def _lifecycle(self) -> Lifecycle:
+        if self._made_lifecycle is None:
+            cls: type = type(self)
+            msg = (
+                f"{cls.__name__}.__init__ has not called super().__init__(settings)"
+                f"{': a dataclass never does' if is_dataclass(cls) else ''}"
+            )
+            raise ConfigurationError(msg)
+        return self._made_lifecycle
+
+    def _check_settings(self) -> None:
+        settings: object = self.settings
+        name, wanted = type(self).__name__, self.settings_class
+        if isinstance(settings, wanted):
+            return
+        match settings:
+            case type():
+                found = f"the class {settings.__name__}"
+            case Mapping():
+                found = f"a {type(settings).__name__}; use {name}({wanted.__name__}(**settings))"
+            case str():
+                found = f"a str; use {name}({wanted.__name__}(url=…, queue_name=…))"
+            case _:
+                found = f"something of {type(settings)}"
+        raise ConfigurationError(f"{name} needs an instance of {wanted.__name__}, not {found}")
+
+    def _settings_from_environment(self) -> SettingsT_co:
         settings: Any = self.settings_class()
-        made: SettingsT = settings
+        made: SettingsT_co = settings
         return made
 
     def _config(self) -> WorkerConfig:
@@ -419,7 +477,7 @@ class BaseConsumer(Generic[SettingsT]):
             self._current = None
 
 
-class BatchConsumer(BaseConsumer[BatchConsumerSettings]):
+class BatchConsumer(BaseConsumer[BatchSettingsT_co]):
     """Consumes batches: override `process_messages`.
 
     Example::
@@ -436,7 +494,7 @@ class BatchConsumer(BaseConsumer[BatchConsumerSettings]):
 
     settings_class = BatchConsumerSettings
 
-    def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[Yield]:
+    def process_messages(self, messages: _Messages) -> AsyncIterator[Yield]:
         """Yield a result for each message.
 
         The i-th result belongs to the i-th message. A handler that works out of order yields
@@ -464,7 +522,7 @@ class BatchConsumer(BaseConsumer[BatchConsumerSettings]):
             raise ConfigurationError(msg)
 
 
-class Consumer(BaseConsumer[ConsumerSettings]):
+class Consumer(BaseConsumer[SettingsT_co]):
     """Consumes one message at a time: override `process_message`.
 
     `concurrency` messages are handled at the same time.
@@ -472,11 +530,11 @@ class Consumer(BaseConsumer[ConsumerSettings]):
 
     settings_class = ConsumerSettings
 
-    async def process_message(self, message: Message) -> Result:
+    async def process_message(self, message: _Message) -> Result:
         """Return the result of a message. If it raises, `unhandled_exception_action` is used."""
         raise NotImplementedError
 
-    async def _one_by_one(self, messages: Sequence[Message]) -> AsyncIterator[Yield]:
+    async def _one_by_one(self, messages: Sequence[Any]) -> AsyncIterator[Yield]:
         for message in messages:
             yield await self.process_message(message)
 

@@ -26,7 +26,7 @@ from aio_pika_batch.core.dead_letter import (
     death_info,
     replay_copy,
 )
-from aio_pika_batch.core.message import RETRY_COUNT, Message
+from aio_pika_batch.core.message import RETRY_COUNT_HEADER, Message
 from aio_pika_batch.core.publication import Copy, Outcome
 from aio_pika_batch.core.topology import Exchange, Topology
 from aio_pika_batch.errors import TopologyError
@@ -110,7 +110,7 @@ async def look(
     *,
     most: int = 100,
     delivery_limit: Limit = "ask",
-    retry_count_header: str = RETRY_COUNT,
+    retry_count_header: str = RETRY_COUNT_HEADER,
     stop: asyncio.Event | None = None,
 ) -> Looked:
     """Read the oldest dead letters and leave them in the queue.
@@ -155,7 +155,7 @@ async def replay(
     to_queue: bool = False,
     dry_run: bool = False,
     delivery_limit: Limit = "ask",
-    retry_count_header: str = RETRY_COUNT,
+    retry_count_header: str = RETRY_COUNT_HEADER,
     stop: asyncio.Event | None = None,
     on_progress: Progress | None = None,
 ) -> Report:
@@ -228,7 +228,7 @@ async def purge(
     scan: int = SCAN,
     dry_run: bool = False,
     delivery_limit: Limit = "ask",
-    retry_count_header: str = RETRY_COUNT,
+    retry_count_header: str = RETRY_COUNT_HEADER,
     stop: asyncio.Event | None = None,
     on_progress: Progress | None = None,
 ) -> Report:

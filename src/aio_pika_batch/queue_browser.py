@@ -19,7 +19,7 @@ from aio_pika_batch.core.dead_letter import (
     near_delivery_limit,
     returns_by_closing,
 )
-from aio_pika_batch.core.message import RETRY_COUNT, Message
+from aio_pika_batch.core.message import RETRY_COUNT_HEADER, Message
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import QUEUE_TYPE, Queue, Topology, Version
 from aio_pika_batch.errors import TopologyError
@@ -174,7 +174,7 @@ async def browse(
     *,
     most: int,
     limit: Limit = "ask",
-    retry_count_header: str = RETRY_COUNT,
+    retry_count_header: str = RETRY_COUNT_HEADER,
     stop: asyncio.Event | None = None,
 ) -> AsyncIterator[QueueBrowser]:
     """Open a browser on a queue; at the end, messages that aren't done are back in the queue.

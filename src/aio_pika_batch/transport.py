@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 from aio_pika_batch.core.message import (
     DELIVERY_COUNT,
-    RETRY_COUNT,
+    RETRY_COUNT_HEADER,
     DecodedSource,
     Headers,
     Message,
@@ -131,7 +131,7 @@ class Subscription:
     consumer_tag: str
     arguments: Headers = field(default_factory=dict)
     exclusive: bool = False
-    retry_count_header: str = RETRY_COUNT
+    retry_count_header: str = RETRY_COUNT_HEADER
     own: Topology = field(default_factory=Topology)
 
 

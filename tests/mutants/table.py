@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tests.mutants.flow import FLOW
 from tests.mutants.mutant import Mutant
+from tests.mutants.programs import PROGRAMS
 
 _UNIT = "tests/unit/adapters/aio_pika"
 _SESSION = "tests/integration/test_aio_pika_session.py"
@@ -352,4 +353,4 @@ REPAIR = (
     ),
 )
 
-TABLE = (*FLOW, *WIRE, *SECURITY, *REPAIR)
+TABLE = (*FLOW, *WIRE, *SECURITY, *REPAIR, *PROGRAMS)

@@ -152,11 +152,9 @@ class MySettings(BatchConsumerSettings):
     bucket: str = "archive"
 
 
-class WithMySettings(BatchConsumer):
+class WithMySettings(BatchConsumer[MySettings]):
     """Knows which class its settings have."""
 
-    settings_class = MySettings
-    settings: MySettings  # pyright: ignore[reportIncompatibleVariableOverride]
     exception_results: ClassVar[Mapping[type[Exception], MessageResult]] = {
         ConnectionError: MessageResult.REQUEUE,
         ValueError: MessageResult.NACK,

@@ -17,7 +17,7 @@ from aio_pika_batch.core.message import (
     NO_HEADERS,
     ORIGINAL_EXCHANGE,
     ORIGINAL_ROUTING_KEY,
-    RETRY_COUNT,
+    RETRY_COUNT_HEADER,
     FieldValue,
     Headers,
     Message,
@@ -104,7 +104,7 @@ class DeathInfo:
     exception_message: str | None = None
 
 
-def death_info(message: Message, retry_count_header: str = RETRY_COUNT) -> DeathInfo:
+def death_info(message: Message, retry_count_header: str = RETRY_COUNT_HEADER) -> DeathInfo:
     """Read the headers of a dead letter. Never raises: what cannot be read isn't known."""
     headers = readable_headers(message) or NO_HEADERS
     reason = _text(headers.get(REASON))
@@ -267,7 +267,7 @@ def replay_copy(
     death: DeathInfo,
     *,
     to_queue: bool = False,
-    retry_count_header: str = RETRY_COUNT,
+    retry_count_header: str = RETRY_COUNT_HEADER,
 ) -> ReplayDecision:
     """Make a copy of a dead letter that returns to where it came from, as a new message.
 

@@ -47,7 +47,8 @@ DELIVERY_COUNT = "x-delivery-count"
 # Headers that this library sets.
 ORIGINAL_EXCHANGE = "x-original-exchange"
 ORIGINAL_ROUTING_KEY = "x-original-routing-key"
-RETRY_COUNT = "x-retry-count"
+RETRY_COUNT_HEADER = "x-retry-count"
+"""The header that counts the retries of a message, unless a setting names another one."""
 
 
 # Not frozen: a frozen dataclass sets each field through a function call, which tripled the time to

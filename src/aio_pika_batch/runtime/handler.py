@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolicy, ResultCollector
 from aio_pika_batch.core.batcher import Batch, Trigger
@@ -25,7 +25,7 @@ from aio_pika_batch.observer import (
 IGNORED_CANCELLATION = 5.0
 """Seconds that a cancelled handler has to end before its session is given up."""
 
-Process: TypeAlias = Callable[[Sequence[Message]], AsyncIterator[object]]
+Process: TypeAlias = Callable[[Any], AsyncIterator[object]]
 
 
 class HandlerContext:
@@ -206,7 +206,7 @@ class HandlerRun:
         error: BaseException | None = None
         results = None
         try:
-            results = self._process(collector.messages)
+            results = self._process(list(collector.messages))
             async for item in results:
                 if self._cancelled_by is not None:
                     error = asyncio.CancelledError("the handler swallowed its cancellation")

@@ -196,12 +196,12 @@ async def process(
         DrainIncomplete: `on_stop` took longer than `shutdown_timeout`.
         Exception: What a hook raises.
     """
-    settings = consumer.settings
     if consumer.is_running:
         raise ConfigurationError(
             f"{type(consumer).__name__} is running; call process() on a consumer that has not been"
             " started"
         )
+    settings = consumer.settings
     pool = _OfflinePool(
         consumer,
         delivered(
