@@ -37,8 +37,8 @@ print(settings.queue_name, settings.batch_size)
 ```
 <!-- test: prints orders 200 -->
 
-A subclass can have settings of its own. Name it as the parameter of your consumer's class: then type
-checkers know `self.settings`, and `Importer()` reads all of them from the environment.
+A subclass can have settings of its own. Name it as the parameter of your consumer's class: then
+type checkers know `self.settings`, and `Importer()` reads all of them from the environment.
 
 <!-- test: environment MY_APP_QUEUE_NAME=orders MY_APP_DATABASE=postgresql:///shop -->
 ```python
