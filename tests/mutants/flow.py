@@ -565,15 +565,15 @@ MEMORY = (
     Mutant(
         "A returned message counts as confirmed: it is lost.",
         "adapters/memory/session.py",
-        "call.set_outcome(number, Outcome.RETURNED if returned else outcome)",
-        "call.set_outcome(number, outcome)",
+        "            outcome = Outcome.RETURNED\n",
+        "",
         (f"{_MEMORY}/test_publisher.py",),
     ),
     Mutant(
         "When the channel closes, open publications still wait for their timeout.",
         "adapters/memory/session.py",
-        "                        call.set_outcome(number, Outcome.UNKNOWN)\n",
-        "                        call.outcomes[call.waiting.pop(number)] = Outcome.UNKNOWN\n",
+        "                        answer.set_result(Outcome.UNKNOWN)\n",
+        "                        pass\n",
         (f"{_MEMORY}/test_publisher.py",),
     ),
 )

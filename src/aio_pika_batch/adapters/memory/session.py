@@ -220,26 +220,6 @@ def _send(channel: Channel, frame: Frame) -> None:
             assert_never(never)
 
 
-class _PendingPublish:
-    """One call of `publish`: its outcomes so far, and the publications that wait for a confirm."""
-
-    def __init__(self, size: int) -> None:
-        # Unknown until the broker answers, so a timeout is not a special case.
-        self.outcomes = [Outcome.UNKNOWN] * size
-        self.waiting: dict[int, int] = {}
-        self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def set_outcome(self, number: int, outcome: Outcome) -> None:
-        """Set the outcome of one publication."""
-        self.outcomes[self.waiting.pop(number)] = outcome
-        self.finish_if_complete()
-
-    def finish_if_complete(self) -> None:
-        """Wake the caller if no publication is waiting any more."""
-        if not self.waiting and not self.complete.done():
-            self.complete.set_result(None)
-
-
 class MemoryPublisher:
     """A publisher that checks all publications of a call before it sends the first of them.
 
@@ -260,7 +240,8 @@ class MemoryPublisher:
         self._connection = connection
         self.channel: Channel = connection.channel(self._on_frame)
         self._publish_timeout = publish_timeout
-        self._calls: dict[int, _PendingPublish] = {}
+        # The publications without a confirm, by their number.
+        self._waiting: dict[int, asyncio.Future[Outcome]] = {}
         self._returned: set[int] = set()
         self._is_reading_scheduled = False
         self._has_ended = False
@@ -286,18 +267,31 @@ class MemoryPublisher:
         if self._has_ended:
             raise SessionClosed("the publisher is closed: its context was left before")
         checked = [(self._check(each), each.mandatory) for each in publications]
-        call = _PendingPublish(len(checked))
+        if not checked:
+            return []
+        answers: list[asyncio.Future[Outcome]] = []
+        numbers = []
+        for publication, mandatory in checked:
+            answer = self._loop.create_future()
+            answers.append(answer)
+            try:
+                number = self.channel.publish(publication, mandatory=mandatory)
+            except Refusal:
+                # It has closed the channel.
+                answer.set_result(Outcome.REFUSED)
+            except ChannelIsClosed:
+                answer.set_result(Outcome.UNKNOWN)
+            else:
+                self._waiting[number] = answer
+                numbers.append(number)
         try:
-            self._send(call, checked)
-            async with asyncio.timeout(self._publish_timeout):
-                await call.complete
-        except TimeoutError:
-            pass
+            # Also if nothing was sent: other tasks run, as they do while a real broker answers.
+            await asyncio.wait(answers, timeout=self._publish_timeout)
         finally:
-            # Also after a cancellation: a late confirm finds no call.
-            for number in call.waiting:
-                del self._calls[number]
-        return call.outcomes
+            # Also after a cancellation: nobody waits for a late confirm.
+            for number in numbers:
+                self._waiting.pop(number, None)
+        return [each.result() if each.done() else Outcome.UNKNOWN for each in answers]
 
     def _check(self, outgoing: Outgoing) -> CheckedPublication:
         properties = outgoing.properties
@@ -305,24 +299,6 @@ class MemoryPublisher:
             # The broker refuses another user's name, which the original may well have.
             properties = replace(properties, user_id=None)
         return check_publication(outgoing.exchange, outgoing.routing_key, outgoing.body, properties)
-
-    def _send(
-        self, call: _PendingPublish, publications: Sequence[tuple[CheckedPublication, bool]]
-    ) -> None:
-        for index, (publication, mandatory) in enumerate(publications):
-            try:
-                number = self.channel.publish(publication, mandatory=mandatory)
-            except Refusal:
-                # The channel is closed now: those behind it are not sent and stay unknown.
-                call.outcomes[index] = Outcome.REFUSED
-                break
-            except ChannelIsClosed:
-                break
-            call.waiting[number] = index
-            self._calls[number] = call
-        # If nothing was sent, no frame will complete the call. Not at once: other tasks run first,
-        # as they do while a real broker answers.
-        self._loop.call_soon(call.finish_if_complete)
 
     def _on_frame(self) -> None:
         # Called within an operation of the broker, so the frames are read after it. A broker may
@@ -340,14 +316,14 @@ class MemoryPublisher:
                 case ConfirmFrame(number, accepted):
                     self._on_confirm(number, accepted=accepted)
                 case CloseFrame():
-                    for number, call in list(self._calls.items()):
-                        call.set_outcome(number, Outcome.UNKNOWN)
-                        del self._calls[number]
+                    for answer in self._waiting.values():
+                        answer.set_result(Outcome.UNKNOWN)
+                    self._waiting.clear()
 
     def _on_confirm(self, number: int, *, accepted: bool) -> None:
-        returned = number in self._returned
-        self._returned.discard(number)
-        call = self._calls.pop(number, None)
-        if call is not None:
-            outcome = Outcome.CONFIRMED if accepted else Outcome.REFUSED
-            call.set_outcome(number, Outcome.RETURNED if returned else outcome)
+        outcome = Outcome.CONFIRMED if accepted else Outcome.REFUSED
+        if number in self._returned:
+            self._returned.remove(number)
+            outcome = Outcome.RETURNED
+        if (answer := self._waiting.pop(number, None)) is not None:
+            answer.set_result(outcome)

@@ -23,6 +23,7 @@ from aio_pika_batch.adapters.memory.rabbitmq import (
     version_rules,
 )
 from aio_pika_batch.adapters.memory.session import MemoryPublisher, MemorySession
+from aio_pika_batch.adapters.memory.vhost import VirtualHost
 from aio_pika_batch.core.refusals import ReplyCode
 from aio_pika_batch.core.topology import (
     Exchange,
@@ -177,14 +178,13 @@ class MemoryTransport:
 
 
 def _declare(connection: Connection, topology: Topology) -> None:
-    # Each entity on a channel of its own, since a refusal closes the channel.
     for exchange in topology.exchanges:
         with translate_refusals(f"exchange {exchange.name!r}"):
-            _declare_exchange(connection, exchange)
+            _ensure_exchange(connection, exchange)
     for queue in topology.queues:
         refuse_lossy_wait_queue(queue, "RabbitMQ", connection.version)
         with translate_refusals(f"queue {queue.name!r}", queue.if_unequal):
-            _declare_queue(connection, queue)
+            _ensure_queue(connection, queue)
     for binding in topology.bindings:
         subject = f"binding of queue {binding.queue!r} to exchange {binding.exchange!r}"
         with translate_refusals(subject), connection.channel().operation() as vhost:
@@ -196,53 +196,46 @@ def _declare(connection: Connection, topology: Topology) -> None:
             )
 
 
-def _declare_exchange(connection: Connection, exchange: Exchange) -> None:
-    if _must_exist(exchange):
-        try:
-            with connection.channel().operation() as vhost:
-                vhost.exchange(exchange.name)
-        except Refusal as refusal:
-            if not _may_be_created(exchange, refusal):
-                raise
-        else:
-            return
-    with connection.channel().operation() as vhost:
-        vhost.declare_exchange(
-            exchange.name,
-            exchange.type,
-            durable=exchange.durable,
-            auto_delete=exchange.auto_delete,
-            arguments=exchange.arguments,
-        )
+def _ensure_exchange(connection: Connection, exchange: Exchange) -> None:
+    if not _exists(connection, exchange, lambda vhost: vhost.exchange(exchange.name)):
+        with connection.channel().operation() as vhost:
+            vhost.declare_exchange(
+                exchange.name,
+                exchange.type,
+                durable=exchange.durable,
+                auto_delete=exchange.auto_delete,
+                arguments=exchange.arguments,
+            )
 
 
-def _declare_queue(connection: Connection, queue: Queue) -> None:
-    if _must_exist(queue):
-        try:
-            with connection.channel().operation() as vhost:
-                vhost.queue(queue.name, connection)
-        except Refusal as refusal:
-            if not _may_be_created(queue, refusal):
-                raise
-        else:
-            return
-    with connection.channel().operation() as vhost:
-        vhost.declare_queue(
-            queue.name,
-            durable=queue.durable,
-            exclusive=queue.exclusive,
-            auto_delete=queue.auto_delete,
-            arguments=queue.arguments_on(parse_version("RabbitMQ", connection.version)),
-            connection=connection,
-        )
+def _ensure_queue(connection: Connection, queue: Queue) -> None:
+    if not _exists(connection, queue, lambda vhost: vhost.queue(queue.name, connection)):
+        with connection.channel().operation() as vhost:
+            vhost.declare_queue(
+                queue.name,
+                durable=queue.durable,
+                exclusive=queue.exclusive,
+                auto_delete=queue.auto_delete,
+                arguments=queue.arguments_on(parse_version("RabbitMQ", connection.version)),
+                connection=connection,
+            )
 
 
-def _must_exist(entity: Exchange | Queue) -> bool:
-    return entity.check_only or entity.existing_first
-
-
-def _may_be_created(entity: Exchange | Queue, refusal: Refusal) -> bool:
-    return refusal.code is ReplyCode.NOT_FOUND and not entity.check_only
+def _exists(
+    connection: Connection, entity: Exchange | Queue, find: Callable[[VirtualHost], object]
+) -> bool:
+    """Return whether to use an entity as it is; it must exist if it is only to be checked."""
+    if not (entity.check_only or entity.existing_first):
+        return False
+    try:
+        # On a channel of its own, which a refusal closes.
+        with connection.channel().operation() as vhost:
+            find(vhost)
+    except Refusal as refusal:
+        if entity.check_only or refusal.code is not ReplyCode.NOT_FOUND:
+            raise
+        return False
+    return True
 
 
 # --- the event loop's clock ----------------------------------------------------

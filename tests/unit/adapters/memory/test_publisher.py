@@ -172,6 +172,6 @@ async def test_a_cancelled_call_leaves_nothing_behind(transport, memory: Broker,
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1):
                 await publisher.publish([to(queue)])
-        assert publisher._calls == {}
+        assert publisher._waiting == {}
         memory.unblock()
         assert await publisher.publish([to(queue)]) == [CONFIRMED]
