@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Protocol, TypeAlias
 
 from aio_pika_batch.adapters.memory.faults import EventKind
@@ -290,13 +290,7 @@ class Channel:
         # Tag 0, which in AMQP stands for all of them, is never among them.
         if tag not in self._unacked:
             raise Refusal(ReplyCode.PRECONDITION_FAILED, f"unknown delivery tag {tag}")
-        tags = [tag]
-        if multiple:
-            tags = []
-            for each in self._unacked:
-                tags.append(each)
-                if each == tag:
-                    break
+        tags = list(takewhile(lambda each: each <= tag, self._unacked)) if multiple else [tag]
         return _by_queue([self._unacked.pop(each) for each in tags])
 
     # -- publishing --

@@ -69,8 +69,8 @@ class Faults:
         Args:
             fault: What goes wrong.
             times: For how many publications; None: for all, until `clear`.
-            exchange: Only for publications to this exchange; None: to any.
-            routing_key: Only for publications with this routing key; None: with any.
+            exchange: None: any.
+            routing_key: None: any.
         """
         self._rules.append(_PublishFaultRule(fault, times, exchange, routing_key))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
+from operator import attrgetter
 from typing import assert_never
 
 from aio_pika_batch.adapters.memory.stored_message import StoredMessage
@@ -164,9 +165,5 @@ def _merge(level: deque[QueueEntry], returned: list[QueueEntry]) -> None:
     # Only older messages are moved, so requeuing is cheap however long the queue is.
     while level and level[0].position < last:
         returned.append(level.popleft())
-    returned.sort(key=_position)
+    returned.sort(key=attrgetter("position"))
     level.extendleft(reversed(returned))
-
-
-def _position(entry: QueueEntry) -> int:
-    return entry.position

@@ -12,7 +12,7 @@ dropped.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum
@@ -21,18 +21,12 @@ from aio_pika_batch.adapters.memory.rabbitmq import Refusal, VersionRules, amqp_
 from aio_pika_batch.core.message import SHORT_STRING, FieldValue, Headers, Properties
 from aio_pika_batch.core.refusals import ReplyCode
 
-_SHORT_STRINGS = (
-    "content_type",
-    "content_encoding",
-    "correlation_id",
-    "reply_to",
-    "expiration",
-    "message_id",
-    "type",
-    "user_id",
-    "app_id",
-    "cluster_id",
-)
+_OCTETS = ("priority", "delivery_mode")
+_SHORT_STRINGS = [
+    each.name
+    for each in fields(Properties)
+    if each.name not in {*_OCTETS, "headers", "timestamp", "undecodable"}
+]
 _MAX_OCTET = 255
 _INTEGER_BITS = 64
 _MAX_EXPIRATION = 4_294_967_295
@@ -180,14 +174,16 @@ def store_publication(publication: CheckedPublication, user: str) -> StoredMessa
 
 def _routing_keys_in(properties: Properties, header: str) -> tuple[str, ...]:
     value = (properties.headers or {}).get(header)
-    if value is None:
-        return ()
-    if not isinstance(value, list):
+    if not (value is None or isinstance(value, list)):
         raise Refusal(
             ReplyCode.PRECONDITION_FAILED,
             f'invalid message: {{unacceptable_type_in_header,"{header}",{amqp_type_name(value)}}}',
         )
-    return tuple(key for key in value if isinstance(key, str))
+    return _strings(value)
+
+
+def _strings(value: FieldValue) -> tuple[str, ...]:
+    return tuple(each for each in value if isinstance(each, str)) if isinstance(value, list) else ()
 
 
 def check_short_string(what: str, value: object) -> str:
@@ -210,7 +206,7 @@ def _check_properties(properties: Properties) -> Properties:
         value = getattr(properties, name)
         if value is not None:
             check_short_string(name, value)
-    for name in ("priority", "delivery_mode"):
+    for name in _OCTETS:
         value = getattr(properties, name)
         if value is not None and not (type(value) is int and 0 <= value <= _MAX_OCTET):
             raise ValueError(f"{name} must be an int from 0 to {_MAX_OCTET}, not {value!r}")
@@ -301,7 +297,8 @@ def make_dead_letter(  # noqa: PLR0917  -- a dead letter is made of all of them
         reason=reason.value,
         count=1,
         exchange=message.exchange,
-        routing_keys=_visible_routing_keys(message),
+        # Those in `BCC` stay hidden.
+        routing_keys=(message.routing_key, *_strings(message.headers.get("CC"))),
         time=datetime.fromtimestamp(int(now), UTC),
         original_expiration=properties.expiration,
     )
@@ -325,14 +322,6 @@ def make_dead_letter(  # noqa: PLR0917  -- a dead letter is made of all of them
     return StoredMessage(
         message.body, properties, exchange, routing_keys, deaths, message.was_delivered
     )
-
-
-def _visible_routing_keys(message: StoredMessage) -> tuple[str, ...]:
-    """Return the message's own routing key and those in `CC`, but not those in `BCC`."""
-    copies = message.headers.get("CC")
-    if not isinstance(copies, list):
-        return (message.routing_key,)
-    return (message.routing_key, *(key for key in copies if isinstance(key, str)))
 
 
 def _add_death(deaths: tuple[Death, ...], latest: Death) -> tuple[Death, ...]:
@@ -367,30 +356,24 @@ def parse_x_death(value: FieldValue) -> tuple[Death, ...]:
     for table in value:
         if not isinstance(table, Mapping):
             continue
-        match table:
-            case {"queue": str(queue), "reason": str(reason), **rest}:
-                death = _parse_death(rest, queue, reason)
-                before = deaths.get((queue, reason))
-                if before is not None:
-                    death = replace(before, count=before.count + death.count)
-                deaths[queue, reason] = death
-            case _:
-                continue
+        queue, reason = table.get("queue"), table.get("reason")
+        if isinstance(queue, str) and isinstance(reason, str):
+            death = _parse_death(table, queue, reason)
+            if (before := deaths.get((queue, reason))) is not None:
+                death = replace(before, count=before.count + death.count)
+            deaths[queue, reason] = death
     return tuple(deaths.values())
 
 
 def _parse_death(table: Mapping[str, FieldValue], queue: str, reason: str) -> Death:
-    count, exchange = table.get("count"), table.get("exchange")
-    keys, time = table.get("routing-keys"), table.get("time")
+    count, exchange, time = table.get("count"), table.get("exchange"), table.get("time")
     expiration = table.get("original-expiration")
     return Death(
         queue=queue,
         reason=reason,
         count=count if isinstance(count, int) else 1,
         exchange=exchange if isinstance(exchange, str) else "",
-        routing_keys=tuple(key for key in keys if isinstance(key, str))
-        if isinstance(keys, list)
-        else (),
+        routing_keys=_strings(table.get("routing-keys")),
         time=time if isinstance(time, datetime) else datetime.fromtimestamp(0, UTC),
         original_expiration=expiration if isinstance(expiration, str) else None,
     )

@@ -138,13 +138,10 @@ class VirtualHost:
         if existing is not None:
             if existing.owner is not owner:
                 raise _locked(name)
-            for argument, received, current in (
-                ("durable", durable, existing.durable),
-                ("auto_delete", auto_delete, existing.auto_delete),
-            ):
-                if received != current:
+            for flag, received in (("durable", durable), ("auto_delete", auto_delete)):
+                if received != (current := getattr(existing, flag)):
                     raise inequivalent_argument(
-                        argument, entity, format_flag(received), format_flag(current)
+                        flag, entity, format_flag(received), format_flag(current)
                     )
             check_same_arguments(name, arguments, existing.arguments)
             # Declaring it again keeps a queue with x-expires alive.
