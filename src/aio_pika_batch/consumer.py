@@ -226,8 +226,7 @@ class BaseConsumer(Generic[SettingsT_co]):
         """
         del channel, queue, settings, stop_event, log
         if self._current is None:
-            msg = "_run_internal is called by the library, once for each session"
-            raise SessionClosed(msg)
+            raise SessionClosed("_run_internal is called by the library, once for each session")
         await self._current.consume()
 
     def _process(self) -> Process:
@@ -515,11 +514,10 @@ class BatchConsumer(BaseConsumer[BatchSettingsT_co]):
             msg = f"{type(self).__name__} must override process_messages, an async generator"
             raise ConfigurationError(msg)
         if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method):
-            msg = (
+            raise ConfigurationError(
                 f"{type(self).__name__}.process_messages is not an async generator: it must be an"
                 " `async def` that yields a MessageResult for each message"
             )
-            raise ConfigurationError(msg)
 
 
 class Consumer(BaseConsumer[SettingsT_co]):

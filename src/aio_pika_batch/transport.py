@@ -385,11 +385,10 @@ def open_transport(endpoint: Endpoint) -> Transport:
         # A module can raise anything while it is imported. The error names the package, because the
         # URL is right.
         what = f"{_describe(entry_point)}, {type(error).__name__}: {error}"
-        msg = (
+        raise ConfigurationError(
             f"url: the transport for {scheme}:// cannot be imported ({what});"
             " install what it needs, or use another scheme"
-        )
-        raise ConfigurationError(msg) from error
+        ) from error
     return factory(endpoint)
 
 

@@ -72,34 +72,30 @@ class ResultCollector:
             case (Message() as message, MessageResult() | Nack() | Requeue() as result):
                 self._accept_pair(message, result)
             case _:
-                msg = (
+                raise ResultError(
                     f"{describe(item)} is not a result: yield a MessageResult, Nack(…) or"
                     " Requeue(…) for each message in turn, or (message, result)"
                 )
-                raise ResultError(msg)
 
     def _accept_next(self, result: Result) -> None:
         if self._pairs:
-            msg = (
+            raise ResultError(
                 f"{result!r} was yielded without its message after (message, result):"
                 " use one of the two forms for the whole batch"
             )
-            raise ResultError(msg)
         if not self._missing:
             count = len(self.messages)
             found = f"result {count + 1}, {result!r}, for a batch of {count}"
-            msg = f"{found}: yield one for each message"
-            raise ResultError(msg)
+            raise ResultError(f"{found}: yield one for each message")
         self._by_position.append(result)
         self._missing -= 1
 
     def _accept_pair(self, message: Message, result: Result) -> None:
         if self._by_position:
-            msg = (
+            raise ResultError(
                 f"({message!r}, {result!r}) was yielded after a result without its message:"
                 " use one of the two forms for the whole batch"
             )
-            raise ResultError(msg)
         # By identity: a message of another batch can be equal to one of this batch.
         if self._index is None:
             self._index = {id(each): at for at, each in enumerate(self.messages)}
@@ -109,10 +105,9 @@ class ResultCollector:
             raise ResultError(msg)
         if at in self._pairs:
             found = f"a second result, {result!r}, for {message!r}"
-            msg = (
+            raise ResultError(
                 f"{found}: the first one, {self._pairs[at]!r}, is used; yield one for each message"
             )
-            raise ResultError(msg)
         self._pairs[at] = result
 
     @property

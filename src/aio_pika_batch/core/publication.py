@@ -56,8 +56,7 @@ class Publication:
         """Raise an error for a value that no broker accepts, before anything is sent."""
         body: object = self.body
         if not isinstance(body, bytes | bytearray | memoryview):
-            msg = f"body must be bytes, not {type(body).__name__}: encode it first"
-            raise TypeError(msg)
+            raise TypeError(f"body must be bytes, not {type(body).__name__}: encode it first")
         for name, value in (("exchange", self.exchange), ("routing_key", self.routing_key)):
             if len(value.encode()) > SHORT_STRING:
                 msg = f"{name} has more than {SHORT_STRING} bytes, AMQP's limit: {value[:40]}…"

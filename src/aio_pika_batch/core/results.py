@@ -63,8 +63,7 @@ class Requeue:
             msg = f"delay must be a number of seconds or a timedelta, not {describe(delay)}"
             raise TypeError(msg)
         if self.seconds is not None and not 0 <= self.seconds < math.inf:
-            msg = f"delay must be finite and at least 0 seconds, not {delay!r}"
-            raise ValueError(msg)
+            raise ValueError(f"delay must be finite and at least 0 seconds, not {delay!r}")
 
     @property
     def seconds(self) -> float | None:

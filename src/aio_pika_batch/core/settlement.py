@@ -109,17 +109,15 @@ class Ledger:
             for tag in settlement.tags:
                 if tag not in self._outstanding:
                     why = "settled already" if 0 < tag <= self._last else "never delivered here"
-                    msg = (
+                    raise SettlementError(
                         f"delivery tag {tag} cannot be settled: {why};"
                         " settle each delivery once, in the session that delivered it"
                     )
-                    raise SettlementError(msg)
                 if tag in decided:
-                    msg = (
+                    raise SettlementError(
                         f"delivery tag {tag} is settled twice at once, as {decided[tag].value}"
                         f" and as {settlement.disposition.value}; settle it once"
                     )
-                    raise SettlementError(msg)
                 decided[tag] = settlement.disposition
         return decided
 

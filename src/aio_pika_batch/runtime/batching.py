@@ -221,8 +221,7 @@ def check_batch_key(
         msg = f"{name}.batch_key is a coroutine: it must be a plain `def` that returns the key"
         raise ConfigurationError(msg)
     if ordered and not overridden:
-        msg = (
+        raise ConfigurationError(
             f"ordered_by_key=True keeps the order of each key, but {name} has no keys: override"
             " batch_key(self, message)"
         )
-        raise ConfigurationError(msg)

@@ -154,8 +154,7 @@ class ConsumeLoop:
                 self._failure.result()
             if not self.shutdown.is_requested and not self.was_ended_by_breaker:
                 await receiving
-                msg = "the session ended although no stop was requested"
-                raise SessionLost(msg)
+                raise SessionLost("the session ended although no stop was requested")
             await self._drain(receiving)
         finally:
             await self._close(receiving)
@@ -393,8 +392,7 @@ class ConsumeLoop:
             await _cancel(cancelling)
         if self._failure.done():
             self._failure.result()
-        msg = "the broker did not confirm in time that it sends no more messages"
-        raise SessionLost(msg)
+        raise SessionLost("the broker did not confirm in time that it sends no more messages")
 
     async def _wait_to_settle(self, tasks: Iterable[asyncio.Future[Any]]) -> None:
         await self.shutdown.wait_for(tasks, lambda: self.shutdown.settle_by, unless=self._failure)

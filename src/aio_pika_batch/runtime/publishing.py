@@ -69,8 +69,7 @@ class ReconnectingPublisher:
 
     def _refuse_if_closed(self) -> None:
         if self._is_closed:
-            msg = "the consumer has stopped: nothing can be published any more"
-            raise TransportError(msg)
+            raise TransportError("the consumer has stopped: nothing can be published any more")
 
     def _replace(self, publisher: Publisher) -> None:
         if self._current is not None and self._current[1] is publisher:

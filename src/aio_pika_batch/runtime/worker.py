@@ -261,8 +261,7 @@ class Worker:
             if not current.was_consumed:
                 msg = "a hook returned without consuming: _run_internal must await super()'s"
                 raise ConfigurationError(msg)
-            msg = "the session's hook returned before the session's end"
-            raise SessionLost(msg)
+            raise SessionLost("the session's hook returned before the session's end")
 
     def _on_consuming(self) -> None:
         is_probing = self._breaker is not None and self._breaker.is_probing

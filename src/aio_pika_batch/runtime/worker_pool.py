@@ -107,8 +107,7 @@ class WorkerPool:
                 if task.done() and not task.cancelled():
                     await task
             if self.shutdown.is_requested:
-                msg = "stopped before every worker consumed"
-                raise StartInterrupted(msg)
+                raise StartInterrupted("stopped before every worker consumed")
             await ready
         finally:
             ready.cancel()
@@ -147,8 +146,7 @@ class WorkerPool:
         if not self.shutdown.is_requested:
             for task in self._tasks:
                 if task.cancelled():
-                    msg = "a worker's task was cancelled, but not by this library"
-                    raise SessionLost(msg)
+                    raise SessionLost("a worker's task was cancelled, but not by this library")
                 if task.done():
                     await task
 

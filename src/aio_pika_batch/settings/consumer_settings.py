@@ -390,30 +390,26 @@ class ConsumerSettings(_EssentialSettings):
     def _check_queue(self) -> Self:
         stated = (self.queue_arguments or {}).get(QUEUE_TYPE)
         if self.queue_type is not None and stated not in (None, self.queue_type):
-            msg = (
+            raise ValueError(
                 f"queue_type={self.queue_type!r} contradicts"
                 f" {QUEUE_TYPE}={stated!r} in queue_arguments"
             )
-            raise ValueError(msg)
         if self.queue_exclusive and self.num_workers > 1:
-            msg = (
+            raise ValueError(
                 f"num_workers={self.num_workers} cannot share an exclusive queue, which belongs to"
                 " one connection; use num_workers=1, or concurrency"
             )
-            raise ValueError(msg)
         if self.queue_exclusive and not self.declare:
-            msg = (
+            raise ValueError(
                 "declare=False cannot find an exclusive queue: it is deleted with the connection"
                 " that declared it"
             )
-            raise ValueError(msg)
         if self.breaker_threshold is not None and (self.queue_exclusive or self.queue_auto_delete):
             which = "queue_exclusive" if self.queue_exclusive else "queue_auto_delete"
-            msg = (
+            raise ValueError(
                 f"breaker_threshold cannot be used with {which}: a paused worker doesn't consume,"
                 " and the broker then deletes the queue with all its messages"
             )
-            raise ValueError(msg)
         if self.requeue_delay:
             steps = make_delay_steps(
                 self.requeue_delay, self.requeue_backoff, self.requeue_delay_max
@@ -424,18 +420,16 @@ class ConsumerSettings(_EssentialSettings):
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         if self.ordered_by_key and self.num_workers > 1:
-            msg = (
+            raise ValueError(
                 f"num_workers={self.num_workers} cannot keep the order of ordered_by_key, because"
                 " each worker gets messages of every key; use num_workers=1, and concurrency"
             )
-            raise ValueError(msg)
         for first, longest in (
             ("reconnect_delay", "reconnect_delay_max"),
             ("breaker_pause", "breaker_pause_max"),
         ):
             if getattr(self, first) > getattr(self, longest):
-                msg = f"{first} must not exceed {longest}"
-                raise ValueError(msg)
+                raise ValueError(f"{first} must not exceed {longest}")
         for name in ("ssl_keyfile", "ssl_key_password"):
             if getattr(self, name) is not None and self.ssl_certfile is None:
                 msg = f"{name} without ssl_certfile: name the certificate that it belongs to"

@@ -41,15 +41,13 @@ def result_by_name(value: object) -> object:
             return MessageResult[value.strip().upper()]
         except KeyError:
             names = ", ".join(result.name for result in MessageResult)
-            msg = f"{value!r} is not a MessageResult: use one of {names}"
-            raise ValueError(msg) from None
+            raise ValueError(f"{value!r} is not a MessageResult: use one of {names}") from None
     return value
 
 
 def _short_string(value: str) -> str:
     if not is_short_string(value):
-        msg = f"must have at most {SHORT_STRING} bytes, AMQP's limit for names and keys"
-        raise ValueError(msg)
+        raise ValueError(f"must have at most {SHORT_STRING} bytes, AMQP's limit for names and keys")
     return value
 
 
@@ -74,25 +72,22 @@ def _known_scheme(url: str) -> str:
 
 def _known_exchange_type(value: str) -> str:
     if value not in _EXCHANGE_TYPES and not value.startswith("x-"):
-        msg = f"{value!r} is not one of {', '.join(_EXCHANGE_TYPES)}, or a plugin's x-…"
-        raise ValueError(msg)
+        raise ValueError(f"{value!r} is not one of {', '.join(_EXCHANGE_TYPES)}, or a plugin's x-…")
     return value
 
 
 def _never_ack(value: MessageResult) -> MessageResult:
     if value is MessageResult.ACK:
-        msg = (
+        raise ValueError(
             "ACK would remove messages that were not handled; use REQUEUE, NACK or"
             " REQUEUE_IMMEDIATE, or map the exceptions that mean success by exception_results"
         )
-        raise ValueError(msg)
     return value
 
 
 def _whole_milliseconds(value: float) -> float:
     if 0 < value < _MILLISECOND:
-        msg = f"must be 0, or at least {_MILLISECOND}: brokers count milliseconds"
-        raise ValueError(msg)
+        raise ValueError(f"must be 0, or at least {_MILLISECOND}: brokers count milliseconds")
     return value
 
 
@@ -119,8 +114,7 @@ def refuse_unknown(cls: type[BaseModel], values: Mapping[str, object]) -> None:
             continue
         close = get_close_matches(name, cls.model_fields, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        msg = f"{cls.__name__} has no setting {name!r}{hint}"
-        raise ConfigurationError(msg)
+        raise ConfigurationError(f"{cls.__name__} has no setting {name!r}{hint}")
 
 
 def explain(cls: type[BaseModel], error: ValidationError) -> str:
