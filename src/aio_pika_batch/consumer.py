@@ -31,7 +31,7 @@ from aio_pika_batch.runtime.consume_loop import ConsumeLoop
 from aio_pika_batch.runtime.handler import Process
 from aio_pika_batch.runtime.lifecycle import Lifecycle
 from aio_pika_batch.runtime.publishing import describe_outcome
-from aio_pika_batch.runtime.signals import process_signals
+from aio_pika_batch.runtime.shutdown import process_signals
 from aio_pika_batch.runtime.worker import WorkerInstance
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.runtime.worker_pool import WorkerPool

@@ -5,8 +5,9 @@ The library configures no logger. `getLogger("aio_pika_batch")` is the parent of
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TypeAlias
 
@@ -68,6 +69,47 @@ class KeywordLogger:
             text, extra = format_line(event, {**self._context, **context})
             # The text is an argument and not the format, because it may contain a percent sign.
             self._logger.log(level, "%s", text, exc_info=exc_info, extra=extra, stacklevel=3)
+
+
+BURST_INTERVAL = 60.0
+"""Seconds between two lines about the same thing."""
+
+
+class BurstLog:
+    """One kind of line, logged at once the first time, and then as a number once a minute.
+
+    Args:
+        log: Logs the number of messages that the line is about.
+    """
+
+    def __init__(self, log: Callable[[int], None]) -> None:
+        self._log = log
+        self._loop = asyncio.get_running_loop()
+        self._count = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def note(self, count: int) -> None:
+        """Log now if nothing was logged in the last minute, and otherwise when it is over."""
+        if self._timer is not None:
+            self._count += count
+            return
+        self._log(count)
+        self._timer = self._loop.call_later(BURST_INTERVAL, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        count, self._count = self._count, 0
+        if count:
+            self.note(count)
+
+    def flush(self) -> None:
+        """Log what hasn't been logged; nothing more will come."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        count, self._count = self._count, 0
+        if count:
+            self._log(count)
 
 
 def format_line(event: str, context: Mapping[str, object]) -> tuple[str, dict[str, object]]:

@@ -154,14 +154,14 @@ CORE = (
     ),
     Mutant(
         "Two batches of one key are handled at the same time.",
-        "core/ordered_batcher.py",
-        "            self._keyed.block(batch.key)\n        return batch",
+        "core/keyed_batcher.py",
+        "            self.block(batch.key)\n        return batch",
         "            pass\n        return batch",
         (f"{_CORE}/test_ordered_batcher.py",),
     ),
     Mutant(
         "Later messages of a key overtake a failed one.",
-        "core/ordered_batcher.py",
+        "core/keyed_batcher.py",
         "        if retries:\n            heappush",
         "        if retries:\n            self._keyed.unblock(key)\n            heappush",
         (f"{_CORE}/test_ordered_batcher.py",),

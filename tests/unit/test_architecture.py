@@ -31,7 +31,6 @@ LONGEST_FILE = 400
 SHORTEST_FILE = 80
 SHORT_FOR_A_REASON = {
     "aio_pika_batch.databases.errors": "what the errors of each driver mean",
-    "aio_pika_batch.runtime.burst_log": "has a timer of its own, and knows nothing of settling",
 }
 MOST_FILES_IN_THE_ROOT = 16
 LONGEST_CHAIN = 10

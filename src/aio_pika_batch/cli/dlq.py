@@ -26,7 +26,7 @@ from aio_pika_batch.cli.targets import QueueOptions, TargetOptions, find_queue
 from aio_pika_batch.dead_letters import SCAN, Filter, Looked, Report, look, purge, replay
 from aio_pika_batch.errors import ConfigurationError, TransportError
 from aio_pika_batch.queue_browser import MAX_HELD
-from aio_pika_batch.runtime.signals import process_signals
+from aio_pika_batch.runtime.shutdown import process_signals
 
 _T = TypeVar("_T")
 _Work: TypeAlias = Callable[[asyncio.Event, Callable[[Report], None]], Coroutine[Any, Any, Report]]

@@ -29,7 +29,7 @@ from aio_pika_batch.cli.targets import AnyConsumer, TargetOptions, load
 from aio_pika_batch.errors import AioPikaBatchError, ConfigurationError
 from aio_pika_batch.health.probes import as_json, liveness, readiness
 from aio_pika_batch.logs import KeywordLogger, format_error
-from aio_pika_batch.runtime.signals import process_signals
+from aio_pika_batch.runtime.shutdown import process_signals
 
 LoopName: TypeAlias = Literal["auto", "uvloop", "asyncio"]
 LoopFactory: TypeAlias = Callable[[], asyncio.AbstractEventLoop]

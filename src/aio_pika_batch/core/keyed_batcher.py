@@ -1,5 +1,7 @@
 """Collects messages into batches that have one key each, and a limit on their bytes.
 
+If the order of each key has to be kept, only one batch of it is handled at a time.
+
 Each key has a buffer of its own, with the rules of :mod:`~aio_pika_batch.core.batcher`. It is a
 separate class because keys and sizes need a look at every message, which the plain batcher avoids.
 Delivery tags, which only increase, identify the messages.
@@ -15,6 +17,7 @@ from itertools import count, repeat
 
 from aio_pika_batch.core.batcher import Batch, Trigger
 from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.retry_in_place import Attempt
 
 
 class _KeyBuffer:
@@ -240,3 +243,122 @@ class KeyedBatcher:
         self._offer(buffer)
         self._remove_if_idle(buffer)
         return Batch(messages, trigger, since, buffer.key)
+
+
+class _Retry:
+    """A message to retry.
+
+    Attributes:
+        since: When it arrived.
+        at: When its pause ends.
+    """
+
+    __slots__ = ("at", "message", "since")
+
+    def __init__(self, message: Message, since: float, at: float) -> None:
+        self.message = message
+        self.since = since
+        self.at = at
+
+
+class OrderedBatcher(KeyedBatcher):
+    """Cuts only one batch of a key at a time, and keeps the order of each key.
+
+    After a batch with a key has been handled, call `keep` if messages of it have failed, and then
+    `release`. Laws:
+
+    - While a batch of a key is being handled, no other batch of this key is cut.
+    - Failed messages are retried one by one, each after its pause. Later messages of their key wait
+      until all of them have a final result.
+    - Messages without a key (None) have no order.
+    """
+
+    __slots__ = ("_due", "_retries", "held")
+
+    def __init__(self, *, size: int, timeout: float, max_bytes: int | None = None) -> None:
+        super().__init__(size=size, timeout=timeout, max_bytes=max_bytes)
+        self._retries: dict[Hashable, deque[_Retry]] = {}
+        # The first retry of each key that is not being handled: when it is due, its tag, its key.
+        self._due: list[tuple[float, int, Hashable]] = []
+        self.held = 0
+        """The number of messages that wait for their next attempt."""
+
+    def __len__(self) -> int:
+        """The number of buffered messages, including those that failed."""
+        return super().__len__() + self.held
+
+    @property
+    def since(self) -> float | None:
+        """When the oldest buffered message arrived; None if there is none."""
+        times = [retry.since for retries in self._retries.values() for retry in retries]
+        fresh = super().since
+        return min(times if fresh is None else [*times, fresh], default=None)
+
+    @property
+    def deadline(self) -> float | None:
+        """When `poll` will return a batch at the latest; None if no batch can be cut."""
+        fresh = super().deadline
+        if not self._due:
+            return fresh
+        retry = self._due[0][0]
+        return retry if fresh is None else min(retry, fresh)
+
+    def poll(self, now: float, *, exhausted: bool = False) -> Batch | None:
+        """Cut a batch if one is due; retries of failed messages come first."""
+        # Retries cannot starve other messages: their number is limited, and each one that is made
+        # leaves fewer.
+        if self._due and now >= self._due[0][0]:
+            _, _, key = heappop(self._due)
+            retry = self._retries[key].popleft()
+            self.held -= 1
+            return Batch([retry.message], Trigger.TIMEOUT, retry.since, key)
+        return self._blocking(super().poll(now, exhausted=exhausted))
+
+    def flush(self) -> Batch | None:
+        """Cut a batch of messages that have not failed, because no more messages will arrive."""
+        return self._blocking(super().flush())
+
+    def clear(self) -> list[Message]:
+        """Remove and return all buffered messages."""
+        messages = super().clear()
+        messages.extend(retry.message for retries in self._retries.values() for retry in retries)
+        self._retries.clear()
+        self._due.clear()
+        self.held = 0
+        return sorted(messages, key=lambda message: message.delivery_tag)
+
+    def keep(
+        self,
+        batch: Batch,
+        attempts: Sequence[Attempt],
+        not_attempted: Sequence[Message],
+        now: float,
+    ) -> None:
+        """Take messages of a batch back, before `release`.
+
+        Args:
+            attempts: To be retried one by one, in this order.
+            not_attempted: To be buffered again, after the attempts.
+            now: The time in seconds at which the pauses begin.
+        """
+        if attempts:
+            retries = [_Retry(each.message, batch.since, now + each.pause) for each in attempts]
+            self._retries.setdefault(batch.key, deque()).extendleft(reversed(retries))
+            self.held += len(retries)
+        self.put_back(batch.key, not_attempted, batch.since)
+
+    def release(self, key: Hashable | None) -> None:
+        """Allow the next batch of this key: the last one has been handled."""
+        if key is None:
+            return
+        retries = self._retries.get(key)
+        if retries:
+            heappush(self._due, (retries[0].at, retries[0].message.delivery_tag, key))
+        else:
+            self._retries.pop(key, None)
+            self.unblock(key)
+
+    def _blocking(self, batch: Batch | None) -> Batch | None:
+        if batch is not None and batch.key is not None:
+            self.block(batch.key)
+        return batch

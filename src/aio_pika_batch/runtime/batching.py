@@ -10,9 +10,8 @@ from typing import TypeAlias
 
 from aio_pika_batch.core.batch_run import BatchDecisions, FailurePolicy
 from aio_pika_batch.core.batcher import Batch, Batcher
-from aio_pika_batch.core.keyed_batcher import KeyedBatcher
+from aio_pika_batch.core.keyed_batcher import KeyedBatcher, OrderedBatcher
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.ordered_batcher import OrderedBatcher
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, result_for
 from aio_pika_batch.core.retry_in_place import RetryInPlace
 from aio_pika_batch.errors import ConfigurationError, MessageDecodeError
@@ -31,10 +30,10 @@ class BatchIntake:
         runs_users_code: Whether `add` calls the user's `batch_key`.
     """
 
-    batcher: Batcher | KeyedBatcher | OrderedBatcher
+    batcher: Batcher | KeyedBatcher
     runs_users_code = False
 
-    def __init__(self, batcher: Batcher | KeyedBatcher | OrderedBatcher) -> None:
+    def __init__(self, batcher: Batcher | KeyedBatcher) -> None:
         self.batcher = batcher
 
     @property
@@ -76,7 +75,7 @@ class KeyedIntake(BatchIntake):
 
     def __init__(
         self,
-        batcher: KeyedBatcher | OrderedBatcher,
+        batcher: KeyedBatcher,
         batch_key: BatchKey,
         failure: FailurePolicy,
         *,
@@ -195,7 +194,7 @@ def open_intake(
     if config.in_place is None:
         return KeyedIntake(keyed, batch_key, config.failure, observers=observers, log=log)
     return OrderedIntake(
-        OrderedBatcher(keyed),
+        OrderedBatcher(size=size, timeout=timeout, max_bytes=config.batch_max_bytes),
         batch_key,
         config.failure,
         in_place=config.in_place,

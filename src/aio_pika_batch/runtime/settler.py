@@ -14,7 +14,7 @@ from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Na
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.settlement_plan import PendingCopy
 from aio_pika_batch.errors import SessionLost, TransportError
-from aio_pika_batch.logs import KeywordLogger, format_error
+from aio_pika_batch.logs import BurstLog, KeywordLogger, format_error
 from aio_pika_batch.observer import (
     DeadLettered,
     Discarded,
@@ -25,7 +25,6 @@ from aio_pika_batch.observer import (
     StaleResults,
     Step,
 )
-from aio_pika_batch.runtime.burst_log import BurstLog
 from aio_pika_batch.runtime.held_messages import HeldMessages
 from aio_pika_batch.runtime.publishing import DelayedPublisher
 from aio_pika_batch.runtime.settlement_queue import PATIENCE, SettlementQueue

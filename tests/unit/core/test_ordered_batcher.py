@@ -14,8 +14,7 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from aio_pika_batch.core.batcher import Trigger
-from aio_pika_batch.core.keyed_batcher import KeyedBatcher
-from aio_pika_batch.core.ordered_batcher import OrderedBatcher
+from aio_pika_batch.core.keyed_batcher import OrderedBatcher
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult
 from aio_pika_batch.core.retry import Backoff, RetryPolicy, make_delay_steps
 from aio_pika_batch.core.retry_in_place import Attempt, RetryInPlace
@@ -24,7 +23,7 @@ from tests.unit.core.strategies import NOW, a_message, some_messages
 
 def ordered(*, size=3, timeout=5.0):
     """A batcher that keeps the order of keys."""
-    return OrderedBatcher(KeyedBatcher(size=size, timeout=timeout))
+    return OrderedBatcher(size=size, timeout=timeout)
 
 
 def tags(batch):

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from aio_pika_batch import DrainIncomplete
-from aio_pika_batch.runtime.signals import SIGNALS, SignalDispatcher, process_signals
+from aio_pika_batch.runtime.shutdown import SIGNALS, SignalDispatcher, process_signals
 from aio_pika_batch.testing import virtual_time
 from tests.unit.shell.helpers import RecordingConsumer, numbered, taking
 from tests.unit.shell.scripted_transport import ScriptedTransport, never
