@@ -59,6 +59,7 @@ __all__ = [
     "Outcome",
     "Outgoing",
     "Properties",
+    "ProvingSession",
     "Publication",
     "PublishError",
     "Publisher",
@@ -237,6 +238,23 @@ def resumed_consumer_tag(consumer_tag: str, number: int) -> str:
     it would go on counting these, so that a new prefetch count couldn't be relied on.
     """
     return f"{consumer_tag.encode()[:240].decode(errors='ignore')}-{number}"
+
+
+@runtime_checkable
+class ProvingSession(Protocol):
+    """A session that also knows which of its settlements the broker has certainly received.
+
+    One that doesn't have this waits for that in `settle`, or can't know it.
+    """
+
+    @property
+    def unproven(self) -> int:
+        """The number of settled messages that the broker may deliver again.
+
+        It can be read after the end of the session. Then it is 0 if the session was closed in an
+        orderly way.
+        """
+        ...
 
 
 @runtime_checkable

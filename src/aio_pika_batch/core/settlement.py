@@ -10,10 +10,16 @@ Laws:
 
 Acks and nacks have `multiple`, rejects don't (AMQP 0-9-1, basic class; nack is RabbitMQ's
 extension).
+
+The channel of a quorum queue sends each settling frame to the queue's leader as a command. While
+the leader doesn't answer, it sends 33 of them, keeps the others, and drops these when it is closed.
+The answer to `basic.cancel` proves that nothing is kept. So only what is settled after it needs
+care: `drain_mode` and `CommandBudget` make sure that few commands follow.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -56,15 +62,26 @@ class Frame:
 class Ledger:
     """The unsettled deliveries of one session, in the order of their delivery."""
 
-    __slots__ = ("_last", "_outstanding")
+    __slots__ = ("_held", "_last", "_outstanding")
 
     def __init__(self) -> None:
         self._outstanding: dict[int, None] = {}
+        self._held: dict[int, Disposition] = {}
         self._last = 0
 
     def __len__(self) -> int:
-        """The number of unsettled deliveries."""
+        """The number of unsettled deliveries, including those that are held."""
         return len(self._outstanding)
+
+    @property
+    def held(self) -> int:
+        """The number of deliveries that are decided and not released."""
+        return len(self._held)
+
+    @property
+    def held_kinds(self) -> int:
+        """The number of dispositions among the held deliveries."""
+        return len(set(self._held.values()))
 
     def deliver(self, tags: Sequence[int]) -> None:
         """Add deliveries. Each tag is larger than all before it."""
@@ -84,7 +101,7 @@ class Ledger:
         """
         settlements = list(settlements)
         outstanding = self._outstanding
-        if len(settlements) == 1:
+        if len(settlements) == 1 and not self._held:
             only = settlements[0]
             tags = only.tags
             if (
@@ -103,11 +120,33 @@ class Ledger:
             del outstanding[tag]
         return frames
 
+    def hold(self, settlements: Iterable[Settlement]) -> None:
+        """Decide deliveries that stay outstanding until `release`. Raises as `settle` does."""
+        self._held.update(self._decide(list(settlements)))
+
+    def release(self, *, joined: bool) -> list[Frame]:
+        """Remove the held deliveries, and return the frames that settle them.
+
+        Args:
+            joined: Whether to join them by `multiple`. Otherwise each one has its own frame, and
+                those of one disposition follow each other.
+        """
+        held, self._held = self._held, {}
+        if joined:
+            frames = self._plan(held)
+        else:
+            order = list(Disposition)
+            tags = sorted(held, key=lambda tag: (order.index(held[tag]), tag))
+            frames = [Frame(held[tag], tag) for tag in tags]
+        for tag in held:
+            del self._outstanding[tag]
+        return frames
+
     def _decide(self, settlements: Sequence[Settlement]) -> dict[int, Disposition]:
         decided: dict[int, Disposition] = {}
         for settlement in settlements:
             for tag in settlement.tags:
-                if tag not in self._outstanding:
+                if tag not in self._outstanding or tag in self._held:
                     why = "settled already" if 0 < tag <= self._last else "never delivered here"
                     raise SettlementError(
                         f"delivery tag {tag} cannot be settled: {why};"
@@ -182,3 +221,57 @@ def _fewest_segments(row: Sequence[Disposition]) -> list[tuple[int, Disposition]
             kind = _JOINABLE[1 - _JOINABLE.index(kind)]
     segments.append((end, kind))
     return segments[::-1]
+
+
+# -- after the cancel -----------------------------------------------------------------------------
+
+SAFE_COMMANDS = 30
+"""Commands that a channel sends in any case: 32 on RabbitMQ 3.10, 33 on newer ones."""
+
+_AT_ONCE = 9
+_FIRST_PAUSE = 0.1
+
+
+class DrainMode(Enum):
+    """How to settle after the broker has confirmed a cancel."""
+
+    DIRECT = "direct"
+    """Each settlement in its own frames: there are few messages left."""
+    COMMITTED = "committed"
+    """In transactions: a commit needs one command for each disposition, however many messages."""
+    JOINED = "joined"
+    """All together at the end, in the fewest frames: the broker may not know transactions."""
+
+
+def drain_mode(unsettled: int, *, is_rabbitmq: bool) -> DrainMode:
+    """Return how to settle the messages that are unsettled when a cancel is confirmed."""
+    if unsettled <= SAFE_COMMANDS:
+        return DrainMode.DIRECT
+    # Others may answer tx.select with 540, which ends the connection.
+    return DrainMode.COMMITTED if is_rabbitmq else DrainMode.JOINED
+
+
+class CommandBudget:
+    """Spreads the commits of a drain over its time: the channel may send only so many commands.
+
+    The first commits follow at once. From then on each command doubles the pause, so that the
+    budget lasts for any drain. The last commit, before the close, is always possible.
+    """
+
+    __slots__ = ("_next_at", "_spent")
+
+    def __init__(self) -> None:
+        self._spent = 0
+        self._next_at = -math.inf
+
+    def commit_at(self, commands: int) -> float | None:
+        """Return when a commit of so many commands may be sent; None for only before the close."""
+        if self._spent + commands > SAFE_COMMANDS - len(Disposition):
+            return None
+        return self._next_at
+
+    def spend(self, commands: int, now: float) -> None:
+        """Count the commands of a commit."""
+        self._spent += commands
+        over = self._spent - _AT_ONCE
+        self._next_at = now + (_FIRST_PAUSE * 2**over if over > 0 else 0.0)

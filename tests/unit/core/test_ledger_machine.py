@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -63,6 +65,39 @@ class Session(RuleBasedStateMachine):
 
         joined = disposition in {Disposition.ACK, Disposition.RETURN}
         assert (1 if joined else len(oldest)) == self.channel.frames - count
+
+    @rule(
+        groups=st.lists(st.lists(st.tuples(places, mostly_acks), max_size=8), max_size=3),
+        joined=st.booleans(),
+    )
+    def hold_some_and_release_them(self, groups, joined):
+        """Decide deliveries one group after the other, and send the frames of all together."""
+        left = [*self.channel.unsettled]
+        held = {}
+        for group in groups:
+            decided = {}
+            for place, disposition in group:
+                if left:
+                    decided[left.pop(place % len(left))] = disposition
+            self.ledger.hold([Settlement(decided[tag], (tag,)) for tag in decided])
+            held |= decided
+            assert (len(held), len({*held.values()})) == (self.ledger.held, self.ledger.held_kinds)
+            assert len(self.channel.unsettled) == len(self.ledger)
+            for tag in held:
+                with pytest.raises(SettlementError, match="settled already"):
+                    self.ledger.settle([Settlement(Disposition.ACK, (tag,))])
+        self.expected.update(held)
+        frames = self.ledger.release(joined=joined)
+
+        self.channel.receive(frames)
+
+        assert self.ledger.held == 0
+        assert len(frames) <= len(held)
+        if not joined:
+            runs = [
+                disposition for disposition, _ in groupby(frames, lambda each: each.disposition)
+            ]
+            assert len(runs) == len({*held.values()})
 
     @precondition(lambda self: self.expected)
     @rule(place=places, disposition=dispositions)

@@ -84,6 +84,11 @@ class OpenConnection:
             properties.get("version", "of no known version")
         )
 
+    @property
+    def is_rabbitmq(self) -> bool:
+        """Whether the broker calls itself RabbitMQ."""
+        return self.product[0] == "RabbitMQ"
+
     async def channel(self, *, confirms: bool = False) -> AbstractChannel:
         """Open a channel of aiormq. Raises what aiormq raises."""
         transport = self.connection.transport

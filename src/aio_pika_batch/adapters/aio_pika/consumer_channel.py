@@ -28,6 +28,8 @@ from aio_pika_batch.errors import BrokerUnavailable, SessionLost
 from aio_pika_batch.transport import resumed_consumer_tag
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from aiormq.abc import AbstractChannel, DeliveredMessage
 
     from aio_pika_batch.adapters.aio_pika.connection import OpenConnection
@@ -140,19 +142,31 @@ class ConsumerChannel:
         """Cancel the consumer, and wait for the broker's answer. Raises SessionLost."""
         if self._channel is None or not self._consumer_tag:
             return
-        with translate_errors(
-            lambda error: SessionLost(f"basic.cancel failed: {format_error(error)}")
-        ):
-            await self._channel.basic_cancel(self._consumer_tag)
+        await _answered("basic.cancel", self._channel.basic_cancel(self._consumer_tag))
         self._consumer_tag = ""
         if not self._connection.is_fast:
             for _ in range(_TURNS):
                 await asyncio.sleep(0)
 
+    async def select(self) -> None:
+        """Begin to settle in transactions. Raises SessionLost."""
+        if self._channel is not None:
+            await _answered("tx.select", self._channel.tx_select())
+
+    async def commit(self) -> None:
+        """Commit what was settled since the last commit. Raises SessionLost."""
+        if self._channel is not None:
+            await _answered("tx.commit", self._channel.tx_commit())
+
     async def close(self) -> None:
         """Close the channel. Raises what aiormq raises."""
         if self._channel is not None and self._connection.tap.end is None:
             await self._channel.close()
+
+
+async def _answered(method: str, call: Awaitable[object]) -> None:
+    with translate_errors(lambda error: SessionLost(f"{method} failed: {format_error(error)}")):
+        await call
 
 
 async def _unexpected(message: DeliveredMessage) -> None:

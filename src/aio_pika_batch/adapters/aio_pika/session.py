@@ -4,7 +4,7 @@ Laws:
 
 - What was delivered before the broker's answer to `cancel` is handed out. After a loss, nothing is.
 - A settlement is written completely or not at all, and never after the end of its session.
-- Leaving the context cancels, waits for the last settlement, closes the channel, and closes the
+- Leaving the context cancels, writes the last settlements, closes the channel, and closes the
   connection, in this order. Each step may fail or hang; the next one follows within seconds.
 """
 
@@ -25,15 +25,15 @@ from aio_pika_batch.adapters.aio_pika.connection import OpenConnection, open_con
 from aio_pika_batch.adapters.aio_pika.consumer_channel import ConsumerChannel
 from aio_pika_batch.adapters.aio_pika.events import (
     ChannelClosed,
+    ChannelCloseOk,
     ConnectionClosed,
     ConnectionLost,
     ConsumerCancelled,
     Deliveries,
     Malformed,
 )
-from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
+from aio_pika_batch.adapters.aio_pika.settlement_writer import SettlementWriter
 from aio_pika_batch.adapters.aio_pika.topology import declare_on
-from aio_pika_batch.core.settlement import Ledger
 from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost, TopologyError
 from aio_pika_batch.transport import Native
 
@@ -45,13 +45,6 @@ if TYPE_CHECKING:
     from aio_pika_batch.core.message import Message
     from aio_pika_batch.core.settlement import Settlement
     from aio_pika_batch.transport import Endpoint, Subscription
-
-SETTLE_PAUSE = 0.2
-"""Seconds between the last settlement and the close of the channel.
-
-The channel of a quorum queue delays acks when there are many, and drops the delayed ones when it is
-closed. There is no way to ask when all are processed. 50 ms were enough in every run.
-"""
 
 WIND_UP_TIMEOUT = 5.0
 """Seconds for everything that comes before the close of the connection."""
@@ -86,7 +79,9 @@ class AioPikaSession:
         self._subscription = subscription
         self._channel = ConsumerChannel(connection, self.on_event)
         self._loop = asyncio.get_running_loop()
-        self._ledger = Ledger()
+        self._writer = SettlementWriter(
+            self._channel, connection.tap, is_rabbitmq=connection.is_rabbitmq
+        )
         self._pending: list[Message] = []
         self._wakeup: asyncio.Future[None] | None = None
         self._sink: Callable[[Sequence[Message]], None] | None = None
@@ -95,7 +90,6 @@ class AioPikaSession:
         self._is_drained = False
         self._is_closed = False
         self._is_first = True
-        self._settled_at = -SETTLE_PAUSE  # no pause if nothing was settled
         self._cancelling: asyncio.Task[None] | None = None
         self._adjusting = asyncio.Lock()
         self._opening_native: asyncio.Task[Native] | None = None
@@ -178,19 +172,24 @@ class AioPikaSession:
     async def settle(self, settlements: Sequence[Settlement]) -> None:
         """Settle messages."""
         self._check()
-        frames = self._ledger.settle(settlements)
-        if not frames:
-            return
-        if not self._tap.write(pack_settlements(self._channel.number, frames)):
-            self._lose("the connection was closed")
+        try:
+            self._writer.settle(settlements)
+        except SessionLost as lost:
+            self._lose(str(lost))
             self._check()
-        self._settled_at = self._loop.time()
         # Usually nothing is waited for: 64 KiB may wait in the transport by default.
         if self._tap.is_clogged:
             with translate_errors(
                 lambda error: SessionLost(f"the connection broke: {format_error(error)}")
             ):
                 await self._tap.drain()
+
+    @property
+    def unproven(self) -> int:
+        """The number of settled messages that the broker may deliver again."""
+        # Before the broker has confirmed a settlement, the message counts against the prefetch.
+        unproven = self._writer.unproven
+        return min(unproven, self._subscription.prefetch or unproven)
 
     async def native(self) -> Native:
         """Open (once) a channel for the user on the session's connection."""
@@ -221,10 +220,12 @@ class AioPikaSession:
                     "the broker cancelled the consumer: the queue was deleted or is unavailable, or"
                     " messages were held for too long"
                 )
+            case ChannelCloseOk():
+                self._writer.on_channel_closed()
             case Malformed(reason) | ConnectionLost(reason):
                 self._lose(reason)
             case _:
-                pass  # there are no confirms on this channel, and close-ok is aiormq's
+                pass  # there are no confirms on this channel
 
     def _lose(self, reason: str) -> None:
         if self._loss is None:
@@ -252,16 +253,20 @@ class AioPikaSession:
             await self._cancel()
         else:
             await asyncio.wait({self._cancelling})
-        pause = self._settled_at + SETTLE_PAUSE - self._loop.time()
-        if pause > 0:
-            await asyncio.sleep(pause)
+        await self._writer.finish()
         await self._channel.close()
 
     async def _cancel(self) -> None:
         async with self._adjusting:
+            self._writer.hold()
             await self._channel.cancel()
         self._is_drained = True
         self._wake()
+        ledger = self._writer.ledger
+        can_settle = not self._is_closed
+        await self._writer.on_cancelled(
+            len(ledger) + len(self._pending) if can_settle else ledger.held
+        )
 
     async def _open_native(self) -> Native:
         with translate_errors(
@@ -280,7 +285,7 @@ class AioPikaSession:
             # A queue is a stream or it is not: the first message is enough to know.
             self._is_first = False
             self._refuse_streams(messages[0])
-        self._ledger.deliver([message.delivery_tag for message in messages])
+        self._writer.ledger.deliver([message.delivery_tag for message in messages])
         return messages
 
     def _hand_over(self) -> None:

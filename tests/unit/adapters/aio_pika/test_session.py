@@ -1,17 +1,21 @@
-"""A session hands out everything that was delivered before the answer to its cancel."""
+"""What a session hands out before the answer to its cancel, and how it settles after that."""
 
 from __future__ import annotations
 
 import asyncio
+import struct
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from aio_pika_batch.adapters.aio_pika.events import Deliveries
+from aio_pika_batch.adapters.aio_pika.amqp_spec import ACK_SIZE, FRAME_OVERHEAD
+from aio_pika_batch.adapters.aio_pika.events import ChannelCloseOk, Deliveries
+from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
 from aio_pika_batch.adapters.aio_pika.session import AioPikaSession
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.core.settlement import Disposition, Frame, Settlement
 from aio_pika_batch.testing.virtual_time import VirtualTimeLoop
 from aio_pika_batch.transport import Subscription
 from tests.unit.adapters.aio_pika.broker_frames import message
@@ -22,8 +26,9 @@ class FakeChannel:
 
     number = 1
 
-    def __init__(self) -> None:
+    def __init__(self, tap: FakeTap | None = None) -> None:
         self.answer = asyncio.Event()
+        self.tap = tap or FakeTap()
 
     async def basic_qos(self, **_: Any) -> None:
         """Accept any prefetch."""
@@ -32,30 +37,66 @@ class FakeChannel:
         """Accept any consumer."""
 
     async def basic_cancel(self, _: str) -> None:
+        self.tap.note("cancel")
         await self.answer.wait()
+        self.tap.note("cancel-ok")
+
+    async def tx_select(self) -> None:
+        self.tap.note("select")
+
+    async def tx_commit(self) -> None:
+        self.tap.note("commit")
+        await asyncio.sleep(ROUND_TRIP)
 
     async def close(self) -> None:
+        self.tap.note("close")
         self.closed_at = asyncio.get_running_loop().time()
+        self.tap.tell(ChannelCloseOk())
 
 
 class FakeTap:
-    """The test is the broker."""
+    """The test is the broker.
+
+    Attributes:
+        sent: What was sent, in order: methods, and settlements as (disposition, tag, multiple).
+    """
 
     end = None
     closed = None
     is_clogged = False
 
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
     def tap_consumer(self, _: int, __: Any, listener: Any) -> None:
         self.tell = listener
 
-    def write(self, _: bytes) -> bool:
+    def write(self, data: bytes) -> bool:
+        self.sent.extend(SETTLEMENTS[each] for each in _SETTLE_FRAME.iter_unpack(data))
         return True
+
+    def note(self, method: str) -> None:
+        """Record a method."""
+        self.sent.append(method)
 
     def abort(self) -> None:
         """Do nothing."""
 
 
-async def opened(channel: FakeChannel, tap: FakeTap) -> AioPikaSession:
+_SETTLE_FRAME = struct.Struct(f">{FRAME_OVERHEAD + ACK_SIZE}s")
+ROUND_TRIP = 0.01
+SETTLEMENTS = {
+    (pack_settlements(1, [Frame(disposition, tag, multiple)]),): (disposition, tag, multiple)
+    for disposition in Disposition
+    for tag in range(1, 201)
+    for multiple in (True, False)  # a reject has only one form
+}
+ACK, REJECT, REQUEUE, RETURN = Disposition
+
+
+async def opened(
+    channel: FakeChannel, tap: FakeTap, *, is_rabbitmq: bool = True, prefetch: int = 10
+) -> AioPikaSession:
     """A session that consumes."""
 
     async def open_channel() -> FakeChannel:
@@ -65,11 +106,39 @@ async def opened(channel: FakeChannel, tap: FakeTap) -> AioPikaSession:
         """Hang up."""
 
     connection: Any = SimpleNamespace(
-        is_fast=True, tap=tap, channel=open_channel, close=close, address="there"
+        is_fast=True,
+        tap=tap,
+        channel=open_channel,
+        close=close,
+        address="there",
+        is_rabbitmq=is_rabbitmq,
     )
-    session = AioPikaSession(connection, Subscription(queue="q", prefetch=10, consumer_tag="c"))
+    subscription = Subscription(queue="q", prefetch=prefetch, consumer_tag="c")
+    session = AioPikaSession(connection, subscription)
     await session.open(1)
     return session
+
+
+def delivered(tag: int) -> Message:
+    """A message with this delivery tag."""
+    made = message(b"\0\0")
+    made.delivery_tag = tag
+    return made
+
+
+async def holding(count: int, **how: Any) -> tuple[AioPikaSession, FakeChannel, FakeTap]:
+    """A session with so many unsettled messages, whose tags begin at 1."""
+    tap = FakeTap()
+    channel = FakeChannel(tap)
+    session = await opened(channel, tap, **how)
+    tap.tell(Deliveries([delivered(tag) for tag in range(1, count + 1)]))
+    await anext(session)
+    return session, channel, tap
+
+
+async def settle(session: AioPikaSession, disposition: Disposition, *tags: int) -> None:
+    """Settle messages."""
+    await session.settle([Settlement(disposition, tags)])
 
 
 async def iterated(session: AioPikaSession, chunks: list[list[Message]]) -> None:
@@ -101,20 +170,166 @@ async def test_what_comes_before_the_answer_to_cancel_is_handed_out(way: Any) ->
     assert [[each] for each in late] == chunks
 
 
-@pytest.mark.parametrize("late", [0.0, 0.15, 9.0])
-async def test_a_channel_is_closed_some_time_after_the_last_settlement(
-    virtual_loop: VirtualTimeLoop, late: float
-) -> None:
-    """A quorum queue may still be processing acks. 50 ms were enough."""
-    channel, tap = FakeChannel(), FakeTap()
-    session = await opened(channel, tap)
-    channel.answer.set()
-    tap.tell(Deliveries([message(b"\0\0")]))
-    await anext(session)
-    await session.settle([Settlement(Disposition.ACK, (1,))])
-    settled_at = virtual_loop.time()
-    await asyncio.sleep(late)
+# -- after the cancel -----------------------------------------------------------------------------
 
+
+async def test_settlements_wait_for_the_answer_to_cancel_and_then_go_out_at_once(
+    virtual_loop: VirtualTimeLoop,
+) -> None:
+    """With 30 messages left, no more commands can follow than a quorum queue's channel sends."""
+    session, channel, tap = await holding(31)
+    await settle(session, ACK, 1)
+    cancelling = asyncio.create_task(session.cancel())
+    await asyncio.sleep(1)
+    await settle(session, ACK, 2, 3)
+    await settle(session, REJECT, 4)
+    assert [(ACK, 1, False), "cancel"] == tap.sent
+    channel.answer.set()
+    await cancelling
+    await settle(session, ACK, 6)
     await session.close()
 
-    assert max(0.2, late) == pytest.approx(channel.closed_at - settled_at)
+    assert [
+        (ACK, 1, False),
+        "cancel",
+        "cancel-ok",
+        (REJECT, 4, False),
+        (ACK, 3, True),
+        (ACK, 6, False),
+        "close",
+    ] == tap.sent
+    assert 1 == virtual_loop.time()
+
+
+async def test_settlements_of_many_messages_are_sorted_and_committed() -> None:
+    """Each commit costs one command for each disposition. The close does not wait."""
+    session, channel, tap = await holding(31)
+    cancelling = asyncio.create_task(session.cancel())
+    await asyncio.sleep(0.1)
+    for tag in range(1, 7):
+        await settle(session, (ACK, RETURN, REJECT)[tag % 3], tag)
+    channel.answer.set()
+    await cancelling
+    await asyncio.sleep(1)
+    expected = [
+        *("cancel", "cancel-ok", "select"),
+        *((ACK, 3, False), (ACK, 6, False)),
+        *((REJECT, 2, False), (REJECT, 5, False)),
+        *((RETURN, 1, False), (RETURN, 4, False)),
+        "commit",
+    ]
+    assert expected == tap.sent
+    await settle(session, ACK, 9)
+    await settle(session, ACK, 7, 8)
+    await session.close()
+
+    expected += [(ACK, 7, False), (ACK, 8, False), (ACK, 9, False), "commit", "close"]
+    assert expected == tap.sent
+
+
+async def test_messages_that_arrive_before_the_answer_to_cancel_are_counted() -> None:
+    """They are unsettled as well."""
+    session, channel, tap = await holding(1, prefetch=100)
+    cancelling = asyncio.create_task(session.cancel())
+    await asyncio.sleep(0.1)
+    tap.tell(Deliveries([delivered(tag) for tag in range(2, 32)]))
+    channel.answer.set()
+    await cancelling
+
+    assert "select" == tap.sent[-1]
+    await session.close()
+
+
+async def test_a_drain_of_many_messages_commits_few_times(virtual_loop: VirtualTimeLoop) -> None:
+    """200 messages end in their own time; the last ones are committed before the close."""
+    session, channel, tap = await holding(200, prefetch=200)
+    channel.answer.set()
+    await session.cancel()
+    for tag in range(1, 201):
+        await settle(session, (ACK, REJECT)[tag % 2], tag)
+        await asyncio.sleep(0.1)
+    await session.close()
+
+    runs = [how for how, _ in groupby(tap.sent[3:-1], key=lambda each: each[0])]
+    assert 10 < sum(each in {ACK, REJECT} for each in runs) <= 30
+    assert ["commit", "close"] == tap.sent[-2:]
+    assert set(range(1, 201)) == {each[1] for each in tap.sent if isinstance(each, tuple)}
+    assert virtual_loop.time() < 20.1
+
+
+@pytest.mark.parametrize("count", [30, 31])
+@pytest.mark.parametrize("late", [0.0, 0.15, 9.0])
+async def test_a_broker_that_is_no_rabbitmq_gets_no_transaction_but_a_pause(
+    virtual_loop: VirtualTimeLoop, late: float, count: int
+) -> None:
+    """Its channel is closed some time after the last settlement."""
+    session, channel, tap = await holding(count, is_rabbitmq=False)
+    channel.answer.set()
+    await session.cancel()
+    for tag in range(count, 0, -1):
+        await settle(session, ACK, tag)
+    await asyncio.sleep(late)
+    closing_at = virtual_loop.time()
+    await session.close()
+
+    acks = tap.sent[2:-1]
+    assert ((ACK, 31, True) in acks) if count > 30 else len(acks) == 30
+    assert "select" not in tap.sent
+    pause = 0.2 if count > 30 else max(0.0, 0.2 - late)
+    assert pause == pytest.approx(channel.closed_at - closing_at)
+
+
+async def test_a_session_knows_how_many_settlements_are_unproven() -> None:
+    """Cancel-ok, commit-ok and close-ok prove what was settled before."""
+    session, channel, _ = await holding(45, prefetch=40)
+    await settle(session, ACK, 1)
+    assert 1 == session.unproven
+    await settle(session, ACK, 2, 3)
+    assert 3 == session.unproven
+    cancelling = asyncio.create_task(session.cancel())
+    await asyncio.sleep(0.1)
+    await settle(session, ACK, 4, 5)
+    assert 5 == session.unproven
+    channel.answer.set()
+    await cancelling
+    assert 2 == session.unproven
+    await asyncio.sleep(2 * ROUND_TRIP)
+    assert 0 == session.unproven
+    await settle(session, ACK, 6)
+    assert 1 == session.unproven
+    await session.close()
+    assert 0 == session.unproven
+
+
+async def test_no_more_settlements_are_unproven_than_the_prefetch_allows() -> None:
+    """The broker delivers no further message before it has received a settlement."""
+    session, _, _ = await holding(45, prefetch=40)
+    await settle(session, ACK, *range(1, 46))
+
+    assert 40 == session.unproven
+
+
+async def test_settlements_are_unproven_if_the_cancel_or_the_commit_is_never_answered() -> None:
+    """The session's end doesn't wait longer for that than for anything else."""
+    session, channel, tap = await holding(45, prefetch=45)
+    await settle(session, ACK, *range(1, 5))
+    await session.close()
+    assert 4 == session.unproven
+
+    session, channel, tap = await holding(45, prefetch=45)
+    is_lost = asyncio.Event()
+
+    async def unanswered() -> None:
+        await is_lost.wait()
+        raise ConnectionError
+
+    channel.tx_commit = unanswered  # type: ignore[method-assign]
+    tap.abort = is_lost.set  # type: ignore[method-assign]
+    channel.answer.set()
+    await session.cancel()
+    await settle(session, ACK, *range(1, 5))
+    await asyncio.sleep(1)
+    await settle(session, ACK, *range(5, 8))
+    await session.close()
+    assert 7 == session.unproven
+    assert "close" not in tap.sent
