@@ -94,7 +94,11 @@ class HandlerTimeout(AioPikaBatchError, TimeoutError):
 
 
 class DrainIncomplete(AioPikaBatchError):
-    """A graceful shutdown ended before all handlers did. Their messages are delivered again."""
+    """A graceful shutdown ended too early. The text says how many messages are affected.
+
+    Messages whose handlers hadn't ended are delivered again. Messages whose settlement the broker
+    hasn't confirmed may be delivered again.
+    """
 
 
 class StartInterrupted(AioPikaBatchError):

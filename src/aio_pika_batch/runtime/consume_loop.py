@@ -33,6 +33,9 @@ from aio_pika_batch.runtime.shutdown import Shutdown
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.transport import PumpingSession, Session
 
+CANCEL_TIMEOUT = 10.0
+"""Seconds that a broker has to confirm a cancel, if no stop is requested."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopContext:
@@ -384,7 +387,8 @@ class ConsumeLoop:
 
         cancelling = self._loop.create_task(confirmed())
         try:
-            await self._wait_to_settle({cancelling})
+            # A queue without a leader leaves the answer out, and heartbeats go on.
+            await self._wait_to_settle({cancelling}, CANCEL_TIMEOUT)
             if cancelling.done():
                 await cancelling
                 return
@@ -394,8 +398,12 @@ class ConsumeLoop:
             self._failure.result()
         raise SessionLost("the broker did not confirm in time that it sends no more messages")
 
-    async def _wait_to_settle(self, tasks: Iterable[asyncio.Future[Any]]) -> None:
-        await self.shutdown.wait_for(tasks, lambda: self.shutdown.settle_by, unless=self._failure)
+    async def _wait_to_settle(
+        self, tasks: Iterable[asyncio.Future[Any]], patience: float | None = None
+    ) -> None:
+        await self.shutdown.wait_for(
+            tasks, lambda: self.shutdown.settle_by, unless=self._failure, patience=patience
+        )
 
     async def _finish_batches(self) -> None:
         """Wait for running batches; cancel their handlers when a stop leaves no more time."""

@@ -74,18 +74,20 @@ class Shutdown:
         by: Callable[[], float],
         *,
         unless: asyncio.Future[Any],
+        patience: float | None = None,
     ) -> None:
-        """Wait for all of these, without a limit until a stop is requested, then until `by`.
+        """Wait for all of these, for `patience` seconds; once a stop is requested, until `by`.
 
         Args:
             by: Returns the limit in loop time; called once a stop is requested.
             unless: Its end also ends the wait, as long as no stop is requested.
+            patience: None for no limit.
         """
         pending = {task for task in tasks if not task.done()}
         if pending and not self.is_requested:
             all_done = asyncio.ensure_future(asyncio.wait(pending))
             try:
-                await self.or_first_of((all_done, unless))
+                await self.or_first_of((all_done, unless), timeout=patience)
             finally:
                 all_done.cancel()
         if self.is_requested:

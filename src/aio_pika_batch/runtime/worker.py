@@ -29,7 +29,7 @@ from aio_pika_batch.runtime.publishing import DelayedPublisher
 from aio_pika_batch.runtime.shutdown import Shutdown, wait_until
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.status import WorkerState, WorkerStatus
-from aio_pika_batch.transport import Session, Subscription, Transport
+from aio_pika_batch.transport import ProvingSession, Session, Subscription, Transport
 
 STABLE_AFTER = 10.0
 """Seconds that a session must last for its end to count as a first failure again."""
@@ -93,6 +93,7 @@ class Worker:
         ready: Done once the worker has consumed for the first time; fails if it never can.
         slots: Its running handlers.
         cut_off: The number of messages whose handlers the drain cancelled.
+        unproven: The number of settlements that the broker may not have received at the stop.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._state = WorkerState.CONNECTING
         self._current: ConsumeLoop | None = None
+        self._session: Session | None = None
         self._epoch = 0
         self._failures = 0
         self._last_error: str | None = None
@@ -127,6 +129,7 @@ class Worker:
         self.slots = HandlerSlots(config.concurrency)
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.cut_off = 0
+        self.unproven = 0
 
     @property
     def is_well(self) -> bool:
@@ -213,7 +216,23 @@ class Worker:
             failure = RuntimeError(f"the session was ended by {format_error(error)}")
             failure.__cause__ = error
             return failure
+        finally:
+            self._on_session_closed()
         return None
+
+    def _on_session_closed(self) -> None:
+        """Report what may be delivered again although the session was closed on purpose."""
+        session: object = self._session
+        self._session = None
+        if not isinstance(session, ProvingSession) or not session.unproven:
+            return
+        by_breaker = self._current is not None and self._current.was_ended_by_breaker
+        if self._shutdown.is_requested or by_breaker:
+            self.unproven += session.unproven
+            self._log.warning(
+                "settlements are not confirmed: these messages may be delivered again",
+                messages=session.unproven,
+            )
 
     async def _open_and_consume(self) -> None:
         if self._state not in _WELL:
@@ -230,6 +249,7 @@ class Worker:
                 config = replace(config, prefetch=PROBE)
             context = self._shared.transport.session(subscription)
             session = await self._unless_stopped(stack.enter_async_context(context))
+            self._session = session
             self._current = current = ConsumeLoop(
                 session,
                 LoopContext(

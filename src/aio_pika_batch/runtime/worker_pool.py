@@ -160,11 +160,17 @@ class WorkerPool:
             # A hook may ignore its cancellation.
             await asyncio.wait(late, timeout=IGNORED_CANCELLATION)
         cut_off = self._abandoned + sum(worker.cut_off for worker in self._workers)
+        unproven = sum(worker.unproven for worker in self._workers)
+        reasons = []
         if cut_off:
-            return DrainIncomplete(
-                f"the drain was cut short: {cut_off} messages were in mid-handling,"
-                " and will be delivered again"
+            reasons.append(f"{cut_off} messages were in mid-handling, and will be delivered again")
+        if unproven:
+            reasons.append(
+                f"{unproven} messages are settled, but the broker has not confirmed it in time;"
+                " they may be delivered again"
             )
+        if reasons:
+            return DrainIncomplete(f"the drain was cut short: {'; '.join(reasons)}")
         return DrainIncomplete("the drain was cut short") if self._is_abandoned else None
 
     def abandon(self) -> None:

@@ -34,13 +34,18 @@ def raising(error: BaseException) -> Callable[..., Awaitable[None]]:
 
 
 class ScriptedSession:
-    """Delivers what a test feeds to it."""
+    """Delivers what a test feeds to it.
+
+    Attributes:
+        unproven: How many settlements it claims to be unproven.
+    """
 
     def __init__(self, script: ScriptedTransport) -> None:
         self._script = script
         self._inbox: asyncio.Queue[Sequence[Message] | BaseException | None] = asyncio.Queue()
         self._tag = 0
         self.settlements: list[Settlement] = []
+        self.unproven = 0
 
     def feed(self, *bodies: bytes, **properties: Any) -> None:
         """Deliver a chunk."""

@@ -586,14 +586,14 @@ async def test_a_handler_that_ignores_its_cancellation_does_not_delay_the_pause(
         observers=[recorder],
         concurrency=2,
         prefetch_count=20,
-        process_timeout=10,
+        process_timeout=2,
         **BREAKER,
     )
     async with consumer:
         if silent:
             script.on_cancel = never
         script.last.feed(*numbered(8))
-        await asyncio.sleep(16)
+        await asyncio.sleep(8)
         [lost] = recorder.of(Lost)
         assert "its session is given up" in str(lost.error)
         script.on_cancel = at_once
@@ -603,6 +603,32 @@ async def test_a_handler_that_ignores_its_cancellation_does_not_delay_the_pause(
         await asyncio.sleep(10)
         assert WorkerState.PROBING is state(consumer)
         await asyncio.sleep(20)
+
+
+async def test_a_cancel_that_is_never_answered_does_not_keep_the_worker_from_its_pause(jitter):
+    """A queue without a leader leaves it unanswered, while heartbeats go on."""
+    script = ScriptedTransport()
+    recorder = EventRecorder()
+    consumer = RecordingConsumer(
+        first_then(failing, ack),
+        transport=script,
+        observers=[recorder],
+        prefetch_count=20,
+        **BREAKER,
+    )
+    async with consumer:
+        script.on_cancel = never
+        script.last.feed(*numbered(6))
+        await asyncio.sleep(9)
+        assert [] == recorder.of(Lost)
+        await asyncio.sleep(2)
+        [lost] = recorder.of(Lost)
+        assert "did not confirm in time" in str(lost.error)
+        assert WorkerState.PAUSED is state(consumer)
+        await asyncio.sleep(30)
+        assert WorkerState.PROBING is state(consumer)
+        assert [0, 40] == script.times("open")
+        script.on_cancel = at_once
 
 
 async def test_probing_continues_after_the_loss_of_its_session(rabbit, jitter):

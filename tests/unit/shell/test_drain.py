@@ -392,3 +392,72 @@ def test_after_a_graceful_stop_nothing_left_was_handled(
         assert sorted(acked + rabbit.waiting()) == sorted(numbered(count))
 
     virtual_time.run(story())
+
+
+# -- settlements that the broker has not confirmed ------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["on_cancel", "on_leave"])
+async def test_a_stop_says_how_many_settlements_are_not_confirmed(step, caplog):
+    """Within `shutdown_timeout`, although the broker never answers. Two workers count together."""
+    script = ScriptedTransport()
+    consumer = RecordingConsumer(transport=script, num_workers=2, shutdown_timeout=10)
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+    for session in script.sessions:
+        session.feed(*numbered(3))
+        session.unproven = 3
+    await asyncio.sleep(1)
+    setattr(script, step, never)
+    began = now()
+    consumer.request_stop()
+    with pytest.raises(DrainIncomplete, match="6 messages are settled, but the broker has not"):
+        await running
+    assert now() - began <= 10 + 5
+    lines = [each for each in caplog.messages if "settlements are not confirmed" in each]
+    assert 2 == len(lines)
+    assert "messages=3" in lines[0]
+
+
+async def test_a_stop_says_nothing_of_settlements_that_became_certain_at_the_end():
+    """They are counted when the session is closed, not before."""
+    script = ScriptedTransport()
+    consumer = RecordingConsumer(transport=script)
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+    script.last.unproven = 3
+
+    async def prove():
+        script.last.unproven = 0
+
+    script.on_leave = prove
+    consumer.request_stop()
+    await running
+
+
+async def test_sessions_that_were_lost_before_the_stop_do_not_count():
+    """Their messages were delivered again long ago."""
+    script = ScriptedTransport()
+    consumer = RecordingConsumer(transport=script, reconnect_delay=1)
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+    script.last.unproven = 3
+    script.last.end()
+    await asyncio.sleep(10)
+    assert 2 == len(script.sessions)
+    consumer.request_stop()
+    await running
+
+
+async def test_messages_in_handlers_and_settlements_are_both_counted():
+    """The former are delivered again for certain, the latter perhaps."""
+    script = ScriptedTransport()
+    consumer = RecordingConsumer(taking(60), transport=script, batch_size=2, shutdown_timeout=10)
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+    script.last.feed(*numbered(2))
+    script.last.unproven = 4
+    await asyncio.sleep(1)
+    consumer.request_stop()
+    with pytest.raises(DrainIncomplete, match="2 messages were in mid-handling.*; 4 messages are"):
+        await running
