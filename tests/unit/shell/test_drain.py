@@ -459,5 +459,5 @@ async def test_messages_in_handlers_and_settlements_are_both_counted():
     script.last.unproven = 4
     await asyncio.sleep(1)
     consumer.request_stop()
-    with pytest.raises(DrainIncomplete, match="2 messages were in mid-handling.*; 4 messages are"):
+    with pytest.raises(DrainIncomplete, match=r"2 messages were in mid-handling.*; 4 messages are"):
         await running

@@ -187,8 +187,10 @@ async def test_settlements_wait_for_the_answer_to_cancel_and_then_go_out_at_once
     channel.answer.set()
     await cancelling
     await settle(session, ACK, 6)
+    assert 4 == session.unproven
     await session.close()
 
+    assert 0 == session.unproven
     assert [
         (ACK, 1, False),
         "cancel",
