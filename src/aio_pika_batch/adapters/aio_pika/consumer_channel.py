@@ -21,6 +21,7 @@ from aio_pika_batch.adapters.aio_pika.client_errors import (
     translate_errors,
 )
 from aio_pika_batch.adapters.aio_pika.events import Deliveries
+from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
 from aio_pika_batch.adapters.aio_pika.properties import decode, decode_headers, decode_route
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.refusals import refusal_error
@@ -28,12 +29,13 @@ from aio_pika_batch.errors import BrokerUnavailable, SessionLost
 from aio_pika_batch.transport import resumed_consumer_tag
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Sequence
 
     from aiormq.abc import AbstractChannel, DeliveredMessage
 
     from aio_pika_batch.adapters.aio_pika.connection import OpenConnection
     from aio_pika_batch.adapters.aio_pika.frame_tap import Listener
+    from aio_pika_batch.core.settlement import Frame
     from aio_pika_batch.transport import Subscription
 
 _TURNS = 4
@@ -147,6 +149,10 @@ class ConsumerChannel:
         if not self._connection.is_fast:
             for _ in range(_TURNS):
                 await asyncio.sleep(0)
+
+    def settle(self, frames: Sequence[Frame]) -> bool:
+        """Write frames at once; return whether the channel is still open."""
+        return self._connection.tap.write(pack_settlements(self.number, frames))
 
     async def select(self) -> None:
         """Begin to settle in transactions. Raises SessionLost."""

@@ -79,9 +79,7 @@ class AioPikaSession:
         self._subscription = subscription
         self._channel = ConsumerChannel(connection, self.on_event)
         self._loop = asyncio.get_running_loop()
-        self._writer = SettlementWriter(
-            self._channel, connection.tap, is_rabbitmq=connection.is_rabbitmq
-        )
+        self._writer = SettlementWriter(self._channel, is_rabbitmq=connection.is_rabbitmq)
         self._pending: list[Message] = []
         self._wakeup: asyncio.Future[None] | None = None
         self._sink: Callable[[Sequence[Message]], None] | None = None

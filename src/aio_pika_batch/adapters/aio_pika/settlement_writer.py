@@ -14,23 +14,36 @@ Laws:
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from aio_pika_batch.adapters.aio_pika.client_errors import consume_exception
-from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
 from aio_pika_batch.core.settlement import CommandBudget, DrainMode, Ledger, drain_mode
 from aio_pika_batch.errors import SessionLost
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aio_pika_batch.adapters.aio_pika.consumer_channel import ConsumerChannel
-    from aio_pika_batch.adapters.aio_pika.frame_tap import FrameTap
     from aio_pika_batch.core.settlement import Frame, Settlement
 
 SETTLE_PAUSE = 0.2
 """Seconds between the last settlement and the close, on brokers that don't call themselves
 RabbitMQ. It is unknown what their answers prove."""
+
+
+class SettlementChannel(Protocol):
+    """What the writer needs of a session's channel."""
+
+    def settle(self, frames: Sequence[Frame]) -> bool:
+        """Write frames at once; return whether the channel is still open."""
+        ...
+
+    async def select(self) -> None:
+        """Begin to settle in transactions. Raises SessionLost."""
+        ...
+
+    async def commit(self) -> None:
+        """Commit what was settled since the last commit. Raises SessionLost."""
+        ...
 
 
 class SettlementWriter:
@@ -41,11 +54,10 @@ class SettlementWriter:
         unproven: The number of settled messages whose settlement may not have been received.
     """
 
-    def __init__(self, channel: ConsumerChannel, tap: FrameTap, *, is_rabbitmq: bool) -> None:
+    def __init__(self, channel: SettlementChannel, *, is_rabbitmq: bool) -> None:
         self.ledger = Ledger()
         self.unproven = 0
         self._channel = channel
-        self._tap = tap
         self._is_rabbitmq = is_rabbitmq
         self._loop = asyncio.get_running_loop()
         self._is_holding = False
@@ -110,7 +122,7 @@ class SettlementWriter:
 
     def _write(self, frames: Sequence[Frame]) -> None:
         if frames:
-            if not self._tap.write(pack_settlements(self._channel.number, frames)):
+            if not self._channel.settle(frames):
                 raise SessionLost("the connection was closed")
             self._settled_at = self._loop.time()
 
