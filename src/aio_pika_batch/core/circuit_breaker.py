@@ -176,7 +176,7 @@ def is_failure(outcome: MessageOutcome, exceptions: ExceptionResults) -> bool:
 def _is_about_message(outcome: MessageOutcome, exceptions: ExceptionResults) -> bool:
     """Whether a NACK was a decision about its message."""
     match outcome.cause:
-        case Cause.HANDLER | Cause.UNDECODABLE | Cause.SHUTDOWN:
+        case Cause.HANDLER | Cause.UNDECODABLE | Cause.CRASHED | Cause.SHUTDOWN:
             return True
         case Cause.EXCEPTION | Cause.TIMEOUT:
             error = outcome.error

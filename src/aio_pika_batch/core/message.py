@@ -49,6 +49,7 @@ ORIGINAL_EXCHANGE = "x-original-exchange"
 ORIGINAL_ROUTING_KEY = "x-original-routing-key"
 RETRY_COUNT_HEADER = "x-retry-count"
 """The header that counts the retries of a message, unless a setting names another one."""
+CRASH_COUNT = "x-crash-count"
 
 
 # Not frozen: a frozen dataclass sets each field through a function call, which tripled the time to

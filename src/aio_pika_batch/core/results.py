@@ -102,6 +102,8 @@ class Cause(Enum):
     """The handler yielded an invalid result."""
     UNDECODABLE = "undecodable"
     """The message cannot be decoded."""
+    CRASHED = "crashed"
+    """It came back too often without a result, and wasn't handled."""
     SHUTDOWN = "shutdown"
     """The time for a shutdown was over."""
 

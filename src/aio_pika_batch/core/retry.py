@@ -50,6 +50,8 @@ class DeadLetterReason(Enum):
     """The handler failed, and the settings map the failure to NACK."""
     UNDECODABLE = "undecodable"
     """The message cannot be decoded."""
+    CRASHED = "crashed"
+    """It came back `crash_limit` times without a result, and was not handled again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from typing import Self, assert_never
 
 from aio_pika_batch.core.hold_policy import HoldPolicy
 from aio_pika_batch.core.message import (
+    CRASH_COUNT,
     DELIVERY_COUNT,
     NO_HEADERS,
     ORIGINAL_EXCHANGE,
@@ -30,6 +31,7 @@ from aio_pika_batch.core.message import (
     retry_count,
 )
 from aio_pika_batch.core.publication import Copy
+from aio_pika_batch.core.quarantine import CrashPolicy, OwnReturns
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue
 from aio_pika_batch.core.retry import (
     LONGEST_WAIT,
@@ -66,8 +68,9 @@ REMAINING_DELAY = "x-retry-remaining-delay"
 Not a moment in time: clocks differ, and a delay may be longer than asked for, but not shorter.
 """
 
-DROPPED = frozenset({"CC", "BCC", DELIVERY_COUNT, "x-acquired-count", REMAINING_DELAY})
-"""Headers that a copy leaves out: CC and BCC route to further queues, and the broker counts."""
+DROPPED = frozenset({"CC", "BCC", DELIVERY_COUNT, "x-acquired-count", REMAINING_DELAY, CRASH_COUNT})
+"""Headers that a copy leaves out: CC and BCC route to further queues, the broker counts, and a
+message that got a result has not crashed its process."""
 
 REWRITTEN = frozenset({DETAIL, EXCEPTION_TYPE, EXCEPTION_MESSAGE})
 """Headers that a new dead letter doesn't take over from an earlier one: they say why that one was
@@ -79,6 +82,8 @@ class CopyKind(Enum):
 
     REQUEUE = "requeue"
     DEAD_LETTER = "dead-letter"
+    FRESH_COUNT = "fresh-count"
+    """The message has no result. The broker counts the deliveries of the copy from 0."""
 
 
 # Not frozen: one is created for each failed message, see `Properties`.
@@ -148,6 +153,7 @@ class SettlementPlanner:
         reject_undeliverable: Whether a message that failed for good is left to the broker, too, if
             no destination is known (`without_dead_letter="reject"`).
         hold: How long the consumer holds messages before it publishes their retries.
+        crashes: How often a message may come back without a result; None if nobody counts that.
         exception_message: Whether dead letters contain the text of the exception.
         drop: Headers that copies leave out.
         delay_steps: The delays of retries.
@@ -164,6 +170,7 @@ class SettlementPlanner:
     delay_steps: DelaySteps = field(default_factory=make_delay_steps)
     reject_undeliverable: bool = False
     hold: HoldPolicy = field(default_factory=HoldPolicy)
+    crashes: CrashPolicy | None = None
 
     def plan(
         self, outcomes: Sequence[MessageOutcome], now: datetime, *, wait_queues: bool = True
@@ -200,7 +207,10 @@ class SettlementPlanner:
             case MessageResult.ACK:
                 return Disposition.ACK
             case MessageResult.REQUEUE_IMMEDIATE:
-                return Disposition.REQUEUE
+                if self.crashes is None or self.crashes.may_requeue(outcome.message):
+                    return Disposition.REQUEUE
+                # Counted as a retry: otherwise nothing would end a message that always gets it.
+                return self._requeue(outcome, now, wait_queues=wait_queues)
             case MessageResult.NACK | Nack():
                 return self._dead_letter(outcome, _reason(outcome), now)
             case MessageResult.REQUEUE | Requeue():
@@ -253,6 +263,37 @@ class SettlementPlanner:
             copy = Copy(outcome.message, "", self.queue, add, self.drop)
         return PendingCopy(outcome, copy, CopyKind.REQUEUE, hold=hold)
 
+    def may_return(self, message: Message) -> bool:
+        """Whether a message that has no result may be returned to the queue."""
+        return self.crashes is None or self.crashes.may_return(message)
+
+    def plan_returns(
+        self, messages: Sequence[Message], now: datetime, own: OwnReturns | None = None
+    ) -> SettlementPlan:
+        """Decide how to return messages that have no result.
+
+        Args:
+            own: What is known in favour of the messages; then all of them start anew.
+        """
+        tags = [each.delivery_tag for each in messages if own is None and self.may_return(each)]
+        copies = [
+            self._fresh_copy(each, now, own)
+            for each in messages
+            if own is not None or not self.may_return(each)
+        ]
+        return SettlementPlan([Settlement(Disposition.RETURN, tuple(tags))] if tags else (), copies)
+
+    def _fresh_copy(self, message: Message, now: datetime, own: OwnReturns | None) -> PendingCopy:
+        """A copy of a message that has no result, which the broker counts from 0."""
+        add = _origin_headers(message, readable_headers(message) or NO_HEADERS, now)
+        # It hasn't failed. If it has before, the header is kept.
+        add.pop(FIRST_FAILED_AT, None)
+        if self.crashes is not None:
+            add |= self.crashes.mark(message, own)
+        outcome = MessageOutcome(message, MessageResult.REQUEUE)
+        copy = Copy(message, "", self.queue, add, self.drop)
+        return PendingCopy(outcome, copy, CopyKind.FRESH_COUNT)
+
     def held_instead(self, pending: PendingCopy) -> PendingCopy:
         """The same retry without its wait queue, which turned out to be missing: it is held."""
         copy = pending.copy
@@ -285,6 +326,9 @@ class SettlementPlanner:
             spent = self.retry.max_attempts if reason is DeadLetterReason.EXHAUSTED else 0
             hold = self.hold.undeliverable_delay(max(0, count - spent))
             add = {**_origin_headers(message, headers, now), self.retry.header: count + 1}
+            if reason is DeadLetterReason.CRASHED and self.crashes is not None:
+                # It is a suspect from the start: it must not take others along again.
+                add |= self.crashes.mark(message)
             copy = Copy(message, "", self.queue, add, self.drop)
         return PendingCopy(outcome, copy, CopyKind.REQUEUE, hold=hold, is_undeliverable=True)
 
@@ -360,6 +404,8 @@ def _reason(outcome: MessageOutcome) -> DeadLetterReason:
             return DeadLetterReason.REJECTED
         case Cause.UNDECODABLE:
             return DeadLetterReason.UNDECODABLE
+        case Cause.CRASHED:
+            return DeadLetterReason.CRASHED
         case Cause.EXCEPTION | Cause.TIMEOUT | Cause.MISSING | Cause.INVALID | Cause.SHUTDOWN:
             return DeadLetterReason.HANDLER_ERROR
         case unreachable:
