@@ -18,6 +18,7 @@ from aio_pika_batch.core.config_checks import broker_warnings_for, warnings_for
 from aio_pika_batch.core.message import Headers, Message
 from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.core.results import ExceptionResults, Result
+from aio_pika_batch.core.topology_options import refuse_loops
 from aio_pika_batch.errors import (
     ConfigurationError,
     PublishError,
@@ -266,13 +267,15 @@ class BaseConsumer(Generic[SettingsT_co]):
         Raises:
             TransportError: The broker refuses for good: password, virtual host, queue, exchange.
             StartInterrupted: `stop` was called meanwhile.
-            ConfigurationError: The consumer is already running.
+            ConfigurationError: The consumer is already running, or its dead letters would come back
+                to its own queue.
         """
         if self._lifecycle.pool is not None:
             msg = f"{self._name} is running already: stop it before you start it again"
             raise ConfigurationError(msg)
         settings = self.settings
         options = topology_options(settings)
+        refuse_loops(options)
         profile = consumer_profile(settings, self.exception_results.values())
         for line in warnings_for(options, profile) if self._has_queue else ():
             self._log.warning(line)

@@ -21,7 +21,8 @@ from aio_pika_batch.core.dead_letter import (
 )
 from aio_pika_batch.core.message import RETRY_COUNT_HEADER, Message
 from aio_pika_batch.core.settlement import Disposition, Settlement
-from aio_pika_batch.core.topology import QUEUE_TYPE, Queue, Topology, Version
+from aio_pika_batch.core.topology import Queue, Topology, Version
+from aio_pika_batch.core.topology_options import QUEUE_TYPE
 from aio_pika_batch.errors import TopologyError
 from aio_pika_batch.transport import CountingTransport, Session, Subscription, Transport
 from aio_pika_batch.transport import VersionedTransport as Versioned
@@ -213,7 +214,8 @@ async def browse(
 
 async def _ask(transport: Transport, queue: str, limit: Limit) -> tuple[Version | None, int | None]:
     """Return the broker's version and the delivery limit of the queue."""
-    await transport.declare(Topology(queues=(Queue(queue, check_only=True),)))
+    there = Queue(queue, check_only=True, is_browsed=True)
+    await transport.declare(Topology(queues=(there,)))
     version = transport.broker_version if isinstance(transport, Versioned) else None
     if limit != "ask":
         return version, limit

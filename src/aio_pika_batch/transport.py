@@ -9,7 +9,7 @@ errors to raise, and parts to reuse.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -26,7 +26,15 @@ from aio_pika_batch.core.message import (
 )
 from aio_pika_batch.core.publication import Copy, Outcome, Outgoing, Publication
 from aio_pika_batch.core.settlement import Disposition, Frame, Ledger, Settlement
-from aio_pika_batch.core.topology import Binding, Exchange, Queue, Topology, Version
+from aio_pika_batch.core.topology import (
+    Binding,
+    Exchange,
+    PublishCheck,
+    Queue,
+    Topology,
+    UnfulfilledWishes,
+    Version,
+)
 from aio_pika_batch.errors import (
     AccessRefused,
     BrokerUnavailable,
@@ -52,6 +60,7 @@ __all__ = [
     "Exchange",
     "Frame",
     "Headers",
+    "InspectingTransport",
     "Ledger",
     "Message",
     "Native",
@@ -61,6 +70,7 @@ __all__ = [
     "Properties",
     "ProvingSession",
     "Publication",
+    "PublishCheck",
     "PublishError",
     "Publisher",
     "PumpingSession",
@@ -76,6 +86,7 @@ __all__ = [
     "TopologyError",
     "Transport",
     "TransportFactory",
+    "UnfulfilledWishes",
     "Version",
     "VersionedTransport",
     "Wire",
@@ -293,13 +304,16 @@ class Publisher(Protocol):
 class Transport(Protocol):
     """The way to one broker."""
 
-    async def declare(self, topology: Topology) -> None:
+    async def declare(self, topology: Topology) -> Mapping[str, UnfulfilledWishes] | None:
         """Declare and check the topology, on channels of its own.
 
         An empty topology checks that the broker can be reached and grants access.
 
+        Returns:
+            What existing queues were declared without, by name; None if that is unknown.
+
         Raises:
-            TopologyError: An entity differs, is missing, or may not be declared.
+            TopologyError: An entity differs, is missing, or may not be declared or published to.
             AccessRefused: The broker refuses access.
             BrokerUnavailable: The broker cannot be reached (yet).
         """
@@ -328,6 +342,15 @@ class VersionedTransport(Protocol):
     @property
     def broker_version(self) -> Version | None:
         """The version at the last `declare`; None before that, and for other products."""
+        ...
+
+
+@runtime_checkable
+class InspectingTransport(Protocol):
+    """A transport that can also find out the type of an exchange."""
+
+    async def exchange_type(self, exchange: Exchange) -> str | None:
+        """The type that it has on the broker, if any; None if that is unknown."""
         ...
 
 

@@ -6,6 +6,7 @@ import asyncio
 import ssl
 import subprocess
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -14,7 +15,7 @@ import pytest
 
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport, open_transport
 from aio_pika_batch.core.publication import Outcome, Publication
-from aio_pika_batch.core.topology import Binding, Exchange, Queue, Topology
+from aio_pika_batch.core.topology import Binding, Exchange, PublishCheck, Queue, Topology
 from aio_pika_batch.errors import (
     AccessRefused,
     BrokerUnavailable,
@@ -446,7 +447,35 @@ async def test_streams_are_refused(
         with pytest.raises(TopologyError, match="is a stream"):
             async with asyncio.timeout(PATIENCE):
                 await anext(aiter(session))
+    # Without an offset the consumer itself is refused.
+    with pytest.raises(TopologyError, match="is a stream"):
+        async with transport.session(replace(subscription, arguments={})):
+            pass
     await channel.queue_delete(name)
+
+
+async def test_the_type_of_an_exchange_is_found(transport: AioPikaTransport, there: str) -> None:
+    """Whatever it is taken for. A missing one is not created."""
+    for kind in ("topic", "fanout"):
+        assert "topic" == await transport.exchange_type(Exchange(there, kind))
+        assert "topic" == await transport.exchange_type(Exchange(there, kind, durable=False))
+    assert None is await transport.exchange_type(Exchange(f"{there}-no", "topic"))
+    assert "404 NOT_FOUND" in await refused(
+        transport, Topology(exchanges=(Exchange(f"{there}-no", check_only=True),))
+    )
+
+
+async def test_an_internal_exchange_cannot_be_published_to(
+    transport: AioPikaTransport, channel: AbstractChannel, name: str
+) -> None:
+    """Which is found without a message."""
+    await transport.declare(Topology(exchanges=(Exchange(name, "fanout", internal=True),)))
+
+    text = await refused(transport, Topology(publishes=(PublishCheck(name, ""),)))
+
+    assert f"publishing to exchange '{name}' at amqp://" in text
+    assert "is not internal" in text
+    await channel.exchange_delete(name)
 
 
 async def test_an_exclusive_queue_lives_with_its_session(

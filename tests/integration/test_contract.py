@@ -46,6 +46,7 @@ CLASSIC = Features(
     has_native=True,
     tells_version=True,
     counts_ready=True,
+    inspects=True,
     can_cut=True,
     can_hush=True,
     can_end_subscriptions=True,

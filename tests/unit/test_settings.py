@@ -61,7 +61,11 @@ DEFAULTS = {
     "isolate_limit": 10,
     "concurrency": 1,
     "declare": True,
-    "dead_letter_exchange_type": "fanout",
+    "dead_letter_exchange_type": None,
+    "broker_dead_letters": True,
+    "exchange_auto_delete": False,
+    "exchange_internal": False,
+    "exchange_arguments": None,
     "dead_letter_exception_message": True,
 }
 

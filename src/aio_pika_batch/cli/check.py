@@ -5,32 +5,46 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Literal, TypeAlias
-from urllib.parse import unquote, urlsplit
 
 from aio_pika_batch.cli.app import Exit, Flag
 from aio_pika_batch.cli.logging import silence_clients
 from aio_pika_batch.cli.printing import console, escaped, print_json, table
 from aio_pika_batch.cli.targets import AnyConsumer, TargetOptions, load
-from aio_pika_batch.core.config_checks import broker_warnings_for, warnings_for
+from aio_pika_batch.core.config_checks import (
+    broker_warnings_for,
+    dead_letter_queue_warnings,
+    existing_queue_warnings,
+    warnings_for,
+)
 from aio_pika_batch.core.dead_letter import format_header
+from aio_pika_batch.core.message import FieldValue, Headers
+from aio_pika_batch.core.refusals import STREAM_ADVICE, UnequalArgument, unequal_argument
 from aio_pika_batch.core.topology import (
     Binding,
     Exchange,
     Queue,
     Topology,
+    UnfulfilledWishes,
     Version,
     build_topology,
     depends_on_version,
+    exchange_to_look_up,
     parse_version,
     to_definitions,
 )
+from aio_pika_batch.core.topology_options import (
+    QUEUE_TYPE,
+    TopologyOptions,
+    policy_command,
+    refuse_loops,
+)
 from aio_pika_batch.errors import ConfigurationError, TopologyError
 from aio_pika_batch.masking import mask_url
-from aio_pika_batch.settings.derived import consumer_profile, topology_options
-from aio_pika_batch.transport import Transport, VersionedTransport
+from aio_pika_batch.settings.derived import consumer_profile, topology_options, virtual_host
+from aio_pika_batch.transport import InspectingTransport, Transport, VersionedTransport
 
 Level = Literal["error", "warning", "info"]
 
@@ -67,7 +81,7 @@ def check(
     loading = loading or TargetOptions()
     consumer = load(target, loading)
     rows = _settings(consumer, url_given=loading.url is not None)
-    findings = _warnings(consumer) if offline else asyncio.run(_findings(consumer))
+    findings = _offline(consumer) if offline else asyncio.run(_findings(consumer))
     if format == "json":
         print_json(
             {
@@ -99,6 +113,20 @@ def _settings(consumer: AnyConsumer, *, url_given: bool) -> list[tuple[str, obje
     ]
 
 
+def _offline(consumer: AnyConsumer) -> list[CheckFinding]:
+    options = topology_options(consumer.settings)
+    try:
+        _topology(options, None)
+    except (ConfigurationError, TopologyError) as error:
+        return [CheckFinding("error", str(error)), *_warnings(consumer)]
+    return _warnings(consumer)
+
+
+def _topology(options: TopologyOptions, dead_letter_exchange_type: str | None) -> Topology:
+    refuse_loops(options)
+    return build_topology(options, dead_letter_exchange_type=dead_letter_exchange_type)
+
+
 def _warnings(consumer: AnyConsumer) -> list[CheckFinding]:
     profile = consumer_profile(consumer.settings, consumer.exception_results.values())
     found = warnings_for(topology_options(consumer.settings), profile)
@@ -110,17 +138,78 @@ async def _findings(consumer: AnyConsumer) -> list[CheckFinding]:
     options = topology_options(consumer.settings)
     profile = consumer_profile(consumer.settings, consumer.exception_results.values())
     version = await broker_version(transport)
-    compared = await compare(transport, build_topology(options))
+    try:
+        needed = _topology(options, await look_up_type(transport, options))
+    except (ConfigurationError, TopologyError) as error:
+        return [CheckFinding("error", str(error)), *_warnings(consumer)]
+    compared = await compare(transport, needed)
+    vhost = virtual_host(consumer.settings.url)
     return [
-        *(found for found in map(_finding, compared) if found is not None),
+        *(found for each in compared if (found := _finding(each, vhost)) is not None),
+        *await _existing_queues(transport, options, compared, version),
+        *await _permissions(transport, needed),
         *_warnings(consumer),
         *(CheckFinding("warning", line) for line in broker_warnings_for(options, profile, version)),
     ]
 
 
-def _finding(comparison: Comparison) -> CheckFinding | None:
+async def _existing_queues(
+    transport: Transport,
+    options: TopologyOptions,
+    compared: list[Comparison],
+    version: Version | None,
+) -> list[CheckFinding]:
+    """Point out what the arguments of queues mean that are used as they are."""
+    lines: list[str] = []
+    for each in compared:
+        entity = each.entity
+        if not isinstance(entity, Queue) or each.state is not EntityState.EXISTS:
+            continue
+        if not (entity.check_only or entity.existing_first):
+            continue
+        arguments = await look_up_arguments(transport, entity.name)
+        if arguments.get(QUEUE_TYPE) == "stream":
+            return [CheckFinding("error", f"queue {entity.name!r}: {STREAM_ADVICE}")]
+        if entity.name == options.dead_letter_queue:
+            lines += dead_letter_queue_warnings(options, arguments, version)
+        elif entity.name == options.queue_name:
+            lines += existing_queue_warnings(options, arguments)
+    return [CheckFinding("warning", line) for line in lines]
+
+
+async def _permissions(transport: Transport, needed: Topology) -> list[CheckFinding]:
+    findings = []
+    for check in needed.publishes:
+        try:
+            await transport.declare(Topology(publishes=(check,)))
+        except TopologyError as error:
+            # A missing exchange is one of the other findings.
+            if "404" not in str(error):
+                findings.append(CheckFinding("error", str(error)))
+    return findings
+
+
+def _finding(comparison: Comparison, vhost: str) -> CheckFinding | None:
     entity = comparison.entity
     match comparison.state:
+        case EntityState.EXISTS if comparison.unfulfilled.differing and isinstance(entity, Queue):
+            found = ", ".join(
+                f"{name}={value!r}" for name, value in comparison.unfulfilled.differing.items()
+            )
+            return CheckFinding(
+                "warning",
+                f"queue {entity.name!r} exists with {found}: what the broker gives up goes"
+                " elsewhere; delete the queue, or set broker_dead_letters=False",
+            )
+        case EntityState.EXISTS if comparison.unfulfilled and isinstance(entity, Queue):
+            lacking = comparison.unfulfilled.lacking
+            names = ", ".join(lacking)
+            command = policy_command(entity.name, lacking, vhost)
+            return CheckFinding(
+                "warning",
+                f"queue {entity.name!r} exists without {names}: what the broker gives up may be"
+                f" lost; add a policy: {command} (broker_dead_letters=False ends this warning)",
+            )
         case EntityState.EXISTS | EntityState.UNSEEN:
             return None
         # The consumer would not create it either: it has declare=False, or the exchange must exist.
@@ -170,11 +259,13 @@ class Comparison:
 
     Attributes:
         words: The broker's words, if it refused.
+        unfulfilled: What a queue was declared without, although it can be used.
     """
 
     entity: Entity
     state: EntityState
     words: str = ""
+    unfulfilled: UnfulfilledWishes = field(default_factory=UnfulfilledWishes)
 
 
 def topology(
@@ -202,7 +293,8 @@ def topology(
     silence_clients()
     consumer = load(target, loading or TargetOptions())
     # What the consumer needs, whether or not it declares it itself.
-    needed = build_topology(replace(topology_options(consumer.settings), declare=True))
+    options = replace(topology_options(consumer.settings), declare=True)
+    refuse_loops(options)
     if apply and dry_run:
         raise ConfigurationError("--apply and --dry-run contradict each other: use one of them")
     if format == "definitions":
@@ -210,24 +302,27 @@ def topology(
             raise ConfigurationError(
                 "--format definitions: cannot be combined with --apply or --dry-run"
             )
-        where = vhost if vhost is not None else _vhost(consumer.settings.url)
+        where = vhost if vhost is not None else virtual_host(consumer.settings.url)
+        needed = build_topology(options)
         version = _version(rabbitmq, consumer, needed)
         print(json.dumps(to_definitions(needed, where, version), indent=2))
         return Exit.OK
-    return asyncio.run(_show(consumer, needed, apply=apply, dry_run=dry_run, format=format))
+    return asyncio.run(_show(consumer, options, apply=apply, dry_run=dry_run, format=format))
 
 
 async def _show(
     consumer: AnyConsumer,
-    needed: Topology,
+    options: TopologyOptions,
     *,
     apply: bool,
     dry_run: bool,
     format: str,  # noqa: A002  -- as above
 ) -> Exit:
     transport = consumer._transport  # noqa: SLF001  -- same package
+    kind = await look_up_type(transport, options) if apply or dry_run else None
+    needed = build_topology(options, dead_letter_exchange_type=kind)
     if apply:
-        await transport.declare(needed)
+        await transport.declare(replace(needed, publishes=()))
     compared: list[Comparison] = []
     if apply or dry_run:
         compared = await compare(transport, needed)
@@ -283,7 +378,12 @@ def _details(entity: Entity) -> str:
     if not isinstance(entity, Binding):
         words += [] if entity.durable else ["transient"]
         words += ["auto-delete"] if entity.auto_delete else []
-    words += [f"{name}={format_header(value)}" for name, value in entity.arguments.items()]
+    if isinstance(entity, Exchange) and entity.internal:
+        words.append("internal")
+    arguments = dict(entity.arguments)
+    if isinstance(entity, Queue):
+        arguments |= entity.wishes
+    words += [f"{name}={format_header(value)}" for name, value in arguments.items()]
     if isinstance(entity, Queue) and entity.no_delivery_limit:
         words.append("no delivery limit")
     return ", ".join(words)
@@ -298,12 +398,6 @@ def _version(stated: str | None, consumer: AnyConsumer, needed: Topology) -> Ver
     if not depends_on_version(needed):
         return None
     return asyncio.run(broker_version(consumer._transport))  # noqa: SLF001  -- same package
-
-
-def _vhost(url: str) -> str:
-    """Return the virtual host of a URL; `/`, the default one, if it has none."""
-    # Several URLs name nodes of one cluster, so any of them has the virtual host.
-    return unquote(urlsplit(url.rsplit(",", maxsplit=1)[-1]).path[1:]) or "/"
 
 
 # --- comparing -------------------------------------------------------------------
@@ -328,6 +422,56 @@ async def broker_version(transport: Transport) -> Version | None:
     return transport.broker_version if isinstance(transport, VersionedTransport) else None
 
 
+async def look_up_type(transport: Transport, options: TopologyOptions) -> str | None:
+    """Return the type that the dead-letter exchange has on the broker; None if it is unknown.
+
+    Raises:
+        TransportError: The broker is unreachable, or refuses access.
+    """
+    exchange = exchange_to_look_up(options)
+    if exchange is None or not isinstance(transport, InspectingTransport):
+        return None
+    return await transport.exchange_type(exchange)
+
+
+MOST_ARGUMENTS = 20
+"""Arguments of a queue that are looked at. Each one takes a connection."""
+
+_ONLY_OF_STREAMS: Headers = {"x-max-age": "1h"}
+"""The broker ignores it in a declaration of an existing queue of another type, and refuses it for a
+new one."""
+
+
+async def look_up_arguments(transport: Transport, name: str) -> dict[str, FieldValue]:
+    """Return the arguments of an existing queue with its type, as far as the broker tells them.
+
+    Raises:
+        TransportError: The broker is unreachable, or refuses access.
+    """
+    # AMQP can't read them. But if an existing queue is declared with other arguments, the broker
+    # says how one of them differs. Nothing is created: no broker accepts these declarations.
+    known: dict[str, FieldValue] = {}
+    queue = Queue(name)
+    while len(known) < MOST_ARGUMENTS and known.get(QUEUE_TYPE) != "stream":
+        arguments = {QUEUE_TYPE: "no-such-type", **known, **_ONLY_OF_STREAMS}
+        try:
+            await transport.declare(_only(replace(queue, arguments=arguments)))
+        except TopologyError as error:
+            match unequal_argument(str(error)):
+                case UnequalArgument("durable", value):
+                    queue = replace(queue, durable=value == "true")
+                case UnequalArgument("auto_delete", value):
+                    queue = replace(queue, auto_delete=value == "true")
+                case UnequalArgument(argument, value) if argument not in known:
+                    # Before 4.0 a classic queue may have no type.
+                    known[argument] = "classic" if argument == QUEUE_TYPE and not value else value
+                case _:
+                    break
+        else:
+            break
+    return known
+
+
 async def _compare(transport: Transport, entity: Entity) -> Comparison:
     if isinstance(entity, Binding):
         return Comparison(entity, EntityState.UNSEEN)
@@ -345,10 +489,11 @@ async def _compare(transport: Transport, entity: Entity) -> Comparison:
     if entity.existing_first or entity.check_only:
         return Comparison(entity, EntityState.EXISTS)
     try:
-        await transport.declare(_only(entity))
+        unfulfilled = await transport.declare(_only(entity)) or {}
     except TopologyError as error:
         return Comparison(entity, EntityState.DIFFERS, str(error))
-    return Comparison(entity, EntityState.EXISTS)
+    found = unfulfilled.get(entity.name, UnfulfilledWishes())
+    return Comparison(entity, EntityState.EXISTS, unfulfilled=found)
 
 
 def _only(entity: Exchange | Queue) -> Topology:

@@ -13,13 +13,20 @@ from dataclasses import dataclass, field
 from aio_pika_batch.core.message import FieldValue, Headers
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.topology import (
-    DEAD_LETTER_EXCHANGE,
     DEFAULT_DELIVERY_LIMIT,
     DEFAULT_LIMIT_SINCE,
     DELIVERY_LIMIT,
-    MESSAGE_TTL,
-    TopologyOptions,
     Version,
+)
+from aio_pika_batch.core.topology_options import (
+    DEAD_LETTER_EXCHANGE,
+    DEAD_LETTER_ROUTING_KEY,
+    LENGTH_LIMITS,
+    MESSAGE_TTL,
+    OVERFLOW,
+    QUEUE_TYPE,
+    TopologyOptions,
+    broker_dead_letter_arguments,
     dead_letter_target,
     effective_queue_type,
 )
@@ -60,6 +67,7 @@ def warnings_for(options: TopologyOptions, profile: ConsumerProfile) -> list[str
     return [
         *_prefetch(profile),
         *_dead_letters(options, profile),
+        *_given_up(options),
         *_delivery_limit(options, profile),
         *_ack_timeout(options, profile),
         *_time_to_live(options, profile),
@@ -122,15 +130,82 @@ def _dead_letters(options: TopologyOptions, profile: ConsumerProfile) -> Iterato
             f" messages that get NACK, {failed}; set dead_letter_queue to declare a queue and an"
             " exchange, or dead_letter_exchange"
         )
-    if (
-        effective_queue_type(options) == "quorum"
-        and DEAD_LETTER_EXCHANGE not in options.queue_arguments
-    ):
+        return
+    exchange, kind = options.dead_letter_exchange, options.dead_letter_exchange_type
+    if options.dead_letter_queue is not None and exchange and kind in ("fanout", "headers"):
+        yield (
+            f"dead_letter_exchange={exchange!r} is a {kind} exchange: every queue that is bound to"
+            " it gets the dead letters, also those of other services; set"
+            " dead_letter_exchange_type='direct', or leave dead_letter_exchange unset"
+        )
+
+
+def _given_up(options: TopologyOptions) -> Iterator[str]:
+    """What the broker itself drops, unless it has a place for it."""
+    if not options.broker_dead_letters:
+        return
+    wishes = broker_dead_letter_arguments(options) if options.declare else {}
+    if DEAD_LETTER_EXCHANGE in {**options.queue_arguments, **wishes}:
+        return
+    known = dead_letter_target(options) is not None
+    # The queue is declared elsewhere, then.
+    remedy = f"declare it with {DEAD_LETTER_EXCHANGE}" if known else "set dead_letter_queue"
+    remedy += ", or add a policy and set broker_dead_letters=False"
+    if effective_queue_type(options) == "quorum":
         yield (
             "a quorum queue drops messages that were delivered too often (RabbitMQ 4: 20 times"
-            f" unless {DELIVERY_LIMIT} says otherwise): set {DEAD_LETTER_EXCHANGE} in"
-            " queue_arguments, or by a policy, to keep them"
+            f" unless {DELIVERY_LIMIT} says otherwise): to keep them, {remedy}"
         )
+    for limit in _limits(options.queue_arguments):
+        yield (
+            f"the broker drops messages because of {limit} in queue_arguments: to keep them,"
+            f" {remedy}"
+        )
+
+
+def existing_queue_warnings(options: TopologyOptions, arguments: Headers) -> list[str]:
+    """What the arguments that the consumed queue has on the broker mean for its messages."""
+    name, exchange = options.queue_name, arguments.get(DEAD_LETTER_EXCHANGE)
+    key = arguments.get(DEAD_LETTER_ROUTING_KEY)
+    if exchange == "" and key in (None, name):
+        return [f"queue {name!r} dead-letters to itself, a loop: declare it with another exchange"]
+    if exchange is not None:
+        return []
+    return [
+        f"queue {name!r} has {limit}: the broker drops messages, unless a policy dead-letters them"
+        for limit in _limits(arguments)
+    ]
+
+
+def dead_letter_queue_warnings(
+    options: TopologyOptions, arguments: Headers, version: Version | None
+) -> list[str]:
+    """By which of the arguments that it has on the broker a dead-letter queue loses dead letters.
+
+    Args:
+        version: The broker's version; None if it is unknown.
+    """
+    name, exchange = options.dead_letter_queue, arguments.get(DEAD_LETTER_EXCHANGE)
+    if exchange == "" and arguments.get(DEAD_LETTER_ROUTING_KEY) == options.queue_name:
+        return [f"dead-letter queue {name!r} dead-letters to queue {options.queue_name!r}: a loop"]
+    limits = _limits(arguments)
+    stated = _number(arguments.get(DELIVERY_LIMIT))
+    if arguments.get(QUEUE_TYPE) == "quorum":
+        has_default = not _is_before(version, DEFAULT_LIMIT_SINCE)
+        limit = (DEFAULT_DELIVERY_LIMIT if has_default else -1) if stated is None else stated
+        if limit >= 0:
+            limits.append(f"a delivery limit of {limit}")
+    return [
+        f"dead-letter queue {name!r} has {limit}, by which the broker drops dead letters: move them"
+        " away and delete it, and the consumer declares it without"
+        for limit in limits
+    ]
+
+
+def _limits(arguments: Headers) -> list[str]:
+    """The arguments by which a queue drops messages."""
+    limits = {MESSAGE_TTL, *(() if OVERFLOW in arguments else LENGTH_LIMITS)}
+    return [f"{name}={arguments[name]!r}" for name in sorted(limits & arguments.keys())]
 
 
 def _delivery_limit(options: TopologyOptions, profile: ConsumerProfile) -> Iterator[str]:

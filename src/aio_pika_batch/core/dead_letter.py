@@ -6,18 +6,19 @@ This library writes headers of its own (see `core.settlement_plan`). A broker wr
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
 from aio_pika_batch.core.message import (
+    DEATH_REASON,
     DEATHS,
     NO_HEADERS,
     ORIGINAL_EXCHANGE,
     ORIGINAL_ROUTING_KEY,
     RETRY_COUNT_HEADER,
+    RETRY_QUEUE,
     FieldValue,
     Headers,
     Message,
@@ -26,23 +27,26 @@ from aio_pika_batch.core.message import (
     retry_count,
 )
 from aio_pika_batch.core.publication import Copy
+from aio_pika_batch.core.refusals import UnequalArgument, unequal_argument
+from aio_pika_batch.core.retry import identify_death, latest_death
 from aio_pika_batch.core.settlement_plan import (
     DEAD_LETTERED_AT,
+    DEATH_COUNT,
     DETAIL,
     DROPPED,
+    EARLIER_DEATH,
     EXCEPTION_MESSAGE,
     EXCEPTION_TYPE,
     FIRST_FAILED_AT,
     ORIGINAL_QUEUE,
-    REASON,
 )
 from aio_pika_batch.core.topology import (
     DEFAULT_DELIVERY_LIMIT,
     DEFAULT_LIMIT_SINCE,
     DELIVERY_LIMIT,
-    QUEUE_TYPE,
     Version,
 )
+from aio_pika_batch.core.topology_options import QUEUE_TYPE
 
 UNKNOWN_REASON = "unknown"
 """The reason of a dead letter that states none."""
@@ -58,7 +62,10 @@ REMOVED_ON_REPLAY = (
     | _BROKER_HEADERS
     | {
         DEATHS,  # before 4.0 RabbitMQ trusts it, and drops messages that seem to be in a cycle
-        REASON,
+        DEATH_REASON,
+        DEATH_COUNT,
+        EARLIER_DEATH,
+        RETRY_QUEUE,
         DETAIL,
         DEAD_LETTERED_AT,
         EXCEPTION_TYPE,
@@ -107,9 +114,11 @@ class DeathInfo:
 def death_info(message: Message, retry_count_header: str = RETRY_COUNT_HEADER) -> DeathInfo:
     """Read the headers of a dead letter. Never raises: what cannot be read isn't known."""
     headers = readable_headers(message) or NO_HEADERS
-    reason = _text(headers.get(REASON))
-    if reason is None:
-        return _broker_death_info(headers, retry_count_header)
+    reason = _text(headers.get(DEATH_REASON))
+    death = latest_death(headers)
+    is_newer = death is not None and identify_death(death) != headers.get(EARLIER_DEATH)
+    if reason is None or is_newer:
+        return _broker_death_info(headers, death or NO_HEADERS, retry_count_header)
     return DeathInfo(
         reason=reason,
         origin=_origin(headers),
@@ -122,11 +131,8 @@ def death_info(message: Message, retry_count_header: str = RETRY_COUNT_HEADER) -
     )
 
 
-def _broker_death_info(headers: Headers, retry_count_header: str) -> DeathInfo:
-    """The latest entry of `x-death`: the reason why it is in this queue."""
-    deaths = headers.get(DEATHS)
-    latest = deaths[0] if isinstance(deaths, list) and deaths else None
-    death = latest if isinstance(latest, Mapping) else NO_HEADERS
+def _broker_death_info(headers: Headers, death: Headers, retry_count_header: str) -> DeathInfo:
+    """Why the broker has dead-lettered it, by the latest entry of `x-death`."""
     return DeathInfo(
         reason=_text(death.get("reason")) or UNKNOWN_REASON,
         # The routing key of a requeued copy is the name of its queue, so its own headers go first.
@@ -306,12 +312,6 @@ SPARE_DELIVERIES = 5
 """A dead letter is not read if fewer deliveries than this are left until its queue drops it."""
 
 
-_INEQUIVALENT = re.compile(
-    r"inequivalent arg '(?P<argument>[^']+)'(?:.*?current is (?:the value )?'(?P<value>-?\d+)')?",
-    re.DOTALL,
-)
-
-
 def delivery_limit_from(refusal: str | None, version: Version | None) -> int | None:
     """The delivery limit of a queue, from the broker's answer to a declaration.
 
@@ -329,14 +329,14 @@ def delivery_limit_from(refusal: str | None, version: Version | None) -> int | N
     has_default = version is None or version >= DEFAULT_LIMIT_SINCE
     if refusal is None:
         return DEFAULT_DELIVERY_LIMIT if has_default else None
-    found = _INEQUIVALENT.search(refusal)
-    argument, value = (None, None) if found is None else found.group("argument", "value")
-    if argument == QUEUE_TYPE:
-        return None  # a classic queue, which has no limit
-    if argument == DELIVERY_LIMIT and value is not None:
-        # Before 4.0 the first redelivery exceeds a negative limit.
-        return max(int(value), 0) if int(value) >= 0 or not has_default else None
-    return DEFAULT_DELIVERY_LIMIT
+    match unequal_argument(refusal):
+        case UnequalArgument(name) if name == QUEUE_TYPE:
+            return None  # a classic queue, which has no limit
+        case UnequalArgument(name, int(limit)) if name == DELIVERY_LIMIT:
+            # Before 4.0 the first redelivery exceeds a negative limit.
+            return max(limit, 0) if limit >= 0 or not has_default else None
+        case _:
+            return DEFAULT_DELIVERY_LIMIT
 
 
 NACK_IS_FREE_SINCE: Version = (4, 3)

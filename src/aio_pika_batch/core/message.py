@@ -50,6 +50,11 @@ ORIGINAL_ROUTING_KEY = "x-original-routing-key"
 RETRY_COUNT_HEADER = "x-retry-count"
 """The header that counts the retries of a message, unless a setting names another one."""
 CRASH_COUNT = "x-crash-count"
+RETRY_QUEUE = "x-retry-queue"
+DEATH_REASON = "x-dead-letter-reason"
+
+WAIT_QUEUE_SUFFIX = ".retry."
+"""Between the name of a queue and the delay in the names of its wait queues."""
 
 
 # Not frozen: a frozen dataclass sets each field through a function call, which tripled the time to
@@ -166,6 +171,31 @@ def retry_count(value: object) -> int | None:
             return int(value)
         case _:
             return None
+
+
+def stated_retries(headers: Headers, header: str, queue: str) -> FieldValue:
+    """The value of the header that counts retries; None if it isn't about this queue.
+
+    A dead letter has the count of the queue that it died in. Its next consumer begins anew.
+    """
+    value = headers.get(header)
+    if value is None:
+        return None
+    counted_in = headers.get(RETRY_QUEUE)
+    if counted_in is None:
+        return None if has_died(headers, queue) else value
+    return value if counted_in == queue else None
+
+
+def has_died(headers: Headers, queue: str) -> bool:
+    """Whether a message in this queue is a dead letter of this library, or of another queue."""
+    if DEATH_REASON in headers:
+        return True
+    match headers.get(DEATHS):
+        case [{"queue": str(died_in)}, *_]:
+            return died_in != queue and not died_in.startswith(f"{queue}{WAIT_QUEUE_SUFFIX}")
+        case _:
+            return False
 
 
 ValueT_co = TypeVar("ValueT_co", covariant=True)
@@ -341,8 +371,10 @@ class Message:
 
     @property
     def retry_count(self) -> int:
-        """How often this library has retried it; 0 if the header holds no count."""
-        return retry_count(self.headers.get(self._source.retry_count_header)) or 0
+        """How often it was retried in this queue; 0 if the header holds no count."""
+        source = self._source
+        stated = stated_retries(self.headers, source.retry_count_header, source.queue)
+        return retry_count(stated) or 0
 
     @property
     def delivery_count(self) -> int | None:

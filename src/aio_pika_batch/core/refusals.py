@@ -7,8 +7,10 @@ known, the code decides.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from enum import IntEnum
 
+from aio_pika_batch.core.message import FieldValue
 from aio_pika_batch.errors import BrokerUnavailable, TopologyError, TransportError
 
 
@@ -47,17 +49,57 @@ _ADVICE_BY_CODE: dict[int, str] = {
     ReplyCode.INTERNAL_ERROR: "the broker does not support this, or no longer; see its log",
 }
 
+STREAM_ADVICE = (
+    "it is a stream, whose messages cannot be rejected or requeued one by one; consume from a"
+    " classic or quorum queue"
+)
+
 _ADVICE_BY_TEXT = (
     # Since RabbitMQ 4.0 an unknown exchange type is a failed precondition.
     ("exchange type", _ADVICE_BY_CODE[ReplyCode.COMMAND_INVALID]),
     ("exclusive use", "an exclusive consumer is its only consumer: stop it, or don't be exclusive"),
+    ("internal exchange", "dead letters need an exchange that is not internal: name another one"),
     ("reserved prefix", "names that begin with amq. are the broker's: choose another name"),
+    ("rabbit_stream_queue", STREAM_ADVICE),
     ("default exchange", "the default exchange can't be declared or bound: name another exchange"),
     ("invalid arg", "correct this argument, or choose another queue type"),
     ("invalid property", "a quorum queue is durable, and neither exclusive nor auto-delete"),
 )
 
 _QUOTED = re.compile(r"'[^']*'")
+
+_UNEQUAL = re.compile(
+    r"inequivalent arg '(?P<name>[^']+)'.*? current is (?:the value )?"
+    r"(?:none|'(?P<value>.*?)'(?: of type '(?P<type>\w+)')?)(?:;|$)",
+    re.DOTALL,
+)
+_INTEGER = re.compile(r"-?\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class UnequalArgument:
+    """What a broker says about something that exists and was declared differently.
+
+    Attributes:
+        value: What the broker has; None if it has no such argument.
+    """
+
+    name: str
+    value: FieldValue
+
+
+def unequal_argument(text: str | None) -> UnequalArgument | None:
+    """Read from a refusal, or an error of :func:`refusal_error`, which argument differs and how."""
+    # The only way in AMQP to see the arguments of what exists.
+    found = None if text is None else _UNEQUAL.search(text)
+    if found is None:
+        return None
+    value: FieldValue = found["value"]
+    if isinstance(value, str) and _INTEGER.fullmatch(value):
+        value = int(value)
+    elif found["type"] == "bool":
+        value = value == "true"
+    return UnequalArgument(found["name"], value)
 
 
 def is_transient(text: str) -> bool:
@@ -72,7 +114,11 @@ def _unquoted(text: str) -> str:
 
 
 def refusal_error(
-    code: int, text: str, subject: str, if_unequal: str | None = None
+    code: int,
+    text: str,
+    subject: str,
+    if_unequal: str | None = None,
+    if_missing: str | None = None,
 ) -> TransportError:
     """Return the error for a broker's refusal to declare, check, bind or consume something.
 
@@ -81,6 +127,7 @@ def refusal_error(
         text: The reply text.
         subject: What was refused, and where.
         if_unequal: What to do if the broker has it with other arguments; None: as for any queue.
+        if_missing: What to do if the broker doesn't have it; None: as for any queue.
 
     Returns:
         A `TopologyError`, or `BrokerUnavailable` if a later attempt may succeed.
@@ -91,6 +138,28 @@ def refusal_error(
     words = _unquoted(text)
     if "inequivalent" in words:
         advice = if_unequal or advice
+    elif code == ReplyCode.NOT_FOUND:
+        advice = if_missing or advice
     else:
         advice = next((each for part, each in _ADVICE_BY_TEXT if part in words), advice)
     return TopologyError(f"{subject}: {code} {text}; {advice}")
+
+
+def publish_refusal_error(code: int, text: str, exchange: str, where: str) -> TransportError:
+    """Return the error for a broker's refusal to take messages for an exchange.
+
+    Args:
+        code: The reply code.
+        text: The reply text.
+        exchange: The exchange; empty: the default one.
+        where: The broker's address.
+    """
+    name = exchange or "amq.default"
+    subject = f"publishing to exchange {name!r} at {where}"
+    if code != ReplyCode.ACCESS_REFUSED or "internal exchange" in text:
+        return refusal_error(code, text, subject)
+    what = "dead letters" if exchange else "retries"
+    return TopologyError(
+        f"{subject}: {code} {text}; {what} need the write permission on it: let the write"
+        f" pattern of `rabbitmqctl set_permissions` match {name!r}, or connect as another user"
+    )

@@ -8,7 +8,9 @@ consumer instead would use prefetch and end with the process.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeGuard
@@ -17,7 +19,9 @@ from aio_pika_batch.core.message import (
     DEATHS,
     SHORT_STRING,
     UINT32,
+    WAIT_QUEUE_SUFFIX,
     FieldValue,
+    Headers,
     Message,
     is_short_string,
 )
@@ -181,7 +185,7 @@ def _milliseconds(seconds: float) -> int:
 
 def wait_queue_name(queue: str, level: int | str) -> str:
     """The name of the queue in which messages of another queue wait for so many milliseconds."""
-    return f"{queue}.retry.{level}"
+    return f"{queue}{WAIT_QUEUE_SUFFIX}{level}"
 
 
 def check_wait_queue_names(queue: str, steps: DelaySteps) -> None:
@@ -255,6 +259,28 @@ def _is_expiration(value: FieldValue) -> TypeGuard[str]:
         and len(value) <= len(str(UINT32))
         and int(value) <= UINT32
     )
+
+
+_WAIT_QUEUE = re.compile(rf".+{re.escape(WAIT_QUEUE_SUFFIX)}\d+")
+
+
+def latest_death(headers: Headers) -> Headers | None:
+    """The latest entry of `x-death` that isn't about a retry that waited; None without one."""
+    deaths = headers.get(DEATHS)
+    for death in deaths if isinstance(deaths, list) else ():
+        if not isinstance(death, Mapping):
+            continue
+        queue = death.get("queue")
+        is_wait = isinstance(queue, str) and _WAIT_QUEUE.fullmatch(queue)
+        if not (is_wait and death.get("reason") == "expired"):
+            return death
+    return None
+
+
+def identify_death(death: Headers) -> str:
+    """A text that differs for each entry of `x-death`."""
+    # Not by comparing times: those of brokers and consumers differ.
+    return " ".join(str(death.get(name)) for name in ("queue", "reason", "count", "time"))
 
 
 def _has_waited(message: Message, queue: str) -> bool:

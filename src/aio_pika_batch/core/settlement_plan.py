@@ -19,16 +19,20 @@ from typing import Self, assert_never
 from aio_pika_batch.core.hold_policy import HoldPolicy
 from aio_pika_batch.core.message import (
     CRASH_COUNT,
+    DEATH_REASON,
     DELIVERY_COUNT,
     NO_HEADERS,
     ORIGINAL_EXCHANGE,
     ORIGINAL_ROUTING_KEY,
+    RETRY_QUEUE,
     FieldValue,
     Headers,
     Message,
+    has_died,
     is_short_string,
     readable_headers,
     retry_count,
+    stated_retries,
 )
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.quarantine import CrashPolicy, OwnReturns
@@ -42,7 +46,9 @@ from aio_pika_batch.core.retry import (
     DelaySteps,
     RetryPolicy,
     delayed_copy,
+    identify_death,
     immediate_copy,
+    latest_death,
     make_delay_steps,
 )
 from aio_pika_batch.core.settlement import Disposition, Settlement
@@ -50,11 +56,13 @@ from aio_pika_batch.errors import safe_str
 
 FIRST_FAILED_AT = "x-first-failed-at"
 ORIGINAL_QUEUE = "x-original-queue"
-REASON = "x-dead-letter-reason"
 DETAIL = "x-dead-letter-detail"
 DEAD_LETTERED_AT = "x-dead-lettered-at"
 EXCEPTION_TYPE = "x-exception-type"
 EXCEPTION_MESSAGE = "x-exception-message"
+EARLIER_DEATH = "x-dead-letter-after"
+"""Header of a dead letter with the latest entry that `x-death` had then. If it has another one
+later, the broker has dead-lettered the message since, and its reason counts."""
 
 EXCEPTION_MESSAGE_LIMIT = 1024
 """The maximum bytes of an exception's text in a dead letter: all headers share one frame, whose
@@ -68,11 +76,20 @@ REMAINING_DELAY = "x-retry-remaining-delay"
 Not a moment in time: clocks differ, and a delay may be longer than asked for, but not shorter.
 """
 
-DROPPED = frozenset({"CC", "BCC", DELIVERY_COUNT, "x-acquired-count", REMAINING_DELAY, CRASH_COUNT})
+BCC = "BCC"
+"""Header with further routing keys, which the broker removes from the message."""
+
+DROPPED = frozenset({"CC", BCC, DELIVERY_COUNT, "x-acquired-count", REMAINING_DELAY, CRASH_COUNT})
 """Headers that a copy leaves out: CC and BCC route to further queues, the broker counts, and a
 message that got a result has not crashed its process."""
 
-REWRITTEN = frozenset({DETAIL, EXCEPTION_TYPE, EXCEPTION_MESSAGE})
+DEATH_COUNT = "x-dead-letter-count"
+"""Header of a dead letter that was one before: how often this library has dead-lettered it."""
+
+LOOP = 3
+"""Dead letters of a message from which on they seem to come back. They are delayed then."""
+
+REWRITTEN = frozenset({DETAIL, EXCEPTION_TYPE, EXCEPTION_MESSAGE, EARLIER_DEATH, RETRY_QUEUE})
 """Headers that a new dead letter doesn't take over from an earlier one: they say why that one was
 dead-lettered."""
 
@@ -96,6 +113,7 @@ class PendingCopy:
         malformed_count: Whether the retry header holds something that isn't a count.
         hold: Seconds to hold the original before the copy is published.
         is_undeliverable: Whether the message is retried because it can't be dead-lettered.
+        is_loop: Whether it is held because it is dead-lettered again and again.
     """
 
     outcome: MessageOutcome
@@ -105,6 +123,7 @@ class PendingCopy:
     malformed_count: bool = False
     hold: float = 0.0
     is_undeliverable: bool = False
+    is_loop: bool = False
 
     @property
     def tag(self) -> int:
@@ -135,10 +154,13 @@ class DeadLetterTarget:
     Attributes:
         exchange: The dead-letter exchange.
         routing_key: None keeps the original routing key of each message.
+        also: A second routing key, which only this consumer's dead-letter queue is bound to; the
+            broker removes it.
     """
 
     exchange: str
     routing_key: str | None = None
+    also: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,13 +248,13 @@ class SettlementPlanner:
         if headers is None:
             # Without readable headers its attempts cannot be counted.
             return self._dead_letter(outcome, DeadLetterReason.UNDECODABLE, now)
-        stated = headers.get(self.retry.header)
+        stated = stated_retries(headers, self.retry.header, self.queue)
         read = None if stated is None else retry_count(stated)
         count = read or 0
         if not self.retry.may_retry(count):
             return self._dead_letter(outcome, DeadLetterReason.EXHAUSTED, now)
         add = _origin_headers(message, headers, now)
-        add[self.retry.header] = count + 1
+        add |= self._count_headers(headers, count + 1)
         level = self.delay_steps.level(outcome.result, count)
         has_own_delay = isinstance(outcome.result, Requeue) and outcome.result.seconds is not None
         hold = 0.0 if has_own_delay else self.hold.retry_delay(count)
@@ -322,10 +344,10 @@ class SettlementPlanner:
             hold = self.hold.undeliverable_delay(self.retry.max_attempts)
             copy = Copy(message, "", self.queue, {})
         else:
-            count = retry_count(headers.get(self.retry.header)) or 0
+            count = self._count(headers)
             spent = self.retry.max_attempts if reason is DeadLetterReason.EXHAUSTED else 0
             hold = self.hold.undeliverable_delay(max(0, count - spent))
-            add = {**_origin_headers(message, headers, now), self.retry.header: count + 1}
+            add = _origin_headers(message, headers, now) | self._count_headers(headers, count + 1)
             if reason is DeadLetterReason.CRASHED and self.crashes is not None:
                 # It is a suspect from the start: it must not take others along again.
                 add |= self.crashes.mark(message)
@@ -351,19 +373,39 @@ class SettlementPlanner:
             routing_key = original if is_short_string(original) else message.routing_key
         add = {
             **_origin_headers(message, headers, now),
-            REASON: reason.value,
+            DEATH_REASON: reason.value,
             ORIGINAL_QUEUE: self.queue,
             DEAD_LETTERED_AT: now,
             **self._cause_headers(outcome),
         }
+        if target.also is not None:
+            add[BCC] = [target.also]
         if known is not None:
-            add[self.retry.header] = retry_count(headers.get(self.retry.header)) or 0
+            add[self.retry.header] = self._count(headers)
         # A dead letter doesn't expire: it should still exist when someone has time to repair it.
         if expiration is not None:
             add[ORIGINAL_EXPIRATION] = expiration
+        if (death := latest_death(headers)) is not None:
+            add[EARLIER_DEATH] = identify_death(death)
         drop = self.drop | REWRITTEN
         copy = Copy(message, target.exchange, routing_key, add, drop, keep_expiration=False)
-        return PendingCopy(outcome, copy, CopyKind.DEAD_LETTER, reason)
+        pending = PendingCopy(outcome, copy, CopyKind.DEAD_LETTER, reason)
+        if DEATH_REASON in headers:
+            # It was moved back by hand, or belongs to a consumer of dead letters, or goes round.
+            add[DEATH_COUNT] = deaths = (retry_count(headers.get(DEATH_COUNT)) or 1) + 1
+            pending.is_loop = deaths >= LOOP
+            if pending.is_loop:
+                pending.hold = self.hold.undeliverable_delay(deaths - LOOP)
+        return pending
+
+    def _count(self, headers: Headers) -> int:
+        return retry_count(stated_retries(headers, self.retry.header, self.queue)) or 0
+
+    def _count_headers(self, headers: Headers, count: int) -> dict[str, FieldValue]:
+        """The headers of a retry: a dead letter's count must not be taken for that of its death."""
+        if RETRY_QUEUE in headers or has_died(headers, self.queue):
+            return {self.retry.header: count, RETRY_QUEUE: self.queue}
+        return {self.retry.header: count}
 
     def _cause_headers(self, outcome: MessageOutcome) -> dict[str, FieldValue]:
         headers: dict[str, FieldValue] = {}

@@ -7,21 +7,29 @@ and *Import definitions* in the management UI.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from aio_pika_batch.core.message import SHORT_STRING, FieldValue, Headers, is_short_string
+from aio_pika_batch.core.refusals import unequal_argument
 from aio_pika_batch.core.retry import wait_queue_name
-from aio_pika_batch.core.settlement_plan import DeadLetterTarget
+from aio_pika_batch.core.topology_options import (
+    AT_LEAST_ONCE,
+    DEAD_LETTER_EXCHANGE,
+    DEAD_LETTER_ROUTING_KEY,
+    DEAD_LETTER_STRATEGY,
+    MESSAGE_TTL,
+    QUEUE_TYPE,
+    TopologyOptions,
+    broker_dead_letter_arguments,
+    dead_letter_binding_keys,
+    dead_letter_target,
+    effective_queue_type,
+    new_dead_letter_exchange_type,
+)
 from aio_pika_batch.errors import TopologyError
 
-QUEUE_TYPE = "x-queue-type"
-DEAD_LETTER_EXCHANGE = "x-dead-letter-exchange"
-DEAD_LETTER_ROUTING_KEY = "x-dead-letter-routing-key"
-DEAD_LETTER_STRATEGY = "x-dead-letter-strategy"
 DELIVERY_LIMIT = "x-delivery-limit"
-MESSAGE_TTL = "x-message-ttl"
 
 Version: TypeAlias = tuple[int, ...]
 """A version of RabbitMQ, for comparisons."""
@@ -47,6 +55,7 @@ class Exchange:
 
     Attributes:
         type: `direct`, `fanout`, `topic`, `headers`, or the `x-…` type of a plugin.
+        internal: Only other exchanges and the broker can publish to it.
         existing_first: Use an existing one as it is, and create it only if there is none.
         check_only: Never create it.
     """
@@ -58,6 +67,23 @@ class Exchange:
     arguments: Headers = field(default_factory=dict)
     existing_first: bool = False
     check_only: bool = False
+    internal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UnfulfilledWishes:
+    """What an existing queue was declared without.
+
+    Attributes:
+        lacking: The wishes for which it has no argument.
+        differing: What it has instead of other wishes.
+    """
+
+    lacking: Headers = field(default_factory=dict)
+    differing: Headers = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.lacking or self.differing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +91,12 @@ class Queue:
     """A queue; the other flags are those of :class:`Exchange`.
 
     Attributes:
+        wishes: Further arguments. An existing queue may lack them, or have others; then they are
+            in what :meth:`unfulfilled` returns.
         no_delivery_limit: The broker must not drop a message because of its number of deliveries.
             The argument for this depends on the broker, see :meth:`arguments_on`.
         holds_retries: Messages wait in it for their next attempt, and must not get lost.
+        is_browsed: An operator looks at it. No consumer is there to declare it.
     """
 
     name: str
@@ -79,19 +108,67 @@ class Queue:
     existing_first: bool = False
     check_only: bool = False
     holds_retries: bool = False
+    wishes: Headers = field(default_factory=dict)
+    is_browsed: bool = False
 
     @property
     def if_unequal(self) -> str | None:
         """Advice for when the broker has it with other arguments; None: as for any queue."""
         return _UNEQUAL_WAIT_QUEUE if self.holds_retries else None
 
+    @property
+    def if_missing(self) -> str | None:
+        """Advice for when the broker doesn't have it; None: as for any queue."""
+        return "correct its name, or the virtual host in the URL" if self.is_browsed else None
+
     def arguments_on(self, version: Version | None) -> Headers:
-        """The arguments to declare it with on this version of RabbitMQ; None if it is unknown."""
-        if not self.no_delivery_limit or version is None or version < DEFAULT_LIMIT_SINCE:
+        """The arguments to declare it with first; the broker may refuse those of the wishes.
+
+        Args:
+            version: The version of RabbitMQ; None if it is unknown.
+        """
+        stated = version or ()
+        wishes = self.wishes
+        if stated < AT_LEAST_ONCE_SINCE and DEAD_LETTER_STRATEGY in wishes:
+            # A broker that doesn't know the strategy ignores it, and keeps only the overflow.
+            wishes = {name: wishes[name] for name in wishes if name not in AT_LEAST_ONCE}
+        if self.no_delivery_limit and stated >= DEFAULT_LIMIT_SINCE:
             # Before 4.0 there is no default limit, and -1 makes the broker drop a message the first
             # time that it is redelivered.
+            wishes = {DELIVERY_LIMIT: -1, **wishes}
+        return {**wishes, **self.arguments}
+
+    def arguments_after(self, refused: Headers, text: str) -> Headers | None:
+        """The arguments to declare it with after a refusal (406); None if it stands.
+
+        An existing queue may lack what is only wished for, or have it with other values.
+        """
+        if refused == self.arguments:
+            return None
+        unequal = unequal_argument(text)
+        if unequal is None:
+            # A classic queue refuses a delivery limit, for example, which it doesn't have anyway.
+            # Whether a queue without a type is one depends on the virtual host.
             return self.arguments
-        return {DELIVERY_LIMIT: -1, **self.arguments}
+        name, current = unequal.name, unequal.value
+        wish = self.wishes.get(name)
+        if wish is None or name in self.arguments or refused.get(name) not in (wish, None):
+            return None
+        # The broker refuses a routing key without an exchange.
+        gone = {name, DEAD_LETTER_ROUTING_KEY} if name == DEAD_LETTER_EXCHANGE else {name}
+        kept = {each: value for each, value in refused.items() if each not in gone}
+        return kept if current is None else {**refused, name: current}
+
+    def unfulfilled(self, accepted: Headers, version: Version | None) -> UnfulfilledWishes:
+        """What the arguments with which the broker has accepted it don't fulfil."""
+        wanted = self.arguments_on(version) if self.wishes else {}
+        differing = {
+            name: accepted[name]
+            for name, value in wanted.items()
+            if name in accepted and accepted[name] != value
+        }
+        lacking = {name: value for name, value in wanted.items() if name not in accepted}
+        return UnfulfilledWishes(lacking, differing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,74 +182,39 @@ class Binding:
 
 
 @dataclass(frozen=True, slots=True)
+class PublishCheck:
+    """An exchange that the user must be allowed to publish to, with a routing key that is used."""
+
+    exchange: str
+    routing_key: str
+
+
+@dataclass(frozen=True, slots=True)
 class Topology:
-    """Exchanges, queues and bindings, to declare in this order."""
+    """Exchanges, queues and bindings, to declare in this order, and what to check then.
+
+    Attributes:
+        publishes: Checked last, without storing a message anywhere.
+    """
 
     exchanges: tuple[Exchange, ...] = ()
     queues: tuple[Queue, ...] = ()
     bindings: tuple[Binding, ...] = ()
+    publishes: tuple[PublishCheck, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TopologyOptions:
-    """The settings of a consumer that concern its topology, by their names.
+def build_topology(
+    options: TopologyOptions, *, dead_letter_exchange_type: str | None = None
+) -> Topology:
+    """Everything that a consumer needs on its broker.
 
-    Attributes:
-        wait_levels: The delays in milliseconds of the wait queues to declare at the start.
+    Args:
+        dead_letter_exchange_type: The type of the dead-letter exchange on the broker; None if it is
+            missing or unknown.
+
+    Raises:
+        TopologyError: Dead letters wouldn't reach their queue.
     """
-
-    # Only the delays that retries use by themselves: each one needs a queue that someone has to
-    # look after. Those that a handler requests are declared when it does.
-
-    queue_name: str
-    queue_durable: bool = True
-    queue_exclusive: bool = False
-    queue_auto_delete: bool = False
-    queue_type: str | None = None
-    queue_arguments: Mapping[str, FieldValue] = field(default_factory=dict)
-    exchange_name: str | None = None
-    exchange_type: str = "direct"
-    exchange_durable: bool = True
-    routing_keys: tuple[str, ...] = ()
-    binding_arguments: Mapping[str, FieldValue] = field(default_factory=dict)
-    dead_letter_exchange: str | None = None
-    dead_letter_exchange_type: str = "fanout"
-    dead_letter_routing_key: str | None = None
-    dead_letter_queue: str | None = None
-    wait_levels: tuple[int, ...] = ()
-    declare: bool = True
-
-
-def effective_queue_type(options: TopologyOptions) -> str | None:
-    """The queue type to declare; None uses the default of the virtual host."""
-    return options.queue_type or _stated(options, QUEUE_TYPE)
-
-
-def dead_letter_target(options: TopologyOptions) -> DeadLetterTarget | None:
-    """Where this library publishes dead letters; None if no exchange is configured."""
-    exchange, routing_key = options.dead_letter_exchange, options.dead_letter_routing_key
-    if exchange is None:
-        exchange = _stated(options, DEAD_LETTER_EXCHANGE)
-        if exchange is not None and routing_key is None:
-            routing_key = _stated(options, DEAD_LETTER_ROUTING_KEY)
-    if exchange is None and options.dead_letter_queue is not None:
-        exchange = f"{options.queue_name}.dlx"
-    if exchange is None:
-        return None
-    if not exchange and routing_key is None:
-        # The default exchange routes by the name of a queue: an original routing key would miss
-        # this queue, and could even lead back to the queue that the message comes from.
-        routing_key = options.dead_letter_queue
-    return DeadLetterTarget(exchange, routing_key)
-
-
-def _stated(options: TopologyOptions, name: str) -> str | None:
-    value = options.queue_arguments.get(name)
-    return value if isinstance(value, str) else None
-
-
-def build_topology(options: TopologyOptions) -> Topology:
-    """Everything that a consumer needs on its broker."""
     check_only = not options.declare
     arguments: dict[str, FieldValue] = dict(options.queue_arguments)
     if options.queue_type is not None:
@@ -181,13 +223,13 @@ def build_topology(options: TopologyOptions) -> Topology:
     queues: list[Queue] = []
     bindings: list[Binding] = []
     target = dead_letter_target(options)
-    if target is not None and target.exchange:
+    if target is not None and target.exchange not in ("", options.exchange_name):
         # An existing exchange isn't declared again: it may be shared, and of any type. Without a
         # dead-letter queue it must exist, so that a wrong name is an error at the start.
         exchanges.append(
             Exchange(
                 target.exchange,
-                options.dead_letter_exchange_type,
+                new_dead_letter_exchange_type(options, target.exchange),
                 existing_first=True,
                 check_only=check_only or options.dead_letter_queue is None,
             )
@@ -199,7 +241,7 @@ def build_topology(options: TopologyOptions) -> Topology:
                 options.dead_letter_queue,
                 arguments={} if queue_type is None else {QUEUE_TYPE: queue_type},
                 # It has no dead-letter queue of its own for messages that it would drop.
-                no_delivery_limit=queue_type == "quorum",
+                no_delivery_limit=queue_type != "classic",
                 existing_first=True,
                 check_only=check_only,
             )
@@ -207,7 +249,7 @@ def build_topology(options: TopologyOptions) -> Topology:
         if target.exchange and not check_only:
             bindings.extend(
                 Binding(options.dead_letter_queue, target.exchange, key)
-                for key in _dead_letter_keys(options, target)
+                for key in dead_letter_binding_keys(options, target, dead_letter_exchange_type)
             )
     if options.exchange_name:
         exchanges.append(
@@ -215,6 +257,9 @@ def build_topology(options: TopologyOptions) -> Topology:
                 options.exchange_name,
                 options.exchange_type,
                 durable=options.exchange_durable,
+                auto_delete=options.exchange_auto_delete,
+                internal=options.exchange_internal,
+                arguments=options.exchange_arguments,
                 check_only=check_only,
             )
         )
@@ -225,6 +270,7 @@ def build_topology(options: TopologyOptions) -> Topology:
             exclusive=options.queue_exclusive,
             auto_delete=options.queue_auto_delete,
             arguments=arguments,
+            wishes={} if check_only else broker_dead_letter_arguments(options),
             check_only=check_only,
         )
     )
@@ -232,9 +278,24 @@ def build_topology(options: TopologyOptions) -> Topology:
     if options.exchange_name and not check_only:
         bindings.extend(
             Binding(options.queue_name, options.exchange_name, key, options.binding_arguments)
-            for key in _routing_keys(options)
+            for key in options.binding_keys
         )
-    return Topology(tuple(exchanges), tuple(queues), tuple(bindings))
+    publishes = [PublishCheck("", options.queue_name)] if options.republishes else []
+    if target is not None:
+        # Some users may publish to a topic exchange only with certain routing keys.
+        key = options.binding_keys[0] if target.routing_key is None else target.routing_key
+        publishes.append(PublishCheck(target.exchange, key))
+    return Topology(tuple(exchanges), tuple(queues), tuple(bindings), tuple(publishes))
+
+
+def exchange_to_look_up(options: TopologyOptions) -> Exchange | None:
+    """The exchange whose type on the broker decides how the dead-letter queue is bound, if any."""
+    target = dead_letter_target(options)
+    if target is None or options.dead_letter_queue is None or not options.declare:
+        return None
+    if target.exchange in ("", options.exchange_name):
+        return None
+    return Exchange(target.exchange, new_dead_letter_exchange_type(options, target.exchange))
 
 
 def wait_queue(options: TopologyOptions, level: int) -> Queue:
@@ -259,8 +320,7 @@ def wait_queue(options: TopologyOptions, level: int) -> Queue:
             # It keeps an expired message until the other queue has it. A classic queue would drop
             # it if the other queue is full.
             QUEUE_TYPE: "quorum",
-            DEAD_LETTER_STRATEGY: "at-least-once",
-            "x-overflow": "reject-publish",
+            **AT_LEAST_ONCE,
         },
         check_only=not options.declare,
         holds_retries=True,
@@ -308,6 +368,7 @@ def split_exclusive(topology: Topology) -> tuple[Topology, Topology]:
         topology.exchanges,
         tuple(queue for queue in topology.queues if queue.name not in exclusive),
         tuple(each for each in topology.bindings if each.queue not in exclusive),
+        topology.publishes,
     )
     own = Topology(
         (),
@@ -315,24 +376,6 @@ def split_exclusive(topology: Topology) -> tuple[Topology, Topology]:
         tuple(each for each in topology.bindings if each.queue in exclusive),
     )
     return shared, own
-
-
-def _routing_keys(options: TopologyOptions) -> tuple[str, ...]:
-    return options.routing_keys or (options.queue_name,)
-
-
-def _dead_letter_keys(options: TopologyOptions, target: DeadLetterTarget) -> tuple[str, ...]:
-    """Every routing key that a dead letter can have, so that all reach the dead-letter queue."""
-    if target.routing_key is not None:
-        return (target.routing_key,)
-    match options.dead_letter_exchange_type:
-        case "fanout" | "headers":
-            return ("",)
-        case "topic":
-            return ("#",)
-        case _:
-            # Messages from the default exchange have the name of the queue as their routing key.
-            return tuple(dict.fromkeys((*_routing_keys(options), options.queue_name)))
 
 
 def to_definitions(topology: Topology, vhost: str, version: Version | None) -> dict[str, Any]:
@@ -353,7 +396,7 @@ def to_definitions(topology: Topology, vhost: str, version: Version | None) -> d
                 "type": exchange.type,
                 "durable": exchange.durable,
                 "auto_delete": exchange.auto_delete,
-                "internal": False,
+                "internal": exchange.internal,
                 "arguments": dict(exchange.arguments),
             }
             for exchange in shared.exchanges
@@ -365,7 +408,7 @@ def to_definitions(topology: Topology, vhost: str, version: Version | None) -> d
                 "vhost": vhost,
                 "durable": queue.durable,
                 "auto_delete": queue.auto_delete,
-                "arguments": dict(queue.arguments_on(version)),
+                "arguments": _certain_arguments(queue, version),
             }
             for queue in shared.queues
             if not queue.check_only
@@ -387,4 +430,17 @@ def to_definitions(topology: Topology, vhost: str, version: Version | None) -> d
 
 def depends_on_version(topology: Topology) -> bool:
     """Whether the definitions depend on the version of the RabbitMQ that imports them."""
-    return any(queue.no_delivery_limit for queue in topology.queues)
+    oldest, newest = (), DEFAULT_LIMIT_SINCE
+    return any(
+        _certain_arguments(each, oldest) != _certain_arguments(each, newest)
+        for each in topology.queues
+    )
+
+
+def _certain_arguments(queue: Queue, version: Version | None) -> dict[str, FieldValue]:
+    """The arguments that a broker of this version accepts for a new queue."""
+    arguments = dict(queue.arguments_on(version))
+    if QUEUE_TYPE not in queue.arguments and DELIVERY_LIMIT not in queue.arguments:
+        # The virtual host may make it a classic queue, which refuses the limit.
+        arguments.pop(DELIVERY_LIMIT, None)
+    return arguments

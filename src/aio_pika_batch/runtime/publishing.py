@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 
-from aio_pika_batch.core.publication import Outcome, Outgoing, Publication
+from aio_pika_batch.core.publication import Copy, Outcome, Outgoing, Publication
 from aio_pika_batch.core.retry import NO_DELAY, DelayedCopy
-from aio_pika_batch.core.topology import Topology, TopologyOptions, wait_queue
+from aio_pika_batch.core.topology import Topology, wait_queue
+from aio_pika_batch.core.topology_options import TopologyOptions
 from aio_pika_batch.errors import AccessRefused, TopologyError, TransportError
 from aio_pika_batch.logs import KeywordLogger, format_error
 from aio_pika_batch.runtime.shutdown import wait_until
@@ -109,6 +110,7 @@ class DelayedPublisher(ReconnectingPublisher):
 
     Attributes:
         can_delay: Whether delay queues can be used, as far as is known.
+        on_undelivered: Called with each dead letter that the broker has returned or refused.
     """
 
     def __init__(self, transport: Transport, log: KeywordLogger, options: TopologyOptions) -> None:
@@ -118,6 +120,7 @@ class DelayedPublisher(ReconnectingPublisher):
         self._declaring: dict[int, asyncio.Task[bool]] = {}
         self._complaints: dict[int, str] = {}
         self.can_delay = True
+        self.on_undelivered: Callable[[Copy, Outcome], None] = lambda *_: None
 
     async def declare_delay_queues(self) -> None:
         """Declare the delay queues that are certainly needed.
@@ -146,6 +149,19 @@ class DelayedPublisher(ReconnectingPublisher):
 
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
         """Publish; delay queues that are needed are declared first."""
+        outcomes = await self._publish(publications)
+        for each, outcome in zip(publications, outcomes, strict=True):
+            is_undelivered = outcome in (Outcome.RETURNED, Outcome.REFUSED)
+            if is_undelivered and isinstance(each, Copy) and self._is_dead_letter(each):
+                self.on_undelivered(each, outcome)
+        return outcomes
+
+    def _is_dead_letter(self, copy: Copy) -> bool:
+        # All other copies are retries: they go to the consumer's queue, or to a delay queue.
+        to_own_queue = (copy.exchange, copy.routing_key) == ("", self._options.queue_name)
+        return not to_own_queue and not isinstance(copy, DelayedCopy)
+
+    async def _publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
         levels = {each.level for each in publications if isinstance(each, DelayedCopy)}
         if not levels:
             return await super().publish(publications)

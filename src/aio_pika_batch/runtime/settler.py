@@ -74,6 +74,7 @@ class Settler:
         )
         self._holding = BurstLog(self._log_holding)
         self._undeliverable = BurstLog(self._log_undeliverable)
+        self._looping = BurstLog(self._log_looping)
         self._discarding = BurstLog(self._log_discarding)
         self._has_warned_of_count = False
         self._is_giving_back = False
@@ -161,7 +162,10 @@ class Settler:
             undeliverable = sum(each.is_undeliverable for each in copies)
             if undeliverable:
                 self._undeliverable.note(undeliverable)
-            retries = len(copies) - len(due) - undeliverable
+            looping = sum(each.is_loop for each in copies)
+            if looping:
+                self._looping.note(looping)
+            retries = len(copies) - len(due) - undeliverable - looping
             if retries:
                 self._holding.note(retries)
         return due
@@ -177,6 +181,13 @@ class Settler:
         self._log.error(
             "messages failed for good, but no dead-letter destination is known: they are retried;"
             " set dead_letter_queue",
+            messages=count,
+            held=self.held,
+        )
+
+    def _log_looping(self, count: int) -> None:
+        self._log.warning(
+            "messages are dead-lettered again and again: their dead letters may come back, a loop",
             messages=count,
             held=self.held,
         )
@@ -354,7 +365,7 @@ class Settler:
         """Stop at once: the session is gone."""
         self.is_over = True
         self._queue.abort()
-        for log in (self._holding, self._undeliverable, self._discarding):
+        for log in (self._holding, self._undeliverable, self._looping, self._discarding):
             log.flush()
         await self._held.abort()
 

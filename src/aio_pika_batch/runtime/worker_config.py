@@ -14,11 +14,11 @@ from aio_pika_batch.core.results import ExceptionResults
 from aio_pika_batch.core.retry import Backoff, RetryPolicy
 from aio_pika_batch.core.retry_in_place import RetryInPlace
 from aio_pika_batch.core.settlement_plan import Pace, SettlementPlanner
-from aio_pika_batch.core.topology import TopologyOptions, dead_letter_target
+from aio_pika_batch.core.topology_options import TopologyOptions, dead_letter_target
 from aio_pika_batch.core.unconfirmed_policy import UnconfirmedPolicy
 from aio_pika_batch.runtime.settlement_queue import PATIENCE
 from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings
-from aio_pika_batch.settings.derived import delay_steps, topology_options
+from aio_pika_batch.settings.derived import delay_steps, topology_options, virtual_host
 
 REPUBLISH = Backoff(0.5, 5.0)
 """Pauses before a copy that was returned or refused is published again."""
@@ -67,6 +67,7 @@ class WorkerConfig:
     breaker: BreakerPolicy | None
     may_continue_delays: bool
     topology: TopologyOptions
+    vhost: str
 
     @classmethod
     def from_settings(cls, settings: ConsumerSettings, exceptions: ExceptionResults) -> Self:
@@ -123,6 +124,7 @@ class WorkerConfig:
             breaker=_breaker(settings),
             may_continue_delays=longest < max(LONGEST_DEFAULT, settings.requeue_delay_max),
             topology=options,
+            vhost=virtual_host(settings.url),
         )
 
 

@@ -6,15 +6,14 @@ import asyncio
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import replace
 
-from aio_pika_batch.core.topology import build_topology, split_exclusive
 from aio_pika_batch.errors import DrainIncomplete, SessionLost, StartInterrupted
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observer, Observers, Origin
 from aio_pika_batch.runtime.handler import IGNORED_CANCELLATION
 from aio_pika_batch.runtime.publishing import DelayedPublisher, ReconnectingPublisher
 from aio_pika_batch.runtime.shutdown import Shutdown, wait_until
+from aio_pika_batch.runtime.topology_declarer import TopologyDeclarer
 from aio_pika_batch.runtime.worker import Worker, WorkerInstance, WorkerResources
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.status import WorkerStatus
@@ -50,17 +49,16 @@ class WorkerPool:
         self._observers = observers
         self._log = log
         self._server = server
-        self._topology, self._own = split_exclusive(
-            build_topology(replace(config.topology, wait_levels=()))
-        )
         self._workers: list[Worker] = []
         self._tasks: list[asyncio.Task[None]] = []
-        self._declaring: asyncio.Future[None] | None = None
         self._is_abandoned = False
         self._abandoned = 0
         # Neither uses a consuming connection: under a memory alarm the broker stops reading from
         # connections that have published, and acks behind the publishes would wait.
         self._copies = DelayedPublisher(transport, log, config.topology)
+        self._declarer = TopologyDeclarer(
+            transport, config.topology, config.vhost, self._copies, log
+        )
         self.publisher = ReconnectingPublisher(transport, log)
         self.shutdown = Shutdown()
 
@@ -88,7 +86,7 @@ class WorkerPool:
         """
         shared = WorkerResources(
             transport=self._transport,
-            declare=self._declare,
+            declare=self._declarer.declare,
             subscription=self._subscription,
             publisher=self._copies,
             shutdown=self.shutdown,
@@ -121,20 +119,8 @@ class WorkerPool:
             consumer_tag=f"{self._name.encode()[:100].decode(errors='ignore')}-{place[-150:]}",
             arguments=self._config.consumer_arguments,
             retry_count_header=self._config.planner.retry.header,
-            own=self._own,
+            own=self._declarer.own,
         )
-
-    async def _declare(self) -> None:
-        """Declare the topology; workers that need it at the same time share one attempt."""
-        if self._declaring is None or self._declaring.done():
-            self._declaring = asyncio.ensure_future(self._declare_all())
-            # Marks an exception as retrieved: all who wait may have been stopped meanwhile.
-            self._declaring.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await asyncio.shield(self._declaring)
-
-    async def _declare_all(self) -> None:
-        await self._transport.declare(self._topology)
-        await self._copies.declare_delay_queues()
 
     async def watch(self) -> None:
         """Wait for the stop, or for a worker that ends without one.
@@ -186,8 +172,6 @@ class WorkerPool:
 
     async def close(self) -> None:
         """Close what the workers shared."""
-        if self._declaring is not None and not self._declaring.done():
-            self._declaring.cancel()
-            await wait_until({self._declaring}, self.shutdown.deadline)
+        await self._declarer.close(self.shutdown.deadline)
         deadline = max(self.shutdown.deadline, asyncio.get_running_loop().time() + 1)
         await asyncio.gather(self._copies.close(deadline), self.publisher.close(deadline))

@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.retry import LONGEST_WAIT, check_wait_queue_names, make_delay_steps
-from aio_pika_batch.core.topology import QUEUE_TYPE
+from aio_pika_batch.core.topology_options import QUEUE_TYPE
 from aio_pika_batch.errors import ConfigurationError
 from aio_pika_batch.masking import mask_url
 from aio_pika_batch.settings.fields import (
@@ -189,12 +189,22 @@ class ConsumerSettings(_EssentialSettings):
         description="Exchange for dead letters. None: the one that `queue_arguments` names as"
         " `x-dead-letter-exchange`.",
     )
-    dead_letter_exchange_type: ExchangeType = Field(
-        default="fanout", description="Type of the dead-letter exchange, if it is declared."
+    dead_letter_exchange_type: ExchangeType | None = Field(
+        default=None,
+        description="Type of the dead-letter exchange. None: the type that it has; a new one is"
+        " `fanout`, or `direct` if `dead_letter_exchange` names it.",
     )
     dead_letter_routing_key: ShortString | None = Field(
         default=None,
-        description="Routing key of dead letters. None: each message's original one.",
+        description="Routing key of dead letters. None: each message's original one, or the queue's"
+        " name if both `dead_letter_exchange` and `dead_letter_queue` are set: services that share"
+        " an exchange don't get each other's dead letters.",
+    )
+    broker_dead_letters: bool = Field(
+        default=True,
+        description="Declare the queue with arguments by which the broker dead-letters to the same"
+        " place what it gives up (TTL, length limit, delivery limit). Other programs that declare"
+        " the queue must use the same arguments.",
     )
     without_dead_letter: Literal["retry", "reject"] = Field(
         default="retry",
@@ -243,6 +253,17 @@ class ConsumerSettings(_EssentialSettings):
     )
     exchange_durable: bool = Field(
         default=True, description="The exchange survives broker restarts."
+    )
+    exchange_auto_delete: bool = Field(
+        default=False, description="The exchange is deleted with its last binding."
+    )
+    exchange_internal: bool = Field(
+        default=False, description="Only other exchanges can publish to the exchange."
+    )
+    exchange_arguments: Arguments = Field(
+        default=None,
+        description="Arguments of the exchange, such as `alternate-exchange`, or `x-delayed-type`"
+        " for the type `x-delayed-message`.",
     )
     routing_key: Keys = Field(
         default=None, description="One or several binding keys. None: the queue's name."
@@ -393,6 +414,11 @@ class ConsumerSettings(_EssentialSettings):
             raise ValueError(
                 f"queue_type={self.queue_type!r} contradicts"
                 f" {QUEUE_TYPE}={stated!r} in queue_arguments"
+            )
+        if "x-stream-offset" in (self.consumer_arguments or {}):
+            raise ValueError(
+                "x-stream-offset in consumer_arguments: a stream cannot be consumed from, because"
+                " its messages cannot be rejected or requeued one by one; use another queue"
             )
         if self.queue_exclusive and self.num_workers > 1:
             raise ValueError(

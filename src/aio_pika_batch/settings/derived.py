@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from urllib.parse import unquote, urlsplit
 
 from aio_pika_batch.core.config_checks import ConsumerProfile
 from aio_pika_batch.core.message import FieldValue
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.retry import DelaySteps, make_delay_steps
-from aio_pika_batch.core.topology import TopologyOptions
+from aio_pika_batch.core.topology_options import TopologyOptions, dead_letter_target
 from aio_pika_batch.settings.consumer_settings import BatchConsumerSettings, ConsumerSettings
 from aio_pika_batch.transport import Endpoint
 
@@ -34,6 +36,12 @@ def endpoint(settings: ConsumerSettings, consumer: str) -> Endpoint:
     )
 
 
+def virtual_host(url: str) -> str:
+    """Return the virtual host of a URL; `/`, the default one, if it has none."""
+    # Several URLs name nodes of one cluster, so any of them has the virtual host.
+    return unquote(urlsplit(url.rsplit(",", maxsplit=1)[-1]).path[1:]) or "/"
+
+
 def delay_steps(settings: ConsumerSettings) -> DelaySteps:
     """Return how long retries wait."""
     return make_delay_steps(
@@ -44,7 +52,7 @@ def delay_steps(settings: ConsumerSettings) -> DelaySteps:
 def topology_options(settings: ConsumerSettings) -> TopologyOptions:
     """Return what the settings say about queue, exchange and dead letters."""
     keys = settings.routing_key
-    return TopologyOptions(
+    options = TopologyOptions(
         queue_name=settings.queue_name,
         queue_durable=settings.queue_durable,
         queue_exclusive=settings.queue_exclusive,
@@ -54,15 +62,24 @@ def topology_options(settings: ConsumerSettings) -> TopologyOptions:
         exchange_name=settings.exchange_name,
         exchange_type=settings.exchange_type,
         exchange_durable=settings.exchange_durable,
+        exchange_auto_delete=settings.exchange_auto_delete,
+        exchange_internal=settings.exchange_internal,
+        exchange_arguments=_given(settings.exchange_arguments),
         routing_keys=() if keys is None else (keys,) if isinstance(keys, str) else tuple(keys),
         binding_arguments=_given(settings.binding_arguments),
         dead_letter_exchange=settings.dead_letter_exchange,
         dead_letter_exchange_type=settings.dead_letter_exchange_type,
         dead_letter_routing_key=settings.dead_letter_routing_key,
         dead_letter_queue=settings.dead_letter_queue,
+        broker_dead_letters=settings.broker_dead_letters,
         wait_levels=delay_steps(settings).steps_for(settings.max_requeue_attempts),
         declare=settings.declare,
     )
+    # Retries in place need no copies, but a message that failed for good and has no destination is
+    # published to its own queue again.
+    has_retries = settings.max_requeue_attempts > 0 and not settings.ordered_by_key
+    is_kept = settings.without_dead_letter == "retry" and dead_letter_target(options) is None
+    return replace(options, republishes=has_retries or is_kept)
 
 
 def consumer_profile(

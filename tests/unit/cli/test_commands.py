@@ -134,6 +134,100 @@ def test_check_without_findings(cli, rabbit):
     assert (0, True) == (code, "No problems found." in out)
 
 
+def check(cli, **given):
+    """The findings of `check`, as (level, text)."""
+    _, out, err = cli("check", "bookshop:orders", "--format", "json", **given)
+    assert "" == err
+    return [(each["level"], each["text"]) for each in json.loads(out)["findings"]]
+
+
+@pytest.mark.parametrize("words", [[], ["--offline"]])
+def test_check_finds_dead_letters_that_come_back(cli, rabbit, words):
+    """The start would be refused."""
+    code, out, _ = cli("check", "bookshop:orders", *words, dead_letter_queue="orders")
+    assert (1, True) == (code, "error: dead letters of queue 'orders' would come back" in out)
+
+
+def test_check_finds_a_dead_letter_exchange_that_cannot_work(cli, rabbit):
+    """By the type that it has on the broker."""
+    rabbit.declare("theirs")
+    rabbit.bind("theirs", "shared", kind="fanout")
+    [error, *_] = check(cli, dead_letter_exchange="shared")
+    assert "error" == error[0]
+    assert "exchange 'shared' is a fanout exchange" in error[1]
+    assert ["theirs"] == rabbit.broker.queues
+
+
+def test_check_finds_what_an_existing_queue_lacks(cli, rabbit):
+    """With the policy to add."""
+    rabbit.declare("orders")
+    found = [text for level, text in check(cli) if level == "warning"]
+    [line] = [text for text in found if "exists without x-dead-letter-exchange" in text]
+    assert "rabbitmqctl set_policy --apply-to queues orders-dead-letters '^orders$'" in line
+    assert not [line for _, line in check(cli, broker_dead_letters=False) if "without" in line]
+
+
+@pytest.mark.parametrize(
+    ("queue", "arguments", "given", "words"),
+    [
+        (
+            DLQ,
+            {"x_queue_type": "quorum"},
+            {},
+            "dead-letter queue 'orders.dlq' has a delivery limit of 20",
+        ),
+        (
+            DLQ,
+            {"x_queue_type": "quorum", "x_delivery_limit": 3, "x_max_length": 7},
+            {},
+            "dead-letter queue 'orders.dlq' has a delivery limit of 3",
+        ),
+        (DLQ, {"x_message_ttl": 1000}, {}, "dead-letter queue 'orders.dlq' has x-message-ttl=1000"),
+        (
+            DLQ,
+            {"x_dead_letter_exchange": "", "x_dead_letter_routing_key": "orders"},
+            {},
+            "dead-letter queue 'orders.dlq' dead-letters to queue 'orders': a loop",
+        ),
+        (
+            "orders",
+            {"x_max_length": 7, "x_single_active_consumer": True},
+            {"declare": False, "dead_letter_queue": None},
+            "queue 'orders' has x-max-length=7: the broker drops messages",
+        ),
+        (
+            "orders",
+            {"x_dead_letter_exchange": ""},
+            {"declare": False, "dead_letter_queue": None},
+            "queue 'orders' dead-letters to itself, a loop",
+        ),
+    ],
+)
+def test_check_finds_queues_that_lose_messages(cli, rabbit, queue, arguments, given, words):
+    """By the arguments that they have on the broker, whatever the settings say."""
+    rabbit.declare(queue, **arguments)
+    assert 1 == len([text for level, text in check(cli, **given) if words in text])
+
+
+def test_check_finds_nothing_about_queues_that_the_consumer_has_declared(cli, rabbit):
+    """They lack nothing, and lose nothing."""
+    cli("topology", "bookshop:orders", "--apply", queue_type="quorum")
+    quorum = {"queue_type": "quorum", "queue_arguments": None}
+    assert [] == check(cli, **quorum)
+
+
+def test_check_finds_a_missing_permission(cli, rabbit):
+    """Here the exchange is internal."""
+    with rabbit.broker.operation() as vhost:
+        vhost.declare_exchange(
+            "dlx", "direct", durable=True, auto_delete=False, internal=True, arguments={}
+        )
+    found = check(cli, dead_letter_exchange="dlx")
+    assert ["publishing to exchange 'dlx'"] == [
+        text.partition(":")[0] for level, text in found if level == "error"
+    ]
+
+
 # --- topology --------------------------------------------------------------------
 
 
@@ -143,6 +237,7 @@ def test_topology_shows_and_applies(cli, rabbit):
     assert 0 == code
     assert "orders.retry.1000" in out
     assert "no delivery limit" in out
+    assert "x-dead-letter-exchange=orders.dlx" in "".join(out.split())
     assert [] == rabbit.broker.queues
     code, out, _ = cli("topology", "bookshop:orders", "--dry-run")
     assert (0, 3) == (code, out.count("missing"))
@@ -275,9 +370,11 @@ def test_replay_reports_its_progress_when_the_connection_is_lost(cli, rabbit):
 
 
 def test_a_queue_can_be_named_instead_of_a_consumer(cli):
-    """If it doesn't exist, the error has the broker's words."""
+    """If it doesn't exist, the error has the broker's words, and no advice for a consumer."""
     code, _, err = cli("dlq", "list", "--queue", "nowhere", "--url", "memory://")
     assert (2, True) == (code, "no queue 'nowhere'" in err)
+    assert "correct its name" in " ".join(err.split())
+    assert "declare=" not in err
 
 
 def test_purge_only_counts_without_yes(cli, letters):

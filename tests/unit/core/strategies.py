@@ -16,7 +16,8 @@ from aio_pika_batch.core.message import Headers, Message, Properties
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import Cause, MessageOutcome, Result
 from aio_pika_batch.core.settlement import Disposition
-from aio_pika_batch.core.topology import TopologyOptions
+from aio_pika_batch.core.topology import TopologyOptions, build_topology
+from aio_pika_batch.errors import TopologyError
 from aio_pika_batch.testing.strategies import UNDECODABLE, results
 from aio_pika_batch.testing.strategies import messages as made_messages
 
@@ -82,10 +83,10 @@ def some_messages(count: int, first: int = 1) -> list[Message]:
     return [a_message(tag) for tag in range(first, first + count)]
 
 
-def delivered(copy: Copy, tag: int = 1) -> Message:
+def delivered(copy: Copy, tag: int = 1, *, queue: str = QUEUE) -> Message:
     """The delivery that a broker makes of a copy."""
     return Message(
-        StubSource(),
+        StubSource(queue),
         tag,
         False,
         copy.body,
@@ -158,7 +159,7 @@ routing_keys = st.sampled_from(["", "a", "dead", "order.created"])
 exchange_types = st.sampled_from(["direct", "fanout", "topic", "headers", "x-consistent-hash"])
 queue_types = st.none() | st.sampled_from(["classic", "quorum"])
 
-options = st.builds(
+any_options = st.builds(
     TopologyOptions,
     queue_name=st.just("jobs"),
     queue_durable=st.booleans(),
@@ -177,12 +178,29 @@ options = st.builds(
     exchange_name=st.none() | st.just("") | entity_names,
     exchange_type=exchange_types,
     exchange_durable=st.booleans(),
+    exchange_auto_delete=st.booleans(),
+    exchange_internal=st.booleans(),
+    exchange_arguments=st.just({}) | st.just({"alternate-exchange": "unrouted"}),
     routing_keys=st.lists(entity_names, max_size=3, unique=True).map(tuple),
     binding_arguments=st.just({}) | st.just({"x-match": "all"}),
     dead_letter_exchange=st.none() | st.sampled_from(["", "dlx"]),
-    dead_letter_exchange_type=exchange_types,
+    dead_letter_exchange_type=st.none() | exchange_types,
     dead_letter_routing_key=st.none() | routing_keys,
     dead_letter_queue=st.none() | st.just("jobs.dlq"),
+    broker_dead_letters=st.booleans(),
+    republishes=st.booleans(),
     wait_levels=st.sampled_from([(), (1000, 2000)]),
     declare=st.booleans(),
 )
+
+
+def can_be_built(settings: TopologyOptions) -> bool:
+    """Whether dead letters can reach their queue."""
+    try:
+        build_topology(settings)
+    except TopologyError:
+        return False
+    return True
+
+
+options = any_options.filter(can_be_built)

@@ -8,12 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.config_checks import ConsumerProfile, broker_warnings_for, warnings_for
+from aio_pika_batch.core.config_checks import (
+    ConsumerProfile,
+    broker_warnings_for,
+    dead_letter_queue_warnings,
+    existing_queue_warnings,
+    warnings_for,
+)
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.topology import TopologyOptions
 from tests.unit.core.strategies import options
 
 SOUND = TopologyOptions(queue_name="jobs", dead_letter_exchange="dlx")
+LIMITS = ("x-message-ttl=9", "x-max-length=5", "x-max-length-bytes=7")
 QUORUM = TopologyOptions(
     queue_name="jobs", queue_type="quorum", queue_arguments={"x-dead-letter-exchange": "dlx"}
 )
@@ -22,6 +29,7 @@ USUAL = ConsumerProfile(prefetch=20, batch_size=10)
 OUR_NAMES = (
     "prefetch_count",
     "dead_letter_exchange",
+    "dead_letter_queue",
     "queue_arguments",
     "max_requeue_attempts",
     "process_timeout",
@@ -103,23 +111,119 @@ def test_no_dead_letter_exchange(stated, expected):
 @pytest.mark.parametrize(
     ("stated", "expected"),
     [
-        ({"queue_type": "quorum"}, True),
-        ({"queue_arguments": {"x-queue-type": "quorum"}}, True),
-        ({"queue_type": "quorum", "queue_arguments": {"x-dead-letter-exchange": "dlx"}}, False),
-        ({"queue_type": "classic"}, False),
-        ({}, False),
+        ({}, []),
+        ({"queue_type": "classic"}, []),
+        ({"queue_type": "quorum"}, ["a quorum queue drops messages"]),
+        ({"queue_arguments": {"x-queue-type": "quorum"}}, ["a quorum queue drops messages"]),
+        ({"queue_type": "quorum", "queue_arguments": {"x-dead-letter-exchange": "dlx"}}, []),
+        ({"queue_type": "quorum", "dead_letter_queue": "dlq"}, []),
+        ({"queue_type": "quorum", "dead_letter_exchange": "dlx"}, []),
+        (
+            {"queue_type": "quorum", "dead_letter_exchange": "dlx", "declare": False},
+            ["a quorum queue drops messages"],
+        ),
+        (
+            {
+                "queue_type": "quorum",
+                "dead_letter_exchange": "dlx",
+                "broker_dead_letters": False,
+                "queue_arguments": {"x-message-ttl": 9},
+            },
+            [],
+        ),
+        (
+            {"queue_arguments": {"x-message-ttl": 9, "x-max-length": 5, "x-max-length-bytes": 7}},
+            [f"messages because of {each} in" for each in LIMITS],
+        ),
+        ({"queue_arguments": {"x-max-length": 5, "x-overflow": "reject-publish"}}, []),
+        ({"queue_arguments": {"x-message-ttl": 9}, "dead_letter_queue": "dlq"}, []),
     ],
 )
-def test_a_quorum_queue_without_a_dead_letter_exchange_of_its_own(stated, expected):
-    """A dead-letter exchange that only the settings name does not help: the broker does not know
-    it.
-    """
-    settings = TopologyOptions(queue_name="jobs", dead_letter_exchange="dlx", **stated)
+def test_messages_that_the_broker_itself_drops(stated, expected):
+    """Unless it dead-letters them. Who opts out of that knows it."""
+    found = warnings_for(TopologyOptions(queue_name="jobs", **stated), USUAL)
 
-    found = warnings_for(settings, USUAL)
+    assert len(expected) == len([line for line in found if " drops messages " in line])
+    for line in expected:
+        assert any(line in each for each in found)
 
-    assert expected is any("x-delivery-limit" in line for line in found)
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"dead_letter_exchange_type": "fanout"}, True),
+        ({"dead_letter_exchange_type": "headers"}, True),
+        ({"dead_letter_exchange_type": "direct"}, False),
+        ({}, False),
+        ({"dead_letter_exchange_type": "fanout", "dead_letter_queue": None}, False),
+        ({"dead_letter_exchange_type": "fanout", "dead_letter_exchange": None}, False),
+    ],
+)
+def test_an_exchange_that_gives_dead_letters_to_all_of_its_queues(stated, expected):
+    """The settings may say so, but another service may use it, too."""
+    usual = {"dead_letter_exchange": "dlx", "dead_letter_queue": "dlq"}
+
+    found = warnings_for(TopologyOptions(queue_name="jobs", **usual | stated), USUAL)
+
+    assert expected is any("also those of other services" in line for line in found)
     assert expected is bool(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, []),
+        ({"x-message-ttl": 9}, ["queue 'jobs' has x-message-ttl=9: the broker drops"]),
+        ({"x-max-length": 5, "x-overflow": "reject-publish"}, []),
+        ({"x-message-ttl": 9, "x-dead-letter-exchange": "dlx"}, []),
+        ({"x-dead-letter-exchange": ""}, ["queue 'jobs' dead-letters to itself, a loop"]),
+        (
+            {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "jobs"},
+            ["queue 'jobs' dead-letters to itself, a loop"],
+        ),
+        ({"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "dlq"}, []),
+    ],
+)
+def test_the_arguments_that_a_queue_has_on_the_broker(arguments, expected):
+    """If the settings don't declare them."""
+    found = existing_queue_warnings(TopologyOptions(queue_name="jobs"), arguments)
+
+    assert len(expected) == len(found)
+    for line, start in zip(found, expected, strict=True):
+        assert line.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "version", "expected"),
+    [
+        ({"x-queue-type": "classic"}, (4, 0), []),
+        ({"x-queue-type": "quorum"}, (4, 0), ["a delivery limit of 20"]),
+        ({"x-queue-type": "quorum"}, None, ["a delivery limit of 20"]),
+        ({"x-queue-type": "quorum"}, (3, 10), []),
+        ({"x-queue-type": "quorum", "x-delivery-limit": -1}, (4, 0), []),
+        ({"x-queue-type": "quorum", "x-delivery-limit": 3}, (3, 10), ["a delivery limit of 3"]),
+        (
+            {"x-queue-type": "classic", "x-message-ttl": 9, "x-max-length": 5},
+            (4, 0),
+            ["x-max-length=5", "x-message-ttl=9"],
+        ),
+        (
+            {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "jobs"},
+            (4, 0),
+            ["dead-letters to queue 'jobs': a loop"],
+        ),
+    ],
+)
+def test_a_dead_letter_queue_that_loses_dead_letters(arguments, version, expected):
+    """By its limits, or to the queue that they come from."""
+    settings = TopologyOptions(queue_name="jobs", dead_letter_queue="dlq")
+
+    found = dead_letter_queue_warnings(settings, arguments, version)
+
+    assert len(expected) == len(found)
+    for line, words in zip(found, expected, strict=True):
+        assert line.startswith("dead-letter queue 'dlq' ")
+        assert words in line
 
 
 @pytest.mark.parametrize(

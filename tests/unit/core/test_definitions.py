@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from aio_pika_batch.core.topology import (
@@ -40,7 +42,12 @@ def test_the_definitions_have_the_whole_topology():
         "vhost": "/shop",
         "durable": True,
         "auto_delete": False,
-        "arguments": {"x-queue-type": "quorum"},
+        "arguments": {
+            "x-queue-type": "quorum",
+            "x-dead-letter-exchange": "orders.dlx",
+            "x-dead-letter-strategy": "at-least-once",
+            "x-overflow": "reject-publish",
+        },
     } == made["queues"][1]
     assert {
         "source": "shop",
@@ -58,6 +65,18 @@ def test_the_delivery_limit_depends_on_the_version(version, expected):
     assert depends_on_version(build_topology(WANTED))
     made = to_definitions(build_topology(WANTED), "/", version)
     assert expected is ("x-delivery-limit" in made["queues"][0]["arguments"])
+
+
+def test_a_queue_of_an_unknown_type_has_only_arguments_that_every_queue_can_have():
+    """A virtual host decides about its type, and a classic queue refuses a delivery limit."""
+    settings = replace(WANTED, queue_type=None)
+
+    made = to_definitions(build_topology(settings), "/", (4, 0))
+
+    assert not depends_on_version(build_topology(settings))
+    assert {"orders.dlq": {}, "orders": {"x-dead-letter-exchange": "orders.dlx"}} == {
+        each["name"]: each["arguments"] for each in made["queues"]
+    }
 
 
 def test_existing_and_exclusive_entities_are_left_out():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 
@@ -12,6 +14,7 @@ from aio_pika_batch.core.topology import (
     Topology,
     TopologyOptions,
     build_topology,
+    dead_letter_target,
     effective_queue_type,
     split_exclusive,
 )
@@ -36,17 +39,14 @@ def test_the_consumed_queue_is_as_configured(settings):
     (queue,) = [each for each in build_topology(settings).queues if each.name == "jobs"]
     stated = {} if settings.queue_type is None else {"x-queue-type": settings.queue_type}
 
-    assert (
-        Queue(
-            "jobs",
-            durable=settings.queue_durable,
-            exclusive=settings.queue_exclusive,
-            auto_delete=settings.queue_auto_delete,
-            arguments={**settings.queue_arguments, **stated},
-            check_only=not settings.declare,
-        )
-        == queue
-    )
+    assert Queue(
+        "jobs",
+        durable=settings.queue_durable,
+        exclusive=settings.queue_exclusive,
+        auto_delete=settings.queue_auto_delete,
+        arguments={**settings.queue_arguments, **stated},
+        check_only=not settings.declare,
+    ) == replace(queue, wishes={})
     assert queue.arguments.get("x-queue-type") == effective_queue_type(settings)
 
 
@@ -97,6 +97,45 @@ def test_the_effective_queue_type(queue_type, arguments, effective):
 def test_a_queue_without_an_exchange():
     """It has no bindings: the default exchange knows every queue."""
     assert Topology(queues=(Queue("jobs"),)) == build_topology(TopologyOptions(queue_name="jobs"))
+
+
+def test_the_exchange_is_as_configured():
+    """Its flags and arguments."""
+    settings = TopologyOptions(
+        queue_name="jobs",
+        exchange_name="later",
+        exchange_type="x-delayed-message",
+        exchange_auto_delete=True,
+        exchange_internal=True,
+        exchange_arguments={"x-delayed-type": "topic", "alternate-exchange": "unrouted"},
+    )
+
+    assert (
+        Exchange(
+            "later",
+            "x-delayed-message",
+            auto_delete=True,
+            internal=True,
+            arguments={"x-delayed-type": "topic", "alternate-exchange": "unrouted"},
+        ),
+    ) == build_topology(settings).exchanges
+
+
+@given(options)
+def test_what_the_consumer_publishes_to_is_checked(settings):
+    """The default exchange if it may retry, and the exchange of its dead letters."""
+    topology = build_topology(settings)
+    target = dead_letter_target(settings)
+
+    expected = ["jobs"] if settings.republishes else []
+    found = [each.routing_key for each in topology.publishes if not each.exchange]
+    if target is not None and not target.exchange:
+        found.pop()
+    assert expected == found
+    if target is not None:
+        assert target.exchange == topology.publishes[-1].exchange
+        if target.routing_key is not None:
+            assert target.routing_key == topology.publishes[-1].routing_key
 
 
 def test_a_queue_with_several_routing_keys():

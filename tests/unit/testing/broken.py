@@ -4,25 +4,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from aio_pika_batch.adapters.memory import MemoryTransport
 from aio_pika_batch.adapters.memory.session import MemoryPublisher, MemorySession
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
+from aio_pika_batch.core.publication import Copy, Outcome, Outgoing, Publication
 from aio_pika_batch.core.settlement import Disposition, Settlement
-from aio_pika_batch.core.topology import Queue, Topology
+from aio_pika_batch.core.topology import Exchange, Queue, Topology, UnfulfilledWishes
 from aio_pika_batch.errors import (
     BrokerUnavailable,
     SessionClosed,
     SessionLost,
     SettlementError,
+    TopologyError,
     TransportError,
 )
 from aio_pika_batch.transport import Native, Subscription
+
+Unfulfilled: TypeAlias = Mapping[str, UnfulfilledWishes]
 
 
 class HonestSession:
@@ -80,8 +83,11 @@ class Honest:
     def broker_version(self) -> Any:
         return self.inner.broker_version
 
-    async def declare(self, topology: Topology) -> None:
-        await self.inner.declare(topology)
+    async def declare(self, topology: Topology) -> Unfulfilled:
+        return await self.inner.declare(topology)
+
+    async def exchange_type(self, exchange: Exchange) -> str | None:
+        return await self.inner.exchange_type(exchange)
 
     async def count(self, queue: str) -> int:
         return await self.inner.count(queue)
@@ -769,36 +775,77 @@ class KeepsOwnQueues(Honest):
 
 
 class CreatesWhatItChecks(Honest):
-    async def declare(self, topology: Topology) -> None:
+    async def declare(self, topology: Topology) -> Unfulfilled:
         queues = tuple(replace(queue, check_only=False) for queue in topology.queues)
-        await self.inner.declare(replace(topology, queues=queues))
+        return await self.inner.declare(replace(topology, queues=queues))
 
 
 class ComparesAlways(Honest):
-    async def declare(self, topology: Topology) -> None:
+    async def declare(self, topology: Topology) -> Unfulfilled:
         queues = tuple(replace(queue, existing_first=False) for queue in topology.queues)
-        await self.inner.declare(replace(topology, queues=queues))
+        return await self.inner.declare(replace(topology, queues=queues))
 
 
 class ComparesNever(Honest):
-    async def declare(self, topology: Topology) -> None:
+    async def declare(self, topology: Topology) -> Unfulfilled:
         queues = tuple(
             queue if queue.check_only else replace(queue, existing_first=True)
             for queue in topology.queues
         )
-        await self.inner.declare(replace(topology, queues=queues))
+        return await self.inner.declare(replace(topology, queues=queues))
 
 
 class DeclaresNothing(Honest):
-    async def declare(self, topology: Topology) -> None:
-        await self.inner.declare(Topology())
+    async def declare(self, topology: Topology) -> Unfulfilled:
+        return await self.inner.declare(Topology())
 
 
 class DeclaresSomethingOnly(Honest):
-    async def declare(self, topology: Topology) -> None:
+    async def declare(self, topology: Topology) -> Unfulfilled:
         if not topology.queues:
             raise ValueError("nothing to declare")
+        return await self.inner.declare(topology)
+
+
+class IgnoresWishes(Honest):
+    async def declare(self, topology: Topology) -> Unfulfilled:
+        queues = tuple(replace(queue, wishes={}) for queue in topology.queues)
+        return await self.inner.declare(replace(topology, queues=queues))
+
+
+class ReportsNothing(Honest):
+    async def declare(self, topology: Topology) -> Unfulfilled:
         await self.inner.declare(topology)
+        return {}
+
+
+class AcceptsAnyQueueWithWishes(Honest):
+    async def declare(self, topology: Topology) -> Unfulfilled:
+        try:
+            return await self.inner.declare(topology)
+        except TopologyError:
+            if not any(queue.wishes for queue in topology.queues):
+                raise
+            return {}
+
+
+class BelievesWhatItIsTold(Honest):
+    async def exchange_type(self, exchange: Exchange) -> str | None:
+        found = await self.inner.exchange_type(exchange)
+        return None if found is None else exchange.type
+
+
+class PublishesToCheck(Honest):
+    async def declare(self, topology: Topology) -> Unfulfilled:
+        report = await self.inner.declare(topology)
+        async with self.inner.publisher() as publisher:
+            await publisher.publish(
+                [
+                    Publication(b"", exchange=each.exchange, routing_key=each.routing_key)
+                    for each in topology.publishes
+                ]
+            )
+        return report
 
 
 class ForgetsItsBroker(Honest):
@@ -819,17 +866,18 @@ class CreatesWhatItConsumes(Honest):
 
 
 class RaisesItsClientsErrors(Honest):
-    async def declare(self, topology: Topology) -> None:
+    async def declare(self, topology: Topology) -> Unfulfilled:
         try:
-            await self.inner.declare(topology)
+            return await self.inner.declare(topology)
         except TransportError as error:
             raise OSError(str(error)) from error
 
 
 class DeclaresNothingWithoutConnecting(Honest):
-    async def declare(self, topology: Topology) -> None:
-        if topology != Topology():
-            await self.inner.declare(topology)
+    async def declare(self, topology: Topology) -> Unfulfilled:
+        if topology == Topology():
+            return {}
+        return await self.inner.declare(topology)
 
 
 class OpensSessionsAnyway(Honest):

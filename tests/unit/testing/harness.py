@@ -31,6 +31,7 @@ ALL = Features(
     has_native=True,
     tells_version=True,
     counts_ready=True,
+    inspects=True,
     can_cut=True,
     can_hush=True,
     can_end_subscriptions=True,

@@ -190,6 +190,13 @@ WRONG = {
         "count counts ready messages, and raises TopologyError for a missing queue"
     ),
     broken.ForgetsItsBroker: "the broker's version is known after a declaration",
+    broken.IgnoresWishes: "a new queue gets the arguments of its wishes",
+    broken.ReportsNothing: "an existing queue is accepted without wishes, and they are reported",
+    broken.AcceptsAnyQueueWithWishes: (
+        "wishes do not hide that an existing queue has other arguments"
+    ),
+    broken.BelievesWhatItIsTold: "exchange_type finds the type of an exchange, and creates none",
+    broken.PublishesToCheck: "what can be published to is checked without storing anything",
 }
 
 
@@ -240,7 +247,7 @@ async def test_a_transport_that_passes_everything_on_keeps_the_contract():
 
 async def test_a_claimed_feature_must_exist():
     """And one that is not claimed must not exist if a consumer would use it."""
-    offers = ("pumps", "adjusts", "has_native", "tells_version", "counts_ready")
+    offers = ("pumps", "adjusts", "has_native", "tells_version", "counts_ready", "inspects")
     nothing = dict.fromkeys((*offers, "dead_letters"), False)
     (await contract_of(broken.Bare, **nothing).run(at_once=100)).raise_if_broken()
     report = await contract_of(broken.Bare, **dict.fromkeys(offers, True)).run(at_once=100)
@@ -264,6 +271,9 @@ async def test_a_claimed_feature_must_exist():
         ),
         "count counts ready messages, and raises TopologyError for a missing queue": (
             "the transport has no method count"
+        ),
+        "exchange_type finds the type of an exchange, and creates none": (
+            "the transport has no method exchange_type"
         ),
     }
 

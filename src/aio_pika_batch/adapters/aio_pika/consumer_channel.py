@@ -25,6 +25,7 @@ from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
 from aio_pika_batch.adapters.aio_pika.properties import decode, decode_headers, decode_route
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.refusals import refusal_error
+from aio_pika_batch.core.topology import Version, parse_version
 from aio_pika_batch.errors import BrokerUnavailable, SessionLost
 from aio_pika_batch.transport import resumed_consumer_tag
 
@@ -37,6 +38,12 @@ if TYPE_CHECKING:
     from aio_pika_batch.adapters.aio_pika.frame_tap import Listener
     from aio_pika_batch.core.settlement import Frame
     from aio_pika_batch.transport import Subscription
+
+STREAM_OFFSET = "x-stream-offset"
+"""An argument of a stream's consumer, and a header of its messages."""
+
+ARGUMENTS_CHECKED_SINCE: Version = (3, 10)
+"""The first RabbitMQ that refuses arguments of consumers that a queue's type doesn't have."""
 
 _TURNS = 4
 """Turns of the event loop after cancel-ok on the plain wire. aiormq has started a task for each
@@ -126,8 +133,17 @@ class ConsumerChannel:
             on_message,
             consumer_tag=subscription.consumer_tag,
             exclusive=subscription.exclusive,
-            arguments=dict[str, Any](subscription.arguments),
+            arguments=self._arguments(subscription),
         )
+
+    def _arguments(self, subscription: Subscription) -> dict[str, Any]:
+        arguments = dict[str, Any](subscription.arguments)
+        version = parse_version(*self._connection.product) or ()
+        # Changes nothing, except that a stream refuses the consumer. If it is asked for an offset,
+        # its first message tells.
+        if version >= ARGUMENTS_CHECKED_SINCE and STREAM_OFFSET not in arguments:
+            arguments.setdefault("x-priority", 0)
+        return arguments
 
     def _guarded(self, number: int, source: RawSource) -> Any:  # noqa: ANN401  -- a callback
         guard = self._connection.tap.guard(number, self._listener)

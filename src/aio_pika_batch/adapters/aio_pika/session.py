@@ -22,7 +22,7 @@ from aio_pika_batch.adapters.aio_pika.client_errors import (
     translate_errors,
 )
 from aio_pika_batch.adapters.aio_pika.connection import OpenConnection, open_connection
-from aio_pika_batch.adapters.aio_pika.consumer_channel import ConsumerChannel
+from aio_pika_batch.adapters.aio_pika.consumer_channel import STREAM_OFFSET, ConsumerChannel
 from aio_pika_batch.adapters.aio_pika.events import (
     ChannelClosed,
     ChannelCloseOk,
@@ -34,6 +34,7 @@ from aio_pika_batch.adapters.aio_pika.events import (
 )
 from aio_pika_batch.adapters.aio_pika.settlement_writer import SettlementWriter
 from aio_pika_batch.adapters.aio_pika.topology import declare_on
+from aio_pika_batch.core.refusals import STREAM_ADVICE
 from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost, TopologyError
 from aio_pika_batch.transport import Native
 
@@ -50,8 +51,6 @@ WIND_UP_TIMEOUT = 5.0
 """Seconds for everything that comes before the close of the connection."""
 
 _T = TypeVar("_T")
-
-_STREAM_OFFSET = "x-stream-offset"
 
 
 @asynccontextmanager
@@ -324,8 +323,5 @@ class AioPikaSession:
             self._wakeup.set_result(None)
 
     def _refuse_streams(self, message: Message) -> None:
-        if _STREAM_OFFSET in (message.properties.headers or {}):
-            raise TopologyError(
-                f"queue {self._subscription.queue!r} is a stream, whose messages cannot be rejected"
-                " or requeued one by one; consume from a classic or quorum queue"
-            )
+        if STREAM_OFFSET in (message.properties.headers or {}):
+            raise TopologyError(f"queue {self._subscription.queue!r}: {STREAM_ADVICE}")

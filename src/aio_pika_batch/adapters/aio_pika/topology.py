@@ -10,7 +10,8 @@ its own connection.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias, assert_never
 
 from aio_pika_batch.adapters.aio_pika.client_errors import (
     close_reason,
@@ -18,29 +19,42 @@ from aio_pika_batch.adapters.aio_pika.client_errors import (
     translate_errors,
 )
 from aio_pika_batch.adapters.aio_pika.connection import OpenConnection, open_connection
-from aio_pika_batch.core.refusals import ReplyCode, refusal_error
+from aio_pika_batch.core.refusals import (
+    ReplyCode,
+    UnequalArgument,
+    publish_refusal_error,
+    refusal_error,
+    unequal_argument,
+)
 from aio_pika_batch.core.topology import (
-    QUEUE_TYPE,
     Binding,
     Exchange,
+    PublishCheck,
     Queue,
     Topology,
+    UnfulfilledWishes,
     Version,
     parse_version,
     refuse_lossy_wait_queue,
 )
+from aio_pika_batch.core.topology_options import QUEUE_TYPE
 from aio_pika_batch.errors import BrokerUnavailable, TopologyError, TransportError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from aiormq.abc import AbstractChannel
 
     from aio_pika_batch.adapters.aio_pika.events import Closed
     from aio_pika_batch.adapters.aio_pika.url import Address
+    from aio_pika_batch.core.message import Headers
     from aio_pika_batch.transport import Endpoint
 
 Entity: TypeAlias = Exchange | Queue | Binding
+
+BLOCKED_AFTER = 2.0
+"""Seconds without an answer to a publish after which the broker is taken to have an alarm: it then
+reads nothing more from a connection that has published."""
 
 
 def refuse_streams(topology: Topology) -> None:
@@ -55,40 +69,136 @@ def refuse_streams(topology: Topology) -> None:
 
 async def declare(
     endpoint: Endpoint, addresses: Sequence[Address], topology: Topology
-) -> Version | None:
+) -> tuple[Version | None, dict[str, UnfulfilledWishes]]:
     """Declare and check. Raises TopologyError, AccessRefused or BrokerUnavailable.
 
     Returns:
-        The version of the broker, if it is a RabbitMQ.
+        The version of the broker, if it is a RabbitMQ, and what existing queues lack.
     """
     refuse_streams(topology)
-    channel = await _open_channel(endpoint, addresses)
-    is_open, version = True, channel.version
-    try:
+    unfulfilled: dict[str, UnfulfilledWishes] = {}
+    async with _Declarer(endpoint, addresses) as declarer:
+        # The default exchange first: a user who can't retry declares nothing.
+        first = [each for each in topology.publishes if not each.exchange]
+        await declarer.check_publishing(first)
         for entity in _entities(topology):
-            closed: Closed | None = None
-            for passive in _attempts(entity):
-                if not is_open:
-                    channel = await _open_channel(endpoint, addresses)
-                    is_open = True
-                if isinstance(entity, Queue):
-                    # Old brokers accept arguments that they don't know: only the version tells.
-                    refuse_lossy_wait_queue(entity, *channel.connection.product)
-                closed = await channel.declare(entity, passive=passive)
-                if closed is None:
-                    break
-                # The broker has closed the channel; see above why its connection goes, too.
-                is_open = False
-                await channel.connection.close()
-                if closed.code != ReplyCode.NOT_FOUND:
-                    break
+            accepted = await declarer.declare_or_raise(entity)
+            if isinstance(entity, Queue):
+                unfulfilled[entity.name] = entity.unfulfilled(accepted, declarer.version)
+        await declarer.check_publishing([each for each in topology.publishes if each.exchange])
+    return declarer.version, {name: each for name, each in unfulfilled.items() if each}
+
+
+async def exchange_type(
+    endpoint: Endpoint, addresses: Sequence[Address], exchange: Exchange
+) -> str | None:
+    """Return the type of an existing exchange; None if it is missing, or can't be seen."""
+    async with _Declarer(endpoint, addresses) as declarer:
+        if await declarer.attempt(exchange, passive=True) is not None:
+            return None
+        # If it is deleted in between, this creates it as the consumer would.
+        refused = await declarer.attempt(exchange)
+    if refused is None:
+        return exchange.type
+    match unequal_argument(refused.text):
+        case UnequalArgument("type", str(kind)):
+            return kind
+        case UnequalArgument():
+            # The broker compares the type first.
+            return exchange.type
+        case None:
+            return None
+
+
+class _Declarer:
+    """Declares one entity after the other; opens a new connection after each refusal.
+
+    Attributes:
+        version: The version of the broker, if it is a RabbitMQ.
+    """
+
+    def __init__(self, endpoint: Endpoint, addresses: Sequence[Address]) -> None:
+        self._endpoint = endpoint
+        self._addresses = addresses
+        self._channel: _DeclareChannel | None = None
+        self._where = ""
+        self.version: Version | None = None
+
+    async def __aenter__(self) -> Self:
+        # Also if there is nothing to declare: the broker can be reached.
+        await self._open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._channel is not None:
+            await self._channel.connection.close()
+
+    async def _open(self) -> _DeclareChannel:
+        if self._channel is None:
+            self._channel = await _open_channel(self._endpoint, self._addresses)
+            self.version = self._channel.version
+            self._where = str(self._channel.connection.address)
+        return self._channel
+
+    async def attempt(self, entity: Entity, *, passive: bool = False) -> Closed | None:
+        """Declare once; return why the broker refused, if it did. Raises TransportError."""
+        channel = await self._open()
+        if isinstance(entity, Queue):
+            # Old brokers accept arguments that they don't know: only the version tells.
+            refuse_lossy_wait_queue(entity, *channel.connection.product)
+        closed = await channel.declare(entity, passive=passive)
+        if closed is not None:
+            await self._drop(channel)
+        return closed
+
+    async def _drop(self, channel: _DeclareChannel) -> None:
+        # The broker has closed the channel; see above why its connection goes, too.
+        self._channel = None
+        await channel.connection.close()
+
+    async def declare_or_raise(self, entity: Entity) -> Headers:
+        """Declare or check an entity; return the arguments that the broker has accepted."""
+        if not isinstance(entity, Binding) and (entity.check_only or entity.existing_first):
+            # Nothing is created only to see whether it differs.
+            closed = await self.attempt(entity, passive=True)
+            if closed is None:
+                return entity.arguments
+            if entity.check_only or closed.code != ReplyCode.NOT_FOUND:
+                self._raise(entity, closed)
+        if not isinstance(entity, Queue):
+            closed = await self.attempt(entity)
             if closed is not None:
-                fix = entity.if_unequal if isinstance(entity, Queue) else None
-                raise refusal_error(closed.code, closed.text, channel.describe(entity), fix)
-    finally:
-        if is_open:
-            await channel.connection.close()
-    return version
+                self._raise(entity, closed)
+            return {}
+        await self._open()  # tells the version
+        arguments = entity.arguments_on(self.version)
+        while closed := await self.attempt(replace(entity, arguments=arguments)):
+            following = None
+            if closed.code == ReplyCode.PRECONDITION_FAILED:
+                following = entity.arguments_after(arguments, closed.text)
+            if following is None:
+                self._raise(entity, closed)
+            arguments = following
+        return arguments
+
+    def _raise(self, entity: Entity, closed: Closed) -> NoReturn:
+        what = f"{_name(entity)} at {self._where}"
+        advice = (entity.if_unequal, entity.if_missing) if isinstance(entity, Queue) else ()
+        raise refusal_error(closed.code, closed.text, what, *advice)
+
+    async def check_publishing(self, checks: Sequence[PublishCheck]) -> None:
+        """Raise TopologyError if the user may not publish to one of the exchanges."""
+        for check in checks:
+            channel = await self._open()
+            try:
+                closed = await channel.check_publishing(check)
+            except BrokerUnavailable:
+                # It may well be allowed, and consuming is what ends a memory alarm.
+                await self._drop(channel)
+                return
+            if closed is not None:
+                await self._drop(channel)
+                raise publish_refusal_error(closed.code, closed.text, check.exchange, self._where)
 
 
 async def count(endpoint: Endpoint, addresses: Sequence[Address], queue: str) -> int:
@@ -105,6 +215,9 @@ async def declare_on(connection: OpenConnection, topology: Topology, timeout: fl
     """Declare on an open connection, which is useless after a refusal. Raises as `declare` does."""
     channel = _DeclareChannel(connection, timeout)
     for entity in _entities(topology):
+        if isinstance(entity, Queue):
+            # It is new, so it has what the broker accepts.
+            entity = replace(entity, arguments=entity.arguments_on(channel.version))  # noqa: PLW2901
         await channel.declare_or_raise(entity, passive=False)
 
 
@@ -150,22 +263,47 @@ class _DeclareChannel:
         Raises:
             TransportError: It failed in any other way.
         """
+
+        async def request(channel: AbstractChannel) -> None:
+            self.ready = await _request(channel, entity, passive=passive)
+
+        return await self._call(request, self.describe(entity), self._timeout)
+
+    async def check_publishing(self, check: PublishCheck) -> Closed | None:
+        """Publish to an exchange in a transaction that is rolled back, so that it has no effect.
+
+        Returns:
+            Why the broker refused, if it did.
+
+        Raises:
+            TransportError: It failed in any other way.
+        """
+
+        async def request(channel: AbstractChannel) -> None:
+            await channel.tx_select()
+            await channel.basic_publish(b"", exchange=check.exchange, routing_key=check.routing_key)
+            await channel.tx_rollback()
+
+        what = f"publishing to exchange {check.exchange!r} at {self.connection.address}"
+        return await self._call(request, what, min(self._timeout, BLOCKED_AFTER))
+
+    async def _call(
+        self, request: Callable[[AbstractChannel], Awaitable[None]], what: str, timeout: float
+    ) -> Closed | None:
         cause: BaseException | None = None
 
         def failed(error: BaseException) -> Exception:
             nonlocal cause
             cause = error
-            return self._error(entity, error)
+            return _call_error(what, error, timeout)
 
         try:
             with translate_errors(failed):
-                async with asyncio.timeout(self._timeout):
+                async with asyncio.timeout(timeout):
                     if self._channel is None:
                         self._channel = await self.connection.channel()
                         self.connection.tap.watch(self._channel.number)
-                    self.ready = await _request(
-                        self._channel, entity, self.version, passive=passive
-                    )
+                    await request(self._channel)
         except TransportError:
             closed = self.connection.tap.closed or close_reason(cause)
             if closed is None:
@@ -173,27 +311,19 @@ class _DeclareChannel:
             return closed
         return self.connection.tap.closed
 
-    def _error(self, entity: Entity, error: BaseException) -> Exception:
-        what = self.describe(entity)
-        match error:
-            case TypeError() | ValueError():
-                # aiormq raises these before it has sent anything.
-                return TopologyError(
-                    f"{what}: {format_error(error)}; correct its name or arguments"
-                )
-            case TimeoutError():
-                return BrokerUnavailable(f"{what}: no answer within {self._timeout:g} s")
-            case _:
-                return BrokerUnavailable(f"{what}: {format_error(error)}")
+
+def _call_error(what: str, error: BaseException, timeout: float) -> Exception:
+    match error:
+        case TypeError() | ValueError():
+            # aiormq raises these before it has sent anything.
+            return TopologyError(f"{what}: {format_error(error)}; correct its name or arguments")
+        case TimeoutError():
+            return BrokerUnavailable(f"{what}: no answer within {timeout:g} s")
+        case _:
+            return BrokerUnavailable(f"{what}: {format_error(error)}")
 
 
-async def _request(
-    channel: AbstractChannel,
-    entity: Entity,
-    version: Version | None,
-    *,
-    passive: bool,
-) -> int:
+async def _request(channel: AbstractChannel, entity: Entity, *, passive: bool) -> int:
     """Send the request. Returns how many messages are ready, if it is a queue."""
     match entity:
         case Exchange():
@@ -203,6 +333,7 @@ async def _request(
                 passive=passive,
                 durable=entity.durable,
                 auto_delete=entity.auto_delete,
+                internal=entity.internal,
                 arguments=dict[str, Any](entity.arguments),
             )
         case Queue():
@@ -212,7 +343,7 @@ async def _request(
                 durable=entity.durable,
                 exclusive=entity.exclusive,
                 auto_delete=entity.auto_delete,
-                arguments=dict[str, Any](entity.arguments_on(version)),
+                arguments=dict[str, Any](entity.arguments),
             )
             return found.message_count or 0
         case Binding():
@@ -232,18 +363,6 @@ def _entities(topology: Topology) -> Iterator[Entity]:
     yield from (exchange for exchange in topology.exchanges if exchange.name)
     yield from topology.queues
     yield from (binding for binding in topology.bindings if binding.exchange)
-
-
-def _attempts(entity: Entity) -> tuple[bool, ...]:
-    """Return whether to declare passively, for each attempt. Only a 404 leads to the next one."""
-    match entity:
-        case Exchange(check_only=True) | Queue(check_only=True):
-            return (True,)
-        case Exchange(existing_first=True) | Queue(existing_first=True):
-            # Nothing is created only to see whether it differs.
-            return (True, False)
-        case _:
-            return (False,)
 
 
 def _name(entity: Entity) -> str:

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 from aio_pika_batch.adapters.aio_pika.publisher import open_publisher
 from aio_pika_batch.adapters.aio_pika.session import open_session
 from aio_pika_batch.adapters.aio_pika.tls import check_tls
-from aio_pika_batch.adapters.aio_pika.topology import count, declare
+from aio_pika_batch.adapters.aio_pika.topology import count, declare, exchange_type
 from aio_pika_batch.adapters.aio_pika.url import parse_url
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from contextlib import AbstractAsyncContextManager
 
     from aio_pika_batch.adapters.aio_pika.publisher import AioPikaPublisher
     from aio_pika_batch.adapters.aio_pika.session import AioPikaSession
-    from aio_pika_batch.core.topology import Topology, Version
+    from aio_pika_batch.core.topology import Exchange, Topology, UnfulfilledWishes, Version
     from aio_pika_batch.transport import Endpoint, Subscription, Transport
 
 
@@ -29,7 +30,7 @@ def open_transport(endpoint: Endpoint) -> Transport:
 
 
 class AioPikaTransport:
-    """Implements :class:`~aio_pika_batch.transport.Transport` and its two extensions."""
+    """Implements :class:`~aio_pika_batch.transport.Transport` and its extensions."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -38,9 +39,14 @@ class AioPikaTransport:
         # Reads the TLS files only to report errors early. Each connection reads them again.
         check_tls(endpoint, self._addresses)
 
-    async def declare(self, topology: Topology) -> None:
+    async def declare(self, topology: Topology) -> Mapping[str, UnfulfilledWishes]:
         """Declare and check. Exclusive queues are deleted again, with their connection."""
-        self._version = await declare(self._endpoint, self._addresses, topology)
+        self._version, unfulfilled = await declare(self._endpoint, self._addresses, topology)
+        return unfulfilled
+
+    async def exchange_type(self, exchange: Exchange) -> str | None:
+        """Return the type that an exchange has on the broker."""
+        return await exchange_type(self._endpoint, self._addresses, exchange)
 
     @property
     def broker_version(self) -> Version | None:

@@ -189,6 +189,7 @@ class Broker:
     def _route_to_queues(self, message: StoredMessage) -> tuple[bool, bool]:
         """Offer a message to its queues; return whether all stored it, and whether it has any."""
         # Before the event is recorded: a missing exchange refuses the publication.
+        self.vhost.check_publish(message.exchange)
         queues = self.vhost.route(message)
         self.vhost.record(EventKind.PUBLISHED, "", message, message.exchange)
         message = self.vhost.with_client_deaths(message)

@@ -22,6 +22,7 @@ from aio_pika_batch.adapters.memory.rabbitmq import (
 from aio_pika_batch.adapters.memory.stored_message import StoredMessage
 from aio_pika_batch.core.message import FieldValue, Headers
 from aio_pika_batch.core.refusals import ReplyCode
+from aio_pika_batch.core.topology_options import topic_matches
 
 
 class ExchangeType(Enum):
@@ -72,11 +73,18 @@ class MemoryExchange:
     type: ExchangeType
     durable: bool = True
     auto_delete: bool = False
+    internal: bool = False
     arguments: Headers = field(default_factory=dict)
     bindings: list[ExchangeBinding] = field(default_factory=list)
 
     def check_same(
-        self, type_: ExchangeType, *, durable: bool, auto_delete: bool, arguments: Headers
+        self,
+        type_: ExchangeType,
+        *,
+        durable: bool,
+        auto_delete: bool,
+        internal: bool,
+        arguments: Headers,
     ) -> None:
         """Compare with another declaration.
 
@@ -88,6 +96,7 @@ class MemoryExchange:
             ("type", f"'{type_.value}'", f"'{self.type.value}'"),
             ("durable", format_flag(durable), format_flag(self.durable)),
             ("auto_delete", format_flag(auto_delete), format_flag(self.auto_delete)),
+            ("internal", format_flag(internal), format_flag(self.internal)),
         ):
             if received != current:
                 raise inequivalent_argument(argument, entity, received, current)
@@ -150,30 +159,6 @@ class MemoryExchange:
                 return headers_match(binding.arguments, message.headers)
             case never:
                 assert_never(never)
-
-
-def topic_matches(pattern: list[str], words: list[str]) -> bool:
-    """Return whether a pattern matches the words of a routing key."""
-    # The lengths of the pattern's prefixes that can match the words so far. Each word moves them
-    # on, so that the time is pattern times words, however many # there are.
-    reached = _skip_hashes({0}, pattern)
-    for word in words:
-        next_reached = {at for at in reached if at < len(pattern) and pattern[at] == "#"}
-        next_reached |= {
-            at + 1 for at in reached if at < len(pattern) and pattern[at] in {"*", word} - {"#"}
-        }
-        reached = _skip_hashes(next_reached, pattern)
-    return len(pattern) in reached
-
-
-def _skip_hashes(reached: set[int], pattern: list[str]) -> set[int]:
-    """Add the prefixes that are reached if a # matches no word."""
-    skipped = set(reached)
-    for at in reached:
-        while at < len(pattern) and pattern[at] == "#":
-            at += 1  # noqa: PLW2901  -- walks on from where it stands
-            skipped.add(at)
-    return skipped
 
 
 def headers_match(wanted: Headers, headers: Headers) -> bool:

@@ -111,12 +111,15 @@ class Refusal(Exception):
 
 
 @contextmanager
-def translate_refusals(subject: str, if_unequal: str | None = None) -> Iterator[None]:
+def translate_refusals(
+    subject: str, if_unequal: str | None = None, if_missing: str | None = None
+) -> Iterator[None]:
     """Raise refusals inside the context as the port's errors, with advice."""
     try:
         yield
     except Refusal as refusal:
-        raise refusal_error(refusal.code, refusal.text, subject, if_unequal) from refusal
+        code, text = refusal.code, refusal.text
+        raise refusal_error(code, text, subject, if_unequal, if_missing) from refusal
 
 
 def inequivalent_argument(argument: str, entity: str, received: str, current: str) -> Refusal:

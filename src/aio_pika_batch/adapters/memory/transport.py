@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from urllib.parse import parse_qs, urlsplit
 from weakref import WeakKeyDictionary
@@ -29,6 +29,7 @@ from aio_pika_batch.core.topology import (
     Exchange,
     Queue,
     Topology,
+    UnfulfilledWishes,
     Version,
     parse_version,
     refuse_lossy_wait_queue,
@@ -118,10 +119,17 @@ class MemoryTransport:
         """The version of RabbitMQ that is imitated."""
         return parse_version("RabbitMQ", self.broker.version)
 
-    async def declare(self, topology: Topology) -> None:
+    async def declare(self, topology: Topology) -> Mapping[str, UnfulfilledWishes]:
         """Declare and check. An exclusive queue is deleted at once, with its connection."""
         async with self._connected() as connection:
-            _declare(connection, topology)
+            return _declare(connection, topology)
+
+    async def exchange_type(self, exchange: Exchange) -> str | None:
+        """Return the type that an exchange has on the broker."""
+        async with self._connected() as connection:
+            with connection.channel().operation() as vhost:
+                existing = vhost.exchanges.get(exchange.name)
+                return None if existing is None else existing.type.value
 
     async def count(self, queue: str) -> int:
         """Return the number of ready messages in a queue."""
@@ -177,14 +185,15 @@ class MemoryTransport:
 # --- topology ------------------------------------------------------------------
 
 
-def _declare(connection: Connection, topology: Topology) -> None:
+def _declare(connection: Connection, topology: Topology) -> dict[str, UnfulfilledWishes]:
     for exchange in topology.exchanges:
         with translate_refusals(f"exchange {exchange.name!r}"):
             _ensure_exchange(connection, exchange)
+    unfulfilled: dict[str, UnfulfilledWishes] = {}
     for queue in topology.queues:
         refuse_lossy_wait_queue(queue, "RabbitMQ", connection.version)
-        with translate_refusals(f"queue {queue.name!r}", queue.if_unequal):
-            _ensure_queue(connection, queue)
+        with translate_refusals(f"queue {queue.name!r}", queue.if_unequal, queue.if_missing):
+            unfulfilled[queue.name] = _ensure_queue(connection, queue)
     for binding in topology.bindings:
         subject = f"binding of queue {binding.queue!r} to exchange {binding.exchange!r}"
         with translate_refusals(subject), connection.channel().operation() as vhost:
@@ -194,6 +203,11 @@ def _declare(connection: Connection, topology: Topology) -> None:
                 binding.routing_key,
                 binding.arguments,
             )
+    for check in topology.publishes:
+        subject = f"publishing to exchange {check.exchange!r}"
+        with translate_refusals(subject), connection.channel().operation() as vhost:
+            vhost.check_publish(check.exchange)
+    return {name: each for name, each in unfulfilled.items() if each}
 
 
 def _ensure_exchange(connection: Connection, exchange: Exchange) -> None:
@@ -204,21 +218,37 @@ def _ensure_exchange(connection: Connection, exchange: Exchange) -> None:
                 exchange.type,
                 durable=exchange.durable,
                 auto_delete=exchange.auto_delete,
+                internal=exchange.internal,
                 arguments=exchange.arguments,
             )
 
 
-def _ensure_queue(connection: Connection, queue: Queue) -> None:
-    if not _exists(connection, queue, lambda vhost: vhost.queue(queue.name, connection)):
-        with connection.channel().operation() as vhost:
-            vhost.declare_queue(
-                queue.name,
-                durable=queue.durable,
-                exclusive=queue.exclusive,
-                auto_delete=queue.auto_delete,
-                arguments=queue.arguments_on(parse_version("RabbitMQ", connection.version)),
-                connection=connection,
-            )
+def _ensure_queue(connection: Connection, queue: Queue) -> UnfulfilledWishes:
+    """Declare or check a queue; return what it was declared without."""
+    if _exists(connection, queue, lambda vhost: vhost.queue(queue.name, connection)):
+        return UnfulfilledWishes()
+    version = parse_version("RabbitMQ", connection.version)
+    arguments = queue.arguments_on(version)
+    while True:
+        try:
+            with connection.channel().operation() as vhost:
+                vhost.declare_queue(
+                    queue.name,
+                    durable=queue.durable,
+                    exclusive=queue.exclusive,
+                    auto_delete=queue.auto_delete,
+                    arguments=arguments,
+                    connection=connection,
+                )
+        except Refusal as refusal:
+            following = None
+            if refusal.code is ReplyCode.PRECONDITION_FAILED:
+                following = queue.arguments_after(arguments, refusal.text)
+            if following is None:
+                raise
+            arguments = following
+        else:
+            return queue.unfulfilled(arguments, version)
 
 
 def _exists(

@@ -96,8 +96,23 @@ class VirtualHost:
             raise Refusal(ReplyCode.NOT_FOUND, f"no exchange '{name}' in vhost '/'")
         return exchange
 
+    def check_publish(self, exchange: str) -> None:
+        """Refuse a client's publication to an exchange that is missing or internal."""
+        if exchange and self.exchange(exchange).internal:
+            raise Refusal(
+                ReplyCode.ACCESS_REFUSED,
+                f"cannot publish to internal exchange '{exchange}' in vhost '/'",
+            )
+
     def declare_exchange(
-        self, name: str, type_: str, *, durable: bool, auto_delete: bool, arguments: Headers
+        self,
+        name: str,
+        type_: str,
+        *,
+        durable: bool,
+        auto_delete: bool,
+        arguments: Headers,
+        internal: bool = False,
     ) -> None:
         """Create an exchange, or check that the existing one is the same."""
         check_short_string("an exchange's name", name)
@@ -105,14 +120,18 @@ class VirtualHost:
         existing = self.exchanges.get(name)
         if existing is not None:
             existing.check_same(
-                exchange_type, durable=durable, auto_delete=auto_delete, arguments=arguments
+                exchange_type,
+                durable=durable,
+                auto_delete=auto_delete,
+                internal=internal,
+                arguments=arguments,
             )
             return
         if not name:
             raise _default_exchange_refused()
         _refuse_reserved_name("exchange", name)
         self.exchanges[name] = MemoryExchange(
-            name, exchange_type, durable, auto_delete, copy_headers(arguments)
+            name, exchange_type, durable, auto_delete, internal, copy_headers(arguments)
         )
         self.retry_dead_letters()
 

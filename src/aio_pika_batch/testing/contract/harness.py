@@ -40,6 +40,8 @@ class Features:
         has_native: Its sessions have objects of the broker's own library.
         tells_version: It knows the version of RabbitMQ that it is connected to.
         counts_ready: It can count the ready messages of a queue.
+        inspects: It knows the type of an exchange, and which wishes a queue lacks. For brokers that
+            have the exchanges of RabbitMQ.
         can_cut: The harness can cut the transport's connections.
         can_hush: The harness can keep the broker's answers from the transport.
         can_end_subscriptions: The harness can make the broker end a consumer and keep its
@@ -68,6 +70,7 @@ class Features:
     has_native: bool = False
     tells_version: bool = False
     counts_ready: bool = False
+    inspects: bool = False
     can_cut: bool = False
     can_hush: bool = False
     can_end_subscriptions: bool = False

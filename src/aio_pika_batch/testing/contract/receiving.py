@@ -6,9 +6,15 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.message import FieldValue, Message
 from aio_pika_batch.core.settlement import Disposition
-from aio_pika_batch.core.topology import Queue, Topology
+from aio_pika_batch.core.topology import (
+    Exchange,
+    PublishCheck,
+    Queue,
+    Topology,
+    UnfulfilledWishes,
+)
 from aio_pika_batch.errors import TopologyError
 from aio_pika_batch.testing.contract.checks import (
     CONSUMER_TAG,
@@ -23,6 +29,7 @@ from aio_pika_batch.testing.contract.checks import (
 from aio_pika_batch.transport import (
     AdjustableSession,
     CountingTransport,
+    InspectingTransport,
     NativeSession,
     PumpingSession,
     Session,
@@ -308,3 +315,70 @@ async def _count(ctx: CheckContext) -> None:
     await ctx.put(3)
     await ctx.expect_count(3)
     expect(3, await transport.count(ctx.queue), "the count of messages")
+
+
+_WISHES = {"x-max-length": 5, "x-message-ttl": 60_000}
+
+
+async def _unfulfilled(ctx: CheckContext, queue: Queue) -> UnfulfilledWishes:
+    found = await ctx.transport.declare(Topology(queues=(queue,))) or {}
+    return found.get(queue.name, UnfulfilledWishes())
+
+
+@GROUP.clause("a new queue gets the arguments of its wishes", "inspects")
+async def _wishes(ctx: CheckContext) -> None:
+    wanted = Queue(ctx.harness.fresh, wishes=_WISHES)
+    for _ in range(2):
+        found = await _unfulfilled(ctx, wanted)
+        expect(UnfulfilledWishes(), found, "what the queue was declared without")
+    with expect_error(TopologyError, "declaring the queue without its wishes"):
+        await ctx.transport.declare(_topology(ctx))
+
+
+@GROUP.clause("an existing queue is accepted without wishes, and they are reported", "inspects")
+async def _unfulfilled_wishes(ctx: CheckContext) -> None:
+    cases: list[tuple[dict[str, FieldValue], UnfulfilledWishes]] = [
+        ({}, UnfulfilledWishes(lacking=_WISHES)),
+        ({"x-max-length": 5}, UnfulfilledWishes(lacking={"x-message-ttl": 60_000})),
+        (
+            {"x-message-ttl": 1000},
+            UnfulfilledWishes({"x-max-length": 5}, {"x-message-ttl": 1000}),
+        ),
+    ]
+    for number, (arguments, expected) in enumerate(cases):
+        name = f"{ctx.harness.fresh}.{number}"
+        await ctx.transport.declare(Topology(queues=(Queue(name, arguments=arguments),)))
+        found = await _unfulfilled(ctx, Queue(name, wishes=_WISHES))
+        expect(expected, found, f"what a queue with {arguments} was declared without")
+
+
+@GROUP.clause("wishes do not hide that an existing queue has other arguments", "inspects")
+async def _wishes_compare(ctx: CheckContext) -> None:
+    await ctx.transport.declare(_topology(ctx, arguments={"x-expires": 60_000}))
+    with expect_error(TopologyError, "declaring a queue with other arguments and wishes"):
+        await ctx.transport.declare(_topology(ctx, wishes=_WISHES))
+
+
+@GROUP.clause("exchange_type finds the type of an exchange, and creates none", "inspects")
+async def _exchange_type(ctx: CheckContext) -> None:
+    transport = ctx.transport
+    if not isinstance(transport, InspectingTransport):
+        raise ClauseBroken("the transport has no method exchange_type")
+    for kind in ("direct", "fanout", "topic", "headers"):
+        for taken_for in ("direct", "topic"):
+            found = await transport.exchange_type(Exchange(f"amq.{kind}", taken_for))
+            expect(kind, found, f"the type of amq.{kind}")
+    missing = Exchange(f"{ctx.harness.fresh}.x", "topic")
+    for _ in range(2):
+        expect(None, await transport.exchange_type(missing), "the type of a missing exchange")
+
+
+@GROUP.clause("what can be published to is checked without storing anything", "inspects")
+async def _publish_check(ctx: CheckContext) -> None:
+    check = PublishCheck("", ctx.queue)
+    await ctx.transport.declare(Topology(publishes=(check, PublishCheck("amq.fanout", ""))))
+    await ctx.expect_count(0)
+    missing = PublishCheck(f"{ctx.harness.fresh}.x", "")
+    with expect_error(TopologyError, "checking a missing exchange"):
+        await ctx.transport.declare(Topology(publishes=(check, missing)))
+    await ctx.expect_count(0)
