@@ -16,7 +16,7 @@ from typing_extensions import TypeVar
 
 from aio_pika_batch.core.config_checks import broker_warnings_for, warnings_for
 from aio_pika_batch.core.message import Headers, Message
-from aio_pika_batch.core.publication import Outcome, Publication
+from aio_pika_batch.core.publication import Outcome, Publication, describe_outcome
 from aio_pika_batch.core.results import ExceptionResults, Result
 from aio_pika_batch.core.topology_options import refuse_loops
 from aio_pika_batch.errors import (
@@ -31,7 +31,6 @@ from aio_pika_batch.runtime.batching import check_batch_key
 from aio_pika_batch.runtime.consume_loop import ConsumeLoop
 from aio_pika_batch.runtime.handler import Process
 from aio_pika_batch.runtime.lifecycle import Lifecycle
-from aio_pika_batch.runtime.publishing import describe_outcome
 from aio_pika_batch.runtime.shutdown import process_signals
 from aio_pika_batch.runtime.worker import WorkerInstance
 from aio_pika_batch.runtime.worker_config import WorkerConfig

@@ -27,7 +27,7 @@ from aio_pika_batch.core.dead_letter import (
     replay_copy,
 )
 from aio_pika_batch.core.message import RETRY_COUNT_HEADER, Message
-from aio_pika_batch.core.publication import Copy, Outcome
+from aio_pika_batch.core.publication import Copy, Outcome, describe_outcome
 from aio_pika_batch.core.topology import Exchange, Topology
 from aio_pika_batch.errors import TopologyError
 from aio_pika_batch.queue_browser import Limit, QueueBrowser, browse
@@ -349,7 +349,7 @@ class _CopyPublisher:
             if outcome is Outcome.CONFIRMED:
                 arrived.append(copy.message)
             else:
-                failed.append((copy, _describe_failure(copy, outcome)))
+                failed.append((copy, describe_outcome(outcome, copy)))
         await self._browser.done(arrived)
         self._report.done += len(arrived)
         # Every later copy would be unconfirmed as well, and perhaps published twice.
@@ -372,14 +372,3 @@ class _CopyPublisher:
             else:
                 self._missing[exchange] = None
         return self._missing[exchange]
-
-
-def _describe_failure(copy: Copy, outcome: Outcome) -> str:
-    where = f"exchange {copy.exchange!r}, routing key {copy.routing_key!r}"
-    match outcome:
-        case Outcome.RETURNED:
-            return f"returned: no queue is bound for {where}"
-        case Outcome.REFUSED:
-            return f"refused by the broker: {where}"
-        case _:
-            return f"not confirmed, so it may be in both queues: {where}"

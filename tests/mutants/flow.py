@@ -191,7 +191,7 @@ CORE = (
         "Later messages of a key overtake a failed one.",
         "core/keyed_batcher.py",
         "        if retries:\n            heappush",
-        "        if retries:\n            self._keyed.unblock(key)\n            heappush",
+        "        if retries:\n            self.unblock(key)\n            heappush",
         (f"{_CORE}/test_ordered_batcher.py",),
     ),
     Mutant(

@@ -228,10 +228,8 @@ def format_header(value: FieldValue) -> str:
     match value:
         case str():
             return value
-        case bytes():
-            return _bytes(value)
-        case datetime():
-            return value.isoformat()
+        case bytes() | datetime():
+            return str(_plain(value))
         case _:
             return json.dumps(value, default=_plain, ensure_ascii=False)
 
@@ -239,20 +237,16 @@ def format_header(value: FieldValue) -> str:
 def _plain(value: object) -> object:
     match value:
         case bytes():
-            return _bytes(value)
+            try:
+                return value.decode()
+            except UnicodeDecodeError:
+                return value.hex(" ")
         case datetime():
             return value.isoformat()
         case Mapping():
             return dict(value)
         case _:
             return str(value)
-
-
-def _bytes(value: bytes) -> str:
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value.hex(" ")
 
 
 # --- replay ----------------------------------------------------------------------

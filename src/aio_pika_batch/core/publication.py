@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import TypeAlias
@@ -122,21 +122,11 @@ class Copy:
         was = self.message.properties
         headers = {key: value for key, value in (was.headers or {}).items() if key not in self.drop}
         headers.update(self.add)
-        return Properties(
-            content_type=was.content_type,
-            content_encoding=was.content_encoding,
+        return replace(
+            was,
             headers=headers if headers or was.headers is not None else None,
-            delivery_mode=was.delivery_mode,
-            priority=was.priority,
-            correlation_id=was.correlation_id,
-            reply_to=was.reply_to,
             expiration=was.expiration if self.keep_expiration else self.expiration,
-            message_id=was.message_id,
-            timestamp=was.timestamp,
-            type=was.type,
-            user_id=was.user_id,
-            app_id=was.app_id,
-            cluster_id=was.cluster_id,
+            undecodable={},
         )
 
 
@@ -155,3 +145,19 @@ class Outcome(Enum):
     """The broker refused it. A queue is full (`reject-publish`), or the exchange is missing."""
     UNKNOWN = "unknown"
     """No answer in time, or the connection was lost. The broker may or may not have stored it."""
+
+
+def describe_outcome(outcome: Outcome, publication: Outgoing, timeout: float | None = None) -> str:
+    """Return why a publication is not confirmed, although it waited for so many seconds."""
+    silent = "silent" if timeout is None else f"silent for {timeout} s"
+    where = f"exchange {publication.exchange!r}, routing key {publication.routing_key!r}"
+    match outcome:
+        case Outcome.RETURNED:
+            return f"returned: no queue is bound for {where}"
+        case Outcome.REFUSED:
+            return f"refused by the broker ({where}): a full queue, or no such exchange"
+        case Outcome.UNKNOWN | Outcome.CONFIRMED:
+            return (
+                f"unconfirmed ({where}): the connection was lost, or {silent};"
+                " it may or may not be stored"
+            )

@@ -242,12 +242,12 @@ class HandlerRun:
         """Record a run that has ended, log a failure, and tell the observers."""
         collector = self._collector
         messages = collector.messages
-        error = self._failure(raised, collector)
+        error, cause = self._judge(raised)
         if error is None and collector.all_acked:
             # The common case: no look at each message.
             self._batch_run.acked += [message.delivery_tag for message in messages]
         else:
-            is_bisected = self._batch_run.record_run(collector, error, self._cause(error))
+            is_bisected = self._batch_run.record_run(collector, error, cause)
             if error is not None:
                 self._log_failure(
                     messages, error, quietly=is_bisected and trigger is Trigger.ISOLATE
@@ -258,33 +258,21 @@ class HandlerRun:
             seconds = self._loop.time() - began
             self._observers.emit(BatchHandled(messages, seconds, error, trigger))
 
-    def _failure(
-        self, raised: BaseException | None, collector: ResultCollector
-    ) -> BaseException | None:
+    def _judge(self, raised: BaseException | None) -> tuple[BaseException | None, Cause]:
+        """Return what is wrong with a run, if anything, and why its messages are undecided."""
+        count, expected = self._collector.count, len(self._collector.messages)
         if isinstance(raised, InvalidResult):
-            return raised
-        count, expected = collector.count, len(collector.messages)
+            return raised, Cause.INVALID
         if raised is None and count == expected:
-            return None
+            return None, Cause.HANDLER
         if self._cancelled_by is not None:
             cut_off = self._cut_off(self._cancelled_by)
             # Its traceback shows where the handler was.
             cut_off.__cause__ = raised
-            return cut_off
-        return raised or MissingResults(f"{count} results for {expected} messages")
-
-    def _cause(self, error: BaseException | None) -> Cause:
-        match error:
-            case None:
-                return Cause.HANDLER
-            case InvalidResult():
-                return Cause.INVALID
-            case _ if self._cancelled_by is not None:
-                return self._cancelled_by
-            case MissingResults():
-                return Cause.MISSING
-            case _:
-                return Cause.EXCEPTION
+            return cut_off, self._cancelled_by
+        if raised is None:
+            return MissingResults(f"{count} results for {expected} messages"), Cause.MISSING
+        return raised, Cause.EXCEPTION
 
     def _cut_off(self, cause: Cause) -> HandlerTimeout:
         if cause is Cause.TIMEOUT:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 
-from aio_pika_batch.core.publication import Copy, Outcome, Outgoing, Publication
+from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
 from aio_pika_batch.core.retry import NO_DELAY, DelayedCopy
 from aio_pika_batch.core.topology import Topology, wait_queue
 from aio_pika_batch.core.topology_options import TopologyOptions
@@ -222,22 +222,3 @@ class DelayedPublisher(ReconnectingPublisher):
 
 def _level(publication: Outgoing) -> int:
     return publication.level if isinstance(publication, DelayedCopy) else NO_DELAY
-
-
-def describe_outcome(outcome: Outcome, publication: Publication, timeout: float) -> str:
-    """Return why a publication is not confirmed.
-
-    Args:
-        timeout: Seconds that it waited for the confirm, at most.
-    """
-    where = f"exchange {publication.exchange!r}, routing key {publication.routing_key!r}"
-    match outcome:
-        case Outcome.RETURNED:
-            return f"returned: no queue is bound for {where}"
-        case Outcome.REFUSED:
-            return f"refused by the broker ({where}): a full queue, or no such exchange"
-        case Outcome.UNKNOWN | Outcome.CONFIRMED:
-            return (
-                f"unconfirmed ({where}): the connection was lost, or silent for {timeout} s;"
-                " it may or may not be stored"
-            )
