@@ -42,11 +42,13 @@ class Load(NamedTuple):
         buffered: Messages that wait for their batch.
         in_hand: Messages that are being handled.
         is_consuming: Whether it consumes, including one message at a time.
+        held: Messages that wait, unsettled, for their retry or for the confirm of their copy.
     """
 
     buffered: int
     in_hand: int
     is_consuming: bool
+    held: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,11 +193,11 @@ GOES_OFF = {
         "messages_buffered": "0x100",
     },
     "AioPikaBatchHandlerFails": {
-        ("handler_exceptions_total", 'exception_type="KeyError"'): "0+2x100",
         ("batches_total", 'trigger="size", outcome="error"'): "0+2x100",
         ("batches_total", 'trigger="size", outcome="ok"'): "0+8x100",
     },
     "AioPikaBatchDeadLetters": {("dead_letters_total", 'reason="exhausted"'): "0+1x100"},
+    "AioPikaBatchDiscards": {"messages_discarded_total": "0+1x100"},
     "AioPikaBatchReconnects": {"reconnects_total": "0+1x100"},
     "AioPikaBatchCannotSettle": {("settle_errors_total", 'operation="publish"'): "0+1x100"},
 }
@@ -207,7 +207,8 @@ QUIET = {
     "last_progress_timestamp_seconds": "0+60x100",
     "messages_in_progress": "3x100",
     "messages_buffered": "0x100",
-    ("handler_exceptions_total", 'exception_type="KeyError"'): "1x100",
+    ("batches_total", 'trigger="size", outcome="error"'): "1x100",
+    "messages_discarded_total": "1x100",
     ("batches_total", 'trigger="size", outcome="ok"'): "0+8x100",
     ("dead_letters_total", 'reason="exhausted"'): "1x100",
     "reconnects_total": "1x100",

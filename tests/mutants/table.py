@@ -354,6 +354,20 @@ SECURITY = (
         (f"{_UNIT}/test_frame_parser.py",),
     ),
     Mutant(
+        "A series begins with its first event: an alert misses the first dead letter.",
+        "observers/prometheus.py",
+        "            self.count(metrics.dead_letters, reason.value, by=0)\n",
+        "            pass\n",
+        ("tests/unit/observers/test_prometheus.py",),
+    ),
+    Mutant(
+        "What is held is shown by no metric.",
+        "runtime/worker.py",
+        "            current.held if current else 0,\n        )\n\n    async",
+        "            0,\n        )\n\n    async",
+        ("tests/unit/observers/test_prometheus.py", "tests/unit/observers/test_otel.py"),
+    ),
+    Mutant(
         "A body that was yielded by mistake is logged.",
         "core/results.py",
         'return f"something of {type(item)}"',

@@ -22,13 +22,18 @@ from aio_pika_batch.errors import MessageDecodeError, safe_str
 from aio_pika_batch.observer import (
     BatchCut,
     BatchHandled,
+    Discarded,
     DuplicatesDropped,
+    Load,
+    Lost,
     Observer,
     Origin,
     Received,
     Settled,
     SettleFailed,
     Step,
+    WorkerStarted,
+    WorkerStopped,
 )
 
 try:
@@ -123,6 +128,18 @@ class OpenTelemetryObserver(Observer):
             unit="{message}",
             description="Number of messages that an inbox dropped as duplicates.",
         )
+        self._discarded = meter.create_counter(
+            "aio_pika_batch.messages_discarded",
+            unit="{message}",
+            description="Number of messages rejected although no dead-letter destination is known.",
+        )
+        # By differences, since an observable gauge would be read by another thread.
+        self._held = meter.create_up_down_counter(
+            "aio_pika_batch.messages_held",
+            unit="{message}",
+            description="Number of messages that wait, unsettled, for a retry or a confirm.",
+        )
+        self._loads: dict[int, tuple[Callable[[], Load], int]] = {}
         self._max_links = _kept_links() if max_links is None else max_links
         self._has_warned_of_links = False
         self._current: ContextVar[tuple[Span, Token[Context]] | None] = ContextVar(
@@ -144,8 +161,37 @@ class OpenTelemetryObserver(Observer):
                 found["server.address"], found["server.port"] = origin.server
         return found
 
+    def worker_started(self, origin: Origin, event: WorkerStarted) -> None:
+        """Remember how to read the worker's load, and begin its series."""
+        attributes = self._attributes_of(origin, "process", "process")
+        self._discarded.add(0, attributes)
+        self._held.add(0, attributes)
+        self._loads[id(origin)] = event.load, 0
+
+    def worker_stopped(self, origin: Origin, event: WorkerStopped) -> None:
+        """Count its held messages as gone: the broker has them again."""
+        self._update_held(origin)
+        del self._loads[id(origin)]
+
+    def lost(self, origin: Origin, event: Lost) -> None:
+        """Count the held messages of the session as gone."""
+        self._update_held(origin)
+
+    def discarded(self, origin: Origin, event: Discarded) -> None:
+        """Count the messages."""
+        attributes = self._attributes_of(origin, "process", "process")
+        self._discarded.add(len(event.messages), attributes)
+
+    def _update_held(self, origin: Origin) -> None:
+        load, before = self._loads[id(origin)]
+        held = load().held
+        if held != before:
+            self._loads[id(origin)] = load, held
+            self._held.add(held - before, self._attributes_of(origin, "process", "process"))
+
     def received(self, origin: Origin, event: Received) -> None:
         """Count the messages."""
+        self._update_held(origin)
         self._consumed.add(event.count, self._attributes_of(origin, "receive", "receive"))
 
     def batch_cut(self, origin: Origin, event: BatchCut) -> None:
@@ -209,6 +255,7 @@ class OpenTelemetryObserver(Observer):
             name = f"aio_pika_batch.{'returned' if result is None else result.name.lower()}"
             counts[name] = counts.get(name, 0) + count
         self._settle(origin, "settle", sum(event.counts.values()), event.seconds, more=counts)
+        self._update_held(origin)
 
     def settle_failed(self, origin: Origin, event: SettleFailed) -> None:
         """Report a failed settlement or publication as a span with an error."""

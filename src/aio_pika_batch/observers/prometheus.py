@@ -12,10 +12,13 @@ import platform
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import product
 from typing import Literal
 from weakref import WeakKeyDictionary
 
 from aio_pika_batch.core.batcher import Trigger
+from aio_pika_batch.core.results import Cause, MessageResult
+from aio_pika_batch.core.retry import DeadLetterReason
 from aio_pika_batch.errors import HandlerTimeout
 from aio_pika_batch.observer import (
     BatchCut,
@@ -25,6 +28,7 @@ from aio_pika_batch.observer import (
     BreakerProbing,
     Connected,
     DeadLettered,
+    Discarded,
     DuplicatesDropped,
     HandlerError,
     Load,
@@ -35,6 +39,7 @@ from aio_pika_batch.observer import (
     Settled,
     SettleFailed,
     StaleResults,
+    Step,
     WorkerStarted,
     WorkerStopped,
 )
@@ -86,6 +91,10 @@ class Metrics:
         self.dead_letters = counter(
             "dead_letters_total", "Dead letters confirmed by the broker, by reason.", "reason"
         )
+        self.discarded = counter(
+            "messages_discarded_total",
+            "Messages rejected although no dead-letter destination is known.",
+        )
         self.stale = counter(
             "stale_results_total",
             "Results that came after their session was lost.",
@@ -113,6 +122,9 @@ class Metrics:
         self.reconnects = counter("reconnects_total", "Sessions opened after one was lost.")
         self.buffered = gauge("messages_buffered", "Messages waiting for a batch.", "livesum")
         self.in_progress = gauge("messages_in_progress", "Messages being handled.", "livesum")
+        self.held = gauge(
+            "messages_held", "Messages waiting, unsettled, for a retry or a confirm.", "livesum"
+        )
         self.workers = gauge("workers", "Workers started.", "livesum")
         self.up = gauge("worker_up", "Workers consuming.", "livesum")
         self.progress = gauge(
@@ -167,14 +179,28 @@ class _ConsumerMetrics:
         self.batch_messages = metrics.batch_messages.labels(*labels).observe
         self.batch_fill = metrics.batch_fill.labels(*labels).observe
         self.batch_process = metrics.batch_process.labels(*labels).observe
+        self.discarded = metrics.discarded.labels(*labels).inc
         self.stale = metrics.stale.labels(*labels).inc
         self.duplicates = metrics.duplicates.labels(*labels).inc
         self.reconnects = metrics.reconnects.labels(*labels).inc
         self._workers = _Level(metrics.workers.labels(*labels))
         self._buffered = _Level(metrics.buffered.labels(*labels))
         self._in_progress = _Level(metrics.in_progress.labels(*labels))
+        self._held = _Level(metrics.held.labels(*labels))
         self._up = _Level(metrics.up.labels(*labels))
         self._set_progress = metrics.progress.labels(*labels).set
+        # Series exist from the start: `increase` would not see the step from nothing to 1, so an
+        # alert would miss the first dead letter.
+        for reason in DeadLetterReason:
+            self.count(metrics.dead_letters, reason.value, by=0)
+        for step in Step:
+            self.count(metrics.settle_errors, step.value, by=0)
+        for trigger, outcome in product(Trigger, ("ok", "error", "timeout")):
+            self.count(metrics.batches, trigger.value, outcome, by=0)
+        for result, cause in product(MessageResult, Cause):
+            if cause is not Cause.SHUTDOWN:
+                self.count(metrics.settled, result.name.lower(), cause.value, by=0)
+        self.count(metrics.settled, RETURNED, Cause.SHUTDOWN.value, by=0)
 
     def count(self, counter: Counter, *labels: str, by: float = 1) -> None:
         """Add to a counter. Each series is looked up only once."""
@@ -209,14 +235,16 @@ class _ConsumerMetrics:
         self._set_progress(min(self._progress.values()))
 
     def _update_gauges(self) -> None:
-        buffered = in_progress = up = 0
+        buffered = in_progress = up = held = 0
         for each in self._loads.values():
             buffered += each.buffered
             in_progress += each.in_hand
             up += each.is_consuming
+            held += each.held
         self._buffered.update(buffered)
         self._in_progress.update(in_progress)
         self._up.update(up)
+        self._held.update(held)
 
 
 class PrometheusObserver(Observer):
@@ -295,6 +323,10 @@ class PrometheusObserver(Observer):
     def dead_lettered(self, origin: Origin, event: DeadLettered) -> None:
         """Count a dead letter by reason."""
         self._metrics_of(origin).count(self._metrics.dead_letters, event.reason.value)
+
+    def discarded(self, origin: Origin, event: Discarded) -> None:
+        """Count the messages."""
+        self._metrics_of(origin).discarded(len(event.messages))
 
     def stale_results(self, origin: Origin, event: StaleResults) -> None:
         """Count the messages."""

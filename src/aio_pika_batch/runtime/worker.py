@@ -170,8 +170,13 @@ class Worker:
         )
 
     def _load(self) -> Load:
-        buffered = self._current.buffered if self._current else 0
-        return Load(buffered, self.slots.in_hand, self._visible_state in _CONSUMES)
+        current = self._current
+        return Load(
+            current.buffered if current else 0,
+            self.slots.in_hand,
+            self._visible_state in _CONSUMES,
+            current.held if current else 0,
+        )
 
     async def run(self) -> None:
         """Consume until a stop is requested.

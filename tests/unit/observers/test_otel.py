@@ -20,7 +20,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from aio_pika_batch import SessionLost
 from aio_pika_batch.adapters.aio_pika.properties import encode
-from aio_pika_batch.adapters.memory import PublishFault
+from aio_pika_batch.adapters.memory import ConnectFault, PublishFault
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.observers.otel import OpenTelemetryObserver, origin_of, trace_headers
 from aio_pika_batch.testing import make_message
@@ -241,6 +241,55 @@ async def test_metrics_count_and_measure(rabbit, jitter, telemetry):
     assert [("settle", 3)] == [
         (point.attributes["messaging.operation.name"], point.count) for point in settles
     ]
+
+
+async def test_held_and_discarded_messages_are_counted(rabbit, telemetry):
+    """What is held is a level, which ends at 0."""
+    rabbit.put(*numbered(3))
+
+    def level():
+        [point] = telemetry.points("aio_pika_batch.messages_held")
+        return point.value
+
+    async with RecordingConsumer(
+        first_then(answering(REQUEUE, REQUEUE, NACK), ack),
+        transport=rabbit.transport,
+        observers=[telemetry.observer()],
+        batch_size=3,
+        requeue_delay=None,
+    ):
+        assert 0 == level()
+        await asyncio.sleep(0.5)
+        assert 2 == level()
+        [discarded] = telemetry.points("aio_pika_batch.messages_discarded")
+        assert 1 == discarded.value
+        await asyncio.sleep(10)
+        assert 0 == level()
+
+
+@pytest.mark.parametrize("ends_by", ["cut", "stop"])
+async def test_held_messages_are_gone_with_their_session(rabbit, telemetry, ends_by):
+    """The broker has them again."""
+    rabbit.put(*numbered(1))
+    consumer = RecordingConsumer(
+        answering(REQUEUE),
+        transport=rabbit.transport,
+        observers=[telemetry.observer()],
+        requeue_delay=None,
+        batch_timeout=0.1,
+        reconnect_delay=1000,
+        reconnect_delay_max=1000,
+    )
+    async with consumer:
+        await asyncio.sleep(0.5)
+        if ends_by == "cut":
+            rabbit.broker.faults.connect_fault = ConnectFault.UNREACHABLE
+            rabbit.broker.cut()
+            await asyncio.sleep(0.1)
+        else:
+            await consumer.stop()
+        [point] = telemetry.points("aio_pika_batch.messages_held")
+        assert 0 == point.value
 
 
 async def test_a_failed_settlement_is_a_span_with_an_error(telemetry):

@@ -13,12 +13,14 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from aio_pika_batch import SessionLost
+from aio_pika_batch import DeadLetterReason, SessionLost, Trigger
 from aio_pika_batch.adapters.memory import ConnectFault, PublishFault
+from aio_pika_batch.observer import Step
 from aio_pika_batch.observers.prometheus import PrometheusObserver
 from tests.unit.observers.stories import everything
 from tests.unit.shell.helpers import (
     ACK,
+    NACK,
     REQUEUE,
     RecordingConsumer,
     ack,
@@ -108,6 +110,58 @@ async def test_gauges_follow_the_load_of_the_workers(rabbit, registry):
         rabbit.broker.faults.connect_fault = ConnectFault.NONE
         await asyncio.sleep(30)
         assert 1 == Scraped.of(registry)("worker_up")
+
+
+async def test_held_retries_are_a_gauge_while_they_last(rabbit, registry):
+    """A failed message waits for its retry without counting as in progress."""
+    rabbit.put(*numbered(3))
+    async with RecordingConsumer(
+        first_then(answering(ACK, REQUEUE, REQUEUE), ack),
+        transport=rabbit.transport,
+        observers=[PrometheusObserver(registry)],
+        batch_size=3,
+        requeue_delay=None,
+    ):
+        await asyncio.sleep(0.5)
+        value = Scraped.of(registry)
+        assert (2, 0) == (value("messages_held"), value("messages_in_progress"))
+        await asyncio.sleep(10)
+        assert 0 == Scraped.of(registry)("messages_held")
+
+
+async def test_discarded_messages_are_counted(rabbit, registry):
+    """A NACK without a dead-letter destination."""
+    rabbit.put(*numbered(3))
+    async with RecordingConsumer(
+        answering(NACK, NACK, ACK),
+        transport=rabbit.transport,
+        observers=[PrometheusObserver(registry)],
+        batch_size=3,
+    ):
+        await asyncio.sleep(1)
+    assert 2 == Scraped.of(registry)("messages_discarded_total")
+
+
+async def test_series_exist_before_anything_happens(rabbit, registry):
+    """An alert on an increase would miss the step from no series to 1."""
+    async with RecordingConsumer(
+        ack, transport=rabbit.transport, observers=[PrometheusObserver(registry)]
+    ):
+        value = Scraped.of(registry)
+    assert {0} == {
+        value("messages_discarded_total"),
+        value("stale_results_total"),
+        value("reconnects_total"),
+        *(value("dead_letters_total", reason=each.value) for each in DeadLetterReason),
+        *(value("settle_errors_total", operation=each.value) for each in Step),
+        *(
+            value("batches_total", trigger=each.value, outcome=outcome)
+            for each in Trigger
+            for outcome in ("ok", "error", "timeout")
+        ),
+        value("messages_settled_total", result="requeue", cause="exception"),
+        value("messages_settled_total", result="returned", cause="shutdown"),
+    }
 
 
 async def test_last_progress_is_a_timestamp(rabbit, registry, monkeypatch):
