@@ -192,8 +192,9 @@ class Inbox:
     async def _claim(self, database: DatabaseConnection, messages: Sequence[Message]) -> _Claimed:
         found = _Claimed([], {}, [], [])
         missing: list[Message] = []
+        identity = self._identity
         for message in messages:
-            key = self._id(message)
+            key = message.message_id if identity is None else identity(message)
             if not key:
                 missing.append(message)
             elif (first := found.ids.setdefault(key, message)) is not message:

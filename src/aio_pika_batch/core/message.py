@@ -348,7 +348,24 @@ class Message:
     priority = _property("priority", int, "0 to 255; a larger number is delivered sooner.")
     correlation_id = _property("correlation_id", str, "The request that this message answers.")
     reply_to = _property("reply_to", str, "Where to send the answer.")
-    message_id = _property("message_id", str, "The publisher's identifier for this message.")
+
+    @property
+    def message_id(self) -> str | None:
+        """The publisher's identifier for this message."""
+        raw = self._properties
+        if self._read is None and isinstance(raw, bytes):
+            # Some adapters can read it without decoding all other properties.
+            decode = getattr(self._source, "decode_message_id", None)
+            if decode is not None:
+                try:
+                    found: str | None = decode(raw)
+                except ValueError:
+                    pass  # raised below, with its reason
+                else:
+                    return found
+        value: str | None = self._decoded("message_id")
+        return value
+
     timestamp = _property(
         "timestamp",
         datetime,

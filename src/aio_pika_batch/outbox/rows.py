@@ -82,7 +82,8 @@ class Row(Message):
         found = self._publication
         if found is None:
             exchange, routing_key = self._decoded_route()
-            more = {} if self._stored is None else _decode(json.loads(self._stored))
+            stored = self._stored
+            more = {} if stored is None else json.loads(stored, object_hook=_decode)
             found = self._publication = Publication(
                 self.body,
                 exchange=exchange,
@@ -131,13 +132,10 @@ _DECODERS: Mapping[str, Callable[[str], FieldValue]] = {
 }
 
 
-def _decode(value: Any) -> Any:  # noqa: ANN401  -- whatever JSON has
-    match value:
-        case {"$bytes": text} | {"$datetime": text} | {"$decimal": text} if len(value) == 1:
-            return _DECODERS[next(iter(value))](text)
-        case dict():
-            return {name: _decode(each) for name, each in value.items()}
-        case list():
-            return [_decode(each) for each in value]
-        case _:
-            return value
+def _decode(found: dict[str, Any]) -> Any:  # noqa: ANN401  -- a header's value, or more of them
+    if len(found) == 1:
+        [(name, text)] = found.items()
+        decode = _DECODERS.get(name)
+        if decode is not None:
+            return decode(text)
+    return found

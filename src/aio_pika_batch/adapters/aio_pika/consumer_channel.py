@@ -22,7 +22,12 @@ from aio_pika_batch.adapters.aio_pika.client_errors import (
 )
 from aio_pika_batch.adapters.aio_pika.events import Deliveries
 from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
-from aio_pika_batch.adapters.aio_pika.properties import decode, decode_headers, decode_route
+from aio_pika_batch.adapters.aio_pika.properties import (
+    decode,
+    decode_headers,
+    decode_message_id,
+    decode_route,
+)
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.refusals import refusal_error
 from aio_pika_batch.core.topology import Version, parse_version
@@ -60,6 +65,7 @@ class RawSource:
 
     decode_properties = staticmethod(decode)
     decode_headers = staticmethod(decode_headers)
+    decode_message_id = staticmethod(decode_message_id)
     decode_route = staticmethod(decode_route)
 
     def now(self) -> float:

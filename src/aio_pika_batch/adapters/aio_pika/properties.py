@@ -194,6 +194,19 @@ def decode_headers(raw: bytes) -> dict[str, Any] | None:
     return read_table(raw, start, end) if end else None
 
 
+def decode_message_id(raw: bytes) -> str | None:
+    """Read only the message id of a property list; None without one.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    # An inbox needs nothing else of a message. Decoding all properties takes several times as long.
+    for _, name, _, start, end in fields(raw):
+        if name == "message_id":
+            return raw[start + 1 : end].decode()
+    return None
+
+
 # From the raw list, the property's start and its end.
 _READERS: Final[dict[int, Callable[[bytes, int, int], Any]]] = {
     TABLE: read_table,

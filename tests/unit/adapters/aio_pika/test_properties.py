@@ -15,16 +15,18 @@ from hypothesis import strategies as st
 from pamqp.header import ContentHeader
 
 from aio_pika_batch.adapters.aio_pika.amqp_spec import PROPERTIES
+from aio_pika_batch.adapters.aio_pika.consumer_channel import RawSource
 from aio_pika_batch.adapters.aio_pika.properties import (
     decode,
     decode_headers,
+    decode_message_id,
     decode_route,
     encode,
     encode_short,
 )
-from aio_pika_batch.core.message import Properties
+from aio_pika_batch.core.message import Message, Properties
 from aio_pika_batch.core.publication import Publication
-from aio_pika_batch.errors import PublishError
+from aio_pika_batch.errors import MessageDecodeError, PublishError
 from tests.unit.adapters.aio_pika.broker_frames import raw_properties
 from tests.unit.adapters.aio_pika.test_tables import tables
 
@@ -226,3 +228,19 @@ def test_headers_decoded_alone_are_the_same(raw: bytes) -> None:
     else:
         # By their looks, since a NaN is not equal to itself.
         assert repr(whole.headers) == repr(decode_headers(raw))
+
+
+@given(st.binary(max_size=120) | properties.map(encode))
+def test_a_message_id_decoded_alone_is_the_same(raw: bytes) -> None:
+    """The same text, or an error too; the message raises the one that has the reason."""
+    whole = decode(raw)
+    message = Message(RawSource("queue", "tag", "x-retry-count"), 1, False, b"", ("", ""), raw)
+    if "message_id" in whole.undecodable:
+        with pytest.raises(ValueError, match=r"cannot be read|decode"):
+            decode_message_id(raw)
+        with pytest.raises(MessageDecodeError) as caught:
+            message.message_id  # noqa: B018  -- that it raises
+        assert whole.undecodable["message_id"] in str(caught.value)
+    else:
+        assert whole.message_id == decode_message_id(raw)
+        assert whole.message_id == message.message_id
