@@ -52,7 +52,7 @@ class _Statements:
 
 
 _PIECES = {
-    "{columns}": "id, message_id, exchange, routing_key, body, properties, order_key, attempts",
+    "{columns}": "id, message_id, exchange, routing_key, body, properties, order_key",
     "{due}": "(retry_at IS NULL OR retry_at <= {now})",
     # A row that waits for another attempt holds up all later rows with the same key.
     "{in_order}": "order_key NOT IN (SELECT late.order_key FROM {table} AS late"

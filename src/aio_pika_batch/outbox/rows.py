@@ -7,9 +7,9 @@ import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from datetime import datetime, timedelta
+from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 
 from aio_pika_batch.core.message import (
     NO_HEADERS,
@@ -19,14 +19,14 @@ from aio_pika_batch.core.message import (
     Message,
     Properties,
 )
-from aio_pika_batch.core.publication import Publication
+from aio_pika_batch.core.publication import Copy, Publication
 from aio_pika_batch.databases.connections import Parameters
 from aio_pika_batch.databases.outbox_table import lane_of
 
-_COLUMNS = ("body", "exchange", "routing_key", "message_id")
-_DEFAULTS = {
-    field.name: field.default for field in fields(Publication) if field.name not in _COLUMNS
-}
+_DEFAULTS = Properties(delivery_mode=2)
+_STORED = tuple(
+    each.name for each in fields(Properties) if each.name not in ("message_id", "undecodable")
+)
 
 
 def row_of(publication: Publication, key: str | None) -> Parameters:
@@ -34,20 +34,26 @@ def row_of(publication: Publication, key: str | None) -> Parameters:
 
     Args:
         key: Publications with the same key keep their order.
+
+    Raises:
+        TypeError: A header has a value that can't be stored.
     """
-    properties = {
+    properties = publication.properties
+    more = {
         name: value
-        for name, default in _DEFAULTS.items()
-        if (value := getattr(publication, name)) != default
+        for name in _STORED
+        if (value := getattr(properties, name)) != getattr(_DEFAULTS, name)
     }
+    if not publication.mandatory:
+        more["mandatory"] = False
     return {
         "lane": None if key is None else lane_of(key),
         "order_key": key,
-        "message_id": publication.message_id or uuid.uuid4().hex,
+        "message_id": properties.message_id or uuid.uuid4().hex,
         "exchange": publication.exchange,
         "routing_key": publication.routing_key,
         "body": bytes(publication.body),
-        "properties": json.dumps(properties, default=_encode) if properties else None,
+        "properties": json.dumps(more, default=_encode) if more else None,
     }
 
 
@@ -60,52 +66,57 @@ class Row(Message):
         has_failed: Whether it was published and not confirmed.
     """
 
-    __slots__ = ("_message_id", "_publication", "_stored", "has_failed", "key", "row_id")
+    __slots__ = ("_message_id", "_stored", "has_failed", "key", "row_id")
 
     def __init__(self, source: DecodedSource, tag: int, columns: Sequence[Any]) -> None:
-        row_id, message_id, exchange, routing_key, body, stored, key, attempts = columns
-        super().__init__(source, tag, attempts > 0, body, (exchange, routing_key), _NONE)
+        row_id, message_id, exchange, routing_key, body, stored, key = columns
+        # All that is known of its properties is in `_stored`, and read on demand.
+        super().__init__(source, tag, False, body, (exchange, routing_key), _DEFAULTS)  # noqa: FBT003  -- as for any delivery
         self.row_id: int = row_id
         self.key: str | bytes | None = key
         self.has_failed = False
         self._message_id: str = message_id
         self._stored: str | None = stored
-        self._publication: Publication | None = None
 
     @property
-    def publication(self) -> Publication:
+    def outgoing(self) -> RowCopy:
         """What is published.
 
         Raises:
-            ValueError, TypeError: The row was changed by hand, and isn't valid.
+            ValueError, TypeError, AttributeError: The row was changed by hand, and isn't valid.
         """
-        found = self._publication
-        if found is None:
-            exchange, routing_key = self._decoded_route()
-            stored = self._stored
-            more = {} if stored is None else json.loads(stored, object_hook=_decode)
-            found = self._publication = Publication(
-                self.body,
-                exchange=exchange,
-                routing_key=routing_key,
-                message_id=self._message_id,
-                **more,
-            )
-        return found
+        exchange, routing_key = self._decoded_route()
+        if self._stored is None:
+            self._read = Properties(message_id=self._message_id, delivery_mode=2)
+            return RowCopy(self, exchange, routing_key, NO_HEADERS)
+        more = {"delivery_mode": 2, **json.loads(self._stored, object_hook=_decode)}
+        mandatory = more.pop("mandatory", True)
+        self._read = Properties(message_id=self._message_id, **more)
+        return RowCopy(self, exchange, routing_key, NO_HEADERS, mandatory=mandatory)
 
     @property
     def properties(self) -> Properties:
-        """All properties as values, for observers."""
-        return self.publication.properties
+        """All properties as values."""
+        if not isinstance(self._read, Properties):
+            _ = self.outgoing
+        found: Any = self._read
+        return cast("Properties", found)
 
     @property
     def headers(self) -> Headers:
         """The headers; empty if there are none."""
-        return self.publication.headers or NO_HEADERS
+        return self.properties.headers or NO_HEADERS
 
 
-_NONE = Properties()
-"""So that no row seems to have properties in AMQP's encoding."""
+class RowCopy(Copy):
+    """A row to be published, with the properties that it has."""
+
+    __slots__ = ()
+
+    @property
+    def properties(self) -> Properties:
+        """Those of the row."""
+        return self.message.properties
 
 
 def _encode(value: object) -> object:
@@ -115,8 +126,6 @@ def _encode(value: object) -> object:
             return {"$bytes": base64.b64encode(value).decode()}
         case datetime():
             return {"$datetime": value.isoformat()}
-        case timedelta():
-            return value.total_seconds()
         case Decimal():
             return {"$decimal": str(value)}
         case Mapping():

@@ -11,12 +11,12 @@ import functools
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
 from aio_pika_batch.core.message import DecodedSource, Message
-from aio_pika_batch.core.publication import Outcome, Publication
+from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import Topology
 from aio_pika_batch.databases.connections import DatabaseConnection, adapt
@@ -33,7 +33,7 @@ from aio_pika_batch.errors import (
     TransportError,
 )
 from aio_pika_batch.logs import KeywordLogger, format_error
-from aio_pika_batch.outbox.rows import Row
+from aio_pika_batch.outbox.rows import Row, RowCopy
 from aio_pika_batch.transport import Publisher, Session, Subscription, Transport
 
 Connect: TypeAlias = Callable[[], AbstractAsyncContextManager[Any] | Awaitable[Any]]
@@ -173,13 +173,14 @@ class OutboxSession:
         tags = [tag for each in settlements for tag in each.tags]
         if len(set(tags)) < len(tags) or not self._rows.keys() >= set(tags):
             raise SettlementError("a row was settled twice, or never delivered")
-        acked = [
-            self._rows[tag].row_id
-            for each in settlements
-            if each.disposition is Disposition.ACK
-            for tag in each.tags
-        ]
-        failed = [self._rows[tag].row_id for tag in tags if self._rows[tag].has_failed]
+        acked: list[int] = []
+        failed: list[int] = []
+        for each in settlements:
+            settled = [self._rows[tag] for tag in each.tags]
+            if each.disposition is Disposition.ACK:
+                acked += [row.row_id for row in settled]
+            else:
+                failed += [row.row_id for row in settled if row.has_failed]
         async with self._lock:
             is_last = len(tags) == len(self._rows)
             with _lost("rows could not be deleted"):
@@ -197,28 +198,17 @@ class OutboxSession:
         row whose predecessor isn't confirmed has no outcome.
         """
         outcomes: dict[int, Outcome] = {}
-        waves = _waves(rows)
-        blocked: set[str | bytes] = set()
-        for wave in waves:
-            due = [row for row in wave if row.key is None or row.key not in blocked]
-            valid: list[tuple[Row, Publication]] = []
-            for row in due:
-                try:
-                    valid.append((row, row.publication))
-                except (TypeError, ValueError) as error:
-                    # It stays: deleting it could lose what somebody can still mend.
-                    _log.error("a row of the outbox is invalid", id=row.row_id, error=error)
-                    outcomes[row.delivery_tag] = Outcome.REFUSED
-            found = await self._publisher.publish([publication for _, publication in valid])
-            outcomes |= {
-                row.delivery_tag: outcome for (row, _), outcome in zip(valid, found, strict=True)
-            }
-            for row in due:
-                outcome = outcomes[row.delivery_tag]
-                if outcome is not Outcome.CONFIRMED and row.key is not None:
-                    blocked.add(row.key)
-                # An unknown outcome is the connection's fault: it isn't an attempt of this row.
-                row.has_failed = outcome in (Outcome.RETURNED, Outcome.REFUSED)
+        blocked: set[str | bytes | None] = set()
+        for wave in _waves(rows):
+            due = [row for row in wave if row.key not in blocked] if blocked else wave
+            outcomes.update(await self._publish_wave(due))
+            for row in wave:
+                outcome = outcomes.get(row.delivery_tag)
+                if outcome is not Outcome.CONFIRMED:
+                    if row.key is not None:
+                        blocked.add(row.key)
+                    # Unknown is the fault of the connection: it isn't an attempt of this row.
+                    row.has_failed = outcome in (Outcome.RETURNED, Outcome.REFUSED)
             if not self._publisher.is_open:
                 break
         failed = [row for row in rows if row.has_failed]
@@ -231,6 +221,22 @@ class OutboxSession:
                 outcome=outcomes[failed[0].delivery_tag].value,
             )
         return outcomes
+
+    async def _publish_wave(self, rows: Sequence[Row]) -> Iterable[tuple[int, Outcome]]:
+        tags: list[int] = []
+        copies: list[RowCopy] = []
+        invalid: list[tuple[int, Outcome]] = []
+        for row in rows:
+            try:
+                copies.append(row.outgoing)
+            except (AttributeError, TypeError, ValueError) as error:
+                # It stays: deleting it could lose what somebody can still mend.
+                _log.error("a row of the outbox is invalid", id=row.row_id, error=error)
+                invalid.append((row.delivery_tag, Outcome.REFUSED))
+            else:
+                tags.append(row.delivery_tag)
+        found = await self._publisher.publish(copies)
+        return [*zip(tags, found, strict=True), *invalid]
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -302,11 +308,10 @@ class _lost:  # noqa: N801  -- reads like contextlib's
 
 def _waves(rows: Sequence[Row]) -> list[list[Row]]:
     """Divide rows so that each wave has at most one row of each key, in their order."""
-    waves: list[list[Row]] = [[]]
+    waves = [[row for row in rows if row.key is None]]
     seen: dict[str | bytes, int] = {}
-    for row in rows:
+    for row in rows if len(waves[0]) < len(rows) else ():
         if row.key is None:
-            waves[0].append(row)
             continue
         at = seen.get(row.key, -1) + 1
         seen[row.key] = at

@@ -146,12 +146,14 @@ values = st.recursive(
 @given(st.dictionaries(st.text(), values, max_size=4) | st.none(), st.none() | st.text(max_size=20))
 def test_a_row_is_what_was_published(headers, key):
     """Whatever its headers have."""
-    publication = Publication(b"body", exchange="e", headers=headers, priority=3, message_id="id")
+    publication = Publication(
+        b"body", exchange="e", headers=headers, priority=3, message_id="id", mandatory=False
+    )
     row = row_of(publication, key)
     columns = (1, *(row[each] for each in ("message_id", "exchange", "routing_key", "body")))
-    made = Row(SOURCE, 1, (*columns, row["properties"], key, 0))
-    assert publication == made.publication
-    assert publication.properties == made.properties
+    made = Row(SOURCE, 1, (*columns, row["properties"], key))
+    assert publication.properties == made.properties == made.outgoing.properties
+    assert publication.mandatory == made.outgoing.mandatory
     assert (headers or {}) == made.headers
 
 
@@ -182,7 +184,7 @@ def test_special_values_are_stored_as_json():
 @given(st.lists(st.none() | st.sampled_from("abc"), max_size=12))
 def test_waves_have_each_key_once_and_keep_its_order(keys):
     """All rows are in one of them; those without a key in the first."""
-    rows = [Row(SOURCE, at, (at, "", "", "", b"", None, key, 0)) for at, key in enumerate(keys)]
+    rows = [Row(SOURCE, at, (at, "", "", "", b"", None, key)) for at, key in enumerate(keys)]
     waves = _waves(rows)
     assert sorted(each.row_id for wave in waves for each in wave) == list(range(len(keys)))
     for wave in waves:

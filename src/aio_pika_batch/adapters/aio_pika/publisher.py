@@ -236,7 +236,7 @@ class AioPikaPublisher:
             return splice(raw, publication, self._user)
         # The broker closes the channel if a user_id is not the connection's.
         values = publication.properties
-        if values.user_id != self._connection.address.user:
+        if values.user_id not in (None, self._connection.address.user):
             values = replace(values, user_id=None)
         return encode(values)
 
