@@ -1,12 +1,12 @@
-"""From a queue into a table, a thousand rows at a time, and bad rows into a queue of their own.
+"""Writes orders from a queue into a table, a thousand rows at a time, each order exactly once.
 
-Each batch is one INSERT, which fails as a whole if one row is bad; then it is tried again in
-halves, until only the bad rows are left. Try it::
+Each batch is one INSERT, which fails as a whole if one row is bad. The batch is then tried again in
+halves, until only the bad rows are left, which become dead letters. Try it::
 
     python examples/rmq_to_postgres/main.py --samples
 
-`RMQ_TO_POSTGRES_URL` and `RMQ_TO_POSTGRES_DSN` say where broker and database are; every other
-setting can be set by the environment in the same way.
+`RMQ_TO_POSTGRES_URL` and `RMQ_TO_POSTGRES_DSN` name the broker and the database. The environment
+sets every other setting in the same way.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from aio_pika_batch import (
     Result,
     WorkerSession,
 )
+from aio_pika_batch.inbox import Inbox
 from aio_pika_batch.observer import DeadLettered, Origin, Settled
 
 TABLE = """
@@ -40,11 +41,9 @@ CREATE TABLE IF NOT EXISTS orders (
 )
 """
 
-# What is delivered twice is written once.
 INSERT = """
 INSERT INTO orders
 SELECT * FROM jsonb_to_recordset($1) AS row (number integer, customer text, cents integer)
-ON CONFLICT (number) DO NOTHING
 """
 
 SAMPLES = [{"number": n, "customer": f"customer {n % 90}", "cents": 100 + n} for n in range(1000)]
@@ -71,8 +70,10 @@ class OrderWriter(BatchConsumer):
 
     settings: Settings
 
-    # A row that the table does not take will never be taken. Everything else, a database that is
-    # away, say, is the default's business: REQUEUE.
+    inbox = Inbox("orders")
+
+    # A row that the table refuses is refused every time. Any other failure, such as a database that
+    # is away, is retried by default.
     exception_results = {  # noqa: RUF012
         asyncpg.DataError: MessageResult.NACK,
         asyncpg.IntegrityConstraintViolationError: MessageResult.NACK,
@@ -82,35 +83,45 @@ class OrderWriter(BatchConsumer):
     samples: Sequence[dict[str, object]] = ()
 
     async def on_start(self) -> None:
-        """Connect, and see that there is a table."""
+        """Connect, and create the tables."""
         self.pool = await asyncpg.create_pool(self.settings.dsn, min_size=1)
         await self.pool.execute(TABLE)
+        async with self.pool.acquire() as connection:
+            await self.inbox.create(connection)
 
     async def on_stop(self) -> None:
         """Disconnect."""
         await self.pool.close()
 
     async def on_session(self, session: WorkerSession) -> None:
-        """Fill the queue with samples, if asked to."""
+        """Publish the samples, if there are any."""
         samples, self.samples = self.samples, ()
         await self.publish_many(
             [
-                Publication(json.dumps(each).encode(), routing_key=session.queue_name)
+                Publication(
+                    json.dumps(each).encode(),
+                    routing_key=session.queue_name,
+                    message_id=f"order-{each['number']}",
+                )
                 for each in samples
             ]
         )
 
     async def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[Result]:
-        """Write all or none; what is no JSON is dead-lettered by `json()`."""
-        rows = json.dumps([message.json() for message in messages])
-        self.inserts += 1
-        await self.pool.execute(INSERT, rows)
-        for _ in messages:
-            yield MessageResult.ACK
+        """Write all orders that aren't written yet, or none."""
+        async with (
+            self.pool.acquire() as connection,
+            self.inbox.transaction(connection, messages) as batch,
+        ):
+            rows = json.dumps([message.json() for message in batch.fresh])
+            self.inserts += 1
+            await connection.execute(INSERT, rows)
+        for result in batch.results:
+            yield result
 
 
-class Books(Observer):
-    """Counts what has come to its end, and stops the writer when that is everything."""
+class Progress(Observer):
+    """Counts rows and dead letters, and stops the writer when all samples are settled."""
 
     def __init__(self, expected: int) -> None:
         self.expected = expected
@@ -118,7 +129,7 @@ class Books(Observer):
         self.writer: OrderWriter | None = None
 
     def settled(self, origin: Origin, event: Settled) -> None:
-        """The broker has been told."""
+        """Count messages that were acknowledged."""
         written = sum(
             count for (result, _), count in event.counts.items() if result is MessageResult.ACK
         )
@@ -127,7 +138,7 @@ class Books(Observer):
         self._check()
 
     def dead_lettered(self, origin: Origin, event: DeadLettered) -> None:
-        """A bad row is with the dead letters."""
+        """Count a bad row."""
         self.dead += 1
         body = event.message.body.decode()
         print(f"{event.reason.value} by worker {origin.worker}: {body}")
@@ -139,12 +150,12 @@ class Books(Observer):
 
 
 async def main(samples: Sequence[dict[str, object]]) -> None:
-    """Run until Ctrl-C, or until all samples have come to their end."""
-    books = Books(expected=len(samples))
-    writer = books.writer = OrderWriter(Settings(), observers=[books])
+    """Run until Ctrl-C, or until all samples are settled."""
+    progress = Progress(expected=len(samples))
+    writer = progress.writer = OrderWriter(Settings(), observers=[progress])
     writer.samples = samples
     await writer.run()
-    print(f"{books.written} rows, {books.dead} dead letters, {writer.inserts} INSERTs")
+    print(f"{progress.written} rows, {progress.dead} dead letters, {writer.inserts} INSERTs")
 
 
 if __name__ == "__main__":

@@ -203,9 +203,9 @@ class Inbox:
             raise MissingMessageId(tuple(missing))
         if found.ids:
             _check(found.ids)
-            inserted = await self._claims.insert(database, list(found.ids))
-            if len(inserted) < len(found.ids):
-                for key in [key for key in found.ids if key not in inserted]:
+            present = await self._claims.insert(database, list(found.ids))
+            if present:
+                for key in [key for key in found.ids if key in present]:
                     found.dropped.append(found.ids.pop(key))
         out = {id(message) for message in found.dropped}
         out.update(id(message) for message, _ in found.repeated)

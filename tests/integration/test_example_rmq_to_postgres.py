@@ -1,4 +1,4 @@
-"""Do three bad rows among a thousand cost three rows, on a real RabbitMQ and a real PostgreSQL?"""
+"""The example rmq_to_postgres, on a real RabbitMQ and a real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAIN = Path(__file__).parents[2] / "examples" / "rmq_to_postgres" / "main.py"
 async def test_three_bad_rows_among_a_thousand_cost_three_rows(
     amqp_url, channel, name, schema, queue_type
 ) -> None:
-    """997 are written and 3 are dead letters with the database's words, in O(k log n) INSERTs."""
+    """997 are written and 3 are dead letters with the database's error, in O(k log n) INSERTs."""
     database, dsn = schema
     own = {
         "URL": amqp_url,

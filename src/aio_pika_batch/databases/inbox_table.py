@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aio_pika_batch.databases.connections import Database, DatabaseConnection, check_table, fill
 from aio_pika_batch.errors import ConfigurationError
@@ -19,15 +19,17 @@ class _Statements:
     """The statements for one database. Names in braces are filled in.
 
     Attributes:
-        claim: Inserts ids, in their order. Returns those that weren't there, if `claimed` is None.
-        claimed: Returns what `claim` inserted.
+        claim: Inserts ids, in their order.
+        inserted: Returns what `claim` inserted; None if `claim` itself returns that.
+        returns_present: Whether `claim` returns the ids that were there before instead.
     """
 
     create: str
     claim: str
     release: str
     prune: str
-    claimed: str | None = None
+    inserted: str | None = None
+    returns_present: bool = False
 
 
 _POSTGRESQL = _Statements(
@@ -42,9 +44,13 @@ CREATE TABLE IF NOT EXISTS {table} (
 );
 CREATE INDEX IF NOT EXISTS {index} ON {table} USING brin (claimed_at);
 END $$""",
-    claim="""INSERT INTO {table} (consumer, message_id)
+    # Nearly always there are none to return, which spares the driver a row for each message.
+    claim="""WITH inserted AS (INSERT INTO {table} (consumer, message_id)
 SELECT CAST(:consumer AS text), id FROM unnest(CAST(:ids AS text[])) AS id ORDER BY id COLLATE "C"
-ON CONFLICT DO NOTHING RETURNING message_id""",
+ON CONFLICT DO NOTHING RETURNING message_id)
+SELECT id FROM unnest(CAST(:ids AS text[])) AS id
+WHERE NOT EXISTS (SELECT FROM inserted WHERE message_id = id)""",
+    returns_present=True,
     release="""DELETE FROM {table}
 WHERE consumer = :consumer AND message_id = ANY(CAST(:ids AS text[]))""",
     prune="""DELETE FROM {table} WHERE consumer = :consumer
@@ -67,7 +73,7 @@ _MYSQL = _Statements(
 SELECT :consumer, ids.id, :claim, UTC_TIMESTAMP() FROM {ids} ORDER BY ids.id
 ON DUPLICATE KEY UPDATE claim = {table}.claim""",
     # STRAIGHT_JOIN looks up each id. The optimizer might read all claims of the consumer instead.
-    claimed="""SELECT claims.message_id FROM {ids} STRAIGHT_JOIN {table} AS claims
+    inserted="""SELECT claims.message_id FROM {ids} STRAIGHT_JOIN {table} AS claims
 ON claims.consumer = :consumer AND claims.message_id = CAST(ids.id AS BINARY)
 WHERE claims.claim = :claim""",
     release="""DELETE claims FROM {ids} STRAIGHT_JOIN {table} AS claims
@@ -135,21 +141,21 @@ class InboxTable:
         await connection.execute(self._statements[connection.database].create, {})
 
     async def insert(self, connection: DatabaseConnection, ids: Sequence[str]) -> set[str]:
-        """Insert the ids that aren't in the table, and return them."""
+        """Insert the ids that aren't in the table, and return those that were there before."""
         statements = self._statements[connection.database]
         parameters = self._parameters(connection, ids)
-        if statements.claimed is None:
+        if statements.inserted is None:
             rows = await connection.fetch(statements.claim, parameters)
         else:
             parameters["claim"] = f"{random.getrandbits(64):016x}"
             await connection.execute(statements.claim, parameters)
-            rows = await connection.fetch(statements.claimed, parameters)
-        inserted = {row[0].decode() if isinstance(row[0], bytes) else row[0] for row in rows}
-        if not inserted.issubset(ids):
-            # The user's connection converts text. Ids that aren't recognised would be taken for
-            # duplicates, and their messages dropped.
+            rows = await connection.fetch(statements.inserted, parameters)
+        found = {row[0].decode() if isinstance(row[0], bytes) else row[0] for row in rows}
+        if not found.issubset(ids):
+            # The user's connection converts text. Messages would be dropped or handled again if
+            # their ids weren't recognised.
             raise ConfigurationError("the connection returns other ids than it was given")
-        return inserted
+        return found if statements.returns_present else set(ids) - found
 
     async def delete(self, connection: DatabaseConnection, ids: Sequence[str]) -> None:
         """Delete these ids."""
@@ -169,11 +175,12 @@ class InboxTable:
 
 
 def _fill(statements: _Statements, names: Mapping[str, str]) -> _Statements:
-    claimed = statements.claimed
-    return _Statements(
+    inserted = statements.inserted
+    return replace(
+        statements,
         create=fill(statements.create, names),
         claim=fill(statements.claim, names),
         release=fill(statements.release, names),
         prune=fill(statements.prune, names),
-        claimed=None if claimed is None else fill(claimed, names),
+        inserted=None if inserted is None else fill(inserted, names),
     )

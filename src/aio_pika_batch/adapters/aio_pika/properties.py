@@ -19,6 +19,7 @@ from __future__ import annotations
 import struct
 from datetime import UTC, datetime
 from functools import lru_cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aio_pika_batch.adapters.aio_pika.amqp_spec import (
@@ -240,6 +241,10 @@ def encode_short(name: str, text: str) -> bytes:
     return bytes((len(data),)) + data
 
 
+# One call instead of fourteen: a publisher encodes the properties of every message.
+_values = attrgetter(*(name for _, name, _ in PROPERTIES))
+
+
 def encode(properties: Properties) -> bytes:
     """Return the bytes of a property list.
 
@@ -248,8 +253,7 @@ def encode(properties: Properties) -> bytes:
     """
     present = 0
     parts = [b""]
-    for flag, name, kind in PROPERTIES:
-        value = getattr(properties, name)
+    for (flag, name, kind), value in zip(PROPERTIES, _values(properties), strict=True):
         if value is None:
             continue
         present |= flag
