@@ -6,6 +6,7 @@ The replaced text must occur in its file exactly once, so that an outdated entry
 
 from __future__ import annotations
 
+from tests.mutants.exactly_once import EXACTLY_ONCE
 from tests.mutants.flow import FLOW
 from tests.mutants.mutant import Mutant
 from tests.mutants.programs import PROGRAMS
@@ -423,4 +424,4 @@ REPAIR = (
     ),
 )
 
-TABLE = (*FLOW, *WIRE, *SECURITY, *REPAIR, *PROGRAMS)
+TABLE = (*FLOW, *WIRE, *SECURITY, *REPAIR, *PROGRAMS, *EXACTLY_ONCE)

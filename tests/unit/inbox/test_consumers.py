@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections import Counter
 
 import pytest
@@ -228,6 +229,23 @@ async def test_an_unknown_outcome_sends_messages_round_again(
     assert ["a", "b"] == await effects(connection)
     assert [] == rabbit.drain("dead")
     assert "the outcome of a commit is unknown" in caplog.text
+
+
+async def test_a_refused_commit_is_a_failure_of_the_batch(inbox, path, connection, rabbit):
+    """The database says that nothing was committed, so the messages get the failure's result."""
+
+    async def refuse(batch):
+        async def commit():
+            raise sqlite3.IntegrityError("FOREIGN KEY constraint failed")
+
+        batch._database.commit = commit
+
+    handle = writing(inbox, path, inside=refuse)
+    async with consumer(handle, rabbit, unhandled_exception_action=NACK):
+        put(rabbit, "a")
+        await rabbit.settled()
+    assert [] == await effects(connection)
+    assert 1 == len(rabbit.drain("dead"))
 
 
 async def test_a_time_limit_waits_for_the_commit(inbox, path, connection, rabbit):

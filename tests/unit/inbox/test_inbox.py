@@ -27,6 +27,14 @@ def named(*ids):
     return [make_message(b"", message_id=each) for each in ids]
 
 
+async def test_a_claim_without_a_transaction_is_refused(inbox, path):
+    """A connection that commits every statement could keep a claim whose effect has failed."""
+    async with Connection(path) as own:
+        own._conn.isolation_level = None
+        with pytest.raises(ConfigurationError, match="there is no transaction"):
+            await inbox.claim(own, named("a"))
+
+
 async def test_an_id_that_occurs_twice_is_claimed_once(inbox, connection):
     """Its first message stands for both."""
     first, second, other = named("a", "a", "b")

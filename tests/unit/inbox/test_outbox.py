@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aio_pika_batch import ConfigurationError, Publication
+from aio_pika_batch.adapters.memory import PublishFault
 from aio_pika_batch.core.message import DecodedSource
 from aio_pika_batch.databases.outbox_table import LANES, lane_of
 from aio_pika_batch.outbox import Outbox, OutboxRelay, OutboxRelaySettings
@@ -109,6 +110,19 @@ async def test_a_lost_broker_costs_no_row_an_attempt(outbox, path, connection, r
     assert recorder.seen
 
 
+async def test_an_unconfirmed_row_has_not_failed(outbox, path, connection, rabbit, caplog):
+    """The broker has refused nothing, so the row is published again without a pause."""
+    await add(outbox, connection, b"0")
+    rabbit.broker.faults.on_publish(PublishFault.LOSE, times=1)
+    async with relay(outbox, path, rabbit, publish_timeout=1, reconnect_delay=5):
+        await asyncio.sleep(1.1)
+        [row] = await connection.execute_fetchall("SELECT attempts FROM aio_pika_batch_outbox")
+        assert (0,) == tuple(row)
+        await asyncio.sleep(30)
+    assert [b"0"] == rabbit.waiting()
+    assert "not confirmed" not in caplog.text
+
+
 async def test_a_drain_publishes_nothing_more(outbox, path, connection, rabbit):
     """What it has taken is finished; the rest stays."""
     await add(outbox, connection, *(b"%d" % number for number in range(100)))
@@ -168,6 +182,9 @@ def test_a_plain_publication_has_no_properties_to_store():
     row = row_of(Publication(bytearray(b"x"), routing_key="q"), None)
     assert row["properties"] is None
     assert row["body"] == b"x"
+    columns = (1, *(row[each] for each in ("message_id", "exchange", "routing_key", "body")))
+    published = [Row(SOURCE, tag, (*columns, None, None)).outgoing.properties for tag in (1, 2)]
+    assert [row["message_id"]] * 2 == [each.message_id for each in published]
     assert row["message_id"] != row_of(Publication(b"x"), None)["message_id"]
 
 

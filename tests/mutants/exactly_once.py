@@ -1,0 +1,122 @@
+"""Mutants of the inbox, the outbox and its relay."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+_INBOX = "tests/unit/inbox"
+
+EXACTLY_ONCE = (
+    Mutant(
+        "A message that took effect before takes effect again.",
+        "inbox.py",
+        "out = {id(message) for message in found.dropped}",
+        "out: set[int] = set()",
+        (f"{_INBOX}/test_consumers.py", f"{_INBOX}/test_laws.py"),
+    ),
+    Mutant(
+        "Two messages with one id in a batch both take effect.",
+        "inbox.py",
+        "        out.update(id(message) for message, _ in found.repeated)\n",
+        "",
+        (f"{_INBOX}/test_inbox.py",),
+    ),
+    Mutant(
+        "A message that isn't ACKed leaves its claim behind, and is dropped when it comes again.",
+        "inbox.py",
+        "if id(message) in not_acked]",
+        "if False]",
+        (f"{_INBOX}/test_laws.py",),
+    ),
+    Mutant(
+        "A repeated message is ACKed although the first one with its id was rejected.",
+        "inbox.py",
+        "            if id(first) in not_acked:\n",
+        "            if False:\n",
+        (f"{_INBOX}/test_inbox.py",),
+    ),
+    Mutant(
+        "A commit that the database refused is taken for one with an unknown outcome.",
+        "inbox.py",
+        "            if not is_refusal(error):\n",
+        "            if True:\n",
+        (f"{_INBOX}/test_consumers.py",),
+    ),
+    Mutant(
+        "After a commit with an unknown outcome the batch gets the result of a failure.",
+        "inbox.py",
+        "            if not is_refusal(error):\n",
+        "            if False:\n",
+        (f"{_INBOX}/test_consumers.py",),
+    ),
+    Mutant(
+        "A bare claim is accepted with settle='batch', so that a failed commit loses the effect.",
+        "inbox.py",
+        "if context is not None and not context.is_atomic:",
+        "if False:",
+        (f"{_INBOX}/test_consumers.py",),
+    ),
+    Mutant(
+        "A claim is accepted outside a transaction.",
+        "inbox.py",
+        "    if not await database.can_roll_back():\n",
+        "    if False:\n",
+        (f"{_INBOX}/test_inbox.py", f"{_INBOX}/test_consumers.py"),
+    ),
+    Mutant(
+        "A deadlock between claims fails the batch at once.",
+        "inbox.py",
+        "if not is_deadlock(error) or attempt == ATTEMPTS - 1:",
+        "if True:",
+        (f"{_INBOX}/test_inbox.py",),
+    ),
+    Mutant(
+        "An id that a database would cut is claimed, and equals another one.",
+        "inbox.py",
+        'if len(key) > LONGEST or "\\0" in key:',
+        "if False:",
+        (f"{_INBOX}/test_inbox.py",),
+    ),
+    Mutant(
+        "Claims are taken in the order of the batch: two batches deadlock.",
+        "databases/inbox_table.py",
+        'unnest(CAST(:ids AS text[])) AS id ORDER BY id COLLATE "C"\nON',
+        "unnest(CAST(:ids AS text[])) AS id\nON",
+        ("tests/integration/test_inbox_claims.py",),
+    ),
+    Mutant(
+        "A connection that changes ids is accepted: messages are dropped.",
+        "databases/inbox_table.py",
+        "        if not found.issubset(ids):\n",
+        "        if False:\n",
+        (f"{_INBOX}/test_inbox.py",),
+    ),
+    Mutant(
+        "A row is deleted although its publication isn't confirmed.",
+        "outbox/relay.py",
+        "is_confirmed = outcomes.get(row.delivery_tag) is Outcome.CONFIRMED",
+        "is_confirmed = True",
+        (f"{_INBOX}/test_outbox.py",),
+    ),
+    Mutant(
+        "A lost connection counts as an attempt of every row.",
+        "outbox/session.py",
+        "row.has_failed = outcome in (Outcome.RETURNED, Outcome.REFUSED)",
+        "row.has_failed = True",
+        (f"{_INBOX}/test_outbox.py",),
+    ),
+    Mutant(
+        "Rows with one key are published at the same time, and can overtake each other.",
+        "outbox/session.py",
+        "        at = seen.get(row.key, -1) + 1\n",
+        "        at = 0\n",
+        (f"{_INBOX}/test_outbox.py",),
+    ),
+    Mutant(
+        "A publication gets another id each time it is published.",
+        "outbox/rows.py",
+        "self._read = Properties(message_id=self._message_id, delivery_mode=2)",
+        "self._read = Properties(message_id=uuid.uuid4().hex, delivery_mode=2)",
+        (f"{_INBOX}/test_outbox.py",),
+    ),
+)
