@@ -1,4 +1,4 @@
-"""Handlers with an inbox and an outbox, as users type them. Checked by mypy and pyright, never run."""
+"""Handlers with an inbox and an outbox, as users type them: checked by mypy and pyright."""
 
 from __future__ import annotations
 
