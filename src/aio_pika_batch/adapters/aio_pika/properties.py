@@ -364,17 +364,12 @@ def _table(raw: bytes, start: int, end: int, copy: Copy, changes: _Changes) -> S
 
 
 class _Changes(NamedTuple):
-    """The changes to a header table.
-
-    Attributes:
-        added: The bytes of the added entries.
-        names: The headers that are added or dropped.
-        keys: The same, encoded.
-    """
+    """The added entries of a header table, and the names that are added or dropped."""
 
     added: bytes
     names: frozenset[str]
     keys: frozenset[bytes]
+    """The names, encoded."""
 
 
 def _changes(add: Headers, drop: frozenset[str]) -> _Changes:
