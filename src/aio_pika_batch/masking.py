@@ -1,4 +1,8 @@
-"""Removes passwords from URLs, for logs and error messages."""
+"""Removes passwords from URLs and from texts that contain some, in linear time.
+
+Anyone can put a text into a log: a message's body ends up in the text of an exception. So no search
+here starts again for each character, and none depends on where a password seems to end.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,8 @@ from aio_pika_batch.transport import known_schemes
 _HOST = r"(?:[^:/@,\[\]]*|\[[^\]]*\])(?::\d*)?"
 _WITHOUT_CREDENTIALS = re.compile(rf"[^:/]*://{_HOST}(?:,{_HOST})*(?:[/?].*)?", re.DOTALL)
 
-_SECRET_OPTION = re.compile(
-    r"([?&;][^=&;]*(?:pass|pwd|secret|token|credential|api_?key)[^=&;]*=)[^&;]*", re.IGNORECASE
-)
+_OPTION = re.compile(r"([?&;])([^?&;=]*)=[^&;]*")
+_SECRET_WORDS = ("pass", "pwd", "secret", "token", "credential", "apikey", "api_key")
 """Some schemes pass the password as an option, and not before the `@`."""
 
 
@@ -20,31 +23,50 @@ def mask_url(url: str) -> str:
     # A password that contains `,`, `@`, `/` or `:` makes the URL invalid, but it must be masked as
     # well. So everything that could be a part of a password is masked.
     schemes = "|".join(map(re.escape, known_schemes()))
-    masked = []
-    rest = ""
+    masked: list[str] = []
+    rest: list[str] = []
     for piece in re.split(rf",(?=\s*(?:{schemes})://)", url, flags=re.IGNORECASE):
-        rest = f"{rest},{piece}" if rest else piece
-        if "@" in rest or _WITHOUT_CREDENTIALS.fullmatch(rest):
-            masked.append(_mask_one(rest))
-            rest = ""
+        rest.append(piece)
+        if "@" in piece or (len(rest) == 1 and _WITHOUT_CREDENTIALS.fullmatch(piece)):
+            masked.append(_mask_one(",".join(rest)))
+            rest = []
     if rest:
         # The end of the password is missing, so all of the rest could be a part of it.
-        masked.append(_mask_one(f"{rest}@") if "://" in rest else rest)
+        left = ",".join(rest)
+        masked.append(_mask_one(f"{left}@") if "://" in left else left)
     return ",".join(masked)
 
 
-_IN_TEXT = re.compile(r"(://[^\s:/@\"']*):[^\s@\"']*@")
+def _mask_one(url: str) -> str:
+    return _OPTION.sub(_mask_option, _mask_credentials(url))
+
+
+def _mask_option(option: re.Match[str]) -> str:
+    name = option[2].lower()
+    is_secret = any(word in name for word in _SECRET_WORDS)
+    return f"{option[1]}{option[2]}=***" if is_secret else option[0]
+
+
+def _mask_credentials(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    # Up to the last `@`: a password that contains one is masked whole, and perhaps a bit more.
+    credentials, _, address = rest.rpartition("@")
+    user, colon, _ = credentials.partition(":")
+    return f"{scheme}://{user}:***@{address}" if colon else url
+
+
+_WORD = re.compile(r"\S+")
+_NEXT_URL = re.compile(r"(?<=[,;'\"()\[\]{}<>=|])(?=[a-z][a-z0-9+.-]{0,19}://)", re.IGNORECASE)
+"""The start of a further URL in the same word; anything else may be a part of a password."""
 
 
 def mask_text(text: str) -> str:
     """Replace the password of each URL in a text, such as a log line or JSON, with `***`."""
-    return _IN_TEXT.sub(r"\1:***@", text)
+    return _WORD.sub(_mask_word, text) if "://" in text else text
 
 
-def _mask_one(url: str) -> str:
-    scheme, found, rest = url.partition("://")
-    if found and "@" in rest:
-        credentials, _, address = rest.rpartition("@")
-        user, secret, _ = credentials.partition(":")
-        url = f"{scheme}://{user}{':***' if secret else ''}@{address}"
-    return _SECRET_OPTION.sub(r"\1***", url)
+def _mask_word(word: re.Match[str]) -> str:
+    if "://" not in word[0]:
+        return word[0]
+    # Quotes don't end a URL, because a password may contain one.
+    return "".join(map(_mask_credentials, _NEXT_URL.split(word[0])))

@@ -378,9 +378,23 @@ SECURITY = (
     Mutant(
         "A password in a URL option is shown.",
         "masking.py",
-        'return _SECRET_OPTION.sub(r"\\1***", url)',
-        "return url",
+        "    return _OPTION.sub(_mask_option, _mask_credentials(url))",
+        "    return _mask_credentials(url)",
         ("tests/unit/test_settings.py",),
+    ),
+    Mutant(
+        "Masking starts again at each `://`: a hostile text stops the process for minutes.",
+        "masking.py",
+        '    return _WORD.sub(_mask_word, text) if "://" in text else text',
+        '    return re.sub(r"(://[^\\s:/@]*):\\S*@", r"\\1:***@", text)',
+        ("tests/unit/test_masking.py",),
+    ),
+    Mutant(
+        "A quote ends the password of a URL in a text: the rest of it is shown.",
+        "masking.py",
+        '_WORD = re.compile(r"\\S+")',
+        '_WORD = re.compile(r"[^\\s\'\\"]+")',
+        ("tests/unit/test_masking.py",),
     ),
     Mutant(
         "The representation of an endpoint contains its URL with the password.",
