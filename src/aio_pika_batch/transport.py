@@ -62,6 +62,7 @@ __all__ = [
     "Headers",
     "InspectingTransport",
     "Ledger",
+    "ListeningPublisher",
     "Message",
     "Native",
     "NativeSession",
@@ -292,6 +293,10 @@ class Publisher(Protocol):
         Returns:
             One outcome for each message, in order. It is `Outcome.UNKNOWN` if the connection was
             lost, or if there was no answer for `publish_timeout`; neither raises an error.
+            A copy that can't be encoded is `Outcome.UNPUBLISHABLE`, and doesn't affect the others.
+
+        Raises:
+            PublishError: A message that isn't a copy can't be encoded. Nothing was sent.
         """
         ...
 
@@ -299,6 +304,21 @@ class Publisher(Protocol):
     def is_open(self) -> bool:
         """Whether another `publish` can succeed. Once False, it stays False."""
         ...
+
+
+@runtime_checkable
+class ListeningPublisher(Protocol):
+    """A publisher that can also report answers that come after `publish` has returned.
+
+    If `on_late` is set, `publish` waits for `publish_timeout` and no longer, and the publisher
+    stays open after that: a late confirm is as good as any other.
+
+    Attributes:
+        on_late: Called with a publication whose outcome was `Outcome.UNKNOWN`, once the broker has
+            answered. The outcome is `Outcome.UNKNOWN` again if the connection was lost instead.
+    """
+
+    on_late: Callable[[Outgoing, Outcome], None] | None
 
 
 class Transport(Protocol):

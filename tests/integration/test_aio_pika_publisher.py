@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from aio_pika_batch.testing.rabbitmq.node import RabbitMQ
     from tests.support.proxy import TcpProxy
 
-CONFIRMED, RETURNED, REFUSED, UNKNOWN = Outcome
+CONFIRMED, RETURNED, REFUSED, UNKNOWN, *_ = Outcome
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ CLASSIC = Features(
     tells_version=True,
     counts_ready=True,
     inspects=True,
+    listens=True,
     can_cut=True,
     can_hush=True,
     can_end_subscriptions=True,
@@ -75,7 +76,9 @@ class RabbitHarness(Harness):
     def __init__(
         self, url: str, proxy: TcpProxy, channel: AbstractChannel, wire: Wire, prefix: str
     ) -> None:
-        self.transport = AioPikaTransport(Endpoint(url=proxy.url(url), wire=wire))
+        self.transport = AioPikaTransport(
+            Endpoint(url=proxy.url(url), wire=wire, publish_timeout=5)
+        )
         self.queue = prefix
         self.fresh = f"{prefix}-fresh"
         self.dead_letters = f"{prefix}-dead"

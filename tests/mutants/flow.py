@@ -268,15 +268,15 @@ CORE = (
     Mutant(
         "Too many originals are held: they use up the prefetch window.",
         "core/unconfirmed_policy.py",
-        "if held > self.max_held or at >= end:",
+        "if (held > self.max_held and not is_kept) or at >= end:",
         "if at >= end:",
         (f"{_CORE}/test_unconfirmed_policy.py",),
     ),
     Mutant(
         "An original is held forever.",
         "core/unconfirmed_policy.py",
-        "if held > self.max_held or at >= end:",
-        "if held > self.max_held:",
+        "if (held > self.max_held and not is_kept) or at >= end:",
+        "if held > self.max_held and not is_kept:",
         (f"{_CORE}/test_unconfirmed_policy.py",),
     ),
     Mutant(
@@ -397,7 +397,7 @@ SHELL = (
     Mutant(
         "A deleted dead-letter queue stays away: its messages go round forever.",
         "runtime/topology_declarer.py",
-        "        copies.on_undelivered = self._on_undelivered\n",
+        "        copies.dead_letters.on_undelivered = self._on_undelivered\n",
         "        pass\n",
         (f"{_SHELL}/test_topology.py",),
     ),
@@ -446,8 +446,8 @@ SHELL = (
     Mutant(
         "A copy that is published again and not confirmed counts as confirmed.",
         "runtime/held_messages.py",
-        "            if outcome is Outcome.CONFIRMED:\n                del self.messages",
-        "            if True:\n                del self.messages",
+        "zip(group, outcomes, strict=True):\n            if outcome is Outcome.CONFIRMED:",
+        "zip(group, outcomes, strict=True):\n            if True:",
         (_STORIES, f"{_SHELL}/test_unconfirmed_copies.py"),
     ),
     Mutant(
@@ -467,8 +467,8 @@ SHELL = (
     Mutant(
         "A held retry counts as stuck: a healthy consumer is restarted.",
         "runtime/held_messages.py",
-        "for each in self.messages.values() if each.pending is not None),",
-        "for each in self.messages.values()),",
+        "if each.pending is not None and not self._policy.is_kept(each.pending)\n",
+        "if each.pending is None or not self._policy.is_kept(each.pending)\n",
         (f"{_SHELL}/test_held_retries.py",),
     ),
     Mutant(
@@ -516,7 +516,7 @@ SHELL = (
     Mutant(
         "Copies are still published after their session was lost: endless duplicates.",
         "runtime/held_messages.py",
-        "        await self._cancel_task()\n        self._forget()\n\n    def",
+        "        await self._cancel_tasks()\n        self._forget()\n\n    def",
         "        self._forget()\n\n    def",
         (f"{_SHELL}/test_unconfirmed_copies.py", _STORIES),
     ),
@@ -672,11 +672,60 @@ SHELL = (
         (f"{_SHELL}/test_settle_modes.py",),
     ),
     Mutant(
-        "A publisher is kept after a timeout: a late confirm counts for another message.",
+        "A publisher that can't listen is kept: its late confirms count for nothing.",
         "runtime/publishing.py",
-        "        if Outcome.UNKNOWN in outcomes or not publisher.is_open:\n",
-        "        if not publisher.is_open:\n",
+        "                    self._fail(route)\n                    self._replace(publisher)\n",
+        "                    self._fail(route)\n",
         (f"{_SHELL}/test_unconfirmed_copies.py",),
+    ),
+    Mutant(
+        "Retries and dead letters share a publisher: one silent queue repeats both.",
+        "runtime/publishing.py",
+        "return self.dead_letters if kind is CopyKind.DEAD_LETTER else self.retries",
+        "return self.retries",
+        (f"{_SHELL}/test_delivery_limits.py", f"{_SHELL}/test_silent_queues.py"),
+    ),
+    Mutant(
+        "A copy is sent again although its confirm may still come.",
+        "core/unconfirmed_policy.py",
+        "if doubt.listening or doubt.is_trying or now < doubt.next_at:",
+        "if doubt.is_trying or now < doubt.next_at:",
+        (f"{_SHELL}/test_silent_queues.py",),
+    ),
+    Mutant(
+        "After a long silence all copies are tried at once.",
+        "core/unconfirmed_policy.py",
+        "        doubt.is_trying = True\n",
+        "        pass\n",
+        (f"{_SHELL}/test_silent_queues.py", f"{_CORE}/test_unconfirmed_policy.py"),
+    ),
+    Mutant(
+        "A late confirm settles nothing.",
+        "runtime/settler.py",
+        "            copies[index].late = outcome\n",
+        "            pass\n",
+        (f"{_SHELL}/test_silent_queues.py",),
+    ),
+    Mutant(
+        "A batch with a retry and a dead letter waits for the slower of both.",
+        "runtime/settler.py",
+        "            lanes.setdefault(copy.lane, []).append(copy)\n",
+        "            lanes.setdefault(None, []).append(copy)\n",
+        (f"{_SHELL}/test_silent_queues.py",),
+    ),
+    Mutant(
+        "A copy that may be stored is published again as soon as one that isn't.",
+        "core/unconfirmed_policy.py",
+        "pause = AFTER_UNKNOWN.pause(pending.unknown, half)",
+        "pause = self.backoff.pause(pending.failures, half)",
+        (f"{_SHELL}/test_unconfirmed_copies.py",),
+    ),
+    Mutant(
+        "Returning a message pushes it over its queue's delivery limit.",
+        "core/unconfirmed_policy.py",
+        "deliveries + 1 < limit",
+        "deliveries <= limit",
+        (f"{_CORE}/test_unconfirmed_policy.py",),
     ),
 )
 

@@ -193,8 +193,8 @@ WIRE = (
     Mutant(
         "A late confirm after a timeout counts for the next publication.",
         f"{_WIRE}/publisher.py",
-        "accept no more.\n            self._is_open = False\n",
-        "accept no more.\n            pass\n",
+        "accept no more.\n                self._is_open = False\n",
+        "accept no more.\n                pass\n",
         (f"{_PUBLISHER}::test_silence_makes_the_outcome_unknown",),
     ),
     Mutant(

@@ -145,6 +145,11 @@ class Outcome(Enum):
     """The broker refused it. A queue is full (`reject-publish`), or the exchange is missing."""
     UNKNOWN = "unknown"
     """No answer in time, or the connection was lost. The broker may or may not have stored it."""
+    UNSENT = "unsent"
+    """It was not sent, so it is certainly not stored."""
+    UNPUBLISHABLE = "unpublishable"
+    """It can't be encoded, so no attempt can succeed: its headers don't fit into a frame, or the
+    client refuses a name or a value. It was not sent."""
 
 
 def describe_outcome(outcome: Outcome, publication: Outgoing, timeout: float | None = None) -> str:
@@ -156,6 +161,10 @@ def describe_outcome(outcome: Outcome, publication: Outgoing, timeout: float | N
             return f"returned: no queue is bound for {where}"
         case Outcome.REFUSED:
             return f"refused by the broker ({where}): a full queue, or no such exchange"
+        case Outcome.UNSENT:
+            return f"not sent ({where}): there is no connection to the broker"
+        case Outcome.UNPUBLISHABLE:
+            return f"can't be encoded ({where}): a name, a property or a header is not valid"
         case Outcome.UNKNOWN | Outcome.CONFIRMED:
             return (
                 f"unconfirmed ({where}): the connection was lost, or {silent};"

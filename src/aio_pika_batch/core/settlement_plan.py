@@ -34,7 +34,7 @@ from aio_pika_batch.core.message import (
     retry_count,
     stated_retries,
 )
-from aio_pika_batch.core.publication import Copy
+from aio_pika_batch.core.publication import Copy, Outcome
 from aio_pika_batch.core.quarantine import CrashPolicy, OwnReturns
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue
 from aio_pika_batch.core.retry import (
@@ -114,6 +114,7 @@ class PendingCopy:
         hold: Seconds to hold the original before the copy is published.
         is_undeliverable: Whether the message is retried because it can't be dead-lettered.
         is_loop: Whether it is held because it is dead-lettered again and again.
+        late: The outcome of a copy that wasn't confirmed in time, once it is known.
     """
 
     outcome: MessageOutcome
@@ -124,11 +125,24 @@ class PendingCopy:
     hold: float = 0.0
     is_undeliverable: bool = False
     is_loop: bool = False
+    late: Outcome | None = None
 
     @property
     def tag(self) -> int:
         """The original's delivery tag."""
         return self.outcome.message.delivery_tag
+
+    @property
+    def lane(self) -> object:
+        """Copies with the same value are published together, others apart from them."""
+        copy = self.copy
+        return self.kind, copy.level if isinstance(copy, DelayedCopy) else NO_DELAY
+
+    @property
+    def deliveries(self) -> int | None:
+        """How often the original was delivered before; None if its queue doesn't count."""
+        message = self.outcome.message
+        return message.delivery_count if message.has_readable_headers else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,6 +203,16 @@ class Topology:
     publishes: tuple[PublishCheck, ...] = ()
 
 
+def delivery_limit(options: TopologyOptions) -> int | None:
+    """The delivery limit that the consumer's queue is assumed to have; None if it has none.
+
+    A limit by a policy isn't known, nor the version of the broker. A limit that is assumed too low
+    does no harm: messages are held instead of being returned.
+    """
+    limit = options.queue_arguments.get(DELIVERY_LIMIT, DEFAULT_DELIVERY_LIMIT)
+    return limit if isinstance(limit, int) and limit >= 0 else None
+
+
 def build_topology(
     options: TopologyOptions, *, dead_letter_exchange_type: str | None = None
 ) -> Topology:

@@ -27,7 +27,7 @@ from aio_pika_batch.runtime.handler import (
     Process,
     ignore_batch,
 )
-from aio_pika_batch.runtime.publishing import DelayedPublisher
+from aio_pika_batch.runtime.publishing import CopyPublishers
 from aio_pika_batch.runtime.settler import Settler
 from aio_pika_batch.runtime.shutdown import Shutdown
 from aio_pika_batch.runtime.worker_config import WorkerConfig
@@ -52,7 +52,7 @@ class LoopContext:
     batch_key: BatchKey | None
     slots: HandlerSlots
     breaker: WorkerBreaker | None
-    publisher: DelayedPublisher
+    publishers: CopyPublishers
     shutdown: Shutdown
     observers: Observers
     log: KeywordLogger
@@ -90,7 +90,7 @@ class ConsumeLoop:
         self._settler = Settler(
             session,
             config,
-            context.publisher,
+            context.publishers,
             on_failure=self.fail,
             on_settled_late=self._dispatch,
             observers=observers,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 
 from aio_pika_batch.core.hold_policy import NEVER, early_release_at
 from aio_pika_batch.core.publication import Outcome
@@ -21,18 +20,19 @@ from aio_pika_batch.runtime.shutdown import Wait
 class _HeldMessage:
     """A held message, its copy, and what happens next.
 
-    `pending` is None as long as its copy has not been published.
+    `pending` is None as long as its copy has not been published, `step` while it is being
+    published.
     """
 
     __slots__ = ("arrived", "copy", "pending", "step")
 
     def __init__(
-        self, copy: PendingCopy, arrived: float, pending: Pending | None, step: Republish | Return
+        self, copy: PendingCopy, arrived: float, pending: Pending | None, step: Republish
     ) -> None:
         self.copy = copy
         self.arrived = arrived
         self.pending = pending
-        self.step = step
+        self.step: Republish | Return | None = step
 
 
 class HeldMessages:
@@ -68,6 +68,7 @@ class HeldMessages:
         self._returning: set[_HeldMessage] = set()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._attempts: set[asyncio.Task[None]] = set()
         self._is_closing = False
         self.last_success = NEVER
         self._last_release = NEVER
@@ -78,10 +79,15 @@ class HeldMessages:
     def since(self) -> float | None:
         """When the longest unsettled message was delivered, in loop time; None if none is held.
 
-        Messages that wait for their retry don't count: they are held on purpose.
+        Messages that wait for their retry, or should not be returned, don't count: they are held
+        on purpose.
         """
         return min(
-            (each.arrived for each in self.messages.values() if each.pending is not None),
+            (
+                each.arrived
+                for each in self.messages.values()
+                if each.pending is not None and not self._policy.is_kept(each.pending)
+            ),
             default=None,
         )
 
@@ -95,17 +101,20 @@ class HeldMessages:
         self.retries += 1
         self._add(_HeldMessage(copy, arrived, None, due))
 
-    def add_unconfirmed(self, copy: PendingCopy, *, arrived: float) -> None:
+    def add_unconfirmed(self, copy: PendingCopy, outcome: Outcome, *, arrived: float) -> None:
         """Hold a message whose copy has failed for the first time.
 
         Args:
             arrived: When the message was delivered, in loop time.
         """
-        now = self._loop.time()
-        held = _HeldMessage(copy, arrived, None, Republish(now))
+        held = _HeldMessage(copy, arrived, None, Republish(self._loop.time()))
         self.messages[copy.tag] = held
-        self._decide(held, Pending(since=now, failures=1))
+        self._decide(held, outcome)
         self._add(held)
+
+    def note_late(self) -> None:
+        """Note that the late outcome of a copy is known: see `PendingCopy.late`."""
+        self._changed.set()
 
     def _add(self, held: _HeldMessage) -> None:
         self.messages[held.copy.tag] = held
@@ -119,8 +128,11 @@ class HeldMessages:
         if self.retries > self._max_retries:
             self._changed.set()
 
-    def _decide(self, held: _HeldMessage, pending: Pending) -> None:
-        held.pending = pending
+    def _decide(self, held: _HeldMessage, outcome: Outcome) -> None:
+        was = held.pending
+        if was is None:
+            was = Pending(self._loop.time(), failures=0, deliveries=held.copy.deliveries)
+        held.pending = pending = was.after(outcome)
         held.step = self._policy.next_step(
             pending,
             now=self._loop.time(),
@@ -131,6 +143,8 @@ class HeldMessages:
         )
         if isinstance(held.step, Return):
             self._returning.add(held)
+        else:
+            self._returning.discard(held)
 
     def _release_at(self) -> float | None:
         return early_release_at(
@@ -144,56 +158,88 @@ class HeldMessages:
     async def _work(self) -> None:
         while not self._is_closing:
             self._changed.clear()
-            if not self.messages:
-                await self._changed.wait()
-                continue
+            await self._settle_late()
             release_at = self._release_at()
-            due_at = min(each.step.at for each in self.messages.values())
-            if release_at is not None:
+            due_at = min(
+                (each.step.at for each in self.messages.values() if each.step is not None),
+                default=None,
+            )
+            if release_at is not None and due_at is not None:
                 due_at = min(due_at, release_at)
-            if due_at > self._loop.time():
+            if due_at is None or due_at > self._loop.time():
                 try:
                     async with asyncio.timeout_at(due_at):
                         await self._changed.wait()
                     continue
                 except TimeoutError:
                     pass
-            now = max(due_at, self._loop.time())
-            due = [each for each in self.messages.values() if each.step.at <= now]
+            now = max(due_at or 0.0, self._loop.time())
+            due = [
+                each
+                for each in self.messages.values()
+                if each.step is not None and each.step.at <= now
+            ]
             if release_at is not None and release_at <= now:
                 self._last_release = now
-                early = next(each for each in self.messages.values() if each.pending is None)
+                early = next(
+                    each for each in self.messages.values() if each.pending is None and each.step
+                )
                 if early not in due:
                     due.append(early)
             # Divided before the attempt: one that fails now is returned after a pause, not at once.
             returning = [each for each in due if isinstance(each.step, Return)]
-            republishing = [each for each in due if isinstance(each.step, Republish)]
+            self._republish([each for each in due if isinstance(each.step, Republish)])
             await self._return(returning)
-            await self._republish(republishing)
 
-    async def _republish(self, due: Sequence[_HeldMessage]) -> None:
-        if not due:
-            return
-        outcomes = await self._publish([each.copy for each in due])
+    async def _settle_late(self) -> None:
+        """Settle the originals whose copies were confirmed late; decide again about others."""
         confirmed = []
-        for held, outcome in zip(due, outcomes, strict=True):
-            pending = held.pending
-            if pending is None:
-                self.retries -= 1
+        for held in [each for each in self.messages.values() if each.copy.late is not None]:
+            if held.step is None:
+                continue
+            outcome, held.copy.late = held.copy.late, None
             if outcome is Outcome.CONFIRMED:
-                del self.messages[held.copy.tag]
+                self._remove(held)
                 confirmed.append(held.copy)
-            elif pending is None:
-                self._decide(held, Pending(since=self._loop.time(), failures=1))
+            elif outcome is not None:
+                self._decide(held, outcome)
+        if confirmed:
+            await self._on_confirmed(confirmed)
+
+    def _remove(self, held: _HeldMessage) -> None:
+        del self.messages[held.copy.tag]
+        self._returning.discard(held)
+
+    def _republish(self, due: Sequence[_HeldMessage]) -> None:
+        """Publish copies, in tasks of their own: a queue may be silent while another confirms."""
+        groups: dict[object, list[_HeldMessage]] = {}
+        for held in due:
+            held.step = None
+            if held.pending is None:
+                self.retries -= 1
+            groups.setdefault(held.copy.lane, []).append(held)
+        for group in groups.values():
+            task = self._loop.create_task(self._attempt(group))
+            self._attempts.add(task)
+            task.add_done_callback(self._attempts.discard)
+            task.add_done_callback(self._on_task_end)
+
+    async def _attempt(self, group: Sequence[_HeldMessage]) -> None:
+        outcomes = await self._publish([each.copy for each in group])
+        confirmed = []
+        for held, outcome in zip(group, outcomes, strict=True):
+            if outcome is Outcome.CONFIRMED:
+                self._remove(held)
+                confirmed.append(held.copy)
             else:
-                self._decide(held, replace(pending, failures=pending.failures + 1))
+                self._decide(held, outcome)
+        self._changed.set()
         if confirmed:
             await self._on_confirmed(confirmed)
 
     async def _return(self, due: Sequence[_HeldMessage]) -> None:
         for held in due:
-            del self.messages[held.copy.tag]
-        self._returning.difference_update(due)
+            self._remove(held)
         if due:
             await self._give_back([each.copy for each in due])
 
@@ -209,19 +255,20 @@ class HeldMessages:
         if self._task is not None:
             self._is_closing = True
             self._changed.set()
-            await wait({self._task})
-            await self._cancel_task()
+            await wait({self._task, *self._attempts})
+            await self._cancel_tasks()
         left = [each.copy for each in self.messages.values()]
         self._forget()
         return left
 
     async def abort(self) -> None:
         """Stop at once and forget everything: the session is gone."""
-        await self._cancel_task()
+        await self._cancel_tasks()
         self._forget()
 
     def _forget(self) -> None:
         self.messages.clear()
+        self._returning.clear()
         self.retries = 0
 
     def _on_task_end(self, task: asyncio.Task[None]) -> None:
@@ -229,8 +276,10 @@ class HeldMessages:
         if error is not None:
             self._on_end(error)
 
-    async def _cancel_task(self) -> None:
+    async def _cancel_tasks(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+            tasks = {self._task, *self._attempts}
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
             self._task = None

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
+from aio_pika_batch.core.hold_policy import NEVER
 from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
 from aio_pika_batch.core.retry import NO_DELAY, DelayedCopy
+from aio_pika_batch.core.settlement_plan import CopyKind
 from aio_pika_batch.core.topology import Topology, wait_queue
 from aio_pika_batch.core.topology_options import TopologyOptions
+from aio_pika_batch.core.unconfirmed_policy import DoubtfulRoutes, Route
 from aio_pika_batch.errors import AccessRefused, TopologyError, TransportError
-from aio_pika_batch.logs import KeywordLogger, format_error
+from aio_pika_batch.logs import BurstLog, KeywordLogger, format_error
 from aio_pika_batch.runtime.shutdown import wait_until
-from aio_pika_batch.transport import Publisher, Transport
+from aio_pika_batch.transport import ListeningPublisher, Publisher, Transport
+
+LISTEN = 60.0
+"""Seconds after `publish_timeout` for which a copy may still be confirmed.
+
+Most stalls, such as the election of a queue's leader, are shorter. Only then another copy is sent.
+"""
+
+OnLate: TypeAlias = Callable[[int, Outcome], None]
+
+
+def ignore_late(index: int, outcome: Outcome) -> None:
+    """Ignore the late outcome of a copy."""
 
 
 class ReconnectingPublisher:
     """Publishes over one connection at a time, opened on first use.
 
-    A publisher that left anything unconfirmed is closed and replaced: its late confirms couldn't be
-    told apart from others, so each message gets one attempt per connection.
+    A publisher that left anything unconfirmed is closed and replaced.
 
     Args:
         log: Gets a line when a publisher can't be opened.
@@ -36,18 +54,23 @@ class ReconnectingPublisher:
         self._has_complained = False
 
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
-        """Publish; without a connection all outcomes are `Outcome.UNKNOWN`."""
-        try:
-            publisher = await self._open()
-        except TransportError as error:
-            if not self._has_complained:
-                self._has_complained = True
-                self._log.warning("no connection for publishing", error=error)
-            return [Outcome.UNKNOWN] * len(publications)
+        """Publish; without a connection all outcomes are `Outcome.UNSENT`."""
+        publisher = await self._connect()
+        if publisher is None:
+            return [Outcome.UNSENT] * len(publications)
         outcomes = await publisher.publish(publications)
         if Outcome.UNKNOWN in outcomes or not publisher.is_open:
             self._replace(publisher)
         return outcomes
+
+    async def _connect(self) -> Publisher | None:
+        try:
+            return await self._open()
+        except TransportError as error:
+            if not self._has_complained:
+                self._has_complained = True
+                self._log.warning("no connection for publishing", error=error)
+            return None
 
     async def _open(self) -> Publisher:
         async with self._opening:
@@ -96,7 +119,176 @@ class ReconnectingPublisher:
             task.cancel()
 
 
-class DelayedPublisher(ReconnectingPublisher):
+class _Unanswered:
+    """A copy that may still be confirmed, and what to call then."""
+
+    __slots__ = ("copy", "on_late", "publisher", "since", "timer")
+
+    def __init__(
+        self,
+        copy: Outgoing,
+        on_late: Callable[[Outcome], None],
+        publisher: Publisher,
+        timer: asyncio.TimerHandle,
+    ) -> None:
+        # The copy is kept because it is found by its identity.
+        self.copy = copy
+        self.on_late = on_late
+        self.publisher = publisher
+        self.since = asyncio.get_running_loop().time()
+        self.timer = timer
+
+
+class CopyPublisher(ReconnectingPublisher):
+    """Publishes the copies of one kind, without multiplying them while a queue is silent.
+
+    A copy without a confirm may be stored. As long as its confirm may still come, neither that copy
+    nor another one is sent to the same exchange and routing key: see `DoubtfulRoutes`.
+
+    Attributes:
+        on_undelivered: Called with each copy that the broker has returned or refused.
+    """
+
+    def __init__(self, transport: Transport, log: KeywordLogger) -> None:
+        super().__init__(transport, log)
+        self._loop = asyncio.get_running_loop()
+        self._doubts = DoubtfulRoutes()
+        self._unanswered: dict[int, _Unanswered] = {}
+        self._answered_at = NEVER
+        self._silent = BurstLog(self._log_silent)
+        self.on_undelivered: Callable[[Copy, Outcome], None] = lambda *_: None
+
+    async def publish(
+        self, publications: Sequence[Outgoing], on_late: OnLate = ignore_late
+    ) -> Sequence[Outcome]:
+        """Publish; what isn't sent because of an unanswered copy is `Outcome.UNSENT`.
+
+        Args:
+            on_late: Gets the index and the outcome of a copy whose outcome was unknown, once it is
+                certain. If it stays `Outcome.UNKNOWN`, no confirm can come any more.
+        """
+        now = self._loop.time()
+        sent = [
+            index
+            for index, copy in enumerate(publications)
+            if id(copy) not in self._unanswered and self._doubts.admit(_route(copy), now)
+        ]
+        outcomes = [Outcome.UNSENT] * len(publications)
+        if not sent:
+            return outcomes
+        answers: Sequence[Outcome] = outcomes
+        publisher = None
+        try:
+            publisher = await self._connect()
+            if publisher is not None:
+                if isinstance(publisher, ListeningPublisher):
+                    publisher.on_late = self._on_late
+                answers = await publisher.publish([publications[index] for index in sent])
+        finally:
+            # Also after an error or a cancellation: another attempt may be made then.
+            for index, answer in zip(sent, answers, strict=False):
+                outcomes[index] = answer
+                self._note(publications[index], answer, publisher, partial(on_late, index))
+        if publisher is not None and not publisher.is_open:
+            self._replace(publisher)
+        return outcomes
+
+    def _note(
+        self,
+        copy: Outgoing,
+        outcome: Outcome,
+        publisher: Publisher | None,
+        on_late: Callable[[Outcome], None],
+    ) -> None:
+        route = _route(copy)
+        if outcome in (Outcome.RETURNED, Outcome.REFUSED) and isinstance(copy, Copy):
+            self.on_undelivered(copy, outcome)
+        match outcome:
+            case Outcome.UNSENT | Outcome.UNPUBLISHABLE:
+                self._doubts.release(route)
+            case Outcome.UNKNOWN if publisher is not None:
+                if publisher.is_open and isinstance(publisher, ListeningPublisher):
+                    self._listen(copy, publisher, on_late)
+                else:
+                    self._fail(route)
+                    self._replace(publisher)
+            case Outcome.REFUSED if publisher is not None and not publisher.is_open:
+                # The refusal has closed the channel, with everything else in flight on it.
+                self._fail(route)
+            case _:
+                self._answered_at = self._loop.time()
+                self._doubts.clear(route)
+
+    def _fail(self, route: Route, *, was_listening: bool = False) -> None:
+        # Jitter spreads load; it needn't be unpredictable.
+        jitter = random.random()
+        self._doubts.fail(route, now=self._loop.time(), jitter=jitter, was_listening=was_listening)
+
+    def _listen(
+        self, copy: Outgoing, publisher: Publisher, on_late: Callable[[Outcome], None]
+    ) -> None:
+        self._silent.note(1)
+        self._doubts.listen(_route(copy))
+        timer = self._loop.call_later(LISTEN, self._give_up, id(copy))
+        self._unanswered[id(copy)] = _Unanswered(copy, on_late, publisher, timer)
+
+    def _log_silent(self, count: int) -> None:
+        self._log.warning(
+            "copies are not confirmed in time: a late confirm counts for some time",
+            messages=count,
+            seconds=LISTEN,
+        )
+
+    def _on_late(self, copy: Outgoing, outcome: Outcome) -> None:
+        unanswered = self._unanswered.pop(id(copy), None)
+        if outcome is not Outcome.UNKNOWN:
+            self._answered_at = self._loop.time()
+            self._doubts.clear(_route(copy))
+        if unanswered is None:
+            return
+        unanswered.timer.cancel()
+        if outcome is Outcome.UNKNOWN:
+            self._fail(_route(copy), was_listening=True)
+        unanswered.on_late(outcome)
+
+    def _give_up(self, key: int) -> None:
+        unanswered = self._unanswered.pop(key)
+        self._fail(_route(unanswered.copy), was_listening=True)
+        if self._answered_at <= unanswered.since:
+            # Not only this queue is silent but the connection.
+            self._replace(unanswered.publisher)
+        unanswered.on_late(Outcome.UNKNOWN)
+
+    async def close(self, deadline: float) -> None:
+        """Listen no longer, and close the connection."""
+        for unanswered in self._unanswered.values():
+            unanswered.timer.cancel()
+        self._unanswered.clear()
+        self._silent.flush()
+        await super().close(deadline)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyPublishers:
+    """The publishers of a consumer's copies.
+
+    They have a connection each, so that a queue that doesn't confirm delays and repeats only the
+    copies of one kind.
+    """
+
+    retries: DelayedPublisher
+    dead_letters: CopyPublisher
+
+    def of(self, kind: CopyKind) -> CopyPublisher:
+        """Return the publisher for copies of this kind."""
+        return self.dead_letters if kind is CopyKind.DEAD_LETTER else self.retries
+
+    async def close(self, deadline: float) -> None:
+        """Close both connections."""
+        await asyncio.gather(self.retries.close(deadline), self.dead_letters.close(deadline))
+
+
+class DelayedPublisher(CopyPublisher):
     """Publishes retries, some of which wait in a delay queue.
 
     Delay queues that are certainly needed are declared with the topology, others before the first
@@ -110,7 +302,6 @@ class DelayedPublisher(ReconnectingPublisher):
 
     Attributes:
         can_delay: Whether delay queues can be used, as far as is known.
-        on_undelivered: Called with each dead letter that the broker has returned or refused.
     """
 
     def __init__(self, transport: Transport, log: KeywordLogger, options: TopologyOptions) -> None:
@@ -120,7 +311,6 @@ class DelayedPublisher(ReconnectingPublisher):
         self._declaring: dict[int, asyncio.Task[bool]] = {}
         self._complaints: dict[int, str] = {}
         self.can_delay = True
-        self.on_undelivered: Callable[[Copy, Outcome], None] = lambda *_: None
 
     async def declare_delay_queues(self) -> None:
         """Declare the delay queues that are certainly needed.
@@ -147,31 +337,26 @@ class DelayedPublisher(ReconnectingPublisher):
                 error=format_error(error),
             )
 
-    async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
+    async def publish(
+        self, publications: Sequence[Outgoing], on_late: OnLate = ignore_late
+    ) -> Sequence[Outcome]:
         """Publish; delay queues that are needed are declared first."""
-        outcomes = await self._publish(publications)
-        for each, outcome in zip(publications, outcomes, strict=True):
-            is_undelivered = outcome in (Outcome.RETURNED, Outcome.REFUSED)
-            if is_undelivered and isinstance(each, Copy) and self._is_dead_letter(each):
-                self.on_undelivered(each, outcome)
-        return outcomes
-
-    def _is_dead_letter(self, copy: Copy) -> bool:
-        # All other copies are retries: they go to the consumer's queue, or to a delay queue.
-        to_own_queue = (copy.exchange, copy.routing_key) == ("", self._options.queue_name)
-        return not to_own_queue and not isinstance(copy, DelayedCopy)
-
-    async def _publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
         levels = {each.level for each in publications if isinstance(each, DelayedCopy)}
         if not levels:
-            return await super().publish(publications)
+            return await super().publish(publications, on_late)
         missing = {level for level in levels if not await self._is_declared(level)}
-        ready = [each for each in publications if _level(each) not in missing]
-        published = iter(await super().publish(ready) if ready else ())
+        ready = [index for index, each in enumerate(publications) if _level(each) not in missing]
+        published = dict.fromkeys(range(len(publications)), Outcome.RETURNED)
+        if ready:
+            answers = await super().publish(
+                [publications[index] for index in ready],
+                lambda index, outcome: on_late(ready[index], outcome),
+            )
+            published.update(zip(ready, answers, strict=True))
         outcomes = []
-        for each in publications:
+        for index, each in enumerate(publications):
             level = _level(each)
-            outcome = Outcome.RETURNED if level in missing else next(published)
+            outcome = published[index]
             if outcome is Outcome.RETURNED:
                 # It was deleted or never existed: the next attempt declares it.
                 self._declared.discard(level)
@@ -218,6 +403,10 @@ class DelayedPublisher(ReconnectingPublisher):
             task.cancel()
         await wait_until(declaring, deadline)
         await super().close(deadline)
+
+
+def _route(publication: Outgoing) -> Route:
+    return publication.exchange, publication.routing_key
 
 
 def _level(publication: Outgoing) -> int:

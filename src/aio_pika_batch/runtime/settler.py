@@ -26,7 +26,7 @@ from aio_pika_batch.observer import (
     Step,
 )
 from aio_pika_batch.runtime.held_messages import HeldMessages
-from aio_pika_batch.runtime.publishing import DelayedPublisher
+from aio_pika_batch.runtime.publishing import CopyPublishers
 from aio_pika_batch.runtime.settlement_queue import PATIENCE, SettlementQueue
 from aio_pika_batch.runtime.shutdown import Wait
 from aio_pika_batch.runtime.worker_config import WorkerConfig
@@ -48,7 +48,7 @@ class Settler:
         self,
         session: Session,
         config: WorkerConfig,
-        publisher: DelayedPublisher,
+        publishers: CopyPublishers,
         *,
         on_failure: Callable[[TransportError], None],
         on_settled_late: Callable[[], None],
@@ -57,7 +57,7 @@ class Settler:
     ) -> None:
         self._session = session
         self._planner = config.planner
-        self._publisher = publisher
+        self._publishers = publishers
         self._on_failure = on_failure
         self._on_settled_late = on_settled_late
         self._observers = observers
@@ -130,14 +130,14 @@ class Settler:
                 await queue.settle(settlements)
             return outcomes, ()
         plan = self._planner.plan(
-            outcomes, datetime.now(UTC), wait_queues=self._publisher.can_delay
+            outcomes, datetime.now(UTC), wait_queues=self._publishers.retries.can_delay
         )
         settlements.extend(plan.settlements)
         if plan.discarded:
             self._on_discarded(plan.discarded)
         copies = self._hold_retries(plan.copies, arrived) if plan.copies else ()
         if copies:
-            confirmed = await self._publish_and_settle(settlements, copies, arrived)
+            confirmed = await self._publish_apart(settlements, copies, arrived)
         else:
             confirmed = ()
             if settlements:
@@ -205,6 +205,28 @@ class Settler:
             messages = [each.message for each in outcomes]
             self._observers.emit(Discarded(messages))
 
+    async def _publish_apart(
+        self, settlements: Sequence[Settlement], copies: Sequence[PendingCopy], arrived: float
+    ) -> Sequence[PendingCopy]:
+        """Publish and settle; a queue that is silent delays only the copies that go there."""
+        lanes: dict[object, list[PendingCopy]] = {}
+        for copy in copies:
+            lanes.setdefault(copy.lane, []).append(copy)
+        if len(lanes) == 1:
+            return await self._publish_and_settle(settlements, copies, arrived)
+        first, *others = lanes.values()
+        results = await asyncio.gather(
+            *(self._publish_and_settle((), each, arrived) for each in others),
+            self._publish_and_settle(settlements, first, arrived),
+            return_exceptions=True,
+        )
+        confirmed: set[int] = set()
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            confirmed.update(each.tag for each in result)
+        return [each for each in copies if each.tag in confirmed]
+
     async def _publish_and_settle(
         self, settlements: Sequence[Settlement], copies: Sequence[PendingCopy], arrived: float
     ) -> Sequence[PendingCopy]:
@@ -267,23 +289,30 @@ class Settler:
             if outcome is Outcome.CONFIRMED:
                 confirmed.append(copy)
             else:
-                self._hold_unconfirmed_one(copy, arrived)
+                self._hold_unconfirmed_one(copy, outcome, arrived)
         if confirmed:
             self._is_giving_back = False
         return confirmed
 
-    def _hold_unconfirmed_one(self, copy: PendingCopy, arrived: float) -> None:
-        if not self._publisher.can_delay:
+    def _hold_unconfirmed_one(self, copy: PendingCopy, outcome: Outcome, arrived: float) -> None:
+        if not self._publishers.retries.can_delay:
             # Its wait queue has turned out to be missing, so it waits here.
             held = self._planner.held_instead(copy)
             if held is not copy:
                 self._hold_retries([held], arrived)
                 return
-        self._held.add_unconfirmed(copy, arrived=arrived)
+        self._held.add_unconfirmed(copy, outcome, arrived=arrived)
 
     async def _publish(self, copies: Sequence[PendingCopy]) -> Sequence[Outcome]:
+        """Publish copies of one lane."""
         began = self._loop.time()
-        outcomes = await self._publisher.publish([each.copy for each in copies])
+
+        def on_late(index: int, outcome: Outcome) -> None:
+            copies[index].late = outcome
+            self._held.note_late()
+
+        publisher = self._publishers.of(copies[0].kind)
+        outcomes = await publisher.publish([each.copy for each in copies], on_late)
         failed = len(outcomes) - outcomes.count(Outcome.CONFIRMED)
         if failed:
             self._emit_failed(Step.PUBLISH, failed, None, began)

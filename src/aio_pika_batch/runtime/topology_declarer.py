@@ -20,7 +20,7 @@ from aio_pika_batch.core.topology import (
 from aio_pika_batch.core.topology_options import TopologyOptions, policy_command
 from aio_pika_batch.errors import TransportError
 from aio_pika_batch.logs import BURST_INTERVAL, KeywordLogger, format_error
-from aio_pika_batch.runtime.publishing import DelayedPublisher
+from aio_pika_batch.runtime.publishing import CopyPublishers
 from aio_pika_batch.runtime.shutdown import wait_until
 from aio_pika_batch.transport import InspectingTransport, Transport
 
@@ -33,7 +33,7 @@ class TopologyDeclarer:
 
     Args:
         vhost: The virtual host, for commands in the log.
-        copies: The publisher of dead letters, whose delay queues are declared, too.
+        copies: Say which dead letters came back, and declare delay queues.
 
     Attributes:
         own: What each session must declare on its own connection.
@@ -44,7 +44,7 @@ class TopologyDeclarer:
         transport: Transport,
         options: TopologyOptions,
         vhost: str,
-        copies: DelayedPublisher,
+        copies: CopyPublishers,
         log: KeywordLogger,
     ) -> None:
         self._transport = transport
@@ -53,7 +53,7 @@ class TopologyDeclarer:
         self._vhost = vhost
         self._log = log
         self._copies = copies
-        copies.on_undelivered = self._on_undelivered
+        copies.dead_letters.on_undelivered = self._on_undelivered
         self._exchange_type: str | None = None
         self._declaring: asyncio.Future[None] | None = None
         self._has_checked = False
@@ -94,7 +94,7 @@ class TopologyDeclarer:
             # It was missing, and is there now.
             self._exchange_type = exchange.type
         self._warn(unfulfilled or {})
-        await self._copies.declare_delay_queues()
+        await self._copies.retries.declare_delay_queues()
 
     def _warn(self, unfulfilled: Mapping[str, UnfulfilledWishes]) -> None:
         if self._has_warned:

@@ -25,7 +25,7 @@ from aio_pika_batch.runtime.batching import BatchKey
 from aio_pika_batch.runtime.breaker import PROBE, WorkerBreaker
 from aio_pika_batch.runtime.consume_loop import ConsumeLoop, LoopContext
 from aio_pika_batch.runtime.handler import HandlerSlots, Process
-from aio_pika_batch.runtime.publishing import DelayedPublisher
+from aio_pika_batch.runtime.publishing import CopyPublishers
 from aio_pika_batch.runtime.shutdown import Shutdown, wait_until
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.status import WorkerState, WorkerStatus
@@ -66,13 +66,13 @@ class WorkerResources:
     Attributes:
         declare: Declares the topology.
         subscription: Returns what to subscribe to, for a worker's index and the session's number.
-        publisher: Publishes retries and dead letters.
+        publishers: Publish retries and dead letters.
     """
 
     transport: Transport
     declare: Callable[[], Coroutine[Any, Any, None]]
     subscription: Callable[[int, int], Subscription]
-    publisher: DelayedPublisher
+    publishers: CopyPublishers
     shutdown: Shutdown
 
 
@@ -263,7 +263,7 @@ class Worker:
                     batch_key=self._instance.batch_key,
                     slots=self.slots,
                     breaker=self._breaker,
-                    publisher=self._shared.publisher,
+                    publishers=self._shared.publishers,
                     shutdown=self._shutdown,
                     observers=self._observers,
                     log=self._log.bind(epoch=epoch),

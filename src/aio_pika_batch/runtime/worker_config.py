@@ -14,6 +14,7 @@ from aio_pika_batch.core.results import ExceptionResults
 from aio_pika_batch.core.retry import Backoff, RetryPolicy
 from aio_pika_batch.core.retry_in_place import RetryInPlace
 from aio_pika_batch.core.settlement_plan import Pace, SettlementPlanner
+from aio_pika_batch.core.topology import delivery_limit
 from aio_pika_batch.core.topology_options import TopologyOptions, dead_letter_target
 from aio_pika_batch.core.unconfirmed_policy import UnconfirmedPolicy
 from aio_pika_batch.runtime.settlement_queue import PATIENCE
@@ -117,6 +118,8 @@ class WorkerConfig:
                 settings.requeue_hold,
                 prefetch // 2 if prefetch else UNLIMITED_PREFETCH_HOLD,
                 REPUBLISH,
+                longest,
+                delivery_limit(options),
             ),
             pace=Pace.within(batches.settle_interval, longest=PATIENCE)
             if batches and batches.settle == "yield"

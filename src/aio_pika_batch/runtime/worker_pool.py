@@ -11,7 +11,12 @@ from aio_pika_batch.errors import DrainIncomplete, SessionLost, StartInterrupted
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observer, Observers, Origin
 from aio_pika_batch.runtime.handler import IGNORED_CANCELLATION
-from aio_pika_batch.runtime.publishing import DelayedPublisher, ReconnectingPublisher
+from aio_pika_batch.runtime.publishing import (
+    CopyPublisher,
+    CopyPublishers,
+    DelayedPublisher,
+    ReconnectingPublisher,
+)
 from aio_pika_batch.runtime.shutdown import Shutdown, wait_until
 from aio_pika_batch.runtime.topology_declarer import TopologyDeclarer
 from aio_pika_batch.runtime.worker import Worker, WorkerInstance, WorkerResources
@@ -28,7 +33,7 @@ class WorkerPool:
         server: The broker's host and port for observers, if the URL names just one.
 
     Attributes:
-        publisher: Publishes what the user publishes. Retries and dead letters have another one: a
+        publisher: Publishes what the user publishes. Retries and dead letters have others: a
             missing exchange closes a channel, and leaves everything in flight on it in doubt.
         shutdown: Whether and by when the workers should stop.
     """
@@ -53,9 +58,11 @@ class WorkerPool:
         self._tasks: list[asyncio.Task[None]] = []
         self._is_abandoned = False
         self._abandoned = 0
-        # Neither uses a consuming connection: under a memory alarm the broker stops reading from
+        # None uses a consuming connection: under a memory alarm the broker stops reading from
         # connections that have published, and acks behind the publishes would wait.
-        self._copies = DelayedPublisher(transport, log, config.topology)
+        self._copies = CopyPublishers(
+            DelayedPublisher(transport, log, config.topology), CopyPublisher(transport, log)
+        )
         self._declarer = TopologyDeclarer(
             transport, config.topology, config.vhost, self._copies, log
         )
@@ -88,7 +95,7 @@ class WorkerPool:
             transport=self._transport,
             declare=self._declarer.declare,
             subscription=self._subscription,
-            publisher=self._copies,
+            publishers=self._copies,
             shutdown=self.shutdown,
         )
         for index, instance in enumerate(instances):

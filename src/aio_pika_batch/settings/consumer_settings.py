@@ -308,7 +308,9 @@ class ConsumerSettings(_EssentialSettings):
         default=10.0, description="Time limit of one attempt to connect."
     )
     publish_timeout: Seconds = Field(
-        default=10.0, description="How long a publisher waits for the next confirm."
+        default=10.0,
+        description="How long a publisher waits for a confirm. For `publish_many`, each confirm"
+        " starts it again.",
     )
     heartbeat: int = Field(
         default=30,

@@ -8,8 +8,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.core.retry import Backoff
-from aio_pika_batch.core.unconfirmed_policy import Pending, Republish, Return, UnconfirmedPolicy
+from aio_pika_batch.core.unconfirmed_policy import (
+    AFTER_UNKNOWN,
+    CHEAP_RETURNS,
+    DoubtfulRoutes,
+    Pending,
+    Republish,
+    Return,
+    UnconfirmedPolicy,
+)
 
 SINCE = 100.0
 
@@ -131,3 +140,84 @@ def test_examples_of_steps(failures, now, jitter, held, step):
     policy = UnconfirmedPolicy(hold_seconds=30, max_held=5, backoff=Backoff(1, 8))
 
     assert step == policy.next_step(Pending(SINCE, failures), now=now, jitter=jitter, held=held)
+
+
+@given(
+    st.integers(0, 30),
+    st.integers(0, 30),
+    st.sampled_from([Outcome.REFUSED, Outcome.UNKNOWN, Outcome.UNPUBLISHABLE, Outcome.UNSENT]),
+    st.integers(1, 10),
+    st.floats(0, 1e6),
+)
+def test_a_return_never_pushes_a_message_over_its_delivery_limit(
+    deliveries, limit, outcome, held, waited
+):
+    """Near the limit it is held instead, and one more delivery is always left."""
+    policy = UnconfirmedPolicy(30, 5, Backoff(1, 8), longest=600, delivery_limit=limit)
+    pending = Pending(SINCE, 3, 1, outcome, deliveries)
+
+    step = policy.next_step(pending, now=SINCE + waited, jitter=0.5, held=held)
+
+    if isinstance(step, Return):
+        assert deliveries + 1 < limit
+
+
+@given(st.integers(CHEAP_RETURNS, 30), st.integers(1, 10), st.floats(0, 500))
+def test_what_was_returned_often_is_held_much_longer(deliveries, held, waited):
+    """Each return may count as a delivery."""
+    policy = UnconfirmedPolicy(30, 5, Backoff(1, 8), longest=600)
+    pending = Pending(SINCE, 3, deliveries=deliveries)
+
+    step = policy.next_step(pending, now=SINCE + waited, jitter=0.5, held=held)
+
+    assert isinstance(step, Republish) or step.at == SINCE + 600
+
+
+def test_a_copy_that_may_be_stored_waits_much_longer():
+    """Another copy may be one too many."""
+    policy = UnconfirmedPolicy(3600, 5, Backoff(1, 8))
+    refused, unknown = (
+        policy.next_step(Pending(SINCE, 0).after(outcome), now=SINCE, jitter=0, held=1)
+        for outcome in (Outcome.REFUSED, Outcome.UNKNOWN)
+    )
+
+    assert refused == Republish(SINCE + 0.5)
+    assert unknown == Republish(SINCE + AFTER_UNKNOWN.base / 2)
+
+
+def test_no_copy_is_sent_while_another_may_still_be_confirmed():
+    """Then one at a time, after a pause, until one is answered."""
+    doubts, route = DoubtfulRoutes(), ("", "q")
+    assert doubts.admit(route, 0)
+    assert doubts.admit(route, 0)
+    doubts.listen(route)
+    doubts.listen(route)
+    assert not doubts.admit(route, 50)
+    assert doubts.admit(("", "other"), 50)
+    doubts.fail(route, now=70, jitter=0.9, was_listening=True)
+    assert not doubts.admit(route, 100)
+    doubts.fail(route, now=100, jitter=0.9, was_listening=True)
+    assert not doubts.admit(route, 100)
+    assert doubts.admit(route, 102)
+    assert not doubts.admit(route, 102)
+    doubts.release(route)
+    assert doubts.admit(route, 102)
+    doubts.clear(route)
+    assert doubts.admit(route, 102)
+    assert doubts.admit(route, 102)
+
+
+def test_a_lost_connection_is_one_failure_for_all_its_copies():
+    """The pause doesn't grow with their number."""
+    doubts, route = DoubtfulRoutes(), ("", "q")
+    for _ in range(100):
+        doubts.fail(route, now=0, jitter=0)
+    assert doubts.admit(route, 1)
+
+
+def test_only_so_many_routes_are_remembered():
+    """Each message may have a routing key of its own."""
+    doubts = DoubtfulRoutes()
+    for number in range(5000):
+        doubts.fail(("", str(number)), now=0, jitter=0)
+    assert len(doubts._doubts) <= 1000

@@ -234,8 +234,8 @@ async def test_without_an_exchange_messages_are_rejected(rabbit, caplog):
     assert [[b"0"], [b"1"]] == [bodies(each.messages) for each in recorder.of(Discarded)]
 
 
-@pytest.mark.parametrize("fault", [PublishFault.REFUSE, PublishFault.LOSE])
-async def test_an_unconfirmed_dead_letter_is_retried_like_a_requeue(rabbit, fault, jitter):
+@pytest.mark.parametrize(("fault", "within"), [(PublishFault.REFUSE, 1), (PublishFault.LOSE, 100)])
+async def test_an_unconfirmed_dead_letter_is_retried_like_a_requeue(rabbit, fault, within, jitter):
     """Its original is held, and acked when the copy is confirmed."""
     rabbit.broker.faults.on_publish(fault, times=1, exchange="dlx")
     rabbit.declare("dead")
@@ -251,7 +251,7 @@ async def test_an_unconfirmed_dead_letter_is_retried_like_a_requeue(rabbit, faul
     ):
         await asyncio.sleep(0.4)
         assert [b"0"] == rabbit.unsettled()
-        await asyncio.sleep(20)
+        await asyncio.sleep(within)
         assert [] == rabbit.unsettled()
     assert [b"0"] == rabbit.waiting("dead")
     assert 1 == len(recorder.of(DeadLettered))

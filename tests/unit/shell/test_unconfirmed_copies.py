@@ -25,7 +25,7 @@ from tests.unit.shell.scripted_transport import ScriptedTransport, never, raisin
 NOT_CONFIRMED = [Outcome.RETURNED, Outcome.REFUSED]
 
 
-@pytest.mark.parametrize("outcome", [*NOT_CONFIRMED, Outcome.UNKNOWN])
+@pytest.mark.parametrize("outcome", NOT_CONFIRMED)
 async def test_a_copy_is_published_again_with_growing_pauses(outcome, jitter):
     """Its original is acked when it is finally confirmed."""
     script = ScriptedTransport()
@@ -120,24 +120,38 @@ async def test_a_full_queue_that_refuses_copies_causes_no_busy_loop(rabbit, capl
     }
 
 
-async def test_after_a_timeout_each_connection_publishes_a_copy_once(rabbit, jitter):
-    """A silent publisher is replaced, since its late confirms could not be matched."""
-    rabbit.broker.faults.on_publish(PublishFault.LOSE, times=2)
+async def test_a_copy_that_may_be_stored_is_published_again_much_later(jitter):
+    """The publisher can't report late confirms, so its connection is replaced."""
+    script = ScriptedTransport()
+    script.outcomes = [Outcome.UNKNOWN] * 2
+    async with RecordingConsumer(
+        answering(REQUEUE), transport=script, batch_size=1, requeue_hold=3600
+    ):
+        script.last.feed(b"0")
+        await asyncio.sleep(3600)
+    assert [0, 30, 90] == script.times("publish")
+    assert 3 == len(script.times("publisher"))
+    assert [[("ack", (1,))]] == script.details("settle")
+
+
+async def test_a_silent_connection_is_replaced_once_no_confirm_can_be_expected(rabbit, jitter):
+    """Nothing was answered on it for a minute after the time limit of the copy."""
+    rabbit.broker.faults.on_publish(PublishFault.LOSE, times=1)
     rabbit.put(b"0")
     async with RecordingConsumer(
         first_then(answering(REQUEUE), ack),
         transport=rabbit.transport,
         batch_size=1,
-        publish_timeout=10,
+        requeue_hold=3600,
     ):
         connections = len(rabbit.times(EventKind.CONNECTED))
-        # The transport's own time-out is ten seconds, with a pause of half a second and of one.
-        await asyncio.sleep(9.9)
+        await asyncio.sleep(69.9)
         assert 1 == len(rabbit.times(EventKind.CONNECTED)) - connections
-        await asyncio.sleep(20)
-        assert 3 == len(rabbit.times(EventKind.CONNECTED)) - connections
+        await asyncio.sleep(100)
+        assert 2 == len(rabbit.times(EventKind.CONNECTED)) - connections
         assert 2 == len(rabbit.broker.connections)
-    assert [21.5] == rabbit.times(EventKind.PUBLISHED)
+    # Ten seconds until its outcome is unknown, sixty for a late confirm, and twice as much then.
+    assert [130] == rabbit.times(EventKind.PUBLISHED)
 
 
 async def test_a_lost_confirm_causes_a_duplicate_and_no_loss(rabbit, jitter):
@@ -145,9 +159,12 @@ async def test_a_lost_confirm_causes_a_duplicate_and_no_loss(rabbit, jitter):
     rabbit.broker.faults.on_publish(PublishFault.UNCONFIRMED, times=1)
     rabbit.put(b"0")
     async with RecordingConsumer(
-        first_then(answering(REQUEUE), ack), transport=rabbit.transport, batch_size=1
+        first_then(answering(REQUEUE), ack),
+        transport=rabbit.transport,
+        batch_size=1,
+        requeue_hold=3600,
     ) as consumer:
-        await asyncio.sleep(60)
+        await asyncio.sleep(600)
     assert [0, 1, 1] == [message.retry_count for message in consumer.messages]
     assert [] == rabbit.waiting()
 

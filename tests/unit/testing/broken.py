@@ -69,6 +69,14 @@ class HonestPublisher:
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
         return await self.inner.publish(publications)
 
+    @property
+    def on_late(self) -> Any:
+        return self.inner.on_late
+
+    @on_late.setter
+    def on_late(self, on_late: Any) -> None:
+        self.inner.on_late = on_late
+
 
 class Honest:
     """A transport that passes everything on unchanged."""
@@ -609,6 +617,10 @@ class IsAlwaysOpen(HonestPublisher):
     @property
     def is_open(self) -> bool:
         return True
+
+
+class ForgetsWhatIsLate(HonestPublisher):
+    on_late = None
 
 
 class ReversesOutcomes(HonestPublisher):

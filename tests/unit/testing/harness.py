@@ -32,6 +32,7 @@ ALL = Features(
     tells_version=True,
     counts_ready=True,
     inspects=True,
+    listens=True,
     can_cut=True,
     can_hush=True,
     can_end_subscriptions=True,
@@ -89,7 +90,7 @@ async def opened(
 ) -> AsyncIterator[MemoryHarness]:
     """Open a harness with a new broker; `around` wraps its transport."""
     broker = Broker(version)
-    transport = MemoryTransport(broker)
+    transport = MemoryTransport(broker, publish_timeout=3)
     dead = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "dead"}
     of_kind = {"x-queue-type": kind}
     full = {"x-max-length": 5, "x-overflow": "reject-publish"}

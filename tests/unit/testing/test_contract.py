@@ -149,6 +149,9 @@ WRONG = {
         "messages of a lost session are delivered again, and only the next session can settle them"
     ),
     broken.IgnoresTheEndOfItsSubscription: "a subscription that the broker ends raises SessionLost",
+    broken.ForgetsWhatIsLate: (
+        "a publisher that listens stays open after its time limit, and reports late outcomes"
+    ),
     broken.IsAlwaysOpen: "a publisher that has lost its connection is closed, and stays closed",
     broken.ConfirmsItself: "the outcome of publications in flight on a lost connection is UNKNOWN",
     broken.RaisesItsClientsErrors: "an unreachable broker raises BrokerUnavailable",

@@ -36,21 +36,29 @@ _LARGEST_BODY = re.compile(r"configured max size (\d+)")
 
 
 class PublishCall:
-    """One call of `publish`, and the outcomes that it waits for."""
+    """One call of `publish`, and the outcomes that it waits for.
 
-    __slots__ = ("done", "missing", "outcomes")
+    Attributes:
+        late: Gets the index and the outcome of each publication that is answered from now on; None
+            as long as the call waits.
+    """
+
+    __slots__ = ("done", "late", "missing", "outcomes")
 
     def __init__(self, size: int, done: Callable[[], None]) -> None:
         self.outcomes: list[Outcome | None] = [None] * size
         self.missing = size
         self.done = done
+        self.late: Callable[[int, Outcome], None] | None = None
 
     def settle(self, index: int, outcome: Outcome) -> None:
         """Set the outcome of a publication, unless it has one."""
         if self.outcomes[index] is None:
             self.outcomes[index] = outcome
             self.missing -= 1
-            if not self.missing:
+            if self.late is not None:
+                self.late(index, outcome)
+            elif not self.missing:
                 self.done()
 
 

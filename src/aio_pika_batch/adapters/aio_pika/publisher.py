@@ -12,9 +12,10 @@ Laws:
 
 - Nothing that the broker or the network does raises: it becomes an
   :class:`~aio_pika_batch.core.publication.Outcome`.
-- Once an outcome is in doubt, the publisher accepts no more. A new publisher begins with no open
-  publications, so a late confirm cannot be mistaken for another.
-- A call times out only in silence: each confirm starts its time limit again.
+- Without a listener for late answers, a publisher accepts no more once an outcome is in doubt, and
+  a call times out only in silence: each confirm starts its time limit again.
+- With a listener (`on_late`) each publication has `publish_timeout`, whatever else is confirmed in
+  the meantime, and the publisher goes on: a late confirm still belongs to its publication.
 - Nothing is written on a channel that the broker has closed.
 """
 
@@ -114,8 +115,10 @@ class AioPikaPublisher:
         self._frame_max = 0
         self._tracker = ConfirmTracker()
         self._confirmed_at = self._loop.time()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._is_open = False
         self._is_closed = False
+        self.on_late: Callable[[Outgoing, Outcome], None] | None = None
 
     async def open(self, timeout: float) -> None:
         """Open the channel. Raises TransportError."""
@@ -153,23 +156,30 @@ class AioPikaPublisher:
             return []
         done: asyncio.Future[None] = self._loop.create_future()
         call = PublishCall(len(publications), lambda: _resolve(done))
+        on_late = self.on_late
+        timer = self._silence_limit() if on_late is None else asyncio.timeout(None)
         # Pack everything before sending anything: a header of a wrong type must send nothing.
         packed = [self._pack(publication) for publication in publications]
         try:
-            async with self._silence_limit():
+            async with timer as limit:
                 for frames, group in self._groups(call, publications, packed):
+                    if on_late is not None:
+                        limit.reschedule(self._loop.time() + self._timeout)
                     if self._is_fast:
                         await self._write(frames, group)
                     else:
                         await self._publish_by_library(publications, group)
                 await done
         except TimeoutError:
-            # A later confirm must not count for another publication: accept no more.
-            self._is_open = False
+            if on_late is None:
+                # Nobody would be told of a later confirm: accept no more.
+                self._is_open = False
+            else:
+                call.late = lambda index, outcome: on_late(publications[index], outcome)
         return [Outcome.UNKNOWN if outcome is None else outcome for outcome in call.outcomes]
 
     @asynccontextmanager
-    async def _silence_limit(self) -> AsyncIterator[None]:
+    async def _silence_limit(self) -> AsyncIterator[asyncio.Timeout]:
         """Raise TimeoutError once no confirm has come for so long. A confirm sets no timer."""
         began = self._loop.time()
         timer: asyncio.TimerHandle
@@ -185,7 +195,7 @@ class AioPikaPublisher:
         async with asyncio.timeout(None) as limit:
             timer = self._loop.call_at(began + self._timeout, check)
             try:
-                yield
+                yield limit
             finally:
                 timer.cancel()
 
@@ -198,6 +208,8 @@ class AioPikaPublisher:
                 await finish_within(CLOSE_TIMEOUT, self._channel.close(), self._tap.abort)
         finally:
             await self._connection.close()
+            for task in self._tasks:
+                task.cancel()
 
     # --- packing -------------------------------------------------------------------
 
@@ -292,12 +304,17 @@ class AioPikaPublisher:
     ) -> None:
         """Publish by the client library, some at a time."""
         for start in range(0, len(group), AT_ONCE):
-            await asyncio.gather(
-                *(
-                    self._publish_one(publications[each.index], each)
-                    for each in group[start : start + AT_ONCE]
-                )
-            )
+            tasks = {
+                self._loop.create_task(self._publish_one(publications[each.index], each))
+                for each in group[start : start + AT_ONCE]
+            }
+            for task in tasks:
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            # They go on after the time limit of the call: their confirms may be late.
+            await asyncio.wait(tasks)
+            for task in tasks:
+                task.result()
 
     async def _publish_one(self, publication: Outgoing, each: InFlight) -> None:
         channel = self._channel

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import assert_never
 
 from aio_pika_batch.adapters.memory.channel import (
@@ -233,6 +234,7 @@ class MemoryPublisher:
 
     Attributes:
         channel: Its channel.
+        on_late: See `ListeningPublisher`.
     """
 
     def __init__(self, connection: Connection, *, publish_timeout: float) -> None:
@@ -242,6 +244,7 @@ class MemoryPublisher:
         self._publish_timeout = publish_timeout
         # The publications without a confirm, by their number.
         self._waiting: dict[int, asyncio.Future[Outcome]] = {}
+        self.on_late: Callable[[Outgoing, Outcome], None] | None = None
         self._returned: set[int] = set()
         self._is_reading_scheduled = False
         self._has_ended = False
@@ -287,11 +290,30 @@ class MemoryPublisher:
         try:
             # Also if nothing was sent: other tasks run, as they do while a real broker answers.
             await asyncio.wait(answers, timeout=self._publish_timeout)
-        finally:
-            # Also after a cancellation: nobody waits for a late confirm.
-            for number in numbers:
-                self._waiting.pop(number, None)
-        return [each.result() if each.done() else Outcome.UNKNOWN for each in answers]
+        except asyncio.CancelledError:
+            self._forget(numbers)
+            raise
+        outcomes = [each.result() if each.done() else Outcome.UNKNOWN for each in answers]
+        self._listen(publications, answers, numbers)
+        return outcomes
+
+    def _listen(
+        self,
+        publications: Sequence[Outgoing],
+        answers: Sequence[asyncio.Future[Outcome]],
+        numbers: Sequence[int],
+    ) -> None:
+        if self.on_late is None:
+            self._forget(numbers)
+            return
+        for each, answer in zip(publications, answers, strict=True):
+            if not answer.done():
+                answer.add_done_callback(partial(_report_late, self.on_late, each))
+
+    def _forget(self, numbers: Sequence[int]) -> None:
+        """Ignore late confirms."""
+        for number in numbers:
+            self._waiting.pop(number, None)
 
     def _check(self, outgoing: Outgoing) -> CheckedPublication:
         properties = outgoing.properties
@@ -327,3 +349,11 @@ class MemoryPublisher:
             outcome = Outcome.RETURNED
         if (answer := self._waiting.pop(number, None)) is not None:
             answer.set_result(outcome)
+
+
+def _report_late(
+    on_late: Callable[[Outgoing, Outcome], None],
+    publication: Outgoing,
+    answer: asyncio.Future[Outcome],
+) -> None:
+    on_late(publication, answer.result())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from aio_pika_batch.core.publication import Outcome, Publication
+from aio_pika_batch.core.publication import Outcome, Outgoing, Publication
 from aio_pika_batch.core.settlement import Disposition
 from aio_pika_batch.core.topology import Topology
 from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost
@@ -18,7 +18,7 @@ from aio_pika_batch.testing.contract.checks import (
     expect_error,
     settlement,
 )
-from aio_pika_batch.transport import Publisher
+from aio_pika_batch.transport import ListeningPublisher, Publisher
 
 GROUP = ClauseGroup()
 
@@ -226,6 +226,30 @@ async def _in_flight(ctx: CheckContext) -> None:
             outcomes = list(await publishing)
         expect([Outcome.UNKNOWN] * 3, outcomes, "the outcomes")
         await _expect_closed(ctx, publisher)
+
+
+@GROUP.clause(
+    "a publisher that listens stays open after its time limit, and reports late outcomes",
+    "listens",
+    "can_cut",
+    "can_hush",
+)
+async def _late(ctx: CheckContext) -> None:
+    publication = Publication(b"0", routing_key=ctx.queue)
+    late: list[tuple[Outgoing, Outcome]] = []
+    async with ctx.transport.publisher() as publisher:
+        if not isinstance(publisher, ListeningPublisher):
+            raise ClauseBroken("on_late: expected as an attribute of the publisher")
+        publisher.on_late = lambda *each: late.append(each)
+        await ctx.harness.hush()
+        outcomes = list(await publisher.publish([publication]))
+        expect([Outcome.UNKNOWN], outcomes, "the outcomes after the time limit")
+        expect(True, publisher.is_open, "is_open after the time limit")
+        expect([], late, "the late outcomes before the connection is lost")
+        await ctx.harness.cut()
+        await _expect_closed(ctx, publisher)
+        await asyncio.sleep(ctx.quiet)
+        expect([(publication, Outcome.UNKNOWN)], late, "the late outcomes")
 
 
 async def _expect_closed(ctx: CheckContext, publisher: Publisher) -> None:

@@ -37,6 +37,7 @@ class Features:
         exclusive_queues: A session can declare a queue that is deleted when the session ends.
         pumps: Its sessions can pump.
         adjusts: Its sessions can be paused, and resumed with another prefetch.
+        listens: Its publishers report answers that come after their time limit.
         has_native: Its sessions have objects of the broker's own library.
         tells_version: It knows the version of RabbitMQ that it is connected to.
         counts_ready: It can count the ready messages of a queue.
@@ -67,6 +68,7 @@ class Features:
     exclusive_queues: bool = False
     pumps: bool = False
     adjusts: bool = False
+    listens: bool = False
     has_native: bool = False
     tells_version: bool = False
     counts_ready: bool = False

@@ -12,7 +12,7 @@ from aio_pika_batch.adapters.aio_pika.properties import encode
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.publication import Outcome
 
-CONFIRMED, RETURNED, REFUSED, UNKNOWN = Outcome
+CONFIRMED, RETURNED, REFUSED, UNKNOWN, *_ = Outcome
 
 ROUTE = (b"", b"q")
 PLAIN = encode(Properties())

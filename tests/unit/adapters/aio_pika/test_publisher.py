@@ -6,7 +6,7 @@ import asyncio
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from aio_pika_batch.adapters.aio_pika.events import Confirm, Confirms
+from aio_pika_batch.adapters.aio_pika.events import Confirm, Confirms, ConnectionLost
 from aio_pika_batch.adapters.aio_pika.publisher import AioPikaPublisher
 from aio_pika_batch.core.publication import Outcome, Publication
 
@@ -90,3 +90,56 @@ async def test_a_confirm_at_the_moment_of_the_timeout_changes_nothing() -> None:
     loop.call_at(loop.time() + 10, tap.confirm, 1)
 
     assert [Outcome.CONFIRMED, Outcome.UNKNOWN] == await publishing
+
+
+async def test_a_listener_gets_late_confirms_and_the_publisher_goes_on(
+    virtual_loop: VirtualTimeLoop,
+) -> None:
+    """Its own, whatever was published in the meantime."""
+    tap = FakeTap()
+    publisher = await opened(tap, 10)
+    late: list[Any] = []
+    publisher.on_late = lambda *each: late.append(each)
+    first, second = Publication(b"1"), Publication(b"2")
+
+    assert [Outcome.UNKNOWN] == await publisher.publish([first])
+    assert 10 == virtual_loop.time()
+    assert publisher.is_open
+    publishing = asyncio.create_task(publisher.publish([second]))
+    await asyncio.sleep(1)
+    tap.confirm(2)
+
+    assert [Outcome.CONFIRMED] == await publishing
+    assert [(first, Outcome.CONFIRMED)] == late
+
+
+async def test_with_a_listener_other_confirms_grant_no_more_time(
+    virtual_loop: VirtualTimeLoop,
+) -> None:
+    """Each copy has `publish_timeout`, in the same call and in others."""
+    tap = FakeTap()
+    publisher = await opened(tap, 10)
+    publisher.on_late = lambda *_: None
+    publishing = asyncio.create_task(publisher.publish([Publication(b"")] * 3))
+    other = asyncio.create_task(publisher.publish([Publication(b"")]))
+    await asyncio.sleep(9)
+    tap.confirm(2)
+
+    assert [Outcome.CONFIRMED, Outcome.CONFIRMED, Outcome.UNKNOWN] == await publishing
+    assert 10 == virtual_loop.time()
+    assert [Outcome.UNKNOWN] == await other
+
+
+async def test_a_lost_connection_is_a_late_outcome(virtual_loop: VirtualTimeLoop) -> None:
+    """Nothing can be expected any more."""
+    tap = FakeTap()
+    publisher = await opened(tap, 10)
+    late: list[Any] = []
+    publisher.on_late = lambda *each: late.append(each)
+    publication = Publication(b"")
+    await publisher.publish([publication])
+
+    tap.tell(ConnectionLost("gone"))
+
+    assert [(publication, Outcome.UNKNOWN)] == late
+    assert not publisher.is_open
