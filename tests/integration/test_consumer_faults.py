@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import signal
+import time
 from collections import Counter
 
 import aio_pika
@@ -375,3 +376,28 @@ async def test_a_cut_connection_affects_one_worker_only(channel, amqp_url, name,
         await until(lambda: consumer.is_healthy)
         assert 3 == await consumers(amqp_url, name)
     await holds(amqp_url, name, 0)
+
+
+class Blocking(BatchConsumer):
+    """Blocks the event loop with its first batch."""
+
+    blocks = True
+
+    async def process_messages(self, messages):
+        if self.blocks:
+            self.blocks = False
+            time.sleep(3)  # noqa: ASYNC251  -- the fault that is tried
+        for _ in messages:
+            yield MessageResult.ACK
+
+
+async def test_a_handler_that_blocks_the_event_loop_is_seen_in_the_log(
+    channel, amqp_url, name, caplog
+) -> None:
+    """The error of the connection that the broker cuts says nothing about the cause."""
+    settings = BatchConsumerSettings(
+        url=amqp_url, queue_name=name, heartbeat=1, batch_timeout=0.1, reconnect_delay=0.1
+    )
+    async with Blocking(settings):
+        await publish(channel, [b"slow"], routing_key=name)
+        await until(lambda: "the event loop was blocked" in caplog.text)

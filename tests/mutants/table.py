@@ -369,6 +369,13 @@ SECURITY = (
         ("tests/unit/observers/test_prometheus.py", "tests/unit/observers/test_otel.py"),
     ),
     Mutant(
+        "A handler blocks the loop, the broker cuts the connection, and no line says why.",
+        f"{_WIRE}/connection.py",
+        "        if late > self._heartbeat / 2:\n",
+        "        if False:\n",
+        (f"{_UNIT}/test_connection.py",),
+    ),
+    Mutant(
         "A body that was yielded by mistake is logged.",
         "core/results.py",
         'return f"something of {type(item)}"',

@@ -8,6 +8,7 @@ do. No error contains a password.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import socket
 import ssl
@@ -34,6 +35,7 @@ from aio_pika_batch.errors import (
     ConfigurationError,
     TransportError,
 )
+from aio_pika_batch.logs import KeywordLogger
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
     from aio_pika_batch.adapters.aio_pika.url import Address
     from aio_pika_batch.transport import Endpoint
+
+_log = KeywordLogger(logging.getLogger("aio_pika_batch.connection"))
 
 CLOSE_TIMEOUT = 3.0
 """Seconds that the broker has to confirm a close. After it, the socket is dropped."""
@@ -62,18 +66,52 @@ class TappedConnection(aio_pika.Connection):
         self.kwargs["transport_factory"] = tap
 
 
+class LoopMonitor:
+    """Logs when the event loop was blocked for longer than a heartbeat interval.
+
+    A blocked loop sends no heartbeats, so the broker takes the client for dead. The error that the
+    client then gets says nothing about the cause.
+    """
+
+    def __init__(self, heartbeat: int) -> None:
+        self._heartbeat = heartbeat
+        self._loop = asyncio.get_running_loop()
+        self._schedule()
+
+    def _schedule(self) -> None:
+        # Twice per interval: a block that takes longer makes at least one of the timers late.
+        self._due = self._loop.time() + self._heartbeat / 2
+        self._timer = self._loop.call_at(self._due, self._on_timer)
+
+    def _on_timer(self) -> None:
+        late = self._loop.time() - self._due
+        if late > self._heartbeat / 2:
+            _log.warning(
+                "the event loop was blocked: the broker may cut the connection",
+                seconds=f"{late:.1f}",
+                heartbeat=self._heartbeat,
+            )
+        self._schedule()
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._timer.cancel()
+
+
 @dataclass(frozen=True, slots=True)
 class OpenConnection:
     """One open connection.
 
     Attributes:
         is_fast: Whether messages bypass the client library.
+        monitor: Watches the event loop as long as the connection is open; None if nothing does.
     """
 
     address: Address
     connection: aio_pika.Connection
     tap: FrameTap
     is_fast: bool
+    monitor: LoopMonitor | None = None
 
     @property
     def product(self) -> tuple[str, str]:
@@ -98,6 +136,8 @@ class OpenConnection:
 
     async def close(self) -> None:
         """Close the connection, gracefully if the broker answers soon."""
+        if self.monitor is not None:
+            self.monitor.stop()
         if isinstance(self.tap.end, ConnectionLost | Malformed):
             # No answer will come. aiormq would wait for it.
             self.tap.abort()
@@ -114,8 +154,13 @@ _NO_SUCH_NAME = {
 }
 
 
-async def open_connection(endpoint: Endpoint, addresses: Sequence[Address]) -> OpenConnection:
+async def open_connection(
+    endpoint: Endpoint, addresses: Sequence[Address], *, watches_loop: bool = False
+) -> OpenConnection:
     """Connect to the first of the addresses that answers, in random order.
+
+    Args:
+        watches_loop: Whether to log when the event loop is blocked for too long.
 
     Raises:
         AccessRefused: At least one broker answered, and none accepted the connection; or no host
@@ -127,7 +172,7 @@ async def open_connection(endpoint: Endpoint, addresses: Sequence[Address]) -> O
     # In random order, so that the connections spread over the nodes of a cluster.
     for address in random.sample(addresses, len(addresses)):
         try:
-            return await _connect(endpoint, address)
+            return await _connect(endpoint, address, watches_loop=watches_loop)
         except TransportError as error:
             errors.append(error)
     refusals = [error for error in errors if isinstance(error, AccessRefused)]
@@ -140,7 +185,7 @@ async def open_connection(endpoint: Endpoint, addresses: Sequence[Address]) -> O
     raise kind(text if len(errors) == 1 else f"no address can be used: {text}") from last
 
 
-async def _connect(endpoint: Endpoint, address: Address) -> OpenConnection:
+async def _connect(endpoint: Endpoint, address: Address, *, watches_loop: bool) -> OpenConnection:
     context = await _tls_context(endpoint, address)
     heartbeat = int(address.options.get("heartbeat", endpoint.heartbeat))
     tap = FrameTap(heartbeat)
@@ -163,7 +208,8 @@ async def _connect(endpoint: Endpoint, address: Address) -> OpenConnection:
         await connection.close()
         raise
     if has_ended and failure is None and tap.is_installed:
-        return OpenConnection(address, connection, tap, endpoint.wire != "plain")
+        monitor = LoopMonitor(heartbeat) if watches_loop and heartbeat else None
+        return OpenConnection(address, connection, tap, endpoint.wire != "plain", monitor)
     await finish_within(CLOSE_TIMEOUT, connection.close(), tap.abort)
     if not tap.is_installed and (failure is None or isinstance(failure, TypeError)) and has_ended:
         # aiormq has opened the socket itself, or has failed at the unknown argument.

@@ -60,7 +60,8 @@ async def open_session(
     subscription: Subscription,
 ) -> AsyncIterator[AioPikaSession]:
     """Connect and consume; close on leaving the context."""
-    connection = await open_connection(endpoint, addresses)
+    # Only here: a consumer has further connections, and one line about a block is enough.
+    connection = await open_connection(endpoint, addresses, watches_loop=True)
     session = AioPikaSession(connection, subscription)
     try:
         await session.open(endpoint.connect_timeout)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aio_pika_batch.adapters.aio_pika.connection import TappedConnection, open_connection
+from aio_pika_batch.adapters.aio_pika.connection import (
+    LoopMonitor,
+    TappedConnection,
+    open_connection,
+)
 from aio_pika_batch.adapters.aio_pika.url import parse_url
 from aio_pika_batch.errors import AioPikaBatchError, BrokerUnavailable, ConfigurationError
 from aio_pika_batch.transport import Endpoint, Wire
+
+if TYPE_CHECKING:
+    from aio_pika_batch.testing.virtual_time import VirtualTimeLoop
 
 URL = "amqp://u:s3cret@localhost"
 
@@ -67,3 +75,23 @@ async def test_any_other_failure_before_the_socket_is_open_is_not_aiormqs_fault(
 
     assert isinstance(error, BrokerUnavailable)
     assert "nothing listens there" in str(error)
+
+
+@pytest.mark.parametrize(("blocked", "logged"), [(1.0, []), (9.0, ["8.5"])])
+async def test_a_blocked_event_loop_is_logged(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    virtual_loop: VirtualTimeLoop,
+    blocked: float,
+    logged: list[str],
+) -> None:
+    """Once for each block, if it is longer than the heartbeat interval."""
+    time = virtual_loop.time
+    monitor = LoopMonitor(heartbeat=2)
+    await asyncio.sleep(1.5)
+    monkeypatch.setattr(virtual_loop, "time", lambda: time() + blocked)
+    await asyncio.sleep(5)
+    monitor.stop()
+    await asyncio.sleep(10)
+    assert logged == [each.seconds for each in caplog.records]  # type: ignore[attr-defined]
+    assert all("the event loop was blocked" in each.getMessage() for each in caplog.records)
