@@ -332,10 +332,21 @@ async def command_line(
     try:
         yield App(process, events, output)
     finally:
-        # Processes of a supervisor that is gone already are in its group still.
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        # Each process of a supervisor has a group of its own, and all are in its session still.
+        for pid in _session(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
+
+
+def _session(leader: int) -> list[int]:
+    """Return all processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[3]) == leader:
+                found.append(int(stat.parent.name))
+    return found
 
 
 def shop(*arguments: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -92,6 +93,46 @@ async def test_a_killed_process_is_replaced_and_its_messages_are_handled(
         program.send(signal.SIGTERM)
         assert 0 == await program.ended(), program.printed
     assert "by SIGKILL" in program.printed
+
+
+async def test_a_killed_process_that_had_forked_is_replaced(tmp_path) -> None:
+    """What it had forked is killed: it would keep the socket to the supervisor open."""
+    async with command_line(tmp_path, *shop("-n", "1"), url="memory://", MISHAP="forks") as program:
+        await program.noted("forked")
+        [first], [forked] = program.of("started"), program.of("forked")
+        os.kill(first, signal.SIGKILL)
+        await program.noted("started", 2)
+        await until(lambda: not is_running(forked), what=lambda: program.printed)
+        program.send(signal.SIGTERM)
+        assert 0 == await program.ended(), program.printed
+
+
+async def test_a_paused_supervisor_kills_no_process(tmp_path) -> None:
+    """However long it was stopped."""
+    arguments = shop("-n", "1", "--hung-after", "2")
+    async with command_line(tmp_path, *arguments, url="memory://") as program:
+        await program.noted("started")
+        program.send(signal.SIGSTOP)
+        await asyncio.sleep(6)
+        program.send(signal.SIGCONT)
+        await until(lambda: "the supervisor was paused" in program.printed)
+        await asyncio.sleep(1.5)
+        assert 1 == len(program.of("started"))
+        assert "killing" not in program.printed
+        program.send(signal.SIGTERM)
+        assert 0 == await program.ended(), program.printed
+
+
+async def test_a_signal_to_the_whole_group_drains_processes_that_still_import(tmp_path) -> None:
+    """As systemd sends it."""
+    async with command_line(tmp_path, *shop("-n", "2"), url="memory://") as program:
+        await until(lambda: '"started"' in program.printed)
+        [child] = re.findall(r'"started".*?"pid": (\d+)', program.printed)
+        os.kill(int(child), signal.SIGTERM)
+        os.kill(int(child), signal.SIGINT)
+        program.send(signal.SIGTERM)
+        assert 0 == await program.ended(), program.printed
+    assert "Traceback" not in program.printed
 
 
 async def test_a_process_with_a_blocked_event_loop_is_killed_and_replaced(

@@ -22,6 +22,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
 from aio_pika_batch.adapters.memory import Broker, MemoryTransport, PublishFault
+from aio_pika_batch.cli.process_manager import ProcessManager, ProcessPolicy
+from aio_pika_batch.cli.supervisor import ProcessMetrics
 from aio_pika_batch.observers.prometheus import PrometheusObserver
 from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
 from tests.integration.helpers import PATIENCE
@@ -100,6 +102,7 @@ async def test_every_panel_and_alert_has_data(tmp_path):
     port = free_port()
     server, thread = start_http_server(port, LOCALHOST, registry)
     try:
+        registry.register(ProcessMetrics(ProcessManager(ProcessPolicy(2))))
         async with eventful(registry):
             await asyncio.to_thread(asks, tmp_path, f"{LOCALHOST}:{port}")
     finally:
@@ -117,7 +120,8 @@ def asks(folder, target):
     for rule in rules:
         # What an alert compares must be there; whether it goes off is another test's.
         for side in re.split(r"\s[<>]\s", rule["expr"].replace("\n", " ").strip()):
-            if not re.fullmatch(r"[\d.]+|\d+\s+and.*", side.strip()):
+            # The last is an alert about series that are missing.
+            if not re.fullmatch(r"[\d.]+|\d+\s+and.*|absent\(.*", side.strip()):
                 wanted.add((rule["alert"], side))
     with prometheus(target, folder) as server:
         deadline = time.monotonic() + PATIENCE
@@ -200,6 +204,9 @@ GOES_OFF = {
     "AioPikaBatchDiscards": {"messages_discarded_total": "0+1x100"},
     "AioPikaBatchReconnects": {"reconnects_total": "0+1x100"},
     "AioPikaBatchCannotSettle": {("settle_errors_total", 'operation="publish"'): "0+1x100"},
+    "AioPikaBatchProcessCrashes": {"process_crashes_total": "0+1x100"},
+    "AioPikaBatchProcessesMissing": {"processes_running": "1x100", "processes_wanted": "2x100"},
+    "AioPikaBatchNoProcess": {"build_info": "_x100"},
 }
 QUIET = {
     "worker_up": "2x100",
@@ -209,6 +216,9 @@ QUIET = {
     "messages_buffered": "0x100",
     ("batches_total", 'trigger="size", outcome="error"'): "1x100",
     "messages_discarded_total": "1x100",
+    "process_crashes_total": "3x100",
+    "processes_running": "2x100",
+    "processes_wanted": "2x100",
     ("batches_total", 'trigger="size", outcome="ok"'): "0+8x100",
     ("dead_letters_total", 'reason="exhausted"'): "1x100",
     "reconnects_total": "1x100",
@@ -234,7 +244,7 @@ def try_out(folder, given, expected):
                 "tests": [
                     {
                         "interval": "1m",
-                        "input_series": list(series(given)),
+                        "input_series": list(series({"build_info": "1x100", **given})),
                         "promql_expr_test": [
                             {
                                 "expr": 'group by (alertname) (ALERTS{alertstate="firing"})',

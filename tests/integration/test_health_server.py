@@ -50,14 +50,46 @@ async def test_a_request_that_is_too_long_is_refused() -> None:
         assert b" 431 " in (await ask(server.port, long))[:15]
 
 
-async def test_too_many_connections_are_refused(monkeypatch) -> None:
-    """With status 503."""
-    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 1)
+async def test_idle_clients_make_room_for_others(monkeypatch) -> None:
+    """The one that has sent nothing for the longest time is closed."""
+    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 2)
     async with HealthServer(port=0) as server:
-        _, first = await asyncio.open_connection("127.0.0.1", server.port)
-        second = await ask(server.port, b"GET /livez HTTP/1.1\r\n\r\n")
-        assert b" 503 " in second[:15]
-        await close(first)
+        first, one = await asyncio.open_connection("127.0.0.1", server.port)
+        one.write(b"GET /livez HTT")
+        second, other = await asyncio.open_connection("127.0.0.1", server.port)
+        assert b"ok" in await ask(server.port, b"GET /livez HTTP/1.1\r\n\r\n")
+        with suppress(ConnectionResetError):
+            assert b"" == await asyncio.wait_for(first.read(), 30)
+        other.write(b"GET /livez HTTP/1.1\r\n\r\n")
+        assert b"ok" in await asyncio.wait_for(second.read(), 30)
+        await close(one)
+        await close(other)
+
+
+async def test_clients_that_read_no_response_make_room_for_others(monkeypatch) -> None:
+    """They have theirs already."""
+    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 2)
+    async with HealthServer(port=0) as server:
+        slow = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(2)]
+        for _, writer in slow:
+            writer.write(b"GET /livez HTTP/1.1\r\n\r\n")
+        for _ in range(5):
+            assert b"ok" in await ask(server.port, b"GET /livez HTTP/1.1\r\n\r\n")
+        for _, writer in slow:
+            await close(writer)
+
+
+async def test_an_error_in_an_answer_is_a_500(caplog) -> None:
+    """And the other endpoints still answer."""
+
+    class Broken:
+        def status(self):
+            raise RuntimeError("no status")
+
+    async with HealthServer(Broken(), port=0) as server:
+        assert b" 500 " in (await ask(server.port, b"GET /livez HTTP/1.1\r\n\r\n"))[:15]
+        assert b" 200 " in (await ask(server.port, b"GET /metrics HTTP/1.1\r\n\r\n"))[:15]
+    assert "a health endpoint failed" in caplog.text
 
 
 async def test_the_server_closes_open_connections_at_its_end() -> None:

@@ -445,4 +445,81 @@ REPAIR = (
     ),
 )
 
-TABLE = (*FLOW, *WIRE, *SECURITY, *REPAIR, *PROGRAMS, *EXACTLY_ONCE)
+_SUPERVISOR = "tests/unit/cli/test_supervisor.py"
+_PROCESSES = "tests/unit/cli/test_process_manager.py"
+_PROMETHEUS = "tests/unit/observers/test_prometheus.py"
+
+OPERATION = (
+    Mutant(
+        "A pause of the supervisor looks as if its processes were hung.",
+        "cli/process_manager.py",
+        "slot.last_heartbeat = min(slot.last_heartbeat + seconds, now)",
+        "pass",
+        (f"{_PROCESSES}::test_time_for_which_the_supervisor_was_paused_counts_for_no_process",),
+    ),
+    Mutant(
+        "A killed process counts as ready until its exit is known.",
+        "cli/process_manager.py",
+        "if slot.phase is not Phase.UP or not slot.is_ready]",
+        "if not slot.is_ready]",
+        (f"{_PROCESSES}::test_a_killed_process_is_not_ready_whatever_its_last_heartbeat_said",),
+    ),
+    Mutant(
+        "A lack of descriptors or threads ends the supervisor.",
+        "cli/supervisor.py",
+        "except (OSError, RuntimeError) as error:",
+        "except BlockingIOError as error:",
+        (f"{_SUPERVISOR}::test_a_start_that_fails_never_ends_the_supervisor",),
+    ),
+    Mutant(
+        "Processes import modules of the current folder ahead of the standard library.",
+        "cli/supervisor.py",
+        'return options if "-P" in options else [*options, "-P"]',
+        "return options",
+        (f"{_SUPERVISOR}::test_the_current_folder_is_not_on_the_path_of_a_process",),
+    ),
+    Mutant(
+        "A signal to the whole group ends a process that still imports.",
+        "cli/supervisor.py",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, ())",
+        (f"{_SUPERVISOR}::test_a_process_starts_with_its_signals_blocked",),
+    ),
+    Mutant(
+        "A second signal to the whole group abandons the drain of a supervised process.",
+        "runtime/shutdown.py",
+        "            self._was_signalled = True\n            self.drain()\n            return",
+        "            self._was_signalled = True",
+        ("tests/unit/shell/test_signals.py::test_signals_only_drain_a_supervised_process",),
+    ),
+    Mutant(
+        "The standby of a single active consumer looks stuck.",
+        "observers/prometheus.py",
+        "if each.buffered + each.in_hand:",
+        "if True:",
+        (f"{_PROMETHEUS}::test_a_worker_that_holds_nothing_is_never_behind",),
+    ),
+    Mutant(
+        "Prometheus doesn't see the first burst of dead letters.",
+        "observers/prometheus.py",
+        "self.count(metrics.dead_letters, reason.value, by=0)",
+        "pass",
+        (f"{_PROMETHEUS}::test_every_series_of_an_alert_exists_before_its_first_burst",),
+    ),
+    Mutant(
+        "One damaged file takes away all metrics.",
+        "health/server.py",
+        "return merge(filter(_is_readable, files))",
+        "return merge(files)",
+        (f"{_PROMETHEUS}::test_a_damaged_file_or_a_missing_folder_is_no_end_of_the_metrics",),
+    ),
+    Mutant(
+        "Idle clients keep a probe from its answer.",
+        "health/http_server.py",
+        "oldest.transport.abort()",
+        "pass",
+        ("tests/integration/test_health_server.py::test_idle_clients_make_room_for_others",),
+    ),
+)
+
+TABLE = (*FLOW, *WIRE, *SECURITY, *REPAIR, *PROGRAMS, *EXACTLY_ONCE, *OPERATION)

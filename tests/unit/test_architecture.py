@@ -37,6 +37,7 @@ LONGEST_CHAIN = 10
 LEAST_COMMENTS = 0.021
 LONGER_FOR_A_REASON = {
     "cli/check.py": "what a consumer needs, and how its broker differs, for both commands",
+    "cli/process_manager.py": "one state machine decides from the start of a process to its end",
     "consumer.py": "what a class that users subclass can do is in the file that they open",
     "core/batch_run.py": "the results of one batch, from what is yielded to what is decided",
     "core/message.py": "all that a handler can see of a message is in one file",

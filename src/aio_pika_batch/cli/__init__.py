@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib.util import find_spec
+from types import FrameType
 
 NEEDED = ("cyclopts", "rich", "dotenv")
 """Packages of the extra `cli`, which a consumer doesn't need."""
 
 
+def _end_early(number: int, frame: FrameType | None) -> None:
+    del frame
+    # Nothing runs yet, so that a consumer has drained all that it had.
+    sys.exit(0 if sys.argv[1:2] in (["run"], ["relay"]) else 128 + number)
+
+
 def main() -> None:
     """Run the command line and exit with its code."""
+    # The kernel keeps signals without a handler from process 1, and imports take a second.
+    signal.signal(signal.SIGTERM, _end_early)
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         print(

@@ -22,7 +22,6 @@ class ProcessPolicy:
     """How processes are supervised. Times are in seconds.
 
     Attributes:
-        size: Number of processes.
         hung_after: A process without a heartbeat for this long is killed.
         start_timeout: The same limit before its first heartbeat, since imports take time.
         drain_timeout: Limit for a drain until the process reports its own.
@@ -78,42 +77,31 @@ class ProcessEvent(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Spawn:
-    """Start a process in a slot."""
+class SlotAction:
+    """Something that the supervisor does to the process in a slot."""
 
     slot: int
 
 
-@dataclass(frozen=True, slots=True)
-class Drain:
-    """Ask the process in a slot to drain and exit."""
-
-    slot: int
+class Spawn(SlotAction):
+    """Start a process."""
 
 
-@dataclass(frozen=True, slots=True)
-class Abandon:
-    """Ask the process in a slot to stop draining and exit."""
-
-    slot: int
+class Drain(SlotAction):
+    """Ask the process to drain and exit."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kill:
-    """Kill the process in a slot."""
+class Abandon(SlotAction):
+    """Ask the process to stop draining and exit."""
 
-    slot: int
+
+class Kill(SlotAction):
+    """Kill the process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """Log an event.
-
-    Attributes:
-        slot: Which process; None for all of them.
-        code: Exit code of the process, if it ended.
-        pause: Seconds until the next process is started; None if none is scheduled.
-    """
+    """Log an event, of one process or of all, with its exit code and the pause before the next."""
 
     event: ProcessEvent
     slot: int | None = None
@@ -126,26 +114,20 @@ Action: TypeAlias = Spawn | Drain | Abandon | Kill | Log
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """What a process regularly reports about itself.
-
-    Attributes:
-        is_ready: Whether all its workers consume.
-        is_stuck: Whether it holds a message longer than `stuck_after`.
-        drain_timeout: Seconds that its drain may take.
-    """
+    """What a process regularly reports about itself."""
 
     is_ready: bool
     is_stuck: bool
+    """Whether it holds a message longer than `stuck_after`."""
     drain_timeout: float
 
 
 @dataclass(slots=True)
 class ProcessSlot:
-    """One slot and its process.
+    """One slot and its process. `crashes` and `failed_starts` are those in a row.
 
     Attributes:
         due: When to start the next process or to kill the current one, depending on `phase`.
-        crashes: Crashes in a row.
         restarts: Number of processes started after the first.
         is_rolled: Whether the process drains to be replaced by a rolling restart.
     """
@@ -159,6 +141,7 @@ class ProcessSlot:
     is_ready: bool = False
     is_stuck: bool = False
     crashes: int = 0
+    failed_starts: int = 0
     restarts: int = -1
     is_rolled: bool = False
 
@@ -170,9 +153,16 @@ class ProcessSlot:
 
 @dataclass(slots=True)
 class ProcessManager:
-    """The state of all processes of one supervisor."""
+    """The state of all processes of one supervisor.
+
+    Attributes:
+        crashes: Number of processes that ended although nobody asked them to.
+        hung_kills: Number of processes killed because they sent no heartbeats.
+    """
 
     policy: ProcessPolicy
+    crashes: int = field(default=0, init=False)
+    hung_kills: int = field(default=0, init=False)
     _slots: list[ProcessSlot] = field(init=False)
     _actions: list[Action] = field(default_factory=list, init=False)
     _to_roll: list[int] = field(default_factory=list, init=False)
@@ -199,9 +189,13 @@ class ProcessManager:
     @property
     def is_ready(self) -> bool:
         """Whether every process consumes and none is draining."""
-        return not self._is_draining and all(
-            slot.phase is Phase.UP and slot.is_ready for slot in self._slots
-        )
+        return not self._is_draining and not self.unready
+
+    @property
+    def unready(self) -> Sequence[ProcessSlot]:
+        """The slots whose process doesn't consume, or is leaving or killed."""
+        # A killed process was ready by its last heartbeat; its phase is the newer fact.
+        return [slot for slot in self._slots if slot.phase is not Phase.UP or not slot.is_ready]
 
     @property
     def is_draining(self) -> bool:
@@ -241,6 +235,7 @@ class ProcessManager:
             for other in self._slots:
                 if other.phase is Phase.DOWN:
                     other.due = now
+        slot.failed_starts = 0
         slot.last_heartbeat = now
         slot.is_ready = heartbeat.is_ready
         slot.is_stuck = heartbeat.is_stuck
@@ -291,6 +286,7 @@ class ProcessManager:
             self._give_up(code, now)
             return
         slot.crashes += 1
+        self.crashes += 1
         pause = policy.pauses.pause(slot.crashes, 1.0)
         slot.due = now + pause
         self._actions.append(Log(ProcessEvent.ENDED, slot.index, code, pause))
@@ -300,6 +296,30 @@ class ProcessManager:
             self._give_up(1, now)
         elif slot.crashes == policy.crash_limit:
             self._actions.append(Log(ProcessEvent.LOOPING, slot.index))
+
+    def on_start_failed(self, index: int, now: float) -> float:
+        """Take in that a process couldn't be started, and return the pause before the next try."""
+        slot = self._slots[index]
+        slot.restarts -= 1
+        # Not a crash: the machine lacks descriptors, memory or processes, for which the other
+        # processes must not end. So this never counts as a crash loop.
+        slot.failed_starts += 1
+        pause = self.policy.pauses.pause(slot.failed_starts, 1.0)
+        slot.phase, slot.due = Phase.DOWN, now + pause
+        return pause
+
+    def skip(self, seconds: float, now: float) -> None:
+        """Leave out time during which the supervisor itself didn't run.
+
+        Heartbeats that it couldn't read meanwhile are not missing.
+        """
+        for slot in self._slots:
+            # Not beyond now: a heartbeat may have been read since.
+            slot.started_at = min(slot.started_at + seconds, now)
+            if slot.last_heartbeat is not None:
+                slot.last_heartbeat = min(slot.last_heartbeat + seconds, now)
+            if slot.phase is Phase.LEAVING:
+                slot.due += seconds
 
     def roll(self) -> None:
         """Replace all processes one after another.
@@ -348,6 +368,7 @@ class ProcessManager:
                     self._spawn(slot, now)
                 case Phase.UP if is_due:
                     # A blocked event loop couldn't receive a command to drain.
+                    self.hung_kills += 1
                     self._actions.append(Log(ProcessEvent.HUNG, slot.index))
                     self._kill(slot)
                 case Phase.UP if slot.is_stuck:

@@ -18,12 +18,19 @@ from aio_pika_batch.cli.logging import LogFormat, LogLevel, configure_logging
 from aio_pika_batch.cli.process_manager import ProcessManager, ProcessPolicy
 from aio_pika_batch.cli.supervisor import FATAL_CODES, Supervisor
 from aio_pika_batch.cli.targets import TargetOptions, prepare
-from aio_pika_batch.cli.worker_process import LoopName, ProcessOptions, run_all, run_loop
+from aio_pika_batch.cli.worker_process import (
+    INTERVAL,
+    LoopName,
+    ProcessOptions,
+    run_all,
+    run_loop,
+)
 from aio_pika_batch.errors import ConfigurationError
 from aio_pika_batch.health.http_server import HttpServer
-from aio_pika_batch.health.metrics import has_prometheus
-from aio_pika_batch.health.server import LOOPBACK, HealthServer
+from aio_pika_batch.health.server import LOOPBACK, HealthServer, has_prometheus
 from aio_pika_batch.logs import KeywordLogger
+
+LEAST_HUNG_AFTER = 4 * INTERVAL
 
 _log = KeywordLogger(logging.getLogger("aio_pika_batch.cli"))
 
@@ -119,8 +126,16 @@ def _policy(
     hung_after, crash_limit = supervision.hung_after, supervision.crash_limit
     if size < 1:
         raise ConfigurationError(f"--processes: must be at least 1, not {size}")
-    if hung_after <= 0:
-        raise ConfigurationError(f"--hung-after: must be greater than 0, not {hung_after:g}")
+    # Less would kill healthy processes that are only busy. NaN is less than nothing, too.
+    if not hung_after >= LEAST_HUNG_AFTER:
+        raise ConfigurationError(
+            f"--hung-after: must be at least {LEAST_HUNG_AFTER:g}, not {hung_after:g}:"
+            f" processes send a heartbeat every {INTERVAL:g} s"
+        )
+    if options.drain_timeout is not None and not 0 < options.drain_timeout < math.inf:
+        raise ConfigurationError(
+            f"--drain-timeout: must be greater than 0, not {options.drain_timeout:g}"
+        )
     if crash_limit < 1:
         raise ConfigurationError(f"--crash-limit: must be at least 1, not {crash_limit}")
     # A developer may stop at a breakpoint, so that with --reload no process counts as hung.

@@ -2,7 +2,8 @@
 
 Each process is a fresh interpreter that imports the user's code itself. Nothing is forked, so no
 event loop, thread or connection is inherited. The supervisor imports none of the user's code and
-keeps working whatever that code does.
+keeps working whatever that code does: an exit is seen by waiting for the process, never by its
+socket, which a process that it has forked may keep open.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from aio_pika_batch.cli.app import Exit
 from aio_pika_batch.cli.process_manager import (
@@ -34,16 +38,26 @@ from aio_pika_batch.cli.process_manager import (
 )
 from aio_pika_batch.cli.worker_process import ABANDON, DRAIN, ProcessOptions
 from aio_pika_batch.health.http_server import Answer
-from aio_pika_batch.health.metrics import MULTIPROCESS_DIR, metrics
 from aio_pika_batch.health.probes import ProbeResult
-from aio_pika_batch.health.server import endpoints
-from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.health.server import MULTIPROCESS_DIR, endpoints, metrics
+from aio_pika_batch.logs import KeywordLogger, format_error
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 FATAL_CODES = frozenset({int(Exit.USAGE), int(Exit.NO_CONNECTION)})
 """Exit codes that a restart can't fix."""
 
 GOOD_NEWS = frozenset({ProcessEvent.RECOVERED, ProcessEvent.ROLLED})
 """Events that are logged at INFO, the others at ERROR."""
+
+_TICK = 1.0
+"""Seconds after which the supervisor looks at the latest."""
+
+_PAUSED_AFTER = 1.0
+"""If it looks later than that by so many seconds, the supervisor itself was stopped meanwhile."""
+
+_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 _MAX_LINE = 4 * 1024 * 1024
 """Bytes of a heartbeat, which contains the status of all workers of a process."""
@@ -86,11 +100,15 @@ class Supervisor:
             self._share_metrics(stack)
             self._handle_signals(stack)
             while True:
-                for action in self._manager.poll(time.monotonic()):
+                began = time.monotonic()
+                for action in self._manager.poll(began):
                     await self._perform(action)
                 if self._manager.outcome is not None:
                     break
-                await self._wait_until(self._manager.deadline)
+                await self._wait_until(min(self._manager.deadline or math.inf, began + _TICK))
+                self._skip_pause(began)
+                if os.getpid() == 1:
+                    self._reap_orphans()
             if self._followers:
                 await asyncio.wait(self._followers)
         return self._manager.outcome
@@ -108,7 +126,7 @@ class Supervisor:
             livez=lambda: ProbeResult(()),
             readyz=self._readiness,
             status=self._status,
-            metrics=metrics,
+            metrics=lambda: metrics(ProcessMetrics(self._manager)),
         )
 
     def _readiness(self) -> ProbeResult:
@@ -117,8 +135,7 @@ class Supervisor:
         return ProbeResult(
             tuple(
                 f"process {slot.index} is {slot.phase.value}, and not ready"
-                for slot in self._manager.slots
-                if not slot.is_ready
+                for slot in self._manager.unready
             )
         )
 
@@ -143,7 +160,17 @@ class Supervisor:
         """Give the processes a folder in which prometheus-client adds up what they count."""
         # Before the first process starts: prometheus-client reads the variable on import.
         if self._options.has_metrics and MULTIPROCESS_DIR not in os.environ:
-            folder = TemporaryDirectory(prefix="aio-pika-batch-metrics-")
+            try:
+                folder = TemporaryDirectory(
+                    prefix="aio-pika-batch-metrics-", ignore_cleanup_errors=True
+                )
+            except OSError as error:
+                _log.warning(
+                    "no folder for metrics; running without those of the processes",
+                    error=format_error(error),
+                )
+                self._options = replace(self._options, has_metrics=False)
+                return
             os.environ[MULTIPROCESS_DIR] = stack.enter_context(folder)
             stack.callback(os.environ.pop, MULTIPROCESS_DIR)
 
@@ -169,13 +196,31 @@ class Supervisor:
             self._manager.drain(now)
         self._changed.set()
 
-    async def _wait_until(self, deadline: float | None) -> None:
+    async def _wait_until(self, deadline: float) -> None:
         """Wait for a change, at most until the deadline."""
-        seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
         with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 await self._changed.wait()
         self._changed.clear()
+
+    def _skip_pause(self, began: float) -> None:
+        """Give the processes the time for which the supervisor was stopped, as by SIGSTOP."""
+        now = time.monotonic()
+        late = now - began - _TICK
+        if late > _PAUSED_AFTER:
+            seconds = round(late, 1)
+            _log.warning("the supervisor was paused; its processes get that time", seconds=seconds)
+            self._manager.skip(late, now)
+
+    def _reap_orphans(self) -> None:
+        """Reap processes that process 1 has inherited, and leave its own to asyncio."""
+        ours = {child.process.pid for child in self._children.values()}
+        with suppress(ChildProcessError):
+            # Without reaping, since the exit code of a child is for whoever waits for that child.
+            while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if found.si_pid in ours:
+                    break  # asyncio reaps it soon, and the rest is reaped after that
+                os.waitpid(found.si_pid, os.WNOHANG)
 
     async def _perform(self, action: Action) -> None:
         match action:
@@ -188,58 +233,148 @@ class Supervisor:
             case Abandon(slot):
                 self._children[slot].send(ABANDON)
             case Kill(slot):
-                with suppress(ProcessLookupError):
-                    self._children[slot].process.kill()
+                _kill_group(self._children[slot].process.pid)
             case Log():
                 _emit(action)
 
     async def _spawn(self, slot: int) -> None:
+        try:
+            child, reader = await self._start_process()
+        # No descriptors, memory, processes or threads. Such a lack passes, if by another's exit.
+        except (OSError, RuntimeError) as error:
+            pause = self._manager.on_start_failed(slot, time.monotonic())
+            _log.error(
+                "a process could not be started; trying again",
+                child=slot,
+                restarted_in=f"{pause:g} s",
+                error=format_error(error),
+            )
+            return
+        self._children[slot] = child
+        _log.info("started", child=slot, pid=child.process.pid)
+        follower = asyncio.ensure_future(self._follow(slot, child, reader))
+        self._followers.add(follower)
+        follower.add_done_callback(self._followers.discard)
+
+    async def _start_process(self) -> tuple[_Child, asyncio.StreamReader]:
+        if MULTIPROCESS_DIR in os.environ:
+            # A cleaner of temporary files may have removed it, and prometheus-client needs it.
+            with suppress(OSError):
+                os.makedirs(os.environ[MULTIPROCESS_DIR], exist_ok=True)  # noqa: PTH103  -- as above
         ours, theirs = socket.socketpair()
         # The targets are arguments only to be seen in a process list. The options go over the
         # socket, since a URL may contain a password.
         command = (
+            *_interpreter_options(),
             "-m",
             "aio_pika_batch.cli.worker_process",
             str(theirs.fileno()),
             *self._options.targets,
         )
         # Our copy of their end must be closed, or the socket would outlive the process.
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *command,
-                # Several processes can't share the input of a terminal. They share its output.
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-            )
-        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=_MAX_LINE)
+        with theirs, ExitStack() as undo:
+            undo.callback(ours.close)
+            # Or a signal to the whole group would end a process that still imports.
+            with _signals_blocked():
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *command,
+                    # Several processes can't share the input of a terminal. They share its output.
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    # A group of its own, so that what it forks can be killed with it.
+                    process_group=0,
+                )
+            reader, writer = await asyncio.open_unix_connection(sock=ours, limit=_MAX_LINE)
+            undo.pop_all()
         writer.write(self._options.to_json().encode() + b"\n")
-        child = self._children[slot] = _Child(process, writer, time.monotonic())
-        _log.info("started", child=slot, pid=process.pid)
-        follower = asyncio.ensure_future(self._follow(slot, child, reader))
-        self._followers.add(follower)
-        follower.add_done_callback(self._followers.discard)
+        return _Child(process, writer, time.monotonic()), reader
 
     async def _follow(self, slot: int, child: _Child, reader: asyncio.StreamReader) -> None:
         """Read the heartbeats of a process until it exits."""
-        with suppress(ConnectionError):
+        reading = asyncio.ensure_future(self._read_heartbeats(slot, child, reader))
+        code = await child.process.wait()
+        reading.cancel()
+        child.writer.close()
+        if code < 0:
+            # It had no time to end what it has forked: the workers of a ProcessPoolExecutor would
+            # wait for it forever, and keep its connections open.
+            _kill_group(child.process.pid)
+        del self._children[slot]
+        self._manager.on_exit(slot, code, time.monotonic())
+        self._changed.set()
+        if self._options.has_metrics:
+            _forget_metrics(child.process.pid)
+
+    async def _read_heartbeats(
+        self, slot: int, child: _Child, reader: asyncio.StreamReader
+    ) -> None:
+        # A process that writes anything else has no heartbeats any more, and is replaced.
+        with suppress(ConnectionError, ValueError, KeyError, TypeError):
             while line := await reader.readline():
                 message = json.loads(line)
                 child.consumers = message["consumers"]
                 heartbeat = Heartbeat(**message["heartbeat"])
                 self._manager.on_heartbeat(slot, heartbeat, time.monotonic())
                 self._changed.set()
-        # The socket may close before the process has exited: its interpreter is shutting down.
-        code = await child.process.wait()
-        child.writer.close()
-        del self._children[slot]
-        if self._options.has_metrics:
-            # Here too, only the user's choice of metrics imports prometheus-client.
-            from aio_pika_batch.observers.prometheus import process_died
 
-            process_died(child.process.pid)
-        self._manager.on_exit(slot, code, time.monotonic())
-        self._changed.set()
+
+class ProcessMetrics:
+    """A collector for prometheus-client: what the supervisor knows of its processes."""
+
+    def __init__(self, manager: ProcessManager) -> None:
+        self._manager = manager
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the metrics as of now."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        manager = self._manager
+        restarts = sum(max(slot.restarts, 0) for slot in manager.slots)
+        running = sum(slot.is_alive for slot in manager.slots)
+        for kind, name, text, value in (
+            (CounterMetricFamily, "process_restarts", "Processes started again.", restarts),
+            (CounterMetricFamily, "process_crashes", "Processes that crashed.", manager.crashes),
+            (CounterMetricFamily, "process_hung_kills", "Hung ones killed.", manager.hung_kills),
+            (GaugeMetricFamily, "processes_wanted", "Processes wanted.", len(manager.slots)),
+            (GaugeMetricFamily, "processes_running", "Processes running.", running),
+        ):
+            yield kind(f"aio_pika_batch_{name}", text, value)
+
+
+def _forget_metrics(pid: int) -> None:
+    # Here too, only the user's choice of metrics imports prometheus-client.
+    from aio_pika_batch.observers.prometheus import process_died
+
+    try:
+        process_died(pid)
+    except Exception as error:  # noqa: BLE001  -- a damaged file raises whatever its bytes lead to
+        _log.warning(
+            "metrics of a process that ended are kept as they are", pid=pid, error=repr(error)
+        )
+
+
+def _interpreter_options() -> list[str]:
+    """Return the interpreter's own options, and -P: the current folder may have a json.py."""
+    # Not documented, but multiprocessing passes them on in the same way.
+    options: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001
+    return options if "-P" in options else [*options, "-P"]
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Block signals, also for processes started meanwhile, until those can handle them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _kill_group(pid: int) -> None:
+    """Kill a process and what it has forked."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _emit(entry: Log) -> None:

@@ -7,7 +7,9 @@ found instead, and at which line the user's code failed.
 
 from __future__ import annotations
 
+import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,9 +83,13 @@ def prepare(loading: TargetOptions) -> None:
     folder = loading.app_dir.resolve()
     if not folder.is_dir():
         raise ConfigurationError(f"--app-dir: {loading.app_dir} is not a folder")
-    # First on the path, so that no installed package hides a module of the user.
-    if str(folder) not in sys.path[:1]:
-        sys.path.insert(0, str(folder))
+    # Before installed packages, none of which should hide a module of the user. Behind the standard
+    # library, whose modules a json.py in that folder should not replace for everybody.
+    library = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    library |= {os.path.join(each, "lib-dynload") for each in library}  # noqa: PTH118  -- as in sys.path
+    position = 1 + max((at for at, each in enumerate(sys.path) if each in library), default=-1)
+    if str(folder) not in sys.path[: position + 1]:
+        sys.path.insert(position, str(folder))
     if loading.env_file is not None:
         if not loading.env_file.is_file():
             raise ConfigurationError(f"--env-file: {loading.env_file} does not exist")

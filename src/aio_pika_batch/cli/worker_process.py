@@ -29,7 +29,7 @@ from aio_pika_batch.cli.targets import AnyConsumer, TargetOptions, load
 from aio_pika_batch.errors import AioPikaBatchError, ConfigurationError
 from aio_pika_batch.health.probes import as_json, liveness, readiness
 from aio_pika_batch.logs import KeywordLogger, format_error
-from aio_pika_batch.runtime.shutdown import process_signals
+from aio_pika_batch.runtime.shutdown import SIGNALS, process_signals
 
 LoopName: TypeAlias = Literal["auto", "uvloop", "asyncio"]
 LoopFactory: TypeAlias = Callable[[], asyncio.AbstractEventLoop]
@@ -75,10 +75,15 @@ class ProcessOptions:
         given = {"num_workers": self.workers, "shutdown_timeout": self.drain_timeout}
         consumers = [load(target, self.loading, **given) for target in self.targets]
         if self.has_metrics:
-            from aio_pika_batch.observers.prometheus import PrometheusObserver
+            try:
+                from aio_pika_batch.observers.prometheus import PrometheusObserver
 
+                observer = PrometheusObserver()
+            except OSError as error:  # the folder that processes share can't be written
+                _log.warning("metrics are off: no folder for them", error=format_error(error))
+                return consumers
             for consumer in consumers:
-                consumer.observe(PrometheusObserver())
+                consumer.observe(observer)
         return consumers
 
     def to_json(self) -> str:
@@ -165,12 +170,17 @@ def main(fd: int) -> Exit:
     """Run what the supervisor at the other end of the socket asks for."""
     # A rolling restart is the supervisor's task, also if the whole process group gets SIGHUP.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    process_signals.only_drain()
+    # The supervisor has blocked them, so that they could not end this process until now.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP, *SIGNALS})
     connection = socket.socket(fileno=fd)
     # A program that the user's code starts would otherwise keep the socket open after this process
     # has ended, and the supervisor would wait for it.
     connection.set_inheritable(False)
     try:
-        options = ProcessOptions.from_json(_read_line(connection))
+        if not (line := _read_line(connection)):
+            return Exit.OK
+        options = ProcessOptions.from_json(line)
         configure_logging(options.log_level, options.log_format)
         # On the handlers: a filter on the root logger isn't applied to records of other loggers.
         for handler in logging.getLogger().handlers:
@@ -194,8 +204,9 @@ def _read_line(connection: socket.socket) -> bytes:
     # Byte by byte: what follows the line is for the stream reader.
     line = bytearray()
     while not line.endswith(b"\n"):
-        # An empty read is the end of the socket. The supervisor is gone, and the options invalid.
-        line += connection.recv(1) or b"\n"
+        if not (read := connection.recv(1)):
+            return b""  # the supervisor is gone
+        line += read
     return bytes(line)
 
 

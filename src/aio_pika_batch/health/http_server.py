@@ -3,17 +3,20 @@
 It runs on the event loop whose health it reports. If that loop is blocked, the probe times out; a
 thread would still answer. It reads the first line of a request only, and its memory, time and
 connections are limited. Probes need no body, keep-alive or routing, so no server library is needed.
+Neither idle clients nor an error in an answer keep other clients from theirs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Self
 
 from aio_pika_batch.errors import ConfigurationError
+from aio_pika_batch.logs import KeywordLogger
 
 MAX_REQUEST = 8 * 1024
 """Bytes of a request line with its headers."""
@@ -26,6 +29,8 @@ MAX_CONNECTIONS = 64
 MAX_PORT = 65535
 
 PLAIN = "text/plain; charset=utf-8"
+
+_log = KeywordLogger(logging.getLogger("aio_pika_batch.health"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +62,18 @@ def respond(head: bytes, answer: Answer) -> bytes:
         with_body = parts[0] == b"GET"
         # Latin-1 decodes any byte. A path with such bytes isn't found.
         path = parts[1].split(b"?")[0].decode("latin-1")
-        found = answer(path) or Response(
+        found = _answer_or_500(answer, path) or Response(
             HTTPStatus.NOT_FOUND, "not found; try /livez, /readyz, /status or /metrics\n"
         )
     return render(found, with_body=with_body)
+
+
+def _answer_or_500(answer: Answer, path: str) -> Response | None:
+    try:
+        return answer(path)
+    except Exception as error:  # noqa: BLE001  -- a broken endpoint must not break the others
+        _log.error("a health endpoint failed; answered with 500", exc_info=error, path=path)
+        return Response(HTTPStatus.INTERNAL_SERVER_ERROR, "failed; the log has the traceback\n")
 
 
 def render(response: Response, *, with_body: bool = True) -> bytes:
@@ -101,7 +114,8 @@ class HttpServer:
         self._host = host
         self._port = port
         self._server: asyncio.Server | None = None
-        self._writers: set[asyncio.StreamWriter] = set()
+        # By age. True: it has not sent a whole request yet.
+        self._clients: dict[asyncio.StreamWriter, bool] = {}
         self._tasks: set[asyncio.Task[object]] = set()
 
     @property
@@ -128,7 +142,7 @@ class HttpServer:
             return
         self._server.close()
         # A client that reads slowly must not delay the exit of the program.
-        for writer in self._writers:
+        for writer in self._clients:
             writer.transport.abort()
         if self._tasks:
             await asyncio.wait(self._tasks)
@@ -139,10 +153,12 @@ class HttpServer:
         if task is not None:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        self._writers.add(writer)
+        if len(self._clients) >= MAX_CONNECTIONS:
+            self._close_one()
+        self._clients[writer] = True
         try:
             async with asyncio.timeout(TIMEOUT):
-                writer.write(await self._reply(reader))
+                writer.write(await self._reply(reader, writer))
                 await writer.drain()
                 # Closing a connection with unread data resets it, and the response would be lost.
                 writer.write_eof()
@@ -151,16 +167,22 @@ class HttpServer:
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
             pass  # the client is gone, or too slow
         finally:
-            self._writers.discard(writer)
+            self._clients.pop(writer, None)
             writer.transport.abort()
 
-    async def _reply(self, reader: asyncio.StreamReader) -> bytes:
-        # Refused by a response, not by closing the socket, so that the client sees the reason.
-        if len(self._writers) > MAX_CONNECTIONS:
-            return render(Response(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n"))
+    def _close_one(self) -> None:
+        """Make room for a new client, which is more likely a probe than those that do nothing."""
+        idle = (writer for writer, is_silent in self._clients.items() if is_silent)
+        # All others have their answer, and only don't read it.
+        oldest = next(idle, None) or next(iter(self._clients))
+        del self._clients[oldest]
+        oldest.transport.abort()
+
+    async def _reply(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
         except asyncio.LimitOverrunError:
             too_large = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             return render(Response(too_large, f"more than {MAX_REQUEST} bytes\n"))
+        self._clients[writer] = False
         return respond(head, self.answer)

@@ -1,17 +1,25 @@
-"""Serves the health endpoints of the consumers in a process."""
+"""Serves the health endpoints of the consumers in a process, and what prometheus-client counts."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
-from typing import Protocol
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from aio_pika_batch.health.http_server import HttpServer, Response
-from aio_pika_batch.health.metrics import metrics
 from aio_pika_batch.health.probes import ProbeResult, as_json, liveness, readiness
 from aio_pika_batch.status import ConsumerStatus
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+    from prometheus_client.registry import Collector
+
+MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
+"""The variable that names a folder in which prometheus-client adds up several processes."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -94,3 +102,54 @@ def _response(result: ProbeResult) -> Response:
         return Response(HTTPStatus.OK, "ok\n")
     text = "".join(f"{reason}\n" for reason in result.reasons)
     return Response(HTTPStatus.SERVICE_UNAVAILABLE, text)
+
+
+def has_prometheus() -> bool:
+    """Return whether prometheus-client is installed."""
+    return find_spec("prometheus_client") is not None
+
+
+def metrics(*more: Collector) -> Response:
+    """Return all metrics in Prometheus's text format, added up if several processes share them.
+
+    Args:
+        *more: Further metrics, of a process that counts nothing else itself.
+    """
+    if not has_prometheus():
+        text = "no metrics: run pip install 'aio-pika-batch[prometheus]'\n"
+        return Response(HTTPStatus.NOT_FOUND, text)
+    from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
+
+    # With several processes, the default registry has only what this one has counted.
+    registry = REGISTRY
+    if more or MULTIPROCESS_DIR in os.environ:
+        registry = CollectorRegistry()
+        for each in (_SharedMetrics(), *more):
+            registry.register(each)
+    return Response(HTTPStatus.OK, generate_latest(registry).decode(), CONTENT_TYPE_LATEST)
+
+
+class _SharedMetrics:
+    """Adds up the files that processes share, and leaves out those that can't be read."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the sums; nothing if the folder is gone."""
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        folder = os.environ.get(MULTIPROCESS_DIR)
+        files = [str(each) for each in sorted(Path(folder).glob("*.db"))] if folder else []
+        merge = MultiProcessCollector.merge
+        try:
+            return merge(files)  # type: ignore[no-untyped-call, no-any-return]  # it has no types
+        except Exception:  # noqa: BLE001  -- a damaged file raises whatever its bytes lead to
+            return merge(filter(_is_readable, files))  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _is_readable(file: str) -> bool:
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    try:
+        MultiProcessCollector.merge([file])  # type: ignore[no-untyped-call]
+    except Exception:  # noqa: BLE001  -- as above
+        return False
+    return True

@@ -8,11 +8,14 @@ not when they are scraped: a scrape comes from another thread, or with several p
 
 from __future__ import annotations
 
+import math
+import os
 import platform
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from itertools import product
+from pathlib import Path
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -46,6 +49,7 @@ from aio_pika_batch.observer import (
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+    from prometheus_client.mmap_dict import MmapedDict
     from prometheus_client.multiprocess import mark_process_dead
 except ModuleNotFoundError as error:
     raise ImportError(
@@ -129,7 +133,7 @@ class Metrics:
         self.up = gauge("worker_up", "Workers consuming.", "livesum")
         self.progress = gauge(
             "last_progress_timestamp_seconds",
-            "When the worker without progress for the longest time last received or settled.",
+            "When the worker that holds messages without progress the longest last progressed.",
             "livemin",
         )
         self.consumers: dict[tuple[str, str], _ConsumerMetrics] = {}
@@ -155,9 +159,9 @@ class _Level:
 
     def __init__(self, gauge: Gauge) -> None:
         self._set = gauge.set
-        self._last: int | None = None
+        self._last: float | None = None
 
-    def update(self, value: int) -> None:
+    def update(self, value: float) -> None:
         # With several processes each write goes to a shared file.
         if value != self._last:
             self._last = value
@@ -188,7 +192,7 @@ class _ConsumerMetrics:
         self._in_progress = _Level(metrics.in_progress.labels(*labels))
         self._held = _Level(metrics.held.labels(*labels))
         self._up = _Level(metrics.up.labels(*labels))
-        self._set_progress = metrics.progress.labels(*labels).set
+        self._since = _Level(metrics.progress.labels(*labels))
         # Series exist from the start: `increase` would not see the step from nothing to 1, so an
         # alert would miss the first dead letter.
         for reason in DeadLetterReason:
@@ -214,8 +218,8 @@ class _ConsumerMetrics:
         """Count a worker as running."""
         self._sources[worker] = load
         self._workers.update(len(self._sources))
+        self._progress[worker] = time.time()
         self.update_load(worker)
-        self.note_progress(worker)
 
     def remove_worker(self, worker: int) -> None:
         """Remove a worker that stopped."""
@@ -232,15 +236,23 @@ class _ConsumerMetrics:
     def note_progress(self, worker: int) -> None:
         """Note that a worker has just received or settled messages."""
         self._progress[worker] = time.time()
-        self._set_progress(min(self._progress.values()))
+        self.update_load(worker)
 
     def _update_gauges(self) -> None:
         buffered = in_progress = up = held = 0
-        for each in self._loads.values():
+        # With several processes the least of all counts, and it must not be that of an idle one.
+        is_shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        latest = max(self._progress.values(), default=time.time())
+        since = math.inf if is_shared else latest
+        for worker, each in self._loads.items():
             buffered += each.buffered
             in_progress += each.in_hand
             up += each.is_consuming
             held += each.held
+            # One that holds nothing isn't behind: such as the standby of a single active consumer.
+            if each.buffered + each.in_hand:
+                since = min(since, self._progress[worker])
+        self._since.update(since)
         self._buffered.update(buffered)
         self._in_progress.update(in_progress)
         self._up.update(up)
@@ -287,7 +299,6 @@ class PrometheusObserver(Observer):
         """Count the messages."""
         consumer = self._metrics_of(origin)
         consumer.received(event.count)
-        consumer.update_load(id(origin))
         consumer.note_progress(id(origin))
 
     def batch_cut(self, origin: Origin, event: BatchCut) -> None:
@@ -311,7 +322,6 @@ class PrometheusObserver(Observer):
         for (result, cause), count in event.counts.items():
             name = RETURNED if result is None else result.name.lower()
             consumer.count(self._metrics.settled, name, cause.value, by=count)
-        consumer.update_load(id(origin))
         consumer.note_progress(id(origin))
 
     def settle_failed(self, origin: Origin, event: SettleFailed) -> None:
@@ -370,12 +380,23 @@ class PrometheusObserver(Observer):
 
 
 def process_died(pid: int) -> None:
-    """Remove the gauges of a process that has exited; its counters stay.
+    """Remove the gauges of a process that has exited; what it has counted stays, in one file.
 
     If you supervise processes that share `PROMETHEUS_MULTIPROC_DIR`, call this whenever one exits.
     Otherwise its workers count as up forever.
     """
-    mark_process_dead(pid)  # type: ignore[no-untyped-call]
+    folder = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+    mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
+    # What it has counted joins that of its predecessors, or each restart would leave two files.
+    for kind in ("counter", "histogram"):
+        left = folder / f"{kind}_{pid}.db"
+        if left.exists():
+            values = list(MmapedDict.read_all_values_from_file(str(left)))  # type: ignore[no-untyped-call]
+            sums = MmapedDict(str(folder / f"{kind}_ended.db"))  # type: ignore[no-untyped-call]
+            for key, value, _, _ in values:
+                sums.write_value(key, sums.read_value(key)[0] + value, 0.0)  # type: ignore[no-untyped-call]
+            sums.close()  # type: ignore[no-untyped-call]
+            left.unlink()
 
 
 def _outcome(error: BaseException | None) -> str:

@@ -125,6 +125,18 @@ class SignalDispatcher:
     def __init__(self) -> None:
         self._listeners: list[_Listener] = []
         self._previous: dict[signal.Signals, Any] = {}
+        self._only_drains = False
+        self._was_signalled = False
+
+    def only_drain(self) -> None:
+        """Make every signal ask for a drain and nothing else, as in a supervised process.
+
+        One that comes before there are listeners counts for the first of them. Several, as sent to
+        a whole process group after the supervisor has asked for a drain, don't abandon it.
+        """
+        self._only_drains = True
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
 
     @contextmanager
     def listen(self, drain: Callable[[], None], abandon: Callable[[], None]) -> Iterator[None]:
@@ -141,6 +153,8 @@ class SignalDispatcher:
         if not self._listeners:
             self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         self._listeners.append(listener)
+        if self._was_signalled:
+            self._notify(listener)
         try:
             yield
         finally:
@@ -164,6 +178,10 @@ class SignalDispatcher:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del number, frame
+        if self._only_drains:
+            self._was_signalled = True
+            self.drain()
+            return
         for listener in self._listeners:
             self._notify(listener)
 

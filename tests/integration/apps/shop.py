@@ -25,6 +25,10 @@ class Importer(Worker):
         if os.environ.get("MISHAP") == "crash":
             os._exit(7)
         self._events.note("started", os.getpid())
+        if os.environ.get("MISHAP") == "forks":
+            if not (forked := os.fork()):
+                signal.pause()
+            self._events.note("forked", forked)
 
     def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[MessageResult]:
         kinds = {each.json()["kind"] for each in messages if not each.redelivered}

@@ -314,6 +314,79 @@ def test_late_heartbeats_and_exits_are_ignored():
     assert not manager.is_ready
 
 
+def test_a_killed_process_is_not_ready_whatever_its_last_heartbeat_said():
+    """Its phase is newer."""
+    manager = started(2, hung_after=10)
+    manager.on_heartbeat(0, READY, 5)
+    assert [Log(ProcessEvent.HUNG, 1), Kill(1)] == manager.poll(10)
+    assert manager.slots[1].is_ready
+    assert [1] == [slot.index for slot in manager.unready]
+    assert not manager.is_ready
+
+
+def test_a_start_that_fails_is_tried_again_and_never_a_crash_loop():
+    """With growing pauses, for as long as the machine lacks what it takes."""
+    manager = ProcessManager(ProcessPolicy(1, crash_limit=3))
+    now = 0.0
+    for pause in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0):
+        assert [Spawn(0)] == manager.poll(now)
+        assert pause == manager.on_start_failed(0, now)
+        assert [] == manager.poll(now + pause - 0.01)
+        now += pause
+    assert [Spawn(0)] == manager.poll(now)
+    assert 0 == manager.slots[0].restarts
+    manager.on_heartbeat(0, READY, now)
+    manager.on_exit(0, 1, now)
+    assert [Log(ProcessEvent.ENDED, 0, 1, 0.5)] == manager.poll(now)
+    assert (1, 1) == (manager.crashes, manager.slots[0].crashes)
+
+
+def test_a_drain_ends_while_a_process_cannot_be_started():
+    """No other try is made."""
+    manager = ProcessManager(ProcessPolicy(1))
+    manager.poll(0)
+    manager.on_start_failed(0, 0)
+    manager.drain(0.1)
+    assert [] == manager.poll(100)
+    assert 0 == manager.outcome
+
+
+@pytest.mark.parametrize("had_heartbeat", [True, False])
+@given(slept=st.floats(0, 1e6), since=st.floats(0, 9))
+def test_time_for_which_the_supervisor_was_paused_counts_for_no_process(
+    had_heartbeat, slept, since
+):
+    """A process is killed after as much time with a running supervisor as ever."""
+    manager = ProcessManager(ProcessPolicy(1, hung_after=10, start_timeout=10))
+    manager.poll(0)
+    if had_heartbeat:
+        manager.on_heartbeat(0, READY, 0)
+    now = since + slept
+    manager.skip(slept, now)
+    assert [] == manager.poll(now)
+    assert pytest.approx(10 + slept) == manager.deadline
+    assert Kill(0) in manager.poll(manager.deadline)
+    assert 1 == manager.hung_kills
+
+
+def test_a_heartbeat_that_was_read_before_the_pause_was_noticed_is_not_of_the_future():
+    """Otherwise a process that hangs then would live longer."""
+    manager = started(1, hung_after=10)
+    manager.on_heartbeat(0, READY, 100)
+    manager.skip(99, 100)
+    assert 110 == manager.deadline
+
+
+def test_a_pause_of_the_supervisor_prolongs_a_drain():
+    """Neither is a process killed whose exit it could not see."""
+    manager = started(1, drain_grace=3)
+    manager.drain(1)
+    manager.poll(1)
+    manager.skip(1000, 1001)
+    assert [] == manager.poll(1001)
+    assert 1024 == manager.deadline
+
+
 # --- properties ----------------------------------------------------------------------------------
 
 

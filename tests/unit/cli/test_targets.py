@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -182,3 +184,20 @@ def test_a_folder_is_added_to_the_import_path_once(shop):
     load("shop:importer", shop)
     load("shop:make", TargetOptions(app_dir=shop.app_dir, factory=True))
     assert 1 == sys.path.count(str(Path(shop.app_dir).resolve()))
+
+
+def test_a_folder_of_the_user_does_not_replace_the_standard_library(tmp_path):
+    """But it comes before installed packages."""
+    for name in ("statistics", "shelve", "hypothesis"):
+        (tmp_path / f"{name}.py").write_text("")
+    program = (
+        "import sys; from pathlib import Path;"
+        "from aio_pika_batch.cli.targets import TargetOptions, prepare;"
+        "prepare(TargetOptions(app_dir=Path(sys.argv[1])));"
+        "import shelve, statistics, hypothesis;"
+        "[print(Path(each.__file__).parent) for each in (shelve, statistics, hypothesis)]"
+    )
+    command = [sys.executable, "-P", "-c", program, str(tmp_path)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    library = sysconfig.get_path("stdlib")
+    assert [library, library, str(tmp_path)] == shown

@@ -15,6 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aio_pika_batch import DeadLetterReason, SessionLost, Trigger
 from aio_pika_batch.adapters.memory import ConnectFault, PublishFault
+from aio_pika_batch.cli.process_manager import ProcessManager, ProcessPolicy
+from aio_pika_batch.cli.supervisor import ProcessMetrics
 from aio_pika_batch.observer import Step
 from aio_pika_batch.observers.prometheus import PrometheusObserver
 from tests.unit.observers.stories import everything
@@ -183,6 +185,43 @@ async def test_last_progress_is_a_timestamp(rabbit, registry, monkeypatch):
         )
 
 
+async def test_a_worker_that_holds_nothing_is_never_behind(rabbit, registry, monkeypatch):
+    """Such as the standby of a single active consumer, beside a worker that makes progress."""
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr("time.time", lambda: 1_000_000 + loop.time())
+    async with RecordingConsumer(
+        taking(2),
+        transport=rabbit.transport,
+        observers=[PrometheusObserver(registry)],
+        num_workers=2,
+        queue_name="standby",
+        queue_arguments={"x-single-active-consumer": True},
+    ):
+        for _ in range(500):
+            rabbit.publish(b"x", routing_key="standby")
+            await asyncio.sleep(4)
+            since = Scraped.of(registry)("last_progress_timestamp_seconds", queue="standby")
+            assert 1_000_000 + loop.time() - since < 10
+
+
+async def test_every_series_of_an_alert_exists_before_its_first_burst(rabbit, registry):
+    """Prometheus sees no increase in a series that begins with its burst."""
+    async with RecordingConsumer(
+        transport=rabbit.transport, observers=[PrometheusObserver(registry)]
+    ):
+        value = Scraped.of(registry)
+    rules = (ROOT / "deploy/prometheus/alerts.yaml").read_text()
+    counters = set(re.findall(r"aio_pika_batch_(\w+_total)", rules)) - {"process_crashes_total"}
+    assert {"dead_letters_total", "settle_errors_total", "batches_total"} < counters
+    for name in counters:
+        assert any(each.name == f"aio_pika_batch_{name}" for each in value.samples), name
+    for reason in ("rejected", "exhausted", "handler-error", "undecodable"):
+        assert 0 == value("dead_letters_total", reason=reason)
+    for operation in ("publish", "settle"):
+        assert 0 == value("settle_errors_total", operation=operation)
+    assert 0 == value("batches_total", trigger="size", outcome="error")
+
+
 async def test_build_info_has_the_versions(registry):
     """As labels."""
     PrometheusObserver(registry)
@@ -194,6 +233,7 @@ async def test_build_info_has_the_versions(registry):
 def test_the_docs_list_every_metric(registry):
     """With type and labels."""
     metrics = PrometheusObserver(registry)._metrics
+    registry.register(ProcessMetrics(ProcessManager(ProcessPolicy(1))))
     labels = {
         f"{each._name}{'_total' if each._type == 'counter' else ''}": each._labelnames
         for each in vars(metrics).values()
@@ -374,3 +414,54 @@ def test_processes_are_added_up_and_the_gauges_of_a_dead_one_removed(tmp_path):
     finally:
         for child in children:
             child.communicate()
+
+
+COUNTING = """
+import sys
+from prometheus_client import Counter, Histogram
+Counter("things", "Things.", ["kind"]).labels("a").inc(int(sys.argv[1]))
+Histogram("sizes", "Sizes.", buckets=(1, 10)).observe(int(sys.argv[1]))
+print(__import__("os").getpid())
+"""
+
+READING = """
+import sys
+from aio_pika_batch.health.server import metrics
+from aio_pika_batch.observers.prometheus import process_died
+for pid in sys.argv[1:]:
+    process_died(int(pid))
+print(metrics().body)
+"""
+
+
+def python(folder, program, *arguments):
+    """Run a program that shares metrics in a folder, and return what it prints."""
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_what_ended_processes_counted_is_kept_in_one_file(tmp_path):
+    """However many there were."""
+    pids = [python(tmp_path, COUNTING, number).strip() for number in (1, 2, 5)]
+    text = python(tmp_path, READING, *pids)
+    for line in ('things_total{kind="a"} 8.0', 'sizes_bucket{le="1.0"} 1.0', "sizes_sum 8.0"):
+        assert line in text
+    assert ["counter_ended.db", "histogram_ended.db"] == sorted(
+        each.name for each in tmp_path.iterdir() if not each.name.startswith("gauge_livemax")
+    )
+
+
+def test_a_damaged_file_or_a_missing_folder_is_no_end_of_the_metrics(tmp_path):
+    """The other files count."""
+    python(tmp_path, COUNTING, 3)
+    for number, content in enumerate((b"", b"abc", b"\xff" * 100, b"\x40\0\0\0" * 20)):
+        (tmp_path / f"counter_{number}.db").write_bytes(content)
+    assert 'things_total{kind="a"} 3.0' in python(tmp_path, READING)
+    assert "things" not in python(
+        tmp_path,
+        "import shutil, os; from aio_pika_batch.health.server import metrics;"
+        "shutil.rmtree(os.environ['PROMETHEUS_MULTIPROC_DIR']); print(metrics().body)",
+    )

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from aio_pika_batch import HealthServer
 from aio_pika_batch.health.http_server import respond
-from aio_pika_batch.health.metrics import metrics
 from aio_pika_batch.health.probes import as_json, liveness, readiness
+from aio_pika_batch.health.server import metrics
 from aio_pika_batch.status import ConsumerStatus, WorkerState, WorkerStatus
 from tests.unit.shell.helpers import RecordingConsumer, numbered, taking
 from tests.unit.shell.scripted_transport import ScriptedTransport, never
@@ -143,7 +143,7 @@ def test_metrics_are_those_of_prometheus_client():
 
 def test_metrics_without_prometheus_client_say_what_to_install(monkeypatch):
     """The answer is 404."""
-    monkeypatch.setattr("aio_pika_batch.health.metrics.has_prometheus", lambda: False)
+    monkeypatch.setattr("aio_pika_batch.health.server.has_prometheus", lambda: False)
     answer = metrics()
     assert 404 == answer.status
     assert "pip install 'aio-pika-batch[prometheus]'" in answer.body

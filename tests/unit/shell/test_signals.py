@@ -247,3 +247,27 @@ async def test_abandon_works_without_a_drain_before(rabbit):
     process_signals.abandon()
     with pytest.raises(DrainIncomplete):
         await running
+
+
+async def test_signals_only_drain_a_supervised_process(handlers):
+    """Also one that comes before there is a consumer; none abandons the drain."""
+    dispatcher = SignalDispatcher()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    heard = []
+    try:
+        dispatcher.only_drain()
+        send()
+        with dispatcher.listen(lambda: heard.append("drain"), lambda: heard.append("abandon")):
+            await asyncio.sleep(0)
+            assert ["drain"] == heard
+            send()
+            send(signal.SIGINT)
+            await asyncio.sleep(0)
+            assert ["drain"] == heard
+            dispatcher.abandon()
+            await asyncio.sleep(0)
+            assert ["drain", "abandon"] == heard
+        send()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
