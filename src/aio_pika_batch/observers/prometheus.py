@@ -240,10 +240,10 @@ class _ConsumerMetrics:
 
     def _update_gauges(self) -> None:
         buffered = in_progress = up = held = 0
+        since = max(self._progress.values(), default=time.time())
         # With several processes the least of all counts, and it must not be that of an idle one.
-        is_shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
-        latest = max(self._progress.values(), default=time.time())
-        since = math.inf if is_shared else latest
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            since = math.inf
         for worker, each in self._loads.items():
             buffered += each.buffered
             in_progress += each.in_hand
@@ -313,7 +313,8 @@ class PrometheusObserver(Observer):
         """Observe the duration of a run and count its outcome."""
         consumer = self._metrics_of(origin)
         consumer.batch_process(event.seconds)
-        outcome = _outcome(event.error)
+        failure = "timeout" if isinstance(event.error, HandlerTimeout) else "error"
+        outcome = "ok" if event.error is None else failure
         consumer.count(self._metrics.batches, event.trigger.value, outcome)
 
     def settled(self, origin: Origin, event: Settled) -> None:
@@ -397,13 +398,3 @@ def process_died(pid: int) -> None:
                 sums.write_value(key, sums.read_value(key)[0] + value, 0.0)  # type: ignore[no-untyped-call]
             sums.close()  # type: ignore[no-untyped-call]
             left.unlink()
-
-
-def _outcome(error: BaseException | None) -> str:
-    match error:
-        case None:
-            return "ok"
-        case HandlerTimeout():
-            return "timeout"
-        case _:
-            return "error"
