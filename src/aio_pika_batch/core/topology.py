@@ -7,6 +7,7 @@ and *Import definitions* in the management UI.
 from __future__ import annotations
 
 import re
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -141,34 +142,44 @@ class Queue:
     def arguments_after(self, refused: Headers, text: str) -> Headers | None:
         """The arguments to declare it with after a refusal (406); None if it stands.
 
-        An existing queue may lack what is only wished for, or have it with other values.
+        An existing queue may lack what is only wished for, or have other values of it. It may have
+        no delivery limit, because it is another consumer's dead-letter queue.
         """
-        if refused == self.arguments:
-            return None
         unequal = unequal_argument(text)
         if unequal is None:
             # A classic queue refuses a delivery limit, for example, which it doesn't have anyway.
             # Whether a queue without a type is one depends on the virtual host.
-            return self.arguments
+            return None if refused == self.arguments else self.arguments
         name, current = unequal.name, unequal.value
-        wish = self.wishes.get(name)
-        if wish is None or name in self.arguments or refused.get(name) not in (wish, None):
+        is_optional = name in self._optional or (name, current) == (DELIVERY_LIMIT, -1)
+        # Each argument is changed only once: to what the queue has.
+        if not is_optional or refused.get(name) not in (self.wishes.get(name), None):
             return None
+        if current is not None:
+            return {**refused, name: current}
         # The broker refuses a routing key without an exchange.
         gone = {name, DEAD_LETTER_ROUTING_KEY} if name == DEAD_LETTER_EXCHANGE else {name}
-        kept = {each: value for each, value in refused.items() if each not in gone}
-        return kept if current is None else {**refused, name: current}
+        return {each: value for each, value in refused.items() if each not in gone}
+
+    @property
+    def _optional(self) -> AbstractSet[str]:
+        """The arguments in which an existing queue may differ."""
+        wished = self.wishes.keys()
+        # A queue that dead-letters to another exchange may do so with a routing key.
+        return (wished | {DEAD_LETTER_ROUTING_KEY} if wished else wished) - self.arguments.keys()
 
     def unfulfilled(self, accepted: Headers, version: Version | None) -> UnfulfilledWishes:
         """What the arguments with which the broker has accepted it don't fulfil."""
-        wanted = self.arguments_on(version) if self.wishes else {}
-        differing = {
-            name: accepted[name]
-            for name, value in wanted.items()
-            if name in accepted and accepted[name] != value
-        }
-        lacking = {name: value for name, value in wanted.items() if name not in accepted}
-        return UnfulfilledWishes(lacking, differing)
+        wanted = self.arguments_on(version)
+        names = self._optional
+        return UnfulfilledWishes(
+            {name: wanted[name] for name in names & wanted.keys() if name not in accepted},
+            {
+                name: accepted[name]
+                for name in names & accepted.keys()
+                if accepted[name] != wanted.get(name)
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True)

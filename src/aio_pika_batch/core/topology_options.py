@@ -108,7 +108,10 @@ def dead_letter_target(options: TopologyOptions) -> DeadLetterTarget | None:
             # The default exchange routes by the name of a queue: an original routing key would miss
             # this queue, and could even lead back to the queue that the message comes from.
             routing_key = options.dead_letter_queue
-        elif _may_be_shared(options, exchange):
+        elif _may_be_shared(options, exchange) or (
+            # A direct exchange can't be bound for all routing keys.
+            options.dead_letter_exchange_type == "direct" and _message_keys(options) is None
+        ):
             # Several services may have messages with the same routing key, so by this key their
             # dead letters couldn't be told apart. Nor by the name of the queue alone: it often is
             # the routing key of messages of others.

@@ -147,14 +147,13 @@ def declared(wanted, existing):
     st.fixed_dictionaries(
         {},
         optional={name: st.sampled_from([value, "other"]) for name, value in WISHES.items()},
-    ),
+    ).filter(lambda has: "x-dead-letter-exchange" in has or "x-dead-letter-routing-key" not in has),
+    st.sampled_from([WISHES, LOSSLESS | dead_lettering("dlx")]),
     st.booleans(),
 )
-def test_an_existing_queue_is_accepted_whatever_wishes_it_fulfils(has, is_other):
+def test_an_existing_queue_is_accepted_whatever_wishes_it_fulfils(has, wishes, is_other):
     """But it must have the arguments of the settings, and no others."""
-    wanted = Queue("jobs", arguments={"own": "1"}, wishes=WISHES)
-    if "x-dead-letter-exchange" not in has:
-        has.pop("x-dead-letter-routing-key", None)
+    wanted = Queue("jobs", arguments={"own": "1"}, wishes=wishes)
     existing = {**has, "own": "2" if is_other else "1"}
 
     accepted = declared(wanted, existing)
@@ -164,9 +163,25 @@ def test_an_existing_queue_is_accepted_whatever_wishes_it_fulfils(has, is_other)
         return
     assert existing == accepted
     found = wanted.unfulfilled(accepted, (4, 0))
-    assert {name for name in WISHES if name not in has} == {*found.lacking}
-    assert {name: has[name] for name in has if has[name] != WISHES[name]} == found.differing
-    assert (has != WISHES) is bool(found)
+    assert {name for name in wishes if name not in has} == {*found.lacking}
+    assert {name: has[name] for name in has if has[name] != wishes.get(name)} == found.differing
+    assert (has != wishes) is bool(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limit", "accepted"),
+    [
+        ({}, -1, {"x-delivery-limit": -1}),
+        ({}, 5, None),
+        ({"x-delivery-limit": 5}, -1, None),
+    ],
+)
+def test_a_consumer_of_dead_letters_accepts_a_queue_without_a_delivery_limit(
+    arguments, limit, accepted
+):
+    """The consumer before it has declared the queue so. Another limit must be in the settings."""
+    text = f"inequivalent arg 'x-delivery-limit': current is the value '{limit}' of type 'long'"
+    assert accepted == Queue("dlq", arguments=arguments).arguments_after(arguments, text)
 
 
 def test_a_dead_letter_queue_lacks_nothing():

@@ -131,11 +131,6 @@ def test_a_shared_exchange_does_not_mix_dead_letters(settings, kind, existing, d
         ({"dead_letter_exchange": "dlx"}, "fanout", "dead_letter_exchange_type='fanout'"),
         ({"dead_letter_exchange": "dlx"}, "headers", "also to those of other services"),
         ({"dead_letter_exchange": "dlx"}, "x-random", "dead_letter_exchange_type='x-random'"),
-        (
-            {"dead_letter_exchange_type": "direct", "routing_keys": ("order.*",)},
-            None,
-            "would not reach queue 'dlq'",
-        ),
         ({"routing_keys": ("#",)}, "direct", "set dead_letter_routing_key"),
         ({"exchange_type": "fanout"}, "direct", "would not reach queue 'dlq'"),
         ({"exchange_type": "x-recent-history"}, "direct", "would not reach queue 'dlq'"),
@@ -325,6 +320,15 @@ def test_how_the_delivery_limit_is_lifted(version, limit):
         (
             {"exchange_name": "x", "dead_letter_exchange": "x", "dead_letter_queue": "dlq"},
             DeadLetterTarget("x", "jobs.dead-letter"),
+        ),
+        (
+            {
+                "exchange_name": "x",
+                "exchange_type": "fanout",
+                "dead_letter_exchange_type": "direct",
+                "dead_letter_queue": "dlq",
+            },
+            DeadLetterTarget("jobs.dlx", also="jobs.dead-letter"),
         ),
     ],
 )

@@ -380,10 +380,16 @@ async def test_an_internal_exchange_can_be_consumed_from(empty):
 # --- consumers of dead letters -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 @pytest.mark.parametrize("answer", [answering(REQUEUE), answering(Requeue(delay=1))])
-async def test_a_consumer_of_dead_letters_has_its_own_attempts(empty, answer):
-    """However often a message was retried before it died."""
-    workers = {"batch_size": 1, "batch_timeout": 1, "max_requeue_attempts": 2}
+async def test_a_consumer_of_dead_letters_has_its_own_attempts(empty, answer, queue_type):
+    """However often a message was retried before it died. It uses the queue as it was declared."""
+    workers = {
+        "batch_size": 1,
+        "batch_timeout": 1,
+        "max_requeue_attempts": 2,
+        "queue_type": queue_type,
+    }
     async with RecordingConsumer(
         answering(REQUEUE), transport=empty.transport, dead_letter_queue="dead", **workers
     ) as first:
