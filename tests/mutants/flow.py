@@ -303,8 +303,8 @@ CORE = (
     Mutant(
         "Services that share an exchange get each other's dead letters.",
         "core/topology_options.py",
-        "elif _may_be_shared(options, exchange):",
-        "elif False:",
+        "elif _may_be_shared(options, exchange) or (",
+        "elif False or (",
         (f"{_CORE}/test_dead_letter_topology.py", f"{_SHELL}/test_topology.py"),
     ),
     Mutant(

@@ -196,9 +196,7 @@ class ConsumerSettings(_EssentialSettings):
     )
     dead_letter_routing_key: ShortString | None = Field(
         default=None,
-        description="Routing key of dead letters. None: each message's original one, or the queue's"
-        " name if both `dead_letter_exchange` and `dead_letter_queue` are set: services that share"
-        " an exchange don't get each other's dead letters.",
+        description="Routing key of dead letters. None: each message's original one.",
     )
     broker_dead_letters: bool = Field(
         default=True,
