@@ -112,8 +112,8 @@ WIRE = (
     Mutant(
         "A cancel counts as confirmed before its answer has come.",
         f"{_WIRE}/session.py",
-        "        await self._channel.cancel()\n        self._is_drained = True",
-        "        self._is_drained = True\n        await self._channel.cancel()",
+        "            await channel.cancel()\n        self._is_drained = True",
+        "            self._is_drained = True\n            await channel.cancel()",
         (f"{_UNIT}/test_session.py",),
     ),
     Mutant(
@@ -242,15 +242,22 @@ WIRE = (
     Mutant(
         "What is settled before the answer to a cancel is not counted with the rest.",
         f"{_WIRE}/session.py",
-        "            self._writer.hold()\n",
+        "            writer.hold()\n",
         "",
         (f"{_UNIT}/test_session.py",),
     ),
     Mutant(
         "Messages that arrive just before the answer to a cancel are not counted.",
         f"{_WIRE}/session.py",
-        "len(ledger) + len(self._pending) if can_settle",
-        "len(ledger) if can_settle",
+        "else len(ledger) + len(self._pending)",
+        "else len(ledger)",
+        (f"{_UNIT}/test_session.py",),
+    ),
+    Mutant(
+        "A paused session is closed although the queue has not answered since many settlements.",
+        f"{_WIRE}/session.py",
+        "                await channel.resume(1)\n",
+        "                pass\n",
         (f"{_UNIT}/test_session.py",),
     ),
     Mutant(

@@ -89,6 +89,11 @@ class ConsumerChannel:
         self._consumer_tag = ""
         self._pauses = 0
 
+    @property
+    def is_consuming(self) -> bool:
+        """Whether it has a consumer, which `cancel` would cancel."""
+        return self._channel is not None and bool(self._consumer_tag)
+
     async def consume(self, subscription: Subscription) -> None:
         """Open the channel and start the consumer. Raises TopologyError or BrokerUnavailable."""
         address, tap = self._connection.address, self._connection.tap

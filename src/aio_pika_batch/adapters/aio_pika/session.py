@@ -11,6 +11,7 @@ Laws:
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -35,6 +36,7 @@ from aio_pika_batch.adapters.aio_pika.events import (
 from aio_pika_batch.adapters.aio_pika.settlement_writer import SettlementWriter
 from aio_pika_batch.adapters.aio_pika.topology import declare_on
 from aio_pika_batch.core.refusals import STREAM_ADVICE
+from aio_pika_batch.core.settlement import SAFE_COMMANDS
 from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost, TopologyError
 from aio_pika_batch.transport import Native
 
@@ -88,6 +90,7 @@ class AioPikaSession:
         self._is_drained = False
         self._is_closed = False
         self._is_first = True
+        self._capacity = subscription.prefetch or math.inf
         self._cancelling: asyncio.Task[None] | None = None
         self._adjusting = asyncio.Lock()
         self._opening_native: asyncio.Task[Native] | None = None
@@ -144,16 +147,26 @@ class AioPikaSession:
 
     async def pause(self) -> None:
         """Cancel the consumer, and keep its channel."""
-        await self._adjust(self._channel.cancel)
+
+        async def if_consuming() -> None:
+            if self._channel.is_consuming:
+                settled = self._writer.unproven
+                await self._channel.cancel()
+                self._writer.prove(settled)
+
+        await self._adjust(if_consuming)
 
     async def resume(self, prefetch: int) -> None:
         """Start another consumer on the same channel."""
 
-        async def unless_cancelled() -> None:
-            if self._cancelling is None:
+        async def if_paused() -> None:
+            if self._cancelling is None and not self._channel.is_consuming:
+                settled = self._writer.unproven
                 await self._channel.resume(prefetch)
+                self._writer.prove(settled)
+                self._capacity += prefetch or math.inf
 
-        await self._adjust(unless_cancelled)
+        await self._adjust(if_paused)
 
     async def _adjust(self, step: Callable[[], Awaitable[None]]) -> None:
         """Change the consumer in a task of its own: a cancelled call would close the channel."""
@@ -186,8 +199,7 @@ class AioPikaSession:
     def unproven(self) -> int:
         """The number of settled messages that the broker may deliver again."""
         # Before the broker has confirmed a settlement, the message counts against the prefetch.
-        unproven = self._writer.unproven
-        return min(unproven, self._subscription.prefetch or unproven)
+        return int(min(self._writer.unproven, self._capacity))
 
     async def native(self) -> Native:
         """Open (once) a channel for the user on the session's connection."""
@@ -255,16 +267,24 @@ class AioPikaSession:
         await self._channel.close()
 
     async def _cancel(self) -> None:
+        writer, channel = self._writer, self._channel
         async with self._adjusting:
-            self._writer.hold()
-            await self._channel.cancel()
+            writer.hold()
+            if not channel.is_consuming and writer.unproven + self._remaining > SAFE_COMMANDS:
+                # Only an answer of the queue proves anything. A paused session has no consumer to
+                # cancel, so it starts one.
+                await channel.resume(1)
+            is_proof = channel.is_consuming
+            await channel.cancel()
         self._is_drained = True
         self._wake()
+        await writer.on_cancelled(self._remaining, is_proof=is_proof)
+
+    @property
+    def _remaining(self) -> int:
+        """The number of messages whose settlement is held, or may still come."""
         ledger = self._writer.ledger
-        can_settle = not self._is_closed
-        await self._writer.on_cancelled(
-            len(ledger) + len(self._pending) if can_settle else ledger.held
-        )
+        return ledger.held if self._is_closed else len(ledger) + len(self._pending)
 
     async def _open_native(self) -> Native:
         with translate_errors(

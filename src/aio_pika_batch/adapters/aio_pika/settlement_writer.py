@@ -85,13 +85,19 @@ class SettlementWriter:
         """Hold what is settled from now on, because `basic.cancel` is being sent."""
         self._is_holding = True
 
-    async def on_cancelled(self, remaining: int) -> None:
+    def prove(self, settled: int) -> None:
+        """Take note that the broker has received so many of the unproven settlements."""
+        self.unproven = max(0, self.unproven - settled)
+
+    async def on_cancelled(self, remaining: int, *, is_proof: bool) -> None:
         """Go on after the answer to `basic.cancel`. Raises SessionLost.
 
         Args:
             remaining: The number of messages that are held, or may still be settled.
+            is_proof: Whether a consumer was cancelled, so that the queue itself has answered.
         """
-        self.unproven = self.ledger.held
+        if is_proof:
+            self.unproven = self.ledger.held
         match drain_mode(remaining, is_rabbitmq=self._is_rabbitmq):
             case DrainMode.DIRECT:
                 self._is_holding = False
@@ -159,4 +165,4 @@ class SettlementWriter:
             # disposition that follow each other.
             self._write(self.ledger.release(joined=False))
             await self._channel.commit()
-            self.unproven -= held
+            self.prove(held)

@@ -34,7 +34,7 @@ class FakeChannel:
         """Accept any prefetch."""
 
     async def basic_consume(self, *_: Any, **__: Any) -> None:
-        """Accept any consumer."""
+        self.tap.note("consume")
 
     async def basic_cancel(self, _: str) -> None:
         self.tap.note("cancel")
@@ -133,6 +133,7 @@ async def holding(count: int, **how: Any) -> tuple[AioPikaSession, FakeChannel, 
     session = await opened(channel, tap, **how)
     tap.tell(Deliveries([delivered(tag) for tag in range(1, count + 1)]))
     await anext(session)
+    tap.sent.clear()
     return session, channel, tap
 
 
@@ -335,3 +336,51 @@ async def test_settlements_are_unproven_if_the_cancel_or_the_commit_is_never_ans
     await session.close()
     assert 7 == session.unproven
     assert "close" not in tap.sent
+
+
+async def test_the_answers_to_pause_and_resume_prove_what_was_settled_before() -> None:
+    """A second pause sends nothing, and proves nothing."""
+    session, channel, _ = await holding(45, prefetch=20)
+    channel.answer.set()
+    await settle(session, ACK, 1)
+    await session.pause()
+    assert 0 == session.unproven
+    await settle(session, ACK, *range(2, 12))
+    await session.pause()
+    assert 10 == session.unproven
+    await session.resume(3)
+    assert 0 == session.unproven
+    await settle(session, ACK, *range(12, 40))
+    assert 23 == session.unproven
+    await session.pause()
+    assert 0 == session.unproven
+    await session.close()
+
+
+async def test_a_paused_session_that_settles_much_gets_an_answer_of_the_queue() -> None:
+    """It starts a consumer only for that: a second cancel of the first one would prove nothing."""
+    session, channel, tap = await holding(45, prefetch=45)
+    channel.answer.set()
+    await session.pause()
+    tap.sent.clear()
+    for tag in range(1, 41):
+        await settle(session, ACK, tag)
+    await session.cancel()
+    assert ["consume", "cancel", "cancel-ok"] == tap.sent[40:]
+    assert 0 == session.unproven
+    await session.close()
+
+
+async def test_a_paused_session_that_settles_little_is_just_closed() -> None:
+    """The commands since the pause are few enough."""
+    session, channel, tap = await holding(20, prefetch=20)
+    channel.answer.set()
+    await session.pause()
+    tap.sent.clear()
+    for tag in range(1, 21):
+        await settle(session, ACK, tag)
+    await session.cancel()
+    assert 20 == session.unproven
+    await session.close()
+    assert ["close"] == tap.sent[20:]
+    assert 0 == session.unproven
