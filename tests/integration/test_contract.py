@@ -43,6 +43,7 @@ CLASSIC = Features(
     exclusive_queues=True,
     pumps=True,
     adjusts=True,
+    proves=True,
     has_native=True,
     tells_version=True,
     counts_ready=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -14,10 +15,13 @@ from aio_pika_batch.observer import Settled
 from aio_pika_batch.testing import virtual_time
 from tests.unit.shell.helpers import (
     ACK,
+    NACK,
+    QUEUE,
     REQUEUE,
     EventRecorder,
     QueueBroker,
     RecordingConsumer,
+    SingleConsumer,
     ack,
     answering,
     first_then,
@@ -461,3 +465,62 @@ async def test_messages_in_handlers_and_settlements_are_both_counted():
     consumer.request_stop()
     with pytest.raises(DrainIncomplete, match=r"2 messages were in mid-handling.*; 4 messages are"):
         await running
+
+
+# -- quorum queues --------------------------------------------------------------------------------
+
+
+async def mixed(message):
+    """ACK or NACK a message, some time after all others have begun."""
+    await asyncio.sleep(10 + int(message.body) % 3)
+    return (ACK, NACK)[int(message.body) % 2]
+
+
+@pytest.mark.parametrize("version", ["3.10", "4.0", "4.3"])
+@pytest.mark.parametrize("count", [34, 200])
+async def test_a_stop_settles_everything_on_a_quorum_queue_that_does_not_answer(version, count):
+    """However many messages are settled one by one, by ACK and NACK in turn."""
+    broker = QueueBroker(version)
+    broker.declare(x_queue_type="quorum")
+    broker.put(*numbered(count))
+    consumer = SingleConsumer(
+        mixed, transport=broker.transport, concurrency=count, prefetch_count=count
+    )
+    async with consumer:
+        await asyncio.sleep(1)
+        assert count == len(broker.unsettled())
+    assert [] == broker.waiting()
+    assert 0 == broker.broker.journal.counts[EventKind.REQUEUED]
+
+
+@pytest.mark.parametrize("version", ["3.10", "4.0", "4.3"])
+async def test_the_turn_of_a_breaker_settles_everything_on_a_quorum_queue(version):
+    """Handlers that end after its session was cancelled count, and are not run again."""
+    broker = QueueBroker(version)
+    broker.declare(x_queue_type="quorum")
+    broker.put(*numbered(150))
+    handled = Counter()
+
+    async def handle(message):
+        handled[message.body] += 1
+        if int(message.body) < 10:
+            raise ConnectionError
+        await asyncio.sleep(5)
+        return ACK
+
+    consumer = SingleConsumer(
+        handle,
+        transport=broker.transport,
+        concurrency=150,
+        prefetch_count=150,
+        breaker_threshold=0.5,
+        breaker_min_samples=10,
+        breaker_pause=30,
+        requeue_delay=0,
+    )
+    async with consumer:
+        await asyncio.sleep(20)
+        assert len(broker.broker.consumers(QUEUE)) == 0
+        acked = [b"%d" % number for number in range(10, 150)]
+        assert {1} == {handled[body] for body in acked}
+        assert set() == set(acked) & set(broker.waiting())

@@ -49,6 +49,10 @@ class HonestSession:
     async def resume(self, prefetch: int) -> None:
         await self.inner.resume(prefetch)
 
+    @property
+    def unproven(self) -> int:
+        return self.inner.unproven
+
     async def native(self) -> Native:
         return await self.inner.native()
 
@@ -306,6 +310,39 @@ class SettlesNothingAfterCancel(HonestSession):
     async def settle(self, settlements: Sequence[Settlement]) -> None:
         if not self.cancelled:
             await self.inner.settle(settlements)
+
+
+class SettlesFewAfterCancel(HonestSession):
+    """The channel of a quorum queue keeps the others, and drops them when it is closed."""
+
+    settled: int | None = None
+
+    async def cancel(self) -> None:
+        await self.inner.cancel()
+        self.settled = 0
+
+    async def settle(self, settlements: Sequence[Settlement]) -> None:
+        if self.settled is not None:
+            self.settled += 1
+        if self.settled is None or self.settled <= 33:
+            await self.inner.settle(settlements)
+
+
+class SettlesFewInAPause(SettlesFewAfterCancel):
+    """The same; and the cancel of a paused session is nothing that a queue would answer."""
+
+    async def cancel(self) -> None:
+        await self.inner.cancel()
+
+    async def pause(self) -> None:
+        await self.inner.pause()
+        self.settled = 0
+
+
+class NeverProves(HonestSession):
+    @property
+    def unproven(self) -> int:
+        return 1
 
 
 class AcksOnLeaving(HonestSession):

@@ -28,6 +28,7 @@ ALL = Features(
     exclusive_consumers=True,
     exclusive_queues=True,
     adjusts=True,
+    proves=True,
     has_native=True,
     tells_version=True,
     counts_ready=True,

@@ -79,7 +79,7 @@ WRONG = {
     ),
     broken.PumpsForEver: "pumping delivers the same messages as iterating, and ends after cancel",
     broken.PumpsOn: "pump raises what its sink raises, and does not call the sink again",
-    broken.Pumps: "a session pumps, pauses and has native objects exactly as the features claim",
+    broken.Pumps: "a session has exactly the abilities that the features claim",
     # how it ends
     broken.NeverCancels: "after cancel, no new message is delivered",
     broken.StopsReadingAtCancel: ("messages that arrived before cancel are still received"),
@@ -88,6 +88,11 @@ WRONG = {
     ),
     broken.CancelsOnce: "cancel may be called again, and concurrently",
     broken.CancelDoesNotEndAReceive: "cancel ends a waiting receive",
+    broken.SettlesFewAfterCancel: (
+        "hundreds of messages that are settled one by one after cancel do not come back"
+    ),
+    broken.SettlesFewInAPause: "what is settled during a pause does not come back after the close",
+    broken.NeverProves: "no settlement is unproven after a regular close",
     broken.AcksOnLeaving: "unsettled messages go back to the queue when the session closes",
     broken.AcksWhatItNeverHandedOut: "prefetched messages that were never received go back, too",
     broken.SwallowsExceptions: (
@@ -250,7 +255,15 @@ async def test_a_transport_that_passes_everything_on_keeps_the_contract():
 
 async def test_a_claimed_feature_must_exist():
     """And one that is not claimed must not exist if a consumer would use it."""
-    offers = ("pumps", "adjusts", "has_native", "tells_version", "counts_ready", "inspects")
+    offers = (
+        "pumps",
+        "adjusts",
+        "proves",
+        "has_native",
+        "tells_version",
+        "counts_ready",
+        "inspects",
+    )
     nothing = dict.fromkeys((*offers, "dead_letters"), False)
     (await contract_of(broken.Bare, **nothing).run(at_once=100)).raise_if_broken()
     report = await contract_of(broken.Bare, **dict.fromkeys(offers, True)).run(at_once=100)
@@ -259,7 +272,7 @@ async def test_a_claimed_feature_must_exist():
         "the session has no methods pause and resume",
     )
     assert {str(finding.clause): finding.why for finding in report.broken} == without_pause | {
-        "a session pumps, pauses and has native objects exactly as the features claim": (
+        "a session has exactly the abilities that the features claim": (
             "whether it can pump: expected True, found False"
         ),
         "pumping delivers the same messages as iterating, and ends after cancel": (
@@ -267,6 +280,9 @@ async def test_a_claimed_feature_must_exist():
         ),
         "pump raises what its sink raises, and does not call the sink again": (
             "the session has no method pump"
+        ),
+        "no settlement is unproven after a regular close": (
+            "settlements that are unproven: expected 0, found None"
         ),
         "native objects are opened once": "the session has no method native",
         "the broker's version is known after a declaration": (

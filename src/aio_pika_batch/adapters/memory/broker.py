@@ -4,8 +4,8 @@ It behaves as RabbitMQ does, down to its texts, and is stricter where AMQP would
 Its time is a number that `advance` sets, or that it reads from its `clock`.
 
 Not imitated: streams, priorities of quorum queues, policies, permissions, virtual hosts other than
-`/`, exchange-to-exchange bindings, plugins, transactions, flow control, consumer timeouts, and
-whatever only happens in a cluster.
+`/`, exchange-to-exchange bindings, plugins, publishing in transactions, flow control, consumer
+timeouts, and whatever only happens in a cluster.
 """
 
 from __future__ import annotations

@@ -7,14 +7,13 @@ although in AMQP it stands for all unacked messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby, takewhile
 from typing import Protocol, TypeAlias
 
 from aio_pika_batch.adapters.memory.faults import EventKind
-from aio_pika_batch.adapters.memory.queue import MemoryQueue, QueueConsumer, RequeueCause
+from aio_pika_batch.adapters.memory.queue import MemoryQueue, QueueConsumer
 from aio_pika_batch.adapters.memory.queue_arguments import QueueType
 from aio_pika_batch.adapters.memory.rabbitmq import (
     Refusal,
@@ -30,9 +29,11 @@ from aio_pika_batch.adapters.memory.stored_message import (
     copy_headers,
     store_publication,
 )
+from aio_pika_batch.adapters.memory.unacked import UnackedMessages
 from aio_pika_batch.adapters.memory.vhost import VirtualHost
 from aio_pika_batch.core.message import FieldValue, Headers, Properties
 from aio_pika_batch.core.refusals import ReplyCode
+from aio_pika_batch.core.settlement import Disposition
 
 _MAX_PREFETCH = 65_535
 _CLOSED_BY_CLIENT = "closed by the client"
@@ -187,7 +188,7 @@ class Channel:
         self._prefetch = 0
         self._last_tag = 0
         self._consumers: dict[str, QueueConsumer] = {}
-        self._unacked: dict[int, tuple[QueueConsumer, QueueEntry]] = {}
+        self._unacked = UnackedMessages(host.rules)
         self._published = 0
         self.received: list[BrokerFrame] = []
         self.close_reason: str | None = None
@@ -200,7 +201,7 @@ class Channel:
     @property
     def unsettled(self) -> tuple[int, ...]:
         """The delivery tags that are not settled, in their order."""
-        return tuple(self._unacked)
+        return self._unacked.tags
 
     @contextmanager
     def operation(self) -> Iterator[VirtualHost]:
@@ -252,6 +253,7 @@ class Channel:
             consumer = QueueConsumer(tag, source, self, self._prefetch, priority, exclusive)
             self._consumers[tag] = consumer
             source.consumers.add(consumer)
+            self._unacked.on_answer(source, to_cancel=False)
             vhost.record(EventKind.CONSUMING, queue, None, tag)
             vhost.schedule(source)
 
@@ -262,36 +264,35 @@ class Channel:
             if consumer is not None:
                 vhost.record(EventKind.CANCELLED, consumer.queue.name, None, tag)
                 vhost.remove_consumer(consumer)
+                self._unacked.on_answer(consumer.queue, to_cancel=True)
 
     def ack(self, tag: int, *, multiple: bool = False) -> None:
         """Send `basic.ack`."""
-        with self.operation():
-            for queue, entries in self._settle(tag, multiple=multiple):
-                queue.ack(entries)
+        self._settle(Disposition.ACK, tag, multiple=multiple)
 
     def nack(self, tag: int, *, multiple: bool = False, requeue: bool = True) -> None:
         """Send `basic.nack`."""
-        self._return(tag, RequeueCause.NACKED, multiple=multiple, requeue=requeue)
+        disposition = Disposition.RETURN if requeue else Disposition.REJECT
+        self._settle(disposition, tag, multiple=multiple)
 
     def reject(self, tag: int, *, requeue: bool = True) -> None:
         """Send `basic.reject`."""
-        self._return(tag, RequeueCause.REJECTED, multiple=False, requeue=requeue)
+        disposition = Disposition.REQUEUE if requeue else Disposition.REJECT
+        self._settle(disposition, tag, multiple=False)
 
-    def _return(self, tag: int, cause: RequeueCause, *, multiple: bool, requeue: bool) -> None:
+    def _settle(self, disposition: Disposition, tag: int, *, multiple: bool) -> None:
         with self.operation():
-            for queue, entries in self._settle(tag, multiple=multiple):
-                if requeue:
-                    queue.requeue(entries, cause)
-                else:
-                    queue.reject(entries)
+            self._unacked.settle(disposition, tag, multiple=multiple)
 
-    def _settle(self, tag: int, *, multiple: bool) -> list[tuple[MemoryQueue, list[QueueEntry]]]:
-        """Remove and return unacked messages, by queue and in their order."""
-        # Tag 0, which in AMQP stands for all of them, is never among them.
-        if tag not in self._unacked:
-            raise Refusal(ReplyCode.PRECONDITION_FAILED, f"unknown delivery tag {tag}")
-        tags = list(takewhile(lambda each: each <= tag, self._unacked)) if multiple else [tag]
-        return _by_queue([self._unacked.pop(each) for each in tags])
+    def tx_select(self) -> None:
+        """Settle in transactions from now on."""
+        with self.operation():
+            self._unacked.select()
+
+    def tx_commit(self) -> None:
+        """Settle what has been settled since the last commit."""
+        with self.operation():
+            self._unacked.commit()
 
     # -- publishing --
 
@@ -317,7 +318,7 @@ class Channel:
     def deliver(self, consumer: QueueConsumer, entry: QueueEntry) -> None:
         """Send a message to the client."""
         self._last_tag += 1
-        self._unacked[self._last_tag] = (consumer, entry)
+        self._unacked.add(self._last_tag, consumer, entry)
         message = entry.message
         self._send(
             DeliverFrame(
@@ -352,29 +353,13 @@ class Channel:
         for consumer in self._consumers.values():
             vhost.remove_consumer(consumer)
         self._consumers.clear()
-        unacked, self._unacked = self._unacked, {}
-        for queue, entries in _by_queue(unacked.values()):
-            queue.requeue(entries, RequeueCause.CHANNEL_CLOSED)
+        self._unacked.requeue_all()
         self._send(CloseFrame(reason))
 
     def _send(self, frame: BrokerFrame) -> None:
         self.received.append(frame)
         if self._notify is not None:
             self._notify()
-
-
-def _by_queue(
-    unacked: Iterable[tuple[QueueConsumer, QueueEntry]],
-) -> list[tuple[MemoryQueue, list[QueueEntry]]]:
-    by_queue = []
-    # Only neighbours are grouped, which keeps the order of delivery.
-    for queue, group in groupby(unacked, key=lambda each: each[0].queue):
-        entries = []
-        for consumer, entry in group:
-            consumer.unacked_count -= 1
-            entries.append(entry)
-        by_queue.append((queue, entries))
-    return by_queue
 
 
 def _delivered_properties(entry: QueueEntry, queue: MemoryQueue, rules: VersionRules) -> Properties:

@@ -47,6 +47,8 @@ class VersionRules:
     quorum_expires: bool = True
     # Whether an unknown exchange type closes the connection and not only the channel.
     unknown_type_closes_connection: bool = True
+    # How many commands a channel sends to a quorum queue that doesn't answer after a cancel.
+    commands_without_answer: int = 32
 
 
 _V3_10 = VersionRules(version="3.10")
@@ -61,6 +63,7 @@ _V4_0 = replace(
     sends_last_death=True,
     keeps_cc=True,
     unknown_type_closes_connection=False,
+    commands_without_answer=33,
 )
 # 4.3 counts failures of processing only, and tells them apart from mere returns.
 _V4_3 = replace(

@@ -28,7 +28,16 @@ from aio_pika_batch.adapters.memory.rabbitmq import Refusal, translate_refusals
 from aio_pika_batch.adapters.memory.stored_message import CheckedPublication, check_publication
 from aio_pika_batch.core.message import DecodedSource, Message
 from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
-from aio_pika_batch.core.settlement import Disposition, Frame, Ledger, Settlement
+from aio_pika_batch.core.settlement import (
+    SAFE_COMMANDS,
+    CommandBudget,
+    Disposition,
+    DrainMode,
+    Frame,
+    Ledger,
+    Settlement,
+    drain_mode,
+)
 from aio_pika_batch.errors import SessionClosed, SessionLost
 from aio_pika_batch.transport import Native, Subscription, resumed_consumer_tag
 
@@ -58,7 +67,9 @@ class MemorySession:
         self._arrived: list[Message] = []
         self._is_iterated = False
         self._is_cancelled = False
+        self._budget: CommandBudget | None = None
         self._consumer_tag = ""
+        self._settled_in_pause = 0
         self._pauses = 0
         self._has_ended = False
         self._lost_reason: str | None = None
@@ -89,10 +100,17 @@ class MemorySession:
 
     def end(self) -> None:
         """Close the connection; a task that waits for messages gets `SessionClosed`."""
+        if self._budget is not None and self._channel.close_reason is None:
+            self._commit(self._budget)
         self._has_ended = True
         self._connection.close()
 
     # -- the port --
+
+    @property
+    def unproven(self) -> int:
+        """The number of settled messages that were not sent before the connection was cut."""
+        return self._ledger.held
 
     def __aiter__(self) -> MemorySession:
         if self._is_iterated:
@@ -122,10 +140,20 @@ class MemorySession:
         """Cancel the consumer. Messages that were delivered before are still handed out."""
         self._check()
         if not self._is_cancelled:
+            # Only an answer of the queue proves anything. A paused session has no consumer to
+            # cancel, so it starts one.
+            settled, left = self._settled_in_pause, len(self._ledger) + len(self._arrived)
+            if not self._consumer_tag and settled + left > SAFE_COMMANDS:
+                self._resume(1)
             self._channel.cancel(self._consumer_tag)
             self._is_cancelled = True
             # The iteration ends, although no message comes.
             self._wake_reader()
+            self._check()
+            left = len(self._ledger) + len(self._arrived)
+            if drain_mode(left, is_rabbitmq=True) is DrainMode.COMMITTED:
+                self._channel.tx_select()
+                self._budget = CommandBudget()
         await asyncio.sleep(0)
         self._check()
 
@@ -135,6 +163,7 @@ class MemorySession:
         if self._consumer_tag:
             self._channel.cancel(self._consumer_tag)
             self._consumer_tag = ""
+            self._settled_in_pause = 0
         await asyncio.sleep(0)
         self._check()
 
@@ -142,23 +171,40 @@ class MemorySession:
         """Start another consumer on the same channel."""
         self._check()
         if not self._consumer_tag and not self._is_cancelled:
-            self._pauses += 1
-            tag = resumed_consumer_tag(self._subscription.consumer_tag, self._pauses)
-            with suppress(ChannelIsClosed, Refusal):
-                self._start(tag, prefetch)
+            self._resume(prefetch)
         await asyncio.sleep(0)
         self._check()
+
+    def _resume(self, prefetch: int) -> None:
+        self._pauses += 1
+        tag = resumed_consumer_tag(self._subscription.consumer_tag, self._pauses)
+        with suppress(ChannelIsClosed, Refusal):
+            self._start(tag, prefetch)
 
     async def settle(self, settlements: Sequence[Settlement]) -> None:
         """Send the frames that settle these messages."""
         self._check()
-        frames = self._ledger.settle(settlements)
+        unsettled = len(self._ledger)
         with suppress(ChannelIsClosed, Refusal):
-            for frame in frames:
-                _send(self._channel, frame)
+            if self._budget is None:
+                for frame in self._ledger.settle(settlements):
+                    _send(self._channel, frame)
+                self._settled_in_pause += unsettled - len(self._ledger)
+            else:
+                self._ledger.hold(settlements)
+                commit_at = self._budget.commit_at(self._ledger.held_kinds)
+                # Without a timer: what can't be committed at once waits for the next settlement.
+                if commit_at is not None and commit_at <= asyncio.get_running_loop().time():
+                    self._commit(self._budget)
         # A frame that the broker refused has ended the session.
         self._check()
         await asyncio.sleep(0)
+
+    def _commit(self, budget: CommandBudget) -> None:
+        budget.spend(self._ledger.held_kinds, asyncio.get_running_loop().time())
+        for frame in self._ledger.release(joined=False):
+            _send(self._channel, frame)
+        self._channel.tx_commit()
 
     async def native(self) -> Native:
         """Return objects with aio-pika's calls, on a channel of their own."""

@@ -119,6 +119,22 @@ async def _cancel_resumed(ctx: CheckContext) -> None:
         await ctx.expect_count(1)
 
 
+@GROUP.clause(
+    "what is settled during a pause does not come back when the session closes", "adjusts"
+)
+async def _settled_in_pause(ctx: CheckContext) -> None:
+    bodies = await ctx.put(201)
+    async with ctx.read(prefetch=200) as reader:
+        session = _adjustable(reader.session)
+        messages = await reader.take(200)
+        await session.pause()
+        for message in reversed(messages):
+            await reader.settle(Disposition.ACK, [message])
+        await reader.session.cancel()
+        await reader.take_to_the_end()
+    await ctx.expect_messages(set(bodies) - set(bodies_of(messages)))
+
+
 @GROUP.clause("a closed session raises SessionClosed from pause and resume", "adjusts")
 async def _closed(ctx: CheckContext) -> None:
     async with ctx.read() as reader:

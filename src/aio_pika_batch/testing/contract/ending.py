@@ -18,7 +18,7 @@ from aio_pika_batch.testing.contract.checks import (
     expect_error,
     settlement,
 )
-from aio_pika_batch.transport import ListeningPublisher, Publisher
+from aio_pika_batch.transport import ListeningPublisher, ProvingSession, Publisher
 
 GROUP = ClauseGroup()
 
@@ -77,6 +77,33 @@ async def _cancel_wakes_receive(ctx: CheckContext) -> None:
         await reader.expect_nothing()
         await reader.session.cancel()
         expect([], await reader.take_to_the_end(), "the received messages")
+
+
+@GROUP.clause("hundreds of messages that are settled one by one after cancel do not come back")
+async def _settle_singly(ctx: CheckContext) -> None:
+    await ctx.put(200)
+    async with ctx.read() as reader:
+        messages = await reader.take(200)
+        await reader.session.cancel()
+        # From the last to the first, so that none of them can be joined with others.
+        for number, message in enumerate(reversed(messages)):
+            await reader.settle((Disposition.ACK, Disposition.REJECT)[number % 2], [message])
+    await ctx.expect_messages([])
+
+
+@GROUP.clause("no settlement is unproven after a regular close", "proves")
+async def _proven(ctx: CheckContext) -> None:
+    await ctx.put(100)
+    async with ctx.read() as reader:
+        session: object = reader.session
+        messages = await reader.take(100)
+        for message in messages[:50]:
+            await reader.settle(Disposition.ACK, [message])
+        await reader.session.cancel()
+        for message in messages[50:]:
+            await reader.settle(Disposition.ACK, [message])
+    unproven = session.unproven if isinstance(session, ProvingSession) else None
+    expect(0, unproven, "settlements that are unproven")
 
 
 @GROUP.clause("unsettled messages go back to the queue when the session closes")

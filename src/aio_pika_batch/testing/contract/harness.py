@@ -36,6 +36,7 @@ class Features:
         exclusive_consumers: A session can be the only consumer of a queue.
         exclusive_queues: A session can declare a queue that is deleted when the session ends.
         pumps: Its sessions can pump.
+        proves: Its sessions know which settlements the broker has certainly received.
         adjusts: Its sessions can be paused, and resumed with another prefetch.
         listens: Its publishers report answers that come after their time limit.
         has_native: Its sessions have objects of the broker's own library.
@@ -67,6 +68,7 @@ class Features:
     exclusive_consumers: bool = False
     exclusive_queues: bool = False
     pumps: bool = False
+    proves: bool = False
     adjusts: bool = False
     listens: bool = False
     has_native: bool = False

@@ -31,6 +31,7 @@ from aio_pika_batch.transport import (
     CountingTransport,
     InspectingTransport,
     NativeSession,
+    ProvingSession,
     PumpingSession,
     Session,
     VersionedTransport,
@@ -154,12 +155,17 @@ def _chunk(chunk: Sequence[Message] | None) -> Sequence[Message]:
     return chunk
 
 
-@GROUP.clause("a session pumps, pauses and has native objects exactly as the features claim")
+@GROUP.clause("a session has exactly the abilities that the features claim")
 async def _as_claimed(ctx: CheckContext) -> None:
     async with ctx.transport.session(ctx.subscription()) as session:
         expect(ctx.features.pumps, isinstance(session, PumpingSession), "whether it can pump")
         expect(
             ctx.features.adjusts, isinstance(session, AdjustableSession), "whether it can be paused"
+        )
+        expect(
+            ctx.features.proves,
+            isinstance(session, ProvingSession),
+            "whether it knows what is unproven",
         )
         expect(
             ctx.features.has_native,

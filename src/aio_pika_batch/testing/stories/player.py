@@ -19,7 +19,12 @@ from aio_pika_batch.core.results import MessageResult, Result
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.settings import BatchConsumerSettings
 from aio_pika_batch.testing.stories.story import RAISE, Fault, FaultKind, Played, Story
-from aio_pika_batch.transport import AdjustableSession, PumpingSession, VersionedTransport
+from aio_pika_batch.transport import (
+    AdjustableSession,
+    ProvingSession,
+    PumpingSession,
+    VersionedTransport,
+)
 
 if TYPE_CHECKING:
     from aio_pika_batch.core.message import Message
@@ -269,6 +274,12 @@ class _Session:
         self._prefetch = prefetch
         self._last_tag = 0
         self.bodies: dict[int, bytes] = {}
+
+    @property
+    def unproven(self) -> int:
+        """That of the wrapped session, if it has one."""
+        session: object = self._session
+        return session.unproven if isinstance(session, ProvingSession) else 0
 
     async def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
         async for chunk in self._session:
