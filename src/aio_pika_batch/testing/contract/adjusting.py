@@ -119,9 +119,7 @@ async def _cancel_resumed(ctx: CheckContext) -> None:
         await ctx.expect_count(1)
 
 
-@GROUP.clause(
-    "what is settled during a pause does not come back when the session closes", "adjusts"
-)
+@GROUP.clause("what is settled during a pause does not come back after the close", "adjusts")
 async def _settled_in_pause(ctx: CheckContext) -> None:
     bodies = await ctx.put(201)
     async with ctx.read(prefetch=200) as reader:
