@@ -268,19 +268,20 @@ class Channel:
 
     def ack(self, tag: int, *, multiple: bool = False) -> None:
         """Send `basic.ack`."""
-        self._settle(Disposition.ACK, tag, multiple=multiple)
+        self.settle(Disposition.ACK, tag, multiple=multiple)
 
     def nack(self, tag: int, *, multiple: bool = False, requeue: bool = True) -> None:
         """Send `basic.nack`."""
         disposition = Disposition.RETURN if requeue else Disposition.REJECT
-        self._settle(disposition, tag, multiple=multiple)
+        self.settle(disposition, tag, multiple=multiple)
 
     def reject(self, tag: int, *, requeue: bool = True) -> None:
         """Send `basic.reject`."""
         disposition = Disposition.REQUEUE if requeue else Disposition.REJECT
-        self._settle(disposition, tag, multiple=False)
+        self.settle(disposition, tag, multiple=False)
 
-    def _settle(self, disposition: Disposition, tag: int, *, multiple: bool) -> None:
+    def settle(self, disposition: Disposition, tag: int, *, multiple: bool) -> None:
+        """Send the frame of a disposition."""
         with self.operation():
             self._unacked.settle(disposition, tag, multiple=multiple)
 

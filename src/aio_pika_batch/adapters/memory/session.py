@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import assert_never
 
 from aio_pika_batch.adapters.memory.channel import (
     CancelFrame,
@@ -31,9 +30,7 @@ from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
 from aio_pika_batch.core.settlement import (
     SAFE_COMMANDS,
     CommandBudget,
-    Disposition,
     DrainMode,
-    Frame,
     Ledger,
     Settlement,
     drain_mode,
@@ -188,7 +185,7 @@ class MemorySession:
         with suppress(ChannelIsClosed, Refusal):
             if self._budget is None:
                 for frame in self._ledger.settle(settlements):
-                    _send(self._channel, frame)
+                    self._channel.settle(frame.disposition, frame.tag, multiple=frame.multiple)
                 self._settled_in_pause += unsettled - len(self._ledger)
             else:
                 self._ledger.hold(settlements)
@@ -203,7 +200,7 @@ class MemorySession:
     def _commit(self, budget: CommandBudget) -> None:
         budget.spend(self._ledger.held_kinds, asyncio.get_running_loop().time())
         for frame in self._ledger.release(joined=False):
-            _send(self._channel, frame)
+            self._channel.settle(frame.disposition, frame.tag, multiple=frame.multiple)
         self._channel.tx_commit()
 
     async def native(self) -> Native:
@@ -251,20 +248,6 @@ class MemorySession:
             (frame.exchange, frame.routing_key),
             frame.properties,
         )
-
-
-def _send(channel: Channel, frame: Frame) -> None:
-    match frame.disposition:
-        case Disposition.ACK:
-            channel.ack(frame.tag, multiple=frame.multiple)
-        case Disposition.REJECT:
-            channel.reject(frame.tag, requeue=False)
-        case Disposition.REQUEUE:
-            channel.reject(frame.tag, requeue=True)
-        case Disposition.RETURN:
-            channel.nack(frame.tag, multiple=frame.multiple, requeue=True)
-        case never:
-            assert_never(never)
 
 
 class MemoryPublisher:
