@@ -7,7 +7,7 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, get_args
@@ -17,7 +17,14 @@ from typing_extensions import TypeVar
 from aio_pika_batch.core.config_checks import broker_warnings_for, warnings_for
 from aio_pika_batch.core.message import Headers, Message
 from aio_pika_batch.core.publication import Outcome, Publication, describe_outcome
-from aio_pika_batch.core.results import ExceptionResults, Result
+from aio_pika_batch.core.results import (
+    ExceptionResults,
+    MessageResult,
+    Nack,
+    Requeue,
+    Result,
+    describe,
+)
 from aio_pika_batch.core.topology_options import refuse_loops
 from aio_pika_batch.errors import (
     ConfigurationError,
@@ -29,7 +36,7 @@ from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observer
 from aio_pika_batch.runtime.batching import check_batch_key
 from aio_pika_batch.runtime.consume_loop import ConsumeLoop
-from aio_pika_batch.runtime.handler import Process
+from aio_pika_batch.runtime.handler import HandlerMistake, InvalidResult, Process
 from aio_pika_batch.runtime.lifecycle import Lifecycle
 from aio_pika_batch.runtime.shutdown import process_signals
 from aio_pika_batch.runtime.worker import WorkerInstance
@@ -143,6 +150,7 @@ class BaseConsumer(Generic[SettingsT_co]):
         observers: Sequence[Observer] = (),
     ) -> None:
         self._check_class()
+        self._check_hooks()
         self.settings = self._settings_from_environment() if settings is None else settings
         self._check_settings()
         check_batch_key(
@@ -242,6 +250,7 @@ class BaseConsumer(Generic[SettingsT_co]):
 
         Raises:
             TransportError: The broker refuses for good.
+            ConfigurationError: The handler can't work: it returns a list, or never a result.
             DrainIncomplete: A second signal abandoned the drain, or `shutdown_timeout` cut handlers
                 off.
         """
@@ -256,9 +265,9 @@ class BaseConsumer(Generic[SettingsT_co]):
                     await lifecycle.pool.watch()
             finally:
                 lifecycle.request_stop()
-                incomplete = await lifecycle.drained()
-        if incomplete is not None:
-            raise incomplete
+                failure = await lifecycle.drained()
+        if failure is not None:
+            raise failure
 
     async def start(self) -> None:
         """Start, and return once every worker consumes. An absent broker is waited for.
@@ -411,6 +420,13 @@ class BaseConsumer(Generic[SettingsT_co]):
             raise ConfigurationError(msg)
         return self._made_lifecycle
 
+    def _check_hooks(self) -> None:
+        for hook in ("on_start", "on_stop", "on_session"):
+            method = inspect.unwrap(getattr(type(self), hook))
+            if inspect.isfunction(method) and not inspect.iscoroutinefunction(method):
+                msg = f"{type(self).__name__}.{hook} is not a coroutine: write `async def {hook}`"
+                raise ConfigurationError(msg)
+
     def _check_settings(self) -> None:
         settings: object = self.settings
         name, wanted = type(self).__name__, self.settings_class
@@ -511,15 +527,20 @@ class BatchConsumer(BaseConsumer[BatchSettingsT_co]):
         return self.process_messages
 
     def _check_class(self) -> None:
-        method = type(self).process_messages
-        if method is BatchConsumer.process_messages:
-            msg = f"{type(self).__name__} must override process_messages, an async generator"
+        name = type(self).__name__
+        if type(self).process_messages is BatchConsumer.process_messages:
+            is_single = hasattr(self, "process_message")
+            hint = "; process_message is a Consumer's" if is_single else ""
+            msg = f"{name} must override process_messages, an async generator{hint}"
             raise ConfigurationError(msg)
+        method = self.process_messages
         if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method):
+            wrong = "has no `yield`" if inspect.iscoroutinefunction(method) else "is not async"
             raise ConfigurationError(
-                f"{type(self).__name__}.process_messages is not an async generator: it must be an"
-                " `async def` that yields a MessageResult for each message"
+                f"{name}.process_messages {wrong}: it must be an `async def` that yields a"
+                " MessageResult for each message"
             )
+        _check_signature(f"{name}.process_messages", method, "messages")
 
 
 class Consumer(BaseConsumer[SettingsT_co]):
@@ -536,12 +557,46 @@ class Consumer(BaseConsumer[SettingsT_co]):
 
     async def _one_by_one(self, messages: Sequence[Any]) -> AsyncIterator[Yield]:
         for message in messages:
-            yield await self.process_message(message)
+            answer: Any = self.process_message(message)
+            if not inspect.isawaitable(answer):
+                msg = f"process_message returned {describe(answer)}: it must be an `async def`"
+                raise HandlerMistake(msg)
+            result = await answer
+            if not isinstance(result, MessageResult | Nack | Requeue):
+                msg = (
+                    f"process_message returned {describe(result)}, which is not a result: return a"
+                    " MessageResult, Nack(…) or Requeue(…)"
+                )
+                raise (HandlerMistake if result is None else InvalidResult)(msg)
+            yield result
 
     def _process(self) -> Process:
         return self._one_by_one
 
     def _check_class(self) -> None:
+        name = type(self).__name__
         if type(self).process_message is Consumer.process_message:
-            msg = f"{type(self).__name__} must override process_message, a coroutine"
+            is_batch = hasattr(self, "process_messages")
+            hint = "; process_messages is a BatchConsumer's" if is_batch else ""
+            raise ConfigurationError(f"{name} must override process_message, a coroutine{hint}")
+        method = self.process_message
+        if inspect.isasyncgenfunction(method) or inspect.isgeneratorfunction(method):
+            msg = (
+                f"{name}.process_message has a `yield`: it must be an `async def` that returns a"
+                " MessageResult"
+            )
             raise ConfigurationError(msg)
+        _check_signature(f"{name}.process_message", method, "message")
+
+
+def _check_signature(name: str, method: Callable[..., object], parameter: str) -> None:
+    """Raise an error if the handler can't be called with one argument."""
+    try:
+        signature = inspect.signature(method)
+    except ValueError:  # of a callable that isn't written in Python
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        msg = f"{name}{signature} must take self and {parameter}: {error}"
+        raise ConfigurationError(msg) from None

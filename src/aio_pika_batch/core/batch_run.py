@@ -42,12 +42,27 @@ from aio_pika_batch.errors import MessageDecodeError, MissingMessageId, ResultEr
 
 
 class ResultCollector:
-    """Collects the results that a handler yields for one batch, and refuses invalid ones."""
+    """Collects the results that a handler yields for one batch, and refuses invalid ones.
 
-    __slots__ = ("_by_position", "_index", "_missing", "_pairs", "_taken", "messages")
+    Attributes:
+        given: The list for the handler, which may change it.
+    """
+
+    __slots__ = (
+        "_by_position",
+        "_index",
+        "_is_misplaced",
+        "_missing",
+        "_pairs",
+        "_taken",
+        "given",
+        "messages",
+    )
 
     def __init__(self, messages: Sequence[Message]) -> None:
         self.messages = messages
+        self.given = list(messages)
+        self._is_misplaced = False
         self._by_position: list[Result] = []
         self._missing = len(messages)
         self._pairs: dict[int, Result] = {}
@@ -76,6 +91,23 @@ class ResultCollector:
                     f"{describe(item)} is not a result: yield a MessageResult, Nack(…) or"
                     " Requeue(…) for each message in turn, or (message, result)"
                 )
+
+    def drop_misplaced(self) -> bool:
+        """Drop results by position that weren't taken, if the handler has changed its list.
+
+        After `messages.pop()` or `messages.sort()` nobody knows whose result is the next one.
+
+        Returns:
+            Whether that was so.
+        """
+        is_changed = len(self.given) != len(self.messages) or any(
+            mine is not theirs for mine, theirs in zip(self.messages, self.given, strict=True)
+        )
+        if is_changed and self._by_position:
+            self._is_misplaced = True
+            self._missing += len(self._by_position) - self._taken
+            del self._by_position[self._taken :]
+        return self._is_misplaced
 
     def _accept_next(self, result: Result) -> None:
         if self._pairs:
@@ -138,6 +170,7 @@ class ResultCollector:
 
         :meth:`decided` still returns them.
         """
+        self.drop_misplaced()
         taken, self._taken = self._taken, self.count
         if self._pairs:
             fresh = sorted(islice(self._pairs, taken, None))

@@ -22,6 +22,7 @@ from aio_pika_batch.runtime.batching import BatchKey, open_intake
 from aio_pika_batch.runtime.breaker import WorkerBreaker
 from aio_pika_batch.runtime.handler import (
     EarlySettlement,
+    HandlerCheck,
     HandlerRun,
     HandlerSlots,
     Process,
@@ -43,12 +44,14 @@ class LoopContext:
 
     Attributes:
         process: The user's handler.
+        check: Whether it works at all.
         batch_key: The user's `batch_key`; None if the consumer doesn't override it.
         breaker: The worker's circuit breaker; None if it has none.
     """
 
     config: WorkerConfig
     process: Process
+    check: HandlerCheck
     batch_key: BatchKey | None
     slots: HandlerSlots
     breaker: WorkerBreaker | None
@@ -78,6 +81,7 @@ class ConsumeLoop:
         self._session = session
         self._config = config
         self._process = context.process
+        self._check = context.check
         self._slots = context.slots
         self._breaker = context.breaker
         self._observers = observers
@@ -250,6 +254,7 @@ class ConsumeLoop:
             self._process,
             batch,
             self._config.failure,
+            check=self._check,
             timeout=self._config.process_timeout,
             on_ignored=self._on_ignored_cancellation,
             on_yield=self._early.note if self._early else None,

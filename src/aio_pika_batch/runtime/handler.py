@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
@@ -11,7 +12,7 @@ from typing import Any, TypeAlias
 from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolicy, ResultCollector
 from aio_pika_batch.core.batcher import Batch, Trigger
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.results import Cause, Result
+from aio_pika_batch.core.results import Cause, Result, describe
 from aio_pika_batch.errors import HandlerTimeout, ResultError
 from aio_pika_batch.logs import KeywordLogger, format_error
 from aio_pika_batch.observer import (
@@ -73,6 +74,28 @@ class HandlerContext:
         self._observers.emit(DuplicatesDropped(messages, inbox))
 
 
+class HandlerCheck:
+    """Ends a consumer whose handler can't work, before messages count as failed.
+
+    A forgotten `return` looks like this. Once the handler has yielded a valid result, it works, and
+    what is wrong later may be due to a message.
+
+    Args:
+        on_mistake: Called with what is wrong.
+    """
+
+    def __init__(self, on_mistake: Callable[[str], None]) -> None:
+        self._on_mistake = on_mistake
+        self.works = False
+
+    def refuses(self, error: BaseException | None) -> bool:
+        """Return whether the error ends the consumer."""
+        is_mistake = not self.works and isinstance(error, HandlerMistake)
+        if is_mistake:
+            self._on_mistake(str(error))
+        return is_mistake
+
+
 current_context: ContextVar[HandlerContext | None] = ContextVar("aio_pika_batch_run", default=None)
 """Of the handler that is running; tasks that it starts are part of it."""
 
@@ -90,6 +113,7 @@ class HandlerRun:
         on_yield: Called when `take` has something new, and again only after the next `take`. None
             if results are settled together when the handler has ended.
         keeps_failures: Whether `take` leaves messages that failed to the end.
+        check: Whether the handler works at all. If it doesn't, the batch is returned.
     """
 
     def __init__(
@@ -98,6 +122,7 @@ class HandlerRun:
         batch: Batch,
         policy: FailurePolicy,
         *,
+        check: HandlerCheck,
         timeout: float | None,
         on_ignored: Callable[[], None],
         on_yield: Callable[[HandlerRun], None] | None,
@@ -110,6 +135,7 @@ class HandlerRun:
         self._timeout = timeout
         self._on_ignored = on_ignored
         self._on_yield = on_yield
+        self._check = check
         self._has_notified = False
         self._observers = observers
         self._log = log
@@ -206,7 +232,9 @@ class HandlerRun:
         error: BaseException | None = None
         results = None
         try:
-            results = self._process(list(collector.messages))
+            results = self._process(collector.given)
+            if not hasattr(results, "__aiter__"):
+                return _not_iterable(results)
             async for item in results:
                 if self._cancelled_by is not None:
                     error = asyncio.CancelledError("the handler swallowed its cancellation")
@@ -214,7 +242,7 @@ class HandlerRun:
                 try:
                     accept(item)
                 except ResultError as invalid:
-                    error = InvalidResult(str(invalid))
+                    error = (HandlerMistake if item is None else InvalidResult)(str(invalid))
                     break
         except BaseException as raised:  # noqa: BLE001  -- the user's code may raise anything
             error = self._as_failure(raised)
@@ -243,9 +271,13 @@ class HandlerRun:
         collector = self._collector
         messages = collector.messages
         error, cause = self._judge(raised)
+        if collector.count:
+            self._check.works = True
         if error is None and collector.all_acked:
             # The common case: no look at each message.
             self._batch_run.acked += [message.delivery_tag for message in messages]
+        elif self._check.refuses(error):
+            self._batch_run.returned += messages
         else:
             is_bisected = self._batch_run.record_run(collector, error, cause)
             if error is not None:
@@ -260,9 +292,15 @@ class HandlerRun:
 
     def _judge(self, raised: BaseException | None) -> tuple[BaseException | None, Cause]:
         """Return what is wrong with a run, if anything, and why its messages are undecided."""
-        count, expected = self._collector.count, len(self._collector.messages)
         if isinstance(raised, InvalidResult):
             return raised, Cause.INVALID
+        if not self._collector.all_acked and self._collector.drop_misplaced():
+            mistake = HandlerMistake(
+                "process_messages changed its list of messages, so that results can't be assigned"
+                " by position: work on a copy, or yield (message, result)"
+            )
+            return mistake, Cause.INVALID
+        count, expected = self._collector.count, len(self._collector.messages)
         if raised is None and count == expected:
             return None, Cause.HANDLER
         if self._cancelled_by is not None:
@@ -308,6 +346,17 @@ class HandlerRun:
         if self._on_yield is not None and not self._has_notified:
             self._has_notified = True
             self._on_yield(self)
+
+
+def _not_iterable(results: object) -> HandlerMistake:
+    """Return the error for what a handler returned in place of an async iterator."""
+    if inspect.iscoroutine(results):
+        # Otherwise Python warns that it was never awaited.
+        results.close()
+    return HandlerMistake(
+        f"process_messages returned {describe(results)}: it must be an `async def` that yields a"
+        " MessageResult for each message"
+    )
 
 
 async def _absorb_cancellation(task: asyncio.Task[object]) -> None:
@@ -449,6 +498,10 @@ class EarlySettlement:
 
 class InvalidResult(ResultError):
     """The handler yielded an invalid result. Raised here, never by the handler itself."""
+
+
+class HandlerMistake(InvalidResult):
+    """The handler's code is wrong: no message can be the reason, unless it has worked before."""
 
 
 class MissingResults(ResultError):

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from typing import TypeAlias
 
-from aio_pika_batch.errors import DrainIncomplete, StartInterrupted
+from aio_pika_batch.errors import AioPikaBatchError, DrainIncomplete, StartInterrupted
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.runtime.worker import WorkerInstance
 from aio_pika_batch.runtime.worker_pool import WorkerPool
@@ -37,7 +37,7 @@ class Lifecycle:
         self._has_begun = asyncio.Event()
         self._starter: asyncio.Task[object] | None = None
         self._hook_limit: asyncio.Timeout | None = None
-        self._drain: asyncio.Task[DrainIncomplete | None] | None = None
+        self._drain: asyncio.Task[AioPikaBatchError | None] | None = None
         self.pool: WorkerPool | None = None
 
     async def begin(
@@ -63,6 +63,7 @@ class Lifecycle:
             Exception: Whatever else prevents the start.
         """
         self.pool = pool
+        pool.on_mistake = self.request_stop
         self._timeout = timeout
         self._on_stop = None
         self._has_begun = asyncio.Event()
@@ -79,7 +80,9 @@ class Lifecycle:
             self._has_begun.set()
             self.request_stop()
             await self.drained()
-            raise
+            # Like a mistake that is found after the start, it is logged, and `run` raises it.
+            if pool.mistake is None:
+                raise
         self._has_begun.set()
 
     async def _run_on_start(self, on_start: Hook) -> None:
@@ -118,11 +121,11 @@ class Lifecycle:
         if self.pool is not None and not is_inside:
             await self.drained()
 
-    async def drained(self) -> DrainIncomplete | None:
-        """Wait for the end; return what the drain left unfinished, if anything."""
+    async def drained(self) -> AioPikaBatchError | None:
+        """Wait for the end; return a mistake of the handler, or what the drain left unfinished."""
         return None if self._drain is None else await asyncio.shield(self._drain)
 
-    async def _finish(self, pool: WorkerPool) -> DrainIncomplete | None:
+    async def _finish(self, pool: WorkerPool) -> AioPikaBatchError | None:
         _INSIDE.set(self)
         try:
             await self._has_begun.wait()
@@ -137,7 +140,7 @@ class Lifecycle:
             await pool.close()
             self.pool = None
             self._log.info("stopped")
-        return incomplete
+        return pool.mistake or incomplete
 
     async def _run_hook(self, hook: Hook, deadline: float | None = None) -> bool:
         """Run a hook, unless `_limit_hook` cuts it off; return whether it has finished."""

@@ -24,7 +24,7 @@ from aio_pika_batch.observer import Connected, Load, Lost, Observers, WorkerStar
 from aio_pika_batch.runtime.batching import BatchKey
 from aio_pika_batch.runtime.breaker import PROBE, WorkerBreaker
 from aio_pika_batch.runtime.consume_loop import ConsumeLoop, LoopContext
-from aio_pika_batch.runtime.handler import HandlerSlots, Process
+from aio_pika_batch.runtime.handler import HandlerCheck, HandlerSlots, Process
 from aio_pika_batch.runtime.publishing import CopyPublishers
 from aio_pika_batch.runtime.shutdown import Shutdown, wait_until
 from aio_pika_batch.runtime.worker_config import WorkerConfig
@@ -67,6 +67,7 @@ class WorkerResources:
         declare: Declares the topology.
         subscription: Returns what to subscribe to, for a worker's index and the session's number.
         publishers: Publish retries and dead letters.
+        check: Whether the handler works at all.
     """
 
     transport: Transport
@@ -74,6 +75,7 @@ class WorkerResources:
     subscription: Callable[[int, int], Subscription]
     publishers: CopyPublishers
     shutdown: Shutdown
+    check: HandlerCheck
 
 
 def is_being_cancelled() -> bool:
@@ -260,6 +262,7 @@ class Worker:
                 LoopContext(
                     config=config,
                     process=self._instance.process,
+                    check=self._shared.check,
                     batch_key=self._instance.batch_key,
                     slots=self.slots,
                     breaker=self._breaker,

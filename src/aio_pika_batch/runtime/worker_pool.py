@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from aio_pika_batch.errors import DrainIncomplete, SessionLost, StartInterrupted
+from aio_pika_batch.errors import (
+    ConfigurationError,
+    DrainIncomplete,
+    SessionLost,
+    StartInterrupted,
+)
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observer, Observers, Origin
-from aio_pika_batch.runtime.handler import IGNORED_CANCELLATION
+from aio_pika_batch.runtime.handler import IGNORED_CANCELLATION, HandlerCheck
 from aio_pika_batch.runtime.publishing import (
     CopyPublisher,
     CopyPublishers,
@@ -36,6 +41,9 @@ class WorkerPool:
         publisher: Publishes what the user publishes. Retries and dead letters have others: a
             missing exchange closes a channel, and leaves everything in flight on it in doubt.
         shutdown: Whether and by when the workers should stop.
+        check: Whether the handler works at all.
+        mistake: Why it doesn't; None if it does, as far as is known.
+        on_mistake: Called when `mistake` is set.
     """
 
     def __init__(
@@ -68,6 +76,9 @@ class WorkerPool:
         )
         self.publisher = ReconnectingPublisher(transport, log)
         self.shutdown = Shutdown()
+        self.check = HandlerCheck(self._fail)
+        self.mistake: ConfigurationError | None = None
+        self.on_mistake: Callable[[], None] = lambda: None
 
     @property
     def statuses(self) -> tuple[WorkerStatus, ...]:
@@ -97,6 +108,7 @@ class WorkerPool:
             subscription=self._subscription,
             publishers=self._copies,
             shutdown=self.shutdown,
+            check=self.check,
         )
         for index, instance in enumerate(instances):
             log = self._log.bind(worker=index)
@@ -116,6 +128,12 @@ class WorkerPool:
             await ready
         finally:
             ready.cancel()
+
+    def _fail(self, text: str) -> None:
+        if self.mistake is None:
+            self.mistake = ConfigurationError(f"{self._name} can't handle messages: {text}")
+            self._log.error("the handler can't work: the consumer stops", error=text)
+            self.on_mistake()
 
     def _subscription(self, index: int, epoch: int) -> Subscription:
         place = f"{socket.gethostname()}-{os.getpid()}-w{index}-e{epoch}"

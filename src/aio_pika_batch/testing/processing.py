@@ -191,7 +191,7 @@ async def process(
         The outcome; it includes the handler's errors, and what they mean for the messages.
 
     Raises:
-        ConfigurationError: The consumer is running.
+        ConfigurationError: The consumer is running, or its handler can't work.
         SessionLost: The handler was cancelled at `process_timeout`, and still ran 5 s later.
         DrainIncomplete: `on_stop` took longer than `shutdown_timeout`.
         Exception: What a hook raises.
@@ -221,9 +221,9 @@ async def process(
         )
     finally:
         lifecycle.request_stop()
-        incomplete = await lifecycle.drained()
-    if incomplete is not None:
-        raise incomplete
+        failure = await lifecycle.drained()
+    if failure is not None:
+        raise failure
     return pool.outcome
 
 
@@ -266,6 +266,8 @@ class _OfflinePool(WorkerPool):
         while (batch := intake.batcher.poll(math.inf)) is not None:
             keeps_failures = intake.keeps_failures(batch)
             decisions = await self._handle(batch, instance, keeps_failures=keeps_failures)
+            if self.mistake is not None:
+                return
             intake.take_back(batch, decisions, now)
             intake.release(batch)
             together.add(decisions)
@@ -282,6 +284,7 @@ class _OfflinePool(WorkerPool):
             instance.process,
             batch,
             self._config.failure,
+            check=self.check,
             timeout=self._config.process_timeout,
             on_ignored=lambda: ignored.set_result(None),
             on_yield=None,
