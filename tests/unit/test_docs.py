@@ -80,6 +80,17 @@ class Importer(BatchConsumer):
             stored = await store(message.json())
             yield MessageResult.ACK if stored else MessageResult.REQUEUE
 """,
+    "order_importer": """
+from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
+
+settings = BatchConsumerSettings(queue_name="orders", dead_letter_queue="orders.dead")
+
+class OrderImporter(BatchConsumer):
+    async def process_messages(self, messages):
+        orders = [message.json() for message in messages]
+        for _ in messages:
+            yield MessageResult.ACK
+""",
     "store": STORE,
     "dead": """
 from aio_pika_batch.core.publication import Publication
@@ -329,7 +340,7 @@ def test_commands_exist(place: str, command: str) -> None:
             known = variables(place)
             for assignment in assignments:
                 assert assignment.partition("=")[0] in known, place
-        case ["python3", "-m", "nox", "-s", session, *_]:
+        case ["python3", "-m", "nox", "-s", session, *_] | [".venv/bin/nox", "-s", session, *_]:
             assert session.partition("(")[0] in sessions, place
         case ["python", script, *_] if script.startswith(("examples/", "benchmarks/")):
             assert (ROOT / script).is_file(), place
