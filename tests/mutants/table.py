@@ -234,7 +234,7 @@ WIRE = (
     ),
     Mutant(
         "The channel of a broker that isn't RabbitMQ is closed right behind the last settlement.",
-        f"{_WIRE}/settlement_writer.py",
+        f"{_WIRE}/consumer_channel.py",
         "SETTLE_PAUSE = 0.2",
         "SETTLE_PAUSE = 0.0",
         (f"{_UNIT}/test_session.py",),
@@ -283,7 +283,7 @@ WIRE = (
     ),
     Mutant(
         "The last settlements of a drain are not committed before the close.",
-        f"{_WIRE}/settlement_writer.py",
+        f"{_WIRE}/consumer_channel.py",
         "            await self._commit()\n        else:",
         "            pass\n        else:",
         (f"{_UNIT}/test_session.py",),

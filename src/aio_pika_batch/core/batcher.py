@@ -12,10 +12,11 @@ Laws:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from aio_pika_batch.core.batch_run import BatchDecisions
 from aio_pika_batch.core.message import Message
 
 
@@ -131,3 +132,44 @@ class Batcher:
                 self._chunks.appendleft((arrived, chunk[missing:]))
         self._count -= len(messages)
         return Batch(messages, trigger, since)
+
+
+class BatchIntake:
+    """Collects deliveries without an order of keys; the base of the one that has it.
+
+    Attributes:
+        batcher: Returns the batches.
+        runs_users_code: Whether `add` calls the user's `batch_key`.
+    """
+
+    runs_users_code = False
+
+    def __init__(self, batcher: Batcher) -> None:
+        self.batcher = batcher
+
+    @property
+    def held(self) -> int:
+        """The number of messages that wait to be retried in place."""
+        return 0
+
+    def add(self, chunk: Sequence[Message], now: float) -> BatchDecisions | None:
+        """Take messages that arrived at `now`.
+
+        Returns:
+            Decisions about messages whose `batch_key` failed; None if there are none.
+        """
+        self.batcher.add(chunk, now)
+        return None
+
+    def begin(self, keys: Iterable[Hashable]) -> None:
+        """Hold back these keys: handlers of an earlier session still work on them."""
+
+    def keeps_failures(self, batch: Batch) -> bool:  # noqa: ARG002  -- for the subclass
+        """Whether messages of this batch that fail are retried in place after its handler ended."""
+        return False
+
+    def take_back(self, batch: Batch, decisions: BatchDecisions, now: float) -> None:
+        """Keep messages that are retried in place, and remove them from the decisions."""
+
+    def release(self, batch: Batch) -> None:
+        """Note that a batch, of this session or an earlier one, has been handled."""

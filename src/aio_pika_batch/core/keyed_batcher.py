@@ -15,7 +15,7 @@ from collections.abc import Hashable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count, repeat
 
-from aio_pika_batch.core.batcher import Batch, Trigger
+from aio_pika_batch.core.batcher import Batch, Batcher, Trigger
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.retry_in_place import Attempt
 
@@ -56,7 +56,7 @@ def _holds(entry: _Entry) -> bool:
     return bool(buffer.items) and not buffer.is_blocked and buffer.items[0][1].delivery_tag == tag
 
 
-class KeyedBatcher:
+class KeyedBatcher(Batcher):
     """Collects messages by their keys and cuts batches of one key each.
 
     Args:
@@ -66,31 +66,16 @@ class KeyedBatcher:
             its own.
     """
 
-    __slots__ = (
-        "_ages",
-        "_buffers",
-        "_count",
-        "_full",
-        "_max_bytes",
-        "_size",
-        "_tickets",
-        "_timeout",
-    )
+    __slots__ = ("_ages", "_buffers", "_full", "_max_bytes", "_tickets")
 
     def __init__(self, *, size: int, timeout: float, max_bytes: int | None = None) -> None:
-        self._size = size
-        self._timeout = timeout
+        super().__init__(size=size, timeout=timeout)
         self._max_bytes = math.inf if max_bytes is None else max_bytes
         self._buffers: dict[Hashable | None, _KeyBuffer] = {}
-        self._count = 0
         # Heaps. An entry stays in them when its buffer changes, and is skipped later.
         self._ages: list[_Entry] = []
         self._full: list[_Entry] = []
         self._tickets = count()
-
-    def __len__(self) -> int:
-        """The number of buffered messages."""
-        return self._count
 
     @property
     def since(self) -> float | None:
@@ -136,14 +121,14 @@ class KeyedBatcher:
         if oldest is None:
             return None
         if now >= oldest.items[0][0] + self._timeout:
-            return self._cut(oldest, oldest.full or Trigger.TIMEOUT)
+            return self._cut_from(oldest, oldest.full or Trigger.TIMEOUT)
         due = self._first(self._full) or (oldest if exhausted else None)
-        return None if due is None else self._cut(due, due.full or Trigger.PREFETCH)
+        return None if due is None else self._cut_from(due, due.full or Trigger.PREFETCH)
 
     def flush(self) -> Batch | None:
         """Cut a batch even if none is due, because no more messages will arrive."""
         oldest = self._first(self._ages)
-        return None if oldest is None else self._cut(oldest, Trigger.DRAIN)
+        return None if oldest is None else self._cut_from(oldest, Trigger.DRAIN)
 
     def clear(self) -> list[Message]:
         """Remove and return all buffered messages. Blocked keys stay blocked."""
@@ -235,7 +220,7 @@ class KeyedBatcher:
             heappop(entries)
         return None
 
-    def _cut(self, buffer: _KeyBuffer, trigger: Trigger) -> Batch:
+    def _cut_from(self, buffer: _KeyBuffer, trigger: Trigger) -> Batch:
         since = buffer.items[0][0]
         messages = [buffer.items.popleft()[1] for _ in range(buffer.count)]
         self._count -= len(messages)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import TypeAlias
 
 from aio_pika_batch.core.batch_run import BatchDecisions, FailurePolicy
-from aio_pika_batch.core.batcher import Batch, Batcher
+from aio_pika_batch.core.batcher import Batch, Batcher, BatchIntake
 from aio_pika_batch.core.keyed_batcher import KeyedBatcher, OrderedBatcher
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, result_for
@@ -20,48 +20,6 @@ from aio_pika_batch.observer import HandlerError, Observers, Requeued
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 
 BatchKey: TypeAlias = Callable[[Message], Hashable | None]
-
-
-class BatchIntake:
-    """Collects deliveries without an order of keys; the base of the one that has it.
-
-    Attributes:
-        batcher: Returns the batches.
-        runs_users_code: Whether `add` calls the user's `batch_key`.
-    """
-
-    batcher: Batcher | KeyedBatcher
-    runs_users_code = False
-
-    def __init__(self, batcher: Batcher | KeyedBatcher) -> None:
-        self.batcher = batcher
-
-    @property
-    def held(self) -> int:
-        """The number of messages that wait to be retried in place."""
-        return 0
-
-    def add(self, chunk: Sequence[Message], now: float) -> BatchDecisions | None:
-        """Take messages that arrived at `now`.
-
-        Returns:
-            Decisions about messages whose `batch_key` failed; None if there are none.
-        """
-        self.batcher.add(chunk, now)
-        return None
-
-    def begin(self, keys: Iterable[Hashable]) -> None:
-        """Hold back these keys: handlers of an earlier session still work on them."""
-
-    def keeps_failures(self, batch: Batch) -> bool:  # noqa: ARG002  -- for the subclass
-        """Whether messages of this batch that fail are retried in place after its handler ended."""
-        return False
-
-    def take_back(self, batch: Batch, decisions: BatchDecisions, now: float) -> None:
-        """Keep messages that are retried in place, and remove them from the decisions."""
-
-    def release(self, batch: Batch) -> None:
-        """Note that a batch, of this session or an earlier one, has been handled."""
 
 
 class KeyedIntake(BatchIntake):

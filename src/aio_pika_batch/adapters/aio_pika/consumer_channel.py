@@ -1,4 +1,4 @@
-"""The channel that a session consumes on. aiormq opens, cancels and closes it.
+"""The channel that a session consumes and settles on. aiormq opens, cancels and closes it.
 
 On the fast wire, the frame tap takes the deliveries out before aiormq sees them. On the plain wire
 (`wire="plain"`), aiormq carries them and calls back for each. Its callback only emits an event:
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from aio_pika_batch.adapters.aio_pika.client_errors import (
     close_reason,
+    consume_exception,
     format_error,
     translate_errors,
 )
@@ -30,6 +31,7 @@ from aio_pika_batch.adapters.aio_pika.properties import (
 )
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.refusals import refusal_error
+from aio_pika_batch.core.settlement import CommandBudget, DrainMode, Ledger, drain_mode
 from aio_pika_batch.core.topology import Version, parse_version
 from aio_pika_batch.errors import BrokerUnavailable, SessionLost
 from aio_pika_batch.transport import resumed_consumer_tag
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
     from aio_pika_batch.adapters.aio_pika.connection import OpenConnection
     from aio_pika_batch.adapters.aio_pika.frame_tap import Listener
-    from aio_pika_batch.core.settlement import Frame
+    from aio_pika_batch.core.settlement import Frame, Settlement
     from aio_pika_batch.transport import Subscription
 
 STREAM_OFFSET = "x-stream-offset"
@@ -49,6 +51,10 @@ STREAM_OFFSET = "x-stream-offset"
 
 ARGUMENTS_CHECKED_SINCE: Version = (3, 10)
 """The first RabbitMQ that refuses arguments of consumers that a queue's type doesn't have."""
+
+SETTLE_PAUSE = 0.2
+"""Seconds between the last settlement and the close, on brokers that don't call themselves
+RabbitMQ. It is unknown what their answers prove."""
 
 _TURNS = 4
 """Turns of the event loop after cancel-ok on the plain wire. aiormq has started a task for each
@@ -195,6 +201,136 @@ class ConsumerChannel:
         """Close the channel. Raises what aiormq raises."""
         if self._channel is not None and self._connection.tap.end is None:
             await self._channel.close()
+
+
+class SettlementWriter:
+    """Writes settlements: at once until the cancel, then as `drain_mode` decides.
+
+    It knows which ones the broker has certainly received. :mod:`~aio_pika_batch.core.settlement`
+    explains why a quorum queue can lose settlements, and how to send those after a cancel. Laws:
+
+    - The answer to `basic.cancel` proves everything that was written before it. What is settled
+      from the cancel on is held until then, so that it can be counted.
+    - After that, `SAFE_COMMANDS` commands are sent at most, the last ones before the channel is
+      closed. The answers to `tx.commit` and `channel.close` prove what was written before them.
+
+    Attributes:
+        ledger: The session's unsettled deliveries.
+        unproven: The number of settled messages whose settlement may not have been received.
+    """
+
+    def __init__(self, channel: ConsumerChannel, *, is_rabbitmq: bool) -> None:
+        self.ledger = Ledger()
+        self.unproven = 0
+        self._channel = channel
+        self._is_rabbitmq = is_rabbitmq
+        self._loop = asyncio.get_running_loop()
+        self._is_holding = False
+        self._is_transactional = False
+        self._budget = CommandBudget()
+        self._timer: asyncio.TimerHandle | None = None
+        self._committing: asyncio.Task[None] | None = None
+        self._settled_at = -SETTLE_PAUSE  # no pause if nothing was settled
+
+    def settle(self, settlements: Sequence[Settlement]) -> None:
+        """Write or hold settlements. Raises SettlementError, or SessionLost."""
+        ledger = self.ledger
+        if self._is_holding:
+            held = ledger.held
+            ledger.hold(settlements)
+            self.unproven += ledger.held - held
+            self._plan_commit()
+            return
+        unsettled = len(ledger)
+        frames = ledger.settle(settlements)
+        self.unproven += unsettled - len(ledger)
+        self._write(frames)
+
+    def hold(self) -> None:
+        """Hold what is settled from now on, because `basic.cancel` is being sent."""
+        self._is_holding = True
+
+    def prove(self, settled: int) -> None:
+        """Take note that the broker has received so many of the unproven settlements."""
+        self.unproven = max(0, self.unproven - settled)
+
+    async def on_cancelled(self, remaining: int, *, is_proof: bool) -> None:
+        """Go on after the answer to `basic.cancel`. Raises SessionLost.
+
+        Args:
+            remaining: The number of messages that are held, or may still be settled.
+            is_proof: Whether a consumer was cancelled, so that the queue itself has answered.
+        """
+        if is_proof:
+            self.unproven = self.ledger.held
+        match drain_mode(remaining, is_rabbitmq=self._is_rabbitmq):
+            case DrainMode.DIRECT:
+                self._is_holding = False
+                self._write(self.ledger.release(joined=True))
+            case DrainMode.COMMITTED:
+                await self._channel.select()
+                self._is_transactional = True
+                self._plan_commit()
+            case DrainMode.JOINED:
+                pass  # `finish` joins them
+
+    async def finish(self) -> None:
+        """Write what is held; return when the channel may be closed. Raises SessionLost."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._committing is not None:
+            await asyncio.wait({self._committing})
+        if self._is_transactional:
+            await self._commit()
+        else:
+            self._write(self.ledger.release(joined=True))
+        if not self._is_rabbitmq:
+            await asyncio.sleep(self._settled_at + SETTLE_PAUSE - self._loop.time())
+
+    def on_channel_closed(self) -> None:
+        """Take note of `channel.close-ok`."""
+        self.unproven = self.ledger.held
+
+    def _write(self, frames: Sequence[Frame]) -> None:
+        if frames:
+            if not self._channel.settle(frames):
+                raise SessionLost("the connection was closed")
+            self._settled_at = self._loop.time()
+
+    # -- transactions -----------------------------------------------------------------------------
+
+    def _plan_commit(self) -> None:
+        """Commit what is held as soon as the budget allows."""
+        is_planned = self._timer is not None or self._committing is not None
+        if not self._is_transactional or is_planned or not self.ledger.held:
+            return
+        commit_at = self._budget.commit_at(self.ledger.held_kinds)
+        if commit_at is not None:
+            # By a timer even if it is due: results that come together share a commit.
+            self._timer = self._loop.call_at(max(commit_at, self._loop.time()), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        # Another disposition may have come meanwhile, for which the budget is too small.
+        if self._budget.commit_at(self.ledger.held_kinds) is not None:
+            # In a task of its own: cancelling a pending tx.commit would close the channel.
+            self._committing = self._loop.create_task(self._commit())
+            self._committing.add_done_callback(self._on_commit)
+
+    def _on_commit(self, task: asyncio.Task[None]) -> None:
+        consume_exception(task)  # only a lost session fails it, and that is noticed elsewhere
+        self._committing = None
+        self._plan_commit()
+
+    async def _commit(self) -> None:
+        held = self.ledger.held
+        if held:
+            self._budget.spend(self.ledger.held_kinds, self._loop.time())
+            # Singles, because they can be sorted: the broker makes one command of those of one
+            # disposition that follow each other.
+            self._write(self.ledger.release(joined=False))
+            await self._channel.commit()
+            self.prove(held)
 
 
 async def _answered(method: str, call: Awaitable[object]) -> None:

@@ -23,7 +23,11 @@ from aio_pika_batch.adapters.aio_pika.client_errors import (
     translate_errors,
 )
 from aio_pika_batch.adapters.aio_pika.connection import OpenConnection, open_connection
-from aio_pika_batch.adapters.aio_pika.consumer_channel import STREAM_OFFSET, ConsumerChannel
+from aio_pika_batch.adapters.aio_pika.consumer_channel import (
+    STREAM_OFFSET,
+    ConsumerChannel,
+    SettlementWriter,
+)
 from aio_pika_batch.adapters.aio_pika.events import (
     ChannelClosed,
     ChannelCloseOk,
@@ -33,7 +37,6 @@ from aio_pika_batch.adapters.aio_pika.events import (
     Deliveries,
     Malformed,
 )
-from aio_pika_batch.adapters.aio_pika.settlement_writer import SettlementWriter
 from aio_pika_batch.adapters.aio_pika.topology import declare_on
 from aio_pika_batch.core.refusals import STREAM_ADVICE
 from aio_pika_batch.core.settlement import SAFE_COMMANDS

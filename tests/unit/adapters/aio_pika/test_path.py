@@ -71,7 +71,13 @@ class OneSession:
         tap = FrameTap(heartbeat=0)
         await tap.create(URL("amqp://localhost"), ssl_context_provider=None)
         connection: Any = SimpleNamespace(
-            is_fast=True, tap=tap, channel=self._open_channel, close=self._close, address="there"
+            is_fast=True,
+            is_rabbitmq=True,
+            product=("RabbitMQ", "4.3.0"),
+            tap=tap,
+            channel=self._open_channel,
+            close=self._close,
+            address="there",
         )
         session = AioPikaSession(connection, subscription)
         await session.open(1)
