@@ -206,7 +206,7 @@ async def test_nothing_is_written_after_the_connection_ended(opened: Opened) -> 
 async def test_a_settlement_that_waits_for_room_fails_with_its_connection(opened: Opened) -> None:
     """The session is lost. The error is the library's own type."""
     line = await opened()
-    connection: Any = SimpleNamespace(tap=line.tap, address="there", is_fast=True)
+    connection: Any = SimpleNamespace(tap=line.tap, address="there", is_fast=True, is_rabbitmq=True)
     session = AioPikaSession(
         connection, Subscription(queue="q", prefetch=10, consumer_tag="consumer-1")
     )

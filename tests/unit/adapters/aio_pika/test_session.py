@@ -112,6 +112,7 @@ async def opened(
         close=close,
         address="there",
         is_rabbitmq=is_rabbitmq,
+        product=("RabbitMQ", "4.3.0"),
     )
     subscription = Subscription(queue="q", prefetch=prefetch, consumer_tag="c")
     session = AioPikaSession(connection, subscription)
