@@ -450,6 +450,8 @@ THEIRS = {
     "histogram_quantile",  # Prometheus'
     "max_links",  # an argument of OpenTelemetryObserver
     "message_count",  # OpenTelemetry's, in messaging.batch.message_count
+    "messages_discarded",  # a metric of OpenTelemetryObserver
+    "messages_held",  # the same
     "meter_provider",  # an argument of OpenTelemetryObserver
     "prometheus_client",  # a package
     "tracer_provider",  # an argument of OpenTelemetryObserver
