@@ -132,6 +132,7 @@ GROUPS = {
         "without_dead_letter",
         "dead_letter_exception_message",
     ),
+    "Crashes": ("crash_suspect_after", "crash_limit"),
     "Declaring the queue": (
         "queue_type",
         "queue_durable",

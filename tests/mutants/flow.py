@@ -113,7 +113,7 @@ CORE = (
     Mutant(
         "REQUEUE_IMMEDIATE is never counted: other processes take the message for a crashed one.",
         "core/quarantine.py",
-        "return self._total(message) < (self.suspect_after + self.limit) // 2",
+        "return self.requeues_to_the_end or self._total(message) < half",
         "return True",
         (f"{_CORE}/test_quarantine.py",),
     ),

@@ -67,6 +67,8 @@ DEFAULTS = {
     "exchange_internal": False,
     "exchange_arguments": None,
     "dead_letter_exception_message": True,
+    "crash_suspect_after": 3,
+    "crash_limit": 8,
 }
 
 COUNTS = ("batch_size", "batch_max_bytes", "num_workers", "concurrency", "isolate_limit")

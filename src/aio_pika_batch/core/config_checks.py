@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from aio_pika_batch.core.message import FieldValue, Headers
+from aio_pika_batch.core.quarantine import CrashPolicy
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.topology import (
     DEFAULT_DELIVERY_LIMIT,
@@ -32,6 +33,8 @@ from aio_pika_batch.core.topology_options import (
 )
 
 CONSUMER_TIMEOUT = "x-consumer-timeout"
+
+SINGLE_ACTIVE = "x-single-active-consumer"
 
 ACK_TIMEOUT = 30 * 60.0
 """Seconds that RabbitMQ waits for an acknowledgement by default (`consumer_timeout`)."""
@@ -77,7 +80,7 @@ def warnings_for(options: TopologyOptions, profile: ConsumerProfile) -> list[str
 def broker_warnings_for(
     options: TopologyOptions, profile: ConsumerProfile, version: Version | None
 ) -> list[str]:
-    """The warnings that depend on the broker: does it ever give up a message that always fails?
+    """The warnings that depend on the broker: does anybody give up a message that always fails?
 
     Args:
         version: The broker's version; None if it is unknown.
@@ -85,8 +88,9 @@ def broker_warnings_for(
     if _drops_at_once(options, version):
         return [_DROPS_AT_ONCE]
     why = _endless(options, version)
-    if why is None:
-        return []
+    if why is None or _no_quarantine(options, ordered=profile.ordered) is None:
+        # `crash_limit` ends such a message, if the broker doesn't.
+        return list(_not_alone(options, profile))
     # Not only if the settings contain REQUEUE_IMMEDIATE: what a handler will yield is unknown at
     # the start, and any message can crash its process.
     poison = "a message that always crashes its consumer, or always gets REQUEUE_IMMEDIATE,"
@@ -228,6 +232,47 @@ def _delivery_limit(options: TopologyOptions, profile: ConsumerProfile) -> Itera
 def consumer_timeout(options: TopologyOptions, consumer_arguments: Headers) -> float:
     """Return how long the broker waits for an acknowledgement, in seconds, as far as is known."""
     return _consumer_timeout(options, consumer_arguments)[0]
+
+
+def crash_policy(
+    options: TopologyOptions, *, suspect_after: int, limit: int, ordered: bool
+) -> CrashPolicy | None:
+    """Return how often a message may come back without a result; None if that can't be limited.
+
+    Args:
+        ordered: Whether the consumer keeps the order of keys, which copies would change.
+    """
+    if _no_quarantine(options, ordered=ordered) is not None:
+        return None
+    stated = _number(options.queue_arguments.get(DELIVERY_LIMIT))
+    is_lower = stated is not None and 0 <= stated < limit
+    if stated is not None and is_lower:
+        # The broker gives a message up when it comes back once more than its limit allows.
+        limit = stated
+        suspect_after = min(suspect_after, limit - 1)
+    return CrashPolicy(suspect_after, limit, is_lower) if suspect_after > 0 else None
+
+
+def _no_quarantine(options: TopologyOptions, *, ordered: bool) -> str | None:
+    """Why suspects can't be handled alone; None if they can."""
+    if effective_queue_type(options) != "quorum":
+        return "the queue isn't known to be a quorum queue"
+    if ordered:
+        return "ordered_by_key keeps the order of messages"
+    if options.queue_arguments.get(SINGLE_ACTIVE) is True:
+        return "another consumer of the queue would become the single active one"
+    if options.queue_auto_delete:
+        return "queue_auto_delete deletes the queue while nothing consumes"
+    return None
+
+
+def _not_alone(options: TopologyOptions, profile: ConsumerProfile) -> Iterator[str]:
+    why = _no_quarantine(options, ordered=profile.ordered)
+    if why is not None:
+        yield (
+            f"a message that crashes its consumer can't be handled alone, since {why}: each crash"
+            " counts against all messages that the consumer holds; keep prefetch_count low"
+        )
 
 
 def _consumer_timeout(options: TopologyOptions, consumer_arguments: Headers) -> tuple[float, str]:

@@ -58,10 +58,13 @@ class CrashPolicy:
     Attributes:
         suspect_after: So often, and it is handled alone.
         limit: So often, and it isn't handled any more; above `suspect_after`.
+        requeues_to_the_end: Whether REQUEUE_IMMEDIATE may use up the queue's own delivery limit,
+            because the owner of the queue set it as low as this.
     """
 
     suspect_after: int
     limit: int
+    requeues_to_the_end: bool = False
 
     def judge(self, message: Message, own: OwnReturns) -> Suspicion:
         """Decide how to handle a message that the broker delivers.
@@ -87,7 +90,8 @@ class CrashPolicy:
     def may_requeue(self, message: Message) -> bool:
         """Whether a handler's REQUEUE_IMMEDIATE may put the message back itself."""
         # Beyond half of the way, other processes might take it for a crashed one.
-        return self._total(message) < (self.suspect_after + self.limit) // 2
+        half = (self.suspect_after + self.limit) // 2
+        return self.requeues_to_the_end or self._total(message) < half
 
     def mark(self, message: Message, own: OwnReturns | None = None) -> dict[str, FieldValue]:
         """The header of a copy that keeps what is known against the message."""

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from aio_pika_batch.core.batch_run import BatchDecisions
-from aio_pika_batch.core.batcher import Batch
+from aio_pika_batch.core.batcher import Batch, Trigger
 from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.quarantine import OwnReturns
+from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult
 from aio_pika_batch.errors import SessionLost, TransportError
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observers, Received
@@ -29,10 +31,11 @@ from aio_pika_batch.runtime.handler import (
     ignore_batch,
 )
 from aio_pika_batch.runtime.publishing import CopyPublishers
+from aio_pika_batch.runtime.quarantine import Quarantine, SuspectGate
 from aio_pika_batch.runtime.settler import Settler
 from aio_pika_batch.runtime.shutdown import Shutdown
 from aio_pika_batch.runtime.worker_config import WorkerConfig
-from aio_pika_batch.transport import PumpingSession, Session
+from aio_pika_batch.transport import AdjustableSession, PumpingSession, Session
 
 CANCEL_TIMEOUT = 10.0
 """Seconds that a broker has to confirm a cancel, if no stop is requested."""
@@ -47,6 +50,7 @@ class LoopContext:
         check: Whether it works at all.
         batch_key: The user's `batch_key`; None if the consumer doesn't override it.
         breaker: The worker's circuit breaker; None if it has none.
+        quarantine: Shared by all workers; None if the queue doesn't count deliveries.
     """
 
     config: WorkerConfig
@@ -56,6 +60,7 @@ class LoopContext:
     slots: HandlerSlots
     breaker: WorkerBreaker | None
     publishers: CopyPublishers
+    quarantine: Quarantine | None
     shutdown: Shutdown
     observers: Observers
     log: KeywordLogger
@@ -97,9 +102,19 @@ class ConsumeLoop:
             context.publishers,
             on_failure=self.fail,
             on_settled_late=self._dispatch,
+            own=context.quarantine.own if context.quarantine else None,
             observers=observers,
             log=log,
         )
+        self._quarantine = context.quarantine
+        self._gate = (
+            SuspectGate(
+                session, context.quarantine, self, prefetch=config.prefetch, start=self._start
+            )
+            if context.quarantine is not None and isinstance(session, AdjustableSession)
+            else None
+        )
+        self._gating: asyncio.Task[None] | None = None
         pace = config.pace
         self._early = EarlySettlement(pace.collect, self._settle_early) if pace else None
         self._timer: asyncio.TimerHandle | None = None
@@ -117,7 +132,8 @@ class ConsumeLoop:
     @property
     def buffered(self) -> int:
         """The number of messages that wait for their batch."""
-        return len(self._batcher) - self._intake.held
+        suspects = len(self._gate.suspects) if self._gate else 0
+        return len(self._batcher) - self._intake.held + suspects
 
     @property
     def held(self) -> int:
@@ -154,6 +170,9 @@ class ConsumeLoop:
         self._slots.on_free = self._on_free
         self._intake.begin(self._slots.keys)
         self._on_consuming()
+        if self._gate is not None:
+            self._gating = self._loop.create_task(self._gate.run())
+            self._gating.add_done_callback(self._on_gate_end)
         receiving = self._loop.create_task(self._receive())
         try:
             await self.shutdown.or_first_of((receiving, self._failure, self._breaker_changed))
@@ -181,6 +200,8 @@ class ConsumeLoop:
             self._observers.emit(Received(len(chunk)))
         if self._config.may_continue_delays:
             chunk = self._hold_early(chunk, now)
+        if self._gate is not None:
+            chunk = self._gate.sort(chunk)
         failed = self._intake.add(chunk, now)
         if failed is not None:
             self._start(self._settle(failed, now))
@@ -207,6 +228,8 @@ class ConsumeLoop:
         Batches are cut on demand: while all slots are busy, a batch goes on growing. The buffer is
         bounded by the prefetch count, so that backpressure needs no queue of batches.
         """
+        if self._gate is not None:
+            self._gate.changed.set()
         if self._is_draining or self._settler.is_over:
             return
         now = self._loop.time()
@@ -222,6 +245,8 @@ class ConsumeLoop:
 
         Messages that are being settled don't count: more can be delivered in a moment.
         """
+        if self._gate is not None and self._gate.is_pausing:
+            return True
         prefetch = self._config.prefetch
         return 0 < prefetch <= len(self._batcher) + self._slots.in_hand + self._settler.held
 
@@ -278,6 +303,8 @@ class ConsumeLoop:
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if error is not None:
             self._give_up(error)
+        if self._gate is not None:
+            self._gate.changed.set()
 
     def _on_ignored_cancellation(self) -> None:
         self.fail(
@@ -348,6 +375,48 @@ class ConsumeLoop:
         if not self._breaker_changed.done():
             self._breaker_changed.set_result(None)
 
+    # -- suspects, see `GatedLoop` ----------------------------------------------------------------
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything that was delivered is settled, apart from what the gate has."""
+        return not (self._tasks or len(self._batcher) or self._settler.held)
+
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether another batch can be started."""
+        return self._slots.is_free
+
+    def finish_early(self) -> None:
+        """Handle what is buffered, and publish the retries that are held, without a delay."""
+        self._settler.release_retries()
+        self._dispatch()
+
+    async def handle_alone(self, message: Message) -> None:
+        """Handle a message, and return when it is settled or held. A slot must be free."""
+        self._start_handler(Batch([message], Trigger.PREFETCH, self._loop.time()))
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    async def start_anew(self, messages: Sequence[Message], own: OwnReturns | None) -> None:
+        """Replace messages by copies that the broker counts from 0."""
+        self._log.debug("copies replace messages, to be counted from 0", messages=len(messages))
+        try:
+            await self._settler.start_anew(messages, own)
+        except Exception as error:  # noqa: BLE001  -- ends the session, see `_give_up`
+            self._give_up(error, len(messages))
+
+    def dead_letter_crashed(self, messages: Sequence[Message]) -> None:
+        """Dead-letter messages that came back too often."""
+        nack, cause = MessageResult.NACK, Cause.CRASHED
+        outcomes = [MessageOutcome(each, nack, cause) for each in messages]
+        self._start(self._settle(BatchDecisions(not_acked=outcomes), self._loop.time()))
+
+    def _on_gate_end(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._give_up(error)
+
     # -- ending -----------------------------------------------------------------------------------
 
     def fail(self, error: TransportError) -> None:
@@ -362,7 +431,14 @@ class ConsumeLoop:
         self._disarm()
         if self._early is not None:
             self._early.stop()
-        self._batcher.clear()
+        if self._gating is not None:
+            await _cancel(self._gating)
+        lost = [*self._batcher.clear(), *self._settler.messages, *self._slots.messages]
+        if self._quarantine is not None:
+            # Most were never delivered before: one return more makes no suspect of them.
+            for message in lost:
+                if message.redelivered:
+                    self._quarantine.own.note_lost(message)
         self._slots.on_free = ignore_batch
         await self._settler.abort()
         await _cancel(receiving)
@@ -371,6 +447,8 @@ class ConsumeLoop:
         """Take what is on its way, finish what was started, and return the rest."""
         self._is_draining = True
         self._disarm()
+        if self._gating is not None:
+            await _cancel(self._gating)
         await self._cancel_consumer(receiving)
         may_start = self._breaker is None or not self._breaker.is_open
         while may_start and self._slots.is_free and (batch := self._batcher.flush()):
@@ -378,6 +456,8 @@ class ConsumeLoop:
         await self._finish_batches()
         # Cleared only now: a retry in place that these batches ask for isn't made any more.
         unstarted = self._batcher.clear()
+        if self._gate is not None:
+            unstarted += self._gate.suspects
         if not self._failure.done():
             await self._settler.close(unstarted, self._wait_to_settle)
         if self._failure.done():

@@ -123,6 +123,14 @@ class HeldMessages:
             self._task.add_done_callback(self._on_task_end)
         self._changed.set()
 
+    def release_retries(self) -> None:
+        """Publish all retries without waiting until they are due."""
+        now = Republish(self._loop.time())
+        for each in self.messages.values():
+            if each.pending is None:
+                each.step = now
+        self._changed.set()
+
     def decide_again(self) -> None:
         """Decide again when the next retry is published, after a message has succeeded."""
         if self.retries > self._max_retries:

@@ -10,9 +10,10 @@ from datetime import UTC, datetime
 from aio_pika_batch.core.batch_run import BatchDecisions
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Outcome
+from aio_pika_batch.core.quarantine import OwnReturns
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue, Result
 from aio_pika_batch.core.settlement import Disposition, Settlement
-from aio_pika_batch.core.settlement_plan import PendingCopy
+from aio_pika_batch.core.settlement_plan import CopyKind, PendingCopy, SettlementPlan
 from aio_pika_batch.errors import SessionLost, TransportError
 from aio_pika_batch.logs import BurstLog, KeywordLogger, format_error
 from aio_pika_batch.observer import (
@@ -39,6 +40,7 @@ class Settler:
     Args:
         on_failure: Called with the reason if the session can't go on.
         on_settled_late: Called when held messages have been settled.
+        own: Notes which messages go back; None if the queue doesn't count that.
 
     Attributes:
         is_over: Whether the session is gone, so that results come too late.
@@ -52,6 +54,7 @@ class Settler:
         *,
         on_failure: Callable[[TransportError], None],
         on_settled_late: Callable[[], None],
+        own: OwnReturns | None,
         observers: Observers,
         log: KeywordLogger,
     ) -> None:
@@ -60,6 +63,7 @@ class Settler:
         self._publishers = publishers
         self._on_failure = on_failure
         self._on_settled_late = on_settled_late
+        self._own = own
         self._observers = observers
         self._log = log
         self._loop = asyncio.get_running_loop()
@@ -84,6 +88,11 @@ class Settler:
     def held(self) -> int:
         """The number of messages that wait for their retry, or for a late confirm."""
         return len(self._held.messages)
+
+    @property
+    def messages(self) -> list[Message]:
+        """The messages that are held."""
+        return [each.copy.outcome.message for each in self._held.messages.values()]
 
     @property
     def since(self) -> float | None:
@@ -120,8 +129,8 @@ class Settler:
             if self._held.retries:
                 self._held.decide_again()
         if decisions.returned:
-            tags = tuple(message.delivery_tag for message in decisions.returned)
-            settlements.append(Settlement(Disposition.RETURN, tags))
+            returns = self._planner.plan_returns(decisions.returned, datetime.now(UTC))
+            await self._carry_out_returns(returns)
         outcomes = decisions.not_acked
         if not outcomes:
             if settlements:
@@ -133,6 +142,7 @@ class Settler:
             outcomes, datetime.now(UTC), wait_queues=self._publishers.retries.can_delay
         )
         settlements.extend(plan.settlements)
+        self._note_requeued(outcomes, plan)
         if plan.discarded:
             self._on_discarded(plan.discarded)
         copies = self._hold_retries(plan.copies, arrived) if plan.copies else ()
@@ -147,6 +157,36 @@ class Settler:
         pending = {each.tag for each in plan.copies} - {each.tag for each in confirmed}
         done = [each for each in outcomes if each.message.delivery_tag not in pending]
         return done, confirmed
+
+    async def start_anew(self, messages: Sequence[Message], own: OwnReturns | None) -> None:
+        """Replace messages that have no result by copies, which the broker counts from 0.
+
+        Args:
+            own: What is known in favour of the messages.
+        """
+        await self._carry_out_returns(self._planner.plan_returns(messages, datetime.now(UTC), own))
+        if own is not None:
+            for message in messages:
+                own.forget(message)
+
+    async def _carry_out_returns(self, plan: SettlementPlan) -> None:
+        if plan.settlements:
+            await self._queue.settle(plan.settlements)
+        if plan.copies:
+            await self._publish_and_settle((), plan.copies, self._loop.time())
+
+    def _note_requeued(self, outcomes: Sequence[MessageOutcome], plan: SettlementPlan) -> None:
+        if self._own is None:
+            return
+        requeued = [each for each in plan.settlements if each.disposition is Disposition.REQUEUE]
+        tags = {tag for each in requeued for tag in each.tags}
+        for outcome in outcomes if tags else ():
+            if outcome.message.delivery_tag in tags:
+                self._own.note_requeued(outcome.message)
+
+    def release_retries(self) -> None:
+        """Publish all held retries without waiting until they are due."""
+        self._held.release_retries()
 
     def hold(self, copy: PendingCopy, arrived: float) -> None:
         """Hold a message whose delay isn't over yet."""
@@ -329,7 +369,7 @@ class Settler:
         began = self._loop.time()
         await self._settle_or_fail(Disposition.ACK, [each.tag for each in copies])
         if self._observers.present:
-            outcomes = [each.outcome for each in copies]
+            outcomes = [each.outcome for each in copies if each.kind is not CopyKind.FRESH_COUNT]
             seconds = self._loop.time() - began
             self._observers.emit(Settled(_counts(BatchDecisions(), outcomes), seconds))
             self._emit_confirmed(copies)
@@ -344,6 +384,8 @@ class Settler:
     def _emit_confirmed(self, copies: Sequence[PendingCopy]) -> None:
         for copy in copies:
             message = copy.outcome.message
+            if copy.kind is CopyKind.FRESH_COUNT:
+                continue
             if copy.reason is None:
                 self._observers.emit(Requeued(message, message.retry_count + 1))
             else:
@@ -386,9 +428,26 @@ class Settler:
     async def close(self, unstarted: Sequence[Message], wait: Wait) -> None:
         """Let running attempts finish, and return what is left to the broker."""
         held = await self._held.close(wait)
-        tags = [message.delivery_tag for message in unstarted] + [each.tag for each in held]
-        if tags:
-            await self._settle_or_fail(Disposition.RETURN, tags)
+        messages = [*unstarted, *(each.outcome.message for each in held)]
+        plan = self._planner.plan_returns(messages, datetime.now(UTC))
+        replaced: set[int] = set()
+        if plan.copies:
+            publishing = self._loop.create_task(self._publish_again(plan.copies))
+            await wait({publishing})
+            if publishing.done():
+                pairs = zip(plan.copies, publishing.result(), strict=True)
+                replaced = {each.tag for each, outcome in pairs if outcome is Outcome.CONFIRMED}
+            else:
+                publishing.cancel()
+        for disposition, tags in (
+            (Disposition.ACK, sorted(replaced)),
+            (
+                Disposition.RETURN,
+                [tag for each in messages if (tag := each.delivery_tag) not in replaced],
+            ),
+        ):
+            if tags:
+                await self._settle_or_fail(disposition, tags)
 
     async def abort(self) -> None:
         """Stop at once: the session is gone."""

@@ -26,6 +26,7 @@ from aio_pika_batch.runtime.breaker import PROBE, WorkerBreaker
 from aio_pika_batch.runtime.consume_loop import ConsumeLoop, LoopContext
 from aio_pika_batch.runtime.handler import HandlerCheck, HandlerSlots, Process
 from aio_pika_batch.runtime.publishing import CopyPublishers
+from aio_pika_batch.runtime.quarantine import ALONE, Quarantine
 from aio_pika_batch.runtime.shutdown import Shutdown, wait_until
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.status import WorkerState, WorkerStatus
@@ -67,6 +68,7 @@ class WorkerResources:
         declare: Declares the topology.
         subscription: Returns what to subscribe to, for a worker's index and the session's number.
         publishers: Publish retries and dead letters.
+        quarantine: None if the queue doesn't count deliveries.
         check: Whether the handler works at all.
     """
 
@@ -74,6 +76,7 @@ class WorkerResources:
     declare: Callable[[], Coroutine[Any, Any, None]]
     subscription: Callable[[int, int], Subscription]
     publishers: CopyPublishers
+    quarantine: Quarantine | None
     shutdown: Shutdown
     check: HandlerCheck
 
@@ -254,6 +257,8 @@ class Worker:
             if self._breaker is not None and self._breaker.is_probing:
                 subscription = replace(subscription, prefetch=PROBE)
                 config = replace(config, prefetch=PROBE)
+            if self._shared.quarantine is not None:
+                subscription = replace(subscription, prefetch=ALONE)
             context = self._shared.transport.session(subscription)
             session = await self._unless_stopped(stack.enter_async_context(context))
             self._session = session
@@ -267,6 +272,7 @@ class Worker:
                     slots=self.slots,
                     breaker=self._breaker,
                     publishers=self._shared.publishers,
+                    quarantine=self._shared.quarantine,
                     shutdown=self._shutdown,
                     observers=self._observers,
                     log=self._log.bind(epoch=epoch),

@@ -7,7 +7,7 @@ from typing import Self
 
 from aio_pika_batch.core.batch_run import FailurePolicy
 from aio_pika_batch.core.circuit_breaker import BreakerPolicy
-from aio_pika_batch.core.config_checks import consumer_timeout
+from aio_pika_batch.core.config_checks import consumer_timeout, crash_policy
 from aio_pika_batch.core.hold_policy import LONGEST_DEFAULT, HoldPolicy, longest_hold
 from aio_pika_batch.core.message import Headers
 from aio_pika_batch.core.results import ExceptionResults
@@ -113,6 +113,12 @@ class WorkerConfig:
                 delay_steps=steps,
                 reject_undeliverable=settings.without_dead_letter == "reject",
                 hold=HoldPolicy(holds_by_default, longest, settings.requeue_delay_max),
+                crashes=crash_policy(
+                    options,
+                    suspect_after=settings.crash_suspect_after,
+                    limit=settings.crash_limit,
+                    ordered=settings.ordered_by_key,
+                ),
             ),
             unconfirmed=UnconfirmedPolicy(
                 settings.requeue_hold,

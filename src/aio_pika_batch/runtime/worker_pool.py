@@ -22,12 +22,13 @@ from aio_pika_batch.runtime.publishing import (
     DelayedPublisher,
     ReconnectingPublisher,
 )
+from aio_pika_batch.runtime.quarantine import Quarantine
 from aio_pika_batch.runtime.shutdown import Shutdown, wait_until
 from aio_pika_batch.runtime.topology_declarer import TopologyDeclarer
 from aio_pika_batch.runtime.worker import Worker, WorkerInstance, WorkerResources
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.status import WorkerStatus
-from aio_pika_batch.transport import Subscription, Transport
+from aio_pika_batch.transport import Subscription, Transport, VersionedTransport
 
 
 class WorkerPool:
@@ -75,6 +76,10 @@ class WorkerPool:
             transport, config.topology, config.vhost, self._copies, log
         )
         self.publisher = ReconnectingPublisher(transport, log)
+        crashes = config.planner.crashes
+        # Other brokers may not be able to change the prefetch count of a session.
+        counts = crashes is not None and isinstance(transport, VersionedTransport)
+        self._quarantine = Quarantine(crashes, log) if crashes is not None and counts else None
         self.shutdown = Shutdown()
         self.check = HandlerCheck(self._fail)
         self.mistake: ConfigurationError | None = None
@@ -107,6 +112,7 @@ class WorkerPool:
             declare=self._declarer.declare,
             subscription=self._subscription,
             publishers=self._copies,
+            quarantine=self._quarantine,
             shutdown=self.shutdown,
             check=self.check,
         )
@@ -197,6 +203,8 @@ class WorkerPool:
 
     async def close(self) -> None:
         """Close what the workers shared."""
+        if self._quarantine is not None:
+            self._quarantine.close()
         await self._declarer.close(self.shutdown.deadline)
         deadline = max(self.shutdown.deadline, asyncio.get_running_loop().time() + 1)
         await asyncio.gather(self._copies.close(deadline), self.publisher.close(deadline))

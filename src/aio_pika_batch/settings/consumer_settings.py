@@ -215,6 +215,20 @@ class ConsumerSettings(_EssentialSettings):
         description="Dead letters carry the exception's text, up to 1 KiB.",
     )
 
+    # -- crashes ----------------------------------------------------------------------------------
+
+    crash_suspect_after: Count = Field(
+        default=3,
+        description="A message that came back so often without a result, as after a crash, is"
+        ' handled alone, while its process holds no other. Needs `queue_type="quorum"`.',
+    )
+    crash_limit: int = Field(
+        default=8,
+        ge=2,
+        description="A message that came back so often without a result is dead-lettered, and not"
+        " handled again. Keep it below a delivery limit that a policy sets.",
+    )
+
     # -- queue ------------------------------------------------------------------------------------
 
     queue_type: Literal["classic", "quorum"] | None = Field(
@@ -450,6 +464,12 @@ class ConsumerSettings(_EssentialSettings):
                 f"num_workers={self.num_workers} cannot keep the order of ordered_by_key, because"
                 " each worker gets messages of every key; use num_workers=1, and concurrency"
             )
+        if self.crash_limit <= self.crash_suspect_after:
+            msg = (
+                f"crash_limit={self.crash_limit} must be above"
+                f" crash_suspect_after={self.crash_suspect_after}"
+            )
+            raise ValueError(msg)
         for first, longest in (
             ("reconnect_delay", "reconnect_delay_max"),
             ("breaker_pause", "breaker_pause_max"),

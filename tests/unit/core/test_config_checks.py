@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from aio_pika_batch.core.config_checks import (
     ConsumerProfile,
     broker_warnings_for,
+    crash_policy,
     dead_letter_queue_warnings,
     existing_queue_warnings,
     warnings_for,
 )
+from aio_pika_batch.core.quarantine import CrashPolicy
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.topology import TopologyOptions
 from tests.unit.core.strategies import options
@@ -316,14 +318,14 @@ def test_retries_that_outlive_the_time_to_live(arguments, given, expected):
         (SOUND, None, "queue 'jobs' is a classic queue (unless the virtual host"),
         (replace(SOUND, queue_type="classic"), (4, 3, 6), "queue 'jobs' is a classic queue: "),
         (QUORUM, None, None),
-        (QUORUM, (3, 10, 8), "before RabbitMQ 4.0 a quorum queue has no delivery limit"),
-        (QUORUM, (3, 13), "before RabbitMQ 4.0 a quorum queue has no delivery limit"),
+        (QUORUM, (3, 10, 8), None),
+        (QUORUM, (3, 13), None),
         (QUORUM, (4, 0), None),
         (QUORUM, (4, 3, 6), None),
         (with_arguments(delivery_limit=3), (3, 10), None),
         (with_arguments(delivery_limit=0), (4, 3), None),
-        (with_arguments(delivery_limit=-1), (4, 3), "x-delivery-limit=-1 lifts the delivery limit"),
-        (with_arguments(delivery_limit=-1), None, "x-delivery-limit=-1 lifts the delivery limit"),
+        (with_arguments(delivery_limit=-1), (4, 3), None),
+        (with_arguments(delivery_limit=-1), None, None),
         (with_arguments(delivery_limit=-1), (3, 10), "before RabbitMQ 4.0 a negative"),
     ],
 )
@@ -336,6 +338,60 @@ def test_a_broker_that_redelivers_forever_or_drops_at_once(settings, version, ex
     else:
         [line] = found
         assert line.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ordered", "why"),
+    [
+        (QUORUM, False, None),
+        (QUORUM, True, "since ordered_by_key keeps"),
+        (with_arguments(single_active_consumer=True), False, "the single active one"),
+        (with_arguments(single_active_consumer=False), False, None),
+        (replace(QUORUM, queue_auto_delete=True), False, "since queue_auto_delete deletes"),
+    ],
+)
+def test_what_prevents_that_suspects_are_handled_alone(settings, ordered, why):
+    """A warning says so, and the policy is left out."""
+    found = broker_warnings_for(settings, replace(USUAL, ordered=ordered), (4, 0))
+    policy = crash_policy(settings, suspect_after=3, limit=8, ordered=ordered)
+    if why is None:
+        assert ([], CrashPolicy(3, 8)) == (found, policy)
+    else:
+        [line] = found
+        assert why in line
+        assert policy is None
+
+
+def test_without_a_limit_of_the_broker_the_warning_is_about_endless_redelivery():
+    """Because nobody gives the message up then."""
+    settings = with_arguments(single_active_consumer=True)
+    [line] = broker_warnings_for(settings, USUAL, (3, 10))
+    assert "before RabbitMQ 4.0 a quorum queue has no delivery limit" in line
+    settings = with_arguments(single_active_consumer=True, delivery_limit=-1)
+    [line] = broker_warnings_for(settings, USUAL, None)
+    assert line.startswith("x-delivery-limit=-1 lifts the delivery limit")
+
+
+@pytest.mark.parametrize(
+    ("limit", "policy"),
+    [
+        (None, CrashPolicy(3, 8)),
+        (-1, CrashPolicy(3, 8)),
+        (20, CrashPolicy(3, 8)),
+        (8, CrashPolicy(3, 8)),
+        (7, CrashPolicy(3, 7, requeues_to_the_end=True)),
+        (3, CrashPolicy(2, 3, requeues_to_the_end=True)),
+        (2, CrashPolicy(1, 2, requeues_to_the_end=True)),
+        (1, None),
+        (0, None),
+    ],
+)
+def test_the_crash_limit_acts_before_the_queues_delivery_limit(limit, policy):
+    """A queue that allows one return, or none, can't tell a suspect."""
+    settings = QUORUM if limit is None else with_arguments(delivery_limit=limit)
+    assert policy == crash_policy(settings, suspect_after=3, limit=8, ordered=False)
+    classic = replace(settings, queue_type="classic")
+    assert crash_policy(classic, suspect_after=3, limit=8, ordered=False) is None
 
 
 def test_failures_that_the_settings_map_to_requeue_immediate():

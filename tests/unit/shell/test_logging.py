@@ -209,7 +209,10 @@ async def test_endless_redelivery_is_warned_about(rabbit, caplog, given):
 async def test_version_dependent_warnings_follow_the_first_connection(caplog, version, told):
     """Quorum queues have a default limit since 4.0."""
     transport = MemoryTransport(Broker(version))
-    async with RecordingConsumer(transport=transport, queue_type="quorum"):
+    arguments = {"x-single-active-consumer": True}
+    async with RecordingConsumer(
+        transport=transport, queue_type="quorum", queue_arguments=arguments
+    ):
         pass
     assert told is any(
         "no delivery limit by default" in each.getMessage() for each in caplog.records
