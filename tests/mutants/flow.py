@@ -125,6 +125,63 @@ CORE = (
         (f"{_CORE}/test_quarantine.py",),
     ),
     Mutant(
+        "A session begins with the whole prefetch: what it holds comes back with a crash.",
+        "runtime/worker.py",
+        "replace(subscription, prefetch=ALONE)",
+        "replace(subscription)",
+        (
+            f"{_SHELL}/test_quarantine.py::test_a_session_that_begins_with_suspects_gets_one_at_a_time",
+        ),
+    ),
+    Mutant(
+        "A suspect is handled although other messages are unsettled.",
+        "runtime/quarantine.py",
+        "            if self._loop.is_idle:\n",
+        "            if True:\n",
+        (
+            f"{_SHELL}/test_quarantine.py::test_a_suspect_is_handled_while_the_process_holds_no_other_message",
+        ),
+    ),
+    Mutant(
+        "A suspect is handled although other workers hold messages.",
+        "runtime/quarantine.py",
+        "all(each.has_made_way for",
+        "all(True for",
+        (
+            f"{_SHELL}/test_quarantine.py::test_a_suspect_is_handled_while_the_process_holds_no_other_message",
+        ),
+    ),
+    Mutant(
+        "A lost connection looks like a crash to the process that survived it.",
+        "runtime/consume_loop.py",
+        "self._quarantine.own.note_lost(message)",
+        "pass",
+        (f"{_SHELL}/test_quarantine.py::test_deployments_and_lost_connections_are_no_crashes",),
+    ),
+    Mutant(
+        "Held retries come back with a crash, and look like crashed messages.",
+        "runtime/consume_loop.py",
+        "self._settler.release_retries()",
+        "pass",
+        (
+            f"{_SHELL}/test_quarantine.py::test_held_retries_are_published_before_a_suspect_is_handled",
+        ),
+    ),
+    Mutant(
+        "A stop returns a suspect: before RabbitMQ 4.3 that counts.",
+        "runtime/settler.py",
+        "        if plan.copies:\n            publishing",
+        "        if False:\n            publishing",
+        (f"{_SHELL}/test_quarantine.py::test_a_suspect_is_not_returned_by_a_stop",),
+    ),
+    Mutant(
+        "What a handler requeues at once looks like a crash to its own process.",
+        "runtime/settler.py",
+        "self._own.note_requeued(outcome.message)",
+        "pass",
+        (f"{_SHELL}/test_quarantine.py::test_a_message_that_is_requeued_at_once_is_no_suspect",),
+    ),
+    Mutant(
         "A delay is rounded down: it is shorter than the requested one.",
         "core/retry.py",
         "bisect_left(self.requestable, wanted)",

@@ -47,7 +47,6 @@ LONGER_FOR_A_REASON = {
     "runtime/publishing.py": "all that is published for a consumer, and by which connection",
     "runtime/settler.py": "all that becomes of a session's results",
     "runtime/handler.py": "a handler while it runs: its slot, what it yields, what it may ask",
-    "runtime/settler.py": "what one session delivered, from its results to the last settlement",
     "runtime/consume_loop.py": "one session, from the first delivery to the last settlement",
     "transport.py": "the port: everything that a transport implements or may offer",
     "settings/consumer_settings.py": "all settings in the order of the docs, one after another",

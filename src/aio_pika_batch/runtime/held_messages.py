@@ -127,7 +127,7 @@ class HeldMessages:
         """Publish all retries without waiting until they are due."""
         now = Republish(self._loop.time())
         for each in self.messages.values():
-            if each.pending is None:
+            if each.pending is None and each.step is not None:
                 each.step = now
         self._changed.set()
 

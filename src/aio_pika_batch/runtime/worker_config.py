@@ -84,6 +84,12 @@ class WorkerConfig:
         retry = RetryPolicy(settings.max_requeue_attempts, settings.retry_count_header)
         longest = longest_hold(consumer_timeout(options, settings.consumer_arguments or {}))
         holds_by_default = settings.requeue_delay is None
+        crashes = crash_policy(
+            options,
+            suspect_after=settings.crash_suspect_after,
+            limit=settings.crash_limit,
+            ordered=settings.ordered_by_key,
+        )
         return cls(
             queue_name=settings.queue_name,
             prefetch=prefetch,
@@ -113,19 +119,15 @@ class WorkerConfig:
                 delay_steps=steps,
                 reject_undeliverable=settings.without_dead_letter == "reject",
                 hold=HoldPolicy(holds_by_default, longest, settings.requeue_delay_max),
-                crashes=crash_policy(
-                    options,
-                    suspect_after=settings.crash_suspect_after,
-                    limit=settings.crash_limit,
-                    ordered=settings.ordered_by_key,
-                ),
+                crashes=crashes,
             ),
             unconfirmed=UnconfirmedPolicy(
                 settings.requeue_hold,
                 prefetch // 2 if prefetch else UNLIMITED_PREFETCH_HOLD,
                 REPUBLISH,
                 longest,
-                delivery_limit(options),
+                # Beyond `suspect_after` each return would look like a crash.
+                crashes.suspect_after + 1 if crashes else delivery_limit(options),
             ),
             pace=Pace.within(batches.settle_interval, longest=PATIENCE)
             if batches and batches.settle == "yield"
