@@ -633,8 +633,8 @@ SHELL = (
     Mutant(
         "Unstarted messages are not returned to the broker.",
         "runtime/settler.py",
-        "[message.delivery_tag for message in unstarted] + [each.tag for each in held]",
-        "[each.tag for each in held]",
+        "[*unstarted, *(each.outcome.message for each in held)]",
+        "[each.outcome.message for each in held]",
         (f"{_SHELL}/test_drain.py",),
     ),
     Mutant(
