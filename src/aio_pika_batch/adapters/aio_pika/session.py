@@ -52,6 +52,10 @@ if TYPE_CHECKING:
     from aio_pika_batch.core.settlement import Settlement
     from aio_pika_batch.transport import Endpoint, Subscription
 
+ANSWER_TIMEOUT = 10.0
+"""Seconds that a broker has to confirm a pause or its end, or to open a native channel. A queue
+without a leader leaves the answer out, and heartbeats go on."""
+
 WIND_UP_TIMEOUT = 5.0
 """Seconds for everything that comes before the close of the connection."""
 
@@ -181,6 +185,9 @@ class AioPikaSession:
         self._check()
         task = self._loop.create_task(adjust())
         task.add_done_callback(consume_exception)
+        if not (await asyncio.wait({task}, timeout=ANSWER_TIMEOUT))[0]:
+            self._lose(f"the broker has not answered for {ANSWER_TIMEOUT:g} s")
+            self._check()
         await self._shielded(task)
 
     async def settle(self, settlements: Sequence[Settlement]) -> None:
@@ -293,10 +300,11 @@ class AioPikaSession:
         with translate_errors(
             lambda error: SessionLost(f"cannot open a native channel: {format_error(error)}")
         ):
-            # Raise on return, or a message that reaches no queue would be lost silently.
-            channel = await self._connection.connection.channel(on_return_raises=True)
-            queue = await channel.get_queue(self._subscription.queue, ensure=False)
-            return Native(channel, queue)
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                # Raise on return, or a message that reaches no queue would be lost silently.
+                channel = await self._connection.connection.channel(on_return_raises=True)
+                queue = await channel.get_queue(self._subscription.queue, ensure=False)
+                return Native(channel, queue)
 
     # --- helpers -----------------------------------------------------------------------
 

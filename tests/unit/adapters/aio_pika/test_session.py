@@ -16,6 +16,7 @@ from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
 from aio_pika_batch.adapters.aio_pika.session import AioPikaSession
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.settlement import Disposition, Frame, Settlement
+from aio_pika_batch.errors import SessionLost
 from aio_pika_batch.testing.virtual_time import VirtualTimeLoop
 from aio_pika_batch.transport import Subscription
 from tests.unit.adapters.aio_pika.broker_frames import message
@@ -385,3 +386,28 @@ async def test_a_paused_session_that_settles_little_is_just_closed() -> None:
     await session.close()
     assert ["close"] == tap.sent[20:]
     assert 0 == session.unproven
+
+
+@pytest.mark.parametrize("way", ["pause", "resume"])
+async def test_a_pause_that_is_not_answered_loses_the_session(
+    virtual_loop: VirtualTimeLoop, way: str
+) -> None:
+    """A queue may be without a leader, while the connection is alive."""
+    session, channel, _ = await holding(3)
+    hung = asyncio.Event()
+
+    async def unanswered(*_: Any, **__: Any) -> None:
+        await hung.wait()
+
+    if way == "resume":
+        channel.answer.set()
+        await session.pause()
+        channel.basic_consume = unanswered  # type: ignore[method-assign]
+    with pytest.raises(SessionLost, match="not answered for 10 s"):
+        await (session.pause() if way == "pause" else session.resume(1))
+    assert 10 == virtual_loop.time()
+    with pytest.raises(SessionLost):
+        await settle(session, ACK, 1)
+    hung.set()
+    channel.answer.set()
+    await session.close()
