@@ -96,14 +96,16 @@ async def test_an_existing_dead_letter_exchange_is_bound_by_its_type(
 async def test_a_dead_letter_exchange_for_everybody_is_refused(
     channel, amqp_url, name, kind
 ) -> None:
-    """The error says which setting accepts it, and nothing is declared."""
+    """Unless its name says that it is the consumer's own. Nothing is declared before the error."""
     await channel.declare_exchange(f"{name}.shared", kind, durable=True)
     shared = {"dead_letter_exchange": f"{name}.shared", "dead_letter_queue": f"{name}.dead"}
-    text = await refused(Answering(amqp_url, name, **shared))
-    assert f"dead_letter_exchange_type='{kind}'" in text
-    assert -1 == await ready(amqp_url, name)
-    async with Answering(amqp_url, name, dead_letter_exchange_type=kind, **shared):
-        await publish(channel, [b"0"], routing_key=name)
+    text = await refused(Answering(amqp_url, f"{name}.jobs", **shared))
+    assert "also to those of other services" in text
+    assert -1 == await ready(amqp_url, f"{name}.jobs")
+    await channel.declare_exchange(f"{name}.jobs.failed", kind, durable=True)
+    shared["dead_letter_exchange"] = f"{name}.jobs.failed"
+    async with Answering(amqp_url, f"{name}.jobs", **shared):
+        await publish(channel, [b"0"], routing_key=f"{name}.jobs")
         await holds(amqp_url, f"{name}.dead", 1)
 
 

@@ -360,8 +360,8 @@ CORE = (
     Mutant(
         "Services that share an exchange get each other's dead letters.",
         "core/topology_options.py",
-        "elif _may_be_shared(options, exchange) or (",
-        "elif False or (",
+        "if exchange == _own_exchange(options) and (not is_unbindable or routing_key is not None):",
+        "if True:",
         (f"{_CORE}/test_dead_letter_topology.py", f"{_SHELL}/test_topology.py"),
     ),
     Mutant(
@@ -374,8 +374,8 @@ CORE = (
     Mutant(
         "A consumer refuses the dead-letter queue that the consumer before it has declared.",
         "core/topology.py",
-        "or (name, current) == (DELIVERY_LIMIT, -1)",
-        "or False",
+        "self.is_consumed and (name, current) == (DELIVERY_LIMIT, -1)",
+        "False",
         (f"{_CORE}/test_broker_dead_letters.py",),
     ),
     Mutant(
@@ -402,7 +402,7 @@ CORE = (
     Mutant(
         "A fanout exchange of others is bound: it gives dead letters to every service.",
         "core/topology_options.py",
-        "if stated is None and kind not in _BY_KEY and _may_be_shared(options, exchange):",
+        "if kind not in _BY_KEY and not is_own:",
         "if False:",
         (f"{_CORE}/test_dead_letter_topology.py", f"{_SHELL}/test_topology.py"),
     ),

@@ -134,14 +134,6 @@ def _dead_letters(options: TopologyOptions, profile: ConsumerProfile) -> Iterato
             f" messages that get NACK, {failed}; set dead_letter_queue to declare a queue and an"
             " exchange, or dead_letter_exchange"
         )
-        return
-    exchange, kind = options.dead_letter_exchange, options.dead_letter_exchange_type
-    if options.dead_letter_queue is not None and exchange and kind in ("fanout", "headers"):
-        yield (
-            f"dead_letter_exchange={exchange!r} is a {kind} exchange: every queue that is bound to"
-            " it gets the dead letters, also those of other services; set"
-            " dead_letter_exchange_type='direct', or leave dead_letter_exchange unset"
-        )
 
 
 def _given_up(options: TopologyOptions) -> Iterator[str]:

@@ -98,6 +98,7 @@ class Queue:
             The argument for this depends on the broker, see :meth:`arguments_on`.
         holds_retries: Messages wait in it for their next attempt, and must not get lost.
         is_browsed: An operator looks at it. No consumer is there to declare it.
+        is_consumed: The consumer's own queue, which may be the dead-letter queue of another one.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Queue:
     holds_retries: bool = False
     wishes: Headers = field(default_factory=dict)
     is_browsed: bool = False
+    is_consumed: bool = field(default=False, compare=False)
 
     @property
     def if_unequal(self) -> str | None:
@@ -151,7 +153,9 @@ class Queue:
             # Whether a queue without a type is one depends on the virtual host.
             return None if refused == self.arguments else self.arguments
         name, current = unequal.name, unequal.value
-        is_optional = name in self._optional or (name, current) == (DELIVERY_LIMIT, -1)
+        is_optional = name in self._optional or (
+            self.is_consumed and (name, current) == (DELIVERY_LIMIT, -1)
+        )
         # Each argument is changed only once: to what the queue has.
         if not is_optional or refused.get(name) not in (self.wishes.get(name), None):
             return None
@@ -292,6 +296,7 @@ def build_topology(
             auto_delete=options.queue_auto_delete,
             arguments=arguments,
             wishes={} if check_only else broker_dead_letter_arguments(options),
+            is_consumed=True,
             check_only=check_only,
         )
     )

@@ -103,35 +103,32 @@ def dead_letter_target(options: TopologyOptions) -> DeadLetterTarget | None:
         exchange = _own_exchange(options)
     if exchange is None:
         return None
-    if routing_key is None and options.dead_letter_queue is not None:
-        if not exchange:
-            # The default exchange routes by the name of a queue: an original routing key would miss
-            # this queue, and could even lead back to the queue that the message comes from.
-            routing_key = options.dead_letter_queue
-        elif _may_be_shared(options, exchange) or (
-            # A direct exchange can't be bound for all routing keys.
-            options.dead_letter_exchange_type == "direct" and _message_keys(options) is None
-        ):
-            # Several services may have messages with the same routing key, so by this key their
-            # dead letters couldn't be told apart. Nor by the name of the queue alone: it often is
-            # the routing key of messages of others.
-            also = f"{options.queue_name}.dead-letter"
-            if not is_short_string(also):
-                also = options.queue_name
-            if exchange != options.exchange_name:
-                return DeadLetterTarget(exchange, also=also)
-            # By its original routing key a message would come back.
-            routing_key = also
-    return DeadLetterTarget(exchange, routing_key)
+    if options.dead_letter_queue is None:
+        return DeadLetterTarget(exchange, routing_key)
+    if not exchange:
+        # The default exchange routes by the name of a queue: an original routing key would miss
+        # this queue, and could even lead back to the queue that the message comes from.
+        return DeadLetterTarget(
+            exchange, options.dead_letter_queue if routing_key is None else routing_key
+        )
+    # A direct exchange can't be bound for all routing keys.
+    is_unbindable = options.dead_letter_exchange_type == "direct" and _message_keys(options) is None
+    if exchange == _own_exchange(options) and (not is_unbindable or routing_key is not None):
+        return DeadLetterTarget(exchange, routing_key)
+    # Several services may have messages with the same routing key, so by this key their dead
+    # letters couldn't be told apart. Nor by the name of the queue alone: it often is the routing
+    # key of messages of others.
+    also = f"{options.queue_name}.dead-letter"
+    if not is_short_string(also):
+        also = options.queue_name
+    if exchange == options.exchange_name and routing_key is None:
+        # By its original routing key a message would come back.
+        return DeadLetterTarget(exchange, also)
+    return DeadLetterTarget(exchange, routing_key, also)
 
 
 def _own_exchange(options: TopologyOptions) -> str:
     return f"{options.queue_name}.dlx"
-
-
-def _may_be_shared(options: TopologyOptions, exchange: str) -> bool:
-    is_own = exchange == _own_exchange(options)
-    return not is_own and options.dead_letter_exchange_type in {None, *_BY_KEY}
 
 
 def new_dead_letter_exchange_type(options: TopologyOptions, exchange: str) -> str:
@@ -158,16 +155,21 @@ def dead_letter_binding_keys(
             f"exchange {exchange!r} exists as a {kind} exchange, not {stated}: set"
             f" dead_letter_exchange_type={kind!r}, or leave it unset"
         )
-    if stated is None and kind not in _BY_KEY and _may_be_shared(options, exchange):
+    # By its name it belongs to this consumer alone, if any exchange does.
+    is_own = exchange.startswith(f"{options.queue_name}.")
+    if kind not in _BY_KEY and not is_own:
         raise TopologyError(
             f"exchange {exchange!r} is a {kind} exchange: it may give dead letters to every queue"
             " that is bound to it, also to those of other services; use a direct or topic exchange,"
-            " or leave dead_letter_exchange unset. If only this consumer uses it, set"
-            f" dead_letter_exchange_type={kind!r}"
+            f" one whose name begins with '{options.queue_name}.', or leave dead_letter_exchange"
+            " unset"
         )
-    own_key = target.routing_key if target.also is None else target.also
-    if own_key is not None:
-        return (own_key,)
+    if target.also is not None:
+        # The queue's own arguments may state another key for the broker's dead letters.
+        for_broker = _stated(options, DEAD_LETTER_ROUTING_KEY)
+        return (target.also,) if for_broker is None else (target.also, for_broker)
+    if target.routing_key is not None:
+        return (target.routing_key,)
     match kind:
         case "fanout" | "headers":
             return ("",)
@@ -214,7 +216,8 @@ def broker_dead_letter_arguments(options: TopologyOptions) -> Headers:
     target = dead_letter_target(options)
     if target is None or not options.broker_dead_letters:
         return {}
-    given, key = options.queue_arguments, target.routing_key or target.also
+    given = options.queue_arguments
+    key = target.routing_key if target.also is None else target.also
     wanted: dict[str, FieldValue] = {}
     if DEAD_LETTER_EXCHANGE not in given:
         wanted[DEAD_LETTER_EXCHANGE] = target.exchange

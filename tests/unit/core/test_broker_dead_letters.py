@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -181,7 +182,9 @@ def test_a_consumer_of_dead_letters_accepts_a_queue_without_a_delivery_limit(
 ):
     """The consumer before it has declared the queue so. Another limit must be in the settings."""
     text = f"inequivalent arg 'x-delivery-limit': current is the value '{limit}' of type 'long'"
-    assert accepted == Queue("dlq", arguments=arguments).arguments_after(arguments, text)
+    queue = Queue("dlq", arguments=arguments)
+    assert accepted == replace(queue, is_consumed=True).arguments_after(arguments, text)
+    assert queue.arguments_after(arguments, text) is None
 
 
 def test_a_dead_letter_queue_lacks_nothing():

@@ -32,6 +32,7 @@ OUR_NAMES = (
     "prefetch_count",
     "dead_letter_exchange",
     "dead_letter_queue",
+    "broker_dead_letters",
     "queue_arguments",
     "max_requeue_attempts",
     "process_timeout",
@@ -148,27 +149,6 @@ def test_messages_that_the_broker_itself_drops(stated, expected):
     assert len(expected) == len([line for line in found if " drops messages " in line])
     for line in expected:
         assert any(line in each for each in found)
-
-
-@pytest.mark.parametrize(
-    ("stated", "expected"),
-    [
-        ({"dead_letter_exchange_type": "fanout"}, True),
-        ({"dead_letter_exchange_type": "headers"}, True),
-        ({"dead_letter_exchange_type": "direct"}, False),
-        ({}, False),
-        ({"dead_letter_exchange_type": "fanout", "dead_letter_queue": None}, False),
-        ({"dead_letter_exchange_type": "fanout", "dead_letter_exchange": None}, False),
-    ],
-)
-def test_an_exchange_that_gives_dead_letters_to_all_of_its_queues(stated, expected):
-    """The settings may say so, but another service may use it, too."""
-    usual = {"dead_letter_exchange": "dlx", "dead_letter_queue": "dlq"}
-
-    found = warnings_for(TopologyOptions(queue_name="jobs", **usual | stated), USUAL)
-
-    assert expected is any("also those of other services" in line for line in found)
-    assert expected is bool(found)
 
 
 @pytest.mark.parametrize(

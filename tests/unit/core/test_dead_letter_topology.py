@@ -94,16 +94,18 @@ def test_a_dead_letter_reaches_its_queue_or_the_start_is_refused(settings, exist
 
 @given(
     any_options,
-    st.sampled_from([None, "direct", "topic"]),
+    existing_types,
+    st.none() | st.sampled_from(["", "dead"]),
     existing_types,
     st.data(),
 )
-def test_a_shared_exchange_does_not_mix_dead_letters(settings, kind, existing, data):
+def test_a_shared_exchange_does_not_mix_dead_letters(settings, kind, key, existing, data):
     """Even if both have messages with the same routing keys."""
     shared = {
         "dead_letter_exchange": "graveyard",
         "dead_letter_exchange_type": kind,
-        "dead_letter_routing_key": None,
+        "dead_letter_routing_key": key,
+        "queue_arguments": {},
         "declare": True,
     }
     settings = replace(settings, **shared)
@@ -128,9 +130,14 @@ def test_a_shared_exchange_does_not_mix_dead_letters(settings, kind, existing, d
     ("stated", "existing", "words"),
     [
         ({"dead_letter_exchange_type": "fanout"}, "direct", "exists as a direct exchange, not"),
-        ({"dead_letter_exchange": "dlx"}, "fanout", "dead_letter_exchange_type='fanout'"),
+        ({"dead_letter_exchange": "dlx"}, "fanout", "whose name begins with 'jobs.'"),
+        (
+            {"dead_letter_exchange": "dlx", "dead_letter_exchange_type": "fanout"},
+            None,
+            "'dlx' is a fanout exchange",
+        ),
         ({"dead_letter_exchange": "dlx"}, "headers", "also to those of other services"),
-        ({"dead_letter_exchange": "dlx"}, "x-random", "dead_letter_exchange_type='x-random'"),
+        ({"dead_letter_exchange": "dlx"}, "x-random", "'dlx' is a x-random exchange"),
         ({"routing_keys": ("#",)}, "direct", "set dead_letter_routing_key"),
         ({"exchange_type": "fanout"}, "direct", "would not reach queue 'dlq'"),
         ({"exchange_type": "x-recent-history"}, "direct", "would not reach queue 'dlq'"),
@@ -262,10 +269,10 @@ def test_how_the_delivery_limit_is_lifted(version, limit):
         (
             {
                 "dead_letter_exchange": "dlx",
-                "dead_letter_exchange_type": "fanout",
+                "dead_letter_routing_key": "dead",
                 "dead_letter_queue": "dlq",
             },
-            DeadLetterTarget("dlx"),
+            DeadLetterTarget("dlx", "dead", "jobs.dead-letter"),
         ),
         (
             {"queue_arguments": {"x-dead-letter-exchange": "x", "x-dead-letter-routing-key": "k"}},
@@ -391,15 +398,12 @@ def test_how_a_dead_letter_queue_is_bound_to_an_exchange_of_its_own(
         (None, "direct", "direct", ["jobs.dead-letter"]),
         (None, "topic", "direct", ["jobs.dead-letter"]),
         ("topic", None, "topic", ["jobs.dead-letter"]),
-        ("fanout", None, "fanout", [""]),
-        ("fanout", "fanout", "fanout", [""]),
-        ("headers", "headers", "headers", [""]),
     ],
 )
 def test_how_a_dead_letter_queue_is_bound_to_an_exchange_that_may_be_shared(
     stated, existing, kind, bound
 ):
-    """By a key that only its dead letters have, unless the settings say that all get all."""
+    """By a key that only its dead letters have."""
     settings = TopologyOptions(
         queue_name="jobs",
         exchange_name="events",

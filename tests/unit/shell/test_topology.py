@@ -83,15 +83,17 @@ async def test_an_exchange_of_its_own_keeps_routing_keys(empty, kind):
 
 @pytest.mark.parametrize("kind", ["fanout", "headers"])
 async def test_an_exchange_that_gives_dead_letters_to_everybody_is_refused(empty, kind):
-    """Unless the settings say so. The error comes before the queue is declared."""
+    """Unless its name says that it is the consumer's own. Nothing is declared before the error."""
     empty.declare("theirs")
     empty.bind("theirs", "shared", kind=kind)
     given = {"dead_letter_exchange": "shared", "dead_letter_queue": "dead"}
-    with pytest.raises(TopologyError, match=f"dead_letter_exchange_type='{kind}'"):
-        await rejecting(empty, **given).start()
+    for stated in (None, kind):
+        with pytest.raises(TopologyError, match=r"whose name begins with 'jobs\.'"):
+            await rejecting(empty, dead_letter_exchange_type=stated, **given).start()
     assert ["theirs"] == empty.broker.queues
 
-    async with rejecting(empty, dead_letter_exchange_type=kind, **given):
+    empty.bind("theirs", "jobs.failed", kind=kind)
+    async with rejecting(empty, **given | {"dead_letter_exchange": "jobs.failed"}):
         empty.publish(b"0", routing_key="jobs")
         await asyncio.sleep(5)
     assert [b"0"] == empty.waiting("dead")
