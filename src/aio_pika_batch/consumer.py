@@ -149,6 +149,7 @@ class BaseConsumer(Generic[SettingsT_co]):
         transport: Transport | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
+        # First: a class that can't work should fail where it is made, not at its first message.
         self._check_class()
         self._check_hooks()
         self.settings = self._settings_from_environment() if settings is None else settings
@@ -258,12 +259,14 @@ class BaseConsumer(Generic[SettingsT_co]):
         with process_signals.listen(lifecycle.request_stop, lifecycle.abandon):
             try:
                 await self.start()
+            # A signal during the start is a stop like any other.
             except StartInterrupted:
                 return
             try:
                 if lifecycle.pool is not None:
                     await lifecycle.pool.watch()
             finally:
+                # Also if a worker has failed: the others finish what they have.
                 lifecycle.request_stop()
                 failure = await lifecycle.drained()
         if failure is not None:
@@ -303,6 +306,7 @@ class BaseConsumer(Generic[SettingsT_co]):
         )
         if not self._has_queue:
             return
+        # Only now: the version is known once the topology has been declared.
         version = isinstance(self._transport, VersionedTransport) and self._transport.broker_version
         for line in broker_warnings_for(options, profile, version or None):
             self._log.warning(line)
@@ -365,6 +369,7 @@ class BaseConsumer(Generic[SettingsT_co]):
         exchange: str = "",
         routing_key: str = "",
         headers: Headers | None = None,
+        # Otherwise the broker confirms a message that it drops, because no queue takes it.
         mandatory: bool = True,
         **properties: Any,  # noqa: ANN401  -- those of Publication, each with its own type
     ) -> None:
@@ -405,6 +410,8 @@ class BaseConsumer(Generic[SettingsT_co]):
         if pool is None:
             msg = "publishing needs a running consumer: between start and stop, hooks included"
             raise SessionClosed(msg)
+        # Not by the publisher of copies: a missing exchange closes a channel, and the outcomes of
+        # all that is in flight on it are unknown.
         return await pool.publisher.publish(publications)
 
     # -- inside -----------------------------------------------------------------------------------

@@ -197,6 +197,7 @@ async def replay(
         while (selected := await selector.next_chunk()) is not None:
             copies: list[Copy] = []
             for letter in selected:
+                # Decided one by one: a letter that can't be replayed doesn't stop the others.
                 decision = replay_copy(
                     letter.message,
                     letter.death,
@@ -326,6 +327,7 @@ class _CopyPublisher:
         self._report = report
         self._stack = stack
         self._publisher: Publisher | None = None
+        # The default exchange always exists, and can't be declared.
         self._missing: dict[str, str | None] = {"": None}
 
     async def publish(self, copies: Sequence[Copy]) -> list[tuple[Copy, str]]:
@@ -350,6 +352,7 @@ class _CopyPublisher:
                 arrived.append(copy.message)
             else:
                 failed.append((copy, describe_outcome(outcome, copy)))
+        # After the confirms, and only these: see the law at the top.
         await self._browser.done(arrived)
         self._report.done += len(arrived)
         # Every later copy would be unconfirmed as well, and perhaps published twice.

@@ -8,6 +8,7 @@ class AioPikaBatchError(Exception):
     """Base class of all errors that this library raises on purpose."""
 
 
+# A ValueError, because it is raised for the value of an argument.
 class ConfigurationError(AioPikaBatchError, ValueError):
     """The configuration is invalid. Raised when the consumer is constructed."""
 
@@ -49,6 +50,7 @@ class PublishError(TransportError):
     """The broker did not confirm a message: it was returned, refused, or left unanswered."""
 
 
+# A ValueError, as `json.loads` raises, so that a handler can go on catching that.
 class MessageDecodeError(AioPikaBatchError, ValueError):
     """The body or a property of one message cannot be decoded.
 
@@ -89,6 +91,7 @@ class MissingMessageId(AioPikaBatchError, ValueError):
         self.messages = messages
 
 
+# A TimeoutError, so that what `exception_results` says of that class applies.
 class HandlerTimeout(AioPikaBatchError, TimeoutError):
     """A handler ran longer than `process_timeout` seconds and was cancelled."""
 

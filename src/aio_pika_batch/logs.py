@@ -68,6 +68,7 @@ class KeywordLogger:
         if self._logger.isEnabledFor(level):
             text, extra = format_line(event, {**self._context, **context})
             # The text is an argument and not the format, because it may contain a percent sign.
+            # The level of the stack is the caller's, so that a record names the line that logs.
             self._logger.log(level, "%s", text, exc_info=exc_info, extra=extra, stacklevel=3)
 
 

@@ -45,6 +45,7 @@ class Load(NamedTuple):
         held: Messages that wait, unsettled, for their retry or for the confirm of their copy.
     """
 
+    # A NamedTuple, because one is made for almost every event.
     buffered: int
     in_hand: int
     is_consuming: bool
@@ -346,6 +347,7 @@ class Observers:
         self._observers = tuple(observers)
         self._origin = origin
         self._log = log
+        # By identity, because observers may compare equal.
         self._complained: set[int] = set()
         self.present = bool(self._observers)
         self.errors = 0

@@ -62,6 +62,7 @@ class QueueBrowser:
         self._limit = limit
         self._stop = stop or asyncio.Event()
         self._held: dict[int, None] = {}
+        # In the order of their tags, which is that of the queue.
         self._arrived: list[Message] = []
         self._has_arrived = asyncio.Event()
         self._session: Session | None = None
@@ -162,6 +163,7 @@ class QueueBrowser:
                 [*waiting, reading], timeout=QUIET, return_when=asyncio.FIRST_COMPLETED
             )
         finally:
+            # They would wait for ever, and be reported when the loop is closed.
             for each in waiting:
                 each.cancel()
         if reading.done() and not self._arrived:
@@ -199,6 +201,7 @@ async def browse(
         return
     subscription = Subscription(
         queue=queue,
+        # Not more than there were: each delivery counts, also of messages that come meanwhile.
         prefetch=min(most, ready or most),
         consumer_tag=f"browser-{os.getpid()}",
         retry_count_header=retry_count_header,

@@ -114,7 +114,9 @@ class Endpoint:
     """
 
     url: str = field(repr=False)
+    # aiormq reads a `timeout` in the URL, and doesn't use it.
     connect_timeout: float = 10.0
+    # aiormq's default of 60 s notices a dead peer only after three minutes.
     heartbeat: int = 30
     publish_timeout: float = 10.0
     connection_name: str = "aio-pika-batch"

@@ -55,6 +55,7 @@ class KeyedIntake(BatchIntake):
         for message in chunk:
             try:
                 key = self._batch_key(message)
+                # A key that isn't hashable is its message's failure, and not the batcher's.
                 hash(key)
             except (KeyboardInterrupt, SystemExit):
                 raise

@@ -119,6 +119,7 @@ class ConsumeLoop:
         self._early = EarlySettlement(pace.collect, self._settle_early) if pace else None
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        # By identity: decisions can be equal, and aren't hashable.
         self._settling: dict[int, float] = {}
         self._failure: asyncio.Future[None] = self._loop.create_future()
         self._breaker_changed: asyncio.Future[None] = self._loop.create_future()
@@ -173,6 +174,7 @@ class ConsumeLoop:
         if self._gate is not None:
             self._gating = self._loop.create_task(self._gate.run())
             self._gating.add_done_callback(self._on_gate_end)
+        # A task of its own: a drain goes on receiving until the broker has confirmed its cancel.
         receiving = self._loop.create_task(self._receive())
         try:
             await self.shutdown.or_first_of((receiving, self._failure, self._breaker_changed))
@@ -180,6 +182,7 @@ class ConsumeLoop:
                 self._failure.result()
             if not self.shutdown.is_requested and not self.was_ended_by_breaker:
                 await receiving
+                # Otherwise the worker would take this for a drain, and stop consuming for good.
                 raise SessionLost("the session ended although no stop was requested")
             await self._drain(receiving)
         finally:
@@ -293,6 +296,7 @@ class ConsumeLoop:
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         """Run it in a task that a drain waits for, and that may outlive the session."""
         task = self._loop.create_task(work)
+        # A drain waits for those of its session; the worker, at its end, for those of all sessions.
         for tasks in (self._tasks, self._slots.tasks):
             tasks.add(task)
             task.add_done_callback(tasks.discard)
@@ -422,6 +426,7 @@ class ConsumeLoop:
     def fail(self, error: TransportError) -> None:
         """End the session for this reason."""
         if not self._failure.done():
+            # Only the first reason: the later ones are its consequences.
             self._failure.set_exception(error)
             # Marks it as retrieved: `consume` may be draining already.
             self._failure.exception()
@@ -440,6 +445,7 @@ class ConsumeLoop:
                 if message.redelivered:
                     self._quarantine.own.note_lost(message)
         self._slots.on_free = ignore_batch
+        # Before receiving ends: what still arrives must not be settled in this session.
         await self._settler.abort()
         await _cancel(receiving)
 
@@ -450,6 +456,7 @@ class ConsumeLoop:
         if self._gating is not None:
             await _cancel(self._gating)
         await self._cancel_consumer(receiving)
+        # While the breaker is open, more batches would only fail; the broker keeps their messages.
         may_start = self._breaker is None or not self._breaker.is_open
         while may_start and self._slots.is_free and (batch := self._batcher.flush()):
             self._start_handler(batch)
@@ -498,6 +505,8 @@ class ConsumeLoop:
             self._tasks, lambda: self.shutdown.handle_by, unless=self._failure
         )
         if self.shutdown.is_requested:
+            # Not before a stop: handlers of a lost session finish, and only their results are
+            # stale.
             self.cut_off = self._slots.cancel()
         if self._early is not None:
             # From here on everything is settled by tasks that are awaited below.

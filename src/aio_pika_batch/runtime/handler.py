@@ -166,6 +166,8 @@ class HandlerRun:
         self._cancelled_by = cause
         self._task.cancel()
         self._disarm()
+        # Nothing ends a task that ignores this. But its session can be given up, so that the others
+        # aren't held up by it.
         self._timer = self._loop.call_later(IGNORED_CANCELLATION, self._on_ignored)
         return True
 
@@ -197,6 +199,7 @@ class HandlerRun:
             KeyboardInterrupt, SystemExit: The handler raised it to end the process.
         """
         self._task = asyncio.current_task()
+        # In the task of this run: handlers that run at the same time have contexts of their own.
         current_context.set(self._context)
         if self._timeout is not None:
             self._timer = self._loop.call_later(self._timeout, self.cancel, Cause.TIMEOUT)
@@ -237,6 +240,7 @@ class HandlerRun:
                 return _not_iterable(results)
             async for item in results:
                 if self._cancelled_by is not None:
+                    # A task that catches its cancellation runs on, so it ends at its next result.
                     error = asyncio.CancelledError("the handler swallowed its cancellation")
                     break
                 try:
@@ -247,6 +251,7 @@ class HandlerRun:
         except BaseException as raised:  # noqa: BLE001  -- the user's code may raise anything
             error = self._as_failure(raised)
         # If the generator was left in the middle, its clean-up runs now.
+        # A handler may return any asynchronous iterator; only generators can be closed.
         aclose = getattr(results, "aclose", None)
         if aclose is not None:
             try:
@@ -438,6 +443,7 @@ class HandlerSlots:
 
     def release(self, run: HandlerRun) -> None:
         """Free a slot."""
+        # First: the callback may start the next batch in this slot.
         del self._running[run]
         self.on_free(run.batch)
 

@@ -76,6 +76,7 @@ class Lifecycle:
                 await pool.start(instances())
             finally:
                 _INSIDE.reset(inside)
+        # Also after a cancellation: what has been started must not run on without an owner.
         except BaseException:
             self._has_begun.set()
             self.request_stop()
@@ -123,15 +124,19 @@ class Lifecycle:
 
     async def drained(self) -> AioPikaBatchError | None:
         """Wait for the end; return a mistake of the handler, or what the drain left unfinished."""
+        # Several callers may wait for the same drain, and each of them may be cancelled.
         return None if self._drain is None else await asyncio.shield(self._drain)
 
     async def _finish(self, pool: WorkerPool) -> AioPikaBatchError | None:
         _INSIDE.set(self)
         try:
+            # A stop during the start: workers that are still being started would be missed.
             await self._has_begun.wait()
             incomplete = await pool.finish()
             if self._on_stop is not None:
                 loop = asyncio.get_running_loop()
+                # Handlers may have used up all of the time; a hook that closes a pool needs some,
+                # too.
                 by = max(pool.shutdown.deadline, loop.time() + RESERVE)
                 if not await self._run_hook(self._on_stop, by):
                     self._log.error("on_stop took too long, and was cut off")

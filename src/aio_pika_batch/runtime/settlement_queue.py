@@ -91,6 +91,7 @@ class SettlementQueue:
         if front == [ticket]:
             await self._session.settle(settlements)
             return
+        # One write may settle several batches: a cancelled caller must not cancel the others'.
         await asyncio.shield(self._wait(ticket, front))
 
     def enqueue(self, settlements: Sequence[Settlement]) -> asyncio.Future[None]:
@@ -161,4 +162,5 @@ def _merge(tickets: Sequence[Ticket]) -> list[Settlement]:
     for ticket in tickets:
         for settlement in ticket.settlements or ():
             tags.setdefault(settlement.disposition, []).extend(settlement.tags)
+    # One settlement for each disposition, so that one frame can cover tags of several batches.
     return [Settlement(disposition, tuple(some)) for disposition, some in tags.items()]

@@ -64,6 +64,7 @@ class Shutdown:
 
         Nothing is cancelled and nothing is raised: the caller looks at what has happened.
         """
+        # `asyncio.wait` neither cancels nor raises, unlike `gather`, `wait_for` and `timeout`.
         await asyncio.wait(
             {self._requested, *futures}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
         )
@@ -89,6 +90,7 @@ class Shutdown:
             try:
                 await self.or_first_of((all_done, unless), timeout=patience)
             finally:
+                # This cancels the waiting, and none of the tasks.
                 all_done.cancel()
         if self.is_requested:
             await wait_until(pending, by())

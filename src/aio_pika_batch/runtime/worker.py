@@ -288,6 +288,8 @@ class Worker:
                     self._state = WorkerState.DRAINING
                 elif not current.was_ended_by_breaker:
                     self._state = WorkerState.WAITING
+                # Not as soon as it is open: a broker that accepts and then closes would be asked
+                # again and again without a pause.
                 if self._loop.time() - began >= STABLE_AFTER:
                     self._failures = 0
             if self._shutdown.is_requested or current.was_ended_by_breaker:
@@ -300,6 +302,7 @@ class Worker:
     def _on_consuming(self) -> None:
         is_probing = self._breaker is not None and self._breaker.is_probing
         self._state = WorkerState.PROBING if is_probing else WorkerState.CONSUMING
+        # The same failure after a working session is news again.
         self._complaint = None
         self._log.info("consuming", epoch=self._epoch)
         if self._observers.present:
@@ -309,6 +312,7 @@ class Worker:
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
         """Run it, unless a stop is requested first."""
+        # A connect may take `connect_timeout`, and a stop must not wait for that.
         task = self._loop.create_task(work)
         try:
             await self._shutdown.or_first_of((task,))
@@ -323,6 +327,8 @@ class Worker:
     def _handle_failure(self, error: Exception) -> None:
         """Log a failure; raise it if it is permanent."""
         is_temporary = isinstance(error, SessionLost | BrokerUnavailable)
+        # A wrong password or queue should be seen at the start. After that it may be a broker that
+        # is being configured.
         if not is_temporary and not self.ready.done():
             raise error
         text = format_error(error)

@@ -195,6 +195,7 @@ class WorkerPool:
         if self._is_abandoned:
             return
         self._is_abandoned = True
+        # Counted now: in a moment all of them are cancelled.
         self._abandoned = sum(worker.slots.not_cancelled for worker in self._workers)
         for task in self._tasks:
             task.cancel()
@@ -206,5 +207,6 @@ class WorkerPool:
         if self._quarantine is not None:
             self._quarantine.close()
         await self._declarer.close(self.shutdown.deadline)
+        # Even if the time is up: RabbitMQ logs an error for a connection that ends without a close.
         deadline = max(self.shutdown.deadline, asyncio.get_running_loop().time() + 1)
         await asyncio.gather(self._copies.close(deadline), self.publisher.close(deadline))
