@@ -45,6 +45,7 @@ import aio_pika_batch
 from aio_pika_batch.adapters import memory
 from aio_pika_batch.cli.app import app
 from aio_pika_batch.core.publication import Publication
+from aio_pika_batch.core.topology_options import policy_command
 from aio_pika_batch.observers.prometheus import PrometheusObserver
 from aio_pika_batch.testing import BatchBroker, virtual_time
 from aio_pika_batch.testing.rabbitmq.find import RunningBroker
@@ -348,10 +349,17 @@ def test_commands_exist(place: str, command: str) -> None:
             ["python3", "-m", "venv", ".venv"]
             | [".venv/bin/pip" | ".venv/bin/python", *_]
             | ["mkdir" | "cd", "shop"]
+            | ["rabbitmqctl", "set_policy", *_]
         ):
             pass
         case _:
             pytest.fail(f"{place}: nobody checks {command!r}")
+
+
+def test_the_policy_of_a_page_is_what_the_log_shows():
+    """For a queue that exists without dead-letter arguments."""
+    command = policy_command("orders", {"x-dead-letter-exchange": "orders.dlx"}, "/")
+    assert f"$ {command}\n" in (ROOT / "docs/guarantees.md").read_text()
 
 
 def variables(place: str) -> set[str]:
@@ -469,6 +477,7 @@ THEIRS = {
     "restarted_in",  # the supervisor's, in a line of the log
     "retry_after",  # what the API of examples/http_sink says
     "rmq_to_pubsub",  # an example
+    "set_permissions",  # rabbitmqctl's
     "stream_queue",  # RabbitMQ's
     "test_compose",  # a test
     "to_thread",  # asyncio's
