@@ -64,13 +64,15 @@ print(Importer().settings.database)
 ```
 <!-- test: prints postgresql:///shop -->
 
-Lists and dictionaries are written as JSON: `MY_APP_ROUTING_KEY='["orders.#", "refunds"]'`. A
-single routing key is written as it is.
+Dictionaries are written as JSON. Several routing keys are separated by commas, or written as a list:
+`MY_APP_ROUTING_KEY='orders.#,refunds'` or `'["orders.#", "refunds"]'`. A key that contains a comma,
+a space or a quote needs the list.
 
-What makes no sense is refused when the settings are made, with a
+An invalid value is refused when the settings are made, with a
 [`ConfigurationError`](errors.md#configurationerror) that names the setting. So is an unknown name
-in code; in the environment it is ignored. Times are in seconds. Passwords are masked wherever
-settings are shown.
+in code. A variable with the prefix that isn't a setting is ignored; if it looks like one, a warning
+and `aio-pika-batch check` say which one was probably meant. Times are in seconds. Passwords are
+masked wherever settings are shown.
 """
 
 TUNING = """\

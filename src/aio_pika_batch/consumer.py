@@ -42,7 +42,7 @@ from aio_pika_batch.runtime.shutdown import process_signals
 from aio_pika_batch.runtime.worker import WorkerInstance
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.runtime.worker_pool import WorkerPool
-from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings
+from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings, plain_url
 from aio_pika_batch.settings.derived import consumer_profile, endpoint, topology_options
 from aio_pika_batch.status import ConsumerStatus
 from aio_pika_batch.transport import (
@@ -297,7 +297,7 @@ class BaseConsumer(Generic[SettingsT_co]):
                 self._transport,
                 self._observers,
                 self._log,
-                server=server_of(settings.url),
+                server=server_of(plain_url(settings)),
             ),
             on_start=self.on_start,
             on_stop=self.on_stop,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant
 
 _CLASSES = "tests/unit/shell/test_consumer_classes.py"
+_ENVIRONMENT = "tests/unit/test_settings_environment.py"
 
 PROGRAMS = (
     Mutant(
@@ -62,5 +63,47 @@ PROGRAMS = (
         "        signature.bind(None)\n",
         "        pass\n",
         (_CLASSES,),
+    ),
+    Mutant(
+        "Routing keys that can't be read are bound as one key, and no message comes.",
+        "settings/fields.py",
+        "        if _UNCLEAR.search(key):\n",
+        "        if False:\n",
+        (_ENVIRONMENT,),
+    ),
+    Mutant(
+        "A misspelt variable is ignored in silence.",
+        "settings/fields.py",
+        '        if close:\n            lines.append(f"{variable} is',
+        '        if False:\n            lines.append(f"{variable} is',
+        (_ENVIRONMENT,),
+    ),
+    Mutant(
+        "An application's settings show the password of the broker in an error.",
+        "settings/consumer_settings.py",
+        "        if not ours:\n            raise\n",
+        "        if True:\n            raise\n",
+        (_ENVIRONMENT,),
+    ),
+    Mutant(
+        "An error about an application's settings names a variable that nobody has set.",
+        "settings/fields.py",
+        "        if where in given:\n",
+        "        if False:\n",
+        (_ENVIRONMENT,),
+    ),
+    Mutant(
+        "A second URL in a subclass of settings is shown with its password.",
+        "settings/consumer_settings.py",
+        'yield name, mask_url(str(value)) if "://" in str(value) else value',
+        "yield name, value",
+        (_ENVIRONMENT,),
+    ),
+    Mutant(
+        "heartbeat=0 in a URL switches heartbeats off.",
+        "adapters/aio_pika/url.py",
+        "not 1 <= int(heartbeat[:9])",
+        "not 0 <= int(heartbeat[:9])",
+        ("tests/unit/adapters/aio_pika/test_url.py",),
     ),
 )

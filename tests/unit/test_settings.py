@@ -261,7 +261,7 @@ def test_the_environment_is_read(monkeypatch):
     assert 9 == BatchConsumerSettings(_env_file=None, batch_size=9).batch_size
 
 
-@pytest.mark.parametrize("key", ["order.created", "5", "true", "1.50", "null", "a,b", "#", "[1"])
+@pytest.mark.parametrize("key", ["order.created", "5", "true", "1.50", "null", "#", "*.b"])
 def test_a_routing_key_in_the_environment_is_a_string(monkeypatch, key):
     """Also one that would be something else in JSON."""
     monkeypatch.setenv("AIO_PIKA_BATCH_ROUTING_KEY", key)

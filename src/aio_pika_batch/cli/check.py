@@ -43,6 +43,7 @@ from aio_pika_batch.core.topology_options import (
 )
 from aio_pika_batch.errors import ConfigurationError, TopologyError
 from aio_pika_batch.masking import mask_url
+from aio_pika_batch.settings import plain_url
 from aio_pika_batch.settings.derived import consumer_profile, topology_options, virtual_host
 from aio_pika_batch.transport import InspectingTransport, Transport, VersionedTransport
 
@@ -101,7 +102,7 @@ def _settings(consumer: AnyConsumer, *, url_given: bool) -> list[tuple[str, obje
     sources = settings.provenance
     values = settings.model_dump(mode="json", fallback=str)
     # Passwords of other settings are masked by their type.
-    values["url"] = mask_url(settings.url)
+    values["url"] = mask_url(plain_url(settings))
     rows = [
         (name, value, "command line" if name == "url" and url_given else sources[name])
         for name, value in values.items()
@@ -130,7 +131,8 @@ def _topology(options: TopologyOptions, dead_letter_exchange_type: str | None) -
 def _warnings(consumer: AnyConsumer) -> list[CheckFinding]:
     profile = consumer_profile(consumer.settings, consumer.exception_results.values())
     found = warnings_for(topology_options(consumer.settings), profile)
-    return [CheckFinding("warning", line) for line in found]
+    lines = [*consumer.settings.ignored_variables, *found]
+    return [CheckFinding("warning", line) for line in lines]
 
 
 async def _findings(consumer: AnyConsumer) -> list[CheckFinding]:
@@ -143,7 +145,7 @@ async def _findings(consumer: AnyConsumer) -> list[CheckFinding]:
     except (ConfigurationError, TopologyError) as error:
         return [CheckFinding("error", str(error)), *_warnings(consumer)]
     compared = await compare(transport, needed)
-    vhost = virtual_host(consumer.settings.url)
+    vhost = virtual_host(plain_url(consumer.settings))
     return [
         *(found for each in compared if (found := _finding(each, vhost)) is not None),
         *await _existing_queues(transport, options, compared, version),
@@ -302,7 +304,7 @@ def topology(
             raise ConfigurationError(
                 "--format definitions: cannot be combined with --apply or --dry-run"
             )
-        where = vhost if vhost is not None else virtual_host(consumer.settings.url)
+        where = vhost if vhost is not None else virtual_host(plain_url(consumer.settings))
         needed = build_topology(options)
         version = _version(rabbitmq, consumer, needed)
         print(json.dumps(to_definitions(needed, where, version), indent=2))

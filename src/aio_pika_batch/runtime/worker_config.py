@@ -18,7 +18,7 @@ from aio_pika_batch.core.topology import delivery_limit
 from aio_pika_batch.core.topology_options import TopologyOptions, dead_letter_target
 from aio_pika_batch.core.unconfirmed_policy import UnconfirmedPolicy
 from aio_pika_batch.runtime.settlement_queue import PATIENCE
-from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings
+from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings, plain_url
 from aio_pika_batch.settings.derived import delay_steps, topology_options, virtual_host
 
 REPUBLISH = Backoff(0.5, 5.0)
@@ -135,7 +135,7 @@ class WorkerConfig:
             breaker=_breaker(settings),
             may_continue_delays=longest < max(LONGEST_DEFAULT, settings.requeue_delay_max),
             topology=options,
-            vhost=virtual_host(settings.url),
+            vhost=virtual_host(plain_url(settings)),
         )
 
 

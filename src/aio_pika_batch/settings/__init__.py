@@ -4,6 +4,14 @@ from aio_pika_batch.settings.consumer_settings import (
     BatchConsumerSettings,
     ConsumerSettings,
     Source,
+    plain_url,
 )
+from aio_pika_batch.settings.relay_settings import OutboxRelaySettings
 
-__all__ = ["BatchConsumerSettings", "ConsumerSettings", "Source"]
+__all__ = [
+    "BatchConsumerSettings",
+    "ConsumerSettings",
+    "OutboxRelaySettings",
+    "Source",
+    "plain_url",
+]

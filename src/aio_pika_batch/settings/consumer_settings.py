@@ -7,11 +7,30 @@ at construction, with the field's name and what is allowed. Passwords are never 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, PrivateAttr, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import (
+    BaseModel,
+    Field,
+    GetCoreSchemaHandler,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    model_validator,
+)
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
+from pydantic_core.core_schema import no_info_wrap_validator_function
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.retry import LONGEST_WAIT, check_wait_queue_names, make_delay_steps
@@ -19,6 +38,7 @@ from aio_pika_batch.core.topology_options import QUEUE_TYPE
 from aio_pika_batch.errors import ConfigurationError
 from aio_pika_batch.masking import mask_url
 from aio_pika_batch.settings.fields import (
+    PREFIX,
     Arguments,
     Count,
     ExchangeType,
@@ -31,6 +51,7 @@ from aio_pika_batch.settings.fields import (
     ShortString,
     Url,
     explain,
+    ignored_variables,
     refuse_unknown,
 )
 
@@ -44,6 +65,60 @@ Source: TypeAlias = Literal["code", "environment", "default"]
 """Where a setting's value comes from; a value from `.env` counts as the environment."""
 
 
+_log = logging.getLogger("aio_pika_batch.settings")
+
+_making: ContextVar[Literal["a part", "a copy"] | None] = ContextVar(
+    "aio_pika_batch_settings", default=None
+)
+"""What is being made: a part of an application's own settings, or a copy of other settings."""
+
+
+def plain_url(settings: ConsumerSettings) -> str:
+    """Return the URL as text, also if a subclass gives it another type."""
+    url: Any = settings.url
+    return url.get_secret_value() if isinstance(url, SecretStr) else str(url)
+
+
+def _validate_part(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:  # noqa: ANN401
+    token = _making.set("a part")
+    try:
+        return handler(value)
+    except ValidationError as error:
+        causes = [each["ctx"].get("error") for each in error.errors() if "ctx" in each]
+        ours = [each for each in causes if isinstance(each, ConfigurationError)]
+        if not ours:
+            raise
+        # Pydantic would show the whole input, passwords included.
+        why = PydanticCustomError("configuration", "{why}", {"why": str(ours[0])})
+        details = InitErrorDetails(type=why, input="(not shown)")
+        raise ValidationError.from_exception_data("settings", [details]) from None
+    finally:
+        _making.reset(token)
+
+
+def _environment(cls: type[BaseSettings], values: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return all variables that settings could read, with names in capitals."""
+    file = {"env_file": values["_env_file"]} if "_env_file" in values else {}
+    sources = (DotEnvSettingsSource(cls, **file), EnvSettingsSource(cls))
+    return {name.upper(): text for each in sources for name, text in each.env_vars.items()}
+
+
+def _known_names(prefix: object) -> set[str]:
+    """Return the settings of this library, and of subclasses with a prefix, if any is given.
+
+    Several consumers may share an environment, so those of all classes count.
+    """
+    names: set[str] = set()
+    left: list[type[BaseSettings]] = [_EssentialSettings]
+    while left:
+        each = left.pop()
+        left += each.__subclasses__()
+        is_ours = each.__module__.startswith("aio_pika_batch.")
+        if is_ours or (prefix is not None and each.model_config.get("env_prefix") == prefix):
+            names |= each.model_fields.keys()
+    return names
+
+
 # Pydantic lists the fields of base classes first, in reverse method resolution order. These two
 # base classes exist so that both kinds of settings list their fields in the order of the docs:
 # `url`, `queue_name`, the batch settings where there are any, and then the rest.
@@ -51,7 +126,7 @@ class _EssentialSettings(BaseSettings):
     """What every consumer needs."""
 
     model_config = SettingsConfigDict(
-        env_prefix="AIO_PIKA_BATCH_",
+        env_prefix=PREFIX,
         env_file=".env",
         # The environment also holds other programs' variables. In code, an unknown name is refused.
         extra="ignore",
@@ -366,18 +441,42 @@ class ConsumerSettings(_EssentialSettings):
 
     _in_code: frozenset[str] = PrivateAttr(default=frozenset())
 
+    _ignored_variables: tuple[str, ...] = PrivateAttr(default=())
+
     def __init__(self, **values: Any) -> None:  # noqa: ANN401  -- as BaseSettings has it
-        refuse_unknown(type(self), values)
+        cls = type(self)
+        refuse_unknown(cls, values)
+        variables = _environment(cls, values)
+        prefix = str(cls.model_config.get("env_prefix", ""))
+        known = _known_names(prefix)
+        ignored = ignored_variables(prefix, known, variables, given=values.keys())
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigurationError(explain(type(self), error)) from None
+            given = values.keys() if _making.get() == "a part" else ()
+            text = explain(cls, error, _known_names(None), given=given, variables=variables)
+            raise ConfigurationError("\n  ".join([text, *ignored])) from None
+        except SettingsError as error:
+            # It names the setting. The JSON error behind it could show a part of the value.
+            raise ConfigurationError(f"{cls.__name__}: {error}: it isn't valid JSON") from None
         self._in_code = frozenset(values)
+        self._ignored_variables = tuple(ignored)
+        for line in ignored if _making.get() != "a copy" else ():
+            _log.warning(line)
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: type[BaseModel], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Report errors as a part of an application's settings, without showing its values."""
+        return no_info_wrap_validator_function(_validate_part, handler(source))
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        """Show the URL without its passwords."""
-        yield "url", mask_url(self.url)
-        yield from super().__repr_args__()
+        """Show URLs without their passwords, also in fields of subclasses."""
+        yield "url", mask_url(plain_url(self))
+        for name, value in super().__repr_args__():
+            if name != "url":
+                yield name, mask_url(str(value)) if "://" in str(value) else value
 
     def replaced(self, **given: Any) -> Self:  # noqa: ANN401  -- each setting has its own type
         """Return the same settings with some values replaced.
@@ -386,9 +485,18 @@ class ConsumerSettings(_EssentialSettings):
             ConfigurationError: A value is invalid, or a name is unknown.
         """
         chosen = {name: getattr(self, name) for name in self.model_fields_set}
-        made = type(self)(**{**chosen, **given})
+        token = _making.set("a copy")
+        try:
+            made = type(self)(**{**chosen, **given})
+        finally:
+            _making.reset(token)
         made._in_code = self._in_code | given.keys()  # noqa: SLF001  -- same class
         return made
+
+    @property
+    def ignored_variables(self) -> Sequence[str]:
+        """A line for each environment variable that looks like a setting, but isn't read."""
+        return self._ignored_variables
 
     @property
     def provenance(self) -> Mapping[str, Source]:
@@ -476,6 +584,13 @@ class ConsumerSettings(_EssentialSettings):
         ):
             if getattr(self, first) > getattr(self, longest):
                 raise ValueError(f"{first} must not exceed {longest}")
+        # A variable that is set to nothing. Other types of exchanges don't look at the key.
+        is_matched = self.exchange_name and self.exchange_type in {"direct", "topic"}
+        if self.routing_key == "" and is_matched:
+            raise ValueError(
+                "routing_key is empty: leave it out to bind with the queue's name, or write"
+                ' [""] to bind with an empty key'
+            )
         for name in ("ssl_keyfile", "ssl_key_password"):
             if getattr(self, name) is not None and self.ssl_certfile is None:
                 msg = f"{name} without ssl_certfile: name the certificate that it belongs to"

@@ -11,7 +11,11 @@ from aio_pika_batch.core.message import FieldValue
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.retry import DelaySteps, make_delay_steps
 from aio_pika_batch.core.topology_options import TopologyOptions, dead_letter_target
-from aio_pika_batch.settings.consumer_settings import BatchConsumerSettings, ConsumerSettings
+from aio_pika_batch.settings.consumer_settings import (
+    BatchConsumerSettings,
+    ConsumerSettings,
+    plain_url,
+)
 from aio_pika_batch.transport import Endpoint
 
 
@@ -23,7 +27,7 @@ def endpoint(settings: ConsumerSettings, consumer: str) -> Endpoint:
     """
     password = settings.ssl_key_password
     return Endpoint(
-        url=settings.url,
+        url=plain_url(settings),
         connect_timeout=settings.connect_timeout,
         heartbeat=settings.heartbeat,
         publish_timeout=settings.publish_timeout,

@@ -7,7 +7,8 @@ secret is never shown.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from enum import Enum
@@ -20,6 +21,9 @@ from aio_pika_batch.core.message import SHORT_STRING, is_short_string
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.errors import ConfigurationError
 from aio_pika_batch.transport import known_schemes, scheme_of
+
+PREFIX = "AIO_PIKA_BATCH_"
+"""Of environment variables, unless a subclass has another one."""
 
 _MILLISECOND = 0.001
 
@@ -51,12 +55,27 @@ def _short_string(value: str) -> str:
     return value
 
 
+_PYTHON_LIST = re.compile(r"""\[\s*(?:(?:'[^'\\]*'|"[^"\\]*")\s*(?:,\s*|(?=\])))*\]""")
+_QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
+_UNCLEAR = re.compile(r"""['"`;\s]|^[(\[{]|^$""")
+
+
 def _one_or_several(value: object) -> object:
-    """Accept `a.key`, whatever it would be in JSON, or `["several", "keys"]`."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    """Accept `a.key`, `one,two`, `["one", "two"]` as in JSON, and `['one', 'two']` as in Python."""
+    if not isinstance(value, str) or not value:
+        return value
+    text = value.strip()
+    if text.startswith("["):
         with suppress(ValueError):
-            return json.loads(value)
-    return value
+            return json.loads(text)
+        if _PYTHON_LIST.fullmatch(text):
+            return [one or other for one, other in _QUOTED.findall(text)]
+    keys = [key.strip() for key in text.split(",")]
+    for key in keys:
+        if _UNCLEAR.search(key):
+            msg = f'{value!r} can be read in several ways: write one,two or ["one", "two"]'
+            raise ValueError(msg)
+    return keys if len(keys) > 1 else text
 
 
 def _known_scheme(url: str) -> str:
@@ -108,29 +127,99 @@ Arguments = dict[str, Any] | None
 
 def refuse_unknown(cls: type[BaseModel], values: Mapping[str, object]) -> None:
     """Raise ConfigurationError for a name that isn't a setting, with the most similar one."""
+    fields = cls.model_fields.values()
+    aliases = {each for field in fields for each in (field.alias, field.validation_alias)}
     for name in values:
         # Names with an underscore are pydantic-settings' own, such as `_env_file`.
-        if name in cls.model_fields or name.startswith("_"):
+        if name in cls.model_fields or name in aliases or name.startswith("_"):
             continue
         close = get_close_matches(name, cls.model_fields, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ConfigurationError(f"{cls.__name__} has no setting {name!r}{hint}")
 
 
-def explain(cls: type[BaseModel], error: ValidationError) -> str:
-    """Return one line per field that says what is wrong, without the values of secrets."""
+def explain(
+    cls: type[BaseModel],
+    error: ValidationError,
+    known: Collection[str],
+    *,
+    given: Collection[str],
+    variables: Mapping[str, str | None],
+) -> str:
+    """Return one line per field that says what is wrong, without the values of secrets.
+
+    Args:
+        known: Names of this library's settings. Values of a subclass's own may be secrets.
+        given: Names of the values that don't come from the environment, as far as this class knows.
+        variables: The environment.
+    """
     prefix = str(cls.model_config.get("env_prefix", ""))
     lines = []
     for each in error.errors(include_url=False, include_context=False):
         field = ".".join(str(part) for part in each["loc"]) or "settings"
         text = each["msg"].removeprefix("Value error, ")
-        where = field.split(".")[0]
-        said = each["type"] in ("missing", "value_error") or where in _SECRETS
-        given = "" if said else f", not {each['input']!r}"
-        variable = (
-            f" (in the environment: {(prefix + where).upper()})"
-            if where in cls.model_fields
-            else ""
-        )
-        lines.append(f"{field}: {text}{given}{variable}")
+        where, value = field.split(".")[0], str(each["input"])
+        is_shown = where in known and where not in _SECRETS and "://" not in value
+        is_shown &= each["type"] not in ("missing", "value_error")
+        variable = (prefix + where).upper() if where in cls.model_fields else ""
+        if where in given:
+            # An application's own settings have passed it: theirs is the variable to correct.
+            suffix = where.upper()
+            others = (name for name in variables if name.endswith(suffix) and name != variable)
+            variable = next((name for name in others if variables[name] == value), "")
+        shown = f", not {each['input']!r}" if is_shown else ""
+        hint = f" (in the environment: {variable})" if variable else ""
+        lines.append(f"{field}: {text}{shown}{hint}")
     return f"{cls.__name__}: " + "\n  ".join(lines)
+
+
+_WITHOUT_PREFIX = (
+    "queue_name",
+    "url",
+    "exchange_name",
+    "exchange_type",
+    "routing_key",
+    "prefetch_count",
+    "num_workers",
+    "batch_size",
+    "batch_timeout",
+    "max_requeue_attempts",
+)
+"""Settings of 0.1.0, which read variables without a prefix."""
+
+
+def ignored_variables(
+    prefix: str,
+    known: Collection[str],
+    variables: Mapping[str, str | None],
+    *,
+    given: Collection[str],
+) -> list[str]:
+    """Return a line for each variable that was probably meant as a setting, but isn't read.
+
+    Args:
+        known: The settings that can have a variable with this prefix.
+        variables: The environment, with names in capitals.
+        given: The settings that don't need a variable.
+    """
+    lines = []
+    prefix = prefix.upper()
+    is_ours = prefix == PREFIX
+    for variable in sorted(each for each in variables if prefix and each.startswith(prefix)):
+        name = variable.removeprefix(prefix).lower()
+        # The names of the test fixtures, AIO_PIKA_BATCH_TEST_URL and so on, are not settings.
+        if name in known or (is_ours and name.startswith("test_")):
+            continue
+        # With a prefix of its own, an application may have variables that only look similar.
+        close = get_close_matches(name, known, n=1, cutoff=0.65 if is_ours else 0.9)
+        if close:
+            lines.append(f"{variable} is not a setting: did you mean {prefix}{close[0].upper()}?")
+    for name in _WITHOUT_PREFIX if is_ours else ():
+        value = variables.get(name.upper())
+        if value and name not in given and prefix + name.upper() not in variables:
+            if name == "url" and scheme_of(value) not in known_schemes():
+                continue
+            lines.append(
+                f"{name.upper()} is not read: settings need their prefix, {prefix}{name.upper()}"
+            )
+    return lines

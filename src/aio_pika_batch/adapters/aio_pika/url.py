@@ -19,6 +19,8 @@ from aio_pika_batch.adapters.aio_pika.amqp_spec import PORTS
 from aio_pika_batch.errors import ConfigurationError
 
 _LARGEST_PORT = 65_535
+_LONGEST_HEARTBEAT = 65_535
+_LONGEST_NAME = 255
 
 OPTIONS: Final = frozenset(
     (
@@ -143,7 +145,13 @@ def _options(query: str) -> dict[str, str]:
         raise ConfigurationError(
             "url: no_verify_ssl must be 0, to verify certificates, or 1, not to verify them"
         )
-    heartbeat = options.get("heartbeat")
-    if heartbeat is not None and not (heartbeat.isascii() and heartbeat.isdigit()):
-        raise ConfigurationError(f"url: heartbeat is {heartbeat!r}; it must be whole seconds")
+    # The limits are those of the settings `heartbeat` and `connection_name`.
+    heartbeat = options.get("heartbeat", "30")
+    is_number = heartbeat.isascii() and heartbeat.isdigit()
+    if not is_number or not 1 <= int(heartbeat[:9]) <= _LONGEST_HEARTBEAT:
+        raise ConfigurationError(
+            f"url: heartbeat is {heartbeat!r}; it must be whole seconds, 1 to {_LONGEST_HEARTBEAT}"
+        )
+    if len(options.get("name", "")) > _LONGEST_NAME:
+        raise ConfigurationError(f"url: name must have at most {_LONGEST_NAME} characters")
     return options

@@ -75,6 +75,11 @@ def test_a_url_is_parsed_into_addresses(url: str, addresses: list[Address]) -> N
         ("amqp://h/%ff", "virtual host"),
         ("amqp://h?hartbeat=5", "no option 'hartbeat'; use one of .*heartbeat"),
         ("amqp://h?heartbeat=soon", "whole seconds"),
+        ("amqp://h?heartbeat=0", "heartbeat is '0'; it must be whole seconds, 1 to 65535"),
+        ("amqp://h?heartbeat=65536", "1 to 65535"),
+        ("amqp://h?heartbeat=1" + "0" * 5000, "1 to 65535"),
+        ("amqp://h?heartbeat=", "1 to 65535"),
+        ("amqp://h?name=" + "n" * 256, "name must have at most 255"),
     ],
 )
 def test_an_invalid_url_is_an_error_without_the_password(url: str, why: str) -> None:
