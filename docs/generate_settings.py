@@ -64,9 +64,9 @@ print(Importer().settings.database)
 ```
 <!-- test: prints postgresql:///shop -->
 
-Dictionaries are written as JSON. Several routing keys are separated by commas, or written as a list,
-such as `orders.#,refunds` or `["orders.#", "refunds"]`. A key that contains a comma, a space or a
-quote needs the list.
+Dictionaries are written as JSON. Several routing keys are separated by commas, or written as a
+list, such as `orders.#,refunds` or `["orders.#", "refunds"]`. A key that contains a comma, a space
+or a quote needs the list.
 
 An invalid value is refused when the settings are made, with a
 [`ConfigurationError`](errors.md#configurationerror) that names the setting. So is an unknown name
