@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TypeAlias
@@ -23,6 +24,23 @@ _LONGEST = 4096
 
 RESERVED = frozenset({*logging.makeLogRecord({}).__dict__, "message", "asctime", "event"})
 """The attributes that every log record has, and those that this module sets."""
+
+
+_CONTROLS = re.compile(
+    # Control characters, those that change the direction of text or end a line of Unicode, and
+    # surrogates, which no encoding can write.
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def escape_controls(text: str) -> str:
+    """Write out the characters by which a text could forge a line, or act on a terminal."""
+    return _CONTROLS.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"  # noqa: PLR2004  -- two digits
 
 
 class KeywordLogger:
@@ -115,7 +133,8 @@ class BurstLog:
 
 def format_line(event: str, context: Mapping[str, object]) -> tuple[str, dict[str, object]]:
     """Return the text of a line, and the extra attributes of its record."""
-    pairs = " ".join(f"{key}={safe_str(value)}" for key, value in context.items())
+    # A value may come from a message: it must not look like another line.
+    pairs = " ".join(f"{key}={escape_controls(safe_str(value))}" for key, value in context.items())
     extra = {f"{key}_" if key in RESERVED else key: value for key, value in context.items()}
     return f"{event} [{pairs}]" if pairs else event, {"event": event, **extra}
 

@@ -529,4 +529,37 @@ OPERATION = (
     ),
 )
 
-TABLE = (*FLOW, *WIRE, *SECURITY, *REPAIR, *PROGRAMS, *EXACTLY_ONCE, *OPERATION)
+_LOGGING = "tests/unit/cli/test_logging.py"
+
+LOGS = (
+    Mutant(
+        "The text of an exception makes lines of its own in the log.",
+        "cli/logging.py",
+        'lines += self.formatException(record.exc_info).split("\\n")',
+        "lines.append(self.formatException(record.exc_info)); return chr(10).join(lines)",
+        (f"{_LOGGING}::test_content_of_messages_makes_no_lines_of_text",),
+    ),
+    Mutant(
+        "NaN in the context makes a line that isn't JSON.",
+        "cli/logging.py",
+        "case float() if math.isfinite(value):",
+        "case float() if value != math.inf:",
+        (f"{_LOGGING}::test_json_is_one_valid_object_in_a_line_whatever_the_context",),
+    ),
+    Mutant(
+        "An `extra` replaces the logger of a line.",
+        "cli/logging.py",
+        'line[f"{key}_" if key in _OUR_KEYS else key] = value',
+        "line[key] = value",
+        (f"{_LOGGING}::test_json_is_one_valid_object_in_a_line_whatever_the_context",),
+    ),
+    Mutant(
+        "Brackets in a name end a command.",
+        "cli/printing.py",
+        '"markup": False',
+        '"markup": True',
+        ("tests/integration/test_cli_streams.py::test_names_are_printed_whole",),
+    ),
+)
+
+TABLE = (*FLOW, *WIRE, *SECURITY, *REPAIR, *PROGRAMS, *EXACTLY_ONCE, *OPERATION, *LOGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,6 +15,8 @@ from aio_pika_batch import BatchConsumerSettings
 from aio_pika_batch.cli.app import app
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
+
+DOCKERFILE = (FOLDER.parent / "Dockerfile").read_text()
 
 
 def read(name: str) -> dict[str, dict]:
@@ -49,17 +53,37 @@ def test_a_pod_has_the_time_to_drain():
     assert drain + 5 <= POD["spec"]["terminationGracePeriodSeconds"]
 
 
-@pytest.mark.parametrize("command", ["run", "health"])
-def test_its_commands_are_ours(command):
-    """What a pod and its probe run is understood by the command line."""
-    program, *arguments = {
-        "run": CONTAINER["args"],
-        "health": CONTAINER["readinessProbe"]["exec"]["command"],
-    }[command]
+def of_image(instruction: str) -> list[str]:
+    """What the last of these instructions in the Dockerfile says."""
+    lines = [line for line in DOCKERFILE.splitlines() if line.startswith(f"{instruction} [")]
+    return json.loads(lines[-1].removeprefix(instruction))
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("run", of_image("ENTRYPOINT") + of_image("CMD")),
+        # Kubernetes' command takes the place of the entry point, and its args that of CMD.
+        ("run", CONTAINER.get("command", of_image("ENTRYPOINT")) + CONTAINER["args"]),
+        ("health", CONTAINER["readinessProbe"]["exec"]["command"]),
+    ],
+    ids=["image", "pod", "probe"],
+)
+def test_its_commands_are_ours(command, line):
+    """What the image, a pod and its probe run is understood by the command line."""
+    program, *arguments = line
 
     assert "aio-pika-batch" == program
     assert command == arguments[0]
     app.parse_args(arguments, exit_on_error=False, print_error=False)
+
+
+def test_a_pod_writes_nothing():
+    """The consumer runs on a read-only file system, and not as root."""
+    context = CONTAINER["securityContext"]
+
+    assert (True, True) == (context["readOnlyRootFilesystem"], context["runAsNonRoot"])
+    assert re.search(r"^USER [1-9]\d*$", DOCKERFILE, re.MULTILINE)
 
 
 def test_all_speak_of_the_same_port():

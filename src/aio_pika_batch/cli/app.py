@@ -7,9 +7,11 @@ library that it raises is printed on one line.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from enum import IntEnum
 from importlib.metadata import version
 from typing import Annotated, TypeAlias
@@ -24,6 +26,7 @@ from aio_pika_batch.errors import (
     ConfigurationError,
     TopologyError,
 )
+from aio_pika_batch.logs import escape_controls
 
 NAME = "aio-pika-batch"
 
@@ -34,6 +37,11 @@ Strings: TypeAlias = Annotated[tuple[str, ...], Parameter(show_default=False)]
 EXIT_CODES = (
     "Exit codes: 0 success; 1 crash, failed check, or incomplete drain; 2 wrong usage or"
     " configuration; 3 cannot connect."
+)
+
+
+_CANNOT_WRITE = frozenset(
+    {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EROFS}
 )
 
 
@@ -69,19 +77,27 @@ def exit_code_of_all(errors: Iterable[BaseException]) -> Exit:
     return min(map(exit_code, errors), default=Exit.OK)
 
 
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
-
-
-def escape_controls(text: str) -> str:
-    """Write out control characters, which a terminal would act on."""
-    return text.translate(_CONTROLS)
-
-
 def print_error(error: object) -> None:
     """Print an error on standard error."""
     # The error may contain text from elsewhere, such as the broker's. Its line breaks are kept.
     text = "\n".join(map(escape_controls, str(error).split("\n")))
-    print(f"{NAME}: {text}", file=sys.stderr)
+    with suppress(OSError):  # there is nowhere left to say it
+        print(f"{NAME}: {text}", file=sys.stderr, flush=True)
+
+
+def flush_streams() -> OSError | None:
+    """Flush standard output and error; return why the output couldn't be written.
+
+    What can't be written is dropped: the interpreter would fail at it once more when it exits.
+    """
+    failed = None
+    for stream in filter(None, (sys.stderr, sys.stdout)):  # None: it was closed from the start
+        try:
+            stream.flush()
+        except OSError as error:
+            failed = error if stream is sys.stdout else None
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return failed
 
 
 def _format_usage_error(error: CycloptsError) -> str:
@@ -198,19 +214,25 @@ def run_app(tokens: Sequence[str] | None = None) -> int:
     Args:
         tokens: The arguments without the program's name; None takes them from `sys.argv`.
     """
+    code: int
+    failed: OSError | None = None
     try:
-        code: int = app(tokens, exit_on_error=False)
-        # Here and not at exit, so that a closed pipe is handled below.
-        sys.stdout.flush()
+        code = app(tokens, exit_on_error=False)
     except CycloptsError:
-        return Exit.USAGE  # cyclopts has printed it, see `_format_usage_error`
+        code = Exit.USAGE  # cyclopts has printed it, see `_format_usage_error`
     except AioPikaBatchError as error:
         print_error(error)
-        return exit_code(error)
+        code = exit_code(error)
     except KeyboardInterrupt:
-        return Exit.INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has exited, as `head` does. The flush at exit must not fail too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return Exit.FAILED
-    return code
+        code = Exit.INTERRUPTED
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        code, failed = Exit.FAILED, error
+    failed = flush_streams() or failed
+    if failed is None:
+        return code
+    # If the reader of our output has exited, as `head` does, that is its own decision.
+    if not isinstance(failed, BrokenPipeError):
+        print_error(f"the output can't be written: {failed.strerror}")
+    return code or Exit.FAILED

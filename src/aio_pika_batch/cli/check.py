@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Literal, TypeAlias
 
+from rich.text import Text
+
 from aio_pika_batch.cli.app import Exit, Flag
 from aio_pika_batch.cli.logging import silence_clients
-from aio_pika_batch.cli.printing import console, escaped, print_json, table
+from aio_pika_batch.cli.printing import console, escaped, print_json, print_table
 from aio_pika_batch.cli.targets import AnyConsumer, TargetOptions, load
 from aio_pika_batch.core.config_checks import (
     broker_warnings_for,
@@ -226,13 +228,13 @@ def _finding(comparison: Comparison, vhost: str) -> CheckFinding | None:
 
 def _print_check(rows: list[tuple[str, object, str]], findings: list[CheckFinding]) -> None:
     out = console()
-    made = table("setting", "value", "from")
-    for name, value, source in rows:
-        made.add_row(name, escaped("" if value is None else str(value)), source)
-    out.print(made)
+    print_table(
+        ["setting", "value", "from"],
+        ((name, "" if value is None else value, source) for name, value, source in rows),
+    )
     out.print()
     for each in findings:
-        out.print(f"[{_STYLES[each.level]}]{each.level}[/]:", escaped(each.text))
+        out.print(Text(each.level, _STYLES[each.level]).append(":", "not bold"), escaped(each.text))
     if not findings:
         out.print("No problems found.")
 
@@ -359,11 +361,10 @@ def title(entity: Entity) -> tuple[str, str]:
 
 
 def _print_topology(needed: Topology, compared: list[Comparison]) -> None:
-    made = table("what", "name", "details", *(["state"] if compared else []))
-    for each in compared or [Comparison(each, EntityState.UNSEEN) for each in _entities(needed)]:
-        state = [each.state.value] if compared else []
-        made.add_row(*title(each.entity), escaped(_details(each.entity)), *state)
-    console().print(made)
+    rows = [[*title(each), _details(each)] for each in _entities(needed)]
+    for row, each in zip(rows, compared, strict=bool(compared)):
+        row.append(each.state.value)
+    print_table(["what", "name", "details", *(["state"] if compared else [])], rows)
     for each in compared:
         if each.state in BAD:
             console().print(escaped(each.words))

@@ -19,8 +19,8 @@ from aio_pika_batch.cli.printing import (
     letter_as_json,
     print_json,
     print_letter,
+    print_table,
     summary,
-    table,
 )
 from aio_pika_batch.cli.targets import QueueOptions, TargetOptions, find_queue
 from aio_pika_batch.dead_letters import SCAN, Filter, Looked, Report, look, purge, replay
@@ -106,19 +106,21 @@ def list_(
     if format == "json":
         print_json([summary(each) for each in looked])
     else:
-        made = table("queue", "letters", "looked at", "reasons", "oldest", "newest")
-        for each in looked:
-            row = summary(each)
-            reasons = ", ".join(f"{count} {reason}" for reason, count in row["reasons"].items())
-            made.add_row(
-                each.queue,
-                _number(each.ready),
-                str(row["looked_at"]),
-                escaped(reasons),
-                describe_age(row["oldest"]),
-                describe_age(row["newest"]),
-            )
-        console().print(made)
+        rows = [(summary(each), each) for each in looked]
+        print_table(
+            ["queue", "letters", "looked at", "reasons", "oldest", "newest"],
+            (
+                (
+                    each.queue,
+                    _number(each.ready),
+                    row["looked_at"],
+                    ", ".join(f"{count} {reason}" for reason, count in row["reasons"].items()),
+                    describe_age(row["oldest"]),
+                    describe_age(row["newest"]),
+                )
+                for row, each in rows
+            ),
+        )
     return _report_early_end(looked)
 
 
@@ -333,8 +335,7 @@ def _run_with_progress(verb: str, work: _Work) -> int:
     total = "" if report.ready is None else f" of {report.ready}"
     failed = sum(report.failed.values())
     out.print(
-        f"{report.done}{total} dead letters {verb}; {report.kept} did not match, {failed} failed",
-        markup=False,
+        f"{report.done}{total} dead letters {verb}; {report.kept} did not match, {failed} failed"
     )
     for reason, count in report.failed.items():
         print_error(f"{count} stay in {report.queue}: {reason}")

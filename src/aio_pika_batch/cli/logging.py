@@ -10,19 +10,26 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
+import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO, TypeAlias, get_args
 
 from aio_pika_batch.errors import ConfigurationError, safe_str
-from aio_pika_batch.logs import RESERVED, format_line
+from aio_pika_batch.logs import RESERVED, escape_controls, format_line
 from aio_pika_batch.masking import mask_text
 
 LogFormat: TypeAlias = Literal["auto", "console", "json"]
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error", "critical"]
 FORMATS: tuple[str, ...] = get_args(LogFormat)
 LEVELS: tuple[str, ...] = get_args(LogLevel)
+
+_JSON_ESCAPED = re.compile(r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that JSON allows, and terminals, splitters of lines or encodings don't."""
+
+_OUR_KEYS = frozenset({"timestamp", "level", "logger", "event", "exception", "stack"})
 
 CLIENTS = ("aio_pika", "aiormq", "pamqp")
 """Client libraries, logged from WARNING on: below that, the library logs the same events itself."""
@@ -72,32 +79,87 @@ def silence_clients() -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record as one line of JSON.
+    """Formats a record as one line of JSON, whatever the record contains.
 
     The keys are `timestamp` (ISO 8601, UTC), `level`, `logger`, `event`, those given as `extra`,
-    and `exception` if there is a traceback. Values that JSON doesn't support become text.
+    and `exception` and `stack` if there are any. An `extra` of one of these names gets an
+    underscore. Values that JSON doesn't support become text.
     """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as JSON."""
+        text, context = _text(record), vars(record)
+        # The event is ours only if the text begins with it, and not some logger's own `extra`.
+        event = context.get("event")
+        is_ours = isinstance(event, str) and text.startswith(event)
         line: dict[str, object] = {
             "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat("T", "milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "event": getattr(record, "event", None) or record.getMessage(),
+            "event": (event or text) if is_ours else text,
         }
-        line.update((key, each) for key, each in vars(record).items() if key not in RESERVED)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return mask_text(json.dumps(line, default=safe_str, ensure_ascii=False))
+        if record.stack_info:
+            line["stack"] = record.stack_info
+        for key, value in context.items():
+            if key not in RESERVED or (key == "event" and not is_ours):
+                line[f"{key}_" if key in _OUR_KEYS else key] = value
+        return _JSON_ESCAPED.sub(
+            lambda found: f"\\u{ord(found[0]):04x}",
+            json.dumps(as_json(line, _masked), ensure_ascii=False, allow_nan=False),
+        )
 
 
 class MaskingFormatter(logging.Formatter):
-    """Formats a record as text and masks passwords: any logger may log a URL with one."""
+    """Formats a record as text that can't be taken for another record.
+
+    Any logger may log a URL with a password, or what somebody has put into a message. A traceback
+    is indented, because the text of an exception may look like a line of the log.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as text."""
-        return mask_text(super().format(record))
+        record.message = escape_controls(_text(record))
+        if self.usesTime():
+            record.asctime = self.formatTime(record, self.datefmt)
+        lines = [self.formatMessage(record)]
+        if record.exc_info:
+            lines += self.formatException(record.exc_info).split("\n")
+        if record.stack_info:
+            lines += record.stack_info.split("\n")
+        return mask_text("\n    ".join(map(escape_controls, lines)))
+
+
+def as_json(value: object, write: Callable[[object], str], depth: int = 8) -> object:
+    """Return a value that JSON can contain, whatever it was.
+
+    Args:
+        write: Returns the text of a string, of what JSON doesn't have, and of what is too deep.
+    """
+    match value:
+        case None | bool() | int():
+            return value
+        case float() if math.isfinite(value):
+            return value
+        case Mapping() if depth:
+            items = [(safe_str(key), each) for key, each in value.items()]
+            return {write(key): as_json(each, write, depth - 1) for key, each in items}
+        case list() | tuple() if depth:
+            return [as_json(each, write, depth - 1) for each in value]
+        case _:
+            return write(value)
+
+
+def _masked(value: object) -> str:
+    return mask_text(safe_str(value))
+
+
+def _text(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except Exception:  # noqa: BLE001  -- arguments that don't fit, or whose text can't be had
+        return f"{safe_str(record.msg)} {safe_str(record.args)}"
 
 
 def _console_handler(stream: TextIO, *, is_terminal: bool) -> logging.Handler:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -20,10 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from aio_pika_batch.cli.app import escape_controls
+from aio_pika_batch.cli.logging import as_json
 from aio_pika_batch.core.dead_letter import format_header
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.dead_letters import Letter, Looked, Report
+from aio_pika_batch.errors import safe_str
+from aio_pika_batch.logs import escape_controls
 
 _PIPE_WIDTH = 10_000
 
@@ -38,19 +40,21 @@ _HEX_ROW = 16
 
 def console() -> Console:
     """Return a console for standard output."""
-    found = Console(highlight=False, soft_wrap=False)
+    # Names may contain brackets and colons, which rich would take for markup and emoji.
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+    found = Console(**plain)
     # Rich would wrap the lines at 80 columns.
-    if not found.is_terminal:
-        found = Console(highlight=False, width=_PIPE_WIDTH)
-    return found
+    return found if found.is_terminal else Console(**plain, width=_PIPE_WIDTH)
 
 
-def table(*columns: str) -> Table:
-    """Return a table without a frame."""
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print a table without a frame."""
     made = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
         made.add_column(column, overflow="fold")
-    return made
+    for row in rows:
+        made.add_row(*(escaped(str(each)) for each in row))
+    console().print(made)
 
 
 def escaped(text: str) -> Text:
@@ -60,21 +64,17 @@ def escaped(text: str) -> Text:
 
 def print_json(data: object) -> None:
     """Print a value as JSON."""
-    print(json.dumps(data, indent=2, ensure_ascii=False, default=_json))
+    print(json.dumps(as_json(data, _write), indent=2, ensure_ascii=False))
 
 
-def _json(value: object) -> object:
+def _write(value: object) -> str:
     match value:
         case datetime():
             return value.isoformat()
         case bytes():
             return value.hex()
-        case Mapping():
-            return dict(value)
-        case frozenset() | set():
-            return sorted(value, key=str)
         case _:
-            return str(value)
+            return safe_str(value)
 
 
 class ProgressBar:
@@ -107,7 +107,7 @@ class ProgressBar:
         now = time.monotonic()
         if not self._out.is_terminal and now - self._printed_at >= _LINE_INTERVAL:
             self._printed_at = now
-            self._out.print(f"{report.done} {self._verb}, {report.seen} looked at …", markup=False)
+            self._out.print(f"{report.done} {self._verb}, {report.seen} looked at …")
 
 
 # --- dead letters ----------------------------------------------------------------
@@ -131,7 +131,8 @@ def summary(looked: Looked) -> dict[str, Any]:
 def print_letter(out: Console, number: int, letter: Letter, max_bytes: int) -> None:
     """Print a dead letter with at most so many bytes of its body."""
     message, death = letter.message, letter.death
-    out.print(f"[bold]letter {number}[/]:", escaped(death.reason), describe_age(death.died_at))
+    title = Text(f"letter {number}", "bold").append(":", "not bold")
+    out.print(title, escaped(death.reason), describe_age(death.died_at))
     lines = []
     if death.origin is not None:
         lines.append(f"to exchange {death.origin.exchange!r}, key {death.origin.routing_key!r}")

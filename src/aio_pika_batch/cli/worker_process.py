@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
-from aio_pika_batch.cli.app import Exit, exit_code, exit_code_of_all, print_error
+from aio_pika_batch.cli.app import Exit, exit_code, exit_code_of_all, flush_streams, print_error
 from aio_pika_batch.cli.logging import LogFormat, LogLevel, configure_logging
 from aio_pika_batch.cli.process_manager import Heartbeat
 from aio_pika_batch.cli.targets import AnyConsumer, TargetOptions, load
@@ -262,4 +262,6 @@ def _heartbeat(consumers: Sequence[AnyConsumer]) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    code = main(int(sys.argv[1]))
+    flush_streams()
+    sys.exit(code)

@@ -11,6 +11,8 @@ import warnings
 
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aio_pika_batch import ConfigurationError
 from aio_pika_batch.cli.logging import CLIENTS, configure_logging
@@ -208,3 +210,80 @@ def test_an_unknown_level_or_format_is_refused(given, expected):
     """The error lists the valid ones."""
     with pytest.raises(ConfigurationError, match=expected):
         configure_logging(*given)
+
+
+FORGED = (
+    "x\n2026-11-29 10:00:00,000 CRITICAL root: forged\r\x1b]0;owned\x07"
+    "\u202e\u2028\u2029\x85\x9b\ud800"
+)
+"""What a message could contain to look like a line of the log, or to act on a terminal."""
+
+
+def text_of(stream):
+    """What was written, as bytes would be: no surrogate may be left."""
+    stream.getvalue().encode()
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+@pytest.mark.parametrize("chained", [False, True])
+def test_content_of_messages_makes_no_lines_of_text(log, stream, chained):
+    """As context, argument, text of an exception, note or extra, by any logger."""
+    configure_logging(format="console", stream=(out := stream()))
+    error = ValueError(FORGED)
+    error.add_note(FORGED)
+    if chained:
+        error.__cause__ = KeyError(FORGED)
+    log.error(FORGED, exc_info=error, context=FORGED)
+    logging.getLogger("mine").error("said %s", FORGED, exc_info=error, stack_info=True)
+    logging.getLogger("mine").error("too few %s %s", *[FORGED])
+    structlog.get_logger("its").error("said", value=FORGED)
+    shown = text_of(out)
+    assert "forged" in shown
+    assert not re.search(r"^\S*2026-11-29 10:00", shown, re.MULTILINE)
+    assert not re.search(
+        r"[\x1b\x07\r\x85\x9b\u202e\u2028\u2029]", re.sub(r"\x1b\[[\d;]*m", "", shown)
+    )
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["timestamp", "level", "logger", "event", "exception", "stack", "x", "y"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+            lambda inner: (
+                st.lists(inner)
+                | st.dictionaries(st.text() | st.integers() | st.tuples(st.integers()), inner)
+            ),
+            max_leaves=5,
+        ),
+    ),
+    st.text(st.characters(codec=None)),
+)
+def test_json_is_one_valid_object_in_a_line_whatever_the_context(context, text):
+    """And no key of ours is overwritten."""
+    configure_logging(format="json", stream=(out := io.StringIO()))
+    logging.getLogger("mine").warning("%s", text, extra=context)
+    context.pop("event", None)
+    KeywordLogger(logging.getLogger("ours")).warning("event", **{**context, "more": text})
+    written = text_of(out)
+    assert 2 == len(written.splitlines())
+    mine, ours = (json.loads(line, parse_constant=pytest.fail) for line in written.splitlines())
+    for line, name in ((mine, "mine"), (ours, "ours")):
+        assert (line["logger"], line["level"]) == (name, "warning")
+        assert line["timestamp"].endswith("+00:00")
+        assert "exception" not in line
+    assert "event" == ours["event"]
+    assert text == mine["event"]
+
+
+def test_json_survives_values_that_never_end(log):
+    """A list that contains itself, and one that is very deep."""
+    endless, deep = [], []
+    endless.append(endless)
+    for _ in range(10_000):
+        deep = [deep]
+    configure_logging(format="json", stream=(out := io.StringIO()))
+    log.warning("odd", endless=endless, deep=deep)
+    [line] = lines(out)
+    assert "odd" == line["event"]
