@@ -17,7 +17,7 @@ from aio_pika_batch.outbox.rows import Row
 from aio_pika_batch.outbox.session import Connect, OutboxSession, OutboxTransport
 from aio_pika_batch.runtime.handler import Process
 from aio_pika_batch.runtime.worker_config import WorkerConfig
-from aio_pika_batch.settings.relay_settings import OutboxRelaySettings
+from aio_pika_batch.settings.consumer_settings import OutboxRelaySettings
 from aio_pika_batch.transport import Transport
 
 

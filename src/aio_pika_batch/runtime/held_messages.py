@@ -10,10 +10,16 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
 
-from aio_pika_batch.core.hold_policy import NEVER, early_release_at
+from aio_pika_batch.core.hold_policy import (
+    NEVER,
+    Pending,
+    Republish,
+    Return,
+    UnconfirmedPolicy,
+    early_release_at,
+)
 from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.core.settlement_plan import PendingCopy
-from aio_pika_batch.core.unconfirmed_policy import Pending, Republish, Return, UnconfirmedPolicy
 from aio_pika_batch.runtime.shutdown import Wait
 
 

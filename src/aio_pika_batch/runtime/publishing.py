@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
-from aio_pika_batch.core.hold_policy import NEVER
+from aio_pika_batch.core.hold_policy import NEVER, DoubtfulRoutes, Route
 from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
 from aio_pika_batch.core.retry import NO_DELAY, DelayedCopy
 from aio_pika_batch.core.settlement_plan import CopyKind
 from aio_pika_batch.core.topology import Topology, wait_queue
 from aio_pika_batch.core.topology_options import TopologyOptions
-from aio_pika_batch.core.unconfirmed_policy import DoubtfulRoutes, Route
 from aio_pika_batch.errors import AccessRefused, TopologyError, TransportError
 from aio_pika_batch.logs import BurstLog, KeywordLogger, format_error
 from aio_pika_batch.runtime.shutdown import wait_until

@@ -8,7 +8,12 @@ from typing import Self
 from aio_pika_batch.core.batch_run import FailurePolicy
 from aio_pika_batch.core.circuit_breaker import BreakerPolicy
 from aio_pika_batch.core.config_checks import consumer_timeout, crash_policy
-from aio_pika_batch.core.hold_policy import LONGEST_DEFAULT, HoldPolicy, longest_hold
+from aio_pika_batch.core.hold_policy import (
+    LONGEST_DEFAULT,
+    HoldPolicy,
+    UnconfirmedPolicy,
+    longest_hold,
+)
 from aio_pika_batch.core.message import Headers
 from aio_pika_batch.core.results import ExceptionResults
 from aio_pika_batch.core.retry import Backoff, RetryPolicy
@@ -16,7 +21,6 @@ from aio_pika_batch.core.retry_in_place import RetryInPlace
 from aio_pika_batch.core.settlement_plan import Pace, SettlementPlanner
 from aio_pika_batch.core.topology import delivery_limit
 from aio_pika_batch.core.topology_options import TopologyOptions, dead_letter_target
-from aio_pika_batch.core.unconfirmed_policy import UnconfirmedPolicy
 from aio_pika_batch.runtime.settlement_queue import PATIENCE
 from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings, plain_url
 from aio_pika_batch.settings.derived import delay_steps, topology_options, virtual_host

@@ -3,10 +3,10 @@
 from aio_pika_batch.settings.consumer_settings import (
     BatchConsumerSettings,
     ConsumerSettings,
+    OutboxRelaySettings,
     Source,
     plain_url,
 )
-from aio_pika_batch.settings.relay_settings import OutboxRelaySettings
 
 __all__ = [
     "BatchConsumerSettings",

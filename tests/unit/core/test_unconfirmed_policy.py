@@ -8,9 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.publication import Outcome
-from aio_pika_batch.core.retry import Backoff
-from aio_pika_batch.core.unconfirmed_policy import (
+from aio_pika_batch.core.hold_policy import (
     AFTER_UNKNOWN,
     CHEAP_RETURNS,
     DoubtfulRoutes,
@@ -19,6 +17,8 @@ from aio_pika_batch.core.unconfirmed_policy import (
     Return,
     UnconfirmedPolicy,
 )
+from aio_pika_batch.core.publication import Outcome
+from aio_pika_batch.core.retry import Backoff
 
 SINCE = 100.0
 
