@@ -27,12 +27,12 @@ from aio_pika_batch.adapters.aio_pika.events import (
 )
 from aio_pika_batch.adapters.aio_pika.frame_parser import FrameParser
 from aio_pika_batch.adapters.aio_pika.properties import (
-    UNDECODABLE_HEADERS,
     decode,
     decode_headers,
     decode_route,
     splice,
 )
+from aio_pika_batch.core.fitting import UNDECODABLE_HEADERS
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.errors import PublishError

@@ -35,6 +35,7 @@ CLASSIC = Features(
     returns_unroutable=True,
     refuses_when_full=True,
     has_exchanges=True,
+    limits_headers=True,
     carries_properties=True,
     checks_users=True,
     declares=True,

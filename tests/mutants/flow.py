@@ -64,8 +64,8 @@ CORE = (
     Mutant(
         "A dead letter expires in the dead-letter queue.",
         "core/settlement_plan.py",
-        "copy = Copy(message, target.exchange, routing_key, add, drop, keep_expiration=False)",
-        "copy = Copy(message, target.exchange, routing_key, add, drop)",
+        "            keep_expiration=False,\n            spare=SPARE,\n",
+        "            spare=SPARE,\n",
         (f"{_CORE}/test_settlement_plan.py", f"{_CORE}/test_copies.py"),
     ),
     Mutant(
@@ -840,6 +840,41 @@ SHELL = (
         "        doubt.is_trying = True\n",
         "        pass\n",
         (f"{_SHELL}/test_silent_queues.py", f"{_CORE}/test_unconfirmed_policy.py"),
+    ),
+    Mutant(
+        "A retry that doesn't fit into a frame is tried forever.",
+        "runtime/settler.py",
+        "        copy.become(instead)\n",
+        "        pass\n",
+        (f"{_SHELL}/test_unpublishable_copies.py",),
+    ),
+    Mutant(
+        "A dead letter keeps headers that don't fit: it can never be published.",
+        "core/settlement_plan.py",
+        "            may_omit=True,\n",
+        "            may_omit=False,\n",
+        (f"{_SHELL}/test_unpublishable_copies.py",),
+    ),
+    Mutant(
+        "A retry leaves out headers of the message.",
+        "core/fitting.py",
+        "if copy.may_omit else None",
+        "if True else None",
+        (f"{_CORE}/test_fitting.py",),
+    ),
+    Mutant(
+        "A header that is left out is not listed.",
+        "core/fitting.py",
+        "add={**each.add, OMITTED: _shortened(omitted)},",
+        "add={**each.add},",
+        (f"{_CORE}/test_fitting.py",),
+    ),
+    Mutant(
+        "A refusal that closes the channel is tried again with all copies at once.",
+        "runtime/publishing.py",
+        "case Outcome.REFUSED if publisher is not None and not publisher.is_open:",
+        "case Outcome.REFUSED if False:",
+        (f"{_SHELL}/test_unpublishable_copies.py",),
     ),
     Mutant(
         "A late confirm settles nothing.",

@@ -100,6 +100,10 @@ class Copy:
         drop: Headers to leave out.
         keep_expiration: Whether the copy keeps the original's `expiration` property.
         expiration: If it doesn't: the copy's own, in milliseconds; None for none.
+        spare: Headers of `add` that are left out, one after the other, if the copy doesn't fit into
+            a frame.
+        may_omit: Whether the largest headers of the original are left out if that isn't enough; see
+            `core.fitting`.
     """
 
     message: Message
@@ -110,6 +114,8 @@ class Copy:
     keep_expiration: bool = True
     mandatory: bool = True
     expiration: str | None = None
+    spare: tuple[str, ...] = ()
+    may_omit: bool = False
 
     @property
     def body(self) -> bytes:

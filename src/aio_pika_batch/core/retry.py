@@ -54,6 +54,8 @@ class DeadLetterReason(Enum):
     """The handler failed, and the settings map the failure to NACK."""
     UNDECODABLE = "undecodable"
     """The message cannot be decoded."""
+    UNPUBLISHABLE = "unpublishable"
+    """Its retry can't be published: its headers don't fit into a frame, for example."""
     CRASHED = "crashed"
     """It came back `crash_limit` times without a result, and was not handled again."""
 

@@ -94,6 +94,18 @@ REWRITTEN = frozenset({DETAIL, EXCEPTION_TYPE, EXCEPTION_MESSAGE, EARLIER_DEATH,
 dead-lettered."""
 
 
+SPARE = (
+    EXCEPTION_MESSAGE,
+    DETAIL,
+    EXCEPTION_TYPE,
+    FIRST_FAILED_AT,
+    DEAD_LETTERED_AT,
+    ORIGINAL_EXCHANGE,
+    ORIGINAL_ROUTING_KEY,
+)
+"""Headers that are left out of a dead letter, in this order, if they don't fit into a frame."""
+
+
 class CopyKind(Enum):
     """The purpose of a copy."""
 
@@ -131,6 +143,10 @@ class PendingCopy:
     def tag(self) -> int:
         """The original's delivery tag."""
         return self.outcome.message.delivery_tag
+
+    def become(self, other: PendingCopy) -> None:
+        """Take the place of another copy of the same message."""
+        self.copy, self.kind, self.reason = other.copy, other.kind, other.reason
 
     @property
     def lane(self) -> object:
@@ -278,6 +294,7 @@ class SettlementPlanner:
             pending = self._held(outcome, headers, add, hold)
         else:
             copy = delayed_copy(message, self.queue, level, add, self.drop)
+            copy.spare = (FIRST_FAILED_AT,)
             pending = PendingCopy(outcome, copy, CopyKind.REQUEUE)
         pending.malformed_count = stated is not None and read is None
         return pending
@@ -297,6 +314,8 @@ class SettlementPlanner:
             copy = immediate_copy(outcome.message, self.queue, add, self.drop)
         else:
             copy = Copy(outcome.message, "", self.queue, add, self.drop)
+        # Its origin is needed: a later dead letter is routed by it.
+        copy.spare = (FIRST_FAILED_AT,)
         return PendingCopy(outcome, copy, CopyKind.REQUEUE, hold=hold)
 
     def may_return(self, message: Message) -> bool:
@@ -337,6 +356,13 @@ class SettlementPlanner:
             return pending
         headers = pending.outcome.message.headers
         return self._held(pending.outcome, headers, dict(copy.add), copy.level / 1000)
+
+    def instead_of(self, pending: PendingCopy, now: datetime) -> PendingCopy | None:
+        """The dead letter of a message whose retry can't be published; None if that can't be."""
+        if self.dead_letters is None or pending.kind is not CopyKind.REQUEUE:
+            return None
+        letter = self._dead_letter(pending.outcome, DeadLetterReason.UNPUBLISHABLE, now)
+        return letter if isinstance(letter, PendingCopy) else None
 
     def continued_delay(self, message: Message) -> PendingCopy | None:
         """Return how to go on with a delay that was too long for one hold; None if it is over."""
@@ -402,7 +428,16 @@ class SettlementPlanner:
         if (death := latest_death(headers)) is not None:
             add[EARLIER_DEATH] = identify_death(death)
         drop = self.drop | REWRITTEN
-        copy = Copy(message, target.exchange, routing_key, add, drop, keep_expiration=False)
+        copy = Copy(
+            message,
+            target.exchange,
+            routing_key,
+            add,
+            drop,
+            keep_expiration=False,
+            spare=SPARE,
+            may_omit=True,
+        )
         pending = PendingCopy(outcome, copy, CopyKind.DEAD_LETTER, reason)
         if DEATH_REASON in headers:
             # It was moved back by hand, or belongs to a consumer of dead letters, or goes round.
@@ -430,7 +465,7 @@ class SettlementPlanner:
                 pass
         if outcome.error is not None:
             cls = type(outcome.error)
-            headers[EXCEPTION_TYPE] = f"{cls.__module__}.{cls.__qualname__}"
+            headers[EXCEPTION_TYPE] = _cut(f"{cls.__module__}.{cls.__qualname__}")
             if self.exception_message:
                 headers[EXCEPTION_MESSAGE] = _cut(safe_str(outcome.error))
         return headers

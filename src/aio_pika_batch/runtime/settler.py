@@ -80,6 +80,7 @@ class Settler:
         self._undeliverable = BurstLog(self._log_undeliverable)
         self._looping = BurstLog(self._log_looping)
         self._discarding = BurstLog(self._log_discarding)
+        self._unpublishable = BurstLog(self._log_unpublishable)
         self._has_warned_of_count = False
         self._is_giving_back = False
         self.is_over = False
@@ -239,6 +240,13 @@ class Settler:
             messages=count,
         )
 
+    def _log_unpublishable(self, count: int) -> None:
+        self._log.error(
+            "copies can't be encoded, even without their largest headers: their messages are held",
+            messages=count,
+            held=len(self._held.messages),
+        )
+
     def _on_discarded(self, outcomes: Sequence[MessageOutcome]) -> None:
         self._discarding.note(len(outcomes))
         if self._observers.present:
@@ -352,11 +360,24 @@ class Settler:
             self._held.note_late()
 
         publisher = self._publishers.of(copies[0].kind)
-        outcomes = await publisher.publish([each.copy for each in copies], on_late)
+        outcomes = list(await publisher.publish([each.copy for each in copies], on_late))
+        if Outcome.UNPUBLISHABLE in outcomes:
+            for index, outcome in enumerate(outcomes):
+                if outcome is Outcome.UNPUBLISHABLE:
+                    outcomes[index] = self._on_unpublishable(copies[index])
         failed = len(outcomes) - outcomes.count(Outcome.CONFIRMED)
         if failed:
             self._emit_failed(Step.PUBLISH, failed, None, began)
         return outcomes
+
+    def _on_unpublishable(self, copy: PendingCopy) -> Outcome:
+        """Turn a retry into a dead letter, which is published next; hold any other original."""
+        instead = self._planner.instead_of(copy, datetime.now(UTC))
+        if instead is None:
+            self._unpublishable.note(1)
+            return Outcome.UNPUBLISHABLE
+        copy.become(instead)
+        return Outcome.UNSENT
 
     async def _publish_again(self, copies: Sequence[PendingCopy]) -> Sequence[Outcome]:
         try:
@@ -453,7 +474,13 @@ class Settler:
         """Stop at once: the session is gone."""
         self.is_over = True
         self._queue.abort()
-        for log in (self._holding, self._undeliverable, self._looping, self._discarding):
+        for log in (
+            self._holding,
+            self._undeliverable,
+            self._looping,
+            self._discarding,
+            self._unpublishable,
+        ):
             log.flush()
         await self._held.abort()
 

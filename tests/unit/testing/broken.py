@@ -656,6 +656,22 @@ class IsAlwaysOpen(HonestPublisher):
         return True
 
 
+class RefusesWhatIsTooLarge(HonestPublisher):
+    async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
+        outcomes = await self.inner.publish(publications)
+        unpublishable = Outcome.UNPUBLISHABLE
+        return [Outcome.REFUSED if each is unpublishable else each for each in outcomes]
+
+
+class KeepsAllHeaders(HonestPublisher):
+    async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
+        whole = [
+            replace(each, spare=(), may_omit=False) if isinstance(each, Copy) else each
+            for each in publications
+        ]
+        return await self.inner.publish(whole)
+
+
 class ForgetsWhatIsLate(HonestPublisher):
     on_late = None
 

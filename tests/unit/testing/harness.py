@@ -21,6 +21,7 @@ ALL = Features(
     returns_unroutable=True,
     refuses_when_full=True,
     has_exchanges=True,
+    limits_headers=True,
     carries_properties=True,
     checks_users=True,
     declares=True,

@@ -154,6 +154,10 @@ WRONG = {
         "messages of a lost session are delivered again, and only the next session can settle them"
     ),
     broken.IgnoresTheEndOfItsSubscription: "a subscription that the broker ends raises SessionLost",
+    broken.RefusesWhatIsTooLarge: (
+        "a copy whose headers don't fit is UNPUBLISHABLE, and its neighbours are published"
+    ),
+    broken.KeepsAllHeaders: "a copy leaves out headers that it doesn't need, until it fits",
     broken.ForgetsWhatIsLate: (
         "a publisher that listens stays open after its time limit, and reports late outcomes"
     ),

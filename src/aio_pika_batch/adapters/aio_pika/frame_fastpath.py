@@ -255,6 +255,6 @@ def pack_content(channel: int, properties: bytes, body: bytes, frame_max: int) -
     return tuple(parts)
 
 
-def fits(properties: bytes, frame_max: int) -> bool:
-    """Return whether a property list fits into one frame. Unlike a body, it cannot be split."""
-    return _LEAST_HEADER + len(properties) <= frame_max
+def largest_properties(frame_max: int) -> int:
+    """Return the size of the largest property list: it can't be split over several frames."""
+    return frame_max - _LEAST_HEADER

@@ -46,6 +46,7 @@ from aio_pika_batch.adapters.aio_pika.tables import (
     read_table,
     to_seconds,
 )
+from aio_pika_batch.core.fitting import UNDECODABLE_HEADERS
 from aio_pika_batch.core.message import SHORT_STRING, Properties
 from aio_pika_batch.errors import MessageDecodeError, PublishError
 
@@ -54,9 +55,6 @@ if TYPE_CHECKING:
 
     from aio_pika_batch.core.message import FieldValue, Headers
     from aio_pika_batch.core.publication import Copy
-
-UNDECODABLE_HEADERS = "x-undecodable-headers"
-"""Contains what cannot be read of the original: its header table, or its whole property list."""
 
 _CACHED_TYPES = frozenset((int, str, datetime))
 
@@ -330,7 +328,8 @@ def _rebuilt(raw: bytes, copy: Copy, user: bytes, changes: _Changes) -> bytes:
             expiration_at += flag > EXPIRATION_FLAG
     except PropertyListError:
         # What was read before the cut is kept as properties, and all of it in a header.
-        added += encode_entry(UNDECODABLE_HEADERS, raw)
+        if UNDECODABLE_HEADERS not in copy.drop:
+            added += encode_entry(UNDECODABLE_HEADERS, raw)
     if copy.expiration is not None and not copy.keep_expiration:
         present |= EXPIRATION_FLAG
         parts.insert(expiration_at, encode_short("expiration", copy.expiration))
@@ -359,7 +358,8 @@ def _table(raw: bytes, start: int, end: int, copy: Copy, changes: _Changes) -> S
                 kept.append(raw[entry:value_end])
     except TableError:
         # The readable half of a table may not be what its publisher meant.
-        kept = [encode_entry(UNDECODABLE_HEADERS, was)]
+        keeps = UNDECODABLE_HEADERS not in copy.drop
+        kept = [encode_entry(UNDECODABLE_HEADERS, was)] if keeps else []
     return LENGTH.pack(sum(map(len, kept)) + len(added)), *kept, added
 
 

@@ -60,9 +60,14 @@ from aio_pika_batch.adapters.aio_pika.events import (
     Malformed,
     ReturnedPublication,
 )
-from aio_pika_batch.adapters.aio_pika.frame_fastpath import fits, pack_content, pack_publish
+from aio_pika_batch.adapters.aio_pika.frame_fastpath import (
+    largest_properties,
+    pack_content,
+    pack_publish,
+)
 from aio_pika_batch.adapters.aio_pika.properties import encode, splice
 from aio_pika_batch.adapters.aio_pika.tables import encode_text
+from aio_pika_batch.core.fitting import fit
 from aio_pika_batch.core.publication import Copy, Outcome
 from aio_pika_batch.core.refusals import refusal_error
 from aio_pika_batch.errors import BrokerUnavailable, PublishError, SessionClosed
@@ -215,30 +220,38 @@ class AioPikaPublisher:
 
     def _pack(self, publication: Outgoing) -> tuple[bytes, bytes] | None:
         """Return method and properties; None if a copy cannot be sent."""
+        try:
+            return self._pack_or_raise(publication)
+        except PublishError as error:
+            if not isinstance(publication, Copy):
+                raise
+            # An error would fail the copies of its whole batch.
+            _log.debug("a copy is not published: %s", error)
+            return None
+
+    def _pack_or_raise(self, publication: Outgoing) -> tuple[bytes, bytes]:
         properties = self._properties(publication)
+        limit = largest_properties(self._frame_max)
+        if len(properties) > limit and isinstance(publication, Copy):
+            fitting = fit(publication, limit, lambda copy: len(self._properties(copy)))
+            if fitting is not None:
+                properties = self._properties(fitting)
+        if len(properties) > limit:
+            raise PublishError(
+                f"the properties of a message to {publication.exchange!r} have {len(properties)}"
+                f" bytes; they must fit into one frame of {self._frame_max}"
+            )
         method = pack_publish(
             self._number,
             publication.exchange,
             publication.routing_key,
             mandatory=publication.mandatory,
         )
-        reason: str | None
-        if not fits(properties, self._frame_max):
-            reason = (
-                f"the properties of a message to {publication.exchange!r} have {len(properties)}"
-                f" bytes; they must fit into one frame of {self._frame_max}"
-            )
-        elif self._is_fast:
-            return method, properties
-        else:
+        if not self._is_fast:
             reason = _library_refusal(publication.exchange, publication.routing_key)
-            if reason is None:
-                return method, properties
-        if not isinstance(publication, Copy):
-            raise PublishError(reason)
-        # A copy is refused instead, or one message would fail the copies of its whole batch.
-        _log.warning("%s: not published", reason)
-        return None
+            if reason is not None:
+                raise PublishError(reason)
+        return method, properties
 
     def _properties(self, publication: Outgoing) -> bytes:
         if not isinstance(publication, Copy):
@@ -260,14 +273,14 @@ class AioPikaPublisher:
         publications: Sequence[Outgoing],
         packed: Sequence[tuple[bytes, bytes] | None],
     ) -> Iterator[tuple[list[bytes], list[InFlight]]]:
-        """Yield what to send together, with its frames. Refuse what could not be packed."""
+        """Yield what to send together, with its frames. Settle what could not be packed."""
         is_fast, number, frame_max = self._is_fast, self._number, self._frame_max
         frames: list[bytes] = []
         group: list[InFlight] = []
         size = 0
         for index, (publication, pack) in enumerate(zip(publications, packed, strict=True)):
             if pack is None:
-                call.settle(index, Outcome.REFUSED)
+                call.settle(index, Outcome.UNPUBLISHABLE)
                 continue
             method, properties = pack
             route = _route(publication.exchange, publication.routing_key)

@@ -24,7 +24,12 @@ from aio_pika_batch.adapters.memory.faults import (
     PublishFault,
 )
 from aio_pika_batch.adapters.memory.queue import MemoryQueue
-from aio_pika_batch.adapters.memory.rabbitmq import NEWEST, Refusal, version_rules
+from aio_pika_batch.adapters.memory.rabbitmq import (
+    NEWEST,
+    Refusal,
+    publish_forbidden,
+    version_rules,
+)
 from aio_pika_batch.adapters.memory.stored_message import (
     StoredMessage,
     check_publication,
@@ -173,6 +178,8 @@ class Broker:
                 pass
             case PublishFault.BLOCK:
                 self._blocked.append((channel, number, message, mandatory))
+            case PublishFault.FORBID:
+                raise publish_forbidden(message.exchange, self.user)
             case never:
                 assert_never(never)
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
-from aio_pika_batch.adapters.memory.faults import EventKind
+from aio_pika_batch.adapters.memory.faults import EventKind, Faults
 from aio_pika_batch.adapters.memory.queue import MemoryQueue, QueueConsumer
 from aio_pika_batch.adapters.memory.queue_arguments import QueueType
 from aio_pika_batch.adapters.memory.rabbitmq import (
@@ -102,6 +102,7 @@ class ConnectionHost(Protocol):
 
     vhost: VirtualHost
     rules: VersionRules
+    faults: Faults
 
     def operation(self) -> AbstractContextManager[VirtualHost]:
         """Change something, and do all that follows."""
@@ -136,6 +137,11 @@ class Connection:
     def version(self) -> str:
         """The version that the broker's greeting states."""
         return self._host.rules.version
+
+    @property
+    def faults(self) -> Faults:
+        """What goes wrong on the broker."""
+        return self._host.faults
 
     def channel(self, notify: Callable[[], None] | None = None) -> Channel:
         """Open a channel.

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+FRAME_MAX = 131_072
+"""The default of RabbitMQ, in bytes."""
+
 
 class ConnectFault(Enum):
     """What goes wrong when a client connects."""
@@ -32,6 +35,8 @@ class PublishFault(Enum):
     """It is lost on its way: neither stored nor confirmed."""
     BLOCK = "block"
     """It waits until `Broker.unblock`, as under a memory alarm; then it is stored and confirmed."""
+    FORBID = "forbid"
+    """The user has no permission: the broker closes the channel."""
 
 
 @dataclass(slots=True)
@@ -50,10 +55,12 @@ class Faults:
 
     Attributes:
         connect_fault: What goes wrong when a client connects.
+        frame_max: The size of a frame, into which all properties of a publication must fit.
     """
 
     def __init__(self) -> None:
         self.connect_fault = ConnectFault.NONE
+        self.frame_max = FRAME_MAX
         self._rules: list[_PublishFaultRule] = []
 
     def on_publish(
@@ -77,6 +84,13 @@ class Faults:
     def clear(self, fault: PublishFault | None = None) -> None:
         """Remove one fault from publications, or all of them."""
         self._rules = [rule for rule in self._rules if fault not in {None, rule.fault}]
+
+    def forbids(self, exchange: str, routing_key: str) -> bool:
+        """Return whether the user may not publish there."""
+        return any(
+            rule.fault is PublishFault.FORBID and rule.matches(exchange, routing_key)
+            for rule in self._rules
+        )
 
     def next_publish_fault(self, exchange: str, routing_key: str) -> PublishFault | None:
         """Return the fault for this publication and count it; the oldest that matches wins."""

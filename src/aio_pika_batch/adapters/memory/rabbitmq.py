@@ -125,6 +125,13 @@ def translate_refusals(
         raise refusal_error(code, text, subject, if_unequal, if_missing) from refusal
 
 
+def publish_forbidden(exchange: str, user: str) -> Refusal:
+    """Return the refusal for publishing without the write permission."""
+    name = exchange or "amq.default"
+    text = f"write access to exchange '{name}' in vhost '/' refused for user '{user}'"
+    return Refusal(ReplyCode.ACCESS_REFUSED, text)
+
+
 def inequivalent_argument(argument: str, entity: str, received: str, current: str) -> Refusal:
     """Return the refusal for declaring something that exists with another argument."""
     return Refusal(

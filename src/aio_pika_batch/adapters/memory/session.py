@@ -25,6 +25,7 @@ from aio_pika_batch.adapters.memory.channel import (
 from aio_pika_batch.adapters.memory.native import NativeChannel
 from aio_pika_batch.adapters.memory.rabbitmq import Refusal, translate_refusals
 from aio_pika_batch.adapters.memory.stored_message import CheckedPublication, check_publication
+from aio_pika_batch.core.fitting import fit, property_list_size
 from aio_pika_batch.core.message import DecodedSource, Message
 from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
 from aio_pika_batch.core.settlement import (
@@ -35,7 +36,7 @@ from aio_pika_batch.core.settlement import (
     Settlement,
     drain_mode,
 )
-from aio_pika_batch.errors import SessionClosed, SessionLost
+from aio_pika_batch.errors import PublishError, SessionClosed, SessionLost
 from aio_pika_batch.transport import Native, Subscription, resumed_consumer_tag
 
 
@@ -293,21 +294,25 @@ class MemoryPublisher:
 
         Raises:
             SessionClosed: The publisher's context was left before.
+            PublishError: The properties don't fit into a frame; nothing was sent.
             TypeError: A value is of a type that AMQP does not have; nothing was sent.
             ValueError: A value is out of the range that AMQP allows; nothing was sent.
         """
         if self._has_ended:
             raise SessionClosed("the publisher is closed: its context was left before")
-        checked = [(self._check(each), each.mandatory) for each in publications]
+        checked = [self._check(each) for each in publications]
         if not checked:
             return []
         answers: list[asyncio.Future[Outcome]] = []
         numbers = []
-        for publication, mandatory in checked:
+        for publication, outgoing in zip(checked, publications, strict=True):
             answer = self._loop.create_future()
             answers.append(answer)
+            if publication is None:
+                answer.set_result(Outcome.UNPUBLISHABLE)
+                continue
             try:
-                number = self.channel.publish(publication, mandatory=mandatory)
+                number = self.channel.publish(publication, mandatory=outgoing.mandatory)
             except Refusal:
                 # It has closed the channel.
                 answer.set_result(Outcome.REFUSED)
@@ -344,7 +349,22 @@ class MemoryPublisher:
         for number in numbers:
             self._waiting.pop(number, None)
 
-    def _check(self, outgoing: Outgoing) -> CheckedPublication:
+    def _check(self, outgoing: Outgoing) -> CheckedPublication | None:
+        """Check what a client would encode; None if a copy can't be encoded."""
+        limit = self._connection.faults.frame_max
+        if not isinstance(outgoing, Copy):
+            if property_list_size(outgoing.properties) > limit:
+                raise PublishError(f"the properties must fit into one frame of {limit}")
+            return self._encoded(outgoing)
+        copy = fit(outgoing, limit, lambda copy: property_list_size(copy.properties))
+        if copy is None:
+            return None
+        try:
+            return self._encoded(copy)
+        except (TypeError, ValueError):
+            return None
+
+    def _encoded(self, outgoing: Outgoing) -> CheckedPublication:
         properties = outgoing.properties
         if isinstance(outgoing, Copy) and properties.user_id != self._connection.user:
             # The broker refuses another user's name, which the original may well have.

@@ -19,12 +19,13 @@ from aio_pika_batch.adapters.memory.channel import Connection
 from aio_pika_batch.adapters.memory.rabbitmq import (
     NEWEST,
     Refusal,
+    publish_forbidden,
     translate_refusals,
     version_rules,
 )
 from aio_pika_batch.adapters.memory.session import MemoryPublisher, MemorySession
 from aio_pika_batch.adapters.memory.vhost import VirtualHost
-from aio_pika_batch.core.refusals import ReplyCode
+from aio_pika_batch.core.refusals import ReplyCode, publish_refusal_error
 from aio_pika_batch.core.topology import (
     Exchange,
     Queue,
@@ -204,9 +205,14 @@ def _declare(connection: Connection, topology: Topology) -> dict[str, Unfulfille
                 binding.arguments,
             )
     for check in topology.publishes:
-        subject = f"publishing to exchange {check.exchange!r}"
-        with translate_refusals(subject), connection.channel().operation() as vhost:
-            vhost.check_publish(check.exchange)
+        try:
+            with connection.channel().operation() as vhost:
+                vhost.check_publish(check.exchange)
+                if connection.faults.forbids(check.exchange, check.routing_key):
+                    raise publish_forbidden(check.exchange, connection.user)
+        except Refusal as refusal:
+            code, text = refusal.code, refusal.text
+            raise publish_refusal_error(code, text, check.exchange, "memory://") from refusal
     return {name: each for name, each in unfulfilled.items() if each}
 
 

@@ -29,6 +29,7 @@ class Features:
         returns_unroutable: A mandatory publication that can't be routed is `RETURNED`.
         refuses_when_full: A publication to the full queue `Harness.full` is `REFUSED`.
         has_exchanges: A publication to a missing exchange is `REFUSED`.
+        limits_headers: The properties of a message must fit into a frame of 128 KiB.
         carries_properties: All properties of a message arrive, and absent ones stay absent.
         checks_users: A connection has a user, and a copy does not carry another user's name.
         declares: Queues can be declared, and `check_only` detects a missing one.
@@ -61,6 +62,7 @@ class Features:
     returns_unroutable: bool = False
     refuses_when_full: bool = False
     has_exchanges: bool = False
+    limits_headers: bool = False
     carries_properties: bool = False
     checks_users: bool = False
     declares: bool = False

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from aio_pika_batch.core.fitting import OMITTED
 from aio_pika_batch.core.message import DecodedSource, Message, Properties
 from aio_pika_batch.core.publication import Copy, Outcome, Publication
 from aio_pika_batch.errors import SessionClosed
@@ -285,6 +286,38 @@ async def _other_user(ctx: CheckContext) -> None:
     original = _original(Properties(user_id=_OTHER_USER, message_id="id"))
     [copied] = await _roundtrip(ctx, Copy(original, "", ctx.queue, {}))
     expect((None, "id"), (copied.user_id, copied.message_id), "user_id and message_id")
+
+
+@GROUP.clause(
+    "a copy whose headers don't fit is UNPUBLISHABLE, and its neighbours are published",
+    "limits_headers",
+)
+async def _too_large(ctx: CheckContext) -> None:
+    original = _original(Properties())
+    too_large = Copy(original, "", ctx.queue, {"x": "x" * 200_000})
+    async with ctx.transport.publisher() as publisher:
+        outcomes = list(await publisher.publish([_to(ctx, b"1"), too_large, _to(ctx, b"2")]))
+        expect(True, publisher.is_open, "is_open")
+    expected = [Outcome.CONFIRMED, Outcome.UNPUBLISHABLE, Outcome.CONFIRMED]
+    expect(expected, outcomes, "the outcomes")
+    await ctx.expect_messages([b"1", b"2"])
+
+
+@GROUP.clause("a copy leaves out headers that it doesn't need, until it fits", "limits_headers")
+async def _shortened(ctx: CheckContext) -> None:
+    ours = {"needed": "a", "spare": "s" * 100_000}
+    small = _original(Properties(headers={"theirs": "t" * 100_000, "more": 1}), b"1")
+    large = _original(Properties(headers={"theirs": "t" * 200_000, "more": 1}), b"2")
+    first, second = await _roundtrip(
+        ctx,
+        Copy(small, "", ctx.queue, ours, spare=("spare",)),
+        Copy(large, "", ctx.queue, ours, spare=("spare",), may_omit=True),
+    )
+    found = [set(_sent_properties(each).headers or ()) for each in (first, second)]
+    expect({"theirs", "more", "needed"}, found[0], "the headers of the first copy")
+    names = {"more", "needed", "spare", OMITTED}
+    expect(names, found[1], "the headers of the second copy")
+    expect(["theirs"], second.headers[OMITTED], "the list of what is left out")
 
 
 def _to(ctx: CheckContext, body: bytes = b"") -> Publication:

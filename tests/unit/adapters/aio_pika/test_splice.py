@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aio_pika_batch.adapters.aio_pika.properties import (
-    UNDECODABLE_HEADERS,
     decode,
     encode,
     fields,
     splice,
 )
 from aio_pika_batch.adapters.aio_pika.tables import DEEPEST, encode_table, entries
+from aio_pika_batch.core.fitting import UNDECODABLE_HEADERS
 from aio_pika_batch.core.message import Headers, Properties
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.errors import PublishError
