@@ -104,10 +104,10 @@ CORE = (
         (f"{_CORE}/test_quarantine.py",),
     ),
     Mutant(
-        "A suspect that was lost here is handled: other processes take it for a crashed one.",
+        "After a lost connection counts are believed: what was lost looks like a crash.",
         "core/quarantine.py",
-        "        if lost:\n",
-        "        if False:\n",
+        "if in_doubt and delivery_count(message):",
+        "if False:",
         (f"{_CORE}/test_quarantine.py",),
     ),
     Mutant(
@@ -154,7 +154,7 @@ CORE = (
     Mutant(
         "A lost connection looks like a crash to the process that survived it.",
         "runtime/consume_loop.py",
-        "self._quarantine.own.note_lost(message)",
+        "self._quarantine.doubt_until = self._loop.time() + DOUBT",
         "pass",
         (f"{_SHELL}/test_quarantine.py::test_deployments_and_lost_connections_are_no_crashes",),
     ),
@@ -177,7 +177,7 @@ CORE = (
     Mutant(
         "What a handler requeues at once looks like a crash to its own process.",
         "runtime/settler.py",
-        "self._own.note_requeued(outcome.message)",
+        "self._own.note(outcome.message)",
         "pass",
         (f"{_SHELL}/test_quarantine.py::test_a_message_that_is_requeued_at_once_is_no_suspect",),
     ),

@@ -8,8 +8,9 @@ Laws:
 
 - A suspect is never returned: a copy takes its place, which the broker counts from 0. So returns
   make suspects, but no message reaches the limit by them.
-- What this process requeued for its handler, or lost with a connection and survived, counts for
-  nothing. Other processes don't know about it: so a suspect that was lost starts anew by a copy.
+- What a handler requeued in this process counts for nothing.
+- Soon after a process has lost a connection and survived, it believes no counts: what it gets is
+  probably what it lost, or what others lost. So a suspect starts anew by a copy.
 - A header can make a message a suspect, but never a crashed one: anyone can publish it.
 """
 
@@ -30,7 +31,7 @@ from aio_pika_batch.core.message import (
 )
 
 MAX_RECORDED = 10_000
-"""How many messages a process remembers to have returned; the oldest ones are forgotten."""
+"""How many requeued messages a process remembers; the oldest ones are forgotten."""
 
 _MARK = CRASH_COUNT.encode()
 
@@ -48,7 +49,7 @@ class Suspicion(Enum):
     CRASHED = "crashed"
     """Not at all: it goes to the dead letters."""
     WORN = "worn"
-    """Not yet: it came back often, but this process knows better. A copy starts anew."""
+    """Not yet: it came back often, but the count can't be believed. A copy starts anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +67,21 @@ class CrashPolicy:
     limit: int
     requeues_to_the_end: bool = False
 
-    def judge(self, message: Message, own: OwnReturns) -> Suspicion:
+    def judge(self, message: Message, own: OwnRequeues, *, in_doubt: bool = False) -> Suspicion:
         """Decide how to handle a message that the broker delivers.
 
         Args:
-            own: What this process did itself.
+            own: What handlers in this process requeued.
+            in_doubt: Whether this process has lost a connection lately.
         """
         total = self._total(message)
         if total < self.suspect_after:
             return Suspicion.NONE
-        lost = own.lost(message)
-        unexplained = total - lost - own.requeued(message)
+        if in_doubt and delivery_count(message):
+            return Suspicion.WORN
+        unexplained = total - own.count(message)
         if unexplained >= self.limit:
             return Suspicion.CRASHED
-        if lost:
-            return Suspicion.WORN
         return Suspicion.SUSPECT if unexplained >= self.suspect_after else Suspicion.NONE
 
     def may_return(self, message: Message) -> bool:
@@ -93,11 +94,11 @@ class CrashPolicy:
         half = (self.suspect_after + self.limit) // 2
         return self.requeues_to_the_end or self._total(message) < half
 
-    def mark(self, message: Message, own: OwnReturns | None = None) -> dict[str, FieldValue]:
+    def mark(self, message: Message, own: OwnRequeues | None = None) -> dict[str, FieldValue]:
         """The header of a copy that keeps what is known against the message."""
         total = self._total(message)
         if own is not None:
-            total -= own.lost(message) + own.requeued(message)
+            total -= own.count(message)
         unexplained = min(total, self.suspect_after)
         return {CRASH_COUNT: unexplained} if unexplained > 0 else {}
 
@@ -131,55 +132,38 @@ def came_back(chunk: Sequence[Message]) -> Sequence[Message]:
     ]
 
 
-class OwnReturns:
-    """Which messages this process requeued, or lost with a connection, and survived it.
+class OwnRequeues:
+    """How often handlers in this process requeued a message at once (REQUEUE_IMMEDIATE).
 
     A message is recognized by its content, because a delivery has no identity that outlives it. For
     each one the counts at which it went back are kept as the bits of a number: two messages of the
     same content can't explain more returns than there were.
     """
 
-    __slots__ = ("_lost", "_requeued")
+    __slots__ = ("_counts",)
 
     def __init__(self) -> None:
-        self._requeued: dict[int, int] = {}
-        self._lost: dict[int, int] = {}
+        self._counts: dict[int, int] = {}
 
-    def note_requeued(self, message: Message) -> None:
-        """Note that the message goes back now because its handler wants it."""
-        _note(self._requeued, message)
-
-    def note_lost(self, message: Message) -> None:
-        """Note that the message goes back now because its connection was lost."""
-        _note(self._lost, message)
+    def note(self, message: Message) -> None:
+        """Note that the message goes back now."""
+        key = _fingerprint(message)
+        # Removed first, so that the dict is ordered by the last return.
+        counts = self._counts.pop(key, 0) | 1 << min(delivery_count(message), _MOST)
+        self._counts[key] = counts
+        if len(self._counts) > MAX_RECORDED:
+            del self._counts[next(iter(self._counts))]
 
     def forget(self, message: Message) -> None:
         """Forget a message whose copy starts anew."""
-        for counts in (self._requeued, self._lost):
-            counts.pop(_fingerprint(message), None)
+        self._counts.pop(_fingerprint(message), None)
 
-    def requeued(self, message: Message) -> int:
-        """How many of the returns that the broker has counted were wanted by a handler here."""
-        return _explained(self._requeued, message)
-
-    def lost(self, message: Message) -> int:
-        """How many of the returns that the broker has counted were connections lost here."""
-        return _explained(self._lost, message)
-
-
-def _note(counts: dict[int, int], message: Message) -> None:
-    key = _fingerprint(message)
-    # Removed first, so that the dict is ordered by the last return.
-    counts[key] = counts.pop(key, 0) | 1 << min(delivery_count(message), _MOST)
-    if len(counts) > MAX_RECORDED:
-        del counts[next(iter(counts))]
-
-
-def _explained(counts: dict[int, int], message: Message) -> int:
-    if not counts:
-        return 0
-    before = (1 << min(delivery_count(message), _MOST + 1)) - 1
-    return (counts.get(_fingerprint(message), 0) & before).bit_count()
+    def count(self, message: Message) -> int:
+        """How many of the returns that the broker has counted were noted here."""
+        if not self._counts:
+            return 0
+        before = (1 << min(delivery_count(message), _MOST + 1)) - 1
+        return (self._counts.get(_fingerprint(message), 0) & before).bit_count()
 
 
 def _fingerprint(message: Message) -> int:

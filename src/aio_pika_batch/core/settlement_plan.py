@@ -35,7 +35,7 @@ from aio_pika_batch.core.message import (
     stated_retries,
 )
 from aio_pika_batch.core.publication import Copy, Outcome
-from aio_pika_batch.core.quarantine import CrashPolicy, OwnReturns
+from aio_pika_batch.core.quarantine import CrashPolicy, OwnRequeues
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue
 from aio_pika_batch.core.retry import (
     LONGEST_WAIT,
@@ -323,7 +323,7 @@ class SettlementPlanner:
         return self.crashes is None or self.crashes.may_return(message)
 
     def plan_returns(
-        self, messages: Sequence[Message], now: datetime, own: OwnReturns | None = None
+        self, messages: Sequence[Message], now: datetime, own: OwnRequeues | None = None
     ) -> SettlementPlan:
         """Decide how to return messages that have no result.
 
@@ -338,7 +338,7 @@ class SettlementPlanner:
         ]
         return SettlementPlan([Settlement(Disposition.RETURN, tuple(tags))] if tags else (), copies)
 
-    def _fresh_copy(self, message: Message, now: datetime, own: OwnReturns | None) -> PendingCopy:
+    def _fresh_copy(self, message: Message, now: datetime, own: OwnRequeues | None) -> PendingCopy:
         """A copy of a message that has no result, which the broker counts from 0."""
         add = _origin_headers(message, readable_headers(message) or NO_HEADERS, now)
         # It hasn't failed. If it has before, the header is kept.

@@ -15,7 +15,7 @@ from typing import Any
 from aio_pika_batch.core.batch_run import BatchDecisions
 from aio_pika_batch.core.batcher import Batch, Trigger
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.quarantine import OwnReturns
+from aio_pika_batch.core.quarantine import OwnRequeues
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult
 from aio_pika_batch.errors import SessionLost, TransportError
 from aio_pika_batch.logs import KeywordLogger
@@ -31,7 +31,7 @@ from aio_pika_batch.runtime.handler import (
     ignore_batch,
 )
 from aio_pika_batch.runtime.publishing import CopyPublishers
-from aio_pika_batch.runtime.quarantine import Quarantine, SuspectGate
+from aio_pika_batch.runtime.quarantine import DOUBT, Quarantine, SuspectGate
 from aio_pika_batch.runtime.settler import Settler
 from aio_pika_batch.runtime.shutdown import Shutdown
 from aio_pika_batch.runtime.worker_config import WorkerConfig
@@ -185,6 +185,10 @@ class ConsumeLoop:
                 # Otherwise the worker would take this for a drain, and stop consuming for good.
                 raise SessionLost("the session ended although no stop was requested")
             await self._drain(receiving)
+        except TransportError:
+            if self._quarantine is not None:
+                self._quarantine.doubt_until = self._loop.time() + DOUBT
+            raise
         finally:
             await self._close(receiving)
 
@@ -402,7 +406,7 @@ class ConsumeLoop:
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 
-    async def start_anew(self, messages: Sequence[Message], own: OwnReturns | None) -> None:
+    async def start_anew(self, messages: Sequence[Message], own: OwnRequeues | None) -> None:
         """Replace messages by copies that the broker counts from 0."""
         self._log.debug("copies replace messages, to be counted from 0", messages=len(messages))
         try:
@@ -438,12 +442,7 @@ class ConsumeLoop:
             self._early.stop()
         if self._gating is not None:
             await _cancel(self._gating)
-        lost = [*self._batcher.clear(), *self._settler.messages, *self._slots.messages]
-        if self._quarantine is not None:
-            # Most were never delivered before: one return more makes no suspect of them.
-            for message in lost:
-                if message.redelivered:
-                    self._quarantine.own.note_lost(message)
+        self._batcher.clear()
         self._slots.on_free = ignore_batch
         # Before receiving ends: what still arrives must not be settled in this session.
         await self._settler.abort()

@@ -398,11 +398,6 @@ class HandlerSlots:
         return len(self._running) < self._limit
 
     @property
-    def messages(self) -> list[Message]:
-        """The messages of the running batches."""
-        return [message for run in self._running for message in run.batch.messages]
-
-    @property
     def in_hand(self) -> int:
         """The number of messages in running handlers."""
         return sum(self._running.values())

@@ -14,13 +14,17 @@ from typing import Any, Protocol
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.quarantine import (
     CrashPolicy,
-    OwnReturns,
+    OwnRequeues,
     Suspicion,
     came_back,
     delivery_count,
 )
 from aio_pika_batch.logs import BurstLog, KeywordLogger
 from aio_pika_batch.transport import AdjustableSession
+
+DOUBT = 60.0
+"""Seconds after the loss of a connection in which counts are not believed: a broker that restarts,
+or a network that fails, returns messages of many processes."""
 
 ALONE = 1
 """The prefetch count of a session that may get a suspect next."""
@@ -45,7 +49,7 @@ class GatedLoop(Protocol):
     async def handle_alone(self, message: Message) -> None:
         """Handle a message, and return when it is settled or held. A slot must be free."""
 
-    async def start_anew(self, messages: Sequence[Message], own: OwnReturns | None) -> None:
+    async def start_anew(self, messages: Sequence[Message], own: OwnRequeues | None) -> None:
         """Replace messages by copies that the broker counts from 0."""
 
     def dead_letter_crashed(self, messages: Sequence[Message]) -> None:
@@ -56,7 +60,8 @@ class Quarantine:
     """What the sessions of a consumer share.
 
     Attributes:
-        own: What this process returned to the broker.
+        own: What handlers requeued at once.
+        doubt_until: Until when counts are not believed, in loop time.
         gates: Those of all sessions.
         owner: The gate whose suspect is handled, or will be.
     """
@@ -75,7 +80,8 @@ class Quarantine:
                 messages=count,
             )
         )
-        self.own = OwnReturns()
+        self.own = OwnRequeues()
+        self.doubt_until = -DOUBT
         self.gates: set[SuspectGate] = set()
         self.owner: SuspectGate | None = None
 
@@ -149,9 +155,10 @@ class SuspectGate:
 
     def _sort(self, chunk: Sequence[Message], found: Sequence[Message]) -> Sequence[Message]:
         policy, own = self._quarantine.policy, self._quarantine.own
+        in_doubt = asyncio.get_running_loop().time() < self._quarantine.doubt_until
         kinds: dict[Suspicion, list[Message]] = {each: [] for each in Suspicion}
         for message in found:
-            kinds[policy.judge(message, own)].append(message)
+            kinds[policy.judge(message, own, in_doubt=in_doubt)].append(message)
         if len(kinds[Suspicion.NONE]) == len(found):
             return chunk
         if crashed := kinds[Suspicion.CRASHED]:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from aio_pika_batch.core.batch_run import BatchDecisions
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Outcome
-from aio_pika_batch.core.quarantine import OwnReturns
+from aio_pika_batch.core.quarantine import OwnRequeues
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue, Result
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.settlement_plan import CopyKind, PendingCopy, SettlementPlan
@@ -40,7 +40,7 @@ class Settler:
     Args:
         on_failure: Called with the reason if the session can't go on.
         on_settled_late: Called when held messages have been settled.
-        own: Notes which messages go back; None if the queue doesn't count that.
+        own: Notes which messages handlers requeue at once; None if the queue doesn't count that.
 
     Attributes:
         is_over: Whether the session is gone, so that results come too late.
@@ -54,7 +54,7 @@ class Settler:
         *,
         on_failure: Callable[[TransportError], None],
         on_settled_late: Callable[[], None],
-        own: OwnReturns | None,
+        own: OwnRequeues | None,
         observers: Observers,
         log: KeywordLogger,
     ) -> None:
@@ -89,11 +89,6 @@ class Settler:
     def held(self) -> int:
         """The number of messages that wait for their retry, or for a late confirm."""
         return len(self._held.messages)
-
-    @property
-    def messages(self) -> list[Message]:
-        """The messages that are held."""
-        return [each.copy.outcome.message for each in self._held.messages.values()]
 
     @property
     def since(self) -> float | None:
@@ -159,7 +154,7 @@ class Settler:
         done = [each for each in outcomes if each.message.delivery_tag not in pending]
         return done, confirmed
 
-    async def start_anew(self, messages: Sequence[Message], own: OwnReturns | None) -> None:
+    async def start_anew(self, messages: Sequence[Message], own: OwnRequeues | None) -> None:
         """Replace messages that have no result by copies, which the broker counts from 0.
 
         Args:
@@ -183,7 +178,7 @@ class Settler:
         tags = {tag for each in requeued for tag in each.tags}
         for outcome in outcomes if tags else ():
             if outcome.message.delivery_tag in tags:
-                self._own.note_requeued(outcome.message)
+                self._own.note(outcome.message)
 
     def release_retries(self) -> None:
         """Publish all held retries without waiting until they are due."""

@@ -19,7 +19,7 @@ from aio_pika_batch.core.message import (
 from aio_pika_batch.core.quarantine import (
     MAX_RECORDED,
     CrashPolicy,
-    OwnReturns,
+    OwnRequeues,
     Suspicion,
     came_back,
     delivery_count,
@@ -51,13 +51,11 @@ def counted(count, *, mark=None, body=b"{}", tag=1, **properties):
     )
 
 
-def owned(*, lost=(), requeued=(), **message):
-    """What a process knows that lost or requeued a message at these counts."""
-    own = OwnReturns()
-    for count in lost:
-        own.note_lost(counted(count, **message))
-    for count in requeued:
-        own.note_requeued(counted(count, **message))
+def owned(counts, **message):
+    """What a process knows whose handler requeued a message at these counts."""
+    own = OwnRequeues()
+    for count in counts:
+        own.note(counted(count, **message))
     return own
 
 
@@ -83,30 +81,26 @@ def owned(*, lost=(), requeued=(), **message):
 )
 def test_a_message_is_judged_by_its_returns(count, mark, suspicion):
     """Those of the broker's count and of a copy's mark."""
-    assert suspicion is POLICY.judge(counted(count, mark=mark), OwnReturns())
+    assert suspicion is POLICY.judge(counted(count, mark=mark), OwnRequeues())
 
 
 @pytest.mark.parametrize(
-    ("count", "lost", "requeued", "suspicion"),
-    [
-        (4, 0, 2, NONE),
-        (4, 0, 1, SUSPECT),
-        (8, 0, 1, SUSPECT),
-        (8, 0, 0, CRASHED),
-        (20, 0, 20, NONE),
-        (20, 0, 12, CRASHED),
-        # Others don't know what was lost here.
-        (2, 2, 0, NONE),
-        (3, 1, 0, WORN),
-        (8, 1, 0, WORN),
-        (30, 30, 0, WORN),
-        (30, 22, 0, CRASHED),
-    ],
+    ("count", "requeued", "suspicion"),
+    [(4, 2, NONE), (4, 1, SUSPECT), (8, 1, SUSPECT), (8, 0, CRASHED), (20, 20, NONE)],
 )
-def test_what_this_process_did_itself_counts_for_nothing(count, lost, requeued, suspicion):
-    """A lost message starts anew, as others would suspect it."""
-    own = owned(lost=range(lost), requeued=range(requeued))
-    assert suspicion is POLICY.judge(counted(count), own)
+def test_what_handlers_requeued_here_counts_for_nothing(count, requeued, suspicion):
+    """In this process."""
+    assert suspicion is POLICY.judge(counted(count), owned(range(requeued)))
+
+
+@pytest.mark.parametrize(
+    ("count", "mark", "suspicion"),
+    [(2, None, NONE), (3, None, WORN), (1, 2, WORN), (8, None, WORN), (0, 3, SUSPECT)],
+)
+def test_after_a_lost_connection_counts_are_not_believed(count, mark, suspicion):
+    """Others may have lost theirs. A copy that has come back never is no reason for another one."""
+    message = counted(count, mark=mark)
+    assert suspicion is POLICY.judge(message, OwnRequeues(), in_doubt=True)
 
 
 @pytest.mark.parametrize(
@@ -128,14 +122,12 @@ def test_a_suspect_is_not_returned(count, mark, may_return, may_requeue):
 
 
 @pytest.mark.parametrize(
-    ("count", "lost", "requeued", "mark"),
-    [(6, 0, 0, 3), (6, 2, 2, 2), (6, 6, 0, None), (6, 9, 0, None)],
+    ("count", "requeued", "mark"), [(6, 0, 3), (6, 4, 2), (6, 6, None), (6, 9, None)]
 )
-def test_a_copy_is_marked_with_what_is_not_explained(count, lost, requeued, mark):
+def test_a_copy_is_marked_with_what_is_not_explained(count, requeued, mark):
     """At most as a suspect: what follows must show more."""
-    own = owned(lost=range(lost), requeued=range(lost, lost + requeued))
     expected = {} if mark is None else {CRASH_COUNT: mark}
-    assert expected == POLICY.mark(counted(count), own)
+    assert expected == POLICY.mark(counted(count), owned(range(requeued)))
 
 
 def test_headers_that_cannot_be_decoded_count_for_nothing():
@@ -144,8 +136,8 @@ def test_headers_that_cannot_be_decoded_count_for_nothing():
         StubSource(), 1, True, b"", ("", QUEUE), Properties(undecodable={"headers": UNDECODABLE})
     )
     assert 0 == delivery_count(message)
-    own = OwnReturns()
-    own.note_lost(message)
+    own = OwnRequeues()
+    own.note(message)
     assert NONE is POLICY.judge(message, own)
     assert [message] == list(came_back([message]))
 
@@ -170,7 +162,7 @@ def test_only_what_came_back_needs_a_look():
     assert [] == list(came_back([]))
     marked = [raw(1), raw(2, properties=b"...\x0dx-crash-countl...")]
     assert marked == list(came_back(marked))
-    assert [NONE, SUSPECT] == [POLICY.judge(each, OwnReturns()) for each in marked]
+    assert [NONE, SUSPECT] == [POLICY.judge(each, OwnRequeues()) for each in marked]
 
 
 def test_a_decoded_message_is_found_by_its_mark():
@@ -185,14 +177,12 @@ def test_a_decoded_message_is_found_by_its_mark():
 
 def test_a_return_explains_one_count():
     """The one that the broker adds for it, and none that came before."""
-    own = owned(lost=[2], requeued=[3])
-    assert [0, 1, 1] == [own.lost(counted(count)) for count in (2, 3, 30)]
-    assert [0, 1, 1] == [own.requeued(counted(count)) for count in (3, 4, 30)]
+    assert [0, 1, 2, 2] == [owned([2, 3]).count(counted(count)) for count in (2, 3, 4, 30)]
 
 
 def test_noting_a_return_twice_explains_it_once():
-    """RabbitMQ 4.3 doesn't count some returns, so the same count may be returned again."""
-    assert 1 == owned(lost=[0] * 5).lost(counted(4))
+    """A connection may be lost before the broker knows of the first."""
+    assert 1 == owned([0] * 5).count(counted(4))
 
 
 @pytest.mark.parametrize(
@@ -202,40 +192,40 @@ def test_noting_a_return_twice_explains_it_once():
 )
 def test_a_return_explains_nothing_of_another_message(other):
     """Messages are told apart by their content, and a copy by its mark."""
-    assert 0 == owned(lost=[0]).lost(counted(1, **other))
+    assert 0 == owned([0]).count(counted(1, **other))
 
 
 def test_a_return_explains_nothing_of_another_route_or_retry():
     """Although the body is the same."""
-    own = owned(lost=[0])
     for route, headers in ((("e", "k"), {}), (("", QUEUE), {"x-retry-count": 1})):
         properties = Properties(headers={DELIVERY_COUNT: 1} | headers)
-        assert 0 == own.lost(Message(StubSource(), 1, True, b"{}", route, properties))
+        message = Message(StubSource(), 1, True, b"{}", route, properties)
+        assert 0 == owned([0]).count(message)
 
 
 def test_a_message_that_starts_anew_is_forgotten():
     """Otherwise its returns would explain those of its copy."""
-    own = owned(lost=[0], requeued=[1])
+    own = owned([0, 1])
     own.forget(counted(2))
-    assert (0, 0) == (own.lost(counted(9)), own.requeued(counted(9)))
+    assert 0 == own.count(counted(9))
     own.forget(counted(2))
 
 
 def test_the_record_is_bounded():
     """The message that was returned longest ago is forgotten first."""
-    own = OwnReturns()
+    own = OwnRequeues()
     for number in range(MAX_RECORDED):
-        own.note_lost(counted(0, body=b"%d" % number))
-    own.note_lost(counted(1, body=b"0"))
-    own.note_lost(counted(0, body=b"new"))
-    explained = [own.lost(counted(2, body=body)) for body in (b"0", b"1", b"2", b"new")]
+        own.note(counted(0, body=b"%d" % number))
+    own.note(counted(1, body=b"0"))
+    own.note(counted(0, body=b"new"))
+    explained = [own.count(counted(2, body=body)) for body in (b"0", b"1", b"2", b"new")]
     assert [2, 0, 1, 1] == explained
 
 
 def test_an_absurd_count_takes_no_memory():
     """A bit for each return would."""
-    own = owned(lost=[10**18])
-    assert [0, 1] == [own.lost(counted(count)) for count in (1000, 10**6)]
+    own = owned([10**18])
+    assert [0, 1] == [own.count(counted(count)) for count in (1000, 10**6)]
 
 
 # --- plans -----------------------------------------------------------------------------------
@@ -269,7 +259,7 @@ def test_without_a_destination_a_crashed_message_is_retried_as_a_suspect():
     assert pending.is_undeliverable
     assert 1 == pending.hold
     again = delivered(pending.copy)
-    assert SUSPECT is POLICY.judge(again, OwnReturns())
+    assert SUSPECT is POLICY.judge(again, OwnRequeues())
     [pending] = plan_one(planner, again, MessageResult.NACK, Cause.CRASHED).copies
     assert 2 == pending.hold
     # Other failures are no evidence.
@@ -325,10 +315,10 @@ def test_a_copy_with_a_fresh_count_is_the_same_message():
     """With its original route, and without a trace of a failure."""
     properties = Properties(headers={DELIVERY_COUNT: 7, "x-retry-count": 2, "a": 1}, message_id="m")
     message = Message(StubSource(), 1, True, b"body", ("orders", "new"), properties)
-    own = OwnReturns()
+    own = OwnRequeues()
     for count in range(7):
         headers = properties.headers | {DELIVERY_COUNT: count}
-        own.note_lost(replaced(message, headers))
+        own.note(replaced(message, headers))
     [pending] = a_planner().plan_returns([message], NOW, own).copies
     copy = pending.copy
     assert ("", QUEUE, b"body", "m") == (
@@ -356,14 +346,16 @@ class Fleet:
     def __init__(self, policy: CrashPolicy, processes: int) -> None:
         self.policy = policy
         self.planner = replace(a_planner(), crashes=policy)
-        self.records = [OwnReturns() for _ in range(processes)]
+        self.records = [OwnRequeues() for _ in range(processes)]
+        self.in_doubt = [False] * processes
         self.message = counted(0)
         self.crashes = 0
 
     def judged(self, process):
         """What a process decides when the message is delivered to it; a worn one is replaced."""
         own = self.records[process]
-        suspicion = self.policy.judge(self.message, own)
+        suspicion = self.policy.judge(self.message, own, in_doubt=self.in_doubt[process])
+        self.in_doubt[process] = False
         if suspicion is WORN:
             [copy] = self.planner.plan_returns([self.message], NOW, own).copies
             own.forget(self.message)
@@ -384,17 +376,17 @@ class Fleet:
         if plan.copies:
             self.message = delivered(plan.copies[0].copy)
         else:
-            self.records[process].note_requeued(self.message)
+            self.records[process].note(self.message)
             self._count()
 
     def lose(self, process):
         """The process loses its connection, and lives on."""
-        self.records[process].note_lost(self.message)
+        self.in_doubt[process] = True
         self._count()
 
     def crash(self, process):
         """The process is killed by it, and replaced."""
-        self.records[process] = OwnReturns()
+        self.records[process] = OwnRequeues()
         self.crashes += 1
         self._count()
 
