@@ -16,6 +16,7 @@ from aio_pika_batch.core.refusals import unequal_argument
 from aio_pika_batch.core.retry import wait_queue_name
 from aio_pika_batch.core.topology_options import (
     AT_LEAST_ONCE,
+    BROKER_DEAD_LETTERS,
     DEAD_LETTER_EXCHANGE,
     DEAD_LETTER_ROUTING_KEY,
     DEAD_LETTER_STRATEGY,
@@ -98,7 +99,9 @@ class Queue:
             The argument for this depends on the broker, see :meth:`arguments_on`.
         holds_retries: Messages wait in it for their next attempt, and must not get lost.
         is_browsed: An operator looks at it. No consumer is there to declare it.
-        is_consumed: The consumer's own queue, which may be the dead-letter queue of another one.
+        is_consumed: The consumer's own queue. An existing one may have other dead-letter arguments,
+            from a consumer with other settings, and no delivery limit, as the dead-letter queue of
+            another consumer.
     """
 
     name: str
@@ -144,8 +147,7 @@ class Queue:
     def arguments_after(self, refused: Headers, text: str) -> Headers | None:
         """The arguments to declare it with after a refusal (406); None if it stands.
 
-        An existing queue may lack what is only wished for, or have other values of it. It may have
-        no delivery limit, because it is another consumer's dead-letter queue.
+        An existing queue may lack what is only wished for, or have other values of it.
         """
         unequal = unequal_argument(text)
         if unequal is None:
@@ -168,9 +170,8 @@ class Queue:
     @property
     def _optional(self) -> AbstractSet[str]:
         """The arguments in which an existing queue may differ."""
-        wished = self.wishes.keys()
-        # A queue that dead-letters to another exchange may do so with a routing key.
-        return (wished | {DEAD_LETTER_ROUTING_KEY} if wished else wished) - self.arguments.keys()
+        more = BROKER_DEAD_LETTERS if self.is_consumed else frozenset[str]()
+        return (self.wishes.keys() | more) - self.arguments.keys()
 
     def unfulfilled(self, accepted: Headers, version: Version | None) -> UnfulfilledWishes:
         """What the arguments with which the broker has accepted it don't fulfil."""
@@ -296,7 +297,7 @@ def build_topology(
             auto_delete=options.queue_auto_delete,
             arguments=arguments,
             wishes={} if check_only else broker_dead_letter_arguments(options),
-            is_consumed=True,
+            is_consumed=options.broker_dead_letters,
             check_only=check_only,
         )
     )

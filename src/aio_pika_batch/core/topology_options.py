@@ -29,6 +29,9 @@ AT_LEAST_ONCE: Headers = {DEAD_LETTER_STRATEGY: "at-least-once", OVERFLOW: "reje
 """The arguments of a quorum queue that keeps what it gives up until another queue has it. The
 strategy needs the overflow behaviour."""
 
+BROKER_DEAD_LETTERS = frozenset({DEAD_LETTER_EXCHANGE, DEAD_LETTER_ROUTING_KEY, *AT_LEAST_ONCE})
+"""The arguments by which a queue dead-letters what the broker gives up."""
+
 LENGTH_LIMITS = frozenset({"x-max-length", "x-max-length-bytes"})
 
 _DELAYED_TYPE = "x-delayed-type"

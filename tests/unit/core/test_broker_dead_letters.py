@@ -149,12 +149,12 @@ def declared(wanted, existing):
         {},
         optional={name: st.sampled_from([value, "other"]) for name, value in WISHES.items()},
     ).filter(lambda has: "x-dead-letter-exchange" in has or "x-dead-letter-routing-key" not in has),
-    st.sampled_from([WISHES, LOSSLESS | dead_lettering("dlx")]),
+    st.sampled_from([WISHES, LOSSLESS | dead_lettering("dlx"), dead_lettering("dlx"), {}]),
     st.booleans(),
 )
 def test_an_existing_queue_is_accepted_whatever_wishes_it_fulfils(has, wishes, is_other):
     """But it must have the arguments of the settings, and no others."""
-    wanted = Queue("jobs", arguments={"own": "1"}, wishes=wishes)
+    wanted = Queue("jobs", arguments={"own": "1"}, wishes=wishes, is_consumed=True)
     existing = {**has, "own": "2" if is_other else "1"}
 
     accepted = declared(wanted, existing)

@@ -298,6 +298,16 @@ async def test_an_existing_queue_that_dead_letters_elsewhere_is_used_too(empty, 
     assert "arguments={'x-dead-letter-exchange': 'old'}" in line
 
 
+async def test_consumers_with_and_without_a_dead_letter_queue_share_a_queue(empty, caplog):
+    """During a deployment, for example. Who opts out wants the arguments of its settings."""
+    quorum = {"queue_type": "quorum"}
+    async with rejecting(empty, dead_letter_queue="dead", **quorum), rejecting(empty, **quorum):
+        assert "at-least-once" == empty.broker.arguments("jobs")["x-dead-letter-strategy"]
+    assert 1 == len(lines(caplog, "queue has other dead-letter arguments"))
+    with pytest.raises(TopologyError, match="inequivalent arg"):
+        await rejecting(empty, broker_dead_letters=False, **quorum).start()
+
+
 async def test_the_brokers_dead_letters_can_be_left_alone(empty, caplog):
     """With `broker_dead_letters=False` the queue is declared as the settings say."""
     async with rejecting(empty, dead_letter_queue="dead", broker_dead_letters=False):
