@@ -62,11 +62,12 @@ class Frame:
 class Ledger:
     """The unsettled deliveries of one session, in the order of their delivery."""
 
-    __slots__ = ("_held", "_last", "_outstanding")
+    __slots__ = ("_held", "_kinds", "_last", "_outstanding")
 
     def __init__(self) -> None:
         self._outstanding: dict[int, None] = {}
         self._held: dict[int, Disposition] = {}
+        self._kinds: set[Disposition] = set()
         self._last = 0
 
     def __len__(self) -> int:
@@ -81,7 +82,7 @@ class Ledger:
     @property
     def held_kinds(self) -> int:
         """The number of dispositions among the held deliveries."""
-        return len(set(self._held.values()))
+        return len(self._kinds)
 
     def deliver(self, tags: Sequence[int]) -> None:
         """Add deliveries. Each tag is larger than all before it."""
@@ -122,7 +123,9 @@ class Ledger:
 
     def hold(self, settlements: Iterable[Settlement]) -> None:
         """Decide deliveries that stay outstanding until `release`. Raises as `settle` does."""
-        self._held.update(self._decide(list(settlements)))
+        decided = self._decide(list(settlements))
+        self._held.update(decided)
+        self._kinds.update(decided.values())
 
     def release(self, *, joined: bool) -> list[Frame]:
         """Remove the held deliveries, and return the frames that settle them.
@@ -132,6 +135,7 @@ class Ledger:
                 those of one disposition follow each other.
         """
         held, self._held = self._held, {}
+        self._kinds = set()
         if joined:
             frames = self._plan(held)
         else:

@@ -276,10 +276,11 @@ class SettlementWriter:
 
     async def finish(self) -> None:
         """Write what is held; return when the channel may be closed. Raises SessionLost."""
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._committing is not None:
+        while self._committing is not None:
             await asyncio.wait({self._committing})
+        if self._timer is not None:
+            # Otherwise its commit could still be on its way when the channel is closed.
+            self._timer.cancel()
         if self._is_transactional:
             await self._commit()
         else:

@@ -245,6 +245,20 @@ async def test_messages_that_arrive_before_the_answer_to_cancel_are_counted() ->
     await session.close()
 
 
+async def test_what_is_settled_during_a_commit_is_committed_before_the_close() -> None:
+    """Nothing that was written stays uncommitted: it would return to the queue."""
+    session, channel, tap = await holding(40, prefetch=40)
+    channel.answer.set()
+    await session.cancel()
+    await settle(session, ACK, 1)
+    await asyncio.sleep(ROUND_TRIP / 2)
+    await settle(session, ACK, 2)
+    await session.close()
+
+    assert [(ACK, 1, False), "commit", (ACK, 2, False), "commit", "close"] == tap.sent[3:]
+    assert 0 == session.unproven
+
+
 async def test_a_drain_of_many_messages_commits_few_times(virtual_loop: VirtualTimeLoop) -> None:
     """200 messages end in their own time; the last ones are committed before the close."""
     session, channel, tap = await holding(200, prefetch=200)
