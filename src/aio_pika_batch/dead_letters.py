@@ -46,9 +46,6 @@ __all__ = [
     "replay",
 ]
 
-SCAN = 10_000
-"""Dead letters held at a time. More would take more memory, and the broker may lose patience."""
-
 
 @dataclass(frozen=True, slots=True)
 class Letter:
@@ -57,10 +54,12 @@ class Letter:
     Attributes:
         message: The message. It can't be settled any more, since its session is over.
         death: Why, when and from where it was dead-lettered.
+        number: Its position among those that were read, from 1.
     """
 
     message: Message
     death: DeathInfo
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +68,17 @@ class Looked:
 
     Attributes:
         ready: Number of dead letters in the queue; None if the transport can't count them.
-        letters: Those that were read, oldest first.
+        letters: Those that were read and match, oldest first.
+        seen: Number of those that were read.
+        reasons: Number of those that were read, by reason.
         ended: Why fewer were read than asked for; None if there were no more.
     """
 
     queue: str
     ready: int | None
     letters: Sequence[Letter]
+    seen: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
     ended: str | None = None
 
 
@@ -88,7 +91,8 @@ class Report:
         seen: Number of dead letters read.
         done: Number replayed or deleted; in a dry run, that would be.
         kept: Number left in the queue because they don't match.
-        failed: Number left in the queue although they match, by reason.
+        failed: Number left in the queue although they match, by what prevents it.
+        reasons: Number of dead letters read, by reason.
         ended: Why it ended early; None if it didn't.
     """
 
@@ -98,6 +102,7 @@ class Report:
     done: int = 0
     kept: int = 0
     failed: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
     ended: str | None = None
 
 
@@ -108,7 +113,9 @@ async def look(
     transport: Transport,
     queue: str,
     *,
-    most: int = 100,
+    most: int | None = 100,
+    where: Filter = EVERY,
+    limit: int | None = None,
     delivery_limit: Limit = "ask",
     retry_count_header: str = RETRY_COUNT_HEADER,
     stop: asyncio.Event | None = None,
@@ -120,7 +127,9 @@ async def look(
     left, and :attr:`Looked.ended` says so.
 
     Args:
-        most: Maximum number to read, 1 to 65535.
+        most: Maximum number to read; None reads all, and keeps only those that match.
+        where: Which dead letters to return.
+        limit: Maximum number to return; reading ends there.
         delivery_limit: Delivery limit of the queue; None for none. `"ask"` asks the broker, and
             uses RabbitMQ's default if in doubt.
         stop: Set this event to end early.
@@ -129,6 +138,11 @@ async def look(
         TransportError: The queue doesn't exist, or the broker is unreachable.
     """
     letters: list[Letter] = []
+    reasons: Counter[str] = Counter()
+
+    def is_full() -> bool:
+        return reasons.total() == most or len(letters) == limit
+
     async with browse(
         transport,
         queue,
@@ -137,12 +151,22 @@ async def look(
         retry_count_header=retry_count_header,
         stop=stop,
     ) as browser:
-        while len(letters) < most and (chunk := await browser.next_chunk()):
-            for message in chunk[: most - len(letters)]:
-                if not browser.can_return(message):
+        while not is_full() and (chunk := await browser.next_chunk()):
+            for message in chunk:
+                if is_full() or not browser.can_return(message):
                     break
-                letters.append(Letter(message, death_info(message, retry_count_header)))
-    return Looked(queue=queue, ready=browser.ready, letters=letters, ended=browser.ended)
+                death = death_info(message, retry_count_header)
+                reasons[death.reason] += 1
+                if where.matches(message, death, datetime.now(UTC)):
+                    letters.append(Letter(message, death, reasons.total()))
+    return Looked(
+        queue=queue,
+        ready=browser.ready,
+        letters=letters,
+        seen=reasons.total(),
+        reasons=reasons,
+        ended=browser.ended,
+    )
 
 
 async def replay(
@@ -151,7 +175,7 @@ async def replay(
     *,
     where: Filter = EVERY,
     limit: int | None = None,
-    scan: int = SCAN,
+    scan: int | None = None,
     to_queue: bool = False,
     dry_run: bool = False,
     delivery_limit: Limit = "ask",
@@ -168,7 +192,8 @@ async def replay(
     Args:
         where: Which dead letters.
         limit: Maximum number to replay.
-        scan: Maximum number held at a time. If more than that stay in the queue, it ends early.
+        scan: Maximum number held at a time; None for no limit. If more than that stay in the
+            queue, it ends early.
         to_queue: Publish only to the queue that each message was dead-lettered from, not to every
             queue bound to its exchange.
         dry_run: Only count them. Reading counts as a delivery.
@@ -226,18 +251,14 @@ async def purge(
     *,
     where: Filter = EVERY,
     limit: int | None = None,
-    scan: int = SCAN,
+    scan: int | None = None,
     dry_run: bool = False,
     delivery_limit: Limit = "ask",
     retry_count_header: str = RETRY_COUNT_HEADER,
     stop: asyncio.Event | None = None,
     on_progress: Progress | None = None,
 ) -> Report:
-    """Delete dead letters. The arguments are those of :func:`replay`.
-
-    Raises:
-        TransportError: The queue doesn't exist, or the connection was lost.
-    """
+    """Delete dead letters. The arguments and errors are those of :func:`replay`."""
     report = Report(queue=queue)
     async with browse(
         transport,
@@ -305,6 +326,7 @@ class _Selector:
                 break
             report.seen += 1
             death = death_info(message, self._header)
+            report.reasons[death.reason] += 1
             matches = self._where.matches(message, death, now)
             stays = self._returns_all or not matches
             if stays and not self._browser.can_return(message):

@@ -9,6 +9,7 @@ too often. The browser stops before that happens.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -24,7 +25,13 @@ from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import Queue, Topology, Version
 from aio_pika_batch.core.topology_options import QUEUE_TYPE
 from aio_pika_batch.errors import TopologyError
-from aio_pika_batch.transport import CountingTransport, Session, Subscription, Transport
+from aio_pika_batch.transport import (
+    AdjustableSession,
+    CountingTransport,
+    Session,
+    Subscription,
+    Transport,
+)
 from aio_pika_batch.transport import VersionedTransport as Versioned
 
 QUIET = 5.0
@@ -35,6 +42,9 @@ MAX_HELD = 65_535
 
 CHUNK = 100
 """Messages handed out in one step."""
+
+WINDOW = 1000
+"""Messages that the broker may send before those are handed out; only their tags are kept then."""
 
 Limit: TypeAlias = int | Literal["ask"] | None
 
@@ -51,14 +61,17 @@ class QueueBrowser:
     def __init__(
         self,
         ready: int | None,
-        most: int,
+        most: int | None,
         limit: int | None,
         stop: asyncio.Event | None,
+        *,
+        prefetch: int = 0,
     ) -> None:
         self.ready = ready
         self.seen = 0
         self.ended: str | None = None
-        self._most = most
+        self._most = math.inf if most is None else most
+        self._allowed = prefetch
         self._limit = limit
         self._stop = stop or asyncio.Event()
         self._held: dict[int, None] = {}
@@ -80,15 +93,19 @@ class QueueBrowser:
         if left <= 0 or self.ended is not None:
             return []
         # The broker sends no more than the prefetch count, however long one waits.
-        if not self._arrived and len(self._held) >= self._most:
-            self.end(f"{self._most} dead letters are held, the maximum")
+        if (
+            not self._arrived
+            and len(self._held) >= self._allowed
+            and not await self._ask_for_more()
+        ):
+            self.end(f"{len(self._held)} dead letters are held, the maximum; raise scan (--scan)")
             return []
         if not self._arrived:
             await self._wait()
         if self._stop.is_set():
             self.end("interrupted")
             return []
-        count = min(left, CHUNK)
+        count = int(min(left, CHUNK))
         chunk, self._arrived = self._arrived[:count], self._arrived[count:]
         self.seen += len(chunk)
         if not chunk and self.ready is not None:
@@ -97,6 +114,18 @@ class QueueBrowser:
                 " another consumer may have them"
             )
         return chunk
+
+    async def _ask_for_more(self) -> bool:
+        """Let the broker send more, although none of those that are held has been settled."""
+        more = min(WINDOW, self._most - len(self._held))
+        session: object = self._session
+        if not isinstance(session, AdjustableSession) or more <= 0:
+            return False
+        # Not a larger prefetch from the start: then all of the queue would be in memory at once.
+        self._allowed = len(self._held) + int(more)
+        await session.pause()
+        await session.resume(int(more))
+        return True
 
     def end(self, reason: str) -> None:
         """End early. The first reason counts."""
@@ -175,7 +204,7 @@ async def browse(
     transport: Transport,
     queue: str,
     *,
-    most: int,
+    most: int | None = None,
     limit: Limit = "ask",
     retry_count_header: str = RETRY_COUNT_HEADER,
     stop: asyncio.Event | None = None,
@@ -183,7 +212,7 @@ async def browse(
     """Open a browser on a queue; at the end, messages that aren't done are back in the queue.
 
     Args:
-        most: Maximum number of messages held at a time, 1 to 65535.
+        most: Maximum number of messages held at a time; None for no limit.
         limit: Delivery limit of the queue; None for none; `"ask"` asks the broker.
         stop: Set this event to end early.
 
@@ -191,10 +220,10 @@ async def browse(
         TopologyError: The queue doesn't exist, or can't be consumed from.
         TransportError: The connection failed. No message is lost.
     """
-    most = min(max(1, most), MAX_HELD)
     version, known = await _ask(transport, queue, limit)
     ready = await transport.count(queue) if isinstance(transport, CountingTransport) else None
-    browser = QueueBrowser(ready, most, known, stop)
+    prefetch = min(most or MAX_HELD, WINDOW, ready or WINDOW)
+    browser = QueueBrowser(ready, most, known, stop, prefetch=prefetch)
     # No session for an empty queue: it would wait for a message in vain.
     if ready == 0:
         yield browser
@@ -202,7 +231,7 @@ async def browse(
     subscription = Subscription(
         queue=queue,
         # Not more than there were: each delivery counts, also of messages that come meanwhile.
-        prefetch=min(most, ready or most),
+        prefetch=prefetch,
         consumer_tag=f"browser-{os.getpid()}",
         retry_count_header=retry_count_header,
     )

@@ -432,7 +432,7 @@ REPAIR = (
     Mutant(
         "A message that is dead-lettered again during a replay is replayed forever.",
         "queue_browser.py",
-        "count = min(left, CHUNK)",
+        "count = int(min(left, CHUNK))",
         "count, self.ready = CHUNK, 10**6",
         (f"{_REPAIR}::test_letters_that_die_again_meanwhile_are_not_replayed_again",),
     ),
@@ -532,6 +532,13 @@ OPERATION = (
 _LOGGING = "tests/unit/cli/test_logging.py"
 
 LOGS = (
+    Mutant(
+        "Dead letters behind the first window are never seen.",
+        "queue_browser.py",
+        "self._allowed = len(self._held) + int(more)",
+        "self._allowed = int(more)",
+        ("tests/unit/cli/test_commands.py::test_show_finds_the_only_one_that_matches",),
+    ),
     Mutant(
         "The text of an exception makes lines of its own in the log.",
         "cli/logging.py",

@@ -44,6 +44,8 @@ from prometheus_client import CollectorRegistry
 import aio_pika_batch
 from aio_pika_batch.adapters import memory
 from aio_pika_batch.cli.app import app
+from aio_pika_batch.cli.process_manager import ProcessManager, ProcessPolicy
+from aio_pika_batch.cli.supervisor import ProcessMetrics
 from aio_pika_batch.core.publication import Publication
 from aio_pika_batch.core.topology_options import policy_command
 from aio_pika_batch.observers.prometheus import PrometheusObserver
@@ -444,6 +446,7 @@ def known_names() -> set[str]:
                 names.update(getattr(value, "__slots__", ()))
     registry = CollectorRegistry()
     PrometheusObserver(registry)
+    registry.register(ProcessMetrics(ProcessManager(ProcessPolicy(1))))
     for metric in registry.collect():
         names.update(metric.name + suffix for suffix in ("", "_total", "_bucket", "_sum"))
     broker = memory.Broker()

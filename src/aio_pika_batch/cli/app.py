@@ -34,11 +34,7 @@ Flag: TypeAlias = Annotated[bool, Parameter(show_default=False)]
 Strings: TypeAlias = Annotated[tuple[str, ...], Parameter(show_default=False)]
 """Types of options whose defaults say nothing."""
 
-EXIT_CODES = (
-    "Exit codes: 0 success; 1 crash, failed check, or incomplete drain; 2 wrong usage or"
-    " configuration; 3 cannot connect."
-)
-
+EXIT_CODES = "Exit codes: 0 success; {failed}; 2 wrong usage or configuration; 3 cannot connect."
 
 _CANNOT_WRITE = frozenset(
     {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EROFS}
@@ -108,7 +104,7 @@ def _format_usage_error(error: CycloptsError) -> str:
 app = App(
     name=NAME,
     help="Run and inspect batch consumers for RabbitMQ, and repair dead letters.",
-    help_epilogue=EXIT_CODES,
+    help_epilogue=EXIT_CODES.format(failed="1 failure, see the help of each command"),
     version=lambda: version("aio-pika-batch"),
     default_parameter=Parameter(negative=""),  # no --no-… options
     error_formatter=_format_usage_error,
@@ -116,16 +112,20 @@ app = App(
 )
 
 
-def _add(name: str, text: str, example: str, *, module: str | None = None) -> None:
+def _add(name: str, text: str, example: str, *, failed: str, module: str | None = None) -> None:
     """Add the function of this name from the module of this name, or from another one.
 
     The help text is given here: reading it from the function would import its module.
+
+    Args:
+        failed: What exit code 1 means.
     """
+    codes = EXIT_CODES.format(failed=f"1 {failed}")
     app.command(
         f"aio_pika_batch.cli.{module or name}:{name}",
         name=name,
         help=text,
-        help_epilogue=f"Example: {NAME} {name} {example}\n\n{EXIT_CODES}",
+        help_epilogue=f"Example: {NAME} {name} {example}\n\n{codes}",
     )
 
 
@@ -134,30 +134,35 @@ _add(
     "Run consumers until SIGTERM or Ctrl-C.\n\nThe first signal drains: batches in progress are"
     " finished and settled. A second signal abandons the drain.",
     "shop:Importer --processes 2 --health-port 8080",
+    failed="crash or incomplete drain",
 )
 _add(
     "relay",
     "Publish what waits in an outbox, until SIGTERM or Ctrl-C.\n\nA relay is an OutboxRelay, and"
     " runs like a consumer. Several processes share the work.",
     "shop:relay --processes 2 --health-port 8080",
+    failed="crash or incomplete drain",
     module="run",
 )
 _add(
     "health",
     "Check the health of a running program.",
     "--url http://127.0.0.1:8080/livez",
+    failed="unhealthy",
     module="app",
 )
 _add(
     "check",
     "Show a consumer's settings and compare them with the broker.\n\nDeclares nothing.",
     "shop:Importer --strict",
+    failed="problems found",
 )
 _add(
     "topology",
     "Show the queues, exchanges and bindings of a consumer, or declare them.\n\nConnects to the"
     " broker only with --apply or --dry-run, or if definitions depend on its version.",
     "shop:Importer --dry-run",
+    failed="something differs, or is refused",
     module="check",
 )
 _add(
@@ -165,8 +170,10 @@ _add(
     "Run a demo: a pipeline of two consumers under load, with live statistics.\n\nAt the end it"
     " checks that no message was lost.",
     "--chaos",
+    failed="orders not accounted for",
     module="demo.command",
 )
+app.register_install_completion_command()
 app.command(
     "aio_pika_batch.cli.dlq:app",
     name="dlq",

@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, TypeAlias, TypeVar
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from cyclopts import App, Parameter
 
-from aio_pika_batch.cli.app import Exit, Flag, Strings, print_error
+from aio_pika_batch.cli.app import EXIT_CODES, Exit, Flag, Strings, print_error
 from aio_pika_batch.cli.printing import (
     ProgressBar,
     console,
     describe_age,
     escaped,
     letter_as_json,
+    parse_duration,
     print_json,
     print_letter,
     print_table,
     summary,
 )
 from aio_pika_batch.cli.targets import QueueOptions, TargetOptions, find_queue
-from aio_pika_batch.dead_letters import SCAN, Filter, Looked, Report, look, purge, replay
+from aio_pika_batch.dead_letters import EVERY, Filter, Looked, Report, look, purge, replay
 from aio_pika_batch.errors import ConfigurationError, TransportError
-from aio_pika_batch.queue_browser import MAX_HELD
 from aio_pika_batch.runtime.shutdown import process_signals
 
 _T = TypeVar("_T")
 _Work: TypeAlias = Callable[[asyncio.Event, Callable[[Report], None]], Coroutine[Any, Any, Report]]
 
+_READ_CODES = EXIT_CODES.format(failed="1 not all could be read")
+_CHANGE_CODES = (
+    "Exit codes: 0 success; 1 some stay that match, or it ended early; 2 wrong usage or"
+    " configuration, or nothing done for want of --yes; 3 cannot connect; 130 interrupted."
+)
+
 app = App(name="dlq")  # cli.app has its help
+
+
+Duration: TypeAlias = Annotated[
+    timedelta, Parameter(converter=lambda _, tokens: parse_duration(tokens[0].value))
+]
 
 
 @Parameter(name="*")
@@ -41,9 +53,9 @@ class FilterOptions:
 
     reason: Strings = ()
     """Only with this reason: rejected, exhausted, handler-error, undecodable, expired, …"""
-    older_than: timedelta | None = None
-    """Only if dead-lettered longer ago than this: 90s, 15m, 2h, 3d."""
-    newer_than: timedelta | None = None
+    older_than: Duration | None = None
+    """Only if dead-lettered longer ago than this: 90s, 15m, 2h, 3d, 1w."""
+    newer_than: Duration | None = None
     """Only if dead-lettered more recently than this."""
     header: Strings = ()
     """Only with this header, as name=value."""
@@ -69,7 +81,7 @@ class FilterOptions:
         )
 
 
-@app.command(name="list")
+@app.command(name="list", help_epilogue=_READ_CODES)
 def list_(
     target: str | None = None,
     /,
@@ -94,7 +106,7 @@ def list_(
         loading: How consumers are found.
     """
     found = [find_queue(each, place, loading) for each in [target, *more]]
-    most = _check_held(look_at, "--look-at")
+    most = _check_positive(look_at, "--look-at")
 
     async def work(stop: asyncio.Event) -> list[Looked]:
         return [
@@ -124,12 +136,12 @@ def list_(
     return _report_early_end(looked)
 
 
-@app.command
+@app.command(help_epilogue=_READ_CODES)
 def show(
     target: str | None = None,
     /,
     *,
-    look_at: int = 100,
+    look_at: int | None = None,
     max_bytes: int = 2000,
     format: Literal["text", "json"] = "text",  # noqa: A002  -- its name on the command line
     where: FilterOptions | None = None,
@@ -144,9 +156,9 @@ def show(
 
     Args:
         target: Consumer as module:attribute; or name a queue with --queue.
-        look_at: Read at most this many dead letters.
+        look_at: Read at most this many dead letters; 100, or all of them with a filter.
         max_bytes: Show at most this many bytes of each body.
-        format: Output format; in json, bodies are hex.
+        format: Output format; in json, bodies that aren't text are hex.
         where: Which dead letters; 10, unless a limit is given.
         place: The queue.
         loading: How the consumer is found.
@@ -154,29 +166,41 @@ def show(
     found = find_queue(target, place, loading)
     where = where or FilterOptions()
     matches = where.filter
-    most = _check_held(look_at, "--look-at")
-    _check_held(max_bytes, "--max-bytes")
+    most = 100 if look_at is None and matches == EVERY else look_at
+    if most is not None:
+        _check_positive(most, "--look-at")
+    _check_positive(max_bytes, "--max-bytes")
     looked = _run_interruptible(
-        lambda stop: look(found.transport, found.queue, most=most, stop=stop, **found.how)
+        lambda stop: look(
+            found.transport,
+            found.queue,
+            most=most,
+            where=matches,
+            limit=where.limit or 10,
+            stop=stop,
+            **found.how,
+        )
     )
-    now = datetime.now(UTC)
-    letters = [
-        (number, letter)
-        for number, letter in enumerate(looked.letters, 1)
-        if matches.matches(letter.message, letter.death, now)
-    ][: where.limit or 10]
     if format == "json":
-        print_json([letter_as_json(number, letter, max_bytes) for number, letter in letters])
+        print_json([letter_as_json(letter, max_bytes) for letter in looked.letters])
     else:
-        for number, letter in letters:
-            print_letter(console(), number, letter, max_bytes)
+        for letter in looked.letters:
+            print_letter(console(), letter, max_bytes)
         console().print(
             escaped(
-                f"{len(letters)} shown, {len(looked.letters)} looked at,"
+                f"{len(looked.letters)} shown, {looked.seen} looked at,"
                 f" {_number(looked.ready)} in {looked.queue}"
             )
         )
+    _list_reasons(where, looked.reasons)
     return _report_early_end([looked])
+
+
+def _list_reasons(where: FilterOptions, found: Counter[str]) -> None:
+    """Print the reasons that exist if none of those that were asked for does."""
+    if where.reason and found and not found.keys() & set(where.reason):
+        there = ", ".join(f"{reason} ({count})" for reason, count in found.most_common())
+        print_error(f"no dead letter has the reason {' or '.join(where.reason)}; found: {there}")
 
 
 def _number(count: int | None) -> str:
@@ -190,14 +214,15 @@ def _report_early_end(looked: list[Looked]) -> Exit:
     return Exit.FAILED if any(each.ended is not None for each in looked) else Exit.OK
 
 
-@app.command(name="replay")
+@app.command(name="replay", help_epilogue=_CHANGE_CODES)
 def replay_(
     target: str | None = None,
     /,
     *,
     to_queue: Flag = False,
     dry_run: Flag = False,
-    scan: int = SCAN,
+    scan: int | None = None,
+    format: Literal["text", "json"] = "text",  # noqa: A002  -- its name on the command line
     where: FilterOptions | None = None,
     place: QueueOptions | None = None,
     loading: TargetOptions | None = None,
@@ -214,21 +239,26 @@ def replay_(
         to_queue: Publish only to the queue that the message was dead-lettered from, not to every
             queue bound to its exchange.
         dry_run: Only count the dead letters that match. A quorum queue counts this as a delivery.
-        scan: Hold at most this many dead letters that don't match.
+        scan: Hold at most this many dead letters that don't match; by default any number.
+        format: Output format.
         where: Which dead letters.
         place: The queue.
         loading: How the consumer is found.
     """
     found, where = find_queue(target, place, loading), where or FilterOptions()
-    matches, most = where.filter, _check_held(scan, "--scan")
+    matches = where.filter
+    if scan is not None:
+        _check_positive(scan, "--scan")
     return _run_with_progress(
         "would be replayed" if dry_run else "replayed",
+        where,
+        format,
         lambda stop, on_progress: replay(
             found.transport,
             found.queue,
             where=matches,
             limit=where.limit,
-            scan=most,
+            scan=scan,
             to_queue=to_queue,
             dry_run=dry_run,
             stop=stop,
@@ -238,13 +268,14 @@ def replay_(
     )
 
 
-@app.command(name="purge")
+@app.command(name="purge", help_epilogue=_CHANGE_CODES)
 def purge_(
     target: str | None = None,
     /,
     *,
     yes: Flag = False,
-    scan: int = SCAN,
+    scan: int | None = None,
+    format: Literal["text", "json"] = "text",  # noqa: A002  -- its name on the command line
     where: FilterOptions | None = None,
     place: QueueOptions | None = None,
     loading: TargetOptions | None = None,
@@ -256,21 +287,26 @@ def purge_(
     Args:
         target: Consumer as module:attribute; or name a queue with --queue.
         yes: Delete them.
-        scan: Hold at most this many dead letters that don't match.
+        scan: Hold at most this many dead letters that don't match; by default any number.
+        format: Output format.
         where: Which dead letters.
         place: The queue.
         loading: How the consumer is found.
     """
     found, where = find_queue(target, place, loading), where or FilterOptions()
-    matches, most = where.filter, _check_held(scan, "--scan")
+    matches = where.filter
+    if scan is not None:
+        _check_positive(scan, "--scan")
     code = _run_with_progress(
         "deleted" if yes else "would be deleted",
+        where,
+        format,
         lambda stop, on_progress: purge(
             found.transport,
             found.queue,
             where=matches,
             limit=where.limit,
-            scan=most,
+            scan=scan,
             dry_run=not yes,
             stop=stop,
             on_progress=on_progress,
@@ -284,10 +320,10 @@ def purge_(
     return code
 
 
-def _check_held(value: int, option: str) -> int:
-    """Return a number of messages that one session can hold. Raises ConfigurationError."""
-    if not 1 <= value <= MAX_HELD:
-        raise ConfigurationError(f"{option}: must be 1 to {MAX_HELD}, not {value}")
+def _check_positive(value: int, option: str) -> int:
+    """Return a number of messages or bytes. Raises ConfigurationError."""
+    if value < 1:
+        raise ConfigurationError(f"{option}: must be at least 1, not {value}")
     return value
 
 
@@ -311,13 +347,14 @@ def _run_interruptible(work: Callable[[asyncio.Event], Coroutine[Any, Any, _T]])
         raise KeyboardInterrupt from None
 
 
-def _run_with_progress(verb: str, work: _Work) -> int:
+def _run_with_progress(verb: str, where: FilterOptions, format: str, work: _Work) -> int:  # noqa: A002
     """Run a replay or purge, show its progress, print its report, return the exit code.
 
     Args:
         verb: What happens to dead letters, as "replayed".
     """
-    out = console()
+    # With JSON, the progress must not get into it.
+    out = console(is_error=format == "json")
     last: list[Report] = []
     with ProgressBar(out, verb) as bar:
 
@@ -334,9 +371,16 @@ def _run_with_progress(verb: str, work: _Work) -> int:
             raise
     total = "" if report.ready is None else f" of {report.ready}"
     failed = sum(report.failed.values())
-    out.print(
-        f"{report.done}{total} dead letters {verb}; {report.kept} did not match, {failed} failed"
-    )
+    if format == "json":
+        print_json({each.name: getattr(report, each.name) for each in fields(report)})
+    else:
+        # If it ended early, nobody knows how many more there are.
+        least = "" if report.ended is None or report.seen == report.ready else "at least "
+        console().print(
+            f"{least}{report.done}{total} dead letters {verb}; {report.kept} did not match,"
+            f" {failed} failed"
+        )
+    _list_reasons(where, report.reasons)
     for reason, count in report.failed.items():
         print_error(f"{count} stay in {report.queue}: {reason}")
     if report.ended is not None:

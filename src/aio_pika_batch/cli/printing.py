@@ -7,11 +7,11 @@ without control characters and markup.
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
 from rich.box import SIMPLE_HEAD
@@ -38,10 +38,15 @@ MAX_JSON = 1 << 20
 _HEX_ROW = 16
 
 
-def console() -> Console:
-    """Return a console for standard output."""
+def console(*, is_error: bool = False) -> Console:
+    """Return a console for standard output or standard error."""
     # Names may contain brackets and colons, which rich would take for markup and emoji.
-    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+    plain: dict[str, Any] = {
+        "highlight": False,
+        "markup": False,
+        "emoji": False,
+        "stderr": is_error,
+    }
     found = Console(**plain)
     # Rich would wrap the lines at 80 columns.
     return found if found.is_terminal else Console(**plain, width=_PIPE_WIDTH)
@@ -115,23 +120,22 @@ class ProgressBar:
 
 def summary(looked: Looked) -> dict[str, Any]:
     """Return a summary of the dead letters of a queue."""
-    deaths = [letter.death for letter in looked.letters]
-    moments = [death.died_at for death in deaths if death.died_at is not None]
+    moments = [each.death.died_at for each in looked.letters if each.death.died_at is not None]
     return {
         "queue": looked.queue,
         "letters": looked.ready,
-        "looked_at": len(deaths),
-        "reasons": dict(Counter(death.reason for death in deaths).most_common()),
+        "looked_at": looked.seen,
+        "reasons": dict(looked.reasons.most_common()),
         "oldest": min(moments, default=None),
         "newest": max(moments, default=None),
         "ended": looked.ended,
     }
 
 
-def print_letter(out: Console, number: int, letter: Letter, max_bytes: int) -> None:
+def print_letter(out: Console, letter: Letter, max_bytes: int) -> None:
     """Print a dead letter with at most so many bytes of its body."""
     message, death = letter.message, letter.death
-    title = Text(f"letter {number}", "bold").append(":", "not bold")
+    title = Text(f"letter {letter.number}", "bold").append(":", "not bold")
     out.print(title, escaped(death.reason), describe_age(death.died_at))
     lines = []
     if death.origin is not None:
@@ -152,16 +156,19 @@ def print_letter(out: Console, number: int, letter: Letter, max_bytes: int) -> N
     out.print()
 
 
-def letter_as_json(number: int, letter: Letter, max_bytes: int) -> dict[str, object]:
+def letter_as_json(letter: Letter, max_bytes: int) -> dict[str, object]:
     """Return a dead letter for JSON with at most so many bytes of its body."""
     message = letter.message
+    shown = message.body[:max_bytes]
+    text = _decoded(shown, is_whole=len(message.body) <= max_bytes)
     return {
-        "letter": number,
+        "letter": letter.number,
         **asdict(letter.death),
         "properties": _properties(message),
         "headers": _headers(message),
         "bytes": len(message.body),
-        "body": message.body[:max_bytes],
+        "body": shown.hex() if text is None else text,
+        "body_is_hex": text is None,
     }
 
 
@@ -186,6 +193,29 @@ def describe_age(moment: datetime | None) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit} ago"
     return f"{max(0, seconds):.0f} s ago"
+
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_AMOUNT = re.compile(
+    r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)"
+    r"(?:ecs?|econds?|ins?|inutes?|rs?|ours?|ays?|ks?|eeks?)?\s*",
+    re.IGNORECASE,
+)
+
+
+def parse_duration(text: str) -> timedelta:
+    """Return a duration such as `90s`, `15m`, `2h`, `3 weeks` or `1d12h`.
+
+    Raises:
+        ValueError: It isn't one; the text says how one is written.
+    """
+    amounts = list(_AMOUNT.finditer(text.strip()))
+    if not amounts or "".join(each[0] for each in amounts) != text.strip():
+        raise ValueError(f"{text!r} is not a duration; write it as 90s, 15m, 2h, 3d or 1w")
+    try:
+        return timedelta(**{_UNITS[each[2].lower()]: float(each[1]) for each in amounts})
+    except OverflowError:
+        raise ValueError(f"{text!r} is longer than all of history") from None
 
 
 # --- bodies ----------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
 from aio_pika_batch.adapters.memory import ConnectFault, EventKind
 from aio_pika_batch.cli.app import run_app
+from aio_pika_batch.cli.printing import parse_duration
 from tests.unit.shell.helpers import QueueBroker
 
 DLQ = "orders.dlq"
@@ -391,7 +392,7 @@ def test_purge_only_counts_without_yes(cli, letters):
     ("words", "expected"),
     [
         (["list"], "name a consumer"),
-        (["list", "bookshop:orders", "--look-at", "0"], "--look-at: must be 1 to 65535"),
+        (["list", "bookshop:orders", "--look-at", "0"], "--look-at: must be at least 1"),
         (["show", "bookshop:orders", "--header", "acme"], "write name=value"),
         (["replay", "bookshop:orders", "--limit", "0"], "--limit: must be at least 1"),
         (["replay", "bookshop:orders", "--older-than", "soon"], "older-than"),
@@ -421,3 +422,138 @@ def test_the_help_of_each_command_has_an_example(capsys, words):
     """It can be pasted."""
     assert 0 == run_app([*words.split(), "--help"])
     assert f"Example: aio-pika-batch {words} " in " ".join(capsys.readouterr().out.split())
+
+
+# --- dlq: large queues, JSON and odd words -----------------------------------------
+
+
+@pytest.mark.parametrize("words", [("replay", "--dry-run"), ("purge",), ("replay",)])
+def test_dead_letters_are_all_seen_however_many_stay(cli, rabbit, words):
+    """Those that don't match are held by the broker, and only their tags here."""
+    rabbit.declare(DLQ)
+    dead_letter(rabbit, *(b"%d" % number for number in range(3500)))
+    dead_letter(rabbit, b"last", reason="exhausted")
+    code, out, _ = cli(
+        "dlq", *words, "bookshop:orders", "--reason", "exhausted", "--format", "json"
+    )
+    report = json.loads(out)
+    assert (3501, 3501, 1) == (
+        report["ready"],
+        report["seen"],
+        report["done"] + sum(report["failed"].values()),
+    )
+    assert {"rejected": 3500, "exhausted": 1} == report["reasons"]
+    assert report["ended"] is None
+    assert 3501 == len(rabbit.broker.ready(DLQ))
+    assert 0 == code or words != ("replay", "--dry-run")
+
+
+def test_show_finds_the_only_one_that_matches(cli, rabbit):
+    """A filter looks at all dead letters."""
+    rabbit.declare(DLQ)
+    dead_letter(rabbit, *(b"%d" % number for number in range(2500)))
+    dead_letter(rabbit, b"last", reason="exhausted")
+    code, out, _ = cli("dlq", "show", "bookshop:orders", "--reason", "exhausted")
+    assert 0 == code
+    assert "letter 2501: exhausted" in out
+    assert "1 shown, 2501 looked at, 2501 in orders.dlq" in out
+
+
+def test_a_limit_of_held_ones_says_at_least_and_how_to_see_more(cli, rabbit):
+    """The number would be wrong otherwise."""
+    rabbit.declare(DLQ)
+    dead_letter(rabbit, *(b"%d" % number for number in range(30)))
+    code, out, err = cli("dlq", "replay", "bookshop:orders", "--dry-run", "--scan", "10")
+    assert 1 == code
+    assert "at least 10 of 30 dead letters would be replayed" in out
+    assert "raise scan (--scan)" in err
+
+
+@pytest.mark.parametrize("words", [("replay",), ("purge", "--yes"), ("show",)])
+def test_a_reason_that_no_dead_letter_has_lists_those_that_exist(cli, letters, words):
+    """It may be misspelt."""
+    _, out, err = cli("dlq", *words, "bookshop:orders", "--reason", "exausted")
+    assert "no dead letter has the reason exausted; found: exhausted (2), rejected (1)" in err
+    assert 3 == len(letters.broker.ready(DLQ))
+    assert "exhausted (2)" not in out
+
+
+def test_bodies_in_json_are_text_where_they_are_text(cli, letters):
+    """The others are hex, and marked."""
+    _, out, _ = cli("dlq", "show", "bookshop:orders", "--format", "json")
+    shown = [(each["body"], each["body_is_hex"]) for each in json.loads(out)]
+    assert [('{"order": 17}', False), ("ff00", True), ("two", False)] == shown
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x": float("nan")},
+        {"x": float("inf")},
+        {"x": b"\xff"},
+        {"x": {"[/b]": [1, None]}},
+        {"x-death": "odd"},
+        {"x-dead-lettered-at": "yesterday"},
+        {"x-dead-letter-reason": b"\xff[/x]"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("command", ["list", "show", "replay", "purge"])
+@pytest.mark.parametrize("format_", ["text", "json"])
+def test_odd_headers_end_no_command(cli, rabbit, headers, command, format_):
+    """Whatever a client has put into them."""
+    if command == "list" and format_ == "text":
+        format_ = "table"
+    rabbit.declare(DLQ)
+    dead_letter(rabbit, b"\xed\xa0\x80", **headers)
+    code, out, err = cli("dlq", command, "bookshop:orders", "--format", format_)
+    assert code in {0, 1, 2}
+    assert "Traceback" not in err
+    if format_ == "json":
+        json.loads(out, parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90s", timedelta(seconds=90)),
+        ("15m", timedelta(minutes=15)),
+        ("2h", timedelta(hours=2)),
+        ("3d", timedelta(days=3)),
+        ("3weeks", timedelta(weeks=3)),
+        ("1.5 hours", timedelta(minutes=90)),
+        ("1d12h", timedelta(hours=36)),
+        ("10 Min", timedelta(minutes=10)),
+        ("2 days 3 hrs", timedelta(hours=51)),
+    ],
+)
+def test_durations_are_read(text, expected):
+    """In the words that people use."""
+    assert expected == parse_duration(text)
+
+
+@pytest.mark.parametrize("text", ["", "3", "soon", "3 fortnights", "-1h", "1h ago", "9" * 30 + "w"])
+def test_what_is_not_a_duration_is_refused(cli, letters, text):
+    """The error says how one is written."""
+    code, _, err = cli("dlq", "show", "bookshop:orders", f"--older-than={text}")
+    assert 2 == code
+    assert "90s, 15m, 2h, 3d" in err or "longer than" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "meaning"),
+    [
+        (["run"], "1 crash or incomplete drain"),
+        (["check"], "1 problems found"),
+        (["health"], "1 unhealthy"),
+        (["topology"], "1 something differs"),
+        (["dlq", "list"], "1 not all could be read"),
+        (["dlq", "purge"], "1 some stay that match"),
+    ],
+)
+def test_each_help_explains_its_own_exit_codes(capsys, words, meaning):
+    """A failed check isn't a crash."""
+    assert 0 == run_app([*words, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert meaning in text
+    assert 1 == text.count("Exit codes:")
