@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 PACE = 0.1
 AT_ONCE = 24
 _ALIKE = 6
-KINDS = set(FaultKind) - {FaultKind.CANCEL}
+KINDS = set(FaultKind) - {FaultKind.CANCEL, FaultKind.STALLED, FaultKind.FORBIDDEN}
 """All but what a broker does only to a queue that is deleted, and then what was in it is gone."""
 
 
@@ -66,6 +66,7 @@ class RabbitScene:
         self._connection = connection
         self._door = asyncio.Lock()
         self._restless: str | None = None
+        self._oversized = 0
         self._dead = f"{self.queue}.dead"
         self._full = f"{self.queue}.full"
 
@@ -95,9 +96,10 @@ class RabbitScene:
 
     async def put(self, body: bytes) -> None:
         """Publish with a confirm, bypassing the proxy."""
-        await self._channel.default_exchange.publish(
-            aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.PERSISTENT), self.queue
-        )
+        message = aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
+        if self._oversized:
+            message.headers = {"token": "t" * (131_072 - 150)}
+        await self._channel.default_exchange.publish(message, self.queue)
 
     async def hurt(self, kind: FaultKind, seconds: float) -> None:
         """Cause a fault and end it."""
@@ -131,7 +133,11 @@ class RabbitScene:
                 proxy.freeze("to_client")
                 await asyncio.sleep(seconds)
                 proxy.thaw()
-            case FaultKind.CANCEL:
+            case FaultKind.OVERSIZED:
+                self._oversized += 1
+                await asyncio.sleep(seconds)
+                self._oversized -= 1
+            case FaultKind.CANCEL | FaultKind.STALLED | FaultKind.FORBIDDEN:
                 raise NotImplementedError(kind)
 
     async def come_to_rest(self, done: Callable[[], bool]) -> None:

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import assert_never
 
-from aio_pika_batch.adapters.memory.faults import EventKind, PublishFault
+from aio_pika_batch.adapters.memory.faults import FRAME_MAX, EventKind, PublishFault
 from aio_pika_batch.adapters.memory.rabbitmq import NEWEST
+from aio_pika_batch.core.message import Properties
 from aio_pika_batch.testing.broker import BatchBroker
 from aio_pika_batch.testing.stories.player import play
 from aio_pika_batch.testing.stories.story import WAIT_SUFFIX, FaultKind, Played, Story, judge
@@ -17,6 +18,16 @@ from aio_pika_batch.transport import Transport
 
 _LONG = 6000.0
 """Seconds that suffice to finish everything after the faults are over."""
+
+
+_PUBLISH_FAULTS = {
+    FaultKind.REFUSE: PublishFault.REFUSE,
+    FaultKind.LOSE: PublishFault.LOSE,
+    FaultKind.UNCONFIRMED: PublishFault.UNCONFIRMED,
+    FaultKind.LATE: PublishFault.BLOCK,
+    FaultKind.STALLED: PublishFault.BLOCK,
+    FaultKind.FORBIDDEN: PublishFault.FORBID,
+}
 
 
 class MemoryScene:
@@ -34,6 +45,7 @@ class MemoryScene:
 
     def __init__(self, broker: BatchBroker) -> None:
         self._broker = broker
+        self._oversized = 0
         self._broker.declare(self._dead)
         self._bind()
 
@@ -47,7 +59,11 @@ class MemoryScene:
 
     async def put(self, body: bytes) -> None:
         """Put a message directly into the queue."""
-        self._broker.broker.put(self.queue, body, routing_key="key", exchange="events")
+        properties = None
+        if self._oversized:
+            properties = Properties(headers={"token": "t" * (FRAME_MAX - 100)})
+        broker = self._broker.broker
+        broker.put(self.queue, body, properties, routing_key="key", exchange="events")
 
     async def hurt(self, kind: FaultKind, seconds: float) -> None:
         """Cause a fault for some virtual seconds."""
@@ -60,16 +76,20 @@ class MemoryScene:
                 await self._disconnect(seconds)
             case FaultKind.RETURN:
                 await self._without_dead_letters(seconds)
-            case FaultKind.REFUSE:
-                await self._affect_publishing(PublishFault.REFUSE, seconds)
-            case FaultKind.LOSE:
-                await self._affect_publishing(PublishFault.LOSE, seconds)
-            case FaultKind.UNCONFIRMED:
-                await self._affect_publishing(PublishFault.UNCONFIRMED, seconds)
-            case FaultKind.LATE:
-                # The confirms that were blocked come when the fault is over.
-                await self._affect_publishing(PublishFault.BLOCK, seconds)
-                self._broker.broker.unblock()
+            case (
+                FaultKind.REFUSE
+                | FaultKind.LOSE
+                | FaultKind.UNCONFIRMED
+                | FaultKind.LATE
+                | FaultKind.STALLED
+                | FaultKind.FORBIDDEN
+            ):
+                exchange = self.dead_letter_exchange if kind is FaultKind.STALLED else None
+                await self._affect_publishing(_PUBLISH_FAULTS[kind], seconds, exchange)
+            case FaultKind.OVERSIZED:
+                self._oversized += 1
+                await asyncio.sleep(seconds)
+                self._oversized -= 1
             case never:
                 assert_never(never)
 
@@ -83,11 +103,16 @@ class MemoryScene:
         await asyncio.sleep(seconds)
         self._bind()
 
-    async def _affect_publishing(self, fault: PublishFault, seconds: float) -> None:
+    async def _affect_publishing(
+        self, fault: PublishFault, seconds: float, exchange: str | None = None
+    ) -> None:
         faults = self._broker.broker.faults
-        faults.on_publish(fault)
+        faults.on_publish(fault, exchange=exchange)
         await asyncio.sleep(seconds)
         faults.clear(fault)
+        if fault is PublishFault.BLOCK:
+            # The confirms that were blocked come when the fault is over.
+            self._broker.broker.unblock()
 
     async def come_to_rest(self, done: Callable[[], bool]) -> None:
         """Let a long time pass, which is free in virtual time."""

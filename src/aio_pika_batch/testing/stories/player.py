@@ -21,6 +21,7 @@ from aio_pika_batch.settings import BatchConsumerSettings
 from aio_pika_batch.testing.stories.story import RAISE, Fault, FaultKind, Played, Story
 from aio_pika_batch.transport import (
     AdjustableSession,
+    ListeningPublisher,
     ProvingSession,
     PumpingSession,
     VersionedTransport,
@@ -79,6 +80,10 @@ class HandlerFailed(Exception):
     """Raised by the handler of a story."""
 
 
+class HandlerExited(BaseException):
+    """Raised by the handler of a story every second time: no class of error may end more."""
+
+
 class _StoryConsumer(BatchConsumer):
     """Yields and raises what the story says."""
 
@@ -118,7 +123,8 @@ class _StoryConsumer(BatchConsumer):
         played.retries.append(message.retry_count)
         answer = self._story.answer(body, played.seen[body])
         if answer is RAISE:
-            raise HandlerFailed(f"the story says so for {body!r}")
+            kind = HandlerExited if (int(body) + played.seen[body]) % 2 else HandlerFailed
+            raise kind(f"the story says so for {body!r}")
         return answer
 
 
@@ -258,7 +264,9 @@ class RecordingTransport:
     async def publisher(self) -> AsyncIterator[Publisher]:
         """Open a publisher."""
         async with self._transport.publisher() as publisher:
-            yield _Publisher(publisher, self.confirmed)
+            listens = isinstance(publisher, ListeningPublisher)
+            kind = _ListeningPublisher if listens else _Publisher
+            yield kind(publisher, self.confirmed)
 
 
 class _Session:
@@ -374,3 +382,26 @@ class _Publisher:
             if outcome is Outcome.CONFIRMED:
                 self._confirmed[publication.body] += 1
         return outcomes
+
+
+class _ListeningPublisher(_Publisher):
+    """Records a publisher that reports late outcomes."""
+
+    @property
+    def on_late(self) -> Callable[[Outgoing, Outcome], None] | None:
+        """Called with late outcomes."""
+        return self._listening.on_late
+
+    @on_late.setter
+    def on_late(self, on_late: Callable[[Outgoing, Outcome], None]) -> None:
+        def recording(publication: Outgoing, outcome: Outcome) -> None:
+            if outcome is Outcome.CONFIRMED:
+                self._confirmed[publication.body] += 1
+            on_late(publication, outcome)
+
+        self._listening.on_late = recording
+
+    @property
+    def _listening(self) -> ListeningPublisher:
+        assert isinstance(self._publisher, ListeningPublisher)  # noqa: S101  -- for type checkers
+        return self._publisher

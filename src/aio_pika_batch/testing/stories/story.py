@@ -52,6 +52,12 @@ class FaultKind(Enum):
     """What the consumer publishes is stored, and the confirmations are lost."""
     LATE = "late"
     """What the consumer publishes is confirmed only when the fault is over."""
+    STALLED = "stalled"
+    """Dead letters are confirmed only when the fault is over; retries are confirmed at once."""
+    FORBIDDEN = "forbidden"
+    """The consumer may not publish: the broker closes its channels."""
+    OVERSIZED = "oversized"
+    """The headers of messages that come meanwhile leave no room in a frame for a copy's."""
 
 
 @dataclass(frozen=True, slots=True)
