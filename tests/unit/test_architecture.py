@@ -44,6 +44,7 @@ LONGER_FOR_A_REASON = {
     "core/settlement_plan.py": "what becomes of each result is decided in one place",
     "core/topology.py": "what is declared, in which order and as what, is in one place",
     "adapters/memory/session.py": "both connections of a client, to consume and to publish",
+    "testing/stories/player.py": "plays a story, and records it at every method of the port",
     "adapters/aio_pika/publisher.py": "both ways to publish, and how each ends",
     "runtime/publishing.py": "all that is published for a consumer, and by which connection",
     "runtime/settler.py": "all that becomes of a session's results",
