@@ -207,14 +207,19 @@ def integration(session: nox.Session, rabbitmq: str) -> None:
 @nox.session
 @nox.parametrize("rabbitmq", ["local", "4.0", "4.3"], ids=["local", "4.0", "4.3"])
 def stories(session: nox.Session, rabbitmq: str) -> None:
-    """Play 400 stories, or as many as it is told, on RabbitMQ, and ten times as many in memory."""
+    """Play 400 stories, or as many as it is told, on RabbitMQ, and ten times as many in memory.
+
+    As many random programs are played on RabbitMQ and on the broker in memory, which must agree.
+    """
     install(session, ".", *group("test"), *group("brokers"))
     count = int(session.posargs[0]) if session.posargs else 400
     env = {} if rabbitmq == "local" else {"AIO_PIKA_BATCH_TEST_SERVER": fetch(session, rabbitmq)}
     env["AIO_PIKA_BATCH_TEST_REAL_STORIES"] = str(count)
     env["AIO_PIKA_BATCH_TEST_STORIES"] = str(10 * count)
     in_memory = ("tests/unit/shell/test_stories.py", "tests/unit/shell/test_ordered_stories.py")
-    pytest(session, *in_memory, "tests/integration/test_stories.py", env=env)
+    env["AIO_PIKA_BATCH_TEST_PROGRAMS"] = str(count)
+    on_rabbitmq = ("test_stories.py", "test_memory_broker.py")
+    pytest(session, *in_memory, *(f"tests/integration/{name}" for name in on_rabbitmq), env=env)
 
 
 @nox.session

@@ -924,9 +924,37 @@ MEMORY = (
     Mutant(
         "A quorum queue never reaches its delivery limit.",
         "adapters/memory/queue.py",
-        "            entry.delivery_count += 1\n",
-        "            pass\n",
+        "count > self.spec.delivery_limit\n",
+        "False\n",
         (f"{_MEMORY}/test_versions.py", f"{_MEMORY}/test_broker_model.py"),
+    ),
+    Mutant(
+        "A dead letter forgets how often its handler has failed.",
+        "adapters/memory/queue.py",
+        "            message = replace(message, delivery_count=entry.delivery_count)\n",
+        "            pass\n",
+        (f"{_MEMORY}/test_versions.py",),
+    ),
+    Mutant(
+        "An empty routing key has one word, and matches `*`.",
+        "core/topology_options.py",
+        'return key.split(".") if key else []',
+        'return key.split(".")',
+        (f"{_MEMORY}/test_exchanges.py",),
+    ),
+    Mutant(
+        "A full quorum queue refuses a dead letter that nobody waits for.",
+        "adapters/memory/queue.py",
+        "if (is_confirmed or not self._is_quorum) and self.would_refuse(message):",
+        "if self.would_refuse(message):",
+        (f"{_MEMORY}/test_dead_letters.py",),
+    ),
+    Mutant(
+        "A classic queue takes settlements in the order in which they were written.",
+        "adapters/memory/session.py",
+        "frames = _acks_first(frames, self._channel.unsettled)\n",
+        "            pass\n",
+        (f"{_MEMORY}/test_session.py",),
     ),
     Mutant(
         "Unroutable dead letters are lost even with the at-least-once strategy.",
@@ -938,7 +966,7 @@ MEMORY = (
     Mutant(
         "A queue delivers expired messages.",
         "adapters/memory/queue.py",
-        "            # What is first now may have expired.\n            self._expire()\n",
+        "            # What is first now may have expired.\n            deaths += self._expired()",
         "",
         (f"{_MEMORY}/test_queue.py", f"{_MEMORY}/test_broker_model.py"),
     ),

@@ -301,10 +301,16 @@ def _is_bound(options: TopologyOptions, key: str) -> bool:
         case "direct":
             return key in options.binding_keys
         case "topic":
-            words = key.split(".")
-            return any(topic_matches(each.split("."), words) for each in options.binding_keys)
+            words = topic_words(key)
+            return any(topic_matches(topic_words(each), words) for each in options.binding_keys)
         case _:
             return True
+
+
+def topic_words(key: str) -> list[str]:
+    """Return the words of a routing key or pattern."""
+    # An empty key has none, and not an empty one as Python has it.
+    return key.split(".") if key else []
 
 
 def topic_matches(pattern: Sequence[str], words: Sequence[str]) -> bool:

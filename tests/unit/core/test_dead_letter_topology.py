@@ -21,7 +21,11 @@ from aio_pika_batch.core.topology import (
     exchange_to_look_up,
     to_definitions,
 )
-from aio_pika_batch.core.topology_options import new_dead_letter_exchange_type, topic_matches
+from aio_pika_batch.core.topology_options import (
+    new_dead_letter_exchange_type,
+    topic_matches,
+    topic_words,
+)
 from aio_pika_batch.errors import TopologyError
 from tests.unit.core.strategies import any_options, options
 
@@ -33,7 +37,7 @@ def reached(bindings, kind, exchange, *keys):
         "fanout": lambda _: True,
         "headers": lambda _: True,
         "topic": lambda bound: any(
-            topic_matches(bound.split("."), each.split(".")) for each in keys
+            topic_matches(topic_words(bound), topic_words(each)) for each in keys
         ),
     }[kind]
     return {

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 from aio_pika_batch.adapters.memory.faults import EventKind, Faults
-from aio_pika_batch.adapters.memory.queue import MemoryQueue, QueueConsumer
+from aio_pika_batch.adapters.memory.queue import MemoryQueue, QueueConsumer, ReturnCause
 from aio_pika_batch.adapters.memory.queue_arguments import QueueType
 from aio_pika_batch.adapters.memory.rabbitmq import (
     Refusal,
@@ -279,7 +279,8 @@ class Channel:
     def nack(self, tag: int, *, multiple: bool = False, requeue: bool = True) -> None:
         """Send `basic.nack`."""
         disposition = Disposition.RETURN if requeue else Disposition.REJECT
-        self.settle(disposition, tag, multiple=multiple)
+        with self.operation():
+            self._unacked.settle(disposition, ReturnCause.NACKED, tag, multiple=multiple)
 
     def reject(self, tag: int, *, requeue: bool = True) -> None:
         """Send `basic.reject`."""
@@ -288,8 +289,10 @@ class Channel:
 
     def settle(self, disposition: Disposition, tag: int, *, multiple: bool) -> None:
         """Send the frame of a disposition."""
+        is_nack = disposition is Disposition.RETURN
+        cause = ReturnCause.NACKED if is_nack else ReturnCause.REJECTED
         with self.operation():
-            self._unacked.settle(disposition, tag, multiple=multiple)
+            self._unacked.settle(disposition, cause, tag, multiple=multiple)
 
     def tx_select(self) -> None:
         """Settle in transactions from now on."""
@@ -374,10 +377,13 @@ def _delivered_properties(entry: QueueEntry, queue: MemoryQueue, rules: VersionR
     properties = entry.message.properties
     counts: dict[str, FieldValue] = {}
     if queue.spec.type is QueueType.QUORUM:
-        if entry.delivery_count or rules.sends_zero_delivery_count:
-            counts["x-delivery-count"] = entry.delivery_count
-        if entry.acquired_count and rules.sends_acquired_count:
-            counts["x-acquired-count"] = entry.acquired_count
+        # Until its first return, a dead letter was acquired as often as its delivery has failed.
+        acquired_count = entry.acquired_count or entry.delivery_count
+        delivery_count = entry.delivery_count if rules.counts_failures else acquired_count
+        if delivery_count:
+            counts["x-delivery-count"] = delivery_count
+        if acquired_count and rules.counts_failures:
+            counts["x-acquired-count"] = acquired_count
     if properties.headers is None and not counts:
         return properties
     return replace(properties, headers={**copy_headers(properties.headers or {}), **counts})

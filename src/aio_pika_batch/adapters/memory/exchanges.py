@@ -22,7 +22,7 @@ from aio_pika_batch.adapters.memory.rabbitmq import (
 from aio_pika_batch.adapters.memory.stored_message import StoredMessage
 from aio_pika_batch.core.message import FieldValue, Headers
 from aio_pika_batch.core.refusals import ReplyCode
-from aio_pika_batch.core.topology_options import topic_matches
+from aio_pika_batch.core.topology_options import topic_matches, topic_words
 
 
 class ExchangeType(Enum):
@@ -153,8 +153,8 @@ class MemoryExchange:
             case ExchangeType.DIRECT:
                 return binding.routing_key in message.routing_keys
             case ExchangeType.TOPIC:
-                pattern = binding.routing_key.split(".")
-                return any(topic_matches(pattern, key.split(".")) for key in message.routing_keys)
+                pattern = topic_words(binding.routing_key)
+                return any(topic_matches(pattern, topic_words(key)) for key in message.routing_keys)
             case ExchangeType.HEADERS:
                 return headers_match(binding.arguments, message.headers)
             case never:

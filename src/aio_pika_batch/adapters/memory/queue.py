@@ -20,9 +20,12 @@ from aio_pika_batch.adapters.memory.ready_list import QueueEntry, ReadyList, Req
 from aio_pika_batch.adapters.memory.stored_message import DeathReason, StoredMessage
 from aio_pika_batch.core.message import Headers
 
+_LOW_SHARE = 0.8
+"""A full quorum queue accepts messages again at this share of its limit."""
 
-class RequeueCause(Enum):
-    """Why a delivered message returns to its queue."""
+
+class ReturnCause(Enum):
+    """Why a delivered message returns to its queue, or is dead-lettered."""
 
     REJECTED = "basic.reject"
     NACKED = "basic.nack"
@@ -170,6 +173,10 @@ class MemoryQueue:
         self.pending_dead_letters: deque[tuple[StoredMessage, DeathReason]] = deque()
         self.consumers = ConsumerList(single_active=spec.single_active)
         self.unused_since = host.now
+        self._is_quorum = spec.type is QueueType.QUORUM
+        # A classic queue that does not count leaves a message's count as it is.
+        self._counts = self._is_quorum or host.rules.counts_failures
+        self._is_full = False
         self._is_deleted = False
         self._last_position = 0
 
@@ -187,16 +194,25 @@ class MemoryQueue:
             return None
         return self.unused_since + self.spec.expires
 
-    def offer(self, message: StoredMessage) -> bool:
-        """Store a message, unless the queue is full and refuses it; return whether it is stored."""
-        if self.would_refuse(message):
+    def offer(self, message: StoredMessage, *, is_confirmed: bool = True) -> bool:
+        """Store a message, unless the queue is full and refuses it; return whether it is stored.
+
+        Args:
+            is_confirmed: False: a dead letter of a queue that waits for no confirm.
+        """
+        # A quorum queue tells its publishers to stop when it is full, and refuses nothing else.
+        if (is_confirmed or not self._is_quorum) and self.would_refuse(message):
             if self.spec.overflow is Overflow.REJECT_PUBLISH_DLX:
                 self._host.send_dead_letter(self, message, DeathReason.MAXLEN)
             return False
         self._last_position += 1
         entry = QueueEntry(message, self._last_position, self._expiry(message))
         self._host.record(EventKind.STORED, self.name, message)
-        if not self.ready and (consumer := self.consumers.next()) is not None:
+        consumer = None if self.ready else self.consumers.next()
+        # A classic queue does not look at the count of a message that a consumer waits for.
+        is_seen = self._is_quorum or (self._counts and consumer is None)
+        entry.redelivered = is_seen and entry.delivery_count > 0
+        if consumer is not None:
             # A waiting consumer gets a message even if its time to live is 0.
             self._deliver(entry, consumer)
         else:
@@ -209,13 +225,24 @@ class MemoryQueue:
         if self.spec.overflow is Overflow.DROP_HEAD:
             return False
         # Unacked messages do not count, so a requeued message always has room.
-        pending = self.pending_dead_letters
-        count = len(self.ready) + len(pending)
-        size = self.ready.bytes + sum(len(each.body) for each, _ in pending)
-        if self.spec.type is QueueType.QUORUM:
-            # A quorum queue notices that it is full only when it is beyond its limit.
-            return self._is_beyond_limit(count, size)
+        if self._is_quorum:
+            self._note_fullness()
+            return self._is_full
+        count, size = self._fullness()
         return self._is_beyond_limit(count + 1, size + len(message.body))
+
+    def _note_fullness(self) -> None:
+        # A quorum queue notices that it is full only when it is beyond its limit. Then it refuses
+        # until it is down to a share of it.
+        if self._is_beyond_limit(*self._fullness()):
+            self._is_full = True
+        elif not self._is_beyond_limit(*self._fullness(), share=_LOW_SHARE):
+            self._is_full = False
+
+    def _fullness(self) -> tuple[int, int]:
+        pending = self.pending_dead_letters
+        size = self.ready.bytes + sum(len(each.body) for each, _ in pending)
+        return len(self.ready) + len(pending), size
 
     def ack(self, entries: Sequence[QueueEntry]) -> None:
         """Remove acknowledged messages."""
@@ -224,41 +251,51 @@ class MemoryQueue:
                 self._host.record(EventKind.ACKED, self.name, entry.message)
         self._host.schedule(self)
 
-    def reject(self, entries: Sequence[QueueEntry]) -> None:
+    def reject(self, entries: Sequence[QueueEntry], cause: ReturnCause) -> None:
         """Dead-letter rejected messages."""
         for entry in entries:
             if self._remove_unacked(entry):
+                self._count_return(entry, cause, is_requeued=False)
                 self._dead_letter(entry, DeathReason.REJECTED)
         self._host.schedule(self)
 
-    def requeue(self, entries: Sequence[QueueEntry], cause: RequeueCause) -> None:
+    def requeue(self, entries: Sequence[QueueEntry], cause: ReturnCause) -> None:
         """Make returned messages ready again; they are given in the order of their delivery."""
         returned = []
         for entry in entries:
             if not self._remove_unacked(entry):
                 continue
             entry.redelivered = True
-            if self.spec.type is QueueType.QUORUM and self._is_beyond_delivery_limit(entry, cause):
+            self._count_return(entry, cause, is_requeued=True)
+            if self._is_beyond_delivery_limit(entry):
                 self._dead_letter(entry, DeathReason.DELIVERY_LIMIT)
                 continue
             self._host.record(EventKind.REQUEUED, self.name, entry.message, cause.value)
             returned.append(entry)
         self.ready.requeue(returned, self._requeue_position(cause))
+        if not self._is_quorum:
+            # A classic queue drops what is too much before a consumer can take it again.
+            for entry, reason in self._drop_heads():
+                self._dead_letter(entry, reason)
         self._host.schedule(self)
 
     def run(self) -> None:
         """Expire, dead-letter, deliver and drop what is due now."""
-        self._expire()
+        deaths = self._expired()
         self._send_pending_dead_letters()
         while self.ready and (consumer := self.consumers.next()) is not None:
             self._deliver(self.ready.pop(), consumer)
             # What is first now may have expired.
-            self._expire()
+            deaths += self._expired()
         # After the deliveries: what a consumer can take is not dropped for want of space.
-        if self.spec.overflow is Overflow.DROP_HEAD:
-            while self.ready and self._is_beyond_limit(len(self.ready), self.ready.bytes):
-                self._dead_letter(self.ready.pop(), DeathReason.MAXLEN)
-                self._expire()
+        drops = self._drop_heads()
+        if self._is_quorum and self._host.rules.drops_in_reverse:
+            deaths[:0] = reversed(drops)
+        else:
+            deaths += drops
+        for entry, reason in deaths + self._expired():
+            self._dead_letter(entry, reason)
+        self._note_fullness()
 
     def purge(self) -> int:
         """Drop the ready messages and return their number; unacked ones stay."""
@@ -283,12 +320,22 @@ class MemoryQueue:
         self.unused_since = self._host.now
         self._host.schedule(self)
 
-    def _expire(self) -> None:
-        for entry in self.ready.pop_expired(self._host.now):
-            self._dead_letter(entry, DeathReason.EXPIRED)
+    def _expired(self) -> list[tuple[QueueEntry, DeathReason]]:
+        expired = self.ready.pop_expired(self._host.now)
+        return [(entry, DeathReason.EXPIRED) for entry in expired]
+
+    def _drop_heads(self) -> list[tuple[QueueEntry, DeathReason]]:
+        drops: list[tuple[QueueEntry, DeathReason]] = []
+        if self.spec.overflow is not Overflow.DROP_HEAD:
+            return drops
+        while self.ready and self._is_beyond_limit(len(self.ready), self.ready.bytes):
+            drops.append((self.ready.pop(), DeathReason.MAXLEN))
+            # A quorum queue is within its limit again before it looks for what has expired.
+            if not self._is_quorum:
+                drops += self._expired()
+        return drops
 
     def _deliver(self, entry: QueueEntry, consumer: QueueConsumer) -> None:
-        entry.was_delivered = True
         self.unacked[entry] = None
         consumer.unacked_count += 1
         self._host.record(EventKind.DELIVERED, self.name, entry.message, consumer.tag)
@@ -308,8 +355,8 @@ class MemoryQueue:
 
     def _dead_letter(self, entry: QueueEntry, reason: DeathReason) -> None:
         message = entry.message
-        if entry.was_delivered and self._host.rules.dead_letters_redelivered:
-            message = replace(message, was_delivered=True)
+        if self._counts and self._host.rules.carries_delivery_count:
+            message = replace(message, delivery_count=entry.delivery_count)
         if self.spec.dead_letter_exchange is None:
             self._host.record(EventKind.DROPPED, self.name, message, reason.value)
         elif self.spec.at_least_once:
@@ -329,34 +376,39 @@ class MemoryQueue:
             else:
                 pending.append((message, reason))
 
-    def _is_beyond_delivery_limit(self, entry: QueueEntry, cause: RequeueCause) -> bool:
-        """Count a return, and return whether the message must be dead-lettered."""
-        # Since 4.3 a nack returns a message that was not processed, and only a reject or a closed
-        # channel counts as a failure.
+    def _count_return(self, entry: QueueEntry, cause: ReturnCause, *, is_requeued: bool) -> None:
         entry.acquired_count += 1
-        if cause is not RequeueCause.NACKED or self._host.rules.nack_counts:
-            entry.delivery_count += 1
-        limit = self.spec.delivery_limit
-        return limit is not None and entry.delivery_count > limit
+        # Since 4.3 a nack returns a message that was not processed. In 4.0 only what a client does
+        # not requeue has failed, and no earlier version lets the next queue see a failure.
+        if self._host.rules.counts_failures:
+            has_failed = cause is not ReturnCause.NACKED
+        else:
+            has_failed = cause is ReturnCause.CHANNEL_CLOSED or not is_requeued
+        entry.delivery_count += has_failed
 
-    def _requeue_position(self, cause: RequeueCause) -> RequeuePosition:
-        if self.spec.type is QueueType.CLASSIC:
+    def _is_beyond_delivery_limit(self, entry: QueueEntry) -> bool:
+        counts_failures = self._host.rules.counts_failures
+        count = entry.delivery_count if counts_failures else entry.acquired_count
+        return self.spec.delivery_limit is not None and count > self.spec.delivery_limit
+
+    def _requeue_position(self, cause: ReturnCause) -> RequeuePosition:
+        if not self._is_quorum:
             return RequeuePosition.ORIGINAL
         # In 3.10 to the back, so that a message that always fails does not block the others. A
         # queue with a delivery limit gets rid of it anyway.
         to_back = self._host.rules.requeues_to_back and self.spec.delivery_limit is None
-        if to_back and cause is not RequeueCause.CHANNEL_CLOSED:
+        if to_back and cause is not ReturnCause.CHANNEL_CLOSED:
             return RequeuePosition.BACK
         return RequeuePosition.FRONT
 
     def _expiry(self, message: StoredMessage) -> float | None:
-        if self.spec.type is QueueType.QUORUM and not self._host.rules.quorum_expires:
+        if self._is_quorum and not self._host.rules.quorum_expires:
             return None
         ttls = [ttl for ttl in (message.ttl, self.spec.message_ttl) if ttl is not None]
         return self._host.now + min(ttls) if ttls else None
 
-    def _is_beyond_limit(self, count: int, size: int) -> bool:
+    def _is_beyond_limit(self, count: int, size: int, share: float = 1) -> bool:
         spec = self.spec
-        return (spec.max_length is not None and count > spec.max_length) or (
-            spec.max_bytes is not None and size > spec.max_bytes
+        return (spec.max_length is not None and count > int(spec.max_length * share)) or (
+            spec.max_bytes is not None and size > int(spec.max_bytes * share)
         )

@@ -29,20 +29,20 @@ class VersionRules:
     default_delivery_limit: int | None = None
     # Whether a quorum queue without a delivery limit puts requeued messages at its back.
     requeues_to_back: bool = True
-    # Whether `basic.nack(requeue=True)` counts towards a delivery limit, as `basic.reject` does.
-    nack_counts: bool = True
-    # Whether quorum queues send `x-acquired-count`: how often a message was delivered in vain.
-    sends_acquired_count: bool = False
-    # Whether the first delivery has `x-delivery-count`.
-    sends_zero_delivery_count: bool = True
+    # Whether rejects and closed channels count as failures, in classic queues, too, apart from mere
+    # returns by `basic.nack`. Before, every return counts towards a delivery limit.
+    counts_failures: bool = False
     # Whether the broker believes an `x-death` header that a client sends.
     trusts_client_deaths: bool = True
     # Whether dead letters have `x-last-death-*` headers.
     sends_last_death: bool = False
     # Whether a dead letter keeps `CC` although its queue has a dead-letter routing key.
     keeps_cc: bool = False
-    # Whether a dead letter that was delivered before counts as redelivered.
-    dead_letters_redelivered: bool = False
+    # Whether dead letters of quorum queues keep their delivery count in the next quorum queue.
+    carries_delivery_count: bool = False
+    # Whether quorum queues dead-letter what they drop at once in reverse order, and before what
+    # expires with it.
+    drops_in_reverse: bool = True
     # Whether quorum queues have time to live, `reject-publish`, and at-least-once dead letters.
     quorum_expires: bool = True
     # Whether an unknown exchange type closes the connection and not only the channel.
@@ -58,20 +58,18 @@ _V4_0 = replace(
     version="4.0",
     default_delivery_limit=20,
     requeues_to_back=False,
-    sends_zero_delivery_count=False,
     trusts_client_deaths=False,
     sends_last_death=True,
     keeps_cc=True,
+    carries_delivery_count=True,
     unknown_type_closes_connection=False,
     commands_without_answer=33,
 )
-# 4.3 counts failures of processing only, and tells them apart from mere returns.
 _V4_3 = replace(
     _V4_0,
     version="4.3",
-    nack_counts=False,
-    sends_acquired_count=True,
-    dead_letters_redelivered=True,
+    counts_failures=True,
+    drops_in_reverse=False,
 )
 _RULES = {each.version: each for each in (_V3_8, _V3_10, _V4_0, _V4_3)}
 

@@ -22,9 +22,8 @@ class QueueEntry:
     Attributes:
         position: Its number in the order of arrival.
         expires_at: None: never.
-        was_delivered: Whether this queue has delivered it to a consumer.
-        delivery_count: How many of its returns count towards a delivery limit (quorum queues).
-        acquired_count: How often it was returned (quorum queues).
+        delivery_count: How many of its deliveries have failed.
+        acquired_count: How often it was returned.
     """
 
     __slots__ = (
@@ -34,16 +33,14 @@ class QueueEntry:
         "message",
         "position",
         "redelivered",
-        "was_delivered",
     )
 
     def __init__(self, message: StoredMessage, position: int, expires_at: float | None) -> None:
         self.message = message
         self.position = position
         self.expires_at = expires_at
-        self.redelivered = message.was_delivered
-        self.was_delivered = False
-        self.delivery_count = 0
+        self.redelivered = False
+        self.delivery_count = message.delivery_count
         self.acquired_count = 0
 
 

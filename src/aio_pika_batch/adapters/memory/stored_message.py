@@ -81,7 +81,7 @@ class StoredMessage:
     Attributes:
         routing_keys: The publication's own routing key, then those in its `CC` and `BCC` headers.
         deaths: Where and how often it was dead-lettered, the latest first.
-        was_delivered: Whether another queue has delivered it to a consumer before.
+        delivery_count: How many deliveries by other queues have failed, if this is counted.
     """
 
     body: bytes
@@ -89,7 +89,7 @@ class StoredMessage:
     exchange: str
     routing_keys: tuple[str, ...]
     deaths: tuple[Death, ...] = ()
-    was_delivered: bool = False
+    delivery_count: int = 0
 
     @property
     def routing_key(self) -> str:
@@ -320,7 +320,7 @@ def make_dead_letter(  # noqa: PLR0917  -- a dead letter is made of all of them
     # Without its expiration, a dead letter does not expire again in the next queue.
     properties = replace(properties, headers=headers, expiration=None)
     return StoredMessage(
-        message.body, properties, exchange, routing_keys, deaths, message.was_delivered
+        message.body, properties, exchange, routing_keys, deaths, message.delivery_count
     )
 
 

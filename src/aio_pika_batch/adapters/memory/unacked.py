@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import groupby, takewhile
 from typing import TypeAlias, assert_never
 
-from aio_pika_batch.adapters.memory.queue import MemoryQueue, QueueConsumer, RequeueCause
+from aio_pika_batch.adapters.memory.queue import MemoryQueue, QueueConsumer, ReturnCause
 from aio_pika_batch.adapters.memory.queue_arguments import QueueType
 from aio_pika_batch.adapters.memory.rabbitmq import Refusal, VersionRules
 from aio_pika_batch.adapters.memory.ready_list import QueueEntry
@@ -19,7 +19,8 @@ from aio_pika_batch.core.refusals import ReplyCode
 from aio_pika_batch.core.settlement import Disposition
 
 _Delivered: TypeAlias = dict[int, tuple[QueueConsumer, QueueEntry]]
-_Settled: TypeAlias = list[tuple[Disposition, _Delivered]]
+_How: TypeAlias = tuple[Disposition, ReturnCause]
+_Settled: TypeAlias = list[tuple[_How, _Delivered]]
 
 
 class UnackedMessages:
@@ -42,8 +43,13 @@ class UnackedMessages:
         """Add a delivery."""
         self._unacked[tag] = (consumer, entry)
 
-    def settle(self, disposition: Disposition, tag: int, *, multiple: bool) -> None:
+    def settle(
+        self, disposition: Disposition, cause: ReturnCause, tag: int, *, multiple: bool
+    ) -> None:
         """Settle messages, or keep that for the commit.
+
+        Args:
+            cause: The method that settles them, unless they are acked.
 
         Raises:
             Refusal: The tag is unknown.
@@ -54,9 +60,9 @@ class UnackedMessages:
         tags = list(takewhile(lambda each: each <= tag, self._unacked)) if multiple else [tag]
         settled = {each: self._unacked.pop(each) for each in tags}
         if self._transaction is None:
-            self._send(disposition, settled)
+            self._send((disposition, cause), settled)
         else:
-            self._transaction.append((disposition, settled))
+            self._transaction.append(((disposition, cause), settled))
 
     def select(self) -> None:
         """Settle in transactions from now on."""
@@ -72,16 +78,16 @@ class UnackedMessages:
         if self._transaction is None:
             raise Refusal(ReplyCode.PRECONDITION_FAILED, "channel is not transactional")
         settled, self._transaction = self._transaction, []
-        for disposition, run in groupby(settled, key=lambda each: each[0]):
+        for how, run in groupby(settled, key=lambda each: each[0]):
             together = {tag: each for _, members in run for tag, each in members.items()}
-            self._send(disposition, together)
+            self._send(how, together)
 
     def on_answer(self, queue: MemoryQueue, *, to_cancel: bool) -> None:
         """Take note that a queue's leader has answered, and so has received everything before."""
         self._commands.pop(queue, None)
         kept, self._kept = self._kept, []
-        for disposition, members in kept:
-            self._send(disposition, members)
+        for how, members in kept:
+            self._send(how, members)
         if to_cancel and queue.spec.type is QueueType.QUORUM:
             self._commands[queue] = 0
 
@@ -91,25 +97,24 @@ class UnackedMessages:
         unacked = self._unacked | {tag: each for _, some in left for tag, each in some.items()}
         self._unacked, self._transaction, self._kept = {}, None, []
         for queue, members in _by_queue(dict(sorted(unacked.items()))):
-            queue.requeue(_entries(members), RequeueCause.CHANNEL_CLOSED)
+            queue.requeue(_entries(members), ReturnCause.CHANNEL_CLOSED)
 
-    def _send(self, disposition: Disposition, settled: _Delivered) -> None:
+    def _send(self, how: _How, settled: _Delivered) -> None:
+        disposition, cause = how
         for queue, members in _by_queue(settled):
             if queue in self._commands:
                 self._commands[queue] += 1
                 if self._commands[queue] > self._most_commands:
-                    self._kept.append((disposition, members))
+                    self._kept.append((how, members))
                     continue
             entries = _entries(members)
             match disposition:
                 case Disposition.ACK:
                     queue.ack(entries)
                 case Disposition.REJECT:
-                    queue.reject(entries)
-                case Disposition.REQUEUE:
-                    queue.requeue(entries, RequeueCause.REJECTED)
-                case Disposition.RETURN:
-                    queue.requeue(entries, RequeueCause.NACKED)
+                    queue.reject(entries, cause)
+                case Disposition.REQUEUE | Disposition.RETURN:
+                    queue.requeue(entries, cause)
                 case never:
                     assert_never(never)
 

@@ -263,11 +263,12 @@ class VirtualHost:
             exchange = self.exchanges[alternate]
 
     @staticmethod
-    def offer_to_all(queues: Iterable[MemoryQueue], message: StoredMessage) -> bool:
+    def offer_to_all(
+        queues: Iterable[MemoryQueue], message: StoredMessage, *, is_confirmed: bool = True
+    ) -> bool:
         """Offer a message to each queue, even if one refuses it; return whether all stored it."""
-        # A list and not all(), which would stop at the first queue that refuses.
-        refusals = [queue.name for queue in queues if not queue.offer(message)]
-        return not refusals
+        # A list, since all() would stop at the first queue that refuses.
+        return all([queue.offer(message, is_confirmed=is_confirmed) for queue in queues])  # noqa: C419
 
     def with_client_deaths(self, message: StoredMessage) -> StoredMessage:
         """Return a client's message with the deaths that this version believes."""
@@ -308,7 +309,7 @@ class VirtualHost:
         # All targets or none: otherwise the next attempt would duplicate it in some of them.
         if queue.spec.at_least_once and any(each.would_refuse(dead_letter) for each in targets):
             return False
-        if not self.offer_to_all(targets, dead_letter):
+        if not self.offer_to_all(targets, dead_letter, is_confirmed=queue.spec.at_least_once):
             self.record(EventKind.DROPPED, queue.name, message, "dead letter refused")
         return True
 

@@ -147,6 +147,20 @@ def test_a_dead_letter_without_a_target_is_dropped(broker: Broker, client: Clien
     assert dropped(broker) == [why]
 
 
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+def test_a_full_quorum_queue_accepts_dead_letters_that_nobody_waits_for(
+    broker: Broker, client: Client, kind: str
+):
+    """It refuses by telling its publishers to stop, and such a dead letter has none."""
+    client.queue("dead", queue_type="quorum", max_length=0, overflow="reject-publish")
+    client.queue("q", queue_type=kind, dead_letter_exchange="", dead_letter_routing_key="dead")
+    client.publish(b"1", "dead")
+    assert client.publish(b"2", "dead") == "refused"
+    client.publish(b"3", "q")
+    client.channel.reject(client.get("q").tag, requeue=False)
+    assert bodies(broker, "dead") == [b"1", b"3"]
+
+
 def test_a_dead_letter_that_a_full_queue_refuses_is_dropped(broker: Broker, client: Client):
     """Dead-lettering is at most once by default."""
     client.queue("full", max_length=0, overflow="reject-publish")

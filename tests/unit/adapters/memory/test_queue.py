@@ -374,3 +374,28 @@ def test_purging_drops_the_ready_messages(broker: Broker, client: Client):
         assert vhost.queue("q", None).purge() == 2
     assert bodies(broker, "q") == []
     assert [message.body for message in broker.unacked("q")] == [b"1"]
+
+
+@pytest.mark.parametrize(("kind", "seen"), [("classic", [b"2"]), ("quorum", [b"1"])])
+def test_a_classic_queue_drops_a_requeued_message_before_it_delivers_it_again(
+    client: Client, kind: str, seen: list[bytes]
+):
+    """If the queue is beyond its length with it; a quorum queue delivers first."""
+    client.queue("q", queue_type=kind, max_length=1)
+    client.consume("q", prefetch=1)
+    client.publish(b"1", "q")
+    client.publish(b"2", "q")
+    (first,) = client.deliveries()
+    client.channel.reject(first.tag, requeue=True)
+    assert client.bodies() == seen
+
+
+def test_a_full_quorum_queue_refuses_until_it_is_down_to_80_percent_of_its_limit(client: Client):
+    """One message less than its limit is not enough."""
+    client.queue("q", queue_type="quorum", max_length=5, overflow="reject-publish")
+    outcomes = [client.publish(b"%d" % number, "q") for number in range(7)]
+    assert outcomes == ["confirmed"] * 6 + ["refused"]
+    client.channel.ack(client.get("q").tag)
+    assert client.publish(b"7", "q") == "refused"
+    client.channel.ack(client.get("q").tag)
+    assert client.publish(b"8", "q") == "confirmed"

@@ -360,3 +360,23 @@ async def test_the_number_of_awaits_does_not_depend_on_the_number_of_messages(
         return passed
 
     assert await turns(1000) == await turns(10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "order"), [("classic", [b"4", b"5", b"1"]), ("quorum", [b"1", b"4", b"5"])]
+)
+async def test_a_classic_queue_takes_acks_before_what_was_written_with_them(
+    transport: MemoryTransport, memory: Broker, kind: str, order: list[bytes]
+):
+    """So the place of an acked message is not for one that is requeued in the same write."""
+    arguments = {"x-queue-type": kind}
+    await transport.declare(Topology(queues=(Queue("q", arguments=arguments),)))
+    put(memory, b"1", b"2", b"3", b"4", b"5")
+    subscription = Subscription(queue="q", prefetch=3, consumer_tag="tag")
+    async with transport.session(subscription) as session:
+        chunks = aiter(session)
+        assert of(await anext(chunks)) == [b"1", b"2", b"3"]
+        await session.settle(
+            [Settlement(Disposition.REQUEUE, (1,)), Settlement(Disposition.ACK, (2, 3))]
+        )
+        assert of(await anext(chunks)) == order

@@ -14,15 +14,15 @@ NEVER = 60
 """A message that was delivered so often is taken to be delivered without end."""
 
 
-def reject(client: Client, tag: int) -> Client:
-    """Requeue a message by `basic.reject`."""
-    client.channel.reject(tag, requeue=True)
+def reject(client: Client, tag: int, *, requeue: bool = True) -> Client:
+    """Requeue or dead-letter a message by `basic.reject`."""
+    client.channel.reject(tag, requeue=requeue)
     return client
 
 
-def nack(client: Client, tag: int) -> Client:
-    """Requeue it by `basic.nack`."""
-    client.channel.nack(tag, requeue=True)
+def nack(client: Client, tag: int, *, requeue: bool = True) -> Client:
+    """Requeue or dead-letter it by `basic.nack`."""
+    client.channel.nack(tag, requeue=requeue)
     return client
 
 
@@ -108,7 +108,7 @@ def test_a_negative_delivery_limit_drops_a_message_at_its_first_return_before_4_
     [
         (
             "3.10",
-            {"x-delivery-count": 0},
+            {},
             {"x-delivery-count": 1},
             {"x-delivery-count": 2},
         ),
@@ -122,7 +122,7 @@ def test_a_negative_delivery_limit_drops_a_message_at_its_first_return_before_4_
     ],
 )
 def test_quorum_queues_count_deliveries_in_headers(version: str, first, after_reject, after_nack):
-    """Which headers, depends on the version."""
+    """Which headers, depends on the version. The 0 of `basic.get` in 3.10 is not for consumers."""
     client = Client(Broker(version))
     client.queue("q", queue_type="quorum")
     client.publish(b"1", "q", headers={})
@@ -134,14 +134,14 @@ def test_quorum_queues_count_deliveries_in_headers(version: str, first, after_re
     assert seen == [(False, first), (True, after_reject), (True, after_nack)]
 
 
-@pytest.mark.parametrize(("version", "stated"), [("3.10", 0), ("4.0", 7), ("4.3", 7)])
-def test_a_delivery_count_that_a_client_publishes(version: str, stated: int):
+@pytest.mark.parametrize("version", ["3.10", "4.0", "4.3"])
+def test_a_delivery_count_that_a_client_publishes(version: str):
     """Is delivered until the broker has a count of its own."""
     client = Client(Broker(version))
     client.queue("q", queue_type="quorum")
     client.publish(b"1", "q", headers={"x-delivery-count": 7})
     delivery = client.get("q")
-    assert delivery.properties.headers == {"x-delivery-count": stated}
+    assert delivery.properties.headers == {"x-delivery-count": 7}
     client.channel.reject(delivery.tag)
     headers = client.get("q").properties.headers
     assert headers is not None
@@ -213,6 +213,45 @@ def test_a_dead_letter_counts_as_redelivered_since_4_3(version: str, kind: str, 
     client.channel.reject(client.get("q").tag, requeue=False)
     client.publish(b"2", "q", expiration="0")
     assert [client.get("dead").redelivered for _ in range(2)] == [remembered, False]
+
+
+@pytest.mark.parametrize(
+    ("version", "back", "counts"),
+    [
+        ("3.10", reject, {}),
+        ("4.0", reject, {"x-delivery-count": 1}),
+        ("4.0", nack, {"x-delivery-count": 1}),
+        ("4.3", reject, {"x-delivery-count": 1, "x-acquired-count": 1}),
+        ("4.3", nack, {}),
+    ],
+)
+def test_the_failures_of_a_dead_letter_count_in_the_next_quorum_queue(version: str, back, counts):
+    """Since 4.0; since 4.3 a nack is no failure. Its next delivery counts as a redelivery."""
+    client = Client(Broker(version))
+    client.queue("q", queue_type="quorum", dead_letter_exchange="", dead_letter_routing_key="dead")
+    client.queue("dead", queue_type="quorum")
+    client.publish(b"1", "q")
+    back(client, client.get("q").tag, requeue=False)
+    delivery = client.get("dead")
+    headers = delivery.properties.headers or {}
+    assert {name: headers[name] for name in headers if name.endswith("-count")} == counts
+    assert delivery.redelivered is bool(counts)
+
+
+@pytest.mark.parametrize(("version", "order"), [("3.10", b"21"), ("4.0", b"21"), ("4.3", b"12")])
+def test_what_a_quorum_queue_drops_at_once_is_dead_lettered_in_reverse_before_4_3(
+    version: str, order: bytes
+):
+    """When a channel is closed, for example, and its messages return to a full queue."""
+    client = Client(Broker(version))
+    dead_letters = {"dead_letter_exchange": "", "dead_letter_routing_key": "dead"}
+    client.queue("q", queue_type="quorum", max_length=0, **dead_letters)
+    client.queue("dead")
+    client.consume("q")
+    for body in (b"1", b"2"):
+        client.publish(body, "q")
+    client.channel.close()
+    assert b"".join(bodies(client.broker, "dead")) == order
 
 
 @pytest.mark.parametrize(
