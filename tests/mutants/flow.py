@@ -952,7 +952,7 @@ MEMORY = (
     Mutant(
         "A classic queue takes settlements in the order in which they were written.",
         "adapters/memory/session.py",
-        "frames = _acks_first(frames, self._channel.unsettled)\n",
+        "frames = acks_first(frames, self._channel.unsettled)\n",
         "            pass\n",
         (f"{_MEMORY}/test_session.py",),
     ),

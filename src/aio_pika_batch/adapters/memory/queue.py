@@ -20,8 +20,7 @@ from aio_pika_batch.adapters.memory.ready_list import QueueEntry, ReadyList, Req
 from aio_pika_batch.adapters.memory.stored_message import DeathReason, StoredMessage
 from aio_pika_batch.core.message import Headers
 
-_LOW_SHARE = 0.8
-"""A full quorum queue accepts messages again at this share of its limit."""
+_LOW_SHARE = 0.8  # of its limit: there a full quorum queue accepts messages again
 
 
 class ReturnCause(Enum):
@@ -177,7 +176,6 @@ class MemoryQueue:
         # A classic queue that does not count leaves a message's count as it is.
         self._counts = self._is_quorum or host.rules.counts_failures
         self._is_full = False
-        self._is_deleted = False
         self._last_position = 0
 
     @property
@@ -195,12 +193,9 @@ class MemoryQueue:
         return self.unused_since + self.spec.expires
 
     def offer(self, message: StoredMessage, *, is_confirmed: bool = True) -> bool:
-        """Store a message, unless the queue is full and refuses it; return whether it is stored.
-
-        Args:
-            is_confirmed: False: a dead letter of a queue that waits for no confirm.
-        """
-        # A quorum queue tells its publishers to stop when it is full, and refuses nothing else.
+        """Store a message, unless the queue is full and refuses it; return whether it is stored."""
+        # A quorum queue refuses by telling its publishers to stop. A queue that dead-letters without
+        # waiting for confirms is none of them.
         if (is_confirmed or not self._is_quorum) and self.would_refuse(message):
             if self.spec.overflow is Overflow.REJECT_PUBLISH_DLX:
                 self._host.send_dead_letter(self, message, DeathReason.MAXLEN)
@@ -224,25 +219,20 @@ class MemoryQueue:
         """Return whether the queue is full and refuses messages."""
         if self.spec.overflow is Overflow.DROP_HEAD:
             return False
-        # Unacked messages do not count, so a requeued message always has room.
+        count, size = self._note_fullness()
         if self._is_quorum:
-            self._note_fullness()
             return self._is_full
-        count, size = self._fullness()
         return self._is_beyond_limit(count + 1, size + len(message.body))
 
-    def _note_fullness(self) -> None:
+    def _note_fullness(self) -> tuple[int, int]:
+        # Unacked messages do not count, so a requeued message always has room.
+        pending = self.pending_dead_letters
+        count = len(self.ready) + len(pending)
+        size = self.ready.bytes + sum(len(each.body) for each, _ in pending)
         # A quorum queue notices that it is full only when it is beyond its limit. Then it refuses
         # until it is down to a share of it.
-        if self._is_beyond_limit(*self._fullness()):
-            self._is_full = True
-        elif not self._is_beyond_limit(*self._fullness(), share=_LOW_SHARE):
-            self._is_full = False
-
-    def _fullness(self) -> tuple[int, int]:
-        pending = self.pending_dead_letters
-        size = self.ready.bytes + sum(len(each.body) for each, _ in pending)
-        return len(self.ready) + len(pending), size
+        self._is_full = self._is_beyond_limit(count, size, _LOW_SHARE if self._is_full else 1)
+        return count, size
 
     def ack(self, entries: Sequence[QueueEntry]) -> None:
         """Remove acknowledged messages."""
@@ -304,7 +294,6 @@ class MemoryQueue:
     def delete(self) -> None:
         """Drop all messages and cancel the consumers."""
         # Without dead-lettering them, even if the queue has a dead-letter exchange.
-        self._is_deleted = True
         self._drop([*self.ready.clear(), *self.unacked], "queue deleted")
         self.unacked.clear()
         for message, _ in self.pending_dead_letters:
@@ -326,9 +315,8 @@ class MemoryQueue:
 
     def _drop_heads(self) -> list[tuple[QueueEntry, DeathReason]]:
         drops: list[tuple[QueueEntry, DeathReason]] = []
-        if self.spec.overflow is not Overflow.DROP_HEAD:
-            return drops
-        while self.ready and self._is_beyond_limit(len(self.ready), self.ready.bytes):
+        drops_head = self.spec.overflow is Overflow.DROP_HEAD
+        while drops_head and self._is_beyond_limit(len(self.ready), self.ready.bytes):
             drops.append((self.ready.pop(), DeathReason.MAXLEN))
             # A quorum queue is within its limit again before it looks for what has expired.
             if not self._is_quorum:
@@ -348,10 +336,7 @@ class MemoryQueue:
 
     def _remove_unacked(self, entry: QueueEntry) -> bool:
         # Messages of a deleted queue are dropped already, even if a channel settles them later.
-        if self._is_deleted:
-            return False
-        del self.unacked[entry]
-        return True
+        return self.unacked.pop(entry, False) is None
 
     def _dead_letter(self, entry: QueueEntry, reason: DeathReason) -> None:
         message = entry.message
@@ -387,8 +372,7 @@ class MemoryQueue:
         entry.delivery_count += has_failed
 
     def _is_beyond_delivery_limit(self, entry: QueueEntry) -> bool:
-        counts_failures = self._host.rules.counts_failures
-        count = entry.delivery_count if counts_failures else entry.acquired_count
+        count = entry.delivery_count if self._host.rules.counts_failures else entry.acquired_count
         return self.spec.delivery_limit is not None and count > self.spec.delivery_limit
 
     def _requeue_position(self, cause: ReturnCause) -> RequeuePosition:

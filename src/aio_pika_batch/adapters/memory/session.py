@@ -26,13 +26,13 @@ from aio_pika_batch.adapters.memory.native import NativeChannel
 from aio_pika_batch.adapters.memory.queue_arguments import QueueType
 from aio_pika_batch.adapters.memory.rabbitmq import Refusal, translate_refusals
 from aio_pika_batch.adapters.memory.stored_message import CheckedPublication, check_publication
+from aio_pika_batch.adapters.memory.unacked import acks_first
 from aio_pika_batch.core.fitting import fit, property_list_size
 from aio_pika_batch.core.message import DecodedSource, Message
 from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
 from aio_pika_batch.core.settlement import (
     SAFE_COMMANDS,
     CommandBudget,
-    Disposition,
     DrainMode,
     Frame,
     Ledger,
@@ -194,7 +194,7 @@ class MemorySession:
             if self._budget is None:
                 frames: Sequence[Frame] = self._ledger.settle(settlements)
                 if self._takes_acks_first:
-                    frames = _acks_first(frames, self._channel.unsettled)
+                    frames = acks_first(frames, self._channel.unsettled)
                 for frame in frames:
                     self._channel.settle(frame.disposition, frame.tag, multiple=frame.multiple)
                 self._settled_in_pause += unsettled - len(self._ledger)
@@ -259,21 +259,6 @@ class MemorySession:
             (frame.exchange, frame.routing_key),
             frame.properties,
         )
-
-
-def _acks_first(frames: Sequence[Frame], unsettled: Sequence[int]) -> Sequence[Frame]:
-    """Return the frames of one write in the order in which a classic queue takes them."""
-    if all(frame.disposition is Disposition.ACK for frame in frames):
-        return frames
-    settled = {frame.tag for frame in frames if not frame.multiple}
-    singles = []
-    for frame in frames:
-        tags = [frame.tag]
-        if frame.multiple:
-            tags = [tag for tag in unsettled if tag <= frame.tag and tag not in settled]
-            settled.update(tags)
-        singles += [Frame(frame.disposition, tag) for tag in tags]
-    return sorted(singles, key=lambda frame: frame.disposition is not Disposition.ACK)
 
 
 class MemoryPublisher:

@@ -7,7 +7,7 @@ The leader may stop to answer at any time, so here it always does as soon as a c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby, takewhile
 from typing import TypeAlias, assert_never
 
@@ -16,7 +16,7 @@ from aio_pika_batch.adapters.memory.queue_arguments import QueueType
 from aio_pika_batch.adapters.memory.rabbitmq import Refusal, VersionRules
 from aio_pika_batch.adapters.memory.ready_list import QueueEntry
 from aio_pika_batch.core.refusals import ReplyCode
-from aio_pika_batch.core.settlement import Disposition
+from aio_pika_batch.core.settlement import Disposition, Frame
 
 _Delivered: TypeAlias = dict[int, tuple[QueueConsumer, QueueEntry]]
 _How: TypeAlias = tuple[Disposition, ReturnCause]
@@ -131,3 +131,18 @@ def _entries(delivered: _Delivered) -> list[QueueEntry]:
         consumer.unacked_count -= 1
         entries.append(entry)
     return entries
+
+
+def acks_first(frames: Sequence[Frame], unsettled: Sequence[int]) -> Sequence[Frame]:
+    """Return the frames of one write in the order in which a classic queue takes them."""
+    if all(frame.disposition is Disposition.ACK for frame in frames):
+        return frames
+    settled = {frame.tag for frame in frames if not frame.multiple}
+    singles = []
+    for frame in frames:
+        tags = [frame.tag]
+        if frame.multiple:
+            tags = [tag for tag in unsettled if tag <= frame.tag and tag not in settled]
+            settled.update(tags)
+        singles += [Frame(frame.disposition, tag) for tag in tags]
+    return sorted(singles, key=lambda frame: frame.disposition is not Disposition.ACK)
