@@ -194,8 +194,8 @@ class MemoryQueue:
 
     def offer(self, message: StoredMessage, *, is_confirmed: bool = True) -> bool:
         """Store a message, unless the queue is full and refuses it; return whether it is stored."""
-        # A quorum queue refuses by telling its publishers to stop. A queue that dead-letters without
-        # waiting for confirms is none of them.
+        # A quorum queue refuses by telling its publishers to stop. A queue that dead-letters
+        # without waiting for confirms isn't one of them.
         if (is_confirmed or not self._is_quorum) and self.would_refuse(message):
             if self.spec.overflow is Overflow.REJECT_PUBLISH_DLX:
                 self._host.send_dead_letter(self, message, DeathReason.MAXLEN)
