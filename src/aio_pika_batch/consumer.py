@@ -370,13 +370,14 @@ class BaseConsumer(Generic[SettingsT_co]):
         routing_key: str = "",
         headers: Headers | None = None,
         # Otherwise the broker confirms a message that it drops, because no queue takes it.
-        mandatory: bool = True,
+        mandatory: bool | None = None,
         **properties: Any,  # noqa: ANN401  -- those of Publication, each with its own type
     ) -> None:
         """Publish a message and wait for its confirm.
 
         Args:
-            mandatory: Whether it is an error if no queue takes the message.
+            mandatory: Whether it is an error if no queue takes the message. By default it is,
+                except for a direct reply-to address (see :class:`~aio_pika_batch.Publication`).
             **properties: Further ones of :class:`~aio_pika_batch.Publication`, such as
                 `message_id`.
 
@@ -384,13 +385,10 @@ class BaseConsumer(Generic[SettingsT_co]):
             PublishError: It was returned, refused, or not confirmed within `publish_timeout`.
             SessionClosed: The consumer is not running.
         """
+        if mandatory is not None:
+            properties["mandatory"] = mandatory
         publication = Publication(
-            body,
-            exchange=exchange,
-            routing_key=routing_key,
-            headers=headers,
-            mandatory=mandatory,
-            **properties,
+            body, exchange=exchange, routing_key=routing_key, headers=headers, **properties
         )
         [outcome] = await self.publish_many([publication])
         if outcome is not Outcome.CONFIRMED:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import random
 import ssl
 import subprocess
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import aio_pika
 import pytest
 
 from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport, open_transport
 from aio_pika_batch.core.publication import Outcome, Publication
+from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import Binding, Exchange, PublishCheck, Queue, Topology
 from aio_pika_batch.errors import (
     AccessRefused,
@@ -520,3 +523,85 @@ async def test_a_user_without_permissions_is_refused(
             ]
         )
     assert [Outcome.REFUSED] * 2 == outcomes
+
+
+# --- names -----------------------------------------------------------------------
+
+_LETTERS = "aZ9-_.:@#,/+ äßЖ中😀\"'%\\*?&=;|<>[]{}()~^`$!\t\u200b\u202e"
+
+
+def any_name(seed: int, longest: int) -> str:
+    """Return a name of letters that RabbitMQ accepts, different for each seed."""
+    drawn = random.Random(seed)
+    name = "".join(drawn.choices(_LETTERS, k=drawn.randint(1, longest // 4)))
+    return f"{seed}{name}"
+
+
+@pytest.mark.parametrize("wire", ["fast", "plain"])
+async def test_queues_and_exchanges_of_any_name_are_used(
+    amqp_url: str, channel: AbstractChannel, name: str, wire: Wire
+) -> None:
+    """40 names of each, judged by a channel of aio-pika, which checks no name when it publishes."""
+    exchange = f"{name}-ä\"'"
+    names = [f"{name[-8:]}{any_name(seed, 200)}" for seed in range(40)]
+    expires = {"x-expires": 120_000}  # no client library can delete them
+    transport = open_transport(Endpoint(url=amqp_url, wire=wire))
+    await transport.declare(
+        Topology(
+            exchanges=(Exchange(exchange, "topic", durable=True, auto_delete=True),),
+            queues=tuple(Queue(each, durable=True, arguments=expires) for each in names),
+            bindings=tuple(Binding(each, exchange, f"key.{each}") for each in names),
+        )
+    )
+    for each in names:
+        await channel.default_exchange.publish(aio_pika.Message(each.encode()), each)
+    for each in names:
+        subscription = Subscription(queue=each, consumer_tag=f"ctag-{each[:20]}", prefetch=10)
+        async with asyncio.timeout(PATIENCE), transport.session(subscription) as session:
+            [message] = await anext(aiter(session))
+            assert each.encode() == message.body
+            await session.settle([Settlement(Disposition.ACK, (message.delivery_tag,))])
+            await session.cancel()
+    if wire == "fast":  # aiormq publishes to no such exchange
+        routed = [Publication(b"", exchange=exchange, routing_key=f"key.{each}") for each in names]
+        async with transport.publisher() as publisher:
+            assert {Outcome.CONFIRMED} == set(await publisher.publish(routed))
+
+
+@pytest.mark.needs_node
+async def test_users_and_virtual_hosts_of_any_name_are_reached(
+    rabbitmq: RabbitMQ, tmp_path: Path
+) -> None:
+    """40 of them: each queue is declared in its own virtual host, as the node itself sees it."""
+    vhosts = ["..", ".", "team/../b", "./x", "x/..", *(any_name(seed, 120) for seed in range(35))]
+    users = [f"user-ä@:/{number}" for number in range(len(vhosts))]
+    passwords = [any_name(100 + number, 60) for number in range(len(vhosts))]
+    everything = {"configure": ".*", "write": ".*", "read": ".*"}
+    definitions = {
+        "vhosts": [{"name": each} for each in vhosts],
+        "users": [
+            {"name": user, "password": password, "tags": ""}
+            for user, password in zip(users, passwords, strict=True)
+        ],
+        "permissions": [
+            {"user": user, "vhost": vhost, **everything}
+            for user, vhost in zip(users, vhosts, strict=True)
+        ],
+    }
+    file = tmp_path / "definitions.json"
+    file.write_text(json.dumps(definitions))
+    file.chmod(0o644)
+    rabbitmq.rabbitmqctl("import_definitions", str(file))
+    for number, (vhost, user, password) in enumerate(zip(vhosts, users, passwords, strict=True)):
+        own = {"user": quote(user, safe=""), "password": quote(password, safe="")}
+        url = changed(rabbitmq.url, **own, path=f"/{quote(vhost, safe='')}")
+        await open_transport(Endpoint(url=url)).declare(Topology(queues=(Queue(f"q{number}"),)))
+    found = rabbitmq.rabbitmqctl(
+        "eval",
+        '[io:format("~w ~s~n", [binary_to_list(V), N])'
+        " || {resource, V, queue, N} <- rabbit_amqqueue:list_names()].",
+    )
+    wanted = {
+        f"[{','.join(map(str, vhost.encode()))}] q{number}" for number, vhost in enumerate(vhosts)
+    }
+    assert wanted <= set(found.splitlines())

@@ -25,6 +25,7 @@ from typing import (
     overload,
 )
 
+from aio_pika_batch.core.content_encoding import MAX_BYTES, charset_of, decompress
 from aio_pika_batch.errors import MessageDecodeError
 
 FieldValue: TypeAlias = Union[
@@ -433,17 +434,48 @@ class Message:
             return None
         return self._source.now() - self.timestamp.timestamp()
 
-    def json(self) -> Any:  # noqa: ANN401  -- JSON has no narrower type
-        """The body as JSON.
+    def json(self, *, max_bytes: int = MAX_BYTES) -> Any:  # noqa: ANN401  -- JSON has no narrower type
+        """The body as JSON, decompressed if `content_encoding` is gzip, deflate or zstd.
+
+        Args:
+            max_bytes: The largest decompressed body; 64 MiB by default.
 
         Raises:
-            MessageDecodeError: The body isn't valid JSON. If your handler doesn't catch the error,
-                only this message is dead-lettered.
+            MessageDecodeError: The body isn't valid JSON, its encoding is unknown, or it is too
+                large. If your handler doesn't catch the error, only this message is dead-lettered.
         """
         try:
+            # Tried first, since reading `content_encoding` takes longer than most bodies do. A
+            # compressed body is never valid JSON.
             return json.loads(self.body)
         except (ValueError, RecursionError) as error:
+            if not self.content_encoding:
+                raise MessageDecodeError(self, "body", f"not valid JSON: {error}") from error
+        try:
+            return json.loads(self.text(max_bytes=max_bytes))
+        except MessageDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
             raise MessageDecodeError(self, "body", f"not valid JSON: {error}") from error
+
+    def text(self, *, max_bytes: int = MAX_BYTES) -> str:
+        """The body as text, decompressed if `content_encoding` is gzip, deflate or zstd.
+
+        The character set is the one that `content_type` or `content_encoding` names, else UTF-8.
+
+        Args:
+            max_bytes: The largest decompressed body; 64 MiB by default.
+
+        Raises:
+            MessageDecodeError: It can't be decoded, its encoding is unknown, or it is too large.
+        """
+        _, _, charset = (self.content_type or "").lower().partition("charset=")
+        charset = charset.partition(";")[0].strip(" \"'")
+        try:
+            body = decompress(self.body, self.content_encoding, max_bytes)
+            return body.decode(charset or charset_of(self.content_encoding) or "utf-8")
+        except (ValueError, LookupError) as error:
+            raise MessageDecodeError(self, "body", str(error)) from error
 
 
 def readable_headers(message: Message) -> Headers | None:

@@ -9,6 +9,9 @@ from typing import TypeAlias
 
 from aio_pika_batch.core.message import SHORT_STRING, Headers, Message, Properties
 
+DIRECT_REPLY_TO = "amq.rabbitmq.reply-to."
+"""How the addresses of RabbitMQ's direct reply-to begin."""
+
 
 def _milliseconds(expiration: float | timedelta | None) -> str | None:
     if expiration is None:
@@ -26,7 +29,8 @@ class Publication:
         exchange: Empty for the default exchange, which routes by queue name.
         routing_key: At most 255 bytes.
         mandatory: Whether the broker returns a message that no queue is bound for
-            (`Outcome.RETURNED`).
+            (`Outcome.RETURNED`). By default it does, except for a direct reply-to address: before
+            4.0, RabbitMQ returns such an answer even though it has delivered it.
         headers: They must fit into one frame.
         delivery_mode: 2, the default, means persistent.
         expiration: Time to live in seconds, or a timedelta.
@@ -37,7 +41,8 @@ class Publication:
     body: bytes = field(repr=False)
     exchange: str = field(default="", kw_only=True)
     routing_key: str = field(default="", kw_only=True)
-    mandatory: bool = field(default=True, kw_only=True)
+    # None until `__post_init__` has looked at the address.
+    mandatory: bool = field(default=None, kw_only=True)  # type: ignore[assignment]
     headers: Headers | None = field(default=None, kw_only=True)
     content_type: str | None = field(default=None, kw_only=True)
     content_encoding: str | None = field(default=None, kw_only=True)
@@ -57,6 +62,10 @@ class Publication:
         body: object = self.body
         if not isinstance(body, bytes | bytearray | memoryview):
             raise TypeError(f"body must be bytes, not {type(body).__name__}: encode it first")
+        given: bool | None = self.mandatory
+        if given is None:
+            is_reply = not self.exchange and self.routing_key.startswith(DIRECT_REPLY_TO)
+            object.__setattr__(self, "mandatory", not is_reply)  # the class is frozen
         for name, value in (("exchange", self.exchange), ("routing_key", self.routing_key)):
             if len(value.encode()) > SHORT_STRING:
                 msg = f"{name} has more than {SHORT_STRING} bytes, AMQP's limit: {value[:40]}…"

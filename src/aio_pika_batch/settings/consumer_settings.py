@@ -41,6 +41,7 @@ from aio_pika_batch.settings.fields import (
     PREFIX,
     Arguments,
     Count,
+    ExchangeName,
     ExchangeType,
     Factor,
     FailureAction,
@@ -331,7 +332,7 @@ class ConsumerSettings(_EssentialSettings):
 
     # -- exchange and bindings --------------------------------------------------------------------
 
-    exchange_name: ShortString | None = Field(
+    exchange_name: ExchangeName | None = Field(
         default=None, description="Exchange to declare and to bind the queue to."
     )
     exchange_type: ExchangeType = Field(

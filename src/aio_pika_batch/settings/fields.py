@@ -50,9 +50,17 @@ def result_by_name(value: object) -> object:
 
 
 def _short_string(value: str) -> str:
+    if any("\ud800" <= each <= "\udfff" for each in value):
+        raise ValueError("is not valid Unicode: it has lone surrogates, which no name can have")
     if not is_short_string(value):
         raise ValueError(f"must have at most {SHORT_STRING} bytes, AMQP's limit for names and keys")
     return value
+
+
+def _name(value: str) -> str:
+    if "\n" in value or "\r" in value:
+        raise ValueError("must not contain line breaks: RabbitMQ removes them from names")
+    return _short_string(value)
 
 
 _PYTHON_LIST = re.compile(r"""\[\s*(?:(?:'[^'\\]*'|"[^"\\]*")\s*(?:,\s*|(?=\])))*\]""")
@@ -111,7 +119,8 @@ def _whole_milliseconds(value: float) -> float:
 
 
 ShortString = Annotated[str, AfterValidator(_short_string)]
-Name = Annotated[str, Field(min_length=1), AfterValidator(_short_string)]
+ExchangeName = Annotated[str, AfterValidator(_name)]
+Name = Annotated[str, Field(min_length=1), AfterValidator(_name)]
 Keys = Annotated[ShortString | list[ShortString] | None, NoDecode, BeforeValidator(_one_or_several)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Factor = Annotated[float, Field(ge=1, allow_inf_nan=False, json_schema_extra={"unit": "a number"})]

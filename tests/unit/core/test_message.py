@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib
 import json
+import sys
+import zlib
 from datetime import UTC, datetime
 
 import pytest
@@ -306,3 +310,105 @@ def test_a_body_that_is_not_json_raises(body):
     assert message is caught.value.message
     assert isinstance(caught.value.__cause__, (ValueError, RecursionError))
     assert 300 > len(str(caught.value))
+
+
+def compressed(body, encoding):
+    """Compress a body as its publisher does."""
+    match encoding:
+        case "gzip" | "x-gzip" | "GZIP":
+            return gzip.compress(body)
+        case "deflate":
+            return zlib.compress(body)
+        case "raw deflate":
+            return zlib.compress(body, wbits=-zlib.MAX_WBITS)
+        case "deflate, gzip":
+            return gzip.compress(zlib.compress(body))
+        case "two members":
+            return gzip.compress(body[:1]) + gzip.compress(body[1:])
+    return body
+
+
+ENCODINGS = {
+    "gzip": "gzip",
+    "x-gzip": "x-gzip",
+    "GZIP": "GZIP",
+    "deflate": "deflate",
+    "raw deflate": "deflate",
+    "deflate, gzip": "deflate, gzip",
+    "two members": "gzip",
+    "utf-8": "utf-8",
+    "identity": "identity",
+    "binary": "binary",
+}
+
+
+@given(json_values, st.sampled_from(list(ENCODINGS)))
+def test_a_compressed_body_is_decoded(value, encoding):
+    """By `json` and by `text`; kombu's character sets are no compressions."""
+    body = json.dumps(value)
+    message = a_message(
+        body=compressed(body.encode(), encoding), content_encoding=ENCODINGS[encoding]
+    )
+    assert value == message.json()
+    assert body == message.text()
+
+
+@pytest.mark.parametrize(
+    ("body", "properties", "text"),
+    [
+        (b"caf\xe9", {"content_type": "text/plain; charset=ISO-8859-1"}, "caf\xe9"),
+        (b"caf\xe9", {"content_type": 'text/plain;charset="latin-1";x=y'}, "caf\xe9"),
+        (b"caf\xe9", {"content_encoding": "latin-1"}, "caf\xe9"),
+        (b"caf\xc3\xa9", {}, "caf\xe9"),
+        (b"", {"content_type": "text/plain; charset="}, ""),
+    ],
+)
+def test_text_is_decoded_by_its_character_set(body, properties, text):
+    """UTF-8 if none is named."""
+    assert text == a_message(body=body, **properties).text()
+
+
+@pytest.mark.parametrize(
+    ("body", "properties", "why"),
+    [
+        (
+            b"\x1b\x05",
+            {"content_encoding": "br"},
+            "content_encoding 'br': only gzip, deflate and zstd are known",
+        ),
+        (
+            b"{{{",
+            {"content_encoding": "gzip"},
+            "content_encoding 'gzip': the body is not encoded so",
+        ),
+        (gzip.compress(b"[1]")[:-9], {"content_encoding": "gzip"}, "the body is incomplete"),
+        (gzip.compress(b"0" * 9), {"content_encoding": "gzip"}, "larger than 8 bytes .*max_bytes"),
+        (
+            gzip.compress(b"0" * 5) + gzip.compress(b"0" * 4),
+            {"content_encoding": "gzip"},
+            "larger than 8 bytes",
+        ),
+        (b"\xff", {"content_type": "text/plain"}, "can't decode byte"),
+        (b"x", {"content_type": "text/plain; charset=klingon"}, "unknown encoding: klingon"),
+        (gzip.compress(b"{"), {"content_encoding": "gzip"}, "not valid JSON"),
+    ],
+)
+def test_a_body_that_cannot_be_decoded_says_why(body, properties, why):
+    """The encoding is named, so that the reader of the log knows what to ask the publisher for."""
+    message = a_message(body=body, **properties)
+    with pytest.raises(MessageDecodeError, match=why):
+        message.json(max_bytes=8) if properties.get("content_encoding") else message.text()
+
+
+def test_zstd_is_decoded_where_python_has_it():
+    """Before 3.14 the error says so."""
+    message = a_message(body=b"\x28\xb5\x2f\xfd\x04\x00\x09\x00\x00[1]", content_encoding="zstd")
+    if sys.version_info < (3, 14):
+        with pytest.raises(MessageDecodeError, match=r"'zstd': it needs Python 3\.14"):
+            message.json()
+    else:
+        zstd = importlib.import_module("compression.zstd")
+        whole = a_message(body=zstd.compress(b"[1]"), content_encoding="zstd")
+        assert [1] == whole.json()
+        with pytest.raises(MessageDecodeError, match="larger than 1 bytes"):
+            whole.json(max_bytes=1)

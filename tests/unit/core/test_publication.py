@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
@@ -36,6 +36,21 @@ CARRIED = {
 def test_only_given_properties_are_sent(stated):
     """Others are absent. Only the delivery mode has a default: persistent."""
     assert Properties(**{"delivery_mode": 2, **stated}) == Publication(b"", **stated).properties
+
+
+@pytest.mark.parametrize(
+    ("exchange", "routing_key", "mandatory"),
+    [
+        ("", "amq.rabbitmq.reply-to.g1h2AA", False),
+        ("", "amq.rabbitmq.reply-to", True),
+        ("events", "amq.rabbitmq.reply-to.g1h2AA", True),
+    ],
+)
+def test_an_answer_to_a_direct_reply_to_address_is_not_mandatory(exchange, routing_key, mandatory):
+    """Before 4.0, RabbitMQ returns it even though it has delivered it. An explicit value counts."""
+    publication = Publication(b"", exchange=exchange, routing_key=routing_key)
+    assert mandatory is publication.mandatory
+    assert replace(publication, mandatory=True).mandatory
 
 
 def test_the_defaults_are_the_default_exchange_and_mandatory():

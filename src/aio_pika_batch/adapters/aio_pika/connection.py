@@ -14,7 +14,8 @@ import socket
 import ssl
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import quote
 
 import aio_pika
 from aiormq.exceptions import AuthenticationError
@@ -40,7 +41,7 @@ from aio_pika_batch.logs import KeywordLogger
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aiormq.abc import AbstractChannel
+    from aiormq.channel import Channel
 
     from aio_pika_batch.adapters.aio_pika.url import Address
     from aio_pika_batch.transport import Endpoint
@@ -127,12 +128,12 @@ class OpenConnection:
         """Whether the broker calls itself RabbitMQ."""
         return self.product[0] == "RabbitMQ"
 
-    async def channel(self, *, confirms: bool = False) -> AbstractChannel:
+    async def channel(self, *, confirms: bool = False) -> Channel:
         """Open a channel of aiormq. Raises what aiormq raises."""
         transport = self.connection.transport
         if transport is None:
             raise RuntimeError("the connection is closed")
-        return await transport.connection.channel(publisher_confirms=confirms)
+        return cast("Channel", await transport.connection.channel(publisher_confirms=confirms))
 
     async def close(self) -> None:
         """Close the connection, gracefully if the broker answers soon."""
@@ -235,15 +236,16 @@ async def _tls_context(endpoint: Endpoint, address: Address) -> ssl.SSLContext |
 
 def _url(address: Address, heartbeat: int) -> URL:
     options = {key: value for key, value in address.options.items() if key not in tls.OPTIONS}
-    return URL.build(
+    url = URL.build(
         scheme="amqps" if address.tls else "amqp",
         user=address.user,
         password=address.password,
         host=address.host,
         port=address.port,
-        path=f"/{address.vhost}",
-        query={**options, "heartbeat": str(heartbeat)},
     )
+    # Encoded here: yarl would take the virtual host ".." for a step up.
+    url = url.with_path(f"/{quote(address.vhost, safe='')}", encoded=True)
+    return url.with_query({**options, "heartbeat": str(heartbeat)})
 
 
 def _connect_error(

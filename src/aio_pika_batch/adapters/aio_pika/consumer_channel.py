@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from aio_pika_batch.adapters.aio_pika.any_name import BasicConsume
 from aio_pika_batch.adapters.aio_pika.client_errors import (
     close_reason,
     consume_exception,
@@ -39,7 +40,8 @@ from aio_pika_batch.transport import resumed_consumer_tag
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
-    from aiormq.abc import AbstractChannel, DeliveredMessage
+    from aiormq.abc import DeliveredMessage
+    from aiormq.channel import Channel
 
     from aio_pika_batch.adapters.aio_pika.connection import OpenConnection
     from aio_pika_batch.adapters.aio_pika.frame_tap import Listener
@@ -90,7 +92,7 @@ class ConsumerChannel:
         self.number = 0
         self._connection = connection
         self._listener = listener
-        self._channel: AbstractChannel | None = None
+        self._channel: Channel | None = None
         self._subscription: Subscription | None = None
         self._consumer_tag = ""
         self._pauses = 0
@@ -132,7 +134,7 @@ class ConsumerChannel:
         ):
             await self._start(self._channel, replace(first, consumer_tag=tag, prefetch=prefetch))
 
-    async def _start(self, channel: AbstractChannel, subscription: Subscription) -> None:
+    async def _start(self, channel: Channel, subscription: Subscription) -> None:
         self._consumer_tag = subscription.consumer_tag
         source = RawSource(
             subscription.queue, subscription.consumer_tag, subscription.retry_count_header
@@ -145,12 +147,15 @@ class ConsumerChannel:
             on_message = self._guarded(channel.number, source)
         # Set prefetch first: it applies to consumers that start after it.
         await channel.basic_qos(prefetch_count=subscription.prefetch)
-        await channel.basic_consume(
-            subscription.queue,
-            on_message,
-            consumer_tag=subscription.consumer_tag,
-            exclusive=subscription.exclusive,
-            arguments=self._arguments(subscription),
+        # What `Channel.basic_consume` does, for every name that the broker accepts.
+        channel.consumers[subscription.consumer_tag] = on_message
+        await channel.rpc(
+            BasicConsume(
+                queue=subscription.queue,
+                consumer_tag=subscription.consumer_tag,
+                exclusive=subscription.exclusive,
+                arguments=self._arguments(subscription),
+            )
         )
 
     def _arguments(self, subscription: Subscription) -> dict[str, Any]:

@@ -10,9 +10,11 @@ its own connection.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias, assert_never
 
+from aio_pika_batch.adapters.aio_pika.any_name import ExchangeDeclare, QueueBind, QueueDeclare
 from aio_pika_batch.adapters.aio_pika.client_errors import (
     close_reason,
     format_error,
@@ -43,7 +45,7 @@ from aio_pika_batch.errors import BrokerUnavailable, TopologyError, TransportErr
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
 
-    from aiormq.abc import AbstractChannel
+    from aiormq.channel import Channel
 
     from aio_pika_batch.adapters.aio_pika.events import Closed
     from aio_pika_batch.adapters.aio_pika.url import Address
@@ -237,7 +239,7 @@ class _DeclareChannel:
         self.connection = connection
         self.ready = 0
         self._timeout = timeout
-        self._channel: AbstractChannel | None = None
+        self._channel: Channel | None = None
 
     @property
     def version(self) -> Version | None:
@@ -264,7 +266,7 @@ class _DeclareChannel:
             TransportError: It failed in any other way.
         """
 
-        async def request(channel: AbstractChannel) -> None:
+        async def request(channel: Channel) -> None:
             self.ready = await _request(channel, entity, passive=passive)
 
         return await self._call(request, self.describe(entity), self._timeout)
@@ -279,16 +281,19 @@ class _DeclareChannel:
             TransportError: It failed in any other way.
         """
 
-        async def request(channel: AbstractChannel) -> None:
+        async def request(channel: Channel) -> None:
             await channel.tx_select()
-            await channel.basic_publish(b"", exchange=check.exchange, routing_key=check.routing_key)
+            with suppress(ValueError):  # an exchange that aiormq can't name is not checked
+                await channel.basic_publish(
+                    b"", exchange=check.exchange, routing_key=check.routing_key
+                )
             await channel.tx_rollback()
 
         what = f"publishing to exchange {check.exchange!r} at {self.connection.address}"
         return await self._call(request, what, min(self._timeout, BLOCKED_AFTER))
 
     async def _call(
-        self, request: Callable[[AbstractChannel], Awaitable[None]], what: str, timeout: float
+        self, request: Callable[[Channel], Awaitable[None]], what: str, timeout: float
     ) -> Closed | None:
         cause: BaseException | None = None
 
@@ -323,35 +328,41 @@ def _call_error(what: str, error: BaseException, timeout: float) -> Exception:
             return BrokerUnavailable(f"{what}: {format_error(error)}")
 
 
-async def _request(channel: AbstractChannel, entity: Entity, *, passive: bool) -> int:
+async def _request(channel: Channel, entity: Entity, *, passive: bool) -> int:
     """Send the request. Returns how many messages are ready, if it is a queue."""
     match entity:
         case Exchange():
-            await channel.exchange_declare(
-                entity.name,
-                exchange_type=entity.type,
-                passive=passive,
-                durable=entity.durable,
-                auto_delete=entity.auto_delete,
-                internal=entity.internal,
-                arguments=dict[str, Any](entity.arguments),
+            await channel.rpc(
+                ExchangeDeclare(
+                    exchange=entity.name,
+                    exchange_type=entity.type,
+                    passive=passive,
+                    durable=entity.durable,
+                    auto_delete=entity.auto_delete,
+                    internal=entity.internal,
+                    arguments=dict[str, Any](entity.arguments),
+                )
             )
         case Queue():
-            found = await channel.queue_declare(
-                entity.name,
-                passive=passive,
-                durable=entity.durable,
-                exclusive=entity.exclusive,
-                auto_delete=entity.auto_delete,
-                arguments=dict[str, Any](entity.arguments),
+            found = await channel.rpc(
+                QueueDeclare(
+                    queue=entity.name,
+                    passive=passive,
+                    durable=entity.durable,
+                    exclusive=entity.exclusive,
+                    auto_delete=entity.auto_delete,
+                    arguments=dict[str, Any](entity.arguments),
+                )
             )
             return found.message_count or 0
         case Binding():
-            await channel.queue_bind(
-                entity.queue,
-                entity.exchange,
-                entity.routing_key,
-                arguments=dict[str, Any](entity.arguments),
+            await channel.rpc(
+                QueueBind(
+                    queue=entity.queue,
+                    exchange=entity.exchange,
+                    routing_key=entity.routing_key,
+                    arguments=dict[str, Any](entity.arguments),
+                )
             )
         case _:
             assert_never(entity)

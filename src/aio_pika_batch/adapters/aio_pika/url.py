@@ -21,6 +21,7 @@ from aio_pika_batch.errors import ConfigurationError
 _LARGEST_PORT = 65_535
 _LONGEST_HEARTBEAT = 65_535
 _LONGEST_NAME = 255
+_LONGEST_VHOST = 127
 
 OPTIONS: Final = frozenset(
     (
@@ -95,6 +96,7 @@ def _parse_one(url: str) -> list[Address]:
         "password": _unquoted("the password", password) if has_password else "guest",
         "vhost": _unquoted("the virtual host", path or "") or "/",
     }
+    _check_vhost(common["vhost"])
     options = _options(query or "")
     return [
         Address(host, port, tls=scheme == "amqps", options=options, **common)
@@ -128,9 +130,28 @@ def _host_and_port(text: str, scheme: str) -> tuple[str, int]:
 
 def _unquoted(what: str, text: str) -> str:
     try:
-        return unquote(text, errors="strict")
-    except UnicodeDecodeError as error:
+        found = unquote(text, errors="strict")
+        found.encode()
+    except UnicodeError as error:
         raise ConfigurationError(f"url: {what} is percent-encoded, but not as UTF-8") from error
+    if "\0" in found:
+        # It separates the user from the password when the client logs in.
+        raise ConfigurationError(f"url: {what} contains a null character, which AMQP can't send")
+    return found
+
+
+def _check_vhost(vhost: str) -> None:
+    """Refuse the few names of virtual hosts that the client library would change or reject."""
+    if len(vhost) > _LONGEST_VHOST:
+        raise ConfigurationError(
+            f"url: the virtual host has {len(vhost)} characters; the client library allows"
+            f" {_LONGEST_VHOST}"
+        )
+    if "%2F" in vhost:
+        raise ConfigurationError(
+            f"url: the virtual host {vhost!r} contains '%2F' literally, which the client library"
+            " takes for '/'; if you meant '/', encode it once"
+        )
 
 
 def _options(query: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from aio_pika_batch.adapters.aio_pika.amqp_spec import ACK_SIZE, FRAME_OVERHEAD
+from aio_pika_batch.adapters.aio_pika.any_name import BasicConsume
 from aio_pika_batch.adapters.aio_pika.events import ChannelCloseOk, Deliveries
 from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
 from aio_pika_batch.adapters.aio_pika.session import AioPikaSession
@@ -30,11 +31,12 @@ class FakeChannel:
     def __init__(self, tap: FakeTap | None = None) -> None:
         self.answer = asyncio.Event()
         self.tap = tap or FakeTap()
+        self.consumers: dict[str, Any] = {}
 
     async def basic_qos(self, **_: Any) -> None:
         """Accept any prefetch."""
 
-    async def basic_consume(self, *_: Any, **__: Any) -> None:
+    async def rpc(self, _: BasicConsume) -> None:
         self.tap.note("consume")
 
     async def basic_cancel(self, _: str) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
+from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from aiormq import Connection
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from aio_pika_batch.adapters.aio_pika.connection import _url
 from aio_pika_batch.adapters.aio_pika.url import Address, parse_url
 from aio_pika_batch.errors import ConfigurationError
 
@@ -73,6 +77,10 @@ def test_a_url_is_parsed_into_addresses(url: str, addresses: list[Address]) -> N
         ("amqp://u:secret", "not a port"),
         ("amqp://u:%ff%fesecret@h", "password"),
         ("amqp://h/%ff", "virtual host"),
+        ("amqp://h/\ud800", "not as UTF-8"),
+        ("amqp://u:a%00secret@h", "null character"),
+        ("amqp://h/a%252Fb", "contains '%2F' literally"),
+        ("amqp://h/" + 128 * "v", "has 128 characters; the client library allows 127"),
         ("amqp://h?hartbeat=5", "no option 'hartbeat'; use one of .*heartbeat"),
         ("amqp://h?heartbeat=soon", "whole seconds"),
         ("amqp://h?heartbeat=0", "heartbeat is '0'; it must be whole seconds, 1 to 65535"),
@@ -94,6 +102,24 @@ def test_any_text_is_parsed_or_a_configuration_error(text: str) -> None:
     """Nothing else is raised."""
     with suppress(ConfigurationError):
         parse_url(f"amqp://{text}")
+
+
+names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=127)
+
+
+@given(names.filter(bool), names, names.filter(bool).filter(lambda name: "%2F" not in name))
+@example("guest", "guest", "..")
+@example("guest", "guest", "./team/../b")
+@example("a+b", "%2F+ /", "a+b")
+def test_the_client_library_gets_each_name_as_it_is(user: str, password: str, vhost: str) -> None:
+    """Also names with dots, which have a meaning in the path of a URL."""
+    url = f"amqp://{quote(user, safe='')}:{quote(password, safe='')}@h/{quote(vhost, safe='')}"
+    [address] = parse_url(url)
+    assert (user, password, vhost) == (address.user, address.password, address.vhost)
+    made = _url(address, 30)
+    with asyncio.Runner() as runner:
+        vhost_sent = Connection(made, loop=runner.get_loop()).vhost
+    assert (user, password, vhost) == (made.user, made.password or "", vhost_sent)
 
 
 @pytest.mark.parametrize(
