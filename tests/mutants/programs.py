@@ -137,7 +137,8 @@ PROGRAMS = (
     Mutant(
         "A body that was cut off is decoded as far as it goes.",
         "core/content_encoding.py",
-        '        if not decompressor.eof:\n            raise ValueError("the body is incomplete")\n        parts',
+        '        if not decompressor.eof:\n            raise ValueError("the body is incomplete")\n'
+        "        parts",
         "        parts",
         ("tests/unit/core/test_message.py",),
     ),

@@ -35,6 +35,9 @@ def decompress(body: bytes, content_encoding: str | None, max_bytes: int) -> byt
             continue
         try:
             body = _decoded(body, name, max_bytes)
+        except zlib.error as error:
+            text = f"content_encoding {name!r}: the body is not encoded so ({error})"
+            raise ValueError(text) from error
         except ValueError as error:
             raise ValueError(f"content_encoding {name!r}: {error}") from error
     return body
@@ -45,9 +48,11 @@ def _decoded(body: bytes, encoding: str, max_bytes: int) -> bytes:
         case "gzip" | "x-gzip":
             return _inflate(body, _GZIP, max_bytes)
         case "deflate":
-            # RFC 9110 means zlib's format, but many programs send it without its header.
-            has_header = len(body) > 1 and not int.from_bytes(body[:2], "big") % 31
-            return _inflate(body, zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS, max_bytes)
+            try:
+                return _inflate(body, zlib.MAX_WBITS, max_bytes)
+            except zlib.error:
+                # RFC 9110 means zlib's format, but many programs leave out its header.
+                return _inflate(body, -zlib.MAX_WBITS, max_bytes)
         case "zstd":
             return _inflate_zstd(body, max_bytes)
         case _ if charset_of(encoding) is None:
@@ -60,10 +65,7 @@ def _inflate(body: bytes, wbits: int, max_bytes: int) -> bytes:
     left = max_bytes
     while body:  # gzip may have several members, one behind another
         decompressor = zlib.decompressobj(wbits)
-        try:
-            part = decompressor.decompress(body, left + 1)
-        except zlib.error as error:
-            raise ValueError(f"the body is not encoded so ({error})") from error
+        part = decompressor.decompress(body, left + 1)
         left -= len(part)
         if left < 0:
             raise _too_large(max_bytes)
