@@ -124,23 +124,26 @@ def test_invalid_options_of_the_demo_are_reported_on_one_line(
     assert "Traceback" not in done.stderr
 
 
-def test_an_unreachable_broker_is_reported_on_one_line() -> None:
+def test_an_unreachable_broker_is_reported_at_once_with_the_reason() -> None:
     """Exit code 3."""
-    done = run("--url", "amqp://127.0.0.1:9/")
+    done = run("--url", "amqp://guest:secret@127.0.0.1:9/")
 
     assert 3 == done.returncode
-    assert "Traceback" not in done.stderr
+    assert done.stdout.startswith("Connecting to amqp://guest:***@127.0.0.1:9/")
+    assert "refused" in done.stderr.lower()
+    assert 1 == len(done.stderr.splitlines())
 
 
-def test_ctrl_c_ends_the_demo() -> None:
-    """With exit code 130, and without a traceback."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_demo_with_its_summary(number: signal.Signals) -> None:
+    """What was published is handled before."""
     with subprocess.Popen(
-        [*DEMO, "--seconds", "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*DEMO, "--seconds", "600"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as running:
         assert running.stdout is not None
         running.stdout.readline()
-        running.send_signal(signal.SIGINT)
-        _, errors = running.communicate(timeout=PATIENCE)
+        running.send_signal(number)
+        output, errors = running.communicate(timeout=PATIENCE)
 
-    assert 130 == running.returncode
-    assert "Traceback" not in errors
+    assert (0, "") == (running.returncode, errors)
+    assert output.endswith("All orders are accounted for.\n")

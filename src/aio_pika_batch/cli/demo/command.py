@@ -26,6 +26,7 @@ from aio_pika_batch.cli.demo.orders import PipelineStats, StageStats
 from aio_pika_batch.cli.demo.pipeline import DRAIN_TIMEOUT, DemoOptions, Orders, Pipeline
 from aio_pika_batch.errors import BrokerUnavailable, ConfigurationError
 from aio_pika_batch.masking import mask_url
+from aio_pika_batch.runtime.shutdown import process_signals
 from aio_pika_batch.status import ConsumerStatus, WorkerState, WorkerStatus
 from aio_pika_batch.transport import scheme_of
 
@@ -55,7 +56,11 @@ def demo(
     # The queue of dead letters has no dead-letter exchange, and --chaos cuts connections: the
     # warnings about both would disturb the dashboard.
     logging.disable(logging.CRITICAL)
-    return asyncio.run(_run(Pipeline(url, options), is_plain=plain, save_svg=save_svg))
+    pipeline = Pipeline(url, options)
+    try:
+        return asyncio.run(_run(pipeline, is_plain=plain, save_svg=save_svg))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 def check_options(url: str, options: DemoOptions) -> None:
@@ -75,7 +80,17 @@ def check_options(url: str, options: DemoOptions) -> None:
 
 async def _run(pipeline: Pipeline, *, is_plain: bool, save_svg: Path | None) -> Exit:
     console = Console()
+    task = asyncio.current_task()
+
+    def abandon() -> None:
+        if task is not None:
+            task.cancel()
+
     async with AsyncExitStack() as stack:
+        # The first Ctrl-C ends publishing, so that the summary follows. The second ends it all.
+        stack.enter_context(process_signals.listen(pipeline.stop, abandon))
+        if scheme_of(pipeline.url) != "memory":
+            print(f"Connecting to {mask_url(pipeline.url)} …", flush=True)
         try:
             async with asyncio.timeout(START_TIMEOUT):
                 await pipeline.start(stack)

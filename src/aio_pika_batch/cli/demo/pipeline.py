@@ -38,6 +38,7 @@ from aio_pika_batch.cli.demo.orders import (
     number_of,
 )
 from aio_pika_batch.core.retry import make_delay_steps, wait_queue_name
+from aio_pika_batch.core.topology import Topology
 from aio_pika_batch.status import ConsumerStatus
 from aio_pika_batch.transport import Endpoint, open_transport
 
@@ -179,6 +180,7 @@ class Pipeline:
         self.options = options
         self.stats = PipelineStats(time.monotonic)
         self._stream = OrderStream(options.seed)
+        self._seconds = options.seconds
         prefix = f"aio-pika-batch.demo.{random.randrange(16**6):06x}"
         self._exchange = f"{prefix}.dlx"
         self._dead = DeadLetterCounter(
@@ -240,19 +242,25 @@ class Pipeline:
         Raises:
             AioPikaBatchError: The broker is unreachable, or refuses.
         """
+        # A consumer would wait for its broker, and say nothing: the log is off.
+        await open_transport(Endpoint(url=self.url)).declare(Topology())
         stack.push_async_callback(self._clean_up)
         await stack.enter_async_context(self._dead)
         self._is_declared = True
         await stack.enter_async_context(self._invoices)
         await stack.enter_async_context(self._orders)
 
+    def stop(self) -> None:
+        """End publishing; what was published is still handled."""
+        self._seconds = 0.0
+
     async def publish(self) -> None:
         """Publish orders at a steady rate, and publish again what isn't confirmed."""
         began = time.monotonic()
         cut_at = began + CHAOS_INTERVAL
         pending: list[Publication] = []
-        while (now := time.monotonic()) < began + self.options.seconds or pending:
-            if now < began + self.options.seconds:
+        while (now := time.monotonic()) < (ends := began + self._seconds) or pending:
+            if now < ends:
                 due = int((now - began) * self.options.rate) - self.published
                 pending += [
                     Publication(body, routing_key=self._orders.settings.queue_name)
