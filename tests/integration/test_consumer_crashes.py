@@ -94,4 +94,5 @@ async def test_cut_connections_and_restarts_are_no_crashes(channel, amqp_url, na
             await consumer.stop()
     async with Slow(settings):
         await until(lambda: set(bodies) == set(handled), within=90)
-    assert 0 == await ready(amqp_url, dlq)
+    letters = await take_all(channel, dlq, await ready(amqp_url, dlq))
+    assert [] == [each.headers for each in letters]

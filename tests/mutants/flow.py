@@ -106,14 +106,14 @@ CORE = (
     Mutant(
         "After a lost connection counts are believed: what was lost looks like a crash.",
         "core/quarantine.py",
-        "if in_doubt and delivery_count(message):",
-        "if False:",
+        "        if in_doubt:\n",
+        "        if False:\n",
         (f"{_CORE}/test_quarantine.py",),
     ),
     Mutant(
         "REQUEUE_IMMEDIATE is never counted: other processes take the message for a crashed one.",
         "core/quarantine.py",
-        "return self.requeues_to_the_end or self._total(message) < half",
+        "return self.requeues_to_the_end or not self._is_far(self._total(message))",
         "return True",
         (f"{_CORE}/test_quarantine.py",),
     ),
@@ -157,6 +157,15 @@ CORE = (
         "self._quarantine.doubt_until = self._loop.time() + DOUBT",
         "pass",
         (f"{_SHELL}/test_quarantine.py::test_deployments_and_lost_connections_are_no_crashes",),
+    ),
+    Mutant(
+        "A suspect whose copy is refused stops the intake, although a blocked broker needs it.",
+        "runtime/consume_loop.py",
+        "len(self._batcher) or self._settler.retries)",
+        "len(self._batcher) or self._settler.held)",
+        (
+            f"{_SHELL}/test_quarantine.py::test_a_broker_that_refuses_copies_does_not_stop_the_intake",
+        ),
     ),
     Mutant(
         "Held retries come back with a crash, and look like crashed messages.",

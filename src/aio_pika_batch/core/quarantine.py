@@ -77,8 +77,13 @@ class CrashPolicy:
         total = self._total(message)
         if total < self.suspect_after:
             return Suspicion.NONE
-        if in_doubt and delivery_count(message):
-            return Suspicion.WORN
+        if in_doubt:
+            # A copy that has never come back is no reason for another one.
+            return (
+                Suspicion.WORN
+                if delivery_count(message) and self._is_far(total)
+                else (Suspicion.SUSPECT)
+            )
         unexplained = total - own.count(message)
         if unexplained >= self.limit:
             return Suspicion.CRASHED
@@ -91,8 +96,11 @@ class CrashPolicy:
     def may_requeue(self, message: Message) -> bool:
         """Whether a handler's REQUEUE_IMMEDIATE may put the message back itself."""
         # Beyond half of the way, other processes might take it for a crashed one.
-        half = (self.suspect_after + self.limit) // 2
-        return self.requeues_to_the_end or self._total(message) < half
+        return self.requeues_to_the_end or not self._is_far(self._total(message))
+
+    def _is_far(self, total: int) -> bool:
+        """Whether a suspect is on half of its way to the limit."""
+        return total >= (self.suspect_after + self.limit) // 2
 
     def mark(self, message: Message, own: OwnRequeues | None = None) -> dict[str, FieldValue]:
         """The header of a copy that keeps what is known against the message."""

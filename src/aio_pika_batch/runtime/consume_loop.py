@@ -388,7 +388,8 @@ class ConsumeLoop:
     @property
     def is_idle(self) -> bool:
         """Whether everything that was delivered is settled, apart from what the gate has."""
-        return not (self._tasks or len(self._batcher) or self._settler.held)
+        # Copies that are refused don't count: a broker that is blocked would stop the intake.
+        return not (self._tasks or len(self._batcher) or self._settler.retries)
 
     @property
     def has_free_slot(self) -> bool:
@@ -410,7 +411,9 @@ class ConsumeLoop:
         """Replace messages by copies that the broker counts from 0."""
         self._log.debug("copies replace messages, to be counted from 0", messages=len(messages))
         try:
-            await self._settler.start_anew(messages, own)
+            left = await self._settler.start_anew(messages, own)
+            if left and self._gate is not None:
+                self._gate.suspects += left
         except Exception as error:  # noqa: BLE001  -- ends the session, see `_give_up`
             self._give_up(error, len(messages))
 

@@ -91,6 +91,11 @@ class Settler:
         return len(self._held.messages)
 
     @property
+    def retries(self) -> int:
+        """The number of held messages whose retry has not been published yet."""
+        return self._held.retries
+
+    @property
     def since(self) -> float | None:
         """When the oldest message with a late confirm arrived, in loop time; None without one."""
         return self._held.since
@@ -154,16 +159,30 @@ class Settler:
         done = [each for each in outcomes if each.message.delivery_tag not in pending]
         return done, confirmed
 
-    async def start_anew(self, messages: Sequence[Message], own: OwnRequeues | None) -> None:
+    async def start_anew(
+        self, messages: Sequence[Message], own: OwnRequeues | None
+    ) -> list[Message]:
         """Replace messages that have no result by copies, which the broker counts from 0.
 
         Args:
-            own: What is known in favour of the messages.
+            own: What is known in favour of the messages; None to hold those whose copies fail.
+
+        Returns:
+            The messages that must be handled instead, because their copies aren't confirmed.
         """
-        await self._carry_out_returns(self._planner.plan_returns(messages, datetime.now(UTC), own))
-        if own is not None:
-            for message in messages:
-                own.forget(message)
+        plan = self._planner.plan_returns(messages, datetime.now(UTC), own)
+        if own is None:
+            await self._carry_out_returns(plan)
+            return []
+        outcomes = await self._publish(plan.copies)
+        pairs = list(zip(messages, outcomes, strict=True))
+        replaced = [message for message, outcome in pairs if outcome is Outcome.CONFIRMED]
+        if replaced:
+            tags = tuple(message.delivery_tag for message in replaced)
+            await self._queue.settle([Settlement(Disposition.ACK, tags)])
+        for message in replaced:
+            own.forget(message)
+        return [message for message, outcome in pairs if outcome is not Outcome.CONFIRMED]
 
     async def _carry_out_returns(self, plan: SettlementPlan) -> None:
         if plan.settlements:

@@ -95,10 +95,10 @@ def test_what_handlers_requeued_here_counts_for_nothing(count, requeued, suspici
 
 @pytest.mark.parametrize(
     ("count", "mark", "suspicion"),
-    [(2, None, NONE), (3, None, WORN), (1, 2, WORN), (8, None, WORN), (0, 3, SUSPECT)],
+    [(2, None, NONE), (3, None, SUSPECT), (5, None, WORN), (2, 3, WORN), (30, None, WORN)],
 )
 def test_after_a_lost_connection_counts_are_not_believed(count, mark, suspicion):
-    """Others may have lost theirs. A copy that has come back never is no reason for another one."""
+    """Others may have lost theirs. A suspect that is halfway to the limit starts anew."""
     message = counted(count, mark=mark)
     assert suspicion is POLICY.judge(message, OwnRequeues(), in_doubt=True)
 

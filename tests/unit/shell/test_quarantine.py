@@ -194,6 +194,23 @@ async def test_a_session_begins_with_one_message_and_goes_on_with_all():
     assert [numbered(5)] == consumer.batches
 
 
+async def test_a_broker_that_refuses_copies_does_not_stop_the_intake():
+    """Suspects that can't be replaced are held, and the others are handled."""
+    rabbit = declared("4.0")
+    async with quorum(rabbit, taking(0.1)) as consumer:
+        rabbit.put(b"first")
+        await asyncio.sleep(5)
+        suspect(rabbit, *numbered(3))
+        rabbit.refuse()
+        await asyncio.sleep(1)
+        rabbit.put(b"next")
+        await asyncio.sleep(5)
+        assert b"next" in consumer.handled
+        rabbit.accept()
+        await rabbit.settled()
+    assert {b"first", b"next", *numbered(3)} == set(consumer.handled)
+
+
 async def test_a_session_that_begins_with_suspects_gets_one_at_a_time():
     """So none has to be replaced by a copy, or would come back with the one that crashes."""
     rabbit = declared()
