@@ -8,6 +8,7 @@ import functools
 import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, is_dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, get_args
@@ -54,6 +55,10 @@ from aio_pika_batch.transport import (
     open_transport,
     server_of,
 )
+
+_PATIENCE = 2.0
+"""Seconds that `async with` waits for a broker that doesn't answer: an application with a consumer
+must come up without its broker. A broker that refuses the connection isn't waited for at all."""
 
 # Covariant, so that a `BatchConsumer[MySettings]` is a `BatchConsumer`.
 SettingsT_co = TypeVar(
@@ -246,8 +251,12 @@ class BaseConsumer(Generic[SettingsT_co]):
 
     # -- lifecycle --------------------------------------------------------------------------------
 
-    async def run(self) -> None:
+    async def run(self, *, signals: bool = True) -> None:
         """Start, consume, and drain at SIGINT, SIGTERM or `stop`.
+
+        Args:
+            signals: Whether to drain at SIGINT and SIGTERM. After the drain, handlers that the
+                program has set before are called. With False, the program calls `stop`.
 
         Raises:
             TransportError: The broker refuses for good.
@@ -256,7 +265,8 @@ class BaseConsumer(Generic[SettingsT_co]):
                 off.
         """
         lifecycle = self._lifecycle
-        with process_signals.listen(lifecycle.request_stop, lifecycle.abandon):
+        listening = process_signals.listen(lifecycle.request_stop, lifecycle.abandon)
+        with listening if signals else nullcontext():
             try:
                 await self.start()
             # A signal during the start is a stop like any other.
@@ -272,8 +282,12 @@ class BaseConsumer(Generic[SettingsT_co]):
         if failure is not None:
             raise failure
 
-    async def start(self) -> None:
+    async def start(self, *, wait: bool = True) -> None:
         """Start, and return once every worker consumes. An absent broker is waited for.
+
+        Args:
+            wait: False returns after `on_start`, and connects in the background. Then a refusal of
+                the broker is logged and retried, not raised.
 
         Raises:
             TransportError: The broker refuses for good: password, virtual host, queue, exchange.
@@ -281,6 +295,9 @@ class BaseConsumer(Generic[SettingsT_co]):
             ConfigurationError: The consumer is already running, or its dead letters would come back
                 to its own queue.
         """
+        await self._start(None if wait else 0.0)
+
+    async def _start(self, patience: float | None) -> None:
         if self._lifecycle.pool is not None:
             msg = f"{self._name} is running already: stop it before you start it again"
             raise ConfigurationError(msg)
@@ -303,8 +320,9 @@ class BaseConsumer(Generic[SettingsT_co]):
             on_stop=self.on_stop,
             instances=self._instances,
             timeout=settings.shutdown_timeout,
+            patience=patience,
         )
-        if not self._has_queue:
+        if not self._has_queue or (patience is not None and not self.is_healthy):
             return
         # Only now: the version is known once the topology has been declared.
         version = isinstance(self._transport, VersionedTransport) and self._transport.broker_version
@@ -314,17 +332,20 @@ class BaseConsumer(Generic[SettingsT_co]):
     async def stop(self) -> None:
         """Drain and stop. It is idempotent, and may be called from any task, also during `start`.
 
+        It may also be called in another thread, with an event loop of its own.
+
         In a handler or a hook, or in a task that one of them has started, it returns at once,
         because the drain waits for them.
         """
         await self._lifecycle.stop()
 
     def request_stop(self) -> None:
-        """Begin to drain, without waiting for it."""
+        """Begin to drain, without waiting for it. It may be called from any thread."""
         self._lifecycle.request_stop()
 
     async def __aenter__(self) -> Self:
-        await self.start()
+        """Start. If the broker is away, connecting goes on in the background."""
+        await self._start(_PATIENCE)
         return self
 
     async def __aexit__(

@@ -33,6 +33,7 @@ class Lifecycle:
     def __init__(self, log: KeywordLogger) -> None:
         self._log = log
         self._timeout = 0.0
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._on_stop: Hook | None = None
         self._has_begun = asyncio.Event()
         self._starter: asyncio.Task[object] | None = None
@@ -48,6 +49,7 @@ class Lifecycle:
         on_stop: Hook,
         instances: Callable[[], Sequence[WorkerInstance]],
         timeout: float,
+        patience: float | None = None,
     ) -> None:
         """Run `on_start`, then start the pool.
 
@@ -57,12 +59,14 @@ class Lifecycle:
             on_stop: Runs at the end, if `on_start` has finished.
             instances: Called after `on_start`.
             timeout: Seconds that the drain may take.
+            patience: Seconds to wait for the workers if the broker is away; None for no limit.
 
         Raises:
             StartInterrupted: A stop was requested first.
             Exception: Whatever else prevents the start.
         """
         self.pool = pool
+        self._loop = asyncio.get_running_loop()
         pool.on_mistake = self.request_stop
         self._timeout = timeout
         self._on_stop = None
@@ -73,7 +77,7 @@ class Lifecycle:
             self._on_stop = on_stop
             inside = _INSIDE.set(self)
             try:
-                await pool.start(instances())
+                await pool.start(instances(), patience=patience)
             finally:
                 _INSIDE.reset(inside)
         # Also after a cancellation: what has been started must not run on without an owner.
@@ -97,10 +101,13 @@ class Lifecycle:
 
     def request_stop(self) -> None:
         """Begin to drain, without waiting for it."""
-        pool = self.pool
-        if pool is None or pool.shutdown.is_requested:
+        pool, loop = self.pool, self._loop
+        if pool is None or loop is None or pool.shutdown.is_requested:
             return
-        loop = asyncio.get_running_loop()
+        if asyncio._get_running_loop() is not loop:  # noqa: SLF001  -- None outside of loops
+            # Called by another thread, or between two steps of the loop.
+            loop.call_soon_threadsafe(self.request_stop)
+            return
         deadline = loop.time() + self._timeout
         pool.shutdown.request(deadline, reserve=min(RESERVE, self._timeout / 10))
         self._log.info("draining", within=f"{self._timeout} s")
@@ -117,6 +124,11 @@ class Lifecycle:
 
     async def stop(self) -> None:
         """Drain, and wait for it unless the drain waits for the caller."""
+        loop = self._loop
+        if self.pool is not None and loop is not None and asyncio.get_running_loop() is not loop:
+            # Called in another thread: what the drain waits for belongs to the consumer's loop.
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.stop(), loop))
+            return
         self.request_stop()
         is_inside = _INSIDE.get() is self or asyncio.current_task() is self._starter
         if self.pool is not None and not is_inside:

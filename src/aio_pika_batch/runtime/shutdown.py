@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -120,13 +121,14 @@ class SignalDispatcher:
 
     A signal handler belongs to the process, so one object serves all consumers. The first signal
     asks them to drain, the second to abandon the drain. When the last consumer has stopped, the
-    previous handlers are restored. Outside the main thread, where Python allows no handlers,
-    nothing is set.
+    previous handlers are restored, and called for the signals that came: a web server ends by its
+    own handler. Outside the main thread, where Python allows no handlers, nothing is set.
     """
 
     def __init__(self) -> None:
         self._listeners: list[_Listener] = []
         self._previous: dict[signal.Signals, Any] = {}
+        self._received: set[int] = set()
         self._only_drains = False
         self._was_signalled = False
 
@@ -160,11 +162,40 @@ class SignalDispatcher:
         try:
             yield
         finally:
-            self._listeners.remove(listener)
+            # A forked child has no listeners any more.
+            if listener in self._listeners:
+                self._listeners.remove(listener)
             if not self._listeners:
+                self._restore()
+                received, self._received = self._received, set()
                 for number, handler in self._previous.items():
-                    # None stands for a handler that wasn't set from Python and can't be restored.
-                    signal.signal(number, signal.SIG_DFL if handler is None else handler)
+                    if number in received and self._is_of_the_program(handler):
+                        handler(number, None)
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            # Somebody else may have set a handler since.
+            if signal.getsignal(number) == self._on_signal:
+                # None stands for a handler that wasn't set from Python and can't be restored.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _is_of_the_program(self, handler: object) -> bool:
+        """Return whether a handler is neither Python's, asyncio's nor this object's.
+
+        Those of Python and asyncio would turn a graceful shutdown into a KeyboardInterrupt.
+        """
+        runner = getattr(getattr(handler, "func", None), "__self__", None)
+        return (
+            callable(handler)
+            and handler not in (signal.default_int_handler, self._on_signal)
+            and not isinstance(runner, asyncio.Runner)
+        )
+
+    def forget(self) -> None:
+        """Leave signals alone in a forked child, which has no consumers."""
+        if self._listeners:
+            self._listeners.clear()
+            self._restore()
 
     def drain(self) -> None:
         """Ask the listeners that don't drain yet to drain, as a first signal would."""
@@ -179,7 +210,8 @@ class SignalDispatcher:
             self._notify(listener)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
+        del frame
+        self._received.add(number)
         if self._only_drains:
             self._was_signalled = True
             self.drain()
@@ -198,3 +230,6 @@ class SignalDispatcher:
 
 process_signals = SignalDispatcher()
 """The one of this process."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=process_signals.forget)

@@ -133,6 +133,8 @@ class Worker:
         self._complaint: str | None = None
         self.slots = HandlerSlots(config.concurrency)
         self.ready: asyncio.Future[None] = self._loop.create_future()
+        self.failed: asyncio.Future[None] = self._loop.create_future()
+        self.raises_refusals = True
         self.cut_off = 0
         self.unproven = 0
 
@@ -329,8 +331,10 @@ class Worker:
         is_temporary = isinstance(error, SessionLost | BrokerUnavailable)
         # A wrong password or queue should be seen at the start. After that it may be a broker that
         # is being configured.
-        if not is_temporary and not self.ready.done():
+        if not is_temporary and self.raises_refusals and not self.ready.done():
             raise error
+        if not self.failed.done():
+            self.failed.set_result(None)
         text = format_error(error)
         is_repeated = text == self._complaint
         self._last_error = self._complaint = text

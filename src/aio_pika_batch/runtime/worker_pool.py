@@ -99,8 +99,14 @@ class WorkerPool:
         """Return whether a worker holds a message for longer than `stuck_after`."""
         return any((worker.oldest or 0.0) > self._config.stuck_after for worker in self._workers)
 
-    async def start(self, instances: Sequence[WorkerInstance]) -> None:
+    async def start(
+        self, instances: Sequence[WorkerInstance], *, patience: float | None = None
+    ) -> None:
         """Start a worker for each instance, and wait until all of them consume.
+
+        Args:
+            patience: Seconds to wait if the broker is slow, and not at all after a failed attempt
+                to connect: the workers go on in the background. None waits without a limit.
 
         Raises:
             TransportError: The broker refuses for good.
@@ -125,12 +131,17 @@ class WorkerPool:
             self._tasks.append(asyncio.ensure_future(worker.run()))
         ready = asyncio.ensure_future(asyncio.wait([worker.ready for worker in self._workers]))
         try:
-            await self.shutdown.or_first_of((ready, *self._tasks))
+            failed = () if patience is None else (each.failed for each in self._workers)
+            await self.shutdown.or_first_of((ready, *self._tasks, *failed), timeout=patience)
             for task in self._tasks:
                 if task.done() and not task.cancelled():
                     await task
             if self.shutdown.is_requested:
                 raise StartInterrupted("stopped before every worker consumed")
+            if patience is not None and not ready.done():
+                for worker in self._workers:
+                    worker.raises_refusals = False
+                return
             await ready
         finally:
             ready.cancel()

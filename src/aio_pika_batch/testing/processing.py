@@ -251,8 +251,11 @@ class _OfflinePool(WorkerPool):
         origin = Origin(name, settings.queue_name, 0)
         self._events = Observers(observers, origin, log)
 
-    async def start(self, instances: Sequence[WorkerInstance]) -> None:
+    async def start(
+        self, instances: Sequence[WorkerInstance], *, patience: float | None = None
+    ) -> None:
         """Handle all messages."""
+        del patience
         [instance] = instances
         intake = open_intake(self._config, instance.batch_key, self._events, self._log)
         now = asyncio.get_running_loop().time()

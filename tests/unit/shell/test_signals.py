@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import threading
@@ -20,11 +21,12 @@ from tests.unit.shell.scripted_transport import ScriptedTransport, never
 def handlers():
     """Signal handlers of the test, which must be restored afterwards."""
     heard = []
-    before = {number: signal.signal(number, lambda *_: heard.append(1)) for number in SIGNALS}
+    before = {
+        number: signal.signal(number, lambda number, _: heard.append(number)) for number in SIGNALS
+    }
     mine = {number: signal.getsignal(number) for number in SIGNALS}
     yield heard
     assert mine == {number: signal.getsignal(number) for number in SIGNALS}
-    assert [] == heard
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -185,7 +187,7 @@ async def test_only_run_sets_signal_handlers(rabbit, handlers):
     async with RecordingConsumer(transport=rabbit.transport):
         send()
         await asyncio.sleep(1)
-        assert [1] == handlers
+        assert [signal.SIGTERM] == handlers
         handlers.clear()
 
 
@@ -216,9 +218,10 @@ async def test_a_handler_that_python_does_not_know_is_replaced_by_the_default(mo
     monkeypatch.setattr(
         signal, "signal", lambda number, handler: restored.update({number: handler})
     )
-    desk = SignalDispatcher()
-    with desk.listen(lambda: None, lambda: None):
-        assert {desk._on_signal} == set(restored.values())
+    monkeypatch.setattr(signal, "getsignal", restored.get)
+    dispatcher = SignalDispatcher()
+    with dispatcher.listen(lambda: None, lambda: None):
+        assert {dispatcher._on_signal} == set(restored.values())
     assert {signal.SIG_DFL} == set(restored.values())
 
 
@@ -271,3 +274,91 @@ async def test_signals_only_drain_a_supervised_process(handlers):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+async def test_the_handler_of_the_program_is_called_after_the_drain(rabbit, handlers, number):
+    """Once, however often the signal came, and only that of the signal."""
+    rabbit.put(*numbered(3))
+    consumers = [RecordingConsumer(taking(5), transport=rabbit.transport) for _ in range(2)]
+    running = asyncio.gather(*(each.run() for each in consumers))
+    await asyncio.sleep(6)
+    send(number)
+    await asyncio.sleep(2)
+    assert not running.done()
+    assert [] == handlers
+    await running
+    assert [number] == handlers
+
+
+async def test_without_a_signal_no_handler_is_called(rabbit, handlers):
+    """The program has stopped the consumer itself."""
+    consumer = RecordingConsumer(transport=rabbit.transport)
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+    await consumer.stop()
+    await running
+    assert [] == handlers
+
+
+async def test_handlers_of_python_are_not_called(rabbit):
+    """They would turn a graceful shutdown into a KeyboardInterrupt."""
+    runner = asyncio.Runner()
+    for handler in (
+        signal.default_int_handler,
+        functools.partial(runner._on_sigint, main_task=None),
+        signal.SIG_DFL,
+        signal.SIG_IGN,
+    ):
+        previous = signal.signal(signal.SIGINT, handler)
+        running = asyncio.create_task(RecordingConsumer(transport=rabbit.transport).run())
+        await asyncio.sleep(1)
+        send(signal.SIGINT)
+        await running
+        assert handler == signal.signal(signal.SIGINT, previous)
+
+
+async def test_a_handler_that_was_set_meanwhile_stays(rabbit):
+    """A web server may set its own after the consumer has started."""
+    later = []
+    previous = signal.getsignal(signal.SIGTERM)
+    running = asyncio.create_task(RecordingConsumer(transport=rabbit.transport).run())
+    await asyncio.sleep(1)
+    signal.signal(signal.SIGTERM, lambda *_: later.append(1))
+    consumer_handler = signal.getsignal(signal.SIGINT)
+    send(signal.SIGINT)
+    await running
+    assert consumer_handler != signal.getsignal(signal.SIGINT)
+    send(signal.SIGTERM)
+    await asyncio.sleep(1)
+    assert [1] == later
+    signal.signal(signal.SIGTERM, previous)
+
+
+async def test_run_leaves_signals_alone_where_it_is_told_to(rabbit, handlers):
+    """The program stops the consumer itself."""
+    consumer = RecordingConsumer(transport=rabbit.transport)
+    running = asyncio.create_task(consumer.run(signals=False))
+    await asyncio.sleep(1)
+    send()
+    await asyncio.sleep(1)
+    assert consumer.is_healthy
+    assert [signal.SIGTERM] == handlers
+    await consumer.stop()
+    await running
+
+
+async def test_a_forked_child_has_the_handlers_of_the_program(rabbit):
+    """`terminate()` ends it; it drains no consumer."""
+    consumer = RecordingConsumer(transport=rabbit.transport)
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+    before = process_signals._previous
+    child = os.fork()
+    if not child:
+        mine = {number: signal.getsignal(number) for number in SIGNALS}
+        os._exit(0 if mine == before and not process_signals._listeners else 1)
+    assert (child, 0) == os.waitpid(child, 0)  # noqa: ASYNC222  -- it ends at once
+    assert consumer.is_healthy
+    await consumer.stop()
+    await running
