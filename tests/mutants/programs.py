@@ -5,6 +5,8 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant
 
 _CLASSES = "tests/unit/shell/test_consumer_classes.py"
+_SIGNALS = "tests/unit/shell/test_signals.py"
+_INSIDE = "tests/unit/shell/test_inside_other_programs.py"
 _ENVIRONMENT = "tests/unit/test_settings_environment.py"
 
 PROGRAMS = (
@@ -155,5 +157,54 @@ PROGRAMS = (
         'for each in reversed((content_encoding or "").split(",")):',
         'for each in (content_encoding or "").split(","):',
         ("tests/unit/core/test_message.py",),
+    ),
+    Mutant(
+        "A web server in whose lifespan a consumer runs never gets its SIGTERM.",
+        "runtime/shutdown.py",
+        "                        handler(number, None)\n",
+        "                        pass\n",
+        (_SIGNALS,),
+    ),
+    Mutant(
+        "Ctrl-C ends a graceful shutdown with a KeyboardInterrupt.",
+        "runtime/shutdown.py",
+        "            and not isinstance(runner, asyncio.Runner)\n",
+        "",
+        (_SIGNALS,),
+    ),
+    Mutant(
+        "A consumer that ends takes away the signal handlers of a server that started after it.",
+        "runtime/shutdown.py",
+        "if signal.getsignal(number) == self._on_signal:",
+        "if True:",
+        (_SIGNALS,),
+    ),
+    Mutant(
+        "A forked child drains instead of ending.",
+        "runtime/shutdown.py",
+        "            self._listeners.clear()\n            self._restore()\n",
+        "            pass\n",
+        (_SIGNALS,),
+    ),
+    Mutant(
+        "A web application doesn't come up without its broker.",
+        "consumer.py",
+        "await self._start(_PATIENCE)",
+        "await self._start(None)",
+        (_INSIDE,),
+    ),
+    Mutant(
+        "A refusal of the broker ends a worker in the background, and nobody notices.",
+        "runtime/worker_pool.py",
+        "worker.raises_refusals = False",
+        "pass",
+        (_INSIDE,),
+    ),
+    Mutant(
+        "Another thread stops a consumer on the wrong event loop.",
+        "runtime/lifecycle.py",
+        "            loop.call_soon_threadsafe(self.request_stop)\n            return\n",
+        "            pass\n",
+        (_INSIDE,),
     ),
 )

@@ -129,6 +129,7 @@ class SignalDispatcher:
         self._listeners: list[_Listener] = []
         self._previous: dict[signal.Signals, Any] = {}
         self._received: set[int] = set()
+        self._blocked: dict[int, set[int]] = {}
         self._only_drains = False
         self._was_signalled = False
 
@@ -191,11 +192,27 @@ class SignalDispatcher:
             and not isinstance(runner, asyncio.Runner)
         )
 
-    def forget(self) -> None:
-        """Leave signals alone in a forked child, which has no consumers."""
+    # A signal that reaches a forked child before its handlers are restored would be lost, so they
+    # are blocked from before the fork until then.
+
+    def before_fork(self) -> None:
+        """Block signals in this thread, which is about to fork."""
+        if self._listeners:
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            self._blocked[threading.get_ident()] = blocked
+
+    def after_fork(self) -> None:
+        """Take signals again."""
+        blocked = self._blocked.pop(threading.get_ident(), None)
+        if blocked is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+    def after_fork_in_child(self) -> None:
+        """Leave signals to the program: the child has no consumers."""
         if self._listeners:
             self._listeners.clear()
             self._restore()
+        self.after_fork()
 
     def drain(self) -> None:
         """Ask the listeners that don't drain yet to drain, as a first signal would."""
@@ -232,4 +249,8 @@ process_signals = SignalDispatcher()
 """The one of this process."""
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=process_signals.forget)
+    os.register_at_fork(
+        before=process_signals.before_fork,
+        after_in_parent=process_signals.after_fork,
+        after_in_child=process_signals.after_fork_in_child,
+    )
