@@ -769,7 +769,7 @@ SHELL = (
     Mutant(
         "A permanent refusal at start is retried forever.",
         "runtime/worker.py",
-        "        if not is_temporary and not self.ready.done():\n",
+        "        if not is_temporary and self.raises_refusals and not self.ready.done():\n",
         "        if False:\n",
         (f"{_SHELL}/test_reconnecting.py", f"{_SHELL}/test_lifecycle.py"),
     ),

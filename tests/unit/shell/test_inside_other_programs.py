@@ -92,6 +92,8 @@ async def test_start_need_not_wait(rabbit):
 @pytest.mark.parametrize("way", ["request_stop", "stop"])
 async def test_another_thread_can_stop_a_consumer(rabbit, way):
     """It drains on its own loop; `stop` waits for it."""
+    # The loop then refuses calls of other threads that aren't safe.
+    asyncio.get_running_loop().set_debug(True)
     rabbit.put(*numbered(3))
     # While a thread is busy, no virtual time passes.
     handler = taking(5) if way == "request_stop" else ack
