@@ -105,9 +105,8 @@ async def test_another_thread_can_stop_a_consumer(rabbit, way):
         if way == "request_stop":
             consumer.request_stop()
             return
-        loop = asyncio.new_event_loop()
-        loop.run_until_complete(consumer.stop())
-        loop.close()
+        with asyncio.Runner() as runner:
+            runner.run(consumer.stop())
         assert not consumer.is_running
 
     await asyncio.to_thread(work)
