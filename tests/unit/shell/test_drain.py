@@ -484,7 +484,11 @@ async def test_a_stop_settles_everything_on_a_quorum_queue_that_does_not_answer(
     broker.declare(x_queue_type="quorum")
     broker.put(*numbered(count))
     consumer = SingleConsumer(
-        mixed, transport=broker.transport, concurrency=count, prefetch_count=count
+        mixed,
+        transport=broker.transport,
+        queue_type="quorum",
+        concurrency=count,
+        prefetch_count=count,
     )
     async with consumer:
         await asyncio.sleep(1)
@@ -511,6 +515,7 @@ async def test_the_turn_of_a_breaker_settles_everything_on_a_quorum_queue(versio
     consumer = SingleConsumer(
         handle,
         transport=broker.transport,
+        queue_type="quorum",
         concurrency=150,
         prefetch_count=150,
         breaker_threshold=0.5,
