@@ -938,6 +938,13 @@ MEMORY = (
         (f"{_MEMORY}/test_versions.py", f"{_MEMORY}/test_broker_model.py"),
     ),
     Mutant(
+        "The length of a view is counted in its items: the broker closes the connection.",
+        "core/publication.py",
+        '            object.__setattr__(self, "body", bytes(body))\n',
+        "            pass\n",
+        ("tests/unit/core/test_publication.py",),
+    ),
+    Mutant(
         "A dead letter forgets how often its handler has failed.",
         "adapters/memory/queue.py",
         "            message = replace(message, delivery_count=entry.delivery_count)\n",

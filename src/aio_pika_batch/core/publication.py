@@ -62,6 +62,9 @@ class Publication:
         body: object = self.body
         if not isinstance(body, bytes | bytearray | memoryview):
             raise TypeError(f"body must be bytes, not {type(body).__name__}: encode it first")
+        if not isinstance(body, bytes):
+            # A view may have items of several bytes, and may change until it is sent. So copy it.
+            object.__setattr__(self, "body", bytes(body))
         given: bool | None = self.mandatory
         if given is None:
             is_reply = not self.exchange and self.routing_key.startswith(DIRECT_REPLY_TO)

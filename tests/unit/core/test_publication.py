@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from dataclasses import FrozenInstanceError, replace
 from datetime import UTC, datetime, timedelta, timezone
 
@@ -128,10 +129,32 @@ def test_a_body_that_is_not_bytes_is_refused(body):
         Publication(body)
 
 
+@pytest.mark.parametrize(
+    ("view", "stored"),
+    [
+        (memoryview(array("H", [1, 2])), array("H", [1, 2]).tobytes()),
+        (memoryview(b"abcdef")[::2], b"ace"),
+        (memoryview(b"abcdef").cast("B", (2, 3)), b"abcdef"),
+    ],
+)
+def test_a_view_is_sent_byte_for_byte(view, stored):
+    """Also if its items have several bytes, or are not contiguous."""
+    assert Publication(view).body == stored
+
+
+def test_a_buffer_may_be_changed_after_the_call():
+    """What is sent is what it contained before."""
+    buffer = bytearray(b"before")
+    publication = Publication(buffer)
+    buffer[:] = b"after"
+    assert publication.body == b"before"
+
+
 @pytest.mark.parametrize("body", [b"x", bytearray(b"x"), memoryview(b"x")])
 def test_other_types_of_bytes_are_accepted(body):
-    """They are not copied."""
-    assert body is Publication(body).body
+    """They become bytes; what is bytes already is not copied."""
+    assert Publication(body).body == b"x"
+    assert (Publication(body).body is body) is isinstance(body, bytes)
 
 
 @pytest.mark.parametrize("name", ["exchange", "routing_key"])
