@@ -886,6 +886,13 @@ SHELL = (
         (f"{_SHELL}/test_unpublishable_copies.py",),
     ),
     Mutant(
+        "A copy that closes the channel is sent every few seconds: it repeats all others.",
+        "runtime/publishing.py",
+        "            and id(copy) not in self._barred\n",
+        "",
+        (f"{_SHELL}/test_unpublishable_copies.py",),
+    ),
+    Mutant(
         "A late confirm settles nothing.",
         "runtime/settler.py",
         "            copies[index].late = outcome\n",

@@ -194,3 +194,25 @@ async def test_neighbours_of_a_forbidden_copy_are_not_repeated_forever(rabbit):
         dead = Counter(rabbit.waiting("dead"))
         assert set(many) == set(dead)
         assert max(dead.values()) <= 2
+
+
+async def test_a_forbidden_copy_closes_the_channel_seldom(rabbit):
+    """Each time it leaves the copies in doubt that are in flight beside it."""
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "#", kind="topic")
+    async with RecordingConsumer(
+        answering(NACK),
+        transport=rabbit.transport,
+        queue_name=QUEUE,
+        dead_letter_exchange="dlx",
+        dead_letter_exchange_type="topic",
+        batch_size=1,
+        requeue_hold=600,
+    ):
+        await asyncio.sleep(1)
+        rabbit.broker.faults.on_publish(PublishFault.FORBID, exchange="dlx", routing_key="secret")
+        rabbit.put(b"forbidden", exchange="events", routing_key="secret", queue=QUEUE)
+        await asyncio.sleep(300)
+        closed = rabbit.times(EventKind.CHANNEL_CLOSED)
+        refused = rabbit.broker.journal.of(EventKind.CHANNEL_CLOSED)
+        assert 2 <= sum("refused" in each.detail for each in refused) <= 11, closed
