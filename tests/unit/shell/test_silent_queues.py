@@ -173,3 +173,18 @@ async def test_after_a_long_silence_one_copy_at_a_time_is_tried(rabbit, stall, j
     assert set(many) == set(dead)
     # Each of them before the silence was known and after it, and one more for each minute.
     assert dead.total() <= 2 * 20 + 10
+
+
+async def test_a_dead_letter_that_closes_its_channel_leaves_no_retry_in_doubt(rabbit, stall):
+    """Each kind has a connection of its own."""
+    async with RecordingConsumer(
+        by_body, transport=rabbit.transport, dead_letter_queue=DEAD, batch_size=1, concurrency=2
+    ) as consumer:
+        await asyncio.sleep(1)
+        rabbit.broker.faults.on_publish(PublishFault.FORBID, exchange="jobs.dlx")
+        stall(exchange="", routing_key="jobs")
+        rabbit.put(b"ok", b"bad")
+        await asyncio.sleep(1)
+        rabbit.broker.unblock()
+        await asyncio.sleep(1)
+        assert [b"ok", b"ok", b"ok", b"ok"] == [each for each in consumer.handled if each == b"ok"]
