@@ -11,7 +11,7 @@ from pamqp.frame import unmarshal
 from pamqp.header import ContentHeader
 
 from aio_pika_batch.adapters.aio_pika.frame_fastpath import (
-    fits,
+    largest_properties,
     pack_content,
     pack_publish,
     pack_settlements,
@@ -103,5 +103,6 @@ def test_names_have_at_most_255_bytes() -> None:
 
 def test_properties_must_fit_into_one_frame() -> None:
     """They cannot be split."""
-    assert fits(bytes(80), 100)
-    assert not fits(bytes(81), 100)
+    assert 80 == largest_properties(100)
+    *_, end = pack_content(1, bytes(80), b"", 100)
+    assert 100 == len(end)
