@@ -381,8 +381,16 @@ def test_text_is_decoded_by_its_character_set(body, properties, text):
             {"content_encoding": "gzip"},
             "content_encoding 'gzip': the body is not encoded so",
         ),
-        (gzip.compress(b"[1]", mtime=0)[:-9], {"content_encoding": "gzip"}, "the body is incomplete"),
-        (gzip.compress(b"0" * 9, mtime=0), {"content_encoding": "gzip"}, "larger than 8 bytes .*max_bytes"),
+        (
+            gzip.compress(b"[1]", mtime=0)[:-9],
+            {"content_encoding": "gzip"},
+            "the body is incomplete",
+        ),
+        (
+            gzip.compress(b"0" * 9, mtime=0),
+            {"content_encoding": "gzip"},
+            "larger than 8 bytes .*max_bytes",
+        ),
         (
             gzip.compress(b"0" * 5, mtime=0) + gzip.compress(b"0" * 4, mtime=0),
             {"content_encoding": "gzip"},
