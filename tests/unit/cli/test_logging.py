@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import re
 import sys
 import warnings
@@ -277,13 +278,14 @@ def test_json_is_one_valid_object_in_a_line_whatever_the_context(context, text):
     assert text == mine["event"]
 
 
-def test_json_survives_values_that_never_end(log):
-    """A list that contains itself, and one that is very deep."""
+def test_json_survives_values_that_it_lacks(log):
+    """A list that contains itself, one that is very deep, and numbers that JSON doesn't have."""
     endless, deep = [], []
     endless.append(endless)
     for _ in range(10_000):
         deep = [deep]
     configure_logging(format="json", stream=(out := io.StringIO()))
-    log.warning("odd", endless=endless, deep=deep)
+    log.warning("odd", endless=endless, deep=deep, no=math.nan, most=math.inf, least=-math.inf)
     [line] = lines(out)
+    assert ("nan", "inf", "-inf") == (line["no"], line["most"], line["least"])
     assert "odd" == line["event"]
