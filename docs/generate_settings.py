@@ -230,7 +230,8 @@ def _takes(schema: dict[str, Any], root: dict[str, Any]) -> str:
         return " or ".join(f"`{value}`" for value in schema["enum"])
     kind = schema["type"]
     if kind == "number" and "maximum" in schema:
-        return f"a share, more than {schema['exclusiveMinimum']:g}, at most {schema['maximum']:g}"
+        unit = "a share" if schema["maximum"] == 1 else "seconds"
+        return f"{unit}, more than {schema['exclusiveMinimum']:g}, at most {schema['maximum']:g}"
     words = {
         "string": "text",
         "boolean": "`True` or `False`",
