@@ -12,6 +12,10 @@ a fixed order or at a fixed time:
 - Messages of one channel that were partly taken by `basic.get`, and partly sent to a consumer: when
   the channel is closed, a quorum queue returns one part after the other.
 - Priorities in quorum queues, which the broker in memory does not imitate.
+- Several settlements in one write: dead letters that return to the same queue overtake what is
+  requeued with them, or don't.
+- Messages for a quorum queue that expire at once: if it is full, it drops them for its length, and
+  the broker in memory lets them expire.
 - What makes a dead letter routable later: RabbitMQ tries again after minutes.
 """
 
@@ -206,7 +210,7 @@ class _Maker:
         if chance(0.1):
             found["x-single-active-consumer"] = True
         if not is_old and chance(0.15):
-            found["x-message-ttl"] = one_of([0, TTL])
+            found["x-message-ttl"] = one_of([0 if kind == "classic" else TTL, TTL])
         return found
 
     def _binding(self, queue: str) -> tuple[str, str, str, dict[str, Any]]:
@@ -259,7 +263,7 @@ class _Maker:
             exchange,
             one_of(keys),
             headers,
-            one_of([0, TTL]) if chance(0.1) and self._version != "3.8" else None,
+            TTL if chance(0.1) and self._version != "3.8" else None,
             None,
         )
 
