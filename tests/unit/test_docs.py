@@ -463,11 +463,13 @@ THEIRS = {
     "message_count",  # OpenTelemetry's, in messaging.batch.message_count
     "messages_discarded",  # a metric of OpenTelemetryObserver
     "messages_held",  # the same
+    "max_bytes",  # an argument of Message.json
     "meter_provider",  # an argument of OpenTelemetryObserver
     "prometheus_client",  # a package
     "tracer_provider",  # an argument of OpenTelemetryObserver
     "at_once",  # an argument of TransportContract.run
     "consumer_timeout",  # RabbitMQ's
+    "env_prefix",  # pydantic-settings'
     "declare_exchange",  # aio-pika's
     "fan_in",  # an example's folder
     "no_verify_ssl",  # aio-pika's, in a URL
