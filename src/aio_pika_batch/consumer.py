@@ -7,7 +7,7 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, is_dataclass
 from types import TracebackType
@@ -416,7 +416,7 @@ class BaseConsumer(Generic[SettingsT_co]):
             timeout = self.settings.publish_timeout
             raise PublishError(describe_outcome(outcome, publication, timeout))
 
-    async def publish_many(self, publications: Sequence[Publication]) -> Sequence[Outcome]:
+    async def publish_many(self, publications: Iterable[Publication]) -> Sequence[Outcome]:
         """Publish many messages at once and wait for all confirms.
 
         Returns:
@@ -431,7 +431,7 @@ class BaseConsumer(Generic[SettingsT_co]):
             raise SessionClosed(msg)
         # Not by the publisher of copies: a missing exchange closes a channel, and the outcomes of
         # all that is in flight on it are unknown.
-        return await pool.publisher.publish(publications)
+        return await pool.publisher.publish(list(publications))
 
     # -- inside -----------------------------------------------------------------------------------
 
