@@ -156,7 +156,7 @@ async def test_a_consumers_life_is_a_few_log_lines(rabbit, caplog):
     ("given", "told_of"),
     [
         ({"prefetch_count": 5, "batch_size": 10}, "prefetch_count=5"),
-        ({"queue_arguments": {}}, "delivered too often"),
+        ({"dead_letter_queue": None, "queue_arguments": {}}, "delivered too often"),
         ({"dead_letter_queue": None, "queue_arguments": {}}, "no dead-letter destination"),
         ({"max_requeue_attempts": 21}, "below max_requeue_attempts=21"),
         ({"batch_size": 10, "process_timeout": 1000}, "held for 2000 s"),
