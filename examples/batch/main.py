@@ -122,7 +122,8 @@ class DeadLetters(Consumer):
         """Note one."""
         reason = message.headers["x-dead-letter-reason"]
         detail = message.headers["x-dead-letter-detail"]
-        await self.seen.put(f"{reason!s} after {message.retry_count} retries: {detail!s}")
+        retries = message.headers.get("x-retry-count", 0)  # of the queue that it comes from
+        await self.seen.put(f"{reason!s} after {retries!s} retries: {detail!s}")
         return MessageResult.ACK
 
     async def clean_up(self) -> None:

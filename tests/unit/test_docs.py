@@ -467,6 +467,7 @@ THEIRS = {
     "meter_provider",  # an argument of OpenTelemetryObserver
     "prometheus_client",  # a package
     "tracer_provider",  # an argument of OpenTelemetryObserver
+    "asyncio_mode",  # pytest-asyncio's
     "at_once",  # an argument of TransportContract.run
     "consumer_timeout",  # RabbitMQ's
     "env_prefix",  # pydantic-settings'

@@ -38,7 +38,14 @@ def _replace_closed_streams() -> None:
 def main() -> None:
     """Run the command line and exit with its code."""
     # The kernel keeps signals without a handler from process 1, and imports take a second.
-    signal.signal(signal.SIGTERM, _end_early)
+    previous = signal.signal(signal.SIGTERM, _end_early)
+    try:
+        sys.exit(_run())
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+
+
+def _run() -> int:
     _replace_closed_streams()
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
@@ -47,7 +54,7 @@ def main() -> None:
             " run: pip install 'aio-pika-batch[cli]'",
             file=sys.stderr,
         )
-        sys.exit(2)
+        return 2
     from aio_pika_batch.cli.app import run_app
 
-    sys.exit(run_app())
+    return run_app()

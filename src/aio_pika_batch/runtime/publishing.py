@@ -27,7 +27,7 @@ LISTEN = 60.0
 Most stalls, such as the election of a queue's leader, are shorter. Only then another copy is sent.
 """
 
-AFTER_CLOSE = 30.0
+AFTER_CLOSE = 5.0
 """Seconds before a copy is sent again whose refusal has closed the channel.
 
 Each time it leaves everything else in doubt that is in flight there.

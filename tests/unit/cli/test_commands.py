@@ -224,7 +224,7 @@ def test_check_finds_a_missing_permission(cli, rabbit):
             "dlx", "direct", durable=True, auto_delete=False, internal=True, arguments={}
         )
     found = check(cli, dead_letter_exchange="dlx")
-    assert ["publishing to exchange 'dlx'"] == [
+    assert ["publishing to exchange 'dlx' at memory"] == [
         text.partition(":")[0] for level, text in found if level == "error"
     ]
 

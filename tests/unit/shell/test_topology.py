@@ -8,8 +8,10 @@ import pytest
 
 from aio_pika_batch import ConfigurationError, Requeue
 from aio_pika_batch.adapters.memory import EventKind
+from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import PublishCheck
 from aio_pika_batch.errors import TopologyError
+from aio_pika_batch.transport import Subscription
 from tests.unit.shell.helpers import (
     NACK,
     REQUEUE,
@@ -261,14 +263,16 @@ async def test_messages_beyond_the_delivery_limit_are_in_the_dead_letter_queue(e
     """A quorum queue of RabbitMQ 4 gives a message up after some deliveries."""
     arguments = {"x-delivery-limit": 2}
     given = {"queue_type": "quorum", "queue_arguments": arguments, "dead_letter_queue": "dead"}
-    async with RecordingConsumer(
-        taking(60), transport=empty.transport, batch_size=1, reconnect_delay=0.1, **given
-    ):
-        empty.publish(b"0", routing_key="jobs")
+    async with RecordingConsumer(ack, transport=empty.transport, **given):
+        pass
+    empty.publish(b"0", routing_key="jobs")
+    # By another client: a consumer of this library lets no message come so far.
+    subscription = Subscription(queue="jobs", prefetch=1, consumer_tag="another")
+    async with empty.transport.session(subscription) as session:
+        deliveries = aiter(session)
         for _ in range(3):
-            await asyncio.sleep(1)
-            empty.cut()
-        await asyncio.sleep(5)
+            [message] = await anext(deliveries)
+            await session.settle([Settlement(Disposition.REQUEUE, (message.delivery_tag,))])
     assert [b"0"] == empty.waiting("dead")
     assert "at-least-once" == empty.broker.arguments("jobs")["x-dead-letter-strategy"]
 

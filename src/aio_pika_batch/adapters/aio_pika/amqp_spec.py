@@ -66,6 +66,7 @@ PROPERTIES_AT = PAYLOAD_AT + CONTENT_HEAD.size
 FLAGS = struct.Struct(">H")
 HEADERS_FLAG = 1 << 13
 EXPIRATION_FLAG = 1 << 8
+MESSAGE_ID_FLAG = 1 << 7
 USER_ID_FLAG = 1 << 4
 UNDEFINED_FLAGS = 0b11  # a property that isn't defined, and "more flags follow"
 
@@ -81,7 +82,7 @@ PROPERTIES: Final = (
     (1 << 10, "correlation_id", SHORT),
     (1 << 9, "reply_to", SHORT),
     (EXPIRATION_FLAG, "expiration", SHORT),
-    (1 << 7, "message_id", SHORT),
+    (MESSAGE_ID_FLAG, "message_id", SHORT),
     (1 << 6, "timestamp", TIME),
     (1 << 5, "type", SHORT),
     (USER_ID_FLAG, "user_id", SHORT),

@@ -27,6 +27,7 @@ from aio_pika_batch.adapters.aio_pika.amqp_spec import (
     FLAGS,
     HEADERS_FLAG,
     LENGTH,
+    MESSAGE_ID_FLAG,
     OCTET,
     PROPERTIES,
     SECONDS,
@@ -200,8 +201,11 @@ def decode_message_id(raw: bytes) -> str | None:
         ValueError: It cannot be read.
     """
     # An inbox needs nothing else of a message. Decoding all properties takes several times as long.
-    for _, name, _, start, end in fields(raw):
-        if name == "message_id":
+    flags = int.from_bytes(raw[:2], "big") if len(raw) >= FLAGS.size else UNDEFINED_FLAGS
+    if not flags & (MESSAGE_ID_FLAG | UNDEFINED_FLAGS):
+        return None
+    for flag, _, _, start, end in fields(raw):
+        if flag == MESSAGE_ID_FLAG:
             return raw[start + 1 : end].decode()
     return None
 

@@ -236,7 +236,7 @@ def test_a_message_id_decoded_alone_is_the_same(raw: bytes) -> None:
     whole = decode(raw)
     message = Message(RawSource("queue", "tag", "x-retry-count"), 1, False, b"", ("", ""), raw)
     if "message_id" in whole.undecodable:
-        with pytest.raises(ValueError, match=r"cannot be read|decode"):
+        with pytest.raises(ValueError, match=r"flags|cut off|decode"):
             decode_message_id(raw)
         with pytest.raises(MessageDecodeError) as caught:
             message.message_id  # noqa: B018  -- that it raises

@@ -418,7 +418,7 @@ async def test_a_pause_that_is_not_answered_loses_the_session(
     if way == "resume":
         channel.answer.set()
         await session.pause()
-        channel.basic_consume = unanswered  # type: ignore[method-assign]
+        channel.rpc = unanswered  # type: ignore[method-assign]
     with pytest.raises(SessionLost, match="not answered for 10 s"):
         await (session.pause() if way == "pause" else session.resume(1))
     assert 10 == virtual_loop.time()
