@@ -47,6 +47,8 @@ class Always(BatchConsumer):
     async def process_messages(self, messages):
         for message in messages:
             self.seen[message.body] += 1
+            if self.answer is None:
+                raise ValueError("poison")
             yield self.answer
 
 
@@ -78,7 +80,7 @@ async def test_failures_count_until_the_delivery_limit(channel, amqp_url, name, 
         quorum(amqp_url, name, dlx, limit=3, unhandled_exception_action="REQUEUE_IMMEDIATE")
     )
     if cause == "raised":
-        consumer.answer = None  # which is no result
+        consumer.answer = None
     async with consumer:
         await publish(channel, [b"poison"], routing_key=name)
         await holds(amqp_url, dlq, 1)

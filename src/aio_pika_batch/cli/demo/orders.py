@@ -121,7 +121,8 @@ def check_counts(
         CountCheck("good and flaky", succeeding, len(invoices), "invoices"),
         CountCheck("invalid JSON", bad, undecodable, "dead letters (undecodable)", is_exact),
         CountCheck("always failing", hopeless, exhausted, "dead letters (exhausted)", is_exact),
-        CountCheck("expected retries", retries_due, retries, "retries", is_exact),
+        # A lost connection leaves copies unconfirmed. Stored or not, they are not counted.
+        *([CountCheck("expected retries", retries_due, retries, "retries")] if is_exact else []),
         CountCheck("lost", 0, drawn.total() - finished, "orders"),
         CountCheck("delivered again", 0, repeated, "orders, after a lost connection", is_exact),
     ]
