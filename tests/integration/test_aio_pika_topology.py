@@ -427,11 +427,6 @@ async def test_check_only_creates_nothing(transport: AioPikaTransport, there: st
         assert "create it" in text
 
 
-async def test_a_queue_name_that_aiormq_refuses_is_an_error(transport: AioPikaTransport) -> None:
-    """With advice, before anything is sent."""
-    assert "correct its name" in await refused(transport, Topology(queues=(Queue("a\nb"),)))
-
-
 async def test_streams_are_refused(
     transport: AioPikaTransport, channel: AbstractChannel, name: str, broker: RunningBroker
 ) -> None:

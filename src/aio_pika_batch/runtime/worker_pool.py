@@ -133,9 +133,11 @@ class WorkerPool:
         try:
             failed = () if patience is None else (each.failed for each in self._workers)
             await self.shutdown.or_first_of((ready, *self._tasks, *failed), timeout=patience)
-            for task in self._tasks:
-                if task.done() and not task.cancelled():
-                    await task
+            # Of all, since what isn't looked at is logged by asyncio.
+            ended = [task for task in self._tasks if task.done() and not task.cancelled()]
+            for failure in [task.exception() for task in ended]:
+                if failure is not None:
+                    raise failure
             if self.shutdown.is_requested:
                 raise StartInterrupted("stopped before every worker consumed")
             if patience is not None and not ready.done():

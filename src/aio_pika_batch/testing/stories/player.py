@@ -17,6 +17,7 @@ from aio_pika_batch.consumer import BatchConsumer
 from aio_pika_batch.core.publication import Outcome, Outgoing
 from aio_pika_batch.core.results import MessageResult, Result
 from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.errors import TopologyError
 from aio_pika_batch.settings import BatchConsumerSettings
 from aio_pika_batch.testing.stories.story import RAISE, Fault, FaultKind, Played, Story
 from aio_pika_batch.transport import (
@@ -171,7 +172,7 @@ async def play(story: Story, scene: Scene) -> Played:
         keeps_place=scene.keeps_place,
     )
     consumer = _StoryConsumer(story, played, scene, record)
-    await consumer.start()
+    await _start(consumer, scene)
     # Publishing and faults run beside the consumer, and end before its last stop.
     async with asyncio.TaskGroup() as others:
         others.create_task(_publish(story, scene))
@@ -182,7 +183,7 @@ async def play(story: Story, scene: Scene) -> Played:
             await consumer.stop()
             if story.restart_after is not None:
                 await asyncio.sleep(story.restart_after * scene.pace)
-                await consumer.start()
+                await _start(consumer, scene)
     if story.ends:
 
         def done() -> bool:
@@ -200,6 +201,17 @@ async def play(story: Story, scene: Scene) -> Played:
         played.complaints.append("the consumer still runs although it was stopped")
     await scene.look(played)
     return played
+
+
+async def _start(consumer: _StoryConsumer, scene: Scene) -> None:
+    """Start it until the broker permits it, as a supervisor does."""
+    while True:
+        try:
+            await consumer.start()
+        except TopologyError:  # a permission is missing for some time
+            await asyncio.sleep(scene.pace)
+        else:
+            return
 
 
 async def _publish(story: Story, scene: Scene) -> None:
