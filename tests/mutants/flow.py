@@ -797,8 +797,8 @@ SHELL = (
     Mutant(
         "A worker that is refused at start does not end the consumer.",
         "runtime/worker_pool.py",
-        "                if task.done() and not task.cancelled():\n",
-        "                if task.cancelled():\n",
+        "                if failure is not None:\n",
+        "                if False:\n",
         (f"{_SHELL}/test_reconnecting.py",),
     ),
     Mutant(
