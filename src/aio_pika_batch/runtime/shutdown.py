@@ -181,15 +181,17 @@ class SignalDispatcher:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _is_of_the_program(self, handler: object) -> bool:
-        """Return whether a handler is neither Python's, asyncio's nor this object's.
+        """Return whether a handler is neither Python's, asyncio's nor this library's.
 
         Those of Python and asyncio would turn a graceful shutdown into a KeyboardInterrupt.
         """
         runner = getattr(getattr(handler, "func", None), "__self__", None)
         return (
             callable(handler)
-            and handler not in (signal.default_int_handler, self._on_signal)
+            and handler is not signal.default_int_handler
             and not isinstance(runner, asyncio.Runner)
+            # Such as the command line's, for signals that come before its consumer runs.
+            and not getattr(handler, "__module__", "").startswith("aio_pika_batch.")
         )
 
     # A signal that reaches a forked child before its handlers are restored would be lost, so they
