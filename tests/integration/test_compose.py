@@ -66,7 +66,7 @@ async def test_orders_are_imported_and_counted(tmp_path, amqp_url, name, channel
 
         settled = "aio_pika_batch_messages_settled_total"
         for result in ("ack", "nack", "requeue"):
-            await until(lambda r=result: has(f'{settled}{{result="{r}"}}'), what=log.read_text)
+            await until(lambda r=result: has(f'sum({settled}{{result="{r}"}})'), what=log.read_text)
         await until(lambda: has("aio_pika_batch_worker_up == 1"))
         assert {"AioPikaBatchWorkersDown"} <= set(await asyncio.to_thread(server.alerts))
         dead = await ready(amqp_url, f"{name}.dead")
