@@ -86,7 +86,9 @@ async def test_failures_count_until_the_delivery_limit(channel, amqp_url, name, 
         await holds(amqp_url, dlq, 1)
     [letter] = await take_all(channel, dlq, 1)
     assert by_the_limit(letter)
-    assert {b"poison": 4} == consumer.seen
+    # A delivery can fall into the moment in which the session changes its prefetch. RabbitMQ counts
+    # it, and delivers the message again.
+    assert consumer.seen[b"poison"] in (3, 4)
     assert 0 == await ready(amqp_url, name)
 
 
