@@ -188,9 +188,11 @@ async def test_a_drain_returns_buffered_messages_if_all_slots_are_taken(
             queue_type=queue_type,
         )
     )
+    # A session on a quorum queue starts with prefetch 1, so its first batch has one message.
+    first = 1 if queue_type == "quorum" else 5
     await consumer.start()
     await publish(channel, numbered(30), routing_key=name)
-    await until(lambda: consumer.status().workers[0].buffered == 15)
+    await until(lambda: consumer.status().workers[0].buffered == 20 - first)
     assert "consuming" == consumer.status().workers[0].state.value
     stopping = asyncio.ensure_future(consumer.stop())
     await until(lambda: "draining" == consumer.status().workers[0].state.value)
@@ -202,7 +204,7 @@ async def test_a_drain_returns_buffered_messages_if_all_slots_are_taken(
 
     assert consumer.begun == consumer.done
     # Should the broker take longer, a slot is free by then, and what is being collected gets it.
-    assert len(consumer.done) in {5, 10}
+    assert len(consumer.done) in {first, first + 5}
     left = await take_all(channel, name, 30 - len(consumer.done))
     assert Counter(numbered(30)) == Counter(consumer.done) + Counter(each.body for each in left)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from typing import TypeAlias
+from typing import TypeAlias, assert_never
 
 from aio_pika_batch.core.message import SHORT_STRING, Headers, Message, Properties
 
@@ -188,3 +188,5 @@ def describe_outcome(outcome: Outcome, publication: Outgoing, timeout: float | N
                 f"unconfirmed ({where}): the connection was lost, or {silent};"
                 " it may or may not be stored"
             )
+        case _:
+            assert_never(outcome)

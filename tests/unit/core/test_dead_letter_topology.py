@@ -448,3 +448,24 @@ def test_without_declaring_a_dead_letter_queue_is_not_bound():
     assert () == topology.bindings
     assert ["dead", "jobs"] == sorted(queue.name for queue in topology.queues)
     assert all(queue.check_only for queue in topology.queues)
+
+
+def test_a_queue_without_an_exchange_has_one_key_for_its_dead_letters():
+    """Its name, with which the default exchange routes to it; a direct exchange can be bound."""
+    options = TopologyOptions(
+        queue_name="jobs",
+        dead_letter_queue="dead",
+        dead_letter_exchange="jobs.dlx",
+        dead_letter_exchange_type="direct",
+    )
+    assert "jobs.dlx" == dead_letter_target(options).exchange
+
+
+def test_the_second_key_of_dead_letters_is_no_longer_than_a_key_may_be():
+    """The name of the queue itself, then."""
+    name = "q" * 250
+    target = dead_letter_target(
+        TopologyOptions(queue_name=name, dead_letter_exchange="dlx", dead_letter_queue="dead")
+    )
+    assert name in str(target)
+    assert f"{name}.dead-letter" not in str(target)

@@ -153,3 +153,8 @@ def test_a_size_without_encoding_is_no_smaller_than_that_with(given_headers):
     exact = len(encode(properties))
 
     assert exact <= property_list_size(properties) <= exact + 40 + 20 * (1 + len(given_headers) * 4)
+
+
+def test_a_copy_that_cannot_become_small_enough_has_no_smaller_one():
+    """Not even without any foreign header."""
+    assert fit(copy_of({"a": "a" * 99, "b": 1}, may_omit=True), 1, encoded_size) is None

@@ -454,3 +454,24 @@ def test_without_zstd_the_error_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "compression.zstd", None)
     with pytest.raises(MessageDecodeError, match=r"'zstd': it needs Python 3\.14"):
         a_message(body=b"(", content_encoding="zstd").json()
+
+
+class ReadsIds(StubSource):
+    """A source that reads an id without the other properties, as the adapter's does."""
+
+    def decode_message_id(self, raw):
+        """Return the raw bytes as the id, unless they are broken."""
+        if raw == b"broken":
+            raise ValueError("cut off")
+        return raw.decode()
+
+    def decode_properties(self, raw):
+        """Read everything."""
+        return Properties(message_id=None, undecodable={"message_id": "cut off"})
+
+
+def test_an_id_is_read_without_the_other_properties():
+    """If that fails, all of them say why."""
+    assert "id-1" == Message(ReadsIds(), 1, False, b"", ("", "jobs"), b"id-1").message_id
+    with pytest.raises(MessageDecodeError, match="cut off"):
+        Message(ReadsIds(), 1, False, b"", ("", "jobs"), b"broken").message_id  # noqa: B018

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aio_pika_batch.core.message import Properties
-from aio_pika_batch.core.publication import Publication
+from aio_pika_batch.core.publication import Outcome, Publication, describe_outcome
 from aio_pika_batch.testing.strategies import headers, moments, short_texts
 
 optional_texts = st.none() | short_texts
@@ -168,3 +168,10 @@ def test_a_short_string_has_at_most_255_bytes(name, text, fits):
         return
     with pytest.raises(ValueError, match=f"^{name} has more than 255 bytes"):
         Publication(b"", **{name: text})
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_each_outcome_is_described_with_the_route(outcome):
+    """For errors and log lines."""
+    text = describe_outcome(outcome, Publication(b"", exchange="events", routing_key="created"), 5)
+    assert "exchange 'events', routing key 'created'" in text

@@ -309,6 +309,8 @@ def test_the_return_of_a_suspect_becomes_a_copy():
     unguarded = replace(a_planner(), crashes=None).plan_returns(messages, NOW)
     assert [(1, 2, 3)] == [each.tags for each in unguarded.settlements]
     assert [] == unguarded.copies
+    anew = replace(a_planner(), crashes=None).plan_returns(messages, NOW, OwnRequeues())
+    assert all(CRASH_COUNT not in each.copy.properties.headers for each in anew.copies[:1])
 
 
 def test_a_copy_with_a_fresh_count_is_the_same_message():
