@@ -236,8 +236,10 @@ class Trial:
 
     async def idles(self) -> None:
         """Wait until every message is acked or dead-lettered, and nothing is left in the queue."""
+        # A copy whose connection was lost is sent again after 30 s at first, then after up to 120.
         await until(
             lambda: not self.unfinished,
+            within=360,
             what=lambda: (sorted(self.unfinished)[:20], self.consumer.status()),
         )
         await until(lambda: self.consumer.is_healthy, what=self.consumer.status)
