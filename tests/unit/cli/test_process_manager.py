@@ -369,6 +369,15 @@ def test_time_for_which_the_supervisor_was_paused_counts_for_no_process(
     assert 1 == manager.hung_kills
 
 
+def test_a_process_that_is_starting_during_a_pause_has_its_whole_time_to_start():
+    """It has sent no heartbeat yet."""
+    manager = ProcessManager(ProcessPolicy(1, start_timeout=10))
+    manager.poll(0)
+    manager.skip(1000, 1001)
+    assert [] == manager.poll(1009)
+    assert Kill(0) in manager.poll(1010)
+
+
 def test_a_heartbeat_that_was_read_before_the_pause_was_noticed_is_not_of_the_future():
     """Otherwise a process that hangs then would live longer."""
     manager = started(1, hung_after=10)
