@@ -374,7 +374,7 @@ def _run_with_progress(verb: str, where: FilterOptions, format: str, work: _Work
     if format == "json":
         print_json({each.name: getattr(report, each.name) for each in fields(report)})
     else:
-        # If it ended early, nobody knows how many more there are.
+        # If it ended early, the number of the others is unknown.
         least = "" if report.ended is None or report.seen == report.ready else "at least "
         console().print(
             f"{least}{report.done}{total} dead letters {verb}; {report.kept} did not match,"

@@ -156,7 +156,7 @@ class ProcessManager:
     """The state of all processes of one supervisor.
 
     Attributes:
-        crashes: Number of processes that ended although nobody asked them to.
+        crashes: Number of processes that ended without being asked to.
         hung_kills: Number of processes killed because they sent no heartbeats.
     """
 

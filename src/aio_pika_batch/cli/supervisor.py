@@ -216,7 +216,7 @@ class Supervisor:
         """Reap processes that process 1 has inherited, and leave its own to asyncio."""
         ours = {child.process.pid for child in self._children.values()}
         with suppress(ChildProcessError):
-            # Without reaping, since the exit code of a child is for whoever waits for that child.
+            # Without reaping, since the code that started a child waits for its exit code.
             while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 if found.si_pid in ours:
                     break  # asyncio reaps it soon, and the rest is reaped after that

@@ -95,7 +95,7 @@ class ResultCollector:
     def drop_misplaced(self) -> bool:
         """Drop results by position that weren't taken, if the handler has changed its list.
 
-        After `messages.pop()` or `messages.sort()` nobody knows whose result is the next one.
+        After `messages.pop()` or `messages.sort()` it is unknown whose result comes next.
 
         Returns:
             Whether that was so.

@@ -428,7 +428,7 @@ class Message:
         """Seconds since its :attr:`timestamp`.
 
         None if its publisher set none, or one that isn't a valid time, such as milliseconds: an
-        optional property that is wrong is no reason to fail.
+        optional property that is wrong doesn't justify a failure.
         """
         if "timestamp" in self.properties.undecodable or self.timestamp is None:
             return None

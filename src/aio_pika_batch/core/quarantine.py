@@ -78,7 +78,7 @@ class CrashPolicy:
         if total < self.suspect_after:
             return Suspicion.NONE
         if in_doubt:
-            # A copy that has never come back is no reason for another one.
+            # A copy that has never come back doesn't need another one.
             return (
                 Suspicion.WORN
                 if delivery_count(message) and self._is_far(total)

@@ -205,7 +205,7 @@ class SettlementPlanner:
         reject_undeliverable: Whether a message that failed for good is left to the broker, too, if
             no destination is known (`without_dead_letter="reject"`).
         hold: How long the consumer holds messages before it publishes their retries.
-        crashes: How often a message may come back without a result; None if nobody counts that.
+        crashes: How often a message may come back without a result; None if that isn't counted.
         exception_message: Whether dead letters contain the text of the exception.
         drop: Headers that copies leave out.
         delay_steps: The delays of retries.
