@@ -35,7 +35,7 @@ RESULTS = {
     "NACK, dead-letter exchange known": (NACK, WITH_DEAD_LETTERS),
     "NACK, none known": (NACK, {}),
     "REQUEUE, attempts left": (REQUEUE, {}),
-    "REQUEUE that shall wait": (Requeue(delay=9), {"requeue_delay": 9}),
+    "REQUEUE with a delay": (Requeue(delay=9), {"requeue_delay": 9}),
     "REQUEUE, attempts spent": (REQUEUE, WITH_DEAD_LETTERS | {"max_requeue_attempts": 0}),
     "REQUEUE_IMMEDIATE": (REQUEUE_IMMEDIATE, {}),
 }
