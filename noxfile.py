@@ -25,6 +25,7 @@ FORMS = {
     "github-workflows": ".github/workflows/*.yml",
     "github-issue-forms": ".github/ISSUE_TEMPLATE/[!c]*.yml",
     "github-issue-config": ".github/ISSUE_TEMPLATE/config.yml",
+    "dependabot": ".github/dependabot.yml",
 }
 """What these files must look like, by the schemas that their users keep."""
 
@@ -105,7 +106,7 @@ def lock(session: nox.Session) -> None:
     form = ("--universal", "--strip-extras", "--no-annotate", "--no-header", "--quiet", python)
     extras = [f"--extra={each}" for each in PYPROJECT["project"]["optional-dependencies"]]
     compile_ = ("uv", "pip", "compile", "pyproject.toml", str(build), *form, *extras)
-    pinned = [f"--group={each}" for each in ("test", "brokers", "lint", "docs", "dev")]
+    pinned = [f"--group={each}" for each in ("test", "brokers", "lint", "docs", "dev", "release")]
     session.run(*compile_, *pinned, "--upgrade", f"--output-file={PINNED}")
     oldest = ("--group=test", "--group=brokers", "--resolution=lowest-direct")
     session.run(*compile_, *oldest, "--upgrade", f"--output-file={LOWEST}")
@@ -345,8 +346,12 @@ def manifests(session: nox.Session) -> None:
 @nox.session
 def dist(session: nox.Session) -> None:
     """Build what is published, check it, and see that both parts work, each on its own."""
-    install(session, "build", "twine", versions=None)
-    session.run("python", "-m", "build", "--outdir", "dist")
+    install(session, *group("release"))
+    # The same commit makes the same bytes: the builders are pinned, and its date is that of the
+    # files. A unit test compares two builds.
+    date = session.run("git", "log", "-1", "--format=%ct", external=True, silent=True)
+    fixed = {"PIP_CONSTRAINT": str(PINNED), "SOURCE_DATE_EPOCH": str(date).strip()}
+    session.run("python", "-m", "build", "--outdir", "dist", env=fixed)
     made = sorted(Path("dist").glob("aio_pika_batch-*"))
     session.run("python", "-m", "twine", "check", "--strict", *map(str, made))
     for each in made:

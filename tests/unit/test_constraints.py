@@ -23,7 +23,7 @@ USED = [
     *GROUPS["test"],
     *GROUPS["brokers"],
 ]
-PINNED = [*USED, *GROUPS["lint"], *GROUPS["docs"], *GROUPS["dev"]]
+PINNED = [*USED, *GROUPS["lint"], *GROUPS["docs"], *GROUPS["dev"], *GROUPS["release"]]
 
 
 def versions(file: str) -> dict[str, list[Version]]:
