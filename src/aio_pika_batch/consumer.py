@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, get_a
 
 from typing_extensions import TypeVar
 
-from aio_pika_batch.core.config_checks import broker_warnings_for, warnings_for
+from aio_pika_batch.core.config_checks import broker_warnings_for, hints_for, warnings_for
 from aio_pika_batch.core.message import Headers, Message
 from aio_pika_batch.core.publication import Outcome, Publication, describe_outcome
 from aio_pika_batch.core.results import (
@@ -34,6 +34,7 @@ from aio_pika_batch.errors import (
     StartInterrupted,
 )
 from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.masking import mask_url
 from aio_pika_batch.observer import Observer
 from aio_pika_batch.runtime.batching import check_batch_key
 from aio_pika_batch.runtime.consume_loop import ConsumeLoop
@@ -305,8 +306,11 @@ class BaseConsumer(Generic[SettingsT_co]):
         options = topology_options(settings)
         refuse_loops(options)
         profile = consumer_profile(settings, self.exception_results.values())
-        for line in warnings_for(options, profile) if self._has_queue else ():
-            self._log.warning(line)
+        if self._has_queue:
+            for line in warnings_for(options, profile):
+                self._log.warning(line)
+            for line in hints_for(options, profile):
+                self._log.info(line)
         await self._lifecycle.begin(
             WorkerPool(
                 self._name,
@@ -315,6 +319,7 @@ class BaseConsumer(Generic[SettingsT_co]):
                 self._observers,
                 self._log,
                 server=server_of(plain_url(settings)),
+                on_running=self._announce,
             ),
             on_start=self.on_start,
             on_stop=self.on_stop,
@@ -328,6 +333,21 @@ class BaseConsumer(Generic[SettingsT_co]):
         version = isinstance(self._transport, VersionedTransport) and self._transport.broker_version
         for line in broker_warnings_for(options, profile, version or None):
             self._log.warning(line)
+
+    def _announce(self) -> None:
+        settings = self.settings
+        batches: dict[str, object] = {}
+        if isinstance(settings, BatchConsumerSettings):
+            batches["batch_size"] = settings.batch_size
+            batches["batch_timeout"] = f"{settings.batch_timeout:g} s"
+        self._log.announce(
+            "the consumer is running",
+            broker=mask_url(plain_url(settings)),
+            **batches,
+            workers=settings.num_workers,
+            concurrency=settings.concurrency,
+            prefetch=settings.effective_prefetch,
+        )
 
     async def stop(self) -> None:
         """Drain and stop. It is idempotent, and may be called from any task, also during `start`.

@@ -1,6 +1,8 @@
 """Standard logging, with the context of a line as keyword arguments.
 
 The library configures no logger. `getLogger("aio_pika_batch")` is the parent of all its loggers.
+Where the program configures none either, warnings show their level, and a terminal shows one line
+for each consumer that starts.
 """
 
 from __future__ import annotations
@@ -8,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import TypeAlias
 
@@ -70,6 +74,18 @@ class KeywordLogger:
         """Log at INFO."""
         self._log(logging.INFO, event, None, context)
 
+    def announce(self, event: str, **context: object) -> None:
+        """Log at INFO. If logging isn't configured, show the line if stderr is a terminal."""
+        self._log(logging.INFO, event, None, context)
+        # WARNING is the level without configuration; a program may have raised it.
+        if self._logger.hasHandlers() or not self._logger.isEnabledFor(logging.WARNING):
+            return
+        # Either may fail for a stream that was closed or replaced; sys.stderr may also be None.
+        with suppress(OSError, ValueError, AttributeError):
+            if sys.stderr.isatty():
+                text, _ = format_line(event, {**self._context, **context})
+                sys.stderr.write(f"INFO {self._logger.name}: {text}\n")
+
     def warning(self, event: str, *, exc_info: ExcInfo = None, **context: object) -> None:
         """Log at WARNING."""
         self._log(logging.WARNING, event, exc_info, context)
@@ -85,6 +101,9 @@ class KeywordLogger:
     def _log(self, level: int, event: str, exc_info: ExcInfo, context: dict[str, object]) -> None:
         if self._logger.isEnabledFor(level):
             text, extra = format_line(event, {**self._context, **context})
+            if not self._logger.hasHandlers():
+                # Then logging prints the text alone, which doesn't show that it is a warning.
+                text = f"{logging.getLevelName(level)} {self._logger.name}: {text}"
             # The text is an argument and not the format, because it may contain a percent sign.
             # The level of the stack is the caller's, so that a record names the line that logs.
             self._logger.log(level, "%s", text, exc_info=exc_info, extra=extra, stacklevel=3)

@@ -107,6 +107,16 @@ async def test_a_message_that_is_always_requeued_at_once_has_no_attempts_left_in
     assert "exhausted" == letter.headers["x-dead-letter-reason"]
 
 
+@pytest.mark.usefixtures("on_both_wires")
+async def test_no_default_is_warned_of(amqp_url, name, caplog) -> None:
+    """On every version, with and without a dead-letter queue."""
+    for more in ({}, {"dead_letter_queue": f"{name}.dead"}):
+        settings = BatchConsumerSettings(url=amqp_url, queue_name=f"{name}{len(more)}", **more)
+        async with Always(settings) as consumer:
+            assert consumer.is_healthy
+    assert [] == [each.getMessage() for each in caplog.records if each.levelname != "INFO"]
+
+
 async def test_on_a_classic_queue_a_poison_message_loops_and_the_log_says_so(
     channel, amqp_url, name, caplog
 ) -> None:

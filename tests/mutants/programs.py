@@ -9,7 +9,52 @@ _SIGNALS = "tests/unit/shell/test_signals.py"
 _INSIDE = "tests/unit/shell/test_inside_other_programs.py"
 _ENVIRONMENT = "tests/unit/test_settings_environment.py"
 
+_LOGGING = "tests/unit/shell/test_logging.py"
+_CHECKS = "tests/unit/core/test_config_checks.py"
+
 PROGRAMS = (
+    Mutant(
+        "A terminal shows nothing when a consumer starts.",
+        "runtime/worker_pool.py",
+        "            self._on_running()\n",
+        "            pass\n",
+        (_LOGGING,),
+    ),
+    Mutant(
+        "The line for terminals is written into files, too.",
+        "logs.py",
+        "            if sys.stderr.isatty():\n",
+        "            if True:\n",
+        (_LOGGING,),
+    ),
+    Mutant(
+        "Where logging isn't configured, a warning doesn't show that it is one.",
+        "logs.py",
+        "            if not self._logger.hasHandlers():\n",
+        "            if False:\n",
+        (_LOGGING,),
+    ),
+    Mutant(
+        "A consumer with default settings warns of a classic queue.",
+        "core/config_checks.py",
+        "    if _is_classic_by_default(options, profile):\n        return []\n",
+        "",
+        (_LOGGING, _CHECKS),
+    ),
+    Mutant(
+        "aiormq logs each failed attempt to connect.",
+        "adapters/aio_pika/connection.py",
+        "        _is_ours.set(True)",
+        "        _is_ours.set(False)",
+        ("tests/unit/adapters/aio_pika/test_connection.py",),
+    ),
+    Mutant(
+        "aiormq's lines about other connections of the program are dropped.",
+        "adapters/aio_pika/connection.py",
+        "not (_is_ours.get() and str",
+        "not (str",
+        ("tests/unit/adapters/aio_pika/test_connection.py",),
+    ),
     Mutant(
         "`BatchConsumer[MySettings]` reads the settings of the base class from the environment.",
         "consumer.py",

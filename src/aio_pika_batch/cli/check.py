@@ -19,6 +19,7 @@ from aio_pika_batch.core.config_checks import (
     broker_warnings_for,
     dead_letter_queue_warnings,
     existing_queue_warnings,
+    hints_for,
     warnings_for,
 )
 from aio_pika_batch.core.dead_letter import format_header
@@ -132,7 +133,8 @@ def _topology(options: TopologyOptions, dead_letter_exchange_type: str | None) -
 
 def _warnings(consumer: AnyConsumer) -> list[CheckFinding]:
     profile = consumer_profile(consumer.settings, consumer.exception_results.values())
-    found = warnings_for(topology_options(consumer.settings), profile)
+    options = topology_options(consumer.settings)
+    found = [*warnings_for(options, profile), *hints_for(options, profile)]
     lines = [*consumer.settings.ignored_variables, *found]
     return [CheckFinding("warning", line) for line in lines]
 

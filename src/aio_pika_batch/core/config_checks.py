@@ -1,7 +1,8 @@
 """Warnings about settings that are valid, but probably not what you want.
 
 Each warning is one line that says what is wrong, what follows from it, and what to do. Most of them
-need only the settings. Whether the broker counts deliveries depends on its version.
+need only the settings. Whether the broker counts deliveries depends on its version. What follows
+from defaults alone is a hint, and no warning.
 """
 
 from __future__ import annotations
@@ -69,12 +70,20 @@ def warnings_for(options: TopologyOptions, profile: ConsumerProfile) -> list[str
     """The warnings that need no broker."""
     return [
         *_prefetch(profile),
-        *_dead_letters(options, profile),
+        *(_no_dead_letters(options, profile) if profile.rejects_undeliverable else ()),
         *_given_up(options),
         *_delivery_limit(options, profile),
         *_ack_timeout(options, profile),
         *_time_to_live(options, profile),
     ]
+
+
+def hints_for(options: TopologyOptions, profile: ConsumerProfile) -> list[str]:
+    """What may be missing where settings have their defaults."""
+    hints = [] if profile.rejects_undeliverable else [*_no_dead_letters(options, profile)]
+    if _is_classic_by_default(options, profile):
+        hints += _maybe_classic(options)
+    return hints
 
 
 def broker_warnings_for(
@@ -87,6 +96,8 @@ def broker_warnings_for(
     """
     if _drops_at_once(options, version):
         return [_DROPS_AT_ONCE]
+    if _is_classic_by_default(options, profile):
+        return []
     why = _endless(options, version)
     if why is None or _no_quarantine(options, ordered=profile.ordered) is None:
         # `crash_limit` ends such a message, if the broker doesn't.
@@ -98,18 +109,15 @@ def broker_warnings_for(
         poison = "a message that always crashes its consumer"
     elif MessageResult.REQUEUE_IMMEDIATE in profile.failure_results:
         poison = "a message that always makes its handler fail (REQUEUE_IMMEDIATE), or crash,"
-    return [f"{why}: {poison} is redelivered forever; {_COUNTED}"]
+    remedy = f"set {DELIVERY_LIMIT} in queue_arguments"
+    if effective_queue_type(options) != "quorum":
+        remedy = "use queue_type='quorum'"
+    return [f"{why}: {poison} is redelivered forever; {remedy}"]
 
 
 _DROPS_AT_ONCE = (
-    f"before RabbitMQ 4.0 a negative {DELIVERY_LIMIT} does not lift the limit: the broker"
-    " dead-letters or drops a message the first time it is redelivered; remove"
-    f" {DELIVERY_LIMIT} from queue_arguments"
-)
-
-_COUNTED = (
-    f"use queue_type='quorum' with {DELIVERY_LIMIT} in queue_arguments (or by a policy), and"
-    " REQUEUE, which this library counts"
+    f"before RabbitMQ 4.0 a negative {DELIVERY_LIMIT} does not lift the limit: messages are given"
+    f" up at their first redelivery; remove it from queue_arguments"
 )
 
 
@@ -117,23 +125,32 @@ def _prefetch(profile: ConsumerProfile) -> Iterator[str]:
     prefetch, batch_size = profile.prefetch, profile.batch_size
     if 0 < prefetch < batch_size:
         yield (
-            f"prefetch_count={prefetch} is below batch_size={batch_size}: batches have at most"
-            f" {prefetch} messages; raise prefetch_count, or leave it unset"
+            f"prefetch_count={prefetch} is below batch_size={batch_size}: batches are never full;"
+            " raise prefetch_count, or leave it unset"
         )
 
 
-def _dead_letters(options: TopologyOptions, profile: ConsumerProfile) -> Iterator[str]:
+def _no_dead_letters(options: TopologyOptions, profile: ConsumerProfile) -> Iterator[str]:
     if dead_letter_target(options) is None:
-        failed = (
-            "or have no attempts left"
-            if profile.rejects_undeliverable
-            else "and messages that fail for good are retried again and again"
-        )
+        failed = "others that fail are discarded, too"
+        if not profile.rejects_undeliverable:
+            failed = "others that fail are retried forever"
         yield (
-            "no dead-letter destination is known: unless a policy sets one, the broker discards"
-            f" messages that get NACK, {failed}; set dead_letter_queue to declare a queue and an"
-            " exchange, or dead_letter_exchange"
+            f"no dead-letter destination is known: NACK discards messages, and {failed};"
+            " set dead_letter_queue"
         )
+
+
+def _is_classic_by_default(options: TopologyOptions, profile: ConsumerProfile) -> bool:
+    is_default = effective_queue_type(options) is None
+    return is_default and MessageResult.REQUEUE_IMMEDIATE not in profile.failure_results
+
+
+def _maybe_classic(options: TopologyOptions) -> Iterator[str]:
+    yield (
+        f"queue {options.queue_name!r} may be a classic queue: a message that crashes its consumer"
+        " is redelivered forever; set queue_type='quorum'"
+    )
 
 
 def _given_up(options: TopologyOptions) -> Iterator[str]:
@@ -146,11 +163,10 @@ def _given_up(options: TopologyOptions) -> Iterator[str]:
     known = dead_letter_target(options) is not None
     # The queue is declared elsewhere, then.
     remedy = f"declare it with {DEAD_LETTER_EXCHANGE}" if known else "set dead_letter_queue"
-    remedy += ", or add a policy and set broker_dead_letters=False"
+    remedy += ", or a policy and broker_dead_letters=False"
     if effective_queue_type(options) == "quorum":
         yield (
-            "a quorum queue drops messages that were delivered too often (RabbitMQ 4: 20 times"
-            f" unless {DELIVERY_LIMIT} says otherwise): to keep them, {remedy}"
+            f"a quorum queue drops messages that were delivered too often: to keep them, {remedy}"
         )
     for limit in _limits(options.queue_arguments):
         yield (
@@ -214,10 +230,9 @@ def _delivery_limit(options: TopologyOptions, profile: ConsumerProfile) -> Itera
     if 0 <= limit < attempts:
         source = "RabbitMQ 4's default" if stated is None else "in queue_arguments"
         yield (
-            f"the delivery limit {limit} ({source}) is below max_requeue_attempts={attempts}: the"
-            " broker dead-letters or drops a message sooner if it returns in another way than by"
-            " REQUEUE (by REQUEUE_IMMEDIATE, a crash, a lost connection); raise"
-            f" {DELIVERY_LIMIT} in queue_arguments, or lower max_requeue_attempts"
+            f"the delivery limit {limit} ({source}) is below max_requeue_attempts={attempts}:"
+            " REQUEUE_IMMEDIATE, crashes and lost connections reach it first; raise"
+            f" {DELIVERY_LIMIT} in queue_arguments"
         )
 
 
@@ -262,8 +277,8 @@ def _not_alone(options: TopologyOptions, profile: ConsumerProfile) -> Iterator[s
     why = _no_quarantine(options, ordered=profile.ordered)
     if why is not None:
         yield (
-            f"a message that crashes its consumer can't be handled alone, since {why}: each crash"
-            " counts against all messages that the consumer holds; keep prefetch_count low"
+            f"a message that crashes its consumer can't be handled alone, since {why};"
+            " keep prefetch_count low"
         )
 
 
@@ -284,10 +299,8 @@ def _ack_timeout(options: TopologyOptions, profile: ConsumerProfile) -> Iterator
     held = _longest_hold(profile)
     if held > limit:
         yield (
-            f"a message may be held for {held:g} s (by batch_timeout, process_timeout, earlier"
-            " batches, and retries in place), longer than the broker waits for its ack"
-            f" ({limit:g} s, {source}): the broker then closes the channel and delivers all"
-            " messages again; lower these settings or prefetch_count, or raise the timeout"
+            f"a message may be held for {held:g} s (the broker waits for {limit:g} s: {source});"
+            " lower batch_timeout, process_timeout or prefetch_count"
         )
 
 
@@ -306,9 +319,8 @@ def _time_to_live(options: TopologyOptions, profile: ConsumerProfile) -> Iterato
     if stated is not None and not profile.ordered and profile.retry_seconds > stated / 1000:
         yield (
             f"retries may take {profile.retry_seconds:g} s, longer than a message lives"
-            f" ({MESSAGE_TTL}={stated} ms in queue_arguments): each retry has the full time again,"
-            " so a failing message outlives it; lower the delays or max_requeue_attempts, or raise"
-            f" {MESSAGE_TTL}"
+            f" ({MESSAGE_TTL}={stated} ms in queue_arguments), since each copy has the full time;"
+            " lower requeue_delay_max or max_requeue_attempts"
         )
 
 
@@ -322,7 +334,7 @@ def _endless(options: TopologyOptions, version: Version | None) -> str | None:
     if limit is not None:
         return f"{DELIVERY_LIMIT}={limit} lifts the delivery limit" if limit < 0 else None
     if _is_before(version, DEFAULT_LIMIT_SINCE):
-        return "before RabbitMQ 4.0 a quorum queue has no delivery limit by default"
+        return "before RabbitMQ 4.0 a quorum queue has no delivery limit"
     return None
 
 

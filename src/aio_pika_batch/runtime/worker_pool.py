@@ -37,6 +37,7 @@ class WorkerPool:
     Args:
         name: The consumer's class, for logs, consumer tags and observers.
         server: The broker's host and port for observers, if the URL names just one.
+        on_running: Called once, when the first worker consumes for the first time.
 
     Attributes:
         publisher: Publishes what the user publishes. Retries and dead letters have others: a
@@ -56,6 +57,7 @@ class WorkerPool:
         log: KeywordLogger,
         *,
         server: tuple[str, int] | None = None,
+        on_running: Callable[[], None] = lambda: None,
     ) -> None:
         self._name = name
         self._config = config
@@ -63,6 +65,7 @@ class WorkerPool:
         self._observers = observers
         self._log = log
         self._server = server
+        self._on_running = on_running
         self._workers: list[Worker] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._is_abandoned = False
@@ -129,6 +132,7 @@ class WorkerPool:
             worker = Worker(index, self._config, instance, shared, observers=observers, log=log)
             self._workers.append(worker)
             self._tasks.append(asyncio.ensure_future(worker.run()))
+        self._workers[0].ready.add_done_callback(self._on_first_ready)
         ready = asyncio.ensure_future(asyncio.wait([worker.ready for worker in self._workers]))
         try:
             failed = () if patience is None else (each.failed for each in self._workers)
@@ -147,6 +151,10 @@ class WorkerPool:
             await ready
         finally:
             ready.cancel()
+
+    def _on_first_ready(self, ready: asyncio.Future[None]) -> None:
+        if not ready.cancelled() and ready.exception() is None:
+            self._on_running()
 
     def _fail(self, text: str) -> None:
         if self.mistake is None:

@@ -14,6 +14,7 @@ from aio_pika_batch.core.config_checks import (
     crash_policy,
     dead_letter_queue_warnings,
     existing_queue_warnings,
+    hints_for,
     warnings_for,
 )
 from aio_pika_batch.core.quarantine import CrashPolicy
@@ -34,6 +35,7 @@ OUR_NAMES = (
     "dead_letter_queue",
     "broker_dead_letters",
     "queue_arguments",
+    "queue_type",
     "max_requeue_attempts",
     "process_timeout",
 )
@@ -64,11 +66,16 @@ def with_arguments(**arguments):
 @given(options, profiles, versions)
 def test_each_warning_names_the_setting_to_change(settings, profiles, version):
     """And no warning occurs twice."""
-    found = [*warnings_for(settings, profiles), *broker_warnings_for(settings, profiles, version)]
+    found = [
+        *warnings_for(settings, profiles),
+        *hints_for(settings, profiles),
+        *broker_warnings_for(settings, profiles, version),
+    ]
 
     for line in found:
         assert any(name in line for name in OUR_NAMES)
         assert "\n" not in line
+        assert 30 > len(line.split())
     assert len(set(found)) == len(found)
 
 
@@ -103,12 +110,29 @@ def test_a_prefetch_below_the_batch_size(prefetch, batch_size, expected):
         ({"dead_letter_routing_key": "dead"}, True),
     ],
 )
-def test_no_dead_letter_exchange(stated, expected):
-    """Without one the policies of the broker decide."""
-    found = warnings_for(TopologyOptions(queue_name="jobs", **stated), USUAL)
+@pytest.mark.parametrize("rejects", [False, True])
+def test_no_dead_letter_exchange(stated, expected, rejects):
+    """Without one the policies of the broker decide. It is a warning if failures are discarded."""
+    settings = TopologyOptions(queue_name="jobs", queue_type="classic", **stated)
+    profile = replace(USUAL, rejects_undeliverable=rejects)
+    found, hints = warnings_for(settings, profile), hints_for(settings, profile)
 
-    assert expected is any("no dead-letter destination is known" in line for line in found)
-    assert expected is bool(found)
+    assert (expected and rejects, expected and not rejects) == (bool(found), bool(hints))
+    for line in found + hints:
+        assert line.startswith("no dead-letter destination is known: NACK discards messages")
+        assert ("retried forever" not in line) is rejects
+
+
+def test_what_follows_from_defaults_is_no_warning():
+    """Hints name the settings to change; with them there are none."""
+    settings = TopologyOptions(queue_name="jobs")
+    assert [] == warnings_for(settings, USUAL) + broker_warnings_for(settings, USUAL, None)
+    no_destination, classic = hints_for(settings, USUAL)
+    assert no_destination.endswith("set dead_letter_queue")
+    assert classic.endswith("set queue_type='quorum'")
+    better = replace(settings, dead_letter_queue="dead", queue_type="quorum")
+    assert [] == hints_for(better, USUAL) + warnings_for(better, USUAL)
+    assert [] == broker_warnings_for(better, USUAL, (4, 3))
 
 
 @pytest.mark.parametrize(
@@ -295,7 +319,7 @@ def test_retries_that_outlive_the_time_to_live(arguments, given, expected):
 @pytest.mark.parametrize(
     ("settings", "version", "expected"),
     [
-        (SOUND, None, "queue 'jobs' is a classic queue (unless the virtual host"),
+        (SOUND, None, None),
         (replace(SOUND, queue_type="classic"), (4, 3, 6), "queue 'jobs' is a classic queue: "),
         (QUORUM, None, None),
         (QUORUM, (3, 10, 8), None),
@@ -375,10 +399,14 @@ def test_the_crash_limit_acts_before_the_queues_delivery_limit(limit, policy):
 
 
 def test_failures_that_the_settings_map_to_requeue_immediate():
-    """With `unhandled_exception_action` or `exception_results`."""
+    """With `unhandled_exception_action` or `exception_results`: no default any more."""
     profiles = replace(USUAL, failure_results={MessageResult.REQUEUE_IMMEDIATE})
+    classic = replace(SOUND, queue_type="classic")
 
-    [usual], [named] = (broker_warnings_for(SOUND, each, None) for each in (USUAL, profiles))
+    [usual], [named] = (broker_warnings_for(classic, each, None) for each in (USUAL, profiles))
+    [default] = broker_warnings_for(SOUND, profiles, None)
+
+    assert default.startswith("queue 'jobs' is a classic queue (unless the virtual host")
 
     assert "a message that always makes its handler fail (REQUEUE_IMMEDIATE)" in named
     assert "its handler" not in usual

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
+from contextlib import contextmanager
 from typing import ClassVar
 
 import pytest
 
 import aio_pika_batch
-from aio_pika_batch import MessageResult
+from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
 from aio_pika_batch.adapters.memory import Broker, MemoryTransport
 from aio_pika_batch.logs import KeywordLogger, format_error
-from tests.unit.shell.helpers import RecordingConsumer
+from tests.unit.shell.helpers import RecordingConsumer, ack
 from tests.unit.shell.scripted_transport import ScriptedTransport
 
 
@@ -142,7 +145,8 @@ async def test_a_consumers_life_is_a_few_log_lines(rabbit, caplog):
         dead_letter_queue="dead",
     ):
         pass
-    assert ["consuming", "draining", "stopped"] == [record.event for record in caplog.records]
+    events = ["consuming", "the consumer is running", "draining", "stopped"]
+    assert events == [record.event for record in caplog.records]
     first = caplog.records[0]
     assert ("RecordingConsumer", "jobs", 0, 1) == (
         first.consumer,
@@ -161,7 +165,7 @@ async def test_a_consumers_life_is_a_few_log_lines(rabbit, caplog):
         ({"max_requeue_attempts": 21}, "below max_requeue_attempts=21"),
         ({"batch_size": 10, "process_timeout": 1000}, "held for 2000 s"),
         ({"batch_timeout": 3600}, "held for 3600 s"),
-        ({"consumer_arguments": {"x-consumer-timeout": 1000}}, "the broker waits for its ack (1 s"),
+        ({"consumer_arguments": {"x-consumer-timeout": 1000}}, "the broker waits for 1 s"),
         ({"queue_type": "classic"}, "is a classic queue: a message"),
         (
             {
@@ -190,6 +194,121 @@ async def test_risky_settings_are_logged_at_start(rabbit, caplog, given, told_of
         assert len(warnings) == (2 if given.get("dead_letter_queue", "") is None else 1)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"dead_letter_queue": "jobs.dead", "batch_size": 100},
+        {"dead_letter_queue": "jobs.dead", "queue_type": "quorum", "requeue_delay": 1},
+    ],
+)
+@pytest.mark.parametrize("version", ["3.10", "4.3"])
+async def test_no_default_is_warned_of(caplog, given, version):
+    """What could be better is a line at INFO, and only where a setting is left out."""
+
+    class Importer(BatchConsumer):
+        process_messages = staticmethod(ack)
+
+    caplog.set_level(logging.INFO)
+    settings = BatchConsumerSettings(url="memory://", queue_name="jobs", _env_file=None, **given)
+    async with Importer(settings, transport=MemoryTransport(Broker(version))):
+        pass
+    assert [] == [each for each in caplog.records if each.levelno > logging.INFO]
+    hints = [each for each in caplog.records if "; set " in each.getMessage()]
+    assert len(hints) == 2 - len({"dead_letter_queue", "queue_type"} & given.keys())
+
+
+class Stream(io.StringIO):
+    """A stream that may be a terminal."""
+
+    def __init__(self, *, is_terminal):
+        super().__init__()
+        self.is_terminal = is_terminal
+
+    def isatty(self):
+        """Whether it is one."""
+        return self.is_terminal
+
+
+@contextmanager
+def unconfigured(stream):
+    """Logging as a program has it that configures nothing; standard error is this stream."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.getLogger(), "handlers", [])
+        patch.setattr(sys, "stderr", stream)
+        yield patch
+    logging.root.manager._clear_cache()
+
+
+async def printed(rabbit, *, is_terminal=True, case="", **given):
+    """Start and stop a consumer; return the lines on standard error."""
+    rabbit.broker.delete_queue("jobs")
+    with unconfigured(Stream(is_terminal=is_terminal)) as patch:
+        match case:
+            case "a handler":
+                logging.getLogger().handlers.append(logging.NullHandler())
+            case "a level":
+                patch.setattr(logging.getLogger("aio_pika_batch"), "level", logging.ERROR)
+            case "disabled":
+                patch.setattr(logging.root.manager, "disable", logging.CRITICAL)
+        logging.root.manager._clear_cache()
+        async with RecordingConsumer(transport=rabbit.transport, **given):
+            pass
+        return sys.stderr.getvalue().splitlines()
+
+
+async def test_a_terminal_shows_that_a_consumer_is_running(rabbit):
+    """From where, as what and with which settings, without a configuration of logging."""
+    given = {"dead_letter_queue": "dead", "batch_size": 50, "num_workers": 3}
+    [line] = await printed(rabbit, url="memory://u:secret@one", **given)
+    assert line == (
+        "INFO aio_pika_batch.consumer: the consumer is running [consumer=RecordingConsumer"
+        " queue=jobs broker=memory://u:***@one batch_size=50 batch_timeout=5 s workers=3"
+        " concurrency=1 prefetch=100]"
+    )
+
+
+async def test_a_terminal_shows_it_when_the_broker_comes(rabbit):
+    """Not before the first worker consumes, and once."""
+    consumer = RecordingConsumer(transport=rabbit.transport, dead_letter_queue="dead")
+    with unconfigured(Stream(is_terminal=True)):
+        with rabbit.down():
+            await consumer.start(wait=False)
+            await rabbit.advance(60)
+            assert "is running" not in sys.stderr.getvalue()
+        for _ in range(2):
+            await rabbit.advance(60)
+            rabbit.cut()
+        await consumer.stop()
+        assert 1 == sys.stderr.getvalue().count("is running")
+
+
+@pytest.mark.parametrize("case", ["no terminal", "a handler", "a level", "disabled"])
+async def test_otherwise_nothing_is_shown(rabbit, case):
+    """Neither in a file, nor where the program says what becomes of log records."""
+    is_terminal = case != "no terminal"
+    given = {"dead_letter_queue": "dead"}
+    assert [] == await printed(rabbit, is_terminal=is_terminal, case=case, **given)
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+async def test_a_program_without_standard_error_starts(rabbit, is_closed):
+    """Or with one that was closed."""
+    stream = Stream(is_terminal=True)
+    stream.close()
+    rabbit.broker.delete_queue("jobs")
+    consumer = RecordingConsumer(transport=rabbit.transport, dead_letter_queue="dead")
+    with unconfigured(stream if is_closed else None):
+        async with consumer:
+            assert consumer.is_healthy
+
+
+async def test_warnings_show_their_level(rabbit):
+    """Without a configuration logging prints the text alone."""
+    [line] = await printed(rabbit, is_terminal=False)
+    assert line.startswith("WARNING aio_pika_batch.consumer: no dead-letter destination is known")
+
+
 @pytest.mark.parametrize("given", ["setting", "table"])
 async def test_endless_redelivery_is_warned_about(rabbit, caplog, given):
     """If the setting or `exception_results` has REQUEUE_IMMEDIATE."""
@@ -215,7 +334,7 @@ async def test_version_dependent_warnings_follow_the_first_connection(caplog, ve
     ):
         pass
     assert told is any(
-        "no delivery limit by default" in each.getMessage() for each in caplog.records
+        "a quorum queue has no delivery limit" in each.getMessage() for each in caplog.records
     )
 
 

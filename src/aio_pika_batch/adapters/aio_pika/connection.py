@@ -12,6 +12,7 @@ import logging
 import random
 import socket
 import ssl
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
@@ -50,6 +51,27 @@ _log = KeywordLogger(logging.getLogger("aio_pika_batch.connection"))
 
 CLOSE_TIMEOUT = 3.0
 """Seconds that the broker has to confirm a close. After it, the socket is dropped."""
+
+
+_is_ours: ContextVar[bool] = ContextVar("aio_pika_batch_connection", default=False)
+"""Whether a task belongs to a connection of this library. The tasks that aiormq starts inherit it,
+and so its lines about other connections of the program are left alone."""
+
+_REPORTED = (
+    "error when creating transport",
+    "Cancelling cause reader exited abnormally",
+    "Unexpected connection close from remote",
+    "Server connection %r was stuck",
+)
+"""The beginnings of aiormq's lines about events that the worker or the publisher reports itself."""
+
+
+def _is_unreported(record: logging.LogRecord) -> bool:
+    return not (_is_ours.get() and str(record.msg).startswith(_REPORTED))
+
+
+# aiormq logs the failure of each attempt to connect. We report changes only.
+logging.getLogger("aiormq.connection").addFilter(_is_unreported)
 
 
 class TappedConnection(aio_pika.Connection):
@@ -196,6 +218,7 @@ async def _connect(endpoint: Endpoint, address: Address, *, watches_loop: bool) 
 
     async def connect() -> None:
         nonlocal failure
+        _is_ours.set(True)  # in this task, and those that it starts
         try:
             await connection.connect()
         except BaseException as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+import aio_pika
 import pytest
 
 from aio_pika_batch.adapters.aio_pika.connection import (
@@ -75,6 +76,26 @@ async def test_any_other_failure_before_the_socket_is_open_is_not_aiormqs_fault(
 
     assert isinstance(error, BrokerUnavailable)
     assert "nothing listens there" in str(error)
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+async def test_a_failed_attempt_leaves_no_line_of_the_client(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_ours: bool
+) -> None:
+    """The worker reports it. Other connections of the program keep aiormq's lines."""
+
+    async def refuse(*_: Any, **__: Any) -> Any:
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", refuse)
+    if is_ours:
+        with pytest.raises(BrokerUnavailable):
+            await open_connection(Endpoint(url=URL), parse_url(URL))
+        assert [] == [each.getMessage() for each in caplog.records]
+    # After one of ours, too: the mark doesn't leave its task.
+    with pytest.raises(ConnectionError):
+        await aio_pika.connect(URL)
+    assert 1 == sum("creating transport" in each.getMessage() for each in caplog.records)
 
 
 @pytest.mark.parametrize(("blocked", "logged"), [(1.0, []), (9.0, ["8.5"])])
