@@ -160,7 +160,9 @@ def format_line(event: str, context: Mapping[str, object]) -> tuple[str, dict[st
 
 def format_error(error: BaseException) -> str:
     """The class and the text of an exception, shortened if it is long."""
-    text = safe_str(error)
-    if len(text) > _LONGEST:
-        text = f"{text[:_LONGEST]}… ({len(text)} characters)"
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {shorten(safe_str(error))}"
+
+
+def shorten(text: str) -> str:
+    """Cut a text that is longer than one in a line of the log may be."""
+    return f"{text[:_LONGEST]}… ({len(text)} characters)" if len(text) > _LONGEST else text

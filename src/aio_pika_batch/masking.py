@@ -7,7 +7,10 @@ here starts again for each character, and none depends on where a password seems
 from __future__ import annotations
 
 import re
+import traceback
 
+from aio_pika_batch.errors import safe_str
+from aio_pika_batch.logs import escape_controls, shorten
 from aio_pika_batch.transport import known_schemes
 
 _HOST = r"(?:[^:/@,\[\]]*|\[[^\]]*\])(?::\d*)?"
@@ -70,3 +73,24 @@ def _mask_word(word: re.Match[str]) -> str:
         return word[0]
     # Quotes don't end a URL, because a password may contain one.
     return "".join(map(_mask_credentials, _NEXT_URL.split(word[0])))
+
+
+_MOST_PIECES = 100
+"""Frames and texts of a traceback: a deep recursion has many, and so has a group of exceptions."""
+
+
+def mask_error(error: BaseException) -> str:
+    """Return the text of an exception for others than the log: cut, escaped and masked."""
+    return mask_text(escape_controls(shorten(safe_str(error))))
+
+
+def mask_traceback(error: BaseException) -> str:
+    """Return the traceback of an exception, each text in it as :func:`mask_error` does it."""
+    pieces = traceback.format_exception(error)
+    if len(pieces) > _MOST_PIECES:
+        half = _MOST_PIECES // 2
+        left_out = len(pieces) - 2 * half
+        pieces = [*pieces[:half], f"… ({left_out} parts left out)\n", *pieces[-half:]]
+    # Each is a frame, or the text of an exception, whose own line breaks stay.
+    lines = "".join(shorten(each.rstrip("\n")) + "\n" for each in pieces).split("\n")
+    return mask_text("\n".join(map(escape_controls, lines)))

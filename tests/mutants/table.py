@@ -376,6 +376,27 @@ SECURITY = (
         ("tests/unit/observers/test_prometheus.py", "tests/unit/observers/test_otel.py"),
     ),
     Mutant(
+        "A trace shows the password in the text of an exception.",
+        "masking.py",
+        "    return mask_text(escape_controls(shorten(safe_str(error))))\n",
+        "    return escape_controls(shorten(safe_str(error)))\n",
+        ("tests/unit/observers/test_otel.py",),
+    ),
+    Mutant(
+        "A traceback in a trace is as long as the text of an exception.",
+        "masking.py",
+        'shorten(each.rstrip("\\n")) + "\\n" for each in pieces',
+        "each for each in pieces",
+        ("tests/unit/observers/test_otel.py",),
+    ),
+    Mutant(
+        "Traces don't say which version of the library, and of the conventions, they follow.",
+        "observers/otel.py",
+        "trace.get_tracer(*scope, tracer_provider, SCHEMA)",
+        "trace.get_tracer(SCOPE, tracer_provider=tracer_provider)",
+        ("tests/unit/observers/test_otel.py",),
+    ),
+    Mutant(
         "A handler blocks the loop, the broker cuts the connection, and no line says why.",
         f"{_WIRE}/connection.py",
         "        if late > self._heartbeat / 2:\n",

@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar, Token
 from functools import cached_property
+from importlib.metadata import version
 from typing import overload
 
 from aio_pika_batch.core.message import FieldValue, Headers, Message
-from aio_pika_batch.errors import MessageDecodeError, safe_str
+from aio_pika_batch.errors import MessageDecodeError
+from aio_pika_batch.masking import mask_error, mask_traceback
 from aio_pika_batch.observer import (
     BatchCut,
     BatchHandled,
@@ -76,6 +78,8 @@ BOUNDARIES = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 
 """Buckets that the conventions recommend for durations of messaging, in seconds."""
 
 SCOPE = "aio_pika_batch"
+SCHEMA = "https://opentelemetry.io/schemas/1.44.0"
+"""The version of the semantic conventions that names and attributes follow."""
 
 _log = logging.getLogger("aio_pika_batch.observers.otel")
 
@@ -104,8 +108,9 @@ class OpenTelemetryObserver(Observer):
         meter_provider: metrics.MeterProvider | None = None,
         max_links: int | None = None,
     ) -> None:
-        self._tracer = trace.get_tracer(SCOPE, tracer_provider=tracer_provider)
-        meter = metrics.get_meter(SCOPE, meter_provider=meter_provider)
+        scope = SCOPE, version("aio-pika-batch")
+        self._tracer = trace.get_tracer(*scope, tracer_provider, SCHEMA)
+        meter = metrics.get_meter(*scope, meter_provider, SCHEMA)
         self._process = meter.create_histogram(
             "messaging.process.duration",
             unit="s",
@@ -237,9 +242,7 @@ class OpenTelemetryObserver(Observer):
         otel_context.attach(trace.set_span_in_context(span))
         try:
             if event.error is not None:
-                span.set_attribute("error.type", _class_of(event.error))
-                span.set_status(Status(StatusCode.ERROR, safe_str(event.error)))
-                span.record_exception(event.error)
+                _record_error(span, event.error)
         finally:
             span.end()
 
@@ -390,6 +393,18 @@ def trace_headers(headers: Headers | None = None) -> Headers:
 def _kept_links() -> int:
     stated = os.environ.get(LINKS, "")
     return int(stated) if stated.isdigit() else DEFAULT_LINKS
+
+
+def _record_error(span: Span, error: BaseException) -> None:
+    if not span.is_recording():
+        return
+    text, name = mask_error(error), _class_of(error)
+    span.set_attribute("error.type", name)
+    span.set_status(Status(StatusCode.ERROR, text))
+    # Not `record_exception`: a trace leaves the process as the log does, and the text of an
+    # exception may contain a password, a whole body, or what no exporter can encode.
+    attributes = {"type": name, "message": text, "stacktrace": mask_traceback(error)}
+    span.add_event("exception", {f"exception.{key}": each for key, each in attributes.items()})
 
 
 def _class_of(error: BaseException) -> str:

@@ -18,10 +18,12 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+import aio_pika_batch
 from aio_pika_batch import SessionLost
 from aio_pika_batch.adapters.aio_pika.properties import encode
 from aio_pika_batch.adapters.memory import ConnectFault, PublishFault
 from aio_pika_batch.core.message import Properties
+from aio_pika_batch.masking import mask_traceback
 from aio_pika_batch.observers.otel import OpenTelemetryObserver, origin_of, trace_headers
 from aio_pika_batch.testing import make_message
 from aio_pika_batch.transport import server_of
@@ -66,6 +68,18 @@ class Telemetry:
     def spans(self, kind=None):
         """Return the ended spans, in the order of their ends."""
         return [each for each in self.exporter.get_finished_spans() if kind in (None, each.kind)]
+
+    def scopes(self):
+        """Return the instrumentation scopes of all spans and metrics."""
+        data = self.reader.get_metrics_data()
+        return {
+            *(each.instrumentation_scope for each in self.spans()),
+            *(
+                scope.scope
+                for resource in data.resource_metrics
+                for scope in resource.scope_metrics
+            ),
+        }
 
     def points(self, name):
         """Return the data points of a metric."""
@@ -205,6 +219,71 @@ async def test_a_failed_handler_sets_the_error_type(rabbit, telemetry):
     assert ["exception"] == [event.name for event in span.events]
     [point] = telemetry.points("messaging.process.duration")
     assert "KeyError" == point.attributes["error.type"]
+
+
+async def test_the_scope_has_a_version_and_the_schema_of_the_conventions(rabbit, telemetry):
+    """A backend translates names of another version by them."""
+    rabbit.put(*numbered(1))
+    async with RecordingConsumer(
+        answering(ACK), transport=rabbit.transport, observers=[telemetry.observer()]
+    ):
+        await asyncio.sleep(10)
+    assert {
+        ("aio_pika_batch", aio_pika_batch.__version__, "https://opentelemetry.io/schemas/1.44.0")
+    } == {(each.name, each.version, each.schema_url) for each in telemetry.scopes()}
+
+
+@pytest.mark.parametrize("chained", [False, True])
+async def test_texts_of_exceptions_are_cut_and_masked_as_in_the_log(rabbit, telemetry, chained):
+    """They may contain a whole body, a password, or what no exporter can encode."""
+    body = "body " * 100_000
+    inner = ValueError(f"amqp://user:s3cret@host/ {body}")
+    inner.add_note(f"amqp://user:s3cret@host/ {body}")
+    hostile = RuntimeError(f"amqp://user:s3cret@host/ \ud800\x1b[31m\n{body}")
+    if chained:
+        hostile.__cause__ = ExceptionGroup("many", [inner] * 1000)
+
+    rabbit.put(*numbered(1))
+    async with RecordingConsumer(
+        answering(error=hostile),
+        transport=rabbit.transport,
+        observers=[telemetry.observer()],
+        unhandled_exception_action="NACK",
+    ):
+        await asyncio.sleep(10)
+    [span] = telemetry.spans(SpanKind.CONSUMER)
+    [event] = span.events
+    texts = [span.status.description, *event.attributes.values()]
+    assert {"exception.type", "exception.message", "exception.stacktrace"} == set(event.attributes)
+    assert "Traceback (most recent call last)" in event.attributes["exception.stacktrace"]
+    assert "RuntimeError: amqp://user:***@host/" in event.attributes["exception.stacktrace"]
+    for text in texts:
+        text.encode()
+        assert "s3cret" not in text
+        assert "\x1b" not in text
+        assert len(text) < 500_000
+    assert all(len(text) < 5000 for text in (span.status.description, texts[2]))
+    assert f"({len(str(hostile))} characters)" in span.status.description
+
+
+async def test_a_traceback_keeps_both_ends(telemetry):
+    """The first frames and the text of the exception, whatever is between them."""
+
+    def descend(depth):
+        if depth:
+            ascend(depth - 1)
+        raise ValueError("the bottom")
+
+    def ascend(depth):
+        descend(depth)
+
+    with pytest.raises(ValueError, match="bottom") as caught:
+        descend(200)
+    text = mask_traceback(caught.value)
+    assert text.startswith("Traceback")
+    assert text.endswith("ValueError: the bottom\n")
+    assert "parts left out" in text
+    assert "in test_a_traceback_keeps_both_ends" in text
 
 
 async def test_the_span_ends_even_if_the_exception_has_no_text(rabbit, telemetry):
