@@ -403,8 +403,8 @@ def _record_error(span: Span, error: BaseException) -> None:
     span.set_status(Status(StatusCode.ERROR, text))
     # Not `record_exception`: a trace leaves the process as the log does, and the text of an
     # exception may contain a password, a whole body, or what no exporter can encode.
-    attributes = {"type": name, "message": text, "stacktrace": mask_traceback(error)}
-    span.add_event("exception", {f"exception.{key}": each for key, each in attributes.items()})
+    attributes = {"exception.type": name, "exception.message": text}
+    span.add_event("exception", {**attributes, "exception.stacktrace": mask_traceback(error)})
 
 
 def _class_of(error: BaseException) -> str:
