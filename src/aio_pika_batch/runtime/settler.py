@@ -300,7 +300,7 @@ class Settler:
         if not self._has_warned_of_count and any(each.malformed_count for each in copies):
             self._has_warned_of_count = True
             header = self._planner.retry.header
-            self._log.warning("a retry count is no number, and is taken as 0", header=header)
+            self._log.warning("a retry count is not a number: it counts as 0", header=header)
         ticket = self._queue.reserve()
         others = self._queue.enqueue(settlements) if settlements else None
         try:
