@@ -330,7 +330,7 @@ def test_commands_exist(place: str, command: str) -> None:
             | "asyncpg"
             | "httpx"
             | "google-cloud-pubsub"
-            | "aio-pika-batch[prometheus,otel]",
+            | ".[prometheus,otel]",
         ]:
             pass
         case ["aio-pika-batch" | ".venv/bin/aio-pika-batch", *arguments]:
@@ -356,6 +356,16 @@ def test_commands_exist(place: str, command: str) -> None:
             pass
         case _:
             pytest.fail(f"{place}: nobody checks {command!r}")
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_say_what_the_package_index_has(page):
+    """Until it has this version, `pip install aio-pika-batch` doesn't install what is described."""
+    for paragraph in page.read_text().split("\n\n"):
+        # With a path before it, the name is that of the folder.
+        if re.search(r"pip\s+install\s+[\"']?aio-pika-batch", paragraph):
+            assert "index has" in " ".join(paragraph.split())
+            assert "0.1.0" in paragraph
 
 
 def test_the_policy_of_a_page_is_what_the_log_shows():

@@ -1,0 +1,60 @@
+"""The tests on docs/testing.md run with each test runner that the page names, as it says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = (Path(__file__).parents[3] / "docs" / "testing.md").read_text()
+
+
+def block(comment):
+    """Return the block of Python after a comment."""
+    [found] = re.findall(
+        rf"^<!-- test: {comment} -->\n```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
+    )
+    return found
+
+
+def ran(folder, *arguments):
+    """Run Python with these arguments; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert 0 == done.returncode, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def importer():
+    """The first tests of the page."""
+    return block("name importer")
+
+
+def test_pytest_asyncio(tmp_path, importer):
+    """With the mode that the page shows."""
+    [configuration] = re.findall(r"^```\n(\[tool.pytest.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    (tmp_path / "pyproject.toml").write_text(configuration)
+    (tmp_path / "test_orders.py").write_text(importer)
+    plugins = ("-p", "no:cacheprovider", "-p", "no:anyio")
+    assert "2 passed" in ran(tmp_path, "pytest", "-q", *plugins)
+
+
+def test_anyio(tmp_path, importer):
+    """By the lines that the page adds."""
+    source = importer + block("continues importer; file test_with_anyio.py")
+    (tmp_path / "test_orders.py").write_text(source)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    plugins = ("-p", "no:cacheprovider", "-p", "no:asyncio")
+    assert "2 passed" in ran(tmp_path, "pytest", "-q", *plugins)
+
+
+def test_unittest(tmp_path, importer):
+    """It runs what is in the class."""
+    source = importer + block("continues importer; file test_with_unittest.py")
+    (tmp_path / "test_orders.py").write_text(source)
+    assert "Ran 1 test" in ran(tmp_path, "unittest")
