@@ -1,19 +1,20 @@
-"""Writes the figures into ``reliability.md``: one table for each broker, between two marks.
+"""Writes the figures into ``reliability.md``: one table of faults and brokers, between two marks.
 
 Everything outside the marks is written by hand, and stays.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
 
 from tests.faults.figures import ROOT, Figures, Kept, Machine
 
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
-_HEADS = ("fault", "wire", "messages", "handled", "duplicated", "lost", "seconds to recover")
+_RAW = "[raw figures](../tests/faults/figures.jsonl)"
+_QUEUE_TYPES = (", classic", ", quorum")
 
 
 def write(kept: Kept, page: Path = PAGE) -> None:
@@ -32,17 +33,28 @@ def between_marks(text: str, new: str, *, begin: str = BEGIN, end: str = END) ->
 
 def render(kept: Kept) -> str:
     """Return all figures as Markdown."""
-    parts = []
-    for broker, entries in groupby(kept.values(), key=lambda entry: entry[0].broker):
-        of_broker = list(entries)
-        figures = [each for each, _ in of_broker]
-        parts += [
-            f"### RabbitMQ {broker}",
-            _taken_on(machine for _, machine in of_broker),
-            _table(figures),
-            _legend(figures),
-        ]
-    return "\n\n".join(parts)
+    figures = [each for each, _ in kept.values()]
+    brokers = list(dict.fromkeys(each.broker for each in figures))
+    taken = _taken_on(machine for _, machine in kept.values())
+    heads = ("fault", *(f"RabbitMQ {broker}" for broker in brokers))
+    lines = [
+        (
+            fault,
+            *(_cell([e for e in figures if (_row(e), e.broker) == (fault, b)]) for b in brokers),
+        )
+        for fault in sorted({_row(each) for each in figures})
+    ]
+    table = [heads, ["---"] * len(heads), *lines]
+    shown = "\n".join(f"| {' | '.join(line)} |" for line in table)
+    return "\n\n".join([taken, shown, _legend(figures)])
+
+
+def _row(figures: Figures) -> str:
+    """Return the row of some figures, which both queue types share if only they differ."""
+    for each in _QUEUE_TYPES:
+        if figures.fault.endswith(each):
+            return figures.fault.removesuffix(each)
+    return figures.fault
 
 
 def _taken_on(machines: Iterable[Machine]) -> str:
@@ -50,31 +62,34 @@ def _taken_on(machines: Iterable[Machine]) -> str:
         f"revision {each.revision}, {each.processors} processors, Python {each.python}": None
         for each in machines
     }
-    return f"Taken on {'; '.join(told)}."
+    return f"Measured on {'; '.join(told)} ({_RAW})."
 
 
-def _table(figures: Iterable[Figures]) -> str:
-    form = ("---", "---", *["---:"] * (len(_HEADS) - 2))
-    return "\n".join(f"| {' | '.join(line)} |" for line in (_HEADS, form, *map(_line, figures)))
-
-
-def _line(figures: Figures) -> tuple[str, ...]:
-    return (
-        figures.fault,
-        figures.wire,
-        f"{figures.messages:,}",
-        f"{figures.handled:,}",
-        f"{figures.duplicated:,}",
-        f"**{figures.lost:,}**",
-        "–" if figures.recovery is None else f"{figures.recovery:.1f}",
+def _cell(some: list[Figures]) -> str:
+    """Return the sums of all wires and queue types, and the longest recovery."""
+    if not some:
+        return "–"
+    lost, repeated, messages = (
+        sum(getattr(each, name) for each in some) for name in ("lost", "duplicated", "messages")
     )
+    times = [each.recovery for each in some if each.recovery is not None]
+    recovery = f"; {max(times):.1f} s" if times else ""
+    return f"**{lost:,} lost**; {repeated:,} of {messages:,} repeated{recovery}"
 
 
 def _legend(figures: Iterable[Figures]) -> str:
-    """Return a sentence for each fault, with its remarks."""
-    told: dict[str, list[str]] = {}
+    """Return a sentence for each fault or group of faults, with its remarks."""
+    told: dict[str, dict[str, None]] = {}
+    remarks: dict[str, dict[str, None]] = {}
     for each in figures:
-        remarks = told.setdefault(each.fault, [each.did])
-        if each.remark and each.remark not in remarks:
-            remarks.append(each.remark)
-    return "\n".join(f"- **{fault}**: {' '.join(remarks)}" for fault, remarks in told.items())
+        told.setdefault(each.did, {})[_row(each)] = None
+        if each.remark:
+            remarks.setdefault(each.did, {})[each.remark] = None
+    lines = {
+        _name(list(faults)): " ".join([did, *remarks.get(did, ())]) for did, faults in told.items()
+    }
+    return "\n".join(f"- **{name}**: {text}" for name, text in sorted(lines.items()))
+
+
+def _name(faults: list[str]) -> str:
+    return faults[0] if len(faults) == 1 else os.path.commonprefix(faults).rstrip(" ,") + " …"

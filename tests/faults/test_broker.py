@@ -47,7 +47,7 @@ async def test_a_stopped_broker_is_waited_for(run, wire, rabbitmq) -> None:
     """A regular stop, as for an upgrade."""
     async with run(
         "broker stopped, quorum queue",
-        "The broker was stopped in good order, and started again.",
+        "The broker was stopped gracefully, and started again.",
         wire=wire,
         queue_type="quorum",
     ) as trial:
@@ -75,7 +75,7 @@ async def test_requeues_wait_during_a_memory_alarm(run, wire, rabbitmq) -> None:
     """Copies are not accepted, so their originals are not acked; everything else goes on."""
     async with run(
         "memory alarm",
-        "The broker took no publications until originals had been held in vain for their copies.",
+        "The broker accepted no publications until held originals had waited too long for their copies.",
         wire=wire,
     ) as trial:
         await asyncio.to_thread(rabbitmq.set_memory_alarm, True)
@@ -114,8 +114,8 @@ async def test_a_consumer_reconnects_after_the_consumer_timeout(
     async with run(
         "consumer timeout",
         "A handler took eight seconds for a batch, of which the broker waited for two"
-        " (`consumer_timeout`). Its worker begins anew when the handler has ended; the other one"
-        " went on.",
+        " (`consumer_timeout`). Its worker opened a new session when the handler had ended; the"
+        " other worker continued.",
         wire=wire,
         queue_type="quorum",
         consumer_arguments=short_consumer_timeout,

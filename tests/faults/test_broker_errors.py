@@ -22,7 +22,7 @@ pytestmark = pytest.mark.needs_node
         (
             {},
             "queue's process killed",
-            "recovered it and its consumers; nobody was told.",
+            "recovered it and its consumers; no client was notified.",
         ),
     ],
     ids=["cancelled", "recovered"],

@@ -76,7 +76,7 @@ async def test_repeated_kills_of_the_leader_lose_nothing(run_on_all, cluster, na
     async with run_on_all(
         "leader killed, cluster of three",
         f"SIGKILL for the node with the queue's leader, {KILLS} times, each time as soon as the"
-        f" last victim had rejoined, while {MESSAGES:,} messages passed.",
+        f" last killed node had rejoined, while {MESSAGES:,} messages passed.",
         minimum=MESSAGES,
         rate=2500,
     ) as trial:

@@ -17,7 +17,7 @@ RESETS = 15
         (
             "to_broker",
             "black hole to the broker",
-            "Nothing that the consumer sent arrived, while messages went on coming.",
+            "Nothing that the consumer sent arrived, while the broker's messages still arrived.",
         ),
         (
             "to_client",
@@ -31,7 +31,7 @@ async def test_a_consumer_recovers_from_a_black_hole(
     run, wire, proxy, amqp_url, direction, fault, did
 ) -> None:
     """Silence reveals it, since the connection stays open."""
-    did += " It went on until the consumer had noticed; then all that was held came through."
+    did += " It lasted until the consumer noticed; then the delayed data arrived."
     async with run(fault, did, url=proxy.url(amqp_url), wire=wire) as trial:
         proxy.freeze(direction)
         await trial.suffers()
@@ -88,7 +88,7 @@ async def test_lost_confirms_cause_duplicates_and_no_loss(run, wire, proxy, amqp
     async with run(
         "confirms lost",
         "Nothing that the broker sent arrived, while copies did; then the connections were reset,"
-        " so that their confirms never came.",
+        " so their confirms never arrived.",
         url=proxy.url(amqp_url),
         wire=wire,
     ) as trial:

@@ -98,15 +98,37 @@ class TestStored:
 class TestReport:
     """The page."""
 
-    def test_each_broker_has_a_table_and_each_fault_a_sentence(self) -> None:
-        """And each remark once."""
-        plain = replace(SEEN, wire="plain", recovery=None, remark="In vain.")
-        shown = report.render(kept(SEEN, plain)).splitlines()
-        assert "### RabbitMQ 3.10.8" == shown[0]
-        assert "Taken on revision abc1234, 2 processors, Python 3.12.1." == shown[2]
-        assert "| broker killed | fast | 1,200 | 1,200 | 7 | **0** | 1.2 |" in shown
-        assert "| broker killed | plain | 1,200 | 1,200 | 7 | **0** | – |" in shown
-        assert "- **broker killed**: SIGKILL to the node. In vain." == shown[-1]
+    def test_each_broker_has_a_column_and_each_fault_a_row(self) -> None:
+        """A cell has the sums of both wires, and the longest recovery."""
+        plain = replace(SEEN, wire="plain", recovery=3.5, duplicated=1)
+        newer = replace(SEEN, broker="4.0.5", lost=2, recovery=None)
+        elsewhere = replace(newer, fault="broker paused", did="SIGSTOP to the node.")
+        shown = report.render(kept(SEEN, plain, newer, elsewhere)).splitlines()
+        assert shown[0].startswith("Measured on revision abc1234, 2 processors, Python 3.12.1 (")
+        both, one = "**0 lost**; 8 of 2,400 repeated; 3.5 s", "**2 lost**; 7 of 1,200 repeated"
+        assert [
+            "| fault | RabbitMQ 3.10.8 | RabbitMQ 4.0.5 |",
+            "| --- | --- | --- |",
+            f"| broker killed | {both} | {one} |",
+            f"| broker paused | – | {one} |",
+        ] == shown[2:6]
+
+    def test_each_fault_has_a_sentence_with_its_remarks(self) -> None:
+        """Queue types share a row, and faults with the same sentence share it."""
+        some = [
+            replace(SEEN, fault="client killed in a handler, classic", remark="In vain."),
+            replace(SEEN, fault="client killed in a handler, quorum", remark="In vain."),
+            replace(SEEN, fault="client killed at the end"),
+            replace(SEEN, fault="paused", did="SIGSTOP to the node."),
+        ]
+        shown = report.render(kept(*some)).splitlines()
+        assert ["client killed at the end", "client killed in a handler", "paused"] == [
+            line.split(" | ")[0].removeprefix("| ") for line in shown if "lost**" in line
+        ]
+        assert [
+            "- **client killed …**: SIGKILL to the node. In vain.",
+            "- **paused**: SIGSTOP to the node.",
+        ] == shown[-2:]
 
     def test_only_the_text_between_the_marks_is_replaced(self) -> None:
         """The rest is written by hand."""
