@@ -5,8 +5,8 @@ Everything outside the marks is written by hand, and stays.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 
 from tests.faults.figures import ROOT, Figures, Kept, Machine
@@ -92,4 +92,9 @@ def _legend(figures: Iterable[Figures]) -> str:
 
 
 def _name(faults: list[str]) -> str:
-    return faults[0] if len(faults) == 1 else os.path.commonprefix(faults).rstrip(" ,") + " …"
+    """Return the fault, or the words with which several begin."""
+    if len(faults) == 1:
+        return faults[0]
+    words = zip(*(each.split() for each in faults), strict=False)
+    shared = [some[0] for some in takewhile(lambda some: len(set(some)) == 1, words)]
+    return f"{' '.join(shared).rstrip(',')} …"

@@ -75,7 +75,8 @@ async def test_requeues_wait_during_a_memory_alarm(run, wire, rabbitmq) -> None:
     """Copies are not accepted, so their originals are not acked; everything else goes on."""
     async with run(
         "memory alarm",
-        "The broker accepted no publications until held originals had waited too long for their copies.",
+        "The broker accepted no publications until held originals had waited too long for their"
+        " copies.",
         wire=wire,
     ) as trial:
         await asyncio.to_thread(rabbitmq.set_memory_alarm, True)
