@@ -28,7 +28,7 @@ from aio_pika_batch.core.dead_letter import (
 )
 from aio_pika_batch.core.message import RETRY_COUNT_HEADER, Message
 from aio_pika_batch.core.publication import Copy, Outcome, describe_outcome
-from aio_pika_batch.core.topology import Exchange, Topology
+from aio_pika_batch.core.topology import Exchange, PublishCheck, Topology
 from aio_pika_batch.errors import TopologyError
 from aio_pika_batch.queue_browser import Limit, QueueBrowser, browse
 from aio_pika_batch.transport import Publisher, Transport
@@ -349,15 +349,14 @@ class _CopyPublisher:
         self._report = report
         self._stack = stack
         self._publisher: Publisher | None = None
-        # The default exchange always exists, and can't be declared.
-        self._missing: dict[str, str | None] = {"": None}
+        self._refused: dict[str, str | None] = {}
 
     async def publish(self, copies: Sequence[Copy]) -> list[tuple[Copy, str]]:
         """Publish copies; return those that failed, with the reason."""
         failed: list[tuple[Copy, str]] = []
         ready: list[Copy] = []
         for copy in copies:
-            reason = await self._why_missing(copy.exchange)
+            reason = await self._why_refused(copy)
             if reason is None:
                 ready.append(copy)
             else:
@@ -378,22 +377,24 @@ class _CopyPublisher:
         await self._browser.done(arrived)
         self._report.done += len(arrived)
         # Every later copy would be unconfirmed as well, and perhaps published twice.
-        if Outcome.UNKNOWN in outcomes or not self._publisher.is_open:
-            self._browser.end("the connection for publishing was lost, or sent no confirmation")
+        if doubtful := outcomes.count(Outcome.UNKNOWN):
+            self._browser.end(f"unconfirmed copies: {doubtful}; these may be in both queues")
+        elif not self._publisher.is_open:
+            self._browser.end("the broker refused a copy and closed the channel for publishing")
         return failed
 
-    async def _why_missing(self, exchange: str) -> str | None:
-        """Return why an exchange can't be published to; None if it can.
-
-        Publishing to a missing exchange would close the channel, and the outcome of all copies in
-        progress would be unknown.
-        """
-        if exchange not in self._missing:
-            entity = Exchange(exchange, check_only=True)
+    async def _why_refused(self, copy: Copy) -> str | None:
+        """Return why an exchange can't be published to; None if it can."""
+        # Publishing to a missing exchange, or without permission, would close the channel, and the
+        # outcome of all copies in progress would be unknown.
+        name = copy.exchange
+        if name not in self._refused:
+            self._refused[name] = None
+            # The default exchange always exists, and can't be declared.
+            exchanges = (Exchange(name, check_only=True),) if name else ()
+            check = PublishCheck(name, copy.routing_key)
             try:
-                await self._transport.declare(Topology(exchanges=(entity,)))
+                await self._transport.declare(Topology(exchanges=exchanges, publishes=(check,)))
             except TopologyError as error:
-                self._missing[exchange] = str(error)
-            else:
-                self._missing[exchange] = None
-        return self._missing[exchange]
+                self._refused[name] = str(error)
+        return self._refused[name]

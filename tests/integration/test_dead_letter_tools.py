@@ -5,6 +5,7 @@ Every command runs as a process.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
+from yarl import URL
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult, Nack
 from aio_pika_batch.dead_letters import look
@@ -184,6 +186,33 @@ async def test_messages_that_the_broker_dead_lettered_can_be_replayed(
         report = await output_of(tmp_path, "dlq", "replay", *where)
         assert "1 of 1 dead letters replayed" in report
     await holds(amqp_url, f"{name}.dlq", 1)
+
+
+@pytest.mark.needs_node
+@pytest.mark.parametrize("exchange", ["", "shop"])
+async def test_a_replay_without_permission_says_so(
+    rabbitmq, amqp_url, name, channel, tmp_path, exchange
+):
+    """No copy is sent, and no letter may be in both queues."""
+    dlq = f"{name}.dlq"
+    shop = f"{name}.shop" if exchange else ""
+    await dead_letter(channel, dlq, name, 0, "quorum")
+    if shop:
+        await channel.declare_exchange(shop, "topic", durable=True)
+    headers = {**header(name), "x-original-exchange": shop}
+    await publish(
+        channel, [b"%d" % number for number in range(250)], routing_key=dlq, headers=headers
+    )
+    for args in (("add_user", name, "secret"), ("set_permissions", name, ".*", f"^{dlq}$", ".*")):
+        await asyncio.to_thread(rabbitmq.rabbitmqctl, *args)
+    url = str(URL(amqp_url).with_user(name).with_password("secret"))
+    text = await output_of(tmp_path, "dlq", "replay", "--queue", dlq, "--url", url, code=1)
+    assert "0 of 250 dead letters replayed; 0 did not match, 250 failed" in text
+    words = " ".join(text.split())
+    assert f"250 stay in {dlq}: publishing to exchange '{shop or 'amq.default'}'" in words
+    assert "write permission" in words
+    assert "both" not in words
+    await holds(amqp_url, dlq, 250)
 
 
 @QUEUE_TYPES

@@ -160,7 +160,8 @@ class Outcome(Enum):
     RETURNED = "returned"
     """No queue is bound for it, so the broker has returned it."""
     REFUSED = "refused"
-    """The broker refused it. A queue is full (`reject-publish`), or the exchange is missing."""
+    """The broker refused it, and did not store it. A queue is full (`reject-publish`), the exchange
+    is missing, or the user may not publish to it."""
     UNKNOWN = "unknown"
     """No answer in time, or the connection was lost. The broker may or may not have stored it."""
     UNSENT = "unsent"
@@ -178,15 +179,18 @@ def describe_outcome(outcome: Outcome, publication: Outgoing, timeout: float | N
         case Outcome.RETURNED:
             return f"returned: no queue is bound for {where}"
         case Outcome.REFUSED:
-            return f"refused by the broker ({where}): a full queue, or no such exchange"
+            return (
+                f"refused by the broker ({where}): a full queue, no such exchange, or no"
+                " permission; it is not stored"
+            )
         case Outcome.UNSENT:
             return f"not sent ({where}): there is no connection to the broker"
         case Outcome.UNPUBLISHABLE:
             return f"can't be encoded ({where}): a name, a property or a header is not valid"
         case Outcome.UNKNOWN | Outcome.CONFIRMED:
             return (
-                f"unconfirmed ({where}): the connection was lost, or {silent};"
-                " it may or may not be stored"
+                f"unconfirmed ({where}): the connection or channel was lost, or the broker was"
+                f" {silent}; it may or may not be stored"
             )
         case _:
             assert_never(outcome)

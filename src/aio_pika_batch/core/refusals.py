@@ -158,8 +158,7 @@ def publish_refusal_error(code: int, text: str, exchange: str, where: str) -> Tr
     subject = f"publishing to exchange {name!r} at {where}"
     if code != ReplyCode.ACCESS_REFUSED or "internal exchange" in text:
         return refusal_error(code, text, subject)
-    what = "dead letters" if exchange else "retries"
     return TopologyError(
-        f"{subject}: {code} {text}; {what} need the write permission on it: let the write"
-        f" pattern of `rabbitmqctl set_permissions` match {name!r}, or connect as another user"
+        f"{subject}: {code} {text}; this needs the write permission: let the write pattern of"
+        f" `rabbitmqctl set_permissions` match {name!r}, or connect as another user"
     )

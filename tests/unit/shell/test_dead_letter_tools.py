@@ -244,6 +244,52 @@ async def test_letters_that_cannot_be_replayed_stay():
     assert "no queue is bound" in reasons[2]
 
 
+@pytest.mark.parametrize("exchange", ["", "events"])
+async def test_without_permission_to_publish_no_copy_is_sent(exchange):
+    """Letters for other exchanges are replayed, and the reason names the permission."""
+    rabbit = opened()
+    rabbit.bind("jobs", "events", "order.created")
+    bury(rabbit, b"0", b"2", exchange="events", key="order.created")
+    bury(rabbit, b"1", b"3")
+    rabbit.broker.faults.on_publish(PublishFault.FORBID, exchange=exchange)
+    report = await replay(rabbit.transport, DLQ)
+    [(reason, count)] = report.failed.items()
+    assert (2, 2, None) == (report.done, count, report.ended)
+    assert f"publishing to exchange '{exchange or 'amq.default'}'" in reason
+    assert "ACCESS_REFUSED" in reason
+    assert "write permission" in reason
+    assert 2 == len(rabbit.waiting(DLQ))
+    assert 2 == len(rabbit.waiting())
+
+
+async def test_a_permission_that_is_revoked_meanwhile_leaves_no_copy_in_doubt():
+    """The report says that the refused copy isn't stored, and not that it may be in both queues."""
+    rabbit = opened()
+    bury(rabbit, *numbered(101))
+
+    def revoke(_):
+        rabbit.broker.faults.on_publish(PublishFault.FORBID)
+
+    report = await replay(rabbit.transport, DLQ, on_progress=revoke)
+    [reason] = report.failed
+    assert reason.startswith("refused by the broker")
+    assert reason.endswith("it is not stored")
+    assert "no permission" in reason
+    assert "the broker refused a copy and closed the channel for publishing" == report.ended
+    assert (100, 1) == (len(rabbit.waiting()), len(rabbit.waiting(DLQ)))
+
+
+async def test_an_unconfirmed_copy_is_reported_as_possibly_in_both_queues():
+    """It was stored, and nobody knows."""
+    rabbit = opened()
+    bury(rabbit, *numbered(3))
+    rabbit.broker.faults.on_publish(PublishFault.UNCONFIRMED, times=1)
+    report = await replay(rabbit.transport, DLQ)
+    assert "unconfirmed copies: 1; these may be in both queues" == report.ended
+    assert {1: 1} == Counter(report.failed.values())
+    assert (2, 3, 1) == (report.done, len(rabbit.waiting()), len(rabbit.waiting(DLQ)))
+
+
 async def test_the_limit_counts_replayed_letters_only():
     """One that can't be replayed leaves its place to the next."""
     rabbit = opened()

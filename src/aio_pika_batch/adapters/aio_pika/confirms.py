@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Route = tuple[bytes, bytes]
 
 _REFUSALS = {ReplyCode.ACCESS_REFUSED, ReplyCode.NOT_FOUND, ReplyCode.PRECONDITION_FAILED}
+_TOPIC = re.compile(r"access to topic '(.*)' in exchange '")
 _LARGEST_BODY = re.compile(r"configured max size (\d+)")
 
 
@@ -179,12 +180,15 @@ def outcome_after_close(closed: ChannelClosed, *, alone: bool) -> Callable[[InFl
     is_refusal = code in _REFUSALS
     found = _LARGEST_BODY.search(text)
     largest = int(found[1]) if found else None
+    topic = _TOPIC.search(text)
 
     def outcome(publication: InFlight) -> Outcome:
-        exchange = publication.route[0].decode(errors="replace")
+        exchange, key = (each.decode(errors="replace") for each in publication.route)
+        # A permission for topics concerns some keys of an exchange, and others may be stored.
+        is_named = topic is None or topic[1] == key
         if is_refusal and (
             alone
-            or f"exchange '{exchange}'" in text
+            or (is_named and f"exchange '{exchange or 'amq.default'}'" in text)
             or (largest is not None and len(publication.body) > largest)
         ):
             return Outcome.REFUSED

@@ -6,8 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aio_pika_batch.adapters.aio_pika.confirms import ConfirmTracker, InFlight, PublishCall
-from aio_pika_batch.adapters.aio_pika.events import Confirm, ReturnedPublication
+from aio_pika_batch.adapters.aio_pika.confirms import (
+    ConfirmTracker,
+    InFlight,
+    PublishCall,
+    outcome_after_close,
+)
+from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, Confirm, ReturnedPublication
 from aio_pika_batch.adapters.aio_pika.properties import encode
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.publication import Outcome
@@ -224,3 +229,29 @@ def test_the_end_of_the_channel_settles_everything() -> None:
 
     assert ([CONFIRMED, RETURNED, UNKNOWN], 1) == (tracked.outcomes, tracked.done)
     assert not tracked.tracker
+
+
+@pytest.mark.parametrize(
+    ("refused", "text"),
+    [
+        ([("", "a"), ("", "b")], "write access to exchange 'amq.default' in vhost '/' refused"),
+        ([("shop", "a"), ("shop", "b")], "access to exchange 'shop' in vhost '/' refused"),
+        ([("shop", "a")], "write access to topic 'a' in exchange 'shop' in vhost '/' refused"),
+        ([], "something else"),
+    ],
+)
+def test_a_missing_permission_refuses_what_it_concerns(
+    refused: list[tuple[str, str]], text: str
+) -> None:
+    """Others that were in flight may have been stored before."""
+    closed = ChannelClosed(403, f"ACCESS_REFUSED - {text} for user 'u'")
+    outcome = outcome_after_close(closed, alone=False)
+    call = PublishCall(1, lambda: None)
+
+    routes = [("", "a"), ("", "b"), ("shop", "a"), ("shop", "b"), ("other", "a")]
+    found = {
+        (exchange, key): outcome(InFlight(call, 0, (exchange.encode(), key.encode()), PLAIN, b""))
+        for exchange, key in routes
+    }
+
+    assert {route: REFUSED if route in refused else UNKNOWN for route in routes} == found
