@@ -19,8 +19,8 @@ INTRODUCTION = """\
 <!-- Written by docs/generate_settings.py: change the models, or the script, and run it. -->
 
 Pass settings in code, or set environment variables. Values in code come first, then the
-environment, then a file `.env`. The name of a variable is the prefix and the setting's name in capitals:
-`AIO_PIKA_BATCH_QUEUE_NAME`.
+environment, then a file `.env`. The name of a variable is the prefix and the setting's name in
+capitals: `AIO_PIKA_BATCH_QUEUE_NAME`.
 
 Most consumers need only these:
 
