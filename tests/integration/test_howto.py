@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiosqlite
 
 from aio_pika_batch.testing.broker import BatchBroker
-from tests.integration.helpers import until
+from aio_pika_batch.testing.rabbitmq.processes import kill_group, spawn
+from tests.integration.helpers import PATIENCE, holds, publish, until
 
 if TYPE_CHECKING:
     import asyncpg
     import pytest
+    from aio_pika.abc import AbstractChannel
 
 HOWTO = Path(__file__).parents[2] / "docs" / "howto"
+DJANGO_PROJECT = {
+    "manage.py": """
+import os, sys
+from django.core.management import execute_from_command_line
+
+os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
+execute_from_command_line(sys.argv)
+""",
+    "settings.py": """
+SECRET_KEY = "test"
+INSTALLED_APPS = ["orders"]
+DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "shop.sqlite"}}
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "handlers": {"console": {"class": "logging.StreamHandler"}},
+    "root": {"handlers": ["console"], "level": "INFO"},
+}
+""",
+    "orders/__init__.py": "",
+    "orders/management/__init__.py": "",
+    "orders/management/commands/__init__.py": "",
+}
+"""What `startproject` and `startapp` write, as far as it matters here."""
+
 ORDERS: list[dict[str, Any]] = [{"number": number, "cents": 100} for number in range(50)]
 
 
@@ -122,6 +155,81 @@ async def test_payments_in_a_session_are_booked_once(
         rows = await database.execute_fetchall("SELECT cents FROM payments ORDER BY id")
         assert [(100,), (300,)] == list(rows)
     assert 1 == len(broker.drain("payments.dead"))
+
+
+async def test_idempotent_handlers_have_one_effect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests of the page pass."""
+    monkeypatch.chdir(tmp_path)
+    names = run("idempotent-handlers.md", "sqlite")
+    await names["test_an_old_state_changes_nothing"]()
+    await names["test_a_payment_counts_once"]()
+
+
+async def test_orders_are_stored_by_sqlalchemy(
+    schema: tuple[asyncpg.Connection, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each once, and a row without a price is dead-lettered alone."""
+    database, dsn = schema
+    server, _, path = dsn.partition("?search_path=")
+    driver = server.replace("postgresql://", "postgresql+psycopg://")
+    monkeypatch.setenv("DATABASE_URL", f"{driver}?options=-csearch_path%3D{path}")
+    names = run("sqlalchemy.md", "sqlalchemy")
+    await names["test_an_order_is_stored_once"]()
+
+    broker = BatchBroker()
+    settings = names["SETTINGS"].replaced(batch_timeout=0.2)
+    async with names["OrderImporter"](settings, transport=broker.transport):
+        for order in (*ORDERS, ORDERS[7], {"number": 50, "cents": None}):
+            broker.publish(json.dumps(order).encode(), routing_key="orders")
+        await broker.settled()
+    assert len(ORDERS) == await database.fetchval("SELECT count(*) FROM orders")
+    assert 1 == len(broker.drain("orders.dead"))
+
+
+async def test_a_command_of_django_stores_orders(
+    tmp_path: Path, amqp_url: str, channel: AbstractChannel, name: str
+) -> None:
+    """The files of the page are a project: its test passes, and its command drains at SIGTERM."""
+    page = (HOWTO / "django.md").read_text()
+    block = r"<!-- test: on django; file (\S+) -->\n```python\n(.*?)```"
+    for path, text in (DJANGO_PROJECT | dict(re.findall(block, page, re.DOTALL))).items():
+        source = text.replace('="orders', f'="{name}')  # a queue of its own
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(source)
+    environment = {**os.environ, "AIO_PIKA_BATCH_URL": amqp_url}
+
+    def manage(*arguments: str) -> None:
+        command = [sys.executable, "manage.py", *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert 0 == done.returncode, done.stderr
+
+    manage("migrate", "--run-syncdb")
+    manage("test", "orders")
+    log = tmp_path / "log"
+    command = [sys.executable, "manage.py", "consume_orders"]
+    with log.open("wb") as output:
+        consumer = spawn(command, cwd=tmp_path, env=environment, stdout=output)
+    try:
+        await until(lambda: b"consuming" in log.read_bytes(), what=log.read_text)
+        bad = {"number": 50, "cents": -1}
+        bodies = [json.dumps(order).encode() for order in (*ORDERS, ORDERS[7], bad)]
+        await publish(channel, bodies, routing_key=name)
+        await holds(amqp_url, f"{name}.dead", 1)
+        await holds(amqp_url, name, 0)
+        consumer.terminate()
+        assert 0 == await asyncio.to_thread(consumer.wait, 2 * PATIENCE)
+    finally:
+        kill_group(consumer)
+        for queue in (name, f"{name}.dead"):
+            await channel.queue_delete(queue)
+        await channel.exchange_delete(f"{name}.dlx")
+    async with aiosqlite.connect(tmp_path / "shop.sqlite") as database:
+        rows = await database.execute_fetchall("SELECT count(*) FROM orders_order")
+        assert [(len(ORDERS),)] == list(rows)
 
 
 async def test_receipts_of_payments_are_published_once(

@@ -330,7 +330,9 @@ def test_commands_exist(place: str, command: str) -> None:
             | "asyncpg"
             | "httpx"
             | "google-cloud-pubsub"
+            | "sqlalchemy[asyncio]"
             | ".[prometheus,otel]",
+            *_,
         ]:
             pass
         case ["aio-pika-batch" | ".venv/bin/aio-pika-batch", *arguments]:
@@ -345,8 +347,8 @@ def test_commands_exist(place: str, command: str) -> None:
                 assert assignment.partition("=")[0] in known, place
         case ["python3", "-m", "nox", "-s", session, *_] | [".venv/bin/nox", "-s", session, *_]:
             assert session.partition("(")[0] in sessions, place
-        case ["python", script, *_] if script.startswith(("examples/", "benchmarks/")):
-            assert (ROOT / script).is_file(), place
+        case ["python", script, *_] | ["uvicorn", script]:
+            assert written_there(script, place), place
         case (
             ["python3", "-m", "venv", ".venv"]
             | [".venv/bin/pip" | ".venv/bin/python", *_]
@@ -374,13 +376,29 @@ def test_the_policy_of_a_page_is_what_the_log_shows():
     assert f"$ {command}\n" in (ROOT / "docs/guarantees.md").read_text()
 
 
+def written_there(script: str, place: str) -> bool:
+    """Whether a program is part of the project, or a file that the page has its reader write."""
+    file = f"{script.removesuffix('.py').partition(':')[0]}.py"
+    return (
+        (ROOT / script).is_file()
+        or f"`{file}`" in page_of(place).read_text()
+        or (script == "manage.py" and "django" in place)
+    )
+
+
+def page_of(place: str) -> Path:
+    """The page of a place such as `docs/tutorial.md:7`."""
+    return ROOT / place.partition(":")[0]
+
+
 def variables(place: str) -> set[str]:
     """What a page's program is told by the environment: an example's, or a consumer's settings."""
     main = (ROOT / place).with_name("main.py")
     if main.is_file():
         return set(re.findall(r"`([A-Z_]+)`", main.read_text()))
     fields = aio_pika_batch.BatchConsumerSettings.model_fields
-    return {f"AIO_PIKA_BATCH_{name.upper()}" for name in fields}
+    read_there = re.findall(r'os\.environ\["(\w+)"\]', page_of(place).read_text())
+    return {f"AIO_PIKA_BATCH_{name.upper()}" for name in fields} | set(read_there)
 
 
 def anchor(heading: str) -> str:
@@ -497,6 +515,15 @@ THEIRS = {
     "stream_queue",  # RabbitMQ's
     "test_compose",  # a test
     "to_thread",  # asyncio's
+    "consume_orders",  # a command of docs/howto/django.md
+    "sync_to_async",  # Django's, like the following
+    "close_old_connections",
+    "update_conflicts",
+    "ignore_conflicts",
+    "on_conflict_do_nothing",  # SQLAlchemy's, like the following
+    "pool_pre_ping",
+    "pool_size",
+    "prefix_with",
     "x_queue_type",  # RabbitMQ's, as a keyword
 }
 
