@@ -33,7 +33,7 @@ from aio_pika_batch.errors import (
     SessionClosed,
     StartInterrupted,
 )
-from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.logs import KeywordLogger, missing_configuration
 from aio_pika_batch.masking import mask_url
 from aio_pika_batch.observer import Observer
 from aio_pika_batch.runtime.batching import check_batch_key
@@ -306,6 +306,8 @@ class BaseConsumer(Generic[SettingsT_co]):
         options = topology_options(settings)
         refuse_loops(options)
         profile = consumer_profile(settings, self.exception_results.values())
+        for line in missing_configuration():
+            self._log.warning(line)
         if self._has_queue:
             for line in warnings_for(options, profile):
                 self._log.warning(line)

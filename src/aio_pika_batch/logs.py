@@ -11,7 +11,7 @@ import asyncio
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import TypeAlias
@@ -107,6 +107,15 @@ class KeywordLogger:
             # The text is an argument and not the format, because it may contain a percent sign.
             # The level of the stack is the caller's, so that a record names the line that logs.
             self._logger.log(level, "%s", text, exc_info=exc_info, extra=extra, stacklevel=3)
+
+
+def missing_configuration() -> Iterator[str]:
+    """What to warn of if the program configures structlog, but not what our lines go to."""
+    structlog = sys.modules.get("structlog")
+    if structlog is None or logging.getLogger("aio_pika_batch").hasHandlers():
+        return
+    if structlog.is_configured():
+        yield "structlog doesn't get the library's log: configure logging, too"
 
 
 BURST_INTERVAL = 60.0

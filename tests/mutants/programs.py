@@ -14,6 +14,27 @@ _CHECKS = "tests/unit/core/test_config_checks.py"
 
 PROGRAMS = (
     Mutant(
+        "A program that ends because start() returns isn't warned.",
+        "runtime/worker_pool.py",
+        "if task.cancelled() and not (self.shutdown",
+        "if False and not (self.shutdown",
+        (_LOGGING,),
+    ),
+    Mutant(
+        "A program that configures only structlog isn't warned.",
+        "logs.py",
+        "    if structlog.is_configured():\n",
+        "    if False:\n",
+        (_LOGGING,),
+    ),
+    Mutant(
+        "The error about `message.ack` doesn't say what to write instead.",
+        "core/message.py",
+        "instead = _AIO_PIKA_NAMES.get(name)",
+        "instead = None",
+        ("tests/unit/core/test_message.py",),
+    ),
+    Mutant(
         "A terminal shows nothing when a consumer starts.",
         "runtime/worker_pool.py",
         "            self._on_running()\n",

@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-from aio_pika_batch.core.message import FieldValue, Headers
+from aio_pika_batch.core.message import DEATH_REASON, FieldValue, Headers
 from aio_pika_batch.core.quarantine import CrashPolicy
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.topology import (
@@ -83,7 +83,7 @@ def hints_for(options: TopologyOptions, profile: ConsumerProfile) -> list[str]:
     hints = [] if profile.rejects_undeliverable else [*_no_dead_letters(options, profile)]
     if _is_classic_by_default(options, profile):
         hints += _maybe_classic(options)
-    return hints
+    return [*hints, *_other_headers(options)]
 
 
 def broker_warnings_for(
@@ -144,6 +144,15 @@ def _no_dead_letters(options: TopologyOptions, profile: ConsumerProfile) -> Iter
 def _is_classic_by_default(options: TopologyOptions, profile: ConsumerProfile) -> bool:
     is_default = effective_queue_type(options) is None
     return is_default and MessageResult.REQUEUE_IMMEDIATE not in profile.failure_results
+
+
+def _other_headers(options: TopologyOptions) -> Iterator[str]:
+    is_ours = options.dead_letter_exchange or options.dead_letter_queue
+    if DEAD_LETTER_EXCHANGE in options.queue_arguments and not is_ours:
+        yield (
+            "the consumer publishes dead letters itself to the exchange in queue_arguments:"
+            f" {DEATH_REASON} replaces x-death"
+        )
 
 
 def _maybe_classic(options: TopologyOptions) -> Iterator[str]:

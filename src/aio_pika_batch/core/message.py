@@ -13,6 +13,7 @@ from datetime import datetime
 from decimal import Decimal
 from types import MappingProxyType
 from typing import (
+    TYPE_CHECKING,
     Any,
     NoReturn,
     Protocol,
@@ -228,6 +229,18 @@ def _property(name: str, kind: type[ValueT_co], doc: str) -> _Property[ValueT_co
     return cast("_Property[ValueT_co]", property(read, doc=doc))
 
 
+_AIO_PIKA_NAMES = {
+    "ack": "yield MessageResult.ACK",
+    "nack": "yield MessageResult.NACK, or REQUEUE",
+    "reject": "yield MessageResult.NACK, or REQUEUE",
+    "process": "yield MessageResult.ACK; what raises is retried",
+    "channel": "use publish() of the consumer, or on_session",
+    "body_size": "use len(message.body)",
+    "headers_raw": "use headers",
+}
+"""Names of aio-pika's messages, which handlers of 0.1.0 got, and what to write instead."""
+
+
 class Message:
     """One delivery, as `process_messages` receives it.
 
@@ -274,6 +287,15 @@ class Message:
             f"<Message {self.delivery_tag} from queue {self._source.queue!r},"
             f" routing key {self.routing_key!r}, {len(self.body)} bytes>"
         )
+
+    if not TYPE_CHECKING:  # it would hide wrong names from type checkers
+
+        def __getattr__(self, name: str) -> NoReturn:
+            # Called only for names that don't exist.
+            instead = _AIO_PIKA_NAMES.get(name)
+            hint = "" if instead is None else f", unlike aio-pika's: {instead}"
+            msg = f"a message has no attribute {name!r}{hint}"
+            raise AttributeError(msg, name=name, obj=self)
 
     @property
     def raw_properties(self) -> bytes | None:

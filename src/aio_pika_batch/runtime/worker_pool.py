@@ -69,6 +69,7 @@ class WorkerPool:
         self._workers: list[Worker] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._is_abandoned = False
+        self._is_watched = False
         self._abandoned = 0
         # None uses a consuming connection: under a memory alarm the broker stops reading from
         # connections that have published, and acks behind the publishes would wait.
@@ -132,6 +133,7 @@ class WorkerPool:
             worker = Worker(index, self._config, instance, shared, observers=observers, log=log)
             self._workers.append(worker)
             self._tasks.append(asyncio.ensure_future(worker.run()))
+            self._tasks[-1].add_done_callback(self._on_worker_done)
         self._workers[0].ready.add_done_callback(self._on_first_ready)
         ready = asyncio.ensure_future(asyncio.wait([worker.ready for worker in self._workers]))
         try:
@@ -155,6 +157,15 @@ class WorkerPool:
     def _on_first_ready(self, ready: asyncio.Future[None]) -> None:
         if not ready.cancelled() and ready.exception() is None:
             self._on_running()
+
+    def _on_worker_done(self, task: asyncio.Task[None]) -> None:
+        # asyncio.run cancels the tasks that are left when the main coroutine has ended. In `run`
+        # that isn't the fault of a start() that returns.
+        if task.cancelled() and not (self.shutdown.is_requested or self._is_watched):
+            self._is_watched = True  # one line for all workers
+            self._log.warning(
+                "the program ended without stop(): start() returns; use run() to wait"
+            )
 
     def _fail(self, text: str) -> None:
         if self.mistake is None:
@@ -180,6 +191,7 @@ class WorkerPool:
         Raises:
             Exception: That worker's; a bug, because workers survive everything else.
         """
+        self._is_watched = True
         await self.shutdown.or_first_of(self._tasks)
         if not self.shutdown.is_requested:
             for task in self._tasks:

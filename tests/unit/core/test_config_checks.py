@@ -20,6 +20,7 @@ from aio_pika_batch.core.config_checks import (
 from aio_pika_batch.core.quarantine import CrashPolicy
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.core.topology import TopologyOptions
+from aio_pika_batch.core.topology_options import DEAD_LETTER_EXCHANGE
 from tests.unit.core.strategies import options
 
 SOUND = TopologyOptions(queue_name="jobs", dead_letter_exchange="dlx")
@@ -115,12 +116,28 @@ def test_no_dead_letter_exchange(stated, expected, rejects):
     """Without one the policies of the broker decide. It is a warning if failures are discarded."""
     settings = TopologyOptions(queue_name="jobs", queue_type="classic", **stated)
     profile = replace(USUAL, rejects_undeliverable=rejects)
-    found, hints = warnings_for(settings, profile), hints_for(settings, profile)
+    found = warnings_for(settings, profile)
+    hints = [each for each in hints_for(settings, profile) if "x-death" not in each]
 
     assert (expected and rejects, expected and not rejects) == (bool(found), bool(hints))
     for line in found + hints:
         assert line.startswith("no dead-letter destination is known: NACK discards messages")
         assert ("retried forever" not in line) is rejects
+
+
+@pytest.mark.parametrize("stated", [{}, {"dead_letter_exchange": "dlx"}])
+def test_a_dead_letter_exchange_in_the_arguments_is_ours_now(stated):
+    """0.1.0 left the publishing to the broker, whose dead letters have other headers."""
+    settings = TopologyOptions(
+        queue_name="jobs",
+        queue_type="classic",
+        queue_arguments={DEAD_LETTER_EXCHANGE: "x"},
+        **stated,
+    )
+    hints = hints_for(settings, USUAL)
+    assert bool(stated) is not any(
+        "x-dead-letter-reason replaces x-death" in each for each in hints
+    )
 
 
 def test_what_follows_from_defaults_is_no_warning():

@@ -46,6 +46,20 @@ def test_a_property_of_the_class_is_its_descriptor():
     assert vars(Message)["priority"] is Message.priority
 
 
+@pytest.mark.parametrize("name", ["ack", "nack", "reject", "process", "channel", "body_size"])
+def test_a_name_of_aio_pikas_messages_says_what_to_write(name):
+    """Handlers of 0.1.0 got aio-pika's messages."""
+    message = a_message()
+    with pytest.raises(
+        AttributeError, match=rf"'{name}', unlike aio-pika's: (yield|use) "
+    ) as caught:
+        getattr(message, name)
+    assert (name, message) == (caught.value.name, caught.value.obj)
+    with pytest.raises(AttributeError, match="has no attribute 'acks'"):
+        message.acks  # noqa: B018
+    assert not hasattr(message, name)
+
+
 @pytest.mark.parametrize("name", [*PLAIN, "headers", "expiration"])
 def test_an_undecodable_property_raises_only_when_it_is_read(name):
     """The error has the message, the property and the reason. Other properties can be read."""

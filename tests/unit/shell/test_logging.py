@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 import sys
@@ -9,11 +10,13 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 import pytest
+import structlog
 
 import aio_pika_batch
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
 from aio_pika_batch.adapters.memory import Broker, MemoryTransport
 from aio_pika_batch.logs import KeywordLogger, format_error
+from aio_pika_batch.testing import BatchBroker, virtual_time
 from tests.unit.shell.helpers import RecordingConsumer, ack
 from tests.unit.shell.scripted_transport import ScriptedTransport
 
@@ -345,3 +348,38 @@ async def test_without_a_version_there_are_no_version_dependent_warnings(caplog)
     ):
         pass
     assert not any("redelivered forever" in each.getMessage() for each in caplog.records)
+
+
+@pytest.mark.parametrize("ending", ["stop", "run", "nothing"])
+def test_a_program_that_ends_although_its_consumer_runs_is_told(caplog, ending):
+    """Because start() returns: in 0.1.0 it did so after the end."""
+
+    async def program():
+        broker = BatchBroker()
+        consumer = RecordingConsumer(transport=broker.transport, num_workers=3)
+        if ending == "run":
+            running = asyncio.create_task(consumer.run())
+            await broker.advance(1)
+            assert not running.done()
+            return
+        await consumer.start()
+        if ending == "stop":
+            await consumer.stop()
+
+    virtual_time.run(program())
+    told = [each.levelname for each in caplog.records if "without stop()" in each.getMessage()]
+    assert (["WARNING"] if ending == "nothing" else []) == told
+
+
+@pytest.mark.parametrize("is_configured", [True, False])
+async def test_a_program_that_configures_only_structlog_is_told(rabbit, is_configured):
+    """It would miss the log of the library."""
+    try:
+        if is_configured:
+            structlog.configure(processors=[structlog.processors.JSONRenderer()])
+        lines = await printed(rabbit, is_terminal=False, dead_letter_queue="dead")
+    finally:
+        structlog.reset_defaults()
+    text = "WARNING aio_pika_batch.consumer: structlog doesn't get the library's log"
+    assert is_configured is any(line.startswith(text) for line in lines)
+    assert is_configured is bool(lines)
