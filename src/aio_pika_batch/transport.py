@@ -139,6 +139,8 @@ class Subscription:
         retry_count_header: The header that `Message.retry_count` reads.
         own: The topology to declare on the session's own connection before it consumes. An
             exclusive queue exists only as long as the connection that declared it.
+        queue_type: The queue's type; None if it is not known. The end of a session on a quorum
+            queue takes more care that the last settlements are carried out.
     """
 
     queue: str
@@ -148,6 +150,7 @@ class Subscription:
     exclusive: bool = False
     retry_count_header: str = RETRY_COUNT_HEADER
     own: Topology = field(default_factory=Topology)
+    queue_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

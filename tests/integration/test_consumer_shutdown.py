@@ -282,18 +282,7 @@ def quorum(broker) -> str:
 
 
 @pytest.mark.parametrize("attempt", range(3))
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "ack, nack",
-        pytest.param(
-            "ack, requeue",
-            # An open defect, seen in 3 of 24 runs: what is put back at once, comes again and is
-            # acked while the consumer drains, can be in the queue once more afterwards.
-            marks=pytest.mark.xfail(strict=False, reason="a message acked in a drain comes again"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("pattern", ["ack, nack", "ack, requeue"])
 @pytest.mark.usefixtures("on_both_wires")
 async def test_a_quorum_queue_loses_none_of_many_single_settlements(
     channel, amqp_url, name, pattern, attempt, quorum

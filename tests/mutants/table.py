@@ -261,6 +261,27 @@ WIRE = (
         (f"{_UNIT}/test_session.py",),
     ),
     Mutant(
+        "A channel is closed before a quorum queue has carried out the last settlements.",
+        f"{_WIRE}/session.py",
+        "        if self._asks_queue and self._writer.unproven:\n",
+        "        if False:\n",
+        (f"{_UNIT}/test_session.py",),
+    ),
+    Mutant(
+        "A commit on a quorum queue proves its settlements, although the channel may keep them.",
+        f"{_WIRE}/consumer_channel.py",
+        "            if self._commits_prove:\n",
+        "            if True:\n",
+        (f"{_UNIT}/test_session.py",),
+    ),
+    Mutant(
+        "What a quorum queue delivers for its last answer is returned by the close, and counted.",
+        f"{_WIRE}/session.py",
+        "        if self._pending:\n            await self._writer.give_back",
+        "        if False:\n            await self._writer.give_back",
+        (f"{_UNIT}/test_session.py",),
+    ),
+    Mutant(
         "Settlements are not sorted: a commit needs a command for nearly each of them.",
         "core/settlement.py",
         "key=lambda tag: (order.index(held[tag]), tag)",

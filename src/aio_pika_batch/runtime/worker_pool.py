@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 
+from aio_pika_batch.core.topology_options import effective_queue_type
 from aio_pika_batch.errors import (
     ConfigurationError,
     DrainIncomplete,
@@ -183,6 +184,7 @@ class WorkerPool:
             arguments=self._config.consumer_arguments,
             retry_count_header=self._config.planner.retry.header,
             own=self._declarer.own,
+            queue_type=effective_queue_type(self._config.topology),
         )
 
     async def watch(self) -> None:

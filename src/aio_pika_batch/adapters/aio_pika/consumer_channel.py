@@ -32,7 +32,14 @@ from aio_pika_batch.adapters.aio_pika.properties import (
 )
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.refusals import refusal_error
-from aio_pika_batch.core.settlement import CommandBudget, DrainMode, Ledger, drain_mode
+from aio_pika_batch.core.settlement import (
+    CommandBudget,
+    Disposition,
+    DrainMode,
+    Frame,
+    Ledger,
+    drain_mode,
+)
 from aio_pika_batch.core.topology import Version, parse_version
 from aio_pika_batch.errors import BrokerUnavailable, SessionLost
 from aio_pika_batch.transport import resumed_consumer_tag
@@ -45,7 +52,7 @@ if TYPE_CHECKING:
 
     from aio_pika_batch.adapters.aio_pika.connection import OpenConnection
     from aio_pika_batch.adapters.aio_pika.frame_tap import Listener
-    from aio_pika_batch.core.settlement import Frame, Settlement
+    from aio_pika_batch.core.settlement import Settlement
     from aio_pika_batch.transport import Subscription
 
 STREAM_OFFSET = "x-stream-offset"
@@ -217,18 +224,20 @@ class SettlementWriter:
     - The answer to `basic.cancel` proves everything that was written before it. What is settled
       from the cancel on is held until then, so that it can be counted.
     - After that, `SAFE_COMMANDS` commands are sent at most, the last ones before the channel is
-      closed. The answers to `tx.commit` and `channel.close` prove what was written before them.
+      closed. Unless a quorum queue can be asked once more, the answers to `tx.commit` and
+      `channel.close` prove what was written before them.
 
     Attributes:
         ledger: The session's unsettled deliveries.
         unproven: The number of settled messages whose settlement may not have been received.
     """
 
-    def __init__(self, channel: ConsumerChannel, *, is_rabbitmq: bool) -> None:
+    def __init__(self, channel: ConsumerChannel, *, is_rabbitmq: bool, commits_prove: bool) -> None:
         self.ledger = Ledger()
         self.unproven = 0
         self._channel = channel
         self._is_rabbitmq = is_rabbitmq
+        self._commits_prove = commits_prove
         self._loop = asyncio.get_running_loop()
         self._is_holding = False
         self._is_transactional = False
@@ -293,6 +302,13 @@ class SettlementWriter:
         if not self._is_rabbitmq:
             await asyncio.sleep(self._settled_at + SETTLE_PAUSE - self._loop.time())
 
+    async def give_back(self, tags: Sequence[int]) -> None:
+        """Return deliveries that nobody has taken, without holding them. Raises SessionLost."""
+        # Newer brokers don't count a return by nack, but one by the close.
+        self._write([Frame(Disposition.RETURN, tag) for tag in tags])
+        if self._is_transactional:
+            await self._channel.commit()
+
     def on_channel_closed(self) -> None:
         """Take note of `channel.close-ok`."""
         self.unproven = self.ledger.held
@@ -336,7 +352,8 @@ class SettlementWriter:
             # disposition that follow each other.
             self._write(self.ledger.release(joined=False))
             await self._channel.commit()
-            self.prove(held)
+            if self._commits_prove:
+                self.prove(held)
 
 
 async def _answered(method: str, call: Awaitable[object]) -> None:

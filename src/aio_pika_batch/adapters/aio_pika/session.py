@@ -88,7 +88,13 @@ class AioPikaSession:
         self._subscription = subscription
         self._channel = ConsumerChannel(connection, self.on_event)
         self._loop = asyncio.get_running_loop()
-        self._writer = SettlementWriter(self._channel, is_rabbitmq=connection.is_rabbitmq)
+        # A classic queue keeps nothing. An exclusive one may belong to another consumer by then.
+        self._asks_queue = subscription.queue_type == "quorum" and not subscription.exclusive
+        self._writer = SettlementWriter(
+            self._channel,
+            is_rabbitmq=connection.is_rabbitmq,
+            commits_prove=not self._asks_queue,
+        )
         self._pending: list[Message] = []
         self._wakeup: asyncio.Future[None] | None = None
         self._sink: Callable[[Sequence[Message]], None] | None = None
@@ -274,7 +280,22 @@ class AioPikaSession:
         else:
             await asyncio.wait({self._cancelling})
         await self._writer.finish()
+        if self._asks_queue and self._writer.unproven:
+            await self._await_queue()
         await self._channel.close()
+
+    async def _await_queue(self) -> None:
+        """Wait until the queue has carried out the last settlements. Raises SessionLost.
+
+        The channel returns what still reaches it for a cancelled consumer, with one command for
+        each delivery. After many of them it keeps even a single settlement, and the close drops it.
+        A queue answers a consume and a cancel only after the commands before them.
+        """
+        await self._channel.resume(1)
+        await self._channel.cancel()
+        self._writer.unproven = 0
+        if self._pending:
+            await self._writer.give_back([message.delivery_tag for message in self._pending])
 
     async def _cancel(self) -> None:
         writer, channel = self._writer, self._channel

@@ -98,7 +98,13 @@ ACK, REJECT, REQUEUE, RETURN = Disposition
 
 
 async def opened(
-    channel: FakeChannel, tap: FakeTap, *, is_rabbitmq: bool = True, prefetch: int = 10
+    channel: FakeChannel,
+    tap: FakeTap,
+    *,
+    is_rabbitmq: bool = True,
+    prefetch: int = 10,
+    queue_type: str | None = None,
+    exclusive: bool = False,
 ) -> AioPikaSession:
     """A session that consumes."""
 
@@ -117,7 +123,13 @@ async def opened(
         is_rabbitmq=is_rabbitmq,
         product=("RabbitMQ", "4.3.0"),
     )
-    subscription = Subscription(queue="q", prefetch=prefetch, consumer_tag="c")
+    subscription = Subscription(
+        queue="q",
+        prefetch=prefetch,
+        consumer_tag="c",
+        queue_type=queue_type,
+        exclusive=exclusive,
+    )
     session = AioPikaSession(connection, subscription)
     await session.open(1)
     return session
@@ -401,6 +413,82 @@ async def test_a_paused_session_that_settles_little_is_just_closed() -> None:
     assert 20 == session.unproven
     await session.close()
     assert ["close"] == tap.sent[20:]
+    assert 0 == session.unproven
+
+
+@pytest.mark.parametrize("count", [1, 40])
+async def test_a_quorum_queue_answers_after_the_last_settlements(count: int) -> None:
+    """Only then is the channel closed: it may have kept them behind deliveries that came late."""
+    session, channel, tap = await holding(count, prefetch=count, queue_type="quorum")
+    channel.answer.set()
+    await session.cancel()
+    tap.sent.clear()
+    await settle(session, ACK, *range(1, count + 1))
+    await asyncio.sleep(2 * ROUND_TRIP)
+    assert count == session.unproven
+    await session.close()
+    assert ["consume", "cancel", "cancel-ok", "close"] == tap.sent[-4:]
+    assert 0 == session.unproven
+
+
+@pytest.mark.parametrize("count", [1, 40])
+async def test_what_is_delivered_for_that_answer_is_returned(count: int) -> None:
+    """By a nack, which newer brokers don't count, and in a transaction if there is one."""
+    session, channel, tap = await holding(count, prefetch=count, queue_type="quorum")
+    channel.answer.set()
+    await session.cancel()
+    await settle(session, ACK, *range(1, count + 1))
+
+    async def delivering(_: object) -> None:
+        tap.note("consume")
+        tap.tell(Deliveries([delivered(count + 1)]))
+
+    channel.rpc = delivering  # type: ignore[method-assign]
+    await session.close()
+    end: list[Any] = [(RETURN, count + 1, False), *(["commit"] if count > 30 else []), "close"]
+    assert end == tap.sent[-len(end) :]
+
+
+async def test_an_end_without_an_answer_of_the_queue_proves_nothing() -> None:
+    """The settlements that were kept would come again, and nobody would know."""
+    session, channel, tap = await holding(3, prefetch=3, queue_type="quorum")
+    channel.answer.set()
+    await session.cancel()
+    await settle(session, ACK, 1, 2)
+    is_lost = asyncio.Event()
+
+    async def unanswered(_: object) -> None:
+        await is_lost.wait()
+        raise ConnectionError
+
+    channel.rpc = unanswered  # type: ignore[method-assign]
+    tap.abort = is_lost.set  # type: ignore[method-assign]
+    await session.close()
+    assert "close" not in tap.sent
+    assert 2 == session.unproven
+
+
+@pytest.mark.parametrize(
+    ("settled", "how"),
+    [
+        (True, {"queue_type": "classic"}),
+        (True, {"queue_type": None}),
+        (True, {"queue_type": "quorum", "exclusive": True}),
+        (False, {"queue_type": "quorum"}),
+    ],
+)
+async def test_no_answer_is_asked_for_if_it_may_do_harm_or_proves_nothing(
+    how: dict[str, Any], *, settled: bool
+) -> None:
+    """Other queues would deliver a message for it."""
+    session, channel, tap = await holding(3, **how)
+    channel.answer.set()
+    await session.cancel()
+    tap.sent.clear()
+    if settled:
+        await settle(session, ACK, 1, 2, 3)
+    await session.close()
+    assert "consume" not in tap.sent
     assert 0 == session.unproven
 
 
