@@ -334,6 +334,7 @@ def types(session: nox.Session) -> None:
     install(session, ".[cli,uvloop]", *group("test"), *group("lint"), *group("dev"))
     session.run("mypy")
     session.run("pyright")
+    session.run("python", "-m", "tests.support.tutorial_types")
 
 
 @nox.session

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 from aio_pika import ExchangeType
 from aio_pika import Message as OutgoingMessage
+from aio_pika.abc import AbstractIncomingMessage
 from pydantic_settings import SettingsConfigDict
 
 from aio_pika_batch import (
@@ -265,6 +266,46 @@ async def test_run_internal_stores_objects_for_each_worker(url: str, name: str) 
 
     assert 3 == len({id(each) for each in channels})
     assert {False} == stop_events
+
+
+async def test_hooks_open_what_handlers_use(url: str, name: str) -> None:
+    """Each worker has what `on_start` has opened; all of a batch is sent at the same time."""
+    opened: list[str] = []
+
+    class Session:
+        async def post(self, body: bytes) -> bool:
+            await asyncio.sleep(0.01)
+            opened.append("post")
+            return json.loads(body) is not None
+
+        async def close(self) -> None:
+            opened.append("closed")
+
+    class HttpPublisher(BatchConsumer):
+        http: Session | None = None
+
+        async def on_start(self):
+            self.http = Session()
+
+        async def on_stop(self):
+            await self.http.close()
+
+        async def process_messages(self, messages: list[AbstractIncomingMessage]):
+            posts = [self.http.post(message.body) for message in messages]
+            for result in await asyncio.gather(*posts, return_exceptions=True):
+                if result is True:
+                    yield MessageResult.ACK
+                elif isinstance(result, Exception):
+                    yield MessageResult.REQUEUE
+                else:
+                    yield MessageResult.NACK
+
+    settings = BatchConsumerSettings(url=url, queue_name=name, batch_timeout=0.1, num_workers=4)
+    async with running(HttpPublisher(settings)):
+        await feed(url, [b"%d" % number for number in range(100)], routing_key=name)
+        await until(lambda: len(opened) == 100)
+
+    assert ["post"] * 100 + ["closed"] == opened
 
 
 async def test_single_message_consumer(url: str, name: str) -> None:
