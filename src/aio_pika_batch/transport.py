@@ -249,7 +249,7 @@ class AdjustableSession(Protocol):
 
 
 def resumed_consumer_tag(consumer_tag: str, number: int) -> str:
-    """Return the consumer tag after so many pauses, cut to what a tag may have.
+    """Return the consumer tag after this many pauses, cut to what a tag may have.
 
     A quorum queue still knows a cancelled consumer that has unsettled messages. Under the same tag
     it would go on counting these, so that a new prefetch count couldn't be relied on.

@@ -57,7 +57,7 @@ class Exit(IntEnum):
 def exit_code(error: BaseException) -> Exit:
     """Return the exit code for an error."""
     match error:
-        # A wrong queue stays wrong until somebody changes the settings or the broker.
+        # A wrong queue stays wrong until the settings or the broker are changed.
         case ConfigurationError() | TopologyError():
             return Exit.USAGE
         case BrokerUnavailable() | AccessRefused():

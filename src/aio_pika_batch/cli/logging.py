@@ -114,7 +114,7 @@ class JsonFormatter(logging.Formatter):
 class MaskingFormatter(logging.Formatter):
     """Formats a record as text that can't be taken for another record.
 
-    Any logger may log a URL with a password, or what somebody has put into a message. A traceback
+    Any logger may log a URL with a password, or text from a message. A traceback
     is indented, because the text of an exception may look like a line of the log.
     """
 

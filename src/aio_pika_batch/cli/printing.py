@@ -133,7 +133,7 @@ def summary(looked: Looked) -> dict[str, Any]:
 
 
 def print_letter(out: Console, letter: Letter, max_bytes: int) -> None:
-    """Print a dead letter with at most so many bytes of its body."""
+    """Print a dead letter with at most `max_bytes` of its body."""
     message, death = letter.message, letter.death
     title = Text(f"letter {letter.number}", "bold").append(":", "not bold")
     out.print(title, escaped(death.reason), describe_age(death.died_at))
@@ -157,7 +157,7 @@ def print_letter(out: Console, letter: Letter, max_bytes: int) -> None:
 
 
 def letter_as_json(letter: Letter, max_bytes: int) -> dict[str, object]:
-    """Return a dead letter for JSON with at most so many bytes of its body."""
+    """Return a dead letter for JSON with at most `max_bytes` of its body."""
     message = letter.message
     shown = message.body[:max_bytes]
     text = _decoded(shown, is_whole=len(message.body) <= max_bytes)

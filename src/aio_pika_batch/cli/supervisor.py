@@ -55,7 +55,7 @@ _TICK = 1.0
 """Seconds after which the supervisor looks at the latest."""
 
 _PAUSED_AFTER = 1.0
-"""If it looks later than that by so many seconds, the supervisor itself was stopped meanwhile."""
+"""If it looks later than that by this many seconds, the supervisor itself was stopped meanwhile."""
 
 _SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 

@@ -84,7 +84,7 @@ def prepare(loading: TargetOptions) -> None:
     if not folder.is_dir():
         raise ConfigurationError(f"--app-dir: {loading.app_dir} is not a folder")
     # Before installed packages, none of which should hide a module of the user. Behind the standard
-    # library, whose modules a json.py in that folder should not replace for everybody.
+    # library, whose modules a json.py in that folder should not replace everywhere.
     library = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
     library |= {os.path.join(each, "lib-dynload") for each in library}  # noqa: PTH118  -- as in sys.path
     position = 1 + max((at for at, each in enumerate(sys.path) if each in library), default=-1)

@@ -87,7 +87,7 @@ class CircuitBreaker:
     @property
     def pause(self) -> float:
         """Seconds to stay open; longer after each failed probe."""
-        # Without jitter: a probe is one message for each worker, which is no burst of load, and the
+        # Without jitter: a probe is one message per worker, which isn't a burst of load, and the
         # observed pause is the configured one.
         return self._policy.pause.pause(max(1, self._opened), 1.0)
 

@@ -89,7 +89,7 @@ def hints_for(options: TopologyOptions, profile: ConsumerProfile) -> list[str]:
 def broker_warnings_for(
     options: TopologyOptions, profile: ConsumerProfile, version: Version | None
 ) -> list[str]:
-    """The warnings that depend on the broker: does anybody give up a message that always fails?
+    """The warnings that depend on the broker: is a message that always fails ever given up?
 
     Args:
         version: The broker's version; None if it is unknown.

@@ -76,7 +76,7 @@ def _without_large_headers(
         names = sorted(weights, key=weights.__getitem__, reverse=True)
     count = 0
     while count < len(names):
-        # Twice as many each time, since each attempt makes the whole list anew. If one large header
+        # Twice as many each time, since each attempt makes a whole new list. If one large header
         # is the cause, which it mostly is, no other is left out.
         count = min(len(names), max(1, 2 * count))
         omitted = names[:count]

@@ -187,7 +187,7 @@ def retry_count(value: object) -> int | None:
 def stated_retries(headers: Headers, header: str, queue: str) -> FieldValue:
     """The value of the header that counts retries; None if it isn't about this queue.
 
-    A dead letter has the count of the queue that it died in. Its next consumer begins anew.
+    A dead letter has the count of the queue that it died in. Its next consumer begins at 0.
     """
     value = headers.get(header)
     if value is None:

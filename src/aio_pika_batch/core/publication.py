@@ -172,7 +172,7 @@ class Outcome(Enum):
 
 
 def describe_outcome(outcome: Outcome, publication: Outgoing, timeout: float | None = None) -> str:
-    """Return why a publication is not confirmed, although it waited for so many seconds."""
+    """Return why a publication is not confirmed, although it waited for that many seconds."""
     silent = "silent" if timeout is None else f"silent for {timeout} s"
     where = f"exchange {publication.exchange!r}, routing key {publication.routing_key!r}"
     match outcome:

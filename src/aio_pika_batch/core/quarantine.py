@@ -1,7 +1,7 @@
 """Decides which messages may have crashed their process, by the number of their deliveries.
 
 A quorum queue counts how often a message came back without a result. A message that kills its
-process takes the others that the process holds along, so all of them come back. It is told apart
+process takes the others that the process holds along, so all of them come back. It is distinguished
 by being handled alone: the others get their result, and only it goes on coming back.
 
 Laws:
@@ -10,7 +10,7 @@ Laws:
   make suspects, but no message reaches the limit by them.
 - What a handler requeued in this process counts for nothing.
 - Soon after a process has lost a connection and survived, it believes no counts: what it gets is
-  probably what it lost, or what others lost. So a suspect starts anew by a copy.
+  probably what it lost, or what others lost. So a copy of a suspect starts at 0.
 - A header can make a message a suspect, but never a crashed one: anyone can publish it.
 """
 
@@ -49,7 +49,7 @@ class Suspicion(Enum):
     CRASHED = "crashed"
     """Not at all: it goes to the dead letters."""
     WORN = "worn"
-    """Not yet: it came back often, but the count can't be believed. A copy starts anew."""
+    """Not yet: it came back often, but the count can't be believed. A copy starts at 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ class OwnRequeues:
             del self._counts[next(iter(self._counts))]
 
     def forget(self, message: Message) -> None:
-        """Forget a message whose copy starts anew."""
+        """Forget a message whose copy starts at 0."""
         self._counts.pop(_fingerprint(message), None)
 
     def count(self, message: Message) -> int:

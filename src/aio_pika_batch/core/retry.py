@@ -125,7 +125,7 @@ class DelaySteps:
         return automatic[min(retries, len(automatic) - 1)] if automatic else NO_DELAY
 
     def at_least(self, seconds: float) -> int:
-        """The next delay of at least so many seconds, or the longest one; 0 stays 0."""
+        """The next delay that is not shorter, or the longest one; 0 stays 0."""
         highest = self.requestable[-1]
         if seconds * 1000 >= highest:
             return highest
@@ -186,7 +186,7 @@ def _milliseconds(seconds: float) -> int:
 
 
 def wait_queue_name(queue: str, level: int | str) -> str:
-    """The name of the queue in which messages of another queue wait for so many milliseconds."""
+    """The name of the queue in which messages of another queue wait for this many milliseconds."""
     return f"{queue}{WAIT_QUEUE_SUFFIX}{level}"
 
 

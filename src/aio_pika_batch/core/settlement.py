@@ -256,7 +256,7 @@ def drain_mode(unsettled: int, *, is_rabbitmq: bool) -> DrainMode:
 
 
 class CommandBudget:
-    """Spreads the commits of a drain over its time: the channel may send only so many commands.
+    """Spreads the commits of a drain over its time: the number of commands of a channel is limited.
 
     The first commits follow at once. From then on each command doubles the pause, so that the
     budget lasts for any drain. The last commit, before the close, is always possible.
@@ -269,7 +269,7 @@ class CommandBudget:
         self._next_at = -math.inf
 
     def commit_at(self, commands: int) -> float | None:
-        """Return when a commit of so many commands may be sent; None for only before the close."""
+        """Return when a commit of this many commands may be sent; None: only before the close."""
         if self._spent + commands > SAFE_COMMANDS - len(Disposition):
             return None
         return self._next_at

@@ -328,7 +328,7 @@ class SettlementPlanner:
         """Decide how to return messages that have no result.
 
         Args:
-            own: What is known in favour of the messages; then all of them start anew.
+            own: What is known in favour of the messages; then all of them start at 0.
         """
         tags = [each.delivery_tag for each in messages if own is None and self.may_return(each)]
         copies = [

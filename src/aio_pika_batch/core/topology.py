@@ -326,7 +326,7 @@ def exchange_to_look_up(options: TopologyOptions) -> Exchange | None:
 
 
 def wait_queue(options: TopologyOptions, level: int) -> Queue:
-    """The queue in which messages wait for so many milliseconds before they return.
+    """The queue in which messages wait for this many milliseconds before they return.
 
     Raises:
         TopologyError: Its name is too long for AMQP.

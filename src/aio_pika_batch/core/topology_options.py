@@ -119,7 +119,7 @@ def dead_letter_target(options: TopologyOptions) -> DeadLetterTarget | None:
     if exchange == _own_exchange(options) and (not is_unbindable or routing_key is not None):
         return DeadLetterTarget(exchange, routing_key)
     # Several services may have messages with the same routing key, so by this key their dead
-    # letters couldn't be told apart. Nor by the name of the queue alone: it often is the routing
+    # letters couldn't be distinguished. Nor by the name of the queue alone: it often is the routing
     # key of messages of others.
     also = f"{options.queue_name}.dead-letter"
     if not is_short_string(also):

@@ -1,6 +1,6 @@
 """Database connections, as the inbox and the outbox use them.
 
-A connection is recognised by its class, so that no driver is imported here: whoever passes a
+A connection is recognised by its class, so that no driver is imported here: code that passes a
 connection has imported its driver. SQL is written once for each database, with `:name` for
 parameters, and translated to what the driver takes.
 """

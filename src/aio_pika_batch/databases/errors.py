@@ -33,9 +33,9 @@ _CLIENT_ERRORS = 2000
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether the server has said that it did not commit.
+    """Whether the server has reported that it did not commit.
 
-    Otherwise nobody knows whether a COMMIT that failed has taken effect.
+    Otherwise it is unknown whether a COMMIT that failed has taken effect.
     """
     match code_of(error):
         case None:

@@ -134,7 +134,7 @@ STRAIGHT_JOIN {table} AS these ON these.id = ids.id
 SET these.retry_at = UTC_TIMESTAMP() + INTERVAL POW(2, LEAST(these.attempts, 8)) SECOND,
 these.attempts = these.attempts + 1""",
     lock=" FOR UPDATE SKIP LOCKED",
-    # At its default level MySQL locks the gaps between rows, and nobody could add any meanwhile.
+    # At its default level MySQL locks the gaps between rows, and no transaction could add rows.
     begin="SET TRANSACTION ISOLATION LEVEL READ COMMITTED",
     lanes="""SELECT lane FROM {table}_lanes AS lanes
 WHERE EXISTS (SELECT 1 FROM {table} AS waiting WHERE waiting.lane = lanes.lane)

@@ -230,7 +230,7 @@ class OutboxSession:
             try:
                 copies.append(row.outgoing)
             except (AttributeError, TypeError, ValueError) as error:
-                # It stays: deleting it could lose what somebody can still mend.
+                # It stays: deleting it could lose what can still be corrected.
                 _log.error("a row of the outbox is invalid", id=row.row_id, error=error)
                 invalid.append((row.delivery_tag, Outcome.REFUSED))
             else:

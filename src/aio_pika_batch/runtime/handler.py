@@ -172,7 +172,7 @@ class HandlerRun:
         return True
 
     def abandon(self) -> None:
-        """Let the next cancellation end the task, whatever becomes of the batch."""
+        """Let the next cancellation end the task, whatever happens to the batch."""
         self._is_abandoned = True
 
     def _disarm(self) -> None:
@@ -367,7 +367,7 @@ def _not_iterable(results: object) -> HandlerMistake:
 async def _absorb_cancellation(task: asyncio.Task[object]) -> None:
     """Undo cancellations of the current task, also one that hasn't been raised yet.
 
-    They were meant for the handler, which has ended, or the handler has caused them itself.
+    They were sent to the handler, which has ended, or the handler has caused them itself.
     """
     while task.cancelling():
         task.uncancel()
@@ -433,7 +433,7 @@ class HandlerSlots:
         self._running[run] = len(run.batch.messages)
 
     def settled_early(self, run: HandlerRun, count: int) -> None:
-        """Count so many messages of a running handler as settled."""
+        """Count this many messages of a running handler as settled."""
         self._running[run] -= count
 
     def release(self, run: HandlerRun) -> None:

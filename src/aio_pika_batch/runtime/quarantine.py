@@ -229,7 +229,7 @@ class SuspectGate:
         await self._resume(ALONE)
 
     async def _finish(self, *, keep: int) -> None:
-        """Pause, and settle everything but so many suspects.
+        """Pause, and settle everything but *keep* suspects.
 
         Suspects aren't returned: before RabbitMQ 4.3 each return would count against them.
         """

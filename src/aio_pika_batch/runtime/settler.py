@@ -135,7 +135,7 @@ class Settler:
         outcomes = decisions.not_acked
         if not outcomes:
             if settlements:
-                # Almost always nothing stands in the queue, and there is nothing to order.
+                # Almost always the queue is empty, and there is nothing to order.
                 queue = self._queue if self._queue.tickets else self._session
                 await queue.settle(settlements)
             return outcomes, ()

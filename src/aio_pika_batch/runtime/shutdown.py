@@ -175,7 +175,7 @@ class SignalDispatcher:
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
-            # Somebody else may have set a handler since.
+            # Other code may have set a handler since.
             if signal.getsignal(number) == self._on_signal:
                 # None stands for a handler that wasn't set from Python and can't be restored.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -132,7 +132,7 @@ class TopologyDeclarer:
             self._redeclaring = asyncio.get_running_loop().create_task(self._redeclare())
 
     async def _redeclare(self) -> None:
-        # The exchange may have been deleted and made anew, with another type.
+        # The exchange may have been deleted and created again, with another type.
         self._exchange_type = None
         try:
             await self.declare()

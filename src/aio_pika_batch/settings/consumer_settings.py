@@ -436,7 +436,7 @@ class ConsumerSettings(_EssentialSettings):
     )
     wire: Literal["auto", "fast", "plain"] = Field(
         default="auto",
-        description="`fast` reads and writes AMQP frames directly; `plain` goes through aio-pika;"
+        description="`fast` reads and writes AMQP frames directly. `plain` goes through aio-pika."
         " `auto` uses `fast` where it can.",
     )
 

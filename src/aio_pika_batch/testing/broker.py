@@ -24,7 +24,7 @@ from aio_pika_batch.testing.virtual_time import VirtualTimeLoop, run
 T = TypeVar("T")
 
 _IDLE_TURNS = 20
-"""For so many turns of the event loop nothing must happen; a settlement needs fewer."""
+"""For this many turns of the event loop nothing must happen; a settlement needs fewer."""
 
 
 class BatchBroker:

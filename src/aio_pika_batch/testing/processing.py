@@ -83,7 +83,7 @@ class DeadLetter:
 # letter must fail if no dead-letter exchange is known, since the message would be gone.
 @dataclass(slots=True)
 class BatchOutcome:
-    """What became of some messages. All lists are in the order in which the messages were given.
+    """What happened to some messages. All lists are in the order in which the messages were given.
 
     Each message is in exactly one of `acked`, `requeued`, `dead_lettered` and `discarded`.
 

@@ -265,7 +265,7 @@ class SettlementWriter:
         self._is_holding = True
 
     def prove(self, settled: int) -> None:
-        """Take note that the broker has received so many of the unproven settlements."""
+        """Note how many of the unproven settlements the broker has received."""
         self.unproven = max(0, self.unproven - settled)
 
     async def on_cancelled(self, remaining: int, *, is_proof: bool) -> None:

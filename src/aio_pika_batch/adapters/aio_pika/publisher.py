@@ -177,7 +177,7 @@ class AioPikaPublisher:
                 await done
         except TimeoutError:
             if on_late is None:
-                # Nobody would be told of a later confirm: accept no more.
+                # A later confirm would reach no caller: accept no more.
                 self._is_open = False
             else:
                 call.late = lambda index, outcome: on_late(publications[index], outcome)

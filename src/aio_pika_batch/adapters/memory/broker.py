@@ -172,7 +172,7 @@ class Broker:
                 self.vhost.record(EventKind.REFUSED, "", message, "fault")
                 channel.send_confirm(number, accepted=False)
             case PublishFault.UNCONFIRMED:
-                # Without a channel there is nobody to confirm to.
+                # Without a channel there is no client to confirm to.
                 self._store(None, number, message, mandatory=mandatory)
             case PublishFault.LOSE:
                 pass

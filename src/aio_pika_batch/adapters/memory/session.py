@@ -300,7 +300,7 @@ class MemoryPublisher:
         self._connection.close()
 
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
-        """Publish, and return what became of each publication.
+        """Publish, and return the outcome of each publication.
 
         Raises:
             SessionClosed: The publisher's context was left before.

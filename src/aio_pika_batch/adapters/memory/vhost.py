@@ -299,7 +299,7 @@ class VirtualHost:
         if not targets:
             return self._not_sent(queue, message, "dead letter not routable")
         if reason is not DeathReason.REJECTED:
-            # A cycle in which nobody rejects the message would never end.
+            # A cycle in which no consumer rejects the message would never end.
             targets = [
                 each for each in targets if not is_dead_letter_cycle(dead_letter.deaths, each.name)
             ]

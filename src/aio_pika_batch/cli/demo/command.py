@@ -107,7 +107,7 @@ async def _run(pipeline: Pipeline, *, is_plain: bool, save_svg: Path | None) -> 
             in_time = await pipeline.wait_finished()
     checks = pipeline.check_counts()
     is_ok = all(each.is_ok for each in checks)
-    print("\nWhat was published, and what became of it:")
+    print("\nWhat was published, and what happened to it:")
     for each in checks:
         print(f"  {each}")
     print("All orders are accounted for." if is_ok else "Some orders are NOT accounted for.")

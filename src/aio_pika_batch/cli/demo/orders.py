@@ -100,7 +100,7 @@ def check_counts(
     attempts: int,
     lost_connections: int,
 ) -> list[CountCheck]:
-    """Compare the published orders with what became of them.
+    """Compare the published orders with what happened to them.
 
     Args:
         invoices: How often the invoice of each order arrived, by the order's number.

@@ -289,7 +289,7 @@ class Pipeline:
         return True
 
     def check_counts(self) -> list[CountCheck]:
-        """Compare the published orders with what became of them."""
+        """Compare the published orders with what happened to them."""
         return check_counts(
             self._stream.drawn,
             self._invoices.seen,

@@ -172,7 +172,7 @@ async def _nothing(ctx: CheckContext) -> None:
 
 # --- settlements that are refused -----------------------------------------------------
 #
-# A broker that is told about a tag twice closes the channel, or settles another message. So the
+# A broker that gets a tag twice closes the channel, or settles another message. So the
 # session that delivers a tag must know whether it is settled.
 
 

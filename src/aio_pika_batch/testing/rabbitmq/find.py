@@ -153,7 +153,7 @@ def _docker_answers() -> bool:
     if find_spec("docker") is None or find_spec("testcontainers") is None:
         return False
     host = os.environ.get("DOCKER_HOST") or _DOCKER_SOCKET
-    # The client leaks its socket where nobody listens, and the garbage collector would then warn
+    # The client leaks its socket where no broker listens, and the garbage collector would then warn
     # in the middle of a test, whichever that is.
     if host.startswith("unix://") and not _listens(host.removeprefix("unix://")):
         return False
