@@ -84,7 +84,11 @@ def texts(source: Path) -> Iterator[tuple[int, str, bool]]:
             yield number, comment[1], False
 
 
-PLACES = [*((page, prose) for page in PAGES), *((source, texts) for source in SOURCES)]
+PLACES = [
+    *((page, line, text) for page in PAGES for line, text, _ in prose(page)),
+    *((source, line, text) for source in SOURCES for line, text, _ in texts(source)),
+]
+"""File, line and text of everything that is read."""
 
 
 @pytest.mark.parametrize(("instead", "habit"), HABITS.items(), ids=HABITS)
@@ -93,8 +97,7 @@ def test_habits_of_translated_english_are_gone(instead: str, habit: str) -> None
     pattern = re.compile(habit, re.IGNORECASE)
     found = [
         f"{path.relative_to(ROOT)}:{line}: {text[max(0, m.start() - 40) : m.end() + 40]}"
-        for path, read in PLACES
-        for line, text, _ in read(path)
+        for path, line, text in PLACES
         for m in pattern.finditer(text)
     ]
     assert not found, "\n".join([f"write instead: {instead}", *found])

@@ -303,7 +303,7 @@ class SettlementWriter:
             await asyncio.sleep(self._settled_at + SETTLE_PAUSE - self._loop.time())
 
     async def give_back(self, tags: Sequence[int]) -> None:
-        """Return deliveries that nobody has taken, without holding them. Raises SessionLost."""
+        """Return deliveries that no session has taken, without holding them. Raises SessionLost."""
         # Newer brokers don't count a return by nack, but one by the close.
         self._write([Frame(Disposition.RETURN, tag) for tag in tags])
         if self._is_transactional:
