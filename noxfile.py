@@ -263,6 +263,22 @@ def soak(session: nox.Session) -> None:
 
 
 @nox.session
+def letters(session: nox.Session) -> None:
+    """Repair 100,000 dead letters, or as many as it is told: ``-- 5000``; memory is measured."""
+    install(session, ".[cli]", *group("test"))
+    env = {"AIO_PIKA_BATCH_TEST_LETTERS": session.posargs[0]} if session.posargs else {}
+    session.run("pytest", "-s", "tests/operations", env={**UTF8, **env})
+
+
+@nox.session
+def night(session: nox.Session) -> None:
+    """Let everything happen to two supervised processes for 20 minutes: ``-- --minutes 5``."""
+    install(session, ".[cli,prometheus,uvloop]", *group("test"), *group("brokers"))
+    env = {"AIO_PIKA_BATCH_TEST_SERVER": fetch(session, "4.3")}
+    session.run("python", "-m", "tests.operations.night", *session.posargs, env=env)
+
+
+@nox.session
 def mutants(session: nox.Session) -> None:
     """Take out one cure after another: the tests must notice each. Words choose which."""
     install(session, ".[cli,uvloop]", *group("test"))

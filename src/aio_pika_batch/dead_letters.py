@@ -71,6 +71,8 @@ class Looked:
         letters: Those that were read and match, oldest first.
         seen: Number of those that were read.
         reasons: Number of those that were read, by reason.
+        oldest: When the first of those that were read was dead-lettered, if any says so.
+        newest: When the last of those that were read was dead-lettered, if any says so.
         ended: Why fewer were read than asked for; None if there were no more.
     """
 
@@ -79,6 +81,8 @@ class Looked:
     letters: Sequence[Letter]
     seen: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    oldest: datetime | None = None
+    newest: datetime | None = None
     ended: str | None = None
 
 
@@ -116,9 +120,11 @@ async def look(
     most: int | None = 100,
     where: Filter = EVERY,
     limit: int | None = None,
+    keep: bool = True,
     delivery_limit: Limit = "ask",
     retry_count_header: str = RETRY_COUNT_HEADER,
     stop: asyncio.Event | None = None,
+    on_progress: Callable[[Looked], None] | None = None,
 ) -> Looked:
     """Read the oldest dead letters and leave them in the queue.
 
@@ -130,18 +136,34 @@ async def look(
         most: Maximum number to read; None reads all, and keeps only those that match.
         where: Which dead letters to return.
         limit: Maximum number to return; reading ends there.
+        keep: False returns no dead letters, only numbers and times: those of a large queue don't
+            fit into memory.
         delivery_limit: Delivery limit of the queue; None for none. `"ask"` asks the broker, and
             uses RabbitMQ's default if in doubt.
         stop: Set this event to end early.
+        on_progress: Called after each step, with the result so far.
 
     Raises:
         TransportError: The queue doesn't exist, or the broker is unreachable.
     """
     letters: list[Letter] = []
     reasons: Counter[str] = Counter()
+    moments: list[datetime] = []
 
     def is_full() -> bool:
         return reasons.total() == most or len(letters) == limit
+
+    def looked() -> Looked:
+        return Looked(
+            queue=queue,
+            ready=browser.ready,
+            letters=letters,
+            seen=reasons.total(),
+            reasons=reasons,
+            oldest=min(moments, default=None),
+            newest=max(moments, default=None),
+            ended=browser.ended,
+        )
 
     async with browse(
         transport,
@@ -157,16 +179,14 @@ async def look(
                     break
                 death = death_info(message, retry_count_header)
                 reasons[death.reason] += 1
-                if where.matches(message, death, datetime.now(UTC)):
+                if (died := death.died_at) is not None:
+                    died = died if died.tzinfo else died.replace(tzinfo=UTC)
+                    moments = [min([died, *moments]), max([died, *moments])]
+                if keep and where.matches(message, death, datetime.now(UTC)):
                     letters.append(Letter(message, death, reasons.total()))
-    return Looked(
-        queue=queue,
-        ready=browser.ready,
-        letters=letters,
-        seen=reasons.total(),
-        reasons=reasons,
-        ended=browser.ended,
-    )
+            if on_progress is not None:
+                on_progress(looked())
+    return looked()
 
 
 async def replay(
@@ -380,7 +400,9 @@ class _CopyPublisher:
         if doubtful := outcomes.count(Outcome.UNKNOWN):
             self._browser.end(f"unconfirmed copies: {doubtful}; these may be in both queues")
         elif not self._publisher.is_open:
-            self._browser.end("the broker refused a copy and closed the channel for publishing")
+            is_refusal = Outcome.REFUSED in outcomes
+            what = "the broker refused a copy, and the channel" if is_refusal else "the connection"
+            self._browser.end(f"{what} for publishing was lost")
         return failed
 
     async def _why_refused(self, copy: Copy) -> str | None:

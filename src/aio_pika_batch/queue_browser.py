@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import AsyncIterator, Sequence
+from array import array
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Literal, TypeAlias
 
@@ -74,7 +75,9 @@ class QueueBrowser:
         self._allowed = prefetch
         self._limit = limit
         self._stop = stop or asyncio.Event()
-        self._held: dict[int, None] = {}
+        # A large queue may be held as a whole: no more than a number for each message.
+        self._tags = array("Q")
+        self._done: set[int] = set()
         # In the order of their tags, which is that of the queue.
         self._arrived: list[Message] = []
         self._has_arrived = asyncio.Event()
@@ -93,12 +96,8 @@ class QueueBrowser:
         if left <= 0 or self.ended is not None:
             return []
         # The broker sends no more than the prefetch count, however long one waits.
-        if (
-            not self._arrived
-            and len(self._held) >= self._allowed
-            and not await self._ask_for_more()
-        ):
-            self.end(f"{len(self._held)} dead letters are held, the maximum; raise scan (--scan)")
+        if not self._arrived and self._count >= self._allowed and not await self._ask_for_more():
+            self.end(f"{self._count} dead letters are held, the maximum; raise scan (--scan)")
             return []
         if not self._arrived:
             await self._wait()
@@ -117,12 +116,12 @@ class QueueBrowser:
 
     async def _ask_for_more(self) -> bool:
         """Let the broker send more, although none of those that are held has been settled."""
-        more = min(WINDOW, self._most - len(self._held))
+        more = min(WINDOW, self._most - self._count)
         session: object = self._session
         if not isinstance(session, AdjustableSession) or more <= 0:
             return False
         # Not a larger prefetch from the start: then all of the queue would be in memory at once.
-        self._allowed = len(self._held) + int(more)
+        self._allowed = self._count + int(more)
         await session.pause()
         await session.resume(int(more))
         return True
@@ -142,13 +141,21 @@ class QueueBrowser:
         )
         return False
 
+    @property
+    def _count(self) -> int:
+        return len(self._tags) - len(self._done)
+
+    def _held(self) -> Iterator[int]:
+        return (tag for tag in self._tags if tag not in self._done)
+
     async def done(self, messages: Sequence[Message]) -> None:
         """Remove messages from the queue."""
         tags = tuple(message.delivery_tag for message in messages)
         if tags and self._session is not None:
             await self._session.settle([Settlement(Disposition.ACK, tags)])
-            for tag in tags:
-                del self._held[tag]
+            self._done.update(tags)
+            if len(self._done) >= WINDOW:
+                self._tags, self._done = array("Q", self._held()), set()
 
     async def open(self, session: Session) -> None:
         """Start to receive messages."""
@@ -164,8 +171,7 @@ class QueueBrowser:
         if not returns_by_closing(version):
             await session.cancel()
             await reading
-            if self._held:
-                held = tuple(self._held)
+            if held := tuple(self._held()):
                 await session.settle([Settlement(Disposition.RETURN, held)])
 
     async def abandon(self) -> None:
@@ -176,7 +182,7 @@ class QueueBrowser:
 
     async def _read(self, session: Session) -> None:
         async for chunk in session:
-            self._held.update(dict.fromkeys(message.delivery_tag for message in chunk))
+            self._tags.extend(message.delivery_tag for message in chunk)
             self._arrived.extend(chunk)
             self._has_arrived.set()
 

@@ -58,7 +58,7 @@ def program(name: str) -> str:
 
 
 class Prometheus:
-    """A server that scrapes one target four times a second."""
+    """A server that scrapes one target."""
 
     def __init__(self, port: int) -> None:
         self.url = f"http://{LOCALHOST}:{port}"
@@ -93,15 +93,22 @@ class Prometheus:
 
 @contextmanager
 def prometheus(
-    target: str, folder: Path, configuration: Path | None = None
+    target: str, folder: Path, configuration: Path | None = None, *, interval: str = "250ms"
 ) -> Iterator[Prometheus]:
-    """Start a server that scrapes *target*, ``host:port``, perhaps with a given configuration."""
+    """Start a server that scrapes *target*, ``host:port``.
+
+    Args:
+        target: What is scraped.
+        folder: Where its data are kept.
+        configuration: A configuration whose target is replaced; None for one without rules.
+        interval: How often it scrapes and evaluates with a given configuration.
+    """
     if configuration is None:
         configuration = folder / "prometheus.yaml"
         configuration.write_text(_CONFIGURATION.format(target=target))
     else:
         given = yaml.safe_load(configuration.read_text())
-        given["global"] = {"scrape_interval": "250ms", "evaluation_interval": "250ms"}
+        given["global"] = {"scrape_interval": interval, "evaluation_interval": interval}
         given["scrape_configs"][0]["static_configs"][0]["targets"] = [target]
         configuration.write_text(yaml.safe_dump(given))
     port = free_port()

@@ -47,6 +47,7 @@ LONGER_FOR_A_REASON = {
     "adapters/memory/session.py": "both connections of a client, to consume and to publish",
     "testing/stories/player.py": "plays a story, and records it at every method of the port",
     "adapters/aio_pika/publisher.py": "both ways to publish, and how each ends",
+    "dead_letters.py": "looking at dead letters, replaying and deleting them, by one law",
     "observers/otel.py": "what each event becomes: spans, and metrics beside them",
     "runtime/publishing.py": "all that is published for a consumer, and by which connection",
     "runtime/settler.py": "all that becomes of a session's results",

@@ -110,11 +110,25 @@ def list_(
 
     async def work(stop: asyncio.Event) -> list[Looked]:
         return [
-            await look(each.transport, each.queue, most=most, stop=stop, **each.how)
+            await look(
+                each.transport,
+                each.queue,
+                most=most,
+                keep=False,
+                stop=stop,
+                on_progress=on_progress,
+                **each.how,
+            )
             for each in found
         ]
 
-    looked = _run_interruptible(work)
+    # Not on standard output, which other programs may read.
+    with ProgressBar(console(is_error=True)) as bar:
+
+        def on_progress(so_far: Looked) -> None:
+            bar.update(so_far.queue, so_far.seen, min(most, so_far.ready or most))
+
+        looked = _run_interruptible(work)
     if format == "json":
         print_json([summary(each) for each in looked])
     else:
@@ -170,17 +184,22 @@ def show(
     if most is not None:
         _check_positive(most, "--look-at")
     _check_positive(max_bytes, "--max-bytes")
-    looked = _run_interruptible(
-        lambda stop: look(
-            found.transport,
-            found.queue,
-            most=most,
-            where=matches,
-            limit=where.limit or 10,
-            stop=stop,
-            **found.how,
+    # Not on standard output, which other programs may read.
+    with ProgressBar(console(is_error=True)) as bar:
+        looked = _run_interruptible(
+            lambda stop: look(
+                found.transport,
+                found.queue,
+                most=most,
+                where=matches,
+                limit=where.limit or 10,
+                stop=stop,
+                on_progress=lambda so_far: bar.update(
+                    f"{len(so_far.letters)} found", so_far.seen, so_far.ready
+                ),
+                **found.how,
+            )
         )
-    )
     if format == "json":
         print_json([letter_as_json(letter, max_bytes) for letter in looked.letters])
     else:
@@ -356,11 +375,11 @@ def _run_with_progress(verb: str, where: FilterOptions, format: str, work: _Work
     # With JSON, the progress must not get into it.
     out = console(is_error=format == "json")
     last: list[Report] = []
-    with ProgressBar(out, verb) as bar:
+    with ProgressBar(out) as bar:
 
         def on_progress(report: Report) -> None:
             last[:] = [report]
-            bar.update(report)
+            bar.update(f"{report.done} {verb}", report.seen, report.ready)
 
         # The error itself doesn't say how many were replayed before it.
         try:

@@ -23,7 +23,7 @@ from rich.text import Text
 from aio_pika_batch.cli.logging import as_json
 from aio_pika_batch.core.dead_letter import format_header
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.dead_letters import Letter, Looked, Report
+from aio_pika_batch.dead_letters import Letter, Looked
 from aio_pika_batch.errors import safe_str
 from aio_pika_batch.logs import escape_controls
 
@@ -85,19 +85,19 @@ def _write(value: object) -> str:
 class ProgressBar:
     """A progress bar on a terminal, and a line every second in a pipe."""
 
-    def __init__(self, out: Console, verb: str) -> None:
+    def __init__(self, out: Console) -> None:
         self._out = out
-        self._verb = verb
         self._printed_at = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("looked at"),
             console=out,
             disable=not out.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task(verb, total=None)
+        self._task = self._bar.add_task("", total=None)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -106,13 +106,14 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def update(self, report: Report) -> None:
-        """Show this progress."""
-        self._bar.update(self._task, completed=report.done, total=report.ready)
+    def update(self, text: str, seen: int, total: int | None) -> None:
+        """Show how many dead letters were looked at, and what that text says of them."""
+        self._bar.update(self._task, description=text, completed=seen, total=total)
         now = time.monotonic()
         if not self._out.is_terminal and now - self._printed_at >= _LINE_INTERVAL:
             self._printed_at = now
-            self._out.print(f"{report.done} {self._verb}, {report.seen} looked at …")
+            of = "" if total is None else f" of {total}"
+            self._out.print(f"{text}, {seen}{of} looked at …")
 
 
 # --- dead letters ----------------------------------------------------------------
@@ -120,14 +121,13 @@ class ProgressBar:
 
 def summary(looked: Looked) -> dict[str, Any]:
     """Return a summary of the dead letters of a queue."""
-    moments = [each.death.died_at for each in looked.letters if each.death.died_at is not None]
     return {
         "queue": looked.queue,
         "letters": looked.ready,
         "looked_at": looked.seen,
         "reasons": dict(looked.reasons.most_common()),
-        "oldest": min(moments, default=None),
-        "newest": max(moments, default=None),
+        "oldest": looked.oldest,
+        "newest": looked.newest,
         "ended": looked.ended,
     }
 

@@ -72,6 +72,25 @@ async def test_looking_changes_nothing(version, queue_type):
     assert [] == rabbit.unsettled(DLQ)
 
 
+async def test_numbers_and_times_need_no_letters_in_memory():
+    """Those of a large queue would not fit. Progress is reported with what was seen."""
+    rabbit = opened()
+    old, new = (datetime(2020, 1, day, tzinfo=UTC) for day in (1, 2))
+    for died in (new, old, new):
+        bury(rabbit, *numbered(70), **{"x-dead-lettered-at": died})
+    seen = []
+    looked = await look(
+        rabbit.transport,
+        DLQ,
+        most=None,
+        keep=False,
+        on_progress=lambda so_far: seen.append((so_far.seen, so_far.ready)),
+    )
+    assert [(100, 210), (200, 210), (210, 210)] == seen
+    assert (0, 210, old, new) == (len(looked.letters), looked.seen, looked.oldest, looked.newest)
+    assert {"rejected": 210} == dict(looked.reasons)
+
+
 async def test_an_empty_queue_is_not_consumed():
     """Looking at it needs no consumer."""
     rabbit = opened()
@@ -275,7 +294,7 @@ async def test_a_permission_that_is_revoked_meanwhile_leaves_no_copy_in_doubt():
     assert reason.startswith("refused by the broker")
     assert reason.endswith("it is not stored")
     assert "no permission" in reason
-    assert "the broker refused a copy and closed the channel for publishing" == report.ended
+    assert "the broker refused a copy, and the channel for publishing was lost" == report.ended
     assert (100, 1) == (len(rabbit.waiting()), len(rabbit.waiting(DLQ)))
 
 

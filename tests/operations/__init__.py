@@ -1,0 +1,1 @@
+"""Whole operations that take minutes: sessions of their own run them, and no other."""

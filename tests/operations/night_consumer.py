@@ -1,0 +1,44 @@
+"""The consumer of a night: it records what it handles, and reports hostile messages as they are.
+
+`NIGHT_RECORD` is the file: a line for each message that is acknowledged, with the time, the process
+and the number of the message.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+
+from aio_pika_batch import BatchConsumer, Message, MessageResult, Nack
+
+_log = logging.getLogger("night")
+
+
+class Importer(BatchConsumer):
+    """Acknowledges orders, refuses hostile ones, and fails for impossible ones."""
+
+    async def on_start(self) -> None:
+        """Open the record."""
+        self._record = os.open(os.environ["NIGHT_RECORD"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    async def process_messages(
+        self, messages: Sequence[Message]
+    ) -> AsyncIterator[MessageResult | Nack]:
+        """Handle a batch."""
+        with suppress(OSError):  # nobody may read it any more
+            print(f"{len(messages)} orders")
+        for message in messages:
+            if message.type == "impossible":
+                raise ValueError(message.text())
+        good = [message.message_id for message in messages if message.type == "good"]
+        seen = "".join(f"{time.time():.3f} {os.getpid()} {number}\n" for number in good)
+        os.write(self._record, seen.encode())
+        for message in messages:
+            if message.type == "good":
+                yield MessageResult.ACK
+            else:
+                _log.warning("refused: %s", message.text())
+                yield Nack(reason=message.text())
