@@ -267,7 +267,14 @@ def letters(session: nox.Session) -> None:
     """Repair 100,000 dead letters, or as many as it is told: ``-- 5000``; memory is measured."""
     install(session, ".[cli]", *group("test"))
     env = {"AIO_PIKA_BATCH_TEST_LETTERS": session.posargs[0]} if session.posargs else {}
-    session.run("pytest", "-s", "tests/operations", env={**UTF8, **env})
+    session.run("pytest", "-s", "tests/operations/test_many_letters.py", env={**UTF8, **env})
+
+
+@nox.session
+def alerts(session: nox.Session) -> None:
+    """Let each alert go off on a real Prometheus, at the first burst: three minutes."""
+    install(session, ".[prometheus]", *group("test"))
+    session.run("pytest", "tests/operations/test_alerts.py", *session.posargs, env=UTF8)
 
 
 @nox.session

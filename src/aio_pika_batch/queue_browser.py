@@ -44,7 +44,7 @@ MAX_HELD = 65_535
 CHUNK = 100
 """Messages handed out in one step."""
 
-WINDOW = 1000
+WINDOW = 250
 """Messages that the broker may send before those are handed out; only their tags are kept then."""
 
 Limit: TypeAlias = int | Literal["ask"] | None

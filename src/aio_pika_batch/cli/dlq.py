@@ -24,7 +24,7 @@ from aio_pika_batch.cli.printing import (
     print_table,
     summary,
 )
-from aio_pika_batch.cli.targets import QueueOptions, TargetOptions, find_queue
+from aio_pika_batch.cli.targets import DeadLetterQueue, QueueOptions, TargetOptions, find_queue
 from aio_pika_batch.dead_letters import EVERY, Filter, Looked, Report, look, purge, replay
 from aio_pika_batch.errors import ConfigurationError, TransportError
 from aio_pika_batch.runtime.shutdown import process_signals
@@ -108,27 +108,7 @@ def list_(
     found = [find_queue(each, place, loading) for each in [target, *more]]
     most = _check_positive(look_at, "--look-at")
 
-    async def work(stop: asyncio.Event) -> list[Looked]:
-        return [
-            await look(
-                each.transport,
-                each.queue,
-                most=most,
-                keep=False,
-                stop=stop,
-                on_progress=on_progress,
-                **each.how,
-            )
-            for each in found
-        ]
-
-    # Not on standard output, which other programs may read.
-    with ProgressBar(console(is_error=True)) as bar:
-
-        def on_progress(so_far: Looked) -> None:
-            bar.update(so_far.queue, so_far.seen, min(most, so_far.ready or most))
-
-        looked = _run_interruptible(work)
+    looked = _look(found, most, {"keep": False}, lambda so_far: so_far.queue)
     if format == "json":
         print_json([summary(each) for each in looked])
     else:
@@ -184,22 +164,8 @@ def show(
     if most is not None:
         _check_positive(most, "--look-at")
     _check_positive(max_bytes, "--max-bytes")
-    # Not on standard output, which other programs may read.
-    with ProgressBar(console(is_error=True)) as bar:
-        looked = _run_interruptible(
-            lambda stop: look(
-                found.transport,
-                found.queue,
-                most=most,
-                where=matches,
-                limit=where.limit or 10,
-                stop=stop,
-                on_progress=lambda so_far: bar.update(
-                    f"{len(so_far.letters)} found", so_far.seen, so_far.ready
-                ),
-                **found.how,
-            )
-        )
+    how = {"where": matches, "limit": where.limit or 10}
+    [looked] = _look([found], most, how, lambda so_far: f"{len(so_far.letters)} found")
     if format == "json":
         print_json([letter_as_json(letter, max_bytes) for letter in looked.letters])
     else:
@@ -213,6 +179,27 @@ def show(
         )
     _list_reasons(where, looked.reasons)
     return _report_early_end([looked])
+
+
+def _look(
+    queues: list[DeadLetterQueue],
+    most: int | None,
+    how: dict[str, Any],
+    describe: Callable[[Looked], str],
+) -> list[Looked]:
+    """Look at queues with more arguments for `look`, and show the progress."""
+
+    def on_progress(so_far: Looked) -> None:
+        counts = [each for each in (most, so_far.ready) if each is not None]
+        bar.update(describe(so_far), so_far.seen, min(counts, default=None))
+
+    async def work(stop: asyncio.Event) -> list[Looked]:
+        how.update(most=most, stop=stop, on_progress=on_progress)
+        return [await look(each.transport, each.queue, **how, **each.how) for each in queues]
+
+    # Not on standard output, which other programs may read.
+    with ProgressBar(console(is_error=True)) as bar:
+        return _run_interruptible(work)
 
 
 def _list_reasons(where: FilterOptions, found: Counter[str]) -> None:
