@@ -65,8 +65,10 @@ PROPERTIES_AT = PAYLOAD_AT + CONTENT_HEAD.size
 
 FLAGS = struct.Struct(">H")
 HEADERS_FLAG = 1 << 13
+CORRELATION_ID_FLAG = 1 << 10
 EXPIRATION_FLAG = 1 << 8
 MESSAGE_ID_FLAG = 1 << 7
+TIMESTAMP_FLAG = 1 << 6
 USER_ID_FLAG = 1 << 4
 UNDEFINED_FLAGS = 0b11  # a property that isn't defined, and "more flags follow"
 
@@ -79,11 +81,11 @@ PROPERTIES: Final = (
     (HEADERS_FLAG, "headers", TABLE),
     (1 << 12, "delivery_mode", OCTET),
     (1 << 11, "priority", OCTET),
-    (1 << 10, "correlation_id", SHORT),
+    (CORRELATION_ID_FLAG, "correlation_id", SHORT),
     (1 << 9, "reply_to", SHORT),
     (EXPIRATION_FLAG, "expiration", SHORT),
     (MESSAGE_ID_FLAG, "message_id", SHORT),
-    (1 << 6, "timestamp", TIME),
+    (TIMESTAMP_FLAG, "timestamp", TIME),
     (1 << 5, "type", SHORT),
     (USER_ID_FLAG, "user_id", SHORT),
     (1 << 3, "app_id", SHORT),

@@ -64,18 +64,29 @@ class PublishCall:
 
 
 class InFlight:
-    """One publication that the broker has not answered."""
+    """One publication that the broker has not answered.
 
-    __slots__ = ("body", "call", "index", "properties", "returned", "route")
+    Attributes:
+        method: Its method frame, for the fast wire.
+    """
 
-    def __init__(
-        self, call: PublishCall, index: int, route: Route, properties: bytes, body: bytes
+    __slots__ = ("body", "call", "index", "method", "properties", "returned", "route")
+
+    def __init__(  # noqa: PLR0917  -- positional: one is created for every publication
+        self,
+        call: PublishCall,
+        index: int,
+        route: Route,
+        properties: bytes,
+        body: bytes,
+        method: bytes = b"",
     ) -> None:
         self.call = call
         self.index = index
         self.route = route
         self.properties = properties
         self.body = body
+        self.method = method
         self.returned = False
 
 

@@ -16,7 +16,6 @@ The frames of a channel stay in order, and the method, header and body of a mess
 from __future__ import annotations
 
 import struct
-from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from aio_pika_batch.adapters.aio_pika.amqp_spec import (
@@ -60,6 +59,7 @@ _CONFIRM_FRAME = struct.Struct(">11sQBB")
 _SETTLE_FRAME = struct.Struct(">BHIIQBB")
 _PUBLISH_HEAD = struct.Struct(">BHIIH")
 _HEADER_HEAD = struct.Struct(">BHIIQ")
+_BODY_HEAD = struct.Struct(">BBHI")  # after the end of the frame before
 _RESERVED = 0
 _LEAST_HEADER = FRAME_OVERHEAD + CONTENT_HEAD.size
 _END = bytes((FRAME_END,))
@@ -223,7 +223,6 @@ def pack_settlements(channel: int, frames: Iterable[Frame]) -> bytes:
     return b"".join(packed)
 
 
-@lru_cache(maxsize=512)  # a program publishes to the same few routes again and again
 def pack_publish(channel: int, exchange: str, routing_key: str, *, mandatory: bool) -> bytes:
     """Pack the method frame of a publication.
 
@@ -241,15 +240,17 @@ def pack_publish(channel: int, exchange: str, routing_key: str, *, mandatory: bo
 
 def pack_content(channel: int, properties: bytes, body: bytes, frame_max: int) -> tuple[bytes, ...]:
     """Pack the header and the body of a publication, in parts to be joined."""
-    size = CONTENT_HEAD.size + len(properties)
-    header = _HEADER_HEAD.pack(HEADER, channel, size, CONTENT_CLASS, len(body)) + properties + _END
+    length = len(body)
+    head = _HEADER_HEAD.pack(
+        HEADER, channel, CONTENT_HEAD.size + len(properties), CONTENT_CLASS, length
+    )
+    if not length:
+        return head, properties, _END
     largest = frame_max - FRAME_OVERHEAD
-    if not body:
-        return (header,)
-    if len(body) <= largest:
-        return header, FRAME_HEAD.pack(BODY, channel, len(body)), body, _END
-    parts = [header]
-    for start in range(0, len(body), largest):
+    if length <= largest:
+        return head, properties, _BODY_HEAD.pack(FRAME_END, BODY, channel, length), body, _END
+    parts = [head, properties, _END]
+    for start in range(0, length, largest):
         part = body[start : start + largest]
         parts += (FRAME_HEAD.pack(BODY, channel, len(part)), part, _END)
     return tuple(parts)

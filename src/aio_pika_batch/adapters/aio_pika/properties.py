@@ -23,6 +23,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aio_pika_batch.adapters.aio_pika.amqp_spec import (
+    CORRELATION_ID_FLAG,
     EXPIRATION_FLAG,
     FLAGS,
     HEADERS_FLAG,
@@ -34,6 +35,7 @@ from aio_pika_batch.adapters.aio_pika.amqp_spec import (
     SHORT,
     TABLE,
     TIME,
+    TIMESTAMP_FLAG,
     UNDEFINED_FLAGS,
     USER_ID_FLAG,
 )
@@ -243,8 +245,12 @@ def encode_short(name: str, text: str) -> bytes:
     return bytes((len(data),)) + data
 
 
-# One call instead of fourteen: a publisher encodes the properties of every message.
-_values = attrgetter(*(name for _, name, _ in PROPERTIES))
+# These differ from message to message. The others are mostly the same, and are encoded once. Each
+# getter is one call, because a publisher encodes the properties of every message.
+_VARYING = ("headers", "correlation_id", "message_id", "timestamp")
+_varying = attrgetter(*_VARYING)
+_CONSTANT = tuple(each for each in PROPERTIES if each[1] not in _VARYING)
+_constant = attrgetter(*(name for _, name, _ in _CONSTANT))
 
 
 def encode(properties: Properties) -> bytes:
@@ -253,20 +259,62 @@ def encode(properties: Properties) -> bytes:
     Raises:
         PublishError: AMQP has no type for the value of a property or a header. The text names it.
     """
-    present = 0
-    parts = [b""]
-    for (flag, name, kind), value in zip(PROPERTIES, _values(properties), strict=True):
-        if value is None:
-            continue
-        present |= flag
-        try:
-            parts.append(_WRITERS[kind](name, value))
-        except TableError as error:
-            raise PublishError(f"header {error}") from error
-        except (struct.error, ValueError, TypeError, AttributeError, OverflowError) as error:
-            raise PublishError(f"{name} cannot be {value!r}: {error}") from error
-    parts[0] = FLAGS.pack(present)
-    return b"".join(parts)
+    headers, correlation_id, message_id, timestamp = _varying(properties)
+    try:
+        flags, data, before_correlation_id, before_message_id, last = _encode_constant(
+            *_constant(properties)
+        )
+        if headers is not None:
+            flags |= HEADERS_FLAG
+            data += encode_table(headers)
+        data += before_correlation_id
+        if correlation_id is not None:
+            flags |= CORRELATION_ID_FLAG
+            data += encode_short("correlation_id", correlation_id)
+        data += before_message_id
+        if message_id is not None:
+            flags |= MESSAGE_ID_FLAG
+            data += encode_short("message_id", message_id)
+        if timestamp is not None:
+            flags |= TIMESTAMP_FLAG
+            data += SECONDS.pack(to_seconds(timestamp))
+        return FLAGS.pack(flags) + data + last
+    except _INVALID as error:
+        for _, name, kind in PROPERTIES:
+            value = getattr(properties, name)
+            if value is not None:
+                _write(name, kind, value)
+        raise PublishError(f"the properties can't be encoded: {error}") from error
+
+
+_INVALID = (struct.error, ValueError, TypeError, AttributeError, OverflowError)
+
+
+@lru_cache(maxsize=256, typed=True)  # typed, because 3.0 equals 3 but is refused
+def _encode_constant(*values: str | int | None) -> tuple[int, bytes, bytes, bytes, bytes]:
+    """Return flags, and what stands before headers, correlation id and message id, and at the end.
+
+    Args:
+        values: Those of `_CONSTANT`.
+    """
+    flags = 0
+    parts = [b"", b"", b"", b""]
+    for (flag, name, kind), value in zip(_CONSTANT, values, strict=True):
+        if value is not None:
+            flags |= flag
+            varying_before = (HEADERS_FLAG, CORRELATION_ID_FLAG, MESSAGE_ID_FLAG)
+            parts[sum(flag < each for each in varying_before)] += _write(name, kind, value)
+    first, second, third, last = parts
+    return flags, first, second, third, last
+
+
+def _write(name: str, kind: int, value: object) -> bytes:
+    try:
+        return _WRITERS[kind](name, value)
+    except TableError as error:
+        raise PublishError(f"header {error}") from error
+    except _INVALID as error:
+        raise PublishError(f"{name} cannot be {value!r}: {error}") from error
 
 
 # From the property's name and its value.

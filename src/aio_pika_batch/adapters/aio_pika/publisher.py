@@ -117,7 +117,7 @@ class AioPikaPublisher:
         self._loop = asyncio.get_running_loop()
         self._channel: AbstractChannel | None = None
         self._number = 0
-        self._frame_max = 0
+        self._frame_max = self._largest_properties = 0
         self._tracker = ConfirmTracker()
         self._confirmed_at = self._loop.time()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -142,6 +142,7 @@ class AioPikaPublisher:
                 self._channel = channel = await self._connection.channel(confirms=True)
         self._number = channel.number
         self._frame_max = self._tap.frame_max
+        self._largest_properties = largest_properties(self._frame_max)
         if self._is_fast:
             self._tap.tap_publisher(channel.number, self.on_event)
         else:
@@ -164,10 +165,10 @@ class AioPikaPublisher:
         on_late = self.on_late
         timer = self._silence_limit() if on_late is None else asyncio.timeout(None)
         # Pack everything before sending anything: a header of a wrong type must send nothing.
-        packed = [self._pack(publication) for publication in publications]
+        packed = [self._pack(call, *each) for each in enumerate(publications)]
         try:
             async with timer as limit:
-                for frames, group in self._groups(call, publications, packed):
+                for frames, group in self._groups(call, packed):
                     if on_late is not None:
                         limit.reschedule(self._loop.time() + self._timeout)
                     if self._is_fast:
@@ -218,40 +219,34 @@ class AioPikaPublisher:
 
     # --- packing -------------------------------------------------------------------
 
-    def _pack(self, publication: Outgoing) -> tuple[bytes, bytes] | None:
-        """Return method and properties; None if a copy cannot be sent."""
+    def _pack(self, call: PublishCall, index: int, publication: Outgoing) -> InFlight | None:
+        """Return what is sent; None if a copy cannot be sent."""
         try:
-            return self._pack_or_raise(publication)
+            properties = self._properties(publication)
+            if len(properties) > self._largest_properties:
+                properties = self._fitting_properties(publication, len(properties))
+            target = publication.exchange, publication.routing_key
+            method, route = _pack_target(self._number, *target, publication.mandatory)
+            if not self._is_fast:
+                _check_for_library(*target)
         except PublishError as error:
             if not isinstance(publication, Copy):
                 raise
             # An error would fail the copies of its whole batch.
             _log.debug("a copy is not published: %s", error)
             return None
+        return InFlight(call, index, route, properties, publication.body, method)
 
-    def _pack_or_raise(self, publication: Outgoing) -> tuple[bytes, bytes]:
-        properties = self._properties(publication)
-        limit = largest_properties(self._frame_max)
-        if len(properties) > limit and isinstance(publication, Copy):
+    def _fitting_properties(self, publication: Outgoing, size: int) -> bytes:
+        limit = self._largest_properties
+        if isinstance(publication, Copy):
             fitting = fit(publication, limit, lambda copy: len(self._properties(copy)))
             if fitting is not None:
-                properties = self._properties(fitting)
-        if len(properties) > limit:
-            raise PublishError(
-                f"the properties of a message to {publication.exchange!r} have {len(properties)}"
-                f" bytes; they must fit into one frame of {self._frame_max}"
-            )
-        method = pack_publish(
-            self._number,
-            publication.exchange,
-            publication.routing_key,
-            mandatory=publication.mandatory,
+                return self._properties(fitting)
+        raise PublishError(
+            f"the properties of a message to {publication.exchange!r} have {size} bytes; they must"
+            f" fit into one frame of {self._frame_max}"
         )
-        if not self._is_fast:
-            reason = _library_refusal(publication.exchange, publication.routing_key)
-            if reason is not None:
-                raise PublishError(reason)
-        return method, properties
 
     def _properties(self, publication: Outgoing) -> bytes:
         if not isinstance(publication, Copy):
@@ -261,34 +256,29 @@ class AioPikaPublisher:
             return splice(raw, publication, self._user)
         # The broker closes the channel if a user_id is not the connection's.
         values = publication.properties
-        if values.user_id not in (None, self._connection.address.user):
+        if values.user_id is not None and values.user_id != self._connection.address.user:
             values = replace(values, user_id=None)
         return encode(values)
 
     # --- sending -------------------------------------------------------------------
 
     def _groups(
-        self,
-        call: PublishCall,
-        publications: Sequence[Outgoing],
-        packed: Sequence[tuple[bytes, bytes] | None],
+        self, call: PublishCall, packed: Sequence[InFlight | None]
     ) -> Iterator[tuple[list[bytes], list[InFlight]]]:
         """Yield what to send together, with its frames. Settle what could not be packed."""
         is_fast, number, frame_max = self._is_fast, self._number, self._frame_max
         frames: list[bytes] = []
         group: list[InFlight] = []
         size = 0
-        for index, (publication, pack) in enumerate(zip(publications, packed, strict=True)):
-            if pack is None:
+        for index, each in enumerate(packed):
+            if each is None:
                 call.settle(index, Outcome.UNPUBLISHABLE)
                 continue
-            method, properties = pack
-            route = _route(publication.exchange, publication.routing_key)
-            body = publication.body
+            body = each.body
             if is_fast:
-                frames.append(method)
-                frames += pack_content(number, properties, body, frame_max)
-            group.append(InFlight(call, index, route, properties, body))
+                frames.append(each.method)
+                frames += pack_content(number, each.properties, body, frame_max)
+            group.append(each)
             size += len(body)
             if size >= GROUP_BYTES:
                 yield frames, group
@@ -399,18 +389,26 @@ async def _publish(channel: AbstractChannel, publication: Outgoing, each: InFlig
 
 
 @lru_cache(maxsize=512)  # a program publishes to the same few routes again and again
-def _route(exchange: str, routing_key: str) -> Route:
-    return encode_text(exchange), encode_text(routing_key)
+def _pack_target(
+    channel: int,
+    exchange: str,
+    routing_key: str,
+    mandatory: bool,  # noqa: FBT001  -- names would make the cache slower
+) -> tuple[bytes, Route]:
+    """Return the method frame of a publication, and its route. Raises PublishError."""
+    method = pack_publish(channel, exchange, routing_key, mandatory=mandatory)
+    return method, (encode_text(exchange), encode_text(routing_key))
 
 
 @lru_cache(maxsize=512)  # as above
-def _library_refusal(exchange: str, routing_key: str) -> str | None:
-    """Return why the client library refuses to send to this route; None if it does not."""
+def _check_for_library(exchange: str, routing_key: str) -> None:
+    """Raise PublishError if the client library refuses to send to this route."""
     try:
         Basic.Publish(exchange=exchange, routing_key=routing_key).marshal()
     except (TypeError, ValueError) as error:
-        return f"the client library refuses exchange {exchange!r} or its key: {error}"
-    return None
+        raise PublishError(
+            f"the client library refuses exchange {exchange!r} or its key: {error}"
+        ) from error
 
 
 def _resolve(done: asyncio.Future[None]) -> None:

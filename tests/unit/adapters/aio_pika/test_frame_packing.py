@@ -104,5 +104,5 @@ def test_names_have_at_most_255_bytes() -> None:
 def test_properties_must_fit_into_one_frame() -> None:
     """They cannot be split."""
     assert 80 == largest_properties(100)
-    *_, end = pack_content(1, bytes(80), b"", 100)
+    end = b"".join(pack_content(1, bytes(80), b"", 100))
     assert 100 == len(end)
