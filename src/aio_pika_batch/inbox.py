@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from operator import attrgetter
 from types import TracebackType
 from typing import Literal, Self
 
@@ -92,7 +93,7 @@ class Inbox:
         self.consumer = consumer
         self.table = table
         self._claims = InboxTable(consumer, table)
-        self._identity = identity
+        self._id = attrgetter("message_id") if identity is None else identity
         self._missing = missing
 
     def schema(self, database: Database | Literal["postgresql", "mysql", "sqlite"]) -> str:
@@ -186,30 +187,34 @@ class Inbox:
 
     # -- internal ---------------------------------------------------------------------------------
 
-    def _id(self, message: Message) -> str | None:
-        return message.message_id if self._identity is None else self._identity(message)
-
     async def _claim(self, database: DatabaseConnection, messages: Sequence[Message]) -> _Claimed:
-        found = _Claimed([], {}, [], [])
-        missing: list[Message] = []
-        identity = self._identity
-        for message in messages:
-            key = message.message_id if identity is None else identity(message)
-            if not key:
-                missing.append(message)
-            elif (first := found.ids.setdefault(key, message)) is not message:
-                found.repeated.append((message, first))
+        keys = list(map(self._id, messages))
+        missing = [] if all(keys) else [each for each in messages if not self._id(each)]
         if missing and self._missing == "raise":
             raise MissingMessageId(tuple(missing))
-        if found.ids:
-            _check(found.ids)
-            present = await self._claims.insert(database, list(found.ids))
-            if present:
-                for key in [key for key in found.ids if key in present]:
-                    found.dropped.append(found.ids.pop(key))
-        out = {id(message) for message in found.dropped}
-        out.update(id(message) for message, _ in found.repeated)
-        found.fresh.extend(message for message in messages if id(message) not in out)
+        # Backwards, because an id stands for its first message.
+        ids = dict(zip(reversed(keys), reversed(messages), strict=True))
+        if missing:
+            ids = {key: message for key, message in ids.items() if key}
+        present: set[str] = set()
+        if ids:
+            _check(ids)
+            present = await self._claims.insert(database, list(ids))
+        if len(ids) == len(messages) and not present:
+            # The common case: no look at each message.
+            return _Claimed(list(messages), ids, [], [])
+        found = _Claimed([], ids, [], [])
+        for key, message in zip(keys, messages, strict=True):
+            if not key:
+                found.fresh.append(message)
+            elif (first := ids[key]) is not message:
+                found.repeated.append((message, first))
+            elif key in present:
+                found.dropped.append(message)
+            else:
+                found.fresh.append(message)
+        for key in present:
+            del ids[key]
         return found
 
     def _report(self, dropped: Sequence[Message]) -> None:
@@ -228,6 +233,8 @@ class Inbox:
 
 def _check(ids: Mapping[str, Message]) -> None:
     """Refuse ids that a database would cut or reject. The error concerns one message."""
+    if max(map(len, ids)) <= LONGEST and "\0" not in "".join(ids):
+        return
     for key, message in ids.items():
         if len(key) > LONGEST or "\0" in key:
             why = f"an inbox takes {LONGEST} characters, not null: hash other ids in `identity`"
@@ -341,8 +348,9 @@ class InboxTransaction:
     async def _finish(self) -> None:
         not_acked, claimed, database = self._not_acked, self._claimed, self._database
         try:
-            ids = [key for key, message in claimed.ids.items() if id(message) in not_acked]
-            await self._inbox._claims.delete(database, ids)  # noqa: SLF001  -- its own
+            if not_acked:
+                ids = [key for key, message in claimed.ids.items() if id(message) in not_acked]
+                await self._inbox._claims.delete(database, ids)  # noqa: SLF001  -- its own
             await database.flush()
         except BaseException:
             await self._roll_back()
@@ -352,7 +360,11 @@ class InboxTransaction:
         for message, first in claimed.repeated:
             if id(first) in not_acked:
                 not_acked[id(message)] = not_acked[id(first)]
-        self._results = [not_acked.get(id(each), MessageResult.ACK) for each in self._messages]
+        self._results = (
+            [not_acked.get(id(each), MessageResult.ACK) for each in self._messages]
+            if not_acked
+            else [MessageResult.ACK] * len(self._messages)
+        )
         self._decide(self._results)
         repeated = [message for message, _ in claimed.repeated if id(message) not in not_acked]
         self._inbox._report([*claimed.dropped, *repeated])  # noqa: SLF001  -- its own
@@ -390,9 +402,9 @@ class InboxTransaction:
             raise
         return cancelled
 
-    def _decide(self, results: Iterable[Result]) -> None:
+    def _decide(self, results: Sequence[Result]) -> None:
         if self._context:
-            self._context.commit(zip(self._messages, results, strict=True))
+            self._context.commit(self._messages, results)
 
     async def _roll_back(self) -> None:
         # The error that led here is raised. A rollback fails if the connection is lost.

@@ -21,7 +21,7 @@ Laws:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -309,7 +309,7 @@ class BatchRun(BatchDecisions):
     def __init__(self, policy: FailurePolicy, *, keeps_failures: bool = False) -> None:
         super().__init__()
         self._policy = policy
-        self._committed: dict[int, Result] = {}
+        self._committed: list[tuple[Sequence[Message], Sequence[Result]]] = []
         self.is_atomic = policy.is_atomic
         self._keeps_failures = keeps_failures
         # Created by the first failure: almost every batch is decided after one run.
@@ -336,12 +336,13 @@ class BatchRun(BatchDecisions):
         self.acked, self.not_acked = [], kept
         return taken
 
-    def commit(self, results: Iterable[tuple[Message, Result]]) -> None:
+    def commit(self, messages: Sequence[Message], results: Sequence[Result]) -> None:
         """Take the results of a committed transaction, which a failure of the run can't change.
 
         They count for the messages that the handler leaves undecided.
         """
-        self._committed.update((id(message), result) for message, result in results)
+        # Copies, because the handler may change its lists. They are read only after a failure.
+        self._committed.append((tuple(messages), tuple(results)))
 
     def record_run(
         self, collector: ResultCollector, error: BaseException | None, cause: Cause
@@ -420,8 +421,12 @@ class BatchRun(BatchDecisions):
             decided = [pair for pair in decided if pair[1] is not MessageResult.ACK]
             known = {id(message) for message, _ in decided}
             undecided = [message for message in collector.messages if id(message) not in known]
-        committed = self._committed
-        if committed:
+        if self._committed:
+            committed = {
+                id(message): result
+                for pairs in self._committed
+                for message, result in zip(*pairs, strict=True)
+            }
             decided += [(each, committed[id(each)]) for each in undecided if id(each) in committed]
             undecided = [each for each in undecided if id(each) not in committed]
         self._add_results(decided)

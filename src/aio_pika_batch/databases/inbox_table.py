@@ -46,13 +46,14 @@ CREATE INDEX IF NOT EXISTS {index} ON {table} USING brin (claimed_at);
 END $$""",
     # Nearly always there are none to return, which spares the driver a row for each message.
     claim="""WITH inserted AS (INSERT INTO {table} (consumer, message_id)
-SELECT CAST(:consumer AS text), id FROM unnest(CAST(:ids AS text[])) AS id ORDER BY id COLLATE "C"
+SELECT CAST(:consumer AS text), id FROM {each} AS ids(id) ORDER BY id COLLATE "C"
 ON CONFLICT DO NOTHING RETURNING message_id)
-SELECT id FROM unnest(CAST(:ids AS text[])) AS id
+SELECT id FROM {each} AS ids(id)
 WHERE NOT EXISTS (SELECT FROM inserted WHERE message_id = id)""",
     returns_present=True,
+    # In an array, so that each of them is looked up in the index.
     release="""DELETE FROM {table}
-WHERE consumer = :consumer AND message_id = ANY(CAST(:ids AS text[]))""",
+WHERE consumer = :consumer AND message_id = ANY(ARRAY(SELECT {each}))""",
     prune="""DELETE FROM {table} WHERE consumer = :consumer
 AND claimed_at < now() - make_interval(secs => CAST(:seconds AS double precision))""",
 )
@@ -99,6 +100,9 @@ AND claimed_at < {now} - CAST(:seconds AS REAL)""",
 )
 
 _PIECES = {
+    # Drivers take ten times as long to encode an array. The inner cast avoids a codec for JSON that
+    # the user may have set.
+    "{each}": "json_array_elements_text(CAST(CAST(:ids AS text) AS json))",
     "{ids}": (
         "JSON_TABLE(:ids, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS ids"
     ),
@@ -143,7 +147,7 @@ class InboxTable:
     async def insert(self, connection: DatabaseConnection, ids: Sequence[str]) -> set[str]:
         """Insert the ids that aren't in the table, and return those that were there before."""
         statements = self._statements[connection.database]
-        parameters = self._parameters(connection, ids)
+        parameters = self._parameters(ids)
         if statements.inserted is None:
             rows = await connection.fetch(statements.claim, parameters)
         else:
@@ -151,7 +155,7 @@ class InboxTable:
             await connection.execute(statements.claim, parameters)
             rows = await connection.fetch(statements.inserted, parameters)
         found = {row[0].decode() if isinstance(row[0], bytes) else row[0] for row in rows}
-        if not found.issubset(ids):
+        if found and not found.issubset(ids):
             # The user's connection converts text. Messages would be dropped or handled again if
             # their ids weren't recognised.
             raise ConfigurationError("the connection returns other ids than it was given")
@@ -161,17 +165,16 @@ class InboxTable:
         """Delete these ids."""
         if ids:
             sql = self._statements[connection.database].release
-            await connection.execute(sql, self._parameters(connection, ids))
+            await connection.execute(sql, self._parameters(ids))
 
     async def prune(self, connection: DatabaseConnection, seconds: float) -> int:
         """Delete the claims that are older than this, and return their number."""
         sql = self._statements[connection.database].prune
         return await connection.execute(sql, {"consumer": self._consumer, "seconds": seconds})
 
-    def _parameters(self, connection: DatabaseConnection, ids: Sequence[str]) -> dict[str, object]:
+    def _parameters(self, ids: Sequence[str]) -> dict[str, object]:
         # JSON in ASCII doesn't depend on the character set of a connection to MySQL.
-        has_arrays = connection.database is Database.POSTGRESQL
-        return {"consumer": self._consumer, "ids": ids if has_arrays else json.dumps(ids)}
+        return {"consumer": self._consumer, "ids": json.dumps(ids)}
 
 
 def _fill(statements: _Statements, names: Mapping[str, str]) -> _Statements:

@@ -52,6 +52,8 @@ class _Statements:
 
 
 _PIECES = {
+    # Drivers take ten times as long to encode an array.
+    "{array}": "CAST(translate(CAST(:ids AS text), '[]', '{}') AS bigint[])",
     "{columns}": "id, message_id, exchange, routing_key, body, properties, order_key",
     "{due}": "(retry_at IS NULL OR retry_at <= {now})",
     # A row that waits for another attempt holds up all later rows with the same key.
@@ -94,10 +96,10 @@ CREATE TABLE IF NOT EXISTS {table}_lanes (lane smallint PRIMARY KEY);
 INSERT INTO {table}_lanes SELECT generate_series(0, {last_lane}) ON CONFLICT DO NOTHING;
 END $$""",
     ),
-    delete="DELETE FROM {table} WHERE id = ANY(CAST(:ids AS bigint[]))",
+    delete="DELETE FROM {table} WHERE id = ANY({array})",
     postpone="""UPDATE {table} SET attempts = attempts + 1,
 retry_at = now() + power(2, least(attempts, 8)) * interval '1 second'
-WHERE id = ANY(CAST(:ids AS bigint[]))""",
+WHERE id = ANY({array})""",
     lock=" FOR UPDATE SKIP LOCKED",
     lanes="""SELECT lane FROM {table}_lanes AS lanes
 WHERE EXISTS (SELECT 1 FROM {table} AS waiting WHERE waiting.lane = lanes.lane)
@@ -276,12 +278,12 @@ class OutboxTable:
     async def delete(self, connection: DatabaseConnection, ids: Sequence[int]) -> None:
         """Delete rows that were published."""
         prepared = self._prepare(connection.database)
-        await connection.execute(prepared.delete, _ids(connection, ids))
+        await connection.execute(prepared.delete, {"ids": json.dumps(ids)})
 
     async def postpone(self, connection: DatabaseConnection, ids: Sequence[int]) -> None:
         """Let rows wait for another attempt: for 1 s, then twice as long each time, up to 256 s."""
         prepared = self._prepare(connection.database)
-        await connection.execute(prepared.postpone, _ids(connection, ids))
+        await connection.execute(prepared.postpone, {"ids": json.dumps(ids)})
 
     def _prepare(self, database: Database) -> _Prepared:
         found = self._prepared.get(database)
@@ -313,7 +315,3 @@ class _Prepared:
     begin: str | None
     lanes: str | None
     lease: str | None
-
-
-def _ids(connection: DatabaseConnection, ids: Sequence[int]) -> Parameters:
-    return {"ids": ids if connection.database is Database.POSTGRESQL else json.dumps(ids)}

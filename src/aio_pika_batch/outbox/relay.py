@@ -64,9 +64,9 @@ class OutboxRelay(BaseConsumer[OutboxRelaySettings]):
 
     async def _publish(self, messages: Sequence[Message]) -> AsyncIterator[Result]:
         rows = cast("Sequence[Row]", messages)
-        outcomes = await self._source.publish(rows)
+        await self._source.publish(rows)
         for row in rows:
-            is_confirmed = outcomes.get(row.delivery_tag) is Outcome.CONFIRMED
+            is_confirmed = row.outcome is Outcome.CONFIRMED
             yield MessageResult.ACK if is_confirmed else MessageResult.REQUEUE_IMMEDIATE
 
     def _process(self) -> Process:

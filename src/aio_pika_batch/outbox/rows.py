@@ -19,11 +19,12 @@ from aio_pika_batch.core.message import (
     Message,
     Properties,
 )
-from aio_pika_batch.core.publication import Copy, Publication
+from aio_pika_batch.core.publication import Copy, Outcome, Publication
 from aio_pika_batch.databases.connections import Parameters
 from aio_pika_batch.databases.outbox_table import lane_of
 
 _DEFAULTS = Properties(delivery_mode=2)
+_FAILED = (Outcome.RETURNED, Outcome.REFUSED, Outcome.UNPUBLISHABLE)
 _STORED = tuple(
     each.name for each in fields(Properties) if each.name not in ("message_id", "undecodable")
 )
@@ -44,6 +45,8 @@ def row_of(publication: Publication, key: str | None) -> Parameters:
         for name in _STORED
         if (value := getattr(properties, name)) != getattr(_DEFAULTS, name)
     }
+    if properties.headers:
+        more["headers"] = _escape(properties.headers)
     if not publication.mandatory:
         more["mandatory"] = False
     return {
@@ -63,20 +66,32 @@ class Row(Message):
     Attributes:
         row_id: Its key in the table.
         key: Rows with the same key keep their order; None if there is no order.
-        has_failed: Whether it was published and not confirmed.
+        outcome: Of its last publication in this session; None if it wasn't published.
     """
 
-    __slots__ = ("_message_id", "_stored", "has_failed", "key", "row_id")
+    __slots__ = ("_message_id", "_stored", "key", "outcome", "row_id")
 
     def __init__(self, source: DecodedSource, tag: int, columns: Sequence[Any]) -> None:
-        row_id, message_id, exchange, routing_key, body, stored, key = columns
+        # What `Message` does, without another call: one is created for each publication.
+        row_id, message_id, exchange, routing_key, self.body, stored, key = columns
+        self._source = source
+        self.delivery_tag = tag
+        self.redelivered = False
+        self._route = exchange, routing_key
         # All that is known of its properties is in `_stored`, and read on demand.
-        super().__init__(source, tag, False, body, (exchange, routing_key), _DEFAULTS)  # noqa: FBT003  -- as for any delivery
+        self._properties = _DEFAULTS
+        self._read = None
         self.row_id: int = row_id
         self.key: str | bytes | None = key
-        self.has_failed = False
+        self.outcome: Outcome | None = None
         self._message_id: str = message_id
         self._stored: str | None = stored
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it was published and not confirmed."""
+        # Unknown is the fault of the connection: it isn't an attempt of this row.
+        return self.outcome in _FAILED
 
     @property
     def outgoing(self) -> RowCopy:
@@ -85,18 +100,18 @@ class Row(Message):
         Raises:
             ValueError, TypeError, AttributeError: The row was changed by hand, and isn't valid.
         """
-        exchange, routing_key = self._decoded_route()
         if self._stored is None:
-            self._read = Properties(message_id=self._message_id, delivery_mode=2)
-            return RowCopy(self, exchange, routing_key, NO_HEADERS)
-        more = {"delivery_mode": 2, **json.loads(self._stored, object_hook=_decode)}
+            return RowCopy(self, mandatory=True)
+        more = {"delivery_mode": 2, **_JSON.decode(self._stored)}
         mandatory = more.pop("mandatory", True)
         self._read = Properties(message_id=self._message_id, **more)
-        return RowCopy(self, exchange, routing_key, NO_HEADERS, mandatory=mandatory)
+        return RowCopy(self, mandatory=mandatory)
 
     @property
     def properties(self) -> Properties:
         """All properties as values."""
+        if self._stored is None:
+            return Properties(message_id=self._message_id, delivery_mode=2)
         if not isinstance(self._read, Properties):
             _ = self.outgoing
         found: Any = self._read
@@ -113,10 +128,31 @@ class RowCopy(Copy):
 
     __slots__ = ()
 
+    def __init__(self, row: Row, *, mandatory: bool) -> None:
+        self.message = row
+        self.exchange, self.routing_key = row._decoded_route()  # noqa: SLF001  -- as above
+        self.mandatory = mandatory
+
+    # The same for all rows, so they take no time.
+    add = NO_HEADERS
+    drop = frozenset[str]()
+    keep_expiration = True
+    expiration = None
+    spare = ()
+    may_omit = False
+
     @property
     def properties(self) -> Properties:
         """Those of the row."""
         return self.message.properties
+
+
+def _escape(value: Any) -> Any:  # noqa: ANN401  -- a header's value, or more of them
+    """Double the `$` of a name that `_decode` would take for a type."""
+    if isinstance(value, Mapping):
+        is_like_type = len(value) == 1 and str(*value).startswith("$")
+        return {f"${name}" if is_like_type else name: _escape(each) for name, each in value.items()}
+    return list(map(_escape, value)) if isinstance(value, list | tuple) else value
 
 
 def _encode(value: object) -> object:
@@ -128,8 +164,6 @@ def _encode(value: object) -> object:
             return {"$datetime": value.isoformat()}
         case Decimal():
             return {"$decimal": str(value)}
-        case Mapping():
-            return dict(value)
         case _:
             raise TypeError(f"{type(value).__name__} cannot be stored in an outbox")
 
@@ -147,4 +181,9 @@ def _decode(found: dict[str, Any]) -> Any:  # noqa: ANN401  -- a header's value,
         decode = _DECODERS.get(name)
         if decode is not None:
             return decode(text)
+        if name.startswith("$$"):
+            return {name[1:]: text}
     return found
+
+
+_JSON = json.JSONDecoder(object_hook=_decode)

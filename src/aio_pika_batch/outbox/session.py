@@ -11,7 +11,7 @@ import functools
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
@@ -176,7 +176,7 @@ class OutboxSession:
         acked: list[int] = []
         failed: list[int] = []
         for each in settlements:
-            settled = [self._rows[tag] for tag in each.tags]
+            settled = map(self._rows.__getitem__, each.tags)
             if each.disposition is Disposition.ACK:
                 acked += [row.row_id for row in settled]
             else:
@@ -191,52 +191,46 @@ class OutboxSession:
 
     # -- for the relay ----------------------------------------------------------------------------
 
-    async def publish(self, rows: Sequence[Row]) -> dict[int, Outcome]:
-        """Publish rows, and return the outcome of each by its delivery tag.
+    async def publish(self, rows: Sequence[Row]) -> None:
+        """Publish rows, and set the outcome of each.
 
         Rows with a key are published one after another, each once the one before is confirmed. A
         row whose predecessor isn't confirmed has no outcome.
         """
-        outcomes: dict[int, Outcome] = {}
+        for row in rows:
+            row.outcome = None
         blocked: set[str | bytes | None] = set()
         for wave in _waves(rows):
-            due = [row for row in wave if row.key not in blocked] if blocked else wave
-            outcomes.update(await self._publish_wave(due))
-            for row in wave:
-                outcome = outcomes.get(row.delivery_tag)
-                if outcome is not Outcome.CONFIRMED:
-                    if row.key is not None:
-                        blocked.add(row.key)
-                    # Unknown is the fault of the connection: it isn't an attempt of this row.
-                    row.has_failed = outcome in (Outcome.RETURNED, Outcome.REFUSED)
+            await self._publish_wave([row for row in wave if row.key not in blocked])
             if not self._publisher.is_open:
                 break
-        failed = [row for row in rows if row.has_failed]
+            for row in wave:
+                if row.key is not None and row.outcome is not Outcome.CONFIRMED:
+                    blocked.add(row.key)
+        failed = [row for row in rows if row.outcome is not Outcome.CONFIRMED and row.has_failed]
         if failed:
             _log.warning(
                 "publications are not confirmed; they are published again later",
                 rows=len(failed),
                 exchange=failed[0].exchange,
                 routing_key=failed[0].routing_key,
-                outcome=outcomes[failed[0].delivery_tag].value,
+                outcome=failed[0].outcome and failed[0].outcome.value,
             )
-        return outcomes
 
-    async def _publish_wave(self, rows: Sequence[Row]) -> Iterable[tuple[int, Outcome]]:
-        tags: list[int] = []
+    async def _publish_wave(self, rows: Sequence[Row]) -> None:
+        sent: list[Row] = []
         copies: list[RowCopy] = []
-        invalid: list[tuple[int, Outcome]] = []
         for row in rows:
             try:
                 copies.append(row.outgoing)
             except (AttributeError, TypeError, ValueError) as error:
                 # It stays: deleting it could lose what can still be corrected.
                 _log.error("a row of the outbox is invalid", id=row.row_id, error=error)
-                invalid.append((row.delivery_tag, Outcome.REFUSED))
+                row.outcome = Outcome.REFUSED
             else:
-                tags.append(row.delivery_tag)
-        found = await self._publisher.publish(copies)
-        return [*zip(tags, found, strict=True), *invalid]
+                sent.append(row)
+        for row, outcome in zip(sent, await self._publisher.publish(copies), strict=True):
+            row.outcome = outcome
 
     # -- inside -----------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, TypeAlias
@@ -65,9 +65,9 @@ class HandlerContext:
         """Note that they are committed, or rolled back."""
         self._transactions -= 1
 
-    def commit(self, results: Iterable[tuple[Message, Result]]) -> None:
+    def commit(self, messages: Sequence[Message], results: Sequence[Result]) -> None:
         """Give the results of a committed transaction, which no failure of the handler changes."""
-        self._batch_run.commit(results)
+        self._batch_run.commit(messages, results)
 
     def dropped(self, inbox: str, messages: Sequence[Message]) -> None:
         """Tell observers that messages have taken effect before."""

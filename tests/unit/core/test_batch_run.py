@@ -363,7 +363,7 @@ def test_a_failure_leaves_committed_results_alone(cause):
     """What the handler yielded itself counts before them."""
     batch_run, collector = BatchRun(PLAIN), ResultCollector(some_messages(4))
     first, second, third, fourth = collector.messages
-    batch_run.commit([(first, ACK), (second, ACK), (third, NACK)])
+    batch_run.commit([first, second, third], [ACK, ACK, NACK])
     collector.accept(REQUEUE)
     batch_run.record_run(collector, KeyError(), cause)
 
@@ -376,7 +376,7 @@ def test_a_failure_leaves_committed_results_alone(cause):
 def test_committed_acks_of_an_atomic_batch_stay():
     """Those that were only yielded do not."""
     batch_run, collector = BatchRun(ATOMIC), ResultCollector(some_messages(2))
-    batch_run.commit([(collector.messages[1], ACK)])
+    batch_run.commit([collector.messages[1]], [ACK])
     collector.accept(ACK)
     collector.accept(ACK)
     batch_run.record_run(collector, KeyError(), Cause.EXCEPTION)

@@ -196,16 +196,35 @@ def decode_headers(raw: bytes) -> dict[str, Any] | None:
     return read_table(raw, start, end) if end else None
 
 
+@lru_cache(maxsize=256)  # as above
+def _before_message_id(flags: int) -> tuple[int, ...]:
+    """Return the types of the properties before the message id."""
+    return tuple(kind for flag, _, kind in _announced(flags) if flag > MESSAGE_ID_FLAG)
+
+
 def decode_message_id(raw: bytes) -> str | None:
     """Read only the message id of a property list; None without one.
 
     Raises:
         ValueError: It cannot be read.
     """
-    # An inbox needs nothing else of a message. Decoding all properties takes several times as long.
-    flags = int.from_bytes(raw[:2], "big") if len(raw) >= FLAGS.size else UNDEFINED_FLAGS
-    if not flags & (MESSAGE_ID_FLAG | UNDEFINED_FLAGS):
-        return None
+    # An inbox needs nothing else. So this finds what `fields` would, but skips the rest.
+    try:
+        flags = raw[0] << 8 | raw[1]
+        if not flags & UNDEFINED_FLAGS:
+            if not flags & MESSAGE_ID_FLAG:
+                return None
+            at = 2
+            for kind in _before_message_id(flags):
+                if kind == SHORT:
+                    at += 1 + raw[at]
+                else:
+                    at += 1 if kind == OCTET else 4 + LENGTH.unpack_from(raw, at)[0]
+            end = at + 1 + raw[at]
+            if end <= len(raw):
+                return raw[at + 1 : end].decode()
+    except (IndexError, struct.error):
+        pass
     for flag, _, _, start, end in fields(raw):
         if flag == MESSAGE_ID_FLAG:
             return raw[start + 1 : end].decode()
