@@ -115,8 +115,8 @@ EXACTLY_ONCE = (
     Mutant(
         "A publication gets another id each time it is published.",
         "outbox/rows.py",
-        "return Properties(message_id=self._message_id, delivery_mode=2)",
-        "return Properties(message_id=uuid.uuid4().hex, delivery_mode=2)",
+        "mandatory, template, self._message_id)",
+        "mandatory, template, uuid.uuid4().hex)",
         (f"{_INBOX}/test_outbox.py",),
     ),
 )

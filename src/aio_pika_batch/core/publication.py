@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import TypeAlias, assert_never
 
-from aio_pika_batch.core.message import SHORT_STRING, Headers, Message, Properties
+from aio_pika_batch.core.message import NO_HEADERS, SHORT_STRING, Headers, Message, Properties
 
 DIRECT_REPLY_TO = "amq.rabbitmq.reply-to."
 """How the addresses of RabbitMQ's direct reply-to begin."""
@@ -146,6 +146,46 @@ class Copy:
             expiration=was.expiration if self.keep_expiration else self.expiration,
             undecodable={},
         )
+
+
+class TemplateCopy(Copy):
+    """A copy that has the properties of a template, and a message id of its own.
+
+    Many copies share a template, so that a transport can encode it once. Nobody changes it.
+    """
+
+    __slots__ = ("message_id", "template")
+
+    # The same for all of them, so it isn't set for each.
+    add = NO_HEADERS
+    drop = frozenset[str]()
+    keep_expiration = True
+    expiration = None
+    spare = ()
+    may_omit = False
+
+    def __init__(  # noqa: PLR0917  -- positional: one is created for each publication of an outbox
+        self,
+        message: Message,
+        exchange: str,
+        routing_key: str,
+        mandatory: bool,  # noqa: FBT001
+        template: Properties,
+        message_id: str,
+    ) -> None:
+        self.message = message
+        self.exchange = exchange
+        self.routing_key = routing_key
+        self.mandatory = mandatory
+        self.template = template
+        self.message_id = message_id
+
+    @property
+    def properties(self) -> Properties:
+        """The properties of the template, with the id."""
+        headers = self.template.headers
+        headers = None if headers is None else dict(headers)
+        return replace(self.template, headers=headers, message_id=self.message_id)
 
 
 Outgoing: TypeAlias = Publication | Copy

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, cast
+from functools import lru_cache
+from typing import Any
 
 from aio_pika_batch.core.message import (
     NO_HEADERS,
@@ -19,7 +20,7 @@ from aio_pika_batch.core.message import (
     Message,
     Properties,
 )
-from aio_pika_batch.core.publication import Copy, Outcome, Publication
+from aio_pika_batch.core.publication import Outcome, Publication, TemplateCopy
 from aio_pika_batch.databases.connections import Parameters
 from aio_pika_batch.databases.outbox_table import lane_of
 
@@ -78,7 +79,7 @@ class Row(Message):
         self.delivery_tag = tag
         self.redelivered = False
         self._route = exchange, routing_key
-        # All that is known of its properties is in `_stored`, and read on demand.
+        # Unused: its properties are in `_stored`, and read on demand.
         self._properties = _DEFAULTS
         self._read = None
         self.row_id: int = row_id
@@ -94,28 +95,19 @@ class Row(Message):
         return self.outcome in _FAILED
 
     @property
-    def outgoing(self) -> RowCopy:
+    def outgoing(self) -> TemplateCopy:
         """What is published.
 
         Raises:
             ValueError, TypeError, AttributeError: The row was changed by hand, and isn't valid.
         """
-        if self._stored is None:
-            return RowCopy(self, mandatory=True)
-        more = {"delivery_mode": 2, **_JSON.decode(self._stored)}
-        mandatory = more.pop("mandatory", True)
-        self._read = Properties(message_id=self._message_id, **more)
-        return RowCopy(self, mandatory=mandatory)
+        template, mandatory = _read(self._stored)
+        return TemplateCopy(self, *self._decoded_route(), mandatory, template, self._message_id)
 
     @property
     def properties(self) -> Properties:
         """All properties as values."""
-        if self._stored is None:
-            return Properties(message_id=self._message_id, delivery_mode=2)
-        if not isinstance(self._read, Properties):
-            _ = self.outgoing
-        found: Any = self._read
-        return cast("Properties", found)
+        return self.outgoing.properties
 
     @property
     def headers(self) -> Headers:
@@ -123,28 +115,13 @@ class Row(Message):
         return self.properties.headers or NO_HEADERS
 
 
-class RowCopy(Copy):
-    """A row to be published, with the properties that it has."""
-
-    __slots__ = ()
-
-    def __init__(self, row: Row, *, mandatory: bool) -> None:
-        self.message = row
-        self.exchange, self.routing_key = row._decoded_route()  # noqa: SLF001  -- as above
-        self.mandatory = mandatory
-
-    # The same for all rows, so they take no time.
-    add = NO_HEADERS
-    drop = frozenset[str]()
-    keep_expiration = True
-    expiration = None
-    spare = ()
-    may_omit = False
-
-    @property
-    def properties(self) -> Properties:
-        """Those of the row."""
-        return self.message.properties
+@lru_cache(maxsize=64)  # the rows of a program have the same few texts
+def _read(stored: str | None) -> tuple[Properties, bool]:
+    """Return the properties of a row, without its id, and whether it is mandatory."""
+    more = {} if stored is None else _JSON.decode(stored)
+    more = {"delivery_mode": 2, "mandatory": True, **more}
+    mandatory = more.pop("mandatory")
+    return Properties(**more), mandatory
 
 
 def _escape(value: Any) -> Any:  # noqa: ANN401  -- a header's value, or more of them

@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from typing import Any, TypeAlias
 
 from aio_pika_batch.core.message import DecodedSource, Message
-from aio_pika_batch.core.publication import Outcome
+from aio_pika_batch.core.publication import Outcome, TemplateCopy
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import Topology
 from aio_pika_batch.databases.connections import DatabaseConnection, adapt
@@ -33,7 +33,7 @@ from aio_pika_batch.errors import (
     TransportError,
 )
 from aio_pika_batch.logs import KeywordLogger, format_error
-from aio_pika_batch.outbox.rows import Row, RowCopy
+from aio_pika_batch.outbox.rows import Row
 from aio_pika_batch.transport import Publisher, Session, Subscription, Transport
 
 Connect: TypeAlias = Callable[[], AbstractAsyncContextManager[Any] | Awaitable[Any]]
@@ -219,7 +219,7 @@ class OutboxSession:
 
     async def _publish_wave(self, rows: Sequence[Row]) -> None:
         sent: list[Row] = []
-        copies: list[RowCopy] = []
+        copies: list[TemplateCopy] = []
         for row in rows:
             try:
                 copies.append(row.outgoing)

@@ -258,7 +258,12 @@ def encode_short(name: str, text: str) -> bytes:
     Raises:
         PublishError: The text is too long.
     """
-    data = encode_text(text)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        data = encode_text(text)
+    except AttributeError as error:
+        raise PublishError(f"{name} cannot be {text!r}: it isn't a str") from error
     if len(data) > SHORT_STRING:
         raise PublishError(f"{name} has {len(data)} bytes in UTF-8; AMQP allows {SHORT_STRING}")
     return bytes((len(data),)) + data
@@ -266,9 +271,9 @@ def encode_short(name: str, text: str) -> bytes:
 
 # These differ from message to message. The others are mostly the same, and are encoded once. Each
 # getter is one call, because a publisher encodes the properties of every message.
-_VARYING = ("headers", "correlation_id", "message_id", "timestamp")
+_VARYING = ("headers", "correlation_id", "timestamp")
 _varying = attrgetter(*_VARYING)
-_CONSTANT = tuple(each for each in PROPERTIES if each[1] not in _VARYING)
+_CONSTANT = tuple(each for each in PROPERTIES if each[1] not in (*_VARYING, "message_id"))
 _constant = attrgetter(*(name for _, name, _ in _CONSTANT))
 
 
@@ -278,7 +283,16 @@ def encode(properties: Properties) -> bytes:
     Raises:
         PublishError: AMQP has no type for the value of a property or a header. The text names it.
     """
-    headers, correlation_id, message_id, timestamp = _varying(properties)
+    message_id = properties.message_id
+    before, after = encode_around_id(properties, has_id=message_id is not None)
+    if message_id is None:
+        return before + after
+    return before + encode_short("message_id", message_id) + after
+
+
+def encode_around_id(properties: Properties, *, has_id: bool = True) -> tuple[bytes, bytes]:
+    """Return the bytes of a property list before and after its message id. Raises as `encode`."""
+    headers, correlation_id, timestamp = _varying(properties)
     try:
         flags, data, before_correlation_id, before_message_id, last = _encode_constant(
             *_constant(properties)
@@ -291,13 +305,12 @@ def encode(properties: Properties) -> bytes:
             flags |= CORRELATION_ID_FLAG
             data += encode_short("correlation_id", correlation_id)
         data += before_message_id
-        if message_id is not None:
+        if has_id:
             flags |= MESSAGE_ID_FLAG
-            data += encode_short("message_id", message_id)
         if timestamp is not None:
             flags |= TIMESTAMP_FLAG
-            data += SECONDS.pack(to_seconds(timestamp))
-        return FLAGS.pack(flags) + data + last
+            last = SECONDS.pack(to_seconds(timestamp)) + last
+        return FLAGS.pack(flags) + data, last
     except _INVALID as error:
         for _, name, kind in PROPERTIES:
             value = getattr(properties, name)

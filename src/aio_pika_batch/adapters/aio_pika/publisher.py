@@ -65,10 +65,15 @@ from aio_pika_batch.adapters.aio_pika.frame_fastpath import (
     pack_content,
     pack_publish,
 )
-from aio_pika_batch.adapters.aio_pika.properties import encode, splice
+from aio_pika_batch.adapters.aio_pika.properties import (
+    encode,
+    encode_around_id,
+    encode_short,
+    splice,
+)
 from aio_pika_batch.adapters.aio_pika.tables import encode_text
 from aio_pika_batch.core.fitting import fit
-from aio_pika_batch.core.publication import Copy, Outcome
+from aio_pika_batch.core.publication import Copy, Outcome, Publication, TemplateCopy
 from aio_pika_batch.core.refusals import refusal_error
 from aio_pika_batch.errors import BrokerUnavailable, PublishError, SessionClosed
 
@@ -79,6 +84,7 @@ if TYPE_CHECKING:
 
     from aio_pika_batch.adapters.aio_pika.events import Event
     from aio_pika_batch.adapters.aio_pika.url import Address
+    from aio_pika_batch.core.message import Properties
     from aio_pika_batch.core.publication import Outgoing
     from aio_pika_batch.transport import Endpoint
 
@@ -86,6 +92,9 @@ _log = logging.getLogger("aio_pika_batch.publisher")
 
 GROUP_BYTES = 1 << 20
 """Bytes of bodies that are packed at a time: many large messages need not be in memory twice."""
+
+MOST_TEMPLATES = 64
+"""Templates that are kept encoded."""
 
 AT_ONCE = 200
 """Publications of one call that are in flight at a time on the plain wire. Each is a task."""
@@ -120,6 +129,7 @@ class AioPikaPublisher:
         self._frame_max = self._largest_properties = 0
         self._tracker = ConfirmTracker()
         self._confirmed_at = self._loop.time()
+        self._templates: dict[int, tuple[bytes, bytes, Properties]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_open = False
         self._is_closed = False
@@ -249,16 +259,29 @@ class AioPikaPublisher:
         )
 
     def _properties(self, publication: Outgoing) -> bytes:
-        if not isinstance(publication, Copy):
+        if isinstance(publication, Publication):
             return encode(publication.properties)
+        if isinstance(publication, TemplateCopy):
+            template = publication.template
+            found = self._templates.get(id(template)) or self._encode_template(template)
+            return found[0] + encode_short("message_id", publication.message_id) + found[1]
         raw = publication.message.raw_properties
         if raw is not None:
             return splice(raw, publication, self._user)
+        return encode(self._own_user(publication.properties))
+
+    def _own_user(self, values: Properties) -> Properties:
         # The broker closes the channel if a user_id is not the connection's.
-        values = publication.properties
-        if values.user_id is not None and values.user_id != self._connection.address.user:
-            values = replace(values, user_id=None)
-        return encode(values)
+        is_foreign = values.user_id not in (None, self._connection.address.user)
+        return replace(values, user_id=None) if is_foreign else values
+
+    def _encode_template(self, template: Properties) -> tuple[bytes, bytes, Properties]:
+        if len(self._templates) >= MOST_TEMPLATES:
+            self._templates.clear()
+        found = (*encode_around_id(self._own_user(template)), template)
+        # With the template itself, so that no other one gets its id.
+        self._templates[id(template)] = found
+        return found
 
     # --- sending -------------------------------------------------------------------
 
