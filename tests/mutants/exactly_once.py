@@ -113,10 +113,24 @@ EXACTLY_ONCE = (
         (f"{_INBOX}/test_outbox.py",),
     ),
     Mutant(
+        "A row that can't be encoded is published again without a pause.",
+        "outbox/rows.py",
+        "_FAILED = (Outcome.RETURNED, Outcome.REFUSED, Outcome.UNPUBLISHABLE)",
+        "_FAILED = (Outcome.RETURNED, Outcome.REFUSED)",
+        (f"{_INBOX}/test_outbox.py",),
+    ),
+    Mutant(
+        "A header whose only name begins with a dollar sign comes back as another value.",
+        "outbox/rows.py",
+        'is_like_type = len(value) == 1 and str(*value).startswith("$")',
+        "is_like_type = False",
+        (f"{_INBOX}/test_outbox.py",),
+    ),
+    Mutant(
         "A publication gets another id each time it is published.",
         "outbox/rows.py",
-        "mandatory, template, self._message_id)",
-        "mandatory, template, uuid.uuid4().hex)",
+        "mandatory, template, self._message_id\n",
+        "mandatory, template, uuid.uuid4().hex\n",
         (f"{_INBOX}/test_outbox.py",),
     ),
 )

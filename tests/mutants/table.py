@@ -156,6 +156,13 @@ WIRE = (
         (f"{_UNIT}/test_frame_tap.py",),
     ),
     Mutant(
+        "A property of a wrong type is sent, because an equal one was encoded before.",
+        f"{_WIRE}/properties.py",
+        "@lru_cache(maxsize=256, typed=True)",
+        "@lru_cache(maxsize=256)",
+        (f"{_UNIT}/test_properties.py",),
+    ),
+    Mutant(
         "A property that cannot be decoded affects other messages.",
         f"{_WIRE}/properties.py",
         "            except UnicodeDecodeError as error:\n                undecodable[name] = f",

@@ -171,7 +171,8 @@ class OutboxSession:
         if self._has_ended:
             raise SessionClosed("the session with the outbox has ended")
         tags = [tag for each in settlements for tag in each.tags]
-        if len(set(tags)) < len(tags) or not self._rows.keys() >= set(tags):
+        settled_tags = set(tags)
+        if len(settled_tags) < len(tags) or not self._rows.keys() >= settled_tags:
             raise SettlementError("a row was settled twice, or never delivered")
         acked: list[int] = []
         failed: list[int] = []
@@ -201,7 +202,8 @@ class OutboxSession:
             row.outcome = None
         blocked: set[str | bytes | None] = set()
         for wave in _waves(rows):
-            await self._publish_wave([row for row in wave if row.key not in blocked])
+            due = [row for row in wave if row.key not in blocked] if blocked else wave
+            await self._publish_wave(due)
             if not self._publisher.is_open:
                 break
             for row in wave:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aio_pika_batch import ConfigurationError, Publication
@@ -96,6 +96,15 @@ async def test_an_invalid_row_stays_and_holds_nothing_up(outbox, path, connectio
     assert "a row of the outbox is invalid" in caplog.text
 
 
+async def test_a_row_that_cannot_be_encoded_is_tried_later(outbox, path, connection, rabbit):
+    """Its headers don't fit into a frame. It stays, and the relay isn't busy with it."""
+    await add(outbox, connection, b"0", headers={"x": "y" * 200_000})
+    async with relay(outbox, path, rabbit):
+        await asyncio.sleep(1)
+        [row] = await connection.execute_fetchall("SELECT attempts FROM aio_pika_batch_outbox")
+        assert (1,) == tuple(row)
+
+
 async def test_a_lost_broker_costs_no_row_an_attempt(outbox, path, connection, rabbit):
     """The relay's worker waits for it, and observers see that."""
     recorder = EventRecorder()
@@ -158,6 +167,8 @@ values = st.recursive(
 
 
 @given(st.dictionaries(st.text(), values, max_size=4) | st.none(), st.none() | st.text(max_size=20))
+@example({"$decimal": "1"}, None)
+@example({"$$": {"$bytes": ["$x", {"$": None}]}}, None)
 def test_a_row_is_what_was_published(headers, key):
     """Whatever its headers have."""
     publication = Publication(

@@ -252,6 +252,9 @@ def decode_route(raw: bytes) -> tuple[str, str]:
     return exchange.decode(errors="surrogateescape"), routing_key.decode(errors="surrogateescape")
 
 
+_LENGTHS = [bytes((length,)) for length in range(SHORT_STRING + 1)]
+
+
 def encode_short(name: str, text: str) -> bytes:
     """Return the bytes of a short string.
 
@@ -264,9 +267,11 @@ def encode_short(name: str, text: str) -> bytes:
         data = encode_text(text)
     except AttributeError as error:
         raise PublishError(f"{name} cannot be {text!r}: it isn't a str") from error
-    if len(data) > SHORT_STRING:
-        raise PublishError(f"{name} has {len(data)} bytes in UTF-8; AMQP allows {SHORT_STRING}")
-    return bytes((len(data),)) + data
+    try:
+        return _LENGTHS[len(data)] + data
+    except IndexError:
+        msg = f"{name} has {len(data)} bytes in UTF-8; AMQP allows {SHORT_STRING}"
+        raise PublishError(msg) from None
 
 
 # These differ from message to message. The others are mostly the same, and are encoded once. Each

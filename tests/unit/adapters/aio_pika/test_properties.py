@@ -22,6 +22,7 @@ from aio_pika_batch.adapters.aio_pika.properties import (
     decode_message_id,
     decode_route,
     encode,
+    encode_around_id,
     encode_short,
 )
 from aio_pika_batch.core.message import Message, Properties
@@ -199,6 +200,24 @@ def test_a_value_that_cannot_be_encoded_is_named(wrong: dict[str, Any], why: str
     """Before anything is sent."""
     with pytest.raises(PublishError, match=why):
         encode(Properties(**wrong))
+
+
+@pytest.mark.parametrize("wrong", [3.0, {3}])
+def test_a_value_is_refused_although_an_equal_one_was_encoded(wrong: Any) -> None:
+    """What is encoded once is kept by type; what can't be kept is refused as before."""
+    encode(Properties(priority=3))
+
+    with pytest.raises(PublishError, match=re.escape(f"priority cannot be {wrong}")):
+        encode(Properties(priority=wrong))
+
+
+@given(properties, st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
+def test_copies_of_a_template_differ_in_their_id(template: Properties, message_id: str) -> None:
+    """Its bytes stand around the id, whatever else there is."""
+    before, after = encode_around_id(template)
+
+    expected = encode(replace(template, message_id=message_id))
+    assert expected == before + encode_short("message_id", message_id) + after
 
 
 def test_the_defaults_of_a_publication() -> None:
