@@ -70,22 +70,17 @@ class Row(Message):
         outcome: Of its last publication in this session; None if it wasn't published.
     """
 
-    __slots__ = (
-        "_message_id",
-        "_stored",
-        "exchange",
-        "key",
-        "outcome",
-        "routing_key",
-        "row_id",
-    )
+    __slots__ = ("_message_id", "_stored", "key", "outcome", "row_id")
+
+    _route: tuple[str, str]
 
     def __init__(self, source: DecodedSource, tag: int, columns: Sequence[Any]) -> None:
         # What `Message` does, without another call: one is created for each publication.
-        row_id, message_id, self.exchange, self.routing_key, self.body, stored, key = columns
+        row_id, message_id, exchange, routing_key, self.body, stored, key = columns
         self._source = source
         self.delivery_tag = tag
         self.redelivered = False
+        self._route = exchange, routing_key
         # Its properties are in `_stored`, and read on demand.
         self._properties = _DEFAULTS
         self._read = None
@@ -109,9 +104,7 @@ class Row(Message):
             ValueError, TypeError, AttributeError: The row was changed by hand, and isn't valid.
         """
         template, mandatory = _read(self._stored)
-        return TemplateCopy(
-            self, self.exchange, self.routing_key, mandatory, template, self._message_id
-        )
+        return TemplateCopy(self, *self._route, mandatory, template, self._message_id)
 
     @property
     def properties(self) -> Properties:
