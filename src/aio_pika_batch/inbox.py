@@ -193,21 +193,15 @@ class Inbox:
         if missing and self._missing == "raise":
             raise MissingMessageId(tuple(missing))
         # Backwards, because an id stands for its first message.
-        ids = dict(zip(reversed(keys), reversed(messages), strict=True))
-        if missing:
-            ids = {key: message for key, message in ids.items() if key}
-        present: set[str] = set()
-        if ids:
-            _check(ids)
-            present = await self._claims.insert(database, list(ids))
+        pairs = zip(reversed(keys), reversed(messages), strict=True)
+        ids = {key: message for key, message in pairs if key}
+        _check(ids)
+        present = await self._claims.insert(database, list(ids)) if ids else set()
         if len(ids) == len(messages) and not present:
-            # The common case: no look at each message.
             return _Claimed(list(messages), ids, [], [])
         found = _Claimed([], ids, [], [])
         for key, message in zip(keys, messages, strict=True):
-            if not key:
-                found.fresh.append(message)
-            elif (first := ids[key]) is not message:
+            if key and (first := ids[key]) is not message:
                 found.repeated.append((message, first))
             elif key in present:
                 found.dropped.append(message)
@@ -233,8 +227,6 @@ class Inbox:
 
 def _check(ids: Mapping[str, Message]) -> None:
     """Refuse ids that a database would cut or reject. The error concerns one message."""
-    if max(map(len, ids)) <= LONGEST and "\0" not in "".join(ids):
-        return
     for key, message in ids.items():
         if len(key) > LONGEST or "\0" in key:
             why = f"an inbox takes {LONGEST} characters, not null: hash other ids in `identity`"
@@ -348,9 +340,8 @@ class InboxTransaction:
     async def _finish(self) -> None:
         not_acked, claimed, database = self._not_acked, self._claimed, self._database
         try:
-            if not_acked:
-                ids = [key for key, message in claimed.ids.items() if id(message) in not_acked]
-                await self._inbox._claims.delete(database, ids)  # noqa: SLF001  -- its own
+            ids = [key for key, message in claimed.ids.items() if id(message) in not_acked]
+            await self._inbox._claims.delete(database, ids)  # noqa: SLF001  -- its own
             await database.flush()
         except BaseException:
             await self._roll_back()
@@ -360,11 +351,7 @@ class InboxTransaction:
         for message, first in claimed.repeated:
             if id(first) in not_acked:
                 not_acked[id(message)] = not_acked[id(first)]
-        self._results = (
-            [not_acked.get(id(each), MessageResult.ACK) for each in self._messages]
-            if not_acked
-            else [MessageResult.ACK] * len(self._messages)
-        )
+        self._results = [not_acked.get(id(each), MessageResult.ACK) for each in self._messages]
         self._decide(self._results)
         repeated = [message for message, _ in claimed.repeated if id(message) not in not_acked]
         self._inbox._report([*claimed.dropped, *repeated])  # noqa: SLF001  -- its own

@@ -17,8 +17,8 @@ EXACTLY_ONCE = (
     Mutant(
         "Two messages with one id in a batch both take effect.",
         "inbox.py",
-        "elif (first := ids[key]) is not message:",
-        "elif (first := message) is not message:",
+        "if key and (first := ids[key]) is not message:",
+        "if key and (first := message) is not message:",
         (f"{_INBOX}/test_inbox.py",),
     ),
     Mutant(
