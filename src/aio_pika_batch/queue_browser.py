@@ -14,6 +14,7 @@ import os
 from array import array
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import islice
 from typing import Literal, TypeAlias
 
 from aio_pika_batch.core.dead_letter import (
@@ -46,6 +47,9 @@ CHUNK = 100
 
 WINDOW = 250
 """Messages that the broker may send before those are handed out; only their tags are kept then."""
+
+RETURNED_AT_ONCE = 10_000
+"""Messages put back in one step."""
 
 Limit: TypeAlias = int | Literal["ask"] | None
 
@@ -171,8 +175,10 @@ class QueueBrowser:
         if not returns_by_closing(version):
             await session.cancel()
             await reading
-            if held := tuple(self._held()):
-                await session.settle([Settlement(Disposition.RETURN, held)])
+            held = self._held()
+            # Oldest first, and not all at once: there may be a hundred thousand.
+            while tags := tuple(islice(held, RETURNED_AT_ONCE)):
+                await session.settle([Settlement(Disposition.RETURN, tags)])
 
     async def abandon(self) -> None:
         """Stop receiving."""

@@ -404,6 +404,20 @@ SECURITY = (
         ("tests/unit/observers/test_prometheus.py", "tests/unit/observers/test_otel.py"),
     ),
     Mutant(
+        "Looking at a large queue needs 100 bytes of memory for each message that is held.",
+        "core/settlement.py",
+        "self._outstanding = dict.fromkeys(tags[surplus:])",
+        "self._outstanding = dict.fromkeys(tags)",
+        ("tests/unit/core/test_ledger.py",),
+    ),
+    Mutant(
+        "Frames settle an old delivery together with others that aren't decided.",
+        "core/settlement.py",
+        "for tag in chain(self._old, self._outstanding):",
+        "for tag in self._outstanding:",
+        ("tests/unit/core/test_ledger_machine.py",),
+    ),
+    Mutant(
         "A replay publishes copies that the broker must refuse, and all of them are in doubt.",
         "dead_letters.py",
         "Topology(exchanges=exchanges, publishes=(check,))",

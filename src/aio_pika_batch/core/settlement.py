@@ -20,10 +20,12 @@ care: `drain_mode` and `CommandBudget` make sure that few commands follow.
 from __future__ import annotations
 
 import math
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import islice
+from itertools import chain, islice
 
 from aio_pika_batch.errors import SettlementError
 
@@ -59,12 +61,23 @@ class Frame:
     multiple: bool = False
 
 
+RECENT = 10_000
+"""Unsettled deliveries that are kept for fast access; older ones need a tenth of the memory."""
+
+
 class Ledger:
-    """The unsettled deliveries of one session, in the order of their delivery."""
+    """The unsettled deliveries of one session, in the order of their delivery.
 
-    __slots__ = ("_held", "_kinds", "_last", "_outstanding")
+    Args:
+        recent: See `RECENT`.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_held", "_kinds", "_last", "_old", "_outstanding", "_recent")
+
+    def __init__(self, recent: int = RECENT) -> None:
+        self._recent = recent
+        # A consumer has none of these; who reads a whole queue without settling has thousands.
+        self._old = array("Q")
         self._outstanding: dict[int, None] = {}
         self._held: dict[int, Disposition] = {}
         self._kinds: set[Disposition] = set()
@@ -72,7 +85,7 @@ class Ledger:
 
     def __len__(self) -> int:
         """The number of unsettled deliveries, including those that are held."""
-        return len(self._outstanding)
+        return len(self._old) + len(self._outstanding)
 
     @property
     def held(self) -> int:
@@ -89,6 +102,10 @@ class Ledger:
         if tags:
             self._outstanding.update(dict.fromkeys(tags))
             self._last = tags[-1]
+            if (surplus := len(self._outstanding) - self._recent) > self._recent:
+                tags = list(self._outstanding)
+                self._old.extend(tags[:surplus])
+                self._outstanding = dict.fromkeys(tags[surplus:])
 
     def settle(self, settlements: Iterable[Settlement]) -> list[Frame]:
         """Remove deliveries.
@@ -102,7 +119,7 @@ class Ledger:
         """
         settlements = list(settlements)
         outstanding = self._outstanding
-        if len(settlements) == 1 and not self._held:
+        if len(settlements) == 1 and not self._held and not self._old:
             only = settlements[0]
             tags = only.tags
             if (
@@ -117,8 +134,7 @@ class Ledger:
         # Decide first: an invalid tag must not leave the ledger half changed.
         decided = self._decide(settlements)
         frames = self._plan(decided)
-        for tag in decided:
-            del outstanding[tag]
+        self._remove(decided)
         return frames
 
     def hold(self, settlements: Iterable[Settlement]) -> None:
@@ -142,15 +158,27 @@ class Ledger:
             order = list(Disposition)
             tags = sorted(held, key=lambda tag: (order.index(held[tag]), tag))
             frames = [Frame(held[tag], tag) for tag in tags]
-        for tag in held:
-            del self._outstanding[tag]
+        self._remove(held)
         return frames
+
+    def _is_old(self, tag: int) -> bool:
+        at = bisect_left(self._old, tag)
+        return at < len(self._old) and self._old[at] == tag
+
+    def _remove(self, tags: Iterable[int]) -> None:
+        outstanding, old = self._outstanding, self._old
+        for tag in tags:
+            if tag in outstanding:
+                del outstanding[tag]
+            else:
+                del old[bisect_left(old, tag)]
 
     def _decide(self, settlements: Sequence[Settlement]) -> dict[int, Disposition]:
         decided: dict[int, Disposition] = {}
         for settlement in settlements:
             for tag in settlement.tags:
-                if tag not in self._outstanding or tag in self._held:
+                is_outstanding = tag in self._outstanding or self._is_old(tag)
+                if not is_outstanding or tag in self._held:
                     why = "settled already" if 0 < tag <= self._last else "never delivered here"
                     raise SettlementError(
                         f"delivery tag {tag} cannot be settled: {why};"
@@ -166,7 +194,7 @@ class Ledger:
 
     def _plan(self, decided: dict[int, Disposition]) -> list[Frame]:
         prefix: list[int] = []
-        for tag in self._outstanding:
+        for tag in chain(self._old, self._outstanding):
             if tag not in decided:
                 break
             prefix.append(tag)

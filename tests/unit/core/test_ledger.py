@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from itertools import groupby, pairwise
 
 import pytest
@@ -242,6 +243,24 @@ def test_a_thousand_acks_and_one_reject_are_two_frames():
 
     assert [Frame(REJECT, 500), Frame(ACK, 1000, multiple=True)] == frames
     assert 0 == len(ledger)
+
+
+def test_many_unsettled_deliveries_need_little_memory():
+    """As when a queue of 100,000 messages is read, and none of them settled."""
+    ledger = Ledger()
+    tracemalloc.start()
+    try:
+        for first in range(1000, 101_000, 100):
+            ledger.deliver(range(first, first + 100))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 5_000_000
+    assert [Frame(REJECT, 1500)] == ledger.settle([Settlement(REJECT, (1500,))])
+    ledger.hold([Settlement(ACK, tuple(tag for tag in range(1000, 51_000) if tag != 1500))])
+    assert [Frame(ACK, 50_999, multiple=True)] == ledger.release(joined=True)
+    assert 50_000 == len(ledger)
 
 
 def test_empty_chunks_and_settlements_are_allowed():

@@ -7,9 +7,9 @@ from itertools import groupby
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from aio_pika_batch.core.settlement import Disposition, Ledger, Settlement
+from aio_pika_batch.core.settlement import RECENT, Disposition, Ledger, Settlement
 from aio_pika_batch.errors import SettlementError
 from tests.unit.core.channel import Channel
 from tests.unit.core.strategies import dispositions
@@ -27,6 +27,11 @@ class Session(RuleBasedStateMachine):
         self.channel = Channel()
         self.expected: dict[int, Disposition] = {}
         self.last = 0
+
+    @initialize(recent=st.sampled_from([1, 3, RECENT]))
+    def begin(self, recent):
+        """Where older deliveries are kept makes no difference."""
+        self.ledger = Ledger(recent)
 
     @rule(count=st.integers(1, 8))
     def deliver(self, count):
