@@ -526,10 +526,21 @@ _LETTERS = "aZ9-_.:@#,/+ äßЖ中😀\"'%\\*?&=;|<>[]{}()~^`$!\t\u200b\u202e"
 
 
 def any_name(seed: int, longest: int) -> str:
-    """Return a name of letters that RabbitMQ accepts, different for each seed."""
+    """Return a name that RabbitMQ accepts, different for each seed.
+
+    Half of it is drawn from letters that mean something in a URL, a pattern or a shell, and half
+    from all of Unicode, control characters included. Line breaks are refused by the settings, NUL
+    and surrogates by AMQP.
+    """
     drawn = random.Random(seed)
-    name = "".join(drawn.choices(_LETTERS, k=drawn.randint(1, longest // 4)))
-    return f"{seed}{name}"
+
+    def letter() -> str:
+        if drawn.random() < 0.5:
+            return drawn.choice(_LETTERS)
+        planes = [(1, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
+        return chr(drawn.randint(*drawn.choice(planes))).replace("\n", "n").replace("\r", "r")
+
+    return f"{seed}{''.join(letter() for _ in range(drawn.randint(1, longest // 4)))}"
 
 
 @pytest.mark.parametrize("wire", ["fast", "plain"])
