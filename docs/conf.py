@@ -1,7 +1,6 @@
-"""How is the site made of these pages? By Sphinx; ``nox -s docs`` runs it.
+"""Configuration of Sphinx, which makes the site of these pages: ``nox -s docs``.
 
-The pages are Markdown that reads well where it stands, too; a diagram is drawn with the help of
-`diagrams.py`.
+The pages are Markdown that can also be read in the repository. `diagrams.py` draws diagrams.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ myst_fence_as_directive = ["mermaid"]
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"
-autodoc_class_signature = "separated"
+autodoc_class_signature = "mixed"  # with the parameters of the constructor
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -50,9 +49,10 @@ default_role = "code"  # as Markdown has it
 # --- how it looks ---------------------------------------------------------------
 
 html_theme = "furo"
-html_title = "aio-pika-batch"
+html_title = f"aio-pika-batch {release.partition('+')[0]}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = [("tables.js", {"defer": "defer"})]
 html_show_sourcelink = False
 html_copy_source = False
 
