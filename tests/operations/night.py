@@ -55,7 +55,7 @@ SHOULD_FIRE = {"AioPikaBatchDeadLetters", "AioPikaBatchProcessCrashes"}
 BEGIN, END = "<!-- night: begin -->", "<!-- night: end -->"
 
 FORGED = "2001-01-01 00:00:00,000 ERROR    aio_pika_batch.consumer: FORGED"
-HOSTILE = f"x\n{FORGED}\r\x1b[31m{FORGED}\u2028{FORGED}\x85{FORGED}\u202e\ud800"
+HOSTILE = f"x\n{FORGED}\r\x1b[31m{FORGED}\u2028{FORGED}\x85{FORGED}\u202e"
 
 _RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} |    ")
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e]")
@@ -102,12 +102,13 @@ class Night:
 
     async def recovers(self, what: str) -> None:
         """Wait until all processes are ready."""
-        for _ in range(600):
+        await asyncio.sleep(2)  # until the supervisor has noticed
+        for _ in range(1200):
             is_ready = await asyncio.to_thread(self.probe, "/readyz") == 200
             if is_ready and len(self.children()) == PROCESSES:
                 return
             await asyncio.sleep(0.1)
-        self.faults.append(f"not ready 60 s after: {what}")
+        self.faults.append(f"not ready 120 s after: {what}")
 
     # -- what happens -------------------------------------------------------------------------
 
@@ -120,7 +121,6 @@ class Night:
         began = time.time()
         for child in self.children():
             os.kill(child, signal.SIGKILL)
-        await asyncio.sleep(1)
         await self.recovers("all processes were killed")
         self.excused.append((began, time.time() + 2))
 
@@ -236,7 +236,7 @@ class Night:
             kind = "hostile"
         if kind != "good":
             self.refused.add(number)
-        body = b"{}" if kind == "good" else HOSTILE.encode(errors="surrogatepass")
+        body = b"{}" if kind == "good" else HOSTILE.encode()
         kind_and_id = {"type": kind, "message_id": str(number)}
         return Publication(body, routing_key=QUEUE, **kind_and_id)
 

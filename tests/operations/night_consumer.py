@@ -33,12 +33,16 @@ class Importer(BatchConsumer):
         for message in messages:
             if message.type == "impossible":
                 raise ValueError(message.text())
+        results: list[MessageResult | Nack] = []
+        for message in messages:
+            if message.type == "good":
+                results.append(MessageResult.ACK)
+            else:
+                text = f"{message.text()}\ud800"
+                _log.warning("refused: %s", text)
+                results.append(Nack(reason=text))
         good = [message.message_id for message in messages if message.type == "good"]
         seen = "".join(f"{time.time():.3f} {os.getpid()} {number}\n" for number in good)
         os.write(self._record, seen.encode())
-        for message in messages:
-            if message.type == "good":
-                yield MessageResult.ACK
-            else:
-                _log.warning("refused: %s", message.text())
-                yield Nack(reason=message.text())
+        for result in results:
+            yield result
