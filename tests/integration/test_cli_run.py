@@ -78,6 +78,7 @@ def test_every_command_has_help_with_an_example(tmp_path, command) -> None:
         (("run", "stall:Importr"), "did you mean 'Importer'?"),
         (("run", "stall:importer", "--processes", "0"), "--processes"),
         (("run", "stall:importer", "-n", "1", "--hung-after", "0"), "--hung-after"),
+        (("run", "stall:importer", "-n", "1", "--hung-after", "1.9"), "--hung-after"),
         (("run", "stall:importer", "-n", "1", "--crash-limit", "0"), "--crash-limit"),
         (("run", "stall:importer", "-n", "1", "--app-dir", "nowhere"), "nowhere"),
         (("run", "stall:importer", "--loop", "trio"), "--loop"),

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,19 @@ def test_the_current_folder_is_not_on_the_path_of_a_process():
         check=True,
     ).stdout.split()
     assert ("-O" in shown, "dev" in shown, shown.count("-P")) == (True, True, 1)
+
+
+def test_without_a_writable_folder_processes_run_without_metrics(monkeypatch, caplog):
+    """As on a read-only file system; one line says so."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/none"])
+    options = ProcessOptions(targets=("a:b",), has_metrics=True)
+    supervisor = Supervisor(ProcessManager(ProcessPolicy(1)), options)
+    supervisor._share_metrics(AsyncExitStack())
+    assert not supervisor._options.has_metrics
+    assert "PROMETHEUS_MULTIPROC_DIR" not in os.environ
+    [line] = caplog.messages
+    assert line.startswith("no folder for metrics; running without those of the processes")
 
 
 def test_orphans_are_reaped_and_own_processes_are_left_alone():
