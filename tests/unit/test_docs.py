@@ -426,6 +426,33 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert heading in anchors(to), target
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "graceful shutdown",
+        "FastAPI",
+        "type hints",
+        "backoff",
+        "exactly once",
+        "poison message",
+        "idempotent",
+        "circuit breaker",
+        "backpressure",
+        "Django",
+        "SQLAlchemy",
+        "Kubernetes",
+    ],
+)
+def test_search_finds_what_people_look_for(words: str) -> None:
+    """By the words that they use."""
+    found = [
+        page
+        for page in (*GUIDES, *EXAMPLE_PAGES)
+        if words.lower() in page.read_text().lower().replace("-", " ")
+    ]
+    assert found
+
+
 def generator() -> Any:
     """The script that writes the reference of all settings."""
     path = ROOT / "docs" / "generate_settings.py"
