@@ -337,26 +337,33 @@ class Observers:
     """All observers of one worker. Their exceptions don't reach the worker.
 
     Attributes:
-        present: Whether there are any. Without one, no events need to be created.
+        present: Whether there are any.
+        wanted: The events that an observer has a method for. Others need not be created.
         errors: The number of exceptions that they raised.
     """
 
-    __slots__ = ("_complained", "_log", "_observers", "_origin", "errors", "present")
+    __slots__ = ("_complained", "_log", "_methods", "_origin", "errors", "present", "wanted")
 
     def __init__(self, observers: Sequence[Observer], origin: Origin, log: KeywordLogger) -> None:
-        self._observers = tuple(observers)
         self._origin = origin
         self._log = log
+        self._methods = {
+            kind: [
+                (each, method(each)) for each in observers if _is_overridden(method(each), method)
+            ]
+            for kind, method in _METHODS.items()
+        }
         # By identity, because observers may compare equal.
         self._complained: set[int] = set()
-        self.present = bool(self._observers)
+        self.present = bool(observers)
+        self.wanted = frozenset(kind for kind, methods in self._methods.items() if methods)
         self.errors = 0
 
     def emit(self, event: object) -> None:
         """Pass an event to all observers."""
-        for observer in self._observers:
+        for observer, method in self._methods[type(event)]:
             try:
-                _METHODS[type(event)](observer)(self._origin, event)
+                method(self._origin, event)
             except (KeyboardInterrupt, SystemExit):
                 raise
             except BaseException:  # noqa: BLE001  -- an observer's error must not stop the consumer
@@ -368,3 +375,7 @@ class Observers:
                         observer=type(observer).__name__,
                         event_type=type(event).__name__,
                     )
+
+
+def _is_overridden(found: object, method: Callable[[Any], object]) -> bool:
+    return getattr(found, "__func__", found) is not method(Observer)

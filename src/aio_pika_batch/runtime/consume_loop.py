@@ -203,7 +203,7 @@ class ConsumeLoop:
 
     def _take(self, chunk: Sequence[Message]) -> None:
         self.last_progress = now = self._loop.time()
-        if self._observers.present:
+        if Received in self._observers.wanted:
             self._observers.emit(Received(len(chunk)))
         if self._config.may_continue_delays:
             chunk = self._hold_early(chunk, now)

@@ -207,7 +207,7 @@ class HandlerRun:
         try:
             while True:
                 began = self._loop.time()
-                if self._observers.present:
+                if BatchCut in self._observers.wanted:
                     waited = began - self.batch.since
                     self._observers.emit(BatchCut(self._collector.messages, trigger, waited))
                 self._record(await self._iterate(self._collector), began, trigger)

@@ -115,9 +115,9 @@ class Settler:
         except TransportError as error:
             self._emit_failed(Step.SETTLE, len(decisions), error, began)
             raise
-        if self._observers.present:
+        if Settled in self._observers.wanted:
             self._observers.emit(Settled(_counts(decisions, done), self._loop.time() - began))
-            self._emit_confirmed(confirmed)
+        self._emit_confirmed(confirmed)
 
     async def _carry_out(
         self, decisions: BatchDecisions, arrived: float
@@ -407,7 +407,7 @@ class Settler:
             outcomes = [each.outcome for each in copies if each.kind is not CopyKind.FRESH_COUNT]
             seconds = self._loop.time() - began
             self._observers.emit(Settled(_counts(BatchDecisions(), outcomes), seconds))
-            self._emit_confirmed(copies)
+        self._emit_confirmed(copies)
 
     def _emit_failed(
         self, step: Step, count: int, error: BaseException | None, began: float
@@ -417,7 +417,8 @@ class Settler:
             self._observers.emit(SettleFailed(step, count, error, seconds))
 
     def _emit_confirmed(self, copies: Sequence[PendingCopy]) -> None:
-        for copy in copies:
+        wanted = self._observers.wanted
+        for copy in copies if Requeued in wanted or DeadLettered in wanted else ():
             message = copy.outcome.message
             if copy.kind is CopyKind.FRESH_COUNT:
                 continue

@@ -144,6 +144,24 @@ def test_failures_of_observers_are_counted(caplog):
     assert not Observers([], Origin("C", "q", 0), log).present
 
 
+def test_only_events_with_a_method_are_wanted():
+    """Others aren't created."""
+    log = KeywordLogger(logging.getLogger("aio_pika_batch.test"))
+
+    class Counts(Observer):
+        """Wants one kind of event."""
+
+        def settled(self, origin, event):
+            """Settled."""
+
+    def wanted(*observers):
+        return Observers(observers, Origin("C", "q", 0), log).wanted
+
+    assert {Settled} == wanted(Observer(), Counts())
+    assert set() == wanted(Observer())
+    assert {Connected, Settled} <= wanted(EventRecorder(), Counts())
+
+
 async def test_an_observer_overrides_only_what_it_needs(rabbit, jitter):
     """Other events do nothing."""
 
