@@ -174,8 +174,7 @@ class _ConsumerMetrics:
     def __init__(self, metrics: Metrics, *labels: str) -> None:
         self._metrics = metrics
         self._labels = labels
-        # Looked up once, as prometheus_client does.
-        self._has_other_processes = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        self._is_shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         self._counts: dict[tuple[Counter, tuple[str, ...]], Callable[[float], None]] = {}
         self._sources: dict[int, Callable[[], Load]] = {}
         self._loads: dict[int, Load] = {}
@@ -243,10 +242,7 @@ class _ConsumerMetrics:
     def _update_gauges(self) -> None:
         buffered = in_progress = up = held = 0
         # With several processes the least of all counts, and it must not be that of an idle one.
-        if self._has_other_processes:
-            since = math.inf
-        else:
-            since = max(self._progress.values()) if self._progress else time.time()
+        since = math.inf if self._is_shared else max(self._progress.values(), default=time.time())
         for worker, each in self._loads.items():
             buffered += each.buffered
             in_progress += each.in_hand
