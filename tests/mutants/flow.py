@@ -973,6 +973,20 @@ MEMORY = (
         (f"{_MEMORY}/test_dead_letters.py",),
     ),
     Mutant(
+        "A classic queue sends itself dead letters before it reads what was written with a reject.",
+        "adapters/memory/vhost.py",
+        "if self._dead_letters is not None and queue.spec.type is QueueType.CLASSIC:",
+        "if False:",
+        (f"{_MEMORY}/test_dead_letters.py",),
+    ),
+    Mutant(
+        "A message expires before a classic queue notices that it is too long.",
+        "adapters/memory/queue.py",
+        "            self.ready.append(entry)\n            self._shorten()\n",
+        "            self.ready.append(entry)\n",
+        (f"{_MEMORY}/test_dead_letters.py",),
+    ),
+    Mutant(
         "A classic queue takes settlements in the order in which they were written.",
         "adapters/memory/session.py",
         "frames = acks_first(frames, self._channel.unsettled)\n",

@@ -7,7 +7,7 @@ although in AMQP it stands for all unacked messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
@@ -33,7 +33,7 @@ from aio_pika_batch.adapters.memory.unacked import UnackedMessages
 from aio_pika_batch.adapters.memory.vhost import VirtualHost
 from aio_pika_batch.core.message import FieldValue, Headers, Properties
 from aio_pika_batch.core.refusals import ReplyCode
-from aio_pika_batch.core.settlement import Disposition
+from aio_pika_batch.core.settlement import Disposition, Frame
 
 _MAX_PREFETCH = 65_535
 _CLOSED_BY_CLIENT = "closed by the client"
@@ -293,6 +293,13 @@ class Channel:
         cause = ReturnCause.NACKED if is_nack else ReturnCause.REJECTED
         with self.operation():
             self._unacked.settle(disposition, cause, tag, multiple=multiple)
+
+    def settle_all(self, frames: Iterable[Frame]) -> None:
+        """Send several frames in one write."""
+        with self._host.operation() as vhost, vhost.dead_letters_last():
+            for frame in frames:
+                self.settle(frame.disposition, frame.tag, multiple=frame.multiple)
+                vhost.run()
 
     def tx_select(self) -> None:
         """Settle in transactions from now on."""

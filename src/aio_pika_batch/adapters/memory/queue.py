@@ -212,6 +212,7 @@ class MemoryQueue:
             self._deliver(entry, consumer)
         else:
             self.ready.append(entry)
+            self._shorten()
             self._host.schedule(self)
         return True
 
@@ -263,11 +264,13 @@ class MemoryQueue:
             self._host.record(EventKind.REQUEUED, self.name, entry.message, cause.value)
             returned.append(entry)
         self.ready.requeue(returned, self._requeue_position(cause))
-        if not self._is_quorum:
-            # A classic queue drops what is too much before a consumer can take it again.
-            for entry, reason in self._drop_heads():
-                self._dead_letter(entry, reason)
+        self._shorten()
         self._host.schedule(self)
+
+    def _shorten(self) -> None:
+        # A classic queue drops what is too much before it expires or is delivered again.
+        for entry, reason in [] if self._is_quorum else self._drop_heads():
+            self._dead_letter(entry, reason)
 
     def run(self) -> None:
         """Expire, dead-letter, deliver and drop what is due now."""
@@ -310,8 +313,7 @@ class MemoryQueue:
         self._host.schedule(self)
 
     def _expired(self) -> list[tuple[QueueEntry, DeathReason]]:
-        expired = self.ready.pop_expired(self._host.now)
-        return [(entry, DeathReason.EXPIRED) for entry in expired]
+        return [(each, DeathReason.EXPIRED) for each in self.ready.pop_expired(self._host.now)]
 
     def _drop_heads(self) -> list[tuple[QueueEntry, DeathReason]]:
         drops: list[tuple[QueueEntry, DeathReason]] = []

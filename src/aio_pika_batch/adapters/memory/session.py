@@ -195,8 +195,7 @@ class MemorySession:
                 frames: Sequence[Frame] = self._ledger.settle(settlements)
                 if self._takes_acks_first:
                     frames = acks_first(frames, self._channel.unsettled)
-                for frame in frames:
-                    self._channel.settle(frame.disposition, frame.tag, multiple=frame.multiple)
+                self._channel.settle_all(frames)
                 self._settled_in_pause += unsettled - len(self._ledger)
             else:
                 self._ledger.hold(settlements)
@@ -210,8 +209,7 @@ class MemorySession:
 
     def _commit(self, budget: CommandBudget) -> None:
         budget.spend(self._ledger.held_kinds, asyncio.get_running_loop().time())
-        for frame in self._ledger.release(joined=False):
-            self._channel.settle(frame.disposition, frame.tag, multiple=frame.multiple)
+        self._channel.settle_all(self._ledger.release(joined=False))
         self._channel.tx_commit()
 
     async def native(self) -> Native:

@@ -6,7 +6,8 @@ before the operation that made the change ends, so between operations no message
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 
@@ -65,6 +66,7 @@ class VirtualHost:
         self.exchanges = {name: MemoryExchange(name, type_) for name, type_ in _PREDECLARED.items()}
         # Ordered sets of the queues that must run, and of those with pending dead letters.
         self._scheduled: dict[MemoryQueue, None] = {}
+        self._dead_letters: list[tuple[MemoryQueue, StoredMessage, DeathReason]] | None = None
         self._waiting: dict[MemoryQueue, None] = {}
         self._name_numbers = count(1)
 
@@ -276,6 +278,21 @@ class VirtualHost:
             return message
         return replace(message, deaths=parse_x_death(message.headers["x-death"]))
 
+    @contextmanager
+    def dead_letters_last(self) -> Iterator[None]:
+        """Let classic queues send their dead letters at the end of this context.
+
+        A queue reads what a channel has written together before its own dead letters arrive.
+        """
+        dead_letters: list[tuple[MemoryQueue, StoredMessage, DeathReason]] = []
+        self._dead_letters = dead_letters
+        try:
+            yield
+        finally:
+            self._dead_letters = None
+            for queue, message, reason in dead_letters:
+                self.send_dead_letter(queue, message, reason)
+
     def send_dead_letter(
         self, queue: MemoryQueue, message: StoredMessage, reason: DeathReason
     ) -> bool:
@@ -283,6 +300,9 @@ class VirtualHost:
 
         A message that no queue takes is dropped, unless its queue is at-least-once.
         """
+        if self._dead_letters is not None and queue.spec.type is QueueType.CLASSIC:
+            self._dead_letters.append((queue, message, reason))
+            return True
         exchange = queue.spec.dead_letter_exchange
         if exchange is None or (exchange and exchange not in self.exchanges):
             return self._not_sent(queue, message, "no dead-letter exchange")

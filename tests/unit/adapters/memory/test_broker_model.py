@@ -168,6 +168,9 @@ class BrokerMachine(RuleBasedStateMachine):
             if event.kind is EventKind.DELIVERED and event.queue == QUEUE
         ][self.seen_deliveries :]
         self.seen_deliveries += len(delivered)
+        if before_expiry is not None and not delivered and not self.options.quorum:
+            # Beyond its length a classic queue drops messages before it looks at their age.
+            self.shorten()
         if not (before_expiry is not None and self.ready == [before_expiry] == delivered):
             self.expire()
         for body in delivered:
@@ -184,6 +187,9 @@ class BrokerMachine(RuleBasedStateMachine):
                 model.tags[delivery.tag] = delivery.body
                 arrived.append(delivery.body)
         assert sorted(arrived) == sorted(body for body in delivered if body is not None)
+        self.shorten()
+
+    def shorten(self) -> None:
         limit = self.options.max_length
         while limit is not None and not self.options.refuses and len(self.ready) > limit:
             body = self.ready[0]

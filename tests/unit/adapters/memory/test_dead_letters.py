@@ -8,6 +8,7 @@ import pytest
 
 from aio_pika_batch.adapters.memory.broker import Broker
 from aio_pika_batch.adapters.memory.faults import EventKind
+from aio_pika_batch.core.settlement import Disposition, Frame
 from tests.unit.adapters.memory.client import Client, bodies
 
 VERSIONS = ["3.10", "4.0", "4.3"]
@@ -363,3 +364,29 @@ def test_only_3_10_sees_a_cycle_in_the_x_death_of_a_client(version: str):
     client.publish(b"1", "wait", headers={"x-death": [{"queue": "work", "reason": "expired"}]})
     client.broker.advance(1)
     assert bodies(client.broker, "work") == ([] if version == "3.10" else [b"1"])
+
+
+def test_a_classic_queue_drops_a_message_beyond_its_length_before_it_expires():
+    """Although it expires at once."""
+    broker = Broker("4.3")
+    client = Client(broker)
+    client.queue("q", max_length=0, dead_letter_exchange="", dead_letter_routing_key="dead")
+    client.queue("dead")
+    client.publish(b"1", "q", expiration="0")
+    assert ["maxlen"] == [each.headers["x-first-death-reason"] for each in broker.ready("dead")]
+
+
+def test_a_classic_queue_sends_itself_dead_letters_after_what_was_written_with_the_reject():
+    """A returned message comes before them, but what the reject makes room for still before it."""
+    broker = Broker("4.3")
+    client = Client(broker)
+    client.queue("q", dead_letter_exchange="", dead_letter_routing_key="q")
+    for body in (b"1", b"2", b"3"):
+        client.publish(body, "q")
+    client.consume("q", prefetch=2)
+    first, second = client.deliveries()
+    client.channel.settle_all(
+        [Frame(Disposition.REJECT, first.tag), Frame(Disposition.REQUEUE, second.tag)]
+    )
+    assert [b"3", b"2"] == [each.body for each in client.deliveries()]
+    assert [b"1"] == bodies(broker, "q")
