@@ -111,6 +111,7 @@ class BrokerMachine(RuleBasedStateMachine):
         self.acked: list[bytes] = []
         self.dead: list[tuple[bytes, str]] = []
         self.refused: list[bytes] = []
+        self.was_full = False
         self.seen_deliveries = 0
         self.client_count = 0
 
@@ -130,12 +131,18 @@ class BrokerMachine(RuleBasedStateMachine):
             self.remove_ready(body)
             self.dead.append((body, "expired"))
 
-    def requeue(self, body: bytes, *, counts: bool, lost: bool) -> None:
-        options = self.options
-        self.redelivered.add(body)
-        if not options.quorum:
-            self.fresh = sorted([*self.fresh, body], key=int)
+    def requeue(self, *bodies: bytes, counts: bool, lost: bool) -> None:
+        self.redelivered.update(bodies)
+        if not self.options.quorum:
+            self.fresh = sorted([*self.fresh, *bodies], key=int)
+            # Before it looks at their age, a classic queue drops messages beyond its length.
+            self.shorten()
             return
+        for body in bodies:
+            self.requeue_counted(body, counts=counts, lost=lost)
+
+    def requeue_counted(self, body: bytes, *, counts: bool, lost: bool) -> None:
+        options = self.options
         self.return_counts[body] = self.return_counts.get(body, 0) + counts
         if (
             options.effective_limit is not None
@@ -151,7 +158,11 @@ class BrokerMachine(RuleBasedStateMachine):
         limit = self.options.max_length
         if limit is None or not self.options.refuses:
             return False
-        return len(self.ready) + (0 if self.options.quorum else 1) > limit
+        if not self.options.quorum:
+            return len(self.ready) + 1 > limit
+        # It notices that it is full only when it is beyond its limit, and then waits for some room.
+        self.was_full = len(self.ready) > (int(limit * 0.8) if self.was_full else limit)
+        return self.was_full
 
     def has_capacity(self, model: ModelClient) -> bool:
         return model.consuming and (model.prefetch == 0 or len(model.tags) < model.prefetch)
@@ -169,7 +180,6 @@ class BrokerMachine(RuleBasedStateMachine):
         ][self.seen_deliveries :]
         self.seen_deliveries += len(delivered)
         if before_expiry is not None and not delivered and not self.options.quorum:
-            # Beyond its length a classic queue drops messages before it looks at their age.
             self.shorten()
         if not (before_expiry is not None and self.ready == [before_expiry] == delivered):
             self.expire()
@@ -188,6 +198,7 @@ class BrokerMachine(RuleBasedStateMachine):
                 arrived.append(delivery.body)
         assert sorted(arrived) == sorted(body for body in delivered if body is not None)
         self.shorten()
+        self.is_full()
 
     def shorten(self) -> None:
         limit = self.options.max_length
@@ -254,11 +265,10 @@ class BrokerMachine(RuleBasedStateMachine):
             return
         client, tag, settled = self.chosen(name, at, multiple=multiple)
         client.channel.nack(tag, multiple=multiple, requeue=requeue)
-        for body in settled:
-            if requeue:
-                self.requeue(body, counts=self.options.version != "4.3", lost=False)
-            else:
-                self.dead.append((body, "rejected"))
+        if requeue:
+            self.requeue(*settled, counts=self.options.version != "4.3", lost=False)
+        else:
+            self.dead += [(body, "rejected") for body in settled]
         self.check_deliveries()
 
     @rule(name=clients, at=st.integers(0, 9), requeue=st.booleans())
@@ -274,8 +284,7 @@ class BrokerMachine(RuleBasedStateMachine):
         self.check_deliveries()
 
     def close(self, name: str) -> None:
-        for body in self.models.pop(name).tags.values():
-            self.requeue(body, counts=True, lost=True)
+        self.requeue(*self.models.pop(name).tags.values(), counts=True, lost=True)
 
     @rule(name=consumes(clients), how=st.sampled_from(["cut", "close", "mistake"]))
     def leave(self, name: str, how: str) -> None:
