@@ -44,6 +44,7 @@ LONGER_FOR_A_REASON = {
     "core/message.py": "all that a handler can see of a message is in one file",
     "core/settlement_plan.py": "what becomes of each result is decided in one place",
     "core/topology.py": "what is declared, in which order and as what, is in one place",
+    "adapters/memory/vhost.py": "whatever changes several queues, or exchanges and queues, at once",
     "adapters/memory/session.py": "both connections of a client, to consume and to publish",
     "testing/stories/player.py": "plays a story, and records it at every method of the port",
     "adapters/aio_pika/publisher.py": "both ways to publish, and how each ends",
