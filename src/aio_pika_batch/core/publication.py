@@ -151,7 +151,7 @@ class Copy:
 class TemplateCopy(Copy):
     """A copy that has the properties of a template, and a message id of its own.
 
-    Many copies share a template, so that a transport can encode it once. Nobody changes it.
+    Many copies share a template, so that a transport can encode it once. It is never changed.
     """
 
     __slots__ = ("message_id", "template")
