@@ -222,7 +222,7 @@ async def test_no_letter_is_missing_after_interruptions(amqp_url, queues, queue_
         # Some while it starts, most while it reads or publishes.
         if draw.random() < 0.8:
             await until(lambda: command.is_showing or waiting.done())  # noqa: B023  -- awaited here
-        await asyncio.sleep(draw.uniform(0, 4))
+        await asyncio.sleep(draw.uniform(0, COUNT / 25_000))
         if command.process.poll() is None:
             command.process.send_signal(number)
         ended = await waiting
