@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aio_pika_batch.core.publication import Outcome, Publication
+from aio_pika_batch.queue_browser import browse
 from aio_pika_batch.testing.rabbitmq.processes import spawn
-from aio_pika_batch.transport import Endpoint, Subscription, open_transport
+from aio_pika_batch.transport import Endpoint, open_transport
 from tests.integration.helpers import ready, until
 
 if TYPE_CHECKING:
@@ -140,16 +141,10 @@ async def numbers_in(url: str, queue: str) -> list[int]:
     """Return the numbers of all letters in a queue, which stay there."""
     count = await ready(url, queue)
     found: list[int] = []
-    if not count:
-        return found
-    transport = open_transport(Endpoint(url=url))
-    async with transport.session(
-        Subscription(queue=queue, prefetch=0, consumer_tag="count")
-    ) as session:
-        async for chunk in session:
+    # Not by one large prefetch: a quorum queue delivers at most 2,000 messages at a time.
+    async with browse(open_transport(Endpoint(url=url)), queue) as browser:
+        while chunk := await browser.next_chunk():
             found += [int(message.body.split(b" ")[0]) for message in chunk]
-            if len(found) >= count:
-                break
     await until(lambda: is_back(url, queue, count))
     return found
 
