@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-_DEFAULT = "1000" if os.environ.get("CI") else "100"
+_DEFAULT = "400" if os.environ.get("CI") else "100"
 
 STORIES = int(os.environ.get("AIO_PIKA_BATCH_TEST_STORIES", _DEFAULT))
 """For each test that plays stories in memory, where each takes about ten milliseconds."""
