@@ -973,6 +973,13 @@ MEMORY = (
         (f"{_MEMORY}/test_dead_letters.py",),
     ),
     Mutant(
+        "What handlers requeued at once counts against the copy that replaces a return.",
+        "core/settlement_plan.py",
+        "add |= self.crashes.mark(message, own)",
+        "add |= self.crashes.mark(message)",
+        ("tests/unit/core/test_quarantine.py",),
+    ),
+    Mutant(
         "A classic queue sends itself dead letters before it reads what was written with a reject.",
         "adapters/memory/vhost.py",
         "if self._dead_letters is not None and queue.spec.type is QueueType.CLASSIC:",

@@ -323,19 +323,23 @@ class SettlementPlanner:
         return self.crashes is None or self.crashes.may_return(message)
 
     def plan_returns(
-        self, messages: Sequence[Message], now: datetime, own: OwnRequeues | None = None
+        self,
+        messages: Sequence[Message],
+        now: datetime,
+        own: OwnRequeues | None = None,
+        *,
+        anew: bool = False,
     ) -> SettlementPlan:
         """Decide how to return messages that have no result.
 
         Args:
-            own: What is known in favour of the messages; then all of them start at 0.
+            own: What is known in favour of the messages.
+            anew: Whether all of them are replaced by copies that the broker counts from 0.
         """
-        tags = [each.delivery_tag for each in messages if own is None and self.may_return(each)]
-        copies = [
-            self._fresh_copy(each, now, own)
-            for each in messages
-            if own is not None or not self.may_return(each)
-        ]
+        replaced = [each for each in messages if anew or not self.may_return(each)]
+        copies = [self._fresh_copy(each, now, own) for each in replaced]
+        kept = {each.tag for each in copies}
+        tags = [tag for each in messages if (tag := each.delivery_tag) not in kept]
         return SettlementPlan([Settlement(Disposition.RETURN, tuple(tags))] if tags else (), copies)
 
     def _fresh_copy(self, message: Message, now: datetime, own: OwnRequeues | None) -> PendingCopy:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 
 from aio_pika_batch.core.batch_run import BatchDecisions
@@ -130,7 +130,7 @@ class Settler:
             if self._held.retries:
                 self._held.decide_again()
         if decisions.returned:
-            returns = self._planner.plan_returns(decisions.returned, datetime.now(UTC))
+            returns = self._planner.plan_returns(decisions.returned, datetime.now(UTC), self._own)
             await self._carry_out_returns(returns)
         outcomes = decisions.not_acked
         if not outcomes:
@@ -170,7 +170,8 @@ class Settler:
         Returns:
             The messages that must be handled instead, because their copies aren't confirmed.
         """
-        plan = self._planner.plan_returns(messages, datetime.now(UTC), own)
+        now, anew = datetime.now(UTC), own is not None
+        plan = self._planner.plan_returns(messages, now, own or self._own, anew=anew)
         if own is None:
             await self._carry_out_returns(plan)
             return []
@@ -180,9 +181,18 @@ class Settler:
         if replaced:
             tags = tuple(message.delivery_tag for message in replaced)
             await self._queue.settle([Settlement(Disposition.ACK, tags)])
-        for message in replaced:
-            own.forget(message)
+        self._forget(replaced)
         return [message for message, outcome in pairs if outcome is not Outcome.CONFIRMED]
+
+    def _forget_replaced(self, copies: Iterable[PendingCopy]) -> None:
+        fresh = CopyKind.FRESH_COUNT
+        self._forget(each.outcome.message for each in copies if each.kind is fresh)
+
+    def _forget(self, replaced: Iterable[Message]) -> None:
+        """Forget what was known of messages that were replaced: their copies are counted anew."""
+        if self._own is not None:
+            for message in replaced:
+                self._own.forget(message)
 
     async def _carry_out_returns(self, plan: SettlementPlan) -> None:
         if plan.settlements:
@@ -310,6 +320,7 @@ class Settler:
                 return ()
             confirmed = self._hold_unconfirmed(copies, outcomes, arrived)
             if confirmed:
+                self._forget_replaced(confirmed)
                 tags = tuple([each.tag for each in confirmed])
                 await self._queue.settle([Settlement(Disposition.ACK, tags)], ticket)
         finally:
@@ -402,6 +413,7 @@ class Settler:
 
     async def _settle_confirmed(self, copies: Sequence[PendingCopy]) -> None:
         began = self._loop.time()
+        self._forget_replaced(copies)
         await self._settle_or_fail(Disposition.ACK, [each.tag for each in copies])
         if self._observers.present:
             outcomes = [each.outcome for each in copies if each.kind is not CopyKind.FRESH_COUNT]
@@ -465,7 +477,7 @@ class Settler:
         """Let running attempts finish, and return what is left to the broker."""
         held = await self._held.close(wait)
         messages = [*unstarted, *(each.outcome.message for each in held)]
-        plan = self._planner.plan_returns(messages, datetime.now(UTC))
+        plan = self._planner.plan_returns(messages, datetime.now(UTC), self._own)
         replaced: set[int] = set()
         if plan.copies:
             publishing = self._loop.create_task(self._publish_again(plan.copies))
@@ -475,6 +487,7 @@ class Settler:
                 replaced = {each.tag for each, outcome in pairs if outcome is Outcome.CONFIRMED}
             else:
                 publishing.cancel()
+        self._forget(each for each in messages if each.delivery_tag in replaced)
         for disposition, tags in (
             (Disposition.ACK, sorted(replaced)),
             (

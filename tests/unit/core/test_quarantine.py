@@ -309,8 +309,19 @@ def test_the_return_of_a_suspect_becomes_a_copy():
     unguarded = replace(a_planner(), crashes=None).plan_returns(messages, NOW)
     assert [(1, 2, 3)] == [each.tags for each in unguarded.settlements]
     assert [] == unguarded.copies
-    anew = replace(a_planner(), crashes=None).plan_returns(messages, NOW, OwnRequeues())
+    anew = replace(a_planner(), crashes=None).plan_returns(messages, NOW, OwnRequeues(), anew=True)
     assert all(CRASH_COUNT not in each.copy.properties.headers for each in anew.copies[:1])
+
+
+def test_a_copy_instead_of_a_return_has_nothing_against_what_handlers_requeued():
+    """Otherwise a message that was only requeued at once would be handled alone from then on."""
+    message, own = counted(4), OwnRequeues()
+    for count in range(4):
+        own.note(counted(count))
+    [pending] = a_planner().plan_returns([message], NOW, own).copies
+    assert CRASH_COUNT not in pending.copy.properties.headers
+    [pending] = a_planner().plan_returns([message], NOW).copies
+    assert 3 == pending.copy.properties.headers[CRASH_COUNT]
 
 
 def test_a_copy_with_a_fresh_count_is_the_same_message():
@@ -321,7 +332,7 @@ def test_a_copy_with_a_fresh_count_is_the_same_message():
     for count in range(7):
         headers = properties.headers | {DELIVERY_COUNT: count}
         own.note(replaced(message, headers))
-    [pending] = a_planner().plan_returns([message], NOW, own).copies
+    [pending] = a_planner().plan_returns([message], NOW, own, anew=True).copies
     copy = pending.copy
     assert ("", QUEUE, b"body", "m") == (
         copy.exchange,
@@ -359,15 +370,17 @@ class Fleet:
         suspicion = self.policy.judge(self.message, own, in_doubt=self.in_doubt[process])
         self.in_doubt[process] = False
         if suspicion is WORN:
-            [copy] = self.planner.plan_returns([self.message], NOW, own).copies
+            [copy] = self.planner.plan_returns([self.message], NOW, own, anew=True).copies
             own.forget(self.message)
             self.message = delivered(copy.copy)
         return suspicion
 
     def give_back(self, process):
         """The process returns it."""
-        plan = self.planner.plan_returns([self.message], NOW)
+        own = self.records[process]
+        plan = self.planner.plan_returns([self.message], NOW, own)
         if plan.copies:
+            own.forget(self.message)
             self.message = delivered(plan.copies[0].copy)
         else:
             self._count()

@@ -45,6 +45,7 @@ LATE = (Fault(0.0, FaultKind.LATE, 40.0),)
 @example(Story(answers=((REQUEUE,) * 4,) * 12, faults=LATE, stop_at=1.0), "4.3")
 @example(Story(answers=((REQUEUE,) * 4,) * 9, quorum=True, stop_at=0.5, restart_after=0.0), "3.10")
 @example(Story(answers=GIVEN_BACK, size=1, attempts=0, breaker=0.3, quorum=True), "3.10")
+@example(Story(answers=((REQUEUE_IMMEDIATE,) * 3,), size=1, breaker=0.3, quorum=True), "4.0")
 def test_the_invariants_hold_in_any_story(story, version):
     """Nothing is lost, acked without a reason, beyond its limits or left behind."""
     play_in_memory(story, version)

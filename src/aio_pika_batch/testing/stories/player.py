@@ -14,7 +14,8 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aio_pika_batch.consumer import BatchConsumer
-from aio_pika_batch.core.publication import Outcome, Outgoing
+from aio_pika_batch.core.message import RETRY_COUNT_HEADER
+from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
 from aio_pika_batch.core.results import MessageResult, Result
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.errors import TopologyError
@@ -168,6 +169,7 @@ async def play(story: Story, scene: Scene) -> Played:
     played = Played(
         settled=record.settled,
         confirmed=record.confirmed,
+        replaced=record.replaced,
         complaints=record.complaints,
         keeps_place=scene.keeps_place,
     )
@@ -235,6 +237,7 @@ class RecordingTransport:
         delivered: All messages delivered so far.
         settled: How often each message was settled with each disposition.
         confirmed: How many copies of each message are confirmed.
+        replaced: How many of them replace a message that was not handled.
         complaints: Descriptions of what must not happen at the port.
     """
 
@@ -244,6 +247,7 @@ class RecordingTransport:
         self.delivered: set[bytes] = set()
         self.settled: dict[Disposition, Counter[bytes]] = {each: Counter() for each in Disposition}
         self.confirmed: Counter[bytes] = Counter()
+        self.replaced: Counter[bytes] = Counter()
         self.complaints: list[str] = []
 
     @property
@@ -278,7 +282,7 @@ class RecordingTransport:
         async with self._transport.publisher() as publisher:
             listens = isinstance(publisher, ListeningPublisher)
             kind = _ListeningPublisher if listens else _Publisher
-            yield kind(publisher, self.confirmed)
+            yield kind(publisher, self.confirmed, self.replaced)
 
 
 class _Session:
@@ -375,12 +379,24 @@ def _kind_of(session: Session) -> type[_Session]:
     return _AdjustableSession if isinstance(session, AdjustableSession) else _Session
 
 
+def _is_fresh(publication: Outgoing) -> bool:
+    """Return whether it takes the place of a message that has no result."""
+    return (
+        isinstance(publication, Copy)
+        and publication.routing_key == publication.message.queue
+        and RETRY_COUNT_HEADER not in publication.add
+    )
+
+
 class _Publisher:
     """Records a publisher."""
 
-    def __init__(self, publisher: Publisher, confirmed: Counter[bytes]) -> None:
+    def __init__(
+        self, publisher: Publisher, confirmed: Counter[bytes], replaced: Counter[bytes]
+    ) -> None:
         self._publisher = publisher
         self._confirmed = confirmed
+        self._replaced = replaced
 
     @property
     def is_open(self) -> bool:
@@ -393,6 +409,7 @@ class _Publisher:
         for publication, outcome in zip(publications, outcomes, strict=True):
             if outcome is Outcome.CONFIRMED:
                 self._confirmed[publication.body] += 1
+                self._replaced[publication.body] += _is_fresh(publication)
         return outcomes
 
 

@@ -161,6 +161,7 @@ class Played:
         most: The most handlers that ran concurrently.
         settled: How often each message was settled with each disposition.
         confirmed: How many copies of each message are confirmed.
+        replaced: How many of them replace a message that was not handled.
         waiting: Messages left in the queue or waiting for a retry.
         dead: The dead letters.
         keeps_place: `Scene.keeps_place`.
@@ -175,6 +176,7 @@ class Played:
     most: int = 0
     settled: dict[Disposition, Counter[bytes]] = field(default_factory=dict)
     confirmed: Counter[bytes] = field(default_factory=Counter)
+    replaced: Counter[bytes] = field(default_factory=Counter)
     waiting: Counter[bytes] = field(default_factory=Counter)
     dead: Counter[bytes] = field(default_factory=Counter)
     keeps_place: bool = True
@@ -277,7 +279,7 @@ def nothing_left_was_handled(story: Story, played: Played) -> object:
     settled = played.settled
     decided = settled[Disposition.ACK] + settled[Disposition.REQUEUE]
     decided += settled[Disposition.REJECT]
-    return _difference(played.seen, decided)
+    return _difference(played.seen + played.replaced, decided)
 
 
 def nothing_is_handled_too_often(story: Story, played: Played) -> object:
