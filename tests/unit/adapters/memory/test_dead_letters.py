@@ -377,16 +377,15 @@ def test_a_classic_queue_drops_a_message_beyond_its_length_before_it_expires():
 
 
 def test_a_classic_queue_sends_itself_dead_letters_after_what_was_written_with_the_reject():
-    """A returned message comes before them, but what the reject makes room for still before it."""
+    """A message that was returned together with it is delivered first."""
     broker = Broker("4.3")
     client = Client(broker)
     client.queue("q", dead_letter_exchange="", dead_letter_routing_key="q")
-    for body in (b"1", b"2", b"3"):
+    for body in (b"1", b"2"):
         client.publish(body, "q")
-    client.consume("q", prefetch=2)
+    client.consume("q", prefetch=0)
     first, second = client.deliveries()
     client.channel.settle_all(
         [Frame(Disposition.REJECT, first.tag), Frame(Disposition.REQUEUE, second.tag)]
     )
-    assert [b"3", b"2"] == [each.body for each in client.deliveries()]
-    assert [b"1"] == bodies(broker, "q")
+    assert [b"2", b"1"] == [each.body for each in client.deliveries()]
