@@ -153,8 +153,8 @@ CORE = (
     ),
     Mutant(
         "A lost connection looks like a crash to the process that survived it.",
-        "runtime/consume_loop.py",
-        "self._quarantine.doubt_until = self._loop.time() + DOUBT",
+        "runtime/worker.py",
+        "self._shared.quarantine.doubt_until = self._loop.time() + DOUBT",
         "pass",
         (f"{_SHELL}/test_quarantine.py::test_deployments_and_lost_connections_are_no_crashes",),
     ),

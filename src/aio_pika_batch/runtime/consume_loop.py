@@ -31,7 +31,7 @@ from aio_pika_batch.runtime.handler import (
     ignore_batch,
 )
 from aio_pika_batch.runtime.publishing import CopyPublishers
-from aio_pika_batch.runtime.quarantine import DOUBT, Quarantine, SuspectGate
+from aio_pika_batch.runtime.quarantine import Quarantine, SuspectGate
 from aio_pika_batch.runtime.settler import Settler
 from aio_pika_batch.runtime.shutdown import Shutdown
 from aio_pika_batch.runtime.worker_config import WorkerConfig
@@ -106,7 +106,6 @@ class ConsumeLoop:
             observers=observers,
             log=log,
         )
-        self._quarantine = context.quarantine
         self._gate = (
             SuspectGate(
                 session, context.quarantine, self, prefetch=config.prefetch, start=self._start
@@ -185,10 +184,6 @@ class ConsumeLoop:
                 # Otherwise the worker would take this for a drain, and stop consuming for good.
                 raise SessionLost("the session ended although no stop was requested")
             await self._drain(receiving)
-        except TransportError:
-            if self._quarantine is not None:
-                self._quarantine.doubt_until = self._loop.time() + DOUBT
-            raise
         finally:
             await self._close(receiving)
 

@@ -26,7 +26,7 @@ from aio_pika_batch.runtime.breaker import PROBE, WorkerBreaker
 from aio_pika_batch.runtime.consume_loop import ConsumeLoop, LoopContext
 from aio_pika_batch.runtime.handler import HandlerCheck, HandlerSlots, Process
 from aio_pika_batch.runtime.publishing import CopyPublishers
-from aio_pika_batch.runtime.quarantine import ALONE, Quarantine
+from aio_pika_batch.runtime.quarantine import ALONE, DOUBT, Quarantine
 from aio_pika_batch.runtime.shutdown import Shutdown, wait_until
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.status import WorkerState, WorkerStatus
@@ -223,6 +223,9 @@ class Worker:
         except (KeyboardInterrupt, SystemExit):
             raise
         except Exception as error:  # noqa: BLE001  -- `_handle_failure` decides
+            # Also if the session was only being opened: messages were on their way already.
+            if isinstance(error, TransportError) and self._shared.quarantine is not None:
+                self._shared.quarantine.doubt_until = self._loop.time() + DOUBT
             return error
         except BaseException as error:  # noqa: BLE001  -- a hook or a transport may raise anything
             failure = RuntimeError(f"the session was ended by {format_error(error)}")

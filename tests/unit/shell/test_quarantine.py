@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from contextlib import asynccontextmanager
 
 import pytest
 
-from aio_pika_batch import Cause, DeadLetterReason, MessageResult
+from aio_pika_batch import Cause, DeadLetterReason, MessageResult, SessionLost
 from aio_pika_batch.observer import DeadLettered, Settled
+from aio_pika_batch.transport import Subscription
 from tests.unit.shell.helpers import (
     ACK,
     REQUEUE,
@@ -142,6 +144,32 @@ async def test_deployments_and_lost_connections_are_no_crashes(version, seconds,
     assert set(numbered(count)) == set(fleet.handled)
     assert [] == reasons(rabbit)
     assert [] == rabbit.waiting()
+
+
+@pytest.mark.parametrize("are_cut", [True, False])
+async def test_a_connection_that_is_lost_while_it_opens_is_no_crash_either(are_cut, monkeypatch):
+    """The broker may have delivered and counted already."""
+    rabbit = declared()
+    rabbit.put(b"1")
+    transport = rabbit.transport
+    subscription = Subscription(queue="jobs", prefetch=1, consumer_tag="t")
+    for _ in range(9):
+        async with transport.session(subscription) as session:
+            await anext(session)
+    failures = [SessionLost("cut")] * are_cut
+
+    @asynccontextmanager
+    async def opened(subscription):
+        if failures:
+            raise failures.pop()
+        async with type(transport).session(transport, subscription) as session:
+            yield session
+
+    monkeypatch.setattr(transport, "session", opened)
+    async with quorum(rabbit) as consumer:
+        await rabbit.settled()
+    assert ([] if are_cut else [(b"1", "crashed")]) == reasons(rabbit)
+    assert are_cut == (b"1" in consumer.handled)
 
 
 @pytest.mark.parametrize("pace", [{}, {"num_workers": 3, "concurrency": 2, "settle": "yield"}])
