@@ -194,6 +194,8 @@ class _ConsumerMetrics:
         self._held = _Level(metrics.held.labels(*labels))
         self._up = _Level(metrics.up.labels(*labels))
         self._since = _Level(metrics.progress.labels(*labels))
+        # Before there are workers: a time of 0 would look as if nothing had moved since 1970.
+        self._update_gauges()
         # Series exist from the start: `increase` would not see the step from nothing to 1, so an
         # alert would miss the first dead letter.
         for reason in DeadLetterReason:
