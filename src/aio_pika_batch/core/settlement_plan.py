@@ -328,15 +328,15 @@ class SettlementPlanner:
         now: datetime,
         own: OwnRequeues | None = None,
         *,
-        anew: bool = False,
+        replace_all: bool = False,
     ) -> SettlementPlan:
         """Decide how to return messages that have no result.
 
         Args:
             own: What is known in favour of the messages.
-            anew: Whether all of them are replaced by copies that the broker counts from 0.
+            replace_all: Whether copies, which the broker counts from 0, replace all of them.
         """
-        replaced = [each for each in messages if anew or not self.may_return(each)]
+        replaced = [each for each in messages if replace_all or not self.may_return(each)]
         copies = [self._fresh_copy(each, now, own) for each in replaced]
         kept = {each.tag for each in copies}
         tags = [tag for each in messages if (tag := each.delivery_tag) not in kept]

@@ -170,8 +170,9 @@ class Settler:
         Returns:
             The messages that must be handled instead, because their copies aren't confirmed.
         """
-        now, anew = datetime.now(UTC), own is not None
-        plan = self._planner.plan_returns(messages, now, own or self._own, anew=anew)
+        plan = self._planner.plan_returns(
+            messages, datetime.now(UTC), own or self._own, replace_all=own is not None
+        )
         if own is None:
             await self._carry_out_returns(plan)
             return []
@@ -189,7 +190,7 @@ class Settler:
         self._forget(each.outcome.message for each in copies if each.kind is fresh)
 
     def _forget(self, replaced: Iterable[Message]) -> None:
-        """Forget what was known of messages that were replaced: their copies are counted anew."""
+        """Forget what was known of messages whose copies the broker counts from 0."""
         if self._own is not None:
             for message in replaced:
                 self._own.forget(message)

@@ -309,7 +309,9 @@ def test_the_return_of_a_suspect_becomes_a_copy():
     unguarded = replace(a_planner(), crashes=None).plan_returns(messages, NOW)
     assert [(1, 2, 3)] == [each.tags for each in unguarded.settlements]
     assert [] == unguarded.copies
-    anew = replace(a_planner(), crashes=None).plan_returns(messages, NOW, OwnRequeues(), anew=True)
+    anew = replace(a_planner(), crashes=None).plan_returns(
+        messages, NOW, OwnRequeues(), replace_all=True
+    )
     assert all(CRASH_COUNT not in each.copy.properties.headers for each in anew.copies[:1])
 
 
@@ -332,7 +334,7 @@ def test_a_copy_with_a_fresh_count_is_the_same_message():
     for count in range(7):
         headers = properties.headers | {DELIVERY_COUNT: count}
         own.note(replaced(message, headers))
-    [pending] = a_planner().plan_returns([message], NOW, own, anew=True).copies
+    [pending] = a_planner().plan_returns([message], NOW, own, replace_all=True).copies
     copy = pending.copy
     assert ("", QUEUE, b"body", "m") == (
         copy.exchange,
@@ -370,7 +372,7 @@ class Fleet:
         suspicion = self.policy.judge(self.message, own, in_doubt=self.in_doubt[process])
         self.in_doubt[process] = False
         if suspicion is WORN:
-            [copy] = self.planner.plan_returns([self.message], NOW, own, anew=True).copies
+            [copy] = self.planner.plan_returns([self.message], NOW, own, replace_all=True).copies
             own.forget(self.message)
             self.message = delivered(copy.copy)
         return suspicion
