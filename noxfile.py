@@ -33,6 +33,9 @@ CONSTRAINTS = Path("constraints").absolute()
 PINNED = CONSTRAINTS / "pinned.txt"
 LOWEST = CONSTRAINTS / "lowest.txt"
 
+QUICK = ("-m", "not long")
+"""Leaves out the tests that take half a minute or more, so that everyone can run the others."""
+
 UTF8 = {"PYTHONUTF8": "1"}
 """Tests read pages of the documentation, which are UTF-8 whatever the locale is."""
 
@@ -77,9 +80,10 @@ def pytest(session: nox.Session, *args: str, env: dict[str, str] | None = None) 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run all tests on this Python, against the broker found or installed here.
+    """Run the tests on this Python, against the broker found or installed here.
 
-    Any arguments go to pytest, and all that they choose runs in one process.
+    The session ``integration`` also runs those that take long. Any arguments go to pytest, and all
+    that they choose runs in one process.
     """
     run_tests(session, PINNED)
 
@@ -127,10 +131,10 @@ def run_tests(session: nox.Session, versions: Path | None) -> None:
     failed: list[bool] = []
     with (
         in_background(session, "unit", ["tests/unit"]) as unit_tests,
-        in_background(session, "integration", others) as other_half,
+        in_background(session, "integration", [*QUICK, *others]) as other_half,
     ):
         try:
-            pytest(session, *here)
+            pytest(session, *QUICK, *here)
         finally:
             failed = [each.report() for each in (other_half, unit_tests)]
     if any(failed):
@@ -199,7 +203,7 @@ def all_pythons(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("rabbitmq", ["local", "3.8", "4.0", "4.3"], ids=["local", "3.8", "4.0", "4.3"])
 def integration(session: nox.Session, rabbitmq: str) -> None:
-    """Run the integration tests against the local broker, or a version that is fetched first."""
+    """Run all integration tests on the local broker, or on a version that is fetched first."""
     install(session, ".[cli,uvloop]", *group("test"), *group("brokers"))
     env = {} if rabbitmq == "local" else {"AIO_PIKA_BATCH_TEST_SERVER": fetch(session, rabbitmq)}
     pytest(session, "tests/integration", *session.posargs, env=env)

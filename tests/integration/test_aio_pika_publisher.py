@@ -266,6 +266,7 @@ async def test_silence_makes_the_outcome_unknown(
         proxy.thaw()
 
 
+@pytest.mark.long
 async def test_time_runs_out_in_silence_only(
     amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
 ) -> None:

@@ -219,6 +219,7 @@ async def test_a_routing_key_that_is_not_utf8(
         await session.settle([settlement(Disposition.ACK, [first, second])])
 
 
+@pytest.mark.long
 async def test_acks_just_before_the_end_are_not_lost(
     transport: AioPikaTransport, queue: str, channel: AbstractChannel
 ) -> None:

@@ -92,6 +92,7 @@ def test_the_demo_draws_a_dashboard_as_wide_as_the_terminal(tmp_path, columns: i
     assert "@font-face" not in drawn
 
 
+@pytest.mark.long
 @pytest.mark.needs_node
 def test_the_demo_deletes_what_it_declared_on_a_real_broker(
     rabbitmq: RabbitMQ, amqp_url: str

@@ -55,6 +55,7 @@ async def test_a_message_that_kills_its_process_takes_no_other_with_it(
     assert 0 == await ready(amqp_url, name)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("on_both_wires")
 async def test_cut_connections_and_restarts_are_no_crashes(channel, amqp_url, name, proxy) -> None:
     """Thirty cuts and ten restarts of two consumers, each of which has a memory of its own."""

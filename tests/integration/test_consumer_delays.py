@@ -193,6 +193,7 @@ async def test_a_message_that_was_dead_lettered_here_before_comes_back(
 # --- whatever happens ---------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.needs_node
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 @pytest.mark.parametrize("how", ["killed", "stopped"])

@@ -53,6 +53,7 @@ def kind(number: int) -> str:
     return KINDS[number % len(KINDS)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 async def test_five_kills_under_load_lose_nothing(
     channel, amqp_url, name, tmp_path, queue_type
@@ -200,6 +201,7 @@ async def all_is_well(channel, url, name, consumer, messages, dlq) -> tuple[int,
     return consumer.done.total() - len(good), dead.total() - len(bad)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 @pytest.mark.usefixtures("on_both_wires")
 async def test_ten_cuts_under_load_lose_nothing(channel, amqp_url, name, proxy, queue_type) -> None:

@@ -150,6 +150,7 @@ async def test_the_turn_of_a_breaker_causes_no_duplicates_while_the_leader_stand
         assert FAILING == await settled_count(amqp_url, name)
 
 
+@pytest.mark.long
 async def test_a_stop_causes_no_duplicates_in_a_cluster(
     broker, tmp_path, monkeypatch, name
 ) -> None:

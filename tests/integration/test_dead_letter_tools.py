@@ -250,6 +250,7 @@ async def test_looking_stops_before_the_delivery_limit_drops_a_dead_letter(amqp_
 MANY = 1000
 
 
+@pytest.mark.long
 @QUEUE_TYPES
 async def test_a_replay_that_is_killed_loses_nothing(
     amqp_url, name, channel, proxy, tmp_path, queue_type
@@ -282,6 +283,7 @@ async def test_a_replay_that_is_killed_loses_nothing(
     assert len(there) - MANY <= 100  # confirmed, but not yet acknowledged
 
 
+@pytest.mark.long
 async def test_a_replay_that_is_interrupted_repeats_nothing(
     amqp_url, name, channel, proxy, tmp_path
 ):

@@ -100,6 +100,7 @@ async def publish(url: str, queue: str, numbers: range) -> None:
         left = [each for each, outcome in pairs if outcome is not Outcome.CONFIRMED]
 
 
+@pytest.mark.long
 @pytest.mark.needs_node
 async def test_effects_equal_messages(rabbitmq, amqp_url, name, postgres, tmp_path) -> None:
     """Each effect is there once, in the table of the chain and in the one behind its outbox.

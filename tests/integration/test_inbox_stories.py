@@ -35,6 +35,7 @@ def run(plan: Plan, driver: str, url: str) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 @settings(max_examples=COUNT, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plans())
@@ -43,6 +44,7 @@ def test_an_effect_is_there_once_on_postgresql(postgres_url: str, driver: str, p
     run(plan, driver, postgres_url)
 
 
+@pytest.mark.long
 @settings(max_examples=COUNT, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plans(bare=True))
 def test_a_bare_claim_keeps_the_law_on_postgresql(postgres_url: str, plan: Plan) -> None:

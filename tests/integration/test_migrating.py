@@ -121,6 +121,7 @@ def test_now(amqp_url: str, name: str, case: str, expected: tuple[object, object
     assert expected[1] == run(sys.executable, amqp_url, name, case)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("case", "expected"), CASES, ids=[case for case, _ in CASES])
 def test_before(
     amqp_url: str, name: str, old: str, case: str, expected: tuple[object, object]

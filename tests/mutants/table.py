@@ -282,10 +282,17 @@ WIRE = (
         (f"{_UNIT}/test_session.py",),
     ),
     Mutant(
+        "A message that is delivered for the last answer gets before those that a stop returns.",
+        f"{_WIRE}/consumer_channel.py",
+        "            self._returns = []\n        match",
+        "            pass\n        match",
+        (f"{_UNIT}/test_session.py",),
+    ),
+    Mutant(
         "What a quorum queue delivers for its last answer is returned by the close, and counted.",
         f"{_WIRE}/session.py",
-        "        if self._pending:\n            await self._writer.give_back",
-        "        if False:\n            await self._writer.give_back",
+        "                untaken = self._pending\n",
+        "                pass\n",
         (f"{_UNIT}/test_session.py",),
     ),
     Mutant(

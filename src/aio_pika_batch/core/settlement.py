@@ -132,14 +132,14 @@ class Ledger:
                     del outstanding[tag]
                 return [Frame(Disposition.ACK, tags[-1], len(tags) > 1)]
         # Decide first: an invalid tag must not leave the ledger half changed.
-        decided = self._decide(settlements)
+        decided = self.decide(settlements)
         frames = self._plan(decided)
         self._remove(decided)
         return frames
 
     def hold(self, settlements: Iterable[Settlement]) -> None:
         """Decide deliveries that stay outstanding until `release`. Raises as `settle` does."""
-        decided = self._decide(list(settlements))
+        decided = self.decide(list(settlements))
         self._held.update(decided)
         self._kinds.update(decided.values())
 
@@ -173,7 +173,8 @@ class Ledger:
             else:
                 del old[bisect_left(old, tag)]
 
-    def _decide(self, settlements: Sequence[Settlement]) -> dict[int, Disposition]:
+    def decide(self, settlements: Sequence[Settlement]) -> dict[int, Disposition]:
+        """Return the disposition of each tag, without settling it. Raises as `settle` does."""
         decided: dict[int, Disposition] = {}
         for settlement in settlements:
             for tag in settlement.tags:

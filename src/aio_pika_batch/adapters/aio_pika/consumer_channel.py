@@ -38,6 +38,7 @@ from aio_pika_batch.core.settlement import (
     DrainMode,
     Frame,
     Ledger,
+    Settlement,
     drain_mode,
 )
 from aio_pika_batch.core.topology import Version, parse_version
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
 
     from aio_pika_batch.adapters.aio_pika.connection import OpenConnection
     from aio_pika_batch.adapters.aio_pika.frame_tap import Listener
-    from aio_pika_batch.core.settlement import Settlement
     from aio_pika_batch.transport import Subscription
 
 STREAM_OFFSET = "x-stream-offset"
@@ -238,6 +238,7 @@ class SettlementWriter:
         self._channel = channel
         self._is_rabbitmq = is_rabbitmq
         self._commits_prove = commits_prove
+        self._returns: list[int] | None = None
         self._loop = asyncio.get_running_loop()
         self._is_holding = False
         self._is_transactional = False
@@ -249,6 +250,8 @@ class SettlementWriter:
     def settle(self, settlements: Sequence[Settlement]) -> None:
         """Write or hold settlements. Raises SettlementError, or SessionLost."""
         ledger = self.ledger
+        if self._returns is not None:
+            settlements = self._without_returns(settlements, self._returns)
         if self._is_holding:
             held = ledger.held
             ledger.hold(settlements)
@@ -259,6 +262,14 @@ class SettlementWriter:
         frames = ledger.settle(settlements)
         self.unproven += unsettled - len(ledger)
         self._write(frames)
+
+    def _without_returns(
+        self, settlements: Sequence[Settlement], returns: list[int]
+    ) -> Sequence[Settlement]:
+        """Keep the returns for `finish`: a message that is delivered for an answer comes last."""
+        decided = self.ledger.decide(settlements)
+        returns += [tag for tag, how in decided.items() if how is Disposition.RETURN]
+        return [each for each in settlements if each.disposition is not Disposition.RETURN]
 
     def hold(self) -> None:
         """Hold what is settled from now on, because `basic.cancel` is being sent."""
@@ -277,6 +288,8 @@ class SettlementWriter:
         """
         if is_proof:
             self.unproven = self.ledger.held
+        if not self._commits_prove:
+            self._returns = []
         match drain_mode(remaining, is_rabbitmq=self._is_rabbitmq):
             case DrainMode.DIRECT:
                 self._is_holding = False
@@ -302,11 +315,19 @@ class SettlementWriter:
         if not self._is_rabbitmq:
             await asyncio.sleep(self._settled_at + SETTLE_PAUSE - self._loop.time())
 
-    async def give_back(self, tags: Sequence[int]) -> None:
-        """Return deliveries that no session has taken, without holding them. Raises SessionLost."""
-        # Newer brokers don't count a return by nack, but one by the close.
-        self._write([Frame(Disposition.RETURN, tag) for tag in tags])
-        if self._is_transactional:
+    async def give_back(self, untaken: Sequence[int]) -> None:
+        """Return the messages that were kept for it, and then others. Raises SessionLost.
+
+        Args:
+            untaken: Deliveries that nobody has taken. They aren't in the ledger.
+        """
+        frames = [Frame(Disposition.RETURN, tag) for tag in untaken]
+        if self._returns:
+            # Nothing is lost without a proof: what isn't received is returned by the close.
+            returns, self._returns = self._returns, []
+            frames[:0] = self.ledger.settle([Settlement(Disposition.RETURN, tuple(returns))])
+        self._write(frames)
+        if frames and self._is_transactional:
             await self._channel.commit()
 
     def on_channel_closed(self) -> None:

@@ -40,6 +40,7 @@ from aio_pika_batch.adapters.aio_pika.events import (
 from aio_pika_batch.adapters.aio_pika.topology import declare_on
 from aio_pika_batch.core.refusals import STREAM_ADVICE
 from aio_pika_batch.core.settlement import SAFE_COMMANDS
+from aio_pika_batch.core.topology import Version, parse_version
 from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost, TopologyError
 from aio_pika_batch.transport import Native
 
@@ -55,6 +56,10 @@ if TYPE_CHECKING:
 ANSWER_TIMEOUT = 10.0
 """Seconds that a broker has to confirm a pause or its end, or to open a native channel. A queue
 without a leader leaves the answer out, and heartbeats go on."""
+
+UNCOUNTED_NACKS_SINCE: Version = (4, 3)
+"""The first RabbitMQ that doesn't count a return by nack, but counts one by the close. Earlier ones
+count both, and a nack moves the message to the back of a queue without a delivery limit."""
 
 WIND_UP_TIMEOUT = 5.0
 """Seconds for everything that comes before the close of the connection."""
@@ -280,8 +285,13 @@ class AioPikaSession:
         else:
             await asyncio.wait({self._cancelling})
         await self._writer.finish()
+        untaken: Sequence[Message] = ()
         if self._asks_queue and self._writer.unproven:
             await self._await_queue()
+            # Before, the close returns it to a better place, and it counts either way.
+            if (parse_version(*self._connection.product) or ()) >= UNCOUNTED_NACKS_SINCE:
+                untaken = self._pending
+        await self._writer.give_back([message.delivery_tag for message in untaken])
         await self._channel.close()
 
     async def _await_queue(self) -> None:
@@ -294,8 +304,6 @@ class AioPikaSession:
         await self._channel.resume(1)
         await self._channel.cancel()
         self._writer.unproven = 0
-        if self._pending:
-            await self._writer.give_back([message.delivery_tag for message in self._pending])
 
     async def _cancel(self) -> None:
         writer, channel = self._writer, self._channel

@@ -17,7 +17,7 @@ from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
 from aio_pika_batch.adapters.aio_pika.session import AioPikaSession
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.settlement import Disposition, Frame, Settlement
-from aio_pika_batch.errors import SessionLost
+from aio_pika_batch.errors import SessionLost, SettlementError
 from aio_pika_batch.testing.virtual_time import VirtualTimeLoop
 from aio_pika_batch.transport import Subscription
 from tests.unit.adapters.aio_pika.broker_frames import message
@@ -105,6 +105,7 @@ async def opened(
     prefetch: int = 10,
     queue_type: str | None = None,
     exclusive: bool = False,
+    version: str = "4.3.0",
 ) -> AioPikaSession:
     """A session that consumes."""
 
@@ -121,7 +122,7 @@ async def opened(
         close=close,
         address="there",
         is_rabbitmq=is_rabbitmq,
-        product=("RabbitMQ", "4.3.0"),
+        product=("RabbitMQ", version),
     )
     subscription = Subscription(
         queue="q",
@@ -431,10 +432,13 @@ async def test_a_quorum_queue_answers_after_the_last_settlements(count: int) -> 
     assert 0 == session.unproven
 
 
+@pytest.mark.parametrize("version", ["3.10.8", "4.2.9", "4.3.0"])
 @pytest.mark.parametrize("count", [1, 40])
-async def test_what_is_delivered_for_that_answer_is_returned(count: int) -> None:
-    """By a nack, which newer brokers don't count, and in a transaction if there is one."""
-    session, channel, tap = await holding(count, prefetch=count, queue_type="quorum")
+async def test_what_is_delivered_for_that_answer_is_returned(count: int, version: str) -> None:
+    """Since 4.3 by a nack, which isn't counted. Before, the close returns it to its place."""
+    session, channel, tap = await holding(
+        count, prefetch=count, queue_type="quorum", version=version
+    )
     channel.answer.set()
     await session.cancel()
     await settle(session, ACK, *range(1, count + 1))
@@ -445,8 +449,41 @@ async def test_what_is_delivered_for_that_answer_is_returned(count: int) -> None
 
     channel.rpc = delivering  # type: ignore[method-assign]
     await session.close()
-    end: list[Any] = [(RETURN, count + 1, False), *(["commit"] if count > 30 else []), "close"]
+    end: list[Any] = ["cancel-ok", "close"]
+    if version == "4.3.0":
+        end[1:1] = [(RETURN, count + 1, False), *(["commit"] if count > 30 else [])]
     assert end == tap.sent[-len(end) :]
+
+
+async def test_returned_messages_come_after_that_answer() -> None:
+    """So they stay before a message that is delivered for it. Alone they need no answer."""
+    session, channel, tap = await holding(4, prefetch=4, queue_type="quorum")
+    channel.answer.set()
+    await session.cancel()
+    tap.sent.clear()
+    await settle(session, RETURN, 2, 3)
+    with pytest.raises(SettlementError):
+        await settle(session, RETURN, 5)
+    assert [] == tap.sent
+    assert 0 == session.unproven
+    await settle(session, ACK, 1)
+    await session.close()
+    assert [
+        (ACK, 1, False),
+        "consume",
+        "cancel",
+        "cancel-ok",
+        (RETURN, 3, True),
+        "close",
+    ] == tap.sent
+
+    session, channel, tap = await holding(4, prefetch=4, queue_type="quorum")
+    channel.answer.set()
+    await session.cancel()
+    tap.sent.clear()
+    await settle(session, RETURN, 2, 3)
+    await session.close()
+    assert [(RETURN, 2, False), (RETURN, 3, False), "close"] == tap.sent
 
 
 async def test_an_end_without_an_answer_of_the_queue_proves_nothing() -> None:
