@@ -270,8 +270,8 @@ WIRE = (
     Mutant(
         "A channel is closed before a quorum queue has carried out the last settlements.",
         f"{_WIRE}/session.py",
-        "        if self._asks_queue and self._writer.unproven:\n",
-        "        if False:\n",
+        "if self._asks_queue and self._writer.unproven and await self._channel.has_leader():",
+        "if False:",
         (f"{_UNIT}/test_session.py",),
     ),
     Mutant(
@@ -279,6 +279,13 @@ WIRE = (
         f"{_WIRE}/consumer_channel.py",
         "            if self._commits_prove:\n",
         "            if True:\n",
+        (f"{_UNIT}/test_session.py",),
+    ),
+    Mutant(
+        "A stop hangs in a question to a queue without a leader.",
+        f"{_WIRE}/session.py",
+        " and await self._channel.has_leader():",
+        ":",
         (f"{_UNIT}/test_session.py",),
     ),
     Mutant(

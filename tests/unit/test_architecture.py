@@ -47,6 +47,7 @@ LONGER_FOR_A_REASON = {
     "adapters/memory/vhost.py": "whatever changes several queues, or exchanges and queues, at once",
     "adapters/memory/session.py": "both connections of a client, to consume and to publish",
     "testing/stories/player.py": "plays a story, and records it at every method of the port",
+    "adapters/aio_pika/consumer_channel.py": "what is written on one channel, and in which order",
     "adapters/aio_pika/publisher.py": "both ways to publish, and how each ends",
     "dead_letters.py": "looking at dead letters, replaying and deleting them, by one law",
     "observers/otel.py": "what each event becomes: spans, and metrics beside them",

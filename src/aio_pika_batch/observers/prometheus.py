@@ -196,8 +196,7 @@ class _ConsumerMetrics:
         self._since = _Level(metrics.progress.labels(*labels))
         # Before there are workers: a time of 0 would look as if nothing had moved since 1970.
         self._update_gauges()
-        # Series exist from the start: `increase` would not see the step from nothing to 1, so an
-        # alert would miss the first dead letter.
+        # Series exist from the start: `increase` doesn't see the step from nothing to 1.
         for reason in DeadLetterReason:
             self.count(metrics.dead_letters, reason.value, by=0)
         for step in Step:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from aio_pika_batch.adapters.aio_pika.any_name import BasicConsume
+from aio_pika_batch.adapters.aio_pika.any_name import BasicConsume, QueueDeclare
 from aio_pika_batch.adapters.aio_pika.client_errors import (
     close_reason,
     consume_exception,
@@ -64,6 +64,14 @@ ARGUMENTS_CHECKED_SINCE: Version = (3, 10)
 SETTLE_PAUSE = 0.2
 """Seconds between the last settlement and the close, on brokers that don't call themselves
 RabbitMQ. It is unknown what their answers prove."""
+
+LEADER_TIMEOUT = 0.2
+"""Seconds in which the leader of a quorum queue answers a passive declare. Without it RabbitMQ
+answers after 0.25 s, as if there were no consumers."""
+
+QUESTIONS = 2  # on a busy machine, a leader may need as long once
+
+_T = TypeVar("_T")
 
 _TURNS = 4
 """Turns of the event loop after cancel-ok on the plain wire. aiormq has started a task for each
@@ -195,6 +203,20 @@ class ConsumerChannel:
             for _ in range(_TURNS):
                 await asyncio.sleep(0)
 
+    async def has_leader(self) -> bool:
+        """Return whether the queue's leader answers questions. Raises SessionLost."""
+        channel, subscription = self._channel, self._subscription
+        if channel is None or subscription is None:
+            return False
+        loop = asyncio.get_running_loop()
+        question = QueueDeclare(queue=subscription.queue, passive=True)
+        for _ in range(QUESTIONS):
+            asked_at = loop.time()
+            answer = await _answered("queue.declare", channel.rpc(question))
+            if answer.consumer_count or loop.time() - asked_at < LEADER_TIMEOUT:
+                return True
+        return False
+
     def settle(self, frames: Sequence[Frame]) -> bool:
         """Write frames at once; return whether the channel is still open."""
         return self._connection.tap.write(pack_settlements(self.number, frames))
@@ -319,7 +341,7 @@ class SettlementWriter:
         """Return the messages that were kept for it, and then others. Raises SessionLost.
 
         Args:
-            untaken: Deliveries that nobody has taken. They aren't in the ledger.
+            untaken: Deliveries that were never handed out, and so aren't in the ledger.
         """
         frames = [Frame(Disposition.RETURN, tag) for tag in untaken]
         if self._returns:
@@ -377,9 +399,9 @@ class SettlementWriter:
                 self.prove(held)
 
 
-async def _answered(method: str, call: Awaitable[object]) -> None:
+async def _answered(method: str, call: Awaitable[_T]) -> _T:
     with translate_errors(lambda error: SessionLost(f"{method} failed: {format_error(error)}")):
-        await call
+        return await call
 
 
 async def _unexpected(message: DeliveredMessage) -> None:

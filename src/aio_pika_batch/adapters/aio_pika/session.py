@@ -286,7 +286,8 @@ class AioPikaSession:
             await asyncio.wait({self._cancelling})
         await self._writer.finish()
         untaken: Sequence[Message] = ()
-        if self._asks_queue and self._writer.unproven:
+        # Without a leader the channel would hang in the question, and so couldn't be closed.
+        if self._asks_queue and self._writer.unproven and await self._channel.has_leader():
             await self._await_queue()
             # Before, the close returns it to a better place, and it counts either way.
             if (parse_version(*self._connection.product) or ()) >= UNCOUNTED_NACKS_SINCE:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from aio_pika_batch.adapters.aio_pika.amqp_spec import ACK_SIZE, FRAME_OVERHEAD
-from aio_pika_batch.adapters.aio_pika.any_name import BasicConsume
+from aio_pika_batch.adapters.aio_pika.any_name import BasicConsume, QueueDeclare
 from aio_pika_batch.adapters.aio_pika.events import ChannelCloseOk, Deliveries
 from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
 from aio_pika_batch.adapters.aio_pika.session import AioPikaSession
@@ -30,14 +30,23 @@ class FakeChannel:
 
     def __init__(self, tap: FakeTap | None = None) -> None:
         self.answer = asyncio.Event()
+        self.has_leader = True
+        self.delivers = 0
         self.tap = tap or FakeTap()
         self.consumers: dict[str, Any] = {}
 
     async def basic_qos(self, **_: Any) -> None:
         """Accept any prefetch."""
 
-    async def rpc(self, _: BasicConsume) -> None:
-        self.tap.note("consume")
+    async def rpc(self, method: BasicConsume | QueueDeclare) -> Any:
+        if isinstance(method, BasicConsume):
+            self.tap.note("consume")
+            if self.delivers:
+                self.tap.tell(Deliveries([delivered(self.delivers)]))
+            return None
+        self.tap.note("declare")
+        await asyncio.sleep(0 if self.has_leader else 0.25)
+        return SimpleNamespace(consumer_count=0)
 
     async def basic_cancel(self, _: str) -> None:
         self.tap.note("cancel")
@@ -428,8 +437,21 @@ async def test_a_quorum_queue_answers_after_the_last_settlements(count: int) -> 
     await asyncio.sleep(2 * ROUND_TRIP)
     assert count == session.unproven
     await session.close()
-    assert ["consume", "cancel", "cancel-ok", "close"] == tap.sent[-4:]
+    assert ["declare", "consume", "cancel", "cancel-ok", "close"] == tap.sent[-5:]
     assert 0 == session.unproven
+
+
+async def test_a_queue_without_a_leader_is_not_waited_for(virtual_loop: VirtualTimeLoop) -> None:
+    """The channel would hang in the question, and be closed with the whole connection."""
+    session, channel, tap = await holding(40, prefetch=40, queue_type="quorum")
+    channel.answer.set()
+    channel.has_leader = False
+    await session.cancel()
+    tap.sent.clear()
+    await settle(session, ACK, *range(1, 41))
+    await session.close()
+    assert ["commit", "declare", "declare", "close"] == tap.sent[-4:]
+    assert virtual_loop.time() < 1
 
 
 @pytest.mark.parametrize("version", ["3.10.8", "4.2.9", "4.3.0"])
@@ -443,11 +465,7 @@ async def test_what_is_delivered_for_that_answer_is_returned(count: int, version
     await session.cancel()
     await settle(session, ACK, *range(1, count + 1))
 
-    async def delivering(_: object) -> None:
-        tap.note("consume")
-        tap.tell(Deliveries([delivered(count + 1)]))
-
-    channel.rpc = delivering  # type: ignore[method-assign]
+    channel.delivers = count + 1
     await session.close()
     end: list[Any] = ["cancel-ok", "close"]
     if version == "4.3.0":
@@ -470,6 +488,7 @@ async def test_returned_messages_come_after_that_answer() -> None:
     await session.close()
     assert [
         (ACK, 1, False),
+        "declare",
         "consume",
         "cancel",
         "cancel-ok",
