@@ -266,6 +266,8 @@ class _TapProtocol(asyncio.StreamReaderProtocol, asyncio.BufferedProtocol):
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        # Nothing is read any more. A lost connection is part of cycles, and so is freed late.
+        self._buffer = memoryview(b"")
         self._tap.on_end(
             ConnectionLost("the connection was closed" if exc is None else format(exc))
         )
