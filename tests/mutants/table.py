@@ -291,7 +291,7 @@ WIRE = (
     Mutant(
         "A message that is delivered for the last answer gets before those that a stop returns.",
         f"{_WIRE}/consumer_channel.py",
-        "            self._returns = []\n        match",
+        "            self._returns = {}\n        match",
         "            pass\n        match",
         (f"{_UNIT}/test_session.py",),
     ),

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain, islice
@@ -173,13 +173,19 @@ class Ledger:
             else:
                 del old[bisect_left(old, tag)]
 
-    def decide(self, settlements: Sequence[Settlement]) -> dict[int, Disposition]:
-        """Return the disposition of each tag, without settling it. Raises as `settle` does."""
+    def decide(
+        self, settlements: Sequence[Settlement], kept: Collection[int] = ()
+    ) -> dict[int, Disposition]:
+        """Return the disposition of each tag, without settling it. Raises as `settle` does.
+
+        Args:
+            kept: Tags that are decided elsewhere.
+        """
         decided: dict[int, Disposition] = {}
         for settlement in settlements:
             for tag in settlement.tags:
                 is_outstanding = tag in self._outstanding or self._is_old(tag)
-                if not is_outstanding or tag in self._held:
+                if not is_outstanding or tag in self._held or tag in kept:
                     why = "settled already" if 0 < tag <= self._last else "never delivered here"
                     raise SettlementError(
                         f"delivery tag {tag} cannot be settled: {why};"

@@ -338,8 +338,8 @@ class SettlementPlanner:
         """
         replaced = [each for each in messages if replace_all or not self.may_return(each)]
         copies = [self._fresh_copy(each, now, own) for each in replaced]
-        kept = {each.tag for each in copies}
-        tags = [tag for each in messages if (tag := each.delivery_tag) not in kept]
+        replaced_tags = {each.tag for each in copies}
+        tags = [tag for each in messages if (tag := each.delivery_tag) not in replaced_tags]
         return SettlementPlan([Settlement(Disposition.RETURN, tuple(tags))] if tags else (), copies)
 
     def _fresh_copy(self, message: Message, now: datetime, own: OwnRequeues | None) -> PendingCopy:

@@ -15,7 +15,6 @@ from typing import Any
 from aio_pika_batch.core.batch_run import BatchDecisions
 from aio_pika_batch.core.batcher import Batch, Trigger
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.quarantine import OwnRequeues
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult
 from aio_pika_batch.errors import SessionLost, TransportError
 from aio_pika_batch.logs import KeywordLogger
@@ -402,11 +401,11 @@ class ConsumeLoop:
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 
-    async def start_anew(self, messages: Sequence[Message], own: OwnRequeues | None) -> None:
+    async def start_anew(self, messages: Sequence[Message], *, holds_copies: bool) -> None:
         """Replace messages by copies that the broker counts from 0."""
         self._log.debug("copies replace messages, to be counted from 0", messages=len(messages))
         try:
-            left = await self._settler.start_anew(messages, own)
+            left = await self._settler.start_anew(messages, holds_copies=holds_copies)
             if left and self._gate is not None:
                 self._gate.suspects += left
         except Exception as error:  # noqa: BLE001  -- ends the session, see `_give_up`

@@ -159,21 +159,19 @@ class Settler:
         done = [each for each in outcomes if each.message.delivery_tag not in pending]
         return done, confirmed
 
-    async def start_anew(
-        self, messages: Sequence[Message], own: OwnRequeues | None
-    ) -> list[Message]:
+    async def start_anew(self, messages: Sequence[Message], *, holds_copies: bool) -> list[Message]:
         """Replace messages that have no result by copies, which the broker counts from 0.
 
         Args:
-            own: What is known in favour of the messages; None to hold those whose copies fail.
+            holds_copies: Whether messages whose copies fail are held.
 
         Returns:
             The messages that must be handled instead, because their copies aren't confirmed.
         """
         plan = self._planner.plan_returns(
-            messages, datetime.now(UTC), own or self._own, replace_all=own is not None
+            messages, datetime.now(UTC), self._own, replace_all=not holds_copies
         )
-        if own is None:
+        if holds_copies:
             await self._carry_out_returns(plan)
             return []
         outcomes = await self._publish(plan.copies)

@@ -117,6 +117,11 @@ class ConsumerChannel:
         """Whether it has a consumer, which `cancel` would cancel."""
         return self._channel is not None and bool(self._consumer_tag)
 
+    @property
+    def version(self) -> Version:
+        """The version of RabbitMQ; empty for other brokers."""
+        return parse_version(*self._connection.product) or ()
+
     async def consume(self, subscription: Subscription) -> None:
         """Open the channel and start the consumer. Raises TopologyError or BrokerUnavailable."""
         address, tap = self._connection.address, self._connection.tap
@@ -175,10 +180,9 @@ class ConsumerChannel:
 
     def _arguments(self, subscription: Subscription) -> dict[str, Any]:
         arguments = dict[str, Any](subscription.arguments)
-        version = parse_version(*self._connection.product) or ()
         # Changes nothing, except that a stream refuses the consumer. If it is asked for an offset,
         # its first message tells.
-        if version >= ARGUMENTS_CHECKED_SINCE and STREAM_OFFSET not in arguments:
+        if self.version >= ARGUMENTS_CHECKED_SINCE and STREAM_OFFSET not in arguments:
             arguments.setdefault("x-priority", 0)
         return arguments
 
@@ -260,7 +264,7 @@ class SettlementWriter:
         self._channel = channel
         self._is_rabbitmq = is_rabbitmq
         self._commits_prove = commits_prove
-        self._returns: list[int] | None = None
+        self._returns: dict[int, None] | None = None
         self._loop = asyncio.get_running_loop()
         self._is_holding = False
         self._is_transactional = False
@@ -286,11 +290,11 @@ class SettlementWriter:
         self._write(frames)
 
     def _without_returns(
-        self, settlements: Sequence[Settlement], returns: list[int]
+        self, settlements: Sequence[Settlement], returns: dict[int, None]
     ) -> Sequence[Settlement]:
-        """Keep the returns for `finish`: a message that is delivered for an answer comes last."""
-        decided = self.ledger.decide(settlements)
-        returns += [tag for tag, how in decided.items() if how is Disposition.RETURN]
+        """Keep the returns for `give_back`: what is delivered for an answer comes after them."""
+        decided = self.ledger.decide(settlements, returns)
+        returns.update({tag: None for tag in decided if decided[tag] is Disposition.RETURN})
         return [each for each in settlements if each.disposition is not Disposition.RETURN]
 
     def hold(self) -> None:
@@ -311,7 +315,7 @@ class SettlementWriter:
         if is_proof:
             self.unproven = self.ledger.held
         if not self._commits_prove:
-            self._returns = []
+            self._returns = {}
         match drain_mode(remaining, is_rabbitmq=self._is_rabbitmq):
             case DrainMode.DIRECT:
                 self._is_holding = False
@@ -346,7 +350,7 @@ class SettlementWriter:
         frames = [Frame(Disposition.RETURN, tag) for tag in untaken]
         if self._returns:
             # Nothing is lost without a proof: what isn't received is returned by the close.
-            returns, self._returns = self._returns, []
+            returns, self._returns = self._returns, {}
             frames[:0] = self.ledger.settle([Settlement(Disposition.RETURN, tuple(returns))])
         self._write(frames)
         if frames and self._is_transactional:

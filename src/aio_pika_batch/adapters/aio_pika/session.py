@@ -40,7 +40,6 @@ from aio_pika_batch.adapters.aio_pika.events import (
 from aio_pika_batch.adapters.aio_pika.topology import declare_on
 from aio_pika_batch.core.refusals import STREAM_ADVICE
 from aio_pika_batch.core.settlement import SAFE_COMMANDS
-from aio_pika_batch.core.topology import Version, parse_version
 from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost, TopologyError
 from aio_pika_batch.transport import Native
 
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
     from aio_pika_batch.adapters.aio_pika.url import Address
     from aio_pika_batch.core.message import Message
     from aio_pika_batch.core.settlement import Settlement
+    from aio_pika_batch.core.topology import Version
     from aio_pika_batch.transport import Endpoint, Subscription
 
 ANSWER_TIMEOUT = 10.0
@@ -289,8 +289,8 @@ class AioPikaSession:
         # Without a leader the channel would hang in the question, and so couldn't be closed.
         if self._asks_queue and self._writer.unproven and await self._channel.has_leader():
             await self._await_queue()
-            # Before, the close returns it to a better place, and it counts either way.
-            if (parse_version(*self._connection.product) or ()) >= UNCOUNTED_NACKS_SINCE:
+            # Before 4.3, the close returns it to a better place, and it counts either way.
+            if self._channel.version >= UNCOUNTED_NACKS_SINCE:
                 untaken = self._pending
         await self._writer.give_back([message.delivery_tag for message in untaken])
         await self._channel.close()

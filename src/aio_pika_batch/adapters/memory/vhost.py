@@ -66,8 +66,9 @@ class VirtualHost:
         self.exchanges = {name: MemoryExchange(name, type_) for name, type_ in _PREDECLARED.items()}
         # Ordered sets of the queues that must run, and of those with pending dead letters.
         self._scheduled: dict[MemoryQueue, None] = {}
-        self._dead_letters: list[tuple[MemoryQueue, StoredMessage, DeathReason]] | None = None
         self._waiting: dict[MemoryQueue, None] = {}
+        # What waits for the end of `dead_letters_last`; None outside of it.
+        self._dead_letters: list[tuple[MemoryQueue, StoredMessage, DeathReason]] | None = None
         self._name_numbers = count(1)
 
     # -- topology --

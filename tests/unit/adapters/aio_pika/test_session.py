@@ -482,6 +482,9 @@ async def test_returned_messages_come_after_that_answer() -> None:
     await settle(session, RETURN, 2, 3)
     with pytest.raises(SettlementError):
         await settle(session, RETURN, 5)
+    for again in (RETURN, ACK):
+        with pytest.raises(SettlementError, match="settled already"):
+            await settle(session, again, 2)
     assert [] == tap.sent
     assert 0 == session.unproven
     await settle(session, ACK, 1)
