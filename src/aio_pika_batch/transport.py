@@ -25,7 +25,14 @@ from aio_pika_batch.core.message import (
     Source,
 )
 from aio_pika_batch.core.publication import Copy, Outcome, Outgoing, Publication
-from aio_pika_batch.core.settlement import Disposition, Frame, Ledger, Settlement
+from aio_pika_batch.core.settlement import (
+    Disposition,
+    Frame,
+    Ledger,
+    Modification,
+    Settlement,
+    check_modified_headers,
+)
 from aio_pika_batch.core.topology import (
     Binding,
     Exchange,
@@ -52,6 +59,7 @@ __all__ = [
     "AdjustableSession",
     "Binding",
     "BrokerUnavailable",
+    "ConfirmingSession",
     "Copy",
     "CountingTransport",
     "DecodedSource",
@@ -64,7 +72,10 @@ __all__ = [
     "Ledger",
     "ListeningPublisher",
     "Message",
+    "Modification",
+    "ModifyingSession",
     "Native",
+    "NativeRetries",
     "NativeSession",
     "Outcome",
     "Outgoing",
@@ -91,11 +102,12 @@ __all__ = [
     "Version",
     "VersionedTransport",
     "Wire",
+    "check_modified_headers",
     "open_transport",
     "resumed_consumer_tag",
 ]
 
-Wire: TypeAlias = Literal["auto", "fast", "plain"]
+Wire: TypeAlias = Literal["auto", "fast", "plain", "amqp10"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +122,8 @@ class Endpoint:
         publish_timeout: Seconds to wait for the confirm of a publication.
         connection_name: The name of the connection in the management UI.
         wire: `fast` reads and writes AMQP frames directly, `plain` uses the client library, and
-            `auto` is `fast` if it is available. For adapters that have the choice.
+            `auto` is `fast` if it is available. With `amqp10`, sessions use AMQP 1.0 where the
+            broker and the queue allow it. For adapters that have the choice.
     """
 
     url: str = field(repr=False)
@@ -270,6 +283,63 @@ class ProvingSession(Protocol):
 
         It can be read after the end of the session. Then it is 0 if the session was closed in an
         orderly way.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NativeRetries:
+    """What a session can do to its queue's messages without a copy.
+
+    Attributes:
+        delays: Keep a message until a given time.
+        headers: Attach headers.
+        dead_letters: Dead-letter a message so that it can't get lost: the arguments of the queue
+            name a dead-letter exchange, and the strategy is at-least-once.
+        uncounted: Take a message back with `failed=False` without counting a delivery.
+    """
+
+    delays: bool
+    headers: bool
+    dead_letters: bool
+    uncounted: bool
+
+
+@runtime_checkable
+class ModifyingSession(Protocol):
+    """A session that can also change messages in their queue, so that retries need no copies."""
+
+    @property
+    def retries(self) -> NativeRetries:
+        """What is possible with this queue on this broker. It doesn't change."""
+        ...
+
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        """Modify messages and give them back, all or none.
+
+        Raises:
+            SettlementError: A tag is settled already or was never delivered, or a header is
+                refused: see `check_modified_headers`. Nothing was sent.
+            SessionLost: The session was lost. The broker delivers the messages again.
+            SessionClosed: The session was closed before.
+        """
+        ...
+
+
+@runtime_checkable
+class ConfirmingSession(Protocol):
+    """A session that can also wait until its settlements have been carried out.
+
+    If it is a `ProvingSession`, too, the consumer logs how many are in doubt.
+    """
+
+    async def settled(self) -> None:
+        """Return when the broker has carried out all that was settled before this call.
+
+        It is called after `cancel`. Nothing is settled while it waits, and it can be cancelled.
+
+        Raises:
+            SessionLost: The session was lost in the meantime.
         """
         ...
 

@@ -705,23 +705,22 @@ SHELL = (
     Mutant(
         "Behind a cancel each settlement has its own frame: a quorum queue drops some.",
         "adapters/memory/session.py",
-        "            if drain_mode(left, is_rabbitmq=True) is DrainMode.COMMITTED:",
-        "            if False:",
+        "        if drain_mode(left, is_rabbitmq=True) is DrainMode.COMMITTED:",
+        "        if False:",
         ("tests/unit/shell/test_drain.py", "tests/unit/testing/test_contract.py"),
     ),
     Mutant(
         "What a drain holds is never committed.",
         "adapters/memory/session.py",
-        "        if self._budget is not None and self._channel.close_reason is None:\n"
-        "            self._commit(self._budget)\n",
+        "        if self._channel.close_reason is None:\n            self._finish()\n",
         "",
         ("tests/unit/shell/test_drain.py", "tests/unit/testing/test_contract.py"),
     ),
     Mutant(
         "A paused session is closed without an answer of its queue.",
         "adapters/memory/session.py",
-        "            if not self._consumer_tag and settled + left > SAFE_COMMANDS:",
-        "            if False:",
+        "        if not self._consumer_tag and settled + left > SAFE_COMMANDS:",
+        "        if False:",
         ("tests/unit/testing/test_contract.py",),
     ),
     Mutant(
@@ -926,8 +925,8 @@ MEMORY = (
     Mutant(
         "A message that comes back is not marked as redelivered.",
         "adapters/memory/queue.py",
-        "            entry.redelivered = True\n",
-        "            pass\n",
+        "            entry.redelivered = True\n            self._count_return(",
+        "            self._count_return(",
         (f"{_MEMORY}/test_queue.py", f"{_MEMORY}/test_broker_model.py"),
     ),
     Mutant(

@@ -23,10 +23,12 @@ import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from enum import Enum
 from itertools import chain, islice
 
+from aio_pika_batch.core.message import Headers
 from aio_pika_batch.errors import SettlementError
 
 
@@ -50,6 +52,63 @@ class Settlement:
     # Not one object for each message: a batch has hundreds, and rarely more than two dispositions.
     disposition: Disposition
     tags: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Modification:
+    """AMQP 1.0's outcome `modified` for several deliveries: the queue keeps the original message.
+
+    Attributes:
+        failed: Whether this counts as a failed delivery.
+        until: The message is delivered again then; None: at once.
+        dead: Whether it goes to the queue's own dead-letter exchange instead.
+        headers: They replace headers of the message that have the same name. Each name begins with
+            `x-`, each value is a str, int or bool. Later ones can replace them, but not remove
+            them.
+    """
+
+    tags: tuple[int, ...]
+    failed: bool = True
+    until: datetime | None = None
+    dead: bool = False
+    headers: Headers = field(default_factory=dict)
+
+
+def check_modified_headers(headers: Headers) -> None:
+    """Check that a broker and all its clients can read the headers of a modification.
+
+    Raises:
+        SettlementError: One of them can't be read. RabbitMQ closes each AMQP 1.0 connection to
+            which it would have to deliver a float or a null.
+    """
+    for name, value in headers.items():
+        is_readable = isinstance(value, str) or (
+            isinstance(value, int) and -_INT64 <= value < _INT64
+        )
+        if not name.startswith("x-") or not is_readable:
+            raise SettlementError(
+                f"header {name!r} of a modified message can't be {type(value).__name__} {value!r};"
+                " its name must begin with x-, its value must be a str, bool or 64-bit int"
+            )
+
+
+def join_modifications(modifications: Iterable[Modification]) -> list[Modification]:
+    """Join modifications that differ in their tags only."""
+    tags: dict[object, list[int]] = {}
+    firsts: list[Modification] = []
+    for each in modifications:
+        key = (each.failed, each.until, each.dead, tuple(each.headers.items()))
+        if key not in tags:
+            tags[key] = []
+            firsts.append(each)
+        tags[key] += each.tags
+    return [
+        replace(first, tags=tuple(group))
+        for first, group in zip(firsts, tags.values(), strict=True)
+    ]
+
+
+_INT64 = 2**63
 
 
 @dataclass(frozen=True, slots=True)

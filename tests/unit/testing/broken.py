@@ -7,13 +7,18 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any, ClassVar, TypeAlias
 
 from aio_pika_batch.adapters.memory import MemoryTransport
-from aio_pika_batch.adapters.memory.session import MemoryPublisher, MemorySession
+from aio_pika_batch.adapters.memory.session import (
+    MemoryModifyingSession,
+    MemoryPublisher,
+    MemorySession,
+)
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Copy, Outcome, Outgoing, Publication
-from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.core.settlement import Disposition, Modification, Settlement
 from aio_pika_batch.core.topology import Exchange, Queue, Topology, UnfulfilledWishes
 from aio_pika_batch.errors import (
     BrokerUnavailable,
@@ -23,7 +28,7 @@ from aio_pika_batch.errors import (
     TopologyError,
     TransportError,
 )
-from aio_pika_batch.transport import Native, Subscription
+from aio_pika_batch.transport import Native, NativeRetries, Subscription
 
 Unfulfilled: TypeAlias = Mapping[str, UnfulfilledWishes]
 
@@ -53,11 +58,27 @@ class HonestSession:
     def unproven(self) -> int:
         return self.inner.unproven
 
+    async def settled(self) -> None:
+        await self.inner.settled()
+
     async def native(self) -> Native:
         return await self.inner.native()
 
     async def leave(self) -> None:
         """Called before the session closes."""
+
+
+class HonestModifyingSession(HonestSession):
+    """Passes everything on unchanged, over AMQP 1.0."""
+
+    inner: MemoryModifyingSession
+
+    @property
+    def retries(self) -> NativeRetries:
+        return self.inner.retries
+
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        await self.inner.modify(modifications)
 
 
 class HonestPublisher:
@@ -447,6 +468,126 @@ class ResumesSilentlyAfterALoss(HonestSession):
     async def resume(self, prefetch: int) -> None:
         with suppress(SessionLost):
             await self.inner.resume(prefetch)
+
+
+# --- modifying -------------------------------------------------------------------------
+
+
+class ForgetsHeaders(HonestModifyingSession):
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        await self.inner.modify([replace(each, headers={}) for each in modifications])
+
+
+class KeepsTheFirstHeaders(HonestModifyingSession):
+    has_modified = False
+
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        if self.has_modified:
+            modifications = [replace(each, headers={}) for each in modifications]
+        self.has_modified = True
+        await self.inner.modify(modifications)
+
+
+class ModifiesAllAlike(HonestModifyingSession):
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        await self.inner.modify(
+            [replace(modifications[0], tags=each.tags) for each in modifications]
+        )
+
+
+class ForgetsDelays(HonestModifyingSession):
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        await self.inner.modify([replace(each, until=None) for each in modifications])
+
+
+class HoldsWhatIsDelayed(HonestModifyingSession):
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        if not any(each.until for each in modifications):
+            await self.inner.modify(modifications)
+
+
+class TakesAbsoluteDelays(HonestModifyingSession):
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        now = datetime.now(UTC)
+        later = [
+            replace(each, until=now + abs(each.until - now) if each.until else None)
+            for each in modifications
+        ]
+        await self.inner.modify(later)
+
+
+class RejectsWhatIsDead(HonestModifyingSession):
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        for each in modifications:
+            if each.dead:
+                await self.inner.settle([Settlement(Disposition.REJECT, each.tags)])
+            else:
+                await self.inner.modify([each])
+
+
+class CountsAllRetries(HonestModifyingSession):
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        await self.inner.modify([replace(each, failed=True) for each in modifications])
+
+
+class WritesAnyHeader(HonestModifyingSession):
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        try:
+            await self.inner.modify(modifications)
+        except SettlementError as error:
+            if "header" not in str(error):
+                raise
+            await self.inner.modify([replace(each, headers={}) for each in modifications])
+
+
+class ModifiesOneByOne(HonestModifyingSession):
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        for each in modifications:
+            for tag in each.tags:
+                await self.inner.modify([replace(each, tags=(tag,))])
+
+
+class ReturnsAfterCancel(HonestModifyingSession):
+    is_cancelled = False
+
+    async def cancel(self) -> None:
+        await self.inner.cancel()
+        self.is_cancelled = True
+
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        if self.is_cancelled:
+            modifications = [replace(each, headers={}) for each in modifications]
+        await self.inner.modify(modifications)
+
+
+class ModifiesSilentlyAfterItsEnd(HonestModifyingSession):
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        with suppress(SessionClosed):
+            await self.inner.modify(modifications)
+
+
+class ModifiesSilentlyAfterALoss(HonestModifyingSession):
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        with suppress(SessionLost):
+            await self.inner.modify(modifications)
+
+
+class ConfirmsAtOnce(HonestModifyingSession):
+    async def settled(self) -> None:
+        if self.inner._channel.close_reason or self.inner._has_ended:
+            await self.inner.settled()
+
+
+class ConfirmsAfterALoss(HonestSession):
+    async def settled(self) -> None:
+        with suppress(SessionLost):
+            await self.inner.settled()
+
+
+class ConfirmsAfterItsEnd(HonestSession):
+    async def settled(self) -> None:
+        with suppress(SessionClosed):
+            await self.inner.settled()
 
 
 # --- settling --------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from aio_pika_batch.adapters.memory import Broker, ConnectFault, MemoryTransport
 from aio_pika_batch.adapters.memory.rabbitmq import NEWEST
 from aio_pika_batch.core.topology import Queue, Topology
 from aio_pika_batch.testing.contract import Features, Harness
-from aio_pika_batch.transport import Transport
+from aio_pika_batch.transport import Transport, Wire
 from tests.unit.adapters.memory.client import Client
 
 ALL = Features(
@@ -30,6 +30,7 @@ ALL = Features(
     exclusive_queues=True,
     adjusts=True,
     proves=True,
+    confirms_settlements=True,
     has_native=True,
     tells_version=True,
     counts_ready=True,
@@ -87,19 +88,22 @@ class MemoryHarness(Harness):
 async def opened(
     version: str = NEWEST,
     kind: str = "classic",
+    wire: Wire = "auto",
     *,
     around: Callable[[MemoryTransport], Transport] = lambda transport: transport,
 ) -> AsyncIterator[MemoryHarness]:
     """Open a harness with a new broker; `around` wraps its transport."""
     broker = Broker(version)
-    transport = MemoryTransport(broker, publish_timeout=3)
+    transport = MemoryTransport(broker, wire=wire, publish_timeout=3)
     dead = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "dead"}
     of_kind = {"x-queue-type": kind}
+    # Retries count as deliveries before 4.3, so a limit would prevent that wire.
+    no_limit = {"x-delivery-limit": -1} if (version, wire) == ("4.0", "amqp10") else {}
     full = {"x-max-length": 5, "x-overflow": "reject-publish"}
     await transport.declare(
         Topology(
             queues=(
-                Queue("q", arguments=of_kind | dead),
+                Queue("q", arguments=of_kind | dead | no_limit),
                 Queue("dead", arguments=of_kind),
                 Queue("full", arguments=of_kind | full),
             )

@@ -17,33 +17,43 @@ from aio_pika_batch.testing.contract import (
     Harness,
     TransportContract,
 )
+from aio_pika_batch.transport import Wire
 from tests.unit.testing import broken
 from tests.unit.testing.harness import ALL, MemoryHarness, opened
 
 QUORUM = replace(ALL, counts_deliveries=True, exclusive_consumers=False)
 
-KINDS = {
-    ("3.10", "classic"): ALL,
-    ("4.0", "classic"): ALL,
-    ("4.3", "classic"): ALL,
+MODIFYING = replace(QUORUM, retries=True)
+
+KINDS: dict[tuple[str, str, Wire], Features] = {
+    ("3.10", "classic", "auto"): ALL,
+    ("4.0", "classic", "auto"): ALL,
+    ("4.3", "classic", "auto"): ALL,
     # Without a delivery limit, what is given back goes to the end of the queue.
-    ("3.10", "quorum"): replace(QUORUM, keeps_place=False),
-    ("4.0", "quorum"): QUORUM,
-    ("4.3", "quorum"): replace(QUORUM, spares_returns=True),
+    ("3.10", "quorum", "auto"): replace(QUORUM, keeps_place=False),
+    ("4.0", "quorum", "auto"): QUORUM,
+    ("4.3", "quorum", "auto"): replace(QUORUM, spares_returns=True),
+    # Where AMQP 1.0 isn't possible, or would lose something, AMQP 0-9-1 is used.
+    ("3.10", "quorum", "amqp10"): replace(QUORUM, keeps_place=False),
+    ("4.3", "classic", "amqp10"): ALL,
+    ("4.0", "quorum", "amqp10"): MODIFYING,
+    ("4.3", "quorum", "amqp10"): replace(MODIFYING, delays=True, spares_returns=True),
 }
 
 EVERY_CLAUSE = [
-    pytest.param(version, kind, clause, id=f"{version} {kind}: {clause}")
-    for (version, kind), features in KINDS.items()
+    pytest.param(*kind, clause, id=f"{' '.join(kind)}: {clause}")
+    for kind, features in KINDS.items()
     for clause in TransportContract(opened, features).applicable
 ]
 
 
-@pytest.mark.parametrize(("version", "kind", "clause"), EVERY_CLAUSE)
-async def test_the_in_memory_broker_keeps_the_clause(version: str, kind: str, clause: Clause):
-    """Each clause, for each version that it imitates and each type of queue."""
-    features = KINDS[version, kind]
-    await TransportContract(partial(opened, version, kind), features).check(clause)
+@pytest.mark.parametrize(("version", "kind", "wire", "clause"), EVERY_CLAUSE)
+async def test_the_in_memory_broker_keeps_the_clause(
+    version: str, kind: str, wire: Wire, clause: Clause
+):
+    """Each clause, for each version that it imitates, each type of queue, and each protocol."""
+    features = KINDS[version, kind, wire]
+    await TransportContract(partial(opened, version, kind, wire), features).check(clause)
 
 
 RAISED = {
@@ -121,6 +131,35 @@ WRONG = {
         "a closed session raises SessionClosed from pause and resume"
     ),
     broken.ResumesSilentlyAfterALoss: "a lost session raises SessionLost from pause and resume",
+    # modifying
+    broken.ForgetsHeaders: (
+        "a modified message comes back once, with headers that replace earlier ones"
+    ),
+    broken.KeepsTheFirstHeaders: (
+        "a modified message comes back once, with headers that replace earlier ones"
+    ),
+    broken.ModifiesAllAlike: "each modification of one call changes its own messages",
+    broken.ForgetsDelays: (
+        "a delayed message comes back when it is due, and others don't wait for it"
+    ),
+    broken.HoldsWhatIsDelayed: "a delayed message stays in its queue after the session",
+    broken.TakesAbsoluteDelays: "a time in the past delays nothing",
+    broken.RejectsWhatIsDead: "a dead message goes to the dead-letter exchange with its headers",
+    broken.CountsAllRetries: (
+        "a message that comes back with failed=False is counted only if it is claimed"
+    ),
+    broken.WritesAnyHeader: "a header that not everyone can read is refused, and nothing is sent",
+    broken.ModifiesOneByOne: (
+        "modifying a tag that is settled or unknown is refused, and nothing is sent"
+    ),
+    broken.ReturnsAfterCancel: "messages can be modified after cancel",
+    broken.ModifiesSilentlyAfterItsEnd: "a closed session raises SessionClosed from modify",
+    broken.ModifiesSilentlyAfterALoss: "a lost session raises SessionLost from modify",
+    broken.ConfirmsAtOnce: (
+        "what was settled before settled returned doesn't come back, even if the connection is cut"
+    ),
+    broken.ConfirmsAfterALoss: "a lost session raises SessionLost from settled",
+    broken.ConfirmsAfterItsEnd: "a closed session raises SessionClosed from settled",
     # settling
     broken.LosesAnAck: "an acked message does not come back after the session",
     broken.AcksAllBefore: "an ack settles its own tags only, and no earlier ones",
@@ -214,9 +253,12 @@ WRONG = {
 
 def contract_of(around: type, **claims: bool) -> TransportContract:
     """Return the contract for a transport around the in-memory one, with all features claimed."""
+    session_class = getattr(around, "session_class", object)
+    is_modifying = issubclass(session_class, broken.HonestModifyingSession)
+    wire: Wire = "amqp10" if is_modifying else "auto"
     return TransportContract(
-        partial(opened, "4.3", "quorum", around=around),
-        replace(KINDS["4.3", "quorum"], **claims),
+        partial(opened, "4.3", "quorum", wire, around=around),
+        replace(KINDS["4.3", "quorum", wire], **claims),
         patience=1.0,
     )
 
@@ -255,6 +297,8 @@ async def test_a_transport_that_passes_everything_on_keeps_the_contract():
     report.raise_if_broken()
     pumping = contract_of(broken.as_transport(broken.Pumps), pumps=True)
     (await pumping.run(at_once=100)).raise_if_broken()
+    modifying = contract_of(broken.as_transport(broken.HonestModifyingSession))
+    (await modifying.run(at_once=100)).raise_if_broken()
 
 
 async def test_a_claimed_feature_must_exist():
@@ -263,6 +307,7 @@ async def test_a_claimed_feature_must_exist():
         "pumps",
         "adjusts",
         "proves",
+        "confirms_settlements",
         "has_native",
         "tells_version",
         "counts_ready",
@@ -275,7 +320,12 @@ async def test_a_claimed_feature_must_exist():
         [str(clause) for clause in CLAUSES if "adjusts" in clause.needs],
         "the session has no methods pause and resume",
     )
-    assert {str(finding.clause): finding.why for finding in report.broken} == without_pause | {
+    without_settled = dict.fromkeys(
+        [str(clause) for clause in CLAUSES if "confirms_settlements" in clause.needs],
+        "the session has no method settled",
+    )
+    missing = without_pause | without_settled
+    assert {str(finding.clause): finding.why for finding in report.broken} == missing | {
         "a session has exactly the abilities that the features claim": (
             "whether it can pump: expected True, found False"
         ),

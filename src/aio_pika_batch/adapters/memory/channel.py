@@ -7,7 +7,7 @@ although in AMQP it stands for all unacked messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
@@ -33,7 +33,7 @@ from aio_pika_batch.adapters.memory.unacked import UnackedMessages
 from aio_pika_batch.adapters.memory.vhost import VirtualHost
 from aio_pika_batch.core.message import FieldValue, Headers, Properties
 from aio_pika_batch.core.refusals import ReplyCode
-from aio_pika_batch.core.settlement import Disposition, Frame
+from aio_pika_batch.core.settlement import Disposition, Frame, Modification
 
 _MAX_PREFETCH = 65_535
 _CLOSED_BY_CLIENT = "closed by the client"
@@ -137,6 +137,11 @@ class Connection:
     def version(self) -> str:
         """The version that the broker's greeting states."""
         return self._host.rules.version
+
+    @property
+    def rules(self) -> VersionRules:
+        """How the broker's version behaves."""
+        return self._host.rules
 
     @property
     def faults(self) -> Faults:
@@ -301,6 +306,38 @@ class Channel:
                 self.settle(frame.disposition, frame.tag, multiple=frame.multiple)
                 vhost.run()
 
+    def settle_run(self, disposition: Disposition, tags: Sequence[int]) -> None:
+        """Send one `disposition` of AMQP 1.0: accepted, rejected, modified (failed) or released."""
+        is_returned = disposition is Disposition.RETURN
+        cause = ReturnCause.NACKED if is_returned else ReturnCause.REJECTED
+        with self.operation():
+            self._unacked.settle_run(disposition, cause, tags)
+
+    def modify(self, modification: Modification, until: float | None) -> None:
+        """Send one `disposition` of AMQP 1.0 whose outcome is `modified`.
+
+        Args:
+            until: Its time by the broker's clock.
+        """
+        with self.operation():
+            self._unacked.modify(
+                modification.tags,
+                lambda queue, entries: queue.modify(entries, modification, until),
+            )
+
+    def await_flow(self) -> None:
+        """Send a `flow` of AMQP 1.0, and get the answer: all before it has been carried out."""
+        with self.operation():
+            self._unacked.on_flow()
+
+    def detach(self) -> None:
+        """End the AMQP 1.0 link: the unsettled messages return to their queues."""
+        with self.operation() as vhost:
+            for consumer in self._consumers.values():
+                vhost.remove_consumer(consumer)
+            self._consumers.clear()
+            self._unacked.requeue_all(ReturnCause.DETACHED)
+
     def tx_select(self) -> None:
         """Settle in transactions from now on."""
         with self.operation():
@@ -370,7 +407,7 @@ class Channel:
         for consumer in self._consumers.values():
             vhost.remove_consumer(consumer)
         self._consumers.clear()
-        self._unacked.requeue_all()
+        self._unacked.requeue_all(ReturnCause.CHANNEL_CLOSED)
         self._send(CloseFrame(reason))
 
     def _send(self, frame: BrokerFrame) -> None:

@@ -1,12 +1,13 @@
 """Implements a queue and its consumers.
 
-A message is ready, or delivered and unacked, until it leaves the queue: acknowledged, dead-lettered
-or dropped. A dead letter of an at-least-once queue stays, pending, until another queue has taken
-it. A message is always in exactly one of these places.
+A message is ready, delivered and unacked, or delayed by a modification, until it leaves the queue:
+acknowledged, dead-lettered or dropped. A dead letter of an at-least-once queue stays, pending,
+until another queue has taken it. A message is always in exactly one of these places.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from aio_pika_batch.adapters.memory.rabbitmq import VersionRules
 from aio_pika_batch.adapters.memory.ready_list import QueueEntry, ReadyList, RequeuePosition
 from aio_pika_batch.adapters.memory.stored_message import DeathReason, StoredMessage
 from aio_pika_batch.core.message import Headers
+from aio_pika_batch.core.settlement import Modification
 
 _LOW_SHARE = 0.8  # of its limit: there a full quorum queue accepts messages again
 
@@ -28,6 +30,8 @@ class ReturnCause(Enum):
 
     REJECTED = "basic.reject"
     NACKED = "basic.nack"
+    MODIFIED = "modified"
+    DETACHED = "detached"
     CHANNEL_CLOSED = "channel closed"
 
 
@@ -169,6 +173,9 @@ class MemoryQueue:
             max_priority=spec.max_priority, all_heads_expire=spec.type is QueueType.CLASSIC
         )
         self.unacked: dict[QueueEntry, None] = {}
+        # A heap of (due time, number, message).
+        self._delayed: list[tuple[float, int, QueueEntry]] = []
+        self._delays = 0
         self.pending_dead_letters: deque[tuple[StoredMessage, DeathReason]] = deque()
         self.consumers = ConsumerList(single_active=spec.single_active)
         self.unused_since = host.now
@@ -180,9 +187,15 @@ class MemoryQueue:
 
     @property
     def deadline(self) -> float | None:
-        """When a message or the queue itself expires next."""
-        times = (self.ready.next_expiry(), self.expires_at)
+        """When a message or the queue itself expires next, or a delay is over."""
+        due = self._delayed[0][0] if self._delayed else None
+        times = (self.ready.next_expiry(), self.expires_at, due)
         return min((time for time in times if time is not None), default=None)
+
+    @property
+    def delayed(self) -> list[StoredMessage]:
+        """The messages that a modification delays, the first one that is due first."""
+        return [entry.message for _, _, entry in sorted(self._delayed)]
 
     @property
     def expires_at(self) -> float | None:
@@ -228,8 +241,9 @@ class MemoryQueue:
     def _note_fullness(self) -> tuple[int, int]:
         # Unacked messages do not count, so a requeued message always has room.
         pending = self.pending_dead_letters
-        count = len(self.ready) + len(pending)
-        size = self.ready.bytes + sum(len(each.body) for each, _ in pending)
+        kept = [each for each, _ in pending] + [each.message for _, _, each in self._delayed]
+        count = len(self.ready) + len(kept)
+        size = self.ready.bytes + sum(len(each.body) for each in kept)
         # A quorum queue notices that it is full only when it is beyond its limit. Then it refuses
         # until it is down to a share of it.
         self._is_full = self._is_beyond_limit(count, size, _LOW_SHARE if self._is_full else 1)
@@ -267,6 +281,49 @@ class MemoryQueue:
         self._shorten()
         self._host.schedule(self)
 
+    def modify(self, entries: Sequence[QueueEntry], how: Modification, until: float | None) -> None:
+        """Carry out AMQP 1.0's outcome `modified`.
+
+        Args:
+            until: `how.until` by the broker's clock.
+        """
+        returned = []
+        for entry in entries:
+            if not self._remove_unacked(entry):
+                continue
+            entry.redelivered = True
+            entry.acquired_count += 1
+            entry.delivery_count += how.failed
+            # A classic queue ignores headers and delays.
+            if self._is_quorum:
+                entry.message = entry.message.with_headers(how.headers)
+            if how.dead:
+                self._dead_letter(entry, DeathReason.REJECTED)
+            elif self._is_beyond_delivery_limit(entry):
+                self._dead_letter(entry, DeathReason.DELIVERY_LIMIT)
+            else:
+                cause = ReturnCause.MODIFIED
+                self._host.record(EventKind.REQUEUED, self.name, entry.message, cause.value)
+                if until is not None and until > self._host.now and self._delays_modified:
+                    self._delays += 1
+                    heapq.heappush(self._delayed, (until, self._delays, entry))
+                else:
+                    returned.append(entry)
+        self.ready.requeue(returned, self._requeue_position(ReturnCause.MODIFIED))
+        self._host.schedule(self)
+
+    @property
+    def _delays_modified(self) -> bool:
+        return self._is_quorum and self._host.rules.delays_modified
+
+    def _release_delayed(self) -> None:
+        """Make the messages ready whose delay is over."""
+        due = []
+        while self._delayed and self._delayed[0][0] <= self._host.now:
+            due.append(heapq.heappop(self._delayed)[2])
+        if due:
+            self.ready.requeue(due, RequeuePosition.FRONT)
+
     def _shorten(self) -> None:
         # A classic queue drops what is too much before it expires or is delivered again.
         for entry, reason in [] if self._is_quorum else self._drop_heads():
@@ -274,6 +331,7 @@ class MemoryQueue:
 
     def run(self) -> None:
         """Expire, dead-letter, deliver and drop what is due now."""
+        self._release_delayed()
         deaths = self._expired()
         self._send_pending_dead_letters()
         while self.ready and (consumer := self.consumers.next()) is not None:
@@ -291,13 +349,18 @@ class MemoryQueue:
         self._note_fullness()
 
     def purge(self) -> int:
-        """Drop the ready messages and return their number; unacked ones stay."""
-        return self._drop(self.ready.clear(), "purged")
+        """Drop the ready and the delayed messages and return their number; unacked ones stay."""
+        return self._drop([*self.ready.clear(), *self._clear_delayed()], "purged")
+
+    def _clear_delayed(self) -> list[QueueEntry]:
+        delayed, self._delayed = self._delayed, []
+        return [entry for _, _, entry in delayed]
 
     def delete(self) -> None:
         """Drop all messages and cancel the consumers."""
         # Without dead-lettering them, even if the queue has a dead-letter exchange.
-        self._drop([*self.ready.clear(), *self.unacked], "queue deleted")
+        entries = [*self.ready.clear(), *self._clear_delayed(), *self.unacked]
+        self._drop(entries, "queue deleted")
         self.unacked.clear()
         for message, _ in self.pending_dead_letters:
             self._host.record(EventKind.DROPPED, self.name, message, "queue deleted")
@@ -368,7 +431,7 @@ class MemoryQueue:
         # Since 4.3 a nack returns a message that was not processed. In 4.0 only what a client does
         # not requeue has failed, and no earlier version lets the next queue see a failure.
         if self._host.rules.counts_failures:
-            has_failed = cause is not ReturnCause.NACKED
+            has_failed = cause not in {ReturnCause.NACKED, ReturnCause.DETACHED}
         else:
             has_failed = cause is ReturnCause.CHANNEL_CLOSED or not is_requeued
         entry.delivery_count += has_failed

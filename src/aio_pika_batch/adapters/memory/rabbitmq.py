@@ -49,6 +49,10 @@ class VersionRules:
     unknown_type_closes_connection: bool = True
     # How many commands a channel sends to a quorum queue that doesn't answer after a cancel.
     commands_without_answer: int = 32
+    # Whether it speaks AMQP 1.0, so that a session can modify messages of a quorum queue.
+    modifies: bool = False
+    # Whether a quorum queue keeps a modified message until a given time.
+    delays_modified: bool = False
 
 
 _V3_10 = VersionRules(version="3.10")
@@ -64,12 +68,14 @@ _V4_0 = replace(
     carries_delivery_count=True,
     unknown_type_closes_connection=False,
     commands_without_answer=33,
+    modifies=True,
 )
 _V4_3 = replace(
     _V4_0,
     version="4.3",
     counts_failures=True,
     drops_in_reverse=False,
+    delays_modified=True,
 )
 _RULES = {each.version: each for each in (_V3_8, _V3_10, _V4_0, _V4_3)}
 

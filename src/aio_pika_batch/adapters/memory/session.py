@@ -1,16 +1,18 @@
 """Implements the port's session and publisher on the broker in memory.
 
-A session is one connection with one channel and one consumer. A publisher is one connection with
-one channel in confirm mode.
+A session is one connection with one channel and one consumer, or one session and one link of AMQP
+1.0. A publisher is one connection with one channel in confirm mode.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 
 from aio_pika_batch.adapters.memory.channel import (
     CancelFrame,
@@ -33,14 +35,17 @@ from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
 from aio_pika_batch.core.settlement import (
     SAFE_COMMANDS,
     CommandBudget,
+    Disposition,
     DrainMode,
     Frame,
     Ledger,
+    Modification,
     Settlement,
+    check_modified_headers,
     drain_mode,
 )
 from aio_pika_batch.errors import PublishError, SessionClosed, SessionLost
-from aio_pika_batch.transport import Native, Subscription, resumed_consumer_tag
+from aio_pika_batch.transport import Native, NativeRetries, Subscription, resumed_consumer_tag
 
 
 class MemorySession:
@@ -99,16 +104,18 @@ class MemorySession:
         )
         self._consumer_tag = tag
         with self._channel.operation() as vhost:
-            spec = vhost.queue(subscription.queue, self._connection).spec
-        # Messages which acks make room for come before those that are requeued with them.
-        self._takes_acks_first = spec.type is QueueType.CLASSIC
+            self._spec = vhost.queue(subscription.queue, self._connection).spec
 
     def end(self) -> None:
         """Close the connection; a task that waits for messages gets `SessionClosed`."""
-        if self._budget is not None and self._channel.close_reason is None:
-            self._commit(self._budget)
+        if self._channel.close_reason is None:
+            self._finish()
         self._has_ended = True
         self._connection.close()
+
+    def _finish(self) -> None:
+        if self._budget is not None:
+            self._commit(self._budget)
 
     # -- the port --
 
@@ -145,21 +152,27 @@ class MemorySession:
         """Cancel the consumer. Messages that were delivered before are still handed out."""
         self._check()
         if not self._is_cancelled:
-            # Only an answer of the queue proves anything. A paused session has no consumer to
-            # cancel, so it starts one.
-            settled, left = self._settled_in_pause, len(self._ledger) + len(self._arrived)
-            if not self._consumer_tag and settled + left > SAFE_COMMANDS:
-                self._resume(1)
-            self._channel.cancel(self._consumer_tag)
-            self._is_cancelled = True
-            # The iteration ends, although no message comes.
-            self._wake_reader()
-            self._check()
-            left = len(self._ledger) + len(self._arrived)
-            if drain_mode(left, is_rabbitmq=True) is DrainMode.COMMITTED:
-                self._channel.tx_select()
-                self._budget = CommandBudget()
+            self._cancel()
         await asyncio.sleep(0)
+        self._check()
+
+    def _cancel(self) -> None:
+        # Only an answer of the queue proves anything. A paused session has no consumer to cancel,
+        # so it starts one.
+        settled, left = self._settled_in_pause, len(self._ledger) + len(self._arrived)
+        if not self._consumer_tag and settled + left > SAFE_COMMANDS:
+            self._resume(1)
+        self._stop_consumer()
+        left = len(self._ledger) + len(self._arrived)
+        if drain_mode(left, is_rabbitmq=True) is DrainMode.COMMITTED:
+            self._channel.tx_select()
+            self._budget = CommandBudget()
+
+    def _stop_consumer(self) -> None:
+        self._channel.cancel(self._consumer_tag)
+        self._is_cancelled = True
+        # The iteration ends, although no message comes.
+        self._wake_reader()
         self._check()
 
     async def pause(self) -> None:
@@ -189,28 +202,45 @@ class MemorySession:
     async def settle(self, settlements: Sequence[Settlement]) -> None:
         """Send the frames that settle these messages."""
         self._check()
-        unsettled = len(self._ledger)
         with suppress(ChannelIsClosed, Refusal):
-            if self._budget is None:
-                frames: Sequence[Frame] = self._ledger.settle(settlements)
-                if self._takes_acks_first:
-                    frames = acks_first(frames, self._channel.unsettled)
-                self._channel.settle_all(frames)
-                self._settled_in_pause += unsettled - len(self._ledger)
-            else:
-                self._ledger.hold(settlements)
-                commit_at = self._budget.commit_at(self._ledger.held_kinds)
-                # Without a timer: what can't be committed at once waits for the next settlement.
-                if commit_at is not None and commit_at <= asyncio.get_running_loop().time():
-                    self._commit(self._budget)
+            self._send(settlements)
         # A frame that the broker refused has ended the session.
         self._check()
         await asyncio.sleep(0)
+
+    def _send(self, settlements: Sequence[Settlement]) -> None:
+        if self._budget is None:
+            unsettled = len(self._ledger)
+            frames: Sequence[Frame] = self._ledger.settle(settlements)
+            if self._spec.type is QueueType.CLASSIC:
+                # Messages which acks make room for come before those that are requeued with them.
+                frames = acks_first(frames, self._channel.unsettled)
+            self._channel.settle_all(frames)
+            self._settled_in_pause += unsettled - len(self._ledger)
+        else:
+            self._ledger.hold(settlements)
+            commit_at = self._budget.commit_at(self._ledger.held_kinds)
+            # Without a timer: what can't be committed at once waits for the next settlement.
+            if commit_at is not None and commit_at <= asyncio.get_running_loop().time():
+                self._commit(self._budget)
 
     def _commit(self, budget: CommandBudget) -> None:
         budget.spend(self._ledger.held_kinds, asyncio.get_running_loop().time())
         self._channel.settle_all(self._ledger.release(joined=False))
         self._channel.tx_commit()
+
+    async def settled(self) -> None:
+        """Let the queue answer, which proves that it has carried out everything before."""
+        self._check()
+        with suppress(ChannelIsClosed, Refusal):
+            self._await_answer()
+        await asyncio.sleep(0)
+        self._check()
+
+    def _await_answer(self) -> None:
+        self._finish()
+        self._resume(1)
+        self._channel.cancel(self._consumer_tag)
 
     async def native(self) -> Native:
         """Return objects with aio-pika's calls, on a channel of their own."""
@@ -257,6 +287,70 @@ class MemorySession:
             (frame.exchange, frame.routing_key),
             frame.properties,
         )
+
+
+_PRECISION = 0.05
+"""Seconds to which the delay of a modified message is rounded up."""
+
+DELIVERY_TIME = "x-opt-delivery-time"
+"""The annotation that delays a modified message; the broker leaves it in the message."""
+
+
+class MemoryModifyingSession(MemorySession):
+    """A session that uses AMQP 1.0, on a quorum queue."""
+
+    @property
+    def retries(self) -> NativeRetries:
+        """What this version can do with the queue's messages."""
+        rules = self._connection.rules
+        return NativeRetries(
+            delays=rules.delays_modified,
+            headers=True,
+            dead_letters=self._spec.at_least_once,
+            uncounted=rules.counts_failures,
+        )
+
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        """Send a frame for each of these."""
+        self._check()
+        for each in modifications:
+            check_modified_headers(each.headers)
+        self._ledger.settle([Settlement(Disposition.REQUEUE, each.tags) for each in modifications])
+        with suppress(ChannelIsClosed, Refusal):
+            for each in modifications:
+                self._modify(each)
+        self._check()
+        await asyncio.sleep(0)
+
+    def _modify(self, modification: Modification) -> None:
+        until = None
+        if modification.until is not None:
+            moment = modification.until.timestamp()
+            delivery_time = {DELIVERY_TIME: math.ceil(moment * 1000)}
+            modification = replace(modification, headers={**modification.headers, **delivery_time})
+            # The broker's clock is that of the event loop, which may run in virtual time. Rounded
+            # up, so that the time that this code takes doesn't count.
+            until = math.ceil((moment - self._source.now()) / _PRECISION) * _PRECISION
+            with self._channel.operation() as vhost:
+                until += vhost.now
+        self._channel.modify(modification, until)
+
+    def _cancel(self) -> None:
+        self._stop_consumer()
+
+    def _await_answer(self) -> None:
+        self._channel.await_flow()
+
+    def _finish(self) -> None:
+        self._channel.await_flow()
+        self._channel.detach()
+
+    def _send(self, settlements: Sequence[Settlement]) -> None:
+        self._ledger.settle(settlements)
+        for each in settlements:
+            numbered = enumerate(sorted(each.tags))
+            for _, run in groupby(numbered, key=lambda pair: pair[1] - pair[0]):
+                self._channel.settle_run(each.disposition, [tag for _, tag in run])
 
 
 class MemoryPublisher:

@@ -108,6 +108,13 @@ class StoredMessage:
         """The headers, not to be changed; empty if there are none."""
         return self.properties.headers or {}
 
+    def with_headers(self, headers: Headers) -> StoredMessage:
+        """The same message with further headers, which replace its own of the same name."""
+        if not headers:
+            return self
+        properties = replace(self.properties, headers={**self.headers, **headers})
+        return replace(self, properties=properties)
+
 
 # --- publications --------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 from aio_pika_batch.adapters.memory.broker import Broker, BrokerUnreachable
 from aio_pika_batch.adapters.memory.channel import Connection
+from aio_pika_batch.adapters.memory.queue_arguments import QueueType
 from aio_pika_batch.adapters.memory.rabbitmq import (
     NEWEST,
     Refusal,
@@ -23,7 +24,11 @@ from aio_pika_batch.adapters.memory.rabbitmq import (
     translate_refusals,
     version_rules,
 )
-from aio_pika_batch.adapters.memory.session import MemoryPublisher, MemorySession
+from aio_pika_batch.adapters.memory.session import (
+    MemoryModifyingSession,
+    MemoryPublisher,
+    MemorySession,
+)
 from aio_pika_batch.adapters.memory.vhost import VirtualHost
 from aio_pika_batch.core.refusals import ReplyCode, publish_refusal_error
 from aio_pika_batch.core.topology import (
@@ -36,7 +41,7 @@ from aio_pika_batch.core.topology import (
     refuse_lossy_wait_queue,
 )
 from aio_pika_batch.errors import AccessRefused, BrokerUnavailable, ConfigurationError
-from aio_pika_batch.transport import Endpoint, Subscription
+from aio_pika_batch.transport import Endpoint, Subscription, Wire
 
 # Weak keys, so that a broker does not outlive its loop, and nothing leaks from test to test.
 _BROKERS: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Broker]] = WeakKeyDictionary()
@@ -62,6 +67,7 @@ def open_transport(endpoint: Endpoint) -> MemoryTransport:
         version=version,
         publish_timeout=endpoint.publish_timeout,
         connection_name=endpoint.connection_name,
+        wire=endpoint.wire,
     )
 
 
@@ -74,6 +80,7 @@ class MemoryTransport:
         version: The version of RabbitMQ that the loop's broker imitates.
         publish_timeout: Seconds to wait for confirms.
         connection_name: The broker's name for the connections.
+        wire: With `amqp10`, sessions use AMQP 1.0 where the version and the queue allow it.
         wall_clock: Returns seconds since 1970, for the age of messages.
     """
 
@@ -85,6 +92,7 @@ class MemoryTransport:
         version: str = NEWEST,
         publish_timeout: float = 10.0,
         connection_name: str = "aio-pika-batch",
+        wire: Wire = "auto",
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._broker = broker
@@ -92,6 +100,7 @@ class MemoryTransport:
         self._version = version
         self._publish_timeout = publish_timeout
         self._connection_name = connection_name
+        self._wire = wire
         self._wall_clock = wall_clock
 
     @property
@@ -144,7 +153,10 @@ class MemoryTransport:
         async with self._connected() as connection:
             # An exclusive queue belongs to the connection that declares it.
             _declare(connection, subscription.own)
-            session = MemorySession(
+            kind = MemorySession
+            if self._wire == "amqp10" and _allows_amqp10(connection, subscription):
+                kind = MemoryModifyingSession
+            session = kind(
                 connection,
                 subscription,
                 publish_timeout=self._publish_timeout,
@@ -181,6 +193,20 @@ class MemoryTransport:
             yield connection
         finally:
             connection.close()
+
+
+def _allows_amqp10(connection: Connection, subscription: Subscription) -> bool:
+    """Whether a session can use AMQP 1.0, and its own retries don't use up a delivery limit."""
+    rules = connection.rules
+    with connection.channel().operation() as vhost:
+        queue = vhost.queues.get(subscription.queue)
+    return (
+        rules.modifies
+        and not subscription.exclusive
+        and queue is not None
+        and queue.spec.type is QueueType.QUORUM
+        and (rules.counts_failures or queue.spec.delivery_limit is None)
+    )
 
 
 # --- topology ------------------------------------------------------------------

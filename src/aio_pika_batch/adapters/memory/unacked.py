@@ -7,7 +7,7 @@ The leader may stop to answer at any time, so here it always does as soon as a c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, takewhile
 from typing import TypeAlias, assert_never
 
@@ -64,6 +64,22 @@ class UnackedMessages:
         else:
             self._transaction.append(((disposition, cause), settled))
 
+    def settle_run(self, disposition: Disposition, cause: ReturnCause, tags: Iterable[int]) -> None:
+        """Settle messages by one frame of AMQP 1.0, which is one command."""
+        self._send((disposition, cause), {tag: self._unacked.pop(tag) for tag in tags})
+
+    def modify(
+        self, tags: Iterable[int], change: Callable[[MemoryQueue, list[QueueEntry]], None]
+    ) -> None:
+        """Modify messages. A channel never keeps this, and what it has kept goes out before it."""
+        modified = {tag: self._unacked.pop(tag) for tag in tags}
+        kept, self._kept = self._kept, []
+        for how, members in kept:
+            for queue, some in _by_queue(members):
+                self._carry_out(how, queue, some)
+        for queue, members in _by_queue(modified):
+            change(queue, _entries(members))
+
     def select(self) -> None:
         """Settle in transactions from now on."""
         if self._transaction is None:
@@ -91,32 +107,41 @@ class UnackedMessages:
         if to_cancel and queue.spec.type is QueueType.QUORUM:
             self._commands[queue] = 0
 
-    def requeue_all(self) -> None:
+    def on_flow(self) -> None:
+        """Take note that the leaders have answered an AMQP 1.0 flow, and so all before it."""
+        for queue in list(self._commands):
+            self.on_answer(queue, to_cancel=True)
+
+    def requeue_all(self, cause: ReturnCause) -> None:
         """Return everything to its queues, as the end of the channel does."""
         left = [*(self._transaction or ()), *self._kept]
         unacked = self._unacked | {tag: each for _, some in left for tag, each in some.items()}
         self._unacked, self._transaction, self._kept = {}, None, []
         for queue, members in _by_queue(dict(sorted(unacked.items()))):
-            queue.requeue(_entries(members), ReturnCause.CHANNEL_CLOSED)
+            queue.requeue(_entries(members), cause)
 
     def _send(self, how: _How, settled: _Delivered) -> None:
-        disposition, cause = how
         for queue, members in _by_queue(settled):
             if queue in self._commands:
                 self._commands[queue] += 1
                 if self._commands[queue] > self._most_commands:
                     self._kept.append((how, members))
                     continue
-            entries = _entries(members)
-            match disposition:
-                case Disposition.ACK:
-                    queue.ack(entries)
-                case Disposition.REJECT:
-                    queue.reject(entries, cause)
-                case Disposition.REQUEUE | Disposition.RETURN:
-                    queue.requeue(entries, cause)
-                case never:
-                    assert_never(never)
+            self._carry_out(how, queue, members)
+
+    @staticmethod
+    def _carry_out(how: _How, queue: MemoryQueue, members: _Delivered) -> None:
+        disposition, cause = how
+        entries = _entries(members)
+        match disposition:
+            case Disposition.ACK:
+                queue.ack(entries)
+            case Disposition.REJECT:
+                queue.reject(entries, cause)
+            case Disposition.REQUEUE | Disposition.RETURN:
+                queue.requeue(entries, cause)
+            case never:
+                assert_never(never)
 
 
 def _by_queue(delivered: _Delivered) -> Iterable[tuple[MemoryQueue, _Delivered]]:

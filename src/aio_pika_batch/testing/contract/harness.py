@@ -39,6 +39,9 @@ class Features:
         pumps: Its sessions can pump.
         proves: Its sessions know which settlements the broker has certainly received.
         adjusts: Its sessions can be paused, and resumed with another prefetch.
+        retries: Its sessions can modify messages, so that they come back, or die, with headers.
+        delays: A modified message can be delayed.
+        confirms_settlements: Its sessions can wait until settlements have been carried out.
         listens: Its publishers report answers that come after their time limit.
         has_native: Its sessions have objects of the broker's own library.
         tells_version: It knows the version of RabbitMQ that it is connected to.
@@ -72,6 +75,9 @@ class Features:
     pumps: bool = False
     proves: bool = False
     adjusts: bool = False
+    retries: bool = False
+    delays: bool = False
+    confirms_settlements: bool = False
     listens: bool = False
     has_native: bool = False
     tells_version: bool = False

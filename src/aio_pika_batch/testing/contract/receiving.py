@@ -28,8 +28,10 @@ from aio_pika_batch.testing.contract.checks import (
 )
 from aio_pika_batch.transport import (
     AdjustableSession,
+    ConfirmingSession,
     CountingTransport,
     InspectingTransport,
+    ModifyingSession,
     NativeSession,
     ProvingSession,
     PumpingSession,
@@ -158,20 +160,17 @@ def _chunk(chunk: Sequence[Message] | None) -> Sequence[Message]:
 @GROUP.clause("a session has exactly the abilities that the features claim")
 async def _as_claimed(ctx: CheckContext) -> None:
     async with ctx.transport.session(ctx.subscription()) as session:
-        expect(ctx.features.pumps, isinstance(session, PumpingSession), "whether it can pump")
-        expect(
-            ctx.features.adjusts, isinstance(session, AdjustableSession), "whether it can be paused"
-        )
-        expect(
-            ctx.features.proves,
-            isinstance(session, ProvingSession),
-            "whether it knows what is unproven",
-        )
-        expect(
-            ctx.features.has_native,
-            isinstance(session, NativeSession),
-            "whether it has native objects",
-        )
+        for claimed, protocol, what in (
+            (ctx.features.pumps, PumpingSession, "it can pump"),
+            (ctx.features.adjusts, AdjustableSession, "it can be paused"),
+            (ctx.features.proves, ProvingSession, "it knows what is unproven"),
+            (ctx.features.retries, ModifyingSession, "it can modify messages"),
+            (ctx.features.confirms_settlements, ConfirmingSession, "it confirms settlements"),
+            (ctx.features.has_native, NativeSession, "it has native objects"),
+        ):
+            expect(claimed, isinstance(session, protocol), f"whether {what}")
+        if isinstance(session, ModifyingSession):
+            expect(ctx.features.delays, session.retries.delays, "whether it can delay messages")
 
 
 @GROUP.clause("pumping delivers the same messages as iterating, and ends after cancel", "pumps")
