@@ -227,6 +227,9 @@ class Inbox:
 
 def _check(ids: Mapping[str, Message]) -> None:
     """Refuse ids that a database would cut or reject. The error concerns one message."""
+    # Almost always all of them are allowed, so they are looked at together first.
+    if max(map(len, ids), default=0) <= LONGEST and "\0" not in "".join(ids):
+        return
     for key, message in ids.items():
         if len(key) > LONGEST or "\0" in key:
             why = f"an inbox takes {LONGEST} characters, not null: hash other ids in `identity`"
@@ -255,9 +258,8 @@ class InboxTransaction:
         self._database = database
         self._messages = messages
         self._context = current_context.get()
-        self._log = _log.bind(inbox=inbox.consumer, messages=len(messages))
         self._claimed = _Claimed([], {}, [], [])
-        self._fresh_ids: frozenset[int] = frozenset()
+        self._fresh_ids: frozenset[int] | None = None
         self._not_acked: dict[int, Result] = {}
         self._results: list[Result] | None = None
         self.fresh: list[Message] = []
@@ -276,6 +278,8 @@ class InboxTransaction:
         """
         if self._results is not None:
             raise ResultError("the transaction is committed: set results in its block")
+        if self._fresh_ids is None:
+            self._fresh_ids = frozenset(map(id, self._claimed.fresh))
         if id(message) not in self._fresh_ids:
             raise ResultError(f"{message!r} is not one of `fresh`: other messages are ACKed")
         if result is MessageResult.ACK:
@@ -313,11 +317,10 @@ class InboxTransaction:
                 await self._roll_back()
                 if not is_deadlock(error) or attempt == ATTEMPTS - 1:
                     raise
-                self._log.debug("a claim met a deadlock", error=format_error(error))
+                self._log().debug("a claim met a deadlock", error=format_error(error))
             # Nothing but the claim was rolled back, so it can be tried again here.
             await asyncio.sleep(random.random() * 0.01 * 2**attempt)
         self.fresh = self._claimed.fresh
-        self._fresh_ids = frozenset(map(id, self.fresh))
         if self._context is not None:
             self._context.begins_transaction()
         return self
@@ -351,7 +354,10 @@ class InboxTransaction:
         for message, first in claimed.repeated:
             if id(first) in not_acked:
                 not_acked[id(message)] = not_acked[id(first)]
-        self._results = [not_acked.get(id(each), MessageResult.ACK) for each in self._messages]
+        if not_acked:
+            self._results = [not_acked.get(id(each), MessageResult.ACK) for each in self._messages]
+        else:
+            self._results = [MessageResult.ACK] * len(self._messages)
         self._decide(self._results)
         repeated = [message for message, _ in claimed.repeated if id(message) not in not_acked]
         self._inbox._report([*claimed.dropped, *repeated])  # noqa: SLF001  -- its own
@@ -381,13 +387,16 @@ class InboxTransaction:
                 # Delivered again, the messages show whether this was committed. Any other result
                 # might dead-letter a message that took effect.
                 self._decide([MessageResult.REQUEUE_IMMEDIATE] * len(self._messages))
-                self._log.warning(
+                self._log().warning(
                     "the outcome of a commit is unknown; its messages are requeued",
                     error=format_error(error),
                 )
             await self._roll_back()
             raise
         return cancelled
+
+    def _log(self) -> KeywordLogger:
+        return _log.bind(inbox=self._inbox.consumer, messages=len(self._messages))
 
     def _decide(self, results: Sequence[Result]) -> None:
         if self._context:
