@@ -354,11 +354,11 @@ class InboxTransaction:
         for message, first in claimed.repeated:
             if id(first) in not_acked:
                 not_acked[id(message)] = not_acked[id(first)]
+        results: list[Result] = [MessageResult.ACK] * len(self._messages)
         if not_acked:
-            self._results = [not_acked.get(id(each), MessageResult.ACK) for each in self._messages]
-        else:
-            self._results = [MessageResult.ACK] * len(self._messages)
-        self._decide(self._results)
+            results = [not_acked.get(id(each), MessageResult.ACK) for each in self._messages]
+        self._results = results
+        self._decide(results)
         repeated = [message for message, _ in claimed.repeated if id(message) not in not_acked]
         self._inbox._report([*claimed.dropped, *repeated])  # noqa: SLF001  -- its own
         if cancelled is not None:

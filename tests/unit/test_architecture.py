@@ -51,6 +51,7 @@ LONGER_FOR_A_REASON = {
     "testing/stories/player.py": "plays a story, and records it at every method of the port",
     "adapters/aio_pika/consumer_channel.py": "what is written on one channel, and in which order",
     "adapters/aio_pika/publisher.py": "both ways to publish, and how each ends",
+    "inbox.py": "claims, and the transaction that they belong to",
     "dead_letters.py": "looking at dead letters, replaying and deleting them, by one law",
     "observers/otel.py": "what each event becomes: spans, and metrics beside them",
     "runtime/publishing.py": "all that is published for a consumer, and by which connection",

@@ -138,8 +138,17 @@ class ConfirmTracker:
             # Each number is visited once in the life of the channel, however many confirms come.
             # The broker may name any number, but cannot confirm what was not sent.
             last = min(confirm.tag, self._last)
-            for number in range(self._oldest, last + 1):
-                self.settle(number, outcome)
+            numbers = range(self._oldest, last + 1)
+            if self._routes is None:
+                # The common case, once for each publication: nothing was returned.
+                take = self._open.pop
+                for number in numbers:
+                    publication = take(number, None)
+                    if publication is not None:
+                        publication.call.settle(publication.index, outcome)
+            else:
+                for number in numbers:
+                    self.settle(number, outcome)
             self._oldest = max(self._oldest, last + 1)
         else:
             self.settle(confirm.tag, outcome)
