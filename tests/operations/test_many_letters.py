@@ -177,7 +177,7 @@ async def test_all_commands_count_right_within_their_memory(amqp_url, queues, qu
     listed = await run(amqp_url, dlq, "list", "--look-at", str(COUNT))
     assert f"{COUNT} {COUNT} {COUNT - 1} rejected, 1 exhausted" in listed.output
     shown = await run(amqp_url, dlq, "show", *last)
-    assert f"letter {COUNT}: exhausted" in shown.output
+    assert f"dead letter {COUNT}: exhausted" in shown.output
     assert f"1 shown, {COUNT} looked at, {COUNT} in {dlq}" in shown.output
     dry = await run(amqp_url, dlq, "replay", "--dry-run")
     assert f"{COUNT} of {COUNT} dead letters would be replayed; 0 did not match" in dry.output

@@ -114,7 +114,7 @@ def list_(
     else:
         rows = [(summary(each), each) for each in looked]
         print_table(
-            ["queue", "letters", "looked at", "reasons", "oldest", "newest"],
+            ["queue", "dead letters", "looked at", "reasons", "oldest", "newest"],
             (
                 (
                     each.queue,

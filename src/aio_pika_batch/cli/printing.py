@@ -135,7 +135,7 @@ def summary(looked: Looked) -> dict[str, Any]:
 def print_letter(out: Console, letter: Letter, max_bytes: int) -> None:
     """Print a dead letter with at most `max_bytes` of its body."""
     message, death = letter.message, letter.death
-    title = Text(f"letter {letter.number}", "bold").append(":", "not bold")
+    title = Text(f"dead letter {letter.number}", "bold").append(":", "not bold")
     out.print(title, escaped(death.reason), describe_age(death.died_at))
     lines = []
     if death.origin is not None:

@@ -455,7 +455,7 @@ def test_show_finds_the_only_one_that_matches(cli, rabbit):
     dead_letter(rabbit, b"last", reason="exhausted")
     code, out, _ = cli("dlq", "show", "bookshop:orders", "--reason", "exhausted")
     assert 0 == code
-    assert "letter 2501: exhausted" in out
+    assert "dead letter 2501: exhausted" in out
     assert "1 shown, 2501 looked at, 2501 in orders.dlq" in out
 
 
