@@ -475,13 +475,13 @@ _SCHEME = re.compile(r"\s*([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _ONE_SERVER = re.compile(
     r"\w+://(?:[^/?#@]*@)?(?P<host>\[[^\]@]*\]|[^/?#@,:\[\]]*)(?::(?P<port>\d{1,5}))?(?:[/?][^,@]*)?"
 )
-_PORTS = {"amqp": 5672, "amqps": 5671}
+PORTS = {"amqp": 5672, "amqps": 5671}
 
-_AIO_PIKA = "aio_pika_batch.adapters.aio_pika.transport:open_transport"
+_RABBITMQ = "aio_pika_batch.adapters.rabbitmq:open_transport"
 # By name, so that no client library is imported before it is needed.
 _BUILT_IN = {
-    "amqp": _AIO_PIKA,
-    "amqps": _AIO_PIKA,
+    "amqp": _RABBITMQ,
+    "amqps": _RABBITMQ,
     "memory": "aio_pika_batch.adapters.memory:open_transport",
 }
 
@@ -495,7 +495,7 @@ def scheme_of(url: str) -> str:
 def server_of(url: str) -> tuple[str, int] | None:
     """The host and port of the broker; None if the URL doesn't have exactly one."""
     found = _ONE_SERVER.fullmatch(url.strip())
-    default = _PORTS.get(scheme_of(url))
+    default = PORTS.get(scheme_of(url))
     if found is None or default is None:
         return None
     host = found["host"].removeprefix("[").removesuffix("]")

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, Message, MessageResult
-from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
+from aio_pika_batch.adapters.rabbitmq import AioPikaTransport
 from aio_pika_batch.transport import Endpoint
 from tests.faults.kill_points import KillableTransport, KillPoint, KillSwitch
 from tests.integration.apps.event_log import EventLog

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from aio_pika_batch.adapters.aio_pika.frame_parser import FrameParser
-from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
+from aio_pika_batch.adapters.rabbitmq import AioPikaTransport
 from aio_pika_batch.core.publication import Publication
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import Queue, Topology

@@ -13,7 +13,7 @@ import pytest
 
 from aio_pika_batch.adapters.aio_pika.properties import decode, decode_headers
 from aio_pika_batch.adapters.aio_pika.tables import entries
-from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
+from aio_pika_batch.adapters.rabbitmq import AioPikaTransport
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Copy, Outcome, Publication
 from aio_pika_batch.core.topology import Queue, Topology

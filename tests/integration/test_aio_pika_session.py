@@ -11,7 +11,7 @@ import aio_pika
 import pytest
 
 from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
-from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
+from aio_pika_batch.adapters.rabbitmq import AioPikaTransport
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Copy, Outcome, Publication
 from aio_pika_batch.core.settlement import Disposition, Frame, Settlement

@@ -15,7 +15,7 @@ from urllib.parse import quote, urlsplit
 import aio_pika
 import pytest
 
-from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport, open_transport
+from aio_pika_batch.adapters.rabbitmq import AioPikaTransport, open_transport
 from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import Binding, Exchange, PublishCheck, Queue, Topology

@@ -16,7 +16,7 @@ from aio_pika_batch import (
     MessageResult,
     TopologyError,
 )
-from aio_pika_batch.adapters.aio_pika.transport import open_transport
+from aio_pika_batch.adapters.rabbitmq import open_transport
 from aio_pika_batch.dead_letters import look
 from aio_pika_batch.transport import Endpoint
 from tests.integration.helpers import (

@@ -13,7 +13,7 @@ import aio_pika
 import pytest
 from aiormq.exceptions import ChannelLockedResource
 
-from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
+from aio_pika_batch.adapters.rabbitmq import AioPikaTransport
 from aio_pika_batch.testing.contract import Features, Harness, TransportContract
 from aio_pika_batch.transport import Endpoint, Wire
 from tests.integration.helpers import PATIENCE, parse_version, ready, until

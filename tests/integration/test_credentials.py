@@ -25,7 +25,7 @@ from aio_pika_batch import (
     PublishError,
 )
 from aio_pika_batch.adapters.aio_pika.connection import open_connection
-from aio_pika_batch.adapters.aio_pika.url import parse_url
+from aio_pika_batch.adapters.url import parse_url
 from aio_pika_batch.settings.derived import delay_steps
 from aio_pika_batch.settings.derived import endpoint as endpoint_of
 from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port

@@ -18,7 +18,7 @@ import aio_pika
 import pytest
 from hypothesis import Phase, given, settings
 
-from aio_pika_batch.adapters.aio_pika.transport import AioPikaTransport
+from aio_pika_batch.adapters.rabbitmq import AioPikaTransport
 from aio_pika_batch.testing.stories import FaultKind, Played, Story, StoryBroken, judge, play
 from aio_pika_batch.testing.stories.story import LATER, WAIT_SUFFIX
 from aio_pika_batch.testing.strategies import stories

@@ -1046,17 +1046,17 @@ MEMORY = (
 AROUND_THE_WIRE = (
     Mutant(
         "The representation of an address contains its password.",
-        f"{_WIRE}/url.py",
+        "adapters/url.py",
         'password: str = field(default="guest", repr=False)',
         'password: str = field(default="guest")',
-        (f"{_AIO_PIKA}/test_url.py",),
+        ("tests/unit/adapters/test_url.py",),
     ),
     Mutant(
         "A password with an unescaped slash is taken for a host, and shown in an error.",
-        f"{_WIRE}/url.py",
+        "adapters/url.py",
         '    if "@" in after_authority and "@" not in authority:\n',
         "    if False:\n",
-        (f"{_AIO_PIKA}/test_url.py",),
+        ("tests/unit/adapters/test_url.py",),
     ),
     Mutant(
         "A broker that is shutting down counts as a permanent refusal: the start ends.",

@@ -363,24 +363,24 @@ WIRE = (
 SECURITY = (
     Mutant(
         "Any value of no_verify_ssl except 0 disables verification, even false.",
-        f"{_WIRE}/url.py",
+        "adapters/url.py",
         'if options.get("no_verify_ssl", "0") not in {"0", "1"}:',
         "if False:",
-        (f"{_UNIT}/test_tls.py",),
+        ("tests/unit/adapters/test_tls.py",),
     ),
     Mutant(
         "Verification is off by default.",
-        f"{_WIRE}/tls.py",
+        "adapters/tls.py",
         'verify=options.get("no_verify_ssl", "0") == "0",',
         'verify=options.get("no_verify_ssl", "1") == "0",',
-        (f"{_UNIT}/test_tls.py",),
+        ("tests/unit/adapters/test_tls.py",),
     ),
     Mutant(
         "TLS files with amqp:// are ignored, and nothing is encrypted.",
-        f"{_WIRE}/tls.py",
+        "adapters/tls.py",
         "            _refuse_unencrypted(endpoint, address)\n",
         "",
-        (f"{_UNIT}/test_tls.py",),
+        ("tests/unit/adapters/test_tls.py",),
     ),
     Mutant(
         "A truncated delivery is read beyond its frame: its tag comes from the following bytes.",
@@ -482,7 +482,7 @@ SECURITY = (
     ),
     Mutant(
         "A handler blocks the loop, the broker cuts the connection, and no line says why.",
-        f"{_WIRE}/connection.py",
+        "adapters/connecting.py",
         "        if late > self._heartbeat / 2:\n",
         "        if False:\n",
         (f"{_UNIT}/test_connection.py",),
@@ -520,7 +520,7 @@ SECURITY = (
         "transport.py",
         "    url: str = field(repr=False)\n",
         "    url: str\n",
-        (f"{_UNIT}/test_tls.py",),
+        ("tests/unit/adapters/test_tls.py",),
     ),
 )
 

@@ -434,10 +434,11 @@ class ConsumerSettings(_EssentialSettings):
     ssl_key_password: SecretStr | None = Field(
         default=None, description="Password of an encrypted private key. It is never shown."
     )
-    wire: Literal["auto", "fast", "plain"] = Field(
+    wire: Literal["auto", "fast", "plain", "amqp10"] = Field(
         default="auto",
         description="`fast` reads and writes AMQP frames directly. `plain` goes through aio-pika."
-        " `auto` uses `fast` where it can.",
+        " `auto` uses `fast` where it can. `amqp10` consumes quorum queues of RabbitMQ 4 over AMQP"
+        " 1.0, where retries and dead letters need no copies.",
     )
 
     _in_code: frozenset[str] = PrivateAttr(default=frozenset())

@@ -1,4 +1,4 @@
-"""The numbers of AMQP 0-9-1: ports, frames, methods, properties and field types.
+"""The numbers of AMQP 0-9-1: frames, methods, properties and field types.
 
 They come from the specification, with RabbitMQ's extensions: `basic.nack`, and the field types that
 RabbitMQ reads and writes. Two numbers are in `core`, which needs them as well: reply codes
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import struct
 from typing import Final
-
-PORTS: Final = {"amqp": 5672, "amqps": 5671}
 
 # --- frames: type, channel, size of the payload; the payload; the end ---------------
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from aio_pika_batch.adapters.aio_pika.events import Closed
-    from aio_pika_batch.adapters.aio_pika.url import Address
+    from aio_pika_batch.adapters.url import Address
 
 # aiormq keeps the text and, for the usual codes, raises a class instead of keeping the code.
 _CHANNEL_CODES: Final[dict[type[BaseException], int]] = {

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import socket
-import ssl
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,7 +19,6 @@ import aio_pika
 from aiormq.exceptions import AuthenticationError
 from yarl import URL
 
-from aio_pika_batch.adapters.aio_pika import tls
 from aio_pika_batch.adapters.aio_pika.client_errors import (
     close_reason,
     connection_error,
@@ -31,27 +27,26 @@ from aio_pika_batch.adapters.aio_pika.client_errors import (
 )
 from aio_pika_batch.adapters.aio_pika.events import ConnectionLost, Malformed
 from aio_pika_batch.adapters.aio_pika.frame_tap import FrameTap
-from aio_pika_batch.errors import (
-    AccessRefused,
-    BrokerUnavailable,
-    ConfigurationError,
-    TransportError,
+from aio_pika_batch.adapters.connecting import (
+    CLOSE_TIMEOUT,
+    LoopMonitor,
+    connect_to_first,
+    mechanism_missing,
+    network_error,
+    tls_context,
+    unavailable,
 )
-from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.adapters.tls import OPTIONS
+from aio_pika_batch.errors import ConfigurationError, TransportError
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Sequence
 
     from aiormq.channel import Channel
 
-    from aio_pika_batch.adapters.aio_pika.url import Address
+    from aio_pika_batch.adapters.url import Address
     from aio_pika_batch.transport import Endpoint
-
-_log = KeywordLogger(logging.getLogger("aio_pika_batch.connection"))
-
-CLOSE_TIMEOUT = 3.0
-"""Seconds that the broker has to confirm a close. After it, the socket is dropped."""
-
 
 _is_ours: ContextVar[bool] = ContextVar("aio_pika_batch_connection", default=False)
 """Whether a task belongs to a connection of this library. The tasks that aiormq starts inherit it,
@@ -87,38 +82,6 @@ class TappedConnection(aio_pika.Connection):
         super().__init__(url, ssl_context=context, client_properties=client_properties)
         # aio-pika passes these on to aiormq.
         self.kwargs["transport_factory"] = tap
-
-
-class LoopMonitor:
-    """Logs when the event loop was blocked for longer than a heartbeat interval.
-
-    A blocked loop sends no heartbeats, so the broker takes the client for dead. The error that the
-    client then gets says nothing about the cause.
-    """
-
-    def __init__(self, heartbeat: int) -> None:
-        self._heartbeat = heartbeat
-        self._loop = asyncio.get_running_loop()
-        self._schedule()
-
-    def _schedule(self) -> None:
-        # Twice per interval: a block that takes longer makes at least one of the timers late.
-        self._due = self._loop.time() + self._heartbeat / 2
-        self._timer = self._loop.call_at(self._due, self._on_timer)
-
-    def _on_timer(self) -> None:
-        late = self._loop.time() - self._due
-        if late > self._heartbeat / 2:
-            _log.warning(
-                "the event loop was blocked: the broker may cut the connection",
-                seconds=f"{late:.1f}",
-                heartbeat=self._heartbeat,
-            )
-        self._schedule()
-
-    def stop(self) -> None:
-        """Watch no longer."""
-        self._timer.cancel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +130,6 @@ class OpenConnection:
         await finish_within(CLOSE_TIMEOUT, self.connection.close(), self.tap.abort)
 
 
-class _UnknownHost(AccessRefused):
-    """The host name does not exist. For this address, it is as final as a refusal."""
-
-
-# Unlike a name server that cannot be reached at the moment.
-_NO_SUCH_NAME = {
-    getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA") if hasattr(socket, name)
-}
-
-
 async def open_connection(
     endpoint: Endpoint, addresses: Sequence[Address], *, watches_loop: bool = False
 ) -> OpenConnection:
@@ -191,25 +144,13 @@ async def open_connection(
         BrokerUnavailable: No broker answered.
         ConfigurationError: The installed aiormq cannot be used.
     """
-    errors: list[TransportError] = []
-    # In random order, so that the connections spread over the nodes of a cluster.
-    for address in random.sample(addresses, len(addresses)):
-        try:
-            return await _connect(endpoint, address, watches_loop=watches_loop)
-        except TransportError as error:
-            errors.append(error)
-    refusals = [error for error in errors if isinstance(error, AccessRefused)]
-    if len(refusals) < len(errors):
-        # One wrong name among hosts that are only down. Those are worth another attempt.
-        refusals = [error for error in refusals if not isinstance(error, _UnknownHost)]
-    last = (refusals or errors)[-1]
-    kind = AccessRefused if refusals else BrokerUnavailable
-    text = "; ".join(map(str, errors))
-    raise kind(text if len(errors) == 1 else f"no address can be used: {text}") from last
+    return await connect_to_first(
+        addresses, lambda address: _connect(endpoint, address, watches_loop=watches_loop)
+    )
 
 
 async def _connect(endpoint: Endpoint, address: Address, *, watches_loop: bool) -> OpenConnection:
-    context = await _tls_context(endpoint, address)
+    context = await tls_context(endpoint, address)
     heartbeat = int(address.options.get("heartbeat", endpoint.heartbeat))
     tap = FrameTap(heartbeat)
     name = address.options.get("name", endpoint.connection_name)
@@ -244,21 +185,11 @@ async def _connect(endpoint: Endpoint, address: Address, *, watches_loop: bool) 
     if has_ended:
         raise _connect_error(tap, address, failure) from failure
     seconds = f"{endpoint.connect_timeout:g} s"
-    raise _unavailable(address, f"no answer within {seconds}") from failure
-
-
-async def _tls_context(endpoint: Endpoint, address: Address) -> ssl.SSLContext | None:
-    if not address.tls:
-        return None
-    try:
-        return await asyncio.to_thread(tls.create_context, tls.tls_options(endpoint, address))
-    except ConfigurationError as error:
-        # It was valid at the start, so the files are probably being replaced: try again later.
-        raise BrokerUnavailable(f"{address} was not tried: {error}") from error
+    raise unavailable(address, f"no answer within {seconds}") from failure
 
 
 def _url(address: Address, heartbeat: int) -> URL:
-    options = {key: value for key, value in address.options.items() if key not in tls.OPTIONS}
+    options = {key: value for key, value in address.options.items() if key not in OPTIONS}
     url = URL.build(
         scheme="amqps" if address.tls else "amqp",
         user=address.user,
@@ -280,43 +211,11 @@ def _connect_error(
         return connection_error(closed, address)
     cause = failure
     while cause is not None:
-        error = _known_error(cause, address)
+        if isinstance(cause, AuthenticationError):
+            return mechanism_missing(address)
+        error = network_error(cause, address)
         if error is not None:
             return error
         cause = cause.__cause__
     reason = "the broker closed the connection" if failure is None else format_error(failure)
-    return _unavailable(address, reason)
-
-
-def _known_error(cause: BaseException, address: Address) -> TransportError | None:  # noqa: PLR0911  -- one for each
-    match cause:
-        case ssl.SSLCertVerificationError():
-            return tls.verification_error(cause, address)
-        case AuthenticationError():
-            mechanism = address.options.get("auth", "plain")
-            return AccessRefused(
-                f"{address} does not offer to log in by auth={mechanism};"
-                " enable that on the broker, or remove auth from url. For external, the broker also"
-                " needs a client certificate (ssl_certfile)"
-            )
-        case ssl.SSLEOFError():
-            return _unavailable(address, "the connection ended during the TLS handshake")
-        case ssl.SSLError():
-            return tls.handshake_error(cause, address)
-        case socket.gaierror() if cause.errno in _NO_SUCH_NAME:
-            return _UnknownHost(
-                f"{address} cannot be reached: its name is not known: {cause.strerror};"
-                f" correct the host {address.host!r} in url, or add it to the DNS"
-            )
-        case socket.gaierror():
-            return _unavailable(address, f"its name cannot be looked up: {cause.strerror}")
-        case ConnectionRefusedError():
-            return _unavailable(address, "nothing listens there (connection refused)")
-        case _:
-            return None
-
-
-def _unavailable(address: Address, reason: str) -> BrokerUnavailable:
-    return BrokerUnavailable(
-        f"{address} cannot be reached: {reason}; check host and port, and that the broker runs"
-    )
+    return unavailable(address, reason)

@@ -46,11 +46,7 @@ from aio_pika_batch.adapters.aio_pika.confirms import (
     outcome_after_close,
     unknown,
 )
-from aio_pika_batch.adapters.aio_pika.connection import (
-    CLOSE_TIMEOUT,
-    OpenConnection,
-    open_connection,
-)
+from aio_pika_batch.adapters.aio_pika.connection import OpenConnection, open_connection
 from aio_pika_batch.adapters.aio_pika.events import (
     ChannelClosed,
     ChannelCloseOk,
@@ -72,6 +68,7 @@ from aio_pika_batch.adapters.aio_pika.properties import (
     splice,
 )
 from aio_pika_batch.adapters.aio_pika.tables import encode_text
+from aio_pika_batch.adapters.connecting import CLOSE_TIMEOUT
 from aio_pika_batch.core.fitting import fit
 from aio_pika_batch.core.publication import Copy, Outcome, Publication, TemplateCopy
 from aio_pika_batch.core.refusals import refusal_error
@@ -83,7 +80,7 @@ if TYPE_CHECKING:
     from aiormq.abc import AbstractChannel
 
     from aio_pika_batch.adapters.aio_pika.events import Event
-    from aio_pika_batch.adapters.aio_pika.url import Address
+    from aio_pika_batch.adapters.url import Address
     from aio_pika_batch.core.message import Properties
     from aio_pika_batch.core.publication import Outgoing
     from aio_pika_batch.transport import Endpoint

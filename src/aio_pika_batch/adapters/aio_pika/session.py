@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from aio_pika_batch.adapters.aio_pika.events import Event
-    from aio_pika_batch.adapters.aio_pika.url import Address
+    from aio_pika_batch.adapters.url import Address
     from aio_pika_batch.core.message import Message
     from aio_pika_batch.core.settlement import Settlement
     from aio_pika_batch.core.topology import Version

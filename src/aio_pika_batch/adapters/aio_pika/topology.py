@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from aiormq.channel import Channel
 
     from aio_pika_batch.adapters.aio_pika.events import Closed
-    from aio_pika_batch.adapters.aio_pika.url import Address
+    from aio_pika_batch.adapters.url import Address
     from aio_pika_batch.core.message import Headers
     from aio_pika_batch.transport import Endpoint
 

@@ -11,7 +11,7 @@ from aio_pika_batch.adapters.aio_pika.client_errors import (
     describe_channel_close,
 )
 from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, ConnectionClosed
-from aio_pika_batch.adapters.aio_pika.url import Address
+from aio_pika_batch.adapters.url import Address
 from aio_pika_batch.errors import AccessRefused, BrokerUnavailable, TransportError
 
 HOST = Address("h", 5672, "me", "secret", "v")

@@ -13,7 +13,7 @@ from aio_pika_batch.adapters.aio_pika.connection import (
     TappedConnection,
     open_connection,
 )
-from aio_pika_batch.adapters.aio_pika.url import parse_url
+from aio_pika_batch.adapters.url import parse_url
 from aio_pika_batch.errors import AioPikaBatchError, BrokerUnavailable, ConfigurationError
 from aio_pika_batch.transport import Endpoint, Wire
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import parse_qsl, quote, unquote
 
-from aio_pika_batch.adapters.aio_pika.amqp_spec import PORTS
 from aio_pika_batch.errors import ConfigurationError
+from aio_pika_batch.transport import PORTS
 
 _LARGEST_PORT = 65_535
 _LONGEST_HEARTBEAT = 65_535

@@ -19,10 +19,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from aio_pika_batch.adapters.aio_pika import tls
+from aio_pika_batch.adapters import tls
 from aio_pika_batch.adapters.aio_pika.connection import open_connection
-from aio_pika_batch.adapters.aio_pika.transport import open_transport
-from aio_pika_batch.adapters.aio_pika.url import Address, parse_url
+from aio_pika_batch.adapters.rabbitmq import open_transport
+from aio_pika_batch.adapters.url import Address, parse_url
 from aio_pika_batch.errors import BrokerUnavailable, ConfigurationError
 from aio_pika_batch.transport import Endpoint
 

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aio_pika_batch.adapters.aio_pika.connection import _url
-from aio_pika_batch.adapters.aio_pika.url import Address, parse_url
+from aio_pika_batch.adapters.url import Address, parse_url
 from aio_pika_batch.errors import ConfigurationError
 
 A = Address

@@ -24,7 +24,7 @@ from aio_pika_batch.errors import AccessRefused, ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from aio_pika_batch.adapters.aio_pika.url import Address
+    from aio_pika_batch.adapters.url import Address
     from aio_pika_batch.transport import Endpoint
 
 _log = logging.getLogger("aio_pika_batch.tls")

@@ -1,0 +1,316 @@
+"""Reads an AMQP 1.0 message as an AMQP 0-9-1 consumer would see it.
+
+RabbitMQ translates a message that was published over the other protocol. For messages published
+over 0-9-1, this module reverses that. For others it does what RabbitMQ does for 0-9-1 consumers. So
+a handler sees the same over both protocols. RabbitMQ's translation leaves out `cluster_id`, and
+tables and arrays in headers whose names don't begin with `x-`.
+
+The sections before the body are kept as they came, and decoded on first use.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+from urllib.parse import unquote
+from uuid import UUID
+
+from aio_pika_batch.adapters.amqp10 import spec
+from aio_pika_batch.adapters.amqp10.codec import (
+    CodecError,
+    Decimal,
+    NotText,
+    Timestamp,
+)
+from aio_pika_batch.adapters.amqp10.sections import field, section, section_at, sections
+from aio_pika_batch.core.message import SHORT_STRING, Headers, Message, Properties
+
+ENCODED: Final = "amqp-1.0"
+"""The `type` of a message whose body is a value of AMQP 1.0's type system, in its encoding."""
+
+_EXCHANGE, _ROUTING_KEY = "x-exchange", "x-routing-key"
+_TYPE = "x-basic-type"
+_NO_HEADERS: Final = ("x-basic-", _EXCHANGE, _ROUTING_KEY)
+_QUEUES: Final = "/queues/"
+
+_DURABLE, _PRIORITY, _TTL = 0, 1, 2
+_MESSAGE_ID, _USER_ID, _REPLY_TO, _CORRELATION_ID = 0, 1, 4, 5
+_CONTENT_TYPE, _CONTENT_ENCODING, _CREATION_TIME, _GROUP_ID = 6, 7, 9, 10
+"""Positions in the lists of the header and properties sections."""
+
+_UNUSUAL_IDS: Final = (b"\xa0", b"\xb0", b"\xb1")
+"""Constructors of binaries and of long strings."""
+
+
+# --- routes and headers ----------------------------------------------------------
+
+
+def decode_route(head: bytes) -> tuple[str, str]:
+    """Read exchange and routing key. Never raises."""
+    try:
+        annotations = section(head, spec.MESSAGE_ANNOTATIONS, dict)
+    except CodecError:
+        return "", ""
+    return _route(annotations.get(_EXCHANGE)), _route(annotations.get(_ROUTING_KEY))
+
+
+def _route(value: Any) -> str:  # noqa: ANN401
+    # As over 0-9-1: lone surrogates, which become the same bytes when they are written.
+    if isinstance(value, NotText):
+        return value.decode(errors="surrogateescape")
+    return value if isinstance(value, str) else ""
+
+
+def decode_headers(head: bytes) -> dict[str, Any] | None:
+    """Read the headers that a 0-9-1 consumer would see; None if there are none.
+
+    Raises:
+        ValueError: They cannot be read.
+    """
+    headers: dict[str, Any] = {}
+    for code, start, end in sections(head):
+        if code == spec.MESSAGE_ANNOTATIONS:
+            headers.update(_annotated(section_at(head, start, end, dict)))
+        elif code == spec.PROPERTIES and any(head.find(x, start, end) >= 0 for x in _UNUSUAL_IDS):
+            headers.update(_ids(section_at(head, start, end, list)))
+        elif code == spec.APPLICATION_PROPERTIES:
+            for key, value in section_at(head, start, end, dict).items():
+                # An annotation of the same name was written later, so it has precedence.
+                if not isinstance(value, Decimal):
+                    headers.setdefault(_key(key), _plain(value))
+    return headers or None
+
+
+def _annotated(annotations: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in annotations.items():
+        if not isinstance(key, str | NotText) or isinstance(value, Decimal):
+            continue
+        name = _key(key)
+        if not name.startswith("x-") or name.startswith(_NO_HEADERS):
+            continue
+        match name, value:
+            case "x-cc", _:
+                yield "CC", _plain(value)
+            case "x-opt-rabbitmq-received-time", Timestamp():
+                yield "timestamp_in_ms", int(value)
+            case "x-opt-deaths", list():
+                yield "x-death", [_death(each) for each in value if isinstance(each, dict)]
+            case _:
+                yield name, _plain(value)
+
+
+def _ids(fields: list[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the ids that 0-9-1 has no property for: binary, or longer than a short string."""
+    for place, name in ((_MESSAGE_ID, "x-message-id"), (_CORRELATION_ID, "x-correlation-id")):
+        value = field(fields, place)
+        if isinstance(value, bytes) or (isinstance(value, str) and _is_long(value)):
+            yield name, bytes(value) if isinstance(value, bytes) else value
+
+
+def _is_long(text: str) -> bool:
+    return len(text.encode()) > SHORT_STRING
+
+
+def _key(key: Any) -> str:  # noqa: ANN401
+    if isinstance(key, NotText):
+        raise CodecError(f"the key {bytes(key[:80])!r} is not UTF-8")
+    return str(key)
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401, PLR0911  -- one for each kind of value
+    """Return the value that a 0-9-1 consumer would find in a header."""
+    if value is None or isinstance(value, bool):
+        return value
+    match value:
+        case list():
+            return [_plain(each) for each in value]
+        case dict():
+            return {_key(key): _plain(each) for key, each in value.items()}
+        case bytes():
+            # The broker doesn't check that a long string is text.
+            try:
+                return value.decode()
+            except UnicodeDecodeError:
+                return bytes(value)
+        case UUID():
+            return value.urn
+        case Timestamp():
+            return _moment(value)
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    raise CodecError(f"{value!r} has no counterpart in AMQP 0-9-1")
+
+
+def _moment(milliseconds: int) -> datetime | int:
+    seconds = milliseconds // 1000
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (OverflowError, ValueError, OSError):
+        # Probably milliseconds that were taken for seconds.
+        return seconds
+
+
+def _death(entry: dict[Any, Any]) -> dict[str, Any]:
+    """Return an entry of `x-death` as over AMQP 0-9-1."""
+    death = {_key(key): _plain(value) for key, value in entry.items()}
+    death.pop("last-time", None)
+    if "first-time" in death:
+        death["time"] = death.pop("first-time")
+    if "ttl" in death:
+        death["original-expiration"] = str(death.pop("ttl"))
+    return death
+
+
+# --- properties ------------------------------------------------------------------
+
+
+def decode_properties(head: bytes, *, has_addresses: bool = True) -> Properties:
+    """Read all properties. Never raises, see `Properties.undecodable`.
+
+    Args:
+        head: The sections before the body.
+        has_addresses: Whether `reply_to` is an address: `/queues/` and the queue's quoted name.
+    """
+    properties = Properties()
+    undecodable: dict[str, str] = {}
+
+    def fill(name: str, convert: Callable[[Any], Any], value: Any) -> None:  # noqa: ANN401
+        try:
+            setattr(properties, name, None if value is None else convert(value))
+        except ValueError as error:
+            undecodable[name] = str(error)
+
+    for code, table in _FIELDS.items():
+        try:
+            fields = section(head, code, list)
+        except CodecError as error:
+            undecodable.update(dict.fromkeys((name for name, _, _ in table), str(error)))
+            continue
+        for name, place, convert in table:
+            fill(name, convert, field(fields, place))
+    if has_addresses and (properties.reply_to or "").startswith(_QUEUES):
+        properties.reply_to = unquote(str(properties.reply_to).removeprefix(_QUEUES))
+    fill("headers", decode_headers, head)
+    fill("type", _type, head)
+    if properties.headers is not None and "x-death" in properties.headers:
+        # Dead-lettering ends a time to live, but the header section still has it.
+        properties.expiration = None
+    if undecodable:
+        properties.undecodable = undecodable
+    return properties
+
+
+def _type(head: bytes) -> str | None:
+    value = section(head, spec.MESSAGE_ANNOTATIONS, dict).get(_TYPE)
+    return None if value is None else _text(value)
+
+
+def _text(value: Any) -> str:  # noqa: ANN401
+    if isinstance(value, NotText):
+        raise CodecError(f"{bytes(value)!r} is not UTF-8")
+    if not isinstance(value, str):
+        raise CodecError(f"{value!r} is not text")
+    return str(value)
+
+
+def _number(value: Any) -> int:  # noqa: ANN401
+    if not isinstance(value, int):
+        raise CodecError(f"{value!r} is not a number")
+    return int(value)
+
+
+def _id(value: Any) -> str | None:  # noqa: ANN401
+    match value:
+        case UUID():
+            return value.urn
+        case int():
+            return str(int(value))
+        case bytes() if not isinstance(value, NotText):
+            return None  # a header, see `_ids`
+    text = _text(value)
+    return None if _is_long(text) else text
+
+
+def _user(value: Any) -> str | None:  # noqa: ANN401
+    try:
+        return bytes(value).decode() if isinstance(value, bytes) else None
+    except UnicodeDecodeError:
+        return None
+
+
+def _short(value: Any) -> str | None:  # noqa: ANN401
+    text = _text(value)
+    return None if _is_long(text) else text
+
+
+def _time(value: Any) -> datetime:  # noqa: ANN401
+    moment = _moment(_number(value))
+    if not isinstance(moment, datetime):
+        raise CodecError(f"{moment!r} is not a time in seconds that a datetime can hold")
+    return moment
+
+
+_FIELDS: Final[dict[int, tuple[tuple[str, int, Callable[[Any], Any]], ...]]] = {
+    spec.HEADER: (
+        # Others had a delivery mode of 1, or none, which means the same.
+        ("delivery_mode", _DURABLE, lambda durable: 2 if durable is True else None),
+        ("priority", _PRIORITY, _number),
+        ("expiration", _TTL, lambda ttl: str(_number(ttl))),
+    ),
+    spec.PROPERTIES: (
+        ("message_id", _MESSAGE_ID, _id),
+        ("user_id", _USER_ID, _user),
+        ("reply_to", _REPLY_TO, _short),
+        ("correlation_id", _CORRELATION_ID, _id),
+        ("content_type", _CONTENT_TYPE, _text),
+        ("content_encoding", _CONTENT_ENCODING, _text),
+        ("timestamp", _CREATION_TIME, _time),
+        ("app_id", _GROUP_ID, _short),
+    ),
+}
+"""For each section its properties: the name, the position, and how to read it."""
+
+
+class SectionMessage(Message):
+    """A message whose properties are sections, which a publisher cannot splice."""
+
+    __slots__ = ()
+
+    @property
+    def raw_properties(self) -> None:
+        """None: the properties aren't a property list of AMQP 0-9-1."""
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class MessageSource:
+    """Implements :class:`~aio_pika_batch.core.message.Source` for the messages of one session.
+
+    Attributes:
+        has_addresses: As in `decode_properties`.
+    """
+
+    queue: str
+    consumer_tag: str
+    retry_count_header: str
+    has_addresses: bool = True
+
+    def decode_properties(self, raw: bytes, /) -> Properties:
+        """Read all properties."""
+        return decode_properties(raw, has_addresses=self.has_addresses)
+
+    def decode_headers(self, raw: bytes, /) -> Headers | None:
+        """Read the headers alone."""
+        return decode_headers(raw)
+
+    def decode_route(self, raw: bytes, /) -> tuple[str, str]:
+        """Read exchange and routing key."""
+        return decode_route(raw)
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return time.time()

@@ -1,0 +1,159 @@
+"""Finds a broker that answers among several addresses, and explains why one cannot be reached.
+
+Both wires for RabbitMQ use it, so that a URL, TLS options and hosts mean the same to them, and
+their errors have the same words. No error contains a password.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from aio_pika_batch.adapters import tls
+from aio_pika_batch.adapters.url import Address
+from aio_pika_batch.errors import (
+    AccessRefused,
+    BrokerUnavailable,
+    ConfigurationError,
+    TransportError,
+)
+from aio_pika_batch.logs import KeywordLogger
+from aio_pika_batch.transport import Endpoint
+
+_log = KeywordLogger(logging.getLogger("aio_pika_batch.connection"))
+
+CLOSE_TIMEOUT = 3.0
+"""Seconds that the broker has to confirm a close. After it, the socket is dropped."""
+
+# Unlike a name server that cannot be reached at the moment.
+_NO_SUCH_NAME = {
+    getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA") if hasattr(socket, name)
+}
+
+T = TypeVar("T")
+
+
+class _UnknownHost(AccessRefused):
+    """The host name does not exist. For this address, it is as final as a refusal."""
+
+
+async def connect_to_first(
+    addresses: Sequence[Address], connect: Callable[[Address], Awaitable[T]]
+) -> T:
+    """Call *connect* with one address after another, in random order, until it succeeds.
+
+    Raises:
+        AccessRefused: At least one broker answered, and none accepted the connection; or no host
+            name exists.
+        BrokerUnavailable: No broker answered.
+    """
+    errors: list[TransportError] = []
+    # In random order, so that the connections spread over the nodes of a cluster.
+    for address in random.sample(addresses, len(addresses)):
+        try:
+            return await connect(address)
+        except TransportError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    refusals = [error for error in errors if isinstance(error, AccessRefused)]
+    if len(refusals) < len(errors):
+        # One wrong name among hosts that are only down. Those are worth another attempt.
+        refusals = [error for error in refusals if not isinstance(error, _UnknownHost)]
+    last = (refusals or errors)[-1]
+    kind = AccessRefused if refusals else BrokerUnavailable
+    text = "; ".join(map(str, errors))
+    raise kind(f"no address can be used: {text}") from last
+
+
+async def tls_context(endpoint: Endpoint, address: Address) -> ssl.SSLContext | None:
+    """Return the TLS context for a connection; None if it is not encrypted.
+
+    Raises:
+        BrokerUnavailable: A file cannot be read.
+    """
+    if not address.tls:
+        return None
+    try:
+        return await asyncio.to_thread(tls.create_context, tls.tls_options(endpoint, address))
+    except ConfigurationError as error:
+        # It was valid at the start, so the files are probably being replaced: try again later.
+        raise BrokerUnavailable(f"{address} was not tried: {error}") from error
+
+
+def network_error(  # noqa: PLR0911  -- one for each
+    cause: BaseException, address: Address
+) -> TransportError | None:
+    """Return the error for a failure of the socket, or of TLS on it; None if it is another one."""
+    match cause:
+        case ssl.SSLCertVerificationError():
+            return tls.verification_error(cause, address)
+        case ssl.SSLEOFError():
+            return unavailable(address, "the connection ended during the TLS handshake")
+        case ssl.SSLError():
+            return tls.handshake_error(cause, address)
+        case socket.gaierror() if cause.errno in _NO_SUCH_NAME:
+            return _UnknownHost(
+                f"{address} cannot be reached: its name is not known: {cause.strerror};"
+                f" correct the host {address.host!r} in url, or add it to the DNS"
+            )
+        case socket.gaierror():
+            return unavailable(address, f"its name cannot be looked up: {cause.strerror}")
+        case ConnectionRefusedError():
+            return unavailable(address, "nothing listens there (connection refused)")
+        case _:
+            return None
+
+
+def unavailable(address: Address, reason: str) -> BrokerUnavailable:
+    """Return the error for a broker that does not answer, or not as it should."""
+    return BrokerUnavailable(
+        f"{address} cannot be reached: {reason}; check host and port, and that the broker runs"
+    )
+
+
+def mechanism_missing(address: Address) -> AccessRefused:
+    """Return the error for a broker that does not offer the way to log in that the URL names."""
+    mechanism = address.options.get("auth", "plain")
+    return AccessRefused(
+        f"{address} does not offer to log in by auth={mechanism};"
+        " enable that on the broker, or remove auth from url. For external, the broker also"
+        " needs a client certificate (ssl_certfile)"
+    )
+
+
+class LoopMonitor:
+    """Logs when the event loop was blocked for longer than a heartbeat interval.
+
+    A blocked loop sends no heartbeats, so the broker takes the client for dead. The error that the
+    client then gets says nothing about the cause.
+    """
+
+    def __init__(self, heartbeat: int) -> None:
+        self._heartbeat = heartbeat
+        self._loop = asyncio.get_running_loop()
+        self._schedule()
+
+    def _schedule(self) -> None:
+        # Twice per interval: a block that takes longer makes at least one of the timers late.
+        self._due = self._loop.time() + self._heartbeat / 2
+        self._timer = self._loop.call_at(self._due, self._on_timer)
+
+    def _on_timer(self) -> None:
+        late = self._loop.time() - self._due
+        if late > self._heartbeat / 2:
+            _log.warning(
+                "the event loop was blocked: the broker may cut the connection",
+                seconds=f"{late:.1f}",
+                heartbeat=self._heartbeat,
+            )
+        self._schedule()
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._timer.cancel()

@@ -1,0 +1,63 @@
+"""A transport whose sessions use AMQP 1.0 keeps the contract, with either kind of queue."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aio_pika_batch.adapters import rabbitmq
+from aio_pika_batch.adapters.rabbitmq import Amqp10Transport
+from aio_pika_batch.testing.contract import Features, TransportContract
+from tests.integration.helpers import parse_version
+from tests.integration.test_contract import RabbitHarness, features, opened
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.support.find import RunningBroker
+
+
+@pytest.fixture(autouse=True)
+def speaks_amqp10(broker: RunningBroker) -> None:
+    """The local broker may be an older one; nox brings those that do."""
+    if parse_version(broker) < (4, 0):
+        pytest.skip(f"RabbitMQ {broker.version} does not speak AMQP 1.0 by itself")
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with queues for which a consumer would use 0-9-1."""
+    monkeypatch.setattr(rabbitmq, "queue_obstacle", lambda version, info: None)
+
+
+@asynccontextmanager
+async def opened10(broker: RunningBroker, kind: str) -> AsyncIterator[RabbitHarness]:
+    """The same scene, with another transport."""
+    async with opened(broker, "fast", kind) as harness:
+        harness.transport = Amqp10Transport(harness.transport._endpoint)
+        yield harness
+
+
+def features10(broker: RunningBroker, kind: str) -> Features:
+    """What can be done over AMQP 1.0."""
+    return replace(
+        features(broker, kind),
+        exclusive_consumers=False,
+        exclusive_queues=False,
+        has_native=False,
+    )
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+async def test_the_contract_is_kept(broker: RunningBroker, kind: str) -> None:
+    """All of it but what AMQP 1.0 doesn't have."""
+    contract = TransportContract(
+        partial(opened10, broker, kind), features10(broker, kind), patience=30, quiet=0.3
+    )
+    report = await contract.run(at_once=8)
+    report.raise_if_broken()
+    assert len(report.kept) == len(contract.applicable)
