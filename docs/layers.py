@@ -55,7 +55,9 @@ def layers() -> list[list[str]]:
     """The modules of each layer, as the contract has them, the highest first."""
     found = tomllib.loads((HERE.parent / "pyproject.toml").read_text())
     [contract] = [
-        each for each in found["tool"]["importlinter"]["contracts"] if each.get("containers") == [PACKAGE]
+        each
+        for each in found["tool"]["importlinter"]["contracts"]
+        if each.get("containers") == [PACKAGE]
     ]
     return [[name.strip() for name in layer.split("|")] for layer in contract["layers"]]
 

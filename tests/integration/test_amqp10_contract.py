@@ -1,4 +1,4 @@
-"""A transport whose sessions use AMQP 1.0 keeps the contract, with either kind of queue."""
+"""A transport whose sessions use AMQP 1.0 keeps the contract."""
 
 from __future__ import annotations
 
@@ -30,33 +30,35 @@ def speaks_amqp10(broker: RunningBroker) -> None:
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with queues for which a consumer would use 0-9-1."""
+    """Also before 4.3 with a delivery limit, where a consumer would use 0-9-1."""
     monkeypatch.setattr(rabbitmq, "queue_obstacle", lambda version, info: None)
 
 
 @asynccontextmanager
-async def opened10(broker: RunningBroker, kind: str) -> AsyncIterator[RabbitHarness]:
+async def opened10(broker: RunningBroker) -> AsyncIterator[RabbitHarness]:
     """The same scene, with another transport."""
-    async with opened(broker, "fast", kind) as harness:
+    async with opened(broker, "fast", "quorum") as harness:
         harness.transport = Amqp10Transport(harness.transport._endpoint)
         yield harness
 
 
-def features10(broker: RunningBroker, kind: str) -> Features:
+def features10(broker: RunningBroker) -> Features:
     """What can be done over AMQP 1.0."""
     return replace(
-        features(broker, kind),
+        features(broker, "quorum"),
         exclusive_consumers=False,
         exclusive_queues=False,
         has_native=False,
+        retries=True,
+        delays=parse_version(broker) >= (4, 3),
+        confirms_settlements=True,
     )
 
 
-@pytest.mark.parametrize("kind", ["classic", "quorum"])
-async def test_the_contract_is_kept(broker: RunningBroker, kind: str) -> None:
+async def test_the_contract_is_kept(broker: RunningBroker) -> None:
     """All of it but what AMQP 1.0 doesn't have."""
     contract = TransportContract(
-        partial(opened10, broker, kind), features10(broker, kind), patience=30, quiet=0.3
+        partial(opened10, broker), features10(broker), patience=30, quiet=0.3
     )
     report = await contract.run(at_once=8)
     report.raise_if_broken()

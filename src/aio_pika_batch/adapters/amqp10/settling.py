@@ -27,7 +27,7 @@ from aio_pika_batch.adapters.amqp10.codec import (
     ULong,
     write,
 )
-from aio_pika_batch.core.settlement import Disposition, Modification
+from aio_pika_batch.core.settlement import Disposition, Modification, check_modified_headers
 from aio_pika_batch.errors import SettlementError
 
 _DELIVERY_TIME: Final = "x-opt-delivery-time"
@@ -83,7 +83,15 @@ def modified(modification: Modification) -> bytes:
     Raises:
         SettlementError: A header cannot be written; its name is in the text.
     """
-    annotations = {Symbol(key): _checked(key, value) for key, value in modification.headers.items()}
+    check_modified_headers(modification.headers)
+    annotations: dict[Symbol, object] = {}
+    for key, value in modification.headers.items():
+        if key.startswith(_RESERVED) or not key.isascii():
+            raise SettlementError(
+                f"header {key!r} cannot be written into a message: its name must be ASCII, and not"
+                " one of the broker's own"
+            )
+        annotations[Symbol(key)] = value
     if modification.until is not None:
         # Rounded up, so that the delivery is never too early.
         milliseconds = -(-int(modification.until.timestamp() * 1_000_000) // 1000)
@@ -99,20 +107,6 @@ def modified(modification: Modification) -> bytes:
         )
     fields = [modification.failed, modification.dead, *([annotations] if annotations else [])]
     return _outcome(spec.MODIFIED, *fields)
-
-
-def _checked(key: str, value: object) -> object:
-    if not key.startswith("x-") or key.startswith(_RESERVED) or not key.isascii():
-        raise SettlementError(
-            f"header {key!r} cannot be written into a message: its name must begin with x-,"
-            " be ASCII, and not be one of the broker's own"
-        )
-    if not isinstance(value, str | int):
-        raise SettlementError(
-            f"header {key!r} cannot be written into a message: {type(value).__name__} is not"
-            " str, int or bool"
-        )
-    return value
 
 
 class Unsettled:
