@@ -30,6 +30,7 @@ from aio_pika_batch.core.settlement import (
     Frame,
     Ledger,
     Modification,
+    NativeRetries,
     Settlement,
     check_modified_headers,
 )
@@ -285,24 +286,6 @@ class ProvingSession(Protocol):
         orderly way.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class NativeRetries:
-    """What a session can do to its queue's messages without a copy.
-
-    Attributes:
-        delays: Keep a message until a given time.
-        headers: Attach headers.
-        dead_letters: Dead-letter a message so that it can't get lost: the arguments of the queue
-            name a dead-letter exchange, and the strategy is at-least-once.
-        uncounted: Take a message back with `failed=False` without counting a delivery.
-    """
-
-    delays: bool
-    headers: bool
-    dead_letters: bool
-    uncounted: bool
 
 
 @runtime_checkable

@@ -92,8 +92,8 @@ CORE = (
     Mutant(
         "A copy repeats the CC header: another queue gets the message a second time.",
         "core/settlement_plan.py",
-        'frozenset({"CC", BCC, DELIVERY_COUNT',
-        "frozenset({BCC, DELIVERY_COUNT",
+        '        "CC",\n        BCC,',
+        "        BCC,",
         (f"{_CORE}/test_settlement_plan.py", f"{_CORE}/test_copies.py"),
     ),
     Mutant(

@@ -23,12 +23,13 @@ from aio_pika_batch.core.message import (
     Headers,
     Message,
     is_short_string,
+    read_moment,
     readable_headers,
     retry_count,
 )
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.refusals import UnequalArgument, unequal_argument
-from aio_pika_batch.core.retry import identify_death, latest_death
+from aio_pika_batch.core.retry import is_stated_death, latest_death
 from aio_pika_batch.core.settlement_plan import (
     DEAD_LETTERED_AT,
     DEATH_COUNT,
@@ -39,6 +40,7 @@ from aio_pika_batch.core.settlement_plan import (
     EXCEPTION_TYPE,
     FIRST_FAILED_AT,
     ORIGINAL_QUEUE,
+    RETRY_REASON,
 )
 from aio_pika_batch.core.topology import (
     DEFAULT_DELIVERY_LIMIT,
@@ -116,14 +118,15 @@ def death_info(message: Message, retry_count_header: str = RETRY_COUNT_HEADER) -
     headers = readable_headers(message) or NO_HEADERS
     reason = _text(headers.get(DEATH_REASON))
     death = latest_death(headers)
-    is_newer = death is not None and identify_death(death) != headers.get(EARLIER_DEATH)
+    is_newer = death is not None and not is_stated_death(death, headers.get(EARLIER_DEATH))
     if reason is None or is_newer:
         return _broker_death_info(headers, death or NO_HEADERS, retry_count_header)
     return DeathInfo(
         reason=reason,
-        origin=_origin(headers),
+        # A message that the broker has dead-lettered keeps its route in `x-death`.
+        origin=_origin(headers) or _death_origin(death or NO_HEADERS),
         queue=_text(headers.get(ORIGINAL_QUEUE)),
-        died_at=_moment(headers.get(DEAD_LETTERED_AT)),
+        died_at=read_moment(headers.get(DEAD_LETTERED_AT)),
         retries=retry_count(headers.get(retry_count_header)) or 0,
         detail=_text(headers.get(DETAIL)),
         exception_type=_text(headers.get(EXCEPTION_TYPE)),
@@ -138,8 +141,9 @@ def _broker_death_info(headers: Headers, death: Headers, retry_count_header: str
         # The routing key of a requeued copy is the name of its queue, so its own headers go first.
         origin=_origin(headers) or _death_origin(death),
         queue=_text(death.get("queue")),
-        died_at=_moment(death.get("time")),
+        died_at=time if isinstance(time := death.get("time"), datetime) else None,
         retries=retry_count(headers.get(retry_count_header)) or 0,
+        detail=_text(headers.get(RETRY_REASON)),
     )
 
 
@@ -159,11 +163,8 @@ def _death_origin(death: Headers) -> OriginalRoute | None:
 
 
 def _text(value: FieldValue) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _moment(value: FieldValue) -> datetime | None:
-    return value if isinstance(value, datetime) else None
+    # Over AMQP 1.0 a header that doesn't apply any more can't be removed, only emptied.
+    return value if isinstance(value, str) and value else None
 
 
 # --- selection -------------------------------------------------------------------

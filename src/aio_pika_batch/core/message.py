@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from types import MappingProxyType
 from typing import (
@@ -64,6 +64,8 @@ RETRY_COUNT_HEADER = "x-retry-count"
 """The header that counts the retries of a message, unless a setting names another one."""
 CRASH_COUNT = "x-crash-count"
 RETRY_QUEUE = "x-retry-queue"
+RETURN_COUNT = "x-retry-deliveries"
+"""The broker's count of deliveries up to which this library has put a message back itself."""
 DEATH_REASON = "x-dead-letter-reason"
 
 WAIT_QUEUE_SUFFIX = ".retry."
@@ -182,6 +184,30 @@ def retry_count(value: object) -> int | None:
             return int(value)
         case _:
             return None
+
+
+def read_moment(value: object) -> datetime | None:
+    """Read a time from the value of a header; None if it isn't one.
+
+    Over AMQP 1.0 a time can only be written as a number of milliseconds since 1970. Other tools
+    write texts.
+    """
+    match value:
+        case datetime():
+            return value
+        case int() if not isinstance(value, bool) and 0 <= value < _MAX_MILLISECONDS:
+            return datetime.fromtimestamp(value / 1000, UTC)
+        case str():
+            try:
+                return datetime.fromisoformat(value)
+            except ValueError:
+                return None
+        case _:
+            return None
+
+
+_MAX_MILLISECONDS = 253_402_300_800_000
+"""The year 10000, where Python's times end."""
 
 
 def stated_retries(headers: Headers, header: str, queue: str) -> FieldValue:

@@ -24,6 +24,7 @@ from typing import Any
 from aio_pika_batch.core.message import (
     CRASH_COUNT,
     NO_HEADERS,
+    RETURN_COUNT,
     FieldValue,
     Message,
     readable_headers,
@@ -111,9 +112,17 @@ class CrashPolicy:
         return {CRASH_COUNT: unexplained} if unexplained > 0 else {}
 
     def _total(self, message: Message) -> int:
-        headers = readable_headers(message) or NO_HEADERS
+        headers = readable_headers(message)
+        if headers is None:
+            return delivery_count(message)
         marked = min(retry_count(headers.get(CRASH_COUNT)) or 0, self.suspect_after)
-        return delivery_count(message) + marked
+        deliveries = delivery_count(message)
+        if deliveries and RETURN_COUNT in headers:
+            # Put back by AMQP 1.0 before RabbitMQ 4.3, which counts that. At most as often as it
+            # was retried: anyone can publish that header, too.
+            returned = retry_count(headers[RETURN_COUNT]) or 0
+            deliveries -= min(returned, message.retry_count, deliveries)
+        return deliveries + marked
 
 
 def delivery_count(message: Message) -> int:

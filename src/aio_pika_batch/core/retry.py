@@ -24,6 +24,7 @@ from aio_pika_batch.core.message import (
     Headers,
     Message,
     is_short_string,
+    retry_count,
 )
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import Requeue, Result
@@ -123,6 +124,11 @@ class DelaySteps:
             return self.at_least(result.seconds)
         automatic = self.automatic
         return automatic[min(retries, len(automatic) - 1)] if automatic else NO_DELAY
+
+    @property
+    def longest(self) -> float:
+        """The longest delay that a handler can request, in seconds."""
+        return self.requestable[-1] / 1000
 
     def at_least(self, seconds: float) -> int:
         """The next delay that is not shorter, or the longest one; 0 stays 0."""
@@ -283,6 +289,37 @@ def identify_death(death: Headers) -> str:
     """A text that differs for each entry of `x-death`."""
     # Not by comparing times: those of brokers and consumers differ.
     return " ".join(str(death.get(name)) for name in ("queue", "reason", "count", "time"))
+
+
+def coming_death(headers: Headers, queue: str) -> str:
+    """A text for the entry of `x-death` that the broker is about to add or count."""
+    deaths = headers.get(DEATHS)
+    for death in deaths if isinstance(deaths, list) else ():
+        match death:
+            case {"queue": str(died_in), "reason": "rejected", "count": int(count)} if (
+                died_in == queue
+            ):
+                return f"{queue} rejected {count + 1}"
+            case _:
+                pass
+    return f"{queue} rejected 1"
+
+
+def is_stated_death(death: Headers, stated: FieldValue) -> bool:
+    """Whether an entry of `x-death` is what a dead letter states about it.
+
+    Args:
+        stated: Made by `identify_death`, or by `coming_death`. A broker that doesn't believe the
+            `x-death` of a publisher counts from 1 again, so it may also count less than was stated.
+    """
+    if stated == identify_death(death):
+        return True
+    count = death.get("count")
+    prefix = " ".join([*(str(death.get(name)) for name in ("queue", "reason")), ""])
+    if not (isinstance(stated, str) and stated.startswith(prefix) and isinstance(count, int)):
+        return False
+    limit = retry_count(stated.removeprefix(prefix))
+    return limit is not None and count <= limit
 
 
 def _has_waited(message: Message, queue: str) -> bool:

@@ -74,6 +74,27 @@ class Modification:
     headers: Headers = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class NativeRetries:
+    """What a session can do to its queue's messages without a copy.
+
+    Attributes:
+        delays: Keep a message until a given time.
+        headers: Attach headers.
+        dead_letters: Dead-letter a message so that it can't get lost: the arguments of the queue
+            name a dead-letter exchange, and the strategy is at-least-once.
+        uncounted: Take a message back with `failed=False` without counting a delivery.
+    """
+
+    delays: bool
+    headers: bool
+    dead_letters: bool
+    uncounted: bool
+
+
+NO_NATIVE_RETRIES = NativeRetries(delays=False, headers=False, dead_letters=False, uncounted=False)
+
+
 def check_modified_headers(headers: Headers) -> None:
     """Check that a broker and all its clients can read the headers of a modification.
 

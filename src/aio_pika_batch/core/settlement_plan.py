@@ -1,9 +1,12 @@
 """Plans how to settle the results of a batch: at once, or after a copy is confirmed.
 
+If a session can modify messages in their queue, that takes the place of the copies that it can
+express: then the original itself is retried or dead-lettered, and nothing can duplicate it.
+
 Laws:
 
-- The original of a requeued or dead-lettered message is acked only after the broker has confirmed
-  its copy.
+- The original of a message that is requeued or dead-lettered by a copy is acked only after the
+  broker has confirmed the copy.
 - Each message is in exactly one of the two parts of a plan.
 """
 
@@ -11,8 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from enum import Enum
 from typing import Self, assert_never
 
@@ -25,17 +28,19 @@ from aio_pika_batch.core.message import (
     ORIGINAL_EXCHANGE,
     ORIGINAL_ROUTING_KEY,
     RETRY_QUEUE,
+    RETURN_COUNT,
     FieldValue,
     Headers,
     Message,
     has_died,
     is_short_string,
+    read_moment,
     readable_headers,
     retry_count,
     stated_retries,
 )
 from aio_pika_batch.core.publication import Copy, Outcome
-from aio_pika_batch.core.quarantine import CrashPolicy, OwnRequeues
+from aio_pika_batch.core.quarantine import CrashPolicy, OwnRequeues, delivery_count
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue
 from aio_pika_batch.core.retry import (
     LONGEST_WAIT,
@@ -45,13 +50,20 @@ from aio_pika_batch.core.retry import (
     DelayedCopy,
     DelaySteps,
     RetryPolicy,
+    coming_death,
     delayed_copy,
     identify_death,
     immediate_copy,
     latest_death,
     make_delay_steps,
 )
-from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.core.settlement import (
+    NO_NATIVE_RETRIES,
+    Disposition,
+    Modification,
+    NativeRetries,
+    Settlement,
+)
 from aio_pika_batch.errors import safe_str
 
 FIRST_FAILED_AT = "x-first-failed-at"
@@ -79,7 +91,25 @@ Not a moment in time: clocks differ, and a delay may be longer than asked for, b
 BCC = "BCC"
 """Header with further routing keys, which the broker removes from the message."""
 
-DROPPED = frozenset({"CC", BCC, DELIVERY_COUNT, "x-acquired-count", REMAINING_DELAY, CRASH_COUNT})
+RETRY_REASON = "x-retry-reason"
+"""Header of a retried message with the reason that the handler gave, if no copy was needed."""
+
+_DELIVERY_TIME = "x-opt-delivery-time"
+"""Header with the end of a delay, which the broker leaves in the message."""
+
+DROPPED = frozenset(
+    {
+        "CC",
+        BCC,
+        DELIVERY_COUNT,
+        "x-acquired-count",
+        REMAINING_DELAY,
+        CRASH_COUNT,
+        RETURN_COUNT,
+        RETRY_REASON,
+        _DELIVERY_TIME,
+    }
+)
 """Headers that a copy leaves out: CC and BCC route to further queues, the broker counts, and a
 message that got a result has not crashed its process."""
 
@@ -88,6 +118,13 @@ DEATH_COUNT = "x-dead-letter-count"
 
 LOOP = 3
 """Dead letters of a message from which on they seem to come back. They are delayed then."""
+
+SHORTEST_NATIVE = 1.0
+"""Seconds until a retry without a delay, if no copy is needed: it returns to the front of the
+queue, so that all its attempts would be spent within milliseconds."""
+
+_DELAY_STEP = 10
+"""Parts of a second to which delays without a copy are rounded up, so that messages share one."""
 
 REWRITTEN = frozenset({DETAIL, EXCEPTION_TYPE, EXCEPTION_MESSAGE, EARLIER_DEATH, RETRY_QUEUE})
 """Headers that a new dead letter doesn't take over from an earlier one: they say why that one was
@@ -118,19 +155,20 @@ class CopyKind(Enum):
 # Not frozen: one is created for each failed message, see `Properties`.
 @dataclass(slots=True)
 class PendingCopy:
-    """A copy that the broker must confirm before its original is acked.
+    """A copy that the broker must confirm before its original is acked, or what replaces it.
 
     Attributes:
+        copy: The copy, or how to modify the original instead.
         reason: Why the message is dead-lettered; None for a requeue.
         malformed_count: Whether the retry header holds something that isn't a count.
-        hold: Seconds to hold the original before the copy is published.
+        hold: Seconds to hold the original before the copy is published, or it is modified.
         is_undeliverable: Whether the message is retried because it can't be dead-lettered.
         is_loop: Whether it is held because it is dead-lettered again and again.
         late: The outcome of a copy that wasn't confirmed in time, once it is known.
     """
 
     outcome: MessageOutcome
-    copy: Copy
+    copy: Copy | Modification
     kind: CopyKind
     reason: DeadLetterReason | None = None
     malformed_count: bool = False
@@ -149,9 +187,16 @@ class PendingCopy:
         self.copy, self.kind, self.reason = other.copy, other.kind, other.reason
 
     @property
+    def is_native(self) -> bool:
+        """Whether the original itself is modified."""
+        return isinstance(self.copy, Modification)
+
+    @property
     def lane(self) -> object:
         """Copies with the same value are published together, others apart from them."""
         copy = self.copy
+        if isinstance(copy, Modification):
+            return Modification
         return self.kind, copy.level if isinstance(copy, DelayedCopy) else NO_DELAY
 
     @property
@@ -209,6 +254,9 @@ class SettlementPlanner:
         exception_message: Whether dead letters contain the text of the exception.
         drop: Headers that copies leave out.
         delay_steps: The delays of retries.
+        native: What the session can do without copies.
+        dead_letters_differ: Whether the queue's own arguments lead its dead letters somewhere else
+            than `dead_letters`.
     """
 
     # Dead letters are published where an exchange is known, because a broker's own dead-lettering
@@ -223,6 +271,14 @@ class SettlementPlanner:
     reject_undeliverable: bool = False
     hold: HoldPolicy = field(default_factory=HoldPolicy)
     crashes: CrashPolicy | None = None
+    native: NativeRetries = NO_NATIVE_RETRIES
+    dead_letters_differ: bool = False
+
+    def natively(self, native: NativeRetries) -> SettlementPlanner:
+        """The planner for a session that can do this without copies."""
+        # Without its header, nothing would count the attempts.
+        can_count = native.headers and self.retry.header.startswith("x-")
+        return replace(self, native=native) if can_count else self
 
     def plan(
         self, outcomes: Sequence[MessageOutcome], now: datetime, *, wait_queues: bool = True
@@ -283,6 +339,11 @@ class SettlementPlanner:
         count = read or 0
         if not self.retry.may_retry(count):
             return self._dead_letter(outcome, DeadLetterReason.EXHAUSTED, now)
+        malformed = stated is not None and read is None
+        if self.native.headers:
+            pending = self._native_retry(outcome, headers, count, now)
+            pending.malformed_count = malformed
+            return pending
         add = _origin_headers(message, headers, now)
         add |= self._count_headers(headers, count + 1)
         level = self.delay_steps.level(outcome.result, count)
@@ -296,8 +357,56 @@ class SettlementPlanner:
             copy = delayed_copy(message, self.queue, level, add, self.drop)
             copy.spare = (FIRST_FAILED_AT,)
             pending = PendingCopy(outcome, copy, CopyKind.REQUEUE)
-        pending.malformed_count = stated is not None and read is None
+        pending.malformed_count = malformed
         return pending
+
+    def _native_retry(
+        self, outcome: MessageOutcome, headers: Headers, count: int, now: datetime
+    ) -> PendingCopy:
+        result = outcome.result
+        seconds = result.seconds if isinstance(result, Requeue) else None
+        if seconds is None:
+            level = self.delay_steps.level(result, count)
+            seconds = self.hold.retry_delay(count) or level / 1000
+        seconds = min(seconds, self.delay_steps.longest) or SHORTEST_NATIVE
+        add = self._count_headers(headers, count + 1) | _first_failure(
+            outcome.message, headers, now
+        )
+        if isinstance(result, Requeue) and result.reason is not None:
+            add[RETRY_REASON] = _cut(result.reason)
+        elif RETRY_REASON in headers:
+            add[RETRY_REASON] = ""
+        return self._put_back(outcome, headers, add, seconds, now)
+
+    def _put_back(
+        self,
+        outcome: MessageOutcome,
+        headers: Headers,
+        add: dict[str, FieldValue],
+        seconds: float,
+        now: datetime,
+    ) -> PendingCopy:
+        """Let a message come back after a delay, without a copy.
+
+        If the queue can't delay it, it is held first, in parts if one hold would be too long.
+        """
+        native = self.native
+        hold, until, remaining = 0.0, None, 0
+        if native.delays:
+            until = now + timedelta(seconds=math.ceil(seconds * _DELAY_STEP) / _DELAY_STEP)
+        else:
+            hold = min(seconds, self.hold.longest)
+            remaining = math.ceil((seconds - hold) * 1000)
+        if remaining or REMAINING_DELAY in headers:
+            add[REMAINING_DELAY] = remaining
+        if not native.uncounted:
+            add[RETURN_COUNT] = delivery_count(outcome.message) + 1
+        add |= _cleared(headers, add)
+        # Not counted as failed: this library counts its retries itself.
+        change = Modification(
+            (outcome.message.delivery_tag,), failed=False, until=until, headers=add
+        )
+        return PendingCopy(outcome, change, CopyKind.REQUEUE, hold=hold)
 
     def _held(
         self,
@@ -368,13 +477,15 @@ class SettlementPlanner:
         letter = self._dead_letter(pending.outcome, DeadLetterReason.UNPUBLISHABLE, now)
         return letter if isinstance(letter, PendingCopy) else None
 
-    def continued_delay(self, message: Message) -> PendingCopy | None:
+    def continued_delay(self, message: Message, now: datetime) -> PendingCopy | None:
         """Return how to go on with a delay that was too long for one hold; None if it is over."""
         headers = readable_headers(message) or NO_HEADERS
         remaining = headers.get(REMAINING_DELAY)
         if not isinstance(remaining, int) or not 0 < remaining <= LONGEST_WAIT * 1000:
             return None
         outcome = MessageOutcome(message, MessageResult.REQUEUE)
+        if self.native.headers:
+            return self._put_back(outcome, headers, {}, remaining / 1000, now)
         return self._held(outcome, headers, {}, remaining / 1000)
 
     def _retry_undeliverable(
@@ -386,22 +497,34 @@ class SettlementPlanner:
         if headers is None:
             # Its attempts can't be counted, so the delay doesn't grow.
             hold = self.hold.undeliverable_delay(self.retry.max_attempts)
-            copy = Copy(message, "", self.queue, {})
+            add: dict[str, FieldValue] = {}
         else:
             count = self._count(headers)
             spent = self.retry.max_attempts if reason is DeadLetterReason.EXHAUSTED else 0
             hold = self.hold.undeliverable_delay(max(0, count - spent))
-            add = _origin_headers(message, headers, now) | self._count_headers(headers, count + 1)
+            add = self._count_headers(headers, count + 1)
+            if not self.native.headers:
+                add |= _origin_headers(message, headers, now)
+            else:
+                add |= _first_failure(message, headers, now)
             if reason is DeadLetterReason.CRASHED and self.crashes is not None:
                 # It is a suspect from the start: it must not take others along again.
                 add |= self.crashes.mark(message)
-            copy = Copy(message, "", self.queue, add, self.drop)
-        return PendingCopy(outcome, copy, CopyKind.REQUEUE, hold=hold, is_undeliverable=True)
+        if not self.native.headers:
+            drop = frozenset() if headers is None else self.drop
+            copy = Copy(message, "", self.queue, add, drop)
+            pending = PendingCopy(outcome, copy, CopyKind.REQUEUE, hold=hold)
+        else:
+            pending = self._put_back(outcome, headers or NO_HEADERS, add, hold, now)
+        pending.is_undeliverable = True
+        return pending
 
     def _dead_letter(
         self, outcome: MessageOutcome, reason: DeadLetterReason, now: datetime
     ) -> Disposition | PendingCopy:
         target = self.dead_letters
+        if self.native.dead_letters and not self.dead_letters_differ:
+            return self._native_dead_letter(outcome, reason, now)
         if target is None:
             if reason is DeadLetterReason.REJECTED or self.reject_undeliverable:
                 return Disposition.REJECT
@@ -443,12 +566,43 @@ class SettlementPlanner:
             may_omit=True,
         )
         pending = PendingCopy(outcome, copy, CopyKind.DEAD_LETTER, reason)
+        self._count_deaths(pending, headers, add)
+        return pending
+
+    def _count_deaths(
+        self, pending: PendingCopy, headers: Headers, add: dict[str, FieldValue]
+    ) -> None:
         if DEATH_REASON in headers:
             # It was moved back by hand, or belongs to a consumer of dead letters, or goes round.
             add[DEATH_COUNT] = deaths = (retry_count(headers.get(DEATH_COUNT)) or 1) + 1
             pending.is_loop = deaths >= LOOP
             if pending.is_loop:
                 pending.hold = self.hold.undeliverable_delay(deaths - LOOP)
+
+    def _native_dead_letter(
+        self, outcome: MessageOutcome, reason: DeadLetterReason, now: datetime
+    ) -> PendingCopy:
+        """A dead letter that the queue itself delivers to its dead-letter exchange.
+
+        It keeps the route of its message in `x-death`.
+        """
+        message = outcome.message
+        known = readable_headers(message)
+        headers = NO_HEADERS if known is None else known
+        add: dict[str, FieldValue] = {
+            DEATH_REASON: reason.value,
+            ORIGINAL_QUEUE: self.queue,
+            DEAD_LETTERED_AT: _milliseconds(now),
+            EARLIER_DEATH: coming_death(headers, self.queue),
+            **_first_failure(message, headers, now),
+            **self._cause_headers(outcome),
+        }
+        if known is not None:
+            add[self.retry.header] = self._count(headers)
+        change = Modification((message.delivery_tag,), failed=False, dead=True, headers=add)
+        pending = PendingCopy(outcome, change, CopyKind.DEAD_LETTER, reason)
+        self._count_deaths(pending, headers, add)
+        add |= _cleared(headers, add)
         return pending
 
     def _count(self, headers: Headers) -> int:
@@ -475,6 +629,34 @@ class SettlementPlanner:
         return headers
 
 
+def _milliseconds(moment: datetime) -> int:
+    return int(moment.timestamp() * 1000)
+
+
+def _first_failure(message: Message, headers: Headers, now: datetime) -> dict[str, FieldValue]:
+    """The time of the first failure as AMQP 1.0 can express it, if it isn't known yet."""
+    if read_moment(headers.get(FIRST_FAILED_AT)) is not None:
+        return {}
+    return {FIRST_FAILED_AT: _milliseconds(message.first_failed_at or now)}
+
+
+def _cleared(headers: Headers, add: Headers) -> dict[str, FieldValue]:
+    """Values for headers that a copy would leave out: those of the original can't be removed."""
+    cleared: dict[str, FieldValue] = {}
+    for name in headers.keys() & _CLEARED.keys():
+        if name not in add:
+            cleared[name] = _CLEARED[name]
+    return cleared
+
+
+_CLEARED: Headers = {
+    CRASH_COUNT: 0,
+    REMAINING_DELAY: 0,
+    RETRY_REASON: "",
+    **dict.fromkeys(REWRITTEN, ""),
+}
+
+
 def _origin_headers(message: Message, headers: Headers, now: datetime) -> dict[str, FieldValue]:
     """The headers that keep what the first copy would lose, if the message doesn't have them."""
     origin: dict[str, FieldValue] = {
@@ -490,7 +672,7 @@ def _origin_headers(message: Message, headers: Headers, now: datetime) -> dict[s
 
 
 def _is_valid(value: object, like: FieldValue) -> bool:
-    return is_short_string(value) if isinstance(like, str) else isinstance(value, type(like))
+    return is_short_string(value) if isinstance(like, str) else read_moment(value) is not None
 
 
 def _reason(outcome: MessageOutcome) -> DeadLetterReason:

@@ -237,6 +237,17 @@ def broker_dead_letter_arguments(options: TopologyOptions) -> Headers:
     return {**wanted, **AT_LEAST_ONCE} if is_lossless else wanted
 
 
+def dead_letters_differ(options: TopologyOptions) -> bool:
+    """Whether the broker's dead letters may go somewhere else than those of this library."""
+    target = dead_letter_target(options)
+    if target is None:
+        return False
+    arguments = {**options.queue_arguments, **broker_dead_letter_arguments(options)}
+    key = target.routing_key if target.also is None else target.also
+    own = (arguments.get(DEAD_LETTER_EXCHANGE), arguments.get(DEAD_LETTER_ROUTING_KEY))
+    return own != (target.exchange, key)
+
+
 def policy_command(queue: str, arguments: Headers, vhost: str) -> str:
     """The command that gives an existing queue arguments that it was declared without."""
     definition = {name.removeprefix("x-"): value for name, value in arguments.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from aio_pika_batch.core.batch_run import BatchDecisions
@@ -34,10 +35,16 @@ from aio_pika_batch.runtime.quarantine import Quarantine, SuspectGate
 from aio_pika_batch.runtime.settler import Settler
 from aio_pika_batch.runtime.shutdown import Shutdown
 from aio_pika_batch.runtime.worker_config import WorkerConfig
-from aio_pika_batch.transport import AdjustableSession, PumpingSession, Session
+from aio_pika_batch.transport import (
+    AdjustableSession,
+    ConfirmingSession,
+    PumpingSession,
+    Session,
+)
 
 CANCEL_TIMEOUT = 10.0
-"""Seconds that a broker has to confirm a cancel, if no stop is requested."""
+"""Seconds that a broker has to confirm a cancel, or the settlements before the end of a session, if
+no stop is requested."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,8 +218,9 @@ class ConsumeLoop:
     def _hold_early(self, chunk: Sequence[Message], now: float) -> Sequence[Message]:
         """Hold the messages whose delay was too long for one hold; return the others."""
         due = []
+        time_of_day = datetime.now(UTC)
         for message in chunk:
-            copy = self._config.planner.continued_delay(message)
+            copy = self._settler.planner.continued_delay(message, time_of_day)
             if copy is None:
                 due.append(message)
             else:
@@ -463,6 +471,7 @@ class ConsumeLoop:
             unstarted += self._gate.suspects
         if not self._failure.done():
             await self._settler.close(unstarted, self._wait_to_settle)
+            await self._confirm_settlements()
         if self._failure.done():
             self._failure.result()
 
@@ -485,6 +494,18 @@ class ConsumeLoop:
         if self._failure.done():
             self._failure.result()
         raise SessionLost("the broker did not confirm in time that it sends no more messages")
+
+    async def _confirm_settlements(self) -> None:
+        """Wait until the broker has carried out what was settled, while there is time."""
+        if not isinstance(self._session, ConfirmingSession):
+            return
+        confirming = self._loop.create_task(self._session.settled())
+        try:
+            await self._wait_to_settle({confirming}, CANCEL_TIMEOUT)
+            if confirming.done():
+                await confirming
+        finally:
+            await _cancel(confirming)
 
     async def _wait_to_settle(
         self, tasks: Iterable[asyncio.Future[Any]], patience: float | None = None

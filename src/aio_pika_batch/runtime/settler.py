@@ -6,13 +6,20 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from typing import cast
 
 from aio_pika_batch.core.batch_run import BatchDecisions
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.publication import Outcome
+from aio_pika_batch.core.publication import Copy, Outcome
 from aio_pika_batch.core.quarantine import OwnRequeues
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue, Result
-from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.core.settlement import (
+    NO_NATIVE_RETRIES,
+    Disposition,
+    Modification,
+    Settlement,
+    join_modifications,
+)
 from aio_pika_batch.core.settlement_plan import CopyKind, PendingCopy, SettlementPlan
 from aio_pika_batch.errors import SessionLost, TransportError
 from aio_pika_batch.logs import BurstLog, KeywordLogger, format_error
@@ -31,7 +38,7 @@ from aio_pika_batch.runtime.publishing import CopyPublishers
 from aio_pika_batch.runtime.settlement_queue import PATIENCE, SettlementQueue
 from aio_pika_batch.runtime.shutdown import Wait
 from aio_pika_batch.runtime.worker_config import WorkerConfig
-from aio_pika_batch.transport import Session
+from aio_pika_batch.transport import ModifyingSession, Session
 
 
 class Settler:
@@ -43,6 +50,7 @@ class Settler:
         own: Notes which messages handlers requeue at once; None if the queue doesn't count that.
 
     Attributes:
+        planner: Plans for what this session can do.
         is_over: Whether the session is gone, so that results come too late.
     """
 
@@ -59,7 +67,9 @@ class Settler:
         log: KeywordLogger,
     ) -> None:
         self._session = session
-        self._planner = config.planner
+        self._modify_session = session if isinstance(session, ModifyingSession) else None
+        native = self._modify_session.retries if self._modify_session else NO_NATIVE_RETRIES
+        self.planner = config.planner.natively(native)
         self._publishers = publishers
         self._on_failure = on_failure
         self._on_settled_late = on_settled_late
@@ -130,7 +140,7 @@ class Settler:
             if self._held.retries:
                 self._held.decide_again()
         if decisions.returned:
-            returns = self._planner.plan_returns(decisions.returned, datetime.now(UTC), self._own)
+            returns = self.planner.plan_returns(decisions.returned, datetime.now(UTC), self._own)
             await self._carry_out_returns(returns)
         outcomes = decisions.not_acked
         if not outcomes:
@@ -139,25 +149,34 @@ class Settler:
                 queue = self._queue if self._queue.tickets else self._session
                 await queue.settle(settlements)
             return outcomes, ()
-        plan = self._planner.plan(
+        plan = self.planner.plan(
             outcomes, datetime.now(UTC), wait_queues=self._publishers.retries.can_delay
         )
         settlements.extend(plan.settlements)
         self._note_requeued(outcomes, plan)
         if plan.discarded:
             self._on_discarded(plan.discarded)
-        copies = self._hold_retries(plan.copies, arrived) if plan.copies else ()
-        if copies:
-            confirmed = await self._publish_apart(settlements, copies, arrived)
-        else:
-            confirmed = ()
-            if settlements:
-                await self._queue.settle(settlements)
+        copies = self._hold_retries(plan.copies, arrived) if plan.copies else []
+        confirmed = await self._carry_out_due(settlements, copies, arrived)
         if len(confirmed) == len(plan.copies):
             return outcomes, confirmed
         pending = {each.tag for each in plan.copies} - {each.tag for each in confirmed}
         done = [each for each in outcomes if each.message.delivery_tag not in pending]
         return done, confirmed
+
+    async def _carry_out_due(
+        self, settlements: Sequence[Settlement], due: Sequence[PendingCopy], arrived: float
+    ) -> Sequence[PendingCopy]:
+        """Settle, modify and publish; return what is modified or confirmed."""
+        native = [each for each in due if each.is_native]
+        if native:
+            await self._modify(native)
+            due = [each for each in due if not each.is_native]
+        if due:
+            return [*native, *await self._publish_apart(settlements, due, arrived)]
+        if settlements:
+            await self._queue.settle(settlements)
+        return native
 
     async def start_anew(self, messages: Sequence[Message], *, holds_copies: bool) -> list[Message]:
         """Replace messages that have no result by copies, which the broker counts from 0.
@@ -168,7 +187,7 @@ class Settler:
         Returns:
             The messages that must be handled instead, because their copies aren't confirmed.
         """
-        plan = self._planner.plan_returns(
+        plan = self.planner.plan_returns(
             messages, datetime.now(UTC), self._own, replace_all=not holds_copies
         )
         if holds_copies:
@@ -218,19 +237,23 @@ class Settler:
 
     def _hold_retries(self, copies: Sequence[PendingCopy], arrived: float) -> list[PendingCopy]:
         """Hold the messages whose retries aren't due yet; return the copies of the others."""
+        if not self._has_warned_of_count and any(each.malformed_count for each in copies):
+            self._has_warned_of_count = True
+            header = self.planner.retry.header
+            self._log.warning("a retry count is not a number: it counts as 0", header=header)
         due = [each for each in copies if not each.hold]
+        if undeliverable := sum(each.is_undeliverable for each in copies):
+            self._undeliverable.note(undeliverable)
         if len(due) < len(copies):
             for each in copies:
                 if each.hold:
                     self._held.add_retry(each, arrived=arrived)
-            undeliverable = sum(each.is_undeliverable for each in copies)
-            if undeliverable:
-                self._undeliverable.note(undeliverable)
             looping = sum(each.is_loop for each in copies)
             if looping:
                 self._looping.note(looping)
-            retries = len(copies) - len(due) - undeliverable - looping
-            if retries:
+            if retries := sum(
+                bool(each.hold) and not (each.is_undeliverable or each.is_loop) for each in copies
+            ):
                 self._holding.note(retries)
         return due
 
@@ -306,10 +329,6 @@ class Settler:
         Settlements that need no copy wait behind the copies in the queue, as long as its patience
         lasts: then one frame can settle the whole batch.
         """
-        if not self._has_warned_of_count and any(each.malformed_count for each in copies):
-            self._has_warned_of_count = True
-            header = self._planner.retry.header
-            self._log.warning("a retry count is not a number: it counts as 0", header=header)
         ticket = self._queue.reserve()
         others = self._queue.enqueue(settlements) if settlements else None
         try:
@@ -369,14 +388,23 @@ class Settler:
     def _hold_unconfirmed_one(self, copy: PendingCopy, outcome: Outcome, arrived: float) -> None:
         if not self._publishers.retries.can_delay:
             # Its wait queue has turned out to be missing, so it waits here.
-            held = self._planner.held_instead(copy)
+            held = self.planner.held_instead(copy)
             if held is not copy:
                 self._hold_retries([held], arrived)
                 return
         self._held.add_unconfirmed(copy, outcome, arrived=arrived)
 
+    async def _modify(self, changes: Sequence[PendingCopy]) -> None:
+        """Modify messages instead of publishing copies of them."""
+        if self._modify_session is not None:
+            modifications = [cast("Modification", each.copy) for each in changes]
+            await self._modify_session.modify(join_modifications(modifications))
+
     async def _publish(self, copies: Sequence[PendingCopy]) -> Sequence[Outcome]:
-        """Publish copies of one lane."""
+        """Publish copies of one lane, or modify their originals."""
+        if copies[0].is_native:
+            await self._modify(copies)
+            return [Outcome.CONFIRMED] * len(copies)
         began = self._loop.time()
 
         def on_late(index: int, outcome: Outcome) -> None:
@@ -384,7 +412,9 @@ class Settler:
             self._held.note_late()
 
         publisher = self._publishers.of(copies[0].kind)
-        outcomes = list(await publisher.publish([each.copy for each in copies], on_late))
+        outcomes = list(
+            await publisher.publish([cast("Copy", each.copy) for each in copies], on_late)
+        )
         if Outcome.UNPUBLISHABLE in outcomes:
             for index, outcome in enumerate(outcomes):
                 if outcome is Outcome.UNPUBLISHABLE:
@@ -396,7 +426,7 @@ class Settler:
 
     def _on_unpublishable(self, copy: PendingCopy) -> Outcome:
         """Turn a retry into a dead letter, which is published next; hold any other original."""
-        instead = self._planner.instead_of(copy, datetime.now(UTC))
+        instead = self.planner.instead_of(copy, datetime.now(UTC))
         if instead is None:
             self._unpublishable.note(1)
             return Outcome.UNPUBLISHABLE
@@ -413,7 +443,10 @@ class Settler:
     async def _settle_confirmed(self, copies: Sequence[PendingCopy]) -> None:
         began = self._loop.time()
         self._forget_replaced(copies)
-        await self._settle_or_fail(Disposition.ACK, [each.tag for each in copies])
+        if tags := [each.tag for each in copies if not each.is_native]:
+            await self._settle_or_fail(Disposition.ACK, tags)
+        else:
+            self._on_settled_late()
         if self._observers.present:
             outcomes = [each.outcome for each in copies if each.kind is not CopyKind.FRESH_COUNT]
             seconds = self._loop.time() - began
@@ -476,7 +509,7 @@ class Settler:
         """Let running attempts finish, and return what is left to the broker."""
         held = await self._held.close(wait)
         messages = [*unstarted, *(each.outcome.message for each in held)]
-        plan = self._planner.plan_returns(messages, datetime.now(UTC), self._own)
+        plan = self.planner.plan_returns(messages, datetime.now(UTC), self._own)
         replaced: set[int] = set()
         if plan.copies:
             publishing = self._loop.create_task(self._publish_again(plan.copies))

@@ -20,7 +20,11 @@ from aio_pika_batch.core.retry import Backoff, RetryPolicy
 from aio_pika_batch.core.retry_in_place import RetryInPlace
 from aio_pika_batch.core.settlement_plan import Pace, SettlementPlanner
 from aio_pika_batch.core.topology import delivery_limit
-from aio_pika_batch.core.topology_options import TopologyOptions, dead_letter_target
+from aio_pika_batch.core.topology_options import (
+    TopologyOptions,
+    dead_letter_target,
+    dead_letters_differ,
+)
 from aio_pika_batch.runtime.settlement_queue import PATIENCE
 from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings, plain_url
 from aio_pika_batch.settings.derived import delay_steps, topology_options, virtual_host
@@ -124,6 +128,7 @@ class WorkerConfig:
                 reject_undeliverable=settings.without_dead_letter == "reject",
                 hold=HoldPolicy(holds_by_default, longest, settings.requeue_delay_max),
                 crashes=crashes,
+                dead_letters_differ=dead_letters_differ(options),
             ),
             unconfirmed=UnconfirmedPolicy(
                 settings.requeue_hold,

@@ -20,6 +20,7 @@ from aio_pika_batch.core.message import FieldValue, Headers
 from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.errors import PublishError
 from aio_pika_batch.testing.virtual_time import VirtualTimeLoop, run
+from aio_pika_batch.transport import Wire
 
 T = TypeVar("T")
 
@@ -32,15 +33,16 @@ class BatchBroker:
 
     Args:
         version: The RabbitMQ version that it imitates: `3.8`, `3.10`, `4.0` or `4.3`.
+        wire: With `amqp10`, consumers use AMQP 1.0 on quorum queues; their setting is not read.
 
     Attributes:
         transport: Pass it to consumers: `MyConsumer(settings, transport=batch_broker.transport)`.
     """
 
-    def __init__(self, version: str = NEWEST) -> None:
+    def __init__(self, version: str = NEWEST, *, wire: Wire = "auto") -> None:
         self._broker = Broker(version)
         self._broker.journal.on_event = self._on_event
-        self.transport = MemoryTransport(self._broker)
+        self.transport = MemoryTransport(self._broker, wire=wire)
         self._consumed: set[str] = set()
         self._watchers: set[asyncio.Event] = set()
 
@@ -230,7 +232,7 @@ class BatchBroker:
             consumed = self._consumed | {each.name for each in queues if each.consumers}
             found = []
             for queue in queues:
-                waiting = len(queue.ready) + len(queue.pending_dead_letters)
+                waiting = len(queue.ready) + len(queue.delayed) + len(queue.pending_dead_letters)
                 if queue.unacked:
                     found.append(f"{len(queue.unacked)} unsettled from {queue.name!r}")
                 if waiting and queue.name in consumed:

@@ -12,13 +12,13 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 from aio_pika_batch.consumer import BaseConsumer
 from aio_pika_batch.core.batch_run import BatchDecisions
 from aio_pika_batch.core.batcher import Batch
 from aio_pika_batch.core.message import NO_HEADERS, Headers, Message, retry_count
-from aio_pika_batch.core.publication import Outcome, Outgoing, Publication
+from aio_pika_batch.core.publication import Copy, Outcome, Outgoing, Publication
 from aio_pika_batch.core.results import MessageOutcome, MessageResult, Nack, Result
 from aio_pika_batch.core.retry import DeadLetterReason, DelayedCopy
 from aio_pika_batch.core.settlement import Disposition
@@ -155,7 +155,8 @@ def _requeued_immediately(message: Message, decision: MessageOutcome) -> Requeue
 
 
 def _add_copy(outcome: BatchOutcome, message: Message, pending: PendingCopy, header: str) -> None:
-    copy = pending.copy
+    # Without a session, nothing can be modified in its queue.
+    copy = cast("Copy", pending.copy)
     if pending.reason is None:
         count = retry_count(copy.add.get(header)) or 0
         delay = copy.level / 1000 if isinstance(copy, DelayedCopy) else pending.hold

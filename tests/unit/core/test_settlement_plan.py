@@ -263,7 +263,7 @@ def test_a_long_delay_is_held_in_parts_that_add_up(delay, longest, message):
     held = [copy.hold]
     assert 1 == copy.copy.add["x-retry-count"]
     while "x-retry-remaining-delay" in copy.copy.add and len(held) < 100:
-        copy = router.continued_delay(delivered(copy.copy))
+        copy = router.continued_delay(delivered(copy.copy), NOW)
         assert "x-retry-count" not in copy.copy.add
         held.append(copy.hold)
 

@@ -110,6 +110,8 @@ class AioPikaSession:
         self._is_first = True
         self._capacity = subscription.prefetch or math.inf
         self._cancelling: asyncio.Task[None] | None = None
+        self._confirming: asyncio.Task[None] | None = None
+        self._has_asked = False
         self._adjusting = asyncio.Lock()
         self._opening_native: asyncio.Task[Native] | None = None
 
@@ -222,6 +224,21 @@ class AioPikaSession:
         # Before the broker has confirmed a settlement, the message counts against the prefetch.
         return int(min(self._writer.unproven, self._capacity))
 
+    async def settled(self) -> None:
+        """Write what is held, and let a quorum queue answer."""
+        self._check()
+        if self._confirming is None:
+            # In its own task: a cancelled call would close the channel.
+            self._confirming = self._loop.create_task(self._confirm())
+            self._confirming.add_done_callback(consume_exception)
+        await self._shielded(self._confirming)
+
+    async def _confirm(self) -> None:
+        await self._writer.finish()
+        while self._asks_queue and self._writer.unproven and not self._is_closed:
+            if await self._channel.has_leader():
+                await self._await_queue()
+
     async def native(self) -> Native:
         """Open (once) a channel for the user on the session's connection."""
         self._check()
@@ -284,14 +301,16 @@ class AioPikaSession:
             await self._cancel()
         else:
             await asyncio.wait({self._cancelling})
+        if self._confirming is not None:
+            await asyncio.wait({self._confirming})
         await self._writer.finish()
-        untaken: Sequence[Message] = ()
         # Without a leader the channel would hang in the question, and so couldn't be closed.
         if self._asks_queue and self._writer.unproven and await self._channel.has_leader():
             await self._await_queue()
-            # Before 4.3, the close returns it to a better place, and it counts either way.
-            if self._channel.version >= UNCOUNTED_NACKS_SINCE:
-                untaken = self._pending
+        untaken: Sequence[Message] = ()
+        # Before 4.3, the close returns it to a better place, and it counts either way.
+        if self._has_asked and self._channel.version >= UNCOUNTED_NACKS_SINCE:
+            untaken = self._pending
         await self._writer.give_back([message.delivery_tag for message in untaken])
         await self._channel.close()
 
@@ -302,6 +321,7 @@ class AioPikaSession:
         each delivery. After many of them it keeps even a single settlement, and the close drops it.
         A queue answers a consume and a cancel only after the commands before them.
         """
+        self._has_asked = True
         await self._channel.resume(1)
         await self._channel.cancel()
         self._writer.unproven = 0

@@ -316,6 +316,11 @@ class Broker:
         with self.operation():
             return [entry.message for entry in self._queue(queue).unacked]
 
+    def delayed(self, queue: str) -> list[StoredMessage]:
+        """Return the messages of a queue that come back later, in that order."""
+        with self.operation():
+            return self._queue(queue).delayed
+
     def pending_dead_letters(self, queue: str) -> list[StoredMessage]:
         """Return the dead letters that an at-least-once queue keeps until another has them."""
         with self.operation():
