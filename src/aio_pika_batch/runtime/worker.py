@@ -244,7 +244,7 @@ class Worker:
         by_breaker = self._current is not None and self._current.was_ended_by_breaker
         if self._shutdown.is_requested or by_breaker:
             self.unproven += session.unproven
-            self._log.warning(
+            self._log.error(
                 "settlements are not confirmed: these messages may be delivered again",
                 messages=session.unproven,
             )
