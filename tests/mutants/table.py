@@ -298,8 +298,8 @@ WIRE = (
     Mutant(
         "What a quorum queue delivers for its last answer is returned by the close, and counted.",
         f"{_WIRE}/session.py",
-        "                untaken = self._pending\n",
-        "                pass\n",
+        "            untaken = self._pending\n",
+        "            pass\n",
         (f"{_UNIT}/test_session.py",),
     ),
     Mutant(
