@@ -38,7 +38,7 @@ from aio_pika_batch.masking import mask_url
 from aio_pika_batch.observer import Observer
 from aio_pika_batch.runtime.batching import check_batch_key
 from aio_pika_batch.runtime.consume_loop import ConsumeLoop
-from aio_pika_batch.runtime.handler import HandlerMistake, InvalidResult, Process
+from aio_pika_batch.runtime.handler import HandlerMistake, InvalidResult, Process, SingleResult
 from aio_pika_batch.runtime.lifecycle import Lifecycle
 from aio_pika_batch.runtime.shutdown import process_signals
 from aio_pika_batch.runtime.worker import WorkerInstance
@@ -603,23 +603,26 @@ class Consumer(BaseConsumer[SettingsT_co]):
         """Return the result of a message. If it raises, `unhandled_exception_action` is used."""
         raise NotImplementedError
 
-    async def _one_by_one(self, messages: Sequence[Any]) -> AsyncIterator[Yield]:
-        for message in messages:
-            answer: Any = self.process_message(message)
-            if not inspect.isawaitable(answer):
-                msg = f"process_message returned {describe(answer)}: it must be an `async def`"
-                raise HandlerMistake(msg)
-            result = await answer
-            if not isinstance(result, MessageResult | Nack | Requeue):
-                msg = (
-                    f"process_message returned {describe(result)}, which is not a result: return a"
-                    " MessageResult, Nack(…) or Requeue(…)"
-                )
-                raise (HandlerMistake if result is None else InvalidResult)(msg)
-            yield result
+    async def _answer(self, message: Any) -> Result:  # noqa: ANN401  -- as `process_message`
+        answer: Any = self.process_message(message)
+        if not inspect.isawaitable(answer):
+            msg = f"process_message returned {describe(answer)}: it must be an `async def`"
+            raise HandlerMistake(msg)
+        result = await answer
+        if not isinstance(result, MessageResult | Nack | Requeue):
+            msg = (
+                f"process_message returned {describe(result)}, which is not a result: return a"
+                " MessageResult, Nack(…) or Requeue(…)"
+            )
+            raise (HandlerMistake if result is None else InvalidResult)(msg)
+        return result
+
+    def _config(self) -> WorkerConfig:
+        return WorkerConfig.from_settings(self.settings, self.exception_results, singly=True)
 
     def _process(self) -> Process:
-        return self._one_by_one
+        # Its batches have one message each.
+        return lambda messages: SingleResult(self._answer(messages[0]))
 
     def _check_class(self) -> None:
         name = type(self).__name__

@@ -93,8 +93,8 @@ PROGRAMS = (
     Mutant(
         "A batch, or a part of it that is run again, isn't a list.",
         "runtime/handler.py",
-        "self._process(collector.given)",
-        "self._process(tuple(collector.given))",
+        "self._options.process(collector.given)",
+        "self._options.process(tuple(collector.given))",
         (_CLASSES,),
     ),
     Mutant(
@@ -107,7 +107,7 @@ PROGRAMS = (
     Mutant(
         "One message without a result ends a consumer that has worked for weeks.",
         "runtime/handler.py",
-        "            self._check.works = True\n",
+        "            options.check.works = True\n",
         "            pass\n",
         (_CLASSES,),
     ),

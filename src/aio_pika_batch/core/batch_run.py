@@ -307,7 +307,10 @@ class BatchRun(BatchDecisions):
     __slots__ = ("_bisection", "_committed", "_keeps_failures", "_policy", "is_atomic")
 
     def __init__(self, policy: FailurePolicy, *, keeps_failures: bool = False) -> None:
-        super().__init__()
+        # Not by the dataclass's constructor: one is created for each batch.
+        self.acked = []
+        self.not_acked = []
+        self.returned = []
         self._policy = policy
         self._committed: list[tuple[Sequence[Message], Sequence[Result]]] = []
         self.is_atomic = policy.is_atomic

@@ -37,7 +37,8 @@ class Trigger(Enum):
     """It is a part of a failed batch, run again to find the message that made it fail."""
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: one is created for each batch, see `Properties`.
+@dataclass(slots=True)
 class Batch:
     """Messages to handle together, oldest first; at least one.
 
@@ -60,7 +61,7 @@ class Batcher:
         timeout: Seconds after which a batch is cut even if it isn't full.
     """
 
-    __slots__ = ("_chunks", "_count", "_size", "_timeout")
+    __slots__ = ("_chunks", "_count", "_size", "_taken", "_timeout")
 
     def __init__(self, *, size: int, timeout: float) -> None:
         self._size = size
@@ -68,6 +69,8 @@ class Batcher:
         # The messages of one network read arrived at the same time, so they are kept as one chunk
         # and never touched one by one.
         self._chunks: deque[tuple[float, Sequence[Message]]] = deque()
+        # How many messages of the first chunk are in batches already.
+        self._taken = 0
         self._count = 0
 
     def __len__(self) -> int:
@@ -113,23 +116,31 @@ class Batcher:
 
     def clear(self) -> list[Message]:
         """Remove and return all buffered messages."""
-        messages = [message for _, chunk in self._chunks for message in chunk]
+        messages = [message for _, chunk in self._chunks for message in chunk][self._taken :]
         self._chunks.clear()
-        self._count = 0
+        self._taken = self._count = 0
         return messages
 
     def _cut(self, trigger: Trigger) -> Batch:
         since, first = self._chunks[0]
-        if len(first) == self._size or (len(self._chunks) == 1 and len(first) < self._size):
-            self._chunks.popleft()
-            self._count -= len(first)
-            return Batch(first, trigger, since)
-        messages: list[Message] = []
-        while self._chunks and (missing := self._size - len(messages)):
-            arrived, chunk = self._chunks.popleft()
-            messages.extend(chunk[:missing])
-            if len(chunk) > missing:
-                self._chunks.appendleft((arrived, chunk[missing:]))
+        end = self._taken + self._size
+        if end < len(first):
+            messages = first[self._taken : end]
+            self._taken = end
+            self._count -= self._size
+            return Batch(messages, trigger, since)
+        messages = first[self._taken :] if self._taken else first
+        self._chunks.popleft()
+        self._taken = 0
+        if self._chunks and len(messages) < self._size:
+            messages = list(messages)
+            while self._chunks and (missing := self._size - len(messages)):
+                chunk = self._chunks[0][1]
+                messages.extend(chunk[:missing])
+                if len(chunk) > missing:
+                    self._taken = missing
+                    break
+                self._chunks.popleft()
         self._count -= len(messages)
         return Batch(messages, trigger, since)
 

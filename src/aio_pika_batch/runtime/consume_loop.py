@@ -8,7 +8,10 @@ everything again. Handlers run on, but their results are discarded.
 from __future__ import annotations
 
 import asyncio
+import math
+import sys
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -25,8 +28,10 @@ from aio_pika_batch.runtime.breaker import WorkerBreaker
 from aio_pika_batch.runtime.handler import (
     EarlySettlement,
     HandlerCheck,
+    HandlerOptions,
     HandlerRun,
     HandlerSlots,
+    InContext,
     Process,
     ignore_batch,
 )
@@ -45,6 +50,9 @@ from aio_pika_batch.transport import (
 CANCEL_TIMEOUT = 10.0
 """Seconds that a broker has to confirm a cancel, or the settlements before the end of a session, if
 no stop is requested."""
+
+TURN = 0.005
+"""Seconds after which handlers that await nothing let the event loop run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +99,6 @@ class ConsumeLoop:
         config, observers, log = context.config, context.observers, context.log
         self._session = session
         self._config = config
-        self._process = context.process
-        self._check = context.check
         self._slots = context.slots
         self._breaker = context.breaker
         self._observers = observers
@@ -122,10 +128,26 @@ class ConsumeLoop:
         self._gating: asyncio.Task[None] | None = None
         pace = config.pace
         self._early = EarlySettlement(pace.collect, self._settle_early) if pace else None
+        self._handler_options = HandlerOptions(
+            process=context.process,
+            failure=config.failure,
+            check=context.check,
+            timeout=config.process_timeout,
+            on_ignored=self._on_ignored_cancellation,
+            on_yield=self._early.note if self._early else None,
+            observers=observers,
+            log=log,
+        )
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         # By identity: decisions can be equal, and aren't hashable.
         self._settling: dict[int, float] = {}
+        self._decided = BatchDecisions()
+        self._decided_since = math.inf
+        self._settles_soon = False
+        self._context = copy_context()
+        self._takes_next = False
+        self._next: HandlerRun | None = None
         self._failure: asyncio.Future[None] = self._loop.create_future()
         self._breaker_changed: asyncio.Future[None] = self._loop.create_future()
         self._is_draining = False
@@ -153,6 +175,7 @@ class ConsumeLoop:
             self._batcher.since,
             self._slots.since,
             self._settler.since,
+            self._decided_since if self._decided else None,
             *self._settling.values(),
         )
         return min((each for each in times if each is not None), default=None)
@@ -173,6 +196,8 @@ class ConsumeLoop:
             TransportError: The session is lost.
         """
         self.was_consumed = True
+        # Of the worker and its hooks: no handler sees what another one has set.
+        self._context = copy_context()
         self._slots.on_free = self._on_free
         self._intake.begin(self._slots.keys)
         self._on_consuming()
@@ -243,7 +268,9 @@ class ConsumeLoop:
             return
         now = self._loop.time()
         while self._slots.is_free:
-            batch = self._batcher.poll(now, exhausted=self._is_exhausted())
+            batch = self._batcher.poll(now)
+            if batch is None and self._is_exhausted():
+                batch = self._batcher.poll(now, exhausted=True)
             if batch is None:
                 break
             self._start_handler(batch)
@@ -284,32 +311,26 @@ class ConsumeLoop:
     # -- handling ---------------------------------------------------------------------------------
 
     def _start_handler(self, batch: Batch) -> None:
-        run = HandlerRun(
-            self._process,
-            batch,
-            self._config.failure,
-            check=self._check,
-            timeout=self._config.process_timeout,
-            on_ignored=self._on_ignored_cancellation,
-            on_yield=self._early.note if self._early else None,
-            keeps_failures=self._intake.keeps_failures(batch),
-            observers=self._observers,
-            log=self._log,
-        )
+        keeps_failures = self._intake.keeps_failures(batch)
+        run = HandlerRun(batch, self._handler_options, keeps_failures=keeps_failures)
         self._slots.add(run)
-        self._start(self._handle(run))
+        if self._takes_next:
+            self._takes_next, self._next = False, run
+        else:
+            self._start(self._handle(run))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         """Run it in a task that a drain waits for, and that may outlive the session."""
         task = self._loop.create_task(work)
         # A drain waits for those of its session; the worker, at its end, for those of all sessions.
-        for tasks in (self._tasks, self._slots.tasks):
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
+        self._tasks.add(task)
+        self._slots.tasks.add(task)
         task.add_done_callback(self._on_end)
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
         """End the session if a task has ended otherwise than it should: its messages would wait."""
+        self._tasks.discard(task)
+        self._slots.tasks.discard(task)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if error is not None:
             self._give_up(error)
@@ -321,22 +342,58 @@ class ConsumeLoop:
             SessionLost("a handler continues although it was cancelled: its session is given up")
         )
 
-    async def _handle(self, run: HandlerRun) -> None:
-        batch = run.batch
-        try:
+    async def _handle(self, run: HandlerRun | None) -> None:
+        """Handle a batch, and those that are due after it as long as no handler awaits anything.
+
+        A handler that has awaited something keeps its task to itself: what still refers to the task
+        after its end, such as a timer that cancels it, must not reach the next handler. For the
+        same reason a handler that leaves a reference behind is the last one in the task.
+        """
+        task = asyncio.current_task()
+        references = sys.getrefcount(task)
+        until = self._loop.time() + TURN
+        while run is not None:
+            handling = InContext(run.run(), self._context.copy(), self._settle_soon)
             try:
-                decisions = await run.run()
+                decisions = await handling
                 self._record(decisions)
                 if not self._settler.is_over:
-                    self._intake.take_back(batch, decisions, self._loop.time())
+                    self._intake.take_back(run.batch, decisions, self._loop.time())
+                self._decided.add(decisions)
+                self._decided_since = min(self._decided_since, run.batch.since)
+                self._takes_next = (
+                    not (handling.has_awaited or self.shutdown.is_requested)
+                    and self._loop.time() < until
+                    and sys.getrefcount(task) == references
+                )
+            except Exception as error:  # noqa: BLE001  -- ends the session, see `_give_up`
+                self._give_up(error, len(run.batch.messages))
             finally:
                 # The slot is free before the batch is settled: the next batch starts while confirms
                 # are awaited, and the prefetch count bounds what can pile up.
                 self._slots.release(run)
-        except Exception as error:  # noqa: BLE001  -- ends the session, see `_give_up`
-            self._give_up(error, len(batch.messages))
+                run, self._next, self._takes_next = self._next, None, False
+        # The results of other handlers may come in this turn of the event loop, too.
+        if self._is_draining or self._config.concurrency == 1 or not self._slots.in_hand:
+            await self._settle_decided()
         else:
-            await self._settle(decisions, batch.since)
+            self._settle_soon()
+
+    def _settle_soon(self) -> None:
+        """Settle what is decided in the next turn of the event loop."""
+        if self._decided and not self._settles_soon:
+            self._settles_soon = True
+            self._start(self._settle_decided())
+
+    async def _settle_decided(self) -> None:
+        """Settle what the handlers of this turn have decided together."""
+        self._settles_soon = False
+        decided, since = self._decided, self._decided_since
+        if decided:
+            self._decided, self._decided_since = BatchDecisions(), math.inf
+            # In the order of delivery, so that one `multiple` ack may cover all of them.
+            decided.acked.sort()
+            await self._settle(decided, since)
 
     def _settle_early(
         self, decisions: BatchDecisions, counts: dict[HandlerRun, int], since: float

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Hashable, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
-from typing import Any, TypeAlias
+from contextvars import Context, ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
 
 from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolicy, ResultCollector
 from aio_pika_batch.core.batcher import Batch, Trigger
@@ -26,7 +27,20 @@ from aio_pika_batch.observer import (
 IGNORED_CANCELLATION = 5.0
 """Seconds that a cancelled handler has to end before its session is given up."""
 
-Process: TypeAlias = Callable[[Any], AsyncIterator[object]]
+
+@dataclass(slots=True)
+class SingleResult:
+    """What processes a batch of one message, in place of an async iterator.
+
+    Attributes:
+        answer: Returns the only result when it is awaited.
+    """
+
+    # An async generator costs more than everything else that is done for a message.
+    answer: Coroutine[Any, Any, object]
+
+
+Process: TypeAlias = Callable[[Any], AsyncIterator[object] | SingleResult]
 
 
 class HandlerContext:
@@ -100,6 +114,30 @@ current_context: ContextVar[HandlerContext | None] = ContextVar("aio_pika_batch_
 """Of the handler that is running; tasks that it starts are part of it."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandlerOptions:
+    """What all handlers of a session have in common.
+
+    Attributes:
+        process: The user's `process_messages`.
+        failure: The results of messages that the handler leaves undecided.
+        check: Whether the handler works at all. If it doesn't, the batch is returned.
+        timeout: Seconds for the whole batch, however often it is run; None for no limit.
+        on_ignored: Called if the handler continues for long after its cancellation.
+        on_yield: Called when `take` has something new, and again only after the next `take`. None
+            if results are settled together when the handler has ended.
+    """
+
+    process: Process
+    failure: FailurePolicy
+    check: HandlerCheck
+    timeout: float | None
+    on_ignored: Callable[[], None]
+    on_yield: Callable[[HandlerRun], None] | None
+    observers: Observers
+    log: KeywordLogger
+
+
 class HandlerRun:
     """One batch in a handler, run in the task that calls `run`.
 
@@ -107,41 +145,30 @@ class HandlerRun:
     lost, and handlers must not notice.
 
     Args:
-        process: The user's `process_messages`.
-        timeout: Seconds for the whole batch, however often it is run; None for no limit.
-        on_ignored: Called if the handler continues for long after its cancellation.
-        on_yield: Called when `take` has something new, and again only after the next `take`. None
-            if results are settled together when the handler has ended.
         keeps_failures: Whether `take` leaves messages that failed to the end.
-        check: Whether the handler works at all. If it doesn't, the batch is returned.
     """
 
-    def __init__(
-        self,
-        process: Process,
-        batch: Batch,
-        policy: FailurePolicy,
-        *,
-        check: HandlerCheck,
-        timeout: float | None,
-        on_ignored: Callable[[], None],
-        on_yield: Callable[[HandlerRun], None] | None,
-        keeps_failures: bool,
-        observers: Observers,
-        log: KeywordLogger,
-    ) -> None:
+    __slots__ = (
+        "_batch_run",
+        "_cancelled_by",
+        "_collector",
+        "_context",
+        "_has_notified",
+        "_is_abandoned",
+        "_loop",
+        "_options",
+        "_task",
+        "_timer",
+        "batch",
+    )
+
+    def __init__(self, batch: Batch, options: HandlerOptions, *, keeps_failures: bool) -> None:
         self.batch = batch
-        self._process = process
-        self._timeout = timeout
-        self._on_ignored = on_ignored
-        self._on_yield = on_yield
-        self._check = check
+        self._options = options
         self._has_notified = False
-        self._observers = observers
-        self._log = log
-        self._batch_run = BatchRun(policy, keeps_failures=keeps_failures)
+        self._batch_run = BatchRun(options.failure, keeps_failures=keeps_failures)
         self._context = HandlerContext(
-            self._batch_run, observers, settles_early=on_yield is not None
+            self._batch_run, options.observers, settles_early=options.on_yield is not None
         )
         self._collector = ResultCollector(batch.messages)
         self._loop = asyncio.get_running_loop()
@@ -168,7 +195,7 @@ class HandlerRun:
         self._disarm()
         # Nothing ends a task that ignores this. But its session can be given up, so that the others
         # aren't held up by it.
-        self._timer = self._loop.call_later(IGNORED_CANCELLATION, self._on_ignored)
+        self._timer = self._loop.call_later(IGNORED_CANCELLATION, self._options.on_ignored)
         return True
 
     def abandon(self) -> None:
@@ -198,25 +225,27 @@ class HandlerRun:
             asyncio.CancelledError: The batch was abandoned.
             KeyboardInterrupt, SystemExit: The handler raised it to end the process.
         """
+        options = self._options
+        observers = options.observers
         self._task = asyncio.current_task()
-        # In the task of this run: handlers that run at the same time have contexts of their own.
+        # In the context of this run: handlers that run at the same time have contexts of their own.
         current_context.set(self._context)
-        if self._timeout is not None:
-            self._timer = self._loop.call_later(self._timeout, self.cancel, Cause.TIMEOUT)
+        if options.timeout is not None:
+            self._timer = self._loop.call_later(options.timeout, self.cancel, Cause.TIMEOUT)
         batch_run, trigger = self._batch_run, self.batch.trigger
         try:
             while True:
-                began = self._loop.time()
-                if BatchCut in self._observers.wanted:
+                began = self._loop.time() if observers.present else 0.0
+                if BatchCut in observers.wanted:
                     waited = began - self.batch.since
-                    self._observers.emit(BatchCut(self._collector.messages, trigger, waited))
+                    observers.emit(BatchCut(self._collector.messages, trigger, waited))
                 self._record(await self._iterate(self._collector), began, trigger)
                 if batch_run.is_over:
                     break
                 if self._cancelled_by is not None:
                     batch_run.stop(self._cut_off(self._cancelled_by), self._cancelled_by)
                     break
-                if self._on_yield is not None:
+                if options.on_yield is not None:
                     self._notify()
                 self._collector = ResultCollector(batch_run.next_run())
                 trigger = Trigger.ISOLATE
@@ -231,17 +260,25 @@ class HandlerRun:
 
     async def _iterate(self, collector: ResultCollector) -> BaseException | None:
         """Run the handler's generator once; return what went wrong, if anything."""
-        accept = collector.accept if self._on_yield is None else self._accept_and_notify
+        is_early = self._options.on_yield is not None
+        accept = self._accept_and_notify if is_early else collector.accept
         error: BaseException | None = None
         results = None
+        swallowed = "the handler swallowed its cancellation"
         try:
-            results = self._process(collector.given)
+            results = self._options.process(collector.given)
+            if isinstance(results, SingleResult):
+                result = await results.answer
+                if self._cancelled_by is not None:
+                    return asyncio.CancelledError(swallowed)
+                accept(result)
+                return None
             if not hasattr(results, "__aiter__"):
                 return _not_iterable(results)
             async for item in results:
                 if self._cancelled_by is not None:
                     # A task that catches its cancellation runs on, so it ends at its next result.
-                    error = asyncio.CancelledError("the handler swallowed its cancellation")
+                    error = asyncio.CancelledError(swallowed)
                     break
                 try:
                     accept(item)
@@ -273,33 +310,45 @@ class HandlerRun:
 
     def _record(self, raised: BaseException | None, began: float, trigger: Trigger) -> None:
         """Record a run that has ended, log a failure, and tell the observers."""
-        collector = self._collector
+        collector, options = self._collector, self._options
         messages = collector.messages
+        error: BaseException | None = None
+        if raised is None and collector.all_acked:
+            # The common case: no look at each message.
+            options.check.works = True
+            self._batch_run.acked += [message.delivery_tag for message in messages]
+        else:
+            error = self._record_others(raised, trigger)
+        observers = options.observers
+        if observers.present:
+            if error is not None:
+                observers.emit(HandlerError(messages, error))
+            if BatchHandled in observers.wanted:
+                seconds = self._loop.time() - began
+                observers.emit(BatchHandled(messages, seconds, error, trigger))
+
+    def _record_others(
+        self, raised: BaseException | None, trigger: Trigger
+    ) -> BaseException | None:
+        """Record a run that didn't simply ack all its messages; return its error, if any."""
+        collector, check = self._collector, self._options.check
         error, cause = self._judge(raised)
         if collector.count:
-            self._check.works = True
-        if error is None and collector.all_acked:
-            # The common case: no look at each message.
-            self._batch_run.acked += [message.delivery_tag for message in messages]
-        elif self._check.refuses(error):
-            self._batch_run.returned += messages
-        else:
-            is_bisected = self._batch_run.record_run(collector, error, cause)
-            if error is not None:
-                self._log_failure(
-                    messages, error, quietly=is_bisected and trigger is Trigger.ISOLATE
-                )
-        if self._observers.present:
-            if error is not None:
-                self._observers.emit(HandlerError(messages, error))
-            seconds = self._loop.time() - began
-            self._observers.emit(BatchHandled(messages, seconds, error, trigger))
+            check.works = True
+        if check.refuses(error):
+            self._batch_run.returned += collector.messages
+            return error
+        is_bisected = self._batch_run.record_run(collector, error, cause)
+        if error is not None:
+            quietly = is_bisected and trigger is Trigger.ISOLATE
+            self._log_failure(collector.messages, error, quietly=quietly)
+        return error
 
     def _judge(self, raised: BaseException | None) -> tuple[BaseException | None, Cause]:
         """Return what is wrong with a run, if anything, and why its messages are undecided."""
         if isinstance(raised, InvalidResult):
             return raised, Cause.INVALID
-        if not self._collector.all_acked and self._collector.drop_misplaced():
+        if self._collector.drop_misplaced():
             mistake = HandlerMistake(
                 "process_messages changed its list of messages, so that results can't be assigned"
                 " by position: work on a copy, or yield (message, result)"
@@ -319,7 +368,7 @@ class HandlerRun:
 
     def _cut_off(self, cause: Cause) -> HandlerTimeout:
         if cause is Cause.TIMEOUT:
-            limit = f"process_timeout={self._timeout} s"
+            limit = f"process_timeout={self._options.timeout} s"
             return HandlerTimeout(f"the handler was cut off after {limit}")
         return HandlerTimeout("the handler was cut off: shutdown_timeout leaves no more time")
 
@@ -332,11 +381,12 @@ class HandlerRun:
             quietly: Whether an earlier run of the batch was logged, and the message that causes
                 this will be.
         """
+        log = self._options.log
         context = {"messages": len(messages), "first_tag": messages[0].delivery_tag}
         if quietly:
-            self._log.debug("a part of a failed batch failed", **context, error=format_error(error))
+            log.debug("a part of a failed batch failed", **context, error=format_error(error))
         else:
-            self._log.error("a batch failed", exc_info=error, **context, error=format_error(error))
+            log.error("a batch failed", exc_info=error, **context, error=format_error(error))
 
     def _accept_and_notify(self, item: object) -> None:
         if not self._context.takes_results:
@@ -348,9 +398,10 @@ class HandlerRun:
         self._notify()
 
     def _notify(self) -> None:
-        if self._on_yield is not None and not self._has_notified:
+        on_yield = self._options.on_yield
+        if on_yield is not None and not self._has_notified:
             self._has_notified = True
-            self._on_yield(self)
+            on_yield(self)
 
 
 def _not_iterable(results: object) -> HandlerMistake:
@@ -373,6 +424,53 @@ async def _absorb_cancellation(task: asyncio.Task[object]) -> None:
         task.uncancel()
     with suppress(asyncio.CancelledError):
         await asyncio.sleep(0)
+
+
+class InContext:
+    """Awaits a coroutine in a context of its own, without a task of its own.
+
+    Args:
+        on_await: Called when the coroutine awaits something for the first time.
+
+    Attributes:
+        has_awaited: Whether it has.
+        cr_await: The coroutine, under the name that asyncio's objects have for it.
+    """
+
+    __slots__ = ("_on_await", "_run", "cr_await", "has_awaited")
+
+    def __init__(
+        self,
+        coroutine: Coroutine[Any, Any, BatchDecisions],
+        context: Context,
+        on_await: Callable[[], None],
+    ) -> None:
+        self._run = context.run
+        self._on_await = on_await
+        self.cr_await = coroutine
+        self.has_awaited = False
+
+    def __await__(self) -> Generator[Any, None, BatchDecisions]:
+        # It has what `await` uses of a generator.
+        return cast("Generator[Any, None, BatchDecisions]", iter(self))
+
+    def __iter__(self) -> InContext:
+        return self
+
+    def __next__(self) -> Any:  # noqa: ANN401  -- a future, or None
+        awaited = self._run(self.cr_await.send, None)
+        if not self.has_awaited:
+            self.has_awaited = True
+            self._on_await()
+        return awaited
+
+    def throw(self, *error: Any) -> Any:  # noqa: ANN401  -- as for a generator
+        """Raise an error where the coroutine waits."""
+        return self._run(self.cr_await.throw, *error)
+
+    def close(self) -> None:
+        """Close the coroutine."""
+        self._run(self.cr_await.close)
 
 
 class HandlerSlots:

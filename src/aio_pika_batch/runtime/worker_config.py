@@ -79,13 +79,16 @@ class WorkerConfig:
     vhost: str
 
     @classmethod
-    def from_settings(cls, settings: ConsumerSettings, exceptions: ExceptionResults) -> Self:
+    def from_settings(
+        cls, settings: ConsumerSettings, exceptions: ExceptionResults, *, singly: bool = False
+    ) -> Self:
         """Return the configuration for these settings.
 
         Args:
             exceptions: The consumer's `exception_results`.
+            singly: Whether the consumer handles one message at a time, whatever the settings are.
         """
-        batches = settings if isinstance(settings, BatchConsumerSettings) else None
+        batches = settings if isinstance(settings, BatchConsumerSettings) and not singly else None
         prefetch = settings.effective_prefetch
         options = topology_options(settings)
         steps = delay_steps(settings)

@@ -27,9 +27,8 @@ from aio_pika_batch.core.topology import Topology
 from aio_pika_batch.errors import ConfigurationError, SessionLost
 from aio_pika_batch.observer import BatchCut, HandlerError, Observer, Observers, Origin
 from aio_pika_batch.runtime.batching import open_intake
-from aio_pika_batch.runtime.handler import HandlerRun
+from aio_pika_batch.runtime.handler import HandlerOptions, HandlerRun
 from aio_pika_batch.runtime.worker import WorkerInstance
-from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.runtime.worker_pool import WorkerPool
 from aio_pika_batch.testing.messages import delivered
 from aio_pika_batch.transport import Publisher, Session, Subscription
@@ -246,7 +245,7 @@ class _OfflinePool(WorkerPool):
         name, settings, log = type(consumer).__name__, consumer.settings, consumer._log  # noqa: SLF001  -- the library's own
         self.outcome = BatchOutcome()
         observers = (_OutcomeObserver(self.outcome), *consumer._observers)  # noqa: SLF001  -- the library's own
-        config = WorkerConfig.from_settings(settings, consumer.exception_results)
+        config = consumer._config()  # noqa: SLF001  -- the library's own
         super().__init__(name, config, _OfflineTransport(self.outcome.published), observers, log)
         self._messages = messages
         origin = Origin(name, settings.queue_name, 0)
@@ -284,18 +283,17 @@ class _OfflinePool(WorkerPool):
     ) -> BatchDecisions:
         # As in a worker, a handler that ignores its cancellation must not block this forever.
         ignored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        run = HandlerRun(
-            instance.process,
-            batch,
-            self._config.failure,
+        options = HandlerOptions(
+            process=instance.process,
+            failure=self._config.failure,
             check=self.check,
             timeout=self._config.process_timeout,
             on_ignored=lambda: ignored.set_result(None),
             on_yield=None,
-            keeps_failures=keeps_failures,
             observers=self._events,
             log=self._log,
         )
+        run = HandlerRun(batch, options, keeps_failures=keeps_failures)
         running = asyncio.ensure_future(run.run())
         try:
             futures: set[asyncio.Future[Any]] = {running, ignored}

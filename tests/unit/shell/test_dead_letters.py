@@ -216,7 +216,7 @@ async def test_without_an_exchange_messages_are_rejected(rabbit, caplog):
     """A policy may dead-letter them, otherwise they are gone. A WARNING at start says so."""
     rabbit.put(*numbered(2))
     async with RecordingConsumer(
-        answering(NACK),
+        taking(0, answering(NACK)),
         transport=rabbit.transport,
         batch_size=1,
         observers=[recorder := EventRecorder()],

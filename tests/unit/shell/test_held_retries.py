@@ -25,6 +25,7 @@ from tests.unit.shell.helpers import (
     bodies,
     first_then,
     numbered,
+    taking,
 )
 
 HELD: dict[str, Any] = {"requeue_delay": None, "without_dead_letter": "retry"}
@@ -284,7 +285,7 @@ async def test_discards_are_logged_once_in_a_while(rabbit, caplog):
     """A burst of them is two lines: the first, and how many there were."""
     rabbit.put(*numbered(100))
     async with RecordingConsumer(
-        answering(*[NACK] * 10), transport=rabbit.transport, batch_size=10, **HELD
+        taking(0, answering(*[NACK] * 10)), transport=rabbit.transport, batch_size=10, **HELD
     ):
         await asyncio.sleep(100)
     lines = [each for each in caplog.records if "are rejected without" in each.getMessage()]

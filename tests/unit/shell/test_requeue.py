@@ -251,7 +251,8 @@ async def test_a_batch_behind_an_unconfirmed_one_is_settled_once():
     """Neither at the end of its own patience nor at the other's is anything settled twice."""
     script = ScriptedTransport()
     script.on_publish = lambda copies: asyncio.sleep(3 if copies[0].body == b"0" else 0.05)
-    async with RecordingConsumer(answering(REQUEUE, ACK), transport=script, batch_size=2):
+    answer = taking(0, answering(REQUEUE, ACK))
+    async with RecordingConsumer(answer, transport=script, batch_size=2):
         script.last.feed(*numbered(4))
         await asyncio.sleep(5)
     settled = [sorted(tag for _, tags in each for tag in tags) for each in script.details("settle")]

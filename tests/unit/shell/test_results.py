@@ -188,9 +188,9 @@ async def test_exception_results_the_most_specific_class_wins(rabbit):
     recorder = EventRecorder()
     consumer = Listed(
         first_then(
-            answering(error=KeyError()),
-            answering(error=IndexError()),
-            answering(error=OSError()),
+            taking(0, answering(error=KeyError())),
+            taking(0, answering(error=IndexError())),
+            taking(0, answering(error=OSError())),
             ack,
         ),
         transport=rabbit.transport,
@@ -214,7 +214,7 @@ async def test_exception_results_are_for_exceptions_only(rabbit):
     recorder = EventRecorder()
     rabbit.put(*numbered(3))
     async with Listed(
-        first_then(ack, answering(), answering("nonsense"), ack),
+        first_then(ack, taking(0, answering()), taking(0, answering("nonsense")), taking(0)),
         transport=rabbit.transport,
         observers=[recorder],
         batch_size=1,
