@@ -684,8 +684,8 @@ SHELL = (
     Mutant(
         "A handler sees what the one before it has set in context variables.",
         "runtime/consume_loop.py",
-        "InContext(run.run(), self._context.copy(),",
-        "InContext(run.run(), self._context,",
+        "context = self._context.copy()",
+        "context = self._context",
         (f"{_SHELL}/test_turns.py",),
     ),
     Mutant(

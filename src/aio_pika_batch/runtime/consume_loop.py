@@ -142,10 +142,11 @@ class ConsumeLoop:
         self._tasks: set[asyncio.Task[None]] = set()
         # By identity: decisions can be equal, and aren't hashable.
         self._settling: dict[int, float] = {}
+        self._context = copy_context()
         self._decided = BatchDecisions()
         self._decided_since = math.inf
+        self._decided_context = self._context
         self._settles_soon = False
-        self._context = copy_context()
         self._takes_next = False
         self._next: HandlerRun | None = None
         self._failure: asyncio.Future[None] = self._loop.create_future()
@@ -353,12 +354,15 @@ class ConsumeLoop:
         references = sys.getrefcount(task)
         until = self._loop.time() + TURN
         while run is not None:
-            handling = InContext(run.run(), self._context.copy(), self._settle_soon)
+            context = self._context.copy()
+            handling = InContext(run.run(), context, self._settle_soon)
             try:
                 decisions = await handling
                 self._record(decisions)
                 if not self._settler.is_over:
                     self._intake.take_back(run.batch, decisions, self._loop.time())
+                if not self._decided:
+                    self._decided_context = context
                 self._decided.add(decisions)
                 self._decided_since = min(self._decided_since, run.batch.since)
                 self._takes_next = (
@@ -393,7 +397,8 @@ class ConsumeLoop:
             self._decided, self._decided_since = BatchDecisions(), math.inf
             # In the order of delivery, so that one `multiple` ack may cover all of them.
             decided.acked.sort()
-            await self._settle(decided, since)
+            # In the context of the first handler: traces show the settlement as a part of it.
+            await InContext(self._settle(decided, since), self._decided_context)
 
     def _settle_early(
         self, decisions: BatchDecisions, counts: dict[HandlerRun, int], since: float

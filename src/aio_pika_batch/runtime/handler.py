@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Hasha
 from contextlib import suppress
 from contextvars import Context, ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolicy, ResultCollector
 from aio_pika_batch.core.batcher import Batch, Trigger
@@ -23,6 +23,8 @@ from aio_pika_batch.observer import (
     HandlerError,
     Observers,
 )
+
+T = TypeVar("T")
 
 IGNORED_CANCELLATION = 5.0
 """Seconds that a cancelled handler has to end before its session is given up."""
@@ -426,7 +428,7 @@ async def _absorb_cancellation(task: asyncio.Task[object]) -> None:
         await asyncio.sleep(0)
 
 
-class InContext:
+class InContext(Generic[T]):
     """Awaits a coroutine in a context of its own, without a task of its own.
 
     Args:
@@ -441,20 +443,20 @@ class InContext:
 
     def __init__(
         self,
-        coroutine: Coroutine[Any, Any, BatchDecisions],
+        coroutine: Coroutine[Any, Any, T],
         context: Context,
-        on_await: Callable[[], None],
+        on_await: Callable[[], None] = lambda: None,
     ) -> None:
         self._run = context.run
         self._on_await = on_await
         self.cr_await = coroutine
         self.has_awaited = False
 
-    def __await__(self) -> Generator[Any, None, BatchDecisions]:
+    def __await__(self) -> Generator[Any, None, T]:
         # It has what `await` uses of a generator.
-        return cast("Generator[Any, None, BatchDecisions]", iter(self))
+        return cast("Generator[Any, None, T]", iter(self))
 
-    def __iter__(self) -> InContext:
+    def __iter__(self) -> InContext[T]:
         return self
 
     def __next__(self) -> Any:  # noqa: ANN401  -- a future, or None
