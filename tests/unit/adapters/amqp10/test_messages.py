@@ -293,7 +293,7 @@ def test_headers_are_renamed_as_rabbitmq_does():
         (head(properties=[NotText(b"\xff")]), {"message_id"}, "is not UTF-8"),
         (head(properties=[None] * 6 + [NotText(b"\xff")]), {"content_type"}, "is not UTF-8"),
         (head(properties=[None] * 6 + [5]), {"content_type"}, "5 is not text"),
-        (head(properties=[None] * 9 + [Timestamp(2**62)]), {"timestamp"}, "no time in seconds"),
+        (head(properties=[None] * 9 + [Timestamp(2**62)]), {"timestamp"}, "not a time in seconds"),
         (head(properties=[None] * 9 + ["now"]), {"timestamp"}, "'now' is not a number"),
         (head(header=[True, "high"]), {"priority"}, "'high' is not a number"),
         (annotated(basic_type=NotText(b"\xff")), {"type"}, "is not UTF-8"),
