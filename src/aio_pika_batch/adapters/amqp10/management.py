@@ -83,7 +83,8 @@ async def look_up_queue(
         Begin(None, UInt(0), _WINDOW, _WINDOW, _RECEIVING),
         _link(_SENDING, SourceTerminus(_REPLY_TO), TargetTerminus(_ADDRESS)),
         _link(_RECEIVING, SourceTerminus(_ADDRESS), TargetTerminus(_REPLY_TO)),
-        Flow(UInt(0), _WINDOW, UInt(0), _WINDOW, _RECEIVING, UInt(0), UInt(1)),
+        # Without the ids: 4.0 and 4.3 begin with different ones, and haven't named them yet.
+        Flow(None, _WINDOW, UInt(0), _WINDOW, _RECEIVING, None, UInt(1)),
     )
     answer: QueueInfo | None = None
     is_asked = False
