@@ -48,6 +48,7 @@ from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings, pla
 from aio_pika_batch.settings.derived import consumer_profile, endpoint, topology_options
 from aio_pika_batch.status import ConsumerStatus
 from aio_pika_batch.transport import (
+    FallingBackTransport,
     Native,
     NativeSession,
     Session,
@@ -394,6 +395,7 @@ class BaseConsumer(Generic[SettingsT_co]):
     def status(self) -> ConsumerStatus:
         """Return a snapshot of the consumer and its workers."""
         pool = self._lifecycle.pool
+        transport: object = self._transport
         return ConsumerStatus(
             consumer=self._name,
             queue=self.settings.queue_name,
@@ -401,6 +403,7 @@ class BaseConsumer(Generic[SettingsT_co]):
             is_healthy=self.is_healthy,
             workers=pool.statuses if pool else (),
             is_stuck=pool is not None and pool.is_stuck(),
+            fallbacks=transport.fallbacks if isinstance(transport, FallingBackTransport) else 0,
         )
 
     # -- publishing -------------------------------------------------------------------------------

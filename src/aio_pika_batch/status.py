@@ -52,6 +52,7 @@ class ConsumerStatus:
 
     Attributes:
         is_stuck: Whether a worker has held a message for longer than `stuck_after`.
+        fallbacks: How often a message made the broker's AMQP 1.0 session fail.
     """
 
     consumer: str
@@ -60,3 +61,4 @@ class ConsumerStatus:
     is_healthy: bool
     workers: tuple[WorkerStatus, ...]
     is_stuck: bool = False
+    fallbacks: int = 0

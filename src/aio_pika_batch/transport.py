@@ -67,6 +67,8 @@ __all__ = [
     "Disposition",
     "Endpoint",
     "Exchange",
+    "ExpiringSession",
+    "FallingBackTransport",
     "Frame",
     "Headers",
     "InspectingTransport",
@@ -328,6 +330,16 @@ class ConfirmingSession(Protocol):
 
 
 @runtime_checkable
+class ExpiringSession(Protocol):
+    """A session that can also end its iteration by itself, so that another one can replace it."""
+
+    @property
+    def is_expired(self) -> bool:
+        """Whether the iteration ends, or has ended, for this reason."""
+        ...
+
+
+@runtime_checkable
 class NativeSession(Protocol):
     """A session that can also return objects of its client library."""
 
@@ -429,6 +441,16 @@ class InspectingTransport(Protocol):
 
     async def exchange_type(self, exchange: Exchange) -> str | None:
         """The type that it has on the broker, if any; None if that is unknown."""
+        ...
+
+
+@runtime_checkable
+class FallingBackTransport(Protocol):
+    """A transport that can also use another protocol for a while, for messages that need it."""
+
+    @property
+    def fallbacks(self) -> int:
+        """How often a message made a session fail, so that later ones use the other protocol."""
         ...
 
 

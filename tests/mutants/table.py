@@ -6,6 +6,7 @@ The replaced text must occur in its file exactly once, so that an outdated entry
 
 from __future__ import annotations
 
+from tests.mutants.amqp10 import AMQP10
 from tests.mutants.exactly_once import EXACTLY_ONCE
 from tests.mutants.flow import FLOW
 from tests.mutants.mutant import Mutant
@@ -674,4 +675,4 @@ LOGS = (
     ),
 )
 
-TABLE = (*FLOW, *WIRE, *SECURITY, *REPAIR, *PROGRAMS, *EXACTLY_ONCE, *OPERATION, *LOGS)
+TABLE = (*FLOW, *AMQP10, *WIRE, *SECURITY, *REPAIR, *PROGRAMS, *EXACTLY_ONCE, *OPERATION, *LOGS)

@@ -113,12 +113,12 @@ class Amqp10Transport(AioPikaTransport):
     """Consumes over AMQP 1.0 where that is possible, and does everything else over AMQP 0-9-1.
 
     Attributes:
-        crashes: How often a session ended because the broker's AMQP 1.0 session failed.
+        fallbacks: How often a session ended because the broker's AMQP 1.0 session failed.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
         super().__init__(endpoint)
-        self.crashes = 0
+        self.fallbacks = 0
         self._returns_at: dict[str, float] = {}
         self._reasons: dict[str, str] = {}
 
@@ -128,11 +128,18 @@ class Amqp10Transport(AioPikaTransport):
 
     @asynccontextmanager
     async def _session(self, subscription: Subscription) -> AsyncIterator[Session]:
+        loop = asyncio.get_running_loop()
         opened = await self._open(subscription)
         if isinstance(opened, str):
             self._log_choice(subscription.queue, opened)
-            async with super().session(subscription) as session:
-                yield session
+            async with open_session(self._endpoint, self._addresses, subscription) as session:
+                remaining = self._fallback_left(subscription.queue)
+                timer = loop.call_later(remaining, session.expire) if remaining else None
+                try:
+                    yield session
+                finally:
+                    if timer is not None:
+                        timer.cancel()
             return
         try:
             await opened.open(self._endpoint.connect_timeout)
@@ -170,8 +177,7 @@ class Amqp10Transport(AioPikaTransport):
         return reason or ""
 
     def _obstacle(self, subscription: Subscription) -> str | None:
-        now = asyncio.get_running_loop().time()
-        if now < self._returns_at.get(subscription.queue, now):
+        if self._fallback_left(subscription.queue):
             return "a message made the broker's AMQP 1.0 session fail"
         if self._version is not None and self._version < AMQP10_SINCE:
             return NEEDS_4
@@ -182,13 +188,18 @@ class Amqp10Transport(AioPikaTransport):
             return f"AMQP 1.0 has no consumer argument {min(unknown)}"
         return None
 
+    def _fallback_left(self, queue: str) -> float:
+        """Return for how many seconds sessions on a queue use 0-9-1 after a failure."""
+        now = asyncio.get_running_loop().time()
+        return max(0.0, self._returns_at.get(queue, now) - now)
+
     def _log_choice(self, queue: str, reason: str) -> None:
         if self._reasons.get(queue) != reason:
             self._reasons[queue] = reason
             _log.warning("this consumer uses AMQP 0-9-1", queue=queue, reason=reason)
 
     def _on_crash(self, queue: str, error: str) -> None:
-        self.crashes += 1
+        self.fallbacks += 1
         self._returns_at[queue] = asyncio.get_running_loop().time() + FALLBACK
         _log.warning(
             "a message makes the broker's AMQP 1.0 session fail: using AMQP 0-9-1 for now",

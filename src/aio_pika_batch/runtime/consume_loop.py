@@ -43,6 +43,7 @@ from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.transport import (
     AdjustableSession,
     ConfirmingSession,
+    ExpiringSession,
     PumpingSession,
     Session,
 )
@@ -152,6 +153,7 @@ class ConsumeLoop:
         self._failure: asyncio.Future[None] = self._loop.create_future()
         self._breaker_changed: asyncio.Future[None] = self._loop.create_future()
         self._is_draining = False
+        self._has_expired = False
         self.was_consumed = False
         self.cut_off = 0
         self.last_progress = self._loop.time()
@@ -182,16 +184,17 @@ class ConsumeLoop:
         return min((each for each in times if each is not None), default=None)
 
     @property
-    def was_ended_by_breaker(self) -> bool:
-        """Whether the breaker opened or closed, so that the worker needs another session."""
-        return self._breaker_changed.done()
+    def needs_another(self) -> bool:
+        """Whether the breaker opened or closed, or the session expired: another one follows."""
+        return self._breaker_changed.done() or self._has_expired
 
     # -- receiving --------------------------------------------------------------------------------
 
     async def consume(self) -> None:
         """Receive, batch, handle and settle until a stop is requested; then drain.
 
-        It also drains if the breaker opens or closes: the next session has another prefetch count.
+        It also drains if the breaker opens or closes, because the next session has another prefetch
+        count, and if the session expires.
 
         Raises:
             TransportError: The session is lost.
@@ -211,10 +214,13 @@ class ConsumeLoop:
             await self.shutdown.or_first_of((receiving, self._failure, self._breaker_changed))
             if self._failure.done():
                 self._failure.result()
-            if not self.shutdown.is_requested and not self.was_ended_by_breaker:
+            if not self.shutdown.is_requested and not self.needs_another:
                 await receiving
-                # Otherwise the worker would take this for a drain, and stop consuming for good.
-                raise SessionLost("the session ended although no stop was requested")
+                session: object = self._session
+                self._has_expired = isinstance(session, ExpiringSession) and session.is_expired
+                if not self._has_expired:
+                    # Otherwise the worker would take this for a drain, and stop consuming for good.
+                    raise SessionLost("the session ended although no stop was requested")
             await self._drain(receiving)
         finally:
             await self._close(receiving)

@@ -241,8 +241,8 @@ class Worker:
         self._session = None
         if not isinstance(session, ProvingSession) or not session.unproven:
             return
-        by_breaker = self._current is not None and self._current.was_ended_by_breaker
-        if self._shutdown.is_requested or by_breaker:
+        by_itself = self._current is not None and self._current.needs_another
+        if self._shutdown.is_requested or by_itself:
             self.unproven += session.unproven
             self._log.error(
                 "settlements are not confirmed: these messages may be delivered again",
@@ -291,13 +291,13 @@ class Worker:
                 self.cut_off += current.cut_off
                 if self._shutdown.is_requested:
                     self._state = WorkerState.DRAINING
-                elif not current.was_ended_by_breaker:
+                elif not current.needs_another:
                     self._state = WorkerState.WAITING
                 # Not as soon as it is open: a broker that accepts and then closes would be asked
                 # again and again without a pause.
                 if self._loop.time() - began >= STABLE_AFTER:
                     self._failures = 0
-            if self._shutdown.is_requested or current.was_ended_by_breaker:
+            if self._shutdown.is_requested or current.needs_another:
                 return
             if not current.was_consumed:
                 msg = "a hook returned without consuming: _run_internal must await super()'s"

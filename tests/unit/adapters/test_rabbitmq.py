@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aio_pika_batch.adapters import rabbitmq
 from aio_pika_batch.adapters.amqp10 import performatives as p
 from aio_pika_batch.adapters.amqp10.codec import Int, Symbol
 from aio_pika_batch.adapters.amqp10.frames import pack
@@ -15,7 +16,6 @@ from aio_pika_batch.adapters.amqp10.management import QueueInfo
 from aio_pika_batch.adapters.amqp10.session import Amqp10Session
 from aio_pika_batch.adapters.rabbitmq import (
     FALLBACK,
-    AioPikaTransport,
     Amqp10Transport,
     native_retries,
     queue_obstacle,
@@ -31,8 +31,17 @@ if TYPE_CHECKING:
     from aio_pika_batch.testing.virtual_time import VirtualTimeLoop
     from aio_pika_batch.transport import Session
 
-OLD = object()
-"""Stands for a session over 0-9-1."""
+
+class Old:
+    """A session over 0-9-1."""
+
+    expired = 0
+
+    def expire(self) -> None:
+        self.expired += 1
+
+
+OLD = Old()
 
 
 @pytest.fixture
@@ -47,11 +56,11 @@ def server(monkeypatch: pytest.MonkeyPatch, virtual_loop: VirtualTimeLoop) -> Se
         return server, protocol
 
     @asynccontextmanager
-    async def session(self: Any, subscription: Subscription) -> AsyncIterator[object]:
+    async def open_session(*_: object) -> AsyncIterator[Old]:
         yield OLD
 
     monkeypatch.setattr(virtual_loop, "create_connection", create_connection)
-    monkeypatch.setattr(AioPikaTransport, "session", session)
+    monkeypatch.setattr(rabbitmq, "open_session", open_session)
     return server
 
 
@@ -216,14 +225,18 @@ async def test_after_a_failure_of_the_brokers_session_091_is_used_for_a_while(
         with pytest.raises(SessionLost):
             async for _ in session:
                 pass
-    assert 1 == transport.crashes
+    assert 1 == transport.fallbacks
     [line] = logged(caplog)
     assert "using AMQP 0-9-1 for now" in line
     assert "Session error: badmatch" in line
     server.__init__()  # type: ignore[misc]
-    assert OLD is await choice(transport)
-    assert "made the broker's AMQP 1.0 session fail" in logged(caplog)[0]
-    await asyncio.sleep(FALLBACK)
+    async with transport.session(subscription) as session:
+        assert session is OLD
+        assert "made the broker's AMQP 1.0 session fail" in logged(caplog)[0]
+        await asyncio.sleep(FALLBACK - 1)
+        assert 0 == OLD.expired
+        await asyncio.sleep(2)
+        assert 1 == OLD.expired
     assert isinstance(await choice(transport), Amqp10Session)
 
 
@@ -236,6 +249,6 @@ async def test_other_losses_change_nothing(server: Server, transport: Amqp10Tran
         with pytest.raises(SessionLost):
             async for _ in session:
                 pass
-    assert 0 == transport.crashes
+    assert 0 == transport.fallbacks
     server.__init__()  # type: ignore[misc]
     assert isinstance(await choice(transport), Amqp10Session)

@@ -295,3 +295,25 @@ async def test_an_exclusive_queue_is_deleted_with_its_session(rabbit):
         await asyncio.sleep(1)
         assert numbered(2) == consumer.handled
     assert "own" not in rabbit.broker.queues
+
+
+@pytest.mark.parametrize("is_expired", [True, False])
+async def test_a_session_that_expires_is_drained_and_replaced_at_once(is_expired, caplog):
+    """What is being handled is finished and settled; any other end is a loss."""
+    script = ScriptedTransport()
+    recorder = EventRecorder()
+    async with RecordingConsumer(
+        taking(5), transport=script, observers=[recorder], batch_size=1
+    ) as consumer:
+        first = script.last
+        first.feed(b"one")
+        await asyncio.sleep(1)
+        first.is_expired = is_expired
+        first.end()
+        await asyncio.sleep(4.5)
+        assert is_expired == bool(first.settlements)
+        if is_expired:
+            assert [0, 5] == script.times("open")
+        assert is_expired == (recorder.of(Lost) == [])
+        assert is_expired == ("not consuming" not in caplog.text)
+        assert consumer.is_healthy

@@ -106,6 +106,7 @@ class AioPikaSession:
         self._sink_error: Exception | None = None
         self._loss: str | None = None
         self._is_drained = False
+        self.is_expired = False
         self._is_closed = False
         self._is_first = True
         self._capacity = subscription.prefetch or math.inf
@@ -238,6 +239,13 @@ class AioPikaSession:
         while self._asks_queue and self._writer.unproven and not self._is_closed:
             if await self._channel.has_leader():
                 await self._await_queue()
+
+    def expire(self) -> None:
+        """End the iteration, so that another session can replace this one."""
+        self.is_expired = True
+        if self._cancelling is None and not self._is_closed and self._loss is None:
+            self._cancelling = self._loop.create_task(self._cancel())
+            self._cancelling.add_done_callback(consume_exception)
 
     async def native(self) -> Native:
         """Open (once) a channel for the user on the session's connection."""

@@ -124,6 +124,9 @@ class Server(asyncio.Transport):
                 self.say(
                     pack(p.Flow(UInt(0), UInt(9), UInt(0), UInt(9), UInt(0), UInt(0), UInt(9)), 1)
                 )
+            case p.Flow(next_incoming_id=int()):
+                # It can't be known before the broker's begin: 4.0 begins with another one.
+                self.say(pack(p.End(p.PeerError(Symbol("amqp:session:window-violation"))), 1))
             case p.Transfer() if self.answer is None:
                 self.say(pack(p.End(p.PeerError(Symbol("amqp:internal-error"))), 1))
             case p.Transfer():
