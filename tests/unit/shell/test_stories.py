@@ -50,3 +50,18 @@ def test_the_invariants_hold_in_any_story(story, version):
     """Nothing is lost, acked without a reason, beyond its limits or left behind."""
     play_in_memory(story, version)
     event(f"{len(story.faults)} faults, {'to the end' if story.ends else 'stopped'}")
+
+
+@settings(max_examples=STORIES)
+@given(stories(), st.sampled_from(["4.0", "4.3"]))
+@example(replace(LOST_AND_FOUND, quorum=True), "4.3")
+@example(Story(answers=((LATER,) * 4,) * 6, quorum=True, faults=CUT), "4.0")
+@example(Story(answers=((REQUEUE, LATER),) * 6, quorum=True, faults=AWAY, stop_at=1.5), "4.0")
+@example(Story(answers=((NACK,),) * 40, quorum=True, size=1, concurrency=9, stop_at=0.3), "4.3")
+@example(Story(answers=((RAISE,) * 2,) * 6, quorum=True, breaker=0.3, faults=CUT), "4.3")
+@example(Story(answers=GIVEN_BACK, quorum=True, size=1, attempts=0, breaker=0.3), "4.0")
+def test_the_invariants_hold_over_amqp_1_0(story, version):
+    """Then retries and dead letters need no copies, apart from those of suspects."""
+    played = play_in_memory(replace(story, quorum=True), version, "amqp10")
+    assert played.confirmed == played.replaced
+    event(f"{'retried' if played.modified else 'not retried'}, {len(story.faults)} faults")

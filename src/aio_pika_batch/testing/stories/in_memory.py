@@ -14,7 +14,7 @@ from aio_pika_batch.testing.broker import BatchBroker
 from aio_pika_batch.testing.stories.player import play
 from aio_pika_batch.testing.stories.story import WAIT_SUFFIX, FaultKind, Played, Story, judge
 from aio_pika_batch.testing.virtual_time import run
-from aio_pika_batch.transport import Transport
+from aio_pika_batch.transport import Transport, Wire
 
 _LONG = 6000.0
 """Seconds that suffice to finish everything after the faults are over."""
@@ -35,6 +35,9 @@ class MemoryScene:
 
     Args:
         broker: A broker on which nothing is declared.
+
+    Attributes:
+        delivery_limit: That of quorum queues. Before RabbitMQ 4.3 AMQP 1.0 is used only without it.
     """
 
     pace = 1.0
@@ -43,8 +46,9 @@ class MemoryScene:
     keeps_place = True
     _dead = "dead"
 
-    def __init__(self, broker: BatchBroker) -> None:
+    def __init__(self, broker: BatchBroker, delivery_limit: int = 1000) -> None:
         self._broker = broker
+        self.delivery_limit = delivery_limit
         self._oversized = 0
         self._broker.declare(self._dead)
         self._bind()
@@ -124,7 +128,9 @@ class MemoryScene:
         broker = self._broker.broker
         for queue in (self.queue, f"{self.queue}{WAIT_SUFFIX}"):
             if queue in broker.queues:
-                played.waiting.update(each.body for each in broker.ready(queue))
+                left = broker.ready(queue) + broker.delayed(queue)
+                left += broker.pending_dead_letters(queue)
+                played.waiting.update(each.body for each in left)
         played.dead.update(each.body for each in broker.ready(self._dead))
         dropped = Counter(each.body for each in broker.journal.of(EventKind.DROPPED))
         unsettled = [each.body for each in broker.unacked(self.queue)]
@@ -137,17 +143,19 @@ class MemoryScene:
                 played.complaints.append(f"{what}: {found}")
 
 
-def play_in_memory(story: Story, version: str = NEWEST) -> Played:
+def play_in_memory(story: Story, version: str = NEWEST, wire: Wire = "auto") -> Played:
     """Play a story in virtual time, in a new event loop, and check all invariants.
 
     Args:
         story: From the strategy :func:`~aio_pika_batch.testing.strategies.stories`, or written.
         version: The RabbitMQ version to imitate.
+        wire: With `amqp10`, sessions on quorum queues use AMQP 1.0.
 
     Raises:
         StoryBroken: An invariant is broken.
         VirtualTimeError: The story would never end, see `virtual_time`.
     """
-    played = run(play(story, MemoryScene(BatchBroker(version))))
+    limit = -1 if wire == "amqp10" else 1000
+    played = run(play(story, MemoryScene(BatchBroker(version, wire=wire), limit)))
     judge(story, played)
     return played

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,13 +17,20 @@ from aio_pika_batch.consumer import BatchConsumer
 from aio_pika_batch.core.message import RETRY_COUNT_HEADER
 from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
 from aio_pika_batch.core.results import MessageResult, Result
-from aio_pika_batch.core.settlement import Disposition, Settlement
+from aio_pika_batch.core.settlement import (
+    Disposition,
+    Modification,
+    NativeRetries,
+    Settlement,
+)
 from aio_pika_batch.errors import TopologyError
 from aio_pika_batch.settings import BatchConsumerSettings
 from aio_pika_batch.testing.stories.story import RAISE, Fault, FaultKind, Played, Story
 from aio_pika_batch.transport import (
     AdjustableSession,
+    ConfirmingSession,
     ListeningPublisher,
+    ModifyingSession,
     ProvingSession,
     PumpingSession,
     VersionedTransport,
@@ -133,6 +140,7 @@ class _StoryConsumer(BatchConsumer):
 def _settings(story: Story, scene: Scene) -> BatchConsumerSettings:
     """Return settings at the scene's pace; the time of a drain stays, for busy machines."""
     pace = scene.pace
+    limit = getattr(scene, "delivery_limit", _DELIVERY_LIMIT)
     # Nothing from an .env file, which would change the story.
     given: dict[str, Any] = {"_env_file": None}
     if story.prefetch is not None:
@@ -141,7 +149,7 @@ def _settings(story: Story, scene: Scene) -> BatchConsumerSettings:
         url="memory://",
         queue_name=scene.queue,
         queue_type="quorum" if story.quorum else "classic",
-        queue_arguments={"x-delivery-limit": _DELIVERY_LIMIT} if story.quorum else {},
+        queue_arguments={"x-delivery-limit": limit} if story.quorum else {},
         batch_size=story.size,
         batch_timeout=pace,
         concurrency=story.concurrency,
@@ -168,6 +176,8 @@ async def play(story: Story, scene: Scene) -> Played:
     record = RecordingTransport(scene.transport)
     played = Played(
         settled=record.settled,
+        modified=record.modified,
+        buried=record.buried,
         confirmed=record.confirmed,
         replaced=record.replaced,
         complaints=record.complaints,
@@ -236,6 +246,8 @@ class RecordingTransport:
     Attributes:
         delivered: All messages delivered so far.
         settled: How often each message was settled with each disposition.
+        modified: How often each message was modified to come back.
+        buried: How often each message was modified to be dead-lettered.
         confirmed: How many copies of each message are confirmed.
         replaced: How many of them replace a message that was not handled.
         complaints: Descriptions of what must not happen at the port.
@@ -246,6 +258,8 @@ class RecordingTransport:
         self._sessions: set[_Session] = set()
         self.delivered: set[bytes] = set()
         self.settled: dict[Disposition, Counter[bytes]] = {each: Counter() for each in Disposition}
+        self.modified: Counter[bytes] = Counter()
+        self.buried: Counter[bytes] = Counter()
         self.confirmed: Counter[bytes] = Counter()
         self.replaced: Counter[bytes] = Counter()
         self.complaints: list[str] = []
@@ -328,15 +342,16 @@ class _Session:
     async def settle(self, settlements: Sequence[Settlement]) -> None:
         """Record settlements before they are sent, so that nothing happens in between."""
         for settlement in settlements:
-            for tag in settlement.tags:
-                body = self.bodies.pop(tag, None)
-                if body is None:
-                    self._record.complaints.append(
-                        f"tag {tag} was settled twice, or never delivered"
-                    )
-                else:
-                    self._record.settled[settlement.disposition][body] += 1
+            self._note(settlement.tags, self._record.settled[settlement.disposition])
         await self._session.settle(settlements)
+
+    def _note(self, tags: Iterable[int], record: Counter[bytes]) -> None:
+        for tag in tags:
+            body = self.bodies.pop(tag, None)
+            if body is None:
+                self._record.complaints.append(f"tag {tag} was settled twice, or never delivered")
+            else:
+                record[body] += 1
 
 
 class _PumpingSession(_Session):
@@ -368,15 +383,47 @@ class _AdjustableSession(_Session):
         await self._session.resume(prefetch)
 
 
-class _PumpingAdjustableSession(_PumpingSession, _AdjustableSession):
-    """Records a session that pumps, and can be paused."""
+class _ModifyingSession(_Session):
+    """Records a session that can modify messages."""
+
+    @property
+    def retries(self) -> NativeRetries:
+        """Those of the wrapped session."""
+        return self._modifying.retries
+
+    async def modify(self, modifications: Sequence[Modification]) -> None:
+        """Record modifications before they are sent."""
+        for each in modifications:
+            self._note(each.tags, self._record.buried if each.dead else self._record.modified)
+        await self._modifying.modify(modifications)
+
+    @property
+    def _modifying(self) -> ModifyingSession:
+        assert isinstance(self._session, ModifyingSession)  # noqa: S101  -- for type checkers
+        return self._session
+
+
+class _ConfirmingSession(_Session):
+    """Records a session that confirms its settlements."""
+
+    async def settled(self) -> None:
+        """Wait until they are carried out."""
+        assert isinstance(self._session, ConfirmingSession)  # noqa: S101  -- for type checkers
+        await self._session.settled()
+
+
+_ABILITIES: tuple[tuple[type, type[_Session]], ...] = (
+    (PumpingSession, _PumpingSession),
+    (AdjustableSession, _AdjustableSession),
+    (ModifyingSession, _ModifyingSession),
+    (ConfirmingSession, _ConfirmingSession),
+)
 
 
 def _kind_of(session: Session) -> type[_Session]:
-    if isinstance(session, PumpingSession):
-        is_adjustable = isinstance(session, AdjustableSession)
-        return _PumpingAdjustableSession if is_adjustable else _PumpingSession
-    return _AdjustableSession if isinstance(session, AdjustableSession) else _Session
+    """The class that records a session, with exactly the abilities that it has."""
+    bases = tuple(kind for ability, kind in _ABILITIES if isinstance(session, ability))
+    return type("_RecordedSession", bases or (_Session,), {})
 
 
 def _is_fresh(publication: Outgoing) -> bool:

@@ -160,6 +160,8 @@ class Played:
         retries: The retry counts that the handler saw.
         most: The most handlers that ran concurrently.
         settled: How often each message was settled with each disposition.
+        modified: How often each message was retried without a copy.
+        buried: How often each message was dead-lettered without a copy.
         confirmed: How many copies of each message are confirmed.
         replaced: How many of them replace a message that was not handled.
         waiting: Messages left in the queue or waiting for a retry.
@@ -175,6 +177,8 @@ class Played:
     retries: list[int] = field(default_factory=list)
     most: int = 0
     settled: dict[Disposition, Counter[bytes]] = field(default_factory=dict)
+    modified: Counter[bytes] = field(default_factory=Counter)
+    buried: Counter[bytes] = field(default_factory=Counter)
     confirmed: Counter[bytes] = field(default_factory=Counter)
     replaced: Counter[bytes] = field(default_factory=Counter)
     waiting: Counter[bytes] = field(default_factory=Counter)
@@ -278,7 +282,7 @@ def nothing_left_was_handled(story: Story, played: Played) -> object:
         return None
     settled = played.settled
     decided = settled[Disposition.ACK] + settled[Disposition.REQUEUE]
-    decided += settled[Disposition.REJECT]
+    decided += settled[Disposition.REJECT] + played.modified + played.buried
     return _difference(played.seen + played.replaced, decided)
 
 
