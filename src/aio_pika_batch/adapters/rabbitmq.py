@@ -58,6 +58,8 @@ deliveries towards a delivery limit."""
 
 NEEDS_4: Final = "AMQP 1.0 needs RabbitMQ 4.0 or newer"
 
+_FAILED: Final = "a message made the broker's AMQP 1.0 session fail"
+
 FALLBACK: Final = 300.0
 """Seconds for which sessions use AMQP 0-9-1 after a failure of the broker's AMQP 1.0 session."""
 
@@ -178,7 +180,7 @@ class Amqp10Transport(AioPikaTransport):
 
     def _obstacle(self, subscription: Subscription) -> str | None:
         if self._fallback_left(subscription.queue):
-            return "a message made the broker's AMQP 1.0 session fail"
+            return _FAILED
         if self._version is not None and self._version < AMQP10_SINCE:
             return NEEDS_4
         if subscription.exclusive or subscription.own.queues:
@@ -200,6 +202,7 @@ class Amqp10Transport(AioPikaTransport):
 
     def _on_crash(self, queue: str, error: str) -> None:
         self.fallbacks += 1
+        self._reasons[queue] = _FAILED  # the warning below says it
         self._returns_at[queue] = asyncio.get_running_loop().time() + FALLBACK
         _log.warning(
             "a message makes the broker's AMQP 1.0 session fail: using AMQP 0-9-1 for now",

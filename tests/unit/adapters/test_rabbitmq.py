@@ -232,7 +232,7 @@ async def test_after_a_failure_of_the_brokers_session_091_is_used_for_a_while(
     server.__init__()  # type: ignore[misc]
     async with transport.session(subscription) as session:
         assert session is OLD
-        assert "made the broker's AMQP 1.0 session fail" in logged(caplog)[0]
+        assert [] == logged(caplog)
         await asyncio.sleep(FALLBACK - 1)
         assert 0 == OLD.expired
         await asyncio.sleep(2)

@@ -1,0 +1,241 @@
+"""A whole consumer over AMQP 1.0 retries, delays and dead-letters without a copy."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult, Nack, Requeue
+from tests.integration.helpers import parse_version, publish, ready, until
+from tests.integration.test_amqp10_contract import (
+    speaks_amqp10,  # noqa: F401  -- for all that is in this file
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from aio_pika.abc import AbstractChannel
+
+    from tests.support.find import RunningBroker
+
+
+@pytest.fixture
+async def settings(
+    amqp_url: str, name: str, broker: RunningBroker, channel: AbstractChannel
+) -> AsyncIterator[Any]:
+    """A factory of settings. Before 4.3 the queue has no delivery limit."""
+
+    def make(**given: Any) -> BatchConsumerSettings:
+        arguments = {} if parse_version(broker) >= (4, 3) else {"x-delivery-limit": -1}
+        defaults = {
+            "url": amqp_url,
+            "queue_name": name,
+            "queue_type": "quorum",
+            "queue_arguments": arguments,
+            "dead_letter_queue": f"{name}.dead",
+            "batch_timeout": 0.05,
+            "wire": "amqp10",
+            "reconnect_delay": 0.1,
+        }
+        return BatchConsumerSettings(**defaults | given)
+
+    yield make
+    for queue in (name, f"{name}.dead"):
+        await channel.queue_delete(queue)
+
+
+class Scripted(BatchConsumer):
+    """Does what each body says: a list of results, one for each attempt; then ACK.
+
+    Attributes:
+        seen: When each message came, by its id.
+        done: How often each one was ACKed or NACKed.
+    """
+
+    def __init__(self, settings: BatchConsumerSettings, **more: Any) -> None:
+        super().__init__(settings, **more)
+        self.seen: dict[int, list[float]] = {}
+        self.done: Counter[int] = Counter()
+
+    async def process_messages(self, messages):
+        for message in messages:
+            number, *steps = json.loads(message.body)
+            self.seen.setdefault(number, []).append(time.monotonic())
+            step = steps[message.retry_count] if message.retry_count < len(steps) else "ack"
+            match step:
+                case "nack":
+                    self.done[number] += 1
+                    yield Nack(reason="not today")
+                case "at once":
+                    yield MessageResult.REQUEUE_IMMEDIATE
+                case float():
+                    yield Requeue(delay=step, reason="not yet")
+                case _:
+                    self.done[number] += 1
+                    yield MessageResult.ACK
+
+
+def script(number: int, *steps: object) -> bytes:
+    """A message."""
+    return json.dumps([number, *steps]).encode()
+
+
+async def filled(
+    channel: AbstractChannel, consumer: BatchConsumer, bodies: list[bytes], **properties: Any
+) -> None:
+    """Declare the consumer's queues by starting and stopping it, and publish."""
+    await consumer.start()
+    await consumer.stop()
+    await publish(channel, bodies, routing_key=consumer.settings.queue_name, **properties)
+
+
+async def dead_letters(channel: AbstractChannel, queue: str) -> list[Any]:
+    """Take what is in the dead-letter queue."""
+    source = await channel.get_queue(f"{queue}.dead", ensure=False)
+    found = []
+    while (message := await source.get(no_ack=True, fail=False)) is not None:
+        found.append(message)
+    return found
+
+
+def uses_amqp10(caplog: pytest.LogCaptureFixture) -> bool:
+    """Whether no line says that 0-9-1 was used."""
+    return "uses AMQP 0-9-1" not in caplog.text
+
+
+async def test_retries_and_dead_letters_need_no_copy(
+    settings: Any,
+    name: str,
+    channel: AbstractChannel,
+    amqp_url: str,
+    broker: RunningBroker,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each comes when it is due, and the dead letters say why."""
+    consumer = Scripted(settings(max_requeue_attempts=3))
+    bodies = [script(n, 1.2, 1.5) for n in range(50)]
+    bodies += [script(n, "nack") for n in range(50, 60)]
+    bodies += [script(n, *["at once"] * 2) for n in range(60, 70)]
+    bodies += [script(n, *[1.0] * 9) for n in range(70, 75)]
+    await filled(channel, consumer, bodies, message_id="m", headers={"x-own": 1, "own": [1]})
+    async with consumer:
+        await until(lambda: sum(consumer.done.values()) == 70)
+        await until(lambda: all(len(consumer.seen[n]) == 4 for n in range(70, 75)))
+        assert {1} == set(consumer.done.values())
+        for n in range(50):
+            first, second, third = consumer.seen[n]
+            assert 1.1 < second - first < 6
+            assert 1.4 < third - second < 6
+        assert await until(lambda: ready(amqp_url, f"{name}.dead")) in range(1, 16)
+        await until(dead_is(amqp_url, name, 15))
+    assert uses_amqp10(caplog)
+    assert 0 == await ready(amqp_url, name)
+    dead = await dead_letters(channel, name)
+    by_number = {json.loads(message.body)[0]: message for message in dead}
+    assert {*range(50, 60), *range(70, 75)} == set(by_number)
+    for number, message in by_number.items():
+        reason = message.headers
+        assert ("not today" in str(reason)) == (number < 60), reason
+        assert 1 == message.headers["x-own"]
+        assert "m" == message.message_id
+        assert [1] == message.headers["own"]
+
+
+def dead_is(url: str, name: str, count: int) -> Any:
+    """Whether there are so many dead letters."""
+
+    async def look() -> bool:
+        return await ready(url, f"{name}.dead") == count
+
+    return look
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [
+        {"type": "amqp-1.0"},
+        {"headers": {"x-price": Decimal("1.25")}},
+        {"headers": {"price": Decimal("1.25")}},
+    ],
+    ids=["type", "annotation", "property"],
+)
+async def test_one_message_that_the_broker_cannot_translate_harms_no_other(
+    settings: Any,
+    name: str,
+    channel: AbstractChannel,
+    amqp_url: str,
+    caplog: pytest.LogCaptureFixture,
+    poison: dict[str, Any],
+) -> None:
+    """It is handled over 0-9-1, and all the others are delivered at most once more."""
+    consumer = Scripted(settings(prefetch_count=100))
+    await filled(channel, consumer, [script(n) for n in range(50)])
+    await publish(channel, [script(50)], routing_key=name, **poison)
+    await publish(channel, [script(n) for n in range(51, 1000)], routing_key=name)
+    async with consumer:
+        await until(lambda: len(consumer.done) == 1000)
+        await until(empty(amqp_url, name))
+        assert 1 == consumer.status().fallbacks
+    assert max(map(len, consumer.seen.values())) <= 2
+    assert [] == await dead_letters(channel, name)
+    assert "Session error" in caplog.text or "amqp:internal-error" in caplog.text
+    assert "using AMQP 0-9-1 for now" in caplog.text
+
+
+def empty(url: str, name: str) -> Any:
+    """Whether nothing is ready."""
+
+    async def look() -> bool:
+        return await ready(url, name) == 0
+
+    return look
+
+
+async def test_after_a_while_it_consumes_over_amqp10_again(
+    settings: Any,
+    name: str,
+    channel: AbstractChannel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What is in progress then is finished first, and nothing is delivered twice."""
+    monkeypatch.setattr("aio_pika_batch.adapters.rabbitmq.FALLBACK", 3.0)
+    consumer = Scripted(settings(prefetch_count=10))
+    await filled(channel, consumer, [script(0)], type="amqp-1.0")
+    async with consumer:
+        await until(lambda: len(consumer.done) == 1)
+        for n in range(1, 200):
+            await publish(channel, [script(n)], routing_key=name)
+            await asyncio.sleep(0.03)
+        await until(lambda: len(consumer.done) == 200)
+        [worker] = consumer.status().workers
+        assert 3 <= worker.epoch
+        assert 1 == consumer.status().fallbacks
+    assert {1} == set(map(len, consumer.seen.values()))
+    assert 1 == caplog.text.count("not consuming")
+
+
+@pytest.mark.long
+async def test_delays_are_precise(
+    settings: Any, name: str, channel: AbstractChannel, broker: RunningBroker
+) -> None:
+    """1,000 of them between 10 ms and 60 s: none early, few late; and no queue is declared."""
+    if parse_version(broker) < (4, 3):
+        pytest.skip("before RabbitMQ 4.3 a queue cannot delay messages")
+    random.seed(7)
+    delays = [random.uniform(0.01, 60) for _ in range(1000)]
+    consumer = Scripted(settings(prefetch_count=1000, batch_size=1))
+    await filled(channel, consumer, [script(n, delay) for n, delay in enumerate(delays)])
+    async with consumer:
+        await until(lambda: len(consumer.done) == 1000, within=180)
+    late = sorted(second - first - delays[n] for n, (first, second) in consumer.seen.items())
+    assert late[0] > -0.02
+    print(f"early {-late[0]:.4f}, median {late[500]:.4f}, 99 % {late[990]:.4f}, max {late[-1]:.4f}")  # noqa: T201
+    assert late[990] < 0.15
