@@ -698,7 +698,7 @@ SHELL = (
     Mutant(
         "Messages that are buffered are handled although a stop was requested.",
         "runtime/consume_loop.py",
-        "not (handling.has_awaited or self.shutdown.is_requested)",
+        "not (handling.has_awaited or self.shutdown.event.is_set())",
         "not handling.has_awaited",
         (f"{_SHELL}/test_turns.py",),
     ),

@@ -372,7 +372,7 @@ class ConsumeLoop:
                 self._decided.add(decisions)
                 self._decided_since = min(self._decided_since, run.batch.since)
                 self._takes_next = (
-                    not (handling.has_awaited or self.shutdown.is_requested)
+                    not (handling.has_awaited or self.shutdown.event.is_set())
                     and self._loop.time() < until
                     and sys.getrefcount(task) == references
                 )
