@@ -8,10 +8,9 @@ everything again. Handlers run on, but their results are discarded.
 from __future__ import annotations
 
 import asyncio
-import math
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -144,9 +143,9 @@ class ConsumeLoop:
         # By identity: decisions can be equal, and aren't hashable.
         self._settling: dict[int, float] = {}
         self._context = copy_context()
-        self._decided = BatchDecisions()
-        self._decided_since = math.inf
-        self._decided_context = self._context
+        self._decided: BatchDecisions | None = None
+        self._decided_since = 0.0
+        self._decided_in = self._context
         self._settles_soon = False
         self._takes_next = False
         self._next: HandlerRun | None = None
@@ -178,7 +177,7 @@ class ConsumeLoop:
             self._batcher.since,
             self._slots.since,
             self._settler.since,
-            self._decided_since if self._decided else None,
+            self._decided_since if self._decided is not None else None,
             *self._settling.values(),
         )
         return min((each for each in times if each is not None), default=None)
@@ -324,11 +323,11 @@ class ConsumeLoop:
         if self._takes_next:
             self._takes_next, self._next = False, run
         else:
-            self._start(self._handle(run))
+            self._start(self._handle(run), self._context)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None], context: Context | None = None) -> None:
         """Run it in a task that a drain waits for, and that may outlive the session."""
-        task = self._loop.create_task(work)
+        task = self._loop.create_task(work, context=context)
         # A drain waits for those of its session; the worker, at its end, for those of all sessions.
         self._tasks.add(task)
         self._slots.tasks.add(task)
@@ -367,10 +366,7 @@ class ConsumeLoop:
                 self._record(decisions)
                 if not self._settler.is_over:
                     self._intake.take_back(run.batch, decisions, self._loop.time())
-                if not self._decided:
-                    self._decided_context = context
-                self._decided.add(decisions)
-                self._decided_since = min(self._decided_since, run.batch.since)
+                self._add_decided(decisions, run.batch.since, context)
                 self._takes_next = (
                     not (handling.has_awaited or self.shutdown.event.is_set())
                     and self._loop.time() < until
@@ -389,22 +385,36 @@ class ConsumeLoop:
         else:
             self._settle_soon()
 
+    def _add_decided(self, decisions: BatchDecisions, since: float, context: Context) -> None:
+        """Add what is settled at the end of this turn of the event loop."""
+        if self._decided is None:
+            self._decided = decisions
+            self._decided_since = since
+            self._decided_in = context
+        else:
+            self._decided.add(decisions)
+            self._decided_since = min(self._decided_since, since)
+
     def _settle_soon(self) -> None:
         """Settle what is decided in the next turn of the event loop."""
-        if self._decided and not self._settles_soon:
+        if self._decided is not None and not self._settles_soon:
             self._settles_soon = True
             self._start(self._settle_decided())
 
     async def _settle_decided(self) -> None:
         """Settle what the handlers of this turn have decided together."""
         self._settles_soon = False
-        decided, since = self._decided, self._decided_since
-        if decided:
-            self._decided, self._decided_since = BatchDecisions(), math.inf
-            # In the order of delivery, so that one `multiple` ack may cover all of them.
-            decided.acked.sort()
-            # In the context of the first handler: traces show the settlement as a part of it.
-            await InContext(self._settle(decided, since), self._decided_context)
+        decided, self._decided = self._decided, None
+        if decided is None:
+            return
+        # In the order of delivery, so that one `multiple` ack may cover all of them.
+        decided.acked.sort()
+        settling = self._settle(decided, self._decided_since)
+        if decided.not_acked or self._observers.present:
+            # Traces show the settlement as a part of the first handler.
+            await InContext(settling, self._decided_in)
+        else:
+            await settling
 
     def _settle_early(
         self, decisions: BatchDecisions, counts: dict[HandlerRun, int], since: float
@@ -415,14 +425,15 @@ class ConsumeLoop:
         self._start(self._settle(decisions, since))
 
     async def _settle(self, decisions: BatchDecisions, since: float) -> None:
+        count = len(decisions)
         self._settling[id(decisions)] = since
         try:
-            if self._settler.is_over and decisions:
-                self._settler.count_stale(len(decisions))
-            elif decisions:
+            if count and self._settler.is_over:
+                self._settler.count_stale(count)
+            elif count:
                 await self._settler.settle(decisions, since)
         except Exception as error:  # noqa: BLE001  -- ends the session, see `_give_up`
-            self._give_up(error, len(decisions))
+            self._give_up(error, count)
         finally:
             del self._settling[id(decisions)]
         self.last_progress = self._loop.time()

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Hasha
 from contextlib import suppress
 from contextvars import Context, ContextVar
 from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeVar, cast
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolicy, ResultCollector
 from aio_pika_batch.core.batcher import Batch, Trigger
@@ -453,11 +453,7 @@ class InContext(Generic[T]):
         self.has_awaited = False
 
     def __await__(self) -> Generator[Any, None, T]:
-        # It has what `await` uses of a generator.
-        return cast("Generator[Any, None, T]", iter(self))
-
-    def __iter__(self) -> InContext[T]:
-        return self
+        return self  # type: ignore[return-value]  # it has what `await` uses of a generator
 
     def __next__(self) -> Any:  # noqa: ANN401  -- a future, or None
         awaited = self._run(self.cr_await.send, None)

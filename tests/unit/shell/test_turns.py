@@ -319,7 +319,7 @@ async def test_a_lost_session_counts_what_was_decided_in_its_last_turn_as_stale(
         taking(0.5), transport=script, batch_size=1, concurrency=3, prefetch_count=100
     ):
         script.last.feed(*numbered(3))
-        await asyncio.sleep(0.9)
+        await asyncio.sleep(100)
         assert 2 <= len(script.sessions)
     assert 1 == len(script.details("settle"))
 
