@@ -36,6 +36,9 @@ LOWEST = CONSTRAINTS / "lowest.txt"
 QUICK = ("-m", "not long")
 """Leaves out the tests that take half a minute or more, so that everyone can run the others."""
 
+COVERED = ("-m", "coverage", "run")
+"""Arguments of Python that measure what a module covers."""
+
 UTF8 = {"PYTHONUTF8": "1"}
 """Tests read pages of the documentation, which are UTF-8 whatever the locale is."""
 
@@ -75,7 +78,7 @@ def install(session: nox.Session, *arguments: str, versions: Path | None = PINNE
 
 def pytest(session: nox.Session, *args: str, env: dict[str, str] | None = None) -> None:
     """Run pytest under coverage, which keeps its data for the session ``coverage``."""
-    session.run("coverage", "run", "-m", "pytest", *args, env={**UTF8, **(env or {})})
+    session.run("python", *COVERED, "-m", "pytest", *args, env={**UTF8, **(env or {})})
 
 
 @nox.session
@@ -121,6 +124,9 @@ def run_tests(session: nox.Session, versions: Path | None) -> None:
 
     The integration tests mostly wait, for their broker or for time to pass. Each half has a broker
     of its own. The reports of the processes in the background are printed at the end.
+
+    Only the unit tests are measured for coverage: they reach nearly all of the code, and measuring
+    takes longer than some of the integration tests themselves.
     """
     install(session, ".[cli,uvloop]", *group("test"), versions=versions)
     session.run("coverage", "erase")
@@ -130,11 +136,11 @@ def run_tests(session: nox.Session, versions: Path | None) -> None:
     here, others = halves(Path("tests/integration"))
     failed: list[bool] = []
     with (
-        in_background(session, "unit", ["tests/unit"]) as unit_tests,
-        in_background(session, "integration", [*QUICK, *others]) as other_half,
+        in_background(session, "unit", COVERED, ["tests/unit"]) as unit_tests,
+        in_background(session, "integration", (), [*QUICK, *others]) as other_half,
     ):
         try:
-            pytest(session, *QUICK, *here)
+            session.run("python", "-m", "pytest", *QUICK, *here, env=UTF8)
         finally:
             failed = [each.report() for each in (other_half, unit_tests)]
     if any(failed):
@@ -167,9 +173,11 @@ class Background:
 
 
 @contextmanager
-def in_background(session: nox.Session, name: str, paths: Sequence[str]) -> Iterator[Background]:
-    """Start pytest as a process of its own."""
-    command = [str(Path(session.bin) / "coverage"), "run", "-m", "pytest", *paths]
+def in_background(
+    session: nox.Session, name: str, how: Sequence[str], paths: Sequence[str]
+) -> Iterator[Background]:
+    """Start pytest as a process of its own, with more arguments for Python."""
+    command = [str(Path(session.bin) / "python"), *how, "-m", "pytest", *paths]
     own = {name: value for name, value in session.env.items() if value is not None}
     # Not in a folder that nox makes: that would become TMPDIR of all tests, and the checkout that
     # it is in may be closed to other users, or its path too long for a socket's name.
