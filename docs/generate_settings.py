@@ -37,7 +37,7 @@ To see all settings of a consumer, with their values and where they come from, r
 
 ## Settings in code and environment
 
-A subclass can choose its own prefix:
+A subclass can choose its own prefix. It applies to every setting, so the URL below is `MY_APP_URL`:
 
 <!-- test: environment MY_APP_QUEUE_NAME=orders MY_APP_BATCH_SIZE=200 -->
 ```python

@@ -159,6 +159,7 @@ class BaseConsumer(Generic[SettingsT_co]):
         # First: a class that can't work should fail where it is made, not at its first message.
         self._check_class()
         self._check_hooks()
+        self._check_exception_results()
         self.settings = self._settings_from_environment() if settings is None else settings
         self._check_settings()
         check_batch_key(
@@ -477,6 +478,18 @@ class BaseConsumer(Generic[SettingsT_co]):
             if inspect.isfunction(method) and not inspect.iscoroutinefunction(method):
                 msg = f"{type(self).__name__}.{hook} is not a coroutine: write `async def {hook}`"
                 raise ConfigurationError(msg)
+
+    def _check_exception_results(self) -> None:
+        table: Mapping[Any, object] = self.exception_results
+        for error, result in table.items():
+            name = f"{type(self).__name__}.exception_results"
+            if not (inspect.isclass(error) and issubclass(error, BaseException)):
+                raise ConfigurationError(f"{name}: {error!r} is not a class of exceptions")
+            if not isinstance(result, MessageResult | Nack | Requeue):
+                raise ConfigurationError(
+                    f"{name}[{error.__name__}] is {describe(result)}: use a MessageResult, Nack(…)"
+                    " or Requeue(…)"
+                )
 
     def _check_settings(self) -> None:
         settings: object = self.settings

@@ -155,7 +155,7 @@ class MySettings(BatchConsumerSettings):
 class WithMySettings(BatchConsumer[MySettings]):
     """Knows which class its settings have."""
 
-    exception_results: ClassVar[Mapping[type[Exception], MessageResult]] = {
+    exception_results: ClassVar[Mapping[type[Exception], Result]] = {
         ConnectionError: MessageResult.REQUEUE,
         ValueError: MessageResult.NACK,
     }
@@ -164,6 +164,16 @@ class WithMySettings(BatchConsumer[MySettings]):
         assert_type(self.settings.bucket, str)
         for _ in messages:
             yield MessageResult.ACK
+
+
+class WithReasons(BatchConsumer):
+    """Its exceptions get results with a reason and a delay."""
+
+    exception_results = {  # noqa: RUF012  -- as users write it
+        KeyError: Nack(reason="no customer"),
+        TimeoutError: Requeue(delay=30),
+        OSError: MessageResult.REQUEUE_IMMEDIATE,
+    }
 
 
 SETTINGS = BatchConsumerSettings(

@@ -134,6 +134,24 @@ def test_a_missing_setting_is_reported_with_what_was_written_instead(environment
     assert "QUEUE_NAME is not read: settings need their prefix" in str(error.value)
 
 
+def test_our_url_is_reported_where_a_class_has_another_prefix(environment, caplog):
+    """The consumer would connect to localhost. Other settings may be those of another consumer."""
+
+    class Shop(BatchConsumerSettings):
+        model_config = SettingsConfigDict(env_prefix="SHOP_")
+
+    environment.setenv(OURS + "URL", "amqp://guest:secret@broker/")
+    environment.setenv(OURS + "BATCH_SIZE", "50")
+    Shop(queue_name="jobs", _env_file=None)
+    [line] = caplog.messages
+    assert line == f"{OURS}URL is not read: these settings have another prefix, SHOP_URL"
+    caplog.clear()
+    Shop(queue_name="jobs", url="memory://", _env_file=None)
+    environment.setenv("SHOP_URL", "memory://")
+    Shop(queue_name="jobs", _env_file=None)
+    assert [] == caplog.messages
+
+
 def test_variables_of_0_1_0_are_reported(environment, caplog):
     """It read them without a prefix. A URL of something else is no sign of that."""
     environment.setenv("URL", "https://example.org")

@@ -139,7 +139,7 @@ def _consumer(target: str, found: object, *, is_factory: bool) -> AnyConsumer:
     if not callable(found):
         raise ConfigurationError(f"{target}: is {_type_of(found)}, not a factory")
     make: Callable[[], object] = found
-    with _locate_errors(target, "cannot be created"):
+    with _locate_errors(target, "cannot be created", hint=_instance_of(found) if is_class else ""):
         made = make()
     if not isinstance(made, BaseConsumer):
         if hasattr(made, "close") and hasattr(made, "__await__"):
@@ -148,19 +148,35 @@ def _consumer(target: str, found: object, *, is_factory: bool) -> AnyConsumer:
     return made
 
 
+def _instance_of(cls: type) -> str:
+    """Return a hint at an instance in the module of a class, which has settings of its own."""
+    module = cls.__module__
+    names = [name for name, each in vars(sys.modules[module]).items() if type(each) is cls]
+    return f"; {module}:{names[0]} is a consumer of this class that has settings" if names else ""
+
+
 @contextmanager
-def _locate_errors(target: str, what: str) -> Iterator[None]:
-    """Turn an error of the user's code into one line that says where it was raised."""
+def _locate_errors(target: str, what: str, *, hint: str = "") -> Iterator[None]:
+    """Turn an error of the user's code into one line that says where it was raised.
+
+    Args:
+        hint: Added to errors in the configuration.
+    """
     try:
         yield
     except ConfigurationError as error:
-        raise ConfigurationError(f"{target}: {error}") from error
+        raise ConfigurationError(f"{target}: {error}{hint}") from error
     except (AioPikaBatchError, ModuleNotFoundError) as error:
         if isinstance(error, ModuleNotFoundError) and f"{target}.".startswith(f"{error.name}."):
             raise
         raise ConfigurationError(f"{target}: {what}: {_location(error)}{error}") from error
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
+        if "asyncio.run() cannot be called" in text:
+            text += (
+                "; the module runs its consumer when it is imported: put that line under"
+                ' `if __name__ == "__main__":`'
+            )
         raise ConfigurationError(f"{target}: {what}: {_location(error)}{text}") from error
 
 

@@ -443,7 +443,7 @@ class BatchRun(BatchDecisions):
                 self.not_acked.append(MessageOutcome(message, result))
 
     def _fail(self, messages: Sequence[Message], error: BaseException, cause: Cause) -> None:
-        result = self._policy.action
+        result: Result = self._policy.action
         if cause in (Cause.EXCEPTION, Cause.TIMEOUT):
             result = result_for(error, self._policy.exceptions) or result
         self.not_acked += [MessageOutcome(message, result, cause, error) for message in messages]

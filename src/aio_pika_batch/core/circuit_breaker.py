@@ -180,7 +180,8 @@ def _is_about_message(outcome: MessageOutcome, exceptions: ExceptionResults) -> 
             return True
         case Cause.EXCEPTION | Cause.TIMEOUT:
             error = outcome.error
-            return error is not None and result_for(error, exceptions) is MessageResult.NACK
+            given = None if error is None else result_for(error, exceptions)
+            return given is MessageResult.NACK or isinstance(given, Nack)
         case Cause.MISSING | Cause.INVALID:
             return False
         case unreachable:

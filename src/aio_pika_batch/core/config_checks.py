@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from aio_pika_batch.core.message import DEATH_REASON, FieldValue, Headers
 from aio_pika_batch.core.quarantine import CrashPolicy
-from aio_pika_batch.core.results import MessageResult
+from aio_pika_batch.core.results import MessageResult, Result
 from aio_pika_batch.core.topology import (
     DEFAULT_DELIVERY_LIMIT,
     DEFAULT_LIMIT_SINCE,
@@ -59,7 +59,7 @@ class ConsumerProfile:
     concurrency: int = 1
     process_timeout: float | None = None
     max_requeue_attempts: int = 0
-    failure_results: Collection[MessageResult] = ()
+    failure_results: Collection[Result] = ()
     consumer_arguments: Headers = field(default_factory=dict)
     retry_seconds: float = 0.0
     ordered: bool = False

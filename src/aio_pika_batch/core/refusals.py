@@ -41,7 +41,8 @@ _ADVICE_BY_CODE: dict[int, str] = {
     ReplyCode.NOT_FOUND: "create it, or let the consumer declare it (declare=True)",
     ReplyCode.RESOURCE_LOCKED: "another connection has it exclusively: close that connection, or"
     " choose another name",
-    ReplyCode.PRECONDITION_FAILED: "change the settings to what the broker has, or delete it there",
+    ReplyCode.PRECONDITION_FAILED: "change the settings to what the broker has, or"
+    " delete it there with its messages",
     ReplyCode.COMMAND_INVALID: "the broker does not know this type; enable its plugin, or correct"
     " the type",
     ReplyCode.NOT_ALLOWED: "the broker does not allow this; choose another name or type",

@@ -123,10 +123,10 @@ class MessageOutcome:
     error: BaseException | None = None
 
 
-ExceptionResults: TypeAlias = Mapping[type[Exception], MessageResult]
+ExceptionResults: TypeAlias = Mapping[type[Exception], Result]
 
 
-def result_for(error: BaseException, table: ExceptionResults) -> MessageResult | None:
+def result_for(error: BaseException, table: ExceptionResults) -> Result | None:
     """Look up an exception by its class, the most specific class first.
 
     Returns:

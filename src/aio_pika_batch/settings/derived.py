@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from aio_pika_batch.core.config_checks import ConsumerProfile
 from aio_pika_batch.core.message import FieldValue
-from aio_pika_batch.core.results import MessageResult
+from aio_pika_batch.core.results import Result
 from aio_pika_batch.core.retry import DelaySteps, make_delay_steps
 from aio_pika_batch.core.topology_options import TopologyOptions, dead_letter_target
 from aio_pika_batch.settings.consumer_settings import (
@@ -87,7 +87,7 @@ def topology_options(settings: ConsumerSettings) -> TopologyOptions:
 
 
 def consumer_profile(
-    settings: ConsumerSettings, mapped_results: Iterable[MessageResult]
+    settings: ConsumerSettings, mapped_results: Iterable[Result]
 ) -> ConsumerProfile:
     """Return what the start-up checks look at.
 

@@ -231,4 +231,9 @@ def ignored_variables(
             lines.append(
                 f"{name.upper()} is not read: settings need their prefix, {prefix}{name.upper()}"
             )
+    # Only the URL: other settings with our own prefix are likely those of another consumer.
+    if not is_ours and "url" not in given and prefix + "URL" not in variables:
+        ours = f"{PREFIX}URL"
+        if ours in variables:
+            lines.append(f"{ours} is not read: these settings have another prefix, {prefix}URL")
     return lines

@@ -46,6 +46,7 @@ def shop(tmp_path, monkeypatch) -> TargetOptions:
     modules = {
         "shop": SHOP,
         "broken": "x = 1\n1 / 0\n",
+        "running": "import asyncio\nasyncio.run(asyncio.sleep(0))\n",
         "lacking": "import no_such_module\n",
         "unparsable": "def f(:\n",
         "empty": "",
@@ -118,6 +119,7 @@ def test_options_replace_settings(shop):
         ("shop:number", "is an int, not a consumer"),
         ("shop:Corner", "is a class, but not a BatchConsumer or Consumer"),
         ("broken:x", "broken.py:2: ZeroDivisionError: division by zero"),
+        ("running:importer", 'put that line under `if __name__ == "__main__":`'),
         ("lacking:x", "lacking.py:1: No module named 'no_such_module'"),
         ("unparsable:x", "unparsable.py, line 1"),
         ("shop.py:importer", "'shop.py' is not a module name"),
@@ -125,6 +127,7 @@ def test_options_replace_settings(shop):
         (":importer", "'' is not a module name"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:coroutine 'sleep' was never awaited")
 def test_a_wrong_target_is_an_error_on_one_line(shop, capsys, target, expected):
     """It says what is wrong, where, and what was found instead; the exit code is 2."""
     assert 2 == run_app(["run", target, "--app-dir", str(shop.app_dir)])
@@ -154,7 +157,9 @@ def test_an_invalid_setting_is_reported_with_its_variable(shop, monkeypatch, cap
     monkeypatch.delenv("AIO_PIKA_BATCH_QUEUE_NAME", raising=False)
     monkeypatch.chdir(shop.app_dir)  # away from any .env
     assert 2 == run_app(["run", "shop:Importer"])
-    assert "AIO_PIKA_BATCH_QUEUE_NAME" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "AIO_PIKA_BATCH_QUEUE_NAME" in errors
+    assert "shop:importer is a consumer of this class that has settings" in errors
 
 
 @pytest.mark.parametrize(

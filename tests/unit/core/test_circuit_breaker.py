@@ -202,7 +202,7 @@ class Down(ConnectionError):
     """An error whose base class is in `exception_results`."""
 
 
-MAPPED = {ConnectionError: NACK, KeyError: REQUEUE, ValueError: ACK}
+MAPPED = {ConnectionError: NACK, KeyError: REQUEUE, ValueError: ACK, IndexError: Nack("bad")}
 
 
 @pytest.mark.parametrize(
@@ -220,6 +220,7 @@ MAPPED = {ConnectionError: NACK, KeyError: REQUEUE, ValueError: ACK}
         (NACK, Cause.UNDECODABLE, ValueError(), False),
         (NACK, Cause.SHUTDOWN, None, False),
         (NACK, Cause.EXCEPTION, Down(), False),
+        (Nack("bad"), Cause.EXCEPTION, IndexError(), False),
         (NACK, Cause.EXCEPTION, OSError(), True),
         (NACK, Cause.EXCEPTION, None, True),
         (NACK, Cause.TIMEOUT, TimeoutError(), True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import pytest
 from pydantic_settings import SettingsConfigDict
@@ -16,6 +16,8 @@ from aio_pika_batch import (
     Consumer,
     ConsumerSettings,
     MessageResult,
+    Nack,
+    Requeue,
 )
 from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.testing import process
@@ -254,6 +256,43 @@ def test_a_method_that_cannot_work_is_refused(base, name, function, text):
     """When the consumer is made, with what to write instead."""
     with pytest.raises(ConfigurationError, match=rf"Wrong[\s\S]*{text}"):
         made_of(base, name, function)(settings())
+
+
+@pytest.mark.parametrize(
+    ("table", "text"),
+    [
+        ({KeyError: "nack"}, r"exception_results\[KeyError\] is .*use a MessageResult, Nack"),
+        ({KeyError: Nack}, r"exception_results\[KeyError\] is .*use a MessageResult, Nack"),
+        ({"KeyError": ACK}, "exception_results: 'KeyError' is not a class of exceptions"),
+        ({KeyError(): ACK}, r"exception_results: KeyError\(\) is not a class of exceptions"),
+    ],
+)
+def test_a_result_of_an_exception_that_is_none_is_refused(table, text):
+    """When the consumer is made, not when the exception is raised."""
+    wrong = type("Wrong", (Plain,), {"exception_results": table})
+    with pytest.raises(ConfigurationError, match=text):
+        wrong(settings())
+
+
+async def test_an_exception_can_have_a_result_with_a_reason():
+    """It is written into the dead letter, as if the handler had yielded it."""
+
+    class Reasoned(BatchConsumer):
+        exception_results: ClassVar = {
+            KeyError: Nack(reason="no customer"),
+            OSError: Requeue(delay=30),
+        }
+
+        async def process_messages(self, messages):
+            for message in messages:
+                raise KeyError if message.body == b"bad" else OSError
+            yield ACK
+
+    outcome = await process(Reasoned(settings(dead_letter_queue="dead")), [b"bad"])
+    [dead] = outcome.dead_lettered
+    assert dead.headers["x-dead-letter-detail"] == "no customer"
+    outcome = await process(Reasoned(settings()), [b"down"])
+    assert [Requeue(delay=30)] == outcome.results
 
 
 async def yields(*results):

@@ -147,7 +147,7 @@ async def test_an_existing_entity_is_used_as_it_is(transport, memory: Broker):
     assert str(caught.value) == (
         "queue 'dlq': 406 PRECONDITION_FAILED - inequivalent arg 'x-max-length'"
         " for queue 'dlq' in vhost '/': received none but current is the value '9' of type 'byte';"
-        " change the settings to what the broker has, or delete it there"
+        " change the settings to what the broker has, or delete it there with its messages"
     )
 
 
