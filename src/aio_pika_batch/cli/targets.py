@@ -139,7 +139,9 @@ def _consumer(target: str, found: object, *, is_factory: bool) -> AnyConsumer:
     if not callable(found):
         raise ConfigurationError(f"{target}: is {_type_of(found)}, not a factory")
     make: Callable[[], object] = found
-    with _locate_errors(target, "cannot be created", hint=_instance_of(found) if is_class else ""):
+    with _locate_errors(
+        target, "cannot be created", hint=_instance_of(found) if isclass(found) else ""
+    ):
         made = make()
     if not isinstance(made, BaseConsumer):
         if hasattr(made, "close") and hasattr(made, "__await__"):
