@@ -139,9 +139,7 @@ def _consumer(target: str, found: object, *, is_factory: bool) -> AnyConsumer:
     if not callable(found):
         raise ConfigurationError(f"{target}: is {_type_of(found)}, not a factory")
     make: Callable[[], object] = found
-    with _locate_errors(
-        target, "cannot be created", hint=_instance_of(found) if isclass(found) else ""
-    ):
+    with _locate_errors(target, "cannot be created", hint=_instance_of(found)):
         made = make()
     if not isinstance(made, BaseConsumer):
         if hasattr(made, "close") and hasattr(made, "__await__"):
@@ -150,10 +148,11 @@ def _consumer(target: str, found: object, *, is_factory: bool) -> AnyConsumer:
     return made
 
 
-def _instance_of(cls: type) -> str:
+def _instance_of(target: object) -> str:
     """Return a hint at an instance in the module of a class, which has settings of its own."""
-    module = cls.__module__
-    names = [name for name, each in vars(sys.modules[module]).items() if type(each) is cls]
+    module = str(getattr(target, "__module__", ""))
+    found = vars(sys.modules[module]) if module in sys.modules else {}
+    names = [name for name, each in found.items() if type(each) is target]
     return f"; {module}:{names[0]} is a consumer of this class that has settings" if names else ""
 
 
