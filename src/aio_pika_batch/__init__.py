@@ -26,6 +26,7 @@ __all__ = [
     "HealthServer",
     "Message",
     "MessageDecodeError",
+    "MessagePublisher",
     "MessageResult",
     "MissingMessageId",
     "Nack",
@@ -47,6 +48,7 @@ __all__ = [
     "WorkerState",
     "WorkerStatus",
     "Yield",
+    "open_publisher",
 ]
 
 if TYPE_CHECKING:
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     )
     from aio_pika_batch.health.server import HealthServer
     from aio_pika_batch.observer import Observer
+    from aio_pika_batch.publisher import MessagePublisher, open_publisher
     from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings
     from aio_pika_batch.status import ConsumerStatus, WorkerState, WorkerStatus
 else:
@@ -100,6 +103,7 @@ else:
             "HealthServer": "health.server",
             "Message": "core.message",
             "MessageDecodeError": "errors",
+            "MessagePublisher": "publisher",
             "MessageResult": "core.results",
             "MissingMessageId": "errors",
             "Nack": "core.results",
@@ -121,5 +125,6 @@ else:
             "WorkerState": "status",
             "WorkerStatus": "status",
             "Yield": "consumer",
+            "open_publisher": "publisher",
         },
     )

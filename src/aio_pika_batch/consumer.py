@@ -7,7 +7,7 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, is_dataclass
 from types import TracebackType
@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, get_a
 from typing_extensions import TypeVar
 
 from aio_pika_batch.core.config_checks import broker_warnings_for, hints_for, warnings_for
-from aio_pika_batch.core.message import Headers, Message
-from aio_pika_batch.core.publication import Outcome, Publication, describe_outcome
+from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import (
     ExceptionResults,
     MessageResult,
@@ -29,17 +28,18 @@ from aio_pika_batch.core.results import (
 from aio_pika_batch.core.topology_options import refuse_loops
 from aio_pika_batch.errors import (
     ConfigurationError,
-    PublishError,
     SessionClosed,
     StartInterrupted,
 )
 from aio_pika_batch.logs import KeywordLogger, missing_configuration
 from aio_pika_batch.masking import mask_url
 from aio_pika_batch.observer import Observer
+from aio_pika_batch.publisher import PublishMethods
 from aio_pika_batch.runtime.batching import check_batch_key
 from aio_pika_batch.runtime.consume_loop import ConsumeLoop
 from aio_pika_batch.runtime.handler import HandlerMistake, InvalidResult, Process, SingleResult
 from aio_pika_batch.runtime.lifecycle import Lifecycle
+from aio_pika_batch.runtime.publishing import SharedPublisher
 from aio_pika_batch.runtime.shutdown import process_signals
 from aio_pika_batch.runtime.worker import WorkerInstance
 from aio_pika_batch.runtime.worker_config import WorkerConfig
@@ -113,7 +113,7 @@ class WorkerSession:
         return await self._session.native()
 
 
-class BaseConsumer(Generic[SettingsT_co]):
+class BaseConsumer(PublishMethods, Generic[SettingsT_co]):
     """Lifecycle, hooks, health and publishing of both kinds of consumer.
 
     Args:
@@ -407,59 +407,14 @@ class BaseConsumer(Generic[SettingsT_co]):
             fallbacks=transport.fallbacks if isinstance(transport, FallingBackTransport) else 0,
         )
 
-    # -- publishing -------------------------------------------------------------------------------
+    # -- inside -----------------------------------------------------------------------------------
 
-    async def publish(
-        self,
-        body: bytes,
-        *,
-        exchange: str = "",
-        routing_key: str = "",
-        headers: Headers | None = None,
-        # Otherwise the broker confirms a message that it drops, because no queue takes it.
-        mandatory: bool | None = None,
-        **properties: Any,  # noqa: ANN401  -- those of Publication, each with its own type
-    ) -> None:
-        """Publish a message and wait for its confirm.
-
-        Args:
-            mandatory: Whether it is an error if no queue takes the message. By default it is,
-                except for a direct reply-to address (see :class:`~aio_pika_batch.Publication`).
-            **properties: Further ones of :class:`~aio_pika_batch.Publication`, such as
-                `message_id`.
-
-        Raises:
-            PublishError: It was returned, refused, or not confirmed within `publish_timeout`.
-            SessionClosed: The consumer is not running.
-        """
-        if mandatory is not None:
-            properties["mandatory"] = mandatory
-        publication = Publication(
-            body, exchange=exchange, routing_key=routing_key, headers=headers, **properties
-        )
-        [outcome] = await self.publish_many([publication])
-        if outcome is not Outcome.CONFIRMED:
-            timeout = self.settings.publish_timeout
-            raise PublishError(describe_outcome(outcome, publication, timeout))
-
-    async def publish_many(self, publications: Iterable[Publication]) -> Sequence[Outcome]:
-        """Publish many messages at once and wait for all confirms.
-
-        Returns:
-            An outcome for each, in order.
-
-        Raises:
-            SessionClosed: The consumer is not running.
-        """
+    def _publisher(self) -> tuple[SharedPublisher, float]:
         pool = self._lifecycle.pool
         if pool is None:
             msg = "publishing needs a running consumer: between start and stop, hooks included"
             raise SessionClosed(msg)
-        # Not by the publisher of copies: a missing exchange closes a channel, and the outcomes of
-        # all that is in flight on it are unknown.
-        return await pool.publisher.publish(list(publications))
-
-    # -- inside -----------------------------------------------------------------------------------
+        return pool.publisher, self.settings.publish_timeout
 
     @property
     def _lifecycle(self) -> Lifecycle:

@@ -16,7 +16,7 @@ from aio_pika_batch.core.retry import NO_DELAY, DelayedCopy
 from aio_pika_batch.core.settlement_plan import CopyKind
 from aio_pika_batch.core.topology import Topology, wait_queue
 from aio_pika_batch.core.topology_options import TopologyOptions
-from aio_pika_batch.errors import AccessRefused, TopologyError, TransportError
+from aio_pika_batch.errors import AccessRefused, PublishError, TopologyError, TransportError
 from aio_pika_batch.logs import BurstLog, KeywordLogger, format_error
 from aio_pika_batch.runtime.shutdown import wait_until
 from aio_pika_batch.transport import ListeningPublisher, Publisher, Transport
@@ -47,6 +47,9 @@ class ReconnectingPublisher:
 
     Args:
         log: Gets a line when a publisher can't be opened.
+
+    Attributes:
+        is_closed: Whether `close` was called.
     """
 
     def __init__(self, transport: Transport, log: KeywordLogger) -> None:
@@ -55,7 +58,7 @@ class ReconnectingPublisher:
         self._opening = asyncio.Lock()
         self._current: tuple[AbstractAsyncContextManager[Publisher], Publisher] | None = None
         self._closing: set[asyncio.Task[None]] = set()
-        self._is_closed = False
+        self.is_closed = False
         self._has_complained = False
 
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
@@ -97,8 +100,8 @@ class ReconnectingPublisher:
             return publisher
 
     def _refuse_if_closed(self) -> None:
-        if self._is_closed:
-            raise TransportError("the consumer has stopped: nothing can be published any more")
+        if self.is_closed:
+            raise TransportError("the publisher is closed: nothing can be published any more")
 
     def _replace(self, publisher: Publisher) -> None:
         if self._current is not None and self._current[1] is publisher:
@@ -116,12 +119,78 @@ class ReconnectingPublisher:
 
     async def close(self, deadline: float) -> None:
         """Close the connection, and wait for those that are closing, until the deadline."""
-        self._is_closed = True
+        self.is_closed = True
         if self._current is not None:
             self._replace(self._current[1])
         await wait_until(self._closing, deadline)
         for task in self._closing:
             task.cancel()
+
+
+class SharedPublisher(ReconnectingPublisher):
+    """Publishes what users publish. Single publications of one turn of the loop share a write."""
+
+    def __init__(self, transport: Transport, log: KeywordLogger) -> None:
+        super().__init__(transport, log)
+        self._waiting: list[tuple[Outgoing, asyncio.Future[Outcome]]] = []
+        self._sending: set[asyncio.Task[None]] = set()
+
+    async def connect(self) -> None:
+        """Open the connection now, and raise an error if that fails."""
+        await self._open()
+
+    async def publish_one(self, publication: Outgoing) -> Outcome:
+        """Publish a message, together with others of this turn of the event loop.
+
+        Raises:
+            PublishError: It can't be encoded.
+        """
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            # In a task of its own: a caller that is cancelled must not cancel the others'.
+            task = loop.create_task(self._publish_waiting())
+            self._sending.add(task)
+            task.add_done_callback(self._sending.discard)
+        answer: asyncio.Future[Outcome] = loop.create_future()
+        self._waiting.append((publication, answer))
+        return await answer
+
+    async def _publish_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        await self._publish_together(waiting)
+
+    async def _publish_together(
+        self, waiting: Sequence[tuple[Outgoing, asyncio.Future[Outcome]]]
+    ) -> None:
+        outcomes: Sequence[Outcome | None] = ()
+        error: BaseException | None = None
+        try:
+            outcomes = await self.publish([publication for publication, _ in waiting])
+        except asyncio.CancelledError:
+            outcomes = [None] * len(waiting)
+        except PublishError as raised:
+            if len(waiting) > 1:
+                # Nothing was sent, because of one that can't be encoded.
+                for each in waiting:
+                    await self._publish_together([each])
+                return
+            error = raised
+        except BaseException as raised:  # noqa: BLE001  -- passed on to those who wait
+            error = raised
+        for at, (_, answer) in enumerate(waiting):
+            if answer.done():
+                continue
+            if error is not None:
+                answer.set_exception(error)
+            elif (outcome := outcomes[at]) is None:
+                answer.cancel()
+            else:
+                answer.set_result(outcome)
+
+    async def close(self, deadline: float) -> None:
+        """Let what is being published end, and close the connection, until the deadline."""
+        await wait_until(self._sending, deadline)
+        await super().close(deadline)
 
 
 class _Unanswered:

@@ -21,7 +21,7 @@ from aio_pika_batch.runtime.publishing import (
     CopyPublisher,
     CopyPublishers,
     DelayedPublisher,
-    ReconnectingPublisher,
+    SharedPublisher,
 )
 from aio_pika_batch.runtime.quarantine import Quarantine
 from aio_pika_batch.runtime.shutdown import Shutdown, wait_until
@@ -80,7 +80,7 @@ class WorkerPool:
         self._declarer = TopologyDeclarer(
             transport, config.topology, config.vhost, self._copies, log
         )
-        self.publisher = ReconnectingPublisher(transport, log)
+        self.publisher = SharedPublisher(transport, log)
         crashes = config.planner.crashes
         # Other brokers may not be able to change the prefetch count of a session.
         counts = crashes is not None and isinstance(transport, VersionedTransport)
