@@ -303,8 +303,8 @@ class ModifyingSession(Protocol):
         """Modify messages and give them back, all or none.
 
         Raises:
-            SettlementError: A tag is settled already or was never delivered, or a header is
-                refused: see `check_modified_headers`. Nothing was sent.
+            SettlementError: A tag is settled already or was never delivered, a header is refused
+                (see `check_modified_headers`), or the queue can't delay messages. Nothing was sent.
             SessionLost: The session was lost. The broker delivers the messages again.
             SessionClosed: The session was closed before.
         """

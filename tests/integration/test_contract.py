@@ -45,6 +45,7 @@ CLASSIC = Features(
     pumps=True,
     adjusts=True,
     proves=True,
+    confirms_settlements=True,
     has_native=True,
     tells_version=True,
     counts_ready=True,

@@ -508,7 +508,12 @@ class Settler:
     async def close(self, unstarted: Sequence[Message], wait: Wait) -> None:
         """Let running attempts finish, and return what is left to the broker."""
         held = await self._held.close(wait)
-        messages = [*unstarted, *(each.outcome.message for each in held)]
+        # Without the rest of their delay, but counted: what is only returned has no attempt less.
+        native = [each for each in held if each.is_native]
+        if native and Outcome.CONFIRMED in await self._publish_again(native):
+            await self._settle_confirmed(native)
+        returned = [each.outcome.message for each in held if not each.is_native]
+        messages = [*unstarted, *returned]
         plan = self.planner.plan_returns(messages, datetime.now(UTC), self._own)
         replaced: set[int] = set()
         if plan.copies:

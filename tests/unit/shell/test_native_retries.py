@@ -176,6 +176,17 @@ async def test_a_stop_returns_what_is_held_and_leaves_what_is_delayed(rabbit):
     assert [] == copies(rabbit)
 
 
+async def test_a_message_that_is_held_at_the_stop_keeps_its_count(rabbit):
+    """Otherwise a consumer that restarts often would never exhaust its attempts."""
+    for count in range(4):
+        async with a_consumer(rabbit, answering(Requeue(delay=60))) as consumer:
+            if not count:
+                rabbit.put(b"0")
+            await asyncio.sleep(1)
+        await asyncio.sleep(60)
+        assert [count] == [each.retry_count for each in consumer.messages]
+
+
 async def test_what_is_settled_last_is_carried_out_before_the_session_ends(rabbit):
     """Even if the connection is cut at that moment."""
     async with a_consumer(rabbit, taking(2), concurrency=100, prefetch_count=200) as consumer:

@@ -500,6 +500,12 @@ class ForgetsDelays(HonestModifyingSession):
         await self.inner.modify([replace(each, until=None) for each in modifications])
 
 
+class DropsDelays(ForgetsDelays):
+    @property
+    def retries(self) -> NativeRetries:
+        return replace(self.inner.retries, delays=False)
+
+
 class HoldsWhatIsDelayed(HonestModifyingSession):
     async def modify(self, modifications: Sequence[Modification]) -> None:
         if not any(each.until for each in modifications):

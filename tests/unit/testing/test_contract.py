@@ -143,6 +143,7 @@ WRONG = {
         "a delayed message comes back when it is due, and others don't wait for it"
     ),
     broken.HoldsWhatIsDelayed: "a delayed message stays in its queue after the session",
+    broken.DropsDelays: "a delay is refused if the queue can't delay messages",
     broken.TakesAbsoluteDelays: "a time in the past delays nothing",
     broken.RejectsWhatIsDead: "a dead message goes to the dead-letter exchange with its headers",
     broken.CountsAllRetries: (
@@ -272,6 +273,8 @@ async def test_a_transport_that_breaks_a_clause_is_detected(wrong: type, sentenc
         "exclusive_consumers": True,
         "pumps": wrong is not broken.Pumps and issubclass(wrong, broken.Pumps),
     }
+    if wrong is broken.DropsDelays:
+        claims["delays"] = False
     contract = contract_of(broken.as_transport(wrong), **claims)
     [clause] = [each for each in contract.applicable if str(each) == sentence]
     with pytest.raises(RAISED.get(wrong, ClauseBroken)):

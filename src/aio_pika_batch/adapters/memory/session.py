@@ -44,7 +44,7 @@ from aio_pika_batch.core.settlement import (
     check_modified_headers,
     drain_mode,
 )
-from aio_pika_batch.errors import PublishError, SessionClosed, SessionLost
+from aio_pika_batch.errors import PublishError, SessionClosed, SessionLost, SettlementError
 from aio_pika_batch.transport import Native, NativeRetries, Subscription, resumed_consumer_tag
 
 
@@ -315,6 +315,8 @@ class MemoryModifyingSession(MemorySession):
         self._check()
         for each in modifications:
             check_modified_headers(each.headers)
+            if each.until is not None and not self.retries.delays:
+                raise SettlementError(f"RabbitMQ {self._connection.version} cannot delay messages")
         self._ledger.settle([Settlement(Disposition.REQUEUE, each.tags) for each in modifications])
         with suppress(ChannelIsClosed, Refusal):
             for each in modifications:

@@ -212,6 +212,19 @@ async def _refused(ctx: CheckContext) -> None:
     await ctx.expect_messages([])
 
 
+@GROUP.clause("a delay is refused if the queue can't delay messages", "retries")
+async def _undelayed(ctx: CheckContext) -> None:
+    await ctx.put(1)
+    async with ctx.read() as reader:
+        [message] = await reader.take(1)
+        if not ctx.features.delays:
+            with expect_error(SettlementError, "delaying a message"):
+                await _modify(reader, [message], until=datetime.now(UTC) + timedelta(seconds=60))
+            await reader.expect_nothing()
+        await reader.settle(Disposition.ACK, [message])
+    await ctx.expect_messages([])
+
+
 @GROUP.clause("messages can be modified after cancel", "retries")
 async def _after_cancel(ctx: CheckContext) -> None:
     bodies = await ctx.put(200)
