@@ -642,8 +642,8 @@ SHELL = (
     Mutant(
         "Unstarted messages are not returned to the broker.",
         "runtime/settler.py",
-        "[*unstarted, *(each.outcome.message for each in held)]",
-        "[each.outcome.message for each in held]",
+        "[*unstarted, *returned]",
+        "returned",
         (f"{_SHELL}/test_drain.py",),
     ),
     Mutant(

@@ -56,6 +56,9 @@ def delay_steps(settings: ConsumerSettings) -> DelaySteps:
 def topology_options(settings: ConsumerSettings) -> TopologyOptions:
     """Return what the settings say about queue, exchange and dead letters."""
     keys = settings.routing_key
+    # Over AMQP 1.0 the consumer's own queue delays messages, or the consumer holds them. If it has
+    # to use AMQP 0-9-1 after all, a wait queue is declared when it is needed.
+    waits = settings.wire != "amqp10"
     options = TopologyOptions(
         queue_name=settings.queue_name,
         queue_durable=settings.queue_durable,
@@ -76,7 +79,7 @@ def topology_options(settings: ConsumerSettings) -> TopologyOptions:
         dead_letter_routing_key=settings.dead_letter_routing_key,
         dead_letter_queue=settings.dead_letter_queue,
         broker_dead_letters=settings.broker_dead_letters,
-        wait_levels=delay_steps(settings).steps_for(settings.max_requeue_attempts),
+        wait_levels=delay_steps(settings).steps_for(settings.max_requeue_attempts) if waits else (),
         declare=settings.declare,
     )
     # Retries in place need no copies, but a message that failed for good and has no destination is

@@ -14,13 +14,14 @@ import pytest
 
 from aio_pika_batch import Requeue
 from aio_pika_batch.adapters.memory import ConnectFault, EventKind, PublishFault
-from aio_pika_batch.adapters.memory.session import MemorySession
+from aio_pika_batch.adapters.memory.session import MemoryModifyingSession, MemorySession
 from tests.unit.shell.helpers import (
     ACK,
     NACK,
     QUEUE,
     REQUEUE,
     REQUEUE_IMMEDIATE,
+    QueueBroker,
     RecordingConsumer,
     answering,
     taking,
@@ -50,12 +51,14 @@ def rows() -> tuple[list[str], dict[str, list[str]]]:
 
 
 POINTS, CELLS = rows()
+OVER_AMQP_1_0 = POINTS.pop()
 
 
 def test_each_result_has_a_row():
     """A result that is missing there would not be tested here."""
     assert set(RESULTS) == set(CELLS)
-    assert {len(POINTS)} == {len(cells) for cells in CELLS.values()}
+    assert "over AMQP 1.0" == OVER_AMQP_1_0
+    assert {len(POINTS) + 1} == {len(cells) for cells in CELLS.values()}
 
 
 async def kill(broker, consumer):
@@ -102,6 +105,43 @@ async def test_what_a_crash_leaves_behind(rabbit, monkeypatch, result, point, at
     await kill(broker, consumer)
     if said != "–":
         assert said == (" + ".join(found(broker)) or "nothing")
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+@pytest.mark.parametrize("result", RESULTS)
+async def test_what_a_crash_leaves_behind_over_amqp_1_0(monkeypatch, result, is_lost):
+    """The original as long as the outcome hasn't arrived, and then what the table says."""
+    rabbit = QueueBroker("4.3", wire="amqp10")
+    broker = rabbit.broker
+    answer, given = RESULTS[result]
+    for name in ("settle", "modify"):
+        carry_out = getattr(MemoryModifyingSession, name)
+
+        async def lose(session, changes, *, carry_out=carry_out):
+            broker.faults.connect_fault = ConnectFault.UNREACHABLE
+            if is_lost:
+                broker.cut()
+            await carry_out(session, changes)
+            broker.cut()
+
+        monkeypatch.setattr(MemoryModifyingSession, name, lose)
+    consumer = RecordingConsumer(
+        answering(answer),
+        transport=rabbit.transport,
+        shutdown_timeout=0.1,
+        queue_type="quorum",
+        **given,
+    )
+    await consumer.start()
+    rabbit.put(b"it")
+    await asyncio.sleep(5.5)
+    await kill(broker, consumer)
+    assert 0 == broker.journal.counts[EventKind.PUBLISHED]
+    left = ["original" for _ in broker.ready(QUEUE)]
+    left += ["delayed original" for _ in broker.delayed(QUEUE)]
+    left += ["dead letter" for each in broker.queues if each == DEAD for _ in broker.ready(each)]
+    expected = "original" if is_lost else CELLS[result][-1]
+    assert expected == (" + ".join(left) or "nothing")
 
 
 def found(broker):
