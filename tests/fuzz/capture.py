@@ -1,7 +1,8 @@
 """Records what a RabbitMQ sends: ``python -m tests.fuzz.capture``.
 
 It uses the broker of the integration tests, lets it deliver, confirm and return messages of many
-kinds, and writes every received byte to ``corpus``, one file for each connection.
+kinds, and writes every received byte to ``corpus``, one file for each connection. A RabbitMQ that
+speaks AMQP 1.0 is recorded over that alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -16,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from aio_pika_batch.adapters.aio_pika.frame_parser import FrameParser
-from aio_pika_batch.adapters.rabbitmq import AioPikaTransport
+from aio_pika_batch.adapters.amqp10.frames import Frames10Parser
+from aio_pika_batch.adapters.rabbitmq import AioPikaTransport, Amqp10Transport
 from aio_pika_batch.core.publication import Publication
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import Queue, Topology
@@ -46,16 +49,18 @@ _PLENTY: Headers = {
 
 
 @asynccontextmanager
-async def _recorded(name: str) -> AsyncIterator[None]:
+async def _recorded(
+    name: str, parser: type[FrameParser | Frames10Parser] = FrameParser
+) -> AsyncIterator[None]:
     """Record the connection that is opened meanwhile; there must be exactly one."""
-    received: dict[FrameParser, bytearray] = {}
-    feed = FrameParser.feed
+    received: dict[Any, bytearray] = {}
+    feed = parser.feed
 
-    def listening(self: FrameParser, data: bytes) -> Any:
+    def listening(self: Any, data: bytes) -> Any:
         received.setdefault(self, bytearray()).extend(data)
         return feed(self, data)
 
-    with patch.object(FrameParser, "feed", listening):
+    with patch.object(parser, "feed", listening):
         yield
     (stream,) = received.values()
     (CORPUS / f"{name}.bin").write_bytes(stream)
@@ -72,6 +77,31 @@ def _publications() -> Sequence[Publication]:
         Publication(bytes(5000), routing_key=_QUEUE, timestamp=datetime.now(UTC), user_id="guest"),
         *(Publication(b"%d" % number, routing_key=_QUEUE) for number in range(10)),
     ]
+
+
+async def _capture10(url: str, version: str) -> None:
+    transport = Amqp10Transport(Endpoint(url=url))
+    arguments = {"x-queue-type": "quorum", "x-delivery-limit": -1}
+    await transport.declare(Topology(queues=(Queue(_QUEUE, arguments=arguments),)))
+    # A decimal would end the broker's session.
+    plenty = {name: value for name, value in _PLENTY.items() if name != "decimal"}
+    plenty |= {f"x-{name}": value for name, value in plenty.items()}
+    publications = [replace(each, headers=each.headers and plenty) for each in _publications()]
+    async with transport.publisher() as publisher:
+        await publisher.publish(publications)
+    subscription = Subscription(queue=_QUEUE, prefetch=6, consumer_tag=CAPTURED_TAG)
+    async with (
+        _recorded(f"amqp10-{version}", Frames10Parser),
+        transport.session(subscription) as session,
+    ):
+        tags: list[int] = []
+        async for messages in session:
+            for message in messages:
+                tags.append(message.delivery_tag)
+                kind = Disposition.REQUEUE if len(tags) < 4 else Disposition.ACK
+                await session.settle([Settlement(kind, (message.delivery_tag,))])
+            if len(tags) == len(publications) + 2:
+                await session.cancel()
 
 
 async def _capture(url: str) -> None:
@@ -93,7 +123,8 @@ async def _capture(url: str) -> None:
 def main() -> None:
     """Record."""
     with tempfile.TemporaryDirectory() as folder, choose().start(Path(folder)) as broker:
-        asyncio.run(_capture(broker.url))
+        version = ".".join(broker.version.split(".")[:2])
+        asyncio.run(_capture10(broker.url, version) if version >= "4" else _capture(broker.url))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from aio_pika_batch.core.fitting import UNDECODABLE_HEADERS
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.errors import PublishError
+from tests.fuzz import amqp10
 from tests.fuzz.mutate import frames_of, mutated, mutated_stream
 from tests.fuzz.seeds import PROPERTY_LISTS, STREAMS, Seed
 from tests.unit.adapters.aio_pika.broker_frames import Source
@@ -323,4 +324,5 @@ TARGETS: Mapping[str, Callable[[Random], None]] = {
     "read": read,
     "copy": copy,
     "route": route,
+    **amqp10.TARGETS,
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import subprocess
+import sys
 import time
 from collections import Counter
 from decimal import Decimal
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult, Nack, Requeue
+from aio_pika_batch.testing.rabbitmq.processes import kill_group, spawn
 from tests.integration.helpers import parse_version, publish, ready, until
 from tests.integration.test_amqp10_contract import (
     speaks_amqp10,  # noqa: F401  -- for all that is in this file
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
     from aio_pika.abc import AbstractChannel
 
+    from aio_pika_batch.testing.rabbitmq.node import RabbitMQ
     from tests.support.find import RunningBroker
 
 
@@ -243,3 +247,54 @@ async def test_delays_are_precise(
     assert late[0] > -0.02
     print(f"early {-late[0]:.4f}, median {late[500]:.4f}, 99 % {late[990]:.4f}, max {late[-1]:.4f}")  # noqa: T201
     assert late[990] < 0.15
+
+
+@pytest.mark.long
+@pytest.mark.needs_node
+@pytest.mark.parametrize("dead", [False, True], ids=["retries", "dead letters"])
+async def test_kills_neither_lose_nor_duplicate(
+    settings: Any, name: str, channel: AbstractChannel, rabbitmq: RabbitMQ, *, dead: bool
+) -> None:
+    """50 of them, while 10,000 messages are retried again and again, or dead-lettered."""
+    given = settings(
+        queue_arguments={"x-delivery-limit": -1},
+        max_requeue_attempts=1_000_000,
+        prefetch_count=500 if not dead else 20,
+        batch_size=100 if not dead else 5,
+        # They are killed on purpose.
+        crash_suspect_after=10_000,
+        crash_limit=20_000,
+    )
+    options = {
+        key: value
+        for key, value in given.model_dump(mode="json", exclude_unset=True).items()
+        if key != "url"
+    } | {"url": rabbitmq.url, "dead": dead}
+    await filled(channel, BatchConsumerProbe(given), [b"%d" % n for n in range(10_000)])
+    command = [sys.executable, "-m", "tests.integration.apps.requeues", json.dumps(options)]
+    random.seed(3)
+    for _ in range(50):
+        process = spawn(command, stdout=subprocess.DEVNULL)
+        await asyncio.sleep(random.uniform(1.0, 2.0))
+        await asyncio.to_thread(kill_group, process)
+    await asyncio.sleep(2)
+    found = Counter[bytes]()
+    retries = 0
+    for queue in (name, f"{name}.dead"):
+        source = await channel.get_queue(queue, ensure=False)
+        while (message := await source.get(no_ack=True, fail=False)) is not None:
+            found[message.body] += 1
+            retries += message.headers.get("x-retry-count", 0)
+    twice = sum(found.values()) - len(found)
+    print(f"{len(found)} messages, {twice} twice, {retries} retries")  # noqa: T201
+    assert 10_000 == len(found)
+    assert dead or 0 == twice
+    assert dead or retries > 10_000
+
+
+class BatchConsumerProbe(BatchConsumer):
+    """Declares the queues."""
+
+    async def process_messages(self, messages):
+        for _ in messages:
+            yield MessageResult.REQUEUE
