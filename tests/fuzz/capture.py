@@ -81,7 +81,7 @@ def _publications() -> Sequence[Publication]:
 
 async def _capture10(url: str, version: str) -> None:
     transport = Amqp10Transport(Endpoint(url=url))
-    arguments = {"x-queue-type": "quorum", "x-delivery-limit": -1}
+    arguments: Headers = {"x-queue-type": "quorum", "x-delivery-limit": -1}
     await transport.declare(Topology(queues=(Queue(_QUEUE, arguments=arguments),)))
     # A decimal would end the broker's session.
     plenty = {name: value for name, value in _PLENTY.items() if name != "decimal"}
