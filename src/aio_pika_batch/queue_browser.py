@@ -246,6 +246,7 @@ async def browse(
         prefetch=prefetch,
         consumer_tag=f"browser-{os.getpid()}",
         retry_count_header=retry_count_header,
+        for_copies=True,
     )
     async with transport.session(subscription) as session:
         await browser.open(session)

@@ -157,6 +157,7 @@ class Subscription:
             exclusive queue exists only as long as the connection that declared it.
         queue_type: The queue's type; None if it is not known. The end of a session on a quorum
             queue takes more care that the last settlements are carried out.
+        for_copies: Whether the messages will be copied, so that nothing of them may be missing.
     """
 
     queue: str
@@ -167,6 +168,7 @@ class Subscription:
     retry_count_header: str = RETRY_COUNT_HEADER
     own: Topology = field(default_factory=Topology)
     queue_type: str | None = None
+    for_copies: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,12 @@ class Amqp10Transport(AioPikaTransport):
 
     def session(self, subscription: Subscription) -> AbstractAsyncContextManager[Session]:
         """Open a connection and consume; close both on leaving the context."""
-        return self._session(subscription)
+        # AMQP 1.0 doesn't show everything that a message contains.
+        return (
+            super().session(subscription)
+            if subscription.for_copies
+            else self._session(subscription)
+        )
 
     @asynccontextmanager
     async def _session(self, subscription: Subscription) -> AsyncIterator[Session]:

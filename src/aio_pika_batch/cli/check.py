@@ -16,6 +16,8 @@ from aio_pika_batch.cli.logging import silence_clients
 from aio_pika_batch.cli.printing import console, escaped, print_json, print_table
 from aio_pika_batch.cli.targets import AnyConsumer, TargetOptions, load
 from aio_pika_batch.core.config_checks import (
+    amqp10_hint,
+    amqp10_warnings_for,
     broker_warnings_for,
     dead_letter_queue_warnings,
     existing_queue_warnings,
@@ -150,12 +152,15 @@ async def _findings(consumer: AnyConsumer) -> list[CheckFinding]:
         return [CheckFinding("error", str(error)), *_warnings(consumer)]
     compared = await compare(transport, needed)
     vhost = virtual_host(plain_url(consumer.settings))
+    hint = amqp10_hint(options, profile, version)
     return [
         *(found for each in compared if (found := _finding(each, vhost)) is not None),
         *await _existing_queues(transport, options, compared, version),
         *await _permissions(transport, needed),
         *_warnings(consumer),
         *(CheckFinding("warning", line) for line in broker_warnings_for(options, profile, version)),
+        *(CheckFinding("warning", line) for line in amqp10_warnings_for(options, profile, version)),
+        *([] if hint is None else [CheckFinding("info", hint)]),
     ]
 
 

@@ -11,7 +11,12 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-from aio_pika_batch.core.message import DEATH_REASON, FieldValue, Headers
+from aio_pika_batch.core.message import (
+    DEATH_REASON,
+    RETRY_COUNT_HEADER,
+    FieldValue,
+    Headers,
+)
 from aio_pika_batch.core.quarantine import CrashPolicy
 from aio_pika_batch.core.results import MessageResult, Result
 from aio_pika_batch.core.topology import (
@@ -21,8 +26,10 @@ from aio_pika_batch.core.topology import (
     Version,
 )
 from aio_pika_batch.core.topology_options import (
+    AT_LEAST_ONCE,
     DEAD_LETTER_EXCHANGE,
     DEAD_LETTER_ROUTING_KEY,
+    DEAD_LETTER_STRATEGY,
     LENGTH_LIMITS,
     MESSAGE_TTL,
     OVERFLOW,
@@ -30,12 +37,21 @@ from aio_pika_batch.core.topology_options import (
     TopologyOptions,
     broker_dead_letter_arguments,
     dead_letter_target,
+    dead_letters_differ,
     effective_queue_type,
 )
 
 CONSUMER_TIMEOUT = "x-consumer-timeout"
 
 SINGLE_ACTIVE = "x-single-active-consumer"
+
+DELAYED_RETRY_TYPE = "x-delayed-retry-type"
+
+AMQP10_SINCE: Version = (4, 0)
+"""The first RabbitMQ that speaks AMQP 1.0 without a plugin."""
+
+UNCOUNTED_RETRIES_SINCE: Version = (4, 3)
+"""The first RabbitMQ that doesn't count what a consumer puts back without a failure."""
 
 ACK_TIMEOUT = 30 * 60.0
 """Seconds that RabbitMQ waits for an acknowledgement by default (`consumer_timeout`)."""
@@ -64,6 +80,8 @@ class ConsumerProfile:
     retry_seconds: float = 0.0
     ordered: bool = False
     rejects_undeliverable: bool = False
+    retry_count_header: str = RETRY_COUNT_HEADER
+    wire: str = "auto"
 
 
 def warnings_for(options: TopologyOptions, profile: ConsumerProfile) -> list[str]:
@@ -113,6 +131,83 @@ def broker_warnings_for(
     if effective_queue_type(options) != "quorum":
         remedy = "use queue_type='quorum'"
     return [f"{why}: {poison} is redelivered forever; {remedy}"]
+
+
+def amqp10_warnings_for(
+    options: TopologyOptions, profile: ConsumerProfile, version: Version | None
+) -> list[str]:
+    """What prevents `wire="amqp10"`, or makes it less useful; empty if it isn't set.
+
+    Args:
+        version: The broker's version; None if it is unknown.
+    """
+    if profile.wire != "amqp10":
+        return []
+    why = _no_amqp10(options, profile, version)
+    if why is not None:
+        return [f"wire='amqp10' has no effect, AMQP 0-9-1 is used: {why}"]
+    return list(_partly_amqp10(options, profile))
+
+
+def amqp10_hint(
+    options: TopologyOptions, profile: ConsumerProfile, version: Version | None
+) -> str | None:
+    """What `wire="amqp10"` would save; None if it is set, or prevented."""
+    if profile.wire == "amqp10" or version is None or profile.ordered:
+        return None
+    if _no_amqp10(options, profile, version) is not None:
+        return None
+    return (
+        "wire='amqp10' is possible: a failed message needs no copies, of which there are up to"
+        f" {profile.max_requeue_attempts + 1} now"
+    )
+
+
+def _no_amqp10(
+    options: TopologyOptions, profile: ConsumerProfile, version: Version | None
+) -> str | None:
+    limit = _number(options.queue_arguments.get(DELIVERY_LIMIT))
+    if _is_before(version, AMQP10_SINCE):
+        return "it needs RabbitMQ 4.0 or newer"
+    if effective_queue_type(options) != "quorum":
+        return "the queue isn't known to be a quorum queue; use queue_type='quorum'"
+    if profile.consumer_arguments.keys() - {"x-priority"}:
+        return "it has no consumer_arguments but x-priority; remove the others"
+    if _is_before(version, UNCOUNTED_RETRIES_SINCE) and (limit is None or limit >= 0):
+        return (
+            "before RabbitMQ 4.3 each retry counts towards the delivery limit; set"
+            f" {DELIVERY_LIMIT}=-1 in queue_arguments"
+        )
+    return None
+
+
+def _partly_amqp10(options: TopologyOptions, profile: ConsumerProfile) -> Iterator[str]:
+    arguments = {**options.queue_arguments, **broker_dead_letter_arguments(options)}
+    if not profile.retry_count_header.startswith("x-"):
+        yield (
+            "retries are copies although wire='amqp10' is set: only headers whose name begins with"
+            " x- can be attached; change retry_count_header"
+        )
+    is_lossless = AT_LEAST_ONCE.items() <= arguments.items()
+    if dead_letter_target(options) is not None and (
+        not is_lossless or dead_letters_differ(options)
+    ):
+        yield (
+            "dead letters are copies although wire='amqp10' is set: the queue needs"
+            f" {DEAD_LETTER_EXCHANGE} to the same destination, and {DEAD_LETTER_STRATEGY}="
+            "'at-least-once'; leave them out of queue_arguments, so that they are declared"
+        )
+    stated = _number(arguments.get(MESSAGE_TTL))
+    if stated is not None and profile.retry_seconds > stated / 1000:
+        yield (
+            f"a time to live of {stated} ms goes on while a retry is delayed over AMQP 1.0:"
+            f" messages expire before their last attempt; raise {MESSAGE_TTL}"
+        )
+    if arguments.get(DELAYED_RETRY_TYPE) in {"all", "returned"}:
+        yield (
+            f"{DELAYED_RETRY_TYPE} in queue_arguments also delays messages that a stop returns;"
+            " use 'failed'"
+        )
 
 
 _DROPS_AT_ONCE = (
@@ -325,7 +420,8 @@ def _longest_hold(profile: ConsumerProfile) -> float:
 
 def _time_to_live(options: TopologyOptions, profile: ConsumerProfile) -> Iterator[str]:
     stated = _number(options.queue_arguments.get(MESSAGE_TTL))
-    if stated is not None and not profile.ordered and profile.retry_seconds > stated / 1000:
+    is_copied = not profile.ordered and profile.wire != "amqp10"
+    if stated is not None and is_copied and profile.retry_seconds > stated / 1000:
         yield (
             f"retries may take {profile.retry_seconds:g} s, longer than a message lives"
             f" ({MESSAGE_TTL}={stated} ms in queue_arguments), since each copy has the full time;"

@@ -110,6 +110,8 @@ def consumer_profile(
         retry_seconds=delay_steps(settings).total_seconds(settings.max_requeue_attempts),
         ordered=settings.ordered_by_key,
         rejects_undeliverable=settings.without_dead_letter == "reject",
+        retry_count_header=settings.retry_count_header,
+        wire=settings.wire,
     )
 
 

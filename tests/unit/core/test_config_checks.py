@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from aio_pika_batch.core.config_checks import (
     ConsumerProfile,
+    amqp10_hint,
+    amqp10_warnings_for,
     broker_warnings_for,
     crash_policy,
     dead_letter_queue_warnings,
@@ -436,3 +438,88 @@ def test_with_retries_in_place_only_crashes_are_not_counted():
     [line] = broker_warnings_for(SOUND, profiles, None)
 
     assert "a message that always crashes its consumer is redelivered forever" in line
+
+
+# --- AMQP 1.0 ------------------------------------------------------------------------------
+
+NATIVE = TopologyOptions(queue_name="jobs", queue_type="quorum", dead_letter_queue="dead")
+WIRED = replace(USUAL, wire="amqp10", max_requeue_attempts=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "profile", "version", "why"),
+    [
+        (NATIVE, WIRED, (3, 13), "RabbitMQ 4.0"),
+        (replace(NATIVE, queue_type=None), WIRED, (4, 3), "queue_type='quorum'"),
+        (replace(NATIVE, queue_type="classic"), WIRED, None, "queue_type='quorum'"),
+        (NATIVE, WIRED, (4, 0, 5), "x-delivery-limit=-1"),
+        (
+            replace(NATIVE, queue_arguments={"x-delivery-limit": 50}),
+            WIRED,
+            (4, 2),
+            "x-delivery-limit=-1",
+        ),
+        (
+            NATIVE,
+            replace(WIRED, consumer_arguments={"x-cancel-on-ha-failover": True}),
+            (4, 3),
+            "consumer_arguments",
+        ),
+    ],
+)
+def test_what_prevents_amqp_1_0(options, profile, version, why):
+    """In one line, and then there is nothing to gain from the setting."""
+    [line] = amqp10_warnings_for(options, profile, version)
+    assert "AMQP 0-9-1 is used" in line
+    assert why in line
+    assert amqp10_hint(options, replace(profile, wire="auto"), version) is None
+    assert [] == amqp10_warnings_for(options, replace(profile, wire="auto"), version)
+
+
+@pytest.mark.parametrize(
+    ("options", "version"),
+    [(NATIVE, (4, 3)), (replace(NATIVE, queue_arguments={"x-delivery-limit": -1}), (4, 0))],
+)
+def test_where_amqp_1_0_is_possible_it_is_suggested(options, version):
+    """With what it would save."""
+    assert [] == amqp10_warnings_for(options, WIRED, version)
+    assert "up to 6 now" in (amqp10_hint(options, replace(WIRED, wire="auto"), version) or "")
+    assert amqp10_hint(options, WIRED, version) is None
+    assert amqp10_hint(options, replace(WIRED, wire="auto"), None) is None
+    assert amqp10_hint(options, replace(WIRED, wire="auto", ordered=True), version) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "profile", "what"),
+    [
+        (NATIVE, replace(WIRED, retry_count_header="attempts"), "retry_count_header"),
+        (
+            replace(NATIVE, queue_arguments={"x-max-length": 10}),
+            WIRED,
+            "dead letters are copies",
+        ),
+        (
+            replace(
+                NATIVE,
+                dead_letter_exchange="dlx",
+                queue_arguments={"x-dead-letter-exchange": "elsewhere"},
+            ),
+            WIRED,
+            "dead letters are copies",
+        ),
+        (
+            replace(NATIVE, queue_arguments={"x-message-ttl": 1000}),
+            replace(WIRED, retry_seconds=5),
+            "x-message-ttl",
+        ),
+        (
+            replace(NATIVE, queue_arguments={"x-delayed-retry-type": "all"}),
+            WIRED,
+            "x-delayed-retry-type",
+        ),
+    ],
+)
+def test_what_makes_amqp_1_0_less_useful(options, profile, what):
+    """It is used all the same."""
+    [line] = amqp10_warnings_for(options, profile, (4, 3))
+    assert what in line

@@ -13,6 +13,7 @@ from aio_pika_batch import Cause, DeadLetterReason, Nack, Requeue
 from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.dead_letters import look, replay
 from aio_pika_batch.observer import DeadLettered, Requeued, Settled
+from aio_pika_batch.transport import ModifyingSession, Subscription
 from tests.unit.shell.helpers import (
     ACK,
     NACK,
@@ -133,6 +134,17 @@ async def test_a_dead_letter_has_its_reason_and_can_be_replayed(rabbit):
     assert 1 == (await replay(rabbit.transport, "dead")).done
     [again] = rabbit.broker.ready(QUEUE)
     assert ("events", "key") == (again.exchange, again.routing_key)
+
+
+async def test_messages_that_will_be_copied_are_read_over_amqp_0_9_1(rabbit):
+    """AMQP 1.0 doesn't show everything that they contain."""
+    rabbit.declare("dead", x_queue_type="quorum", x_delivery_limit=-1)
+    for for_copies in (True, False):
+        subscription = Subscription(
+            queue="dead", prefetch=1, consumer_tag="c", for_copies=for_copies
+        )
+        async with rabbit.transport.session(subscription) as session:
+            assert isinstance(session, ModifyingSession) is not for_copies
 
 
 async def test_events_are_those_of_copies(rabbit):

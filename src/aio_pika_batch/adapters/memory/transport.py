@@ -202,7 +202,7 @@ def _allows_amqp10(connection: Connection, subscription: Subscription) -> bool:
         queue = vhost.queues.get(subscription.queue)
     return (
         rules.modifies
-        and not subscription.exclusive
+        and not (subscription.exclusive or subscription.for_copies)
         and queue is not None
         and queue.spec.type is QueueType.QUORUM
         and (rules.counts_failures or queue.spec.delivery_limit is None)
