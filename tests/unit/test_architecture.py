@@ -41,6 +41,7 @@ LONGER_FOR_A_REASON = {
     "cli/process_manager.py": "one state machine decides from the start of a process to its end",
     "consumer.py": "what a class that users subclass can do is in the file that they open",
     "core/batch_run.py": "the results of one batch, from what is yielded to what is decided",
+    "core/config_checks.py": "every warning about settings, whatever it is about",
     "core/message.py": "all that a handler can see of a message is in one file",
     "core/settlement_plan.py": "what becomes of each result is decided in one place",
     "core/topology.py": "what is declared, in which order and as what, is in one place",
