@@ -10,6 +10,7 @@ from tests.mutants.amqp10 import AMQP10
 from tests.mutants.exactly_once import EXACTLY_ONCE
 from tests.mutants.flow import FLOW
 from tests.mutants.mutant import Mutant
+from tests.mutants.native import NATIVE
 from tests.mutants.programs import PROGRAMS
 
 _UNIT = "tests/unit/adapters/aio_pika"
@@ -675,4 +676,15 @@ LOGS = (
     ),
 )
 
-TABLE = (*FLOW, *AMQP10, *WIRE, *SECURITY, *REPAIR, *PROGRAMS, *EXACTLY_ONCE, *OPERATION, *LOGS)
+TABLE = (
+    *FLOW,
+    *NATIVE,
+    *AMQP10,
+    *WIRE,
+    *SECURITY,
+    *REPAIR,
+    *PROGRAMS,
+    *EXACTLY_ONCE,
+    *OPERATION,
+    *LOGS,
+)

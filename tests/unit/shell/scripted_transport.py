@@ -78,6 +78,9 @@ class ScriptedSession:
         await self._script.on_settle(settlements)
         self.settlements.extend(settlements)
 
+    async def settled(self) -> None:
+        await self._script.on_settled()
+
 
 class ScriptedPublisher:
     """Confirms everything, unless the script says otherwise."""
@@ -111,6 +114,7 @@ class ScriptedTransport:
         self.on_leave: Callable[..., Awaitable[None]] = at_once
         self.on_cancel: Callable[..., Awaitable[None]] = at_once
         self.on_settle: Callable[..., Awaitable[None]] = at_once
+        self.on_settled: Callable[..., Awaitable[None]] = at_once
         self.on_publisher: Callable[..., Awaitable[None]] = at_once
         self.on_publish: Callable[..., Awaitable[None]] = at_once
         self.on_publisher_leave: Callable[..., Awaitable[None]] = at_once

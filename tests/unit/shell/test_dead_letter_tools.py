@@ -539,3 +539,20 @@ def watch(rabbit, story, stop):
             loop.call_soon(stop.set)
 
     rabbit.broker.journal.on_event = count
+
+
+async def test_dead_letters_are_read_so_that_they_can_be_copied(monkeypatch):
+    """AMQP 1.0 doesn't show everything that a message contains."""
+    rabbit = opened("4.3", "quorum")
+    bury(rabbit, b"0")
+    seen = []
+    session = rabbit.transport.session
+
+    def spy(subscription):
+        seen.append(subscription.for_copies)
+        return session(subscription)
+
+    monkeypatch.setattr(rabbit.transport, "session", spy)
+    await look(rabbit.transport, DLQ)
+    await replay(rabbit.transport, DLQ)
+    assert [True, True] == seen

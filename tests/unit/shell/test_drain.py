@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from aio_pika_batch import Cause, DrainIncomplete, Outcome
 from aio_pika_batch.adapters.memory import EventKind
+from aio_pika_batch.errors import SessionLost
 from aio_pika_batch.observer import Settled
 from aio_pika_batch.testing import virtual_time
 from tests.unit.shell.helpers import (
@@ -421,6 +422,50 @@ async def test_a_stop_says_how_many_settlements_are_not_confirmed(step, caplog):
     lines = [each for each in caplog.messages if "settlements are not confirmed" in each]
     assert 2 == len(lines)
     assert "messages=3" in lines[0]
+
+
+async def test_a_stop_waits_until_the_last_settlements_are_carried_out():
+    """After all of them are sent, and before the session is closed."""
+    script = ScriptedTransport()
+    script.on_settled = lambda: asyncio.sleep(3)
+    consumer = RecordingConsumer(transport=script)
+    await stopped_after(1, consumer)
+    assert 3 == consumer.took
+    [left] = script.times("leave")
+    [cancelled] = script.times("cancel")
+    assert 3 == left - cancelled
+
+
+async def test_a_stop_does_not_wait_longer_than_it_may():
+    """Then it says what is in doubt."""
+    script = ScriptedTransport()
+    script.on_settled = never
+    consumer = RecordingConsumer(transport=script, shutdown_timeout=10)
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+    script.last.unproven = 3
+    began = now()
+    consumer.request_stop()
+    with pytest.raises(DrainIncomplete, match="3 messages are settled, but the broker has not"):
+        await running
+    assert now() - began < 10
+
+
+async def test_a_session_that_is_lost_at_its_end_is_reported():
+    """What was settled last may come again."""
+    script = ScriptedTransport()
+
+    async def lose():
+        raise SessionLost("cut")
+
+    script.on_settled = lose
+    consumer = RecordingConsumer(transport=script)
+    running = asyncio.create_task(consumer.run())
+    await asyncio.sleep(1)
+    script.last.unproven = 3
+    consumer.request_stop()
+    with pytest.raises(DrainIncomplete, match="3 messages are settled, but the broker has not"):
+        await running
 
 
 async def test_a_stop_says_nothing_of_settlements_that_became_certain_at_the_end():

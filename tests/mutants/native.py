@@ -1,0 +1,139 @@
+"""Mutants of retries and dead letters that need no copies, whatever the transport."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+_CORE = ("tests/unit/core/test_native_retries.py",)
+_SHELL = ("tests/unit/shell/test_native_retries.py",)
+_CONTRACT = ("tests/unit/testing/test_contract.py",)
+_PLAN = "core/settlement_plan.py"
+
+NATIVE = (
+    Mutant(
+        "Own retries count as failed deliveries, and use up the delivery limit.",
+        _PLAN,
+        "failed=False, until=until",
+        "failed=True, until=until",
+        (*_CORE, *_SHELL),
+    ),
+    Mutant(
+        "A retry without a delay comes back at once: all attempts are spent in milliseconds.",
+        _PLAN,
+        "or SHORTEST_NATIVE",
+        "or 0.0",
+        _CORE,
+    ),
+    Mutant(
+        "A delay that a handler asks for isn't limited by requeue_delay_max.",
+        _PLAN,
+        "min(seconds, self.delay_steps.longest)",
+        "max(seconds, 0.0)",
+        _CORE,
+    ),
+    Mutant(
+        "A consumer that holds a message forgets how much of its delay is left.",
+        _PLAN,
+        "remaining = math.ceil((seconds - hold) * 1000)",
+        "remaining = 0",
+        _CORE,
+    ),
+    Mutant(
+        "Before 4.3 own retries look like crashes.",
+        _PLAN,
+        "        if not native.uncounted:\n",
+        "        if native.uncounted:\n",
+        (*_CORE, *_SHELL),
+    ),
+    Mutant(
+        "Anyone can publish a message that is never suspected of crashing its process.",
+        "core/quarantine.py",
+        "min(returned, message.retry_count, deliveries)",
+        "min(returned, deliveries)",
+        _CORE,
+    ),
+    Mutant(
+        "Headers of an earlier death seem to belong to this one.",
+        _PLAN,
+        '**dict.fromkeys(REWRITTEN, ""),',
+        "",
+        _CORE,
+    ),
+    Mutant(
+        "Dead letters go wherever the queue's own arguments lead.",
+        _PLAN,
+        "if self.native.dead_letters and not self.dead_letters_differ:",
+        "if self.native.dead_letters:",
+        _CORE,
+    ),
+    Mutant(
+        "A queue that may lose dead letters gets them without a copy.",
+        _PLAN,
+        "if self.native.dead_letters and not self.dead_letters_differ:",
+        "if self.native.headers and not self.dead_letters_differ:",
+        _CORE,
+    ),
+    Mutant(
+        "The broker's own entry in x-death hides why a message was dead-lettered.",
+        "core/retry.py",
+        "return limit is not None and count <= limit",
+        "return False",
+        (*_CORE, *_SHELL),
+    ),
+    Mutant(
+        "A later death in the same queue is taken for the one that was stated.",
+        "core/retry.py",
+        "return limit is not None and count <= limit",
+        "return True",
+        _CORE,
+    ),
+    Mutant(
+        "Modifications that only look alike are joined: a message gets another one's headers.",
+        "core/settlement.py",
+        "key = (each.failed, each.until, each.dead, tuple(each.headers.items()))",
+        "key = (each.failed, each.until, each.dead, len(each.headers))",
+        ("tests/unit/core/test_modification.py", *_CONTRACT),
+    ),
+    Mutant(
+        "A float is attached to a message, which no AMQP 1.0 consumer can be sent any more.",
+        "core/settlement.py",
+        "if not name.startswith",
+        "if False and not name.startswith",
+        ("tests/unit/core/test_modification.py", *_CONTRACT),
+    ),
+    Mutant(
+        "What is held at a stop goes back without being counted.",
+        "runtime/settler.py",
+        "if native and Outcome.CONFIRMED in await self._publish_again(native):",
+        "if False:",
+        _SHELL,
+    ),
+    Mutant(
+        "A message that was modified is acknowledged, too.",
+        "runtime/settler.py",
+        "[each.tag for each in copies if not each.is_native]",
+        "[each.tag for each in copies]",
+        _SHELL,
+    ),
+    Mutant(
+        "A session ends without waiting for its last settlements.",
+        "runtime/consume_loop.py",
+        "            await self._confirm_settlements()\n",
+        "",
+        ("tests/unit/shell/test_drain.py",),
+    ),
+    Mutant(
+        "Dead letters are read over AMQP 1.0: their copies lack what it doesn't show.",
+        "queue_browser.py",
+        "        for_copies=True,\n",
+        "",
+        ("tests/unit/shell/test_dead_letter_tools.py",),
+    ),
+    Mutant(
+        "The broker in memory forgets delayed messages when their consumer leaves.",
+        "adapters/memory/queue.py",
+        "        self._release_delayed()\n",
+        "",
+        (*_CONTRACT, *_SHELL),
+    ),
+)
