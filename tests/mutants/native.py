@@ -46,6 +46,13 @@ NATIVE = (
         (*_CORE, *_SHELL),
     ),
     Mutant(
+        "Suspects are copied although returning them costs nothing: a crash can duplicate them.",
+        _PLAN,
+        "if self.crashes is None or self.native.uncounted:",
+        "if self.crashes is None:",
+        (*_CORE, *_SHELL),
+    ),
+    Mutant(
         "Anyone can publish a message that is never suspected of crashing its process.",
         "core/quarantine.py",
         "min(returned, message.retry_count, deliveries)",

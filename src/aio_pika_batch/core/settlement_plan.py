@@ -429,7 +429,10 @@ class SettlementPlanner:
 
     def may_return(self, message: Message) -> bool:
         """Whether a message that has no result may be returned to the queue."""
-        return self.crashes is None or self.crashes.may_return(message)
+        # A copy is made only because returns count, and may be duplicated by a crash.
+        if self.crashes is None or self.native.uncounted:
+            return True
+        return self.crashes.may_return(message)
 
     def plan_returns(
         self,

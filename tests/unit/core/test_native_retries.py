@@ -409,6 +409,15 @@ def test_nobody_can_publish_a_message_that_is_never_suspected(stated, retries, d
     assert Suspicion.NONE is not CRASHES.judge(a_message(headers=headers), OwnRequeues())
 
 
+@pytest.mark.parametrize("native", [V4_0, V4_3])
+def test_a_suspect_is_returned_where_that_counts_for_nothing(native):
+    """Otherwise a copy takes its place, which a crash could duplicate."""
+    planner = a_planner(native, crashes=CRASHES)
+    plan = planner.plan_returns([a_message(7, headers={"x-delivery-count": 4})], NOW)
+    assert native.uncounted == bool(plan.settlements)
+    assert native.uncounted != bool(plan.copies)
+
+
 def test_unreadable_headers_count_no_crash():
     """Neither do they raise."""
     message = a_message(undecodable={"headers": UNDECODABLE})

@@ -251,3 +251,34 @@ async def test_without_a_destination_a_failed_message_is_retried(rabbit, caplog)
     assert [b"0"] == rabbit.waiting() + bodies(rabbit.broker.delayed(QUEUE))
     assert any("no dead-letter destination is known" in each for each in caplog.messages)
     assert [] == copies(rabbit)
+
+
+async def test_messages_of_a_process_that_is_killed_again_and_again_are_not_copied():
+    """Those that came back often are handled alone, and the others go back meanwhile."""
+    rabbit = QueueBroker("4.3", wire="amqp10")
+    rabbit.declare(QUEUE, x_queue_type="quorum", x_delivery_limit=20)
+    rabbit.put(*numbered(30))
+    for _ in range(4):
+        consumer = a_consumer(
+            rabbit,
+            taking(60),
+            batch_size=10,
+            shutdown_timeout=0.1,
+            dead_letter_queue=None,
+            queue_arguments={"x-delivery-limit": 20},
+        )
+        await consumer.start()
+        await asyncio.sleep(10)
+        rabbit.cut()
+        await consumer.stop()
+    async with a_consumer(
+        rabbit,
+        ack,
+        batch_size=10,
+        num_workers=2,
+        dead_letter_queue=None,
+        queue_arguments={"x-delivery-limit": 20},
+    ) as consumer:
+        await asyncio.sleep(60)
+    assert sorted(numbered(30)) == sorted(consumer.handled)
+    assert [] == copies(rabbit) + rabbit.waiting()
