@@ -96,6 +96,9 @@ _LENGTH = struct.Struct(">I")
 _DESCRIBED: Final = 0x00
 _NULL, _TRUE, _FALSE, _UINT_0, _ULONG_0, _EMPTY_LIST = 0x40, 0x41, 0x42, 0x43, 0x44, 0x45
 _BINARY, _STRING, _SYMBOL = 0x0, 0x1, 0x3
+_MAP8, _LONG = 0xC1, 0x81
+_SHORT_TEXTS: Final = frozenset((0xA1, 0xA3))
+_TRUTHS: Final = frozenset((_TRUE, _FALSE))
 _LIST, _MAP = 0x0, 0x1
 
 # The upper half of a constructor says how much follows (section 1.2 of the specification).
@@ -299,6 +302,43 @@ def _is_used_up(at: int, stop: int) -> None:
 
 def _too_deep(at: int) -> CodecError:
     return CodecError(f"values are nested more than {DEEPEST} deep at byte {at - 1}")
+
+
+def read_map(data: bytes, at: int, end: int) -> Any:  # noqa: ANN401
+    """Read the value between *at* and *end*, quickly if it is a map of texts and usual values.
+
+    Keys and texts are `str`, whether they are strings or symbols. Raises what `read` raises.
+    """
+    # Written in one loop, because it runs for the headers of each message that is retried.
+    items: dict[Any, Any] = {}
+    try:
+        size, count, start = data[at + 1], data[at + 2], at + 3
+        if data[at] != _MAP8 or at + 2 + size != end:
+            return read(data, at, end)[0]
+        place = start
+        for _ in range(count // 2):
+            if data[place] in _SHORT_TEXTS:
+                after = place + 2 + data[place + 1]
+                key = data[place + 2 : after].decode()
+            else:
+                key, after = read(data, place, end, DEEPEST - 1)
+            kind = data[after]
+            if kind in _SHORT_TEXTS:
+                place = after + 2 + data[after + 1]
+                items[key] = data[after + 2 : place].decode()
+            elif kind in _TRUTHS:
+                place = after + 1
+                items[key] = kind == _TRUE
+            elif kind == _LONG:
+                place = after + 9
+                items[key] = int.from_bytes(data[after + 1 : place], signed=True)
+            else:
+                items[key], place = read(data, after, end, DEEPEST - 1)
+        if place == end and count % 2 == 0:
+            return items
+    except (IndexError, UnicodeDecodeError, TypeError):
+        pass  # read says what is wrong, and reads texts that aren't UTF-8
+    return read(data, at, end)[0]
 
 
 # --- writing -------------------------------------------------------------------

@@ -10,6 +10,7 @@ The sections before the body are kept as they came, and decoded on first use.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +34,10 @@ ENCODED: Final = "amqp-1.0"
 
 _EXCHANGE, _ROUTING_KEY = "x-exchange", "x-routing-key"
 _TYPE = "x-basic-type"
-_NO_HEADERS: Final = ("x-basic-", _EXCHANGE, _ROUTING_KEY)
+_INTERNAL: Final = "x-basic-"
+_SPECIAL: Final = frozenset((_EXCHANGE, _ROUTING_KEY, "x-cc"))
+"""Annotations that aren't headers, or whose header has another name."""
+
 _QUEUES: Final = "/queues/"
 
 _DURABLE, _PRIORITY, _TTL = 0, 1, 2
@@ -41,7 +45,9 @@ _MESSAGE_ID, _USER_ID, _REPLY_TO, _CORRELATION_ID = 0, 1, 4, 5
 _CONTENT_TYPE, _CONTENT_ENCODING, _CREATION_TIME, _GROUP_ID = 6, 7, 9, 10
 """Positions in the lists of the header and properties sections."""
 
-_UNUSUAL_IDS: Final = (b"\xa0", b"\xb0", b"\xb1")
+_PLAIN: Final = frozenset((bool, int, float, str))
+
+_UNUSUAL_IDS: Final = re.compile(rb"[\xa0\xb0\xb1]")
 """Constructors of binaries and of long strings."""
 
 
@@ -64,7 +70,7 @@ def _route(value: Any) -> str:  # noqa: ANN401
     return value if isinstance(value, str) else ""
 
 
-def decode_headers(head: bytes) -> dict[str, Any] | None:
+def decode_headers(head: bytes) -> dict[str, Any] | None:  # noqa: C901  -- see the loops
     """Read the headers that a 0-9-1 consumer would see; None if there are none.
 
     Raises:
@@ -73,33 +79,41 @@ def decode_headers(head: bytes) -> dict[str, Any] | None:
     headers: dict[str, Any] = {}
     for code, start, end in sections(head):
         if code == spec.MESSAGE_ANNOTATIONS:
-            headers.update(_annotated(section_at(head, start, end, dict)))
-        elif code == spec.PROPERTIES and any(head.find(x, start, end) >= 0 for x in _UNUSUAL_IDS):
+            for key, value in section_at(head, start, end, dict).items():
+                if type(key) is not str or type(value) not in _PLAIN or key in _SPECIAL:
+                    headers.update(_annotated(key, value))
+                elif key.startswith("x-") and not key.startswith(_INTERNAL):
+                    headers[key] = value
+        elif code == spec.PROPERTIES and _UNUSUAL_IDS.search(head, start, end):
             headers.update(_ids(section_at(head, start, end, list)))
         elif code == spec.APPLICATION_PROPERTIES:
             for key, value in section_at(head, start, end, dict).items():
                 # An annotation of the same name was written later, so it has precedence.
-                if not isinstance(value, Decimal):
+                if type(key) is str and type(value) in _PLAIN:
+                    headers.setdefault(key, value)
+                elif not isinstance(value, Decimal):
                     headers.setdefault(_key(key), _plain(value))
     return headers or None
 
 
-def _annotated(annotations: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in annotations.items():
-        if not isinstance(key, str | NotText) or isinstance(value, Decimal):
-            continue
-        name = _key(key)
-        if not name.startswith("x-") or name.startswith(_NO_HEADERS):
-            continue
-        match name, value:
-            case "x-cc", _:
-                yield "CC", _plain(value)
-            case "x-opt-rabbitmq-received-time", Timestamp():
-                yield "timestamp_in_ms", int(value)
-            case "x-opt-deaths", list():
-                yield "x-death", [_death(each) for each in value if isinstance(each, dict)]
-            case _:
-                yield name, _plain(value)
+def _annotated(key: Any, value: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    """Yield the header of an annotation, if it has one."""
+    if not isinstance(key, str | NotText) or isinstance(value, Decimal):
+        return
+    name = _key(key)
+    if not name.startswith("x-") or name.startswith(_INTERNAL):
+        return
+    match name, value:
+        case (("x-exchange" | "x-routing-key"), _):
+            pass
+        case "x-cc", _:
+            yield "CC", _plain(value)
+        case "x-opt-rabbitmq-received-time", Timestamp():
+            yield "timestamp_in_ms", int(value)
+        case "x-opt-deaths", list():
+            yield "x-death", [_death(each) for each in value if isinstance(each, dict)]
+        case _:
+            yield name, _plain(value)
 
 
 def _ids(fields: list[Any]) -> Iterator[tuple[str, Any]]:
@@ -122,7 +136,7 @@ def _key(key: Any) -> str:  # noqa: ANN401
 
 def _plain(value: Any) -> Any:  # noqa: ANN401, PLR0911  -- one for each kind of value
     """Return the value that a 0-9-1 consumer would find in a header."""
-    if value is None or isinstance(value, bool):
+    if value is None or type(value) in _PLAIN:
         return value
     match value:
         case list():

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from typing import Any, Final, NamedTuple, TypeVar
 
 from aio_pika_batch.adapters.amqp10 import spec
-from aio_pika_batch.adapters.amqp10.codec import CodecError, end_of, read
+from aio_pika_batch.adapters.amqp10.codec import CodecError, end_of, read, read_map
 
 _BODIES: Final = (spec.DATA, spec.AMQP_SEQUENCE, spec.AMQP_VALUE)
+_SHORT: Final = frozenset((0xC0, 0xC1, 0xA0))
+"""Constructors of a list, a map and a binary of less than 256 bytes."""
+
 _CODE_AT, _VALUE_AT = 2, 3
 """Offsets of the descriptor's code and of the value in a section: `00 53 code value`."""
 
@@ -40,9 +43,15 @@ def sections(data: bytes) -> Iterator[tuple[int, int, int]]:
     """
     at, size = 0, len(data)
     while at < size:
-        if data[at : at + _CODE_AT] != b"\x00\x53" or at + _VALUE_AT > size:
+        if data[at : at + _CODE_AT] != b"\x00\x53" or at + _VALUE_AT >= size:
             raise CodecError(f"no section begins at byte {at}")
-        end = end_of(data, at + _VALUE_AT, size)
+        # The usual sections have short lists and maps.
+        if data[at + _VALUE_AT] in _SHORT and at + 5 <= size:
+            end = at + 5 + data[at + 4]
+        else:
+            end = end_of(data, at + _VALUE_AT, size)
+        if end > size:
+            raise CodecError(f"the section at byte {at} is cut off")
         yield data[at + _CODE_AT], at, end
         at = end
 
@@ -103,7 +112,7 @@ def section_at(head: bytes, start: int, end: int, kind: type[_T]) -> _T:
     Raises:
         CodecError: It cannot be read, or is of another type.
     """
-    value, _ = read(head, start + _VALUE_AT, end)
+    value = read_map(head, start + _VALUE_AT, end)
     if not isinstance(value, kind):
         raise CodecError(f"section 0x{head[start + _CODE_AT]:02x} is not a {kind.__name__}")
     return value
