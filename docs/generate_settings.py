@@ -191,8 +191,9 @@ WHEN = {
     "concurrency": "Raise it if your handler waits for I/O.",
     "ordered_by_key": "Turn it on if messages of one key must keep their order. See"
     " [Order by key](how-it-works.md#order-by-key).",
-    "prefetch_count": "Rarely: the computed value lets a full batch collect while others are"
-    " handled. Raise it for many batch keys, lower it for very large bodies.",
+    "prefetch_count": "Rarely: it adapts if it isn't set. A value that you set is kept, for example"
+    " to limit what a worker holds. See"
+    " [How much a consumer holds](guarantees.md#how-much-a-consumer-holds).",
     "unhandled_exception_action": "`NACK` if a retry never helps. See also `exception_results`"
     " for single [exceptions](how-it-works.md#what-your-handler-yields).",
     "process_timeout": "Set it if a handler may hang. RabbitMQ takes messages back after 30 minutes"

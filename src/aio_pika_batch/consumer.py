@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, get_a
 
 from typing_extensions import TypeVar
 
-from aio_pika_batch.core.config_checks import broker_warnings_for, hints_for, warnings_for
+from aio_pika_batch.core.config_checks import (
+    broker_warnings_for,
+    costliest_setting,
+    hints_for,
+    warnings_for,
+)
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import (
     ExceptionResults,
@@ -138,6 +143,7 @@ class BaseConsumer(PublishMethods, Generic[SettingsT_co]):
     settings: SettingsT_co
 
     _made_lifecycle: Lifecycle | None = None
+    _is_single: ClassVar[bool] = False
     _has_queue: ClassVar[bool] = True
     """False if messages come from somewhere else, so that advice about queues doesn't apply."""
 
@@ -405,6 +411,7 @@ class BaseConsumer(PublishMethods, Generic[SettingsT_co]):
             workers=pool.statuses if pool else (),
             is_stuck=pool is not None and pool.is_stuck(),
             fallbacks=transport.fallbacks if isinstance(transport, FallingBackTransport) else 0,
+            costliest_setting=self._costliest_setting,
         )
 
     # -- inside -----------------------------------------------------------------------------------
@@ -467,8 +474,15 @@ class BaseConsumer(PublishMethods, Generic[SettingsT_co]):
         made: SettingsT_co = settings
         return made
 
+    @property
+    def _costliest_setting(self) -> str | None:
+        profile = consumer_profile(self.settings, self.exception_results.values())
+        return costliest_setting(profile, singly=self._is_single)
+
     def _config(self) -> WorkerConfig:
-        return WorkerConfig.from_settings(self.settings, self.exception_results)
+        return WorkerConfig.from_settings(
+            self.settings, self.exception_results, singly=self._is_single
+        )
 
     def _open_transport(self) -> Transport:
         return open_transport(endpoint(self.settings, type(self).__name__))
@@ -569,6 +583,7 @@ class Consumer(BaseConsumer[SettingsT_co]):
     """
 
     settings_class = ConsumerSettings
+    _is_single = True
 
     async def process_message(self, message: _Message) -> Result:
         """Return the result of a message. If it raises, `unhandled_exception_action` is used."""
@@ -587,9 +602,6 @@ class Consumer(BaseConsumer[SettingsT_co]):
             )
             raise (HandlerMistake if result is None else InvalidResult)(msg)
         return result
-
-    def _config(self) -> WorkerConfig:
-        return WorkerConfig.from_settings(self.settings, self.exception_results, singly=True)
 
     def _process(self) -> Process:
         # Its batches have one message each.

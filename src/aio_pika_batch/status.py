@@ -33,6 +33,7 @@ class WorkerStatus:
         oldest: Seconds since its oldest unsettled message arrived; None if there is none.
         last_progress: Seconds since it last received or settled a message; None if it never did.
         last_error: Why its last session ended, or could not begin.
+        prefetch: The prefetch count in use; 0 means no limit.
     """
 
     index: int
@@ -44,6 +45,7 @@ class WorkerStatus:
     oldest: float | None
     last_progress: float | None
     last_error: str | None
+    prefetch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class ConsumerStatus:
 
     Attributes:
         is_stuck: Whether a worker has held a message for longer than `stuck_after`.
+        costliest_setting: The setting that costs most CPU for each message; None if none costs
+            much.
         fallbacks: How often a message made the broker's AMQP 1.0 session fail.
     """
 
@@ -62,3 +66,4 @@ class ConsumerStatus:
     workers: tuple[WorkerStatus, ...]
     is_stuck: bool = False
     fallbacks: int = 0
+    costliest_setting: str | None = None

@@ -49,7 +49,12 @@ from aio_pika_batch.core.topology_options import (
 from aio_pika_batch.errors import ConfigurationError, TopologyError
 from aio_pika_batch.masking import mask_url
 from aio_pika_batch.settings import plain_url
-from aio_pika_batch.settings.derived import consumer_profile, topology_options, virtual_host
+from aio_pika_batch.settings.derived import (
+    consumer_profile,
+    has_adaptive_prefetch,
+    topology_options,
+    virtual_host,
+)
 from aio_pika_batch.transport import InspectingTransport, Transport, VersionedTransport
 
 Level = Literal["error", "warning", "info"]
@@ -115,6 +120,8 @@ def _settings(consumer: AnyConsumer, *, url_given: bool) -> list[tuple[str, obje
     return [
         *rows,
         ("(effective prefetch)", settings.effective_prefetch, "derived"),
+        ("(adaptive prefetch)", has_adaptive_prefetch(settings), "derived"),
+        ("(costs most CPU)", consumer._costliest_setting, "derived"),  # noqa: SLF001  -- same package
         ("(effective stuck_after)", settings.effective_stuck_after, "derived"),
     ]
 

@@ -57,12 +57,17 @@ ACK_TIMEOUT = 30 * 60.0
 """Seconds that RabbitMQ waits for an acknowledgement by default (`consumer_timeout`)."""
 
 
+MUCH = 1.25
+"""How many times as much as it could a message must cost for a setting to be named."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsumerProfile:
     """How a consumer handles messages. Fields without a description have the name of their setting.
 
     Attributes:
-        prefetch: The prefetch count in use; 0 means no limit.
+        prefetch: The prefetch count in use, at first; 0 means no limit.
+        adapts_prefetch: Whether it adapts to what is acked.
         failure_results: The results that a message can get when its handler fails.
         retry_seconds: The sum of the delays of all retries of a message.
         ordered: Whether retries are made in place (`ordered_by_key`): without copies, and counted
@@ -82,6 +87,23 @@ class ConsumerProfile:
     rejects_undeliverable: bool = False
     retry_count_header: str = RETRY_COUNT_HEADER
     wire: str = "auto"
+    adapts_prefetch: bool = False
+
+
+def costliest_setting(profile: ConsumerProfile, *, singly: bool) -> str | None:
+    """Return the setting that costs most CPU for each message; None if none costs much.
+
+    Args:
+        singly: Whether the consumer handles one message at a time, so that it has no `batch_size`.
+    """
+    # How many times as much a message costs, roughly as docs/performance.md shows.
+    factors = {"wire": 10.0 if profile.wire == "plain" else 1.0}
+    if not singly:
+        factors["batch_size"] = 1 + 4 / profile.batch_size
+    if profile.prefetch and not profile.adapts_prefetch:
+        factors["prefetch_count"] = 1 + 20 / profile.prefetch
+    name, factor = max(factors.items(), key=lambda each: each[1])
+    return name if factor >= MUCH else None
 
 
 def warnings_for(options: TopologyOptions, profile: ConsumerProfile) -> list[str]:
@@ -362,6 +384,21 @@ def crash_policy(
         limit = stated
         suspect_after = min(suspect_after, limit - 1)
     return CrashPolicy(suspect_after, limit, is_lower) if suspect_after > 0 else None
+
+
+def adapts_prefetch(options: TopologyOptions, *, ordered: bool) -> bool:
+    """Whether a session may be paused for another prefetch count, if none is configured.
+
+    Args:
+        ordered: Whether the consumer keeps the order of keys.
+    """
+    # Without a declaration, another argument of the queue may make it a single active consumer.
+    return options.declare and not (
+        ordered
+        or options.queue_exclusive
+        or options.queue_auto_delete
+        or options.queue_arguments.get(SINGLE_ACTIVE) is True
+    )
 
 
 def _no_quarantine(options: TopologyOptions, *, ordered: bool) -> str | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from aio_pika_batch.core.adaptive_prefetch import AdaptivePrefetch
 from aio_pika_batch.core.batch_run import BatchDecisions
 from aio_pika_batch.core.batcher import Batch, Trigger
 from aio_pika_batch.core.message import Message
@@ -126,6 +127,11 @@ class ConsumeLoop:
             else None
         )
         self._gating: asyncio.Task[None] | None = None
+        self._adaptive = (
+            AdaptivePrefetch(config.prefetch, self._loop.time())
+            if config.adapts_prefetch and isinstance(session, AdjustableSession)
+            else None
+        )
         pace = config.pace
         self._early = EarlySettlement(pace.collect, self._settle_early) if pace else None
         self._handler_options = HandlerOptions(
@@ -169,6 +175,11 @@ class ConsumeLoop:
     def held(self) -> int:
         """The number of messages that wait for a late confirm, or for a retry in place."""
         return self._settler.held + self._intake.held
+
+    @property
+    def prefetch(self) -> int:
+        """The prefetch count in use; 0 means no limit."""
+        return self._config.prefetch if self._adaptive is None else self._adaptive.current
 
     @property
     def oldest(self) -> float | None:
@@ -237,6 +248,9 @@ class ConsumeLoop:
         self.last_progress = now = self._loop.time()
         if Received in self._observers.wanted:
             self._observers.emit(Received(len(chunk)))
+        if self._adaptive is not None and chunk:
+            # One of each chunk is enough for an estimate.
+            self._adaptive.sample(len(chunk[0].body))
         if self._config.may_continue_delays:
             chunk = self._hold_early(chunk, now)
         if self._gate is not None:
@@ -289,7 +303,7 @@ class ConsumeLoop:
         """
         if self._gate is not None and self._gate.is_pausing:
             return True
-        prefetch = self._config.prefetch
+        prefetch = self.prefetch
         return 0 < prefetch <= len(self._batcher) + self._slots.in_hand + self._settler.held
 
     def _arm(self) -> None:
@@ -432,11 +446,32 @@ class ConsumeLoop:
                 self._settler.count_stale(count)
             elif count:
                 await self._settler.settle(decisions, since)
+                if self._adaptive is not None:
+                    self._adapt(self._adaptive, len(decisions.acked))
         except Exception as error:  # noqa: BLE001  -- ends the session, see `_give_up`
             self._give_up(error, count)
         finally:
             del self._settling[id(decisions)]
         self.last_progress = self._loop.time()
+
+    def _adapt(self, adaptive: AdaptivePrefetch, acked: int) -> None:
+        """Change the prefetch count if it is time for another one."""
+        wanted = adaptive.acked(acked, self._loop.time())
+        if wanted is None:
+            return
+        self._log.debug("the prefetch count adapts to what is acked", prefetch=wanted)
+        if self._gate is not None:
+            # It pauses the session itself, and knows when it may.
+            self._gate.full = wanted
+        elif isinstance(self._session, AdjustableSession) and not self._is_draining:
+            self._start(self._change_prefetch(self._session, wanted))
+
+    async def _change_prefetch(self, session: AdjustableSession, prefetch: int) -> None:
+        try:
+            await session.pause()
+            await session.resume(prefetch)
+        except TransportError as error:
+            self.fail(error)
 
     def _give_up(self, error: BaseException, count: int = 0) -> None:
         """End the session: otherwise messages would stay unsettled.

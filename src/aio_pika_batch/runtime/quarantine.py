@@ -113,10 +113,10 @@ class SuspectGate:
     """Keeps suspects away from the other messages of one session.
 
     Args:
-        prefetch: The prefetch count for ordinary messages.
         start: Starts work that the session waits for at its end.
 
     Attributes:
+        full: The prefetch count for ordinary messages.
         is_pausing: Whether nothing more is delivered, so that waiting for a batch is pointless.
         changed: Set when there may be something to do.
         suspects: Those that are unsettled.
@@ -134,7 +134,7 @@ class SuspectGate:
         self._session = session
         self._quarantine = quarantine
         self._loop = loop
-        self._full = prefetch
+        self.full = prefetch
         self._start = start
         self._wanted = ALONE
         self._current: int | None = ALONE
@@ -148,8 +148,8 @@ class SuspectGate:
         found = came_back(chunk)
         if found:
             chunk = self._sort(chunk, found)
-        if chunk and self._wanted != self._full:
-            self._wanted = self._full
+        if chunk and self._wanted != self.full:
+            self._wanted = self.full
             self.changed.set()
         return chunk
 

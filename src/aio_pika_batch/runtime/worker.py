@@ -174,6 +174,7 @@ class Worker:
             oldest=self.oldest,
             last_progress=self._loop.time() - current.last_progress if current else None,
             last_error=self._last_error,
+            prefetch=current.prefetch if current else self._config.prefetch,
         )
 
     def _load(self) -> Load:
@@ -261,7 +262,7 @@ class Worker:
             config = self._config
             if self._breaker is not None and self._breaker.is_probing:
                 subscription = replace(subscription, prefetch=PROBE)
-                config = replace(config, prefetch=PROBE)
+                config = replace(config, prefetch=PROBE, adapts_prefetch=False)
             if self._shared.quarantine is not None:
                 subscription = replace(subscription, prefetch=ALONE)
             context = self._shared.transport.session(subscription)

@@ -27,7 +27,12 @@ from aio_pika_batch.core.topology_options import (
 )
 from aio_pika_batch.runtime.settlement_queue import PATIENCE
 from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings, plain_url
-from aio_pika_batch.settings.derived import delay_steps, topology_options, virtual_host
+from aio_pika_batch.settings.derived import (
+    delay_steps,
+    has_adaptive_prefetch,
+    topology_options,
+    virtual_host,
+)
 
 REPUBLISH = Backoff(0.5, 5.0)
 """Pauses before a copy that was returned or refused is published again."""
@@ -48,6 +53,7 @@ class WorkerConfig:
 
     Attributes:
         in_place: How messages are retried in place; None without `ordered_by_key`.
+        adapts_prefetch: Whether `prefetch` is only where the prefetch count begins.
         reconnect: The pauses before a new session after a failure.
         failure: The results of messages that the handler left undecided.
         planner: Turns results into settlements and copies.
@@ -60,6 +66,7 @@ class WorkerConfig:
 
     queue_name: str
     prefetch: int
+    adapts_prefetch: bool
     consumer_arguments: Headers
     batch_size: int
     batch_timeout: float
@@ -104,6 +111,7 @@ class WorkerConfig:
         return cls(
             queue_name=settings.queue_name,
             prefetch=prefetch,
+            adapts_prefetch=has_adaptive_prefetch(settings),
             consumer_arguments=settings.consumer_arguments or {},
             batch_size=batches.batch_size if batches else 1,
             batch_timeout=batches.batch_timeout if batches else 0.0,

@@ -211,7 +211,8 @@ class ConsumerSettings(_EssentialSettings):
         ge=0,
         le=MAX_PREFETCH,
         description="Maximum number of unsettled messages per worker; 0: no limit. If it isn't set,"
-        " `max(10, batch_size × (concurrency + 1))` is used; see `effective_prefetch`.",
+        " it begins with `max(10, batch_size × (concurrency + 1))` (`effective_prefetch`) and adapts to"
+        " what is acked.",
     )
 
     # -- results and retries ----------------------------------------------------------------------

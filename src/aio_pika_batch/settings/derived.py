@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from urllib.parse import unquote, urlsplit
 
-from aio_pika_batch.core.config_checks import ConsumerProfile
+from aio_pika_batch.core.config_checks import ConsumerProfile, adapts_prefetch
 from aio_pika_batch.core.message import FieldValue
 from aio_pika_batch.core.results import Result
 from aio_pika_batch.core.retry import DelaySteps, make_delay_steps
@@ -89,6 +89,14 @@ def topology_options(settings: ConsumerSettings) -> TopologyOptions:
     return replace(options, republishes=has_retries or is_kept)
 
 
+def has_adaptive_prefetch(settings: ConsumerSettings) -> bool:
+    """Return whether `effective_prefetch` is only where the prefetch count begins."""
+    # A count that is configured is kept.
+    return "prefetch_count" not in settings.model_fields_set and adapts_prefetch(
+        topology_options(settings), ordered=settings.ordered_by_key
+    )
+
+
 def consumer_profile(
     settings: ConsumerSettings, mapped_results: Iterable[Result]
 ) -> ConsumerProfile:
@@ -109,6 +117,7 @@ def consumer_profile(
         consumer_arguments=_given(settings.consumer_arguments),
         retry_seconds=delay_steps(settings).total_seconds(settings.max_requeue_attempts),
         ordered=settings.ordered_by_key,
+        adapts_prefetch=has_adaptive_prefetch(settings),
         rejects_undeliverable=settings.without_dead_letter == "reject",
         retry_count_header=settings.retry_count_header,
         wire=settings.wire,

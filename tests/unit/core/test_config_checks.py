@@ -13,6 +13,7 @@ from aio_pika_batch.core.config_checks import (
     amqp10_hint,
     amqp10_warnings_for,
     broker_warnings_for,
+    costliest_setting,
     crash_policy,
     dead_letter_queue_warnings,
     existing_queue_warnings,
@@ -523,3 +524,21 @@ def test_what_makes_amqp_1_0_less_useful(options, profile, what):
     """It is used all the same."""
     [line] = amqp10_warnings_for(options, profile, (4, 3))
     assert what in line
+
+
+@pytest.mark.parametrize(
+    ("expected", "profile", "singly"),
+    [
+        ("wire", ConsumerProfile(prefetch=10, batch_size=1, wire="plain"), False),
+        ("batch_size", ConsumerProfile(prefetch=20, batch_size=10, adapts_prefetch=True), False),
+        (None, ConsumerProfile(prefetch=20, batch_size=100, adapts_prefetch=True), False),
+        ("prefetch_count", ConsumerProfile(prefetch=10, batch_size=10), False),
+        (None, ConsumerProfile(prefetch=500, batch_size=100), False),
+        ("prefetch_count", ConsumerProfile(prefetch=10, batch_size=1), True),
+        (None, ConsumerProfile(prefetch=10, batch_size=1, adapts_prefetch=True), True),
+        (None, ConsumerProfile(prefetch=0, batch_size=100), False),
+    ],
+)
+def test_the_setting_that_costs_most_is_named(expected, profile, singly):
+    """If it costs much, and the consumer has it."""
+    assert expected == costliest_setting(profile, singly=singly)
