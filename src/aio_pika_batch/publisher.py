@@ -120,4 +120,6 @@ async def open_publisher(
     try:
         yield MessagePublisher(shared, endpoint.publish_timeout)
     finally:
-        await shared.close(asyncio.get_running_loop().time() + endpoint.publish_timeout)
+        deadline = asyncio.get_running_loop().time() + endpoint.publish_timeout
+        await shared.finish(deadline)
+        await shared.close(deadline)

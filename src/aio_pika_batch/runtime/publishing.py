@@ -187,10 +187,9 @@ class SharedPublisher(ReconnectingPublisher):
             else:
                 answer.set_result(outcome)
 
-    async def close(self, deadline: float) -> None:
-        """Let what is being published end, and close the connection, until the deadline."""
+    async def finish(self, deadline: float) -> None:
+        """Wait for single publications that are on their way, until the deadline."""
         await wait_until(self._sending, deadline)
-        await super().close(deadline)
 
 
 class _Unanswered:

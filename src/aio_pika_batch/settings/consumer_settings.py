@@ -211,8 +211,8 @@ class ConsumerSettings(_EssentialSettings):
         ge=0,
         le=MAX_PREFETCH,
         description="Maximum number of unsettled messages per worker; 0: no limit. If it isn't set,"
-        " it begins with `max(10, batch_size × (concurrency + 1))` (`effective_prefetch`) and adapts"
-        " to what is acked.",
+        " it begins with `max(10, batch_size × (concurrency + 1))` (see `effective_prefetch`) and"
+        " adapts to what is acked.",
     )
 
     # -- results and retries ----------------------------------------------------------------------

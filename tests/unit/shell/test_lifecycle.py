@@ -51,7 +51,10 @@ async def test_start_returns_once_every_worker_consumes(rabbit):
     await consumer.stop()
     assert not consumer.is_running
     assert not consumer.is_healthy
-    assert ConsumerStatus("RecordingConsumer", "jobs", False, False, ()) == consumer.status()
+    stopped = ConsumerStatus(
+        "RecordingConsumer", "jobs", False, False, (), costliest_setting="batch_size"
+    )
+    assert stopped == consumer.status()
 
 
 async def test_async_with_starts_and_stops(rabbit):
