@@ -50,6 +50,7 @@ def test_modifications_that_differ_in_their_tags_only_are_joined():
         dead,
         Modification((4,), failed=False, headers={"x-retry-count": 1}),
         Modification((5,), until=NOW, headers={"x-retry-count": 1}),
+        Modification((7,), headers={"x-retry-count": 2}),
     ] == join_modifications(
         [
             Modification((1, 2), headers={"x-retry-count": 1}),
@@ -57,5 +58,6 @@ def test_modifications_that_differ_in_their_tags_only_are_joined():
             Modification((4,), failed=False, headers={"x-retry-count": 1}),
             Modification((5,), until=NOW, headers={"x-retry-count": 1}),
             Modification((6,), headers={"x-retry-count": 1}),
+            Modification((7,), headers={"x-retry-count": 2}),
         ]
     )

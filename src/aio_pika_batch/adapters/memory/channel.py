@@ -325,10 +325,10 @@ class Channel:
                 lambda queue, entries: queue.modify(entries, modification, until),
             )
 
-    def await_flow(self) -> None:
-        """Send a `flow` of AMQP 1.0, and get the answer: all before it has been carried out."""
+    def await_answer(self) -> None:
+        """Ask something that the queues answer: then all before it has been carried out."""
         with self.operation():
-            self._unacked.on_flow()
+            self._unacked.on_answers()
 
     def detach(self) -> None:
         """End the AMQP 1.0 link: the unsettled messages return to their queues."""

@@ -239,8 +239,8 @@ class MemorySession:
 
     def _await_answer(self) -> None:
         self._finish()
-        self._resume(1)
-        self._channel.cancel(self._consumer_tag)
+        # A real session starts and cancels a consumer. It has no use for the message that may come.
+        self._channel.await_answer()
 
     async def native(self) -> Native:
         """Return objects with aio-pika's calls, on a channel of their own."""
@@ -341,10 +341,10 @@ class MemoryModifyingSession(MemorySession):
         self._stop_consumer()
 
     def _await_answer(self) -> None:
-        self._channel.await_flow()
+        self._channel.await_answer()
 
     def _finish(self) -> None:
-        self._channel.await_flow()
+        self._channel.await_answer()
         self._channel.detach()
 
     def _send(self, settlements: Sequence[Settlement]) -> None:

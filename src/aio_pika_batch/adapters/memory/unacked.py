@@ -107,8 +107,8 @@ class UnackedMessages:
         if to_cancel and queue.spec.type is QueueType.QUORUM:
             self._commands[queue] = 0
 
-    def on_flow(self) -> None:
-        """Take note that the leaders have answered an AMQP 1.0 flow, and so all before it."""
+    def on_answers(self) -> None:
+        """Take note that the leaders of all queues have answered."""
         for queue in list(self._commands):
             self.on_answer(queue, to_cancel=True)
 
