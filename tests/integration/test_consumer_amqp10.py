@@ -12,6 +12,7 @@ from collections import Counter
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+import aio_pika
 import pytest
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult, Nack, Requeue
@@ -20,6 +21,7 @@ from tests.integration.helpers import parse_version, publish, ready, until
 from tests.integration.test_amqp10_contract import (
     speaks_amqp10,  # noqa: F401  -- for all that is in this file
 )
+from tests.integration.test_amqp10_session import stall
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -105,7 +107,12 @@ async def filled(
 
 async def dead_letters(channel: AbstractChannel, queue: str) -> list[Any]:
     """Take what is in the dead-letter queue."""
-    source = await channel.get_queue(f"{queue}.dead", ensure=False)
+    return await taken(channel, f"{queue}.dead")
+
+
+async def taken(channel: AbstractChannel, queue: str) -> list[Any]:
+    """Take what is in a queue."""
+    source = await channel.get_queue(queue, ensure=False)
     found = []
     while (message := await source.get(no_ack=True, fail=False)) is not None:
         found.append(message)
@@ -298,3 +305,66 @@ class BatchConsumerProbe(BatchConsumer):
     async def process_messages(self, messages):
         for _ in messages:
             yield MessageResult.REQUEUE
+
+
+@pytest.mark.needs_node
+async def test_a_stop_waits_until_the_queue_has_applied_all(
+    settings: Any, name: str, channel: AbstractChannel, amqp_url: str, rabbitmq: RabbitMQ
+) -> None:
+    """200 outcomes are on their way while the queue's leader stands still: none comes back."""
+
+    class Waiting(Scripted):
+        """Settles each message on its own, when it may."""
+
+        inside = 0
+
+        async def process_messages(self, messages):
+            self.inside += 1
+            await go.wait()
+            async for result in super().process_messages(messages):
+                yield result
+
+    go = asyncio.Event()
+    consumer = Waiting(settings(prefetch_count=200, batch_size=1, concurrency=200))
+    steps: list[list[object]] = [[], [10.0], ["nack"], []]
+    await filled(channel, consumer, [script(n, *steps[n % 4]) for n in range(200)])
+    await consumer.start()
+    await until(lambda: consumer.inside == 200)
+    await asyncio.to_thread(stall, rabbitmq, name)
+    go.set()
+    began = time.monotonic()
+    await consumer.stop()
+    assert time.monotonic() - began < 20
+    assert 200 == len(consumer.seen)
+    await asyncio.sleep(11)
+    left = Counter(json.loads(each.body)[0] % 4 for each in await taken(channel, name))
+    assert Counter({1: 50}) == left
+    dead = Counter(json.loads(each.body)[0] % 4 for each in await dead_letters(channel, name))
+    assert Counter({2: 50}) == dead
+
+
+@pytest.mark.needs_node
+async def test_a_message_of_20_megabytes_goes_back_and_comes_again(
+    settings: Any, name: str, channel: AbstractChannel, rabbitmq: RabbitMQ
+) -> None:
+    """In 20 frames, and its neighbours in one."""
+    await asyncio.to_thread(rabbitmq.eval, "persistent_term:put(max_message_size, 33554432).")
+    large = random.Random(1).randbytes(20_000_000)
+    seen: list[bytes] = []
+
+    class Large(BatchConsumer):
+        async def process_messages(self, messages):
+            for message in messages:
+                seen.append(message.body)
+                is_first = message.retry_count == 0 and len(message.body) > 10
+                yield Requeue(delay=1.0) if is_first else MessageResult.ACK
+
+    consumer = Large(settings(prefetch_count=2))
+    await consumer.start()
+    await consumer.stop()
+    # The limit holds for channels that are opened afterwards.
+    async with await aio_pika.connect(rabbitmq.url) as connection:
+        await publish(await connection.channel(), [b"before", large, b"after"], routing_key=name)
+    async with consumer:
+        await until(lambda: len(seen) == 4)
+    assert Counter([b"before", large, b"after", large]) == Counter(seen)
