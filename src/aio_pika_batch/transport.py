@@ -125,7 +125,7 @@ class Endpoint:
         publish_timeout: Seconds to wait for the confirm of a publication.
         connection_name: The name of the connection in the management UI.
         wire: `fast` reads and writes AMQP frames directly, `plain` uses the client library, and
-            `auto` is `fast` if it is available. With `amqp10`, sessions use AMQP 1.0 where the
+            `auto` leaves the choice to the adapter. With `amqp10`, sessions use AMQP 1.0 where the
             broker and the queue allow it. For adapters that have the choice.
     """
 

@@ -438,7 +438,7 @@ class ConsumerSettings(_EssentialSettings):
     wire: Literal["auto", "fast", "plain", "amqp10"] = Field(
         default="auto",
         description="`fast` reads and writes AMQP frames directly. `plain` goes through aio-pika."
-        " `auto` uses `fast` where it can. `amqp10` consumes quorum queues of RabbitMQ 4 over AMQP"
+        " `auto` is `fast`. `amqp10` consumes quorum queues of RabbitMQ 4 over AMQP"
         " 1.0, where retries and dead letters need no copies.",
     )
 
