@@ -200,9 +200,12 @@ async def schema(postgres_url: str, name: str) -> AsyncIterator[tuple[asyncpg.Co
     await connection.close()
 
 
-@pytest.fixture(params=["fast", "plain"])
+@pytest.fixture(params=["fast", pytest.param("plain", marks=pytest.mark.long)])
 def wire(request: pytest.FixtureRequest) -> Wire:
-    """Each way in which the adapter can send and receive messages."""
+    """Each way in which the adapter can send and receive messages.
+
+    Whatever both have in common is in the contract, which `nox -s tests` runs on both.
+    """
     found: Wire = request.param
     return found
 

@@ -574,6 +574,7 @@ async def test_queues_and_exchanges_of_any_name_are_used(
             assert {Outcome.CONFIRMED} == set(await publisher.publish(routed))
 
 
+@pytest.mark.long
 @pytest.mark.needs_node
 async def test_users_and_virtual_hosts_of_any_name_are_reached(
     rabbitmq: RabbitMQ, tmp_path: Path

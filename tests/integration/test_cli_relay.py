@@ -37,7 +37,9 @@ def relay(url: str, database: Path, *arguments: str) -> Iterator[subprocess.Pope
         assert 0 == process.wait(30)
 
 
-@pytest.mark.parametrize("arguments", [(), ("--processes", "2")])
+@pytest.mark.parametrize(
+    "arguments", [pytest.param((), marks=pytest.mark.long), ("--processes", "2")]
+)
 async def test_a_relay_publishes_what_is_committed(
     amqp_url, channel, name, tmp_path, arguments
 ) -> None:

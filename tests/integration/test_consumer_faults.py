@@ -259,7 +259,7 @@ def start_app(node) -> None:
     ("queue_type", "end", "begin"),
     [
         ("classic", kill, start),
-        ("classic", stop_app, start_app),
+        pytest.param("classic", stop_app, start_app, marks=pytest.mark.long),
         # Of a node alone that is killed, RabbitMQ 3.10 does not find its quorum queues again.
         ("quorum", stop_app, start_app),
     ],

@@ -306,7 +306,7 @@ async def test_good_messages_make_room_for_a_copy_in_a_full_queue(channel, amqp_
 
 
 @pytest.mark.needs_node
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@pytest.mark.parametrize("queue_type", ["classic", pytest.param("quorum", marks=pytest.mark.long)])
 async def test_under_a_memory_alarm_acks_go_on_and_requeues_wait(
     rabbitmq, channel, amqp_url, name, queue_type
 ) -> None:

@@ -284,6 +284,7 @@ async def test_the_check_of_permissions_stores_nothing(channel, amqp_url, name) 
     assert (0, 0) == (await ready(amqp_url, name), await ready(amqp_url, dlq))
 
 
+@pytest.mark.long
 @pytest.mark.needs_node
 async def test_a_memory_alarm_does_not_prevent_the_start(channel, rabbitmq, amqp_url, name) -> None:
     """The broker then stops who publishes, and the check of permissions does."""

@@ -163,7 +163,15 @@ async def opened(broker: RunningBroker, wire: Wire, kind: str) -> AsyncIterator[
             await harness.delete()
 
 
-@pytest.mark.parametrize("kind", ["classic", "quorum"])
+@pytest.mark.parametrize(
+    ("wire", "kind"),
+    [
+        ("fast", "classic"),
+        ("fast", "quorum"),
+        ("plain", "quorum"),
+        pytest.param("plain", "classic", marks=pytest.mark.long),
+    ],
+)
 async def test_the_contract_is_kept(broker: RunningBroker, wire: Wire, kind: str) -> None:
     """All clauses concurrently, since most of the time is waiting."""
     contract = TransportContract(

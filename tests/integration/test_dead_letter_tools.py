@@ -316,6 +316,7 @@ async def test_a_replay_that_is_interrupted_repeats_nothing(
 # --- the topology ----------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.needs_node
 async def test_rabbitmq_imports_the_definitions_of_a_consumer(
     amqp_url, name, channel, rabbitmq, tmp_path

@@ -52,6 +52,7 @@ def test_a_bare_claim_keeps_the_law_on_postgresql(postgres_url: str, plan: Plan)
     run(plan, "asyncpg", postgres_url)
 
 
+@pytest.mark.long
 @settings(max_examples=COUNT, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plans())
 def test_an_effect_is_there_once_on_sqlite(tmp_path: Path, plan: Plan) -> None:

@@ -138,6 +138,7 @@ def test_what_to_do(
     assert expected == run(sys.executable, amqp_url, name, case, **given)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_apart", [False, True])
 def test_a_queue_that_both_consume(amqp_url: str, name: str, old: str, is_apart: bool) -> None:
     """0.1.0 can't declare a new queue that this version made with dead-letter arguments."""
@@ -148,6 +149,7 @@ def test_a_queue_that_both_consume(amqp_url: str, name: str, old: str, is_apart:
     assert is_apart is run(old, amqp_url, name, "joins")
 
 
+@pytest.mark.long
 def test_a_queue_of_the_old_version_is_used(amqp_url: str, name: str, old: str) -> None:
     """With dead-letter settings, too."""
     assert run(old, amqp_url, name, "joins")
