@@ -30,7 +30,10 @@ class WorkerStatus:
         buffered: Messages that wait for their batch.
         in_hand: Messages that are being handled.
         held: Messages that wait, unsettled, for their retry, or whose copy is not confirmed.
-        oldest: Seconds since its oldest unsettled message arrived; None if there is none.
+        oldest: Seconds since the oldest message arrived that is buffered, being handled, or waits
+            for the outcome of its copy; None if there is none.
+        oldest_held: Seconds since the oldest message arrived that is held for its retry or for the
+            outcome of its copy; None if there is none. Held messages never make a worker stuck.
         last_progress: Seconds since it last received or settled a message; None if it never did.
         last_error: Why its last session ended, or could not begin.
         prefetch: The prefetch count in use; 0 means no limit.
@@ -43,6 +46,7 @@ class WorkerStatus:
     in_hand: int
     held: int
     oldest: float | None
+    oldest_held: float | None
     last_progress: float | None
     last_error: str | None
     prefetch: int = 0

@@ -26,7 +26,7 @@ from aio_pika_batch.cli.app import Exit, exit_code, exit_code_of_all, flush_stre
 from aio_pika_batch.cli.logging import LogFormat, LogLevel, configure_logging
 from aio_pika_batch.cli.process_manager import Heartbeat
 from aio_pika_batch.cli.targets import AnyConsumer, TargetOptions, load
-from aio_pika_batch.errors import AioPikaBatchError, ConfigurationError
+from aio_pika_batch.errors import AioPikaBatchError, ConfigurationError, DrainIncomplete
 from aio_pika_batch.health.probes import as_json, liveness, readiness
 from aio_pika_batch.logs import KeywordLogger, format_error
 from aio_pika_batch.runtime.shutdown import SIGNALS, process_signals
@@ -154,6 +154,9 @@ async def _wait_for(consumers: Sequence[AnyConsumer], tasks: Sequence[asyncio.Ta
 
 def _log_failure(consumer: AnyConsumer, error: BaseException) -> None:
     """Log why a consumer failed, with a traceback unless the error is the library's own."""
+    if isinstance(error, DrainIncomplete):
+        _log.error("a consumer did not drain in time", error=str(error))
+        return
     _log.error(
         "a consumer failed; the program stops",
         exc_info=None if isinstance(error, AioPikaBatchError) else error,

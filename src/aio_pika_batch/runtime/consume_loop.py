@@ -182,6 +182,11 @@ class ConsumeLoop:
         return self._config.prefetch if self._adaptive is None else self._adaptive.current
 
     @property
+    def oldest_held(self) -> float | None:
+        """When the oldest held message arrived, in loop time; None without one."""
+        return self._settler.oldest_held
+
+    @property
     def oldest(self) -> float | None:
         """When the longest unsettled message arrived, in loop time; None if all are settled."""
         times = (

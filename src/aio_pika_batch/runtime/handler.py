@@ -14,7 +14,7 @@ from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolic
 from aio_pika_batch.core.batcher import Batch, Trigger
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import Cause, Result, describe
-from aio_pika_batch.errors import HandlerTimeout, ResultError
+from aio_pika_batch.errors import HandlerTimeout, MessageDecodeError, ResultError
 from aio_pika_batch.logs import KeywordLogger, format_error
 from aio_pika_batch.observer import (
     BatchCut,
@@ -385,7 +385,10 @@ class HandlerRun:
         """
         log = self._options.log
         context = {"messages": len(messages), "first_tag": messages[0].delivery_tag}
-        if quietly:
+        if isinstance(error, MessageDecodeError):
+            # About one message, and the traceback shows nothing that the text doesn't.
+            log.error("a message can't be decoded", error=format_error(error))
+        elif quietly:
             log.debug("a part of a failed batch failed", **context, error=format_error(error))
         else:
             log.error("a batch failed", exc_info=error, **context, error=format_error(error))

@@ -82,6 +82,11 @@ class HeldMessages:
         """The number of held messages whose retry has not been published yet."""
 
     @property
+    def oldest(self) -> float | None:
+        """When the oldest held message was delivered, in loop time; None if none is held."""
+        return min((each.arrived for each in self.messages.values()), default=None)
+
+    @property
     def since(self) -> float | None:
         """When the longest unsettled message was delivered, in loop time; None if none is held.
 

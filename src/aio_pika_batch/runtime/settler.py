@@ -13,6 +13,7 @@ from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Copy, Outcome
 from aio_pika_batch.core.quarantine import OwnRequeues
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue, Result
+from aio_pika_batch.core.retry import DeadLetterReason
 from aio_pika_batch.core.settlement import (
     NO_NATIVE_RETRIES,
     Disposition,
@@ -90,6 +91,7 @@ class Settler:
         self._undeliverable = BurstLog(self._log_undeliverable)
         self._looping = BurstLog(self._log_looping)
         self._discarding = BurstLog(self._log_discarding)
+        self._dead_lettering = BurstLog(self._log_dead_lettering)
         self._unpublishable = BurstLog(self._log_unpublishable)
         self._has_warned_of_count = False
         self._is_giving_back = False
@@ -104,6 +106,11 @@ class Settler:
     def retries(self) -> int:
         """The number of held messages whose retry has not been published yet."""
         return self._held.retries
+
+    @property
+    def oldest_held(self) -> float | None:
+        """When the oldest held message arrived, in loop time; None without one."""
+        return self._held.oldest
 
     @property
     def since(self) -> float | None:
@@ -242,8 +249,6 @@ class Settler:
             header = self.planner.retry.header
             self._log.warning("a retry count is not a number: it counts as 0", header=header)
         due = [each for each in copies if not each.hold]
-        if undeliverable := sum(each.is_undeliverable for each in copies):
-            self._undeliverable.note(undeliverable)
         if len(due) < len(copies):
             for each in copies:
                 if each.hold:
@@ -255,9 +260,14 @@ class Settler:
                 bool(each.hold) and not (each.is_undeliverable or each.is_loop) for each in copies
             ):
                 self._holding.note(retries)
+        if undeliverable := sum(each.is_undeliverable for each in copies):
+            self._undeliverable.note(undeliverable)
         return due
 
     def _log_holding(self, count: int) -> None:
+        if not self.held:
+            # The line comes a minute later, when all of them have been retried.
+            return
         self._log.warning(
             "messages failed: the consumer holds them until their retry",
             messages=count,
@@ -285,6 +295,9 @@ class Settler:
             " unless a policy dead-letters them",
             messages=count,
         )
+
+    def _log_dead_lettering(self, count: int) -> None:
+        self._log.warning("messages failed for good and were dead-lettered", messages=count)
 
     def _log_unpublishable(self, count: int) -> None:
         self._log.error(
@@ -461,6 +474,10 @@ class Settler:
             self._observers.emit(SettleFailed(step, count, error, seconds))
 
     def _emit_confirmed(self, copies: Sequence[PendingCopy]) -> None:
+        asked_for = (None, DeadLetterReason.REJECTED)
+        failed = sum(each.reason not in asked_for for each in copies)
+        if failed:
+            self._dead_lettering.note(failed)
         wanted = self._observers.wanted
         for copy in copies if Requeued in wanted or DeadLettered in wanted else ():
             message = copy.outcome.message
@@ -544,6 +561,7 @@ class Settler:
             self._undeliverable,
             self._looping,
             self._discarding,
+            self._dead_lettering,
             self._unpublishable,
         ):
             log.flush()

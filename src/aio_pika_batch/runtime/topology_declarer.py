@@ -110,6 +110,7 @@ class TopologyDeclarer:
                 self._log.warning(
                     "queue lacks dead-letter arguments: what the broker gives up may be lost"
                     " without this policy",
+                    lacking=sorted(wishes.lacking),
                     policy=policy_command(name, wishes.lacking, self._vhost),
                 )
 

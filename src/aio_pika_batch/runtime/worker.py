@@ -157,8 +157,10 @@ class Worker:
     def oldest(self) -> float | None:
         """Seconds since its longest unsettled message arrived; None if there is none."""
         times = (self._current.oldest if self._current else None, self.slots.since)
-        since = min((each for each in times if each is not None), default=None)
-        return None if since is None else self._loop.time() - since
+        return self._seconds_since(min((each for each in times if each is not None), default=None))
+
+    def _seconds_since(self, moment: float | None) -> float | None:
+        return None if moment is None else self._loop.time() - moment
 
     @property
     def status(self) -> WorkerStatus:
@@ -172,6 +174,7 @@ class Worker:
             in_hand=self.slots.in_hand,
             held=current.held if current else 0,
             oldest=self.oldest,
+            oldest_held=self._seconds_since(current.oldest_held if current else None),
             last_progress=self._loop.time() - current.last_progress if current else None,
             last_error=self._last_error,
             prefetch=current.prefetch if current else self._config.prefetch,

@@ -215,7 +215,9 @@ class WorkerPool:
         unproven = sum(worker.unproven for worker in self._workers)
         reasons = []
         if cut_off:
-            reasons.append(f"{cut_off} messages were in mid-handling, and will be delivered again")
+            reasons.append(
+                f"{cut_off} messages were still being handled, and will be delivered again"
+            )
         if unproven:
             reasons.append(
                 f"{unproven} messages are settled, but the broker has not confirmed it in time;"

@@ -198,7 +198,7 @@ async def test_handlers_that_take_too_long_are_cut_off(rabbit, timeout):
         batch_timeout=60,
         shutdown_timeout=timeout,
     )
-    with pytest.raises(DrainIncomplete, match="5 messages were in mid-handling"):
+    with pytest.raises(DrainIncomplete, match="5 messages were still being handled"):
         await stopped_after(1, consumer)
     assert 0.7 * timeout <= consumer.took <= timeout
     counts = {(ACK, Cause.HANDLER): 1, (REQUEUE, Cause.HANDLER): 1, (None, Cause.SHUTDOWN): 3}
@@ -508,7 +508,9 @@ async def test_messages_in_handlers_and_settlements_are_both_counted():
     script.last.unproven = 4
     await asyncio.sleep(1)
     consumer.request_stop()
-    with pytest.raises(DrainIncomplete, match=r"2 messages were in mid-handling.*; 4 messages are"):
+    with pytest.raises(
+        DrainIncomplete, match=r"2 messages were still being handled.*; 4 messages are"
+    ):
         await running
 
 

@@ -75,6 +75,31 @@ async def a_handler_that_fails():
         await asyncio.sleep(1)
 
 
+async def bodies_that_are_no_json():
+    """Each is dead-lettered."""
+
+    async def decode(messages):
+        for message in messages:
+            message.json()
+            yield ACK
+
+    rabbit = a_broker(b"{x}")
+    async with Importer(decode, transport=rabbit.transport, dead_letter_queue="orders.dead"):
+        await asyncio.sleep(1)
+
+
+async def a_handler_that_fails_for_good():
+    """Its messages are dead-lettered together."""
+    rabbit = a_broker(*numbered(3))
+    async with Importer(
+        answering(error=KeyError("sku")),
+        transport=rabbit.transport,
+        dead_letter_queue="orders.dead",
+        unhandled_exception_action="NACK",
+    ):
+        await asyncio.sleep(1)
+
+
 async def a_culprit():
     """Isolation finds it in halves of the batch."""
 
@@ -275,6 +300,8 @@ STORIES = [
     a_life_with_a_lost_connection,
     a_handler_that_fails,
     a_culprit,
+    bodies_that_are_no_json,
+    a_handler_that_fails_for_good,
     a_key_that_fails,
     a_retry_count_that_is_none,
     copies_that_are_refused,

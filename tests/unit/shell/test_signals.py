@@ -62,7 +62,7 @@ async def test_the_second_signal_abandons_the_drain(rabbit):
     send()
     await asyncio.sleep(0)
     send()
-    with pytest.raises(DrainIncomplete, match="6 messages were in mid-handling"):
+    with pytest.raises(DrainIncomplete, match="6 messages were still being handled"):
         await running
     assert 2 == asyncio.get_running_loop().time()
     assert numbered(6) == rabbit.waiting()
