@@ -45,6 +45,7 @@ def worker(state: WorkerState = WorkerState.CONSUMING, **counts: int) -> WorkerS
         state=state,
         epoch=2,
         oldest=None,
+        oldest_held=None,
         last_progress=None,
         last_error=None,
         **given,

@@ -23,7 +23,7 @@ def status(
 ) -> ConsumerStatus:
     """Return the status of a consumer with one worker in each of these states."""
     workers = tuple(
-        WorkerStatus(index, state, 1, 0, 0, 0, 999.0 if is_stuck else None, 1.0, error)
+        WorkerStatus(index, state, 1, 0, 0, 0, 999.0 if is_stuck else None, None, 1.0, error)
         for index, state in enumerate(states)
     )
     return ConsumerStatus("Importer", "orders", bool(states), not is_stuck, workers, is_stuck)

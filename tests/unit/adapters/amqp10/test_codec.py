@@ -291,7 +291,7 @@ def test_nothing_is_set_aside_for_what_is_announced():
 @pytest.mark.parametrize(
     "value",
     [
-        object(),
+        range(1),
         2**63,
         -(2**63) - 1,
         UInt(-1),
@@ -303,8 +303,8 @@ def test_nothing_is_set_aside_for_what_is_announced():
         Symbol("\ud800"),
         Array([1]),
         Decimal(b"abc"),
-        [object()],
-        {"a": object()},
+        [range(1)],
+        {"a": range(1)},
     ],
     ids=repr,
 )
