@@ -15,16 +15,26 @@ from typing import TYPE_CHECKING, Any
 import aio_pika
 import pytest
 
-from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult, Nack, Requeue
+from aio_pika_batch import (
+    BatchConsumer,
+    BatchConsumerSettings,
+    DrainIncomplete,
+    MessageResult,
+    Nack,
+    Publication,
+    Requeue,
+)
 from aio_pika_batch.testing.rabbitmq.processes import kill_group, spawn
 from tests.integration.helpers import parse_version, publish, ready, until
 from tests.integration.test_amqp10_contract import (
     speaks_amqp10,  # noqa: F401  -- for all that is in this file
 )
 from tests.integration.test_amqp10_session import stall
+from tests.support.cluster import Cluster
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from aio_pika.abc import AbstractChannel
 
@@ -307,31 +317,33 @@ class BatchConsumerProbe(BatchConsumer):
             yield MessageResult.REQUEUE
 
 
+class Waiting(Scripted):
+    """Settles each message on its own, when it may."""
+
+    def __init__(self, settings: BatchConsumerSettings) -> None:
+        super().__init__(settings)
+        self.go = asyncio.Event()
+        self.inside = 0
+
+    async def process_messages(self, messages):
+        self.inside += 1
+        await self.go.wait()
+        async for result in super().process_messages(messages):
+            yield result
+
+
 @pytest.mark.needs_node
 async def test_a_stop_waits_until_the_queue_has_applied_all(
     settings: Any, name: str, channel: AbstractChannel, amqp_url: str, rabbitmq: RabbitMQ
 ) -> None:
     """200 outcomes are on their way while the queue's leader stands still: none comes back."""
-
-    class Waiting(Scripted):
-        """Settles each message on its own, when it may."""
-
-        inside = 0
-
-        async def process_messages(self, messages):
-            self.inside += 1
-            await go.wait()
-            async for result in super().process_messages(messages):
-                yield result
-
-    go = asyncio.Event()
     consumer = Waiting(settings(prefetch_count=200, batch_size=1, concurrency=200))
     steps: list[list[object]] = [[], [10.0], ["nack"], []]
     await filled(channel, consumer, [script(n, *steps[n % 4]) for n in range(200)])
     await consumer.start()
     await until(lambda: consumer.inside == 200)
     await asyncio.to_thread(stall, rabbitmq, name)
-    go.set()
+    consumer.go.set()
     began = time.monotonic()
     await consumer.stop()
     assert time.monotonic() - began < 20
@@ -368,3 +380,54 @@ async def test_a_message_of_20_megabytes_goes_back_and_comes_again(
     async with consumer:
         await until(lambda: len(seen) == 4)
     assert Counter([b"before", large, b"after", large]) == Counter(seen)
+
+
+@pytest.mark.long
+@pytest.mark.needs_node
+@pytest.mark.parametrize("fault", ["the leader is killed", "the majority is paused"])
+async def test_a_stop_in_a_cluster_repeats_nothing_or_says_so(
+    broker: RunningBroker, tmp_path: Path, settings: Any, name: str, fault: str
+) -> None:
+    """200 outcomes are on their way then."""
+    assert broker.node is not None
+    with Cluster(broker.node.server, tmp_path) as cluster:
+        async with BatchConsumerProbe(settings(url=cluster.nodes[0].url)):
+            pass
+        await asyncio.to_thread(cluster.wait_for_replicas, name)
+        leader = await asyncio.to_thread(cluster.leader_of, name)
+        others = [node for node in cluster.nodes if node is not leader]
+        given = settings(url=others[0].url, prefetch_count=200, batch_size=1, concurrency=200)
+        consumer = Waiting(given)
+        await consumer.start()
+        await consumer.publish_many([Publication(script(n), routing_key=name) for n in range(200)])
+        await until(lambda: consumer.inside == 200)
+        stopping = asyncio.create_task(consumer.stop())
+        await asyncio.sleep(0.5)
+        if fault == "the leader is killed":
+            consumer.go.set()
+            await asyncio.to_thread(leader.kill)
+        else:
+            for node in (leader, others[1]):
+                await asyncio.to_thread(node.pause)
+            consumer.go.set()
+            await asyncio.sleep(4)
+            for node in (leader, others[1]):
+                await asyncio.to_thread(node.resume)
+        said = ""
+        try:
+            await stopping
+        except DrainIncomplete as error:
+            said = str(error)
+        await asyncio.to_thread(cluster.restore)
+        left = await until_steady(others[0].url, name)
+        print(f"{fault}: {left} come again; {said or 'nothing is said'}")  # noqa: T201
+        assert 0 == left or said
+
+
+async def until_steady(url: str, name: str) -> int:
+    """How many messages are ready once that has stopped to change."""
+    last = -1
+    while (found := await ready(url, name)) != last or found < 0:
+        last = found
+        await asyncio.sleep(2)
+    return found
