@@ -134,8 +134,9 @@ def refusal_error(
         A `TopologyError`, or `BrokerUnavailable` if a later attempt may succeed.
     """
     advice = _ADVICE_BY_CODE.get(code)
+    said = f"{code} {text}".rstrip(".")
     if advice is None or is_transient(text):
-        return BrokerUnavailable(f"{subject}: {code} {text}; try again later")
+        return BrokerUnavailable(f"{subject}: {said}; try again later")
     words = _unquoted(text)
     if "inequivalent" in words:
         advice = if_unequal or advice
@@ -143,7 +144,7 @@ def refusal_error(
         advice = if_missing or advice
     else:
         advice = next((each for part, each in _ADVICE_BY_TEXT if part in words), advice)
-    return TopologyError(f"{subject}: {code} {text}; {advice}")
+    return TopologyError(f"{subject}: {said}; {advice}")
 
 
 def publish_refusal_error(code: int, text: str, exchange: str, where: str) -> TransportError:

@@ -79,7 +79,8 @@ def close_reason(error: BaseException | None) -> Closed | None:
 def connection_error(closed: Closed, address: Address) -> TransportError:
     """Make an error of a connection that the broker closed while it was being opened."""
     code, text = closed
-    refusal = f"{address} refused the connection of user {address.user!r}: {code} {text}"
+    said = f"{code} {text}".rstrip(".")
+    refusal = f"{address} refused the connection of user {address.user!r}: {said}"
     if code not in _FINAL or is_transient(text):
         return BrokerUnavailable(f"{refusal}; try again later")
     if code == ReplyCode.ACCESS_REFUSED:
