@@ -417,6 +417,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def guard(session: nox.Session) -> None:
+    """Compare the costs of this revision with those of another: ``-- REVISION``."""
+    install(session, ".", *group("test"))
+    session.run("python", "-m", "benchmarks.guard", *session.posargs)
+
+
+@nox.session
 def scale(session: nox.Session) -> None:
     """Measure workers and processes on one node and on three, and write it to docs/scaling.md."""
     install(session, ".", *group("test"))

@@ -112,9 +112,21 @@ def the_bar(of: Mapping[str, Rounds]) -> list[Goal]:
     return [
         Goal(
             "CPU per message, all acked, of aio-pika's with an ack each",
-            Fraction(1, 18),
+            Fraction(1, 20),
             cpu_ratio(ours, rounds("aio-pika.each")),
         ),
+        *(
+            Goal(
+                f"CPU per message, {text}, of aio-pika's with an ack each",
+                Fraction(1, wanted),
+                cpu_ratio(rounds(key), rounds("aio-pika.each")),
+            )
+            for text, wanted, key in [
+                ("defaults", 12, "ours.default"),
+                ("`Consumer` with its defaults", 8, "ours.single-default"),
+            ]
+        ),
+        Goal("CPU per message, defaults, of all acked", 2, cpu_ratio(rounds("ours.default"), ours)),
         Goal(
             "CPU per message, all acked, of pika's", Fraction(1, 3), cpu_ratio(ours, rounds("pika"))
         ),

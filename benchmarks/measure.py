@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks import environments
@@ -32,6 +33,8 @@ class Case:
         is_ours: Whether it is this library.
         fill: Whether its queue is full at the start: it consumes.
         shape: Of the messages that it consumes.
+        queue_type: Of the queue that it consumes.
+        source: The sources of this library that it uses; None for what is installed.
         limit: Seconds that it may take.
     """
 
@@ -49,6 +52,8 @@ class Case:
     prefetch: int = 500
     warmup: int = 1000
     options: dict[str, Any] = field(default_factory=dict)
+    queue_type: str = "classic"
+    source: Path | None = None
     limit: float = 300.0
 
     def smaller(self, most: int) -> Case:
@@ -84,7 +89,7 @@ def measure(case: Case, filler: Filler, url: str, missing: Mapping[str, str]) ->
         raise Failed(missing[case.environment])
     queue = f"bench.{case.key}"
     filler.delete(queue)
-    filler.make(queue)
+    filler.make(queue, case.queue_type)
     try:
         if case.fill:
             filler.fill(queue, case.filled, case.body, case.shape)
@@ -112,10 +117,11 @@ def run(case: Case, job: Job) -> Reading:
     """Run the competitor in a process of its own, and take its answer."""
     interpreter = environments.python(case.environment)
     command = [str(interpreter), "-m", f"benchmarks.competitors.{case.module}"]
+    paths = [str(each) for each in (case.source, environments.ROOT) if each is not None]
     process = subprocess.Popen(  # noqa: S603  -- our own
         [*command, json.dumps(asdict(job))],
         cwd=environments.ROOT,
-        env={**os.environ, "PYTHONPATH": str(environments.ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

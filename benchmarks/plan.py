@@ -21,6 +21,9 @@ def _theirs(key: str, name: str, module: str, task: str, messages: int, **more: 
 # Both get as many messages: the more stand in a queue, the slower the broker is.
 MIX: dict[str, Any] = {"messages": SLOW, "prefetch": 1000, "warmup": 2000}
 
+# A prefetch count that isn't set has grown by then: it does so after a second.
+DEFAULTS, GROWN = {"defaults": True}, 60_000
+
 CONSUME = [
     ours("ours.ack", "all acked"),
     ours("ours.observer", "all acked, observed", options={"observer": True}),
@@ -28,7 +31,17 @@ CONSUME = [
     ours("ours.reject", "10 % NACK", "reject"),
     ours("ours.mixed", "1 % NACK, 10 % REQUEUE", "mixed", **MIX),
     ours("ours.mixed-500", "the same at prefetch 500", "mixed", SLOW),
+    ours("ours.default", "defaults", options=DEFAULTS, warmup=GROWN),
+    ours("ours.quorum", "all acked, quorum queue", messages=MEDIUM, queue_type="quorum"),
     ours("ours.single", "`Consumer`, one by one", messages=MEDIUM, module="ours_single"),
+    ours(
+        "ours.single-default",
+        "`Consumer`, defaults",
+        messages=MEDIUM,
+        module="ours_single",
+        options=DEFAULTS,
+        warmup=GROWN,
+    ),
     _theirs("librabbitmq", "librabbitmq (C), multiple ack", "librabbitmq", "multiple", FAST),
     _theirs("pika", "pika SelectConnection, multiple ack", "pika_select", "multiple", MEDIUM),
     _theirs(

@@ -2,8 +2,9 @@
 
 Tasks: ``ack``; ``mixed``, 1 % NACK and 10 % REQUEUE; ``reject``, 10 % NACK; ``requeue``, all
 REQUEUE; ``headers``, all acked after each message's headers were read; ``hold``, all acked by a
-handler so slow that as much waits as is allowed to. Options: ``observer``, one
-that implements every method; ``uvloop``; and any other is a setting.
+handler so slow that as much waits as is allowed to; ``keys``, all acked, with a `batch_key`.
+Options: ``observer``, one that implements every method; ``uvloop``; ``defaults``, without a batch
+size and a prefetch count; ``dead``, with a dead-letter queue; and any other is a setting.
 """
 
 from __future__ import annotations
@@ -93,18 +94,28 @@ class Holding(Counting):
             yield result
 
 
-KINDS = {"headers": Reading, "hold": Holding}
+class Keyed(Counting):
+    """Has a key for each message; it is the same for all, so that batches are full."""
+
+    def batch_key(self, message: Message) -> int:
+        """Return the length of the body."""
+        return len(message.body)
+
+
+KINDS = {"headers": Reading, "hold": Holding, "keys": Keyed}
 
 
 async def consume(job: Job, meter: Meter, watched_by: Sequence[Observer] = ()) -> None:
     """Consume until everything is measured."""
     options = {key: value for key, value in job.options.items() if key != "uvloop"}
+    if not options.pop("defaults", False):
+        options |= {"prefetch_count": job.prefetch, "batch_size": job.batch}
+    if options.pop("dead", False):
+        options["dead_letter_queue"] = f"{job.queue}.idle"
     watching = [Watching()] if options.pop("observer", None) else []
     settings = BatchConsumerSettings(
         url=job.url,
         queue_name=job.queue,
-        prefetch_count=job.prefetch,
-        batch_size=job.batch,
         max_requeue_attempts=MANY,
         **options,
     )

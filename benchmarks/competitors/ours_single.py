@@ -1,4 +1,4 @@
-"""Our `Consumer`: one message at a time, all acked."""
+"""Our `Consumer`: one message at a time, all acked. Option: ``defaults``, no prefetch count."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ async def consume(job: Job, meter: Meter) -> None:
                 done.set()
             return MessageResult.ACK
 
-    settings = ConsumerSettings(url=job.url, queue_name=job.queue, prefetch_count=job.prefetch)
+    given = {} if job.options.get("defaults") else {"prefetch_count": job.prefetch}
+    settings = ConsumerSettings(url=job.url, queue_name=job.queue, **given)
     async with Counting(settings):
         await done.wait()
 

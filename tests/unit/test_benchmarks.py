@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from benchmarks import chart, figures, report, series
+from benchmarks import chart, figures, guard, report, series
 from benchmarks.figures import Goal, Spread
 from benchmarks.measure import Case
 from benchmarks.protocol import Job, Meter, Reading
@@ -118,7 +118,7 @@ class TestReport:
         """In bold, and in parts of what others need."""
         shown = report.goal_table(figures.the_bar({"ours.ack": rounds(13), "pika": rounds(26)}))
         assert "| ≤ 1/3 | 1/2 | **missed** |" in shown
-        assert "| ≤ 1/18 | – | not measured |" in shown
+        assert "| ≤ 1/20 | – | not measured |" in shown
 
     @pytest.mark.parametrize(
         ("value", "shown"), [(0.0333, "0.033"), (4.567, "4.57"), (45.67, "45.7"), (1234.5, "1,234")]
@@ -203,3 +203,26 @@ class TestMeter:
         first = meter.reading
         assert meter.count(1) is True
         assert first is meter.reading
+
+
+class TestGuard:
+    """When has something become more expensive?"""
+
+    def test_a_certain_difference_is_a_failure(self) -> None:
+        """Also if the machine becomes slower meanwhile."""
+        old = [10.0, 11, 12, 13, 14, 15, 16, 17, 18]
+        found = guard.compare(old, [1.05 * each for each in old])
+        assert pytest.approx((1.05, 1.05, 1.05)) == (found.ratio, found.low, found.high)
+        assert found.is_worse
+        assert not guard.compare(old, [1.01 * each for each in old]).is_worse
+
+    def test_noise_is_not_a_failure(self) -> None:
+        """Its interval reaches below the limit."""
+        found = guard.compare([10.0] * 9, [9, 12, 10, 11, 13, 9, 10, 12, 11])
+        assert found.ratio > guard.LIMIT
+        assert not found.is_worse
+
+    def test_each_case_has_a_name_of_its_own(self) -> None:
+        """And fewer messages if that is asked for."""
+        assert len(guard.CASES) == len({case.key for case in guard.CASES})
+        assert {100} == {case.smaller(100).messages for case in guard.CASES}

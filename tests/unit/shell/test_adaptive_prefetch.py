@@ -10,6 +10,7 @@ from aio_pika_batch.adapters.memory import EventKind
 from aio_pika_batch.core.config_checks import SINGLE_ACTIVE
 from tests.unit.shell.helpers import (
     ACK,
+    NACK,
     REQUEUE,
     RecordingConsumer,
     SingleConsumer,
@@ -100,13 +101,14 @@ async def test_it_is_kept(rabbit, given):
         assert 0 < len(rabbit.unsettled(queue)) <= before
 
 
-async def test_messages_that_fail_do_not_make_it_grow(rabbit):
-    """They are held until their retry, and count against it."""
+@pytest.mark.parametrize("result", [NACK, REQUEUE])
+async def test_messages_that_fail_do_not_make_it_grow(rabbit, result):
+    """They are held until their retry, and count against it; or they are rejected."""
     rabbit.put(*numbered(3000))
     async with RecordingConsumer(
-        answering(*[REQUEUE] * 10), transport=rabbit.transport, requeue_delay=None
+        taking(0.01, answering(*[result] * 10)), transport=rabbit.transport, requeue_delay=None
     ) as consumer:
-        for _ in range(100):
+        for _ in range(40):
             await asyncio.sleep(0.5)
             assert [20] == prefetches(consumer)
 
