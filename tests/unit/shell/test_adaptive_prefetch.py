@@ -92,8 +92,9 @@ async def test_it_is_kept(rabbit, given):
             return message.body[-1:]
 
     queue = "jobs" if "declare" in given else "other"
-    answer = taking(0.001)
-    async with Keyed(answer, transport=rabbit.transport, queue_name=queue, **given) as consumer:
+    answer = taking(0.01)
+    base = Keyed if "ordered_by_key" in given else RecordingConsumer
+    async with base(answer, transport=rabbit.transport, queue_name=queue, **given) as consumer:
         [before] = prefetches(consumer)
         rabbit.put(*numbered(5000), queue=queue)
         await asyncio.sleep(3)
