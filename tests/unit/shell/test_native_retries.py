@@ -282,3 +282,16 @@ async def test_messages_of_a_process_that_is_killed_again_and_again_are_not_copi
         await asyncio.sleep(60)
     assert sorted(numbered(30)) == sorted(consumer.handled)
     assert [] == copies(rabbit) + rabbit.waiting()
+
+
+async def test_a_delay_queue_is_declared_only_if_amqp_0_9_1_has_to_be_used():
+    """With the setting, none is declared at the start."""
+    for wire, queues in (("amqp10", 0), ("auto", 1)):
+        rabbit = QueueBroker("4.3", wire=wire)
+        answer = first_then(answering(REQUEUE), ack)
+        async with a_consumer(rabbit, answer, wire="amqp10", requeue_delay=5) as consumer:
+            assert not [each for each in rabbit.broker.queues if ".retry." in each]
+            rabbit.put(b"0")
+            await asyncio.sleep(20)
+        assert [5] == gaps(consumer)
+        assert queues == len([each for each in rabbit.broker.queues if ".retry." in each])
