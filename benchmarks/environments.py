@@ -19,6 +19,7 @@ FOLDER = ROOT / ".cache" / "bench"
 MAIN = "main"
 REQUIREMENTS: dict[str, list[str]] = {
     MAIN: [str(ROOT), "pika", "amqp", "uvloop"],
+    "amqp10": ["rabbitmq-amqp-python-client"],
     "faststream": ["faststream[rabbit]"],
     "celery": ["celery", "celery-batches"],
     "original": ["aio-pika-batch==0.1.0"],

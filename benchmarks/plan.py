@@ -119,17 +119,50 @@ REQUEUE = [
 ]
 
 
+AMQP10 = [
+    *(
+        ours(
+            f"amqp10.{wire}",
+            f'all acked, wire="{wire}"',
+            queue_type="quorum",
+            messages=SLOW,
+            options={"queue_type": "quorum", "wire": wire},
+        )
+        for wire in ("fast", "amqp10")
+    ),
+    _theirs(
+        "amqp10.official",
+        "rabbitmq-amqp-python-client, accept each",
+        "official_amqp10",
+        "each",
+        environment="amqp10",
+        queue_type="quorum",
+        messages=SLOW // 4,
+    ),
+]
+"""On a quorum queue of RabbitMQ 4."""
+
+
 def sections(*, has_wire: bool) -> dict[str, Sequence[Case]]:
     """Everything, by section, in the order of the report."""
     return {
         "consume": CONSUME,
         "publish": PUBLISH,
         "requeue": REQUEUE,
+        **({"amqp10": AMQP10} if has_wire else {}),
         "variants": variants(has_wire=has_wire),
         "growth": GROWTH,
         "memory": MEMORY,
     }
 
 
-ROUNDS = {"consume": 5, "publish": 5, "requeue": 5, "variants": 3, "growth": 3, "memory": 1}
+ROUNDS = {
+    "consume": 5,
+    "publish": 5,
+    "requeue": 5,
+    "amqp10": 5,
+    "variants": 3,
+    "growth": 3,
+    "memory": 1,
+}
 """How often each section is measured. Ratios are of one round's figures, so they need most."""

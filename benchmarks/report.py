@@ -23,6 +23,7 @@ HEADINGS = {
     "consume": "Consuming",
     "publish": "Publishing, confirmed",
     "requeue": "Requeueing, end to end",
+    "amqp10": "Over AMQP 1.0",
     "variants": "This library beside itself",
     "growth": "As things grow",
     "memory": "Memory",

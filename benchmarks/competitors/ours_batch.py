@@ -10,6 +10,7 @@ size and a prefetch count; ``dead``, with a dead-letter queue; and any other is 
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Any
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, Message, MessageResult, Observer
@@ -94,6 +95,18 @@ class Holding(Counting):
             yield result
 
 
+class Refusals(logging.Handler):
+    """Keeps the warnings that another wire is used than the one to be measured."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self.lines.append(record.getMessage())
+
+
 class Keyed(Counting):
     """Has a key for each message; it is the same for all, so that batches are full."""
 
@@ -121,8 +134,12 @@ async def consume(job: Job, meter: Meter, watched_by: Sequence[Observer] = ()) -
     )
     consumer = KINDS.get(job.task, Counting)(settings, observers=[*watching, *watched_by])
     done = consumer.prepare(job, meter)
+    refused = Refusals()
+    logging.getLogger("aio_pika_batch.connection").addHandler(refused)
     async with consumer:
         await done.wait()
+    if refused.lines:
+        raise RuntimeError(refused.lines[0])
     if watching and not watching[0].seen:
         raise RuntimeError("nothing was observed")
 
