@@ -130,6 +130,8 @@ async def consume(job: Job, meter: Meter, watched_by: Sequence[Observer] = ()) -
         url=job.url,
         queue_name=job.queue,
         max_requeue_attempts=MANY,
+        # At once, as the others do it by hand.
+        requeue_delay=0,
         **options,
     )
     consumer = KINDS.get(job.task, Counting)(settings, observers=[*watching, *watched_by])
