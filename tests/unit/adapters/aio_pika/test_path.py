@@ -124,7 +124,10 @@ async def test_an_acknowledged_batch_passes_through_few_files(
 ) -> None:
     """Full batches, batches that time out, and reads that end within a message."""
     transport = OneSession(monkeypatch)
-    settings = BatchConsumerSettings(_env_file=None, queue_name="q", url="memory://")
+    # With a prefetch count of its own: to adapt one, the consumer only counts what it has acked.
+    settings = BatchConsumerSettings(
+        _env_file=None, queue_name="q", url="memory://", prefetch_count=20
+    )
     consumer = Importer(settings, transport=transport)
     count = 4 * settings.batch_size + 2
     async with consumer:
