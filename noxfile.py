@@ -125,8 +125,8 @@ def run_tests(session: nox.Session, versions: Path | None) -> None:
     The integration tests mostly wait, for their broker or for time to pass. Each half has a broker
     of its own. The reports of the processes in the background are printed at the end.
 
-    The second half of the integration tests isn't measured for coverage: it would be slower by a
-    third, and hardly reaches code that the others don't.
+    Only the unit tests are measured for coverage: integration tests start many processes, each of
+    which would be slower by a third.
     """
     install(session, ".[cli,uvloop]", *group("test"), versions=versions)
     session.run("coverage", "erase")
@@ -140,7 +140,7 @@ def run_tests(session: nox.Session, versions: Path | None) -> None:
         in_background(session, "integration", (), [*QUICK, *others]) as other_half,
     ):
         try:
-            pytest(session, *QUICK, *here)
+            session.run("python", "-m", "pytest", *QUICK, *here, env=UTF8)
         finally:
             failed = [each.report() for each in (other_half, unit_tests)]
     if any(failed):
@@ -342,12 +342,15 @@ def fetch(session: nox.Session, version: str) -> str:
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Combine what the tests have covered: all of the core, and nearly all of the rest."""
+    """Combine what the unit tests have covered: all of the core, and most of the rest.
+
+    What connects to brokers and databases, and starts processes, is left to integration tests.
+    """
     install(session, *(needed for needed in group("test") if needed.startswith("coverage")))
     session.run("coverage", "combine", "--keep")
     pure = "src/aio_pika_batch/core/*,src/aio_pika_batch/cli/process_manager.py"
     session.run("coverage", "report", f"--include={pure}", "--fail-under=100")
-    session.run("coverage", "report", "--fail-under=95")
+    session.run("coverage", "report", "--fail-under=90")
 
 
 @nox.session

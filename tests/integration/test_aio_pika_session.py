@@ -343,6 +343,7 @@ async def test_a_silent_broker_ends_the_session(
     assert time.monotonic() - start < SLACK
 
 
+@pytest.mark.long
 async def test_closing_a_clogged_connection_takes_seconds(
     amqp_url: str, proxy: TcpProxy, queue: str, wire: Wire
 ) -> None:
@@ -355,6 +356,7 @@ async def test_closing_a_clogged_connection_takes_seconds(
     assert time.monotonic() - start < 5 + SLACK
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("queue", ["classic"], indirect=True)
 async def test_a_busy_connection_is_not_considered_dead(
     amqp_url: str, queue: str, wire: Wire

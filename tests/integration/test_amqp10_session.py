@@ -390,6 +390,7 @@ async def test_a_peer_that_says_nothing_is_not_waited_for(amqp_url: str, proxy: 
     assert "no answer within 0.5 s" in text
 
 
+@pytest.mark.long
 @pytest.mark.needs_node
 async def test_tls_and_certificates_work_as_over_091(
     secured: Secured,  # noqa: F811

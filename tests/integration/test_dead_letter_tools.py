@@ -188,6 +188,7 @@ async def test_messages_that_the_broker_dead_lettered_can_be_replayed(
     await holds(amqp_url, f"{name}.dlq", 1)
 
 
+@pytest.mark.long
 @pytest.mark.needs_node
 @pytest.mark.parametrize("exchange", ["", "shop"])
 async def test_a_replay_without_permission_says_so(

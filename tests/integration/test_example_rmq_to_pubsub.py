@@ -86,6 +86,7 @@ async def test_each_key_arrives_in_its_order_in_spite_of_failures(
     await holds(amqp_url, name, 0)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(JAR is None, reason="Google's emulator is not installed")
 def test_googles_emulator_takes_the_same(monkeypatch) -> None:
     """Published, and pulled again by Google's own subscriber, in order."""

@@ -70,6 +70,7 @@ def test_an_interrupted_example_stops_cleanly(amqp_url: str, name: str) -> None:
     assert output(name, "--url", amqp_url, how=INTERRUPTED + AS_IT_IS)
 
 
+@pytest.mark.long
 @pytest.mark.needs_node
 def test_nothing_is_left_behind(rabbitmq: RabbitMQ, amqp_url: str) -> None:
     """Neither a queue nor an exchange: the next run, or another one beside it, finds none."""

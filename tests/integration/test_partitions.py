@@ -54,6 +54,7 @@ async def is_consumed(url, queue):
     return await consumers(url, queue) >= 1
 
 
+@pytest.mark.long
 @pytest.mark.needs_node
 async def test_each_key_keeps_its_order_and_its_consumer(broker, tmp_path):
     """Four partitions share forty keys, with an active and a standby worker for each."""

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # --- the node -------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.needs_node
 async def test_a_killed_node_keeps_durable_data(
     rabbitmq: RabbitMQ, amqp_url: str, name: str
@@ -86,6 +87,7 @@ async def test_connections_can_be_closed_by_the_broker(rabbitmq: RabbitMQ, amqp_
     assert "spring cleaning" in str(await asyncio.wait_for(closed, PATIENCE))
 
 
+@pytest.mark.long
 @pytest.mark.needs_node
 async def test_a_memory_alarm_blocks_publishing_until_it_ends(
     rabbitmq: RabbitMQ, amqp_url: str, name: str

@@ -59,7 +59,7 @@ async def connect_to_first(
             return await connect(address)
         except TransportError as error:
             errors.append(error)
-    if len(errors) == 1:
+    if len(errors) == 1 and not isinstance(errors[0], _UnknownHost):
         raise errors[0]
     refusals = [error for error in errors if isinstance(error, AccessRefused)]
     if len(refusals) < len(errors):
@@ -68,7 +68,7 @@ async def connect_to_first(
     last = (refusals or errors)[-1]
     kind = AccessRefused if refusals else BrokerUnavailable
     text = "; ".join(map(str, errors))
-    raise kind(f"no address can be used: {text}") from last
+    raise kind(text if len(errors) == 1 else f"no address can be used: {text}") from last
 
 
 async def tls_context(endpoint: Endpoint, address: Address) -> ssl.SSLContext | None:
