@@ -39,6 +39,9 @@ QUICK = ("-m", "not long")
 COVERED = ("-m", "coverage", "run")
 """Arguments of Python that measure what a module covers."""
 
+PURE = ("tests/unit/core", "tests/unit/shell")
+"""Half of the unit tests, by the time that they take."""
+
 UTF8 = {"PYTHONUTF8": "1"}
 """Tests read pages of the documentation, which are UTF-8 whatever the locale is."""
 
@@ -120,7 +123,7 @@ def lock(session: nox.Session) -> None:
 
 
 def run_tests(session: nox.Session, versions: Path | None) -> None:
-    """Run the unit tests, and the integration tests in two halves, in three processes at once.
+    """Run the unit tests and the integration tests in halves, in four processes at once.
 
     The integration tests mostly wait, for their broker or for time to pass. Each half has a broker
     of its own. The reports of the processes in the background are printed at the end.
@@ -136,15 +139,21 @@ def run_tests(session: nox.Session, versions: Path | None) -> None:
     here, others = halves(Path("tests/integration"))
     failed: list[bool] = []
     with (
-        in_background(session, "unit", COVERED, ["tests/unit"]) as unit_tests,
+        in_background(session, "unit-pure", COVERED, PURE) as pure,
+        in_background(session, "unit", COVERED, ["tests/unit", *without(PURE)]) as unit_tests,
         in_background(session, "integration", (), [*QUICK, *others]) as other_half,
     ):
         try:
             session.run("python", "-m", "pytest", *QUICK, *here, env=UTF8)
         finally:
-            failed = [each.report() for each in (other_half, unit_tests)]
+            failed = [each.report() for each in (other_half, unit_tests, pure)]
     if any(failed):
         session.error("tests of a background process failed: see its report above")
+
+
+def without(folders: Sequence[str]) -> list[str]:
+    """Return the options of pytest that leave out these folders."""
+    return [f"--ignore={each}" for each in folders]
 
 
 def halves(folder: Path) -> tuple[list[str], list[str]]:

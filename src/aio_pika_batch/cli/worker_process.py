@@ -154,16 +154,16 @@ async def _wait_for(consumers: Sequence[AnyConsumer], tasks: Sequence[asyncio.Ta
 
 def _log_failure(consumer: AnyConsumer, error: BaseException) -> None:
     """Log why a consumer failed, with a traceback unless the error is the library's own."""
-    if isinstance(error, DrainIncomplete):
-        _log.error("a consumer did not drain in time", error=str(error))
-        return
-    _log.error(
-        "a consumer failed; the program stops",
-        exc_info=None if isinstance(error, AioPikaBatchError) else error,
+    log = _log.bind(
         consumer=type(consumer).__name__,
         queue=consumer.settings.queue_name,
         error=format_error(error),
     )
+    if isinstance(error, DrainIncomplete):
+        log.error("a consumer did not drain in time")
+    else:
+        is_ours = isinstance(error, AioPikaBatchError)
+        log.error("a consumer failed; the program stops", exc_info=None if is_ours else error)
 
 
 # --- under a supervisor ----------------------------------------------------------
