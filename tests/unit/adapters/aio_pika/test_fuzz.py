@@ -15,7 +15,7 @@ from tests.fuzz.targets import TARGETS
         ("split", 1500),
         ("read", 5000),
         ("copy", 3000),
-        ("amqp10", 1500),
+        ("amqp10", 300),
         ("amqp10 sections", 3000),
         ("amqp10 values", 3000),
     ],
