@@ -27,6 +27,8 @@ from aio_pika_batch.adapters.amqp10.session import Amqp10Session
 from aio_pika_batch.adapters.tls import check_tls
 from aio_pika_batch.adapters.url import parse_url
 from aio_pika_batch.core.topology import (
+    AMQP10_SINCE,
+    DELAYS_SINCE,
     DELIVERY_LIMIT,
     Exchange,
     Topology,
@@ -48,13 +50,6 @@ from aio_pika_batch.transport import (
 )
 
 _log = KeywordLogger(logging.getLogger("aio_pika_batch.connection"))
-
-AMQP10_SINCE: Final[Version] = (4, 0)
-"""The first RabbitMQ that speaks AMQP 1.0 without a plugin."""
-
-DELAYS_SINCE: Final[Version] = (4, 3)
-"""The first RabbitMQ whose quorum queues keep a message until a given time, and count only failed
-deliveries towards a delivery limit."""
 
 NEEDS_4: Final = "AMQP 1.0 needs RabbitMQ 4.0 or newer"
 

@@ -20,8 +20,10 @@ from aio_pika_batch.core.message import (
 from aio_pika_batch.core.quarantine import CrashPolicy
 from aio_pika_batch.core.results import MessageResult, Result
 from aio_pika_batch.core.topology import (
+    AMQP10_SINCE,
     DEFAULT_DELIVERY_LIMIT,
     DEFAULT_LIMIT_SINCE,
+    DELAYS_SINCE,
     DELIVERY_LIMIT,
     Version,
 )
@@ -46,12 +48,6 @@ CONSUMER_TIMEOUT = "x-consumer-timeout"
 SINGLE_ACTIVE = "x-single-active-consumer"
 
 DELAYED_RETRY_TYPE = "x-delayed-retry-type"
-
-AMQP10_SINCE: Version = (4, 0)
-"""The first RabbitMQ that speaks AMQP 1.0 without a plugin."""
-
-UNCOUNTED_RETRIES_SINCE: Version = (4, 3)
-"""The first RabbitMQ that doesn't count what a consumer puts back without a failure."""
 
 ACK_TIMEOUT = 30 * 60.0
 """Seconds that RabbitMQ waits for an acknowledgement by default (`consumer_timeout`)."""
@@ -195,7 +191,7 @@ def _no_amqp10(
         return "the queue isn't known to be a quorum queue; use queue_type='quorum'"
     if profile.consumer_arguments.keys() - {"x-priority"}:
         return "it has no consumer_arguments but x-priority; remove the others"
-    if _is_before(version, UNCOUNTED_RETRIES_SINCE) and (limit is None or limit >= 0):
+    if _is_before(version, DELAYS_SINCE) and (limit is None or limit >= 0):
         return (
             "before RabbitMQ 4.3 each retry counts towards the delivery limit; set"
             f" {DELIVERY_LIMIT}=-1 in queue_arguments"

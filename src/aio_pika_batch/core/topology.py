@@ -42,6 +42,13 @@ AT_LEAST_ONCE_SINCE: Version = (3, 10)
 DEFAULT_LIMIT_SINCE: Version = (4, 0)
 """The first RabbitMQ whose quorum queues have a delivery limit by default."""
 
+AMQP10_SINCE: Version = (4, 0)
+"""The first RabbitMQ that speaks AMQP 1.0 without a plugin."""
+
+DELAYS_SINCE: Version = (4, 3)
+"""The first RabbitMQ whose quorum queues keep a message until a given time, and count only failed
+deliveries towards a delivery limit."""
+
 DEFAULT_DELIVERY_LIMIT = 20
 """That limit."""
 
