@@ -139,16 +139,24 @@ async def test_a_stuck_worker_fails_the_probe(channel, amqp_url, name, tmp_path)
         assert "longer than stuck_after" in done.stdout
 
 
-async def test_an_unreachable_broker_fails_readiness_only(tmp_path) -> None:
-    """The program waits for it until a signal."""
+@pytest.mark.parametrize("supervised", [(), ("-n", "1")])
+async def test_an_unreachable_broker_fails_readiness_only(tmp_path, supervised) -> None:
+    """The program waits for it until a signal, and the probe says why."""
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         url = f"amqp://127.0.0.1:{nobody.getsockname()[1]}/"
-        async with command_line(tmp_path, *shop("--health-port", "0"), url=url) as program:
+        arguments = shop("--health-port", "0", *supervised)
+        async with command_line(tmp_path, *arguments, url=url) as program:
             where = await address(program)
             await until(lambda: "not consuming" in program.printed)
             assert 0 == cli(tmp_path, "health", "--url", f"{where}/livez").returncode
-            assert 1 == cli(tmp_path, "health", "--url", f"{where}/readyz").returncode
+
+            def probe() -> str:
+                done = cli(tmp_path, "health", "--url", f"{where}/readyz")
+                assert 1 == done.returncode
+                return done.stdout
+
+            await until(lambda: "worker 0 is waiting: BrokerUnavailable" in probe(), what=probe)
             program.send(signal.SIGTERM)
             assert 0 == await program.ended(), program.printed
 

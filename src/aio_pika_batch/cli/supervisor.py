@@ -32,8 +32,10 @@ from aio_pika_batch.cli.process_manager import (
     Heartbeat,
     Kill,
     Log,
+    Phase,
     ProcessEvent,
     ProcessManager,
+    ProcessSlot,
     Spawn,
 )
 from aio_pika_batch.cli.worker_process import ABANDON, DRAIN, ProcessOptions
@@ -71,12 +73,14 @@ class _Child:
 
     Attributes:
         consumers: Their status as of the last heartbeat.
+        unready: Why it wasn't ready then.
     """
 
     process: asyncio.subprocess.Process
     writer: asyncio.StreamWriter
     started_at: float
     consumers: list[object] = field(default_factory=list)
+    unready: list[str] = field(default_factory=list)
 
     def send(self, command: bytes) -> None:
         """Send a command, unless the process is gone."""
@@ -132,12 +136,18 @@ class Supervisor:
     def _readiness(self) -> ProbeResult:
         if self._manager.is_draining:
             return ProbeResult(("draining",))
-        return ProbeResult(
-            tuple(
-                f"process {slot.index} is {slot.phase.value}, and not ready"
-                for slot in self._manager.unready
-            )
-        )
+        unready = (self._unready(slot) for slot in self._manager.unready)
+        return ProbeResult(tuple(reason for reasons in unready for reason in reasons))
+
+    def _unready(self, slot: ProcessSlot) -> Iterator[str]:
+        child = self._children.get(slot.index)
+        if slot.phase is not Phase.UP:
+            crashes = f", after {slot.crashes} crashes in a row" if slot.crashes else ""
+            yield f"process {slot.index} is {slot.phase.value}{crashes}"
+        elif child is None or not child.unready:
+            yield f"process {slot.index} is starting"
+        else:
+            yield from (f"process {slot.index}: {each}" for each in child.unready)
 
     def _status(self) -> Mapping[str, object]:
         processes = [self._process_status(index) for index in range(self._manager.policy.size)]
@@ -313,7 +323,7 @@ class Supervisor:
         with suppress(ConnectionError, ValueError, KeyError, TypeError):
             while line := await reader.readline():
                 message = json.loads(line)
-                child.consumers = message["consumers"]
+                child.consumers, child.unready = message["consumers"], message["unready"]
                 heartbeat = Heartbeat(**message["heartbeat"])
                 self._manager.on_heartbeat(slot, heartbeat, time.monotonic())
                 self._changed.set()

@@ -250,17 +250,22 @@ async def _send_heartbeats(consumers: Sequence[AnyConsumer], writer: asyncio.Str
 
 
 def _heartbeat(consumers: Sequence[AnyConsumer]) -> bytes:
-    """Return one line with the heartbeat and the status of each consumer.
+    """Return one line with the heartbeat, the status of each consumer, and why one isn't ready.
 
-    With the status in it, the supervisor answers /status without asking its processes.
+    With these in it, the supervisor answers /status and /readyz without asking its processes.
     """
     statuses = [consumer.status() for consumer in consumers]
+    ready = readiness(statuses)
     heartbeat = Heartbeat(
-        is_ready=readiness(statuses).is_good,
+        is_ready=ready.is_good,
         is_stuck=not liveness(statuses).is_good,
         drain_timeout=max(consumer.settings.shutdown_timeout for consumer in consumers),
     )
-    message = {"heartbeat": asdict(heartbeat), "consumers": as_json(statuses)}
+    message = {
+        "heartbeat": asdict(heartbeat),
+        "consumers": as_json(statuses),
+        "unready": ready.reasons,
+    }
     return json.dumps(message).encode() + b"\n"
 
 

@@ -16,6 +16,9 @@ from aio_pika_batch.status import ConsumerStatus, WorkerState
 # A worker that probes after a pause consumes, if only one message at a time.
 _READY = frozenset({WorkerState.CONSUMING, WorkerState.PROBING})
 
+# In other states, the end of the last session isn't the reason.
+_CONNECTING = frozenset({WorkerState.CONNECTING, WorkerState.WAITING})
+
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
@@ -55,7 +58,9 @@ def _unready(status: ConsumerStatus) -> Iterable[str]:
         yield f"{_name(status)}: not started, or stopped"
     for worker in status.workers:
         if worker.state not in _READY:
-            yield f"{_name(status)}: worker {worker.index} is {worker.state.value}"
+            error = worker.last_error if worker.state in _CONNECTING else None
+            why = f": {mask_text(error)}" if error else ""
+            yield f"{_name(status)}: worker {worker.index} is {worker.state.value}{why}"
 
 
 def _name(status: ConsumerStatus) -> str:

@@ -47,6 +47,15 @@ def test_a_worker_is_ready_while_it_takes_messages(state):
     assert expected == verdict.reasons
 
 
+def test_a_worker_that_cannot_connect_says_why():
+    """Without a password. In other states its last error isn't the reason."""
+    error = "amqp://me:s3cret@host: no"
+    [reason] = readiness([status(WorkerState.WAITING, error=error)]).reasons
+    assert "Importer (orders): worker 0 is waiting: amqp://me:***@host: no" == reason
+    [reason] = readiness([status(WorkerState.DRAINING, error=error)]).reasons
+    assert "Importer (orders): worker 0 is draining" == reason
+
+
 def test_a_consumer_that_was_not_started_is_alive_and_not_ready():
     """Even if it is one of several."""
     assert liveness([status()]).is_good
