@@ -9,7 +9,9 @@ one process at a time.
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
@@ -417,3 +419,12 @@ class ProcessManager:
         self._actions.append(Log(ProcessEvent.GIVEN_UP, code=code))
         self.drain(now)
         self._code = code
+
+
+def describe_exit(code: int) -> str:
+    """Return how a process ended: its exit code, or the signal that killed it."""
+    if code >= 0:
+        return f"with exit code {code}"
+    with suppress(ValueError):
+        return f"by {signal.Signals(-code).name}"
+    return f"by signal {-code}"

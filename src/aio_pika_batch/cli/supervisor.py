@@ -37,6 +37,7 @@ from aio_pika_batch.cli.process_manager import (
     ProcessManager,
     ProcessSlot,
     Spawn,
+    describe_exit,
 )
 from aio_pika_batch.cli.worker_process import ABANDON, DRAIN, ProcessOptions
 from aio_pika_batch.health.http_server import Answer
@@ -395,16 +396,5 @@ def _emit(entry: Log) -> None:
         log = log.bind(ended=describe_exit(entry.code))
     if entry.pause is not None:
         log = log.bind(restarted_in=f"{entry.pause:g} s")
-    if entry.event in GOOD_NEWS:
-        log.info(entry.event.value)
-    else:
-        log.error(entry.event.value)
-
-
-def describe_exit(code: int) -> str:
-    """Return how a process ended: its exit code, or the signal that killed it."""
-    if code >= 0:
-        return f"with exit code {code}"
-    with suppress(ValueError):
-        return f"by {signal.Signals(-code).name}"
-    return f"by signal {-code}"
+    emit = log.info if entry.event in GOOD_NEWS else log.error
+    emit(entry.event.value)

@@ -9,7 +9,7 @@ import pytest
 
 from aio_pika_batch import cli
 from aio_pika_batch.cli.app import Exit, exit_code, exit_code_of_all, print_error, run_app
-from aio_pika_batch.cli.supervisor import describe_exit
+from aio_pika_batch.cli.process_manager import describe_exit
 from aio_pika_batch.cli.targets import TargetOptions
 from aio_pika_batch.cli.worker_process import ProcessOptions
 from aio_pika_batch.errors import (
