@@ -174,15 +174,15 @@ WIRE = (
     Mutant(
         "A return is matched with the first publication of its route.",
         f"{_WIRE}/confirms.py",
-        "if publication.properties == returned.properties and publication.body == returned.body:",
+        "if call.properties[index] == returned.properties and call.bodies[index] == returned.body:",
         "if True:",
         (f"{_UNIT}/test_confirms.py",),
     ),
     Mutant(
         "A return whose headers the broker has reordered is not matched.",
         f"{_WIRE}/confirms.py",
-        "if publication.body == returned.body and decode(publication.properties) == properties:",
-        "if publication.body == returned.body and publication.properties == properties:",
+        "call.bodies[index] == returned.body and decode(call.properties[index]) == properties:",
+        "call.bodies[index] == returned.body and call.properties[index] == properties:",
         (f"{_UNIT}/test_confirms.py",),
     ),
     Mutant(

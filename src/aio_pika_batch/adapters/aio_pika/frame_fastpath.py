@@ -238,22 +238,31 @@ def pack_publish(channel: int, exchange: str, routing_key: str, *, mandatory: bo
     return _PUBLISH_HEAD.pack(METHOD, channel, size, BASIC_PUBLISH, _RESERVED) + arguments + _END
 
 
-def pack_content(channel: int, properties: bytes, body: bytes, frame_max: int) -> tuple[bytes, ...]:
-    """Pack the header and the body of a publication, in parts to be joined."""
-    length = len(body)
-    head = _HEADER_HEAD.pack(
-        HEADER, channel, CONTENT_HEAD.size + len(properties), CONTENT_CLASS, length
-    )
-    if not length:
-        return head, properties, _END
+def pack_publications(
+    channel: int,
+    publications: Iterable[tuple[tuple[bytes, object], bytes, bytes]],
+    frame_max: int,
+) -> bytes:
+    """Pack publications.
+
+    Args:
+        publications: For each a tuple that begins with its method frame, its properties and body.
+    """
+    parts: list[bytes] = []
     largest = frame_max - FRAME_OVERHEAD
-    if length <= largest:
-        return head, properties, _BODY_HEAD.pack(FRAME_END, BODY, channel, length), body, _END
-    parts = [head, properties, _END]
-    for start in range(0, length, largest):
-        part = body[start : start + largest]
-        parts += (FRAME_HEAD.pack(BODY, channel, len(part)), part, _END)
-    return tuple(parts)
+    for (method, _), properties, body in publications:
+        length = len(body)
+        size = CONTENT_HEAD.size + len(properties)
+        head = _HEADER_HEAD.pack(HEADER, channel, size, CONTENT_CLASS, length)
+        if 0 < length <= largest:
+            body_head = _BODY_HEAD.pack(FRAME_END, BODY, channel, length)
+            parts += (method, head, properties, body_head, body, _END)
+            continue
+        parts += (method, head, properties, _END)
+        for start in range(0, length, largest):
+            part = body[start : start + largest]
+            parts += (FRAME_HEAD.pack(BODY, channel, len(part)), part, _END)
+    return b"".join(parts)
 
 
 def largest_properties(frame_max: int) -> int:

@@ -40,9 +40,9 @@ from aio_pika_batch.adapters.aio_pika.client_errors import (
 )
 from aio_pika_batch.adapters.aio_pika.confirms import (
     ConfirmTracker,
-    InFlight,
     PublishCall,
     Route,
+    Target,
     outcome_after_close,
     unknown,
 )
@@ -58,7 +58,7 @@ from aio_pika_batch.adapters.aio_pika.events import (
 )
 from aio_pika_batch.adapters.aio_pika.frame_fastpath import (
     largest_properties,
-    pack_content,
+    pack_publications,
     pack_publish,
 )
 from aio_pika_batch.adapters.aio_pika.properties import (
@@ -168,28 +168,28 @@ class AioPikaPublisher:
         if not publications:
             return []
         done: asyncio.Future[None] = self._loop.create_future()
-        call = PublishCall(len(publications), lambda: _resolve(done))
         on_late = self.on_late
         timer = self._silence_limit() if on_late is None else asyncio.timeout(None)
         # Pack everything before sending anything: a header of a wrong type must send nothing.
-        packed = [self._pack(call, *each) for each in enumerate(publications)]
+        call = self._pack(publications, lambda: _resolve(done))
         try:
             async with timer as limit:
-                for frames, group in self._groups(call, packed):
+                for start, stop in _groups(call):
                     if on_late is not None:
                         limit.reschedule(self._loop.time() + self._timeout)
                     if self._is_fast:
-                        await self._write(frames, group)
+                        await self._write(call, start, stop)
                     else:
-                        await self._publish_by_library(publications, group)
-                await done
+                        await self._publish_by_library(call, start, stop)
+                if call.missing:
+                    await done
         except TimeoutError:
             if on_late is None:
                 # A later confirm would reach no caller: accept no more.
                 self._is_open = False
             else:
-                call.late = lambda index, outcome: on_late(publications[index], outcome)
-        return [Outcome.UNKNOWN if outcome is None else outcome for outcome in call.outcomes]
+                call.late = lambda index, outcome: on_late(call.sent[index], outcome)
+        return call.results()
 
     @asynccontextmanager
     async def _silence_limit(self) -> AsyncIterator[asyncio.Timeout]:
@@ -226,23 +226,34 @@ class AioPikaPublisher:
 
     # --- packing -------------------------------------------------------------------
 
-    def _pack(self, call: PublishCall, index: int, publication: Outgoing) -> InFlight | None:
-        """Return what is sent; None if a copy cannot be sent."""
-        try:
-            properties = self._properties(publication)
-            if len(properties) > self._largest_properties:
-                properties = self._fitting_properties(publication, len(properties))
-            target = publication.exchange, publication.routing_key
-            method, route = _pack_target(self._number, *target, publication.mandatory)
-            if not self._is_fast:
-                _check_for_library(*target)
-        except PublishError as error:
-            if not isinstance(publication, Copy):
-                raise
-            # An error would fail the copies of its whole batch.
-            _log.debug("a copy is not published: %s", error)
-            return None
-        return InFlight(call, index, route, properties, publication.body, method)
+    def _pack(self, publications: Sequence[Outgoing], done: Callable[[], None]) -> PublishCall:
+        """Return what is sent, without the copies that cannot be sent."""
+        encode_properties, number = self._properties, self._number
+        unsent: list[int] = []
+        targets: list[Target] = []
+        packed: list[bytes] = []
+        for index, publication in enumerate(publications):
+            try:
+                properties = encode_properties(publication)
+                if len(properties) > self._largest_properties:
+                    properties = self._fitting_properties(publication, len(properties))
+                route = publication.exchange, publication.routing_key
+                target = _pack_target(number, *route, publication.mandatory)
+                if not self._is_fast:
+                    _check_for_library(*route)
+            except PublishError as error:
+                if not isinstance(publication, Copy):
+                    raise
+                # An error would fail the copies of its whole batch.
+                _log.debug("a copy is not published: %s", error)
+                unsent.append(index)
+            else:
+                targets.append(target)
+                packed.append(properties)
+        sent = publications
+        if unsent:
+            sent = [each for index, each in enumerate(publications) if index not in unsent]
+        return PublishCall(sent, targets, packed, unsent, done)
 
     def _fitting_properties(self, publication: Outgoing, size: int) -> bytes:
         limit = self._largest_properties
@@ -282,39 +293,24 @@ class AioPikaPublisher:
 
     # --- sending -------------------------------------------------------------------
 
-    def _groups(
-        self, call: PublishCall, packed: Sequence[InFlight | None]
-    ) -> Iterator[tuple[list[bytes], list[InFlight]]]:
-        """Yield what to send together, with its frames. Settle what could not be packed."""
-        is_fast, number, frame_max = self._is_fast, self._number, self._frame_max
-        frames: list[bytes] = []
-        group: list[InFlight] = []
-        size = 0
-        for index, each in enumerate(packed):
-            if each is None:
-                call.settle(index, Outcome.UNPUBLISHABLE)
-                continue
-            body = each.body
-            if is_fast:
-                frames.append(each.method)
-                frames += pack_content(number, each.properties, body, frame_max)
-            group.append(each)
-            size += len(body)
-            if size >= GROUP_BYTES:
-                yield frames, group
-                frames, group, size = [], [], 0
-        if group:
-            yield frames, group
-
-    async def _write(self, frames: Sequence[bytes], group: Sequence[InFlight]) -> None:
+    async def _write(self, call: PublishCall, start: int, stop: int) -> None:
         """Write publications past the client library."""
-        if not self._is_open or not self._tap.write(b"".join(frames)):
+        frames = pack_publications(
+            self._number,
+            zip(
+                call.targets[start:stop],
+                call.properties[start:stop],
+                call.bodies[start:stop],
+                strict=True,
+            ),
+            self._frame_max,
+        )
+        if not self._is_open or not self._tap.write(frames):
             self._is_open = False
-            for each in group:
-                each.call.settle(each.index, Outcome.UNKNOWN)
+            call.settle_range(start, stop, Outcome.UNKNOWN)
             return
         # Without an await in between, so that the numbers are the channel's even if calls overlap.
-        self._tracker.track(group)
+        self._tracker.track(call, start, stop)
         if self._tap.is_clogged:
             try:
                 with translate_errors(lambda error: BrokerUnavailable(format_error(error))):
@@ -322,14 +318,12 @@ class AioPikaPublisher:
             except BrokerUnavailable:
                 self._end(unknown)
 
-    async def _publish_by_library(
-        self, publications: Sequence[Outgoing], group: Sequence[InFlight]
-    ) -> None:
+    async def _publish_by_library(self, call: PublishCall, start: int, stop: int) -> None:
         """Publish by the client library, some at a time."""
-        for start in range(0, len(group), AT_ONCE):
+        for first in range(start, stop, AT_ONCE):
             tasks = {
-                self._loop.create_task(self._publish_one(publications[each.index], each))
-                for each in group[start : start + AT_ONCE]
+                self._loop.create_task(self._publish_one(call, index))
+                for index in range(first, min(first + AT_ONCE, stop))
             }
             for task in tasks:
                 self._tasks.add(task)
@@ -339,16 +333,16 @@ class AioPikaPublisher:
             for task in tasks:
                 task.result()
 
-    async def _publish_one(self, publication: Outgoing, each: InFlight) -> None:
+    async def _publish_one(self, call: PublishCall, index: int) -> None:
         channel = self._channel
         if not self._is_open or channel is None:
-            each.call.settle(each.index, Outcome.UNKNOWN)
+            call.settle(index, Outcome.UNKNOWN)
             return
-        number = self._tracker.track([each])
+        number = self._tracker.track(call, index, index + 1)
         outcome = Outcome.UNKNOWN
         try:
             with translate_errors(lambda error: BrokerUnavailable(format_error(error))):
-                outcome = await _publish(channel, publication, each)
+                outcome = await _publish(channel, call.sent[index], call.properties[index])
             self._confirmed_at = self._loop.time()
         except BrokerUnavailable as error:
             if self._is_open:
@@ -375,7 +369,7 @@ class AioPikaPublisher:
             case _:
                 pass  # nothing is consumed on this channel
 
-    def _end(self, outcome: Callable[[InFlight], Outcome]) -> None:
+    def _end(self, outcome: Callable[[Route, bytes], Outcome]) -> None:
         self._is_open = False
         self._tracker.end(outcome)
 
@@ -391,14 +385,14 @@ class _RawProperties(Basic.Properties):
         return self._raw
 
 
-async def _publish(channel: AbstractChannel, publication: Outgoing, each: InFlight) -> Outcome:
+async def _publish(channel: AbstractChannel, publication: Outgoing, properties: bytes) -> Outcome:
     """Publish by the client library, and wait for the confirm. Raises what aiormq raises."""
     try:
         answer = await channel.basic_publish(
-            bytes(each.body),
+            bytes(publication.body),
             exchange=publication.exchange,
             routing_key=publication.routing_key,
-            properties=_RawProperties(each.properties),
+            properties=_RawProperties(properties),
             mandatory=publication.mandatory,
         )
     except ReturnedError:
@@ -414,7 +408,7 @@ def _pack_target(
     exchange: str,
     routing_key: str,
     mandatory: bool,  # noqa: FBT001  -- names would make the cache slower
-) -> tuple[bytes, Route]:
+) -> Target:
     """Return the method frame of a publication, and its route. Raises PublishError."""
     method = pack_publish(channel, exchange, routing_key, mandatory=mandatory)
     return method, (encode_text(exchange), encode_text(routing_key))
@@ -429,6 +423,18 @@ def _check_for_library(exchange: str, routing_key: str) -> None:
         raise PublishError(
             f"the client library refuses exchange {exchange!r} or its key: {error}"
         ) from error
+
+
+def _groups(call: PublishCall) -> Iterator[tuple[int, int]]:
+    """Yield the first index and the end of what is sent together."""
+    start = size = 0
+    for index, body in enumerate(call.bodies, 1):
+        size += len(body)
+        if size >= GROUP_BYTES:
+            yield start, index
+            start, size = index, 0
+    if start < len(call.bodies):
+        yield start, len(call.bodies)
 
 
 def _resolve(done: asyncio.Future[None]) -> None:

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from aio_pika_batch.adapters.aio_pika.confirms import (
     ConfirmTracker,
-    InFlight,
     PublishCall,
     outcome_after_close,
 )
@@ -24,15 +23,27 @@ PLAIN = encode(Properties())
 
 
 class Tracked:
-    """A tracker with one call of *size* publications."""
+    """A tracker with one call of *size* publications, sent so many at a time."""
 
-    def __init__(self, size: int, bodies: list[bytes] | None = None) -> None:
+    def __init__(self, size: int, bodies: list[bytes] | None = None, *, at_a_time: int = 1) -> None:
         self.tracker = ConfirmTracker()
         self.done = 0
-        self.call = PublishCall(size, self._finish)
-        for index in range(size):
-            body = bodies[index] if bodies else b"%d" % index
-            self.tracker.track([InFlight(self.call, index, ROUTE, PLAIN, body)])
+        self.call = PublishCall([], [], [], [], self._finish)
+        everything = bodies or [b"%d" % index for index in range(size)]
+        for start in range(0, size, at_a_time):
+            self.send([(body, ROUTE) for body in everything[start : start + at_a_time]])
+
+    def send(
+        self, publications: list[tuple[bytes, tuple[bytes, bytes]]], properties: bytes = PLAIN
+    ) -> None:
+        """Send more publications of the call, each a body and a route."""
+        call, count = self.call, len(publications)
+        call.bodies += [body for body, _ in publications]
+        call.targets += [(b"", route) for _, route in publications]
+        call.properties += [properties] * count
+        call.outcomes += [None] * count
+        call.missing += count
+        self.tracker.track(call, len(call.bodies) - count, len(call.bodies))
 
     def _finish(self) -> None:
         self.done += 1
@@ -61,9 +72,10 @@ def test_confirms_in_order() -> None:
     assert len(tracked.tracker) == 0
 
 
-def test_multiple_settles_only_what_is_open() -> None:
+@pytest.mark.parametrize("at_a_time", [1, 3, 5])
+def test_multiple_settles_only_what_is_open(at_a_time: int) -> None:
     """Nacks of 4 and 5 come before an ack of all up to 5."""
-    tracked = Tracked(5)
+    tracked = Tracked(5, at_a_time=at_a_time)
 
     tracked.tracker.confirm(Confirm(4, False, False))
     tracked.tracker.confirm(Confirm(5, False, False))
@@ -77,7 +89,7 @@ def test_confirms_in_any_order_settle_the_right_publications(
     size: int, data: st.DataObject
 ) -> None:
     """Compared with a list that is searched from the start each time."""
-    tracked = Tracked(size)
+    tracked = Tracked(size, at_a_time=data.draw(st.integers(1, size)))
     expected: list[Outcome | None] = [None] * size
     confirms = data.draw(
         st.lists(
@@ -101,13 +113,13 @@ def test_publications_returns_and_confirms_in_any_order(data: st.DataObject) -> 
     routes = [(b"", b"q"), (b"x", b"q")]
     size = data.draw(st.integers(1, 12))
     tracked = Tracked(0)
-    tracked.call.outcomes, tracked.call.missing = [None] * size, size
     entered: list[tuple[bytes, bytes]] = []
     came_back: set[int] = set()
-    expected: list[Outcome | None] = [None] * size
+    expected: list[Outcome | None] = []
     numbers = st.integers(1, size)
     confirms = st.builds(Confirm, numbers, st.booleans(), st.booleans())
-    for step in data.draw(st.lists(st.one_of(st.sampled_from(routes), numbers, confirms))):
+    groups = st.lists(st.sampled_from(routes), min_size=1, max_size=3)
+    for step in data.draw(st.lists(st.one_of(groups, numbers, confirms))):
         match step:
             case Confirm(tag, multiple, accepted):
                 tracked.tracker.confirm(step)
@@ -126,12 +138,11 @@ def test_publications_returns_and_confirms_in_any_order(data: st.DataObject) -> 
                             if route == entered[number - 1] and expected[each - 1] is None
                         }
                     came_back.add(number)
-            case route if len(entered) < size:
-                entered.append(route)
-                body = b"%d" % len(entered)
-                tracked.tracker.track(
-                    [InFlight(tracked.call, len(entered) - 1, route, PLAIN, body)]
-                )
+            case group:
+                entered += group
+                expected += [None] * len(group)
+                first = len(entered) - len(group) + 1
+                tracked.send([(b"%d" % number, each) for number, each in enumerate(group, first)])
 
     assert expected == tracked.outcomes
 
@@ -160,24 +171,20 @@ def test_two_equal_messages_are_returned_separately() -> None:
 
 def test_a_return_with_sorted_headers_is_matched() -> None:
     """Newer brokers encode the table again, so its values are compared."""
-    tracker = ConfirmTracker()
-    call = PublishCall(2, lambda: None)
-    for index, count in enumerate((1, 2)):
-        headers = {"z": count, "a": 1.5}
-        tracker.track([InFlight(call, index, ROUTE, encode(Properties(headers=headers)), b"")])
+    tracked = Tracked(0)
+    for count in (1, 2):
+        tracked.send([(b"", ROUTE)], encode(Properties(headers={"z": count, "a": 1.5})))
 
-    tracker.mark_returned(back(b"", encode(Properties(headers={"a": 1.5, "z": 2}))))
-    tracker.confirm(Confirm(2, True, True))
+    tracked.tracker.mark_returned(back(b"", encode(Properties(headers={"a": 1.5, "z": 2}))))
+    tracked.tracker.confirm(Confirm(2, True, True))
 
-    assert [CONFIRMED, RETURNED] == call.outcomes
+    assert [CONFIRMED, RETURNED] == tracked.outcomes
 
 
 def test_a_return_without_a_match_marks_the_whole_route() -> None:
     """Duplicates rather than loss. Other routes aren't affected."""
     tracked = Tracked(2)
-    tracked.call.missing += 1
-    tracked.call.outcomes.append(None)
-    tracked.tracker.track([InFlight(tracked.call, 2, (b"", b"elsewhere"), PLAIN, b"")])
+    tracked.send([(b"", (b"", b"elsewhere"))])
 
     tracked.tracker.mark_returned(back(b"changed on its way"))
     tracked.tracker.confirm(Confirm(3, True, True))
@@ -200,9 +207,7 @@ def test_a_confirm_of_a_future_number_is_ignored() -> None:
     tracked = Tracked(1)
 
     tracked.tracker.confirm(Confirm(2**64 - 1, True, True))
-    tracked.call.outcomes.append(None)
-    tracked.call.missing += 1
-    tracked.tracker.track([InFlight(tracked.call, 1, ROUTE, PLAIN, b"")])
+    tracked.send([(b"", ROUTE)])
 
     assert [CONFIRMED, None] == tracked.outcomes
     tracked.tracker.confirm(Confirm(2, True, False))
@@ -225,7 +230,7 @@ def test_the_end_of_the_channel_settles_everything() -> None:
     tracked.tracker.confirm(Confirm(1, False, True))
     tracked.tracker.mark_returned(back(b"1"))
 
-    tracked.tracker.end(lambda entry: UNKNOWN if entry.index else REFUSED)
+    tracked.tracker.end(lambda _route, body: REFUSED if body == b"0" else UNKNOWN)
 
     assert ([CONFIRMED, RETURNED, UNKNOWN], 1) == (tracked.outcomes, tracked.done)
     assert not tracked.tracker
@@ -246,12 +251,10 @@ def test_a_missing_permission_refuses_what_it_concerns(
     """Others that were in flight may have been stored before."""
     closed = ChannelClosed(403, f"ACCESS_REFUSED - {text} for user 'u'")
     outcome = outcome_after_close(closed, alone=False)
-    call = PublishCall(1, lambda: None)
 
     routes = [("", "a"), ("", "b"), ("shop", "a"), ("shop", "b"), ("other", "a")]
     found = {
-        (exchange, key): outcome(InFlight(call, 0, (exchange.encode(), key.encode()), PLAIN, b""))
-        for exchange, key in routes
+        (exchange, key): outcome((exchange.encode(), key.encode()), b"") for exchange, key in routes
     }
 
     assert {route: REFUSED if route in refused else UNKNOWN for route in routes} == found

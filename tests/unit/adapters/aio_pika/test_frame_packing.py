@@ -12,7 +12,7 @@ from pamqp.header import ContentHeader
 
 from aio_pika_batch.adapters.aio_pika.frame_fastpath import (
     largest_properties,
-    pack_content,
+    pack_publications,
     pack_publish,
     pack_settlements,
 )
@@ -80,7 +80,7 @@ def test_a_publish_method_has_the_route_and_mandatory(
 @given(st.binary(max_size=300), st.integers(20, 120))
 def test_content_is_split_into_frames(body: bytes, frame_max: int) -> None:
     """None is larger than frame_max."""
-    packed = b"".join(pack_content(9, b"\x10\x00\x02", body, frame_max))
+    packed = pack_publications(9, [((b"", ()), b"\x10\x00\x02", body)], frame_max)
 
     [(_, header), *bodies] = read(packed)
 
@@ -104,5 +104,5 @@ def test_names_have_at_most_255_bytes() -> None:
 def test_properties_must_fit_into_one_frame() -> None:
     """They cannot be split."""
     assert 80 == largest_properties(100)
-    end = b"".join(pack_content(1, bytes(80), b"", 100))
+    end = pack_publications(1, [((b"", ()), bytes(80), b"")], 100)
     assert 100 == len(end)
