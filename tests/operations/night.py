@@ -30,6 +30,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from textwrap import fill
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -78,6 +79,7 @@ class Night:
     memory: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     fired: dict[str, float] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    last_drain: float | None = None
     is_paused: bool = False
     is_over: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -353,7 +355,7 @@ async def supervised(night: Night) -> AsyncIterator[Callable[[], None]]:
         code = await asyncio.to_thread(process.wait, 60)
         if code != 0:
             night.faults.append(f"the supervisor ended with {code}")
-        night.events.append((time.time(), f"ended in {time.monotonic() - began:.1f} s"))
+        night.last_drain = time.monotonic() - began
     finally:
         kill_group(process)
         closed.set()
@@ -440,6 +442,7 @@ async def judge(night: Night, minutes: float) -> dict[str, object]:
         "memory": growth,
         "events": dict(Counter(what for _, what in night.events)),
         "fired": sorted(night.fired),
+        "last drain": night.last_drain,
     }
 
 
@@ -461,6 +464,7 @@ def page(figures: dict[str, object], broker: str) -> str:
             f"memory of the {what}, second quarter and last": f"{one:.0f} MiB, {other:.0f} MiB"
             for what, (one, other) in memory.items()
         },
+        "the drain at the end": f"{figures['last drain']:.1f} s",
         "alerts that fired": ", ".join(map(str, figures["fired"])),
     }
     events = ", ".join(f"{what} {count}×" for what, count in figures["events"].items())
@@ -472,7 +476,7 @@ def page(figures: dict[str, object], broker: str) -> str:
         "| --- | ---: |",
         *(f"| {name} | {value} |" for name, value in rows.items()),
         "",
-        f"What happened: {events}.",
+        fill(f"What happened: {events}.", 100),
     ]
     return "\n".join(lines)
 
