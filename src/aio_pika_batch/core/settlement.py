@@ -113,20 +113,22 @@ def check_modified_headers(headers: Headers) -> None:
             )
 
 
-def join_modifications(modifications: Iterable[Modification]) -> list[Modification]:
-    """Join modifications that differ in their tags only."""
-    tags: dict[object, list[int]] = {}
-    firsts: list[Modification] = []
-    for each in modifications:
+def join_modifications(changes: Iterable[tuple[Modification, int]]) -> list[Modification]:
+    """Give modifications their tags. Those that don't differ otherwise become one."""
+    # By identity first: messages that were planned alike share theirs, and comparing costs more.
+    tags_by_id: dict[int, list[int]] = {}
+    distinct: list[Modification] = []
+    for each, tag in changes:
+        tags = tags_by_id.get(id(each))
+        if tags is None:
+            tags = tags_by_id[id(each)] = []
+            distinct.append(each)
+        tags.append(tag)
+    joined: dict[object, tuple[Modification, list[int]]] = {}
+    for each in distinct:
         key = (each.failed, each.until, each.dead, tuple(each.headers.items()))
-        if key not in tags:
-            tags[key] = []
-            firsts.append(each)
-        tags[key] += each.tags
-    return [
-        replace(first, tags=tuple(group))
-        for first, group in zip(firsts, tags.values(), strict=True)
-    ]
+        joined.setdefault(key, (each, []))[1].extend(tags_by_id[id(each)])
+    return [replace(first, tags=tuple(tags)) for first, tags in joined.values()]
 
 
 _INT64 = 2**63

@@ -13,7 +13,7 @@ Laws:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import Enum
@@ -23,6 +23,7 @@ from aio_pika_batch.core.hold_policy import HoldPolicy
 from aio_pika_batch.core.message import (
     CRASH_COUNT,
     DEATH_REASON,
+    DEATHS,
     DELIVERY_COUNT,
     NO_HEADERS,
     ORIGINAL_EXCHANGE,
@@ -158,7 +159,8 @@ class PendingCopy:
     """A copy that the broker must confirm before its original is acked, or what replaces it.
 
     Attributes:
-        copy: The copy, or how to modify the original instead.
+        copy: The copy, or how to modify the original instead: without its tag, because messages
+            that are modified alike share it.
         reason: Why the message is dead-lettered; None for a requeue.
         malformed_count: Whether the retry header holds something that isn't a count.
         hold: Seconds to hold the original before the copy is published, or it is modified.
@@ -181,6 +183,19 @@ class PendingCopy:
     def tag(self) -> int:
         """The original's delivery tag."""
         return self.outcome.message.delivery_tag
+
+    def of(self, outcome: MessageOutcome) -> PendingCopy:
+        """The same decision about another message, which shares the modification."""
+        return PendingCopy(
+            outcome,
+            self.copy,
+            self.kind,
+            self.reason,
+            self.malformed_count,
+            self.hold,
+            self.is_undeliverable,
+            self.is_loop,
+        )
 
     def become(self, other: PendingCopy) -> None:
         """Take the place of another copy of the same message."""
@@ -292,7 +307,14 @@ class SettlementPlanner:
         tags: dict[Disposition, list[int]] = {}
         copies: list[PendingCopy] = []
         discarded: list[MessageOutcome] = []
+        # Decided once for messages that don't differ in what the decision depends on.
+        shared: dict[Hashable, PendingCopy] = {}
+        known = _PLANNED | {self.retry.header}
         for outcome in outcomes:
+            key = _decided_by(outcome, known) if self.native.headers else None
+            if key is not None and (same := shared.get(key)) is not None:
+                copies.append(same.of(outcome))
+                continue
             match self._step(outcome, now, wait_queues=wait_queues):
                 case Disposition() as disposition:
                     tags.setdefault(disposition, []).append(outcome.message.delivery_tag)
@@ -300,6 +322,8 @@ class SettlementPlanner:
                         discarded.append(outcome)
                 case PendingCopy() as copy:
                     copies.append(copy)
+                    if key is not None and copy.is_native:
+                        shared[key] = copy
                 case unreachable:
                     assert_never(unreachable)
         return SettlementPlan(
@@ -403,9 +427,7 @@ class SettlementPlanner:
             add[RETURN_COUNT] = delivery_count(outcome.message) + 1
         add |= _cleared(headers, add)
         # Not counted as failed: this library counts its retries itself.
-        change = Modification(
-            (outcome.message.delivery_tag,), failed=False, until=until, headers=add
-        )
+        change = Modification((), failed=False, until=until, headers=add)
         return PendingCopy(outcome, change, CopyKind.REQUEUE, hold=hold)
 
     def _held(
@@ -602,7 +624,7 @@ class SettlementPlanner:
         }
         if known is not None:
             add[self.retry.header] = self._count(headers)
-        change = Modification((message.delivery_tag,), failed=False, dead=True, headers=add)
+        change = Modification((), failed=False, dead=True, headers=add)
         pending = PendingCopy(outcome, change, CopyKind.DEAD_LETTER, reason)
         self._count_deaths(pending, headers, add)
         add |= _cleared(headers, add)
@@ -658,6 +680,41 @@ _CLEARED: Headers = {
     RETRY_REASON: "",
     **dict.fromkeys(REWRITTEN, ""),
 }
+
+
+_PLANNED: frozenset[str] = _CLEARED.keys() | {
+    DEATHS,
+    DEATH_COUNT,
+    DEATH_REASON,
+    DELIVERY_COUNT,
+    FIRST_FAILED_AT,
+    RETURN_COUNT,
+}
+"""Headers of a message that decide how it is modified, beside its retry count."""
+
+
+def _decided_by(outcome: MessageOutcome, names: frozenset[str]) -> Hashable | None:
+    """Return all that decides how the message is modified; None if it can't be compared.
+
+    Args:
+        names: The headers to compare.
+    """
+    message = outcome.message
+    headers = readable_headers(message)
+    if headers is None:
+        return None
+    values: tuple[Hashable, ...] = ()
+    if not names.isdisjoint(headers):
+        # With their types, because a count can be 1, but not True.
+        values = tuple(
+            (name, type(headers[name]), headers[name]) for name in names if name in headers
+        )
+    key = (outcome.result, outcome.cause, id(outcome.error), message.first_failed_at, values)
+    try:
+        hash(values)
+    except TypeError:
+        return None
+    return key
 
 
 def _origin_headers(message: Message, headers: Headers, now: datetime) -> dict[str, FieldValue]:

@@ -410,8 +410,8 @@ class Settler:
     async def _modify(self, changes: Sequence[PendingCopy]) -> None:
         """Modify messages instead of publishing copies of them."""
         if self._modify_session is not None:
-            modifications = [cast("Modification", each.copy) for each in changes]
-            await self._modify_session.modify(join_modifications(modifications))
+            pairs = [(cast("Modification", each.copy), each.tag) for each in changes]
+            await self._modify_session.modify(join_modifications(pairs))
 
     async def _publish(self, copies: Sequence[PendingCopy]) -> Sequence[Outcome]:
         """Publish copies of one lane, or modify their originals."""

@@ -44,20 +44,21 @@ def test_other_headers_are_refused(name: str, value: object):
 
 def test_modifications_that_differ_in_their_tags_only_are_joined():
     """In the order of their first ones, so that a broker gets the fewest frames."""
-    dead = Modification((3,), dead=True)
+    first = Modification((), headers={"x-retry-count": 1})
     assert [
         Modification((1, 2, 6), headers={"x-retry-count": 1}),
-        dead,
+        Modification((3,), dead=True),
         Modification((4,), failed=False, headers={"x-retry-count": 1}),
         Modification((5,), until=NOW, headers={"x-retry-count": 1}),
         Modification((7,), headers={"x-retry-count": 2}),
     ] == join_modifications(
         [
-            Modification((1, 2), headers={"x-retry-count": 1}),
-            dead,
-            Modification((4,), failed=False, headers={"x-retry-count": 1}),
-            Modification((5,), until=NOW, headers={"x-retry-count": 1}),
-            Modification((6,), headers={"x-retry-count": 1}),
-            Modification((7,), headers={"x-retry-count": 2}),
+            (first, 1),
+            (first, 2),
+            (Modification((), dead=True), 3),
+            (Modification((), failed=False, headers={"x-retry-count": 1}), 4),
+            (Modification((), until=NOW, headers={"x-retry-count": 1}), 5),
+            (Modification((), headers={"x-retry-count": 1}), 6),
+            (Modification((), headers={"x-retry-count": 2}), 7),
         ]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
@@ -17,6 +18,7 @@ from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.quarantine import CrashPolicy, OwnRequeues, Suspicion
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue
 from aio_pika_batch.core.retry import DeadLetterReason, RetryPolicy, make_delay_steps
+from aio_pika_batch.core.retry_in_place import Retried
 from aio_pika_batch.core.settlement import (
     Disposition,
     Modification,
@@ -78,11 +80,74 @@ def test_each_message_is_in_one_part_of_the_plan(native, outcomes, max_attempts)
     )
     for each in plan.copies:
         if each.reason is None or native.dead_letters:
-            assert each.copy.tags == (each.tag,)
+            assert not each.copy.tags
             assert each.copy.dead == (each.reason is not None)
             check_modified_headers(each.copy.headers)
         else:
             assert isinstance(each.copy, Copy)
+
+
+_HEADERS = {
+    "x-retry-count": (1, True, "1", -1),
+    "x-retry-queue": (QUEUE, "other"),
+    "x-retry-reason": ("slow",),
+    "x-retry-remaining-delay": (500,),
+    "x-retry-deliveries": (1, 2),
+    "x-first-failed-at": (MS, "never"),
+    "x-delivery-count": (1, 2, 5),
+    "x-crash-count": (2,),
+    "x-death": ([{"queue": QUEUE, "reason": "rejected", "count": 2}], 7),
+    "x-dead-letter-reason": ("rejected",),
+    "x-dead-letter-count": (2, 4),
+    "x-dead-letter-detail": ("why",),
+    "x-dead-letter-after": ("before",),
+    "x-exception-type": ("KeyError",),
+    "x-exception-message": ("'a'",),
+    "tenant": (1, 2),
+}
+_BASES = ({}, {"x-retry-count": 1}, {"x-dead-letter-reason": "exhausted"}, {"x-delivery-count": 4})
+
+
+def neighbours(base, result):
+    """Outcomes that differ in one thing from a first one, or in nothing."""
+    of = functools.partial(a_message, headers=base)
+    failed = functools.partial(MessageOutcome, result=result)
+    yield failed(of())
+    yield failed(of())
+    for name, values in _HEADERS.items():
+        for value in values:
+            yield failed(a_message(headers={**base, name: value}))
+    for days in (1, 2):
+        yield failed(Retried(of(), NOW - timedelta(days=days)))
+    for error in (ValueError("a"), ValueError("b"), KeyError("b")):
+        yield failed(of(), cause=Cause.EXCEPTION, error=error)
+    for cause in Cause:
+        yield failed(of(), cause=cause)
+    for other in (*MessageResult, Nack(), Nack("bad"), Requeue(), Requeue("bad"), Requeue(delay=5)):
+        yield MessageOutcome(of(), other)
+
+
+@pytest.mark.parametrize("native", [V4_0, V4_3, replace(V4_3, dead_letters=False)])
+@pytest.mark.parametrize("base", _BASES)
+@pytest.mark.parametrize("result", [NACK, REQUEUE, REQUEUE_IMMEDIATE])
+@pytest.mark.parametrize("target", [None, DeadLetterTarget("dlx")])
+def test_messages_of_a_batch_are_planned_as_each_one_would_be_alone(native, base, result, target):
+    """A decision that several share is about each of them."""
+    planner = replace(a_planner(native), dead_letters=target, crashes=CrashPolicy(3, 8))
+    outcomes = list(neighbours(base, result))
+    alone = [planner.plan([each], NOW) for each in outcomes]
+    together = planner.plan(outcomes, NOW)
+    assert [copy for plan in alone for copy in plan.copies] == list(together.copies)
+    assert Counter(each.disposition for plan in alone for each in plan.settlements) == Counter(
+        each.disposition for each in together.settlements for _ in each.tags
+    )
+
+
+def test_messages_that_fail_together_share_a_modification():
+    """The broker gets one frame for them, and it is planned once."""
+    messages = [a_message(tag, headers={"tenant": tag, "x-retry-count": 1}) for tag in range(1, 9)]
+    plan = a_planner().plan([MessageOutcome(each, Requeue(delay=5)) for each in messages], NOW)
+    assert 1 == len({id(each.copy) for each in plan.copies})
 
 
 @given(batches_of_outcomes())
@@ -196,7 +261,7 @@ def test_a_dead_letter_says_why():
     pending = plan_one(a_planner(), message, Requeue("no stock"), Cause.EXCEPTION, ValueError("äh"))
     assert (
         Modification(
-            (7,),
+            (),
             failed=False,
             dead=True,
             headers={

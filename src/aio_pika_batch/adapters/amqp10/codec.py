@@ -96,7 +96,7 @@ _LENGTH = struct.Struct(">I")
 _DESCRIBED: Final = 0x00
 _NULL, _TRUE, _FALSE, _UINT_0, _ULONG_0, _EMPTY_LIST = 0x40, 0x41, 0x42, 0x43, 0x44, 0x45
 _BINARY, _STRING, _SYMBOL = 0x0, 0x1, 0x3
-_MAP8, _LONG = 0xC1, 0x81
+_MAP8, _LONG, _SMALL_LONG = 0xC1, 0x81, 0x55
 _SHORT_TEXTS: Final = frozenset((0xA1, 0xA3))
 _TRUTHS: Final = frozenset((_TRUE, _FALSE))
 _LIST, _MAP = 0x0, 0x1
@@ -329,6 +329,9 @@ def read_map(data: bytes, at: int, end: int) -> Any:  # noqa: ANN401
             elif kind in _TRUTHS:
                 place = after + 1
                 items[key] = kind == _TRUE
+            elif kind == _SMALL_LONG:
+                place = after + 2
+                items[key] = (data[after + 1] ^ 0x80) - 0x80
             elif kind == _LONG:
                 place = after + 9
                 items[key] = int.from_bytes(data[after + 1 : place], signed=True)

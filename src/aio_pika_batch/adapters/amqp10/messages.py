@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from dataclasses import field as attribute
 from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import unquote
@@ -21,10 +22,20 @@ from uuid import UUID
 
 from aio_pika_batch.adapters.amqp10 import spec
 from aio_pika_batch.adapters.amqp10.codec import (
+    Byte,
+    Char,
     CodecError,
     Decimal,
+    Float,
+    Int,
     NotText,
+    Short,
+    Symbol,
     Timestamp,
+    UByte,
+    UInt,
+    ULong,
+    UShort,
 )
 from aio_pika_batch.adapters.amqp10.sections import field, section, section_at, sections
 from aio_pika_batch.core.message import SHORT_STRING, Headers, Message, Properties
@@ -35,8 +46,15 @@ ENCODED: Final = "amqp-1.0"
 _EXCHANGE, _ROUTING_KEY = "x-exchange", "x-routing-key"
 _TYPE = "x-basic-type"
 _INTERNAL: Final = "x-basic-"
-_SPECIAL: Final = frozenset((_EXCHANGE, _ROUTING_KEY, "x-cc"))
-"""Annotations that aren't headers, or whose header has another name."""
+_ROUTE: Final = frozenset((_EXCHANGE, _ROUTING_KEY))
+"""Annotations that aren't headers."""
+
+_CC: Final = "x-cc"
+"""An annotation whose header has another name."""
+
+_FEW: Final = 64
+_SHORT_SECTION: Final = 512
+"""How many sections are remembered, of how many bytes at most."""
 
 _QUEUES: Final = "/queues/"
 
@@ -46,6 +64,13 @@ _CONTENT_TYPE, _CONTENT_ENCODING, _CREATION_TIME, _GROUP_ID = 6, 7, 9, 10
 """Positions in the lists of the header and properties sections."""
 
 _PLAIN: Final = frozenset((bool, int, float, str))
+_SIMPLE: Final[dict[type, Callable[[Any], Any]]] = {
+    **{kind: kind for kind in _PLAIN},
+    **dict.fromkeys((UByte, UShort, UInt, ULong, Byte, Short, Int, Char), int),
+    Float: float,
+    Symbol: str,
+}
+"""How to convert the simple values of AMQP 1.0 to those of AMQP 0-9-1."""
 
 _UNUSUAL_IDS: Final = re.compile(rb"[\xa0\xb0\xb1]")
 """Constructors of binaries and of long strings."""
@@ -70,30 +95,74 @@ def _route(value: Any) -> str:  # noqa: ANN401
     return value if isinstance(value, str) else ""
 
 
-def decode_headers(head: bytes) -> dict[str, Any] | None:  # noqa: C901  -- see the loops
+def decode_headers(
+    head: bytes, known: dict[bytes, dict[str, Any]] | None = None
+) -> dict[str, Any] | None:
     """Read the headers that a 0-9-1 consumer would see; None if there are none.
+
+    Args:
+        known: Remembers sections and their headers, because most messages have the same ones.
 
     Raises:
         ValueError: They cannot be read.
     """
     headers: dict[str, Any] = {}
     for code, start, end in sections(head):
-        if code == spec.MESSAGE_ANNOTATIONS:
-            for key, value in section_at(head, start, end, dict).items():
-                if type(key) is not str or type(value) not in _PLAIN or key in _SPECIAL:
-                    headers.update(_annotated(key, value))
-                elif key.startswith("x-") and not key.startswith(_INTERNAL):
-                    headers[key] = value
-        elif code == spec.PROPERTIES and _UNUSUAL_IDS.search(head, start, end):
-            headers.update(_ids(section_at(head, start, end, list)))
-        elif code == spec.APPLICATION_PROPERTIES:
-            for key, value in section_at(head, start, end, dict).items():
-                # An annotation of the same name was written later, so it has precedence.
-                if type(key) is str and type(value) in _PLAIN:
-                    headers.setdefault(key, value)
-                elif not isinstance(value, Decimal):
-                    headers.setdefault(_key(key), _plain(value))
+        if code == spec.PROPERTIES:
+            if _UNUSUAL_IDS.search(head, start, end):
+                headers.update(_ids(section_at(head, start, end, list)))
+            continue
+        read = _HEADER_READERS.get(code)
+        if read is None:
+            continue
+        raw = head[start:end]
+        found = None if known is None else known.get(raw)
+        if found is None:
+            found = read(section_at(raw, 0, len(raw), dict))
+            if known is not None:
+                _remember(known, raw, found)
+        # An annotation was written later than an application property of the same name.
+        if code == spec.MESSAGE_ANNOTATIONS or headers.keys().isdisjoint(found):
+            headers.update(found)
+        else:
+            headers.update({name: found[name] for name in found if name not in headers})
     return headers or None
+
+
+def _remember(known: dict[bytes, dict[str, Any]], raw: bytes, found: dict[str, Any]) -> None:
+    # Not what a handler could change, such as a list.
+    if len(raw) <= _SHORT_SECTION and all(type(each) in _PLAIN for each in found.values()):
+        if len(known) == _FEW:
+            known.clear()
+        known[raw] = found
+
+
+def _annotation_headers(annotations: dict[Any, Any]) -> dict[str, Any]:
+    headers: dict[str, Any] = {}
+    for key, value in annotations.items():
+        if key in _ROUTE:
+            continue
+        if type(key) is not str or type(value) not in _PLAIN or key == _CC:
+            headers.update(_annotated(key, value))
+        elif key.startswith("x-") and not key.startswith(_INTERNAL):
+            headers[key] = value
+    return headers
+
+
+def _property_headers(properties: dict[Any, Any]) -> dict[str, Any]:
+    headers: dict[str, Any] = {}
+    for key, value in properties.items():
+        if type(key) is str and type(value) in _PLAIN:
+            headers.setdefault(key, value)
+        elif not isinstance(value, Decimal):
+            headers.setdefault(_key(key), _plain(value))
+    return headers
+
+
+_HEADER_READERS: Final = {
+    spec.MESSAGE_ANNOTATIONS: _annotation_headers,
+    spec.APPLICATION_PROPERTIES: _property_headers,
+}
 
 
 def _annotated(key: Any, value: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
@@ -104,8 +173,6 @@ def _annotated(key: Any, value: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN4
     if not name.startswith("x-") or name.startswith(_INTERNAL):
         return
     match name, value:
-        case (("x-exchange" | "x-routing-key"), _):
-            pass
         case "x-cc", _:
             yield "CC", _plain(value)
         case "x-opt-rabbitmq-received-time", Timestamp():
@@ -136,8 +203,11 @@ def _key(key: Any) -> str:  # noqa: ANN401
 
 def _plain(value: Any) -> Any:  # noqa: ANN401, PLR0911  -- one for each kind of value
     """Return the value that a 0-9-1 consumer would find in a header."""
-    if value is None or type(value) in _PLAIN:
-        return value
+    if value is None:
+        return None
+    simple = _SIMPLE.get(type(value))
+    if simple is not None:
+        return simple(value)
     match value:
         case list():
             return [_plain(each) for each in value]
@@ -153,9 +223,6 @@ def _plain(value: Any) -> Any:  # noqa: ANN401, PLR0911  -- one for each kind of
             return value.urn
         case Timestamp():
             return _moment(value)
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return kind(value)
     raise CodecError(f"{value!r} has no counterpart in AMQP 0-9-1")
 
 
@@ -312,6 +379,7 @@ class MessageSource:
     consumer_tag: str
     retry_count_header: str
     has_addresses: bool = True
+    _known: dict[bytes, dict[str, Any]] = attribute(default_factory=dict, repr=False, compare=False)
 
     def decode_properties(self, raw: bytes, /) -> Properties:
         """Read all properties."""
@@ -319,7 +387,7 @@ class MessageSource:
 
     def decode_headers(self, raw: bytes, /) -> Headers | None:
         """Read the headers alone."""
-        return decode_headers(raw)
+        return decode_headers(raw, self._known)
 
     def decode_route(self, raw: bytes, /) -> tuple[str, str]:
         """Read exchange and routing key."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -9,8 +10,14 @@ from aio_pika_batch.adapters.amqp10 import spec
 from aio_pika_batch.adapters.amqp10.codec import CodecError, end_of, read, read_map
 
 _BODIES: Final = (spec.DATA, spec.AMQP_SEQUENCE, spec.AMQP_VALUE)
-_SHORT: Final = frozenset((0xC0, 0xC1, 0xA0))
-"""Constructors of a list, a map and a binary of less than 256 bytes."""
+_SHORT: Final = {
+    0x53 << 16 | code << 8 | constructor: code
+    for code in (*range(spec.HEADER, spec.APPLICATION_PROPERTIES + 1), spec.DATA)
+    for constructor in (0xC0, 0xC1, 0xA0)
+}
+"""The beginnings of lists, maps and binaries of less than 256 bytes, and the sections' codes."""
+
+_BEGINNING_AT: Final = struct.Struct(">IB").unpack_from
 
 _CODE_AT, _VALUE_AT = 2, 3
 """Offsets of the descriptor's code and of the value in a section: `00 53 code value`."""
@@ -43,16 +50,19 @@ def sections(data: bytes) -> Iterator[tuple[int, int, int]]:
     """
     at, size = 0, len(data)
     while at < size:
-        if data[at : at + _CODE_AT] != b"\x00\x53" or at + _VALUE_AT >= size:
-            raise CodecError(f"no section begins at byte {at}")
         # The usual sections have short lists and maps.
-        if data[at + _VALUE_AT] in _SHORT and at + 5 <= size:
-            end = at + 5 + data[at + 4]
-        else:
+        kind, length = _BEGINNING_AT(data, at) if at + 5 <= size else (0, 0)
+        code = _SHORT.get(kind)
+        if code is None:
+            if data[at : at + _CODE_AT] != b"\x00\x53" or at + _VALUE_AT >= size:
+                raise CodecError(f"no section begins at byte {at}")
+            code = data[at + _CODE_AT]
             end = end_of(data, at + _VALUE_AT, size)
+        else:
+            end = at + 5 + length
         if end > size:
             raise CodecError(f"the section at byte {at} is cut off")
-        yield data[at + _CODE_AT], at, end
+        yield code, at, end
         at = end
 
 
