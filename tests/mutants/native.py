@@ -111,8 +111,8 @@ NATIVE = (
     Mutant(
         "A message dies as often as its neighbour did.",
         _PLAN,
-        "    DEATH_COUNT,\n    DEATH_REASON,\n    DELIVERY_COUNT,\n    FIRST_FAILED_AT,\n",
-        "    DEATH_REASON,\n    DELIVERY_COUNT,\n    FIRST_FAILED_AT,\n",
+        "(DEATHS, DEATH_COUNT, DEATH_REASON,",
+        "(DEATHS, DEATH_REASON,",
         _CORE,
     ),
     Mutant(

@@ -682,14 +682,9 @@ _CLEARED: Headers = {
 }
 
 
-_PLANNED: frozenset[str] = _CLEARED.keys() | {
-    DEATHS,
-    DEATH_COUNT,
-    DEATH_REASON,
-    DELIVERY_COUNT,
-    FIRST_FAILED_AT,
-    RETURN_COUNT,
-}
+_PLANNED = frozenset(_CLEARED).union(
+    (DEATHS, DEATH_COUNT, DEATH_REASON, DELIVERY_COUNT, FIRST_FAILED_AT, RETURN_COUNT)
+)
 """Headers of a message that decide how it is modified, beside its retry count."""
 
 
