@@ -11,6 +11,13 @@ _PLAN = "core/settlement_plan.py"
 
 NATIVE = (
     Mutant(
+        "Suspects stay suspects when they are retried, and take away the delays of all retries.",
+        _PLAN,
+        "if self.native.headers and self.may_return(message):",
+        "if self.native.headers:",
+        _SHELL,
+    ),
+    Mutant(
         "Own retries count as failed deliveries, and use up the delivery limit.",
         _PLAN,
         "failed=False, until=until",

@@ -364,7 +364,9 @@ class SettlementPlanner:
         if not self.retry.may_retry(count):
             return self._dead_letter(outcome, DeadLetterReason.EXHAUSTED, now)
         malformed = stated is not None and read is None
-        if self.native.headers:
+        # A suspect that is put back stays one, and each time it is handled alone, the retries that
+        # are held follow without their delay. A copy is counted from 0.
+        if self.native.headers and self.may_return(message):
             pending = self._native_retry(outcome, headers, count, now)
             pending.malformed_count = malformed
             return pending
@@ -450,7 +452,7 @@ class SettlementPlanner:
         return PendingCopy(outcome, copy, CopyKind.REQUEUE, hold=hold)
 
     def may_return(self, message: Message) -> bool:
-        """Whether a message that has no result may be returned to the queue."""
+        """Whether a message may be returned to the queue, rather than replaced by a copy."""
         # A copy is made only because returns count, and may be duplicated by a crash.
         if self.crashes is None or self.native.uncounted:
             return True

@@ -226,6 +226,24 @@ async def test_a_lost_connection_duplicates_no_retry(rabbit):
     assert sorted(numbered(20)) == sorted(left)
 
 
+async def test_after_lost_connections_retries_keep_their_delay(rabbit):
+    """Messages that came back often are handled alone, and then they are like any other."""
+    async with a_consumer(
+        rabbit,
+        answering(Requeue(delay=10)),
+        max_requeue_attempts=1000,
+        concurrency=3,
+        reconnect_delay=0.1,
+    ) as consumer:
+        rabbit.put(*numbered(5))
+        for _ in range(5):
+            await asyncio.sleep(1)
+            rabbit.cut()
+        await asyncio.sleep(120)
+    assert 5 * 12 <= len(consumer.times) <= 5 * (5 + 12)
+    assert [] == rabbit.waiting("dead")
+
+
 @pytest.mark.parametrize("settle", ["batch", "yield", "atomic"])
 async def test_every_way_to_settle(rabbit, settle):
     """Each result is carried out, whenever that is."""
