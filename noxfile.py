@@ -33,8 +33,8 @@ CONSTRAINTS = Path("constraints").absolute()
 PINNED = CONSTRAINTS / "pinned.txt"
 LOWEST = CONSTRAINTS / "lowest.txt"
 
-QUICK = ("-m", "not long")
-"""Leaves out the tests that take longest, so that everyone can run the others."""
+QUICK = ("-m", "not long", "--hypothesis-profile=quick")
+"""Leaves out the tests that take longest, and draws fewer examples."""
 
 COVERED = ("-m", "coverage", "run")
 """Arguments of Python that measure what a module covers."""
@@ -88,8 +88,8 @@ def pytest(session: nox.Session, *args: str, env: dict[str, str] | None = None) 
 def tests(session: nox.Session) -> None:
     """Run the tests on this Python, against the broker found or installed here.
 
-    The session ``integration`` also runs those that take long. Any arguments go to pytest, and all
-    that they choose runs in one process.
+    The sessions ``unit`` and ``integration`` also run those that take long, and all examples of
+    property tests. Any arguments go to pytest, and all that they choose runs in one process.
     """
     run_tests(session, PINNED)
 
@@ -137,10 +137,13 @@ def run_tests(session: nox.Session, versions: Path | None) -> None:
         pytest(session, *session.posargs)
         return
     here, others = halves(Path("tests/integration"))
+    rest = ("tests/unit", *without(PURE))
     failed: list[bool] = []
     with (
-        in_background(session, "unit-pure", COVERED, PURE) as pure,
-        in_background(session, "unit", COVERED, ["tests/unit", *without(PURE)]) as unit_tests,
+        in_background(session, "unit-pure", COVERED, [*QUICK, *PURE]) as pure,
+        in_background(
+            session, "unit", COVERED, [*QUICK, "tests/unit", *without(PURE)]
+        ) as unit_tests,
         in_background(session, "integration", (), [*QUICK, *others]) as other_half,
     ):
         try:

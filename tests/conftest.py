@@ -4,7 +4,7 @@ Unit tests use none of these fixtures. No other test is silently skipped: if the
 killed, tests marked ``needs_node`` are deselected, and the report says so at its start and end.
 
 Property tests draw new examples in each run, print how to reproduce a failure, and never fail for
-being slow, since a busy machine says nothing about the code.
+being slow, since a busy machine says nothing about the code. `nox -s tests` draws fewer of them.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 settings.register_profile(
     "project", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
+settings.register_profile("quick", settings.get_profile("project"), max_examples=40)
 settings.register_profile(
     "mutants",
     settings.get_profile("project"),
@@ -48,6 +49,7 @@ settings.register_profile(
 settings.load_profile("project")
 
 _UNIT = Path(__file__).parent / "unit"
+_CORE = _UNIT / "core"
 _SOURCE = pytest.StashKey[BrokerSource | NoBrokerError]()
 _LEFT_OUT = pytest.StashKey[str]()
 
@@ -62,15 +64,23 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _is_measured(item: pytest.Item) -> bool:
+    """Whether a test counts for the coverage: tracing makes it about twice as slow.
+
+    What property tests cover depends on what they draw: a line that only they reach needs a test of
+    its own. Except for `core`, the first of several cases is enough.
+    """
+    if item.get_closest_marker("hypothesis") is not None:
+        return False
+    case = getattr(item, "callspec", None)
+    return item.path.is_relative_to(_CORE) or case is None or not any(case.indices.values())
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Measure no coverage while a property test runs.
-
-    Tracing makes these tests, which are half of the unit tests' work, more than twice as slow. And
-    what they cover depends on what they draw: a line that only they reach needs a test of its own.
-    """
+    """Measure no coverage while a test runs that doesn't count for it."""
     measured = Coverage.current()
-    if measured is None or item.get_closest_marker("hypothesis") is None:
+    if measured is None or _is_measured(item):
         return (yield)
     measured.stop()
     try:

@@ -1,12 +1,12 @@
-"""How many stories the tests play: more in CI."""
+"""How many stories the tests play."""
 
 from __future__ import annotations
 
 import os
 
-_DEFAULT = "400" if os.environ.get("CI") else "100"
+from hypothesis import settings
 
-STORIES = int(os.environ.get("AIO_PIKA_BATCH_TEST_STORIES", _DEFAULT))
+STORIES = int(os.environ.get("AIO_PIKA_BATCH_TEST_STORIES", settings.default.max_examples))
 """For each test that plays stories in memory, where each takes about ten milliseconds."""
 
 REAL_STORIES = int(os.environ.get("AIO_PIKA_BATCH_TEST_REAL_STORIES", "40"))

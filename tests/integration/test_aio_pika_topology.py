@@ -28,7 +28,7 @@ from aio_pika_batch.errors import (
 )
 from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
 from aio_pika_batch.transport import Endpoint, Subscription, VersionedTransport, Wire
-from tests.integration.helpers import PATIENCE, SLACK
+from tests.integration.helpers import PATIENCE, SLACK, add_user, allow
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -501,11 +501,11 @@ async def test_a_user_without_permissions_is_refused(
     amqp_url: str, rabbitmq: RabbitMQ, name: str, wire: Wire
 ) -> None:
     """When connecting, and when declaring."""
-    await asyncio.to_thread(rabbitmq.rabbitmqctl, "add_user", name, "pass")
+    await asyncio.to_thread(add_user, rabbitmq, name, "pass")
     url = changed(amqp_url, user=name, password="pass")
     assert "give the user permissions in the virtual host '/'" in await refusal(url, AccessRefused)
 
-    await asyncio.to_thread(rabbitmq.rabbitmqctl, "set_permissions", name, "", "", "")
+    await asyncio.to_thread(allow, rabbitmq, name, "", "", "")
     transport = AioPikaTransport(Endpoint(url=url, wire=wire))
     text = await refused(transport, Topology(queues=(Queue(name),)))
     assert "403 ACCESS_REFUSED" in text

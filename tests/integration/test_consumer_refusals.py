@@ -25,6 +25,7 @@ from tests.integration.helpers import (
     RawClient,
     Recorder,
     Stopwatch,
+    add_user,
     declare_dead_letters,
     holds,
     long,
@@ -203,11 +204,7 @@ async def test_a_stream(amqp_url, name) -> None:
 @pytest.mark.needs_node
 async def test_a_user_without_permission(rabbitmq, amqp_url, name) -> None:
     """It names the queue, and the missing permission."""
-    for args in (
-        ("add_user", name, "secret"),
-        ("set_permissions", name, "^$", ".*", ".*"),
-    ):
-        await asyncio.to_thread(rabbitmq.rabbitmqctl, *args)
+    await asyncio.to_thread(add_user, rabbitmq, name, "secret", "^$", ".*", ".*")
     url = str(URL(amqp_url).with_user(name).with_password("secret"))
     text = await refusal(TopologyError, url=url, queue_name=name)
     assert f"queue '{name}'" in text

@@ -21,6 +21,7 @@ from tests.integration.helpers import (
     holds,
     publish,
     ready,
+    set_policy,
     take_all,
     until,
 )
@@ -137,12 +138,12 @@ async def test_without_a_dead_letter_exchange_nothing_is_lost_by_default(
     assert "no dead-letter destination is known: they are retried" in caplog.text
 
 
-async def test_a_policy_dead_letters_rejected_messages(
-    channel, amqp_url, name, rabbitmq_policy
-) -> None:
+@pytest.mark.needs_node
+async def test_a_policy_dead_letters_rejected_messages(rabbitmq, channel, amqp_url, name) -> None:
     """The broker knows the policy, the library does not."""
     dlx, dlq = await declare_dead_letters(channel, name)
-    await rabbitmq_policy(name, f'{{"dead-letter-exchange":"{dlx}"}}')
+    policy = f'{{"dead-letter-exchange":"{dlx}"}}'
+    await asyncio.to_thread(set_policy, rabbitmq, name, policy)
     consumer = Always(
         BatchConsumerSettings(
             url=amqp_url, queue_name=name, batch_timeout=0.05, without_dead_letter="reject"
@@ -151,31 +152,6 @@ async def test_a_policy_dead_letters_rejected_messages(
     async with consumer:
         await publish(channel, bodies(3), routing_key=name)
         await holds(amqp_url, dlq, 3)
-
-
-@pytest.fixture
-async def rabbitmq_policy(broker):
-    """Set a policy for queues of this name, if we may administer the broker."""
-    node = broker.node
-    assert node is not None
-
-    async def set_policy(queue: str, definition: str) -> None:
-        await asyncio.to_thread(
-            node.rabbitmqctl,
-            "set_policy",
-            queue,
-            f"^{queue}$",
-            definition,
-            "--apply-to",
-            "queues",
-        )
-
-    return set_policy
-
-
-test_a_policy_dead_letters_rejected_messages = pytest.mark.needs_node(
-    test_a_policy_dead_letters_rejected_messages
-)
 
 
 async def test_an_unroutable_dead_letter_is_not_lost(channel, amqp_url, name) -> None:

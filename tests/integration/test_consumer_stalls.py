@@ -34,7 +34,7 @@ async def suspended(node: RabbitMQ, queue: str) -> AsyncIterator[None]:
 
     async def tell(what: str) -> None:
         process = f"whereis('%2F_{queue}')"
-        await asyncio.to_thread(node.rabbitmqctl, "eval", f"ok = sys:{what}({process}).")
+        await asyncio.to_thread(node.eval, f"ok = sys:{what}({process}).")
 
     await tell("suspend")
     try:

@@ -29,7 +29,7 @@ from aio_pika_batch.adapters.url import parse_url
 from aio_pika_batch.settings.derived import delay_steps
 from aio_pika_batch.settings.derived import endpoint as endpoint_of
 from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
-from tests.integration.helpers import publish, until
+from tests.integration.helpers import add_user, delete_user, publish, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -54,10 +54,9 @@ KEY_PASSWORD = f"{CORES[0]}key{CORES[1]}"
 def password(broker: RunningBroker) -> Iterator[str]:
     """A user of the broker whose password is searched for."""
     assert broker.node is not None
-    broker.node.rabbitmqctl("add_user", USER, SECRET)
-    broker.node.rabbitmqctl("set_permissions", USER, ".*", ".*", ".*")
+    add_user(broker.node, USER, SECRET, ".*", ".*", ".*")
     yield USER
-    broker.node.rabbitmqctl("delete_user", USER)
+    delete_user(broker.node, USER)
 
 
 class Everything:

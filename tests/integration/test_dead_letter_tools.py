@@ -22,7 +22,7 @@ from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult, 
 from aio_pika_batch.dead_letters import look
 from aio_pika_batch.testing.rabbitmq.processes import kill_group, spawn
 from aio_pika_batch.transport import Endpoint, open_transport
-from tests.integration.helpers import holds, publish, ready, take_all, until
+from tests.integration.helpers import add_user, holds, publish, ready, take_all, until
 
 if TYPE_CHECKING:
     import subprocess
@@ -204,8 +204,7 @@ async def test_a_replay_without_permission_says_so(
     await publish(
         channel, [b"%d" % number for number in range(250)], routing_key=dlq, headers=headers
     )
-    for args in (("add_user", name, "secret"), ("set_permissions", name, ".*", f"^{dlq}$", ".*")):
-        await asyncio.to_thread(rabbitmq.rabbitmqctl, *args)
+    await asyncio.to_thread(add_user, rabbitmq, name, "secret", ".*", f"^{dlq}$", ".*")
     url = str(URL(amqp_url).with_user(name).with_password("secret"))
     text = await output_of(tmp_path, "dlq", "replay", "--queue", dlq, "--url", url, code=1)
     assert "0 of 250 dead letters replayed; 0 did not match, 250 failed" in text

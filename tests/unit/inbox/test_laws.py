@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
 from hypothesis import given, settings
 
 from aio_pika_batch.testing import virtual_time
+from tests.stories import STORIES
 from tests.support.databases import TestDatabase
 from tests.support.inbox_stories import Plan, plans, play
 from tests.unit.inbox.sqlite import Connection
-
-COUNT = int(os.environ.get("AIO_PIKA_BATCH_TEST_STORIES", "100"))
 
 
 def run(plan: Plan) -> None:
@@ -24,14 +22,14 @@ def run(plan: Plan) -> None:
         virtual_time.run(play(plan, database, table="inbox"))
 
 
-@settings(max_examples=COUNT)
+@settings(max_examples=STORIES)
 @given(plans())
 def test_an_effect_is_there_once_if_its_message_was_acked(plan: Plan) -> None:
     """By the inbox's own transaction, with every `settle`."""
     run(plan)
 
 
-@settings(max_examples=COUNT)
+@settings(max_examples=STORIES)
 @given(plans(bare=True))
 def test_a_bare_claim_keeps_the_same_law(plan: Plan) -> None:
     """As long as the handler does not fail after its commit."""
