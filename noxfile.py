@@ -141,9 +141,7 @@ def run_tests(session: nox.Session, versions: Path | None) -> None:
     failed: list[bool] = []
     with (
         in_background(session, "unit-pure", COVERED, [*QUICK, *PURE]) as pure,
-        in_background(
-            session, "unit", COVERED, [*QUICK, "tests/unit", *without(PURE)]
-        ) as unit_tests,
+        in_background(session, "unit", COVERED, [*QUICK, *rest]) as unit_tests,
         in_background(session, "integration", (), [*QUICK, *others]) as other_half,
     ):
         try:

@@ -108,8 +108,16 @@ async def stop_while_suspended(consumer: Importer, node: RabbitMQ, name: str) ->
         await stopping
 
 
-@pytest.mark.parametrize("results", [("ACK",), ("ACK", "NACK")], ids=["acks", "acks and rejects"])
-@pytest.mark.parametrize("count", [34, 200])
+@pytest.mark.parametrize(
+    ("count", "results"),
+    [
+        (34, ("ACK",)),
+        (200, ("ACK", "NACK")),
+        pytest.param(34, ("ACK", "NACK"), marks=pytest.mark.long),
+        pytest.param(200, ("ACK",), marks=pytest.mark.long),
+    ],
+    ids=["34 acks", "200 acks and rejects", "34 acks and rejects", "200 acks"],
+)
 @pytest.mark.usefixtures("on_both_wires")
 async def test_a_stop_causes_no_duplicates_while_the_leader_stands_still(
     channel, rabbitmq, amqp_url, name, monkeypatch, count, results
