@@ -42,7 +42,7 @@ from aio_pika_batch.observer import Observer
 from aio_pika_batch.publisher import PublishMethods
 from aio_pika_batch.runtime.batching import check_batch_key
 from aio_pika_batch.runtime.consume_loop import ConsumeLoop
-from aio_pika_batch.runtime.handler import HandlerMistake, InvalidResult, Process, SingleResult
+from aio_pika_batch.runtime.handler import HandlerMistake, InvalidResult, Process, ResultsAtOnce
 from aio_pika_batch.runtime.lifecycle import Lifecycle
 from aio_pika_batch.runtime.publishing import SharedPublisher
 from aio_pika_batch.runtime.shutdown import process_signals
@@ -589,7 +589,7 @@ class Consumer(BaseConsumer[SettingsT_co]):
         """Return the result of a message. If it raises, `unhandled_exception_action` is used."""
         raise NotImplementedError
 
-    async def _answer(self, message: Any) -> Result:  # noqa: ANN401  -- as `process_message`
+    async def _answer(self, message: Any) -> tuple[Result]:  # noqa: ANN401  -- as `process_message`
         answer: Any = self.process_message(message)
         if not inspect.isawaitable(answer):
             msg = f"process_message returned {describe(answer)}: it must be an `async def`"
@@ -601,11 +601,11 @@ class Consumer(BaseConsumer[SettingsT_co]):
                 " MessageResult, Nack(…) or Requeue(…)"
             )
             raise (HandlerMistake if result is None else InvalidResult)(msg)
-        return result
+        return (result,)
 
     def _process(self) -> Process:
         # Its batches have one message each.
-        return lambda messages: SingleResult(self._answer(messages[0]))
+        return lambda messages: ResultsAtOnce(self._answer(messages[0]))
 
     def _check_class(self) -> None:
         name = type(self).__name__

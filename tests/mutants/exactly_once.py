@@ -94,8 +94,8 @@ EXACTLY_ONCE = (
     Mutant(
         "A row is deleted although its publication isn't confirmed.",
         "outbox/relay.py",
-        "is_confirmed = row.outcome is Outcome.CONFIRMED",
-        "is_confirmed = True",
+        "ack if row.outcome is confirmed else requeue",
+        "ack",
         (f"{_INBOX}/test_outbox.py",),
     ),
     Mutant(

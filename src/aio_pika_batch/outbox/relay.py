@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
 from aio_pika_batch.consumer import BaseConsumer, WorkerSession
 from aio_pika_batch.core.batch_run import FailurePolicy
-from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.core.results import MessageResult, Result
 from aio_pika_batch.observer import Observer
 from aio_pika_batch.outbox.outbox import Outbox
 from aio_pika_batch.outbox.rows import Row
 from aio_pika_batch.outbox.session import Connect, OutboxSession, OutboxTransport
-from aio_pika_batch.runtime.handler import Process
+from aio_pika_batch.runtime.handler import Process, ResultsAtOnce
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.settings.consumer_settings import OutboxRelaySettings
 from aio_pika_batch.transport import Transport
@@ -62,15 +61,14 @@ class OutboxRelay(BaseConsumer[OutboxRelaySettings]):
         """Keep the session of this worker."""
         self._source = cast("OutboxSession", session._session)  # noqa: SLF001  -- our own
 
-    async def _publish(self, messages: Sequence[Message]) -> AsyncIterator[Result]:
-        rows = cast("Sequence[Row]", messages)
+    async def _publish(self, rows: Sequence[Row]) -> Sequence[Result]:
         await self._source.publish(rows)
-        for row in rows:
-            is_confirmed = row.outcome is Outcome.CONFIRMED
-            yield MessageResult.ACK if is_confirmed else MessageResult.REQUEUE_IMMEDIATE
+        confirmed = Outcome.CONFIRMED
+        ack, requeue = MessageResult.ACK, MessageResult.REQUEUE_IMMEDIATE
+        return [ack if row.outcome is confirmed else requeue for row in rows]
 
     def _process(self) -> Process:
-        return self._publish
+        return lambda rows: ResultsAtOnce(self._publish(rows))
 
     def _check_class(self) -> None:
         """Every subclass will do."""

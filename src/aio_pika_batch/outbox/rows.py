@@ -70,25 +70,37 @@ class Row(Message):
         outcome: Of its last publication in this session; None if it wasn't published.
     """
 
-    __slots__ = ("_message_id", "_stored", "key", "outcome", "row_id")
-
-    _route: tuple[str, str]
+    __slots__ = (
+        "_exchange",
+        "_message_id",
+        "_routing_key",
+        "_stored",
+        "key",
+        "outcome",
+        "row_id",
+    )
 
     def __init__(self, source: DecodedSource, tag: int, columns: Sequence[Any]) -> None:
         # What `Message` does, without another call: one is created for each publication.
-        row_id, message_id, exchange, routing_key, self.body, stored, key = columns
+        (
+            self.row_id,
+            self._message_id,
+            self._exchange,
+            self._routing_key,
+            self.body,
+            self._stored,
+            self.key,
+        ) = columns
         self._source = source
         self.delivery_tag = tag
         self.redelivered = False
-        self._route = exchange, routing_key
         # Its properties are in `_stored`, and read on demand.
         self._properties = _DEFAULTS
         self._read = None
-        self.row_id: int = row_id
-        self.key: str | bytes | None = key
         self.outcome: Outcome | None = None
-        self._message_id: str = message_id
-        self._stored: str | None = stored
+
+    def _decoded_route(self) -> tuple[str, str]:
+        return self._exchange, self._routing_key
 
     @property
     def has_failed(self) -> bool:
@@ -104,7 +116,9 @@ class Row(Message):
             ValueError, TypeError, AttributeError: The row was changed by hand, and isn't valid.
         """
         template, mandatory = _read(self._stored)
-        return TemplateCopy(self, *self._route, mandatory, template, self._message_id)
+        return TemplateCopy(
+            self, self._exchange, self._routing_key, mandatory, template, self._message_id
+        )
 
     @property
     def properties(self) -> Properties:

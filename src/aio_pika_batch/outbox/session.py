@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from typing import Any, TypeAlias
 
 from aio_pika_batch.core.message import DecodedSource, Message
-from aio_pika_batch.core.publication import Outcome, TemplateCopy
+from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import Topology
 from aio_pika_batch.databases.connections import DatabaseConnection, adapt
@@ -39,6 +39,9 @@ from aio_pika_batch.transport import Publisher, Session, Subscription, Transport
 Connect: TypeAlias = Callable[[], AbstractAsyncContextManager[Any] | Awaitable[Any]]
 """Opens a connection to the database, such as `pool.acquire`, `engine.connect`, or a function that
 calls `asyncpg.connect`."""
+
+_INVALID = (AttributeError, TypeError, ValueError)
+"""What a row raises that was changed by hand, and isn't valid."""
 
 _log = KeywordLogger(logging.getLogger("aio_pika_batch.outbox"))
 
@@ -201,14 +204,19 @@ class OutboxSession:
         for row in rows:
             row.outcome = None
         blocked: set[str | bytes | None] = set()
+        all_confirmed = True
         for wave in _waves(rows):
             due = [row for row in wave if row.key not in blocked] if blocked else wave
-            await self._publish_wave(due)
+            if await self._publish_wave(due) and due is wave:
+                # The common case: no look at each row.
+                continue
+            all_confirmed = False
             if not self._publisher.is_open:
                 break
-            for row in wave:
-                if row.key is not None and row.outcome is not Outcome.CONFIRMED:
-                    blocked.add(row.key)
+            blocked.update(row.key for row in wave if row.outcome is not Outcome.CONFIRMED)
+            blocked.discard(None)
+        if all_confirmed:
+            return
         failed = [row for row in rows if row.outcome is not Outcome.CONFIRMED and row.has_failed]
         if failed:
             _log.warning(
@@ -219,20 +227,29 @@ class OutboxSession:
                 outcome=failed[0].outcome and failed[0].outcome.value,
             )
 
-    async def _publish_wave(self, rows: Sequence[Row]) -> None:
-        sent: list[Row] = []
-        copies: list[TemplateCopy] = []
-        for row in rows:
-            try:
-                copies.append(row.outgoing)
-            except (AttributeError, TypeError, ValueError) as error:
-                # It stays: deleting it could lose what can still be corrected.
-                _log.error("a row of the outbox is invalid", id=row.row_id, error=error)
-                row.outcome = Outcome.REFUSED
-            else:
-                sent.append(row)
-        for row, outcome in zip(sent, await self._publisher.publish(copies), strict=True):
+    async def _publish_wave(self, rows: Sequence[Row]) -> bool:
+        """Publish rows, and set the outcome of each; return whether all are confirmed."""
+        valid = rows
+        try:
+            copies = [row.outgoing for row in rows]
+        except _INVALID:
+            valid = [row for row in rows if self._is_valid(row)]
+            copies = [row.outgoing for row in valid]
+        outcomes = await self._publisher.publish(copies)
+        for row, outcome in zip(valid, outcomes, strict=True):
             row.outcome = outcome
+        return outcomes.count(Outcome.CONFIRMED) == len(rows)
+
+    @staticmethod
+    def _is_valid(row: Row) -> bool:
+        try:
+            row.outgoing  # noqa: B018  -- raises
+        except _INVALID as error:
+            # It stays: deleting it could lose what can still be corrected.
+            _log.error("a row of the outbox is invalid", id=row.row_id, error=error)
+            row.outcome = Outcome.REFUSED
+            return False
+        return True
 
     # -- inside -----------------------------------------------------------------------------------
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Hashable, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Generator,
+    Hashable,
+    Iterable,
+    Sequence,
+)
 from contextlib import suppress
 from contextvars import Context, ContextVar
 from dataclasses import dataclass
@@ -31,18 +39,18 @@ IGNORED_CANCELLATION = 5.0
 
 
 @dataclass(slots=True)
-class SingleResult:
-    """What processes a batch of one message, in place of an async iterator.
+class ResultsAtOnce:
+    """What processes a batch whose results come together, in place of an async iterator.
 
     Attributes:
-        answer: Returns the only result when it is awaited.
+        answer: Returns the results when it is awaited.
     """
 
     # An async generator costs more than everything else that is done for a message.
-    answer: Coroutine[Any, Any, object]
+    answer: Coroutine[Any, Any, Iterable[object]]
 
 
-Process: TypeAlias = Callable[[Any], AsyncIterator[object] | SingleResult]
+Process: TypeAlias = Callable[[Any], AsyncIterator[object] | ResultsAtOnce]
 
 
 class HandlerContext:
@@ -269,11 +277,11 @@ class HandlerRun:
         swallowed = "the handler swallowed its cancellation"
         try:
             results = self._options.process(collector.given)
-            if isinstance(results, SingleResult):
-                result = await results.answer
+            if isinstance(results, ResultsAtOnce):
+                items = await results.answer
                 if self._cancelled_by is not None:
                     return asyncio.CancelledError(swallowed)
-                accept(result)
+                _accept_all(items, accept)
                 return None
             if not hasattr(results, "__aiter__"):
                 return _not_iterable(results)
@@ -407,6 +415,11 @@ class HandlerRun:
         if on_yield is not None and not self._has_notified:
             self._has_notified = True
             on_yield(self)
+
+
+def _accept_all(items: Iterable[object], accept: Callable[[object], None]) -> None:
+    for item in items:
+        accept(item)
 
 
 def _not_iterable(results: object) -> HandlerMistake:
