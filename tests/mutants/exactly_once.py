@@ -129,8 +129,8 @@ EXACTLY_ONCE = (
     Mutant(
         "A publication gets another id each time it is published.",
         "outbox/rows.py",
-        "mandatory, template, self._message_id)",
-        "mandatory, template, uuid.uuid4().hex)",
+        "mandatory, template, self._message_id\n",
+        "mandatory, template, uuid.uuid4().hex\n",
         (f"{_INBOX}/test_outbox.py",),
     ),
 )
