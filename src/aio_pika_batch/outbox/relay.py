@@ -62,7 +62,9 @@ class OutboxRelay(BaseConsumer[OutboxRelaySettings]):
         self._source = cast("OutboxSession", session._session)  # noqa: SLF001  -- our own
 
     async def _publish(self, rows: Sequence[Row]) -> Sequence[Result]:
+        """Publish rows; one that isn't confirmed stays in the table."""
         await self._source.publish(rows)
+        # Looked up once, and not for each row.
         confirmed = Outcome.CONFIRMED
         ack, requeue = MessageResult.ACK, MessageResult.REQUEUE_IMMEDIATE
         return [ack if row.outcome is confirmed else requeue for row in rows]
