@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote, urlsplit
 
 import aio_pika
+import pytest
 from aio_pika.exceptions import ChannelNotFoundEntity
 from pamqp import commands, frame
 from pamqp.header import ProtocolHeader
@@ -43,6 +44,11 @@ PATIENCE = 120.0
 
 SLACK = 12.0
 """Seconds by which a busy machine may exceed a time limit. Without the limit a wait is longer."""
+
+QUEUE_TYPES = pytest.mark.parametrize(
+    "queue_type", [pytest.param("classic", marks=pytest.mark.long), "quorum"]
+)
+"""Both types of queue; most of the tests that name none of them use a classic queue."""
 
 _APPS = Path(__file__).parent / "apps"
 

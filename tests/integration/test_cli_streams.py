@@ -28,8 +28,15 @@ def environment(folder: Path) -> dict[str, str]:
     return {name: value for name, value in own.items() if not name.startswith("COVERAGE_")}
 
 
-@pytest.mark.parametrize("redirect", [">&-", "2>&-", "<&-", ">&- 2>&- <&-", "2>/dev/full"])
 @pytest.mark.parametrize("more", [(), ("-n", "1")], ids=["alone", "supervised"])
+@pytest.mark.parametrize(
+    "redirect",
+    [
+        ">&- 2>&- <&-",
+        "2>/dev/full",
+        *(pytest.param(each, marks=pytest.mark.long) for each in (">&-", "2>&-", "<&-")),
+    ],
+)
 def test_a_consumer_starts_and_ends_with_closed_streams(
     tmp_path: Path, redirect: str, more: tuple[str, ...]
 ) -> None:

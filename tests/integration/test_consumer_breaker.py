@@ -8,6 +8,7 @@ import pytest
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult, WorkerState
 from tests.integration.helpers import (
+    QUEUE_TYPES,
     Recorder,
     consumers,
     holds,
@@ -57,7 +58,7 @@ def settings_for(url, queue, queue_type, **more) -> BatchConsumerSettings:
 
 
 @pytest.mark.usefixtures("on_both_wires")
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 async def test_an_outage_is_waited_out(channel, amqp_url, name, queue_type, broker) -> None:
     """The buffer goes back, nothing is consumed, single messages probe, and all are handled."""
     recorder = Recorder()

@@ -20,6 +20,7 @@ from aio_pika_batch import (
 from tests.integration.helpers import (
     HEADERS,
     PROPERTIES,
+    QUEUE_TYPES,
     SLACK,
     RawClient,
     holds,
@@ -91,7 +92,7 @@ class Retrying(BatchConsumer):
 # --- in time ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 @pytest.mark.usefixtures("on_both_wires")
 async def test_delays_double_and_do_not_hold_up_each_other(
     channel, amqp_url, name, settings, queue_type
@@ -136,7 +137,7 @@ async def test_a_level_is_declared_when_a_handler_needs_it(
 # --- as it was --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 @pytest.mark.parametrize("properties", [PROPERTIES, {}], ids=["all", "none"])
 async def test_a_delay_changes_only_a_few_headers(
     amqp_url, name, settings, queue_type, properties
@@ -195,7 +196,7 @@ async def test_a_message_that_was_dead_lettered_here_before_comes_back(
 
 @pytest.mark.long
 @pytest.mark.needs_node
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 async def test_a_broker_restart_during_a_delay_loses_nothing(
     rabbitmq, amqp_url, name, settings, queue_type, how, broker
@@ -225,7 +226,7 @@ async def test_a_broker_restart_during_a_delay_loses_nothing(
 
 
 @pytest.mark.needs_node
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 async def test_a_message_that_expires_into_a_full_queue_is_kept(
     rabbitmq, channel, amqp_url, name, settings, queue_type, broker
 ) -> None:

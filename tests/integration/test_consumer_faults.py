@@ -261,7 +261,7 @@ def start_app(node) -> None:
         ("classic", kill, start),
         pytest.param("classic", stop_app, start_app, marks=pytest.mark.long),
         # Of a node alone that is killed, RabbitMQ 3.10 does not find its quorum queues again.
-        ("quorum", stop_app, start_app),
+        pytest.param("quorum", stop_app, start_app, marks=pytest.mark.long),
     ],
 )
 async def test_a_broker_that_goes_away_is_waited_for_and_nothing_is_lost(

@@ -24,6 +24,7 @@ from aio_pika_batch import (
 from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port
 from tests.integration.helpers import (
     PATIENCE,
+    QUEUE_TYPES,
     Recorder,
     consumers,
     holds,
@@ -441,7 +442,7 @@ async def test_a_headers_exchange_with_binding_arguments(channel, amqp_url, name
 
 
 @pytest.mark.parametrize("kind", ["direct", "fanout", "topic", "headers"])
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 async def test_a_dead_letter_queue_is_declared_and_gets_every_dead_letter(
     channel, amqp_url, name, kind, queue_type
 ) -> None:

@@ -15,6 +15,7 @@ from aio_pika_batch import (
     Nack,
 )
 from tests.integration.helpers import (
+    QUEUE_TYPES,
     Recorder,
     Stopwatch,
     declare_dead_letters,
@@ -46,7 +47,7 @@ class Always(BatchConsumer):
 
 
 @pytest.mark.parametrize("named_by", ["dead_letter_exchange", "queue_arguments"])
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 async def test_an_exhausted_copy_is_dead_lettered_with_its_original_key(
     channel, amqp_url, name, queue_type, named_by
 ) -> None:
@@ -176,7 +177,7 @@ async def test_an_unroutable_dead_letter_is_not_lost(channel, amqp_url, name) ->
 # --- a full queue -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 async def test_requeues_into_a_full_queue_do_not_stall_the_consumer(
     channel, amqp_url, name, queue_type, broker
 ) -> None:
@@ -375,7 +376,7 @@ class DeadLetterFault:
 
 
 @pytest.mark.parametrize("trouble", ["refused", "returned", "unconfirmed"])
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 async def test_an_exhausted_message_stays_until_its_dead_letter_is_confirmed(
     channel, amqp_url, name, proxy, queue_type, trouble
 ) -> None:

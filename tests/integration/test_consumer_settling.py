@@ -12,6 +12,7 @@ import pytest
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
 from tests.integration.helpers import (
+    QUEUE_TYPES,
     Recorder,
     declare_dead_letters,
     holds,
@@ -77,7 +78,7 @@ def bulk(*bad):
     return write
 
 
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 async def test_only_the_culprits_are_dead_lettered(channel, amqp_url, name, queue_type) -> None:
     """In few runs; all others are acked, and nothing is left."""
     dlx, dlq = await declare_dead_letters(channel, name)
@@ -109,7 +110,7 @@ async def test_only_the_culprits_are_dead_lettered(channel, amqp_url, name, queu
     assert len(consumer.batches) == len(runs) <= 1 + 2 * 3 * math.ceil(math.log2(100))
 
 
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 async def test_yielded_results_are_settled_while_the_handler_runs(
     channel, amqp_url, name, proxy, queue_type
 ) -> None:
@@ -202,7 +203,7 @@ async def test_many_yields_are_settled_in_order_and_once(channel, amqp_url, name
     assert 0 == consumer.recorder.stale
 
 
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 async def test_a_commit_that_fails_voids_the_acks_of_an_atomic_batch(
     channel, amqp_url, name, queue_type
 ) -> None:

@@ -21,6 +21,7 @@ from aio_pika_batch import (
 )
 from tests.integration.helpers import (
     PATIENCE,
+    QUEUE_TYPES,
     SLACK,
     Recorder,
     Stopwatch,
@@ -43,7 +44,7 @@ def numbered(count: int, kind: str = "good") -> list[bytes]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 async def test_a_signal_during_a_batch_finishes_it_and_returns_the_rest(
     channel, amqp_url, name, tmp_path, queue_type, number
 ) -> None:
@@ -172,7 +173,7 @@ async def test_a_drain_handles_buffered_messages_if_a_slot_is_free(channel, amqp
     assert 0 == await ready(amqp_url, name)
 
 
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 @pytest.mark.usefixtures("on_both_wires")
 async def test_a_drain_returns_buffered_messages_if_all_slots_are_taken(
     channel, amqp_url, name, queue_type
@@ -281,7 +282,9 @@ def quorum(broker) -> str:
 # --- nothing twice ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attempt", range(3))
+@pytest.mark.parametrize(
+    "attempt", [0, *(pytest.param(each, marks=pytest.mark.long) for each in (1, 2))]
+)
 @pytest.mark.parametrize("pattern", ["ack, nack", "ack, requeue"])
 @pytest.mark.usefixtures("on_both_wires")
 async def test_a_quorum_queue_loses_none_of_many_single_settlements(

@@ -168,8 +168,8 @@ async def opened(broker: RunningBroker, wire: Wire, kind: str) -> AsyncIterator[
     [
         ("fast", "classic"),
         ("fast", "quorum"),
-        ("plain", "quorum"),
-        pytest.param("plain", "classic", marks=pytest.mark.long),
+        ("plain", "classic"),
+        pytest.param("plain", "quorum", marks=pytest.mark.long),
     ],
 )
 async def test_the_contract_is_kept(broker: RunningBroker, wire: Wire, kind: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from aio_pika_batch import MessageResult, Nack, Requeue
 from aio_pika_batch.testing import process
-from tests.integration.helpers import PATIENCE, holds, take_all
+from tests.integration.helpers import PATIENCE, QUEUE_TYPES, holds, take_all
 
 FOLDER = Path(__file__).parents[2] / "examples" / "http_sink"
 API = runpy.run_path(str(FOLDER / "api.py"))
@@ -60,7 +60,7 @@ LIMITED = {"rate": 200, "outage_after": 150, "outage": 0.8}
 
 
 @pytest.mark.parametrize("api", [LIMITED], indirect=True)
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 async def test_every_event_is_taken_once_in_spite_of_limits_and_an_outage(
     amqp_url, channel, name, api, queue_type
 ) -> None:

@@ -9,14 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.integration.helpers import PATIENCE, holds, take_all
+from tests.integration.helpers import PATIENCE, QUEUE_TYPES, holds, take_all
 
 MAIN = Path(__file__).parents[2] / "examples" / "rmq_to_postgres" / "main.py"
 
 
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 async def test_three_bad_rows_among_a_thousand_cost_three_rows(
     amqp_url, channel, name, schema, queue_type
 ) -> None:

@@ -15,7 +15,7 @@ from google.cloud import pubsub_v1
 
 from aio_pika_batch import MessageResult, Nack, Publication, Requeue
 from aio_pika_batch.testing import make_message, process
-from tests.integration.helpers import PATIENCE, holds, take_all
+from tests.integration.helpers import PATIENCE, QUEUE_TYPES, holds, take_all
 from tests.support.pubsub import emulator, emulator_jar, ours
 
 FOLDER = Path(__file__).parents[2] / "examples" / "rmq_to_pubsub"
@@ -67,7 +67,7 @@ def samples() -> dict[str, list[bytes]]:
 FAILURES = [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED]
 
 
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@QUEUE_TYPES
 async def test_each_key_arrives_in_its_order_in_spite_of_failures(
     amqp_url, channel, name, pubsub, queue_type
 ) -> None:

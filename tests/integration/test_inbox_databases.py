@@ -21,6 +21,7 @@ from tests.support.databases import (
     ON_MARIADB,
     ON_POSTGRES,
     ON_SQLITE,
+    by,
     database,
     write,
 )
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 REQUEUE, NACK, ACK = MessageResult.REQUEUE, MessageResult.NACK, MessageResult.ACK
 
 
-@pytest.fixture(params=DRIVERS)
+@pytest.fixture(params=by(*DRIVERS))
 async def db(request, tmp_path) -> AsyncIterator[TestDatabase]:
     """A database, by each driver."""
     driver = request.param
@@ -45,7 +46,7 @@ async def db(request, tmp_path) -> AsyncIterator[TestDatabase]:
         yield found
 
 
-with_many_writers = pytest.mark.parametrize("db", [*ON_POSTGRES, *ON_MARIADB], indirect=True)
+with_many_writers = pytest.mark.parametrize("db", by(*ON_POSTGRES, *ON_MARIADB), indirect=True)
 """SQLite has one at a time."""
 
 

@@ -17,7 +17,7 @@ from aio_pika_batch.outbox import Outbox, OutboxRelay, OutboxRelaySettings
 from aio_pika_batch.testing import BatchBroker
 from aio_pika_batch.transport import Subscription
 from tests.integration.helpers import until
-from tests.support.databases import DRIVERS, ON_MARIADB, ON_POSTGRES, ON_SQLITE, database
+from tests.support.databases import DRIVERS, ON_MARIADB, ON_POSTGRES, ON_SQLITE, by, database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tests.support.databases import TestDatabase
 
 
-@pytest.fixture(params=DRIVERS)
+@pytest.fixture(params=by(*DRIVERS))
 async def db(request, tmp_path) -> AsyncIterator[TestDatabase]:
     """A database, by each driver."""
     driver = request.param
@@ -211,7 +211,7 @@ async def test_adding_without_a_transaction_is_refused(db, outbox):
             await outbox.add(connection, numbered(1))
 
 
-@pytest.mark.parametrize("db", [*ON_POSTGRES, *ON_MARIADB], indirect=True)
+@pytest.mark.parametrize("db", by(*ON_POSTGRES, *ON_MARIADB), indirect=True)
 async def test_relays_share_the_work(db, outbox, broker):
     """Each message is published once, and those of a key in their order."""
     async with db.transaction() as connection:
@@ -234,7 +234,7 @@ async def test_relays_share_the_work(db, outbox, broker):
     assert 0 == await waiting(db, outbox)
 
 
-@pytest.mark.parametrize("db", ON_SQLITE, indirect=True)
+@pytest.mark.parametrize("db", by(*ON_SQLITE), indirect=True)
 async def test_one_relay_at_a_time_has_the_lease(db, outbox, broker):
     """On SQLite, which cannot lock rows; so each message is published once."""
     async with db.transaction() as connection:
@@ -244,7 +244,7 @@ async def test_one_relay_at_a_time_has_the_lease(db, outbox, broker):
     assert {1} == set(Counter(bodies(broker)).values())
 
 
-@pytest.mark.parametrize("db", [*ON_POSTGRES, *ON_MARIADB], indirect=True)
+@pytest.mark.parametrize("db", by(*ON_POSTGRES, *ON_MARIADB), indirect=True)
 async def test_adding_goes_on_while_a_relay_publishes(db, outbox, broker):
     """The relay's open transaction locks the rows that it has taken, and nothing else."""
     session_of = relay(db, outbox, broker)._transport.session

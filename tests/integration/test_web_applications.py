@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import cycle, product
 from pathlib import Path
 
 import httpx
@@ -62,9 +63,20 @@ def serve(tmp_path, framework, lifespan, url):
     return process, port, printed
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("lifespan", ["block", "task", "unaware"])
-@pytest.mark.parametrize("framework", ["fastapi", "starlette"])
+def combinations(lifespans):
+    """All of them; only one framework and signal for each lifespan isn't long."""
+    frameworks, numbers = ["fastapi", "starlette"], [signal.SIGTERM, signal.SIGINT]
+    quick = [*zip(cycle(frameworks), lifespans, cycle(numbers))]
+    return pytest.mark.parametrize(
+        ("framework", "lifespan", "number"),
+        [
+            pytest.param(*each, marks=[] if each in quick else pytest.mark.long)
+            for each in product(frameworks, lifespans, numbers)
+        ],
+    )
+
+
+@combinations(["block", "task", "unaware"])
 def test_an_application_comes_up_and_ends_without_its_broker(tmp_path, framework, lifespan, number):
     """It isn't ready, and a signal ends it."""
     url = f"amqp://guest:guest@127.0.0.1:{free_port()}/"
@@ -76,9 +88,7 @@ def test_an_application_comes_up_and_ends_without_its_broker(tmp_path, framework
     assert time.monotonic() - began < PATIENCE / 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("lifespan", ["block", "task"])
-@pytest.mark.parametrize("framework", ["fastapi", "starlette"])
+@combinations(["block", "task"])
 def test_a_signal_ends_an_application_after_its_batch(tmp_path, framework, lifespan, number):
     """The batch that is being handled is finished first."""
     process, port, printed = serve(tmp_path, framework, lifespan, "memory://")

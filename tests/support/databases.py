@@ -7,6 +7,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+
 from aio_pika_batch.databases.connections import Database, adapt
 
 Connect = Callable[[], AbstractAsyncContextManager[Any]]
@@ -15,6 +17,15 @@ ON_POSTGRES = ("asyncpg", "psycopg", "sqlalchemy-asyncpg", "sqlalchemy-psycopg",
 ON_MARIADB = ("sqlalchemy-asyncmy", "session-asyncmy")
 ON_SQLITE = ("aiosqlite", "sqlalchemy-aiosqlite", "session-aiosqlite")
 DRIVERS = (*ON_POSTGRES, *ON_MARIADB, *ON_SQLITE)
+_LONG = {"sqlalchemy-psycopg", "session-asyncmy", "sqlalchemy-aiosqlite", "session-aiosqlite"}
+
+
+def by(*drivers: str) -> list[Any]:
+    """Parameters of tests; combinations of what others already cover are marked as long."""
+    return [
+        pytest.param(each, marks=pytest.mark.long) if each in _LONG else each for each in drivers
+    ]
+
 
 EFFECTS = "CREATE TABLE effects (id varchar(255))"
 """No key: an effect that is repeated is there twice."""
