@@ -1,8 +1,9 @@
-"""Does every link of the site lead somewhere, and does the site ask nobody else for anything?
+"""Checks that every link within the site works, and that pages request nothing from third parties.
 
-``python docs/check_site.py docs/_build``; ``nox -s docs`` runs it on what it has made. Links to
-other sites are left to readers. What a browser fetches by itself, scripts, styles, fonts and
-pictures, must be there: a page is whole without a network, and tells nobody who reads it.
+``python docs/check_site.py docs/_build``; ``nox -s docs`` runs it on the site that it has built.
+Links to other sites aren't followed. What a browser fetches by itself (scripts, styles, fonts,
+pictures) must be part of the site, so that a page is complete without a network and no third party
+learns who reads it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How does a diagram get onto the site?
+"""Puts diagrams onto the site: a page contains their text, and the reader's browser draws them.
 
-A page holds its text, in a block `mermaid`, and a reader's browser draws it. The script that does
-so comes from the package `mermaid` of the npm registry. It is fetched when the site is made, into
-`_static`, and is not kept in the repository; a reader's browser asks nobody else for anything.
+The text is in blocks called `mermaid`. The script that draws them comes from the package `mermaid`
+of the npm registry. It is fetched into `_static` when the site is built, and isn't kept in the
+repository. A reader's browser requests nothing from third parties.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Mermaid(SphinxDirective):
     has_content: ClassVar[bool] = True
 
     def run(self) -> list[nodes.Node]:
-        """Leave the text as it is."""
+        """Return the text unchanged."""
         text = html.escape("\n".join(self.content))
         return [nodes.raw("", f'<pre class="mermaid">\n{text}\n</pre>', format="html")]
 
@@ -55,7 +55,7 @@ class Mermaid(SphinxDirective):
 def scripts(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.Node | None
 ) -> None:
-    """Give the scripts to those pages that have a diagram."""
+    """Add the scripts to pages that have a diagram."""
     del page, template, context
     if doctree and any("mermaid" in each.astext() for each in doctree.findall(nodes.raw)):
         app.add_js_file("mermaid.min.js", loading_method="defer")
@@ -63,7 +63,7 @@ def scripts(
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Tell Sphinx."""
+    """Register the directive and the events with Sphinx."""
     app.add_directive("mermaid", Mermaid)
     app.connect("builder-inited", fetch)
     app.connect("html-page-context", scripts)
