@@ -12,13 +12,15 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar, Token
-from functools import cached_property
+from binascii import unhexlify
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from importlib.metadata import version
-from typing import overload
+from typing import TypeAlias, overload
 
+from aio_pika_batch.core.batcher import Trigger
 from aio_pika_batch.core.message import FieldValue, Headers, Message
+from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.errors import MessageDecodeError
 from aio_pika_batch.masking import mask_error, mask_traceback
 from aio_pika_batch.observer import (
@@ -66,9 +68,22 @@ _ENTRY = re.compile(
     re.DOTALL,
 )
 """A `traceparent` in an encoded table of headers: its name and 55 bytes of text."""
+_LENGTH = len(TRACESTATE)
 
 # An object for each value of the flags: creating them was part of the cost of each link.
-_FLAGS = tuple(map(TraceFlags, range(256)))
+_number = int.from_bytes
+_FLAGS = {b"%02x" % value: TraceFlags(value) for value in range(256)}
+
+_ROOT = Context()
+"""The context of a span without a parent."""
+
+_RESULTS: dict[MessageResult | None, str] = {
+    None: "aio_pika_batch.returned",
+    **{result: f"aio_pika_batch.{result.name.lower()}" for result in MessageResult},
+}
+"""The attributes that count the messages of a settlement."""
+
+COUNT = "messaging.batch.message_count"
 
 LINKS = "OTEL_SPAN_LINK_COUNT_LIMIT"
 DEFAULT_LINKS = 128
@@ -82,6 +97,8 @@ SCHEMA = "https://opentelemetry.io/schemas/1.44.0"
 """The version of the semantic conventions that names and attributes follow."""
 
 _log = logging.getLogger("aio_pika_batch.observers.otel")
+
+_Attributes: TypeAlias = dict[str, str | int]
 
 _TRACEPARENT = re.compile(
     r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
@@ -144,77 +161,66 @@ class OpenTelemetryObserver(Observer):
             unit="{message}",
             description="Number of messages that wait, unsettled, for a retry or a confirm.",
         )
-        self._loads: dict[int, tuple[Callable[[], Load], int]] = {}
+        self._workers: dict[int, _Worker] = {}
         self._max_links = _kept_links() if max_links is None else max_links
         self._has_warned_of_links = False
-        self._current: ContextVar[tuple[Span, Token[Context]] | None] = ContextVar(
+        self._current: ContextVar[tuple[Span, Context] | None] = ContextVar(
             "aio_pika_batch_span", default=None
         )
-        self._attributes: dict[tuple[Origin, str, str], dict[str, str | int]] = {}
 
-    def _attributes_of(self, origin: Origin, name: str, kind: str) -> dict[str, str | int]:
-        key = origin, name, kind
-        found = self._attributes.get(key)
+    def _worker(self, origin: Origin) -> _Worker:
+        # By identity, because to hash an origin costs more than all else that is done here.
+        found = self._workers.get(id(origin))
         if found is None:
-            found = self._attributes[key] = {
-                "messaging.system": "rabbitmq",
-                "messaging.operation.name": name,
-                "messaging.operation.type": kind,
-                "messaging.destination.name": origin.queue,
-            }
-            if origin.server is not None:
-                found["server.address"], found["server.port"] = origin.server
+            found = self._workers[id(origin)] = _Worker(origin)
         return found
 
     def worker_started(self, origin: Origin, event: WorkerStarted) -> None:
         """Remember how to read the worker's load, and begin its series."""
-        attributes = self._attributes_of(origin, "process", "process")
-        self._discarded.add(0, attributes)
-        self._held.add(0, attributes)
-        self._loads[id(origin)] = event.load, 0
+        worker = self._worker(origin)
+        worker.load = event.load
+        self._discarded.add(0, worker.process)
+        self._held.add(0, worker.process)
 
     def worker_stopped(self, origin: Origin, event: WorkerStopped) -> None:
         """Count its held messages as gone: the broker has them again."""
-        self._update_held(origin)
-        del self._loads[id(origin)]
+        self._update_held(self._worker(origin))
+        del self._workers[id(origin)]
 
     def lost(self, origin: Origin, event: Lost) -> None:
         """Count the held messages of the session as gone."""
-        self._update_held(origin)
+        self._update_held(self._worker(origin))
 
     def discarded(self, origin: Origin, event: Discarded) -> None:
         """Count the messages."""
-        attributes = self._attributes_of(origin, "process", "process")
-        self._discarded.add(len(event.messages), attributes)
+        self._discarded.add(len(event.messages), self._worker(origin).process)
 
-    def _update_held(self, origin: Origin) -> None:
-        load, before = self._loads[id(origin)]
-        held = load().held
-        if held != before:
-            self._loads[id(origin)] = load, held
-            self._held.add(held - before, self._attributes_of(origin, "process", "process"))
+    def _update_held(self, worker: _Worker) -> None:
+        held = worker.load().held
+        if held != worker.held:
+            self._held.add(held - worker.held, worker.process)
+            worker.held = held
 
     def received(self, origin: Origin, event: Received) -> None:
         """Count the messages."""
-        self._update_held(origin)
-        self._consumed.add(event.count, self._attributes_of(origin, "receive", "receive"))
+        worker = self._worker(origin)
+        self._update_held(worker)
+        self._consumed.add(event.count, worker.receive)
 
     def batch_cut(self, origin: Origin, event: BatchCut) -> None:
         """Start a span and make it current in the task that the handler runs in."""
+        worker = self._worker(origin)
         span = self._tracer.start_span(
-            f"process {origin.queue}",
+            worker.span_name,
             # A root span, whatever span was current when the consumer was started.
-            context=Context(),
+            context=_ROOT,
             kind=SpanKind.CONSUMER,
             links=_Links(event.messages, self._max_links, self._warn_of_links),
-            attributes={
-                **self._attributes_of(origin, "process", "process"),
-                "messaging.batch.message_count": len(event.messages),
-                "aio_pika_batch.trigger": event.trigger.value,
-            },
+            attributes=worker.batch(len(event.messages), event.trigger),
         )
-        token = otel_context.attach(trace.set_span_in_context(span))
-        self._current.set((span, token))
+        context = trace.set_span_in_context(span)
+        otel_context.attach(context)
+        self._current.set((span, context))
 
     def _warn_of_links(self, found: int) -> None:
         if not self._has_warned_of_links:
@@ -228,18 +234,19 @@ class OpenTelemetryObserver(Observer):
 
     def batch_handled(self, origin: Origin, event: BatchHandled) -> None:
         """End the span."""
-        attributes = self._attributes_of(origin, "process", "process")
+        attributes = self._worker(origin).process
         if event.error is not None:
             attributes = {**attributes, "error.type": _class_of(event.error)}
         self._process.record(event.seconds, attributes)
         current = self._current.get()
         if current is None:
             return
-        span, token = current
-        otel_context.detach(token)
-        # The batch is settled in this task. Its settlement becomes a child of the ended span.
+        span, context = current
         self._current.set(None)
-        otel_context.attach(trace.set_span_in_context(span))
+        # The batch is settled in this task. Its settlement becomes a child of the ended span, even
+        # if the handler has left another span behind.
+        if otel_context.get_current() is not context:
+            otel_context.attach(context)
         try:
             if event.error is not None:
                 _record_error(span, event.error)
@@ -248,49 +255,105 @@ class OpenTelemetryObserver(Observer):
 
     def duplicates_dropped(self, origin: Origin, event: DuplicatesDropped) -> None:
         """Count the messages."""
-        attributes = self._attributes_of(origin, "process", "process")
-        self._duplicates.add(len(event.messages), attributes)
+        self._duplicates.add(len(event.messages), self._worker(origin).process)
 
     def settled(self, origin: Origin, event: Settled) -> None:
         """Report a settlement as a span, with the number of messages per result."""
-        counts: dict[str, int] = {}
+        worker = self._worker(origin)
+        total, counts = 0, dict[str, int]()
         for (result, _), count in event.counts.items():
-            name = f"aio_pika_batch.{'returned' if result is None else result.name.lower()}"
+            name = _RESULTS[result]
             counts[name] = counts.get(name, 0) + count
-        self._settle(origin, "settle", sum(event.counts.values()), event.seconds, more=counts)
-        self._update_held(origin)
+            total += count
+        counts[COUNT] = total
+        self._settle(worker.settle, worker.settle_name, event.seconds, counts)
+        self._update_held(worker)
 
     def settle_failed(self, origin: Origin, event: SettleFailed) -> None:
         """Report a failed settlement or publication as a span with an error."""
-        name = "send" if event.step is Step.PUBLISH else "settle"
+        worker = self._worker(origin)
+        attributes, name = worker.settle, worker.settle_name
+        if event.step is Step.PUBLISH:
+            attributes, name = _attributes(origin, "send"), f"send {origin.queue}"
         what = "unconfirmed" if event.error is None else _class_of(event.error)
-        self._settle(origin, name, event.count, event.seconds, error_type=what)
+        attributes = {**attributes, "error.type": what}
+        self._settle(attributes, name, event.seconds, {COUNT: event.count}, failed=True)
 
     def _settle(
         self,
-        origin: Origin,
+        attributes: _Attributes,
         name: str,
-        count: int,
         seconds: float,
+        counts: dict[str, int],
         *,
-        error_type: str | None = None,
-        more: Mapping[str, int] | None = None,
+        failed: bool = False,
     ) -> None:
         # The event comes when it is over, so that the start is computed.
-        attributes = self._attributes_of(origin, name, "send" if name == "send" else "settle")
-        if error_type is not None:
-            attributes = {**attributes, "error.type": error_type}
         self._operation.record(seconds, attributes)
         end = time.time_ns()
         span = self._tracer.start_span(
-            f"{name} {origin.queue}",
+            name,
             kind=SpanKind.CLIENT,
             start_time=end - round(seconds * 1e9),
-            attributes={**attributes, "messaging.batch.message_count": count, **(more or {})},
+            attributes={**attributes, **counts},
         )
-        if error_type is not None:
+        if failed:
             span.set_status(Status(StatusCode.ERROR))
         span.end(end)
+
+
+class _Worker:
+    """The attributes of one worker, made once, and its load."""
+
+    __slots__ = (
+        "_batch",
+        "_batch_key",
+        "held",
+        "load",
+        "origin",
+        "process",
+        "receive",
+        "settle",
+        "settle_name",
+        "span_name",
+    )
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin  # so that no other object has its id
+        self.load: Callable[[], Load] = _no_load
+        self.held = 0
+        self.process = _attributes(origin, "process")
+        self.receive = _attributes(origin, "receive")
+        self.settle = _attributes(origin, "settle")
+        self.span_name = f"process {origin.queue}"
+        self.settle_name = f"settle {origin.queue}"
+        self._batch_key: tuple[int, Trigger] | None = None
+        self._batch: _Attributes = {}
+
+    def batch(self, count: int, trigger: Trigger) -> _Attributes:
+        """Return the attributes of a batch; most batches are like the one before."""
+        key = count, trigger
+        if key != self._batch_key:
+            self._batch_key = key
+            more: _Attributes = {COUNT: count, "aio_pika_batch.trigger": trigger.value}
+            self._batch = {**self.process, **more}
+        return self._batch
+
+
+def _no_load() -> Load:
+    return Load(0, 0, is_consuming=False)
+
+
+def _attributes(origin: Origin, operation: str) -> _Attributes:
+    found: _Attributes = {
+        "messaging.system": "rabbitmq",
+        "messaging.operation.name": operation,
+        "messaging.operation.type": operation,
+        "messaging.destination.name": origin.queue,
+    }
+    if origin.server is not None:
+        found["server.address"], found["server.port"] = origin.server
+    return found
 
 
 class _Links(Sequence[Link]):
@@ -309,17 +372,29 @@ class _Links(Sequence[Link]):
         self._messages = messages
         self._limit = limit
         self._beyond = beyond
+        self._created: list[Link] | None = None
 
-    @cached_property
+    @property
     def _links(self) -> list[Link]:
+        if self._created is None:
+            self._created = self._create()
+        return self._created
+
+    def _create(self) -> list[Link]:
         links: list[Link] = []
+        link: Link | None = None
+        before: tuple[bytes, ...] | None = None
         for message in self._messages:
-            found = origin_of(message)
-            if found is not None:
+            parts = _encoded_parts(message)
+            # Messages that were published together often have the same origin.
+            if parts is None or parts != before:
+                found = _decoded_origin(message) if parts is None else _span_context(parts)
+                link, before = None if found is None else Link(found), parts
+            if link is not None:
                 if len(links) == self._limit:
                     self._beyond(self._limit)
                     break
-                links.append(Link(found))
+                links.append(link)
         return links
 
     def __bool__(self) -> bool:
@@ -341,17 +416,32 @@ class _Links(Sequence[Link]):
 
 def origin_of(message: Message) -> SpanContext | None:
     """Return the span context in the `traceparent` of a message; None without a valid one."""
+    parts = _encoded_parts(message)
+    return _decoded_origin(message) if parts is None else _span_context(parts)
+
+
+def _encoded_parts(message: Message) -> tuple[bytes, ...] | None:
+    """Return trace, span and flags of an undecoded `traceparent`; None if it must be decoded."""
+    # Decoding all headers would be most of the cost of a link. A text entry of a table has only
+    # one encoding (AMQP 0-9-1, section 4.2.5.5).
     raw = message.raw_properties
-    if raw is not None:
-        # Decoding all headers would be most of the cost of a link. A text entry of a table has only
-        # one encoding (AMQP 0-9-1, section 4.2.5.5). Anything else of this name is decoded below.
-        entry = _ENTRY.search(raw)
-        if entry is None:
-            if b"traceparent" not in raw:
-                return None
-        elif b"tracestate" not in raw:
-            trace_id, span_id, flags = entry.groups()
-            return SpanContext(int(trace_id, 16), int(span_id, 16), True, _FLAGS[int(flags, 16)])  # noqa: FBT003  -- by position, since this is done for every message
+    entry = None if raw is None else _ENTRY.search(raw)
+    # The byte before a `tracestate` is its length, and is found several times faster.
+    if raw is None or entry is None or (_LENGTH in raw and b"tracestateS" in raw):
+        return None
+    return entry.group(1, 2, 3)
+
+
+def _span_context(parts: tuple[bytes, ...]) -> SpanContext:
+    trace_id, span_id, flags = parts
+    numbers = _number(unhexlify(trace_id)), _number(unhexlify(span_id))
+    return SpanContext(*numbers, True, _FLAGS[flags])  # noqa: FBT003  -- by position, since this is done for every message
+
+
+def _decoded_origin(message: Message) -> SpanContext | None:
+    raw = message.raw_properties
+    if raw is not None and b"traceparent" not in raw:
+        return None
     try:
         headers = message.headers
     except MessageDecodeError:

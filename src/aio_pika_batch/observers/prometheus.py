@@ -152,22 +152,6 @@ _METRICS: WeakKeyDictionary[CollectorRegistry, Metrics] = WeakKeyDictionary()
 """The metrics of each registry, shared by all its observers."""
 
 
-class _Level:
-    """A gauge that is written only when its value changes."""
-
-    __slots__ = ("_last", "_set")
-
-    def __init__(self, gauge: Gauge) -> None:
-        self._set = gauge.set
-        self._last: float | None = None
-
-    def update(self, value: float) -> None:
-        # With several processes each write goes to a shared file.
-        if value != self._last:
-            self._last = value
-            self._set(value)
-
-
 class _ConsumerMetrics:
     """The metrics of one consumer, with their labels filled in."""
 
@@ -188,12 +172,16 @@ class _ConsumerMetrics:
         self.stale = metrics.stale.labels(*labels).inc
         self.duplicates = metrics.duplicates.labels(*labels).inc
         self.reconnects = metrics.reconnects.labels(*labels).inc
-        self._workers = _Level(metrics.workers.labels(*labels))
-        self._buffered = _Level(metrics.buffered.labels(*labels))
-        self._in_progress = _Level(metrics.in_progress.labels(*labels))
-        self._held = _Level(metrics.held.labels(*labels))
-        self._up = _Level(metrics.up.labels(*labels))
-        self._since = _Level(metrics.progress.labels(*labels))
+        self._workers = metrics.workers.labels(*labels).set
+        gauges = (
+            metrics.buffered,
+            metrics.in_progress,
+            metrics.up,
+            metrics.held,
+            metrics.progress,
+        )
+        self._gauges = [each.labels(*labels).set for each in gauges]
+        self._shown: list[float | None] = [None] * len(gauges)
         # Before there are workers: a time of 0 would look as if nothing had moved since 1970.
         self._update_gauges()
         # Series exist from the start: `increase` doesn't see the step from nothing to 1.
@@ -219,7 +207,7 @@ class _ConsumerMetrics:
     def add_worker(self, worker: int, load: Callable[[], Load]) -> None:
         """Count a worker as running."""
         self._sources[worker] = load
-        self._workers.update(len(self._sources))
+        self._workers(len(self._sources))
         self._progress[worker] = time.time()
         self.update_load(worker)
 
@@ -227,7 +215,7 @@ class _ConsumerMetrics:
         """Remove a worker that stopped."""
         del self._sources[worker], self._loads[worker], self._progress[worker]
         self.lost.discard(worker)
-        self._workers.update(len(self._sources))
+        self._workers(len(self._sources))
         self._update_gauges()
 
     def update_load(self, worker: int) -> None:
@@ -252,11 +240,11 @@ class _ConsumerMetrics:
             # One that holds nothing isn't behind: such as the standby of a single active consumer.
             if each.buffered + each.in_hand:
                 since = min(since, self._progress[worker])
-        self._since.update(since)
-        self._buffered.update(buffered)
-        self._in_progress.update(in_progress)
-        self._up.update(up)
-        self._held.update(held)
+        # Only what has changed: with several processes each write goes to a shared file.
+        for index, value in enumerate((buffered, in_progress, up, held, since)):
+            if value != self._shown[index]:
+                self._shown[index] = value
+                self._gauges[index](value)
 
 
 class PrometheusObserver(Observer):
@@ -313,8 +301,9 @@ class PrometheusObserver(Observer):
         """Observe the duration of a run and count its outcome."""
         consumer = self._metrics_of(origin)
         consumer.batch_process(event.seconds)
-        failure = "timeout" if isinstance(event.error, HandlerTimeout) else "error"
-        outcome = "ok" if event.error is None else failure
+        outcome = "ok"
+        if event.error is not None:
+            outcome = "timeout" if isinstance(event.error, HandlerTimeout) else "error"
         consumer.count(self._metrics.batches, event.trigger.value, outcome)
 
     def settled(self, origin: Origin, event: Settled) -> None:

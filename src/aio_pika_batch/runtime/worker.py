@@ -35,10 +35,11 @@ from aio_pika_batch.transport import ProvingSession, Session, Subscription, Tran
 STABLE_AFTER = 10.0
 """Seconds that a session must last for its end to count as a first failure again."""
 
-_WELL = frozenset({WorkerState.CONSUMING, WorkerState.PROBING, WorkerState.PAUSED})
+# Tuples, because the hash of an enum costs more than the comparisons.
+_WELL = (WorkerState.CONSUMING, WorkerState.PROBING, WorkerState.PAUSED)
 """States of a worker that has no trouble with its broker."""
 
-_CONSUMES = frozenset({WorkerState.CONSUMING, WorkerState.PROBING})
+_CONSUMES = (WorkerState.CONSUMING, WorkerState.PROBING)
 
 T = TypeVar("T")
 

@@ -562,7 +562,7 @@ def test_undecodable_headers_have_no_trace():
 async def test_a_span_that_is_not_recorded_creates_no_links(rabbit, monkeypatch):
     """The headers of its messages aren't read."""
     looked = []
-    monkeypatch.setattr("aio_pika_batch.observers.otel.origin_of", looked.append)
+    monkeypatch.setattr("aio_pika_batch.observers.otel._encoded_parts", looked.append)
     rabbit.put(*numbered(3))
     observer = OpenTelemetryObserver(tracer_provider=TracerProvider(ALWAYS_OFF))
     async with RecordingConsumer(
