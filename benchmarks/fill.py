@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -22,7 +23,7 @@ from pamqp.header import ContentHeader, ProtocolHeader
 
 from benchmarks.protocol import CELERY_TASK
 
-TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 _CHANNEL = 1
 _FRAME_MAX = 131_072
@@ -64,14 +65,17 @@ class Filler:
 
     def fill(self, queue: str, count: int, body: int, shape: str = "plain") -> None:
         """Put that many persistent messages into a queue, and wait until they are all there."""
-        if shape == "celery":
-            one = _celery_message(queue, body)
-        else:
-            one = _message(queue, body, {"traceparent": TRACEPARENT} if shape == "traced" else {})
+        make = _celery_message if shape == "celery" else _message
+        one = make(queue, body)
         many = max(1, _CHUNK // len(one))
+        frames = [one] * many
+        if shape == "traced":
+            # Each has an origin of its own, as if it came from a request of its own.
+            traces = [f"00-{number:032x}-{number:016x}-01" for number in range(1, many + 1)]
+            frames = [_message(queue, body, {"traceparent": each}) for each in traces]
         for _ in range(count // many):
-            self._socket.sendall(one * many)
-        self._socket.sendall(one * (count % many))
+            self._socket.sendall(b"".join(frames))
+        self._socket.sendall(b"".join(frames[: count % many]))
         if (length := self.wait(queue, count)) != count:
             raise RuntimeError(f"{queue} has {length} messages instead of {count}")
 
@@ -129,7 +133,7 @@ def _size(received: bytes) -> int:
     return head + int.from_bytes(received[3:7], "big") + 1
 
 
-def _message(queue: str, body: int, headers: dict[str, str]) -> bytes:
+def _message(queue: str, body: int, headers: Mapping[str, str] = NO_HEADERS) -> bytes:
     """A message as an application might publish it."""
     properties = commands.Basic.Properties(
         content_type="application/octet-stream",

@@ -1,19 +1,24 @@
-"""What does it cost to be observed? ``python benchmarks/observing.py [--rounds N] [--messages N]``.
+"""What does it cost to be observed? ``python benchmarks/observing.py [--against REVISION] …``.
 
 One process consumes the same messages again and again from a broker of its own, in turn unobserved
 and observed, and reads the processor's clock. What a round of the one takes more than the same
-round of the other is the cost; the median over all rounds is told. Every message carries a trace,
-and the exporter throws away what it is given: nothing is spared but the sending. Of OpenTelemetry
-there are two, since a span that is recorded has its links: one records every batch, the other one
-in ten.
+round of the other is the cost; the median over all rounds is told. Every message carries a trace of
+its own, and the exporter throws away what it is given: nothing is spared but the sending. Of
+OpenTelemetry there are two, since a span that is recorded has its links: one records every batch,
+the other one in ten.
+
+With ``--against``, another revision does the same in turn, and the ratio of the costs is told.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
+import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,14 +41,13 @@ from prometheus_client import CollectorRegistry  # noqa: E402
 from aio_pika_batch import Observer  # noqa: E402
 from aio_pika_batch.observers.otel import OpenTelemetryObserver  # noqa: E402
 from aio_pika_batch.observers.prometheus import PrometheusObserver  # noqa: E402
-from benchmarks import broker  # noqa: E402
 from benchmarks.competitors import ours_batch  # noqa: E402
 from benchmarks.fill import Filler, connected  # noqa: E402
 from benchmarks.protocol import Job, Meter  # noqa: E402
 
 Pick = Callable[[], Sequence[Observer]]
 
-BATCHES = (10, 100, 500)
+BATCHES = (1, 10, 100, 500)
 
 
 class Nowhere(SpanExporter):
@@ -102,34 +106,74 @@ def consume(filler: Filler, url: str, batch: int, messages: int, watched_by: Pic
     return meter.reading.cpu / meter.reading.messages * 1e6
 
 
+def measure(filler: Filler, url: str, batch: int, messages: int, turn: int) -> dict[str, float]:
+    """One round: microseconds for a message, by who looks on."""
+    looking = variants()
+    names = list(looking)
+    # Another order each time: who comes first has a colder cache.
+    ordered = names[turn % len(names) :] + names[: turn % len(names)]
+    taken = {name: consume(filler, url, batch, messages, looking[name]) for name in ordered}
+    return {name: taken[name] for name in names}
+
+
+def measure_other(source: Path, url: str, batch: int, messages: int, turn: int) -> dict[str, float]:
+    """The same, by the sources of some revision."""
+    numbers = map(str, (batch, messages, turn))
+    done = subprocess.run(  # noqa: S603  -- our own
+        [sys.executable, __file__, "--answer", url, *numbers],
+        env={**os.environ, "PYTHONPATH": str(source)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def extra(rounds: Sequence[dict[str, float]], name: str) -> float:
+    """The median of what being observed costs."""
+    return statistics.median(each[name] - each["nobody"] for each in rounds)
+
+
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--messages", type=int, default=20_000)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--against", metavar="REVISION", help="compare with this one")
+    parser.add_argument("--answer", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     logging.getLogger("aio_pika_batch").setLevel(logging.CRITICAL)
-    looking = variants()
-    print(
-        "| batch | unobserved | Prometheus | both, one batch in ten recorded | both, all recorded |"
-    )
+    if asked.answer:
+        url, *numbers = asked.answer
+        with connected(url) as filler:
+            print(json.dumps(measure(filler, url, *map(int, numbers))))
+        return
+    # Not above: an older revision, which only answers, may lack what they need.
+    from benchmarks import broker, guard
+
+    sources = [ROOT / "src"]
+    if asked.against:
+        sources.insert(0, guard.check_out(asked.against))
+    print("| batch | unobserved | Prometheus | both, one batch in ten recorded | both, all |")
     print("| ---: | ---: | ---: | ---: | ---: |")
-    with broker.running() as node, connected(node.url) as filler:
-        for batch in BATCHES:
-            taken: dict[str, list[float]] = {name: [] for name in looking}
-            for number in range(asked.rounds):
-                # Another order each time: who comes first has a colder cache.
-                names = list(looking)
-                for name in names[number % 4 :] + names[: number % 4]:
-                    watched_by = looking[name]
-                    taken[name].append(consume(filler, node.url, batch, asked.messages, watched_by))
-            alone = taken.pop("nobody")
-            more = [
-                statistics.median(one - none for one, none in zip(each, alone, strict=True))
-                for each in taken.values()
-            ]
-            cells = [f"{statistics.median(alone):.2f}", *(f"{each:+.2f}" for each in more)]
-            print(f"| {batch} | " + " | ".join(cells) + " |", flush=True)
+    with broker.running() as node:
+        for batch in asked.batches:
+            taken: dict[Path, list[dict[str, float]]] = {source: [] for source in sources}
+            for turn in range(asked.rounds):
+                for source in sources if turn % 2 == 0 else sources[::-1]:
+                    round_ = measure_other(source, node.url, batch, asked.messages, turn)
+                    taken[source].append(round_)
+            names = [name for name in taken[sources[0]][0] if name != "nobody"]
+            for rounds in taken.values():
+                alone = statistics.median(each["nobody"] for each in rounds)
+                cells = [f"{alone:.2f}", *(f"{extra(rounds, name):+.2f}" for name in names)]
+                print(f"| {batch} | " + " | ".join(cells) + " |", flush=True)
+            if asked.against:
+                old, new = taken.values()
+                cells = [f"{extra(new, name) / extra(old, name):.2f}" for name in names]
+                print(f"| {batch} | ratio | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -562,6 +562,8 @@ REPAIR = (
 _SUPERVISOR = "tests/unit/cli/test_supervisor.py"
 _PROCESSES = "tests/unit/cli/test_process_manager.py"
 _PROMETHEUS = "tests/unit/observers/test_prometheus.py"
+_OTEL = "tests/unit/observers/test_otel.py"
+_LEFT_BEHIND = "test_a_span_that_the_handler_leaves_behind_is_not_the_parent_of_the_settlement"
 
 OPERATION = (
     Mutant(
@@ -605,6 +607,27 @@ OPERATION = (
         "            self._was_signalled = True\n            self.drain()\n            return",
         "            self._was_signalled = True",
         ("tests/unit/shell/test_signals.py::test_signals_only_drain_a_supervised_process",),
+    ),
+    Mutant(
+        "A settlement becomes a child of a span that the handler has left behind.",
+        "observers/otel.py",
+        "if otel_context.get_current() is not context:",
+        "if False:",
+        (f"{_OTEL}::{_LEFT_BEHIND}",),
+    ),
+    Mutant(
+        "A link has the origin of the message before, although its own must be decoded.",
+        "observers/otel.py",
+        "if parts is None or parts != before:",
+        "if parts != before:",
+        (f"{_OTEL}::test_each_link_has_the_origin_of_its_own_message",),
+    ),
+    Mutant(
+        "A span shows the number of messages of the batch before.",
+        "observers/otel.py",
+        "key = count, trigger\n",
+        "key = 1, trigger\n",
+        (f"{_OTEL}::test_the_attributes_of_a_batch_are_its_own",),
     ),
     Mutant(
         "The standby of a single active consumer looks stuck.",

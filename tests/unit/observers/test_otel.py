@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry import trace
+from opentelemetry.context import attach
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
@@ -22,8 +23,10 @@ import aio_pika_batch
 from aio_pika_batch import SessionLost
 from aio_pika_batch.adapters.aio_pika.properties import encode
 from aio_pika_batch.adapters.memory import ConnectFault, PublishFault
+from aio_pika_batch.core.batcher import Trigger
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.masking import mask_traceback
+from aio_pika_batch.observer import BatchCut, BatchHandled, Origin
 from aio_pika_batch.observers.otel import OpenTelemetryObserver, origin_of, trace_headers
 from aio_pika_batch.testing import make_message
 from aio_pika_batch.transport import server_of
@@ -400,6 +403,87 @@ async def test_an_unconfirmed_copy_is_a_span_with_an_error(rabbit, telemetry):
     first, *_ = telemetry.spans(SpanKind.CLIENT)
     assert ("send jobs", "unconfirmed") == (first.name, first.attributes["error.type"])
     assert "send" == first.attributes["messaging.operation.type"]
+
+
+async def test_a_span_that_the_handler_leaves_behind_is_not_the_parent_of_the_settlement(
+    rabbit, telemetry
+):
+    """The settlement belongs to the batch, and the next batch to nothing."""
+    tracer = telemetry.traces.get_tracer("careless")
+
+    async def handler(messages):
+        attach(trace.set_span_in_context(tracer.start_span("left")))
+        for _ in messages:
+            yield ACK
+
+    rabbit.put(*numbered(2))
+    async with RecordingConsumer(
+        handler, transport=rabbit.transport, observers=[telemetry.observer()], batch_size=1
+    ):
+        await asyncio.sleep(1)
+    first, second = telemetry.spans(SpanKind.CONSUMER)
+    assert (None, None) == (first.parent, second.parent)
+    parents = {each.parent.span_id for each in telemetry.spans(SpanKind.CLIENT)}
+    assert parents <= {first.context.span_id, second.context.span_id}
+
+
+@pytest.mark.parametrize("state", [None, "a=b"])
+async def test_each_link_has_the_origin_of_its_own_message(telemetry, state):
+    """Neighbours may have the same one, none, or one that must be decoded."""
+    one, two = TRACEPARENT, f"00-{TRACE + 1:032x}-{SPAN:016x}-00"
+    given = [one, one, None, one, two, two, one, "nonsense", one]
+    messages = [
+        broker_frames.message(
+            encode(
+                Properties(
+                    headers={
+                        name: value
+                        for name, value in (("traceparent", each), ("tracestate", state))
+                        if value is not None
+                    }
+                )
+            )
+        )
+        for each in given
+    ]
+    origin = Origin("C", "jobs", 0)
+    observer = telemetry.observer()
+    observer.batch_cut(origin, BatchCut(messages, Trigger.SIZE, 0.0))
+    observer.batch_handled(origin, BatchHandled(messages, 0.0, None, Trigger.SIZE))
+    [span] = telemetry.spans(SpanKind.CONSUMER)
+    expected = [origin_of(message) for message in messages]
+    assert [each for each in expected if each is not None] == [each.context for each in span.links]
+    assert [one, one, one, two, two, one, one] == [
+        f"00-{each.context.trace_id:032x}-{each.context.span_id:016x}"
+        f"-{each.context.trace_flags:02x}"
+        for each in span.links
+    ]
+    assert {state} == {each.context.trace_state.get("a") and "a=b" for each in span.links}
+
+
+async def test_the_attributes_of_a_batch_are_its_own(telemetry):
+    """Although those of the batch before are used again if they are the same."""
+    origin, other = Origin("C", "jobs", 0), Origin("C", "others", 0)
+    observer = telemetry.observer()
+    runs = [
+        (origin, 1, Trigger.SIZE),
+        (origin, 1, Trigger.SIZE),
+        (origin, 2, Trigger.SIZE),
+        (other, 2, Trigger.SIZE),
+        (origin, 2, Trigger.TIMEOUT),
+    ]
+    for who, count, trigger in runs:
+        messages = [make_message(b"")] * count
+        observer.batch_cut(who, BatchCut(messages, trigger, 0.0))
+        observer.batch_handled(who, BatchHandled(messages, 0.0, None, trigger))
+    assert [(who.queue, count, trigger.value) for who, count, trigger in runs] == [
+        (
+            each.attributes["messaging.destination.name"],
+            each.attributes["messaging.batch.message_count"],
+            each.attributes["aio_pika_batch.trigger"],
+        )
+        for each in telemetry.spans(SpanKind.CONSUMER)
+    ]
 
 
 @pytest.mark.parametrize(("limit", "links"), [(None, 128), (200, 128), (10, 10)])
