@@ -19,11 +19,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from operator import attrgetter
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
-from aio_pika_batch.core.message import Message
+from aio_pika_batch.core.message import Message, message_ids
 from aio_pika_batch.core.results import MessageResult, Result
 from aio_pika_batch.databases.connections import Database, DatabaseConnection, adapt
 from aio_pika_batch.databases.errors import is_deadlock, is_refusal
@@ -93,7 +92,7 @@ class Inbox:
         self.consumer = consumer
         self.table = table
         self._claims = InboxTable(consumer, table)
-        self._id = attrgetter("message_id") if identity is None else identity
+        self._identity = identity
         self._missing = missing
 
     def schema(self, database: Database | Literal["postgresql", "mysql", "sqlite"]) -> str:
@@ -148,7 +147,7 @@ class Inbox:
         Args:
             messages: They must have no effect in the transaction.
         """
-        ids = [each for each in map(self._id, messages) if each]
+        ids = [each for each in self._ids(list(messages)) if each]
         await self._claims.delete(adapt(connection), ids)
 
     async def prune(self, connection: object, *, older_than: timedelta | float) -> int:
@@ -188,13 +187,14 @@ class Inbox:
     # -- internal ---------------------------------------------------------------------------------
 
     async def _claim(self, database: DatabaseConnection, messages: Sequence[Message]) -> _Claimed:
-        keys = list(map(self._id, messages))
-        missing = [] if all(keys) else [each for each in messages if not self._id(each)]
-        if missing and self._missing == "raise":
-            raise MissingMessageId(tuple(missing))
+        keys = cast("list[str]", self._ids(messages))  # empty ones are looked for below
         # Backwards, because an id stands for its first message.
-        pairs = zip(reversed(keys), reversed(messages), strict=True)
-        ids = {key: message for key, message in pairs if key}
+        ids = dict(zip(reversed(keys), reversed(messages), strict=True))
+        if not all(ids):
+            pairs = zip(keys, messages, strict=True)
+            if self._missing == "raise":
+                raise MissingMessageId(tuple(message for key, message in pairs if not key))
+            ids = {key: message for key, message in ids.items() if key}
         _check(ids)
         present = await self._claims.insert(database, list(ids)) if ids else set()
         if len(ids) == len(messages) and not present:
@@ -211,6 +211,11 @@ class Inbox:
             del ids[key]
         return found
 
+    def _ids(self, messages: Sequence[Message]) -> list[str | None]:
+        if self._identity is None:
+            return message_ids(messages)
+        return list(map(self._identity, messages))
+
     def _report(self, dropped: Sequence[Message]) -> None:
         if not dropped:
             return
@@ -218,7 +223,7 @@ class Inbox:
             "dropped messages that took effect before",
             inbox=self.consumer,
             messages=len(dropped),
-            first_id=self._id(dropped[0]),
+            first_id=self._ids(dropped[:1])[0],
         )
         context = current_context.get()
         if context is not None:
@@ -343,8 +348,9 @@ class InboxTransaction:
     async def _finish(self) -> None:
         not_acked, claimed, database = self._not_acked, self._claimed, self._database
         try:
-            ids = [key for key, message in claimed.ids.items() if id(message) in not_acked]
-            await self._inbox._claims.delete(database, ids)  # noqa: SLF001  -- its own
+            if not_acked:
+                ids = [key for key, message in claimed.ids.items() if id(message) in not_acked]
+                await self._inbox._claims.delete(database, ids)  # noqa: SLF001  -- its own
             await database.flush()
         except BaseException:
             await self._roll_back()

@@ -7,7 +7,7 @@ property that cannot be decoded raises only when it is read, and affects only it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -524,6 +524,20 @@ class Message:
             return body.decode(charset or charset_of(self.content_encoding) or "utf-8")
         except (ValueError, LookupError) as error:
             raise MessageDecodeError(self, "body", str(error)) from error
+
+
+def message_ids(messages: Iterable[Message]) -> list[str | None]:
+    """The `message_id` of each message. Raises MessageDecodeError."""
+    found: list[str | None] = []
+    for message in messages:
+        # As the property does, with fewer calls: an inbox needs the ids of whole batches.
+        source: Any = message._source  # noqa: SLF001  -- of the class above
+        try:
+            # Raises AttributeError or TypeError if only the property can read it.
+            found.append(source.decode_message_id(message._properties))  # noqa: SLF001  -- the same
+        except (AttributeError, TypeError, ValueError):
+            found.append(message.message_id)
+    return found
 
 
 def readable_headers(message: Message) -> Headers | None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import struct
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import dropwhile
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -197,9 +198,20 @@ def decode_headers(raw: bytes) -> dict[str, Any] | None:
 
 
 @lru_cache(maxsize=256)  # as above
-def _before_message_id(flags: int) -> tuple[int, ...]:
-    """Return the types of the properties before the message id."""
-    return tuple(kind for flag, _, kind in _announced(flags) if flag > MESSAGE_ID_FLAG)
+def _before_message_id(flags: bytes) -> tuple[int, tuple[int, ...]]:
+    """Return the end of the first properties before the message id, and the types of the others.
+
+    The first ones have one byte each: mostly the delivery mode, and nothing follows it.
+
+    Raises:
+        LookupError: There is no message id, or a property that isn't defined.
+    """
+    [present] = FLAGS.unpack(flags)
+    if present & UNDEFINED_FLAGS or not present & MESSAGE_ID_FLAG:
+        raise LookupError
+    kinds = tuple(kind for flag, _, kind in _announced(present) if flag > MESSAGE_ID_FLAG)
+    others = tuple(dropwhile(OCTET.__eq__, kinds))
+    return FLAGS.size + len(kinds) - len(others), others
 
 
 def decode_message_id(raw: bytes) -> str | None:
@@ -210,20 +222,16 @@ def decode_message_id(raw: bytes) -> str | None:
     """
     # An inbox needs nothing else. So this finds what `fields` would, but skips the rest.
     try:
-        flags = raw[0] << 8 | raw[1]
-        if not flags & UNDEFINED_FLAGS:
-            if not flags & MESSAGE_ID_FLAG:
-                return None
-            at = 2
-            for kind in _before_message_id(flags):
-                if kind == SHORT:
-                    at += 1 + raw[at]
-                else:
-                    at += 1 if kind == OCTET else 4 + LENGTH.unpack_from(raw, at)[0]
-            end = at + 1 + raw[at]
-            if end <= len(raw):
-                return raw[at + 1 : end].decode()
-    except (IndexError, struct.error):
+        at, kinds = _before_message_id(raw[:2])
+        for kind in kinds:
+            if kind == SHORT:
+                at += 1 + raw[at]
+            else:
+                at += 1 if kind == OCTET else 4 + LENGTH.unpack_from(raw, at)[0]
+        end = at + 1 + raw[at]
+        if end <= len(raw):
+            return raw[at + 1 : end].decode()
+    except (LookupError, struct.error):
         pass
     for flag, _, _, start, end in fields(raw):
         if flag == MESSAGE_ID_FLAG:
