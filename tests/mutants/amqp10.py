@@ -59,6 +59,13 @@ AMQP10 = (
         (f"{_TESTS}/test_session.py",),
     ),
     Mutant(
+        "All headers of a dead letter are written again for each one of a batch.",
+        f"{_PACKAGE}/settling.py",
+        "(kinds[outcome], len(outcome))",
+        "kinds[outcome] / len(outcome)",
+        (f"{_TESTS}/test_settling.py",),
+    ),
+    Mutant(
         "Headers that no later consumer can read are written into a message.",
         f"{_PACKAGE}/settling.py",
         "    check_modified_headers(modification.headers)\n",

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import cast
 
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import (
@@ -76,9 +77,14 @@ class ResultCollector:
             ResultError: It isn't a result, it is one too many, it is for a message of another batch
                 or for the same message again, or it mixes the two forms.
         """
-        if type(item) is MessageResult and not self._pairs and self._missing:
+        kind = type(item)
+        if (
+            (kind is MessageResult or kind is Requeue or kind is Nack)
+            and not self._pairs
+            and self._missing
+        ):
             # The common case, which occurs once for each message.
-            self._by_position.append(item)
+            self._by_position.append(cast("Result", item))
             self._missing -= 1
             return
         match item:

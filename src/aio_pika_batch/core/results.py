@@ -56,6 +56,8 @@ class Requeue:
         """Raise an error for an invalid reason or delay, in the line that makes the mistake."""
         reason: object = self.reason
         delay: object = self.delay
+        if reason is None and type(delay) is float and 0 <= delay < math.inf:
+            return  # the common case, which occurs once for each message
         if reason is not None and not isinstance(reason, str):
             msg = f"reason must be a text, not {describe(reason)}; a delay is Requeue(delay=…)"
             raise TypeError(msg)

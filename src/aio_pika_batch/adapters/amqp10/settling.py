@@ -198,21 +198,29 @@ class Unsettled:
 
     def _runs(self, tags: Sequence[int], outcomes: dict[int, bytes]) -> Iterator[OutcomeRun]:
         """Plan frames for these tags, divided where an unsettled one is between two of them."""
+        # Nothing is between them if they are the oldest ones, as they nearly always are.
+        are_oldest = tags == list(islice(self._outstanding, len(tags)))
         runs: list[OutcomeRun] = []
+        outcome, first, last = b"", 0, 0
         for tag in tags:
-            outcome = outcomes[tag]
-            if runs and self._has_between(runs[-1].last, tag):
+            is_apart = not are_oldest and bool(last) and self._has_between(last, tag)
+            if is_apart or outcomes[tag] != outcome:
+                if last:
+                    runs.append(OutcomeRun(outcome, first, last))
+                outcome, first = outcomes[tag], tag
+            if is_apart:
                 yield from _covered(runs)
                 runs = []
-            if runs and runs[-1].outcome == outcome:
-                runs[-1] = runs[-1]._replace(last=tag)
-            else:
-                runs.append(OutcomeRun(outcome, tag, tag))
+            last = tag
+        if last:
+            runs.append(OutcomeRun(outcome, first, last))
         yield from _covered(runs)
 
     def _has_between(self, tag: int, other: int) -> bool:
         """Whether a delivery between these two is unsettled."""
         between = range(tag + 1, other)
+        if not between:
+            return False
         if len(between) < len(self._outstanding):
             return any(each in self._outstanding for each in between)
         return any(each in between for each in self._outstanding)
@@ -220,11 +228,12 @@ class Unsettled:
 
 def _covered(runs: Sequence[OutcomeRun]) -> Iterator[OutcomeRun]:
     """Merge frames: rarer outcomes first, then one frame for the most common over all of them."""
-    kinds = Counter(run.outcome for run in runs)
+    kinds = Counter([run.outcome for run in runs])
     if len(kinds) == len(runs) or len(kinds) > _MOST_KINDS:
         yield from runs
         return
-    usual = kinds.most_common(1)[0][0]
+    # Of several that are equally common, the longest one: it is written once then.
+    usual = max(kinds, key=lambda outcome: (kinds[outcome], len(outcome)))
     places = [place for place, run in enumerate(runs) if run.outcome == usual]
     for before, place in pairwise([-1, *places, len(runs)]):
         yield from _covered(runs[before + 1 : place])

@@ -96,6 +96,14 @@ def test_few_frames_are_sent(kinds, frames):
     assert frames == len(runs)
 
 
+def test_the_longest_of_equally_common_outcomes_is_written_once():
+    """A modification has all headers of a dead letter, and an acceptance has none."""
+    unsettled = Unsettled()
+    unsettled.deliver(8)
+    runs = unsettled.settle([Decided(b"modified", (1, 3, 5, 7)), Decided(b"ok", (2, 4, 6, 8))])
+    assert [*((b"ok", tag, tag) for tag in (2, 4, 6, 8)), (b"modified", 1, 7)] == runs
+
+
 def test_many_different_outcomes_are_no_burden():
     """Each message with its own reason, mirrored: neither recursion nor time runs out."""
     unsettled = Unsettled()
