@@ -301,8 +301,13 @@ class ModifyingSession(Protocol):
         """What is possible with this queue on this broker. It doesn't change."""
         ...
 
-    async def modify(self, modifications: Sequence[Modification]) -> None:
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
         """Modify messages and give them back, all or none.
+
+        Args:
+            settlements: What is settled with them, all or none: other messages of a batch.
 
         Raises:
             SettlementError: A tag is settled already or was never delivered, a header is refused

@@ -158,6 +158,13 @@ NATIVE = (
         _SHELL,
     ),
     Mutant(
+        "What succeeded beside a retry is never acknowledged.",
+        "runtime/settler.py",
+        "settlements if is_joined else ()",
+        "()",
+        _SHELL,
+    ),
+    Mutant(
         "A session ends without waiting for its last settlements.",
         "runtime/consume_loop.py",
         "            await self._confirm_settlements()\n",

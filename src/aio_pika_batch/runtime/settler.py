@@ -177,7 +177,11 @@ class Settler:
         """Settle, modify and publish; return what is modified or confirmed."""
         native = [each for each in due if each.is_native]
         if native:
-            await self._modify(native)
+            # In one write, unless the others have to wait for the copies of another batch.
+            is_joined = len(native) == len(due) and not self._queue.tickets
+            await self._modify(native, settlements if is_joined else ())
+            if is_joined:
+                return native
             due = [each for each in due if not each.is_native]
         if due:
             return [*native, *await self._publish_apart(settlements, due, arrived)]
@@ -407,11 +411,13 @@ class Settler:
                 return
         self._held.add_unconfirmed(copy, outcome, arrived=arrived)
 
-    async def _modify(self, changes: Sequence[PendingCopy]) -> None:
-        """Modify messages instead of publishing copies of them."""
+    async def _modify(
+        self, changes: Sequence[PendingCopy], settlements: Sequence[Settlement] = ()
+    ) -> None:
+        """Modify messages instead of publishing copies of them, and settle others."""
         if self._modify_session is not None:
             pairs = [(cast("Modification", each.copy), each.tag) for each in changes]
-            await self._modify_session.modify(join_modifications(pairs))
+            await self._modify_session.modify(join_modifications(pairs), settlements)
 
     async def _publish(self, copies: Sequence[PendingCopy]) -> Sequence[Outcome]:
         """Publish copies of one lane, or modify their originals."""

@@ -77,8 +77,10 @@ class HonestModifyingSession(HonestSession):
     def retries(self) -> NativeRetries:
         return self.inner.retries
 
-    async def modify(self, modifications: Sequence[Modification]) -> None:
-        await self.inner.modify(modifications)
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
+        await self.inner.modify(modifications, settlements)
 
 
 class HonestPublisher:
@@ -474,30 +476,38 @@ class ResumesSilentlyAfterALoss(HonestSession):
 
 
 class ForgetsHeaders(HonestModifyingSession):
-    async def modify(self, modifications: Sequence[Modification]) -> None:
-        await self.inner.modify([replace(each, headers={}) for each in modifications])
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
+        await self.inner.modify([replace(each, headers={}) for each in modifications], settlements)
 
 
 class KeepsTheFirstHeaders(HonestModifyingSession):
     has_modified = False
 
-    async def modify(self, modifications: Sequence[Modification]) -> None:
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
         if self.has_modified:
             modifications = [replace(each, headers={}) for each in modifications]
         self.has_modified = True
-        await self.inner.modify(modifications)
+        await self.inner.modify(modifications, settlements)
 
 
 class ModifiesAllAlike(HonestModifyingSession):
-    async def modify(self, modifications: Sequence[Modification]) -> None:
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
         await self.inner.modify(
-            [replace(modifications[0], tags=each.tags) for each in modifications]
+            [replace(modifications[0], tags=each.tags) for each in modifications], settlements
         )
 
 
 class ForgetsDelays(HonestModifyingSession):
-    async def modify(self, modifications: Sequence[Modification]) -> None:
-        await self.inner.modify([replace(each, until=None) for each in modifications])
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
+        await self.inner.modify([replace(each, until=None) for each in modifications], settlements)
 
 
 class DropsDelays(ForgetsDelays):
@@ -507,23 +517,30 @@ class DropsDelays(ForgetsDelays):
 
 
 class HoldsWhatIsDelayed(HonestModifyingSession):
-    async def modify(self, modifications: Sequence[Modification]) -> None:
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
         if not any(each.until for each in modifications):
-            await self.inner.modify(modifications)
+            await self.inner.modify(modifications, settlements)
 
 
 class TakesAbsoluteDelays(HonestModifyingSession):
-    async def modify(self, modifications: Sequence[Modification]) -> None:
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
         now = datetime.now(UTC)
         later = [
             replace(each, until=now + abs(each.until - now) if each.until else None)
             for each in modifications
         ]
-        await self.inner.modify(later)
+        await self.inner.modify(later, settlements)
 
 
 class RejectsWhatIsDead(HonestModifyingSession):
-    async def modify(self, modifications: Sequence[Modification]) -> None:
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
+        await self.inner.settle(settlements)
         for each in modifications:
             if each.dead:
                 await self.inner.settle([Settlement(Disposition.REJECT, each.tags)])
@@ -532,25 +549,50 @@ class RejectsWhatIsDead(HonestModifyingSession):
 
 
 class CountsAllRetries(HonestModifyingSession):
-    async def modify(self, modifications: Sequence[Modification]) -> None:
-        await self.inner.modify([replace(each, failed=True) for each in modifications])
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
+        await self.inner.modify([replace(each, failed=True) for each in modifications], settlements)
 
 
 class WritesAnyHeader(HonestModifyingSession):
-    async def modify(self, modifications: Sequence[Modification]) -> None:
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
         try:
-            await self.inner.modify(modifications)
+            await self.inner.modify(modifications, settlements)
         except SettlementError as error:
             if "header" not in str(error):
                 raise
-            await self.inner.modify([replace(each, headers={}) for each in modifications])
+            await self.inner.modify(
+                [replace(each, headers={}) for each in modifications], settlements
+            )
 
 
 class ModifiesOneByOne(HonestModifyingSession):
-    async def modify(self, modifications: Sequence[Modification]) -> None:
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
         for each in modifications:
             for tag in each.tags:
                 await self.inner.modify([replace(each, tags=(tag,))])
+        await self.inner.settle(settlements)
+
+
+class ForgetsWhatIsSettledWithModifications(HonestModifyingSession):
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
+        await self.inner.modify(modifications)
+
+
+class SettlesBeforeItModifies(HonestModifyingSession):
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
+        if settlements:
+            await self.inner.settle(settlements)
+        await self.inner.modify(modifications)
 
 
 class ReturnsAfterCancel(HonestModifyingSession):
@@ -560,22 +602,28 @@ class ReturnsAfterCancel(HonestModifyingSession):
         await self.inner.cancel()
         self.is_cancelled = True
 
-    async def modify(self, modifications: Sequence[Modification]) -> None:
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
         if self.is_cancelled:
             modifications = [replace(each, headers={}) for each in modifications]
-        await self.inner.modify(modifications)
+        await self.inner.modify(modifications, settlements)
 
 
 class ModifiesSilentlyAfterItsEnd(HonestModifyingSession):
-    async def modify(self, modifications: Sequence[Modification]) -> None:
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
         with suppress(SessionClosed):
-            await self.inner.modify(modifications)
+            await self.inner.modify(modifications, settlements)
 
 
 class ModifiesSilentlyAfterALoss(HonestModifyingSession):
-    async def modify(self, modifications: Sequence[Modification]) -> None:
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
         with suppress(SessionLost):
-            await self.inner.modify(modifications)
+            await self.inner.modify(modifications, settlements)
 
 
 class ConfirmsAtOnce(HonestModifyingSession):

@@ -153,6 +153,12 @@ WRONG = {
     broken.ModifiesOneByOne: (
         "modifying a tag that is settled or unknown is refused, and nothing is sent"
     ),
+    broken.ForgetsWhatIsSettledWithModifications: (
+        "what is settled together with modifications is settled, all or none"
+    ),
+    broken.SettlesBeforeItModifies: (
+        "what is settled together with modifications is settled, all or none"
+    ),
     broken.ReturnsAfterCancel: "messages can be modified after cancel",
     broken.ModifiesSilentlyAfterItsEnd: "a closed session raises SessionClosed from modify",
     broken.ModifiesSilentlyAfterALoss: "a lost session raises SessionLost from modify",

@@ -186,12 +186,16 @@ class Amqp10Session:
         """Settle messages."""
         await self._settle([Decided(OUTCOMES[each.disposition], each.tags) for each in settlements])
 
-    async def modify(self, modifications: Sequence[Modification]) -> None:
-        """Modify messages and give them back."""
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
+        """Modify messages and give them back, and settle others."""
         if not self.retries.delays and any(each.until is not None for each in modifications):
             # The broker would deliver them again at once.
             raise SettlementError(f"queue {self._queue!r} cannot delay messages on this broker")
-        await self._settle([Decided(modified(each), each.tags) for each in modifications])
+        decided = [Decided(modified(each), each.tags) for each in modifications]
+        decided += [Decided(OUTCOMES[each.disposition], each.tags) for each in settlements]
+        await self._settle(decided)
 
     async def settled(self) -> None:
         """Return when the queue has applied everything that was settled so far."""

@@ -310,17 +310,21 @@ class MemoryModifyingSession(MemorySession):
             uncounted=rules.counts_failures,
         )
 
-    async def modify(self, modifications: Sequence[Modification]) -> None:
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
         """Send a frame for each of these."""
         self._check()
         for each in modifications:
             check_modified_headers(each.headers)
             if each.until is not None and not self.retries.delays:
                 raise SettlementError(f"RabbitMQ {self._connection.version} cannot delay messages")
-        self._ledger.settle([Settlement(Disposition.REQUEUE, each.tags) for each in modifications])
+        modified = [Settlement(Disposition.REQUEUE, each.tags) for each in modifications]
+        self._ledger.settle([*modified, *settlements])
         with suppress(ChannelIsClosed, Refusal):
             for each in modifications:
                 self._modify(each)
+            self._settle_runs(settlements)
         self._check()
         await asyncio.sleep(0)
 
@@ -349,6 +353,9 @@ class MemoryModifyingSession(MemorySession):
 
     def _send(self, settlements: Sequence[Settlement]) -> None:
         self._ledger.settle(settlements)
+        self._settle_runs(settlements)
+
+    def _settle_runs(self, settlements: Sequence[Settlement]) -> None:
         for each in settlements:
             numbered = enumerate(sorted(each.tags))
             for _, run in groupby(numbered, key=lambda pair: pair[1] - pair[0]):

@@ -17,6 +17,7 @@ from aio_pika_batch.testing.contract.checks import (
     bodies_of,
     expect,
     expect_error,
+    settlement,
 )
 from aio_pika_batch.transport import ConfirmingSession, ModifyingSession, Session
 
@@ -82,6 +83,28 @@ async def _several(ctx: CheckContext) -> None:
         expect(of, {each.body: each.headers.get("x-no") for each in again}, "headers by body")
         await reader.settle(Disposition.ACK, again)
     await ctx.expect_messages(bodies_of(messages[3::4]))
+
+
+@GROUP.clause("what is settled together with modifications is settled, all or none", "retries")
+async def _settled_together(ctx: CheckContext) -> None:
+    sent = await ctx.put(4)
+    async with ctx.read() as reader:
+        messages = await reader.take(4)
+        acks = settlement(Disposition.ACK, messages[2:])
+        unknown = Modification((messages[0].delivery_tag, messages[3].delivery_tag + 1))
+        with expect_error(SettlementError, "modifying an unknown tag"):
+            await _modifying(reader.session).modify([unknown], [acks])
+    await ctx.expect_messages(sent)
+    await ctx.put(4)
+    async with ctx.read() as reader:
+        messages = await reader.take(4)
+        modified = Modification(tuple(each.delivery_tag for each in messages[:2]))
+        acks = settlement(Disposition.ACK, messages[2:])
+        await _modifying(reader.session).modify([modified], [acks])
+        again = await reader.take(2)
+        expect(sorted(bodies_of(messages[:2])), sorted(bodies_of(again)), "what comes back")
+        await reader.settle(Disposition.ACK, again)
+    await ctx.expect_messages([])
 
 
 @GROUP.clause(

@@ -341,9 +341,12 @@ class _Session:
 
     async def settle(self, settlements: Sequence[Settlement]) -> None:
         """Record settlements before they are sent, so that nothing happens in between."""
+        self._note_all(settlements)
+        await self._session.settle(settlements)
+
+    def _note_all(self, settlements: Sequence[Settlement]) -> None:
         for settlement in settlements:
             self._note(settlement.tags, self._record.settled[settlement.disposition])
-        await self._session.settle(settlements)
 
     def _note(self, tags: Iterable[int], record: Counter[bytes]) -> None:
         for tag in tags:
@@ -391,11 +394,14 @@ class _ModifyingSession(_Session):
         """Those of the wrapped session."""
         return self._modifying.retries
 
-    async def modify(self, modifications: Sequence[Modification]) -> None:
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
         """Record modifications before they are sent."""
         for each in modifications:
             self._note(each.tags, self._record.buried if each.dead else self._record.modified)
-        await self._modifying.modify(modifications)
+        self._note_all(settlements)
+        await self._modifying.modify(modifications, settlements)
 
     @property
     def _modifying(self) -> ModifyingSession:
