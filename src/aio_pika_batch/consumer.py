@@ -474,7 +474,7 @@ class BaseConsumer(PublishMethods, Generic[SettingsT_co]):
         made: SettingsT_co = settings
         return made
 
-    @property
+    @functools.cached_property
     def _costliest_setting(self) -> str | None:
         profile = consumer_profile(self.settings, self.exception_results.values())
         return costliest_setting(profile, singly=self._is_single)
