@@ -102,9 +102,9 @@ AMQP10 = (
     ),
     Mutant(
         "Before 4.3, our own retries use up the delivery limit.",
-        "adapters/rabbitmq.py",
-        "if version < DELAYS_SINCE and not",
-        "if False and not",
+        "core/topology.py",
+        "version < DELAYS_SINCE and not is_unlimited",
+        "False",
         (_CHOICE,),
     ),
     Mutant(

@@ -29,11 +29,12 @@ from aio_pika_batch.adapters.url import parse_url
 from aio_pika_batch.core.topology import (
     AMQP10_SINCE,
     DELAYS_SINCE,
-    DELIVERY_LIMIT,
+    Amqp10Obstacle,
     Exchange,
     Topology,
     UnfulfilledWishes,
     Version,
+    amqp10_obstacle,
 )
 from aio_pika_batch.core.topology_options import (
     AT_LEAST_ONCE,
@@ -219,17 +220,18 @@ def queue_obstacle(version: Version, info: QueueInfo | None) -> str | None:
         version: The version of RabbitMQ; empty if it is unknown.
         info: What the broker knows about the queue.
     """
-    if version < AMQP10_SINCE:
-        return NEEDS_4
-    if info is None:
-        return "the broker does not tell the type of the queue"
-    if info.type != "quorum":
-        return f"AMQP 1.0 retries need a quorum queue, and this is a {info.type} queue"
-    limit = info.arguments.get(DELIVERY_LIMIT)
-    if version < DELAYS_SINCE and not (isinstance(limit, int) and limit < 0):
-        # Every return counts there, so that our own retries would use the limit up.
-        return "before RabbitMQ 4.3, retries count towards the delivery limit of the queue"
-    return None
+    known = info or QueueInfo("", {})
+    match amqp10_obstacle(version, known.type, known.arguments):
+        case None:
+            return None
+        case Amqp10Obstacle.VERSION:
+            return NEEDS_4
+        case Amqp10Obstacle.DELIVERY_LIMIT:
+            return "before RabbitMQ 4.3, retries count towards the delivery limit of the queue"
+        case Amqp10Obstacle.QUEUE_TYPE if info is None:
+            return "the broker does not tell the type of the queue"
+        case _:
+            return f"AMQP 1.0 retries need a quorum queue, and this is a {known.type} queue"
 
 
 def native_retries(version: Version, arguments: Mapping[str, Any]) -> NativeRetries:

@@ -20,12 +20,12 @@ from aio_pika_batch.core.message import (
 from aio_pika_batch.core.quarantine import CrashPolicy
 from aio_pika_batch.core.results import MessageResult, Result
 from aio_pika_batch.core.topology import (
-    AMQP10_SINCE,
     DEFAULT_DELIVERY_LIMIT,
     DEFAULT_LIMIT_SINCE,
-    DELAYS_SINCE,
     DELIVERY_LIMIT,
+    Amqp10Obstacle,
     Version,
+    amqp10_obstacle,
 )
 from aio_pika_batch.core.topology_options import (
     AT_LEAST_ONCE,
@@ -52,6 +52,20 @@ DELAYED_RETRY_TYPE = "x-delayed-retry-type"
 ACK_TIMEOUT = 30 * 60.0
 """Seconds that RabbitMQ waits for an acknowledgement by default (`consumer_timeout`)."""
 
+
+_AMQP10_REMEDIES = {
+    Amqp10Obstacle.VERSION: "it needs RabbitMQ 4.0 or newer",
+    Amqp10Obstacle.QUEUE_TYPE: (
+        "the queue isn't known to be a quorum queue; use queue_type='quorum'"
+    ),
+    Amqp10Obstacle.CONSUMER_ARGUMENTS: (
+        "it has no consumer_arguments but x-priority; remove the others"
+    ),
+    Amqp10Obstacle.DELIVERY_LIMIT: (
+        "before RabbitMQ 4.3 each retry counts towards the delivery limit; set"
+        f" {DELIVERY_LIMIT}=-1 in queue_arguments"
+    ),
+}
 
 MUCH = 1.25
 """How many times as much as it could a message must cost for a setting to be named."""
@@ -184,19 +198,13 @@ def amqp10_hint(
 def _no_amqp10(
     options: TopologyOptions, profile: ConsumerProfile, version: Version | None
 ) -> str | None:
-    limit = _number(options.queue_arguments.get(DELIVERY_LIMIT))
-    if _is_before(version, AMQP10_SINCE):
-        return "it needs RabbitMQ 4.0 or newer"
-    if effective_queue_type(options) != "quorum":
-        return "the queue isn't known to be a quorum queue; use queue_type='quorum'"
-    if profile.consumer_arguments.keys() - {"x-priority"}:
-        return "it has no consumer_arguments but x-priority; remove the others"
-    if _is_before(version, DELAYS_SINCE) and (limit is None or limit >= 0):
-        return (
-            "before RabbitMQ 4.3 each retry counts towards the delivery limit; set"
-            f" {DELIVERY_LIMIT}=-1 in queue_arguments"
-        )
-    return None
+    obstacle = amqp10_obstacle(
+        version,
+        effective_queue_type(options),
+        options.queue_arguments,
+        profile.consumer_arguments,
+    )
+    return None if obstacle is None else _AMQP10_REMEDIES[obstacle]
 
 
 def _partly_amqp10(options: TopologyOptions, profile: ConsumerProfile) -> Iterator[str]:

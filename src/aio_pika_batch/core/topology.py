@@ -9,9 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any, TypeAlias
 
-from aio_pika_batch.core.message import SHORT_STRING, FieldValue, Headers, is_short_string
+from aio_pika_batch.core.message import (
+    NO_HEADERS,
+    SHORT_STRING,
+    FieldValue,
+    Headers,
+    is_short_string,
+)
 from aio_pika_batch.core.refusals import unequal_argument
 from aio_pika_batch.core.retry import wait_queue_name
 from aio_pika_batch.core.topology_options import (
@@ -51,6 +58,42 @@ deliveries towards a delivery limit."""
 
 DEFAULT_DELIVERY_LIMIT = 20
 """That limit."""
+
+
+class Amqp10Obstacle(Enum):
+    """Why a queue can't be consumed over AMQP 1.0 without a loss."""
+
+    VERSION = auto()
+    QUEUE_TYPE = auto()
+    CONSUMER_ARGUMENTS = auto()
+    DELIVERY_LIMIT = auto()
+
+
+def amqp10_obstacle(
+    version: Version | None,
+    queue_type: str | None,
+    queue_arguments: Headers,
+    consumer_arguments: Headers = NO_HEADERS,
+) -> Amqp10Obstacle | None:
+    """Return the first obstacle; None if the queue can be consumed over AMQP 1.0.
+
+    Args:
+        version: The broker's version; None if it is unknown, and no obstacle.
+        queue_type: None if it isn't known.
+    """
+    if version is not None and version < AMQP10_SINCE:
+        return Amqp10Obstacle.VERSION
+    if queue_type != "quorum":
+        return Amqp10Obstacle.QUEUE_TYPE
+    if consumer_arguments.keys() - {"x-priority"}:
+        return Amqp10Obstacle.CONSUMER_ARGUMENTS
+    limit = queue_arguments.get(DELIVERY_LIMIT)
+    is_unlimited = isinstance(limit, int) and limit < 0
+    if version is not None and version < DELAYS_SINCE and not is_unlimited:
+        # Every return counts there, so that our own retries would use the limit up.
+        return Amqp10Obstacle.DELIVERY_LIMIT
+    return None
+
 
 _UNEQUAL_WAIT_QUEUE = (
     "it holds waiting messages, and was declared with other arguments: let the queue run empty and"
