@@ -201,14 +201,17 @@ def decode_headers(raw: bytes) -> dict[str, Any] | None:
 def _before_message_id(flags: bytes) -> tuple[int, tuple[int, ...]]:
     """Return the end of the first properties before the message id, and the types of the others.
 
-    The first ones have one byte each: mostly the delivery mode, and nothing follows it.
+    The first ones have one byte each: mostly the delivery mode, and nothing follows it. The end is
+    0 if there is no message id.
 
     Raises:
-        LookupError: There is no message id, or a property that isn't defined.
+        LookupError: A property isn't defined.
     """
     [present] = FLAGS.unpack(flags)
-    if present & UNDEFINED_FLAGS or not present & MESSAGE_ID_FLAG:
+    if present & UNDEFINED_FLAGS:
         raise LookupError
+    if not present & MESSAGE_ID_FLAG:
+        return 0, ()
     kinds = tuple(kind for flag, _, kind in _announced(present) if flag > MESSAGE_ID_FLAG)
     others = tuple(dropwhile(OCTET.__eq__, kinds))
     return FLAGS.size + len(kinds) - len(others), others
@@ -223,6 +226,8 @@ def decode_message_id(raw: bytes) -> str | None:
     # An inbox needs nothing else. So this finds what `fields` would, but skips the rest.
     try:
         at, kinds = _before_message_id(raw[:2])
+        if not at:
+            return None
         for kind in kinds:
             if kind == SHORT:
                 at += 1 + raw[at]

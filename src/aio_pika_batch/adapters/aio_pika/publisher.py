@@ -228,19 +228,28 @@ class AioPikaPublisher:
 
     def _pack(self, publications: Sequence[Outgoing], done: Callable[[], None]) -> PublishCall:
         """Return what is sent, without the copies that cannot be sent."""
-        encode_properties, number = self._properties, self._number
+        number, largest, is_fast = self._number, self._largest_properties, self._is_fast
+        templates = self._templates
         unsent: list[int] = []
         targets: list[Target] = []
         packed: list[bytes] = []
         for index, publication in enumerate(publications):
             try:
-                properties = encode_properties(publication)
-                if len(properties) > self._largest_properties:
+                if (
+                    type(publication) is TemplateCopy
+                    and (around := templates.get(id(publication.template))) is not None
+                ):
+                    # Without the calls below, because a relay publishes thousands of them.
+                    message_id = encode_short("message_id", publication.message_id)
+                    properties = around[0] + message_id + around[1]
+                else:
+                    properties = self._properties(publication)
+                if len(properties) > largest:
                     properties = self._fitting_properties(publication, len(properties))
-                route = publication.exchange, publication.routing_key
-                target = _pack_target(number, *route, publication.mandatory)
-                if not self._is_fast:
-                    _check_for_library(*route)
+                exchange, routing_key = publication.exchange, publication.routing_key
+                target = _pack_target(number, exchange, routing_key, publication.mandatory)
+                if not is_fast:
+                    _check_for_library(exchange, routing_key)
             except PublishError as error:
                 if not isinstance(publication, Copy):
                     raise
