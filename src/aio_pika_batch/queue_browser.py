@@ -29,6 +29,7 @@ from aio_pika_batch.core.topology_options import QUEUE_TYPE
 from aio_pika_batch.errors import TopologyError
 from aio_pika_batch.transport import (
     AdjustableSession,
+    ConfirmingSession,
     CountingTransport,
     Session,
     Subscription,
@@ -48,8 +49,9 @@ CHUNK = 100
 WINDOW = 250
 """Messages that the broker may send before those are handed out; only their tags are kept then."""
 
-RETURNED_AT_ONCE = 10_000
-"""Messages put back in one step."""
+RETURNED_AT_ONCE = 7_500
+"""Messages put back in one step. RabbitMQ keeps the order of what at most 32 consumers have received,
+and each received `WINDOW` messages."""
 
 Limit: TypeAlias = int | Literal["ask"] | None
 
@@ -176,9 +178,12 @@ class QueueBrowser:
             await session.cancel()
             await reading
             held = self._held()
-            # Oldest first, and not all at once: there may be a hundred thousand.
+            # Oldest first, and not all at once: there may be a hundred thousand, and the session
+            # remembers each of them until it is carried out.
             while tags := tuple(islice(held, RETURNED_AT_ONCE)):
                 await session.settle([Settlement(Disposition.RETURN, tags)])
+                if isinstance(session, ConfirmingSession):
+                    await session.settled()
 
     async def abandon(self) -> None:
         """Stop receiving."""

@@ -18,11 +18,25 @@ from typing import TYPE_CHECKING
 import pytest
 from yarl import URL
 
-from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult, Nack
+from aio_pika_batch import (
+    BatchConsumer,
+    BatchConsumerSettings,
+    MessageResult,
+    Nack,
+    queue_browser,
+)
 from aio_pika_batch.dead_letters import look
 from aio_pika_batch.testing.rabbitmq.processes import kill_group, spawn
 from aio_pika_batch.transport import Endpoint, open_transport
-from tests.integration.helpers import add_user, holds, publish, ready, take_all, until
+from tests.integration.helpers import (
+    add_user,
+    holds,
+    parse_version,
+    publish,
+    ready,
+    take_all,
+    until,
+)
 
 if TYPE_CHECKING:
     import subprocess
@@ -227,6 +241,23 @@ async def test_looking_keeps_dead_letters_and_their_order(amqp_url, name, channe
         assert (6, None) == (looked.ready, looked.ended)
         await holds(amqp_url, dlq, 6)
     assert bodies == [message.body for message in await take_all(channel, dlq, 6)]
+
+
+@QUEUE_TYPES
+async def test_looking_at_many_keeps_their_order(
+    monkeypatch, broker, amqp_url, name, channel, queue_type
+):
+    """Each part of them goes to a consumer of its own. An old quorum queue orders 32 parts."""
+    monkeypatch.setattr(queue_browser, "WINDOW", 5)
+    monkeypatch.setattr(queue_browser, "RETURNED_AT_ONCE", 150)
+    count = 150 if parse_version(broker) < (4, 3) else 320
+    dlq = f"{name}.dlq"
+    bodies = await dead_letter(channel, dlq, name, count, queue_type)
+    transport = open_transport(Endpoint(url=amqp_url))
+    for _ in range(2):
+        looked = await look(transport, dlq, most=None)
+        assert bodies == [letter.message.body for letter in looked.letters]
+        await holds(amqp_url, dlq, count)
 
 
 async def test_looking_stops_before_the_delivery_limit_drops_a_dead_letter(amqp_url, name, channel):

@@ -284,6 +284,13 @@ WIRE = (
         (f"{_UNIT}/test_session.py",),
     ),
     Mutant(
+        "Only the first wait for settlements waits.",
+        f"{_WIRE}/session.py",
+        "        self._confirming = self._loop.create_task(",
+        "        self._confirming = self._confirming or self._loop.create_task(",
+        (f"{_UNIT}/test_session.py",),
+    ),
+    Mutant(
         "A stop hangs in a question to a queue without a leader.",
         f"{_WIRE}/session.py",
         " and await self._channel.has_leader():",

@@ -340,9 +340,9 @@ NACK_IS_FREE_SINCE: Version = (4, 3)
 
 def returns_by_closing(version: Version | None) -> bool:
     """Whether to return dead letters that were only read by closing the channel, not by a nack."""
-    # Before 4.3 a closed channel returns them to the front of a quorum queue, in their order, which
-    # a nack doesn't always do. Since then a nack does, and only a nack costs no delivery. A classic
-    # queue puts them where they were, either way.
+    # Before 4.3 a closed channel returns them to the front of a quorum queue, which a nack doesn't
+    # always do: in their order, if at most 32 consumers have received them. Since then a nack does,
+    # and only a nack costs no delivery. A classic queue puts them where they were, either way.
     return version is not None and version < NACK_IS_FREE_SINCE
 
 

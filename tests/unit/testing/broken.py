@@ -632,6 +632,15 @@ class ConfirmsAtOnce(HonestModifyingSession):
             await self.inner.settled()
 
 
+class ConfirmsOnlyOnce(HonestSession):
+    has_confirmed = False
+
+    async def settled(self) -> None:
+        if not self.has_confirmed or self.inner._channel.close_reason or self.inner._has_ended:
+            await self.inner.settled()
+        self.has_confirmed = True
+
+
 class ConfirmsAfterALoss(HonestSession):
     async def settled(self) -> None:
         with suppress(SessionLost):

@@ -165,6 +165,9 @@ WRONG = {
     broken.ConfirmsAtOnce: (
         "what was settled before settled returned doesn't come back, even if the connection is cut"
     ),
+    broken.ConfirmsOnlyOnce: (
+        "what was settled before settled returned doesn't come back, even if the connection is cut"
+    ),
     broken.ConfirmsAfterALoss: "a lost session raises SessionLost from settled",
     broken.ConfirmsAfterItsEnd: "a closed session raises SessionClosed from settled",
     # settling

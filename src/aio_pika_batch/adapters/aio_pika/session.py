@@ -228,13 +228,14 @@ class AioPikaSession:
     async def settled(self) -> None:
         """Write what is held, and let a quorum queue answer."""
         self._check()
-        if self._confirming is None:
-            # In its own task: a cancelled call would close the channel.
-            self._confirming = self._loop.create_task(self._confirm())
-            self._confirming.add_done_callback(consume_exception)
+        # In its own task: a cancelled call would close the channel.
+        self._confirming = self._loop.create_task(self._confirm(self._confirming))
+        self._confirming.add_done_callback(consume_exception)
         await self._shielded(self._confirming)
 
-    async def _confirm(self) -> None:
+    async def _confirm(self, earlier: asyncio.Task[None] | None) -> None:
+        if earlier is not None:
+            await asyncio.wait({earlier})
         await self._writer.finish()
         while self._asks_queue and self._writer.unproven and not self._is_closed:
             if await self._channel.has_leader():

@@ -269,6 +269,19 @@ async def test_messages_that_arrive_before_the_answer_to_cancel_are_counted() ->
     await session.close()
 
 
+async def test_settled_can_be_awaited_again() -> None:
+    """Each time it covers everything that was settled before."""
+    session, channel, tap = await holding(40, prefetch=40)
+    channel.answer.set()
+    await session.cancel()
+    for tag in (1, 2):
+        await settle(session, ACK, tag)
+        await session.settled()
+        assert [(ACK, tag, False), "commit"] == tap.sent[-2:]
+        assert 0 == session.unproven
+    await session.close()
+
+
 async def test_what_is_settled_during_a_commit_is_committed_before_the_close() -> None:
     """Nothing that was written stays uncommitted: it would return to the queue."""
     session, channel, tap = await holding(40, prefetch=40)
