@@ -50,8 +50,8 @@ WINDOW = 250
 """Messages that the broker may send before those are handed out; only their tags are kept then."""
 
 RETURNED_AT_ONCE = 7_500
-"""Messages put back in one step. RabbitMQ keeps the order of what at most 32 consumers have received,
-and each received `WINDOW` messages."""
+"""Messages put back in one step. RabbitMQ keeps the order of what at most 32 consumers have
+received, and each received `WINDOW` messages."""
 
 Limit: TypeAlias = int | Literal["ask"] | None
 

@@ -270,8 +270,8 @@ def resumed_consumer_tag(consumer_tag: str, number: int) -> str:
     """Return the consumer tag after this many pauses, cut to what a tag may have.
 
     A quorum queue still knows a cancelled consumer that has unsettled messages. Under the same tag
-    it would go on counting these, so that a new prefetch count couldn't be relied on. When the channel
-    is closed, the messages return in the order of the tags, so the numbers have leading zeros.
+    it would go on counting these, so that a new prefetch count couldn't be relied on. When the
+    channel is closed, the messages return in the order of the tags: the numbers have leading zeros.
     """
     return f"{consumer_tag.encode()[:240].decode(errors='ignore')}-{number:06}"
 
