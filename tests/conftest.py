@@ -49,7 +49,6 @@ settings.register_profile(
 settings.load_profile("project")
 
 _UNIT = Path(__file__).parent / "unit"
-_CORE = _UNIT / "core"
 _SOURCE = pytest.StashKey[BrokerSource | NoBrokerError]()
 _LEFT_OUT = pytest.StashKey[str]()
 
@@ -65,15 +64,12 @@ def pytest_configure() -> None:
 
 
 def _is_measured(item: pytest.Item) -> bool:
-    """Whether a test counts for the coverage: tracing makes it about twice as slow.
+    """Whether a test counts for the coverage: tracing makes it two to four times as slow.
 
     What property tests cover depends on what they draw: a line that only they reach needs a test of
-    its own. Except for `core`, the first of several cases is enough.
+    its own.
     """
-    if item.get_closest_marker("hypothesis") is not None:
-        return False
-    case = getattr(item, "callspec", None)
-    return item.path.is_relative_to(_CORE) or case is None or not any(case.indices.values())
+    return not any(item.get_closest_marker(each) for each in ("hypothesis", "untraced"))
 
 
 @pytest.hookimpl(wrapper=True)

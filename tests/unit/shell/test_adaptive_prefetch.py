@@ -35,6 +35,7 @@ async def until(condition):
     pytest.fail("it didn't happen")
 
 
+@pytest.mark.untraced
 async def test_it_grows_while_messages_are_acked_quickly(rabbit):
     """And the broker delivers as many."""
     rabbit.put(*numbered(5000))
@@ -49,6 +50,7 @@ async def test_it_grows_while_messages_are_acked_quickly(rabbit):
     assert 5000 == len(rabbit.broker.journal.of(EventKind.ACKED))
 
 
+@pytest.mark.untraced
 async def test_it_shrinks_when_the_handler_becomes_slow(rabbit):
     """After 10 s, so that other workers get what it can't handle soon."""
     rabbit.put(*numbered(5000))
@@ -61,6 +63,7 @@ async def test_it_shrinks_when_the_handler_becomes_slow(rabbit):
         assert len(rabbit.unsettled()) <= 20
 
 
+@pytest.mark.untraced
 async def test_on_a_queue_that_counts_deliveries_it_grows_too(rabbit):
     """The session pauses as it does for a message that may crash its process."""
     rabbit.declare("counted", **{"x-queue-type": "quorum"})
@@ -72,6 +75,7 @@ async def test_on_a_queue_that_counts_deliveries_it_grows_too(rabbit):
         assert len(rabbit.unsettled("counted")) > 400
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     "given",
     [
@@ -102,6 +106,7 @@ async def test_it_is_kept(rabbit, given):
         assert 0 < len(rabbit.unsettled(queue)) <= before
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("result", [NACK, REQUEUE])
 async def test_messages_that_fail_do_not_make_it_grow(rabbit, result):
     """They are held until their retry, and count against it; or they are rejected."""
@@ -124,6 +129,7 @@ async def test_a_stop_while_it_changes_loses_nothing(rabbit):
     assert set(consumer.handled) == handled
 
 
+@pytest.mark.untraced
 async def test_a_lost_session_begins_with_what_the_batches_need(rabbit):
     """It may have been lost because of what it prefetched."""
     rabbit.put(*numbered(5000))
@@ -162,6 +168,7 @@ async def test_no_worker_is_idle_while_another_one_holds_work(rabbit, singly):
     assert 400 == len(rabbit.broker.journal.of(EventKind.ACKED))
 
 
+@pytest.mark.untraced
 async def test_fast_handlers_share_a_backlog(rabbit):
     """Handlers that await nothing, in two workers: none of them takes everything."""
     rabbit.put(*numbered(20_000))

@@ -117,6 +117,7 @@ async def test_a_held_message_is_seen_in_the_status_and_in_one_log_line(rabbit, 
 # --- outages -------------------------------------------------------------------------------
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("seconds", [3, 30, 300])
 @pytest.mark.parametrize("given", [{"dead_letter_queue": "dead"}, {}])
 async def test_an_outage_loses_no_message(rabbit, seconds, given):
@@ -169,6 +170,7 @@ async def test_an_outage_slows_the_intake_down(rabbit):
         assert 20 == len(rabbit.unsettled())
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     "given", [{"max_requeue_attempts": 1000}, {"dead_letter_queue": "dead"}, {}]
 )

@@ -209,6 +209,7 @@ async def test_what_is_settled_last_is_carried_out_before_the_session_ends(rabbi
     assert not rabbit.counts(EventKind.REQUEUED, queue=QUEUE)
 
 
+@pytest.mark.untraced
 async def test_a_lost_connection_duplicates_no_retry(rabbit):
     """The broker has one message for each, whenever the connection is lost."""
     async with a_consumer(

@@ -120,6 +120,7 @@ async def test_a_message_that_kills_its_process_takes_no_other_with_it(version, 
     assert 7 <= fleet.kills <= 8
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("version", "seconds", "cuts", "count"),
     [

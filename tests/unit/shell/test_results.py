@@ -266,6 +266,7 @@ async def test_an_undecodable_message_is_isolated(rabbit):
     assert [b"{", b"["] == journal(rabbit, EventKind.DROPPED)
 
 
+@pytest.mark.untraced
 async def test_thousands_of_undecodable_messages_cost_one_more_run(rabbit):
     """Not a run for each of them, which would block the event loop for minutes."""
     runs = []

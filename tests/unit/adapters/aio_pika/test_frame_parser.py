@@ -342,6 +342,7 @@ def test_a_body_larger_than_rabbitmq_allows_is_refused(size: int) -> None:
     assert [] == parser.feed(delivery(1)[0] + allowed)
 
 
+@pytest.mark.untraced
 def test_empty_body_frames_take_no_memory() -> None:
     """However many come."""
     parser = FrameParser()

@@ -9,6 +9,7 @@ import pytest
 from tests.fuzz.targets import TARGETS
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize(
     ("target", "count"),
     [

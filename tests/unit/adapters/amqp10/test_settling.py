@@ -114,6 +114,7 @@ def test_many_different_outcomes_are_no_burden():
     assert 3999 == len(unsettled.settle(decided))
 
 
+@pytest.mark.untraced
 def test_one_unsettled_delivery_far_behind_costs_nothing():
     """Others come and go beside it, and are not walked through again."""
     unsettled = Unsettled()
