@@ -434,8 +434,8 @@ def _encoded_parts(message: Message) -> tuple[bytes, ...] | None:
 
 def _span_context(parts: tuple[bytes, ...]) -> SpanContext:
     trace_id, span_id, flags = parts
-    numbers = _number(unhexlify(trace_id)), _number(unhexlify(span_id))
-    return SpanContext(*numbers, True, _FLAGS[flags])  # noqa: FBT003  -- by position, since this is done for every message
+    trace, span = _number(unhexlify(trace_id)), _number(unhexlify(span_id))
+    return SpanContext(trace, span, True, _FLAGS[flags])  # noqa: FBT003  -- by position, since this is done for every message
 
 
 def _decoded_origin(message: Message) -> SpanContext | None:
