@@ -200,6 +200,20 @@ WIRE = (
         (f"{_UNIT}/test_confirms.py",),
     ),
     Mutant(
+        "A confirm of a part of what was sent together settles all of it.",
+        f"{_WIRE}/confirms.py",
+        "min(group.stop, end), group.offset",
+        "group.stop, group.offset",
+        (f"{_UNIT}/test_confirms.py",),
+    ),
+    Mutant(
+        "The outcome of a copy that can't be sent is another one's.",
+        f"{_WIRE}/confirms.py",
+        "found.insert(index, Outcome.UNPUBLISHABLE)",
+        "found.append(Outcome.UNPUBLISHABLE)",
+        (_PUBLISHER,),
+    ),
+    Mutant(
         "A late confirm after a timeout counts for the next publication.",
         f"{_WIRE}/publisher.py",
         "accept no more.\n                self._is_open = False\n",
