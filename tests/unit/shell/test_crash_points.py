@@ -117,11 +117,11 @@ async def test_what_a_crash_leaves_behind_over_amqp_1_0(monkeypatch, result, is_
     for name in ("settle", "modify"):
         carry_out = getattr(MemoryModifyingSession, name)
 
-        async def lose(session, changes, *, carry_out=carry_out):
+        async def lose(session, changes, *more, carry_out=carry_out):
             broker.faults.connect_fault = ConnectFault.UNREACHABLE
             if is_lost:
                 broker.cut()
-            await carry_out(session, changes)
+            await carry_out(session, changes, *more)
             broker.cut()
 
         monkeypatch.setattr(MemoryModifyingSession, name, lose)
