@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from operator import is_
 from typing import cast
 
 from aio_pika_batch.core.message import Message
@@ -106,8 +107,8 @@ class ResultCollector:
         Returns:
             Whether that was so.
         """
-        is_changed = len(self.given) != len(self.messages) or any(
-            mine is not theirs for mine, theirs in zip(self.messages, self.given, strict=True)
+        is_changed = len(self.given) != len(self.messages) or not all(
+            map(is_, self.messages, self.given)
         )
         if is_changed and self._by_position:
             self._is_misplaced = True

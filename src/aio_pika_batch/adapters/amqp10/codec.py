@@ -367,18 +367,18 @@ def write(value: Any) -> bytes:  # noqa: ANN401, PLR0911  -- one for each family
     if encodings is not None:
         return _fixed(value, encodings)
     match value:
-        case None:
-            return bytes((_NULL,))
-        case UUID():
-            return b"\x98" + value.bytes
-        case bytes():
-            return _blob(_STRING if isinstance(value, NotText) else _BINARY, value)
         case str():
             try:
                 content = value.encode()
             except UnicodeEncodeError as error:
                 raise CodecError(f"{value!r} cannot be written in UTF-8") from error
             return _blob(_SYMBOL if isinstance(value, Symbol) else _STRING, content)
+        case None:
+            return bytes((_NULL,))
+        case UUID():
+            return b"\x98" + value.bytes
+        case bytes():
+            return _blob(_STRING if isinstance(value, NotText) else _BINARY, value)
         case Described():
             return b"\x00" + write(value.descriptor) + write(value.value)
         case dict():

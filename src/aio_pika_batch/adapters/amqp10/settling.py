@@ -40,6 +40,9 @@ _LONGEST_LIST8: Final = 0xFF
 _MOST_KINDS: Final = 16
 """The number of different outcomes up to which frames are saved. The recursion is as deep."""
 
+_FEWEST_TO_SAVE: Final = 3
+"""Two neighbouring runs differ, so nothing spans fewer than three."""
+
 _LARGEST_ANNOTATIONS: Final = 4096
 """Bytes. A queue keeps them in memory for as long as it keeps the message."""
 
@@ -171,12 +174,15 @@ class Unsettled:
                 self._exempt.difference_update(tags)
                 return [OutcomeRun(outcome, tags[0], tags[-1])]
         outcomes = self._decide(decided)
-        taken_back = self._taken_back.intersection(outcomes)
-        self._taken_back -= taken_back
-        runs = list(self._runs(sorted(outcomes.keys() - taken_back), outcomes))
-        for tag in outcomes:
-            outstanding.pop(tag, None)
-        self._exempt.difference_update(outcomes)
+        tags_to_send = sorted(outcomes)
+        if self._taken_back:
+            tags_to_send = [tag for tag in tags_to_send if tag not in self._taken_back]
+            self._taken_back.difference_update(outcomes)
+        runs = list(self._runs(tags_to_send, outcomes))
+        for tag in tags_to_send:
+            del outstanding[tag]
+        if self._exempt:
+            self._exempt.difference_update(outcomes)
         return runs
 
     def _decide(self, decided: Sequence[Decided]) -> dict[int, bytes]:
@@ -228,6 +234,9 @@ class Unsettled:
 
 def _covered(runs: Sequence[OutcomeRun]) -> Iterator[OutcomeRun]:
     """Merge frames: rarer outcomes first, then one frame for the most common over all of them."""
+    if len(runs) < _FEWEST_TO_SAVE:
+        yield from runs
+        return
     kinds = Counter([run.outcome for run in runs])
     if len(kinds) == len(runs) or len(kinds) > _MOST_KINDS:
         yield from runs
