@@ -165,6 +165,20 @@ NATIVE = (
         _SHELL,
     ),
     Mutant(
+        "A message that was requeued at once becomes a suspect by a retry.",
+        "runtime/settler.py",
+        "self._own.note_retry(each.outcome.message, modification.headers)",
+        "pass",
+        _SHELL,
+    ),
+    Mutant(
+        "A message that was requeued at once is forgotten by its retry.",
+        "core/quarantine.py",
+        "self._record(_fingerprint(message, changed), counts)",
+        "self._record(_fingerprint(message), counts)",
+        _SHELL,
+    ),
+    Mutant(
         "A session ends without waiting for its last settlements.",
         "runtime/consume_loop.py",
         "            await self._confirm_settlements()\n",

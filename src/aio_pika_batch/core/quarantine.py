@@ -8,7 +8,8 @@ Laws:
 
 - A suspect is never returned: a copy takes its place, which the broker counts from 0. So returns
   make suspects, but no message reaches the limit by them.
-- What a handler requeued in this process counts for nothing.
+- What a handler requeued in this process counts for nothing, also after a retry that needed no
+  copy: the broker's count goes on then.
 - Soon after a process has lost a connection and survived, it believes no counts: what it gets is
   probably what it lost, or what others lost. So a copy of a suspect starts at 0.
 - A header can make a message a suspect, but never a crashed one: anyone can publish it.
@@ -26,9 +27,11 @@ from aio_pika_batch.core.message import (
     NO_HEADERS,
     RETURN_COUNT,
     FieldValue,
+    Headers,
     Message,
     readable_headers,
     retry_count,
+    stated_retries,
 )
 
 MAX_RECORDED = 10_000
@@ -164,10 +167,19 @@ class OwnRequeues:
 
     def note(self, message: Message) -> None:
         """Note that the message goes back now."""
-        key = _fingerprint(message)
+        self._record(_fingerprint(message), 1 << min(delivery_count(message), _MOST))
+
+    def note_retry(self, message: Message, changed: Headers) -> None:
+        """Note that the message goes back with these headers, and that its count goes on."""
+        # Nearly always nothing is known, and a fingerprint needs all properties.
+        if self._counts and delivery_count(message):
+            counts = self._counts.get(_fingerprint(message))
+            if counts is not None:
+                self._record(_fingerprint(message, changed), counts)
+
+    def _record(self, key: int, counts: int) -> None:
         # Removed first, so that the dict is ordered by the last return.
-        counts = self._counts.pop(key, 0) | 1 << min(delivery_count(message), _MOST)
-        self._counts[key] = counts
+        self._counts[key] = self._counts.pop(key, 0) | counts
         if len(self._counts) > MAX_RECORDED:
             del self._counts[next(iter(self._counts))]
 
@@ -183,11 +195,12 @@ class OwnRequeues:
         return (self._counts.get(_fingerprint(message), 0) & before).bit_count()
 
 
-def _fingerprint(message: Message) -> int:
-    headers = readable_headers(message) or NO_HEADERS
+def _fingerprint(message: Message, changed: Headers = NO_HEADERS) -> int:
+    headers = {**(readable_headers(message) or NO_HEADERS), **changed}
     properties = message.properties
     # The retry count and the mark tell a copy from its original, which was counted on its own.
     mark = retry_count(headers.get(CRASH_COUNT))
-    retries = message.retry_count if message.has_readable_headers else 0
+    source = message._source  # noqa: SLF001  -- of what the message will be
+    retries = retry_count(stated_retries(headers, source.retry_count_header, source.queue)) or 0
     ids = (properties.message_id, properties.correlation_id)
     return hash((message.body, message.exchange, message.routing_key, ids, retries, mark))

@@ -417,6 +417,9 @@ class Settler:
         """Modify messages instead of publishing copies of them, and settle others."""
         if self._modify_session is not None:
             pairs = [(cast("Modification", each.copy), each.tag) for each in changes]
+            if self._own is not None:
+                for (modification, _), each in zip(pairs, changes, strict=True):
+                    self._own.note_retry(each.outcome.message, modification.headers)
             await self._modify_session.modify(join_modifications(pairs), settlements)
 
     async def _publish(self, copies: Sequence[PendingCopy]) -> Sequence[Outcome]:

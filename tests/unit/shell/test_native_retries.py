@@ -19,6 +19,7 @@ from tests.unit.shell.helpers import (
     NACK,
     QUEUE,
     REQUEUE,
+    REQUEUE_IMMEDIATE,
     EventRecorder,
     QueueBroker,
     RecordingConsumer,
@@ -314,3 +315,15 @@ async def test_a_delay_queue_is_declared_only_if_amqp_0_9_1_has_to_be_used():
             await asyncio.sleep(20)
         assert [5] == gaps(consumer)
         assert queues == len([each for each in rabbit.broker.queues if ".retry." in each])
+
+
+async def test_messages_that_were_requeued_at_once_are_no_suspects_after_a_retry(rabbit, caplog):
+    """The broker's count goes on, although the retry changes the message."""
+    at_once, later = answering(REQUEUE_IMMEDIATE), answering(Requeue(delay=1))
+    answer = first_then(*[at_once] * 4, later, at_once, later, ack)
+    async with a_consumer(rabbit, answer) as consumer:
+        rabbit.put(b"0")
+        await asyncio.sleep(30)
+    assert [0, 0, 0, 0, 0, 1, 1, 2] == [each.retry_count for each in consumer.messages]
+    assert consumer.messages[-1].delivery_count
+    assert "came back repeatedly" not in caplog.text
