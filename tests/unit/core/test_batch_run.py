@@ -9,7 +9,7 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolicy, ResultCollector
-from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult
+from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Requeue
 from aio_pika_batch.errors import MessageDecodeError, MissingMessageId
 from tests.unit.core.strategies import some_messages
 
@@ -393,3 +393,16 @@ def test_a_batch_can_become_atomic():
     batch_run.record_run(collector, KeyError(), Cause.EXCEPTION)
 
     assert [] == batch_run.acked
+
+
+def test_a_result_of_a_subclass_is_like_any_other():
+    """It belongs to the next message."""
+
+    class Later(Requeue):
+        pass
+
+    run_of_batch, _, _ = after_one_run(PLAIN, [ACK, Later(delay=1), ACK], None)
+    assert [MessageOutcome(each.message, Later(delay=1)) for each in run_of_batch.not_acked] == (
+        run_of_batch.not_acked
+    )
+    assert 1 == len(run_of_batch.not_acked)

@@ -158,3 +158,9 @@ def test_a_size_without_encoding_is_no_smaller_than_that_with(given_headers):
 def test_a_copy_that_cannot_become_small_enough_has_no_smaller_one():
     """Not even without any foreign header."""
     assert fit(copy_of({"a": "a" * 99, "b": 1}, may_omit=True), 1, encoded_size) is None
+
+
+def test_the_size_of_bytes_is_their_length():
+    """Together with that of a text of the same name."""
+    sizes = [property_list_size(Properties(headers={"n": each})) for each in (b"", b"12345", "")]
+    assert [sizes[0], sizes[0] + 5, sizes[0]] == sizes
