@@ -224,6 +224,7 @@ async def test_a_lost_connection_duplicates_no_retry(rabbit):
         for _ in range(30):
             await asyncio.sleep(0.33)
             rabbit.cut()
+    await asyncio.sleep(1)  # what the last session held is on its way back
     left = rabbit.waiting() + bodies(rabbit.broker.delayed(QUEUE)) + rabbit.waiting("dead")
     assert sorted(numbered(20)) == sorted(left)
 
