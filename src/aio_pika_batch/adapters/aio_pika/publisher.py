@@ -261,7 +261,8 @@ class AioPikaPublisher:
                 packed.append(properties)
         sent = publications
         if unsent:
-            sent = [each for index, each in enumerate(publications) if index not in unsent]
+            left_out = set(unsent)
+            sent = [each for index, each in enumerate(publications) if index not in left_out]
         return PublishCall(sent, targets, packed, unsent, done)
 
     def _fitting_properties(self, publication: Outgoing, size: int) -> bytes:
