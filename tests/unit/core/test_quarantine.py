@@ -93,6 +93,18 @@ def test_what_handlers_requeued_here_counts_for_nothing(count, requeued, suspici
     assert suspicion is POLICY.judge(counted(count), owned(range(requeued)))
 
 
+def test_what_is_known_follows_a_retry_that_needs_no_copy():
+    """Of the message that is retried, and of no other."""
+    own = owned(range(4))
+    header = StubSource().retry_count_header
+    own.note_retry(counted(4), {header: 1})
+    own.note_retry(counted(4, body=b"another"), {header: 1})
+    retried = Properties(headers={DELIVERY_COUNT: 5, header: 1})
+    for body, suspicion in ((b"{}", NONE), (b"another", SUSPECT)):
+        message = Message(StubSource(), 1, True, body, ("", QUEUE), retried)
+        assert suspicion is POLICY.judge(message, own)
+
+
 @pytest.mark.parametrize(
     ("count", "mark", "suspicion"),
     [(2, None, NONE), (3, None, SUSPECT), (5, None, WORN), (2, 3, WORN), (30, None, WORN)],
