@@ -32,7 +32,13 @@ CONSUME = [
     ours("ours.mixed", "1 % NACK, 10 % REQUEUE", "mixed", **MIX),
     ours("ours.mixed-500", "the same at prefetch 500", "mixed", SLOW),
     ours("ours.default", "defaults", options=DEFAULTS, warmup=GROWN),
-    ours("ours.quorum", "all acked, quorum queue", messages=MEDIUM, queue_type="quorum"),
+    ours(
+        "ours.quorum",
+        "all acked, quorum queue",
+        messages=MEDIUM,
+        queue_type="quorum",
+        options={"queue_type": "quorum"},
+    ),
     ours("ours.single", "`Consumer`, one by one", messages=MEDIUM, module="ours_single"),
     ours(
         "ours.single-default",
