@@ -31,7 +31,6 @@ from aio_pika_batch.transport import Endpoint, open_transport
 from tests.integration.helpers import (
     add_user,
     holds,
-    parse_version,
     publish,
     ready,
     take_all,
@@ -244,13 +243,11 @@ async def test_looking_keeps_dead_letters_and_their_order(amqp_url, name, channe
 
 
 @QUEUE_TYPES
-async def test_looking_at_many_keeps_their_order(
-    monkeypatch, broker, amqp_url, name, channel, queue_type
-):
-    """Each part of them goes to a consumer of its own. An old quorum queue orders 32 parts."""
+async def test_looking_at_many_keeps_their_order(monkeypatch, amqp_url, name, channel, queue_type):
+    """Each part of them goes to a consumer of its own. A quorum queue orders 32 parts."""
     monkeypatch.setattr(queue_browser, "WINDOW", 5)
     monkeypatch.setattr(queue_browser, "RETURNED_AT_ONCE", 150)
-    count = 150 if parse_version(broker) < (4, 3) else 320
+    count = 150
     dlq = f"{name}.dlq"
     bodies = await dead_letter(channel, dlq, name, count, queue_type)
     transport = open_transport(Endpoint(url=amqp_url))
