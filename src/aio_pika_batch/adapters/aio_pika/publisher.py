@@ -231,6 +231,7 @@ class AioPikaPublisher:
         number, largest, is_fast = self._number, self._largest_properties, self._is_fast
         templates = self._templates
         unsent: list[int] = []
+        sent: list[Outgoing] = []
         targets: list[Target] = []
         packed: list[bytes] = []
         for index, publication in enumerate(publications):
@@ -257,12 +258,9 @@ class AioPikaPublisher:
                 _log.debug("a copy is not published: %s", error)
                 unsent.append(index)
             else:
+                sent.append(publication)
                 targets.append(target)
                 packed.append(properties)
-        sent = publications
-        if unsent:
-            left_out = set(unsent)
-            sent = [each for index, each in enumerate(publications) if index not in left_out]
         return PublishCall(sent, targets, packed, unsent, done)
 
     def _fitting_properties(self, publication: Outgoing, size: int) -> bytes:
