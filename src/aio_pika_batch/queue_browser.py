@@ -24,7 +24,7 @@ from aio_pika_batch.core.dead_letter import (
 )
 from aio_pika_batch.core.message import RETRY_COUNT_HEADER, Message
 from aio_pika_batch.core.settlement import Disposition, Settlement
-from aio_pika_batch.core.topology import Queue, Topology, Version
+from aio_pika_batch.core.topology import Queue, Topology
 from aio_pika_batch.core.topology_options import QUEUE_TYPE
 from aio_pika_batch.errors import TopologyError
 from aio_pika_batch.transport import (
@@ -168,13 +168,13 @@ class QueueBrowser:
         self._session = session
         self._reading = asyncio.create_task(self._read(session))
 
-    async def close(self, version: Version | None) -> None:
-        """Put back the held messages, unless closing the channel does that better."""
+    async def close(self, *, by_closing: bool) -> None:
+        """Stop receiving, and put back the held messages, unless the channel's end does that."""
         # Not earlier: the broker would deliver them again at once.
         session, reading = self._session, self._reading
         if session is None or reading is None:
             return
-        if not returns_by_closing(version):
+        if not by_closing:
             await session.cancel()
             await reading
             held = self._held()
@@ -237,7 +237,7 @@ async def browse(
         TopologyError: The queue doesn't exist, or can't be consumed from.
         TransportError: The connection failed. No message is lost.
     """
-    version, known = await _ask(transport, queue, limit)
+    by_closing, known = await _ask(transport, queue, limit)
     ready = await transport.count(queue) if isinstance(transport, CountingTransport) else None
     prefetch = min(most or MAX_HELD, WINDOW, ready or WINDOW)
     browser = QueueBrowser(ready, most, known, stop, prefetch=prefetch)
@@ -257,18 +257,16 @@ async def browse(
         await browser.open(session)
         try:
             yield browser
-            await browser.close(version)
+            await browser.close(by_closing=by_closing)
         finally:
             await browser.abandon()
 
 
-async def _ask(transport: Transport, queue: str, limit: Limit) -> tuple[Version | None, int | None]:
-    """Return the broker's version and the delivery limit of the queue."""
+async def _ask(transport: Transport, queue: str, limit: Limit) -> tuple[bool, int | None]:
+    """Return whether closing the channel puts messages back best, and the delivery limit."""
     there = Queue(queue, check_only=True, is_browsed=True)
     await transport.declare(Topology(queues=(there,)))
     version = transport.broker_version if isinstance(transport, Versioned) else None
-    if limit != "ask":
-        return version, limit
     # AMQP can't read the arguments of a queue. But if an existing queue is declared with other
     # arguments, the broker's error says how they differ. Nothing is created by it.
     probe = Queue(queue, arguments={QUEUE_TYPE: "quorum"})
@@ -277,4 +275,5 @@ async def _ask(transport: Transport, queue: str, limit: Limit) -> tuple[Version 
         await transport.declare(Topology(queues=(probe,)))
     except TopologyError as error:
         refusal = str(error)
-    return version, delivery_limit_from(refusal, version)
+    known = delivery_limit_from(refusal, version) if limit == "ask" else limit
+    return returns_by_closing(refusal, version), known

@@ -548,6 +548,7 @@ SECURITY = (
 )
 
 _REPAIR = "tests/unit/shell/test_dead_letter_tools.py"
+_CLOSED = "test_a_classic_queue_gets_its_dead_letters_back_when_the_channel_is_closed"
 
 REPAIR = (
     Mutant(
@@ -577,6 +578,13 @@ REPAIR = (
         "return version is not None and version < NACK_IS_FREE_SINCE",
         "return True",
         (f"{_REPAIR}::test_since_4_3_looking_is_not_counted",),
+    ),
+    Mutant(
+        "A classic queue of RabbitMQ 4.3 is busy for long after many were looked at.",
+        "core/dead_letter.py",
+        "if _names_classic_queue(unequal_argument(refusal)):\n        return True",
+        "pass",
+        (f"tests/unit/core/test_dead_letter.py::{_CLOSED}",),
     ),
 )
 

@@ -324,9 +324,10 @@ def delivery_limit_from(refusal: str | None, version: Version | None) -> int | N
     has_default = version is None or version >= DEFAULT_LIMIT_SINCE
     if refusal is None:
         return DEFAULT_DELIVERY_LIMIT if has_default else None
-    match unequal_argument(refusal):
-        case UnequalArgument(name) if name == QUEUE_TYPE:
-            return None  # a classic queue, which has no limit
+    unequal = unequal_argument(refusal)
+    if _names_classic_queue(unequal):
+        return None  # it has no limit
+    match unequal:
         case UnequalArgument(name, int(limit)) if name == DELIVERY_LIMIT:
             # Before 4.0 the first redelivery exceeds a negative limit.
             return max(limit, 0) if limit >= 0 or not has_default else None
@@ -338,12 +339,25 @@ NACK_IS_FREE_SINCE: Version = (4, 3)
 """The first RabbitMQ that doesn't count a delivery that is returned by `basic.nack`."""
 
 
-def returns_by_closing(version: Version | None) -> bool:
-    """Whether to return dead letters that were only read by closing the channel, not by a nack."""
+def returns_by_closing(refusal: str | None, version: Version | None) -> bool:
+    """Whether to return dead letters that were only read by closing the channel, not by a nack.
+
+    Args:
+        refusal: See :func:`delivery_limit_from`.
+        version: The broker's version; None if it is unknown.
+    """
+    # A classic queue puts them where they were, either way, and counts no deliveries. But after a
+    # nack of 60,000 RabbitMQ 4.3 answered no consumer for 11 s, and after a close for 1 s.
+    if _names_classic_queue(unequal_argument(refusal)):
+        return True
     # Before 4.3 a closed channel returns them to the front of a quorum queue, which a nack doesn't
     # always do: in their order, if at most 32 consumers have received them. Since then a nack does,
-    # and only a nack costs no delivery. A classic queue puts them where they were, either way.
+    # and only a nack costs no delivery.
     return version is not None and version < NACK_IS_FREE_SINCE
+
+
+def _names_classic_queue(unequal: UnequalArgument | None) -> bool:
+    return unequal is not None and unequal.name == QUEUE_TYPE
 
 
 def near_delivery_limit(message: Message, limit: int | None) -> bool:

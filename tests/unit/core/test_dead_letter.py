@@ -304,6 +304,16 @@ def test_the_delivery_limit_is_read_from_the_brokers_refusal(refusal, version, e
 @pytest.mark.parametrize(
     ("version", "expected"), [((3, 10), True), ((4, 2), True), ((4, 3), False), (None, False)]
 )
-def test_dead_letters_are_returned_without_a_counted_delivery(version, expected):
+@pytest.mark.parametrize(
+    "refusal", [None, f"inequivalent arg 'x-delivery-limit' for {HERE} none but current is '7'"]
+)
+def test_dead_letters_are_returned_without_a_counted_delivery(refusal, version, expected):
     """Since 4.3 a nack is not counted, and a closed channel is."""
-    assert expected is returns_by_closing(version)
+    assert expected is returns_by_closing(refusal, version)
+
+
+@pytest.mark.parametrize("version", [(3, 10), (4, 3), None])
+def test_a_classic_queue_gets_its_dead_letters_back_when_the_channel_is_closed(version):
+    """It counts no deliveries, and RabbitMQ 4.3 is busy for long after a nack of many."""
+    refusal = f"inequivalent arg 'x-queue-type' for {HERE} 'quorum' but current is 'classic'"
+    assert returns_by_closing(refusal, version)
