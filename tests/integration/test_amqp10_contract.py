@@ -14,11 +14,12 @@ from aio_pika_batch.adapters.rabbitmq import Amqp10Transport
 from aio_pika_batch.testing.contract import Features, TransportContract
 from tests.integration.helpers import parse_version
 from tests.integration.test_contract import RabbitHarness, features, opened
+from tests.support.cluster import Cluster
+from tests.support.find import RunningBroker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-    from tests.support.find import RunningBroker
+    from pathlib import Path
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +36,13 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def opened10(broker: RunningBroker) -> AsyncIterator[RabbitHarness]:
-    """The same scene, with another transport."""
-    async with opened(broker, "fast", "quorum") as harness:
+async def opened10(broker: RunningBroker, url: str | None = None) -> AsyncIterator[RabbitHarness]:
+    """The same scene, with another transport.
+
+    Args:
+        url: The node that is consumed from, if it isn't the broker's.
+    """
+    async with opened(broker, "fast", "quorum", url) as harness:
         harness.transport = Amqp10Transport(harness.transport._endpoint)
         yield harness
 
@@ -63,3 +68,26 @@ async def test_the_contract_is_kept(broker: RunningBroker) -> None:
     report = await contract.run(at_once=8)
     report.raise_if_broken()
     assert len(report.kept) == len(contract.applicable)
+
+
+@pytest.mark.long
+@pytest.mark.needs_node
+@pytest.mark.parametrize("place", ["leader", "follower"])
+async def test_the_contract_is_kept_on_three_nodes(
+    broker: RunningBroker, tmp_path: Path, place: str
+) -> None:
+    """Whether the consumer is connected to the node with the queue's leader, or to another."""
+    assert broker.node is not None
+    with Cluster(broker.node.server, tmp_path) as cluster:
+        # A quorum queue's first leader is on the node where it is declared.
+        first, second, _ = cluster.nodes
+        declaring = RunningBroker(first.url, cluster.version, first)
+        contract = TransportContract(
+            partial(opened10, declaring, first.url if place == "leader" else second.url),
+            features10(broker),
+            patience=60,
+            quiet=0.5,
+        )
+        report = await contract.run(at_once=8)
+        report.raise_if_broken()
+        assert len(report.kept) == len(contract.applicable)

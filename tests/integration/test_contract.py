@@ -146,9 +146,15 @@ class RabbitHarness(Harness):
 
 
 @asynccontextmanager
-async def opened(broker: RunningBroker, wire: Wire, kind: str) -> AsyncIterator[RabbitHarness]:
-    """Open new queues and a new proxy."""
-    where = aio_pika.connection.make_url(broker.url)
+async def opened(
+    broker: RunningBroker, wire: Wire, kind: str, url: str | None = None
+) -> AsyncIterator[RabbitHarness]:
+    """Open new queues and a new proxy.
+
+    Args:
+        url: Where the transport connects, if it isn't the broker that the queues are declared on.
+    """
+    where = aio_pika.connection.make_url(url or broker.url)
     async with (
         await aio_pika.connect(broker.url) as connection,
         TcpProxy(where.host or "localhost", where.port or 5672) as proxy,

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from tests.support.find import RunningBroker
 
 PACE = 0.1
+LONGEST = 4 * PATIENCE
+"""Seconds in which a story must come to rest, while others are played."""
+
 AT_ONCE = 24
 _ALIKE = 6
 KINDS = set(FaultKind) - {FaultKind.CANCEL, FaultKind.STALLED, FaultKind.FORBIDDEN}
@@ -152,15 +155,17 @@ class RabbitScene:
         """Wait until nothing happens for a while, since delivered messages may be in flight."""
         quiet = 0
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(LONGEST):
                 while quiet < 1 + self._quiet:
                     is_quiet = done() and not await self._ready() and not await self._waiting()
                     quiet = quiet + 1 if is_quiet else 0
                     await asyncio.sleep(0.1)
         except TimeoutError:
+            # Not on the channel that was interrupted.
+            count = await ready(self._url, self.queue)
             self._restless = (
-                f"no rest: {await self._waiting()} wait for a retry, {await self._ready()} are"
-                f" ready, and the consumer is {'' if done() else 'not '}done"
+                f"no rest: {await self._waiting()} wait for a retry, {count} are ready, and the"
+                f" consumer is {'' if done() else 'not '}done"
             )
 
     async def _waiting(self) -> int:
@@ -190,7 +195,7 @@ class RabbitScene:
     async def _take(self, queue: str, into: Counter[bytes]) -> int:
         source = await self._channel.get_queue(queue, ensure=False)
         taken = 0
-        while (message := await source.get(no_ack=True, fail=False)) is not None:
+        while (message := await source.get(no_ack=True, fail=False, timeout=PATIENCE)) is not None:
             into[message.body] += 1
             taken += 1
         return taken

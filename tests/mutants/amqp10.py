@@ -109,9 +109,9 @@ AMQP10 = (
     ),
     Mutant(
         "The queue dead-letters at most once, and so loses messages.",
-        "adapters/rabbitmq.py",
-        "DEAD_LETTER_EXCHANGE in arguments and all(",
-        "DEAD_LETTER_EXCHANGE in arguments or all(",
+        "core/topology.py",
+        "DEAD_LETTER_EXCHANGE in arguments and",
+        "DEAD_LETTER_EXCHANGE in arguments or",
         (_CHOICE,),
     ),
     Mutant(

@@ -7,6 +7,7 @@ from tests.mutants.mutant import Mutant
 _CORE = ("tests/unit/core/test_native_retries.py",)
 _SHELL = ("tests/unit/shell/test_native_retries.py",)
 _CONTRACT = ("tests/unit/testing/test_contract.py",)
+_PROCESS = ("tests/unit/testing/test_process.py",)
 _PLAN = "core/settlement_plan.py"
 
 NATIVE = (
@@ -198,5 +199,19 @@ NATIVE = (
         "        self._release_delayed()\n",
         "",
         (*_CONTRACT, *_SHELL),
+    ),
+    Mutant(
+        "process() shows copies where a worker makes none.",
+        "testing/processing.py",
+        "planner = self._config.planner.natively(self._native)",
+        "planner = self._config.planner",
+        _PROCESS,
+    ),
+    Mutant(
+        "process() shows native retries where a worker makes copies.",
+        "testing/processing.py",
+        'if wire != "amqp10" or version is None or obstacle is not None:',
+        'if wire != "amqp10" or version is None:',
+        _PROCESS,
     ),
 )

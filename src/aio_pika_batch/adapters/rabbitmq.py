@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Final
+from typing import Final
 
 from aio_pika_batch.adapters.aio_pika.publisher import AioPikaPublisher, open_publisher
 from aio_pika_batch.adapters.aio_pika.session import open_session
@@ -28,23 +28,18 @@ from aio_pika_batch.adapters.tls import check_tls
 from aio_pika_batch.adapters.url import parse_url
 from aio_pika_batch.core.topology import (
     AMQP10_SINCE,
-    DELAYS_SINCE,
     Amqp10Obstacle,
     Exchange,
     Topology,
     UnfulfilledWishes,
     Version,
     amqp10_obstacle,
-)
-from aio_pika_batch.core.topology_options import (
-    AT_LEAST_ONCE,
-    DEAD_LETTER_EXCHANGE,
+    native_retries,
 )
 from aio_pika_batch.errors import BrokerUnavailable
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.transport import (
     Endpoint,
-    NativeRetries,
     Session,
     Subscription,
     Transport,
@@ -232,17 +227,6 @@ def queue_obstacle(version: Version, info: QueueInfo | None) -> str | None:
             return "the broker does not tell the type of the queue"
         case _:
             return f"AMQP 1.0 retries need a quorum queue, and this is a {known.type} queue"
-
-
-def native_retries(version: Version, arguments: Mapping[str, Any]) -> NativeRetries:
-    """Return what a session can do with a quorum queue that has these arguments."""
-    # There is no confirm for a dead letter, so the queue itself must not lose it. What a policy
-    # says is not visible here.
-    is_safe = DEAD_LETTER_EXCHANGE in arguments and all(
-        arguments.get(name) == value for name, value in AT_LEAST_ONCE.items()
-    )
-    is_new = version >= DELAYS_SINCE
-    return NativeRetries(delays=is_new, headers=True, dead_letters=is_safe, uncounted=is_new)
 
 
 def _session_on(

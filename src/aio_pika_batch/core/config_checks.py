@@ -40,6 +40,7 @@ from aio_pika_batch.core.topology_options import (
     broker_dead_letter_arguments,
     dead_letter_target,
     dead_letters_differ,
+    declared_arguments,
     effective_queue_type,
 )
 
@@ -208,7 +209,7 @@ def _no_amqp10(
 
 
 def _partly_amqp10(options: TopologyOptions, profile: ConsumerProfile) -> Iterator[str]:
-    arguments = {**options.queue_arguments, **broker_dead_letter_arguments(options)}
+    arguments = declared_arguments(options)
     if not profile.retry_count_header.startswith("x-"):
         yield (
             "retries are copies although wire='amqp10' is set: only headers whose name begins with"

@@ -21,6 +21,7 @@ from aio_pika_batch.core.message import (
 )
 from aio_pika_batch.core.refusals import unequal_argument
 from aio_pika_batch.core.retry import wait_queue_name
+from aio_pika_batch.core.settlement import NativeRetries
 from aio_pika_batch.core.topology_options import (
     AT_LEAST_ONCE,
     BROKER_DEAD_LETTERS,
@@ -93,6 +94,15 @@ def amqp10_obstacle(
         # Every return counts there, so that our own retries would use the limit up.
         return Amqp10Obstacle.DELIVERY_LIMIT
     return None
+
+
+def native_retries(version: Version, arguments: Headers) -> NativeRetries:
+    """What AMQP 1.0 can do without copies in a quorum queue that has these arguments."""
+    # There is no confirm for a dead letter, so the queue itself must not lose it. What a policy
+    # says is not visible here.
+    is_safe = DEAD_LETTER_EXCHANGE in arguments and AT_LEAST_ONCE.items() <= arguments.items()
+    is_new = version >= DELAYS_SINCE
+    return NativeRetries(delays=is_new, headers=True, dead_letters=is_safe, uncounted=is_new)
 
 
 _UNEQUAL_WAIT_QUEUE = (

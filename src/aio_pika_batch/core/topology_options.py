@@ -237,12 +237,17 @@ def broker_dead_letter_arguments(options: TopologyOptions) -> Headers:
     return {**wanted, **AT_LEAST_ONCE} if is_lossless else wanted
 
 
+def declared_arguments(options: TopologyOptions) -> Headers:
+    """The arguments with which a new queue is declared, apart from its type."""
+    return {**options.queue_arguments, **broker_dead_letter_arguments(options)}
+
+
 def dead_letters_differ(options: TopologyOptions) -> bool:
     """Whether the broker's dead letters may go somewhere else than those of this library."""
     target = dead_letter_target(options)
     if target is None:
         return False
-    arguments = {**options.queue_arguments, **broker_dead_letter_arguments(options)}
+    arguments = declared_arguments(options)
     key = target.routing_key if target.also is None else target.also
     own = (arguments.get(DEAD_LETTER_EXCHANGE), arguments.get(DEAD_LETTER_ROUTING_KEY))
     return own != (target.exchange, key)
@@ -283,7 +288,7 @@ def _loop(options: TopologyOptions) -> str | None:
     if target is not None and (why := _way_back(options, target.exchange, target.routing_key)):
         return why
     # The broker's own dead letters may go elsewhere.
-    arguments = {**options.queue_arguments, **broker_dead_letter_arguments(options)}
+    arguments = declared_arguments(options)
     exchange, key = arguments.get(DEAD_LETTER_EXCHANGE), arguments.get(DEAD_LETTER_ROUTING_KEY)
     if isinstance(exchange, str) and (key is None or isinstance(key, str)):
         return _way_back(options, exchange, key)

@@ -24,20 +24,16 @@ __all__ = [
 if TYPE_CHECKING:
     from aio_pika_batch.testing.broker import BatchBroker
     from aio_pika_batch.testing.messages import make_message
-    from aio_pika_batch.testing.processing import (
-        BatchOutcome,
-        DeadLetter,
-        RequeuedMessage,
-        process,
-    )
+    from aio_pika_batch.testing.outcome import BatchOutcome, DeadLetter, RequeuedMessage
+    from aio_pika_batch.testing.processing import process
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
             "BatchBroker": "broker",
-            "BatchOutcome": "processing",
-            "DeadLetter": "processing",
-            "RequeuedMessage": "processing",
+            "BatchOutcome": "outcome",
+            "DeadLetter": "outcome",
+            "RequeuedMessage": "outcome",
             "make_message": "messages",
             "process": "processing",
         },

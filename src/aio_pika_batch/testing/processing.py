@@ -10,170 +10,50 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any
 
+from aio_pika_batch.adapters.memory.rabbitmq import NEWEST
 from aio_pika_batch.consumer import BaseConsumer
 from aio_pika_batch.core.batch_run import BatchDecisions
 from aio_pika_batch.core.batcher import Batch
-from aio_pika_batch.core.message import NO_HEADERS, Headers, Message, retry_count
-from aio_pika_batch.core.publication import Copy, Outcome, Outgoing, Publication
-from aio_pika_batch.core.results import MessageOutcome, MessageResult, Nack, Result
-from aio_pika_batch.core.retry import DeadLetterReason, DelayedCopy
-from aio_pika_batch.core.settlement import Disposition
-from aio_pika_batch.core.settlement_plan import PendingCopy, SettlementPlan
-from aio_pika_batch.core.topology import Topology
+from aio_pika_batch.core.message import (
+    Message,
+)
+from aio_pika_batch.core.publication import Outcome, Outgoing, Publication
+from aio_pika_batch.core.settlement import (
+    NO_NATIVE_RETRIES,
+    NativeRetries,
+)
+from aio_pika_batch.core.topology import (
+    Topology,
+    Version,
+    amqp10_obstacle,
+    native_retries,
+    parse_version,
+)
+from aio_pika_batch.core.topology_options import (
+    declared_arguments,
+    effective_queue_type,
+)
 from aio_pika_batch.errors import ConfigurationError, SessionLost
 from aio_pika_batch.observer import BatchCut, HandlerError, Observer, Observers, Origin
 from aio_pika_batch.runtime.batching import open_intake
 from aio_pika_batch.runtime.handler import HandlerOptions, HandlerRun
 from aio_pika_batch.runtime.worker import WorkerInstance
+from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.runtime.worker_pool import WorkerPool
 from aio_pika_batch.testing.messages import delivered
+from aio_pika_batch.testing.outcome import BatchOutcome, PlanContext, fill
 from aio_pika_batch.transport import Publisher, Session, Subscription
 
 
-@dataclass(frozen=True, slots=True)
-class RequeuedMessage:
-    """A message that would be tried again.
-
-    Attributes:
-        retry_count: The retry count of the next attempt.
-        delay: Seconds until the next attempt.
-        immediate: Whether it goes to the front of the queue, uncounted (`REQUEUE_IMMEDIATE`).
-    """
-
-    message: Message
-    retry_count: int
-    delay: float = 0.0
-    immediate: bool = False
-
-    @property
-    def body(self) -> bytes:
-        """The message's body."""
-        return self.message.body
-
-
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """A dead letter that would be published.
-
-    Attributes:
-        message: The original message.
-        headers: The headers of the dead letter.
-    """
-
-    message: Message
-    reason: DeadLetterReason
-    exchange: str
-    routing_key: str
-    headers: Headers
-
-    @property
-    def body(self) -> bytes:
-        """The message's body."""
-        return self.message.body
-
-
-# Not frozen: it is filled batch by batch.
-#
-# A message that a NACK would discard is not listed as dead-lettered. A test that expects a dead
-# letter must fail if no dead-letter exchange is known, since the message would be gone.
-@dataclass(slots=True)
-class BatchOutcome:
-    """What happened to some messages. All lists are in the order in which the messages were given.
-
-    Each message is in exactly one of `acked`, `requeued`, `dead_lettered` and `discarded`.
-
-    Attributes:
-        acked: Messages that would be acknowledged.
-        nacked: Messages whose result is a NACK, yielded or caused by a failure. Each is also in
-            `dead_lettered` or `discarded`.
-        requeued: Messages that would be tried again.
-        dead_lettered: Messages that would go to the dead-letter exchange: NACKed, or without
-            attempts left.
-        discarded: The same messages if no dead-letter exchange is known: they are gone, unless a
-            policy of the broker dead-letters them.
-        results: The final result of each message, yielded or caused by a failure.
-        errors: The errors of all runs of the handler, in order.
-        batches: The messages of all runs of the handler, in order.
-        published: The publications of the handler and the hooks.
-    """
-
-    acked: list[Message] = field(default_factory=list)
-    nacked: list[Message] = field(default_factory=list)
-    requeued: list[RequeuedMessage] = field(default_factory=list)
-    dead_lettered: list[DeadLetter] = field(default_factory=list)
-    discarded: list[Message] = field(default_factory=list)
-    results: list[Result] = field(default_factory=list)
-    errors: list[BaseException] = field(default_factory=list)
-    batches: list[list[Message]] = field(default_factory=list)
-    published: list[Publication] = field(default_factory=list)
-
-
-def _fill(
-    outcome: BatchOutcome,
-    messages: Sequence[Message],
-    handled: BatchDecisions,
-    plan: SettlementPlan,
-    header: str,
-) -> None:
-    """Add all messages to the outcome.
-
-    Args:
-        messages: All messages, in order.
-        handled: The decisions of all batches.
-        plan: The plan for the messages that are not acked.
-        header: The header that counts the retries.
-    """
-    decisions = {each.message.delivery_tag: each for each in handled.not_acked}
-    settled = {tag: each.disposition for each in plan.settlements for tag in each.tags}
-    copies = {each.tag: each for each in plan.copies}
-    for message in messages:
-        tag = message.delivery_tag
-        decision = decisions.get(tag)
-        if decision is None:
-            outcome.acked.append(message)
-            outcome.results.append(MessageResult.ACK)
-            continue
-        outcome.results.append(decision.result)
-        if decision.result is MessageResult.NACK or isinstance(decision.result, Nack):
-            outcome.nacked.append(message)
-        if tag in copies:
-            _add_copy(outcome, message, copies[tag], header)
-        elif settled[tag] is Disposition.REQUEUE:
-            outcome.requeued.append(_requeued_immediately(message, decision))
-        else:
-            outcome.discarded.append(message)
-
-
-def _requeued_immediately(message: Message, decision: MessageOutcome) -> RequeuedMessage:
-    known = decision.message.has_readable_headers
-    return RequeuedMessage(message, decision.message.retry_count if known else 0, immediate=True)
-
-
-def _add_copy(outcome: BatchOutcome, message: Message, pending: PendingCopy, header: str) -> None:
-    # Without a session, nothing can be modified in its queue.
-    copy = cast("Copy", pending.copy)
-    if pending.reason is None:
-        count = retry_count(copy.add.get(header)) or 0
-        delay = copy.level / 1000 if isinstance(copy, DelayedCopy) else pending.hold
-        outcome.requeued.append(RequeuedMessage(message, count, delay))
-        return
-    outcome.dead_lettered.append(
-        DeadLetter(
-            message,
-            pending.reason,
-            copy.exchange,
-            copy.routing_key,
-            copy.properties.headers or NO_HEADERS,
-        )
-    )
-
-
 async def process(
-    consumer: BaseConsumer[Any], messages: Iterable[bytes | Message], *, hooks: bool = True
+    consumer: BaseConsumer[Any],
+    messages: Iterable[bytes | Message],
+    *,
+    hooks: bool = True,
+    version: str = NEWEST,
 ) -> BatchOutcome:
     """Run a consumer's handler on messages as a worker does, and return what the worker would do.
 
@@ -186,6 +66,7 @@ async def process(
         consumer: A consumer that is not running.
         messages: Bodies, or messages of :func:`make_message`. Their delivery tags become 1, 2, ….
         hooks: Whether `on_start` and `on_stop` run around it.
+        version: The RabbitMQ version. With `wire="amqp10"`, it decides what needs no copy.
 
     Returns:
         The outcome; it includes the handler's errors, and what they mean for the messages.
@@ -209,6 +90,7 @@ async def process(
             queue=settings.queue_name,
             retry_count_header=settings.retry_count_header,
         ),
+        parse_version("RabbitMQ", version),
     )
     lifecycle = consumer._lifecycle  # noqa: SLF001  -- the library's own
     try:
@@ -241,13 +123,16 @@ class _OfflinePool(WorkerPool):
         outcome: The outcome; complete once the pool has started.
     """
 
-    def __init__(self, consumer: BaseConsumer[Any], messages: Sequence[Message]) -> None:
+    def __init__(
+        self, consumer: BaseConsumer[Any], messages: Sequence[Message], version: Version | None
+    ) -> None:
         name, settings, log = type(consumer).__name__, consumer.settings, consumer._log  # noqa: SLF001  -- the library's own
         self.outcome = BatchOutcome()
         observers = (_OutcomeObserver(self.outcome), *consumer._observers)  # noqa: SLF001  -- the library's own
         config = consumer._config()  # noqa: SLF001  -- the library's own
         super().__init__(name, config, _OfflineTransport(self.outcome.published), observers, log)
         self._messages = messages
+        self._native = _native_retries(settings.wire, config, version)
         origin = Origin(name, settings.queue_name, 0)
         self._events = Observers(observers, origin, log)
 
@@ -274,9 +159,11 @@ class _OfflinePool(WorkerPool):
             intake.take_back(batch, decisions, now)
             intake.release(batch)
             together.add(decisions)
-        planner = self._config.planner
-        plan = planner.plan(together.not_acked, datetime.now(UTC))
-        _fill(self.outcome, self._messages, together, plan, planner.retry.header)
+        planner = self._config.planner.natively(self._native)
+        arguments = declared_arguments(self._config.topology)
+        context = PlanContext(planner.retry.header, arguments, datetime.now(UTC))
+        plan = planner.plan(together.not_acked, context.now)
+        fill(self.outcome, self._messages, together, plan, context)
 
     async def _handle(
         self, batch: Batch, instance: WorkerInstance, *, keeps_failures: bool
@@ -310,6 +197,20 @@ class _OfflinePool(WorkerPool):
                 " up its session, and the broker would deliver these messages again"
             )
         return await running
+
+
+def _native_retries(wire: str, config: WorkerConfig, version: Version | None) -> NativeRetries:
+    """What a session would do without copies, if the queue is as the settings say."""
+    options = config.topology
+    obstacle = amqp10_obstacle(
+        version,
+        effective_queue_type(options),
+        options.queue_arguments,
+        config.consumer_arguments,
+    )
+    if wire != "amqp10" or version is None or obstacle is not None:
+        return NO_NATIVE_RETRIES
+    return native_retries(version, declared_arguments(options))
 
 
 class _OutcomeObserver(Observer):

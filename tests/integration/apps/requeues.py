@@ -25,7 +25,7 @@ class Requeues(BatchConsumer):
 
     async def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[Any]:
         if self._dead:
-            await asyncio.sleep(0.01)  # so that there is something left for each kill
+            await asyncio.sleep(0.03)  # so that there is something left for each kill
         for _ in messages:
             if self._dead:
                 yield MessageResult.NACK

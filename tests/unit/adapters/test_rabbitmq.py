@@ -17,10 +17,9 @@ from aio_pika_batch.adapters.amqp10.session import Amqp10Session
 from aio_pika_batch.adapters.rabbitmq import (
     FALLBACK,
     Amqp10Transport,
-    native_retries,
     queue_obstacle,
 )
-from aio_pika_batch.core.topology import Queue, Topology
+from aio_pika_batch.core.topology import Queue, Topology, native_retries
 from aio_pika_batch.errors import BrokerUnavailable, SessionLost
 from aio_pika_batch.transport import Endpoint, Subscription, open_transport
 from tests.unit.adapters.amqp10.server import Server, about_queue, sent

@@ -508,8 +508,12 @@ def test_every_message_is_in_one_list(decided, knows_dead_letters):
     assert not (outcome.discarded and knows_dead_letters)
 
 
-@given(st.lists(st.sampled_from([ACK, NACK, REQUEUE]), max_size=12), st.integers(1, 4))
-def test_the_outcome_is_that_of_a_worker(answers, batch_size):
+@given(
+    st.lists(st.sampled_from([ACK, NACK, REQUEUE]), max_size=12),
+    st.integers(1, 4),
+    st.sampled_from(["auto", "amqp10"]),
+)
+def test_the_outcome_is_that_of_a_worker(answers, batch_size, wire):
     """A worker on a broker does to each message what `process` says."""
     by_body = {b"%d" % at: answer for at, answer in enumerate(answers)}
 
@@ -518,17 +522,20 @@ def test_the_outcome_is_that_of_a_worker(answers, batch_size):
             yield by_body[message.body] if message.retry_count == 0 else ACK
 
     async def scenario():
-        broker, observed = BatchBroker(), EventRecorder()
+        broker, observed = BatchBroker(wire=wire), EventRecorder()
         worker = RecordingConsumer(
             answer,
             transport=broker.transport,
             observers=[observed],
             batch_size=batch_size,
             dead_letter_queue="dead",
+            queue_type="quorum",
+            wire=wire,
         )
         outcome = await process(worker, list(by_body))
         assert [] == observed.of(Settled)
-        broker.declare("jobs")
+        await worker.start()
+        await worker.stop()
         broker.publish(*by_body, routing_key="jobs")
         async with worker:
             await broker.settled()
@@ -537,7 +544,12 @@ def test_the_outcome_is_that_of_a_worker(answers, batch_size):
     outcome, observed, broker = run(scenario())
     retried = [each.message.body for each in observed.of(Requeued)]
     assert sorted(bodies(outcome.requeued)) == sorted(retried)
-    assert sorted(bodies(outcome.dead_lettered)) == sorted(bodies(broker.drain("dead")))
+    dead = broker.drain("dead")
+    assert sorted(bodies(outcome.dead_lettered)) == sorted(bodies(dead))
+    # Only a copy names its original's route itself.
+    copied = {"x-original-routing-key" not in each.headers for each in dead}
+    assert copied == {each.native for each in outcome.dead_lettered}
+    assert {each.native for each in outcome.requeued} <= {wire == "amqp10"}
     assert [] == broker.drain("jobs")
     assert [body for body, said in by_body.items() if said is ACK] == bodies(outcome.acked)
 
@@ -553,3 +565,56 @@ def test_settings_are_those_of_the_consumer():
         _env_file=None, url="memory://", queue_name="q", unhandled_exception_action=NACK
     )
     assert [NACK] == run(process(One(has), [b"0"])).results
+
+
+QUORUM = {"queue_type": "quorum", "dead_letter_queue": "dead", "wire": "amqp10"}
+
+
+async def test_over_amqp_1_0_retries_and_dead_letters_are_the_originals():
+    """The outcome says so, with the delays, counts, routes and headers that they get."""
+    answer = answering(Requeue(delay=2.34), REQUEUE, Nack("no good"), REQUEUE_IMMEDIATE)
+    some = [make_message(b"%d" % n, headers={"x-own": n}, routing_key="orders") for n in range(4)]
+
+    outcome = await process(recording_consumer(answer, **QUORUM), some)
+
+    first, second, third = outcome.requeued
+    assert (1, True) == (first.retry_count, first.native)
+    assert first.delay == pytest.approx(2.4)
+    assert (1, 1.0, True) == (second.retry_count, second.delay, second.native)
+    assert (True, False) == (third.immediate, third.native)
+    [letter] = outcome.dead_lettered
+    assert ("jobs.dlx", "orders", True) == (letter.exchange, letter.routing_key, letter.native)
+    assert (2, "no good") == (letter.headers["x-own"], letter.headers["x-dead-letter-detail"])
+    assert isinstance(letter.headers["x-dead-lettered-at"], int)
+
+
+@pytest.mark.parametrize(
+    ("version", "given", "native"),
+    [
+        ("3.10", {}, False),
+        ("4.0", {}, False),
+        ("4.0", {"queue_arguments": {"x-delivery-limit": -1}}, True),
+        ("4.3", {"queue_type": "classic"}, False),
+        ("4.3", {"wire": "auto"}, False),
+        ("4.3", {"consumer_arguments": {"x-consumer-timeout": 1000}}, False),
+        ("4.3", {"retry_count_header": "retries"}, False),
+    ],
+)
+async def test_retries_are_copies_where_amqp_1_0_is_not_used(version, given, native):
+    """As in a worker: the queue, the version and the settings decide."""
+    consumer = recording_consumer(answering(REQUEUE, NACK), **(QUORUM | given))
+
+    outcome = await process(consumer, numbered(2), version=version)
+
+    assert [native] == [each.native for each in outcome.requeued]
+    assert [native] == [each.native for each in outcome.dead_lettered]
+
+
+async def test_a_dead_letter_is_a_copy_where_the_queue_could_lose_it():
+    """Its arguments name no dead-letter exchange; a retry still needs no copy."""
+    given = QUORUM | {"broker_dead_letters": False}
+
+    outcome = await process(recording_consumer(answering(REQUEUE, NACK), **given), numbered(2))
+
+    assert [True] == [each.native for each in outcome.requeued]
+    assert [False] == [each.native for each in outcome.dead_lettered]
