@@ -24,7 +24,7 @@ from aio_pika_batch.core.message import (
     Properties,
     Source,
 )
-from aio_pika_batch.core.publication import Copy, Outcome, Outgoing, Publication
+from aio_pika_batch.core.publication import Copy, Outcome, Outgoing, Publication, StoredPublication
 from aio_pika_batch.core.settlement import (
     Disposition,
     Frame,
@@ -96,6 +96,7 @@ __all__ = [
     "Settlement",
     "SettlementError",
     "Source",
+    "StoredPublication",
     "Subscription",
     "Topology",
     "TopologyError",
@@ -371,10 +372,11 @@ class Publisher(Protocol):
         Returns:
             One outcome for each message, in order. It is `Outcome.UNKNOWN` if the connection was
             lost, or if there was no answer for `publish_timeout`; neither raises an error.
-            A copy that can't be encoded is `Outcome.UNPUBLISHABLE`, and doesn't affect the others.
+            A copy, or a row of an outbox (`StoredPublication`), that can't be encoded is
+            `Outcome.UNPUBLISHABLE`, and doesn't affect the others.
 
         Raises:
-            PublishError: A message that isn't a copy can't be encoded. Nothing was sent.
+            PublishError: A `Publication` can't be encoded. Nothing was sent.
         """
         ...
 

@@ -94,15 +94,15 @@ EXACTLY_ONCE = (
     Mutant(
         "A row is deleted although its publication isn't confirmed.",
         "outbox/relay.py",
-        "ack if row.outcome is confirmed else requeue",
+        "requeue if row.delivery_tag in tags else ack",
         "ack",
         (f"{_INBOX}/test_outbox.py",),
     ),
     Mutant(
         "A lost connection counts as an attempt of every row.",
-        "outbox/rows.py",
-        "return self.outcome in _FAILED",
-        "return True",
+        "outbox/session.py",
+        "in answers if outcome in _FAILED]",
+        "in answers]",
         (f"{_INBOX}/test_outbox.py",),
     ),
     Mutant(
@@ -114,7 +114,7 @@ EXACTLY_ONCE = (
     ),
     Mutant(
         "A row that can't be encoded is published again without a pause.",
-        "outbox/rows.py",
+        "outbox/session.py",
         "_FAILED = (Outcome.RETURNED, Outcome.REFUSED, Outcome.UNPUBLISHABLE)",
         "_FAILED = (Outcome.RETURNED, Outcome.REFUSED)",
         (f"{_INBOX}/test_outbox.py",),
@@ -128,9 +128,9 @@ EXACTLY_ONCE = (
     ),
     Mutant(
         "A publication gets another id each time it is published.",
-        "outbox/rows.py",
-        "mandatory, template, self._message_id\n",
-        "mandatory, template, uuid.uuid4().hex\n",
+        "core/publication.py",
+        "headers=headers, message_id=self.message_id)",
+        "headers=headers, message_id=str(id(self)))",
         (f"{_INBOX}/test_outbox.py",),
     ),
 )

@@ -30,8 +30,8 @@ PROGRAMS = (
     Mutant(
         "The error about `message.ack` doesn't say what to write instead.",
         "core/message.py",
-        "instead = _AIO_PIKA_NAMES.get(name)",
-        "instead = None",
+        ", unlike aio-pika's: {instead}\"",
+        '"',
         ("tests/unit/core/test_message.py",),
     ),
     Mutant(

@@ -99,6 +99,17 @@ class ResultCollector:
                     " Requeue(…) for each message in turn, or (message, result)"
                 )
 
+    def accept_all(self, items: Sequence[object]) -> None:
+        """Take items that come together. Raises as `accept` does."""
+        is_whole = 1 < len(items) == self._missing and not self._pairs
+        if is_whole and set(map(type, items)) == {MessageResult}:
+            # The common case, without a call for each item.
+            self._by_position += cast("Sequence[Result]", items)
+            self._missing = 0
+        else:
+            for item in items:
+                self.accept(item)
+
     def drop_misplaced(self) -> bool:
         """Drop results by position that weren't taken, if the handler has changed its list.
 

@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from types import MappingProxyType
 from typing import (
-    TYPE_CHECKING,
     Any,
     NoReturn,
     Protocol,
@@ -314,15 +313,6 @@ class Message:
             f" routing key {self.routing_key!r}, {len(self.body)} bytes>"
         )
 
-    if not TYPE_CHECKING:  # it would hide wrong names from type checkers
-
-        def __getattr__(self, name: str) -> NoReturn:
-            # Called only for names that don't exist.
-            instead = _AIO_PIKA_NAMES.get(name)
-            hint = "" if instead is None else f", unlike aio-pika's: {instead}"
-            msg = f"a message has no attribute {name!r}{hint}"
-            raise AttributeError(msg, name=name, obj=self)
-
     @property
     def raw_properties(self) -> bytes | None:
         """The property list as received; None if it was received decoded. For adapters."""
@@ -524,6 +514,19 @@ class Message:
             return body.decode(charset or charset_of(self.content_encoding) or "utf-8")
         except (ValueError, LookupError) as error:
             raise MessageDecodeError(self, "body", str(error)) from error
+
+
+def _refuse_name(name: str, instead: str) -> property:
+    def refuse(message: Message) -> NoReturn:
+        msg = f"a message has no attribute {name!r}, unlike aio-pika's: {instead}"
+        raise AttributeError(msg, name=name, obj=message)
+
+    return property(refuse)
+
+
+# Not by `__getattr__`, which would make every attribute of a message three times as slow.
+for _name, _instead in _AIO_PIKA_NAMES.items():
+    setattr(Message, _name, _refuse_name(_name, _instead))
 
 
 def message_ids(messages: Iterable[Message]) -> list[str | None]:

@@ -148,37 +148,23 @@ class Copy:
         )
 
 
-class TemplateCopy(Copy):
-    """A copy that has the properties of a template, and a message id of its own.
+class StoredPublication(Message):
+    """A publication that was stored, such as a row of an outbox, and is delivered as a message.
 
-    Many copies share a template, so that a transport can encode it once. It is never changed.
+    It is published as it is: by an object of its own, each would cost twice as much. Many share a
+    template, so that a transport can encode it once.
+
+    Attributes:
+        template: Its properties, but for the id. Never changed.
     """
 
-    __slots__ = ("message_id", "template")
+    __slots__ = ("exchange", "mandatory", "message_id", "routing_key", "template")
 
-    # The same for all of them, so it isn't set for each.
-    add = NO_HEADERS
-    drop = frozenset[str]()
-    keep_expiration = True
-    expiration = None
-    spare = ()
-    may_omit = False
-
-    def __init__(  # noqa: PLR0917  -- positional: one is created for each publication of an outbox
-        self,
-        message: Message,
-        exchange: str,
-        routing_key: str,
-        mandatory: bool,  # noqa: FBT001
-        template: Properties,
-        message_id: str,
-    ) -> None:
-        self.message = message
-        self.exchange = exchange
-        self.routing_key = routing_key
-        self.mandatory = mandatory
-        self.template = template
-        self.message_id = message_id
+    exchange: str
+    routing_key: str
+    mandatory: bool
+    template: Properties
+    message_id: str
 
     @property
     def properties(self) -> Properties:
@@ -187,8 +173,13 @@ class TemplateCopy(Copy):
         headers = None if headers is None else dict(headers)
         return replace(self.template, headers=headers, message_id=self.message_id)
 
+    @property
+    def headers(self) -> Headers:
+        """The headers; empty if there are none."""
+        return self.properties.headers or NO_HEADERS
 
-Outgoing: TypeAlias = Publication | Copy
+
+Outgoing: TypeAlias = Publication | Copy | StoredPublication
 """What a publisher can publish."""
 
 

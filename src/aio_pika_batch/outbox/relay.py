@@ -8,7 +8,6 @@ from typing import cast
 
 from aio_pika_batch.consumer import BaseConsumer, WorkerSession
 from aio_pika_batch.core.batch_run import FailurePolicy
-from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.core.results import MessageResult, Result
 from aio_pika_batch.observer import Observer
 from aio_pika_batch.outbox.outbox import Outbox
@@ -63,11 +62,13 @@ class OutboxRelay(BaseConsumer[OutboxRelaySettings]):
 
     async def _publish(self, rows: Sequence[Row]) -> Sequence[Result]:
         """Publish rows; one that isn't confirmed stays in the table."""
-        await self._source.publish(rows)
-        # Looked up once, and not for each row.
-        confirmed = Outcome.CONFIRMED
+        unconfirmed = await self._source.publish(rows)
+        if not unconfirmed:
+            # The common case: no look at each row.
+            return [MessageResult.ACK] * len(rows)
+        tags = {row.delivery_tag for row in unconfirmed}
         ack, requeue = MessageResult.ACK, MessageResult.REQUEUE_IMMEDIATE
-        return [ack if row.outcome is confirmed else requeue for row in rows]
+        return [requeue if row.delivery_tag in tags else ack for row in rows]
 
     def _process(self) -> Process:
         return lambda rows: ResultsAtOnce(self._publish(rows))

@@ -12,20 +12,12 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
-from aio_pika_batch.core.message import (
-    NO_HEADERS,
-    DecodedSource,
-    FieldValue,
-    Headers,
-    Message,
-    Properties,
-)
-from aio_pika_batch.core.publication import Outcome, Publication, TemplateCopy
+from aio_pika_batch.core.message import DecodedSource, FieldValue, Properties
+from aio_pika_batch.core.publication import Publication, StoredPublication
 from aio_pika_batch.databases.connections import Parameters
 from aio_pika_batch.databases.outbox_table import lane_of
 
 _DEFAULTS = Properties(delivery_mode=2)
-_FAILED = (Outcome.RETURNED, Outcome.REFUSED, Outcome.UNPUBLISHABLE)
 _STORED = tuple(
     each.name for each in fields(Properties) if each.name not in ("message_id", "undecodable")
 )
@@ -61,74 +53,30 @@ def row_of(publication: Publication, key: str | None) -> Parameters:
     }
 
 
-class Row(Message):
+class Row(StoredPublication):
     """A row as a message, whose delivery tag is only valid in its session.
 
+    Args:
+        columns: See `databases.outbox_table`.
+
     Attributes:
-        row_id: Its key in the table.
         key: Rows with the same key keep their order; None if there is no order.
-        outcome: Of its last publication in this session; None if it wasn't published.
+
+    Raises:
+        ValueError, TypeError, AttributeError: The row was changed by hand, and isn't valid.
     """
 
-    __slots__ = (
-        "_exchange",
-        "_message_id",
-        "_routing_key",
-        "_stored",
-        "key",
-        "outcome",
-        "row_id",
-    )
+    __slots__ = ("key",)
 
     def __init__(self, source: DecodedSource, tag: int, columns: Sequence[Any]) -> None:
         # What `Message` does, without another call: one is created for each publication.
-        (
-            self.row_id,
-            self._message_id,
-            self._exchange,
-            self._routing_key,
-            self.body,
-            self._stored,
-            self.key,
-        ) = columns
+        _, self.message_id, self.exchange, self.routing_key, self.body, stored, self.key = columns
+        self.template, self.mandatory = _read(stored)
         self._source = source
         self.delivery_tag = tag
         self.redelivered = False
-        # Its properties are in `_stored`, and read on demand.
-        self._properties = _DEFAULTS
+        self._properties = self.template
         self._read = None
-        self.outcome: Outcome | None = None
-
-    def _decoded_route(self) -> tuple[str, str]:
-        return self._exchange, self._routing_key
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether it was published and not confirmed."""
-        # Unknown is the fault of the connection: it isn't an attempt of this row.
-        return self.outcome in _FAILED
-
-    @property
-    def outgoing(self) -> TemplateCopy:
-        """What is published.
-
-        Raises:
-            ValueError, TypeError, AttributeError: The row was changed by hand, and isn't valid.
-        """
-        template, mandatory = _read(self._stored)
-        return TemplateCopy(
-            self, self._exchange, self._routing_key, mandatory, template, self._message_id
-        )
-
-    @property
-    def properties(self) -> Properties:
-        """All properties as values."""
-        return self.outgoing.properties
-
-    @property
-    def headers(self) -> Headers:
-        """The headers; empty if there are none."""
-        return self.properties.headers or NO_HEADERS
 
 
 @lru_cache(maxsize=64)  # the rows of a program have the same few texts

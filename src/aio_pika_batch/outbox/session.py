@@ -40,6 +40,9 @@ Connect: TypeAlias = Callable[[], AbstractAsyncContextManager[Any] | Awaitable[A
 """Opens a connection to the database, such as `pool.acquire`, `engine.connect`, or a function that
 calls `asyncpg.connect`."""
 
+_FAILED = (Outcome.RETURNED, Outcome.REFUSED, Outcome.UNPUBLISHABLE)
+"""Outcomes that are an attempt of their row. Unknown is the fault of the connection."""
+
 _INVALID = (AttributeError, TypeError, ValueError)
 """What a row raises that was changed by hand, and isn't valid."""
 
@@ -141,7 +144,11 @@ class OutboxSession:
             time.time,
         )
         self._owner = uuid.uuid4().hex
-        self._rows: dict[int, Row] = {}
+        # The keys of the rows that are delivered, and which of these can't be published, and which
+        # could not be, by delivery tag.
+        self._row_ids: dict[int, int] = {}
+        self._invalid: set[int] = set()
+        self._failed: set[int] = set()
         self._tag = 0
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
@@ -157,7 +164,7 @@ class OutboxSession:
             rows = await self._take()
             if rows:
                 yield rows
-                while self._rows and not self._is_cancelled:
+                while self._row_ids and not self._is_cancelled:
                     await self._wake.wait()
                     self._wake.clear()
             else:
@@ -173,83 +180,71 @@ class OutboxSession:
         """Delete acknowledged rows, and commit once all rows that were taken are settled."""
         if self._has_ended:
             raise SessionClosed("the session with the outbox has ended")
+        row_ids, failed_tags = self._row_ids, self._failed
         tags = [tag for each in settlements for tag in each.tags]
         settled_tags = set(tags)
-        if len(settled_tags) < len(tags) or not self._rows.keys() >= settled_tags:
+        if len(settled_tags) < len(tags) or not row_ids.keys() >= settled_tags:
             raise SettlementError("a row was settled twice, or never delivered")
         acked: list[int] = []
         failed: list[int] = []
         for each in settlements:
-            settled = map(self._rows.__getitem__, each.tags)
             if each.disposition is Disposition.ACK:
-                acked += [row.row_id for row in settled]
+                acked += [row_ids[tag] for tag in each.tags]
             else:
-                failed += [row.row_id for row in settled if row.has_failed]
+                failed += [row_ids[tag] for tag in each.tags if tag in failed_tags]
         async with self._lock:
-            is_last = len(tags) == len(self._rows)
+            is_last = len(tags) == len(row_ids)
             with _lost("rows could not be deleted"):
                 await self._write(acked, failed, is_last=is_last)
             for tag in tags:
-                del self._rows[tag]
+                del row_ids[tag]
         self._wake.set()
 
     # -- for the relay ----------------------------------------------------------------------------
 
-    async def publish(self, rows: Sequence[Row]) -> None:
-        """Publish rows, and set the outcome of each.
+    async def publish(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Publish rows, and return those that aren't confirmed.
 
         Rows with a key are published one after another, each once the one before is confirmed. A
-        row whose predecessor isn't confirmed has no outcome.
+        row whose predecessor isn't confirmed isn't published.
         """
-        for row in rows:
-            row.outcome = None
-        blocked: set[str | bytes | None] = set()
-        all_confirmed = True
+        unconfirmed: list[Row] = []
+        failed: list[tuple[Row, Outcome]] = []
+        blocked: set[str | bytes] = set()
         for wave in _waves(rows):
-            due = [row for row in wave if row.key not in blocked] if blocked else wave
-            if await self._publish_wave(due) and due is wave:
+            if unconfirmed and not self._publisher.is_open:
+                unconfirmed += wave
+                continue
+            due: Sequence[Row] = wave
+            if blocked or self._invalid:
+                due = [
+                    row
+                    for row in wave
+                    if row.key not in blocked and row.delivery_tag not in self._invalid
+                ]
+            outcomes = await self._publisher.publish(due)
+            if outcomes.count(Outcome.CONFIRMED) == len(wave):
                 # The common case: no look at each row.
                 continue
-            all_confirmed = False
-            if not self._publisher.is_open:
-                break
-            blocked.update(row.key for row in wave if row.outcome is not Outcome.CONFIRMED)
-            blocked.discard(None)
-        if all_confirmed:
-            return
-        failed = [row for row in rows if row.outcome is not Outcome.CONFIRMED and row.has_failed]
+            answers = list(zip(due, outcomes, strict=True))
+            failed += [(row, outcome) for row, outcome in answers if outcome in _FAILED]
+            confirmed = {
+                row.delivery_tag for row, outcome in answers if outcome is Outcome.CONFIRMED
+            }
+            left = [row for row in wave if row.delivery_tag not in confirmed]
+            unconfirmed += left
+            blocked.update(row.key for row in left if row.key is not None)
         if failed:
+            self._failed.update(row.delivery_tag for row, _ in failed)
+            first, outcome = failed[0]
             _log.warning(
                 "publications are not confirmed; they are published again later",
                 rows=len(failed),
-                exchange=failed[0].exchange,
-                routing_key=failed[0].routing_key,
-                outcome=failed[0].outcome and failed[0].outcome.value,
+                exchange=first.exchange,
+                routing_key=first.routing_key,
+                outcome=outcome.value,
             )
-
-    async def _publish_wave(self, rows: Sequence[Row]) -> bool:
-        """Publish rows, and set the outcome of each; return whether all are confirmed."""
-        valid = rows
-        try:
-            copies = [row.outgoing for row in rows]
-        except _INVALID:
-            valid = [row for row in rows if self._is_valid(row)]
-            copies = [row.outgoing for row in valid]
-        outcomes = await self._publisher.publish(copies)
-        for row, outcome in zip(valid, outcomes, strict=True):
-            row.outcome = outcome
-        return outcomes.count(Outcome.CONFIRMED) == len(rows)
-
-    @staticmethod
-    def _is_valid(row: Row) -> bool:
-        try:
-            row.outgoing  # noqa: B018  -- raises
-        except _INVALID as error:
-            # It stays: deleting it could lose what can still be corrected.
-            _log.error("a row of the outbox is invalid", id=row.row_id, error=error)
-            row.outcome = Outcome.REFUSED
-            return False
-        return True
+        return unconfirmed
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -268,13 +263,30 @@ class OutboxSession:
                 )
                 if not found or not self._table.locks_rows(self._database):
                     await self._database.commit()
-            rows = [
-                Row(self._source, self._tag + number, columns)
-                for number, columns in enumerate(found, 1)
-            ]
-            self._tag += len(rows)
-            self._rows = {row.delivery_tag: row for row in rows}
+            first = self._tag + 1
+            self._tag += len(found)
+            self._row_ids = {tag: columns[0] for tag, columns in enumerate(found, first)}
+            self._invalid, self._failed = set(), set()
+            found.reverse()
+            # Each record is freed before the next row is created: the fewer objects there are, the
+            # less often does the garbage collector visit them all.
+            rows = []
+            for tag in self._row_ids:
+                columns = found.pop()
+                try:
+                    row = Row(self._source, tag, columns)
+                except _INVALID as error:
+                    row = self._invalid_row(tag, columns, error)
+                rows.append(row)
         return rows
+
+    def _invalid_row(self, tag: int, columns: Sequence[Any], error: Exception) -> Row:
+        # It stays: deleting it could lose what can still be corrected.
+        row_id, *route_and_body, _stored, key = columns
+        _log.error("a row of the outbox is invalid", id=row_id, error=error)
+        self._invalid.add(tag)
+        self._failed.add(tag)
+        return Row(self._source, tag, (row_id, *route_and_body, None, key))
 
     async def _write(self, acked: Sequence[int], failed: Sequence[int], *, is_last: bool) -> None:
         database = self._database

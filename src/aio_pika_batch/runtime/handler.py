@@ -10,7 +10,6 @@ from collections.abc import (
     Coroutine,
     Generator,
     Hashable,
-    Iterable,
     Sequence,
 )
 from contextlib import suppress
@@ -47,7 +46,7 @@ class ResultsAtOnce:
     """
 
     # An async generator costs more than everything else that is done for a message.
-    answer: Coroutine[Any, Any, Iterable[object]]
+    answer: Coroutine[Any, Any, Sequence[object]]
 
 
 Process: TypeAlias = Callable[[Any], AsyncIterator[object] | ResultsAtOnce]
@@ -281,7 +280,7 @@ class HandlerRun:
                 items = await results.answer
                 if self._cancelled_by is not None:
                     return asyncio.CancelledError(swallowed)
-                _accept_all(items, accept)
+                self._accept_all(items)
                 return None
             if not hasattr(results, "__aiter__"):
                 return _not_iterable(results)
@@ -410,16 +409,18 @@ class HandlerRun:
         self._collector.accept(item)
         self._notify()
 
+    def _accept_all(self, items: Sequence[object]) -> None:
+        if self._options.on_yield is None:
+            self._collector.accept_all(items)
+        else:
+            for item in items:
+                self._accept_and_notify(item)
+
     def _notify(self) -> None:
         on_yield = self._options.on_yield
         if on_yield is not None and not self._has_notified:
             self._has_notified = True
             on_yield(self)
-
-
-def _accept_all(items: Iterable[object], accept: Callable[[object], None]) -> None:
-    for item in items:
-        accept(item)
 
 
 def _not_iterable(results: object) -> HandlerMistake:

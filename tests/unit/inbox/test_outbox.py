@@ -178,8 +178,8 @@ def test_a_row_is_what_was_published(headers, key):
     row = row_of(publication, key)
     columns = (1, *(row[each] for each in ("message_id", "exchange", "routing_key", "body")))
     made = Row(SOURCE, 1, (*columns, row["properties"], key))
-    assert publication.properties == made.properties == made.outgoing.properties
-    assert publication.mandatory == made.outgoing.mandatory
+    assert publication.properties == made.properties
+    assert publication.mandatory == made.mandatory
     assert (headers or {}) == made.headers
 
 
@@ -195,7 +195,7 @@ def test_a_plain_publication_has_no_properties_to_store():
     assert row["properties"] is None
     assert row["body"] == b"x"
     columns = (1, *(row[each] for each in ("message_id", "exchange", "routing_key", "body")))
-    published = [Row(SOURCE, tag, (*columns, None, None)).outgoing.properties for tag in (1, 2)]
+    published = [Row(SOURCE, tag, (*columns, None, None)).properties for tag in (1, 2)]
     assert [row["message_id"]] * 2 == [each.message_id for each in published]
     assert row["message_id"] != row_of(Publication(b"x"), None)["message_id"]
 
@@ -215,14 +215,16 @@ def test_waves_have_each_key_once_and_keep_its_order(keys):
     """All rows are in one of them; those without a key in the first."""
     rows = [Row(SOURCE, at, (at, "", "", "", b"", None, key)) for at, key in enumerate(keys)]
     waves = _waves(rows)
-    assert sorted(each.row_id for wave in waves for each in wave) == list(range(len(keys)))
+    assert sorted(each.delivery_tag for wave in waves for each in wave) == list(range(len(keys)))
     for wave in waves:
         named = [each.key for each in wave if each.key is not None]
         assert len(set(named)) == len(named)
     for key in set(keys):
-        order = [each.row_id for wave in waves for each in wave if each.key == key]
+        order = [each.delivery_tag for wave in waves for each in wave if each.key == key]
         assert sorted(order) == order
-        assert key is not None or set(order) == {each.row_id for each in waves[0] if not each.key}
+        assert key is not None or set(order) == {
+            each.delivery_tag for each in waves[0] if not each.key
+        }
 
 
 def test_lanes_are_the_same_everywhere():

@@ -83,7 +83,7 @@ class PublishCall:
 
     def results(self) -> list[Outcome]:
         """Return the outcomes of all publications of the call."""
-        found = [Outcome.UNKNOWN if outcome is None else outcome for outcome in self.outcomes]
+        found = [outcome or Outcome.UNKNOWN for outcome in self.outcomes]
         for index in self.unsent:
             found.insert(index, Outcome.UNPUBLISHABLE)
         return found

@@ -70,7 +70,7 @@ from aio_pika_batch.adapters.aio_pika.properties import (
 from aio_pika_batch.adapters.aio_pika.tables import encode_text
 from aio_pika_batch.adapters.connecting import CLOSE_TIMEOUT
 from aio_pika_batch.core.fitting import fit
-from aio_pika_batch.core.publication import Copy, Outcome, Publication, TemplateCopy
+from aio_pika_batch.core.publication import Copy, Outcome, Publication, StoredPublication
 from aio_pika_batch.core.refusals import refusal_error
 from aio_pika_batch.errors import BrokerUnavailable, PublishError, SessionClosed
 
@@ -236,11 +236,9 @@ class AioPikaPublisher:
         packed: list[bytes] = []
         for index, publication in enumerate(publications):
             try:
-                if (
-                    type(publication) is TemplateCopy
-                    and (around := templates.get(id(publication.template))) is not None
-                ):
-                    # Without the calls below, because a relay publishes thousands of them.
+                if isinstance(publication, StoredPublication):
+                    template = publication.template
+                    around = templates.get(id(template)) or self._encode_template(template)
                     message_id = encode_short("message_id", publication.message_id)
                     properties = around[0] + message_id + around[1]
                 else:
@@ -252,7 +250,7 @@ class AioPikaPublisher:
                 if not is_fast:
                     _check_for_library(exchange, routing_key)
             except PublishError as error:
-                if not isinstance(publication, Copy):
+                if isinstance(publication, Publication):
                     raise
                 # An error would fail the copies of its whole batch.
                 _log.debug("a copy is not published: %s", error)
@@ -274,13 +272,9 @@ class AioPikaPublisher:
             f" fit into one frame of {self._frame_max}"
         )
 
-    def _properties(self, publication: Outgoing) -> bytes:
+    def _properties(self, publication: Publication | Copy) -> bytes:
         if isinstance(publication, Publication):
             return encode(publication.properties)
-        if isinstance(publication, TemplateCopy):
-            template = publication.template
-            found = self._templates.get(id(template)) or self._encode_template(template)
-            return found[0] + encode_short("message_id", publication.message_id) + found[1]
         raw = publication.message.raw_properties
         if raw is not None:
             return splice(raw, publication, self._user)
@@ -436,7 +430,9 @@ def _check_for_library(exchange: str, routing_key: str) -> None:
 def _groups(call: PublishCall) -> Iterator[tuple[int, int]]:
     """Yield the first index and the end of what is sent together."""
     start = size = 0
-    for index, body in enumerate(call.bodies, 1):
+    # Nearly always all are sent together, so there is no look at each.
+    large = sum(map(len, call.bodies)) >= GROUP_BYTES
+    for index, body in enumerate(call.bodies, 1) if large else ():
         size += len(body)
         if size >= GROUP_BYTES:
             yield start, index

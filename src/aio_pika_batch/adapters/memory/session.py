@@ -31,7 +31,13 @@ from aio_pika_batch.adapters.memory.stored_message import CheckedPublication, ch
 from aio_pika_batch.adapters.memory.unacked import acks_first
 from aio_pika_batch.core.fitting import fit, property_list_size
 from aio_pika_batch.core.message import DecodedSource, Message
-from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
+from aio_pika_batch.core.publication import (
+    Copy,
+    Outcome,
+    Outgoing,
+    Publication,
+    StoredPublication,
+)
 from aio_pika_batch.core.settlement import (
     SAFE_COMMANDS,
     CommandBudget,
@@ -463,21 +469,26 @@ class MemoryPublisher:
     def _check(self, outgoing: Outgoing) -> CheckedPublication | None:
         """Check what a client would encode; None if a copy can't be encoded."""
         limit = self._connection.faults.frame_max
-        if not isinstance(outgoing, Copy):
-            if property_list_size(outgoing.properties) > limit:
-                raise PublishError(f"the properties must fit into one frame of {limit}")
-            return self._encoded(outgoing)
-        copy = fit(outgoing, limit, lambda copy: property_list_size(copy.properties))
-        if copy is None:
-            return None
+        if isinstance(outgoing, Copy):
+            copy = fit(outgoing, limit, lambda copy: property_list_size(copy.properties))
+            if copy is None:
+                return None
+            outgoing = copy
+        elif property_list_size(outgoing.properties) > limit:
+            if isinstance(outgoing, StoredPublication):
+                return None
+            raise PublishError(f"the properties must fit into one frame of {limit}")
         try:
-            return self._encoded(copy)
+            return self._encoded(outgoing)
         except (TypeError, ValueError):
+            if isinstance(outgoing, Publication):
+                raise
             return None
 
     def _encoded(self, outgoing: Outgoing) -> CheckedPublication:
         properties = outgoing.properties
-        if isinstance(outgoing, Copy) and properties.user_id != self._connection.user:
+        is_own = isinstance(outgoing, Publication)
+        if not is_own and properties.user_id != self._connection.user:
             # The broker refuses another user's name, which the original may well have.
             properties = replace(properties, user_id=None)
         return check_publication(outgoing.exchange, outgoing.routing_key, outgoing.body, properties)
