@@ -690,7 +690,30 @@ OPERATION = (
 
 _LOGGING = "tests/unit/cli/test_logging.py"
 
+_TEST_STORIES = "tests/unit/testing/test_stories.py"
+
 LOGS = (
+    Mutant(
+        "A story ends while a session that is being closed holds a message.",
+        "testing/stories/player.py",
+        "                and not record.ending\n",
+        "",
+        (f"{_TEST_STORIES}::test_nothing_is_done_while_a_session_is_being_closed",),
+    ),
+    Mutant(
+        "A story ends while a session that was never cancelled holds a message.",
+        "testing/stories/player.py",
+        "self.ending.add(recorded)",
+        "pass",
+        (f"{_TEST_STORIES}::test_nothing_is_done_until_a_session_is_closed",),
+    ),
+    Mutant(
+        "A story ends while a session holds what it returns at its end.",
+        "testing/stories/player.py",
+        "self._record.ending.add(self)",
+        "pass",
+        (f"{_TEST_STORIES}::test_nothing_is_done_after_the_cancel_of_a_session",),
+    ),
     Mutant(
         "Dead letters behind the first window are never seen.",
         "queue_browser.py",

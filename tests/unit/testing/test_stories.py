@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from inspect import isfunction
 
@@ -265,7 +267,60 @@ async def test_a_transport_that_loses_settlements_is_detected(monkeypatch):
         judge(story, await play(story, MemoryScene(BatchBroker())))
 
 
+async def test_nothing_is_done_while_a_session_is_being_closed(monkeypatch):
+    """It may hold messages that are in no queue, so the scene must not come to rest."""
+    transport = type(BatchBroker().transport)
+    opened, closing = transport.session, 0
+
+    @asynccontextmanager
+    async def slow_to_close(*args):
+        nonlocal closing
+        async with opened(*args) as session:
+            try:
+                yield session
+            finally:
+                closing += 1
+                await asyncio.sleep(5)
+                closing -= 1
+
+    monkeypatch.setattr(transport, "session", slow_to_close)
+    seen = set()
+
+    class Scene(MemoryScene):
+        async def come_to_rest(self, done):
+            for _ in range(100):
+                seen.add((closing, done()))
+                await asyncio.sleep(1)
+
+    story = Story(answers=((REQUEUE, REQUEUE), (REQUEUE, REQUEUE)), breaker=0.3)
+    judge(story, await play(story, Scene(BatchBroker())))
+    assert {(1, False), (0, True)} <= seen
+    assert (1, True) not in seen
+
+
 # -- recording --------------------------------------------------------------------
+
+
+async def test_nothing_is_done_after_the_cancel_of_a_session(script, record):
+    """It may keep what it returns until its end."""
+    async with record.session(subscription()) as session:
+        assert not record.ending
+        await session.cancel()
+        assert {session} == record.ending
+    assert not record.ending
+
+
+async def test_nothing_is_done_until_a_session_is_closed(script, record):
+    """Whether it was cancelled or not."""
+    seen = []
+
+    async def leave(*_):
+        seen.append(len(record.ending))
+
+    script.on_leave = leave
+    async with record.session(subscription()):
+        pass
+    assert ([1], set()) == (seen, record.ending)
 
 
 @pytest.fixture

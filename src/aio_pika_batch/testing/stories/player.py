@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aio_pika_batch.consumer import BatchConsumer
@@ -204,6 +204,7 @@ async def play(story: Story, scene: Scene) -> Played:
                 consumer.is_healthy
                 and record.delivered >= set(story.bodies)
                 and not record.unsettled
+                and not record.ending
             )
 
         await scene.come_to_rest(done)
@@ -251,6 +252,8 @@ class RecordingTransport:
         confirmed: How many copies of each message are confirmed.
         replaced: How many of them replace a message that was not handled.
         complaints: Descriptions of what must not happen at the port.
+        ending: Sessions from their cancel to their close. They may hold messages that are neither
+            in a queue nor known here: some returns are written last.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -263,6 +266,7 @@ class RecordingTransport:
         self.confirmed: Counter[bytes] = Counter()
         self.replaced: Counter[bytes] = Counter()
         self.complaints: list[str] = []
+        self.ending: set[_Session] = set()
 
     @property
     def broker_version(self) -> Version | None:
@@ -282,13 +286,16 @@ class RecordingTransport:
     @asynccontextmanager
     async def session(self, subscription: Subscription) -> AsyncIterator[Session]:
         """Open a session that can do what the wrapped one can."""
-        async with self._transport.session(subscription) as session:
-            recorded = _kind_of(session)(self, session, subscription.prefetch)
-            self._sessions.add(recorded)
-            try:
-                yield recorded
-            finally:
-                self._sessions.discard(recorded)
+        with ExitStack() as when_closed:
+            async with self._transport.session(subscription) as session:
+                recorded = _kind_of(session)(self, session, subscription.prefetch)
+                self._sessions.add(recorded)
+                try:
+                    yield recorded
+                finally:
+                    self._sessions.discard(recorded)
+                    self.ending.add(recorded)
+                    when_closed.callback(self.ending.discard, recorded)
 
     @asynccontextmanager
     async def publisher(self) -> AsyncIterator[Publisher]:
@@ -337,6 +344,7 @@ class _Session:
 
     async def cancel(self) -> None:
         """Cancel the consumer."""
+        self._record.ending.add(self)
         await self._session.cancel()
 
     async def settle(self, settlements: Sequence[Settlement]) -> None:
