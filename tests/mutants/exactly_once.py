@@ -133,4 +133,18 @@ EXACTLY_ONCE = (
         "headers=headers, message_id=str(id(self)))",
         (f"{_INBOX}/test_outbox.py",),
     ),
+    Mutant(
+        "Results that come together are accepted although there are too many.",
+        "core/batch_run.py",
+        "is_whole = 1 < len(items) == self._missing and not self._pairs",
+        "is_whole = 1 < len(items)",
+        ("tests/unit/core/test_results.py",),
+    ),
+    Mutant(
+        "An invalid row is published without its properties.",
+        "outbox/session.py",
+        "        self._invalid.add(tag)\n",
+        "        pass\n",
+        (f"{_INBOX}/test_outbox.py",),
+    ),
 )

@@ -46,6 +46,28 @@ def state(collector):
     return collector.count, collector.decided(), collector.undecided()
 
 
+@given(st.integers(0, 5), st.lists(results | no_answers, max_size=6))
+@example(2, [ACK, NACK])
+@example(2, [ACK, NACK, ACK])
+def test_items_that_come_together_are_accepted_like_single_ones(count, items):
+    """Also those that are refused."""
+    messages = some_messages(count)
+    together, single = ResultCollector(messages), ResultCollector(messages)
+    errors = []
+    for accept in (
+        lambda: together.accept_all(items),
+        lambda: [single.accept(item) for item in items],
+    ):
+        try:
+            accept()
+        except ResultError as error:
+            errors.append(str(error))
+    assert len(set(errors)) <= 1
+    assert len(errors) in (0, 2)
+    assert state(together) == state(single)
+    assert together.all_acked == single.all_acked
+
+
 @st.composite
 def answers(draw, max_size=6):
     """Messages, results for some of them, and the items to yield, in either form."""
