@@ -7,16 +7,36 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.faults.figures import VARIABLE, Figures, keep, this_machine
 from tests.faults.trial import Trial, under_load
+from tests.integration.helpers import parse_version
 from tests.support.find import RunningBroker
+
+if TYPE_CHECKING:
+    from aio_pika_batch.transport import Wire
 
 _FIGURES = pytest.StashKey[list[Figures]]()
 
 Run = Callable[..., AbstractAsyncContextManager[Trial]]
+
+
+OVER_091 = ["fast", pytest.param("plain", marks=pytest.mark.long)]
+"""The wires of faults that a quorum queue, or a consumer without copies, doesn't have."""
+
+OVER_10 = pytest.param("amqp10", marks=pytest.mark.long)
+
+
+@pytest.fixture(params=[*OVER_091, OVER_10])
+def wire(request: pytest.FixtureRequest, broker: RunningBroker) -> Wire:
+    """Each wire. Over AMQP 1.0, queues are quorum queues."""
+    if request.param == "amqp10" and parse_version(broker) < (4, 0):
+        pytest.skip(f"RabbitMQ {broker.version} does not speak AMQP 1.0 by itself")
+    found: Wire = request.param
+    return found
 
 
 @pytest.fixture

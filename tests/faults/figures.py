@@ -28,7 +28,7 @@ class Figures:
     Attributes:
         fault: The fault in a few words; the name of the line in the table.
         did: What was done, in a sentence.
-        wire: The wire of the adapter, ``fast`` or ``plain``.
+        wire: The wire of the adapter, ``fast``, ``plain`` or ``amqp10``.
         broker: The version of RabbitMQ.
         messages: The number of messages that the broker has confirmed.
         handled: How many of these were ACKed by the handler, or dead-lettered.

@@ -19,13 +19,16 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from aio_pika_batch.core.settlement import Settlement
+from aio_pika_batch.transport import ModifyingSession
 
 if TYPE_CHECKING:
     from aio_pika_batch import Message
     from aio_pika_batch.core.publication import Outcome, Outgoing
+    from aio_pika_batch.core.settlement import Modification, NativeRetries
     from aio_pika_batch.core.topology import Topology
     from aio_pika_batch.transport import (
         AdjustableSession,
+        ConfirmingSession,
         Publisher,
         PumpingSession,
         Session,
@@ -90,7 +93,10 @@ class KillableTransport:
     async def session(self, subscription: Subscription) -> AsyncIterator[KillableSession]:
         number = self._sessions = self._sessions + 1
         async with self._transport.session(subscription) as session:
-            yield KillableSession(session, self._switch, number)
+            if isinstance(session, ModifyingSession):
+                yield KillableModifyingSession(session, self._switch, number)
+            else:
+                yield KillableSession(session, self._switch, number)
             if self._switch.is_draining and self._switch.point is KillPoint.DRAINING:
                 self._switch.kill()  # whatever the countdown says: this is the last point
 
@@ -157,6 +163,39 @@ class KillableSession:
         await self._session.settle(settlements)
         tags = [tag for each in settlements for tag in each.tags]
         self._switch.events.note("settled", [self._number, time.time(), tags])
+
+
+class KillableModifyingSession(KillableSession):
+    """May also kill the process before and after messages are modified.
+
+    There are no copies: what is written at once takes the place of a copy and an ack.
+    """
+
+    @property
+    def retries(self) -> NativeRetries:
+        return self._modifying.retries
+
+    async def modify(
+        self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
+    ) -> None:
+        self._switch.reach(KillPoint.BEFORE_COPY)
+        self._switch.step()
+        await self._modifying.modify(modifications, settlements)
+        tags = [tag for each in (*modifications, *settlements) for tag in each.tags]
+        self._switch.events.note("settled", [self._number, time.time(), tags])
+        self._switch.reach(KillPoint.BEFORE_ACK)
+        self._switch.step()
+
+    async def settled(self) -> None:
+        confirming: ConfirmingSession = self._session  # type: ignore[assignment]  # it can, too
+        self._switch.step()
+        await confirming.settled()
+        self._switch.step()
+
+    @property
+    def _modifying(self) -> ModifyingSession:
+        assert isinstance(self._session, ModifyingSession)
+        return self._session
 
 
 class KillablePublisher:

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, Message, MessageResult
-from aio_pika_batch.adapters.rabbitmq import AioPikaTransport
+from aio_pika_batch.adapters.rabbitmq import open_transport
 from aio_pika_batch.transport import Endpoint
 from tests.faults.kill_points import KillableTransport, KillPoint, KillSwitch
 from tests.integration.apps.event_log import EventLog
@@ -38,7 +38,7 @@ class KilledConsumer(BatchConsumer):
         self, settings: BatchConsumerSettings, switch: KillSwitch, *, drain_after: int | None
     ) -> None:
         endpoint = Endpoint(url=settings.url, wire=settings.wire)
-        super().__init__(settings, transport=KillableTransport(AioPikaTransport(endpoint), switch))
+        super().__init__(settings, transport=KillableTransport(open_transport(endpoint), switch))
         self._switch = switch
         self._drain_after = drain_after
         self._begun = 0

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.faults.conftest import OVER_091, OVER_10
 from tests.integration.helpers import parse_version, until
 
 pytestmark = pytest.mark.needs_node
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.needs_node
     ],
     ids=["cancelled", "recovered"],
 )
+@pytest.mark.parametrize("wire", OVER_091)
 async def test_a_queue_that_crashes_loses_nothing(
     run, wire, rabbitmq, broker, name, arguments, fault, then
 ) -> None:
@@ -50,6 +52,7 @@ async def test_a_queue_that_crashes_loses_nothing(
     assert bool(arguments) == any("cancel" in why for _, why in trial.record.losses)
 
 
+@pytest.mark.parametrize("wire", OVER_091)
 async def test_channels_closed_by_an_error_are_opened_again(run, wire, rabbitmq) -> None:
     """406, as after an ack of an unknown tag, for consuming and publishing channels."""
     async with run(
@@ -67,6 +70,36 @@ async def test_channels_closed_by_an_error_are_opened_again(run, wire, rabbitmq)
         await trial.breaks()
         await trial.recovers()
     assert any("PRECONDITION_FAILED" in why for _, why in trial.record.losses)
+
+
+@pytest.mark.parametrize("wire", [OVER_10], indirect=True)
+async def test_a_quorum_queue_that_crashes_loses_nothing(run, wire, rabbitmq, name) -> None:
+    """Its sessions are told nothing."""
+    async with run(
+        "quorum queue's process killed",
+        "The process of the queue's leader was killed inside the broker, which started it again.",
+        wire=wire,
+    ) as trial:
+        trial.ends()
+        await asyncio.to_thread(rabbitmq.eval, f"exit(whereis('%2F_{name}'), kill).")
+        await trial.flows()
+        await trial.carries_on()
+
+
+@pytest.mark.parametrize("wire", [OVER_10], indirect=True)
+async def test_a_session_that_fails_in_the_broker_is_opened_again(run, wire, rabbitmq) -> None:
+    """Over AMQP 1.0, or for a while over 0-9-1: a message may be the cause."""
+    async with run(
+        "AMQP 1.0 sessions killed",
+        "The processes of all AMQP 1.0 sessions were killed inside the broker.",
+        wire=wire,
+    ) as trial:
+        trial.ends()
+        await asyncio.to_thread(
+            rabbitmq.eval, "[exit(Pid, kill) || Pid <- rabbit_amqp_session:list_local()]."
+        )
+        await trial.breaks()
+        await trial.recovers()
 
 
 async def test_temporarily_refused_credentials_are_retried(run, wire, rabbitmq, amqp_url) -> None:

@@ -12,17 +12,34 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aio_pika_batch.core.message import ORIGINAL_ROUTING_KEY
+from aio_pika_batch.core.topology_options import AT_LEAST_ONCE
 from aio_pika_batch.testing.rabbitmq.processes import kill_group, spawn
 from tests.faults.figures import ROOT, Figures
 from tests.faults.kill_points import KillPoint
 from tests.faults.killed_runs import ProcessRun, read_run
-from tests.integration.helpers import App, declare_dead_letters, holds, publish, take_all, until
+from tests.faults.trial import AMQP10, UNCOUNTED
+from tests.integration.helpers import (
+    App,
+    declare_dead_letters,
+    holds,
+    parse_version,
+    publish,
+    take_all,
+    until,
+)
+
+if TYPE_CHECKING:
+    from aio_pika.abc import AbstractIncomingMessage
+
+    from tests.support.find import RunningBroker
 
 KINDS = ("good",) * 14 + ("flaky",) * 2 + ("again",) * 2 + ("bad", "doomed")
 KILLS = 8
@@ -61,13 +78,17 @@ async def consumer(folder: Path, number: int, **options: object) -> AsyncIterato
         kill_group(process)
 
 
-@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+@pytest.mark.parametrize(
+    "queue_type", ["classic", "quorum", pytest.param("quorum, amqp10", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("point", KillPoint, ids=lambda point: point.name.lower())
 async def test_a_killed_client_loses_nothing_and_repeats_unsettled_messages_only(
     broker, channel, name, tmp_path, keep_figures, point, queue_type
 ) -> None:
     """Eight processes are killed at that point; the ninth empties the queue."""
     rng = random.Random(f"{point.name} {queue_type}")
+    queue_type, is_amqp10 = queue_type.split(",")[0], "amqp10" in queue_type
+    more = _over_amqp10(broker, point, f"{name}.dlx") if is_amqp10 else {}
     dlx, dlq = await declare_dead_letters(channel, name)
     settings = {
         "url": broker.url,
@@ -78,8 +99,10 @@ async def test_a_killed_client_loses_nothing_and_repeats_unsettled_messages_only
         "concurrency": 2,
         "dead_letter_exchange": dlx,
         "requeue_delay": 0,
+        **more,
     }
-    await channel.declare_queue(name, durable=True, arguments={"x-queue-type": queue_type})
+    arguments = {"x-queue-type": queue_type, **more.get("queue_arguments", {})}
+    await channel.declare_queue(name, durable=True, arguments=arguments)
     kinds: dict[int, str] = {}
     runs: list[ProcessRun] = []
 
@@ -94,9 +117,9 @@ async def test_a_killed_client_loses_nothing_and_repeats_unsettled_messages_only
             "drain_after": rng.randint(1, 200) if point is KillPoint.DRAINING else None,
             "settle": rng.choice(["batch", "yield"]),
             "num_workers": rng.choice([1, 2]),
-            "wire": rng.choice(["fast", "fast", "plain"]),
+            "wire": "amqp10" if is_amqp10 else rng.choice(["fast", "fast", "plain"]),
         }
-        async with consumer(tmp_path, number, **settings, **options) as victim:
+        async with consumer(tmp_path, number, **(settings | options)) as victim:
             if point is KillPoint.ANY:
                 await victim.noted("started")
                 await asyncio.sleep(rng.uniform(0, 0.15))
@@ -118,7 +141,9 @@ async def test_a_killed_client_loses_nothing_and_repeats_unsettled_messages_only
         assert 0 == await last.ended(), last.printed[-4000:]
         runs.append(read_run(last.entries, float("inf")))
 
-    dead = Counter(json.loads(each.body)["id"] for each in await take_all(channel, dlq))
+    bad = sum(kind in {"bad", "doomed"} for kind in kinds.values())
+    letters = await take_all(channel, dlq, bad)
+    dead = Counter(json.loads(each.body)["id"] for each in letters)
     left = await take_all(channel, name)
     outcomes = sum((each.done for each in runs), dead)
     may_repeat = sum((each.unsettled for each in runs[:-1]), Counter[int]())
@@ -129,7 +154,7 @@ async def test_a_killed_client_loses_nothing_and_repeats_unsettled_messages_only
             fault=f"client killed {point}, {queue_type}",
             did=f"SIGKILL for the consumer's process, {KILLS} times, each time with"
             f" {MESSAGES_PER_RUN} new messages.",
-            wire="both",
+            wire="amqp10" if is_amqp10 else "both",
             broker=broker.version,
             messages=len(kinds),
             handled=len(kinds.keys() & outcomes.keys()),
@@ -139,12 +164,31 @@ async def test_a_killed_client_loses_nothing_and_repeats_unsettled_messages_only
         )
     )
 
+    assert not is_amqp10 or not _copied_or_repeated(letters)
     assert [] == left
     assert set() == lost
     assert good == set().union(*(each.done for each in runs))
     assert kinds.keys() - good == dead.keys()
     # Each repetition is owed to a kill that found the message unsettled.
     assert Counter() == repeated - may_repeat
+
+
+def _over_amqp10(broker: RunningBroker, point: KillPoint, dlx: str) -> dict[str, Any]:
+    """Return further settings, or skip the test."""
+    if point is KillPoint.BEFORE_CONFIRM:
+        pytest.skip("over AMQP 1.0 nothing is confirmed: there are no copies")
+    if parse_version(broker) < (4, 0):
+        pytest.skip(f"RabbitMQ {broker.version} does not speak AMQP 1.0 by itself")
+    uncounted = {} if parse_version(broker) >= (4, 3) else UNCOUNTED["queue_arguments"]
+    arguments = {**uncounted, "x-dead-letter-exchange": dlx, **AT_LEAST_ONCE}
+    return {**AMQP10, "queue_arguments": arguments}
+
+
+def _copied_or_repeated(letters: Sequence[AbstractIncomingMessage]) -> list[bytes]:
+    """Return which dead letters are copies, or came twice."""
+    copied = [each.body for each in letters if ORIGINAL_ROUTING_KEY in each.headers]
+    counts = Counter(each.body for each in letters)
+    return copied + [body for body, count in counts.items() if count > 1]
 
 
 async def _is_idle(url: str, queue: str, app: App) -> bool:

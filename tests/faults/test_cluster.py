@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.faults.conftest import OVER_10
 from tests.faults.trial import under_load
 from tests.integration.helpers import parse_version, until
 from tests.support.cluster import Cluster
@@ -21,10 +22,14 @@ from tests.support.find import RunningBroker
 
 if TYPE_CHECKING:
     from aio_pika_batch.testing.rabbitmq.node import RabbitMQ
+    from aio_pika_batch.transport import Wire
     from tests.faults.conftest import Run
     from tests.faults.trial import Trial
 
-pytestmark = pytest.mark.needs_node
+pytestmark = [
+    pytest.mark.needs_node,
+    pytest.mark.parametrize("wire", ["fast", OVER_10], indirect=True),
+]
 
 KILLS = 6
 MESSAGES = 50_000
@@ -48,7 +53,7 @@ def cluster(members: Cluster) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def run_on_all(cluster: Cluster, name: str, keep_figures: Callable[..., None]) -> Run:
+def run_on_all(cluster: Cluster, name: str, keep_figures: Callable[..., None], wire: Wire) -> Run:
     """``under_load``, for a quorum queue on the cluster."""
     return partial(
         under_load,
@@ -59,6 +64,7 @@ def run_on_all(cluster: Cluster, name: str, keep_figures: Callable[..., None]) -
         keep=keep_figures,
         queue_type="quorum",
         num_workers=3,
+        wire=wire,
     )
 
 

@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from random import Random
+from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.faults.conftest import OVER_091
+from tests.support.find import RunningBroker
+
+if TYPE_CHECKING:
+    from aio_pika_batch.transport import Wire
+
+
+@pytest.fixture
+def short_broker_heartbeat(broker: RunningBroker, wire: Wire) -> Iterator[None]:
+    """Over AMQP 1.0 the broker's own setting says for how long a consumer may be silent."""
+    if wire != "amqp10":
+        yield
+        return
+    assert broker.node is not None
+    broker.node.eval("application:set_env(rabbit, heartbeat, 2).")
+    yield
+    broker.node.eval("application:set_env(rabbit, heartbeat, 60).")
+
 
 RESETS = 15
 """Below the delivery limit of 20 that RabbitMQ 4 has for quorum queues."""
@@ -27,6 +48,12 @@ RESETS = 15
     ],
     ids=["to_broker", "to_client"],
 )
+@pytest.mark.parametrize(
+    "wire",
+    [*OVER_091, pytest.param("amqp10", marks=[pytest.mark.long, pytest.mark.needs_node])],
+    indirect=True,
+)
+@pytest.mark.usefixtures("short_broker_heartbeat")
 async def test_a_consumer_recovers_from_a_black_hole(
     run, wire, proxy, amqp_url, direction, fault, did
 ) -> None:
@@ -41,7 +68,14 @@ async def test_a_consumer_recovers_from_a_black_hole(
 
 
 @pytest.mark.parametrize(
-    ("queue_type", "wire"), [("classic", "fast"), ("classic", "plain"), ("quorum", "fast")]
+    ("queue_type", "wire"),
+    [
+        ("classic", "fast"),
+        ("classic", "plain"),
+        ("quorum", "fast"),
+        pytest.param("quorum", "amqp10", marks=pytest.mark.long),
+    ],
+    indirect=["wire"],
 )
 async def test_resets_at_random_bytes_lose_nothing(run, proxy, amqp_url, queue_type, wire) -> None:
     """In either direction, in the middle of a frame or not."""
@@ -83,6 +117,7 @@ async def test_a_slow_line_is_not_taken_for_a_dead_one(run, wire, proxy, amqp_ur
         await trial.recovers(anew=False)
 
 
+@pytest.mark.parametrize("wire", OVER_091)
 async def test_lost_confirms_cause_duplicates_and_no_loss(run, wire, proxy, amqp_url) -> None:
     """The broker has the copies, and their originals come back."""
     async with run(

@@ -29,6 +29,7 @@ from tests.integration.helpers import (
     HEADERS,
     PROPERTIES,
     RawClient,
+    consumers,
     pack_properties,
     pack_table,
     parse_version,
@@ -227,6 +228,15 @@ async def test_one_message_that_the_broker_cannot_translate_harms_no_other(
     assert "using AMQP 0-9-1 for now" in caplog.text
 
 
+def no_consumers(url: str, name: str) -> Any:
+    """Whether the broker knows that the last consumer is gone."""
+
+    async def look() -> bool:
+        return await consumers(url, name) == 0
+
+    return look
+
+
 def empty(url: str, name: str) -> Any:
     """Whether nothing is ready."""
 
@@ -306,11 +316,15 @@ async def test_kills_neither_lose_nor_duplicate(
     dead_before: list[int] = []
     for _ in range(50):
         process = spawn(command, stdout=subprocess.DEVNULL)
-        await asyncio.sleep(random.uniform(1.0, 2.0))
+        # On a busy machine a process may take long to start.
+        await until(lambda: consumers(rabbitmq.url, name))
+        await asyncio.sleep(random.uniform(0.1, 1.0))
         await asyncio.to_thread(kill_group, process)
+        await until(no_consumers(rabbitmq.url, name))
         dead_before.append(await ready(rabbitmq.url, f"{name}.dead"))
     if dead:
         assert dead_before[-1] < 10_000, "the last kills hit nothing"
+        assert len(set(dead_before)) > 25, dead_before
         process = spawn(command, stdout=subprocess.DEVNULL)
         try:
             await until(empty(rabbitmq.url, name))
