@@ -116,7 +116,8 @@ def lock(session: nox.Session) -> None:
     form = ("--universal", "--strip-extras", "--no-annotate", "--no-header", "--quiet", python)
     extras = [f"--extra={each}" for each in PYPROJECT["project"]["optional-dependencies"]]
     compile_ = ("uv", "pip", "compile", "pyproject.toml", str(build), *form, *extras)
-    pinned = [f"--group={each}" for each in ("test", "brokers", "lint", "docs", "dev", "release")]
+    groups = ("test", "proton", "brokers", "lint", "docs", "dev", "release")
+    pinned = [f"--group={each}" for each in groups]
     session.run(*compile_, *pinned, "--upgrade", f"--output-file={PINNED}")
     oldest = ("--group=test", "--group=brokers", "--resolution=lowest-direct")
     session.run(*compile_, *oldest, "--upgrade", f"--output-file={LOWEST}")
@@ -319,6 +320,13 @@ def fuzz(session: nox.Session) -> None:
     """Feed what a broker could send, and would not, to all that reads it; `-- --count N`."""
     install(session, ".", *group("test"))
     session.run("python", "-m", "tests.fuzz", *session.posargs)
+
+
+@nox.session
+def proton(session: nox.Session) -> None:
+    """Compare our codec of AMQP 1.0 with that of Qpid Proton, which pip compiles for minutes."""
+    install(session, ".", *group("test"), *group("proton"))
+    session.run("pytest", "tests/unit/adapters/amqp10/test_codec_proton.py", *session.posargs)
 
 
 @nox.session

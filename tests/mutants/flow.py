@@ -111,9 +111,16 @@ CORE = (
         (f"{_CORE}/test_quarantine.py",),
     ),
     Mutant(
+        "After a lost connection a suspect waits for its turn, and is lost again and again.",
+        "core/quarantine.py",
+        "return Suspicion.WORN if delivery_count(message) else Suspicion.SUSPECT",
+        "return Suspicion.WORN if total >= 5 else Suspicion.SUSPECT",
+        (f"{_CORE}/test_quarantine.py",),
+    ),
+    Mutant(
         "REQUEUE_IMMEDIATE is never counted: other processes take the message for a crashed one.",
         "core/quarantine.py",
-        "return self.requeues_to_the_end or not self._is_far(self._total(message))",
+        "return self.requeues_to_the_end or self._total(message) < half",
         "return True",
         (f"{_CORE}/test_quarantine.py",),
     ),

@@ -23,7 +23,10 @@ USED = [
     *GROUPS["test"],
     *GROUPS["brokers"],
 ]
-PINNED = [*USED, *GROUPS["lint"], *GROUPS["docs"], *GROUPS["dev"], *GROUPS["release"]]
+PINNED = [
+    *USED,
+    *(each for name in ("proton", "lint", "docs", "dev", "release") for each in GROUPS[name]),
+]
 
 
 def versions(file: str) -> dict[str, list[Version]]:

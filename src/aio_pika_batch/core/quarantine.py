@@ -11,7 +11,7 @@ Laws:
 - What a handler requeued in this process counts for nothing, also after a retry that needed no
   copy: the broker's count goes on then.
 - Soon after a process has lost a connection and survived, it believes no counts: what it gets is
-  probably what it lost, or what others lost. So a copy of a suspect starts at 0.
+  probably what it lost, or what others lost. So a copy takes the place of a suspect.
 - A header can make a message a suspect, but never a crashed one: anyone can publish it.
 """
 
@@ -53,7 +53,7 @@ class Suspicion(Enum):
     CRASHED = "crashed"
     """Not at all: it goes to the dead letters."""
     WORN = "worn"
-    """Not yet: it came back often, but the count can't be believed. A copy starts at 0."""
+    """Not yet: the count can't be believed. A copy starts at 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +82,10 @@ class CrashPolicy:
         if total < self.suspect_after:
             return Suspicion.NONE
         if in_doubt:
-            # A copy that has never come back doesn't need another one.
-            return (
-                Suspicion.WORN
-                if delivery_count(message) and self._is_far(total)
-                else (Suspicion.SUSPECT)
-            )
+            # At once: where connections are lost again and again, it comes back before the others
+            # are finished and it can be handled alone. A copy that has never come back doesn't need
+            # another one.
+            return Suspicion.WORN if delivery_count(message) else Suspicion.SUSPECT
         unexplained = total - own.count(message)
         if unexplained >= self.limit:
             return Suspicion.CRASHED
@@ -100,11 +98,8 @@ class CrashPolicy:
     def may_requeue(self, message: Message) -> bool:
         """Whether a handler's REQUEUE_IMMEDIATE may put the message back itself."""
         # Beyond half of the way, other processes might take it for a crashed one.
-        return self.requeues_to_the_end or not self._is_far(self._total(message))
-
-    def _is_far(self, total: int) -> bool:
-        """Whether a suspect is on half of its way to the limit."""
-        return total >= (self.suspect_after + self.limit) // 2
+        half = (self.suspect_after + self.limit) // 2
+        return self.requeues_to_the_end or self._total(message) < half
 
     def mark(self, message: Message, own: OwnRequeues | None = None) -> dict[str, FieldValue]:
         """The header of a copy that keeps what is known against the message."""

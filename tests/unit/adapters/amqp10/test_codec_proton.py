@@ -13,7 +13,7 @@ from aio_pika_batch.adapters.amqp10.codec import Array, Described, NotText, read
 from tests.unit.adapters.amqp10.test_codec import same
 from tests.unit.adapters.amqp10.values import kinds, values
 
-proton = pytest.importorskip("proton", reason="pip install python-qpid-proton, of the group test")
+proton = pytest.importorskip("proton", reason="`nox -s proton` installs python-qpid-proton")
 
 PAIRS = {
     codec.UByte: proton.ubyte,
