@@ -12,8 +12,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aio_pika_batch.core.message import Properties
-from aio_pika_batch.core.publication import Outcome, Publication, describe_outcome
+from aio_pika_batch.core.publication import (
+    Outcome,
+    Publication,
+    StoredPublication,
+    describe_outcome,
+)
 from aio_pika_batch.testing.strategies import headers, moments, short_texts
+from tests.unit.core.strategies import StubSource
 
 optional_texts = st.none() | short_texts
 
@@ -168,6 +174,17 @@ def test_a_short_string_has_at_most_255_bytes(name, text, fits):
         return
     with pytest.raises(ValueError, match=f"^{name} has more than 255 bytes"):
         Publication(b"", **{name: text})
+
+
+@pytest.mark.parametrize(("stated", "read"), [({"a": 1}, {"a": 1}), (None, {})])
+def test_a_stored_publication_has_the_properties_of_its_template_and_its_own_id(stated, read):
+    """The template isn't changed by whoever changes what it reads."""
+    template = Properties(headers=stated, priority=3)
+    message = StoredPublication(StubSource(), 1, False, b"", ("", "orders"), template)
+    message.template, message.message_id = template, "own"
+    assert replace(template, message_id="own") == message.properties
+    assert read == message.headers
+    assert message.properties.headers is not stated or stated is None
 
 
 @pytest.mark.parametrize("outcome", Outcome)
