@@ -65,6 +65,7 @@ def test_the_demo_prints_lines_without_colours_in_a_pipe() -> None:
     assert done.stdout.endswith("All orders are accounted for.\n")
 
 
+@pytest.mark.long
 def test_the_demo_loses_nothing_when_connections_are_cut() -> None:
     """Some orders may be delivered again."""
     done = run("--chaos", seconds=4)
@@ -74,7 +75,7 @@ def test_the_demo_loses_nothing_when_connections_are_cut() -> None:
     assert re.search(r"^  lost +0  = +0  orders$", done.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("columns", [pytest.param(80, marks=pytest.mark.long), 120])
 def test_the_demo_draws_a_dashboard_as_wide_as_the_terminal(tmp_path, columns: int) -> None:
     """It stays at the end. The saved picture loads no font from the web."""
     picture = tmp_path / "demo.svg"

@@ -56,6 +56,7 @@ COMMANDS = "run", "relay", "health", "check", "topology", "demo", "dlq"
 DLQ_COMMANDS = "list", "show", "replay", "purge"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "command", [(), *((each,) for each in COMMANDS), *(("dlq", each) for each in DLQ_COMMANDS)]
 )
@@ -119,6 +120,7 @@ async def test_consumers_run_until_sigterm_and_probes_are_answered(
     assert "no answer" in done.stderr
 
 
+@pytest.mark.long
 async def test_a_stuck_worker_fails_the_probe(channel, amqp_url, name, tmp_path) -> None:
     """With exit code 1 and the reason."""
     async with command_line(
@@ -194,6 +196,7 @@ async def test_a_port_in_use_exits_with_2(folder) -> None:
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
 
 
+@pytest.mark.long
 async def test_reload_restarts_after_a_change(folder) -> None:
     """Also after a change that doesn't run."""
     async with command_line(folder, "run", "stall:importer", "--reload") as program:

@@ -86,7 +86,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, words: tuple[str, ...]) -> None
     assert "the output can't be written: No space left on device" in done.stderr
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("encoding", [pytest.param("utf-8", marks=pytest.mark.long), "ascii"])
 @pytest.mark.parametrize(
     "words", [("check", "--offline"), ("topology",), ("dlq", "list"), ("dlq", "show")]
 )

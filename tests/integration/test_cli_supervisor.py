@@ -11,6 +11,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 from urllib.request import urlopen
 
+import pytest
+
 from tests.integration.helpers import (
     PATIENCE,
     SLACK,
@@ -72,6 +74,7 @@ async def is_ready(url: str) -> None:
     await until(look)
 
 
+@pytest.mark.long
 async def test_a_killed_process_is_replaced_and_its_messages_are_handled(
     channel, amqp_url, name, tmp_path
 ) -> None:
@@ -107,6 +110,7 @@ async def test_a_killed_process_that_had_forked_is_replaced(tmp_path) -> None:
         assert 0 == await program.ended(), program.printed
 
 
+@pytest.mark.long
 async def test_a_paused_supervisor_kills_no_process(tmp_path) -> None:
     """However long it was stopped."""
     arguments = shop("-n", "1", "--hung-after", "2")
@@ -135,6 +139,7 @@ async def test_a_signal_to_the_whole_group_drains_processes_that_still_import(tm
     assert "Traceback" not in program.printed
 
 
+@pytest.mark.long
 async def test_a_process_with_a_blocked_event_loop_is_killed_and_replaced(
     channel, amqp_url, name, tmp_path
 ) -> None:
@@ -154,6 +159,7 @@ async def test_a_process_with_a_blocked_event_loop_is_killed_and_replaced(
         assert 0 == await program.ended(), program.printed
 
 
+@pytest.mark.long
 async def test_a_stuck_process_is_drained_and_replaced(channel, amqp_url, name, tmp_path) -> None:
     """Its event loop runs, but a message is held too long; the drain cuts the handler off."""
     stuck = {"AIO_PIKA_BATCH_STUCK_AFTER": "1", "AIO_PIKA_BATCH_SHUTDOWN_TIMEOUT": "1"}
@@ -249,6 +255,7 @@ async def test_processes_drain_when_their_supervisor_is_killed(
     await holds(amqp_url, name, 200 - len(done))
 
 
+@pytest.mark.long
 async def test_sighup_replaces_one_process_after_another(channel, amqp_url, name, tmp_path) -> None:
     """While messages arrive; none is handled twice."""
     async with command_line(

@@ -174,7 +174,7 @@ async def opened(
     [
         ("fast", "classic"),
         ("fast", "quorum"),
-        ("plain", "classic"),
+        pytest.param("plain", "classic", marks=pytest.mark.long),
         pytest.param("plain", "quorum", marks=pytest.mark.long),
     ],
 )

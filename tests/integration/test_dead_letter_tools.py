@@ -180,6 +180,7 @@ async def test_refused_messages_are_listed_shown_replayed_and_purged(
     await holds(amqp_url, f"{name}.dlq", 0)
 
 
+@pytest.mark.long
 async def test_messages_that_the_broker_dead_lettered_can_be_replayed(
     amqp_url, name, channel, tmp_path
 ):
@@ -377,6 +378,7 @@ async def test_rabbitmq_imports_the_definitions_of_a_consumer(
         await until(lambda: ready(amqp_url, f"{name}.retry.1000"))
 
 
+@pytest.mark.long
 async def test_apply_declares_and_a_dry_run_shows_what_differs(amqp_url, name, channel, tmp_path):
     """With the broker's words."""
     target = module(tmp_path, amqp_url, name, dead_letter_queue=f"{name}.dlq")

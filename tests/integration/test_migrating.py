@@ -115,6 +115,7 @@ def test_each_row_has_a_case() -> None:
 CASES = list({case: (before, now) for _, case, before, now in ROWS}.items())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("case", "expected"), CASES, ids=[case for case, _ in CASES])
 def test_now(amqp_url: str, name: str, case: str, expected: tuple[object, object]) -> None:
     """The second column."""
@@ -130,6 +131,7 @@ def test_before(
     assert expected[0] == run(old, amqp_url, name, case)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("case", "given", "expected"), REMEDIES)
 def test_what_to_do(
     amqp_url: str, name: str, case: str, given: dict[str, object], expected: object
