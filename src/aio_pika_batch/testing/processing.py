@@ -17,14 +17,9 @@ from aio_pika_batch.adapters.memory.rabbitmq import NEWEST
 from aio_pika_batch.consumer import BaseConsumer
 from aio_pika_batch.core.batch_run import BatchDecisions
 from aio_pika_batch.core.batcher import Batch
-from aio_pika_batch.core.message import (
-    Message,
-)
+from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.publication import Outcome, Outgoing, Publication
-from aio_pika_batch.core.settlement import (
-    NO_NATIVE_RETRIES,
-    NativeRetries,
-)
+from aio_pika_batch.core.settlement import NO_NATIVE_RETRIES, NativeRetries
 from aio_pika_batch.core.topology import (
     Topology,
     Version,
