@@ -104,7 +104,9 @@ class ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        # Before version 15, rich ends a bar that isn't shown with an empty line.
+        if not self._bar.disable:
+            self._bar.stop()
 
     def update(self, text: str, seen: int, total: int | None) -> None:
         """Show how many dead letters were looked at, and what that text says of them."""
