@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.figures import VARIABLE, Figures, keep, this_machine
 from tests.faults.trial import Trial, under_load
-from tests.integration.helpers import parse_version
+from tests.integration.helpers import skip_without_amqp10
 from tests.support.find import RunningBroker
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ OVER_10 = pytest.param("amqp10", marks=pytest.mark.long)
 @pytest.fixture(params=[*OVER_091, OVER_10])
 def wire(request: pytest.FixtureRequest, broker: RunningBroker) -> Wire:
     """Each wire. Over AMQP 1.0, queues are quorum queues."""
-    if request.param == "amqp10" and parse_version(broker) < (4, 0):
-        pytest.skip(f"RabbitMQ {broker.version} does not speak AMQP 1.0 by itself")
+    if request.param == "amqp10":
+        skip_without_amqp10(broker)
     found: Wire = request.param
     return found
 

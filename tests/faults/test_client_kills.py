@@ -25,13 +25,13 @@ from aio_pika_batch.testing.rabbitmq.processes import kill_group, spawn
 from tests.faults.figures import ROOT, Figures
 from tests.faults.kill_points import KillPoint
 from tests.faults.killed_runs import ProcessRun, read_run
-from tests.faults.trial import AMQP10, UNCOUNTED
+from tests.faults.trial import amqp10_settings
 from tests.integration.helpers import (
     App,
     declare_dead_letters,
     holds,
-    parse_version,
     publish,
+    skip_without_amqp10,
     take_all,
     until,
 )
@@ -177,11 +177,10 @@ def _over_amqp10(broker: RunningBroker, point: KillPoint, dlx: str) -> dict[str,
     """Return further settings, or skip the test."""
     if point is KillPoint.BEFORE_CONFIRM:
         pytest.skip("over AMQP 1.0 nothing is confirmed: there are no copies")
-    if parse_version(broker) < (4, 0):
-        pytest.skip(f"RabbitMQ {broker.version} does not speak AMQP 1.0 by itself")
-    uncounted = {} if parse_version(broker) >= (4, 3) else UNCOUNTED["queue_arguments"]
-    arguments = {**uncounted, "x-dead-letter-exchange": dlx, **AT_LEAST_ONCE}
-    return {**AMQP10, "queue_arguments": arguments}
+    skip_without_amqp10(broker)
+    found = amqp10_settings(broker.version)
+    found["queue_arguments"] |= {"x-dead-letter-exchange": dlx, **AT_LEAST_ONCE}
+    return found
 
 
 def _copied_or_repeated(letters: Sequence[AbstractIncomingMessage]) -> list[bytes]:

@@ -26,6 +26,7 @@ from aio_pika_batch import (
     Observer,
 )
 from aio_pika_batch.core.message import ORIGINAL_ROUTING_KEY
+from aio_pika_batch.core.topology import DELAYS_SINCE, parse_version
 from aio_pika_batch.observer import DeadLettered, Lost, Origin
 from tests.faults.figures import Figures
 from tests.faults.load import Load
@@ -57,17 +58,23 @@ SETTINGS = {
 """Shorter times than the defaults, so that tests wait less."""
 
 
-AMQP10: dict[str, Any] = {
-    "wire": "amqp10",
-    "queue_type": "quorum",
-    "crash_suspect_after": 10_000,
-    "crash_limit": 20_000,
-}
-"""Settings of a consumer that uses AMQP 1.0. Faults on purpose must not make suspects of healthy
-messages: suspects are copied, so that the broker counts from 0 again."""
+def amqp10_settings(version: str) -> dict[str, Any]:
+    """Return the settings of a consumer that uses AMQP 1.0 on a version of RabbitMQ.
 
-UNCOUNTED: dict[str, Any] = {"queue_arguments": {"x-delivery-limit": -1}}
-"""Before RabbitMQ 4.3 AMQP 1.0 needs a queue without a delivery limit."""
+    Faults on purpose must not make suspects of healthy messages: suspects are copied, so that the
+    broker counts from 0 again.
+    """
+    found = parse_version("RabbitMQ", version)
+    assert found is not None
+    # Before 4.3 AMQP 1.0 needs a queue without a delivery limit.
+    arguments = {} if found >= DELAYS_SINCE else {"x-delivery-limit": -1}
+    return {
+        "wire": "amqp10",
+        "queue_type": "quorum",
+        "queue_arguments": arguments,
+        "crash_suspect_after": 10_000,
+        "crash_limit": 20_000,
+    }
 
 
 class HandlingRecord(Observer):
@@ -317,8 +324,7 @@ async def under_load(
     }
     is_amqp10 = settings.get("wire") == "amqp10"
     if is_amqp10:
-        given |= AMQP10
-        given |= {} if tuple(map(int, broker.split(".")[:2])) >= (4, 3) else UNCOUNTED
+        given |= amqp10_settings(broker)
     given |= settings
     record = HandlingRecord()
     consumer = LoadedConsumer(BatchConsumerSettings(**given), record)

@@ -95,6 +95,12 @@ def parse_version(broker: RunningBroker) -> tuple[int, ...]:
     return tuple(map(int, broker.version.split(".")[:2]))
 
 
+def skip_without_amqp10(broker: RunningBroker) -> None:
+    """Skip a test of AMQP 1.0 on a broker that doesn't speak it without a plugin."""
+    if parse_version(broker) < (4, 0):
+        pytest.skip(f"RabbitMQ {broker.version} does not speak AMQP 1.0 by itself")
+
+
 def _erlang(*texts: str) -> str:
     """Return texts as binaries of Erlang, whatever characters they have."""
     return ", ".join(f"<<{','.join(map(str, text.encode()))}>>" for text in texts)

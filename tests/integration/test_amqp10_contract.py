@@ -12,7 +12,7 @@ import pytest
 from aio_pika_batch.adapters import rabbitmq
 from aio_pika_batch.adapters.rabbitmq import Amqp10Transport
 from aio_pika_batch.testing.contract import Features, TransportContract
-from tests.integration.helpers import parse_version
+from tests.integration.helpers import parse_version, skip_without_amqp10
 from tests.integration.test_contract import RabbitHarness, features, opened
 from tests.support.cluster import Cluster
 from tests.support.find import RunningBroker
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def speaks_amqp10(broker: RunningBroker) -> None:
     """The local broker may be an older one; nox brings those that do."""
-    if parse_version(broker) < (4, 0):
-        pytest.skip(f"RabbitMQ {broker.version} does not speak AMQP 1.0 by itself")
+    skip_without_amqp10(broker)
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ from tests.integration.helpers import (
     PROPERTIES,
     RawClient,
     consumers,
+    holds,
     pack_properties,
     pack_table,
     parse_version,
@@ -173,7 +174,7 @@ async def test_retries_and_dead_letters_need_no_copy(
             assert 1.1 < second - first < 6
             assert 1.4 < third - second < 6
         assert await until(lambda: ready(amqp_url, f"{name}.dead")) in range(1, 16)
-        await until(dead_is(amqp_url, name, 15))
+        await holds(amqp_url, f"{name}.dead", 15)
     assert uses_amqp10(caplog)
     assert 0 == await ready(amqp_url, name)
     dead = await dead_letters(channel, name)
@@ -185,15 +186,6 @@ async def test_retries_and_dead_letters_need_no_copy(
         assert 1 == message.headers["x-own"]
         assert "m" == message.message_id
         assert [1] == message.headers["own"]
-
-
-def dead_is(url: str, name: str, count: int) -> Any:
-    """Whether there are so many dead letters."""
-
-    async def look() -> bool:
-        return await ready(url, f"{name}.dead") == count
-
-    return look
 
 
 @pytest.mark.parametrize(
@@ -220,7 +212,7 @@ async def test_one_message_that_the_broker_cannot_translate_harms_no_other(
     await publish(channel, [script(n) for n in range(51, 1000)], routing_key=name)
     async with consumer:
         await until(lambda: len(consumer.done) == 1000)
-        await until(empty(amqp_url, name))
+        await holds(amqp_url, name, 0)
         assert 1 == consumer.status().fallbacks
     assert max(map(len, consumer.seen.values())) <= 2
     assert [] == await dead_letters(channel, name)
@@ -233,15 +225,6 @@ def no_consumers(url: str, name: str) -> Any:
 
     async def look() -> bool:
         return await consumers(url, name) == 0
-
-    return look
-
-
-def empty(url: str, name: str) -> Any:
-    """Whether nothing is ready."""
-
-    async def look() -> bool:
-        return await ready(url, name) == 0
 
     return look
 
@@ -327,10 +310,10 @@ async def test_kills_neither_lose_nor_duplicate(
         assert len(set(dead_before)) > 25, dead_before
         process = spawn(command, stdout=subprocess.DEVNULL)
         try:
-            await until(empty(rabbitmq.url, name))
+            await holds(rabbitmq.url, name, 0)
             # What a killed consumer had is ready again only after a while.
             await asyncio.sleep(3)
-            await until(empty(rabbitmq.url, name))
+            await holds(rabbitmq.url, name, 0)
         finally:
             await asyncio.to_thread(kill_group, process)
     await asyncio.sleep(2)
@@ -354,7 +337,7 @@ async def test_without_a_fault_no_dead_letter_comes_twice(
     consumer = Scripted(settings(prefetch_count=500, batch_size=30, concurrency=4))
     await filled(channel, consumer, [script(n, "nack") for n in range(3000)])
     async with consumer:
-        await until(dead_is(amqp_url, name, 3000))
+        await holds(amqp_url, f"{name}.dead", 3000)
     dead = Counter(json.loads(each.body)[0] for each in await dead_letters(channel, name))
     assert Counter(range(3000)) == dead
     assert 0 == await ready(amqp_url, name)

@@ -24,7 +24,7 @@ from aio_pika_batch.testing.stories import FaultKind, Played, Story, StoryBroken
 from aio_pika_batch.testing.stories.story import LATER, WAIT_SUFFIX
 from aio_pika_batch.testing.strategies import stories
 from aio_pika_batch.transport import Endpoint, Wire
-from tests.integration.helpers import PATIENCE, parse_version, ready, until
+from tests.integration.helpers import PATIENCE, ready, skip_without_amqp10, until
 from tests.stories import REAL_STORIES
 from tests.support.proxy import TcpProxy
 
@@ -241,8 +241,7 @@ async def test_the_invariants_hold_in_any_story_on_rabbitmq(amqp_url: str) -> No
 
 async def test_the_invariants_hold_over_amqp_1_0(amqp_url: str, broker: RunningBroker) -> None:
     """Retries and dead letters need no copies there."""
-    if parse_version(broker) < (4, 0):
-        pytest.skip(f"RabbitMQ {broker.version} does not speak AMQP 1.0 by itself")
+    skip_without_amqp10(broker)
     # A dead letter that no queue takes stays in its queue, unseen, and is tried again only after
     # three minutes.
     kinds = KINDS - {FaultKind.REFUSE, FaultKind.RETURN}

@@ -98,7 +98,7 @@ def amqp10_obstacle(
 
 def native_retries(version: Version, arguments: Headers) -> NativeRetries:
     """What AMQP 1.0 can do without copies in a quorum queue that has these arguments."""
-    # There is no confirm for a dead letter, so the queue itself must not lose it. What a policy
+    # Nothing confirms a dead letter, so the queue itself must not lose it. What a policy
     # says is not visible here.
     is_safe = DEAD_LETTER_EXCHANGE in arguments and AT_LEAST_ONCE.items() <= arguments.items()
     is_new = version >= DELAYS_SINCE

@@ -64,7 +64,7 @@ class OutboxRelay(BaseConsumer[OutboxRelaySettings]):
         """Publish rows; one that isn't confirmed stays in the table."""
         unconfirmed = await self._source.publish(rows)
         if not unconfirmed:
-            # The common case: no look at each row.
+            # The common case: rows are not looked at one by one.
             return [MessageResult.ACK] * len(rows)
         tags = {row.delivery_tag for row in unconfirmed}
         ack, requeue = MessageResult.ACK, MessageResult.REQUEUE_IMMEDIATE

@@ -224,7 +224,7 @@ class OutboxSession:
                 ]
             outcomes = await self._publisher.publish(due)
             if outcomes.count(Outcome.CONFIRMED) == len(wave):
-                # The common case: no look at each row.
+                # The common case: rows are not looked at one by one.
                 continue
             answers = list(zip(due, outcomes, strict=True))
             failed += [(row, outcome) for row, outcome in answers if outcome in _FAILED]

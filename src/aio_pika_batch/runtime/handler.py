@@ -323,7 +323,7 @@ class HandlerRun:
         messages = collector.messages
         error: BaseException | None = None
         if raised is None and collector.all_acked:
-            # The common case: no look at each message.
+            # The common case: messages are not looked at one by one.
             options.check.works = True
             self._batch_run.acked += [message.delivery_tag for message in messages]
         else:

@@ -430,7 +430,7 @@ def _check_for_library(exchange: str, routing_key: str) -> None:
 def _groups(call: PublishCall) -> Iterator[tuple[int, int]]:
     """Yield the first index and the end of what is sent together."""
     start = size = 0
-    # Nearly always all are sent together, so there is no look at each.
+    # Nearly always all are sent together: then the bodies are not looked at one by one.
     large = sum(map(len, call.bodies)) >= GROUP_BYTES
     for index, body in enumerate(call.bodies, 1) if large else ():
         size += len(body)

@@ -31,13 +31,7 @@ from aio_pika_batch.adapters.memory.stored_message import CheckedPublication, ch
 from aio_pika_batch.adapters.memory.unacked import acks_first
 from aio_pika_batch.core.fitting import fit, property_list_size
 from aio_pika_batch.core.message import DecodedSource, Message
-from aio_pika_batch.core.publication import (
-    Copy,
-    Outcome,
-    Outgoing,
-    Publication,
-    StoredPublication,
-)
+from aio_pika_batch.core.publication import Copy, Outcome, Outgoing, Publication
 from aio_pika_batch.core.settlement import (
     SAFE_COMMANDS,
     CommandBudget,
@@ -467,22 +461,20 @@ class MemoryPublisher:
             self._waiting.pop(number, None)
 
     def _check(self, outgoing: Outgoing) -> CheckedPublication | None:
-        """Check what a client would encode; None if a copy can't be encoded."""
+        """Check what a client would encode; None if a copy or a stored publication can't be."""
         limit = self._connection.faults.frame_max
-        if isinstance(outgoing, Copy):
-            copy = fit(outgoing, limit, lambda copy: property_list_size(copy.properties))
-            if copy is None:
-                return None
-            outgoing = copy
-        elif property_list_size(outgoing.properties) > limit:
-            if isinstance(outgoing, StoredPublication):
-                return None
-            raise PublishError(f"the properties must fit into one frame of {limit}")
-        try:
+        if isinstance(outgoing, Publication):
+            if property_list_size(outgoing.properties) > limit:
+                raise PublishError(f"the properties must fit into one frame of {limit}")
             return self._encoded(outgoing)
+        fitting: Outgoing | None = outgoing
+        if isinstance(outgoing, Copy):
+            fitting = fit(outgoing, limit, lambda copy: property_list_size(copy.properties))
+        elif property_list_size(outgoing.properties) > limit:
+            fitting = None
+        try:
+            return None if fitting is None else self._encoded(fitting)
         except (TypeError, ValueError):
-            if isinstance(outgoing, Publication):
-                raise
             return None
 
     def _encoded(self, outgoing: Outgoing) -> CheckedPublication:
