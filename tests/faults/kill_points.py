@@ -150,14 +150,18 @@ class KillableSession:
 
     async def settle(self, settlements: Sequence[Settlement]) -> None:
         self._switch.step()
+        await self._between(settlements)
+        await self._settle(settlements)
+        self._switch.step()
+
+    async def _between(self, settlements: Sequence[Settlement]) -> None:
+        """Kill the process after half of them, if that is its point."""
         count = sum(len(each.tags) for each in settlements)
         if self._switch.point is KillPoint.BETWEEN_ACKS and count > 1:
             self._switch.countdown -= 1
             if self._switch.countdown <= 0:
                 await self._settle(_first(settlements, count // 2))
                 self._switch.kill()
-        await self._settle(settlements)
-        self._switch.step()
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
         await self._session.settle(settlements)
@@ -180,6 +184,7 @@ class KillableModifyingSession(KillableSession):
     ) -> None:
         self._switch.reach(KillPoint.BEFORE_COPY)
         self._switch.step()
+        await self._between(settlements)
         await self._modifying.modify(modifications, settlements)
         tags = [tag for each in (*modifications, *settlements) for tag in each.tags]
         self._switch.events.note("settled", [self._number, time.time(), tags])

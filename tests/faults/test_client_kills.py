@@ -136,14 +136,17 @@ async def test_a_killed_client_loses_nothing_and_repeats_unsettled_messages_only
         await until(
             lambda: good <= before.union(last.of("done")), what=lambda: last.printed[-4000:]
         )
+        # Over AMQP 1.0 the broker keeps a delayed retry where nobody counts it.
+        letters: list[AbstractIncomingMessage] = []
+        while kinds.keys() - good - _ids(letters).keys():
+            letters += await take_all(channel, dlq, 1)
         await until(lambda: _is_idle(broker.url, name, last))
         last.send(signal.SIGTERM)
         assert 0 == await last.ended(), last.printed[-4000:]
         runs.append(read_run(last.entries, float("inf")))
 
-    bad = sum(kind in {"bad", "doomed"} for kind in kinds.values())
-    letters = await take_all(channel, dlq, bad)
-    dead = Counter(json.loads(each.body)["id"] for each in letters)
+    letters += await take_all(channel, dlq)
+    dead = _ids(letters)
     left = await take_all(channel, name)
     outcomes = sum((each.done for each in runs), dead)
     may_repeat = sum((each.unsettled for each in runs[:-1]), Counter[int]())
@@ -171,6 +174,10 @@ async def test_a_killed_client_loses_nothing_and_repeats_unsettled_messages_only
     assert kinds.keys() - good == dead.keys()
     # Each repetition is owed to a kill that found the message unsettled.
     assert Counter() == repeated - may_repeat
+
+
+def _ids(letters: Sequence[AbstractIncomingMessage]) -> Counter[int]:
+    return Counter(json.loads(each.body)["id"] for each in letters)
 
 
 def _over_amqp10(broker: RunningBroker, point: KillPoint, dlx: str) -> dict[str, Any]:
