@@ -21,7 +21,7 @@ class _Statements:
     Attributes:
         claim: Inserts ids, in their order.
         inserted: Returns what `claim` inserted; None if `claim` itself returns that.
-        returns_present: Whether `claim` returns the ids that were there before instead.
+        summarizes: Whether `claim` returns one JSON array instead, or null if it inserted all ids.
     """
 
     create: str
@@ -29,7 +29,7 @@ class _Statements:
     release: str
     prune: str
     inserted: str | None = None
-    returns_present: bool = False
+    summarizes: bool = False
 
 
 _POSTGRESQL = _Statements(
@@ -44,13 +44,13 @@ CREATE TABLE IF NOT EXISTS {table} (
 );
 CREATE INDEX IF NOT EXISTS {index} ON {table} USING brin (claimed_at);
 END $$""",
-    # Nearly always there are none to return, which spares the driver a row for each message.
+    # Nearly always all are inserted, which spares the driver a row for each message.
     claim="""WITH inserted AS (INSERT INTO {table} (consumer, message_id)
 SELECT CAST(:consumer AS text), id FROM {each} AS ids(id) ORDER BY id COLLATE "C"
 ON CONFLICT DO NOTHING RETURNING message_id)
-SELECT id FROM {each} AS ids(id)
-WHERE NOT EXISTS (SELECT FROM inserted WHERE message_id = id)""",
-    returns_present=True,
+SELECT CASE WHEN count(*) < CAST(:count AS bigint)
+THEN COALESCE(CAST(json_agg(message_id) AS text), '[]') END FROM inserted""",
+    summarizes=True,
     # In an array, so that each of them is looked up in the index.
     release="""DELETE FROM {table}
 WHERE consumer = :consumer AND message_id = ANY(ARRAY(SELECT {each}))""",
@@ -149,17 +149,24 @@ class InboxTable:
         statements = self._statements[connection.database]
         parameters = self._parameters(ids)
         if statements.inserted is None:
+            parameters["count"] = len(ids)
             rows = await connection.fetch(statements.claim, parameters)
         else:
             parameters["claim"] = f"{random.getrandbits(64):016x}"
             await connection.execute(statements.claim, parameters)
             rows = await connection.fetch(statements.inserted, parameters)
-        found = {row[0].decode() if isinstance(row[0], bytes) else row[0] for row in rows}
+        if statements.summarizes:
+            ((text,),) = rows
+            if text is None:
+                return set()
+            found = set(json.loads(text))
+        else:
+            found = {row[0].decode() if isinstance(row[0], bytes) else row[0] for row in rows}
         if found and not found.issubset(ids):
             # The user's connection converts text. Messages would be dropped or handled again if
             # their ids weren't recognised.
             raise ConfigurationError("the connection returns other ids than it was given")
-        return found if statements.returns_present else set(ids) - found
+        return set(ids) - found
 
     async def delete(self, connection: DatabaseConnection, ids: Sequence[str]) -> None:
         """Delete these ids."""
