@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.faults.conftest import OVER_091, OVER_10
-from tests.integration.helpers import parse_version, until
+from tests.integration.helpers import add_user, change_password, parse_version, until
 
 pytestmark = pytest.mark.needs_node
 
@@ -104,9 +104,7 @@ async def test_a_session_that_fails_in_the_broker_is_opened_again(run, wire, rab
 
 async def test_temporarily_refused_credentials_are_retried(run, wire, rabbitmq, amqp_url) -> None:
     """With backoff: after a first success, a refusal is not fatal."""
-    ctl = rabbitmq.rabbitmqctl
-    await asyncio.to_thread(ctl, "add_user", wire, "old")
-    await asyncio.to_thread(ctl, "set_permissions", wire, ".*", ".*", ".*")
+    await asyncio.to_thread(add_user, rabbitmq, wire, "old", ".*", ".*", ".*")
     async with run(
         "credentials changed",
         "The user's password was changed and all connections were closed; after six refusals it"
@@ -114,7 +112,7 @@ async def test_temporarily_refused_credentials_are_retried(run, wire, rabbitmq, 
         url=amqp_url.replace("guest:guest", f"{wire}:old"),
         wire=wire,
     ) as trial:
-        await asyncio.to_thread(ctl, "change_password", wire, "new")
+        await asyncio.to_thread(change_password, rabbitmq, wire, "new")
         await asyncio.to_thread(rabbitmq.close_all_connections, "new password")
         await until(
             lambda: sum("ACCESS_REFUSED" in why for _, why in trial.record.losses) >= 6,
@@ -122,7 +120,7 @@ async def test_temporarily_refused_credentials_are_retried(run, wire, rabbitmq, 
         )
         assert trial.consumer.is_running
         assert not trial.consumer.is_healthy
-        await asyncio.to_thread(ctl, "change_password", wire, "old")
+        await asyncio.to_thread(change_password, rabbitmq, wire, "old")
         trial.ends()
         await trial.recovers()
     # Two workers, and pauses of 0.5, 1, 2, 2 … s at most: a hot loop would have tried hundreds.

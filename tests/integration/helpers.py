@@ -120,6 +120,12 @@ def allow(node: RabbitMQ, name: str, configure: str, write: str, read: str) -> N
     node.eval(f"rabbit_auth_backend_internal:set_permissions({arguments}).")
 
 
+def change_password(node: RabbitMQ, name: str, password: str) -> None:
+    """Change the password of a user."""
+    arguments = _erlang(name, password, "test")
+    node.eval(f"rabbit_auth_backend_internal:change_password({arguments}).")
+
+
 def delete_user(node: RabbitMQ, name: str) -> None:
     """Delete a user."""
     node.eval(f"rabbit_auth_backend_internal:delete_user({_erlang(name, 'test')}).")
