@@ -1,4 +1,4 @@
-"""The tests on docs/testing.md run with each test runner that the page names, as it says."""
+"""The tests of docs/testing.md and the README run with each test runner that they name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-PAGE = (Path(__file__).parents[3] / "docs" / "testing.md").read_text()
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs" / "testing.md").read_text()
 
 
 def block(comment):
@@ -42,6 +43,17 @@ def test_pytest_asyncio(tmp_path, importer):
     (tmp_path / "test_orders.py").write_text(importer)
     plugins = ("-p", "no:cacheprovider", "-p", "no:anyio")
     assert "2 passed" in ran(tmp_path, "pytest", "-q", *plugins)
+
+
+def test_the_readme_with_pytest_asyncio(tmp_path):
+    """With no configuration but what the README says."""
+    readme = (ROOT / "README.md").read_text()
+    consumer, test = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    [mode] = re.findall(r'`(asyncio_mode = "\w+")`', readme)
+    (tmp_path / "pyproject.toml").write_text(f"[tool.pytest.ini_options]\n{mode}\n")
+    (tmp_path / "test_orders.py").write_text(consumer + test)
+    plugins = ("-p", "no:cacheprovider", "-p", "no:anyio")
+    assert "1 passed" in ran(tmp_path, "pytest", "-q", *plugins)
 
 
 def test_anyio(tmp_path, importer):
