@@ -56,14 +56,16 @@ print(settings.queue_name, settings.batch_size)
 <!-- test: prints orders 200 -->
 
 A subclass can also add settings. Name it as the type parameter of your consumer: type checkers
-then know the type of `self.settings` (type hints for every field), and `Importer()` reads all
-values from the environment:
+then know the type of `self.settings`, and `Importer()` reads all values from the environment
+([more about type hints](how-it-works.md#type-hints-and-your-own-constructor)):
 
 <!-- test: environment MY_APP_QUEUE_NAME=orders MY_APP_DATABASE=postgresql:///shop -->
 ```python
+from collections.abc import AsyncIterator
+
 from pydantic_settings import SettingsConfigDict
 
-from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
+from aio_pika_batch import BatchConsumer, BatchConsumerSettings, Message, MessageResult
 
 
 class MySettings(BatchConsumerSettings):
@@ -73,7 +75,7 @@ class MySettings(BatchConsumerSettings):
 
 
 class Importer(BatchConsumer[MySettings]):
-    async def process_messages(self, messages):
+    async def process_messages(self, messages: list[Message]) -> AsyncIterator[MessageResult]:
         print("to", self.settings.database)
         for _ in messages:
             yield MessageResult.ACK

@@ -15,7 +15,7 @@ import aiosqlite
 
 from aio_pika_batch.testing.broker import BatchBroker
 from aio_pika_batch.testing.rabbitmq.processes import kill_group, spawn
-from tests.integration.helpers import PATIENCE, holds, publish, until
+from tests.integration.helpers import PATIENCE, consumers, holds, publish, until
 
 if TYPE_CHECKING:
     import asyncpg
@@ -230,6 +230,46 @@ async def test_a_command_of_django_stores_orders(
     async with aiosqlite.connect(tmp_path / "shop.sqlite") as database:
         rows = await database.execute_fetchall("SELECT count(*) FROM orders_order")
         assert [(len(ORDERS),)] == list(rows)
+
+
+async def test_a_consumer_replaces_a_loop_of_aio_pika(
+    tmp_path: Path, amqp_url: str, channel: AbstractChannel, name: str
+) -> None:
+    """Both programs of the page consume from the same queue, which neither must delete."""
+    page = (HOWTO.parent / "migrating.md").read_text()
+    _, _, rest = page.partition("<!-- test: on aio-pika -->\n")
+    programs = [block.partition("```")[0] for block in rest.split("```python\n")[1:3]]
+    log = tmp_path / "log"
+    try:
+        for number, program in enumerate(programs):
+            source = program.replace("amqp://guest:guest@localhost/", amqp_url)
+            for each in ("orders", "shop", "order.created"):
+                source = source.replace(f'"{each}', f'"{name}.{each}')
+            (tmp_path / "program.py").write_text(source)
+            command = [sys.executable, "-u", "program.py"]
+            with log.open("ab") as output:
+                process = spawn(command, cwd=tmp_path, stdout=output)
+            try:
+                await until(lambda: _consumes(amqp_url, f"{name}.orders"), what=log.read_text)
+                await publish(
+                    channel,
+                    [b'{"id": %d}' % number],
+                    exchange=f"{name}.shop",
+                    routing_key=f"{name}.order.created",
+                )
+                line = f"order {number}"
+                await until(lambda line=line: line in log.read_text(), what=log.read_text)
+            finally:
+                kill_group(process)
+    finally:
+        for queue in ("orders", "orders.dead"):
+            await channel.queue_delete(f"{name}.{queue}")
+        for exchange in ("shop", "orders.dlx"):
+            await channel.exchange_delete(f"{name}.{exchange}")
+
+
+async def _consumes(url: str, queue: str) -> bool:
+    return await consumers(url, queue) == 1
 
 
 async def test_receipts_of_payments_are_published_once(

@@ -38,7 +38,8 @@ _TRANSIENT = ("is down", "inaccessible", "timeout", "timed out", "limit", "shutt
 
 _ADVICE_BY_CODE: dict[int, str] = {
     ReplyCode.ACCESS_REFUSED: "give the user the missing permission, or connect as another user",
-    ReplyCode.NOT_FOUND: "create it, or let the consumer declare it (declare=True)",
+    ReplyCode.NOT_FOUND: "create it, or let the consumer declare it (declare=True; a dead-letter"
+    " exchange also needs dead_letter_queue)",
     ReplyCode.RESOURCE_LOCKED: "another connection has it exclusively: close that connection, or"
     " choose another name",
     ReplyCode.PRECONDITION_FAILED: "change the settings to what the broker has, or"
