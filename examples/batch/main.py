@@ -1,7 +1,7 @@
 """Batches, handled concurrently, with a result for each message.
 
-Pictures come in and thumbnails are made, a batch at a time: most go well, some are no JSON, some
-fail once, and one always fails. Try it::
+Pictures come in and thumbnails are made, a batch at a time. Most succeed, some aren't valid JSON,
+some fail once, and one always fails. Try it::
 
     python examples/batch/main.py
     python examples/batch/main.py --url amqp://guest:guest@localhost/
@@ -43,7 +43,7 @@ FAILS_ALWAYS = {33}
 
 
 class Thumbnails(BatchConsumer):
-    """Works on all pictures of a batch at the same time, and answers for each."""
+    """Handles all pictures of a batch concurrently, and yields a result for each."""
 
     async def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[Result]:
         """Yield one result per message, in their order."""
@@ -76,14 +76,14 @@ class Thumbnails(BatchConsumer):
 
 
 class Books(Observer):
-    """Counts what has come to its end, and says when that is everything."""
+    """Counts finished messages, and notices when all are done."""
 
     def __init__(self) -> None:
         self.acked = self.dead = self.requeues = 0
         self.consumer: Thumbnails | None = None
 
     def settled(self, origin: Origin, event: Settled) -> None:
-        """The broker has been told."""
+        """Count settled messages."""
         acked = sum(
             count for (result, _), count in event.counts.items() if result is MessageResult.ACK
         )
@@ -97,7 +97,7 @@ class Books(Observer):
         print(f"  retry {event.retry_count} by worker {origin.worker}: {event.message.body!r}")
 
     def dead_lettered(self, origin: Origin, event: DeadLettered) -> None:
-        """A copy is with the dead letters."""
+        """Count a dead letter."""
         self.dead += 1
         print(f"  {event.reason.value} by worker {origin.worker}: {event.message.body!r}")
         self._check()
@@ -108,7 +108,7 @@ class Books(Observer):
 
 
 class DeadLetters(Consumer):
-    """Shows what has died, and why."""
+    """Prints dead letters, and why they failed."""
 
     async def on_start(self) -> None:
         """Prepare."""
@@ -119,7 +119,7 @@ class DeadLetters(Consumer):
         self._session = session
 
     async def process_message(self, message: Message) -> Result:
-        """Note one."""
+        """Print one."""
         reason = message.headers["x-dead-letter-reason"]
         detail = message.headers["x-dead-letter-detail"]
         retries = message.headers.get("x-retry-count", 0)  # of the queue that it comes from

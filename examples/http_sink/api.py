@@ -1,4 +1,4 @@
-"""An API as one meets them: it limits its callers, has bad minutes, and refuses what is bad.
+"""A typical HTTP API: it has a rate limit and outages, and refuses invalid events.
 
 `POST /events` takes a JSON array and answers item by item. Only the standard library is needed::
 
@@ -26,7 +26,7 @@ CREATED, KNOWN, UNPROCESSABLE, TOO_MANY, UNAVAILABLE = 201, 200, 422, 429, 503
 
 @dataclass
 class Books:
-    """What the API has taken, and what it takes now.
+    """The API's state: what it has stored, and what it accepts now.
 
     Attributes:
         rate: Events a second.
@@ -47,7 +47,7 @@ class Books:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, events: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-        """Answer each event, or None if nobody is at home."""
+        """Return an answer for each event; None during the outage."""
         with self._lock:
             self.requests += 1
             now = time.monotonic()
@@ -100,7 +100,7 @@ def server(books: Books, port: int = 0) -> ThreadingHTTPServer:
                 self._reply(KNOWN, answers)
 
         def do_GET(self) -> None:
-            """Tell what has happened."""
+            """Return the numbers so far."""
             self._reply(KNOWN, books.status())
 
         def _reply(self, status: int, answer: object) -> None:

@@ -1,4 +1,4 @@
-"""From a queue into an HTTP API that limits its callers and has bad minutes.
+"""From a queue into an HTTP API with a rate limit and outages.
 
 A batch is one request, answered event by event: what was taken is acknowledged, what was put off
 comes again when the API says so, what is refused is a dead letter. While the API is away, the
@@ -109,7 +109,7 @@ class Sink(BatchConsumer):
 
 
 def pause(response: httpx.Response) -> float | None:
-    """Return the seconds that the API asks for, if it does; a date is as good as nothing here."""
+    """Return the seconds that the API asks for; None if it names none, or a date."""
     asked = response.headers.get("Retry-After", "")
     return float(asked) if asked.isdecimal() else None
 
@@ -128,7 +128,7 @@ def result_of(answer: dict[str, Any]) -> Result:
 
 
 class Books(Observer):
-    """Counts what has come to its end, and stops the sink when that is everything."""
+    """Counts finished messages, and stops the sink when all are done."""
 
     def __init__(self, expected: int) -> None:
         self.expected = expected
@@ -136,7 +136,7 @@ class Books(Observer):
         self.sink: Sink | None = None
 
     def settled(self, origin: Origin, event: Settled) -> None:
-        """The broker has been told."""
+        """Count acknowledged events."""
         del origin
         self.taken += sum(
             count for (result, _), count in event.counts.items() if result is MessageResult.ACK
@@ -144,7 +144,7 @@ class Books(Observer):
         self._check()
 
     def dead_lettered(self, origin: Origin, event: DeadLettered) -> None:
-        """An event is with the dead letters."""
+        """Count a dead letter."""
         del origin
         self.dead += 1
         print(f"{event.reason.value}: {event.message.body.decode()}", flush=True)

@@ -180,7 +180,7 @@ def result_of(outcome: str | BaseException) -> Result:
     """Return what an outcome means for the message.
 
     Raises:
-        BaseException: It is none of those that are known.
+        BaseException: An unknown error.
     """
     match outcome:
         case str():
@@ -202,7 +202,7 @@ def result_of(outcome: str | BaseException) -> Result:
 
 
 class Books(Observer):
-    """Counts what has come to its end, and stops the forwarder when that is everything."""
+    """Counts finished messages, and stops the forwarder when all are done."""
 
     def __init__(self, expected: int) -> None:
         self.expected = expected
@@ -210,7 +210,7 @@ class Books(Observer):
         self.forwarder: Forwarder | None = None
 
     def settled(self, origin: Origin, event: Settled) -> None:
-        """The broker has been told."""
+        """Count acknowledged messages."""
         del origin
         self.published += sum(
             count for (result, _), count in event.counts.items() if result is MessageResult.ACK
@@ -218,7 +218,7 @@ class Books(Observer):
         self._check()
 
     def dead_lettered(self, origin: Origin, event: DeadLettered) -> None:
-        """A message that Pub/Sub refuses is with the dead letters."""
+        """Count a message that Pub/Sub refuses."""
         del origin
         self.dead += 1
         print(f"{event.reason.value}: {len(event.message.body)} bytes", flush=True)

@@ -14,7 +14,9 @@ DOORS = ["aio_pika_batch", "aio_pika_batch.testing", "aio_pika_batch.testing.con
 PUBLIC = [(door, name) for door in DOORS for name in importlib.import_module(door).__all__]
 
 
-_ALONE = re.compile(r"^\.\. auto(?:class|function|data):: (?:[a-z_.]+\.)?(\w+)$", re.MULTILINE)
+_ALONE = re.compile(
+    r"^\.\. (?:auto(?:class|function)|py:data):: (?:[a-z_.]+\.)?(\w+)$", re.MULTILINE
+)
 _TOGETHER = re.compile(r"^\.\. automodule:: (\S+)\n   :members:(.*)$", re.MULTILINE)
 
 

@@ -95,10 +95,10 @@ class SettlementQueue:
         await asyncio.shield(self._wait(ticket, front))
 
     def enqueue(self, settlements: Sequence[Settlement]) -> asyncio.Future[None]:
-        """Settle behind the positions that are reserved now, without waiting for it here.
+        """Queue a settlement behind the positions that are reserved now, and return at once.
 
         Returns:
-            Done once it is settled, or failed as `settle` would.
+            A future: done once it is settled, or with the error that `settle` would raise.
         """
         ticket = self.reserve()
         ticket.settlements = settlements

@@ -167,7 +167,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
             return self._thread_patience
         if timeout is None:
             raise NothingLeftToHappen(
-                f"nothing left to happen at {self._now:g} s: no timer is set and nothing is ready."
+                f"nothing left to happen at {self._now:g} s: no timer is set, and no task is ready."
                 f" Still waiting:{self._waiting()}"
             )
         # A rounded sum must not keep a timer from being due. asyncio runs timers that are less than
@@ -182,7 +182,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
             # Cleaning up afterwards may need time, too.
             self._end = math.inf
             raise TimeRunsAway(
-                f"time runs away: it is {self._now:g} s, and the main future is still not done."
+                f"virtual time has reached {self._now:g} s, and the main task isn't done."
                 f" Still waiting:{self._waiting()}"
             )
         return None

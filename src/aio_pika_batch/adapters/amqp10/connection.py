@@ -345,7 +345,7 @@ class Amqp10Connection(asyncio.BufferedProtocol):
                     self._emit(event)
 
     def eof_received(self) -> None:
-        """Take the end of the stream."""
+        """Handle the end of the stream."""
         self._on_end("the broker closed the connection without a reason")
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -1,7 +1,7 @@
 """Clauses of the contract, and the tools of their checks: expectations, a reader, the context.
 
-Nothing here depends on timing by luck. Whatever must come is waited for up to `patience` seconds,
-and whatever must not come for `quiet` seconds.
+The checks wait up to `patience` seconds for what must happen, and `quiet` seconds to see that
+something doesn't happen.
 """
 
 from __future__ import annotations

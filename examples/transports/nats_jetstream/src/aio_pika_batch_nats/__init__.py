@@ -1,4 +1,4 @@
-"""Consumers of aio-pika-batch on NATS JetStream. A `nats://` URL is all that they have to know."""
+"""Run consumers of aio-pika-batch on NATS JetStream: they only need a `nats://` URL."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ __all__ = ["NatsTransport", "open_transport"]
 
 
 def open_transport(endpoint: Endpoint) -> NatsTransport:
-    """Make the transport for an endpoint; nothing is connected yet."""
+    """Return the transport for an endpoint. It isn't connected yet."""
     return NatsTransport(endpoint)

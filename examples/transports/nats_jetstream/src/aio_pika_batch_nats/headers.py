@@ -1,8 +1,8 @@
-"""How do properties travel as NATS headers, which are lines of text, and come back as they were?
+"""Encodes properties as NATS headers, which are lines of text, and decodes them.
 
-A header of AMQP is a header of NATS. Plain text stays plain, so that other clients can read and
-write it; whatever else is JSON behind a mark, with types that JSON has not got spelt out. The other
-properties are headers with a prefix. What is absent is left out.
+Each AMQP header becomes a NATS header. Plain text stays plain, so that other clients can read and
+write it. Other values become JSON behind a mark; types that JSON doesn't have are named. The other
+properties become headers with a prefix. Absent properties are left out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _TYPES: dict[str, type] = {
 
 
 def encoded(properties: Properties) -> dict[str, str] | None:
-    """Properties as headers of NATS; None where there is nothing to tell."""
+    """Return properties as NATS headers; None if there are none."""
     told = {_escaped(name): _line(value) for name, value in (properties.headers or {}).items()}
     for name in _TYPES:
         value = getattr(properties, name)
@@ -49,7 +49,7 @@ def encoded(properties: Properties) -> dict[str, str] | None:
 
 
 def decoded(lines: Mapping[str, str] | None) -> Properties:
-    """Properties of a message, whoever has published it. Never raises: see `undecodable`."""
+    """Return the properties of a message from any publisher. Never raises: see `undecodable`."""
     properties = Properties()
     if not lines:
         return properties

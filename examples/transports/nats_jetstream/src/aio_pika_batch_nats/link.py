@@ -1,6 +1,6 @@
-"""How is a broken connection told, by a client that would like to mend it?
+"""A connection that stays lost once it is lost.
 
-It is not allowed to: a link that has broken stays so, and whoever waits for an answer is told.
+The client's own reconnecting is switched off. Callers that wait for an answer are notified.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _MISSED_PINGS = 2
 
 
 class Link:
-    """One connection, and the answers that are waited for on it.
+    """One connection, and the answers that callers wait for.
 
     Attributes:
-        lost: Why it is over; None while it is not.
+        lost: Why the connection ended; None while it is open.
         timeout: Seconds to wait for an answer.
     """
 
@@ -42,8 +42,8 @@ class Link:
         """Connect, once.
 
         Raises:
-            AccessRefused: The server does not let us in.
-            BrokerUnavailable: There is none.
+            AccessRefused: The server refuses the login.
+            BrokerUnavailable: No server answers.
         """
         refusals: list[Exception] = []
 
@@ -76,7 +76,7 @@ class Link:
             raise BrokerUnavailable(f"no NATS server answers: {said}") from error
 
     def lose(self, why: str) -> None:
-        """Count it as over."""
+        """Mark the link as lost."""
         if self.lost is None:
             self.lost = why
             for answer in self._answers.values():
@@ -89,7 +89,7 @@ class Link:
     async def send(
         self, subject: str, payload: bytes, reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
-        """Send, and hear nothing of it."""
+        """Send without waiting for an answer."""
         try:
             await self.client.publish(subject, payload, reply=reply, headers=headers)
         except (OSError, errors.ConnectionClosedError) as error:
@@ -98,7 +98,7 @@ class Link:
     async def ask(
         self, subject: str, payload: bytes, headers: dict[str, str] | None = None
     ) -> asyncio.Future[Msg | None]:
-        """Send; the answer is to come, or None where the link is lost before."""
+        """Send, and return a future of the answer; None if the link is lost first."""
         answer: asyncio.Future[Msg | None] = asyncio.get_running_loop().create_future()
         if self.lost is not None:
             answer.set_result(None)
@@ -111,7 +111,7 @@ class Link:
         return answer
 
     async def answers(self, asked: Sequence[asyncio.Future[Msg | None]]) -> list[Msg | None]:
-        """Wait for answers; None for those that did not come in time, or never will."""
+        """Wait for answers; None for each that didn't come in time."""
         try:
             if asked:
                 await asyncio.wait(asked, timeout=self.timeout)
@@ -121,7 +121,7 @@ class Link:
                 each.cancel()
 
     async def close(self) -> None:
-        """End it from this side."""
+        """Close the link."""
         self.lose("it was closed")
         await self.client.close()
 
@@ -136,7 +136,7 @@ class Link:
 
 @asynccontextmanager
 async def linked(endpoint: Endpoint) -> AsyncIterator[Link]:
-    """A link, until the context is left."""
+    """Open a link; leaving the context closes it."""
     link = Link(endpoint.publish_timeout)
     await link.connect(endpoint)
     try:
@@ -147,7 +147,7 @@ async def linked(endpoint: Endpoint) -> AsyncIterator[Link]:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Put what JetStream's management raises into the words of the port."""
+    """Translate errors of JetStream's management into those of the port."""
     try:
         yield
     except (ServiceUnavailableError, errors.NoRespondersError) as error:

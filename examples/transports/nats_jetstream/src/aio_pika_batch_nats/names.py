@@ -1,8 +1,8 @@
-"""What are queues, exchanges and routing keys called on NATS?
+"""Maps queues, exchanges and routing keys to names on NATS.
 
 A queue is a stream of the same name. Its own subject stands for AMQP's default exchange, and a
-binding is one more subject of it. Whatever a subject has another use for is encoded as in URLs, but
-behind `=`: the server makes patterns of names, in which a `%` would stand for something else.
+binding is one more subject of the stream. Characters that are special in a subject are encoded as
+in URLs, but with `=`: the server uses names as patterns, in which `%` has another meaning.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from urllib.parse import quote, unquote
 from aio_pika_batch.transport import TopologyError
 
 _EMPTY = "="
-"""A token cannot be empty, and this one cannot come of anything else."""
+"""Stands for an empty token. No other text is encoded as this."""
 
 _QUEUE = "queue"
 _EXCHANGE = "exchange"
 
 
 def token(text: str) -> str:
-    """One token of a subject, or a stream's name."""
+    """Return one token of a subject, or a stream's name."""
     return quote(text, safe="").replace(".", "%2E").replace("%", "=") or _EMPTY
 
 
@@ -28,14 +28,14 @@ def _text(token: str) -> str:
 
 
 def subject_of(exchange: str, routing_key: str) -> str:
-    """Where a publication goes."""
+    """Return the subject of a publication."""
     if not exchange:
         return f"{_QUEUE}.{token(routing_key)}"
     return ".".join((_EXCHANGE, token(exchange), *map(token, routing_key.split("."))))
 
 
 def route_of(subject: str) -> tuple[str, str]:
-    """Exchange and routing key of a subject; one that we did not make is a routing key."""
+    """Return exchange and routing key of a subject; a foreign subject is a routing key."""
     match subject.split("."):
         case [kind, queue] if kind == _QUEUE:
             return "", _text(queue)
@@ -46,15 +46,15 @@ def route_of(subject: str) -> tuple[str, str]:
 
 
 def everything_of(exchange: str) -> str:
-    """The subjects of all that is published to an exchange."""
+    """Return the pattern of all subjects of an exchange."""
     return f"{_EXCHANGE}.{token(exchange)}.>"
 
 
 def bound_subjects(exchange: str, kind: str, routing_key: str) -> list[str]:
-    """The subjects that a binding means.
+    """Return the subjects of a binding.
 
     Raises:
-        TopologyError: Subjects cannot say it.
+        TopologyError: Subjects can't express it.
     """
     match kind:
         case "fanout":

@@ -1,6 +1,6 @@
-"""What does NATS offer to a handler that declares exchanges and publishes to them by itself?
+"""The native objects of a session, for handlers that declare exchanges and publish themselves.
 
-The calls of aio-pika's channel that have a meaning here; and JetStream's own context for the rest.
+They offer the calls of aio-pika's channel that make sense on NATS, and JetStream's own context.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from aio_pika_batch_nats.streams import delete_exchange
 
 
 class Letter(Protocol):
-    """A message as `aio_pika.Message` has it, of which body and headers are sent."""
+    """A message like `aio_pika.Message`; its body and headers are sent."""
 
     body: bytes
     headers: Mapping[str, Any]
@@ -35,7 +35,7 @@ class NatsChannel:
         self._publisher = NatsPublisher(link)
 
     async def declare_exchange(self, name: str, **_: object) -> NatsExchange:
-        """An exchange needs no declaration here: it is there once a queue is bound to it."""
+        """Return an exchange. NATS needs no declaration: a binding creates it."""
         return NatsExchange(name, self.jetstream, self._publisher)
 
     get_exchange = declare_exchange
@@ -50,10 +50,10 @@ class NatsExchange:
         self._publisher = publisher
 
     async def publish(self, message: Letter, routing_key: str) -> None:
-        """Publish, and wait for the server's word.
+        """Publish, and wait for the confirmation.
 
         Raises:
-            PublishError: It is not confirmed.
+            PublishError: The server didn't confirm it.
         """
         letter = Publication(
             message.body,

@@ -1,4 +1,4 @@
-"""What becomes of each publication? JetStream says so, under the inbox that it was sent with."""
+"""Publishes messages. JetStream confirms each in the inbox that it was sent with."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class NatsPublisher:
         return not self._ended and self._link.lost is None
 
     def end(self) -> None:
-        """End it from this side."""
+        """Close the publisher."""
         self._ended = True
 
     async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
-        """Publish, pipelined, and wait for the server's word on each.
+        """Publish all at once, and wait for the confirmation of each.
 
         Raises:
             SessionClosed: The publisher was left before.

@@ -1,4 +1,4 @@
-"""What does a session hand out, and when does the server know what became of it?
+"""Delivers messages to a worker, and settles them on the server.
 
 All sessions of a queue share one durable consumer, and each pulls for itself, never more than its
 prefetch has room for. A pull is open for a moment, and the server says when that is over: then
@@ -42,7 +42,7 @@ _PULL = 0.5
 """Seconds for which a pull is open; `cancel` waits for so long at most."""
 
 _NO_LIMIT = 1000
-"""How many messages a pull asks for where prefetch is no limit."""
+"""Number of messages that a pull asks for if prefetch is unlimited."""
 
 _WORKING = b"+WPI"
 _EXPIRED = {"404", "408"}
@@ -78,7 +78,7 @@ class NatsSession:
         self._native: Native | None = None
 
     async def open(self) -> None:
-        """Begin to receive."""
+        """Start receiving."""
         self._link.watchers.append(self._news.set)
         self._inbox = self._link.client.new_inbox()
         await self._link.client.subscribe(
@@ -88,7 +88,7 @@ class NatsSession:
         await self._pull()
 
     async def close(self) -> None:
-        """Give everything back that is unsettled."""
+        """Return all unsettled messages to the queue."""
         self._ended = self._cancelled = True
         self._news.set()
         with suppress(TimeoutError):
@@ -114,7 +114,7 @@ class NatsSession:
         return chunk
 
     async def cancel(self) -> None:
-        """Ask for no more messages, and wait until none is on its way."""
+        """Stop pulling messages, and wait until none is in flight."""
         self._check()
         self._cancelled = True
         self._news.set()
@@ -122,7 +122,7 @@ class NatsSession:
         self._check()
 
     async def settle(self, settlements: Sequence[Settlement]) -> None:
-        """Tell the server what became of some messages; it has confirmed that when this returns."""
+        """Settle messages, and wait for the server's confirmation."""
         self._check()
         settlements = list(settlements)
         self._ledger.settle(settlements)
@@ -147,7 +147,7 @@ class NatsSession:
         await self._pull()
 
     async def native(self) -> Native:
-        """JetStream's own context, and the few of aio-pika's calls that handlers share."""
+        """Return JetStream's own context, and the calls that handlers know from aio-pika."""
         self._check()
         if self._native is None:
             self._native = Native(NatsChannel(self._link), token(self._queue))
@@ -171,7 +171,7 @@ class NatsSession:
             raise SessionLost(f"the session on queue {self._queue!r} is lost: {self._link.lost}")
 
     async def _pull(self) -> None:
-        """Ask for what there is room for, unless something is asked for already."""
+        """Pull as many messages as prefetch allows, unless a pull is open."""
         if self._cancelled or self._pulled or self._link.lost:
             return
         in_hand = len(self._unsettled) + self._settling
@@ -217,7 +217,7 @@ class NatsSession:
         return [await self._link.ask(subject, word) for subject in subjects]
 
     async def _keep(self) -> None:
-        """Keep what is unsettled, and notice a server that has forgotten a pull."""
+        """Keep unsettled messages, and notice a server that has lost a pull."""
         while self._link.lost is None:
             await asyncio.sleep(self._ack_wait / 3)
             for subject in list(self._unsettled.values()):

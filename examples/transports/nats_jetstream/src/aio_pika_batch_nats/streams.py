@@ -1,4 +1,4 @@
-"""What is a topology on NATS?
+"""Declares a topology on NATS.
 
 A queue is a stream with work-queue retention, and a binding is one more subject of that stream. A
 subject belongs to one stream only, so the same key of an exchange leads to one queue only: the
@@ -19,7 +19,7 @@ from aio_pika_batch_nats.link import explained
 from aio_pika_batch_nats.names import bound_subjects, everything_of, subject_of, token
 
 AUTO_DELETE = "aio-pika-batch: goes with its last consumer"
-"""A stream's description is where a flag of ours is kept."""
+"""A flag that is stored in a stream's description."""
 
 _READ_BY_CONSUMERS = {"x-dead-letter-exchange", "x-dead-letter-routing-key"}
 _MAX_LENGTH = "x-max-length"
@@ -30,8 +30,8 @@ async def declare(jetstream: JetStreamContext, topology: Topology) -> None:
     """Declare and check.
 
     Raises:
-        TopologyError: It is there otherwise, or not at all, or NATS has nothing like it.
-        BrokerUnavailable: Nobody answers.
+        TopologyError: It differs, doesn't exist, or isn't possible on NATS.
+        BrokerUnavailable: No server answers.
     """
     for exchange in topology.exchanges:
         await _check_exchange(jetstream, exchange)
@@ -107,7 +107,7 @@ async def _bind(jetstream: JetStreamContext, binding: Binding, kind: str) -> Non
 
 
 async def bound_streams(jetstream: JetStreamContext, exchange: str) -> list[str]:
-    """The streams that are bound to an exchange."""
+    """Return the streams that are bound to an exchange."""
     start = everything_of(exchange)[:-1]
     bound: list[str] = []
     seen = 0
@@ -123,7 +123,7 @@ async def bound_streams(jetstream: JetStreamContext, exchange: str) -> list[str]
 
 
 async def delete_exchange(jetstream: JetStreamContext, exchange: str) -> None:
-    """Unbind all that is bound to an exchange; what they have got already stays."""
+    """Unbind all queues from an exchange; their messages stay."""
     start = everything_of(exchange)[:-1]
     for stream in await bound_streams(jetstream, exchange):
         await _change_subjects(jetstream, stream, f"exchange {exchange!r}", drop=start)

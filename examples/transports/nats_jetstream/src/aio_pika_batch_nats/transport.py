@@ -1,4 +1,4 @@
-"""The port, served by NATS JetStream."""
+"""The transport for NATS JetStream."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from aio_pika_batch_nats.session import CONSUMER, NatsSession
 from aio_pika_batch_nats.streams import AUTO_DELETE, declare
 
 _MISSED_HEARTBEATS = 3
-"""A session that was silent for so many is dead, and what it had is handed out again."""
+"""A session that misses so many is dead, and its messages are delivered again."""
 
 
 class NatsTransport:
-    """A NATS server, to be reached."""
+    """The transport to one NATS server."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -75,9 +75,9 @@ class NatsTransport:
 
 @asynccontextmanager
 async def _attendance(link: Link, stream: str, *, deletes: bool) -> AsyncIterator[None]:
-    """Be there, for the others; the last one who leaves deletes the stream.
+    """Announce a session of an auto-delete queue; the last one to leave deletes the stream.
 
-    Who is there answers when asked. Where nobody does, the server says so at once.
+    A session answers when it is asked. If none is left, the server says so at once.
     """
     if not deletes:
         yield
