@@ -40,6 +40,7 @@ myst_fence_as_directive = ["mermaid"]
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # as they are written, and not what a strategy consists of
 autodoc_class_signature = "mixed"  # with the parameters of the constructor
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
