@@ -4,11 +4,11 @@
 
     python examples/http_sink/api.py --port 8080
 
-* An event without an `email` is refused for good: 422.
-* Of more than `--rate` events a second the rest is put off: 429, with seconds in `retry_after`.
-* After `--outage-after` events it is away, once, for `--outage` seconds: 503 with `Retry-After`
+* An event without an `email` is refused: 422.
+* It accepts `--rate` events per second. Others get 429, with seconds in `retry_after`.
+* After `--outage-after` events there is one outage of `--outage` seconds: 503 with `Retry-After`
   for the whole request.
-* An event whose `id` is known is answered with 200 and not counted again.
+* An event whose `id` is known gets 200, and isn't counted again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From a queue into an HTTP API with a rate limit and outages.
 
-A batch is one request, answered event by event: what was taken is acknowledged, what was put off
-comes again when the API says so, what is refused is a dead letter. While the API is away, the
-breaker keeps the events in the queue. Try it, with `api.py` running beside it::
+A batch is one request, and the API answers for each event. Accepted events are acknowledged,
+delayed ones are retried when the API says so, and refused ones become dead letters. During an
+outage the circuit breaker keeps the events in the queue. Start `api.py`, and then::
 
     python examples/http_sink/main.py --samples
 

@@ -1,7 +1,7 @@
 """From a queue into Google Pub/Sub, in requests of many messages, each key in its order.
 
-What Pub/Sub cannot take now is tried again in its place; what it will never take is looked for in
-halves, and is a dead letter. Try it, with an emulator::
+If Pub/Sub can't take a message now, it is retried in place. A message that Pub/Sub refuses is found
+by running the batch in halves, and becomes a dead letter. Try it, with an emulator::
 
     python examples/rmq_to_pubsub/main.py --samples
 

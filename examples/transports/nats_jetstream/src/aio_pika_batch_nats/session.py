@@ -1,10 +1,10 @@
 """Delivers messages to a worker, and settles them on the server.
 
-All sessions of a queue share one durable consumer, and each pulls for itself, never more than its
-prefetch has room for. A pull is open for a moment, and the server says when that is over: then
-nothing is on its way any more, which is what `cancel` waits for. Settlements are confirmed by the
-server. What is unsettled is kept from being handed out again by telling so, as long as the session
-lives; when it does not, the server waits for `ack_wait` seconds, and hands it out to the next one.
+All sessions of a queue share one durable consumer. Each pulls for itself, at most as many messages
+as its prefetch allows. A pull is open for a moment, and the server says when it has ended. Then no
+message is in flight any more, and `cancel` returns. The server confirms settlements. While the
+session lives, it tells the server regularly to keep its unsettled messages. If it dies, the server
+delivers them to another session after `ack_wait` seconds.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Declares a topology on NATS.
 
 A queue is a stream with work-queue retention, and a binding is one more subject of that stream. A
-subject belongs to one stream only, so the same key of an exchange leads to one queue only: the
-server refuses a second. Exchanges themselves are not declared; one is there while something is
-bound to it.
+subject belongs to one stream only, so a key of an exchange leads to only one queue; the server
+refuses a second one. Exchanges aren't declared: they exist while something is bound to them.
 """
 
 from __future__ import annotations
