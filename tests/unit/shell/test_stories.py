@@ -12,6 +12,7 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from aio_pika_batch import MessageResult
+from aio_pika_batch.core.settlement import Disposition
 from aio_pika_batch.testing.stories import LATER, RAISE, Fault, FaultKind, Story, play_in_memory
 from aio_pika_batch.testing.strategies import stories
 from tests.stories import STORIES
@@ -63,5 +64,7 @@ def test_the_invariants_hold_in_any_story(story, version):
 def test_the_invariants_hold_over_amqp_1_0(story, version):
     """Then retries and dead letters need no copies, apart from those of suspects."""
     played = play_in_memory(replace(story, quorum=True), version, "amqp10")
-    assert played.confirmed == played.replaced
+    # To other processes, what was requeued at once looks like a suspect, which isn't put back.
+    others = played.confirmed - played.replaced
+    assert others.keys() <= (+played.settled[Disposition.REQUEUE]).keys()
     event(f"{'retried' if played.modified else 'not retried'}, {len(story.faults)} faults")
