@@ -7,7 +7,7 @@ property that cannot be decoded raises only when it is read, and affects only it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -403,10 +403,10 @@ class Message:
         raw = self._properties
         if self._read is None and isinstance(raw, bytes):
             # Some adapters can read it without decoding all other properties.
-            decode = getattr(self._source, "decode_message_id", None)
+            decode = getattr(self._source, "decode_message_ids", None)
             if decode is not None:
                 try:
-                    found: str | None = decode(raw)
+                    found: str | None = decode([raw])[0]
                 except ValueError:
                     pass  # raised below, with its reason
                 else:
@@ -529,18 +529,21 @@ for _name, _instead in _AIO_PIKA_NAMES.items():
     setattr(Message, _name, _refuse_name(_name, _instead))
 
 
-def message_ids(messages: Iterable[Message]) -> list[str | None]:
+def message_ids(messages: Sequence[Message]) -> list[str | None]:
     """The `message_id` of each message. Raises MessageDecodeError."""
-    found: list[str | None] = []
-    for message in messages:
-        # As the property does, with fewer calls: an inbox needs the ids of whole batches.
-        source: Any = message._source  # noqa: SLF001  -- of the class above
+    # As the property does, but together: an inbox needs the ids of whole batches.
+    if len({id(each._source) for each in messages}) == 1:  # noqa: SLF001  -- of the class above
+        source: Any = messages[0]._source  # noqa: SLF001  -- the same
         try:
-            # Raises AttributeError or TypeError if only the property can read it.
-            found.append(source.decode_message_id(message._properties))  # noqa: SLF001  -- the same
+            # Raises AttributeError or TypeError if only the property can read one.
+            ids: list[str | None] = source.decode_message_ids(
+                [each._properties for each in messages]  # noqa: SLF001  -- the same
+            )
         except (AttributeError, TypeError, ValueError):
-            found.append(message.message_id)
-    return found
+            pass
+        else:
+            return ids
+    return [each.message_id for each in messages]
 
 
 def readable_headers(message: Message) -> Headers | None:

@@ -291,6 +291,10 @@ class ConsumeLoop:
             self._gate.changed.set()
         if self._is_draining or self._settler.is_over:
             return
+        if not len(self._batcher):
+            # A single message is settled sooner if nothing is looked for here.
+            self._disarm()
+            return
         now = self._loop.time()
         while self._slots.is_free:
             batch = self._batcher.poll(now)

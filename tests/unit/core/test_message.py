@@ -473,11 +473,11 @@ def test_without_zstd_the_error_says_so(monkeypatch):
 class ReadsIds(StubSource):
     """A source that reads an id without the other properties, as the adapter's does."""
 
-    def decode_message_id(self, raw):
-        """Return the raw bytes as the id, unless they are broken."""
-        if raw == b"broken":
+    def decode_message_ids(self, raws):
+        """Return the raw bytes as ids, unless they are broken."""
+        if b"broken" in raws:
             raise ValueError("cut off")
-        return raw.decode()
+        return [raw.decode() for raw in raws]
 
     def decode_properties(self, raw):
         """Read everything."""

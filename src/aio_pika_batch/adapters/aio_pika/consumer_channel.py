@@ -27,7 +27,7 @@ from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
 from aio_pika_batch.adapters.aio_pika.properties import (
     decode,
     decode_headers,
-    decode_message_id,
+    decode_message_ids,
     decode_route,
 )
 from aio_pika_batch.core.message import Message
@@ -88,7 +88,7 @@ class RawSource:
 
     decode_properties = staticmethod(decode)
     decode_headers = staticmethod(decode_headers)
-    decode_message_id = staticmethod(decode_message_id)
+    decode_message_ids = staticmethod(decode_message_ids)
     decode_route = staticmethod(decode_route)
 
     def now(self) -> float:

@@ -217,31 +217,41 @@ def _before_message_id(flags: bytes) -> tuple[int, tuple[int, ...]]:
     return FLAGS.size + len(kinds) - len(others), others
 
 
-def decode_message_id(raw: bytes) -> str | None:
-    """Read only the message id of a property list; None without one.
+def decode_message_ids(raws: Iterable[bytes]) -> list[str | None]:
+    """Read only the message id of each property list; None without one.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: One cannot be read.
     """
-    # An inbox needs nothing else. So this finds what `fields` would, but skips the rest.
+    # An inbox needs nothing else of whole batches. So this finds what `fields` would, but skips the
+    # rest, and everything before the id if it is the same as in the list before.
+    found: list[str | None] = []
+    before, at = b"", 0
+    for raw in raws:
+        if not (at and raw.startswith(before)):
+            at = _message_id_at(raw)
+            before = raw[:at]
+        if not at:
+            found.append(None)
+        elif at >= len(raw) or (end := at + 1 + raw[at]) > len(raw):
+            raise PropertyListError("the property list is cut off in message_id")
+        else:
+            found.append(raw[at + 1 : end].decode())
+    return found
+
+
+def _message_id_at(raw: bytes) -> int:
+    """Return where the message id begins; 0 if there is none."""
     try:
         at, kinds = _before_message_id(raw[:2])
-        if not at:
-            return None
         for kind in kinds:
             if kind == SHORT:
                 at += 1 + raw[at]
             else:
                 at += 1 if kind == OCTET else 4 + LENGTH.unpack_from(raw, at)[0]
-        end = at + 1 + raw[at]
-        if end <= len(raw):
-            return raw[at + 1 : end].decode()
     except (LookupError, struct.error):
-        pass
-    for flag, _, _, start, end in fields(raw):
-        if flag == MESSAGE_ID_FLAG:
-            return raw[start + 1 : end].decode()
-    return None
+        return next((start for flag, _, _, start, _ in fields(raw) if flag == MESSAGE_ID_FLAG), 0)
+    return at
 
 
 # From the raw list, the property's start and its end.

@@ -19,7 +19,7 @@ from aio_pika_batch.adapters.aio_pika.consumer_channel import RawSource
 from aio_pika_batch.adapters.aio_pika.properties import (
     decode,
     decode_headers,
-    decode_message_id,
+    decode_message_ids,
     decode_route,
     encode,
     encode_around_id,
@@ -55,6 +55,12 @@ properties = st.builds(
     undecodable=st.just({}),
 )
 NAMES = [name for _, name, _ in PROPERTIES]
+SIMILAR = [
+    b"\x90\x80\x04text\x02\x04id-1",
+    b"\x90\x80\x04text\x02\x01x",
+    b"\x90\x80\x04tex!\x02\x02id",
+]
+"""Property lists whose bytes before the message id are the same, or nearly."""
 
 
 def test_all_properties_are_there() -> None:
@@ -256,10 +262,23 @@ def test_a_message_id_decoded_alone_is_the_same(raw: bytes) -> None:
     message = Message(RawSource("queue", "tag", "x-retry-count"), 1, False, b"", ("", ""), raw)
     if "message_id" in whole.undecodable:
         with pytest.raises(ValueError, match=r"flags|cut off|decode"):
-            decode_message_id(raw)
+            decode_message_ids([raw])
         with pytest.raises(MessageDecodeError) as caught:
             message.message_id  # noqa: B018  -- that it raises
         assert whole.undecodable["message_id"] in str(caught.value)
     else:
-        assert whole.message_id == decode_message_id(raw)
+        assert [whole.message_id] == decode_message_ids([raw])
         assert whole.message_id == message.message_id
+
+
+@given(st.lists(properties.map(encode) | st.sampled_from(SIMILAR), max_size=6))
+def test_message_ids_of_a_batch_are_those_of_each(raws: list[bytes]) -> None:
+    """Also where a list begins like the one before it."""
+    assert [decode(raw).message_id for raw in raws] == decode_message_ids(raws)
+
+
+@pytest.mark.parametrize("end", range(2, len(SIMILAR[0])))
+def test_the_message_id_of_a_later_list_may_be_cut_off(end: int) -> None:
+    """After one that begins with the same bytes."""
+    with pytest.raises(ValueError, match="cut off"):
+        decode_message_ids([SIMILAR[0], SIMILAR[0][:end]])
