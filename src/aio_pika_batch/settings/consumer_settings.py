@@ -133,6 +133,8 @@ class _EssentialSettings(BaseSettings):
         extra="ignore",
         hide_input_in_errors=True,
         validate_default=True,
+        # Most programs use only one of these classes, so the others needn't be built at import.
+        defer_build=True,
     )
 
     url: Url = Field(
