@@ -118,30 +118,6 @@ CORE = (
         (f"{_CORE}/test_quarantine.py",),
     ),
     Mutant(
-        "What came back with others counts: a storm of lost connections looks like a crash.",
-        "core/quarantine.py",
-        "if mark == self.suspect_after or not needs_mark:",
-        "if True:",
-        (
-            f"{_CORE}/test_quarantine.py",
-            f"{_SHELL}/test_quarantine.py::test_what_comes_back_while_copies_are_refused_is_no_crash",
-        ),
-    ),
-    Mutant(
-        "Suspects are copied where a return counts for nothing: a crash may duplicate them.",
-        "runtime/quarantine.py",
-        "needs_mark = not self._loop.may_return_suspects",
-        "needs_mark = True",
-        (f"{_SHELL}/test_native_retries.py",),
-    ),
-    Mutant(
-        "A message whose copy is never accepted goes on killing processes.",
-        "core/quarantine.py",
-        "is_stuck = unexplained >= self.limit + self.suspect_after",
-        "is_stuck = False",
-        (f"{_CORE}/test_quarantine.py",),
-    ),
-    Mutant(
         "REQUEUE_IMMEDIATE is never counted: other processes take the message for a crashed one.",
         "core/quarantine.py",
         "return self.requeues_to_the_end or self._total(message) < half",
@@ -151,8 +127,8 @@ CORE = (
     Mutant(
         "A forged header makes a message look as if it had crashed its process.",
         "core/quarantine.py",
-        "return min(retry_count(headers.get(CRASH_COUNT)) or 0, self.suspect_after)",
-        "return retry_count(headers.get(CRASH_COUNT)) or 0",
+        "marked = min(retry_count(headers.get(CRASH_COUNT)) or 0, self.suspect_after)",
+        "marked = retry_count(headers.get(CRASH_COUNT)) or 0",
         (f"{_CORE}/test_quarantine.py",),
     ),
     Mutant(

@@ -4,9 +4,6 @@ A quorum queue counts how often a message came back without a result. A message 
 process takes the others that the process holds along, so all of them come back. It is distinguished
 by being handled alone: the others get their result, and only it goes on coming back.
 
-Only returns of a message that was a suspect from the start are evidence. So a suspect is replaced
-by a copy first, which is marked and counted from 0.
-
 Laws:
 
 - A suspect is never returned: a copy takes its place, which the broker counts from 0. So returns
@@ -16,8 +13,6 @@ Laws:
 - Soon after a process has lost a connection and survived, it believes no counts: what it gets is
   probably what it lost, or what others lost. So a copy takes the place of a suspect.
 - A header can make a message a suspect, but never a crashed one: anyone can publish it.
-- What came back before there was a marked copy never makes a crashed message, unless no copy could
-  be published for long.
 """
 
 from __future__ import annotations
@@ -58,7 +53,7 @@ class Suspicion(Enum):
     CRASHED = "crashed"
     """Not at all: it goes to the dead letters."""
     WORN = "worn"
-    """Not yet: the count proves nothing. A marked copy starts at 0."""
+    """Not yet: the count can't be believed. A copy starts at 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +71,12 @@ class CrashPolicy:
     limit: int
     requeues_to_the_end: bool = False
 
-    def judge(
-        self,
-        message: Message,
-        own: OwnRequeues,
-        *,
-        in_doubt: bool = False,
-        needs_mark: bool = True,
-    ) -> Suspicion:
+    def judge(self, message: Message, own: OwnRequeues, *, in_doubt: bool = False) -> Suspicion:
         """Decide how to handle a message that the broker delivers.
 
         Args:
             own: What handlers in this process requeued.
             in_doubt: Whether this process has lost a connection lately.
-            needs_mark: Whether a marked copy comes first, as where returns count.
         """
         total = self._total(message)
         if total < self.suspect_after:
@@ -100,16 +87,9 @@ class CrashPolicy:
             # another one.
             return Suspicion.WORN if delivery_count(message) else Suspicion.SUSPECT
         unexplained = total - own.count(message)
-        if unexplained < self.suspect_after:
-            return Suspicion.NONE
-        mark = self._mark_of(readable_headers(message) or NO_HEADERS)
-        if mark == self.suspect_after or not needs_mark:
-            return Suspicion.CRASHED if unexplained >= self.limit else Suspicion.SUSPECT
-        # It came back with others, or while no copy could be published, and waiting for its turn it
-        # would be counted on. But a broker that never accepts its copy may accept a dead letter,
-        # and must not reach its own delivery limit.
-        is_stuck = unexplained >= self.limit + self.suspect_after
-        return Suspicion.CRASHED if is_stuck else Suspicion.WORN
+        if unexplained >= self.limit:
+            return Suspicion.CRASHED
+        return Suspicion.SUSPECT if unexplained >= self.suspect_after else Suspicion.NONE
 
     def may_return(self, message: Message) -> bool:
         """Whether a message may be returned to the queue, rather than a copy of it."""
@@ -133,16 +113,14 @@ class CrashPolicy:
         headers = readable_headers(message)
         if headers is None:
             return delivery_count(message)
+        marked = min(retry_count(headers.get(CRASH_COUNT)) or 0, self.suspect_after)
         deliveries = delivery_count(message)
         if deliveries and RETURN_COUNT in headers:
             # Put back by AMQP 1.0 before RabbitMQ 4.3, which counts that. At most as often as it
             # was retried: anyone can publish that header, too.
             returned = retry_count(headers[RETURN_COUNT]) or 0
             deliveries -= min(returned, message.retry_count, deliveries)
-        return deliveries + self._mark_of(headers)
-
-    def _mark_of(self, headers: Headers) -> int:
-        return min(retry_count(headers.get(CRASH_COUNT)) or 0, self.suspect_after)
+        return deliveries + marked
 
 
 def delivery_count(message: Message) -> int:

@@ -521,11 +521,6 @@ class ConsumeLoop:
         """Whether another batch can be started."""
         return self._slots.is_free
 
-    @property
-    def may_return_suspects(self) -> bool:
-        """Whether returning them counts for nothing, so that they need no copies."""
-        return self._settler.planner.native.uncounted
-
     def finish_early(self) -> None:
         """Handle what is buffered, and publish the retries that are held, without a delay."""
         self._settler.release_retries()

@@ -43,11 +43,6 @@ class GatedLoop(Protocol):
         """Whether another batch can be started."""
         ...
 
-    @property
-    def may_return_suspects(self) -> bool:
-        """Whether returning them counts for nothing, so that they need no copies."""
-        ...
-
     def finish_early(self) -> None:
         """Handle what is buffered, and publish the retries that are held, without a delay."""
 
@@ -162,10 +157,8 @@ class SuspectGate:
         policy, own = self._quarantine.policy, self._quarantine.own
         in_doubt = asyncio.get_running_loop().time() < self._quarantine.doubt_until
         kinds: dict[Suspicion, list[Message]] = {each: [] for each in Suspicion}
-        needs_mark = not self._loop.may_return_suspects
         for message in found:
-            suspicion = policy.judge(message, own, in_doubt=in_doubt, needs_mark=needs_mark)
-            kinds[suspicion].append(message)
+            kinds[policy.judge(message, own, in_doubt=in_doubt)].append(message)
         if len(kinds[Suspicion.NONE]) == len(found):
             return chunk
         if crashed := kinds[Suspicion.CRASHED]:

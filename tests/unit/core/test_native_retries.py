@@ -458,7 +458,7 @@ def test_own_retries_don_t_look_like_crashes():
         message = a_message(headers=headers)
         assert Suspicion.NONE is CRASHES.judge(message, OwnRequeues())
     # But what comes back without a result does.
-    for more, suspicion in ((3, Suspicion.WORN), (9, Suspicion.CRASHED)):
+    for more, suspicion in ((3, Suspicion.SUSPECT), (6, Suspicion.CRASHED)):
         crashed = a_message(headers={**headers, "x-delivery-count": count + more})
         assert suspicion is CRASHES.judge(crashed, OwnRequeues())
 

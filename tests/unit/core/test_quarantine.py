@@ -64,15 +64,13 @@ def owned(counts, **message):
     [
         (0, None, NONE),
         (2, None, NONE),
-        # A marked copy comes first.
-        (3, None, WORN),
-        (10, None, WORN),
-        (1, 2, WORN),
-        # There will be none.
-        (11, None, CRASHED),
-        (9, 2, CRASHED),
+        (3, None, SUSPECT),
+        (7, None, SUSPECT),
+        (8, None, CRASHED),
+        (30, None, CRASHED),
         # A mark makes a suspect, whatever it says, and never a crashed message.
         (0, 1, NONE),
+        (1, 2, SUSPECT),
         (0, 3, SUSPECT),
         (0, 10**6, SUSPECT),
         (4, 10**6, SUSPECT),
@@ -87,18 +85,8 @@ def test_a_message_is_judged_by_its_returns(count, mark, suspicion):
 
 
 @pytest.mark.parametrize(
-    ("count", "mark", "suspicion"),
-    [(2, None, NONE), (3, None, SUSPECT), (7, None, SUSPECT), (8, None, CRASHED), (4, 3, SUSPECT)],
-)
-def test_where_returns_count_for_nothing_no_copy_is_needed(count, mark, suspicion):
-    """The broker counts only what came back without a result."""
-    message = counted(count, mark=mark)
-    assert suspicion is POLICY.judge(message, OwnRequeues(), needs_mark=False)
-
-
-@pytest.mark.parametrize(
     ("count", "requeued", "suspicion"),
-    [(4, 2, NONE), (4, 1, WORN), (11, 1, WORN), (11, 0, CRASHED), (20, 20, NONE)],
+    [(4, 2, NONE), (4, 1, SUSPECT), (8, 1, SUSPECT), (8, 0, CRASHED), (20, 20, NONE)],
 )
 def test_what_handlers_requeued_here_counts_for_nothing(count, requeued, suspicion):
     """In this process."""
@@ -112,7 +100,7 @@ def test_what_is_known_follows_a_retry_that_needs_no_copy():
     own.note_retry(counted(4), {header: 1})
     own.note_retry(counted(4, body=b"another"), {header: 1})
     retried = Properties(headers={DELIVERY_COUNT: 5, header: 1})
-    for body, suspicion in ((b"{}", NONE), (b"another", WORN)):
+    for body, suspicion in ((b"{}", NONE), (b"another", SUSPECT)):
         message = Message(StubSource(), 1, True, body, ("", QUEUE), retried)
         assert suspicion is POLICY.judge(message, own)
 
@@ -474,9 +462,6 @@ def test_a_message_that_always_crashes_its_process_reaches_the_limit(policy, del
     fleet = Fleet(policy, 4)
     for process in [*deliveries, *[0] * 20]:
         suspicion = fleet.judged(process)
-        if fleet.crashes == policy.suspect_after:
-            assert WORN is suspicion
-            suspicion = fleet.judged(process)
         if fleet.crashes < policy.suspect_after:
             assert NONE is suspicion
         elif fleet.crashes < policy.limit:

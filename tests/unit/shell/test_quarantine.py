@@ -153,30 +153,11 @@ async def test_deployments_and_lost_connections_are_no_crashes(version, seconds,
     assert [] == rabbit.waiting()
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-async def test_what_comes_back_while_copies_are_refused_is_no_crash(version):
-    """Each process loses its connection as soon as it has got the message, and is replaced."""
-    rabbit = declared(version)
-    rabbit.put(b"1")
-    rabbit.refuse()
-    for _ in range(9):
-        consumer = quorum(rabbit, taking(7))
-        await consumer.start()
-        await asyncio.sleep(3)
-        rabbit.broker.cut()
-        await consumer.stop()
-    rabbit.accept()
-    async with quorum(rabbit) as consumer:
-        await rabbit.settled()
-    assert [b"1"] == consumer.handled
-    assert [] == reasons(rabbit)
-
-
 @pytest.mark.parametrize("are_cut", [True, False])
 async def test_a_connection_that_is_lost_while_it_opens_is_no_crash_either(are_cut, monkeypatch):
     """The broker may have delivered and counted already."""
     rabbit = declared()
-    suspect(rabbit, b"1")
+    rabbit.put(b"1")
     transport = rabbit.transport
     subscription = Subscription(queue="jobs", prefetch=1, consumer_tag="t")
     for _ in range(9):
