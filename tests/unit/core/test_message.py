@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.message import Message, Properties, retry_count
+from aio_pika_batch.core.message import Message, Properties, message_ids, retry_count
 from aio_pika_batch.errors import AioPikaBatchError, MessageDecodeError
 from aio_pika_batch.testing.strategies import UNDECODABLE, field_values, sound_properties
 from tests.unit.core.strategies import StubSource, a_message, messages
@@ -482,6 +482,26 @@ class ReadsIds(StubSource):
     def decode_properties(self, raw):
         """Read everything."""
         return Properties(message_id=None, undecodable={"message_id": "cut off"})
+
+
+SOURCE = ReadsIds()
+
+
+def test_ids_are_read_together():
+    """One by one only if that fails, so that the message says why."""
+    messages = [Message(SOURCE, 1, False, b"", ("", "jobs"), raw) for raw in (b"id-1", b"id-2")]
+    assert ["id-1", "id-2"] == message_ids(messages)
+    broken = Message(SOURCE, 1, False, b"", ("", "jobs"), b"broken")
+    with pytest.raises(MessageDecodeError, match="cut off"):
+        message_ids([*messages, broken])
+
+
+def test_ids_of_several_sources_are_read_one_by_one():
+    """They may be written differently."""
+    decoded = Message(StubSource(), 1, False, b"", ("", "jobs"), Properties(message_id="id-2"))
+    first = Message(SOURCE, 1, False, b"", ("", "jobs"), b"id-1")
+    assert ["id-1", "id-2"] == message_ids([first, decoded])
+    assert ["id-2"] == message_ids([decoded])
 
 
 def test_an_id_is_read_without_the_other_properties():
