@@ -111,7 +111,7 @@ async def stop_while_suspended(consumer: Importer, node: RabbitMQ, name: str) ->
 @pytest.mark.parametrize(
     ("count", "results"),
     [
-        (34, ("ACK",)),
+        pytest.param(34, ("ACK",), marks=pytest.mark.long),
         (200, ("ACK", "NACK")),
         pytest.param(34, ("ACK", "NACK"), marks=pytest.mark.long),
         pytest.param(200, ("ACK",), marks=pytest.mark.long),

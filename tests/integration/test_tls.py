@@ -280,7 +280,9 @@ async def test_a_client_logs_in_by_its_certificate(secured: Secured, name: str) 
     [
         (None, "may want a client certificate: set ssl_certfile and ssl_keyfile"),
         ("forged-client", "does not accept the client certificate"),
-        ("late-client", "does not accept the client certificate"),
+        pytest.param(
+            "late-client", "does not accept the client certificate", marks=pytest.mark.long
+        ),
     ],
 )
 async def test_a_client_without_a_valid_certificate(
