@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import groupby, islice, pairwise
+from itertools import islice, pairwise
 from typing import Final, NamedTuple
 
 from aio_pika_batch.adapters.amqp10 import spec
@@ -188,46 +188,39 @@ class Unsettled:
     def _decide(self, decided: Sequence[Decided]) -> dict[int, bytes]:
         outcomes: dict[int, bytes] = {}
         for outcome, tags in decided:
-            outcomes.update(dict.fromkeys(tags, outcome))
-        # Looked at one by one only if something is unusual.
-        count = sum([len(each.tags) for each in decided])
-        if len(outcomes) != count or not outcomes.keys() <= self._outstanding.keys():
-            self._check([tag for each in decided for tag in each.tags])
+            for tag in tags:
+                if tag not in self._outstanding and tag not in self._taken_back:
+                    why = "settled already" if 0 < tag <= self._last else "never delivered here"
+                    raise SettlementError(
+                        f"delivery tag {tag} cannot be settled: {why};"
+                        " settle each delivery once, in the session that delivered it"
+                    )
+                if tag in outcomes:
+                    raise SettlementError(
+                        f"delivery tag {tag} is settled twice at once; settle it once"
+                    )
+                outcomes[tag] = outcome
         return outcomes
 
-    def _check(self, tags: Sequence[int]) -> None:
-        """Refuse what cannot be settled. What the broker has taken back can."""
-        for tag, count in Counter(tags).items():
-            if tag not in self._outstanding and tag not in self._taken_back:
-                why = "settled already" if 0 < tag <= self._last else "never delivered here"
-                raise SettlementError(
-                    f"delivery tag {tag} cannot be settled: {why};"
-                    " settle each delivery once, in the session that delivered it"
-                )
-            if count > 1:
-                raise SettlementError(
-                    f"delivery tag {tag} is settled twice at once; settle it once"
-                )
-
     def _runs(self, tags: Sequence[int], outcomes: dict[int, bytes]) -> Iterator[OutcomeRun]:
-        """Plan frames for these tags."""
-        for part in self._parts(tags):
-            runs = []
-            for outcome, group in groupby(part, outcomes.__getitem__):
-                members = list(group)
-                runs.append(OutcomeRun(outcome, members[0], members[-1]))
-            yield from _covered(runs)
-
-    def _parts(self, tags: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Divide tags where an unsettled one is between two of them."""
-        start = 0
+        """Plan frames for these tags, divided where an unsettled one is between two of them."""
         # Nothing is between them if they are the oldest ones, as they nearly always are.
-        if tags != list(islice(self._outstanding, len(tags))):
-            for place, (before, tag) in enumerate(pairwise(tags), 1):
-                if self._has_between(before, tag):
-                    yield tags[start:place]
-                    start = place
-        yield tags[start:]
+        are_oldest = tags == list(islice(self._outstanding, len(tags)))
+        runs: list[OutcomeRun] = []
+        outcome, first, last = b"", 0, 0
+        for tag in tags:
+            is_apart = not are_oldest and bool(last) and self._has_between(last, tag)
+            if is_apart or outcomes[tag] != outcome:
+                if last:
+                    runs.append(OutcomeRun(outcome, first, last))
+                outcome, first = outcomes[tag], tag
+            if is_apart:
+                yield from _covered(runs)
+                runs = []
+            last = tag
+        if last:
+            runs.append(OutcomeRun(outcome, first, last))
+        yield from _covered(runs)
 
     def _has_between(self, tag: int, other: int) -> bool:
         """Whether a delivery between these two is unsettled."""
@@ -252,8 +245,7 @@ def _covered(runs: Sequence[OutcomeRun]) -> Iterator[OutcomeRun]:
     usual = max(kinds, key=lambda outcome: (kinds[outcome], len(outcome)))
     places = [place for place, run in enumerate(runs) if run.outcome == usual]
     for before, place in pairwise([-1, *places, len(runs)]):
-        part = runs[before + 1 : place]
-        yield from part if len(part) < _FEWEST_TO_SAVE else _covered(part)
+        yield from _covered(runs[before + 1 : place])
     yield OutcomeRun(usual, runs[places[0]].first, runs[places[-1]].last)
 
 
