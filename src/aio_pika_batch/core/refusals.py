@@ -38,8 +38,7 @@ _TRANSIENT = ("is down", "inaccessible", "timeout", "timed out", "limit", "shutt
 
 _ADVICE_BY_CODE: dict[int, str] = {
     ReplyCode.ACCESS_REFUSED: "give the user the missing permission, or connect as another user",
-    ReplyCode.NOT_FOUND: "create it, or let the consumer declare it (declare=True; a dead-letter"
-    " exchange also needs dead_letter_queue)",
+    ReplyCode.NOT_FOUND: "create it, or let the consumer declare it (declare=True)",
     ReplyCode.RESOURCE_LOCKED: "another connection has it exclusively: close that connection, or"
     " choose another name",
     ReplyCode.PRECONDITION_FAILED: "change the settings to what the broker has, or"
@@ -57,6 +56,13 @@ STREAM_ADVICE = (
 )
 
 _ADVICE_BY_TEXT = (
+    (
+        "no exchange",
+        (
+            "create it, or let the consumer declare it (declare=True; a dead-letter exchange also"
+            " needs dead_letter_queue)"
+        ),
+    ),
     # Since RabbitMQ 4.0 an unknown exchange type is a failed precondition.
     ("exchange type", _ADVICE_BY_CODE[ReplyCode.COMMAND_INVALID]),
     ("exclusive use", "an exclusive consumer is its only consumer: stop it, or don't be exclusive"),
@@ -141,8 +147,8 @@ def refusal_error(
     words = _unquoted(text)
     if "inequivalent" in words:
         advice = if_unequal or advice
-    elif code == ReplyCode.NOT_FOUND:
-        advice = if_missing or advice
+    elif code == ReplyCode.NOT_FOUND and if_missing:
+        advice = if_missing
     else:
         advice = next((each for part, each in _ADVICE_BY_TEXT if part in words), advice)
     return TopologyError(f"{subject}: {said}; {advice}")

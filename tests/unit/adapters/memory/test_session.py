@@ -299,8 +299,7 @@ async def test_a_missing_queue_raises_when_the_context_is_entered(
             pass
     assert str(caught.value) == (
         "queue 'nope': 404 NOT_FOUND - no queue 'nope' in vhost '/';"
-        " create it, or let the consumer declare it (declare=True; a dead-letter exchange also"
-        " needs dead_letter_queue)"
+        " create it, or let the consumer declare it (declare=True)"
     )
     assert memory.connections == []
 
