@@ -64,7 +64,10 @@ def test_the_invariants_hold_in_any_story(story, version):
 def test_the_invariants_hold_over_amqp_1_0(story, version):
     """Then retries and dead letters need no copies, apart from those of suspects."""
     played = play_in_memory(replace(story, quorum=True), version, "amqp10")
-    # To other processes, what was requeued at once looks like a suspect, which isn't put back.
+    # To other processes, what was requeued at once looks like a suspect, which isn't put back. It
+    # needs three deliveries without a result; faults cause others.
+    least = 1 if story.faults else 3
+    at_once = played.settled[Disposition.REQUEUE]
     others = played.confirmed - played.replaced
-    assert others.keys() <= (+played.settled[Disposition.REQUEUE]).keys()
+    assert all(at_once[body] >= least for body in others)
     event(f"{'retried' if played.modified else 'not retried'}, {len(story.faults)} faults")
