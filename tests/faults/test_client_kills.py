@@ -30,6 +30,7 @@ from tests.integration.helpers import (
     App,
     declare_dead_letters,
     holds,
+    ids,
     publish,
     skip_without_amqp10,
     take_all,
@@ -138,7 +139,7 @@ async def test_a_killed_client_loses_nothing_and_repeats_unsettled_messages_only
         )
         # Over AMQP 1.0 the broker keeps a delayed retry where nobody counts it.
         letters: list[AbstractIncomingMessage] = []
-        while kinds.keys() - good - _ids(letters).keys():
+        while kinds.keys() - good - ids(letters).keys():
             letters += await take_all(channel, dlq, 1)
         await until(lambda: _is_idle(broker.url, name, last))
         last.send(signal.SIGTERM)
@@ -146,7 +147,7 @@ async def test_a_killed_client_loses_nothing_and_repeats_unsettled_messages_only
         runs.append(read_run(last.entries, float("inf")))
 
     letters += await take_all(channel, dlq)
-    dead = _ids(letters)
+    dead = ids(letters)
     left = await take_all(channel, name)
     outcomes = sum((each.done for each in runs), dead)
     may_repeat = sum((each.unsettled for each in runs[:-1]), Counter[int]())
@@ -174,10 +175,6 @@ async def test_a_killed_client_loses_nothing_and_repeats_unsettled_messages_only
     assert kinds.keys() - good == dead.keys()
     # Each repetition is owed to a kill that found the message unsettled.
     assert Counter() == repeated - may_repeat
-
-
-def _ids(letters: Sequence[AbstractIncomingMessage]) -> Counter[int]:
-    return Counter(json.loads(each.body)["id"] for each in letters)
 
 
 def _over_amqp10(broker: RunningBroker, point: KillPoint, dlx: str) -> dict[str, Any]:

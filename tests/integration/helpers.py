@@ -223,6 +223,11 @@ async def take_all(
             taken.append(message)
 
 
+def ids(messages: Iterable[AbstractIncomingMessage]) -> Counter[int]:
+    """Return the ids in the bodies of messages, and how often each occurs."""
+    return Counter(json.loads(each.body)["id"] for each in messages)
+
+
 # --- what the library tells -----------------------------------------------------
 
 

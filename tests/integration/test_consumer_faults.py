@@ -25,6 +25,7 @@ from tests.integration.helpers import (
     consumers,
     declare_dead_letters,
     holds,
+    ids,
     publish,
     take_all,
     until,
@@ -41,11 +42,6 @@ def mixed(count: int) -> dict[int, bytes]:
         each: json.dumps({"id": each, "kind": KINDS[each % len(KINDS)]}).encode()
         for each in range(count)
     }
-
-
-def ids(messages) -> Counter[int]:
-    """Return the ids of bodies."""
-    return Counter(json.loads(message.body)["id"] for message in messages)
 
 
 def kind(number: int) -> str:
