@@ -42,6 +42,8 @@ from aio_pika_batch.core.results import (
 )
 from aio_pika_batch.errors import MessageDecodeError, MissingMessageId, ResultError
 
+_RESULT_TYPES = frozenset({MessageResult, Nack, Requeue})
+
 
 class ResultCollector:
     """Collects the results that a handler yields for one batch, and refuses invalid ones.
@@ -78,14 +80,9 @@ class ResultCollector:
             ResultError: It isn't a result, it is one too many, it is for a message of another batch
                 or for the same message again, or it mixes the two forms.
         """
-        kind = type(item)
-        if (
-            (kind is MessageResult or kind is Requeue or kind is Nack)
-            and not self._pairs
-            and self._missing
-        ):
-            # The common case, which occurs once for each message.
-            self._by_position.append(cast("Result", item))
+        if self._missing and not self._pairs and type(item) in _RESULT_TYPES:
+            # The common case, which occurs once for each message: even `cast` would be felt.
+            self._by_position.append(item)  # type: ignore[arg-type]  # it is a Result
             self._missing -= 1
             return
         match item:
