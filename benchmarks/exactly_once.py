@@ -4,6 +4,11 @@ One process consumes messages from a private RabbitMQ and writes them into a pri
 turn with a plain transaction and with an inbox in it. It reads its own processor clock: the cost is
 what a round with the inbox takes more than the round without, and the median over all rounds is
 printed. A relay is measured by itself, from a full outbox to the queue.
+
+One handler at a time waits for the database a few milliseconds longer with the inbox. The processor
+is idle meanwhile, and what it does afterwards takes longer (an `asyncio.sleep(0.003)` in place of
+the claim costs most of the difference at batch 100). Four handlers at a time keep it busy, and show
+what the claim itself costs.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +46,7 @@ from tests.support.postgres import postgres  # noqa: E402
 
 QUEUE = "bench.exactly_once"
 BATCHES = (100, 1000)
+CONCURRENCY = (1, 4)
 ADD = f"""INSERT INTO aio_pika_batch_outbox (message_id, exchange, routing_key, body)
 SELECT md5(number::text), '', '{QUEUE}', repeat('x', 200)::bytea
 FROM generate_series(1, $1) AS number"""  # noqa: S608  -- a constant
@@ -95,11 +102,17 @@ async def publish(url: str, count: int) -> None:
         )
 
 
-async def consume(url: str, pool: Any, batch: int, count: int, inbox: Inbox | None) -> float:  # noqa: ANN401  -- a driver's own
+async def consume(
+    url: str,
+    pool: Any,  # noqa: ANN401  -- a driver's own
+    settings: dict[str, int],
+    count: int,
+    inbox: Inbox | None,
+) -> float:
     """Microseconds of the processor for a message."""
-    warmup = 4 * batch
+    warmup = 4 * settings["batch_size"]
     await publish(url, count + warmup)
-    writer = Writer(BatchConsumerSettings(url=url, queue_name=QUEUE, batch_size=batch))
+    writer = Writer(BatchConsumerSettings(url=url, queue_name=QUEUE, **settings))
     done = writer.prepare(pool, inbox, count + warmup, warmup)
     async with writer:
         await done.wait()
@@ -127,23 +140,25 @@ async def relay(url: str, dsn: str, count: int) -> float:
 async def measure(url: str, dsn: str, rounds: int, count: int) -> None:
     """Print what each costs."""
     await open_transport(Endpoint(url=url)).declare(Topology(queues=(Queue(QUEUE, durable=True),)))
-    async with asyncpg.create_pool(dsn, min_size=1) as pool:
+    async with asyncpg.create_pool(dsn, min_size=max(CONCURRENCY)) as pool:
         await pool.execute("CREATE TABLE effects (number integer)")
         inbox = Inbox("bench")
         async with pool.acquire() as connection:
             await inbox.create(connection)
-        print("| batch | plain, µs | with an inbox |")
-        print("| ---: | ---: | ---: |")
-        for batch in BATCHES:
+        print("| batch | concurrency | plain, µs | with an inbox |")
+        print("| ---: | ---: | ---: | ---: |")
+        for batch, concurrency in product(BATCHES, CONCURRENCY):
+            settings = {"batch_size": batch, "concurrency": concurrency}
             plain, more = [], []
             for number in range(rounds):
                 taken = {}
                 for name in ("plain", "inbox")[:: 1 if number % 2 else -1]:
                     of = inbox if name == "inbox" else None
-                    taken[name] = await consume(url, pool, batch, count, of)
+                    taken[name] = await consume(url, pool, settings, count, of)
                 plain.append(taken["plain"])
                 more.append(taken["inbox"] - taken["plain"])
-            print(f"| {batch} | {statistics.median(plain):.2f} | {statistics.median(more):+.2f} |")
+            alone, extra = statistics.median(plain), statistics.median(more)
+            print(f"| {batch} | {concurrency} | {alone:.2f} | {extra:+.2f} |")
         size = await pool.fetchrow(
             "SELECT pg_total_relation_size('aio_pika_batch_inbox') AS size, count(*) AS rows"
             " FROM aio_pika_batch_inbox"

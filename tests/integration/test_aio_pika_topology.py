@@ -16,6 +16,7 @@ import aio_pika
 import pytest
 
 from aio_pika_batch.adapters.rabbitmq import AioPikaTransport, open_transport
+from aio_pika_batch.cli.check import clock_difference
 from aio_pika_batch.core.publication import Outcome, Publication
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import Binding, Exchange, PublishCheck, Queue, Topology
@@ -612,3 +613,10 @@ async def test_users_and_virtual_hosts_of_any_name_are_reached(
         f"[{','.join(map(str, vhost.encode()))}] q{number}" for number, vhost in enumerate(vhosts)
     }
     assert wanted <= set(found.splitlines())
+
+
+async def test_the_clocks_of_this_machine_and_its_broker_are_the_same(amqp_url) -> None:
+    """A dead letter tells the broker's time. Its fraction of a second is missing."""
+    difference = await clock_difference(open_transport(Endpoint(url=amqp_url)))
+    assert difference is not None
+    assert abs(difference) < 1

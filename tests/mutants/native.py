@@ -12,6 +12,13 @@ _PLAN = "core/settlement_plan.py"
 
 NATIVE = (
     Mutant(
+        "`check` doesn't notice a broker whose clock is behind.",
+        "cli/check.py",
+        "    return max(0.0, earliest) + min(0.0, latest)\n",
+        "    return max(0.0, earliest)\n",
+        ("tests/unit/cli/test_commands.py",),
+    ),
+    Mutant(
         "Suspects stay suspects when they are retried, and take away the delays of all retries.",
         _PLAN,
         "if self.native.headers and self.may_return(message):",

@@ -6,8 +6,10 @@ import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Literal, TypeAlias
+from uuid import uuid4
 
 from rich.text import Text
 
@@ -19,14 +21,18 @@ from aio_pika_batch.core.config_checks import (
     amqp10_hint,
     amqp10_warnings_for,
     broker_warnings_for,
+    clock_warning,
     dead_letter_queue_warnings,
+    delays_natively,
     existing_queue_warnings,
     hints_for,
     warnings_for,
 )
-from aio_pika_batch.core.dead_letter import format_header
+from aio_pika_batch.core.dead_letter import death_info, format_header
 from aio_pika_batch.core.message import FieldValue, Headers
+from aio_pika_batch.core.publication import Publication
 from aio_pika_batch.core.refusals import STREAM_ADVICE, UnequalArgument, unequal_argument
+from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import (
     Binding,
     Exchange,
@@ -41,12 +47,14 @@ from aio_pika_batch.core.topology import (
     to_definitions,
 )
 from aio_pika_batch.core.topology_options import (
+    DEAD_LETTER_EXCHANGE,
+    DEAD_LETTER_ROUTING_KEY,
     QUEUE_TYPE,
     TopologyOptions,
     policy_command,
     refuse_loops,
 )
-from aio_pika_batch.errors import ConfigurationError, TopologyError
+from aio_pika_batch.errors import AccessRefused, ConfigurationError, TopologyError
 from aio_pika_batch.masking import mask_url
 from aio_pika_batch.settings import plain_url
 from aio_pika_batch.settings.derived import (
@@ -55,7 +63,12 @@ from aio_pika_batch.settings.derived import (
     topology_options,
     virtual_host,
 )
-from aio_pika_batch.transport import InspectingTransport, Transport, VersionedTransport
+from aio_pika_batch.transport import (
+    InspectingTransport,
+    Subscription,
+    Transport,
+    VersionedTransport,
+)
 
 Level = Literal["error", "warning", "info"]
 
@@ -160,6 +173,9 @@ async def _findings(consumer: AnyConsumer) -> list[CheckFinding]:
     compared = await compare(transport, needed)
     vhost = virtual_host(plain_url(consumer.settings))
     hint = amqp10_hint(options, profile, version)
+    clock = None
+    if delays_natively(options, profile, version):
+        clock = clock_warning(await clock_difference(transport))
     return [
         *(found for each in compared if (found := _finding(each, vhost)) is not None),
         *await _existing_queues(transport, options, compared, version),
@@ -167,6 +183,7 @@ async def _findings(consumer: AnyConsumer) -> list[CheckFinding]:
         *_warnings(consumer),
         *(CheckFinding("warning", line) for line in broker_warnings_for(options, profile, version)),
         *(CheckFinding("warning", line) for line in amqp10_warnings_for(options, profile, version)),
+        *([] if clock is None else [CheckFinding("warning", clock)]),
         *([] if hint is None else [CheckFinding("info", hint)]),
     ]
 
@@ -449,6 +466,55 @@ async def look_up_type(transport: Transport, options: TopologyOptions) -> str | 
     if exchange is None or not isinstance(transport, InspectingTransport):
         return None
     return await transport.exchange_type(exchange)
+
+
+CLOCK_TIMEOUT = 5.0
+"""Seconds for the comparison of clocks."""
+
+_NO_CLOCK = timedelta(days=10 * 365)
+"""The time of a broker in memory counts from 1970."""
+
+
+async def clock_difference(transport: Transport) -> float | None:
+    """Compare the broker's clock with this computer's.
+
+    Returns:
+        By how many seconds it is ahead, at least; negative if it is behind, 0 if the clocks may
+        show the same; None if that can't be seen.
+
+    Raises:
+        BrokerUnavailable: The broker can't be reached.
+    """
+    # AMQP tells no time, but `x-death` has the second in which a message was dead-lettered. So one
+    # is rejected in a queue that no other connection can consume, and that ends with this one.
+    name = f"aio-pika-batch.clock.{uuid4().hex}"
+    arguments = {DEAD_LETTER_EXCHANGE: "", DEAD_LETTER_ROUTING_KEY: name}
+    queue = Queue(name, durable=False, exclusive=True, arguments=arguments)
+    subscription = Subscription(
+        queue=name, prefetch=1, consumer_tag=name, own=Topology(queues=(queue,)), for_copies=True
+    )
+    rejected_at, died_at = datetime.now(UTC), None
+    try:
+        async with (
+            asyncio.timeout(CLOCK_TIMEOUT),
+            transport.session(subscription) as session,
+            transport.publisher() as publisher,
+        ):
+            await publisher.publish([Publication(b"", routing_key=name)])
+            async for [message] in session:
+                died_at = death_info(message).died_at
+                if died_at is not None:
+                    break
+                rejected_at = datetime.now(UTC)
+                rejection = Settlement(Disposition.REJECT, (message.delivery_tag,))
+                await session.settle([rejection])
+    except (TopologyError, AccessRefused, TimeoutError):
+        return None  # this is not important enough to ask for a permission
+    if died_at is None or died_at - datetime.fromtimestamp(0, UTC) < _NO_CLOCK:
+        return None
+    earliest = (died_at - datetime.now(UTC)).total_seconds()
+    latest = (died_at - rejected_at).total_seconds() + 1  # the second may have been over
+    return max(0.0, earliest) + min(0.0, latest)
 
 
 MOST_ARGUMENTS = 20

@@ -22,6 +22,7 @@ from aio_pika_batch.core.results import MessageResult, Result
 from aio_pika_batch.core.topology import (
     DEFAULT_DELIVERY_LIMIT,
     DEFAULT_LIMIT_SINCE,
+    DELAYS_SINCE,
     DELIVERY_LIMIT,
     Amqp10Obstacle,
     Version,
@@ -67,6 +68,9 @@ _AMQP10_REMEDIES = {
         f" {DELIVERY_LIMIT}=-1 in queue_arguments"
     ),
 }
+
+CLOCK_TOLERANCE = 1.0
+"""Seconds by which clocks may differ."""
 
 MUCH = 1.25
 """How many times as much as it could a message must cost for a setting to be named."""
@@ -180,6 +184,33 @@ def amqp10_warnings_for(
     if why is not None:
         return [f"wire='amqp10' has no effect, AMQP 0-9-1 is used: {why}"]
     return list(_partly_amqp10(options, profile))
+
+
+def delays_natively(
+    options: TopologyOptions, profile: ConsumerProfile, version: Version | None
+) -> bool:
+    """Whether the broker decides by its own clock when a retry is due."""
+    return (
+        profile.wire == "amqp10"
+        and version is not None
+        and version >= DELAYS_SINCE
+        and _no_amqp10(options, profile, version) is None
+    )
+
+
+def clock_warning(ahead: float | None) -> str | None:
+    """What different clocks do to delays over AMQP 1.0; None if they are the same, or unknown.
+
+    Args:
+        ahead: By how many seconds the broker's clock is ahead; negative if it is behind.
+    """
+    if ahead is None or abs(ahead) <= CLOCK_TOLERANCE:
+        return None
+    where, come = ("ahead of", "earlier") if ahead > 0 else ("behind", "later")
+    return (
+        f"the broker's clock is {abs(ahead):.0f} s {where} this computer's: retries over AMQP"
+        f" 1.0 come back {come} by that; synchronize both clocks (NTP)"
+    )
 
 
 def amqp10_hint(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from types import ModuleType
 
@@ -18,6 +19,7 @@ from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
 from aio_pika_batch.adapters.memory import ConnectFault, EventKind
 from aio_pika_batch.cli.app import run_app
 from aio_pika_batch.cli.printing import parse_duration
+from aio_pika_batch.errors import TopologyError
 from tests.unit.shell.helpers import QueueBroker
 
 DLQ = "orders.dlq"
@@ -42,11 +44,11 @@ def cli(rabbit, monkeypatch, capsys):
     """A function that runs a command and returns exit code, output and errors."""
     monkeypatch.setenv("COLUMNS", "120")
 
-    def run(*words, **given):
+    def run(*words, broker=rabbit, **given):
         given = {"queue_name": "orders", "dead_letter_queue": DLQ, "url": "memory://"} | given
         module = ModuleType("bookshop")
         module.orders = Orders(
-            BatchConsumerSettings(_env_file=None, **given), transport=rabbit.transport
+            BatchConsumerSettings(_env_file=None, **given), transport=broker.transport
         )
         monkeypatch.setitem(sys.modules, "bookshop", module)
         code = run_app(list(words))
@@ -215,6 +217,44 @@ def test_check_finds_nothing_about_queues_that_the_consumer_has_declared(cli, ra
     cli("topology", "bookshop:orders", "--apply", queue_type="quorum")
     quorum = {"queue_type": "quorum", "queue_arguments": None}
     assert [] == check(cli, **quorum)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "words"),
+    [
+        (0, None),
+        (7, "s ahead of this computer's: retries over AMQP 1.0 come back earlier by that"),
+        (-7, "s behind this computer's: retries over AMQP 1.0 come back later by that"),
+    ],
+)
+def test_check_compares_the_clocks_that_delays_depend_on(cli, ahead, words):
+    """Only where the broker's clock decides, and it leaves no queue behind."""
+    rabbit = QueueBroker("4.3")
+    rabbit.broker.advance(time.time() + ahead)
+
+    def check(**given):
+        given = {"queue_name": "orders", "dead_letter_queue": DLQ, "queue_type": "quorum"} | given
+        return cli("check", "bookshop:orders", broker=rabbit, **given)[1].replace("\n", " ")
+
+    assert (words is not None) == ("the broker's clock is" in check(wire="amqp10"))
+    assert words is None or words in check(wire="amqp10")
+    assert "clock" not in check()
+    assert [] == rabbit.broker.queues
+
+
+def test_check_compares_no_clocks_without_the_right_to_declare(cli, monkeypatch):
+    """It isn't worth an error."""
+    rabbit = QueueBroker("4.3")
+    rabbit.broker.advance(time.time() + 3600)
+
+    def session(_):
+        raise TopologyError("403")
+
+    monkeypatch.setattr(rabbit.transport, "session", session)
+    code, out, _ = cli(
+        "check", "bookshop:orders", broker=rabbit, wire="amqp10", queue_type="quorum"
+    )
+    assert (0, False) == (code, "clock" in out)
 
 
 def test_check_finds_a_missing_permission(cli, rabbit):

@@ -13,9 +13,11 @@ from aio_pika_batch.core.config_checks import (
     amqp10_hint,
     amqp10_warnings_for,
     broker_warnings_for,
+    clock_warning,
     costliest_setting,
     crash_policy,
     dead_letter_queue_warnings,
+    delays_natively,
     existing_queue_warnings,
     hints_for,
     warnings_for,
@@ -488,6 +490,30 @@ def test_where_amqp_1_0_is_possible_it_is_suggested(options, version):
     assert amqp10_hint(options, WIRED, version) is None
     assert amqp10_hint(options, replace(WIRED, wire="auto"), None) is None
     assert amqp10_hint(options, replace(WIRED, wire="auto", ordered=True), version) is None
+
+
+def test_the_broker_decides_when_a_retry_is_due_if_it_delays_it():
+    """AMQP 1.0 on RabbitMQ 4.3, where that is possible."""
+    assert delays_natively(NATIVE, WIRED, (4, 3))
+    assert not delays_natively(NATIVE, WIRED, (4, 2))
+    assert not delays_natively(NATIVE, WIRED, None)
+    assert not delays_natively(NATIVE, replace(WIRED, wire="auto"), (4, 3))
+    assert not delays_natively(replace(NATIVE, queue_type="classic"), WIRED, (4, 3))
+
+
+@pytest.mark.parametrize(
+    ("ahead", "words"),
+    [
+        (None, None),
+        (0.0, None),
+        (-1.0, None),
+        (1.5, "2 s ahead of this computer's: retries over AMQP 1.0 come back earlier"),
+        (-90, "90 s behind this computer's: retries over AMQP 1.0 come back later"),
+    ],
+)
+def test_clocks_that_differ_are_pointed_out(ahead, words):
+    """From a second on."""
+    assert (words or "None") in str(clock_warning(ahead))
 
 
 @pytest.mark.parametrize(
