@@ -72,6 +72,8 @@ async def until(
             return said
         if time.monotonic() > deadline:
             seen = what() if callable(what) else what
+            if inspect.isawaitable(seen):
+                seen = await seen
             raise AssertionError(f"not within {within} s: {seen or inspect.getsource(condition)}")
         await asyncio.sleep(0.02)
 
@@ -167,15 +169,16 @@ async def publish(
 
 async def ready(url: str, queue: str) -> int:
     """Return the number of ready messages in a queue; -1 if there is no such queue."""
-    return (await _look(url, queue))[0]
+    return (await counts(url, queue))[0]
 
 
 async def consumers(url: str, queue: str) -> int:
     """Return the number of consumers of a queue; -1 if there is no such queue."""
-    return (await _look(url, queue))[1]
+    return (await counts(url, queue))[1]
 
 
-async def _look(url: str, queue: str) -> tuple[int, int]:
+async def counts(url: str, queue: str) -> tuple[int, int]:
+    """Return the numbers of ready messages and of consumers of a queue; -1 if there is none."""
     # On a connection of its own: a queue that is missing costs the channel.
     async with await aio_pika.connect(url) as connection:
         channel = await connection.channel()

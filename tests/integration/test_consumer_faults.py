@@ -23,6 +23,7 @@ from tests.integration.helpers import (
     Stopwatch,
     app,
     consumers,
+    counts,
     declare_dead_letters,
     holds,
     ids,
@@ -176,10 +177,13 @@ async def all_is_well(channel, url, name, consumer, messages, dlq) -> tuple[int,
     """Wait until all messages are done or dead-lettered; return how many were so repeatedly."""
     good = {each for each in messages if kind(each) in {"good", "flaky"}}
     bad = messages.keys() - good
-    await until(
-        lambda: good <= consumer.done.keys(),
-        what=lambda: (sorted(good - consumer.done.keys())[:20], consumer.status()),
-    )
+
+    async def missing():
+        left = sorted(good - consumer.done.keys())
+        ready, present = await counts(url, name)
+        return f"{left} not done; {ready} ready, {present} consumers: {consumer.status()}"
+
+    await until(lambda: good <= consumer.done.keys(), what=missing)
     await until(lambda: consumer.is_healthy)
     dead: Counter[int] = Counter()
     async with asyncio.timeout(PATIENCE):
