@@ -1,1 +1,1 @@
-"""How fast is it, and beside whom? ``python benchmarks/run.py`` measures, ``plan.py`` says what."""
+"""The benchmarks: ``python benchmarks/run.py`` measures what ``plan.py`` lists."""

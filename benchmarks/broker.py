@@ -1,4 +1,4 @@
-"""Where does the broker come from? From the tests: a private node, which dies with this process."""
+"""The broker of the benchmarks: the private node of the tests, which ends with this process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.find import RunningBroker, choose
 
 @contextmanager
 def running() -> Iterator[RunningBroker]:
-    """A broker on 127.0.0.1, or the one that the tests were told to use.
+    """Run a broker on 127.0.0.1, or use the one that the environment names for the tests.
 
     Raises:
         NoBrokerError: There is none; the message says what would help.

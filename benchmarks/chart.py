@@ -1,7 +1,7 @@
-"""How is a figure seen at a glance? Bars on a linear scale that begins at nought, as SVG.
+"""Draws bar charts as SVG, on a linear scale that begins at 0.
 
-The chart brings its own ground, light or dark as its reader prefers, so that it can be read on any
-page. No script, no font of its own, nothing loaded.
+A chart has its own background, light or dark as the reader prefers, so that it can be read on any
+page. It needs no script and no font, and loads nothing.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
 
 
 def ground(title: str, said: str, height: float) -> list[str]:
-    """Begin a drawing: what it is, what it says in words, and what it stands on."""
+    """Begin a drawing with its title, its description and its background."""
     size = f'viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}"'
     return [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
@@ -84,7 +84,7 @@ def ground(title: str, said: str, height: float) -> list[str]:
 
 
 def scale(most: float) -> tuple[float, float]:
-    """A round step, and the round number at which the scale ends."""
+    """Return a round step, and the round number at which the scale ends."""
     rough = most / 6
     power = 10 ** math.floor(math.log10(rough))
     step = next(each * power for each in (1, 2, 5, 10) if each * power >= rough)
@@ -108,19 +108,19 @@ def _number(value: float) -> str:
 
 
 def text(kind: str, x: float, y: float, said: str, anchor: str = "start") -> str:
-    """Words at a place."""
+    """Return a text at a place."""
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
     return f'<text class="{kind}" {place}>{escape(said)}</text>'
 
 
 def line(kind: str, start: tuple[float, float], end: tuple[float, float]) -> str:
-    """A straight line."""
+    """Return a straight line."""
     (x1, y1), (x2, y2) = start, end
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
 def box(kind: str, x: float, y: float, size: tuple[float, float], radius: int) -> str:
-    """A rectangle with round corners."""
+    """Return a rectangle with round corners."""
     width, height = size
     extent = f'width="{width:.1f}" height="{height:.1f}" rx="{radius}"'
     return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" {extent}/>'

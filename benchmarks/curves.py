@@ -1,6 +1,6 @@
-"""How is it seen what changed over time? Curves one below the other, over the same minutes, as SVG.
+"""Draws curves over time as SVG, one below the other.
 
-Each has a scale of its own, which begins at nought.
+They share the time axis. Each has its own scale, which begins at 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Curve:
 
 
 def curves(title: str, drawn: Sequence[Curve], marks: Sequence[float]) -> str:
-    """Draw them from top to bottom, with a mark at the foot for everything that happened."""
+    """Draw them from top to bottom, with a mark at the bottom for each event."""
     height = TOP + len(drawn) * (HEIGHT + GAP) + BOTTOM
     seconds = max(at for curve in drawn for at, _ in curve.points)
     step, most = scale(max(seconds / 60, 1))
@@ -67,7 +67,7 @@ def _panel(curve: Curve, top: float, pixels: float) -> list[str]:
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of each few points, the highest: what stands out must not be left out."""
+    """Return the highest of every few points, so that no peak is lost."""
     few = -(-len(points) // MOST_POINTS)
     return [
         max(points[start : start + few], key=lambda point: point[1])

@@ -1,7 +1,7 @@
-"""Where do the competitors' packages come from? From the index, into environments of their own.
+"""Installs the competitors from the package index, each into an environment of its own.
 
-They stand below ``.cache/bench``, all on one Python, so that nothing but the code differs. Two that
-want different versions of a third are kept apart.
+The environments are below ``.cache/bench`` and use the same Python, so that only the code differs.
+Thus clients may need different versions of the same package.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ REQUIREMENTS: dict[str, list[str]] = {
 
 
 class EnvironmentFailed(Exception):
-    """An environment could not be made; the message has what was said."""
+    """An environment could not be made. The message contains the output."""
 
 
 def python(name: str) -> Path:
-    """The interpreter of an environment, which need not exist."""
+    """Return the interpreter of an environment, which need not exist."""
     return FOLDER / name / "bin" / "python"
 
 
 def make(name: str, interpreter: str, *, anew: bool = False) -> None:
-    """Make an environment, unless it is there and still what is wanted.
+    """Make an environment, unless it exists and has the right packages.
 
     Raises:
-        EnvironmentFailed: The interpreter or the package index did not do as it was told.
+        EnvironmentFailed: The interpreter, or the installation of a package, failed.
     """
     folder = FOLDER / name
     stamp = folder / "made-of.json"
@@ -55,16 +55,16 @@ def make(name: str, interpreter: str, *, anew: bool = False) -> None:
 
 
 def take_ourselves() -> None:
-    """Install this library as it is now: what is edited meanwhile is not measured.
+    """Install this library as it is now. What is edited later is not measured.
 
     Raises:
-        EnvironmentFailed: It cannot be built.
+        EnvironmentFailed: It can't be built.
     """
     _install(MAIN, "--no-deps", "--force-reinstall", str(ROOT))
 
 
 def best_interpreter() -> str:
-    """Python 3.12 if there is one, which all competitors can use; else this one."""
+    """Return Python 3.12, which all competitors can use, or else the running one."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
     found = sorted(pyenv.glob("3.12*/bin/python3.12"))
     # A shim of pyenv's on PATH fails unless it is enabled, so it is asked first what it is.

@@ -1,14 +1,13 @@
-"""What an inbox and an outbox relay cost. ``python benchmarks/exactly_once.py [--rounds N]``.
+"""Measures the cost of an inbox and a relay: ``python benchmarks/exactly_once.py [--rounds N]``.
 
 One process consumes messages from a private RabbitMQ and writes them into a private PostgreSQL, in
 turn with a plain transaction and with an inbox in it. It reads its own processor clock: the cost is
 what a round with the inbox takes more than the round without, and the median over all rounds is
 printed. A relay is measured by itself, from a full outbox to the queue.
 
-One handler at a time waits for the database a few milliseconds longer with the inbox. The processor
-is idle meanwhile, and what it does afterwards takes longer (an `asyncio.sleep(0.003)` in place of
-the claim costs most of the difference at batch 100). Four handlers at a time keep it busy, and show
-what the claim itself costs.
+With an inbox a handler waits for the database longer. The processor is idle meanwhile, which has a
+price of its own: what it does next takes longer. So a third handler shows that price: it has no
+inbox, but waits as long as a claim took.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from itertools import product
+from operator import sub
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not this folder: packages are imported as everybody sees them
+    sys.path[0] = str(ROOT)  # not this folder: packages are imported as anywhere else
 
 import asyncpg  # noqa: E402  -- after the path is right
 
@@ -37,6 +36,7 @@ from aio_pika_batch import (  # noqa: E402
     Message,
     MessageResult,
     Publication,
+    Result,
 )
 from aio_pika_batch.inbox import Inbox  # noqa: E402
 from aio_pika_batch.outbox import Outbox, OutboxRelay, OutboxRelaySettings  # noqa: E402
@@ -46,45 +46,54 @@ from tests.support.postgres import postgres  # noqa: E402
 
 QUEUE = "bench.exactly_once"
 BATCHES = (100, 1000)
-CONCURRENCY = (1, 4)
 ADD = f"""INSERT INTO aio_pika_batch_outbox (message_id, exchange, routing_key, body)
 SELECT md5(number::text), '', '{QUEUE}', repeat('x', 200)::bytea
 FROM generate_series(1, $1) AS number"""  # noqa: S608  -- a constant
 INSERT = "INSERT INTO effects SELECT unnest($1::integer[])"
 
 
+class Variant(NamedTuple):
+    """What a handler does before it writes: it claims its messages, or sleeps for some seconds."""
+
+    inbox: Inbox | None = None
+    wait: float = 0.0
+
+
 class Writer(BatchConsumer):
     """Writes each batch in a transaction."""
 
-    inbox: Inbox | None = None
     pool: Any
-    expected = 0
-    warmup = 0
+    variant: Variant
+    expected: int
+    warmup: int
 
-    def prepare(self, pool: Any, inbox: Inbox | None, expected: int, warmup: int) -> asyncio.Event:  # noqa: ANN401  -- a driver's own
-        """Begin to measure after so many messages; the event is set when all are handled."""
-        self.pool, self.inbox, self.expected, self.warmup = pool, inbox, expected, warmup
-        self.handled, self.began, self.took = 0, 0.0, 0.0
+    def prepare(self, pool: Any, variant: Variant, expected: int, warmup: int) -> asyncio.Event:  # noqa: ANN401  -- a driver's own
+        """Begin to measure after the warm-up; the event is set when all messages are handled."""
+        self.pool, self.variant, self.expected, self.warmup = pool, variant, expected, warmup
+        self.handled, self.began, self.took, self.opening = 0, 0.0, 0.0, 0.0
         self.done = asyncio.Event()
         return self.done
 
-    async def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[MessageResult]:
+    async def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[Result]:
         """Write, and acknowledge."""
         if self.handled >= self.warmup and not self.began:
             self.began, self.measured_from = time.process_time(), self.handled
-        if self.inbox is None:
-            async with self.pool.acquire() as connection, connection.transaction():
-                await connection.execute(INSERT, [int(each.body) for each in messages])
-            for _ in messages:
-                yield MessageResult.ACK
-        else:
-            async with (
-                self.pool.acquire() as connection,
-                self.inbox.transaction(connection, messages) as batch,
-            ):
-                await connection.execute(INSERT, [int(each.body) for each in batch.fresh])
-            for result in batch.results:
-                yield result
+        results: Sequence[Result] = [MessageResult.ACK] * len(messages)
+        async with self.pool.acquire() as connection:
+            asked = time.perf_counter()
+            if self.variant.inbox is None:
+                async with connection.transaction():
+                    if self.variant.wait:
+                        await asyncio.sleep(self.variant.wait)
+                    self.opening += time.perf_counter() - asked
+                    await connection.execute(INSERT, [int(each.body) for each in messages])
+            else:
+                async with self.variant.inbox.transaction(connection, messages) as batch:
+                    self.opening += time.perf_counter() - asked
+                    await connection.execute(INSERT, [int(each.body) for each in batch.fresh])
+                results = batch.results
+        for result in results:
+            yield result
         self.handled += len(messages)
         if self.handled >= self.expected:
             self.took = time.process_time() - self.began
@@ -105,22 +114,23 @@ async def publish(url: str, count: int) -> None:
 async def consume(
     url: str,
     pool: Any,  # noqa: ANN401  -- a driver's own
-    settings: dict[str, int],
+    batch: int,
     count: int,
-    inbox: Inbox | None,
-) -> float:
-    """Microseconds of the processor for a message."""
-    warmup = 4 * settings["batch_size"]
+    variant: Variant,
+) -> tuple[float, float]:
+    """Return µs of CPU per message, and seconds until a batch can be written."""
+    warmup = 4 * batch
     await publish(url, count + warmup)
-    writer = Writer(BatchConsumerSettings(url=url, queue_name=QUEUE, **settings))
-    done = writer.prepare(pool, inbox, count + warmup, warmup)
+    writer = Writer(BatchConsumerSettings(url=url, queue_name=QUEUE, batch_size=batch))
+    done = writer.prepare(pool, variant, count + warmup, warmup)
     async with writer:
         await done.wait()
-    return writer.took / (writer.handled - writer.measured_from) * 1e6
+    took = writer.took / (writer.handled - writer.measured_from) * 1e6
+    return took, writer.opening / writer.handled * batch
 
 
 async def relay(url: str, dsn: str, count: int) -> float:
-    """Microseconds of the processor for a message of a relay that has been started before."""
+    """Return µs of CPU per message of a relay that is already running."""
     outbox = Outbox()
     connection = await asyncpg.connect(dsn)
     await outbox.create(connection)
@@ -140,33 +150,37 @@ async def relay(url: str, dsn: str, count: int) -> float:
 async def measure(url: str, dsn: str, rounds: int, count: int) -> None:
     """Print what each costs."""
     await open_transport(Endpoint(url=url)).declare(Topology(queues=(Queue(QUEUE, durable=True),)))
-    async with asyncpg.create_pool(dsn, min_size=max(CONCURRENCY)) as pool:
+    async with asyncpg.create_pool(dsn, min_size=1) as pool:
         await pool.execute("CREATE TABLE effects (number integer)")
         inbox = Inbox("bench")
         async with pool.acquire() as connection:
             await inbox.create(connection)
-        print("| batch | concurrency | plain, µs | with an inbox |")
+        print("| batch | plain, µs | waits as long | with an inbox |")
         print("| ---: | ---: | ---: | ---: |")
-        for batch, concurrency in product(BATCHES, CONCURRENCY):
-            settings = {"batch_size": batch, "concurrency": concurrency}
-            plain, more = [], []
+        for batch in BATCHES:
+            # The time that a claim takes, from a round that isn't counted.
+            claiming = await consume(url, pool, batch, count, Variant(inbox))
+            opening = await consume(url, pool, batch, count, Variant())
+            waiting = Variant(wait=claiming[1] - opening[1])
+            variants = {"plain": Variant(), "waiting": waiting, "inbox": Variant(inbox)}
+            rounds_of: dict[str, list[float]] = {name: [] for name in variants}
             for number in range(rounds):
-                taken = {}
-                for name in ("plain", "inbox")[:: 1 if number % 2 else -1]:
-                    of = inbox if name == "inbox" else None
-                    taken[name] = await consume(url, pool, settings, count, of)
-                plain.append(taken["plain"])
-                more.append(taken["inbox"] - taken["plain"])
-            alone, extra = statistics.median(plain), statistics.median(more)
-            print(f"| {batch} | {concurrency} | {alone:.2f} | {extra:+.2f} |")
+                for name in list(variants)[:: 1 if number % 2 else -1]:
+                    found = await consume(url, pool, batch, count, variants[name])
+                    rounds_of[name].append(found[0])
+            plain = rounds_of["plain"]
+            more = [
+                statistics.median(map(sub, rounds_of[name], plain)) for name in ("waiting", "inbox")
+            ]
+            print(f"| {batch} | {statistics.median(plain):.2f} | {more[0]:+.2f} | {more[1]:+.2f} |")
         size = await pool.fetchrow(
             "SELECT pg_total_relation_size('aio_pika_batch_inbox') AS size, count(*) AS rows"
             " FROM aio_pika_batch_inbox"
         )
         print(f"{size['size'] / size['rows']:.0f} bytes for a row of the inbox, with its indexes")
         await pool.execute("DROP TABLE effects")
-    found = [await relay(url, dsn, count) for _ in range(rounds)]
-    print(f"{statistics.median(found):.2f} µs for a message of a relay, at 1,000 at a time")
+    relays = [await relay(url, dsn, count) for _ in range(rounds)]
+    print(f"{statistics.median(relays):.2f} µs for a message of a relay, at 1,000 at a time")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""What do many readings say? Pure functions: a median with its spread, ratios, and the bar.
+"""Computes medians with their spread, ratios, and which goals are reached. Pure functions.
 
-CPU per message is the figure that ratios are made of: a busy machine changes it least. A ratio is
-taken within each round, of two measurements that were minutes apart, and then the median of those.
+Ratios compare CPU per message, because a busy machine changes it least. A ratio is taken within
+each round, between measurements that are minutes apart. Its median over the rounds is shown.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Rounds = Mapping[int, Reading]
 
 @dataclass(frozen=True)
 class Spread:
-    """A median, and between what it lies."""
+    """A median with its minimum and maximum."""
 
     median: float
     low: float
@@ -27,63 +27,63 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """The median, the least and the greatest; None of nothing."""
+    """Return median, minimum and maximum; None without values."""
     if not values:
         return None
     return Spread(median(values), min(values), max(values))
 
 
 def cpu(reading: Reading) -> float:
-    """Microseconds of the processor for a message."""
+    """Return µs of CPU per message."""
     return reading.cpu / reading.messages * 1e6
 
 
 def rate(reading: Reading) -> float:
-    """Messages a second."""
+    """Return messages per second."""
     return reading.messages / reading.seconds
 
 
 def cpu_of(rounds: Rounds) -> Spread | None:
-    """CPU per message over all rounds."""
+    """Return CPU per message over all rounds."""
     return spread([cpu(reading) for reading in rounds.values()])
 
 
 def rate_of(rounds: Rounds) -> Spread | None:
-    """Messages a second over all rounds."""
+    """Return messages per second over all rounds."""
     return spread([rate(reading) for reading in rounds.values()])
 
 
 def peak_of(rounds: Rounds) -> Spread | None:
-    """Peak memory over all rounds, in MiB."""
+    """Return the peak memory over all rounds, in MiB."""
     return spread([reading.peak_rss / 2**20 for reading in rounds.values()])
 
 
 def cpu_ratio(rounds: Rounds, other: Rounds) -> Spread | None:
-    """How many times the other's CPU, round by round."""
+    """Return the ratio to the other's CPU, round by round."""
     both = sorted(rounds.keys() & other.keys())
     return spread([cpu(rounds[each]) / cpu(other[each]) for each in both])
 
 
 def cpu_difference(rounds: Rounds, other: Rounds) -> Spread | None:
-    """How many microseconds more than the other, round by round."""
+    """Return how many µs more than the other it needs, round by round."""
     both = sorted(rounds.keys() & other.keys())
     return spread([cpu(rounds[each]) - cpu(other[each]) for each in both])
 
 
 def rate_ratio(rounds: Rounds, other: Rounds) -> Spread | None:
-    """How many times the other's messages a second, round by round."""
+    """Return the ratio to the other's messages per second, round by round."""
     both = sorted(rounds.keys() & other.keys())
     return spread([rate(rounds[each]) / rate(other[each]) for each in both])
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One thing that this library wants to be able to say of itself.
+    """A goal for a figure of this library.
 
     Attributes:
-        limit: What the median must reach; a fraction, where others are compared with.
-        seen: None if it was not measured.
-        is_ceiling: Whether it must not be more than the limit, or not be less.
+        limit: What the median must reach; a fraction if it is a ratio to others.
+        seen: The measured value; None if there is none.
+        is_ceiling: Whether the limit is a maximum rather than a minimum.
     """
 
     text: str
@@ -94,14 +94,14 @@ class Goal:
 
     @property
     def is_reached(self) -> bool | None:
-        """None if nobody knows."""
+        """Whether it is reached; None if it wasn't measured."""
         if self.seen is None:
             return None
         return self.seen.median <= self.limit if self.is_ceiling else self.seen.median >= self.limit
 
 
 def the_bar(of: Mapping[str, Rounds]) -> list[Goal]:
-    """What this library wants to reach, and what was seen, from the rounds of each case."""
+    """Return the goals of this library with what was measured, from the rounds of each case."""
     nothing: Rounds = {}
 
     def rounds(key: str) -> Rounds:
@@ -197,7 +197,7 @@ def _grown(rounds: Rounds) -> Spread | None:
 
 
 def _memory_ratio(of: Mapping[str, Rounds]) -> Spread | None:
-    """How much more memory, for so much more in hand."""
+    """Return the ratio of memory for more unsettled messages."""
     small, large = of.get("memory-500-16384", {}), of.get("memory-500-262144", {})
     in_hand = 500 * (262_144 - 16_384)
     both = sorted(small.keys() & large.keys())

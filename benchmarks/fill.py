@@ -1,7 +1,7 @@
-"""How are a million messages put into a queue before anybody has lost patience?
+"""Fills a queue with a million messages quickly.
 
-The frames of one message are made once and written again and again, by a client that knows nothing
-else. That all have arrived is seen by asking the broker for the length of the queue.
+A client that can do nothing else makes the frames of one message once, and writes them repeatedly.
+It asks the broker for the length of the queue to see when all have arrived.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ class Filler:
         self._received = b""
 
     def make(self, queue: str, kind: str = "classic") -> None:
-        """Make a durable queue."""
+        """Declare a durable queue."""
         arguments = {"x-queue-type": kind}
         asked = commands.Queue.Declare(queue=queue, durable=True, arguments=arguments)
         self._call(asked, commands.Queue.DeclareOk)
 
     def delete(self, queue: str) -> None:
-        """Delete a queue, if there is one."""
+        """Delete a queue if it exists."""
         self._call(commands.Queue.Delete(queue=queue), commands.Queue.DeleteOk)
 
     def length(self, queue: str) -> int:
-        """How many messages are ready to be delivered."""
+        """Return the number of ready messages."""
         asked = commands.Queue.Declare(queue=queue, passive=True)
         return self._call(asked, commands.Queue.DeclareOk).message_count or 0
 
     def wait(self, queue: str, at_least: int, patience: float = _PATIENCE) -> int:
-        """Wait for a queue to have grown, and return its length."""
+        """Wait until a queue is this long, and return its length."""
         deadline = time.monotonic() + patience
         while (length := self.length(queue)) < at_least and time.monotonic() < deadline:
             time.sleep(0.05)  # noqa: TID251  -- no event loop here
         return length
 
     def fill(self, queue: str, count: int, body: int, shape: str = "plain") -> None:
-        """Put that many persistent messages into a queue, and wait until they are all there."""
+        """Put persistent messages into a queue, and wait until all have arrived."""
         make = _celery_message if shape == "celery" else _message
         one = make(queue, body)
         many = max(1, _CHUNK // len(one))
@@ -84,7 +84,7 @@ class Filler:
         self._socket.sendall(frame.marshal(sent, channel))
 
     def hear(self, wanted: type[Answer]) -> Answer:
-        """Wait for one method; whatever else comes is an error, but a heartbeat."""
+        """Wait for one method. Anything else but a heartbeat is an error."""
         while True:
             while len(self._received) < _size(self._received):
                 chunk = self._socket.recv(_CHUNK)
@@ -126,7 +126,7 @@ def connected(url: str) -> Iterator[Filler]:
 
 
 def _size(received: bytes) -> int:
-    """How long the first frame is; longer than what there is, if that cannot be seen yet."""
+    """Return the length of the first frame; longer than the data if that can't be seen yet."""
     head = 7
     if len(received) < head:
         return head
@@ -134,7 +134,7 @@ def _size(received: bytes) -> int:
 
 
 def _message(queue: str, body: int, headers: Mapping[str, str] = NO_HEADERS) -> bytes:
-    """A message as an application might publish it."""
+    """Return a message as an application might publish it."""
     properties = commands.Basic.Properties(
         content_type="application/octet-stream",
         delivery_mode=2,
@@ -145,7 +145,7 @@ def _message(queue: str, body: int, headers: Mapping[str, str] = NO_HEADERS) -> 
 
 
 def _celery_message(queue: str, body: int) -> bytes:
-    """A message as Celery publishes a task, in its protocol's second version."""
+    """Return a message as Celery publishes a task (its protocol 2)."""
     task_id = "0b9e46f3-5f5d-4d6c-9c5e-5b0c4b2c7c11"
     properties = commands.Basic.Properties(
         content_type="application/json",

@@ -92,12 +92,12 @@ def measure_pairs(
 
 
 def main() -> int:
-    """Do what was asked for; return how many cases have become more expensive."""
+    """Compare the revisions; return how many cases have become more expensive."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("revision", help="what to compare with, such as the tag of a release")
     parser.add_argument("--pairs", type=int, choices=sorted(STUDENT), default=9)
     parser.add_argument("--only", nargs="+", default=[], metavar="CASE")
-    parser.add_argument("--messages", type=int, help="at most so many in a measurement")
+    parser.add_argument("--messages", type=int, help="maximum number of messages in a measurement")
     asked = parser.parse_args()
     environments.make(environments.MAIN, environments.best_interpreter())
     sources = check_out(asked.revision), environments.ROOT / "src"

@@ -1,4 +1,4 @@
-"""On what was it measured?"""
+"""Describes the machine on which something was measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.environments import ROOT
 
 
 def describe(broker: str, before: str) -> dict[str, str]:
-    """What a reader must know to judge the figures, in the order to be shown."""
+    """Return what a reader must know to judge the figures, in the order of the report."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "revision": _revision(),
@@ -26,7 +26,7 @@ def describe(broker: str, before: str) -> dict[str, str]:
 
 
 def load() -> str:
-    """How busy it is: the average over one, five and fifteen minutes."""
+    """Return the load averages over 1, 5 and 15 minutes."""
     return " ".join(f"{each:.1f}" for each in os.getloadavg())
 
 

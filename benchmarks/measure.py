@@ -1,6 +1,4 @@
-"""One measurement: a queue filled anew, a fresh process with a time limit, and a look whether the
-work was really done.
-"""
+"""Does one measurement: fills a queue, runs a process with a time limit, and checks its work."""
 
 from __future__ import annotations
 
@@ -24,18 +22,18 @@ _RETURN = 3.0  # seconds, for it to take back what a connection left unsettled
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One line of a table.
+    """One row of a table.
 
     Attributes:
-        key: How other code, and ``--only``, names it.
-        name: How a reader sees it.
+        key: Its name in code and for ``--only``.
+        name: Its name in the report.
         module: The competitor, in ``benchmarks.competitors``.
         is_ours: Whether it is this library.
-        fill: Whether its queue is full at the start: it consumes.
+        fill: Whether it consumes, so that its queue is filled first.
         shape: Of the messages that it consumes.
         queue_type: Of the queue that it consumes.
-        source: The sources of this library that it uses; None for what is installed.
-        limit: Seconds that it may take.
+        source: The sources of this library to use; None for the installed ones.
+        limit: The maximum number of seconds it may take.
     """
 
     key: str
@@ -57,23 +55,23 @@ class Case:
     limit: float = 300.0
 
     def smaller(self, most: int) -> Case:
-        """The same, with fewer messages."""
+        """Return the same case with fewer messages."""
         messages = min(self.messages, most)
         return replace(self, messages=messages, warmup=min(self.warmup, messages))
 
     @property
     def ahead(self) -> int:
-        """How many messages may be in the hands of the client at the end."""
+        """How many messages the client may have received ahead at the end."""
         return self.prefetch * int(self.options.get("num_workers", 1)) + self.batch
 
     @property
     def filled(self) -> int:
-        """How many messages its queue holds at the start: it never runs dry."""
+        """How many messages its queue has at the start: it never gets empty."""
         return self.warmup + self.messages + 2 * self.ahead if self.fill else 0
 
 
 class Failed(Exception):
-    """A competitor did not do it; the message says why."""
+    """A competitor has failed; the message says why."""
 
 
 def measure(case: Case, filler: Filler, url: str, missing: Mapping[str, str]) -> Reading:
@@ -83,7 +81,7 @@ def measure(case: Case, filler: Filler, url: str, missing: Mapping[str, str]) ->
         missing: The environments that could not be made, and why.
 
     Raises:
-        Failed: It ended badly, took too long, or did not do what it said.
+        Failed: It ended with an error, took too long, or has not done what it reports.
     """
     if case.environment in missing:
         raise Failed(missing[case.environment])
@@ -114,7 +112,7 @@ def measure(case: Case, filler: Filler, url: str, missing: Mapping[str, str]) ->
 
 
 def run(case: Case, job: Job) -> Reading:
-    """Run the competitor in a process of its own, and take its answer."""
+    """Run the competitor in a process of its own, and return its answer."""
     interpreter = environments.python(case.environment)
     command = [str(interpreter), "-m", f"benchmarks.competitors.{case.module}"]
     paths = [str(each) for each in (case.source, environments.ROOT) if each is not None]
@@ -146,10 +144,10 @@ def run(case: Case, job: Job) -> Reading:
 
 
 def _check(case: Case, reading: Reading, queue: str, filler: Filler) -> None:
-    """Look into the queue: the settlements, or the publications, must have come."""
+    """Check the queue: the settlements, or the publications, must have arrived."""
     if not case.fill:
         if (length := filler.length(queue)) < reading.messages:
-            raise Failed(f"{length} messages in the queue, {reading.messages} said to be published")
+            raise Failed(f"{length} messages in the queue, {reading.messages} reported")
         return
     handled = case.warmup + reading.messages
     lost = {"mixed": 0.9, "requeue": 0.0}.get(case.task, 1.0) * handled

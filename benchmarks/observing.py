@@ -1,13 +1,13 @@
-"""What does it cost to be observed? ``python benchmarks/observing.py [--against REVISION] …``.
+"""Measures what observers cost: ``python benchmarks/observing.py [--against REVISION] …``.
 
 One process consumes the same messages again and again from a broker of its own, in turn unobserved
-and observed, and reads the processor's clock. What a round of the one takes more than the same
-round of the other is the cost; the median over all rounds is told. Every message carries a trace of
-its own, and the exporter throws away what it is given: nothing is spared but the sending. Of
-OpenTelemetry there are two, since a span that is recorded has its links: one records every batch,
-the other one in ten.
+and observed, and reads the processor's clock. The cost is what an observed round takes more than
+the other; the median over all rounds is printed. Every message has a trace of its own, and the
+exporter discards the spans, so that only sending them isn't measured. OpenTelemetry is measured
+twice, because a span that is recorded has links: one variant records every batch, the other one in
+ten.
 
-With ``--against``, another revision does the same in turn, and the ratio of the costs is told.
+With ``--against``, another revision does the same in turn, and the ratio of the costs is printed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not this folder: packages are imported as everybody sees them
+    sys.path[0] = str(ROOT)  # not this folder: packages are imported as anywhere else
 
 from opentelemetry.sdk.metrics import MeterProvider  # noqa: E402  -- after the path is right
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader  # noqa: E402
@@ -51,16 +51,16 @@ BATCHES = (1, 10, 100, 500)
 
 
 class Nowhere(SpanExporter):
-    """Throws spans away."""
+    """Discards spans."""
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Say that all went well."""
+        """Report success."""
         del spans
         return SpanExportResult.SUCCESS
 
 
 def variants() -> dict[str, Pick]:
-    """Who looks on; the first is nobody."""
+    """Return the observers of each variant; the first has none."""
     prometheus = PrometheusObserver(CollectorRegistry())
     all_of_them, one_in_ten = telemetry(1), telemetry(0.1)
     return {
@@ -72,7 +72,7 @@ def variants() -> dict[str, Pick]:
 
 
 def telemetry(ratio: float) -> Observer:
-    """One that records some of all batches."""
+    """Return an observer that records a part of all batches."""
     traces = TracerProvider(ParentBased(TraceIdRatioBased(ratio)))
     traces.add_span_processor(BatchSpanProcessor(Nowhere()))
     meters = MeterProvider([InMemoryMetricReader()])
@@ -80,7 +80,7 @@ def telemetry(ratio: float) -> Observer:
 
 
 def consume(filler: Filler, url: str, batch: int, messages: int, watched_by: Pick) -> float:
-    """Microseconds of the processor for a message."""
+    """Return µs of CPU per message."""
     queue = "bench.observing"
     prefetch = max(500, 2 * batch)
     warmup = 2 * prefetch
@@ -107,7 +107,7 @@ def consume(filler: Filler, url: str, batch: int, messages: int, watched_by: Pic
 
 
 def measure(filler: Filler, url: str, batch: int, messages: int, turn: int) -> dict[str, float]:
-    """One round: microseconds for a message, by who looks on."""
+    """Measure one round; return µs of CPU per message of each variant."""
     looking = variants()
     names = list(looking)
     # Another order each time: who comes first has a colder cache.
@@ -117,7 +117,7 @@ def measure(filler: Filler, url: str, batch: int, messages: int, turn: int) -> d
 
 
 def measure_other(source: Path, url: str, batch: int, messages: int, turn: int) -> dict[str, float]:
-    """The same, by the sources of some revision."""
+    """Measure one round with the sources of another revision."""
     numbers = map(str, (batch, messages, turn))
     done = subprocess.run(  # noqa: S603  -- our own
         [sys.executable, __file__, "--answer", url, *numbers],
@@ -131,7 +131,7 @@ def measure_other(source: Path, url: str, batch: int, messages: int, turn: int) 
 
 
 def extra(rounds: Sequence[dict[str, float]], name: str) -> float:
-    """The median of what being observed costs."""
+    """Return the median of what observers cost."""
     return statistics.median(each[name] - each["nobody"] for each in rounds)
 
 

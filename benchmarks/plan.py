@@ -1,7 +1,7 @@
-"""What is compared with what, on how many messages?
+"""Lists what is measured, and with how many messages.
 
-Slow clients get fewer, so that a round takes minutes. The cases of a section are measured in turn,
-and all of them anew in each round, so that whatever else the machine does meets them all.
+Slow clients get fewer, so that a round takes minutes. Each round measures all cases of a section in
+turn, so that whatever else the machine does affects all of them.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ AMQP10 = [
 
 
 def sections(*, has_wire: bool) -> dict[str, Sequence[Case]]:
-    """Everything, by section, in the order of the report."""
+    """Return all cases by section, in the order of the report."""
     return {
         "consume": CONSUME,
         "publish": PUBLISH,

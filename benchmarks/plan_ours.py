@@ -1,4 +1,4 @@
-"""Beside itself, what does this library cost, and how does that grow?"""
+"""Lists the cases that compare this library with itself, and how its cost grows."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ IN_HAND = 64 * MIB
 
 
 def ours(key: str, name: str, task: str = "ack", messages: int = FAST, **more: Any) -> Case:  # noqa: ANN401  -- Case has the types
-    """A case of this library's."""
+    """Return a case of this library."""
     fields = {"module": "ours_batch", "is_ours": True, **more}
     return Case(key=key, name=f"aio-pika-batch: {name}", task=task, messages=messages, **fields)
 
 
 def _sized(body: int, messages: int) -> dict[str, Any]:
-    """Bodies of a size, and not more of them at a time than fit in a client's hands."""
+    """Return a case with bodies of a size, and a prefetch count that bounds the memory."""
     prefetch = max(10, min(500, IN_HAND // body))
     return {
         "body": body,
@@ -32,7 +32,7 @@ def _sized(body: int, messages: int) -> dict[str, Any]:
 
 
 def variants(*, has_wire: bool) -> list[Case]:
-    """What its user may choose; both wires, where there are two."""
+    """Return the cases of what users may choose, on both wires where there are two."""
     sizes = {
         "64 B": _sized(64, FAST),
         "1 KiB": _sized(KIB, FAST),

@@ -1,4 +1,4 @@
-"""What is a competitor told, and what does it answer?
+"""Defines what a competitor gets, and what it answers.
 
 A competitor is a module of ``benchmarks.competitors``, run in a process of its own with one
 argument, a `Job` as JSON. It prints one line of JSON, a `Reading`, and ends::
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 CELERY_TASK = "benchmarks.handle"
-"""What the messages for Celery call: theirs are not shaped like anybody else's."""
+"""What the messages for Celery call: they have a shape of their own."""
 
 _STATUS = Path("/proc/self/status")
 
@@ -31,10 +31,10 @@ class Job:
     """What to do.
 
     Attributes:
-        task: What becomes of a message; each competitor says which tasks it knows.
+        task: What happens to a message; each competitor lists the tasks it knows.
         messages: How many to measure, after the first `warmup`. The queue holds more.
         body: Bytes in a message, for those who publish.
-        options: What only some competitors know.
+        options: Options that only some competitors know.
     """
 
     url: str
@@ -49,7 +49,7 @@ class Job:
 
     @property
     def payload(self) -> bytes:
-        """A body to publish."""
+        """Return a body to publish."""
         return b"x" * self.body
 
 
@@ -58,11 +58,11 @@ class Reading:
     """What was measured, between the warm-up and the last message.
 
     Attributes:
-        cpu: Seconds of the processor, user and system, all threads.
-        seconds: Seconds on the wall.
+        cpu: Seconds of CPU, user and system, of all threads.
+        seconds: Seconds of wall-clock time.
         rss: Bytes of memory after the warm-up, at their peak until then.
-        peak_rss: Bytes of memory at their peak.
-        versions: Of the packages that did the work.
+        peak_rss: Return the peak memory in bytes.
+        versions: Versions of the packages that did the work.
         note: What a reader should know.
     """
 
@@ -90,7 +90,7 @@ class Meter:
         self.reading: Reading | None = None
 
     def count(self, messages: int) -> bool:
-        """Count what has just been handled; True once all is measured."""
+        """Count what has just been handled; return True once everything is measured."""
         self._seen += messages
         if self._seen < self._mark:
             return False
@@ -113,7 +113,7 @@ class Meter:
 
 
 def peak_rss() -> int:
-    """Bytes of memory at their peak.
+    """Return the peak memory in bytes.
 
     Linux hands `ru_maxrss` on from the process that started this one, so it is the last resort.
     """
@@ -126,7 +126,7 @@ def peak_rss() -> int:
 
 
 def answer(reading: Reading | None, packages: Sequence[str], note: str = "") -> None:
-    """Print the one line that is waited for."""
+    """Print the line with the answer."""
     if reading is None:
         sys.exit("it ended before all messages were handled")
     reading.versions = {name: version(name) for name in packages}
@@ -135,7 +135,7 @@ def answer(reading: Reading | None, packages: Sequence[str], note: str = "") -> 
 
 
 def compete(run: Callable[[Job, Meter], object], *packages: str) -> None:
-    """Do the job of the command line: what each competitor ends with."""
+    """Do the job of the command line. Each competitor ends with this call."""
     job = Job(**json.loads(sys.argv[1]))
     meter = Meter(job)
     run(job, meter)

@@ -1,6 +1,6 @@
-"""How are the figures told? As Markdown between two marks of ``performance.md``, and as charts.
+"""Writes the figures as Markdown between two marks of ``performance.md``, and as charts.
 
-What stands outside the marks is written by hand, and left alone.
+Text outside the marks is written by hand, and is kept.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def between_marks(text: str, new: str) -> str:
 
 
 def render(kept: Kept) -> str:
-    """All that was measured, as Markdown."""
+    """Return all that was measured as Markdown."""
     parts = [machine_table(kept.machine, versions(kept))]
     goals = figures.the_bar(kept.readings)
     if any(goal.seen for goal in goals):
@@ -92,7 +92,7 @@ def render(kept: Kept) -> str:
 
 
 def versions(kept: Kept) -> dict[str, set[str]]:
-    """Which versions of what were measured."""
+    """Return the versions of what was measured."""
     found: dict[str, set[str]] = {}
     for rounds in kept.readings.values():
         for reading in rounds.values():
@@ -102,13 +102,13 @@ def versions(kept: Kept) -> dict[str, set[str]]:
 
 
 def machine_table(machine: Mapping[str, str], packages: Mapping[str, set[str]]) -> str:
-    """On what, and with what."""
+    """Return a table of the machine and the software."""
     used = ", ".join(f"{name} {' and '.join(sorted(packages[name]))}" for name in sorted(packages))
     return rows(["", ""], [*machine.items(), ("packages", used)])
 
 
 def goal_table(goals: Sequence[Goal]) -> str:
-    """What was to be reached, and whether it was."""
+    """Return a table of the goals, and whether they are reached."""
     verdicts = {True: "reached", False: "**missed**", None: "not measured"}
     return rows(
         ["goal", "wanted", "seen", ""],
@@ -125,12 +125,12 @@ def goal_table(goals: Sequence[Goal]) -> str:
 
 
 def form(goal: Goal) -> Callable[[float | Fraction], str]:
-    """How its numbers are written: as one of so many parts, where it is about such."""
+    """Return how its numbers are written: as a fraction if the goal is one."""
     return part if isinstance(goal.limit, Fraction) else number
 
 
 def table(kept: Kept, cases: Sequence[Case], against: str | None) -> str:
-    """One line for each case that was tried."""
+    """Return a row for each case that was tried."""
     base: Rounds = kept.readings.get(against or "", {})
     lines = []
     for case in cases:
@@ -155,19 +155,19 @@ def table(kept: Kept, cases: Sequence[Case], against: str | None) -> str:
 
 
 def failures(kept: Kept) -> str:
-    """What went wrong, in the words of what went wrong."""
+    """Return the errors, in their own words."""
     return "\n".join(f"- {key}: {'; '.join(errors)}" for key, errors in kept.errors.items())
 
 
 def shown(case: Case) -> str:
-    """A name; in bold, if it is this library's."""
+    """Return a name, in bold if it is this library."""
     return f"**{case.name}**" if case.is_ours else case.name
 
 
 def told(
     seen: Spread | None, form: Callable[[float], str] | None = None, *, is_brief: bool = False
 ) -> str:
-    """A median, and its spread in brackets."""
+    """Return a median, with its minimum and maximum in brackets."""
     if seen is None:
         return "–"
     write_number = form or number
@@ -178,7 +178,7 @@ def told(
 
 
 def number(value: float | Fraction) -> str:
-    """Three digits that count."""
+    """Return a number with three significant digits."""
     if abs(value) >= 100:  # noqa: PLR2004
         return f"{value:,.0f}"
     if abs(value) >= 10:  # noqa: PLR2004
@@ -187,17 +187,17 @@ def number(value: float | Fraction) -> str:
 
 
 def part(value: float | Fraction) -> str:
-    """A part of the whole that others need."""
+    """Return a ratio as a fraction."""
     return f"1/{1 / float(value):.3g}"
 
 
 def whole(value: float) -> str:
-    """A count."""
+    """Return a count."""
     return f"{value:,.0f}"
 
 
 def rows(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table: text to the left, what follows the first column to the right."""
+    """Return a table whose first column is aligned to the left, and the others to the right."""
     form = ["---", *["---:"] * (len(heads) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, form, *lines))
 

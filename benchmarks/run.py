@@ -1,9 +1,9 @@
-"""How fast is it? ``python benchmarks/run.py [--quick] [--only SECTION|CASE …] [--rounds N]``.
+"""Runs the benchmarks: ``python benchmarks/run.py [--quick] [--only SECTION|CASE …] [--rounds N]``.
 
 Starts a broker of its own, makes environments for the competitors, measures them in turn, and
-writes ``docs/performance.md`` with its charts; a run that is not a whole one writes the same below
-``.cache/bench/report`` instead. What was measured is kept as it comes, so that a run that was
-interrupted can be shown, or shown otherwise: ``--show FILE [FILE …]``.
+writes ``docs/performance.md`` with its charts. A run of only some cases writes below
+``.cache/bench/report`` instead. Measurements are saved at once, so that a run that was interrupted
+can be shown too: ``--show FILE [FILE …]``.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not this folder: packages are imported as everybody sees them
+    sys.path[0] = str(ROOT)  # not this folder: packages are imported as anywhere else
 
 from benchmarks import environments  # noqa: E402  -- after the path is right
 
 
 def arguments() -> argparse.Namespace:
-    """What was asked for."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="few messages, one round: does it run?"
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="sections or cases")
     parser.add_argument("--rounds", type=int, help="instead of 5, 3 or 1, as plan.py has it")
-    parser.add_argument("--messages", type=int, help="at most so many in a measurement")
+    parser.add_argument("--messages", type=int, help="maximum number of messages in a measurement")
     parser.add_argument("--python", help="what the competitors run on; 3.12 suits all")
-    parser.add_argument("--anew", action="store_true", help="make all environments anew")
+    parser.add_argument("--anew", action="store_true", help="make all environments again")
     parser.add_argument(
         "--show",
         type=Path,
@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
 
 
 def move_in(interpreter: str, *, anew: bool) -> None:
-    """Go on in the main environment, which has all that this program needs."""
+    """Continue in the main environment, which has all that this program needs."""
     if Path(sys.prefix).resolve() == (environments.FOLDER / environments.MAIN).resolve():
         return
     environments.make(environments.MAIN, interpreter, anew=anew)
@@ -55,7 +55,7 @@ def move_in(interpreter: str, *, anew: bool) -> None:
 
 
 def main() -> None:
-    """Do what was asked for."""
+    """Measure, or show what was measured."""
     asked = arguments()
     interpreter = asked.python or environments.best_interpreter()
     move_in(interpreter, anew=asked.anew)

@@ -1,9 +1,9 @@
-"""What do more workers, and a second process, bring? ``python -m benchmarks.scale [--rounds N]``.
+"""Measures what more workers and processes bring: ``python -m benchmarks.scale [--rounds N]``.
 
-On a private node and on a private cluster of three, with a quorum queue that is filled anew each
-time. Counted is what all processes have handled while all of them were at work: neither
-start-up nor the last few messages. Each round measures everything once; ratios are taken within a
-round, medians over rounds. Writes the tables of ``docs/scaling.md``.
+It uses a private node and a private cluster of three, with a quorum queue that is filled for each
+measurement. It counts what all processes handle while all of them work, which excludes the start
+and the last few messages. Each round measures everything once; ratios are taken within a round,
+medians over rounds. Writes the tables of ``docs/scaling.md``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _PATIENCE = 60.0  # seconds for a process to see its first message
 
 @dataclass(frozen=True)
 class Job:
-    """What one process does."""
+    """The work of one process."""
 
     url: str
     workers: int
@@ -62,7 +62,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Work:
-    """What one process has done: when each batch ended, of how many messages, and CPU by then."""
+    """What one process has done: the end and size of each batch, and the CPU until then."""
 
     ended: list[float]
     sizes: list[int]
@@ -71,17 +71,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Seen:
-    """One measurement: messages a second of all processes, and their CPU, µs for a message."""
+    """A measurement: messages per second of all processes, and their µs of CPU per message."""
 
     rate: float
     cpu: float
 
 
 def judge(works: Sequence[Work]) -> Seen:
-    """Count what was done while all were at work.
+    """Count what was done while all processes worked.
 
     Raises:
-        ValueError: They never were.
+        ValueError: They never did.
     """
     begin = max(each.ended[0] for each in works)
     end = min(each.ended[-1] for each in works)
@@ -137,7 +137,7 @@ async def consume(job: Job) -> Work:
 
 
 def child() -> None:
-    """Be one of the processes: say so when everything is imported, and begin when told to."""
+    """Run one of the processes: report when everything is imported, and begin on a signal."""
     job = Job(**json.loads(sys.argv[2]))
     print("ready", flush=True)
     sys.stdin.readline()
@@ -146,7 +146,7 @@ def child() -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """A broker: its version, where to publish, and where to consume."""
+    """A broker: its version, and the URLs to publish and to consume."""
 
     version: str
     fill: str
@@ -155,14 +155,14 @@ class Place:
 
 @contextmanager
 def one_node(server: Path, folder: Path) -> Iterator[Place]:
-    """A node of its own."""
+    """Run a private node."""
     with RabbitMQ(server, folder) as broker:
         yield Place(broker.version, broker.url, broker.url)
 
 
 @contextmanager
 def three_nodes(server: Path, folder: Path) -> Iterator[Place]:
-    """A cluster, of which each worker chooses a node."""
+    """Run a private cluster, of which each worker chooses a node."""
     with Cluster(server, folder) as cluster:
         yield Place(cluster.version, cluster.nodes[0].url, cluster.url)
 
@@ -204,7 +204,7 @@ Figures = dict[tuple[str, str, tuple[int, int]], list[Seen]]
 
 
 def table(figures: Figures, place: str, handler: str) -> str:
-    """Tell the medians of one place and one handler."""
+    """Return the medians of one broker and one handler."""
     base = figures[place, handler, SHAPES[0]]
     lines = [
         f"**{place.capitalize()}; the handler {HANDLERS[handler]}**",
@@ -225,7 +225,7 @@ def table(figures: Figures, place: str, handler: str) -> str:
 
 
 def write(figures: Figures, about: str) -> None:
-    """Put all tables between the marks of the page."""
+    """Write all tables between the marks of the page."""
     places = dict.fromkeys(place for place, _, _ in figures)
     tables = [table(figures, place, handler) for place in places for handler in HANDLERS]
     text = "\n\n".join([BEGIN, about, *tables, END])
@@ -242,7 +242,7 @@ def _server() -> Path:
 
 
 def main() -> None:
-    """Measure everything, and write it down."""
+    """Measure everything, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds

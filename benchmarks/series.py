@@ -1,6 +1,6 @@
-"""How is a whole run done? Section after section, round after round, case after case, in turn.
+"""Runs all sections: each has several rounds, and a round measures each case once.
 
-Each measurement is written down at once, a line of JSON; the first line tells the machine.
+Each measurement is saved at once as a line of JSON. The first line describes the machine.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Kept:
     errors: dict[str, list[str]] = field(default_factory=dict)
 
     def take(self, line: Mapping[str, object]) -> None:
-        """Take one line of the file."""
+        """Add a line of the file."""
         key, number = str(line["case"]), int(str(line["round"]))
         if (error := line.get("error")) is not None:
             told = self.errors.setdefault(key, [])
@@ -49,12 +49,12 @@ class Kept:
 
 
 def all_sections() -> Sections:
-    """The whole plan, as far as the library can do it."""
+    """Return the whole plan, as far as this revision of the library supports it."""
     return plan.sections(has_wire="wire" in BatchConsumerSettings.model_fields)
 
 
 def choose(names: Sequence[str], *, quick: bool, most: int | None) -> Sections:
-    """The sections and cases of these names, or all, with at most so many messages."""
+    """Return the sections and cases of these names, or all of them."""
     wanted: dict[str, Sequence[Case]] = {}
     known = set()
     for section, cases in all_sections().items():
@@ -102,10 +102,10 @@ def _told(reading: Reading) -> str:
 
 
 def load(file: Path, *later: Path) -> Kept:
-    """What a run has kept, even one that was interrupted.
+    """Return what a run has saved, also one that was interrupted.
 
     Args:
-        later: Runs of parts of it: a section that they have measured counts instead.
+        later: Later runs of some sections, which replace the earlier ones.
     """
     first, *rest = [json.loads(line) for line in file.read_text().splitlines()]
     kept = Kept(machine=first["machine"])
@@ -117,7 +117,7 @@ def load(file: Path, *later: Path) -> Kept:
 
 
 def _replace_sections(kept: Kept, anew: Kept) -> None:
-    """Take whole sections, since ratios are of one run."""
+    """Replace whole sections, because ratios need one run."""
     measured = anew.readings.keys() | anew.errors.keys()
     sections = {
         section: {case.key for case in cases}
@@ -135,7 +135,7 @@ def _replace_sections(kept: Kept, anew: Kept) -> None:
 
 
 def _in_turn(wanted: Sections, rounds: int | None) -> Iterator[tuple[int, Case]]:
-    """Every case of a section once, then all of them again; every other time backwards."""
+    """Yield the cases of each section, round after round; every second round backwards."""
     for section, cases in wanted.items():
         for number in range(1, (rounds or plan.ROUNDS[section]) + 1):
             for case in cases if number % 2 else reversed(cases):
@@ -143,7 +143,7 @@ def _in_turn(wanted: Sections, rounds: int | None) -> Iterator[tuple[int, Case]]
 
 
 def _environments(wanted: Sections, interpreter: str, *, anew: bool) -> dict[str, str]:
-    """Make what is needed; return what could not be made, and why."""
+    """Make the environments; return which could not be made, and why."""
     missing: dict[str, str] = {}
     needed = {case.environment for cases in wanted.values() for case in cases}
     for name in sorted(needed - {environments.MAIN}):

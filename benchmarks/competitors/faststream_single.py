@@ -17,7 +17,7 @@ async def consume(job: Job, meter: Meter) -> None:
         job.url,
         default_channel=Channel(prefetch_count=job.prefetch),
         logger=logging.getLogger("faststream"),
-        log_level=logging.DEBUG,  # which nobody reads
+        log_level=logging.DEBUG,  # which is discarded
     )
     size = 0
 

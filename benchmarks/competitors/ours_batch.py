@@ -54,7 +54,7 @@ def results(job: Job) -> list[MessageResult]:
 
 
 class Counting(BatchConsumer):
-    """Handles nothing, but looks at each body as anybody would."""
+    """Handles nothing, but looks at each body as an application would."""
 
     def prepare(self, job: Job, meter: Meter) -> asyncio.Event:
         """Begin to measure; the event tells that all is measured."""

@@ -154,7 +154,7 @@ async def main(url: str) -> None:
             dead_letter_exchange=f"{name}.dlx",
             batch_size=16,
             batch_timeout=0.2,
-            concurrency=2,  # so many batches at once
+            concurrency=2,  # batches at once
         ),
         observers=[books],
     )

@@ -56,7 +56,7 @@ class Settings(BatchConsumerSettings):
     batch_size: int = 50
     batch_timeout: float = 0.5
     process_timeout: float | None = 30.0
-    # To be put off is no fault of an event's, and happens often: it has many attempts.
+    # The API often puts an event off, which isn't the event's fault: it has many attempts.
     max_requeue_attempts: int = 100
     requeue_delay: float = 1.0
     requeue_delay_max: float = 60.0

@@ -60,7 +60,7 @@ async def main(url: str) -> None:
             url=url,
             queue_name=f"example.simple.{secrets.token_hex(4)}",
             queue_auto_delete=True,  # so that nothing is left behind on a real broker
-            concurrency=4,  # so many orders at once
+            concurrency=4,  # orders at once
         )
     )
     await cashier.run()

@@ -1,4 +1,4 @@
-"""Does a rate-limited API with an outage get every event once, and no bad one?"""
+"""A rate-limited API with an outage gets every good event once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does Google Pub/Sub get everything by its real client, each key in its order, bad ones apart?"""
+"""Google Pub/Sub gets all good messages from its real client, those of a key in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do the examples run on a real RabbitMQ, add up, and end by themselves?"""
+"""The examples run on a real RabbitMQ, account for all messages, and end by themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does an inbox keep its laws on each database, by each driver?"""
+"""An inbox keeps its laws on each database, by each driver."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever happens to handlers, is an effect there once if its message was ACKed, and else not?
+"""Whatever handlers do, an effect exists once if its message was ACKed, and otherwise not.
 
 Here on real databases; `tests/unit/inbox/test_laws.py` plays many more in virtual time.
 """

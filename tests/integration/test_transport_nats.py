@@ -1,4 +1,4 @@
-"""Does the port hold what it promises to others? A transport by a third party, on NATS JetStream.
+"""A transport of a third party, on NATS JetStream, keeps what the port promises.
 
 It is installed as its users would install it, and found by its URL.
 """

@@ -1,8 +1,7 @@
-"""Does the whole API type-check as users type it?
+"""The whole API type-checks as users type it.
 
-Never run, only checked, by mypy and by pyright. `handlers.py` is about handlers alone; here is what
-stands around them, written as in a program. `unannotated.py` is
-the same without annotations.
+This is never run, only checked by mypy and pyright. `handlers.py` is about handlers; this is the
+program around them. `unannotated.py` is the same without annotations.
 """
 
 from __future__ import annotations

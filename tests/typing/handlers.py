@@ -1,6 +1,6 @@
-"""Do type checkers agree with what users are told to write, and object to what is wrong?
+"""Type checkers accept the handlers that the docs show, and reject wrong ones.
 
-Never run, only checked, by mypy and by pyright. Every ``type: ignore`` is an expectation: where a
+This is never run, only checked by mypy and pyright. Every ``type: ignore`` is an expectation: where a
 checker has nothing to object to, it objects to that.
 """
 

@@ -1,4 +1,4 @@
-"""Does a program without annotations, as in the quick start, leave its checkers in peace?"""
+"""Type checkers accept a program without annotations, as in the quick start."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # pyright: standard

@@ -1,4 +1,4 @@
-"""What does a unit test get? Nothing that is real: no broker, no network, no time that passes.
+"""Fixtures of the unit tests, which use no broker, no network and no real time.
 
 Every asynchronous test below this folder runs, with its fixtures, on a loop of virtual time: an
 hour's sleep takes no time, and what would hang is an error that says what it waits for.

@@ -22,6 +22,12 @@ import aio_pika_batch
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 UNIT_TESTS = sorted((ROOT / "tests" / "unit").rglob("*.py"))
+OTHERS = [
+    path
+    for folder in ("tests", "benchmarks", "examples", "docs")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+"""All Python files outside the package."""
 
 AMQP_CLIENTS = {"aio_pika", "aiormq", "pamqp"}
 PACKAGE = ROOT / "src" / "aio_pika_batch"
@@ -158,7 +164,7 @@ def test_a_small_module_has_several_users(path: Path) -> None:
     assert not (is_small and len(users) == 1), f"fold it into {', '.join(users)}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*SOURCES, *OTHERS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_module_states_what_it_does(path: Path) -> None:
     """Its docstring is a statement, not a question."""
     docstring = ast.get_docstring(ast.parse(path.read_text()))

@@ -1,4 +1,4 @@
-"""Do the benchmarks tell what was measured? Statistics and report are pure functions."""
+"""The benchmarks report what was measured. Statistics and report are pure functions."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ class TestMeter:
 
 
 class TestGuard:
-    """When has something become more expensive?"""
+    """A case has become more expensive if the whole interval says so."""
 
     def test_a_certain_difference_is_a_failure(self) -> None:
         """Also if the machine becomes slower meanwhile."""

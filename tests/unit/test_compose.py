@@ -1,4 +1,4 @@
-"""Do the compose file, the Dockerfile and what they mount fit together, and fit the program?"""
+"""The compose file, the Dockerfile and what they mount fit together, and fit the program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do the files in `constraints` name a version for everything that sessions install?
+"""The files in `constraints` name a version for everything that sessions install.
 
 `nox -s lock` writes them.
 """

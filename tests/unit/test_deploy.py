@@ -1,4 +1,4 @@
-"""Are the manifests what Kubernetes understands, and what the program understands?"""
+"""Kubernetes understands the manifests, and so does the program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is what the documentation says so?
+"""What the documentation states is true.
 
 Every block of Python runs, on the broker in memory and in virtual time; what is between it and a
 script of its own is said in comments that a reader does not see:

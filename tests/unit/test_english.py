@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted((ROOT / "src" / "aio_pika_batch").rglob("*.py"))
+SOURCES = [
+    *sorted((ROOT / "src" / "aio_pika_batch").rglob("*.py")),
+    *sorted((ROOT / "examples").rglob("*.py")),
+    *sorted((ROOT / "benchmarks").rglob("*.py")),
+]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

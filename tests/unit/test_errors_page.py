@@ -1,4 +1,4 @@
-"""Is everything that can go wrong on docs/errors.md, with its cause and its cure?
+"""docs/errors.md lists everything that can go wrong, with its cause and what to do.
 
 What the code can say is read from the code: whoever adds an exception or a line of the log has to
 add it there.

@@ -1,4 +1,4 @@
-"""Do names and headers go through NATS, which knows neither exchanges nor types, and come back?
+"""Names and headers survive NATS, which knows neither exchanges nor types.
 
 The pure parts of the example of a transport. What it does on a server is an integration test.
 """

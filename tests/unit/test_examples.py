@@ -1,4 +1,4 @@
-"""Do the examples run on the broker in memory, add up, and end by themselves?
+"""The examples run on the broker in memory, account for all messages, and end by themselves.
 
 Each as a process of its own, as a reader would start it. aio-pika is made impossible to import
 there: nothing on `memory://` needs it.

@@ -1,4 +1,4 @@
-"""Is docs/architecture.md about the modules that there are?"""
+"""docs/architecture.md describes the modules that exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is the table of mutants up to date? What it takes out must be there, once."""
+"""The table of mutants is up to date: the text that each one replaces occurs once."""
 
 from __future__ import annotations
 

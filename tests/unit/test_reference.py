@@ -1,4 +1,4 @@
-"""Is every public name in the reference, and does it say what it is?"""
+"""Every public name is in the reference, with a description."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does the benchmark of workers and processes count what it says?"""
+"""The benchmark of workers and processes counts correctly."""
 
 from __future__ import annotations
 

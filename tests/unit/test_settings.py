@@ -1,4 +1,4 @@
-"""What can be configured, from where, and what is said about nonsense?"""
+"""What can be configured, and from where, and the errors for invalid values."""
 
 from __future__ import annotations
 

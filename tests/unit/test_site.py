@@ -1,4 +1,4 @@
-"""Does the check of the site notice what it is there for?"""
+"""The check of the site notices each kind of mistake."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def decoded(lines: Mapping[str, str] | None) -> Properties:
             elif isinstance(value, wanted):
                 setattr(properties, name, value)
             else:
-                undecodable[name] = f"{line_name} is no {wanted.__name__}"
+                undecodable[name] = f"{line_name} is not of type {wanted.__name__}"
         except (ValueError, ArithmeticError, RecursionError) as error:
             undecodable["headers" if wanted is None else name] = f"{line_name}: {error}"
     if headers and "headers" not in undecodable:

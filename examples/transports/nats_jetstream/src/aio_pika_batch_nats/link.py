@@ -152,7 +152,7 @@ def explained(what: str) -> Iterator[None]:
         yield
     except (ServiceUnavailableError, errors.NoRespondersError) as error:
         raise BrokerUnavailable(
-            f"{what}: nobody answers for JetStream; start nats-server with -js"
+            f"{what}: JetStream doesn't answer; start nats-server with -js"
         ) from error
     except APIError as error:
         raise TopologyError(f"{what}: {error.description} (error {error.err_code})") from error

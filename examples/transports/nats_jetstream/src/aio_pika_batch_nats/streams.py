@@ -59,7 +59,7 @@ async def _declare_queue(jetstream: JetStreamContext, queue: Queue) -> None:
             try:
                 await jetstream.add_stream(wanted)
             except BadRequestError:
-                # Somebody else was faster, and has bound it already.
+                # Another client was faster, and has bound it already.
                 found = await jetstream.stream_info(token(queue.name))
             else:
                 return

@@ -17,7 +17,7 @@ from aio_pika_batch_nats.session import CONSUMER, NatsSession
 from aio_pika_batch_nats.streams import AUTO_DELETE, declare
 
 _MISSED_HEARTBEATS = 3
-"""A session that misses so many is dead, and its messages are delivered again."""
+"""A session that misses this many is dead, and its messages are delivered again."""
 
 
 class NatsTransport:
@@ -94,7 +94,7 @@ async def _attendance(link: Link, stream: str, *, deletes: bool) -> AsyncIterato
     finally:
         if link.lost is None:
             with suppress(errors.Error):
-                # Not unsubscribe: a question that is on its way would find nobody to answer it.
+                # Not unsubscribe: a request that is on its way would get no answer.
                 await attending.drain()  # type: ignore[no-untyped-call]
                 await _delete_if_alone(link, subject, stream)
 
