@@ -1,7 +1,7 @@
 """Type checkers accept the handlers that the docs show, and reject wrong ones.
 
-This is never run, only checked by mypy and pyright. Every ``type: ignore`` is an expectation: where a
-checker has nothing to object to, it objects to that.
+This is never run, only checked by mypy and pyright. Every ``type: ignore`` is an expectation: a
+checker reports one that isn't needed.
 """
 
 from __future__ import annotations
