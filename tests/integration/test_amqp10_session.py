@@ -279,12 +279,13 @@ async def test_leaving_ends_in_time_and_tells_what_is_not_known(
 # --- prefetch and large messages --------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefetch", [1, 7, 300, 0])
+@pytest.mark.parametrize("prefetch", [1, 7, 300, 10_000, 0])
 async def test_no_more_than_the_prefetch_is_unsettled(
     amqp_url: str, queue: str, channel: AbstractChannel, prefetch: int
 ) -> None:
     """However the batches are cut, and nothing stands still."""
-    await publish(channel, queue, [b"%d" % number for number in range(1000)])
+    count = max(1000, prefetch + 500)
+    await publish(channel, queue, [b"%d" % number for number in range(count)])
     held: list[Message] = []
     seen = 0
     async with consuming(amqp_url, queue, prefetch) as session, asyncio.timeout(60):
@@ -292,10 +293,10 @@ async def test_no_more_than_the_prefetch_is_unsettled(
             held.extend(chunk)
             seen += len(chunk)
             assert prefetch == 0 or len(held) <= prefetch
-            if seen == 1000 or len(held) == prefetch or prefetch == 0:
+            if seen == count or len(held) == prefetch or prefetch == 0:
                 await session.settle([settled(Disposition.ACK, held)])
                 held = []
-            if seen == 1000:
+            if seen == count:
                 break
     assert 0 == await ready(amqp_url, queue)
 
