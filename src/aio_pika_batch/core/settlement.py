@@ -143,6 +143,19 @@ class Frame:
     multiple: bool = False
 
 
+def not_unsettled_error(tag: int, last: int) -> SettlementError:
+    """Return the error for a delivery tag that isn't unsettled.
+
+    Args:
+        last: The tag that was delivered last.
+    """
+    why = "settled already" if 0 < tag <= last else "never delivered here"
+    return SettlementError(
+        f"delivery tag {tag} cannot be settled: {why};"
+        " settle each delivery once, in the session that delivered it"
+    )
+
+
 RECENT = 10_000
 """Unsettled deliveries that are kept for fast access; older ones need a tenth of the memory."""
 
@@ -268,11 +281,7 @@ class Ledger:
             for tag in settlement.tags:
                 is_outstanding = tag in self._outstanding or self._is_old(tag)
                 if not is_outstanding or tag in self._held or tag in kept:
-                    why = "settled already" if 0 < tag <= self._last else "never delivered here"
-                    raise SettlementError(
-                        f"delivery tag {tag} cannot be settled: {why};"
-                        " settle each delivery once, in the session that delivered it"
-                    )
+                    raise not_unsettled_error(tag, self._last)
                 if tag in decided:
                     raise SettlementError(
                         f"delivery tag {tag} is settled twice at once, as {decided[tag].value}"

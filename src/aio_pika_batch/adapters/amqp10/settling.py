@@ -27,7 +27,12 @@ from aio_pika_batch.adapters.amqp10.codec import (
     ULong,
     write,
 )
-from aio_pika_batch.core.settlement import Disposition, Modification, check_modified_headers
+from aio_pika_batch.core.settlement import (
+    Disposition,
+    Modification,
+    check_modified_headers,
+    not_unsettled_error,
+)
 from aio_pika_batch.errors import SettlementError
 
 _DELIVERY_TIME: Final = "x-opt-delivery-time"
@@ -190,11 +195,7 @@ class Unsettled:
         for outcome, tags in decided:
             for tag in tags:
                 if tag not in self._outstanding and tag not in self._taken_back:
-                    why = "settled already" if 0 < tag <= self._last else "never delivered here"
-                    raise SettlementError(
-                        f"delivery tag {tag} cannot be settled: {why};"
-                        " settle each delivery once, in the session that delivered it"
-                    )
+                    raise not_unsettled_error(tag, self._last)
                 if tag in outcomes:
                     raise SettlementError(
                         f"delivery tag {tag} is settled twice at once; settle it once"
