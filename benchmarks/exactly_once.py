@@ -159,15 +159,15 @@ async def measure(url: str, dsn: str, rounds: int, count: int) -> None:
         print("| ---: | ---: | ---: | ---: |")
         for batch in BATCHES:
             # The time that a claim takes, from a round that isn't counted.
-            claiming = await consume(url, pool, batch, count, Variant(inbox))
-            opening = await consume(url, pool, batch, count, Variant())
-            waiting = Variant(wait=claiming[1] - opening[1])
+            _, claiming = await consume(url, pool, batch, count, Variant(inbox))
+            _, opening = await consume(url, pool, batch, count, Variant())
+            waiting = Variant(wait=claiming - opening)
             variants = {"plain": Variant(), "waiting": waiting, "inbox": Variant(inbox)}
             rounds_of: dict[str, list[float]] = {name: [] for name in variants}
             for number in range(rounds):
                 for name in list(variants)[:: 1 if number % 2 else -1]:
-                    found = await consume(url, pool, batch, count, variants[name])
-                    rounds_of[name].append(found[0])
+                    took, _ = await consume(url, pool, batch, count, variants[name])
+                    rounds_of[name].append(took)
             plain = rounds_of["plain"]
             more = [
                 statistics.median(map(sub, rounds_of[name], plain)) for name in ("waiting", "inbox")

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from enum import Enum
 from typing import Literal, TypeAlias
 from uuid import uuid4
@@ -471,8 +471,8 @@ async def look_up_type(transport: Transport, options: TopologyOptions) -> str | 
 CLOCK_TIMEOUT = 5.0
 """Seconds for the comparison of clocks."""
 
-_NO_CLOCK = timedelta(days=10 * 365)
-"""The time of a broker in memory counts from 1970."""
+_NO_CLOCK = datetime(1980, 1, 1, tzinfo=UTC)
+"""Earlier times are those of a broker in memory, which counts from 1970."""
 
 
 async def clock_difference(transport: Transport) -> float | None:
@@ -510,7 +510,7 @@ async def clock_difference(transport: Transport) -> float | None:
                 await session.settle([rejection])
     except (TopologyError, AccessRefused, TimeoutError):
         return None  # this is not important enough to ask for a permission
-    if died_at is None or died_at - datetime.fromtimestamp(0, UTC) < _NO_CLOCK:
+    if died_at is None or died_at < _NO_CLOCK:
         return None
     earliest = (died_at - datetime.now(UTC)).total_seconds()
     latest = (died_at - rejected_at).total_seconds() + 1  # the second may have been over
