@@ -131,9 +131,6 @@ def join_modifications(changes: Iterable[tuple[Modification, int]]) -> list[Modi
     return [replace(first, tags=tuple(tags)) for first, tags in joined.values()]
 
 
-_INT64 = 2**63
-
-
 @dataclass(frozen=True, slots=True)
 class Frame:
     """One `basic.ack`, `basic.reject` or `basic.nack`, depending on the disposition."""
@@ -144,17 +141,13 @@ class Frame:
 
 
 def not_unsettled_error(tag: int, last: int) -> SettlementError:
-    """Return the error for a delivery tag that isn't unsettled.
-
-    Args:
-        last: The tag that was delivered last.
-    """
+    """Return the error for a tag that isn't unsettled; `last` was the last one delivered."""
     why = "settled already" if 0 < tag <= last else "never delivered here"
-    return SettlementError(
-        f"delivery tag {tag} cannot be settled: {why};"
-        " settle each delivery once, in the session that delivered it"
-    )
+    rule = "settle each delivery once, in the session that delivered it"
+    return SettlementError(f"delivery tag {tag} cannot be settled: {why}; {rule}")
 
+
+_INT64 = 2**63
 
 RECENT = 10_000
 """Unsettled deliveries that are kept for fast access; older ones need a tenth of the memory."""
