@@ -41,7 +41,6 @@ from aio_pika_batch.cli.process_manager import (
 )
 from aio_pika_batch.cli.worker_process import ABANDON, DRAIN, ProcessOptions
 from aio_pika_batch.health.http_server import Answer
-from aio_pika_batch.health.probes import ProbeResult
 from aio_pika_batch.health.server import MULTIPROCESS_DIR, endpoints, metrics
 from aio_pika_batch.logs import KeywordLogger, format_error
 
@@ -128,17 +127,16 @@ class Supervisor:
         """Return the health endpoints of all processes together."""
         return endpoints(
             # Hung and stuck processes are replaced. That the supervisor answers is enough.
-            livez=lambda: ProbeResult(()),
+            livez=lambda: (),
             readyz=self._readiness,
             status=self._status,
             metrics=lambda: metrics(ProcessMetrics(self._manager)),
         )
 
-    def _readiness(self) -> ProbeResult:
+    def _readiness(self) -> list[str]:
         if self._manager.is_draining:
-            return ProbeResult(("draining",))
-        unready = (self._unready(slot) for slot in self._manager.unready)
-        return ProbeResult(tuple(reason for reasons in unready for reason in reasons))
+            return ["draining"]
+        return [reason for slot in self._manager.unready for reason in self._unready(slot)]
 
     def _unready(self, slot: ProcessSlot) -> Iterator[str]:
         child = self._children.get(slot.index)

@@ -27,7 +27,7 @@ from aio_pika_batch.cli.logging import LogFormat, LogLevel, configure_logging
 from aio_pika_batch.cli.process_manager import Heartbeat
 from aio_pika_batch.cli.targets import AnyConsumer, TargetOptions, load
 from aio_pika_batch.errors import AioPikaBatchError, ConfigurationError, DrainIncomplete
-from aio_pika_batch.health.probes import as_json, liveness, readiness
+from aio_pika_batch.health.server import as_json, liveness, readiness
 from aio_pika_batch.logs import KeywordLogger, format_error
 from aio_pika_batch.runtime.shutdown import SIGNALS, process_signals
 
@@ -255,16 +255,16 @@ def _heartbeat(consumers: Sequence[AnyConsumer]) -> bytes:
     With these in it, the supervisor answers /status and /readyz without asking its processes.
     """
     statuses = [consumer.status() for consumer in consumers]
-    ready = readiness(statuses)
+    unready = readiness(statuses)
     heartbeat = Heartbeat(
-        is_ready=ready.is_good,
-        is_stuck=not liveness(statuses).is_good,
+        is_ready=not unready,
+        is_stuck=bool(liveness(statuses)),
         drain_timeout=max(consumer.settings.shutdown_timeout for consumer in consumers),
     )
     message = {
         "heartbeat": asdict(heartbeat),
         "consumers": as_json(statuses),
-        "unready": ready.reasons,
+        "unready": unready,
     }
     return json.dumps(message).encode() + b"\n"
 

@@ -1,18 +1,24 @@
-"""Serves the health endpoints of the consumers in a process, and what prometheus-client counts."""
+"""Serves the health endpoints of the consumers in a process, and what prometheus-client counts.
+
+Live means that no worker holds a message longer than `stuck_after`. Ready means that every worker
+is connected, consumes and isn't draining. A missing broker makes a program unready, but not dead:
+a restart wouldn't bring the broker back, and every consumer would restart along with it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from http import HTTPStatus
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from aio_pika_batch.health.http_server import HttpServer, Response
-from aio_pika_batch.health.probes import ProbeResult, as_json, liveness, readiness
-from aio_pika_batch.status import ConsumerStatus
+from aio_pika_batch.masking import mask_text
+from aio_pika_batch.status import ConsumerStatus, WorkerState
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -22,6 +28,12 @@ MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 """The variable that names a folder in which prometheus-client adds up several processes."""
 
 LOOPBACK = "127.0.0.1"
+
+# A worker that probes after a pause consumes, if only one message at a time.
+_READY = frozenset({WorkerState.CONSUMING, WorkerState.PROBING})
+
+# In other states, the end of the last session isn't the reason.
+_CONNECTING = frozenset({WorkerState.CONNECTING, WorkerState.WAITING})
 
 
 class HasStatus(Protocol):
@@ -73,12 +85,17 @@ class HealthServer(HttpServer):
 
 def endpoints(
     *,
-    livez: Callable[[], ProbeResult],
-    readyz: Callable[[], ProbeResult],
+    livez: Callable[[], Sequence[str]],
+    readyz: Callable[[], Sequence[str]],
     status: Callable[[], Mapping[str, object]],
     metrics: Callable[[], Response],
 ) -> Callable[[str], Response | None]:
-    """Return the function that answers each path."""
+    """Return the function that answers each path.
+
+    Args:
+        livez: Returns the reasons why the probe fails; none if it succeeds.
+        readyz: The same.
+    """
 
     def answer(path: str) -> Response | None:
         match path:
@@ -97,11 +114,55 @@ def endpoints(
     return answer
 
 
-def _response(result: ProbeResult) -> Response:
-    if result.is_good:
+def _response(reasons: Sequence[str]) -> Response:
+    if not reasons:
         return Response(HTTPStatus.OK, "ok\n")
-    text = "".join(f"{reason}\n" for reason in result.reasons)
+    text = "".join(f"{reason}\n" for reason in reasons)
     return Response(HTTPStatus.SERVICE_UNAVAILABLE, text)
+
+
+def liveness(statuses: Iterable[ConsumerStatus]) -> list[str]:
+    """Return which consumers hold a message for too long; a restart helps those."""
+    return [
+        f"{_name(status)}: a message has been held for {_oldest(status):.0f} s,"
+        " longer than stuck_after"
+        for status in statuses
+        if status.is_stuck
+    ]
+
+
+def readiness(statuses: Iterable[ConsumerStatus]) -> list[str]:
+    """Return which workers of these consumers don't take messages."""
+    return [reason for status in statuses for reason in _unready(status)]
+
+
+def _unready(status: ConsumerStatus) -> Iterable[str]:
+    if not status.is_running or not status.workers:
+        yield f"{_name(status)}: not started, or stopped"
+    for worker in status.workers:
+        if worker.state not in _READY:
+            error = worker.last_error if worker.state in _CONNECTING else None
+            why = f": {mask_text(error)}" if error else ""
+            yield f"{_name(status)}: worker {worker.index} is {worker.state.value}{why}"
+
+
+def _name(status: ConsumerStatus) -> str:
+    return f"{status.consumer} ({status.queue})"
+
+
+def _oldest(status: ConsumerStatus) -> float:
+    return max((worker.oldest or 0.0 for worker in status.workers), default=0.0)
+
+
+def as_json(statuses: Iterable[ConsumerStatus]) -> list[dict[str, object]]:
+    """Return the snapshots as values for JSON, with passwords masked."""
+    consumers = [asdict(status) for status in statuses]
+    for consumer in consumers:
+        for worker in consumer["workers"]:
+            worker["state"] = worker["state"].value
+            if worker["last_error"] is not None:
+                worker["last_error"] = mask_text(worker["last_error"])
+    return consumers
 
 
 def has_prometheus() -> bool:
