@@ -32,9 +32,8 @@ from aio_pika_batch.adapters.aio_pika.properties import (
     decode_route,
     splice,
 )
-from aio_pika_batch.core.fitting import UNDECODABLE_HEADERS
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.publication import Copy
+from aio_pika_batch.core.publication import UNDECODABLE_HEADERS, Copy
 from aio_pika_batch.errors import PublishError
 from tests.fuzz import amqp10
 from tests.fuzz.mutate import frames_of, mutated, mutated_stream

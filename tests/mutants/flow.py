@@ -1012,14 +1012,14 @@ SHELL = (
     ),
     Mutant(
         "A retry leaves out headers of the message.",
-        "core/fitting.py",
+        "core/publication.py",
         "if copy.may_omit else None",
         "if True else None",
         (f"{_CORE}/test_fitting.py",),
     ),
     Mutant(
         "A header that is left out is not listed.",
-        "core/fitting.py",
+        "core/publication.py",
         "add={**each.add, OMITTED: _shortened(omitted)},",
         "add={**each.add},",
         (f"{_CORE}/test_fitting.py",),

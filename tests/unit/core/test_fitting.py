@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aio_pika_batch.adapters.aio_pika.properties import decode, decode_headers, encode, splice
-from aio_pika_batch.core.fitting import (
+from aio_pika_batch.core.message import Message, Properties
+from aio_pika_batch.core.publication import (
     LONGEST_LIST,
     OMITTED,
     UNDECODABLE_HEADERS,
+    Copy,
     fit,
     property_list_size,
 )
-from aio_pika_batch.core.message import Message, Properties
-from aio_pika_batch.core.publication import Copy
 from tests.unit.core.strategies import StubSource
 
 OURS = {"x-retry-count": 3, "x-why": "w" * 50, "x-detail": "d" * 50}

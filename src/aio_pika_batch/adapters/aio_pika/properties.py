@@ -50,8 +50,8 @@ from aio_pika_batch.adapters.aio_pika.tables import (
     read_table,
     to_seconds,
 )
-from aio_pika_batch.core.fitting import UNDECODABLE_HEADERS
 from aio_pika_batch.core.message import SHORT_STRING, Properties
+from aio_pika_batch.core.publication import UNDECODABLE_HEADERS
 from aio_pika_batch.errors import MessageDecodeError, PublishError
 
 if TYPE_CHECKING:

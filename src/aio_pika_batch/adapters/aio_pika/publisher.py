@@ -69,8 +69,7 @@ from aio_pika_batch.adapters.aio_pika.properties import (
 )
 from aio_pika_batch.adapters.aio_pika.tables import encode_text
 from aio_pika_batch.adapters.connecting import CLOSE_TIMEOUT
-from aio_pika_batch.core.fitting import fit
-from aio_pika_batch.core.publication import Copy, Outcome, Publication, StoredPublication
+from aio_pika_batch.core.publication import Copy, Outcome, Publication, StoredPublication, fit
 from aio_pika_batch.core.refusals import refusal_error
 from aio_pika_batch.errors import BrokerUnavailable, PublishError, SessionClosed
 

@@ -29,9 +29,15 @@ from aio_pika_batch.adapters.memory.queue_arguments import QueueType
 from aio_pika_batch.adapters.memory.rabbitmq import Refusal, translate_refusals
 from aio_pika_batch.adapters.memory.stored_message import CheckedPublication, check_publication
 from aio_pika_batch.adapters.memory.unacked import acks_first
-from aio_pika_batch.core.fitting import fit, property_list_size
 from aio_pika_batch.core.message import DecodedSource, Message
-from aio_pika_batch.core.publication import Copy, Outcome, Outgoing, Publication
+from aio_pika_batch.core.publication import (
+    Copy,
+    Outcome,
+    Outgoing,
+    Publication,
+    fit,
+    property_list_size,
+)
 from aio_pika_batch.core.settlement import (
     SAFE_COMMANDS,
     CommandBudget,

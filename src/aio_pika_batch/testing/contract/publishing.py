@@ -7,9 +7,8 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from aio_pika_batch.core.fitting import OMITTED
 from aio_pika_batch.core.message import DecodedSource, Message, Properties
-from aio_pika_batch.core.publication import Copy, Outcome, Publication
+from aio_pika_batch.core.publication import OMITTED, Copy, Outcome, Publication
 from aio_pika_batch.errors import SessionClosed
 from aio_pika_batch.testing.contract.checks import CheckContext, ClauseGroup, expect, expect_error
 

@@ -17,9 +17,8 @@ from aio_pika_batch.adapters.aio_pika.properties import (
     splice,
 )
 from aio_pika_batch.adapters.aio_pika.tables import DEEPEST, encode_table, entries
-from aio_pika_batch.core.fitting import UNDECODABLE_HEADERS
 from aio_pika_batch.core.message import Headers, Properties
-from aio_pika_batch.core.publication import Copy
+from aio_pika_batch.core.publication import UNDECODABLE_HEADERS, Copy
 from aio_pika_batch.errors import PublishError
 from tests.unit.adapters.aio_pika.broker_frames import message
 from tests.unit.adapters.aio_pika.test_properties import properties
