@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.publication import Outcome, Outgoing
+from aio_pika_batch.core.publication import Outcome, Outgoing, Publication
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import Queue, Topology
+from aio_pika_batch.errors import SessionLost
 from aio_pika_batch.testing.contract.harness import Features, Harness
 from aio_pika_batch.transport import Session, Subscription, Transport
 
@@ -136,6 +137,11 @@ class SessionReader:
             return
         expect(None, chunk, "a chunk although no message should have come")
 
+    async def expect_lost(self) -> None:
+        """Expect that the session is lost, whatever is received before it notices the loss."""
+        with expect_error(SessionLost, "receiving after the loss"):
+            await self.take_to_the_end()
+
     async def settle(self, disposition: Disposition, messages: Iterable[Message]) -> None:
         """Settle all messages with one disposition."""
         await self.session.settle([settlement(disposition, messages)])
@@ -201,6 +207,16 @@ class CheckContext:
         await self.harness.put(bodies)
         return bodies
 
+    async def expect_nothing_new(self, reader: SessionReader) -> None:
+        """Expect that a cancelled session delivers nothing any more, and remove nothing."""
+        await self.harness.put([b"late"])
+        expect([], await reader.take_to_the_end(), "the received messages")
+        await self.expect_count(1)
+
+    def to_queue(self, body: bytes = b"") -> Publication:
+        """Return a publication to the queue."""
+        return Publication(body, routing_key=self.queue)
+
     async def publish(self, *publications: Outgoing) -> list[Outcome]:
         """Publish with a new publisher."""
         async with self.transport.publisher() as publisher:
@@ -230,6 +246,12 @@ class CheckContext:
 def settlement(disposition: Disposition, messages: Iterable[Message]) -> Settlement:
     """Return the settlement of some messages with one disposition."""
     return Settlement(disposition, tuple(message.delivery_tag for message in messages))
+
+
+def expect_rising_tags(messages: Iterable[Message]) -> None:
+    """Expect that the delivery tags of messages increase."""
+    tags = [message.delivery_tag for message in messages]
+    expect(sorted(set(tags)), tags, "the tags")
 
 
 def bodies_of(messages: Iterable[Message]) -> list[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from aio_pika_batch.core.publication import Outcome, Outgoing, Publication
+from aio_pika_batch.core.publication import Outcome, Outgoing
 from aio_pika_batch.core.settlement import Disposition
 from aio_pika_batch.core.topology import Topology
 from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost
@@ -12,7 +12,6 @@ from aio_pika_batch.testing.contract.checks import (
     CheckContext,
     ClauseBroken,
     ClauseGroup,
-    SessionReader,
     bodies_of,
     expect,
     expect_error,
@@ -52,9 +51,7 @@ async def _cancel_at_once(ctx: CheckContext) -> None:
 async def _nothing_new(ctx: CheckContext) -> None:
     async with ctx.read() as reader:
         await reader.session.cancel()
-        await ctx.harness.put([b"late"])
-        expect([], await reader.take_to_the_end(), "the received messages")
-        await ctx.expect_count(1)
+        await ctx.expect_nothing_new(reader)
 
 
 @GROUP.clause("cancel may be called again, and concurrently")
@@ -169,12 +166,6 @@ async def _close_wakes_receive(ctx: CheckContext) -> None:
 # --- a lost connection ----------------------------------------------------------------
 
 
-async def _expect_lost(reader: SessionReader) -> None:
-    """Expect that the session is lost, whatever is received before it notices the loss."""
-    with expect_error(SessionLost, "receiving after the loss"):
-        await reader.take_to_the_end()
-
-
 @GROUP.clause("a cut connection raises SessionLost from receive, settle and cancel", "can_cut")
 async def _cut(ctx: CheckContext) -> None:
     await ctx.put(1)
@@ -182,7 +173,7 @@ async def _cut(ctx: CheckContext) -> None:
         messages = await reader.take(1)
         await reader.expect_nothing()
         await ctx.harness.cut()
-        await _expect_lost(reader)
+        await reader.expect_lost()
         for disposition in Disposition:
             with expect_error(SessionLost, f"{disposition.name} after the loss"):
                 await reader.settle(disposition, messages)
@@ -201,7 +192,7 @@ async def _next_session(ctx: CheckContext) -> None:
         await lost.settle(Disposition.ACK, messages[:1])
         await ctx.expect_count(0)
         await ctx.harness.cut()
-        await _expect_lost(lost)
+        await lost.expect_lost()
         async with ctx.read() as reader:
             again = await reader.take(2)
             expect(bodies[1:], sorted(bodies_of(again)), "the messages that came again")
@@ -218,21 +209,21 @@ async def _subscription_ended(ctx: CheckContext) -> None:
         messages = await reader.take(1)
         await reader.expect_nothing()
         await ctx.harness.end_subscriptions()
-        await _expect_lost(reader)
+        await reader.expect_lost()
         with expect_error(SessionLost, "settling after the loss"):
             await reader.session.settle([settlement(Disposition.ACK, messages)])
 
 
 @GROUP.clause("a publisher that has lost its connection is closed, and stays closed", "can_cut")
 async def _publisher_cut(ctx: CheckContext) -> None:
-    before = Publication(b"before", routing_key=ctx.queue)
+    before = ctx.to_queue(b"before")
     async with ctx.transport.publisher() as publisher:
         expect([Outcome.CONFIRMED], list(await publisher.publish([before])), "the outcome before")
         expect(True, publisher.is_open, "is_open before")
         await ctx.harness.cut()
         await _expect_closed(ctx, publisher)
         # It reports the loss by its outcomes, raises nothing, and never opens again.
-        late = Publication(b"late", routing_key=ctx.queue)
+        late = ctx.to_queue(b"late")
         expect([Outcome.UNKNOWN], list(await publisher.publish([late])), "the outcome after")
         expect(False, publisher.is_open, "is_open after")
     await ctx.expect_messages([b"before"])
@@ -242,7 +233,7 @@ async def _publisher_cut(ctx: CheckContext) -> None:
     "the outcome of publications in flight on a lost connection is UNKNOWN", "can_cut", "can_hush"
 )
 async def _in_flight(ctx: CheckContext) -> None:
-    publications = [Publication(b"%d" % n, routing_key=ctx.queue) for n in range(3)]
+    publications = [ctx.to_queue(b"%d" % n) for n in range(3)]
     async with ctx.transport.publisher() as publisher:
         await ctx.harness.hush()
         publishing = asyncio.ensure_future(publisher.publish(publications))
@@ -262,7 +253,7 @@ async def _in_flight(ctx: CheckContext) -> None:
     "can_hush",
 )
 async def _late(ctx: CheckContext) -> None:
-    publication = Publication(b"0", routing_key=ctx.queue)
+    publication = ctx.to_queue(b"0")
     late: list[tuple[Outgoing, Outcome]] = []
     async with ctx.transport.publisher() as publisher:
         if not isinstance(publisher, ListeningPublisher):

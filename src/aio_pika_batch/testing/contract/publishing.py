@@ -71,7 +71,7 @@ async def _roundtrip(ctx: CheckContext, *publications: Publication | Copy) -> li
 @GROUP.clause("a CONFIRMED publication is in the queue, once")
 async def _confirmed(ctx: CheckContext) -> None:
     bodies = [b"%d" % number for number in range(100)]
-    outcomes = await ctx.publish(*(Publication(body, routing_key=ctx.queue) for body in bodies))
+    outcomes = await ctx.publish(*(ctx.to_queue(body) for body in bodies))
     expect([Outcome.CONFIRMED] * 100, outcomes, "the outcomes")
     await ctx.expect_messages(bodies)
 
@@ -79,7 +79,7 @@ async def _confirmed(ctx: CheckContext) -> None:
 @GROUP.clause("publications arrive in order", "keeps_order")
 async def _published_in_order(ctx: CheckContext) -> None:
     bodies = [b"%d" % number for number in range(50)]
-    await ctx.publish(*(Publication(body, routing_key=ctx.queue) for body in bodies))
+    await ctx.publish(*(ctx.to_queue(body) for body in bodies))
     await ctx.expect_count(50)
     expect(bodies, await ctx.harness.take(ctx.queue), "what was in the queue")
 
@@ -126,7 +126,8 @@ async def _refused(ctx: CheckContext) -> None:
                 break
         expect(True, refusals > 0, "whether any of 400 was refused")
         expect(True, publisher.is_open, "is_open")
-        expect([Outcome.CONFIRMED], list(await publisher.publish([_to(ctx)])), "the next outcome")
+        outcomes = await publisher.publish([ctx.to_queue()])
+        expect([Outcome.CONFIRMED], list(outcomes), "the next outcome")
     await ctx.expect_messages(confirmed, full)
 
 
@@ -134,7 +135,7 @@ async def _refused(ctx: CheckContext) -> None:
 async def _no_exchange(ctx: CheckContext) -> None:
     missing = Publication(b"lost", exchange=f"{ctx.harness.fresh}-exchange")
     async with ctx.transport.publisher() as publisher:
-        outcomes = await publisher.publish([_to(ctx, b"1"), missing, _to(ctx, b"2")])
+        outcomes = await publisher.publish([ctx.to_queue(b"1"), missing, ctx.to_queue(b"2")])
     expect(Outcome.REFUSED, outcomes[1], "its outcome")
     allowed = {Outcome.CONFIRMED, Outcome.UNKNOWN}
     expect(set(), {outcomes[0], outcomes[2]} - allowed, "unexpected outcomes of its neighbours")
@@ -147,7 +148,7 @@ async def _publish_nothing(ctx: CheckContext) -> None:
 
 @GROUP.clause("concurrent calls of publish get their own outcomes", "returns_unroutable")
 async def _concurrent_calls(ctx: CheckContext) -> None:
-    routed = _to(ctx)
+    routed = ctx.to_queue()
     unroutable = Publication(b"", routing_key=ctx.harness.fresh)
     async with ctx.transport.publisher() as publisher:
         first, second, third = await asyncio.gather(
@@ -165,11 +166,11 @@ async def _concurrent_calls(ctx: CheckContext) -> None:
 @GROUP.clause("cancelling a publish does not change later outcomes")
 async def _cancelled(ctx: CheckContext) -> None:
     async with ctx.transport.publisher() as publisher:
-        cancelled = asyncio.ensure_future(publisher.publish([_to(ctx)] * 20))
+        cancelled = asyncio.ensure_future(publisher.publish([ctx.to_queue()] * 20))
         await asyncio.sleep(0)
         cancelled.cancel()
         await asyncio.wait({cancelled})
-        outcomes = await publisher.publish([_to(ctx, b"later")] * 3)
+        outcomes = await publisher.publish([ctx.to_queue(b"later")] * 3)
         expect([Outcome.CONFIRMED] * 3, list(outcomes), "the next outcomes")
         expect(True, publisher.is_open, "is_open")
 
@@ -180,7 +181,7 @@ async def _publisher_closed(ctx: CheckContext) -> None:
         expect(True, publisher.is_open, "is_open inside")
     expect(False, publisher.is_open, "is_open outside")
     with expect_error(SessionClosed, "publishing after the end"):
-        await publisher.publish([_to(ctx)])
+        await publisher.publish([ctx.to_queue()])
     await ctx.expect_messages([])
 
 
@@ -199,7 +200,7 @@ async def _properties(ctx: CheckContext) -> None:
             if name not in {"expiration", "cluster_id", "undecodable"}
         },
     )
-    full, bare = await _roundtrip(ctx, all_of_them, _to(ctx, b"2"))
+    full, bare = await _roundtrip(ctx, all_of_them, ctx.to_queue(b"2"))
     expect(_all_properties(), _sent_properties(full), "the full properties")
     expect(Properties(delivery_mode=2), _sent_properties(bare), "the default properties")
     expect(ctx.queue, full.routing_key, "the routing key")
@@ -295,7 +296,9 @@ async def _too_large(ctx: CheckContext) -> None:
     original = _original(Properties())
     too_large = Copy(original, "", ctx.queue, {"x": "x" * 200_000})
     async with ctx.transport.publisher() as publisher:
-        outcomes = list(await publisher.publish([_to(ctx, b"1"), too_large, _to(ctx, b"2")]))
+        outcomes = list(
+            await publisher.publish([ctx.to_queue(b"1"), too_large, ctx.to_queue(b"2")])
+        )
         expect(True, publisher.is_open, "is_open")
     expected = [Outcome.CONFIRMED, Outcome.UNPUBLISHABLE, Outcome.CONFIRMED]
     expect(expected, outcomes, "the outcomes")
@@ -317,7 +320,3 @@ async def _shortened(ctx: CheckContext) -> None:
     names = {"more", "needed", "spare", OMITTED}
     expect(names, found[1], "the headers of the second copy")
     expect(["theirs"], second.headers[OMITTED], "the list of what is left out")
-
-
-def _to(ctx: CheckContext, body: bytes = b"") -> Publication:
-    return Publication(body, routing_key=ctx.queue)

@@ -9,14 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
-from aio_pika_batch.testing.contract import (
-    adjusting,
-    ending,
-    modifying,
-    publishing,
-    receiving,
-    settling,
-)
+from aio_pika_batch.testing.contract import ending, modifying, publishing, receiving, settling
 from aio_pika_batch.testing.contract.checks import CheckContext, Clause, ClauseBroken
 from aio_pika_batch.testing.contract.harness import Features, Harness
 
@@ -24,7 +17,7 @@ HarnessFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[Harness]]
 
 CLAUSES: tuple[Clause, ...] = tuple(
     clause
-    for module in (receiving, ending, settling, adjusting, modifying, publishing)
+    for module in (receiving, ending, settling, modifying, publishing)
     for clause in module.GROUP.clauses
 )
 """All clauses, in the order in which they are best read."""
