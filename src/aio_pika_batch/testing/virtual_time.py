@@ -17,12 +17,10 @@ import asyncio
 import math
 import selectors
 from collections import Counter
-from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-    from concurrent.futures import Executor
-    from contextvars import Context
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor
+from contextvars import Context
+from typing import Any, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")

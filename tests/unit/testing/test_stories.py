@@ -332,7 +332,7 @@ async def script():
 @pytest.fixture
 async def record(script):
     """A recording transport around the scripted one."""
-    return RecordingTransport(script)
+    return RecordingTransport(script, Played())
 
 
 def subscription(prefetch=0):
@@ -347,8 +347,8 @@ async def test_settling_a_tag_twice_or_before_delivery_is_a_complaint(script, re
         script.last.feed(b"a", b"b")
         await anext(aiter(session))
         await session.settle([Settlement(Disposition.ACK, tags)])
-    assert [f"tag {tags[1]} was settled twice, or never delivered"] == record.complaints
-    assert {b"a": 1} == record.settled[Disposition.ACK]
+    assert [f"tag {tags[1]} was settled twice, or never delivered"] == record.played.complaints
+    assert {b"a": 1} == record.played.settled[Disposition.ACK]
 
 
 async def test_exceeding_prefetch_is_a_complaint(script, record):
@@ -360,10 +360,10 @@ async def test_exceeding_prefetch_is_a_complaint(script, record):
         await session.settle([Settlement(Disposition.RETURN, (1,))])
         script.last.feed(b"c")
         await anext(chunks)
-        assert ([], 2) == (record.complaints, record.unsettled)
+        assert ([], 2) == (record.played.complaints, record.unsettled)
         script.last.feed(b"d")
         await anext(chunks)
-        assert ["more than 2 messages were unsettled"] == record.complaints
+        assert ["more than 2 messages were unsettled"] == record.played.complaints
     assert 0 == record.unsettled
 
 
@@ -371,7 +371,7 @@ async def test_decreasing_tags_are_a_complaint(script, record):
     """They increase within each session."""
     async with record.session(subscription()) as session:
         session.record([make_message(b"a", delivery_tag=2), make_message(b"b", delivery_tag=2)])
-    assert ["tag 2 came out of order"] == record.complaints
+    assert ["tag 2 came out of order"] == record.played.complaints
 
 
 async def test_only_confirmed_copies_count(script, record):
@@ -380,7 +380,7 @@ async def test_only_confirmed_copies_count(script, record):
     async with record.publisher() as publisher:
         assert publisher.is_open
         await publisher.publish([Publication(body) for body in (b"a", b"b", b"c", b"d")])
-    assert {b"a": 1} == record.confirmed
+    assert {b"a": 1} == record.played.confirmed
 
 
 async def test_a_recording_transport_has_the_same_features(script, record, monkeypatch):
@@ -396,7 +396,7 @@ async def test_a_recording_transport_has_the_same_features(script, record, monke
 
     monkeypatch.setattr(MemorySession, "pump", pump, raising=False)
     broker = BatchBroker("4.0")
-    record = RecordingTransport(broker.transport)
+    record = RecordingTransport(broker.transport, Played())
     await record.declare(Topology(queues=(Queue("jobs"),)))
     assert (4, 0) == record.broker_version[:2]
     broker.publish(b"a", routing_key="jobs")

@@ -20,13 +20,11 @@ import socket
 import struct
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from aio_pika_batch.testing.rabbitmq.processes import LOCALHOST, free_port, kill_group, spawn
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _START_TIMEOUT = 90  # seconds; an idle machine needs 3 to 7
 _NEVER_ALARMED = "0.6"

@@ -11,18 +11,18 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from aio_pika_batch.consumer import BatchConsumer
-from aio_pika_batch.core.message import RETRY_COUNT_HEADER
+from aio_pika_batch.core.message import RETRY_COUNT_HEADER, Message
 from aio_pika_batch.core.publication import Copy, Outcome, Outgoing
 from aio_pika_batch.core.results import MessageResult, Result
 from aio_pika_batch.core.settlement import (
-    Disposition,
     Modification,
     NativeRetries,
     Settlement,
 )
+from aio_pika_batch.core.topology import Topology, Version
 from aio_pika_batch.errors import TopologyError
 from aio_pika_batch.settings import BatchConsumerSettings
 from aio_pika_batch.testing.stories.story import RAISE, Fault, FaultKind, Played, Story
@@ -32,15 +32,13 @@ from aio_pika_batch.transport import (
     ListeningPublisher,
     ModifyingSession,
     ProvingSession,
+    Publisher,
     PumpingSession,
+    Session,
+    Subscription,
+    Transport,
     VersionedTransport,
 )
-
-if TYPE_CHECKING:
-    from aio_pika_batch.core.message import Message
-    from aio_pika_batch.core.topology import Topology, Version
-    from aio_pika_batch.transport import Publisher, Session, Subscription, Transport
-
 
 _DELIVERY_LIMIT = 1000
 """More deliveries than in any story: the broker must not drop a message because of its limit."""
@@ -173,16 +171,8 @@ def _settings(story: Story, scene: Scene) -> BatchConsumerSettings:
 
 async def play(story: Story, scene: Scene) -> Played:
     """Play a story, and return what happened; :func:`judge` checks it."""
-    record = RecordingTransport(scene.transport)
-    played = Played(
-        settled=record.settled,
-        modified=record.modified,
-        buried=record.buried,
-        confirmed=record.confirmed,
-        replaced=record.replaced,
-        complaints=record.complaints,
-        keeps_place=scene.keeps_place,
-    )
+    played = Played(keeps_place=scene.keeps_place)
+    record = RecordingTransport(scene.transport, played)
     consumer = _StoryConsumer(story, played, scene, record)
     await _start(consumer, scene)
     # Publishing and faults run beside the consumer, and end before its last stop.
@@ -245,27 +235,17 @@ class RecordingTransport:
     """Wraps a transport, records messages by their bodies, and changes nothing.
 
     Attributes:
+        played: What is done with messages at the port, and complaints about what must not happen.
         delivered: All messages delivered so far.
-        settled: How often each message was settled with each disposition.
-        modified: How often each message was modified to come back.
-        buried: How often each message was modified to be dead-lettered.
-        confirmed: How many copies of each message are confirmed.
-        replaced: How many of them replace a message that was not handled.
-        complaints: Descriptions of what must not happen at the port.
         ending: Sessions from their cancel to their close. They may hold messages that are neither
             in a queue nor known here: some returns are written last.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, played: Played) -> None:
         self._transport = transport
         self._sessions: set[_Session] = set()
+        self.played = played
         self.delivered: set[bytes] = set()
-        self.settled: dict[Disposition, Counter[bytes]] = {each: Counter() for each in Disposition}
-        self.modified: Counter[bytes] = Counter()
-        self.buried: Counter[bytes] = Counter()
-        self.confirmed: Counter[bytes] = Counter()
-        self.replaced: Counter[bytes] = Counter()
-        self.complaints: list[str] = []
         self.ending: set[_Session] = set()
 
     @property
@@ -303,7 +283,7 @@ class RecordingTransport:
         async with self._transport.publisher() as publisher:
             listens = isinstance(publisher, ListeningPublisher)
             kind = _ListeningPublisher if listens else _Publisher
-            yield kind(publisher, self.confirmed, self.replaced)
+            yield kind(publisher, self.played)
 
 
 class _Session:
@@ -315,7 +295,9 @@ class _Session:
 
     def __init__(self, record: RecordingTransport, session: Session, prefetch: int) -> None:
         self._record = record
-        self._session = session
+        self._played = record.played
+        # Any: a subclass calls what `_kind_of` has found the session to have.
+        self._session: Any = session
         self._prefetch = prefetch
         self._last_tag = 0
         self.bodies: dict[int, bytes] = {}
@@ -323,7 +305,7 @@ class _Session:
     @property
     def unproven(self) -> int:
         """That of the wrapped session, if it has one."""
-        session: object = self._session
+        session: Session = self._session
         return session.unproven if isinstance(session, ProvingSession) else 0
 
     async def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
@@ -335,12 +317,12 @@ class _Session:
         """Record the delivery of a chunk."""
         for message in chunk:
             if message.delivery_tag <= self._last_tag:
-                self._record.complaints.append(f"tag {message.delivery_tag} came out of order")
+                self._played.complaints.append(f"tag {message.delivery_tag} came out of order")
             self._last_tag = message.delivery_tag
             self.bodies[message.delivery_tag] = message.body
             self._record.delivered.add(message.body)
         if self._prefetch and len(self.bodies) > self._prefetch:
-            self._record.complaints.append(f"more than {self._prefetch} messages were unsettled")
+            self._played.complaints.append(f"more than {self._prefetch} messages were unsettled")
 
     async def cancel(self) -> None:
         """Cancel the consumer."""
@@ -354,13 +336,13 @@ class _Session:
 
     def _note_all(self, settlements: Sequence[Settlement]) -> None:
         for settlement in settlements:
-            self._note(settlement.tags, self._record.settled[settlement.disposition])
+            self._note(settlement.tags, self._played.settled[settlement.disposition])
 
     def _note(self, tags: Iterable[int], record: Counter[bytes]) -> None:
         for tag in tags:
             body = self.bodies.pop(tag, None)
             if body is None:
-                self._record.complaints.append(f"tag {tag} was settled twice, or never delivered")
+                self._played.complaints.append(f"tag {tag} was settled twice, or never delivered")
             else:
                 record[body] += 1
 
@@ -375,7 +357,6 @@ class _PumpingSession(_Session):
             self.record(chunk)
             sink(chunk)
 
-        assert isinstance(self._session, PumpingSession)  # noqa: S101  -- for type checkers
         await self._session.pump(recording)
 
 
@@ -384,12 +365,10 @@ class _AdjustableSession(_Session):
 
     async def pause(self) -> None:
         """Pause the deliveries."""
-        assert isinstance(self._session, AdjustableSession)  # noqa: S101  -- for type checkers
         await self._session.pause()
 
     async def resume(self, prefetch: int) -> None:
         """Resume the deliveries; earlier messages don't count for the new prefetch."""
-        assert isinstance(self._session, AdjustableSession)  # noqa: S101  -- for type checkers
         self._prefetch = prefetch and prefetch + len(self.bodies)
         await self._session.resume(prefetch)
 
@@ -400,21 +379,17 @@ class _ModifyingSession(_Session):
     @property
     def retries(self) -> NativeRetries:
         """Those of the wrapped session."""
-        return self._modifying.retries
+        retries: NativeRetries = self._session.retries
+        return retries
 
     async def modify(
         self, modifications: Sequence[Modification], settlements: Sequence[Settlement] = ()
     ) -> None:
         """Record modifications before they are sent."""
         for each in modifications:
-            self._note(each.tags, self._record.buried if each.dead else self._record.modified)
+            self._note(each.tags, self._played.buried if each.dead else self._played.modified)
         self._note_all(settlements)
-        await self._modifying.modify(modifications, settlements)
-
-    @property
-    def _modifying(self) -> ModifyingSession:
-        assert isinstance(self._session, ModifyingSession)  # noqa: S101  -- for type checkers
-        return self._session
+        await self._session.modify(modifications, settlements)
 
 
 class _ConfirmingSession(_Session):
@@ -422,7 +397,6 @@ class _ConfirmingSession(_Session):
 
     async def settled(self) -> None:
         """Wait until they are carried out."""
-        assert isinstance(self._session, ConfirmingSession)  # noqa: S101  -- for type checkers
         await self._session.settled()
 
 
@@ -452,12 +426,9 @@ def _is_fresh(publication: Outgoing) -> bool:
 class _Publisher:
     """Records a publisher."""
 
-    def __init__(
-        self, publisher: Publisher, confirmed: Counter[bytes], replaced: Counter[bytes]
-    ) -> None:
+    def __init__(self, publisher: Publisher, played: Played) -> None:
         self._publisher = publisher
-        self._confirmed = confirmed
-        self._replaced = replaced
+        self._played = played
 
     @property
     def is_open(self) -> bool:
@@ -469,8 +440,8 @@ class _Publisher:
         outcomes = await self._publisher.publish(publications)
         for publication, outcome in zip(publications, outcomes, strict=True):
             if outcome is Outcome.CONFIRMED:
-                self._confirmed[publication.body] += 1
-                self._replaced[publication.body] += _is_fresh(publication)
+                self._played.confirmed[publication.body] += 1
+                self._played.replaced[publication.body] += _is_fresh(publication)
         return outcomes
 
 
@@ -486,7 +457,7 @@ class _ListeningPublisher(_Publisher):
     def on_late(self, on_late: Callable[[Outgoing, Outcome], None]) -> None:
         def recording(publication: Outgoing, outcome: Outcome) -> None:
             if outcome is Outcome.CONFIRMED:
-                self._confirmed[publication.body] += 1
+                self._played.confirmed[publication.body] += 1
             on_late(publication, outcome)
 
         self._listening.on_late = recording

@@ -176,7 +176,9 @@ class Played:
     batches: list[list[bytes]] = field(default_factory=list)
     retries: list[int] = field(default_factory=list)
     most: int = 0
-    settled: dict[Disposition, Counter[bytes]] = field(default_factory=dict)
+    settled: dict[Disposition, Counter[bytes]] = field(
+        default_factory=lambda: {each: Counter() for each in Disposition}
+    )
     modified: Counter[bytes] = field(default_factory=Counter)
     buried: Counter[bytes] = field(default_factory=Counter)
     confirmed: Counter[bytes] = field(default_factory=Counter)
