@@ -134,8 +134,8 @@ CORE = (
     Mutant(
         "A session begins with the whole prefetch: what it holds comes back with a crash.",
         "runtime/worker.py",
-        "replace(subscription, prefetch=ALONE)",
-        "replace(subscription)",
+        "prefetch = config.prefetch if self._shared.quarantine is None else ALONE",
+        "prefetch = config.prefetch",
         (
             f"{_SHELL}/test_quarantine.py::test_a_session_that_begins_with_suspects_gets_one_at_a_time",
         ),
@@ -504,35 +504,35 @@ CORE = (
 SHELL = (
     Mutant(
         "A deleted dead-letter queue stays away: its messages go round forever.",
-        "runtime/topology_declarer.py",
+        "runtime/worker_pool.py",
         "        copies.dead_letters.on_undelivered = self._on_undelivered\n",
         "        pass\n",
         (f"{_SHELL}/test_topology.py",),
     ),
     Mutant(
         "Each dead letter that comes back declares everything again.",
-        "runtime/topology_declarer.py",
+        "runtime/worker_pool.py",
         "if self._redeclaring is None and now - self._redeclared_at >= REDECLARE_AFTER:",
         "if self._redeclaring is None:",
         (f"{_SHELL}/test_topology.py",),
     ),
     Mutant(
         "A dead-letter exchange that was made anew is bound by its former type.",
-        "runtime/topology_declarer.py",
+        "runtime/worker_pool.py",
         "        self._exchange_type = None\n        try:",
         "        try:",
         (f"{_SHELL}/test_topology.py",),
     ),
     Mutant(
         "An existing dead-letter exchange is bound as if it were a new one.",
-        "runtime/topology_declarer.py",
+        "runtime/worker_pool.py",
         "build_topology(self._options, dead_letter_exchange_type=self._exchange_type)",
         "build_topology(self._options)",
         (f"{_SHELL}/test_topology.py",),
     ),
     Mutant(
         "Permissions are checked by a publish at each reconnect.",
-        "runtime/topology_declarer.py",
+        "runtime/worker_pool.py",
         "        self._has_checked = True\n",
         "        pass\n",
         (f"{_SHELL}/test_topology.py",),
@@ -936,8 +936,8 @@ SHELL = (
     Mutant(
         "A probe of the breaker has the full prefetch count.",
         "runtime/worker.py",
-        "                subscription = replace(subscription, prefetch=PROBE)\n",
-        "",
+        "replace(config, prefetch=PROBE, adapts_prefetch=False)",
+        "replace(config, adapts_prefetch=False)",
         (f"{_SHELL}/test_breaker.py",),
     ),
     Mutant(

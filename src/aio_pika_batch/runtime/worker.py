@@ -67,7 +67,8 @@ class WorkerResources:
 
     Attributes:
         declare: Declares the topology.
-        subscription: Returns what to subscribe to, for a worker's index and the session's number.
+        subscription: Returns what to subscribe to, for a worker's index, the session's number, and
+            a prefetch count.
         publishers: Publish retries and dead letters.
         quarantine: None if the queue doesn't count deliveries.
         check: Whether the handler works at all.
@@ -75,7 +76,7 @@ class WorkerResources:
 
     transport: Transport
     declare: Callable[[], Coroutine[Any, Any, None]]
-    subscription: Callable[[int, int], Subscription]
+    subscription: Callable[[int, int, int], Subscription]
     publishers: CopyPublishers
     quarantine: Quarantine | None
     shutdown: Shutdown
@@ -262,13 +263,11 @@ class Worker:
         self._epoch += 1
         epoch = self._epoch
         async with AsyncExitStack() as stack:
-            subscription = self._shared.subscription(self._index, epoch)
             config = self._config
             if self._breaker is not None and self._breaker.is_probing:
-                subscription = replace(subscription, prefetch=PROBE)
                 config = replace(config, prefetch=PROBE, adapts_prefetch=False)
-            if self._shared.quarantine is not None:
-                subscription = replace(subscription, prefetch=ALONE)
+            prefetch = config.prefetch if self._shared.quarantine is None else ALONE
+            subscription = self._shared.subscription(self._index, epoch, prefetch)
             context = self._shared.transport.session(subscription)
             session = await self._unless_stopped(stack.enter_async_context(context))
             self._session = session
