@@ -15,8 +15,8 @@ from aio_pika_batch.adapters.memory import PublishFault
 from aio_pika_batch.core.message import DecodedSource
 from aio_pika_batch.databases.outbox_table import LANES, lane_of
 from aio_pika_batch.outbox import Outbox, OutboxRelay, OutboxRelaySettings
-from aio_pika_batch.outbox.rows import Row, row_of
-from aio_pika_batch.outbox.session import _waves
+from aio_pika_batch.outbox.outbox import Row, row_of
+from aio_pika_batch.outbox.relay import _waves
 from tests.unit.inbox.sqlite import Connection
 from tests.unit.shell.helpers import QUEUE, EventRecorder
 
