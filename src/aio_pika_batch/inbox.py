@@ -24,8 +24,13 @@ from typing import Literal, Self, cast
 
 from aio_pika_batch.core.message import Message, message_ids
 from aio_pika_batch.core.results import MessageResult, Result
-from aio_pika_batch.databases.connections import Database, DatabaseConnection, adapt
-from aio_pika_batch.databases.errors import is_deadlock, is_refusal
+from aio_pika_batch.databases.connections import (
+    Database,
+    DatabaseConnection,
+    adapt,
+    is_deadlock,
+    is_refusal,
+)
 from aio_pika_batch.databases.inbox_table import LONGEST, InboxTable
 from aio_pika_batch.errors import (
     ConfigurationError,

@@ -35,9 +35,7 @@ FOLDERS = sorted({path.parent for path in SOURCES} - {PACKAGE.parent})
 
 LONGEST_FILE = 400
 SHORTEST_FILE = 80
-SHORT_FOR_A_REASON = {
-    "aio_pika_batch.databases.errors": "what the errors of each driver mean",
-}
+SHORT_FOR_A_REASON: dict[str, str] = {}
 MOST_FILES_IN_THE_ROOT = 16
 LONGEST_CHAIN = 10
 LEAST_COMMENTS = 0.025

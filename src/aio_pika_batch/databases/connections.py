@@ -8,10 +8,12 @@ parameters, and translated to what the driver takes.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import cache
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from aio_pika_batch.errors import ConfigurationError
 
@@ -28,40 +30,53 @@ class Database(Enum):
     SQLITE = "sqlite"
 
 
-class DatabaseConnection(Protocol):
-    """A user's connection, with the few calls that are needed of it."""
+class DatabaseConnection(ABC):
+    """A user's connection, with the few calls that are needed of it.
+
+    Attributes:
+        database: Whose SQL it speaks.
+    """
+
+    database: Database
+
+    def __init__(self, connection: Any) -> None:  # noqa: ANN401  -- a driver's own
+        self._connection = connection
 
     @property
-    def database(self) -> Database:
-        """Whose SQL it speaks."""
-
-    @property
+    @abstractmethod
     def in_transaction(self) -> bool:
         """Whether a transaction is open."""
 
+    @abstractmethod
     async def can_roll_back(self) -> bool:
         """Whether the next statement belongs to a transaction, which it may have to open."""
 
+    @abstractmethod
     async def execute(self, sql: str, parameters: Parameters) -> int:
         """Run a statement, and return how many rows it has changed."""
 
+    @abstractmethod
     async def execute_many(self, sql: str, parameters: Sequence[Parameters]) -> None:
         """Run a statement once for each set of parameters."""
 
+    @abstractmethod
     async def fetch(self, sql: str, parameters: Parameters) -> Rows:
         """Run a statement, and return its rows."""
 
+    @abstractmethod
     async def begin(self) -> None:
         """Open a transaction."""
 
-    async def flush(self) -> None:
+    async def flush(self) -> None:  # noqa: B027  -- most drivers have nothing to do
         """Send what is still to be written."""
 
     async def commit(self) -> None:
         """Commit it."""
+        await self._connection.commit()
 
     async def rollback(self) -> None:
         """Roll it back."""
+        await self._connection.rollback()
 
 
 _TABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)?", re.ASCII)
@@ -79,11 +94,23 @@ def check_table(name: str) -> str:
     return name
 
 
-def fill(sql: str, pieces: Mapping[str, str]) -> str:
-    """Replace each piece by its text, in their order."""
-    for name, text in pieces.items():
-        sql = sql.replace(name, text)
-    return sql
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statements:
+    """The statements for one database. Names in braces are filled in."""
+
+    create: tuple[str, ...]
+
+    def fill(self, pieces: Mapping[str, str]) -> Self:
+        """Return the statements with each piece replaced by its text, in their order."""
+
+        def filled(text: str) -> str:
+            for name, piece in pieces.items():
+                text = text.replace(name, piece)
+            return text
+
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        texts = {name: filled(value) for name, value in values.items() if isinstance(value, str)}
+        return replace(self, create=tuple(map(filled, self.create)), **texts)
 
 
 def adapt(connection: object) -> DatabaseConnection:
@@ -98,22 +125,18 @@ def adapt(connection: object) -> DatabaseConnection:
 
 @cache
 def _adapter(cls: Any) -> Callable[[Any], DatabaseConnection]:  # noqa: ANN401  -- a class, which is hashable
-    for each in cls.__mro__:
-        found = _ADAPTERS.get((each.__module__.partition(".")[0], each.__qualname__))
-        if found is not None:
-            return found
-    for each in cls.__mro__:
-        hint = _HINTS.get((each.__module__.partition(".")[0], each.__qualname__))
-        if hint is not None:
-            raise ConfigurationError(f"{_name(cls)} can't be used here: {hint}")
+    keys = [(each.__module__.partition(".")[0], each.__qualname__) for each in cls.__mro__]
+    for key in keys:
+        if key in _ADAPTERS:
+            return _ADAPTERS[key]
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    for key in keys:
+        if key in _HINTS:
+            raise ConfigurationError(f"{name} can't be used here: {_HINTS[key]}")
     raise ConfigurationError(
-        f"{_name(cls)} is not supported: use a connection of asyncpg, psycopg (AsyncConnection),"
+        f"{name} is not supported: use a connection of asyncpg, psycopg (AsyncConnection),"
         " SQLAlchemy (AsyncConnection or AsyncSession) or aiosqlite"
     )
-
-
-def _name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 # -- the drivers --------------------------------------------------------------------------------
@@ -128,19 +151,15 @@ def _numbered(sql: str) -> tuple[str, tuple[str, ...]]:
     return _PARAMETER.sub(lambda found: f"${names.index(found[1]) + 1}", sql), names
 
 
-class _Asyncpg:
+class _Asyncpg(DatabaseConnection):
     """A connection of asyncpg, or what its pool hands out."""
 
     database = Database.POSTGRESQL
-
-    def __init__(self, connection: Any) -> None:  # noqa: ANN401  -- a driver's own
-        self._connection = connection
-        self._transaction: Any = None
+    _transaction: Any
 
     @property
     def in_transaction(self) -> bool:
-        found: bool = self._connection.is_in_transaction()
-        return found
+        return bool(self._connection.is_in_transaction())
 
     async def can_roll_back(self) -> bool:
         return self.in_transaction
@@ -165,9 +184,6 @@ class _Asyncpg:
         self._transaction = self._connection.transaction()
         await self._transaction.start()
 
-    async def flush(self) -> None:
-        """Nothing waits."""
-
     async def commit(self) -> None:
         await self._transaction.commit()
 
@@ -180,24 +196,14 @@ def _formatted(sql: str) -> str:
     return _PARAMETER.sub(r"%(\1)s", sql)
 
 
-def _tuples(cursor: object) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """Rows of psycopg as tuples, whatever the connection makes of them otherwise."""
-    del cursor
-    return tuple
-
-
-class _Psycopg:
+class _Psycopg(DatabaseConnection):
     """An AsyncConnection of psycopg 3."""
 
     database = Database.POSTGRESQL
 
-    def __init__(self, connection: Any) -> None:  # noqa: ANN401  -- a driver's own
-        self._connection = connection
-
     @property
     def in_transaction(self) -> bool:
-        found: str = self._connection.info.transaction_status.name
-        return found != "IDLE"
+        return str(self._connection.info.transaction_status.name) != "IDLE"
 
     async def can_roll_back(self) -> bool:
         return self.in_transaction or not self._connection.autocommit
@@ -205,15 +211,15 @@ class _Psycopg:
     async def execute(self, sql: str, parameters: Parameters) -> int:
         async with self._connection.cursor() as cursor:
             await cursor.execute(_formatted(sql), parameters)
-            count: int = cursor.rowcount
-            return count
+            return int(cursor.rowcount)
 
     async def execute_many(self, sql: str, parameters: Sequence[Parameters]) -> None:
         async with self._connection.cursor() as cursor:
             await cursor.executemany(_formatted(sql), parameters)
 
     async def fetch(self, sql: str, parameters: Parameters) -> Rows:
-        async with self._connection.cursor(row_factory=_tuples) as cursor:
+        # As tuples, whatever the connection makes of rows otherwise.
+        async with self._connection.cursor(row_factory=lambda _: tuple) as cursor:
             await cursor.execute(_formatted(sql), parameters)
             rows: Rows = await cursor.fetchall()
             return rows
@@ -222,28 +228,15 @@ class _Psycopg:
         if self._connection.autocommit:
             await self._connection.execute("BEGIN")
 
-    async def flush(self) -> None:
-        """Nothing waits."""
 
-    async def commit(self) -> None:
-        await self._connection.commit()
-
-    async def rollback(self) -> None:
-        await self._connection.rollback()
-
-
-class _Aiosqlite:
+class _Aiosqlite(DatabaseConnection):
     """A connection of aiosqlite."""
 
     database = Database.SQLITE
 
-    def __init__(self, connection: Any) -> None:  # noqa: ANN401  -- a driver's own
-        self._connection = connection
-
     @property
     def in_transaction(self) -> bool:
-        found: bool = self._connection.in_transaction
-        return found
+        return bool(self._connection.in_transaction)
 
     async def can_roll_back(self) -> bool:
         # Since Python 3.12 `autocommit` outdoes `isolation_level`, if it is a bool.
@@ -255,8 +248,7 @@ class _Aiosqlite:
 
     async def execute(self, sql: str, parameters: Parameters) -> int:
         async with self._connection.execute(sql, parameters) as cursor:
-            count: int = cursor.rowcount
-            return count
+            return int(cursor.rowcount)
 
     async def execute_many(self, sql: str, parameters: Sequence[Parameters]) -> None:
         async with self._connection.executemany(sql, parameters):
@@ -270,15 +262,6 @@ class _Aiosqlite:
     async def begin(self) -> None:
         # At once, and not at the first write: SQLite cannot wait for a lock where it has read.
         await self._connection.execute_fetchall("BEGIN IMMEDIATE")
-
-    async def flush(self) -> None:
-        """Nothing waits."""
-
-    async def commit(self) -> None:
-        await self._connection.commit()
-
-    async def rollback(self) -> None:
-        await self._connection.rollback()
 
 
 @cache
@@ -296,11 +279,11 @@ _SQLALCHEMY = {
 }
 
 
-class _Sqlalchemy:
+class _Sqlalchemy(DatabaseConnection):
     """An AsyncConnection or an AsyncSession of SQLAlchemy, which do this in the same words."""
 
     def __init__(self, connection: Any) -> None:  # noqa: ANN401  -- SQLAlchemy's own
-        self._connection = connection
+        super().__init__(connection)
         name = self._dialect.name
         if name not in _SQLALCHEMY:
             known = "PostgreSQL, MySQL, MariaDB and SQLite"
@@ -314,8 +297,7 @@ class _Sqlalchemy:
 
     @property
     def in_transaction(self) -> bool:
-        found: bool = self._connection.in_transaction()
-        return found
+        return bool(self._connection.in_transaction())
 
     async def can_roll_back(self) -> bool:
         # With the isolation level AUTOCOMMIT a transaction only seems to be one.
@@ -330,8 +312,7 @@ class _Sqlalchemy:
             return True
 
     async def execute(self, sql: str, parameters: Parameters) -> int:
-        count: int = (await self._connection.execute(_text(sql), parameters)).rowcount
-        return count
+        return int((await self._connection.execute(_text(sql), parameters)).rowcount)
 
     async def execute_many(self, sql: str, parameters: Sequence[Parameters]) -> None:
         await self._connection.execute(_text(sql), parameters)
@@ -346,12 +327,6 @@ class _Sqlalchemy:
     async def flush(self) -> None:
         if hasattr(self._connection, "flush"):
             await self._connection.flush()
-
-    async def commit(self) -> None:
-        await self._connection.commit()
-
-    async def rollback(self) -> None:
-        await self._connection.rollback()
 
 
 _ADAPTERS: Mapping[tuple[str, str], Callable[[Any], DatabaseConnection]] = {
@@ -376,3 +351,50 @@ _HINTS: Mapping[tuple[str, str], str] = {
     ("sqlalchemy", "Session"): "it blocks the event loop; use AsyncSession",
     ("sqlite3", "Connection"): "it blocks the event loop; use aiosqlite",
 }
+
+
+# -- their errors --------------------------------------------------------------------------------
+
+_DEADLOCKS = frozenset({"40001", "40P01", 1020, 1213})
+"""SQLSTATEs, and error numbers of MySQL: a serialization failure, or a deadlock."""
+
+
+def code_of(error: BaseException) -> str | int | None:
+    """The SQLSTATE of an error, or MySQL's number; None if it was not the server that raised it."""
+    error = getattr(error, "orig", None) or error  # SQLAlchemy's wrapper
+    state: object = getattr(error, "sqlstate", None)
+    if isinstance(state, str):
+        return state
+    module = type(error).__module__.partition(".")[0]
+    if module == "sqlite3":
+        return "SQLITE"
+    number: object = error.args[0] if error.args else None
+    if module in {"asyncmy", "pymysql", "aiomysql", "MySQLdb"} and isinstance(number, int):
+        return number
+    return None
+
+
+def is_deadlock(error: BaseException) -> bool:
+    """Whether the same transaction may succeed when it is run again from its beginning."""
+    return code_of(error) in _DEADLOCKS
+
+
+_LOST = ("08", "57P")
+"""Classes of SQLSTATEs: a connection that is lost, a server that is shutting down."""
+
+_CLIENT_ERRORS = 2000
+"""From here on, MySQL's numbers are those of its client library."""
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the server has reported that it did not commit.
+
+    Otherwise it is unknown whether a COMMIT that failed has taken effect.
+    """
+    match code_of(error):
+        case None:
+            return False
+        case int() as number:
+            return number < _CLIENT_ERRORS
+        case state:
+            return not state.startswith(_LOST)

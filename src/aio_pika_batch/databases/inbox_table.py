@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from aio_pika_batch.databases.connections import Database, DatabaseConnection, check_table, fill
+from aio_pika_batch.databases.connections import (
+    Database,
+    DatabaseConnection,
+    Statements,
+    check_table,
+)
 from aio_pika_batch.errors import ConfigurationError
 
 LONGEST = 255
 """Maximum characters of a consumer's name and of an id. AMQP allows 255 bytes for an id."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Statements:
-    """The statements for one database. Names in braces are filled in.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Statements(Statements):
+    """The statements of an inbox.
 
     Attributes:
         claim: Inserts ids, in their order.
@@ -24,7 +29,6 @@ class _Statements:
         summarizes: Whether `claim` returns one JSON array instead, or null if it inserted all ids.
     """
 
-    create: str
     claim: str
     release: str
     prune: str
@@ -34,7 +38,8 @@ class _Statements:
 
 _POSTGRESQL = _Statements(
     # Without the lock, sessions that create the table at the same time fail, IF NOT EXISTS or not.
-    create="""DO $$ BEGIN
+    create=(
+        """DO $$ BEGIN
 PERFORM pg_advisory_xact_lock(7146204551);
 CREATE TABLE IF NOT EXISTS {table} (
     consumer text COLLATE "C" NOT NULL,
@@ -44,6 +49,7 @@ CREATE TABLE IF NOT EXISTS {table} (
 );
 CREATE INDEX IF NOT EXISTS {index} ON {table} USING brin (claimed_at);
 END $$""",
+    ),
     # Nearly always all are inserted, which spares the driver a row for each message.
     claim="""WITH inserted AS (INSERT INTO {table} (consumer, message_id)
 SELECT CAST(:consumer AS text), id FROM {each} AS ids(id) ORDER BY id COLLATE "C"
@@ -60,7 +66,8 @@ AND claimed_at < now() - make_interval(secs => CAST(:seconds AS double precision
 
 _MYSQL = _Statements(
     # Ids are bytes: most collations take "a" and "A", or "a" and "a ", for the same id.
-    create="""CREATE TABLE IF NOT EXISTS {table} (
+    create=(
+        """CREATE TABLE IF NOT EXISTS {table} (
     consumer varbinary(1020) NOT NULL,
     message_id varbinary(1020) NOT NULL,
     claim binary(16) NOT NULL,
@@ -68,6 +75,7 @@ _MYSQL = _Statements(
     PRIMARY KEY (consumer, message_id),
     KEY {index} (consumer, claimed_at)
 ) ENGINE=InnoDB""",
+    ),
     # INSERT IGNORE takes a shared lock on an id that exists. Two sessions that wait for an id would
     # both get one when its transaction rolls back, and deadlock when both want to insert.
     claim="""INSERT INTO {table} (consumer, message_id, claim, claimed_at)
@@ -84,12 +92,14 @@ AND claimed_at < UTC_TIMESTAMP() - INTERVAL :seconds SECOND""",
 )
 
 _SQLITE = _Statements(
-    create="""CREATE TABLE IF NOT EXISTS {table} (
+    create=(
+        """CREATE TABLE IF NOT EXISTS {table} (
     consumer text NOT NULL,
     message_id text NOT NULL,
     claimed_at integer NOT NULL,
     PRIMARY KEY (consumer, message_id)
 ) WITHOUT ROWID""",
+    ),
     claim="""INSERT INTO {table} (consumer, message_id, claimed_at)
 SELECT :consumer, value, {now} FROM json_each(:ids) WHERE true ORDER BY value
 ON CONFLICT DO NOTHING RETURNING message_id""",
@@ -134,15 +144,16 @@ class InboxTable:
         self._consumer = consumer
         index = f"{check_table(table).rpartition('.')[2]}_claimed_at"
         names = {**_PIECES, "{table}": table, "{index}": index}
-        self._statements = {each: _fill(found, names) for each, found in _STATEMENTS.items()}
+        self._statements = {each: found.fill(names) for each, found in _STATEMENTS.items()}
 
     def schema(self, database: Database) -> str:
         """Return the statement that creates the table."""
-        return f"{self._statements[database].create};\n"
+        return "".join(f"{each};\n" for each in self._statements[database].create)
 
     async def create(self, connection: DatabaseConnection) -> None:
         """Create the table if it doesn't exist."""
-        await connection.execute(self._statements[connection.database].create, {})
+        for statement in self._statements[connection.database].create:
+            await connection.execute(statement, {})
 
     async def insert(self, connection: DatabaseConnection, ids: Sequence[str]) -> set[str]:
         """Insert the ids that aren't in the table, and return those that were there before."""
@@ -182,15 +193,3 @@ class InboxTable:
     def _parameters(self, ids: Sequence[str]) -> dict[str, object]:
         # JSON in ASCII doesn't depend on the character set of a connection to MySQL.
         return {"consumer": self._consumer, "ids": json.dumps(ids)}
-
-
-def _fill(statements: _Statements, names: Mapping[str, str]) -> _Statements:
-    inserted = statements.inserted
-    return replace(
-        statements,
-        create=fill(statements.create, names),
-        claim=fill(statements.claim, names),
-        release=fill(statements.release, names),
-        prune=fill(statements.prune, names),
-        inserted=None if inserted is None else fill(inserted, names),
-    )

@@ -17,8 +17,8 @@ from aio_pika_batch.databases.connections import (
     Database,
     DatabaseConnection,
     Parameters,
+    Statements,
     check_table,
-    fill,
 )
 
 LANES = 64
@@ -29,27 +29,6 @@ LEASE = 30.0
 """Seconds for which a relay has the table, where rows can't be locked."""
 
 _LOCKED = [f"lane_{letter}" for letter in "abcdefghijklmnop"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Statements:
-    """The statements for one database. Names in braces are filled in.
-
-    Attributes:
-        begin: Runs at the beginning of a transaction that takes rows; None if nothing is needed.
-        lanes: Locks lanes that have rows; None where `lease` is used instead.
-        lease: Takes or renews the lease, and returns a row if it has been taken.
-    """
-
-    create: tuple[str, ...]
-    delete: str
-    postpone: str
-    now: str
-    lock: str
-    begin: str | None = None
-    lanes: str | None = None
-    lease: str | None = None
-
 
 _PIECES = {
     # Drivers take ten times as long to encode an array.
@@ -62,15 +41,39 @@ _PIECES = {
     "{locked}": f"lane IN ({', '.join(f':{each}' for each in _LOCKED)})",
 }
 
-_WITHOUT_KEY = """SELECT {columns} FROM {table}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Statements(Statements):
+    """The statements of an outbox.
+
+    Attributes:
+        now: The current time. Like `lock`, it is a part of other statements.
+        lock: Locks the rows that are read.
+        begin: Runs at the beginning of a transaction that takes rows; None if nothing is needed.
+        lanes: Locks lanes that have rows; None where `lease` is used instead.
+        lease: Takes or renews the lease, and returns a row if it has been taken.
+    """
+
+    delete: str
+    postpone: str
+    now: str
+    lock: str
+    begin: str | None = None
+    lanes: str | None = None
+    lease: str | None = None
+    without_key: str = """SELECT {columns} FROM {table}
 WHERE lane IS NULL AND {due} ORDER BY id LIMIT :limit{lock}"""
-_OF_LANES = """SELECT {columns} FROM {table}
+    of_lanes: str = """SELECT {columns} FROM {table}
 WHERE {locked} AND {in_order} ORDER BY id LIMIT :limit"""
-_ALL = """SELECT {columns} FROM {table}
+    all: str = """SELECT {columns} FROM {table}
 WHERE {due} AND (lane IS NULL OR {in_order}) ORDER BY id LIMIT :limit"""
-_ADD = """INSERT INTO {table}
+    add: str = """INSERT INTO {table}
 (lane, order_key, message_id, exchange, routing_key, body, properties)
 VALUES (:lane, :order_key, :message_id, :exchange, :routing_key, :body, :properties)"""
+    release: str = "DELETE FROM {table}_lease WHERE owner = :owner"
+    count: str = "SELECT count(*) FROM {table}"
+    check: str = "SELECT 1 FROM {table} WHERE id = 0"
+
 
 _POSTGRESQL = _Statements(
     # Without the lock, sessions that create the table at the same time fail, IF NOT EXISTS or not.
@@ -197,30 +200,26 @@ class OutboxTable:
     """
 
     def __init__(self, table: str) -> None:
-        self._names = {
+        names = {
             "{table}": check_table(table),
             "{index}": table.rpartition(".")[2],
             "{lanes}": str(LANES_AT_ONCE),
             "{last_lane}": str(LANES - 1),
             "{each_lane}": ", ".join(f"({lane})" for lane in range(LANES)),
         }
-        self._add = self._fill(_ADD)
-        self._release = self._fill("DELETE FROM {table}_lease WHERE owner = :owner")
-        self._count = self._fill("SELECT count(*) FROM {table}")
-        self._check = self._fill("SELECT 1 FROM {table} WHERE id = 0")
-        self._prepared: dict[Database, _Prepared] = {}
-
-    def _fill(self, text: str) -> str:
-        return fill(text, self._names)
+        self._statements = {
+            database: each.fill({**_PIECES, "{now}": each.now, "{lock}": each.lock, **names})
+            for database, each in _STATEMENTS.items()
+        }
 
     def schema(self, database: Database) -> str:
         """Return the statements that create the tables, as a script."""
-        return "".join(f"{self._fill(each)};\n" for each in _STATEMENTS[database].create)
+        return "".join(f"{each};\n" for each in self._statements[database].create)
 
     async def create(self, connection: DatabaseConnection) -> None:
         """Create the tables if they don't exist."""
-        for statement in _STATEMENTS[connection.database].create:
-            await connection.execute(self._fill(statement), {})
+        for statement in self._statements[connection.database].create:
+            await connection.execute(statement, {})
 
     @staticmethod
     def locks_rows(connection: DatabaseConnection) -> bool:
@@ -229,16 +228,16 @@ class OutboxTable:
 
     async def check(self, connection: DatabaseConnection) -> None:
         """Raise the database's error if there is no such table."""
-        await connection.fetch(self._check, {})
+        await connection.fetch(self._statements[connection.database].check, {})
 
     async def count(self, connection: DatabaseConnection) -> int:
         """Return the number of publications that wait."""
-        [[count]] = await connection.fetch(self._count, {})
+        [[count]] = await connection.fetch(self._statements[connection.database].count, {})
         return int(count)
 
     async def add(self, connection: DatabaseConnection, rows: Sequence[Parameters]) -> None:
         """Insert rows, in this order."""
-        await connection.execute_many(self._add, rows)
+        await connection.execute_many(self._statements[connection.database].add, rows)
 
     async def take(
         self, connection: DatabaseConnection, limit: int, *, owner: str, now: float
@@ -249,69 +248,38 @@ class OutboxTable:
             owner: Identifies the relay, for a lease.
             now: Seconds since the Unix epoch, for a lease.
         """
-        prepared = self._prepare(connection.database)
-        if prepared.lease is not None:
+        statements = self._statements[connection.database]
+        if statements.lease is not None:
             lease: Parameters = {"owner": owner, "now": now, "ends": now + LEASE}
-            if not await connection.fetch(prepared.lease, lease):
+            if not await connection.fetch(statements.lease, lease):
                 return []
-            return list(await connection.fetch(prepared.all, {"limit": limit}))
-        if prepared.begin is not None:
-            await connection.execute(prepared.begin, {})
-        rows = list(await connection.fetch(prepared.without_key, {"limit": limit}))
-        if prepared.lanes is not None and len(rows) < limit:
-            lanes = [row[0] for row in await connection.fetch(prepared.lanes, {})]
+            return list(await connection.fetch(statements.all, {"limit": limit}))
+        if statements.begin is not None:
+            await connection.execute(statements.begin, {})
+        rows = list(await connection.fetch(statements.without_key, {"limit": limit}))
+        if statements.lanes is not None and len(rows) < limit:
+            lanes = [row[0] for row in await connection.fetch(statements.lanes, {})]
             if lanes:
                 padded = [*lanes, *[lanes[0]] * (LANES_AT_ONCE - len(lanes))]
                 parameters = dict(zip(_LOCKED, padded, strict=True))
                 left = {"limit": limit - len(rows), **parameters}
-                rows += await connection.fetch(prepared.of_lanes, left)
+                rows += await connection.fetch(statements.of_lanes, left)
         return rows
 
     async def release(self, connection: DatabaseConnection, *, owner: str) -> None:
         """Give back the lease, if there is one."""
-        prepared = self._prepare(connection.database)
-        if prepared.lease is not None:
+        statements = self._statements[connection.database]
+        if statements.lease is not None:
             await connection.begin()
-            await connection.execute(self._release, {"owner": owner})
+            await connection.execute(statements.release, {"owner": owner})
             await connection.commit()
 
     async def delete(self, connection: DatabaseConnection, ids: Sequence[int]) -> None:
         """Delete rows that were published."""
-        prepared = self._prepare(connection.database)
-        await connection.execute(prepared.delete, {"ids": json.dumps(ids)})
+        sql = self._statements[connection.database].delete
+        await connection.execute(sql, {"ids": json.dumps(ids)})
 
     async def postpone(self, connection: DatabaseConnection, ids: Sequence[int]) -> None:
         """Let rows wait for another attempt: for 1 s, then twice as long each time, up to 256 s."""
-        prepared = self._prepare(connection.database)
-        await connection.execute(prepared.postpone, {"ids": json.dumps(ids)})
-
-    def _prepare(self, database: Database) -> _Prepared:
-        found = self._prepared.get(database)
-        if found is None:
-            of = _STATEMENTS[database]
-            pieces = {**_PIECES, "{now}": of.now, "{lock}": of.lock, **self._names}
-            found = self._prepared[database] = _Prepared(
-                without_key=fill(_WITHOUT_KEY, pieces),
-                of_lanes=fill(_OF_LANES, pieces),
-                all=fill(_ALL, pieces),
-                delete=fill(of.delete, pieces),
-                postpone=fill(of.postpone, pieces),
-                begin=of.begin,
-                lanes=of.lanes and fill(of.lanes, pieces),
-                lease=of.lease and fill(of.lease, pieces),
-            )
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """The statements of a relay."""
-
-    without_key: str
-    of_lanes: str
-    all: str
-    delete: str
-    postpone: str
-    begin: str | None
-    lanes: str | None
-    lease: str | None
+        sql = self._statements[connection.database].postpone
+        await connection.execute(sql, {"ids": json.dumps(ids)})

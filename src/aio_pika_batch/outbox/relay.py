@@ -24,8 +24,7 @@ from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.core.results import MessageResult, Result
 from aio_pika_batch.core.settlement import Disposition, Settlement
 from aio_pika_batch.core.topology import Topology
-from aio_pika_batch.databases.connections import DatabaseConnection, adapt
-from aio_pika_batch.databases.errors import code_of
+from aio_pika_batch.databases.connections import DatabaseConnection, adapt, code_of
 from aio_pika_batch.databases.outbox_table import OutboxTable
 from aio_pika_batch.errors import (
     AccessRefused,
