@@ -38,9 +38,10 @@ from aio_pika_batch.adapters.aio_pika.events import (
     Malformed,
 )
 from aio_pika_batch.adapters.aio_pika.topology import declare_on
+from aio_pika_batch.adapters.buffered_session import BufferedSession
 from aio_pika_batch.core.refusals import STREAM_ADVICE
 from aio_pika_batch.core.settlement import SAFE_COMMANDS
-from aio_pika_batch.errors import BrokerUnavailable, SessionClosed, SessionLost, TopologyError
+from aio_pika_batch.errors import BrokerUnavailable, SessionLost, TopologyError
 from aio_pika_batch.transport import Native
 
 if TYPE_CHECKING:
@@ -84,15 +85,15 @@ async def open_session(
         await session.close()
 
 
-class AioPikaSession:
+class AioPikaSession(BufferedSession):
     """Implements :class:`~aio_pika_batch.transport.Session` and its extensions."""
 
     def __init__(self, connection: OpenConnection, subscription: Subscription) -> None:
+        super().__init__(subscription.queue, connection.address)
         self._connection = connection
         self._tap = connection.tap
         self._subscription = subscription
         self._channel = ConsumerChannel(connection, self.on_event)
-        self._loop = asyncio.get_running_loop()
         # A classic queue keeps nothing. An exclusive one may belong to another consumer by then.
         self._asks_queue = subscription.queue_type == "quorum" and not subscription.exclusive
         self._writer = SettlementWriter(
@@ -100,14 +101,7 @@ class AioPikaSession:
             is_rabbitmq=connection.is_rabbitmq,
             commits_prove=not self._asks_queue,
         )
-        self._pending: list[Message] = []
-        self._wakeup: asyncio.Future[None] | None = None
-        self._sink: Callable[[Sequence[Message]], None] | None = None
-        self._sink_error: Exception | None = None
-        self._loss: str | None = None
-        self._is_drained = False
         self.is_expired = False
-        self._is_closed = False
         self._is_first = True
         self._capacity = subscription.prefetch or math.inf
         self._cancelling: asyncio.Task[None] | None = None
@@ -124,38 +118,10 @@ class AioPikaSession:
                 await self._channel.consume(self._subscription)
         except TimeoutError as error:
             raise BrokerUnavailable(
-                f"{self._connection.address} did not start a consumer within {timeout:g} s"
+                f"{self._address} did not start a consumer within {timeout:g} s"
             ) from error
 
     # --- the port ----------------------------------------------------------------
-
-    def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
-        return self
-
-    async def __anext__(self) -> Sequence[Message]:
-        while True:
-            self._check()
-            if self._pending:
-                break
-            if self._is_drained:
-                raise StopAsyncIteration
-            await self._wait()
-        return self._take()
-
-    async def pump(self, sink: Callable[[Sequence[Message]], None]) -> None:
-        """Hand chunks over as soon as they arrive: no task is woken for a read."""
-        self._sink = sink
-        try:
-            while True:
-                self._check()
-                self._hand_over()
-                if self._sink_error is not None:
-                    raise self._sink_error
-                if self._is_drained:
-                    return
-                await self._wait()
-        finally:
-            self._sink = None
 
     async def cancel(self) -> None:
         """Ask for no more messages."""
@@ -262,12 +228,7 @@ class AioPikaSession:
         """Handle what the frame tap reports. Never raises or blocks."""
         match event:
             case Deliveries(messages):
-                if self._loss is None:
-                    self._pending.extend(messages)
-                    if self._sink is None:
-                        self._wake()
-                    else:
-                        self._hand_over()
+                self._receive(messages)
             case ChannelClosed():
                 self._lose(describe_channel_close(event))
             case ConnectionClosed(code, text):
@@ -283,13 +244,6 @@ class AioPikaSession:
                 self._lose(reason)
             case _:
                 pass  # there are no confirms on this channel
-
-    def _lose(self, reason: str) -> None:
-        if self._loss is None:
-            # The broker delivers the pending messages again, to another session.
-            self._loss = reason
-            self._pending.clear()
-            self._wake()
 
     # --- the end ---------------------------------------------------------------------
 
@@ -362,7 +316,7 @@ class AioPikaSession:
             async with asyncio.timeout(ANSWER_TIMEOUT):
                 # Raise on return, or a message that reaches no queue would be lost silently.
                 channel = await self._connection.connection.channel(on_return_raises=True)
-                queue = await channel.get_queue(self._subscription.queue, ensure=False)
+                queue = await channel.get_queue(self._queue, ensure=False)
                 return Native(channel, queue)
 
     # --- helpers -----------------------------------------------------------------------
@@ -376,24 +330,6 @@ class AioPikaSession:
         self._writer.ledger.deliver([message.delivery_tag for message in messages])
         return messages
 
-    def _hand_over(self) -> None:
-        """Give the pending messages to the sink. What it raises is raised by `pump`."""
-        if self._pending and self._sink is not None and self._sink_error is None:
-            try:
-                self._sink(self._take())
-            except Exception as error:  # noqa: BLE001  -- not the connection's fault
-                self._sink_error = error
-                self._wake()
-
-    def _check(self) -> None:
-        if self._is_closed:
-            raise SessionClosed(f"the session on queue {self._subscription.queue!r} is closed")
-        if self._loss is not None:
-            raise SessionLost(
-                f"the session on queue {self._subscription.queue!r} at {self._connection.address}"
-                f" was lost: {self._loss}"
-            )
-
     async def _shielded(self, task: asyncio.Task[_T]) -> _T:
         """Wait for a task that goes on if its waiter is cancelled."""
         try:
@@ -402,17 +338,6 @@ class AioPikaSession:
             self._check()  # raises with the reason of the loss, if there is one
             raise
 
-    async def _wait(self) -> None:
-        self._wakeup = self._loop.create_future()
-        try:
-            await self._wakeup
-        finally:
-            self._wakeup = None
-
-    def _wake(self) -> None:
-        if self._wakeup is not None and not self._wakeup.done():
-            self._wakeup.set_result(None)
-
     def _refuse_streams(self, message: Message) -> None:
         if STREAM_OFFSET in (message.properties.headers or {}):
-            raise TopologyError(f"queue {self._subscription.queue!r}: {STREAM_ADVICE}")
+            raise TopologyError(f"queue {self._queue!r}: {STREAM_ADVICE}")

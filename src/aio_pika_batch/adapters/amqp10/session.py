@@ -12,7 +12,7 @@ Laws:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
@@ -29,17 +29,12 @@ from aio_pika_batch.adapters.amqp10.receiver import (
     Receiver,
 )
 from aio_pika_batch.adapters.amqp10.settling import OUTCOMES, Decided, modified
-from aio_pika_batch.errors import (
-    BrokerUnavailable,
-    SessionClosed,
-    SessionLost,
-    SettlementError,
-)
+from aio_pika_batch.adapters.buffered_session import BufferedSession
+from aio_pika_batch.errors import BrokerUnavailable, SessionLost, SettlementError
 from aio_pika_batch.transport import NativeRetries
 
 if TYPE_CHECKING:
     from aio_pika_batch.adapters.amqp10.performatives import PeerError
-    from aio_pika_batch.core.message import Message
     from aio_pika_batch.core.settlement import Modification, Settlement
     from aio_pika_batch.core.topology import Version
     from aio_pika_batch.transport import Subscription
@@ -61,7 +56,7 @@ second question is certainly behind all of it.
 """
 
 
-class Amqp10Session:
+class Amqp10Session(BufferedSession):
     """Implements :class:`~aio_pika_batch.transport.Session` and its extensions.
 
     Args:
@@ -80,8 +75,8 @@ class Amqp10Session:
         properties: Mapping[str, object],
         retries: NativeRetries,
     ) -> None:
+        super().__init__(subscription.queue, connection.address)
         self._connection = connection
-        self._queue = subscription.queue
         self.retries = retries
         self.crashed_on: str | None = None
         version = connection.version
@@ -93,24 +88,17 @@ class Amqp10Session:
         )
         name = f"{subscription.consumer_tag}-{uuid4().hex[:8]}"
         self._receiver = Receiver(source, name, subscription.prefetch, properties)
-        self._loop = asyncio.get_running_loop()
-        self._pending: list[Message] = []
-        self._waiters: set[asyncio.Future[None]] = set()
-        self._sink: Callable[[Sequence[Message]], None] | None = None
-        self._sink_error: Exception | None = None
-        self._loss: str | None = None
         self._refusal: PeerError | None = None
         self._answered = 0
         self._stopped_by: int | None = None
         self._paused_by: int | None = None
-        self._is_closed = False
         self._settled = self._proven = 0
 
     async def open(self, timeout: float) -> None:
         """Start to consume. Raises TopologyError or BrokerUnavailable."""
         self._connection.listen(self._on_event)
         self._flush()
-        address = self._connection.address
+        address = self._address
         try:
             async with asyncio.timeout(timeout):
                 while self._receiver.phase is LinkPhase.OPENING and self._loss is None:
@@ -128,33 +116,6 @@ class Amqp10Session:
 
     # --- the port ----------------------------------------------------------------------
 
-    def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
-        return self
-
-    async def __anext__(self) -> Sequence[Message]:
-        while True:
-            self._check()
-            if self._pending:
-                return self._take()
-            if self._is_stopped:
-                raise StopAsyncIteration
-            await self._wait()
-
-    async def pump(self, sink: Callable[[Sequence[Message]], None]) -> None:
-        """Hand chunks over as soon as they arrive: no task is woken for a read."""
-        self._sink = sink
-        try:
-            while True:
-                self._check()
-                self._hand_over()
-                if self._sink_error is not None:
-                    raise self._sink_error
-                if self._is_stopped:
-                    return
-                await self._wait()
-        finally:
-            self._sink = None
-
     async def cancel(self) -> None:
         """Ask for no more messages."""
         self._check()
@@ -171,7 +132,7 @@ class Amqp10Session:
             async with asyncio.timeout(ANSWER_TIMEOUT):
                 await self._answer(stop or 0)
         except TimeoutError:
-            self._lose(f"the broker has not answered for {ANSWER_TIMEOUT:g} s", None)
+            self._lose(f"the broker has not answered for {ANSWER_TIMEOUT:g} s")
             self._check()
 
     async def resume(self, prefetch: int) -> None:
@@ -213,16 +174,12 @@ class Amqp10Session:
         match event:
             case TransferredMessages(messages):
                 self._receiver.received()
-                self._pending.extend(messages)
-                if self._sink is None:
-                    self._wake()
-                else:
-                    self._hand_over()
+                self._receive(messages)
             case ReceivedRecord(channel, record):
                 self._on_link_event(self._receiver.receive(channel, record))
                 self._flush()
             case Disconnected(reason, error):
-                self._lose(reason, error)
+                self._on_end(reason, error)
 
     def _on_link_event(self, event: object) -> None:
         match event:
@@ -231,23 +188,20 @@ class Amqp10Session:
                 self._wake()
             case Answered(number):
                 self._answered = number
+                self._is_drained = self._stopped_by is not None and number >= self._stopped_by
                 self._wake()
             case LinkEnded() if self._is_closed:
                 self._wake()
             case LinkEnded(error):
                 self._refusal = error
-                self._lose(end_reason("link", error), error)
+                self._on_end(end_reason("link", error), error)
             case _:
                 pass  # the receiver drops later settlements of what the broker has taken back
 
-    def _lose(self, reason: str, error: PeerError | None) -> None:
-        if self._loss is None:
-            # The broker delivers the pending messages again, to another session.
-            self._loss = reason
-            self._pending.clear()
-            if is_crash(error):
-                self.crashed_on = str(error)
-        self._wake()
+    def _on_end(self, reason: str, error: PeerError | None) -> None:
+        if self._loss is None and is_crash(error):
+            self.crashed_on = str(error)
+        self._lose(reason)
 
     # --- the end -----------------------------------------------------------------------
 
@@ -283,23 +237,6 @@ class Amqp10Session:
         if self._connection.is_clogged:
             await self._connection.drain()
 
-    def _take(self) -> list[Message]:
-        messages, self._pending = self._pending, []
-        return messages
-
-    def _hand_over(self) -> None:
-        """Give the pending messages to the sink. What it raises is raised by `pump`."""
-        if self._pending and self._sink is not None and self._sink_error is None:
-            try:
-                self._sink(self._take())
-            except Exception as error:  # noqa: BLE001  -- not the connection's fault
-                self._sink_error = error
-                self._wake()
-
-    @property
-    def _is_stopped(self) -> bool:
-        return self._stopped_by is not None and self._answered >= self._stopped_by
-
     async def _stop(self) -> None:
         if self._stopped_by is None:
             self._stopped_by = self._receiver.stop()
@@ -316,33 +253,9 @@ class Amqp10Session:
 
     async def _answer(self, number: int) -> None:
         while self._answered < number:
-            self._check_loss()
+            if self._loss is not None:
+                raise self._lost(self._loss)
             await self._wait()
-
-    def _check(self) -> None:
-        if self._is_closed:
-            raise SessionClosed(f"the session on queue {self._queue!r} is closed")
-        self._check_loss()
-
-    def _check_loss(self) -> None:
-        if self._loss is not None:
-            raise SessionLost(
-                f"the session on queue {self._queue!r} at {self._connection.address}"
-                f" was lost: {self._loss}"
-            )
-
-    async def _wait(self) -> None:
-        waiter = self._loop.create_future()
-        self._waiters.add(waiter)
-        try:
-            await waiter
-        finally:
-            self._waiters.discard(waiter)
-
-    def _wake(self) -> None:
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
 
     def _flush(self) -> None:
         self._connection.write(self._receiver.output)
