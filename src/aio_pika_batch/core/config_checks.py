@@ -144,7 +144,7 @@ def hints_for(options: TopologyOptions, profile: ConsumerProfile) -> list[str]:
 def broker_warnings_for(
     options: TopologyOptions, profile: ConsumerProfile, version: Version | None
 ) -> list[str]:
-    """The warnings that depend on the broker: is a message that always fails ever given up?
+    """Return the warnings that depend on the broker: some never give up a failing message.
 
     Args:
         version: The broker's version; None if it is unknown.
