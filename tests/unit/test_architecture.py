@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tokenize
+import tomllib
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,7 @@ LONGEST_FILE = 400
 SHORTEST_FILE = 80
 SHORT_FOR_A_REASON: dict[str, str] = {}
 MOST_FILES_IN_THE_ROOT = 16
+MOST_LAYERS = 10
 LONGEST_CHAIN = 10
 LEAST_COMMENTS = 0.025
 LONGER_FOR_A_REASON = {
@@ -148,6 +150,17 @@ def test_chains_of_imports_in_a_folder_are_short_and_without_cycles(folder: Path
 def test_the_root_of_the_package_has_few_files() -> None:
     """A new file has a folder, unless users import it."""
     assert len(list(PACKAGE.glob("*.py"))) <= MOST_FILES_IN_THE_ROOT
+
+
+def test_the_package_has_few_layers() -> None:
+    """The contract holds the direction of imports, whatever number of layers it is given."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    [layers] = [
+        each["layers"]
+        for each in contracts["contracts"]
+        if each.get("containers") == ["aio_pika_batch"]
+    ]
+    assert len(layers) <= MOST_LAYERS
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
