@@ -24,16 +24,20 @@ __all__ = [
 if TYPE_CHECKING:
     from aio_pika_batch.testing.broker import BatchBroker
     from aio_pika_batch.testing.messages import make_message
-    from aio_pika_batch.testing.outcome import BatchOutcome, DeadLetter, RequeuedMessage
-    from aio_pika_batch.testing.processing import process
+    from aio_pika_batch.testing.processing import (
+        BatchOutcome,
+        DeadLetter,
+        RequeuedMessage,
+        process,
+    )
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
             "BatchBroker": "broker",
-            "BatchOutcome": "outcome",
-            "DeadLetter": "outcome",
-            "RequeuedMessage": "outcome",
+            "BatchOutcome": "processing",
+            "DeadLetter": "processing",
+            "RequeuedMessage": "processing",
             "make_message": "messages",
             "process": "processing",
         },

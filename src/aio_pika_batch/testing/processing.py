@@ -10,6 +10,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,9 +18,23 @@ from aio_pika_batch.adapters.memory.rabbitmq import NEWEST
 from aio_pika_batch.consumer import BaseConsumer
 from aio_pika_batch.core.batch_run import BatchDecisions
 from aio_pika_batch.core.batcher import Batch
-from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.publication import Outcome, Outgoing, Publication
-from aio_pika_batch.core.settlement import NO_NATIVE_RETRIES, NativeRetries
+from aio_pika_batch.core.message import (
+    NO_HEADERS,
+    Headers,
+    Message,
+    readable_headers,
+    retry_count,
+)
+from aio_pika_batch.core.publication import Copy, Outcome, Outgoing, Publication
+from aio_pika_batch.core.results import MessageResult, Nack, Result
+from aio_pika_batch.core.retry import DeadLetterReason, DelayedCopy
+from aio_pika_batch.core.settlement import (
+    NO_NATIVE_RETRIES,
+    Disposition,
+    Modification,
+    NativeRetries,
+)
+from aio_pika_batch.core.settlement_plan import PendingCopy
 from aio_pika_batch.core.topology import (
     Topology,
     Version,
@@ -28,6 +43,8 @@ from aio_pika_batch.core.topology import (
     parse_version,
 )
 from aio_pika_batch.core.topology_options import (
+    DEAD_LETTER_EXCHANGE,
+    DEAD_LETTER_ROUTING_KEY,
     declared_arguments,
     effective_queue_type,
 )
@@ -39,8 +56,90 @@ from aio_pika_batch.runtime.worker import WorkerInstance
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.runtime.worker_pool import WorkerPool
 from aio_pika_batch.testing.messages import delivered
-from aio_pika_batch.testing.outcome import BatchOutcome, PlanContext, fill
 from aio_pika_batch.transport import Publisher, Session, Subscription
+
+
+@dataclass(frozen=True, slots=True)
+class RequeuedMessage:
+    """A message that would be tried again.
+
+    Attributes:
+        retry_count: The retry count of the next attempt.
+        delay: Seconds until the next attempt.
+        immediate: Whether it goes to the front of the queue, uncounted (`REQUEUE_IMMEDIATE`).
+        native: Whether the original waits in its queue, without a copy (`wire="amqp10"`).
+    """
+
+    message: Message
+    retry_count: int
+    delay: float = 0.0
+    immediate: bool = False
+    native: bool = False
+
+    @property
+    def body(self) -> bytes:
+        """The message's body."""
+        return self.message.body
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A dead letter that would be published.
+
+    Attributes:
+        message: The original message.
+        headers: The headers of the dead letter, but those that only the broker adds.
+        native: Whether the queue itself dead-letters the original, without a copy
+            (`wire="amqp10"`).
+    """
+
+    message: Message
+    reason: DeadLetterReason
+    exchange: str
+    routing_key: str
+    headers: Headers
+    native: bool = False
+
+    @property
+    def body(self) -> bytes:
+        """The message's body."""
+        return self.message.body
+
+
+# Not frozen: it is filled batch by batch.
+#
+# A message that a NACK would discard is not listed as dead-lettered. A test that expects a dead
+# letter must fail if no dead-letter exchange is known, since the message would be gone.
+@dataclass(slots=True)
+class BatchOutcome:
+    """What happened to some messages. All lists are in the order in which the messages were given.
+
+    Each message is in exactly one of `acked`, `requeued`, `dead_lettered` and `discarded`.
+
+    Attributes:
+        acked: Messages that would be acknowledged.
+        nacked: Messages whose result is a NACK, yielded or caused by a failure. Each is also in
+            `dead_lettered` or `discarded`.
+        requeued: Messages that would be tried again.
+        dead_lettered: Messages that would go to the dead-letter exchange: NACKed, or without
+            attempts left.
+        discarded: The same messages if no dead-letter exchange is known: they are gone, unless a
+            policy of the broker dead-letters them.
+        results: The final result of each message, yielded or caused by a failure.
+        errors: The errors of all runs of the handler, in order.
+        batches: The messages of all runs of the handler, in order.
+        published: The publications of the handler and the hooks.
+    """
+
+    acked: list[Message] = field(default_factory=list)
+    nacked: list[Message] = field(default_factory=list)
+    requeued: list[RequeuedMessage] = field(default_factory=list)
+    dead_lettered: list[DeadLetter] = field(default_factory=list)
+    discarded: list[Message] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    errors: list[BaseException] = field(default_factory=list)
+    batches: list[list[Message]] = field(default_factory=list)
+    published: list[Publication] = field(default_factory=list)
 
 
 async def process(
@@ -81,9 +180,7 @@ async def process(
     pool = _OfflinePool(
         consumer,
         delivered(
-            messages,
-            queue=settings.queue_name,
-            retry_count_header=settings.retry_count_header,
+            messages, queue=settings.queue_name, retry_count_header=settings.retry_count_header
         ),
         parse_version("RabbitMQ", version),
     )
@@ -112,10 +209,7 @@ class _OfflinePool(WorkerPool):
     """A worker pool that handles given messages, with the code of one worker.
 
     A second implementation would sooner or later differ from what a worker does; a property test
-    compares the two.
-
-    Attributes:
-        outcome: The outcome; complete once the pool has started.
+    compares the two. The outcome is complete once the pool has started.
     """
 
     def __init__(
@@ -154,11 +248,7 @@ class _OfflinePool(WorkerPool):
             intake.take_back(batch, decisions, now)
             intake.release(batch)
             together.add(decisions)
-        planner = self._config.planner.natively(self._native)
-        arguments = declared_arguments(self._config.topology)
-        context = PlanContext(planner.retry.header, arguments, datetime.now(UTC))
-        plan = planner.plan(together.not_acked, context.now)
-        fill(self.outcome, self._messages, together, plan, context)
+        self._plan(together)
 
     async def _handle(
         self, batch: Batch, instance: WorkerInstance, *, keeps_failures: bool
@@ -192,6 +282,63 @@ class _OfflinePool(WorkerPool):
                 " up its session, and the broker would deliver these messages again"
             )
         return await running
+
+    def _plan(self, handled: BatchDecisions) -> None:
+        """Plan the settlement of all messages, and add each to the outcome."""
+        outcome, now = self.outcome, datetime.now(UTC)
+        planner = self._config.planner.natively(self._native)
+        arguments = declared_arguments(self._config.topology)
+        plan = planner.plan(handled.not_acked, now)
+        decisions = {each.message.delivery_tag: each for each in handled.not_acked}
+        settled = {tag: each.disposition for each in plan.settlements for tag in each.tags}
+        copies = {each.tag: each for each in plan.copies}
+        for message in self._messages:
+            tag = message.delivery_tag
+            decision = decisions.get(tag)
+            if decision is None:
+                outcome.acked.append(message)
+                outcome.results.append(MessageResult.ACK)
+                continue
+            outcome.results.append(decision.result)
+            if decision.result is MessageResult.NACK or isinstance(decision.result, Nack):
+                outcome.nacked.append(message)
+            pending = copies.get(tag)
+            if pending is not None and pending.reason is not None:
+                dead = _dead_letter(message, pending.reason, pending.copy, arguments)
+                outcome.dead_lettered.append(dead)
+            elif pending is not None:
+                outcome.requeued.append(_requeued(message, pending, planner.retry.header, now))
+            elif settled[tag] is Disposition.REQUEUE:
+                known = decision.message.has_readable_headers
+                count = decision.message.retry_count if known else 0
+                outcome.requeued.append(RequeuedMessage(message, count, immediate=True))
+            else:
+                outcome.discarded.append(message)
+
+
+def _requeued(
+    message: Message, pending: PendingCopy, header: str, now: datetime
+) -> RequeuedMessage:
+    copy = pending.copy
+    if isinstance(copy, Modification):
+        count = retry_count(copy.headers.get(header)) or 0
+        delay = (copy.until - now).total_seconds() if copy.until else pending.hold
+        return RequeuedMessage(message, count, delay, native=True)
+    count = retry_count(copy.add.get(header)) or 0
+    delay = copy.level / 1000 if isinstance(copy, DelayedCopy) else pending.hold
+    return RequeuedMessage(message, count, delay)
+
+
+def _dead_letter(
+    message: Message, reason: DeadLetterReason, copy: Copy | Modification, arguments: Headers
+) -> DeadLetter:
+    if isinstance(copy, Modification):
+        headers = {**(readable_headers(message) or NO_HEADERS), **copy.headers}
+        exchange = str(arguments.get(DEAD_LETTER_EXCHANGE))
+        key = str(arguments.get(DEAD_LETTER_ROUTING_KEY, message.routing_key))
+        return DeadLetter(message, reason, exchange, key, headers, native=True)
+    headers = dict(copy.properties.headers or NO_HEADERS)
+    return DeadLetter(message, reason, copy.exchange, copy.routing_key, headers)
 
 
 def _native_retries(wire: str, config: WorkerConfig, version: Version | None) -> NativeRetries:
