@@ -41,12 +41,11 @@ from aio_pika_batch.masking import mask_url
 from aio_pika_batch.observer import Observer
 from aio_pika_batch.publisher import PublishMethods
 from aio_pika_batch.runtime.batching import check_batch_key
-from aio_pika_batch.runtime.consume_loop import ConsumeLoop
+from aio_pika_batch.runtime.consume_loop import ConsumeLoop, WorkerInstance
 from aio_pika_batch.runtime.handler import HandlerMistake, InvalidResult, Process, ResultsAtOnce
 from aio_pika_batch.runtime.lifecycle import Lifecycle
 from aio_pika_batch.runtime.publishing import SharedPublisher
 from aio_pika_batch.runtime.shutdown import process_signals
-from aio_pika_batch.runtime.worker import WorkerInstance
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.runtime.worker_pool import WorkerPool
 from aio_pika_batch.settings import BatchConsumerSettings, ConsumerSettings, plain_url

@@ -168,8 +168,8 @@ CORE = (
     Mutant(
         "A suspect whose copy is refused stops the intake, although a blocked broker needs it.",
         "runtime/consume_loop.py",
-        "len(self._batcher) or self._settler.retries)",
-        "len(self._batcher) or self._settler.held)",
+        "len(self._batcher) or self._settler.held.retries)",
+        "len(self._batcher) or len(self._settler.held))",
         (
             f"{_SHELL}/test_quarantine.py::test_a_broker_that_refuses_copies_does_not_stop_the_intake",
         ),
@@ -177,7 +177,7 @@ CORE = (
     Mutant(
         "Held retries come back with a crash, and look like crashed messages.",
         "runtime/consume_loop.py",
-        "self._settler.release_retries()",
+        "self._settler.held.release_retries()",
         "pass",
         (
             f"{_SHELL}/test_quarantine.py::test_held_retries_are_published_before_a_suspect_is_handled",
@@ -617,7 +617,7 @@ SHELL = (
     Mutant(
         "Held originals are not returned when the consumer stops.",
         "runtime/held_messages.py",
-        "        left = [each.copy for each in self.messages.values()]\n",
+        "        left = [each.copy for each in self._messages.values()]\n",
         "        left = []\n",
         (f"{_SHELL}/test_unconfirmed_copies.py", f"{_SHELL}/test_drain.py"),
     ),
@@ -880,8 +880,8 @@ SHELL = (
     Mutant(
         "A worker waits without a limit for the answer to its cancel.",
         "runtime/consume_loop.py",
-        "await self._wait_to_settle({cancelling}, CANCEL_TIMEOUT)",
-        "await self._wait_to_settle({cancelling})",
+        "await self._wait_to_settle({task}, CANCEL_TIMEOUT)",
+        "await self._wait_to_settle({task})",
         ("tests/unit/shell/test_breaker.py",),
     ),
     Mutant(

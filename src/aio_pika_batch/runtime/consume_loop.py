@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,13 +18,13 @@ from typing import Any
 from aio_pika_batch.core.adaptive_prefetch import AdaptivePrefetch
 from aio_pika_batch.core.batch_run import BatchDecisions
 from aio_pika_batch.core.batcher import Batch, Trigger
+from aio_pika_batch.core.circuit_breaker import BreakerState, CircuitBreaker, is_failure
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult
 from aio_pika_batch.errors import SessionLost, TransportError
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import Observers, Received
 from aio_pika_batch.runtime.batching import BatchKey, open_intake
-from aio_pika_batch.runtime.breaker import WorkerBreaker
 from aio_pika_batch.runtime.handler import (
     EarlySettlement,
     HandlerCheck,
@@ -46,6 +46,8 @@ from aio_pika_batch.transport import (
     ExpiringSession,
     PumpingSession,
     Session,
+    Subscription,
+    Transport,
 )
 
 CANCEL_TIMEOUT = 10.0
@@ -56,36 +58,51 @@ TURN = 0.005
 """Seconds after which handlers that await nothing let the event loop run."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoopContext:
-    """What a session's loop gets from its worker.
+@dataclass(frozen=True, slots=True)
+class WorkerInstance:
+    """What a worker needs of the consumer instance that it works for.
 
     Attributes:
-        process: The user's handler.
-        check: Whether it works at all.
-        batch_key: The user's `batch_key`; None if the consumer doesn't override it.
-        breaker: The worker's circuit breaker; None if it has none.
-        quarantine: Shared by all workers; None if the queue doesn't count deliveries.
+        process: The instance's `process_messages`.
+        batch_key: The instance's `batch_key`; None if its class doesn't override it.
+        attend: Runs the instance's hooks around a session.
     """
 
-    config: WorkerConfig
     process: Process
-    check: HandlerCheck
     batch_key: BatchKey | None
-    slots: HandlerSlots
-    breaker: WorkerBreaker | None
+    attend: Callable[[ConsumeLoop, Session, int, KeywordLogger], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerResources:
+    """What the workers of a consumer share.
+
+    Attributes:
+        declare: Declares the topology.
+        subscription: Returns what to subscribe to, for a worker's index, the session's number, and
+            a prefetch count.
+        publishers: Publish retries and dead letters.
+        quarantine: None if the queue doesn't count deliveries.
+        check: Whether the handler works at all.
+    """
+
+    transport: Transport
+    declare: Callable[[], Coroutine[Any, Any, None]]
+    subscription: Callable[[int, int, int], Subscription]
     publishers: CopyPublishers
     quarantine: Quarantine | None
     shutdown: Shutdown
-    observers: Observers
-    log: KeywordLogger
+    check: HandlerCheck
 
 
 class ConsumeLoop:
     """One session, consumed.
 
     Args:
+        slots: The worker's.
+        breaker: The worker's; None if it has none.
         on_consuming: Called once messages are being received.
+        on_breaker_changed: Called when the breaker opens or closes.
 
     Attributes:
         shutdown: Whether and by when to stop.
@@ -95,35 +112,44 @@ class ConsumeLoop:
     """
 
     def __init__(
-        self, session: Session, context: LoopContext, on_consuming: Callable[[], None]
+        self,
+        session: Session,
+        config: WorkerConfig,
+        instance: WorkerInstance,
+        shared: WorkerResources,
+        *,
+        slots: HandlerSlots,
+        breaker: CircuitBreaker | None,
+        observers: Observers,
+        log: KeywordLogger,
+        on_consuming: Callable[[], None],
+        on_breaker_changed: Callable[[CircuitBreaker], None],
     ) -> None:
-        config, observers, log = context.config, context.observers, context.log
         self._session = session
         self._config = config
-        self._slots = context.slots
-        self._breaker = context.breaker
+        self._slots = slots
+        self._breaker = breaker
         self._observers = observers
         self._log = log
         self._on_consuming = on_consuming
-        self.shutdown = context.shutdown
+        self._on_breaker_changed = on_breaker_changed
+        self.shutdown = shared.shutdown
         self._loop = asyncio.get_running_loop()
-        self._intake = open_intake(config, context.batch_key, observers, log)
+        self._intake = open_intake(config, instance.batch_key, observers, log)
         self._batcher = self._intake.batcher
         self._settler = Settler(
             session,
             config,
-            context.publishers,
+            shared.publishers,
             on_failure=self.fail,
             on_settled_late=self._dispatch,
-            own=context.quarantine.own if context.quarantine else None,
+            own=shared.quarantine.own if shared.quarantine else None,
             observers=observers,
             log=log,
         )
         self._gate = (
-            SuspectGate(
-                session, context.quarantine, self, prefetch=config.prefetch, start=self._start
-            )
-            if context.quarantine is not None and isinstance(session, AdjustableSession)
+            SuspectGate(session, shared.quarantine, self, prefetch=config.prefetch)
+            if shared.quarantine is not None and isinstance(session, AdjustableSession)
             else None
         )
         self._gating: asyncio.Task[None] | None = None
@@ -135,9 +161,9 @@ class ConsumeLoop:
         pace = config.pace
         self._early = EarlySettlement(pace.collect, self._settle_early) if pace else None
         self._handler_options = HandlerOptions(
-            process=context.process,
+            process=instance.process,
             failure=config.failure,
-            check=context.check,
+            check=shared.check,
             timeout=config.process_timeout,
             on_ignored=self._on_ignored_cancellation,
             on_yield=self._early.note if self._early else None,
@@ -174,7 +200,7 @@ class ConsumeLoop:
     @property
     def held(self) -> int:
         """The number of messages that wait for a late confirm, or for a retry in place."""
-        return self._settler.held + self._intake.held
+        return len(self._settler.held) + self._intake.held
 
     @property
     def prefetch(self) -> int:
@@ -184,7 +210,7 @@ class ConsumeLoop:
     @property
     def oldest_held(self) -> float | None:
         """When the oldest held message arrived, in loop time; None without one."""
-        return self._settler.oldest_held
+        return self._settler.held.oldest
 
     @property
     def oldest(self) -> float | None:
@@ -192,7 +218,7 @@ class ConsumeLoop:
         times = (
             self._batcher.since,
             self._slots.since,
-            self._settler.since,
+            self._settler.held.since,
             self._decided_since if self._decided is not None else None,
             *self._settling.values(),
         )
@@ -313,7 +339,7 @@ class ConsumeLoop:
         if self._gate is not None and self._gate.is_pausing:
             return True
         prefetch = self.prefetch
-        return 0 < prefetch <= len(self._batcher) + self._slots.in_hand + self._settler.held
+        return 0 < prefetch <= len(self._batcher) + self._slots.in_hand + len(self._settler.held)
 
     def _arm(self) -> None:
         deadline = self._batcher.deadline if self._slots.is_free else None
@@ -501,8 +527,16 @@ class ConsumeLoop:
 
         Results for a session that is gone don't count: the messages are handled again.
         """
-        if self._breaker is None or self._settler.is_over or not self._breaker.record(decisions):
+        breaker = self._breaker
+        if breaker is None or self._settler.is_over:
             return
+        others, exceptions = decisions.not_acked, self._config.failure.exceptions
+        failed = sum(is_failure(each, exceptions) for each in others)
+        succeeded = len(decisions.acked)
+        succeeded += sum(each.result is MessageResult.ACK for each in others)
+        if not breaker.record(succeeded=succeeded, failed=failed, now=self._loop.time()):
+            return
+        self._on_breaker_changed(breaker)
         self._is_draining = True
         self._disarm()
         if not self._breaker_changed.done():
@@ -514,7 +548,7 @@ class ConsumeLoop:
     def is_idle(self) -> bool:
         """Whether everything that was delivered is settled, apart from what the gate has."""
         # Copies that are refused don't count: a broker that is blocked would stop the intake.
-        return not (self._tasks or len(self._batcher) or self._settler.retries)
+        return not (self._tasks or len(self._batcher) or self._settler.held.retries)
 
     @property
     def has_free_slot(self) -> bool:
@@ -523,7 +557,7 @@ class ConsumeLoop:
 
     def finish_early(self) -> None:
         """Handle what is buffered, and publish the retries that are held, without a delay."""
-        self._settler.release_retries()
+        self._settler.held.release_retries()
         self._dispatch()
 
     async def handle_alone(self, message: Message) -> None:
@@ -532,8 +566,11 @@ class ConsumeLoop:
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 
-    async def start_anew(self, messages: Sequence[Message], *, holds_copies: bool) -> None:
-        """Replace messages by copies that the broker counts from 0."""
+    def start_anew(self, messages: Sequence[Message], *, holds_copies: bool) -> None:
+        """Begin to replace messages by copies that the broker counts from 0."""
+        self._start(self._start_anew(messages, holds_copies=holds_copies))
+
+    async def _start_anew(self, messages: Sequence[Message], *, holds_copies: bool) -> None:
         self._log.debug("copies replace messages, to be counted from 0", messages=len(messages))
         try:
             left = await self._settler.start_anew(messages, holds_copies=holds_copies)
@@ -584,7 +621,7 @@ class ConsumeLoop:
             await _cancel(self._gating)
         await self._cancel_consumer(receiving)
         # While the breaker is open, more batches would only fail; the broker keeps their messages.
-        may_start = self._breaker is None or not self._breaker.is_open
+        may_start = self._breaker is None or self._breaker.state is not BreakerState.OPEN
         while may_start and self._slots.is_free and (batch := self._batcher.flush()):
             self._start_handler(batch)
         await self._finish_batches()
@@ -594,7 +631,8 @@ class ConsumeLoop:
             unstarted += self._gate.suspects
         if not self._failure.done():
             await self._settler.close(unstarted, self._wait_to_settle)
-            await self._confirm_settlements()
+            if isinstance(self._session, ConfirmingSession):
+                await self._is_done_in_time(self._session.settled())
         if self._failure.done():
             self._failure.result()
 
@@ -605,30 +643,24 @@ class ConsumeLoop:
             await self._session.cancel()
             await receiving
 
-        cancelling = self._loop.create_task(confirmed())
-        try:
-            # A queue without a leader leaves the answer out, and heartbeats go on.
-            await self._wait_to_settle({cancelling}, CANCEL_TIMEOUT)
-            if cancelling.done():
-                await cancelling
-                return
-        finally:
-            await _cancel(cancelling)
+        # A queue without a leader leaves the answer out, and heartbeats go on.
+        if await self._is_done_in_time(confirmed()):
+            return
         if self._failure.done():
             self._failure.result()
         raise SessionLost("the broker did not confirm in time that it sends no more messages")
 
-    async def _confirm_settlements(self) -> None:
-        """Wait until the broker has carried out what was settled, while there is time."""
-        if not isinstance(self._session, ConfirmingSession):
-            return
-        confirming = self._loop.create_task(self._session.settled())
+    async def _is_done_in_time(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Run it while there is time to settle; return whether it has ended."""
+        task = self._loop.create_task(work)
         try:
-            await self._wait_to_settle({confirming}, CANCEL_TIMEOUT)
-            if confirming.done():
-                await confirming
+            await self._wait_to_settle({task}, CANCEL_TIMEOUT)
+            if task.done():
+                await task
+                return True
         finally:
-            await _cancel(confirming)
+            await _cancel(task)
+        return False
 
     async def _wait_to_settle(
         self, tasks: Iterable[asyncio.Future[Any]], patience: float | None = None

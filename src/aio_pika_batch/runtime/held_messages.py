@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 from aio_pika_batch.core.hold_policy import (
     NEVER,
@@ -23,39 +24,38 @@ from aio_pika_batch.core.settlement_plan import PendingCopy
 from aio_pika_batch.runtime.shutdown import Wait
 
 
+@dataclass(slots=True, eq=False)
 class _HeldMessage:
     """A held message, its copy, and what happens next.
 
-    `pending` is None as long as its copy has not been published, `step` while it is being
-    published.
+    Attributes:
+        step: None while its copy is being published.
+        pending: None as long as its copy has not been published.
     """
 
-    __slots__ = ("arrived", "copy", "pending", "step")
-
-    def __init__(
-        self, copy: PendingCopy, arrived: float, pending: Pending | None, step: Republish
-    ) -> None:
-        self.copy = copy
-        self.arrived = arrived
-        self.pending = pending
-        self.step: Republish | Return | None = step
+    copy: PendingCopy
+    arrived: float
+    step: Republish | Return | None
+    pending: Pending | None = None
 
 
 class HeldMessages:
     """Holds messages, and publishes their copies when they are due.
 
     Args:
-        max_retries: How many retries may be held while messages succeed.
         publish: Publishes copies.
         on_confirmed: Gets copies that were confirmed, to acknowledge their originals.
         give_back: Gets copies whose originals have to be returned to the broker.
         on_end: Called with the error if this can't go on.
+
+    Attributes:
+        last_success: When a message last succeeded, in loop time.
+        retries: The number of held messages whose retry has not been published yet.
     """
 
     def __init__(
         self,
         policy: UnconfirmedPolicy,
-        max_retries: int,
         *,
         publish: Callable[[Sequence[PendingCopy]], Awaitable[Sequence[Outcome]]],
         on_confirmed: Callable[[Sequence[PendingCopy]], Awaitable[None]],
@@ -63,14 +63,13 @@ class HeldMessages:
         on_end: Callable[[BaseException], None],
     ) -> None:
         self._policy = policy
-        self._max_retries = max_retries
         self._publish = publish
         self._on_confirmed = on_confirmed
         self._give_back = give_back
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         # In the order in which they came, so that the first retry has been held longest.
-        self.messages: dict[int, _HeldMessage] = {}
+        self._messages: dict[int, _HeldMessage] = {}
         self._returning: set[_HeldMessage] = set()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -79,12 +78,14 @@ class HeldMessages:
         self.last_success = NEVER
         self._last_release = NEVER
         self.retries = 0
-        """The number of held messages whose retry has not been published yet."""
+
+    def __len__(self) -> int:
+        return len(self._messages)
 
     @property
     def oldest(self) -> float | None:
         """When the oldest held message was delivered, in loop time; None if none is held."""
-        return min((each.arrived for each in self.messages.values()), default=None)
+        return min((each.arrived for each in self._messages.values()), default=None)
 
     @property
     def since(self) -> float | None:
@@ -96,7 +97,7 @@ class HeldMessages:
         return min(
             (
                 each.arrived
-                for each in self.messages.values()
+                for each in self._messages.values()
                 if each.pending is not None and not self._policy.is_kept(each.pending)
             ),
             default=None,
@@ -110,7 +111,7 @@ class HeldMessages:
         """
         due = Republish(self._loop.time() + copy.hold)
         self.retries += 1
-        self._add(_HeldMessage(copy, arrived, None, due))
+        self._add(_HeldMessage(copy, arrived, due))
 
     def add_unconfirmed(self, copy: PendingCopy, outcome: Outcome, *, arrived: float) -> None:
         """Hold a message whose copy has failed for the first time.
@@ -118,17 +119,16 @@ class HeldMessages:
         Args:
             arrived: When the message was delivered, in loop time.
         """
-        held = _HeldMessage(copy, arrived, None, Republish(self._loop.time()))
-        self.messages[copy.tag] = held
-        self._decide(held, outcome)
+        held = _HeldMessage(copy, arrived, Republish(self._loop.time()))
         self._add(held)
+        self._decide(held, outcome)
 
     def note_late(self) -> None:
         """Note that the late outcome of a copy is known: see `PendingCopy.late`."""
         self._changed.set()
 
     def _add(self, held: _HeldMessage) -> None:
-        self.messages[held.copy.tag] = held
+        self._messages[held.copy.tag] = held
         if self._task is None:
             self._task = self._loop.create_task(self._work())
             self._task.add_done_callback(self._on_task_end)
@@ -137,14 +137,14 @@ class HeldMessages:
     def release_retries(self) -> None:
         """Publish all retries without waiting until they are due."""
         now = Republish(self._loop.time())
-        for each in self.messages.values():
+        for each in self._messages.values():
             if each.pending is None and each.step is not None:
                 each.step = now
         self._changed.set()
 
     def decide_again(self) -> None:
         """Decide again when the next retry is published, after a message has succeeded."""
-        if self.retries > self._max_retries:
+        if self.retries > self._policy.max_held:
             self._changed.set()
 
     def _decide(self, held: _HeldMessage, outcome: Outcome) -> None:
@@ -158,7 +158,7 @@ class HeldMessages:
             # Jitter spreads load; it needn't be unpredictable.
             jitter=random.random(),
             # Messages that wait for their retry, or are about to be returned, don't count.
-            held=len(self.messages) - self.retries - len(self._returning),
+            held=len(self._messages) - self.retries - len(self._returning),
         )
         if isinstance(held.step, Return):
             self._returning.add(held)
@@ -168,7 +168,7 @@ class HeldMessages:
     def _release_at(self) -> float | None:
         return early_release_at(
             held=self.retries,
-            limit=self._max_retries,
+            limit=self._policy.max_held,
             last_success=self.last_success,
             last_release=self._last_release,
             now=self._loop.time(),
@@ -180,7 +180,7 @@ class HeldMessages:
             await self._settle_late()
             release_at = self._release_at()
             due_at = min(
-                (each.step.at for each in self.messages.values() if each.step is not None),
+                (each.step.at for each in self._messages.values() if each.step is not None),
                 default=None,
             )
             if release_at is not None and due_at is not None:
@@ -195,13 +195,13 @@ class HeldMessages:
             now = max(due_at or 0.0, self._loop.time())
             due = [
                 each
-                for each in self.messages.values()
+                for each in self._messages.values()
                 if each.step is not None and each.step.at <= now
             ]
             if release_at is not None and release_at <= now:
                 self._last_release = now
                 early = next(
-                    each for each in self.messages.values() if each.pending is None and each.step
+                    each for each in self._messages.values() if each.pending is None and each.step
                 )
                 if early not in due:
                     due.append(early)
@@ -213,7 +213,7 @@ class HeldMessages:
     async def _settle_late(self) -> None:
         """Settle the originals whose copies were confirmed late; decide again about others."""
         confirmed = []
-        for held in [each for each in self.messages.values() if each.copy.late is not None]:
+        for held in [each for each in self._messages.values() if each.copy.late is not None]:
             if held.step is None:
                 continue
             outcome, held.copy.late = held.copy.late, None
@@ -226,7 +226,7 @@ class HeldMessages:
             await self._on_confirmed(confirmed)
 
     def _remove(self, held: _HeldMessage) -> None:
-        del self.messages[held.copy.tag]
+        del self._messages[held.copy.tag]
         self._returning.discard(held)
 
     def _republish(self, due: Sequence[_HeldMessage]) -> None:
@@ -276,7 +276,7 @@ class HeldMessages:
             self._changed.set()
             await wait({self._task, *self._attempts})
             await self._cancel_tasks()
-        left = [each.copy for each in self.messages.values()]
+        left = [each.copy for each in self._messages.values()]
         self._forget()
         return left
 
@@ -286,7 +286,7 @@ class HeldMessages:
         self._forget()
 
     def _forget(self) -> None:
-        self.messages.clear()
+        self._messages.clear()
         self._returning.clear()
         self.retries = 0
 

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from aio_pika_batch.errors import AioPikaBatchError, DrainIncomplete, StartInterrupted
 from aio_pika_batch.logs import KeywordLogger
-from aio_pika_batch.runtime.worker import WorkerInstance
+from aio_pika_batch.runtime.consume_loop import WorkerInstance
 from aio_pika_batch.runtime.worker_pool import WorkerPool
 
 RESERVE = 1.5

@@ -8,8 +8,8 @@ of the process, and what they hold is finished first.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.quarantine import (
@@ -49,8 +49,8 @@ class GatedLoop(Protocol):
     async def handle_alone(self, message: Message) -> None:
         """Handle a message, and return when it is settled or held. A slot must be free."""
 
-    async def start_anew(self, messages: Sequence[Message], *, holds_copies: bool) -> None:
-        """Replace messages by copies that the broker counts from 0."""
+    def start_anew(self, messages: Sequence[Message], *, holds_copies: bool) -> None:
+        """Begin to replace messages by copies that the broker counts from 0."""
 
     def dead_letter_crashed(self, messages: Sequence[Message]) -> None:
         """Dead-letter messages that came back too often."""
@@ -112,9 +112,6 @@ class Quarantine:
 class SuspectGate:
     """Keeps suspects away from the other messages of one session.
 
-    Args:
-        start: Starts work that the session waits for at its end.
-
     Attributes:
         full: The prefetch count for ordinary messages.
         is_pausing: Whether nothing more is delivered, so that waiting for a batch is pointless.
@@ -129,13 +126,11 @@ class SuspectGate:
         loop: GatedLoop,
         *,
         prefetch: int,
-        start: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
         self._session = session
         self._quarantine = quarantine
         self._loop = loop
         self.full = prefetch
-        self._start = start
         self._wanted = ALONE
         self._current: int | None = ALONE
         self.is_pausing = False
@@ -165,7 +160,7 @@ class SuspectGate:
             self._quarantine.crashed.note(len(crashed))
             self._loop.dead_letter_crashed(crashed)
         if worn := kinds[Suspicion.WORN]:
-            self._start(self._loop.start_anew(worn, holds_copies=False))
+            self._loop.start_anew(worn, holds_copies=False)
         if suspects := kinds[Suspicion.SUSPECT]:
             self.suspects += suspects
             self._quarantine.suspects.note(len(suspects))
@@ -238,7 +233,7 @@ class SuspectGate:
         if len(self.suspects) > keep:
             # The likeliest one stays, because a copy keeps less of what is known.
             self.suspects.sort(key=delivery_count, reverse=True)
-            self._start(self._loop.start_anew(self.suspects[keep:], holds_copies=True))
+            self._loop.start_anew(self.suspects[keep:], holds_copies=True)
             del self.suspects[keep:]
         while True:
             self._loop.finish_early()

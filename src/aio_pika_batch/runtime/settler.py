@@ -51,6 +51,7 @@ class Settler:
         own: Notes which messages handlers requeue at once; None if the queue doesn't count that.
 
     Attributes:
+        held: The messages that wait for their retry, or for a late confirm.
         planner: Plans for what this session can do.
         is_over: Whether the session is gone, so that results come too late.
     """
@@ -79,9 +80,8 @@ class Settler:
         self._log = log
         self._loop = asyncio.get_running_loop()
         self._queue = SettlementQueue(session, config.pace.patience if config.pace else PATIENCE)
-        self._held = HeldMessages(
+        self.held = HeldMessages(
             config.unconfirmed,
-            config.unconfirmed.max_held,
             publish=self._publish_again,
             on_confirmed=self._settle_confirmed,
             give_back=self._give_back,
@@ -96,26 +96,6 @@ class Settler:
         self._has_warned_of_count = False
         self._is_giving_back = False
         self.is_over = False
-
-    @property
-    def held(self) -> int:
-        """The number of messages that wait for their retry, or for a late confirm."""
-        return len(self._held.messages)
-
-    @property
-    def retries(self) -> int:
-        """The number of held messages whose retry has not been published yet."""
-        return self._held.retries
-
-    @property
-    def oldest_held(self) -> float | None:
-        """When the oldest held message arrived, in loop time; None without one."""
-        return self._held.oldest
-
-    @property
-    def since(self) -> float | None:
-        """When the oldest message with a late confirm arrived, in loop time; None without one."""
-        return self._held.since
 
     async def settle(self, decisions: BatchDecisions, arrived: float) -> None:
         """Carry out decisions.
@@ -143,9 +123,9 @@ class Settler:
         settlements: list[Settlement] = []
         if decisions.acked:
             settlements.append(Settlement(Disposition.ACK, tuple(decisions.acked)))
-            self._held.last_success = self._loop.time()
-            if self._held.retries:
-                self._held.decide_again()
+            self.held.last_success = self._loop.time()
+            if self.held.retries:
+                self.held.decide_again()
         if decisions.returned:
             returns = self.planner.plan_returns(decisions.returned, datetime.now(UTC), self._own)
             await self._carry_out_returns(returns)
@@ -238,10 +218,6 @@ class Settler:
             if outcome.message.delivery_tag in tags:
                 self._own.note(outcome.message)
 
-    def release_retries(self) -> None:
-        """Publish all held retries without waiting until they are due."""
-        self._held.release_retries()
-
     def hold(self, copy: PendingCopy, arrived: float) -> None:
         """Hold a message whose delay isn't over yet."""
         self._hold_retries([copy], arrived)
@@ -256,7 +232,7 @@ class Settler:
         if len(due) < len(copies):
             for each in copies:
                 if each.hold:
-                    self._held.add_retry(each, arrived=arrived)
+                    self.held.add_retry(each, arrived=arrived)
             looping = sum(each.is_loop for each in copies)
             if looping:
                 self._looping.note(looping)
@@ -269,13 +245,13 @@ class Settler:
         return due
 
     def _log_holding(self, count: int) -> None:
-        if not self.held:
+        if not len(self.held):
             # The line comes a minute later, when all of them have been retried.
             return
         self._log.warning(
             "messages failed: the consumer holds them until their retry",
             messages=count,
-            held=self.held,
+            held=len(self.held),
         )
 
     def _log_undeliverable(self, count: int) -> None:
@@ -283,14 +259,14 @@ class Settler:
             "messages failed for good, but no dead-letter destination is known: they are retried;"
             " set dead_letter_queue",
             messages=count,
-            held=self.held,
+            held=len(self.held),
         )
 
     def _log_looping(self, count: int) -> None:
         self._log.warning(
             "messages are dead-lettered again and again: their dead letters may come back, a loop",
             messages=count,
-            held=self.held,
+            held=len(self.held),
         )
 
     def _log_discarding(self, count: int) -> None:
@@ -307,7 +283,7 @@ class Settler:
         self._log.error(
             "copies can't be encoded, even without their largest headers: their messages are held",
             messages=count,
-            held=len(self._held.messages),
+            held=len(self.held),
         )
 
     def _on_discarded(self, outcomes: Sequence[MessageOutcome]) -> None:
@@ -409,7 +385,7 @@ class Settler:
             if held is not copy:
                 self._hold_retries([held], arrived)
                 return
-        self._held.add_unconfirmed(copy, outcome, arrived=arrived)
+        self.held.add_unconfirmed(copy, outcome, arrived=arrived)
 
     async def _modify(
         self, changes: Sequence[PendingCopy], settlements: Sequence[Settlement] = ()
@@ -431,7 +407,7 @@ class Settler:
 
         def on_late(index: int, outcome: Outcome) -> None:
             copies[index].late = outcome
-            self._held.note_late()
+            self.held.note_late()
 
         publisher = self._publishers.of(copies[0].kind)
         outcomes = list(
@@ -533,7 +509,7 @@ class Settler:
 
     async def close(self, unstarted: Sequence[Message], wait: Wait) -> None:
         """Let running attempts finish, and return what is left to the broker."""
-        held = await self._held.close(wait)
+        held = await self.held.close(wait)
         # Without the rest of their delay, but counted: what is only returned has no attempt less.
         native = [each for each in held if each.is_native]
         if native and Outcome.CONFIRMED in await self._publish_again(native):
@@ -574,7 +550,7 @@ class Settler:
             self._unpublishable,
         ):
             log.flush()
-        await self._held.abort()
+        await self.held.abort()
 
 
 def _counts(

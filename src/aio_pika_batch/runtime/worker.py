@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
+from aio_pika_batch.core.circuit_breaker import BreakerState, CircuitBreaker
 from aio_pika_batch.errors import (
     BrokerUnavailable,
     ConfigurationError,
@@ -20,20 +21,30 @@ from aio_pika_batch.errors import (
     TransportError,
 )
 from aio_pika_batch.logs import KeywordLogger, format_error
-from aio_pika_batch.observer import Connected, Load, Lost, Observers, WorkerStarted, WorkerStopped
-from aio_pika_batch.runtime.batching import BatchKey
-from aio_pika_batch.runtime.breaker import PROBE, WorkerBreaker
-from aio_pika_batch.runtime.consume_loop import ConsumeLoop, LoopContext
-from aio_pika_batch.runtime.handler import HandlerCheck, HandlerSlots, Process
-from aio_pika_batch.runtime.publishing import CopyPublishers
-from aio_pika_batch.runtime.quarantine import ALONE, DOUBT, Quarantine
-from aio_pika_batch.runtime.shutdown import Shutdown, wait_until
+from aio_pika_batch.observer import (
+    BreakerClosed,
+    BreakerOpened,
+    BreakerProbing,
+    Connected,
+    Load,
+    Lost,
+    Observers,
+    WorkerStarted,
+    WorkerStopped,
+)
+from aio_pika_batch.runtime.consume_loop import ConsumeLoop, WorkerInstance, WorkerResources
+from aio_pika_batch.runtime.handler import HandlerSlots
+from aio_pika_batch.runtime.quarantine import ALONE, DOUBT
+from aio_pika_batch.runtime.shutdown import wait_until
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.status import WorkerState, WorkerStatus
-from aio_pika_batch.transport import ProvingSession, Session, Subscription, Transport
+from aio_pika_batch.transport import ProvingSession, Session
 
 STABLE_AFTER = 10.0
 """Seconds that a session must last for its end to count as a first failure again."""
+
+PROBE = 1
+"""The prefetch count of a worker that tries whether messages succeed again."""
 
 # Tuples, because the hash of an enum costs more than the comparisons.
 _WELL = (WorkerState.CONSUMING, WorkerState.PROBING, WorkerState.PAUSED)
@@ -42,45 +53,6 @@ _WELL = (WorkerState.CONSUMING, WorkerState.PROBING, WorkerState.PAUSED)
 _CONSUMES = (WorkerState.CONSUMING, WorkerState.PROBING)
 
 T = TypeVar("T")
-
-Attend = Callable[[ConsumeLoop, Session, int, KeywordLogger], Awaitable[None]]
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerInstance:
-    """What a worker needs of the consumer instance that it works for.
-
-    Attributes:
-        process: The instance's `process_messages`.
-        batch_key: The instance's `batch_key`; None if its class doesn't override it.
-        attend: Runs the instance's hooks around a session.
-    """
-
-    process: Process
-    batch_key: BatchKey | None
-    attend: Attend
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerResources:
-    """What the workers of a consumer share.
-
-    Attributes:
-        declare: Declares the topology.
-        subscription: Returns what to subscribe to, for a worker's index, the session's number, and
-            a prefetch count.
-        publishers: Publish retries and dead letters.
-        quarantine: None if the queue doesn't count deliveries.
-        check: Whether the handler works at all.
-    """
-
-    transport: Transport
-    declare: Callable[[], Coroutine[Any, Any, None]]
-    subscription: Callable[[int, int, int], Subscription]
-    publishers: CopyPublishers
-    quarantine: Quarantine | None
-    shutdown: Shutdown
-    check: HandlerCheck
 
 
 def is_being_cancelled() -> bool:
@@ -120,11 +92,7 @@ class Worker:
         self._shutdown = shared.shutdown
         self._observers = observers
         self._log = log
-        self._breaker = (
-            None
-            if config.breaker is None
-            else WorkerBreaker(config.breaker, config.failure.exceptions, observers, log)
-        )
+        self._breaker = None if config.breaker is None else CircuitBreaker(config.breaker)
         self._loop = asyncio.get_running_loop()
         self._state = WorkerState.CONNECTING
         self._current: ConsumeLoop | None = None
@@ -151,15 +119,15 @@ class Worker:
             return self._state
         if self._shutdown.is_requested:
             return WorkerState.DRAINING
-        if self._breaker is not None and self._breaker.is_open:
-            return WorkerState.PAUSED
-        return self._state
+        return WorkerState.PAUSED if self._is_breaker(BreakerState.OPEN) else self._state
+
+    def _is_breaker(self, state: BreakerState) -> bool:
+        return self._breaker is not None and self._breaker.state is state
 
     @property
     def oldest(self) -> float | None:
         """Seconds since its longest unsettled message arrived; None if there is none."""
-        times = (self._current.oldest if self._current else None, self.slots.since)
-        return self._seconds_since(min((each for each in times if each is not None), default=None))
+        return self._seconds_since(self._current.oldest if self._current else None)
 
     def _seconds_since(self, moment: float | None) -> float | None:
         return None if moment is None else self._loop.time() - moment
@@ -203,7 +171,7 @@ class Worker:
                 failure = await self._run_session()
                 if failure is not None:
                     self._handle_failure(failure)
-                if self._breaker is not None and self._breaker.is_open:
+                if self._breaker is not None and self._breaker.state is BreakerState.OPEN:
                     await self._pause_for(self._breaker)
                 elif failure is not None:
                     await self._back_off()
@@ -264,7 +232,7 @@ class Worker:
         epoch = self._epoch
         async with AsyncExitStack() as stack:
             config = self._config
-            if self._breaker is not None and self._breaker.is_probing:
+            if self._is_breaker(BreakerState.HALF_OPEN):
                 config = replace(config, prefetch=PROBE, adapts_prefetch=False)
             prefetch = config.prefetch if self._shared.quarantine is None else ALONE
             subscription = self._shared.subscription(self._index, epoch, prefetch)
@@ -273,20 +241,15 @@ class Worker:
             self._session = session
             self._current = current = ConsumeLoop(
                 session,
-                LoopContext(
-                    config=config,
-                    process=self._instance.process,
-                    check=self._shared.check,
-                    batch_key=self._instance.batch_key,
-                    slots=self.slots,
-                    breaker=self._breaker,
-                    publishers=self._shared.publishers,
-                    quarantine=self._shared.quarantine,
-                    shutdown=self._shutdown,
-                    observers=self._observers,
-                    log=self._log.bind(epoch=epoch),
-                ),
-                self._on_consuming,
+                config,
+                self._instance,
+                self._shared,
+                slots=self.slots,
+                breaker=self._breaker,
+                observers=self._observers,
+                log=self._log.bind(epoch=epoch),
+                on_consuming=self._on_consuming,
+                on_breaker_changed=self._on_breaker_changed,
             )
             began = self._loop.time()
             try:
@@ -309,7 +272,7 @@ class Worker:
             raise SessionLost("the session's hook returned before the session's end")
 
     def _on_consuming(self) -> None:
-        is_probing = self._breaker is not None and self._breaker.is_probing
+        is_probing = self._is_breaker(BreakerState.HALF_OPEN)
         self._state = WorkerState.PROBING if is_probing else WorkerState.CONSUMING
         # The same failure after a working session is news again.
         self._complaint = None
@@ -361,11 +324,26 @@ class Worker:
         pause = self._config.reconnect.pause(self._failures, random.random())
         await self._shutdown.or_first_of((), timeout=pause)
 
-    async def _pause_for(self, breaker: WorkerBreaker) -> None:
+    def _on_breaker_changed(self, breaker: CircuitBreaker) -> None:
+        if breaker.state is BreakerState.OPEN:
+            self._log.warning(
+                "too many messages fail: consuming pauses",
+                failed=breaker.failed,
+                of=breaker.samples,
+                pause=f"{breaker.pause:g} s",
+            )
+            self._observers.emit(BreakerOpened(breaker.failed, breaker.samples, breaker.pause))
+        else:
+            self._log.info("messages succeed again: consuming goes on")
+            self._observers.emit(BreakerClosed())
+
+    async def _pause_for(self, breaker: CircuitBreaker) -> None:
         self._state = WorkerState.PAUSED
         await self._shutdown.or_first_of((), timeout=breaker.pause)
         if not self._shutdown.is_requested:
             breaker.probe()
+            self._log.info("one message at a time, until one succeeds or fails")
+            self._observers.emit(BreakerProbing())
 
     async def _finish_handlers(self) -> None:
         """Wait for handlers of lost sessions: `on_stop` may close what they use."""

@@ -30,6 +30,7 @@ from aio_pika_batch.errors import (
 )
 from aio_pika_batch.logs import BURST_INTERVAL, KeywordLogger, format_error
 from aio_pika_batch.observer import Observer, Observers, Origin
+from aio_pika_batch.runtime.consume_loop import WorkerInstance, WorkerResources
 from aio_pika_batch.runtime.handler import IGNORED_CANCELLATION, HandlerCheck
 from aio_pika_batch.runtime.publishing import (
     CopyPublisher,
@@ -39,7 +40,7 @@ from aio_pika_batch.runtime.publishing import (
 )
 from aio_pika_batch.runtime.quarantine import Quarantine
 from aio_pika_batch.runtime.shutdown import Shutdown, wait_until
-from aio_pika_batch.runtime.worker import Worker, WorkerInstance, WorkerResources
+from aio_pika_batch.runtime.worker import Worker
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.status import WorkerStatus
 from aio_pika_batch.transport import (

@@ -51,8 +51,8 @@ from aio_pika_batch.core.topology_options import (
 from aio_pika_batch.errors import ConfigurationError, SessionLost
 from aio_pika_batch.observer import BatchCut, HandlerError, Observer, Observers, Origin
 from aio_pika_batch.runtime.batching import open_intake
+from aio_pika_batch.runtime.consume_loop import WorkerInstance
 from aio_pika_batch.runtime.handler import HandlerOptions, HandlerRun
-from aio_pika_batch.runtime.worker import WorkerInstance
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.runtime.worker_pool import WorkerPool
 from aio_pika_batch.testing.messages import delivered
