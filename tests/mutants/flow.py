@@ -50,8 +50,8 @@ CORE = (
     Mutant(
         "A requeue is not counted: a poison message is retried forever.",
         "core/settlement_plan.py",
-        "add |= self._count_headers(headers, count + 1)\n        level",
-        "add |= self._count_headers(headers, count)\n        level",
+        "add |= self._count_headers(headers, count + 1)\n        seconds",
+        "add |= self._count_headers(headers, count)\n        seconds",
         (f"{_CORE}/test_settlement_plan.py",),
     ),
     Mutant(
@@ -78,15 +78,15 @@ CORE = (
     Mutant(
         "A second requeue overwrites the original exchange and routing key.",
         "core/settlement_plan.py",
-        "            del origin[name]\n",
-        "            pass\n",
+        "if ORIGINAL_ROUTING_KEY not in headers or",
+        "if True or",
         (f"{_CORE}/test_settlement_plan.py", f"{_CORE}/test_copies.py"),
     ),
     Mutant(
         "A replayed message that is dead-lettered again has the reason of the first time.",
         "core/settlement_plan.py",
-        "drop = self.drop | REWRITTEN",
-        "drop = self.drop",
+        "drop = DROPPED | REWRITTEN",
+        "drop = DROPPED",
         (f"{_CORE}/test_settlement_plan.py", f"{_CORE}/test_copies.py"),
     ),
     Mutant(

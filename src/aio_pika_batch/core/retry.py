@@ -27,7 +27,6 @@ from aio_pika_batch.core.message import (
     retry_count,
 )
 from aio_pika_batch.core.publication import Copy
-from aio_pika_batch.core.results import Requeue, Result
 
 NO_DELAY = 0
 """The level of a message that is retried at once."""
@@ -118,10 +117,14 @@ class DelaySteps:
     automatic: tuple[int, ...]
     requestable: tuple[int, ...]
 
-    def level(self, result: Result, retries: int) -> int:
-        """The delay that a result means for a message that was requeued this many times."""
-        if isinstance(result, Requeue) and result.seconds is not None:
-            return self.at_least(result.seconds)
+    def level(self, seconds: float | None, retries: int) -> int:
+        """The delay of a message that was requeued this many times.
+
+        Args:
+            seconds: What its handler requests; None if it doesn't.
+        """
+        if seconds is not None:
+            return self.at_least(seconds)
         automatic = self.automatic
         return automatic[min(retries, len(automatic) - 1)] if automatic else NO_DELAY
 
@@ -247,16 +250,14 @@ def delayed_copy(
     )
 
 
-def immediate_copy(
-    message: Message, queue: str, add: dict[str, FieldValue], drop: frozenset[str]
-) -> Copy:
-    """Make a copy that is delivered at once, with the `expiration` that it had before a delay."""
-    expiration = message.headers.get(ORIGINAL_EXPIRATION)
-    if not _is_expiration(expiration) or not _has_waited(message, queue):
-        # The header is another application's, or a dead letter's, which must not expire.
-        return Copy(message, "", queue, add, drop)
-    drop |= {ORIGINAL_EXPIRATION}
-    return Copy(message, "", queue, add, drop, keep_expiration=False, expiration=expiration)
+def restore_expiration(copy: Copy) -> None:
+    """Give a copy for the queue of its message the `expiration` that it had before a delay."""
+    expiration = copy.message.headers.get(ORIGINAL_EXPIRATION)
+    # Otherwise the header is another application's, or a dead letter's, which must not expire.
+    if _is_expiration(expiration) and _has_waited(copy.message, copy.routing_key):
+        copy.drop |= {ORIGINAL_EXPIRATION}
+        copy.keep_expiration = False
+        copy.expiration = expiration
 
 
 def _is_expiration(value: FieldValue) -> TypeGuard[str]:

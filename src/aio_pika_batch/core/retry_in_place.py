@@ -138,8 +138,9 @@ class RetryInPlace:
     def _pause(self, result: Result, retries: int, jitter: float) -> float:
         if result is MessageResult.REQUEUE_IMMEDIATE:
             return 0.0
-        level = self.delay_steps.level(result, retries)
-        if level != NO_DELAY or (isinstance(result, Requeue) and result.seconds is not None):
+        seconds = result.seconds if isinstance(result, Requeue) else None
+        level = self.delay_steps.level(seconds, retries)
+        if level != NO_DELAY or seconds is not None:
             return level / 1000
         # At least half of the longest pause, because full jitter can be almost 0.
         return self.backoff.pause(retries + 1, 0.5 + jitter / 2)

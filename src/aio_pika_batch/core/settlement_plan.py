@@ -54,9 +54,9 @@ from aio_pika_batch.core.retry import (
     coming_death,
     delayed_copy,
     identify_death,
-    immediate_copy,
     latest_death,
     make_delay_steps,
+    restore_expiration,
 )
 from aio_pika_batch.core.settlement import (
     NO_NATIVE_RETRIES,
@@ -65,6 +65,7 @@ from aio_pika_batch.core.settlement import (
     NativeRetries,
     Settlement,
 )
+from aio_pika_batch.core.topology_options import DeadLetterTarget
 from aio_pika_batch.errors import safe_str
 
 FIRST_FAILED_AT = "x-first-failed-at"
@@ -80,8 +81,6 @@ later, the broker has dead-lettered the message since, and its reason counts."""
 EXCEPTION_MESSAGE_LIMIT = 1024
 """The maximum bytes of an exception's text in a dead letter: all headers share one frame, whose
 size is limited (RabbitMQ's default is 128 KiB)."""
-
-_ORIGIN = (ORIGINAL_EXCHANGE, ORIGINAL_ROUTING_KEY, FIRST_FAILED_AT)
 
 REMAINING_DELAY = "x-retry-remaining-delay"
 """Header of a copy whose delay isn't over: the rest of it, in milliseconds.
@@ -238,22 +237,6 @@ class SettlementPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class DeadLetterTarget:
-    """Where dead letters are published.
-
-    Attributes:
-        exchange: The dead-letter exchange.
-        routing_key: None keeps the original routing key of each message.
-        also: A second routing key, which only this consumer's dead-letter queue is bound to; the
-            broker removes it.
-    """
-
-    exchange: str
-    routing_key: str | None = None
-    also: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class SettlementPlanner:
     """Makes plans from the outcomes of messages.
 
@@ -267,7 +250,6 @@ class SettlementPlanner:
         hold: How long the consumer holds messages before it publishes their retries.
         crashes: How often a message may come back without a result; None if that isn't counted.
         exception_message: Whether dead letters contain the text of the exception.
-        drop: Headers that copies leave out.
         delay_steps: The delays of retries.
         native: What the session can do without copies.
         dead_letters_differ: Whether the queue's own arguments lead its dead letters somewhere else
@@ -281,7 +263,6 @@ class SettlementPlanner:
     retry: RetryPolicy
     dead_letters: DeadLetterTarget | None = None
     exception_message: bool = True
-    drop: frozenset[str] = field(default=DROPPED)
     delay_steps: DelaySteps = field(default_factory=make_delay_steps)
     reject_undeliverable: bool = False
     hold: HoldPolicy = field(default_factory=HoldPolicy)
@@ -372,15 +353,15 @@ class SettlementPlanner:
             return pending
         add = _origin_headers(message, headers, now)
         add |= self._count_headers(headers, count + 1)
-        level = self.delay_steps.level(outcome.result, count)
-        has_own_delay = isinstance(outcome.result, Requeue) and outcome.result.seconds is not None
-        hold = 0.0 if has_own_delay else self.hold.retry_delay(count)
+        seconds = outcome.result.seconds if isinstance(outcome.result, Requeue) else None
+        level = self.delay_steps.level(seconds, count)
+        hold = self.hold.retry_delay(count) if seconds is None else 0.0
         if level != NO_DELAY and not wait_queues:
             hold = level / 1000
         if hold or level == NO_DELAY:
             pending = self._held(outcome, headers, add, hold)
         else:
-            copy = delayed_copy(message, self.queue, level, add, self.drop)
+            copy = delayed_copy(message, self.queue, level, add, DROPPED)
             copy.spare = (FIRST_FAILED_AT,)
             pending = PendingCopy(outcome, copy, CopyKind.REQUEUE)
         pending.malformed_count = malformed
@@ -392,8 +373,7 @@ class SettlementPlanner:
         result = outcome.result
         seconds = result.seconds if isinstance(result, Requeue) else None
         if seconds is None:
-            level = self.delay_steps.level(result, count)
-            seconds = self.hold.retry_delay(count) or level / 1000
+            seconds = self.hold.retry_delay(count) or self.delay_steps.level(None, count) / 1000
         seconds = min(seconds, self.delay_steps.longest) or SHORTEST_NATIVE
         add = self._count_headers(headers, count + 1) | _first_failure(
             outcome.message, headers, now
@@ -443,12 +423,10 @@ class SettlementPlanner:
         if hold > self.hold.longest:
             add[REMAINING_DELAY] = math.ceil((hold - self.hold.longest) * 1000)
             hold = self.hold.longest
-        if ORIGINAL_EXPIRATION in headers:
-            copy = immediate_copy(outcome.message, self.queue, add, self.drop)
-        else:
-            copy = Copy(outcome.message, "", self.queue, add, self.drop)
         # Its origin is needed: a later dead letter is routed by it.
-        copy.spare = (FIRST_FAILED_AT,)
+        copy = Copy(outcome.message, "", self.queue, add, DROPPED, spare=(FIRST_FAILED_AT,))
+        if ORIGINAL_EXPIRATION in headers:
+            restore_expiration(copy)
         return PendingCopy(outcome, copy, CopyKind.REQUEUE, hold=hold)
 
     def may_return(self, message: Message) -> bool:
@@ -486,7 +464,7 @@ class SettlementPlanner:
         if self.crashes is not None:
             add |= self.crashes.mark(message, own)
         outcome = MessageOutcome(message, MessageResult.REQUEUE)
-        copy = Copy(message, "", self.queue, add, self.drop)
+        copy = Copy(message, "", self.queue, add, DROPPED)
         return PendingCopy(outcome, copy, CopyKind.FRESH_COUNT)
 
     def held_instead(self, pending: PendingCopy) -> PendingCopy:
@@ -538,7 +516,7 @@ class SettlementPlanner:
                 # It is a suspect from the start: it must not take others along again.
                 add |= self.crashes.mark(message)
         if not self.native.headers:
-            drop = frozenset() if headers is None else self.drop
+            drop = frozenset() if headers is None else DROPPED
             copy = Copy(message, "", self.queue, add, drop)
             pending = PendingCopy(outcome, copy, CopyKind.REQUEUE, hold=hold)
         else:
@@ -565,23 +543,17 @@ class SettlementPlanner:
         if routing_key is None:
             original = headers.get(ORIGINAL_ROUTING_KEY)
             routing_key = original if is_short_string(original) else message.routing_key
-        add = {
-            **_origin_headers(message, headers, now),
-            DEATH_REASON: reason.value,
-            ORIGINAL_QUEUE: self.queue,
-            DEAD_LETTERED_AT: now,
-            **self._cause_headers(outcome),
-        }
+        add = _origin_headers(message, headers, now)
+        add |= self._death_headers(outcome, reason, known)
+        add[DEAD_LETTERED_AT] = now
         if target.also is not None:
             add[BCC] = [target.also]
-        if known is not None:
-            add[self.retry.header] = self._count(headers)
         # A dead letter doesn't expire: it should still exist when someone has time to repair it.
         if expiration is not None:
             add[ORIGINAL_EXPIRATION] = expiration
         if (death := latest_death(headers)) is not None:
             add[EARLIER_DEATH] = identify_death(death)
-        drop = self.drop | REWRITTEN
+        drop = DROPPED | REWRITTEN
         copy = Copy(
             message,
             target.exchange,
@@ -616,16 +588,10 @@ class SettlementPlanner:
         message = outcome.message
         known = readable_headers(message)
         headers = NO_HEADERS if known is None else known
-        add: dict[str, FieldValue] = {
-            DEATH_REASON: reason.value,
-            ORIGINAL_QUEUE: self.queue,
-            DEAD_LETTERED_AT: _milliseconds(now),
-            EARLIER_DEATH: coming_death(headers, self.queue),
-            **_first_failure(message, headers, now),
-            **self._cause_headers(outcome),
-        }
-        if known is not None:
-            add[self.retry.header] = self._count(headers)
+        add = self._death_headers(outcome, reason, known)
+        add |= _first_failure(message, headers, now)
+        add[DEAD_LETTERED_AT] = _milliseconds(now)
+        add[EARLIER_DEATH] = coming_death(headers, self.queue)
         change = Modification((), failed=False, dead=True, headers=add)
         pending = PendingCopy(outcome, change, CopyKind.DEAD_LETTER, reason)
         self._count_deaths(pending, headers, add)
@@ -641,19 +607,24 @@ class SettlementPlanner:
             return {self.retry.header: count, RETRY_QUEUE: self.queue}
         return {self.retry.header: count}
 
-    def _cause_headers(self, outcome: MessageOutcome) -> dict[str, FieldValue]:
-        headers: dict[str, FieldValue] = {}
+    def _death_headers(
+        self, outcome: MessageOutcome, reason: DeadLetterReason, headers: Headers | None
+    ) -> dict[str, FieldValue]:
+        """The headers of any dead letter; `headers` are those of the message, if readable."""
+        add: dict[str, FieldValue] = {DEATH_REASON: reason.value, ORIGINAL_QUEUE: self.queue}
         match outcome.result:
             case Nack(reason=str(text)) | Requeue(reason=str(text)):
-                headers[DETAIL] = _cut(text)
+                add[DETAIL] = _cut(text)
             case _:
                 pass
         if outcome.error is not None:
             cls = type(outcome.error)
-            headers[EXCEPTION_TYPE] = _cut(f"{cls.__module__}.{cls.__qualname__}")
+            add[EXCEPTION_TYPE] = _cut(f"{cls.__module__}.{cls.__qualname__}")
             if self.exception_message:
-                headers[EXCEPTION_MESSAGE] = _cut(safe_str(outcome.error))
-        return headers
+                add[EXCEPTION_MESSAGE] = _cut(safe_str(outcome.error))
+        if headers is not None:
+            add[self.retry.header] = self._count(headers)
+        return add
 
 
 def _milliseconds(moment: datetime) -> int:
@@ -669,11 +640,7 @@ def _first_failure(message: Message, headers: Headers, now: datetime) -> dict[st
 
 def _cleared(headers: Headers, add: Headers) -> dict[str, FieldValue]:
     """Values for headers that a copy would leave out: those of the original can't be removed."""
-    cleared: dict[str, FieldValue] = {}
-    for name in headers.keys() & _CLEARED.keys():
-        if name not in add:
-            cleared[name] = _CLEARED[name]
-    return cleared
+    return {name: _CLEARED[name] for name in headers.keys() & _CLEARED.keys() if name not in add}
 
 
 _CLEARED: Headers = {
@@ -716,20 +683,15 @@ def _decided_by(outcome: MessageOutcome, names: frozenset[str]) -> Hashable | No
 
 def _origin_headers(message: Message, headers: Headers, now: datetime) -> dict[str, FieldValue]:
     """The headers that keep what the first copy would lose, if the message doesn't have them."""
-    origin: dict[str, FieldValue] = {
-        ORIGINAL_EXCHANGE: message.exchange,
-        ORIGINAL_ROUTING_KEY: message.routing_key,
-        FIRST_FAILED_AT: message.first_failed_at or now,
-    }
-    for name in _ORIGIN:
-        # An invalid value, such as a number as routing key, is replaced: readers would ignore it.
-        if name in headers and _is_valid(headers[name], origin[name]):
-            del origin[name]
+    # An invalid value, such as a number as routing key, is replaced: readers would ignore it.
+    origin: dict[str, FieldValue] = {}
+    if ORIGINAL_EXCHANGE not in headers or not is_short_string(headers[ORIGINAL_EXCHANGE]):
+        origin[ORIGINAL_EXCHANGE] = message.exchange
+    if ORIGINAL_ROUTING_KEY not in headers or not is_short_string(headers[ORIGINAL_ROUTING_KEY]):
+        origin[ORIGINAL_ROUTING_KEY] = message.routing_key
+    if FIRST_FAILED_AT not in headers or read_moment(headers[FIRST_FAILED_AT]) is None:
+        origin[FIRST_FAILED_AT] = message.first_failed_at or now
     return origin
-
-
-def _is_valid(value: object, like: FieldValue) -> bool:
-    return is_short_string(value) if isinstance(like, str) else read_moment(value) is not None
 
 
 def _reason(outcome: MessageOutcome) -> DeadLetterReason:

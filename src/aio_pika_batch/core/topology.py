@@ -305,21 +305,11 @@ def build_topology(
     arguments: dict[str, FieldValue] = dict(options.queue_arguments)
     if options.queue_type is not None:
         arguments[QUEUE_TYPE] = options.queue_type
-    exchanges: list[Exchange] = []
+    dead_letter_exchange = _dead_letter_exchange(options)
+    exchanges = [] if dead_letter_exchange is None else [dead_letter_exchange]
     queues: list[Queue] = []
     bindings: list[Binding] = []
     target = dead_letter_target(options)
-    if target is not None and target.exchange not in ("", options.exchange_name):
-        # An existing exchange isn't declared again: it may be shared, and of any type. Without a
-        # dead-letter queue it must exist, so that a wrong name is an error at the start.
-        exchanges.append(
-            Exchange(
-                target.exchange,
-                new_dead_letter_exchange_type(options, target.exchange),
-                existing_first=True,
-                check_only=check_only or options.dead_letter_queue is None,
-            )
-        )
     if options.dead_letter_queue is not None and target is not None:
         queue_type = effective_queue_type(options)
         queues.append(
@@ -375,14 +365,25 @@ def build_topology(
     return Topology(tuple(exchanges), tuple(queues), tuple(bindings), tuple(publishes))
 
 
+def _dead_letter_exchange(options: TopologyOptions) -> Exchange | None:
+    """The exchange of the dead letters, unless it is the default one, or the consumer's own."""
+    target = dead_letter_target(options)
+    if target is None or target.exchange in ("", options.exchange_name):
+        return None
+    return Exchange(
+        target.exchange,
+        new_dead_letter_exchange_type(options, target.exchange),
+        # An existing exchange isn't declared again: it may be shared, and of any type.
+        existing_first=True,
+        # Without a dead-letter queue it must exist, so that a wrong name is an error at the start.
+        check_only=not options.declare or options.dead_letter_queue is None,
+    )
+
+
 def exchange_to_look_up(options: TopologyOptions) -> Exchange | None:
     """The exchange whose type on the broker decides how the dead-letter queue is bound, if any."""
-    target = dead_letter_target(options)
-    if target is None or options.dead_letter_queue is None or not options.declare:
-        return None
-    if target.exchange in ("", options.exchange_name):
-        return None
-    return Exchange(target.exchange, new_dead_letter_exchange_type(options, target.exchange))
+    exchange = _dead_letter_exchange(options)
+    return None if exchange is None or exchange.check_only else exchange
 
 
 def wait_queue(options: TopologyOptions, level: int) -> Queue:

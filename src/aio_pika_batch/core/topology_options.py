@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 from aio_pika_batch.core.message import FieldValue, Headers, is_short_string
 from aio_pika_batch.core.retry import wait_queue_name
-from aio_pika_batch.core.settlement_plan import DeadLetterTarget
 from aio_pika_batch.errors import ConfigurationError, TopologyError
 
 QUEUE_TYPE = "x-queue-type"
@@ -93,6 +92,27 @@ def _stated(options: TopologyOptions, name: str) -> str | None:
 
 
 # --- where dead letters go ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetterTarget:
+    """Where dead letters are published.
+
+    Attributes:
+        exchange: The dead-letter exchange.
+        routing_key: None keeps the original routing key of each message.
+        also: A second routing key, which only this consumer's dead-letter queue is bound to; the
+            broker removes it.
+    """
+
+    exchange: str
+    routing_key: str | None = None
+    also: str | None = None
+
+    @property
+    def broker_key(self) -> str | None:
+        """The routing key by which the broker's own dead letters get there."""
+        return self.routing_key if self.also is None else self.also
 
 
 def dead_letter_target(options: TopologyOptions) -> DeadLetterTarget | None:
@@ -220,7 +240,7 @@ def broker_dead_letter_arguments(options: TopologyOptions) -> Headers:
     if target is None or not options.broker_dead_letters:
         return {}
     given = options.queue_arguments
-    key = target.routing_key if target.also is None else target.also
+    key = target.broker_key
     wanted: dict[str, FieldValue] = {}
     if DEAD_LETTER_EXCHANGE not in given:
         wanted[DEAD_LETTER_EXCHANGE] = target.exchange
@@ -248,9 +268,8 @@ def dead_letters_differ(options: TopologyOptions) -> bool:
     if target is None:
         return False
     arguments = declared_arguments(options)
-    key = target.routing_key if target.also is None else target.also
     own = (arguments.get(DEAD_LETTER_EXCHANGE), arguments.get(DEAD_LETTER_ROUTING_KEY))
-    return own != (target.exchange, key)
+    return own != (target.exchange, target.broker_key)
 
 
 def policy_command(queue: str, arguments: Headers, vhost: str) -> str:

@@ -12,7 +12,8 @@ from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue, Result
 from aio_pika_batch.core.retry import RetryPolicy
-from aio_pika_batch.core.settlement_plan import DeadLetterTarget, SettlementPlanner
+from aio_pika_batch.core.settlement_plan import SettlementPlanner
+from aio_pika_batch.core.topology_options import DeadLetterTarget
 from aio_pika_batch.testing.strategies import (
     UNDECODABLE,
     broken_properties,

@@ -29,7 +29,8 @@ from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import Cause
 from aio_pika_batch.core.retry import RetryPolicy
 from aio_pika_batch.core.settlement import Disposition, Frame, Ledger, Settlement
-from aio_pika_batch.core.settlement_plan import DeadLetterTarget, PendingCopy, SettlementPlanner
+from aio_pika_batch.core.settlement_plan import PendingCopy, SettlementPlanner
+from aio_pika_batch.core.topology_options import DeadLetterTarget
 from tests.unit.adapters.memory.client import Client, bodies
 from tests.unit.core.strategies import NOW, StubSource
 

@@ -25,7 +25,8 @@ from aio_pika_batch.core.dead_letter import (
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack
 from aio_pika_batch.core.retry import RetryPolicy
-from aio_pika_batch.core.settlement_plan import DeadLetterTarget, SettlementPlanner
+from aio_pika_batch.core.settlement_plan import SettlementPlanner
+from aio_pika_batch.core.topology_options import DeadLetterTarget
 from aio_pika_batch.testing.strategies import UNDECODABLE
 from aio_pika_batch.testing.strategies import messages as made_messages
 from tests.unit.core.strategies import NOW, a_message, delivered

@@ -10,7 +10,8 @@ from aio_pika_batch.core.dead_letter import death_info, replay_copy
 from aio_pika_batch.core.publication import Copy
 from aio_pika_batch.core.results import MessageOutcome, MessageResult
 from aio_pika_batch.core.retry import RetryPolicy, make_delay_steps
-from aio_pika_batch.core.settlement_plan import DeadLetterTarget, SettlementPlanner
+from aio_pika_batch.core.settlement_plan import SettlementPlanner
+from aio_pika_batch.core.topology_options import DeadLetterTarget
 from tests.unit.core.strategies import NOW, StubSource, a_message, delivered
 
 NACK, REQUEUE = MessageResult.NACK, MessageResult.REQUEUE

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aio_pika_batch.core.settlement_plan import DeadLetterTarget
 from aio_pika_batch.core.topology import (
     Exchange,
     Queue,
@@ -22,6 +21,7 @@ from aio_pika_batch.core.topology import (
     to_definitions,
 )
 from aio_pika_batch.core.topology_options import (
+    DeadLetterTarget,
     new_dead_letter_exchange_type,
     topic_matches,
     topic_words,
@@ -420,7 +420,7 @@ def test_how_a_dead_letter_queue_is_bound_to_an_exchange_that_may_be_shared(
     topology = build_topology(settings, dead_letter_exchange_type=existing)
 
     assert Exchange("dlx", kind, existing_first=True) == topology.exchanges[0]
-    assert exchange_to_look_up(settings) == Exchange("dlx", kind)
+    assert exchange_to_look_up(settings) == topology.exchanges[0]
     assert bound == [each.routing_key for each in topology.bindings if each.queue == "dlq"]
 
 

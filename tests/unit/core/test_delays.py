@@ -20,7 +20,8 @@ from aio_pika_batch.core.retry import (
     make_delay_steps,
     wait_queue_name,
 )
-from aio_pika_batch.core.settlement_plan import DeadLetterTarget, SettlementPlanner
+from aio_pika_batch.core.settlement_plan import SettlementPlanner
+from aio_pika_batch.core.topology_options import DeadLetterTarget
 from aio_pika_batch.testing.strategies import broken_properties, properties, sound_properties
 from tests.unit.core.strategies import (
     NOW,
@@ -89,7 +90,7 @@ def test_a_retry_waits_as_configured(made, count):
     except OverflowError:
         expected = maximum
 
-    level = steps.level(REQUEUE, count)
+    level = steps.level(None, count)
 
     assert abs(expected * 1000 - level) <= max(0.5, expected * 1e-9) + 1e-6
 
@@ -100,7 +101,7 @@ def test_a_later_retry_never_waits_less(made, one, other):
     steps = made[0]
     earlier, later = sorted((one, other))
 
-    assert 0 < steps.level(REQUEUE, earlier) <= steps.level(REQUEUE, later)
+    assert 0 < steps.level(None, earlier) <= steps.level(None, later)
 
 
 @given(anything, st.floats(0, 1e300) | waits, retries)
@@ -110,7 +111,7 @@ def test_a_requested_delay_is_rounded_up(made, asked, count):
     """To the next level, whatever the retry count is, and at most to the maximum. 0 stays 0."""
     steps, _, _, maximum = made
 
-    level = steps.level(Requeue(delay=asked), count)
+    level = steps.level(asked, count)
 
     below = [each for each in steps.requestable if each < level]
     if asked * 1000 < 0.0005:
@@ -139,7 +140,7 @@ def test_the_steps_for_a_number_of_attempts(made, attempts):
     """Those are declared at the start: no more, and no less."""
     steps = made[0]
 
-    automatic = {steps.level(REQUEUE, count) for count in range(attempts)}
+    automatic = {steps.level(None, count) for count in range(attempts)}
 
     assert sorted(automatic) == list(steps.steps_for(attempts))
 
@@ -149,7 +150,7 @@ def test_the_total_delay_of_all_retries(made, attempts):
     """Each of them as configured."""
     steps = made[0]
 
-    waits = [steps.level(REQUEUE, count) for count in range(attempts)]
+    waits = [steps.level(None, count) for count in range(attempts)]
 
     assert pytest.approx(sum(waits) / 1000) == steps.total_seconds(attempts)
 
@@ -159,7 +160,7 @@ def test_without_a_configured_delay_retries_do_not_wait(made, count):
     """The default. A handler can still request a delay."""
     steps = made[0]
 
-    assert 0 == steps.level(REQUEUE, count) == steps.level(Requeue(), count)
+    assert 0 == steps.level(None, count) == steps.level(Requeue().seconds, count)
     assert () == steps.steps_for(100)
 
 
@@ -219,7 +220,7 @@ def test_too_many_steps_are_refused():
 @pytest.mark.parametrize("first", [0, 1])
 def test_examples_of_requested_delays(delay, level, first):
     """A requested delay of 0 is none, also if others are configured."""
-    assert level == make_delay_steps(first, 2, 10).level(Requeue(delay=delay), 2)
+    assert level == make_delay_steps(first, 2, 10).level(Requeue(delay=delay).seconds, 2)
 
 
 # --- requested delays -------------------------------------------------------------------

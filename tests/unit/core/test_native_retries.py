@@ -25,7 +25,8 @@ from aio_pika_batch.core.settlement import (
     NativeRetries,
     check_modified_headers,
 )
-from aio_pika_batch.core.settlement_plan import DeadLetterTarget, SettlementPlanner
+from aio_pika_batch.core.settlement_plan import SettlementPlanner
+from aio_pika_batch.core.topology_options import DeadLetterTarget
 from aio_pika_batch.testing.strategies import UNDECODABLE
 from tests.unit.core.strategies import NOW, QUEUE, a_message, batches_of_outcomes
 

@@ -27,12 +27,8 @@ from aio_pika_batch.core.quarantine import (
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult
 from aio_pika_batch.core.retry import DeadLetterReason, RetryPolicy
 from aio_pika_batch.core.settlement import Disposition
-from aio_pika_batch.core.settlement_plan import (
-    FIRST_FAILED_AT,
-    CopyKind,
-    DeadLetterTarget,
-    SettlementPlanner,
-)
+from aio_pika_batch.core.settlement_plan import FIRST_FAILED_AT, CopyKind, SettlementPlanner
+from aio_pika_batch.core.topology_options import DeadLetterTarget
 from aio_pika_batch.testing.strategies import UNDECODABLE
 from tests.unit.core.strategies import NOW, QUEUE, StubSource, delivered
 

@@ -12,7 +12,8 @@ from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue
 from aio_pika_batch.core.retry import Backoff, DeadLetterReason, RetryPolicy, make_delay_steps
 from aio_pika_batch.core.retry_in_place import Retried, RetryInPlace
-from aio_pika_batch.core.settlement_plan import DeadLetterTarget, SettlementPlanner
+from aio_pika_batch.core.settlement_plan import SettlementPlanner
+from aio_pika_batch.core.topology_options import DeadLetterTarget
 from tests.unit.core.strategies import NOW, StubSource, a_message, batches_of_outcomes
 
 NACK, REQUEUE = MessageResult.NACK, MessageResult.REQUEUE

@@ -15,12 +15,8 @@ from aio_pika_batch.core.message import Properties
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, Nack, Requeue
 from aio_pika_batch.core.retry import DeadLetterReason, RetryPolicy
 from aio_pika_batch.core.settlement import Disposition
-from aio_pika_batch.core.settlement_plan import (
-    CopyKind,
-    DeadLetterTarget,
-    SettlementPlan,
-    SettlementPlanner,
-)
+from aio_pika_batch.core.settlement_plan import CopyKind, SettlementPlan, SettlementPlanner
+from aio_pika_batch.core.topology_options import DeadLetterTarget
 from aio_pika_batch.testing.strategies import UNDECODABLE, results, short_texts, sound_properties
 from tests.unit.core.strategies import (
     NOW,
