@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from aio_pika_batch.core.message import (
     DEATH_REASON,
     RETRY_COUNT_HEADER,
-    FieldValue,
     Headers,
 )
 from aio_pika_batch.core.quarantine import CrashPolicy
@@ -137,7 +136,10 @@ def hints_for(options: TopologyOptions, profile: ConsumerProfile) -> list[str]:
     """What may be missing where settings have their defaults."""
     hints = [] if profile.rejects_undeliverable else [*_no_dead_letters(options, profile)]
     if _is_classic_by_default(options, profile):
-        hints += _maybe_classic(options)
+        hints.append(
+            f"queue {options.queue_name!r} may be a classic queue: a message that crashes its"
+            " consumer is redelivered forever; set queue_type='quorum'"
+        )
     return [*hints, *_other_headers(options)]
 
 
@@ -153,10 +155,13 @@ def broker_warnings_for(
         return [_DROPS_AT_ONCE]
     if _is_classic_by_default(options, profile):
         return []
+    not_alone = _no_quarantine(options, ordered=profile.ordered)
+    if not_alone is None:
+        return []  # `crash_limit` ends such a message, if the broker doesn't
     why = _endless(options, version)
-    if why is None or _no_quarantine(options, ordered=profile.ordered) is None:
-        # `crash_limit` ends such a message, if the broker doesn't.
-        return list(_not_alone(options, profile))
+    if why is None:
+        risk = f"a message that crashes its consumer can't be handled alone, since {not_alone}"
+        return [f"{risk}; keep prefetch_count low"]
     # Not only if the settings contain REQUEUE_IMMEDIATE: what a handler will yield is unknown at
     # the start, and any message can crash its process.
     poison = "a message that always crashes its consumer, or always gets REQUEUE_IMMEDIATE,"
@@ -255,7 +260,7 @@ def _partly_amqp10(options: TopologyOptions, profile: ConsumerProfile) -> Iterat
             f" {DEAD_LETTER_EXCHANGE} to the same destination, and {DEAD_LETTER_STRATEGY}="
             "'at-least-once'; leave them out of queue_arguments, so that they are declared"
         )
-    stated = _number(arguments.get(MESSAGE_TTL))
+    stated = _number(arguments, MESSAGE_TTL)
     if stated is not None and profile.retry_seconds > stated / 1000:
         yield (
             f"a time to live of {stated} ms goes on while a retry is delayed over AMQP 1.0:"
@@ -308,13 +313,6 @@ def _other_headers(options: TopologyOptions) -> Iterator[str]:
         )
 
 
-def _maybe_classic(options: TopologyOptions) -> Iterator[str]:
-    yield (
-        f"queue {options.queue_name!r} may be a classic queue: a message that crashes its consumer"
-        " is redelivered forever; set queue_type='quorum'"
-    )
-
-
 def _given_up(options: TopologyOptions) -> Iterator[str]:
     """What the broker itself drops, unless it has a place for it."""
     if not options.broker_dead_letters:
@@ -363,7 +361,7 @@ def dead_letter_queue_warnings(
     if exchange == "" and arguments.get(DEAD_LETTER_ROUTING_KEY) == options.queue_name:
         return [f"dead-letter queue {name!r} dead-letters to queue {options.queue_name!r}: a loop"]
     limits = _limits(arguments)
-    stated = _number(arguments.get(DELIVERY_LIMIT))
+    stated = _number(arguments, DELIVERY_LIMIT)
     if arguments.get(QUEUE_TYPE) == "quorum":
         has_default = not _is_before(version, DEFAULT_LIMIT_SINCE)
         limit = (DEFAULT_DELIVERY_LIMIT if has_default else -1) if stated is None else stated
@@ -386,7 +384,7 @@ def _delivery_limit(options: TopologyOptions, profile: ConsumerProfile) -> Itera
     # For the broker a requeued copy is a new message, so its limit doesn't apply to REQUEUE.
     if effective_queue_type(options) != "quorum":
         return
-    stated = _number(options.queue_arguments.get(DELIVERY_LIMIT))
+    stated = _number(options.queue_arguments, DELIVERY_LIMIT)
     limit = DEFAULT_DELIVERY_LIMIT if stated is None else stated
     attempts = profile.max_requeue_attempts
     if 0 <= limit < attempts:
@@ -396,11 +394,6 @@ def _delivery_limit(options: TopologyOptions, profile: ConsumerProfile) -> Itera
             " REQUEUE_IMMEDIATE, crashes and lost connections reach it first; raise"
             f" {DELIVERY_LIMIT} in queue_arguments"
         )
-
-
-def consumer_timeout(options: TopologyOptions, consumer_arguments: Headers) -> float:
-    """Return how long the broker waits for an acknowledgement, in seconds, as far as is known."""
-    return _consumer_timeout(options, consumer_arguments)[0]
 
 
 def crash_policy(
@@ -413,7 +406,7 @@ def crash_policy(
     """
     if _no_quarantine(options, ordered=ordered) is not None:
         return None
-    stated = _number(options.queue_arguments.get(DELIVERY_LIMIT))
+    stated = _number(options.queue_arguments, DELIVERY_LIMIT)
     is_lower = stated is not None and 0 <= stated < limit
     if stated is not None and is_lower:
         # The broker gives a message up when it comes back once more than its limit allows.
@@ -450,29 +443,21 @@ def _no_quarantine(options: TopologyOptions, *, ordered: bool) -> str | None:
     return None
 
 
-def _not_alone(options: TopologyOptions, profile: ConsumerProfile) -> Iterator[str]:
-    why = _no_quarantine(options, ordered=profile.ordered)
-    if why is not None:
-        yield (
-            f"a message that crashes its consumer can't be handled alone, since {why};"
-            " keep prefetch_count low"
-        )
-
-
-def _consumer_timeout(options: TopologyOptions, consumer_arguments: Headers) -> tuple[float, str]:
+def consumer_timeout(options: TopologyOptions, consumer_arguments: Headers) -> tuple[float, str]:
+    """Return how many seconds the broker waits for an ack, as far as is known, and who says so."""
     limit, source = ACK_TIMEOUT, "RabbitMQ's default consumer_timeout"
     for where, arguments in (
         ("queue_arguments", options.queue_arguments),
         ("consumer_arguments", consumer_arguments),
     ):
-        stated = _number(arguments.get(CONSUMER_TIMEOUT))
+        stated = _number(arguments, CONSUMER_TIMEOUT)
         if stated is not None and stated > 0:
             limit, source = stated / 1000, f"{CONSUMER_TIMEOUT} in {where}"
     return limit, source
 
 
 def _ack_timeout(options: TopologyOptions, profile: ConsumerProfile) -> Iterator[str]:
-    limit, source = _consumer_timeout(options, profile.consumer_arguments)
+    limit, source = consumer_timeout(options, profile.consumer_arguments)
     held = _longest_hold(profile)
     if held > limit:
         yield (
@@ -492,7 +477,7 @@ def _longest_hold(profile: ConsumerProfile) -> float:
 
 
 def _time_to_live(options: TopologyOptions, profile: ConsumerProfile) -> Iterator[str]:
-    stated = _number(options.queue_arguments.get(MESSAGE_TTL))
+    stated = _number(options.queue_arguments, MESSAGE_TTL)
     is_copied = not profile.ordered and profile.wire != "amqp10"
     if stated is not None and is_copied and profile.retry_seconds > stated / 1000:
         yield (
@@ -508,7 +493,7 @@ def _endless(options: TopologyOptions, version: Version | None) -> str | None:
     if queue_type != "quorum":
         unless = "" if queue_type else " (unless the virtual host has another default)"
         return f"queue {options.queue_name!r} is a classic queue{unless}"
-    limit = _number(options.queue_arguments.get(DELIVERY_LIMIT))
+    limit = _number(options.queue_arguments, DELIVERY_LIMIT)
     if limit is not None:
         return f"{DELIVERY_LIMIT}={limit} lifts the delivery limit" if limit < 0 else None
     if _is_before(version, DEFAULT_LIMIT_SINCE):
@@ -517,7 +502,7 @@ def _endless(options: TopologyOptions, version: Version | None) -> str | None:
 
 
 def _drops_at_once(options: TopologyOptions, version: Version | None) -> bool:
-    limit = _number(options.queue_arguments.get(DELIVERY_LIMIT))
+    limit = _number(options.queue_arguments, DELIVERY_LIMIT)
     return limit is not None and limit < 0 and _is_before(version, DEFAULT_LIMIT_SINCE)
 
 
@@ -525,5 +510,6 @@ def _is_before(version: Version | None, other: Version) -> bool:
     return version is not None and version < other
 
 
-def _number(value: FieldValue) -> int | None:
+def _number(arguments: Headers, name: str) -> int | None:
+    value = arguments.get(name)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

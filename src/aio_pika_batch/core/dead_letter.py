@@ -116,47 +116,43 @@ class DeathInfo:
 def death_info(message: Message, retry_count_header: str = RETRY_COUNT_HEADER) -> DeathInfo:
     """Read the headers of a dead letter. Never raises: what cannot be read isn't known."""
     headers = readable_headers(message) or NO_HEADERS
+    latest = latest_death(headers)
+    death = latest or NO_HEADERS
     reason = _text(headers.get(DEATH_REASON))
-    death = latest_death(headers)
-    is_newer = death is not None and not is_stated_death(death, headers.get(EARLIER_DEATH))
+    retries = retry_count(headers.get(retry_count_header)) or 0
+    # The routing key of a requeued copy is the name of its queue, so our own headers go first. A
+    # message that the broker has dead-lettered keeps its route in `x-death`.
+    origin = _route(
+        headers.get(ORIGINAL_EXCHANGE), headers.get(ORIGINAL_ROUTING_KEY)
+    ) or _death_route(death)
+    is_newer = latest is not None and not is_stated_death(latest, headers.get(EARLIER_DEATH))
     if reason is None or is_newer:
-        return _broker_death_info(headers, death or NO_HEADERS, retry_count_header)
+        return DeathInfo(
+            reason=_text(death.get("reason")) or UNKNOWN_REASON,
+            origin=origin,
+            queue=_text(death.get("queue")),
+            died_at=time if isinstance(time := death.get("time"), datetime) else None,
+            retries=retries,
+            detail=_text(headers.get(RETRY_REASON)),
+        )
     return DeathInfo(
         reason=reason,
-        # A message that the broker has dead-lettered keeps its route in `x-death`.
-        origin=_origin(headers) or _death_origin(death or NO_HEADERS),
+        origin=origin,
         queue=_text(headers.get(ORIGINAL_QUEUE)),
         died_at=read_moment(headers.get(DEAD_LETTERED_AT)),
-        retries=retry_count(headers.get(retry_count_header)) or 0,
+        retries=retries,
         detail=_text(headers.get(DETAIL)),
         exception_type=_text(headers.get(EXCEPTION_TYPE)),
         exception_message=_text(headers.get(EXCEPTION_MESSAGE)),
     )
 
 
-def _broker_death_info(headers: Headers, death: Headers, retry_count_header: str) -> DeathInfo:
-    """Why the broker has dead-lettered it, by the latest entry of `x-death`."""
-    return DeathInfo(
-        reason=_text(death.get("reason")) or UNKNOWN_REASON,
-        # The routing key of a requeued copy is the name of its queue, so its own headers go first.
-        origin=_origin(headers) or _death_origin(death),
-        queue=_text(death.get("queue")),
-        died_at=time if isinstance(time := death.get("time"), datetime) else None,
-        retries=retry_count(headers.get(retry_count_header)) or 0,
-        detail=_text(headers.get(RETRY_REASON)),
-    )
+def _death_route(death: Headers) -> OriginalRoute | None:
+    keys = death.get("routing-keys")
+    return _route(death.get("exchange"), keys[0] if isinstance(keys, list) and keys else None)
 
 
-def _origin(headers: Headers) -> OriginalRoute | None:
-    exchange, key = headers.get(ORIGINAL_EXCHANGE), headers.get(ORIGINAL_ROUTING_KEY)
-    if is_short_string(exchange) and is_short_string(key):
-        return OriginalRoute(exchange, key)
-    return None
-
-
-def _death_origin(death: Headers) -> OriginalRoute | None:
-    exchange, keys = death.get("exchange"), death.get("routing-keys")
-    key = keys[0] if isinstance(keys, list) and keys else None
+def _route(exchange: FieldValue, key: FieldValue) -> OriginalRoute | None:
     if is_short_string(exchange) and is_short_string(key):
         return OriginalRoute(exchange, key)
     return None
@@ -280,25 +276,18 @@ def replay_copy(
             queues may be bound to. It keeps its `x-original-…` headers, so that its handler still
             sees its routing key.
     """
+    origin, kept = death.origin, NO_HEADERS
     dropped = REMOVED_ON_REPLAY | {retry_count_header}
     if to_queue:
-        if death.queue is None or not is_short_string(death.queue):
+        if not is_short_string(death.queue):
             return NotReplayable("it does not say in which queue it died")
-        return _copy(message, OriginalRoute("", death.queue), _kept(death.origin), dropped)
-    if death.origin is None:
+        if origin is not None:
+            kept = {ORIGINAL_EXCHANGE: origin.exchange, ORIGINAL_ROUTING_KEY: origin.routing_key}
+        return Copy(message, "", death.queue, kept, dropped, keep_expiration=False)
+    if origin is None:
         return NotReplayable("it does not say where it was published to")
     dropped |= {ORIGINAL_EXCHANGE, ORIGINAL_ROUTING_KEY}
-    return _copy(message, death.origin, {}, dropped)
-
-
-def _copy(message: Message, to: OriginalRoute, add: Headers, drop: frozenset[str]) -> Copy:
-    return Copy(message, to.exchange, to.routing_key, add, drop, keep_expiration=False)
-
-
-def _kept(origin: OriginalRoute | None) -> Headers:
-    if origin is None:
-        return {}
-    return {ORIGINAL_EXCHANGE: origin.exchange, ORIGINAL_ROUTING_KEY: origin.routing_key}
+    return Copy(message, origin.exchange, origin.routing_key, kept, dropped, keep_expiration=False)
 
 
 # --- delivery limits -------------------------------------------------------------

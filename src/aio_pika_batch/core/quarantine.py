@@ -112,7 +112,7 @@ class CrashPolicy:
     def _total(self, message: Message) -> int:
         headers = readable_headers(message)
         if headers is None:
-            return delivery_count(message)
+            return 0
         marked = min(retry_count(headers.get(CRASH_COUNT)) or 0, self.suspect_after)
         deliveries = delivery_count(message)
         if deliveries and RETURN_COUNT in headers:

@@ -100,7 +100,8 @@ class WorkerConfig:
         options = topology_options(settings)
         steps = delay_steps(settings)
         retry = RetryPolicy(settings.max_requeue_attempts, settings.retry_count_header)
-        longest = longest_hold(consumer_timeout(options, settings.consumer_arguments or {}))
+        timeout, _ = consumer_timeout(options, settings.consumer_arguments or {})
+        longest = longest_hold(timeout)
         holds_by_default = settings.requeue_delay is None
         crashes = crash_policy(
             options,

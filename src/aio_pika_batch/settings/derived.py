@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from urllib.parse import unquote, urlsplit
 
 from aio_pika_batch.core.config_checks import ConsumerProfile, adapts_prefetch
-from aio_pika_batch.core.message import FieldValue
 from aio_pika_batch.core.results import Result
 from aio_pika_batch.core.retry import DelaySteps, make_delay_steps
 from aio_pika_batch.core.topology_options import TopologyOptions, dead_letter_target
@@ -65,15 +64,15 @@ def topology_options(settings: ConsumerSettings) -> TopologyOptions:
         queue_exclusive=settings.queue_exclusive,
         queue_auto_delete=settings.queue_auto_delete,
         queue_type=settings.queue_type,
-        queue_arguments=_given(settings.queue_arguments),
+        queue_arguments=settings.queue_arguments or {},
         exchange_name=settings.exchange_name,
         exchange_type=settings.exchange_type,
         exchange_durable=settings.exchange_durable,
         exchange_auto_delete=settings.exchange_auto_delete,
         exchange_internal=settings.exchange_internal,
-        exchange_arguments=_given(settings.exchange_arguments),
+        exchange_arguments=settings.exchange_arguments or {},
         routing_keys=() if keys is None else (keys,) if isinstance(keys, str) else tuple(keys),
-        binding_arguments=_given(settings.binding_arguments),
+        binding_arguments=settings.binding_arguments or {},
         dead_letter_exchange=settings.dead_letter_exchange,
         dead_letter_exchange_type=settings.dead_letter_exchange_type,
         dead_letter_routing_key=settings.dead_letter_routing_key,
@@ -114,7 +113,7 @@ def consumer_profile(
         process_timeout=settings.process_timeout,
         max_requeue_attempts=settings.max_requeue_attempts,
         failure_results={settings.unhandled_exception_action, *mapped_results},
-        consumer_arguments=_given(settings.consumer_arguments),
+        consumer_arguments=settings.consumer_arguments or {},
         retry_seconds=delay_steps(settings).total_seconds(settings.max_requeue_attempts),
         ordered=settings.ordered_by_key,
         adapts_prefetch=has_adaptive_prefetch(settings),
@@ -122,7 +121,3 @@ def consumer_profile(
         retry_count_header=settings.retry_count_header,
         wire=settings.wire,
     )
-
-
-def _given(arguments: Mapping[str, FieldValue] | None) -> Mapping[str, FieldValue]:
-    return {} if arguments is None else arguments
