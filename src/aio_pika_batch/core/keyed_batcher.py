@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import count, repeat
 
@@ -108,12 +109,7 @@ class KeyedBatcher(Batcher):
         self._count += len(chunk)
 
     def poll(self, now: float, *, exhausted: bool = False) -> Batch | None:
-        """Cut a batch if one is due.
-
-        Args:
-            now: Seconds, by the clock of `add`.
-            exhausted: Whether the broker sends nothing more until something is settled.
-        """
+        """Cut a batch if one is due, as `Batcher.poll` does."""
         # Of several keys that are due, the one with the oldest message goes first, full or not: a
         # key that always has messages cannot starve another. A full buffer that isn't due by age
         # comes after those that are.
@@ -230,6 +226,7 @@ class KeyedBatcher(Batcher):
         return Batch(messages, trigger, since, buffer.key)
 
 
+@dataclass(slots=True)
 class _Retry:
     """A message to retry.
 
@@ -238,12 +235,9 @@ class _Retry:
         at: When its pause ends.
     """
 
-    __slots__ = ("at", "message", "since")
-
-    def __init__(self, message: Message, since: float, at: float) -> None:
-        self.message = message
-        self.since = since
-        self.at = at
+    message: Message
+    since: float
+    at: float
 
 
 class OrderedBatcher(KeyedBatcher):

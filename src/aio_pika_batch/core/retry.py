@@ -121,26 +121,23 @@ class DelaySteps:
         """The delay of a message that was requeued this many times.
 
         Args:
-            seconds: What its handler requests; None if it doesn't.
+            seconds: What its handler requests: it gets the next delay that is not shorter, or the
+                longest one; 0 stays 0. None if it requests nothing.
         """
-        if seconds is not None:
-            return self.at_least(seconds)
-        automatic = self.automatic
-        return automatic[min(retries, len(automatic) - 1)] if automatic else NO_DELAY
-
-    @property
-    def longest(self) -> float:
-        """The longest delay that a handler can request, in seconds."""
-        return self.requestable[-1] / 1000
-
-    def at_least(self, seconds: float) -> int:
-        """The next delay that is not shorter, or the longest one; 0 stays 0."""
+        if seconds is None:
+            automatic = self.automatic
+            return automatic[min(retries, len(automatic) - 1)] if automatic else NO_DELAY
         highest = self.requestable[-1]
         if seconds * 1000 >= highest:
             return highest
         # Below a microsecond a float is rounding noise, which must not select the next level.
         wanted = round(seconds * 1000, 3)
         return self.requestable[bisect_left(self.requestable, wanted)] if wanted > 0 else NO_DELAY
+
+    @property
+    def longest(self) -> float:
+        """The longest delay that a handler can request, in seconds."""
+        return self.requestable[-1] / 1000
 
     def steps_for(self, attempts: int) -> tuple[int, ...]:
         """The delays of this many retries, if no handler requests others."""

@@ -251,7 +251,7 @@ def test_only_a_copy_for_a_wait_queue_is_held_instead():
 def test_a_long_delay_is_held_in_parts_that_add_up(delay, longest, message):
     """No part is longer than allowed, and only the first copy counts as an attempt."""
     router = replace(a_router(), hold=HoldPolicy(longest=longest))
-    level = router.delay_steps.at_least(delay) / 1000
+    level = router.delay_steps.level(delay, 0) / 1000
 
     [copy] = router.plan(
         [MessageOutcome(message, Requeue(delay=delay))], NOW, wait_queues=False
