@@ -277,7 +277,7 @@ CORE = (
     Mutant(
         "A retry in place has no pause: a busy loop.",
         "core/retry_in_place.py",
-        "return self.backoff.pause(retries + 1, 0.5 + jitter / 2)",
+        "return self.backoff.long_pause(retries + 1, jitter)",
         "return self.backoff.pause(retries + 1, jitter)",
         (f"{_CORE}/test_retry_in_place.py",),
     ),
@@ -1055,8 +1055,8 @@ SHELL = (
     Mutant(
         "A copy that may be stored is published again as soon as one that isn't.",
         "core/hold_policy.py",
-        "pause = AFTER_UNKNOWN.pause(pending.unknown, half)",
-        "pause = self.backoff.pause(pending.failures, half)",
+        "pause = AFTER_UNKNOWN.long_pause(pending.unknown, jitter)",
+        "pause = self.backoff.long_pause(pending.failures, jitter)",
         (f"{_SHELL}/test_unconfirmed_copies.py",),
     ),
     Mutant(

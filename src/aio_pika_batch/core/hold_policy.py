@@ -190,15 +190,13 @@ class UnconfirmedPolicy:
             jitter: A random number in [0, 1).
             held: The number of originals that are held now, including this one.
         """
-        # At least half of the longest pause, because full jitter can be almost 0: a busy loop.
-        half = 0.5 + jitter / 2
         match pending.outcome:
             case Outcome.UNKNOWN:
-                pause = AFTER_UNKNOWN.pause(pending.unknown, half)
+                pause = AFTER_UNKNOWN.long_pause(pending.unknown, jitter)
             case Outcome.UNPUBLISHABLE:
-                pause = AFTER_UNKNOWN.pause(pending.failures, half)
+                pause = AFTER_UNKNOWN.long_pause(pending.failures, jitter)
             case _:
-                pause = self.backoff.pause(pending.failures, half)
+                pause = self.backoff.long_pause(pending.failures, jitter)
         at = now + pause
         if not may_return(pending.deliveries, self.delivery_limit):
             return Republish(at)
@@ -287,7 +285,7 @@ class DoubtfulRoutes:
         doubt.listening = max(0, doubt.listening - was_listening)
         if now >= doubt.next_at:  # all that a lost connection leaves in doubt are one failure
             doubt.failures += 1
-            doubt.next_at = now + AFTER_SILENCE.pause(doubt.failures, 0.5 + jitter / 2)
+            doubt.next_at = now + AFTER_SILENCE.long_pause(doubt.failures, jitter)
 
     def _doubt(self, route: Route) -> _Doubt:
         doubt = self._doubts.get(route)

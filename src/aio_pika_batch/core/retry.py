@@ -102,6 +102,10 @@ class Backoff:
         # The exponent is limited because 2.0**1024 overflows.
         return min(self.maximum, self.base * 2.0 ** min(failures - 1, 63)) * jitter
 
+    def long_pause(self, failures: int, jitter: float) -> float:
+        """Like :meth:`pause`, but never almost 0, as full jitter can be: at least half as long."""
+        return self.pause(failures, 0.5 + jitter / 2)
+
 
 @dataclass(frozen=True, slots=True)
 class DelaySteps:

@@ -142,5 +142,4 @@ class RetryInPlace:
         level = self.delay_steps.level(seconds, retries)
         if level != NO_DELAY or seconds is not None:
             return level / 1000
-        # At least half of the longest pause, because full jitter can be almost 0.
-        return self.backoff.pause(retries + 1, 0.5 + jitter / 2)
+        return self.backoff.long_pause(retries + 1, jitter)
