@@ -264,7 +264,9 @@ async def browse(
 
 async def _ask(transport: Transport, queue: str, limit: Limit) -> tuple[bool, int | None]:
     """Return whether closing the channel puts messages back best, and the delivery limit."""
-    there = Queue(queue, check_only=True, is_browsed=True)
+    # The usual advice is to let the consumer declare it, and no consumer is there.
+    advice = "correct its name, or the virtual host in the URL"
+    there = Queue(queue, check_only=True, if_missing=advice)
     await transport.declare(Topology(queues=(there,)))
     version = transport.broker_version if isinstance(transport, Versioned) else None
     # AMQP can't read the arguments of a queue. But if an existing queue is declared with other

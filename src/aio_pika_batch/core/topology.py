@@ -158,7 +158,7 @@ class Queue:
         no_delivery_limit: The broker must not drop a message because of its number of deliveries.
             The argument for this depends on the broker, see :meth:`arguments_on`.
         holds_retries: Messages wait in it for their next attempt, and must not get lost.
-        is_browsed: An operator looks at it. No consumer is there to declare it.
+        if_missing: Advice for when the broker doesn't have it; None: as for any queue.
         is_consumed: The consumer's own queue. An existing one may have other dead-letter arguments,
             from a consumer with other settings, and no delivery limit, as the dead-letter queue of
             another consumer.
@@ -174,18 +174,13 @@ class Queue:
     check_only: bool = False
     holds_retries: bool = False
     wishes: Headers = field(default_factory=dict)
-    is_browsed: bool = False
+    if_missing: str | None = None
     is_consumed: bool = field(default=False, compare=False)
 
     @property
     def if_unequal(self) -> str | None:
         """Advice for when the broker has it with other arguments; None: as for any queue."""
         return _UNEQUAL_WAIT_QUEUE if self.holds_retries else None
-
-    @property
-    def if_missing(self) -> str | None:
-        """Advice for when the broker doesn't have it; None: as for any queue."""
-        return "correct its name, or the virtual host in the URL" if self.is_browsed else None
 
     def arguments_on(self, version: Version | None) -> Headers:
         """The arguments to declare it with first; the broker may refuse those of the wishes.
