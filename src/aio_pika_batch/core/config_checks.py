@@ -20,12 +20,12 @@ from aio_pika_batch.core.quarantine import CrashPolicy
 from aio_pika_batch.core.results import MessageResult, Result
 from aio_pika_batch.core.topology import (
     DEFAULT_DELIVERY_LIMIT,
-    DEFAULT_LIMIT_SINCE,
     DELAYS_SINCE,
     DELIVERY_LIMIT,
     Amqp10Obstacle,
     Version,
     amqp10_obstacle,
+    default_delivery_limit,
 )
 from aio_pika_batch.core.topology_options import (
     AT_LEAST_ONCE,
@@ -363,9 +363,8 @@ def dead_letter_queue_warnings(
     limits = _limits(arguments)
     stated = _number(arguments, DELIVERY_LIMIT)
     if arguments.get(QUEUE_TYPE) == "quorum":
-        has_default = not _is_before(version, DEFAULT_LIMIT_SINCE)
-        limit = (DEFAULT_DELIVERY_LIMIT if has_default else -1) if stated is None else stated
-        if limit >= 0:
+        limit = default_delivery_limit(version) if stated is None else stated
+        if limit is not None and limit >= 0:
             limits.append(f"a delivery limit of {limit}")
     return [
         f"dead-letter queue {name!r} has {limit}, by which the broker drops dead letters: move them"
@@ -496,18 +495,14 @@ def _endless(options: TopologyOptions, version: Version | None) -> str | None:
     limit = _number(options.queue_arguments, DELIVERY_LIMIT)
     if limit is not None:
         return f"{DELIVERY_LIMIT}={limit} lifts the delivery limit" if limit < 0 else None
-    if _is_before(version, DEFAULT_LIMIT_SINCE):
+    if default_delivery_limit(version) is None:
         return "before RabbitMQ 4.0 a quorum queue has no delivery limit"
     return None
 
 
 def _drops_at_once(options: TopologyOptions, version: Version | None) -> bool:
     limit = _number(options.queue_arguments, DELIVERY_LIMIT)
-    return limit is not None and limit < 0 and _is_before(version, DEFAULT_LIMIT_SINCE)
-
-
-def _is_before(version: Version | None, other: Version) -> bool:
-    return version is not None and version < other
+    return limit is not None and limit < 0 and default_delivery_limit(version) is None
 
 
 def _number(arguments: Headers, name: str) -> int | None:

@@ -44,9 +44,9 @@ from aio_pika_batch.core.settlement_plan import (
 )
 from aio_pika_batch.core.topology import (
     DEFAULT_DELIVERY_LIMIT,
-    DEFAULT_LIMIT_SINCE,
     DELIVERY_LIMIT,
     Version,
+    default_delivery_limit,
 )
 from aio_pika_batch.core.topology_options import QUEUE_TYPE
 
@@ -310,16 +310,16 @@ def delivery_limit_from(refusal: str | None, version: Version | None) -> int | N
     Returns:
         None if there is no limit. RabbitMQ's default if the limit cannot be determined.
     """
-    has_default = version is None or version >= DEFAULT_LIMIT_SINCE
+    default = default_delivery_limit(version)
     if refusal is None:
-        return DEFAULT_DELIVERY_LIMIT if has_default else None
+        return default
     unequal = unequal_argument(refusal)
     if _names_classic_queue(unequal):
         return None  # it has no limit
     match unequal:
         case UnequalArgument(name, int(limit)) if name == DELIVERY_LIMIT:
             # Before 4.0 the first redelivery exceeds a negative limit.
-            return max(limit, 0) if limit >= 0 or not has_default else None
+            return max(limit, 0) if limit >= 0 or default is None else None
         case _:
             return DEFAULT_DELIVERY_LIMIT
 

@@ -274,6 +274,16 @@ class Topology:
     publishes: tuple[PublishCheck, ...] = ()
 
 
+def default_delivery_limit(version: Version | None) -> int | None:
+    """The delivery limit of a quorum queue that is declared without one; None if it has none.
+
+    Args:
+        version: The broker's version; None if it is unknown, and taken for a new one.
+    """
+    is_old = version is not None and version < DEFAULT_LIMIT_SINCE
+    return None if is_old else DEFAULT_DELIVERY_LIMIT
+
+
 def delivery_limit(options: TopologyOptions) -> int | None:
     """The delivery limit that the consumer's queue is assumed to have; None if it has none.
 
