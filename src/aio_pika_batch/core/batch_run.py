@@ -282,6 +282,12 @@ class FailurePolicy:
     isolate: int = 0
     is_atomic: bool = False
 
+    def result(self, error: BaseException, cause: Cause) -> Result:
+        """Return the result of messages that are undecided because of this error."""
+        if cause in (Cause.EXCEPTION, Cause.TIMEOUT):
+            return result_for(error, self.exceptions) or self.action
+        return self.action
+
 
 @dataclass(slots=True)
 class BatchDecisions:
@@ -458,9 +464,7 @@ class BatchRun(BatchDecisions):
                 self.not_acked.append(MessageOutcome(message, result))
 
     def _fail(self, messages: Sequence[Message], error: BaseException, cause: Cause) -> None:
-        result: Result = self._policy.action
-        if cause in (Cause.EXCEPTION, Cause.TIMEOUT):
-            result = result_for(error, self._policy.exceptions) or result
+        result = self._policy.result(error, cause)
         self.not_acked += [MessageOutcome(message, result, cause, error) for message in messages]
 
 

@@ -12,7 +12,7 @@ from aio_pika_batch.core.batch_run import BatchDecisions, FailurePolicy
 from aio_pika_batch.core.batcher import Batch, Batcher, BatchIntake
 from aio_pika_batch.core.keyed_batcher import KeyedBatcher, OrderedBatcher
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult, result_for
+from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult
 from aio_pika_batch.core.retry_in_place import RetryInPlace
 from aio_pika_batch.errors import ConfigurationError, MessageDecodeError
 from aio_pika_batch.logs import KeywordLogger
@@ -78,8 +78,8 @@ class KeyedIntake(BatchIntake):
     def _outcome(self, message: Message, error: BaseException) -> MessageOutcome:
         if isinstance(error, MessageDecodeError) and error.message is message:
             return MessageOutcome(message, MessageResult.NACK, Cause.UNDECODABLE, error)
-        result = result_for(error, self._failure.exceptions) or self._failure.action
-        return MessageOutcome(message, result, Cause.EXCEPTION, error)
+        cause = Cause.EXCEPTION
+        return MessageOutcome(message, self._failure.result(error, cause), cause, error)
 
 
 class OrderedIntake(KeyedIntake):
