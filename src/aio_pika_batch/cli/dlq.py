@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from cyclopts import App, Parameter
@@ -30,7 +31,6 @@ from aio_pika_batch.errors import ConfigurationError, TransportError
 from aio_pika_batch.runtime.shutdown import process_signals
 
 _T = TypeVar("_T")
-_Work: TypeAlias = Callable[[asyncio.Event, Callable[[Report], None]], Coroutine[Any, Any, Report]]
 
 _READ_CODES = EXIT_CODES.format(failed="1 not all could be read")
 _CHANGE_CODES = (
@@ -106,9 +106,8 @@ def list_(
         loading: How consumers are found.
     """
     found = [find_queue(each, place, loading) for each in [target, *more]]
-    most = _check_positive(look_at, "--look-at")
-
-    looked = _look(found, most, {"keep": False}, lambda so_far: so_far.queue)
+    _check_positive(look_at, "--look-at")
+    looked = _look(found, look_at, {"keep": False}, lambda so_far: so_far.queue)
     if format == "json":
         print_json([summary(each) for each in looked])
     else:
@@ -161,8 +160,7 @@ def show(
     where = where or FilterOptions()
     matches = where.filter
     most = 100 if look_at is None and matches == EVERY else look_at
-    if most is not None:
-        _check_positive(most, "--look-at")
+    _check_positive(most, "--look-at")
     _check_positive(max_bytes, "--max-bytes")
     how = {"where": matches, "limit": where.limit or 10}
     [looked] = _look([found], most, how, lambda so_far: f"{len(so_far.letters)} found")
@@ -251,26 +249,13 @@ def replay_(
         place: The queue.
         loading: How the consumer is found.
     """
-    found, where = find_queue(target, place, loading), where or FilterOptions()
-    matches = where.filter
-    if scan is not None:
-        _check_positive(scan, "--scan")
-    return _run_with_progress(
+    return _change(
+        partial(replay, to_queue=to_queue, dry_run=dry_run),
         "would be replayed" if dry_run else "replayed",
-        where,
-        format,
-        lambda stop, on_progress: replay(
-            found.transport,
-            found.queue,
-            where=matches,
-            limit=where.limit,
-            scan=scan,
-            to_queue=to_queue,
-            dry_run=dry_run,
-            stop=stop,
-            on_progress=on_progress,
-            **found.how,
-        ),
+        find_queue(target, place, loading),
+        where or FilterOptions(),
+        scan=scan,
+        format=format,
     )
 
 
@@ -299,25 +284,13 @@ def purge_(
         place: The queue.
         loading: How the consumer is found.
     """
-    found, where = find_queue(target, place, loading), where or FilterOptions()
-    matches = where.filter
-    if scan is not None:
-        _check_positive(scan, "--scan")
-    code = _run_with_progress(
+    code = _change(
+        partial(purge, dry_run=not yes),
         "deleted" if yes else "would be deleted",
-        where,
-        format,
-        lambda stop, on_progress: purge(
-            found.transport,
-            found.queue,
-            where=matches,
-            limit=where.limit,
-            scan=scan,
-            dry_run=not yes,
-            stop=stop,
-            on_progress=on_progress,
-            **found.how,
-        ),
+        find_queue(target, place, loading),
+        where or FilterOptions(),
+        scan=scan,
+        format=format,
     )
     # Not a success: a script that forgets --yes must notice.
     if not yes:
@@ -326,11 +299,10 @@ def purge_(
     return code
 
 
-def _check_positive(value: int, option: str) -> int:
-    """Return a number of messages or bytes. Raises ConfigurationError."""
-    if value < 1:
+def _check_positive(value: int | None, option: str) -> None:
+    """Check a number of messages or bytes. Raises ConfigurationError."""
+    if value is not None and value < 1:
         raise ConfigurationError(f"{option}: must be at least 1, not {value}")
-    return value
 
 
 def _run_interruptible(work: Callable[[asyncio.Event], Coroutine[Any, Any, _T]]) -> _T:
@@ -353,12 +325,22 @@ def _run_interruptible(work: Callable[[asyncio.Event], Coroutine[Any, Any, _T]])
         raise KeyboardInterrupt from None
 
 
-def _run_with_progress(verb: str, where: FilterOptions, format: str, work: _Work) -> int:  # noqa: A002
+def _change(
+    change: Callable[..., Coroutine[Any, Any, Report]],
+    verb: str,
+    found: DeadLetterQueue,
+    where: FilterOptions,
+    *,
+    scan: int | None,
+    format: str,  # noqa: A002  -- as above
+) -> int:
     """Run a replay or purge, show its progress, print its report, return the exit code.
 
     Args:
         verb: What happens to dead letters, as "replayed".
     """
+    matches = where.filter
+    _check_positive(scan, "--scan")
     # With JSON, the progress must not get into it.
     out = console(is_error=format == "json")
     last: list[Report] = []
@@ -368,9 +350,21 @@ def _run_with_progress(verb: str, where: FilterOptions, format: str, work: _Work
             last[:] = [report]
             bar.update(f"{report.done} {verb}", report.seen, report.ready)
 
+        def work(stop: asyncio.Event) -> Coroutine[Any, Any, Report]:
+            return change(
+                found.transport,
+                found.queue,
+                where=matches,
+                limit=where.limit,
+                scan=scan,
+                stop=stop,
+                on_progress=on_progress,
+                **found.how,
+            )
+
         # The error itself doesn't say how many were replayed before it.
         try:
-            report = _run_interruptible(lambda stop: work(stop, on_progress))
+            report = _run_interruptible(work)
         except TransportError:
             for each in last:
                 print_error(f"{each.done} {verb} before this error:")
