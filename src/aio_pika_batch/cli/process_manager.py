@@ -12,7 +12,7 @@ import math
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
@@ -153,67 +153,50 @@ class ProcessSlot:
         return self.phase not in {Phase.DOWN, Phase.OVER}
 
 
-@dataclass(slots=True)
 class ProcessManager:
     """The state of all processes of one supervisor.
 
     Attributes:
+        slots: All slots, for reading.
         crashes: Number of processes that ended without being asked to.
         hung_kills: Number of processes killed because they sent no heartbeats.
+        is_draining: Whether the supervisor stops: no more processes are started.
     """
 
-    policy: ProcessPolicy
-    crashes: int = field(default=0, init=False)
-    hung_kills: int = field(default=0, init=False)
-    _slots: list[ProcessSlot] = field(init=False)
-    _actions: list[Action] = field(default_factory=list, init=False)
-    _to_roll: list[int] = field(default_factory=list, init=False)
-    _rolling: int | None = field(default=None, init=False)
-    _is_draining: bool = field(default=False, init=False)
-    _is_abandoned: bool = field(default=False, init=False)
-    _had_heartbeat: bool = field(default=False, init=False)
-    _was_ready: bool = field(default=False, init=False)
-    _code: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        policy = self.policy
-        self._slots = [ProcessSlot(index, policy.drain_timeout) for index in range(policy.size)]
+    def __init__(self, policy: ProcessPolicy) -> None:
+        self.policy = policy
+        self.slots = [ProcessSlot(index, policy.drain_timeout) for index in range(policy.size)]
         # The first process starts alone, and the others after its first heartbeat: an error that
         # all of them would meet is reported once.
-        for slot in self._slots[1:]:
+        for slot in self.slots[1:]:
             slot.due = math.inf
-
-    @property
-    def slots(self) -> Sequence[ProcessSlot]:
-        """All slots, for reading."""
-        return self._slots
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether every process consumes and none is draining."""
-        return not self._is_draining and not self.unready
+        self.crashes = 0
+        self.hung_kills = 0
+        self.is_draining = False
+        self._actions: list[Action] = []
+        self._to_roll: list[int] = []
+        self._rolling: int | None = None
+        self._is_abandoned = False
+        self._had_heartbeat = False
+        self._was_ready = False
+        self._code = 0
 
     @property
     def unready(self) -> Sequence[ProcessSlot]:
         """The slots whose process doesn't consume, or is leaving or killed."""
         # A killed process was ready by its last heartbeat; its phase is the newer fact.
-        return [slot for slot in self._slots if slot.phase is not Phase.UP or not slot.is_ready]
-
-    @property
-    def is_draining(self) -> bool:
-        """Whether the supervisor stops: no more processes are started."""
-        return self._is_draining
+        return [slot for slot in self.slots if slot.phase is not Phase.UP or not slot.is_ready]
 
     @property
     def outcome(self) -> int | None:
         """The exit code once all processes are over; None before."""
-        over = all(slot.phase is Phase.OVER for slot in self._slots)
+        over = all(slot.phase is Phase.OVER for slot in self.slots)
         return self._code if over else None
 
     @property
     def deadline(self) -> float | None:
         """When to poll at the latest if nothing happens; None if only an event can change it."""
-        times = [self._due(slot) for slot in self._slots]
+        times = [self._due(slot) for slot in self.slots]
         return min((each for each in times if each < math.inf), default=None)
 
     def _due(self, slot: ProcessSlot) -> float:
@@ -229,12 +212,12 @@ class ProcessManager:
 
     def on_heartbeat(self, index: int, heartbeat: Heartbeat, now: float) -> None:
         """Take in a heartbeat. One that arrives after the process ended is ignored."""
-        slot = self._slots[index]
+        slot = self.slots[index]
         if not slot.is_alive:
             return
         if not self._had_heartbeat:
             self._had_heartbeat = True
-            for other in self._slots:
+            for other in self.slots:
                 if other.phase is Phase.DOWN:
                     other.due = now
         slot.failed_starts = 0
@@ -256,12 +239,12 @@ class ProcessManager:
 
     def on_exit(self, index: int, code: int, now: float) -> None:
         """Take in that a process ended, for whatever reason."""
-        slot = self._slots[index]
+        slot = self.slots[index]
         if not slot.is_alive:
             return
         was_ready, was_rolled = slot.is_ready, slot.is_rolled
         slot.is_ready = slot.is_stuck = slot.is_rolled = False
-        if self._is_draining:
+        if self.is_draining:
             slot.phase = Phase.OVER
             if code != 0:
                 self._code = self._code or 1
@@ -294,14 +277,14 @@ class ProcessManager:
         self._actions.append(Log(ProcessEvent.ENDED, slot.index, code, pause))
         # One crash loop goes on, since giving up would end the processes that work. When all are
         # in one, the supervisor exits, so that the service manager notices.
-        if all(each.crashes >= policy.crash_limit for each in self._slots if each.restarts >= 0):
+        if all(each.crashes >= policy.crash_limit for each in self.slots if each.restarts >= 0):
             self._give_up(1, now)
         elif slot.crashes == policy.crash_limit:
             self._actions.append(Log(ProcessEvent.LOOPING, slot.index))
 
     def on_start_failed(self, index: int, now: float) -> float:
         """Take in that a process couldn't be started, and return the pause before the next try."""
-        slot = self._slots[index]
+        slot = self.slots[index]
         slot.restarts -= 1
         # Not a crash: the machine lacks descriptors, memory or processes, for which the other
         # processes must not end. So this never counts as a crash loop.
@@ -315,7 +298,7 @@ class ProcessManager:
 
         Heartbeats that it couldn't read meanwhile are not missing.
         """
-        for slot in self._slots:
+        for slot in self.slots:
             # Not beyond now: a heartbeat may have been read since.
             slot.started_at = min(slot.started_at + seconds, now)
             if slot.last_heartbeat is not None:
@@ -329,19 +312,19 @@ class ProcessManager:
         Called again meanwhile, it starts over with the slot that is being replaced: the process
         that starts there may already be outdated.
         """
-        if not self._is_draining:
-            indexes = range(len(self._slots))
+        if not self.is_draining:
+            indexes = range(len(self.slots))
             self._to_roll = sorted(indexes, key=lambda index: index != self._rolling)
             self._rolling = None
 
     def drain(self, now: float) -> None:
         """Drain all processes and start no more."""
-        if self._is_draining:
+        if self.is_draining:
             return
-        self._is_draining = True
+        self.is_draining = True
         self._to_roll.clear()
         self._rolling = None
-        for slot in self._slots:
+        for slot in self.slots:
             match slot.phase:
                 case Phase.DOWN:
                     slot.phase = Phase.OVER
@@ -353,7 +336,7 @@ class ProcessManager:
     def abandon(self, now: float) -> None:
         """Abandon the drain. The second call kills what is left."""
         self.drain(now)
-        for slot in self._slots:
+        for slot in self.slots:
             if self._is_abandoned and slot.is_alive:
                 self._kill(slot)
             elif slot.phase is Phase.LEAVING:
@@ -363,7 +346,7 @@ class ProcessManager:
 
     def poll(self, now: float) -> list[Action]:
         """Return the actions that are due, in order."""
-        for slot in self._slots:
+        for slot in self.slots:
             is_due = now >= self._due(slot)
             match slot.phase:
                 case Phase.DOWN if is_due:
@@ -389,7 +372,7 @@ class ProcessManager:
 
     def _roll_next(self, now: float) -> None:
         self._rolling = index = self._to_roll.pop(0)
-        slot = self._slots[index]
+        slot = self.slots[index]
         match slot.phase:
             case Phase.UP:
                 slot.is_rolled = True

@@ -55,7 +55,7 @@ def test_the_other_processes_start_after_the_first_heartbeat():
     assert [] == manager.poll(5)
     manager.on_heartbeat(0, BUSY, 6)
     assert [Spawn(1), Spawn(2)] == manager.poll(6)
-    assert not manager.is_ready
+    assert manager.slots == manager.unready
 
 
 def test_a_crashed_process_is_restarted_after_a_growing_pause():
@@ -178,7 +178,7 @@ def test_a_rolling_restart_replaces_one_process_after_another():
     assert [Spawn(1)] == manager.poll(5)
     manager.on_heartbeat(1, READY, 6)
     assert [Log(ProcessEvent.ROLLED)] == manager.poll(6)
-    assert manager.is_ready
+    assert [] == manager.unready
 
 
 def test_a_rolling_restart_stops_if_a_new_process_fails():
@@ -311,7 +311,7 @@ def test_late_heartbeats_and_exits_are_ignored():
     manager.on_heartbeat(0, READY, 1)
     manager.on_exit(0, 0, 1)
     assert 1 == manager.slots[0].crashes
-    assert not manager.is_ready
+    assert manager.slots == manager.unready
 
 
 def test_a_killed_process_is_not_ready_whatever_its_last_heartbeat_said():
@@ -321,7 +321,6 @@ def test_a_killed_process_is_not_ready_whatever_its_last_heartbeat_said():
     assert [Log(ProcessEvent.HUNG, 1), Kill(1)] == manager.poll(10)
     assert manager.slots[1].is_ready
     assert [1] == [slot.index for slot in manager.unready]
-    assert not manager.is_ready
 
 
 def test_a_start_that_fails_is_tried_again_and_never_a_crash_loop():
@@ -543,7 +542,7 @@ def test_restarts_wait_and_a_drain_ends_in_time_whatever_the_processes_do(
         world.manager.roll()
     world.live(drain_at)
     if drain_at == 700.0 and world.manager.outcome is None:
-        assert world.manager.is_ready, "all are ready in the end, since the scripts are finite"
+        assert not world.manager.unready, "all are ready in the end, since the scripts are finite"
     for times in world.spawned:
         between = [later - sooner for sooner, later in pairwise(times)]
         quick = sum(each < 0.5 for each in between)
