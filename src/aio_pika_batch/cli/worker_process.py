@@ -32,7 +32,6 @@ from aio_pika_batch.logs import KeywordLogger, format_error
 from aio_pika_batch.runtime.shutdown import SIGNALS, process_signals
 
 LoopName: TypeAlias = Literal["auto", "uvloop", "asyncio"]
-LoopFactory: TypeAlias = Callable[[], asyncio.AbstractEventLoop]
 
 DRAIN = b"drain\n"
 ABANDON = b"abandon\n"
@@ -100,29 +99,24 @@ class ProcessOptions:
         return cls(targets=tuple(values.pop("targets")), loading=loading, **values)
 
 
-def loop_factory(name: LoopName) -> LoopFactory:
-    """Return the factory of an event loop; `auto` is uvloop if it is installed.
+def run_loop(main: Callable[[], Coroutine[Any, Any, Exit]], loop: LoopName) -> Exit:
+    """Run the main coroutine of a process on an event loop; `auto` is uvloop if it is installed.
 
     Raises:
         ConfigurationError: uvloop isn't installed.
     """
-    if name == "asyncio" or (name == "auto" and find_spec("uvloop") is None):
-        return asyncio.new_event_loop
-    try:
-        import uvloop
-    except ImportError as error:
-        msg = (
-            f"--loop uvloop: {error}; run pip install 'aio-pika-batch[uvloop]',"
-            " or use --loop asyncio"
-        )
-        raise ConfigurationError(msg) from error
-    factory: LoopFactory = uvloop.new_event_loop
-    return factory
-
-
-def run_loop(main: Callable[[], Coroutine[Any, Any, Exit]], loop: LoopName) -> Exit:
-    """Run the main coroutine of a process on an event loop of this name."""
-    with asyncio.Runner(loop_factory=loop_factory(loop)) as runner:
+    factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    if loop == "uvloop" or (loop == "auto" and find_spec("uvloop") is not None):
+        try:
+            import uvloop
+        except ImportError as error:
+            msg = (
+                f"--loop uvloop: {error}; run pip install 'aio-pika-batch[uvloop]',"
+                " or use --loop asyncio"
+            )
+            raise ConfigurationError(msg) from error
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main())
 
 

@@ -128,32 +128,31 @@ class OpenTelemetryObserver(Observer):
         scope = SCOPE, version("aio-pika-batch")
         self._tracer = trace.get_tracer(*scope, tracer_provider, SCHEMA)
         meter = metrics.get_meter(*scope, meter_provider, SCHEMA)
-        self._process = meter.create_histogram(
-            "messaging.process.duration",
-            unit="s",
-            description="Duration of processing operation.",
-            explicit_bucket_boundaries_advisory=BOUNDARIES,
-        )
-        self._operation = meter.create_histogram(
+
+        def histogram(name: str, text: str) -> metrics.Histogram:
+            return meter.create_histogram(
+                name, unit="s", description=text, explicit_bucket_boundaries_advisory=BOUNDARIES
+            )
+
+        def counter(name: str, text: str) -> metrics.Counter:
+            return meter.create_counter(name, unit="{message}", description=text)
+
+        self._process = histogram("messaging.process.duration", "Duration of processing operation.")
+        self._operation = histogram(
             "messaging.client.operation.duration",
-            unit="s",
-            description="Duration of a client's messaging operation.",
-            explicit_bucket_boundaries_advisory=BOUNDARIES,
+            "Duration of a client's messaging operation.",
         )
-        self._consumed = meter.create_counter(
+        self._consumed = counter(
             "messaging.client.consumed.messages",
-            unit="{message}",
-            description="Number of messages that were delivered to the application.",
+            "Number of messages that were delivered to the application.",
         )
-        self._duplicates = meter.create_counter(
+        self._duplicates = counter(
             "aio_pika_batch.duplicates_dropped",
-            unit="{message}",
-            description="Number of messages that an inbox dropped as duplicates.",
+            "Number of messages that an inbox dropped as duplicates.",
         )
-        self._discarded = meter.create_counter(
+        self._discarded = counter(
             "aio_pika_batch.messages_discarded",
-            unit="{message}",
-            description="Number of messages rejected although no dead-letter destination is known.",
+            "Number of messages rejected although no dead-letter destination is known.",
         )
         # By differences, since an observable gauge would be read by another thread.
         self._held = meter.create_up_down_counter(
@@ -412,12 +411,6 @@ class _Links(Sequence[Link]):
     def __getitem__(self, index: slice) -> Sequence[Link]: ...
     def __getitem__(self, index: int | slice) -> Link | Sequence[Link]:
         return self._links[index]
-
-
-def origin_of(message: Message) -> SpanContext | None:
-    """Return the span context in the `traceparent` of a message; None without a valid one."""
-    parts = _encoded_parts(message)
-    return _decoded_origin(message) if parts is None else _span_context(parts)
 
 
 def _encoded_parts(message: Message) -> tuple[bytes, ...] | None:

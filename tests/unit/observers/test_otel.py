@@ -27,7 +27,7 @@ from aio_pika_batch.core.batcher import Trigger
 from aio_pika_batch.core.message import Properties
 from aio_pika_batch.masking import mask_traceback
 from aio_pika_batch.observer import BatchCut, BatchHandled, Origin
-from aio_pika_batch.observers.otel import OpenTelemetryObserver, origin_of, trace_headers
+from aio_pika_batch.observers.otel import OpenTelemetryObserver, _Links, trace_headers
 from aio_pika_batch.testing import make_message
 from aio_pika_batch.transport import server_of
 from tests.unit.adapters.aio_pika import broker_frames
@@ -50,6 +50,12 @@ TRACE, SPAN = 0x0AF7651916CD43DD8448EB211C80319C, 0x00F067AA0BA902B7
 TRACEPARENT = f"00-{TRACE:032x}-{SPAN:016x}-01"
 
 WHO = {"messaging.system": "rabbitmq", "messaging.destination.name": "jobs"}
+
+
+def origin_of(message):
+    """Return the span context that a link to a message has; None if there is no link."""
+    links = _Links([message], 1, beyond=print)
+    return links[0].context if len(links) else None
 
 
 class Telemetry:
