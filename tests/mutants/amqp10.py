@@ -81,7 +81,7 @@ AMQP10 = (
     ),
     Mutant(
         "A session that an operator closes is taken for one that failed over a message.",
-        f"{_PACKAGE}/broker_errors.py",
+        f"{_PACKAGE}/session.py",
         'return "forced" not in str(error).lower()',
         "return True",
         (_CHOICE,),

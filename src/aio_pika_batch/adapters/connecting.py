@@ -127,6 +127,14 @@ def mechanism_missing(address: Address) -> AccessRefused:
     )
 
 
+def login_advice(address: Address) -> str:
+    """Return what to do if the broker refuses to let the user log in."""
+    advice = "check user and password"
+    if address.user == "guest":
+        advice += "; by default, guest may connect only from the broker's own machine"
+    return advice
+
+
 class LoopMonitor:
     """Logs when the event loop was blocked for longer than a heartbeat interval.
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 from aio_pika_batch.adapters.amqp10 import spec
-from aio_pika_batch.adapters.amqp10.broker_errors import end_reason, refused_login
 from aio_pika_batch.adapters.amqp10.codec import Array, Symbol, UInt, UShort
 from aio_pika_batch.adapters.amqp10.frames import (
     HEARTBEAT,
@@ -44,6 +43,7 @@ from aio_pika_batch.adapters.connecting import (
     CLOSE_TIMEOUT,
     LoopMonitor,
     connect_to_first,
+    login_advice,
     mechanism_missing,
     network_error,
     tls_context,
@@ -51,7 +51,7 @@ from aio_pika_batch.adapters.connecting import (
 )
 from aio_pika_batch.adapters.url import Address
 from aio_pika_batch.core.topology import Version, parse_version
-from aio_pika_batch.errors import BrokerUnavailable
+from aio_pika_batch.errors import AccessRefused, BrokerUnavailable
 from aio_pika_batch.transport import Endpoint
 
 FRAME_MAX: Final = 2**20
@@ -86,6 +86,15 @@ class Amqp10Unsupported(BrokerUnavailable):
 
 
 Listener: TypeAlias = Callable[[TransferredMessages | ReceivedRecord | Disconnected], None]
+
+
+def end_reason(what: str, error: PeerError | None) -> str:
+    """Return why the broker ended a link, a session or a connection, in words."""
+    if error is None:
+        return f"the broker ended the {what} without a reason"
+    if error.condition == "amqp:resource-deleted":
+        return f"the broker ended the {what}: the queue was deleted or is unavailable"
+    return f"the broker ended the {what}: {error}"
 
 
 async def open_amqp10(endpoint: Endpoint, addresses: Sequence[Address]) -> Amqp10Connection:
@@ -213,7 +222,9 @@ class Amqp10Connection(asyncio.BufferedProtocol):
         response = b"" if is_external else f"\0{address.user}\0{address.password}".encode()
         self.write([pack(Init(mechanism, response), 0, spec.SASL_FRAME)])
         if (await self._expect(SaslOutcome)).code != 0:
-            raise refused_login(address)
+            raise AccessRefused(
+                f"{address} refused the login of user {address.user!r}; {login_advice(address)}"
+            )
         await self._exchange_headers(spec.AMQP_HEADER)
         # The broker sends something twice in the time that it is allowed to be silent.
         idle = UInt(2000 * self._heartbeat) if self._heartbeat else None

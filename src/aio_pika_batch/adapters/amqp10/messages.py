@@ -312,8 +312,7 @@ def _id(value: Any) -> str | None:  # noqa: ANN401
             return str(int(value))
         case bytes() if not isinstance(value, NotText):
             return None  # a header, see `_ids`
-    text = _text(value)
-    return None if _is_long(text) else text
+    return _short(value)
 
 
 def _user(value: Any) -> str | None:  # noqa: ANN401

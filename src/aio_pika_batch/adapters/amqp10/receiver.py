@@ -71,19 +71,13 @@ class Answered(NamedTuple):
     number: int
 
 
-class TakenBack(NamedTuple):
-    """The broker delivers this many messages again, because they were held for too long."""
-
-    messages: int
-
-
 class LinkEnded(NamedTuple):
     """The broker has ended the link or its session, or confirms its end."""
 
     error: PeerError | None
 
 
-LinkEvent: TypeAlias = Attached | Answered | TakenBack | LinkEnded
+LinkEvent: TypeAlias = Attached | Answered | LinkEnded
 
 
 class LinkPhase(Enum):
@@ -208,7 +202,7 @@ class Receiver:
             case Flow():
                 return self._flowed(record)
             case DispositionFrame(role=False):
-                return self._taken_back(record)
+                self._take_back(record)
             case Detach() | End():
                 return self._ended(record)
         return None
@@ -238,19 +232,19 @@ class Receiver:
             self._flow()
         return Answered(self._answered)
 
-    def _taken_back(self, disposition: DispositionFrame) -> TakenBack | None:
+    def _take_back(self, disposition: DispositionFrame) -> None:
+        """Drop what the broker delivers again, because it was held for too long."""
         transfers = self._transfers
         if transfers is None:
-            return None
+            return
         first = transfers.tag(disposition.first)
         last = first if disposition.last is None else transfers.tag(disposition.last)
-        count = self.unsettled.take_back(first, last)
+        self.unsettled.take_back(first, last)
         if not disposition.settled:
             # The broker delivers nothing new until each of them is settled here, too.
             self._dispose(OutcomeRun(RELEASED, first, last))
             if not self._is_stopped:
                 self._flow()
-        return TakenBack(count) if count else None
 
     def _ended(self, record: Detach | End) -> LinkEnded | None:
         if self.phase is LinkPhase.ENDED:

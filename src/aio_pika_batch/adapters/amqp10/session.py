@@ -17,24 +17,26 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
-from aio_pika_batch.adapters.amqp10.broker_errors import end_reason, is_crash, refused_queue
-from aio_pika_batch.adapters.amqp10.connection import Amqp10Connection, Disconnected
+from aio_pika_batch.adapters.amqp10.connection import Amqp10Connection, Disconnected, end_reason
 from aio_pika_batch.adapters.amqp10.frames import ReceivedRecord, TransferredMessages
 from aio_pika_batch.adapters.amqp10.messages import MessageSource
 from aio_pika_batch.adapters.amqp10.receiver import (
     Answered,
     Attached,
     LinkEnded,
+    LinkEvent,
     LinkPhase,
     Receiver,
 )
 from aio_pika_batch.adapters.amqp10.settling import OUTCOMES, Decided, modified
 from aio_pika_batch.adapters.buffered_session import BufferedSession
-from aio_pika_batch.errors import BrokerUnavailable, SessionLost, SettlementError
+from aio_pika_batch.core.refusals import ReplyCode, refusal_error
+from aio_pika_batch.errors import BrokerUnavailable, SessionLost, SettlementError, TransportError
 from aio_pika_batch.transport import NativeRetries
 
 if TYPE_CHECKING:
     from aio_pika_batch.adapters.amqp10.performatives import PeerError
+    from aio_pika_batch.adapters.url import Address
     from aio_pika_batch.core.settlement import Modification, Settlement
     from aio_pika_batch.core.topology import Version
     from aio_pika_batch.transport import Subscription
@@ -44,6 +46,17 @@ WIND_UP_TIMEOUT: Final = 5.0
 
 ANSWER_TIMEOUT: Final = 10.0
 """Seconds that a broker has to confirm a pause. A queue without a leader doesn't answer."""
+
+_CODES: Final = {
+    "amqp:unauthorized-access": ReplyCode.ACCESS_REFUSED,
+    "amqp:not-found": ReplyCode.NOT_FOUND,
+    "amqp:resource-locked": ReplyCode.RESOURCE_LOCKED,
+    "amqp:invalid-field": ReplyCode.NOT_ALLOWED,
+    "amqp:precondition-failed": ReplyCode.PRECONDITION_FAILED,
+    "amqp:not-allowed": ReplyCode.NOT_ALLOWED,
+    "amqp:not-implemented": ReplyCode.NOT_IMPLEMENTED,
+}
+"""The reply codes of AMQP 0-9-1 for the same refusals."""
 
 _ADDRESSES_SINCE: Final[Version] = (4, 2)
 """The first RabbitMQ that writes `reply_to` as an address."""
@@ -108,7 +121,7 @@ class Amqp10Session(BufferedSession):
                 f"{address} did not open a link within {timeout:g} s"
             ) from error
         if self._receiver.phase is LinkPhase.ENDED:
-            raise refused_queue(self._refusal, self._queue, address)
+            raise _refused_queue(self._refusal, self._queue, address)
         if self._loss is not None:
             raise BrokerUnavailable(
                 f"{address} closed the connection while a link was opened: {self._loss}"
@@ -181,7 +194,7 @@ class Amqp10Session(BufferedSession):
             case Disconnected(reason, error):
                 self._on_end(reason, error)
 
-    def _on_link_event(self, event: object) -> None:
+    def _on_link_event(self, event: LinkEvent | None) -> None:
         match event:
             case Attached(transfers):
                 self._connection.receive(transfers)
@@ -195,11 +208,11 @@ class Amqp10Session(BufferedSession):
             case LinkEnded(error):
                 self._refusal = error
                 self._on_end(end_reason("link", error), error)
-            case _:
-                pass  # the receiver drops later settlements of what the broker has taken back
+            case None:
+                pass
 
     def _on_end(self, reason: str, error: PeerError | None) -> None:
-        if self._loss is None and is_crash(error):
+        if self._loss is None and _is_crash(error):
             self.crashed_on = str(error)
         self._lose(reason)
 
@@ -259,3 +272,19 @@ class Amqp10Session(BufferedSession):
 
     def _flush(self) -> None:
         self._connection.write(self._receiver.output)
+
+
+def _refused_queue(error: PeerError | None, queue: str, address: Address) -> TransportError:
+    """Return the error for a queue that the broker refuses to let be consumed."""
+    subject = f"consuming from queue {queue!r} at {address}"
+    if error is None:
+        return BrokerUnavailable(f"{subject}: the broker gives no reason; try again later")
+    return refusal_error(_CODES.get(error.condition, 0), str(error), subject)
+
+
+def _is_crash(error: PeerError | None) -> bool:
+    """Whether the broker's own session failed, probably at a message that it cannot translate."""
+    if error is None or error.condition != "amqp:internal-error":
+        return False
+    # An operator, a stopping node, or maintenance.
+    return "forced" not in str(error).lower()

@@ -146,18 +146,13 @@ class Unsettled:
         self._outstanding.update(dict.fromkeys(range(self._last + 1, last + 1)))
         self._last = last
 
-    def take_back(self, first: int, last: int) -> int:
-        """Remove what the broker has taken back. A later settlement of it is dropped.
-
-        Returns:
-            The number of deliveries.
-        """
+    def take_back(self, first: int, last: int) -> None:
+        """Remove what the broker has taken back. A later settlement of it is dropped."""
         taken = [tag for tag in range(max(first, 1), last + 1) if tag in self._outstanding]
         for tag in taken:
             del self._outstanding[tag]
         self._exempt.difference_update(taken)
         self._taken_back.update(taken)
-        return len(taken)
 
     def settle(self, decided: Sequence[Decided]) -> list[OutcomeRun]:
         """Remove deliveries.

@@ -13,9 +13,6 @@ SASL_FRAME: Final = 1
 FRAME_HEAD: Final = 8
 """Bytes before a frame's body: size, data offset, type and channel."""
 
-SMALLEST_FRAME_MAX: Final = 512
-"""The largest frame that every peer must take."""
-
 SERIAL: Final = 0xFFFF_FFFF
 """Ids and counts are 32 bits wide and wrap (RFC 1982)."""
 

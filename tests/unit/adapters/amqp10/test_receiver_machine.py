@@ -19,7 +19,6 @@ from aio_pika_batch.adapters.amqp10.receiver import (
     LinkEnded,
     LinkPhase,
     Receiver,
-    TakenBack,
 )
 from aio_pika_batch.adapters.amqp10.settling import (
     ACCEPTED,
@@ -102,8 +101,6 @@ class Receiving(RuleBasedStateMachine):
                 for each in [each for each in self.asked if each <= number]:
                     applied = self.broker.outcomes.keys() | self.broker.taken
                     assert {tag - 1 for tag in self.asked.pop(each)} <= applied
-            case TakenBack(count):
-                assert 0 < count <= len(self.open)
             case LinkEnded():
                 raise AssertionError(event)
 
