@@ -26,6 +26,7 @@ from aio_pika_batch.adapters.aio_pika.events import (
     PassThrough,
 )
 from aio_pika_batch.adapters.aio_pika.frame_parser import FrameParser
+from aio_pika_batch.adapters.aio_pika.header_guard import HeaderGuard
 from aio_pika_batch.adapters.aio_pika.properties import (
     decode,
     decode_headers,
@@ -71,7 +72,7 @@ def _tapped(seed: Seed, mode: int) -> FrameParser:
         case 4:
             parser.tap_returns(seed.channel)
         case 5:
-            parser.guard(seed.channel)
+            parser.guard(seed.channel, HeaderGuard())
         case _:
             parser.watch(seed.channel)
     return parser

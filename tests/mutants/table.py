@@ -150,10 +150,7 @@ WIRE = (
     Mutant(
         "An error while draining a lost connection is not translated.",
         f"{_WIRE}/session.py",
-        "            with translate_errors(\n"
-        '                lambda error: SessionLost(f"the connection broke: '
-        '{format_error(error)}")\n'
-        "            ):\n",
+        '            with lost_on_error("the connection broke"):\n',
         "            if True:\n",
         (f"{_UNIT}/test_frame_tap.py",),
     ),

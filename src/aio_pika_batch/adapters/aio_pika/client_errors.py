@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Final
 from aiormq import exceptions
 
 from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, ConnectionClosed
+from aio_pika_batch.adapters.connecting import login_advice
 from aio_pika_batch.core.refusals import ReplyCode, is_transient
 from aio_pika_batch.errors import (
     AccessRefused,
     AioPikaBatchError,
     BrokerUnavailable,
+    SessionLost,
     TransportError,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
+    from contextlib import AbstractContextManager
     from typing import Any
 
     from aio_pika_batch.adapters.aio_pika.events import Closed
@@ -84,9 +87,7 @@ def connection_error(closed: Closed, address: Address) -> TransportError:
     if code not in _FINAL or is_transient(text):
         return BrokerUnavailable(f"{refusal}; try again later")
     if code == ReplyCode.ACCESS_REFUSED:
-        advice = "check user and password"
-        if address.user == "guest":
-            advice += "; by default, guest may connect only from the broker's own machine"
+        advice = login_advice(address)
     elif "not found" in text:
         advice = f"check the virtual host {address.vhost!r} in the URL, or create it"
     else:
@@ -120,6 +121,11 @@ def translate_errors(make: Callable[[BaseException], Exception]) -> Iterator[Non
         raise make(error) from error
     except Exception as error:
         raise make(error) from error
+
+
+def lost_on_error(what: str) -> AbstractContextManager[None]:
+    """Replace the exceptions of a client library by SessionLost, with *what* and their text."""
+    return translate_errors(lambda error: SessionLost(f"{what}: {format_error(error)}"))
 
 
 def format_error(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 aio-pika handles TLS, logging in, negotiation and channels. This module adds a time limit that holds
 even if the library hangs, several addresses, and errors that say what is wrong, where, and what to
-do. No error contains a password.
+do. No error contains a password. Its requests may have every name that RabbitMQ accepts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 import aio_pika
 from aiormq.exceptions import AuthenticationError
+from pamqp.commands import Basic, Exchange, Queue
 from yarl import URL
 
 from aio_pika_batch.adapters.aio_pika.client_errors import (
@@ -24,6 +25,7 @@ from aio_pika_batch.adapters.aio_pika.client_errors import (
     connection_error,
     finish_within,
     format_error,
+    translate_errors,
 )
 from aio_pika_batch.adapters.aio_pika.events import ConnectionLost, Malformed
 from aio_pika_batch.adapters.aio_pika.frame_tap import FrameTap
@@ -37,11 +39,13 @@ from aio_pika_batch.adapters.connecting import (
     unavailable,
 )
 from aio_pika_batch.adapters.tls import OPTIONS
-from aio_pika_batch.errors import ConfigurationError, TransportError
+from aio_pika_batch.core.refusals import refusal_error
+from aio_pika_batch.errors import BrokerUnavailable, ConfigurationError, TransportError
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from aiormq.channel import Channel
 
@@ -67,6 +71,39 @@ def _is_unreported(record: logging.LogRecord) -> bool:
 
 # aiormq logs the failure of each attempt to connect. We report changes only.
 logging.getLogger("aiormq.connection").addFilter(_is_unreported)
+
+
+# --- requests --------------------------------------------------------------------
+
+
+class _AnyName:
+    """A request whose names pamqp doesn't check.
+
+    It refuses names of queues and exchanges that don't match its pattern, such as those with an
+    umlaut or a quotation mark. RabbitMQ takes any text of at most 255 bytes.
+    """
+
+    def validate(self) -> None:
+        """Accept every name. Settings and the topology have checked its length."""
+
+
+class ExchangeDeclare(_AnyName, Exchange.Declare):
+    """`exchange.declare` of any name."""
+
+
+class QueueDeclare(_AnyName, Queue.Declare):
+    """`queue.declare` of any name."""
+
+
+class QueueBind(_AnyName, Queue.Bind):
+    """`queue.bind` of any names."""
+
+
+class BasicConsume(_AnyName, Basic.Consume):
+    """`basic.consume` of any queue."""
+
+
+# --- connections -----------------------------------------------------------------
 
 
 class TappedConnection(aio_pika.Connection):
@@ -186,6 +223,27 @@ async def _connect(endpoint: Endpoint, address: Address, *, watches_loop: bool) 
         raise _connect_error(tap, address, failure) from failure
     seconds = f"{endpoint.connect_timeout:g} s"
     raise unavailable(address, f"no answer within {seconds}") from failure
+
+
+def starting(connection: OpenConnection, subject: str, event: str) -> AbstractContextManager[None]:
+    """Translate what the client library raises while something is started on a connection.
+
+    Args:
+        connection: The open connection.
+        subject: What the broker may refuse.
+        event: What happens meanwhile, if the connection ends.
+    """
+    address = connection.address
+
+    def failed(error: BaseException) -> TransportError:
+        closed = connection.tap.closed or close_reason(error)
+        if closed is not None:
+            return refusal_error(closed.code, closed.text, f"{subject} at {address}")
+        return BrokerUnavailable(
+            f"{address} ended the connection while {event}: {format_error(error)}"
+        )
+
+    return translate_errors(failed)
 
 
 def _url(address: Address, heartbeat: int) -> URL:

@@ -13,17 +13,18 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from aio_pika_batch.adapters.aio_pika.any_name import BasicConsume, QueueDeclare
-from aio_pika_batch.adapters.aio_pika.client_errors import (
-    close_reason,
-    consume_exception,
-    format_error,
-    translate_errors,
+from aio_pika_batch.adapters.aio_pika.client_errors import consume_exception, lost_on_error
+from aio_pika_batch.adapters.aio_pika.connection import (
+    BasicConsume,
+    OpenConnection,
+    QueueDeclare,
+    starting,
 )
 from aio_pika_batch.adapters.aio_pika.events import Deliveries
 from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
+from aio_pika_batch.adapters.aio_pika.header_guard import HeaderGuard
 from aio_pika_batch.adapters.aio_pika.properties import (
     decode,
     decode_headers,
@@ -31,7 +32,6 @@ from aio_pika_batch.adapters.aio_pika.properties import (
     decode_route,
 )
 from aio_pika_batch.core.message import Message
-from aio_pika_batch.core.refusals import refusal_error
 from aio_pika_batch.core.settlement import (
     CommandBudget,
     Disposition,
@@ -42,16 +42,15 @@ from aio_pika_batch.core.settlement import (
     drain_mode,
 )
 from aio_pika_batch.core.topology import Version, parse_version
-from aio_pika_batch.errors import BrokerUnavailable, SessionLost
+from aio_pika_batch.errors import SessionLost
 from aio_pika_batch.transport import resumed_consumer_tag
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Sequence
+    from collections.abc import Sequence
 
     from aiormq.abc import DeliveredMessage
     from aiormq.channel import Channel
 
-    from aio_pika_batch.adapters.aio_pika.connection import OpenConnection
     from aio_pika_batch.adapters.aio_pika.frame_tap import Listener
     from aio_pika_batch.transport import Subscription
 
@@ -70,8 +69,6 @@ LEADER_TIMEOUT = 0.2
 answers after 0.25 s, as if there were no consumers."""
 
 QUESTIONS = 2  # on a busy machine, a leader may need as long once
-
-_T = TypeVar("_T")
 
 _TURNS = 4
 """Turns of the event loop after cancel-ok on the plain wire. aiormq has started a task for each
@@ -103,12 +100,14 @@ class ConsumerChannel:
         number: The channel's number; 0 before it is open.
     """
 
-    def __init__(self, connection: OpenConnection, listener: Listener) -> None:
+    def __init__(
+        self, connection: OpenConnection, subscription: Subscription, listener: Listener
+    ) -> None:
         self.number = 0
         self._connection = connection
+        self._subscription = subscription
         self._listener = listener
         self._channel: Channel | None = None
-        self._subscription: Subscription | None = None
         self._consumer_tag = ""
         self._pauses = 0
 
@@ -122,36 +121,22 @@ class ConsumerChannel:
         """The version of RabbitMQ; empty for other brokers."""
         return parse_version(*self._connection.product) or ()
 
-    async def consume(self, subscription: Subscription) -> None:
+    async def consume(self) -> None:
         """Open the channel and start the consumer. Raises TopologyError or BrokerUnavailable."""
-        address, tap = self._connection.address, self._connection.tap
-
-        def failed(error: BaseException) -> Exception:
-            closed = tap.closed or close_reason(error)
-            if closed is not None:
-                subject = f"consuming from queue {subscription.queue!r} at {address}"
-                return refusal_error(closed.code, closed.text, subject)
-            return BrokerUnavailable(
-                f"{address} ended the connection while a consumer was started:"
-                f" {format_error(error)}"
-            )
-
-        with translate_errors(failed):
+        subject = f"consuming from queue {self._subscription.queue!r}"
+        with starting(self._connection, subject, "a consumer was started"):
             self._channel = channel = await self._connection.channel()
             self.number = channel.number
-            self._subscription = subscription
-            await self._start(channel, subscription)
+            await self._start(channel, self._subscription)
 
     async def resume(self, prefetch: int) -> None:
         """Start a consumer again after `cancel`, with a new tag. Raises SessionLost."""
-        first = self._subscription
-        if self._channel is None or first is None or self._consumer_tag:
+        if self._channel is None or self._consumer_tag:
             return
+        first = self._subscription
         self._pauses += 1
         tag = resumed_consumer_tag(first.consumer_tag, self._pauses)
-        with translate_errors(
-            lambda error: SessionLost(f"cannot resume the deliveries: {format_error(error)}")
-        ):
+        with lost_on_error("cannot resume the deliveries"):
             await self._start(self._channel, replace(first, consumer_tag=tag, prefetch=prefetch))
 
     async def _start(self, channel: Channel, subscription: Subscription) -> None:
@@ -161,7 +146,7 @@ class ConsumerChannel:
         )
         # Tap before the consumer exists, so that no delivery can come earlier.
         if self._connection.is_fast:
-            self._connection.tap.tap_consumer(channel.number, source, self._listener)
+            self._connection.tap.listen(self._listener).tap_consumer(channel.number, source)
             on_message = _unexpected
         else:
             on_message = self._guarded(channel.number, source)
@@ -187,7 +172,8 @@ class ConsumerChannel:
         return arguments
 
     def _guarded(self, number: int, source: RawSource) -> Any:  # noqa: ANN401  -- a callback
-        guard = self._connection.tap.guard(number, self._listener)
+        guard = HeaderGuard()
+        self._connection.tap.listen(self._listener).guard(number, guard)
 
         async def on_message(message: DeliveredMessage) -> None:
             tag = message.delivery_tag or 0
@@ -201,7 +187,8 @@ class ConsumerChannel:
         """Cancel the consumer, and wait for the broker's answer. Raises SessionLost."""
         if self._channel is None or not self._consumer_tag:
             return
-        await _answered("basic.cancel", self._channel.basic_cancel(self._consumer_tag))
+        with lost_on_error("basic.cancel failed"):
+            await self._channel.basic_cancel(self._consumer_tag)
         self._consumer_tag = ""
         if not self._connection.is_fast:
             for _ in range(_TURNS):
@@ -209,14 +196,14 @@ class ConsumerChannel:
 
     async def has_leader(self) -> bool:
         """Return whether the queue's leader answers questions. Raises SessionLost."""
-        channel, subscription = self._channel, self._subscription
-        if channel is None or subscription is None:
+        if self._channel is None:
             return False
         loop = asyncio.get_running_loop()
-        question = QueueDeclare(queue=subscription.queue, passive=True)
+        question = QueueDeclare(queue=self._subscription.queue, passive=True)
         for _ in range(QUESTIONS):
             asked_at = loop.time()
-            answer = await _answered("queue.declare", channel.rpc(question))
+            with lost_on_error("queue.declare failed"):
+                answer = await self._channel.rpc(question)
             if answer.consumer_count or loop.time() - asked_at < LEADER_TIMEOUT:
                 return True
         return False
@@ -228,12 +215,14 @@ class ConsumerChannel:
     async def select(self) -> None:
         """Begin to settle in transactions. Raises SessionLost."""
         if self._channel is not None:
-            await _answered("tx.select", self._channel.tx_select())
+            with lost_on_error("tx.select failed"):
+                await self._channel.tx_select()
 
     async def commit(self) -> None:
         """Commit what was settled since the last commit. Raises SessionLost."""
         if self._channel is not None:
-            await _answered("tx.commit", self._channel.tx_commit())
+            with lost_on_error("tx.commit failed"):
+                await self._channel.tx_commit()
 
     async def close(self) -> None:
         """Close the channel. Raises what aiormq raises."""
@@ -401,11 +390,6 @@ class SettlementWriter:
             await self._channel.commit()
             if self._commits_prove:
                 self.prove(held)
-
-
-async def _answered(method: str, call: Awaitable[_T]) -> _T:
-    with translate_errors(lambda error: SessionLost(f"{method} failed: {format_error(error)}")):
-        return await call
 
 
 async def _unexpected(message: DeliveredMessage) -> None:

@@ -56,12 +56,12 @@ from aio_pika_batch.adapters.aio_pika.events import (
     ReturnedPublication,
 )
 from aio_pika_batch.adapters.aio_pika.frame_fastpath import ConfirmFastPath, DeliveryFastPath
-from aio_pika_batch.adapters.aio_pika.header_guard import HeaderGuard
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.errors import TransportError
 
 if TYPE_CHECKING:
     from aio_pika_batch.adapters.aio_pika.events import Confirm, Event
+    from aio_pika_batch.adapters.aio_pika.header_guard import HeaderGuard
     from aio_pika_batch.core.message import Source
 
 # RabbitMQ's `max_message_size` allows no more, so only a broken peer can meet this limit. It is
@@ -132,11 +132,10 @@ class FrameParser:
         self.watch(channel)
         self._takes_returns = True
 
-    def guard(self, channel: int) -> HeaderGuard:
+    def guard(self, channel: int, guard: HeaderGuard) -> None:
         """Pass deliveries on without routes and properties from now on; the guard keeps these."""
         self.watch(channel)
-        self._guard = HeaderGuard()
-        return self._guard
+        self._guard = guard
 
     def watch(self, channel: int) -> None:
         """Report when the broker closes this channel, and take nothing out, from now on."""

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from yarl import URL
 
     from aio_pika_batch.adapters.aio_pika.events import Closed, Event
-    from aio_pika_batch.adapters.aio_pika.header_guard import HeaderGuard
-    from aio_pika_batch.core.message import Source
 
     Listener = Callable[[Event], None]
 
@@ -104,35 +102,15 @@ class FrameTap:
         """The largest frame that may be sent."""
         return self._parser.frame_max
 
-    def tap_consumer(self, channel: int, source: Source, listener: Listener) -> None:
-        """Take out the deliveries to *source*'s consumer. Call this before the consumer exists."""
-        self._parser.tap_consumer(channel, source)
-        self._listen(listener)
+    def listen(self, listener: Listener | None) -> FrameParser:
+        """Give the events to *listener* from now on, and return the parser, which takes them out.
 
-    def tap_publisher(self, channel: int, listener: Listener) -> None:
-        """Take out confirms and returned publications."""
-        self._parser.tap_publisher(channel)
-        self._listen(listener)
-
-    def tap_returns(self, channel: int, listener: Listener) -> None:
-        """Take out returned publications only."""
-        self._parser.tap_returns(channel)
-        self._listen(listener)
-
-    def guard(self, channel: int, listener: Listener) -> HeaderGuard:
-        """Take nothing out, but keep from the library what it may be unable to decode."""
-        self._listen(listener)
-        return self._parser.guard(channel)
-
-    def watch(self, channel: int) -> None:
-        """Only notice when the broker closes this channel; see :attr:`closed`."""
-        self._parser.watch(channel)
-        self._listen(None)
-
-    def _listen(self, listener: Listener | None) -> None:
+        Tell the parser what to take out before the broker is asked to send it.
+        """
         self._listener = listener
         if isinstance(self.closed, ChannelClosed):
             self.closed = None  # it was another channel
+        return self._parser
 
     def write(self, data: bytes) -> bool:
         """Write whole frames of the tapped channel at once.

@@ -46,7 +46,11 @@ from aio_pika_batch.adapters.aio_pika.confirms import (
     outcome_after_close,
     unknown,
 )
-from aio_pika_batch.adapters.aio_pika.connection import OpenConnection, open_connection
+from aio_pika_batch.adapters.aio_pika.connection import (
+    OpenConnection,
+    open_connection,
+    starting,
+)
 from aio_pika_batch.adapters.aio_pika.events import (
     ChannelClosed,
     ChannelCloseOk,
@@ -70,7 +74,6 @@ from aio_pika_batch.adapters.aio_pika.properties import (
 from aio_pika_batch.adapters.aio_pika.tables import encode_text
 from aio_pika_batch.adapters.connecting import CLOSE_TIMEOUT
 from aio_pika_batch.core.publication import Copy, Outcome, Publication, StoredPublication, fit
-from aio_pika_batch.core.refusals import refusal_error
 from aio_pika_batch.errors import BrokerUnavailable, PublishError, SessionClosed
 
 if TYPE_CHECKING:
@@ -133,26 +136,17 @@ class AioPikaPublisher:
 
     async def open(self, timeout: float) -> None:
         """Open the channel. Raises TransportError."""
-        address = self._connection.address
-
-        def failed(error: BaseException) -> Exception:
-            closed = self._tap.closed or close_reason(error)
-            if closed is not None:
-                return refusal_error(closed.code, closed.text, f"a channel at {address}")
-            return BrokerUnavailable(
-                f"{address} ended the connection while a channel was opened: {format_error(error)}"
-            )
-
-        with translate_errors(failed):
+        with starting(self._connection, "a channel", "a channel was opened"):
             async with asyncio.timeout(timeout):
                 self._channel = channel = await self._connection.channel(confirms=True)
         self._number = channel.number
         self._frame_max = self._tap.frame_max
         self._largest_properties = largest_properties(self._frame_max)
+        parser = self._tap.listen(self.on_event)
         if self._is_fast:
-            self._tap.tap_publisher(channel.number, self.on_event)
+            parser.tap_publisher(channel.number)
         else:
-            self._tap.tap_returns(channel.number, self.on_event)
+            parser.tap_returns(channel.number)
         self._is_open = True
 
     @property

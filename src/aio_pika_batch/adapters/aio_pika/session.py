@@ -19,8 +19,7 @@ from aio_pika_batch.adapters.aio_pika.client_errors import (
     consume_exception,
     describe_channel_close,
     finish_within,
-    format_error,
-    translate_errors,
+    lost_on_error,
 )
 from aio_pika_batch.adapters.aio_pika.connection import OpenConnection, open_connection
 from aio_pika_batch.adapters.aio_pika.consumer_channel import (
@@ -92,8 +91,8 @@ class AioPikaSession(BufferedSession):
         super().__init__(subscription.queue, connection.address)
         self._connection = connection
         self._tap = connection.tap
-        self._subscription = subscription
-        self._channel = ConsumerChannel(connection, self.on_event)
+        self._own = subscription.own
+        self._channel = ConsumerChannel(connection, subscription, self.on_event)
         # A classic queue keeps nothing. An exclusive one may belong to another consumer by then.
         self._asks_queue = subscription.queue_type == "quorum" and not subscription.exclusive
         self._writer = SettlementWriter(
@@ -114,8 +113,8 @@ class AioPikaSession(BufferedSession):
         """Start to consume. Raises TopologyError or BrokerUnavailable."""
         try:
             async with asyncio.timeout(timeout):
-                await declare_on(self._connection, self._subscription.own, timeout)
-                await self._channel.consume(self._subscription)
+                await declare_on(self._connection, self._own, timeout)
+                await self._channel.consume()
         except TimeoutError as error:
             raise BrokerUnavailable(
                 f"{self._address} did not start a consumer within {timeout:g} s"
@@ -180,9 +179,7 @@ class AioPikaSession(BufferedSession):
             self._check()
         # Usually nothing is waited for: 64 KiB may wait in the transport by default.
         if self._tap.is_clogged:
-            with translate_errors(
-                lambda error: SessionLost(f"the connection broke: {format_error(error)}")
-            ):
+            with lost_on_error("the connection broke"):
                 await self._tap.drain()
 
     @property
@@ -310,9 +307,7 @@ class AioPikaSession(BufferedSession):
         return ledger.held if self._is_closed else len(ledger) + len(self._pending)
 
     async def _open_native(self) -> Native:
-        with translate_errors(
-            lambda error: SessionLost(f"cannot open a native channel: {format_error(error)}")
-        ):
+        with lost_on_error("cannot open a native channel"):
             async with asyncio.timeout(ANSWER_TIMEOUT):
                 # Raise on return, or a message that reaches no queue would be lost silently.
                 channel = await self._connection.connection.channel(on_return_raises=True)

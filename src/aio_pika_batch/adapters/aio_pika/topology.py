@@ -14,13 +14,18 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias, assert_never
 
-from aio_pika_batch.adapters.aio_pika.any_name import ExchangeDeclare, QueueBind, QueueDeclare
 from aio_pika_batch.adapters.aio_pika.client_errors import (
     close_reason,
     format_error,
     translate_errors,
 )
-from aio_pika_batch.adapters.aio_pika.connection import OpenConnection, open_connection
+from aio_pika_batch.adapters.aio_pika.connection import (
+    ExchangeDeclare,
+    OpenConnection,
+    QueueBind,
+    QueueDeclare,
+    open_connection,
+)
 from aio_pika_batch.core.refusals import (
     ReplyCode,
     UnequalArgument,
@@ -116,6 +121,7 @@ class _Declarer:
     """Declares one entity after the other; opens a new connection after each refusal.
 
     Attributes:
+        ready: How many messages are ready in the queue that was declared last.
         version: The version of the broker, if it is a RabbitMQ.
     """
 
@@ -124,6 +130,7 @@ class _Declarer:
         self._addresses = addresses
         self._channel: _DeclareChannel | None = None
         self._where = ""
+        self.ready = 0
         self.version: Version | None = None
 
     async def __aenter__(self) -> Self:
@@ -137,9 +144,10 @@ class _Declarer:
 
     async def _open(self) -> _DeclareChannel:
         if self._channel is None:
-            self._channel = await _open_channel(self._endpoint, self._addresses)
+            connection = await open_connection(self._endpoint, self._addresses)
+            self._channel = _DeclareChannel(connection, self._endpoint.connect_timeout)
             self.version = self._channel.version
-            self._where = str(self._channel.connection.address)
+            self._where = str(connection.address)
         return self._channel
 
     async def attempt(self, entity: Entity, *, passive: bool = False) -> Closed | None:
@@ -149,6 +157,7 @@ class _Declarer:
             # Old brokers accept arguments that they don't know: only the version tells.
             refuse_lossy_wait_queue(entity, *channel.connection.product)
         closed = await channel.declare(entity, passive=passive)
+        self.ready = channel.ready
         if closed is not None:
             await self._drop(channel)
         return closed
@@ -205,12 +214,9 @@ class _Declarer:
 
 async def count(endpoint: Endpoint, addresses: Sequence[Address], queue: str) -> int:
     """Return how many messages are ready in a queue. Raises as `declare` does."""
-    channel = await _open_channel(endpoint, addresses)
-    try:
-        await channel.declare_or_raise(Queue(queue, check_only=True), passive=True)
-        return channel.ready
-    finally:
-        await channel.connection.close()
+    async with _Declarer(endpoint, addresses) as declarer:
+        await declarer.declare_or_raise(Queue(queue, check_only=True))
+        return declarer.ready
 
 
 async def declare_on(connection: OpenConnection, topology: Topology, timeout: float) -> None:
@@ -220,12 +226,9 @@ async def declare_on(connection: OpenConnection, topology: Topology, timeout: fl
         if isinstance(entity, Queue):
             # It is new, so it has what the broker accepts.
             entity = replace(entity, arguments=entity.arguments_on(channel.version))  # noqa: PLW2901
-        await channel.declare_or_raise(entity, passive=False)
-
-
-async def _open_channel(endpoint: Endpoint, addresses: Sequence[Address]) -> _DeclareChannel:
-    connection = await open_connection(endpoint, addresses)
-    return _DeclareChannel(connection, endpoint.connect_timeout)
+        closed = await channel.declare(entity)
+        if closed is not None:
+            raise refusal_error(closed.code, closed.text, channel.describe(entity))
 
 
 class _DeclareChannel:
@@ -250,13 +253,7 @@ class _DeclareChannel:
         """Return the kind and the name of an entity, and where it is."""
         return f"{_name(entity)} at {self.connection.address}"
 
-    async def declare_or_raise(self, entity: Entity, *, passive: bool) -> None:
-        """Declare one entity, or only check that it exists. Raises TransportError."""
-        closed = await self.declare(entity, passive=passive)
-        if closed is not None:
-            raise refusal_error(closed.code, closed.text, self.describe(entity))
-
-    async def declare(self, entity: Entity, *, passive: bool) -> Closed | None:
+    async def declare(self, entity: Entity, *, passive: bool = False) -> Closed | None:
         """Declare one entity, or only check that it exists.
 
         Returns:
@@ -307,7 +304,7 @@ class _DeclareChannel:
                 async with asyncio.timeout(timeout):
                     if self._channel is None:
                         self._channel = await self.connection.channel()
-                        self.connection.tap.watch(self._channel.number)
+                        self.connection.tap.listen(None).watch(self._channel.number)
                     await request(self._channel)
         except TransportError:
             closed = self.connection.tap.closed or close_reason(cause)

@@ -67,7 +67,7 @@ class Line:
         self.reader = reader
         self.received: list[Event] = []
         self.breaks = False
-        tap.tap_consumer(CHANNEL, Source(), self._on_event)
+        tap.listen(self._on_event).tap_consumer(CHANNEL, Source())
 
     def _on_event(self, event: Event) -> None:
         self.received.append(event)
@@ -210,7 +210,7 @@ async def test_a_settlement_that_waits_for_room_fails_with_its_connection(opened
     session = AioPikaSession(
         connection, Subscription(queue="q", prefetch=10, consumer_tag="consumer-1")
     )
-    line.tap.tap_consumer(CHANNEL, Source(), session.on_event)
+    line.tap.listen(session.on_event).tap_consumer(CHANNEL, Source())
     line.receive(*delivery(1), *delivery(2))
     await anext(session)
     line.protocol.pause_writing()

@@ -14,6 +14,7 @@ from pamqp.frame import unmarshal
 
 from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, PassThrough, ReturnedPublication
 from aio_pika_batch.adapters.aio_pika.frame_parser import FrameParser
+from aio_pika_batch.adapters.aio_pika.header_guard import HeaderGuard
 from tests.unit.adapters.aio_pika.broker_frames import (
     CHANNEL,
     HEARTBEAT,
@@ -93,7 +94,8 @@ def test_only_routes_and_properties_are_kept(story: list[Any], cuts: list[int]) 
             stream += b"".join(raw_delivery(tag, route, properties, body))
             expected += b"".join(raw_delivery(tag, b"\0\0", b"\0\0", body))
     parser = FrameParser()
-    guard = parser.guard(CHANNEL)
+    guard = HeaderGuard()
+    parser.guard(CHANNEL, guard)
 
     assert expected == passed(parser, cut(stream, cuts))
     assert len(kept) == len(guard)
@@ -107,7 +109,7 @@ def test_only_routes_and_properties_are_kept(story: list[Any], cuts: list[int]) 
 def test_what_is_passed_on_can_be_decoded(route: bytes, properties: bytes) -> None:
     """The library reads tag, redelivered flag and body, whatever was published."""
     parser = FrameParser()
-    parser.guard(CHANNEL)
+    parser.guard(CHANNEL, HeaderGuard())
     stream = passed(parser, [b"".join(raw_delivery(9, route, properties, b"body"))])
 
     used, _, deliver = unmarshal(stream)
@@ -125,7 +127,8 @@ def test_what_is_passed_on_can_be_decoded(route: bytes, properties: bytes) -> No
 def test_a_guarded_channel_that_is_closed_is_no_longer_guarded() -> None:
     """Even in the middle of a message. The close is reported and passed on."""
     parser = FrameParser()
-    guard = parser.guard(CHANNEL)
+    guard = HeaderGuard()
+    parser.guard(CHANNEL, guard)
     frames = raw_delivery(1, b"\0\0", POISON, b"body")
     close = method(commands.Channel.Close(406, "PRECONDITION_FAILED", 60, 80))
 

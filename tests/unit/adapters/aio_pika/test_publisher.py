@@ -23,8 +23,12 @@ class FakeTap:
     closed = None
     is_clogged = False
 
-    def tap_publisher(self, number: int, listener: Any) -> None:
+    def listen(self, listener: Any) -> FakeTap:
         self.tell = listener
+        return self
+
+    def tap_publisher(self, _: int) -> None:
+        """Take out what the test tells."""
 
     def write(self, data: bytes) -> bool:
         return True

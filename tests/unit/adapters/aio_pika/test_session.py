@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from aio_pika_batch.adapters.aio_pika.amqp_spec import ACK_SIZE, FRAME_OVERHEAD
-from aio_pika_batch.adapters.aio_pika.any_name import BasicConsume, QueueDeclare
+from aio_pika_batch.adapters.aio_pika.connection import BasicConsume, QueueDeclare
 from aio_pika_batch.adapters.aio_pika.events import ChannelCloseOk, Deliveries
 from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
 from aio_pika_batch.adapters.aio_pika.session import AioPikaSession
@@ -80,8 +80,12 @@ class FakeTap:
     def __init__(self) -> None:
         self.sent: list[Any] = []
 
-    def tap_consumer(self, _: int, __: Any, listener: Any) -> None:
+    def listen(self, listener: Any) -> FakeTap:
         self.tell = listener
+        return self
+
+    def tap_consumer(self, _: int, __: Any) -> None:
+        """Take out what the test tells."""
 
     def write(self, data: bytes) -> bool:
         self.sent.extend(SETTLEMENTS[each] for each in _SETTLE_FRAME.iter_unpack(data))
