@@ -14,8 +14,8 @@ from typing import Protocol, TypeAlias
 
 from aio_pika_batch.adapters.memory.faults import EventKind, Faults
 from aio_pika_batch.adapters.memory.queue import MemoryQueue, QueueConsumer, ReturnCause
-from aio_pika_batch.adapters.memory.queue_arguments import QueueType
 from aio_pika_batch.adapters.memory.rabbitmq import (
+    QueueType,
     Refusal,
     VersionRules,
     amqp_type_name,
@@ -23,7 +23,6 @@ from aio_pika_batch.adapters.memory.rabbitmq import (
 )
 from aio_pika_batch.adapters.memory.ready_list import QueueEntry
 from aio_pika_batch.adapters.memory.stored_message import (
-    CheckedPublication,
     StoredMessage,
     check_short_string,
     copy_headers,
@@ -123,30 +122,19 @@ class Connection:
     """A client's connection.
 
     Attributes:
+        rules: How the broker's version behaves.
+        faults: What goes wrong on the broker.
         close_reason: Why it was closed; None while it is open.
     """
 
     def __init__(self, host: ConnectionHost, name: str, user: str) -> None:
         self._host = host
+        self.rules = host.rules
+        self.faults = host.faults
         self.name = name
         self.user = user
         self.channels: list[Channel] = []
         self.close_reason: str | None = None
-
-    @property
-    def version(self) -> str:
-        """The version that the broker's greeting states."""
-        return self._host.rules.version
-
-    @property
-    def rules(self) -> VersionRules:
-        """How the broker's version behaves."""
-        return self._host.rules
-
-    @property
-    def faults(self) -> Faults:
-        """What goes wrong on the broker."""
-        return self._host.faults
 
     def channel(self, notify: Callable[[], None] | None = None) -> Channel:
         """Open a channel.
@@ -294,10 +282,8 @@ class Channel:
 
     def settle(self, disposition: Disposition, tag: int, *, multiple: bool) -> None:
         """Send the frame of a disposition."""
-        is_nack = disposition is Disposition.RETURN
-        cause = ReturnCause.NACKED if is_nack else ReturnCause.REJECTED
         with self.operation():
-            self._unacked.settle(disposition, cause, tag, multiple=multiple)
+            self._unacked.settle(disposition, _cause_of(disposition), tag, multiple=multiple)
 
     def settle_all(self, frames: Iterable[Frame]) -> None:
         """Send several frames in one write."""
@@ -308,10 +294,8 @@ class Channel:
 
     def settle_run(self, disposition: Disposition, tags: Sequence[int]) -> None:
         """Send one `disposition` of AMQP 1.0: accepted, rejected, modified (failed) or released."""
-        is_returned = disposition is Disposition.RETURN
-        cause = ReturnCause.NACKED if is_returned else ReturnCause.REJECTED
         with self.operation():
-            self._unacked.settle_run(disposition, cause, tags)
+            self._unacked.settle_run(disposition, _cause_of(disposition), tags)
 
     def modify(self, modification: Modification, until: float | None) -> None:
         """Send one `disposition` of AMQP 1.0 whose outcome is `modified`.
@@ -350,7 +334,7 @@ class Channel:
 
     # -- publishing --
 
-    def publish(self, publication: CheckedPublication, *, mandatory: bool = False) -> int:
+    def publish(self, publication: StoredMessage, *, mandatory: bool = False) -> int:
         """Publish a message; every channel is in confirm mode.
 
         Returns:
@@ -414,6 +398,10 @@ class Channel:
         self.received.append(frame)
         if self._notify is not None:
             self._notify()
+
+
+def _cause_of(disposition: Disposition) -> ReturnCause:
+    return ReturnCause.NACKED if disposition is Disposition.RETURN else ReturnCause.REJECTED
 
 
 def _delivered_properties(entry: QueueEntry, queue: MemoryQueue, rules: VersionRules) -> Properties:

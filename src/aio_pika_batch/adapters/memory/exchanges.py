@@ -18,9 +18,10 @@ from aio_pika_batch.adapters.memory.rabbitmq import (
     format_flag,
     format_value,
     inequivalent_argument,
+    is_same,
 )
 from aio_pika_batch.adapters.memory.stored_message import StoredMessage
-from aio_pika_batch.core.message import FieldValue, Headers
+from aio_pika_batch.core.message import Headers
 from aio_pika_batch.core.refusals import ReplyCode
 from aio_pika_batch.core.topology_options import topic_matches, topic_words
 
@@ -77,15 +78,7 @@ class MemoryExchange:
     arguments: Headers = field(default_factory=dict)
     bindings: list[ExchangeBinding] = field(default_factory=list)
 
-    def check_same(
-        self,
-        type_: ExchangeType,
-        *,
-        durable: bool,
-        auto_delete: bool,
-        internal: bool,
-        arguments: Headers,
-    ) -> None:
+    def check_same(self, declared: MemoryExchange) -> None:
         """Compare with another declaration.
 
         Raises:
@@ -93,15 +86,15 @@ class MemoryExchange:
         """
         entity = f"exchange '{self.name}'"
         for argument, received, current in (
-            ("type", f"'{type_.value}'", f"'{self.type.value}'"),
-            ("durable", format_flag(durable), format_flag(self.durable)),
-            ("auto_delete", format_flag(auto_delete), format_flag(self.auto_delete)),
-            ("internal", format_flag(internal), format_flag(self.internal)),
+            ("type", f"'{declared.type.value}'", f"'{self.type.value}'"),
+            ("durable", format_flag(declared.durable), format_flag(self.durable)),
+            ("auto_delete", format_flag(declared.auto_delete), format_flag(self.auto_delete)),
+            ("internal", format_flag(declared.internal), format_flag(self.internal)),
         ):
             if received != current:
                 raise inequivalent_argument(argument, entity, received, current)
         # RabbitMQ compares no other argument of an exchange.
-        one, other = arguments.get(_ALTERNATE), self.arguments.get(_ALTERNATE)
+        one, other = declared.arguments.get(_ALTERNATE), self.arguments.get(_ALTERNATE)
         if one != other:
             raise inequivalent_argument(_ALTERNATE, entity, format_value(one), format_value(other))
 
@@ -167,13 +160,8 @@ def headers_match(wanted: Headers, headers: Headers) -> bool:
     match_all = mode in {"all", "all-with-x"}
     with_x = mode in {"all-with-x", "any-with-x"}
     matched = (
-        name in headers and (value is None or _is_same(value, headers[name]))
+        name in headers and (value is None or is_same(value, headers[name]))
         for name, value in wanted.items()
         if name != _MATCH and (with_x or not name.startswith("x-"))
     )
     return all(matched) if match_all else any(matched)
-
-
-def _is_same(one: FieldValue, other: FieldValue) -> bool:
-    # 1 and True are equal in Python but not in AMQP.
-    return type(one) is type(other) and one == other

@@ -15,8 +15,7 @@ from enum import Enum
 from typing import Protocol
 
 from aio_pika_batch.adapters.memory.faults import EventKind
-from aio_pika_batch.adapters.memory.queue_arguments import Overflow, QueueSpec, QueueType
-from aio_pika_batch.adapters.memory.rabbitmq import VersionRules
+from aio_pika_batch.adapters.memory.rabbitmq import Overflow, QueueSpec, QueueType, VersionRules
 from aio_pika_batch.adapters.memory.ready_list import QueueEntry, ReadyList, RequeuePosition
 from aio_pika_batch.adapters.memory.stored_message import DeathReason, StoredMessage
 from aio_pika_batch.core.message import Headers
@@ -251,25 +250,21 @@ class MemoryQueue:
 
     def ack(self, entries: Sequence[QueueEntry]) -> None:
         """Remove acknowledged messages."""
-        for entry in entries:
-            if self._remove_unacked(entry):
-                self._host.record(EventKind.ACKED, self.name, entry.message)
+        for entry in self._removed_from_unacked(entries):
+            self._host.record(EventKind.ACKED, self.name, entry.message)
         self._host.schedule(self)
 
     def reject(self, entries: Sequence[QueueEntry], cause: ReturnCause) -> None:
         """Dead-letter rejected messages."""
-        for entry in entries:
-            if self._remove_unacked(entry):
-                self._count_return(entry, cause, is_requeued=False)
-                self._dead_letter(entry, DeathReason.REJECTED)
+        for entry in self._removed_from_unacked(entries):
+            self._count_return(entry, cause, is_requeued=False)
+            self._dead_letter(entry, DeathReason.REJECTED)
         self._host.schedule(self)
 
     def requeue(self, entries: Sequence[QueueEntry], cause: ReturnCause) -> None:
         """Make returned messages ready again; they are given in the order of their delivery."""
         returned = []
-        for entry in entries:
-            if not self._remove_unacked(entry):
-                continue
+        for entry in self._removed_from_unacked(entries):
             entry.redelivered = True
             self._count_return(entry, cause, is_requeued=True)
             if self._is_beyond_delivery_limit(entry):
@@ -288,9 +283,7 @@ class MemoryQueue:
             until: `how.until` by the broker's clock.
         """
         returned = []
-        for entry in entries:
-            if not self._remove_unacked(entry):
-                continue
+        for entry in self._removed_from_unacked(entries):
             entry.redelivered = True
             entry.acquired_count += 1
             entry.delivery_count += how.failed
@@ -399,9 +392,12 @@ class MemoryQueue:
             self._host.record(EventKind.DROPPED, self.name, entry.message, reason)
         return len(entries)
 
-    def _remove_unacked(self, entry: QueueEntry) -> bool:
-        # Messages of a deleted queue are dropped already, even if a channel settles them later.
-        return self.unacked.pop(entry, False) is None
+    def _removed_from_unacked(self, entries: Sequence[QueueEntry]) -> Iterator[QueueEntry]:
+        for entry in entries:
+            # Messages of a deleted queue are dropped already, even if a channel settles them later.
+            if entry in self.unacked:
+                del self.unacked[entry]
+                yield entry
 
     def _dead_letter(self, entry: QueueEntry, reason: DeathReason) -> None:
         message = entry.message

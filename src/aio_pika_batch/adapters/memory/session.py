@@ -25,9 +25,8 @@ from aio_pika_batch.adapters.memory.channel import (
     ReturnFrame,
 )
 from aio_pika_batch.adapters.memory.native import NativeChannel
-from aio_pika_batch.adapters.memory.queue_arguments import QueueType
-from aio_pika_batch.adapters.memory.rabbitmq import Refusal, translate_refusals
-from aio_pika_batch.adapters.memory.stored_message import CheckedPublication, check_publication
+from aio_pika_batch.adapters.memory.rabbitmq import QueueType, Refusal, translate_refusals
+from aio_pika_batch.adapters.memory.stored_message import StoredMessage, check_publication
 from aio_pika_batch.adapters.memory.unacked import acks_first
 from aio_pika_batch.core.message import DecodedSource, Message
 from aio_pika_batch.core.publication import (
@@ -324,7 +323,9 @@ class MemoryModifyingSession(MemorySession):
         for each in modifications:
             check_modified_headers(each.headers)
             if each.until is not None and not self.retries.delays:
-                raise SettlementError(f"RabbitMQ {self._connection.version} cannot delay messages")
+                raise SettlementError(
+                    f"RabbitMQ {self._connection.rules.version} cannot delay messages"
+                )
         modified = [Settlement(Disposition.REQUEUE, each.tags) for each in modifications]
         self._ledger.settle([*modified, *settlements])
         with suppress(ChannelIsClosed, Refusal):
@@ -466,7 +467,7 @@ class MemoryPublisher:
         for number in numbers:
             self._waiting.pop(number, None)
 
-    def _check(self, outgoing: Outgoing) -> CheckedPublication | None:
+    def _check(self, outgoing: Outgoing) -> StoredMessage | None:
         """Check what a client would encode; None if a copy or a stored publication can't be."""
         limit = self._connection.faults.frame_max
         if isinstance(outgoing, Publication):
@@ -483,7 +484,7 @@ class MemoryPublisher:
         except (TypeError, ValueError):
             return None
 
-    def _encoded(self, outgoing: Outgoing) -> CheckedPublication:
+    def _encoded(self, outgoing: Outgoing) -> StoredMessage:
         properties = outgoing.properties
         is_own = isinstance(outgoing, Publication)
         if not is_own and properties.user_id != self._connection.user:

@@ -119,20 +119,10 @@ class StoredMessage:
 # --- publications --------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class CheckedPublication:
-    """A publication as it leaves its client: a copy that AMQP can encode."""
-
-    exchange: str
-    routing_key: str
-    body: bytes
-    properties: Properties
-
-
 def check_publication(
     exchange: str, routing_key: str, body: bytes, properties: Properties
-) -> CheckedPublication:
-    """Check what a client library would fail to encode, and copy the rest.
+) -> StoredMessage:
+    """Check what a client library would fail to encode, and return a copy, as it leaves its client.
 
     Raises:
         TypeError: A value is of a type that AMQP does not have.
@@ -140,15 +130,12 @@ def check_publication(
     """
     if not isinstance(body, bytes | bytearray | memoryview):
         raise TypeError(f"a body must be bytes, not {type(body).__name__}")
-    return CheckedPublication(
-        check_short_string("an exchange", exchange),
-        check_short_string("a routing key", routing_key),
-        bytes(body),
-        _check_properties(properties),
-    )
+    check_short_string("an exchange", exchange)
+    check_short_string("a routing key", routing_key)
+    return StoredMessage(bytes(body), _check_properties(properties), exchange, (routing_key,))
 
 
-def store_publication(publication: CheckedPublication, user: str) -> StoredMessage:
+def store_publication(publication: StoredMessage, user: str) -> StoredMessage:
     """Check what the broker would refuse, and return the message to store.
 
     Raises:
@@ -166,21 +153,19 @@ def store_publication(publication: CheckedPublication, user: str) -> StoredMessa
             ReplyCode.PRECONDITION_FAILED,
             f"user_id property set to '{properties.user_id}' but authenticated user was '{user}'",
         )
-    routing_keys = (
-        publication.routing_key,
-        *_routing_keys_in(properties, "CC"),
-        *_routing_keys_in(properties, "BCC"),
-    )
-    headers = properties.headers
-    if headers is not None and "BCC" in headers:
+    headers = publication.headers
+    more_keys = _routing_keys_in(headers, "CC") + _routing_keys_in(headers, "BCC")
+    if "BCC" in headers:
         # A blind copy: the broker removes the header before it routes the message.
         headers = {name: value for name, value in headers.items() if name != "BCC"}
         properties = replace(properties, headers=headers)
-    return StoredMessage(publication.body, properties, publication.exchange, routing_keys)
+    return replace(
+        publication, properties=properties, routing_keys=publication.routing_keys + more_keys
+    )
 
 
-def _routing_keys_in(properties: Properties, header: str) -> tuple[str, ...]:
-    value = (properties.headers or {}).get(header)
+def _routing_keys_in(headers: Headers, header: str) -> tuple[str, ...]:
+    value = headers.get(header)
     if not (value is None or isinstance(value, list)):
         raise Refusal(
             ReplyCode.PRECONDITION_FAILED,

@@ -16,9 +16,9 @@ from weakref import WeakKeyDictionary
 
 from aio_pika_batch.adapters.memory.broker import Broker, BrokerUnreachable
 from aio_pika_batch.adapters.memory.channel import Connection
-from aio_pika_batch.adapters.memory.queue_arguments import QueueType
 from aio_pika_batch.adapters.memory.rabbitmq import (
     NEWEST,
+    QueueType,
     Refusal,
     publish_forbidden,
     translate_refusals,
@@ -218,7 +218,7 @@ def _declare(connection: Connection, topology: Topology) -> dict[str, Unfulfille
             _ensure_exchange(connection, exchange)
     unfulfilled: dict[str, UnfulfilledWishes] = {}
     for queue in topology.queues:
-        refuse_lossy_wait_queue(queue, "RabbitMQ", connection.version)
+        refuse_lossy_wait_queue(queue, "RabbitMQ", connection.rules.version)
         with translate_refusals(f"queue {queue.name!r}", queue.if_unequal, queue.if_missing):
             unfulfilled[queue.name] = _ensure_queue(connection, queue)
     for binding in topology.bindings:
@@ -259,7 +259,7 @@ def _ensure_queue(connection: Connection, queue: Queue) -> UnfulfilledWishes:
     """Declare or check a queue; return what it was declared without."""
     if _exists(connection, queue, lambda vhost: vhost.queue(queue.name, connection)):
         return UnfulfilledWishes()
-    version = parse_version("RabbitMQ", connection.version)
+    version = parse_version("RabbitMQ", connection.rules.version)
     arguments = queue.arguments_on(version)
     while True:
         try:

@@ -12,8 +12,7 @@ from itertools import groupby, takewhile
 from typing import TypeAlias, assert_never
 
 from aio_pika_batch.adapters.memory.queue import MemoryQueue, QueueConsumer, ReturnCause
-from aio_pika_batch.adapters.memory.queue_arguments import QueueType
-from aio_pika_batch.adapters.memory.rabbitmq import Refusal, VersionRules
+from aio_pika_batch.adapters.memory.rabbitmq import QueueType, Refusal, VersionRules
 from aio_pika_batch.adapters.memory.ready_list import QueueEntry
 from aio_pika_batch.core.refusals import ReplyCode
 from aio_pika_batch.core.settlement import Disposition, Frame

@@ -19,16 +19,14 @@ from aio_pika_batch.adapters.memory.exchanges import (
 )
 from aio_pika_batch.adapters.memory.faults import BrokerEvent, EventKind, Journal
 from aio_pika_batch.adapters.memory.queue import MemoryQueue, QueueConsumer
-from aio_pika_batch.adapters.memory.queue_arguments import (
-    QueueType,
-    check_same_arguments,
-    parse_arguments,
-)
 from aio_pika_batch.adapters.memory.rabbitmq import (
+    QueueType,
     Refusal,
     VersionRules,
+    check_same_arguments,
     format_flag,
     inequivalent_argument,
+    parse_arguments,
 )
 from aio_pika_batch.adapters.memory.stored_message import (
     DeathReason,
@@ -120,22 +118,17 @@ class VirtualHost:
         """Create an exchange, or check that the existing one is the same."""
         check_short_string("an exchange's name", name)
         exchange_type = parse_exchange_type(type_, self.rules)
+        declared = MemoryExchange(
+            name, exchange_type, durable, auto_delete, internal, copy_headers(arguments)
+        )
         existing = self.exchanges.get(name)
         if existing is not None:
-            existing.check_same(
-                exchange_type,
-                durable=durable,
-                auto_delete=auto_delete,
-                internal=internal,
-                arguments=arguments,
-            )
+            existing.check_same(declared)
             return
         if not name:
             raise _default_exchange_refused()
         _refuse_reserved_name("exchange", name)
-        self.exchanges[name] = MemoryExchange(
-            name, exchange_type, durable, auto_delete, internal, copy_headers(arguments)
-        )
+        self.exchanges[name] = declared
         self.retry_dead_letters()
 
     def declare_queue(
