@@ -10,8 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, is_dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeAlias, cast, get_args
 
 from typing_extensions import TypeVar
 
@@ -40,7 +39,6 @@ from aio_pika_batch.logs import KeywordLogger, missing_configuration
 from aio_pika_batch.masking import mask_url
 from aio_pika_batch.observer import Observer
 from aio_pika_batch.publisher import PublishMethods
-from aio_pika_batch.runtime.batching import check_batch_key
 from aio_pika_batch.runtime.consume_loop import ConsumeLoop, WorkerInstance
 from aio_pika_batch.runtime.handler import HandlerMistake, InvalidResult, Process, ResultsAtOnce
 from aio_pika_batch.runtime.lifecycle import Lifecycle
@@ -161,19 +159,16 @@ class BaseConsumer(PublishMethods, Generic[SettingsT_co]):
         transport: Transport | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
+        self._name = type(self).__name__
         # First: a class that can't work should fail where it is made, not at its first message.
         self._check_class()
         self._check_hooks()
         self._check_exception_results()
-        self.settings = self._settings_from_environment() if settings is None else settings
-        self._check_settings()
-        check_batch_key(
-            type(self).__name__,
-            type(self).batch_key,
-            overridden=self._overrides("batch_key"),
-            ordered=self.settings.ordered_by_key,
+        self.settings = (
+            cast("SettingsT_co", self.settings_class()) if settings is None else settings
         )
-        self._name = type(self).__name__
+        self._check_settings()
+        self._check_batch_key()
         self._transport = transport if transport is not None else self._open_transport()
         self._observers = tuple(observers)
         self._log = KeywordLogger(
@@ -377,12 +372,7 @@ class BaseConsumer(PublishMethods, Generic[SettingsT_co]):
         await self._start(_PATIENCE)
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
     # -- health -----------------------------------------------------------------------------------
@@ -437,13 +427,13 @@ class BaseConsumer(PublishMethods, Generic[SettingsT_co]):
         for hook in ("on_start", "on_stop", "on_session"):
             method = inspect.unwrap(getattr(type(self), hook))
             if inspect.isfunction(method) and not inspect.iscoroutinefunction(method):
-                msg = f"{type(self).__name__}.{hook} is not a coroutine: write `async def {hook}`"
+                msg = f"{self._name}.{hook} is not a coroutine: write `async def {hook}`"
                 raise ConfigurationError(msg)
 
     def _check_exception_results(self) -> None:
         table: Mapping[Any, object] = self.exception_results
         for error, result in table.items():
-            name = f"{type(self).__name__}.exception_results"
+            name = f"{self._name}.exception_results"
             if not (inspect.isclass(error) and issubclass(error, BaseException)):
                 raise ConfigurationError(f"{name}: {error!r} is not a class of exceptions")
             if not isinstance(result, MessageResult | Nack | Requeue):
@@ -454,7 +444,7 @@ class BaseConsumer(PublishMethods, Generic[SettingsT_co]):
 
     def _check_settings(self) -> None:
         settings: object = self.settings
-        name, wanted = type(self).__name__, self.settings_class
+        name, wanted = self._name, self.settings_class
         if isinstance(settings, wanted):
             return
         match settings:
@@ -468,10 +458,17 @@ class BaseConsumer(PublishMethods, Generic[SettingsT_co]):
                 found = f"something of {type(settings)}"
         raise ConfigurationError(f"{name} needs an instance of {wanted.__name__}, not {found}")
 
-    def _settings_from_environment(self) -> SettingsT_co:
-        settings: Any = self.settings_class()
-        made: SettingsT_co = settings
-        return made
+    def _check_batch_key(self) -> None:
+        if inspect.iscoroutinefunction(type(self).batch_key):
+            raise ConfigurationError(
+                f"{self._name}.batch_key is a coroutine: it must be a plain `def` that returns the"
+                " key"
+            )
+        if self.settings.ordered_by_key and not self._overrides("batch_key"):
+            raise ConfigurationError(
+                f"ordered_by_key=True keeps the order of each key, but {self._name} has no keys:"
+                " override batch_key(self, message)"
+            )
 
     @functools.cached_property
     def _costliest_setting(self) -> str | None:
@@ -484,7 +481,7 @@ class BaseConsumer(PublishMethods, Generic[SettingsT_co]):
         )
 
     def _open_transport(self) -> Transport:
-        return open_transport(endpoint(self.settings, type(self).__name__))
+        return open_transport(endpoint(self.settings, self._name))
 
     def _instances(self) -> list[WorkerInstance]:
         count = self.settings.num_workers
@@ -559,20 +556,19 @@ class BatchConsumer(BaseConsumer[BatchSettingsT_co]):
         return self.process_messages
 
     def _check_class(self) -> None:
-        name = type(self).__name__
         if type(self).process_messages is BatchConsumer.process_messages:
             is_single = hasattr(self, "process_message")
             hint = "; process_message is a Consumer's" if is_single else ""
-            msg = f"{name} must override process_messages, an async generator{hint}"
+            msg = f"{self._name} must override process_messages, an async generator{hint}"
             raise ConfigurationError(msg)
         method = self.process_messages
         if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method):
             wrong = "has no `yield`" if inspect.iscoroutinefunction(method) else "is not async"
             raise ConfigurationError(
-                f"{name}.process_messages {wrong}: it must be an `async def` that yields a"
+                f"{self._name}.process_messages {wrong}: it must be an `async def` that yields a"
                 " MessageResult for each message"
             )
-        _check_signature(f"{name}.process_messages", method, "messages")
+        _check_signature(f"{self._name}.process_messages", method, "messages")
 
 
 class Consumer(BaseConsumer[SettingsT_co]):
@@ -607,19 +603,19 @@ class Consumer(BaseConsumer[SettingsT_co]):
         return lambda messages: ResultsAtOnce(self._answer(messages[0]))
 
     def _check_class(self) -> None:
-        name = type(self).__name__
         if type(self).process_message is Consumer.process_message:
             is_batch = hasattr(self, "process_messages")
             hint = "; process_messages is a BatchConsumer's" if is_batch else ""
-            raise ConfigurationError(f"{name} must override process_message, a coroutine{hint}")
+            msg = f"{self._name} must override process_message, a coroutine{hint}"
+            raise ConfigurationError(msg)
         method = self.process_message
         if inspect.isasyncgenfunction(method) or inspect.isgeneratorfunction(method):
             msg = (
-                f"{name}.process_message has a `yield`: it must be an `async def` that returns a"
-                " MessageResult"
+                f"{self._name}.process_message has a `yield`: it must be an `async def` that"
+                " returns a MessageResult"
             )
             raise ConfigurationError(msg)
-        _check_signature(f"{name}.process_message", method, "message")
+        _check_signature(f"{self._name}.process_message", method, "message")
 
 
 def _check_signature(name: str, method: Callable[..., object], parameter: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from datetime import UTC, datetime
@@ -14,7 +13,7 @@ from aio_pika_batch.core.keyed_batcher import KeyedBatcher, OrderedBatcher
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import Cause, MessageOutcome, MessageResult
 from aio_pika_batch.core.retry_in_place import RetryInPlace
-from aio_pika_batch.errors import ConfigurationError, MessageDecodeError
+from aio_pika_batch.errors import MessageDecodeError
 from aio_pika_batch.logs import KeywordLogger
 from aio_pika_batch.observer import HandlerError, Observers, Requeued
 from aio_pika_batch.runtime.worker_config import WorkerConfig
@@ -160,26 +159,3 @@ def open_intake(
         observers=observers,
         log=log,
     )
-
-
-def check_batch_key(
-    name: str, method: Callable[..., object], *, overridden: bool, ordered: bool
-) -> None:
-    """Refuse a `batch_key` that can't work.
-
-    Args:
-        name: Name of the consumer's class.
-        overridden: Whether the class overrides the method.
-        ordered: Whether `ordered_by_key` is set.
-
-    Raises:
-        ConfigurationError: It is a coroutine, or is missing although `ordered_by_key` is set.
-    """
-    if inspect.iscoroutinefunction(method):
-        msg = f"{name}.batch_key is a coroutine: it must be a plain `def` that returns the key"
-        raise ConfigurationError(msg)
-    if ordered and not overridden:
-        raise ConfigurationError(
-            f"ordered_by_key=True keeps the order of each key, but {name} has no keys: override"
-            " batch_key(self, message)"
-        )

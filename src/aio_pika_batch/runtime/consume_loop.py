@@ -175,9 +175,7 @@ class ConsumeLoop:
         # By identity: decisions can be equal, and aren't hashable.
         self._settling: dict[int, float] = {}
         self._context = copy_context()
-        self._decided: BatchDecisions | None = None
-        self._decided_since = 0.0
-        self._decided_in = self._context
+        self._decided: tuple[BatchDecisions, float, Context] | None = None
         self._settles_soon = False
         self._takes_next = False
         self._next: HandlerRun | None = None
@@ -219,7 +217,7 @@ class ConsumeLoop:
             self._batcher.since,
             self._slots.since,
             self._settler.held.since,
-            self._decided_since if self._decided is not None else None,
+            self._decided[1] if self._decided else None,
             *self._settling.values(),
         )
         return min((each for each in times if each is not None), default=None)
@@ -437,12 +435,11 @@ class ConsumeLoop:
     def _add_decided(self, decisions: BatchDecisions, since: float, context: Context) -> None:
         """Add what is settled at the end of this turn of the event loop."""
         if self._decided is None:
-            self._decided = decisions
-            self._decided_since = since
-            self._decided_in = context
+            self._decided = decisions, since, context
         else:
-            self._decided.add(decisions)
-            self._decided_since = min(self._decided_since, since)
+            together, earliest, first = self._decided
+            together.add(decisions)
+            self._decided = together, min(earliest, since), first
 
     def _settle_soon(self) -> None:
         """Settle what is decided in the next turn of the event loop."""
@@ -453,15 +450,15 @@ class ConsumeLoop:
     async def _settle_decided(self) -> None:
         """Settle what the handlers of this turn have decided together."""
         self._settles_soon = False
-        decided, self._decided = self._decided, None
-        if decided is None:
+        if self._decided is None:
             return
+        (decided, since, context), self._decided = self._decided, None
         # In the order of delivery, so that one `multiple` ack may cover all of them.
         decided.acked.sort()
-        settling = self._settle(decided, self._decided_since)
+        settling = self._settle(decided, since)
         if decided.not_acked or self._observers.present:
             # Traces show the settlement as a part of the first handler.
-            await InContext(settling, self._decided_in)
+            await InContext(settling, context)
         else:
             await settling
 

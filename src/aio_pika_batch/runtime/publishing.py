@@ -36,14 +36,8 @@ Each time it leaves everything else in doubt that is in flight there.
 OnLate: TypeAlias = Callable[[int, Outcome], None]
 
 
-def ignore_late(index: int, outcome: Outcome) -> None:
-    """Ignore the late outcome of a copy."""
-
-
 class ReconnectingPublisher:
-    """Publishes over one connection at a time, opened on first use.
-
-    A publisher that left anything unconfirmed is closed and replaced.
+    """Has one connection for publishing at a time, opened on first use.
 
     Args:
         log: Gets a line when a publisher can't be opened.
@@ -60,16 +54,6 @@ class ReconnectingPublisher:
         self._closing: set[asyncio.Task[None]] = set()
         self.is_closed = False
         self._has_complained = False
-
-    async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
-        """Publish; without a connection all outcomes are `Outcome.UNSENT`."""
-        publisher = await self._connect()
-        if publisher is None:
-            return [Outcome.UNSENT] * len(publications)
-        outcomes = await publisher.publish(publications)
-        if Outcome.UNKNOWN in outcomes or not publisher.is_open:
-            self._replace(publisher)
-        return outcomes
 
     async def _connect(self) -> Publisher | None:
         try:
@@ -139,6 +123,19 @@ class SharedPublisher(ReconnectingPublisher):
         """Open the connection now, and raise an error if that fails."""
         await self._open()
 
+    async def publish(self, publications: Sequence[Outgoing]) -> Sequence[Outcome]:
+        """Publish; without a connection all outcomes are `Outcome.UNSENT`.
+
+        A connection that has left anything unconfirmed is replaced.
+        """
+        publisher = await self._connect()
+        if publisher is None:
+            return [Outcome.UNSENT] * len(publications)
+        outcomes = await publisher.publish(publications)
+        if Outcome.UNKNOWN in outcomes or not publisher.is_open:
+            self._replace(publisher)
+        return outcomes
+
     async def publish_one(self, publication: Outgoing) -> Outcome:
         """Publish a message, together with others of this turn of the event loop.
 
@@ -192,24 +189,16 @@ class SharedPublisher(ReconnectingPublisher):
         await wait_until(self._sending, deadline)
 
 
+@dataclass(frozen=True, slots=True)
 class _Unanswered:
     """A copy that may still be confirmed, and what to call then."""
 
-    __slots__ = ("copy", "on_late", "publisher", "since", "timer")
-
-    def __init__(
-        self,
-        copy: Outgoing,
-        on_late: Callable[[Outcome], None],
-        publisher: Publisher,
-        timer: asyncio.TimerHandle,
-    ) -> None:
-        # The copy is kept because it is found by its identity.
-        self.copy = copy
-        self.on_late = on_late
-        self.publisher = publisher
-        self.since = asyncio.get_running_loop().time()
-        self.timer = timer
+    # The copy is kept because it is found by its identity.
+    copy: Outgoing
+    on_late: Callable[[Outcome], None]
+    publisher: Publisher
+    since: float
+    timer: asyncio.TimerHandle
 
 
 class CopyPublisher(ReconnectingPublisher):
@@ -232,9 +221,7 @@ class CopyPublisher(ReconnectingPublisher):
         self._silent = BurstLog(self._log_silent)
         self.on_undelivered: Callable[[Copy, Outcome], None] = lambda *_: None
 
-    async def publish(
-        self, publications: Sequence[Outgoing], on_late: OnLate = ignore_late
-    ) -> Sequence[Outcome]:
+    async def publish(self, publications: Sequence[Outgoing], on_late: OnLate) -> Sequence[Outcome]:
         """Publish; what isn't sent because of an unanswered copy is `Outcome.UNSENT`.
 
         Args:
@@ -308,7 +295,8 @@ class CopyPublisher(ReconnectingPublisher):
         self._silent.note(1)
         self._doubts.listen(_route(copy))
         timer = self._loop.call_later(LISTEN, self._give_up, id(copy))
-        self._unanswered[id(copy)] = _Unanswered(copy, on_late, publisher, timer)
+        now = self._loop.time()
+        self._unanswered[id(copy)] = _Unanswered(copy, on_late, publisher, now, timer)
 
     def _log_silent(self, count: int) -> None:
         self._log.warning(
@@ -415,30 +403,25 @@ class DelayedPublisher(CopyPublisher):
                 error=format_error(error),
             )
 
-    async def publish(
-        self, publications: Sequence[Outgoing], on_late: OnLate = ignore_late
-    ) -> Sequence[Outcome]:
+    async def publish(self, publications: Sequence[Outgoing], on_late: OnLate) -> Sequence[Outcome]:
         """Publish; delay queues that are needed are declared first."""
         levels = {each.level for each in publications if isinstance(each, DelayedCopy)}
         if not levels:
             return await super().publish(publications, on_late)
         missing = {level for level in levels if not await self._is_declared(level)}
         ready = [index for index, each in enumerate(publications) if _level(each) not in missing]
-        published = dict.fromkeys(range(len(publications)), Outcome.RETURNED)
+        outcomes = [Outcome.RETURNED] * len(publications)
         if ready:
             answers = await super().publish(
                 [publications[index] for index in ready],
                 lambda index, outcome: on_late(ready[index], outcome),
             )
-            published.update(zip(ready, answers, strict=True))
-        outcomes = []
-        for index, each in enumerate(publications):
-            level = _level(each)
-            outcome = published[index]
+            for index, answer in zip(ready, answers, strict=True):
+                outcomes[index] = answer
+        for each, outcome in zip(publications, outcomes, strict=True):
             if outcome is Outcome.RETURNED:
                 # It was deleted or never existed: the next attempt declares it.
-                self._declared.discard(level)
-            outcomes.append(outcome)
+                self._declared.discard(_level(each))
         return outcomes
 
     async def _is_declared(self, level: int) -> bool:

@@ -454,9 +454,7 @@ class Settler:
     def _emit_failed(
         self, step: Step, count: int, error: BaseException | None, began: float
     ) -> None:
-        if self._observers.present:
-            seconds = self._loop.time() - began
-            self._observers.emit(SettleFailed(step, count, error, seconds))
+        self._observers.emit(SettleFailed(step, count, error, self._loop.time() - began))
 
     def _emit_confirmed(self, copies: Sequence[PendingCopy]) -> None:
         asked_for = (None, DeadLetterReason.REJECTED)
@@ -504,8 +502,7 @@ class Settler:
             "results came for a session that is gone; the broker delivers these messages again",
             messages=count,
         )
-        if self._observers.present:
-            self._observers.emit(StaleResults(count))
+        self._observers.emit(StaleResults(count))
 
     async def close(self, unstarted: Sequence[Message], wait: Wait) -> None:
         """Let running attempts finish, and return what is left to the broker."""
@@ -527,15 +524,10 @@ class Settler:
             else:
                 publishing.cancel()
         self._forget(each for each in messages if each.delivery_tag in replaced)
-        for disposition, tags in (
-            (Disposition.ACK, sorted(replaced)),
-            (
-                Disposition.RETURN,
-                [tag for each in messages if (tag := each.delivery_tag) not in replaced],
-            ),
-        ):
-            if tags:
-                await self._settle_or_fail(disposition, tags)
+        if replaced:
+            await self._settle_or_fail(Disposition.ACK, sorted(replaced))
+        if left := [tag for each in messages if (tag := each.delivery_tag) not in replaced]:
+            await self._settle_or_fail(Disposition.RETURN, left)
 
     async def abort(self) -> None:
         """Stop at once: the session is gone."""

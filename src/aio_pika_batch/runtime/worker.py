@@ -277,8 +277,7 @@ class Worker:
         # The same failure after a working session is news again.
         self._complaint = None
         self._log.info("consuming", epoch=self._epoch)
-        if self._observers.present:
-            self._observers.emit(Connected(self._epoch))
+        self._observers.emit(Connected(self._epoch))
         if not self.ready.done():
             self.ready.set_result(None)
 
@@ -309,8 +308,7 @@ class Worker:
         is_repeated = text == self._complaint
         self._last_error = self._complaint = text
         self._failures += 1
-        if self._observers.present:
-            self._observers.emit(Lost(self._epoch, error))
+        self._observers.emit(Lost(self._epoch, error))
         if is_repeated:
             self._log.debug("still not consuming", error=text, failures=self._failures)
         elif isinstance(error, TransportError):
