@@ -105,12 +105,6 @@ def native_retries(version: Version, arguments: Headers) -> NativeRetries:
     return NativeRetries(delays=is_new, headers=True, dead_letters=is_safe, uncounted=is_new)
 
 
-_UNEQUAL_WAIT_QUEUE = (
-    "it holds waiting messages, and was declared with other arguments: let the queue run empty and"
-    " delete it"
-)
-
-
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """An exchange.
@@ -158,6 +152,7 @@ class Queue:
         no_delivery_limit: The broker must not drop a message because of its number of deliveries.
             The argument for this depends on the broker, see :meth:`arguments_on`.
         holds_retries: Messages wait in it for their next attempt, and must not get lost.
+        if_unequal: Advice for when the broker has it with other arguments; None: as for any queue.
         if_missing: Advice for when the broker doesn't have it; None: as for any queue.
         is_consumed: The consumer's own queue. An existing one may have other dead-letter arguments,
             from a consumer with other settings, and no delivery limit, as the dead-letter queue of
@@ -174,13 +169,9 @@ class Queue:
     check_only: bool = False
     holds_retries: bool = False
     wishes: Headers = field(default_factory=dict)
+    if_unequal: str | None = None
     if_missing: str | None = None
     is_consumed: bool = field(default=False, compare=False)
-
-    @property
-    def if_unequal(self) -> str | None:
-        """Advice for when the broker has it with other arguments; None: as for any queue."""
-        return _UNEQUAL_WAIT_QUEUE if self.holds_retries else None
 
     def arguments_on(self, version: Version | None) -> Headers:
         """The arguments to declare it with first; the broker may refuse those of the wishes.
@@ -417,6 +408,8 @@ def wait_queue(options: TopologyOptions, level: int) -> Queue:
         },
         check_only=not options.declare,
         holds_retries=True,
+        if_unequal="it holds waiting messages, and was declared with other arguments: let the queue"
+        " run empty and delete it",
     )
 
 
