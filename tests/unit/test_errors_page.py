@@ -135,7 +135,9 @@ def warnings_of_checks() -> Iterator[ast.expr]:
         match node:
             case ast.Yield(value=ast.Constant() | ast.JoinedStr() as text):
                 yield text
-            case ast.Assign(targets=[ast.Name("_DROPS_AT_ONCE")], value=text):
+            case ast.Call(func=ast.Attribute(ast.Name("hints"), "append"), args=[text]):
+                yield text
+            case ast.Assign(targets=[ast.Name("_DROPS_AT_ONCE" | "risk")], value=text):
                 yield text
             case ast.FunctionDef(name="_endless"):
                 returned = [each for each in ast.walk(node) if isinstance(each, ast.Return)]
