@@ -13,15 +13,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from types import TracebackType
 from typing import TypeAlias
 
 from aio_pika_batch.errors import safe_str
 
-ExcInfo: TypeAlias = (
-    "bool | BaseException | tuple[type[BaseException], BaseException, TracebackType | None]"
-    " | tuple[None, None, None] | None"
-)
+ExcInfo: TypeAlias = BaseException | None
 
 _LONGEST = 4096
 """The maximum characters of an exception's text in a line: some contain the body of a message."""
@@ -96,7 +92,7 @@ class KeywordLogger:
 
     def exception(self, event: str, **context: object) -> None:
         """Log at ERROR, with the traceback of the exception being handled."""
-        self._log(logging.ERROR, event, True, context)  # noqa: FBT003
+        self._log(logging.ERROR, event, sys.exception(), context)
 
     def _log(self, level: int, event: str, exc_info: ExcInfo, context: dict[str, object]) -> None:
         if self._logger.isEnabledFor(level):

@@ -34,8 +34,8 @@ from aio_pika_batch.transport import (
     Session,
     Subscription,
     Transport,
+    VersionedTransport,
 )
-from aio_pika_batch.transport import VersionedTransport as Versioned
 
 QUIET = 5.0
 """Seconds without a message after which the remaining ones are taken to be elsewhere or gone."""
@@ -163,33 +163,27 @@ class QueueBrowser:
             if len(self._done) >= WINDOW:
                 self._tags, self._done = array("Q", self._held()), set()
 
-    async def open(self, session: Session) -> None:
-        """Start to receive messages."""
+    @asynccontextmanager
+    async def receive(self, session: Session, *, by_closing: bool) -> AsyncIterator[None]:
+        """Receive messages, and put back those held, unless the channel's end does that."""
         self._session = session
-        self._reading = asyncio.create_task(self._read(session))
-
-    async def close(self, *, by_closing: bool) -> None:
-        """Stop receiving, and put back the held messages, unless the channel's end does that."""
-        # Not earlier: the broker would deliver them again at once.
-        session, reading = self._session, self._reading
-        if session is None or reading is None:
-            return
-        if not by_closing:
-            await session.cancel()
-            await reading
-            held = self._held()
-            # Oldest first, and not all at once: there may be a hundred thousand, and the session
-            # remembers each of them until it is carried out.
-            while tags := tuple(islice(held, RETURNED_AT_ONCE)):
-                await session.settle([Settlement(Disposition.RETURN, tags)])
-                if isinstance(session, ConfirmingSession):
-                    await session.settled()
-
-    async def abandon(self) -> None:
-        """Stop receiving."""
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
+        self._reading = reading = asyncio.create_task(self._read(session))
+        try:
+            yield
+            # Not earlier: the broker would deliver them again at once.
+            if not by_closing:
+                await session.cancel()
+                await reading
+                held = self._held()
+                # Oldest first, and not all at once: there may be a hundred thousand, and the
+                # session remembers each of them until it is carried out.
+                while tags := tuple(islice(held, RETURNED_AT_ONCE)):
+                    await session.settle([Settlement(Disposition.RETURN, tags)])
+                    if isinstance(session, ConfirmingSession):
+                        await session.settled()
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
     async def _read(self, session: Session) -> None:
         async for chunk in session:
@@ -253,13 +247,11 @@ async def browse(
         retry_count_header=retry_count_header,
         for_copies=True,
     )
-    async with transport.session(subscription) as session:
-        await browser.open(session)
-        try:
-            yield browser
-            await browser.close(by_closing=by_closing)
-        finally:
-            await browser.abandon()
+    async with (
+        transport.session(subscription) as session,
+        browser.receive(session, by_closing=by_closing),
+    ):
+        yield browser
 
 
 async def _ask(transport: Transport, queue: str, limit: Limit) -> tuple[bool, int | None]:
@@ -268,7 +260,7 @@ async def _ask(transport: Transport, queue: str, limit: Limit) -> tuple[bool, in
     advice = "correct its name, or the virtual host in the URL"
     there = Queue(queue, check_only=True, if_missing=advice)
     await transport.declare(Topology(queues=(there,)))
-    version = transport.broker_version if isinstance(transport, Versioned) else None
+    version = transport.broker_version if isinstance(transport, VersionedTransport) else None
     # AMQP can't read the arguments of a queue. But if an existing queue is declared with other
     # arguments, the broker's error says how they differ. Nothing is created by it.
     probe = Queue(queue, arguments={QUEUE_TYPE: "quorum"})

@@ -354,13 +354,12 @@ async def _show(
     format: str,  # noqa: A002  -- as above
 ) -> Exit:
     transport = consumer._transport  # noqa: SLF001  -- same package
-    kind = await look_up_type(transport, options) if apply or dry_run else None
+    connects = apply or dry_run
+    kind = await look_up_type(transport, options) if connects else None
     needed = build_topology(options, dead_letter_exchange_type=kind)
     if apply:
         await transport.declare(replace(needed, publishes=()))
-    compared: list[Comparison] = []
-    if apply or dry_run:
-        compared = await compare(transport, needed)
+    compared = await compare(transport, needed) if connects else []
     if format == "json":
         rows = [{"what": title(each)[0], **asdict(each)} for each in _entities(needed)]
         for row, each in zip(rows, compared, strict=bool(compared)):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Annotated
@@ -98,13 +99,17 @@ async def _run(pipeline: Pipeline, *, is_plain: bool, save_svg: Path | None) -> 
             url = mask_url(pipeline.url)
             msg = f"{url} could not be reached within {START_TIMEOUT:g} s; check --url"
             raise BrokerUnavailable(msg) from error
-        is_live = console.is_terminal and not is_plain
-        async with _live(pipeline, console) if is_live else _lines(pipeline):
-            await pipeline.publish()
-            # While the last orders are still in the pipeline, so that the picture shows activity.
-            if save_svg is not None:
-                _save(dashboard(pipeline), save_svg)
-            in_time = await pipeline.wait_finished()
+        if console.is_terminal and not is_plain:
+            # Its last state stays on the terminal.
+            draw = partial(dashboard, pipeline)
+            stack.enter_context(Live(get_renderable=draw, console=console, refresh_per_second=8))
+        else:
+            await stack.enter_async_context(_lines(pipeline))
+        await pipeline.publish()
+        # While the last orders are still in the pipeline, so that the picture shows activity.
+        if save_svg is not None:
+            _save(dashboard(pipeline), save_svg)
+        in_time = await pipeline.wait_finished()
     checks = pipeline.check_counts()
     is_ok = all(each.is_ok for each in checks)
     print("\nWhat was published, and what happened to it:")
@@ -126,13 +131,6 @@ def dashboard(pipeline: Pipeline) -> Dashboard:
         f"{pipeline.stats.elapsed:.0f} s, {pipeline.published:,} orders published,"
         f" {pipeline.finished:,} finished",
     )
-
-
-@asynccontextmanager
-async def _live(pipeline: Pipeline, console: Console) -> AsyncIterator[None]:
-    """Show a live dashboard; its last state stays on the terminal."""
-    with Live(get_renderable=lambda: dashboard(pipeline), console=console, refresh_per_second=8):
-        yield
 
 
 @asynccontextmanager
