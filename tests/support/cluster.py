@@ -49,7 +49,7 @@ class Cluster:
     """
 
     def __init__(self, server: Path, folder: Path, *, conf: Sequence[str] = ()) -> None:
-        self._epmd = Epmd.of(server)
+        self._epmd = Epmd(server)
         self.nodes = tuple(
             RabbitMQ(server, folder / name, conf=[*_CONF, *conf], name=name, epmd=self._epmd)
             for name in _NAMES

@@ -52,7 +52,6 @@ LONGER_FOR_A_REASON = {
     "core/message.py": "all that a handler can see of a message is in one file",
     "core/settlement_plan.py": "what becomes of each result is decided in one place",
     "core/topology.py": "what is declared, in which order and as what, is in one place",
-    "adapters/memory/vhost.py": "whatever changes several queues, or exchanges and queues, at once",
     "adapters/memory/queue.py": "all places in which a message of one queue can be",
     "adapters/memory/channel.py": "what a client may do on one channel, in both protocols",
     "adapters/memory/session.py": "both connections of a client, to consume and to publish",

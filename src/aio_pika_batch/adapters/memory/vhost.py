@@ -297,17 +297,11 @@ class VirtualHost:
         if self._dead_letters is not None and queue.spec.type is QueueType.CLASSIC:
             self._dead_letters.append((queue, message, reason))
             return True
-        exchange = queue.spec.dead_letter_exchange
+        exchange, key = queue.spec.dead_letter_exchange, queue.spec.dead_letter_routing_key
         if exchange is None or (exchange and exchange not in self.exchanges):
             return self._not_sent(queue, message, "no dead-letter exchange")
         dead_letter = make_dead_letter(
-            message,
-            queue.name,
-            reason,
-            exchange,
-            queue.spec.dead_letter_routing_key,
-            self.now,
-            self.rules,
+            message, queue.name, reason, exchange, key, self.now, self.rules
         )
         targets = self.route(dead_letter)
         if not targets:

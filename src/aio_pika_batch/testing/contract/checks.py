@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -186,15 +186,15 @@ class CheckContext:
         """The existing queue, to be checked only."""
         return Topology(queues=(Queue(self.queue, check_only=True),))
 
-    def subscription(self, **more: Any) -> Subscription:  # noqa: ANN401  -- Subscription's own
-        """Return a subscription to the queue, with room for all that a check puts there."""
+    def session(self, **more: Any) -> AbstractAsyncContextManager[Session]:  # noqa: ANN401  -- Subscription's own
+        """Open a session on the queue, with room for all that a check puts there."""
         values = {"queue": self.queue, "prefetch": 1000, "consumer_tag": CONSUMER_TAG, **more}
-        return Subscription(**values)
+        return self.transport.session(Subscription(**values))
 
     @asynccontextmanager
     async def read(self, **more: Any) -> AsyncIterator[SessionReader]:  # noqa: ANN401  -- the same
         """Open a session and read it."""
-        async with self.transport.session(self.subscription(**more)) as session:
+        async with self.session(**more) as session:
             reader = SessionReader(session, patience=self.patience, quiet=self.quiet)
             try:
                 yield reader

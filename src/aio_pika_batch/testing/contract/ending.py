@@ -116,7 +116,7 @@ async def _close(ctx: CheckContext) -> None:
 @GROUP.clause("prefetched messages that were never received go back, too", "prefetches")
 async def _close_unread(ctx: CheckContext) -> None:
     bodies = await ctx.put(5)
-    async with ctx.transport.session(ctx.subscription()):
+    async with ctx.session():
         await ctx.expect_count(0)
     await ctx.expect_messages(bodies)
 
@@ -152,7 +152,7 @@ async def _closed(ctx: CheckContext) -> None:
 
 @GROUP.clause("a receive that waits while the session closes raises SessionClosed")
 async def _close_wakes_receive(ctx: CheckContext) -> None:
-    async with ctx.transport.session(ctx.subscription()) as session:
+    async with ctx.session() as session:
         waiting = asyncio.ensure_future(anext(aiter(session)))
         await asyncio.sleep(ctx.quiet)
     with expect_error(SessionClosed, "waiting for messages while the session closes"):
@@ -287,7 +287,7 @@ async def _unreachable(ctx: CheckContext) -> None:
     with expect_error(BrokerUnavailable, "declaring nothing"):
         await ctx.transport.declare(Topology())
     with expect_error(BrokerUnavailable, "opening a session"):
-        async with ctx.transport.session(ctx.subscription()):
+        async with ctx.session():
             pass
     with expect_error(BrokerUnavailable, "opening a publisher"):
         async with ctx.transport.publisher():

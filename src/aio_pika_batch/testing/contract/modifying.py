@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from aio_pika_batch.core.message import FieldValue, Message
 from aio_pika_batch.core.settlement import Disposition, Modification
@@ -39,9 +40,12 @@ def _confirming(session: Session) -> ConfirmingSession:
     return session
 
 
-async def _modify(reader: SessionReader, messages: Sequence[Message], **how: object) -> None:
-    tags = tuple(message.delivery_tag for message in messages)
-    await _modifying(reader.session).modify([Modification(tags, **how)])  # type: ignore[arg-type]
+def _modification(messages: Iterable[Message], **how: Any) -> Modification:  # noqa: ANN401  -- Modification's own
+    return Modification(tuple(message.delivery_tag for message in messages), **how)
+
+
+async def _modify(reader: SessionReader, messages: Iterable[Message], **how: object) -> None:
+    await _modifying(reader.session).modify([_modification(messages, **how)])
 
 
 def _shown(message: Message, headers: dict[str, FieldValue]) -> dict[str, FieldValue]:
@@ -73,10 +77,7 @@ async def _several(ctx: CheckContext) -> None:
     await ctx.put(40)
     async with ctx.read() as reader:
         messages = await reader.take(40)
-        changes = [
-            Modification(tuple(each.delivery_tag for each in messages[at::4]), headers={"x-no": at})
-            for at in range(3)
-        ]
+        changes = [_modification(messages[at::4], headers={"x-no": at}) for at in range(3)]
         await _modifying(reader.session).modify(changes)
         again = await reader.take(30)
         of = {body: at for at in range(3) for body in bodies_of(messages[at::4])}
@@ -98,9 +99,8 @@ async def _settled_together(ctx: CheckContext) -> None:
     await ctx.put(4)
     async with ctx.read() as reader:
         messages = await reader.take(4)
-        modified = Modification(tuple(each.delivery_tag for each in messages[:2]))
         acks = settlement(Disposition.ACK, messages[2:])
-        await _modifying(reader.session).modify([modified], [acks])
+        await _modifying(reader.session).modify([_modification(messages[:2])], [acks])
         again = await reader.take(2)
         expect(sorted(bodies_of(messages[:2])), sorted(bodies_of(again)), "what comes back")
         await reader.settle(Disposition.ACK, again)
@@ -201,10 +201,7 @@ async def _unreadable(ctx: CheckContext) -> None:
         for headers in wrong:
             with expect_error(SettlementError, f"the headers {headers}"):
                 await _modifying(reader.session).modify(
-                    [
-                        Modification((first.delivery_tag,)),
-                        Modification((second.delivery_tag,), headers=headers),  # type: ignore[arg-type]
-                    ]
+                    [_modification([first]), _modification([second], headers=headers)]
                 )
         await reader.expect_nothing()
         await reader.settle(Disposition.ACK, messages)
@@ -225,10 +222,9 @@ async def _refused(ctx: CheckContext) -> None:
             with expect_error(SettlementError, f"modifying the tags {tags}"):
                 await session.modify([Modification(tags)])
         with expect_error(SettlementError, "modifying a tag twice at once"):
-            twice = Modification((second.delivery_tag,))
-            await session.modify([twice, twice])
+            await session.modify([_modification([second]), _modification([second])])
         await reader.expect_nothing()
-        await session.modify([Modification((second.delivery_tag,))])
+        await session.modify([_modification([second])])
         with expect_error(SettlementError, "settling a modified tag"):
             await reader.settle(Disposition.ACK, [third, second])
         await reader.settle(Disposition.ACK, [third, *await reader.take(1)])

@@ -127,7 +127,7 @@ async def _no_limit(ctx: CheckContext) -> None:
 async def _cancelled_receive(ctx: CheckContext) -> None:
     expected: list[bytes] = []
     found: list[bytes] = []
-    async with ctx.transport.session(ctx.subscription()) as session:
+    async with ctx.session() as session:
         chunks = aiter(session)
         # Cancel before a message comes, while it comes, and after it has come.
         for turns in range(_MOST_TURNS):
@@ -159,7 +159,7 @@ def _chunk(chunk: Sequence[Message] | None) -> Sequence[Message]:
 
 @GROUP.clause("a session has exactly the abilities that the features claim")
 async def _as_claimed(ctx: CheckContext) -> None:
-    async with ctx.transport.session(ctx.subscription()) as session:
+    async with ctx.session() as session:
         for claimed, protocol, what in (
             (ctx.features.pumps, PumpingSession, "it can pump"),
             (ctx.features.adjusts, AdjustableSession, "it can be paused"),
@@ -177,7 +177,7 @@ async def _as_claimed(ctx: CheckContext) -> None:
 async def _pumps(ctx: CheckContext) -> None:
     bodies = await ctx.put(50)
     seen: list[Message] = []
-    async with ctx.transport.session(ctx.subscription()) as session:
+    async with ctx.session() as session:
         pumping = asyncio.create_task(_pumping(session).pump(seen.extend))
         await ctx.expect_count(0)
         expect(bodies, sorted(bodies_of(seen), key=int), "the pumped messages")
@@ -201,7 +201,7 @@ async def _sink_fails(ctx: CheckContext) -> None:
         calls += 1
         raise LookupError("the sink is broken")
 
-    async with ctx.transport.session(ctx.subscription()) as session:
+    async with ctx.session() as session:
         await ctx.harness.put([b"1"])
         pumping = _pumping(session)
         with expect_error(LookupError, "pumping into a sink that fails"):
@@ -221,7 +221,7 @@ def _pumping(session: Session) -> PumpingSession:
 
 @GROUP.clause("native objects are opened once", "has_native")
 async def _native(ctx: CheckContext) -> None:
-    async with ctx.transport.session(ctx.subscription()) as session:
+    async with ctx.session() as session:
         if not isinstance(session, NativeSession):
             raise ClauseBroken("the session has no method native")
         first, second = await session.native(), await session.native()
@@ -273,15 +273,15 @@ async def _different_arguments(ctx: CheckContext) -> None:
 @GROUP.clause("consuming from a missing queue raises TopologyError")
 async def _missing(ctx: CheckContext) -> None:
     with expect_error(TopologyError, "consuming from a missing queue"):
-        async with ctx.transport.session(ctx.subscription(queue=ctx.harness.fresh)):
+        async with ctx.session(queue=ctx.harness.fresh):
             pass
 
 
 @GROUP.clause("an exclusive consumer's queue refuses a second session", "exclusive_consumers")
 async def _exclusive_consumer(ctx: CheckContext) -> None:
-    async with ctx.transport.session(ctx.subscription(exclusive=True)):
+    async with ctx.session(exclusive=True):
         with expect_error(TopologyError, "consuming beside an exclusive consumer"):
-            async with ctx.transport.session(ctx.subscription()):
+            async with ctx.session():
                 pass
 
 
@@ -293,7 +293,7 @@ async def _exclusive_queue(ctx: CheckContext) -> None:
         async with ctx.read(queue=fresh, own=own) as reader:
             await reader.settle(Disposition.ACK, [])
             with expect_error(TopologyError, "consuming another session's own queue"):
-                async with ctx.transport.session(ctx.subscription(queue=fresh)):
+                async with ctx.session(queue=fresh):
                     pass
         await ctx.expect_count(None, fresh)
 

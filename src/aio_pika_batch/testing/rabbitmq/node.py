@@ -68,17 +68,16 @@ def _read_version(connection: socket.socket) -> str | None:
 
 
 class Epmd:
-    """The private port mapper of a node, or of the nodes of one cluster."""
+    """The private port mapper of a node, or of the nodes of one cluster.
 
-    def __init__(self, program: str) -> None:
+    Args:
+        server: The start script of a RabbitMQ, whose Erlang it belongs to.
+    """
+
+    def __init__(self, server: Path) -> None:
         self.port = free_port()
-        self._program = program
+        self._program = _epmd_of(server)
         self._process: subprocess.Popen[bytes] | None = None
-
-    @classmethod
-    def of(cls, server: Path) -> Self:
-        """Return the port mapper of the Erlang that belongs to a RabbitMQ's start script."""
-        return cls(_epmd_of(server))
 
     def start(self) -> None:
         """Start it, unless it runs already."""
@@ -126,7 +125,7 @@ class RabbitMQ:
         self.version = "not started"
         self.port = free_port()
         self._shared_epmd = epmd
-        self._epmd = epmd or Epmd.of(server)
+        self._epmd = epmd or Epmd(server)
         self._erl_call = shutil.which("erl_call", path=str(Path(_epmd_of(server)).parent))
         self._process: subprocess.Popen[bytes] | None = None
         self._alarmed = False
@@ -192,14 +191,8 @@ class RabbitMQ:
         return self._run("rabbitmq-queues", args, timeout)
 
     def _run(self, program: str, args: Sequence[str], timeout: float) -> str:
-        done = subprocess.run(
-            [str(self.server.with_name(program)), "--node", self.name, "--quiet", *args],
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        command = [str(self.server.with_name(program)), "--node", self.name, "--quiet", *args]
+        done = self._call(command, timeout)
         if done.returncode:
             raise RuntimeError(f"{program} {' '.join(args)}:\n{done.stdout}{done.stderr}")
         return done.stdout
@@ -209,18 +202,23 @@ class RabbitMQ:
         if self._erl_call is None:
             return self.rabbitmqctl("eval", expression).strip()
         # Unlike `rabbitmqctl` it starts no Erlang VM, which takes seconds on a busy machine.
-        done = subprocess.run(
-            [self._erl_call, "-sname", self.name, "-e"],
-            env=self._environment,
-            input=f"{expression}\n",
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = self._call([self._erl_call, "-sname", self.name, "-e"], 60, f"{expression}\n")
         if not done.stdout.startswith("{ok, "):
             raise RuntimeError(f"{expression}:\n{done.stdout}{done.stderr}")
         return done.stdout.strip().removeprefix("{ok, ").removesuffix("}")
+
+    def _call(
+        self, command: Sequence[str], timeout: float, given: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            env=self._environment,
+            input=given,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
 
     def close_all_connections(self, reason: str = "closed by a test") -> None:
         """Make the broker close all connections with 320 CONNECTION_FORCED."""
