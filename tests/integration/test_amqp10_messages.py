@@ -84,7 +84,7 @@ class Both:
 
     async def publish_over_10(self, payloads: Sequence[bytes]) -> None:
         """Publish messages with these very sections."""
-        connection = await open_amqp10(self.over_10._endpoint, self.over_10._addresses)
+        connection = await open_amqp10(self.over_10._endpoint)
         heard: asyncio.Queue[Any] = asyncio.Queue()
         connection.listen(heard.put_nowait)
 

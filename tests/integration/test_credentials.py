@@ -189,7 +189,7 @@ async def test_a_password_appears_nowhere(  # noqa: PLR0915  -- one story, searc
     # --- and what is handed around inside
     endpoint = endpoint_of(running.settings, "Failing")
     addresses = parse_url(endpoint.url)
-    connection = await open_connection(endpoint, addresses)
+    connection = await open_connection(endpoint)
     everything.hear(endpoint, addresses, connection, connection.connection, connection.tap)
     await connection.close()
 

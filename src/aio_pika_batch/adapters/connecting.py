@@ -11,11 +11,11 @@ import logging
 import random
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from aio_pika_batch.adapters import tls
-from aio_pika_batch.adapters.url import Address
+from aio_pika_batch.adapters.url import Address, parse_url
 from aio_pika_batch.errors import (
     AccessRefused,
     BrokerUnavailable,
@@ -42,16 +42,15 @@ class _UnknownHost(AccessRefused):
     """The host name does not exist. For this address, it is as final as a refusal."""
 
 
-async def connect_to_first(
-    addresses: Sequence[Address], connect: Callable[[Address], Awaitable[T]]
-) -> T:
-    """Call *connect* with one address after another, in random order, until it succeeds.
+async def connect_to_first(endpoint: Endpoint, connect: Callable[[Address], Awaitable[T]]) -> T:
+    """Call *connect* with one address of the URL after another, in random order, until it succeeds.
 
     Raises:
         AccessRefused: At least one broker answered, and none accepted the connection; or no host
             name exists.
         BrokerUnavailable: No broker answered.
     """
+    addresses = parse_url(endpoint.url)
     errors: list[TransportError] = []
     # In random order, so that the connections spread over the nodes of a cluster.
     for address in random.sample(addresses, len(addresses)):

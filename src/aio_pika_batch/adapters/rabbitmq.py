@@ -24,8 +24,7 @@ from aio_pika_batch.adapters.amqp10.connection import (
 )
 from aio_pika_batch.adapters.amqp10.management import QueueInfo, look_up_queue
 from aio_pika_batch.adapters.amqp10.session import Amqp10Session
-from aio_pika_batch.adapters.tls import check_tls
-from aio_pika_batch.adapters.url import parse_url
+from aio_pika_batch.adapters.tls import check_endpoint
 from aio_pika_batch.core.topology import (
     AMQP10_SINCE,
     Amqp10Obstacle,
@@ -70,19 +69,18 @@ class AioPikaTransport:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._addresses = parse_url(endpoint.url)
         self._version: Version | None = None
         # Reads the TLS files only to report errors early. Each connection reads them again.
-        check_tls(endpoint, self._addresses)
+        check_endpoint(endpoint)
 
     async def declare(self, topology: Topology) -> Mapping[str, UnfulfilledWishes]:
         """Declare and check. Exclusive queues are deleted again, with their connection."""
-        self._version, unfulfilled = await declare(self._endpoint, self._addresses, topology)
+        self._version, unfulfilled = await declare(self._endpoint, topology)
         return unfulfilled
 
     async def exchange_type(self, exchange: Exchange) -> str | None:
         """Return the type that an exchange has on the broker."""
-        return await exchange_type(self._endpoint, self._addresses, exchange)
+        return await exchange_type(self._endpoint, exchange)
 
     @property
     def broker_version(self) -> Version | None:
@@ -91,15 +89,15 @@ class AioPikaTransport:
 
     async def count(self, queue: str) -> int:
         """Return how many messages are ready in a queue."""
-        return await count(self._endpoint, self._addresses, queue)
+        return await count(self._endpoint, queue)
 
     def session(self, subscription: Subscription) -> AbstractAsyncContextManager[Session]:
         """Open a connection and consume; close both on leaving the context."""
-        return open_session(self._endpoint, self._addresses, subscription)
+        return open_session(self._endpoint, subscription)
 
     def publisher(self) -> AbstractAsyncContextManager[AioPikaPublisher]:
         """Open a connection for publishing; close it on leaving the context."""
-        return open_publisher(self._endpoint, self._addresses)
+        return open_publisher(self._endpoint)
 
 
 class Amqp10Transport(AioPikaTransport):
@@ -130,7 +128,7 @@ class Amqp10Transport(AioPikaTransport):
         opened = await self._open(subscription)
         if isinstance(opened, str):
             self._log_choice(subscription.queue, opened)
-            async with open_session(self._endpoint, self._addresses, subscription) as session:
+            async with open_session(self._endpoint, subscription) as session:
                 remaining = self._fallback_left(subscription.queue)
                 timer = loop.call_later(remaining, session.expire) if remaining else None
                 try:
@@ -154,7 +152,7 @@ class Amqp10Transport(AioPikaTransport):
         if reason is not None:
             return reason
         try:
-            connection = await open_amqp10(self._endpoint, self._addresses)
+            connection = await open_amqp10(self._endpoint)
         except BrokerUnavailable as error:
             if not isinstance(error, Amqp10Unsupported) and not isinstance(
                 error.__cause__, Amqp10Unsupported

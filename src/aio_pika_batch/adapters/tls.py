@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from aio_pika_batch.adapters.url import Address, parse_url
 from aio_pika_batch.errors import AccessRefused, ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    from aio_pika_batch.adapters.url import Address
     from aio_pika_batch.transport import Endpoint
 
 _log = logging.getLogger("aio_pika_batch.tls")
@@ -66,13 +66,13 @@ class TlsOptions:
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
-def check_tls(endpoint: Endpoint, addresses: Sequence[Address]) -> None:
-    """Check the TLS options, and log a warning if verification is off.
+def check_endpoint(endpoint: Endpoint) -> None:
+    """Check the URL and the TLS options, and log a warning if verification is off.
 
     Raises:
-        ConfigurationError: An option is invalid. The text names the setting, or the URL parameter.
+        ConfigurationError: One is invalid. The text names the setting, or the URL parameter.
     """
-    for address in addresses:
+    for address in parse_url(endpoint.url):
         if not address.tls:
             _refuse_unencrypted(endpoint, address)
             continue

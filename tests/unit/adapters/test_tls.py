@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 from aio_pika_batch.adapters import tls
 from aio_pika_batch.adapters.aio_pika.connection import open_connection
 from aio_pika_batch.adapters.rabbitmq import open_transport
-from aio_pika_batch.adapters.url import Address, parse_url
+from aio_pika_batch.adapters.url import Address
 from aio_pika_batch.errors import BrokerUnavailable, ConfigurationError
 from aio_pika_batch.transport import Endpoint
 
@@ -180,7 +180,7 @@ async def test_a_file_that_disappears_later_is_a_temporary_error() -> None:
     """It is probably being replaced."""
     endpoint = Endpoint(url="amqps://localhost", ssl_cafile="/no/such")
     with pytest.raises(BrokerUnavailable, match="was not tried: ssl_cafile: there is no file"):
-        await open_connection(endpoint, parse_url(endpoint.url))
+        await open_connection(endpoint)
 
 
 def test_representations_show_no_password() -> None:

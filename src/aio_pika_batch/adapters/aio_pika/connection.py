@@ -44,7 +44,6 @@ from aio_pika_batch.errors import BrokerUnavailable, ConfigurationError, Transpo
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from aiormq.channel import Channel
@@ -167,10 +166,8 @@ class OpenConnection:
         await finish_within(CLOSE_TIMEOUT, self.connection.close(), self.tap.abort)
 
 
-async def open_connection(
-    endpoint: Endpoint, addresses: Sequence[Address], *, watches_loop: bool = False
-) -> OpenConnection:
-    """Connect to the first of the addresses that answers, in random order.
+async def open_connection(endpoint: Endpoint, *, watches_loop: bool = False) -> OpenConnection:
+    """Connect to the first of the URL's addresses that answers, in random order.
 
     Args:
         watches_loop: Whether to log when the event loop is blocked for too long.
@@ -182,7 +179,7 @@ async def open_connection(
         ConfigurationError: The installed aiormq cannot be used.
     """
     return await connect_to_first(
-        addresses, lambda address: _connect(endpoint, address, watches_loop=watches_loop)
+        endpoint, lambda address: _connect(endpoint, address, watches_loop=watches_loop)
     )
 
 

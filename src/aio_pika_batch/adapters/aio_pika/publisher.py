@@ -82,7 +82,6 @@ if TYPE_CHECKING:
     from aiormq.abc import AbstractChannel
 
     from aio_pika_batch.adapters.aio_pika.events import Event
-    from aio_pika_batch.adapters.url import Address
     from aio_pika_batch.core.message import Properties
     from aio_pika_batch.core.publication import Outgoing
     from aio_pika_batch.transport import Endpoint
@@ -100,11 +99,9 @@ AT_ONCE = 200
 
 
 @asynccontextmanager
-async def open_publisher(
-    endpoint: Endpoint, addresses: Sequence[Address]
-) -> AsyncIterator[AioPikaPublisher]:
+async def open_publisher(endpoint: Endpoint) -> AsyncIterator[AioPikaPublisher]:
     """Connect, and open a channel in confirm mode; close both on leaving the context."""
-    connection = await open_connection(endpoint, addresses)
+    connection = await open_connection(endpoint)
     publisher = AioPikaPublisher(connection, endpoint.publish_timeout)
     try:
         await publisher.open(endpoint.connect_timeout)

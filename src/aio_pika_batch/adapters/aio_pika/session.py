@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from aio_pika_batch.adapters.aio_pika.events import Event
-    from aio_pika_batch.adapters.url import Address
     from aio_pika_batch.core.message import Message
     from aio_pika_batch.core.settlement import Settlement
     from aio_pika_batch.core.topology import Version
@@ -69,13 +68,11 @@ _T = TypeVar("_T")
 
 @asynccontextmanager
 async def open_session(
-    endpoint: Endpoint,
-    addresses: Sequence[Address],
-    subscription: Subscription,
+    endpoint: Endpoint, subscription: Subscription
 ) -> AsyncIterator[AioPikaSession]:
     """Connect and consume; close on leaving the context."""
     # Only here: a consumer has further connections, and one line about a block is enough.
-    connection = await open_connection(endpoint, addresses, watches_loop=True)
+    connection = await open_connection(endpoint, watches_loop=True)
     session = AioPikaSession(connection, subscription)
     try:
         await session.open(endpoint.connect_timeout)

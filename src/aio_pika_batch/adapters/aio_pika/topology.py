@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from aiormq.channel import Channel
 
     from aio_pika_batch.adapters.aio_pika.events import Closed
-    from aio_pika_batch.adapters.url import Address
     from aio_pika_batch.core.message import Headers
     from aio_pika_batch.transport import Endpoint
 
@@ -75,7 +74,7 @@ def refuse_streams(topology: Topology) -> None:
 
 
 async def declare(
-    endpoint: Endpoint, addresses: Sequence[Address], topology: Topology
+    endpoint: Endpoint, topology: Topology
 ) -> tuple[Version | None, dict[str, UnfulfilledWishes]]:
     """Declare and check. Raises TopologyError, AccessRefused or BrokerUnavailable.
 
@@ -84,7 +83,7 @@ async def declare(
     """
     refuse_streams(topology)
     unfulfilled: dict[str, UnfulfilledWishes] = {}
-    async with _Declarer(endpoint, addresses) as declarer:
+    async with _Declarer(endpoint) as declarer:
         # The default exchange first: a user who can't retry declares nothing.
         first = [each for each in topology.publishes if not each.exchange]
         await declarer.check_publishing(first)
@@ -96,11 +95,9 @@ async def declare(
     return declarer.version, {name: each for name, each in unfulfilled.items() if each}
 
 
-async def exchange_type(
-    endpoint: Endpoint, addresses: Sequence[Address], exchange: Exchange
-) -> str | None:
+async def exchange_type(endpoint: Endpoint, exchange: Exchange) -> str | None:
     """Return the type of an existing exchange; None if it is missing, or can't be seen."""
-    async with _Declarer(endpoint, addresses) as declarer:
+    async with _Declarer(endpoint) as declarer:
         if await declarer.attempt(exchange, passive=True) is not None:
             return None
         # If it is deleted in between, this creates it as the consumer would.
@@ -125,9 +122,8 @@ class _Declarer:
         version: The version of the broker, if it is a RabbitMQ.
     """
 
-    def __init__(self, endpoint: Endpoint, addresses: Sequence[Address]) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._addresses = addresses
         self._channel: _DeclareChannel | None = None
         self._where = ""
         self.ready = 0
@@ -144,7 +140,7 @@ class _Declarer:
 
     async def _open(self) -> _DeclareChannel:
         if self._channel is None:
-            connection = await open_connection(self._endpoint, self._addresses)
+            connection = await open_connection(self._endpoint)
             self._channel = _DeclareChannel(connection, self._endpoint.connect_timeout)
             self.version = self._channel.version
             self._where = str(connection.address)
@@ -212,9 +208,9 @@ class _Declarer:
                 raise publish_refusal_error(closed.code, closed.text, check.exchange, self._where)
 
 
-async def count(endpoint: Endpoint, addresses: Sequence[Address], queue: str) -> int:
+async def count(endpoint: Endpoint, queue: str) -> int:
     """Return how many messages are ready in a queue. Raises as `declare` does."""
-    async with _Declarer(endpoint, addresses) as declarer:
+    async with _Declarer(endpoint) as declarer:
         await declarer.declare_or_raise(Queue(queue, check_only=True))
         return declarer.ready
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 from aio_pika_batch.adapters.amqp10 import spec
@@ -97,9 +97,9 @@ def end_reason(what: str, error: PeerError | None) -> str:
     return f"the broker ended the {what}: {error}"
 
 
-async def open_amqp10(endpoint: Endpoint, addresses: Sequence[Address]) -> Amqp10Connection:
+async def open_amqp10(endpoint: Endpoint) -> Amqp10Connection:
     """Connect to one of the brokers and log in; see `connect_to_first`."""
-    return await connect_to_first(addresses, lambda address: _open(endpoint, address))
+    return await connect_to_first(endpoint, lambda address: _open(endpoint, address))
 
 
 async def _open(endpoint: Endpoint, address: Address) -> Amqp10Connection:

@@ -13,7 +13,6 @@ from aio_pika_batch.adapters.aio_pika.connection import (
     TappedConnection,
     open_connection,
 )
-from aio_pika_batch.adapters.url import parse_url
 from aio_pika_batch.errors import AioPikaBatchError, BrokerUnavailable, ConfigurationError
 from aio_pika_batch.transport import Endpoint, Wire
 
@@ -28,7 +27,7 @@ async def failure(monkeypatch: pytest.MonkeyPatch, connect: Any, wire: Wire) -> 
     monkeypatch.setattr(TappedConnection, "connect", connect)
     endpoint = Endpoint(url=URL, wire=wire)
     with pytest.raises(AioPikaBatchError) as caught:
-        await open_connection(endpoint, parse_url(URL))
+        await open_connection(endpoint)
     return caught.value
 
 
@@ -90,7 +89,7 @@ async def test_a_failed_attempt_leaves_no_line_of_the_client(
     monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", refuse)
     if is_ours:
         with pytest.raises(BrokerUnavailable):
-            await open_connection(Endpoint(url=URL), parse_url(URL))
+            await open_connection(Endpoint(url=URL))
         assert [] == [each.getMessage() for each in caplog.records]
     # After one of ours, too: the mark doesn't leave its task.
     with pytest.raises(ConnectionError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote, urlencode
 
 from aio_pika_batch.adapters.amqp10 import performatives as p
 from aio_pika_batch.adapters.amqp10 import spec
@@ -20,9 +21,18 @@ from aio_pika_batch.transport import Endpoint
 from tests.unit.adapters.amqp10.broker import Broker
 from tests.unit.adapters.amqp10.spoken import FRAME_MAX, frame, section
 
-ENDPOINT = Endpoint(url="amqp://broker", heartbeat=10, connection_name="container")
 ADDRESS = Address("broker", 5672, "user", "s3cret", "v/1")
 SHOWN = "amqp://broker:5672/v%2F1"
+
+
+def endpoint(*addresses: Address, heartbeat: int = 10) -> Endpoint:
+    """How to connect to one of these."""
+    urls = [
+        f"{'amqps' if each.tls else 'amqp'}://{each.user}:{each.password}@{each.host}:{each.port}"
+        f"/{quote(each.vhost, safe='')}?{urlencode(each.options)}"
+        for each in addresses
+    ]
+    return Endpoint(url=",".join(urls), heartbeat=heartbeat, connection_name="container")
 
 
 def about_queue(kind: str, status: str = "200", **arguments: Any) -> bytes:

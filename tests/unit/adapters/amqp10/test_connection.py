@@ -28,7 +28,7 @@ from aio_pika_batch.errors import (
     TransportError,
 )
 from aio_pika_batch.testing.virtual_time import VirtualTimeLoop
-from tests.unit.adapters.amqp10.server import ADDRESS, ENDPOINT, SHOWN, Server, sent
+from tests.unit.adapters.amqp10.server import ADDRESS, SHOWN, Server, endpoint, sent
 
 
 @pytest.fixture
@@ -57,17 +57,18 @@ def server(servers: dict[str, Any]) -> Server:
     return found
 
 
-async def opened(address: Address = ADDRESS, **options: str) -> Amqp10Connection:
+async def opened(
+    address: Address = ADDRESS, heartbeat: int = 10, **options: str
+) -> Amqp10Connection:
     """A connection that is open."""
-    return await open_amqp10(ENDPOINT, [replace(address, options=options)])
+    return await open_amqp10(endpoint(replace(address, options=options), heartbeat=heartbeat))
 
 
 async def refusal(*addresses: Address, **options: str) -> TransportError:
     """Why it could not be opened."""
+    usual = replace(ADDRESS, tls="cafile" in options, options=options)
     with pytest.raises(TransportError) as caught:
-        await open_amqp10(
-            ENDPOINT, addresses or [replace(ADDRESS, tls="cafile" in options, options=options)]
-        )
+        await open_amqp10(endpoint(*(addresses or [usual])))
     assert "s3cret" not in str(caught.value)
     return caught.value
 
@@ -253,7 +254,7 @@ async def test_another_broker_is_tried(servers: dict[str, Any]) -> None:
     others = [replace(ADDRESS, host=host) for host in ("down", "unknown")]
     for _ in range(10):
         servers["broker"] = Server()
-        connection = await open_amqp10(ENDPOINT, [*others, ADDRESS])
+        connection = await open_amqp10(endpoint(*others, ADDRESS))
         assert ADDRESS == connection.address
         await connection.close()
 
@@ -278,7 +279,7 @@ async def test_the_worst_of_several_errors_decides(servers: dict[str, Any], serv
 
 async def test_the_broker_hears_from_us_twice_in_its_time(server: Server) -> None:
     """It asked for something every 30 s."""
-    connection = await opened(heartbeat="0")
+    connection = await opened(heartbeat=0)
     await asyncio.sleep(61)
     assert 4 == server.heard.count("sign of life")
     await connection.close()
@@ -289,7 +290,7 @@ async def test_the_broker_hears_from_us_twice_in_its_time(server: Server) -> Non
 async def test_a_broker_that_asks_for_nothing_gets_nothing(server: Server) -> None:
     """Neither is a timer left behind."""
     server.opened = p.Open("cluster")
-    connection = await opened(heartbeat="0")
+    connection = await opened(heartbeat=0)
     await asyncio.sleep(1000)
     assert 0 == server.heard.count("sign of life")
     await connection.close()

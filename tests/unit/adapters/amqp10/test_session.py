@@ -38,7 +38,7 @@ from aio_pika_batch.transport import (
     PumpingSession,
     Subscription,
 )
-from tests.unit.adapters.amqp10.server import ADDRESS, ENDPOINT, SHOWN, Server, sent
+from tests.unit.adapters.amqp10.server import ADDRESS, SHOWN, Server, endpoint, sent
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -70,7 +70,7 @@ async def consuming(
 ) -> AsyncIterator[Amqp10Session]:
     """A session."""
     subscription = Subscription(queue="q ü", prefetch=prefetch, consumer_tag="c-1")
-    connection = await open_amqp10(ENDPOINT, [ADDRESS])
+    connection = await open_amqp10(endpoint(ADDRESS))
     session = Amqp10Session(connection, subscription, properties or {}, retries)
     try:
         await session.open(5)
