@@ -107,14 +107,14 @@ class ConsumerChannel:
         self._connection = connection
         self._subscription = subscription
         self._listener = listener
-        self._channel: Channel | None = None
+        self._channel: Channel  # opened by `consume`
         self._consumer_tag = ""
         self._pauses = 0
 
     @property
     def is_consuming(self) -> bool:
         """Whether it has a consumer, which `cancel` would cancel."""
-        return self._channel is not None and bool(self._consumer_tag)
+        return bool(self._consumer_tag)
 
     @property
     def version(self) -> Version:
@@ -125,36 +125,36 @@ class ConsumerChannel:
         """Open the channel and start the consumer. Raises TopologyError or BrokerUnavailable."""
         subject = f"consuming from queue {self._subscription.queue!r}"
         with starting(self._connection, subject, "a consumer was started"):
-            self._channel = channel = await self._connection.channel()
-            self.number = channel.number
-            await self._start(channel, self._subscription)
+            self._channel = await self._connection.channel()
+            self.number = self._channel.number
+            await self._start(self._subscription)
 
     async def resume(self, prefetch: int) -> None:
         """Start a consumer again after `cancel`, with a new tag. Raises SessionLost."""
-        if self._channel is None or self._consumer_tag:
+        if self._consumer_tag:
             return
         first = self._subscription
         self._pauses += 1
         tag = resumed_consumer_tag(first.consumer_tag, self._pauses)
         with lost_on_error("cannot resume the deliveries"):
-            await self._start(self._channel, replace(first, consumer_tag=tag, prefetch=prefetch))
+            await self._start(replace(first, consumer_tag=tag, prefetch=prefetch))
 
-    async def _start(self, channel: Channel, subscription: Subscription) -> None:
+    async def _start(self, subscription: Subscription) -> None:
         self._consumer_tag = subscription.consumer_tag
         source = RawSource(
             subscription.queue, subscription.consumer_tag, subscription.retry_count_header
         )
         # Tap before the consumer exists, so that no delivery can come earlier.
         if self._connection.is_fast:
-            self._connection.tap.listen(self._listener).tap_consumer(channel.number, source)
+            self._connection.tap.listen(self._listener).tap_consumer(self.number, source)
             on_message = _unexpected
         else:
-            on_message = self._guarded(channel.number, source)
+            on_message = self._guarded(source)
         # Set prefetch first: it applies to consumers that start after it.
-        await channel.basic_qos(prefetch_count=subscription.prefetch)
+        await self._channel.basic_qos(prefetch_count=subscription.prefetch)
         # What `Channel.basic_consume` does, for every name that the broker accepts.
-        channel.consumers[subscription.consumer_tag] = on_message
-        await channel.rpc(
+        self._channel.consumers[subscription.consumer_tag] = on_message
+        await self._channel.rpc(
             BasicConsume(
                 queue=subscription.queue,
                 consumer_tag=subscription.consumer_tag,
@@ -171,9 +171,9 @@ class ConsumerChannel:
             arguments.setdefault("x-priority", 0)
         return arguments
 
-    def _guarded(self, number: int, source: RawSource) -> Any:  # noqa: ANN401  -- a callback
+    def _guarded(self, source: RawSource) -> Any:  # noqa: ANN401  -- a callback
         guard = HeaderGuard()
-        self._connection.tap.listen(self._listener).guard(number, guard)
+        self._connection.tap.listen(self._listener).guard(self.number, guard)
 
         async def on_message(message: DeliveredMessage) -> None:
             tag = message.delivery_tag or 0
@@ -185,7 +185,7 @@ class ConsumerChannel:
 
     async def cancel(self) -> None:
         """Cancel the consumer, and wait for the broker's answer. Raises SessionLost."""
-        if self._channel is None or not self._consumer_tag:
+        if not self._consumer_tag:
             return
         with lost_on_error("basic.cancel failed"):
             await self._channel.basic_cancel(self._consumer_tag)
@@ -196,8 +196,6 @@ class ConsumerChannel:
 
     async def has_leader(self) -> bool:
         """Return whether the queue's leader answers questions. Raises SessionLost."""
-        if self._channel is None:
-            return False
         loop = asyncio.get_running_loop()
         question = QueueDeclare(queue=self._subscription.queue, passive=True)
         for _ in range(QUESTIONS):
@@ -214,19 +212,17 @@ class ConsumerChannel:
 
     async def select(self) -> None:
         """Begin to settle in transactions. Raises SessionLost."""
-        if self._channel is not None:
-            with lost_on_error("tx.select failed"):
-                await self._channel.tx_select()
+        with lost_on_error("tx.select failed"):
+            await self._channel.tx_select()
 
     async def commit(self) -> None:
         """Commit what was settled since the last commit. Raises SessionLost."""
-        if self._channel is not None:
-            with lost_on_error("tx.commit failed"):
-                await self._channel.tx_commit()
+        with lost_on_error("tx.commit failed"):
+            await self._channel.tx_commit()
 
     async def close(self) -> None:
         """Close the channel. Raises what aiormq raises."""
-        if self._channel is not None and self._connection.tap.end is None:
+        if self._connection.tap.end is None:
             await self._channel.close()
 
 

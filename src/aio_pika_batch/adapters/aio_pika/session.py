@@ -248,7 +248,7 @@ class AioPikaSession(BufferedSession):
         if self._opening_native is not None:
             self._opening_native.cancel()
         try:
-            if self._loss is None:
+            if self._channel.number and self._loss is None:
                 await finish_within(WIND_UP_TIMEOUT, self._wind_up(), self._tap.abort)
         finally:
             await self._connection.close()
