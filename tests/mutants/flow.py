@@ -533,8 +533,8 @@ SHELL = (
     Mutant(
         "Permissions are checked by a publish at each reconnect.",
         "runtime/worker_pool.py",
-        "        self._has_checked = True\n",
-        "        pass\n",
+        "            self._has_declared = True\n",
+        "            pass\n",
         (f"{_SHELL}/test_topology.py",),
     ),
     Mutant(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,8 +47,6 @@ from aio_pika_batch.transport import (
     ExpiringSession,
     PumpingSession,
     Session,
-    Subscription,
-    Transport,
 )
 
 CANCEL_TIMEOUT = 10.0
@@ -79,16 +78,15 @@ class WorkerResources:
 
     Attributes:
         declare: Declares the topology.
-        subscription: Returns what to subscribe to, for a worker's index, the session's number, and
-            a prefetch count.
+        session: Opens the session of a worker, for its index, the session's number, and a prefetch
+            count.
         publishers: Publish retries and dead letters.
         quarantine: None if the queue doesn't count deliveries.
         check: Whether the handler works at all.
     """
 
-    transport: Transport
     declare: Callable[[], Coroutine[Any, Any, None]]
-    subscription: Callable[[int, int, int], Subscription]
+    session: Callable[[int, int, int], AbstractAsyncContextManager[Session]]
     publishers: CopyPublishers
     quarantine: Quarantine | None
     shutdown: Shutdown
@@ -148,7 +146,7 @@ class ConsumeLoop:
             log=log,
         )
         self._gate = (
-            SuspectGate(session, shared.quarantine, self, prefetch=config.prefetch)
+            SuspectGate(session, shared.quarantine, self, slots, prefetch=config.prefetch)
             if shared.quarantine is not None and isinstance(session, AdjustableSession)
             else None
         )
@@ -546,11 +544,6 @@ class ConsumeLoop:
         """Whether everything that was delivered is settled, apart from what the gate has."""
         # Copies that are refused don't count: a broker that is blocked would stop the intake.
         return not (self._tasks or len(self._batcher) or self._settler.held.retries)
-
-    @property
-    def has_free_slot(self) -> bool:
-        """Whether another batch can be started."""
-        return self._slots.is_free
 
     def finish_early(self) -> None:
         """Handle what is buffered, and publish the retries that are held, without a delay."""

@@ -20,6 +20,7 @@ from aio_pika_batch.core.quarantine import (
     delivery_count,
 )
 from aio_pika_batch.logs import BurstLog, KeywordLogger
+from aio_pika_batch.runtime.handler import HandlerSlots
 from aio_pika_batch.transport import AdjustableSession
 
 DOUBT = 60.0
@@ -36,11 +37,6 @@ class GatedLoop(Protocol):
     @property
     def is_idle(self) -> bool:
         """Whether everything that was delivered is settled, apart from what the gate has."""
-        ...
-
-    @property
-    def has_free_slot(self) -> bool:
-        """Whether another batch can be started."""
         ...
 
     def finish_early(self) -> None:
@@ -124,12 +120,14 @@ class SuspectGate:
         session: AdjustableSession,
         quarantine: Quarantine,
         loop: GatedLoop,
+        slots: HandlerSlots,
         *,
         prefetch: int,
     ) -> None:
         self._session = session
         self._quarantine = quarantine
         self._loop = loop
+        self._slots = slots
         self.full = prefetch
         self._wanted = ALONE
         self._current: int | None = ALONE
@@ -203,7 +201,7 @@ class SuspectGate:
         try:
             await self._finish(keep=1)
             await self._until(lambda: all(each.has_made_way for each in quarantine.gates - {self}))
-            await self._until(lambda: self._loop.has_free_slot)
+            await self._until(lambda: self._slots.is_free)
             if self.suspects:
                 await self._loop.handle_alone(self.suspects.pop())
         finally:

@@ -372,20 +372,17 @@ class Settler:
         for copy, outcome in zip(copies, outcomes, strict=True):
             if outcome is Outcome.CONFIRMED:
                 confirmed.append(copy)
+                continue
+            # If its wait queue has turned out to be missing, it waits here.
+            can_delay = self._publishers.retries.can_delay
+            held = copy if can_delay else self.planner.held_instead(copy)
+            if held is copy:
+                self.held.add_unconfirmed(copy, outcome, arrived=arrived)
             else:
-                self._hold_unconfirmed_one(copy, outcome, arrived)
+                self.hold(held, arrived)
         if confirmed:
             self._is_giving_back = False
         return confirmed
-
-    def _hold_unconfirmed_one(self, copy: PendingCopy, outcome: Outcome, arrived: float) -> None:
-        if not self._publishers.retries.can_delay:
-            # Its wait queue has turned out to be missing, so it waits here.
-            held = self.planner.held_instead(copy)
-            if held is not copy:
-                self._hold_retries([held], arrived)
-                return
-        self.held.add_unconfirmed(copy, outcome, arrived=arrived)
 
     async def _modify(
         self, changes: Sequence[PendingCopy], settlements: Sequence[Settlement] = ()

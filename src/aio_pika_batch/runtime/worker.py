@@ -55,12 +55,6 @@ _CONSUMES = (WorkerState.CONSUMING, WorkerState.PROBING)
 T = TypeVar("T")
 
 
-def is_being_cancelled() -> bool:
-    """Return whether the current task is being cancelled, and not only something that it awaits."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
 class _Stopped(Exception):
     """A stop was requested first."""
 
@@ -189,8 +183,9 @@ class Worker:
         except _Stopped:
             return None
         except asyncio.CancelledError as error:
+            task = asyncio.current_task()
             # The event loop cancels this task when it is closed.
-            if is_being_cancelled():
+            if task is not None and task.cancelling():
                 raise
             # Client libraries cancel what waited for a connection that was lost.
             return SessionLost(f"a hook was cancelled: {error!r}")
@@ -235,8 +230,7 @@ class Worker:
             if self._is_breaker(BreakerState.HALF_OPEN):
                 config = replace(config, prefetch=PROBE, adapts_prefetch=False)
             prefetch = config.prefetch if self._shared.quarantine is None else ALONE
-            subscription = self._shared.subscription(self._index, epoch, prefetch)
-            context = self._shared.transport.session(subscription)
+            context = self._shared.session(self._index, epoch, prefetch)
             session = await self._unless_stopped(stack.enter_async_context(context))
             self._session = session
             self._current = current = ConsumeLoop(

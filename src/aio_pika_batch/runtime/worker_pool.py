@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 
 from aio_pika_batch.core.publication import Copy, Outcome
@@ -45,6 +46,7 @@ from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.status import WorkerStatus
 from aio_pika_batch.transport import (
     InspectingTransport,
+    Session,
     Subscription,
     Transport,
     VersionedTransport,
@@ -140,9 +142,8 @@ class WorkerPool:
             Exception: A session's hook failed.
         """
         shared = WorkerResources(
-            transport=self._transport,
             declare=self._declarer.declare,
-            subscription=self._subscription,
+            session=self._session,
             publishers=self._copies,
             quarantine=self._quarantine,
             shutdown=self.shutdown,
@@ -195,9 +196,11 @@ class WorkerPool:
             self._log.error("the handler can't work: the consumer stops", error=text)
             self.on_mistake()
 
-    def _subscription(self, index: int, epoch: int, prefetch: int) -> Subscription:
+    def _session(
+        self, index: int, epoch: int, prefetch: int
+    ) -> AbstractAsyncContextManager[Session]:
         place = f"{socket.gethostname()}-{os.getpid()}-w{index}-e{epoch}"
-        return Subscription(
+        subscription = Subscription(
             queue=self._config.queue_name,
             prefetch=prefetch,
             # A consumer tag is a short string: 255 bytes (AMQP 0-9-1, section 4.2.5.3).
@@ -207,6 +210,7 @@ class WorkerPool:
             own=self._declarer.own,
             queue_type=effective_queue_type(self._config.topology),
         )
+        return self._transport.session(subscription)
 
     async def watch(self) -> None:
         """Wait for the stop, or for a worker that ends without one.
@@ -300,8 +304,7 @@ class TopologyDeclarer:
         copies.dead_letters.on_undelivered = self._on_undelivered
         self._exchange_type: str | None = None
         self._declaring: asyncio.Future[None] | None = None
-        self._has_checked = False
-        self._has_warned = False
+        self._has_declared = False
         self._redeclaring: asyncio.Task[None] | None = None
         self._redeclared_at = -BURST_INTERVAL
         self._complained_at = -BURST_INTERVAL
@@ -329,21 +332,19 @@ class TopologyDeclarer:
             self._exchange_type = await self._transport.exchange_type(exchange)
         topology = build_topology(self._options, dead_letter_exchange_type=self._exchange_type)
         shared, self.own = split_exclusive(topology)
-        if self._has_checked:
+        if self._has_declared:
             # Once is enough to find a user without permission, and it takes a publish.
             shared = replace(shared, publishes=())
         unfulfilled = await self._transport.declare(shared)
-        self._has_checked = True
+        if not self._has_declared:
+            self._has_declared = True
+            self._warn(unfulfilled or {})
         if exchange is not None and self._exchange_type is None:
             # It was missing, and is there now.
             self._exchange_type = exchange.type
-        self._warn(unfulfilled or {})
         await self._copies.retries.declare_delay_queues()
 
     def _warn(self, unfulfilled: Mapping[str, UnfulfilledWishes]) -> None:
-        if self._has_warned:
-            return
-        self._has_warned = True
         for name, wishes in unfulfilled.items():
             if wishes.differing:
                 self._log.warning(
