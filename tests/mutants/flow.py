@@ -1176,9 +1176,9 @@ MEMORY = (
     ),
     Mutant(
         "A returned message counts as confirmed: it is lost.",
-        "adapters/memory/session.py",
-        "            outcome = Outcome.RETURNED\n",
-        "",
+        "adapters/memory/broker.py",
+        "return Outcome.RETURNED if mandatory and not queues else Outcome.CONFIRMED",
+        "return Outcome.CONFIRMED",
         (f"{_MEMORY}/test_publisher.py",),
     ),
     Mutant(

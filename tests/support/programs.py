@@ -36,7 +36,7 @@ from aiormq.exceptions import DeliveryError
 from pamqp.commands import Basic
 
 from aio_pika_batch.adapters.memory import Broker
-from aio_pika_batch.adapters.memory.channel import ConfirmFrame, DeliverFrame, ReturnFrame
+from aio_pika_batch.adapters.memory.channel import ConfirmFrame, DeliverFrame
 from aio_pika_batch.adapters.memory.stored_message import check_publication
 from aio_pika_batch.core.message import Properties
 
@@ -462,10 +462,8 @@ class _InMemory:
         outcomes = []
         for frame in self._publisher.take():
             match frame:
-                case ReturnFrame():
-                    outcomes.append("returned")
-                case ConfirmFrame(_, accepted):
-                    outcomes.append("confirmed" if accepted else "refused")
+                case ConfirmFrame(_, outcome):
+                    outcomes.append(outcome.value)
                 case _:
                     outcomes.append(str(frame))
         return outcomes[0]

@@ -170,7 +170,7 @@ class Broker:
                 self._store(channel, number, message, mandatory=mandatory)
             case PublishFault.REFUSE:
                 self.vhost.record(EventKind.REFUSED, "", message, "fault")
-                channel.send_confirm(number, accepted=False)
+                channel.send_confirm(number, Outcome.REFUSED)
             case PublishFault.UNCONFIRMED:
                 # Without a channel there is no client to confirm to.
                 self._store(None, number, message, mandatory=mandatory)
@@ -186,24 +186,23 @@ class Broker:
     def _store(
         self, channel: Channel | None, number: int, message: StoredMessage, *, mandatory: bool
     ) -> None:
-        accepted, routed = self._route_to_queues(message)
-        returned = mandatory and not routed
-        if returned:
+        outcome = self._route_to_queues(message, mandatory=mandatory)
+        if outcome is Outcome.RETURNED:
             self.vhost.record(EventKind.RETURNED, "", message, message.exchange)
         if channel is not None:
-            channel.send_confirm(number, accepted=accepted, returned=returned)
+            channel.send_confirm(number, outcome)
 
-    def _route_to_queues(self, message: StoredMessage) -> tuple[bool, bool]:
-        """Offer a message to its queues; return whether all stored it, and whether it has any."""
+    def _route_to_queues(self, message: StoredMessage, *, mandatory: bool) -> Outcome:
+        """Offer a message to its queues; it is confirmed if all stored it."""
         # Before the event is recorded: a missing exchange refuses the publication.
         self.vhost.check_publish(message.exchange)
         queues = self.vhost.route(message)
         self.vhost.record(EventKind.PUBLISHED, "", message, message.exchange)
         message = self.vhost.with_client_deaths(message)
-        accepted = VirtualHost.offer_to_all(queues, message)
-        if not accepted:
+        if not VirtualHost.offer_to_all(queues, message):
             self.vhost.record(EventKind.REFUSED, "", message, "queue full")
-        return accepted, bool(queues)
+            return Outcome.REFUSED
+        return Outcome.RETURNED if mandatory and not queues else Outcome.CONFIRMED
 
     # -- what tests do to clients --
 
@@ -294,10 +293,8 @@ class Broker:
                 publication.body,
                 publication.properties,
             )
-            accepted, routed = self._route_to_queues(store_publication(checked, self.user))
-        if not routed:
-            return Outcome.RETURNED
-        return Outcome.CONFIRMED if accepted else Outcome.REFUSED
+            message = store_publication(checked, self.user)
+            return self._route_to_queues(message, mandatory=True)
 
     def drain(self, queue: str) -> list[StoredMessage]:
         """Remove and return a queue's ready messages, in the order of their delivery."""

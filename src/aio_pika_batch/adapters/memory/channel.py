@@ -31,6 +31,7 @@ from aio_pika_batch.adapters.memory.stored_message import (
 from aio_pika_batch.adapters.memory.unacked import UnackedMessages
 from aio_pika_batch.adapters.memory.vhost import VirtualHost
 from aio_pika_batch.core.message import FieldValue, Headers, Properties
+from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.core.refusals import ReplyCode
 from aio_pika_batch.core.settlement import Disposition, Frame, Modification
 
@@ -64,26 +65,15 @@ class CancelFrame:
 
 @dataclass(frozen=True, slots=True)
 class ConfirmFrame:
-    """`basic.ack` or `basic.nack` of a publication.
+    """`basic.ack` or `basic.nack` of a publication, and the `basic.return` before it.
 
     Attributes:
         number: The number of the publication; the first on a channel is 1.
-        accepted: Whether it was acked.
+        outcome: What these frames say: confirmed, returned or refused.
     """
 
     number: int
-    accepted: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ReturnFrame:
-    """`basic.return`; the confirm follows.
-
-    Attributes:
-        number: As of the confirm. AMQP does not send it, but the order of frames implies it.
-    """
-
-    number: int
+    outcome: Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +83,7 @@ class CloseFrame:
     reason: str
 
 
-BrokerFrame: TypeAlias = DeliverFrame | CancelFrame | ConfirmFrame | ReturnFrame | CloseFrame
+BrokerFrame: TypeAlias = DeliverFrame | CancelFrame | ConfirmFrame | CloseFrame
 
 
 class ConnectionHost(Protocol):
@@ -375,12 +365,10 @@ class Channel:
         if self._consumers.pop(consumer.tag, None) is not None:
             self._send(CancelFrame(consumer.tag))
 
-    def send_confirm(self, number: int, *, accepted: bool, returned: bool = False) -> None:
+    def send_confirm(self, number: int, outcome: Outcome) -> None:
         """Tell the client what happened to a publication."""
         if self.close_reason is None:
-            if returned:
-                self._send(ReturnFrame(number))
-            self._send(ConfirmFrame(number, accepted))
+            self._send(ConfirmFrame(number, outcome))
 
     def close_by_broker(self, reason: str) -> None:
         """Close the channel, as part of an operation; see `Connection.close_channel`."""

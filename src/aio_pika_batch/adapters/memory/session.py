@@ -22,7 +22,6 @@ from aio_pika_batch.adapters.memory.channel import (
     ConfirmFrame,
     Connection,
     DeliverFrame,
-    ReturnFrame,
 )
 from aio_pika_batch.adapters.memory.native import NativeChannel
 from aio_pika_batch.adapters.memory.rabbitmq import QueueType, Refusal, translate_refusals
@@ -393,7 +392,6 @@ class MemoryPublisher:
         # The publications without a confirm, by their number.
         self._waiting: dict[int, asyncio.Future[Outcome]] = {}
         self.on_late: Callable[[Outgoing, Outcome], None] | None = None
-        self._returned: set[int] = set()
         self._is_reading_scheduled = False
         self._has_ended = False
 
@@ -503,22 +501,13 @@ class MemoryPublisher:
         self._is_reading_scheduled = False
         for frame in self.channel.take():
             match frame:
-                case ReturnFrame(number):
-                    self._returned.add(number)
-                case ConfirmFrame(number, accepted):
-                    self._on_confirm(number, accepted=accepted)
+                case ConfirmFrame(number, outcome):
+                    if (answer := self._waiting.pop(number, None)) is not None:
+                        answer.set_result(outcome)
                 case CloseFrame():
                     for answer in self._waiting.values():
                         answer.set_result(Outcome.UNKNOWN)
                     self._waiting.clear()
-
-    def _on_confirm(self, number: int, *, accepted: bool) -> None:
-        outcome = Outcome.CONFIRMED if accepted else Outcome.REFUSED
-        if number in self._returned:
-            self._returned.remove(number)
-            outcome = Outcome.RETURNED
-        if (answer := self._waiting.pop(number, None)) is not None:
-            answer.set_result(outcome)
 
 
 def _report_late(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aio_pika_batch.adapters.memory.broker import Broker
-from aio_pika_batch.adapters.memory.channel import ConfirmFrame, DeliverFrame, ReturnFrame
+from aio_pika_batch.adapters.memory.channel import ConfirmFrame, DeliverFrame
 from aio_pika_batch.adapters.memory.stored_message import check_publication
 from aio_pika_batch.core.message import Properties
 
@@ -82,11 +82,8 @@ class Client:
         others, outcome = [], "silence"
         for frame in self.channel.take():
             match frame:
-                case ReturnFrame(of) if of == number:
-                    outcome = "returned"
-                case ConfirmFrame(of, accepted) if of == number:
-                    if outcome != "returned":
-                        outcome = "confirmed" if accepted else "refused"
+                case ConfirmFrame(of, result) if of == number:
+                    outcome = result.value
                 case _:
                     others.append(frame)
         self.channel.received = kept + others

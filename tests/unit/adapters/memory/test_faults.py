@@ -8,6 +8,7 @@ from aio_pika_batch.adapters.memory import Broker, ConnectFault, EventKind, Publ
 from aio_pika_batch.adapters.memory.broker import BrokerUnreachable
 from aio_pika_batch.adapters.memory.channel import CancelFrame, CloseFrame, ConfirmFrame
 from aio_pika_batch.adapters.memory.rabbitmq import Refusal
+from aio_pika_batch.core.publication import Outcome
 from tests.unit.adapters.memory.client import Client, bodies
 
 
@@ -78,7 +79,10 @@ def test_blocked_publications_wait_for_unblock(broker: Broker, client: Client):
     broker.cut("other")
     broker.unblock()
     assert bodies(broker, "q") == [b"1", b"2"]
-    assert client.channel.take() == [ConfirmFrame(1, True), ConfirmFrame(2, True)]
+    assert client.channel.take() == [
+        ConfirmFrame(1, Outcome.CONFIRMED),
+        ConfirmFrame(2, Outcome.CONFIRMED),
+    ]
     assert client.publish(b"3", "q") == "confirmed"
 
 
