@@ -169,7 +169,7 @@ CORE = (
         "A suspect whose copy is refused stops the intake, although a blocked broker needs it.",
         "runtime/consume_loop.py",
         "len(self._batcher) or self._settler.held.retries)",
-        "len(self._batcher) or len(self._settler.held))",
+        "len(self._batcher) or self._settler.held.messages)",
         (
             f"{_SHELL}/test_quarantine.py::test_a_broker_that_refuses_copies_does_not_stop_the_intake",
         ),
@@ -617,7 +617,7 @@ SHELL = (
     Mutant(
         "Held originals are not returned when the consumer stops.",
         "runtime/held_messages.py",
-        "        left = [each.copy for each in self._messages.values()]\n",
+        "        left = [each.copy for each in self.messages.values()]\n",
         "        left = []\n",
         (f"{_SHELL}/test_unconfirmed_copies.py", f"{_SHELL}/test_drain.py"),
     ),

@@ -196,7 +196,7 @@ class ConsumeLoop:
     @property
     def held(self) -> int:
         """The number of messages that wait for a late confirm, or for a retry in place."""
-        return len(self._settler.held) + self._intake.held
+        return len(self._settler.held.messages) + self._intake.held
 
     @property
     def prefetch(self) -> int:
@@ -334,8 +334,8 @@ class ConsumeLoop:
         """
         if self._gate is not None and self._gate.is_pausing:
             return True
-        prefetch = self.prefetch
-        return 0 < prefetch <= len(self._batcher) + self._slots.in_hand + len(self._settler.held)
+        prefetch, held = self.prefetch, len(self._settler.held.messages)
+        return 0 < prefetch <= len(self._batcher) + self._slots.in_hand + held
 
     def _arm(self) -> None:
         deadline = self._batcher.deadline if self._slots.is_free else None

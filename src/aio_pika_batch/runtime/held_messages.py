@@ -49,6 +49,8 @@ class HeldMessages:
         on_end: Called with the error if this can't go on.
 
     Attributes:
+        messages: By delivery tag, in the order in which they came, so that the first retry has been
+            held longest.
         last_success: When a message last succeeded, in loop time.
         retries: The number of held messages whose retry has not been published yet.
     """
@@ -68,8 +70,7 @@ class HeldMessages:
         self._give_back = give_back
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
-        # In the order in which they came, so that the first retry has been held longest.
-        self._messages: dict[int, _HeldMessage] = {}
+        self.messages: dict[int, _HeldMessage] = {}
         self._returning: set[_HeldMessage] = set()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -79,13 +80,10 @@ class HeldMessages:
         self._last_release = NEVER
         self.retries = 0
 
-    def __len__(self) -> int:
-        return len(self._messages)
-
     @property
     def oldest(self) -> float | None:
         """When the oldest held message was delivered, in loop time; None if none is held."""
-        return min((each.arrived for each in self._messages.values()), default=None)
+        return min((each.arrived for each in self.messages.values()), default=None)
 
     @property
     def since(self) -> float | None:
@@ -97,7 +95,7 @@ class HeldMessages:
         return min(
             (
                 each.arrived
-                for each in self._messages.values()
+                for each in self.messages.values()
                 if each.pending is not None and not self._policy.is_kept(each.pending)
             ),
             default=None,
@@ -128,7 +126,7 @@ class HeldMessages:
         self._changed.set()
 
     def _add(self, held: _HeldMessage) -> None:
-        self._messages[held.copy.tag] = held
+        self.messages[held.copy.tag] = held
         if self._task is None:
             self._task = self._loop.create_task(self._work())
             self._task.add_done_callback(self._on_task_end)
@@ -137,7 +135,7 @@ class HeldMessages:
     def release_retries(self) -> None:
         """Publish all retries without waiting until they are due."""
         now = Republish(self._loop.time())
-        for each in self._messages.values():
+        for each in self.messages.values():
             if each.pending is None and each.step is not None:
                 each.step = now
         self._changed.set()
@@ -158,7 +156,7 @@ class HeldMessages:
             # Jitter spreads load; it needn't be unpredictable.
             jitter=random.random(),
             # Messages that wait for their retry, or are about to be returned, don't count.
-            held=len(self._messages) - self.retries - len(self._returning),
+            held=len(self.messages) - self.retries - len(self._returning),
         )
         if isinstance(held.step, Return):
             self._returning.add(held)
@@ -180,7 +178,7 @@ class HeldMessages:
             await self._settle_late()
             release_at = self._release_at()
             due_at = min(
-                (each.step.at for each in self._messages.values() if each.step is not None),
+                (each.step.at for each in self.messages.values() if each.step is not None),
                 default=None,
             )
             if release_at is not None and due_at is not None:
@@ -195,13 +193,13 @@ class HeldMessages:
             now = max(due_at or 0.0, self._loop.time())
             due = [
                 each
-                for each in self._messages.values()
+                for each in self.messages.values()
                 if each.step is not None and each.step.at <= now
             ]
             if release_at is not None and release_at <= now:
                 self._last_release = now
                 early = next(
-                    each for each in self._messages.values() if each.pending is None and each.step
+                    each for each in self.messages.values() if each.pending is None and each.step
                 )
                 if early not in due:
                     due.append(early)
@@ -213,7 +211,7 @@ class HeldMessages:
     async def _settle_late(self) -> None:
         """Settle the originals whose copies were confirmed late; decide again about others."""
         confirmed = []
-        for held in [each for each in self._messages.values() if each.copy.late is not None]:
+        for held in [each for each in self.messages.values() if each.copy.late is not None]:
             if held.step is None:
                 continue
             outcome, held.copy.late = held.copy.late, None
@@ -226,7 +224,7 @@ class HeldMessages:
             await self._on_confirmed(confirmed)
 
     def _remove(self, held: _HeldMessage) -> None:
-        del self._messages[held.copy.tag]
+        del self.messages[held.copy.tag]
         self._returning.discard(held)
 
     def _republish(self, due: Sequence[_HeldMessage]) -> None:
@@ -276,7 +274,7 @@ class HeldMessages:
             self._changed.set()
             await wait({self._task, *self._attempts})
             await self._cancel_tasks()
-        left = [each.copy for each in self._messages.values()]
+        left = [each.copy for each in self.messages.values()]
         self._forget()
         return left
 
@@ -286,7 +284,7 @@ class HeldMessages:
         self._forget()
 
     def _forget(self) -> None:
-        self._messages.clear()
+        self.messages.clear()
         self._returning.clear()
         self.retries = 0
 

@@ -245,13 +245,13 @@ class Settler:
         return due
 
     def _log_holding(self, count: int) -> None:
-        if not len(self.held):
+        if not self.held.messages:
             # The line comes a minute later, when all of them have been retried.
             return
         self._log.warning(
             "messages failed: the consumer holds them until their retry",
             messages=count,
-            held=len(self.held),
+            held=len(self.held.messages),
         )
 
     def _log_undeliverable(self, count: int) -> None:
@@ -259,14 +259,14 @@ class Settler:
             "messages failed for good, but no dead-letter destination is known: they are retried;"
             " set dead_letter_queue",
             messages=count,
-            held=len(self.held),
+            held=len(self.held.messages),
         )
 
     def _log_looping(self, count: int) -> None:
         self._log.warning(
             "messages are dead-lettered again and again: their dead letters may come back, a loop",
             messages=count,
-            held=len(self.held),
+            held=len(self.held.messages),
         )
 
     def _log_discarding(self, count: int) -> None:
@@ -283,7 +283,7 @@ class Settler:
         self._log.error(
             "copies can't be encoded, even without their largest headers: their messages are held",
             messages=count,
-            held=len(self.held),
+            held=len(self.held.messages),
         )
 
     def _on_discarded(self, outcomes: Sequence[MessageOutcome]) -> None:
