@@ -36,7 +36,6 @@ FOLDERS = sorted({path.parent for path in SOURCES} - {PACKAGE.parent})
 
 LONGEST_FILE = 400
 SHORTEST_FILE = 80
-SHORT_FOR_A_REASON: dict[str, str] = {}
 MOST_FILES_IN_THE_ROOT = 16
 MOST_LAYERS = 10
 LONGEST_CHAIN = 10
@@ -164,9 +163,9 @@ def test_the_package_has_few_layers() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_small_module_has_several_users(path: Path) -> None:
-    """One that only one other imports belongs into that one, unless it has its reason."""
+    """One that only one other imports belongs into that one."""
     module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-    if path.stem.startswith("__") or module in SHORT_FOR_A_REASON:
+    if path.stem.startswith("__"):
         return
     users = imports().find_modules_that_directly_import(module)
     is_small = len(path.read_text().splitlines()) < SHORTEST_FILE

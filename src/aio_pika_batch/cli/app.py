@@ -10,11 +10,11 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from enum import IntEnum
 from importlib.metadata import version
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from cyclopts import App, CycloptsError, Parameter
@@ -29,6 +29,8 @@ from aio_pika_batch.errors import (
 from aio_pika_batch.logs import escape_controls
 
 NAME = "aio-pika-batch"
+
+_T = TypeVar("_T")
 
 Flag: TypeAlias = Annotated[bool, Parameter(show_default=False)]
 Strings: TypeAlias = Annotated[tuple[str, ...], Parameter(show_default=False)]
@@ -94,6 +96,33 @@ def flush_streams() -> OSError | None:
             failed = error if stream is sys.stdout else None
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return failed
+
+
+def run_interruptible(work: Coroutine[Any, Any, _T], stop: Callable[[], None]) -> _T:
+    """Run a coroutine. The first signal calls `stop`, the second cancels the coroutine.
+
+    Raises:
+        KeyboardInterrupt: It was cancelled.
+    """
+    # Not above: these would make all other commands start more slowly.
+    import asyncio
+
+    from aio_pika_batch.runtime.shutdown import process_signals
+
+    async def main() -> _T:
+        task = asyncio.ensure_future(work)
+
+        def abandon() -> None:
+            task.cancel()
+
+        with process_signals.listen(stop, abandon):
+            return await task
+
+    try:
+        return asyncio.run(main())
+    except asyncio.CancelledError:
+        # As after a Ctrl-C that nothing handles.
+        raise KeyboardInterrupt from None
 
 
 def _format_usage_error(error: CycloptsError) -> str:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import partial
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias
 
 from cyclopts import App, Parameter
 
-from aio_pika_batch.cli.app import EXIT_CODES, Exit, Flag, Strings, print_error
+from aio_pika_batch.cli.app import EXIT_CODES, Exit, Flag, Strings, print_error, run_interruptible
 from aio_pika_batch.cli.printing import (
     ProgressBar,
     console,
@@ -28,9 +28,6 @@ from aio_pika_batch.cli.printing import (
 from aio_pika_batch.cli.targets import DeadLetterQueue, QueueOptions, TargetOptions, find_queue
 from aio_pika_batch.dead_letters import EVERY, Filter, Looked, Report, look, purge, replay
 from aio_pika_batch.errors import ConfigurationError, TransportError
-from aio_pika_batch.runtime.shutdown import process_signals
-
-_T = TypeVar("_T")
 
 _READ_CODES = EXIT_CODES.format(failed="1 not all could be read")
 _CHANGE_CODES = (
@@ -191,13 +188,14 @@ def _look(
         counts = [each for each in (most, so_far.ready) if each is not None]
         bar.update(describe(so_far), so_far.seen, min(counts, default=None))
 
-    async def work(stop: asyncio.Event) -> list[Looked]:
+    async def work() -> list[Looked]:
         how.update(most=most, stop=stop, on_progress=on_progress)
         return [await look(each.transport, each.queue, **how, **each.how) for each in queues]
 
+    stop = asyncio.Event()
     # Not on standard output, which other programs may read.
     with ProgressBar(console(is_error=True)) as bar:
-        return _run_interruptible(work)
+        return run_interruptible(work(), stop.set)
 
 
 def _list_reasons(where: FilterOptions, found: Counter[str]) -> None:
@@ -305,26 +303,6 @@ def _check_positive(value: int | None, option: str) -> None:
         raise ConfigurationError(f"{option}: must be at least 1, not {value}")
 
 
-def _run_interruptible(work: Callable[[asyncio.Event], Coroutine[Any, Any, _T]]) -> _T:
-    """Run a coroutine. The first signal sets its event, the second cancels it."""
-
-    async def main() -> _T:
-        stop = asyncio.Event()
-        task = asyncio.ensure_future(work(stop))
-
-        def abandon() -> None:
-            task.cancel()
-
-        with process_signals.listen(stop.set, abandon):
-            return await task
-
-    try:
-        return asyncio.run(main())
-    except asyncio.CancelledError:
-        # After the second signal, as after a Ctrl-C that nothing handles.
-        raise KeyboardInterrupt from None
-
-
 def _change(
     change: Callable[..., Coroutine[Any, Any, Report]],
     verb: str,
@@ -343,6 +321,7 @@ def _change(
     _check_positive(scan, "--scan")
     # With JSON, the progress must not get into it.
     out = console(is_error=format == "json")
+    stop = asyncio.Event()
     last: list[Report] = []
     with ProgressBar(out) as bar:
 
@@ -350,21 +329,19 @@ def _change(
             last[:] = [report]
             bar.update(f"{report.done} {verb}", report.seen, report.ready)
 
-        def work(stop: asyncio.Event) -> Coroutine[Any, Any, Report]:
-            return change(
-                found.transport,
-                found.queue,
-                where=matches,
-                limit=where.limit,
-                scan=scan,
-                stop=stop,
-                on_progress=on_progress,
-                **found.how,
-            )
-
+        work = change(
+            found.transport,
+            found.queue,
+            where=matches,
+            limit=where.limit,
+            scan=scan,
+            stop=stop,
+            on_progress=on_progress,
+            **found.how,
+        )
         # The error itself doesn't say how many were replayed before it.
         try:
-            report = _run_interruptible(work)
+            report = run_interruptible(work, stop.set)
         except TransportError:
             for each in last:
                 print_error(f"{each.done} {verb} before this error:")

@@ -22,12 +22,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from aio_pika_batch.cli.app import Exit, Flag
+from aio_pika_batch.cli.app import Exit, Flag, run_interruptible
 from aio_pika_batch.cli.demo.orders import PipelineStats, StageStats
 from aio_pika_batch.cli.demo.pipeline import DRAIN_TIMEOUT, DemoOptions, Orders, Pipeline
 from aio_pika_batch.errors import BrokerUnavailable, ConfigurationError
 from aio_pika_batch.masking import mask_url
-from aio_pika_batch.runtime.shutdown import process_signals
 from aio_pika_batch.status import ConsumerStatus, WorkerState, WorkerStatus
 from aio_pika_batch.transport import scheme_of
 
@@ -58,10 +57,8 @@ def demo(
     # warnings about both would disturb the dashboard.
     logging.disable(logging.CRITICAL)
     pipeline = Pipeline(url, options)
-    try:
-        return asyncio.run(_run(pipeline, is_plain=plain, save_svg=save_svg))
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+    # The first Ctrl-C ends publishing, so that the summary follows. The second ends it all.
+    return run_interruptible(_run(pipeline, is_plain=plain, save_svg=save_svg), pipeline.stop)
 
 
 def check_options(url: str, options: DemoOptions) -> None:
@@ -81,15 +78,7 @@ def check_options(url: str, options: DemoOptions) -> None:
 
 async def _run(pipeline: Pipeline, *, is_plain: bool, save_svg: Path | None) -> Exit:
     console = Console()
-    task = asyncio.current_task()
-
-    def abandon() -> None:
-        if task is not None:
-            task.cancel()
-
     async with AsyncExitStack() as stack:
-        # The first Ctrl-C ends publishing, so that the summary follows. The second ends it all.
-        stack.enter_context(process_signals.listen(pipeline.stop, abandon))
         if scheme_of(pipeline.url) != "memory":
             print(f"Connecting to {mask_url(pipeline.url)} …", flush=True)
         try:
