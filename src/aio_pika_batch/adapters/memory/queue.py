@@ -213,7 +213,9 @@ class MemoryQueue:
                 self._host.send_dead_letter(self, message, DeathReason.MAXLEN)
             return False
         self._last_position += 1
-        entry = QueueEntry(message, self._last_position, self._expiry(message))
+        entry = QueueEntry(
+            message, self._last_position, self._expiry(message), message.delivery_count
+        )
         self._host.record(EventKind.STORED, self.name, message)
         consumer = None if self.ready else self.consumers.next()
         # A classic queue does not look at the count of a message that a consumer waits for.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from operator import attrgetter
 from typing import assert_never
@@ -16,6 +17,7 @@ from typing import assert_never
 from aio_pika_batch.adapters.memory.stored_message import StoredMessage
 
 
+@dataclass(slots=True, eq=False)
 class QueueEntry:
     """One message in one queue.
 
@@ -26,22 +28,12 @@ class QueueEntry:
         acquired_count: How often it was returned.
     """
 
-    __slots__ = (
-        "acquired_count",
-        "delivery_count",
-        "expires_at",
-        "message",
-        "position",
-        "redelivered",
-    )
-
-    def __init__(self, message: StoredMessage, position: int, expires_at: float | None) -> None:
-        self.message = message
-        self.position = position
-        self.expires_at = expires_at
-        self.redelivered = False
-        self.delivery_count = message.delivery_count
-        self.acquired_count = 0
+    message: StoredMessage
+    position: int
+    expires_at: float | None
+    delivery_count: int
+    acquired_count: int = 0
+    redelivered: bool = False
 
 
 class RequeuePosition(Enum):
