@@ -6,7 +6,7 @@ Sessions over both protocols inherit this. They add how deliveries come, and how
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from aio_pika_batch.errors import SessionClosed, SessionLost
 
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
     from aio_pika_batch.adapters.url import Address
     from aio_pika_batch.core.message import Message
+
+WIND_UP_TIMEOUT: Final = 5.0
+"""Seconds for everything that comes before the close of the connection."""
+
+ANSWER_TIMEOUT: Final = 10.0
+"""Seconds that a broker has to confirm a pause or its end, or to open a native channel. A queue
+without a leader leaves the answer out, and heartbeats go on."""
 
 
 class BufferedSession:

@@ -37,7 +37,11 @@ from aio_pika_batch.adapters.aio_pika.events import (
     Malformed,
 )
 from aio_pika_batch.adapters.aio_pika.topology import declare_on
-from aio_pika_batch.adapters.buffered_session import BufferedSession
+from aio_pika_batch.adapters.buffered_session import (
+    ANSWER_TIMEOUT,
+    WIND_UP_TIMEOUT,
+    BufferedSession,
+)
 from aio_pika_batch.core.refusals import STREAM_ADVICE
 from aio_pika_batch.core.settlement import SAFE_COMMANDS
 from aio_pika_batch.errors import BrokerUnavailable, SessionLost, TopologyError
@@ -52,16 +56,9 @@ if TYPE_CHECKING:
     from aio_pika_batch.core.topology import Version
     from aio_pika_batch.transport import Endpoint, Subscription
 
-ANSWER_TIMEOUT = 10.0
-"""Seconds that a broker has to confirm a pause or its end, or to open a native channel. A queue
-without a leader leaves the answer out, and heartbeats go on."""
-
 UNCOUNTED_NACKS_SINCE: Version = (4, 3)
 """The first RabbitMQ that doesn't count a return by nack, but counts one by the close. Earlier ones
 count both, and a nack moves the message to the back of a queue without a delivery limit."""
-
-WIND_UP_TIMEOUT = 5.0
-"""Seconds for everything that comes before the close of the connection."""
 
 _T = TypeVar("_T")
 
@@ -318,7 +315,8 @@ class AioPikaSession(BufferedSession):
         if self._is_first:
             # A queue is a stream or it is not: the first message is enough to know.
             self._is_first = False
-            self._refuse_streams(messages[0])
+            if STREAM_OFFSET in (messages[0].properties.headers or {}):
+                raise TopologyError(f"queue {self._queue!r}: {STREAM_ADVICE}")
         self._writer.ledger.deliver([message.delivery_tag for message in messages])
         return messages
 
@@ -329,7 +327,3 @@ class AioPikaSession(BufferedSession):
         except SessionLost:
             self._check()  # raises with the reason of the loss, if there is one
             raise
-
-    def _refuse_streams(self, message: Message) -> None:
-        if STREAM_OFFSET in (message.properties.headers or {}):
-            raise TopologyError(f"queue {self._queue!r}: {STREAM_ADVICE}")

@@ -29,7 +29,11 @@ from aio_pika_batch.adapters.amqp10.receiver import (
     Receiver,
 )
 from aio_pika_batch.adapters.amqp10.settling import OUTCOMES, Decided, modified
-from aio_pika_batch.adapters.buffered_session import BufferedSession
+from aio_pika_batch.adapters.buffered_session import (
+    ANSWER_TIMEOUT,
+    WIND_UP_TIMEOUT,
+    BufferedSession,
+)
 from aio_pika_batch.core.refusals import ReplyCode, refusal_error
 from aio_pika_batch.errors import BrokerUnavailable, SessionLost, SettlementError, TransportError
 from aio_pika_batch.transport import NativeRetries
@@ -40,12 +44,6 @@ if TYPE_CHECKING:
     from aio_pika_batch.core.settlement import Modification, Settlement
     from aio_pika_batch.core.topology import Version
     from aio_pika_batch.transport import Subscription
-
-WIND_UP_TIMEOUT: Final = 5.0
-"""Seconds for everything that comes before the close of the connection."""
-
-ANSWER_TIMEOUT: Final = 10.0
-"""Seconds that a broker has to confirm a pause. A queue without a leader doesn't answer."""
 
 _CODES: Final = {
     "amqp:unauthorized-access": ReplyCode.ACCESS_REFUSED,
