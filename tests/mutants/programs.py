@@ -121,7 +121,7 @@ PROGRAMS = (
     Mutant(
         "`run` ends well although the handler can't work.",
         "runtime/lifecycle.py",
-        "return pool.mistake or incomplete",
+        "return pool.check.mistake or incomplete",
         "return incomplete",
         (_CLASSES,),
     ),

@@ -21,7 +21,12 @@ from aio_pika_batch.core.batch_run import BatchDecisions, BatchRun, FailurePolic
 from aio_pika_batch.core.batcher import Batch, Trigger
 from aio_pika_batch.core.message import Message
 from aio_pika_batch.core.results import Cause, Result, describe
-from aio_pika_batch.errors import HandlerTimeout, MessageDecodeError, ResultError
+from aio_pika_batch.errors import (
+    ConfigurationError,
+    HandlerTimeout,
+    MessageDecodeError,
+    ResultError,
+)
 from aio_pika_batch.logs import KeywordLogger, format_error
 from aio_pika_batch.observer import (
     BatchCut,
@@ -104,18 +109,28 @@ class HandlerCheck:
     what is wrong later may be due to a message.
 
     Args:
-        on_mistake: Called with what is wrong.
+        name: The consumer's class.
+
+    Attributes:
+        works: Whether it does, as far as is known.
+        mistake: Why it can't work; None if nothing is known to be wrong.
+        on_mistake: Called when `mistake` is set.
     """
 
-    def __init__(self, on_mistake: Callable[[str], None]) -> None:
-        self._on_mistake = on_mistake
+    def __init__(self, name: str, log: KeywordLogger) -> None:
+        self._name = name
+        self._log = log
         self.works = False
+        self.mistake: ConfigurationError | None = None
+        self.on_mistake: Callable[[], None] = lambda: None
 
     def refuses(self, error: BaseException | None) -> bool:
         """Return whether the error ends the consumer."""
         is_mistake = not self.works and isinstance(error, HandlerMistake)
-        if is_mistake:
-            self._on_mistake(str(error))
+        if is_mistake and self.mistake is None:
+            self.mistake = ConfigurationError(f"{self._name} can't handle messages: {error}")
+            self._log.error("the handler can't work: the consumer stops", error=str(error))
+            self.on_mistake()
         return is_mistake
 
 

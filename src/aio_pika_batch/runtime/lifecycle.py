@@ -67,7 +67,7 @@ class Lifecycle:
         """
         self.pool = pool
         self._loop = asyncio.get_running_loop()
-        pool.on_mistake = self.request_stop
+        pool.check.on_mistake = self.request_stop
         self._timeout = timeout
         self._on_stop = None
         self._has_begun = asyncio.Event()
@@ -86,7 +86,7 @@ class Lifecycle:
             self.request_stop()
             await self.drained()
             # Like a mistake that is found after the start, it is logged, and `run` raises it.
-            if pool.mistake is None:
+            if pool.check.mistake is None:
                 raise
         self._has_begun.set()
 
@@ -157,7 +157,7 @@ class Lifecycle:
             await pool.close()
             self.pool = None
             self._log.info("stopped")
-        return pool.mistake or incomplete
+        return pool.check.mistake or incomplete
 
     async def _run_hook(self, hook: Hook, deadline: float | None = None) -> bool:
         """Run a hook, unless `_limit_hook` cuts it off; return whether it has finished."""

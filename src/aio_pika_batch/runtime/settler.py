@@ -230,15 +230,12 @@ class Settler:
             self._log.warning("a retry count is not a number: it counts as 0", header=header)
         due = [each for each in copies if not each.hold]
         if len(due) < len(copies):
-            for each in copies:
-                if each.hold:
-                    self.held.add_retry(each, arrived=arrived)
-            looping = sum(each.is_loop for each in copies)
-            if looping:
+            held = [each for each in copies if each.hold]
+            for each in held:
+                self.held.add_retry(each, arrived=arrived)
+            if looping := sum(each.is_loop for each in held):
                 self._looping.note(looping)
-            if retries := sum(
-                bool(each.hold) and not (each.is_undeliverable or each.is_loop) for each in copies
-            ):
+            if retries := sum(not (each.is_undeliverable or each.is_loop) for each in held):
                 self._holding.note(retries)
         if undeliverable := sum(each.is_undeliverable for each in copies):
             self._undeliverable.note(undeliverable)

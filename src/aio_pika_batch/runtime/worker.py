@@ -129,14 +129,14 @@ class Worker:
     @property
     def status(self) -> WorkerStatus:
         """A snapshot."""
-        current = self._current
+        current, load = self._current, self._load()
         return WorkerStatus(
             index=self._index,
             state=self._visible_state,
             epoch=self._epoch,
-            buffered=current.buffered if current else 0,
-            in_hand=self.slots.in_hand,
-            held=current.held if current else 0,
+            buffered=load.buffered,
+            in_hand=load.in_hand,
+            held=load.held,
             oldest=self.oldest,
             oldest_held=self._seconds_since(current.oldest_held if current else None),
             last_progress=self._loop.time() - current.last_progress if current else None,

@@ -17,18 +17,8 @@ from aio_pika_batch.core.topology import (
     exchange_to_look_up,
     split_exclusive,
 )
-from aio_pika_batch.core.topology_options import (
-    TopologyOptions,
-    effective_queue_type,
-    policy_command,
-)
-from aio_pika_batch.errors import (
-    ConfigurationError,
-    DrainIncomplete,
-    SessionLost,
-    StartInterrupted,
-    TransportError,
-)
+from aio_pika_batch.core.topology_options import effective_queue_type, policy_command
+from aio_pika_batch.errors import DrainIncomplete, SessionLost, StartInterrupted, TransportError
 from aio_pika_batch.logs import BURST_INTERVAL, KeywordLogger, format_error
 from aio_pika_batch.observer import Observer, Observers, Origin
 from aio_pika_batch.runtime.consume_loop import WorkerInstance, WorkerResources
@@ -69,8 +59,6 @@ class WorkerPool:
             missing exchange closes a channel, and leaves everything in flight on it in doubt.
         shutdown: Whether and by when the workers should stop.
         check: Whether the handler works at all.
-        mistake: Why it doesn't; None if it does, as far as is known.
-        on_mistake: Called when `mistake` is set.
     """
 
     def __init__(
@@ -100,18 +88,14 @@ class WorkerPool:
         self._copies = CopyPublishers(
             DelayedPublisher(transport, log, config.topology), CopyPublisher(transport, log)
         )
-        self._declarer = TopologyDeclarer(
-            transport, config.topology, config.vhost, self._copies, log
-        )
+        self._declarer = TopologyDeclarer(transport, config, self._copies, log)
         self.publisher = SharedPublisher(transport, log)
         crashes = config.planner.crashes
         # Other brokers may not be able to change the prefetch count of a session.
         counts = crashes is not None and isinstance(transport, VersionedTransport)
         self._quarantine = Quarantine(crashes, log) if crashes is not None and counts else None
         self.shutdown = Shutdown()
-        self.check = HandlerCheck(self._fail)
-        self.mistake: ConfigurationError | None = None
-        self.on_mistake: Callable[[], None] = lambda: None
+        self.check = HandlerCheck(name, log)
 
     @property
     def statuses(self) -> tuple[WorkerStatus, ...]:
@@ -189,12 +173,6 @@ class WorkerPool:
             self._log.warning(
                 "the program ended without stop(): start() returns; use run() to wait"
             )
-
-    def _fail(self, text: str) -> None:
-        if self.mistake is None:
-            self.mistake = ConfigurationError(f"{self._name} can't handle messages: {text}")
-            self._log.error("the handler can't work: the consumer stops", error=text)
-            self.on_mistake()
 
     def _session(
         self, index: int, epoch: int, prefetch: int
@@ -280,7 +258,6 @@ class TopologyDeclarer:
     binding.
 
     Args:
-        vhost: The virtual host, for commands in the log.
         copies: Say which dead letters came back, and declare delay queues.
 
     Attributes:
@@ -290,15 +267,14 @@ class TopologyDeclarer:
     def __init__(
         self,
         transport: Transport,
-        options: TopologyOptions,
-        vhost: str,
+        config: WorkerConfig,
         copies: CopyPublishers,
         log: KeywordLogger,
     ) -> None:
         self._transport = transport
         # Wait queues are declared apart, since the consumer can do without them.
-        self._options = replace(options, wait_levels=())
-        self._vhost = vhost
+        self._options = replace(config.topology, wait_levels=())
+        self._vhost = config.vhost
         self._log = log
         self._copies = copies
         copies.dead_letters.on_undelivered = self._on_undelivered

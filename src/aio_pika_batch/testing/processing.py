@@ -243,7 +243,7 @@ class _OfflinePool(WorkerPool):
         while (batch := intake.batcher.poll(math.inf)) is not None:
             keeps_failures = intake.keeps_failures(batch)
             decisions = await self._handle(batch, instance, keeps_failures=keeps_failures)
-            if self.mistake is not None:
+            if self.check.mistake is not None:
                 return
             intake.take_back(batch, decisions, now)
             intake.release(batch)
