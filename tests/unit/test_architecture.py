@@ -117,6 +117,12 @@ def test_the_core_does_no_io_by_running() -> None:
 
 
 @cache
+def tree(path: Path) -> ast.Module:
+    """Return the syntax tree of a file, which several rules look at."""
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports() -> grimp.ImportGraph:
     """Return what imports what."""
     return grimp.build_graph("aio_pika_batch", cache_dir=None)
@@ -174,7 +180,7 @@ def test_a_small_module_has_several_users(path: Path) -> None:
 @pytest.mark.parametrize("path", [*SOURCES, *OTHERS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_module_states_what_it_does(path: Path) -> None:
     """Its docstring is a statement, not a question."""
-    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    docstring = ast.get_docstring(tree(path))
     assert docstring
     assert "?" not in docstring.partition("\n\n")[0]
 
@@ -184,7 +190,7 @@ def test_no_two_public_classes_have_the_same_name() -> None:
     names = Counter(
         node.name
         for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
     assert [] == [name for name, count in names.items() if count > 1]
@@ -224,11 +230,7 @@ def test_no_file_is_too_long_to_be_read_at_one_sitting(path: Path) -> None:
 @pytest.mark.parametrize("path", UNIT_TESTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_unit_test_takes_real_time(path: Path) -> None:
     """Unit tests run in virtual time, where ``asyncio.sleep`` costs nothing; these calls would."""
-    used = {
-        ast.unparse(node.func)
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call)
-    }
+    used = {ast.unparse(node.func) for node in ast.walk(tree(path)) if isinstance(node, ast.Call)}
     assert set() == used & TAKE_REAL_TIME, (
         "make the test asynchronous, or call aio_pika_batch.testing.virtual_time.run"
     )

@@ -129,7 +129,7 @@ def test_each_event_of_the_supervisor_is_explained():
 
 
 def warnings_of_checks() -> Iterator[ast.expr]:
-    """What `core.advice` says, wherever it makes it up."""
+    """What `core.config_checks` says, wherever it makes it up."""
     tree = ast.parse((ROOT / "src" / "aio_pika_batch" / "core" / "config_checks.py").read_text())
     for node in ast.walk(tree):
         match node:

@@ -142,6 +142,17 @@ def test_examples_of_steps(failures, now, jitter, held, step):
     assert step == policy.next_step(Pending(SINCE, failures), now=now, jitter=jitter, held=held)
 
 
+@pytest.mark.parametrize(("failures", "shortest"), [(1, 15), (2, 30), (9, 60)])
+def test_what_the_broker_cannot_take_is_seldom_tried_again(failures, shortest):
+    """Whatever the pauses between other attempts: only an operator can change that."""
+    policy = UnconfirmedPolicy(30, 5, Backoff(1, 8), longest=600)
+    pending = Pending(SINCE, failures, outcome=Outcome.UNPUBLISHABLE)
+
+    step = policy.next_step(pending, now=SINCE, jitter=0.0, held=1)
+
+    assert Republish(SINCE + shortest) == step
+
+
 @given(
     st.integers(0, 30),
     st.integers(0, 30),

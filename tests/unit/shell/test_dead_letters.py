@@ -257,6 +257,7 @@ async def test_an_unconfirmed_dead_letter_is_retried_like_a_requeue(rabbit, faul
     assert 1 == len(recorder.of(DeadLettered))
 
 
+@pytest.mark.untraced
 async def test_an_exchange_that_routes_nowhere_loses_nothing(rabbit, jitter):
     """If the dead letter is returned, its original stays with the broker."""
     rabbit.declare("dead")

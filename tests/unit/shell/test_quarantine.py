@@ -102,6 +102,7 @@ def reasons(rabbit):
     ]
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("shape", [{}, {"num_workers": 2, "concurrency": 2}], ids=str)
 @pytest.mark.parametrize("place", [0, 25])
@@ -339,6 +340,7 @@ async def test_a_crashed_message_is_counted_and_logged(caplog):
     assert 5 == sum("each is handled alone [" in line for line in lines)
 
 
+@pytest.mark.untraced
 async def test_without_a_destination_a_crashed_message_is_retried_with_growing_delays():
     """It is never discarded."""
     rabbit = declared("4.0")

@@ -34,6 +34,7 @@ async def by_body(messages):
             yield MessageResult.REQUEUE if message.retry_count < 3 else MessageResult.ACK
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("hold", [3, 30])
 @pytest.mark.parametrize("seconds", [20, 60])
 async def test_a_silent_dead_letter_queue_repeats_nothing_else(rabbit, stall, hold, seconds):

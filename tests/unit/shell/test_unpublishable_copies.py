@@ -108,6 +108,7 @@ async def test_a_user_without_permission_is_refused_at_start(rabbit, exchange, r
     assert [] == rabbit.times(EventKind.PUBLISHED)
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
 @pytest.mark.parametrize(("exchange", "result"), [("", b"REQUEUE"), ("work.dlx", b"NACK")])
 async def test_a_permission_that_is_revoked_while_consuming_loses_nothing(
@@ -139,6 +140,7 @@ async def test_a_permission_that_is_revoked_while_consuming_loses_nothing(
     assert [] == rabbit.waiting(QUEUE)
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("limit", [1, 2, 5, 20])
 @pytest.mark.parametrize("fault", [PublishFault.FORBID, PublishFault.REFUSE, PublishFault.LOSE])
 async def test_no_return_pushes_a_message_over_its_delivery_limit(limit, fault):
