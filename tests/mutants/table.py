@@ -254,7 +254,7 @@ WIRE = (
     ),
     Mutant(
         "The channel of a broker that isn't RabbitMQ is closed right behind the last settlement.",
-        f"{_WIRE}/consumer_channel.py",
+        f"{_WIRE}/session.py",
         "SETTLE_PAUSE = 0.2",
         "SETTLE_PAUSE = 0.0",
         (f"{_UNIT}/test_session.py",),
@@ -289,7 +289,7 @@ WIRE = (
     ),
     Mutant(
         "A commit on a quorum queue proves its settlements, although the channel may keep them.",
-        f"{_WIRE}/consumer_channel.py",
+        f"{_WIRE}/session.py",
         "            if self._commits_prove:\n",
         "            if True:\n",
         (f"{_UNIT}/test_session.py",),
@@ -310,7 +310,7 @@ WIRE = (
     ),
     Mutant(
         "A message that is delivered for the last answer gets before those that a stop returns.",
-        f"{_WIRE}/consumer_channel.py",
+        f"{_WIRE}/session.py",
         "            self._returns = {}\n        match",
         "            pass\n        match",
         (f"{_UNIT}/test_session.py",),
@@ -345,7 +345,7 @@ WIRE = (
     ),
     Mutant(
         "The last settlements of a drain are not committed before the close.",
-        f"{_WIRE}/consumer_channel.py",
+        f"{_WIRE}/session.py",
         "            await self._commit()\n        else:",
         "            pass\n        else:",
         (f"{_UNIT}/test_session.py",),

@@ -55,6 +55,7 @@ LONGER_FOR_A_REASON = {
     "adapters/memory/channel.py": "what a client may do on one channel, in both protocols",
     "adapters/memory/session.py": "both connections of a client, to consume and to publish",
     "testing/stories/player.py": "plays a story, and records it at every method of the port",
+    "adapters/aio_pika/session.py": "one session, and how its settlements are written and proven",
     "adapters/aio_pika/publisher.py": "both ways to publish, and how each ends",
     "inbox.py": "claims, and the transaction that they belong to",
     "dead_letters.py": "looking at dead letters, replaying and deleting them, by one law",

@@ -25,7 +25,6 @@ from aio_pika_batch.adapters.aio_pika.connection import OpenConnection, open_con
 from aio_pika_batch.adapters.aio_pika.consumer_channel import (
     STREAM_OFFSET,
     ConsumerChannel,
-    SettlementWriter,
 )
 from aio_pika_batch.adapters.aio_pika.events import (
     ChannelClosed,
@@ -36,6 +35,7 @@ from aio_pika_batch.adapters.aio_pika.events import (
     Deliveries,
     Malformed,
 )
+from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
 from aio_pika_batch.adapters.aio_pika.topology import declare_on
 from aio_pika_batch.adapters.buffered_session import (
     ANSWER_TIMEOUT,
@@ -43,7 +43,16 @@ from aio_pika_batch.adapters.buffered_session import (
     BufferedSession,
 )
 from aio_pika_batch.core.refusals import STREAM_ADVICE
-from aio_pika_batch.core.settlement import SAFE_COMMANDS
+from aio_pika_batch.core.settlement import (
+    SAFE_COMMANDS,
+    CommandBudget,
+    Disposition,
+    DrainMode,
+    Frame,
+    Ledger,
+    Settlement,
+    drain_mode,
+)
 from aio_pika_batch.errors import BrokerUnavailable, SessionLost, TopologyError
 from aio_pika_batch.transport import Native
 
@@ -51,14 +60,18 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from aio_pika_batch.adapters.aio_pika.events import Event
+    from aio_pika_batch.adapters.aio_pika.frame_tap import FrameTap
     from aio_pika_batch.core.message import Message
-    from aio_pika_batch.core.settlement import Settlement
     from aio_pika_batch.core.topology import Version
     from aio_pika_batch.transport import Endpoint, Subscription
 
 UNCOUNTED_NACKS_SINCE: Version = (4, 3)
 """The first RabbitMQ that doesn't count a return by nack, but counts one by the close. Earlier ones
 count both, and a nack moves the message to the back of a queue without a delivery limit."""
+
+SETTLE_PAUSE = 0.2
+"""Seconds between the last settlement and the close, on brokers that don't call themselves
+RabbitMQ. It is unknown what their answers prove."""
 
 _T = TypeVar("_T")
 
@@ -90,6 +103,7 @@ class AioPikaSession(BufferedSession):
         # A classic queue keeps nothing. An exclusive one may belong to another consumer by then.
         self._asks_queue = subscription.queue_type == "quorum" and not subscription.exclusive
         self._writer = SettlementWriter(
+            self._tap,
             self._channel,
             is_rabbitmq=connection.is_rabbitmq,
             commits_prove=not self._asks_queue,
@@ -327,3 +341,173 @@ class AioPikaSession(BufferedSession):
         except SessionLost:
             self._check()  # raises with the reason of the loss, if there is one
             raise
+
+
+class SettlementWriter:
+    """Writes settlements: at once until the cancel, then as `drain_mode` decides.
+
+    It knows which ones the broker has certainly received. :mod:`~aio_pika_batch.core.settlement`
+    explains why a quorum queue can lose settlements, and how to send those after a cancel. Laws:
+
+    - The answer to `basic.cancel` proves everything that was written before it. What is settled
+      from the cancel on is held until then, so that it can be counted.
+    - After that, `SAFE_COMMANDS` commands are sent at most, the last ones before the channel is
+      closed. Unless a quorum queue can be asked once more, the answers to `tx.commit` and
+      `channel.close` prove what was written before them.
+
+    Attributes:
+        ledger: The session's unsettled deliveries.
+        unproven: The number of settled messages whose settlement may not have been received.
+    """
+
+    def __init__(
+        self,
+        tap: FrameTap,
+        channel: ConsumerChannel,
+        *,
+        is_rabbitmq: bool,
+        commits_prove: bool,
+    ) -> None:
+        self.ledger = Ledger()
+        self.unproven = 0
+        self._tap = tap
+        self._channel = channel
+        self._is_rabbitmq = is_rabbitmq
+        self._commits_prove = commits_prove
+        self._returns: dict[int, None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._is_holding = False
+        self._is_transactional = False
+        self._budget = CommandBudget()
+        self._timer: asyncio.TimerHandle | None = None
+        self._committing: asyncio.Task[None] | None = None
+        self._settled_at = -SETTLE_PAUSE  # no pause if nothing was settled
+
+    def settle(self, settlements: Sequence[Settlement]) -> None:
+        """Write or hold settlements. Raises SettlementError, or SessionLost."""
+        ledger = self.ledger
+        if self._returns is not None:
+            settlements = self._without_returns(settlements, self._returns)
+        if self._is_holding:
+            held = ledger.held
+            ledger.hold(settlements)
+            self.unproven += ledger.held - held
+            self._plan_commit()
+            return
+        unsettled = len(ledger)
+        frames = ledger.settle(settlements)
+        self.unproven += unsettled - len(ledger)
+        self._write(frames)
+
+    def _without_returns(
+        self, settlements: Sequence[Settlement], returns: dict[int, None]
+    ) -> Sequence[Settlement]:
+        """Keep the returns for `give_back`: what is delivered for an answer comes after them."""
+        decided = self.ledger.decide(settlements, returns)
+        returns.update({tag: None for tag in decided if decided[tag] is Disposition.RETURN})
+        return [each for each in settlements if each.disposition is not Disposition.RETURN]
+
+    def hold(self) -> None:
+        """Hold what is settled from now on, because `basic.cancel` is being sent."""
+        self._is_holding = True
+
+    def prove(self, settled: int) -> None:
+        """Note how many of the unproven settlements the broker has received."""
+        self.unproven = max(0, self.unproven - settled)
+
+    async def on_cancelled(self, remaining: int, *, is_proof: bool) -> None:
+        """Go on after the answer to `basic.cancel`. Raises SessionLost.
+
+        Args:
+            remaining: The number of messages that are held, or may still be settled.
+            is_proof: Whether a consumer was cancelled, so that the queue itself has answered.
+        """
+        if is_proof:
+            self.unproven = self.ledger.held
+        if not self._commits_prove:
+            self._returns = {}
+        match drain_mode(remaining, is_rabbitmq=self._is_rabbitmq):
+            case DrainMode.DIRECT:
+                self._is_holding = False
+                self._write(self.ledger.release(joined=True))
+            case DrainMode.COMMITTED:
+                await self._channel.select()
+                self._is_transactional = True
+                self._plan_commit()
+            case DrainMode.JOINED:
+                pass  # `finish` joins them
+
+    async def finish(self) -> None:
+        """Write what is held; return when the channel may be closed. Raises SessionLost."""
+        while self._committing is not None:
+            await asyncio.wait({self._committing})
+        if self._timer is not None:
+            # Otherwise its commit could still be on its way when the channel is closed.
+            self._timer.cancel()
+        if self._is_transactional:
+            await self._commit()
+        else:
+            self._write(self.ledger.release(joined=True))
+        if not self._is_rabbitmq:
+            await asyncio.sleep(self._settled_at + SETTLE_PAUSE - self._loop.time())
+
+    async def give_back(self, untaken: Sequence[int]) -> None:
+        """Return the messages that were kept for it, and then others. Raises SessionLost.
+
+        Args:
+            untaken: Deliveries that were never handed out, and so aren't in the ledger.
+        """
+        frames = [Frame(Disposition.RETURN, tag) for tag in untaken]
+        if self._returns:
+            # Nothing is lost without a proof: what isn't received is returned by the close.
+            returns, self._returns = self._returns, {}
+            frames[:0] = self.ledger.settle([Settlement(Disposition.RETURN, tuple(returns))])
+        self._write(frames)
+        if frames and self._is_transactional:
+            await self._channel.commit()
+
+    def on_channel_closed(self) -> None:
+        """Take note of `channel.close-ok`."""
+        self.unproven = self.ledger.held
+
+    def _write(self, frames: Sequence[Frame]) -> None:
+        if frames:
+            if not self._tap.write(pack_settlements(self._channel.number, frames)):
+                raise SessionLost("the connection was closed")
+            self._settled_at = self._loop.time()
+
+    # -- transactions -----------------------------------------------------------------------------
+
+    def _plan_commit(self) -> None:
+        """Commit what is held as soon as the budget allows."""
+        is_planned = self._timer is not None or self._committing is not None
+        if not self._is_transactional or is_planned or not self.ledger.held:
+            return
+        commit_at = self._budget.commit_at(self.ledger.held_kinds)
+        if commit_at is not None:
+            # By a timer even if it is due: results that come together share a commit.
+            self._timer = self._loop.call_at(max(commit_at, self._loop.time()), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        # Another disposition may have come meanwhile, for which the budget is too small.
+        if self._budget.commit_at(self.ledger.held_kinds) is not None:
+            # In a task of its own: cancelling a pending tx.commit would close the channel.
+            self._committing = self._loop.create_task(self._commit())
+            self._committing.add_done_callback(self._on_commit)
+
+    def _on_commit(self, task: asyncio.Task[None]) -> None:
+        consume_exception(task)  # only a lost session fails it, and that is noticed elsewhere
+        self._committing = None
+        self._plan_commit()
+
+    async def _commit(self) -> None:
+        held = self.ledger.held
+        if held:
+            self._budget.spend(self.ledger.held_kinds, self._loop.time())
+            # Singles, because they can be sorted: the broker makes one command of those of one
+            # disposition that follow each other.
+            self._write(self.ledger.release(joined=False))
+            await self._channel.commit()
+            if self._commits_prove:
+                self.prove(held)

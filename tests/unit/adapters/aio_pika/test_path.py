@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(aio_pika_batch.__file__).parent
 
-MOST_FILES = 13
+MOST_FILES = 12
 READ = 1000
 """Bytes of one read, which ends within a message."""
 ACK = Disposition.ACK
