@@ -52,7 +52,6 @@ LONGER_FOR_A_REASON = {
     "core/settlement_plan.py": "what becomes of each result is decided in one place",
     "core/topology.py": "what is declared, in which order and as what, is in one place",
     "adapters/memory/queue.py": "all places in which a message of one queue can be",
-    "adapters/memory/channel.py": "what a client may do on one channel, in both protocols",
     "adapters/memory/session.py": "both connections of a client, to consume and to publish",
     "testing/stories/player.py": "plays a story, and records it at every method of the port",
     "adapters/aio_pika/session.py": "one session, and how its settlements are written and proven",

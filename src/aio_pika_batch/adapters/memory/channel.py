@@ -149,15 +149,9 @@ class Connection:
             self.close_reason = reason
             self._host.remove_connection(self)
             for channel in list(self.channels):
-                self.close_channel(channel, reason)
+                channel.close_by_broker(reason)
             # After the channels, whose unacked messages return to their queues first.
             self._host.vhost.delete_exclusive_queues(self)
-
-    def close_channel(self, channel: Channel, reason: str) -> None:
-        """Close one channel, as part of an operation."""
-        if channel in self.channels:
-            self.channels.remove(channel)
-            channel.close_by_broker(reason)
 
 
 class Channel:
@@ -206,10 +200,8 @@ class Channel:
             try:
                 yield vhost
             except Refusal as refusal:
-                if refusal.closes_connection:
-                    self._connection.close_by_broker(str(refusal))
-                else:
-                    self._connection.close_channel(self, str(refusal))
+                closed = self._connection if refusal.closes_connection else self
+                closed.close_by_broker(str(refusal))
                 raise
 
     # -- consuming --
@@ -267,8 +259,7 @@ class Channel:
 
     def reject(self, tag: int, *, requeue: bool = True) -> None:
         """Send `basic.reject`."""
-        disposition = Disposition.REQUEUE if requeue else Disposition.REJECT
-        self.settle(disposition, tag, multiple=False)
+        self.settle(Disposition.REQUEUE if requeue else Disposition.REJECT, tag, multiple=False)
 
     def settle(self, disposition: Disposition, tag: int, *, multiple: bool) -> None:
         """Send the frame of a disposition."""
@@ -294,10 +285,7 @@ class Channel:
             until: Its time by the broker's clock.
         """
         with self.operation():
-            self._unacked.modify(
-                modification.tags,
-                lambda queue, entries: queue.modify(entries, modification, until),
-            )
+            self._unacked.modify(modification, until)
 
     def await_answer(self) -> None:
         """Ask something that the queues answer: then all before it has been carried out."""
@@ -336,10 +324,10 @@ class Channel:
             self._host.receive_publication(self, self._published, message, mandatory=mandatory)
         return self._published
 
-    def close(self, reason: str = _CLOSED_BY_CLIENT) -> None:
+    def close(self) -> None:
         """Close the channel; its unacked messages return to their queues."""
         with self._host.operation():
-            self._connection.close_channel(self, reason)
+            self.close_by_broker(_CLOSED_BY_CLIENT)
 
     # -- what the broker calls --
 
@@ -371,7 +359,10 @@ class Channel:
             self._send(ConfirmFrame(number, outcome))
 
     def close_by_broker(self, reason: str) -> None:
-        """Close the channel, as part of an operation; see `Connection.close_channel`."""
+        """Close the channel, as part of an operation."""
+        if self not in self._connection.channels:
+            return
+        self._connection.channels.remove(self)
         vhost = self._host.vhost
         self.close_reason = reason
         vhost.record(EventKind.CHANNEL_CLOSED, "", None, reason)

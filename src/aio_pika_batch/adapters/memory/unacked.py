@@ -7,7 +7,7 @@ The leader may stop to answer at any time, so here it always does as soon as a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby, takewhile
 from typing import TypeAlias, assert_never
 
@@ -15,7 +15,7 @@ from aio_pika_batch.adapters.memory.queue import MemoryQueue, QueueConsumer, Ret
 from aio_pika_batch.adapters.memory.rabbitmq import QueueType, Refusal, VersionRules
 from aio_pika_batch.adapters.memory.ready_list import QueueEntry
 from aio_pika_batch.core.refusals import ReplyCode
-from aio_pika_batch.core.settlement import Disposition, Frame
+from aio_pika_batch.core.settlement import Disposition, Frame, Modification
 
 _Delivered: TypeAlias = dict[int, tuple[QueueConsumer, QueueEntry]]
 _How: TypeAlias = tuple[Disposition, ReturnCause]
@@ -67,17 +67,15 @@ class UnackedMessages:
         """Settle messages by one frame of AMQP 1.0, which is one command."""
         self._send((disposition, cause), {tag: self._unacked.pop(tag) for tag in tags})
 
-    def modify(
-        self, tags: Iterable[int], change: Callable[[MemoryQueue, list[QueueEntry]], None]
-    ) -> None:
+    def modify(self, modification: Modification, until: float | None) -> None:
         """Modify messages. A channel never keeps this, and what it has kept goes out before it."""
-        modified = {tag: self._unacked.pop(tag) for tag in tags}
+        modified = {tag: self._unacked.pop(tag) for tag in modification.tags}
         kept, self._kept = self._kept, []
         for how, members in kept:
             for queue, some in _by_queue(members):
                 self._carry_out(how, queue, some)
         for queue, members in _by_queue(modified):
-            change(queue, _entries(members))
+            queue.modify(_entries(members), modification, until)
 
     def select(self) -> None:
         """Settle in transactions from now on."""
