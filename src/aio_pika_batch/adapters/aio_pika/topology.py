@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias, assert_never
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, assert_never
 
 from aio_pika_batch.adapters.aio_pika.client_errors import (
     close_reason,
@@ -171,11 +171,11 @@ class _Declarer:
             if closed is None:
                 return entity.arguments
             if entity.check_only or closed.code != ReplyCode.NOT_FOUND:
-                self._raise(entity, closed)
+                raise _refusal(entity, self._where, closed)
         if not isinstance(entity, Queue):
             closed = await self.attempt(entity)
             if closed is not None:
-                self._raise(entity, closed)
+                raise _refusal(entity, self._where, closed)
             return {}
         await self._open()  # tells the version
         arguments = entity.arguments_on(self.version)
@@ -184,14 +184,9 @@ class _Declarer:
             if closed.code == ReplyCode.PRECONDITION_FAILED:
                 following = entity.arguments_after(arguments, closed.text)
             if following is None:
-                self._raise(entity, closed)
+                raise _refusal(entity, self._where, closed)
             arguments = following
         return arguments
-
-    def _raise(self, entity: Entity, closed: Closed) -> NoReturn:
-        what = f"{_name(entity)} at {self._where}"
-        advice = (entity.if_unequal, entity.if_missing) if isinstance(entity, Queue) else ()
-        raise refusal_error(closed.code, closed.text, what, *advice)
 
     async def check_publishing(self, checks: Sequence[PublishCheck]) -> None:
         """Raise TopologyError if the user may not publish to one of the exchanges."""
@@ -224,7 +219,12 @@ async def declare_on(connection: OpenConnection, topology: Topology, timeout: fl
             entity = replace(entity, arguments=entity.arguments_on(channel.version))  # noqa: PLW2901
         closed = await channel.declare(entity)
         if closed is not None:
-            raise refusal_error(closed.code, closed.text, channel.describe(entity))
+            raise _refusal(entity, str(connection.address), closed)
+
+
+def _refusal(entity: Entity, where: str, closed: Closed) -> TransportError:
+    advice = (entity.if_unequal, entity.if_missing) if isinstance(entity, Queue) else ()
+    return refusal_error(closed.code, closed.text, f"{_name(entity)} at {where}", *advice)
 
 
 class _DeclareChannel:
@@ -245,10 +245,6 @@ class _DeclareChannel:
         """The version of the broker, if it is a RabbitMQ."""
         return parse_version(*self.connection.product)
 
-    def describe(self, entity: Entity) -> str:
-        """Return the kind and the name of an entity, and where it is."""
-        return f"{_name(entity)} at {self.connection.address}"
-
     async def declare(self, entity: Entity, *, passive: bool = False) -> Closed | None:
         """Declare one entity, or only check that it exists.
 
@@ -262,7 +258,7 @@ class _DeclareChannel:
         async def request(channel: Channel) -> None:
             self.ready = await _request(channel, entity, passive=passive)
 
-        return await self._call(request, self.describe(entity), self._timeout)
+        return await self._call(request, _name(entity), self._timeout)
 
     async def check_publishing(self, check: PublishCheck) -> Closed | None:
         """Publish to an exchange in a transaction that is rolled back, so that it has no effect.
@@ -282,43 +278,37 @@ class _DeclareChannel:
                 )
             await channel.tx_rollback()
 
-        what = f"publishing to exchange {check.exchange!r} at {self.connection.address}"
+        what = f"publishing to exchange {check.exchange!r}"
         return await self._call(request, what, min(self._timeout, BLOCKED_AFTER))
 
     async def _call(
         self, request: Callable[[Channel], Awaitable[None]], what: str, timeout: float
     ) -> Closed | None:
-        cause: BaseException | None = None
-
-        def failed(error: BaseException) -> Exception:
-            nonlocal cause
-            cause = error
-            return _call_error(what, error, timeout)
-
+        subject = f"{what} at {self.connection.address}"
         try:
-            with translate_errors(failed):
+            with translate_errors(lambda error: _call_error(subject, error, timeout)):
                 async with asyncio.timeout(timeout):
                     if self._channel is None:
                         self._channel = await self.connection.channel()
                         self.connection.tap.listen(None).watch(self._channel.number)
                     await request(self._channel)
-        except TransportError:
-            closed = self.connection.tap.closed or close_reason(cause)
+        except TransportError as error:
+            closed = self.connection.tap.closed or close_reason(error)
             if closed is None:
                 raise
             return closed
         return self.connection.tap.closed
 
 
-def _call_error(what: str, error: BaseException, timeout: float) -> Exception:
+def _call_error(subject: str, error: BaseException, timeout: float) -> Exception:
     match error:
         case TypeError() | ValueError():
             # aiormq raises these before it has sent anything.
-            return TopologyError(f"{what}: {format_error(error)}; correct its name or arguments")
+            return TopologyError(f"{subject}: {format_error(error)}; correct its name or arguments")
         case TimeoutError():
-            return BrokerUnavailable(f"{what}: no answer within {timeout:g} s")
+            return BrokerUnavailable(f"{subject}: no answer within {timeout:g} s")
         case _:
-            return BrokerUnavailable(f"{what}: {format_error(error)}")
+            return BrokerUnavailable(f"{subject}: {format_error(error)}")
 
 
 async def _request(channel: Channel, entity: Entity, *, passive: bool) -> int:
