@@ -119,6 +119,13 @@ WIRE = (
         (f"{_UNIT}/test_session.py",),
     ),
     Mutant(
+        "Messages that come after the loss of a session are handed out, and delivered again.",
+        "adapters/buffered_session.py",
+        "        if self._loss is not None:\n            return\n",
+        "",
+        (f"{_UNIT}/test_session.py",),
+    ),
+    Mutant(
         "An exception of a listener drops the other frames of the same read.",
         f"{_WIRE}/frame_tap.py",
         "except Exception as error:  # noqa: BLE001  -- the rest of the read must not be lost",

@@ -12,7 +12,7 @@ import pytest
 
 from aio_pika_batch.adapters.aio_pika.amqp_spec import ACK_SIZE, FRAME_OVERHEAD
 from aio_pika_batch.adapters.aio_pika.connection import BasicConsume, QueueDeclare
-from aio_pika_batch.adapters.aio_pika.events import ChannelCloseOk, Deliveries
+from aio_pika_batch.adapters.aio_pika.events import ChannelCloseOk, ConnectionLost, Deliveries
 from aio_pika_batch.adapters.aio_pika.frame_fastpath import pack_settlements
 from aio_pika_batch.adapters.aio_pika.session import AioPikaSession
 from aio_pika_batch.core.message import Message
@@ -199,6 +199,22 @@ async def test_what_comes_before_the_answer_to_cancel_is_handed_out(way: Any) ->
     await asyncio.gather(taking, cancelling)
 
     assert [[each] for each in late] == chunks
+
+
+@pytest.mark.parametrize("way", [iterated, pumped])
+async def test_what_comes_after_a_loss_is_not_handed_out(way: Any) -> None:
+    """Also if it comes before the task that takes messages has noticed."""
+    tap = FakeTap()
+    session = await opened(FakeChannel(tap), tap)
+    chunks: list[list[Message]] = []
+    taking = asyncio.create_task(way(session, chunks))
+    await asyncio.sleep(1)
+    tap.tell(ConnectionLost("the line was cut"))
+    tap.tell(Deliveries([delivered(1)]))
+
+    with pytest.raises(SessionLost, match="the line was cut"):
+        await taking
+    assert [] == chunks
 
 
 # -- after the cancel -----------------------------------------------------------------------------
