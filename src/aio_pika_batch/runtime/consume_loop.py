@@ -39,7 +39,7 @@ from aio_pika_batch.runtime.handler import (
 from aio_pika_batch.runtime.publishing import CopyPublishers
 from aio_pika_batch.runtime.quarantine import Quarantine, SuspectGate
 from aio_pika_batch.runtime.settler import Settler
-from aio_pika_batch.runtime.shutdown import Shutdown
+from aio_pika_batch.runtime.shutdown import Shutdown, cancel_and_wait
 from aio_pika_batch.runtime.worker_config import WorkerConfig
 from aio_pika_batch.transport import (
     AdjustableSession,
@@ -596,19 +596,19 @@ class ConsumeLoop:
         if self._early is not None:
             self._early.stop()
         if self._gating is not None:
-            await _cancel(self._gating)
+            await cancel_and_wait(self._gating)
         self._batcher.clear()
         self._slots.on_free = ignore_batch
         # Before receiving ends: what still arrives must not be settled in this session.
         await self._settler.abort()
-        await _cancel(receiving)
+        await cancel_and_wait(receiving)
 
     async def _drain(self, receiving: asyncio.Task[None]) -> None:
         """Take what is on its way, finish what was started, and return the rest."""
         self._is_draining = True
         self._disarm()
         if self._gating is not None:
-            await _cancel(self._gating)
+            await cancel_and_wait(self._gating)
         await self._cancel_consumer(receiving)
         # While the breaker is open, more batches would only fail; the broker keeps their messages.
         may_start = self._breaker is None or self._breaker.state is not BreakerState.OPEN
@@ -649,7 +649,7 @@ class ConsumeLoop:
                 await task
                 return True
         finally:
-            await _cancel(task)
+            await cancel_and_wait(task)
         return False
 
     async def _wait_to_settle(
@@ -674,13 +674,3 @@ class ConsumeLoop:
             # From here on everything is settled by tasks that are awaited below.
             self._early.stop()
         await self._wait_to_settle(self._tasks)
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    """Cancel a task unless it is done, and wait for its end."""
-    if not task.done():
-        task.cancel()
-    await asyncio.wait({task})
-    if not task.cancelled():
-        # Marks an exception as retrieved: asyncio would report it otherwise.
-        task.exception()

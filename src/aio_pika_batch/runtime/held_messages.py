@@ -21,7 +21,7 @@ from aio_pika_batch.core.hold_policy import (
 )
 from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.core.settlement_plan import PendingCopy
-from aio_pika_batch.runtime.shutdown import Wait
+from aio_pika_batch.runtime.shutdown import Wait, cancel_and_wait
 
 
 @dataclass(slots=True, eq=False)
@@ -295,8 +295,5 @@ class HeldMessages:
 
     async def _cancel_tasks(self) -> None:
         if self._task is not None:
-            tasks = {self._task, *self._attempts}
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+            await cancel_and_wait(self._task, *self._attempts)
             self._task = None

@@ -105,6 +105,17 @@ async def wait_until(tasks: Iterable[asyncio.Future[Any]], deadline: float) -> N
         await asyncio.wait(pending, timeout=None if math.isinf(left) else max(0.0, left))
 
 
+async def cancel_and_wait(*tasks: asyncio.Task[None]) -> None:
+    """Cancel these unless they are done, and wait for their ends."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            # Marks an exception as retrieved: asyncio would report it otherwise.
+            task.exception()
+
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
