@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import os
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -110,11 +111,18 @@ relay = run
 async def _run_here(options: ProcessOptions, supervision: SupervisionOptions) -> Exit:
     consumers = options.load()
     async with AsyncExitStack() as stack:
-        if supervision.health_port is not None:
-            host, port = supervision.health_host, supervision.health_port
-            server = HealthServer(*consumers, host=host, port=port)
-            _log_address(await stack.enter_async_context(server), supervision)
+        await _serve(partial(HealthServer, *consumers), supervision, stack)
         return await run_all(consumers)
+
+
+async def _serve(
+    server_class: Callable[..., HttpServer], supervision: SupervisionOptions, stack: AsyncExitStack
+) -> None:
+    """Serve health endpoints until the stack is closed, if there is a port for them."""
+    if supervision.health_port is not None:
+        host, port = supervision.health_host, supervision.health_port
+        server = await stack.enter_async_context(server_class(host=host, port=port))
+        _log.info("health endpoints", url=f"http://{host}:{server.port}")
 
 
 def _policy(
@@ -158,10 +166,7 @@ async def _supervise(
 ) -> int:
     supervisor = Supervisor(ProcessManager(policy), options)
     async with AsyncExitStack() as stack:
-        if supervision.health_port is not None:
-            host, port = supervision.health_host, supervision.health_port
-            server = HttpServer(supervisor.answer(), host=host, port=port)
-            _log_address(await stack.enter_async_context(server), supervision)
+        await _serve(partial(HttpServer, supervisor.answer()), supervision, stack)
         if policy.waits_for_roll:
             reloading = asyncio.ensure_future(_reload(supervisor, options))
             stack.callback(reloading.cancel)
@@ -179,7 +184,3 @@ async def _reload(supervisor: Supervisor, options: ProcessOptions) -> None:
     async for changes in awatch(*watched, watch_filter=keep, stop_event=asyncio.Event()):
         _log.info("files changed", files=sorted({path for _, path in changes}))
         supervisor.roll()
-
-
-def _log_address(server: HttpServer, supervision: SupervisionOptions) -> None:
-    _log.info("health endpoints", url=f"http://{supervision.health_host}:{server.port}")
