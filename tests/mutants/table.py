@@ -304,8 +304,8 @@ WIRE = (
     Mutant(
         "Only the first wait for settlements waits.",
         f"{_WIRE}/session.py",
-        "        self._confirming = self._loop.create_task(",
-        "        self._confirming = self._confirming or self._loop.create_task(",
+        "        self._confirming = self._in_own_task(",
+        "        self._confirming = self._confirming or self._in_own_task(",
         (f"{_UNIT}/test_session.py",),
     ),
     Mutant(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aio_pika_batch.adapters.aio_pika.client_errors import (
     consume_exception,
@@ -57,7 +57,7 @@ from aio_pika_batch.errors import BrokerUnavailable, SessionLost, TopologyError
 from aio_pika_batch.transport import Native
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 
     from aio_pika_batch.adapters.aio_pika.events import Event
     from aio_pika_batch.adapters.aio_pika.frame_tap import FrameTap
@@ -134,9 +134,7 @@ class AioPikaSession(BufferedSession):
         """Ask for no more messages."""
         self._check()
         if self._cancelling is None:
-            # In its own task: cancelling a pending basic.cancel would close the channel.
-            self._cancelling = self._loop.create_task(self._cancel())
-            self._cancelling.add_done_callback(consume_exception)
+            self._cancelling = self._in_own_task(self._cancel())
         await self._shielded(self._cancelling)
 
     async def pause(self) -> None:
@@ -163,15 +161,14 @@ class AioPikaSession(BufferedSession):
         await self._adjust(if_paused)
 
     async def _adjust(self, step: Callable[[], Awaitable[None]]) -> None:
-        """Change the consumer in a task of its own: a cancelled call would close the channel."""
+        """Change the consumer, one change after the other."""
 
         async def adjust() -> None:
             async with self._adjusting:
                 await step()
 
         self._check()
-        task = self._loop.create_task(adjust())
-        task.add_done_callback(consume_exception)
+        task = self._in_own_task(adjust())
         if not (await asyncio.wait({task}, timeout=ANSWER_TIMEOUT))[0]:
             self._lose(f"the broker has not answered for {ANSWER_TIMEOUT:g} s")
             self._check()
@@ -199,9 +196,7 @@ class AioPikaSession(BufferedSession):
     async def settled(self) -> None:
         """Write what is held, and let a quorum queue answer."""
         self._check()
-        # In its own task: a cancelled call would close the channel.
-        self._confirming = self._loop.create_task(self._confirm(self._confirming))
-        self._confirming.add_done_callback(consume_exception)
+        self._confirming = self._in_own_task(self._confirm(self._confirming))
         await self._shielded(self._confirming)
 
     async def _confirm(self, earlier: asyncio.Task[None] | None) -> None:
@@ -216,15 +211,13 @@ class AioPikaSession(BufferedSession):
         """End the iteration, so that another session can replace this one."""
         self.is_expired = True
         if self._cancelling is None and not self._is_closed and self._loss is None:
-            self._cancelling = self._loop.create_task(self._cancel())
-            self._cancelling.add_done_callback(consume_exception)
+            self._cancelling = self._in_own_task(self._cancel())
 
     async def native(self) -> Native:
         """Open (once) a channel for the user on the session's connection."""
         self._check()
         if self._opening_native is None:
-            self._opening_native = self._loop.create_task(self._open_native())
-            self._opening_native.add_done_callback(consume_exception)
+            self._opening_native = self._in_own_task(self._open_native())
         return await self._shielded(self._opening_native)
 
     # --- events of the connection ------------------------------------------------
@@ -333,6 +326,12 @@ class AioPikaSession(BufferedSession):
                 raise TopologyError(f"queue {self._queue!r}: {STREAM_ADVICE}")
         self._writer.ledger.deliver([message.delivery_tag for message in messages])
         return messages
+
+    def _in_own_task(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        """Start what goes on if its caller is cancelled: that would close aiormq's channel."""
+        task = self._loop.create_task(work)
+        task.add_done_callback(consume_exception)
+        return task
 
     async def _shielded(self, task: asyncio.Task[_T]) -> _T:
         """Wait for a task that goes on if its waiter is cancelled."""
