@@ -28,6 +28,7 @@ class KeyedIntake(BatchIntake):
     had raised, and the other messages are collected as usual: the worker must not end by it.
     """
 
+    batcher: KeyedBatcher
     runs_users_code = True
 
     def __init__(
@@ -40,7 +41,6 @@ class KeyedIntake(BatchIntake):
         log: KeywordLogger,
     ) -> None:
         super().__init__(batcher)
-        self._keyed = batcher
         self._batch_key = batch_key
         self._failure = failure
         self._observers = observers
@@ -63,7 +63,7 @@ class KeyedIntake(BatchIntake):
             else:
                 messages.append(message)
                 keys.append(key)
-        self._keyed.add(messages, now, keys)
+        self.batcher.add(messages, now, keys)
         if not failed:
             return None
         # One traceback is enough: they arrived together, and mostly fail for the same reason.
@@ -84,6 +84,8 @@ class KeyedIntake(BatchIntake):
 class OrderedIntake(KeyedIntake):
     """Collects deliveries by key, keeps the order of each key, and retries in place."""
 
+    batcher: OrderedBatcher
+
     def __init__(
         self,
         batcher: OrderedBatcher,
@@ -95,18 +97,17 @@ class OrderedIntake(KeyedIntake):
         log: KeywordLogger,
     ) -> None:
         super().__init__(batcher, batch_key, failure, observers=observers, log=log)
-        self._ordered = batcher
         self._in_place = in_place
 
     @property
     def held(self) -> int:
         """The number of messages that wait to be retried in place."""
-        return self._ordered.held
+        return self.batcher.held
 
     def begin(self, keys: Iterable[Hashable]) -> None:
         """Hold back these keys: handlers of an earlier session still work on them."""
         for key in keys:
-            self._ordered.block(key)
+            self.batcher.block(key)
 
     def keeps_failures(self, batch: Batch) -> bool:
         """Return True if the batch has a key."""
@@ -121,7 +122,7 @@ class OrderedIntake(KeyedIntake):
             decisions.not_acked, now=datetime.now(UTC), jitter=random.random()
         )
         decisions.not_acked = found.final
-        self._ordered.keep(batch, found.attempts, found.not_attempted, now)
+        self.batcher.keep(batch, found.attempts, found.not_attempted, now)
         if self._observers.present:
             for each in found.attempts:
                 message = each.message
@@ -129,7 +130,7 @@ class OrderedIntake(KeyedIntake):
 
     def release(self, batch: Batch) -> None:
         """Note that a batch, of this session or an earlier one, has been handled."""
-        self._ordered.release(batch.key)
+        self.batcher.release(batch.key)
 
 
 def open_intake(
