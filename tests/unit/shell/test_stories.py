@@ -36,7 +36,7 @@ STOPPED_AND_GIVEN_BACK = Story(
     attempts=1,
     breaker=0.3,
     quorum=True,
-    stop_at=0.0,
+    stop_at=1e-12,
     restart_after=0.0,
 )
 LATE = (Fault(0.0, FaultKind.LATE, 40.0),)
