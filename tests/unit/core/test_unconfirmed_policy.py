@@ -153,6 +153,18 @@ def test_what_the_broker_cannot_take_is_seldom_tried_again(failures, shortest):
     assert Republish(SINCE + shortest) == step
 
 
+def test_an_original_is_held_as_long_as_it_takes_if_its_return_could_drop_it():
+    """With one delivery left, although its time is over and too many are held."""
+    policy = UnconfirmedPolicy(30, 5, Backoff(1, 8), delivery_limit=4)
+
+    steps = [
+        policy.next_step(Pending(SINCE, 1, deliveries=each), now=SINCE + 900, jitter=0.0, held=9)
+        for each in (2, 3)
+    ]
+
+    assert [Return(SINCE + 900), Republish(SINCE + 900.5)] == steps
+
+
 @given(
     st.integers(0, 30),
     st.integers(0, 30),
