@@ -44,6 +44,7 @@ def run(url: str, queue: str, **settings: str) -> str:
         check=False,
         env={**os.environ, **{f"RMQ_TO_PUBSUB_{key}": value for key, value in own.items()}},
     )
+    sys.stderr.write(done.stderr)  # shown if what was published turns out to be wrong
     assert 0 == done.returncode, done.stderr
     assert done.stdout.endswith("248 messages published, 2 dead letters\n"), done.stderr
     return done.stdout

@@ -46,14 +46,14 @@ DIFFERENT = [
     ("4.0", "quorum", "amqp10"),
     ("4.3", "quorum", "amqp10"),
 ]
-"""What the others do in other combinations."""
+"""What the others do in other combinations; `nox -s unit` checks those, too."""
 
 EVERY_CLAUSE = [
     pytest.param(
         *kind,
         clause,
         id=f"{' '.join(kind)}: {clause}",
-        marks=[] if kind in DIFFERENT else pytest.mark.untraced,
+        marks=[] if kind in DIFFERENT else [pytest.mark.long, pytest.mark.untraced],
     )
     for kind, features in KINDS.items()
     for clause in TransportContract(opened, features).applicable
