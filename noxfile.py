@@ -39,7 +39,7 @@ QUICK = ("-m", "not long", "--hypothesis-profile=quick")
 COVERED = ("-m", "coverage", "run")
 """Arguments of Python that measure what a module covers."""
 
-CORE = tuple(f"tests/unit/{folder}" for folder in ("core", "inbox", "observers", "shell"))
+FIRST_HALF = tuple(f"tests/unit/{folder}" for folder in ("core", "inbox", "observers", "shell"))
 """Half of the unit tests, by the time that they take."""
 
 UTF8 = {"PYTHONUTF8": "1"}
@@ -138,17 +138,17 @@ def run_tests(session: nox.Session, versions: Path | None) -> None:
         pytest(session, *session.posargs)
         return
     here, others = halves(Path("tests/integration"))
-    rest = ("tests/unit", *without(CORE))
+    rest = ("tests/unit", *without(FIRST_HALF))
     failed: list[bool] = []
     with (
-        in_background(session, "unit-core", COVERED, [*QUICK, *CORE]) as core,
+        in_background(session, "unit-first", COVERED, [*QUICK, *FIRST_HALF]) as first,
         in_background(session, "unit", COVERED, [*QUICK, *rest]) as unit_tests,
         in_background(session, "integration", (), [*QUICK, *others]) as other_half,
     ):
         try:
             session.run("python", "-m", "pytest", *QUICK, *here, env=UTF8)
         finally:
-            failed = [each.report() for each in (other_half, unit_tests, core)]
+            failed = [each.report() for each in (other_half, unit_tests, first)]
     if any(failed):
         session.error("tests of a background process failed: see its report above")
 

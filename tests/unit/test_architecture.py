@@ -168,7 +168,7 @@ def test_the_package_has_few_layers() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_small_module_has_several_users(path: Path) -> None:
-    """One that only one other imports belongs into that one."""
+    """One that only one other imports belongs in that one."""
     module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
     if path.stem.startswith("__"):
         return

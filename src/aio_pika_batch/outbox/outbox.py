@@ -127,7 +127,7 @@ class Row(StoredPublication):
         columns: See `databases.outbox_table`.
 
     Attributes:
-        key: Rows with the same key keep their order; None if there is no order.
+        key: Rows with the same key keep their order; None: it may come at any place.
 
     Raises:
         ValueError, TypeError, AttributeError: The row was changed by hand, and isn't valid.

@@ -10,6 +10,7 @@ import types
 from dataclasses import dataclass, fields
 from typing import Any, Final, NamedTuple, TypeAlias, get_args, get_origin, get_type_hints
 
+from aio_pika_batch.adapters.amqp10 import spec
 from aio_pika_batch.adapters.amqp10.codec import (
     Array,
     CodecError,
@@ -226,23 +227,22 @@ SaslPerformative: TypeAlias = Mechanisms | Init | SaslOutcome
 Record: TypeAlias = Performative | SaslPerformative | SourceTerminus | TargetTerminus | PeerError
 
 _CODES: Final[dict[type[Record], int]] = {
-    Open: 0x10,
-    Begin: 0x11,
-    Attach: 0x12,
-    Flow: 0x13,
-    Transfer: 0x14,
-    DispositionFrame: 0x15,
-    Detach: 0x16,
-    End: 0x17,
-    Close: 0x18,
-    PeerError: 0x1D,
-    SourceTerminus: 0x28,
-    TargetTerminus: 0x29,
-    Mechanisms: 0x40,
-    Init: 0x41,
-    SaslOutcome: 0x44,
+    Open: spec.OPEN,
+    Begin: spec.BEGIN,
+    Attach: spec.ATTACH,
+    Flow: spec.FLOW,
+    Transfer: spec.TRANSFER,
+    DispositionFrame: spec.DISPOSITION,
+    Detach: spec.DETACH,
+    End: spec.END,
+    Close: spec.CLOSE,
+    PeerError: spec.ERROR,
+    SourceTerminus: spec.SOURCE,
+    TargetTerminus: spec.TARGET,
+    Mechanisms: spec.SASL_MECHANISMS,
+    Init: spec.SASL_INIT,
+    SaslOutcome: spec.SASL_OUTCOME,
 }
-"""The last byte of each descriptor."""
 _RECORDS: Final = {code: kind for kind, code in _CODES.items()}
 
 

@@ -1,4 +1,4 @@
-"""The numbers of AMQP 1.0 that several modules need: of frames, outcomes and sections."""
+"""The numbers of AMQP 1.0: of frames, performatives, outcomes and sections."""
 
 from __future__ import annotations
 
@@ -16,11 +16,26 @@ FRAME_HEAD: Final = 8
 SERIAL: Final = 0xFFFF_FFFF
 """Ids and counts are 32 bits wide and wrap (RFC 1982)."""
 
-# The outcomes of a delivery: the last byte of the descriptor, as in the sections below.
+# Performatives, and what they hold: the descriptor's last byte.
+OPEN: Final = 0x10
+BEGIN: Final = 0x11
+ATTACH: Final = 0x12
+FLOW: Final = 0x13
+TRANSFER: Final = 0x14
+DISPOSITION: Final = 0x15
+DETACH: Final = 0x16
+END: Final = 0x17
+CLOSE: Final = 0x18
+ERROR: Final = 0x1D
 ACCEPTED: Final = 0x24
 REJECTED: Final = 0x25
 RELEASED: Final = 0x26
 MODIFIED: Final = 0x27
+SOURCE: Final = 0x28
+TARGET: Final = 0x29
+SASL_MECHANISMS: Final = 0x40
+SASL_INIT: Final = 0x41
+SASL_OUTCOME: Final = 0x44
 
 # The sections of a message.
 HEADER: Final = 0x70
