@@ -77,8 +77,8 @@ class Forwarder(BatchConsumer):
 
     settings: Settings
 
-    # Pub/Sub refuses a request with one bad message as a whole. Without a key, it is repeated in
-    # halves until the bad one stands alone, and then this applies to it.
+    # Pub/Sub refuses a request with one bad message as a whole. It is repeated in halves, in order,
+    # until the bad one stands alone, and then this applies to it.
     exception_results = {InvalidArgument: MessageResult.NACK}  # noqa: RUF012
 
     samples: Sequence[Publication] = ()
@@ -123,14 +123,10 @@ class Forwarder(BatchConsumer):
         outcomes = await self._publish(messages)
         refused: InvalidArgument | None = None
         for message, outcome in zip(messages, outcomes, strict=True):
-            if not isinstance(outcome, InvalidArgument):
-                yield message, result_of(outcome)
-            elif ordering_key(message) and len(messages) > 1:
-                # Not in halves: if a message of one half must be tried again, the next half would
-                # overtake it. Tried again in place, each message waits for those before it.
-                yield message, Requeue("refused together with others of its key", delay=0)
-            else:
+            if isinstance(outcome, InvalidArgument):
                 refused = outcome
+            else:
+                yield message, result_of(outcome)
         if refused is not None:
             raise refused
 
@@ -191,11 +187,10 @@ def result_of(outcome: str | BaseException) -> Result:
             # Away, overloaded, over its quota, without the topic or the permission: all of these
             # may pass, and none is the message's fault.
             return Requeue(f"{type(outcome).__name__} from Pub/Sub")
-        case PublishToPausedOrderingKeyException() | RuntimeError():
+        case PublishToPausedOrderingKeyException() | RuntimeError() | AssertionError():
             # An earlier request with this key failed while a batch was handed to the client. The
-            # client then refuses the rest (the first error) and cancels what it has not sent yet
-            # (the second). If this were raised, the rest would be handled again before the
-            # messages of the request that failed.
+            # client then cancels what it has not sent yet (a RuntimeError), and refuses the rest.
+            # Until it has paused the key, it refuses with an AssertionError.
             return Requeue("an earlier message with this ordering key failed")
         case _:
             raise outcome

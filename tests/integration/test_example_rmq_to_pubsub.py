@@ -6,12 +6,14 @@ import os
 import runpy
 import subprocess
 import sys
+import threading
 from collections import defaultdict
 from pathlib import Path
 
 import grpc
 import pytest
 from google.cloud import pubsub_v1
+from google.cloud.pubsub_v1.publisher._sequencer.ordered_sequencer import OrderedSequencer
 
 from aio_pika_batch import MessageResult, Nack, Publication, Requeue
 from aio_pika_batch.testing import make_message, process
@@ -159,6 +161,43 @@ async def test_a_failed_request_takes_along_what_the_client_has_not_sent_yet(
     pubsub.failures.append(grpc.StatusCode.UNAVAILABLE)
     outcome = await process(forwarder(), given)
 
+    assert [each.body for each in given] == [each.data for each in pubsub.messages]
+    assert given == outcome.acked
+    assert [] == outcome.errors
+
+
+async def test_messages_handed_over_before_the_client_pauses_their_key_wait(
+    pubsub, monkeypatch
+) -> None:
+    """It knows that a request failed, and refuses others with an AssertionError until then."""
+    publish, pause = pubsub_v1.PublisherClient.publish, OrderedSequencer._batch_done_callback
+    given = [make_message(b"%d" % n, headers={KEY: "k"}) for n in range(10)]
+    has_failed, is_refused = threading.Event(), threading.Event()
+    refusals = []
+
+    def interrupted(client, topic, body, **more):
+        if body == b"4":  # the timer has sent the first four, and they fail
+            assert has_failed.wait(30)
+        try:
+            return publish(client, topic, body, **more)
+        except AssertionError:
+            refusals.append(body)
+            raise
+        finally:
+            if body == b"4":
+                is_refused.set()
+
+    def late(sequencer, success):
+        has_failed.set()
+        assert is_refused.wait(30)
+        pause(sequencer, success)
+
+    monkeypatch.setattr(pubsub_v1.PublisherClient, "publish", interrupted)
+    monkeypatch.setattr(OrderedSequencer, "_batch_done_callback", late)
+    pubsub.failures.append(grpc.StatusCode.UNAVAILABLE)
+    outcome = await process(forwarder(), given)
+
+    assert b"4" in refusals
     assert [each.body for each in given] == [each.data for each in pubsub.messages]
     assert given == outcome.acked
     assert [] == outcome.errors

@@ -34,6 +34,20 @@ CORE = (
         (f"{_CORE}/test_batcher.py",),
     ),
     Mutant(
+        "Isolation handles the other messages of a key before one that will be retried.",
+        "core/batch_run.py",
+        "            and any(is_retry(each.result) for each in self.not_acked)\n",
+        "            and False\n",
+        (f"{_SHELL}/test_ordered_by_key.py", f"{_SHELL}/test_ordered_stories.py"),
+    ),
+    Mutant(
+        "A message that waits for an earlier one of its key overtakes it.",
+        "core/retry_in_place.py",
+        "        in_order.sort(key=lambda each: each[0].delivery_tag)\n",
+        "",
+        (f"{_CORE}/test_retry_in_place.py",),
+    ),
+    Mutant(
         "A message is retried once more than `max_requeue_attempts`.",
         "core/retry.py",
         "return retry_count < self.max_attempts",

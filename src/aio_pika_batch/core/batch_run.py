@@ -17,6 +17,7 @@ Laws:
 - After the last bad message that the policy searches for, nothing is run again: the messages that
   are still undecided get the result of the failure that they were last part of.
 - A failed run of an atomic batch has acked nothing.
+- If the order of a key is kept, nothing is run again before a message that will be retried.
 """
 
 from __future__ import annotations
@@ -291,35 +292,38 @@ class FailurePolicy:
 
 @dataclass(slots=True)
 class BatchDecisions:
-    """Messages that are decided; each is in exactly one of the three lists.
+    """Messages that are decided; each is in exactly one of the lists.
 
     Attributes:
         acked: The delivery tags of the messages that succeeded, in order.
         not_acked: The outcomes of all others.
         returned: The messages that a shutdown left undecided.
+        waiting: The messages to handle after those of their key that will be retried in place.
     """
 
     acked: list[int] = field(default_factory=list)
     not_acked: list[MessageOutcome] = field(default_factory=list)
     returned: list[Message] = field(default_factory=list)
+    waiting: list[Message] = field(default_factory=list)
 
     def __len__(self) -> int:
         """The number of messages."""
-        return len(self.acked) + len(self.not_acked) + len(self.returned)
+        return len(self.acked) + len(self.not_acked) + len(self.returned) + len(self.waiting)
 
     def add(self, other: BatchDecisions) -> None:
         """Add the decisions about other messages."""
         self.acked += other.acked
         self.not_acked += other.not_acked
         self.returned += other.returned
+        self.waiting += other.waiting
 
 
 class BatchRun(BatchDecisions):
     """One batch, until every message is decided. Messages that :meth:`take` returned are removed.
 
     Args:
-        keeps_failures: Whether `take` leaves out messages to retry. Retries in place begin when the
-            handler has finished.
+        keeps_failures: Whether messages to retry stay in the consumer, to keep the order of their
+            key. Their retries begin when the handler has finished, so `take` leaves them out.
 
     Attributes:
         is_atomic: Whether a failure voids the ACKs of its run. The policy says so at first.
@@ -332,6 +336,7 @@ class BatchRun(BatchDecisions):
         self.acked = []
         self.not_acked = []
         self.returned = []
+        self.waiting = []
         self._policy = policy
         self._committed: list[tuple[Sequence[Message], Sequence[Result]]] = []
         self.is_atomic = policy.is_atomic
@@ -383,7 +388,15 @@ class BatchRun(BatchDecisions):
         """
         if error is None:
             self._add_results(collector.take())
+            self._hold_back()
             return False
+        is_bisected = self._record_failure(collector, error, cause)
+        self._hold_back()
+        return is_bisected
+
+    def _record_failure(
+        self, collector: ResultCollector, error: BaseException, cause: Cause
+    ) -> bool:
         undecided = self._undecided(collector)
         if cause is Cause.SHUTDOWN:
             self.returned += undecided
@@ -423,6 +436,20 @@ class BatchRun(BatchDecisions):
                     # A timeout concerns all messages. A good message should not be dead-lettered
                     # because the exception of another one is mapped to NACK.
                     self._fail(part.messages, error, cause)
+
+    def _hold_back(self) -> None:
+        """Run nothing again before a message of the key that will be retried.
+
+        A handler may have yielded REQUEUE before its exception. Without this, the other messages,
+        which are run again at once, would overtake that one.
+        """
+        if (
+            self._bisection
+            and self._keeps_failures
+            and any(is_retry(each.result) for each in self.not_acked)
+        ):
+            for part in self._bisection.stop():
+                self.waiting += part.messages
 
     @staticmethod
     def _named_by(error: BaseException, undecided: Sequence[Message]) -> Sequence[Message]:

@@ -8,6 +8,7 @@ its key wait. Laws:
 - An exception, a timeout or an early end that leaves several messages undecided is an attempt of
   the first of them only. The others were not attempted, and keep their retry count. (All of them
   have the error of that run. Messages that failed alone, in runs of their own, have other errors.)
+- Messages that isolation has left undecided, because one before them failed, were not attempted.
 - A message without attempts left is dead-lettered as usual, and its key goes on.
 """
 
@@ -91,24 +92,37 @@ class RetryInPlace:
     delay_steps: DelaySteps
 
     def decide(
-        self, outcomes: Iterable[MessageOutcome], *, now: datetime, jitter: float
+        self,
+        outcomes: Iterable[MessageOutcome],
+        waiting: Iterable[Message] = (),
+        *,
+        now: datetime,
+        jitter: float,
     ) -> InPlaceDecision:
         """Decide about the messages of one batch of one key.
 
         Args:
             outcomes: Those of the messages that were not ACKed, in any order.
+            waiting: The messages that are still undecided, in any order.
             now: The time of day, for `x-first-failed-at`.
             jitter: A random number in [0, 1).
         """
         decision = InPlaceDecision()
         failures: set[int] = set()
-        for outcome in sorted(outcomes, key=lambda each: each.message.delivery_tag):
-            if not is_retry(outcome.result):
+        in_order: list[tuple[Message, MessageOutcome | None]] = [
+            *((outcome.message, outcome) for outcome in outcomes),
+            *((message, None) for message in waiting),
+        ]
+        in_order.sort(key=lambda each: each[0].delivery_tag)
+        for message, outcome in in_order:
+            if outcome is None:
+                decision.not_attempted.append(message)
+            elif not is_retry(outcome.result):
                 decision.final.append(outcome)
             elif outcome.cause is Cause.HANDLER:
                 self._retry(outcome, decision, now, jitter)
             elif id(outcome.error) in failures:
-                decision.not_attempted.append(outcome.message)
+                decision.not_attempted.append(message)
             else:
                 # The first undecided message is the one that failed, if the handler goes through
                 # its batch in order. A bulk handler may so blame a wrong first message once, but a

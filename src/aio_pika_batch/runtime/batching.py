@@ -119,9 +119,9 @@ class OrderedIntake(KeyedIntake):
             return
         # Jitter spreads load; it needn't be unpredictable.
         found = self._in_place.decide(
-            decisions.not_acked, now=datetime.now(UTC), jitter=random.random()
+            decisions.not_acked, decisions.waiting, now=datetime.now(UTC), jitter=random.random()
         )
-        decisions.not_acked = found.final
+        decisions.not_acked, decisions.waiting = found.final, []
         self.batcher.keep(batch, found.attempts, found.not_attempted, now)
         if self._observers.present:
             for each in found.attempts:

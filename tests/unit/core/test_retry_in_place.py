@@ -110,6 +110,19 @@ def test_a_message_that_was_left_out_stays_before_a_later_failed_one():
     assert [4] == [each.delivery_tag for each in found.not_attempted]
 
 
+def test_messages_that_wait_keep_their_place():
+    """Isolation left them undecided: none has failed, and each goes before later failed ones."""
+    waiting = [a_message(4), a_message(1)]
+
+    found = IN_PLACE.decide([outcome(3), outcome(2, NACK)], waiting, now=NOW, jitter=0.0)
+
+    assert [(1, 0, 0.0), (3, 1, 1.0)] == [
+        (each.message.delivery_tag, each.message.retry_count, each.pause) for each in found.attempts
+    ]
+    assert [4] == [each.delivery_tag for each in found.not_attempted]
+    assert [2] == [each.message.delivery_tag for each in found.final]
+
+
 @pytest.mark.parametrize("result", [REQUEUE, REQUEUE_IMMEDIATE, Requeue("busy")])
 def test_a_message_without_attempts_left_is_dead_lettered(result):
     """As exhausted, and no broker retries it."""

@@ -473,7 +473,7 @@ async def test_failed_messages_without_a_key_are_settled_early(rabbit):
 
 
 async def test_culprits_are_isolated_and_then_retried_in_place(rabbit):
-    """`isolate_failures` finds them at once; each is a failure of its own."""
+    """Each is a failure of its own; the messages after it wait for its retry."""
 
     async def answer(messages):
         if any(message.body in {b"a2", b"a5"} and not message.retry_count for message in messages):
@@ -487,8 +487,47 @@ async def test_culprits_are_isolated_and_then_retried_in_place(rabbit):
     ) as consumer:
         await asyncio.sleep(10)
         assert [] == rabbit.unsettled()
-    assert [[("a2", 1)], [("a5", 1)], [("a8", 0)]] == consumer.seen[-3:]
+    succeeded = [
+        [("a1", 0)],
+        [("a2", 1)],
+        [("a3", 0), ("a4", 0)],
+        [("a5", 1)],
+        [("a6", 0), ("a7", 0), ("a8", 0)],
+    ]
+    assert succeeded == [run for run in consumer.seen if run in succeeded]
     assert 8 == len(rabbit.times(EventKind.ACKED))
+
+
+async def test_isolation_waits_for_a_message_that_the_handler_requeued(rabbit):
+    """It yields REQUEUE for the first message, and fails at a later one, which is NACKed alone."""
+
+    async def answer(messages):
+        for message in messages:
+            if message.body == b"a3":
+                raise ValueError
+            yield ACK if message.body != b"a1" or message.retry_count else REQUEUE
+
+    class Mapped(Orderly):
+        exception_results = {ValueError: NACK}  # noqa: RUF012
+
+    rabbit.put(b"a1", b"a2", b"a3", b"a4")
+    async with Mapped(
+        answer,
+        transport=rabbit.transport,
+        batch_size=4,
+        isolate_failures=True,
+        dead_letter_queue="dead",
+    ) as consumer:
+        await asyncio.sleep(10)
+        assert [] == rabbit.unsettled()
+    assert [
+        [("a1", 0), ("a2", 0), ("a3", 0), ("a4", 0)],
+        [("a1", 1)],
+        [("a3", 0), ("a4", 0)],
+        [("a3", 0)],
+        [("a4", 0)],
+    ] == consumer.seen
+    assert [b"a3"] == rabbit.waiting("dead")
 
 
 async def test_a_failed_atomic_batch_is_retried_from_its_beginning(rabbit):

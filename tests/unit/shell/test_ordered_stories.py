@@ -47,6 +47,7 @@ class Story:
 
     Attributes:
         stops: Whether the handler ends its batch at a failure, or goes on.
+        answers: Whether it yields the failure's result before it ends its batch.
         faults: What goes wrong, and when.
     """
 
@@ -59,6 +60,7 @@ class Story:
     prefetch: int | None = None
     attempts: int = 3
     stops: bool = True
+    answers: bool = False
     settle: str = "batch"
     isolate: bool = False
     faults: tuple[Fault, ...] = ()
@@ -84,6 +86,7 @@ stories = st.builds(
     prefetch=st.none() | st.integers(0, 12),
     attempts=st.integers(0, 3),
     stops=st.booleans(),
+    answers=st.booleans(),
     settle=st.sampled_from(["batch", "yield", "atomic"]),
     isolate=st.booleans(),
     faults=st.lists(
@@ -142,11 +145,12 @@ class Play:
             await asyncio.sleep(self.story.durations[self.batches % len(self.story.durations)])
             for message in messages:
                 result = self.result(message)
-                if result is None or (
-                    self.story.stops and result is not ACK and result is not NACK
-                ):
+                is_end = self.story.stops and result is not ACK and result is not NACK
+                if result is None or (is_end and not self.story.answers):
                     raise Failed
                 yield result
+                if is_end:
+                    raise Failed
         finally:
             self.at_work[key] -= 1
 
@@ -257,9 +261,8 @@ def test_each_key_keeps_its_order_in_any_story(story):
     # Batches of a key do not overlap, nor with those of a session that is gone.
     assert all(most == 1 for key, most in play.most.items() if key != "?")
 
-    # Nothing is handled before all that came before it is through; unless the handler goes on, or
-    # the library does, to isolate culprits.
-    if (story.stops and not story.isolate) or story.size == 1:
+    # Nothing is handled before all that came before it is through; unless the handler goes on.
+    if story.stops or story.size == 1:
         assert [] == play.out_of_order
 
     # Limits are kept.
