@@ -115,6 +115,13 @@ AMQP10 = (
         (_CHOICE,),
     ),
     Mutant(
+        "A client without a certificate retries forever if it doesn't receive the broker's alert.",
+        "adapters/connecting.py",
+        "            errors.append(await _lost_alert(endpoint, address, error) or error)\n",
+        "            errors.append(error)\n",
+        ("tests/unit/adapters/test_tls.py",),
+    ),
+    Mutant(
         "A host that is down decides what is said of another, which refuses the login.",
         "adapters/connecting.py",
         "    kind = AccessRefused if refusals else BrokerUnavailable\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import logging
 import ssl
@@ -21,9 +22,15 @@ from cryptography.hazmat.primitives.serialization import (
 
 from aio_pika_batch.adapters import tls
 from aio_pika_batch.adapters.aio_pika.connection import open_connection
+from aio_pika_batch.adapters.connecting import connect_to_first
 from aio_pika_batch.adapters.rabbitmq import open_transport
 from aio_pika_batch.adapters.url import Address
-from aio_pika_batch.errors import BrokerUnavailable, ConfigurationError
+from aio_pika_batch.errors import (
+    AccessRefused,
+    BrokerUnavailable,
+    ConfigurationError,
+    TransportError,
+)
 from aio_pika_batch.transport import Endpoint
 
 if TYPE_CHECKING:
@@ -229,3 +236,109 @@ def test_each_failed_handshake_has_its_advice(reason: str | None, text: str) -> 
     error.reason = reason
     with pytest.raises(Exception, match=text):
         raise tls.handshake_error(error, WHERE)
+
+
+# --- an alert that was lost with its connection ----------------------------------------
+
+
+class Listener:
+    """A broker's side of a second connection, which ends after the handshake.
+
+    Attributes:
+        end: What ends it; None if the broker closes it without a reason.
+        opened: The addresses that were connected to.
+        is_open: Whether a connection is left open.
+    """
+
+    def __init__(self, end: OSError | None = None) -> None:
+        self.end = end
+        self.opened: list[tuple[str, int]] = []
+        self.is_open = False
+
+    @property
+    def transport(self) -> Listener:
+        """Itself, in the place of the writer's transport."""
+        return self
+
+    async def open(self, host: str, port: int, *, ssl: object) -> tuple[Listener, Listener]:
+        """Open it, as `asyncio.open_connection` does."""
+        assert ssl is not None
+        self.opened.append((host, port))
+        self.is_open = True
+        return self, self
+
+    async def read(self, count: int) -> bytes:
+        """Wait for data: the end comes instead."""
+        assert count
+        await asyncio.sleep(0.5)
+        if self.end is not None:
+            raise self.end
+        return b""
+
+    def abort(self) -> None:
+        """Drop it."""
+        self.is_open = False
+
+
+def alert() -> ssl.SSLError:
+    """The broker wants a certificate."""
+    error = ssl.SSLError(1, "oops")
+    error.reason = "TLSV13_ALERT_CERTIFICATE_REQUIRED"
+    return error
+
+
+async def error_after(
+    failure: Exception, listener: Listener, monkeypatch: pytest.MonkeyPatch, url: str = "amqps://h"
+) -> TransportError:
+    """What is reported when a connection fails by this, and the next one meets the listener."""
+
+    async def connect(address: Address) -> None:
+        raise BrokerUnavailable(f"{address} cannot be reached: {failure!r}") from failure
+
+    monkeypatch.setattr(asyncio, "open_connection", listener.open)
+    with pytest.raises(TransportError) as caught:
+        await connect_to_first(Endpoint(url=url), connect)
+    assert not listener.is_open
+    return caught.value
+
+
+@pytest.mark.parametrize("reset", [ConnectionResetError(104, "reset"), BrokenPipeError(32, "pipe")])
+async def test_a_refused_client_is_told_so_although_the_alert_was_lost(
+    reset: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second connection, on which nothing is sent, receives it."""
+    listener = Listener(alert())
+    error = await error_after(reset, listener, monkeypatch)
+
+    assert isinstance(error, AccessRefused)
+    assert "may want a client certificate: set ssl_certfile" in str(error)
+    assert error.__cause__ is listener.end
+    assert [("h", 5671)] == listener.opened
+
+
+@pytest.mark.parametrize("end", [None, TimeoutError(), ConnectionRefusedError()])
+async def test_a_reset_for_another_reason_stays_what_it_is(
+    end: OSError | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker may be starting, or too busy: worth another attempt."""
+    listener = Listener(end)
+    error = await error_after(ConnectionResetError(104, "by peer"), listener, monkeypatch)
+
+    assert isinstance(error, BrokerUnavailable)
+    assert "by peer" in str(error)
+    assert [("h", 5671)] == listener.opened
+
+
+@pytest.mark.parametrize(
+    ("url", "failure"),
+    [("amqp://h", ConnectionResetError()), ("amqps://h", OSError("no route to host"))],
+)
+async def test_only_a_reset_tls_connection_is_opened_again(
+    url: str, failure: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No alert can have been lost with the others."""
+    listener = Listener(alert())
+    error = await error_after(failure, listener, monkeypatch, url)
+
+    assert isinstance(error, BrokerUnavailable)
+    assert [] == listener.opened

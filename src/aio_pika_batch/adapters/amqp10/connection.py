@@ -277,7 +277,7 @@ class Amqp10Connection(asyncio.BufferedProtocol):
             if isinstance(self._failure, ssl.SSLError):
                 # Under TLS 1.3 a broker refuses a certificate only after the handshake.
                 raise self._failure
-            raise _HungUp(event.reason)
+            raise _HungUp(event.reason) from self._failure
         return event
 
     async def _wait(self) -> None:

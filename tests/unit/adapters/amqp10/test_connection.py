@@ -237,6 +237,17 @@ async def test_a_certificate_that_is_refused_after_the_handshake_is_told(server:
     assert "the TLS handshake failed" in str(await refused)
 
 
+async def test_a_reset_is_the_cause_of_its_error(server: Server) -> None:
+    """By it, a refused certificate is looked for whose alert was lost."""
+    server.is_silent = True
+    refused = asyncio.create_task(refusal())
+    await asyncio.sleep(1)
+    server.break_off(ConnectionResetError())
+    hung_up = (await refused).__cause__
+    assert hung_up is not None
+    assert isinstance(hung_up.__cause__, ConnectionResetError)
+
+
 async def test_files_that_are_being_replaced_are_waited_for(servers: dict[str, Any]) -> None:
     """They were right when the consumer started."""
     error = await refusal(cafile="/no/such/file")
