@@ -27,12 +27,6 @@ LISTEN = 60.0
 Most stalls, such as the election of a queue's leader, are shorter. Only then another copy is sent.
 """
 
-AFTER_CLOSE = 5.0
-"""Seconds before a copy is sent again whose refusal has closed the channel.
-
-Each time it leaves everything else in doubt that is in flight there.
-"""
-
 OnLate: TypeAlias = Callable[[int, Outcome], None]
 
 
@@ -216,7 +210,6 @@ class CopyPublisher(ReconnectingPublisher):
         self._loop = asyncio.get_running_loop()
         self._doubts = DoubtfulRoutes()
         self._unanswered: dict[int, _Unanswered] = {}
-        self._barred: dict[int, Outgoing] = {}
         self._answered_at = NEVER
         self._silent = BurstLog(self._log_silent)
         self.on_undelivered: Callable[[Copy, Outcome], None] = lambda *_: None
@@ -232,9 +225,7 @@ class CopyPublisher(ReconnectingPublisher):
         sent = [
             index
             for index, copy in enumerate(publications)
-            if id(copy) not in self._unanswered
-            and id(copy) not in self._barred
-            and self._doubts.admit(_route(copy), now)
+            if id(copy) not in self._unanswered and self._doubts.admit(_route(copy), now)
         ]
         outcomes = [Outcome.UNSENT] * len(publications)
         if not sent:
@@ -278,8 +269,6 @@ class CopyPublisher(ReconnectingPublisher):
             case Outcome.REFUSED if publisher is not None and not publisher.is_open:
                 # The refusal has closed the channel, with everything else in flight on it.
                 self._fail(route)
-                self._barred[id(copy)] = copy
-                self._loop.call_later(AFTER_CLOSE, self._barred.pop, id(copy), None)
             case _:
                 self._answered_at = self._loop.time()
                 self._doubts.clear(route)

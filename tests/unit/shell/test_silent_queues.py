@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from contextlib import asynccontextmanager
 
 import pytest
 
 from aio_pika_batch import MessageResult, Requeue
 from aio_pika_batch.adapters.memory import PublishFault
+from aio_pika_batch.core.publication import Outcome
 from aio_pika_batch.observer import DeadLettered
 from tests.unit.shell.helpers import NACK, EventRecorder, RecordingConsumer, answering
 
@@ -70,6 +72,54 @@ async def test_a_silent_dead_letter_queue_repeats_nothing_else(rabbit, stall, ho
     assert set(bad) == set(dead)
     assert max(dead.values()) <= 2
     assert [] == rabbit.waiting()
+
+
+class ChokedPublisher:
+    """Stops as a whole once it has published a dead letter.
+
+    RabbitMQ reads no more from a connection that has published much to a queue that takes nothing.
+    """
+
+    def __init__(self, publisher):
+        self._publisher = publisher
+        self._is_choked = False
+        self.is_open = True
+        self.on_late = None
+
+    async def publish(self, publications):
+        """Publish; no outcome is known any more after a dead letter."""
+        self._is_choked |= any(each.exchange == "dlx" for each in publications)
+        if not self._is_choked:
+            return await self._publisher.publish(publications)
+        await asyncio.sleep(10)
+        return [Outcome.UNKNOWN] * len(publications)
+
+
+async def test_dead_letters_that_stop_their_channel_stop_no_retries(rabbit, monkeypatch):
+    """Copies of the two kinds are published on different connections."""
+    opened = rabbit.transport.publisher
+
+    @asynccontextmanager
+    async def choked():
+        async with opened() as publisher:
+            yield ChokedPublisher(publisher)
+
+    monkeypatch.setattr(rabbit.transport, "publisher", choked)
+    rabbit.declare("dead")
+    rabbit.bind("dead", "dlx", "#", kind="topic")
+    async with RecordingConsumer(
+        by_body,
+        transport=rabbit.transport,
+        dead_letter_exchange="dlx",
+        dead_letter_exchange_type="topic",
+        batch_size=1,
+    ) as consumer:
+        rabbit.put(b"bad")
+        await asyncio.sleep(1)
+        rabbit.put(b"ok")
+        await asyncio.sleep(30)
+        assert [b"bad"] + 4 * [b"ok"] == consumer.handled
+        assert [b"bad"] == rabbit.unsettled()
 
 
 async def test_a_late_confirm_settles_the_original(rabbit, stall):
