@@ -160,8 +160,12 @@ def broker_warnings_for(
         return []  # `crash_limit` ends such a message, if the broker doesn't
     why = _endless(options, version)
     if why is None:
-        risk = f"a message that crashes its consumer can't be handled alone, since {not_alone}"
-        return [f"{risk}; keep prefetch_count low"]
+        return [
+            (
+                f"a message that crashes its consumer can't be handled alone, since {not_alone};"
+                " keep prefetch_count low"
+            )
+        ]
     # Not only if the settings contain REQUEUE_IMMEDIATE: what a handler will yield is unknown at
     # the start, and any message can crash its process.
     poison = "a message that always crashes its consumer, or always gets REQUEUE_IMMEDIATE,"
