@@ -25,10 +25,9 @@ def mask_url(url: str) -> str:
     """Replace each password in a URL, or in several comma-separated ones, with `***`."""
     # A password that contains `,`, `@`, `/` or `:` makes the URL invalid, but it must be masked as
     # well. So everything that could be a part of a password is masked.
-    schemes = "|".join(map(re.escape, known_schemes()))
     masked: list[str] = []
     rest: list[str] = []
-    for piece in re.split(rf",(?=\s*(?:{schemes})://)", url, flags=re.IGNORECASE):
+    for piece in _pieces(url):
         rest.append(piece)
         if "@" in piece or (len(rest) == 1 and _WITHOUT_CREDENTIALS.fullmatch(piece)):
             masked.append(_mask_one(",".join(rest)))
@@ -38,6 +37,14 @@ def mask_url(url: str) -> str:
         left = ",".join(rest)
         masked.append(_mask_one(f"{left}@") if "://" in left else left)
     return ",".join(masked)
+
+
+def _pieces(urls: str) -> list[str]:
+    """Divide the text at each comma before what may be another URL."""
+    if "," not in urls:
+        return [urls]  # without a look at the installed packages
+    schemes = "|".join(map(re.escape, known_schemes()))
+    return re.split(rf",(?=\s*(?:{schemes})://)", urls, flags=re.IGNORECASE)
 
 
 def _mask_one(url: str) -> str:

@@ -517,6 +517,12 @@ def server_of(url: str) -> tuple[str, int] | None:
     return host or "localhost", int(found["port"] or default)
 
 
+def is_known_scheme(scheme: str) -> bool:
+    """Whether a URL scheme has a transport."""
+    # To look through all installed packages takes milliseconds.
+    return scheme in _BUILT_IN or scheme in known_schemes()
+
+
 def known_schemes() -> list[str]:
     """All URL schemes that have a transport, sorted."""
     return sorted({*_BUILT_IN, *entry_points(group=GROUP).names})

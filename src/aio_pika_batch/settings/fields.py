@@ -20,7 +20,7 @@ from pydantic_settings import NoDecode
 from aio_pika_batch.core.message import SHORT_STRING, is_short_string
 from aio_pika_batch.core.results import MessageResult
 from aio_pika_batch.errors import ConfigurationError
-from aio_pika_batch.transport import known_schemes, scheme_of
+from aio_pika_batch.transport import is_known_scheme, known_schemes, scheme_of
 
 PREFIX = "AIO_PIKA_BATCH_"
 """Of environment variables, unless a subclass has another one."""
@@ -88,7 +88,7 @@ def _one_or_several(value: object) -> object:
 
 def _known_scheme(url: str) -> str:
     scheme = scheme_of(url)
-    if scheme not in known_schemes():
+    if not is_known_scheme(scheme):
         known = ", ".join(f"{each}://" for each in known_schemes())
         found = (
             f"{scheme}:// is not one of {known}" if scheme else f"it must start with one of {known}"
@@ -226,7 +226,7 @@ def ignored_variables(
     for name in _WITHOUT_PREFIX if is_ours else ():
         value = variables.get(name.upper())
         if value and name not in given and prefix + name.upper() not in variables:
-            if name == "url" and scheme_of(value) not in known_schemes():
+            if name == "url" and not is_known_scheme(scheme_of(value)):
                 continue
             lines.append(
                 f"{name.upper()} is not read: settings need their prefix, {prefix}{name.upper()}"
