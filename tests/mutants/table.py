@@ -749,8 +749,8 @@ LOGS = (
     Mutant(
         "Brackets in a name end a command.",
         "cli/printing.py",
-        '"markup": False',
-        '"markup": True',
+        "    return Text(escape_controls(text))\n",
+        "    return Text.from_markup(escape_controls(text))\n",
         ("tests/integration/test_cli_streams.py::test_names_are_printed_whole",),
     ),
 )
