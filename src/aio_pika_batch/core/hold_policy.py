@@ -247,6 +247,10 @@ class DoubtfulRoutes:
 
     _doubts: dict[Route, _Doubt] = field(default_factory=dict)
 
+    def __len__(self) -> int:
+        """The number of routes in doubt."""
+        return len(self._doubts)
+
     def admit(self, route: Route, now: float) -> bool:
         """Whether a copy may be sent. If so, tell what happens to it by another method."""
         doubt = self._doubts.get(route)

@@ -16,7 +16,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from enum import Enum
+from enum import StrEnum
 from typing import Self, assert_never
 
 from aio_pika_batch.core.hold_policy import HoldPolicy
@@ -143,9 +143,10 @@ SPARE = (
 """Headers that are left out of a dead letter, in this order, if they don't fit into a frame."""
 
 
-class CopyKind(Enum):
+class CopyKind(StrEnum):
     """The purpose of a copy."""
 
+    # A StrEnum, because a part of each copy's lane: the hash of an Enum is a call in Python.
     REQUEUE = "requeue"
     DEAD_LETTER = "dead-letter"
     FRESH_COUNT = "fresh-count"
@@ -208,10 +209,13 @@ class PendingCopy:
     @property
     def lane(self) -> object:
         """Copies with the same value are published together, others apart from them."""
-        copy = self.copy
-        if isinstance(copy, Modification):
-            return Modification
-        return self.kind, copy.level if isinstance(copy, DelayedCopy) else NO_DELAY
+        match self.copy:
+            case DelayedCopy(level=level):
+                return self.kind, level
+            case Modification():
+                return Modification
+            case _:
+                return self.kind
 
     @property
     def deliveries(self) -> int | None:

@@ -221,12 +221,14 @@ class CopyPublisher(ReconnectingPublisher):
             on_late: Gets the index and the outcome of a copy whose outcome was unknown, once it is
                 certain. If it stays `Outcome.UNKNOWN`, no confirm can come any more.
         """
-        now = self._loop.time()
-        sent = [
-            index
-            for index, copy in enumerate(publications)
-            if id(copy) not in self._unanswered and self._doubts.admit(_route(copy), now)
-        ]
+        sent: Sequence[int] = range(len(publications))
+        if self._doubts or self._unanswered:
+            now = self._loop.time()
+            sent = [
+                index
+                for index, copy in enumerate(publications)
+                if id(copy) not in self._unanswered and self._doubts.admit(_route(copy), now)
+            ]
         outcomes = [Outcome.UNSENT] * len(publications)
         if not sent:
             return outcomes
@@ -239,10 +241,15 @@ class CopyPublisher(ReconnectingPublisher):
                     publisher.on_late = self._on_late
                 answers = await publisher.publish([publications[index] for index in sent])
         finally:
-            # Also after an error or a cancellation: another attempt may be made then.
-            for index, answer in zip(sent, answers, strict=False):
-                outcomes[index] = answer
-                self._note(publications[index], answer, publisher, partial(on_late, index))
+            if self._doubts or answers.count(Outcome.CONFIRMED) < len(publications):
+                # Also after an error or a cancellation: another attempt may be made then.
+                for index, answer in zip(sent, answers, strict=False):
+                    outcomes[index] = answer
+                    self._note(publications[index], answer, publisher, partial(on_late, index))
+            else:
+                # The common case, without a look at each copy.
+                self._answered_at = self._loop.time()
+                outcomes = list(answers)
         if publisher is not None and not publisher.is_open:
             self._replace(publisher)
         return outcomes

@@ -155,7 +155,9 @@ class Settler:
         self, settlements: Sequence[Settlement], due: Sequence[PendingCopy], arrived: float
     ) -> Sequence[PendingCopy]:
         """Settle, modify and publish; return what is modified or confirmed."""
-        native = [each for each in due if each.is_native]
+        native: Sequence[PendingCopy] = ()
+        if self._modify_session is not None:
+            native = [each for each in due if each.is_native]
         if native:
             # In one write, unless the others have to wait for the copies of another batch.
             is_joined = len(native) == len(due) and not self._queue.tickets
@@ -224,7 +226,8 @@ class Settler:
 
     def _hold_retries(self, copies: Sequence[PendingCopy], arrived: float) -> list[PendingCopy]:
         """Hold the messages whose retries aren't due yet; return the copies of the others."""
-        if not self._has_warned_of_count and any(each.malformed_count for each in copies):
+        # Lists in place of generators, which cost a call for each message.
+        if not self._has_warned_of_count and True in [each.malformed_count for each in copies]:
             self._has_warned_of_count = True
             header = self.planner.retry.header
             self._log.warning("a retry count is not a number: it counts as 0", header=header)
@@ -237,7 +240,7 @@ class Settler:
                 self._looping.note(looping)
             if retries := sum(not (each.is_undeliverable or each.is_loop) for each in held):
                 self._holding.note(retries)
-        if undeliverable := sum(each.is_undeliverable for each in copies):
+        if undeliverable := sum([each.is_undeliverable for each in copies]):
             self._undeliverable.note(undeliverable)
         return due
 
@@ -363,8 +366,11 @@ class Settler:
 
     def _hold_unconfirmed(
         self, copies: Sequence[PendingCopy], outcomes: Sequence[Outcome], arrived: float
-    ) -> list[PendingCopy]:
+    ) -> Sequence[PendingCopy]:
         """Return the confirmed copies; hold the originals of the others."""
+        if outcomes.count(Outcome.CONFIRMED) == len(copies):
+            self._is_giving_back = False
+            return copies
         confirmed = []
         for copy, outcome in zip(copies, outcomes, strict=True):
             if outcome is Outcome.CONFIRMED:
@@ -404,9 +410,9 @@ class Settler:
             self.held.note_late()
 
         publisher = self._publishers.of(copies[0].kind)
-        outcomes = list(
-            await publisher.publish([cast("Copy", each.copy) for each in copies], on_late)
-        )
+        # Of one lane, and not native, so that each is a copy. A cast for each would cost a call.
+        outgoing: list[Copy] = [each.copy for each in copies]  # type: ignore[misc]
+        outcomes = list(await publisher.publish(outgoing, on_late))
         if Outcome.UNPUBLISHABLE in outcomes:
             for index, outcome in enumerate(outcomes):
                 if outcome is Outcome.UNPUBLISHABLE:
@@ -452,7 +458,7 @@ class Settler:
 
     def _emit_confirmed(self, copies: Sequence[PendingCopy]) -> None:
         asked_for = (None, DeadLetterReason.REJECTED)
-        failed = sum(each.reason not in asked_for for each in copies)
+        failed = sum([each.reason not in asked_for for each in copies])
         if failed:
             self._dead_lettering.note(failed)
         wanted = self._observers.wanted
