@@ -1046,6 +1046,20 @@ SHELL = (
         (f"{_SHELL}/test_unpublishable_copies.py",),
     ),
     Mutant(
+        "A copy that may still be confirmed is sent again once another one of its route is.",
+        "runtime/publishing.py",
+        "        if self._doubts or self._unanswered:\n",
+        "        if self._doubts:\n",
+        (f"{_SHELL}/test_silent_queues.py", f"{_SHELL}/test_unconfirmed_copies.py"),
+    ),
+    Mutant(
+        "A route stays in doubt after a copy was confirmed there.",
+        "runtime/publishing.py",
+        "            if self._doubts or answers.count(Outcome.CONFIRMED) < len(publications):\n",
+        "            if answers.count(Outcome.CONFIRMED) < len(publications):\n",
+        (f"{_SHELL}/test_silent_queues.py", f"{_SHELL}/test_unconfirmed_copies.py"),
+    ),
+    Mutant(
         "A copy that closes the channel is sent together with others again: it repeats them all.",
         "runtime/publishing.py",
         "            case Outcome.REFUSED if publisher is not None and not publisher.is_open:\n",

@@ -148,6 +148,47 @@ async def test_a_late_confirm_settles_the_original(rabbit, stall):
     assert 1 == len(recorder.of(DeadLettered))
 
 
+async def test_a_copy_is_not_repeated_because_its_neighbour_was_confirmed(rabbit):
+    """Its own confirm may still come, although the route works again."""
+    rabbit.broker.faults.on_publish(PublishFault.BLOCK, routing_key=DEAD, times=1)
+    rabbit.put(b"bad1", b"bad2")
+    async with RecordingConsumer(
+        by_body,
+        transport=rabbit.transport,
+        dead_letter_queue=DEAD,
+        dead_letter_routing_key=DEAD,
+        batch_size=2,
+        requeue_hold=300,
+    ):
+        await asyncio.sleep(60)
+        assert [b"bad2"] == rabbit.waiting(DEAD)
+        rabbit.broker.unblock()
+        await asyncio.sleep(1)
+        assert {b"bad1": 1, b"bad2": 1} == Counter(rabbit.waiting(DEAD))
+        assert [] == rabbit.unsettled()
+
+
+async def test_one_confirm_ends_the_doubt_about_a_route(rabbit, stall):
+    """All that comes later is sent at once again."""
+    stall(routing_key=DEAD)
+    rabbit.put(b"bad1")
+    async with RecordingConsumer(
+        by_body,
+        transport=rabbit.transport,
+        dead_letter_queue=DEAD,
+        dead_letter_routing_key=DEAD,
+        batch_size=1,
+        requeue_hold=3600,
+    ):
+        await asyncio.sleep(200)
+        rabbit.broker.faults.clear()
+        await asyncio.sleep(200)
+        assert [b"bad1"] == rabbit.waiting(DEAD)
+        rabbit.put(b"bad2")
+        await asyncio.sleep(0.2)
+        assert [b"bad1", b"bad2"] == rabbit.waiting(DEAD)
+
+
 async def test_silent_retries_delay_no_dead_letters(rabbit, stall):
     """The other direction, and a message of each kind in one batch."""
     stall(exchange="", routing_key="jobs")
