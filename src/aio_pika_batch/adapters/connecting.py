@@ -148,6 +148,11 @@ def network_error(  # noqa: PLR0911  -- one for each
             return None
 
 
+def reason_of(error: BaseException) -> str:
+    """Return an exception's text, or the name of its class if it has none."""
+    return str(error) or type(error).__name__
+
+
 def unavailable(address: Address, reason: str) -> BrokerUnavailable:
     """Return the error for a broker that does not answer, or not as it should."""
     return BrokerUnavailable(

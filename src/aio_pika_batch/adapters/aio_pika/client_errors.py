@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from aiormq import exceptions
 
 from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, ConnectionClosed
-from aio_pika_batch.adapters.connecting import login_advice
+from aio_pika_batch.adapters.connecting import login_advice, reason_of
 from aio_pika_batch.core.refusals import ReplyCode, is_transient
 from aio_pika_batch.errors import (
     AccessRefused,
@@ -125,12 +125,7 @@ def translate_errors(make: Callable[[BaseException], Exception]) -> Iterator[Non
 
 def lost_on_error(what: str) -> AbstractContextManager[None]:
     """Replace the exceptions of a client library by SessionLost, with *what* and their text."""
-    return translate_errors(lambda error: SessionLost(f"{what}: {format_error(error)}"))
-
-
-def format_error(error: BaseException) -> str:
-    """Return an exception's text, or the name of its class if it has none."""
-    return str(error) or type(error).__name__
+    return translate_errors(lambda error: SessionLost(f"{what}: {reason_of(error)}"))
 
 
 async def finish_within(

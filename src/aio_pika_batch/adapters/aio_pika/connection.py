@@ -24,7 +24,6 @@ from aio_pika_batch.adapters.aio_pika.client_errors import (
     close_reason,
     connection_error,
     finish_within,
-    format_error,
     translate_errors,
 )
 from aio_pika_batch.adapters.aio_pika.events import ConnectionLost, Malformed
@@ -35,6 +34,7 @@ from aio_pika_batch.adapters.connecting import (
     connect_to_first,
     mechanism_missing,
     network_error,
+    reason_of,
     tls_context,
     unavailable,
 )
@@ -237,7 +237,7 @@ def starting(connection: OpenConnection, subject: str, event: str) -> AbstractCo
         if closed is not None:
             return refusal_error(closed.code, closed.text, f"{subject} at {address}")
         return BrokerUnavailable(
-            f"{address} ended the connection while {event}: {format_error(error)}"
+            f"{address} ended the connection while {event}: {reason_of(error)}"
         )
 
     return translate_errors(failed)
@@ -272,5 +272,5 @@ def _connect_error(
         if error is not None:
             return error
         cause = cause.__cause__
-    reason = "the broker closed the connection" if failure is None else format_error(failure)
+    reason = "the broker closed the connection" if failure is None else reason_of(failure)
     return unavailable(address, reason)

@@ -35,7 +35,6 @@ from pamqp.commands import Basic
 from aio_pika_batch.adapters.aio_pika.client_errors import (
     close_reason,
     finish_within,
-    format_error,
     translate_errors,
 )
 from aio_pika_batch.adapters.aio_pika.confirms import (
@@ -72,7 +71,7 @@ from aio_pika_batch.adapters.aio_pika.properties import (
     splice,
 )
 from aio_pika_batch.adapters.aio_pika.tables import encode_text
-from aio_pika_batch.adapters.connecting import CLOSE_TIMEOUT
+from aio_pika_batch.adapters.connecting import CLOSE_TIMEOUT, reason_of
 from aio_pika_batch.core.publication import Copy, Outcome, Publication, StoredPublication, fit
 from aio_pika_batch.errors import BrokerUnavailable, PublishError, SessionClosed
 
@@ -305,7 +304,7 @@ class AioPikaPublisher:
         self._tracker.track(call, start, stop)
         if self._tap.is_clogged:
             try:
-                with translate_errors(lambda error: BrokerUnavailable(format_error(error))):
+                with translate_errors(lambda error: BrokerUnavailable(reason_of(error))):
                     await self._tap.drain()
             except BrokerUnavailable:
                 self._end(unknown)
@@ -333,7 +332,7 @@ class AioPikaPublisher:
         number = self._tracker.track(call, index, index + 1)
         outcome = Outcome.UNKNOWN
         try:
-            with translate_errors(lambda error: BrokerUnavailable(format_error(error))):
+            with translate_errors(lambda error: BrokerUnavailable(reason_of(error))):
                 outcome = await _publish(channel, call.sent[index], call.properties[index])
             self._confirmed_at = self._loop.time()
         except BrokerUnavailable as error:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias, assert_never
 
 from aio_pika_batch.adapters.aio_pika.client_errors import (
     close_reason,
-    format_error,
     translate_errors,
 )
 from aio_pika_batch.adapters.aio_pika.connection import (
@@ -26,6 +25,7 @@ from aio_pika_batch.adapters.aio_pika.connection import (
     QueueDeclare,
     open_connection,
 )
+from aio_pika_batch.adapters.connecting import reason_of
 from aio_pika_batch.core.refusals import (
     ReplyCode,
     UnequalArgument,
@@ -304,11 +304,11 @@ def _call_error(subject: str, error: BaseException, timeout: float) -> Exception
     match error:
         case TypeError() | ValueError():
             # aiormq raises these before it has sent anything.
-            return TopologyError(f"{subject}: {format_error(error)}; correct its name or arguments")
+            return TopologyError(f"{subject}: {reason_of(error)}; correct its name or arguments")
         case TimeoutError():
             return BrokerUnavailable(f"{subject}: no answer within {timeout:g} s")
         case _:
-            return BrokerUnavailable(f"{subject}: {format_error(error)}")
+            return BrokerUnavailable(f"{subject}: {reason_of(error)}")
 
 
 async def _request(channel: Channel, entity: Entity, *, passive: bool) -> int:

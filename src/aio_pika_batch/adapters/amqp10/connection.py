@@ -46,6 +46,7 @@ from aio_pika_batch.adapters.connecting import (
     login_advice,
     mechanism_missing,
     network_error,
+    reason_of,
     tls_context,
     unavailable,
 )
@@ -117,8 +118,7 @@ async def _open(endpoint: Endpoint, address: Address) -> Amqp10Connection:
         raise unavailable(address, f"no answer within {timeout:g} s") from error
     except OSError as error:
         connection.abort()
-        reason = str(error) or type(error).__name__
-        raise network_error(error, address) or unavailable(address, reason) from error
+        raise network_error(error, address) or unavailable(address, reason_of(error)) from error
     except BaseException:
         connection.abort()
         raise
