@@ -47,7 +47,8 @@ class Story:
 
     Attributes:
         stops: Whether the handler ends its batch at a failure, or goes on.
-        answers: Whether it yields the failure's result before it ends its batch.
+        answers: Whether, with `isolate`, it yields the failure's result before it ends its batch.
+            (Without `isolate`, that would be a failure of the next message.)
         faults: What goes wrong, and when.
     """
 
@@ -146,7 +147,7 @@ class Play:
             for message in messages:
                 result = self.result(message)
                 is_end = self.story.stops and result is not ACK and result is not NACK
-                if result is None or (is_end and not self.story.answers):
+                if result is None or (is_end and not (self.story.answers and self.story.isolate)):
                     raise Failed
                 yield result
                 if is_end:
