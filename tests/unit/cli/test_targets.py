@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -135,6 +136,8 @@ def test_a_wrong_target_is_an_error_on_one_line(shop, capsys, target, expected):
     assert "" == captured.out
     assert expected in captured.err
     assert 1 == captured.err.count("\n")
+    # What a broken module has left behind must not complain in another test.
+    gc.collect()
 
 
 @pytest.mark.parametrize(

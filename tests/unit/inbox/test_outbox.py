@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from datetime import UTC, datetime
 from decimal import Decimal
 
@@ -72,14 +73,17 @@ async def test_nothing_is_said_about_queues(outbox, path, rabbit, caplog):
 
 async def test_a_refused_row_is_published_later(outbox, path, connection, rabbit, caplog):
     """After 1 s, 2 s, 4 s: the times between are not busy."""
+    began = time.time()
     await add(outbox, connection, b"0", routing_key="nowhere")
     await add(outbox, connection, b"1")
     async with relay(outbox, path, rabbit):
         await asyncio.sleep(1)
         assert [b"1"] == rabbit.waiting()
         assert 1 == await outbox.count(connection)
-    [line] = [each for each in caplog.records if each.levelname == "WARNING"]
-    assert "rows=1 exchange= routing_key=nowhere outcome=returned" in line.getMessage()
+    lines = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert all("rows=1 exchange= routing_key=nowhere outcome=returned" in each for each in lines)
+    # Its pauses are measured by the clock on the wall, which may run ahead on a busy machine.
+    assert 1 <= len(lines) <= 1 + time.time() - began
 
 
 async def test_an_invalid_row_stays_and_holds_nothing_up(outbox, path, connection, rabbit, caplog):
