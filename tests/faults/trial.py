@@ -264,12 +264,11 @@ class Trial:
 
     @property
     def unfinished(self) -> set[int]:
-        """Confirmed messages that have no final result yet.
-
-        Not those that the library doesn't report as dead-lettered: if a connection ends just after
-        the ack of the original, the library can't know that the broker has received it.
-        """
-        return self.load.confirmed - self.record.done - self.record.failed
+        """Confirmed messages that are neither acked nor known to be dead-lettered."""
+        left = self.load.confirmed - self.record.done - self.record.dead
+        # If a connection ends just after the ack of the original, the library can't know that the
+        # broker has received it, and reports no dead letter.
+        return left - self.record.failed if self.record.losses else left
 
     async def rests(self) -> None:
         """Pause the load, and wait until all published messages are finished."""
