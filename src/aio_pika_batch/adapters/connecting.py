@@ -11,7 +11,7 @@ import logging
 import random
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
 from aio_pika_batch.adapters import tls
@@ -92,7 +92,7 @@ async def tls_context(endpoint: Endpoint, address: Address) -> ssl.SSLContext | 
 
 async def _lost_alert(
     endpoint: Endpoint, address: Address, error: BrokerUnavailable
-) -> TransportError | None:
+) -> AccessRefused | None:
     """Return why TLS connections to this address are reset; None if that is another failure.
 
     By TLS 1.3 a client's certificate is checked after the client's handshake has ended. If the
@@ -100,7 +100,8 @@ async def _lost_alert(
     with it: of 150 connections without a certificate, 64 didn't receive it. So this connects again,
     and sends nothing.
     """
-    if not (address.tls and _is_reset(error)):
+    resets = (ConnectionResetError, BrokenPipeError)
+    if not (address.tls and any(isinstance(cause, resets) for cause in causes_of(error))):
         return None
     try:
         context = await tls_context(endpoint, address)
@@ -118,10 +119,11 @@ async def _lost_alert(
     return None
 
 
-def _is_reset(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, ConnectionResetError | BrokenPipeError):
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception, its cause, the cause of that, and so on."""
+    while error is not None:
+        yield error
         error = error.__cause__
-    return error is not None
 
 
 def network_error(  # noqa: PLR0911  -- one for each

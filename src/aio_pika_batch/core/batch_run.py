@@ -388,9 +388,9 @@ class BatchRun(BatchDecisions):
         """
         if error is None:
             self._add_results(collector.take())
-            self._hold_back()
-            return False
-        is_bisected = self._record_failure(collector, error, cause)
+            is_bisected = False
+        else:
+            is_bisected = self._record_failure(collector, error, cause)
         self._hold_back()
         return is_bisected
 

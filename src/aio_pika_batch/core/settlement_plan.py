@@ -146,7 +146,7 @@ SPARE = (
 class CopyKind(StrEnum):
     """The purpose of a copy."""
 
-    # A StrEnum, because a part of each copy's lane: the hash of an Enum is a call in Python.
+    # Each copy's lane is hashed, and only a StrEnum is hashed without a call in Python.
     REQUEUE = "requeue"
     DEAD_LETTER = "dead-letter"
     FRESH_COUNT = "fresh-count"

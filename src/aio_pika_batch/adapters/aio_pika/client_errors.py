@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from aiormq import exceptions
 
 from aio_pika_batch.adapters.aio_pika.events import ChannelClosed, ConnectionClosed
-from aio_pika_batch.adapters.connecting import login_advice, reason_of
+from aio_pika_batch.adapters.connecting import causes_of, login_advice, reason_of
 from aio_pika_batch.core.refusals import ReplyCode, is_transient
 from aio_pika_batch.errors import (
     AccessRefused,
@@ -63,19 +63,19 @@ def close_reason(error: BaseException | None) -> Closed | None:
 
     The frame tap's events are more exact, and come earlier. Use this if there was none.
     """
-    while error is not None:
-        kind = type(error)
+    for cause in causes_of(error):
+        kind = type(cause)
         if kind in _CHANNEL_CODES:
-            return ChannelClosed(_CHANNEL_CODES[kind], str(error))
+            return ChannelClosed(_CHANNEL_CODES[kind], str(cause))
         if kind in _CONNECTION_CODES:
-            return ConnectionClosed(_CONNECTION_CODES[kind], str(error))
-        match error:
+            return ConnectionClosed(_CONNECTION_CODES[kind], str(cause))
+        match cause:
             case exceptions.ChannelClosed(args=(int(code), str(text))) if code:
                 return ChannelClosed(code, text)
             case exceptions.ConnectionClosed(args=(int(code), str(text))) if code:
                 return ConnectionClosed(code, text)
             case _:
-                error = error.__cause__
+                pass
     return None
 
 

@@ -31,6 +31,7 @@ from aio_pika_batch.adapters.aio_pika.frame_tap import FrameTap
 from aio_pika_batch.adapters.connecting import (
     CLOSE_TIMEOUT,
     LoopMonitor,
+    causes_of,
     connect_to_first,
     mechanism_missing,
     network_error,
@@ -264,13 +265,11 @@ def _connect_error(
     closed = tap.closed or close_reason(failure)
     if closed is not None:
         return connection_error(closed, address)
-    cause = failure
-    while cause is not None:
+    for cause in causes_of(failure):
         if isinstance(cause, AuthenticationError):
             return mechanism_missing(address)
         error = network_error(cause, address)
         if error is not None:
             return error
-        cause = cause.__cause__
     reason = "the broker closed the connection" if failure is None else reason_of(failure)
     return unavailable(address, reason)
