@@ -118,7 +118,7 @@ def complaints(site: Path) -> Iterator[str]:
             if not to.is_file():
                 yield f"{where}: a link to {target} leads nowhere"
             elif parts.fragment and unquote(parts.fragment) not in read(to).anchors:
-                yield f"{where}: {target} is no place on that page"
+                yield f"{where}: {target} isn't a place on that page"
 
 
 def main(folder: str) -> int:

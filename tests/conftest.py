@@ -105,7 +105,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
-    """Report which broker is used, and what is not tested."""
+    """Report which broker is used, and which tests are left out."""
     source = config.stash.get(_SOURCE, None)
     lines = [f"broker: {source.description}"] if isinstance(source, BrokerSource) else []
     if _LEFT_OUT in config.stash:
@@ -224,7 +224,7 @@ def on_both_wires(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_such_host(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A host that a name server says it does not know: on a machine without one nobody could."""
+    """A host that doesn't exist. Machines without a name server would report another error."""
     real = socket.getaddrinfo
 
     def look_up(host: Any, *args: Any, **kwargs: Any) -> Any:

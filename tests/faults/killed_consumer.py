@@ -31,7 +31,7 @@ class KilledConsumer(BatchConsumer):
     """Does what its messages say.
 
     Args:
-        drain_after: Stop after starting to handle so many messages; None: do not stop.
+        drain_after: Stop after starting to handle this many messages; None: do not stop.
     """
 
     def __init__(

@@ -91,7 +91,7 @@ async def test_requeues_wait_during_a_memory_alarm(run, wire, rabbitmq) -> None:
         )
         await asyncio.to_thread(rabbitmq.set_memory_alarm, False)
         trial.ends()
-        await trial.recovers(anew=False)
+        await trial.recovers(only_new=False)
 
 
 @pytest.mark.parametrize("wire", [OVER_10], indirect=True)
@@ -111,7 +111,7 @@ async def test_without_copies_a_memory_alarm_stops_no_retries(run, wire, rabbitm
         await asyncio.to_thread(rabbitmq.set_memory_alarm, False)
         trial.load.resume()
         trial.ends()
-        await trial.recovers(anew=False)
+        await trial.recovers(only_new=False)
     assert [] == trial.record.losses
 
 

@@ -47,7 +47,7 @@ async def test_a_queue_that_crashes_loses_nothing(
             await trial.breaks()
         else:
             trial.ends()
-        await trial.recovers(anew=bool(arguments))
+        await trial.recovers(only_new=bool(arguments))
         await trial.flows()
     assert bool(arguments) == any("cancel" in why for _, why in trial.record.losses)
 
@@ -74,7 +74,7 @@ async def test_channels_closed_by_an_error_are_opened_again(run, wire, rabbitmq)
 
 @pytest.mark.parametrize("wire", [OVER_10], indirect=True)
 async def test_a_quorum_queue_that_crashes_loses_nothing(run, wire, rabbitmq, name) -> None:
-    """Its sessions are told nothing."""
+    """Its sessions aren't notified."""
     async with run(
         "quorum queue's process killed",
         "The process of the queue's leader was killed inside the broker, which started it again.",

@@ -137,7 +137,7 @@ async def test_a_killed_client_loses_nothing_and_repeats_unsettled_messages_only
         await until(
             lambda: good <= before.union(last.of("done")), what=lambda: last.printed[-4000:]
         )
-        # Over AMQP 1.0 the broker keeps a delayed retry where nobody counts it.
+        # Over AMQP 1.0 the broker keeps a delayed retry where no count includes it.
         letters: list[AbstractIncomingMessage] = []
         while kinds.keys() - good - ids(letters).keys():
             letters += await take_all(channel, dlq, 1)

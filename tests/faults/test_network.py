@@ -114,7 +114,7 @@ async def test_a_slow_line_is_not_taken_for_a_dead_one(run, wire, proxy, amqp_ur
         proxy.latency(0)
         proxy.trickle(0, 0)
         trial.ends()
-        await trial.recovers(anew=False)
+        await trial.recovers(only_new=False)
 
 
 @pytest.mark.parametrize("wire", OVER_091)

@@ -25,7 +25,7 @@ async def test_a_graceful_stop_under_load_duplicates_nothing(run, wire) -> None:
             await trial.consumer.stop()
             trial.ends()
             await trial.consumer.start()
-            await trial.recovers(anew=False)  # nothing is in hand after a stop
+            await trial.recovers(only_new=False)  # a stop settles everything
             await trial.flows()
     assert 0 == trial.figures.duplicated
 

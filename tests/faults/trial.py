@@ -56,7 +56,7 @@ SETTINGS = {
     "reconnect_delay_max": 2.0,
     "max_requeue_attempts": ATTEMPTS,
     # Retries are copies at once. If the consumer held them, a stop would return them uncounted, and
-    # a retry that was asked for could not be told from a duplicate.
+    # a retry that the handler wanted would look like a duplicate.
     "requeue_delay": 0,
 }
 """Shorter times than the defaults, so that tests wait less."""
@@ -138,14 +138,14 @@ class HandlingRecord(Observer):
                 self.done.add(number)
                 return MessageResult.ACK
 
-    def since(self, mark: float, *, anew: bool) -> float | None:
+    def since(self, mark: float, *, only_new: bool) -> float | None:
         """Return the seconds from *mark* to the first batch after it, or None if there is none.
 
         Args:
-            anew: Whether only sessions count that handled nothing before: older ones may still
+            only_new: Whether only sessions count that handled nothing before: older ones may still
                 have buffered messages.
         """
-        known = {tag for at, tag in self._batches if anew and at <= mark}
+        known = {tag for at, tag in self._batches if only_new and at <= mark}
         after = (at for at, tag in self._batches if at > mark and tag not in known)
         return next((at - mark for at in after), None)
 
@@ -213,7 +213,7 @@ class Trial:
         self._url = url
 
     async def flows(self, more: int = 200) -> None:
-        """Wait until so many more messages are handled."""
+        """Wait until this many more messages are handled."""
         goal = self.record.handled.total() + more
         await until(lambda: self.record.handled.total() >= goal, what=self.consumer.status)
 
@@ -232,16 +232,17 @@ class Trial:
         )
         self._mark = next(at for at, _ in self.record.losses if at > began)
 
-    async def recovers(self, *, anew: bool = True) -> float:
+    async def recovers(self, *, only_new: bool = True) -> float:
         """Wait until a batch is handled and all workers are healthy; return the recovery time.
 
         Args:
-            anew: Whether the fault has ended the consumer's sessions.
+            only_new: Whether the fault has ended the consumer's sessions.
         """
         await until(
-            lambda: self.record.since(self._mark, anew=anew) is not None, what=self.consumer.status
+            lambda: self.record.since(self._mark, only_new=only_new) is not None,
+            what=self.consumer.status,
         )
-        seconds = self.record.since(self._mark, anew=anew) or 0.0
+        seconds = self.record.since(self._mark, only_new=only_new) or 0.0
         self.recoveries.append(seconds)
         await until(lambda: self.consumer.is_healthy, what=self.consumer.status)
         return seconds

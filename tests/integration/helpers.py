@@ -190,7 +190,7 @@ async def counts(url: str, queue: str) -> tuple[int, int]:
 
 
 async def holds(url: str, queue: str, count: int, *, within: float = PATIENCE) -> None:
-    """Wait until a queue has exactly so many ready messages."""
+    """Wait until a queue has exactly this number of ready messages."""
     seen: list[int] = []
 
     async def look() -> bool:
@@ -327,7 +327,7 @@ class App:
         return self.output.read_text(errors="replace")
 
     async def noted(self, what: str, count: int = 1, *, within: float = PATIENCE) -> None:
-        """Wait for so many entries of one kind."""
+        """Wait for this many entries of one kind."""
 
         def there() -> bool:
             assert self.process.poll() is None or len(self.of(what)) >= count, self.printed[-4000:]

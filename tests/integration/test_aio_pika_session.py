@@ -91,7 +91,7 @@ def settlement(disposition: Disposition, messages: Sequence[Message]) -> Settlem
 
 
 async def assert_ready(channel: AbstractChannel, queue: str, count: int) -> None:
-    """Wait until the queue holds so many messages, and a little longer for what must not come."""
+    """Wait until the queue holds this many messages, and a little longer for surplus ones."""
 
     async def look() -> bool:
         found = await channel.declare_queue(queue, passive=True)

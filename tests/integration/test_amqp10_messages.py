@@ -1,4 +1,4 @@
-"""A handler sees the same whichever protocol it consumes over, and whoever published."""
+"""A handler sees the same message over both protocols, whichever one it was published over."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class Both:
         return {message.body: view(message) for message in messages}
 
     async def differences(self, number: int) -> dict[bytes, dict[str, tuple[Any, Any]]]:
-        """What is not the same over 0-9-1 and over 1.0."""
+        """Return the properties that differ between 0-9-1 and 1.0, with both values."""
         old = await self.read(self.over_091, number)
         new = await self.read(self.over_10, number)
         assert old.keys() == new.keys()

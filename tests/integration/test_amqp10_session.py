@@ -79,7 +79,7 @@ async def publish(channel: AbstractChannel, queue: str, bodies: Sequence[bytes])
 
 
 async def take(session: Amqp10Session, count: int) -> list[Message]:
-    """Receive so many messages."""
+    """Receive this many messages."""
     messages: list[Message] = []
     async with asyncio.timeout(30):
         while len(messages) < count:
@@ -93,7 +93,7 @@ def settled(disposition: Disposition, messages: Sequence[Message]) -> Settlement
 
 
 def bodies(messages: Sequence[Message]) -> list[bytes]:
-    """What they are told apart by."""
+    """Return the bodies, which are unique."""
     return [message.body for message in messages]
 
 
@@ -262,7 +262,7 @@ async def test_leaving_waits_until_the_queue_has_applied_all(
 
 
 @pytest.mark.needs_node
-async def test_leaving_ends_in_time_and_tells_what_is_not_known(
+async def test_leaving_ends_in_time_and_reports_unconfirmed_settlements(
     amqp_url: str, queue: str, channel: AbstractChannel, rabbitmq: RabbitMQ, proxy: TcpProxy
 ) -> None:
     """A broker that does not answer is not waited for without an end."""
@@ -333,7 +333,7 @@ async def test_a_consumer_can_have_priority(
 
 
 async def refusal(kind: type[Exception], url: str, queue: str = "q", **more: Any) -> str:
-    """What is said of a session that cannot be opened."""
+    """Return the error of a session that can't be opened."""
     with pytest.raises(kind) as caught:
         async with consuming(url, queue, endpoint=more):
             pass
@@ -430,7 +430,7 @@ async def test_tls_and_certificates_work_as_over_091(
 
 
 async def loss(session: Amqp10Session) -> str:
-    """What is said when the session is lost."""
+    """Return the error of the session when it is lost."""
 
     async def to_the_end() -> None:
         async with asyncio.timeout(30):

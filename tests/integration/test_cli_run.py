@@ -144,9 +144,9 @@ async def test_a_stuck_worker_fails_the_probe(channel, amqp_url, name, tmp_path)
 @pytest.mark.parametrize("supervised", [(), ("-n", "1")])
 async def test_an_unreachable_broker_fails_readiness_only(tmp_path, supervised) -> None:
     """The program waits for it until a signal, and the probe says why."""
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        url = f"amqp://127.0.0.1:{nobody.getsockname()[1]}/"
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"amqp://127.0.0.1:{unused.getsockname()[1]}/"
         arguments = shop("--health-port", "0", *supervised)
         async with command_line(tmp_path, *arguments, url=url) as program:
             where = await address(program)
@@ -169,7 +169,7 @@ async def test_a_wrong_password_exits_with_3(amqp_url, name, tmp_path, supervise
     wrong = amqp_url.replace("guest:guest", "guest:wr0ng") if "guest:guest" in amqp_url else ""
     if not wrong:
         scheme, _, rest = amqp_url.partition("://")
-        wrong = f"{scheme}://nobody:wr0ng@{rest.rpartition('@')[2]}"
+        wrong = f"{scheme}://stranger:wr0ng@{rest.rpartition('@')[2]}"
     async with command_line(tmp_path, *shop(*supervised), queue=name, url=wrong) as program:
         assert 3 == await program.ended(), program.printed
     assert "AccessRefused" in program.printed

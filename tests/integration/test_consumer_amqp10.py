@@ -497,15 +497,15 @@ async def test_a_stop_in_a_cluster_repeats_nothing_or_says_so(
             await asyncio.sleep(4)
             for node in (leader, others[1]):
                 await asyncio.to_thread(node.resume)
-        said = ""
+        reported = ""
         try:
             await stopping
         except DrainIncomplete as error:
-            said = str(error)
+            reported = str(error)
         await asyncio.to_thread(cluster.restore)
         left = await until_steady(others[0].url, name)
-        print(f"{fault}: {left} come again; {said or 'nothing is said'}")  # noqa: T201
-        assert 0 == left or said
+        print(f"{fault}: {left} come again; {reported or 'no error'}")  # noqa: T201
+        assert 0 == left or reported
 
 
 async def until_steady(url: str, name: str) -> int:

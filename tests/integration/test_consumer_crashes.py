@@ -57,7 +57,9 @@ async def test_a_message_that_kills_its_process_takes_no_other_with_it(
 
 @pytest.mark.long
 @pytest.mark.usefixtures("on_both_wires")
-async def test_cut_connections_and_restarts_are_no_crashes(channel, amqp_url, name, proxy) -> None:
+async def test_cut_connections_and_restarts_dont_count_as_crashes(
+    channel, amqp_url, name, proxy
+) -> None:
     """Thirty cuts and ten restarts of two consumers, each of which has a memory of its own."""
     dlx, dlq = await declare_dead_letters(channel, name)
     handled: Counter[bytes] = Counter()

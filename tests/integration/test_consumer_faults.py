@@ -97,7 +97,7 @@ async def test_five_kills_under_load_lose_nothing(
     assert messages.keys() - good == dead.keys()
     twice = done.total() - len(done), dead.total() - len(dead)
     _log.info("handled twice, dead twice: %s", twice)
-    # A crash repeats what was in hand, and no more: two workers with two batches of 50 each.
+    # A crash repeats what was being handled, and no more: two workers with two batches of 50 each.
     assert sum(twice) <= 5 * 2 * 2 * 50
 
 
@@ -230,7 +230,7 @@ async def test_ten_cuts_under_load_lose_nothing(channel, amqp_url, name, proxy, 
         twice = await all_is_well(channel, amqp_url, name, consumer, messages, dlq)
     _log.info("handled twice, dead twice: %s", twice)
     assert len(consumer.recorder.losses) >= 10
-    # Each cut repeats what was in hand or on its way, at most: prefetch is 100.
+    # Each cut repeats unsettled messages at most: prefetch is 100.
     assert sum(twice) <= 10 * 100
 
 

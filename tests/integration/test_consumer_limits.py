@@ -193,7 +193,7 @@ async def test_a_message_that_kills_its_consumer_ends_at_the_limit(
 async def test_a_lost_connection_counts_for_all_prefetched_messages(
     channel, amqp_url, name, proxy
 ) -> None:
-    """The broker cannot know which of them was the culprit."""
+    """The broker can't know which of them caused it."""
     dlx, dlq = await declare_dead_letters(channel, name)
 
     class Stuck(BatchConsumer):

@@ -21,7 +21,7 @@ KEYS = "abcde"
 
 
 def numbered(count: int) -> list[bytes]:
-    """Return so many messages, with several keys in turn."""
+    """Return this many messages, with several keys in turn."""
     return [f"{KEYS[each % len(KEYS)]}{each}".encode() for each in range(count)]
 
 

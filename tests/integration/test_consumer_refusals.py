@@ -171,7 +171,7 @@ async def test_declare_false_creates_nothing(channel, amqp_url, name) -> None:
     )
     assert f"exchange '{name}.x'" in text
 
-    # And where everything is there, nobody asks what it is like.
+    # If everything exists, its arguments don't matter.
     consumer = Acking(
         BatchConsumerSettings(
             url=amqp_url, queue_name=name, declare=False, queue_arguments={"x-max-length": 7}
@@ -321,7 +321,7 @@ async def test_an_undecodable_message_does_not_affect_others(
     )
     good = [json.dumps(each).encode() for each in range(20)]
     broken = pack_properties(PROPERTIES)
-    # A header whose text is no UTF-8 is a value like any other: bytes.
+    # A header whose text isn't UTF-8 becomes bytes.
     latin = pack_properties({"headers": pack_table({b"name": b"S" + long(b"gr\xfcn")})})
     async with consumer, RawClient.connect(amqp_url) as raw:
         await publish(channel, good[:10], routing_key=name)
@@ -378,7 +378,7 @@ async def test_a_message_with_undecodable_headers_is_not_retried(channel, amqp_u
             url=amqp_url, queue_name=name, batch_timeout=0.05, dead_letter_exchange=dlx
         )
     )
-    # The name of a header is no UTF-8.
+    # The name of a header isn't UTF-8.
     properties = pack_properties({"headers": pack_table({b"gr\xfcn": b"t\1"})})
     async with consumer, RawClient.connect(amqp_url) as raw:
         await raw.publish(name, properties, b"1")

@@ -29,7 +29,7 @@ from tests.integration.helpers import (
 
 
 def bodies(count: int) -> list[bytes]:
-    """Return so many different bodies."""
+    """Return this many different bodies."""
     return [b"%d" % each for each in range(count)]
 
 
@@ -433,7 +433,7 @@ async def test_an_exhausted_message_stays_until_its_dead_letter_is_confirmed(
         await until(lambda: consumer.status().workers[0].held == 0, what=consumer.status)
         letters = await take_all(channel, office.dlq, 1)
     assert 0 == await ready(amqp_url, name)
-    # Where nothing was heard of the first, it may have arrived, too.
+    # If the first was never confirmed, it may have arrived, too.
     assert len(letters) == 1 or trouble == "unconfirmed"
     for letter in letters:
         assert (b"order 1", office.dlx, "order.created") == (

@@ -79,7 +79,9 @@ def bulk(*bad):
 
 
 @QUEUE_TYPES
-async def test_only_the_culprits_are_dead_lettered(channel, amqp_url, name, queue_type) -> None:
+async def test_only_the_failing_messages_are_dead_lettered(
+    channel, amqp_url, name, queue_type
+) -> None:
     """In few runs; all others are acked, and nothing is left."""
     dlx, dlq = await declare_dead_letters(channel, name)
     bad = (b"7", b"50", b"99")

@@ -83,7 +83,7 @@ class Importer(Consumer):
 
 
 def importer(url: str, name: str, count: int, **more: object) -> Importer:
-    """A consumer that handles so many messages at once."""
+    """A consumer that handles this many messages at once."""
     return Importer(
         ConsumerSettings(
             url=url,

@@ -32,7 +32,7 @@ from tests.integration.helpers import (
 
 
 class Answering(BatchConsumer):
-    """Rejects each message, unless it is told something else."""
+    """Rejects each message, unless `answer` is changed."""
 
     answer = MessageResult.NACK
 
@@ -93,7 +93,7 @@ async def test_an_existing_dead_letter_exchange_is_bound_by_its_type(
 
 
 @pytest.mark.parametrize("kind", ["fanout", "headers"])
-async def test_a_dead_letter_exchange_for_everybody_is_refused(
+async def test_an_exchange_that_copies_dead_letters_to_all_queues_is_refused(
     channel, amqp_url, name, kind
 ) -> None:
     """Unless its name says that it is the consumer's own. Nothing is declared before the error."""

@@ -96,7 +96,7 @@ class Failing(BatchConsumer):
     async def process_messages(self, messages: Sequence[Message]):
         for message in messages:
             if message.body == b"fail" and not message.retry_count:
-                msg = "as it was told"
+                msg = "as the message asks"
                 raise RuntimeError(msg)
             if message.body == b"publish":
                 await self.publish(b"", routing_key="nowhere-at-all")
@@ -142,7 +142,9 @@ async def test_a_password_appears_nowhere(  # noqa: PLR0915  -- one story, searc
     # --- all that can go wrong while it consumes
     async with consumer(good, num_workers=2) as running:
         await publish(channel, [b"fail", b"publish", b"well"], routing_key=name)
-        await until(lambda: "nowhere-at-all" in caplog.text and "as it was told" in caplog.text)
+        await until(
+            lambda: "nowhere-at-all" in caplog.text and "as the message asks" in caplog.text
+        )
         with pytest.raises(PublishError) as caught:
             await running.publish(b"", exchange="no-such-exchange")
         everything.hear(caught.value)

@@ -47,7 +47,7 @@ def test_simple_prints_a_receipt_for_each_order(amqp_url: str) -> None:
 
 
 def test_batch_accounts_for_every_picture(amqp_url: str) -> None:
-    """What is not a thumbnail is a dead letter, with its reason; retries are as many as due."""
+    """Each picture becomes a thumbnail or a dead letter with a reason; retries are counted."""
     said = output("batch", "--url", amqp_url)
 
     assert 4 == said.count("dead letter: rejected after 0 retries: no JSON")

@@ -65,7 +65,7 @@ def run(page: str, needs: str) -> dict[str, Any]:
 async def test_a_bulk_insert_writes_all_but_the_bad_rows(
     schema: tuple[asyncpg.Connection, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One row that the table does not take, and one that is written already, harm nobody else."""
+    """A row that the table refuses, and one that exists already, don't affect other rows."""
     database, dsn = schema
     monkeypatch.setenv("DSN", dsn)
     names = run("bulk-insert.md", "postgres")

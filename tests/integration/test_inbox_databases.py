@@ -173,7 +173,7 @@ async def test_each_consumer_has_claims_of_its_own(db, inbox):
 
 
 async def test_old_claims_are_forgotten(db, inbox):
-    """Those of this consumer, and nobody else's."""
+    """Those of this consumer, and no others."""
     other = Inbox("invoices", table=inbox.table)
     async with db.transaction() as connection:
         await inbox.claim(connection, named("a", "b"))

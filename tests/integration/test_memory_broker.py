@@ -1,8 +1,8 @@
 """The broker in memory does what RabbitMQ does, in random programs that are played on both.
 
-`AIO_PIKA_BATCH_TEST_PROGRAMS` says how many; `nox -s stories -- 400` plays so many on each RabbitMQ
-that can be fetched. More than the usual number are others each day. A failure names its program;
-`AIO_PIKA_BATCH_TEST_PROGRAM` plays that one again.
+`AIO_PIKA_BATCH_TEST_PROGRAMS` says how many; `nox -s stories -- 400` plays 400 on each RabbitMQ
+that can be fetched. If there are more than usual, they differ from day to day. A failure names its
+program; `AIO_PIKA_BATCH_TEST_PROGRAM` plays that one again.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ async def test_a_key_keeps_its_order(db, outbox, broker):
     assert 0 == await waiting(db, outbox)
 
 
-async def test_what_nobody_takes_waits_and_holds_nothing_up(db, outbox, broker):
+async def test_an_unroutable_row_waits_and_holds_nothing_up(db, outbox, broker):
     """It is tried again after a pause that grows."""
     async with db.transaction() as connection:
         await outbox.add(connection, numbered(3, routing_key="nowhere"))

@@ -2,7 +2,7 @@
 invariants.
 
 They run concurrently, each with its own proxy, queues and consumer, ten times as fast as they say.
-`AIO_PIKA_BATCH_TEST_REAL_STORIES` says how many; `nox -s stories -- 500` plays so many on each
+`AIO_PIKA_BATCH_TEST_REAL_STORIES` says how many; `nox -s stories -- 500` plays 500 on each
 supported RabbitMQ that can be fetched.
 """
 
@@ -218,7 +218,7 @@ async def staged(
 
 
 def drawn(count: int, kinds: set[FaultKind] = KINDS) -> list[Story]:
-    """Return so many stories, all drawn before the first is played, so that nothing depends on what
+    """Return this many stories, all drawn before the first is played, so that none depends on what
     happens.
 
     Hypothesis makes several similar variants of one; one of them is enough.

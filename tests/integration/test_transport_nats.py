@@ -176,7 +176,7 @@ async def test_the_contract_is_kept(nats_url: str) -> None:
 
 
 @pytest.mark.usefixtures("site")
-async def test_a_stream_of_somebody_else_is_consumed_as_it_is(nats_url: str, name: str) -> None:
+async def test_an_existing_stream_is_consumed_unchanged(nats_url: str, name: str) -> None:
     """With its own subjects; and a copy of its message is none of the duplicates it drops."""
     transport = open_transport(Endpoint(url=nats_url))
     tags = {"X-Kind": "theirs", "Nats-Msg-Id": "1"}

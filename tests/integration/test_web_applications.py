@@ -24,7 +24,7 @@ APP = Path(__file__).with_name("apps") / "web_application.py"
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -40,7 +40,7 @@ def until(condition):
 
 
 def answer(port, path):
-    """Return the response; None if nobody listens."""
+    """Return the response; None if the port is closed."""
     try:
         return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=10)
     except httpx.TransportError:

@@ -122,7 +122,7 @@ AMQP10 = (
         ("tests/unit/adapters/test_tls.py",),
     ),
     Mutant(
-        "A host that is down decides what is said of another, which refuses the login.",
+        "A host that is down hides that another one refuses the login.",
         "adapters/connecting.py",
         "    kind = AccessRefused if refusals else BrokerUnavailable\n",
         "    kind = BrokerUnavailable\n",

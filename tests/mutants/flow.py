@@ -177,7 +177,9 @@ CORE = (
         "runtime/worker.py",
         "self._shared.quarantine.doubt_until = self._loop.time() + DOUBT",
         "pass",
-        (f"{_SHELL}/test_quarantine.py::test_deployments_and_lost_connections_are_no_crashes",),
+        (
+            f"{_SHELL}/test_quarantine.py::test_deployments_and_lost_connections_dont_count_as_crashes",
+        ),
     ),
     Mutant(
         "A suspect whose copy is refused stops the intake, although a blocked broker needs it.",
@@ -209,7 +211,7 @@ CORE = (
         "runtime/settler.py",
         "self._own.note(outcome.message)",
         "pass",
-        (f"{_SHELL}/test_quarantine.py::test_a_message_that_is_requeued_at_once_is_no_suspect",),
+        (f"{_SHELL}/test_quarantine.py::test_a_message_that_is_requeued_at_once_is_not_suspected",),
     ),
     Mutant(
         "A delay is rounded down: it is shorter than the requested one.",
@@ -531,7 +533,7 @@ SHELL = (
         (f"{_SHELL}/test_topology.py",),
     ),
     Mutant(
-        "A dead-letter exchange that was made anew is bound by its former type.",
+        "A dead-letter exchange that was created again is bound by its former type.",
         "runtime/worker_pool.py",
         "        self._exchange_type = None\n        try:",
         "        try:",
@@ -857,7 +859,7 @@ SHELL = (
         (_STORIES, f"{_SHELL}/test_drain.py"),
     ),
     Mutant(
-        "So many messages are settled in single frames that a quorum queue drops some.",
+        "Too many messages are settled in single frames, so that a quorum queue drops some.",
         "core/settlement.py",
         "    if unsettled <= SAFE_COMMANDS:",
         "    if unsettled <= 2 * SAFE_COMMANDS:",
@@ -976,7 +978,7 @@ SHELL = (
         (f"{_SHELL}/test_settle_modes.py",),
     ),
     Mutant(
-        "Messages that were settled early still count as in hand.",
+        "Messages that were settled early still count as being handled.",
         "runtime/consume_loop.py",
         "            self._slots.settled_early(run, count)\n",
         "            pass\n",
@@ -1140,7 +1142,7 @@ MEMORY = (
         (f"{_MEMORY}/test_exchanges.py",),
     ),
     Mutant(
-        "A full quorum queue refuses a dead letter that nobody waits for.",
+        "A full quorum queue refuses a dead letter that needs no confirm.",
         "adapters/memory/queue.py",
         "if (is_confirmed or not self._is_quorum) and self.would_refuse(message):",
         "if self.would_refuse(message):",

@@ -154,7 +154,7 @@ PROGRAMS = (
         (_ENVIRONMENT,),
     ),
     Mutant(
-        "An error about an application's settings names a variable that nobody has set.",
+        "An error about an application's settings names a variable that isn't set.",
         "settings/fields.py",
         "        if where in given:\n",
         "        if False:\n",
@@ -260,7 +260,7 @@ PROGRAMS = (
         (_INSIDE,),
     ),
     Mutant(
-        "A refusal of the broker ends a worker in the background, and nobody notices.",
+        "A refusal of the broker ends a worker in the background, unnoticed.",
         "runtime/worker_pool.py",
         "worker.raises_refusals = False",
         "pass",

@@ -611,7 +611,7 @@ OPERATION = (
         "cli/process_manager.py",
         "if slot.phase is not Phase.UP or not slot.is_ready]",
         "if not slot.is_ready]",
-        (f"{_PROCESSES}::test_a_killed_process_is_not_ready_whatever_its_last_heartbeat_said",),
+        (f"{_PROCESSES}::test_a_killed_process_is_not_ready_whatever_its_last_heartbeat",),
     ),
     Mutant(
         "A lack of descriptors or threads ends the supervisor.",
@@ -681,7 +681,7 @@ OPERATION = (
         "health/server.py",
         "return merge(filter(_is_readable, files))",
         "return merge(files)",
-        (f"{_PROMETHEUS}::test_a_damaged_file_or_a_missing_folder_is_no_end_of_the_metrics",),
+        (f"{_PROMETHEUS}::test_metrics_survive_a_damaged_file_and_a_missing_folder",),
     ),
     Mutant(
         "Idle clients keep a probe from its answer.",

@@ -28,7 +28,7 @@ class Importer(BatchConsumer):
         self, messages: Sequence[Message]
     ) -> AsyncIterator[MessageResult | Nack]:
         """Handle a batch."""
-        with suppress(OSError):  # nobody may read it any more
+        with suppress(OSError):  # the reader may be gone
             print(f"{len(messages)} orders")
         for message in messages:
             if message.type == "impossible":

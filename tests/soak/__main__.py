@@ -127,7 +127,7 @@ class SoakRun:
 
 async def soak(minutes: float, seed: int, folder: Path, broker: RunningBroker) -> Soak:
     """Run the soak, and return what happened."""
-    machine = this_machine()  # before anybody checks out something else
+    machine = this_machine()  # before another revision is checked out
     record, samples = folder / "record", folder / "samples"
     parts = urlsplit(broker.url)
     async with TcpProxy(parts.hostname or "", parts.port or 0) as proxy:
@@ -248,7 +248,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="chooses the faults")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the page is")
     given = parser.parse_args()
-    # What it says of each connection that is cut would hide what is told here.
+    # Its lines about each cut connection would hide those of this program.
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     source = choose()
     if not source.has_node:

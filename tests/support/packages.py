@@ -13,7 +13,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Each user has one: in /tmp nobody may write to a file of another user, not even root.
+# Each user has one: Linux may forbid all others, even root, to open such a file in /tmp.
 _LOCK = Path(tempfile.gettempdir(), f"aio-pika-batch-installs-{os.getuid()}.lock")
 
 

@@ -135,7 +135,7 @@ def _as_user() -> list[str]:
         return []
     user = pwd.getpwnam(_USER)
     who = [f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
-    # A change of user makes the kernel forget whom the child is tied to; it is told again.
+    # A change of user clears the parent-death signal; setpriv sets it again.
     return ["setpriv", *who, "--pdeathsig=KILL"]
 
 
@@ -153,7 +153,7 @@ class PostgresServer:
         self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"postgresql://{_USER}@{LOCALHOST}:{self._port}/postgres"
-        # Not the locale of whoever runs the tests: it may not be installed.
+        # Not the user's locale: it may not be installed.
         how = ["-U", _USER, "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8"]
         initdb = [str(programs / "initdb"), "-D", str(folder / "data"), *how]
         _run([*self._as_user, *initdb], folder)

@@ -80,11 +80,11 @@ class TcpProxy:
             gate.set()
 
     def latency(self, seconds: float) -> None:
-        """Delay everything from now on by so many seconds, in each direction and in order."""
+        """Delay everything from now on by this many seconds, in each direction and in order."""
         self._latency = seconds
 
     def trickle(self, n_bytes: int, seconds: float) -> None:
-        """Forward *n_bytes* at a time, with so many seconds in between; 0 bytes: no limit."""
+        """Forward *n_bytes* at a time, with a pause of *seconds* in between; 0 bytes: no limit."""
         self._trickle = (n_bytes, seconds) if n_bytes else None
 
     async def __aenter__(self) -> Self:

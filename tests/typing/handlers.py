@@ -59,7 +59,7 @@ class OneByOne(Consumer):
 
 
 class AnswersInStrings(BatchConsumer):
-    """A string is no result."""
+    """A string isn't a result."""
 
     async def process_messages(  # type: ignore[override]
         self, messages: Sequence[Message]

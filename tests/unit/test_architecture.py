@@ -49,7 +49,7 @@ LONGER_FOR_A_REASON = {
     "core/batch_run.py": "the results of one batch, from what is yielded to what is decided",
     "core/config_checks.py": "every warning about settings, whatever it is about",
     "core/message.py": "all that a handler can see of a message is in one file",
-    "core/settlement_plan.py": "what becomes of each result is decided in one place",
+    "core/settlement_plan.py": "what happens to each result is decided in one place",
     "core/topology.py": "what is declared, in which order and as what, is in one place",
     "adapters/memory/queue.py": "all places in which a message of one queue can be",
     "adapters/memory/session.py": "both connections of a client, to consume and to publish",
@@ -60,7 +60,7 @@ LONGER_FOR_A_REASON = {
     "dead_letters.py": "looking at dead letters, replaying and deleting them, by one law",
     "observers/otel.py": "what each event becomes: spans, and metrics beside them",
     "runtime/publishing.py": "all that is published for a consumer, and by which connection",
-    "runtime/settler.py": "all that becomes of a session's results",
+    "runtime/settler.py": "all that happens to a session's results",
     "runtime/handler.py": "a handler while it runs: its slot, what it yields, what it may ask",
     "runtime/consume_loop.py": "one session, from the first delivery to the last settlement",
     "transport.py": "the port: everything that a transport implements or may offer",
@@ -196,7 +196,7 @@ def test_no_two_public_classes_have_the_same_name() -> None:
     assert [] == [name for name, count in names.items() if count > 1]
 
 
-def test_decisions_stand_beside_the_lines_that_they_explain() -> None:
+def test_decisions_are_beside_the_lines_that_they_explain() -> None:
     """In comments; switched-off rules don't count."""
     lines = comments = 0
     for path in SOURCES:

@@ -23,7 +23,7 @@ def reading(cpu: float, *, messages: int = 1000, seconds: float = 1.0) -> Readin
 
 
 def rounds(*cpu: float) -> dict[int, Reading]:
-    """Rounds of so many µs each."""
+    """Return a round for each of these CPU times in µs."""
     return {number: reading(each) for number, each in enumerate(cpu, start=1)}
 
 
@@ -65,7 +65,7 @@ class TestFigures:
     def test_a_goal_is_reached_or_missed_or_unknown(
         self, ours: float | None, reached: bool | None
     ) -> None:
-        """What was not measured is not said to be reached."""
+        """A goal that wasn't measured isn't reported as reached."""
         measured = {"aio-pika.each": rounds(130)}
         if ours is not None:
             measured["ours.ack"] = rounds(ours)
@@ -86,7 +86,7 @@ class TestFigures:
 
 
 class TestReport:
-    """What a reader is told."""
+    """The report that a run writes."""
 
     def test_only_what_stands_between_the_marks_is_replaced(self) -> None:
         """Prose is written by hand."""
@@ -105,7 +105,7 @@ class TestReport:
         shown = report.table(kept(it=rounds(4, 5, 16)), [CASE], None)
         assert "| It | 5.00 (4.00–16.0) | 1,000 | 2 | 1,000 × 3 |" in shown.splitlines()
 
-    def test_what_failed_is_told_with_its_reason(self) -> None:
+    def test_failures_are_reported_with_their_reason(self) -> None:
         """A competitor is never dropped silently."""
         run = kept()
         for number in (1, 2):
@@ -114,7 +114,7 @@ class TestReport:
         assert "| **aio-pika-batch: all acked** | failed |" in shown
         assert shown.endswith("### What failed\n\n- ours.ack: it fell over")
 
-    def test_what_was_missed_is_told(self) -> None:
+    def test_missed_goals_are_reported(self) -> None:
         """In bold, and in parts of what others need."""
         shown = report.goal_table(figures.the_bar({"ours.ack": rounds(13), "pika": rounds(26)}))
         assert "| ≤ 1/3 | 1/2 | **missed** |" in shown
@@ -123,7 +123,7 @@ class TestReport:
     @pytest.mark.parametrize(
         ("value", "shown"), [(0.0333, "0.033"), (4.567, "4.57"), (45.67, "45.7"), (1234.5, "1,234")]
     )
-    def test_three_digits_are_told(self, value: float, shown: str) -> None:
+    def test_three_digits_are_shown(self, value: float, shown: str) -> None:
         """More would be noise."""
         assert shown == report.number(value)
 
@@ -145,7 +145,7 @@ class TestSeries:
     """What runs have kept."""
 
     def test_a_later_run_replaces_whole_sections(self, tmp_path: Path) -> None:
-        """Ratios are of one run; which run that was is told."""
+        """All ratios of a section are of one run, which is named."""
         first, later = tmp_path / "first.jsonl", tmp_path / "later.jsonl"
         for file, revision, cases in [
             (first, "a", {"ours.ack": 5.0, "pika": 20.0, "ours.publish": 8.0}),
@@ -189,7 +189,7 @@ class TestMeter:
     """When the clocks are read."""
 
     def test_the_warm_up_is_not_measured(self) -> None:
-        """The clocks are read after it, and after so many messages more."""
+        """The clocks are read after it, and again after the measured messages."""
         meter = Meter(Job(url="", queue="", task="", messages=300, warmup=150))
         assert [False, False, False, False, True] == [meter.count(100) for _ in range(5)]
         assert meter.reading is not None

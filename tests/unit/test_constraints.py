@@ -59,5 +59,5 @@ def test_the_lowest_version_is_the_lower_bound(wanted: str) -> None:
 
 @pytest.mark.parametrize("file", ["pinned.txt", "lowest.txt"])
 def test_a_constraint_names_no_place(file: str) -> None:
-    """Packages come from wherever the machine's pip is told to look."""
+    """The machine's own configuration of pip decides where packages come from."""
     assert "/" not in (ROOT / "constraints" / file).read_text()

@@ -1,7 +1,7 @@
 """What the documentation states is true.
 
 Every block of Python runs, on the broker in memory and in virtual time; what is between it and a
-script of its own is said in comments that a reader does not see:
+script of its own is stated in comments that a reader doesn't see:
 
 - ``<!-- test: prelude NAME -->`` before a block: what surrounds it, see `PRELUDES`;
 - ``<!-- test: name NAME -->`` and ``<!-- test: continues NAME -->``: a later block of the same page
@@ -14,11 +14,11 @@ script of its own is said in comments that a reader does not see:
   `tests/integration/test_howto.py` instead;
 - ``<!-- test: feed QUEUE BODY BODY … -->``: what is published once its consumers run;
 - ``<!-- test: fails -->``: its handler fails on purpose, and the log may say so;
-- ``<!-- test: environment NAME=VALUE … -->``: what stands in the environment; several by ``; ``;
+- ``<!-- test: environment NAME=VALUE … -->``: a variable of the environment; several by ``; ``;
 - ``<!-- test: prints TEXT -->`` after a block: what it must have printed, on one line or several;
 - ``<!-- test: dead QUEUE COUNT -->`` after a block: how many dead letters it must have left.
 
-A program that runs until it is told to stop is sent a SIGTERM after a (virtual) minute, so every
+A program that runs until a signal stops it is sent a SIGTERM after a (virtual) minute, so every
 block also shows that it ends.
 """
 
@@ -188,7 +188,7 @@ def obey(block: Block, directive: str, named: dict[str, str]) -> None:
         case ["environment", *variables]:
             block.environment = dict(each.split("=", 1) for each in variables)
         case _:
-            pytest.fail(f"{block}: {directive!r} is no directive")
+            pytest.fail(f"{block}: {directive!r} isn't a directive")
 
 
 FIXTURES: dict[str, Callable[[], object]] = {
@@ -296,13 +296,13 @@ def excerpts() -> Iterator[tuple[str, str, str]]:
 
 @pytest.mark.parametrize(("place", "path", "body"), list(excerpts()), ids=lambda value: value[:60])
 def test_excerpts_are_what_the_file_has(place: str, path: str, body: str) -> None:
-    """Whole lines, one after the other, just as they stand there."""
+    """Whole lines, in order and unchanged."""
     assert f"\n{body}" in "\n" + (ROOT / path).read_text(), place
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_nothing_is_shown_in_another_language(page: Path) -> None:
-    """A block in a language that nobody checks could say anything."""
+    """A block in a language that isn't checked could contain mistakes."""
     checked = {"python", "console", "mermaid"}
 
     assert set(re.findall(r"^```(\w*)$", page.read_text(), re.MULTILINE)) - {""} <= checked
@@ -335,7 +335,7 @@ INSTALLED = {
 
 @pytest.mark.parametrize(("place", "command"), list(commands()), ids=lambda value: value)
 def test_commands_exist(place: str, command: str) -> None:
-    """What a reader is told to type names a session, a script, or what pip installs."""
+    """A command names a session, a script, or a package that pip installs."""
     noxfile = (ROOT / "noxfile.py").read_text()
     sessions = set(re.findall(r"^def (\w+)\(session", noxfile, re.MULTILINE))
     match shlex.split(command, comments=True):
@@ -365,7 +365,7 @@ def test_commands_exist(place: str, command: str) -> None:
         ):
             pass
         case _:
-            pytest.fail(f"{place}: nobody checks {command!r}")
+            pytest.fail(f"{place}: no test checks {command!r}")
 
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -400,7 +400,7 @@ def page_of(place: str) -> Path:
 
 
 def variables(place: str) -> set[str]:
-    """What a page's program is told by the environment: an example's, or a consumer's settings."""
+    """Return the variables that a page's program reads: an example's, or a consumer's settings."""
     main = (ROOT / place).with_name("main.py")
     if main.is_file():
         return set(re.findall(r"`([A-Z_]+)`", main.read_text()))

@@ -1,4 +1,4 @@
-"""The documentation, docstrings, log lines and errors avoid the habits of translated English."""
+"""Documentation, docstrings, log lines, errors and tests avoid the habits of translated English."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ SOURCES = [
     *sorted((ROOT / "src" / "aio_pika_batch").rglob("*.py")),
     *sorted((ROOT / "examples").rglob("*.py")),
     *sorted((ROOT / "benchmarks").rglob("*.py")),
+    *sorted((ROOT / "docs").rglob("*.py")),
+    *sorted(each for each in (ROOT / "tests").rglob("*.py") if each != Path(__file__)),
 ]
 PAGES = [
     ROOT / "README.md",
@@ -50,6 +52,9 @@ HABITS = {
 }
 """Each habit, named by what to write instead."""
 
+PUBLIC = {"in_hand"}
+"""Names that users know."""
+
 FIGURES = r"(?s)<!-- (\w+): begin -->.*?<!-- \1: end -->"
 """What programs write into a page."""
 
@@ -74,9 +79,12 @@ def prose(page: Path) -> Iterator[tuple[int, str, bool]]:
 
 
 def texts(source: Path) -> Iterator[tuple[int, str, bool]]:
-    """Line and text of each docstring, comment, log line, error and help text of a module."""
+    """Line and text of each name, docstring, comment, log line, error and help text of a module."""
     content = source.read_text()
     for node in ast.walk(ast.parse(content)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names = {node.name} - PUBLIC
+            yield from ((node.lineno, name.replace("_", " "), False) for name in names)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             yield node.lineno, " ".join(re.sub(r"`[^`]*`", "code", node.value).split()), False
         if isinstance(node, ast.JoinedStr):
@@ -97,7 +105,7 @@ PLACES = [
 
 @pytest.mark.parametrize(("instead", "habit"), HABITS.items(), ids=HABITS)
 def test_habits_of_translated_english_are_gone(instead: str, habit: str) -> None:
-    """In every page, docstring, comment, log line and error; the name says what to write."""
+    """In every page, name, docstring, comment, log line and error; the id says what to write."""
     pattern = re.compile(habit, re.IGNORECASE)
     found = [
         f"{path.relative_to(ROOT)}:{line}: {text[max(0, m.start() - 40) : m.end() + 40]}"
@@ -120,14 +128,15 @@ def test_sentences_can_be_read_once(page: Path) -> None:
 
 
 def test_a_habit_that_is_put_back_is_found(tmp_path: Path) -> None:
-    """In prose, in a table, in a docstring, in a comment and in a log line."""
+    """In prose, in a table, in a docstring, in a comment, in a log line and in a name."""
     page, source = tmp_path / "page.md", tmp_path / "source.py"
     page.write_text(
         "A body that\nis no JSON.\n\n| a | what is no answer |\n\n```\nis no code\n```\n"
     )
     source.write_text(
         'def f():\n    """Is no JSON."""\n    log(f"{f} is no JSON")\n    # is no JSON\n'
+        "def test_it_is_no_json(): ...\n"
     )
     habit = re.compile(HABITS["isn't"], re.IGNORECASE)
     assert [1, 4] == [line for line, text, _ in prose(page) if habit.search(text)]
-    assert {2, 3, 4} == {line for line, text, _ in texts(source) if habit.search(text)}
+    assert {2, 3, 4, 5} == {line for line, text, _ in texts(source) if habit.search(text)}

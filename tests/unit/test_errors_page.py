@@ -1,7 +1,6 @@
 """docs/errors.md lists everything that can go wrong, with its cause and what to do.
 
-What the code can say is read from the code: whoever adds an exception or a line of the log has to
-add it there.
+The texts are read from the code, so a new exception or a new line of the log must be added there.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def test_each_exception_is_explained(error):
 
 
 def pieces(node: ast.expr) -> list[str] | None:
-    """What is constant in a text, up to what is done about it; None if it is no text."""
+    """Return the constant parts of a text, up to the advice in it; None if it isn't a text."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         text = re.sub(r"%[sdr]", "\0", node.value)
     elif isinstance(node, ast.JoinedStr):
@@ -67,7 +66,7 @@ def pieces(node: ast.expr) -> list[str] | None:
 
 
 def is_loud(node: ast.AST, telling: set[str]) -> bool:
-    """Whether something is logged there that somebody should read."""
+    """Whether this is a method that logs at WARNING or above."""
     match node:
         case ast.Attribute(value=ast.Name(id=name) | ast.Attribute(attr=name), attr=method):
             return name.endswith("log") and method in LOUD
@@ -115,7 +114,7 @@ def test_each_line_of_the_log_is_explained(place, said):
     """At WARNING and above; by all of its words that are always the same."""
     found = pieces(said)
     if found is None:
-        assert ast.unparse(said) in ELSEWHERE, f"{place}: nobody knows what this says"
+        assert ast.unparse(said) in ELSEWHERE, f"{place}: this text isn't constant"
     else:
         assert [] == [piece for piece in found if piece not in WORDS], place
 
@@ -129,7 +128,7 @@ def test_each_event_of_the_supervisor_is_explained():
 
 
 def is_part(text: ast.JoinedStr) -> bool:
-    """Whether it is only a name and a value, which become a part of what is said."""
+    """Whether it is only a name and a value, which become a part of another text."""
     return len("".join(pieces(text) or ())) == 1
 
 

@@ -83,7 +83,7 @@ def test_properties_come_back_as_they_were(properties):
 
 
 def test_text_stays_as_others_write_and_read_it():
-    """Only what is no plain text has a mark."""
+    """Only values that aren't plain text have a mark."""
     properties = Properties(headers={"source": "till 5", "count": 5}, type="order")
     lines = {"source": "till 5", "count": "json:5", "Amqp-type": "order"}
 
@@ -104,7 +104,7 @@ def test_text_stays_as_others_write_and_read_it():
     ids=lambda value: str(value)[:40],
 )
 def test_what_others_got_wrong_costs_that_property_only(line, field):
-    """And its reader is told."""
+    """A reader sees that it was undecodable, and not a wrong value."""
     properties = headers.decoded(dict([line, ("Amqp-type", "order")]))
 
     assert [field] == list(properties.undecodable)
@@ -140,7 +140,7 @@ def test_a_route_comes_back_as_it_was(exchange, routing_key):
     assert "" not in subject.split(".")
 
 
-def test_the_subject_of_somebody_else_is_a_routing_key():
+def test_the_subject_of_another_program_is_a_routing_key():
     """A stream that was not declared here can be consumed, too."""
     assert ("", "orders.new") == names.route_of("orders.new")
     assert ("", "exchange.only") == names.route_of("exchange.only")

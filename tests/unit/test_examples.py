@@ -56,7 +56,7 @@ def test_simple_prints_a_receipt_for_each_order() -> None:
 
 
 def test_batch_accounts_for_every_picture() -> None:
-    """What is not a thumbnail is a dead letter, with its reason; retries are as many as due."""
+    """Each picture becomes a thumbnail or a dead letter with a reason; retries are counted."""
     said = output("batch")
 
     assert 4 == said.count("dead letter: rejected after 0 retries: no JSON")

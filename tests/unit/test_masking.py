@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aio_pika_batch.masking import mask_text, mask_url
 
-# A word ends where white space is. All else may be in a password that nobody has encoded.
+# A word ends at white space. Everything else may be in a password without percent-encoding.
 passwords = st.text(string.ascii_letters + string.digits + "'\"@:/?%,;=&+-()[]{}é\\", min_size=1)
 passwords = passwords.filter(lambda each: "://" not in each)  # that could be another URL
 
@@ -43,7 +43,7 @@ def test_a_password_in_a_text_is_masked_whole(password):
         ("amqp://u@h:5672/v", None),
     ],
 )
-def test_what_is_no_password_stays_as_far_as_that_is_certain(text, masked):
+def test_text_that_is_certainly_not_a_password_stays(text, masked):
     """White space ends a URL, and so does the next one; a quote or a comma doesn't."""
     expected = text.replace("u:p@", "u:***@") if masked is None else masked
     assert expected == mask_text(text)

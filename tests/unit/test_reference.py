@@ -21,7 +21,7 @@ _TOGETHER = re.compile(r"^\.\. automodule:: (\S+)\n   :members:(.*)$", re.MULTIL
 
 
 def shown() -> set[str]:
-    """Every name for which Sphinx is told to show its docstring."""
+    """Every name whose docstring the page shows."""
     names = set(_ALONE.findall(PAGE))
     for module, members in _TOGETHER.findall(PAGE):
         room = importlib.import_module(module)

@@ -177,7 +177,7 @@ def steps(workflow: Path) -> list[dict]:
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda each: each.stem)
 def test_actions_are_pinned_by_their_commit(workflow):
-    """A tag can be moved; the version stands beside the commit as a comment."""
+    """A tag can be moved; a comment beside the commit names the version."""
     lines = [line.strip() for line in workflow.read_text().splitlines() if "uses:" in line]
     pinned = r"- uses: [\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+"
 

@@ -20,7 +20,7 @@ def test_only_the_time_counts_in_which_all_were_at_work():
     assert 100.0 == judge([early, late]).rate
 
 
-def test_processes_that_never_met_are_no_measurement():
+def test_processes_that_never_met_measure_nothing():
     """One had emptied the queue before the other was there."""
     with pytest.raises(ValueError, match="more messages"):
         judge([Work([0.0, 1.0], [1, 1], [0.0, 0.0]), Work([2.0, 3.0], [1, 1], [0.0, 0.0])])

@@ -140,7 +140,7 @@ WRONG = [
     ("name", "value", "allowed"), WRONG, ids=lambda each: repr(each)[:30] if each != "" else "empty"
 )
 def test_nonsense_is_refused_with_the_field_and_what_is_allowed(name, value, allowed):
-    """At construction, never at three in the morning; with the variable's name for operators."""
+    """At construction, with the variable's name for operators."""
     with pytest.raises(ConfigurationError) as raised:
         BatchConsumerSettings(**MEMORY | {name: value})
     told = str(raised.value)
@@ -213,7 +213,7 @@ def test_the_password_of_a_key_is_never_shown(monkeypatch):
     assert "536" not in str(raised.value)
 
 
-def test_several_mistakes_are_told_at_once():
+def test_several_mistakes_are_reported_at_once():
     """A line each."""
     with pytest.raises(ConfigurationError) as raised:
         BatchConsumerSettings(**MEMORY | {"batch_size": 0, "num_workers": 0})
@@ -222,7 +222,7 @@ def test_several_mistakes_are_told_at_once():
 
 
 def test_an_unknown_name_is_refused_with_the_likely_one():
-    """In code; other programs' variables stand in the same environment."""
+    """Only in code: the environment also contains other programs' variables."""
     with pytest.raises(ConfigurationError, match="'batchsize'; did you mean 'batch_size'"):
         BatchConsumerSettings(**MEMORY, batchsize=5)
     with pytest.raises(ConfigurationError, match=r"no setting 'colour'$"):
@@ -288,7 +288,7 @@ def test_a_file_is_read_where_the_environment_is_silent(monkeypatch, tmp_path):
 
 
 def test_a_subclass_has_a_prefix_of_its_own(monkeypatch):
-    """And its mistakes are told with it."""
+    """And errors name it."""
 
     class Mine(BatchConsumerSettings):
         model_config = SettingsConfigDict(env_prefix="MY_APP_", env_file=None)
@@ -411,7 +411,7 @@ def test_settings_are_listed_with_the_essential_ones_first():
     [({}, 900), ({"process_timeout": 7}, 14), ({"process_timeout": 7, "stuck_after": 3}, 3)],
 )
 def test_when_a_worker_counts_as_stuck(given, expected):
-    """As said, or twice the time-out, or a quarter of an hour."""
+    """As configured, or twice the time-out, or a quarter of an hour."""
     assert expected == BatchConsumerSettings(**MEMORY | given).effective_stuck_after
 
 
@@ -426,7 +426,7 @@ def shown(url):
 
 
 def complaint(url, **values):
-    """What is said about a wrong URL."""
+    """Return the error for a wrong URL."""
     with pytest.raises(ConfigurationError) as raised:
         BatchConsumerSettings(_env_file=None, queue_name="jobs", url=url, **values)
     return str(raised.value), repr(raised.value)

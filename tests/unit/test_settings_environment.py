@@ -125,7 +125,7 @@ def test_a_misspelt_variable_in_a_file_is_reported(tmp_path, caplog):
 
 
 def test_a_missing_setting_is_reported_with_what_was_written_instead(environment):
-    """The cure stands beside the error."""
+    """The error contains the correction."""
     environment.setenv(OURS + "QUEUE_NAM", "jobs")
     environment.setenv("QUEUE_NAME", "jobs")
     with pytest.raises(ConfigurationError) as error:
@@ -153,7 +153,7 @@ def test_our_url_is_reported_where_a_class_has_another_prefix(environment, caplo
 
 
 def test_variables_of_0_1_0_are_reported(environment, caplog):
-    """It read them without a prefix. A URL of something else is no sign of that."""
+    """It read them without a prefix. A URL that isn't a broker's doesn't count."""
     environment.setenv("URL", "https://example.org")
     environment.setenv("BATCH_SIZE", "50")
     BatchConsumerSettings(**MEMORY)
@@ -294,7 +294,7 @@ def test_a_subclass_shows_no_password(cls, given):
     assert "secret" not in str(error.value)
 
 
-def test_a_setting_of_ones_own_that_is_no_json_is_a_configuration_error(environment):
+def test_a_custom_setting_that_isnt_json_is_a_configuration_error(environment):
     """And isn't shown."""
     environment.setenv(OURS + "OTHERS", "[secret")
     with pytest.raises(ConfigurationError, match="others") as error:

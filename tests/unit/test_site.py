@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def complaints(tmp_path):
-    """What is said of a page with this body, beside another one."""
+    """Return the complaints about a page with this body, beside another one."""
     spec = importlib.util.spec_from_file_location("check_site", ROOT / "docs" / "check_site.py")
     module = importlib.util.module_from_spec(spec)
     # A dataclass looks its module up.
@@ -62,7 +62,7 @@ def test_what_is_there_is_no_matter(complaints, body):
         ('<img srcset="https://example.com/x.png 2x">', "from elsewhere"),
     ],
 )
-def test_what_is_missing_or_elsewhere_is_told(complaints, body, said):
+def test_missing_and_remote_targets_are_reported(complaints, body, said):
     """In one line, which names the page."""
     [complaint] = complaints(body)
     assert complaint.startswith("index.html: ")

@@ -556,14 +556,14 @@ class ConsumeLoop:
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 
-    def start_anew(self, messages: Sequence[Message], *, holds_copies: bool) -> None:
+    def replace_by_copies(self, messages: Sequence[Message], *, holds_copies: bool) -> None:
         """Begin to replace messages by copies that the broker counts from 0."""
-        self._start(self._start_anew(messages, holds_copies=holds_copies))
+        self._start(self._replace_by_copies(messages, holds_copies=holds_copies))
 
-    async def _start_anew(self, messages: Sequence[Message], *, holds_copies: bool) -> None:
+    async def _replace_by_copies(self, messages: Sequence[Message], *, holds_copies: bool) -> None:
         self._log.debug("copies replace messages, to be counted from 0", messages=len(messages))
         try:
-            left = await self._settler.start_anew(messages, holds_copies=holds_copies)
+            left = await self._settler.replace_by_copies(messages, holds_copies=holds_copies)
             if left and self._gate is not None:
                 self._gate.suspects += left
         except Exception as error:  # noqa: BLE001  -- ends the session, see `_give_up`

@@ -45,7 +45,7 @@ class GatedLoop(Protocol):
     async def handle_alone(self, message: Message) -> None:
         """Handle a message, and return when it is settled or held. A slot must be free."""
 
-    def start_anew(self, messages: Sequence[Message], *, holds_copies: bool) -> None:
+    def replace_by_copies(self, messages: Sequence[Message], *, holds_copies: bool) -> None:
         """Begin to replace messages by copies that the broker counts from 0."""
 
     def dead_letter_crashed(self, messages: Sequence[Message]) -> None:
@@ -158,7 +158,7 @@ class SuspectGate:
             self._quarantine.crashed.note(len(crashed))
             self._loop.dead_letter_crashed(crashed)
         if worn := kinds[Suspicion.WORN]:
-            self._loop.start_anew(worn, holds_copies=False)
+            self._loop.replace_by_copies(worn, holds_copies=False)
         if suspects := kinds[Suspicion.SUSPECT]:
             self.suspects += suspects
             self._quarantine.suspects.note(len(suspects))
@@ -231,7 +231,7 @@ class SuspectGate:
         if len(self.suspects) > keep:
             # The likeliest one stays, because a copy keeps less of what is known.
             self.suspects.sort(key=delivery_count, reverse=True)
-            self._loop.start_anew(self.suspects[keep:], holds_copies=True)
+            self._loop.replace_by_copies(self.suspects[keep:], holds_copies=True)
             del self.suspects[keep:]
         while True:
             self._loop.finish_early()

@@ -171,7 +171,9 @@ class Settler:
             await self._queue.settle(settlements)
         return native
 
-    async def start_anew(self, messages: Sequence[Message], *, holds_copies: bool) -> list[Message]:
+    async def replace_by_copies(
+        self, messages: Sequence[Message], *, holds_copies: bool
+    ) -> list[Message]:
         """Replace messages that have no result by copies, which the broker counts from 0.
 
         Args:

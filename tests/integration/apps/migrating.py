@@ -77,7 +77,7 @@ async def publish(*bodies, **properties):
 
 
 async def ready(queue=NAME):
-    """Count the messages that nobody has."""
+    """Count the ready messages."""
     async with channel() as found:
         declared = await found.declare_queue(queue, passive=True)
         return declared.declaration_result.message_count

@@ -121,7 +121,7 @@ async def test_what_amqp10_does_not_have_is_consumed_over_091(
         assert OLD is await choice(transport, **more)
     [line] = logged(caplog)
     assert line == f"this consumer uses AMQP 0-9-1 [queue=q reason={reason}]"
-    assert [] == server.heard
+    assert [] == server.received
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ async def test_an_old_broker_is_not_asked(
     """If its version is known; otherwise it says so itself."""
     transport._version = (3, 13)
     assert OLD is await choice(transport)
-    assert [] == server.heard
+    assert [] == server.received
     transport._version = None
     server.header = b"AMQP\x00\x00\x09\x01"
     assert OLD is await choice(transport)

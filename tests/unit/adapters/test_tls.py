@@ -303,7 +303,7 @@ async def error_after(
 
 
 @pytest.mark.parametrize("reset", [ConnectionResetError(104, "reset"), BrokenPipeError(32, "pipe")])
-async def test_a_refused_client_is_told_so_although_the_alert_was_lost(
+async def test_a_refused_client_gets_the_reason_although_the_alert_was_lost(
     reset: OSError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second connection, on which nothing is sent, receives it."""

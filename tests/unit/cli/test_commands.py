@@ -573,7 +573,7 @@ def test_durations_are_read(text, expected):
 
 
 @pytest.mark.parametrize("text", ["", "3", "soon", "3 fortnights", "-1h", "1h ago", "9" * 30 + "w"])
-def test_what_is_not_a_duration_is_refused(cli, letters, text):
+def test_an_invalid_duration_is_refused(cli, letters, text):
     """The error says how one is written."""
     code, _, err = cli("dlq", "show", "bookshop:orders", f"--older-than={text}")
     assert 2 == code

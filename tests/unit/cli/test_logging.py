@@ -83,19 +83,19 @@ def test_json_writes_any_value(log):
     """What JSON doesn't support becomes text, and no value makes logging fail."""
     configure_logging(format="json", stream=(out := io.StringIO()))
     log.warning("odd", what={1}, worse=Odd(), text="ä %s")
-    logging.getLogger("mine").warning("said %s", "so", extra={"shelf": 3})
+    logging.getLogger("mine").warning("sent %s", "so", extra={"shelf": 3})
     first, second = lines(out)
     assert "{1}" == first["what"]
     assert "(no text: str() raised AttributeError)" == first["worse"]
     assert "ä %s" == first["text"]
-    assert ("said so", 3, "mine") == (second["event"], second["shelf"], second["logger"])
+    assert ("sent so", 3, "mine") == (second["event"], second["shelf"], second["logger"])
 
 
 def test_the_console_format_is_a_line_of_text(log):
     """With the context behind the event, and without colours outside a terminal."""
     configure_logging("info", "console", stream=(out := io.StringIO()))
     log.info("consuming", worker=1)
-    log.debug("nobody asked for this")
+    log.debug("not shown")
     assert out.getvalue().endswith(
         " INFO     aio_pika_batch.test: consuming [queue=jobs worker=1]\n"
     )
@@ -226,9 +226,9 @@ def test_content_of_messages_makes_no_lines_of_text(log, stream, chained):
     if chained:
         error.__cause__ = KeyError(FORGED)
     log.error(FORGED, exc_info=error, context=FORGED)
-    logging.getLogger("mine").error("said %s", FORGED, exc_info=error, stack_info=True)
+    logging.getLogger("mine").error("sent %s", FORGED, exc_info=error, stack_info=True)
     logging.getLogger("mine").error("too few %s %s", *[FORGED])
-    structlog.get_logger("its").error("said", value=FORGED)
+    structlog.get_logger("its").error("sent", value=FORGED)
     shown = text_of(out)
     assert "forged" in shown
     assert not re.search(r"^\S*2026-11-29 10:00", shown, re.MULTILINE)

@@ -314,7 +314,7 @@ def test_late_heartbeats_and_exits_are_ignored():
     assert manager.slots == manager.unready
 
 
-def test_a_killed_process_is_not_ready_whatever_its_last_heartbeat_said():
+def test_a_killed_process_is_not_ready_whatever_its_last_heartbeat():
     """Its phase is newer."""
     manager = started(2, hung_after=10)
     manager.on_heartbeat(0, READY, 5)

@@ -107,7 +107,7 @@ def test_without_a_writable_folder_processes_run_without_metrics(monkeypatch, ca
 
 
 def test_orphans_are_reaped_and_own_processes_are_left_alone():
-    """Those wait for whoever started them."""
+    """The code that started a process waits for it."""
     supervisor = supervise()
     pid = os.posix_spawn(sys.executable, [sys.executable, "-S", "-c", ""], {})
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)

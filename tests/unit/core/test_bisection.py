@@ -143,7 +143,7 @@ def test_each_message_is_blamed_for_its_own_failure(limit):
 
 
 def test_a_part_to_run_again_undivided_comes_next():
-    """Before the halves that are due. An empty part is no run."""
+    """Before the halves that are due. An empty part isn't run."""
     messages = some_messages(4)
     bisection = Bisection(10)
     bisection.bisect(messages, Part(messages, KeyError()))

@@ -196,7 +196,7 @@ def test_a_dead_letter_queue_lacks_nothing():
 
 @pytest.mark.parametrize(("vhost", "where"), [("/", []), ("my shop", ["-p", "my shop"])])
 def test_the_policy_for_an_existing_queue(vhost, where):
-    """A command that a shell reads as it is meant, for exactly this queue."""
+    """A command with correct quotes, for exactly this queue."""
     words = shlex.split(policy_command("a.b", {"x-dead-letter-exchange": "x", **LOSSLESS}, vhost))
 
     assert [

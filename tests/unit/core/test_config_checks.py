@@ -145,7 +145,7 @@ def test_a_dead_letter_exchange_in_the_arguments_is_ours_now(stated):
     )
 
 
-def test_what_follows_from_defaults_is_no_warning():
+def test_consequences_of_defaults_are_not_warnings():
     """Hints name the settings to change; with them there are none."""
     settings = TopologyOptions(queue_name="jobs")
     assert [] == warnings_for(settings, USUAL) + broker_warnings_for(settings, USUAL, None)
@@ -389,7 +389,7 @@ def test_what_prevents_that_suspects_are_handled_alone(settings, ordered, why):
 
 
 def test_without_a_limit_of_the_broker_the_warning_is_about_endless_redelivery():
-    """Because nobody gives the message up then."""
+    """Because nothing gives the message up then."""
     settings = with_arguments(single_active_consumer=True)
     [line] = broker_warnings_for(settings, USUAL, (3, 10))
     assert "before RabbitMQ 4.0 a quorum queue has no delivery limit" in line

@@ -100,18 +100,18 @@ def test_a_dead_letter_of_the_broker_is_counted_from_zero():
 
 
 def test_a_retry_that_waited_keeps_its_count():
-    """It expired in a wait queue, which is no death."""
+    """It expired in a wait queue, which doesn't count as a death."""
     headers = {"x-retry-count": 2, "x-death": [a_death("jobs.retry.1000")]}
     assert 2 == a_message(headers=headers).retry_count
 
 
 def test_the_count_of_another_consumer_is_not_taken_over():
-    """A retry that was moved to another queue begins anew there."""
+    """A retry that was moved to another queue counts from 0 there."""
     copy = published(DEAD, exhausted(), REQUEUE, queue="dead")
     assert (1, 0) == (copy.retry_count, a_message(headers=copy.headers).retry_count)
 
 
-def test_a_dead_letter_of_a_dead_letter_consumer_begins_anew_everywhere():
+def test_a_dead_letter_of_a_dead_letter_consumer_counts_from_0_everywhere():
     """In its next queue, and if it is moved back."""
     copy = published(DEAD, exhausted(), REQUEUE, queue="dead")
     letter = published(DEAD, copy, NACK, queue="dead.dead")
@@ -169,7 +169,7 @@ def test_a_clock_that_is_behind_does_not_matter():
 
 
 @pytest.mark.parametrize("waits", [["jobs.retry.1000"], ["jobs.retry.2000", "jobs.retry.1000"]])
-def test_a_retry_that_waited_is_no_death(waits):
+def test_a_retry_that_waited_does_not_count_as_a_death(waits):
     """It expired on purpose."""
     letter = published(JOBS, a_message(), NACK, queue="dead")
     again = with_headers(letter, x_death=[a_death(each) for each in waits])
@@ -180,7 +180,7 @@ def test_a_retry_that_waited_is_no_death(waits):
 
 
 def test_a_message_that_is_dead_lettered_again_and_again_is_held():
-    """Longer each time. A chain of two dead-letter queues is no loop."""
+    """Longer each time. A chain of two dead-letter queues isn't a loop."""
     message, seen = a_message(), []
     for _ in range(5):
         [pending] = JOBS.plan([MessageOutcome(message, NACK)], NOW).copies

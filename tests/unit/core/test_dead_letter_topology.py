@@ -440,7 +440,7 @@ def test_no_exchange_is_looked_up_if_no_queue_is_bound(stated):
 
 
 def test_without_declaring_a_dead_letter_queue_is_not_bound():
-    """Whoever declares it binds it, too."""
+    """The program that declares it binds it, too."""
     options = TopologyOptions(queue_name="jobs", dead_letter_queue="dead", declare=False)
 
     topology = build_topology(options)

@@ -38,7 +38,7 @@ def test_all_commits_of_a_drain_and_the_last_one_stay_within_the_limit(commits, 
 
 
 def times_of_commits(commands):
-    """When commits of so many commands are sent, each as early as possible."""
+    """Return when commits of these sizes are sent, each as early as possible."""
     budget, times = CommandBudget(), []
     while (at := budget.commit_at(commands)) is not None:
         times.append(max(0.0, at))

@@ -120,7 +120,7 @@ class Session(RuleBasedStateMachine):
             )
 
     @invariant()
-    def the_broker_was_told_exactly_what_was_decided(self):
+    def the_broker_received_exactly_the_decisions(self):
         assert self.expected == self.channel.settled
 
     @invariant()

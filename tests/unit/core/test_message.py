@@ -98,8 +98,8 @@ def test_undecodable_raw_headers_raise_the_reason_of_the_source():
         _ = message.headers
 
 
-def test_a_timestamp_that_is_no_time_has_no_age():
-    """Milliseconds where seconds belong are no reason to dead-letter a message."""
+def test_an_invalid_timestamp_has_no_age():
+    """Milliseconds where seconds belong don't dead-letter a message."""
     assert None is a_message(undecodable={"timestamp": UNDECODABLE}).age
 
 
@@ -357,7 +357,7 @@ ENCODINGS = {
 
 @given(json_values, st.sampled_from(list(ENCODINGS)))
 def test_a_compressed_body_is_decoded(value, encoding):
-    """By `json` and by `text`; kombu's character sets are no compressions."""
+    """By `json` and by `text`; kombu's character sets aren't compressions."""
     body = json.dumps(value)
     message = a_message(
         body=compressed(body.encode(), encoding), content_encoding=ENCODINGS[encoding]

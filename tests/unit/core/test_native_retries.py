@@ -194,7 +194,7 @@ def test_what_was_known_of_crashes_and_parts_of_a_delay_is_cleared():
     assert (0, 0) == (headers["x-crash-count"], headers["x-retry-remaining-delay"])
 
 
-def test_a_count_that_is_no_number_is_reported():
+def test_a_count_that_isnt_a_number_is_reported():
     """As with copies."""
     assert plan_one(a_planner(), a_message(headers={"x-retry-count": "?"}), REQUEUE).malformed_count
 
@@ -465,7 +465,7 @@ def test_own_retries_don_t_look_like_crashes():
 
 
 @given(st.integers(), st.integers(0, 3), st.integers(6, 30))
-def test_nobody_can_publish_a_message_that_is_never_suspected(stated, retries, deliveries):
+def test_a_forged_header_does_not_prevent_suspicion(stated, retries, deliveries):
     """The header explains at most as many returns as there were retries."""
     headers = {
         "x-retry-deliveries": stated,

@@ -178,7 +178,7 @@ def test_a_short_string_has_at_most_255_bytes(name, text, fits):
 
 @pytest.mark.parametrize(("stated", "read"), [({"a": 1}, {"a": 1}), (None, {})])
 def test_a_stored_publication_has_the_properties_of_its_template_and_its_own_id(stated, read):
-    """The template isn't changed by whoever changes what it reads."""
+    """Changing the headers of a stored publication doesn't change the template."""
     template = Properties(headers=stated, priority=3)
     message = StoredPublication(StubSource(), 1, False, b"", ("", "orders"), template)
     message.template, message.message_id = template, "own"

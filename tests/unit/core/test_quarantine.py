@@ -106,7 +106,7 @@ def test_what_is_known_follows_a_retry_that_needs_no_copy():
     [(2, None, NONE), (3, None, WORN), (0, 3, SUSPECT), (1, 3, WORN), (30, None, WORN)],
 )
 def test_after_a_lost_connection_counts_are_not_believed(count, mark, suspicion):
-    """Others may have lost theirs. A suspect that came back starts anew."""
+    """Others may have lost theirs. A suspect that came back starts again."""
     message = counted(count, mark=mark)
     assert suspicion is POLICY.judge(message, OwnRequeues(), in_doubt=True)
 
@@ -132,7 +132,7 @@ def test_a_suspect_is_not_returned(count, mark, may_return, may_requeue):
 @pytest.mark.parametrize(
     ("count", "requeued", "mark"), [(6, 0, 3), (6, 4, 2), (6, 6, None), (6, 9, None)]
 )
-def test_a_copy_is_marked_with_what_is_not_explained(count, requeued, mark):
+def test_a_copy_is_marked_with_its_unexplained_returns(count, requeued, mark):
     """At most as a suspect: what follows must show more."""
     expected = {} if mark is None else {CRASH_COUNT: mark}
     assert expected == POLICY.mark(counted(count), owned(range(requeued)))
@@ -199,7 +199,7 @@ def test_noting_a_return_twice_explains_it_once():
     ids=str,
 )
 def test_a_return_explains_nothing_of_another_message(other):
-    """Messages are told apart by their content, and a copy by its mark."""
+    """Messages are distinguished by their content, and a copy by its mark."""
     assert 0 == owned([0]).count(counted(1, **other))
 
 
@@ -211,7 +211,7 @@ def test_a_return_explains_nothing_of_another_route_or_retry():
         assert 0 == owned([0]).count(message)
 
 
-def test_a_message_that_starts_anew_is_forgotten():
+def test_a_message_that_starts_again_is_forgotten():
     """Otherwise its returns would explain those of its copy."""
     own = owned([0, 1])
     own.forget(counted(2))
@@ -270,7 +270,7 @@ def test_without_a_destination_a_crashed_message_is_retried_as_a_suspect():
     assert SUSPECT is POLICY.judge(again, OwnRequeues())
     [pending] = plan_one(planner, again, MessageResult.NACK, Cause.CRASHED).copies
     assert 2 == pending.hold
-    # Other failures are no evidence.
+    # Other failures prove nothing.
     [pending] = plan_one(planner, counted(8), MessageResult.NACK, Cause.UNDECODABLE).copies
     assert CRASH_COUNT not in pending.copy.properties.headers
 
@@ -317,10 +317,10 @@ def test_the_return_of_a_suspect_becomes_a_copy():
     unguarded = replace(a_planner(), crashes=None).plan_returns(messages, NOW)
     assert [(1, 2, 3)] == [each.tags for each in unguarded.settlements]
     assert [] == unguarded.copies
-    anew = replace(a_planner(), crashes=None).plan_returns(
+    without = replace(a_planner(), crashes=None).plan_returns(
         messages, NOW, OwnRequeues(), replace_all=True
     )
-    assert all(CRASH_COUNT not in each.copy.properties.headers for each in anew.copies[:1])
+    assert all(CRASH_COUNT not in each.copy.properties.headers for each in without.copies[:1])
 
 
 def test_a_copy_instead_of_a_return_has_nothing_against_what_handlers_requeued():

@@ -238,7 +238,7 @@ def test_a_lost_connection_is_one_failure_for_all_its_copies():
     assert doubts.admit(route, 1)
 
 
-def test_only_so_many_routes_are_remembered():
+def test_the_number_of_remembered_routes_is_limited():
     """Each message may have a routing key of its own."""
     doubts = DoubtfulRoutes()
     for number in range(5000):

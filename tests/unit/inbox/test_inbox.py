@@ -41,7 +41,7 @@ async def test_an_id_that_occurs_twice_is_claimed_once(inbox, connection):
     assert [first, other] == await inbox.claim(connection, [first, second, other])
 
 
-async def test_no_messages_are_no_statement(inbox, connection):
+async def test_claiming_no_messages_runs_no_statement(inbox, connection):
     """Nothing is claimed, and no transaction is begun."""
     assert [] == await inbox.claim(connection, [])
     assert not connection.in_transaction
@@ -137,7 +137,7 @@ def of(module, name):
         (sqlite3.connect(":memory:"), "sqlite3.Connection can't be used here: it blocks"),
     ],
 )
-async def test_what_is_no_connection_is_refused_by_name(inbox, refused, words):
+async def test_an_invalid_connection_is_refused_with_its_type(inbox, refused, words):
     """With what to do instead."""
     for call in (inbox.claim, inbox.release):
         with pytest.raises(ConfigurationError) as caught:
@@ -206,7 +206,7 @@ async def test_a_result_can_be_changed(inbox, connection):
 
 
 async def test_what_was_dropped_is_logged(inbox, connection, caplog):
-    """So that whoever replays dead letters sees what has become of them."""
+    """So that an operator who replays dead letters sees what happened to them."""
     caplog.set_level(logging.INFO)
     async with inbox.transaction(connection, named("a", "b")):
         pass
@@ -227,7 +227,7 @@ class Deadlock(Exception):
 
 
 class Deadlocking(Connection):
-    """Its claims meet a deadlock so many times.
+    """Its claims meet a deadlock *times* times.
 
     Attributes:
         times: How many are left.

@@ -64,7 +64,7 @@ async def test_a_relay_publishes_and_deletes(outbox, path, connection, rabbit):
     assert 0 == await outbox.count(connection)
 
 
-async def test_nothing_is_said_about_queues(outbox, path, rabbit, caplog):
+async def test_a_relay_logs_no_warnings_about_queues(outbox, path, rabbit, caplog):
     """A relay has none, and no dead letters."""
     async with relay(outbox, path, rabbit):
         pass
@@ -87,7 +87,7 @@ async def test_a_refused_row_is_published_later(outbox, path, connection, rabbit
 
 
 async def test_an_invalid_row_stays_and_holds_nothing_up(outbox, path, connection, rabbit, caplog):
-    """Somebody may mend it."""
+    """An operator may correct it."""
     await add(outbox, connection, b"0", b"1")
     await connection.execute_fetchall(
         "UPDATE aio_pika_batch_outbox SET properties = 'no JSON' WHERE body = ?", [b"0"]

@@ -200,7 +200,7 @@ async def test_spans_of_the_handler_are_its_children(rabbit, telemetry):
             yield ACK
 
     rabbit.put(*numbered(1))
-    with tracer.start_as_current_span("whoever starts the consumer"):
+    with tracer.start_as_current_span("the program"):
         consumer = RecordingConsumer(
             handler, transport=rabbit.transport, observers=[telemetry.observer()]
         )

@@ -454,7 +454,7 @@ def test_what_ended_processes_counted_is_kept_in_one_file(tmp_path):
     )
 
 
-def test_a_damaged_file_or_a_missing_folder_is_no_end_of_the_metrics(tmp_path):
+def test_metrics_survive_a_damaged_file_and_a_missing_folder(tmp_path):
     """The other files count."""
     python(tmp_path, COUNTING, 3)
     for number, content in enumerate((b"", b"abc", b"\xff" * 100, b"\x40\0\0\0" * 20)):

@@ -305,7 +305,7 @@ async def test_early_settlements_count_once(rabbit):
         assert WorkerState.CONSUMING is state(consumer)
 
 
-async def test_an_isolated_culprit_counts_as_one_failure(rabbit):
+async def test_an_isolated_failure_counts_once(rabbit):
     """The other messages of its batch have succeeded."""
     recorder = EventRecorder()
     rabbit.put(*numbered(8))

@@ -98,7 +98,7 @@ def test_a_class_attribute_names_the_settings_too():
 
 
 def test_every_batch_is_a_list():
-    """Handlers are told so, also when a part of a batch is run again."""
+    """As the signature promises, also if a part of a batch runs again."""
     kinds = []
 
     class Looks(BatchConsumer):

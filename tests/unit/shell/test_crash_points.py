@@ -95,7 +95,7 @@ async def test_what_a_crash_leaves_behind(rabbit, monkeypatch, result, point, at
         case "all done":
             pass
         case _:
-            pytest.fail(f"nobody plays {point!r}")
+            pytest.fail(f"unknown crash point {point!r}")
     rabbit.put(b"it")
     consumer = RecordingConsumer(handler, transport=rabbit.transport, shutdown_timeout=0.1, **given)
     await consumer.start()

@@ -180,7 +180,7 @@ async def test_a_transport_without_count_and_version_works():
 # --- sending back ----------------------------------------------------------------
 
 
-async def test_a_replayed_letter_starts_anew():
+async def test_a_replayed_letter_counts_from_0():
     """With its original exchange and key, without a retry count or dead-letter headers."""
     rabbit = opened()
     rabbit.bind("jobs", "events", "order.created", kind="topic")
@@ -299,7 +299,7 @@ async def test_a_permission_that_is_revoked_meanwhile_leaves_no_copy_in_doubt():
 
 
 async def test_an_unconfirmed_copy_is_reported_as_possibly_in_both_queues():
-    """It was stored, and nobody knows."""
+    """It was stored, but not confirmed."""
     rabbit = opened()
     bury(rabbit, *numbered(3))
     rabbit.broker.faults.on_publish(PublishFault.UNCONFIRMED, times=1)
@@ -438,7 +438,7 @@ class Story:
         letters: The reason of each, and whether its origin leads anywhere.
         faults: What happens to the first publications.
         cut_at: The broker's event at which all connections are cut.
-        stop_at: The event at which somebody presses Ctrl-C.
+        stop_at: The event at which the user presses Ctrl-C.
     """
 
     letters: tuple[tuple[str, bool], ...]

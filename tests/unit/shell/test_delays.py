@@ -460,7 +460,7 @@ async def test_a_declaration_is_repeated_if_the_broker_is_unreachable(script, ca
     async with RecordingConsumer(
         requeueing(delay=1), transport=script, batch_size=1, prefetch_count=10
     ):
-        script.on_declare = raising(BrokerUnavailable("nobody listens"))
+        script.on_declare = raising(BrokerUnavailable("connection refused"))
         script.last.feed(b"0")
         await asyncio.sleep(10)
         tries = len(declared(script))

@@ -66,7 +66,7 @@ async def test_a_message_that_is_always_requeued_at_once_has_no_attempts_left_in
 
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_a_lost_connection_counts_for_all_prefetched_messages(version):
-    """The broker cannot know which of them was the culprit."""
+    """The broker can't know which of them caused it."""
     rabbit = QueueBroker(version)
     async with quorum(rabbit, taking(5), limit=1, prefetch_count=5):
         rabbit.put(*numbered(5))

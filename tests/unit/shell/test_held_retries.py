@@ -248,7 +248,7 @@ async def test_without_a_destination_a_message_that_failed_for_good_is_retried(
 
 
 async def test_a_message_that_cannot_be_decoded_is_not_discarded_either(rabbit):
-    """Nobody has asked for it. A NACK of the handler is something else."""
+    """No setting asked for it. A NACK of the handler is something else."""
     recorder = EventRecorder()
 
     async def answer(messages):
@@ -365,7 +365,7 @@ async def test_a_foreign_header_delays_nothing(rabbit, foreign):
     assert [b"0"] == consumer.handled
 
 
-async def test_retries_are_told_to_observers_when_they_are_published(rabbit):
+async def test_observers_are_notified_when_retries_are_published(rabbit):
     """Not while the message is held."""
     recorder = EventRecorder()
     rabbit.put(b"0")

@@ -118,7 +118,7 @@ async def test_another_thread_can_stop_a_consumer(rabbit, way):
 
 
 async def test_a_refusal_in_the_background_is_logged(rabbit, caplog):
-    """Nobody waits for it any more."""
+    """No call waits for it any more."""
     rabbit.broker.faults.connect_fault = ConnectFault.WRONG_PASSWORD
     consumer = RecordingConsumer(transport=rabbit.transport)
     await consumer.start(wait=False)

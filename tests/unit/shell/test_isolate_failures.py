@@ -64,7 +64,7 @@ def consumer_of(rabbit, answer, recorder=None, **given):
     )
 
 
-async def test_only_the_culprits_get_the_failures_result(rabbit):
+async def test_only_the_failing_messages_get_the_failures_result(rabbit):
     """All other messages are written, in few runs, and each batch is settled once at the end."""
     recorder = EventRecorder()
     rabbit.put(*numbered(8))
@@ -91,7 +91,7 @@ async def test_only_the_culprits_get_the_failures_result(rabbit):
     assert "a bad row" == dead.headers["x-exception-message"]
 
 
-async def test_three_culprits_of_a_thousand_need_few_runs(rabbit):
+async def test_three_failing_messages_of_a_thousand_need_few_runs(rabbit):
     """At most three times twice the logarithm."""
     rabbit.put(*numbered(1000))
     bad = (b"17", b"500", b"998")
@@ -121,7 +121,7 @@ async def test_results_yielded_before_the_exception_are_kept(rabbit):
     assert [numbered(5), [b"2", b"3"], [b"3"], [b"4"]] == consumer.batches
 
 
-async def test_after_isolate_limit_culprits_all_undecided_messages_fail(rabbit):
+async def test_after_isolate_limit_failures_all_undecided_messages_fail(rabbit):
     """During an outage it makes no sense to isolate each message."""
     rabbit.put(*numbered(8))
     async with consumer_of(rabbit, bulk(*numbered(8)), isolate_limit=2) as consumer:
@@ -130,7 +130,7 @@ async def test_after_isolate_limit_culprits_all_undecided_messages_fail(rabbit):
     assert [8, 4, 2, 1, 1] == [len(batch) for batch in consumer.batches]
 
 
-async def test_a_transient_failure_has_no_culprit(rabbit, caplog):
+async def test_a_transient_failure_fails_no_message(rabbit, caplog):
     """The halves succeed; the log still says that the batch failed."""
     failures = [Rejected("once")]
 
@@ -262,7 +262,7 @@ async def test_observers_see_every_run(rabbit, caplog):
 
 
 async def test_an_undecodable_message_is_isolated_without_halving(rabbit):
-    """The others are run again together, and their own culprit is found."""
+    """The others are run again together, and the one of them that fails is found."""
 
     async def answer(messages):
         for message in messages:
@@ -291,7 +291,7 @@ async def test_an_undecodable_message_is_isolated_without_halving(rabbit):
     } == recorder.of(Settled)[0].counts
 
 
-async def test_each_culprit_gets_the_result_of_its_own_exception(rabbit):
+async def test_each_failing_message_gets_the_result_of_its_own_exception(rabbit):
     """`exception_results` applies to what it raised in a run of its own."""
 
     class Listed(RecordingConsumer):

@@ -75,7 +75,7 @@ async def a_handler_that_fails():
         await asyncio.sleep(1)
 
 
-async def bodies_that_are_no_json():
+async def bodies_that_are_not_json():
     """Each is dead-lettered."""
 
     async def decode(messages):
@@ -100,7 +100,7 @@ async def a_handler_that_fails_for_good():
         await asyncio.sleep(1)
 
 
-async def a_culprit():
+async def a_failing_message():
     """Isolation finds it in halves of the batch."""
 
     async def sunk(messages):
@@ -299,8 +299,8 @@ async def an_inbox():
 STORIES = [
     a_life_with_a_lost_connection,
     a_handler_that_fails,
-    a_culprit,
-    bodies_that_are_no_json,
+    a_failing_message,
+    bodies_that_are_not_json,
     a_handler_that_fails_for_good,
     a_key_that_fails,
     a_retry_count_that_is_none,

@@ -64,7 +64,7 @@ def test_a_keyword_with_a_reserved_name_is_renamed(log, caplog):
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
 def test_each_level_has_a_method(log, caplog, level):
     """As in any logger."""
-    getattr(log, level)("said")
+    getattr(log, level)("sent")
     [record] = caplog.records
     assert level.upper() == record.levelname
     assert record.exc_info is None
@@ -85,9 +85,9 @@ def test_an_exception_is_logged_with_its_traceback(log, caplog):
 
 def test_bind_returns_a_new_logger(log, caplog):
     """The old logger keeps its own context; later context wins."""
-    log.bind(worker=1, queue="other").info("said", worker=2)
-    log.info("said")
-    assert ["said [queue=other worker=2]", "said [queue=jobs]"] == [
+    log.bind(worker=1, queue="other").info("sent", worker=2)
+    log.info("sent")
+    assert ["sent [queue=other worker=2]", "sent [queue=jobs]"] == [
         record.getMessage() for record in caplog.records
     ]
 
@@ -100,7 +100,7 @@ def test_disabled_levels_format_nothing(caplog):
         def __str__(self):
             raise AssertionError
 
-    KeywordLogger(logging.getLogger("aio_pika_batch.test")).debug("said", value=Unread())
+    KeywordLogger(logging.getLogger("aio_pika_batch.test")).debug("sent", value=Unread())
     assert [] == caplog.records
 
 
@@ -112,8 +112,8 @@ def test_percent_signs_are_logged_unchanged(caplog):
 
 def test_without_context_there_are_no_brackets(caplog):
     """The line is the event alone."""
-    KeywordLogger(logging.getLogger("aio_pika_batch.test")).warning("said")
-    assert "said" == caplog.records[0].getMessage()
+    KeywordLogger(logging.getLogger("aio_pika_batch.test")).warning("sent")
+    assert "sent" == caplog.records[0].getMessage()
 
 
 def test_a_value_whose_str_raises_is_logged_nevertheless(log, caplog):
@@ -288,7 +288,7 @@ async def test_a_terminal_shows_it_when_the_broker_comes(rabbit):
 
 @pytest.mark.parametrize("case", ["no terminal", "a handler", "a level", "disabled"])
 async def test_otherwise_nothing_is_shown(rabbit, case):
-    """Neither in a file, nor where the program says what becomes of log records."""
+    """Neither in a file, nor if the program configures logging."""
     is_terminal = case != "no terminal"
     given = {"dead_letter_queue": "dead"}
     assert [] == await printed(rabbit, is_terminal=is_terminal, case=case, **given)
@@ -351,7 +351,7 @@ async def test_without_a_version_there_are_no_version_dependent_warnings(caplog)
 
 
 @pytest.mark.parametrize("ending", ["stop", "run", "nothing"])
-def test_a_program_that_ends_although_its_consumer_runs_is_told(caplog, ending):
+def test_a_program_that_ends_although_its_consumer_runs_is_warned(caplog, ending):
     """Because start() returns: in 0.1.0 it did so after the end."""
 
     async def program():
@@ -372,7 +372,7 @@ def test_a_program_that_ends_although_its_consumer_runs_is_told(caplog, ending):
 
 
 @pytest.mark.parametrize("is_configured", [True, False])
-async def test_a_program_that_configures_only_structlog_is_told(rabbit, is_configured):
+async def test_a_program_that_configures_only_structlog_is_warned(rabbit, is_configured):
     """It would miss the log of the library."""
     try:
         if is_configured:

@@ -318,7 +318,7 @@ async def test_a_delay_queue_is_declared_only_if_amqp_0_9_1_has_to_be_used():
         assert queues == len([each for each in rabbit.broker.queues if ".retry." in each])
 
 
-async def test_messages_that_were_requeued_at_once_are_no_suspects_after_a_retry(rabbit, caplog):
+async def test_messages_that_were_requeued_at_once_are_not_suspected_after_a_retry(rabbit, caplog):
     """The broker's count goes on, although the retry changes the message."""
     at_once, later = answering(REQUEUE_IMMEDIATE), answering(Requeue(delay=1))
     answer = first_then(*[at_once] * 4, later, at_once, later, ack)

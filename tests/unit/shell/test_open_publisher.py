@@ -49,7 +49,7 @@ async def test_a_url_is_enough():
     assert 1 == await transport.count("sink")
 
 
-async def test_what_is_not_confirmed_is_an_error(rabbit):
+async def test_an_unconfirmed_publication_is_an_error(rabbit):
     """With the timeout of the endpoint."""
     endpoint = Endpoint(url=MEMORY, publish_timeout=7)
     rabbit.broker.faults.on_publish(PublishFault.LOSE)

@@ -45,7 +45,7 @@ class Orderly(RecordingConsumer):
 
 
 def failing(*bodies, result=REQUEUE, times=1000, stops=False, error=RuntimeError):
-    """Return a handler that fails for these bodies, each so many times, by a result or an
+    """Return a handler that fails for these bodies, each *times* times, by a result or an
     exception.
     """
     left = dict.fromkeys(bodies, times)
@@ -472,7 +472,7 @@ async def test_failed_messages_without_a_key_are_settled_early(rabbit):
     assert [] == rabbit.unsettled()
 
 
-async def test_culprits_are_isolated_and_then_retried_in_place(rabbit):
+async def test_failing_messages_are_isolated_and_then_retried_in_place(rabbit):
     """Each is a failure of its own; the messages after it wait for its retry."""
 
     async def answer(messages):

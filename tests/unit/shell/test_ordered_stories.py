@@ -33,7 +33,7 @@ LONG = 600.0
 
 @dataclass(frozen=True)
 class Life:
-    """What happens to a message: so many failures of one kind, and then an ACK or a NACK."""
+    """What happens to a message: a number of failures of one kind, and then an ACK or a NACK."""
 
     key: str
     failures: int
@@ -255,7 +255,7 @@ def test_each_key_keeps_its_order_in_any_story(story):
     everything = set(play.bodies)
     waiting, dead = Counter(rabbit.waiting()), Counter(rabbit.waiting("dead"))
 
-    # Nothing is lost: it is still there, or dead, or its handler said that it went well.
+    # Nothing is lost: each message is in a queue, or its handler yielded ACK.
     assert everything == set(waiting) | set(dead) | set(play.acks)
     assert not play.rabbit.counts(EventKind.DROPPED)
 
@@ -273,7 +273,7 @@ def test_each_key_keeps_its_order_in_any_story(story):
         fits = story.max_bytes is None or sum(map(len, batch)) <= story.max_bytes
         assert fits or len(batch) == 1
 
-    # Nothing is left in anybody's hands.
+    # Nothing stays unsettled.
     assert [] == rabbit.unsettled()
     assert [] == rabbit.broker.connections
     if story.stop_at is None:

@@ -133,7 +133,9 @@ async def test_a_message_that_kills_its_process_takes_no_other_with_it(version, 
         for turn, version in enumerate(VERSIONS)
     ],
 )
-async def test_deployments_and_lost_connections_are_no_crashes(version, seconds, cuts, count):
+async def test_deployments_and_lost_connections_dont_count_as_crashes(
+    version, seconds, cuts, count
+):
     """Also if each batch takes longer than a connection lasts: two processes are cut off thirty
     times, and restarted ten times.
     """
@@ -155,7 +157,9 @@ async def test_deployments_and_lost_connections_are_no_crashes(version, seconds,
 
 
 @pytest.mark.parametrize("are_cut", [True, False])
-async def test_a_connection_that_is_lost_while_it_opens_is_no_crash_either(are_cut, monkeypatch):
+async def test_a_connection_that_is_lost_while_it_opens_doesnt_count_as_a_crash(
+    are_cut, monkeypatch
+):
     """The broker may have delivered and counted already."""
     rabbit = declared()
     rabbit.put(b"1")
@@ -182,7 +186,7 @@ async def test_a_connection_that_is_lost_while_it_opens_is_no_crash_either(are_c
 
 @pytest.mark.parametrize("pace", [{}, {"num_workers": 3, "concurrency": 2, "settle": "yield"}])
 async def test_a_suspect_is_handled_while_the_process_holds_no_other_message(pace):
-    """Wherever it stands in the queue."""
+    """Whatever its place in the queue."""
     rabbit = declared()
     held = {}
 
@@ -294,7 +298,7 @@ async def test_a_suspect_that_fails_gives_way_to_the_next_message():
     assert [[b"suspect"]] == consumer.batches[2:]
 
 
-async def test_a_message_that_is_requeued_at_once_is_no_suspect():
+async def test_a_message_that_is_requeued_at_once_is_not_suspected():
     """The handler wants it back, so that it didn't crash anything."""
     rabbit = declared("4.0")
     answer = first_then(*[answering(REQUEUE_IMMEDIATE, ACK)] * 4, ack)

@@ -21,7 +21,7 @@ from aio_pika_batch.observer import Connected, Lost
 from tests.unit.shell.helpers import EventRecorder, RecordingConsumer, numbered, taking
 from tests.unit.shell.scripted_transport import ScriptedTransport, at_once, never, raising
 
-GONE = BrokerUnavailable("nobody answers")
+GONE = BrokerUnavailable("no answer")
 NO = AccessRefused("wrong password")
 
 

@@ -385,7 +385,7 @@ async def test_a_handler_may_be_any_asynchronous_iterator(rabbit):
     assert {(ACK, Cause.HANDLER): 3} == counts
 
 
-def test_a_handler_that_is_no_async_generator_is_refused_at_construction():
+def test_a_handler_that_isnt_an_async_generator_is_refused_at_construction():
     """The error names it; a class without a handler is refused, too."""
 
     class Returns(BatchConsumer):

@@ -434,7 +434,7 @@ async def test_a_drain_waits_for_the_copies_of_the_last_results(yields_at, goes_
 
 
 async def test_isolated_messages_are_settled_while_others_are_run_again(rabbit):
-    """Decided messages are settled soon, culprits too."""
+    """Decided messages are settled soon, also those that failed."""
 
     async def answer(messages):
         await asyncio.sleep(10)

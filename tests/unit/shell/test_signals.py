@@ -335,7 +335,7 @@ async def test_a_handler_that_was_set_meanwhile_stays(rabbit):
     signal.signal(signal.SIGTERM, previous)
 
 
-async def test_run_leaves_signals_alone_where_it_is_told_to(rabbit, handlers):
+async def test_run_leaves_signals_alone_if_asked(rabbit, handlers):
     """The program stops the consumer itself."""
     consumer = RecordingConsumer(transport=rabbit.transport)
     running = asyncio.create_task(consumer.run(signals=False))

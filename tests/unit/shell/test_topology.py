@@ -84,7 +84,7 @@ async def test_an_exchange_of_its_own_keeps_routing_keys(empty, kind):
 
 
 @pytest.mark.parametrize("kind", ["fanout", "headers"])
-async def test_an_exchange_that_gives_dead_letters_to_everybody_is_refused(empty, kind):
+async def test_an_exchange_that_copies_dead_letters_to_all_queues_is_refused(empty, kind):
     """Unless its name says that it is the consumer's own. Nothing is declared before the error."""
     empty.declare("theirs")
     empty.bind("theirs", "shared", kind=kind)
@@ -147,7 +147,7 @@ async def test_a_loop_is_refused_at_the_start(empty, given):
 
 
 async def test_a_loop_that_settings_do_not_show_is_slow_and_logged(rabbit, caplog):
-    """Somebody has bound the consumer's own queue to the dead-letter exchange."""
+    """The consumer's own queue was bound to the dead-letter exchange by hand."""
     rabbit.bind("jobs", "dlx", kind="fanout")
     rabbit.put(b"0")
     async with rejecting(rabbit, dead_letter_exchange="dlx") as consumer:
@@ -183,7 +183,7 @@ async def test_a_deleted_dead_letter_exchange_is_declared_again(empty, jitter, c
     assert "its exchange is missing" in line
 
 
-async def test_an_exchange_made_anew_with_another_type_is_bound_by_that(empty, jitter):
+async def test_an_exchange_created_again_with_another_type_is_bound_by_that(empty, jitter):
     """Its type is looked up again when a dead letter comes back."""
     async with rejecting(empty, exchange_name="events", dead_letter_queue="dead"):
         empty.broker.delete_exchange("jobs.dlx")
@@ -194,7 +194,7 @@ async def test_an_exchange_made_anew_with_another_type_is_bound_by_that(empty, j
         assert [b"0"] == empty.waiting("dead")
 
 
-async def test_dead_letters_that_nobody_takes_are_explained_once_a_minute(rabbit, jitter, caplog):
+async def test_unroutable_dead_letters_are_explained_once_a_minute(rabbit, jitter, caplog):
     """The exchange belongs to others. It is looked for again, but not all the time."""
     rabbit.declare("dead")
     rabbit.bind("dead", "dlx", "elsewhere")
@@ -215,7 +215,7 @@ async def test_dead_letters_that_nobody_takes_are_explained_once_a_minute(rabbit
 
 
 async def test_a_declaration_that_fails_again_is_logged(empty, jitter, caplog):
-    """The exchange was made anew, and can't be used any more."""
+    """The exchange was created again, and can't be used any more."""
     async with rejecting(empty, dead_letter_exchange="dlx", dead_letter_queue="dead"):
         empty.broker.delete_exchange("dlx")
         empty.declare("other")

@@ -172,7 +172,7 @@ async def test_a_lost_confirm_causes_a_duplicate_and_no_loss(rabbit, jitter):
 async def test_without_a_connection_for_publishing_originals_are_held(jitter, caplog):
     """It is logged once until there is a connection again."""
     script = ScriptedTransport()
-    script.on_publisher = raising(BrokerUnavailable("nobody there"))
+    script.on_publisher = raising(BrokerUnavailable("connection refused"))
     async with RecordingConsumer(answering(REQUEUE), transport=script, batch_size=1):
         script.last.feed(b"0")
         await asyncio.sleep(4)

@@ -203,7 +203,7 @@ async def test_settled_waits_for_retries(broker):
         {"x_message_ttl": 1000, "x_dead_letter_exchange": "x", "x_dead_letter_routing_key": "jobs"},
         {"x_dead_letter_exchange": "", "x_dead_letter_routing_key": "jobs"},
     ],
-    ids=["goes back to nobody", "goes elsewhere", "stays"],
+    ids=["is discarded", "goes elsewhere", "stays"],
 )
 async def test_settled_does_not_wait_for_dead_letters(broker, arguments):
     """They stay in their queue, which has no consumer."""
@@ -236,7 +236,7 @@ async def test_after_settled_observers_have_all_events(broker):
 
 
 async def test_its_time_is_that_of_the_loop(broker):
-    """From the first call on, whoever makes it."""
+    """From the first call on, by any caller."""
     await broker.advance(100)
     broker.publish(b"1", routing_key="jobs", expiration=5)
     async with RecordingConsumer(transport=broker.transport, batch_timeout=1) as consumer:

@@ -188,7 +188,7 @@ async def test_an_undecodable_message_fails_alone():
     assert isinstance(error, MessageDecodeError)
 
 
-async def test_isolate_failures_finds_culprits():
+async def test_isolate_failures_finds_the_failing_messages():
     """In halves, as a worker does it."""
 
     async def bulk(messages):

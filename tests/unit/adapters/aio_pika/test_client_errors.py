@@ -73,7 +73,7 @@ def test_a_refused_connection_has_the_brokers_words_and_advice(
     assert "secret" not in str(error)
 
 
-def test_guest_is_told_about_other_machines() -> None:
+def test_guest_gets_a_hint_about_other_machines() -> None:
     """By default, a broker accepts guest only from its own machine."""
     assert "own machine" in str(connection_error(ConnectionClosed(403, "refused"), Address("h", 1)))
 

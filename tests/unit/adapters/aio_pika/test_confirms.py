@@ -23,7 +23,7 @@ PLAIN = encode(Properties())
 
 
 class Tracked:
-    """A tracker with one call of *size* publications, sent so many at a time."""
+    """A tracker with one call of *size* publications, sent *at_a_time* at once."""
 
     def __init__(self, size: int, bodies: list[bytes] | None = None, *, at_a_time: int = 1) -> None:
         self.tracker = ConfirmTracker()

@@ -248,8 +248,8 @@ def test_a_channel_that_the_broker_closes_is_no_longer_tapped(closing: list[byte
     assert b"".join([close, later]) == b"".join(reported[2].frames)
     assert not parser.is_tapping
     parser.tap_consumer(CHANNEL, Source())
-    (anew,) = parser.feed(later)
-    assert [1] == [each.delivery_tag for each in anew.messages]
+    (second,) = parser.feed(later)
+    assert [1] == [each.delivery_tag for each in second.messages]
 
 
 def test_a_channel_is_no_longer_tapped_after_close_ok() -> None:

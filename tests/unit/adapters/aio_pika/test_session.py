@@ -157,7 +157,7 @@ def delivered(tag: int) -> Message:
 
 
 async def holding(count: int, **how: Any) -> tuple[AioPikaSession, FakeChannel, FakeTap]:
-    """A session with so many unsettled messages, whose tags begin at 1."""
+    """A session with *count* unsettled messages, whose tags begin at 1."""
     tap = FakeTap()
     channel = FakeChannel(tap)
     session = await opened(channel, tap, **how)
@@ -335,7 +335,7 @@ async def test_a_drain_of_many_messages_commits_few_times(virtual_loop: VirtualT
 
 @pytest.mark.parametrize("count", [30, 31])
 @pytest.mark.parametrize("late", [0.0, 0.15, 9.0])
-async def test_a_broker_that_is_no_rabbitmq_gets_no_transaction_but_a_pause(
+async def test_a_broker_other_than_rabbitmq_gets_a_pause_and_no_transaction(
     virtual_loop: VirtualTimeLoop, late: float, count: int
 ) -> None:
     """Its channel is closed some time after the last settlement."""
@@ -542,7 +542,7 @@ async def test_returned_messages_come_after_that_answer() -> None:
 
 
 async def test_an_end_without_an_answer_of_the_queue_proves_nothing() -> None:
-    """The settlements that were kept would come again, and nobody would know."""
+    """The kept settlements would be redelivered unnoticed."""
     session, channel, tap = await holding(3, prefetch=3, queue_type="quorum")
     channel.answer.set()
     await session.cancel()

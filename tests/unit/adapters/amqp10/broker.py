@@ -46,7 +46,7 @@ class Broker:
     unsettled: dict[int, Delivery] = field(default_factory=dict)
     outcomes: dict[int, tuple[int, Any]] = field(default_factory=dict)
     output: list[bytes] = field(default_factory=list)
-    heard: list[p.Record] = field(default_factory=list)
+    received: list[p.Record] = field(default_factory=list)
     taken: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -68,10 +68,10 @@ class Broker:
         """Bytes of the client."""
         for event in self.parser.feed(data):
             assert isinstance(event, ReceivedRecord), event
-            self.heard.append(event.record)
-            self._heard(event.record)
+            self.received.append(event.record)
+            self._on_record(event.record)
 
-    def _heard(self, record: p.Record) -> None:
+    def _on_record(self, record: p.Record) -> None:
         match record:
             case p.Begin():
                 self._send(

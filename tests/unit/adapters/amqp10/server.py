@@ -55,7 +55,7 @@ class Server(asyncio.Transport):
     """One connection's other end.
 
     Attributes:
-        heard: All records that came, of all kinds.
+        received: All records that came, of all kinds.
         is_silent: It reads, and answers nothing.
         keeps_open: It doesn't confirm a close.
     """
@@ -73,7 +73,7 @@ class Server(asyncio.Transport):
             properties={Symbol("product"): "RabbitMQ", Symbol("version"): "4.3.6"},
         )
         self.answer: bytes | None = about_queue("quorum")
-        self.heard: list[Any] = []
+        self.received: list[Any] = []
         self.is_silent = False
         self.keeps_open = False
         self.is_aborted = False
@@ -94,17 +94,17 @@ class Server(asyncio.Transport):
         for event in self._parser.feed(bytes(data)):
             match event:
                 case ProtocolHeader():
-                    self.heard.append(event)
+                    self.received.append(event)
                     self.say(self.header if event.header == spec.SASL_HEADER else event.header)
                     if event.header == spec.SASL_HEADER:
                         self.say(self.greeting or mechanisms(self.mechanisms))
                 case ReceivedRecord(1, record):
                     self._manage(record)
                 case ReceivedRecord(_, record):
-                    self.heard.append(record)
+                    self.received.append(record)
                     self._answer(record)
         if not self._parser._held and bytes(data) == b"\0\0\0\x08\x02\0\0\0":
-            self.heard.append("sign of life")
+            self.received.append("sign of life")
 
     def _answer(self, record: p.Record) -> None:
         match record:
@@ -121,7 +121,7 @@ class Server(asyncio.Transport):
                     self.say(pack(p.Close()))
                     self.hang_up()
             case _:
-                self.broker._heard(record)
+                self.broker._on_record(record)
                 self.tell()
 
     def _manage(self, record: p.Record) -> None:
@@ -191,4 +191,4 @@ class Server(asyncio.Transport):
 
 def sent(server: Server, kind: type) -> list[Any]:
     """The records of one kind that the client has sent."""
-    return [record for record in server.heard if isinstance(record, kind)]
+    return [record for record in server.received if isinstance(record, kind)]

@@ -223,7 +223,7 @@ def test_known_bytes(raw, value):
         ("e00101", "a value is missing"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_place(raw, why):
+def test_an_error_names_its_place(raw, why):
     """So that a trace of the wire can be read beside it."""
     data = bytes.fromhex(raw)
     with pytest.raises(CodecError, match=why):

@@ -92,7 +92,7 @@ async def test_a_connection_logs_in_and_says_what_it_wants(server: Server) -> No
         p.Init(Symbol("PLAIN"), b"\0user\0s3cret"),
         ProtocolHeader(spec.AMQP_HEADER),
         p.Open("container", "vhost:v/1", UInt(2**20), 1, UInt(20_000)),
-    ] == server.heard
+    ] == server.received
     assert (4, 3, 6) == connection.version
     await connection.close()
 
@@ -123,7 +123,7 @@ async def test_another_product_has_no_version(server: Server) -> None:
     await connection.close()
 
 
-async def test_each_refusal_is_told(server: Server) -> None:
+async def test_each_refusal_has_its_error(server: Server) -> None:
     """With what to do about it; and the socket is dropped."""
     server.outcome = 1
     error = await refusal()
@@ -132,7 +132,7 @@ async def test_each_refusal_is_told(server: Server) -> None:
     assert server.is_aborted
 
 
-async def test_guest_is_told_that_it_may_log_in_from_its_own_machine_only(server: Server) -> None:
+async def test_the_error_for_guest_says_that_it_may_only_log_in_locally(server: Server) -> None:
     """What most who see this error need to know."""
     server.outcome = 1
     assert "only from the broker's own machine" in str(
@@ -164,7 +164,7 @@ async def test_a_broker_that_closes_says_why(server: Server) -> None:
     assert "amqp:resource-limit-exceeded: too many; try again later" in str(error)
 
 
-async def test_what_is_no_broker_is_refused(server: Server) -> None:
+async def test_a_server_that_isnt_a_broker_is_refused(server: Server) -> None:
     """Something else listens there."""
     server.header = b"HTTP/1.1"
     error = await refusal()
@@ -173,7 +173,7 @@ async def test_what_is_no_broker_is_refused(server: Server) -> None:
 
 
 @pytest.mark.parametrize("header", [b"AMQP\x00\x00\x09\x01", spec.AMQP_HEADER])
-async def test_another_protocol_is_told_apart(server: Server, header: bytes) -> None:
+async def test_another_protocol_is_recognised(server: Server, header: bytes) -> None:
     """Such as that of an older RabbitMQ."""
     server.header = header
     error = await refusal()
@@ -196,7 +196,7 @@ async def test_silence_is_not_waited_for(server: Server, virtual_loop: VirtualTi
 
 
 async def test_an_opening_that_is_cancelled_drops_the_socket(server: Server) -> None:
-    """Nobody else would."""
+    """Nothing else would drop it."""
     server.is_silent = True
     opening = asyncio.create_task(opened())
     await asyncio.sleep(1)
@@ -218,7 +218,7 @@ async def test_an_opening_that_is_cancelled_drops_the_socket(server: Server) -> 
         (TimeoutError(), BrokerUnavailable, "no answer within 10 s"),
     ],
 )
-async def test_what_keeps_a_socket_from_opening_is_told(
+async def test_the_error_says_why_a_socket_cannot_open(
     servers: dict[str, Any], failure: OSError, kind: type, text: str
 ) -> None:
     """As over 0-9-1."""
@@ -228,7 +228,9 @@ async def test_what_keeps_a_socket_from_opening_is_told(
     assert text in str(error)
 
 
-async def test_a_certificate_that_is_refused_after_the_handshake_is_told(server: Server) -> None:
+async def test_a_certificate_that_is_refused_after_the_handshake_is_reported(
+    server: Server,
+) -> None:
     """As TLS 1.3 has it."""
     server.is_silent = True
     refused = asyncio.create_task(refusal())
@@ -292,10 +294,10 @@ async def test_the_broker_hears_from_us_twice_in_its_time(server: Server) -> Non
     """It asked for something every 30 s."""
     connection = await opened(heartbeat=0)
     await asyncio.sleep(61)
-    assert 4 == server.heard.count("sign of life")
+    assert 4 == server.received.count("sign of life")
     await connection.close()
     await asyncio.sleep(60)
-    assert 4 == server.heard.count("sign of life")
+    assert 4 == server.received.count("sign of life")
 
 
 async def test_a_broker_that_asks_for_nothing_gets_nothing(server: Server) -> None:
@@ -303,7 +305,7 @@ async def test_a_broker_that_asks_for_nothing_gets_nothing(server: Server) -> No
     server.opened = p.Open("cluster")
     connection = await opened(heartbeat=0)
     await asyncio.sleep(1000)
-    assert 0 == server.heard.count("sign of life")
+    assert 0 == server.received.count("sign of life")
     await connection.close()
 
 
@@ -371,7 +373,7 @@ async def test_the_broker_closes(server: Server) -> None:
 
 
 async def test_what_breaks_the_protocol_ends_the_connection(server: Server) -> None:
-    """What came before it is told."""
+    """Records before it are handed out."""
     connection = await opened()
     told: list[Any] = []
     connection.listen(told.append)
@@ -383,7 +385,7 @@ async def test_what_breaks_the_protocol_ends_the_connection(server: Server) -> N
     assert server.is_aborted
 
 
-async def test_what_comes_before_somebody_listens_is_kept(server: Server) -> None:
+async def test_events_before_the_first_listener_are_kept(server: Server) -> None:
     """In its order."""
     connection = await opened()
     flow = p.Flow(UInt(0), UInt(0), UInt(0), UInt(0))

@@ -58,7 +58,7 @@ FLOW = Flow(UInt(0), UInt(400), UInt(0), UInt(400))
 
 
 def flat(events: list[WireEvent]) -> list[tuple[Any, ...]]:
-    """What was told, whatever came together."""
+    """Return each event as a tuple, however the reads were divided."""
     told: list[tuple[Any, ...]] = []
     for event in events:
         if isinstance(event, TransferredMessages):
@@ -79,7 +79,7 @@ def cut(stream: bytes, places: list[int]) -> list[bytes]:
 
 
 def fed(pieces: list[bytes], kind: type[Transfers] = Transfers) -> list[tuple[Any, ...]]:
-    """All that is told of these reads."""
+    """Return all events of these reads."""
     one = parser(kind)
     return flat([event for piece in pieces for event in one.feed(piece)])
 
@@ -143,7 +143,7 @@ def test_each_byte_may_come_alone(stream):
 
 @given(streams(), st.data())
 def test_a_broken_stream_is_found_out_or_read_as_something_else(stream, data):
-    """One byte is wrong: no exception, whatever is told; and the same for other cuts."""
+    """One byte is wrong: no exception, and the same events however the stream is divided."""
     raw = bytearray(stream)
     raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     places = data.draw(st.lists(st.integers(min_value=0), max_size=5))
@@ -153,7 +153,7 @@ def test_a_broken_stream_is_found_out_or_read_as_something_else(stream, data):
         fed([*cut(bytes(raw), places), bytes(FRAME_MAX)]),
     )
 
-    # What follows is no AMQP: it is found out at the latest when a whole frame of it has come.
+    # What follows isn't AMQP: that is noticed at the latest after a whole frame of it.
     assert "Violation" == whole[-1][0] == pieces[-1][0]
     assert whole[:-1] == pieces[:-1]
 
@@ -205,7 +205,7 @@ def test_a_message_of_many_frames_is_one_message():
     assert Sent(body).head == message[4]
 
 
-def test_parts_without_payload_are_no_messages():
+def test_parts_without_payload_make_no_messages():
     """The last one may have none, either."""
     record = Transfer(UInt(0), UInt(0), b"0", UInt(0), settled=False, more=True)
     payload = Sent().payload
@@ -221,7 +221,7 @@ def test_parts_without_payload_are_no_messages():
 
 
 def hostile(record: Transfer, *more: Transfer) -> list[tuple[Any, ...]]:
-    """What is told of transfers that are not as they should be."""
+    """Return the events of transfers that break the rules."""
     stream = b"".join(frame_of(each) for each in (record, *more))
     return fed([stream])
 
@@ -245,7 +245,7 @@ ORDINARY = Transfer(UInt(0), UInt(5), b"0", UInt(0), settled=False, more=False)
     ],
 )
 def test_a_transfer_that_breaks_the_rules_ends_it(transfer, why):
-    """What came before it is told."""
+    """Transfers before it are handed out."""
     told = hostile(ORDINARY, transfer, ORDINARY)
 
     assert ["message", "Violation"] == [each[0] for each in told]
@@ -267,8 +267,8 @@ def test_a_message_has_a_largest_size(monkeypatch):
     assert [("Violation", "a message has more than 1000 bytes")] == fed([stream])
 
 
-def test_transfers_of_other_links_are_told_as_they_are():
-    """Nobody has attached those; it is for others to decide."""
+def test_transfers_of_other_links_are_handed_out_unchanged():
+    """Those links aren't attached; the connection decides what to do."""
     other = Transfer(UInt(1), UInt(0))
     assert [("ReceivedRecord", 0, other, b"")] == fed([pack(other)])
     assert [("ReceivedRecord", 3, ORDINARY, b"")] == fed([pack(ORDINARY, 3)])
@@ -280,7 +280,7 @@ def test_transfers_of_other_links_are_told_as_they_are():
 # --- other frames ---------------------------------------------------------------
 
 
-def test_a_handshake_is_told_in_its_order():
+def test_the_events_of_a_handshake_keep_their_order():
     """Two protocol headers, the frames of SASL, and the first of AMQP."""
     records = [
         (Mechanisms(Symbol("PLAIN")), spec.SASL_FRAME),
@@ -343,7 +343,7 @@ def test_an_extended_header_is_stepped_over():
         (frame(b"\x00\x53\x18\xc0\xff\x00"), "cut off"),
     ],
 )
-def test_what_is_no_frame_ends_it(raw, why):
+def test_an_invalid_frame_ends_the_stream(raw, why):
     """With what is wrong, and what came before it."""
     told = Frames10Parser(512)
     events = told.feed(HEARTBEAT + pack(FLOW) + raw + pack(FLOW))

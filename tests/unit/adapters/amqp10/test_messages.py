@@ -199,7 +199,7 @@ def test_ids_of_any_type_are_text_or_headers(value, found, header):
 
 
 def test_what_has_no_counterpart_is_left_out():
-    """A user that is no text, texts that are longer than 0-9-1 allows, decimals."""
+    """A user that isn't text, texts that are longer than 0-9-1 allows, decimals."""
     long = "x" * 256
     raw = head(
         properties=[None, b"\xff", None, None, long, None, None, None, None, None, long],
@@ -303,7 +303,7 @@ def test_headers_are_renamed_as_rabbitmq_does():
         (head(header={}), {"delivery_mode", "priority", "expiration"}, "0x70 is not a list"),
     ],
 )
-def test_what_cannot_be_read_is_told_of_that_property_only(raw, names, why):
+def test_an_undecodable_property_leaves_the_others_readable(raw, names, why):
     """The others can be read."""
     read = decode_properties(raw + head(application={}))
     assert names == set(read.undecodable)
@@ -317,7 +317,7 @@ def test_a_head_that_cannot_be_divided_makes_all_undecodable():
     assert ("", "") == decode_route(b"\x00\x53\x70")
 
 
-def test_a_route_that_is_no_text_becomes_the_same_bytes_again():
+def test_a_route_that_isnt_text_becomes_the_same_bytes_again():
     """As over 0-9-1."""
     exchange, key = decode_route(annotated(exchange=NotText(b"e\xff"), routing_key=5))
     assert b"e\xff" == exchange.encode(errors="surrogateescape")

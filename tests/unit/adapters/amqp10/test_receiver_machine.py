@@ -90,9 +90,9 @@ class Receiving(RuleBasedStateMachine):
                     self.open.append(message.delivery_tag)
             else:
                 assert isinstance(event, ReceivedRecord), event
-                self.heard(self.link.receive(event.channel, event.record))
+                self.record_events(self.link.receive(event.channel, event.record))
 
-    def heard(self, event):
+    def record_events(self, event):
         match event:
             case Attached(transfers):
                 self.parser.receive(transfers)

@@ -88,7 +88,7 @@ async def refusal(**more: Any) -> AioPikaBatchError:
 
 
 async def take(session: Amqp10Session, count: int) -> list[Message]:
-    """Receive so many messages."""
+    """Receive this many messages."""
     messages: list[Message] = []
     while len(messages) < count:
         messages.extend(await anext(aiter(session)))
@@ -152,7 +152,7 @@ NOT_FOUND = p.PeerError(Symbol("amqp:not-found"), "no queue 'q' in vhost '/'")
         (None, BrokerUnavailable, "the broker gives no reason; try again later"),
     ],
 )
-async def test_a_queue_that_cannot_be_consumed_from_is_told(
+async def test_the_error_says_why_a_queue_cannot_be_consumed(
     server: Server, version: str, error: p.PeerError | None, kind: type, text: str
 ) -> None:
     """4.0 ends the session, 4.3 answers the attach with nothing, and detaches."""
@@ -167,7 +167,7 @@ async def test_a_queue_that_cannot_be_consumed_from_is_told(
             case p.Attach():
                 server.say(pack(p.End(error)))
 
-    server.broker._heard = refuse
+    server.broker._on_record = refuse
     found = await refusal()
     assert isinstance(found, kind)
     assert f"consuming from queue 'q ü' at {SHOWN}: " in str(found)
@@ -179,10 +179,10 @@ async def test_a_broker_that_does_not_attach_is_not_waited_for(
     server: Server, virtual_loop: VirtualTimeLoop
 ) -> None:
     """Nor one that breaks off."""
-    server.broker._heard = lambda _: None
+    server.broker._on_record = lambda _: None
     assert "did not open a link within 5 s" in str(await refusal())
     server.__init__()  # type: ignore[misc]
-    server.broker._heard = lambda _: server.break_off()
+    server.broker._on_record = lambda _: server.break_off()
     assert "closed the connection while a link was opened" in str(await refusal())
 
 
@@ -391,7 +391,7 @@ async def test_a_cancel_is_answered_or_the_session_is_lost(server: Server) -> No
         (p.Close(), "the broker ended the connection without a reason", False),
     ],
 )
-async def test_what_ends_a_session_is_told(
+async def test_the_error_says_what_ended_a_session(
     server: Server, record: p.Record, text: str, is_crash: bool
 ) -> None:
     """By everything that is asked of it afterwards; what was pending is not handed out."""
@@ -414,8 +414,8 @@ async def test_what_ends_a_session_is_told(
         assert is_crash == (session.crashed_on is not None)
 
 
-async def test_whoever_waits_hears_of_the_loss(server: Server) -> None:
-    """Not only whoever asks next."""
+async def test_a_loss_ends_every_wait(server: Server) -> None:
+    """Not only the next call."""
     async with consuming() as session:
         waiting = [
             asyncio.create_task(use)
@@ -439,7 +439,7 @@ async def test_leaving_proves_detaches_and_closes(
     async with consuming() as session:
         await take(session, 3)
         await session.settle([Settlement(Disposition.ACK, (1, 2))])
-    order = [type(record).__name__ for record in server.heard if record != "sign of life"]
+    order = [type(record).__name__ for record in server.received if record != "sign of life"]
     assert ["DispositionFrame", "Flow", "Flow", "Flow", "Flow", "Detach", "Close"] == order[-7:]
     assert [True, True, True] == [flow.drain for flow in sent(server, p.Flow)[-3:]]
     assert 0 == session.unproven
@@ -448,7 +448,7 @@ async def test_leaving_proves_detaches_and_closes(
         await session.settle([])
 
 
-async def test_whoever_waits_while_the_session_is_left_is_told(server: Server) -> None:
+async def test_waiting_calls_end_when_the_session_is_closed(server: Server) -> None:
     """That it is over."""
     async with consuming() as session:
         waiting = asyncio.create_task(anext(aiter(session)))  # type: ignore[arg-type]
@@ -458,7 +458,7 @@ async def test_whoever_waits_while_the_session_is_left_is_told(server: Server) -
 
 
 async def test_leaving_ends_in_time(server: Server, virtual_loop: VirtualTimeLoop) -> None:
-    """Whatever the broker does; and it is told of how much nothing is known."""
+    """Whatever the broker does; `unproven` counts the settlements that may be lost."""
     server.publish(3)
     async with consuming() as session:
         await session.settle(acked(await take(session, 3)))
@@ -472,7 +472,7 @@ async def test_leaving_ends_in_time(server: Server, virtual_loop: VirtualTimeLoo
 async def test_leaving_a_lost_session_takes_no_time(
     server: Server, virtual_loop: VirtualTimeLoop
 ) -> None:
-    """There is nobody to ask."""
+    """There is no broker to ask."""
     server.publish(1)
     async with consuming() as session:
         await session.settle(acked(await take(session, 1)))
@@ -483,7 +483,7 @@ async def test_leaving_a_lost_session_takes_no_time(
     assert 1 == session.unproven
 
 
-async def test_an_end_while_it_is_left_is_no_loss(server: Server) -> None:
+async def test_a_detach_during_the_close_is_not_a_loss(server: Server) -> None:
     """The broker may close at the same moment."""
     async with consuming() as session:
         server.say(pack(p.Detach(UInt(0), closed=True)))

@@ -104,7 +104,7 @@ def test_the_longest_of_equally_common_outcomes_is_written_once():
     assert [*((b"ok", tag, tag) for tag in (2, 4, 6, 8)), (b"modified", 1, 7)] == runs
 
 
-def test_many_different_outcomes_are_no_burden():
+def test_many_different_outcomes_are_settled_quickly():
     """Each message with its own reason, mirrored: neither recursion nor time runs out."""
     unsettled = Unsettled()
     unsettled.deliver(4000)

@@ -149,7 +149,7 @@ def test_a_dead_letter_without_a_target_is_dropped(broker: Broker, client: Clien
 
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
-def test_a_full_quorum_queue_accepts_dead_letters_that_nobody_waits_for(
+def test_a_full_quorum_queue_accepts_unconfirmed_dead_letters(
     broker: Broker, client: Client, kind: str
 ):
     """It refuses by telling its publishers to stop, and such a dead letter has none."""

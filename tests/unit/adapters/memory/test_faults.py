@@ -139,7 +139,7 @@ def test_connections_that_are_cut_together_do_not_get_each_others_messages(
 
 
 def test_the_broker_can_cancel_consumers(broker: Broker, client: Client):
-    """The client is told, and may still settle its unacked messages."""
+    """The client is notified, and may still settle its unacked messages."""
     client.publish(b"1", "q")
     client.consume("q", prefetch=1)
     client.deliveries()

@@ -99,9 +99,9 @@ async def test_a_refusal_raises_and_closes_the_native_channel(channel: NativeCha
 
 async def test_an_unconfirmed_native_publication_raises(channel: NativeChannel, memory: Broker):
     """It was returned or refused, or its exchange is missing."""
-    with pytest.raises(PublishError, match="routing key 'nobody': returned"):
-        await channel.default_exchange.publish(NativeMessage(b"1"), "nobody")
-    await channel.default_exchange.publish(NativeMessage(b"1"), "nobody", mandatory=False)
+    with pytest.raises(PublishError, match="routing key 'nowhere': returned"):
+        await channel.default_exchange.publish(NativeMessage(b"1"), "nowhere")
+    await channel.default_exchange.publish(NativeMessage(b"1"), "nowhere", mandatory=False)
     memory.faults.on_publish(PublishFault.REFUSE, times=1)
     with pytest.raises(PublishError, match="refused"):
         await channel.default_exchange.publish(NativeMessage(b"1"), "q")

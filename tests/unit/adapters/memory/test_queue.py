@@ -42,7 +42,7 @@ def test_messages_are_delivered_in_order_up_to_the_prefetch(client: Client):
     assert client.bodies() == [b"4"]
 
 
-def test_prefetch_0_is_no_limit(client: Client):
+def test_prefetch_0_means_unlimited(client: Client):
     """All messages are delivered at once."""
     client.queue("q")
     fill(client, "q", *(b"%d" % number for number in range(500)))

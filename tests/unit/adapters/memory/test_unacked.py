@@ -16,7 +16,7 @@ SENT = {"3.10": 32, "4.0": 33, "4.3": 33}
 
 
 def holding(version: str, kind: str = "quorum", count: int = 100) -> Client:
-    """A client with so many unsettled messages, on a queue with a dead-letter queue."""
+    """A client with *count* unsettled messages, on a queue with a dead-letter queue."""
     client = Client(Broker(version))
     client.queue("dead")
     client.queue("q", queue_type=kind, dead_letter_exchange="", dead_letter_routing_key="dead")

@@ -226,7 +226,7 @@ def test_a_dead_letter_counts_as_redelivered_since_4_3(version: str, kind: str, 
     ],
 )
 def test_the_failures_of_a_dead_letter_count_in_the_next_quorum_queue(version: str, back, counts):
-    """Since 4.0; since 4.3 a nack is no failure. Its next delivery counts as a redelivery."""
+    """Since 4.0; since 4.3 a nack isn't a failure. Its next delivery counts as a redelivery."""
     client = Client(Broker(version))
     client.queue("q", queue_type="quorum", dead_letter_exchange="", dead_letter_routing_key="dead")
     client.queue("dead", queue_type="quorum")
