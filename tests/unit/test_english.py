@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
+    ROOT / "noxfile.py",
     *sorted((ROOT / "src" / "aio_pika_batch").rglob("*.py")),
     *sorted((ROOT / "examples").rglob("*.py")),
     *sorted((ROOT / "benchmarks").rglob("*.py")),
