@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 import aio_pika
@@ -125,6 +125,28 @@ if sys.platform == "linux":  # elsewhere there is no parent-death signal to be t
             assert [child] == select.select([child], [], [], 10)[0]
         finally:
             os.close(child)
+
+
+def test_test_runs_share_no_ports() -> None:
+    """Otherwise one could take another's before its server listens, or while that is stopped."""
+    draw = (
+        "import random, sys\n"
+        "random.seed(1)\n"  # so that both would begin with the same ports
+        "from aio_pika_batch.testing.rabbitmq.processes import free_port\n"
+        "print(*[free_port() for _ in range(150)], flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    drawn: list[int] = []
+    with ExitStack() as stack:
+        for _ in range(2):
+            run = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", draw], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                )
+            )
+            assert run.stdout is not None
+            drawn += map(int, run.stdout.readline().split())
+    assert 300 == len(set(drawn))
 
 
 # --- finding a broker -----------------------------------------------------------

@@ -6,7 +6,6 @@ import asyncio
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,17 +16,10 @@ import httpx
 import pytest
 
 from aio_pika_batch import BatchConsumer, BatchConsumerSettings, MessageResult
-from aio_pika_batch.testing.rabbitmq.processes import spawn
+from aio_pika_batch.testing.rabbitmq.processes import free_port, spawn
 from tests.integration.helpers import PATIENCE
 
 APP = Path(__file__).with_name("apps") / "web_application.py"
-
-
-def free_port() -> int:
-    """Return a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def until(condition):

@@ -273,4 +273,11 @@ PROGRAMS = (
         "            pass\n",
         (_INSIDE,),
     ),
+    Mutant(
+        "Two test runs draw the same port, and one takes it from the other's server.",
+        "testing/rabbitmq/processes.py",
+        "                if not _binds(claim, first):\n",
+        "                if first == 0:\n",
+        ("tests/integration/test_support.py::test_test_runs_share_no_ports",),
+    ),
 )

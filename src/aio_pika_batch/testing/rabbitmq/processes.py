@@ -12,11 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 LOCALHOST = "127.0.0.1"
@@ -26,19 +27,59 @@ LOCALHOST = "127.0.0.1"
 _forker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forker")
 
 
+# Below the range of ports for outgoing connections: a node that was killed must find its port free
+# when it starts again.
+_PORTS = range(20_000, 32_000)
+_BLOCK = 100
+
+
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 on which nothing listens."""
+    """Return a TCP port of 127.0.0.1 on which nothing listens.
+
+    While this process runs, no other one gets the port from this function, and this one gets it
+    again only after all others. So nothing takes it before its server listens, or while that server
+    is stopped.
+    """
     while True:
-        # Below the range of ports for outgoing connections: a node that was killed must find its
-        # port free when it starts again.
-        port = random.randrange(20_000, 32_000)
+        with _drawing:
+            port = next(_own_ports)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((LOCALHOST, port))
-            except OSError:
-                continue
-        return port
+            if _binds(probe, port):
+                return port
+
+
+def _draw_ports() -> Iterator[int]:
+    """Yield ports from blocks that this process has claimed, forever.
+
+    A process claims a block by binding its first port. The kernel ends the claim with the process.
+    """
+    blocks = list(_PORTS[::_BLOCK])
+    random.shuffle(blocks)
+    claimed: set[int] = set()
+    while True:
+        for first in blocks:
+            if first not in claimed:
+                claim = socket.socket()
+                if not _binds(claim, first):
+                    claim.close()
+                    continue
+                claim.detach()  # so that nothing closes it before the process ends
+                claimed.add(first)
+            yield from range(first + 1, first + _BLOCK)
+
+
+def _binds(unbound: socket.socket, port: int) -> bool:
+    """Bind a socket, and return whether that was possible."""
+    try:
+        unbound.bind((LOCALHOST, port))
+    except OSError:
+        return False
+    return True
+
+
+_own_ports = _draw_ports()
+_drawing = threading.Lock()
 
 
 def spawn(
