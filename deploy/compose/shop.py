@@ -1,4 +1,4 @@
-"""A consumer to look at, and with ``python shop.py 100`` somebody who orders a hundred a second."""
+"""A consumer of orders; ``python shop.py 100`` publishes a hundred orders per second."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from aio_pika_batch import BatchConsumer, Message, MessageResult, Nack, Result
 
 
 class Importer(BatchConsumer):
-    """Takes orders: one in fifty fails twice, one in a hundred costs less than nothing."""
+    """Takes orders: one in fifty fails twice, one in a hundred has a negative price."""
 
     async def process_messages(self, messages: Sequence[Message]) -> AsyncIterator[Result]:
-        """Store them all at once; so it looks, at least."""
+        """Pretend to store them all at once."""
         await asyncio.sleep(0.05)
         for message in messages:
             order = message.json()
             if order["cents"] < 0:
-                yield Nack("costs less than nothing")
+                yield Nack("negative price")
             elif order["id"] % 50 == 0 and message.retry_count < 2:  # noqa: PLR2004
                 yield MessageResult.REQUEUE
             else:
@@ -32,7 +32,7 @@ class Importer(BatchConsumer):
 
 
 async def order(rate: float) -> None:
-    """Publish orders, so many a second, until Ctrl-C. Any AMQP client can: this is aio-pika."""
+    """Publish orders until Ctrl-C, *rate* per second, with aio-pika; any AMQP client would do."""
     url, queue = os.environ["AIO_PIKA_BATCH_URL"], os.environ["AIO_PIKA_BATCH_QUEUE_NAME"]
     connection = await aio_pika.connect_robust(url)
     async with connection, connection.channel() as channel:

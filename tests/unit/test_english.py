@@ -15,11 +15,25 @@ SOURCES = [
     *sorted((ROOT / "src" / "aio_pika_batch").rglob("*.py")),
     *sorted((ROOT / "examples").rglob("*.py")),
     *sorted((ROOT / "benchmarks").rglob("*.py")),
+    *sorted((ROOT / "deploy").rglob("*.py")),
     *sorted((ROOT / "docs").rglob("*.py")),
     *sorted(each for each in (ROOT / "tests").rglob("*.py") if each != Path(__file__)),
 ]
+CONFIGURATION = [
+    ROOT / "pyproject.toml",
+    ROOT / ".ci" / "run",
+    *sorted((ROOT / ".github").rglob("*.yml")),
+    *sorted(
+        each
+        for each in (ROOT / "deploy").rglob("*")
+        if each.suffix in {".yaml", ".conf", ".json"} or each.name == "Dockerfile"
+    ),
+]
+"""Files whose comments, descriptions and alerts are read, too."""
+
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "SECURITY.md",
     *sorted((ROOT / "docs").glob("*.md")),
@@ -100,6 +114,11 @@ def texts(source: Path) -> Iterator[tuple[int, str, bool]]:
 PLACES = [
     *((page, line, text) for page in PAGES for line, text, _ in prose(page)),
     *((source, line, text) for source in SOURCES for line, text, _ in texts(source)),
+    *(
+        (file, number, line)
+        for file in CONFIGURATION
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+    ),
 ]
 """File, line and text of everything that is read."""
 
