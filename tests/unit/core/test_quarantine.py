@@ -435,12 +435,16 @@ policies = st.integers(1, 6).flatmap(
 
 @given(policies, st.data())
 def test_returns_requeues_and_lost_connections_never_reach_the_limit(policy, data):
-    """As long as fewer processes lose connections than returns are left to the limit then, and
-    without knowing what each other did.
+    """As long as fewer processes lose connections than the limit then leaves, and without knowing
+    what each other did. Returns leave all of the way from suspicion to the limit; what handlers
+    requeue at once, which only their own process can explain, leaves half of it.
     """
     processes = st.integers(0, 3)
-    steps = data.draw(st.lists(st.tuples(processes, st.sampled_from("blr")), max_size=80))
+    actions = data.draw(st.sampled_from(["bl", "blr"]))
+    steps = data.draw(st.lists(st.tuples(processes, st.sampled_from(actions)), max_size=80))
     left = policy.limit - policy.suspect_after
+    if "r" in actions:
+        left -= left // 2
     fleet = Fleet(policy, 4)
     for process, step in steps:
         assert CRASHED is not fleet.judged(process)
@@ -450,6 +454,20 @@ def test_returns_requeues_and_lost_connections_never_reach_the_limit(policy, dat
             fleet.requeue(process)
         else:
             fleet.give_back(process)
+
+
+@pytest.mark.parametrize(("action", "losses"), [("b", 5), ("r", 3)])
+def test_how_many_processes_must_lose_a_healthy_message_in_a_row(action, losses):
+    """As docs/guarantees.md states for the default limits: the next one takes it for a crash."""
+    fleet = Fleet(POLICY, losses + 2)
+    count = POLICY.suspect_after if action == "b" else (POLICY.suspect_after + POLICY.limit) // 2
+    for _ in range(count):
+        fleet.judged(0)
+        fleet.give_back(0) if action == "b" else fleet.requeue(0)
+    for process in range(1, losses + 1):
+        assert CRASHED is not fleet.judged(process)
+        fleet.lose(process)
+    assert CRASHED is fleet.judged(losses + 1)
 
 
 @given(policies, st.lists(st.integers(0, 3), max_size=40))
