@@ -97,9 +97,11 @@ def texts(source: Path) -> Iterator[tuple[int, str, bool]]:
     """Line and text of each name, docstring, comment, log line, error and help text of a module."""
     content = source.read_text()
     for node in ast.walk(ast.parse(content)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names = {node.name} - PUBLIC
-            yield from ((node.lineno, name.replace("_", " "), False) for name in names)
+        if (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            and node.name not in PUBLIC
+        ):
+            yield node.lineno, node.name.replace("_", " "), False
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             yield node.lineno, " ".join(re.sub(r"`[^`]*`", "code", node.value).split()), False
         if isinstance(node, ast.JoinedStr):
